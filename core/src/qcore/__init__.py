@@ -1,0 +1,21 @@
+"""qcore: fine-tune and merge Qwen models through plugins.
+
+Public modules: `records`, `table`, `checkpoint`, `errors`, `nn`, and the marker
+`hookimpl`. Everything else is internal and may change in a minor version. Importing qcore
+imports no torch and no plugin.
+"""
+
+from __future__ import annotations
+
+__all__ = ["__version__", "hookimpl"]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Import `hookimpl` on first use, so that ``qcore --help`` does not pay for it."""
+    if name == "hookimpl":
+        from .hookspecs import hookimpl
+
+        return hookimpl
+    raise AttributeError(f"module 'qcore' has no attribute '{name}'")

@@ -1,0 +1,1 @@
+"""One data row's way: schema, render, mask, pack."""

@@ -1,0 +1,147 @@
+"""The error tree, its stable codes and its exit codes.
+
+Every failure that a user can cause is one of these classes. An error is one line: where
+(file, field or tensor), what was found, what was expected, and the fix. The command line
+renders it and exits with ``exit_code``; nothing else in qcore decides an exit status.
+
+    QcoreError
+      UsageError      2   a flag, a setting, a value of either
+      InputError     65   a checkpoint, an adapter, a data file that is not as it must be
+      PluginError    69   a plugin that is missing, broken or in conflict
+      WriteError     73   an output that cannot be written
+      Interrupted    75   stopped by a signal; a checkpoint was published, --resume goes on
+      NumericError   76   NaN or infinity, or an effect that could not be proved
+      TrustError     77   something that needs the user's explicit consent
+
+Codes are ``QC-AREA-NNN``; docs/errors.md lists them and a test keeps the list true.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class QcoreError(Exception):
+    """Base of everything qcore raises on purpose.
+
+    Args:
+        code: stable identifier, ``QC-AREA-NNN``.
+        what: the statement, without trailing full stop.
+        file: the file at fault, as the user named it.
+        field: the config field, tensor, row or flag at fault.
+        found: what was there; ``None`` when it says nothing beyond ``what``.
+        expected: what should have been there.
+        fix: one command or edit that mends it.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        code: str,
+        what: str,
+        *,
+        file: object | None = None,
+        field: str | None = None,
+        found: object | None = None,
+        expected: object | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.code = code
+        self.what = what
+        self.file = None if file is None else str(file)
+        self.field = field
+        self.found = found
+        self.expected = expected
+        self.fix = fix
+        super().__init__(self.message)
+
+    @property
+    def message(self) -> str:
+        """The whole error on one line, without code and fix."""
+        where = ": ".join(part for part in (self.file, self.field) if part)
+        facts = []
+        if self.found is not None:
+            facts.append(f"found {self.found}")
+        if self.expected is not None:
+            facts.append(f"expected {self.expected}")
+        text = f"{where}: {self.what}" if where else self.what
+        if facts:
+            text = f"{text}: {', '.join(facts)}"
+        return " ".join(text.split())
+
+    def as_json(self) -> dict[str, Any]:
+        """The payload of ``{"error": ...}`` that ``--json`` prints."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            "file": self.file,
+            "field": self.field,
+            "fix": self.fix,
+        }
+
+
+class UsageError(QcoreError):
+    """A flag, a setting or a value of either is wrong."""
+
+    exit_code = 2
+
+
+class InputError(QcoreError):
+    """A checkpoint, an adapter or a data file is not as it must be."""
+
+    exit_code = 65
+
+
+class PluginError(QcoreError):
+    """A plugin is missing, broken or in conflict with another."""
+
+    exit_code = 69
+
+
+class WriteError(QcoreError):
+    """An output cannot be written; nothing half-written stays behind."""
+
+    exit_code = 73
+
+
+class Interrupted(QcoreError):
+    """A signal stopped the run; what is needed to resume was published."""
+
+    exit_code = 75
+
+
+class NumericError(QcoreError):
+    """A number is not finite, or an effect could not be proved."""
+
+    exit_code = 76
+
+
+class TrustError(QcoreError):
+    """Something needs the user's explicit consent."""
+
+    exit_code = 77
+
+
+class PreflightError(InputError):
+    """Several findings at once; each is an error of its own.
+
+    ``exit_code`` is that of the first finding, so a single finding behaves like itself.
+    """
+
+    def __init__(self, errors: list[QcoreError]) -> None:
+        first = errors[0]
+        self.errors = tuple(errors)
+        super().__init__(
+            first.code,
+            first.what,
+            file=first.file,
+            field=first.field,
+            found=first.found,
+            expected=first.expected,
+            fix=first.fix,
+        )
+        self.exit_code = first.exit_code
+
+    def as_json(self) -> dict[str, Any]:
+        return {**super().as_json(), "all": [error.as_json() for error in self.errors]}

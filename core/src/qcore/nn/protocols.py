@@ -1,0 +1,116 @@
+"""The three protocols between core and a plugin's blocks, and the packed batch.
+
+This file decides what a trunk is to core. Core owns the loop over layers (recompute lives
+there once), the head and the loss; a plugin owns the blocks. Parameter names inside a trunk
+are the table's names less `Architecture.root`.
+
+Shapes: T tokens of all documents in the pack, H hidden size, N documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+_V = TypeVar("_V")
+
+
+@dataclass(slots=True)
+class Packed:
+    """Documents laid end to end: no padding, state reset at every boundary.
+
+    Attributes:
+        ids: ``[T]`` int64 token ids.
+        cu_seqlens: ``[N + 1]`` cumulative lengths, starting at 0 and ending at T; kept as
+            Python integers because every block loops or indexes by them on the host.
+        positions: ``[T]`` int64, or ``[axes, T]`` for multi-axis rotary positions.
+        targets: ``[T]`` int64, the id that each position predicts, -100 where unsupervised;
+            ``None`` when nothing is trained.
+    """
+
+    ids: Tensor
+    cu_seqlens: tuple[int, ...]
+    positions: Tensor
+    targets: Tensor | None = None
+    _memo: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def memo(self, key: str, make: Callable[[], _V]) -> _V:
+        """What all layers derive from the batch alone, made once (rotary tables, indices)."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        value: _V = self._memo[key]
+        return value
+
+    @staticmethod
+    def of(documents: Sequence[Tensor], targets: Sequence[Tensor] | None = None) -> Packed:
+        """Pack token ids ``[t_i]`` (and targets of the same lengths), positions from 0 each."""
+        ends = [0]
+        for document in documents:
+            ends.append(ends[-1] + len(document))
+        return Packed(
+            ids=torch.cat(list(documents)),
+            cu_seqlens=tuple(ends),
+            positions=torch.cat([torch.arange(len(d), device=d.device) for d in documents]),
+            targets=None if targets is None else torch.cat(list(targets)),
+        )
+
+    def to(self, device: torch.device) -> Packed:
+        """The same batch on another device."""
+        return Packed(
+            ids=self.ids.to(device, non_blocking=True),
+            cu_seqlens=self.cu_seqlens,
+            positions=self.positions.to(device, non_blocking=True),
+            targets=None if self.targets is None else self.targets.to(device, non_blocking=True),
+        )
+
+
+class BuildContext(Protocol):
+    """What blocks are built from: core decides storage, adapter and device.
+
+    Everything is created on the meta device with the table's shape; `qcore.load` fills it.
+    Names are relative to `Architecture.root`.
+    """
+
+    config: Mapping[str, Any]  #: config.json, whole
+    dtype: torch.dtype  #: dtype of activations
+
+    def linear(self, name: str) -> nn.Module:
+        """A linear map ``[..., in] -> [..., out]`` for the row ``{name}.weight``."""
+        ...
+
+    def tensor(self, name: str) -> nn.Parameter:
+        """A frozen parameter for the row `name`, e.g. a norm's weight."""
+        ...
+
+
+@runtime_checkable
+class Layer(Protocol):
+    """One residual layer of a trunk; an ``nn.Module``."""
+
+    def __call__(self, x: Tensor, batch: Packed, cache: Any | None = None) -> Tensor:
+        """``[T, H] -> [T, H]``. With a cache, `batch` holds the next tokens of one document
+        and the cache is advanced in place."""
+        ...
+
+    def new_cache(self, tokens: int, device: torch.device) -> Any:
+        """State for decoding one document of at most `tokens` tokens."""
+        ...
+
+
+@runtime_checkable
+class Trunk(Protocol):
+    """Embedding, layers and final norm; an ``nn.Module``. Head and loss are core's."""
+
+    layers: Sequence[Layer]
+
+    def embed(self, batch: Packed) -> Tensor:
+        """``ids [T] -> [T, H]`` in the run's dtype."""
+        ...
+
+    def final(self, x: Tensor) -> Tensor:
+        """What the head reads: ``[T, H] -> [T, H]``."""
+        ...

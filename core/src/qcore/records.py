@@ -1,0 +1,216 @@
+"""What hooks yield: frozen, keyword-only records, and the two words core shares with them.
+
+This file decides the vocabulary between core and plugins. It imports no torch: what needs
+torch hangs on a record as a callable that imports inside (`Architecture.build`), so that
+type checkers see it and discovery stays light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .locate import Layout
+    from .nn.protocols import BuildContext, Trunk
+
+
+class Aim(str, Enum):
+    """Whether LoRA hits a group: always, when named in ``target_groups``, or never."""
+
+    ON = "on"
+    ASKED = "asked"
+    NEVER = "never"
+
+
+class Severity(str, Enum):
+    """What a finding does: stop the verb, warn, or only be told."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    NOTE = "note"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """Blocks and names: what one ``model_type`` builds.
+
+    Attributes:
+        name: as ``model_type`` names it, e.g. ``qwen3_5``.
+        model_types: every ``model_type`` that config.json may carry for it.
+        root: canonical prefix at which the trunk is mounted.
+        groups: LoRA groups of its parts and their aim.
+        build: ``(BuildContext) -> Trunk``; the import of torch happens inside.
+        tiny: ``(folder) -> None`` writes a tiny checkpoint with its own tokenizer and
+            template, for the demo and for conformance tests.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    root: str
+    groups: Mapping[str, Aim]
+    build: Callable[[BuildContext], Trunk]
+    tiny: Callable[[Path], None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What changes without a tensor changing: chat rules, defaults, guards, licence.
+
+    Attributes:
+        name: ``3.5``.
+        architectures: names of the architectures it comes in.
+        template_hashes: SHA-256 of its known chat templates, trailing newlines stripped.
+        template_inputs: variables that its templates read; another one is a bar.
+        extends: generation whose rules it inherits; never wins a claim.
+        licence: SPDX identifier of the weights.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    template_hashes: tuple[str, ...] = ()
+    template_inputs: tuple[str, ...] = ()
+    extends: str | None = None
+    licence: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modality:
+    """A tower for architectures it does not own.
+
+    Attributes:
+        name: ``image``, ``video``.
+        section: the config section that it claims, e.g. ``vision_config``.
+        architectures: names of the architectures that it serves.
+    """
+
+    name: str
+    section: str
+    architectures: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sign:
+    """Evidence that it is this generation and no other."""
+
+    field: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """Evidence that it cannot be this generation.
+
+    Attributes:
+        field: where it was seen.
+        value: what was seen.
+        expected: what this generation would have there.
+        pip: distribution that fits what was seen, when the plugin knows one.
+    """
+
+    field: str
+    value: str
+    expected: str
+    pip: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """One plugin's judgement of a checkpoint.
+
+    Attributes:
+        architecture: name of an `Architecture`.
+        generation: name of a `Generation` that this claim speaks for.
+        signs: evidence for it alone.
+        bars: evidence against it.
+    """
+
+    architecture: str
+    generation: str
+    signs: tuple[Sign, ...] = ()
+    bars: tuple[Bar, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Something that preflight or doctor has to say; `ERROR` stops the verb."""
+
+    code: str
+    severity: Severity
+    what: str
+    file: str | None = None
+    field: str | None = None
+    found: str | None = None
+    expected: str | None = None
+    fix: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreflightRequest:
+    """What a guard may look at. Nothing here has read a weight.
+
+    Attributes:
+        verb: ``train``, ``merge`` or ``generate``.
+        checkpoint: the model folder.
+        architecture: name that detection decided.
+        generation: name that detection decided.
+        layout: the table met with the headers.
+        settings: the run's settings by name; empty where a verb has none.
+        token_ids: ids of the tokenizer by token, or empty where there is none.
+    """
+
+    verb: str
+    checkpoint: Checkpoint
+    architecture: str
+    generation: str
+    layout: Layout
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    token_ids: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatFormat:
+    """How a generation's rendered conversation reads: what is a turn, what is trained.
+
+    Core scans the *rendered* text; a row whose own text holds a control string is refused,
+    so a match is always the template's.
+
+    Attributes:
+        turn_start: opens a turn, followed by the role and ``role_end``.
+        role_end: ends the role's name.
+        turn_end: closes a turn; part of the supervised span.
+        assistant: name of the role that is trained.
+        prompt_tails: what inference puts after the assistant's header, longest first; never
+            supervised when a turn begins with it.
+        control: strings that a row's own text must not hold.
+        roles: roles that a row may use.
+        stop_tokens: tokens that end generation.
+        parse_arguments: whether tool arguments given as a JSON string become a mapping.
+    """
+
+    turn_start: str
+    role_end: str
+    turn_end: str
+    assistant: str
+    prompt_tails: tuple[str, ...]
+    control: tuple[str, ...]
+    roles: tuple[str, ...]
+    stop_tokens: tuple[str, ...]
+    parse_arguments: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterClaim:
+    """An adapter layout other than PEFT's that a plugin can read.
+
+    Attributes:
+        layout: its name, for the report.
+        names: adapter tensor name -> canonical tensor name and side (``A`` or ``B``).
+    """
+
+    layout: str
+    names: Mapping[str, tuple[str, str]]
