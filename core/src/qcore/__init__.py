@@ -1,4 +1,4 @@
-"""qcore: fine-tune and merge Qwen models through plugins.
+"""qcore: fine-tune and merge language models through plugins.
 
 Public modules: `records`, `table`, `checkpoint`, `errors`, `nn`, and the marker
 `hookimpl`. Everything else is internal and may change in a minor version. Importing qcore
@@ -6,6 +6,11 @@ imports no torch and no plugin.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .hookspecs import hookimpl
 
 __all__ = ["__version__", "hookimpl"]
 

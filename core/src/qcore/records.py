@@ -40,7 +40,7 @@ class Architecture:
     """Blocks and names: what one ``model_type`` builds.
 
     Attributes:
-        name: as ``model_type`` names it, e.g. ``qwen3_5``.
+        name: as ``model_type`` names it, e.g. ``llama``.
         model_types: every ``model_type`` that config.json may carry for it.
         root: canonical prefix at which the trunk is mounted.
         groups: LoRA groups of its parts and their aim.

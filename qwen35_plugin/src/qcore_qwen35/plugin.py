@@ -1,0 +1,91 @@
+"""The hook implementations of Qwen 3.5, each one line to the module that decides.
+
+Importing this file imports no torch: blocks and tiny checkpoints are built by callables that
+import inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qcore import hookimpl
+from qcore.records import (
+    Architecture,
+    ChatFormat,
+    Claim,
+    Finding,
+    Generation,
+    PreflightRequest,
+)
+from qcore.table import Part
+
+from . import chat, detect, guards, table
+
+if TYPE_CHECKING:
+    from qcore.checkpoint import Checkpoint
+    from qcore.nn.protocols import BuildContext, Trunk
+
+
+def _build(context: BuildContext) -> Trunk:
+    from .model import build
+
+    return build(context)
+
+
+def _tiny(folder: Path) -> None:
+    from .tiny import write
+
+    write(folder)
+
+
+DENSE = Architecture(
+    name=detect.ARCHITECTURE,
+    model_types=("qwen3_5", "qwen3_5_text"),
+    root=table.ROOT,
+    groups=table.GROUPS,
+    build=_build,
+    tiny=_tiny,
+)
+
+GENERATION = Generation(
+    name=detect.GENERATION,
+    architectures=(DENSE.name,),
+    template_hashes=tuple(detect.TEMPLATE_HASHES),
+    template_inputs=detect.TEMPLATE_INPUTS,
+    licence="Apache-2.0",
+)
+
+
+@hookimpl
+def qcore_describe() -> Iterator[Architecture | Generation]:
+    """The dense blocks, and the generation."""
+    yield from (DENSE, GENERATION)
+
+
+@hookimpl
+def qcore_detect(checkpoint: Checkpoint) -> Iterator[Claim]:
+    """The claim of 3.5."""
+    yield from detect.claims(checkpoint)
+
+
+@hookimpl
+def qcore_key_mapping(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
+    """Text and multi-token prediction."""
+    if architecture == DENSE.name:
+        yield from table.parts(config)
+
+
+@hookimpl
+def qcore_preflight(request: PreflightRequest) -> Iterator[Finding]:
+    """The guards."""
+    if request.architecture == DENSE.name:
+        yield from guards.findings(request)
+
+
+@hookimpl
+def qcore_chat_format(generation: str, checkpoint: Checkpoint) -> Iterator[ChatFormat]:
+    """Turns and thinking of 3.5."""
+    if generation == GENERATION.name:
+        yield chat.QWEN35
