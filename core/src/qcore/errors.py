@@ -18,6 +18,7 @@ Codes are ``QC-AREA-NNN``; docs/errors.md lists them and a test keeps the list t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -145,3 +146,11 @@ class PreflightError(InputError):
 
     def as_json(self) -> dict[str, Any]:
         return {**super().as_json(), "all": [error.as_json() for error in self.errors]}
+
+
+def raise_all(problems: Sequence[QcoreError]) -> None:
+    """Raise the one problem, or all of them as a `PreflightError`; nothing when there is none."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise PreflightError(list(problems))

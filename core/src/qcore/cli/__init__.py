@@ -1,1 +1,148 @@
-"""The command line."""
+"""The command line: the group, and how an error ends a process.
+
+This file decides exit statuses and that ``--help`` imports no verb: commands are listed from
+a table, and those of plugins from entry-point metadata. Each verb has a file of its own,
+which imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import NoReturn
+
+import click
+
+from .. import __version__
+from ..errors import PluginError, QcoreError
+from .common import debugging, fail, wants_json
+
+#: name -> (module, help); the order is that of ``--help``.
+VERBS = {
+    "inspect": ("inspect", "What a model is, by which evidence, and whether it is whole."),
+    "train": ("train", "Fine-tune a model with QLoRA and write a PEFT adapter."),
+    "merge": ("merge", "Write base + adapter as a drop-in checkpoint."),
+    "generate": ("generate", "Answer a prompt, with or without an adapter."),
+    "verify": ("verify", "Check that a folder holds what its manifest says."),
+    "plugins": ("plugins", "What is installed, and what is broken and why."),
+    "presets": ("presets", "Named settings, from core and from plugins."),
+    "doctor": ("doctor", "Check the environment."),
+    "demo": ("demo", "Train, merge and verify a tiny checkpoint, start to end."),
+}
+COMMANDS = "qcore.commands"  #: entry points of plugins: command name -> click command
+
+
+class Verbs(click.Group):
+    """A group whose commands are imported when they are run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Core's verbs in their order, then plugins' by name."""
+        return [*VERBS, *sorted(_plugin_commands())]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one verb."""
+        if cmd_name in VERBS:
+            module = import_module(f".{VERBS[cmd_name][0]}", __name__)
+            command: click.Command = module.command
+            return command
+        if cmd_name in (found := _plugin_commands()):
+            return _load(cmd_name, found[cmd_name])
+        return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Add a suggestion to click's "no such command"."""
+        if self.get_command(ctx, args[0]) is None:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise click.UsageError(f"No such command '{args[0]}'.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, without importing any."""
+        rows = [(name, text) for name, (_, text) in VERBS.items()]
+        rows += [(name, f"from plugin {owner}") for name, owner in _owners().items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def _plugin_commands() -> dict[str, str]:
+    from importlib.metadata import entry_points
+
+    found = entry_points(group=COMMANDS)
+    return {point.name: point.value for point in found if point.name not in VERBS}
+
+
+def _owners() -> dict[str, str]:
+    from importlib.metadata import entry_points
+
+    return {
+        point.name: point.dist.name if point.dist else point.value
+        for point in sorted(entry_points(group=COMMANDS), key=lambda point: point.name)
+        if point.name not in VERBS
+    }
+
+
+def _load(name: str, value: str) -> click.Command:
+    module, _, attribute = value.partition(":")
+    try:
+        command = getattr(import_module(module), attribute or "command")
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise PluginError(
+            "QC-PLUGIN-020", f"command '{name}' cannot be imported", field=value, found=error,
+            fix=f"reinstall or uninstall {_owners().get(name, 'its distribution')}",
+        ) from None  # fmt: skip
+    if not isinstance(command, click.Command):
+        raise PluginError(
+            "QC-PLUGIN-020", f"command '{name}' is not a click command", field=value,
+            found=type(command).__name__, expected="click.Command",
+            fix=f"uninstall {_owners().get(name, 'its distribution')}",
+        )  # fmt: skip
+    return command
+
+
+@click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qcore")
+def cli() -> None:
+    """Fine-tune and merge models through plugins. Every step proves its effect."""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit; what ``qcore`` and ``python -m qcore`` call."""
+    arguments = sys.argv[1:]
+    if not debugging(arguments):
+        sys.excepthook = _internal
+    try:
+        cli.main(arguments, prog_name="qcore", standalone_mode=False)
+    except QcoreError as error:
+        if debugging(arguments):
+            raise
+        sys.exit(fail(error, as_json=wants_json(arguments)))
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        sys.exit(_usage(error, arguments))
+    except click.Abort:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _usage(error: click.ClickException, arguments: list[str]) -> int:
+    from ..errors import UsageError
+
+    context = getattr(error, "ctx", None)
+    fix = f"see {context.command_path} --help" if context else "see qcore --help"
+    wrong = UsageError("QC-CLI-001", error.format_message().rstrip("."), fix=fix)
+    return fail(wrong, as_json=wants_json(arguments))
+
+
+def _internal(kind: type[BaseException], value: BaseException, trace: object) -> None:
+    """A defect of qcore itself, on one line; ``--debug`` shows the traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return
+    text = " ".join(f"{kind.__name__}: {value}".split())
+    click.echo(f"error[QC-INTERNAL] {text}. Fix: run with --debug and report it", err=True)

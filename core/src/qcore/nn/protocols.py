@@ -92,8 +92,11 @@ class Layer(Protocol):
     """One residual layer of a trunk; an ``nn.Module``."""
 
     def __call__(self, x: Tensor, batch: Packed, cache: Any | None = None) -> Tensor:
-        """``[T, H] -> [T, H]``. With a cache, `batch` holds the next tokens of one document
-        and the cache is advanced in place."""
+        """``[T, H] -> [T, H]``.
+
+        With a cache, `batch` holds the next tokens of one document and the cache is advanced
+        in place.
+        """
         ...
 
     def new_cache(self, tokens: int, device: torch.device) -> Any:

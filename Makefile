@@ -1,0 +1,36 @@
+# Everything runs in .venv, made from nothing but Python 3.11+ and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-gpu lint dev clean
+
+demo: $(STAMP)  ## train, merge and verify a tiny checkpoint
+	$(BIN)/qcore demo
+
+test: $(STAMP)  ## all tests that need no GPU
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not gpu"
+
+test-gpu: $(STAMP)  ## the tests that need a CUDA device
+	$(BIN)/pytest -m gpu
+
+lint: $(STAMP)  ## formatter, linter, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy core/src/qcore
+	$(BIN)/mypy qwen35_plugin/src/qcore_qwen35
+	$(BIN)/lint-imports
+
+dev: $(STAMP)  ## just the environment
+
+# torch first and alone: its version is pinned, so that no other package picks a larger build.
+$(STAMP): constraints.txt requirements-dev.txt core/pyproject.toml qwen35_plugin/pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt \
+		-r requirements-dev.txt -e core -e qwen35_plugin
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

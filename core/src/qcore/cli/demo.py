@@ -1,0 +1,44 @@
+"""``qcore demo``."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from .common import debug_option, emit, json_option
+
+
+@click.command("demo")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder to keep; else a temporary.")
+@json_option
+@debug_option
+def command(output: Path | None, as_json: bool) -> None:
+    """Train, merge and verify a tiny checkpoint, and show one prompt before and after."""
+    from ..demo import demo
+    from .draw import Drawn
+
+    teller = Drawn(quiet=as_json)
+    with tempfile.TemporaryDirectory(prefix="qcore-demo-") as temporary:
+        report = demo(output or Path(temporary) / "demo", reporter=teller)
+    if as_json:
+        emit(
+            {
+                "folder": str(report.folder) if output else None,
+                "first_loss": report.trained.first_loss,
+                "last_loss": report.trained.last_loss,
+                "merged": {**asdict(report.merged), "output": str(report.merged.output)},
+                "prompt": report.prompt,
+                "before": report.before,
+                "after": report.after,
+            }
+        )
+        return
+    click.echo(f"loss    {report.trained.first_loss:.3f} -> {report.trained.last_loss:.3f}")
+    click.echo(f"prompt  {report.prompt}")
+    click.echo(f"before  {report.before!r}")
+    click.echo(f"after   {report.after!r}")
+    if output:
+        click.echo(f"kept in {report.folder}: base, data.jsonl, adapter, merged")

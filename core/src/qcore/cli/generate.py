@@ -1,0 +1,69 @@
+"""``qcore generate``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from .common import debug_option, emit, json_option
+
+
+@click.command("generate")
+@click.argument("model")
+@click.option("--prompt", required=True, help="What the user says.")
+@click.option("--system", default="", help="The system turn.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder to apply.")
+@click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0 is greedy.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the sampling.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--dtype", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True)
+@click.option(
+    "--quantization", type=click.Choice(["none", "nf4"]), default="none", show_default=True
+)
+@click.option("--generation", default="", help="Take an unproven checkpoint for this generation.")
+@json_option
+@debug_option
+def command(
+    model: str,
+    prompt: str,
+    system: str,
+    adapter: Path | None,
+    trust_base: bool,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    device: str,
+    dtype: str,
+    quantization: str,
+    generation: str,
+    as_json: bool,
+) -> None:
+    """Answer one prompt with MODEL, so that the effect of an adapter can be seen."""
+    from ..generate import Generator
+    from .draw import Drawn
+
+    generator = Generator(
+        model,
+        adapter=adapter,
+        trust_base=trust_base,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        generation=generation,
+        reporter=Drawn(quiet=as_json),
+    )
+    answer = generator.prompt(
+        prompt,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    if as_json:
+        emit(asdict(answer))
+    else:
+        click.echo(answer.text)

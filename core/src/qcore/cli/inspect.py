@@ -1,0 +1,77 @@
+"""``qcore inspect``: what a model is, told from config and headers alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .common import count, debug_option, emit, json_option
+
+_BY_NAME = ("QC-KEY-001", "QC-KEY-002", "QC-KEY-004")  # a tensor is absent, or is nobody's
+
+
+@click.command("inspect")
+@click.argument("model")
+@click.option("--generation", default="", help="Take an unproven checkpoint for this generation.")
+@json_option
+@debug_option
+def command(model: str, generation: str, as_json: bool) -> None:
+    """Say what MODEL is, by which evidence, and whether every tensor is accounted for."""
+    from ..errors import raise_all
+    from ..identify import identify
+
+    found = identify(model, generation=generation, tolerant=True)
+    decision, layout = found.decision, found.layout
+    unaccounted = [error for error in found.problems if error.code in _BY_NAME]
+    differences = [error.message for error in found.problems if error.code not in _BY_NAME]
+    differences += [
+        f"part '{part}' is claimed by config.json and absent from the files"
+        for part in layout.absent
+    ]
+    report: dict[str, Any] = {
+        "architecture": decision.architecture.name,
+        "generation": decision.generation.name,
+        "plugin": decision.plugin.name,
+        "evidence": list(decision.evidence),
+        "modalities": ["text", *(modality.name for modality in decision.modalities)],
+        "parameters": layout.parameters,
+        "tensors": len(found.checkpoint.headers),
+        "unaccounted": [error.field for error in unaccounted],
+        "differences": differences,
+        "carried": layout.carried_roots(),
+        "namespaces": {part: namespace.name for part, namespace in layout.namespaces.items()},
+        "groups": {
+            group: {"tensors": tensors, "parameters": parameters}
+            for group, (tensors, parameters) in layout.groups().items()
+        },
+        "revision": found.checkpoint.revision,
+    }
+    if as_json:
+        emit(report)
+    else:
+        _print(model, report)
+    if found.problems:
+        # The report is on stdout; under --json the exit status alone says that it is not whole.
+        if as_json:
+            raise click.exceptions.Exit(found.problems[0].exit_code)
+        raise_all(found.problems)
+
+
+def _print(model: str, report: dict[str, Any]) -> None:
+    click.echo(
+        f"{model}: {report['architecture']}, generation {report['generation']} "
+        f"(plugin {report['plugin']})"
+    )
+    for line in report["evidence"]:
+        click.echo(f"  evidence    {line}")
+    click.echo(f"  modalities  {', '.join(report['modalities'])}")
+    click.echo(f"  parameters  {report['parameters']:,} in {report['tensors']} tensors")
+    for group, sizes in report["groups"].items():
+        click.echo(f"    {group:<10} {sizes['tensors']:>5} tensors  {count(sizes['parameters'])}")
+    for root, number in report["carried"].items():
+        click.echo(f"  carried     {number} tensors under {root}: no plugin claims them")
+    for line in report["differences"]:
+        click.echo(f"  difference  {line}")
+    if not report["unaccounted"]:
+        click.echo("  every tensor is accounted for")

@@ -1,0 +1,56 @@
+"""``qcore merge``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from .common import count, debug_option, emit, json_option
+
+
+@click.command("merge")
+@click.option("--model", required=True, help="The base: a folder or a hub id.")
+@click.option("--adapter", required=True, type=click.Path(path_type=Path), help="Adapter folder.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
+@click.option("--generation", default="", help="Take an unproven checkpoint for this generation.")
+@click.option("--no-proof", is_flag=True, help="Skip the comparison of logits.")
+@json_option
+@debug_option
+def command(
+    model: str,
+    adapter: Path,
+    output: Path,
+    trust_base: bool,
+    generation: str,
+    no_proof: bool,
+    as_json: bool,
+) -> None:
+    """Write MODEL + ADAPTER to OUTPUT as a drop-in for MODEL, tensor by tensor."""
+    from ..merge import merge
+    from .draw import Drawn
+
+    report = merge(
+        model,
+        adapter,
+        output,
+        trust_base=trust_base,
+        generation=generation,
+        prove=not no_proof,
+        reporter=Drawn(quiet=as_json),
+    )
+    if as_json:
+        emit({**asdict(report), "output": str(report.output)})
+        return
+    click.echo(
+        f"{report.output}: {report.changed} of {report.tensors} tensors changed "
+        f"({count(report.parameters)} parameters) by {report.pairs} LoRA pairs, "
+        f"largest change {report.largest_change:.3g}"
+    )
+    if report.proof is not None:
+        click.echo(
+            f"proved: logits of the unrounded merge are within {report.proof['difference']:.1e} "
+            f"of base + adapter, whose effect is {report.proof['effect']:.3g}"
+        )

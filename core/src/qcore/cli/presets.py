@@ -1,0 +1,71 @@
+"""``qcore presets``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .common import debug_option, emit, json_option
+
+
+@click.group("presets")
+def command() -> None:
+    """Named settings, from core and from plugins."""
+
+
+@command.command("list")
+@json_option
+@debug_option
+def list_presets(as_json: bool) -> None:
+    """List the presets and where each comes from."""
+    from ..presets import load_presets
+
+    presets = load_presets()
+    rows: list[dict[str, Any]] = [
+        {
+            "id": preset.id,
+            "aliases": list(preset.aliases),
+            "origin": preset.origin,
+            "base_model": preset.base_model,
+            "description": preset.description,
+        }
+        for preset in presets
+    ]
+    broken = [{"file": str(one.file), "reason": str(one.reason)} for one in presets.broken]
+    if as_json:
+        emit({"presets": rows, "broken": broken})
+        return
+    from .draw import show
+
+    show("", [{**row, "aliases": ", ".join(row["aliases"] or ())} for row in rows])
+    for one in broken:
+        click.echo(f"broken: {one['file']}: {one['reason']}", err=True)
+
+
+@command.command("show")
+@click.argument("name")
+@json_option
+@debug_option
+def show_preset(name: str, as_json: bool) -> None:
+    """Print the settings of preset NAME, as --config would take them."""
+    from ..presets import load_presets
+
+    preset = load_presets().get(name)
+    if as_json:
+        emit(
+            {
+                "id": preset.id,
+                "aliases": list(preset.aliases),
+                "origin": preset.origin,
+                "base_model": preset.base_model,
+                "description": preset.description,
+                "settings": dict(preset.settings),
+            }
+        )
+        return
+    click.echo(f"# {preset.id} ({preset.origin}): {preset.description}")
+    if preset.base_model:
+        click.echo(f"# model: {preset.base_model}")
+    for key, value in preset.settings.items():
+        click.echo(f"{key}: {value}")

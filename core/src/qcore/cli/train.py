@@ -1,0 +1,76 @@
+"""``qcore train``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from .common import debug_option, emit, json_option
+
+
+@click.command("train")
+@click.option("--model", help="Folder or hub id; by default the preset's base model.")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Chat JSONL.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Adapter folder.")
+@click.option("--preset", help="Named settings; see qcore presets list.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="run.yaml")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="One setting; repeatable.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--resume", is_flag=True, help="Go on with the run that was stopped.")
+@click.option("--adapter-class", help="Class whose names the adapter carries: text or vl.")
+@click.option("--generation", help="Take an unproven checkpoint for this generation.")
+@json_option
+@debug_option
+def command(
+    model: str | None,
+    data: Path,
+    output: Path,
+    preset: str | None,
+    config_file: Path | None,
+    sets: tuple[str, ...],
+    device: str,
+    resume: bool,
+    adapter_class: str | None,
+    generation: str | None,
+    as_json: bool,
+) -> None:
+    """Fine-tune MODEL on DATA with QLoRA and publish a PEFT adapter in OUTPUT."""
+    from ..config import load_settings
+    from ..errors import UsageError
+    from ..presets import load_presets
+    from .draw import Drawn
+
+    presets = load_presets()
+    flags = {"adapter_class": adapter_class, "generation": generation}
+    settings, origins = load_settings(
+        preset=preset,
+        config_file=config_file,
+        sets=[*sets, *(f"{key}={value}" for key, value in flags.items() if value)],
+        presets=presets,
+    )
+    if model is None and preset is not None:
+        model = presets.get(preset).base_model
+    if model is None:
+        raise UsageError(
+            "QC-CLI-002", "no model was named", field="--model", expected="a folder or a hub id",
+            fix="pass --model, or a --preset that names one",
+        )  # fmt: skip
+    teller = Drawn(quiet=as_json)
+    for key, origin in origins.items():
+        if origin != "default":
+            teller.note(f"{key} = {getattr(settings, key)} (from {origin})")
+
+    from ..train import train
+
+    report = train(model, data, output, settings, device=device, resume=resume, reporter=teller)
+    if as_json:
+        emit({**asdict(report), "output": str(report.output)})
+        return
+    click.echo(
+        f"{report.output}: {report.steps} steps, loss {report.first_loss:.4f} -> "
+        f"{report.last_loss:.4f}"
+        + (f", eval {report.eval_loss:.4f}" if report.eval_loss is not None else "")
+        + f"; adapter for class '{report.adapter_class}'"
+    )

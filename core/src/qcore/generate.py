@@ -1,0 +1,177 @@
+"""Generate: a prompt through the checkpoint's own template and the plugin's own blocks.
+
+This file decides the decoding loop: one prefill, then one token at a time against caches
+(key/value for full attention, conv and recurrent state for linear attention), greedy or
+sampled, until a stop token. An adapter is applied as training applied it, on the base that it
+is bound to. It is meant for seeing an effect, not for serving.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapter import Adapter, read_adapter
+from .data.mask import load_tokenizer
+from .errors import InputError
+from .fingerprint import fingerprints
+from .identify import Identified, identify
+from .load import load
+from .merge import Deltas
+from .model import Model
+from .nn.linear import Lora
+from .nn.protocols import Packed
+from .preflight import preflight
+from .report import Reporter, Silent
+from .train import DTYPES, pick_device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """What came out.
+
+    Attributes:
+        text: the new text, special tokens skipped.
+        prompt: the rendered prompt.
+        prompt_tokens: its length.
+        tokens: new tokens, the stop token included.
+        stopped: whether a stop token ended it.
+    """
+
+    text: str
+    prompt: str
+    prompt_tokens: int
+    tokens: int
+    stopped: bool
+
+
+class Generator:
+    """A model loaded for decoding. Loading is the slow part; `prompt` may be called often.
+
+    Raises:
+        InputError: ``QC-GENERATE-001`` when the adapter was trained on another base.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        adapter: str | Path | None = None,
+        trust_base: bool = False,
+        device: str = "auto",
+        dtype: str = "bf16",
+        quantization: str = "none",
+        generation: str = "",
+        reporter: Reporter | None = None,
+    ) -> None:
+        tell = reporter or Silent()
+        self.device = pick_device(device)
+        self.found: Identified = identify(model, generation=generation)
+        self.chat = self.found.chat_format()
+        self.tokenizer = load_tokenizer(self.found.checkpoint)
+        ids = self.tokenizer.get_vocab()
+        for line in preflight(self.found, verb="generate", settings={}, token_ids=ids):
+            tell.note(line)
+        told = read_adapter(adapter, self.found.layout, trust_base=trust_base) if adapter else None
+        lora = {
+            name: Lora(r=pair.r, lora_alpha=pair.scaling * pair.r)
+            for name, pair in (told.pairs.items() if told else ())
+        }
+        checkpoint, layout = self.found.checkpoint, self.found.layout
+        architecture = self.found.decision.architecture
+        self.model = Model(architecture, checkpoint.config, layout, DTYPES[dtype], lora).eval()
+        quantize = quantization == "nf4"
+        with tell.progress("loading the model", checkpoint.total_bytes, "bytes") as advance:
+            digests = load(
+                self.model, layout, checkpoint,
+                device=self.device, quantize=quantize, progress=advance,
+            )  # fmt: skip
+        if told is not None:
+            self._apply(told, fingerprints(layout, digests))
+
+    def _apply(self, adapter: Adapter, now: dict[str, str]) -> None:
+        for part, recorded in adapter.fingerprints.items():
+            if now.get(part) != recorded:
+                raise InputError(
+                    "QC-GENERATE-001", "is not the base that the adapter was trained on",
+                    file=self.found.checkpoint.path, field=f"part '{part}'",
+                    found=str(now.get(part))[:12], expected=recorded[:12],
+                    fix=f"name {adapter.meta.get('model', {}).get('source', 'its base')}",
+                )  # fmt: skip
+        deltas = Deltas(adapter)
+        for name, module in self.model.adapters():
+            a, b = deltas.sides(name)
+            module.lora_A = nn.Parameter(a.to(self.device), requires_grad=False)
+            module.lora_B = nn.Parameter(b.to(self.device), requires_grad=False)
+
+    def prompt(
+        self,
+        text: str,
+        *,
+        system: str = "",
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Generated:
+        """Answer one user turn.
+
+        Args:
+            text: what the user says.
+            system: the system turn, none when empty.
+            max_new_tokens: when to stop at the latest.
+            temperature: 0 is greedy.
+            seed: of the sampling.
+        """
+        template = self.found.checkpoint.template
+        assert template is not None  # preflight refused it otherwise
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": text})
+        rendered = template.render(messages, add_generation_prompt=True)
+        ids: list[int] = self.tokenizer.encode(rendered, add_special_tokens=False).ids
+        new, stopped = self.decode(ids, max_new_tokens, temperature, seed)
+        return Generated(
+            text=self.tokenizer.decode(new, skip_special_tokens=True),
+            prompt=rendered,
+            prompt_tokens=len(ids),
+            tokens=len(new),
+            stopped=stopped,
+        )
+
+    @torch.inference_mode()
+    def decode(
+        self, ids: list[int], max_new_tokens: int, temperature: float, seed: int
+    ) -> tuple[list[int], bool]:
+        """Token ids of a prompt -> new ids, and whether a stop token came."""
+        stop = {self.tokenizer.token_to_id(token) for token in self.chat.stop_tokens}
+        sampler = torch.Generator(self.device).manual_seed(seed)
+        layers = self.model.trunk.layers
+        caches = [layer.new_cache(len(ids) + max_new_tokens, self.device) for layer in layers]
+        # Rows of the embedding beyond the tokenizer are padding: never sampled.
+        known = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        new: list[int] = []
+        fresh, done = torch.tensor(ids, device=self.device), 0
+        while len(new) < max_new_tokens:
+            logits = self._next(fresh, done, caches)[:known]
+            done += len(fresh)
+            if temperature > 0:
+                fresh = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=sampler)
+            else:
+                fresh = logits.argmax().reshape(1)
+            new.append(int(fresh))
+            if new[-1] in stop:
+                return new, True
+        return new, False
+
+    def _next(self, ids: Tensor, start: int, caches: list[object]) -> Tensor:
+        """Logits ``[V]`` float32 after the tokens `ids`, which follow `start` cached ones."""
+        positions = torch.arange(start, start + len(ids), device=self.device)
+        batch = Packed(ids=ids, cu_seqlens=(0, len(ids)), positions=positions)
+        x = self.model.trunk.embed(batch)
+        for layer, cache in zip(self.model.trunk.layers, caches, strict=True):
+            x = layer(x, batch, cache)
+        last = self.model.trunk.final(x[-1:])
+        return F.linear(last, self.model.head)[0].float()

@@ -1,0 +1,134 @@
+"""Model name -> checkpoint, decision, layout: what every verb does first.
+
+This file decides the order (folder, headers, plugins, detection, table, location) and
+nothing else. It reads no weight and imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .detect import Decision, detect
+from .errors import InputError, PluginError, QcoreError, raise_all
+from .hub import resolve_model
+from .locate import Layout, survey
+from .plugins import Plugins
+from .records import ChatFormat
+from .table import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identified:
+    """A model that qcore knows.
+
+    Attributes:
+        checkpoint: the folder and its headers.
+        plugins: the plugins of its model type, loaded.
+        decision: architecture, generation, and the evidence.
+        layout: every tensor explained, or as many as could be.
+        problems: what could not be explained; empty unless asked to tolerate it.
+    """
+
+    checkpoint: Checkpoint
+    plugins: Plugins
+    decision: Decision
+    layout: Layout
+    problems: tuple[QcoreError, ...] = ()
+
+    def chat_format(self) -> ChatFormat:
+        """The generation's chat format. Raises ``QC-CHAT-001`` unless exactly one is given."""
+        answers = self.plugins.ask(
+            "qcore_chat_format",
+            generation=self.decision.generation.name,
+            checkpoint=self.checkpoint,
+        )
+        if len(answers) != 1:
+            names = ", ".join(info.name for info, _ in answers) or "none"
+            raise PluginError(
+                "QC-CHAT-001",
+                f"not one plugin describes the chat format of {self.decision.generation.name}",
+                found=names,
+                expected="one",
+                fix="uninstall the plugin that does not belong, or upgrade the one that does",
+            )
+        chat: ChatFormat = answers[0][1]
+        return chat
+
+    def provenance(self) -> dict[str, Any]:
+        """What manifests record of the model."""
+        decision, checkpoint = self.decision, self.checkpoint
+        template = checkpoint.template
+        return {
+            "source": checkpoint.source,
+            "revision": checkpoint.revision,
+            "architecture": decision.architecture.name,
+            "generation": decision.generation.name,
+            "generation_forced": decision.forced,
+            "evidence": list(decision.evidence),
+            "classes": classes_of(checkpoint.config),
+            "template_sha256": template.sha256 if template is not None else None,
+            "plugins": {
+                info.distribution: info.version
+                for info in self.plugins.infos
+                if info.status.value == "loaded"
+            },
+        }
+
+
+def classes_of(config: Mapping[str, Any]) -> list[str]:
+    """``config.architectures``, as far as it is a list of names."""
+    classes = config.get("architectures")
+    return [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
+
+
+def identify(model: str, *, generation: str = "", tolerant: bool = False) -> Identified:
+    """Find, read and explain a model.
+
+    Args:
+        model: a folder or a hub id.
+        generation: accepted only where evidence is missing, never against it.
+        tolerant: keep unexplained tensors as `Identified.problems`, for reports.
+
+    Raises:
+        QcoreError: whatever the model folder, the plugins or detection have to say.
+    """
+    where = resolve_model(model)
+    checkpoint = Checkpoint.open(where.path, source=where.source, revision=where.revision)
+    plugins = Plugins.discover().for_model_type(checkpoint.config["model_type"])
+    decision = detect(checkpoint, plugins, generation=generation or None)
+    parts = [
+        part
+        for _, part in plugins.ask(
+            "qcore_key_mapping",
+            architecture=decision.architecture.name,
+            config=checkpoint.config,
+        )
+    ]
+    layout, problems = survey(Table(parts), checkpoint)
+    if not tolerant:
+        _refuse_quantised(checkpoint)
+        raise_all(problems)
+    return Identified(
+        checkpoint=checkpoint,
+        plugins=plugins,
+        decision=decision,
+        layout=layout,
+        problems=tuple(problems),
+    )
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    quantised = checkpoint.config.get("quantization_config")
+    if isinstance(quantised, dict):
+        raise InputError(
+            "QC-CKPT-008",
+            "is already quantised, and qcore trains and merges 16-bit bases",
+            file=checkpoint.path / "config.json",
+            field="quantization_config.quant_method",
+            found=quantised.get("quant_method"),
+            expected="no quantization_config",
+            fix="name the bf16 checkpoint that it was made from",
+        )

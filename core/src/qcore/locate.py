@@ -1,0 +1,335 @@
+"""The table met with a checkpoint's headers: where every canonical tensor lies.
+
+This file decides totality, both ways: every tensor of the table is on disk in one of its
+spellings, or is tied, or belongs to an optional part that is absent as a whole; every tensor
+on disk belongs to the table, or lies outside every root of it and in no more subtrees than
+config.json has sections that no part claims, and is then carried untouched. Anything else
+is an error that names the tensor. All problems are collected before one is raised.
+
+Each tensor picks its own spelling, so mixed layouts need no mode. The namespace is picked
+per part, by the most names that match.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from .checkpoint import Checkpoint, Header
+from .errors import InputError, QcoreError, raise_all
+from .table import Namespace, Part, Region, Table, Tensor
+
+_SHOWN = 32
+_SUGGESTED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One tensor on disk and the region of the canonical tensor that it is."""
+
+    header: Header
+    region: Region
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A canonical tensor and where it lies.
+
+    Attributes:
+        tensor: the canonical tensor.
+        places: the tensors on disk that tile it; empty when `tied`.
+        tied: the tensor that stands in for it, when it is absent on disk.
+    """
+
+    tensor: Tensor
+    places: tuple[Place, ...]
+    tied: str | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Safetensors name of the dtype on disk."""
+        return self.places[0].header.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A checkpoint explained by a table.
+
+    Attributes:
+        table: the table.
+        located: by canonical name; absent optional parts are not in it.
+        by_disk: name on disk -> (canonical tensor, region).
+        namespaces: the namespace found, by part.
+        absent: optional parts of which the checkpoint has no tensor.
+        carried: tensors that no part owns and that are carried untouched, with their subtree.
+        ties: tied tensors that are on disk all the same; loading proves them equal.
+    """
+
+    table: Table
+    located: Mapping[str, Located]
+    by_disk: Mapping[str, tuple[Tensor, Region]]
+    namespaces: Mapping[str, Namespace]
+    absent: tuple[str, ...] = ()
+    carried: Mapping[Header, str] = field(default_factory=dict)
+    ties: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters on disk, carried ones included; a tied tensor counts once."""
+        owned = sum(place.header.numel for item in self.located.values() for place in item.places)
+        return owned + sum(header.numel for header in self.carried)
+
+    def carried_roots(self) -> dict[str, int]:
+        """Number of carried tensors by subtree."""
+        return dict(Counter(self.carried.values()))
+
+    def groups(self) -> dict[str, tuple[int, int]]:
+        """(tensors, parameters) by group, over what is on disk."""
+        totals: dict[str, tuple[int, int]] = {}
+        for item in self.located.values():
+            if item.tied is None:
+                tensors, numel = totals.get(item.tensor.row.group, (0, 0))
+                totals[item.tensor.row.group] = tensors + 1, numel + item.tensor.numel
+        return totals
+
+
+def survey(table: Table, checkpoint: Checkpoint) -> tuple[Layout, list[QcoreError]]:
+    """Explain what `table` can of `checkpoint`, and everything that is wrong with the rest.
+
+    The problems are ``QC-KEY-001`` a missing tensor, ``-002`` an extra one, ``-003`` a wrong
+    shape, ``-004`` pieces of a stack missing, ``-005`` an optional part that is partly there,
+    ``-006`` pieces of unlike dtypes; each an `InputError`.
+    """
+    finder = _Finder(table, checkpoint)
+    for part in table.parts:
+        finder.part(part)
+    carried = finder.rest()
+    layout = Layout(
+        table=table,
+        located=finder.located,
+        by_disk=finder.by_disk,
+        namespaces=finder.namespaces,
+        absent=tuple(finder.absent),
+        carried=carried,
+        ties=finder.ties,
+    )
+    return layout, finder.problems
+
+
+def locate(table: Table, checkpoint: Checkpoint) -> Layout:
+    """Explain every tensor of `checkpoint` by `table`.
+
+    Raises:
+        InputError: the problem that `survey` found; a `PreflightError` for several.
+    """
+    layout, problems = survey(table, checkpoint)
+    raise_all(problems)
+    return layout
+
+
+class _Finder:
+    """The state of one `locate`: what was found, and what is wrong."""
+
+    def __init__(self, table: Table, checkpoint: Checkpoint) -> None:
+        self.table = table
+        self.checkpoint = checkpoint
+        self.headers = checkpoint.headers
+        self.located: dict[str, Located] = {}
+        self.by_disk: dict[str, tuple[Tensor, Region]] = {}
+        self.namespaces: dict[str, Namespace] = {}
+        self.absent: list[str] = []
+        self.ties: dict[str, str] = {}
+        self.problems: list[QcoreError] = []
+        self._wanted: set[str] = set()
+
+    def part(self, part: Part) -> None:
+        tensors = [tensor for tensor in self.table if tensor.part is part]
+        namespace = self._namespace(part, tensors)
+        self.namespaces[part.name] = namespace
+        missing = [tensor for tensor in tensors if not self._place(tensor, namespace)]
+        if not missing:
+            return
+        if part.optional and len(missing) == len(tensors):
+            self.absent.append(part.name)
+        elif part.optional:
+            self._problem(
+                "QC-KEY-005",
+                f"part '{part.name}' is there only in part",
+                namespace.spell(missing[0].name),
+                found=f"{len(tensors) - len(missing)} of {len(tensors)} tensors",
+                expected="all of them, or none",
+            )
+        else:
+            for tensor in missing[:_SHOWN]:
+                self._missing(tensor, namespace, len(missing))
+
+    def _namespace(self, part: Part, tensors: list[Tensor]) -> Namespace:
+        def score(namespace: Namespace) -> int:
+            return sum(
+                namespace.spell(way[0].name) in self.headers
+                for tensor in tensors
+                for way in tensor.spellings()
+            )
+
+        if len(part.namespaces) == 1:
+            return part.namespaces[0]
+        return max(part.namespaces, key=score)
+
+    def _place(self, tensor: Tensor, namespace: Namespace) -> bool:
+        """Find `tensor` on disk; ``False`` when nothing of it is there."""
+        best: list[str] = []
+        for way in tensor.spellings():
+            names = [namespace.spell(piece.name) for piece in way]
+            present = [name for name in names if name in self.headers]
+            self._wanted.update(names)
+            if len(present) == len(names):
+                places = []
+                for name, piece in zip(names, way, strict=True):
+                    header = self.headers[name]
+                    self._check_shape(header, piece.shape)
+                    places.append(Place(header, piece.region))
+                    self.by_disk[name] = (tensor, piece.region)
+                self._check_dtypes(places)
+                self.located[tensor.name] = Located(tensor, tuple(places))
+                if tensor.row.tie is not None:
+                    self.ties[tensor.name] = tensor.row.tie
+                return True
+            if present:
+                best = [name for name in names if name not in self.headers]
+                for name, piece in zip(names, way, strict=True):
+                    if name in self.headers:
+                        self.by_disk[name] = (tensor, piece.region)
+                self._problem(
+                    "QC-KEY-004",
+                    f"{len(best)} of {len(names)} pieces are absent",
+                    best[0],
+                    expected="every piece of the stack",
+                )
+                return True
+        if tensor.row.tie is not None:
+            self.located[tensor.name] = Located(tensor, (), tied=tensor.row.tie)
+            return True
+        return False
+
+    def _check_shape(self, header: Header, shape: tuple[int, ...]) -> None:
+        if header.shape != shape:
+            self._problem(
+                "QC-KEY-003",
+                "has the wrong shape",
+                header.name,
+                found=list(header.shape),
+                expected=list(shape),
+                file=header.file,
+                fix="use the config.json that came with the weights",
+            )
+
+    def _check_dtypes(self, places: Iterable[Place]) -> None:
+        dtypes = {place.header.dtype: place.header for place in places}
+        if len(dtypes) > 1:
+            header = next(reversed(dtypes.values()))
+            self._problem(
+                "QC-KEY-006",
+                "has another dtype than the other pieces of its tensor",
+                header.name,
+                found=header.dtype,
+                expected=next(iter(dtypes)),
+            )
+
+    def _missing(self, tensor: Tensor, namespace: Namespace, count: int) -> None:
+        name = namespace.spell(tensor.name)
+        near = self._nearest(name, (other for other in self.headers if other not in self._wanted))
+        found = f"nearest is {near}" if near else None
+        self._problem("QC-KEY-001", "is missing" + _of(count), name, found=found)
+
+    def rest(self) -> dict[Header, str]:
+        """What the table does not own: carried, or a problem."""
+        extra = [self.headers[name] for name in self.headers if name not in self.by_disk]
+        homes = {header.name: _subtree(header.name, self._roots()) for header in extra}
+        inside = [header for header in extra if homes[header.name] is None]
+        outside = [header for header in extra if homes[header.name] is not None]
+        subtrees = Counter(homes[header.name] for header in outside)
+        claimed = {part.section for part in self.table.parts}
+        sections = [
+            key
+            for key, value in self.checkpoint.config.items()
+            if key.endswith("_config") and isinstance(value, dict) and key not in claimed
+            and key != "quantization_config"
+        ]  # fmt: skip
+        if len(subtrees) > len(sections):
+            # The smallest subtrees are the strays: a whole tower is never one tensor.
+            allowed = {name for name, _ in subtrees.most_common(len(sections))}
+            inside += [header for header in outside if homes[header.name] not in allowed]
+            outside = [header for header in outside if homes[header.name] in allowed]
+        for header in inside[:_SHOWN]:
+            near = self._nearest(header.name, self._wanted - self.headers.keys())
+            self._problem(
+                "QC-KEY-002",
+                "belongs to no part of the model" + _of(len(inside)),
+                header.name,
+                found=f"nearest expected name is {near}" if near else None,
+                file=header.file,
+                fix="remove it, or install the plugin that knows it",
+            )
+        return {header: homes[header.name] or "" for header in outside}
+
+    def _roots(self) -> set[str]:
+        """The prefixes below which every name is a part's, as spelt on disk."""
+        roots: set[str] = set()
+        for part in self.table.parts:
+            spell = self.namespaces[part.name].spell
+            trees: dict[str, list[list[str]]] = {}
+            for row in part.rows:
+                words = spell(row.name).split(".")[:-1]
+                trees.setdefault(words[0], []).append(words)
+            roots |= {".".join(_shared(names)) for names in trees.values()}
+        return roots
+
+    def _nearest(self, name: str, among: Iterable[str]) -> str | None:
+        """The closest spelling; asked only for the first few problems, it is slow."""
+        if len(self.problems) >= _SUGGESTED:
+            return None
+        return next(iter(difflib.get_close_matches(name, list(among), n=1, cutoff=0.8)), None)
+
+    def _problem(
+        self,
+        code: str,
+        what: str,
+        field: str,
+        *,
+        found: object | None = None,
+        expected: object | None = None,
+        file: str | None = None,
+        fix: str = "download the checkpoint again, or name the one it was made from",
+    ) -> None:
+        path = self.checkpoint.path / file if file else self.checkpoint.path
+        self.problems.append(
+            InputError(code, what, file=path, field=field, found=found, expected=expected, fix=fix)
+        )
+
+
+def _shared(names: list[list[str]]) -> list[str]:
+    """The words that all names begin with."""
+    columns = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*names, strict=False))
+    return [words[0] for words in columns]
+
+
+def _of(count: int) -> str:
+    return "" if count == 1 else f" (one of {count})"
+
+
+def _subtree(name: str, roots: set[str]) -> str | None:
+    """The tree that a foreign name belongs to: its shortest prefix that leads to no root.
+
+    ``None`` when the name lies below a root.
+    """
+    words = name.split(".")
+    for count in range(1, len(words) + 1):
+        prefix = ".".join(words[:count])
+        if prefix in roots:
+            return None
+        if not any(root.startswith(prefix + ".") for root in roots):
+            return prefix
+    return None

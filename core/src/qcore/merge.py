@@ -1,0 +1,357 @@
+"""Merge: base + adapter -> a drop-in checkpoint, tensor by tensor.
+
+This file decides that a merged checkpoint is its base, file by file: the same shards with the
+same headers in the same order, the same sidecars; only tensors that the adapter touches get
+other bytes, ``W + scaling * (B A)[region]`` computed in float32 and rounded once. Nothing
+goes through a model class, so what training did not load is kept as it was.
+
+Each tensor is read once: its bytes are hashed for the fingerprint, changed or copied, hashed
+again for the manifest, and written. A mismatch with the base that the adapter was trained on
+stops the merge at the first tensor. Memory is a few tensors, whatever the size of the model.
+
+The checks after it: names, shapes, dtypes equal to the base's; every adapter tensor used;
+values finite; every touched tensor changed; and, by `prove`, logits of the unrounded merge
+equal to base + adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapter import WEIGHTS, Adapter, Pair, read_adapter
+from .artifact import MANIFEST, check_target, publish, read_manifest
+from .checkpoint import INDEX, Checkpoint, Header, read_headers
+from .errors import InputError, NumericError
+from .fingerprint import fingerprints
+from .identify import Identified, identify
+from .load import DTYPES, as_bytes, read_tensor
+from .preflight import preflight
+from .report import Advance, Reporter, Silent
+from .table import Region
+
+_COPY = 8 * 2**20  # bytes in flight when a tensor is only copied
+_BLOCK = 4 * 2**20  # elements of a weight that are in float32 at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        output: the published folder.
+        tensors: tensors on disk.
+        changed: tensors on disk with other bytes than the base's.
+        pairs: LoRA pairs applied, each once.
+        parameters: parameters of the changed tensors.
+        largest_change: largest absolute change of one value.
+        warnings: what preflight had to say.
+        proof: the logits check, or ``None`` when it was switched off.
+    """
+
+    output: Path
+    tensors: int
+    changed: int
+    pairs: int
+    parameters: int
+    largest_change: float
+    warnings: tuple[str, ...]
+    proof: Mapping[str, float] | None
+
+
+def merge(
+    model: str,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    trust_base: bool = False,
+    generation: str = "",
+    prove: bool = True,
+    reporter: Reporter | None = None,
+) -> MergeReport:
+    """Write ``base + adapter`` to `output`.
+
+    Raises:
+        InputError: the adapter is not for this base (``QC-MERGE-001``), is already in it
+            (``-002``), or its folder or the base's are not as they must be.
+        NumericError: ``QC-MERGE-003`` a value that is not finite, ``-004`` nothing changed,
+            ``-005`` logits of the merge differ from base + adapter.
+        WriteError: the output exists or cannot be written; nothing half-written stays.
+    """
+    tell = reporter or Silent()
+    target = check_target(output)
+    found = identify(model, generation=generation)
+    told = read_adapter(adapter, found.layout, trust_base=trust_base)
+    already = _refuse_twice(found.checkpoint, told)
+    warnings = preflight(found, verb="merge", settings={})
+    for line in (*found.decision.evidence, *warnings):
+        tell.note(line)
+    size = found.checkpoint.total_bytes
+    merger = _Merger(found, told)
+    with publish(target, kind="model", need_bytes=size) as out:
+        with tell.progress("merging", size, "bytes") as advance:
+            for shard in found.checkpoint.shards:
+                with out.stream(shard) as file:
+                    for chunk in merger.shard(shard, advance):
+                        file.write(chunk)
+        for name in found.checkpoint.sidecars:
+            if name != MANIFEST:
+                out.copy(name, found.checkpoint.file(name))
+        if found.checkpoint.index is not None:
+            out.copy(INDEX, found.checkpoint.file(INDEX))
+        merger.check()
+        _check_headers(found.checkpoint, out.folder)
+        proof = _prove(found, told, tell) if prove else None
+        out.meta.update(_meta(found, told, merger, already, proof))
+    return MergeReport(
+        output=target,
+        tensors=len(found.checkpoint.headers),
+        changed=merger.changed,
+        pairs=len(told.pairs),
+        parameters=merger.parameters,
+        largest_change=merger.largest,
+        warnings=warnings,
+        proof=proof,
+    )
+
+
+def _prove(found: Identified, adapter: Adapter, tell: Reporter) -> dict[str, float]:
+    from .prove import prove_merge  # it needs `Deltas`
+
+    with tell.progress("proving", found.checkpoint.total_bytes, "bytes") as advance:
+        return prove_merge(found, adapter, advance)
+
+
+def _refuse_twice(checkpoint: Checkpoint, adapter: Adapter) -> list[dict[str, Any]]:
+    """The merges that the base already went through; refuse one that holds this adapter."""
+    if MANIFEST not in checkpoint.sidecars:
+        return []
+    before: list[dict[str, Any]] = list(read_manifest(checkpoint.path).meta.get("merged", []))
+    mine = _digest(adapter.path / WEIGHTS)
+    if any(entry.get("sha256") == mine for entry in before):
+        raise InputError(
+            "QC-MERGE-002", "already holds this adapter", file=checkpoint.path,
+            found=adapter.path, fix="merge into the original base",
+        )  # fmt: skip
+    return before
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _meta(
+    found: Identified,
+    adapter: Adapter,
+    merger: _Merger,
+    already: list[dict[str, Any]],
+    proof: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    return {
+        "verb": "merge",
+        "model": found.provenance(),
+        "base_fingerprints": fingerprints(found.layout, merger.digests),
+        "merged": [
+            *already,
+            {
+                "adapter": str(adapter.path),
+                "sha256": _digest(adapter.path / WEIGHTS),
+                "trusted_without_fingerprint": not adapter.fingerprints,
+                "pairs": len(adapter.pairs),
+                "tensors_changed": merger.changed,
+            },
+        ],
+        "proof": dict(proof) if proof is not None else None,
+    }
+
+
+class Deltas:
+    """The adapter's matrices in float32 and ``scaling * B A`` by region.
+
+    Raises:
+        NumericError: ``QC-MERGE-003`` for a NaN or an infinity in the adapter.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.pairs = adapter.pairs
+        self._path = adapter.path / WEIGHTS
+        self._values: dict[str, tuple[Tensor, Tensor]] = {}
+        with self._path.open("rb") as file:
+            for name, pair in adapter.pairs.items():
+                sides = []
+                for header in (pair.a, pair.b):
+                    file.seek(header.start)
+                    value = torch.empty(header.shape, dtype=DTYPES[header.dtype])
+                    file.readinto(as_bytes(value))
+                    if not bool(torch.isfinite(value).all()):
+                        raise NumericError(
+                            "QC-MERGE-003", "holds a value that is not finite",
+                            file=self._path, field=header.name, fix="train again",
+                        )  # fmt: skip
+                    sides.append(value.float())
+                self._values[name] = (sides[0], sides[1])
+
+    def sides(self, name: str) -> tuple[Tensor, Tensor]:
+        """``A [r, in]`` and ``B [out, r]`` of a weight, float32."""
+        return self._values[name]
+
+    def add(self, name: str, weight: Tensor, rows: slice) -> Tensor:
+        """``weight + scaling * B[rows] A`` in float32, for rows ``weight [n, in]``."""
+        a, b = self._values[name]
+        return torch.addmm(weight.float(), b[rows], a, alpha=self.pairs[name].scaling)
+
+
+@dataclass(slots=True)
+class _Merger:
+    """One pass over the base's files."""
+
+    found: Identified
+    adapter: Adapter
+    deltas: Deltas = field(init=False)
+    digests: dict[str, str] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    changed: int = 0
+    parameters: int = 0
+    largest: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.deltas = Deltas(self.adapter)
+
+    def shard(self, name: str, progress: Advance) -> Iterator[memoryview]:
+        """The bytes of one merged shard, in order."""
+        checkpoint = self.found.checkpoint
+        path = checkpoint.file(name)
+        headers = [header for header in checkpoint.headers.values() if header.file == name]
+        headers.sort(key=lambda header: header.start)
+        with path.open("rb") as file, ThreadPoolExecutor(1) as pool:
+            yield memoryview(file.read(headers[0].start if headers else path.stat().st_size))
+            for header in headers:
+                tensor, region = self.found.layout.by_disk.get(header.name, (None, ()))
+                if tensor is not None and tensor.name in self.adapter.pairs:
+                    yield from self._change(file, header, tensor.name, region, pool)
+                else:
+                    yield from self._copy(file, header)
+                progress(header.end - header.start)
+
+    def _copy(self, file: Any, header: Header) -> Iterator[memoryview]:
+        digest = hashlib.sha256()
+        left = header.end - header.start
+        buffer = bytearray(min(_COPY, left))
+        while left:
+            view = memoryview(buffer)[: min(left, len(buffer))]
+            _fill(file, view, header)
+            digest.update(view)
+            yield view
+            left -= len(view)
+        self._note(header, digest.hexdigest())
+
+    def _change(
+        self, file: Any, header: Header, name: str, region: Region, pool: ThreadPoolExecutor
+    ) -> Iterator[memoryview]:
+        dtype = DTYPES.get(header.dtype)
+        if dtype is None:
+            raise InputError(
+                "QC-LOAD-001", "is stored in a dtype that cannot be merged into",
+                file=self.found.checkpoint.path / header.file, field=header.name,
+                found=header.dtype, expected=", ".join(DTYPES),
+                fix="merge into the bf16 revision of this checkpoint",
+            )  # fmt: skip
+        weight = torch.empty(header.shape, dtype=dtype)
+        _fill(file, as_bytes(weight), header)
+        hashed = pool.submit(lambda: hashlib.sha256(as_bytes(weight)).hexdigest())
+        merged = torch.empty_like(weight)
+        moved = 0.0
+        step = max(1, _BLOCK // weight.shape[1])
+        start = region[0].start
+        for at in range(0, len(weight), step):
+            old = weight[at : at + step]
+            rows = slice(start + at, start + at + len(old))
+            new = merged[at : at + step].copy_(self.deltas.add(name, old, rows))
+            change = float((new.float() - old.float()).abs().max())
+            if change != change or change == float("inf"):
+                raise NumericError(
+                    "QC-MERGE-003", "is not finite after the merge", file=self.adapter.path,
+                    field=header.name, fix="train again with a lower learning_rate",
+                )  # fmt: skip
+            moved = max(moved, change)
+        self._note(header, hashed.result())
+        self.done.add(name)
+        self.largest = max(self.largest, moved)
+        if moved:
+            self.changed += 1
+            self.parameters += header.numel
+        yield as_bytes(merged)
+
+    def _note(self, header: Header, digest: str) -> None:
+        """Keep the digest of a canonical tensor; compare it with the adapter's record."""
+        tensor, _ = self.found.layout.by_disk.get(header.name, (None, ()))
+        if tensor is None:
+            return
+        item = self.found.layout.located[tensor.name]
+        if len(item.places) > 1:
+            if tensor.name in self.digests:
+                return
+            digest = read_tensor(self.found.checkpoint, item)[1]
+        self.digests[tensor.name] = digest
+        recorded = self.adapter.meta.get("tensors", {}).get(tensor.name)
+        if recorded is not None and recorded != digest:
+            raise self._other_base(header.name, f"sha256 {digest[:12]}", f"{recorded[:12]}")
+
+    def _other_base(self, field: str, found: str, expected: str) -> InputError:
+        return InputError(
+            "QC-MERGE-001", "is not the base that the adapter was trained on",
+            file=self.found.checkpoint.path, field=field, found=found, expected=expected,
+            fix=f"name {self.adapter.meta.get('model', {}).get('source', 'its base')}",
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Every pair was used, something changed, and the base is the recorded one."""
+        unused = self.adapter.pairs.keys() - self.done
+        if unused:
+            raise NumericError(
+                "QC-MERGE-004", "was not applied", file=self.adapter.path, field=min(unused),
+                fix="report this: the adapter was accepted and then not used",
+            )  # fmt: skip
+        if not self.changed:
+            raise NumericError(
+                "QC-MERGE-004", "changes no weight of the base", file=self.adapter.path,
+                found=f"{len(self.adapter.pairs)} pairs, largest change 0",
+                fix="train longer, or with a higher learning_rate",
+            )  # fmt: skip
+        now = fingerprints(self.found.layout, self.digests)
+        for part, recorded in self.adapter.fingerprints.items():
+            if now.get(part) != recorded:
+                raise self._other_base(f"part '{part}'", str(now.get(part))[:12], recorded[:12])
+
+
+def _fill(file: Any, view: memoryview, header: Header) -> None:
+    got = file.readinto(view)
+    if got != len(view):
+        raise InputError(
+            "QC-CKPT-005", "is damaged", file=file.name, field=header.name,
+            found=f"{got} bytes", expected=len(view), fix="download the file again",
+        )  # fmt: skip
+
+
+def _check_headers(base: Checkpoint, folder: Path) -> None:
+    """Names, shapes, dtypes, files and offsets of the output are the base's."""
+    for shard in base.shards:
+        written = {header.name: header for header in read_headers(folder / shard)}
+        expected = {name: h for name, h in base.headers.items() if h.file == shard}
+        if written != expected:
+            raise NumericError(
+                "QC-MERGE-006", "does not have the tensors of the base", file=folder / shard,
+                found=f"{len(written)} tensors", expected=f"{len(expected)}",
+                fix="report this: the writer broke its contract",
+            )  # fmt: skip
+
+
+__all__ = ["Deltas", "MergeReport", "Pair", "merge"]

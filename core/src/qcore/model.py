@@ -1,0 +1,245 @@
+"""A trunk, a head and adapters as one module, built on the meta device from the table.
+
+This file decides which linear maps carry LoRA, proves that every tensor of every loaded part
+is some module's parameter, and owns the loop over layers: recompute lives here once. It reads
+no weight (`load`) and no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from .errors import PluginError, UsageError
+from .locate import Layout
+from .nn.linear import Linear, Lora
+from .nn.loss import cross_entropy_sum, supervised
+from .nn.protocols import Packed, Trunk
+from .records import Aim, Architecture
+from .table import Table
+from .table import Tensor as Entry
+
+Numbers = Mapping[str, Lora]  #: LoRA's numbers by canonical name of the weight
+
+
+def targets(
+    architecture: Architecture, layout: Layout, asked: Sequence[str], lora: Lora
+) -> dict[str, Lora]:
+    """Which weights get LoRA: every linear row of the groups that are on, or that are asked.
+
+    Raises:
+        UsageError: ``QC-LORA-001`` for a group that the model does not have or never trains.
+    """
+    allowed = [name for name, aim in architecture.groups.items() if aim is not Aim.NEVER]
+    for name in asked:
+        if name not in allowed:
+            raise UsageError(
+                "QC-LORA-001",
+                "is not a LoRA group of this model",
+                field="target_groups",
+                found=name,
+                expected=", ".join(allowed),
+                fix=f"name groups among {', '.join(allowed)}",
+            )
+    groups = set(asked) or {n for n, aim in architecture.groups.items() if aim is Aim.ON}
+    return {
+        entry.name: lora
+        for entry in layout.table
+        if entry.row.linear and entry.row.group in groups and entry.part.loaded
+    }
+
+
+class Context:
+    """The `BuildContext` of one model: hands out modules on meta and keeps account of them."""
+
+    def __init__(
+        self,
+        root: str,
+        config: Mapping[str, Any],
+        layout: Layout,
+        dtype: torch.dtype,
+        lora: Numbers,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.given: set[str] = set()
+        self._root = root
+        self._layout = layout
+        self._lora = lora
+
+    def linear(self, name: str) -> nn.Module:
+        """A `Linear` for the row ``{name}.weight``."""
+        entry = self._entry(f"{name}.weight")
+        return Linear(entry.shape, self.dtype, self._lora.get(entry.name))
+
+    def tensor(self, name: str) -> nn.Parameter:
+        """A frozen parameter on meta for the row `name`."""
+        entry = self._entry(name)
+        return nn.Parameter(torch.empty(entry.shape, device="meta"), requires_grad=False)
+
+    def _entry(self, name: str) -> Entry:
+        full = f"{self._root}.{name}"
+        if full not in self._layout.table.tensors:
+            raise PluginError(
+                "QC-MODEL-001", "is built but is in no row of the table", field=full,
+                fix="report this to the plugin's author",
+            )  # fmt: skip
+        self.given.add(full)
+        return self._layout.table[full]
+
+
+class Model(nn.Module):
+    """Trunk, head and adapters. Parameter names are the table's canonical names.
+
+    Attributes:
+        trunk: the plugin's blocks.
+        head_name: canonical name of the tensor that scores the vocabulary.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: Mapping[str, Any],
+        layout: Layout,
+        dtype: torch.dtype,
+        lora: Numbers,
+    ) -> None:
+        super().__init__()
+        context = Context(architecture.root, config, layout, dtype, lora)
+        trunk = architecture.build(context)
+        _mount(self, architecture.root, cast(nn.Module, trunk))
+        self.dtype = dtype
+        self.lora = dict(lora)
+        self._trunk = [trunk]  # in a list: mounted once already, under its canonical prefix
+        head = next(entry for entry in layout.table if entry.row.group == "head")
+        self.head_name = head.row.tie or head.name
+        if head.row.tie is None:
+            context.given.add(head.name)
+            holder = nn.Module()
+            meta = torch.empty(head.shape, device="meta")
+            holder.register_parameter("weight", nn.Parameter(meta, requires_grad=False))
+            _mount(self, head.name.removesuffix(".weight"), holder)
+        _prove_total(layout.table, context.given, {head.name})
+
+    @property
+    def trunk(self) -> Trunk:
+        return self._trunk[0]
+
+    @property
+    def head(self) -> Tensor:
+        """``[V, H]``, frozen."""
+        return self.get_parameter(self.head_name)
+
+    def adapters(self) -> Iterator[tuple[str, Linear]]:
+        """(canonical name of the weight, module) of every linear map that carries LoRA."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and module.lora is not None:
+                yield f"{name}.weight", module
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of everything that the optimiser moves, in a fixed order."""
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+    def hidden(self, batch: Packed, *, save_memory: bool = False) -> Tensor:
+        """What the head reads, ``[T, H]``.
+
+        Args:
+            batch: the pack.
+            save_memory: keep only each layer's input, and run the layer again in backward.
+        """
+        x = self.trunk.embed(batch)
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()  # reentrant-free recompute needs no input gradient, Linear does
+        for layer in self.trunk.layers:
+            if save_memory and torch.is_grad_enabled():
+                x = recompute(layer, x, batch, use_reentrant=False)
+            else:
+                x = layer(x, batch)
+        return self.trunk.final(x)
+
+    def loss(self, batch: Packed, *, save_memory: bool = False) -> tuple[Tensor, int]:
+        """Sum of the cross entropy over supervised positions, and their number."""
+        assert batch.targets is not None
+        rows, wanted = supervised(self.hidden(batch, save_memory=save_memory), batch.targets)
+        return cross_entropy_sum(rows, self.head, wanted), len(wanted)
+
+    def logits(self, batch: Packed) -> Tensor:
+        """All logits ``[T, V]``; for generation and for tests, never in training."""
+        return F.linear(self.hidden(batch), self.head)
+
+
+def _mount(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at a dotted path below `root`, through plain containers."""
+    *parents, leaf = path.split(".")
+    for name in parents:
+        child = root._modules.get(name)
+        if child is None:
+            child = nn.Module()
+            root.add_module(name, child)
+        root = child
+    root.add_module(leaf, module)
+
+
+def _prove_total(table: Table, given: set[str], core: set[str]) -> None:
+    for entry in table:
+        if entry.part.loaded and entry.name not in given | core:
+            raise PluginError(
+                "QC-MODEL-002",
+                "is a row of the table that the blocks do not use",
+                field=entry.name,
+                fix="report this to the plugin's author",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """One line of the coverage table: a group, what LoRA hits in it, how it is stored."""
+
+    group: str
+    modules: int
+    hit: int
+    parameters: int
+    trained: int
+    bits: float
+
+
+def coverage(architecture: Architecture, model: Model, layout: Layout) -> list[Coverage]:
+    """What training will touch, read off the loaded modules rather than off the plan."""
+    held = dict(model.named_modules())
+    lines = []
+    for group in architecture.groups:
+        entries = [e for e in layout.table if e.row.group == group and e.part.loaded]
+        entries = [e for e in entries if layout.located[e.name].tied is None]
+        if not entries:
+            continue
+        modules = [held.get(entry.name.removesuffix(".weight")) for entry in entries]
+        bits = sum(_bits(module, entry, model) for module, entry in zip(modules, entries))
+        adapted = [m for m in modules if isinstance(m, Linear) and m.lora is not None]
+        numel = sum(entry.numel for entry in entries)
+        lines.append(
+            Coverage(
+                group=group,
+                modules=len(entries),
+                hit=len(adapted),
+                parameters=numel,
+                trained=sum(
+                    p.numel() for m in adapted for p in (m.lora_A, m.lora_B) if p is not None
+                ),
+                bits=bits / numel,
+            )
+        )
+    return lines
+
+
+def _bits(module: nn.Module | None, entry: Entry, model: Model) -> float:
+    if isinstance(module, Linear) and module.nf4 is not None:
+        return module.nf4.nbytes * 8
+    return model.get_parameter(entry.name).nbytes * 8

@@ -1,0 +1,68 @@
+"""Cross entropy over a large vocabulary, on supervised positions only and in chunks.
+
+This file decides that full logits never exist: hidden states of supervised positions meet
+the head a few rows at a time, and the gradient of the hidden states is made in the same
+pass, so nothing is recomputed and no logits are saved. The head is frozen.
+
+Shapes: S supervised positions, H hidden size, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Bytes of one chunk's logits, in the head's dtype and in float32 together.
+CHUNK_BYTES = 512 * 2**20
+
+
+def supervised(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that are trained: ``hidden [T, H]``, ``targets [T]`` -> ``[S, H]``, ``[S]``."""
+    rows = (targets >= 0).nonzero().squeeze(1)
+    return hidden.index_select(0, rows), targets.index_select(0, rows)
+
+
+def cross_entropy_sum(
+    hidden: Tensor, head: Tensor, targets: Tensor, chunk: int | None = None
+) -> Tensor:
+    """Sum of ``-log softmax(hidden head^T)[target]`` over rows, float32.
+
+    Args:
+        hidden: ``[S, H]``.
+        head: ``[V, H]``, frozen.
+        targets: ``[S]`` int64 in ``[0, V)``.
+        chunk: rows whose logits exist at a time; by default as many as `CHUNK_BYTES` hold.
+    """
+    chunk = chunk or max(16, CHUNK_BYTES // (8 * len(head)))
+    loss: Tensor = _CrossEntropy.apply(hidden, head, targets, chunk)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        want = ctx.needs_input_grad[0]
+        grad = torch.empty_like(hidden) if want else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for at in range(0, len(hidden), chunk):
+            rows, wanted = hidden[at : at + chunk], targets[at : at + chunk, None]
+            logits = (rows @ head.t()).float()
+            peak = logits.amax(-1, keepdim=True)
+            # exp in place: the chunk's logits are the largest tensor of the whole step.
+            picked = logits.gather(1, wanted)
+            exp = logits.sub_(peak).exp_()
+            norm = exp.sum(-1, keepdim=True)
+            total += (norm.log() + peak - picked).sum()
+            if grad is not None:
+                exp.div_(norm)
+                exp.scatter_add_(1, wanted, torch.full_like(picked, -1.0))
+                torch.mm(exp.to(head.dtype), head, out=grad[at : at + chunk])
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        return (grad * scale.to(grad.dtype) if grad is not None else None), None, None, None

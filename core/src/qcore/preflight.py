@@ -1,0 +1,137 @@
+"""Preflight: everything that can be known to be wrong, before a weight is read, all at once.
+
+This file decides the guards that hold for any model: the template is there, the tokenizer
+fits the embedding, what turns end with exists. Plugins add theirs through
+``qcore_preflight``. Errors stop the verb together; warnings and notes are returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .errors import InputError, raise_all
+from .identify import Identified
+from .records import Finding, PreflightRequest, Severity
+
+
+def preflight(
+    found: Identified,
+    *,
+    verb: str,
+    settings: Mapping[str, Any],
+    token_ids: Mapping[str, int] | None = None,
+) -> tuple[str, ...]:
+    """Ask core's guards and every plugin's; raise all errors, return the rest as lines.
+
+    Args:
+        found: the model.
+        verb: ``train``, ``merge`` or ``generate``.
+        settings: the run's settings by name.
+        token_ids: ids by token, where the verb reads text.
+    """
+    request = PreflightRequest(
+        verb=verb,
+        checkpoint=found.checkpoint,
+        architecture=found.decision.architecture.name,
+        generation=found.decision.generation.name,
+        layout=found.layout,
+        settings=settings,
+        token_ids=token_ids or {},
+    )
+    findings = [*_core(found, request)]
+    findings += [finding for _, finding in found.plugins.ask("qcore_preflight", request=request)]
+    raise_all([as_error(f) for f in findings if f.severity is Severity.ERROR])
+    return tuple(line(finding) for finding in findings)
+
+
+def as_error(finding: Finding) -> InputError:
+    """A finding as the error it stands for."""
+    return InputError(
+        finding.code,
+        finding.what,
+        file=finding.file,
+        field=finding.field,
+        found=finding.found,
+        expected=finding.expected,
+        fix=finding.fix,
+    )
+
+
+def line(finding: Finding) -> str:
+    """A finding as one line."""
+    text = as_error(finding).message
+    return f"{text}. {finding.fix}" if finding.fix else text
+
+
+def _core(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
+    layout, checkpoint = found.layout, found.checkpoint
+    for root, count in layout.carried_roots().items():
+        yield Finding(
+            code="QC-PRE-010",
+            severity=Severity.NOTE,
+            what=f"{count} tensors belong to no installed plugin and are kept as they are",
+            field=f"{root}.*",
+        )
+    for part in layout.absent:
+        yield Finding(
+            code="QC-PRE-011",
+            severity=Severity.NOTE,
+            what="config.json claims it, but the checkpoint has none of its tensors",
+            field=part,
+        )
+    if request.verb not in ("train", "generate"):
+        return
+    if checkpoint.template is None:
+        yield Finding(
+            code="QC-PRE-001",
+            severity=Severity.ERROR,
+            what="has no chat template",
+            file=str(checkpoint.path),
+            expected="chat_template.jinja",
+            fix="copy chat_template.jinja from the original checkpoint",
+        )
+    yield from _tokens(found, request)
+
+
+def _tokens(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
+    """The tokenizer fits the embedding and knows what the chat format needs."""
+    ids = request.token_ids
+    rows = next(e.shape[0] for e in found.layout.table if e.row.group == "embed")
+    largest = max(ids, key=lambda token: ids[token], default=None)
+    if largest is not None and ids[largest] >= rows:
+        yield Finding(
+            code="QC-PRE-002",
+            severity=Severity.ERROR,
+            what="has an id beyond the embedding",
+            file=str(found.checkpoint.path / "tokenizer.json"),
+            field=repr(largest),
+            found=str(ids[largest]),
+            expected=f"< {rows} (vocab_size)",
+            fix="use the tokenizer that came with the weights",
+        )
+    chat = found.chat_format()
+    for token in dict.fromkeys((chat.turn_start, chat.turn_end, *chat.stop_tokens)):
+        if token not in ids:
+            yield Finding(
+                code="QC-PRE-003",
+                severity=Severity.ERROR,
+                what="is not in the tokenizer",
+                file=str(found.checkpoint.path / "tokenizer.json"),
+                field=repr(token),
+                expected="one token, as the chat format needs",
+                fix="use the tokenizer that came with the weights",
+            )
+    eos = found.checkpoint.generation_config.get("eos_token_id")
+    listed = eos if isinstance(eos, list) else [eos]
+    if eos is not None and ids.get(chat.turn_end) not in listed:
+        yield Finding(
+            code="QC-PRE-004",
+            severity=Severity.WARNING,
+            what="does not hold the token that ends a turn: servers will not stop there",
+            file="generation_config.json",
+            field="eos_token_id",
+            found=str(listed),
+            expected=f"{ids.get(chat.turn_end)} ({chat.turn_end}) among them",
+            fix="add it",
+        )

@@ -1,0 +1,204 @@
+"""The proof of a merge: logits of ``W + scaling * B A`` against base + adapter.
+
+This file decides what is compared: three streams of the same random tokens through the
+plugin's own blocks in float32, one layer in memory at a time: the base, the base with the
+adapter as training applies it, and the base with the weights merged but not rounded. The
+second and the third must agree; the first tells how large the effect is. After rounding to
+the file's dtype a difference is expected and gates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter
+from .checkpoint import Checkpoint
+from .errors import NumericError
+from .identify import Identified
+from .load import DTYPES, as_bytes, place, read_tensor
+from .locate import Located
+from .merge import Deltas
+from .model import Model
+from .nn.linear import Linear, Lora
+from .nn.protocols import Packed
+
+_DOCUMENTS, _TOKENS = 8, 12
+_TOLERANCE = 1e-4  # of the largest logit, or of 1: float32 through the depth of the model
+_HEAD_ROWS = 8192
+
+
+def prove_merge(
+    found: Identified, adapter: Adapter, progress: Callable[[int], None] | None = None
+) -> dict[str, float]:
+    """Compare the unrounded merge with base + adapter on random tokens.
+
+    Returns:
+        ``difference`` and ``effect`` (largest absolute differences of logits) and ``scale``
+        (largest absolute logit).
+
+    Raises:
+        NumericError: ``QC-MERGE-005`` when they differ, or when the adapter has no effect.
+    """
+    streams = _Streams(found, adapter, progress or (lambda count: None))
+    with torch.no_grad():
+        base, adapted, merged = streams.run()
+        result = streams.compare(base, adapted, merged)
+    allowed = _TOLERANCE * max(1.0, result["scale"])
+    if not result["difference"] <= allowed:
+        raise NumericError(
+            "QC-MERGE-005", "logits of the merge differ from base + adapter",
+            file=adapter.path, found=f"{result['difference']:.2e}", expected=f"<= {allowed:.0e}",
+            fix="report this: the adapter would not do in the merge what it did in training",
+        )  # fmt: skip
+    if not result["effect"] > 0:
+        raise NumericError(
+            "QC-MERGE-005", "has no effect on the base's logits", file=adapter.path,
+            found="0", expected="a difference", fix="train longer",
+        )  # fmt: skip
+    return result
+
+
+class _Streams:
+    """The model on meta, of which one layer at a time is real."""
+
+    def __init__(
+        self, found: Identified, adapter: Adapter, progress: Callable[[int], None]
+    ) -> None:
+        self.checkpoint = found.checkpoint
+        self.layout = found.layout
+        self.progress = progress
+        self.deltas = Deltas(adapter)
+        lora = {
+            name: Lora(r=pair.r, lora_alpha=pair.scaling * pair.r)
+            for name, pair in adapter.pairs.items()
+        }
+        architecture = found.decision.architecture
+        config = found.checkpoint.config
+        self.model = Model(architecture, config, found.layout, torch.float32, lora).eval()
+        self.modules = dict(self.model.named_modules())
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the head reads, ``[T, H]``, in the three streams."""
+        trunk, batch = self.model.trunk, self._batch()
+        x = trunk.embed(batch)
+        streams = [x, x, x]
+        for layer in trunk.layers:
+            assert isinstance(layer, nn.Module)
+            with _real(self, layer):
+                linears = [m for m in layer.modules() if isinstance(m, Linear) and m.lora]
+                streams[1] = layer(streams[1], batch)
+                loras = [(module, module.lora) for module in linears]
+                for module in linears:
+                    module.lora = None
+                streams[0] = layer(streams[0], batch)
+                for module, lora in loras:
+                    assert lora is not None
+                    weight, a, b = module.weight, module.lora_A, module.lora_B
+                    assert weight is not None
+                    assert a is not None
+                    assert b is not None
+                    weight.addmm_(b, a, alpha=lora.scaling)
+                streams[2] = layer(streams[2], batch)
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_meta and name in self.layout.located and not self._inside(name):
+                self._fill(self.layout.located[name])
+        base, adapted, merged = (trunk.final(stream) for stream in streams)
+        return base, adapted, merged
+
+    def compare(self, base: Tensor, adapted: Tensor, merged: Tensor) -> dict[str, float]:
+        """Stream the head a few rows at a time and keep the largest differences."""
+        difference = effect = scale = 0.0
+        for rows in _rows(self.checkpoint, self.layout.located[self.model.head_name]):
+            one, two, three = (stream @ rows.t() for stream in (base, adapted, merged))
+            difference = max(difference, float((three - two).abs().max()))
+            effect = max(effect, float((two - one).abs().max()))
+            scale = max(scale, float(two.abs().max()))
+        return {"difference": difference, "effect": effect, "scale": scale}
+
+    def _batch(self) -> Packed:
+        """Random documents over a small vocabulary: only its rows of the embedding are read."""
+        entry = next(e for e in self.layout.table if e.row.group == "embed")
+        count = min(_DOCUMENTS * _TOKENS, entry.shape[0])
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randint(entry.shape[0], (count,), generator=generator).tolist()
+        weight = _gather(self.checkpoint, self.layout.located[entry.name], rows)
+        parent, _, leaf = entry.name.rpartition(".")
+        embed = nn.Parameter(weight, requires_grad=False)
+        self.modules[parent]._parameters[leaf] = embed
+        ids = torch.randint(count, (_DOCUMENTS, _TOKENS), generator=generator)
+        return Packed.of(list(ids))
+
+    def _inside(self, name: str) -> bool:
+        return name == self.model.head_name or any(
+            name.startswith(f"{prefix}.") for prefix in self._layers()
+        )
+
+    def _layers(self) -> list[str]:
+        layers = set(map(id, self.model.trunk.layers))
+        return [name for name, module in self.modules.items() if id(module) in layers]
+
+    def _fill(self, item: Located) -> None:
+        value, _ = read_tensor(self.checkpoint, item)
+        place(self.model, self.modules, item, value, quantize=False)
+        self.progress(value.nbytes)
+
+
+class _real:  # noqa: N801 - reads as a statement: `with _real(streams, layer)`
+    """A layer's weights and adapters, loaded for the block and given back after it."""
+
+    def __init__(self, streams: _Streams, layer: nn.Module) -> None:
+        self.streams = streams
+        self.prefix = next(n for n, m in streams.modules.items() if m is layer)
+        self.loras: list[tuple[Linear, Lora]] = []
+
+    def __enter__(self) -> None:
+        streams = self.streams
+        for name, item in streams.layout.located.items():
+            if name.startswith(f"{self.prefix}."):
+                streams._fill(item)
+                module = streams.modules.get(name.removesuffix(".weight"))
+                if isinstance(module, Linear) and module.lora is not None:
+                    a, b = streams.deltas.sides(name)
+                    module.lora_A, module.lora_B = nn.Parameter(a), nn.Parameter(b)
+                    self.loras.append((module, module.lora))
+
+    def __exit__(self, *_: object) -> None:
+        for name, module in self.streams.modules.items():
+            if name == self.prefix or name.startswith(f"{self.prefix}."):
+                for leaf, parameter in list(module._parameters.items()):
+                    if parameter is not None:
+                        empty = torch.empty_like(parameter, device="meta")
+                        module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+
+
+def _gather(checkpoint: Checkpoint, item: Located, rows: list[int]) -> Tensor:
+    """Some rows of a matrix on disk, float32, without reading the rest."""
+    if len(item.places) != 1:
+        return read_tensor(checkpoint, item)[0][rows].float()
+    header = item.places[0].header
+    picked = torch.empty(len(rows), header.shape[1], dtype=DTYPES[header.dtype])
+    stride = picked.stride(0) * picked.element_size()
+    with checkpoint.file(header.file).open("rb") as file:
+        for slot, row in enumerate(rows):
+            file.seek(header.start + row * stride)
+            file.readinto(as_bytes(picked[slot]))
+    return picked.float()
+
+
+def _rows(checkpoint: Checkpoint, item: Located) -> Iterator[Tensor]:
+    """A matrix on disk as float32 blocks of rows."""
+    total = item.tensor.shape[0]
+    for at in range(0, total, _HEAD_ROWS):
+        header = item.places[0].header
+        count = min(_HEAD_ROWS, total - at)
+        block = torch.empty(count, header.shape[1], dtype=DTYPES[header.dtype])
+        with checkpoint.file(header.file).open("rb") as file:
+            file.seek(header.start + at * block.stride(0) * block.element_size())
+            file.readinto(as_bytes(block))
+        yield block.float()
+
+
+Proof = Mapping[str, float]

@@ -1,0 +1,210 @@
+"""The parameter table of Qwen 3.5, dense: rows, dims, axes, namespaces.
+
+This file decides which tensors a checkpoint of this architecture consists of, their groups,
+and how each is held in training. It transforms nothing: names and layouts are the hub's, the
+text class's names differ in one prefix.
+
+What stays out of 4 bit, and why:
+
+- ``in_proj_a``, ``in_proj_b``: one row per value head; they set decay and write strength of
+  the recurrent state, where an error accumulates over the sequence, and they are tiny.
+- ``conv1d``: no linear map; its rounding error reaches every token of q, k and v.
+- ``A_log``, ``dt_bias``: exponentiated state parameters, float32 always.
+- norms: vectors.
+- embeddings and head: looked up and scored by row; 4 bit costs quality there, and a tied
+  head must be the same numbers as the embedding.
+- mtp: not loaded in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qcore.errors import InputError
+from qcore.records import Aim
+from qcore.table import FP32, NF4, Namespace, Part, Row
+
+OWNER = "qcore-qwen35"
+ROOT = "model.language_model"
+EMBED = f"{ROOT}.embed_tokens.weight"
+
+#: LoRA groups. `gdn_gates` are the two small projections that steer the recurrent state.
+GROUPS: dict[str, Aim] = {
+    "attn": Aim.ON,
+    "gdn": Aim.ON,
+    "mlp": Aim.ON,
+    "gdn_gates": Aim.ASKED,
+    "embed": Aim.NEVER,
+    "head": Aim.NEVER,
+    "norm": Aim.NEVER,
+    "conv": Aim.NEVER,
+    "state": Aim.NEVER,
+    "mtp": Aim.NEVER,
+}
+
+NAMESPACES = (
+    Namespace(name="vl", classes=("Qwen3_5ForConditionalGeneration",)),
+    Namespace(
+        name="text",
+        classes=("Qwen3_5ForCausalLM",),
+        prefixes=((f"{ROOT}.", "model."),),
+    ),
+)
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's section: ``text_config``, or the whole file of a text-only save."""
+    section = config.get("text_config")
+    return section if isinstance(section, Mapping) else config
+
+
+def parts(config: Mapping[str, Any]) -> Iterator[Part]:
+    """The text part and, where the config claims one, the multi-token-prediction part.
+
+    Raises:
+        InputError: ``QC-QWEN35-001`` a dimension that is missing or no positive integer,
+            ``-002`` ``layer_types`` of the wrong length, ``-003`` an unknown layer type.
+    """
+    text = text_config(config)
+    layer_types = _layer_types(text)
+    dims = _dims(text)
+    by_type = {
+        kind: tuple(n for n, found in enumerate(layer_types) if found == kind)
+        for kind in ("linear_attention", "full_attention")
+    }
+    tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+    yield Part(
+        name="text",
+        owner=OWNER,
+        rows=tuple(_text_rows(tied)),
+        dims=dims,
+        axes={
+            "layer": tuple(range(len(layer_types))),
+            "linear": by_type["linear_attention"],
+            "full": by_type["full_attention"],
+        },
+        namespaces=NAMESPACES,
+        section="text_config",
+    )
+    if mtp_layers := int(text.get("mtp_num_hidden_layers") or 0):
+        yield Part(
+            name="mtp",
+            owner=OWNER,
+            rows=tuple(_mtp_rows()),
+            dims=dims,
+            axes={"mtp": tuple(range(mtp_layers))},
+            namespaces=(Namespace(name="hub"),),
+            optional=True,
+            loaded=False,
+        )
+
+
+def _text_rows(tied: bool) -> Iterator[Row]:
+    yield Row(EMBED, "vocab hidden", "embed")
+    layer = f"{ROOT}.layers.{{layer}}"
+    yield Row(f"{layer}.input_layernorm.weight", "hidden", "norm")
+    yield from _delta(f"{ROOT}.layers.{{linear}}")
+    yield from _attention(f"{ROOT}.layers.{{full}}", "attn")
+    yield Row(f"{layer}.post_attention_layernorm.weight", "hidden", "norm")
+    yield from _mlp(layer, "mlp")
+    yield Row(f"{ROOT}.norm.weight", "hidden", "norm")
+    yield Row("lm_head.weight", "vocab hidden", "head", tie=EMBED if tied else None)
+
+
+def _delta(p: str) -> Iterator[Row]:
+    m = f"{p}.linear_attn"
+    yield Row(f"{m}.in_proj_qkv.weight", "conv hidden", "gdn", NF4, linear=True)
+    yield Row(f"{m}.in_proj_z.weight", "v_heads*v_dim hidden", "gdn", NF4, linear=True)
+    yield Row(f"{m}.in_proj_a.weight", "v_heads hidden", "gdn_gates", linear=True)
+    yield Row(f"{m}.in_proj_b.weight", "v_heads hidden", "gdn_gates", linear=True)
+    yield Row(f"{m}.conv1d.weight", "conv 1 kernel", "conv")
+    yield Row(f"{m}.A_log", "v_heads", "state", FP32)
+    yield Row(f"{m}.dt_bias", "v_heads", "state", FP32)
+    yield Row(f"{m}.norm.weight", "v_dim", "norm")
+    yield Row(f"{m}.out_proj.weight", "hidden v_heads*v_dim", "gdn", NF4, linear=True)
+
+
+def _attention(p: str, group: str) -> Iterator[Row]:
+    m = f"{p}.self_attn"
+    # Rows of q_proj: query and output gate, interleaved per head.
+    yield Row(f"{m}.q_proj.weight", "heads*2*head_dim hidden", group, NF4, linear=True)
+    yield Row(f"{m}.k_proj.weight", "kv_heads*head_dim hidden", group, NF4, linear=True)
+    yield Row(f"{m}.v_proj.weight", "kv_heads*head_dim hidden", group, NF4, linear=True)
+    yield Row(f"{m}.o_proj.weight", "hidden heads*head_dim", group, NF4, linear=True)
+    yield Row(f"{m}.q_norm.weight", "head_dim", "norm")
+    yield Row(f"{m}.k_norm.weight", "head_dim", "norm")
+
+
+def _mlp(p: str, group: str) -> Iterator[Row]:
+    m = f"{p}.mlp"
+    yield Row(f"{m}.gate_proj.weight", "ffn hidden", group, NF4, linear=True)
+    yield Row(f"{m}.up_proj.weight", "ffn hidden", group, NF4, linear=True)
+    yield Row(f"{m}.down_proj.weight", "hidden ffn", group, NF4, linear=True)
+
+
+def _mtp_rows() -> Iterator[Row]:
+    p = "mtp.layers.{mtp}"
+    yield Row("mtp.fc.weight", "hidden 2*hidden", "mtp")
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        yield Row(f"mtp.{name}.weight", "hidden", "mtp")
+    yield Row(f"{p}.input_layernorm.weight", "hidden", "mtp")
+    yield from _attention(p, "mtp")
+    yield Row(f"{p}.post_attention_layernorm.weight", "hidden", "mtp")
+    yield from _mlp(p, "mtp")
+
+
+def _dims(text: Mapping[str, Any]) -> dict[str, int]:
+    heads = _size(text, "num_attention_heads")
+    v_heads, v_dim = _size(text, "linear_num_value_heads"), _size(text, "linear_value_head_dim")
+    keys = _size(text, "linear_num_key_heads") * _size(text, "linear_key_head_dim")
+    hidden = _size(text, "hidden_size")
+    return {
+        "hidden": hidden,
+        "vocab": _size(text, "vocab_size"),
+        "ffn": _size(text, "intermediate_size"),
+        "heads": heads,
+        "kv_heads": _size(text, "num_key_value_heads"),
+        "head_dim": _size(text, "head_dim"),
+        "v_heads": v_heads,
+        "v_dim": v_dim,
+        "conv": 2 * keys + v_heads * v_dim,
+        "kernel": _size(text, "linear_conv_kernel_dim"),
+    }
+
+
+def _size(text: Mapping[str, Any], key: str) -> int:
+    value = text.get(key)
+    if type(value) is not int or not 0 < value < 2**31:
+        raise _bad("QC-QWEN35-001", key, repr(value), "a positive integer")
+    return value
+
+
+def _layer_types(text: Mapping[str, Any]) -> list[str]:
+    layers = _size(text, "num_hidden_layers")
+    types = text.get("layer_types")
+    if types is None:
+        # transformers derives them from the interval: every n-th layer is full attention.
+        every = _size(text, "full_attention_interval")
+        kinds = ("full_attention", "linear_attention")
+        return [kinds[bool((n + 1) % every)] for n in range(min(layers, 10_000))]
+    if not isinstance(types, list) or len(types) != layers:
+        found = f"{len(types)} entries" if isinstance(types, list) else repr(types)
+        raise _bad("QC-QWEN35-002", "layer_types", found, f"{layers} (num_hidden_layers)")
+    for number, kind in enumerate(types):
+        if kind not in ("linear_attention", "full_attention"):
+            expected = "linear_attention or full_attention"
+            raise _bad("QC-QWEN35-003", f"layer_types[{number}]", repr(kind), expected)
+    return types
+
+
+def _bad(code: str, key: str, found: str, expected: str) -> InputError:
+    return InputError(
+        code,
+        "does not describe this architecture",
+        file="config.json",
+        field=key,
+        found=found,
+        expected=expected,
+        fix="use the config.json that came with the weights",
+    )
