@@ -1,0 +1,222 @@
+"""A data file to tokenised examples: every row checked, rendered, masked; then split.
+
+This file decides the order of things and what a data set is to training. One pass, all bad
+rows told at once, nothing cut and nothing skipped. The steps are `schema`, `render`, `mask`
+and, before them, `mask_proof`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from ..records import ChatFormat
+from .jsonl import BadRow, Problems
+from .mask import Example, encode_text, highest_id, load_tokenizer
+from .mask_proof import prove_mask
+from .schema import Row, read_rows
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from ..checkpoint import Checkpoint
+
+_TOKEN_NAMES = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """Examples of one file, split.
+
+    Attributes:
+        train: in the order of the file.
+        eval: held out, in the order of the file; empty where none was asked for.
+        path: the file.
+        sha256: hex digest of the file.
+        rows: rows in the file.
+        tokens: tokens of all rows.
+        supervised: positions with a loss, of all rows.
+        turns: assistant turns of all rows.
+        longest: tokens of the longest row.
+    """
+
+    train: tuple[Example, ...]
+    eval: tuple[Example, ...]
+    path: Path
+    sha256: str
+    rows: int
+    tokens: int
+    supervised: int
+    turns: int
+    longest: int
+
+    def summary(self) -> dict[str, Any]:
+        """What a manifest keeps of it."""
+        return {
+            "file": self.path.name,
+            "sha256": self.sha256,
+            "rows": self.rows,
+            "train_rows": len(self.train),
+            "eval_rows": len(self.eval),
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised,
+            "assistant_turns": self.turns,
+            "longest_row": self.longest,
+        }
+
+
+def dataset(
+    path: str | Path,
+    checkpoint: Checkpoint,
+    chat_format: ChatFormat,
+    max_length: int,
+    eval_fraction: float = 0.0,
+    seed: int = 0,
+    *,
+    tokenizer: Tokenizer | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> Dataset:
+    """Read, check, render and mask a JSON Lines file of conversations.
+
+    Args:
+        path: the file.
+        checkpoint: whose template and tokenizer are used.
+        chat_format: how its rendered conversations read.
+        max_length: tokens that a row may have.
+        eval_fraction: part of the rows to hold out, 0 up to but not 1.
+        seed: of the split.
+        tokenizer: from `load_tokenizer`, when the caller has it already.
+        variables: inputs of the template, e.g. ``preserve_thinking``.
+
+    Raises:
+        InputError: see `read_rows`, `encode_text`, `prove_mask` and `Template.render`;
+            ``QC-TEMPLATE-008`` no chat template, ``QC-TOKENIZER-002`` a tokenizer larger than
+            the embedding, ``QC-DATA-015`` too few rows to split.
+    """
+    path = Path(path)
+    template = checkpoint.template
+    if template is None:
+        raise InputError(
+            "QC-TEMPLATE-008",
+            "has no chat template",
+            file=checkpoint.path,
+            expected="chat_template.jinja, or chat_template in tokenizer_config.json",
+            fix="add the chat template that came with the weights",
+        )
+    tokenizer = tokenizer or load_tokenizer(checkpoint)
+    rows = _vocab_rows(checkpoint)
+    _check_size(checkpoint, tokenizer, rows)
+    given = {**special_tokens(checkpoint.tokenizer_config), **(variables or {})}
+    digest = hashlib.sha256()
+    problems = Problems(path)
+    examples = []
+    with template:
+        prove_mask(template, chat_format, tokenizer, variables=given)
+        good = read_rows(
+            path, chat_format, control=_special(tokenizer), problems=problems, digest=digest
+        )
+        for row, text in template.render_rows(good, **given):
+            if isinstance(text, InputError):
+                problems.add(row.line, _refused(path, row, text))
+                continue
+            try:
+                example = encode_text(
+                    text, row, tokenizer, chat_format, max_length, vocab_rows=rows
+                )  # fmt: skip
+            except BadRow as bad:
+                problems.add(row.line, bad.error(path, row.line))
+            else:
+                examples.append(example)
+    problems.stop()
+    held = split(examples, eval_fraction, seed, path)
+    return Dataset(
+        train=tuple(example for example in examples if example.line not in held),
+        eval=tuple(example for example in examples if example.line in held),
+        path=path,
+        sha256=digest.hexdigest(),
+        rows=len(examples),
+        tokens=sum(len(example.ids) for example in examples),
+        supervised=sum(example.supervised for example in examples),
+        turns=sum(example.turns for example in examples),
+        longest=max(len(example.ids) for example in examples),
+    )
+
+
+def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """Named tokens (``bos_token``, ...) that ``apply_chat_template`` gives to a template."""
+    found = {}
+    for name in _TOKEN_NAMES:
+        token = tokenizer_config.get(name)
+        if isinstance(token, dict):  # an AddedToken, written out
+            token = token.get("content")
+        if isinstance(token, str):
+            found[name] = token
+    return found
+
+
+def split(examples: list[Example], fraction: float, seed: int, path: Path) -> frozenset[int]:
+    """Lines to hold out: the first by a hash of seed and tokens, so that order means nothing.
+
+    Raises:
+        InputError: ``QC-DATA-015`` when a part would be empty.
+    """
+    if not fraction:
+        return frozenset()
+    count = max(1, round(len(examples) * fraction))
+    if count >= len(examples):
+        raise InputError(
+            "QC-DATA-015",
+            "has too few rows to hold some out",
+            file=path,
+            found=f"{len(examples)} rows, eval_fraction {fraction}",
+            fix="set eval_fraction=0 or add rows",
+        )
+    ranked = sorted(
+        (hashlib.sha256(f"{seed}:".encode() + example.ids.tobytes()).digest(), example.line)
+        for example in examples
+    )
+    return frozenset(line for _, line in ranked[:count])
+
+
+def _refused(path: Path, row: Row, error: InputError) -> InputError:
+    """A template's refusal as the row's error."""
+    return InputError(
+        error.code,
+        f"the chat template {error.what}",
+        file=path,
+        field=f"line {row.line}",
+        found=error.found,
+        fix="mend the row: the template is the checkpoint's own",
+    )
+
+
+def _special(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Tokens marked special: in any text they become control tokens, whoever wrote it."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    return tuple(token.content for token in added if token.special)
+
+
+def _vocab_rows(checkpoint: Checkpoint) -> int | None:
+    config = checkpoint.config
+    text = config.get("text_config")
+    size = (text if isinstance(text, dict) else config).get("vocab_size")
+    return size if isinstance(size, int) else None
+
+
+def _check_size(checkpoint: Checkpoint, tokenizer: Tokenizer, rows: int | None) -> None:
+    highest = highest_id(tokenizer)
+    if rows is not None and highest >= rows:
+        raise InputError(
+            "QC-TOKENIZER-002",
+            "has tokens without an embedding",
+            file=checkpoint.path / "tokenizer.json",
+            found=f"ids up to {highest}",
+            expected=f"ids below vocab_size {rows}",
+            fix="use the tokenizer.json that came with the weights",
+        )

@@ -1,0 +1,289 @@
+"""JSON Lines, strictly: bytes of a file to one JSON value a line.
+
+This file decides what counts as a line and as JSON: UTF-8, one value a line, no duplicate
+keys, no NaN or infinity, bounded line length and nesting. What a value means is
+`qcore.data.schema`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import InputError, PreflightError
+
+MAX_LINE = 16 << 20  #: bytes; a longer line is refused without being held in memory
+MAX_DEPTH = 64
+SHOWN = 20  #: bad rows told one by one; the rest is a number
+
+_BLOCK = 1 << 20
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"PAR1": "Parquet",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"ARROW1": "Arrow",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+_BOM = b"\xef\xbb\xbf"
+
+
+class Hasher(Protocol):
+    """What `hashlib.sha256()` gives."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+
+class BadRow(Exception):
+    """One row that is not as it must be; `error` gives it file and line.
+
+    Args:
+        code: stable code.
+        what: the statement.
+        at: path inside the row, ``messages[3].content``.
+        found: what was there.
+        expected: what should have been there.
+        fix: one edit that mends it.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        what: str,
+        *,
+        at: str = "",
+        found: object | None = None,
+        expected: object | None = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.code = code
+        self.what = what
+        self.at = at
+        self.found = found
+        self.expected = expected
+        self.fix = fix
+
+    def error(self, path: Path | None, line: int) -> InputError:
+        """The user's error: file, line and field."""
+        return InputError(
+            self.code,
+            self.what,
+            file=path,
+            field=f"line {line}, {self.at}" if self.at else f"line {line}",
+            found=self.found,
+            expected=self.expected,
+            fix=self.fix,
+        )
+
+
+class Problems:
+    """The bad rows of one file: all are counted, the first `SHOWN` are kept."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        self._kept: list[tuple[int, InputError]] = []
+
+    def add(self, line: int, error: InputError) -> None:
+        """Count the error of a line; keep it if it is among the first."""
+        self.count += 1
+        # Schema and mask report out of step by a row or two: keep twice as many, sort at the end.
+        if len(self._kept) < 2 * SHOWN:
+            self._kept.append((line, error))
+
+    def stop(self) -> None:
+        """Raise when there was any: the one error, or a `PreflightError` of what is shown.
+
+        Raises:
+            InputError: the only one, or all that are shown and then ``QC-DATA-014`` with the
+                exact number of bad rows when more were found.
+        """
+        errors: list[Any] = [error for _, error in sorted(self._kept, key=lambda kept: kept[0])]
+        errors = errors[:SHOWN]
+        if self.count > len(errors):
+            errors.append(
+                InputError(
+                    "QC-DATA-014",
+                    f"{self.count} rows are bad, of which the first {len(errors)} are shown",
+                    file=self.path,
+                    fix="mend these and check again",
+                )
+            )
+        if len(errors) == 1:
+            raise errors[0]
+        if errors:
+            raise PreflightError(errors)
+
+
+def lines(path: Path, digest: Hasher | None = None) -> Iterator[tuple[int, bytes | None]]:
+    """Yield number (from 1) and bytes of every line that holds anything.
+
+    A byte order mark of UTF-8 at the start, carriage returns at line ends and blank lines mean
+    nothing and are passed over. A line over `MAX_LINE` is yielded as ``None``.
+
+    Args:
+        path: the file.
+        digest: updated with every byte of the file.
+
+    Raises:
+        InputError: ``QC-DATA-001`` cannot be read, ``QC-DATA-003`` is plainly another format.
+    """
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while raw := file.readline(_BLOCK):
+                number += 1
+                whole: bytes | None = raw
+                if number == 1:
+                    _check_format(path, raw)
+                    whole = raw.removeprefix(_BOM)
+                if digest is not None:
+                    digest.update(raw)
+                while not raw.endswith(b"\n") and (raw := file.readline(_BLOCK)):
+                    if digest is not None:
+                        digest.update(raw)
+                    whole = _join(whole, raw)
+                if whole is None:
+                    yield number, None
+                elif whole := whole.strip(b" \t\r\n"):
+                    yield number, whole
+    except OSError as error:
+        raise InputError(
+            "QC-DATA-001",
+            "cannot be read",
+            file=path,
+            found=error.strerror or str(error),
+            expected="a file of JSON lines",
+            fix="name the .jsonl file that holds the rows",
+        ) from None
+
+
+def _join(before: bytes | None, more: bytes) -> bytes | None:
+    if before is None or len(before) + len(more) > MAX_LINE:
+        return None
+    return before + more
+
+
+def _check_format(path: Path, start: bytes) -> None:
+    for magic, name in _MAGIC.items():
+        if start.startswith(magic):
+            raise InputError(
+                "QC-DATA-003",
+                f"is {name}, not JSON lines",
+                file=path,
+                field="line 1",
+                expected="UTF-8 text with one JSON object a line",
+                fix="convert it to .jsonl",
+            )
+    text = start.removeprefix(_BOM).strip(b" \t\r\n")
+    every = "." if text == b"{" else "'.[]'"
+    if text == b"{" or text.startswith(b"["):
+        raise InputError(
+            "QC-DATA-003",
+            "is one JSON document, not JSON lines",
+            file=path,
+            field="line 1",
+            expected="one JSON object a line",
+            fix=f"jq -c {every} {path.name} > rows.jsonl",
+        )
+
+
+def parse(raw: bytes | str, *, at: str = "") -> Any:
+    """One JSON value, strictly.
+
+    Args:
+        raw: UTF-8 bytes, or text that is already decoded.
+        at: path for the error.
+
+    Raises:
+        BadRow: ``QC-DATA-003`` not UTF-8, ``QC-DATA-004`` not JSON, a duplicate key, NaN or
+            infinity, nested too deep.
+    """
+    if isinstance(raw, bytes):
+        try:
+            raw = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadRow(
+                "QC-DATA-003",
+                "is not UTF-8",
+                at=at,
+                found=f"{error.reason} 0x{error.object[error.start]:02x} at byte {error.start + 1}",
+                fix="save the file as UTF-8",
+            ) from None
+    try:
+        value = _DECODER.decode(raw)
+    except json.JSONDecodeError as error:
+        byte = len(raw[: error.pos].encode("utf-8", "surrogatepass")) + 1
+        raise BadRow(
+            "QC-DATA-004",
+            "is not JSON",
+            at=at,
+            found=f"{error.msg} at byte {byte}",
+            fix="write one whole JSON object a line",
+        ) from None
+    except RecursionError:
+        raise _too_deep(at) from None
+    except _Refused as error:
+        raise BadRow(
+            "QC-DATA-004", str(error), at=at, found=error.found, expected=error.expected
+        ) from None
+    except ValueError:  # an integer with more digits than Python converts
+        raise BadRow("QC-DATA-004", "has a number of thousands of digits", at=at) from None
+    if raw.count("{") + raw.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise _too_deep(at)
+    return value
+
+
+class _Refused(ValueError):
+    def __init__(self, what: str, found: str, expected: str) -> None:
+        super().__init__(what)
+        self.found = found
+        self.expected = expected
+
+
+def _too_deep(at: str) -> BadRow:
+    return BadRow(
+        "QC-DATA-004", "is nested too deep", at=at, expected=f"at most {MAX_DEPTH} levels"
+    )
+
+
+def _depth(value: Any) -> int:
+    deepest, todo = 0, [(value, 1)]
+    while todo:
+        node, depth = todo.pop()
+        deepest = max(deepest, depth)
+        if isinstance(node, dict):
+            todo.extend((child, depth + 1) for child in node.values())
+        elif isinstance(node, list):
+            todo.extend((child, depth + 1) for child in node)
+    return deepest
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _Refused("has a key twice in one object", repr(key), "each key once")
+            seen.add(key)
+    return made
+
+
+def _constant(name: str) -> Any:
+    raise _Refused("has a number that JSON does not know", name, "a finite number or null")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise _Refused("has a number beyond every float", text[:40], "a finite number")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)

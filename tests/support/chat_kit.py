@@ -1,0 +1,115 @@
+"""An own small template, chat format and tokenizer: what the data tests stand on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from qcore.data.render import Template
+from qcore.records import ChatFormat
+
+FORMAT = ChatFormat(
+    turn_start="<|im_start|>",
+    role_end="\n",
+    turn_end="<|im_end|>",
+    assistant="assistant",
+    prompt_tails=("<think>\n\n</think>\n\n", "<think>\n"),
+    control=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+    roles=("system", "user", "assistant", "tool"),
+    stop_tokens=("<|im_end|>", "<|endoftext|>"),
+)
+
+TEMPLATE = """\
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- if tools %}{{- '<|im_start|>system\\nTools: ' + (tools | tojson) + '<|im_end|>\\n' }}{% endif %}
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- if loop.index0 > ns.last or keep_thinking is defined and keep_thinking is true %}
+            {{- '<think>\\n' + (m.reasoning_content or '') | trim + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {%- generation %}{{- m.content | default('') | trim }}{% endgeneration %}
+        {%- for call in m.tool_calls or [] %}
+            {%- set f = call.function or call %}
+            {{- '<tool_call>' + f.name + (f.arguments | tojson) + '</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif m.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response>' + m.content + '</tool_response><|im_end|>\\n' }}
+    {%- elif m.role == 'system' and not loop.first %}
+        {{- raise_exception('System message must be first.') }}
+    {%- else %}
+        {{- '<|im_start|>' + m.role + '\\n' + m.content | trim + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{% endif %}
+"""
+
+_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+_MARKS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>"]
+_CORPUS = [
+    "The quick brown fox answers the user and thinks about the weather in Paris. " * 3,
+    "हिन्दी भाषा में उत्तर। مُحَمَّد كتب الرسالة. 你好世界。 e\u0301tude naïve",
+    'user assistant system\n\nTools: {"name": "find"}\n\n',
+]
+
+
+def own_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer.add_special_tokens(_SPECIAL)
+    tokenizer.add_tokens(_MARKS)
+    return tokenizer
+
+
+def own_template(text: str = TEMPLATE) -> Template:
+    return Template(text, "own.jinja")
+
+
+class FakeCheckpoint:
+    """What the data code reads of a `Checkpoint`."""
+
+    def __init__(self, path: Path, template: Template | None, vocab_size: int = 4096) -> None:
+        self.path = path
+        self.template = template
+        self.config = {"text_config": {"vocab_size": vocab_size}}
+        self.tokenizer_config = {"eos_token": "<|im_end|>", "pad_token": {"content": "<|pad|>"}}
+
+    @property
+    def sidecars(self) -> tuple[str, ...]:
+        return tuple(sorted(entry.name for entry in self.path.iterdir()))
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+
+def write_rows(path: Path, rows: list[object]) -> Path:
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+    return path
+
+
+def user(text: str) -> dict[str, object]:
+    return {"role": "user", "content": text}
+
+
+def bot(text: str | None = None, **more: object) -> dict[str, object]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def call(name: str, arguments: object) -> dict[str, object]:
+    return {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}}
