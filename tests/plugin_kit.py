@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
 import textwrap
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jinja2
-import jinja2.meta
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from qcore.errors import InputError
+from qcore.plugins import Plugins
 
 GOOD = """
 from qcore import hookimpl
@@ -102,49 +96,11 @@ def process(folder: Path, code: str, **environment: str) -> Any:
     return json.loads(done.stdout)
 
 
-class _GenerationTag(Extension):
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-class FakeTemplate:
-    """A template rendered in this process, with the attributes of the real one."""
-
-    def __init__(self, text: str, source: str = "chat_template.jinja") -> None:
-        self.text = text
-        self.source = source
-        self.renders = 0
-        self.environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag]
-        )
-        self.environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-        self.environment.globals["raise_exception"] = self._raise
-
-    def _raise(self, message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.text.rstrip("\r\n").encode()).hexdigest()
-
-    def inputs(self) -> frozenset[str]:
-        tree = self.environment.parse(self.text)
-        stored = {n.name for n in tree.find_all(nodes.Name) if n.ctx in ("store", "param")}
-        read = {n.name for n in tree.find_all(nodes.Name) if n.ctx == "load"}
-        macros = {n.name for n in tree.find_all(nodes.Macro)}
-        return frozenset(read - stored - macros - {"loop", *self.environment.globals})
-
-    def render(self, messages: Any, tools: Any = None, **variables: Any) -> str:
-        self.renders += 1
-        try:
-            template = self.environment.from_string(self.text)
-            return template.render(messages=messages, tools=tools, **variables)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise InputError("QC-FAKE-001", str(error)) from None
+def installed(*folders: Path, real: tuple[str, ...] = ()) -> Plugins:
+    """The plugins of distributions in `folders`, and of installed ones named in `real`."""
+    found = [*metadata.distributions(path=[str(folder) for folder in folders])]
+    found += [metadata.distribution(name) for name in real]
+    return Plugins.discover(point for dist in found for point in dist.entry_points)
 
 
 def checkpoint(config: dict[str, Any], template: Any = None) -> Any:

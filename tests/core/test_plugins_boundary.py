@@ -16,9 +16,28 @@ def _broad(tree: ast.AST) -> list[int]:
         if isinstance(node, ast.ExceptHandler):
             kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
             names = {kind.id for kind in kinds if isinstance(kind, ast.Name)}
-            if node.type is None or names & {"Exception", "BaseException"}:
+            broad = node.type is None or names & {"Exception", "BaseException"}
+            if broad and not _only_the_bare_class(node):
                 lines.append(node.lineno)
     return lines
+
+
+def _only_the_bare_class(handler: ast.ExceptHandler) -> bool:
+    """``if type(error) is not Exception: raise`` first: for libraries that raise that class."""
+    first = handler.body[0]
+    return (
+        isinstance(first, ast.If)
+        and ast.unparse(first.test) == f"type({handler.name}) is not Exception"
+        and ast.unparse(first.body) == "raise"
+    )
+
+
+def test_the_check_sees_broad_handlers() -> None:
+    for clause in ("except:", "except Exception:", "except (ValueError, BaseException) as e:"):
+        assert _broad(ast.parse(f"try:\n    pass\n{clause}\n    pass\n")) == [3]
+    narrow = "except Exception as e:\n    if type(e) is not Exception:\n        raise\n    pass\n"
+    assert _broad(ast.parse(f"try:\n    pass\n{narrow}")) == []
+    assert _broad(ast.parse("try:\n    pass\nexcept ValueError:\n    pass\n")) == []
 
 
 def test_broad_except_stands_in_plugins_only() -> None:

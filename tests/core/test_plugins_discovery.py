@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from plugin_kit import distribution, good, process
 
+from qcore.plugin_catalog import _unmet
+
 CANARY = "open({canary!r}, 'w').close()"
 
 
@@ -63,6 +65,12 @@ def test_version_gate(
     found = process(tmp_path, "show(statuses())")["toy"]
     assert found[0] == status
     assert (reason in found[1]) if reason else found[1] is None
+
+
+def test_a_development_version_of_the_framework_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcore.__version__", "0.1.1.dev0")
+    assert _unmet(["qcore-framework>=0.1,<0.2"]) is None
+    assert _unmet(["qcore-framework<0.1"]) is not None
 
 
 def test_two_plugins_of_one_name_are_both_listed_and_neither_imported(tmp_path: Path) -> None:

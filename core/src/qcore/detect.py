@@ -78,7 +78,8 @@ def detect(checkpoint: Checkpoint, plugins: Plugins, generation: str | None = No
 
     Args:
         checkpoint: the model folder; config and template are looked at, no weight.
-        plugins: the installed ones; only those that index the model type are imported.
+        plugins: the installed ones, or the scope of the model type; only plugins that index
+            it are imported.
         generation: what the user named with ``--generation``; accepted only where the
             evidence leaves it open.
 
@@ -96,7 +97,7 @@ def detect(checkpoint: Checkpoint, plugins: Plugins, generation: str | None = No
     described = scope.describe()
     claims = scope.ask("qcore_detect", checkpoint=checkpoint)
     cases = _cases(checkpoint, architecture.record, described, claims)
-    chosen, forced = _choose(checkpoint, cases, generation, plugins.infos)
+    chosen, forced = _choose(checkpoint, cases, generation, plugins.installed.infos)
     return Decision(
         architecture=architecture.record,
         architecture_plugin=architecture.plugin,
@@ -133,7 +134,7 @@ def _architecture(
             field="model_type",
             fix=f"uninstall one of them, or set {DISABLE} to its distribution",
         )
-    served = plugins.model_types
+    served = plugins.installed.model_types
     off = [info for info in served.get(model_type, ()) if info.status is Status.DISABLED]
     others = [
         kind

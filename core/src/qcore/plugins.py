@@ -42,11 +42,21 @@ _R = TypeVar("_R")
 
 
 class Plugins:
-    """The installed plugins, or those of one model type. Build with `Plugins.discover`."""
+    """The installed plugins, or those of one model type. Build with `Plugins.discover`.
 
-    def __init__(self, plugins: Iterable[Candidate], model_type: str | None = None) -> None:
+    Attributes:
+        installed: all of them, also where this set is the scope of one model type.
+    """
+
+    def __init__(
+        self,
+        plugins: Iterable[Candidate],
+        model_type: str | None = None,
+        installed: Plugins | None = None,
+    ) -> None:
         self._plugins = sorted(plugins, key=lambda plugin: plugin.key)
         self._model_type = model_type
+        self.installed = self if installed is None else installed
 
     @classmethod
     def discover(cls, entry_points: Iterable[EntryPoint] | None = None) -> Plugins:
@@ -89,7 +99,7 @@ class Plugins:
                     found=plugin.reason,
                     fix=_remedy(plugin),
                 )
-        return Plugins(chosen, model_type)
+        return Plugins(chosen, model_type, self.installed)
 
     def load_all(self) -> Plugins:
         """Load every plugin that may be; the others keep their status. Raises nothing."""

@@ -51,6 +51,8 @@ TEMPLATE_HASHES = {
 TEMPLATE_INPUTS = ("add_generation_prompt", "add_vision_id", "enable_thinking", "messages", "tools")
 
 ENDOFTEXT = 248044
+# Trainers of transformers before 5.23 copy the tokenizer's ids into the config: bos becomes null
+# whatever it was, and eos 248046. So a null bos speaks only where eos is still as published.
 _SHAPE_KEYS = ("linear_conv_kernel_dim", "linear_num_key_heads", "linear_num_value_heads")
 _LATER_KEYS = ("output_gate_type", "language_model_only")
 
