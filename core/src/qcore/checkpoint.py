@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .durable import reading
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class Checkpoint:
         Raises:
             InputError: ``QC-CKPT-001`` no folder or no config.json, ``-002`` JSON that does not
                 parse, ``-003`` an unsafe path, ``-004`` no weights, ``-005`` a damaged
-                safetensors file, ``-006`` index and shards disagree, ``-007`` pickled weights.
+                safetensors file, ``-006`` index and shards disagree, ``-007`` pickled weights;
+                ``QC-READ-001`` a file that cannot be read.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -123,7 +125,8 @@ class Checkpoint:
                 expected="a string",
                 fix="use the config.json that came with the weights",
             )
-        index, shards = _shards(folder)
+        with reading(folder):
+            index, shards = _shards(folder)
         headers: dict[str, Header] = {}
         for shard in shards:
             for header in read_headers(safe_file(folder, shard)):
@@ -180,7 +183,8 @@ class Checkpoint:
         if "chat_template.jinja" in self.sidecars:
             path = self.file("chat_template.jinja")
             try:
-                return Template(path.read_text(encoding="utf-8"), str(path))
+                with reading(path):
+                    return Template(path.read_text(encoding="utf-8"), str(path))
             except UnicodeDecodeError as error:
                 raise InputError(
                     "QC-CKPT-002", "is not UTF-8", file=path, found=error.reason,
@@ -195,9 +199,13 @@ class Checkpoint:
     def read(self, name: str) -> bytes:
         """The bytes of one tensor, little endian, row major."""
         header = self.headers[name]
-        with self.file(header.file).open("rb") as file:
+        path = self.file(header.file)
+        with reading(path), path.open("rb") as file:
             file.seek(header.start)
-            return file.read(header.end - header.start)
+            data = file.read(header.end - header.start)
+        if len(data) != header.end - header.start:
+            raise _damaged(path, f"{len(data)} of {header.end - header.start} bytes", name)
+        return data
 
     @property
     def total_bytes(self) -> int:
@@ -213,8 +221,8 @@ def safe_file(folder: Path, name: str) -> Path:
             or something that is no regular file.
     """
     path = folder / name
-    plain = name not in ("", ".", "..") and not set(name) & set("/\\:\0")
-    if plain:
+    plain = 0 < len(os.fsencode(name)) <= 255 and name not in (".", "..")
+    if plain and not set(name) & set("/\\:\0"):
         real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
         # A hub cache keeps snapshots/<commit>/<file> as links into its own blobs/.
         blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
@@ -232,7 +240,7 @@ def safe_file(folder: Path, name: str) -> Path:
         "QC-CKPT-003",
         "leaves the model folder",
         file=folder,
-        field=repr(name),
+        field=repr(name[:100]),
         expected="a plain file name of a file inside the folder",
         fix="do not use this checkpoint unless you know who wrote it",
     )
@@ -250,9 +258,11 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size, duplicate keys refused (``QC-CKPT-002``)."""
     try:
-        if path.stat().st_size > _MAX_JSON:
-            raise ValueError(f"larger than {_MAX_JSON} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_reject_duplicates)
+        with reading(path):
+            if path.stat().st_size > _MAX_JSON:
+                raise ValueError(f"larger than {_MAX_JSON} bytes")
+            text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=_reject_duplicates)
         if not isinstance(value, dict):
             raise ValueError(f"a JSON {type(value).__name__}")
     except (ValueError, RecursionError) as error:
@@ -271,8 +281,10 @@ def _shards(folder: Path) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     if (folder / INDEX).exists():
         index = read_json(safe_file(folder, INDEX))
         weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(shard, str) for shard in weight_map.values()
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(shard, str) for shard in weight_map.values())
         ):
             raise InputError(
                 "QC-CKPT-002",
@@ -320,8 +332,8 @@ def read_headers(path: Path) -> Iterator[Header]:
         InputError: ``QC-CKPT-005`` for a truncated file, overlapping or missing bytes,
             an unknown dtype, a size that is not that of the shape.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:
             raise _damaged(path, f"{size} bytes, less than a header")
