@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, read_adapter
 from .data.mask import load_tokenizer
+from .device import DTYPES, pick_device
 from .errors import InputError
 from .fingerprint import fingerprints
 from .identify import Identified, identify
@@ -27,7 +28,6 @@ from .nn.linear import Lora
 from .nn.protocols import Packed
 from .preflight import preflight
 from .report import Reporter, Silent
-from .train import DTYPES, pick_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,18 +1,22 @@
-"""Training state: what a checkpoint holds beside the adapter, and whether it may be resumed.
+"""A run's files: the adapter, its checkpoints, and whether one may be resumed.
 
-This file decides that a resumed run is the run that was stopped: base, template, data,
-settings and plugins are compared and a change is refused by name. State is safetensors and
-JSON, never a pickle. Order, schedule and random numbers are functions of the step
-(`schedule`), so the step, the adapter and AdamW's moments are all there is.
+This file decides what a trained adapter's folder and manifest hold, and that a resumed run is
+the run that was stopped: base, template, data, settings and plugins are compared and a change
+is refused by name. State is safetensors and JSON, never a pickle. Order, schedule and random
+numbers are functions of the step (`schedule`), so the step, the adapter and AdamW's moments
+are all there is.
 
 A run's folder lies beside its output: ``OUTPUT.run/`` holds ``metrics.jsonl`` and
-``checkpoint-N/``, each a complete adapter artefact with state.
+``checkpoint-N/``, each a complete adapter artefact with state. It goes away with a run that
+leaves no checkpoint.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +24,21 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from .adapter import WEIGHTS
+from . import __version__
+from .adapter import CONFIG, WEIGHTS, peft_config, peft_name
 from .artifact import Writer, publish, read_manifest, remove_tree, verify
-from .errors import InputError
+from .durable import make_folders, writing
+from .errors import InputError, UsageError
+from .fingerprint import fingerprints
+from .identify import Identified
 from .model import Model
+from .rundir import Lock
+from .settings import Settings
+from .table import Namespace
 
 OPTIMIZER = "optimizer.safetensors"
+METRICS = "metrics.jsonl"
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def run_folder(output: Path) -> Path:
-    """Where a run that writes `output` keeps its checkpoints and metrics."""
-    return output.with_name(output.name + ".run")
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -44,15 +51,6 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def write_optimizer(out: Writer, model: Model, optimizer: torch.optim.Optimizer) -> None:
-    """AdamW's moments by parameter name."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.trainable():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{name}:{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    out.write_bytes(OPTIMIZER, save(tensors))
-
-
 def newest(folder: Path) -> tuple[int, Path] | None:
     """The newest checkpoint that verifies; damaged ones are passed over."""
     for step, path in reversed(checkpoints(folder)):
@@ -61,65 +59,180 @@ def newest(folder: Path) -> tuple[int, Path] | None:
     return None
 
 
-def restore(
-    path: Path, model: Model, optimizer: torch.optim.Optimizer, names: Mapping[str, str]
-) -> None:
-    """Put a checkpoint's adapter and moments back.
-
-    Args:
-        path: the checkpoint.
-        model: with adapters on the run's device.
-        optimizer: AdamW over `Model.trainable`.
-        names: the adapter file's name of each trainable parameter.
-    """
-    weights, moments = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
-    for name, parameter in model.trainable():
-        with torch.no_grad():
-            parameter.copy_(weights[names[name]])
-        state = optimizer.state[parameter]
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            value = moments[f"{name}:{key}"]
-            # AdamW keeps its step counter on the CPU unless it is fused.
-            where = parameter.device if key != "step" or optimizer.defaults.get("fused") else "cpu"
-            state[key] = value.to(where)
-
-
-def check_same(path: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse to resume what is not the same run.
+def run_folder(output: Path, *, resume: bool) -> Path:
+    """Where a run that writes `output` keeps its checkpoints and metrics.
 
     Raises:
-        InputError: ``QC-RESUME-002`` naming the first thing that changed.
+        UsageError: ``QC-RESUME-001`` nothing to resume, ``-003`` an unfinished run is there.
     """
-    before = read_manifest(path).meta.get("identity", {})
-    for key, now in _flat(identity).items():
-        then = _flat(before).get(key)
-        if then != now:
-            raise InputError(
-                "QC-RESUME-002",
-                "changed since the run was stopped",
-                file=path,
-                field=key,
-                found=now,
-                expected=then,
-                fix="restore it, or start a new run with another --output",
+    folder = output.with_name(output.name + ".run")
+    if resume and not folder.is_dir():
+        raise UsageError(
+            "QC-RESUME-001",
+            "there is no run to resume",
+            file=folder,
+            field="--resume",
+            fix="drop --resume, or name the --output of the run that was stopped",
+        )
+    if not resume and checkpoints(folder):
+        raise UsageError(
+            "QC-RESUME-003",
+            "holds the checkpoints of another run",
+            file=folder,
+            fix="pass --resume to go on with it, or delete the folder to start again",
+        )
+    return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Path]:
+    """The run's folder, ours alone; removed afterwards unless it holds a checkpoint."""
+    with writing(folder):
+        made = make_folders(folder)
+    try:
+        with Lock(folder):
+            yield folder
+    finally:
+        if not checkpoints(folder):
+            remove_tree(folder)
+            for parent in reversed(made[:-1]):
+                if not any(parent.iterdir()):
+                    parent.rmdir()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFiles:
+    """Reads and writes what one run keeps.
+
+    Attributes:
+        found: the base.
+        model: with adapters.
+        settings: the run's.
+        namespace: the class that the adapter is written for.
+        digests: SHA-256 of the base's tensors, made while loading.
+        data: what the manifest records of the rows.
+        coverage: what is trained, by group.
+        device: type of the device.
+    """
+
+    found: Identified
+    model: Model
+    settings: Settings
+    namespace: Namespace
+    digests: Mapping[str, str]
+    data: Mapping[str, Any]
+    coverage: Sequence[Mapping[str, Any]]
+    device: str
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run the same run."""
+        provenance = self.found.provenance()
+        return {
+            "base": fingerprints(self.found.layout, self.digests),
+            "template": provenance["template_sha256"],
+            "plugins": provenance["plugins"],
+            "data": self.data["sha256"],
+            "settings": self.settings.to_dict(),
+            "device": self.device,
+            "torch": torch.__version__,
+            "qcore": __version__,
+        }
+
+    def save(self, folder: Path, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Publish ``checkpoint-STEP``, then delete what ``save_total_limit`` leaves no room for."""
+        with publish(folder / f"checkpoint-{step}", kind="checkpoint", overwrite=True) as out:
+            self._adapter(out)
+            moments: dict[str, Tensor] = {}
+            for name, parameter in self.model.trainable():
+                for key, value in optimizer.state[parameter].items():
+                    moments[f"{name}:{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            out.write_bytes(OPTIMIZER, save(moments))
+            out.meta["step"] = step
+        # Only now is the newest durable: an older one goes after it, never before.
+        for _, old in checkpoints(folder)[: -self.settings.save_total_limit]:
+            remove_tree(old)
+
+    def restore(self, path: Path, optimizer: torch.optim.Optimizer) -> None:
+        """Put a checkpoint's adapter and moments back.
+
+        Raises:
+            InputError: ``QC-RESUME-002`` naming the first thing that changed.
+        """
+        before = _flat(read_manifest(path).meta.get("identity", {}))
+        for key, now in _flat(self.identity()).items():
+            if before.get(key) != now:
+                raise InputError(
+                    "QC-RESUME-002",
+                    "changed since the run was stopped",
+                    file=path,
+                    field=key,
+                    found=now,
+                    expected=before.get(key),
+                    fix="restore it, or start a new run with another --output",
+                )
+        weights, moments = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
+        names = self._names()
+        for name, parameter in self.model.trainable():
+            with torch.no_grad():
+                parameter.copy_(weights[names[name]])
+            state = optimizer.state[parameter]
+            for key in ("exp_avg", "exp_avg_sq", "step"):
+                # AdamW keeps its step counter on the CPU unless it is fused.
+                at_home = key != "step" or optimizer.defaults.get("fused")
+                state[key] = moments[f"{name}:{key}"].to(parameter.device if at_home else "cpu")
+
+    def publish(self, target: Path, metrics: Path, result: Mapping[str, Any]) -> None:
+        """The adapter folder: PEFT's two files, the run's metrics, the manifest."""
+        with publish(target, kind="adapter") as out:
+            self._adapter(out)
+            out.copy(METRICS, metrics)
+            out.meta["result"] = dict(result)
+
+    def _names(self) -> dict[str, str]:
+        """The adapter file's name of each trainable parameter."""
+        return {
+            f"{name.removesuffix('.weight')}.lora_{side}": peft_name(
+                self.found.layout.table[name], self.namespace, side
             )
+            for name, _ in self.model.adapters()
+            for side in "AB"
+        }
+
+    def _adapter(self, out: Writer) -> None:
+        s, names, layout = self.settings, self._names(), self.found.layout
+        tensors = {
+            names[name]: parameter.detach().to("cpu", torch.float32).contiguous()
+            for name, parameter in self.model.trainable()
+        }
+        out.write_bytes(WEIGHTS, save(tensors, metadata={"format": "pt"}))
+        config = peft_config(
+            [layout.table[name] for name, _ in self.model.adapters()],
+            layout,
+            r=s.r,
+            lora_alpha=s.lora_alpha,
+            lora_dropout=s.lora_dropout,
+            base=self.found.checkpoint.source,
+            revision=self.found.checkpoint.revision,
+            namespace=self.namespace,
+        )
+        out.write_json(CONFIG, config)
+        out.meta.update(
+            verb="train",
+            model=self.found.provenance(),
+            adapter_class={"name": self.namespace.name, "classes": list(self.namespace.classes)},
+            fingerprints=fingerprints(layout, self.digests),
+            tensors=dict(self.digests),
+            data=dict(self.data),
+            identity=self.identity(),
+            coverage=[dict(line) for line in self.coverage],
+        )
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
+        # Manifests are JSON: a tuple comes back as a list.
+        value = list(value) if isinstance(value, tuple) else value
         flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat
-
-
-def rotate(folder: Path, keep: int) -> None:
-    """Delete old checkpoints; called only after the newest is durable."""
-    for _, path in checkpoints(folder)[:-keep]:
-        remove_tree(path)
-
-
-__all__ = [
-    "check_same", "checkpoints", "newest", "publish", "restore", "rotate", "run_folder",
-    "write_optimizer",
-]  # fmt: skip

@@ -149,7 +149,7 @@ def _random(tensor: Tensor, generator: torch.Generator) -> torch.Tensor:
     elif len(shape) == 1:
         value = 0.1 * noise
     elif name.endswith("embed_tokens.weight"):
-        value = noise
+        value = 0.1 * noise  # tied: logits of order 1
     else:
         value = noise / math.sqrt(shape[-1])
     return value.to(torch.bfloat16)

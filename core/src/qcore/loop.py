@@ -1,0 +1,163 @@
+"""The optimizer step: micro-batches in, one update out, nothing written.
+
+This file decides the loss (mean over the step's supervised tokens, however they are spread
+over rows and micro-batches, so accumulating 4 x 1 equals 1 x 4), the clip, and that a number
+that is not finite stops the run before the update. Order and rate are `schedule`'s, files are
+`state`'s.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .data.dataset import Dataset
+from .data.mask import Example
+from .device import peak_bytes, reset_peak
+from .errors import NumericError
+from .model import Model
+from .nn.protocols import Packed
+from .schedule import Schedule, seed_of
+from .settings import Settings
+
+
+class Loop:
+    """A loaded model, its optimizer and its rows.
+
+    Attributes:
+        optimizer: AdamW over the adapters.
+        schedule: rows and rate of every step.
+    """
+
+    def __init__(
+        self, model: Model, data: Dataset, settings: Settings, device: torch.device
+    ) -> None:
+        self.model = model
+        self.data = data
+        self.settings = settings
+        self.device = device
+        self.schedule = Schedule(len(data.train), settings)
+        self.parameters = [parameter for _, parameter in model.trainable()]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=device.type == "cuda",
+        )
+
+    def step(self, step: int) -> dict[str, Any]:
+        """Run optimizer step `step` (from 0); returns the row of ``metrics.jsonl``.
+
+        Raises:
+            NumericError: ``QC-TRAIN-003``, before anything was updated.
+        """
+        began = time.perf_counter()
+        reset_peak(self.device)
+        self.model.train()
+        torch.manual_seed(seed_of(self.settings.seed, "dropout", step))
+        batches = [
+            [self.data.train[row] for row in rows] for rows in self.schedule.micro_batches(step)
+        ]
+        loss, norm = self._accumulate(batches)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._not_finite(step, batches, loss, norm)
+        rate = self.schedule.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens = sum(len(example.ids) for batch in batches for example in batch)
+        seconds = time.perf_counter() - began
+        return {
+            "step": step + 1,
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "tokens": tokens,
+            "supervised_tokens": _supervised(batches),
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "memory_gb": round(peak_bytes(self.device) / 1e9, 3),
+        }
+
+    def _accumulate(self, batches: Sequence[Sequence[Example]]) -> tuple[float, float]:
+        """Gradients of the mean loss; returns the loss and the norm before clipping."""
+        supervised = _supervised(batches)
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            packed = pack(batch).to(self.device)
+            loss, _ = self.model.loss(packed, save_memory=self.settings.gradient_checkpointing)
+            loss = loss / supervised
+            torch.autograd.backward(loss)
+            total += loss.detach()
+        limit = self.settings.max_grad_norm or math.inf
+        return float(total), float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+
+    def _not_finite(
+        self, step: int, batches: Sequence[Sequence[Example]], loss: float, norm: float
+    ) -> NumericError:
+        lines = sorted(example.line for batch in batches for example in batch)
+        shown = ", ".join(map(str, lines[:8])) + (", ..." if len(lines) > 8 else "")
+        return NumericError(
+            "QC-TRAIN-003",
+            f"the loss or its gradient is not finite at step {step + 1}",
+            file=self.data.path,
+            field=f"lines {shown}",
+            found=f"loss {loss}, gradient norm {norm}",
+            fix="lower learning_rate, or look at these rows; the last checkpoint is intact",
+        )
+
+    def due(self, done: int) -> bool:
+        """Whether an evaluation follows the step that made it `done`; the last has its own."""
+        every = self.settings.eval_steps or self.schedule.steps_per_epoch
+        return bool(self.data.eval) and done % every == 0 and done < self.schedule.total
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Mean loss per supervised token over the held-out rows; ``None`` without any."""
+        if not self.data.eval:
+            return None
+        self.model.eval()
+        total, count = 0.0, 0
+        for example in self.data.eval:
+            loss, supervised = self.model.loss(pack([example]).to(self.device))
+            total, count = total + float(loss), count + supervised
+        return total / count
+
+    def prove_moved(self) -> None:
+        """Every adapter's B left zero; otherwise training had no effect on that module.
+
+        Raises:
+            NumericError: ``QC-TRAIN-004``.
+        """
+        still = [
+            name
+            for name, module in self.model.adapters()
+            if module.lora_B is None or not bool(module.lora_B.any())
+        ]
+        if still:
+            raise NumericError(
+                "QC-TRAIN-004",
+                f"{len(still)} adapters never moved",
+                field=still[0],
+                found="lora_B all zero",
+                fix="raise learning_rate or max_steps, or leave the group out of target_groups",
+            )
+
+
+def pack(batch: Sequence[Example]) -> Packed:
+    """Rows -> one pack; each position's target is the next token's label."""
+    ids = [torch.frombuffer(example.ids, dtype=torch.int32).long() for example in batch]
+    targets = []
+    for example in batch:
+        labels = torch.frombuffer(example.labels, dtype=torch.int32).long()
+        targets.append(torch.cat([labels[1:], labels.new_full((1,), -100)]))
+    return Packed.of(ids, targets)
+
+
+def _supervised(batches: Sequence[Sequence[Example]]) -> int:
+    return sum(example.supervised for batch in batches for example in batch)
