@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -18,9 +19,11 @@ from qcore.data.render import Template
 from qcore.data.schema import Row
 from qcore.errors import InputError
 
-WORDS = ["amber", "<b>bold</b>", "a & b", "it's so", "हिन्दी", "مُحَمَّد", "e\u0301", "{{ x }}",
-         "line\nline", "  padded  ", "你好", "👍🏽", "\u2028", "</div>", "{% if %}", "0"]  # fmt: skip
-VALUES: list[Any] = [True, None, 3, -0.5, 1e30, "text", "<&'>", ["a", 1, None], {"k": [False]}, ""]
+WORDS = ["amber", "<b>bold</b>", "a & b", "it's so", "हिन्दी", "مُحَمَّد", "e\u0301",
+         "{{ x }}", "line\nline", "  padded  ", "你好", "👍🏽", "\u2028",
+         "</div>", "{% if %}", "0"]  # fmt: skip
+VALUES: list[Any] = [True, None, 3, -0.5, 1e30, "text", "<&'>", ["a", 1, None],
+                     {"k": [False]}, ""]  # fmt: skip
 SKUS = {
     "think": "qwen3.5/Qwen3.5-4B",
     "no-think": "qwen3.5/Qwen3.5-0.8B",
@@ -201,6 +204,14 @@ def test_sandbox_escapes_are_not_executed(tmp_path: Path, payload: str) -> None:
     assert not target.exists()
 
 
+@pytest.mark.parametrize(
+    "text", ["{{ messages.append(1) }}", "{{ messages[0].update(a=1) }}", "{{ messages.clear() }}"]
+)
+def test_a_template_changes_nothing_that_it_is_given(text: str) -> None:
+    with own_template(text) as template, pytest.raises(InputError, match="sandbox forbids"):
+        template.render([{"role": "user"}])
+
+
 def test_the_process_has_nothing_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "secret")
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
@@ -216,14 +227,20 @@ def test_the_process_has_nothing_of_this_one(monkeypatch: pytest.MonkeyPatch) ->
     assert not proc.is_dir() or "zombie" in (proc / "status").read_text()
 
 
-def test_starts_within_100_ms_and_imports_nothing_heavy() -> None:
+def test_starts_within_100_ms() -> None:
+    def spent() -> float:
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
     best = 9.0
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(5):  # processor time: other processes of this machine count in wall time
+        before = spent()
         with own_template("x") as template:
             assert template.render([]) == "x"
-        best = min(best, time.perf_counter() - start)
+        best = min(best, spent() - before)
     assert best < 0.1
+
+
+def test_importing_imports_nothing_heavy() -> None:
     code = (
         "import sys, qcore.data.render, qcore.data.dataset, qcore.data.mask_proof;"
         "print([m for m in ('torch', 'transformers', 'jinja2', 'numpy', 'tokenizers') "

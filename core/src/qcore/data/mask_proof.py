@@ -48,6 +48,9 @@ def prove_mask(
             ``QC-TOKENIZER-003`` the tokenizer does not know the marks; or as `Template.render`.
     """
     _check_marks(chat_format, tokenizer)
+    if chat_format.turn_end not in chat_format.stop_tokens:
+        raise _error(template, "what ends a turn does not end generation", chat_format.turn_end,
+                     " or ".join(chat_format.stop_tokens))  # fmt: skip
     proof = _Proof(template, chat_format, tokenizer, variables or {})
     assistant = chat_format.assistant
     plain = [
@@ -175,11 +178,17 @@ class _Proof:
             )
 
     def _error(self, what: str, found: object | None, expected: object | None = None) -> InputError:
-        return InputError(
-            "QC-MASK-003",
-            f"does not read as the plugin's chat format says: {what}",
-            file=self.template.source,
-            found=found,
-            expected=expected,
-            fix="use the chat template that came with the weights",
-        )
+        return _error(self.template, what, found, expected)
+
+
+def _error(
+    template: Template, what: str, found: object | None, expected: object | None
+) -> InputError:
+    return InputError(
+        "QC-MASK-003",
+        f"does not read as the plugin's chat format says: {what}",
+        file=template.source,
+        found=found,
+        expected=expected,
+        fix="use the chat template that came with the weights",
+    )
