@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.hub_server import HubServer
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +18,10 @@ def shared() -> Path:
     if not (folder / "skus").is_dir():
         pytest.skip("reference files are not beside the checkout (set QCORE_SHARED)")
     return folder
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """A small model hub on loopback; run the client in a subprocess with ``hub.env(home)``."""
+    with HubServer() as server:
+        yield server
