@@ -67,10 +67,10 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
             ``-002`` ``layer_types`` of the wrong length, ``-003`` an unknown layer type.
     """
     text = text_config(config)
-    layer_types = _layer_types(text)
+    kinds = layer_types(text)
     dims = _dims(text)
     by_type = {
-        kind: tuple(n for n, found in enumerate(layer_types) if found == kind)
+        kind: tuple(n for n, found in enumerate(kinds) if found == kind)
         for kind in ("linear_attention", "full_attention")
     }
     tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
@@ -80,7 +80,7 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
         rows=tuple(_text_rows(tied)),
         dims=dims,
         axes={
-            "layer": tuple(range(len(layer_types))),
+            "layer": tuple(range(len(kinds))),
             "linear": by_type["linear_attention"],
             "full": by_type["full_attention"],
         },
@@ -105,7 +105,7 @@ def _text_rows(tied: bool) -> Iterator[Row]:
     layer = f"{ROOT}.layers.{{layer}}"
     yield Row(f"{layer}.input_layernorm.weight", "hidden", "norm")
     yield from _delta(f"{ROOT}.layers.{{linear}}")
-    yield from _attention(f"{ROOT}.layers.{{full}}", "attn")
+    yield from _attention(f"{ROOT}.layers.{{full}}", "attn", "norm")
     yield Row(f"{layer}.post_attention_layernorm.weight", "hidden", "norm")
     yield from _mlp(layer, "mlp")
     yield Row(f"{ROOT}.norm.weight", "hidden", "norm")
@@ -125,15 +125,15 @@ def _delta(p: str) -> Iterator[Row]:
     yield Row(f"{m}.out_proj.weight", "hidden v_heads*v_dim", "gdn", NF4, linear=True)
 
 
-def _attention(p: str, group: str) -> Iterator[Row]:
+def _attention(p: str, group: str, norm: str) -> Iterator[Row]:
     m = f"{p}.self_attn"
     # Rows of q_proj: query and output gate, interleaved per head.
     yield Row(f"{m}.q_proj.weight", "heads*2*head_dim hidden", group, NF4, linear=True)
     yield Row(f"{m}.k_proj.weight", "kv_heads*head_dim hidden", group, NF4, linear=True)
     yield Row(f"{m}.v_proj.weight", "kv_heads*head_dim hidden", group, NF4, linear=True)
     yield Row(f"{m}.o_proj.weight", "hidden heads*head_dim", group, NF4, linear=True)
-    yield Row(f"{m}.q_norm.weight", "head_dim", "norm")
-    yield Row(f"{m}.k_norm.weight", "head_dim", "norm")
+    yield Row(f"{m}.q_norm.weight", "head_dim", norm)
+    yield Row(f"{m}.k_norm.weight", "head_dim", norm)
 
 
 def _mlp(p: str, group: str) -> Iterator[Row]:
@@ -149,7 +149,7 @@ def _mtp_rows() -> Iterator[Row]:
     for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
         yield Row(f"mtp.{name}.weight", "hidden", "mtp")
     yield Row(f"{p}.input_layernorm.weight", "hidden", "mtp")
-    yield from _attention(p, "mtp")
+    yield from _attention(p, "mtp", "mtp")
     yield Row(f"{p}.post_attention_layernorm.weight", "hidden", "mtp")
     yield from _mlp(p, "mtp")
 
@@ -180,7 +180,12 @@ def _size(text: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _layer_types(text: Mapping[str, Any]) -> list[str]:
+def layer_types(text: Mapping[str, Any]) -> list[str]:
+    """``linear_attention`` or ``full_attention``, per layer.
+
+    Raises:
+        InputError: as `parts`.
+    """
     layers = _size(text, "num_hidden_layers")
     types = text.get("layer_types")
     if types is None:

@@ -1,0 +1,124 @@
+"""The trunk of Qwen 3.5: embedding, residual layers, final norm.
+
+This file decides the order of blocks, their parameter names (the table's, less its root) and
+which configs the blocks refuse. Head and loss are core's; the blocks are `delta`,
+`attention` and `mlp`.
+
+Refused: ``QC-QWEN35-101``, ``-102`` rotary positions (`rope`); ``QC-QWEN35-103`` a switch of
+config.json that would change a block's formula and that no checkpoint of this family sets.
+
+Shapes: T tokens of all documents, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qcore.errors import InputError
+from qcore.nn.protocols import BuildContext, Packed
+from qcore.nn.protocols import Trunk as TrunkProtocol
+
+from .attention import Attention, KvCache
+from .delta import DeltaCache, GatedDeltaNet, Weight
+from .mlp import Mlp
+from .norm import RmsNorm
+from .table import layer_types, text_config
+
+#: Switches of the config and the one value that the blocks implement; absent means that value.
+#: transformers ignores the second, so a checkpoint that sets it would pass there unnoticed.
+FIXED: dict[str, object] = {
+    "attention_bias": False,
+    "attn_output_gate": True,
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+}
+
+Cache = KvCache | DeltaCache
+
+
+class DecoderLayer(nn.Module):
+    """``x += mixer(norm(x)); x += mlp(norm(x))``, the mixer by the layer's type."""
+
+    def __init__(self, ctx: BuildContext, text: Mapping[str, Any], kind: str, number: int) -> None:
+        super().__init__()
+        name, eps = f"layers.{number}", text["rms_norm_eps"]
+        self.kind = kind
+        self.input_layernorm = RmsNorm(ctx.tensor(f"{name}.input_layernorm.weight"), eps)
+        if kind == "linear_attention":
+            self.linear_attn = GatedDeltaNet(ctx, text, f"{name}.linear_attn")
+        else:
+            self.self_attn = Attention(ctx, text, f"{name}.self_attn")
+        after = ctx.tensor(f"{name}.post_attention_layernorm.weight")
+        self.post_attention_layernorm = RmsNorm(after, eps)
+        self.mlp = Mlp(ctx, f"{name}.mlp")
+
+    @property
+    def mixer(self) -> GatedDeltaNet | Attention:
+        """The token mixer of this layer."""
+        return self.linear_attn if self.kind == "linear_attention" else self.self_attn
+
+    def forward(self, x: Tensor, batch: Packed, cache: Any | None = None) -> Tensor:
+        x = x + self.mixer(self.input_layernorm(x), batch, cache)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+    def new_cache(self, tokens: int, device: torch.device) -> Cache:
+        """State for decoding one document of at most `tokens` tokens."""
+        return self.mixer.new_cache(tokens, device)
+
+
+class Trunk(nn.Module):
+    """Everything between token ids and what the head reads."""
+
+    def __init__(self, ctx: BuildContext) -> None:
+        super().__init__()
+        text = text_config(ctx.config)
+        refuse_unknown_forms(text)
+        self.dtype = ctx.dtype
+        self.embed_tokens = Weight(ctx.tensor("embed_tokens.weight"))
+        self.layers = nn.ModuleList(
+            DecoderLayer(ctx, text, kind, number) for number, kind in enumerate(layer_types(text))
+        )
+        self.norm = RmsNorm(ctx.tensor("norm.weight"), text["rms_norm_eps"])
+
+    def embed(self, batch: Packed) -> Tensor:
+        """``ids [T] -> [T, H]``, not scaled."""
+        return F.embedding(batch.ids, self.embed_tokens.weight).to(self.dtype)
+
+    def final(self, x: Tensor) -> Tensor:
+        """The last norm: ``[T, H] -> [T, H]``."""
+        out: Tensor = self.norm(x)
+        return out
+
+
+def build(ctx: BuildContext) -> TrunkProtocol:
+    """The trunk of the config in `ctx`.
+
+    Raises:
+        InputError: ``QC-QWEN35-1xx``, see above.
+    """
+    return cast(TrunkProtocol, Trunk(ctx))
+
+
+def refuse_unknown_forms(text: Mapping[str, Any]) -> None:
+    """Refuse what the blocks do not compute.
+
+    Raises:
+        InputError: ``QC-QWEN35-103``.
+    """
+    for key, value in FIXED.items():
+        if text.get(key, value) != value:
+            raise InputError(
+                "QC-QWEN35-103",
+                "changes a block that is implemented in its usual form only",
+                file="config.json",
+                field=key,
+                found=repr(text[key]),
+                expected=repr(value),
+                fix="use the config.json that came with the weights",
+            )

@@ -1,0 +1,1 @@
+"""Operations of the blocks: a torch reference each, faster backends beside it."""

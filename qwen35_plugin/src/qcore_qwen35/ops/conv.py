@@ -1,0 +1,108 @@
+"""Depthwise causal convolution and SiLU over a pack.
+
+This file decides how ``y_t = silu(sum_i w_i u_(t - K + 1 + i))`` is computed: documents laid
+end to end with ``K - 1`` rows of zeros before each, so that no window crosses a start, then
+one two-dimensional convolution of height T and width 1 on the token-major layout. That is
+``channels_last``, for which the CPU has a kernel some twenty times faster than the
+one-dimensional form on channel-major memory, with the same bits. The convolution rounds to
+the dtype of u before SiLU, as the reference does.
+
+Only u is saved; the backward convolves again. Shapes: T tokens, C channels, kernel K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def causal_conv_silu(
+    u: Tensor, weight: Tensor, cu_seqlens: Sequence[int], history: Tensor | None = None
+) -> Tensor:
+    """Convolve each document on its own, then SiLU.
+
+    Args:
+        u: ``[T, C]``.
+        weight: ``[C, 1, K]``; its last tap multiplies the current token.
+        cu_seqlens: ``N + 1`` cumulative lengths.
+        history: ``[K, C]`` the inputs before the only document of a continued pack; has no
+            gradient.
+
+    Returns:
+        ``[T, C]``.
+    """
+    if history is not None:
+        joined = torch.cat([history.to(u.dtype), u])
+        return F.silu(_convolve(joined, weight.to(u.dtype)))[1:]
+    out: Tensor = _ConvSilu.apply(u, weight, tuple(cu_seqlens))  # type: ignore[no-untyped-call]
+    return out
+
+
+def _convolve(padded: Tensor, weight: Tensor) -> Tensor:
+    """``[L, C] -> [L - K + 1, C]``: row r is the window of rows r to r + K - 1."""
+    image = padded.unsqueeze(0).unsqueeze(2).permute(0, 3, 1, 2)
+    out = F.conv2d(image, weight.unsqueeze(-1), groups=padded.shape[1])
+    return out.permute(0, 2, 3, 1).reshape(-1, padded.shape[1])
+
+
+def _spread(x: Tensor, cu_seqlens: tuple[int, ...], gap: int, *, before: bool) -> Tensor:
+    """Documents with `gap` rows of zeros before (or after) each."""
+    zeros = x.new_zeros(gap, x.shape[1])
+    pieces: list[Tensor] = []
+    for start, end in pairwise(cu_seqlens):
+        pieces += [zeros, x[start:end]] if before else [x[start:end], zeros]
+    return torch.cat(pieces)
+
+
+def _gather(x: Tensor, cu_seqlens: tuple[int, ...], gap: int) -> Tensor:
+    """The documents again, from what `_convolve` made of what `_spread` made."""
+    if len(cu_seqlens) == 2:
+        return x
+    spans = enumerate(pairwise(cu_seqlens))
+    return torch.cat([x[start + gap * n : end + gap * n] for n, (start, end) in spans])
+
+
+class _ConvSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, weight: Tensor, cu_seqlens: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(u, weight)
+        ctx.cu_seqlens = cu_seqlens
+        return F.silu(_before_silu(u, weight, cu_seqlens))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        u, weight = ctx.saved_tensors
+        cu_seqlens, gap = ctx.cu_seqlens, weight.shape[-1] - 1
+        pre = _before_silu(u, weight, cu_seqlens)
+        dpre = torch.ops.aten.silu_backward(dy, pre)
+        du = dweight = None
+        if ctx.needs_input_grad[0]:
+            after = _spread(dpre, cu_seqlens, gap, before=False)
+            du = _gather(_convolve(after, weight.flip(-1).to(u.dtype)), cu_seqlens, gap)
+        if ctx.needs_input_grad[1]:
+            dweight = _weight_grad(u, dpre, cu_seqlens, weight)
+        return du, dweight, None
+
+
+def _before_silu(u: Tensor, weight: Tensor, cu_seqlens: tuple[int, ...]) -> Tensor:
+    gap = weight.shape[-1] - 1
+    padded = _spread(u, cu_seqlens, gap, before=True)
+    return _gather(_convolve(padded, weight.to(u.dtype)), cu_seqlens, gap)
+
+
+def _weight_grad(u: Tensor, dpre: Tensor, cu_seqlens: tuple[int, ...], weight: Tensor) -> Tensor:
+    taps = weight.shape[-1]
+    wide = torch.promote_types(u.dtype, torch.float32)
+    # Rows of u ahead of a start are zeros in the spread layout, so no window needs a mask.
+    inputs = _spread(u, cu_seqlens, taps - 1, before=True).to(wide)
+    grads = _spread(dpre, cu_seqlens, taps - 1, before=True).to(wide)[taps - 1 :]
+    rows = len(grads)
+    sums = [(inputs[tap : tap + rows] * grads).sum(0) for tap in range(taps)]
+    return torch.stack(sums, -1).unsqueeze(1).to(weight.dtype)

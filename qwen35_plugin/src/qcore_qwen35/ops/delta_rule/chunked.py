@@ -1,0 +1,317 @@
+"""The gated delta rule in chunks: cost linear in T, forward and backward, on any device.
+
+This file decides the chunked form and its derivative. Within a chunk of C tokens, with
+``G = cumsum(g)``, ``L_ij = exp(G_i - G_j)`` for i >= j, q and k normalised (`reference`)::
+
+    A  = inverse(I + strictly_lower(beta_i k_i.k_j L_ij))
+    Vn = A (beta V - Kb S),   Kb = beta exp(G) K      what is written, S: state before
+    o  = Qg S + P Vn,         Qg = exp(G) Q,  P = lower(q_i.k_j L_ij)
+    S' = exp(G_C) S + Kd^T Vn,                Kd = exp(G_C - G) K
+
+Only ``Vn``, ``o`` and ``S'`` wait for the chunk before; everything else runs over all chunks
+and heads at once. The function saves its inputs and nothing else: the backward runs the
+forward's scan again and then one scan from the end. A composition left to autograd would
+keep some twenty tensors of the size of V, and slicing them per chunk makes its backward
+quadratic in T.
+
+`Chunks` decides the order of chunks, `reference` the rule itself.
+
+Shapes: M chunks, B = M * Hv; a tensor written ``[B, C, d]`` is ``[M, Hv, C, d]`` flattened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference
+from .layout import Chunks
+
+CHUNK = 64
+
+
+def chunked_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Sequence[int],
+    initial_state: Tensor | None = None,
+    layout: Chunks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results of `reference.recurrent_delta_rule`, in chunks.
+
+    Args:
+        q: ``[T, Hk, dk]``, not yet normalised.
+        k: ``[T, Hk, dk]``, not yet normalised.
+        v: ``[T, Hv, dv]``.
+        g: ``[T, Hv]`` log decay, at most 0.
+        beta: ``[T, Hv]`` write strength.
+        cu_seqlens: ``N + 1`` cumulative lengths.
+        initial_state: ``[N, Hv, dk, dv]``, or zeros.
+        layout: `Chunks` of `cu_seqlens`, where the caller has it already.
+
+    Returns:
+        o ``[T, Hv, dv]`` in the dtype of v, and the state after each document
+        ``[N, Hv, dk, dv]`` in float32.
+    """
+    if layout is None:
+        layout = Chunks.of(cu_seqlens, CHUNK, q.device)
+    o, state = _DeltaRule.apply(q, k, v, g, beta, initial_state, layout)  # type: ignore[no-untyped-call]
+    return o, state
+
+
+class _Prepared:
+    """What does not wait for the scan, for all chunks at once.
+
+    Attributes:
+        q, k: ``[M, Hk, C, dk]`` normalised, q scaled.
+        q_norm, k_norm: ``[M, Hk, C, 1]`` the factors that normalised them.
+        v: ``[M, Hv, C, dv]``.
+        beta: ``[M, Hv, C]``.
+        grow: ``[M, Hv, C]`` exp(G); left: exp(G_C - G); end: ``[B, 1, 1]`` exp(G_C).
+        lower: ``[M, Hv, C, C]`` L, zero above the diagonal.
+        kk, qk: ``[M, Hk, 1, C, C]`` products of keys with keys, queries with keys.
+        inverse: ``[B, C, C]`` A; scores: ``[B, C, C]`` P.
+        read: ``[B, 2C, dk]`` Qg above Kb: one product with S serves both.
+        kept: ``[B, C, dk]`` Kd.
+    """
+
+    def __init__(
+        self, layout: Chunks, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
+    ) -> None:
+        dtype = reference.computing(v.dtype)
+        self.q, self.k = layout.split(q, dtype), layout.split(k, dtype)
+        self.q_norm, self.k_norm = reference.inverse_norm(self.q), reference.inverse_norm(self.k)
+        self.q.mul_(self.q_norm * reference.query_scale(q.shape[-1]))
+        self.k.mul_(self.k_norm)
+        self.v, self.beta = layout.split(v, dtype), layout.split(beta, dtype)
+        total = layout.split(g, dtype).cumsum(-1)
+        self.grow = total.exp()
+        self.left = (total[..., -1:] - total).exp()
+        self.end = self.grow[..., -1].reshape(-1, 1, 1)
+        self.lower = _pairwise_decay(total)
+        transposed = self.k.transpose(-1, -2)
+        self.kk, self.qk = (self.k @ transposed).unsqueeze(2), (self.q @ transposed).unsqueeze(2)
+        self.scores = (self.grouped(self.lower) * self.qk).flatten(0, 2)
+        self.inverse = self._inverse()
+        self.read, self.kept = self._reads()
+
+    @property
+    def repeat(self) -> int:
+        """Value heads of one key head."""
+        return self.v.shape[1] // self.k.shape[1]
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """``[M, Hv, ...] -> [M, Hk, Hv / Hk, ...]``."""
+        return x.unflatten(1, (self.k.shape[1], self.repeat))
+
+    def per_key_head(self, x: Tensor) -> Tensor:
+        """``[B, ...] -> [M, Hk, ...]``: summed over the value heads of a key head."""
+        x = x.unflatten(0, (self.k.shape[0], self.k.shape[1], self.repeat))
+        return x.squeeze(2) if self.repeat == 1 else x.sum(2)
+
+    def _inverse(self) -> Tensor:
+        system = self.grouped(self.lower) * self.kk
+        system.mul_(self.grouped(self.beta).unsqueeze(-1))
+        eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+        system = system.flatten(0, 2)
+        # unitriangular: the diagonal is taken as one whatever is stored there.
+        return torch.linalg.solve_triangular(
+            system, eye.expand_as(system), upper=False, unitriangular=True
+        )
+
+    def _reads(self) -> tuple[Tensor, Tensor]:
+        chunks, heads, size, dk = self.k.shape
+        read = self.k.new_empty(chunks, heads, self.repeat, 2 * size, dk)
+        q, k = self.q.unsqueeze(2), self.k.unsqueeze(2)
+        grow = self.grouped(self.grow).unsqueeze(-1)
+        torch.mul(q, grow, out=read[..., :size, :])
+        torch.mul(k, grow * self.grouped(self.beta).unsqueeze(-1), out=read[..., size:, :])
+        kept = k * self.grouped(self.left).unsqueeze(-1)
+        return read.flatten(0, 2), kept.flatten(0, 2)
+
+
+def _pairwise_decay(total: Tensor) -> Tensor:
+    """``[..., C] -> [..., C, C]``: exp(G_i - G_j) on and below the diagonal, else zero."""
+    size = total.shape[-1]
+    above = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
+    # Masked before exp: above the diagonal the difference is positive and would overflow.
+    difference = total.unsqueeze(-1) - total.unsqueeze(-2)
+    return difference.masked_fill_(above, float("-inf")).exp_()
+
+
+def _scan(
+    layout: Chunks, p: _Prepared, state: Tensor, *, outputs: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the states through all chunks.
+
+    Args:
+        layout: the order of chunks.
+        p: what does not wait for the scan.
+        state: ``[N * Hv, dk, dv]`` in the layout's order; advanced in place to the end.
+        outputs: the caller wants o, otherwise the states before each chunk.
+
+    Returns:
+        Vn ``[B, C, dv]``; o ``[B, C, dv]`` or nothing; S ``[B, dk, dv]`` or nothing.
+    """
+    heads, size = p.v.shape[1], layout.size
+    written = (p.v * p.beta.unsqueeze(-1)).flatten(0, 1)
+    o = torch.empty_like(written) if outputs else written.new_empty(0)
+    before = written.new_empty(0 if outputs else len(written), *state.shape[1:])
+    for first, count in layout.steps:
+        here = slice(first * heads, (first + count) * heads)
+        s = state[: count * heads]
+        read = p.read[here]
+        if outputs:
+            both = read @ s
+            residue = written[here] - both[:, size:]
+        else:
+            before[here] = s
+            residue = torch.baddbmm(written[here], read[:, size:], s, alpha=-1)
+        new = torch.bmm(p.inverse[here], residue)
+        written[here] = new
+        if outputs:
+            torch.baddbmm(both[:, :size], p.scores[here], new, out=o[here])
+        s.mul_(p.end[here])
+        s.baddbmm_(p.kept[here].transpose(1, 2), new)
+    return written, o, before
+
+
+class _DeltaRule(torch.autograd.Function):
+    """The whole operation; saves its inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial: Tensor | None,
+        layout: Chunks,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, k, v, g, beta, initial)
+        ctx.layout = layout
+        p = _Prepared(layout, q, k, v, g, beta)
+        state = _start(layout, p, initial)
+        _, o, _ = _scan(layout, p, state, outputs=True)
+        final = state.unflatten(0, (len(layout.order), v.shape[1]))
+        return layout.join(o.view_as(p.v), v.dtype), layout.by_document(final)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, g, beta, initial = ctx.saved_tensors
+        layout: Chunks = ctx.layout
+        p = _Prepared(layout, q, k, v, g, beta)
+        new, _, before = _scan(layout, p, _start(layout, p, initial), outputs=False)
+        dstate = layout.by_length(dfinal.to(p.v.dtype)).flatten(0, 1)
+        grads = _scan_back(layout, p, layout.split(do, p.v.dtype), new, before, dstate)
+        dq, dk, dv, dg, dbeta = grads
+        dinitial = None
+        if initial is not None:
+            dinitial = layout.by_document(dstate.unflatten(0, (-1, v.shape[1]))).to(initial.dtype)
+        join = layout.join
+        return (
+            join(dq, q.dtype), join(dk, k.dtype), join(dv, v.dtype),
+            join(dg, g.dtype), join(dbeta, beta.dtype), dinitial, None,
+        )  # fmt: skip
+
+
+def _start(layout: Chunks, p: _Prepared, initial: Tensor | None) -> Tensor:
+    """The states before the first chunk, ``[N * Hv, dk, dv]``, the caller's to change."""
+    if initial is not None:
+        return layout.by_length(initial.to(p.v.dtype)).flatten(0, 1)
+    heads = len(layout.order) * p.v.shape[1]
+    return p.v.new_zeros(heads, p.k.shape[-1], p.v.shape[-1])
+
+
+def _scan_back(
+    layout: Chunks, p: _Prepared, do: Tensor, new: Tensor, before: Tensor, dstate: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From the end: gradients of the inputs; `dstate` becomes that of the first states.
+
+    Args:
+        layout: the order of chunks.
+        p: as in the forward.
+        do: ``[M, Hv, C, dv]``.
+        new: ``[B, C, dv]`` Vn.
+        before: ``[B, dk, dv]`` S.
+        dstate: ``[N * Hv, dk, dv]`` gradient of the last states, changed in place.
+    """
+    heads, size = do.shape[1], layout.size
+    # Gradients of what was read from S: of o above, of -Kb S below (filled by the scan).
+    dread = do.new_empty(len(new), 2 * size, do.shape[-1])
+    dread[:, :size] = do.flatten(0, 1)
+    after = torch.empty_like(before)  # gradient of S'
+    for first, count in reversed(layout.steps):
+        here = slice(first * heads, (first + count) * heads)
+        ds = dstate[: count * heads]
+        after[here] = ds
+        dnew = torch.bmm(p.scores[here].transpose(1, 2), dread[here, :size])
+        dnew.baddbmm_(p.kept[here], ds)
+        dread[here, size:] = torch.bmm(p.inverse[here].transpose(1, 2), dnew).neg_()
+        ds.mul_(p.end[here])
+        ds.baddbmm_(p.read[here].transpose(1, 2), dread[here])
+    return _collect(p, dread, new, before, after)
+
+
+def _collect(
+    p: _Prepared, dread: Tensor, new: Tensor, before: Tensor, after: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the inputs from those of the scan, all chunks at once.
+
+    The decay enters everything as exp(G): its gradient is, per token, what each exponential
+    carries times the gradient of what it multiplies.
+    """
+    size = p.v.shape[2]
+    heads = p.v.shape[:2]
+    dresidue = dread[:, size:]  # of -(beta V - Kb S)
+    dkept = new @ after.transpose(1, 2)
+    kept_g = (p.kept * dkept).sum(-1)
+    end_g = p.end.flatten() * torch.linalg.vecdot(after.flatten(1), before.flatten(1))
+    dqk = dread @ before.transpose(1, 2)  # of Qg above, of Kb below
+    q, k = p.q.unsqueeze(2), p.k.unsqueeze(2)
+    dqg, dkb = p.grouped(dqk.unflatten(0, heads)).split(size, dim=-2)
+    q_g, k_g = (dqg * q).sum(-1).flatten(1, 2), (dkb * k).sum(-1).flatten(1, 2)
+
+    pairs = dread @ new.transpose(1, 2)  # of P above, of minus the system's product below
+    pairs = pairs.unflatten(0, heads).unflatten(-2, (2, size))
+    dscores = pairs[..., 0, :, :] * p.lower
+    dsystem = (pairs[..., 1, :, :] * p.lower).tril_(-1)
+    kk = (p.grouped(dsystem) * p.kk).flatten(1, 2)
+    dsystem.mul_(p.beta.unsqueeze(-1))
+    carried = (p.grouped(dscores) * p.qk).flatten(1, 2).addcmul_(kk, p.beta.unsqueeze(-1))
+
+    v_beta = (dresidue.unflatten(0, heads) * p.v).sum(-1)
+    dbeta = kk.sum(-1) - v_beta + p.grow * k_g
+    dv = dresidue.unflatten(0, heads) * p.beta.unsqueeze(-1).neg()
+
+    dtotal = carried.sum(-1) - carried.sum(-2) + p.grow * (q_g + p.beta * k_g)
+    dtotal -= kept_g.unflatten(0, heads)
+    dtotal[..., -1] += (kept_g.sum(-1) + end_g).unflatten(0, heads)
+    dg = dtotal.sum(-1, keepdim=True) - dtotal.cumsum(-1) + dtotal
+
+    grow = p.grouped(p.grow).unsqueeze(-1)
+    dkb.mul_(grow * p.grouped(p.beta).unsqueeze(-1))
+    dkb.addcmul_(p.grouped(dkept.unflatten(0, heads)), p.grouped(p.left).unsqueeze(-1))
+    dqg.mul_(grow)
+    dscores, dsystem = p.per_key_head(dscores.flatten(0, 1)), p.per_key_head(dsystem.flatten(0, 1))
+    dq = p.per_key_head(dqg.flatten(0, 2)) + dscores @ p.k
+    dk = p.per_key_head(dkb.flatten(0, 2)) + dscores.transpose(-1, -2) @ p.q
+    dk += (dsystem + dsystem.transpose(-1, -2)) @ p.k
+    dq = _unnormalise(dq, p.q, p.q_norm, reference.query_scale(q.shape[-1]))
+    return dq, _unnormalise(dk, p.k, p.k_norm, 1.0), dv, dg, dbeta
+
+
+def _unnormalise(dy: Tensor, y: Tensor, norm: Tensor, scale: float) -> Tensor:
+    """Gradient of x where ``y = scale * norm * x`` and norm is `reference.inverse_norm`."""
+    along = (dy * y).sum(-1, keepdim=True) / scale**2
+    return dy.addcmul_(y, along, value=-1).mul_(norm * scale)

@@ -1,0 +1,104 @@
+"""Where the tokens of a pack lie once every document is cut into chunks.
+
+This file decides the order of chunks: all first chunks, then all second chunks, and so on,
+longer documents first. Then the chunks that one step of the scan works on lie side by side,
+and the documents still running are a prefix of the states: the scan over chunks is batched
+across documents without an index.
+
+Shapes: T tokens, N documents, M chunks of C tokens; short chunks are filled with zeros, which
+neither write (k = v = beta = 0) nor decay (g = 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunks:
+    """The chunks of one pack.
+
+    Attributes:
+        tokens: T.
+        size: C.
+        total: M.
+        order: documents, most chunks first.
+        steps: per step of the scan, (first chunk, number of chunks).
+        rows: ``[T]`` the place of each token among ``M * C``; ``None`` when it is its index.
+    """
+
+    tokens: int
+    size: int
+    total: int
+    order: tuple[int, ...]
+    steps: tuple[tuple[int, int], ...]
+    rows: Tensor | None
+
+    @staticmethod
+    def of(cu_seqlens: Sequence[int], size: int, device: torch.device) -> Chunks:
+        """Lay out the documents of `cu_seqlens`."""
+        counts = [-(-(end - start) // size) for start, end in pairwise(cu_seqlens)]
+        order = sorted(range(len(counts)), key=lambda document: (-counts[document], document))
+        steps, place, first = [], {}, 0
+        for step in range(max(counts, default=0)):
+            running = [document for document in order if counts[document] > step]
+            for offset, document in enumerate(running):
+                place[document, step] = first + offset
+            steps.append((first, len(running)))
+            first += len(running)
+        return Chunks(
+            tokens=cu_seqlens[-1],
+            size=size,
+            total=first,
+            order=tuple(order),
+            steps=tuple(steps),
+            rows=None if len(counts) == 1 else _rows(cu_seqlens, size, place, device),
+        )
+
+    def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[T, heads, ...] -> [M, heads, C, ...]``: a contiguous copy in `dtype`."""
+        shape = (self.total * self.size, *x.shape[1:])
+        if self.rows is not None:
+            x = x.new_zeros(shape).index_copy_(0, self.rows, x)
+        elif shape[0] != self.tokens:
+            x = torch.cat([x, x.new_zeros(shape[0] - self.tokens, *x.shape[1:])])
+        x = x.unflatten(0, (self.total, self.size)).transpose(1, 2)
+        # Always a copy: callers work in place, and with one head a cast could return x itself.
+        return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+
+    def join(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of `split`; what lies on the filling is dropped."""
+        x = x.transpose(1, 2)
+        x = torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x).flatten(0, 1)
+        return x[: self.tokens] if self.rows is None else x.index_select(0, self.rows)
+
+    def by_length(self, states: Tensor) -> Tensor:
+        """``[N, ...]`` states in the order of `order`; a copy."""
+        return states[list(self.order)]
+
+    def by_document(self, states: Tensor) -> Tensor:
+        """The inverse of `by_length`."""
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return states[inverse]
+
+
+def _rows(
+    cu_seqlens: Sequence[int],
+    size: int,
+    place: dict[tuple[int, int], int],
+    device: torch.device,
+) -> Tensor:
+    shifts, lengths = [], []
+    for document, (start, end) in enumerate(pairwise(cu_seqlens)):
+        for step, at in enumerate(range(start, end, size)):
+            shifts.append(place[document, step] * size - at)
+            lengths.append(min(size, end - at))
+    shift, length = torch.tensor([shifts, lengths], dtype=torch.int64).to(device)
+    tokens = cu_seqlens[-1]
+    moved = torch.repeat_interleave(shift, length, output_size=tokens)
+    return moved + torch.arange(tokens, device=device)

@@ -1,0 +1,88 @@
+"""The gated delta rule, one token at a time: what every other form is measured against.
+
+This file decides the rule itself. Per document and value head, with S ``[dk, dv]`` from zero
+or from a given state (Yang et al. 2024, arXiv:2412.06464)::
+
+    S <- exp(g_t) S
+    S <- S + k_t beta_t (v_t - k_t^T S)
+    o_t = q_t^T S                          read after the update
+
+where k is scaled to length one and q to length ``dk ** -0.5``. Everything is computed in
+float32 (float64 for float64 inputs), whatever the dtype of the inputs; o is rounded to the
+dtype of v once. Decoding runs this form; prefill and training run `chunked`.
+
+Shapes: T tokens of N documents, Hk key heads, Hv value heads (a multiple of Hk; value head h
+reads key head ``h // (Hv / Hk)``), key size dk, value size dv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6
+
+
+def inverse_norm(x: Tensor) -> Tensor:
+    """``[..., d] -> [..., 1]``: the factor to length one; eps is added to the sum of squares."""
+    return (x * x).sum(-1, keepdim=True).add(EPS).rsqrt()
+
+
+def query_scale(dk: int) -> float:
+    """The length of a query; keys have length one."""
+    return float(dk**-0.5)
+
+
+def computing(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that an input of `dtype` is computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def recurrent_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Sequence[int],
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The rule over every document of a pack.
+
+    Args:
+        q: ``[T, Hk, dk]``, not yet normalised.
+        k: ``[T, Hk, dk]``, not yet normalised.
+        v: ``[T, Hv, dv]``.
+        g: ``[T, Hv]`` log decay, at most 0.
+        beta: ``[T, Hv]`` write strength.
+        cu_seqlens: ``N + 1`` cumulative lengths.
+        initial_state: ``[N, Hv, dk, dv]``, or zeros.
+
+    Returns:
+        o ``[T, Hv, dv]`` in the dtype of v, and the state after each document
+        ``[N, Hv, dk, dv]`` in float32.
+    """
+    dtype = computing(v.dtype)
+    repeat = v.shape[1] // k.shape[1]
+    out = v.dtype
+    q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
+    q = (q * inverse_norm(q) * query_scale(q.shape[-1])).repeat_interleave(repeat, dim=1)
+    k = (k * inverse_norm(k)).repeat_interleave(repeat, dim=1)
+    outputs, finals = [], []
+    for document, (start, end) in enumerate(pairwise(cu_seqlens)):
+        if initial_state is None:
+            state = v.new_zeros(v.shape[1], k.shape[2], v.shape[2])
+        else:
+            state = initial_state[document].to(dtype)
+        for t in range(start, end):
+            state = state * g[t].exp()[:, None, None]
+            seen = (k[t].unsqueeze(1) @ state).squeeze(1)
+            write = beta[t].unsqueeze(-1) * (v[t] - seen)
+            state = state + k[t].unsqueeze(-1) * write.unsqueeze(1)
+            outputs.append((q[t].unsqueeze(1) @ state).squeeze(1))
+        finals.append(state)
+    o = torch.stack(outputs) if outputs else torch.zeros_like(v)
+    return o.to(out), torch.stack(finals)
