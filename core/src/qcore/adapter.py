@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 from .artifact import MANIFEST, read_manifest, verify
 from .checkpoint import Header, read_headers, read_json, safe_file
-from .errors import InputError, QcoreError, TrustError, UsageError, raise_all
+from .errors import InputError, QcoreError, TrustError, UsageError, one_of_each, raise_all
 from .locate import Layout
 from .table import Namespace, Tensor
 
@@ -32,6 +33,7 @@ _DESCRIPTIVE = frozenset((
     "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
     "task_type", "lora_dropout", "loftq_config", "eva_config", "corda_config", "arrow_config",
     "ensure_weight_tying", "runtime_config", "velora_config", "qalora_group_size",
+    "megatron_core",  # the name of a module, in every config; megatron_config would act
 ))  # fmt: skip
 #: Fields that qcore acts on.
 _ACTIVE = frozenset((
@@ -178,7 +180,7 @@ def read_adapter(path: str | Path, layout: Layout, *, trust_base: bool = False) 
     headers = {header.name: header for header in read_headers(safe_file(folder, WEIGHTS))}
     reader = _Reader(folder / WEIGHTS, config, headers, layout)
     pairs = reader.pairs()
-    raise_all(reader.problems)
+    raise_all(one_of_each(reader.problems))
     return Adapter(path=folder, pairs=pairs, namespace=reader.namespace, meta=meta)
 
 
@@ -222,13 +224,15 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
         problems.append(problem("use_rslora", "is no switch", "true or false"))
     if config.get("init_lora_weights", True) not in _INITS:
         problems.append(problem("init_lora_weights", "changes the base", "true"))
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field, kinds in (("rank_pattern", int), ("alpha_pattern", int | float)):
         pattern = config.get(field) or {}
         if not isinstance(pattern, dict) or not all(
-            re.fullmatch(r"[\w.]+", key) and _is_number(value) and value > 0
-            for key, value in pattern.items()
+            re.fullmatch(r"[\w.]+", key) and isinstance(n, kinds) and _is_number(n) and n > 0
+            for key, n in pattern.items()
         ):
             problems.append(problem(field, "is not supported", "module names and numbers"))
+    if not all(type(layer) is int for layer in _layers(config)):
+        problems.append(problem("layers_to_transform", "is not supported", "a list of numbers"))
     for field, value in config.items():
         off = value in (None, False, [], {}, "none", "LORA")
         if field not in _DESCRIPTIVE | _ACTIVE and not off:
@@ -237,7 +241,15 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that is finite, also once it is a float; NaN compares as false."""
+    whole = isinstance(value, int | float) and not isinstance(value, bool)
+    return whole and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+
+
+def _layers(config: Mapping[str, Any]) -> list[Any]:
+    """``layers_to_transform`` as a list; empty means all layers."""
+    layers = config.get("layers_to_transform")
+    return layers if isinstance(layers, list) else [] if layers is None else [layers]
 
 
 class _Reader:
@@ -270,7 +282,7 @@ class _Reader:
             if len(here) == 2:
                 a, b = self.headers[names["A"]], self.headers[names["B"]]
                 pairs[tensor.name] = self._pair(tensor, a, b)
-        for name in self.headers.keys() - used:
+        for name in [name for name in self.headers if name not in used]:
             self._problem(
                 "QC-ADAPTER-005", "fits no weight of this base", name,
                 fix="name the base that the adapter was trained on",
@@ -279,7 +291,7 @@ class _Reader:
         return pairs
 
     def _pair(self, tensor: Tensor, a: Header, b: Header) -> Pair:
-        module = self.namespace.spell(tensor.name).removesuffix(".weight")
+        module = self._module(tensor)
         r = int(self._pattern("rank_pattern", module, self.config["r"]))
         alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
         out, into = tensor.shape
@@ -312,23 +324,23 @@ class _Reader:
                 self._problem("QC-ADAPTER-006", "has no tensor for this base", "target_modules",
                               fix="name the base that the adapter was trained on")  # fmt: skip
             return
-        excluded = self.config.get("exclude_modules") or []
-        layers = self.config.get("layers_to_transform")
-        layers = [layers] if isinstance(layers, int) else layers
-        for tensor in self.linear.values():
-            module = self.namespace.spell(tensor.name).removesuffix(".weight")
-            wanted = _named(module, declared) and not _named(module, excluded)
-            if wanted and (layers is None or tensor.index in layers) and tensor.name not in pairs:
+        excluded, layers = self.config.get("exclude_modules") or [], _layers(self.config)
+        modules = {self._module(tensor): tensor for tensor in self.linear.values()}
+        for module, tensor in modules.items():
+            # What an expression excludes is not evaluated: it is a stranger's code.
+            wanted = _named(module, declared) and isinstance(excluded, list)
+            wanted = wanted and not _named(module, excluded)
+            if wanted and (not layers or tensor.index in layers) and tensor.name not in pairs:
                 self._problem("QC-ADAPTER-006", "is a declared target without tensors", module,
                               fix="train or export again")  # fmt: skip
         for name in declared:
-            if not any(_named(self._module(p), [name]) for p in pairs.values()):
+            if not any(_named(module, [name]) for module in modules):
                 self._problem("QC-ADAPTER-006", "is a declared target that hits nothing",
                               f"target_modules: {name}",
                               fix="name the base that the adapter was trained on")  # fmt: skip
 
-    def _module(self, pair: Pair) -> str:
-        return self.namespace.spell(pair.tensor.name).removesuffix(".weight")
+    def _module(self, tensor: Tensor) -> str:
+        return self.namespace.spell(tensor.name).removesuffix(".weight")
 
     def _problem(
         self, code: str, what: str, field: str, *, fix: str,

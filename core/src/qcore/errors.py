@@ -148,6 +148,26 @@ class PreflightError(InputError):
         return {**super().as_json(), "all": [error.as_json() for error in self.errors]}
 
 
+def one_of_each(problems: Sequence[QcoreError]) -> list[QcoreError]:
+    """The first problem of each kind (code and statement), saying how many there are.
+
+    A wrong config puts hundreds of tensors in the wrong; that is one fault and one line.
+    """
+    kinds: dict[tuple[str, str], list[QcoreError]] = {}
+    for problem in problems:
+        kinds.setdefault((problem.code, problem.what), []).append(problem)
+    told = []
+    for first, *others in kinds.values():
+        if others:
+            what = f"{first.what} (one of {len(others) + 1})"
+            first = type(first)(
+                first.code, what, file=first.file, field=first.field, found=first.found,
+                expected=first.expected, fix=first.fix,
+            )  # fmt: skip
+        told.append(first)
+    return told
+
+
 def raise_all(problems: Sequence[QcoreError]) -> None:
     """Raise the one problem, or all of them as a `PreflightError`; nothing when there is none."""
     if len(problems) == 1:

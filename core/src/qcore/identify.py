@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint
 from .detect import Decision, detect
 from .errors import InputError, PluginError, QcoreError, raise_all
 from .hub import resolve_model
-from .locate import Layout, survey
+from .locate import Layout, faults, survey
 from .plugins import Plugins
 from .records import ChatFormat
 from .table import Table
@@ -110,7 +110,7 @@ def identify(model: str, *, generation: str = "", tolerant: bool = False) -> Ide
     layout, problems = survey(Table(parts), checkpoint)
     if not tolerant:
         _refuse_quantised(checkpoint)
-        raise_all(problems)
+        raise_all(faults(problems))
     return Identified(
         checkpoint=checkpoint,
         plugins=plugins,

@@ -15,14 +15,13 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .checkpoint import Checkpoint, Header
-from .errors import InputError, QcoreError, raise_all
+from .errors import InputError, QcoreError, one_of_each, raise_all
 from .table import Namespace, Part, Region, Table, Tensor
 
-_SHOWN = 32
 _SUGGESTED = 3
 
 
@@ -123,11 +122,32 @@ def locate(table: Table, checkpoint: Checkpoint) -> Layout:
     """Explain every tensor of `checkpoint` by `table`.
 
     Raises:
-        InputError: the problem that `survey` found; a `PreflightError` for several.
+        InputError: the fault that `survey` found; a `PreflightError` for several.
     """
     layout, problems = survey(table, checkpoint)
-    raise_all(problems)
+    raise_all(faults(problems))
     return layout
+
+
+def faults(problems: Sequence[QcoreError]) -> list[QcoreError]:
+    """Problems as people are told them: one line a kind.
+
+    Tensors that nobody knows beside tensors that are missing are one fault: a name misspelt,
+    layers swapped, another layout.
+    """
+    told = {error.code: error for error in one_of_each(problems)}
+    missing, extra = told.get("QC-KEY-001"), told.get("QC-KEY-002")
+    if missing is None or extra is None:
+        return list(told.values())
+    del told["QC-KEY-002"]
+    names = [error.field for error in problems if error.code == "QC-KEY-002"]
+    others = f"{len(names)} that belong to no part, first {names[0]}"
+    told["QC-KEY-001"] = InputError(
+        missing.code, missing.what, file=missing.file, field=missing.field,
+        found=f"{missing.found}; {others}" if missing.found else others,
+        fix=missing.fix,
+    )  # fmt: skip
+    return list(told.values())
 
 
 class _Finder:
@@ -163,8 +183,8 @@ class _Finder:
                 expected="all of them, or none",
             )
         else:
-            for tensor in missing[:_SHOWN]:
-                self._missing(tensor, namespace, len(missing))
+            for tensor in missing:
+                self._missing(tensor, namespace)
 
     def _namespace(self, part: Part, tensors: list[Tensor]) -> Namespace:
         def score(namespace: Namespace) -> int:
@@ -238,11 +258,11 @@ class _Finder:
                 expected=next(iter(dtypes)),
             )
 
-    def _missing(self, tensor: Tensor, namespace: Namespace, count: int) -> None:
+    def _missing(self, tensor: Tensor, namespace: Namespace) -> None:
         name = namespace.spell(tensor.name)
         near = self._nearest(name, (other for other in self.headers if other not in self._wanted))
         found = f"nearest is {near}" if near else None
-        self._problem("QC-KEY-001", "is missing" + _of(count), name, found=found)
+        self._problem("QC-KEY-001", "is missing", name, found=found)
 
     def rest(self) -> dict[Header, str]:
         """What the table does not own: carried, or a problem."""
@@ -263,11 +283,11 @@ class _Finder:
             allowed = {name for name, _ in subtrees.most_common(len(sections))}
             inside += [header for header in outside if homes[header.name] not in allowed]
             outside = [header for header in outside if homes[header.name] in allowed]
-        for header in inside[:_SHOWN]:
+        for header in inside:
             near = self._nearest(header.name, self._wanted - self.headers.keys())
             self._problem(
                 "QC-KEY-002",
-                "belongs to no part of the model" + _of(len(inside)),
+                "belongs to no part of the model",
                 header.name,
                 found=f"nearest expected name is {near}" if near else None,
                 file=header.file,
@@ -314,10 +334,6 @@ def _shared(names: list[list[str]]) -> list[str]:
     """The words that all names begin with."""
     columns = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*names, strict=False))
     return [words[0] for words in columns]
-
-
-def _of(count: int) -> str:
-    return "" if count == 1 else f" (one of {count})"
 
 
 def _subtree(name: str, roots: set[str]) -> str | None:

@@ -20,6 +20,7 @@ def command(model: str, generation: str, as_json: bool) -> None:
     """Say what MODEL is, by which evidence, and whether every tensor is accounted for."""
     from ..errors import raise_all
     from ..identify import identify
+    from ..locate import faults
 
     found = identify(model, generation=generation, tolerant=True)
     decision, layout = found.decision, found.layout
@@ -55,7 +56,7 @@ def command(model: str, generation: str, as_json: bool) -> None:
         # The report is on stdout; under --json the exit status alone says that it is not whole.
         if as_json:
             raise click.exceptions.Exit(found.problems[0].exit_code)
-        raise_all(found.problems)
+        raise_all(faults(found.problems))
 
 
 def _print(model: str, report: dict[str, Any]) -> None:
