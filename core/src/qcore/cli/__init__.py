@@ -116,18 +116,19 @@ def main() -> NoReturn:
     if not debugging(arguments):
         sys.excepthook = _internal
     try:
-        cli.main(arguments, prog_name="qcore", standalone_mode=False)
+        # Without standalone mode click returns the status of an Exit instead of raising it.
+        status = cli.main(arguments, prog_name="qcore", standalone_mode=False)
     except QcoreError as error:
         if debugging(arguments):
-            raise
+            import traceback
+
+            traceback.print_exc()
         sys.exit(fail(error, as_json=wants_json(arguments)))
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
     except click.ClickException as error:
         sys.exit(_usage(error, arguments))
     except click.Abort:
         sys.exit(130)
-    sys.exit(0)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 def _usage(error: click.ClickException, arguments: list[str]) -> int:
@@ -140,9 +141,10 @@ def _usage(error: click.ClickException, arguments: list[str]) -> int:
 
 
 def _internal(kind: type[BaseException], value: BaseException, trace: object) -> None:
-    """A defect of qcore itself, on one line; ``--debug`` shows the traceback."""
+    """A defect of qcore itself, as one error; ``--debug`` shows the traceback."""
     if issubclass(kind, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return
-    text = " ".join(f"{kind.__name__}: {value}".split())
-    click.echo(f"error[QC-INTERNAL] {text}. Fix: run with --debug and report it", err=True)
+    text = f"{kind.__name__}: {value}"
+    defect = QcoreError("QC-INTERNAL-001", text, fix="run with --debug and report it")
+    fail(defect, as_json=wants_json(sys.argv[1:]))
