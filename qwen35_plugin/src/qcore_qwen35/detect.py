@@ -23,6 +23,10 @@ A training template that keeps all reasoning is therefore no sign, and no bar ei
 A bar names the plugin that would fit, unless the template shows that the checkpoint is newer
 than that plugin too. The layout of the prediction layers and the repository's name are not
 judged; neither is the text-level ``partial_rotary_factor``, which re-saves add and remove.
+
+An MLX export is refused before anything is judged: it is no renaming. Its convolutions lie
+``[C, 4, 1]`` and one is added to its zero-centred norms, so under other names it would load
+and compute ``1 + (1 + w)``.
 """
 
 from __future__ import annotations
@@ -90,7 +94,12 @@ class _Look(NamedTuple):
 
 
 def claims(checkpoint: Checkpoint) -> Iterator[Claim]:
-    """The claim of 3.5, with everything that speaks for it alone and against it."""
+    """The claim of 3.5, with everything that speaks for it alone and against it.
+
+    Raises:
+        InputError: ``QC-QWEN35-004`` for an MLX export.
+    """
+    _refuse_mlx(checkpoint)
     look = _look(checkpoint.template)
     pip = None if look.opt_out or look.unknown else NEXT
     evidence = [*_of_config(checkpoint.config, pip), *_of_template(checkpoint.template, look, pip)]
@@ -100,6 +109,22 @@ def claims(checkpoint: Checkpoint) -> Iterator[Claim]:
         signs=tuple(item for item in evidence if isinstance(item, Sign)),
         bars=tuple(item for item in evidence if isinstance(item, Bar)),
     )
+
+
+def _refuse_mlx(checkpoint: Checkpoint) -> None:
+    """MLX's names, or its convolutions where somebody gave the tensors the hub's names back."""
+    for name, header in checkpoint.headers.items():
+        turned = name.endswith(".linear_attn.conv1d.weight") and header.shape[2:] == (1,)
+        if turned or name.startswith("language_model.model."):
+            raise InputError(
+                "QC-QWEN35-004",
+                "is an MLX export: its norms are shifted and its convolutions turned",
+                file=checkpoint.source,
+                field=name,
+                found=list(header.shape),
+                expected="the names and layouts of the original checkpoint",
+                fix="name the checkpoint that it was converted from",
+            )
 
 
 def _of_config(config: Mapping[str, Any], pip: str | None) -> Iterator[Sign | Bar]:

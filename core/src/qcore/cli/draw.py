@@ -1,7 +1,7 @@
 """Drawing on a terminal: the reporter of long verbs, and tables.
 
-Quiet when piped: without a terminal there are no bars, notes go to stderr, and a step is a
-line every so often.
+Quiet when piped: without a terminal there are no bars, a step is a line every so often, and
+notes wait until the work begins, so that an error before it is the only line.
 """
 
 from __future__ import annotations
@@ -35,18 +35,29 @@ class Drawn:
         self._bar: Progress | None = None
         self._task: Any = None
         self._said = 0.0
+        self._held: list[str] | None = None if self.console.is_terminal else []
 
     def note(self, line: str) -> None:
         """One line on stderr."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        if self._held is None:
+            self.console.print(line, markup=False, soft_wrap=True)
+        else:
+            self._held.append(line)
+
+    def _begin(self) -> None:
+        held, self._held = self._held or (), None
+        for line in held:
+            self.note(line)
 
     def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """A table on stderr."""
+        self._begin()
         self.console.print(as_table(title, rows))
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str) -> Iterator[Advance]:
         """A bar on a terminal, nothing elsewhere."""
+        self._begin()
         if not self.console.is_terminal or self.console.quiet:
             yield lambda amount: None
             return
