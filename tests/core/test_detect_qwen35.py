@@ -316,6 +316,7 @@ from types import SimpleNamespace
 from qcore.plugins import Plugins
 from qcore.detect import detect
 given = SimpleNamespace(
+    headers={},
     path=__import__("pathlib").Path("m"), source="m", template=None,
     config={"model_type": "qwen3_5_text", "eos_token_id": 248044, "linear_conv_kernel_dim": 4,
             "linear_num_key_heads": 2, "linear_num_value_heads": 2})
