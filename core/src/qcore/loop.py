@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .data.dataset import Dataset
 from .data.mask import Example
@@ -89,13 +90,18 @@ class Loop:
         supervised = _supervised(batches)
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            packed = pack(batch).to(self.device)
-            loss, _ = self.model.loss(packed, save_memory=self.settings.gradient_checkpointing)
+            loss, _ = self._loss(batch, save_memory=self.settings.gradient_checkpointing)
             loss = loss / supervised
             torch.autograd.backward(loss)
             total += loss.detach()
         limit = self.settings.max_grad_norm or math.inf
         return float(total), float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+
+    def _loss(self, batch: Sequence[Example], *, save_memory: bool = False) -> tuple[Tensor, int]:
+        """Sum of the loss over a micro-batch, and its supervised tokens."""
+        packed = pack(batch).to(self.device)
+        chunk = self.settings.loss_chunk_size
+        return self.model.loss(packed, save_memory=save_memory, chunk=chunk)
 
     def _not_finite(
         self, step: int, batches: Sequence[Sequence[Example]], loss: float, norm: float
@@ -124,7 +130,7 @@ class Loop:
         self.model.eval()
         total, count = 0.0, 0
         for example in self.data.eval:
-            loss, supervised = self.model.loss(pack([example]).to(self.device))
+            loss, supervised = self._loss([example])
             total, count = total + float(loss), count + supervised
         return total / count
 

@@ -165,11 +165,19 @@ class Model(nn.Module):
                 x = layer(x, batch)
         return self.trunk.final(x)
 
-    def loss(self, batch: Packed, *, save_memory: bool = False) -> tuple[Tensor, int]:
-        """Sum of the cross entropy over supervised positions, and their number."""
+    def loss(
+        self, batch: Packed, *, save_memory: bool = False, chunk: int = 0
+    ) -> tuple[Tensor, int]:
+        """Sum of the cross entropy over supervised positions, and their number.
+
+        Args:
+            batch: the pack, with targets.
+            save_memory: as in `hidden`.
+            chunk: positions whose logits exist at a time; 0: as `cross_entropy_sum` has it.
+        """
         assert batch.targets is not None
         rows, wanted = supervised(self.hidden(batch, save_memory=save_memory), batch.targets)
-        return cross_entropy_sum(rows, self.head, wanted), len(wanted)
+        return cross_entropy_sum(rows, self.head, wanted, chunk or None), len(wanted)
 
     def logits(self, batch: Packed) -> Tensor:
         """All logits ``[T, V]``; for generation and for tests, never in training."""

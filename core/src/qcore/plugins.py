@@ -323,8 +323,9 @@ def _yields(hook: str) -> tuple[type, ...]:
 
     from . import hookspecs
 
-    annotation = eval(getattr(hookspecs, hook).__annotations__["return"], vars(hookspecs))
-    (answer,) = typing.get_args(annotation)
+    # `Checkpoint` is imported there for type checkers only.
+    hints = typing.get_type_hints(getattr(hookspecs, hook), localns={"Checkpoint": object})
+    (answer,) = typing.get_args(hints["return"])
     return typing.get_args(answer) or (answer,)
 
 

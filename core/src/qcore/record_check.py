@@ -30,11 +30,8 @@ class _Names(dict[str, Any]):
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
-    names = _Names(kind.__module__)
-    return {
-        item.name: eval(item.type, {}, names) if isinstance(item.type, str) else item.type
-        for item in fields(kind)
-    }
+    hints = typing.get_type_hints(kind, localns=_Names(kind.__module__))
+    return {item.name: hints[item.name] for item in fields(kind)}
 
 
 def problem(record: Any) -> str | None:

@@ -97,8 +97,8 @@ class Settings:
     num_train_epochs: float = _s(
         1.0, "passes over the data, where max_steps is -1", above=0, high=10000
     )
-    max_length: int = _s(2048, "tokens of a packed row", low=2, high=1 << 20)
-    per_device_train_batch_size: int = _s(1, "packed rows of a micro-step", low=1, high=65536)
+    max_length: int = _s(2048, "most tokens of a row; a longer one is refused", low=2, high=1 << 20)
+    per_device_train_batch_size: int = _s(1, "rows packed into a micro-step", low=1, high=65536)
     gradient_accumulation_steps: int = _s(8, "micro-steps of an optimizer step", low=1, high=65536)
     learning_rate: float = _s(2e-4, "peak learning rate of AdamW", above=0, high=1)
     warmup_ratio: float = _s(0.03, "share of the steps that warm up", low=0, below=1)
@@ -124,7 +124,10 @@ class Settings:
     adapter_class: str = _s("", "class whose names the adapter carries; empty: the checkpoint's")
     generation: str = _s("", "generation to take an unproven checkpoint for; empty: as detected")
     loss_chunk_size: int = _s(
-        1024, "supervised positions whose logits exist at a time", low=1, high=1 << 20
+        0,
+        "supervised positions whose logits exist at a time; 0: as many as a fixed budget holds",
+        low=0,
+        high=1 << 20,
     )
 
     def __post_init__(self) -> None:
