@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-#: Names and shapes of the multi-token-prediction layer, by the text config.
-def _mtp_shapes(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+
+def mtp_shapes(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the multi-token-prediction layer, by the text config."""
     h, f, d = text["hidden_size"], text["intermediate_size"], text["head_dim"]
     q, kv = text["num_attention_heads"] * d, text["num_key_value_heads"] * d
     p = "mtp.layers.0"
@@ -60,7 +61,11 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def write_real(
-    shared: Path, folder: Path, sku: str = "Qwen3.5-0.8B", *, shard: str = "900MB",
+    shared: Path,
+    folder: Path,
+    sku: str = "Qwen3.5-0.8B",
+    *,
+    shard: str = "900MB",
     text: dict[str, Any] | None = None,
 ) -> Path:
     """A vision-language checkpoint of the shape of `sku`, about 1.7 GB for 0.8B.
@@ -87,9 +92,9 @@ def write_real(
     generator = torch.Generator().manual_seed(1)
     mtp = {
         name: (torch.randn(shape, generator=generator) * 0.02).to(torch.bfloat16)
-        for name, shape in _mtp_shapes(raw["text_config"]).items()
+        for name, shape in mtp_shapes(raw["text_config"]).items()
     }
-    _add_shard(folder, mtp)
+    add_shard(folder, mtp)
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
     shutil.copyfile(source / "chat_template.jinja", folder / "chat_template.jinja")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -102,7 +107,7 @@ def write_real(
     return folder
 
 
-def _add_shard(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def add_shard(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     index_file = folder / "model.safetensors.index.json"
     name = "model-mtp.safetensors"
     save_file(tensors, folder / name, metadata={"format": "pt"})
