@@ -95,7 +95,7 @@ def train(
         stack.enter_context(locked(folder))
         stop = stack.enter_context(StopSignals())
         log = stack.enter_context(MetricsLog(folder / METRICS))
-        net, files, lines = _load(found, rows, settings, where, tell)
+        net, files, lines = _load(found, rows, settings, where, tell, stop)
         loop = Loop(net, rows, settings, where)
         start = _resume(files, loop, folder, tell) if resume else 0
         log.truncate_after(start)
@@ -148,7 +148,12 @@ def _rows(found: Identified, data: str | Path, settings: Settings, tell: Reporte
 
 
 def _load(
-    found: Identified, rows: Dataset, settings: Settings, device: torch.device, tell: Reporter
+    found: Identified,
+    rows: Dataset,
+    settings: Settings,
+    device: torch.device,
+    tell: Reporter,
+    stop: StopSignals,
 ) -> tuple[Model, RunFiles, list[Coverage]]:
     """The base on the device, adapters on it, and the table of what will be trained."""
     layout, config = found.layout, found.checkpoint.config
@@ -166,8 +171,18 @@ def _load(
     )
     quantize = settings.quantization == "nf4"
     with tell.progress("loading the base", size, "bytes") as advance:
+
+        def read(count: int) -> None:
+            advance(count)
+            if stop.asked:  # loading can outlast the grace that a scheduler gives
+                raise Interrupted(
+                    "QC-TRAIN-006",
+                    f"stopped by {stop.asked} while the base was loading",
+                    fix="run the same command again",
+                )
+
         digests = load(
-            net, layout, found.checkpoint, device=device, quantize=quantize, progress=advance
+            net, layout, found.checkpoint, device=device, quantize=quantize, progress=read
         )
     for name, module in net.adapters():
         module.reset_lora(name, settings.seed, device)
