@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-gpu lint dev clean
+.PHONY: demo test test-gpu lint docs dev clean
 
 demo: $(STAMP)  ## train, merge and verify a tiny checkpoint
 	$(BIN)/qcore demo
@@ -21,6 +21,9 @@ lint: $(STAMP)  ## formatter, linter, types, import contracts
 	$(BIN)/mypy core/src/qcore
 	$(BIN)/mypy qwen35_plugin/src/qcore_qwen35
 	$(BIN)/lint-imports
+
+docs: $(STAMP)  ## rewrite what docs/ derives from the source
+	$(BIN)/python docs/generate.py
 
 dev: $(STAMP)  ## just the environment
 

@@ -1,0 +1,78 @@
+"""Nothing in core or plugin opens a pickle, runs a checkpoint's code, or evaluates text."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(
+    path for folder in ("core/src", "qwen35_plugin/src") for path in (ROOT / folder).rglob("*.py")
+)
+MODULES = {
+    "pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve",
+}  # fmt: skip
+CALLS = {"eval", "exec", "compile", "__import__"}
+#: Names of transformers and torch that read pickles, run code that lies beside the weights, choose
+#: classes by what lies there, or write a checkpoint by way of a model class.
+NAMES = {
+    "AutoTokenizer", "AutoModel", "AutoModelForCausalLM", "AutoConfig", "AutoProcessor",
+    "from_pretrained", "save_pretrained", "trust_remote_code", "apply_chat_template",
+}  # fmt: skip
+TORCH = {"load", "save", "compile_pickle"}
+
+
+def offences(tree: ast.AST) -> Iterator[str]:
+    """What a module must not say, with its line."""
+    for node in ast.walk(tree):
+        said: set[str] = set()
+        if isinstance(node, ast.Import):
+            said = {alias.name.split(".")[0] for alias in node.names} & MODULES
+        elif isinstance(node, ast.ImportFrom):
+            said = {(node.module or "").split(".")[0]} & MODULES
+            said |= {alias.name for alias in node.names} & NAMES
+            if node.module == "torch":
+                said |= {alias.name for alias in node.names} & TORCH
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            said = {node.func.id} & CALLS
+        elif isinstance(node, ast.Attribute):
+            said = {node.attr} & NAMES
+            if isinstance(node.value, ast.Name) and node.value.id == "torch":
+                said |= {node.attr} & TORCH
+        elif isinstance(node, ast.Name):
+            said = {node.id} & NAMES
+        elif isinstance(node, ast.keyword):
+            said = {str(node.arg)} & NAMES
+        for word in said:
+            yield f"line {getattr(node, 'lineno', '?')}: {word}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_way_to_run_what_was_downloaded(path: Path) -> None:
+    assert list(offences(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "import torch\ntorch.load('x')",
+        "from torch import load",
+        "eval('1')",
+        "exec(text)",
+        "model.save_pretrained(folder)",
+        "f(trust_remote_code=True)",
+        "from transformers import AutoTokenizer",
+        "transformers.AutoConfig.register('x', y)",
+    ],
+)
+def test_each_would_be_seen(text: str) -> None:
+    assert list(offences(ast.parse(text)))
+
+
+def test_words_in_comments_and_methods_of_that_name_are_no_offence() -> None:
+    assert not list(offences(ast.parse('"""Not AutoTokenizer."""\nmodel.eval()\nre.compile("x")')))
