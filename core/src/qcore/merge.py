@@ -2,8 +2,9 @@
 
 This file decides that a merged checkpoint is its base, file by file: the same shards with the
 same headers in the same order, the same sidecars; only tensors that the adapter touches get
-other bytes, ``W + scaling * (B A)[region]`` computed in float32 and rounded once. Nothing
-goes through a model class, so what training did not load is kept as it was.
+other bytes, ``W + scaling * (B A)[region]`` computed in float64 and rounded once, so that no
+other way to merge is closer on any tensor. Nothing goes through a model class, so what
+training did not load is kept as it was.
 
 Each tensor is read once: its bytes are hashed for the fingerprint, changed or copied, hashed
 again for the manifest, and written. A mismatch with the base that the adapter was trained on
@@ -38,7 +39,7 @@ from .report import Advance, Reporter, Silent
 from .table import Region
 
 _COPY = 8 * 2**20  # bytes in flight when a tensor is only copied
-_BLOCK = 4 * 2**20  # elements of a weight that are in float32 at a time
+BLOCK = 2**18  #: elements of a weight that are in float64 at a time: they stay in the cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,7 @@ def merge(
     tell = reporter or Silent()
     target = check_target(output)
     found = identify(model, generation=generation)
-    told = read_adapter(adapter, found.layout, trust_base=trust_base)
+    told = read_adapter(adapter, found.layout, trust_base=trust_base, claims=found.adapter_claims)
     already = _refuse_twice(found.checkpoint, told)
     warnings = preflight(found, verb="merge", settings={})
     for line in (*found.decision.evidence, *warnings):
@@ -163,6 +164,7 @@ def _meta(
             *already,
             {
                 "adapter": str(adapter.path),
+                "layout": adapter.layout,
                 "sha256": _digest(adapter.path / WEIGHTS),
                 "trusted_without_fingerprint": not adapter.fingerprints,
                 "pairs": len(adapter.pairs),
@@ -174,7 +176,7 @@ def _meta(
 
 
 class Deltas:
-    """The adapter's matrices in float32 and ``scaling * B A`` by region.
+    """The adapter's matrices and ``W + scaling * B A`` by region.
 
     Raises:
         NumericError: ``QC-MERGE-003`` for a NaN or an infinity in the adapter.
@@ -203,10 +205,19 @@ class Deltas:
         """``A [r, in]`` and ``B [out, r]`` of a weight, float32."""
         return self._values[name]
 
-    def add(self, name: str, weight: Tensor, rows: slice) -> Tensor:
-        """``weight + scaling * B[rows] A`` in float32, for rows ``weight [n, in]``."""
-        a, b = self._values[name]
-        return torch.addmm(weight.float(), b[rows], a, alpha=self.pairs[name].scaling)
+    def add(self, name: str, weight: Tensor, rows: slice) -> Iterator[tuple[slice, Tensor]]:
+        """``weight + scaling * B[rows] A`` in float64, for rows ``weight [n, in]``.
+
+        Yields:
+            A block's place in `weight`, and its sum; the block may be written meanwhile.
+        """
+        a, b = (side.double() for side in self._values[name])
+        b = b[rows]
+        step = max(1, BLOCK // weight.shape[1])
+        for at in range(0, len(weight), step):
+            block = slice(at, min(at + step, len(weight)))
+            old = weight[block].double()
+            yield block, torch.addmm(old, b[block], a, alpha=self.pairs[name].scaling)
 
 
 @dataclass(slots=True)
@@ -269,13 +280,10 @@ class _Merger:
         hashed = pool.submit(lambda: hashlib.sha256(as_bytes(weight)).hexdigest())
         merged = torch.empty_like(weight)
         moved = 0.0
-        step = max(1, _BLOCK // weight.shape[1])
-        start = region[0].start
-        for at in range(0, len(weight), step):
-            old = weight[at : at + step]
-            rows = slice(start + at, start + at + len(old))
-            new = merged[at : at + step].copy_(self.deltas.add(name, old, rows))
-            change = float((new.float() - old.float()).abs().max())
+        rows = slice(region[0].start, region[0].stop)
+        for block, total in self.deltas.add(name, weight, rows):
+            new = merged[block].copy_(total)
+            change = float((new.float() - weight[block].float()).abs().max())
             if change != change or change == float("inf"):
                 raise NumericError(
                     "QC-MERGE-003", "is not finite after the merge", file=self.adapter.path,

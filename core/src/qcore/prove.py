@@ -79,6 +79,7 @@ class _Streams:
         config = found.checkpoint.config
         self.model = Model(architecture, config, found.layout, torch.float32, lora).eval()
         self.modules = dict(self.model.named_modules())
+        self.names = {module: name for name, module in self.model.adapters()}
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """What the head reads, ``[T, H]``, in the three streams."""
@@ -90,17 +91,15 @@ class _Streams:
             with _real(self, layer):
                 linears = [m for m in layer.modules() if isinstance(m, Linear) and m.lora]
                 streams[1] = layer(streams[1], batch)
-                loras = [(module, module.lora) for module in linears]
                 for module in linears:
                     module.lora = None
                 streams[0] = layer(streams[0], batch)
-                for module, lora in loras:
-                    assert lora is not None
-                    weight, a, b = module.weight, module.lora_A, module.lora_B
-                    assert weight is not None
-                    assert a is not None
-                    assert b is not None
-                    weight.addmm_(b, a, alpha=lora.scaling)
+                for module in linears:
+                    assert module.weight is not None
+                    weight, name = module.weight, self.names[module]
+                    # By the merge's own arithmetic, so that a fault in it shows here.
+                    for block, total in self.deltas.add(name, weight, slice(0, len(weight))):
+                        weight[block] = total
                 streams[2] = layer(streams[2], batch)
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta and name in self.layout.located and not self._inside(name):
