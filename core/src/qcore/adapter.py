@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .artifact import MANIFEST, read_manifest, verify
 from .checkpoint import Header, read_headers, read_json, safe_file
 from .errors import InputError, QcoreError, TrustError, UsageError, one_of_each, raise_all
 from .locate import Layout
+from .records import AdapterClaim
 from .table import Namespace, Tensor
 
 CONFIG = "adapter_config.json"
@@ -45,6 +46,10 @@ _ACTIVE = frozenset((
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
+#: Shapes by tensor name -> what plugins claim of them.
+Claims = Callable[[Mapping[str, tuple[int, ...]]], Sequence[AdapterClaim]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
     """The two matrices that change one weight: ``W + scaling * B A``."""
@@ -65,12 +70,14 @@ class Adapter:
         pairs: by canonical name of the weight.
         namespace: the class prefix that it is written in.
         meta: what qcore recorded in its manifest; empty for a foreign adapter.
+        layout: ``peft``, or the foreign layout that a plugin read it as.
     """
 
     path: Path
     pairs: Mapping[str, Pair]
     namespace: Namespace
     meta: Mapping[str, Any]
+    layout: str = "peft"
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
@@ -156,14 +163,23 @@ def peft_config(
     }
 
 
-def read_adapter(path: str | Path, layout: Layout, *, trust_base: bool = False) -> Adapter:
+def read_adapter(
+    path: str | Path, layout: Layout, *, trust_base: bool = False, claims: Claims | None = None
+) -> Adapter:
     """Read the headers of an adapter folder and meet them with a base.
+
+    Args:
+        path: the folder.
+        layout: the base, explained.
+        trust_base: accept an adapter without a fingerprint of its base.
+        claims: asks plugins whether the tensors are in a layout of theirs.
 
     Raises:
         InputError: ``QC-ADAPTER-003`` no adapter folder, ``-004`` a config field that is
             missing or that qcore does not act on, ``-005`` a tensor that fits no weight,
             ``-006`` a declared target without tensors, ``-007`` a wrong shape,
-            ``-008`` a folder that is not what its manifest says.
+            ``-008`` a folder that is not what its manifest says, ``-010`` a foreign layout
+            that several plugins claim or that names a weight which is not there.
         TrustError: ``QC-ADAPTER-009`` no base fingerprint and no consent.
     """
     folder = Path(path)
@@ -178,10 +194,50 @@ def read_adapter(path: str | Path, layout: Layout, *, trust_base: bool = False) 
     problems = _check_config(folder / CONFIG, config)
     raise_all(problems)
     headers = {header.name: header for header in read_headers(safe_file(folder, WEIGHTS))}
+    found = claims({name: h.shape for name, h in headers.items()}) if claims else []
+    if found:
+        headers = _translated(folder / WEIGHTS, headers, found, layout)
     reader = _Reader(folder / WEIGHTS, config, headers, layout)
     pairs = reader.pairs()
     raise_all(one_of_each(reader.problems))
-    return Adapter(path=folder, pairs=pairs, namespace=reader.namespace, meta=meta)
+    return Adapter(
+        path=folder,
+        pairs=pairs,
+        namespace=reader.namespace,
+        meta=meta,
+        layout=found[0].layout if found else "peft",
+    )
+
+
+def _translated(
+    path: Path, headers: Mapping[str, Header], claims: Sequence[AdapterClaim], layout: Layout
+) -> dict[str, Header]:
+    """The tensors of a foreign layout under PEFT's names, by the one claim that there is."""
+    names = ", ".join(claim.layout for claim in claims)
+    if len(claims) > 1:
+        raise InputError(
+            "QC-ADAPTER-010",
+            "is in a layout that several plugins claim",
+            file=path,
+            found=names,
+            expected="one",
+            fix="uninstall the plugin that does not belong",
+        )
+    translated = dict(headers)
+    for name, (weight, side) in claims[0].names.items():
+        tensor = layout.table.tensors.get(weight)
+        if tensor is None or side not in ("A", "B") or name not in headers:
+            raise InputError(
+                "QC-ADAPTER-010",
+                f"is read as layout '{names}' to a weight that is not there",
+                file=path,
+                field=name,
+                found=f"{weight} ({side})",
+                expected="a weight of this base, side A or B",
+                fix="report this to the plugin's author",
+            )
+        translated[peft_name(tensor, tensor.part.namespaces[0], side)] = translated.pop(name)
+    return translated
 
 
 def _manifest(folder: Path, trust_base: bool) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from .errors import InputError, PluginError, QcoreError, raise_all
 from .hub import resolve_model
 from .locate import Layout, faults, survey
 from .plugins import Plugins
-from .records import ChatFormat
+from .records import AdapterClaim, ChatFormat
 from .table import Table
 
 
@@ -56,6 +56,11 @@ class Identified:
             )
         chat: ChatFormat = answers[0][1]
         return chat
+
+    def adapter_claims(self, shapes: Mapping[str, tuple[int, ...]]) -> list[AdapterClaim]:
+        """What plugins say of an adapter's tensors; nothing for PEFT's own layout."""
+        answers = self.plugins.ask("qcore_detect_merge", adapter=shapes, checkpoint=self.checkpoint)
+        return [claim for _, claim in answers]
 
     def provenance(self) -> dict[str, Any]:
         """What manifests record of the model."""

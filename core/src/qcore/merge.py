@@ -12,7 +12,7 @@ stops the merge at the first tensor. Memory is a few tensors, whatever the size 
 
 The checks after it: names, shapes, dtypes equal to the base's; every adapter tensor used;
 values finite; every touched tensor changed; and, by `prove`, logits of the unrounded merge
-equal to base + adapter.
+equal to base + adapter, and the files hold that merge, rounded.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def merge(
         InputError: the adapter is not for this base (``QC-MERGE-001``), is already in it
             (``-002``), or its folder or the base's are not as they must be.
         NumericError: ``QC-MERGE-003`` a value that is not finite, ``-004`` nothing changed,
-            ``-005`` logits of the merge differ from base + adapter.
+            ``-005`` logits of the merge differ from base + adapter, ``-006`` and ``-007`` the
+            files do not hold what they should.
         WriteError: the output exists or cannot be written; nothing half-written stays.
     """
     tell = reporter or Silent()
@@ -109,7 +110,7 @@ def merge(
             out.copy(INDEX, found.checkpoint.file(INDEX))
         merger.check()
         _check_headers(found.checkpoint, out.folder)
-        proof = _prove(found, told, tell) if prove else None
+        proof = _prove(found, told, out.folder, tell) if prove else None
         out.meta.update(_meta(found, told, merger, already, proof))
     return MergeReport(
         output=target,
@@ -123,11 +124,13 @@ def merge(
     )
 
 
-def _prove(found: Identified, adapter: Adapter, tell: Reporter) -> dict[str, float]:
+def _prove(
+    found: Identified, adapter: Adapter, written: Path, tell: Reporter
+) -> dict[str, float]:
     from .prove import prove_merge  # it needs `Deltas`
 
     with tell.progress("proving", found.checkpoint.total_bytes, "bytes") as advance:
-        return prove_merge(found, adapter, advance)
+        return prove_merge(found, adapter, written, advance)
 
 
 def _refuse_twice(checkpoint: Checkpoint, adapter: Adapter) -> list[dict[str, Any]]:

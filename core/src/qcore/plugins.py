@@ -21,6 +21,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -134,9 +135,14 @@ class Plugins:
                 yield plugin.info, error
 
     def records(self) -> list[Owned[Any]]:
-        """What the loadable plugins of this set describe, in name order. Raises nothing."""
+        """What the loadable plugins of this set describe, in name order. Raises nothing.
+
+        The callables on an `Architecture` are contained like hooks.
+        """
         return [
-            Owned(plugin.info, record) for plugin in self._loaded() for record in plugin.records
+            Owned(plugin.info, _guarded(plugin, record))
+            for plugin in self._loaded()
+            for record in plugin.records
         ]
 
     def describe(self) -> Described:
@@ -315,6 +321,33 @@ def _answers(plugin: Candidate, hook: str, arguments: Mapping[str, Any]) -> list
         expected=None if raised else f"an iterable of {names}",
         fix=_remedy(plugin),
     ) from found.error
+
+
+def _guarded(plugin: Candidate, record: Any) -> Any:
+    """An `Architecture` whose callables name their plugin when they fail."""
+    from .records import Architecture
+
+    if not isinstance(record, Architecture):
+        return record
+
+    def guard(name: str, function: Callable[..., _T]) -> Callable[..., _T]:
+        def call(*arguments: Any) -> _T:
+            found = _contained(partial(function, *arguments))
+            if not isinstance(found, Failure):
+                return found
+            if isinstance(found.error, QcoreError):
+                raise found.error
+            raise PluginError(
+                "QC-PLUGIN-002",
+                f"{plugin.info} failed in {name} of {record.name}",
+                found=found,
+                fix=_remedy(plugin),
+            ) from found.error
+
+        return call
+
+    tiny = record.tiny and guard("tiny", record.tiny)
+    return replace(record, build=guard("build", record.build), tiny=tiny)
 
 
 def _yields(hook: str) -> tuple[type, ...]:
