@@ -11,7 +11,12 @@ from support.blocks_kit import Written, relative
 from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from qcore_qwen35.ops.delta_rule import Chunks, chunked_delta_rule, recurrent_delta_rule
+from qcore_qwen35.ops.delta_rule import (
+    Chunks,
+    chunked,
+    chunked_delta_rule,
+    recurrent_delta_rule,
+)
 
 LENGTHS = [(1,), (2,), (63,), (64,), (65,), (130,), (64, 1, 65), (3, 200, 64, 0, 9)]
 #: log decay and write strength: (lowest g, highest g, lowest beta, highest beta)
@@ -185,26 +190,47 @@ def test_cost_is_linear_in_tokens() -> None:
 
 
 def test_kept_memory_is_the_inputs_and_little_more() -> None:
-    arguments = inputs(256, (2, 2), dtype=torch.bfloat16, dims=(32, 32))
-    kept: dict[int, int] = {}
+    """Beside the inputs, one state for every four chunks of a document."""
+    arguments = inputs(512, (2, 2), dtype=torch.bfloat16, dims=(32, 32))
+    kept: dict[int, Tensor] = {}
 
     def note(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        kept[x.untyped_storage().data_ptr()] = x
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        chunked_delta_rule(*arguments, (0, 256))
-    assert sum(kept.values()) == sum(x.untyped_storage().nbytes() for x in arguments)
+        chunked_delta_rule(*arguments, (0, 512))
+    inputs_alone = sum(x.untyped_storage().nbytes() for x in arguments)
+    states = 512 // 64 // 4 * (2 * 32 * 32 * 4)
+    assert sum(x.untyped_storage().nbytes() for x in kept.values()) == inputs_alone + states
+
+
+@pytest.mark.parametrize("tile", [1, 3, 8, 10_000])
+@pytest.mark.parametrize("lengths", [(300,), (3, 200, 64, 0, 9, 70)], ids=str)
+def test_tiles_of_any_size_give_the_same(
+    tile: int, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(chunked.TILE, "cpu", tile)
+    monkeypatch.setattr(chunked, "HEADS", 1)
+    start = torch.randn(len(lengths), 6, 8, 6, dtype=torch.float64, requires_grad=True)
+    mine, rule = both(inputs(sum(lengths), (2, 6)), lengths, start)
+    for a, b in zip(mine, rule, strict=True):
+        assert relative(a, b) <= 1e-11
 
 
 @pytest.mark.parametrize("lengths", [(5,), (64, 64), (3, 200, 64, 0, 9)], ids=str)
-def test_layout_is_a_round_trip(lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("chunks", [1, 2, 100])
+def test_layout_is_a_round_trip(lengths: tuple[int, ...], chunks: int) -> None:
     layout = Chunks.of(cumulative(lengths), 64, torch.device("cpu"))
     x = torch.randn(sum(lengths), 3, 4)
-    split = layout.split(x, torch.float64)
-    assert split.shape == (layout.total, 3, 64, 4)
+    spread = layout.spread(x)
     assert layout.total == sum(-(-n // 64) for n in lengths)
-    assert torch.equal(layout.join(split, torch.float32), x)
-    assert float(split.abs().sum()) == pytest.approx(float(x.double().abs().sum()))
+    assert spread.shape == (layout.total, 64, 3, 4)
+    assert torch.equal(layout.gather(spread), x)
+    assert float(spread.abs().sum()) == pytest.approx(float(x.abs().sum()), rel=1e-5)
+    segments = list(layout.segments(chunks))
+    covered = [n for s in segments for n in range(layout.total)[s.chunks]]
+    assert covered == list(range(layout.total))
+    assert sum(len(s.steps) for s in segments) == max(-(-n // 64) for n in lengths)
     states = torch.randn(len(lengths), 2)
     assert torch.equal(layout.by_document(layout.by_length(states)), states)

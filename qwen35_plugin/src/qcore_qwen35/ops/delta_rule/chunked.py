@@ -8,20 +8,23 @@ This file decides the chunked form and its derivative. Within a chunk of C token
     o  = Qg S + P Vn,         Qg = exp(G) Q,  P = lower(q_i.k_j L_ij)
     S' = exp(G_C) S + Kd^T Vn,                Kd = exp(G_C - G) K
 
-Only ``Vn``, ``o`` and ``S'`` wait for the chunk before; everything else runs over all chunks
-and heads at once. The function saves its inputs and nothing else: the backward runs the
-forward's scan again and then one scan from the end. A composition left to autograd would
-keep some twenty tensors of the size of V, and slicing them per chunk makes its backward
-quadratic in T.
+Only ``Vn``, ``o`` and ``S'`` wait for the chunk before; everything else runs over many chunks
+and heads at once. How many is bounded: a tile is some consecutive steps of the scan by some
+heads, sized so that its tensors stay in a CPU's cache (on a GPU a tile is usually everything).
+The function saves its inputs and the states between segments; the backward goes through the
+tiles from the end, runs the forward's scan of each again and then one scan backwards. A
+composition left to autograd would keep some twenty tensors of the size of V, and slicing them
+per chunk makes its backward quadratic in T.
 
 `Chunks` decides the order of chunks, `reference` the rule itself.
 
-Shapes: M chunks, B = M * Hv; a tensor written ``[B, C, d]`` is ``[M, Hv, C, d]`` flattened.
+Shapes: M chunks of C tokens and Hk, Hv heads of a tile, B = M * Hv; a tensor written
+``[B, C, d]`` is ``[M, Hv, C, d]`` flattened. N documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +32,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .layout import Chunks
+from .layout import Chunks, Segment
 
 CHUNK = 64
+
+#: Chunks times value heads of a tile. On CPU one ``[B, C, d]`` of float32 is then about a
+#: megabyte; on GPU the bound is on memory (a quarter of a gigabyte each), not on speed.
+TILE = {"cpu": 32}
+TILE_ELSEWHERE = 8192
+#: Value heads that a CPU tile aims at: enough to feed the cores within one step of the scan.
+HEADS = 8
 
 
 def chunked_delta_rule(
@@ -67,7 +77,7 @@ def chunked_delta_rule(
 
 
 class _Prepared:
-    """What does not wait for the scan, for all chunks at once.
+    """What does not wait for the scan, for all chunks of a tile at once.
 
     Attributes:
         q, k: ``[M, Hk, C, dk]`` normalised, q scaled.
@@ -82,16 +92,13 @@ class _Prepared:
         kept: ``[B, C, dk]`` Kd.
     """
 
-    def __init__(
-        self, layout: Chunks, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
-    ) -> None:
-        dtype = reference.computing(v.dtype)
-        self.q, self.k = layout.split(q, dtype), layout.split(k, dtype)
-        self.q_norm, self.k_norm = reference.inverse_norm(self.q), reference.inverse_norm(self.k)
-        self.q.mul_(self.q_norm * reference.query_scale(q.shape[-1]))
-        self.k.mul_(self.k_norm)
-        self.v, self.beta = layout.split(v, dtype), layout.split(beta, dtype)
-        total = layout.split(g, dtype).cumsum(-1)
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
+        """Take a tile's own copies ``[M, heads, C, ...]``; q and k are changed in place."""
+        self.q_norm, self.k_norm = reference.inverse_norm(q), reference.inverse_norm(k)
+        self.q = q.mul_(self.q_norm * reference.query_scale(q.shape[-1]))
+        self.k = k.mul_(self.k_norm)
+        self.v, self.beta = v, beta
+        total = g.cumsum(-1)
         self.grow = total.exp()
         self.left = (total[..., -1:] - total).exp()
         self.end = self.grow[..., -1].reshape(-1, 1, 1)
@@ -139,32 +146,31 @@ class _Prepared:
 
 def _pairwise_decay(total: Tensor) -> Tensor:
     """``[..., C] -> [..., C, C]``: exp(G_i - G_j) on and below the diagonal, else zero."""
-    size = total.shape[-1]
-    above = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
-    # Masked before exp: above the diagonal the difference is positive and would overflow.
+    # Zeroed before exp: above the diagonal the difference is positive and would overflow
+    # (minus infinity would do as well, but exp of it is slow).
     difference = total.unsqueeze(-1) - total.unsqueeze(-2)
-    return difference.masked_fill_(above, float("-inf")).exp_()
+    return difference.tril_().exp_().tril_()
 
 
 def _scan(
-    layout: Chunks, p: _Prepared, state: Tensor, *, outputs: bool
+    steps: Sequence[tuple[int, int]], p: _Prepared, state: Tensor, *, outputs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the states through all chunks.
+    """Run the states through the chunks of a tile.
 
     Args:
-        layout: the order of chunks.
+        steps: (first chunk, number of chunks) of each step.
         p: what does not wait for the scan.
-        state: ``[N * Hv, dk, dv]`` in the layout's order; advanced in place to the end.
+        state: ``[N * Hv, dk, dv]``, longest document first; advanced in place to the end.
         outputs: the caller wants o, otherwise the states before each chunk.
 
     Returns:
         Vn ``[B, C, dv]``; o ``[B, C, dv]`` or nothing; S ``[B, dk, dv]`` or nothing.
     """
-    heads, size = p.v.shape[1], layout.size
+    heads, size = p.v.shape[1:3]
     written = (p.v * p.beta.unsqueeze(-1)).flatten(0, 1)
     o = torch.empty_like(written) if outputs else written.new_empty(0)
     before = written.new_empty(0 if outputs else len(written), *state.shape[1:])
-    for first, count in layout.steps:
+    for first, count in steps:
         here = slice(first * heads, (first + count) * heads)
         s = state[: count * heads]
         read = p.read[here]
@@ -183,8 +189,61 @@ def _scan(
     return written, o, before
 
 
+class _Tile:
+    """Some consecutive steps of the scan by some key heads and their value heads."""
+
+    def __init__(self, segment: Segment, first: int, last: int, repeat: int) -> None:
+        self.segment = segment
+        self.key_heads = slice(first, last)
+        self.value_heads = slice(first * repeat, last * repeat)
+
+    def prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, dtype: torch.dtype
+    ) -> _Prepared:
+        """From what `Chunks.spread` made of the inputs."""
+        key, value = self.key_heads, self.value_heads
+        return _Prepared(
+            self.take(q, key, dtype), self.take(k, key, dtype), self.take(v, value, dtype),
+            self.take(g, value, dtype), self.take(beta, value, dtype),
+        )  # fmt: skip
+
+    def take(self, x: Tensor, heads: slice, dtype: torch.dtype) -> Tensor:
+        """A copy ``[M, heads, C, ...]`` out of ``[all chunks, C, all heads, ...]``."""
+        part = x[self.segment.chunks, :, heads].transpose(1, 2)
+        return torch.empty(part.shape, dtype=dtype, device=x.device).copy_(part)
+
+    def put(self, x: Tensor, heads: slice, value: Tensor) -> None:
+        """The inverse of `take`."""
+        x[self.segment.chunks, :, heads].transpose(1, 2).copy_(value)
+
+    def state(self, states: Tensor) -> Tensor:
+        """A copy ``[running * heads, dk, dv]`` out of ``[N, all heads, dk, dv]``."""
+        part = states[: self.segment.running, self.value_heads]
+        return (
+            torch.empty(part.shape, dtype=part.dtype, device=part.device).copy_(part).flatten(0, 1)
+        )
+
+    def put_state(self, states: Tensor, value: Tensor) -> None:
+        """The inverse of `state`."""
+        part = states[: self.segment.running, self.value_heads]
+        part.copy_(value.view_as(part))
+
+
+def _segments(layout: Chunks, device: torch.device) -> list[Segment]:
+    limit = TILE.get(device.type, TILE_ELSEWHERE)
+    return list(layout.segments(max(1, limit // HEADS)))
+
+
+def _tiles(segment: Segment, k_heads: int, v_heads: int, device: torch.device) -> Iterator[_Tile]:
+    repeat = v_heads // k_heads
+    chunks = segment.chunks.stop - segment.chunks.start
+    width = max(1, TILE.get(device.type, TILE_ELSEWHERE) // (chunks * repeat))
+    for first in range(0, k_heads, width):
+        yield _Tile(segment, first, min(first + width, k_heads), repeat)
+
+
 class _DeltaRule(torch.autograd.Function):
-    """The whole operation; saves its inputs."""
+    """The whole operation; saves its inputs and the states between segments."""
 
     @staticmethod
     def forward(
@@ -197,61 +256,79 @@ class _DeltaRule(torch.autograd.Function):
         initial: Tensor | None,
         layout: Chunks,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(q, k, v, g, beta, initial)
+        dtype = reference.computing(v.dtype)
+        if initial is None:
+            states = v.new_zeros(len(layout.order), v.shape[1], k.shape[2], v.shape[2], dtype=dtype)
+        else:
+            states = layout.by_length(initial.to(dtype))
+        spread = [layout.spread(x) for x in (q, k, v, g, beta)]
+        o = torch.empty_like(spread[2], memory_format=torch.contiguous_format)
+        between = []
+        for segment in _segments(layout, v.device):
+            if any(ctx.needs_input_grad):
+                between.append(states[: segment.running].clone())
+            for tile in _tiles(segment, k.shape[1], v.shape[1], v.device):
+                p = tile.prepare(*spread, dtype)
+                state = tile.state(states)
+                _, out, _ = _scan(segment.steps, p, state, outputs=True)
+                tile.put(o, tile.value_heads, out.view_as(p.v))
+                tile.put_state(states, state)
+        ctx.save_for_backward(q, k, v, g, beta, *between)
         ctx.layout = layout
-        p = _Prepared(layout, q, k, v, g, beta)
-        state = _start(layout, p, initial)
-        _, o, _ = _scan(layout, p, state, outputs=True)
-        final = state.unflatten(0, (len(layout.order), v.shape[1]))
-        return layout.join(o.view_as(p.v), v.dtype), layout.by_document(final)
+        ctx.initial = None if initial is None else initial.dtype
+        return layout.gather(o), layout.by_document(states)
 
     @staticmethod
     @once_differentiable  # type: ignore[misc, untyped-decorator]
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, g, beta, initial = ctx.saved_tensors
+        q, k, v, g, beta, *between = ctx.saved_tensors
         layout: Chunks = ctx.layout
-        p = _Prepared(layout, q, k, v, g, beta)
-        new, _, before = _scan(layout, p, _start(layout, p, initial), outputs=False)
-        dstate = layout.by_length(dfinal.to(p.v.dtype)).flatten(0, 1)
-        grads = _scan_back(layout, p, layout.split(do, p.v.dtype), new, before, dstate)
-        dq, dk, dv, dg, dbeta = grads
+        dtype = reference.computing(v.dtype)
+        dstates = layout.by_length(dfinal.to(dtype))
+        spread = [layout.spread(x) for x in (q, k, v, g, beta)]
+        do = layout.spread(do)
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in spread]
+        segments = _segments(layout, v.device)
+        for segment, states in zip(reversed(segments), reversed(between)):
+            for tile in _tiles(segment, k.shape[1], v.shape[1], v.device):
+                p = tile.prepare(*spread, dtype)
+                new, _, before = _scan(segment.steps, p, tile.state(states), outputs=False)
+                dstate = tile.state(dstates)
+                dout = tile.take(do, tile.value_heads, dtype)
+                made = _scan_back(segment.steps, p, dout, new, before, dstate)
+                tile.put_state(dstates, dstate)
+                for number, (grad, value) in enumerate(zip(grads, made)):
+                    tile.put(grad, tile.key_heads if number < 2 else tile.value_heads, value)
         dinitial = None
-        if initial is not None:
-            dinitial = layout.by_document(dstate.unflatten(0, (-1, v.shape[1]))).to(initial.dtype)
-        join = layout.join
-        return (
-            join(dq, q.dtype), join(dk, k.dtype), join(dv, v.dtype),
-            join(dg, g.dtype), join(dbeta, beta.dtype), dinitial, None,
-        )  # fmt: skip
-
-
-def _start(layout: Chunks, p: _Prepared, initial: Tensor | None) -> Tensor:
-    """The states before the first chunk, ``[N * Hv, dk, dv]``, the caller's to change."""
-    if initial is not None:
-        return layout.by_length(initial.to(p.v.dtype)).flatten(0, 1)
-    heads = len(layout.order) * p.v.shape[1]
-    return p.v.new_zeros(heads, p.k.shape[-1], p.v.shape[-1])
+        if ctx.initial is not None:
+            dinitial = layout.by_document(dstates).to(ctx.initial)
+        return (*(layout.gather(grad) for grad in grads), dinitial, None)
 
 
 def _scan_back(
-    layout: Chunks, p: _Prepared, do: Tensor, new: Tensor, before: Tensor, dstate: Tensor
+    steps: Sequence[tuple[int, int]],
+    p: _Prepared,
+    do: Tensor,
+    new: Tensor,
+    before: Tensor,
+    dstate: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """From the end: gradients of the inputs; `dstate` becomes that of the first states.
 
     Args:
-        layout: the order of chunks.
-        p: as in the forward.
+        steps: as in `_scan`.
+        p: as in `_scan`.
         do: ``[M, Hv, C, dv]``.
         new: ``[B, C, dv]`` Vn.
         before: ``[B, dk, dv]`` S.
         dstate: ``[N * Hv, dk, dv]`` gradient of the last states, changed in place.
     """
-    heads, size = do.shape[1], layout.size
+    heads, size = do.shape[1:3]
     # Gradients of what was read from S: of o above, of -Kb S below (filled by the scan).
     dread = do.new_empty(len(new), 2 * size, do.shape[-1])
     dread[:, :size] = do.flatten(0, 1)
     after = torch.empty_like(before)  # gradient of S'
-    for first, count in reversed(layout.steps):
+    for first, count in reversed(steps):
         here = slice(first * heads, (first + count) * heads)
         ds = dstate[: count * heads]
         after[here] = ds
@@ -266,7 +343,7 @@ def _scan_back(
 def _collect(
     p: _Prepared, dread: Tensor, new: Tensor, before: Tensor, after: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the inputs from those of the scan, all chunks at once.
+    """Gradients of a tile's inputs from those of its scan, all chunks at once.
 
     The decay enters everything as exp(G): its gradient is, per token, what each exponential
     carries times the gradient of what it multiplies.

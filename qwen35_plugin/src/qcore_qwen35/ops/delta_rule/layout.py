@@ -11,12 +11,37 @@ neither write (k = v = beta = 0) nor decay (g = 0).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Some consecutive steps of the scan.
+
+    Attributes:
+        chunks: the chunks of all its steps, which lie side by side.
+        running: documents at its first step.
+        steps: per step, (first chunk within the segment, number of chunks).
+    """
+
+    chunks: slice
+    running: int
+    steps: tuple[tuple[int, int], ...]
+
+    @staticmethod
+    def of(steps: Sequence[tuple[int, int]]) -> Segment:
+        """From the (first chunk, number of chunks) of its steps."""
+        start, (last, count) = steps[0][0], steps[-1]
+        return Segment(
+            chunks=slice(start, last + count),
+            running=steps[0][1],
+            steps=tuple((first - start, number) for first, number in steps),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,21 +85,29 @@ class Chunks:
             rows=None if len(counts) == 1 else _rows(cu_seqlens, size, place, device),
         )
 
-    def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[T, heads, ...] -> [M, heads, C, ...]``: a contiguous copy in `dtype`."""
+    def segments(self, chunks: int) -> Iterator[Segment]:
+        """Cut the scan into runs of steps that hold about `chunks` chunks each, in order."""
+        taken: list[tuple[int, int]] = []
+        for first, count in self.steps:
+            taken.append((first, count))
+            if first + count - taken[0][0] >= chunks:
+                yield Segment.of(taken)
+                taken = []
+        if taken:
+            yield Segment.of(taken)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """``[T, heads, ...] -> [M, C, heads, ...]``, zeros on the filling; may be a view of x."""
         shape = (self.total * self.size, *x.shape[1:])
         if self.rows is not None:
             x = x.new_zeros(shape).index_copy_(0, self.rows, x)
         elif shape[0] != self.tokens:
             x = torch.cat([x, x.new_zeros(shape[0] - self.tokens, *x.shape[1:])])
-        x = x.unflatten(0, (self.total, self.size)).transpose(1, 2)
-        # Always a copy: callers work in place, and with one head a cast could return x itself.
-        return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+        return x.view(self.total, self.size, *x.shape[1:])
 
-    def join(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The inverse of `split`; what lies on the filling is dropped."""
-        x = x.transpose(1, 2)
-        x = torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x).flatten(0, 1)
+    def gather(self, x: Tensor) -> Tensor:
+        """The inverse of `spread`; what lies on the filling is dropped."""
+        x = x.flatten(0, 1)
         return x[: self.tokens] if self.rows is None else x.index_select(0, self.rows)
 
     def by_length(self, states: Tensor) -> Tensor:
