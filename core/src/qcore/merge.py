@@ -124,9 +124,7 @@ def merge(
     )
 
 
-def _prove(
-    found: Identified, adapter: Adapter, written: Path, tell: Reporter
-) -> dict[str, float]:
+def _prove(found: Identified, adapter: Adapter, written: Path, tell: Reporter) -> dict[str, float]:
     from .prove import prove_merge  # it needs `Deltas`
 
     with tell.progress("proving", found.checkpoint.total_bytes, "bytes") as advance:

@@ -3,13 +3,15 @@
 This file decides what is compared: three streams of the same random tokens through the
 plugin's own blocks in float32, one layer in memory at a time: the base, the base with the
 adapter as training applies it, and the base with the weights merged but not rounded. The
-second and the third must agree; the first tells how large the effect is. After rounding to
-the file's dtype a difference is expected and gates nothing.
+second and the third must agree; the first tells how large the effect is. The weights of the
+third are then met with the written files, which must hold them, rounded once; what rounding
+does to logits is expected and gates nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,21 +30,32 @@ from .nn.protocols import Packed
 _DOCUMENTS, _TOKENS = 8, 12
 _TOLERANCE = 1e-4  # of the largest logit, or of 1: float32 through the depth of the model
 _HEAD_ROWS = 8192
+_SMALLEST = 1e-7  # below this, float16 has fewer digits than its eps says
 
 
 def prove_merge(
-    found: Identified, adapter: Adapter, progress: Callable[[int], None] | None = None
+    found: Identified,
+    adapter: Adapter,
+    written: Path,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """Compare the unrounded merge with base + adapter on random tokens.
+    """Compare the unrounded merge with base + adapter on random tokens, and with the files.
+
+    Args:
+        found: the base.
+        adapter: the adapter.
+        written: the folder that holds the merged files, with the base's names and headers.
+        progress: called with the bytes read.
 
     Returns:
         ``difference`` and ``effect`` (largest absolute differences of logits) and ``scale``
         (largest absolute logit).
 
     Raises:
-        NumericError: ``QC-MERGE-005`` when they differ, or when the adapter has no effect.
+        NumericError: ``QC-MERGE-005`` when they differ, or when the adapter has no effect;
+            ``-007`` when a file holds another sum than the one that was proved.
     """
-    streams = _Streams(found, adapter, progress or (lambda count: None))
+    streams = _Streams(found, adapter, written, progress or (lambda count: None))
     with torch.no_grad():
         base, adapted, merged = streams.run()
         result = streams.compare(base, adapted, merged)
@@ -65,8 +78,9 @@ class _Streams:
     """The model on meta, of which one layer at a time is real."""
 
     def __init__(
-        self, found: Identified, adapter: Adapter, progress: Callable[[int], None]
+        self, found: Identified, adapter: Adapter, written: Path, progress: Callable[[int], None]
     ) -> None:
+        self.written = written
         self.checkpoint = found.checkpoint
         self.layout = found.layout
         self.progress = progress
@@ -100,12 +114,31 @@ class _Streams:
                     # By the merge's own arithmetic, so that a fault in it shows here.
                     for block, total in self.deltas.add(name, weight, slice(0, len(weight))):
                         weight[block] = total
+                    self._check_written(self.layout.located[name], weight)
                 streams[2] = layer(streams[2], batch)
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta and name in self.layout.located and not self._inside(name):
                 self._fill(self.layout.located[name])
         base, adapted, merged = (trunk.final(stream) for stream in streams)
         return base, adapted, merged
+
+    def _check_written(self, item: Located, weight: Tensor) -> None:
+        """The files hold `weight`, rounded once to their dtype."""
+        for where in item.places:
+            header = where.header
+            value = torch.empty(header.shape, dtype=DTYPES[header.dtype])
+            with (self.written / header.file).open("rb") as file:
+                file.seek(header.start)
+                file.readinto(as_bytes(value))
+            wanted = weight[where.region].view(header.shape)
+            # Half a unit in the last place is eps / 2; the rest is for the sum's own float32.
+            allowed = wanted.abs() * torch.finfo(value.dtype).eps + _SMALLEST
+            if not bool(((value.float() - wanted).abs() <= allowed).all()):
+                raise NumericError(
+                    "QC-MERGE-007", "does not hold the sum that was proved",
+                    file=self.written / header.file, field=header.name,
+                    fix="report this: the merge wrote another tensor than it computed",
+                )  # fmt: skip
 
     def compare(self, base: Tensor, adapted: Tensor, merged: Tensor) -> dict[str, float]:
         """Stream the head a few rows at a time and keep the largest differences."""
