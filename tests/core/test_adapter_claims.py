@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from qcore_qwen35.tiny import write
 from safetensors.torch import save_file
 
 from qcore.adapter import read_adapter
 from qcore.errors import InputError
 from qcore.identify import Identified, identify
 from qcore.records import AdapterClaim
+from qcore_qwen35.tiny import write
 
 TARGET = "model.language_model.layers.0.mlp.gate_proj.weight"
 Shapes = Mapping[str, tuple[int, ...]]

@@ -89,11 +89,24 @@ def test_what_is_read(single: Path):
 
 def test_shards_in_order_of_first_use_and_sidecars_without_them(sharded: Path):
     write_index(sharded, {V: "two.safetensors", W: "one.safetensors"})
-    (sharded / "stray.safetensors").write_bytes(b"not of this checkpoint")
+    (sharded / "notes.txt").write_bytes(b"a sidecar")
+    (sharded / "pytorch_model.bin").write_bytes(b"the weights once more")
     found = Checkpoint.open(sharded)
     assert found.shards == ("two.safetensors", "one.safetensors")
-    assert found.sidecars == ("config.json", "stray.safetensors")
+    assert found.sidecars == ("config.json", "notes.txt")
+    assert found.copies == ("pytorch_model.bin",)
     assert found.read(V) == bytes(16)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors"])
+def test_weights_beside_the_shards_that_a_loader_may_prefer_are_refused(sharded: Path, name: str):
+    """transformers takes model.safetensors before the index: a merge would not be seen."""
+    write_index(sharded, {V: "two.safetensors", W: "one.safetensors"})
+    (sharded / name).write_bytes((sharded / "one.safetensors").read_bytes())
+    with pytest.raises(InputError) as caught:
+        Checkpoint.open(sharded)
+    assert caught.value.code == "QC-CKPT-006"
+    assert name in caught.value.message
 
 
 def test_text_config_is_the_section(single: Path):
@@ -352,8 +365,8 @@ def test_a_sidecar_that_is_a_link_out_of_the_folder(single: Path, tmp_path: Path
 
 
 def test_a_link_inside_the_folder_is_fine(sharded: Path):
-    (sharded / "one.safetensors").rename(sharded / "real.safetensors")
-    (sharded / "one.safetensors").symlink_to("real.safetensors")
+    (sharded / "one.safetensors").rename(sharded / "real.blob")
+    (sharded / "one.safetensors").symlink_to("real.blob")
     assert set(Checkpoint.open(sharded).headers) == {W, V}
 
 

@@ -249,7 +249,7 @@ def _manifest(folder: Path, trust_base: bool) -> Mapping[str, Any]:
                 found=report.problems[0], fix="train again, or restore the folder",
             )  # fmt: skip
         meta = read_manifest(folder).meta
-        if "fingerprints" in meta:
+        if meta.get("fingerprints"):
             return meta
     if not trust_base:
         raise TrustError(

@@ -37,6 +37,8 @@ _MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
 _MAX_TENSORS = 1_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+#: Weights in formats that qcore neither reads nor writes.
+_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Checkpoint:
         shards: safetensors files, in order of first use.
         index: the index file's content, or ``None`` for a single file.
         sidecars: every other regular file of the folder, by name.
+        copies: files that hold the weights in another format; never read, never copied.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Checkpoint:
         shards: tuple[str, ...],
         index: dict[str, Any] | None,
         sidecars: tuple[str, ...],
+        copies: tuple[str, ...] = (),
     ) -> None:
         self.path = path
         self.source = source
@@ -88,6 +92,7 @@ class Checkpoint:
         self.shards = shards
         self.index = index
         self.sidecars = sidecars
+        self.copies = copies
 
     @classmethod
     def open(
@@ -142,15 +147,24 @@ class Checkpoint:
                 headers[header.name] = header
         if index is not None:
             _check_index(folder, index, headers)
-        sidecars = tuple(
-            sorted(
-                entry.name
-                for entry in os.scandir(folder)
-                if entry.is_file() and entry.name not in shards and entry.name != INDEX
-            )
+        others = sorted(
+            entry.name
+            for entry in os.scandir(folder)
+            if entry.is_file() and entry.name not in shards and entry.name != INDEX
         )
+        _refuse_strays(folder, others)
         name = source if source is not None else str(path)
-        return cls(folder, name, revision, config, headers, shards, index, sidecars)
+        return cls(
+            folder,
+            name,
+            revision,
+            config,
+            headers,
+            shards,
+            index,
+            sidecars=tuple(name for name in others if not name.endswith(_WEIGHTS)),
+            copies=tuple(name for name in others if name.endswith(_WEIGHTS)),
+        )
 
     def file(self, name: str) -> Path:
         """A file of the folder, proved to lie inside it. Raises ``QC-CKPT-003``."""
@@ -297,7 +311,7 @@ def _shards(folder: Path) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     if (folder / SINGLE).exists():
         return None, (SINGLE,)
     for name in sorted(entry.name for entry in os.scandir(folder)):
-        if name.endswith((".bin", ".pt", ".pth")):
+        if name.endswith((".bin", ".pt", ".pth", ".ckpt")):
             raise InputError(
                 "QC-CKPT-007",
                 "holds pickled weights, which qcore never opens",
@@ -312,6 +326,19 @@ def _shards(folder: Path) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
         expected=f"{SINGLE} or {INDEX}",
         fix="download the safetensors files",
     )
+
+
+def _refuse_strays(folder: Path, others: list[str]) -> None:
+    """Refuse safetensors that are no shard: a loader may prefer them to the index."""
+    for name in others:
+        if name.endswith(".safetensors"):
+            raise InputError(
+                "QC-CKPT-006",
+                "is beside the checkpoint's own files, and some loaders would take it instead",
+                file=folder / name,
+                expected=f"only the files that {INDEX} names, or {SINGLE} alone",
+                fix="delete it if it is left over, or move it to a folder of its own",
+            )
 
 
 def _damaged(path: Path, found: str, field: str | None = None) -> InputError:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapter import Adapter, read_adapter
-from .data.mask import load_tokenizer
+from .data.mask import highest_id, load_tokenizer
 from .device import DTYPES, pick_device
 from .errors import InputError
 from .fingerprint import fingerprints
@@ -151,7 +151,7 @@ class Generator:
         layers = self.model.trunk.layers
         caches = [layer.new_cache(len(ids) + max_new_tokens, self.device) for layer in layers]
         # Rows of the embedding beyond the tokenizer are padding: never sampled.
-        known = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        known = highest_id(self.tokenizer) + 1
         new: list[int] = []
         fresh, done = torch.tensor(ids, device=self.device), 0
         while len(new) < max_new_tokens:

@@ -115,7 +115,7 @@ class Model(nn.Module):
         trunk = architecture.build(context)
         _mount(self, architecture.root, cast(nn.Module, trunk))
         self.dtype = dtype
-        self.lora = dict(lora)
+        self.dropout = any(one.lora_dropout > 0 for one in lora.values())
         self._trunk = [trunk]  # in a list: mounted once already, under its canonical prefix
         head = next(entry for entry in layout.table if entry.row.group == "head")
         self.head_name = head.row.tie or head.name
@@ -156,11 +156,9 @@ class Model(nn.Module):
             save_memory: keep only each layer's input, and run the layer again in backward.
         """
         x = self.trunk.embed(batch)
-        if torch.is_grad_enabled() and not x.requires_grad:
-            x.requires_grad_()  # reentrant-free recompute needs no input gradient, Linear does
         for layer in self.trunk.layers:
             if save_memory and torch.is_grad_enabled():
-                x = recompute(layer, x, batch, use_reentrant=False)
+                x = recompute(layer, x, batch, use_reentrant=False, preserve_rng_state=self.dropout)
             else:
                 x = layer(x, batch)
         return self.trunk.final(x)

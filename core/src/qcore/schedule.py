@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -48,8 +49,7 @@ class Schedule:
     def micro_batches(self, step: int) -> list[list[int]]:
         """Rows of step `step` (from 0), one list for each micro-batch."""
         epoch, slot = divmod(step, self.steps_per_epoch)
-        generator = torch.Generator().manual_seed(seed_of(self.settings.seed, "order", epoch))
-        order = torch.randperm(self.rows, generator=generator).tolist()
+        order = _order(self.rows, seed_of(self.settings.seed, "order", epoch))
         rows = order[slot * self.per_step : (slot + 1) * self.per_step]
         size = self.settings.per_device_train_batch_size
         return [rows[at : at + size] for at in range(0, len(rows), size)]
@@ -66,6 +66,12 @@ class Schedule:
             return s.learning_rate * (step + 1) / warmup
         done = (step - warmup) / max(1, self.total - warmup)
         return s.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+@lru_cache(maxsize=1)
+def _order(rows: int, seed: int) -> list[int]:
+    """An epoch's permutation; asked for by every step of it."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def seed_of(seed: int, *what: object) -> int:

@@ -51,12 +51,28 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def newest(folder: Path) -> tuple[int, Path] | None:
-    """The newest checkpoint that verifies; damaged ones are passed over."""
+def newest(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each damaged one passed over.
+
+    Raises:
+        InputError: ``QC-RESUME-004`` when there are checkpoints and all are damaged: starting
+            again would throw away what may still be mended.
+    """
+    damaged: list[str] = []
     for step, path in reversed(checkpoints(folder)):
-        if verify(path).ok:
-            return step, path
-    return None
+        report = verify(path)
+        if report.ok:
+            return (step, path), damaged
+        damaged.append(f"{path.name} is damaged and passed over: {report.problems[0]}")
+    if damaged:
+        raise InputError(
+            "QC-RESUME-004",
+            "holds no checkpoint that can be resumed from",
+            file=folder,
+            found=damaged[0],
+            fix="restore one, or delete the folder to start again",
+        )
+    return None, []
 
 
 def run_folder(output: Path, *, resume: bool) -> Path:
@@ -89,15 +105,16 @@ def locked(folder: Path) -> Iterator[Path]:
     """The run's folder, ours alone; removed afterwards unless it holds a checkpoint."""
     with writing(folder):
         made = make_folders(folder)
-    try:
-        with Lock(folder):
+    # Refused here, nothing is removed: the folder is another run's.
+    with Lock(folder):
+        try:
             yield folder
-    finally:
-        if not checkpoints(folder):
-            remove_tree(folder)
-            for parent in reversed(made[:-1]):
-                if not any(parent.iterdir()):
-                    parent.rmdir()
+        finally:
+            if not checkpoints(folder):
+                remove_tree(folder)
+                for parent in reversed(made[:-1]):
+                    if not any(parent.iterdir()):
+                        parent.rmdir()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,8 +165,11 @@ class RunFiles:
                     moments[f"{name}:{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
             out.write_bytes(OPTIMIZER, save(moments))
             out.meta["step"] = step
-        # Only now is the newest durable: an older one goes after it, never before.
-        for _, old in checkpoints(folder)[: -self.settings.save_total_limit]:
+        # Only now is the newest durable: others go after it, never before. Later ones are of a
+        # future that resuming gave up.
+        kept = [(number, path) for number, path in checkpoints(folder) if number <= step]
+        later = [path for number, path in checkpoints(folder) if number > step]
+        for old in [*later, *(path for _, path in kept[: -self.settings.save_total_limit])]:
             remove_tree(old)
 
     def restore(self, path: Path, optimizer: torch.optim.Optimizer) -> None:

@@ -223,7 +223,9 @@ def _prove_quantised(net: Model, found: Identified, lines: list[Coverage]) -> st
 
 def _resume(files: RunFiles, loop: Loop, folder: Path, tell: Reporter) -> int:
     """Restore the newest checkpoint; returns the steps that are done."""
-    last = newest(folder)
+    last, damaged = newest(folder)
+    for line in damaged:
+        tell.note(line)
     if last is None:
         tell.note("no checkpoint was written before the run stopped: starting at step 1")
         return 0

@@ -113,4 +113,7 @@ def _cell(value: Any) -> str:
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """A table on stdout."""
-    Console(highlight=False, markup=False, soft_wrap=True).print(as_table(title, rows))
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 1000  # a pipe has no edge: one line a row
+    console.print(as_table(title, rows))

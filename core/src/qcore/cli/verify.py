@@ -27,7 +27,11 @@ def command(folder: Path, as_json: bool) -> None:
         return
     for problem in report.problems:
         click.echo(f"  {problem}", err=True)
+    count = len(report.problems)
     raise InputError(
-        "QC-VERIFY-001", "is not what its manifest says", file=folder,
-        found=f"{len(report.problems)} problems", fix="restore the folder, or make it again",
-    )  # fmt: skip
+        "QC-VERIFY-001",
+        "is not what its manifest says",
+        file=folder,
+        found=f"{count} problem" + ("s" if count > 1 else ""),
+        fix="restore the folder, or make it again",
+    )

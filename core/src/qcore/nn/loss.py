@@ -67,4 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, None, None, None]:
         (grad,) = ctx.saved_tensors
-        return (grad * scale.to(grad.dtype) if grad is not None else None), None, None, None
+        if grad is None:
+            return None, None, None, None
+        # In float32: 1 / tokens rounded to bf16 would be off by as much as 0.4 %.
+        return (grad.float() * scale).to(grad.dtype), None, None, None

@@ -8,6 +8,7 @@ each slice: double-quantisation statistics cannot be shared.
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 
+@functools.cache
 def _functional() -> Any:
     # At import bitsandbytes logs that an optional CPU kernel is absent; it is not ours to say.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
