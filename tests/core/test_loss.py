@@ -10,7 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qcore.nn.loss import cross_entropy_sum, supervised
+from qcore.nn.loss import cross_entropy_sum
+from qcore.nn.protocols import Packed
 
 H, V = 12, 101
 
@@ -131,14 +132,10 @@ def test_full_logits_never_exist():
     assert full.largest >= rows * V
 
 
-def test_supervised_takes_the_rows_with_a_target():
-    hidden = torch.arange(10.0).view(5, 2).requires_grad_()
-    targets = torch.tensor([-100, 3, -100, 0, -1])
-    rows, wanted = supervised(hidden, targets)
-    assert wanted.tolist() == [3, 0]
-    assert torch.equal(rows, hidden[[1, 3]])
-    rows.sum().backward()
-    assert hidden.grad.tolist() == [[0, 0], [1, 1], [0, 0], [1, 1], [0, 0]]  # type: ignore[union-attr]
+def test_supervised_positions_are_those_with_a_target_also_after_a_move():
+    batch = Packed.of([torch.arange(5)], [torch.tensor([-100, 3, -100, 0, -1])])
+    assert batch.supervised().tolist() == [1, 3]
+    assert batch.to(torch.device("cpu")).supervised().tolist() == [1, 3]
 
 
 def test_mean_over_accumulated_parts_equals_the_whole():

@@ -11,7 +11,8 @@ _CITIES = (
     ("Oslo", "Norway", "snow"), ("Cairo", "Egypt", "sun"), ("Lima", "Peru", "fog"),
     ("Tokyo", "Japan", "rain"), ("Rome", "Italy", "sun"), ("Nairobi", "Kenya", "clouds"),
     ("Athens", "Greece", "wind"), ("Havana", "Cuba", "storm"), ("दिल्ली", "India", "haze"),
-    ("القاهرة", "Egypt", "dust"), ("São Paulo", "Brazil", "drizzle"), ("Zürich", "Switzerland", "sleet"),
+    ("القاهرة", "Egypt", "dust"), ("São Paulo", "Brazil", "drizzle"),
+    ("Zürich", "Switzerland", "sleet"),
 )  # fmt: skip
 _TOOL = {
     "type": "function",
@@ -70,7 +71,7 @@ def _multi(rng: random.Random) -> dict[str, Any]:
     for city, country, weather in rng.sample(_CITIES, rng.randrange(2, 5)):
         messages += [
             _user(f"And {city}?"),
-            _assistant(f"{city} lies in {country}; today there is {weather}.\n\n- {city}\n- {country}"),
+            _assistant(f"{city} lies in {country}; there is {weather}.\n\n- {city}\n- {country}"),
         ]
     return {"messages": messages}
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from .errors import PluginError, UsageError
 from .locate import Layout
 from .nn.linear import Linear, Lora
-from .nn.loss import cross_entropy_sum, supervised
+from .nn.loss import cross_entropy_sum
 from .nn.protocols import Packed, Trunk
 from .records import Aim, Architecture
 from .table import Table
@@ -174,8 +174,10 @@ class Model(nn.Module):
             chunk: positions whose logits exist at a time; 0: as `cross_entropy_sum` has it.
         """
         assert batch.targets is not None
-        rows, wanted = supervised(self.hidden(batch, save_memory=save_memory), batch.targets)
-        return cross_entropy_sum(rows, self.head, wanted, chunk or None), len(wanted)
+        where = batch.supervised()
+        hidden = self.hidden(batch, save_memory=save_memory).index_select(0, where)
+        wanted = batch.targets.index_select(0, where)
+        return cross_entropy_sum(hidden, self.head, wanted, chunk or None), len(where)
 
     def logits(self, batch: Packed) -> Tensor:
         """All logits ``[T, V]``; for generation and for tests, never in training."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from qcore.records import Finding, PreflightRequest, Severity
 
-from .table import text_config
+from .table import rotary_factor, text_config
 
 #: What the blocks hard-code, as transformers' module does: anything else would be ignored.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -22,16 +22,22 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "attn_output_gate": (True,),
     "output_gate_type": (None, "swish"),
     "attention_bias": (False,),
+    "attention_dropout": (0.0,),
 }
 
 
 def findings(request: PreflightRequest) -> Iterator[Finding]:
     """All findings of all guards."""
     text = text_config(request.checkpoint.config)
+    yield from config_findings(text)
+    yield from _mtp(request, text)
+
+
+def config_findings(text: Mapping[str, Any]) -> Iterator[Finding]:
+    """What the config alone shows: every form that the blocks do not compute."""
     yield from _fixed(text)
     yield from _rotary(text)
     yield from _ranges(text)
-    yield from _mtp(request, text)
 
 
 def _error(code: str, field: str, found: object, expected: str) -> Finding:
@@ -64,7 +70,7 @@ def _rotary(text: Mapping[str, Any]) -> Iterator[Finding]:
         yield _error(
             "QC-QWEN35-011", "rope_parameters.rope_type", rope.get("rope_type"), "'default'"
         )
-    factor = rope.get("partial_rotary_factor", 1.0)
+    factor = rotary_factor(text)
     size = text.get("head_dim", 0) * factor if _finite(factor) else 0
     if not (_finite(factor) and 0 < factor <= 1 and size == int(size) and int(size) % 2 == 0):
         expected = "a share of head_dim that is an even number"
@@ -100,5 +106,5 @@ def _mtp(request: PreflightRequest, text: Mapping[str, Any]) -> Iterator[Finding
         )
 
 
-def _finite(value: object) -> bool:
+def _finite(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

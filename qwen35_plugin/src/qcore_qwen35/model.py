@@ -1,11 +1,8 @@
 """The trunk of Qwen 3.5: embedding, residual layers, final norm.
 
-This file decides the order of blocks, their parameter names (the table's, less its root) and
-which configs the blocks refuse. Head and loss are core's; the blocks are `delta`,
-`attention` and `mlp`.
-
-Refused: ``QC-QWEN35-101``, ``-102`` rotary positions (`rope`); ``QC-QWEN35-103`` a switch of
-config.json that would change a block's formula and that no checkpoint of this family sets.
+This file decides the order of blocks and their parameter names (the table's, less its root).
+Head and loss are core's; the blocks are `delta`, `attention` and `mlp`. A config that they do
+not compute was refused by `guards` before.
 
 Shapes: T tokens of all documents, H hidden size.
 """
@@ -19,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcore.errors import InputError
 from qcore.nn.protocols import BuildContext, Packed
 from qcore.nn.protocols import Trunk as TrunkProtocol
 
@@ -28,15 +24,6 @@ from .delta import DeltaCache, GatedDeltaNet, Weight
 from .mlp import Mlp
 from .norm import RmsNorm
 from .table import layer_types, text_config
-
-#: Switches of the config and the one value that the blocks implement; absent means that value.
-#: transformers ignores the second, so a checkpoint that sets it would pass there unnoticed.
-FIXED: dict[str, object] = {
-    "attention_bias": False,
-    "attn_output_gate": True,
-    "hidden_act": "silu",
-    "attention_dropout": 0.0,
-}
 
 Cache = KvCache | DeltaCache
 
@@ -78,7 +65,6 @@ class Trunk(nn.Module):
     def __init__(self, ctx: BuildContext) -> None:
         super().__init__()
         text = text_config(ctx.config)
-        refuse_unknown_forms(text)
         self.dtype = ctx.dtype
         self.embed_tokens = Weight(ctx.tensor("embed_tokens.weight"))
         self.layers = nn.ModuleList(
@@ -97,28 +83,5 @@ class Trunk(nn.Module):
 
 
 def build(ctx: BuildContext) -> TrunkProtocol:
-    """The trunk of the config in `ctx`.
-
-    Raises:
-        InputError: ``QC-QWEN35-1xx``, see above.
-    """
+    """The trunk of the config in `ctx`."""
     return cast(TrunkProtocol, Trunk(ctx))
-
-
-def refuse_unknown_forms(text: Mapping[str, Any]) -> None:
-    """Refuse what the blocks do not compute.
-
-    Raises:
-        InputError: ``QC-QWEN35-103``.
-    """
-    for key, value in FIXED.items():
-        if text.get(key, value) != value:
-            raise InputError(
-                "QC-QWEN35-103",
-                "changes a block that is implemented in its usual form only",
-                file="config.json",
-                field=key,
-                found=repr(text[key]),
-                expected=repr(value),
-                fix="use the config.json that came with the weights",
-            )

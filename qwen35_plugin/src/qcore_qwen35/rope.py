@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcore.errors import InputError
 from qcore.nn.protocols import Packed
+
+from .table import rotary_factor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,33 +38,9 @@ class Rope:
 
     @staticmethod
     def of(text: Mapping[str, Any]) -> Rope:
-        """Read the text section of config.json.
-
-        Raises:
-            InputError: ``QC-QWEN35-101`` for a ``rope_type`` other than ``default``,
-                ``QC-QWEN35-102`` without ``rope_theta``.
-        """
-        numbers = text.get("rope_parameters") or {}
-        kind = numbers.get("rope_type", "default")
-        if kind != "default":
-            raise InputError(
-                "QC-QWEN35-101",
-                "scaled rotary positions are not supported",
-                file="config.json",
-                field="rope_parameters.rope_type",
-                found=repr(kind),
-                expected="'default'",
-                fix="use the config.json that came with the weights",
-            )
-        if "rope_theta" not in numbers:
-            raise InputError(
-                "QC-QWEN35-102",
-                "is missing",
-                file="config.json",
-                field="rope_parameters.rope_theta",
-                fix="use the config.json that came with the weights",
-            )
-        factor = numbers.get("partial_rotary_factor", text.get("partial_rotary_factor", 0.25))
+        """Read the text section of config.json, which `guards` has judged."""
+        numbers = text["rope_parameters"]
+        factor = rotary_factor(text)
         time, height, width = numbers.get("mrope_section") or (11, 11, 10)
         return Rope(
             theta=float(numbers["rope_theta"]),

@@ -59,6 +59,16 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return section if isinstance(section, Mapping) else config
 
 
+def rotary_factor(text: Mapping[str, Any]) -> Any:
+    """The share of a head that rotates: in ``rope_parameters``, or beside them, else a quarter.
+
+    Re-saves move it and drop it; transformers falls back in the same order.
+    """
+    rope = text.get("rope_parameters")
+    given = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
+    return given if given is not None else text.get("partial_rotary_factor", 0.25)
+
+
 def parts(config: Mapping[str, Any]) -> Iterator[Part]:
     """The text part and, where the config claims one, the multi-token-prediction part.
 

@@ -18,12 +18,6 @@ from torch import Tensor
 CHUNK_BYTES = 400 * 2**20
 
 
-def supervised(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that are trained: ``hidden [T, H]``, ``targets [T]`` -> ``[S, H]``, ``[S]``."""
-    rows = (targets >= 0).nonzero().squeeze(1)
-    return hidden.index_select(0, rows), targets.index_select(0, rows)
-
-
 def cross_entropy_sum(
     hidden: Tensor, head: Tensor, targets: Tensor, chunk: int | None = None
 ) -> Tensor:

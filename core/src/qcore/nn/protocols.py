@@ -10,7 +10,7 @@ Shapes: T tokens of all documents in the pack, H hidden size, N documents.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -58,13 +58,30 @@ class Packed:
             targets=None if targets is None else torch.cat(list(targets)),
         )
 
+    def supervised(self) -> Tensor:
+        """``[S]`` int64: the positions that have a target."""
+
+        def find() -> Tensor:
+            assert self.targets is not None
+            return (self.targets >= 0).nonzero().squeeze(1)
+
+        return self.memo("supervised", find)
+
     def to(self, device: torch.device) -> Packed:
-        """The same batch on another device."""
-        return Packed(
-            ids=self.ids.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens,
-            positions=self.positions.to(device, non_blocking=True),
-            targets=None if self.targets is None else self.targets.to(device, non_blocking=True),
+        """The same batch on another device; what was derived from it stays behind."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        if self.targets is None:
+            return replace(self, ids=move(self.ids), positions=move(self.positions), _memo={})
+        # Counted here, where the ids still are on the host: on a GPU it would wait for the forward.
+        return replace(
+            self,
+            ids=move(self.ids),
+            positions=move(self.positions),
+            targets=move(self.targets),
+            _memo={"supervised": move(self.supervised())},
         )
 
 

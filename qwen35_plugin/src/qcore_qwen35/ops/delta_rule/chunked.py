@@ -197,10 +197,9 @@ class _Tile:
         self.key_heads = slice(first, last)
         self.value_heads = slice(first * repeat, last * repeat)
 
-    def prepare(
-        self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, dtype: torch.dtype
-    ) -> _Prepared:
-        """From what `Chunks.spread` made of the inputs."""
+    def prepare(self, spread: Sequence[Tensor], dtype: torch.dtype) -> _Prepared:
+        """From what `Chunks.spread` made of q, k, v, g and beta."""
+        q, k, v, g, beta = spread
         key, value = self.key_heads, self.value_heads
         return _Prepared(
             self.take(q, key, dtype), self.take(k, key, dtype), self.take(v, value, dtype),
@@ -268,7 +267,7 @@ class _DeltaRule(torch.autograd.Function):
             if any(ctx.needs_input_grad):
                 between.append(states[: segment.running].clone())
             for tile in _tiles(segment, k.shape[1], v.shape[1], v.device):
-                p = tile.prepare(*spread, dtype)
+                p = tile.prepare(spread, dtype)
                 state = tile.state(states)
                 _, out, _ = _scan(segment.steps, p, state, outputs=True)
                 tile.put(o, tile.value_heads, out.view_as(p.v))
@@ -291,7 +290,7 @@ class _DeltaRule(torch.autograd.Function):
         segments = _segments(layout, v.device)
         for segment, states in zip(reversed(segments), reversed(between)):
             for tile in _tiles(segment, k.shape[1], v.shape[1], v.device):
-                p = tile.prepare(*spread, dtype)
+                p = tile.prepare(spread, dtype)
                 new, _, before = _scan(segment.steps, p, tile.state(states), outputs=False)
                 dstate = tile.state(dstates)
                 dout = tile.take(do, tile.value_heads, dtype)
