@@ -140,6 +140,11 @@ def peft_config(
         for module in [namespace.spell(tensor.name).removesuffix(".weight")]
         if module.rpartition(".")[2] in suffixes
     }
+    hit |= {
+        header.name
+        for header in layout.carried
+        if header.name.removesuffix(".weight").rpartition(".")[2] in suffixes
+    }
     # Short names where they mean the same modules; else every module by its whole name.
     names = suffixes if hit == modules else sorted(modules)
     return {

@@ -19,7 +19,7 @@ _PACKAGES = (
     "qcore-framework", "torch", "transformers", "safetensors", "bitsandbytes", "tokenizers",
     "huggingface_hub", "peft", "triton",
 )  # fmt: skip
-_OPTIONAL = ("peft", "triton")
+_OPTIONAL = ("transformers", "peft", "triton")  # transformers and peft: what reads the results
 
 
 def findings() -> Iterator[Finding]:

@@ -1,8 +1,9 @@
 """Layout -> parameters: tensors streamed from disk, quantised on arrival.
 
 This file decides the order of reading (that of the files, so nothing is read twice), the
-dtype in which each tensor is held, and that what arrives is finite. At most one tensor is in
-memory beside the model. The digests of the bytes are made on the way: they are the
+dtype in which each tensor is held, and that what arrives is finite. At most two tensors are in
+memory beside the model: the one that is placed and the next, which is read and hashed
+meanwhile. The digests of the bytes are made on the way: they are the
 fingerprint of the base that an adapter is bound to.
 
 dtype held: linear maps, embedding and head in the run's dtype; ``Store.FP32`` rows always in
@@ -99,14 +100,15 @@ def load(
         digests[item.tensor.name] = digest
         if progress is not None:
             progress(value.nbytes)
-        if not bool(torch.isfinite(value).all()):
+        value = value.to(device)
+        if not _finite(value):
             raise NumericError(
                 "QC-LOAD-003", "holds a value that is not finite",
                 file=checkpoint.path, field=item.tensor.name,
                 fix="download the checkpoint again",
             )  # fmt: skip
         if item.tensor.name not in layout.ties:
-            place(model, modules, item, value.to(device), quantize=quantize)
+            place(model, modules, item, value, quantize=quantize)
     for name, tie in layout.ties.items():
         if digests.get(name) != digests.get(tie):
             raise InputError(
@@ -115,6 +117,11 @@ def load(
                 fix="set tie_word_embeddings to false, or restore the weights",
             )  # fmt: skip
     return digests
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether no value is NaN or infinite; in blocks, because each makes three of its size."""
+    return all(bool(block.isfinite().all()) for block in torch.split(value.flatten(), 2**24))
 
 
 def _read_ahead(checkpoint: Checkpoint, items: list[Located]) -> Iterator[tuple[Tensor, str]]:

@@ -34,7 +34,8 @@ def targets(
     """Which weights get LoRA: every linear row of the groups that are on, or that are asked.
 
     Raises:
-        UsageError: ``QC-LORA-001`` for a group that the model does not have or never trains.
+        UsageError: ``QC-LORA-001`` for a group that the model does not have or never trains,
+            ``-002`` for one without a linear map.
     """
     allowed = [name for name, aim in architecture.groups.items() if aim is not Aim.NEVER]
     for name in asked:
@@ -48,11 +49,20 @@ def targets(
                 fix=f"name groups among {', '.join(allowed)}",
             )
     groups = set(asked) or {n for n, aim in architecture.groups.items() if aim is Aim.ON}
-    return {
+    chosen = {
         entry.name: lora
         for entry in layout.table
         if entry.row.linear and entry.row.group in groups and entry.part.loaded
     }
+    for name in sorted({*asked} - {layout.table[weight].row.group for weight in chosen}):
+        raise UsageError(
+            "QC-LORA-002",
+            "has no linear map in this model",
+            field="target_groups",
+            found=name,
+            fix="leave the group out",
+        )
+    return chosen
 
 
 class Context:
