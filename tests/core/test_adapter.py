@@ -17,7 +17,8 @@ from support.model_kit import edit_json, write_json
 from support.peer_kit import CLASSES, VOCAB, adapted, layers, logits, saved, stock
 from torch import Tensor
 
-from qcore.adapter import Adapter, choose_class, peft_config, peft_name, read_adapter
+from qcore.adapter import Adapter, choose_class, peft_config, peft_name
+from qcore.adapter_reader import read_adapter
 from qcore.artifact import publish
 from qcore.checkpoint import Checkpoint
 from qcore.errors import InputError, QcoreError, TrustError, UsageError

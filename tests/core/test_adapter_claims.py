@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qcore.adapter import read_adapter
+from qcore.adapter_reader import read_adapter
 from qcore.errors import InputError
 from qcore.identify import Identified, identify
 from qcore.records import AdapterClaim

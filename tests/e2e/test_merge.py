@@ -34,7 +34,7 @@ from support.e2e_kit import (
 from support.faults import Faults, count, killed
 from torch import Tensor
 
-from qcore.adapter import read_adapter
+from qcore.adapter_reader import read_adapter
 from qcore.artifact import read_manifest, verify
 from qcore.checkpoint import Checkpoint
 from qcore.errors import InputError, NumericError, QcoreError, WriteError

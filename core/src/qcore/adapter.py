@@ -1,53 +1,28 @@
-"""PEFT's adapter folder: names, config, and what it must hold for a base.
+"""PEFT's adapter folder: its names and its config.
 
 This file decides how a canonical weight is called in an adapter (one prefix, that of one
-class), which fields of ``adapter_config.json`` qcore acts on, and that every adapter tensor
-is used exactly once and every declared target is hit. It reads headers, not values, and
-needs no torch; `train` writes the tensors and `merge` reads them.
+class) and what ``adapter_config.json`` says of an adapter that qcore trained. `adapter_reader`
+meets a folder with a base; `state` writes the tensors and `merge` reads them. It needs no
+torch.
 
 Names: ``base_model.model.<module path in the class>.lora_{A,B}.weight``.
 """
 
 from __future__ import annotations
 
-import math
-import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .artifact import MANIFEST, read_manifest, verify
-from .checkpoint import Header, read_headers, read_json, safe_file
-from .errors import InputError, QcoreError, TrustError, UsageError, one_of_each, raise_all
+from .checkpoint import Header
+from .errors import InputError, UsageError
 from .locate import Layout
-from .records import AdapterClaim
 from .table import Namespace, Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-
-#: Fields that describe and do not act; any value is accepted.
-_DESCRIPTIVE = frozenset((
-    "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
-    "task_type", "lora_dropout", "loftq_config", "eva_config", "corda_config", "arrow_config",
-    "ensure_weight_tying", "runtime_config", "velora_config", "qalora_group_size",
-    "megatron_core",  # the name of a module, in every config; megatron_config would act
-))  # fmt: skip
-#: Fields that qcore acts on.
-_ACTIVE = frozenset((
-    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "init_lora_weights",
-))  # fmt: skip
-#: Initialisations that leave the base as it is; the others (pissa, olora, ...) change it.
-_INITS = (True, False, "gaussian", "orthogonal", "eva")
-
-
-#: Shapes by tensor name -> what plugins claim of them.
-Claims = Callable[[Mapping[str, tuple[int, ...]]], Sequence[AdapterClaim]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,18 +80,26 @@ def choose_class(layout: Layout, part: str, classes: Sequence[str], asked: str) 
                 return namespace
         names = ", ".join(namespace.name for namespace in known)
         raise UsageError(
-            "QC-ADAPTER-001", "is not a class of this model", field="adapter_class",
-            found=asked, expected=names, fix=f"name one of {names}",
-        )  # fmt: skip
+            "QC-ADAPTER-001",
+            "is not a class of this model",
+            field="adapter_class",
+            found=asked,
+            expected=names,
+            fix=f"name one of {names}",
+        )
     for namespace in known:
         if set(namespace.classes) & set(classes):
             return namespace
     expected = ", ".join(name for namespace in known for name in namespace.classes)
     raise InputError(
-        "QC-ADAPTER-002", "names no class of this model", file="config.json",
-        field="architectures", found=list(classes), expected=expected,
+        "QC-ADAPTER-002",
+        "names no class of this model",
+        file="config.json",
+        field="architectures",
+        found=list(classes),
+        expected=expected,
         fix=f"pass --adapter-class {'|'.join(namespace.name for namespace in known)}",
-    )  # fmt: skip
+    )
 
 
 def peft_config(
@@ -166,256 +149,3 @@ def peft_config(
         "alpha_pattern": {},
         "target_modules": names,
     }
-
-
-def read_adapter(
-    path: str | Path, layout: Layout, *, trust_base: bool = False, claims: Claims | None = None
-) -> Adapter:
-    """Read the headers of an adapter folder and meet them with a base.
-
-    Args:
-        path: the folder.
-        layout: the base, explained.
-        trust_base: accept an adapter without a fingerprint of its base.
-        claims: asks plugins whether the tensors are in a layout of theirs.
-
-    Raises:
-        InputError: ``QC-ADAPTER-003`` no adapter folder, ``-004`` a config field that is
-            missing or that qcore does not act on, ``-005`` a tensor that fits no weight,
-            ``-006`` a declared target without tensors, ``-007`` a wrong shape,
-            ``-008`` a folder that is not what its manifest says, ``-010`` a foreign layout
-            that several plugins claim or that names a weight which is not there.
-        TrustError: ``QC-ADAPTER-009`` no base fingerprint and no consent.
-    """
-    folder = Path(path)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise InputError(
-                "QC-ADAPTER-003", f"has no {name}", file=folder,
-                expected="a PEFT adapter folder", fix="name the folder that training wrote",
-            )  # fmt: skip
-    meta = _manifest(folder, trust_base)
-    config = read_json(safe_file(folder, CONFIG))
-    problems = _check_config(folder / CONFIG, config)
-    raise_all(problems)
-    headers = {header.name: header for header in read_headers(safe_file(folder, WEIGHTS))}
-    found = claims({name: h.shape for name, h in headers.items()}) if claims else []
-    if found:
-        headers = _translated(folder / WEIGHTS, headers, found, layout)
-    reader = _Reader(folder / WEIGHTS, config, headers, layout)
-    pairs = reader.pairs()
-    raise_all(one_of_each(reader.problems))
-    return Adapter(
-        path=folder,
-        pairs=pairs,
-        namespace=reader.namespace,
-        meta=meta,
-        layout=found[0].layout if found else "peft",
-    )
-
-
-def _translated(
-    path: Path, headers: Mapping[str, Header], claims: Sequence[AdapterClaim], layout: Layout
-) -> dict[str, Header]:
-    """The tensors of a foreign layout under PEFT's names, by the one claim that there is."""
-    names = ", ".join(claim.layout for claim in claims)
-    if len(claims) > 1:
-        raise InputError(
-            "QC-ADAPTER-010",
-            "is in a layout that several plugins claim",
-            file=path,
-            found=names,
-            expected="one",
-            fix="uninstall the plugin that does not belong",
-        )
-    translated = dict(headers)
-    for name, (weight, side) in claims[0].names.items():
-        tensor = layout.table.tensors.get(weight)
-        if tensor is None or side not in ("A", "B") or name not in headers:
-            raise InputError(
-                "QC-ADAPTER-010",
-                f"is read as layout '{names}' to a weight that is not there",
-                file=path,
-                field=name,
-                found=f"{weight} ({side})",
-                expected="a weight of this base, side A or B",
-                fix="report this to the plugin's author",
-            )
-        translated[peft_name(tensor, tensor.part.namespaces[0], side)] = translated.pop(name)
-    return translated
-
-
-def _manifest(folder: Path, trust_base: bool) -> Mapping[str, Any]:
-    if (folder / MANIFEST).exists():
-        report = verify(folder)
-        if not report.ok:
-            raise InputError(
-                "QC-ADAPTER-008", "is not what its manifest says", file=folder,
-                found=report.problems[0], fix="train again, or restore the folder",
-            )  # fmt: skip
-        meta = read_manifest(folder).meta
-        if meta.get("fingerprints"):
-            return meta
-    if not trust_base:
-        raise TrustError(
-            "QC-ADAPTER-009", "carries no fingerprint of the base that it was trained on",
-            file=folder, fix="pass --trust-base if you know that this is its base",
-        )  # fmt: skip
-    return {}
-
-
-def _check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
-    """Every field is acted on, descriptive, or switched off; r and alpha have no default."""
-
-    def problem(field: str, what: str, expected: str) -> QcoreError:
-        return InputError(
-            "QC-ADAPTER-004", what, file=path, field=field,
-            found=repr(config.get(field, "nothing")), expected=expected,
-            fix="export the adapter as plain LoRA with PEFT",
-        )  # fmt: skip
-
-    problems = []
-    if config.get("peft_type") != "LORA":
-        problems.append(problem("peft_type", "is not supported", "LORA"))
-    if type(config.get("r")) is not int or config["r"] < 1:
-        problems.append(problem("r", "is not a rank", "a positive integer"))
-    if not _is_number(config.get("lora_alpha")):
-        problems.append(problem("lora_alpha", "is not a number", "a finite number"))
-    if not isinstance(config.get("use_rslora", False), bool):
-        problems.append(problem("use_rslora", "is no switch", "true or false"))
-    if config.get("init_lora_weights", True) not in _INITS:
-        problems.append(problem("init_lora_weights", "changes the base", "true"))
-    for field, kinds in (("rank_pattern", int), ("alpha_pattern", int | float)):
-        pattern = config.get(field) or {}
-        if not isinstance(pattern, dict) or not all(
-            re.fullmatch(r"[\w.]+", key) and isinstance(n, kinds) and _is_number(n) and n > 0
-            for key, n in pattern.items()
-        ):
-            problems.append(problem(field, "is not supported", "module names and numbers"))
-    if not all(type(layer) is int for layer in _layers(config)):
-        problems.append(problem("layers_to_transform", "is not supported", "a list of numbers"))
-    for field, value in config.items():
-        off = value in (None, False, [], {}, "none", "LORA")
-        if field not in _DESCRIPTIVE | _ACTIVE and not off:
-            problems.append(problem(field, "changes the adapter in a way not supported", "off"))
-    return problems
-
-
-def _is_number(value: object) -> bool:
-    """A number that is finite, also once it is a float; NaN compares as false."""
-    whole = isinstance(value, int | float) and not isinstance(value, bool)
-    return whole and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
-
-
-def _layers(config: Mapping[str, Any]) -> list[Any]:
-    """``layers_to_transform`` as a list; empty means all layers."""
-    layers = config.get("layers_to_transform")
-    return layers if isinstance(layers, list) else [] if layers is None else [layers]
-
-
-class _Reader:
-    """One adapter's tensors met with the linear rows of a layout."""
-
-    def __init__(
-        self, path: Path, config: Mapping[str, Any], headers: dict[str, Header], layout: Layout
-    ) -> None:
-        self.path = path
-        self.config = config
-        self.headers = headers
-        self.problems: list[QcoreError] = []
-        self.linear = {t.name: t for t in layout.table if t.row.linear and t.part.loaded}
-        # Equal fits are told apart by class: which prefix it is never changes what is merged.
-        names = {n.name: n for part in layout.table.parts for n in part.namespaces}
-        self.namespace = max(names.values(), key=self._fits)
-
-    def _fits(self, namespace: Namespace) -> int:
-        return sum(peft_name(t, namespace, "A") in self.headers for t in self.linear.values())
-
-    def pairs(self) -> dict[str, Pair]:
-        pairs, used = {}, set()
-        for tensor in self.linear.values():
-            names = {side: peft_name(tensor, self.namespace, side) for side in "AB"}
-            here = [name for name in names.values() if name in self.headers]
-            if len(here) == 1:
-                lost = next(name for name in names.values() if name not in here)
-                self._problem("QC-ADAPTER-006", "is missing", lost, fix="train or export again")
-            used.update(here)
-            if len(here) == 2:
-                a, b = self.headers[names["A"]], self.headers[names["B"]]
-                pairs[tensor.name] = self._pair(tensor, a, b)
-        for name in [name for name in self.headers if name not in used]:
-            self._problem(
-                "QC-ADAPTER-005", "fits no weight of this base", name,
-                fix="name the base that the adapter was trained on",
-            )  # fmt: skip
-        self._check_targets(pairs)
-        return pairs
-
-    def _pair(self, tensor: Tensor, a: Header, b: Header) -> Pair:
-        module = self._module(tensor)
-        r = int(self._pattern("rank_pattern", module, self.config["r"]))
-        alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
-        out, into = tensor.shape
-        for header, shape in ((a, (r, into)), (b, (out, r))):
-            if header.shape != shape:
-                self._problem(
-                    "QC-ADAPTER-007", "has the wrong shape", header.name,
-                    found=list(header.shape), expected=list(shape),
-                    fix="name the base that the adapter was trained on",
-                )  # fmt: skip
-            if header.dtype not in ("F32", "F16", "BF16", "F64"):
-                self._problem(
-                    "QC-ADAPTER-007", "is not floating point", header.name,
-                    found=header.dtype, expected="F32", fix="export the adapter again",
-                )  # fmt: skip
-        scaling = alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
-        return Pair(tensor=tensor, a=a, b=b, r=r, scaling=scaling)
-
-    def _pattern(self, field: str, module: str, default: float) -> float:
-        for key, value in (self.config.get(field) or {}).items():
-            if module == key or module.endswith(f".{key}"):
-                return float(value)
-        return default
-
-    def _check_targets(self, pairs: Mapping[str, Pair]) -> None:
-        """Every module that the config declares has its two tensors."""
-        declared = self.config.get("target_modules")
-        if not isinstance(declared, list):
-            if not pairs:
-                self._problem("QC-ADAPTER-006", "has no tensor for this base", "target_modules",
-                              fix="name the base that the adapter was trained on")  # fmt: skip
-            return
-        excluded, layers = self.config.get("exclude_modules") or [], _layers(self.config)
-        modules = {self._module(tensor): tensor for tensor in self.linear.values()}
-        for module, tensor in modules.items():
-            # What an expression excludes is not evaluated: it is a stranger's code.
-            wanted = _named(module, declared) and isinstance(excluded, list)
-            wanted = wanted and not _named(module, excluded)
-            if wanted and (not layers or tensor.index in layers) and tensor.name not in pairs:
-                self._problem("QC-ADAPTER-006", "is a declared target without tensors", module,
-                              fix="train or export again")  # fmt: skip
-        for name in declared:
-            if not any(_named(module, [name]) for module in modules):
-                self._problem("QC-ADAPTER-006", "is a declared target that hits nothing",
-                              f"target_modules: {name}",
-                              fix="name the base that the adapter was trained on")  # fmt: skip
-
-    def _module(self, tensor: Tensor) -> str:
-        return self.namespace.spell(tensor.name).removesuffix(".weight")
-
-    def _problem(
-        self, code: str, what: str, field: str, *, fix: str,
-        found: object | None = None, expected: object | None = None,
-    ) -> None:  # fmt: skip
-        self.problems.append(
-            InputError(
-                code, what, file=self.path, field=field, found=found, expected=expected, fix=fix
-            )
-        )
-
-
-def _named(module: str, names: object) -> bool:
-    """PEFT's rule for lists: the module's name, or its end at a dot."""
-    return isinstance(names, list) and any(
-        isinstance(name, str) and (module == name or module.endswith(f".{name}")) for name in names
-    )

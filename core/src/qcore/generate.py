@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import Adapter, read_adapter
+from .adapter import Adapter
+from .adapter_reader import read_adapter
 from .data.mask import highest_id, load_tokenizer
 from .device import DTYPES, pick_device
 from .errors import InputError

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import WEIGHTS, Adapter, Pair, read_adapter
+from .adapter import WEIGHTS, Adapter, Pair
+from .adapter_reader import read_adapter
 from .artifact import MANIFEST, check_target, publish, read_manifest
 from .checkpoint import INDEX, Checkpoint, Header, read_headers
 from .errors import InputError, NumericError
