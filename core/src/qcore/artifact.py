@@ -22,6 +22,7 @@ import os
 import secrets
 import shutil
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -59,6 +60,8 @@ __all__ = [
     "verify",
 ]
 
+_LARGE = 1 << 20  # bytes from which a thread is worth its start
+
 
 class Stream:
     """A file of an artefact that is being written and hashed.
@@ -80,9 +83,15 @@ class Stream:
             WriteError: ``QC-WRITE-003`` to ``-006``.
         """
         view = memoryview(data).cast("B")
-        self._digest.update(view)
-        with writing(self._shown):
-            write_all(self._fd, view)
+        # Hashing a large piece takes as long as writing it, and both let other threads run.
+        hashing = threading.Thread(target=self._digest.update, args=(view,))
+        hashing.start() if len(view) > _LARGE else self._digest.update(view)
+        try:
+            with writing(self._shown):
+                write_all(self._fd, view)
+        finally:
+            if len(view) > _LARGE:
+                hashing.join()
         self.size += len(view)
         return len(view)
 

@@ -100,7 +100,7 @@ def merge(
     size = found.checkpoint.total_bytes
     merger = _Merger(found, told)
     with publish(target, kind="model", need_bytes=size) as out:
-        with tell.progress("merging", size, "bytes") as advance:
+        with one_thread(), tell.progress("merging", size, "bytes") as advance:
             for shard in found.checkpoint.shards:
                 with out.stream(shard) as file:
                     for chunk in merger.shard(shard, advance):
@@ -178,6 +178,20 @@ def _meta(
     }
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Arithmetic of torch on one core: on blocks this small threads wait more than they add.
+
+    On a machine that has other work, the waiting is most of the time; and another core hashes.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Deltas:
     """The adapter's matrices and ``W + scaling * B A`` by region.
 
@@ -189,7 +203,7 @@ class Deltas:
         self.pairs = adapter.pairs
         self._path = adapter.path / WEIGHTS
         self._values: dict[str, tuple[Tensor, Tensor]] = {}
-        with self._path.open("rb") as file:
+        with one_thread(), self._path.open("rb") as file:
             for name, pair in adapter.pairs.items():
                 sides = []
                 for header in (pair.a, pair.b):
@@ -221,20 +235,6 @@ class Deltas:
             block = slice(at, min(at + step, len(weight)))
             old = weight[block].double()
             yield block, torch.addmm(old, b[block], a, alpha=self.pairs[name].scaling)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Arithmetic of torch on one core: on blocks this small threads wait more than they add.
-
-    On a machine that has other work, the waiting is most of the time; and another core hashes.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(slots=True)
@@ -298,16 +298,15 @@ class _Merger:
         merged = torch.empty_like(weight)
         moved = 0.0
         rows = slice(region[0].start, region[0].stop)
-        with one_thread():
-            for block, total in self.deltas.add(name, weight, rows):
-                new = merged[block].copy_(total)
-                change = float((new.float() - weight[block].float()).abs().max())
-                if change != change or change == float("inf"):
-                    raise NumericError(
-                        "QC-MERGE-003", "is not finite after the merge", file=self.adapter.path,
-                        field=header.name, fix="train again with a lower learning_rate",
-                    )  # fmt: skip
-                moved = max(moved, change)
+        for block, total in self.deltas.add(name, weight, rows):
+            new = merged[block].copy_(total)
+            change = float((new.float() - weight[block].float()).abs().max())
+            if change != change or change == float("inf"):
+                raise NumericError(
+                    "QC-MERGE-003", "is not finite after the merge", file=self.adapter.path,
+                    field=header.name, fix="train again with a lower learning_rate",
+                )  # fmt: skip
+            moved = max(moved, change)
         self._note(header, hashed.result())
         self.done.add(name)
         self.largest = max(self.largest, moved)
