@@ -21,9 +21,9 @@ from qcore.adapter import Adapter, choose_class, peft_config, peft_name
 from qcore.adapter_reader import read_adapter
 from qcore.artifact import publish
 from qcore.checkpoint import Checkpoint
+from qcore.deltas import Deltas
 from qcore.errors import InputError, QcoreError, TrustError, UsageError
 from qcore.locate import Layout, locate
-from qcore.merge import Deltas
 from qcore.table import Table
 from qcore_qwen35.table import parts
 

@@ -12,7 +12,7 @@ from support.model_kit import small_config, small_shapes, write_index, write_jso
 
 from qcore.checkpoint import Checkpoint
 from qcore.fingerprint import fingerprints
-from qcore.load import read_tensor
+from qcore.load import digest, read_tensor
 from qcore.locate import locate
 from qcore.table import Table
 from qcore_qwen35.table import parts
@@ -46,7 +46,7 @@ def print_of(
     checkpoint = Checkpoint.open(folder)
     layout = locate(Table(list(parts(checkpoint.config))), checkpoint)
     digests = {
-        name: read_tensor(checkpoint, item)[1]
+        name: digest(read_tensor(checkpoint, item))
         for name, item in layout.located.items()
         if item.tied is None
     }

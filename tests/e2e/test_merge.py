@@ -37,9 +37,10 @@ from torch import Tensor
 from qcore.adapter_reader import read_adapter
 from qcore.artifact import read_manifest, verify
 from qcore.checkpoint import Checkpoint
+from qcore.deltas import Deltas
 from qcore.errors import InputError, NumericError, QcoreError, WriteError
 from qcore.locate import locate
-from qcore.merge import Deltas, _Merger, merge
+from qcore.merge import _Merger, merge
 from qcore.report import Silent
 from qcore.settings import Settings
 from qcore.table import Part, Row, Table, cat
@@ -431,17 +432,16 @@ def test_a_wrong_sum_is_caught(
 def test_a_sum_that_is_written_elsewhere_is_caught(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = _Merger._change
+    real = _Merger._take
 
-    def rolled(self: Any, file: Any, header: Any, *rest: Any) -> Iterator[memoryview]:
-        for view in real(self, file, header, *rest):
-            if header.name.endswith("layers.1.mlp.up_proj.weight"):
-                row = len(view) // header.shape[0]
-                yield memoryview(bytes(view[row:]) + bytes(view[:row]))
-            else:
-                yield view
+    def rolled(self: Any, header: Any, changed: Any) -> memoryview:
+        view = real(self, header, changed)
+        if not header.name.endswith("layers.1.mlp.up_proj.weight"):
+            return view
+        row = len(view) // header.shape[0]
+        return memoryview(bytes(view[row:]) + bytes(view[:row]))
 
-    monkeypatch.setattr(_Merger, "_change", rolled)
+    monkeypatch.setattr(_Merger, "_take", rolled)
     with pytest.raises(NumericError, match="up_proj") as error:
         merge(str(base), adapter, tmp_path / "out")
     refused(error, "QC-MERGE-007", 76)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .adapter_reader import read_adapter
 from .data.mask import highest_id, load_tokenizer
+from .deltas import Deltas
 from .device import DTYPES, pick_device
 from .errors import InputError
 from .fingerprint import fingerprints
 from .identify import Identified, identify
 from .load import load
-from .merge import Deltas
 from .model import Model
 from .nn.linear import Lora
 from .nn.protocols import Packed

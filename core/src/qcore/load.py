@@ -15,12 +15,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Header
 from .errors import InputError, NumericError
 from .locate import Layout, Located
 from .model import Model
@@ -39,8 +39,28 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
 
 
-def read_tensor(checkpoint: Checkpoint, item: Located) -> tuple[Tensor, str]:
-    """A canonical tensor on the CPU in its dtype on disk, and the SHA-256 of its bytes.
+def read_exact(file: IO[bytes], view: memoryview, header: Header) -> None:
+    """Fill `view` from where `file` stands. Raises ``QC-CKPT-005`` when the file ends before."""
+    got = file.readinto(view)  # type: ignore[attr-defined]
+    if got != len(view):
+        raise InputError(
+            "QC-CKPT-005",
+            "is damaged",
+            file=file.name,
+            field=header.name,
+            found=f"{got} bytes",
+            expected=len(view),
+            fix="download the file again",
+        )
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a CPU tensor's bytes."""
+    return hashlib.sha256(as_bytes(tensor)).hexdigest()
+
+
+def read_tensor(checkpoint: Checkpoint, item: Located) -> Tensor:
+    """A canonical tensor on the CPU in its dtype on disk.
 
     Raises:
         InputError: ``QC-LOAD-001`` for a dtype that needs a codec which is not there.
@@ -63,16 +83,10 @@ def read_tensor(checkpoint: Checkpoint, item: Located) -> tuple[Tensor, str]:
         piece = torch.empty(header.shape, dtype=dtype) if len(item.places) > 1 else whole
         with checkpoint.file(header.file).open("rb") as file:
             file.seek(header.start)
-            got = file.readinto(as_bytes(piece))
-        if got != header.end - header.start:
-            raise InputError(
-                "QC-CKPT-005", "is damaged", file=checkpoint.path / header.file,
-                field=header.name, found=f"{got} bytes", expected=header.end - header.start,
-                fix="download the file again",
-            )  # fmt: skip
+            read_exact(file, as_bytes(piece), header)
         if piece is not whole:
             whole[place.region] = piece.view(whole[place.region].shape)
-    return whole, hashlib.sha256(as_bytes(whole)).hexdigest()
+    return whole
 
 
 def load(
@@ -96,8 +110,8 @@ def load(
     ]
     wanted.sort(key=lambda item: (item.places[0].header.file, item.places[0].header.start))
     digests: dict[str, str] = {}
-    for item, (value, digest) in zip(wanted, _read_ahead(checkpoint, wanted)):
-        digests[item.tensor.name] = digest
+    for item, (value, found) in zip(wanted, _read_ahead(checkpoint, wanted)):
+        digests[item.tensor.name] = found
         if progress is not None:
             progress(value.nbytes)
         value = value.to(device)
@@ -126,11 +140,16 @@ def _finite(value: Tensor) -> bool:
 
 def _read_ahead(checkpoint: Checkpoint, items: list[Located]) -> Iterator[tuple[Tensor, str]]:
     """Read and hash the next tensor while the current one is quantised."""
+
+    def read(item: Located) -> tuple[Tensor, str]:
+        value = read_tensor(checkpoint, item)
+        return value, digest(value)
+
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(read_tensor, checkpoint, items[0])
+        ahead = pool.submit(read, items[0])
         for following in items[1:]:
             current = ahead.result()
-            ahead = pool.submit(read_tensor, checkpoint, following)
+            ahead = pool.submit(read, following)
             yield current
         yield ahead.result()
 

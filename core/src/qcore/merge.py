@@ -11,37 +11,39 @@ again for the manifest, and written. A mismatch with the base that the adapter w
 stops the merge at the first tensor. Memory is a few tensors, whatever the size of the model.
 
 The checks after it: names, shapes, dtypes equal to the base's; every adapter tensor used;
-values finite; every touched tensor changed; and, by `prove`, logits of the unrounded merge
-equal to base + adapter, and the files hold that merge, rounded.
+values finite; what a pair touches changed, or is named; and, by `prove`, logits of the
+unrounded merge equal to base + adapter, and the files hold that merge, rounded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .adapter import WEIGHTS, Adapter, Pair
+from .adapter import WEIGHTS, Adapter
 from .adapter_reader import read_adapter
 from .artifact import MANIFEST, check_target, publish, read_manifest
 from .checkpoint import INDEX, Checkpoint, Header, read_headers
+from .deltas import Deltas, one_thread, single
 from .errors import InputError, NumericError
 from .fingerprint import fingerprints
 from .identify import Identified, identify
-from .load import DTYPES, as_bytes, read_tensor
+from .load import DTYPES, as_bytes, read_exact, read_tensor
+from .load import digest as digest_of
 from .preflight import preflight
 from .report import Advance, Reporter, Silent
-from .table import Region
 
+_WORKERS, _AHEAD = 2, 4  # threads that add up, and tensors in flight
 _COPY = 8 * 2**20  # bytes in flight when a tensor is only copied
-BLOCK = 2**18  #: elements of a weight that are in float64 at a time: they stay in the cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,7 @@ class MergeReport:
         output: the published folder.
         tensors: tensors on disk.
         changed: tensors on disk with other bytes than the base's.
+        unchanged: tensors that a pair touches and rounding leaves as they were.
         pairs: LoRA pairs applied, each once.
         parameters: parameters of the changed tensors.
         largest_change: largest absolute change of one value.
@@ -62,6 +65,7 @@ class MergeReport:
     output: Path
     tensors: int
     changed: int
+    unchanged: tuple[str, ...]
     pairs: int
     parameters: int
     largest_change: float
@@ -118,6 +122,7 @@ def merge(
         output=target,
         tensors=len(found.checkpoint.headers),
         changed=merger.changed,
+        unchanged=tuple(merger.unchanged),
         pairs=len(told.pairs),
         parameters=merger.parameters,
         largest_change=merger.largest,
@@ -141,9 +146,12 @@ def _refuse_twice(checkpoint: Checkpoint, adapter: Adapter) -> list[dict[str, An
     mine = _digest(adapter.path / WEIGHTS)
     if any(entry.get("sha256") == mine for entry in before):
         raise InputError(
-            "QC-MERGE-002", "already holds this adapter", file=checkpoint.path,
-            found=adapter.path, fix="merge into the original base",
-        )  # fmt: skip
+            "QC-MERGE-002",
+            "already holds this adapter",
+            file=checkpoint.path,
+            found=adapter.path,
+            fix="merge into the original base",
+        )
     return before
 
 
@@ -172,69 +180,20 @@ def _meta(
                 "trusted_without_fingerprint": not adapter.fingerprints,
                 "pairs": len(adapter.pairs),
                 "tensors_changed": merger.changed,
+                "tensors_unchanged": merger.unchanged,
             },
         ],
         "proof": dict(proof) if proof is not None else None,
     }
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Arithmetic of torch on one core: on blocks this small threads wait more than they add.
+class _Changed(NamedTuple):
+    """A merged tensor, the digest of what it was, and its largest change."""
 
-    On a machine that has other work, the waiting is most of the time; and another core hashes.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-class Deltas:
-    """The adapter's matrices and ``W + scaling * B A`` by region.
-
-    Raises:
-        NumericError: ``QC-MERGE-003`` for a NaN or an infinity in the adapter.
-    """
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.pairs = adapter.pairs
-        self._path = adapter.path / WEIGHTS
-        self._values: dict[str, tuple[Tensor, Tensor]] = {}
-        with one_thread(), self._path.open("rb") as file:
-            for name, pair in adapter.pairs.items():
-                sides = []
-                for header in (pair.a, pair.b):
-                    file.seek(header.start)
-                    value = torch.empty(header.shape, dtype=DTYPES[header.dtype])
-                    file.readinto(as_bytes(value))
-                    if not bool(torch.isfinite(value).all()):
-                        raise NumericError(
-                            "QC-MERGE-003", "holds a value that is not finite",
-                            file=self._path, field=header.name, fix="train again",
-                        )  # fmt: skip
-                    sides.append(value.float())
-                self._values[name] = (sides[0], sides[1])
-
-    def sides(self, name: str) -> tuple[Tensor, Tensor]:
-        """``A [r, in]`` and ``B [out, r]`` of a weight, float32."""
-        return self._values[name]
-
-    def add(self, name: str, weight: Tensor, rows: slice) -> Iterator[tuple[slice, Tensor]]:
-        """``weight + scaling * B[rows] A`` in float64, for rows ``weight [n, in]``.
-
-        Yields:
-            A block's place in `weight`, and its sum; the block may be written meanwhile.
-        """
-        a, b = (side.double() for side in self._values[name])
-        b = b[rows]
-        step = max(1, BLOCK // weight.shape[1])
-        for at in range(0, len(weight), step):
-            block = slice(at, min(at + step, len(weight)))
-            old = weight[block].double()
-            yield block, torch.addmm(old, b[block], a, alpha=self.pairs[name].scaling)
+    name: str
+    weight: Tensor
+    digest: str
+    moved: float
 
 
 @dataclass(slots=True)
@@ -247,6 +206,7 @@ class _Merger:
     digests: dict[str, str] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     changed: int = 0
+    unchanged: list[str] = field(default_factory=list)
     parameters: int = 0
     largest: float = 0.0
 
@@ -254,20 +214,32 @@ class _Merger:
         self.deltas = Deltas(self.adapter)
 
     def shard(self, name: str, progress: Advance) -> Iterator[memoryview]:
-        """The bytes of one merged shard, in order."""
+        """The bytes of one merged shard, in order.
+
+        Changed tensors are read, hashed and added up by two threads, a few ahead of the one
+        that copies the others and writes.
+        """
         checkpoint = self.found.checkpoint
         path = checkpoint.file(name)
         headers = [header for header in checkpoint.headers.values() if header.file == name]
         headers.sort(key=lambda header: header.start)
-        with path.open("rb") as file, ThreadPoolExecutor(1) as pool:
+        with path.open("rb") as file, ThreadPoolExecutor(_WORKERS, initializer=single) as pool:
             yield memoryview(file.read(headers[0].start if headers else path.stat().st_size))
+            coming = (h for h in headers if self._touched(h))
+            jobs = {h.name: pool.submit(self._change, path, h) for h in islice(coming, _AHEAD)}
             for header in headers:
-                tensor, region = self.found.layout.by_disk.get(header.name, (None, ()))
-                if tensor is not None and tensor.name in self.adapter.pairs:
-                    yield from self._change(file, header, tensor.name, region, pool)
+                if header.name in jobs:
+                    yield self._take(header, jobs.pop(header.name).result())
+                    for following in islice(coming, 1):
+                        jobs[following.name] = pool.submit(self._change, path, following)
                 else:
+                    file.seek(header.start)
                     yield from self._copy(file, header)
                 progress(header.end - header.start)
+
+    def _touched(self, header: Header) -> bool:
+        tensor, _ = self.found.layout.by_disk.get(header.name, (None, ()))
+        return tensor is not None and tensor.name in self.adapter.pairs
 
     def _copy(self, file: Any, header: Header) -> Iterator[memoryview]:
         digest = hashlib.sha256()
@@ -275,45 +247,59 @@ class _Merger:
         buffer = bytearray(min(_COPY, left))
         while left:
             view = memoryview(buffer)[: min(left, len(buffer))]
-            _fill(file, view, header)
+            read_exact(file, view, header)
             digest.update(view)
             yield view
             left -= len(view)
         self._note(header, digest.hexdigest())
 
-    def _change(
-        self, file: Any, header: Header, name: str, region: Region, pool: ThreadPoolExecutor
-    ) -> Iterator[memoryview]:
+    def _change(self, path: Path, header: Header) -> _Changed:
+        """Read one tensor, hash it, and add its delta; runs beside others of its kind."""
+        tensor, region = self.found.layout.by_disk[header.name]
         dtype = DTYPES.get(header.dtype)
         if dtype is None:
             raise InputError(
-                "QC-LOAD-001", "is stored in a dtype that cannot be merged into",
-                file=self.found.checkpoint.path / header.file, field=header.name,
-                found=header.dtype, expected=", ".join(DTYPES),
+                "QC-LOAD-001",
+                "is stored in a dtype that cannot be merged into",
+                file=path,
+                field=header.name,
+                found=header.dtype,
+                expected=", ".join(DTYPES),
                 fix="merge into the bf16 revision of this checkpoint",
-            )  # fmt: skip
+            )
         weight = torch.empty(header.shape, dtype=dtype)
-        _fill(file, as_bytes(weight), header)
-        hashed = pool.submit(lambda: hashlib.sha256(as_bytes(weight)).hexdigest())
-        merged = torch.empty_like(weight)
+        with path.open("rb") as file:
+            file.seek(header.start)
+            read_exact(file, as_bytes(weight), header)
+        digest = hashlib.sha256(as_bytes(weight)).hexdigest()
         moved = 0.0
         rows = slice(region[0].start, region[0].stop)
-        for block, total in self.deltas.add(name, weight, rows):
-            new = merged[block].copy_(total)
-            change = float((new.float() - weight[block].float()).abs().max())
-            if change != change or change == float("inf"):
+        for block, total in self.deltas.add(tensor.name, weight, rows):
+            old = weight[block].float()
+            new = weight[block].copy_(total)
+            change = float((new.float() - old).abs().max())
+            if not math.isfinite(change):
                 raise NumericError(
-                    "QC-MERGE-003", "is not finite after the merge", file=self.adapter.path,
-                    field=header.name, fix="train again with a lower learning_rate",
-                )  # fmt: skip
+                    "QC-MERGE-003",
+                    "is not finite after the merge",
+                    file=self.adapter.path,
+                    field=header.name,
+                    fix="train again with a lower learning_rate",
+                )
             moved = max(moved, change)
-        self._note(header, hashed.result())
-        self.done.add(name)
-        self.largest = max(self.largest, moved)
-        if moved:
+        return _Changed(tensor.name, weight, digest, moved)
+
+    def _take(self, header: Header, changed: _Changed) -> memoryview:
+        """Book a changed tensor; its bytes."""
+        self._note(header, changed.digest)
+        self.done.add(changed.name)
+        self.largest = max(self.largest, changed.moved)
+        if changed.moved:
             self.changed += 1
             self.parameters += header.numel
-        yield as_bytes(merged)
+        else:
+            self.unchanged.append(header.name)
+        return as_bytes(changed.weight)
 
     def _note(self, header: Header, digest: str) -> None:
         """Keep the digest of a canonical tensor; compare it with the adapter's record."""
@@ -324,7 +310,7 @@ class _Merger:
         if len(item.places) > 1:
             if tensor.name in self.digests:
                 return
-            digest = read_tensor(self.found.checkpoint, item)[1]
+            digest = digest_of(read_tensor(self.found.checkpoint, item))
         self.digests[tensor.name] = digest
         recorded = self.adapter.meta.get("tensors", {}).get(tensor.name)
         if recorded is not None and recorded != digest:
@@ -332,38 +318,38 @@ class _Merger:
 
     def _other_base(self, field: str, found: str, expected: str) -> InputError:
         return InputError(
-            "QC-MERGE-001", "is not the base that the adapter was trained on",
-            file=self.found.checkpoint.path, field=field, found=found, expected=expected,
+            "QC-MERGE-001",
+            "is not the base that the adapter was trained on",
+            file=self.found.checkpoint.path,
+            field=field,
+            found=found,
+            expected=expected,
             fix=f"name {self.adapter.meta.get('model', {}).get('source', 'its base')}",
-        )  # fmt: skip
+        )
 
     def check(self) -> None:
         """Every pair was used, something changed, and the base is the recorded one."""
         unused = self.adapter.pairs.keys() - self.done
         if unused:
             raise NumericError(
-                "QC-MERGE-004", "was not applied", file=self.adapter.path, field=min(unused),
+                "QC-MERGE-004",
+                "was not applied",
+                file=self.adapter.path,
+                field=min(unused),
                 fix="report this: the adapter was accepted and then not used",
-            )  # fmt: skip
+            )
         if not self.changed:
             raise NumericError(
-                "QC-MERGE-004", "changes no weight of the base", file=self.adapter.path,
+                "QC-MERGE-004",
+                "changes no weight of the base",
+                file=self.adapter.path,
                 found=f"{len(self.adapter.pairs)} pairs, largest change 0",
                 fix="train longer, or with a higher learning_rate",
-            )  # fmt: skip
+            )
         now = fingerprints(self.found.layout, self.digests)
         for part, recorded in self.adapter.fingerprints.items():
             if now.get(part) != recorded:
                 raise self._other_base(f"part '{part}'", str(now.get(part))[:12], recorded[:12])
-
-
-def _fill(file: Any, view: memoryview, header: Header) -> None:
-    got = file.readinto(view)
-    if got != len(view):
-        raise InputError(
-            "QC-CKPT-005", "is damaged", file=file.name, field=header.name,
-            found=f"{got} bytes", expected=len(view), fix="download the file again",
-        )  # fmt: skip
 
 
 def _check_headers(base: Checkpoint, folder: Path) -> None:
@@ -373,10 +359,10 @@ def _check_headers(base: Checkpoint, folder: Path) -> None:
         expected = {name: h for name, h in base.headers.items() if h.file == shard}
         if written != expected:
             raise NumericError(
-                "QC-MERGE-006", "does not have the tensors of the base", file=folder / shard,
-                found=f"{len(written)} tensors", expected=f"{len(expected)}",
+                "QC-MERGE-006",
+                "does not have the tensors of the base",
+                file=folder / shard,
+                found=f"{len(written)} tensors",
+                expected=f"{len(expected)}",
                 fix="report this: the writer broke its contract",
-            )  # fmt: skip
-
-
-__all__ = ["Deltas", "MergeReport", "Pair", "merge"]
+            )

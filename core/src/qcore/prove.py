@@ -10,19 +10,22 @@ what rounding does to logits is expected and gates nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
 from .checkpoint import Checkpoint
+from .deltas import Deltas, one_thread, single
 from .errors import NumericError
 from .identify import Identified
-from .load import DTYPES, as_bytes, place, read_tensor
+from .load import DTYPES, as_bytes, place, read_exact, read_tensor
 from .locate import Located
-from .merge import Deltas, one_thread
 from .model import Model
 from .nn.linear import Linear, Lora
 from .nn.protocols import Packed
@@ -55,21 +58,29 @@ def prove_merge(
             ``-007`` when a file holds another sum than the one that was proved.
     """
     streams = _Streams(found, adapter, written, progress or (lambda count: None))
-    with torch.no_grad():
+    # On one core, beside the thread that reads: see `one_thread`.
+    with torch.no_grad(), one_thread():
         base, adapted, merged = streams.run()
         result = streams.compare(base, adapted, merged)
     allowed = _TOLERANCE * max(1.0, result["scale"])
     if not result["difference"] <= allowed:
         raise NumericError(
-            "QC-MERGE-005", "logits of the merge differ from base + adapter",
-            file=adapter.path, found=f"{result['difference']:.2e}", expected=f"<= {allowed:.0e}",
+            "QC-MERGE-005",
+            "logits of the merge differ from base + adapter",
+            file=adapter.path,
+            found=f"{result['difference']:.2e}",
+            expected=f"<= {allowed:.0e}",
             fix="report this: the adapter would not do in the merge what it did in training",
-        )  # fmt: skip
+        )
     if not result["effect"] > 0:
         raise NumericError(
-            "QC-MERGE-005", "has no effect on the base's logits", file=adapter.path,
-            found="0", expected="a difference", fix="train longer",
-        )  # fmt: skip
+            "QC-MERGE-005",
+            "has no effect on the base's logits",
+            file=adapter.path,
+            found="0",
+            expected="a difference",
+            fix="train longer",
+        )
     return result
 
 
@@ -100,9 +111,8 @@ class _Streams:
         one = Packed.of([batch.ids[:_TOKENS]])
         base, adapted = trunk.embed(one), trunk.embed(batch)
         merged = adapted
-        for layer in trunk.layers:
-            assert isinstance(layer, nn.Module)
-            with _real(self, layer):
+        for layer, values in self._layers():
+            with self._real(layer, values):
                 adapted = layer(adapted, batch)
                 linears = [m for m in layer.modules() if isinstance(m, Linear) and m.lora]
                 for module in linears:
@@ -111,18 +121,19 @@ class _Streams:
                 for module in linears:
                     self._merge(self.names[module], module)
                 merged = layer(merged, batch)
+        prefixes = tuple(f"{prefix}." for prefix, _ in self._named_layers())
         for name, parameter in self.model.named_parameters():
-            if parameter.is_meta and name in self.layout.located and not self._inside(name):
-                self._fill(self.layout.located[name])
+            rest = name != self.model.head_name and not name.startswith(prefixes)
+            if parameter.is_meta and rest and name in self.layout.located:
+                self._place(name, read_tensor(self.checkpoint, self.layout.located[name]))
         return trunk.final(base), trunk.final(adapted), trunk.final(merged)
 
     def _merge(self, name: str, module: Linear) -> None:
         """Add the adapter to a weight by the merge's own arithmetic: a fault in it shows."""
         weight = module.weight
         assert weight is not None
-        with one_thread():
-            for block, total in self.deltas.add(name, weight, slice(0, len(weight))):
-                weight[block] = total
+        for block, total in self.deltas.add(name, weight, slice(0, len(weight))):
+            weight[block] = total
         self._check_written(self.layout.located[name], weight)
 
     def _check_written(self, item: Located, weight: Tensor) -> None:
@@ -132,14 +143,16 @@ class _Streams:
             value = torch.empty(header.shape, dtype=DTYPES[header.dtype])
             with (self.written / header.file).open("rb") as file:
                 file.seek(header.start)
-                file.readinto(as_bytes(value))
+                read_exact(file, as_bytes(value), header)
             wanted = weight[where.region].view(header.shape)
             if not _is_rounded(value, wanted):
                 raise NumericError(
-                    "QC-MERGE-007", "does not hold the sum that was proved",
-                    file=self.written / header.file, field=header.name,
+                    "QC-MERGE-007",
+                    "does not hold the sum that was proved",
+                    file=self.written / header.file,
+                    field=header.name,
                     fix="report this: the merge wrote another tensor than it computed",
-                )  # fmt: skip
+                )
 
     def compare(self, base: Tensor, adapted: Tensor, merged: Tensor) -> dict[str, float]:
         """Stream the head a few rows at a time and keep the largest differences."""
@@ -165,47 +178,49 @@ class _Streams:
         ids = torch.randint(count, (_DOCUMENTS, _TOKENS), generator=generator)
         return Packed.of(list(ids))
 
-    def _inside(self, name: str) -> bool:
-        return name == self.model.head_name or any(
-            name.startswith(f"{prefix}.") for prefix in self._layers()
-        )
+    def _named_layers(self) -> list[tuple[str, nn.Module]]:
+        names = {id(module): name for name, module in self.modules.items()}
+        return [(names[id(layer)], cast(nn.Module, layer)) for layer in self.model.trunk.layers]
 
-    def _layers(self) -> list[str]:
-        layers = set(map(id, self.model.trunk.layers))
-        return [name for name, module in self.modules.items() if id(module) in layers]
+    def _layers(self) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
+        """Each layer and its tensors, float32; the next layer's are read meanwhile."""
 
-    def _fill(self, item: Located) -> None:
-        value, _ = read_tensor(self.checkpoint, item)
+        def read(prefix: str) -> dict[str, Tensor]:
+            return {
+                name: read_tensor(self.checkpoint, item).float()
+                for name, item in self.layout.located.items()
+                if name.startswith(f"{prefix}.")
+            }
+
+        layers = self._named_layers()
+        with ThreadPoolExecutor(1, initializer=single) as pool:
+            ahead = pool.submit(read, layers[0][0])
+            for number, (_, layer) in enumerate(layers):
+                values = ahead.result()
+                if number + 1 < len(layers):
+                    ahead = pool.submit(read, layers[number + 1][0])
+                yield layer, values
+
+    @contextmanager
+    def _real(self, layer: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+        """A layer's weights and adapters, there for the block and given back after it."""
+        for name in list(values):
+            self._place(name, values.pop(name))
+            module = self.modules.get(name.removesuffix(".weight"))
+            if isinstance(module, Linear) and module.lora is not None:
+                a, b = self.deltas.sides(name)
+                module.lora_A, module.lora_B = nn.Parameter(a), nn.Parameter(b)
+        yield
+        for module in layer.modules():
+            for leaf, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    empty = torch.empty_like(parameter, device="meta")
+                    module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+
+    def _place(self, name: str, value: Tensor) -> None:
+        item = self.layout.located[name]
         place(self.model, self.modules, item, value, quantize=False)
-        self.progress(value.nbytes)
-
-
-class _real:  # noqa: N801 - reads as a statement: `with _real(streams, layer)`
-    """A layer's weights and adapters, loaded for the block and given back after it."""
-
-    def __init__(self, streams: _Streams, layer: nn.Module) -> None:
-        self.streams = streams
-        self.prefix = next(n for n, m in streams.modules.items() if m is layer)
-        self.loras: list[tuple[Linear, Lora]] = []
-
-    def __enter__(self) -> None:
-        streams = self.streams
-        for name, item in streams.layout.located.items():
-            if name.startswith(f"{self.prefix}."):
-                streams._fill(item)
-                module = streams.modules.get(name.removesuffix(".weight"))
-                if isinstance(module, Linear) and module.lora is not None:
-                    a, b = streams.deltas.sides(name)
-                    module.lora_A, module.lora_B = nn.Parameter(a), nn.Parameter(b)
-                    self.loras.append((module, module.lora))
-
-    def __exit__(self, *_: object) -> None:
-        for name, module in self.streams.modules.items():
-            if name == self.prefix or name.startswith(f"{self.prefix}."):
-                for leaf, parameter in list(module._parameters.items()):
-                    if parameter is not None:
-                        empty = torch.empty_like(parameter, device="meta")
-                        module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+        self.progress(sum(where.header.end - where.header.start for where in item.places))
 
 
 def _is_rounded(value: Tensor, wanted: Tensor) -> bool:
@@ -219,14 +234,14 @@ def _is_rounded(value: Tensor, wanted: Tensor) -> bool:
 def _gather(checkpoint: Checkpoint, item: Located, rows: list[int]) -> Tensor:
     """Some rows of a matrix on disk, float32, without reading the rest."""
     if len(item.places) != 1:
-        return read_tensor(checkpoint, item)[0][rows].float()
+        return read_tensor(checkpoint, item)[rows].float()
     header = item.places[0].header
     picked = torch.empty(len(rows), header.shape[1], dtype=DTYPES[header.dtype])
     stride = picked.stride(0) * picked.element_size()
     with checkpoint.file(header.file).open("rb") as file:
         for slot, row in enumerate(rows):
             file.seek(header.start + row * stride)
-            file.readinto(as_bytes(picked[slot]))
+            read_exact(file, as_bytes(picked[slot]), header)
     return picked.float()
 
 
@@ -239,8 +254,5 @@ def _rows(checkpoint: Checkpoint, item: Located) -> Iterator[Tensor]:
         block = torch.empty(count, header.shape[1], dtype=DTYPES[header.dtype])
         with checkpoint.file(header.file).open("rb") as file:
             file.seek(header.start + at * block.stride(0) * block.element_size())
-            file.readinto(as_bytes(block))
+            read_exact(file, as_bytes(block), header)
         yield block.float()
-
-
-Proof = Mapping[str, float]

@@ -1,0 +1,87 @@
+"""The adapter's matrices, and ``W + scaling * B A``: the one place where a delta is added.
+
+This file decides the arithmetic of a merge: float64, a block of rows at a time, so that the
+sum is rounded once, to the dtype of the file, and nothing of the size of a weight is made
+beside it. `merge` writes the sums, `prove` compares them with what training computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .adapter import WEIGHTS, Adapter
+from .errors import NumericError
+from .load import DTYPES, as_bytes, read_exact
+
+BLOCK = 2**18  #: elements of a weight that are in float64 at a time: they stay in the cache
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Arithmetic of torch on one core: on blocks this small threads wait more than they add.
+
+    On a machine that has other work, the waiting is most of the time; and another core hashes.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def single() -> None:
+    """A worker of the merge computes on its own core alone."""
+    torch.set_num_threads(1)
+
+
+class Deltas:
+    """The adapter's matrices and ``W + scaling * B A`` by region.
+
+    Raises:
+        NumericError: ``QC-MERGE-003`` for a NaN or an infinity in the adapter.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.pairs = adapter.pairs
+        self._path = adapter.path / WEIGHTS
+        self._values: dict[str, tuple[Tensor, Tensor]] = {}
+        with one_thread(), self._path.open("rb") as file:
+            for name, pair in adapter.pairs.items():
+                sides = []
+                for header in (pair.a, pair.b):
+                    file.seek(header.start)
+                    value = torch.empty(header.shape, dtype=DTYPES[header.dtype])
+                    read_exact(file, as_bytes(value), header)
+                    if not bool(torch.isfinite(value).all()):
+                        raise NumericError(
+                            "QC-MERGE-003",
+                            "holds a value that is not finite",
+                            file=self._path,
+                            field=header.name,
+                            fix="train again",
+                        )
+                    sides.append(value.float())
+                self._values[name] = (sides[0], sides[1])
+
+    def sides(self, name: str) -> tuple[Tensor, Tensor]:
+        """``A [r, in]`` and ``B [out, r]`` of a weight, float32."""
+        return self._values[name]
+
+    def add(self, name: str, weight: Tensor, rows: slice) -> Iterator[tuple[slice, Tensor]]:
+        """``weight + scaling * B[rows] A`` in float64, for rows ``weight [n, in]``.
+
+        Yields:
+            A block's place in `weight`, and its sum; the block may be written meanwhile.
+        """
+        a, b = (side.double() for side in self._values[name])
+        b = b[rows]
+        step = max(1, BLOCK // weight.shape[1])
+        for at in range(0, len(weight), step):
+            block = slice(at, min(at + step, len(weight)))
+            old = weight[block].double()
+            yield block, torch.addmm(old, b[block], a, alpha=self.pairs[name].scaling)
