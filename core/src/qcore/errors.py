@@ -161,9 +161,14 @@ def one_of_each(problems: Sequence[QcoreError]) -> list[QcoreError]:
         if others:
             what = f"{first.what} (one of {len(others) + 1})"
             first = type(first)(
-                first.code, what, file=first.file, field=first.field, found=first.found,
-                expected=first.expected, fix=first.fix,
-            )  # fmt: skip
+                first.code,
+                what,
+                file=first.file,
+                field=first.field,
+                found=first.found,
+                expected=first.expected,
+                fix=first.fix,
+            )
         told.append(first)
     return told
 

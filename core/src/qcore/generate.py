@@ -88,9 +88,13 @@ class Generator:
         quantize = quantization == "nf4"
         with tell.progress("loading the model", checkpoint.total_bytes, "bytes") as advance:
             digests = load(
-                self.model, layout, checkpoint,
-                device=self.device, quantize=quantize, progress=advance,
-            )  # fmt: skip
+                self.model,
+                layout,
+                checkpoint,
+                device=self.device,
+                quantize=quantize,
+                progress=advance,
+            )
         if told is not None:
             self._apply(told, fingerprints(layout, digests))
 
@@ -98,11 +102,14 @@ class Generator:
         for part, recorded in adapter.fingerprints.items():
             if now.get(part) != recorded:
                 raise InputError(
-                    "QC-GENERATE-001", "is not the base that the adapter was trained on",
-                    file=self.found.checkpoint.path, field=f"part '{part}'",
-                    found=str(now.get(part))[:12], expected=recorded[:12],
+                    "QC-GENERATE-001",
+                    "is not the base that the adapter was trained on",
+                    file=self.found.checkpoint.path,
+                    field=f"part '{part}'",
+                    found=str(now.get(part))[:12],
+                    expected=recorded[:12],
                     fix=f"name {adapter.meta.get('model', {}).get('source', 'its base')}",
-                )  # fmt: skip
+                )
         deltas = Deltas(adapter)
         for name, module in self.model.adapters():
             a, b = deltas.sides(name)

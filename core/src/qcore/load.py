@@ -117,19 +117,23 @@ def load(
         value = value.to(device)
         if not _finite(value):
             raise NumericError(
-                "QC-LOAD-003", "holds a value that is not finite",
-                file=checkpoint.path, field=item.tensor.name,
+                "QC-LOAD-003",
+                "holds a value that is not finite",
+                file=checkpoint.path,
+                field=item.tensor.name,
                 fix="download the checkpoint again",
-            )  # fmt: skip
+            )
         if item.tensor.name not in layout.ties:
             place(model, modules, item, value, quantize=quantize)
     for name, tie in layout.ties.items():
         if digests.get(name) != digests.get(tie):
             raise InputError(
-                "QC-LOAD-002", f"differs from '{tie}', to which config.json ties it",
-                file=checkpoint.path, field=name,
+                "QC-LOAD-002",
+                f"differs from '{tie}', to which config.json ties it",
+                file=checkpoint.path,
+                field=name,
                 fix="set tie_word_embeddings to false, or restore the weights",
-            )  # fmt: skip
+            )
     return digests
 
 

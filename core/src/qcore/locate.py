@@ -143,10 +143,13 @@ def faults(problems: Sequence[QcoreError]) -> list[QcoreError]:
     names = [error.field for error in problems if error.code == "QC-KEY-002"]
     others = f"{len(names)} that belong to no part, first {names[0]}"
     told["QC-KEY-001"] = InputError(
-        missing.code, missing.what, file=missing.file, field=missing.field,
+        missing.code,
+        missing.what,
+        file=missing.file,
+        field=missing.field,
         found=f"{missing.found}; {others}" if missing.found else others,
         fix=missing.fix,
-    )  # fmt: skip
+    )
     return list(told.values())
 
 

@@ -97,9 +97,11 @@ class Context:
         full = f"{self._root}.{name}"
         if full not in self._layout.table.tensors:
             raise PluginError(
-                "QC-MODEL-001", "is built but is in no row of the table", field=full,
+                "QC-MODEL-001",
+                "is built but is in no row of the table",
+                field=full,
                 fix="report this to the plugin's author",
-            )  # fmt: skip
+            )
         self.given.add(full)
         return self._layout.table[full]
 

@@ -97,10 +97,13 @@ def _load(name: str, value: str) -> click.Command:
         ) from None  # fmt: skip
     if not isinstance(command, click.Command):
         raise PluginError(
-            "QC-PLUGIN-020", f"command '{name}' is not a click command", field=value,
-            found=type(command).__name__, expected="click.Command",
+            "QC-PLUGIN-020",
+            f"command '{name}' is not a click command",
+            field=value,
+            found=type(command).__name__,
+            expected="click.Command",
             fix=f"uninstall {_owners().get(name, 'its distribution')}",
-        )  # fmt: skip
+        )
     return command
 
 

@@ -62,9 +62,13 @@ class Drawn:
             yield lambda amount: None
             return
         columns = (
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-            TextColumn("{task.fields[says]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[says]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.console, transient=unit == "bytes") as bar:
             self._bar, self._task = bar, bar.add_task(what, total=total, says="")
             try:

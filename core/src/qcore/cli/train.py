@@ -54,9 +54,12 @@ def command(
         model = presets.get(preset).base_model
     if model is None:
         raise UsageError(
-            "QC-CLI-002", "no model was named", field="--model", expected="a folder or a hub id",
+            "QC-CLI-002",
+            "no model was named",
+            field="--model",
+            expected="a folder or a hub id",
             fix="pass --model, or a --preset that names one",
-        )  # fmt: skip
+        )
     teller = Drawn(quiet=as_json)
     for key, origin in origins.items():
         if origin != "default":

@@ -128,7 +128,7 @@ def dataset(
             try:
                 example = encode_text(
                     text, row, tokenizer, chat_format, max_length, vocab_rows=rows
-                )  # fmt: skip
+                )
             except BadRow as bad:
                 problems.add(row.line, bad.error(path, row.line))
             else:

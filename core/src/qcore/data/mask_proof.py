@@ -165,9 +165,7 @@ class _Proof:
 
     def prompt(self, messages: list[dict[str, Any]]) -> None:
         """What inference ends its prompt with is a header and a known tail."""
-        text = self.template.render(
-            messages[:-1], add_generation_prompt=True, **self.variables
-        )  # fmt: skip
+        text = self.template.render(messages[:-1], add_generation_prompt=True, **self.variables)
         header = self.format.turn_start + self.format.assistant + self.format.role_end
         tail = text[text.rfind(header) + len(header) :] if header in text else None
         if tail is None or tail not in ("", *self.format.prompt_tails):

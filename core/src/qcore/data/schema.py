@@ -321,9 +321,12 @@ def _pair(row: dict[str, Any]) -> list[dict[str, Any]]:
     for key in ("prompt", answers[0]):
         if not isinstance(row[key], str):
             raise BadRow(
-                "QC-DATA-005", "is not a string", at=key, found=kind(row[key]),
+                "QC-DATA-005",
+                "is not a string",
+                at=key,
+                found=kind(row[key]),
                 fix="write the conversation as messages",
-            )  # fmt: skip
+            )
     return [
         {"role": "user", "content": row["prompt"]},
         {"role": "assistant", "content": row[answers[0]]},
