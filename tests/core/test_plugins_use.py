@@ -209,6 +209,22 @@ def test_an_error_raised_on_purpose_passes_as_it_is(tmp_path: Path) -> None:
     assert (error["code"], error["exit"]) == ("QC-TOY-001", 65)
 
 
+def test_a_callable_of_a_record_that_fails_names_its_plugin(tmp_path: Path) -> None:
+    source = good("toy").replace("build=", "build=lambda context: 1 / 0 if context else ") + "\n"
+    distribution(tmp_path, "toy-dist", module="toy_mod", source=source, plugin="toy",
+                 model_types=("toy",))  # fmt: skip
+    error = process(
+        tmp_path,
+        """
+        build = plugins.for_model_type("toy").describe().architectures["toy"].record.build
+        show(error_of(lambda: build("context")))
+        """,
+    )
+    assert (error["code"], error["exit"]) == ("QC-PLUGIN-002", 69)
+    assert "plugin 'toy' (toy-dist 1.0) failed in build of toy" in error["message"]
+    assert "ZeroDivisionError" in error["message"]
+
+
 def test_interrupt_at_import_is_not_swallowed(tmp_path: Path) -> None:
     distribution(tmp_path, "toy", module="toy_mod", source="raise KeyboardInterrupt",
                  model_types=("toy",))  # fmt: skip

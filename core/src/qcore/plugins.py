@@ -21,7 +21,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -323,31 +323,37 @@ def _answers(plugin: Candidate, hook: str, arguments: Mapping[str, Any]) -> list
     ) from found.error
 
 
+@dataclass(frozen=True, slots=True)
+class _Guarded:
+    """A callable of a record that names its plugin when it fails; equal where that one is."""
+
+    function: Callable[..., Any]
+    what: str
+    plugin: Candidate = field(compare=False)
+
+    def __call__(self, *arguments: Any) -> Any:
+        found = _contained(partial(self.function, *arguments))
+        if not isinstance(found, Failure):
+            return found
+        if isinstance(found.error, QcoreError):
+            raise found.error
+        raise PluginError(
+            "QC-PLUGIN-002",
+            f"{self.plugin.info} failed in {self.what}",
+            found=found,
+            fix=_remedy(self.plugin),
+        ) from found.error
+
+
 def _guarded(plugin: Candidate, record: Any) -> Any:
-    """An `Architecture` whose callables name their plugin when they fail."""
+    """An `Architecture` whose callables are contained."""
     from .records import Architecture
 
     if not isinstance(record, Architecture):
         return record
-
-    def guard(name: str, function: Callable[..., _T]) -> Callable[..., _T]:
-        def call(*arguments: Any) -> _T:
-            found = _contained(partial(function, *arguments))
-            if not isinstance(found, Failure):
-                return found
-            if isinstance(found.error, QcoreError):
-                raise found.error
-            raise PluginError(
-                "QC-PLUGIN-002",
-                f"{plugin.info} failed in {name} of {record.name}",
-                found=found,
-                fix=_remedy(plugin),
-            ) from found.error
-
-        return call
-
-    tiny = record.tiny and guard("tiny", record.tiny)
-    return replace(record, build=guard("build", record.build), tiny=tiny)
+    build = _Guarded(record.build, f"build of {record.name}", plugin)
+    tiny = record.tiny and _Guarded(record.tiny, f"tiny of {record.name}", plugin)
+    return replace(record, build=build, tiny=tiny)
 
 
 def _yields(hook: str) -> tuple[type, ...]:

@@ -98,7 +98,7 @@ def _tokens(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
     """The tokenizer fits the embedding and knows what the chat format needs."""
     ids = request.token_ids
     rows = next(e.shape[0] for e in found.layout.table if e.row.group == "embed")
-    largest = max(ids, key=lambda token: ids[token], default=None)
+    largest = max(ids, key=lambda token: (ids[token], token), default=None)
     if largest is not None and ids[largest] >= rows:
         yield Finding(
             code="QC-PRE-002",
