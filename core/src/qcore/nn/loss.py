@@ -53,7 +53,9 @@ class _CrossEntropy(torch.autograd.Function):
             if grad is not None:
                 # softmax - one hot, each rounded once to the head's dtype
                 torch.exp(log_p, out=logits)
-                logits.scatter_(1, wanted, picked.expm1().to(logits.dtype))
+                # Not scatter_: on the CPU it goes over the whole chunk once more.
+                each = torch.arange(len(part), device=logits.device)
+                logits[each, wanted[:, 0]] = picked[:, 0].expm1().to(logits.dtype)
                 torch.mm(logits, head, out=grad[at : at + chunk])
         ctx.save_for_backward(grad)
         return total
