@@ -20,7 +20,7 @@ from .adapter_reader import read_adapter
 from .data.mask import highest_id, load_tokenizer
 from .deltas import Deltas
 from .device import DTYPES, pick_device
-from .errors import InputError
+from .errors import InputError, NumericError
 from .fingerprint import fingerprints
 from .identify import Identified, identify
 from .load import load
@@ -165,6 +165,13 @@ class Generator:
         while len(new) < max_new_tokens:
             logits = self._next(fresh, done, caches)[:known]
             done += len(fresh)
+            if not bool(logits.isfinite().all()):
+                raise NumericError(
+                    "QC-GENERATE-002",
+                    f"the logits are not finite after {done} tokens",
+                    file=self.found.checkpoint.path,
+                    fix="look at the adapter, or at the base with qcore inspect",
+                )
             if temperature > 0:
                 fresh = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=sampler)
             else:

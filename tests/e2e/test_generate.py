@@ -1,0 +1,39 @@
+"""Generation: the same tokens as a full forward, and a refusal where numbers are not finite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.e2e_kit import tiny_folder
+
+from qcore.errors import NumericError
+from qcore.generate import Generator
+from qcore.nn.protocols import Packed
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    return Generator(str(tiny_folder()), device="cpu", dtype="fp32")
+
+
+def test_cached_decoding_gives_the_tokens_of_full_forwards(generator: Generator) -> None:
+    ids = generator.tokenizer.encode("Name a city in Peru.", add_special_tokens=False).ids
+    new, _ = generator.decode(list(ids), 8, 0.0, 0)
+    known = list(ids)
+    for token in new:
+        with torch.no_grad():
+            logits = generator.model.logits(Packed.of([torch.tensor(known)]))
+        assert int(logits[-1, : len(generator.tokenizer.get_vocab())].argmax()) == token
+        known.append(token)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_numbers_that_are_not_finite_are_an_error(temperature: float, tmp_path: Path) -> None:
+    broken = Generator(str(tiny_folder()), device="cpu", dtype="fp32")
+    with torch.no_grad():
+        broken.model.head.view(-1)[0] = float("nan")
+    with pytest.raises(NumericError) as caught:
+        broken.prompt("Hi", max_new_tokens=3, temperature=temperature)
+    assert caught.value.code == "QC-GENERATE-002"
