@@ -75,10 +75,10 @@ def refuse(
     where = base.parent
     before = snapshot(where)
     output = where / "out"
+    device = () if "--device" in flags else ("--device", "cpu")
     ended = here(
-        capsys, "train", "--model", base, "--data", rows, "--output", output, "--device", "cpu",
-        *flags,
-    )  # fmt: skip
+        capsys, "train", "--model", base, "--data", rows, "--output", output, *device, *flags
+    )
     line = ended.error(code)
     assert ended.code == status, line
     for part in says:

@@ -58,7 +58,7 @@ BAD: list[tuple[str, str, tuple[str, ...]]] = [
     ("lr: 1e-4", "QC-CONFIG-001", ("lr", "learning_rate?")),
     ("max_seq_length: 4", "QC-CONFIG-001", ("max_length?",)),
     ("Learning-Rate: 1e-4", "QC-CONFIG-001", ("learning_rate?",)),
-    ("xyzzy: 4", "QC-CONFIG-001", ("xyzzy", "presets show")),
+    ("xyzzy: 4", "QC-CONFIG-001", ("xyzzy", "docs/training.md")),
     ("<<: {r: 4}", "QC-CONFIG-001", ("<<",)),
     ("fp16: true", "QC-CONFIG-001", ("dtype?",)),
     ("r: 8\nr: 8", "QC-YAML-002", ("line 2", "r twice")),

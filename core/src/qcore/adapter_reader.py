@@ -322,6 +322,14 @@ class _Reader:
                     module,
                     fix="train or export again",
                 )
+        for pair in pairs.values():
+            if not _named(self._module(pair.tensor), declared):
+                self._problem(
+                    "QC-ADAPTER-006",
+                    "has tensors and is no declared target",
+                    self._module(pair.tensor),
+                    fix="declare it in target_modules, or export again",
+                )
         for name in declared:
             if not any(_named(module, [name]) for module in modules):
                 self._problem(

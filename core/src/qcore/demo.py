@@ -12,7 +12,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from .artifact import check_target, verify
-from .errors import NumericError, PluginError
+from .durable import make_folders, writing
+from .errors import Interrupted, NumericError, PluginError
 from .generate import Generator
 from .merge import MergeReport, merge
 from .plugins import Plugins
@@ -35,6 +36,7 @@ SETTINGS = Settings(
     save_steps=0,
     gradient_checkpointing=False,
 )
+_BYTES = 32 * 2**20  # more than the demo writes
 #: The loss must fall to this share of its first value.
 MARGIN = 0.5
 
@@ -68,16 +70,20 @@ def demo(folder: str | Path, *, reporter: Reporter | None = None) -> DemoReport:
         NumericError: ``QC-DEMO-002`` when a station does not show its effect.
     """
     tell = reporter or Silent()
-    home = check_target(folder)
+    home = check_target(folder, need_bytes=_BYTES)
     architecture = _architecture()
-    home.mkdir(parents=True, exist_ok=True)
+    with writing(home):
+        make_folders(home)
     base, data = home / "base", home / "data.jsonl"
     assert architecture.tiny is not None
     architecture.tiny(base)
     with as_file(files("qcore.data").joinpath("demo.jsonl")) as bundled:
         shutil.copyfile(bundled, data)
     tell.note(f"1/5 a tiny {architecture.name} checkpoint: {base}")
-    trained = train(str(base), data, home / "adapter", SETTINGS, device="cpu", reporter=tell)
+    try:
+        trained = train(str(base), data, home / "adapter", SETTINGS, device="cpu", reporter=tell)
+    except Interrupted as stopped:
+        raise Interrupted(stopped.code, "the demo was stopped", fix="run it again") from None
     _check(
         trained.last_loss < MARGIN * trained.first_loss,
         "the loss did not fall",

@@ -117,4 +117,14 @@ def _plugins() -> Iterator[Finding]:
             what=f"{info.distribution} {info.version}: {info.status.value}"
             + (f" ({info.reason})" if info.reason else ""),
         )
-    yield from (finding for _, finding in plugins.ask("qcore_doctor"))
+    for info, found in plugins.survey("qcore_doctor"):
+        if not isinstance(found, QcoreError):
+            yield from found
+            continue
+        yield Finding(
+            code=found.code,
+            severity=Severity.ERROR,
+            field=f"plugin {info.name}",
+            what=found.message,
+            fix=found.fix,
+        )

@@ -12,6 +12,7 @@ renders it and exits with ``exit_code``; nothing else in qcore decides an exit s
       Interrupted    75   stopped by a signal; a checkpoint was published, --resume goes on
       NumericError   76   NaN or infinity, or an effect that could not be proved
       TrustError     77   something that needs the user's explicit consent
+      Stopped       130   Ctrl-C where there is nothing to resume
 
 Codes are ``QC-AREA-NNN``; docs/errors.md lists them and a test keeps the list true.
 """
@@ -122,6 +123,12 @@ class TrustError(QcoreError):
     """Something needs the user's explicit consent."""
 
     exit_code = 77
+
+
+class Stopped(QcoreError):
+    """Ctrl-C where there is nothing to resume; the status that shells give it."""
+
+    exit_code = 130
 
 
 class PreflightError(InputError):

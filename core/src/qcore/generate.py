@@ -20,7 +20,7 @@ from .adapter_reader import read_adapter
 from .data.mask import highest_id, load_tokenizer
 from .deltas import Deltas
 from .device import DTYPES, pick_device
-from .errors import InputError, NumericError
+from .errors import InputError, NumericError, UsageError
 from .fingerprint import fingerprints
 from .identify import Identified, identify
 from .load import load
@@ -134,6 +134,14 @@ class Generator:
             temperature: 0 is greedy.
             seed: of the sampling.
         """
+        if temperature and not 0.01 <= temperature <= 100:
+            raise UsageError(
+                "QC-GENERATE-003",
+                "is no temperature",
+                field="--temperature",
+                found=temperature,
+                expected="0 for greedy, or 0.01 to 100",
+            )
         template = self.found.checkpoint.template
         assert template is not None  # preflight refused it otherwise
         messages = [{"role": "system", "content": system}] if system else []

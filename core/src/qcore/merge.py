@@ -188,11 +188,10 @@ def _meta(
 
 
 class _Changed(NamedTuple):
-    """A merged tensor, the digest of what it was, and its largest change."""
+    """A merged tensor and its largest change."""
 
     name: str
     weight: Tensor
-    digest: str
     moved: float
 
 
@@ -271,13 +270,21 @@ class _Merger:
         with path.open("rb") as file:
             file.seek(header.start)
             read_exact(file, as_bytes(weight), header)
-        digest = hashlib.sha256(as_bytes(weight)).hexdigest()
+        self._note(header, hashlib.sha256(as_bytes(weight)).hexdigest())
         moved = 0.0
         rows = slice(region[0].start, region[0].stop)
         for block, total in self.deltas.add(tensor.name, weight, rows):
             old = weight[block].float()
             new = weight[block].copy_(total)
             change = float((new.float() - old).abs().max())
+            if not bool(old.isfinite().all()):
+                raise NumericError(
+                    "QC-LOAD-003",
+                    "holds a value that is not finite",
+                    file=path,
+                    field=header.name,
+                    fix="download the checkpoint again",
+                )
             if not math.isfinite(change):
                 raise NumericError(
                     "QC-MERGE-003",
@@ -287,11 +294,10 @@ class _Merger:
                     fix="train again with a lower learning_rate",
                 )
             moved = max(moved, change)
-        return _Changed(tensor.name, weight, digest, moved)
+        return _Changed(tensor.name, weight, moved)
 
     def _take(self, header: Header, changed: _Changed) -> memoryview:
         """Book a changed tensor; its bytes."""
-        self._note(header, changed.digest)
         self.done.add(changed.name)
         self.largest = max(self.largest, changed.moved)
         if changed.moved:

@@ -129,7 +129,14 @@ class Model(nn.Module):
         self.dtype = dtype
         self.dropout = any(one.lora_dropout > 0 for one in lora.values())
         self._trunk = [trunk]  # in a list: mounted once already, under its canonical prefix
-        head = next(entry for entry in layout.table if entry.row.group == "head")
+        head = next((entry for entry in layout.table if entry.row.group == "head"), None)
+        if head is None:
+            raise PluginError(
+                "QC-MODEL-003",
+                "the table has no row in group 'head'",
+                field=architecture.name,
+                fix="report this to the plugin's author",
+            )
         self.head_name = head.row.tie or head.name
         if head.row.tie is None:
             context.given.add(head.name)

@@ -9,6 +9,7 @@ never moved.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -45,7 +46,7 @@ class TrainReport:
     Attributes:
         output: the adapter folder.
         steps: optimizer steps in all.
-        first_loss: mean loss per supervised token of the first step of this process.
+        first_loss: mean loss per supervised token of the first step.
         last_loss: of the last step.
         eval_loss: of the held-out rows at the end, or ``None``.
         adapter_class: the class that the adapter is written for.
@@ -99,7 +100,7 @@ def train(
         loop = Loop(net, rows, settings, where)
         start = _resume(files, loop, folder, tell) if resume else 0
         log.truncate_after(start)
-        first = last = math.nan
+        first, last = _first_loss(folder / METRICS), math.nan
         for metrics in _steps(loop, files, folder, start, stop, tell):
             first, last = (metrics["loss"] if first != first else first), metrics["loss"]
             if _logged(metrics, settings, loop.schedule.total):
@@ -265,6 +266,15 @@ def _steps(
 def _logged(metrics: Mapping[str, Any], settings: Settings, total: int) -> bool:
     step = metrics["step"]
     return step in (1, total) or step % settings.logging_steps == 0 or "eval_loss" in metrics
+
+
+def _first_loss(metrics: Path) -> float:
+    """The loss of step 1 of a run that is resumed; NaN of a new one."""
+    if not metrics.exists():
+        return math.nan
+    with metrics.open(encoding="utf-8") as file:
+        row = json.loads(file.readline() or "{}")
+    return float(row["loss"]) if row.get("step") == 1 else math.nan
 
 
 def _result(report: TrainReport) -> dict[str, Any]:

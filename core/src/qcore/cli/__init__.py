@@ -7,6 +7,7 @@ which imports what it needs when it runs.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import NoReturn
@@ -14,8 +15,8 @@ from typing import NoReturn
 import click
 
 from .. import __version__
-from ..errors import PluginError, QcoreError
-from .common import debugging, fail, wants_json
+from ..errors import InputError, PluginError, QcoreError, Stopped
+from .common import check_arguments, debugging, fail, wants_json
 
 #: name -> (module, help); the order is that of ``--help``.
 VERBS = {
@@ -119,6 +120,7 @@ def main() -> NoReturn:
     if not debugging(arguments):
         sys.excepthook = _internal
     try:
+        check_arguments(arguments)
         # Without standalone mode click returns the status of an Exit instead of raising it.
         status = cli.main(arguments, prog_name="qcore", standalone_mode=False)
     except QcoreError as error:
@@ -129,9 +131,27 @@ def main() -> NoReturn:
         sys.exit(fail(error, as_json=wants_json(arguments)))
     except click.ClickException as error:
         sys.exit(_usage(error, arguments))
-    except click.Abort:
-        sys.exit(130)
+    except (click.Abort, KeyboardInterrupt):
+        stopped = Stopped("QC-CLI-005", "interrupted", fix="run the command again")
+        sys.exit(fail(stopped, as_json=wants_json(arguments)))
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; the interpreter must not flush it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        sys.exit(fail(_unreadable(error), as_json=wants_json(arguments)))
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _unreadable(error: OSError) -> QcoreError:
+    """What the system says of a path that no check foresaw, e.g. a name that is too long."""
+    return InputError(
+        "QC-CLI-006",
+        "cannot be used",
+        file=str(error.filename)[:200] if error.filename else None,
+        found=error.strerror or str(error),
+        fix="name another path",
+    )
 
 
 def _usage(error: click.ClickException, arguments: list[str]) -> int:

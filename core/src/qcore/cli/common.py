@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
 
-from ..errors import PreflightError, QcoreError
+from ..errors import PreflightError, QcoreError, UsageError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -52,6 +55,40 @@ def fail(error: QcoreError, *, as_json: bool) -> int:
         fix = f". Fix: {one.fix}" if one.fix else ""
         click.echo(f"error[{one.code}] {one.message}{fix}", err=True)
     return error.exit_code
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Hold SIGINT back while torch is imported: its import swallows KeyboardInterrupt."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """What click lets pass: bytes that are no text, and an option that is given twice.
+
+    Raises:
+        UsageError: ``QC-CLI-003`` or ``-004``.
+    """
+    seen: set[str] = set()
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            shown = argument.encode("utf-8", "backslashreplace").decode()
+            raise UsageError("QC-CLI-003", "is not UTF-8", field=shown, fix="name it in UTF-8")
+        name = argument.partition("=")[0]
+        if name in seen:
+            raise UsageError("QC-CLI-004", "is given twice", field=name, fix="give it once")
+        if name.startswith("--") and len(name) > 2 and name != "--set":
+            seen.add(name)
 
 
 def count(number: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from .common import debug_option, emit, json_option
+from .common import debug_option, emit, importing, json_option
 
 
 @click.command("demo")
@@ -17,7 +17,8 @@ from .common import debug_option, emit, json_option
 @debug_option
 def command(output: Path | None, as_json: bool) -> None:
     """Train, merge and verify a tiny checkpoint, and show one prompt before and after."""
-    from ..demo import demo
+    with importing():
+        from ..demo import demo
     from .draw import Drawn
 
     teller = Drawn(quiet=as_json)

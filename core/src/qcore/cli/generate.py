@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .common import debug_option, emit, json_option
+from .common import debug_option, emit, importing, json_option
 
 
 @click.command("generate")
@@ -16,9 +16,9 @@ from .common import debug_option, emit, json_option
 @click.option("--system", default="", help="The system turn.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder to apply.")
 @click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0 is greedy.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of the sampling.")
+@click.option("--max-new-tokens", type=click.IntRange(1, 131072), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, help="0 is greedy.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the sampling.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--dtype", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True)
 @click.option(
@@ -43,7 +43,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Answer one prompt with MODEL, so that the effect of an adapter can be seen."""
-    from ..generate import Generator
+    with importing():
+        from ..generate import Generator
     from .draw import Drawn
 
     generator = Generator(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .common import count, debug_option, emit, json_option
+from .common import count, debug_option, emit, importing, json_option
 
 
 @click.command("merge")
@@ -29,7 +29,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Write MODEL + ADAPTER to OUTPUT as a drop-in for MODEL, tensor by tensor."""
-    from ..merge import merge
+    with importing():
+        from ..merge import merge
     from .draw import Drawn
 
     report = merge(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .common import debug_option, emit, json_option
+from .common import debug_option, emit, importing, json_option
 
 
 @click.command("train")
@@ -65,7 +65,8 @@ def command(
         if origin != "default":
             teller.note(f"{key} = {getattr(settings, key)} (from {origin})")
 
-    from ..train import train
+    with importing():
+        from ..train import train
 
     report = train(model, data, output, settings, device=device, resume=resume, reporter=teller)
     if as_json:

@@ -19,19 +19,24 @@ def command(folder: Path, as_json: bool) -> None:
     from ..errors import InputError
 
     report = verify(folder)
-    if as_json:
-        emit({"ok": report.ok, "files": report.files, "problems": report.problems})
-        raise click.exceptions.Exit(0 if report.ok else InputError.exit_code)
+    if as_json and report.ok:
+        emit({"ok": True, "files": report.files, "problems": []})
+        return
     if report.ok:
         click.echo(f"{folder}: {report.kind}, {report.files} files as the manifest says")
         return
-    for problem in report.problems:
-        click.echo(f"  {problem}", err=True)
     count = len(report.problems)
-    raise InputError(
+    error = InputError(
         "QC-VERIFY-001",
         "is not what its manifest says",
         file=folder,
         found=f"{count} problem" + ("s" if count > 1 else ""),
         fix="restore the folder, or make it again",
     )
+    if as_json:
+        facts = {"ok": False, "files": report.files, "problems": report.problems}
+        emit({**facts, "error": error.as_json()})
+        raise click.exceptions.Exit(error.exit_code)
+    for problem in report.problems:
+        click.echo(f"  {problem}", err=True)
+    raise error
