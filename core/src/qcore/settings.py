@@ -302,11 +302,7 @@ def spec_of(key: str, origin: Origin) -> Spec:
         return SPECS[key]
     near = difflib.get_close_matches(key.replace("-", "_").lower(), SPECS, n=1, cutoff=0.6)
     guess = _OTHER_WORDS.get(key) or (near[0] if near else None)
-    fix = (
-        f"did you mean {guess}? ({SPECS[guess].help})"
-        if guess
-        else "docs/training.md lists them"
-    )
+    fix = f"did you mean {guess}? ({SPECS[guess].help})" if guess else "docs/training.md lists them"
     raise origin.error("QC-CONFIG-001", "is no setting", fix=fix)
 
 
