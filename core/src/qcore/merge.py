@@ -6,9 +6,10 @@ other bytes, ``W + scaling * (B A)[region]`` computed in float64 and rounded onc
 other way to merge is closer on any tensor. Nothing goes through a model class, so what
 training did not load is kept as it was.
 
-Each tensor is read once: its bytes are hashed for the fingerprint, changed or copied, hashed
-again for the manifest, and written. A mismatch with the base that the adapter was trained on
-stops the merge at the first tensor. Memory is a few tensors, whatever the size of the model.
+In one pass each tensor's bytes are hashed for the fingerprint, changed or copied, hashed again
+for the manifest, and written; a tensor that lies in pieces is read once more for its hash, and
+the proof reads the layers again. A mismatch with the base that the adapter was trained on stops
+the merge at the first tensor. Memory is the adapter and a few tensors.
 
 The checks after it: names, shapes, dtypes equal to the base's; every adapter tensor used;
 values finite; what a pair touches changed, or is named; and, by `prove`, logits of the
