@@ -8,7 +8,7 @@ stale. Texts are written by hand everywhere else.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import click
@@ -23,7 +23,11 @@ def settings() -> str:
 
     rows = ["| setting | default | allowed | what it is |", "|---|---|---|---|"]
     for name, spec in SPECS.items():
-        default = "empty" if spec.default in ("", ()) else f"`{spec.default}`".replace("T", "t")
+        default = (
+            "empty"
+            if not spec.default and isinstance(spec.default, str | tuple | Mapping)
+            else f"`{spec.default}`".replace("T", "t")
+        )
         rows.append(f"| `{name}` | {default} | {spec.expected} | {spec.help} |")
     return "\n".join(rows).replace('or ""', "or empty") + "\n"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 import sys
 from pathlib import Path
 from subprocess import run
@@ -12,6 +14,7 @@ import pytest
 import yaml
 
 from qcore.config import SPECS, Settings, load_settings, parse_sets
+from qcore.entries import Entries
 from qcore.errors import UsageError
 from qcore.presets import Preset, Presets
 
@@ -44,6 +47,17 @@ GOOD: list[tuple[str, str, object]] = [
     ("target_groups:\n  - attn\n  - 'mlp'", "target_groups", ("attn", "mlp")),
     ("target_groups: []", "target_groups", ()),
     ("target_groups: [on, 3]", "target_groups", ("on", "3")),
+    ("group_r: {experts: 8, 'on': 4}", "group_r", Entries({"on": 4, "experts": 8})),
+    ("group_r:\n  experts: 8\n  3: 4", "group_r", Entries({"experts": 8, "3": 4})),
+    ("group_r: {}", "group_r", Entries()),
+    ("group_lora_alpha: {experts: 16}", "group_lora_alpha", Entries({"experts": 16.0})),
+    ("router_aux_loss_coef: 1e-3", "router_aux_loss_coef", 1e-3),
+    (
+        "chat_template_kwargs: {a: false, b: TRUE, c: 1, d: -1.5e2, e: low, f: 'false', g: \"1\"}",
+        "chat_template_kwargs",
+        Entries({"a": False, "b": True, "c": 1, "d": -150.0, "e": "low", "f": "false", "g": "1"}),
+    ),
+    ("chat_template_kwargs: {a: ''}", "chat_template_kwargs", Entries({"a": ""})),
     ("", "r", 16),
     ("# nothing but a comment", "r", 16),
     ("---\nr: 4\n...", "r", 4),
@@ -116,6 +130,27 @@ BAD: list[tuple[str, str, tuple[str, ...]]] = [
     ("target_groups: [attn, null]", "QC-CONFIG-002", ("no value",)),
     ("target_groups: [[attn]]", "QC-CONFIG-002", ("found a list",)),
     ("target_groups: ['.*']", "QC-CONFIG-002", ("'.*'",)),  # names, not patterns
+    ("group_r: 8", "QC-CONFIG-002", ("a mapping of group to a whole number from 1 to 1024",)),
+    ("group_r: [experts]", "QC-CONFIG-002", ("found a list",)),
+    ("group_r:", "QC-CONFIG-002", ("no value",)),
+    ("group_r: {experts: 0}", "QC-CONFIG-003", ("group_r.experts", "found 0")),
+    ("group_r: {experts: 1025}", "QC-CONFIG-003", ("1024",)),
+    ("group_r: {experts: 8.0}", "QC-CONFIG-002", ("found 8.0",)),
+    ("group_r: {experts: true}", "QC-CONFIG-002", ("found true",)),
+    ("group_r: {experts: {r: 8}}", "QC-CONFIG-002", ("group_r.experts", "found a mapping")),
+    ("group_r: {experts: 8, experts: 9}", "QC-YAML-002", ("experts twice",)),
+    ("group_r:\n  attn: 8\n  .*: 9", "QC-CONFIG-003", ("line 3", "names no group")),
+    ("group_lora_alpha: {experts: 0}", "QC-CONFIG-003", ("above 0",)),
+    ("group_lora_alpha: {experts: .inf}", "QC-CONFIG-003", ("not finite",)),
+    ("router_aux_loss_coef: 1.1", "QC-CONFIG-003", ("from 0 to 1",)),
+    ("chat_template_kwargs: {a: no}", "QC-CONFIG-002", ("chat_template_kwargs.a", "write false")),
+    ("chat_template_kwargs: {a: null}", "QC-CONFIG-002", ("no value",)),
+    ("chat_template_kwargs: {a: 0x10}", "QC-CONFIG-002", ('write "0x10"',)),
+    ("chat_template_kwargs: {a: 2026-11-24}", "QC-CONFIG-002", ("2026-11-24",)),
+    ("chat_template_kwargs: {a: .nan}", "QC-CONFIG-002", (".nan",)),
+    ("chat_template_kwargs: {a: 1e999}", "QC-CONFIG-003", ("inf",)),
+    ("chat_template_kwargs: {a: [1]}", "QC-CONFIG-002", ("found a list",)),
+    ("chat_template_kwargs: {a-b: 1}", "QC-CONFIG-003", ("names no variable",)),
     ("adapter_class: ../../x y", "QC-CONFIG-003", ("not a name",)),
     ("eval_steps: 5", "QC-CONFIG-007", ("eval_fraction",)),
     ("seed: &a 3\nr: *a", "QC-YAML-002", ("anchor &a",)),
@@ -210,6 +245,46 @@ def test_flag_over_file_over_preset_over_default(tmp_path: Path) -> None:
     assert set(origins) == set(SPECS)
 
 
+def test_mappings_join_entry_by_entry(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("group_r: {attn: 8, mlp: 8}\ngroup_lora_alpha: {}\n")
+    settings, origins = load_settings(
+        preset="p",
+        config_file=file,
+        sets=["group_r.mlp=4", "group_r.experts=2"],
+        presets=_presets(
+            group_r=Entries({"gdn": 16, "attn": 16}),
+            group_lora_alpha=Entries({"attn": 3.0}),
+            chat_template_kwargs=Entries({"enable_thinking": False}),
+        ),
+    )
+    assert settings.group_r == Entries({"gdn": 16, "attn": 8, "mlp": 4, "experts": 2})
+    assert settings.group_lora_alpha == Entries(), "an empty mapping drops what was there"
+    assert settings.chat_template_kwargs == Entries({"enable_thinking": False})
+    assert origins["group_r"] == "preset p, file, flag"
+    assert (origins["group_lora_alpha"], origins["chat_template_kwargs"]) == ("file", "preset p")
+
+
+def test_a_mapping_in_code() -> None:
+    settings = Settings(group_r={"attn": 8, "mlp": 4})  # type: ignore[arg-type]
+    other = Settings(group_r={"mlp": 4, "attn": 8})  # type: ignore[arg-type]
+    assert settings == other
+    assert hash(settings) == hash(other)
+    assert settings.group_r["attn"] == 8
+    with pytest.raises(TypeError):
+        settings.group_r["attn"] = 9  # type: ignore[index]
+    true, one = (Settings(chat_template_kwargs={"a": value}) for value in (True, 1))  # type: ignore[arg-type]
+    assert true != one, "a template keeps them apart"
+    for copied in (copy.deepcopy(settings), pickle.loads(pickle.dumps(settings))):
+        assert copied == settings
+    for bad in ({"attn": 0}, {"attn": True}, {"": 8}, {8: 8}, {"attn": "8"}, [8], "attn"):
+        with pytest.raises(UsageError):
+            Settings(group_r=bad)  # type: ignore[arg-type]
+    for text in ("\0", "\ud800", "x" * 5000):
+        with pytest.raises(UsageError):
+            Settings(chat_template_kwargs={"a": text})  # type: ignore[arg-type]
+
+
 def test_a_flag_may_even_restore_the_default() -> None:
     settings, origins = load_settings(preset="p", sets=["r=16"], presets=_presets(r=2))
     assert (settings.r, origins["r"]) == (16, "flag")
@@ -228,6 +303,12 @@ def test_a_flag_may_even_restore_the_default() -> None:
         ("target_groups=attn", ("attn",)),
         ("target_groups=", ()),
         ("gradient_checkpointing=false", False),
+        ("chat_template_kwargs.enable_thinking=false", Entries({"enable_thinking": False})),
+        ('chat_template_kwargs.style="false"', Entries({"style": "false"})),
+        ("chat_template_kwargs.style=two words", Entries({"style": "two words"})),
+        ("chat_template_kwargs={a: true, b: 3}", Entries({"a": True, "b": 3})),
+        ("group_r.experts = 8", Entries({"experts": 8})),
+        ("group_r=", Entries()),
     ],
 )
 def test_set(text: str, value: object) -> None:
@@ -247,6 +328,18 @@ def test_set(text: str, value: object) -> None:
         (["gradient_checkpointing=yes"], "QC-CONFIG-002", "true or false"),
         (["dtype=fp16"], "QC-CONFIG-004", "65504"),
         (["dtype="], "QC-CONFIG-003", "bf16 or fp32"),
+        (["group_r.experts=8", "group_r.experts=8"], "QC-CONFIG-005", "twice"),
+        (["group_r={experts: 8}", "group_r.attn=8"], "QC-CONFIG-005", "twice"),
+        (["group_r.attn=8", "group_r={experts: 8}"], "QC-CONFIG-005", "twice"),
+        (["group_r={experts: 8, experts: 9}"], "QC-YAML-002", "experts twice"),
+        (["group_r=8"], "QC-CONFIG-002", "a mapping of group"),
+        (["group_r.=8"], "QC-CONFIG-003", "names no group"),
+        (["group_r.experts"], "QC-CONFIG-006", "key=value"),
+        (["r.experts=8"], "QC-CONFIG-001", "no setting"),
+        (["chat_template_kwargs.a=yes"], "QC-CONFIG-002", "true or false"),
+        (["chat_template_kwargs.a="], "QC-CONFIG-002", "no value"),
+        (["chat_template_kwargs.a={b: 1}"], "QC-CONFIG-002", "a mapping"),
+        (["chat_template_kwargs.a=99999999999999999"], "QC-CONFIG-003", "2**53"),
         (["target_groups=[attn"], "QC-YAML-002", "--set target_groups"),
         (["target_groups=attn,,mlp"], "QC-CONFIG-002", "no value"),
     ],
@@ -263,6 +356,8 @@ def test_to_yaml_is_read_alike_by_us_and_by_yaml(tmp_path: Path) -> None:
     settings = Settings(
         learning_rate=1e-5, weight_decay=1e-20, target_groups=("on", "3"), generation="3.10",
         gradient_checkpointing=False, eval_fraction=0.1, eval_steps=3,
+        group_r={"on": 8, "3": 4}, group_lora_alpha={"attn": 1e-5},
+        chat_template_kwargs={"no": False, "b": "true", "c": "a: b # c", "d": "ü", "e": 1},
     )  # fmt: skip
     file = tmp_path / "run.yaml"
     file.write_text(settings.to_yaml())

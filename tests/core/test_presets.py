@@ -14,6 +14,7 @@ import qcore
 from qcore.config import Settings, load_settings
 from qcore.errors import PluginError, UsageError
 from qcore.presets import GROUP, Presets, load_presets
+from qcore.settings import line_of
 
 GOOD = """\
 schema_version: 1
@@ -59,8 +60,7 @@ def test_every_installed_preset_keeps_the_contract() -> None:
         for name, value in preset.settings.items():
             assert getattr(settings, name) == value
             assert origins[name] == f"preset {preset.id}"
-        sets = [f"{n}={','.join(v) if isinstance(v, tuple) else v}".replace("True", "true")
-                for n, v in preset.settings.items()]  # fmt: skip
+        sets = [line_of(n, v).replace(": ", "=", 1) for n, v in preset.settings.items()]
         assert load_settings(sets=sets)[0] == settings, "each key is one that --set accepts"
 
 

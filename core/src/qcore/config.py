@@ -2,8 +2,10 @@
 
 This file decides in which order sources win (a flag over a file over a preset over the
 default) and how text becomes a value. The type comes from the setting, never from the look
-of the text, so YAML 1.1's guesses (``2e-4`` as text, ``no`` as false) cannot happen. It leaves
-what a setting may be to `qcore.settings` and presets to `qcore.presets`.
+of the text, so YAML 1.1's guesses (``2e-4`` as text, ``no`` as false) cannot happen. Settings
+that are mappings join entry by entry: a flag for one entry leaves a preset's others, an empty
+mapping drops them all. It leaves what a setting may be to `qcore.settings` and presets to
+`qcore.presets`.
 
 Codes: those of `qcore.settings`; ``QC-CONFIG-006`` not a mapping of settings; ``QC-YAML-*``.
 """
@@ -12,10 +14,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .entries import Entries, Plain
 from .errors import UsageError
 from .settings import SPECS, Origin, Settings, Spec, Value, check, spec_of
 from .strict_yaml import Items, Node, Scalar, Table, parse, read
@@ -43,7 +47,7 @@ def load_settings(
 
     Returns:
         The settings, and for each name where its value came from: ``default``,
-        ``preset NAME``, ``file`` or ``flag``.
+        ``preset NAME``, ``file`` or ``flag``; of a mapping that several gave, all of them.
 
     Raises:
         UsageError: a source that does not hold valid settings, naming source and key.
@@ -57,16 +61,25 @@ def load_settings(
 
             presets = load_presets()
         chosen = presets.get(preset)
-        values.update(chosen.settings)
-        origins.update(dict.fromkeys(chosen.settings, f"preset {chosen.id}"))
+        _join(values, origins, chosen.settings, f"preset {chosen.id}")
     if config_file is not None:
         from_file = settings_of(read(config_file, flag="--config"), config_file)
-        values.update(from_file)
-        origins.update(dict.fromkeys(from_file, "file"))
-    from_flags = parse_sets(sets)
-    values.update(from_flags)
-    origins.update(dict.fromkeys(from_flags, "flag"))
+        _join(values, origins, from_file, "file")
+    _join(values, origins, parse_sets(sets), "flag")
     return Settings(**values), origins  # type: ignore[arg-type]  # each is checked against its own field
+
+
+def _join(
+    values: dict[str, Value], origins: dict[str, str], given: Mapping[str, Value], source: str
+) -> None:
+    """Put a later source over the earlier ones."""
+    for name, value in given.items():
+        before = values.get(name)
+        if isinstance(value, Entries) and isinstance(before, Entries) and value and before:
+            values[name] = Entries({**before, **value})
+            origins[name] = f"{origins[name]}, {source}"
+        else:
+            values[name], origins[name] = value, source
 
 
 def settings_of(node: Node | None, source: object) -> dict[str, Value]:
@@ -99,34 +112,51 @@ def settings_of(node: Node | None, source: object) -> dict[str, Value]:
 def parse_sets(sets: Sequence[str]) -> dict[str, Value]:
     """The settings that ``--set key=value`` gives, by the same rules as the file.
 
-    A list is ``a,b`` or ``[a, b]``; nothing after ``=`` is the empty name or list.
+    A list is ``a,b`` or ``[a, b]``; nothing after ``=`` is the empty name, list or mapping. An
+    entry of a mapping is ``key.name=value``.
 
     Raises:
         UsageError: ``QC-CONFIG-*``; a key given twice is ``QC-CONFIG-005``.
     """
     values: dict[str, Value] = {}
+    given: set[str] = set()
     for item in sets:
         key, equals, text = item.partition("=")
         key, text = key.strip(), text.strip()
         origin = Origin(field=f"--set {key}")
         if not equals:
             raise origin.error("QC-CONFIG-006", "has no value", expected="--set key=value")
-        spec = spec_of(key, origin)
-        if key in values:
+        name, dot, entry = key.partition(".")
+        # Only a mapping has entries; elsewhere the dot makes it a key that nobody knows.
+        spec = spec_of(name if dot and name in SPECS and SPECS[name].each else key, origin)
+        whole = values.get(spec.name)
+        if key in given or (dot and spec.name in given) or (spec.each and not dot and whole):
             raise origin.error("QC-CONFIG-005", "is given twice", fix="keep one of them")
-        values[key] = _convert(spec, _flag_node(spec, text), origin)
+        given.add(key)
+        if dot and spec.each:
+            node = _scalar_node(spec.entry, text)
+            more = _entries(spec, {entry: node}, replace(origin, field=f"--set {name}"))
+            values[spec.name] = Entries({**(whole if isinstance(whole, Entries) else {}), **more})
+        else:
+            values[spec.name] = _convert(spec, _flag_node(spec, text), origin)
     return values
 
 
 def _flag_node(spec: Spec, text: str) -> Node:
     """What the text after ``--set key=`` is in YAML's terms."""
-    if text[:1] in ("[", '"', "'"):
+    if spec.each is not None and not text:
+        return Table()
+    if spec.type is tuple and text[:1] != "[":
+        names = [part.strip() for part in text.split(",")] if text else []
+        return Items(items=tuple(Scalar(text=n, quoted=False, line=1) for n in names), line=1)
+    return _scalar_node(spec, text)
+
+
+def _scalar_node(spec: Spec, text: str) -> Node:
+    if text[:1] in ("[", '"', "'") or (text[:1] == "{" and spec.type is not str):
         node = parse(text, f"--set {spec.name}")
         assert node is not None  # the text is not empty
         return node
-    if spec.type is tuple:
-        names = [part.strip() for part in text.split(",")] if text else []
-        return Items(items=tuple(Scalar(text=n, quoted=False, line=1) for n in names), line=1)
     return Scalar(text=text, quoted=spec.type is str, line=1)
 
 
@@ -143,6 +173,10 @@ def _convert(spec: Spec, node: Node, origin: Origin) -> Value:
         if not isinstance(node, Items):
             raise _mismatch(spec, node, origin)
         return check(spec, tuple(_name(spec, item, origin) for item in node.items), origin)
+    if spec.each is not None:
+        if not isinstance(node, Table):
+            raise _mismatch(spec, node, origin)
+        return _entries(spec, node.entries, origin)
     if not isinstance(node, Scalar):
         raise _mismatch(spec, node, origin)
     if spec.type is str:
@@ -153,6 +187,42 @@ def _convert(spec: Spec, node: Node, origin: Origin) -> Value:
     if spec.type is bool:
         return _bool(spec, node, origin)
     return check(spec, _number(spec, node, origin), origin)
+
+
+def _entries(spec: Spec, nodes: Mapping[str, Node], origin: Origin) -> Entries:
+    made: dict[str, Plain] = {}
+    for name, node in nodes.items():
+        line = None if origin.line is None else node.line
+        at = replace(origin, field=f"{origin.field}.{name[:60]}", line=line)
+        value = (
+            _guess(spec.entry, node, at) if spec.each is object else _convert(spec.entry, node, at)
+        )
+        checked = check(spec, {name: value}, replace(origin, line=line))
+        assert isinstance(checked, Entries)  # the setting is a mapping
+        made |= checked
+    return Entries(made)
+
+
+def _guess(spec: Spec, node: Node, origin: Origin) -> Plain:
+    """A value whose setting leaves the type to the text.
+
+    True, false and numbers as JSON has them; anything in quotes and any other word is a text.
+    What YAML readers disagree about (``yes``, ``0x10``, ``1_000``) is refused, not guessed.
+    """
+    if not isinstance(node, Scalar) or (not node.quoted and node.text.lower() in _NULL):
+        raise _mismatch(spec, node, origin)
+    text, word = node.text, node.text.lower()
+    if node.quoted:
+        return text
+    if word in ("true", "false") or word in _YAML_11_BOOL:
+        return _bool(replace(spec, type=bool), node, origin)
+    if _INT.fullmatch(text) and len(text) <= 20:
+        return int(text)
+    if text[0].isdigit() or text[0] in "+-." or _NOT_FINITE.fullmatch(text):
+        if text[-1].isdigit() and _FLOAT.fullmatch(text):
+            return _number(replace(spec, type=float), node, origin)
+        raise _mismatch(spec, node, origin, fix=f'write "{text[:20]}" if it is a text')
+    return text
 
 
 def _bool(spec: Spec, node: Scalar, origin: Origin) -> bool:

@@ -14,13 +14,17 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from .entries import Entries, Plain
 from .errors import UsageError
 
-Value = int | float | bool | str | tuple[str, ...]
+Value = int | float | bool | str | tuple[str, ...] | Entries
+_Type = type  # `Spec` has a field of that name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LONGEST_TEXT = 4096  #: characters of a text in a mapping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +33,7 @@ class Spec:
 
     Attributes:
         name: the key in YAML and in ``--set``.
-        type: ``int``, ``float``, ``bool``, ``str`` or ``tuple`` (of names).
+        type: ``int``, ``float``, ``bool``, ``str``, ``tuple`` (of names) or `Entries`.
         default: the value where nobody gives one.
         help: one line for docs and errors.
         low: smallest allowed number.
@@ -38,6 +42,9 @@ class Spec:
         below: number that the value must stay under.
         also: numbers outside the range that have a meaning of their own.
         choices: the allowed words; empty where any word is.
+        each: of `Entries`: type of every value, whose range the limits above are; ``object``
+            is true, false, a number or a text.
+        key: of `Entries`: what its names are, ``group`` or ``variable``.
     """
 
     name: str
@@ -50,10 +57,20 @@ class Spec:
     below: float | None = None
     also: tuple[int, ...] = ()
     choices: tuple[str, ...] = ()
+    each: _Type | None = None
+    key: str = ""
+
+    @property
+    def entry(self) -> Spec:
+        """What one value of `Entries` may be."""
+        assert self.each is not None
+        return replace(self, type=self.each, each=None)
 
     @property
     def expected(self) -> str:
         """Type and range in words: ``a whole number from 1 to 1024``."""
+        if self.each is not None:
+            return f"a mapping of {self.key} to {self.entry.expected}"
         if self.choices:
             return " or ".join(choice or '""' for choice in self.choices)
         words = [_TYPE_WORDS[self.type]]
@@ -78,6 +95,7 @@ _TYPE_WORDS = {
     bool: "true or false",
     str: "a name",
     tuple: "a list of names",
+    object: "true, false, a number or a text",
 }
 
 
@@ -129,6 +147,29 @@ class Settings:
         low=0,
         high=1 << 20,
     )
+    router_aux_loss_coef: float = _s(
+        0.0,
+        "weight of the load-balancing loss of a mixture of experts; 0: off",
+        low=0,
+        high=1,
+    )
+    group_r: Entries = _s(  # noqa: RUF009
+        Entries(), "rank of a LoRA group, in place of r", each=int, key="group", low=1, high=1024
+    )
+    group_lora_alpha: Entries = _s(  # noqa: RUF009
+        Entries(),
+        "lora_alpha of a LoRA group, in place of lora_alpha",
+        each=float,
+        key="group",
+        above=0,
+        high=65536,
+    )
+    chat_template_kwargs: Entries = _s(  # noqa: RUF009
+        Entries(),
+        "variables that the checkpoint's chat template is rendered with",
+        each=object,
+        key="variable",
+    )
 
     def __post_init__(self) -> None:
         for name, spec in SPECS.items():
@@ -158,14 +199,12 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting by name, as JSON has it."""
-        values = ((name, getattr(self, name)) for name in SPECS)
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values}
+        return {name: plain(getattr(self, name)) for name in SPECS}
 
     def to_yaml(self) -> str:
         """A file that ``--config`` accepts, each setting with its help; any YAML reader agrees."""
         return "".join(
-            f"{name}: {_yaml(value)}  # {SPECS[name].help}\n"
-            for name, value in self.to_dict().items()
+            f"{line_of(name, getattr(self, name))}  # {spec.help}\n" for name, spec in SPECS.items()
         )
 
 
@@ -198,6 +237,8 @@ def check(spec: Spec, value: object, origin: Origin) -> Value:
     """
     if spec.type is tuple and isinstance(value, list | tuple):
         return _names(spec, tuple(value), origin)
+    if spec.type is Entries and isinstance(value, Mapping):
+        return _entries(spec, value, origin)
     if spec.type is float and type(value) is int and abs(value) < 1 << 53:
         value = float(value)
     if type(value) is not spec.type:
@@ -250,6 +291,64 @@ def _names(spec: Spec, values: tuple[Any, ...], origin: Origin) -> tuple[str, ..
         twice = next(v for v in values if values.count(v) > 1)
         raise origin.error("QC-CONFIG-005", "names one twice", found=twice)
     return values
+
+
+def _entries(spec: Spec, values: Mapping[Any, Any], origin: Origin) -> Entries:
+    checked: dict[str, Plain] = {}
+    for name, value in values.items():
+        at = replace(origin, field=f"{origin.field}.{str(name)[:60]}")
+        _check_key(spec, name, at)
+        checked[name] = (
+            _plain(spec.entry, value, at) if spec.each is object else _one(spec.entry, value, at)
+        )
+    return Entries(checked)
+
+
+def _check_key(spec: Spec, name: object, origin: Origin) -> None:
+    """Refuse a name that no entry of this setting can have.
+
+    Raises:
+        UsageError: ``QC-CONFIG-003``.
+    """
+    pattern = _VARIABLE if spec.key == "variable" else _NAME
+    if not isinstance(name, str) or not pattern.fullmatch(name):
+        raise origin.error(
+            "QC-CONFIG-003",
+            f"names no {spec.key}",
+            found=repr(name)[:60],
+            expected=f"{spec.name}.NAME, a name of letters, digits and _",
+        )
+
+
+def _one(spec: Spec, value: object, origin: Origin) -> Plain:
+    checked = check(spec, value, origin)
+    assert not isinstance(checked, tuple | Entries)  # the spec of an entry has a plain type
+    return checked
+
+
+def _plain(spec: Spec, value: object, origin: Origin) -> Plain:
+    """True, false, a number or a text, as a template variable."""
+    if type(value) not in (bool, int, float, str):
+        raise origin.error(
+            "QC-CONFIG-002",
+            "has the wrong type",
+            found=repr(value)[:60],
+            expected=spec.expected,
+        )
+    assert isinstance(value, bool | int | float | str)
+    if isinstance(value, str):
+        if len(value) > _LONGEST_TEXT or any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+            raise origin.error(
+                "QC-CONFIG-003",
+                "is no text for a template",
+                found=f"{len(value)} characters",
+                expected=f"at most {_LONGEST_TEXT}, no NUL and no lone surrogate",
+            )
+    elif abs(value) >= 1 << 53 or not math.isfinite(value):
+        raise origin.error(
+            "QC-CONFIG-003", "is out of range", found=str(value)[:40], expected="below 2**53"
+        )
+    return value
 
 
 def _in_range(spec: Spec, value: float) -> bool:
@@ -306,10 +405,28 @@ def spec_of(key: str, origin: Origin) -> Spec:
     raise origin.error("QC-CONFIG-001", "is no setting", fix=fix)
 
 
+def plain(value: Value) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Entries) else value
+
+
+def line_of(name: str, value: Value) -> str:
+    """A setting as a line of YAML."""
+    return f"{name}: {_yaml(plain(value))}"
+
+
 def _yaml(value: Any) -> str:
     """A value in the form that YAML 1.1, YAML 1.2 and this file read alike."""
     if isinstance(value, float):
         text = repr(value)
         mantissa, e, exponent = text.partition("e")
         return f"{mantissa if '.' in mantissa else mantissa + '.0'}{e}{exponent}"
+    if isinstance(value, dict):
+        return (
+            "{"
+            + ", ".join(f"{json.dumps(name)}: {_yaml(item)}" for name, item in value.items())
+            + "}"
+        )
     return json.dumps(value)

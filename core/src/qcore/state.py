@@ -179,8 +179,11 @@ class RunFiles:
             InputError: ``QC-RESUME-002`` naming the first thing that changed.
         """
         before = _flat(read_manifest(path).meta.get("identity", {}))
-        for key, now in _flat(self.identity()).items():
-            if before.get(key) != now:
+        present = _flat(self.identity())
+        for key in (*present, *(key for key in before if key not in present)):
+            now = present.get(key)
+            # Python takes True and 1 for the same; a template does not.
+            if before.get(key) != now or type(before.get(key)) is not type(now):
                 raise InputError(
                     "QC-RESUME-002",
                     "changed since the run was stopped",

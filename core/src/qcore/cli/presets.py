@@ -50,6 +50,7 @@ def list_presets(as_json: bool) -> None:
 def show_preset(name: str, as_json: bool) -> None:
     """Print the settings of preset NAME, as --config would take them."""
     from ..presets import load_presets
+    from ..settings import line_of, plain
 
     preset = load_presets().get(name)
     if as_json:
@@ -60,7 +61,7 @@ def show_preset(name: str, as_json: bool) -> None:
                 "origin": preset.origin,
                 "base_model": preset.base_model,
                 "description": preset.description,
-                "settings": dict(preset.settings),
+                "settings": {key: plain(value) for key, value in preset.settings.items()},
             }
         )
         return
@@ -68,4 +69,4 @@ def show_preset(name: str, as_json: bool) -> None:
     if preset.base_model:
         click.echo(f"# model: {preset.base_model}")
     for key, value in preset.settings.items():
-        click.echo(f"{key}: {value}")
+        click.echo(line_of(key, value))
