@@ -27,7 +27,9 @@ from .strict_yaml import Items, Node, Scalar, Table, parse, read
 if TYPE_CHECKING:
     from .presets import Presets
 
-__all__ = ["SPECS", "Settings", "Spec", "load_settings", "parse_sets", "settings_of"]
+__all__ = [
+    "SPECS", "Settings", "Spec", "load_settings", "parse_entries", "parse_sets", "settings_of",
+]  # fmt: skip
 
 
 def load_settings(
@@ -140,6 +142,30 @@ def parse_sets(sets: Sequence[str]) -> dict[str, Value]:
         else:
             values[spec.name] = _convert(spec, _flag_node(spec, text), origin)
     return values
+
+
+def parse_entries(setting: str, items: Sequence[str], *, flag: str) -> Entries:
+    """Entries of one setting that a flag of its own gives as ``name=value``, as ``--set`` would.
+
+    Args:
+        setting: a setting that is a mapping.
+        items: what the flag was given, once an item.
+        flag: its name, for errors.
+
+    Raises:
+        UsageError: ``QC-CONFIG-*``.
+    """
+    spec, made = SPECS[setting], Entries()
+    for item in items:
+        name, equals, text = item.partition("=")
+        name, text = name.strip(), text.strip()
+        origin = Origin(field=flag)
+        if not equals:
+            raise origin.error("QC-CONFIG-006", "has no value", expected=f"{flag} name=value")
+        if name in made:
+            raise origin.error("QC-CONFIG-005", f"gives {name} twice", fix="keep one of them")
+        made = Entries({**made, **_entries(spec, {name: _scalar_node(spec.entry, text)}, origin)})
+    return made
 
 
 def _flag_node(spec: Spec, text: str) -> Node:

@@ -8,8 +8,10 @@ is bound to. It is meant for seeing an effect, not for serving.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,10 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .adapter_reader import read_adapter
 from .data.mask import highest_id, load_tokenizer
+from .data.variables import SETTING, check_variables, recorded_variables, special_tokens
 from .deltas import Deltas
 from .device import DTYPES, pick_device
+from .entries import Entries, Plain
 from .errors import InputError, NumericError, UsageError
 from .fingerprint import fingerprints
 from .identify import Identified, identify
@@ -53,8 +57,12 @@ class Generated:
 class Generator:
     """A model loaded for decoding. Loading is the slow part; `prompt` may be called often.
 
+    Prompts are rendered with the template variables that the adapter was trained with;
+    ``chat_template_kwargs`` overrides them one by one.
+
     Raises:
         InputError: ``QC-GENERATE-001`` when the adapter was trained on another base.
+        UsageError: ``QC-CONFIG-008``, ``-009`` a variable that cannot be set.
     """
 
     def __init__(
@@ -67,6 +75,7 @@ class Generator:
         dtype: str = "bf16",
         quantization: str = "none",
         generation: str = "",
+        chat_template_kwargs: Mapping[str, Plain] | None = None,
         reporter: Reporter | None = None,
     ) -> None:
         tell = reporter or Silent()
@@ -75,9 +84,11 @@ class Generator:
         self.chat = self.found.chat_format()
         self.tokenizer = load_tokenizer(self.found.checkpoint)
         ids = self.tokenizer.get_vocab()
-        for line in preflight(self.found, verb="generate", settings={}, token_ids=ids):
-            tell.note(line)
         told = read_adapter(adapter, self.found.layout, trust_base=trust_base) if adapter else None
+        self.variables = self._variables(told, chat_template_kwargs or {}, tell)
+        given = {SETTING: dict(self.variables)}
+        for line in preflight(self.found, verb="generate", settings=given, token_ids=ids):
+            tell.note(line)
         lora = {
             name: Lora(r=pair.r, lora_alpha=pair.scaling * pair.r)
             for name, pair in (told.pairs.items() if told else ())
@@ -97,6 +108,33 @@ class Generator:
             )
         if told is not None:
             self._apply(told, fingerprints(layout, digests))
+
+    def _variables(
+        self, adapter: Adapter | None, given: Mapping[str, Plain], tell: Reporter
+    ) -> Entries:
+        """Template variables: those that the adapter was trained with, under those given."""
+        template = self.found.checkpoint.template
+        recorded = Entries() if adapter is None else recorded_variables(adapter.meta, adapter.path)
+        if template is not None:
+            check_variables(template, given)
+            try:
+                check_variables(template, recorded)
+            except UsageError as error:
+                raise InputError(
+                    "QC-GENERATE-004",
+                    "was trained with a variable that this chat template does not read",
+                    file=None if adapter is None else adapter.path,
+                    field=error.field,
+                    expected=error.expected,
+                    fix="name the base that it was trained on",
+                ) from None
+        variables = Entries({**recorded, **given})
+        if variables:
+            source = "--chat-template-kwargs" if given else "as the adapter was trained"
+            if given and recorded:
+                source += ", over what the adapter was trained with"
+            tell.note(f"the chat template is rendered with {variables} ({source})")
+        return variables
 
     def _apply(self, adapter: Adapter, now: dict[str, str]) -> None:
         for part, recorded in adapter.fingerprints.items():
@@ -146,7 +184,11 @@ class Generator:
         assert template is not None  # preflight refused it otherwise
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": text})
-        rendered = template.render(messages, add_generation_prompt=True)
+        given: dict[str, Any] = {
+            **special_tokens(self.found.checkpoint.tokenizer_config),
+            **self.variables,
+        }
+        rendered = template.render(messages, add_generation_prompt=True, **given)
         ids: list[int] = self.tokenizer.encode(rendered, add_special_tokens=False).ids
         new, stopped = self.decode(ids, max_new_tokens, temperature, seed)
         return Generated(

@@ -5,6 +5,7 @@ and to the verb that reads a setting what it does.
 
 Codes: ``QC-CONFIG-001`` unknown key, ``-002`` wrong type, ``-003`` out of range or not one of
 the choices, ``-004`` fp16, ``-005`` given twice, ``-007`` settings that contradict each other.
+Whether a template reads what ``chat_template_kwargs`` sets is `qcore.data.variables`' business.
 """
 
 from __future__ import annotations

@@ -140,6 +140,7 @@ def _rows(found: Identified, data: str | Path, settings: Settings, tell: Reporte
         settings.eval_fraction,
         settings.seed,
         tokenizer=tokenizer,
+        variables=settings.chat_template_kwargs,
     )
     tell.note(
         f"{rows.rows} rows, {rows.tokens} tokens, {rows.supervised} of them supervised "

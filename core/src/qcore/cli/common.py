@@ -87,7 +87,11 @@ def check_arguments(arguments: list[str]) -> None:
         name = argument.partition("=")[0]
         if name in seen:
             raise UsageError("QC-CLI-004", "is given twice", field=name, fix="give it once")
-        if name.startswith("--") and len(name) > 2 and name != "--set":
+        if (
+            name.startswith("--")
+            and len(name) > 2
+            and name not in ("--set", "--chat-template-kwargs")
+        ):
             seen.add(name)
 
 

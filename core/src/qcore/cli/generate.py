@@ -25,6 +25,12 @@ from .common import debug_option, emit, importing, json_option
     "--quantization", type=click.Choice(["none", "nf4"]), default="none", show_default=True
 )
 @click.option("--generation", default="", help="Take an unproven checkpoint for this generation.")
+@click.option(
+    "--chat-template-kwargs",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Variable of the chat template; may be repeated. Otherwise as the adapter was trained.",
+)
 @json_option
 @debug_option
 def command(
@@ -40,12 +46,18 @@ def command(
     dtype: str,
     quantization: str,
     generation: str,
+    chat_template_kwargs: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Answer one prompt with MODEL, so that the effect of an adapter can be seen."""
+    from ..config import parse_entries
+    from .draw import Drawn
+
+    variables = parse_entries(
+        "chat_template_kwargs", chat_template_kwargs, flag="--chat-template-kwargs"
+    )
     with importing():
         from ..generate import Generator
-    from .draw import Drawn
 
     generator = Generator(
         model,
@@ -55,6 +67,7 @@ def command(
         dtype=dtype,
         quantization=quantization,
         generation=generation,
+        chat_template_kwargs=variables,
         reporter=Drawn(quiet=as_json),
     )
     answer = generator.prompt(

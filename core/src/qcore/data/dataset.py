@@ -19,15 +19,12 @@ from .jsonl import BadRow, Problems
 from .mask import Example, encode_text, highest_id, load_tokenizer
 from .mask_proof import prove_mask
 from .schema import Row, read_rows
+from .variables import check_variables, special_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ..checkpoint import Checkpoint
-
-_TOKEN_NAMES = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +92,7 @@ def dataset(
         variables: inputs of the template, e.g. ``preserve_thinking``.
 
     Raises:
+        UsageError: a variable that the template does not read; see `check_variables`.
         InputError: see `read_rows`, `encode_text`, `prove_mask` and `Template.render`;
             ``QC-TEMPLATE-008`` no chat template, ``QC-TOKENIZER-002`` a tokenizer larger than
             the embedding, ``QC-DATA-015`` too few rows to split.
@@ -117,6 +115,7 @@ def dataset(
     problems = Problems(path)
     examples = []
     with template:
+        check_variables(template, variables or {})
         prove_mask(template, chat_format, tokenizer, variables=given)
         good = read_rows(
             path, chat_format, control=_special(tokenizer), problems=problems, digest=digest
@@ -146,18 +145,6 @@ def dataset(
         turns=sum(example.turns for example in examples),
         longest=max(len(example.ids) for example in examples),
     )
-
-
-def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    """Named tokens (``bos_token``, ...) that ``apply_chat_template`` gives to a template."""
-    found = {}
-    for name in _TOKEN_NAMES:
-        token = tokenizer_config.get(name)
-        if isinstance(token, dict):  # an AddedToken, written out
-            token = token.get("content")
-        if isinstance(token, str):
-            found[name] = token
-    return found
 
 
 def split(examples: list[Example], fraction: float, seed: int, path: Path) -> frozenset[int]:
