@@ -17,7 +17,6 @@ claimed twice, ``-004`` file that breaks the contract (a reason, raised on use).
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from .config import settings_of
 from .errors import PluginError, QcoreError, UsageError
+from .plugin_files import plugin_files, yaml_files
 from .settings import Settings, Value
 from .strict_yaml import Items, Node, Scalar, Table, read
 
@@ -139,10 +139,12 @@ def load_presets(plugins: Iterable[EntryPoint] | None = None) -> Presets:
         plugins: entry points to read in place of the installed ones.
     """
     found = entry_points(group=GROUP) if plugins is None else plugins
-    sources: list[tuple[str, list[Path]]] = [("core", _files(Path(__file__).parent / "presets"))]
+    sources: list[tuple[str, list[Path]]] = [
+        ("core", yaml_files(Path(__file__).parent / "presets"))
+    ]
     broken: list[BrokenPresets] = []
     for point in sorted(found, key=lambda p: (p.name, p.value)):
-        files, reason = _locate(point)
+        files, reason = plugin_files(point, "presets")
         sources.append((point.name, files))
         if reason:
             broken.append(BrokenPresets(origin=point.name, file=None, reason=reason))
@@ -157,24 +159,6 @@ def load_presets(plugins: Iterable[EntryPoint] | None = None) -> Presets:
                 broken.append(bad)
     usable, claimed_twice, clashes = _unique(presets)
     return Presets(presets=tuple(usable), broken=(*broken, *clashes), claimed_twice=claimed_twice)
-
-
-def _locate(point: EntryPoint) -> tuple[list[Path], str | None]:
-    """The preset files of a plugin's package, and why there are none."""
-    top, *rest = point.module.split(".")
-    try:
-        spec = importlib.util.find_spec(top)  # of a top-level name: imports nothing
-    except (ImportError, ValueError) as error:
-        return [], f"package {top} cannot be located: {error}"
-    if spec is None or spec.submodule_search_locations is None:
-        return [], f"package {top} is not installed"
-    folders = [Path(place, *rest, "presets") for place in spec.submodule_search_locations]
-    files = [file for folder in folders for file in _files(folder)]
-    return files, None if files else f"package {point.module} holds no presets/*.yaml"
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.yaml"))
 
 
 def _unique(
