@@ -2,59 +2,52 @@
 
 This file decides what a checkpoint is before any weight is read, and that nothing outside
 the folder is ever opened: a shard or sidecar is one path component whose real path lies in
-the folder, or in the ``blobs`` folder of the same hub cache entry. It needs no torch and
-judges nothing: whether the tensors are the right ones is `locate`'s question.
+the folder, or in the ``blobs`` folder of the same hub cache entry. The safetensors files may
+still be on a hub (`Weights`); then their headers are judged as those of files here are, and
+no tensor can be read. It needs no torch and judges nothing else: what a sound header is says
+`qcore.headers`, whether the tensors are the right ones is `locate`'s question.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
-import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from .durable import reading
 from .errors import InputError
+from .headers import DTYPE_BITS, Header, read_headers, unique
 
 if TYPE_CHECKING:
     from .data.render import Template
 
-#: Bits per element by the dtype names of the safetensors format.
-DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "F4": 4,
-}  # fmt: skip
+__all__ = [
+    "DTYPE_BITS", "INDEX", "SINGLE", "Checkpoint", "Header", "Weights", "read_headers",
+    "read_json", "safe_file",
+]  # fmt: skip
 
-_MAX_JSON = 64 * 2**20
-_MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
-_MAX_TENSORS = 1_000_000
+_MAX_JSON: Final = 64 * 2**20
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 #: Weights in formats that qcore neither reads nor writes.
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """One tensor of a safetensors file; `start` and `end` are byte offsets in the file."""
+class Weights(Protocol):
+    """Where the safetensors files of a checkpoint are: in its folder, or still on a hub."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    start: int
-    end: int
+    def names(self) -> Collection[str]:
+        """Every file there."""
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    def where(self, name: str) -> object:
+        """A file, as an error names it."""
+
+    def headers(self, shards: Sequence[str]) -> Iterable[list[Header]]:
+        """The tensors of each of these files. Raises ``QC-CKPT-003``, ``-005``, ``-006``."""
 
 
 class Checkpoint:
@@ -70,6 +63,7 @@ class Checkpoint:
         index: the index file's content, or ``None`` for a single file.
         sidecars: every other regular file of the folder, by name.
         copies: files that hold the weights in another format; never read, never copied.
+        headers_only: whether the safetensors files are not here; then `file` refuses them.
     """
 
     def __init__(
@@ -83,6 +77,7 @@ class Checkpoint:
         index: dict[str, Any] | None,
         sidecars: tuple[str, ...],
         copies: tuple[str, ...] = (),
+        headers_only: bool = False,
     ) -> None:
         self.path = path
         self.source = source
@@ -93,12 +88,24 @@ class Checkpoint:
         self.index = index
         self.sidecars = sidecars
         self.copies = copies
+        self.headers_only = headers_only
 
     @classmethod
     def open(
-        cls, path: str | Path, *, source: str | None = None, revision: str | None = None
+        cls,
+        path: str | Path,
+        *,
+        source: str | None = None,
+        revision: str | None = None,
+        remote: Weights | None = None,
     ) -> Checkpoint:
         """Read config and headers of a model folder.
+
+        Args:
+            path: the folder.
+            source: what the user named, where it is not the folder.
+            revision: commit that a hub id resolved to.
+            remote: where the safetensors files are, unless all of them are in the folder.
 
         Raises:
             InputError: ``QC-CKPT-001`` no folder or no config.json, ``-002`` JSON that does not
@@ -107,56 +114,21 @@ class Checkpoint:
                 ``QC-READ-001`` a file that cannot be read.
         """
         folder = Path(path)
-        if not folder.is_dir():
-            raise InputError(
-                "QC-CKPT-001", "is not a model folder", file=path, fix="name a folder or a hub id"
-            )
-        if not (folder / "config.json").exists():
-            raise InputError(
-                "QC-CKPT-001",
-                "has no config.json",
-                file=folder,
-                expected="a Hugging Face model folder",
-                fix="name the folder that holds config.json and the safetensors files",
-            )
-        config = read_json(safe_file(folder, "config.json"))
-        if not isinstance(config.get("model_type"), str):
-            raise InputError(
-                "QC-CKPT-002",
-                "is not the name of a model type",
-                file=folder / "config.json",
-                field="model_type",
-                found=repr(config.get("model_type")),
-                expected="a string",
-                fix="use the config.json that came with the weights",
-            )
-        with reading(folder):
-            index, shards = _shards(folder)
-        headers: dict[str, Header] = {}
-        for shard in shards:
-            for header in read_headers(safe_file(folder, shard)):
-                if header.name in headers:
-                    raise InputError(
-                        "QC-CKPT-006",
-                        "is in two shards",
-                        file=folder / shard,
-                        field=header.name,
-                        found=f"{headers[header.name].file} and {shard}",
-                        fix="download the checkpoint again",
-                    )
-                headers[header.name] = header
+        config = _config(folder)
+        here = _Folder(folder)
+        index = _index(here)
+        shards = (SINGLE,) if index is None else tuple(dict.fromkeys(index["weight_map"].values()))
+        weights = here if remote is None or here.names() >= {*shards} else remote
+        if index is None and SINGLE not in weights.names():
+            raise _no_weights(folder, weights)
+        headers = _collect(weights, shards)
         if index is not None:
-            _check_index(folder, index, headers)
-        others = sorted(
-            entry.name
-            for entry in os.scandir(folder)
-            if entry.is_file() and entry.name not in shards and entry.name != INDEX
-        )
-        _refuse_strays(folder, others)
-        name = source if source is not None else str(path)
+            _check_index(folder, index, headers, weights)
+        _refuse_strays(weights, shards)
+        others = sorted(here.names() - {INDEX, *shards})
         return cls(
             folder,
-            name,
+            source if source is not None else str(path),
             revision,
             config,
             headers,
@@ -164,17 +136,25 @@ class Checkpoint:
             index,
             sidecars=tuple(name for name in others if not name.endswith(_WEIGHTS)),
             copies=tuple(name for name in others if name.endswith(_WEIGHTS)),
+            headers_only=weights is not here,
         )
 
     def file(self, name: str) -> Path:
-        """A file of the folder, proved to lie inside it. Raises ``QC-CKPT-003``."""
-        return safe_file(self.path, name)
+        """A file of the folder, proved to lie inside it.
 
-    @property
-    def text_config(self) -> dict[str, Any]:
-        """The section that holds the language model: ``text_config``, or config.json itself."""
-        section = self.config.get("text_config")
-        return section if isinstance(section, dict) else self.config
+        Raises:
+            InputError: ``QC-CKPT-003`` an unsafe path, ``-006`` no such file, ``-009`` a
+                safetensors file of which only the header was fetched.
+        """
+        if self.headers_only and name in self.shards:
+            raise InputError(
+                "QC-CKPT-009",
+                "was not downloaded, only its header was read",
+                file=self.source,
+                field=name,
+                fix="open the checkpoint with its weights",
+            )
+        return safe_file(self.path, name)
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
@@ -210,17 +190,6 @@ class Checkpoint:
                 return Template(text, str(self.path / name))
         return None
 
-    def read(self, name: str) -> bytes:
-        """The bytes of one tensor, little endian, row major."""
-        header = self.headers[name]
-        path = self.file(header.file)
-        with reading(path), path.open("rb") as file:
-            file.seek(header.start)
-            data = file.read(header.end - header.start)
-        if len(data) != header.end - header.start:
-            raise _damaged(path, f"{len(data)} of {header.end - header.start} bytes", name)
-        return data
-
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
@@ -237,13 +206,16 @@ def safe_file(folder: Path, name: str) -> Path:
     path = folder / name
     plain = 0 < len(os.fsencode(name)) <= 255 and name not in (".", "..")
     if plain and not set(name) & set("/\\:\0"):
+        if stat.S_ISREG(_mode(path, links=False)):
+            return path  # no link, so its real path is the folder's
         real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
         # A hub cache keeps snapshots/<commit>/<file> as links into its own blobs/.
         blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
         inside = real.parent == home or (blobs is not None and real.parent == blobs)
-        if inside and stat.S_ISREG(real.stat().st_mode if real.exists() else 0):
+        mode = _mode(real) if inside else 0
+        if stat.S_ISREG(mode):
             return path
-        if inside and not real.exists():
+        if inside and not mode:
             raise InputError(
                 "QC-CKPT-006",
                 "is named but is not there",
@@ -260,13 +232,12 @@ def safe_file(folder: Path, name: str) -> Path:
     )
 
 
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen = dict(pairs)
-    if len(seen) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key '{twice}' stands twice")
-    return seen
+def _mode(path: Path, *, links: bool = True) -> int:
+    """The mode of a file, or 0 where there is none."""
+    try:
+        return (os.stat if links else os.lstat)(path).st_mode
+    except OSError:
+        return 0
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -276,7 +247,7 @@ def read_json(path: Path) -> dict[str, Any]:
             if path.stat().st_size > _MAX_JSON:
                 raise ValueError(f"larger than {_MAX_JSON} bytes")
             text = path.read_text(encoding="utf-8")
-        value = json.loads(text, object_pairs_hook=_reject_duplicates)
+        value = json.loads(text, object_pairs_hook=unique)
         if not isinstance(value, dict):
             raise ValueError(f"a JSON {type(value).__name__}")
     except (ValueError, RecursionError) as error:
@@ -290,36 +261,85 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _shards(folder: Path) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
-    """The index, when there is one, and the shards in order of first use."""
-    if (folder / INDEX).exists():
-        index = read_json(safe_file(folder, INDEX))
-        weight_map = index.get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(shard, str) for shard in weight_map.values())
-        ):
-            raise InputError(
-                "QC-CKPT-002",
-                "is not a mapping of tensor names to files",
-                file=folder / INDEX,
-                field="weight_map",
-                fix="download the checkpoint again",
-            )
-        return index, tuple(dict.fromkeys(weight_map.values()))
-    if (folder / SINGLE).exists():
-        return None, (SINGLE,)
-    for name in sorted(entry.name for entry in os.scandir(folder)):
+class _Folder:
+    """`Weights` in the checkpoint's own folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with reading(folder):
+            self._names = {entry.name for entry in os.scandir(folder) if entry.is_file()}
+
+    def names(self) -> set[str]:
+        return self._names
+
+    def where(self, name: str) -> Path:
+        return self._folder / name
+
+    def headers(self, shards: Sequence[str]) -> Iterator[list[Header]]:
+        return (read_headers(safe_file(self._folder, shard)) for shard in shards)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder that has one."""
+    if not folder.is_dir():
+        raise InputError(
+            "QC-CKPT-001", "is not a model folder", file=folder, fix="name a folder or a hub id"
+        )
+    if not (folder / "config.json").exists():
+        raise InputError(
+            "QC-CKPT-001",
+            "has no config.json",
+            file=folder,
+            expected="a Hugging Face model folder",
+            fix="name the folder that holds config.json and the safetensors files",
+        )
+    config = read_json(safe_file(folder, "config.json"))
+    if not isinstance(config.get("model_type"), str):
+        raise InputError(
+            "QC-CKPT-002",
+            "is not the name of a model type",
+            file=folder / "config.json",
+            field="model_type",
+            found=repr(config.get("model_type")),
+            expected="a string",
+            fix="use the config.json that came with the weights",
+        )
+    return config
+
+
+def _index(here: _Folder) -> dict[str, Any] | None:
+    """The index, when there is one."""
+    path = here.where(INDEX)
+    if not path.exists():
+        return None
+    index = read_json(safe_file(path.parent, INDEX))
+    weight_map = index.get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(shard, str) for shard in weight_map.values())
+    ):
+        raise InputError(
+            "QC-CKPT-002",
+            "is not a mapping of tensor names to files",
+            file=path,
+            field="weight_map",
+            fix="download the checkpoint again",
+        )
+    return index
+
+
+def _no_weights(folder: Path, weights: Weights) -> InputError:
+    for name in sorted(weights.names()):
         if name.endswith((".bin", ".pt", ".pth", ".ckpt")):
-            raise InputError(
+            return InputError(
                 "QC-CKPT-007",
                 "holds pickled weights, which qcore never opens",
-                file=folder / name,
+                file=weights.where(name),
                 expected="safetensors",
                 fix="use the safetensors revision of this checkpoint",
             )
-    raise InputError(
+    return InputError(
         "QC-CKPT-004",
         "has no weights",
         file=folder,
@@ -328,89 +348,44 @@ def _shards(folder: Path) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
     )
 
 
-def _refuse_strays(folder: Path, others: list[str]) -> None:
+def _collect(weights: Weights, shards: Sequence[str]) -> dict[str, Header]:
+    """The tensors of all shards by name, each in one of them."""
+    headers: dict[str, Header] = {}
+    for shard, found in zip(shards, weights.headers(shards), strict=True):
+        more = {header.name: header for header in found}
+        if not headers.keys().isdisjoint(more):
+            name = next(name for name in more if name in headers)
+            raise InputError(
+                "QC-CKPT-006",
+                "is in two shards",
+                file=weights.where(shard),
+                field=name,
+                found=f"{headers[name].file} and {shard}",
+                fix="download the checkpoint again",
+            )
+        headers |= more
+    return headers
+
+
+def _refuse_strays(weights: Weights, shards: Sequence[str]) -> None:
     """Refuse safetensors that are no shard: a loader may prefer them to the index."""
-    for name in others:
+    for name in sorted({*weights.names()} - {*shards}):
         if name.endswith(".safetensors"):
             raise InputError(
                 "QC-CKPT-006",
                 "is beside the checkpoint's own files, and some loaders would take it instead",
-                file=folder / name,
+                file=weights.where(name),
                 expected=f"only the files that {INDEX} names, or {SINGLE} alone",
                 fix="delete it if it is left over, or move it to a folder of its own",
             )
 
 
-def _damaged(path: Path, found: str, field: str | None = None) -> InputError:
-    return InputError(
-        "QC-CKPT-005",
-        "is damaged",
-        file=path,
-        field=field,
-        found=found,
-        fix="download the file again",
-    )
-
-
-def read_headers(path: Path) -> Iterator[Header]:
-    """The tensors of one safetensors file, checked against the file's length.
-
-    Raises:
-        InputError: ``QC-CKPT-005`` for a truncated file, overlapping or missing bytes,
-            an unknown dtype, a size that is not that of the shape.
-    """
-    with reading(path), path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise _damaged(path, f"{size} bytes, less than a header")
-        length = struct.unpack("<Q", prefix)[0]
-        if length > min(size - 8, _MAX_HEADER):
-            raise _damaged(path, f"a header of {length} bytes in a file of {size}")
-        raw = file.read(length)
-    try:
-        entries = json.loads(raw, object_pairs_hook=_reject_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"a header that does not parse ({error})") from None
-    if not isinstance(entries, dict) or len(entries) > _MAX_TENSORS:
-        raise _damaged(path, "a header that is not a mapping of tensors")
-    entries.pop("__metadata__", None)
-    headers = [_header(path, name, entry, 8 + length) for name, entry in entries.items()]
-    headers.sort(key=lambda header: (header.start, header.end))
-    at = 8 + length
-    for header in headers:
-        if header.start != at:
-            raise _damaged(path, "bytes that overlap or belong to no tensor", header.name)
-        at = header.end
-    if at != size:
-        raise _damaged(path, f"{size} bytes where the header accounts for {at}")
-    yield from headers
-
-
-def _header(path: Path, name: str, entry: object, base: int) -> Header:
-    if not isinstance(entry, Mapping):
-        raise _damaged(path, "an entry that is not a tensor", name)
-    dtype = entry.get("dtype")
-    shape, offsets = _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _damaged(path, f"dtype {dtype!r}", name)
-    if shape is None or offsets is None or len(offsets) != 2:
-        found = f"shape {entry.get('shape')!r}, offsets {entry.get('data_offsets')!r}"
-        raise _damaged(path, found, name)
-    header = Header(name, dtype, shape, path.name, base + offsets[0], base + offsets[1])
-    if (header.end - header.start) * 8 != header.numel * DTYPE_BITS[dtype]:
-        raise _damaged(path, f"{header.end - header.start} bytes for {dtype} {shape}", name)
-    return header
-
-
-def _sizes(value: object) -> tuple[int, ...] | None:
-    if isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value):
-        return tuple(value)
-    return None
-
-
-def _check_index(folder: Path, index: dict[str, Any], headers: dict[str, Header]) -> None:
+def _check_index(
+    folder: Path, index: dict[str, Any], headers: dict[str, Header], weights: Weights
+) -> None:
     weight_map: dict[str, str] = index["weight_map"]
+    if weight_map == {name: header.file for name, header in headers.items()}:
+        return
     for name, shard in weight_map.items():
         found = headers.get(name)
         if found is None or found.file != shard:
@@ -428,7 +403,7 @@ def _check_index(folder: Path, index: dict[str, Any], headers: dict[str, Header]
             raise InputError(
                 "QC-CKPT-006",
                 "is in a shard but not in the index",
-                file=folder / header.file,
+                file=weights.where(header.file),
                 field=name,
                 fix="download the checkpoint again",
             )

@@ -89,19 +89,24 @@ def classes_of(config: Mapping[str, Any]) -> list[str]:
     return [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
 
 
-def identify(model: str, *, generation: str = "", tolerant: bool = False) -> Identified:
+def identify(
+    model: str, *, generation: str = "", tolerant: bool = False, headers_only: bool = False
+) -> Identified:
     """Find, read and explain a model.
 
     Args:
         model: a folder or a hub id.
         generation: accepted only where evidence is missing, never against it.
         tolerant: keep unexplained tensors as `Identified.problems`, for reports.
+        headers_only: leave the weights of a hub id on the hub; then no tensor can be read.
 
     Raises:
         QcoreError: whatever the model folder, the plugins or detection have to say.
     """
-    where = resolve_model(model)
-    checkpoint = Checkpoint.open(where.path, source=where.source, revision=where.revision)
+    where = resolve_model(model, headers_only=headers_only)
+    checkpoint = Checkpoint.open(
+        where.path, source=where.source, revision=where.revision, remote=where.remote
+    )
     plugins = Plugins.discover().for_model_type(checkpoint.config["model_type"])
     decision = detect(checkpoint, plugins, generation=generation or None)
     parts = [

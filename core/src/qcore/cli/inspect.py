@@ -22,7 +22,7 @@ def command(model: str, generation: str, as_json: bool) -> None:
     from ..identify import identify
     from ..locate import faults
 
-    found = identify(model, generation=generation, tolerant=True)
+    found = identify(model, generation=generation, tolerant=True, headers_only=True)
     decision, layout = found.decision, found.layout
     unaccounted = [error for error in found.problems if error.code in _BY_NAME]
     differences = [error.message for error in found.problems if error.code not in _BY_NAME]
