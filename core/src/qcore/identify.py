@@ -17,6 +17,7 @@ from .hub import resolve_model
 from .locate import Layout, faults, survey
 from .plugins import Plugins
 from .records import AdapterClaim, ChatFormat
+from .skus import refuse_hosted
 from .table import Table
 
 
@@ -103,6 +104,7 @@ def identify(
     Raises:
         QcoreError: whatever the model folder, the plugins or detection have to say.
     """
+    refuse_hosted(model)
     where = resolve_model(model, headers_only=headers_only)
     checkpoint = Checkpoint.open(
         where.path, source=where.source, revision=where.revision, remote=where.remote
