@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,6 +156,44 @@ def test_signs_and_bars(name: str) -> None:
     assert {bar.pip for bar in found.bars} == pips
 
 
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [
+        ("qwen3_5", "qwen3_5"),
+        ("qwen3_5_text", "qwen3_5"),
+        ("qwen3_5_moe", "qwen3_5_moe"),
+        ("qwen3_5_moe_text", "qwen3_5_moe"),
+    ],
+)
+def test_the_architecture_is_the_model_types(model_type: str, architecture: str) -> None:
+    (found,) = claims(checkpoint({**config(), "model_type": model_type}))
+    assert (found.architecture, found.generation) == (architecture, "3.5")
+    assert [sign.value for sign in found.signs] == ["absent"]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen3_next", "qwen3_vl_moe", "qwen4_exp", None])
+def test_another_family_is_not_claimed(model_type: str | None) -> None:
+    assert list(claims(checkpoint({**config(), "model_type": model_type}))) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("language_model.model.layers.0.mlp.gate.weight", (256, 2048)),
+        ("model.layers.0.mlp.switch_mlp.gate_proj.weight", (256, 512, 2048)),
+        ("model.language_model.layers.0.linear_attn.conv1d.weight", (8192, 4, 1)),
+    ],
+)
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
+def test_an_mlx_export_is_refused(model_type: str, name: str, shape: tuple[int, ...]) -> None:
+    given = checkpoint({**config(), "model_type": model_type})
+    given.headers = {name: SimpleNamespace(shape=shape)}
+    with pytest.raises(QcoreError) as caught:
+        list(claims(given))
+    assert caught.value.code == "QC-QWEN35-004"
+    assert name in caught.value.message
+
+
 def test_a_published_template_is_known_by_hash_and_not_rendered() -> None:
     class Published:
         sha256 = next(iter(TEMPLATE_HASHES))
@@ -172,7 +211,7 @@ HASH = {hash!r}
 
 @hookimpl
 def qcore_describe():
-    yield Generation(name="3.6", architectures=("qwen3_5",), template_hashes=(HASH,), extends="3.5",
+    yield Generation(name="3.6", architectures=("qwen3_5",), template_hashes=(HASH,),
                      template_inputs=(*TEMPLATE_INPUTS, "preserve_thinking"))
 
 @hookimpl
@@ -192,7 +231,7 @@ from qcore.records import Bar, Claim, Generation, Sign
 
 @hookimpl
 def qcore_describe():
-    yield Generation(name="3.9", architectures=("qwen3_5",), extends="3.6")
+    yield Generation(name="3.9", architectures=("qwen3_5",))
 
 @hookimpl
 def qcore_detect(checkpoint):

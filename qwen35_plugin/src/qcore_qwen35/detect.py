@@ -26,24 +26,33 @@ judged; neither is the text-level ``partial_rotary_factor``, which re-saves add 
 
 An MLX export is refused before anything is judged: it is no renaming. Its convolutions lie
 ``[C, 4, 1]`` and one is added to its zero-centred norms, so under other names it would load
-and compute ``1 + (1 + w)``.
+and compute ``1 + (1 + w)``. What a template shows is found in `probe`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from qcore.errors import InputError
 from qcore.records import Bar, Claim, Sign
 
+from .probe import ENDOFTEXT, Shown, as_published_without_bos, bos_of, look
+from .probe import TEMPLATE_INPUTS as TEMPLATE_INPUTS
 from .table import text_config
 
 if TYPE_CHECKING:
     from qcore.checkpoint import Checkpoint
-    from qcore.data.render import Template
 
 ARCHITECTURE = "qwen3_5"
+MOE = "qwen3_5_moe"
+#: ``model_type`` to architecture; every generation of the family has these.
+ARCHITECTURES = {
+    "qwen3_5": ARCHITECTURE,
+    "qwen3_5_text": ARCHITECTURE,
+    "qwen3_5_moe": MOE,
+    "qwen3_5_moe_text": MOE,
+}
 GENERATION = "3.5"
 NEXT = "qcore-qwen36"  #: distribution for what only 3.6 or later has
 
@@ -52,45 +61,6 @@ TEMPLATE_HASHES = {
     "a4aee8afcf2e0711942cf848899be66016f8d14a889ff9ede07bca099c28f715": "thinking",
     "273d8e0e683b885071fb17e08d71e5f2a5ddfb5309756181681de4f5a1822d80": "no thinking",
 }
-TEMPLATE_INPUTS = ("add_generation_prompt", "add_vision_id", "enable_thinking", "messages", "tools")
-
-ENDOFTEXT = 248044
-# Trainers of transformers before 5.23 copy the tokenizer's ids into the config: bos becomes null
-# whatever it was, and eos 248046. So a null bos speaks only where eos is still as published.
-_SHAPE_KEYS = ("linear_conv_kernel_dim", "linear_num_key_heads", "linear_num_value_heads")
-_LATER_KEYS = ("output_gate_type", "language_model_only")
-
-_EARLIER, _LATER = "reasoning-of-an-earlier-turn", "reasoning-of-the-last-turn"
-_PROBE: list[dict[str, Any]] = [
-    {"role": "user", "content": "one"},
-    {"role": "assistant", "reasoning_content": _EARLIER, "content": "two"},
-    {"role": "user", "content": "three"},
-    {
-        "role": "assistant",
-        "reasoning_content": _LATER,
-        "content": "",
-        "tool_calls": [
-            {
-                "type": "function",
-                "function": {"name": "probe", "arguments": {"flag": True, "nothing": None}},
-            }
-        ],
-    },
-    {"role": "tool", "content": "four"},
-]
-_HEADER = "<|im_start|>assistant\n"
-_THINK, _NO_THINK = "<think>\n", "<think>\n\n</think>\n\n"
-
-
-class _Look(NamedTuple):
-    """What a template shows: by its hash, or by rendering the probe."""
-
-    published: str | None = None  #: flavour of a published 3.5 template
-    opt_in: bool = False  #: earlier reasoning is kept if preserve_thinking is true
-    opt_out: bool = False  #: earlier reasoning is kept unless preserve_thinking is false
-    arguments: str | None = None  #: "Python" or "JSON": how scalar tool arguments are rendered
-    thinking: bool = False  #: prompt tails and stripping are those of 3.5
-    unknown: bool = False  #: reads variables that neither 3.5 nor 3.6 has
 
 
 def claims(checkpoint: Checkpoint) -> Iterator[Claim]:
@@ -99,23 +69,54 @@ def claims(checkpoint: Checkpoint) -> Iterator[Claim]:
     Raises:
         InputError: ``QC-QWEN35-004`` for an MLX export.
     """
-    _refuse_mlx(checkpoint)
-    look = _look(checkpoint.template)
-    pip = None if look.opt_out or look.unknown else NEXT
-    evidence = [*_of_config(checkpoint.config, pip), *_of_template(checkpoint.template, look, pip)]
-    yield Claim(
-        architecture=ARCHITECTURE,
-        generation=GENERATION,
+    architecture = architecture_of(checkpoint)
+    if architecture is None:
+        return
+    template = checkpoint.template
+    published = None if template is None else TEMPLATE_HASHES.get(template.sha256)
+    shown = None if template is None or published else look(template)
+    # The plugin that would fit, unless the template shows that it is newer than that one too.
+    later = shown is not None and (
+        shown.opt_out or bool(shown.inputs - {*TEMPLATE_INPUTS, "preserve_thinking"})
+    )
+    pip = None if later else NEXT
+    evidence = [*_of_config(checkpoint.config, pip)]
+    if template is not None and published:
+        value = f"sha256 {template.sha256[:12]}, published, {published}"
+        evidence.append(Sign(field="chat template", value=value))
+    elif shown is not None:
+        evidence += _of_template(shown, pip)
+    yield claim(architecture, GENERATION, evidence)
+
+
+def claim(architecture: str, generation: str, evidence: list[Sign | Bar]) -> Claim:
+    """Evidence in any order as a claim."""
+    return Claim(
+        architecture=architecture,
+        generation=generation,
         signs=tuple(item for item in evidence if isinstance(item, Sign)),
         bars=tuple(item for item in evidence if isinstance(item, Bar)),
     )
+
+
+def architecture_of(checkpoint: Checkpoint) -> str | None:
+    """The family's architecture that a checkpoint has; ``None`` where it has none of them.
+
+    Raises:
+        InputError: ``QC-QWEN35-004`` for an MLX export, which has its ``model_type``.
+    """
+    architecture = ARCHITECTURES.get(str(checkpoint.config.get("model_type")))
+    if architecture is not None:
+        _refuse_mlx(checkpoint)
+    return architecture
 
 
 def _refuse_mlx(checkpoint: Checkpoint) -> None:
     """MLX's names, or its convolutions where somebody gave the tensors the hub's names back."""
     for name, header in checkpoint.headers.items():
         turned = name.endswith(".linear_attn.conv1d.weight") and header.shape[2:] == (1,)
-        if turned or name.startswith("language_model.model."):
+        renamed = name.startswith("language_model.model.") or ".mlp.switch_mlp." in name
+        if turned or renamed:
             raise InputError(
                 "QC-QWEN35-004",
                 "is an MLX export: its norms are shifted and its convolutions turned",
@@ -128,9 +129,7 @@ def _refuse_mlx(checkpoint: Checkpoint) -> None:
 
 
 def _of_config(config: Mapping[str, Any], pip: str | None) -> Iterator[Sign | Bar]:
-    text = text_config(config)
-    where = "bos_token_id" if text is config else "text_config.bos_token_id"
-    bos = text.get("bos_token_id")
+    where, bos = bos_of(config)
     if bos is not None:
         yield Bar(
             field=where,
@@ -138,80 +137,33 @@ def _of_config(config: Mapping[str, Any], pip: str | None) -> Iterator[Sign | Ba
             expected="null or absent",
             pip=pip if bos == ENDOFTEXT else None,
         )
-    elif (
-        text.get("eos_token_id") == ENDOFTEXT
-        and all(key in text for key in _SHAPE_KEYS)
-        and not any(key in section for key in _LATER_KEYS for section in (text, config))
-    ):
-        yield Sign(field=where, value="null" if "bos_token_id" in text else "absent")
+    elif as_published_without_bos(config):
+        yield Sign(field=where, value="null" if "bos_token_id" in text_config(config) else "absent")
 
 
-def _of_template(template: Template | None, look: _Look, pip: str | None) -> Iterator[Sign | Bar]:
-    if template is None:
-        return
+def _of_template(shown: Shown, pip: str | None) -> Iterator[Sign | Bar]:
     where = "chat template"
-    if look.published:
-        yield Sign(field=where, value=f"sha256 {template.sha256[:12]}, published, {look.published}")
-    if look.opt_in or look.opt_out:
-        when = (
-            "if preserve_thinking is true" if look.opt_in else "unless preserve_thinking is false"
-        )
+    preserving = shown.opt_in or shown.opt_out
+    if preserving:
         yield Bar(
-            field=where, value=f"keeps earlier reasoning {when}", expected="no such switch", pip=pip
+            field=where,
+            value=f"keeps earlier reasoning {preserving_when(shown)}",
+            expected="no such switch",
+            pip=pip,
         )
-    if look.arguments == "JSON":
+    if shown.arguments == "JSON":
         yield Bar(
             field=where,
             value="scalar tool arguments as JSON true and null",
             expected="Python's True and None",
             pip=pip,
         )
-    if look.arguments == "Python" and look.thinking and not (look.opt_in or look.opt_out):
+    if shown.arguments == "Python" and shown.thinking and not preserving:
         yield Sign(field=where, value="renders tool arguments and thinking as 3.5 does")
 
 
-def _look(template: Template | None) -> _Look:
-    if template is None:
-        return _Look()
-    if template.sha256 in TEMPLATE_HASHES:
-        return _Look(published=TEMPLATE_HASHES[template.sha256])
-    plain = _render(template)
-    if plain is None:
-        return _Look()
-    # A variable that is not read cannot matter, and every render is a process.
-    inputs = template.inputs()
-    preserving = "preserve_thinking" in inputs
-    arguments = _argument_style(plain)
-    return _Look(
-        opt_in=preserving and plain != _render(template, preserve_thinking=True),
-        opt_out=preserving and plain != _render(template, preserve_thinking=False),
-        arguments=arguments,
-        thinking=arguments == "Python" and _thinks_as_3_5(template, plain),
-        unknown=bool(inputs - {*TEMPLATE_INPUTS, "preserve_thinking"}),
-    )
-
-
-def _render(template: Template, **variables: Any) -> str | None:
-    """The probe rendered, or ``None``: a template that refuses the probe shows nothing."""
-    try:
-        return template.render(_PROBE, add_generation_prompt=True, **variables)
-    except InputError:
-        return None
-
-
-def _argument_style(text: str) -> str | None:
-    for style, flag, nothing in (("Python", "True", "None"), ("JSON", "true", "null")):
-        if all(
-            f"<parameter={name}>\n{value}\n</parameter>" in text
-            for name, value in (("flag", flag), ("nothing", nothing))
-        ):
-            return style
-    return None
-
-
-def _thinks_as_3_5(template: Template, plain: str) -> bool:
-    if _EARLIER in plain or f"{_HEADER}<think>\n{_LATER}\n</think>\n\n" not in plain:
-        return False
-    on, off = (_render(template, enable_thinking=value) for value in (True, False))
-    tails = [None if text is None else text.rpartition(_HEADER)[2] for text in (on, off)]
-    return tails == [_THINK, _NO_THINK] and plain in (on, off)
+def preserving_when(shown: Shown) -> str:
+    """When a template with the switch keeps the reasoning of earlier turns."""
+    if shown.opt_in:
+        return "if preserve_thinking is true"
+    return "unless preserve_thinking is false"
