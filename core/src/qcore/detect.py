@@ -4,8 +4,7 @@ This file decides two axes. The architecture follows from ``model_type`` alone. 
 follows from evidence: *signs* (this one and no other) and *bars* (cannot be this), which
 plugins give for their own generations; core adds two bars that only it can see, because they
 need the records of all generations: a template that another generation lists by hash, and a
-template input that this one does not list. No evidence is weighed, no plugin has priority,
-and ``extends`` plays no part.
+template input that this one does not list. No evidence is weighed and no plugin has priority.
 
 It looks at nothing itself: what a sign is, is the plugins' knowledge.
 """
