@@ -27,6 +27,7 @@ VERBS = {
     "verify": ("verify", "Check that a folder holds what its manifest says."),
     "plugins": ("plugins", "What is installed, and what is broken and why."),
     "presets": ("presets", "Named settings, from core and from plugins."),
+    "skus": ("skus", "What is known of published models, and how well."),
     "doctor": ("doctor", "Check the environment."),
     "demo": ("demo", "Train, merge and verify a tiny checkpoint, start to end."),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -21,6 +22,8 @@ def command(model: str, generation: str, as_json: bool) -> None:
     from ..errors import raise_all
     from ..identify import identify
     from ..locate import faults
+    from ..sku_compare import compare, part_layouts
+    from ..skus import load_skus
 
     found = identify(model, generation=generation, tolerant=True, headers_only=True)
     decision, layout = found.decision, found.layout
@@ -30,6 +33,10 @@ def command(model: str, generation: str, as_json: bool) -> None:
         f"part '{part}' is claimed by config.json and absent from the files"
         for part in layout.absent
     ]
+    skus = load_skus()
+    beside = compare(
+        found.checkpoint, decision.architecture.name, decision.generation.name, layout, skus
+    )
     report: dict[str, Any] = {
         "architecture": decision.architecture.name,
         "generation": decision.generation.name,
@@ -42,16 +49,23 @@ def command(model: str, generation: str, as_json: bool) -> None:
         "differences": differences,
         "carried": layout.carried_roots(),
         "namespaces": {part: namespace.name for part, namespace in layout.namespaces.items()},
+        "layouts": part_layouts(layout),
         "groups": {
             group: {"tensors": tensors, "parameters": parameters}
             for group, (tensors, parameters) in layout.groups().items()
         },
         "revision": found.checkpoint.revision,
+        "record": {
+            "id": beside.sku.id if beside.sku else None,
+            "note": beside.note,
+            "differences": [asdict(one) for one in beside.differences],
+            "unread": [f"{bad.origin}: {bad.reason}" for bad in skus.broken],
+        },
     }
     if as_json:
         emit(report)
     else:
-        _print(model, report)
+        _print(model, report, [one.line() for one in beside.differences])
     if found.problems:
         # The report is on stdout; under --json the exit status alone says that it is not whole.
         if as_json:
@@ -59,7 +73,7 @@ def command(model: str, generation: str, as_json: bool) -> None:
         raise_all(faults(found.problems))
 
 
-def _print(model: str, report: dict[str, Any]) -> None:
+def _print(model: str, report: dict[str, Any], differs: list[str]) -> None:
     click.echo(
         f"{model}: {report['architecture']}, generation {report['generation']} "
         f"(plugin {report['plugin']})"
@@ -68,11 +82,27 @@ def _print(model: str, report: dict[str, Any]) -> None:
         click.echo(f"  evidence    {line}")
     click.echo(f"  modalities  {', '.join(report['modalities'])}")
     click.echo(f"  parameters  {report['parameters']:,} in {report['tensors']} tensors")
+    layouts = ", ".join(f"{part} {way}" for part, way in report["layouts"].items())
+    click.echo(f"  layout      {layouts}")
     for group, sizes in report["groups"].items():
         click.echo(f"    {group:<10} {sizes['tensors']:>5} tensors  {count(sizes['parameters'])}")
     for root, number in report["carried"].items():
         click.echo(f"  carried     {number} tensors under {root}: no plugin claims them")
     for line in report["differences"]:
         click.echo(f"  difference  {line}")
+    _print_record(report["record"], differs)
     if not report["unaccounted"]:
         click.echo("  every tensor is accounted for")
+
+
+def _print_record(record: dict[str, Any], differs: list[str]) -> None:
+    """What the record of the SKU says otherwise, with how well the record knows it."""
+    if record["id"]:
+        many = f"{len(differs)} differences" if len(differs) != 1 else "1 difference"
+        click.echo(f"  record      {record['id']}: {many if differs else 'no difference'}")
+    if record["note"]:
+        click.echo(f"  record      {record['note']}")
+    for line, difference in zip(differs, record["differences"], strict=True):
+        click.echo(f"    {line} ({difference['mark'].value})")
+    for line in record["unread"]:
+        click.echo(f"  record      those of {line}")
