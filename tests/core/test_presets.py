@@ -18,7 +18,7 @@ from qcore.settings import line_of
 
 GOOD = """\
 schema_version: 1
-default_base_model: org/base
+default_base_models: {"1": org/base}
 presets:
   - id: tiny-8g
     aliases: [tiny]
@@ -103,7 +103,9 @@ def test_a_plugins_file(plugin) -> None:
     [
         ("schema_version: 1", "schema_version: 2", "schema_version"),
         ("schema_version: 1\n", "", "no schema_version"),
-        ("default_base_model: org/base\n", "", "no default_base_model"),
+        ('default_base_models: {"1": org/base}\n', "", "no default_base_models"),
+        ('{"1": org/base}', "org/base", "a mapping by generation"),
+        ('{"1": org/base}', '{"1": }', "no text"),
         ("presets:", "preset:", "key preset"),
         ("id: tiny-8g", "id: Tiny 8G", "Tiny 8G"),
         ("id: tiny-8g", "ident: tiny-8g", "key ident"),
@@ -172,6 +174,34 @@ def test_a_name_that_two_plugins_bring_is_nobodys(plugin) -> None:
         assert caught.value.code == "QC-PRESET-003"
         assert presets.get("tiny-8g").origin == "one"
         assert presets.get("third-8g").origin == "two"
+
+
+def test_the_installed_default_bases() -> None:
+    assert load_presets().default_base_model("3.5") == "Qwen/Qwen3.5-4B"
+    assert load_presets([]).default_base_models() == {}
+    assert load_presets().default_base_model("none such") is None
+
+
+def test_default_bases_by_generation(plugin) -> None:
+    two = GOOD.replace('{"1": org/base}', '{"1": org/base, "2": org/next}')
+    presets = load_presets([plugin(two)])
+    assert presets.default_base_models() == {"1": "org/base", "2": "org/next"}
+    assert presets.default_base_model("2") == "org/next"
+    assert presets.get("tiny").base_model is None, "of two generations neither is meant"
+    assert presets.get("other-8g").base_model == "org/own"
+
+
+def test_two_default_bases_of_one_generation_are_nobodys(plugin) -> None:
+    second = GOOD.replace("tiny", "small").replace("other", "third")
+    same = [plugin(GOOD, "one"), plugin(second, "two")]
+    assert load_presets(same).default_base_model("1") == "org/base", "they agree"
+    other = [same[0], plugin(second.replace("org/base", "org/else"), "three")]
+    presets = load_presets(other)
+    assert presets.default_base_models() == {}
+    with pytest.raises(PluginError, match="org/base .one. and org/else .three.") as caught:
+        presets.default_base_model("1")
+    assert caught.value.code == "QC-PRESET-005"
+    assert presets.get("tiny").base_model == "org/base", "a preset still has its file's"
 
 
 def test_a_preset_without_any_installed() -> None:

@@ -1,7 +1,7 @@
 """Presets: named settings, kept as data files with a contract.
 
 This file decides what a preset file is: YAML with ``schema_version: 1``,
-``default_base_model`` and ``presets``, each with ``id``, ``aliases``, ``description``,
+``default_base_models`` (generation -> hub id) and ``presets``, each with ``id``, ``aliases``, ``description``,
 ``settings`` and, where it is made for one model, ``model``. Core's file names sizes and
 schedules and no model; plugins bring theirs through the entry-point group ``qcore.presets``
 (name -> package, files ``<package>/presets/*.yaml``), found without importing the plugin.
@@ -11,7 +11,8 @@ for a preset of a broken file, or for a name that two plugins claim, is an error
 what a setting may be to `qcore.settings`.
 
 Codes: ``QC-PRESET-001`` unknown preset, ``-002`` preset of a broken file, ``-003`` name
-claimed twice, ``-004`` file that breaks the contract (a reason, raised on use).
+claimed twice, ``-004`` file that breaks the contract (a reason, raised on use), ``-005`` two
+default bases of one generation.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .strict_yaml import Items, Node, Scalar, Table, read
 GROUP = "qcore.presets"
 SCHEMA_VERSION = 1
 _ID = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
-_FILE_KEYS = ("schema_version", "default_base_model", "presets")
+_FILE_KEYS = ("schema_version", "default_base_models", "presets")
 _PRESET_KEYS = ("id", "aliases", "description", "model", "settings")
 
 
@@ -45,8 +46,8 @@ class Preset:
         aliases: other names for it.
         description: one line.
         settings: values by setting, checked.
-        base_model: hub id of the model it is made for: its own ``model``, else the file's
-            ``default_base_model``; ``None`` where it names none.
+        base_model: hub id of the model it is made for: its own ``model``, else the default
+            base of its file where that has one for one generation; ``None`` where there is none.
         origin: ``core``, or the entry point that brought it.
         file: where it stands.
     """
@@ -58,6 +59,21 @@ class Preset:
     base_model: str | None
     origin: str
     file: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DefaultBase:
+    """The model that stands for a generation where none was named.
+
+    Attributes:
+        generation: as detection names it.
+        model: hub id.
+        origin: entry point that brought it.
+    """
+
+    generation: str
+    model: str
+    origin: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,11 +102,13 @@ class Presets:
         broken: files that could not be used.
         claimed_twice: names that two plugins bring, with both origins; neither is usable
             under that name.
+        bases: default bases by generation, as files give them.
     """
 
     presets: tuple[Preset, ...]
     broken: tuple[BrokenPresets, ...] = ()
     claimed_twice: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    bases: tuple[DefaultBase, ...] = ()
 
     def __iter__(self) -> Iterator[Preset]:
         return iter(self.presets)
@@ -124,6 +142,29 @@ class Presets:
                 )
         raise self._unknown(name, known)
 
+    def default_base_models(self) -> dict[str, str]:
+        """Hub id by generation, where the installed files agree on one."""
+        named: dict[str, set[str]] = {}
+        for base in self.bases:
+            named.setdefault(base.generation, set()).add(base.model)
+        return {generation: min(ids) for generation, ids in named.items() if len(ids) == 1}
+
+    def default_base_model(self, generation: str) -> str | None:
+        """Hub id of the model that stands for a generation; ``None`` where none is named.
+
+        Raises:
+            PluginError: ``QC-PRESET-005`` two plugins name different ones.
+        """
+        named = {base.model: base.origin for base in self.bases if base.generation == generation}
+        if len(named) > 1:
+            raise PluginError(
+                "QC-PRESET-005",
+                f"two plugins name a default base of generation {generation}",
+                found=" and ".join(f"{model} ({origin})" for model, origin in named.items()),
+                fix="pass --model, or uninstall one of them",
+            )
+        return next(iter(named), None)
+
     def _unknown(self, name: str, known: Iterable[str]) -> UsageError:
         near = difflib.get_close_matches(name.lower(), list(known), n=1)
         fix = f"did you mean {near[0]}?" if near else "qcore presets list shows them"
@@ -149,16 +190,24 @@ def load_presets(plugins: Iterable[EntryPoint] | None = None) -> Presets:
         if reason:
             broken.append(BrokenPresets(origin=point.name, file=None, reason=reason))
     presets: list[Preset] = []
+    bases: list[DefaultBase] = []
     for origin, files in sources:
         for file in files:
             try:
-                presets += _read(file, origin)
+                defaults, found_here = _read(file, origin)
+                bases += defaults
+                presets += found_here
             except QcoreError as error:
                 names = _names_in(file)
                 bad = BrokenPresets(origin=origin, file=file, reason=error.message, names=names)
                 broken.append(bad)
     usable, claimed_twice, clashes = _unique(presets)
-    return Presets(presets=tuple(usable), broken=(*broken, *clashes), claimed_twice=claimed_twice)
+    return Presets(
+        presets=tuple(usable),
+        broken=(*broken, *clashes),
+        claimed_twice=claimed_twice,
+        bases=tuple(bases),
+    )
 
 
 def _unique(
@@ -212,8 +261,8 @@ def _names_in(file: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _read(file: Path, origin: str) -> list[Preset]:
-    """All presets of one file.
+def _read(file: Path, origin: str) -> tuple[list[DefaultBase], list[Preset]]:
+    """Default bases and presets of one file.
 
     Raises:
         UsageError: the first breach of the contract.
@@ -223,7 +272,8 @@ def _read(file: Path, origin: str) -> list[Preset]:
     version = _text(entries["schema_version"], file, "schema_version")
     if version != str(SCHEMA_VERSION):
         raise _breach(file, "schema_version", version, str(SCHEMA_VERSION))
-    default = _model(entries["default_base_model"], file, "default_base_model")
+    bases = _bases(entries["default_base_models"], origin, file)
+    default = bases[0].model if len(bases) == 1 else None
     listed = entries["presets"]
     if not isinstance(listed, Items):
         raise _breach(file, "presets", "something else", "a list")
@@ -232,7 +282,20 @@ def _read(file: Path, origin: str) -> list[Preset]:
     for name in names:
         if names.count(name) > 1:
             raise _breach(file, name, "two presets of that name", "one")
-    return presets
+    return bases, presets
+
+
+def _bases(node: Node, origin: str, file: Path) -> list[DefaultBase]:
+    if not isinstance(node, Table):
+        raise _breach(file, "default_base_models", "something else", "a mapping by generation")
+    return [
+        DefaultBase(
+            generation=generation,
+            model=_text(model, file, f"default_base_models.{generation}"),
+            origin=origin,
+        )
+        for generation, model in node.entries.items()
+    ]
 
 
 def _preset(node: Node, default: str | None, origin: str, file: Path) -> Preset:

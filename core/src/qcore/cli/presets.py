@@ -33,12 +33,15 @@ def list_presets(as_json: bool) -> None:
         for preset in presets
     ]
     broken = [{"file": str(one.file), "reason": str(one.reason)} for one in presets.broken]
+    bases = presets.default_base_models()
     if as_json:
-        emit({"presets": rows, "broken": broken})
+        emit({"presets": rows, "default_base_models": bases, "broken": broken})
         return
     from .draw import show
 
     show("", [{**row, "aliases": ", ".join(row["aliases"] or ())} for row in rows])
+    for generation, model in bases.items():
+        click.echo(f"default base of generation {generation}: {model}")
     for one in broken:
         click.echo(f"broken: {one['file']}: {one['reason']}", err=True)
 

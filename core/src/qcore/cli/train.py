@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .common import debug_option, emit, importing, json_option
 
+if TYPE_CHECKING:
+    from ..presets import Presets
+
 
 @click.command("train")
-@click.option("--model", help="Folder or hub id; by default the preset's base model.")
+@click.option(
+    "--model", help="Folder or hub id; by default the preset's, else the default of --generation."
+)
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Chat JSONL.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Adapter folder.")
 @click.option("--preset", help="Named settings; see qcore presets list.")
@@ -38,7 +44,6 @@ def command(
 ) -> None:
     """Fine-tune MODEL on DATA with QLoRA and publish a PEFT adapter in OUTPUT."""
     from ..config import load_settings
-    from ..errors import UsageError
     from ..presets import load_presets
     from .draw import Drawn
 
@@ -50,17 +55,10 @@ def command(
         sets=[*sets, *(f"{key}={value}" for key, value in flags.items() if value)],
         presets=presets,
     )
-    if model is None and preset is not None:
-        model = presets.get(preset).base_model
-    if model is None:
-        raise UsageError(
-            "QC-CLI-002",
-            "no model was named",
-            field="--model",
-            expected="a folder or a hub id",
-            fix="pass --model, or a --preset that names one",
-        )
     teller = Drawn(quiet=as_json)
+    if model is None:
+        model, origin = _default_model(presets, preset, settings.generation)
+        teller.note(f"model = {model} (from {origin})")
     for key, origin in origins.items():
         if origin != "default":
             teller.note(f"{key} = {getattr(settings, key)} (from {origin})")
@@ -77,4 +75,30 @@ def command(
         f"{report.last_loss:.4f}"
         + (f", eval {report.eval_loss:.4f}" if report.eval_loss is not None else "")
         + f"; adapter for class '{report.adapter_class}'"
+    )
+
+
+def _default_model(presets: Presets, preset: str | None, generation: str) -> tuple[str, str]:
+    """The model where --model was not given, and what named it.
+
+    Raises:
+        UsageError: ``QC-CLI-002`` nothing names one; ``QC-PRESET-001``.
+        PluginError: ``QC-PRESET-002``, ``-003`` or ``-005``.
+    """
+    from ..errors import UsageError
+
+    if preset is not None and (model := presets.get(preset).base_model) is not None:
+        return model, f"preset {presets.get(preset).id}"
+    if generation and (model := presets.default_base_model(generation)) is not None:
+        return model, f"the default base of generation {generation}"
+    bases = presets.default_base_models()
+    flags = [f"--generation {name} for {model}" for name, model in sorted(bases.items())]
+    raise UsageError(
+        "QC-CLI-002",
+        "no model was named",
+        field="--model",
+        expected="a folder or a hub id",
+        fix=", ".join(
+            ["pass --model", "or a --preset that names one", *(f"or {f}" for f in flags)]
+        ),
     )
