@@ -198,7 +198,7 @@ def test_two_default_bases_of_one_generation_are_nobodys(plugin) -> None:
     other = [same[0], plugin(second.replace("org/base", "org/else"), "three")]
     presets = load_presets(other)
     assert presets.default_base_models() == {}
-    with pytest.raises(PluginError, match="org/base .one. and org/else .three.") as caught:
+    with pytest.raises(PluginError, match=r"org/base \(one\) and org/else \(three\)") as caught:
         presets.default_base_model("1")
     assert caught.value.code == "QC-PRESET-005"
     assert presets.get("tiny").base_model == "org/base", "a preset still has its file's"

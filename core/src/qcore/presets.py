@@ -1,7 +1,8 @@
 """Presets: named settings, kept as data files with a contract.
 
 This file decides what a preset file is: YAML with ``schema_version: 1``,
-``default_base_models`` (generation -> hub id) and ``presets``, each with ``id``, ``aliases``, ``description``,
+``default_base_models`` (the model that stands for a generation, by generation; ``{}`` where
+the file names none) and ``presets``, each with ``id``, ``aliases``, ``description``,
 ``settings`` and, where it is made for one model, ``model``. Core's file names sizes and
 schedules and no model; plugins bring theirs through the entry-point group ``qcore.presets``
 (name -> package, files ``<package>/presets/*.yaml``), found without importing the plugin.
