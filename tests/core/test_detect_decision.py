@@ -32,7 +32,7 @@ NAME = {name!r}
 def qcore_describe():
     {architecture}
     yield Generation(name=NAME, architectures=("toy",), template_hashes={hashes!r},
-                     template_inputs={inputs!r}, extends={extends!r})
+                     template_inputs={inputs!r},)
 
 @hookimpl
 def qcore_detect(checkpoint):
@@ -74,7 +74,7 @@ def qcore_describe():
 
 @pytest.fixture
 def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Generations 1 (brings the architecture), 2 and 3 (extends 2), and two modalities."""
+    """Generations 1 (brings the architecture), 2 and 3, and two modalities."""
     monkeypatch.syspath_prepend(str(tmp_path))
     made = ["dmod_1", "dmod_2", "dmod_3", "dmod_m"]
     for name, hashes, inputs in (
@@ -87,7 +87,6 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             architecture=ARCHITECTURE if name == "1" else "",
             hashes=hashes,
             inputs=inputs,
-            extends={"2": "1", "3": "2"}.get(name),
         )
         distribution(tmp_path, f"dist-{name}", module=f"dmod_{name}", plugin=f"gen{name}",
                      source=source, model_types=("toy",))  # fmt: skip
@@ -129,7 +128,7 @@ def test_owner_of_generation_and_of_architecture_are_told_apart(plugins: Any) ->
     assert (decision.architecture_plugin.name, decision.plugin.name) == ("gen1", "gen2")
 
 
-def test_extends_never_decides(plugins: Any) -> None:
+def test_two_with_a_sign_are_both_named(plugins: Any) -> None:
     error = refused(
         lambda: detect(toy(_2="sign", _3="sign"), plugins()), PluginError, "QC-DETECT-005"
     )
@@ -257,7 +256,7 @@ def test_architecture_whose_plugin_is_disabled(
 def test_two_architectures_for_one_model_type(plugins: Any, tmp_path: Path) -> None:
     source = GENERATION.format(
         name="4", architecture=ARCHITECTURE.replace('"toy", model', '"toy2", model'), hashes=(),
-        inputs=(), extends=None,
+        inputs=(),
     )  # fmt: skip
     distribution(tmp_path, "dist-4", module="dmod_4", plugin="gen4", source=source,
                  model_types=("toy",))  # fmt: skip

@@ -66,7 +66,6 @@ class Generation:
         architectures: names of the architectures it comes in.
         template_hashes: SHA-256 of its known chat templates, trailing newlines stripped.
         template_inputs: variables that its templates read; another one is a bar.
-        extends: generation whose rules it inherits; never wins a claim.
         licence: SPDX identifier of the weights.
     """
 
@@ -74,7 +73,6 @@ class Generation:
     architectures: tuple[str, ...]
     template_hashes: tuple[str, ...] = ()
     template_inputs: tuple[str, ...] = ()
-    extends: str | None = None
     licence: str | None = None
 
 
