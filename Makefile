@@ -20,6 +20,7 @@ lint: $(STAMP)  ## formatter, linter, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/mypy core/src/qcore
 	$(BIN)/mypy qwen35_plugin/src/qcore_qwen35
+	$(BIN)/mypy qwen36_plugin/src/qcore_qwen36
 	$(BIN)/lint-imports
 
 docs: $(STAMP)  ## rewrite what docs/ derives from the source
@@ -28,11 +29,12 @@ docs: $(STAMP)  ## rewrite what docs/ derives from the source
 dev: $(STAMP)  ## just the environment
 
 # torch first and alone: its version is pinned, so that no other package picks a larger build.
-$(STAMP): constraints.txt requirements-dev.txt core/pyproject.toml qwen35_plugin/pyproject.toml
+$(STAMP): constraints.txt requirements-dev.txt core/pyproject.toml qwen35_plugin/pyproject.toml \
+		qwen36_plugin/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt \
-		-r requirements-dev.txt -e core -e qwen35_plugin
+		-r requirements-dev.txt -e core -e qwen35_plugin -e qwen36_plugin
 	touch $(STAMP)
 
 clean:

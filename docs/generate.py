@@ -33,12 +33,12 @@ def settings() -> str:
 
 
 def presets() -> str:
-    """One row a preset of core and of the Qwen 3.5 plugin."""
+    """One row a preset of core and of the two plugins in this repository."""
     from qcore.presets import load_presets
 
     rows = ["| preset | other names | from | model | for |", "|---|---|---|---|---|"]
     for preset in load_presets():
-        if preset.origin in ("core", "qwen35"):
+        if preset.origin in ("core", "qwen35", "qwen36"):
             aliases = ", ".join(f"`{alias}`" for alias in preset.aliases)
             rows.append(
                 f"| `{preset.id}` | {aliases} | {preset.origin} | {preset.base_model or ''} "

@@ -82,6 +82,8 @@ def qcore_preflight(request: PreflightRequest) -> Iterator[Finding]:
     """The guards."""
     if request.architecture == DENSE.name:
         yield from guards.findings(request)
+    if request.generation == GENERATION.name:
+        yield from chat.findings(request)
 
 
 @hookimpl
