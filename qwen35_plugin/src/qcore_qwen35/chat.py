@@ -3,11 +3,15 @@
 This file decides what is a turn in the rendered text and what is never trained: ``<think>``
 and its newline are in the prompt at inference, and so is a whole empty think block when
 thinking is off. Everything after that, up to ``<|im_end|>`` and with it, is the model's.
+
+Code: ``QC-QWEN35-020`` a switch of the template that is neither true nor false.
 """
 
 from __future__ import annotations
 
-from qcore.records import ChatFormat
+from collections.abc import Iterator, Mapping, Sequence
+
+from qcore.records import ChatFormat, Finding, PreflightRequest, Severity
 
 #: Tokens that the tokenizer marks special: text that holds one would become a control token.
 CONTROL = (
@@ -27,3 +31,28 @@ QWEN35 = ChatFormat(
     roles=("system", "user", "assistant", "tool"),
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
 )
+
+#: Variables that the template compares with ``is true`` or ``is false``.
+SWITCHES = ("enable_thinking",)
+
+
+def findings(request: PreflightRequest) -> Iterator[Finding]:
+    """What 3.5's chat rules have to say of a run."""
+    yield from switch_findings(request, SWITCHES, "QC-QWEN35-020")
+
+
+def switch_findings(
+    request: PreflightRequest, switches: Sequence[str], code: str
+) -> Iterator[Finding]:
+    """A switch that is a text or a number: the template would take it for not set."""
+    given = request.settings.get("chat_template_kwargs", {})
+    for name in switches:
+        if isinstance(given, Mapping) and not isinstance(given.get(name, True), bool):
+            yield Finding(
+                code=code,
+                severity=Severity.ERROR,
+                what="has no effect: the chat template asks whether it is true or is false",
+                field=f"chat_template_kwargs.{name}",
+                found=repr(given[name]),
+                expected="true or false, without quotes",
+            )

@@ -56,25 +56,57 @@ _LATER_KEYS = ("output_gate_type", "language_model_only")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """What a template shows.
+    """What a template shows: the probe with a generation prompt, under one switch after another.
 
     Attributes:
-        plain: the probe with a generation prompt, no switch set.
-        opt_in: earlier reasoning is kept if ``preserve_thinking`` is true.
-        opt_out: earlier reasoning is kept unless ``preserve_thinking`` is false.
-        arguments: how scalar tool arguments are rendered, ``Python`` or ``JSON``; ``None``
-            where tool calls are not in the family's form.
-        thinking: ``enable_thinking`` switches between the family's two prompt tails, reasoning
-            before the last user query is stripped and after it kept.
+        plain: no switch set.
+        on: ``enable_thinking`` true; `None` where the template then refuses the probe.
+        off: ``enable_thinking`` false.
+        kept: ``preserve_thinking`` true.
+        dropped: ``preserve_thinking`` false.
         inputs: variables that it reads, beyond those that any template may.
     """
 
     plain: str
-    opt_in: bool
-    opt_out: bool
-    arguments: str | None
-    thinking: bool
+    on: str | None
+    off: str | None
+    kept: str | None
+    dropped: str | None
     inputs: frozenset[str]
+
+    @property
+    def opt_in(self) -> bool:
+        """Whether earlier reasoning is kept if ``preserve_thinking`` is true."""
+        return self.plain != self.kept
+
+    @property
+    def opt_out(self) -> bool:
+        """Whether earlier reasoning is kept unless ``preserve_thinking`` is false."""
+        return self.plain != self.dropped
+
+    @property
+    def arguments(self) -> str | None:
+        """How scalar tool arguments are rendered; ``None`` for calls in another form."""
+        for style, flag, nothing in (("Python", "True", "None"), ("JSON", "true", "null")):
+            if all(
+                f"<parameter={name}>\n{value}\n</parameter>" in self.plain
+                for name, value in (("flag", flag), ("nothing", nothing))
+            ):
+                return style
+        return None
+
+    @property
+    def thinking(self) -> bool:
+        """Whether thinking is the family's.
+
+        ``enable_thinking`` switches between the two prompt tails, reasoning before the last
+        user query is stripped and after it kept.
+        """
+        last = f"{HEADER}<think>\n{LATER}\n</think>\n\n"
+        if EARLIER in self.plain or last not in self.plain:
+            return False
+        tails = [text and text.rpartition(HEADER)[2] for text in (self.on, self.off)]
+        return tails == [THINK, NO_THINK] and self.plain in (self.on, self.off)
 
 
 def look(template: Template) -> Shown | None:
@@ -86,15 +118,18 @@ def look(template: Template) -> Shown | None:
     plain = render(template)
     if plain is None:
         return None
-    # A variable that is not read cannot matter, and every render takes time.
     inputs = template.inputs()
-    preserving = "preserve_thinking" in inputs
+
+    def under(name: str, value: bool) -> str | None:
+        # A variable that is not read cannot matter.
+        return render(template, **{name: value}) if name in inputs else plain
+
     return Shown(
         plain=plain,
-        opt_in=preserving and plain != render(template, preserve_thinking=True),
-        opt_out=preserving and plain != render(template, preserve_thinking=False),
-        arguments=_argument_style(plain),
-        thinking=_thinks(template, plain),
+        on=under("enable_thinking", True),
+        off=under("enable_thinking", False),
+        kept=under("preserve_thinking", True),
+        dropped=under("preserve_thinking", False),
         inputs=inputs - frozenset(_STANDARD),
     )
 
@@ -105,24 +140,6 @@ def render(template: Template, **variables: Any) -> str | None:
         return template.render(PROBE, add_generation_prompt=True, **variables)
     except InputError:
         return None
-
-
-def _argument_style(text: str) -> str | None:
-    for style, flag, nothing in (("Python", "True", "None"), ("JSON", "true", "null")):
-        if all(
-            f"<parameter={name}>\n{value}\n</parameter>" in text
-            for name, value in (("flag", flag), ("nothing", nothing))
-        ):
-            return style
-    return None
-
-
-def _thinks(template: Template, plain: str) -> bool:
-    if EARLIER in plain or f"{HEADER}<think>\n{LATER}\n</think>\n\n" not in plain:
-        return False
-    on, off = (render(template, enable_thinking=value) for value in (True, False))
-    tails = [None if text is None else text.rpartition(HEADER)[2] for text in (on, off)]
-    return tails == [THINK, NO_THINK] and plain in (on, off)
 
 
 def bos_of(config: Mapping[str, Any]) -> tuple[str, object]:
