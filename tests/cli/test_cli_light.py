@@ -71,7 +71,8 @@ def test_inspect_imports_its_plugin_and_no_torch(tmp_path: Path):
     ended, modules = modules_after("inspect", folder, "--json")
     assert ended.code == 0
     assert "qcore_qwen35" in modules
-    assert not tops(modules) & (HEAVY | {"rich", "yaml"})
+    assert "yaml" in modules, "the records of SKUs are read"
+    assert not tops(modules) & (HEAVY | {"rich"})
 
 
 @pytest.mark.parametrize("verb", ["verify", "presets"])
@@ -140,6 +141,8 @@ OPTIONS: dict[str, list[str]] = {
     "plugins list": ["--debug", "--json"],
     "presets list": ["--debug", "--json"],
     "presets show": ["NAME", "--debug", "--json"],
+    "skus list": ["--debug", "--json"],
+    "skus show": ["ID", "--debug", "--json"],
     "doctor": ["--debug", "--json"],
     "demo": ["--debug", "--json", "--output"],
 }  # fmt: skip
