@@ -367,6 +367,43 @@ def test_config_tokens_and_generation_config_are_compared(
     assert "generation_config.eos_token_id" not in differing(inspected(capsys, folder))
 
 
+@pytest.mark.parametrize(("revision", "differs"), [("abc", False), ("def", True), (None, False)])
+def test_a_revision_is_compared_where_it_is_known(
+    small_record: Skus, tmp_path: Path, revision: str | None, differs: bool
+) -> None:
+    from qcore.checkpoint import Checkpoint
+    from qcore.identify import identify
+    from qcore.sku_compare import compare
+
+    folder = write_sparse(tmp_path / "m", small_config(), small_shapes())
+    checkpoint = Checkpoint.open(folder, source="Org/Small-1B@main", revision=revision)
+    layout = identify(str(folder)).layout
+    beside = compare(checkpoint, "qwen3_5", "3.5", layout, small_record)
+    told = [(one.field, one.found, one.recorded) for one in beside.differences]
+    assert told == ([("revision", "def", ("abc",))] if differs else [])
+
+
+def test_of_two_records_that_fit_the_one_that_differs_least(
+    small_record: Skus, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    from qcore.identify import identify
+    from qcore.sku_compare import compare
+
+    small = small_record.get("small-1b")
+    values = {**small.facts["values"], "class": replace(small.facts["values"]["class"], value="x")}
+    twin = replace(small, id="Org/Twin-1B", facts={**small.facts, "values": values})
+    found = identify(str(write_sparse(tmp_path / "m", small_config(), small_shapes())))
+    for skus in (Skus(skus=(small, twin)), Skus(skus=(twin, small))):
+        beside = compare(found.checkpoint, "qwen3_5", "3.5", found.layout, skus)
+        assert beside.sku is not None
+        assert beside.sku.id == "Org/Small-1B"
+        assert beside.note == "Org/Twin-1B has the same sizes; Org/Small-1B differs least"
+    other = compare(found.checkpoint, "qwen3_5", "3.6", found.layout, small_record)
+    assert (other.sku, other.note) == (None, "none of generation 3.6 has these sizes")
+
+
 def test_no_record_fits(
     small_record: Skus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -256,8 +256,9 @@ def _tensors(checkpoint: Checkpoint, layout: Layout, sku: Sku) -> Iterator[Diffe
         found = sum(key == "total" or name.startswith(f"{key}.") for name in names)
         if found != fact.value:
             yield _difference(f"tensors.{key}", found, fact)
+    ways = part_layouts(layout)
     for part, fact in sku.facts["layout"].items():
-        way = part_layouts(layout).get(part, "absent")
+        way = ways.get(part, "absent")
         if way != fact.value:
             yield _difference(f"layout.{part}", way, fact)
 
