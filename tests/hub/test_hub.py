@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import struct
 import subprocess
 import sys
 import termios
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.hub_server import HubServer
+from support.hub_server import Client, HubServer
 
 from qcore.errors import InputError
 from qcore.hub import resolve_model
@@ -64,36 +62,10 @@ NEVER = {
 }
 
 
-@dataclass
-class Client:
-    """The real client with its own cache."""
-
-    hub: HubServer
-    home: Path
-
-    def __call__(self, model: str, **env: str) -> dict[str, object]:
-        self.hub.requests.clear()
-        done = subprocess.run(
-            [sys.executable, "-c", CODE, model],
-            env=self.hub.env(self.home, **env),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            cwd=self.home.parent,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == "", "no bar and no warning where there is no terminal"
-        (line,) = done.stdout.splitlines()
-        answer: dict[str, object] = json.loads(line)
-        assert answer.pop("heavy") == []
-        return answer
-
-
 @pytest.fixture
 def ask(hub: HubServer, tmp_path: Path) -> Client:
     (tmp_path / "home").mkdir()
-    return Client(hub, tmp_path / "home")
+    return Client(hub, tmp_path / "home", CODE)
 
 
 def test_a_sharded_model_without_what_is_not_needed(ask: Client) -> None:

@@ -2,7 +2,8 @@
 
 It serves ``/api/models/{id}[/revision/{rev}]``, ``/api/models/{id}/tree/{rev}`` and
 ``/{id}/resolve/{rev}/{file}`` (HEAD, GET, Range; ETag, X-Repo-Commit). Safetensors are "LFS":
-they answer with a redirect and X-Linked-Etag, as on the real hub. Every request is recorded.
+they answer with a redirect and X-Linked-Etag, as on the real hub. Every request is recorded,
+every byte of a body counted. A `Sparse` file has any size and costs no memory.
 
     with HubServer() as hub:
         commit = hub.add("org/tiny", {"config.json": b"{}", "model.safetensors": data})
@@ -15,12 +16,35 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A file of ``size`` bytes that starts with ``head``; the rest is zeros."""
+
+    head: bytes
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self.size)
+        return self.head[start:stop].ljust(stop - start, b"\0")
+
+
+File = bytes | Sparse
 
 
 @dataclass
@@ -37,7 +61,7 @@ class Request:
 class Repo:
     """A model: its commits, the names of some, and who may read it."""
 
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    commits: dict[str, dict[str, File]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     token: str | None = None
     gated: bool = False
@@ -47,7 +71,10 @@ class HubServer:
     """The hub; `requests` is what it was asked, `url` is what HF_ENDPOINT must be.
 
     ``fail_with`` answers everything with that status; ``cut_next`` breaks the connection in
-    the middle of the next LFS file.
+    the middle of the next LFS file; ``ranges`` says what becomes of a Range header: honoured
+    (``yes``), ``ignored``, answered with other bytes than those asked (``shifted``) or of a file
+    of another size (``resized``). LFS files wait ``delay`` seconds. ``sent`` is how many bytes
+    of bodies were handed to the network.
     """
 
     def __init__(self) -> None:
@@ -55,6 +82,10 @@ class HubServer:
         self.requests: list[Request] = []
         self.fail_with: int | None = None
         self.cut_next = False
+        self.ranges = "yes"
+        self.delay = 0.0
+        self.sent = 0
+        self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -71,7 +102,7 @@ class HubServer:
     def add(
         self,
         repo_id: str,
-        files: Mapping[str, bytes] | Path,
+        files: Mapping[str, File] | Path,
         *,
         refs: tuple[str, ...] = ("main",),
         token: str | None = None,
@@ -85,7 +116,7 @@ class HubServer:
         repo.token, repo.gated = token, gated
         digest = hashlib.sha1(repo_id.encode())
         for name, data in sorted(files.items()):
-            digest.update(name.encode() + hashlib.sha256(data).digest())
+            digest.update(name.encode() + _sha256(data).encode())
         commit = digest.hexdigest()
         repo.commits[commit] = dict(files)
         repo.refs.update(dict.fromkeys(refs, commit))
@@ -121,6 +152,35 @@ class HubServer:
         self.close()
 
 
+@dataclass
+class Client:
+    """The real client in a process of its own, with its own cache; ``code`` is what it runs."""
+
+    hub: HubServer
+    home: Path
+    code: str
+
+    def __call__(self, model: str, **env: str) -> dict[str, object]:
+        """The one JSON line that the code prints; nothing else may come on either stream."""
+        self.hub.requests.clear()
+        self.hub.sent = 0
+        done = subprocess.run(
+            [sys.executable, "-c", self.code, model],
+            env=self.hub.env(self.home, **env),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=self.home.parent,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == "", "no bar and no warning where there is no terminal"
+        (line,) = done.stdout.splitlines()
+        answer: dict[str, object] = json.loads(line)
+        assert answer.pop("heavy") == []
+        return answer
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
@@ -142,16 +202,18 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.fail_with is not None:
             return self._send(self.hub.fail_with, b"")
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
-            return self._info(match[1], match[2] or "main")
+            sizes = "blobs" in parse_qs(urlsplit(self.path).query)
+            return self._info(match[1], match[2] or "main", sizes)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/?", path):
             return self._tree(match[1], match[2])
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._resolve(match[1], match[2], match[3])
         if match := re.fullmatch(r"/lfs/([^/]+/[^/]+)/([^/]+)/(.+)", path):
+            time.sleep(self.hub.delay)
             return self._file(self.hub.repos[match[1]].commits[match[2]][match[3]], {})
         return self._error(404, "EntryNotFound")
 
-    def _find(self, repo_id: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+    def _find(self, repo_id: str, revision: str) -> tuple[str, dict[str, File]] | None:
         """The commit, or ``None`` after an error was sent."""
         repo = self.hub.repos.get(repo_id)
         sent = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -166,10 +228,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404, "RevisionNotFound")
         return None
 
-    def _info(self, repo_id: str, revision: str) -> None:
+    def _info(self, repo_id: str, revision: str, sizes: bool) -> None:
         if found := self._find(repo_id, revision):
             commit, files = found
-            siblings = [{"rfilename": name} for name in files]
+            siblings: list[dict[str, object]] = [{"rfilename": name} for name in files]
+            if sizes:
+                for sibling, data in zip(siblings, files.values(), strict=True):
+                    sibling["size"] = len(data)
             self._json({"_id": "0", "id": repo_id, "sha": commit, "siblings": siblings})
 
     def _tree(self, repo_id: str, revision: str) -> None:
@@ -177,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
             tree = []
             for name, data in found[1].items():
                 entry: dict[str, object] = {"type": "file", "path": name, "size": len(data)}
-                entry["oid"] = hashlib.sha1(data).hexdigest()
+                entry["oid"] = _sha1(data)
                 if _lfs(name):
                     entry["lfs"] = {"oid": _sha256(data), "size": len(data), "pointerSize": 134}
                 tree.append(entry)
@@ -192,23 +257,28 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(404, "EntryNotFound", {"X-Repo-Commit": commit})
         data = files[name]
         if not _lfs(name):
-            etag = f'"{hashlib.sha1(data).hexdigest()}"'
+            etag = f'"{_sha1(data)}"'
             return self._file(data, {"ETag": etag, "X-Repo-Commit": commit})
         headers = {
             "X-Repo-Commit": commit,
             "X-Linked-Etag": f'"{_sha256(data)}"',
             "X-Linked-Size": str(len(data)),
-            "Location": f"{self.hub.storage}/lfs/{repo_id}/{commit}/{name}",
+            "Location": f"{self.hub.storage}/lfs/{repo_id}/{commit}/{quote(name)}",
         }
         return self._send(302, b"", headers)
 
-    def _file(self, data: bytes, headers: dict[str, str]) -> None:
-        headers["Accept-Ranges"] = "bytes"
+    def _file(self, data: File, headers: dict[str, str]) -> None:
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if match is None:
+        if match is None or self.hub.ranges == "ignored":
             return self._send(200, data, headers)
-        start, end = int(match[1]), int(match[2] or len(data) - 1)
-        headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+        headers["Accept-Ranges"] = "bytes"
+        start, end = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
+        if start > end:
+            return self._send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+        if self.hub.ranges == "shifted":
+            start, end = start + 1, end + 1
+        size = len(data) + (self.hub.ranges == "resized")
+        headers["Content-Range"] = f"bytes {start}-{end}/{size}"
         return self._send(206, data[start : end + 1], headers)
 
     def _json(self, value: object) -> None:
@@ -217,7 +287,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _error(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
         self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})})
 
-    def _send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+    def _send(self, status: int, data: File, headers: dict[str, str] | None = None) -> None:
         self.record.status = status
         self.send_response(status)
         for name, value in (headers or {}).items():
@@ -230,12 +300,28 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.cut_next = False
             self.close_connection = True
             data = data[: len(data) // 2]
-        self.wfile.write(data)
+        for at in range(0, len(data), _CHUNK):
+            part = data[at : at + _CHUNK]
+            try:
+                self.wfile.write(part)
+            except OSError:  # the client has enough
+                self.close_connection = True
+                return
+            with self.hub.lock:
+                self.hub.sent += len(part)
 
 
 def _lfs(name: str) -> bool:
     return name.endswith((".safetensors", ".bin", ".pt", ".gguf"))
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _sha256(data: File) -> str:
+    return hashlib.sha256(_stand_in(data)).hexdigest()
+
+
+def _sha1(data: File) -> str:
+    return hashlib.sha1(_stand_in(data)).hexdigest()
+
+
+def _stand_in(data: File) -> bytes:
+    return data if isinstance(data, bytes) else data.head + b"%d" % data.size

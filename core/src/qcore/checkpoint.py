@@ -118,6 +118,8 @@ class Checkpoint:
         here = _Folder(folder)
         index = _index(here)
         shards = (SINGLE,) if index is None else tuple(dict.fromkeys(index["weight_map"].values()))
+        for shard in shards:
+            _check_name(folder, shard)
         weights = here if remote is None or here.names() >= {*shards} else remote
         if index is None and SINGLE not in weights.names():
             raise _no_weights(folder, weights)
@@ -203,26 +205,37 @@ def safe_file(folder: Path, name: str) -> Path:
         InputError: ``QC-CKPT-003`` for a separator, a drive, a NUL, a link out of the folder,
             or something that is no regular file.
     """
+    _check_name(folder, name)
     path = folder / name
+    if stat.S_ISREG(_mode(path, links=False)):
+        return path  # no link, so its real path is the folder's
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    # A hub cache keeps snapshots/<commit>/<file> as links into its own blobs/.
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if real.parent not in (home, blobs):
+        raise _unsafe(folder, name)
+    mode = _mode(real)
+    if not mode:
+        raise InputError(
+            "QC-CKPT-006",
+            "is named but is not there",
+            file=path,
+            fix="download the checkpoint again",
+        )
+    if not stat.S_ISREG(mode):
+        raise _unsafe(folder, name)
+    return path
+
+
+def _check_name(folder: Path, name: str) -> None:
+    """Refuse what is not one plain component of a path (``QC-CKPT-003``)."""
     plain = 0 < len(os.fsencode(name)) <= 255 and name not in (".", "..")
-    if plain and not set(name) & set("/\\:\0"):
-        if stat.S_ISREG(_mode(path, links=False)):
-            return path  # no link, so its real path is the folder's
-        real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-        # A hub cache keeps snapshots/<commit>/<file> as links into its own blobs/.
-        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-        inside = real.parent == home or (blobs is not None and real.parent == blobs)
-        mode = _mode(real) if inside else 0
-        if stat.S_ISREG(mode):
-            return path
-        if inside and not mode:
-            raise InputError(
-                "QC-CKPT-006",
-                "is named but is not there",
-                file=path,
-                fix="download the checkpoint again",
-            )
-    raise InputError(
+    if not plain or set(name) & set("/\\:\0"):
+        raise _unsafe(folder, name)
+
+
+def _unsafe(folder: Path, name: str) -> InputError:
+    return InputError(
         "QC-CKPT-003",
         "leaves the model folder",
         file=folder,
