@@ -314,8 +314,9 @@ def test_a_name_never_decides_and_is_told_where_it_disagrees(
     found, recorded = differing(ended)["name"]
     assert "which names Org/Other-2B" in found
     assert recorded == "Org/Small-1B"
-    agreeing = write_sparse(tmp_path / "x-Small-1B-FP8", small_config(), small_shapes())
-    assert differing(inspected(capsys, agreeing)) == {}
+    for name in ("x-Small-1B-FP8", "another-2b", "other-2bit", "base"):
+        folder = write_sparse(tmp_path / name, small_config(), small_shapes())
+        assert differing(inspected(capsys, folder)) == {}, "names no other SKU"
 
 
 def test_a_text_save_is_told_and_no_error(

@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.model_kit import write_sparse
 from support.sku_kit import DERIVED, config_of, derived, folder_of, shapes_of
 
 import qcore
+from qcore.checkpoint import Checkpoint
 from qcore.errors import InputError, PluginError, UsageError
-from qcore.sku_compare import said
+from qcore.locate import survey
+from qcore.sku_compare import part_layouts, said
 from qcore.sku_records import SECTIONS, Mark
 from qcore.skus import GROUP, Skus, load_skus
+from qcore.table import Part, Row, Table, cat, stack
 
 DENSE = ("0.8B", "2B", "4B", "9B", "27B")
 OPEN = (
@@ -428,6 +432,53 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
         load_skus([EntryPoint(name="plug", value="json", group=GROUP)]).get("zzz")
     with pytest.raises(UsageError):
         Skus(skus=()).get("zzz")
+
+
+# -- how experts lie, told from where they were found
+
+STACKS = Part(
+    name="text",
+    owner="test",
+    rows=(
+        Row("m.norm", "hidden", "norm"),
+        Row("m.cube", "experts hidden 2", "norm"),  # of three dimensions, and no stack
+        Row(
+            "m.layers.{layer}.up", "experts 2*hidden hidden", "experts",
+            also=stack("expert", cat("m.layers.{layer}.{expert}.a", "m.layers.{layer}.{expert}.b")),
+        ),
+    ),
+    dims={"hidden": 4, "experts": 3},
+    axes={"layer": (0, 1), "expert": (0, 1, 2)},
+)  # fmt: skip
+DENSE_PART = Part(
+    name="mtp", owner="test", rows=(Row("mtp.w", "hidden", "mtp"),), dims={"hidden": 4},
+    optional=True,
+)  # fmt: skip
+
+
+def layouts_of(folder: Path, *layers: dict[str, tuple[int, ...]], mtp: bool) -> dict[str, str]:
+    shapes = {"m.norm": (4,), "m.cube": (3, 4, 2)} | ({"mtp.w": (4,)} if mtp else {})
+    for layer in layers:
+        shapes |= layer
+    found = Checkpoint.open(write_sparse(folder, {"model_type": "test"}, shapes))
+    layout, problems = survey(Table([STACKS, DENSE_PART]), found)
+    assert problems == []
+    return part_layouts(layout)
+
+
+def test_layouts_are_told_from_the_tensors(tmp_path: Path) -> None:
+    def fused(n: int) -> dict[str, tuple[int, ...]]:
+        return {f"m.layers.{n}.up": (3, 8, 4)}
+
+    def apart(n: int) -> dict[str, tuple[int, ...]]:
+        return {f"m.layers.{n}.{e}.{side}": (4, 4) for e in range(3) for side in "ab"}
+
+    told = layouts_of(tmp_path / "a", fused(0), fused(1), mtp=True)
+    assert told == {"text": "fused", "mtp": "dense"}
+    told = layouts_of(tmp_path / "b", apart(0), apart(1), mtp=False)
+    assert told == {"text": "per expert", "mtp": "absent"}
+    told = layouts_of(tmp_path / "c", fused(0), apart(1), mtp=True)
+    assert told == {"text": "1 fused, 1 per expert", "mtp": "dense"}
 
 
 def test_values_read_as_people_read_them() -> None:
