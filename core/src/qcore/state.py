@@ -181,16 +181,16 @@ class RunFiles:
         before = _flat(read_manifest(path).meta.get("identity", {}))
         present = _flat(self.identity())
         for key in (*present, *(key for key in before if key not in present)):
-            now = present.get(key)
+            now, was = present.get(key), before.get(key)
             # Python takes True and 1 for the same; a template does not.
-            if before.get(key) != now or type(before.get(key)) is not type(now):
+            if was != now or isinstance(was, bool) != isinstance(now, bool):
                 raise InputError(
                     "QC-RESUME-002",
                     "changed since the run was stopped",
                     file=path,
                     field=key,
                     found=now,
-                    expected=before.get(key),
+                    expected=was,
                     fix="restore it, or start a new run with another --output",
                 )
         weights, moments = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
