@@ -27,6 +27,7 @@ from qcore.train import train
 BASE: dict[str, Any] = {
     "max_steps": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
     "learning_rate": 5e-3, "r": 4, "lora_alpha": 8, "dtype": "fp32", "save_steps": 0,
+    "chat_template_kwargs": {"enable_thinking": True},
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -247,6 +248,16 @@ CHANGES: dict[str, tuple[Callable[[Path], object] | None, dict[str, Any], str]] 
     "groups": (None, {"target_groups": ("attn",)}, "settings.target_groups"),
     "dtype": (None, {"dtype": "bf16"}, "settings.dtype"),
     "storage": (None, {"quantization": "none"}, "settings.quantization"),
+    "template variable": (
+        None,
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        "settings.chat_template_kwargs.enable_thinking",
+    ),
+    "template variable gone": (
+        None,
+        {"chat_template_kwargs": {}},
+        "settings.chat_template_kwargs.enable_thinking",
+    ),
 }
 
 
