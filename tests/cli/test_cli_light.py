@@ -133,9 +133,9 @@ OPTIONS: dict[str, list[str]] = {
         "--trust-base",
     ],
     "generate": [
-        "MODEL", "--adapter", "--debug", "--device", "--dtype", "--generation", "--json",
-        "--max-new-tokens", "--prompt", "--quantization", "--seed", "--system", "--temperature",
-        "--trust-base",
+        "MODEL", "--adapter", "--chat-template-kwargs", "--debug", "--device", "--dtype",
+        "--generation", "--json", "--max-new-tokens", "--prompt", "--quantization", "--seed",
+        "--system", "--temperature", "--trust-base",
     ],
     "verify": ["FOLDER", "--debug", "--json"],
     "plugins list": ["--debug", "--json"],

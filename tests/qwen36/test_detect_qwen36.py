@@ -73,6 +73,14 @@ TRAINING_35 = family_template(PYTHON, ALWAYS, training=True)
 EFFORT = family_template(JSON, OPT_IN, extra="{{- reasoning_effort | default('') -}}")
 DEFAULT_ON = family_template(JSON, OPT_OUT)
 OFF_BY_DEFAULT = family_template(JSON, OPT_IN, NO_THINK)
+NO_SWITCH = family_template(JSON, OPT_IN, "ON")
+OTHER_BLOCK = Template(  # preserving keeps an earlier turn's reasoning in another form
+    OWN_36.text.replace(
+        "'<think>\\n' + ns.why", "('<think>\\n' if loop.index0 > ns.last else '<t>') + ns.why"
+    ),
+    "t",
+)
+assert OTHER_BLOCK.text != OWN_36.text
 OTHER_CALLS = Template(OWN_36.text.replace("<function=", "<call="), "t")
 
 UNPROVEN, CONTRADICTED, MISSING = "QC-DETECT-003", "QC-DETECT-004", "QC-DETECT-006"
@@ -101,6 +109,8 @@ CASES: dict[str, tuple[Any, Template | None, list[str], list[str], str, str]] = 
     "3.5 arguments, opt-in": (
         SAYS_NOTHING, family_template(keep=OPT_IN), [], ["scalar"], MISSING, CONTRADICTED),
     "no thinking by default": (SAYS_NOTHING, OFF_BY_DEFAULT, [], [], MISSING, UNPROVEN),
+    "no thinking switch": (SAYS_NOTHING, NO_SWITCH, [], [], MISSING, UNPROVEN),
+    "preserving in another form": (SAYS_NOTHING, OTHER_BLOCK, [], [], MISSING, UNPROVEN),
     "calls in another form": (SAYS_NOTHING, OTHER_CALLS, [], [], MISSING, UNPROVEN),
     "plain ChatML": (SAYS_NOTHING, Template(CHATML, "t"), [], [], UNPROVEN, UNPROVEN),
     "refuses every conversation": (
