@@ -111,7 +111,7 @@ class Generator:
 
     def _variables(
         self, adapter: Adapter | None, given: Mapping[str, Plain], tell: Reporter
-    ) -> Entries:
+    ) -> Entries[Plain]:
         """Template variables: those that the adapter was trained with, under those given."""
         template = self.found.checkpoint.template
         recorded = Entries() if adapter is None else recorded_variables(adapter.meta, adapter.path)
