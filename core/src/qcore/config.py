@@ -144,7 +144,7 @@ def parse_sets(sets: Sequence[str]) -> dict[str, Value]:
     return values
 
 
-def parse_entries(setting: str, items: Sequence[str], *, flag: str) -> Entries:
+def parse_entries(setting: str, items: Sequence[str], *, flag: str) -> Entries[Plain]:
     """Entries of one setting that a flag of its own gives as ``name=value``, as ``--set`` would.
 
     Args:
@@ -155,7 +155,8 @@ def parse_entries(setting: str, items: Sequence[str], *, flag: str) -> Entries:
     Raises:
         UsageError: ``QC-CONFIG-*``.
     """
-    spec, made = SPECS[setting], Entries()
+    spec = SPECS[setting]
+    made: Entries[Plain] = Entries()
     for item in items:
         name, equals, text = item.partition("=")
         name, text = name.strip(), text.strip()
@@ -215,7 +216,7 @@ def _convert(spec: Spec, node: Node, origin: Origin) -> Value:
     return check(spec, _number(spec, node, origin), origin)
 
 
-def _entries(spec: Spec, nodes: Mapping[str, Node], origin: Origin) -> Entries:
+def _entries(spec: Spec, nodes: Mapping[str, Node], origin: Origin) -> Entries[Plain]:
     made: dict[str, Plain] = {}
     for name, node in nodes.items():
         line = None if origin.line is None else node.line

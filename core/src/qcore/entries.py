@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 Plain = bool | int | float | str
+V = TypeVar("V", bound=Plain, covariant=True)
 
 
-class Entries(Mapping[str, Plain]):
+class Entries(Mapping[str, V]):
     """A read-only mapping of names to plain values, in the order given.
 
     Equal to entries of the same names and values in any order. Unlike Python, it keeps
@@ -21,10 +23,10 @@ class Entries(Mapping[str, Plain]):
 
     __slots__ = ("_items",)
 
-    def __init__(self, items: Mapping[str, Plain] | None = None) -> None:
-        self._items = dict(items or {})
+    def __init__(self, items: Mapping[str, V] | None = None) -> None:
+        self._items: dict[str, V] = dict(items or {})
 
-    def __getitem__(self, name: str) -> Plain:
+    def __getitem__(self, name: str) -> V:
         return self._items[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -21,7 +21,7 @@ from typing import Any
 from .entries import Entries, Plain
 from .errors import UsageError
 
-Value = int | float | bool | str | tuple[str, ...] | Entries
+Value = int | float | bool | str | tuple[str, ...] | Entries[Any]
 _Type = type  # `Spec` has a field of that name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -154,10 +154,10 @@ class Settings:
         low=0,
         high=1,
     )
-    group_r: Entries = _s(  # noqa: RUF009
+    group_r: Entries[int] = _s(  # noqa: RUF009
         Entries(), "rank of a LoRA group, in place of r", each=int, key="group", low=1, high=1024
     )
-    group_lora_alpha: Entries = _s(  # noqa: RUF009
+    group_lora_alpha: Entries[float] = _s(  # noqa: RUF009
         Entries(),
         "lora_alpha of a LoRA group, in place of lora_alpha",
         each=float,
@@ -165,7 +165,7 @@ class Settings:
         above=0,
         high=65536,
     )
-    chat_template_kwargs: Entries = _s(  # noqa: RUF009
+    chat_template_kwargs: Entries[Plain] = _s(  # noqa: RUF009
         Entries(),
         "variables that the checkpoint's chat template is rendered with",
         each=object,
@@ -294,7 +294,7 @@ def _names(spec: Spec, values: tuple[Any, ...], origin: Origin) -> tuple[str, ..
     return values
 
 
-def _entries(spec: Spec, values: Mapping[Any, Any], origin: Origin) -> Entries:
+def _entries(spec: Spec, values: Mapping[Any, Any], origin: Origin) -> Entries[Plain]:
     checked: dict[str, Plain] = {}
     for name, value in values.items():
         at = replace(origin, field=f"{origin.field}.{str(name)[:60]}")

@@ -15,7 +15,7 @@ import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..entries import Entries
+from ..entries import Entries, Plain
 from ..errors import InputError, UsageError
 from ..settings import SPECS, Origin, check
 
@@ -77,7 +77,7 @@ def check_variables(template: Template, variables: Mapping[str, Any]) -> None:
             )
 
 
-def recorded_variables(meta: Mapping[str, Any], source: object) -> Entries:
+def recorded_variables(meta: Mapping[str, Any], source: object) -> Entries[Plain]:
     """The variables that an adapter was trained with, from its manifest; none where it has none.
 
     Args:
