@@ -72,13 +72,14 @@ def qcore_step(folder: Path, tokens: int, recompute: bool) -> Callable[[], float
 
     from qcore.identify import identify
     from qcore.load import load
-    from qcore.model import Model, targets
-    from qcore.nn.linear import Lora
+    from qcore.model import Model
+    from qcore.nn.adapted import Lora
     from qcore.nn.protocols import Packed
+    from qcore.targets import targets
 
     found = identify(str(folder))
     architecture = found.decision.architecture
-    lora = targets(architecture, found.layout, (), Lora(r=16, lora_alpha=32))
+    lora = targets(found.layout, (), Lora(r=16, lora_alpha=32))
     config = found.checkpoint.config
     model = Model(architecture, config, found.layout, torch.bfloat16, lora)
     cpu = torch.device("cpu")
@@ -89,8 +90,10 @@ def qcore_step(folder: Path, tokens: int, recompute: bool) -> Callable[[], float
     ids, labels = batch(tokens)
     shifted = torch.cat([labels[1:], labels.new_full((1,), -100)])
 
+    packed = Packed.of([ids], [shifted])
+
     def step() -> float:
-        loss, count = model.loss(Packed.of([ids], [shifted]), save_memory=recompute)
+        loss, count = model.loss(packed, save_memory=recompute), len(packed.supervised())
         loss = loss / count
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in model.trainable()], 1.0)

@@ -23,7 +23,7 @@ def build(context):
 
 @hookimpl
 def qcore_describe():
-    yield Architecture(name="{kind}", model_types=("{kind}",), root="m", groups={{}}, build=build)
+    yield Architecture(name="{kind}", model_types=("{kind}",), root="m", build=build)
     yield Generation(name="1", architectures=("{kind}",))
 
 @hookimpl

@@ -32,7 +32,7 @@ NAME = {name!r}
 def qcore_describe():
     {architecture}
     yield Generation(name=NAME, architectures=("toy",), template_hashes={hashes!r},
-                     template_inputs={inputs!r},)
+                     template_inputs={inputs!r})
 
 @hookimpl
 def qcore_detect(checkpoint):
@@ -58,7 +58,7 @@ def qcore_detect(checkpoint):
             yield Claim(architecture="toy", generation="1" if NAME != "1" else "2")
 """
 ARCHITECTURE = (
-    'yield Architecture(name="toy", model_types=("toy",), root="m", groups={}, build=print)'
+    'yield Architecture(name="toy", model_types=("toy",), root="m", build=print)'
 )
 MODALITY = """
 from qcore import hookimpl

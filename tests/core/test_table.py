@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qcore.errors import InputError, PluginError
-from qcore.table import FP32, NF4, Namespace, Part, Row, Spelling, Table, at, cat, stack
+from qcore.table import FP32, LINEAR, NF4, Namespace, Part, Row, Spelling, Table, at, cat, stack
 
 
 def part(*rows: Row, name: str = "text", **more: object) -> Part:
@@ -110,7 +110,7 @@ def test_what_does_not_tile_is_an_error(way: Spelling, shape: tuple[int, ...], s
 
 
 def test_a_row_expands_over_its_own_axis_in_order():
-    row = Row("m.layers.{linear}.w", "heads*2*size hidden", "attn", NF4, linear=True)
+    row = Row("m.layers.{linear}.w", "heads*2*size hidden", "attn", NF4, kind=LINEAR)
     table = Table(
         [part(row, dims={"heads": 4, "size": 8, "hidden": 3}, axes={"linear": (0, 1, 4)})]
     )

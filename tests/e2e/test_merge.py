@@ -40,10 +40,11 @@ from qcore.checkpoint import Checkpoint
 from qcore.deltas import Deltas
 from qcore.errors import InputError, NumericError, QcoreError, WriteError
 from qcore.locate import locate
-from qcore.merge import _Merger, merge
+from qcore.merge import merge
+from qcore.merge_pass import MergePass
 from qcore.report import Silent
 from qcore.settings import Settings
-from qcore.table import Part, Row, Table, cat
+from qcore.table import LINEAR, Aim, Part, Row, Table, cat
 from qcore.train import train
 
 INDEX = "model.safetensors.index.json"
@@ -432,16 +433,15 @@ def test_a_wrong_sum_is_caught(
 def test_a_sum_that_is_written_elsewhere_is_caught(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = _Merger._take
+    real = MergePass._change
 
-    def rolled(self: Any, header: Any, changed: Any) -> memoryview:
-        view = real(self, header, changed)
-        if not header.name.endswith("layers.1.mlp.up_proj.weight"):
-            return view
-        row = len(view) // header.shape[0]
-        return memoryview(bytes(view[row:]) + bytes(view[:row]))
+    def rolled(self: Any, path: Any, cut: Any) -> Any:
+        changed = real(self, path, cut)
+        if cut.header.name.endswith("layers.1.mlp.up_proj.weight"):
+            changed = changed._replace(weight=changed.weight.roll(-1, 0))
+        return changed
 
-    monkeypatch.setattr(_Merger, "_take", rolled)
+    monkeypatch.setattr(MergePass, "_change", rolled)
     with pytest.raises(NumericError, match="up_proj") as error:
         merge(str(base), adapter, tmp_path / "out")
     refused(error, "QC-MERGE-007", 76)
@@ -465,9 +465,10 @@ def test_a_tensor_in_pieces(tmp_path: Path) -> None:
     names = {f"model.{name}.weight": f"{name}.safetensors" for name in ("gate", "up")}
     (base / INDEX).write_text(json.dumps({"weight_map": names}))
     (base / "config.json").write_text(json.dumps({"model_type": "two_pieces"}))
-    row = Row("model.gate_up.weight", "2*ffn hidden", "mlp", linear=True,
+    row = Row("model.gate_up.weight", "2*ffn hidden", "mlp", kind=LINEAR,
               also=cat("model.gate.weight", "model.up.weight"))  # fmt: skip
-    part = Part(name="text", owner="test", rows=(row,), dims={"ffn": 7, "hidden": 10})
+    part = Part(name="text", owner="test", rows=(row,), dims={"ffn": 7, "hidden": 10},
+                groups={"mlp": Aim.ON})  # fmt: skip
     stem = "base_model.model.model.gate_up"
     save_file(
         {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b},
@@ -479,7 +480,7 @@ def test_a_tensor_in_pieces(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(base)
     layout = locate(Table([part]), checkpoint)
     told = read_adapter(adapter, layout, trust_base=True)
-    merger = _Merger(SimpleNamespace(checkpoint=checkpoint, layout=layout), told)  # type: ignore[arg-type]
+    merger = MergePass(SimpleNamespace(checkpoint=checkpoint, layout=layout), told)  # type: ignore[arg-type]
     found = []
     for shard in ("gate.safetensors", "up.safetensors"):
         data = b"".join(bytes(chunk) for chunk in merger.shard(shard, lambda amount: None))

@@ -29,7 +29,8 @@ from support.e2e_kit import (
 from torch import Tensor, nn
 
 from qcore.model import Model
-from qcore.nn.linear import Linear, Lora
+from qcore.nn.adapted import Lora
+from qcore.nn.linear import Linear
 from qcore.nn.protocols import Packed
 
 LORA = Lora(r=4, lora_alpha=6)
@@ -108,7 +109,8 @@ def check_gradients(model: Model, reference: Any, kind: str, *, recompute: bool)
     targets = wanted(docs)
     expected = stock_loss(reference, docs, targets)
     expected.backward()
-    total, count = model.train().loss(Packed.of(docs, targets), save_memory=recompute)
+    batch = Packed.of(docs, targets)
+    total, count = model.train().loss(batch, save_memory=recompute), len(batch.supervised())
     found = total / count
     found.backward()
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
@@ -180,7 +182,7 @@ def test_step_0_is_the_base_bit_for_bit(
     for model in (adapted, bare):  # also in the path that training takes, dropout drawn
         model.train()
     with torch.no_grad():
-        losses = [model.loss(Packed.of(docs, targets))[0] for model in (adapted, bare)]
+        losses = [model.loss(Packed.of(docs, targets)) for model in (adapted, bare)]
     assert torch.equal(*losses)
     random_b(adapted)
     assert not torch.equal(our_logits(adapted, docs), our_logits(bare, docs))

@@ -34,7 +34,8 @@ from qcore.data.dataset import Dataset, dataset
 from qcore.errors import NumericError, QcoreError, UsageError
 from qcore.identify import identify
 from qcore.loop import Loop, pack
-from qcore.nn.linear import Linear, Lora
+from qcore.nn.adapted import Lora
+from qcore.nn.linear import Linear
 from qcore.settings import Settings
 from qcore.train import TrainReport, train
 
@@ -260,7 +261,7 @@ def test_evaluation_is_the_mean_over_held_out_tokens(small: Path, rows: Path) ->
         eval=held,
     )
     with torch.no_grad():
-        total = sum(float(loop.model.eval().loss(pack([example]))[0]) for example in held)
+        total = sum(float(loop.model.eval().loss(pack([example]))) for example in held)
     assert loop.evaluate() == pytest.approx(total / sum(e.supervised for e in held), rel=1e-6)
 
 

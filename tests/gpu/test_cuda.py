@@ -17,8 +17,8 @@ from qcore.generate import Generator
 from qcore.identify import identify
 from qcore.load import load
 from qcore.merge import merge
-from qcore.model import Model, targets
-from qcore.nn.linear import Lora
+from qcore.model import Model
+from qcore.nn.adapted import Lora
 from qcore.nn.nf4 import NF4
 from qcore.nn.protocols import Packed
 from qcore.settings import Settings
@@ -44,7 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _model(folder: Path, device: str, dtype: str = "fp32", *, quantize: bool = False) -> Model:
     found = identify(str(folder))
     architecture = found.decision.architecture
-    chosen = targets(architecture, found.layout, (), Lora(r=4, lora_alpha=8))
+    chosen = targets(found.layout, (), Lora(r=4, lora_alpha=8))
     model = Model(architecture, found.checkpoint.config, found.layout, DTYPES[dtype], chosen)
     load(model, found.layout, found.checkpoint, device=torch.device(device), quantize=quantize)
     generator = torch.Generator().manual_seed(3)
@@ -63,7 +63,7 @@ def _batch(lengths: tuple[int, ...] = (1, 63, 130, 65)) -> Packed:
 
 
 def _gradients(model: Model, batch: Packed) -> dict[str, torch.Tensor]:
-    loss, count = model.loss(batch, save_memory=True)
+    loss, count = model.loss(batch, save_memory=True), len(batch.supervised())
     torch.autograd.backward(loss / count)
     return {name: p.grad.float().cpu() for name, p in model.trainable() if p.grad is not None}
 

@@ -34,9 +34,10 @@ from transformers import (
 from qcore.data.mask import load_tokenizer
 from qcore.identify import identify
 from qcore.load import load
-from qcore.model import Model, targets
-from qcore.nn.linear import Lora
+from qcore.model import Model
+from qcore.nn.adapted import Lora
 from qcore.nn.protocols import Packed
+from qcore.targets import targets
 from qcore_qwen35.tiny import tiny_config, write
 
 CPU = torch.device("cpu")
@@ -144,7 +145,7 @@ def ours(
     """Our model from the folder; with `lora`, A as training starts it and B zero."""
     found = identify(str(folder))
     architecture = found.decision.architecture
-    chosen = targets(architecture, found.layout, groups, lora) if lora else {}
+    chosen = targets(found.layout, groups, lora) if lora else {}
     model = Model(architecture, found.checkpoint.config, found.layout, dtype, chosen)
     load(model, found.layout, found.checkpoint, device=CPU, quantize=quantize)
     for name, module in model.adapters():

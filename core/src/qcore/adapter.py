@@ -5,20 +5,23 @@ class) and what ``adapter_config.json`` says of an adapter that qcore trained. `
 meets a folder with a base; `state` writes the tensors and `merge` reads them. It needs no
 torch.
 
-Names: ``base_model.model.<module path in the class>.lora_{A,B}.weight``.
+Names: ``base_model.model.<module path in the class>.lora_{A,B}.weight``. A row's kind decides
+the rest: which module that is, the shapes, and whether the config lists it among
+``target_modules`` or ``target_parameters`` (PEFT 0.21, ``tuners/lora/layer.py``,
+``ParamWrapper``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .checkpoint import Header
 from .errors import InputError, UsageError
 from .locate import Layout
-from .table import Namespace, Tensor
+from .table import Kind, Namespace, Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -27,7 +30,15 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """The two matrices that change one weight: ``W + scaling * B A``."""
+    """The two matrices that change one weight: ``W + scaling * B A``; of a stack, each slice.
+
+    Attributes:
+        tensor: the weight.
+        a: ``[r, in]``; of experts ``[E r, in]``, row ``e r + k`` is expert e's.
+        b: ``[out, r]``; of experts ``[out, r E]``, column ``k E + e`` is expert e's.
+        r: rank, of experts each one's.
+        scaling: factor of the product.
+    """
 
     tensor: Tensor
     a: Header
@@ -61,9 +72,40 @@ class Adapter:
         return found if isinstance(found, dict) else {}
 
 
-def peft_name(tensor: Tensor, namespace: Namespace, side: str) -> str:
-    """The adapter's name of side ``A`` or ``B`` of a weight."""
-    return f"{_PREFIX}{namespace.spell(tensor.name).removesuffix('.weight')}.lora_{side}.weight"
+def stems(tensors: Iterable[Tensor], namespace: Namespace) -> dict[str, str]:
+    """The adapter's name of each weight, by canonical name, less ``.lora_{A,B}.weight``.
+
+    Experts' matrices hang on the module that holds the stacks. Where several stacks of one
+    module are adapted, PEFT wraps it once for each, in the order of its parameters: the first
+    is the innermost, each further one puts a ``base_layer`` in the others' names.
+    """
+    found: dict[str, str] = {}
+    stacks: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        name = namespace.spell(tensor.name)
+        if tensor.row.kind is Kind.EXPERTS:
+            stacks.setdefault(name.rpartition(".")[0], []).append(tensor)
+        else:
+            found[tensor.name] = _PREFIX + name.removesuffix(".weight")
+    for module, mine in stacks.items():
+        for depth, tensor in enumerate(reversed(mine)):
+            found[tensor.name] = _PREFIX + module + ".base_layer" * depth
+    return found
+
+
+def peft_shapes(tensor: Tensor, r: int) -> dict[str, tuple[int, int]]:
+    """Shapes of sides ``A`` and ``B``; of experts, r is each one's."""
+    if tensor.row.kind is Kind.EXPERTS:
+        experts, out, into = tensor.shape
+        return {"A": (experts * r, into), "B": (out, r * experts)}
+    out, into = tensor.shape
+    return {"A": (r, into), "B": (out, r)}
+
+
+def target_name(tensor: Tensor, namespace: Namespace) -> str:
+    """What PEFT's config calls it: the module of a linear map, else the parameter."""
+    name = namespace.spell(tensor.name)
+    return name.removesuffix(".weight") if tensor.row.kind is Kind.LINEAR else name
 
 
 def choose_class(layout: Layout, part: str, classes: Sequence[str], asked: str) -> Namespace:
@@ -103,7 +145,7 @@ def choose_class(layout: Layout, part: str, classes: Sequence[str], asked: str) 
 
 
 def peft_config(
-    tensors: Sequence[Tensor],
+    chosen: Mapping[str, Numbers],
     layout: Layout,
     *,
     r: int,
@@ -113,23 +155,23 @@ def peft_config(
     revision: str | None,
     namespace: Namespace,
 ) -> dict[str, Any]:
-    """``adapter_config.json`` for an adapter on `tensors`, as PEFT 0.21 reads it."""
-    modules = {namespace.spell(tensor.name).removesuffix(".weight") for tensor in tensors}
-    suffixes = sorted({name.rpartition(".")[2] for name in modules})
-    hit = {
-        module
-        for tensor in layout.table
-        if tensor.row.linear and tensor.part.loaded
-        for module in [namespace.spell(tensor.name).removesuffix(".weight")]
-        if module.rpartition(".")[2] in suffixes
-    }
-    hit |= {
-        header.name
-        for header in layout.carried
-        if header.name.removesuffix(".weight").rpartition(".")[2] in suffixes
-    }
-    # Short names where they mean the same modules; else every module by its whole name.
-    names = suffixes if hit == modules else sorted(modules)
+    """``adapter_config.json`` for an adapter, as PEFT 0.21 reads it.
+
+    Args:
+        chosen: the numbers of each adapted weight, by canonical name.
+        layout: the base.
+        r: rank of the weights that have none of their own.
+        lora_alpha: alpha of the weights that have none of their own.
+        lora_dropout: of all.
+        base: what the user named.
+        revision: its commit on the hub.
+        namespace: the class that the adapter is written for.
+    """
+    tensors = [layout.table[name] for name in chosen]
+    modules = [tensor for tensor in tensors if tensor.row.kind is Kind.LINEAR]
+    parameters = [tensor for tensor in tensors if tensor.row.kind is not Kind.LINEAR]
+    ranks = {tensor.name: chosen[tensor.name].r for tensor in tensors}
+    alphas = {tensor.name: chosen[tensor.name].lora_alpha for tensor in tensors}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -145,7 +187,54 @@ def peft_config(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": names,
+        "rank_pattern": _pattern(tensors, namespace, ranks, r),
+        "alpha_pattern": _pattern(tensors, namespace, alphas, lora_alpha),
+        "target_modules": _module_names(modules, layout, namespace),
+        "target_parameters": sorted({_short(tensor, namespace) for tensor in parameters}) or None,
     }
+
+
+class Numbers(Protocol):
+    """What a config says of one adapted weight."""
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        ...
+
+    @property
+    def lora_alpha(self) -> float:
+        """Alpha."""
+        ...
+
+
+def _module_names(modules: list[Tensor], layout: Layout, namespace: Namespace) -> list[str]:
+    """Short names where they mean the same modules; else every module by its whole name."""
+    wanted = {target_name(tensor, namespace) for tensor in modules}
+    suffixes = sorted({name.rpartition(".")[2] for name in wanted})
+    hit = {
+        name
+        for tensor in layout.table
+        if tensor.row.kind is Kind.LINEAR and tensor.part.loaded
+        for name in [target_name(tensor, namespace)]
+        if name.rpartition(".")[2] in suffixes
+    }
+    hit |= {
+        header.name
+        for header in layout.carried
+        if header.name.removesuffix(".weight").rpartition(".")[2] in suffixes
+    }
+    return suffixes if hit == wanted else sorted(wanted)
+
+
+def _short(tensor: Tensor, namespace: Namespace) -> str:
+    """A target's name below its layer, which all layers share: ``mlp.experts.down_proj``."""
+    words = target_name(tensor, namespace).split(".")
+    index = max((n for n, word in enumerate(words) if word.isdigit()), default=-1)
+    return ".".join(words[index + 1 :])
+
+
+def _pattern(
+    tensors: list[Tensor], namespace: Namespace, values: Mapping[str, float], default: float
+) -> dict[str, float]:
+    return {_short(t, namespace): values[t.name] for t in tensors if values[t.name] != default}

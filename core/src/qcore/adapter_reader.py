@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapter import CONFIG, WEIGHTS, Adapter, Pair, peft_name
+from .adapter import CONFIG, WEIGHTS, Adapter, Pair, peft_shapes, stems, target_name
 from .artifact import MANIFEST, read_manifest, verify
 from .checkpoint import Header, read_headers, read_json, safe_file
 from .errors import InputError, QcoreError, TrustError, one_of_each, raise_all
 from .locate import Layout
 from .records import AdapterClaim
-from .table import Namespace, Tensor
+from .table import Kind, Namespace, Tensor
 
 #: Fields that describe and do not act; any value is accepted.
 _DESCRIPTIVE = frozenset(
@@ -53,6 +53,7 @@ _ACTIVE = frozenset(
         "rank_pattern",
         "alpha_pattern",
         "target_modules",
+        "target_parameters",
         "exclude_modules",
         "layers_to_transform",
         "layers_pattern",
@@ -143,7 +144,8 @@ def _translated(
                 expected="a weight of this base, side A or B",
                 fix="report this to the plugin's author",
             )
-        translated[peft_name(tensor, tensor.part.namespaces[0], side)] = translated.pop(name)
+        stem = stems([tensor], tensor.part.namespaces[0])[weight]
+        translated[f"{stem}.lora_{side}.weight"] = translated.pop(name)
     return translated
 
 
@@ -203,6 +205,9 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
             for key, n in pattern.items()
         ):
             problems.append(problem(field, "is not supported", "module names and numbers"))
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(n, str) for n in parameters):
+        problems.append(problem("target_parameters", "is no list of names", "parameter names"))
     if not all(type(layer) is int for layer in _layers(config)):
         problems.append(problem("layers_to_transform", "is not supported", "a list of numbers"))
     for field, value in config.items():
@@ -225,7 +230,7 @@ def _layers(config: Mapping[str, Any]) -> list[Any]:
 
 
 class _Reader:
-    """One adapter's tensors met with the linear rows of a layout."""
+    """One adapter's tensors met with the maps of a layout."""
 
     def __init__(
         self, path: Path, config: Mapping[str, Any], headers: dict[str, Header], layout: Layout
@@ -234,18 +239,39 @@ class _Reader:
         self.config = config
         self.headers = headers
         self.problems: list[QcoreError] = []
-        self.linear = {t.name: t for t in layout.table if t.row.linear and t.part.loaded}
+        self.maps = [t for t in layout.table if t.row.kind is not None and t.part.loaded]
         # Equal fits are told apart by class: which prefix it is never changes what is merged.
         names = {n.name: n for part in layout.table.parts for n in part.namespaces}
         self.namespace = max(names.values(), key=self._fits)
+        self.stems = self._stems(self.namespace)
+
+    def _stems(self, namespace: Namespace) -> dict[str, str]:
+        """The names that weights have under this config.
+
+        A stack's depends on which others of its module are adapted, so one that the config
+        does not declare has none.
+        """
+        declared = self.config.get("target_parameters")
+        return stems(
+            (
+                tensor
+                for tensor in self.maps
+                if tensor.row.kind is not Kind.EXPERTS
+                or _named(target_name(tensor, namespace), declared)
+            ),
+            namespace,
+        )
 
     def _fits(self, namespace: Namespace) -> int:
-        return sum(peft_name(t, namespace, "A") in self.headers for t in self.linear.values())
+        known = self._stems(namespace).values()
+        return sum(f"{stem}.lora_A.weight" in self.headers for stem in known)
 
     def pairs(self) -> dict[str, Pair]:
         pairs, used = {}, set()
-        for tensor in self.linear.values():
-            names = {side: peft_name(tensor, self.namespace, side) for side in "AB"}
+        for tensor in self.maps:
+            if tensor.name not in self.stems:
+                continue
+            names = {side: f"{self.stems[tensor.name]}.lora_{side}.weight" for side in "AB"}
             here = [name for name in names.values() if name in self.headers]
             if len(here) == 1:
                 lost = next(name for name in names.values() if name not in here)
@@ -261,15 +287,23 @@ class _Reader:
                 name,
                 fix="name the base that the adapter was trained on",
             )
-        self._check_targets(pairs)
+        for field in ("target_modules", "target_parameters"):
+            self._check_targets(field, pairs)
+        if not (pairs or self.problems):
+            self._problem(
+                "QC-ADAPTER-006",
+                "has no tensor for this base",
+                "target_modules",
+                fix="name the base that the adapter was trained on",
+            )
         return pairs
 
     def _pair(self, tensor: Tensor, a: Header, b: Header) -> Pair:
         module = self._module(tensor)
         r = int(self._pattern("rank_pattern", module, self.config["r"]))
         alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
-        out, into = tensor.shape
-        for header, shape in ((a, (r, into)), (b, (out, r))):
+        shapes = peft_shapes(tensor, r)
+        for header, shape in ((a, shapes["A"]), (b, shapes["B"])):
             if header.shape != shape:
                 self._problem(
                     "QC-ADAPTER-007",
@@ -297,50 +331,44 @@ class _Reader:
                 return float(value)
         return default
 
-    def _check_targets(self, pairs: Mapping[str, Pair]) -> None:
-        """Every module that the config declares has its two tensors."""
-        declared = self.config.get("target_modules")
-        if not isinstance(declared, list):
-            if not pairs:
-                self._problem(
-                    "QC-ADAPTER-006",
-                    "has no tensor for this base",
-                    "target_modules",
-                    fix="name the base that the adapter was trained on",
-                )
-            return
+    def _check_targets(self, field: str, pairs: Mapping[str, Pair]) -> None:
+        """Every target that the config declares has its two tensors, and no other has."""
+        declared = self.config.get(field)
+        linear = field == "target_modules"
+        if linear and not isinstance(declared, list) and declared is not None:
+            return  # an expression: it is a stranger's code and not evaluated
+        declared = declared or []
         excluded, layers = self.config.get("exclude_modules") or [], _layers(self.config)
-        modules = {self._module(tensor): tensor for tensor in self.linear.values()}
-        for module, tensor in modules.items():
+        mine = [tensor for tensor in self.maps if (tensor.row.kind is Kind.LINEAR) == linear]
+        for tensor in mine:
             # What an expression excludes is not evaluated: it is a stranger's code.
-            wanted = _named(module, declared) and isinstance(excluded, list)
-            wanted = wanted and not _named(module, excluded)
+            wanted = _named(self._module(tensor), declared) and isinstance(excluded, list)
+            wanted = wanted and not _named(self._module(tensor), excluded)
             if wanted and (not layers or tensor.index in layers) and tensor.name not in pairs:
                 self._problem(
                     "QC-ADAPTER-006",
                     "is a declared target without tensors",
-                    module,
+                    self._module(tensor),
                     fix="train or export again",
                 )
-        for pair in pairs.values():
-            if not _named(self._module(pair.tensor), declared):
+            if tensor.name in pairs and not _named(self._module(tensor), declared):
                 self._problem(
                     "QC-ADAPTER-006",
                     "has tensors and is no declared target",
-                    self._module(pair.tensor),
-                    fix="declare it in target_modules, or export again",
+                    self._module(tensor),
+                    fix=f"declare it in {field}, or export again",
                 )
         for name in declared:
-            if not any(_named(module, [name]) for module in modules):
+            if not any(_named(self._module(tensor), [name]) for tensor in mine):
                 self._problem(
                     "QC-ADAPTER-006",
                     "is a declared target that hits nothing",
-                    f"target_modules: {name}",
+                    f"{field}: {name}",
                     fix="name the base that the adapter was trained on",
                 )
 
     def _module(self, tensor: Tensor) -> str:
-        return self.namespace.spell(tensor.name).removesuffix(".weight")
+        return target_name(tensor, self.namespace)
 
     def _problem(
         self, code: str, what: str, field: str, *, fix: str,

@@ -16,6 +16,7 @@ from torch import Tensor
 from .adapter import WEIGHTS, Adapter
 from .errors import NumericError
 from .load import DTYPES, as_bytes, read_exact
+from .table import Region
 
 BLOCK = 2**18  #: elements of a weight that are in float64 at a time: they stay in the cache
 
@@ -69,19 +70,39 @@ class Deltas:
                 self._values[name] = (sides[0], sides[1])
 
     def sides(self, name: str) -> tuple[Tensor, Tensor]:
-        """``A [r, in]`` and ``B [out, r]`` of a weight, float32."""
+        """A and B of a weight in PEFT's layout, float32."""
         return self._values[name]
 
-    def add(self, name: str, weight: Tensor, rows: slice) -> Iterator[tuple[slice, Tensor]]:
-        """``weight + scaling * B[rows] A`` in float64, for rows ``weight [n, in]``.
+    def add(self, name: str, weight: Tensor, region: Region) -> Iterator[tuple[Tensor, Tensor]]:
+        """``weight + scaling * B A`` in float64, where `weight` is ``tensor[region]``.
+
+        Args:
+            name: canonical name of the tensor.
+            weight: contiguous, of the region's values in any shape.
+            region: of the canonical tensor.
 
         Yields:
-            A block's place in `weight`, and its sum; the block may be written meanwhile.
+            A view of some rows of `weight`, and their sum; the view may be written meanwhile.
         """
-        a, b = (side.double() for side in self._values[name])
-        b = b[rows]
-        step = max(1, BLOCK // weight.shape[1])
-        for at in range(0, len(weight), step):
-            block = slice(at, min(at + step, len(weight)))
-            old = weight[block].double()
-            yield block, torch.addmm(old, b[block], a, alpha=self.pairs[name].scaling)
+        *stack, rows, columns = region
+        weight = weight.view([part.stop - part.start for part in region])
+        slices = range(stack[0].start, stack[0].stop) if stack else [None]
+        for values, number in zip(weight if stack else [weight], slices, strict=True):
+            a, b = self._slice(name, number)
+            a, b = a[:, columns].double(), b[rows].double()
+            step = max(1, BLOCK // values.shape[1])
+            for at in range(0, len(values), step):
+                view = values[at : at + step]
+                total = torch.addmm(
+                    view.double(), b[at : at + step], a, alpha=self.pairs[name].scaling
+                )
+                yield view, total
+
+    def _slice(self, name: str, number: int | None) -> tuple[Tensor, Tensor]:
+        """``A [r, in]`` and ``B [out, r]`` of a weight, or of one expert of a stack."""
+        a, b = self._values[name]
+        if number is None:
+            return a, b
+        pair = self.pairs[name]
+        experts = pair.tensor.shape[0]
+        return a[number * pair.r : (number + 1) * pair.r], b[:, number::experts]

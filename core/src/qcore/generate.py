@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .adapter import Adapter
 from .adapter_reader import read_adapter
@@ -29,7 +29,7 @@ from .fingerprint import fingerprints
 from .identify import Identified, identify
 from .load import load
 from .model import Model
-from .nn.linear import Lora
+from .nn.adapted import Lora
 from .nn.protocols import Packed
 from .preflight import preflight
 from .report import Reporter, Silent
@@ -151,8 +151,7 @@ class Generator:
         deltas = Deltas(adapter)
         for name, module in self.model.adapters():
             a, b = deltas.sides(name)
-            module.lora_A = nn.Parameter(a.to(self.device), requires_grad=False)
-            module.lora_B = nn.Parameter(b.to(self.device), requires_grad=False)
+            module.set_lora(a.to(self.device), b.to(self.device))
 
     def prompt(
         self,

@@ -1,12 +1,12 @@
 """Layout -> parameters: tensors streamed from disk, quantised on arrival.
 
-This file decides the order of reading (that of the files, so nothing is read twice), the
-dtype in which each tensor is held, and that what arrives is finite. At most two tensors are in
-memory beside the model: the one that is placed and the next, which is read and hashed
-meanwhile. The digests of the bytes are made on the way: they are the
-fingerprint of the base that an adapter is bound to.
+This file decides the order of reading (that of the files, so nothing is read twice), how much
+of a tensor is in memory (all of it, of a stack of experts a few), the dtype in which each is
+held, and that what arrives is finite. Beside the model there are at most two such slabs: the
+one that is placed and the next, which is read and hashed meanwhile. The digests of the values
+are made on the way: they are the fingerprint of the base that an adapter is bound to.
 
-dtype held: linear maps, embedding and head in the run's dtype; ``Store.FP32`` rows always in
+dtype held: maps, embedding and head in the run's dtype; ``Store.FP32`` rows always in
 float32; everything else in the dtype of the file, and blocks cast where they compute.
 """
 
@@ -15,21 +15,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, Header
+from .digests import TensorDigest
 from .errors import InputError, NumericError
-from .locate import Layout, Located
+from .locate import Layout, Located, Place
 from .model import Model
-from .nn.linear import Linear
-from .table import Store
+from .nn.fp8 import dequantize
+from .table import Kind, Region, Store
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
+#: Read only together with block scales.
+_FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+SLAB = 2**28  #: bytes of a stack of experts that are in memory at a time
 
 Progress = Callable[[int], None]  #: called with the bytes read since the last call
 
@@ -54,13 +59,21 @@ def read_exact(file: IO[bytes], view: memoryview, header: Header) -> None:
         )
 
 
-def digest(tensor: Tensor) -> str:
-    """SHA-256 of a CPU tensor's bytes."""
-    return hashlib.sha256(as_bytes(tensor)).hexdigest()
+def slabs(item: Located) -> Iterator[slice]:
+    """The ranges of dim 0 in which a tensor is read: a few experts of a stack, else all."""
+    count = item.tensor.shape[0]
+    step = count
+    if item.tensor.row.kind is Kind.EXPERTS:
+        each = item.tensor.numel // count * DTYPES.get(item.dtype, torch.float32).itemsize
+        step = max(1, SLAB // each)
+    for at in range(0, count, step):
+        yield slice(at, min(at + step, count))
 
 
-def read_tensor(checkpoint: Checkpoint, item: Located) -> Tensor:
-    """A canonical tensor on the CPU in its dtype on disk.
+def read_tensor(checkpoint: Checkpoint, item: Located, rows: slice | None = None) -> Tensor:
+    """A canonical tensor, or ``[rows]`` of it (dim 0), on the CPU in its dtype on disk.
+
+    What lies in FP8 with block scales comes in bfloat16.
 
     Raises:
         InputError: ``QC-LOAD-001`` for a dtype that needs a codec which is not there.
@@ -77,16 +90,63 @@ def read_tensor(checkpoint: Checkpoint, item: Located) -> Tensor:
             expected=", ".join(DTYPES),
             fix="use the bf16 revision of this checkpoint",
         )
-    whole = torch.empty(item.tensor.shape, dtype=dtype)
+    shape = item.tensor.shape
+    rows = rows or slice(0, shape[0])
+    whole = torch.empty((rows.stop - rows.start, *shape[1:]), dtype=dtype)
     for place in item.places:
-        header = place.header
-        piece = torch.empty(header.shape, dtype=dtype) if len(item.places) > 1 else whole
-        with checkpoint.file(header.file).open("rb") as file:
-            file.seek(header.start)
-            read_exact(file, as_bytes(piece), header)
-        if piece is not whole:
-            whole[place.region] = piece.view(whole[place.region].shape)
+        lies = place.region[0]
+        start, stop = max(lies.start, rows.start), min(lies.stop, rows.stop)
+        if start >= stop:
+            continue
+        region = (slice(start - rows.start, stop - rows.start), *place.region[1:])
+        _read_piece(checkpoint, place, slice(start - lies.start, stop - lies.start), whole[region])
     return whole
+
+
+def _read_piece(checkpoint: Checkpoint, place: Place, rows: slice, into: Tensor) -> None:
+    """Rows of one tensor on disk, counted in its region, into their place in memory."""
+    header = place.header
+    count = place.region[0].stop - place.region[0].start
+    if place.scale is not None:
+        weight = read_header(checkpoint, header, _FP8[header.dtype])
+        scale = read_header(checkpoint, place.scale, DTYPES[place.scale.dtype])
+        assert place.block is not None
+        value = dequantize(weight, scale, place.block, into.dtype)
+        into.copy_(value.view(count, *into.shape[1:])[rows])
+        return
+    each = (header.end - header.start) // count
+    value = into if into.is_contiguous() else torch.empty(into.shape, dtype=into.dtype)
+    with checkpoint.file(header.file).open("rb") as file:
+        file.seek(header.start + rows.start * each)
+        read_exact(file, as_bytes(value), header)
+    if value is not into:
+        into.copy_(value)
+
+
+def read_header(checkpoint: Checkpoint, header: Header, dtype: torch.dtype) -> Tensor:
+    """One tensor on disk as it lies there."""
+    value = torch.empty(header.shape, dtype=dtype)
+    with checkpoint.file(header.file).open("rb") as file:
+        file.seek(header.start)
+        read_exact(file, as_bytes(value), header)
+    return value
+
+
+def hash_units(digest: TensorDigest, region: Region, value: Tensor) -> Iterator[tuple[int, bytes]]:
+    """Digests of the units of a tensor that lie within ``value = tensor[region]``."""
+    value = value.view([part.stop - part.start for part in region])
+    for number, unit in digest.inside(region):
+        yield number, hashlib.sha256(as_bytes(value[unit].contiguous())).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Slab:
+    """``tensor[rows]`` of a located tensor, and the tensor's digest with its last slab."""
+
+    item: Located
+    rows: slice
+    value: Tensor
+    digest: str | None
 
 
 def load(
@@ -110,8 +170,10 @@ def load(
     ]
     wanted.sort(key=lambda item: (item.places[0].header.file, item.places[0].header.start))
     digests: dict[str, str] = {}
-    for item, (value, found) in zip(wanted, _read_ahead(checkpoint, wanted)):
-        digests[item.tensor.name] = found
+    for slab in _read_ahead(checkpoint, wanted):
+        name, value = slab.item.tensor.name, slab.value
+        if slab.digest is not None:
+            digests[name] = slab.digest
         if progress is not None:
             progress(value.nbytes)
         value = value.to(device)
@@ -120,11 +182,11 @@ def load(
                 "QC-LOAD-003",
                 "holds a value that is not finite",
                 file=checkpoint.path,
-                field=item.tensor.name,
+                field=name,
                 fix="download the checkpoint again",
             )
-        if item.tensor.name not in layout.ties:
-            place(model, modules, item, value, quantize=quantize)
+        if name not in layout.ties:
+            place(model, modules, slab.item, slab.rows, value, quantize=quantize)
     for name, tie in layout.ties.items():
         if digests.get(name) != digests.get(tie):
             raise InputError(
@@ -142,35 +204,41 @@ def _finite(value: Tensor) -> bool:
     return all(bool(block.isfinite().all()) for block in torch.split(value.flatten(), 2**24))
 
 
-def _read_ahead(checkpoint: Checkpoint, items: list[Located]) -> Iterator[tuple[Tensor, str]]:
-    """Read and hash the next tensor while the current one is quantised."""
+def _read_ahead(checkpoint: Checkpoint, items: list[Located]) -> Iterator[_Slab]:
+    """Read and hash the next slab while the current one is quantised."""
 
-    def read(item: Located) -> tuple[Tensor, str]:
-        value = read_tensor(checkpoint, item)
-        return value, digest(value)
+    def read() -> Iterator[_Slab]:
+        for item in items:
+            digest = TensorDigest(item.tensor)
+            for rows in slabs(item):
+                value = read_tensor(checkpoint, item, rows)
+                region = (rows, *(slice(0, n) for n in item.tensor.shape[1:]))
+                for number, sha256 in hash_units(digest, region, value):
+                    digest.put(number, sha256)
+                yield _Slab(item, rows, value, digest.hex)
 
+    coming = read()
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(read, items[0])
-        for following in items[1:]:
-            current = ahead.result()
-            ahead = pool.submit(read, following)
+        ahead = pool.submit(next, coming, None)
+        while (current := ahead.result()) is not None:
+            ahead = pool.submit(next, coming, None)
             yield current
-        yield ahead.result()
 
 
 def place(
     model: Model,
     modules: Mapping[str, nn.Module],
     item: Located,
+    rows: slice,
     value: Tensor,
     *,
     quantize: bool,
 ) -> None:
-    """Give a loaded tensor to the module that holds it, in the dtype that its row asks for."""
+    """Give what was loaded to the module that holds it, in the dtype that its row asks for."""
     name, row = item.tensor.name, item.tensor.row
-    module = modules.get(name.removesuffix(".weight"))
-    if isinstance(module, Linear):
-        module.hold(value, quantize=quantize and row.store is Store.NF4, dtype=model.dtype)
+    holder = model.holders.get(name)
+    if holder is not None:
+        holder.hold(rows, value, quantize=quantize and row.store is Store.NF4, dtype=model.dtype)
         return
     parent, _, leaf = name.rpartition(".")
     if row.store is Store.FP32 or model.dtype == torch.float32:

@@ -27,10 +27,19 @@ _SUGGESTED = 3
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One tensor on disk and the region of the canonical tensor that it is."""
+    """One tensor on disk and the region of the canonical tensor that it is.
+
+    Attributes:
+        header: the tensor on disk.
+        region: ``canonical[region]``.
+        scale: its block scales, when it lies in FP8.
+        block: rows and columns that share a scale.
+    """
 
     header: Header
     region: Region
+    scale: Header | None = None
+    block: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +58,8 @@ class Located:
 
     @property
     def dtype(self) -> str:
-        """Safetensors name of the dtype on disk."""
-        return self.places[0].header.dtype
+        """Safetensors name of the dtype that its values have; of block FP8, once decoded."""
+        return "BF16" if self.places[0].scale is not None else self.places[0].header.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +74,7 @@ class Layout:
         absent: optional parts of which the checkpoint has no tensor.
         carried: tensors that no part owns and that are carried untouched, with their subtree.
         ties: tied tensors that are on disk all the same; loading proves them equal.
+        scales: block scales on disk, with the tensor on disk that each belongs to.
     """
 
     table: Table
@@ -74,6 +84,7 @@ class Layout:
     absent: tuple[str, ...] = ()
     carried: Mapping[Header, str] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
+    scales: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -100,7 +111,8 @@ def survey(table: Table, checkpoint: Checkpoint) -> tuple[Layout, list[QcoreErro
 
     The problems are ``QC-KEY-001`` a missing tensor, ``-002`` an extra one, ``-003`` a wrong
     shape, ``-004`` pieces of a stack missing, ``-005`` an optional part that is partly there,
-    ``-006`` pieces of unlike dtypes; each an `InputError`.
+    ``-006`` pieces of unlike dtypes, ``-007`` FP8 without block scales that fit; each an
+    `InputError`.
     """
     finder = _Finder(table, checkpoint)
     for part in table.parts:
@@ -114,6 +126,7 @@ def survey(table: Table, checkpoint: Checkpoint) -> tuple[Layout, list[QcoreErro
         absent=tuple(finder.absent),
         carried=carried,
         ties=finder.ties,
+        scales=finder.scales,
     )
     return layout, finder.problems
 
@@ -165,6 +178,8 @@ class _Finder:
         self.namespaces: dict[str, Namespace] = {}
         self.absent: list[str] = []
         self.ties: dict[str, str] = {}
+        self.scales: dict[str, str] = {}
+        self.block = _block(checkpoint.config)
         self.problems: list[QcoreError] = []
         self._wanted: set[str] = set()
 
@@ -192,9 +207,9 @@ class _Finder:
     def _namespace(self, part: Part, tensors: list[Tensor]) -> Namespace:
         def score(namespace: Namespace) -> int:
             return sum(
-                namespace.spell(way[0].name) in self.headers
+                namespace.spell(name) in self.headers
                 for tensor in tensors
-                for way in tensor.spellings()
+                for name in tensor.first_names()
             )
 
         if len(part.namespaces) == 1:
@@ -213,7 +228,7 @@ class _Finder:
                 for name, piece in zip(names, way, strict=True):
                     header = self.headers[name]
                     self._check_shape(header, piece.shape)
-                    places.append(Place(header, piece.region))
+                    places.append(self._as_place(header, piece.region))
                     self.by_disk[name] = (tensor, piece.region)
                 self._check_dtypes(places)
                 self.located[tensor.name] = Located(tensor, tuple(places))
@@ -236,6 +251,28 @@ class _Finder:
             self.located[tensor.name] = Located(tensor, (), tied=tensor.row.tie)
             return True
         return False
+
+    def _as_place(self, header: Header, region: Region) -> Place:
+        """With its block scales, when it lies in FP8."""
+        if not header.dtype.startswith("F8_"):
+            return Place(header, region)
+        name = f"{header.name}_scale_inv"
+        scale = self.headers.get(name)
+        *stack, out, into = header.shape if len(header.shape) > 1 else (1, *header.shape)
+        fits = (*stack, -(-out // self.block[0]), -(-into // self.block[1]))
+        if scale is None or scale.shape != fits:
+            self._problem(
+                "QC-KEY-007",
+                "is in FP8 without block scales that fit",
+                header.name,
+                found=list(scale.shape) if scale else "none",
+                expected=f"{name} {list(fits)}",
+                file=header.file,
+                fix="use the bf16 revision of this checkpoint",
+            )
+            return Place(header, region)
+        self.scales[name] = header.name
+        return Place(header, region, scale, self.block)
 
     def _check_shape(self, header: Header, shape: tuple[int, ...]) -> None:
         if header.shape != shape:
@@ -269,7 +306,8 @@ class _Finder:
 
     def rest(self) -> dict[Header, str]:
         """What the table does not own: carried, or a problem."""
-        extra = [self.headers[name] for name in self.headers if name not in self.by_disk]
+        known = self.by_disk.keys() | self.scales.keys()
+        extra = [header for name, header in self.headers.items() if name not in known]
         homes = {header.name: _subtree(header.name, self._roots()) for header in extra}
         inside = [header for header in extra if homes[header.name] is None]
         outside = [header for header in extra if homes[header.name] is not None]
@@ -331,6 +369,15 @@ class _Finder:
         self.problems.append(
             InputError(code, what, file=path, field=field, found=found, expected=expected, fix=fix)
         )
+
+
+def _block(config: Mapping[str, object]) -> tuple[int, int]:
+    """Rows and columns that share a scale of block FP8."""
+    quantised = config.get("quantization_config")
+    found = quantised.get("weight_block_size") if isinstance(quantised, Mapping) else None
+    if isinstance(found, list) and len(found) == 2 and all(type(n) is int and n > 0 for n in found):
+        return found[0], found[1]
+    return 128, 128
 
 
 def _shared(names: list[list[str]]) -> list[str]:

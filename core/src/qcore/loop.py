@@ -90,18 +90,24 @@ class Loop:
         supervised = _supervised(batches)
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            loss, _ = self._loss(batch, save_memory=self.settings.gradient_checkpointing)
+            loss, aux = self._loss(batch, save_memory=self.settings.gradient_checkpointing)
             loss = loss / supervised
-            torch.autograd.backward(loss)
             total += loss.detach()
+            if aux is not None:
+                loss = loss + aux * (self.settings.router_aux_loss_coef / len(batches))
+            torch.autograd.backward(loss)
         limit = self.settings.max_grad_norm or math.inf
         return float(total), float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
 
-    def _loss(self, batch: Sequence[Example], *, save_memory: bool = False) -> tuple[Tensor, int]:
-        """Sum of the loss over a micro-batch, and its supervised tokens."""
+    def _loss(
+        self, batch: Sequence[Example], *, save_memory: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sum of the loss over a micro-batch, and what its layers add, when that is asked for."""
         packed = pack(batch).to(self.device)
         chunk = self.settings.loss_chunk_size
-        return self.model.loss(packed, save_memory=save_memory, chunk=chunk)
+        loss = self.model.loss(packed, save_memory=save_memory, chunk=chunk)
+        coefficient = self.settings.router_aux_loss_coef
+        return loss, self.model.trunk.aux_loss(packed) if coefficient else None
 
     def _not_finite(
         self, step: int, batches: Sequence[Sequence[Example]], loss: float, norm: float
@@ -130,8 +136,8 @@ class Loop:
         self.model.eval()
         total, count = 0.0, 0
         for example in self.data.eval:
-            loss, supervised = self._loss([example])
-            total, count = total + float(loss), count + supervised
+            loss, _ = self._loss([example])
+            total, count = total + float(loss), count + example.supervised
         return total / count
 
     def prove_moved(self) -> None:

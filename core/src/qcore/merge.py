@@ -6,10 +6,9 @@ other bytes, ``W + scaling * (B A)[region]`` computed in float64 and rounded onc
 other way to merge is closer on any tensor. Nothing goes through a model class, so what
 training did not load is kept as it was.
 
-In one pass each tensor's bytes are hashed for the fingerprint, changed or copied, hashed again
-for the manifest, and written; a tensor that lies in pieces is read once more for its hash, and
-the proof reads the layers again. A mismatch with the base that the adapter was trained on stops
-the merge at the first tensor. Memory is the adapter and a few tensors.
+In one pass (`merge_pass`) each tensor's bytes are hashed for the fingerprint, changed or copied,
+hashed again for the manifest, and written; the proof reads the layers again. A mismatch with the
+base that the adapter was trained on stops the merge at the first tensor.
 
 The checks after it: names, shapes, dtypes equal to the base's; every adapter tensor used;
 values finite; what a pair touches changed, or is named; and, by `prove`, logits of the
@@ -19,32 +18,22 @@ unrounded merge equal to base + adapter, and the files hold that merge, rounded.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from .adapter import WEIGHTS, Adapter
 from .adapter_reader import read_adapter
 from .artifact import MANIFEST, check_target, publish, read_manifest
-from .checkpoint import INDEX, Checkpoint, Header, read_headers
-from .deltas import Deltas, one_thread, single
+from .checkpoint import INDEX, Checkpoint, read_headers
+from .deltas import one_thread
 from .errors import InputError, NumericError
 from .fingerprint import fingerprints
 from .identify import Identified, identify
-from .load import DTYPES, as_bytes, read_exact, read_tensor
-from .load import digest as digest_of
+from .merge_pass import MergePass
 from .preflight import preflight
-from .report import Advance, Reporter, Silent
-
-_WORKERS, _AHEAD = 2, 4  # threads that add up, and tensors in flight
-_COPY = 8 * 2**20  # bytes in flight when a tensor is only copied
+from .report import Reporter, Silent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +92,7 @@ def merge(
     for line in (*found.decision.evidence, *warnings):
         tell.note(line)
     size = found.checkpoint.total_bytes
-    merger = _Merger(found, told)
+    merger = MergePass(found, told)
     with publish(target, kind="model", need_bytes=size) as out:
         with one_thread(), tell.progress("merging", size, "bytes") as advance:
             for shard in found.checkpoint.shards:
@@ -164,7 +153,7 @@ def _digest(path: Path) -> str:
 def _meta(
     found: Identified,
     adapter: Adapter,
-    merger: _Merger,
+    merger: MergePass,
     already: list[dict[str, Any]],
     proof: Mapping[str, float] | None,
 ) -> dict[str, Any]:
@@ -186,177 +175,6 @@ def _meta(
         ],
         "proof": dict(proof) if proof is not None else None,
     }
-
-
-class _Changed(NamedTuple):
-    """A merged tensor and its largest change."""
-
-    name: str
-    weight: Tensor
-    moved: float
-
-
-@dataclass(slots=True)
-class _Merger:
-    """One pass over the base's files."""
-
-    found: Identified
-    adapter: Adapter
-    deltas: Deltas = field(init=False)
-    digests: dict[str, str] = field(default_factory=dict)
-    done: set[str] = field(default_factory=set)
-    changed: int = 0
-    unchanged: list[str] = field(default_factory=list)
-    parameters: int = 0
-    largest: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.deltas = Deltas(self.adapter)
-
-    def shard(self, name: str, progress: Advance) -> Iterator[memoryview]:
-        """The bytes of one merged shard, in order.
-
-        Changed tensors are read, hashed and added up by two threads, a few ahead of the one
-        that copies the others and writes.
-        """
-        checkpoint = self.found.checkpoint
-        path = checkpoint.file(name)
-        headers = [header for header in checkpoint.headers.values() if header.file == name]
-        headers.sort(key=lambda header: header.start)
-        with path.open("rb") as file, ThreadPoolExecutor(_WORKERS, initializer=single) as pool:
-            yield memoryview(file.read(headers[0].start if headers else path.stat().st_size))
-            coming = (h for h in headers if self._touched(h))
-            jobs = {h.name: pool.submit(self._change, path, h) for h in islice(coming, _AHEAD)}
-            for header in headers:
-                if header.name in jobs:
-                    yield self._take(header, jobs.pop(header.name).result())
-                    for following in islice(coming, 1):
-                        jobs[following.name] = pool.submit(self._change, path, following)
-                else:
-                    file.seek(header.start)
-                    yield from self._copy(file, header)
-                progress(header.end - header.start)
-
-    def _touched(self, header: Header) -> bool:
-        tensor, _ = self.found.layout.by_disk.get(header.name, (None, ()))
-        return tensor is not None and tensor.name in self.adapter.pairs
-
-    def _copy(self, file: Any, header: Header) -> Iterator[memoryview]:
-        digest = hashlib.sha256()
-        left = header.end - header.start
-        buffer = bytearray(min(_COPY, left))
-        while left:
-            view = memoryview(buffer)[: min(left, len(buffer))]
-            read_exact(file, view, header)
-            digest.update(view)
-            yield view
-            left -= len(view)
-        self._note(header, digest.hexdigest())
-
-    def _change(self, path: Path, header: Header) -> _Changed:
-        """Read one tensor, hash it, and add its delta; runs beside others of its kind."""
-        tensor, region = self.found.layout.by_disk[header.name]
-        dtype = DTYPES.get(header.dtype)
-        if dtype is None:
-            raise InputError(
-                "QC-LOAD-001",
-                "is stored in a dtype that cannot be merged into",
-                file=path,
-                field=header.name,
-                found=header.dtype,
-                expected=", ".join(DTYPES),
-                fix="merge into the bf16 revision of this checkpoint",
-            )
-        weight = torch.empty(header.shape, dtype=dtype)
-        with path.open("rb") as file:
-            file.seek(header.start)
-            read_exact(file, as_bytes(weight), header)
-        self._note(header, hashlib.sha256(as_bytes(weight)).hexdigest())
-        moved = 0.0
-        rows = slice(region[0].start, region[0].stop)
-        for block, total in self.deltas.add(tensor.name, weight, rows):
-            old = weight[block].float()
-            new = weight[block].copy_(total)
-            change = float((new.float() - old).abs().max())
-            if not bool(old.isfinite().all()):
-                raise NumericError(
-                    "QC-LOAD-003",
-                    "holds a value that is not finite",
-                    file=path,
-                    field=header.name,
-                    fix="download the checkpoint again",
-                )
-            if not math.isfinite(change):
-                raise NumericError(
-                    "QC-MERGE-003",
-                    "is not finite after the merge",
-                    file=self.adapter.path,
-                    field=header.name,
-                    fix="train again with a lower learning_rate",
-                )
-            moved = max(moved, change)
-        return _Changed(tensor.name, weight, moved)
-
-    def _take(self, header: Header, changed: _Changed) -> memoryview:
-        """Book a changed tensor; its bytes."""
-        self.done.add(changed.name)
-        self.largest = max(self.largest, changed.moved)
-        if changed.moved:
-            self.changed += 1
-            self.parameters += header.numel
-        else:
-            self.unchanged.append(header.name)
-        return as_bytes(changed.weight)
-
-    def _note(self, header: Header, digest: str) -> None:
-        """Keep the digest of a canonical tensor; compare it with the adapter's record."""
-        tensor, _ = self.found.layout.by_disk.get(header.name, (None, ()))
-        if tensor is None:
-            return
-        item = self.found.layout.located[tensor.name]
-        if len(item.places) > 1:
-            if tensor.name in self.digests:
-                return
-            digest = digest_of(read_tensor(self.found.checkpoint, item))
-        self.digests[tensor.name] = digest
-        recorded = self.adapter.meta.get("tensors", {}).get(tensor.name)
-        if recorded is not None and recorded != digest:
-            raise self._other_base(header.name, f"sha256 {digest[:12]}", f"{recorded[:12]}")
-
-    def _other_base(self, field: str, found: str, expected: str) -> InputError:
-        return InputError(
-            "QC-MERGE-001",
-            "is not the base that the adapter was trained on",
-            file=self.found.checkpoint.path,
-            field=field,
-            found=found,
-            expected=expected,
-            fix=f"name {self.adapter.meta.get('model', {}).get('source', 'its base')}",
-        )
-
-    def check(self) -> None:
-        """Every pair was used, something changed, and the base is the recorded one."""
-        unused = self.adapter.pairs.keys() - self.done
-        if unused:
-            raise NumericError(
-                "QC-MERGE-004",
-                "was not applied",
-                file=self.adapter.path,
-                field=min(unused),
-                fix="report this: the adapter was accepted and then not used",
-            )
-        if not self.changed:
-            raise NumericError(
-                "QC-MERGE-004",
-                "changes no weight of the base",
-                file=self.adapter.path,
-                found=f"{len(self.adapter.pairs)} pairs, largest change 0",
-                fix="train longer, or with a higher learning_rate",
-            )
-        now = fingerprints(self.found.layout, self.digests)
-        for part, recorded in self.adapter.fingerprints.items():
-            if now.get(part) != recorded:
-                raise self._other_base(f"part '{part}'", str(now.get(part))[:12], recorded[:12])
 
 
 def _check_headers(base: Checkpoint, folder: Path) -> None:

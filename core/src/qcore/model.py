@@ -1,14 +1,13 @@
 """A trunk, a head and adapters as one module, built on the meta device from the table.
 
-This file decides which linear maps carry LoRA, proves that every tensor of every loaded part
-is some module's parameter, and owns the loop over layers: recompute lives here once. It reads
-no weight (`load`) and no data.
+This file proves that every tensor of every loaded part is some module's parameter, and owns
+the loop over layers: recompute lives here once. Which maps carry LoRA is `targets`' decision;
+it reads no weight (`load`) and no data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -16,53 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from .errors import PluginError, UsageError
+from .errors import PluginError
 from .locate import Layout
-from .nn.linear import Linear, Lora
+from .nn.adapted import Adapted, Lora
+from .nn.experts import Experts
+from .nn.linear import Linear
 from .nn.loss import cross_entropy_sum
 from .nn.protocols import Packed, Trunk
-from .records import Aim, Architecture
-from .table import Table
+from .records import Architecture
+from .table import Kind, Table
 from .table import Tensor as Entry
 
 Numbers = Mapping[str, Lora]  #: LoRA's numbers by canonical name of the weight
-
-
-def targets(
-    architecture: Architecture, layout: Layout, asked: Sequence[str], lora: Lora
-) -> dict[str, Lora]:
-    """Which weights get LoRA: every linear row of the groups that are on, or that are asked.
-
-    Raises:
-        UsageError: ``QC-LORA-001`` for a group that the model does not have or never trains,
-            ``-002`` for one without a linear map.
-    """
-    allowed = [name for name, aim in architecture.groups.items() if aim is not Aim.NEVER]
-    for name in asked:
-        if name not in allowed:
-            raise UsageError(
-                "QC-LORA-001",
-                "is not a LoRA group of this model",
-                field="target_groups",
-                found=name,
-                expected=", ".join(allowed),
-                fix=f"name groups among {', '.join(allowed)}",
-            )
-    groups = set(asked) or {n for n, aim in architecture.groups.items() if aim is Aim.ON}
-    chosen = {
-        entry.name: lora
-        for entry in layout.table
-        if entry.row.linear and entry.row.group in groups and entry.part.loaded
-    }
-    for name in sorted({*asked} - {layout.table[weight].row.group for weight in chosen}):
-        raise UsageError(
-            "QC-LORA-002",
-            "has no linear map in this model",
-            field="target_groups",
-            found=name,
-            fix="leave the group out",
-        )
-    return chosen
 
 
 class Context:
@@ -79,14 +43,31 @@ class Context:
         self.config = config
         self.dtype = dtype
         self.given: set[str] = set()
+        self.holders: dict[str, Adapted] = {}
         self._root = root
         self._layout = layout
         self._lora = lora
 
     def linear(self, name: str) -> nn.Module:
         """A `Linear` for the row ``{name}.weight``."""
-        entry = self._entry(f"{name}.weight")
-        return Linear(entry.shape, self.dtype, self._lora.get(entry.name))
+        return self._held(Linear, self._entry(f"{name}.weight"))
+
+    def experts(self, name: str) -> nn.Module:
+        """An `Experts` for the row `name`."""
+        return self._held(Experts, self._entry(name))
+
+    def _held(self, build: type[Adapted], entry: Entry) -> Adapted:
+        if (build is Experts) != (entry.row.kind is Kind.EXPERTS):
+            raise PluginError(
+                "QC-MODEL-004",
+                f"is built as {build.__name__} and is another kind of row",
+                field=entry.name,
+                found=entry.row.kind.value if entry.row.kind else "no kind",
+                fix="report this to the plugin's author",
+            )
+        module = build(entry.shape, self.dtype, self._lora.get(entry.name))
+        self.holders[entry.name] = module
+        return module
 
     def tensor(self, name: str) -> nn.Parameter:
         """A frozen parameter on meta for the row `name`."""
@@ -111,6 +92,7 @@ class Model(nn.Module):
 
     Attributes:
         trunk: the plugin's blocks.
+        holders: the maps that blocks were given, by canonical name of the weight.
         head_name: canonical name of the tensor that scores the vocabulary.
     """
 
@@ -127,6 +109,7 @@ class Model(nn.Module):
         trunk = architecture.build(context)
         _mount(self, architecture.root, cast(nn.Module, trunk))
         self.dtype = dtype
+        self.holders = context.holders
         self.dropout = any(one.lora_dropout > 0 for one in lora.values())
         self._trunk = [trunk]  # in a list: mounted once already, under its canonical prefix
         head = next((entry for entry in layout.table if entry.row.group == "head"), None)
@@ -155,11 +138,11 @@ class Model(nn.Module):
         """``[V, H]``, frozen."""
         return self.get_parameter(self.head_name)
 
-    def adapters(self) -> Iterator[tuple[str, Linear]]:
-        """(canonical name of the weight, module) of every linear map that carries LoRA."""
-        for name, module in self.named_modules():
-            if isinstance(module, Linear) and module.lora is not None:
-                yield f"{name}.weight", module
+    def adapters(self) -> Iterator[tuple[str, Adapted]]:
+        """(canonical name of the weight, module) of every map that carries LoRA."""
+        for name, module in self.holders.items():
+            if module.lora is not None:
+                yield name, module
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything that the optimiser moves, in a fixed order."""
@@ -182,10 +165,8 @@ class Model(nn.Module):
                 x = layer(x, batch)
         return self.trunk.final(x)
 
-    def loss(
-        self, batch: Packed, *, save_memory: bool = False, chunk: int = 0
-    ) -> tuple[Tensor, int]:
-        """Sum of the cross entropy over supervised positions, and their number.
+    def loss(self, batch: Packed, *, save_memory: bool = False, chunk: int = 0) -> Tensor:
+        """Sum of the cross entropy over supervised positions.
 
         Args:
             batch: the pack, with targets.
@@ -196,7 +177,7 @@ class Model(nn.Module):
         where = batch.supervised()
         hidden = self.hidden(batch, save_memory=save_memory).index_select(0, where)
         wanted = batch.targets.index_select(0, where)
-        return cross_entropy_sum(hidden, self.head, wanted, chunk or None), len(where)
+        return cross_entropy_sum(hidden, self.head, wanted, chunk or None)
 
     def logits(self, batch: Packed) -> Tensor:
         """All logits ``[T, V]``; for generation and for tests, never in training."""
@@ -224,49 +205,3 @@ def _prove_total(table: Table, given: set[str], core: set[str]) -> None:
                 field=entry.name,
                 fix="report this to the plugin's author",
             )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Coverage:
-    """One line of the coverage table: a group, what LoRA hits in it, how it is stored."""
-
-    group: str
-    modules: int
-    hit: int
-    parameters: int
-    trained: int
-    bits: float
-
-
-def coverage(architecture: Architecture, model: Model, layout: Layout) -> list[Coverage]:
-    """What training will touch, read off the loaded modules rather than off the plan."""
-    held = dict(model.named_modules())
-    lines = []
-    for group in architecture.groups:
-        entries = [e for e in layout.table if e.row.group == group and e.part.loaded]
-        entries = [e for e in entries if layout.located[e.name].tied is None]
-        if not entries:
-            continue
-        modules = [held.get(entry.name.removesuffix(".weight")) for entry in entries]
-        bits = sum(_bits(module, entry, model) for module, entry in zip(modules, entries))
-        adapted = [m for m in modules if isinstance(m, Linear) and m.lora is not None]
-        numel = sum(entry.numel for entry in entries)
-        lines.append(
-            Coverage(
-                group=group,
-                modules=len(entries),
-                hit=len(adapted),
-                parameters=numel,
-                trained=sum(
-                    p.numel() for m in adapted for p in (m.lora_A, m.lora_B) if p is not None
-                ),
-                bits=bits / numel,
-            )
-        )
-    return lines
-
-
-def _bits(module: nn.Module | None, entry: Entry, model: Model) -> float:
-    if isinstance(module, Linear) and module.nf4 is not None:
-        return module.nf4.nbytes * 8
-    return model.get_parameter(entry.name).nbytes * 8

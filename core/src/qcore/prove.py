@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .checkpoint import Checkpoint
 from .deltas import Deltas, one_thread, single
-from .errors import NumericError
+from .errors import NumericError, raise_all
 from .identify import Identified
-from .load import DTYPES, as_bytes, place, read_exact, read_tensor
-from .locate import Located
+from .load import DTYPES, as_bytes, place, read_exact, read_tensor, slabs
+from .locate import Located, faults, survey
 from .model import Model
-from .nn.linear import Linear, Lora
+from .nn.adapted import Adapted, Lora
+from .nn.experts import Experts
 from .nn.protocols import Packed
+from .table import Kind, Region
 
 _DOCUMENTS, _TOKENS = 8, 5  # longer than a convolution's kernel; time is the weights' more
 _TOLERANCE = 1e-4  # of the largest logit, or of 1: float32 through the depth of the model
@@ -90,7 +92,9 @@ class _Streams:
     def __init__(
         self, found: Identified, adapter: Adapter, written: Path, progress: Callable[[int], None]
     ) -> None:
-        self.written = written
+        self.written = Checkpoint.open(written)
+        self.written_layout, problems = survey(found.layout.table, self.written)
+        raise_all(faults(problems))
         self.checkpoint = found.checkpoint
         self.layout = found.layout
         self.progress = progress
@@ -103,7 +107,6 @@ class _Streams:
         config = found.checkpoint.config
         self.model = Model(architecture, config, found.layout, torch.float32, lora).eval()
         self.modules = dict(self.model.named_modules())
-        self.names = {module: name for name, module in self.model.adapters()}
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """What the head reads in the streams: base ``[T / N, H]``, adapted, merged ``[T, H]``."""
@@ -111,15 +114,14 @@ class _Streams:
         one = Packed.of([batch.ids[:_TOKENS]])
         base, adapted = trunk.embed(one), trunk.embed(batch)
         merged = adapted
-        for layer, values in self._layers():
-            with self._real(layer, values):
+        for prefix, layer, values in self._layers():
+            with self._real(prefix, layer, values) as maps:
                 adapted = layer(adapted, batch)
-                linears = [m for m in layer.modules() if isinstance(m, Linear) and m.lora]
-                for module in linears:
+                for module in maps.values():
                     module.lora = None
                 base = layer(base, one)
-                for module in linears:
-                    self._merge(self.names[module], module)
+                for name, module in maps.items():
+                    self._merge(name, module)
                 merged = layer(merged, batch)
         prefixes = tuple(f"{prefix}." for prefix, _ in self._named_layers())
         for name, parameter in self.model.named_parameters():
@@ -128,31 +130,40 @@ class _Streams:
                 self._place(name, read_tensor(self.checkpoint, self.layout.located[name]))
         return trunk.final(base), trunk.final(adapted), trunk.final(merged)
 
-    def _merge(self, name: str, module: Linear) -> None:
+    def _merge(self, name: str, module: Adapted) -> None:
         """Add the adapter to a weight by the merge's own arithmetic: a fault in it shows."""
+        item = self.layout.located[name]
+        if isinstance(module, Experts):
+            for rows in slabs(item):
+                self._check_written(item, rows, self._sum(item, rows))
+            module.read_from(lambda expert: self._sum(item, slice(expert, expert + 1))[0])
+            return
         weight = module.weight
         assert weight is not None
-        for block, total in self.deltas.add(name, weight, slice(0, len(weight))):
-            weight[block] = total
-        self._check_written(self.layout.located[name], weight)
+        every = slice(0, len(weight))
+        for view, total in self.deltas.add(name, weight.data, _rows_of(item, every)):
+            view.copy_(total)
+        self._check_written(item, every, weight)
 
-    def _check_written(self, item: Located, weight: Tensor) -> None:
-        """The files hold `weight`, rounded once to their dtype."""
-        for where in item.places:
-            header = where.header
-            value = torch.empty(header.shape, dtype=DTYPES[header.dtype])
-            with (self.written / header.file).open("rb") as file:
-                file.seek(header.start)
-                read_exact(file, as_bytes(value), header)
-            wanted = weight[where.region].view(header.shape)
-            if not _is_rounded(value, wanted):
-                raise NumericError(
-                    "QC-MERGE-007",
-                    "does not hold the sum that was proved",
-                    file=self.written / header.file,
-                    field=header.name,
-                    fix="report this: the merge wrote another tensor than it computed",
-                )
+    def _sum(self, item: Located, rows: slice) -> Tensor:
+        """Some experts of a stack, float32, with the adapter added."""
+        weight = read_tensor(self.checkpoint, item, rows).float()
+        for view, total in self.deltas.add(item.tensor.name, weight, _rows_of(item, rows)):
+            view.copy_(total)
+        return weight
+
+    def _check_written(self, item: Located, rows: slice, weight: Tensor) -> None:
+        """The files hold `weight`, which is ``tensor[rows]``, rounded once to their dtype."""
+        there = self.written_layout.located[item.tensor.name]
+        if not _is_rounded(read_tensor(self.written, there, rows), weight):
+            header = there.places[0].header
+            raise NumericError(
+                "QC-MERGE-007",
+                "does not hold the sum that was proved",
+                file=self.written.path / header.file,
+                field=item.tensor.name,
+                fix="report this: the merge wrote another tensor than it computed",
+            )
 
     def compare(self, base: Tensor, adapted: Tensor, merged: Tensor) -> dict[str, float]:
         """Stream the head a few rows at a time and keep the largest differences."""
@@ -182,45 +193,70 @@ class _Streams:
         names = {id(module): name for name, module in self.modules.items()}
         return [(names[id(layer)], cast(nn.Module, layer)) for layer in self.model.trunk.layers]
 
-    def _layers(self) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
-        """Each layer and its tensors, float32; the next layer's are read meanwhile."""
+    def _layers(self) -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
+        """Each layer and its tensors, float32; the next layer's are read meanwhile.
+
+        Experts are not among them: each is read when a token is routed to it.
+        """
 
         def read(prefix: str) -> dict[str, Tensor]:
             return {
                 name: read_tensor(self.checkpoint, item).float()
                 for name, item in self.layout.located.items()
-                if name.startswith(f"{prefix}.")
+                if name.startswith(f"{prefix}.") and item.tensor.row.kind is not Kind.EXPERTS
             }
 
         layers = self._named_layers()
         with ThreadPoolExecutor(1, initializer=single) as pool:
             ahead = pool.submit(read, layers[0][0])
-            for number, (_, layer) in enumerate(layers):
+            for number, (prefix, layer) in enumerate(layers):
                 values = ahead.result()
                 if number + 1 < len(layers):
                     ahead = pool.submit(read, layers[number + 1][0])
-                yield layer, values
+                yield prefix, layer, values
 
     @contextmanager
-    def _real(self, layer: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
-        """A layer's weights and adapters, there for the block and given back after it."""
+    def _real(
+        self, prefix: str, layer: nn.Module, values: dict[str, Tensor]
+    ) -> Iterator[dict[str, Adapted]]:
+        """A layer's weights and adapters, there for the block and given back after it.
+
+        Yields:
+            Its maps that carry LoRA, by canonical name of the weight.
+        """
         for name in list(values):
             self._place(name, values.pop(name))
-            module = self.modules.get(name.removesuffix(".weight"))
-            if isinstance(module, Linear) and module.lora is not None:
-                a, b = self.deltas.sides(name)
-                module.lora_A, module.lora_B = nn.Parameter(a), nn.Parameter(b)
-        yield
-        for module in layer.modules():
-            for leaf, parameter in list(module._parameters.items()):
+        mine = {n: m for n, m in self.model.holders.items() if n.startswith(f"{prefix}.")}
+        stacks = {name: module for name, module in mine.items() if isinstance(module, Experts)}
+        for name, module in stacks.items():
+            module.read_from(self._reader(self.layout.located[name]))
+        adapted = {name: module for name, module in mine.items() if module.lora is not None}
+        for name, holder in adapted.items():
+            holder.set_lora(*self.deltas.sides(name))
+        yield adapted
+        for stack in stacks.values():
+            stack.read_from(None)
+        for part in layer.modules():
+            for leaf, parameter in list(part._parameters.items()):
                 if parameter is not None:
                     empty = torch.empty_like(parameter, device="meta")
-                    module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+                    part._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+
+    def _reader(self, item: Located) -> Callable[[int], Tensor]:
+        def read(expert: int) -> Tensor:
+            return read_tensor(self.checkpoint, item, slice(expert, expert + 1))[0].float()
+
+        return read
 
     def _place(self, name: str, value: Tensor) -> None:
         item = self.layout.located[name]
-        place(self.model, self.modules, item, value, quantize=False)
+        place(self.model, self.modules, item, slice(0, len(value)), value, quantize=False)
         self.progress(sum(where.header.end - where.header.start for where in item.places))
+
+
+def _rows_of(item: Located, rows: slice) -> Region:
+    """The region ``tensor[rows]`` of a tensor."""
+    return (rows, *(slice(0, n) for n in item.tensor.shape[1:]))
 
 
 def _is_rounded(value: Tensor, wanted: Tensor) -> bool:
@@ -249,10 +285,4 @@ def _rows(checkpoint: Checkpoint, item: Located) -> Iterator[Tensor]:
     """A matrix on disk as float32 blocks of rows."""
     total = item.tensor.shape[0]
     for at in range(0, total, _HEAD_ROWS):
-        header = item.places[0].header
-        count = min(_HEAD_ROWS, total - at)
-        block = torch.empty(count, header.shape[1], dtype=DTYPES[header.dtype])
-        with checkpoint.file(header.file).open("rb") as file:
-            file.seek(header.start + at * block.stride(0) * block.element_size())
-            read_exact(file, as_bytes(block), header)
-        yield block.float()
+        yield read_tensor(checkpoint, item, slice(at, min(at + _HEAD_ROWS, total))).float()

@@ -19,14 +19,6 @@ if TYPE_CHECKING:
     from .nn.protocols import BuildContext, Trunk
 
 
-class Aim(str, Enum):
-    """Whether LoRA hits a group: always, when named in ``target_groups``, or never."""
-
-    ON = "on"
-    ASKED = "asked"
-    NEVER = "never"
-
-
 class Severity(str, Enum):
     """What a finding does: stop the verb, warn, or only be told."""
 
@@ -43,7 +35,6 @@ class Architecture:
         name: as ``model_type`` names it, e.g. ``llama``.
         model_types: every ``model_type`` that config.json may carry for it.
         root: canonical prefix at which the trunk is mounted.
-        groups: LoRA groups of its parts and their aim.
         build: ``(BuildContext) -> Trunk``; the import of torch happens inside.
         tiny: ``(folder) -> None`` writes a tiny checkpoint with its own tokenizer and
             template, for the demo and for conformance tests.
@@ -52,7 +43,6 @@ class Architecture:
     name: str
     model_types: tuple[str, ...]
     root: str
-    groups: Mapping[str, Aim]
     build: Callable[[BuildContext], Trunk]
     tiny: Callable[[Path], None] | None = None
 

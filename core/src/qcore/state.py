@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from . import __version__
-from .adapter import CONFIG, WEIGHTS, peft_config, peft_name
+from .adapter import CONFIG, WEIGHTS, peft_config, stems
 from .artifact import Writer, publish, read_manifest, remove_tree, verify
 from .durable import make_folders, writing
 from .errors import InputError, UsageError
@@ -213,11 +213,12 @@ class RunFiles:
 
     def _names(self) -> dict[str, str]:
         """The adapter file's name of each trainable parameter."""
+        table = self.found.layout.table
+        adapted = dict(self.model.adapters())
+        found = stems((tensor for tensor in table if tensor.name in adapted), self.namespace)
         return {
-            f"{name.removesuffix('.weight')}.lora_{side}": peft_name(
-                self.found.layout.table[name], self.namespace, side
-            )
-            for name, _ in self.model.adapters()
+            f"{name.removesuffix('.weight')}.lora_{side}": f"{stem}.lora_{side}.weight"
+            for name, stem in found.items()
             for side in "AB"
         }
 
@@ -229,7 +230,7 @@ class RunFiles:
         }
         out.write_bytes(WEIGHTS, save(tensors, metadata={"format": "pt"}))
         config = peft_config(
-            [layout.table[name] for name, _ in self.model.adapters()],
+            {name: module.lora for name, module in self.model.adapters() if module.lora},
             layout,
             r=s.r,
             lora_alpha=s.lora_alpha,

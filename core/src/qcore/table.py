@@ -35,6 +35,25 @@ class Store(str, Enum):
 NF4, BASE, FP32 = Store.NF4, Store.BASE, Store.FP32
 
 
+class Kind(str, Enum):
+    """What LoRA finds in a row, by what holds it in the stock class."""
+
+    LINEAR = "linear"  #: weight ``[out, in]`` of an ``nn.Linear``
+    PARAMETER = "parameter"  #: a linear map ``[out, in]`` that another module holds (a router)
+    EXPERTS = "experts"  #: one linear map per expert, ``[experts, out, in]``
+
+
+LINEAR, PARAMETER, EXPERTS = Kind.LINEAR, Kind.PARAMETER, Kind.EXPERTS
+
+
+class Aim(str, Enum):
+    """Whether LoRA hits a group: always, when named in ``target_groups``, or never."""
+
+    ON = "on"
+    ASKED = "asked"
+    NEVER = "never"
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """One tensor on disk: ``canonical[region]`` under the name `name`."""
@@ -132,7 +151,7 @@ class Row:
         tie: canonical name that stands in when this tensor is absent on disk; when present
             both must be equal.
         also: another way to spell it on disk.
-        linear: whether it is the weight ``[out, in]`` of a linear map, so that LoRA can hit it.
+        kind: what LoRA finds in it; ``None`` where it finds nothing.
     """
 
     name: str
@@ -141,7 +160,7 @@ class Row:
     store: Store = Store.BASE
     tie: str | None = None
     also: Spelling | None = None
-    linear: bool = False
+    kind: Kind | None = None
 
     @property
     def axis(self) -> str | None:
@@ -190,6 +209,7 @@ class Part:
         dims: sizes by name.
         axes: index values by axis name, e.g. ``{"linear": (0, 1, 2, 4, ...)}``.
         namespaces: the first is the canonical one.
+        groups: LoRA groups and their aim; every row with a kind is in one of them.
         section: the ``*_config`` section of config.json that this part accounts for.
         optional: all of its tensors or none may be on disk.
         loaded: whether training loads it; merge carries it either way.
@@ -201,6 +221,7 @@ class Part:
     dims: Mapping[str, int]
     axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     namespaces: tuple[Namespace, ...] = (Namespace(name="hub"),)
+    groups: Mapping[str, Aim] = field(default_factory=dict)
     section: str | None = None
     optional: bool = False
     loaded: bool = True
@@ -220,14 +241,28 @@ class Tensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def spellings(self) -> tuple[tuple[Piece, ...], ...]:
-        """The ways this tensor may lie on disk, in canonical names; the plain one first."""
-        axes = self.part.axes
-        own = {self.row.axis: self.index} if self.row.axis and self.index is not None else {}
-        ways: list[Spelling] = [at(self.row.name)]
+    def spellings(self) -> Iterator[tuple[Piece, ...]]:
+        """The ways this tensor may lie on disk, in canonical names; the plain one first.
+
+        Made one by one, because a stack has hundreds of pieces and mostly the first way fits.
+        """
+        yield (Piece(self.name, self.shape, tuple(slice(0, n) for n in self.shape)),)
         if self.row.also is not None:
-            ways.append(self.row.also)
-        return tuple(tuple(way.pieces(self.shape, own, axes)) for way in ways)
+            yield tuple(self.row.also.pieces(self.shape, self._own(), self.part.axes))
+
+    def first_names(self) -> Iterator[str]:
+        """The first name of each spelling; the others are not made for it."""
+        yield self.name
+        if self.row.also is not None:
+            yield next(self.row.also.pieces(self.shape, self._own(), self.part.axes)).name
+
+    def _own(self) -> dict[str, int]:
+        return {self.row.axis: self.index} if self.row.axis and self.index is not None else {}
+
+    def units(self) -> tuple[Region, ...]:
+        """The finest pieces that any spelling has: what is hashed as one, however it lies."""
+        *_, finest = self.spellings()
+        return tuple(piece.region for piece in finest)
 
 
 class Table:
@@ -236,12 +271,17 @@ class Table:
     Raises:
         InputError: ``QC-TABLE-001`` a dim with two values (config sections contradict).
         PluginError: ``QC-TABLE-002`` a name twice, ``QC-TABLE-003`` a size or an axis that
-            the part does not define.
+            the part does not define, ``QC-TABLE-004`` a row for LoRA in no group, or a group
+            with two aims.
+
+    Attributes:
+        groups: aim by LoRA group, over all parts.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
         self._check_dims()
+        self.groups = self._union()
         self.tensors: dict[str, Tensor] = {}
         for tensor in itertools.chain.from_iterable(map(_expand, self.parts)):
             if tensor.name in self.tensors:
@@ -269,6 +309,18 @@ class Table:
                         fix="correct config.json, or name the two dimensions apart in the plugin",
                     )
 
+    def _union(self) -> dict[str, Aim]:
+        groups: dict[str, Aim] = {}
+        for part in self.parts:
+            for group, aim in part.groups.items():
+                if groups.setdefault(group, aim) is not aim:
+                    raise _group(f"group '{group}' has two aims", group, part)
+        for part in self.parts:
+            for row in part.rows:
+                if row.kind is not None and row.group not in groups:
+                    raise _group(f"group '{row.group}' has no aim", row.name, part)
+        return groups
+
     def part(self, name: str) -> Part:
         """The part called `name`."""
         return next(part for part in self.parts if part.name == name)
@@ -281,6 +333,17 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+
+def _group(what: str, where: str, part: Part) -> PluginError:
+    return PluginError(
+        "QC-TABLE-004",
+        what,
+        field=where,
+        found=f"part '{part.name}' of {part.owner}",
+        expected="one aim in `Part.groups`",
+        fix="report this to the plugin's author",
+    )
 
 
 def _expand(part: Part) -> Iterator[Tensor]:

@@ -28,8 +28,8 @@ from .errors import Interrupted, NumericError
 from .identify import Identified, classes_of, identify
 from .load import load
 from .loop import Loop
-from .model import Coverage, Model, coverage, targets
-from .nn.linear import Linear, Lora
+from .model import Model
+from .nn.adapted import Lora
 from .preflight import preflight
 from .report import Reporter, Silent
 from .rundir import MetricsLog
@@ -37,6 +37,7 @@ from .settings import Settings
 from .signals import StopSignals
 from .state import METRICS, RunFiles, locked, newest, run_folder
 from .table import Store
+from .targets import Coverage, coverage, targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +162,13 @@ def _load(
     layout, config = found.layout, found.checkpoint.config
     architecture = found.decision.architecture
     lora = Lora(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout)
-    chosen = targets(architecture, layout, settings.target_groups, lora)
+    chosen = targets(
+        layout,
+        settings.target_groups,
+        lora,
+        group_r={name: int(r) for name, r in settings.group_r.items()},
+        group_lora_alpha={name: float(x) for name, x in settings.group_lora_alpha.items()},
+    )
     part = layout.table[next(iter(chosen))].part.name
     namespace = choose_class(layout, part, classes_of(config), settings.adapter_class)
     net = Model(architecture, config, layout, DTYPES[settings.dtype], chosen)
@@ -188,7 +195,7 @@ def _load(
         )
     for name, module in net.adapters():
         module.reset_lora(name, settings.seed, device)
-    lines = coverage(architecture, net, layout)
+    lines = coverage(net, layout)
     tell.table("what will be trained", [_line(line) for line in lines])
     if quantize:
         tell.note(_prove_quantised(net, found, lines))
@@ -207,18 +214,17 @@ def _load(
 
 def _prove_quantised(net: Model, found: Identified, lines: list[Coverage]) -> str:
     """A tensor that the table declares 4-bit is held in 4 bit, or the run stops."""
-    held = dict(net.named_modules())
     for entry in found.layout.table:
         if entry.row.store is Store.NF4 and entry.part.loaded:
-            module = held.get(entry.name.removesuffix(".weight"))
-            if not isinstance(module, Linear) or module.nf4 is None:
+            holder = net.holders.get(entry.name)
+            if holder is None or not holder.four_bit:
                 raise NumericError(
                     "QC-TRAIN-005",
                     "is declared 4-bit and is not",
                     field=entry.name,
                     fix="report this, or pass --set quantization=none",
                 )
-    four = sum(line.parameters for line in lines if line.bits < 5)
+    four = sum(line.four_bit for line in lines)
     whole = sum(line.parameters for line in lines)
     return f"{100 * four / whole:.1f} % of the loaded parameters are held in 4 bit"
 

@@ -81,6 +81,10 @@ class Trunk(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
+    def aux_loss(self, batch: Packed) -> Tensor | None:
+        """Nothing: a dense model balances no experts."""
+        return None
+
 
 def build(ctx: BuildContext) -> TrunkProtocol:
     """The trunk of the config in `ctx`."""

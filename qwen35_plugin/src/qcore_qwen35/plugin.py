@@ -44,7 +44,6 @@ DENSE = Architecture(
     name=detect.ARCHITECTURE,
     model_types=("qwen3_5", "qwen3_5_text"),
     root=table.ROOT,
-    groups=table.GROUPS,
     build=_build,
     tiny=_tiny,
 )

@@ -22,8 +22,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qcore.errors import InputError
-from qcore.records import Aim
-from qcore.table import FP32, NF4, Namespace, Part, Row
+from qcore.table import FP32, LINEAR, NF4, Aim, Namespace, Part, Row
 
 OWNER = "qcore-qwen35"
 ROOT = "model.language_model"
@@ -35,12 +34,6 @@ GROUPS: dict[str, Aim] = {
     "gdn": Aim.ON,
     "mlp": Aim.ON,
     "gdn_gates": Aim.ASKED,
-    "embed": Aim.NEVER,
-    "head": Aim.NEVER,
-    "norm": Aim.NEVER,
-    "conv": Aim.NEVER,
-    "state": Aim.NEVER,
-    "mtp": Aim.NEVER,
 }
 
 NAMESPACES = (
@@ -95,6 +88,7 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
             "full": by_type["full_attention"],
         },
         namespaces=NAMESPACES,
+        groups=GROUPS,
         section="text_config",
     )
     if mtp_layers := int(text.get("mtp_num_hidden_layers") or 0):
@@ -105,6 +99,7 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
             dims=dims,
             axes={"mtp": tuple(range(mtp_layers))},
             namespaces=(Namespace(name="hub"),),
+            groups={"mtp": Aim.NEVER},
             optional=True,
             loaded=False,
         )
@@ -124,33 +119,33 @@ def _text_rows(tied: bool) -> Iterator[Row]:
 
 def _delta(p: str) -> Iterator[Row]:
     m = f"{p}.linear_attn"
-    yield Row(f"{m}.in_proj_qkv.weight", "conv hidden", "gdn", NF4, linear=True)
-    yield Row(f"{m}.in_proj_z.weight", "v_heads*v_dim hidden", "gdn", NF4, linear=True)
-    yield Row(f"{m}.in_proj_a.weight", "v_heads hidden", "gdn_gates", linear=True)
-    yield Row(f"{m}.in_proj_b.weight", "v_heads hidden", "gdn_gates", linear=True)
+    yield Row(f"{m}.in_proj_qkv.weight", "conv hidden", "gdn", NF4, kind=LINEAR)
+    yield Row(f"{m}.in_proj_z.weight", "v_heads*v_dim hidden", "gdn", NF4, kind=LINEAR)
+    yield Row(f"{m}.in_proj_a.weight", "v_heads hidden", "gdn_gates", kind=LINEAR)
+    yield Row(f"{m}.in_proj_b.weight", "v_heads hidden", "gdn_gates", kind=LINEAR)
     yield Row(f"{m}.conv1d.weight", "conv 1 kernel", "conv")
     yield Row(f"{m}.A_log", "v_heads", "state", FP32)
     yield Row(f"{m}.dt_bias", "v_heads", "state", FP32)
     yield Row(f"{m}.norm.weight", "v_dim", "norm")
-    yield Row(f"{m}.out_proj.weight", "hidden v_heads*v_dim", "gdn", NF4, linear=True)
+    yield Row(f"{m}.out_proj.weight", "hidden v_heads*v_dim", "gdn", NF4, kind=LINEAR)
 
 
 def _attention(p: str, group: str, norm: str) -> Iterator[Row]:
     m = f"{p}.self_attn"
     # Rows of q_proj: query and output gate, interleaved per head.
-    yield Row(f"{m}.q_proj.weight", "heads*2*head_dim hidden", group, NF4, linear=True)
-    yield Row(f"{m}.k_proj.weight", "kv_heads*head_dim hidden", group, NF4, linear=True)
-    yield Row(f"{m}.v_proj.weight", "kv_heads*head_dim hidden", group, NF4, linear=True)
-    yield Row(f"{m}.o_proj.weight", "hidden heads*head_dim", group, NF4, linear=True)
+    yield Row(f"{m}.q_proj.weight", "heads*2*head_dim hidden", group, NF4, kind=LINEAR)
+    yield Row(f"{m}.k_proj.weight", "kv_heads*head_dim hidden", group, NF4, kind=LINEAR)
+    yield Row(f"{m}.v_proj.weight", "kv_heads*head_dim hidden", group, NF4, kind=LINEAR)
+    yield Row(f"{m}.o_proj.weight", "hidden heads*head_dim", group, NF4, kind=LINEAR)
     yield Row(f"{m}.q_norm.weight", "head_dim", norm)
     yield Row(f"{m}.k_norm.weight", "head_dim", norm)
 
 
 def _mlp(p: str, group: str) -> Iterator[Row]:
     m = f"{p}.mlp"
-    yield Row(f"{m}.gate_proj.weight", "ffn hidden", group, NF4, linear=True)
-    yield Row(f"{m}.up_proj.weight", "ffn hidden", group, NF4, linear=True)
-    yield Row(f"{m}.down_proj.weight", "hidden ffn", group, NF4, linear=True)
+    yield Row(f"{m}.gate_proj.weight", "ffn hidden", group, NF4, kind=LINEAR)
+    yield Row(f"{m}.up_proj.weight", "ffn hidden", group, NF4, kind=LINEAR)
+    yield Row(f"{m}.down_proj.weight", "hidden ffn", group, NF4, kind=LINEAR)
 
 
 def _mtp_rows() -> Iterator[Row]:

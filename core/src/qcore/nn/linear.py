@@ -4,74 +4,52 @@ This file decides how ``y = x W^T + s (dropout(x) A^T) B^T`` is computed and wha
 for its backward: the input, never the dequantised weight, which is read again. Which maps
 carry LoRA is `model`'s decision, what they hold is `load`'s.
 
-LoRA: Hu et al. 2021; scaling ``s = lora_alpha / r``; A and B are float32 and computed in the
-run's dtype. B starts at zero, so step 0 equals the base bit for bit.
-
 Shapes: ``x [..., in]``, ``W [out, in]``, ``A [r, in]``, ``B [out, r]``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .adapted import Adapted, Lora
 from .nf4 import NF4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lora:
-    """LoRA's numbers for one linear map, named as in PEFT's config."""
-
-    r: int
-    lora_alpha: float
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-
-    @property
-    def scaling(self) -> float:
-        """``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` under rank-stabilised LoRA."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-
-class Linear(nn.Module):
-    """A frozen linear map with an optional adapter.
-
-    Attributes:
-        weight: ``[out, in]``; on meta until loaded; ``None`` once held in 4 bit.
-        lora_A: ``[r, in]`` float32, or ``None``.
-        lora_B: ``[out, r]`` float32, or ``None``.
-    """
-
-    weight: nn.Parameter | None
-    lora_A: nn.Parameter | None
-    lora_B: nn.Parameter | None
+class Linear(Adapted):
+    """``[..., in] -> [..., out]``."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lora: Lora | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = shape
-        self.lora = lora
+        super().__init__(shape, dtype, lora)
         self.nf4: NF4 | None = None
-        meta = torch.empty(shape, dtype=dtype, device="meta")
-        self.weight = nn.Parameter(meta, requires_grad=False)
-        if lora is None:
-            self.lora_A = self.lora_B = None
-        else:
-            a = torch.empty(lora.r, self.in_features, device="meta")
-            b = torch.empty(self.out_features, lora.r, device="meta")
-            self.lora_A, self.lora_B = nn.Parameter(a), nn.Parameter(b)
 
-    def hold(self, weight: Tensor, *, quantize: bool, dtype: torch.dtype) -> None:
-        """Take the loaded weight, quantised on arrival when asked."""
+    def lora_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """``A [r, in]``, ``B [out, r]``."""
+        return (r, self.shape[1]), (self.shape[0], r)
+
+    def hold(self, rows: slice, value: Tensor, *, quantize: bool, dtype: torch.dtype) -> None:
+        """Take the whole weight: its 4-bit scales are one set."""
+        if rows != slice(0, self.shape[0]):
+            raise ValueError(f"a linear map is held whole, not {rows}")
         if quantize:
-            self.nf4, self.weight = NF4(weight, dtype), None
+            self.nf4, self.weight = NF4(value, dtype), None
         else:
-            self.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+            self.weight = nn.Parameter(value.to(dtype), requires_grad=False)
+
+    @property
+    def four_bit(self) -> bool:
+        """Whether the weight is NF4."""
+        return self.nf4 is not None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codes and scales, or of the weight."""
+        if self.nf4 is not None:
+            return self.nf4.nbytes
+        return self.dense().nbytes
 
     def dense(self) -> Tensor:
         """The weight ``[out, in]`` in the run's dtype."""
@@ -79,17 +57,6 @@ class Linear(nn.Module):
             return self.nf4.dense()
         assert self.weight is not None
         return self.weight
-
-    def reset_lora(self, name: str, seed: int, device: torch.device) -> None:
-        """A uniform as in PEFT, B zero. Depends on `name` and `seed` alone, not on order."""
-        if self.lora is None:
-            return
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        a = torch.empty(self.lora.r, self.in_features)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        self.lora_A = nn.Parameter(a.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, self.lora.r, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""

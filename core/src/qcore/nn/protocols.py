@@ -37,6 +37,18 @@ class Packed:
     positions: Tensor
     targets: Tensor | None = None
     _memo: dict[str, Any] = field(default_factory=dict, repr=False)
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def keep(self, key: str, value: Any) -> None:
+        """Leave something of a layer for `Trunk.aux_loss`; the first value of a key stays.
+
+        A layer that runs again in backward says the same thing twice.
+        """
+        self._kept.setdefault(key, value)
+
+    def kept(self) -> Mapping[str, Any]:
+        """What the layers left, by key."""
+        return self._kept
 
     def memo(self, key: str, make: Callable[[], _V]) -> _V:
         """What all layers derive from the batch alone, made once (rotary tables, indices)."""
@@ -74,7 +86,8 @@ class Packed:
             return tensor.to(device, non_blocking=True)
 
         if self.targets is None:
-            return replace(self, ids=move(self.ids), positions=move(self.positions), _memo={})
+            ids, positions = move(self.ids), move(self.positions)
+            return replace(self, ids=ids, positions=positions, _memo={}, _kept={})
         # Counted here, where the ids still are on the host: on a GPU it would wait for the forward.
         return replace(
             self,
@@ -82,6 +95,7 @@ class Packed:
             positions=move(self.positions),
             targets=move(self.targets),
             _memo={"supervised": move(self.supervised())},
+            _kept={},
         )
 
 
@@ -97,6 +111,14 @@ class BuildContext(Protocol):
 
     def linear(self, name: str) -> nn.Module:
         """A linear map ``[..., in] -> [..., out]`` for the row ``{name}.weight``."""
+        ...
+
+    def experts(self, name: str) -> nn.Module:
+        """One linear map per expert, for the row `name` ``[experts, out, in]``.
+
+        Called as ``module(rows [R, in], routing) -> [R, out]`` with rows sorted by expert, as
+        `qcore.nn.experts.Routing` gathers them.
+        """
         ...
 
     def tensor(self, name: str) -> nn.Parameter:
@@ -133,4 +155,11 @@ class Trunk(Protocol):
 
     def final(self, x: Tensor) -> Tensor:
         """What the head reads: ``[T, H] -> [T, H]``."""
+        ...
+
+    def aux_loss(self, batch: Packed) -> Tensor | None:
+        """What the layers of a batch add to the loss, without its coefficient.
+
+        ``None`` where the model has no such term: a dense model.
+        """
         ...

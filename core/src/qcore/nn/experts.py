@@ -1,0 +1,296 @@
+"""Experts: rows sorted by the expert that they were routed to, and one linear map for each.
+
+This file decides how routed rows are laid (each token k times, sorted by expert, in one
+stable order), that the cost is linear in them, and how ``y_i = x_i W_e^T + s x_i A_e^T B_e^T``
+is computed and what is saved for its backward: the rows, never the dequantised weights. The
+router, what lies between two maps, and shared experts are the plugin's.
+
+LoRA's matrices have PEFT's layout for stacked parameters: row ``e r + k`` of A belongs to
+expert e (expert-major), column ``k E + e`` of B does (rank-major).
+
+Shapes: T tokens, k experts a token, ``R = T k`` rows, E experts, ``W [E, out, in]``,
+``A [E r, in]``, ``B [out, r E]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .adapted import Adapted, Lora
+from .nf4 import NF4Stack
+
+
+class Routing:
+    """Where each of ``T k`` rows goes. Build with `Routing.of`.
+
+    Attributes:
+        order: ``[R]`` int64, the flat place (token, choice) of each sorted row.
+        inverse: ``[R]`` int64, the sorted row of each flat place.
+        ends: ``[E]`` int32, where each expert's rows end.
+        k: experts a token.
+    """
+
+    def __init__(self, order: Tensor, inverse: Tensor, ends: Tensor, k: int) -> None:
+        self.order = order
+        self.inverse = inverse
+        self.ends = ends
+        self.k = k
+
+    @staticmethod
+    def of(chosen: Tensor, experts: int) -> Routing:
+        """From the experts of each token ``[T, k]`` int64."""
+        flat = chosen.flatten()
+        ordered, order = flat.sort(stable=True)
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        numbers = torch.arange(experts, device=flat.device)
+        ends = torch.searchsorted(ordered, numbers, right=True, out_int32=True)
+        return Routing(order, inverse, ends, chosen.shape[1])
+
+    @property
+    def counts(self) -> Tensor:
+        """``[E]`` int64: rows by expert."""
+        return self.ends.long().diff(prepend=self.ends.new_zeros(1, dtype=torch.int64))
+
+    @cached_property
+    def spans(self) -> tuple[tuple[int, int, int], ...]:
+        """(expert, first row, end) of every expert that has rows; waits for the device."""
+        ends = [0, *self.ends.tolist()]
+        return tuple((e, a, b) for e, (a, b) in enumerate(pairwise(ends)) if b > a)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """``[T, H] -> [R, H]``: each token k times, sorted by expert."""
+        rows: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
+        return rows
+
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """``[R, H], [T, k] -> [T, H]``: the weighted sum of each token's rows, rounded once."""
+        out: Tensor = _Combine.apply(rows, weights, self)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, routing: Routing) -> Tensor:
+        ctx.routing = routing
+        return x.index_select(0, routing.order // routing.k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        routing: Routing = ctx.routing
+        flat = dy.index_select(0, routing.inverse)
+        return flat.view(-1, routing.k, dy.shape[-1]).sum(1), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        ctx.routing = routing
+        flat = rows.index_select(0, routing.inverse).view(-1, routing.k, rows.shape[-1])
+        return torch.bmm(weights.unsqueeze(1), flat).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weights = ctx.saved_tensors
+        routing: Routing = ctx.routing
+        flat = rows.index_select(0, routing.inverse).view(-1, routing.k, rows.shape[-1])
+        dweights = torch.bmm(flat, dy.unsqueeze(2)).squeeze(2)
+        drows = dy.index_select(0, routing.order // routing.k)
+        drows.mul_(weights.flatten().index_select(0, routing.order).unsqueeze(1))
+        return drows, dweights, None
+
+
+class Experts(Adapted):
+    """One linear map per expert: ``module(rows [R, in], routing) -> [R, out]``."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lora: Lora | None) -> None:
+        super().__init__(shape, dtype, lora)
+        self.nf4: NF4Stack | None = None
+        self.reader: Callable[[int], Tensor] | None = None
+
+    def lora_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """``A [E r, in]``, ``B [out, r E]``."""
+        experts, out, into = self.shape
+        return (experts * r, into), (out, r * experts)
+
+    def hold(self, rows: slice, value: Tensor, *, quantize: bool, dtype: torch.dtype) -> None:
+        """Take some experts' weights ``[n, out, in]``."""
+        if quantize:
+            if self.nf4 is None:
+                shape = cast(tuple[int, int, int], self.shape)
+                self.nf4, self.weight = NF4Stack(shape, dtype, value.device), None
+            self.nf4.put(rows, value)
+            return
+        if self.weight is None or self.weight.is_meta:
+            whole = torch.empty(self.shape, dtype=dtype, device=value.device)
+            self.weight = nn.Parameter(whole, requires_grad=False)
+        self.weight.data[rows] = value.to(dtype)
+
+    def read_from(self, reader: Callable[[int], Tensor] | None) -> None:
+        """Hold nothing: ask `reader` for the weight ``[out, in]`` of an expert when it has rows."""
+        self.reader = reader
+
+    @property
+    def four_bit(self) -> bool:
+        """Whether the experts are NF4."""
+        return self.nf4 is not None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codes and scales, or of the weight."""
+        if self.nf4 is not None:
+            return self.nf4.nbytes
+        assert self.weight is not None
+        return self.weight.nbytes
+
+    def one(self, expert: int) -> Tensor:
+        """The weight ``[out, in]`` of one expert in the run's dtype."""
+        if self.reader is not None:
+            return self.reader(expert)
+        if self.nf4 is not None:
+            return self.nf4.one(expert)
+        assert self.weight is not None
+        return self.weight[expert]
+
+    def dense(self) -> Tensor:
+        """The weights of all experts ``[E, out, in]`` in the run's dtype."""
+        if self.nf4 is not None:
+            return self.nf4.dense()
+        assert self.weight is not None
+        return self.weight
+
+    def forward(self, rows: Tensor, routing: Routing) -> Tensor:
+        """``[R, in] -> [R, out]``, rows sorted by expert."""
+        a, b = (self.lora_A, self.lora_B) if self.lora is not None else (None, None)
+        out: Tensor = _Grouped.apply(rows, a, b, self, routing)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Grouped(torch.autograd.Function):
+    """``x W_e^T + s (x A_e^T) B_e^T`` by expert; saves x and ``x A_e^T``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, module: Experts, routing: Routing
+    ) -> Tensor:
+        ctx.module, ctx.routing = module, routing
+        product: _Products = _Fused(routing) if _is_fused(x, module) else _Loop(routing)
+        y = product.forward(x, product.weights(module))
+        xa = None
+        if a is not None and b is not None:
+            assert module.lora is not None
+            by_a, by_b = _by_expert(a, b, module, x.dtype, product.multiple)
+            xa = product.forward(x, by_a)
+            y.add_(product.forward(xa, by_b), alpha=module.lora.scaling)
+        ctx.save_for_backward(x, xa, a, b)
+        ctx.product = product
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, xa, a, b = ctx.saved_tensors
+        module, product = ctx.module, ctx.product
+        dx = da = db = None
+        if ctx.needs_input_grad[0]:
+            dx = product.backward(dy, product.weights(module))
+        if xa is not None:
+            r, scaling = module.lora.r, module.lora.scaling
+            by_a, by_b = _by_expert(a, b, module, x.dtype, product.multiple)
+            dxa = product.backward(dy, by_b).mul_(scaling)
+            da = product.outer(dxa, x)[:, :r].reshape(a.shape).to(a.dtype)
+            db = product.outer(dy, xa)[:, :, :r].mul(scaling)
+            db = db.permute(1, 2, 0).reshape(b.shape).to(b.dtype)
+            if dx is not None:
+                dx.add_(product.backward(dxa, by_a))
+        return dx, da, db, None, None
+
+
+def _is_fused(x: Tensor, module: Experts) -> bool:
+    """Whether torch's grouped product takes these shapes: 16-bit on CUDA, rows aligned."""
+    _, out, into = module.shape
+    aligned = not (out % _Fused.multiple or into % _Fused.multiple)
+    return x.is_cuda and x.dtype == torch.bfloat16 and aligned and module.reader is None
+
+
+def _by_expert(
+    a: Tensor, b: Tensor, module: Experts, dtype: torch.dtype, multiple: int
+) -> tuple[Tensor, Tensor]:
+    """``A [E, r, in]``, ``B [E, out, r]``, r filled up with zeros to a multiple."""
+    experts, out, into = module.shape
+    by_a = a.to(dtype).view(experts, -1, into)
+    by_b = b.to(dtype).view(out, -1, experts).permute(2, 0, 1).contiguous()
+    more = -by_a.shape[1] % multiple
+    return (F.pad(by_a, (0, 0, 0, more)), F.pad(by_b, (0, more))) if more else (by_a, by_b)
+
+
+Weights = Tensor | Callable[[int], Tensor]  #: all of them, or one at a time
+
+
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """The products expert by expert: each weight is read when its turn comes."""
+
+    routing: Routing
+    multiple: ClassVar[int] = 1
+
+    def weights(self, module: Experts) -> Weights:
+        return module.one
+
+    def forward(self, x: Tensor, weights: Weights) -> Tensor:
+        """``x_i W_e^T``: ``[R, in] -> [R, out]``."""
+        spans = self.routing.spans
+        return torch.cat([x[start:end] @ _one(weights, e).t() for e, start, end in spans])
+
+    def backward(self, dy: Tensor, weights: Weights) -> Tensor:
+        """``dy_i W_e``: ``[R, out] -> [R, in]``."""
+        spans = self.routing.spans
+        return torch.cat([dy[start:end] @ _one(weights, e) for e, start, end in spans])
+
+    def outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """``sum_i left_i right_i^T`` over each expert's rows: ``[E, n, m]``."""
+        out = left.new_zeros(len(self.routing.ends), left.shape[1], right.shape[1])
+        for e, start, end in self.routing.spans:
+            torch.mm(left[start:end].t(), right[start:end], out=out[e])
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Fused:
+    """The products as one launch over all experts, their weights dequantised together."""
+
+    routing: Routing
+    multiple: ClassVar[int] = 8  # 16 bytes
+
+    def weights(self, module: Experts) -> Tensor:
+        return module.dense()
+
+    def forward(self, x: Tensor, weights: Weights) -> Tensor:
+        assert isinstance(weights, Tensor)
+        return F.grouped_mm(x, weights.transpose(1, 2), offs=self.routing.ends)
+
+    def backward(self, dy: Tensor, weights: Weights) -> Tensor:
+        assert isinstance(weights, Tensor)
+        return F.grouped_mm(dy, weights, offs=self.routing.ends)
+
+    def outer(self, left: Tensor, right: Tensor) -> Tensor:
+        return F.grouped_mm(left.t(), right, offs=self.routing.ends)
+
+
+_Products = _Loop | _Fused
+
+
+def _one(weights: Weights, expert: int) -> Tensor:
+    return weights[expert] if isinstance(weights, Tensor) else weights(expert)
