@@ -1,7 +1,7 @@
 """The trunk of Qwen 3.5: embedding, residual layers, final norm.
 
 This file decides the order of blocks and their parameter names (the table's, less its root).
-Head and loss are core's; the blocks are `delta`, `attention` and `mlp`. A config that they do
+Head and loss are core's; the blocks are `delta`, `attention`, `mlp` and `moe`. A config that they do
 not compute was refused by `guards` before.
 
 Shapes: T tokens of all documents, H hidden size.
@@ -22,6 +22,7 @@ from qcore.nn.protocols import Trunk as TrunkProtocol
 from .attention import Attention, KvCache
 from .delta import DeltaCache, GatedDeltaNet, Weight
 from .mlp import Mlp
+from .moe import Moe, balance_loss
 from .norm import RmsNorm
 from .table import layer_types, text_config
 
@@ -42,7 +43,8 @@ class DecoderLayer(nn.Module):
             self.self_attn = Attention(ctx, text, f"{name}.self_attn")
         after = ctx.tensor(f"{name}.post_attention_layernorm.weight")
         self.post_attention_layernorm = RmsNorm(after, eps)
-        self.mlp = Mlp(ctx, f"{name}.mlp")
+        self.sparse = "num_experts" in text
+        self.mlp = Moe(ctx, text, f"{name}.mlp") if self.sparse else Mlp(ctx, f"{name}.mlp")
 
     @property
     def mixer(self) -> GatedDeltaNet | Attention:
@@ -51,7 +53,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, batch: Packed, cache: Any | None = None) -> Tensor:
         x = x + self.mixer(self.input_layernorm(x), batch, cache)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        y = self.post_attention_layernorm(x)
+        out: Tensor = x + (self.mlp(y, batch) if self.sparse else self.mlp(y))
         return out
 
     def new_cache(self, tokens: int, device: torch.device) -> Cache:
@@ -82,8 +85,8 @@ class Trunk(nn.Module):
         return out
 
     def aux_loss(self, batch: Packed) -> Tensor | None:
-        """Nothing: a dense model balances no experts."""
-        return None
+        """How unevenly experts were picked; a dense model has none to balance."""
+        return balance_loss(batch.kept()) if batch.kept() else None
 
 
 def build(ctx: BuildContext) -> TrunkProtocol:

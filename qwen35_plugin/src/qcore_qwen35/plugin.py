@@ -40,6 +40,12 @@ def _tiny(folder: Path) -> None:
     write(folder)
 
 
+def _tiny_moe(folder: Path) -> None:
+    from .tiny import write
+
+    write(folder, moe=True)
+
+
 DENSE = Architecture(
     name=detect.ARCHITECTURE,
     model_types=("qwen3_5", "qwen3_5_text"),
@@ -48,9 +54,17 @@ DENSE = Architecture(
     tiny=_tiny,
 )
 
+MOE = Architecture(
+    name=detect.MOE,
+    model_types=("qwen3_5_moe", "qwen3_5_moe_text"),
+    root=table.ROOT,
+    build=_build,
+    tiny=_tiny_moe,
+)
+
 GENERATION = Generation(
     name=detect.GENERATION,
-    architectures=(DENSE.name,),
+    architectures=(DENSE.name, MOE.name),
     template_hashes=tuple(detect.TEMPLATE_HASHES),
     template_inputs=detect.TEMPLATE_INPUTS,
     licence="Apache-2.0",
@@ -59,8 +73,8 @@ GENERATION = Generation(
 
 @hookimpl
 def qcore_describe() -> Iterator[Architecture | Generation]:
-    """The dense blocks, and the generation."""
-    yield from (DENSE, GENERATION)
+    """The dense blocks, the mixture of experts, and the generation."""
+    yield from (DENSE, MOE, GENERATION)
 
 
 @hookimpl
@@ -72,14 +86,14 @@ def qcore_detect(checkpoint: Checkpoint) -> Iterator[Claim]:
 @hookimpl
 def qcore_key_mapping(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
     """Text and multi-token prediction."""
-    if architecture == DENSE.name:
-        yield from table.parts(config)
+    if architecture in (DENSE.name, MOE.name):
+        yield from table.parts(config, moe=architecture == MOE.name)
 
 
 @hookimpl
 def qcore_preflight(request: PreflightRequest) -> Iterator[Finding]:
     """The guards."""
-    if request.architecture == DENSE.name:
+    if request.architecture in (DENSE.name, MOE.name):
         yield from guards.findings(request)
     if request.generation == GENERATION.name:
         yield from chat.findings(request)

@@ -1,7 +1,8 @@
-"""The parameter table of Qwen 3.5, dense: rows, dims, axes, namespaces.
+"""The parameter table of Qwen 3.5, dense and mixture of experts: rows, dims, axes, namespaces.
 
-This file decides which tensors a checkpoint of this architecture consists of, their groups,
-and how each is held in training. It transforms nothing: names and layouts are the hub's, the
+This file decides which tensors a checkpoint of these architectures consists of, their groups,
+and how each is held in training. The two differ in the feed-forward rows alone; experts may lie
+fused or one by one, tensor by tensor. It transforms nothing: names and layouts are the hub's, the
 text class's names differ in one prefix.
 
 What stays out of 4 bit, and why:
@@ -13,6 +14,8 @@ What stays out of 4 bit, and why:
 - norms: vectors.
 - embeddings and head: looked up and scored by row; 4 bit costs quality there, and a tied
   head must be the same numbers as the embedding.
+- the router and the shared expert's gate: their rounding decides which experts a token gets,
+  and they are tiny.
 - mtp: not loaded in training.
 """
 
@@ -22,7 +25,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qcore.errors import InputError
-from qcore.table import FP32, LINEAR, NF4, Aim, Namespace, Part, Row
+from qcore.table import (
+    EXPERTS,
+    FP32,
+    LINEAR,
+    NF4,
+    PARAMETER,
+    Aim,
+    Namespace,
+    Part,
+    Row,
+    cat,
+    stack,
+)
 
 OWNER = "qcore-qwen35"
 ROOT = "model.language_model"
@@ -35,12 +50,23 @@ GROUPS: dict[str, Aim] = {
     "mlp": Aim.ON,
     "gdn_gates": Aim.ASKED,
 }
+MOE_GROUPS: dict[str, Aim] = {
+    "attn": Aim.ON,
+    "gdn": Aim.ON,
+    "experts": Aim.ON,
+    "shared_expert": Aim.ON,
+    "gdn_gates": Aim.ASKED,
+    "router": Aim.ASKED,
+}
 
 NAMESPACES = (
-    Namespace(name="vl", classes=("Qwen3_5ForConditionalGeneration",)),
+    Namespace(
+        name="vl",
+        classes=("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
+    ),
     Namespace(
         name="text",
-        classes=("Qwen3_5ForCausalLM",),
+        classes=("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
         prefixes=((f"{ROOT}.", "model."),),
     ),
 )
@@ -62,8 +88,12 @@ def rotary_factor(text: Mapping[str, Any]) -> Any:
     return given if given is not None else text.get("partial_rotary_factor", 0.25)
 
 
-def parts(config: Mapping[str, Any]) -> Iterator[Part]:
+def parts(config: Mapping[str, Any], *, moe: bool = False) -> Iterator[Part]:
     """The text part and, where the config claims one, the multi-token-prediction part.
+
+    Args:
+        config: config.json.
+        moe: whether the feed-forward maps are experts.
 
     Raises:
         InputError: ``QC-QWEN35-001`` a dimension that is missing or no positive integer,
@@ -71,7 +101,8 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
     """
     text = text_config(config)
     kinds = layer_types(text)
-    dims = _dims(text)
+    dims = _dims(text) | (_moe_dims(text) if moe else _ffn_dims(text))
+    experts = {"expert": tuple(range(dims["experts"]))} if moe else {}
     by_type = {
         kind: tuple(n for n, found in enumerate(kinds) if found == kind)
         for kind in ("linear_attention", "full_attention")
@@ -80,24 +111,25 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
     yield Part(
         name="text",
         owner=OWNER,
-        rows=tuple(_text_rows(tied)),
+        rows=tuple(_text_rows(tied, moe)),
         dims=dims,
         axes={
             "layer": tuple(range(len(kinds))),
             "linear": by_type["linear_attention"],
             "full": by_type["full_attention"],
+            **experts,
         },
         namespaces=NAMESPACES,
-        groups=GROUPS,
+        groups=MOE_GROUPS if moe else GROUPS,
         section="text_config",
     )
     if mtp_layers := int(text.get("mtp_num_hidden_layers") or 0):
         yield Part(
             name="mtp",
             owner=OWNER,
-            rows=tuple(_mtp_rows()),
+            rows=tuple(_mtp_rows(moe)),
             dims=dims,
-            axes={"mtp": tuple(range(mtp_layers))},
+            axes={"mtp": tuple(range(mtp_layers)), **experts},
             namespaces=(Namespace(name="hub"),),
             groups={"mtp": Aim.NEVER},
             optional=True,
@@ -105,14 +137,14 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
         )
 
 
-def _text_rows(tied: bool) -> Iterator[Row]:
+def _text_rows(tied: bool, moe: bool) -> Iterator[Row]:
     yield Row(EMBED, "vocab hidden", "embed")
     layer = f"{ROOT}.layers.{{layer}}"
     yield Row(f"{layer}.input_layernorm.weight", "hidden", "norm")
     yield from _delta(f"{ROOT}.layers.{{linear}}")
     yield from _attention(f"{ROOT}.layers.{{full}}", "attn", "norm")
     yield Row(f"{layer}.post_attention_layernorm.weight", "hidden", "norm")
-    yield from _mlp(layer, "mlp")
+    yield from _moe(layer) if moe else _mlp(f"{layer}.mlp", "ffn", "mlp")
     yield Row(f"{ROOT}.norm.weight", "hidden", "norm")
     yield Row("lm_head.weight", "vocab hidden", "head", tie=EMBED if tied else None)
 
@@ -141,14 +173,29 @@ def _attention(p: str, group: str, norm: str) -> Iterator[Row]:
     yield Row(f"{m}.k_norm.weight", "head_dim", norm)
 
 
-def _mlp(p: str, group: str) -> Iterator[Row]:
-    m = f"{p}.mlp"
-    yield Row(f"{m}.gate_proj.weight", "ffn hidden", group, NF4, kind=LINEAR)
-    yield Row(f"{m}.up_proj.weight", "ffn hidden", group, NF4, kind=LINEAR)
-    yield Row(f"{m}.down_proj.weight", "hidden ffn", group, NF4, kind=LINEAR)
+def _mlp(m: str, ffn: str, group: str) -> Iterator[Row]:
+    yield Row(f"{m}.gate_proj.weight", f"{ffn} hidden", group, NF4, kind=LINEAR)
+    yield Row(f"{m}.up_proj.weight", f"{ffn} hidden", group, NF4, kind=LINEAR)
+    yield Row(f"{m}.down_proj.weight", f"hidden {ffn}", group, NF4, kind=LINEAR)
 
 
-def _mtp_rows() -> Iterator[Row]:
+def _moe(p: str, mtp: str = "") -> Iterator[Row]:
+    """Router, experts, shared expert and its gate; all in one group within `mtp`."""
+    m, one = f"{p}.mlp", f"{p}.mlp.experts.{{expert}}"
+    router, experts = mtp or "router", mtp or "experts"
+    yield Row(f"{m}.gate.weight", "experts hidden", router, kind=PARAMETER)
+    # Of each expert: the rows of the gate, then those of up.
+    apart = stack("expert", cat(f"{one}.gate_proj.weight", f"{one}.up_proj.weight"))
+    dims = "experts 2*expert_ffn hidden"
+    yield Row(f"{m}.experts.gate_up_proj", dims, experts, NF4, kind=EXPERTS, also=apart)
+    apart = stack("expert", f"{one}.down_proj.weight")
+    dims = "experts hidden expert_ffn"
+    yield Row(f"{m}.experts.down_proj", dims, experts, NF4, kind=EXPERTS, also=apart)
+    yield from _mlp(f"{m}.shared_expert", "shared_ffn", mtp or "shared_expert")
+    yield Row(f"{m}.shared_expert_gate.weight", "1 hidden", router, kind=LINEAR)
+
+
+def _mtp_rows(moe: bool) -> Iterator[Row]:
     p = "mtp.layers.{mtp}"
     yield Row("mtp.fc.weight", "hidden 2*hidden", "mtp")
     for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
@@ -156,7 +203,7 @@ def _mtp_rows() -> Iterator[Row]:
     yield Row(f"{p}.input_layernorm.weight", "hidden", "mtp")
     yield from _attention(p, "mtp", "mtp")
     yield Row(f"{p}.post_attention_layernorm.weight", "hidden", "mtp")
-    yield from _mlp(p, "mtp")
+    yield from _moe(p, "mtp") if moe else _mlp(f"{p}.mlp", "ffn", "mtp")
 
 
 def _dims(text: Mapping[str, Any]) -> dict[str, int]:
@@ -167,7 +214,6 @@ def _dims(text: Mapping[str, Any]) -> dict[str, int]:
     return {
         "hidden": hidden,
         "vocab": _size(text, "vocab_size"),
-        "ffn": _size(text, "intermediate_size"),
         "heads": heads,
         "kv_heads": _size(text, "num_key_value_heads"),
         "head_dim": _size(text, "head_dim"),
@@ -175,6 +221,18 @@ def _dims(text: Mapping[str, Any]) -> dict[str, int]:
         "v_dim": v_dim,
         "conv": 2 * keys + v_heads * v_dim,
         "kernel": _size(text, "linear_conv_kernel_dim"),
+    }
+
+
+def _ffn_dims(text: Mapping[str, Any]) -> dict[str, int]:
+    return {"ffn": _size(text, "intermediate_size")}
+
+
+def _moe_dims(text: Mapping[str, Any]) -> dict[str, int]:
+    return {
+        "experts": _size(text, "num_experts"),
+        "expert_ffn": _size(text, "moe_intermediate_size"),
+        "shared_ffn": _size(text, "shared_expert_intermediate_size"),
     }
 
 

@@ -32,6 +32,15 @@ MARKS = (
     "</think>",
 )
 _MERGES = 320
+#: What a mixture of experts has in place of ``intermediate_size``.
+_MOE: dict[str, Any] = {
+    "model_type": "qwen3_5_moe_text",
+    "moe_intermediate_size": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 48,
+}
 _CORPUS = (
     "system user assistant tool function parameter arguments name value type string number",
     "What is the capital of this country? The capital is the city that people name first.",
@@ -42,12 +51,18 @@ _CORPUS = (
 )
 
 
-def write(folder: Path, *, seed: int = 0) -> None:
-    """Write config, weights, tokenizer, template and generation config into `folder`."""
+def write(folder: Path, *, seed: int = 0, moe: bool = False) -> None:
+    """Write config, weights, tokenizer, template and generation config into `folder`.
+
+    Args:
+        folder: made when it is not there.
+        seed: of the weights.
+        moe: a mixture of experts, fused as on the hub, its prediction layer one by one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
     size = tokenizer.get_vocab_size(with_added_tokens=True)
-    config = tiny_config(vocab_size=64 * math.ceil((size + 1) / 64))
+    config = tiny_config(vocab_size=64 * math.ceil((size + 1) / 64), moe=moe)
     _json(folder / "config.json", config)
     tokenizer.save(str(folder / "tokenizer.json"))
     _json(
@@ -65,16 +80,21 @@ def write(folder: Path, *, seed: int = 0) -> None:
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     generator = torch.Generator().manual_seed(seed)
     tied = "lm_head.weight" if config["tie_word_embeddings"] else None
-    tensors = {
-        tensor.name: _random(tensor, generator)
-        for tensor in Table(list(parts(config)))
-        if tensor.name != tied
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    for tensor in Table(list(parts(config, moe=moe))):
+        if tensor.name != tied:
+            value = _random(tensor, generator)
+            *_, apart = tensor.spellings()
+            pieces = apart if tensor.part.name == "mtp" else next(tensor.spellings())
+            for piece in pieces:
+                tensors[piece.name] = value[piece.region].reshape(piece.shape).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def tiny_config(*, vocab_size: int, **text: Any) -> dict[str, Any]:
+def tiny_config(*, vocab_size: int, moe: bool = False, **text: Any) -> dict[str, Any]:
     """config.json of the tiny checkpoint; `text` overrides keys of its ``text_config``."""
+    if moe:
+        text = _MOE | text
     layers = text.get("num_hidden_layers", 4)
     section = {
         "model_type": "qwen3_5_text",
@@ -112,9 +132,12 @@ def tiny_config(*, vocab_size: int, **text: Any) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "vocab_size": vocab_size,
     } | text
+    if moe:
+        del section["intermediate_size"]
+    kind = "Moe" if moe else ""
     return {
-        "architectures": ["Qwen3_5ForConditionalGeneration"],
-        "model_type": "qwen3_5",
+        "architectures": [f"Qwen3_5{kind}ForConditionalGeneration"],
+        "model_type": f"qwen3_5{'_moe' if moe else ''}",
         "text_config": section,
         "tie_word_embeddings": section["tie_word_embeddings"],
     }
