@@ -22,6 +22,7 @@ from qcore.nn.adapted import Lora
 from qcore.nn.nf4 import NF4
 from qcore.nn.protocols import Packed
 from qcore.settings import Settings
+from qcore.targets import targets
 from qcore.train import train
 from qcore_qwen35.tiny import write as write_tiny
 

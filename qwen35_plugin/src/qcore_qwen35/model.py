@@ -1,8 +1,8 @@
 """The trunk of Qwen 3.5: embedding, residual layers, final norm.
 
 This file decides the order of blocks and their parameter names (the table's, less its root).
-Head and loss are core's; the blocks are `delta`, `attention`, `mlp` and `moe`. A config that they do
-not compute was refused by `guards` before.
+Head and loss are core's; the blocks are `delta`, `attention`, `mlp` and `moe`. A config that
+they do not compute was refused by `guards` before.
 
 Shapes: T tokens of all documents, H hidden size.
 """

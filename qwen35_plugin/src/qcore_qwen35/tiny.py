@@ -51,18 +51,19 @@ _CORPUS = (
 )
 
 
-def write(folder: Path, *, seed: int = 0, moe: bool = False) -> None:
+def write(folder: Path, *, seed: int = 0, moe: bool = False, **text: Any) -> None:
     """Write config, weights, tokenizer, template and generation config into `folder`.
 
     Args:
         folder: made when it is not there.
         seed: of the weights.
         moe: a mixture of experts, fused as on the hub, its prediction layer one by one.
+        text: overrides keys of ``text_config``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
     size = tokenizer.get_vocab_size(with_added_tokens=True)
-    config = tiny_config(vocab_size=64 * math.ceil((size + 1) / 64), moe=moe)
+    config = tiny_config(vocab_size=64 * math.ceil((size + 1) / 64), moe=moe, **text)
     _json(folder / "config.json", config)
     tokenizer.save(str(folder / "tokenizer.json"))
     _json(
