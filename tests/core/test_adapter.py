@@ -17,13 +17,14 @@ from support.model_kit import edit_json, write_json
 from support.peer_kit import CLASSES, VOCAB, adapted, layers, logits, saved, stock
 from torch import Tensor
 
-from qcore.adapter import Adapter, choose_class, peft_config, peft_name
+from qcore.adapter import Adapter, choose_class, peft_config, stems
 from qcore.adapter_reader import read_adapter
 from qcore.artifact import publish
 from qcore.checkpoint import Checkpoint
 from qcore.deltas import Deltas
 from qcore.errors import InputError, QcoreError, TrustError, UsageError
 from qcore.locate import Layout, locate
+from qcore.nn.adapted import Lora
 from qcore.table import Table
 from qcore_qwen35.table import parts
 
@@ -128,7 +129,8 @@ def test_w_plus_scaling_b_a_is_pefts_own_merge(
         canonical = f"{ROOT}{name.removeprefix(PREFIX[kind])}.weight"
         base: Tensor = layer.get_base_layer().weight.detach()  # type: ignore[operator]
         expected = base.double() + layer.get_delta_weight("default").detach().double()  # type: ignore[operator]
-        found = torch.cat([total for _, total in deltas.add(canonical, base, slice(0, len(base)))])
+        whole = tuple(slice(0, size) for size in base.shape)
+        found = torch.cat([total for _, total in deltas.add(canonical, base, whole)])
         assert float((found - expected).abs().max()) < 1e-6
         assert float((found - base).abs().max()) > 1e-3
 
@@ -193,21 +195,22 @@ def write_ours(
     entries = [
         entry
         for entry in layout.table
-        if entry.row.linear and entry.part.loaded and (names is None or entry.name in names)
+        if entry.row.kind and entry.part.loaded and (names is None or entry.name in names)
     ]
+    lora = Lora(r=4, lora_alpha=6, lora_dropout=0.1)
     (namespace,) = (n for n in layout.table.part("text").namespaces if n.name == kind)
     generator = torch.Generator().manual_seed(2)
-    values, tensors = {}, {}
+    values, tensors, found = {}, {}, stems(entries, namespace)
     for entry in entries:
         a = 0.1 * torch.randn(4, entry.shape[1], generator=generator)
         b = 0.1 * torch.randn(entry.shape[0], 4, generator=generator)
         values[entry.name] = a, b
-        tensors[peft_name(entry, namespace, "A")] = a
-        tensors[peft_name(entry, namespace, "B")] = b
+        tensors[f"{found[entry.name]}.lora_A.weight"] = a
+        tensors[f"{found[entry.name]}.lora_B.weight"] = b
     folder.mkdir(exist_ok=True)
     config = peft_config(
-        entries, layout, r=4, lora_alpha=6, lora_dropout=0.1, base="org/base", revision="abc",
-        namespace=namespace,
+        dict.fromkeys(values, lora), layout, r=4, lora_alpha=6, lora_dropout=0.1, base="org/base",
+        revision="abc", namespace=namespace,
     )  # fmt: skip
     write_json(folder / "adapter_config.json", config)
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -412,7 +415,14 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
     "trained tokens": (setting(trainable_token_indices=[1, 2]), "004", "trainable_token_indices"),
     "transposed weights": (setting(fan_in_fan_out=True), "004", "fan_in_fan_out"),
     "layers repeated": (setting(layer_replication=[[0, 2], [1, 3]]), "004", "layer_replication"),
-    "parameters targeted": (setting(target_parameters=["experts"]), "004", "target_parameters"),
+    "a parameter that is not there": (
+        setting(target_parameters=["mlp.experts.down_proj"]), "006",
+        "target_parameters: mlp.experts.down_proj: is a declared target that hits nothing",
+    ),
+    "a parameter of no list": (
+        setting(target_parameters="experts"), "004", "target_parameters: is no list of names"
+    ),
+    "a parameter that is no name": (setting(target_parameters=[3]), "004", "target_parameters"),
     "activated by tokens": (setting(alora_invocation_tokens=[1]), "004", "alora_invocation_tokens"),
     "pissa": (setting(init_lora_weights="pissa"), "004", "changes the base"),
     "pissa in a few steps": (setting(init_lora_weights="pissa_niter_4"), "004", "changes the base"),

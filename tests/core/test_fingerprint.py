@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from support.model_kit import small_config, small_shapes, write_index, write_jso
 
 from qcore.checkpoint import Checkpoint
 from qcore.fingerprint import fingerprints
-from qcore.load import digest, read_tensor
+from qcore.load import as_bytes, read_tensor
 from qcore.locate import locate
 from qcore.table import Table
 from qcore_qwen35.table import parts
@@ -46,7 +47,7 @@ def print_of(
     checkpoint = Checkpoint.open(folder)
     layout = locate(Table(list(parts(checkpoint.config))), checkpoint)
     digests = {
-        name: digest(read_tensor(checkpoint, item))
+        name: hashlib.sha256(as_bytes(read_tensor(checkpoint, item))).hexdigest()
         for name, item in layout.located.items()
         if item.tied is None
     }

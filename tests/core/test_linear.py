@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from qcore.nn.linear import Linear, Lora
-from qcore.nn.nf4 import BITS, NF4
+from qcore.nn.adapted import Lora
+from qcore.nn.linear import Linear
+from qcore.nn.nf4 import NF4
 
 OUT, IN, T = 96, 64, 7
 CPU = torch.device("cpu")
+#: Bits a parameter: 4, 8 for each 64 of them, 32 for each 256 of those (QLoRA, section 3.2).
+BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 
 def weight(out: int = OUT, into: int = IN, seed: int = 0) -> Tensor:
@@ -32,7 +35,7 @@ def ours(
     seed: int = 3,
 ) -> Linear:
     module = Linear((OUT, IN), dtype, lora)
-    module.hold(weight(), quantize=quantize, dtype=dtype)
+    module.hold(slice(0, OUT), weight(), quantize=quantize, dtype=dtype)
     if lora is not None:
         module.reset_lora("layer", seed, CPU)
         assert module.lora_B is not None
@@ -130,6 +133,12 @@ def test_nf4_gives_a_fresh_tensor():
 def test_nf4_costs_what_it_says():
     value = weight(1024, 1024)
     assert NF4(value, torch.bfloat16).nbytes * 8 / value.numel() == pytest.approx(BITS, rel=1e-3)
+
+
+def test_a_linear_map_is_held_whole():
+    module = Linear((OUT, IN), torch.float32, None)
+    with pytest.raises(ValueError, match="held whole"):
+        module.hold(slice(0, 8), weight()[:8], quantize=False, dtype=torch.float32)
 
 
 # -- LoRA against PEFT

@@ -8,7 +8,23 @@ import pytest
 import torch
 
 from qcore.errors import InputError, PluginError
-from qcore.table import FP32, LINEAR, NF4, Namespace, Part, Row, Spelling, Table, at, cat, stack
+from qcore.table import (
+    EXPERTS,
+    FP32,
+    LINEAR,
+    NF4,
+    PARAMETER,
+    Aim,
+    Kind,
+    Namespace,
+    Part,
+    Row,
+    Spelling,
+    Table,
+    at,
+    cat,
+    stack,
+)
 
 
 def part(*rows: Row, name: str = "text", **more: object) -> Part:
@@ -111,9 +127,8 @@ def test_what_does_not_tile_is_an_error(way: Spelling, shape: tuple[int, ...], s
 
 def test_a_row_expands_over_its_own_axis_in_order():
     row = Row("m.layers.{linear}.w", "heads*2*size hidden", "attn", NF4, kind=LINEAR)
-    table = Table(
-        [part(row, dims={"heads": 4, "size": 8, "hidden": 3}, axes={"linear": (0, 1, 4)})]
-    )
+    dims, axes = {"heads": 4, "size": 8, "hidden": 3}, {"linear": (0, 1, 4)}
+    table = Table([part(row, dims=dims, axes=axes, groups={"attn": Aim.ON})])
     assert [tensor.name for tensor in table] == [f"m.layers.{n}.w" for n in (0, 1, 4)]
     assert [tensor.index for tensor in table] == [0, 1, 4]
     assert {tensor.shape for tensor in table} == {(64, 3)}
@@ -184,6 +199,39 @@ def test_what_a_part_does_not_define_is_the_plugins_fault(row: Row, says: str):
     assert caught.value.code == "QC-TABLE-003"
     assert caught.value.exit_code == 69
     assert says in caught.value.message
+
+
+@pytest.mark.parametrize("kind", [LINEAR, PARAMETER, EXPERTS])
+def test_a_row_for_lora_needs_the_aim_of_its_group(kind: Kind):
+    row = Row("w", "4 4 4" if kind is EXPERTS else "4 4", "attn", kind=kind)
+    with pytest.raises(PluginError, match="group 'attn' has no aim") as caught:
+        Table([part(row, groups={"mlp": Aim.ON})])
+    assert (caught.value.code, caught.value.field) == ("QC-TABLE-004", "w")
+    assert caught.value.exit_code == 69
+    assert "part 'text' of dist-a" in caught.value.message
+    assert len(Table([part(Row("w", "4", "norm"))])) == 1  # a row that LoRA passes by needs none
+
+
+def test_groups_of_all_parts_are_one_list():
+    text = part(Row("a", "4 4", "attn", kind=LINEAR), groups={"attn": Aim.ON, "mlp": Aim.ASKED})
+    # A part may use the group of another: whose it is does not matter.
+    other = part(
+        Row("b", "4 4", "attn", kind=LINEAR), name="mtp",
+        groups={"mtp": Aim.NEVER, "attn": Aim.ON},
+    )  # fmt: skip
+    table = Table([text, other])
+    assert table.groups == {"attn": Aim.ON, "mlp": Aim.ASKED, "mtp": Aim.NEVER}
+    without = part(Row("b", "4 4", "attn", kind=LINEAR), name="mtp")
+    assert Table([without, text]).groups == {"attn": Aim.ON, "mlp": Aim.ASKED}
+
+
+def test_a_group_with_two_aims_is_the_plugins_fault():
+    text = part(Row("a", "4 4", "attn", kind=LINEAR), groups={"attn": Aim.ON})
+    other = part(Row("b", "4", "g"), name="mtp", owner="dist-b", groups={"attn": Aim.NEVER})
+    with pytest.raises(PluginError, match="group 'attn' has two aims") as caught:
+        Table([text, other])
+    assert caught.value.code == "QC-TABLE-004"
+    assert "part 'mtp' of dist-b" in caught.value.message
 
 
 def test_namespaces_translate_both_ways_first_match_wins():
