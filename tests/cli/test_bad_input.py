@@ -388,22 +388,24 @@ LATER = """\
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("what", ["both", "bos", "template"])
 def test_a_later_generation_names_the_plugin_that_takes_it(
-    capsys: Any, base: Path, rows: Path, what: str
+    capsys: Any, base: Path, rows: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setenv("QCORE_DISABLE_PLUGINS", "qwen36")
     if what in ("both", "bos"):
         edit_text(bos_token_id=248044, eos_token_id=248044)(base)
     if what in ("both", "template"):
         (base / "chat_template.jinja").write_text(LATER)
     line = refuse(capsys, base, rows, "QC-DETECT-006", "qcore-qwen36", status=69)
-    assert "pip install qcore-qwen36" in line
+    assert "Fix: take 'qwen36' out of QCORE_DISABLE_PLUGINS" in line
     # Evidence against it is not overruled by asking.
     refuse(capsys, base, rows, "QC-DETECT-006", status=69, flags=("--generation", "3.5"))
 
 
 @pytest.mark.usefixtures("no_weights")
 def test_a_real_checkpoint_of_the_next_generation(
-    capsys: Any, base: Path, rows: Path, shared: Path
+    capsys: Any, base: Path, rows: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setenv("QCORE_DISABLE_PLUGINS", "qwen36")
     source = shared / "skus" / "qwen3.6" / "Qwen3.6-27B"
     shutil.copy(source / "chat_template.jinja", base)
     edit_text(bos_token_id=248044, eos_token_id=248044)(base)

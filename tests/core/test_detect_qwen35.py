@@ -413,4 +413,6 @@ def test_published_3_6(shared: Path, siblings: tuple[Path, Path]) -> None:
 
 def test_published_mixture_of_experts_is_another_architecture(shared: Path) -> None:
     given, with_template = published(shared, "qwen3.5/Qwen3.5-35B-A3B")
-    assert outcome(given, with_template) == "QC-DETECT-001"
+    decision = detect(checkpoint(given, with_template), installed(real=("qcore-qwen35",)))
+    assert decision.architecture.name == "qwen3_5_moe"
+    assert decision.generation.name == "3.5"
