@@ -44,7 +44,7 @@ from qcore.merge import merge
 from qcore.merge_pass import MergePass
 from qcore.report import Silent
 from qcore.settings import Settings
-from qcore.table import LINEAR, Aim, Part, Row, Table, cat
+from qcore.table import LINEAR, Aim, Part, Region, Row, Table, cat
 from qcore.train import train
 
 INDEX = "model.safetensors.index.json"
@@ -406,14 +406,16 @@ def test_a_killed_merge_leaves_no_result_and_the_next_cleans_up(
 # -- the checks can fail
 
 
-def halved(self: Deltas, name: str, weight: Tensor, rows: slice) -> Iterator[Any]:
-    for block, total in REAL(self, name, weight, rows):
-        yield block, (total + weight[block].double()) / 2
+def halved(self: Deltas, name: str, weight: Tensor, region: Region) -> Iterator[Any]:
+    for view, total in REAL(self, name, weight, region):
+        yield view, (total + view.double()) / 2
 
 
-def first_rows(self: Deltas, name: str, weight: Tensor, rows: slice) -> Iterator[Any]:
-    yield next(REAL(self, name, weight[: len(weight) // 2], slice(0, len(weight) // 2)))
-    yield slice(len(weight) // 2, len(weight)), weight[len(weight) // 2 :].double()
+def first_rows(self: Deltas, name: str, weight: Tensor, region: Region) -> Iterator[Any]:
+    for view, total in REAL(self, name, weight, region):
+        half = len(view) // 2
+        yield view[:half], total[:half]
+        yield view[half:], view[half:].double()
 
 
 REAL = Deltas.add
