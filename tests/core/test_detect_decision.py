@@ -57,9 +57,7 @@ def qcore_detect(checkpoint):
         elif item == "foreign generation":
             yield Claim(architecture="toy", generation="1" if NAME != "1" else "2")
 """
-ARCHITECTURE = (
-    'yield Architecture(name="toy", model_types=("toy",), root="m", build=print)'
-)
+ARCHITECTURE = 'yield Architecture(name="toy", model_types=("toy",), root="m", build=print)'
 MODALITY = """
 from qcore import hookimpl
 from qcore.records import Modality

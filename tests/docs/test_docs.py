@@ -8,6 +8,7 @@ import itertools
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -257,6 +258,170 @@ def test_hook_detect_merge(example: Any) -> None:
 def test_hook_doctor(example: Any) -> None:
     ((_, finding),) = example("qcore_doctor").ask("qcore_doctor")
     assert (finding.code, finding.what) == ("QC-ACME-020", "not installed (optional)")
+
+
+# The architecture of writing-a-plugin.md is a whole one.
+
+ACME: dict[str, Any] = {
+    "model_type": "acme", "architectures": ["AcmeForCausalLM"], "acme_version": 1,
+    "vocab_size": 30, "hidden_size": 8, "moe_intermediate_size": 6, "num_experts": 5,
+    "num_experts_per_tok": 2, "num_hidden_layers": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plugins]:
+    """The example, installed."""
+    text = (DOCS / "writing-a-plugin.md").read_text(encoding="utf-8")
+    hooks, blocks = (source for _, source in BLOCK.findall(text.split("\n## 8. ")[1]))
+    folder = tmp_path / "site"
+    distribution(
+        folder, "qcore-acme", module="acme", source=hooks, plugin="acme", model_types=("acme",)
+    )
+    (folder / "acme_model.py").write_text(blocks, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(folder))
+    yield installed(folder)
+    for name in ("acme", "acme_model"):
+        sys.modules.pop(name, None)
+
+
+def acme_tensors() -> dict[str, Any]:
+    """Random weights by the names of the example; experts of layer 0 fused, of 1 apart."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    found = {"model.embed_tokens.weight": random(30, 8), "lm_head.weight": random(30, 8)}
+    found["model.norm.weight"] = 1 + random(8)
+    for layer in ("model.layers.0", "model.layers.1"):
+        found |= {
+            f"{layer}.mix_proj.weight": random(8, 8),
+            f"{layer}.norm.weight": 1 + random(8),
+            f"{layer}.router.weight": 3 * random(5, 8),
+            f"{layer}.experts.up_proj": random(5, 6, 8),
+            f"{layer}.experts.down_proj": random(5, 8, 6),
+        }
+    return found
+
+
+def acme_by_hand(w: dict[str, Any], ids: Any, lengths: list[int]) -> tuple[Any, Any]:
+    """Logits and load-balancing loss of the example, token by token."""
+    import torch
+
+    norm = torch.nn.functional.rms_norm
+    rows = list(w["model.embed_tokens.weight"][ids])
+    starts = [sum(lengths[:n]) for n in range(len(lengths))]
+    balance = 0.0
+    for layer in ("model.layers.0", "model.layers.1"):
+        up, down = w[f"{layer}.experts.up_proj"], w[f"{layer}.experts.down_proj"]
+        mixed, hits, mean = [], torch.zeros(5), torch.zeros(5)
+        for t, row in enumerate(rows):
+            before = torch.zeros(8) if t in starts else rows[t - 1]
+            row = row + w[f"{layer}.mix_proj.weight"] @ before
+            x = norm(row, (8,), w[f"{layer}.norm.weight"], 1e-6)
+            shares = (w[f"{layer}.router.weight"] @ x).softmax(0)
+            for e in shares.argsort(descending=True)[:2].tolist():
+                row = row + shares[e] * (down[e] @ torch.nn.functional.silu(up[e] @ x))
+                hits[e] += 1 / len(ids)
+            mean += shares / len(ids)
+            mixed.append(row)
+        rows = mixed
+        balance = balance + 5 * (hits * mean).sum() / 2
+    final = norm(torch.stack(rows), (8,), w["model.norm.weight"], 1e-6)
+    return final @ w["lm_head.weight"].T, balance
+
+
+def test_the_whole_architecture_is_one(acme: Plugins, tmp_path: Path) -> None:
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    from qcore.adapter import choose_class, peft_config, stems
+    from qcore.checkpoint import Checkpoint
+    from qcore.detect import detect
+    from qcore.load import load
+    from qcore.locate import locate
+    from qcore.model import Model
+    from qcore.nn.adapted import Lora
+    from qcore.nn.protocols import Packed
+    from qcore.table import Table
+    from qcore.targets import coverage, targets
+
+    weights = acme_tensors()
+    disk = {name: value for name, value in weights.items() if "layers.1.experts" not in name}
+    for name in ("up_proj", "down_proj"):
+        for e, value in enumerate(weights[f"model.layers.1.experts.{name}"]):
+            disk[f"model.layers.1.experts.{e}.{name}.weight"] = value.contiguous()
+    save_file(disk, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(ACME))
+    checkpoint = Checkpoint.open(tmp_path)
+    decision = detect(checkpoint, acme)
+    assert (decision.architecture.name, decision.generation.name) == ("acme", "acme-1")
+    given = {"architecture": "acme", "config": ACME}
+    table = Table([part for _, part in acme.ask("qcore_key_mapping", **given)])
+    layout = locate(table, checkpoint)
+
+    lora = Lora(r=2, lora_alpha=4)
+    assert {table[n].row.group for n in targets(layout, [], lora)} == {"mix", "experts"}
+    chosen = targets(layout, ["mix", "experts", "router"], lora)
+    model = Model(decision.architecture, ACME, layout, torch.float32, chosen)
+    load(model, layout, checkpoint, device=torch.device("cpu"), quantize=False)
+    for name, module in model.adapters():
+        module.reset_lora(name, 0, torch.device("cpu"))
+    assert {line.group: line.hit for line in coverage(model, layout)} == {
+        "embed": 0, "mix": 2, "norm": 0, "router": 2, "experts": 4, "head": 0,
+    }  # fmt: skip
+
+    lengths = [1, 4, 3]
+    ids = torch.randint(30, (8,), generator=torch.Generator().manual_seed(1))
+    batch = Packed.of(ids.split(lengths), ids.split(lengths))
+    logits, balance = acme_by_hand(weights, ids, lengths)
+    assert torch.allclose(model.logits(batch), logits, atol=1e-5)
+    aux = model.trunk.aux_loss(batch)
+    assert aux is not None
+    assert torch.allclose(aux, balance, atol=1e-5)
+
+    grads = []
+    for again in (False, True):
+        batch = Packed.of(ids.split(lengths), ids.split(lengths))
+        model.zero_grad()
+        loss = model.loss(batch, save_memory=again)
+        (loss + model.trunk.aux_loss(batch)).backward()
+        grads.append([p.grad.clone() for _, p in model.trainable() if p.grad is not None])
+    assert len(grads[0]) == 2 * len(chosen)
+    for one, two in zip(*grads, strict=True):
+        assert torch.equal(one, two)
+    assert any(bool(grad.any()) for grad in grads[0])
+
+    # Cached equals whole.
+    caches = [layer.new_cache(3, torch.device("cpu")) for layer in model.trunk.layers]
+    for token, expected in zip(ids[5:], logits[5:], strict=True):
+        step = Packed.of([token[None]])
+        x = model.trunk.embed(step)
+        for layer, cache in zip(model.trunk.layers, caches, strict=True):
+            x = layer(x, step, cache)
+        assert torch.allclose(model.trunk.final(x) @ model.head.T, expected, atol=1e-5)
+
+    namespace = choose_class(layout, "text", ACME["architectures"], "")
+    assert stems((table[name] for name in chosen), namespace) | {} == {
+        f"model.layers.{n}.{weight}": f"base_model.model.model.layers.{n}.{stem}"
+        for n in range(2)
+        for weight, stem in {
+            "mix_proj.weight": "mix_proj", "router.weight": "router",
+            "experts.up_proj": "experts.base_layer", "experts.down_proj": "experts",
+        }.items()
+    }  # fmt: skip
+    told = peft_config(
+        chosen, layout, r=2, lora_alpha=4, lora_dropout=0, base="b", revision=None,
+        namespace=namespace,
+    )  # fmt: skip
+    assert told["target_modules"] == ["mix_proj"]
+    expected = ["experts.down_proj", "experts.up_proj", "router.weight"]
+    assert told["target_parameters"] == expected
 
 
 # Links, commands, words.
