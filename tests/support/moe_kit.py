@@ -1,0 +1,216 @@
+"""Random mixture-of-experts models of transformers, ours on the same weights, and their layouts.
+
+`twins` uses nothing of core's loading; `write_moe`, `fuse` and `split` give folders in the three
+layouts that exist on disk, renamed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from support.blocks_kit import GivenWeights, randomise
+from support.blocks_kit import tiny_config as dense_config
+from torch import Tensor, nn
+from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+from qcore.nn.experts import Experts, Routing
+from qcore.nn.protocols import Packed
+from qcore_qwen35.model import Trunk
+
+INDEX = "model.safetensors.index.json"
+#: What a mixture of experts has in place of ``intermediate_size``; no two sizes alike.
+EXPERTS: dict[str, Any] = {
+    "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 24, "num_experts": 7,
+    "num_experts_per_tok": 2, "shared_expert_intermediate_size": 40,
+    "router_aux_loss_coef": 0.001,
+}  # fmt: skip
+
+
+def moe_config(**changes: Any) -> dict[str, Any]:
+    """The text section of a config.json: three delta layers, then one of attention."""
+    config = dense_config(**(EXPERTS | changes))
+    del config["intermediate_size"]
+    return config
+
+
+class Differentiable(nn.Module):
+    """Experts by autograd alone, one matrix product each, so that the stack gets a gradient."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach())
+
+    def forward(self, rows: Tensor, routing: Routing) -> Tensor:
+        pieces = rows.split(routing.counts.tolist())
+        return torch.cat([F.linear(x, w) for x, w in zip(pieces, self.weight, strict=True)])
+
+
+class GivenExperts(GivenWeights):
+    """A `BuildContext` over a state dict; experts are core's own, or `Differentiable`."""
+
+    def __init__(
+        self, config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype,
+        *, core: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(config, weights, dtype)
+        self.core = core
+
+    def experts(self, name: str) -> nn.Module:
+        weight = self.weights[name]
+        if not self.core:
+            return Differentiable(weight)
+        made = Experts(tuple(weight.shape), self.dtype, None)
+        made.hold(slice(0, len(weight)), weight, quantize=False, dtype=self.dtype)
+        return made
+
+
+@dataclass
+class MoeTwins:
+    """The reference and ours, on the same numbers."""
+
+    theirs: Qwen3_5MoeForCausalLM
+    ours: Trunk
+
+    @property
+    def head(self) -> Tensor:
+        return self.theirs.lm_head.weight.detach()
+
+    def hidden(
+        self, batch: Packed, embedded: Tensor | None = None, caches: list[Any] | None = None
+    ) -> Tensor:
+        x = self.ours.embed(batch) if embedded is None else embedded
+        for number, layer in enumerate(self.ours.layers):
+            x = layer(x, batch, None if caches is None else caches[number])
+        return self.ours.final(x)
+
+    def logits(
+        self, batch: Packed, embedded: Tensor | None = None, caches: list[Any] | None = None
+    ) -> Tensor:
+        """Our logits ``[T, V]``."""
+        return self.hidden(batch, embedded, caches) @ self.head.t()
+
+    def reference(self, ids: Tensor, **more: Any) -> Tensor:
+        """Their logits ``[T, V]`` of one unpadded document."""
+        return self.theirs(ids[None], use_cache=False, **more).logits[0]
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Our parameters under the reference's names."""
+        return {
+            re.sub(r"(gate_up_proj|(?<=experts\.)down_proj)\.weight$", r"\1", name): parameter
+            for name, parameter in self.ours.named_parameters()
+        }
+
+
+def twins(
+    config: dict[str, Any], *, dtype: torch.dtype = torch.float32, core: bool = True,
+    seed: int = 0, like: MoeTwins | None = None,
+) -> MoeTwins:  # fmt: skip
+    """Both on random weights; logits of order 0.6, where float32 is a few 1e-7 off float64.
+
+    `core` builds our experts with core's module, which gives stacks no gradient. `like` takes
+    another pair's weights.
+    """
+    torch.manual_seed(seed)
+    hf_config = Qwen3_5MoeTextConfig(**config)
+    hf_config._attn_implementation = "eager"
+    theirs = Qwen3_5MoeForCausalLM(hf_config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if ".experts." in name:
+                parameter.uniform_(-1, 1).mul_((1.5 / parameter.shape[-1]) ** 0.5)
+            elif name.endswith("mlp.gate.weight"):
+                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+            else:
+                randomise(name, parameter)
+        theirs.lm_head.weight.mul_(0.25)
+        if like is not None:
+            theirs.load_state_dict(like.theirs.state_dict())
+    rotary = theirs.model.rotary_emb
+    theirs.to(dtype)
+    theirs.model.rotary_emb = type(rotary)(hf_config)
+    context = GivenExperts(config, theirs.model.state_dict(), dtype, core=core)
+    return MoeTwins(theirs, Trunk(context))
+
+
+# -- folders
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, by its name on disk."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
+_ONE = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
+
+
+def fused(tensors: Mapping[str, Tensor], *, mtp: bool = True) -> dict[str, Tensor]:
+    """Per-expert tensors stacked as the hub has them; those of ``mtp.*`` only with `mtp`."""
+    out: dict[str, Tensor] = {}
+    stacks: dict[str, dict[tuple[int, str], Tensor]] = {}
+    for name, value in tensors.items():
+        found = _ONE.match(name)
+        if found is None or (name.startswith("mtp.") and not mtp):
+            out[name] = value
+        else:
+            stacks.setdefault(found[1], {})[int(found[2]), found[3]] = value
+    for module, pieces in stacks.items():
+        numbers = range(1 + max(number for number, _ in pieces))
+        out[f"{module}.gate_up_proj"] = torch.stack(
+            [torch.cat([pieces[n, "gate_proj"], pieces[n, "up_proj"]]) for n in numbers]
+        )
+        out[f"{module}.down_proj"] = torch.stack([pieces[n, "down_proj"] for n in numbers])
+    return out
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stacks as one tensor per expert and map, as transformers saves them."""
+    out: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if not module.endswith(".experts"):
+            out[name] = value
+            continue
+        for number, one in enumerate(value):
+            halves = {"down_proj": one}
+            if leaf == "gate_up_proj":
+                gate, up = one.chunk(2)
+                halves = {"gate_proj": gate, "up_proj": up}
+            out |= {f"{module}.{number}.{n}.weight": v.contiguous() for n, v in halves.items()}
+    return out
+
+
+def as_layout(tensors: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """``fused``, ``apart``, or ``mixed``: the trunk fused, the prediction layer per expert."""
+    one_by_one = apart(tensors)
+    return one_by_one if layout == "apart" else fused(one_by_one, mtp=layout == "fused")
+
+
+def rewrite(source: Path, folder: Path, layout: str, *, shards: int = 1) -> Path:
+    """The same checkpoint in another layout, in so many files."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", INDEX))
+    tensors = as_layout(tensors_of(source), layout)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names, places = list(tensors), {}
+    for number in range(shards):
+        mine = names[number::shards]
+        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        save_file({n: tensors[n] for n in mine}, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(mine, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
