@@ -157,7 +157,7 @@ def _layout(config: dict[str, Any]) -> Layout:
     return Layout(table=table, located=dict(located()), by_disk={}, namespaces={})
 
 
-@pytest.mark.parametrize("r", [8, 16])
+@pytest.mark.parametrize("r", [4, 8, 16])
 def test_all_of_a_35b_takes_a_step_of_8192_tokens(r: int) -> None:
     """Forty layers, 248,320 rows of vocabulary, experts in 4 bit and with LoRA of rank `r`."""
     config = tiny_config(vocab_size=248320, moe=True, **(WIDE | {"num_hidden_layers": 40}))
@@ -186,7 +186,7 @@ def test_all_of_a_35b_takes_a_step_of_8192_tokens(r: int) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         seconds.append(time.perf_counter() - began)
     peak = torch.cuda.max_memory_allocated()
     trained = sum(p.numel() for _, p in model.trainable())
@@ -198,5 +198,5 @@ def test_all_of_a_35b_takes_a_step_of_8192_tokens(r: int) -> None:
     )
     assert held <= 18.5 * GIB
     assert losses[-1] < losses[0]
-    if r == 8:
+    if r <= 8:
         assert peak <= 30e9

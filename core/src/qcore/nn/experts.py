@@ -14,7 +14,7 @@ Shapes: T tokens, k experts a token, ``R = T k`` rows, E experts, ``W [E, out, i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -27,6 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from .adapted import Adapted, Lora
 from .nf4 import NF4Stack
+
+_TOGETHER = 2**28  # bytes of weights that are dequantised for one launch
 
 
 class Routing:
@@ -62,10 +64,14 @@ class Routing:
         return self.ends.long().diff(prepend=self.ends.new_zeros(1, dtype=torch.int64))
 
     @cached_property
-    def spans(self) -> tuple[tuple[int, int, int], ...]:
-        """(expert, first row, end) of every expert that has rows; waits for the device."""
-        ends = [0, *self.ends.tolist()]
-        return tuple((e, a, b) for e, (a, b) in enumerate(pairwise(ends)) if b > a)
+    def bounds(self) -> tuple[int, ...]:
+        """``E + 1`` rows between which each expert's lie; waits for the device."""
+        return (0, *self.ends.tolist())
+
+    @property
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """(expert, first row, end) of every expert that has rows."""
+        return ((e, a, b) for e, (a, b) in enumerate(pairwise(self.bounds)) if b > a)
 
     def gather(self, x: Tensor) -> Tensor:
         """``[T, H] -> [R, H]``: each token k times, sorted by expert."""
@@ -105,9 +111,9 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weights = ctx.saved_tensors
         routing: Routing = ctx.routing
-        flat = rows.index_select(0, routing.inverse).view(-1, routing.k, rows.shape[-1])
-        dweights = torch.bmm(flat, dy.unsqueeze(2)).squeeze(2)
         drows = dy.index_select(0, routing.order // routing.k)
+        products = torch.bmm(rows.unsqueeze(1), drows.unsqueeze(2)).flatten()
+        dweights = products.index_select(0, routing.inverse).view_as(weights)
         drows.mul_(weights.flatten().index_select(0, routing.order).unsqueeze(1))
         return drows, dweights, None
 
@@ -164,12 +170,12 @@ class Experts(Adapted):
         assert self.weight is not None
         return self.weight[expert]
 
-    def dense(self) -> Tensor:
-        """The weights of all experts ``[E, out, in]`` in the run's dtype."""
+    def some(self, experts: slice) -> Tensor:
+        """The weights of neighbours ``[n, out, in]`` in the run's dtype."""
         if self.nf4 is not None:
-            return self.nf4.dense()
+            return self.nf4.some(experts)
         assert self.weight is not None
-        return self.weight
+        return self.weight[experts]
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
         """``[R, in] -> [R, out]``, rows sorted by expert."""
@@ -187,13 +193,14 @@ class _Grouped(torch.autograd.Function):
     ) -> Tensor:
         ctx.module, ctx.routing = module, routing
         product: _Products = _Fused(routing) if _is_fused(x, module) else _Loop(routing)
-        y = product.forward(x, product.weights(module))
+        y = product.forward(x, module)
         xa = None
         if a is not None and b is not None:
             assert module.lora is not None
-            by_a, by_b = _by_expert(a, b, module, x.dtype, product.multiple)
+            # Scaled before it is rounded to the run's dtype, not after.
+            by_a, by_b = _by_expert(a, b * module.lora.scaling, module, x.dtype, product.multiple)
             xa = product.forward(x, by_a)
-            y.add_(product.forward(xa, by_b), alpha=module.lora.scaling)
+            product.forward(xa, by_b, add_to=y)
         ctx.save_for_backward(x, xa, a, b)
         ctx.product = product
         return y
@@ -205,7 +212,7 @@ class _Grouped(torch.autograd.Function):
         module, product = ctx.module, ctx.product
         dx = da = db = None
         if ctx.needs_input_grad[0]:
-            dx = product.backward(dy, product.weights(module))
+            dx = product.backward(dy, module)
         if xa is not None:
             r, scaling = module.lora.r, module.lora.scaling
             by_a, by_b = _by_expert(a, b, module, x.dtype, product.multiple)
@@ -214,7 +221,7 @@ class _Grouped(torch.autograd.Function):
             db = product.outer(dy, xa)[:, :, :r].mul(scaling)
             db = db.permute(1, 2, 0).reshape(b.shape).to(b.dtype)
             if dx is not None:
-                dx.add_(product.backward(dxa, by_a))
+                product.backward(dxa, by_a, add_to=dx)
         return dx, da, db, None, None
 
 
@@ -236,7 +243,7 @@ def _by_expert(
     return (F.pad(by_a, (0, 0, 0, more)), F.pad(by_b, (0, more))) if more else (by_a, by_b)
 
 
-Weights = Tensor | Callable[[int], Tensor]  #: all of them, or one at a time
+Weights = Tensor | Experts  #: by expert: LoRA's, which are there, or the base's, which are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,18 +253,19 @@ class _Loop:
     routing: Routing
     multiple: ClassVar[int] = 1
 
-    def weights(self, module: Experts) -> Weights:
-        return module.one
-
-    def forward(self, x: Tensor, weights: Weights) -> Tensor:
+    def forward(self, x: Tensor, weights: Weights, add_to: Tensor | None = None) -> Tensor:
         """``x_i W_e^T``: ``[R, in] -> [R, out]``."""
-        spans = self.routing.spans
-        return torch.cat([x[start:end] @ _one(weights, e).t() for e, start, end in spans])
+        y = _zeros(x, weights, 1) if add_to is None else add_to
+        for e, start, end in self.routing.spans:
+            y[start:end].addmm_(x[start:end], _one(weights, e).t())
+        return y
 
-    def backward(self, dy: Tensor, weights: Weights) -> Tensor:
+    def backward(self, dy: Tensor, weights: Weights, add_to: Tensor | None = None) -> Tensor:
         """``dy_i W_e``: ``[R, out] -> [R, in]``."""
-        spans = self.routing.spans
-        return torch.cat([dy[start:end] @ _one(weights, e) for e, start, end in spans])
+        dx = _zeros(dy, weights, 2) if add_to is None else add_to
+        for e, start, end in self.routing.spans:
+            dx[start:end].addmm_(dy[start:end], _one(weights, e))
+        return dx
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
         """``sum_i left_i right_i^T`` over each expert's rows: ``[E, n, m]``."""
@@ -269,28 +277,49 @@ class _Loop:
 
 @dataclass(frozen=True, slots=True)
 class _Fused:
-    """The products as one launch over all experts, their weights dequantised together."""
+    """The products a few launches at a time: neighbours' weights are dequantised together."""
 
     routing: Routing
     multiple: ClassVar[int] = 8  # 16 bytes
 
-    def weights(self, module: Experts) -> Tensor:
-        return module.dense()
+    def forward(self, x: Tensor, weights: Weights, add_to: Tensor | None = None) -> Tensor:
+        y = _zeros(x, weights, 1) if add_to is None else add_to
+        for experts, rows, ends in self._groups(weights):
+            part = _some(weights, experts).transpose(1, 2)
+            y[rows] += F.grouped_mm(x[rows], part, offs=ends)
+        return y
 
-    def forward(self, x: Tensor, weights: Weights) -> Tensor:
-        assert isinstance(weights, Tensor)
-        return F.grouped_mm(x, weights.transpose(1, 2), offs=self.routing.ends)
-
-    def backward(self, dy: Tensor, weights: Weights) -> Tensor:
-        assert isinstance(weights, Tensor)
-        return F.grouped_mm(dy, weights, offs=self.routing.ends)
+    def backward(self, dy: Tensor, weights: Weights, add_to: Tensor | None = None) -> Tensor:
+        dx = _zeros(dy, weights, 2) if add_to is None else add_to
+        for experts, rows, ends in self._groups(weights):
+            dx[rows] += F.grouped_mm(dy[rows], _some(weights, experts), offs=ends)
+        return dx
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
         return F.grouped_mm(left.t(), right, offs=self.routing.ends)
+
+    def _groups(self, weights: Weights) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Experts whose weights are `_TOGETHER` bytes, their rows, and where each one's end."""
+        count, out, into = weights.shape
+        step = max(1, _TOGETHER // (2 * out * into))
+        bounds = self.routing.bounds
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            rows = slice(bounds[first], bounds[last])
+            if rows.stop > rows.start:
+                yield slice(first, last), rows, self.routing.ends[first:last] - rows.start
 
 
 _Products = _Loop | _Fused
 
 
+def _zeros(x: Tensor, weights: Weights, dim: int) -> Tensor:
+    return x.new_zeros(len(x), weights.shape[dim])
+
+
 def _one(weights: Weights, expert: int) -> Tensor:
-    return weights[expert] if isinstance(weights, Tensor) else weights(expert)
+    return weights[expert] if isinstance(weights, Tensor) else weights.one(expert)
+
+
+def _some(weights: Weights, experts: slice) -> Tensor:
+    return weights[experts] if isinstance(weights, Tensor) else weights.some(experts)

@@ -107,13 +107,16 @@ class NF4Stack:
         here = slice(number, number + 1)
         return self._read(here, self._scales(here))[0]
 
-    def dense(self) -> Tensor:
-        """The whole stack, dequantised: two launches where blocks end with slices."""
+    def some(self, rows: slice) -> Tensor:
+        """Neighbours ``[n, out, in]``, dequantised: two launches where blocks end with slices."""
         size = self.shape[1] * self.shape[2]
         if size % (_BLOCK * _BLOCK2):
-            return torch.stack([self.one(number) for number in range(self.shape[0])])
-        every = slice(0, self.shape[0])
-        return self._read(every, self._scales(every))
+            return torch.stack([self.one(number) for number in range(rows.start, rows.stop)])
+        return self._read(rows, self._scales(rows))
+
+    def dense(self) -> Tensor:
+        """The whole stack ``[E, out, in]``, dequantised."""
+        return self.some(slice(0, self.shape[0]))
 
     def _scales(self, rows: slice) -> Tensor:
         """Scales ``[n, blocks]`` float32 of slices whose own blocks do not straddle."""
