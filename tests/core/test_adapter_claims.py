@@ -74,3 +74,28 @@ def test_a_claim_that_cannot_be_followed_is_refused(
     with pytest.raises(InputError) as caught:
         read_adapter(foreign, base.layout, trust_base=True, claims=lambda shapes: claims)
     assert caught.value.code == "QC-ADAPTER-010"
+
+
+@pytest.mark.parametrize(
+    "stacks", [("gate_up_proj",), ("down_proj",), ("gate_up_proj", "down_proj")]
+)
+def test_a_claim_of_experts_needs_no_declared_parameters(
+    tmp_path: Path, stacks: tuple[str, ...]
+) -> None:
+    write(tmp_path / "base", moe=True)
+    base = identify(str(tmp_path / "base"))
+    r, tensors, names = 2, {}, {}
+    for stack in stacks:
+        weight = f"model.language_model.layers.1.mlp.experts.{stack}"
+        experts, out, into = base.layout.table[weight].shape
+        tensors |= {f"{stack}.down": torch.randn(experts * r, into)}
+        tensors |= {f"{stack}.up": torch.randn(out, r * experts)}
+        names |= {f"{stack}.down": (weight, "A"), f"{stack}.up": (weight, "B")}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": 8}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    claim = AdapterClaim(layout="blk", names=names)
+    adapter = read_adapter(tmp_path, base.layout, trust_base=True, claims=lambda shapes: [claim])
+    told = {(pair.a.name, weight, "A") for weight, pair in adapter.pairs.items()}
+    told |= {(pair.b.name, weight, "B") for weight, pair in adapter.pairs.items()}
+    assert told == {(name, *where) for name, where in names.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,11 @@ def read_adapter(
     raise_all(problems)
     headers = {header.name: header for header in read_headers(safe_file(folder, WEIGHTS))}
     found = claims({name: h.shape for name, h in headers.items()}) if claims else []
+    claimed: set[str] = set()
     if found:
         headers = _translated(folder / WEIGHTS, headers, found, layout)
-    reader = _Reader(folder / WEIGHTS, config, headers, layout)
+        claimed = {weight for weight, _ in found[0].names.values()}
+    reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed)
     pairs = reader.pairs()
     raise_all(one_of_each(reader.problems))
     return Adapter(
@@ -131,10 +133,15 @@ def _translated(
             expected="one",
             fix="uninstall the plugin that does not belong",
         )
-    translated = dict(headers)
+    translated, table = dict(headers), layout.table
+    claimed = {weight for weight, _ in claims[0].names.values()}
+    # Together: a stack's name depends on which others of its module are adapted.
+    named: dict[str, str] = {}
+    for part in table.parts:
+        mine = (tensor for tensor in table if tensor.part is part and tensor.name in claimed)
+        named |= stems(mine, part.namespaces[0])
     for name, (weight, side) in claims[0].names.items():
-        tensor = layout.table.tensors.get(weight)
-        if tensor is None or side not in ("A", "B") or name not in headers:
+        if weight not in named or side not in ("A", "B") or name not in headers:
             raise InputError(
                 "QC-ADAPTER-010",
                 f"is read as layout '{names}' to a weight that is not there",
@@ -144,8 +151,7 @@ def _translated(
                 expected="a weight of this base, side A or B",
                 fix="report this to the plugin's author",
             )
-        stem = stems([tensor], tensor.part.namespaces[0])[weight]
-        translated[f"{stem}.lora_{side}.weight"] = translated.pop(name)
+        translated[f"{named[weight]}.lora_{side}.weight"] = translated.pop(name)
     return translated
 
 
@@ -233,11 +239,17 @@ class _Reader:
     """One adapter's tensors met with the maps of a layout."""
 
     def __init__(
-        self, path: Path, config: Mapping[str, Any], headers: dict[str, Header], layout: Layout
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        headers: dict[str, Header],
+        layout: Layout,
+        claimed: Collection[str] = (),
     ) -> None:
         self.path = path
         self.config = config
         self.headers = headers
+        self.claimed = claimed
         self.problems: list[QcoreError] = []
         self.maps = [t for t in layout.table if t.row.kind is not None and t.part.loaded]
         # Equal fits are told apart by class: which prefix it is never changes what is merged.
@@ -248,8 +260,8 @@ class _Reader:
     def _stems(self, namespace: Namespace) -> dict[str, str]:
         """The names that weights have under this config.
 
-        A stack's depends on which others of its module are adapted, so one that the config
-        does not declare has none.
+        A stack's depends on which others of its module are adapted, so one that neither the
+        config declares nor a plugin claims has none.
         """
         declared = self.config.get("target_parameters")
         return stems(
@@ -257,6 +269,7 @@ class _Reader:
                 tensor
                 for tensor in self.maps
                 if tensor.row.kind is not Kind.EXPERTS
+                or tensor.name in self.claimed
                 or _named(target_name(tensor, namespace), declared)
             ),
             namespace,
@@ -337,8 +350,12 @@ class _Reader:
         linear = field == "target_modules"
         if linear and not isinstance(declared, list) and declared is not None:
             return  # an expression: it is a stranger's code and not evaluated
+        if declared is None and self.claimed:
+            return  # not PEFT's to declare
         declared = declared or []
-        excluded, layers = self.config.get("exclude_modules") or [], _layers(self.config)
+        # PEFT narrows down modules alone.
+        excluded = (self.config.get("exclude_modules") or []) if linear else []
+        layers = _layers(self.config) if linear else []
         mine = [tensor for tensor in self.maps if (tensor.row.kind is Kind.LINEAR) == linear]
         for tensor in mine:
             # What an expression excludes is not evaluated: it is a stranger's code.
