@@ -148,7 +148,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], object], int, str, str]] = {
         edit_text(attn_output_gate=False), 65, "QC-QWEN35-010", "attn_output_gate"
     ),
     "another rope": (
-        edit_text(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4,
+        edit_text(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4,
                                    "partial_rotary_factor": 0.25}),
         65, "QC-QWEN35-011", "rope_type",
     ),

@@ -143,7 +143,7 @@ def test_a_vision_language_config_is_read_through_its_text_section() -> None:
 @pytest.mark.parametrize(
     ("change", "code", "field"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "011", "rope_type"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "011", "rope_type"),
         ({"rope_parameters": {"rope_type": "default"}}, "012", "rope_theta"),
         ({"rope_parameters": None}, "011", "rope_parameters"),
         ({"attn_output_gate": False}, "010", "attn_output_gate"),

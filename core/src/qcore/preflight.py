@@ -3,11 +3,14 @@
 This file decides the guards that hold for any model: the template is there, the tokenizer
 fits the embedding, what turns end with exists. Plugins add theirs through
 ``qcore_preflight``. Errors stop the verb together; warnings and notes are returned.
+
+Of a part that config.json claims and the files lack there is one line: the owner's, if one of
+its findings has the part's name as its field, because it knows what follows; else core's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .errors import InputError, raise_all
@@ -39,8 +42,8 @@ def preflight(
         settings=settings,
         token_ids=token_ids or {},
     )
-    findings = [*_core(found, request)]
-    findings += [finding for _, finding in found.plugins.ask("qcore_preflight", request=request)]
+    theirs = [finding for _, finding in found.plugins.ask("qcore_preflight", request=request)]
+    findings = [*_core(found, request), *_absent(request, theirs), *theirs]
     raise_all([as_error(f) for f in findings if f.severity is Severity.ERROR])
     return tuple(line(finding) for finding in findings)
 
@@ -73,13 +76,6 @@ def _core(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
             what=f"{count} tensors belong to no installed plugin and are kept as they are",
             field=f"{root}.*",
         )
-    for part in layout.absent:
-        yield Finding(
-            code="QC-PRE-011",
-            severity=Severity.NOTE,
-            what="config.json claims it, but the checkpoint has none of its tensors",
-            field=part,
-        )
     if request.verb not in ("train", "generate"):
         return
     if checkpoint.template is None:
@@ -92,6 +88,18 @@ def _core(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
             fix="copy chat_template.jinja from the original checkpoint",
         )
     yield from _tokens(found, request)
+
+
+def _absent(request: PreflightRequest, told: Sequence[Finding]) -> Iterator[Finding]:
+    """Parts without tensors of which their owner says nothing."""
+    for part in request.layout.absent:
+        if part not in [finding.field for finding in told]:
+            yield Finding(
+                code="QC-PRE-011",
+                severity=Severity.NOTE,
+                what="config.json claims it, but the checkpoint has none of its tensors",
+                field=part,
+            )
 
 
 def _tokens(found: Identified, request: PreflightRequest) -> Iterator[Finding]:

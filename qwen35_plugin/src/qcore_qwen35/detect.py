@@ -24,9 +24,8 @@ A bar names the plugin that would fit, unless the template shows that the checkp
 than that plugin too. The layout of the prediction layers and the repository's name are not
 judged; neither is the text-level ``partial_rotary_factor``, which re-saves add and remove.
 
-An MLX export is refused before anything is judged: it is no renaming. Its convolutions lie
-``[C, 4, 1]`` and one is added to its zero-centred norms, so under other names it would load
-and compute ``1 + (1 + w)``. What a template shows is found in `probe`.
+What no generation has, because the tensors are of another model than config.json says, is
+refused before anything is judged: in `headers`. What a template shows is found in `probe`.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qcore.errors import InputError
 from qcore.records import Bar, Claim, Sign
 
+from . import headers
 from .probe import ENDOFTEXT, Shown, as_published_without_bos, bos_of, look
 from .probe import TEMPLATE_INPUTS as TEMPLATE_INPUTS
 from .table import text_config
@@ -67,7 +66,7 @@ def claims(checkpoint: Checkpoint) -> Iterator[Claim]:
     """The claim of 3.5, with everything that speaks for it alone and against it.
 
     Raises:
-        InputError: ``QC-QWEN35-004`` for an MLX export.
+        InputError: as `headers.refuse`, for tensors of another model.
     """
     architecture = architecture_of(checkpoint)
     if architecture is None:
@@ -103,29 +102,12 @@ def architecture_of(checkpoint: Checkpoint) -> str | None:
     """The family's architecture that a checkpoint has; ``None`` where it has none of them.
 
     Raises:
-        InputError: ``QC-QWEN35-004`` for an MLX export, which has its ``model_type``.
+        InputError: as `headers.refuse`, for tensors of another model.
     """
     architecture = ARCHITECTURES.get(str(checkpoint.config.get("model_type")))
     if architecture is not None:
-        _refuse_mlx(checkpoint)
+        headers.refuse(checkpoint, moe=architecture == MOE)
     return architecture
-
-
-def _refuse_mlx(checkpoint: Checkpoint) -> None:
-    """MLX's names, or its convolutions where somebody gave the tensors the hub's names back."""
-    for name, header in checkpoint.headers.items():
-        turned = name.endswith(".linear_attn.conv1d.weight") and header.shape[2:] == (1,)
-        renamed = name.startswith("language_model.model.") or ".mlp.switch_mlp." in name
-        if turned or renamed:
-            raise InputError(
-                "QC-QWEN35-004",
-                "is an MLX export: its norms are shifted and its convolutions turned",
-                file=checkpoint.source,
-                field=name,
-                found=list(header.shape),
-                expected="the names and layouts of the original checkpoint",
-                fix="name the checkpoint that it was converted from",
-            )
 
 
 def _of_config(config: Mapping[str, Any], pip: str | None) -> Iterator[Sign | Bar]:

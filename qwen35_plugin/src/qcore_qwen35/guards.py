@@ -1,20 +1,28 @@
 """Guards of Qwen 3.5, one function a code: what the shapes cannot show.
 
-- ``QC-QWEN35-010`` an activation, gate or bias that the blocks do not implement.
-- ``QC-QWEN35-011`` rotary parameters that the blocks do not implement.
-- ``QC-QWEN35-012`` numbers that are out of range (eps, theta).
-- ``QC-QWEN35-013`` a multi-token-prediction head that the config claims and the files lack.
+- ``QC-QWEN35-010`` a value that the blocks do not compute: an activation, gate, bias or router.
+- ``QC-QWEN35-011`` rotary parameters that the blocks do not compute, or that transformers and
+  others read in different ways.
+- ``QC-QWEN35-012`` numbers that are out of range (eps, theta, heads, experts of a token).
+- ``QC-QWEN35-013`` prediction layers that the config claims and the files lack.
+- ``QC-QWEN35-014`` YaRN whose factor is not the ratio of the two context lengths.
+
+They hold for every verb. A merge reads none of these values to write its tensors, but it proves
+them by logits, and logits of other blocks would prove another model.
+
+Keys that transformers does not read are judged too where another value would mean another model
+(``output_gate_type``, ``mlp_only_layers``): what is ignored there is not what the file says.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 from qcore.records import Finding, PreflightRequest, Severity
 
-from .table import rotary_factor, text_config
+from .detect import MOE
+from .table import prediction_layers, rope_type, rotary_factor, text_config
 
 #: What the blocks hard-code, as transformers' module does: anything else would be ignored.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -24,23 +32,42 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "attention_dropout": (0.0,),
 }
+_FIXED_DENSE: dict[str, tuple[Any, ...]] = {"model_type": (None, "qwen3_5", "qwen3_5_text")}
+#: transformers makes every layer a mixture and divides the weights by their sum, whatever is said.
+_FIXED_MOE: dict[str, tuple[Any, ...]] = {
+    "model_type": (None, "qwen3_5_moe", "qwen3_5_moe_text"),
+    "mlp_only_layers": (None, []),
+    "decoder_sparse_step": (None, 1),
+    "norm_topk_prob": (None, True),
+}
+#: Keys of YaRN that may be left out, null meaning the same, and the least value of each.
+_YARN_NUMBERS = {
+    "beta_fast": 1e-6, "beta_slow": 1e-6, "attention_factor": 1e-6, "mscale": 0.0,
+    "mscale_all_dim": 0.0,
+}  # fmt: skip
+_YARN_KEYS = {
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section",
+    "mrope_interleaved", "factor", "original_max_position_embeddings", "truncate", *_YARN_NUMBERS,
+}  # fmt: skip
 
 
 def findings(request: PreflightRequest) -> Iterator[Finding]:
     """All findings of all guards."""
     text = text_config(request.checkpoint.config)
-    yield from config_findings(text)
+    yield from config_findings(text, moe=request.architecture == MOE)
     yield from _mtp(request, text)
 
 
-def config_findings(text: Mapping[str, Any]) -> Iterator[Finding]:
+def config_findings(text: Mapping[str, Any], *, moe: bool = False) -> Iterator[Finding]:
     """What the config alone shows: every form that the blocks do not compute."""
-    yield from _fixed(text)
+    yield from _fixed(text, _FIXED | (_FIXED_MOE if moe else _FIXED_DENSE))
     yield from _rotary(text)
     yield from _ranges(text)
+    if moe:
+        yield from _routing(text)
 
 
-def _error(code: str, field: str, found: object, expected: str) -> Finding:
+def _error(code: str, field: str, found: object, expected: str, fix: str | None = None) -> Finding:
     return Finding(
         code=code,
         severity=Severity.ERROR,
@@ -49,12 +76,12 @@ def _error(code: str, field: str, found: object, expected: str) -> Finding:
         field=field,
         found=repr(found),
         expected=expected,
-        fix="use the config.json that came with the weights",
+        fix=fix or "use the config.json that came with the weights",
     )
 
 
-def _fixed(text: Mapping[str, Any]) -> Iterator[Finding]:
-    for key, allowed in _FIXED.items():
+def _fixed(text: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> Iterator[Finding]:
+    for key, allowed in fixed.items():
         value = text.get(key, allowed[0])
         if value not in allowed:
             expected = " or ".join(map(repr, allowed))
@@ -62,19 +89,83 @@ def _fixed(text: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _rotary(text: Mapping[str, Any]) -> Iterator[Finding]:
-    rope = text.get("rope_parameters")
+    code, rope, kind = "QC-QWEN35-011", text.get("rope_parameters"), rope_type(text)
+    if text.get("rope_scaling"):
+        # transformers takes it in place of rope_parameters, theta and all.
+        fix = "write its values into rope_parameters, rope_theta beside them"
+        yield _error(code, "rope_scaling", text["rope_scaling"], "none; rope_parameters", fix)
     if not isinstance(rope, Mapping):
-        yield _error("QC-QWEN35-011", "rope_parameters", rope, "a mapping")
+        yield _error(code, "rope_parameters", rope, "a mapping")
         return
-    if rope.get("rope_type", "default") != "default":
-        yield _error(
-            "QC-QWEN35-011", "rope_parameters.rope_type", rope.get("rope_type"), "'default'"
-        )
+    if kind not in ("default", "yarn"):
+        yield _error(code, "rope_parameters.rope_type", kind, "'default' or 'yarn'")
     factor = rotary_factor(text)
     size = text.get("head_dim", 0) * factor if _finite(factor) else 0
     if not (_finite(factor) and 0 < factor <= 1 and size == int(size) and int(size) % 2 == 0):
         expected = "a share of head_dim that is an even number"
-        yield _error("QC-QWEN35-011", "rope_parameters.partial_rotary_factor", factor, expected)
+        yield _error(code, "rope_parameters.partial_rotary_factor", factor, expected)
+    yield from _axes(rope)
+    if kind == "yarn":
+        yield from _yarn(text, rope)
+
+
+def _axes(rope: Mapping[str, Any]) -> Iterator[Finding]:
+    code, section = "QC-QWEN35-011", rope.get("mrope_section")
+    counts = section if isinstance(section, list) else []
+    if section is not None and not (
+        len(counts) == 3 and all(type(n) is int and 0 <= n < 2**20 for n in counts)
+    ):
+        expected = "three counts: time, height, width"
+        yield _error(code, "rope_parameters.mrope_section", section, expected)
+    if rope.get("mrope_interleaved", True) is not True:
+        found = rope["mrope_interleaved"]
+        yield _error(code, "rope_parameters.mrope_interleaved", found, "true")
+
+
+def _yarn(text: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[Finding]:
+    """Each number in its range, none under a name that would be ignored."""
+    code, where = "QC-QWEN35-011", "rope_parameters."
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    if not (_finite(factor) and factor >= 1):
+        yield _error(code, f"{where}factor", factor, "a number of at least 1")
+    if type(original) is not int or not 0 < original < 2**31:
+        # Left out, transformers takes max_position_embeddings, the extended one or the trained.
+        expected = "the trained context in tokens"
+        yield _error(code, f"{where}original_max_position_embeddings", original, expected)
+    beside = text.get("original_max_position_embeddings", original)
+    if beside != original:  # transformers takes the one that lies outside
+        field = "original_max_position_embeddings"
+        yield _error(code, field, beside, f"none, or {original} as in rope_parameters")
+    for key, least in _YARN_NUMBERS.items():
+        value = rope.get(key)
+        if value is not None and not (_finite(value) and value >= least):
+            yield _error(code, f"{where}{key}", value, f"a number of at least {least:g}, or none")
+    if type(rope.get("truncate", True)) is not bool:
+        yield _error(code, f"{where}truncate", rope["truncate"], "true or false")
+    fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+    if _finite(fast) and _finite(slow) and fast < slow:
+        yield _error(code, f"{where}beta_fast", fast, f"at least beta_slow ({slow})")
+    for key in sorted(rope.keys() - _YARN_KEYS):
+        yield _error(code, f"{where}{key}", rope[key], "only keys of YaRN", "remove it")
+    yield from _ratio(text, factor, original)
+
+
+def _ratio(text: Mapping[str, Any], factor: object, original: object) -> Iterator[Finding]:
+    """As transformers compares them: equal lengths mean that only the factor extends."""
+    longest = text.get("max_position_embeddings")
+    if not (_finite(longest) and _finite(original) and _finite(factor) and original > 0):
+        return
+    if longest / original not in (1, factor):
+        yield Finding(
+            code="QC-QWEN35-014",
+            severity=Severity.WARNING,
+            what="is not max_position_embeddings / original_max_position_embeddings; "
+            "the factor is what counts",
+            file="config.json",
+            field="rope_parameters.factor",
+            found=str(factor),
+            expected=f"{longest / original:g}",
+        )
 
 
 def _ranges(text: Mapping[str, Any]) -> Iterator[Finding]:
@@ -84,6 +175,7 @@ def _ranges(text: Mapping[str, Any]) -> Iterator[Finding]:
     rope = text.get("rope_parameters")
     theta = rope.get("rope_theta") if isinstance(rope, Mapping) else None
     if not (_finite(theta) and theta > 1):
+        # Left out, transformers takes 10000, whatever the model was trained with.
         yield _error("QC-QWEN35-012", "rope_parameters.rope_theta", theta, "a number above 1")
     for many, few in (
         ("num_attention_heads", "num_key_value_heads"),
@@ -93,18 +185,28 @@ def _ranges(text: Mapping[str, Any]) -> Iterator[Finding]:
             yield _error("QC-QWEN35-012", many, text[many], f"a multiple of {few} ({text[few]})")
 
 
+def _routing(text: Mapping[str, Any]) -> Iterator[Finding]:
+    """Left out, transformers routes each token to 8 experts, whatever the model does."""
+    picked, experts = text.get("num_experts_per_tok"), text["num_experts"]
+    if type(picked) is not int or not 0 < picked <= experts:
+        expected = f"1 to {experts} (num_experts)"
+        yield _error("QC-QWEN35-012", "num_experts_per_tok", picked, expected)
+
+
 def _mtp(request: PreflightRequest, text: Mapping[str, Any]) -> Iterator[Finding]:
+    """The field is the part's name, so that core leaves what is absent to this line."""
     if "mtp" in request.layout.absent:
         yield Finding(
             code="QC-QWEN35-013",
             severity=Severity.WARNING,
-            what="the checkpoint has no mtp.* tensors: speculative decoding with it will not work",
-            file="config.json",
-            field="mtp_num_hidden_layers",
-            found=str(text.get("mtp_num_hidden_layers")),
-            expected="mtp.* in the files",
+            what=f"config.json claims it (mtp_num_hidden_layers {prediction_layers(text)}), but "
+            "the checkpoint has none of its tensors: speculative decoding will not work",
+            field="mtp",
         )
 
 
 def _finite(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that a float holds; integers of JSON may be longer."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -1e30 < value < 1e30

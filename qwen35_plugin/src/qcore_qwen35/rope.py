@@ -1,8 +1,9 @@
 """Rotary positions: tables from the config, the interleaved axes of media, the rotation.
 
 This file decides which part of a head rotates (the first ``partial_rotary_factor`` of it),
-which axis drives which frequency, and that angles are computed in float32 and cosines rounded
-to the run's dtype before the product. Scaled forms of rope (yarn and the like) are refused.
+which axis drives which frequency, how YaRN stretches the frequencies, and that angles are
+computed in float32 and cosines rounded to the run's dtype before the product. Other scaled
+forms of rope are refused by `guards`.
 
 Shapes: T tokens, D head size, n rotating dimensions, positions ``[T]`` or ``[3, T]`` (time,
 height, width; equal for text).
@@ -10,6 +11,7 @@ height, width; equal for text).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,71 @@ from torch import Tensor
 
 from qcore.nn.protocols import Packed
 
-from .table import rotary_factor
+from .table import rope_type, rotary_factor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Yarn:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071), in every step as transformers computes it.
+
+    Frequencies that turn often within the trained context stay, those that turn seldom are
+    slowed down by `factor`, those between are blended.
+
+    Attributes:
+        factor: how many times longer the context becomes.
+        original: the trained context in tokens.
+        fast: turns within `original` above which a frequency stays.
+        slow: turns below which it is slowed down by the whole factor.
+        truncate: whether the borders of the blend are rounded outwards to whole frequencies.
+        scaling: multiplies cosines and sines; sharpens attention.
+    """
+
+    factor: float
+    original: int
+    fast: float
+    slow: float
+    truncate: bool
+    scaling: float
+
+    @staticmethod
+    def of(numbers: Mapping[str, Any]) -> Yarn:
+        """Read ``rope_parameters``; 0 and null are what is left out, as for transformers."""
+        factor = float(numbers["factor"])
+        scaling = numbers.get("attention_factor")
+        if scaling is None:
+            over, under = numbers.get("mscale"), numbers.get("mscale_all_dim")
+            if over and under:
+                scaling = _sharpness(factor, over) / _sharpness(factor, under)
+            else:
+                scaling = _sharpness(factor)
+        return Yarn(
+            factor=factor,
+            original=numbers["original_max_position_embeddings"],
+            fast=float(numbers.get("beta_fast") or 32),
+            slow=float(numbers.get("beta_slow") or 1),
+            truncate=bool(numbers.get("truncate", True)),
+            scaling=float(scaling),
+        )
+
+    def blend(self, periods: Tensor, theta: float, dim: int) -> Tensor:
+        """Frequencies ``[n/2]`` from the unscaled periods ``[n/2]``, both float32."""
+        low, high = (self._index(turns, theta, dim) for turns in (self.fast, self.slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        if low == high:
+            high += 0.001
+        number = torch.arange(dim // 2, dtype=torch.float, device=periods.device)
+        stays = 1 - ((number - low) / (high - low)).clamp(0, 1)
+        return 1.0 / (self.factor * periods) * (1 - stays) + 1.0 / periods * stays
+
+    def _index(self, turns: float, theta: float, dim: int) -> float:
+        """Which frequency makes so many turns within the trained context."""
+        return dim * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+
+def _sharpness(factor: float, scale: float = 1) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +96,13 @@ class Rope:
         theta: base of the frequencies.
         dim: n, how many dimensions of a head rotate.
         section: frequencies per axis (time, height, width), interleaved.
+        yarn: how the context is extended; ``None`` where it is not.
     """
 
     theta: float
     dim: int
     section: tuple[int, int, int]
+    yarn: Yarn | None = None
 
     @staticmethod
     def of(text: Mapping[str, Any]) -> Rope:
@@ -46,19 +114,33 @@ class Rope:
             theta=float(numbers["rope_theta"]),
             dim=int(text["head_dim"] * factor),
             section=(time, height, width),
+            yarn=Yarn.of(numbers) if rope_type(text) == "yarn" else None,
         )
+
+    @property
+    def scaling(self) -> float:
+        """What cosines and sines are multiplied with."""
+        return 1.0 if self.yarn is None else self.yarn.scaling
+
+    def frequencies(self, device: torch.device | None = None) -> Tensor:
+        """Radians per position ``[n/2]``, float32."""
+        exponents = torch.arange(0, self.dim, 2, dtype=torch.float, device=device)
+        periods = self.theta ** (exponents / self.dim)
+        if self.yarn is not None:
+            return self.yarn.blend(periods, self.theta, self.dim)
+        plain: Tensor = 1.0 / periods
+        return plain
 
     def tables(self, batch: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[T, 1, n]`` of a batch, made once for all layers."""
         return batch.memo(f"rope {self} {dtype}", lambda: self._tables(batch.positions, dtype))
 
     def _tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        exponents = torch.arange(0, self.dim, 2, dtype=torch.float, device=positions.device)
-        angles = positions.unsqueeze(-1).float() * (1.0 / self.theta ** (exponents / self.dim))
+        angles = positions.unsqueeze(-1).float() * self.frequencies(positions.device)
         if positions.dim() == 2:
             angles = interleave(angles, self.section)
         angles = torch.cat((angles, angles), -1).unsqueeze(1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
 
 
 def interleave(angles: Tensor, section: tuple[int, int, int]) -> Tensor:

@@ -42,6 +42,8 @@ from qcore.table import (
 OWNER = "qcore-qwen35"
 ROOT = "model.language_model"
 EMBED = f"{ROOT}.embed_tokens.weight"
+#: Far above any real model. A table names every tensor, so a count is memory before it is judged.
+_MOST_LAYERS, _MOST_EXPERTS = 1000, 4096
 
 #: LoRA groups. `gdn_gates` are the two small projections that steer the recurrent state.
 GROUPS: dict[str, Aim] = {
@@ -88,6 +90,27 @@ def rotary_factor(text: Mapping[str, Any]) -> Any:
     return given if given is not None else text.get("partial_rotary_factor", 0.25)
 
 
+def rope_type(text: Mapping[str, Any]) -> Any:
+    """The form of rope: ``rope_type``, or ``type`` as older files spell it, else ``default``."""
+    rope = text.get("rope_parameters")
+    return rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else None
+
+
+def prediction_layers(text: Mapping[str, Any]) -> int:
+    """How many multi-token-prediction layers config.json claims; none where it says nothing.
+
+    Raises:
+        InputError: ``QC-QWEN35-001`` no number of layers.
+    """
+    value = text.get("mtp_num_hidden_layers")
+    if value is None:
+        return 0
+    if type(value) is not int or not 0 <= value <= _MOST_LAYERS:
+        expected = f"a whole number from 0 to {_MOST_LAYERS}"
+        raise _bad("QC-QWEN35-001", "mtp_num_hidden_layers", repr(value), expected)
+    return value
+
+
 def parts(config: Mapping[str, Any], *, moe: bool = False) -> Iterator[Part]:
     """The text part and, where the config claims one, the multi-token-prediction part.
 
@@ -100,6 +123,7 @@ def parts(config: Mapping[str, Any], *, moe: bool = False) -> Iterator[Part]:
             ``-002`` ``layer_types`` of the wrong length, ``-003`` an unknown layer type.
     """
     text = text_config(config)
+    predicted = prediction_layers(text)
     kinds = layer_types(text)
     dims = _dims(text) | (_moe_dims(text) if moe else _ffn_dims(text))
     experts = {"expert": tuple(range(dims["experts"]))} if moe else {}
@@ -123,13 +147,13 @@ def parts(config: Mapping[str, Any], *, moe: bool = False) -> Iterator[Part]:
         groups=MOE_GROUPS if moe else GROUPS,
         section="text_config",
     )
-    if mtp_layers := int(text.get("mtp_num_hidden_layers") or 0):
+    if predicted:
         yield Part(
             name="mtp",
             owner=OWNER,
             rows=tuple(_mtp_rows(moe)),
             dims=dims,
-            axes={"mtp": tuple(range(mtp_layers)), **experts},
+            axes={"mtp": tuple(range(predicted)), **experts},
             namespaces=(Namespace(name="hub"),),
             groups={"mtp": Aim.NEVER},
             optional=True,
@@ -230,16 +254,17 @@ def _ffn_dims(text: Mapping[str, Any]) -> dict[str, int]:
 
 def _moe_dims(text: Mapping[str, Any]) -> dict[str, int]:
     return {
-        "experts": _size(text, "num_experts"),
+        "experts": _size(text, "num_experts", _MOST_EXPERTS),
         "expert_ffn": _size(text, "moe_intermediate_size"),
         "shared_ffn": _size(text, "shared_expert_intermediate_size"),
     }
 
 
-def _size(text: Mapping[str, Any], key: str) -> int:
+def _size(text: Mapping[str, Any], key: str, most: int | None = None) -> int:
     value = text.get(key)
-    if type(value) is not int or not 0 < value < 2**31:
-        raise _bad("QC-QWEN35-001", key, repr(value), "a positive integer")
+    if type(value) is not int or not 0 < value <= (most or 2**31 - 1):
+        expected = f"a whole number from 1 to {most}" if most else "a positive integer"
+        raise _bad("QC-QWEN35-001", key, repr(value), expected)
     return value
 
 
@@ -249,13 +274,13 @@ def layer_types(text: Mapping[str, Any]) -> list[str]:
     Raises:
         InputError: as `parts`.
     """
-    layers = _size(text, "num_hidden_layers")
     types = text.get("layer_types")
+    layers = _size(text, "num_hidden_layers", _MOST_LAYERS if types is None else None)
     if types is None:
         # transformers derives them from the interval: every n-th layer is full attention.
         every = _size(text, "full_attention_interval")
         kinds = ("full_attention", "linear_attention")
-        return [kinds[bool((n + 1) % every)] for n in range(min(layers, 10_000))]
+        return [kinds[bool((n + 1) % every)] for n in range(layers)]
     if not isinstance(types, list) or len(types) != layers:
         found = f"{len(types)} entries" if isinstance(types, list) else repr(types)
         raise _bad("QC-QWEN35-002", "layer_types", found, f"{layers} (num_hidden_layers)")
