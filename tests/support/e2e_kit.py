@@ -28,6 +28,10 @@ from transformers import (
     Qwen3_5Config,
     Qwen3_5ForCausalLM,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
 )
 
@@ -43,6 +47,7 @@ from qcore_qwen35.tiny import tiny_config, write
 CPU = torch.device("cpu")
 ROOT = "model.language_model."
 STOCK = {"text": Qwen3_5ForCausalLM, "vl": Qwen3_5ForConditionalGeneration}
+MOE_STOCK = {"text": Qwen3_5MoeForCausalLM, "vl": Qwen3_5MoeForConditionalGeneration}
 PREFIX = {"text": "model.", "vl": ROOT}  # of the trunk's modules in either class
 SIDECARS = (
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
@@ -58,6 +63,10 @@ SMALL: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 80, "head_dim": 16, "num_attention_heads": 4,
     "num_key_value_heads": 2, "linear_key_head_dim": 12, "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_value_head_dim": 20,
+}  # fmt: skip
+#: What a small mixture of experts has in place of ``intermediate_size``.
+SMALL_MOE: dict[str, Any] = {
+    "moe_intermediate_size": 24, "num_experts": 6, "shared_expert_intermediate_size": 40,
 }  # fmt: skip
 
 
@@ -86,6 +95,7 @@ def write_stock(
     *,
     tied: bool = True,
     mtp: bool = False,
+    moe: bool = False,
     shard: str = "1GB",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
@@ -94,28 +104,30 @@ def write_stock(
     """A checkpoint of the text or the vision-language class, as `save_pretrained` leaves it.
 
     Every value is random, so that no rule of the blocks is hidden by a norm at its initial
-    value. `mtp` adds a shard with the tensors that transformers drops.
+    value. `mtp` adds a shard with the tensors that transformers drops. A mixture of experts
+    that was built from a config is saved one tensor per expert.
     """
     vocab = vocabulary()
     raw = tiny_config(
-        vocab_size=vocab, **(SMALL | text), tie_word_embeddings=tied,
-        mtp_num_hidden_layers=int(mtp),
+        vocab_size=vocab, moe=moe, **(SMALL | (SMALL_MOE if moe else {}) | text),
+        tie_word_embeddings=tied, mtp_num_hidden_layers=int(mtp),
     )  # fmt: skip
     section = raw["text_config"]
     if kind == "text":
-        model: Any = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**section))
+        text_config: Any = Qwen3_5MoeTextConfig if moe else Qwen3_5TextConfig
+        model: Any = (MOE_STOCK if moe else STOCK)[kind](text_config(**section))
     else:
         tower = {
             "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
             "out_hidden_size": section["hidden_size"], "patch_size": 4,
             "num_position_embeddings": 16,
         }  # fmt: skip
-        config = Qwen3_5Config(
+        config = (Qwen3_5MoeConfig if moe else Qwen3_5Config)(
             text_config=section, vision_config=tower, tie_word_embeddings=tied,
             image_token_id=vocab - 4, video_token_id=vocab - 3,
             vision_start_token_id=vocab - 2, vision_end_token_id=vocab - 1,
         )  # fmt: skip
-        model = Qwen3_5ForConditionalGeneration(config)
+        model = (MOE_STOCK if moe else STOCK)[kind](config)
     randomise(model, seed)
     model.tie_weights()
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
@@ -141,11 +153,15 @@ def ours(
     dtype: torch.dtype = torch.float32,
     quantize: bool = False,
     seed: int = 42,
+    **numbers: Any,
 ) -> Model:
-    """Our model from the folder; with `lora`, A as training starts it and B zero."""
+    """Our model from the folder; with `lora`, A as training starts it and B zero.
+
+    `numbers` are those of groups: ``group_r``, ``group_lora_alpha``.
+    """
     found = identify(str(folder))
     architecture = found.decision.architecture
-    chosen = targets(found.layout, groups, lora) if lora else {}
+    chosen = targets(found.layout, groups, lora, **numbers) if lora else {}
     model = Model(architecture, found.checkpoint.config, found.layout, dtype, chosen)
     load(model, found.layout, found.checkpoint, device=CPU, quantize=quantize)
     for name, module in model.adapters():
@@ -153,9 +169,10 @@ def ours(
     return model
 
 
-def stock(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Any:
+def stock(folder: Path, kind: str, dtype: torch.dtype = torch.float32, *, moe: bool = False) -> Any:
     """The stock class loaded from the folder, whatever class saved it."""
-    return STOCK[kind].from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    built = (MOE_STOCK if moe else STOCK)[kind]
+    return built.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
 def documents(lengths: Sequence[int], seed: int = 3) -> list[Tensor]:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 def mtp_shapes(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the multi-token-prediction layer, by the text config."""
-    h, f, d = text["hidden_size"], text["intermediate_size"], text["head_dim"]
+    h, d = text["hidden_size"], text["head_dim"]
     q, kv = text["num_attention_heads"] * d, text["num_key_value_heads"] * d
     p = "mtp.layers.0"
     return {
@@ -28,9 +28,7 @@ def mtp_shapes(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "mtp.pre_fc_norm_hidden.weight": (h,),
         f"{p}.input_layernorm.weight": (h,),
         f"{p}.post_attention_layernorm.weight": (h,),
-        f"{p}.mlp.gate_proj.weight": (f, h),
-        f"{p}.mlp.up_proj.weight": (f, h),
-        f"{p}.mlp.down_proj.weight": (h, f),
+        **_mtp_mlp(f"{p}.mlp", text),
         f"{p}.self_attn.q_proj.weight": (2 * q, h),
         f"{p}.self_attn.k_proj.weight": (kv, h),
         f"{p}.self_attn.v_proj.weight": (kv, h),
@@ -38,6 +36,27 @@ def mtp_shapes(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         f"{p}.self_attn.q_norm.weight": (d,),
         f"{p}.self_attn.k_norm.weight": (d,),
     }
+
+
+def _mtp_mlp(mlp: str, text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The feed-forward maps; of a mixture of experts one by one, as 3.5 has them."""
+
+    def maps(at: str, inner: int) -> dict[str, tuple[int, ...]]:
+        return {
+            f"{at}.gate_proj.weight": (inner, h),
+            f"{at}.up_proj.weight": (inner, h),
+            f"{at}.down_proj.weight": (h, inner),
+        }
+
+    h = text["hidden_size"]
+    if "num_experts" not in text:
+        return maps(mlp, text["intermediate_size"])
+    shapes = {f"{mlp}.gate.weight": (text["num_experts"], h)}
+    shapes |= {f"{mlp}.shared_expert_gate.weight": (1, h)}
+    shapes |= maps(f"{mlp}.shared_expert", text["shared_expert_intermediate_size"])
+    for number in range(text["num_experts"]):
+        shapes |= maps(f"{mlp}.experts.{number}", text["moe_intermediate_size"])
+    return shapes
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
@@ -56,7 +75,8 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
             elif "embed_tokens" in name or "lm_head" in name:
                 parameter.normal_(0.0, 0.02, generator=generator)
             else:
-                fan = math.prod(parameter.shape[1:])
+                each = parameter.shape[2:] if ".experts." in name else parameter.shape[1:]
+                fan = math.prod(each)
                 parameter.normal_(0.0, 1 / math.sqrt(fan), generator=generator)
 
 
