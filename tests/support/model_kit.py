@@ -106,6 +106,58 @@ def small_shapes(*, vision: bool = True, tied: bool = True) -> dict[str, tuple[i
     return shapes
 
 
+#: What a mixture of experts has in place of ``intermediate_size``, sizes all different.
+MOE: dict[str, Any] = {
+    "model_type": "qwen3_5_moe_text",
+    "moe_intermediate_size": 10,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 14,
+}
+
+
+def small_moe_config(*, vision: bool = True, tied: bool = True, **text: Any) -> dict[str, Any]:
+    """`small_config` of the mixture of experts."""
+    config = small_config(vision=vision, tied=tied, **(MOE | text))
+    del config["text_config"]["intermediate_size"]
+    kinds = {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe"}
+    return config | kinds
+
+
+def small_moe_shapes(
+    *, vision: bool = True, tied: bool = True, fused: bool = True, mtp_fused: bool = False,
+    experts: int = 4, vocab: int = 96,
+) -> dict[str, tuple[int, ...]]:  # fmt: skip
+    """Tensors of `small_moe_config`, written out by hand; as published 3.5 where not told else."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in small_shapes(vision=vision, tied=tied).items():
+        if ".mlp." not in name:
+            whole_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+            shapes[name] = (vocab, 24) if whole_vocabulary else shape
+    trunk = [f"model.language_model.layers.{n}" for n in range(4)]
+    for layer, stacked in (*((name, fused) for name in trunk), ("mtp.layers.0", mtp_fused)):
+        shapes |= {
+            f"{layer}.mlp.gate.weight": (experts, 24),
+            f"{layer}.mlp.shared_expert.gate_proj.weight": (14, 24),
+            f"{layer}.mlp.shared_expert.up_proj.weight": (14, 24),
+            f"{layer}.mlp.shared_expert.down_proj.weight": (24, 14),
+            f"{layer}.mlp.shared_expert_gate.weight": (1, 24),
+        }
+        if stacked:
+            shapes |= {
+                f"{layer}.mlp.experts.gate_up_proj": (experts, 20, 24),
+                f"{layer}.mlp.experts.down_proj": (experts, 24, 10),
+            }
+            continue
+        for expert in range(experts):
+            shapes |= {
+                f"{layer}.mlp.experts.{expert}.gate_proj.weight": (10, 24),
+                f"{layer}.mlp.experts.{expert}.up_proj.weight": (10, 24),
+                f"{layer}.mlp.experts.{expert}.down_proj.weight": (24, 10),
+            }
+    return shapes
+
+
 def as_text_class(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """The names that a save of the text class has: one prefix, no tower, no mtp."""
     return {

@@ -23,6 +23,8 @@ from .errors import InputError, QcoreError, one_of_each, raise_all
 from .table import Namespace, Part, Region, Table, Tensor
 
 _SUGGESTED = 3
+#: What an unknown tensor beside it explains: a tensor, a piece or the rest of a part is absent.
+_ABSENT = ("QC-KEY-001", "QC-KEY-004", "QC-KEY-005")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,19 +150,22 @@ def faults(problems: Sequence[QcoreError]) -> list[QcoreError]:
     Tensors that nobody knows beside tensors that are missing are one fault: a name misspelt,
     layers swapped, another layout.
     """
-    told = {error.code: error for error in one_of_each(problems)}
-    missing, extra = told.get("QC-KEY-001"), told.get("QC-KEY-002")
-    if missing is None or extra is None:
+    told: dict[str, QcoreError] = {}
+    for error in one_of_each(problems):
+        told.setdefault(error.code, error)
+    missing = next((told[code] for code in _ABSENT if code in told), None)
+    if missing is None or "QC-KEY-002" not in told:
         return list(told.values())
     del told["QC-KEY-002"]
     names = [error.field for error in problems if error.code == "QC-KEY-002"]
     others = f"{len(names)} that belong to no part, first {names[0]}"
-    told["QC-KEY-001"] = InputError(
+    told[missing.code] = InputError(
         missing.code,
         missing.what,
         file=missing.file,
         field=missing.field,
         found=f"{missing.found}; {others}" if missing.found else others,
+        expected=missing.expected,
         fix=missing.fix,
     )
     return list(told.values())
