@@ -156,6 +156,20 @@ CONFIGS: dict[str, tuple[Callable[[Path], object], int, str, str]] = {
         edit_text(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.25}),
         65, "QC-QWEN35-012", "rope_theta",
     ),
+    "yarn without rope_theta": (
+        edit_text(rope_parameters={"rope_type": "yarn", "factor": 4.0,
+                                   "original_max_position_embeddings": 1024}),
+        65, "QC-QWEN35-012", "rope_theta",
+    ),
+    "yarn with a factor below 1": (
+        edit_text(rope_parameters={"rope_type": "yarn", "factor": 0.5, "rope_theta": 1e4,
+                                   "original_max_position_embeddings": 1024}),
+        65, "QC-QWEN35-011", "rope_parameters.factor",
+    ),
+    "rope_scaling in place of rope_parameters": (
+        edit_text(rope_scaling={"type": "yarn", "factor": 4.0}), 65, "QC-QWEN35-011",
+        "rope_scaling",
+    ),
     "already quantised": (
         edit_top(quantization_config={"quant_method": "fp8"}), 65, "QC-CKPT-008", "found fp8"
     ),

@@ -388,6 +388,21 @@ def test_one_expert_missing_is_one_line(tmp_path: Path):
     assert "1 of 6 pieces are absent" in problem.message
 
 
+def test_unknown_tensors_beside_absent_pieces_or_parts_are_one_fault(tmp_path: Path):
+    tensors, _ = mixed()
+    tensors["m.1.e.2.w3"] = tensors.pop("m.1.e.2.up")
+    (error,) = faults(survey(experts(), written(tmp_path / "a", tensors))[1])
+    assert error.code == "QC-KEY-004"
+    assert "1 that belong to no part, first m.1.e.2.w3" in error.message
+    shapes = small_shapes()
+    shapes["mtp.norms.weight"] = shapes.pop("mtp.norm.weight")
+    _, _, problems = look(write_sparse(tmp_path / "b", small_config(), shapes))
+    (error,) = faults(problems)
+    assert (error.code, error.field) == ("QC-KEY-005", "mtp.norm.weight")
+    assert "14 of 15 tensors; 1 that belong to no part, first mtp.norms.weight" in error.message
+    assert error.expected == "all of them, or none"
+
+
 def test_config_says_more_experts_than_the_files_have(tmp_path: Path):
     tensors, _ = mixed()
     _, problems = survey(experts(4), written(tmp_path, tensors))
