@@ -27,6 +27,7 @@ from qcore.nn.experts import Experts, Routing
 from qcore.nn.protocols import Packed
 from qcore_qwen35.model import Trunk
 
+ROOT = "model.language_model."
 INDEX = "model.safetensors.index.json"
 #: What a mixture of experts has in place of ``intermediate_size``; no two sizes alike.
 EXPERTS: dict[str, Any] = {
@@ -214,3 +215,75 @@ def rewrite(source: Path, folder: Path, layout: str, *, shards: int = 1) -> Path
         places |= dict.fromkeys(mine, file)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return folder
+
+
+# -- adapters, read by hand
+
+
+def exact(base: Path, adapter: Path) -> dict[str, Tensor]:
+    """``W + s B A`` in float64 of every weight that an adapter names, by its fused canonical name.
+
+    Of experts, by the layout that PEFT 0.21 writes: A's row ``e r + k`` and B's column
+    ``k E + e`` are expert e's; of two adapted stacks gate_up_proj is the inner one.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    found, weights = tensors_of(adapter), canonical(tensors_of(base))
+    parameters = config.get("target_parameters") or []
+    result = {}
+    for name, a in found.items():
+        if not name.endswith(".lora_A.weight"):
+            continue
+        b = found[name.replace("lora_A", "lora_B")].double()
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        if module.endswith((".experts", ".experts.base_layer")):
+            stack = stack_of(module, parameters)
+            path = f"{module.removesuffix('.base_layer')}.{stack}"
+        else:
+            path = f"{module}.weight"
+        weight = f"{ROOT}{path.removeprefix(ROOT).removeprefix('model.')}"
+        value = weights[weight].double()
+        # Patterns are met with a module's path, of a parameter with the parameter's own.
+        spelt = path if module.endswith((".experts", ".base_layer", "mlp.gate")) else module
+        if value.ndim == 2:
+            s, _ = scaling(config, spelt)
+            result[weight] = value + s * (b @ a.double())
+            continue
+        s, r = scaling(config, spelt)
+        experts = len(value)
+        deltas = [
+            b[:, [k * experts + e for k in range(r)]] @ a[e * r : (e + 1) * r].double()
+            for e in range(experts)
+        ]
+        result[weight] = value + s * torch.stack(deltas)
+    return result
+
+
+def stack_of(module: str, parameters: list[str]) -> str:
+    """Which stack an adapter's expert tensors belong to."""
+    named = {name.rpartition(".")[2] for name in parameters} & {"gate_up_proj", "down_proj"}
+    if len(named) == 1:
+        return named.pop()
+    return "gate_up_proj" if module.endswith(".base_layer") else "down_proj"
+
+
+def scaling(config: dict[str, Any], path: str) -> tuple[float, int]:
+    """PEFT's rule, by hand: the end of a path; lora_alpha / r or / sqrt r; and r."""
+
+    def of(pattern: str, default: float) -> float:
+        for key, value in (config.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({key})$", path):
+                return float(value)
+        return default
+
+    r = int(of("rank_pattern", config["r"]))
+    alpha = of("alpha_pattern", config["lora_alpha"])
+    return alpha / (r**0.5 if config.get("use_rslora") else r), r
+
+
+def canonical(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stacks fused, and the text class's names as the hub's."""
+    flat = not any(name.startswith(ROOT) for name in tensors)
+    return {
+        ROOT + name.removeprefix("model.") if flat and name.startswith("model.") else name: value
+        for name, value in fused(tensors, mtp=False).items()
+    }
