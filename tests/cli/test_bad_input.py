@@ -171,7 +171,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], object], int, str, str]] = {
         "rope_scaling",
     ),
     "already quantised": (
-        edit_top(quantization_config={"quant_method": "fp8"}), 65, "QC-CKPT-008", "found fp8"
+        edit_top(quantization_config={"quant_method": "fp8"}), 65, "QC-CKPT-010", "found fp8"
     ),
     "no class is named": (edit_top(architectures=[]), 65, "QC-ADAPTER-002", "architectures"),
 }  # fmt: skip

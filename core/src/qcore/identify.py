@@ -16,6 +16,7 @@ from .errors import InputError, PluginError, QcoreError, raise_all
 from .hub import resolve_model
 from .locate import Layout, faults, survey
 from .plugins import Plugins
+from .prequantised import Quantisation, recognise
 from .records import AdapterClaim, ChatFormat
 from .skus import refuse_hosted
 from .table import Table
@@ -31,6 +32,7 @@ class Identified:
         decision: architecture, generation, and the evidence.
         layout: every tensor explained, or as many as could be.
         problems: what could not be explained; empty unless asked to tolerate it.
+        quantisation: how the weights were quantised already; ``None`` where they are plain.
     """
 
     checkpoint: Checkpoint
@@ -38,6 +40,7 @@ class Identified:
     decision: Decision
     layout: Layout
     problems: tuple[QcoreError, ...] = ()
+    quantisation: Quantisation | None = None
 
     def chat_format(self) -> ChatFormat:
         """The generation's chat format. Raises ``QC-CHAT-001`` unless exactly one is given."""
@@ -76,6 +79,7 @@ class Identified:
             "evidence": list(decision.evidence),
             "classes": classes_of(checkpoint.config),
             "template_sha256": template.sha256 if template is not None else None,
+            "quantisation": self.quantisation.as_json() if self.quantisation else None,
             "plugins": {
                 info.distribution: info.version
                 for info in self.plugins.infos
@@ -119,9 +123,11 @@ def identify(
             config=checkpoint.config,
         )
     ]
-    layout, problems = survey(Table(parts), checkpoint)
+    quantisation, refused = _quantisation(checkpoint)
+    layout, problems = survey(Table(parts), checkpoint, suggest=refused is None)
+    if refused is not None:
+        problems = [refused]  # what the table misses and does not know is a consequence
     if not tolerant:
-        _refuse_quantised(checkpoint)
         raise_all(faults(problems))
     return Identified(
         checkpoint=checkpoint,
@@ -129,18 +135,16 @@ def identify(
         decision=decision,
         layout=layout,
         problems=tuple(problems),
+        quantisation=quantisation,
     )
 
 
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    quantised = checkpoint.config.get("quantization_config")
-    if isinstance(quantised, dict):
-        raise InputError(
-            "QC-CKPT-008",
-            "is already quantised, and qcore trains and merges 16-bit bases",
-            file=checkpoint.path / "config.json",
-            field="quantization_config.quant_method",
-            found=quantised.get("quant_method"),
-            expected="no quantization_config",
-            fix="name the bf16 checkpoint that it was made from",
-        )
+def _quantisation(checkpoint: Checkpoint) -> tuple[Quantisation | None, QcoreError | None]:
+    """How the weights were quantised, and why they cannot be used, where that is so."""
+    try:
+        found = recognise(checkpoint)
+    except InputError as error:
+        return None, error
+    if found is None or found.readable:
+        return found, None
+    return found, found.refusal(checkpoint)

@@ -108,15 +108,23 @@ class Layout:
         return totals
 
 
-def survey(table: Table, checkpoint: Checkpoint) -> tuple[Layout, list[QcoreError]]:
+def survey(
+    table: Table, checkpoint: Checkpoint, *, suggest: bool = True
+) -> tuple[Layout, list[QcoreError]]:
     """Explain what `table` can of `checkpoint`, and everything that is wrong with the rest.
+
+    Args:
+        table: the table.
+        checkpoint: config and headers are looked at.
+        suggest: name the nearest spelling of the first few names; it takes seconds where tens
+            of thousands are unknown.
 
     The problems are ``QC-KEY-001`` a missing tensor, ``-002`` an extra one, ``-003`` a wrong
     shape, ``-004`` pieces of a stack missing, ``-005`` an optional part that is partly there,
     ``-006`` pieces of unlike dtypes, ``-007`` FP8 without block scales that fit; each an
     `InputError`.
     """
-    finder = _Finder(table, checkpoint)
+    finder = _Finder(table, checkpoint, _SUGGESTED if suggest else 0)
     for part in table.parts:
         finder.part(part)
     carried = finder.rest()
@@ -174,8 +182,9 @@ def faults(problems: Sequence[QcoreError]) -> list[QcoreError]:
 class _Finder:
     """The state of one `locate`: what was found, and what is wrong."""
 
-    def __init__(self, table: Table, checkpoint: Checkpoint) -> None:
+    def __init__(self, table: Table, checkpoint: Checkpoint, suggested: int) -> None:
         self.table = table
+        self.suggested = suggested
         self.checkpoint = checkpoint
         self.headers = checkpoint.headers
         self.located: dict[str, Located] = {}
@@ -313,7 +322,8 @@ class _Finder:
         """What the table does not own: carried, or a problem."""
         known = self.by_disk.keys() | self.scales.keys()
         extra = [header for name, header in self.headers.items() if name not in known]
-        homes = {header.name: _subtree(header.name, self._roots()) for header in extra}
+        roots = self._roots()
+        homes = {header.name: _subtree(header.name, roots) for header in extra}
         inside = [header for header in extra if homes[header.name] is None]
         outside = [header for header in extra if homes[header.name] is not None]
         subtrees = Counter(homes[header.name] for header in outside)
@@ -329,8 +339,9 @@ class _Finder:
             allowed = {name for name, _ in subtrees.most_common(len(sections))}
             inside += [header for header in outside if homes[header.name] not in allowed]
             outside = [header for header in outside if homes[header.name] in allowed]
+        absent = self._wanted - self.headers.keys()
         for header in inside:
-            near = self._nearest(header.name, self._wanted - self.headers.keys())
+            near = self._nearest(header.name, absent)
             self._problem(
                 "QC-KEY-002",
                 "belongs to no part of the model",
@@ -355,7 +366,7 @@ class _Finder:
 
     def _nearest(self, name: str, among: Iterable[str]) -> str | None:
         """The closest spelling; asked only for the first few problems, it is slow."""
-        if len(self.problems) >= _SUGGESTED:
+        if len(self.problems) >= self.suggested:
             return None
         return next(iter(difflib.get_close_matches(name, list(among), n=1, cutoff=0.8)), None)
 

@@ -76,6 +76,13 @@ def _core(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
             what=f"{count} tensors belong to no installed plugin and are kept as they are",
             field=f"{root}.*",
         )
+    if found.quantisation is not None:
+        yield Finding(
+            code="QC-PRE-012",
+            severity=Severity.NOTE,
+            what=f"{found.quantisation.line()}: they are decoded to bf16",
+            file=str(checkpoint.path),
+        )
     if request.verb not in ("train", "generate"):
         return
     if checkpoint.template is None:

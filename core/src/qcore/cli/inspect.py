@@ -10,6 +10,7 @@ import click
 from .common import count, debug_option, emit, json_option
 
 _BY_NAME = ("QC-KEY-001", "QC-KEY-002", "QC-KEY-004")  # a tensor is absent, or is nobody's
+_OF_THE_WHOLE = ("QC-CKPT-008", "QC-CKPT-010")  # quantised, which the last line says
 
 
 @click.command("inspect")
@@ -28,11 +29,15 @@ def command(model: str, generation: str, as_json: bool) -> None:
     found = identify(model, generation=generation, tolerant=True, headers_only=True)
     decision, layout = found.decision, found.layout
     unaccounted = [error for error in found.problems if error.code in _BY_NAME]
-    differences = [error.message for error in found.problems if error.code not in _BY_NAME]
+    differences = [
+        error.message for error in found.problems if error.code not in (*_BY_NAME, *_OF_THE_WHOLE)
+    ]
     differences += [
         f"part '{part}' is claimed by config.json and absent from the files"
         for part in layout.absent
     ]
+    quantised = found.quantisation
+    unreadable = quantised is not None and not quantised.readable
     skus = load_skus()
     beside = compare(
         found.checkpoint, decision.architecture.name, decision.generation.name, layout, skus
@@ -43,7 +48,8 @@ def command(model: str, generation: str, as_json: bool) -> None:
         "plugin": decision.plugin.name,
         "evidence": list(decision.evidence),
         "modalities": ["text", *(modality.name for modality in decision.modalities)],
-        "parameters": layout.parameters,
+        "parameters": None if unreadable else layout.parameters,
+        "quantisation": quantised.as_json() | {"line": quantised.line()} if quantised else None,
         "tensors": len(found.checkpoint.headers),
         "unaccounted": [error.field for error in unaccounted],
         "differences": differences,
@@ -81,6 +87,18 @@ def _print(model: str, report: dict[str, Any], differs: list[str]) -> None:
     for line in report["evidence"]:
         click.echo(f"  evidence    {line}")
     click.echo(f"  modalities  {', '.join(report['modalities'])}")
+    if report["quantisation"]:
+        click.echo(f"  quantised   {report['quantisation']['line']}")
+    if report["parameters"] is not None:
+        _print_tensors(report)
+    for line in report["differences"]:
+        click.echo(f"  difference  {line}")
+    _print_record(report["record"], differs)
+    if report["parameters"] is not None and not report["unaccounted"]:
+        click.echo("  every tensor is accounted for")
+
+
+def _print_tensors(report: dict[str, Any]) -> None:
     click.echo(f"  parameters  {report['parameters']:,} in {report['tensors']} tensors")
     layouts = ", ".join(f"{part} {way}" for part, way in report["layouts"].items())
     click.echo(f"  layout      {layouts}")
@@ -88,11 +106,6 @@ def _print(model: str, report: dict[str, Any], differs: list[str]) -> None:
         click.echo(f"    {group:<10} {sizes['tensors']:>5} tensors  {count(sizes['parameters'])}")
     for root, number in report["carried"].items():
         click.echo(f"  carried     {number} tensors under {root}: no plugin claims them")
-    for line in report["differences"]:
-        click.echo(f"  difference  {line}")
-    _print_record(report["record"], differs)
-    if not report["unaccounted"]:
-        click.echo("  every tensor is accounted for")
 
 
 def _print_record(record: dict[str, Any], differs: list[str]) -> None:
