@@ -61,9 +61,9 @@ def _mlx(checkpoint: Checkpoint) -> None:
 def _feed_forward(checkpoint: Checkpoint, moe: bool) -> None:
     """Dense maps or experts, and how many: as the first layer that has any shows."""
     headers = checkpoint.headers
-    dense = _first(headers, ".mlp.gate_proj.weight")
     router = _first(headers, ".mlp.gate.weight")
-    if moe and dense and not router:
+    dense = None if router else _first(headers, ".mlp.gate_proj.weight")
+    if moe and dense:
         raise _other("model_type", "a mixture of experts", f"the dense {dense}")
     if router and not moe:
         raise _other("model_type", "a dense model", f"the router {router}")
