@@ -144,7 +144,7 @@ OPTIONS: dict[str, list[str]] = {
     "skus list": ["--debug", "--json"],
     "skus show": ["ID", "--debug", "--json"],
     "doctor": ["--debug", "--json"],
-    "demo": ["--debug", "--json", "--output"],
+    "demo": ["--architecture", "--debug", "--json", "--output"],
 }  # fmt: skip
 
 #: What the contract of the command line promises, whatever else is added.
@@ -155,7 +155,7 @@ PROMISED = {
     "generate": {"MODEL", "--adapter", "--prompt", "--json"},
     "inspect": {"MODEL", "--json"},
     "verify": {"FOLDER", "--json"},
-    "demo": {"--output"},
+    "demo": {"--architecture", "--output"},
 }  # fmt: skip
 
 

@@ -25,6 +25,9 @@ from .table import Kind, Namespace, Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+#: How qcore's adapters are laid out, as their manifest records it: names and shapes as PEFT
+#: 0.21 has them, A of experts expert-major, B rank-major, the first stack innermost.
+LAYOUT = "peft-0.21"
 _PREFIX = "base_model.model."
 
 
@@ -190,7 +193,7 @@ def peft_config(
         "rank_pattern": _pattern(tensors, namespace, ranks, r),
         "alpha_pattern": _pattern(tensors, namespace, alphas, lora_alpha),
         "target_modules": _module_names(modules, layout, namespace),
-        "target_parameters": sorted({_short(tensor, namespace) for tensor in parameters}) or None,
+        "target_parameters": _parameter_names(parameters, layout, namespace) or None,
     }
 
 
@@ -225,6 +228,20 @@ def _module_names(modules: list[Tensor], layout: Layout, namespace: Namespace) -
         if header.name.removesuffix(".weight").rpartition(".")[2] in suffixes
     }
     return suffixes if hit == wanted else sorted(wanted)
+
+
+def _parameter_names(parameters: list[Tensor], layout: Layout, namespace: Namespace) -> list[str]:
+    """Names below the layer where they mean the same parameters; else every whole name."""
+    wanted = {target_name(tensor, namespace) for tensor in parameters}
+    shorts = {_short(tensor, namespace) for tensor in parameters}
+    hit = {
+        name
+        for tensor in layout.table
+        if tensor.row.kind is not None and tensor.part.loaded
+        for name in [namespace.spell(tensor.name)]
+        if any(name == short or name.endswith(f".{short}") for short in shorts)
+    }
+    return sorted(shorts if hit == wanted else wanted)
 
 
 def _short(tensor: Tensor, namespace: Namespace) -> str:

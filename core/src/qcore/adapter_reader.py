@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapter import CONFIG, WEIGHTS, Adapter, Pair, peft_shapes, stems, target_name
+from .adapter import CONFIG, LAYOUT, WEIGHTS, Adapter, Pair, peft_shapes, stems, target_name
 from .artifact import MANIFEST, read_manifest, verify
 from .checkpoint import Header, read_headers, read_json, safe_file
 from .errors import InputError, QcoreError, TrustError, one_of_each, raise_all
@@ -83,7 +83,8 @@ def read_adapter(
         InputError: ``QC-ADAPTER-003`` no adapter folder, ``-004`` a config field that is
             missing or that qcore does not act on, ``-005`` a tensor that fits no weight,
             ``-006`` a declared target without tensors, ``-007`` a wrong shape,
-            ``-008`` a folder that is not what its manifest says, ``-010`` a foreign layout
+            ``-008`` a folder that is not what its manifest says, ``-011`` one whose layout a
+            later version wrote, ``-010`` a foreign layout
             that several plugins claim or that names a weight which is not there.
         TrustError: ``QC-ADAPTER-009`` no base fingerprint and no consent.
     """
@@ -167,6 +168,16 @@ def _manifest(folder: Path, trust_base: bool) -> Mapping[str, Any]:
                 fix="train again, or restore the folder",
             )
         meta = read_manifest(folder).meta
+        if meta.get("layout", LAYOUT) != LAYOUT:
+            raise InputError(
+                "QC-ADAPTER-011",
+                "is laid out in a way that this version does not read",
+                file=folder,
+                field="layout",
+                found=meta["layout"],
+                expected=LAYOUT,
+                fix="upgrade qcore-framework",
+            )
         if meta.get("fingerprints"):
             return meta
     if not trust_base:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .artifact import check_target, verify
 from .durable import make_folders, writing
-from .errors import Interrupted, NumericError, PluginError
+from .errors import Interrupted, NumericError, PluginError, UsageError
 from .generate import Generator
 from .merge import MergeReport, merge
 from .plugins import Plugins
@@ -62,24 +62,32 @@ class DemoReport:
     after: str
 
 
-def demo(folder: str | Path, *, reporter: Reporter | None = None) -> DemoReport:
+def demo(
+    folder: str | Path, *, architecture: str = "", reporter: Reporter | None = None
+) -> DemoReport:
     """Write a tiny checkpoint, train, merge, verify, reload, and compare the answers.
+
+    Args:
+        folder: where everything is written; absent or empty.
+        architecture: whose tiny checkpoint; the first by name when empty.
+        reporter: who is told; nobody by default.
 
     Raises:
         PluginError: ``QC-DEMO-001`` when no plugin brings a tiny checkpoint.
+        UsageError: ``QC-DEMO-003`` when none brings that of `architecture`.
         NumericError: ``QC-DEMO-002`` when a station does not show its effect.
     """
     tell = reporter or Silent()
     home = check_target(folder, need_bytes=_BYTES)
-    architecture = _architecture()
+    chosen = _architecture(architecture)
     with writing(home):
         make_folders(home)
     base, data = home / "base", home / "data.jsonl"
-    assert architecture.tiny is not None
-    architecture.tiny(base)
+    assert chosen.tiny is not None
+    chosen.tiny(base)
     with as_file(files("qcore.data").joinpath("demo.jsonl")) as bundled:
         shutil.copyfile(bundled, data)
-    tell.note(f"1/5 a tiny {architecture.name} checkpoint: {base}")
+    tell.note(f"1/5 a tiny {chosen.name} checkpoint: {base}")
     try:
         trained = train(str(base), data, home / "adapter", SETTINGS, device="cpu", reporter=tell)
     except Interrupted as stopped:
@@ -108,12 +116,24 @@ def demo(folder: str | Path, *, reporter: Reporter | None = None) -> DemoReport:
     )
 
 
-def _architecture() -> Architecture:
+def _architecture(name: str) -> Architecture:
     described = Plugins.discover().load_all().describe()
-    for name in sorted(described.architectures):
-        architecture = described.architectures[name].record
-        if architecture.tiny is not None:
-            return architecture
+    tiny = {
+        key: owned.record
+        for key, owned in sorted(described.architectures.items())
+        if owned.record.tiny is not None
+    }
+    if name and tiny and name not in tiny:
+        raise UsageError(
+            "QC-DEMO-003",
+            "is no architecture with a tiny checkpoint",
+            field="--architecture",
+            found=name,
+            expected=", ".join(tiny),
+            fix=f"name one of {', '.join(tiny)}",
+        )
+    if tiny:
+        return tiny[name] if name else next(iter(tiny.values()))
     raise PluginError(
         "QC-DEMO-001",
         "no installed plugin brings a tiny checkpoint",

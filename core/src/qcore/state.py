@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from . import __version__
-from .adapter import CONFIG, WEIGHTS, peft_config, stems
+from .adapter import CONFIG, LAYOUT, WEIGHTS, peft_config, stems
 from .artifact import Writer, publish, read_manifest, remove_tree, verify
 from .durable import make_folders, writing
 from .errors import InputError, UsageError
@@ -243,6 +243,7 @@ class RunFiles:
         out.meta.update(
             verb="train",
             model=self.found.provenance(),
+            layout=LAYOUT,
             adapter_class={"name": self.namespace.name, "classes": list(self.namespace.classes)},
             fingerprints=fingerprints(layout, self.digests),
             tensors=dict(self.digests),

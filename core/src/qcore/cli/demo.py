@@ -13,9 +13,10 @@ from .common import debug_option, emit, importing, json_option
 
 @click.command("demo")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to keep; else a temporary.")
+@click.option("--architecture", default="", help="Whose tiny checkpoint; else the first.")
 @json_option
 @debug_option
-def command(output: Path | None, as_json: bool) -> None:
+def command(output: Path | None, architecture: str, as_json: bool) -> None:
     """Train, merge and verify a tiny checkpoint, and show one prompt before and after."""
     with importing():
         from ..demo import demo
@@ -23,7 +24,9 @@ def command(output: Path | None, as_json: bool) -> None:
 
     teller = Drawn(quiet=as_json)
     with tempfile.TemporaryDirectory(prefix="qcore-demo-") as temporary:
-        report = demo(output or Path(temporary) / "demo", reporter=teller)
+        report = demo(
+            output or Path(temporary) / "demo", architecture=architecture, reporter=teller
+        )
     if as_json:
         emit(
             {
