@@ -176,7 +176,7 @@ class MergePass:
         units = list(hash_units(self._digest(entry), cut.region, weight))
         moved = 0.0
         for view, total in self.deltas.add(entry.name, weight, cut.region):
-            old = view.float()
+            old = view.to(torch.float32, copy=True)  # a float32 file's would be the view itself
             change = float((view.copy_(total).float() - old).abs().max())
             if not bool(old.isfinite().all()):
                 raise NumericError(
