@@ -32,8 +32,6 @@ from .table import Kind, Region, Store
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
-#: Read only together with block scales.
-_FP8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 SLAB = 2**28  #: bytes of a stack of experts that are in memory at a time
 
 Progress = Callable[[int], None]  #: called with the bytes read since the last call
@@ -108,11 +106,10 @@ def _read_piece(checkpoint: Checkpoint, place: Place, rows: slice, into: Tensor)
     header = place.header
     count = place.region[0].stop - place.region[0].start
     if place.scale is not None:
-        weight = read_header(checkpoint, header, _FP8[header.dtype])
-        scale = read_header(checkpoint, place.scale, DTYPES[place.scale.dtype])
         assert place.block is not None
-        value = dequantize(weight, scale, place.block, into.dtype)
-        into.copy_(value.view(count, *into.shape[1:])[rows])
+        alike = header.shape[0] == count  # else this is one expert, of which all is read
+        value = read_fp8(checkpoint, header, place.scale, place.block, rows if alike else None)
+        into.copy_(value.view(into.shape))
         return
     each = (header.end - header.start) // count
     value = into if into.is_contiguous() else torch.empty(into.shape, dtype=into.dtype)
@@ -123,11 +120,42 @@ def _read_piece(checkpoint: Checkpoint, place: Place, rows: slice, into: Tensor)
         into.copy_(value)
 
 
-def read_header(checkpoint: Checkpoint, header: Header, dtype: torch.dtype) -> Tensor:
-    """One tensor on disk as it lies there."""
-    value = torch.empty(header.shape, dtype=dtype)
+def read_fp8(
+    checkpoint: Checkpoint,
+    header: Header,
+    scale: Header,
+    block: tuple[int, int],
+    rows: slice | None = None,
+) -> Tensor:
+    """A tensor on disk that lies in block FP8, or ``[rows]`` of it, decoded to bfloat16.
+
+    Raises:
+        NumericError: ``QC-LOAD-003`` for a scale that is not finite.
+    """
+    if rows is None or len(header.shape) < 2:
+        rows, first, drop = slice(0, header.shape[0]), slice(0, scale.shape[0]), 0
+    else:
+        step = block[0] if len(header.shape) == 2 else 1  # rows that share their scales
+        first = slice(rows.start // step, -(-rows.stop // step))
+        drop = rows.start - first.start * step
+    weight = _rows(checkpoint, header, slice(rows.start - drop, rows.stop), torch.float8_e4m3fn)
+    scales = _rows(checkpoint, scale, first, DTYPES[scale.dtype])
+    if not bool(scales.isfinite().all()):
+        raise NumericError(
+            "QC-LOAD-003",
+            "holds a scale that is not finite",
+            file=checkpoint.path / scale.file,
+            field=scale.name,
+            fix="download the checkpoint again",
+        )
+    return dequantize(weight, scales, block, torch.bfloat16)[drop:]
+
+
+def _rows(checkpoint: Checkpoint, header: Header, rows: slice, dtype: torch.dtype) -> Tensor:
+    """``[rows]`` of a tensor on disk as it lies there."""
+    value = torch.empty((rows.stop - rows.start, *header.shape[1:]), dtype=dtype)
     with checkpoint.file(header.file).open("rb") as file:
-        file.seek(header.start)
+        file.seek(header.start + rows.start * ((header.end - header.start) // header.shape[0]))
         read_exact(file, as_bytes(value), header)
     return value
 

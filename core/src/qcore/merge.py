@@ -4,7 +4,8 @@ This file decides that a merged checkpoint is its base, file by file: the same s
 same headers in the same order, the same sidecars; only tensors that the adapter touches get
 other bytes, ``W + scaling * (B A)[region]`` computed in float64 and rounded once, so that no
 other way to merge is closer on any tensor. Nothing goes through a model class, so what
-training did not load is kept as it was.
+training did not load is kept as it was. A base in block FP8 is written in bfloat16, whole, and
+only when that is asked for (`merge_plan`): the values that training saw are its decoded ones.
 
 In one pass (`merge_pass`) each tensor's bytes are hashed for the fingerprint, changed or copied,
 hashed again for the manifest, and written; the proof reads the layers again. A mismatch with the
@@ -26,13 +27,15 @@ from typing import Any
 from .adapter import WEIGHTS, Adapter
 from .adapter_reader import read_adapter
 from .artifact import MANIFEST, check_target, publish, read_manifest
-from .checkpoint import INDEX, Checkpoint, read_headers
+from .checkpoint import Checkpoint, read_headers
 from .deltas import one_thread
-from .errors import InputError, NumericError
+from .errors import InputError, NumericError, UsageError
 from .fingerprint import fingerprints
 from .identify import Identified, identify
 from .merge_pass import MergePass
+from .merge_plan import MergePlan
 from .preflight import preflight
+from .prequantised import Format
 from .report import Reporter, Silent
 
 
@@ -48,6 +51,7 @@ class MergeReport:
         pairs: LoRA pairs applied, each once.
         parameters: parameters of the changed tensors.
         largest_change: largest absolute change of one value.
+        decoded: tensors that the base has in FP8 and the output in bfloat16.
         warnings: what preflight had to say.
         proof: the logits check, or ``None`` when it was switched off.
     """
@@ -59,6 +63,7 @@ class MergeReport:
     pairs: int
     parameters: int
     largest_change: float
+    decoded: int
     warnings: tuple[str, ...]
     proof: Mapping[str, float] | None
 
@@ -71,13 +76,26 @@ def merge(
     trust_base: bool = False,
     generation: str = "",
     prove: bool = True,
+    dequantize: bool = False,
     reporter: Reporter | None = None,
 ) -> MergeReport:
     """Write ``base + adapter`` to `output`.
 
+    Args:
+        model: the base: a folder or a hub id.
+        adapter: the adapter's folder.
+        output: the folder to publish; absent or empty.
+        trust_base: accept an adapter without a fingerprint of its base.
+        generation: accepted only where evidence is missing, never against it.
+        prove: compare logits and the files with what training computes.
+        dequantize: write a base in block FP8 in bfloat16: all of it, not what changes alone.
+        reporter: who is told; nobody by default.
+
     Raises:
+        UsageError: ``QC-MERGE-009`` `dequantize`, and the base is not quantised.
         InputError: the adapter is not for this base (``QC-MERGE-001``), is already in it
-            (``-002``), or its folder or the base's are not as they must be.
+            (``-002``), the base is in FP8 and `dequantize` is not set (``-008``), or its folder
+            or the base's are not as they must be.
         NumericError: ``QC-MERGE-003`` a value that is not finite, ``-004`` nothing changed,
             ``-005`` logits of the merge differ from base + adapter, ``-006`` and ``-007`` the
             files do not hold what they should.
@@ -86,36 +104,37 @@ def merge(
     tell = reporter or Silent()
     target = check_target(output)
     found = identify(model, generation=generation)
+    _check_dtype(found, dequantize)
     told = read_adapter(adapter, found.layout, trust_base=trust_base, claims=found.adapter_claims)
     already = _refuse_twice(found.checkpoint, told)
     warnings = preflight(found, verb="merge", settings={})
     for line in (*found.decision.evidence, *warnings):
         tell.note(line)
-    size = found.checkpoint.total_bytes
-    merger = MergePass(found, told)
-    with publish(target, kind="model", need_bytes=size) as out:
-        with one_thread(), tell.progress("merging", size, "bytes") as advance:
-            for shard in found.checkpoint.shards:
+    merger = MergePass(found, told, dequantize)
+    plan = merger.plan
+    with publish(target, kind="model", need_bytes=plan.size) as out:
+        with one_thread(), tell.progress("merging", plan.size, "bytes") as advance:
+            for shard in plan.shards:
                 with out.stream(shard) as file:
                     for chunk in merger.shard(shard, advance):
                         file.write(chunk)
-        for name in found.checkpoint.sidecars:
-            if name != MANIFEST:
-                out.copy(name, found.checkpoint.file(name))
-        if found.checkpoint.index is not None:
-            out.copy(INDEX, found.checkpoint.file(INDEX))
+        for name in plan.copied:
+            out.copy(name, found.checkpoint.file(name))
+        for name, text in plan.texts.items():
+            out.write_text(name, text)
         merger.check()
-        _check_headers(found.checkpoint, out.folder)
+        _check_headers(plan, out.folder)
         proof = _prove(found, told, out.folder, tell) if prove else None
         out.meta.update(_meta(found, told, merger, already, proof))
     return MergeReport(
         output=target,
-        tensors=len(found.checkpoint.headers),
+        tensors=sum(1 for _ in plan.pieces()),
         changed=merger.changed,
         unchanged=tuple(merger.unchanged),
         pairs=len(told.pairs),
         parameters=merger.parameters,
         largest_change=merger.largest,
+        decoded=plan.decoded,
         warnings=warnings,
         proof=proof,
     )
@@ -126,6 +145,27 @@ def _prove(found: Identified, adapter: Adapter, written: Path, tell: Reporter) -
 
     with tell.progress("proving", found.checkpoint.total_bytes, "bytes") as advance:
         return prove_merge(found, adapter, written, advance)
+
+
+def _check_dtype(found: Identified, dequantize: bool) -> None:
+    """A base in FP8 is written in bfloat16 when that is asked for, and otherwise not at all."""
+    quantised = found.quantisation
+    if quantised is None and dequantize:
+        raise UsageError(
+            "QC-MERGE-009",
+            "is given, and nothing is to be decoded",
+            field="--dequantize",
+            found=f"{found.checkpoint.source} is not quantised",
+            fix="leave it out: the output has the dtypes of the base",
+        )
+    if quantised is not None and not dequantize:
+        raise InputError(
+            "QC-MERGE-008",
+            "is in FP8, to which a sum cannot be rounded without losing most of the adapter",
+            file=found.checkpoint.path,
+            found=quantised.line(),
+            fix=f"pass --dequantize to write all of it in bf16, or {quantised.instead()}",
+        )
 
 
 def _refuse_twice(checkpoint: Checkpoint, adapter: Adapter) -> list[dict[str, Any]]:
@@ -174,19 +214,25 @@ def _meta(
             },
         ],
         "proof": dict(proof) if proof is not None else None,
+        "decoded": {"from": Format.BLOCK_FP8.value, "to": "bf16", "tensors": merger.plan.decoded}
+        if merger.plan.decoded
+        else None,
     }
 
 
-def _check_headers(base: Checkpoint, folder: Path) -> None:
-    """Names, shapes, dtypes, files and offsets of the output are the base's."""
-    for shard in base.shards:
-        written = {header.name: header for header in read_headers(folder / shard)}
-        expected = {name: h for name, h in base.headers.items() if h.file == shard}
+def _check_headers(plan: MergePlan, folder: Path) -> None:
+    """Names, shapes, dtypes, files and offsets of the output are those of the plan.
+
+    Without decoding they are the base's.
+    """
+    for name, shard in plan.shards.items():
+        written = set(read_headers(folder / name))
+        expected = {piece.written for piece in shard.pieces}
         if written != expected:
             raise NumericError(
                 "QC-MERGE-006",
                 "does not have the tensors of the base",
-                file=folder / shard,
+                file=folder / name,
                 found=f"{len(written)} tensors",
                 expected=f"{len(expected)}",
                 fix="report this: the writer broke its contract",

@@ -1,9 +1,10 @@
 """One pass over a base's files: every tensor hashed, and changed or copied.
 
-This file decides how the bytes of a merged shard come to be: what no pair touches is copied as
-it is; the rest is read, hashed and added up by two threads, a few ahead of the one that copies
-and writes. A stack of experts goes through in cuts of some experts, so memory is the adapter
-and a few tensors or cuts. What a merge is, and its other checks, are `merge`'s.
+This file decides how the bytes of a merged shard come to be: what no pair touches and nothing
+decodes is copied as it is; the rest is read, hashed and added up by two threads, a few ahead of
+the one that copies and writes. A stack of experts goes through in cuts of some experts, so memory
+is the adapter and a few tensors or cuts. Which files there are, and their headers, is
+`merge_plan`'s; what a merge is, and its other checks, are `merge`'s.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from .digests import TensorDigest, in_one_run, numel
 from .errors import InputError, NumericError
 from .fingerprint import fingerprints
 from .identify import Identified
-from .load import DTYPES, as_bytes, hash_units, read_exact
+from .load import DTYPES, as_bytes, hash_units, read_exact, read_fp8
+from .merge_plan import MergePlan, Piece, plan_merge
 from .report import Advance
 from .table import Region
 from .table import Tensor as Entry
@@ -38,11 +40,16 @@ _CUT = 2**26  # bytes of a stack that are changed at a time
 
 
 class _Cut(NamedTuple):
-    """Some of a tensor on disk: bytes of its file, and the canonical region that they are."""
+    """Some of a tensor on disk, and the canonical region that it is.
+
+    `rows` are those of dim 0 of the tensor on disk, of which `each` has so many bytes; ``None``
+    for all of it, which may be one expert.
+    """
 
     header: Header
-    start: int
-    stop: int
+    scale: Header | None
+    rows: slice | None
+    each: int
     region: Region
 
 
@@ -61,6 +68,8 @@ class MergePass:
     Attributes:
         found: the base.
         adapter: the adapter.
+        dequantize: write a base in block FP8 in bfloat16.
+        plan: what is written.
         digests: SHA-256 of the base's tensors, by canonical name.
         done: canonical names of the tensors that a pair was added to.
         changed: tensors on disk with other bytes than the base's.
@@ -71,6 +80,8 @@ class MergePass:
 
     found: Identified
     adapter: Adapter
+    dequantize: bool = False
+    plan: MergePlan = field(init=False)
     deltas: Deltas = field(init=False)
     digests: dict[str, str] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
@@ -81,34 +92,39 @@ class MergePass:
     _open: dict[str, TensorDigest] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        quantised = self.found.quantisation if self.dequantize else None
+        self.plan = plan_merge(self.found.checkpoint, quantised)
         self.deltas = Deltas(self.adapter)
 
     def shard(self, name: str, progress: Advance) -> Iterator[memoryview]:
         """The bytes of one merged shard, in order."""
-        checkpoint = self.found.checkpoint
-        path = checkpoint.file(name)
-        headers = [header for header in checkpoint.headers.values() if header.file == name]
-        headers.sort(key=lambda header: header.start)
-        cuts = {header.name: self._cuts(header) for header in headers if self._touched(header)}
+        path, shard = self.found.checkpoint.file(name), self.plan.shards[name]
+        cuts = {
+            piece.source.name: self._cuts(piece)
+            for piece in shard.pieces
+            if piece.scale is not None or self._touched(piece.source)
+        }
         with path.open("rb") as file, ThreadPoolExecutor(_WORKERS, initializer=single) as pool:
-            yield memoryview(file.read(headers[0].start if headers else path.stat().st_size))
-            coming = (cut for header in headers for cut in cuts.get(header.name, ()))
+            yield memoryview(shard.head)
+            coming = (cut for piece in shard.pieces for cut in cuts.get(piece.source.name, ()))
             jobs = [pool.submit(self._change, path, cut) for cut in islice(coming, _AHEAD)]
-            for header in headers:
+            for piece in shard.pieces:
+                header = piece.source
                 if header.name not in cuts:
                     file.seek(header.start)
                     yield from self._copy(file, header)
                     progress(header.end - header.start)
                     continue
                 moved = 0.0
-                for cut in cuts[header.name]:
+                for _ in cuts[header.name]:
                     result = jobs.pop(0).result()
                     jobs += [pool.submit(self._change, path, c) for c in islice(coming, 1)]
                     self._note(header, result.units)
                     moved = max(moved, result.moved)
                     yield as_bytes(result.weight)
-                    progress(cut.stop - cut.start)
-                self._book(header, moved)
+                    progress(result.weight.nbytes)
+                if self._touched(header):
+                    self._book(header, moved)
 
     def _touched(self, header: Header) -> bool:
         entry = self._entry(header)
@@ -117,22 +133,21 @@ class MergePass:
     def _entry(self, header: Header) -> Entry | None:
         return self.found.layout.by_disk.get(header.name, (None, ()))[0]
 
-    def _cuts(self, header: Header) -> list[_Cut]:
+    def _cuts(self, piece: Piece) -> list[_Cut]:
         """A stack some experts at a time, everything else whole."""
-        entry, region = self.found.layout.by_disk[header.name]
+        header = piece.source
+        every = tuple(slice(0, n) for n in header.shape)
+        _, region = self.found.layout.by_disk.get(header.name, (None, every))
         first, count = region[0].start, region[0].stop - region[0].start
         each = (header.end - header.start) // count
-        step = max(1, _CUT // each) if len(entry.shape) > 2 else count
-        return [
-            _Cut(
-                header,
-                header.start + at * each,
-                header.start + stop * each,
-                (slice(first + at, first + stop), *region[1:]),
-            )
-            for at in range(0, count, step)
-            for stop in [min(at + step, count)]
-        ]
+        step = max(1, _CUT // each) if len(region) > 2 else count
+        cuts = []
+        for at in range(0, count, step):
+            stop = min(at + step, count)
+            rows = slice(at, stop) if header.shape[0] == count else None
+            there = (slice(first + at, first + stop), *region[1:])
+            cuts.append(_Cut(header, piece.scale, rows, each, there))
+        return cuts
 
     def _copy(self, file: IO[bytes], header: Header) -> Iterator[memoryview]:
         """A tensor as it is, hashed on the way, unit by unit."""
@@ -157,7 +172,37 @@ class MergePass:
 
     def _change(self, path: Path, cut: _Cut) -> _Changed:
         """Read one cut, hash it, and add its delta; runs beside others of its kind."""
-        header, entry = cut.header, self.found.layout.by_disk[cut.header.name][0]
+        header, entry = cut.header, self._entry(cut.header)
+        weight = self._read(path, cut)
+        units = list(hash_units(self._digest(entry), cut.region, weight)) if entry else []
+        if entry is None or not self._touched(header):
+            if not bool(weight.isfinite().all()):
+                raise self._not_finite(path, header)
+            return _Changed(weight, 0.0, units)
+        moved = 0.0
+        for view, total in self.deltas.add(entry.name, weight, cut.region):
+            old = view.float()
+            change = float((view.copy_(total).float() - old).abs().max())
+            if not bool(old.isfinite().all()):
+                raise self._not_finite(path, header)
+            if not math.isfinite(change):
+                raise NumericError(
+                    "QC-MERGE-003",
+                    "is not finite after the merge",
+                    file=self.adapter.path,
+                    field=header.name,
+                    fix="train again with a lower learning_rate",
+                )
+            moved = max(moved, change)
+        return _Changed(weight, moved, units)
+
+    def _read(self, path: Path, cut: _Cut) -> Tensor:
+        """The values of a cut, in the shape of its region; of block FP8, decoded."""
+        header, shape = cut.header, [part.stop - part.start for part in cut.region]
+        if cut.scale is not None:
+            assert self.plan.block is not None
+            where = self.found.checkpoint
+            return read_fp8(where, header, cut.scale, self.plan.block, cut.rows).view(shape)
         dtype = DTYPES.get(header.dtype)
         if dtype is None:
             raise InputError(
@@ -169,33 +214,20 @@ class MergePass:
                 expected=", ".join(DTYPES),
                 fix="merge into the bf16 revision of this checkpoint",
             )
-        weight = torch.empty([part.stop - part.start for part in cut.region], dtype=dtype)
+        weight = torch.empty(shape, dtype=dtype)
         with path.open("rb") as file:
-            file.seek(cut.start)
+            file.seek(header.start + (cut.rows.start * cut.each if cut.rows else 0))
             read_exact(file, as_bytes(weight), header)
-        units = list(hash_units(self._digest(entry), cut.region, weight))
-        moved = 0.0
-        for view, total in self.deltas.add(entry.name, weight, cut.region):
-            old = view.to(torch.float32, copy=True)  # a float32 file's would be the view itself
-            change = float((view.copy_(total).float() - old).abs().max())
-            if not bool(old.isfinite().all()):
-                raise NumericError(
-                    "QC-LOAD-003",
-                    "holds a value that is not finite",
-                    file=path,
-                    field=header.name,
-                    fix="download the checkpoint again",
-                )
-            if not math.isfinite(change):
-                raise NumericError(
-                    "QC-MERGE-003",
-                    "is not finite after the merge",
-                    file=self.adapter.path,
-                    field=header.name,
-                    fix="train again with a lower learning_rate",
-                )
-            moved = max(moved, change)
-        return _Changed(weight, moved, units)
+        return weight
+
+    def _not_finite(self, path: Path, header: Header) -> NumericError:
+        return NumericError(
+            "QC-LOAD-003",
+            "holds a value that is not finite",
+            file=path,
+            field=header.name,
+            fix="download the checkpoint again",
+        )
 
     def _book(self, header: Header, moved: float) -> None:
         """Count a tensor that a pair was added to."""
@@ -218,7 +250,8 @@ class MergePass:
     def _note(self, header: Header, units: list[tuple[int, bytes]]) -> None:
         """Keep the digest of a canonical tensor; compare it with the adapter's record."""
         entry = self._entry(header)
-        assert entry is not None
+        if entry is None:
+            return
         digest = self._digest(entry)
         for number, sha256 in units:
             digest.put(number, sha256)

@@ -275,7 +275,7 @@ def _is_rounded(value: Tensor, wanted: Tensor) -> bool:
 
 def _gather(checkpoint: Checkpoint, item: Located, rows: list[int]) -> Tensor:
     """Some rows of a matrix on disk, float32, without reading the rest."""
-    if len(item.places) != 1:
+    if len(item.places) != 1 or item.places[0].scale is not None:
         return read_tensor(checkpoint, item)[rows].float()
     header = item.places[0].header
     picked = torch.empty(len(rows), header.shape[1], dtype=DTYPES[header.dtype])

@@ -16,6 +16,7 @@ from .common import count, debug_option, emit, importing, json_option
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
 @click.option("--generation", default="", help="Take an unproven checkpoint for this generation.")
+@click.option("--dequantize", is_flag=True, help="Write a base in FP8 in bf16, all of it.")
 @click.option("--no-proof", is_flag=True, help="Skip the comparison of logits.")
 @json_option
 @debug_option
@@ -25,6 +26,7 @@ def command(
     output: Path,
     trust_base: bool,
     generation: str,
+    dequantize: bool,
     no_proof: bool,
     as_json: bool,
 ) -> None:
@@ -40,6 +42,7 @@ def command(
         trust_base=trust_base,
         generation=generation,
         prove=not no_proof,
+        dequantize=dequantize,
         reporter=Drawn(quiet=as_json),
     )
     if as_json:
@@ -50,6 +53,8 @@ def command(
         f"({count(report.parameters)} parameters) by {report.pairs} LoRA pairs, "
         f"largest change {report.largest_change:.3g}"
     )
+    if report.decoded:
+        click.echo(f"the output is in bf16: {report.decoded} tensors of the base were in FP8")
     if report.unchanged:
         click.echo(
             f"note: {len(report.unchanged)} tensors round back to the base's, first "
