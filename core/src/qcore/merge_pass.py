@@ -181,7 +181,7 @@ class MergePass:
             return _Changed(weight, 0.0, units)
         moved = 0.0
         for view, total in self.deltas.add(entry.name, weight, cut.region):
-            old = view.float()
+            old = view.to(torch.float32, copy=True)  # a float32 file's would be the view itself
             change = float((view.copy_(total).float() - old).abs().max())
             if not bool(old.isfinite().all()):
                 raise self._not_finite(path, header)
