@@ -467,6 +467,13 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
         without(*(n.format(s) for n in (INNER, OUTER) for s in "AB")), "006",
         "layers.1.mlp.experts.gate_up_proj: is a declared target without tensors",
     ),
+    "a layer is missing, and another is named": (
+        lambda c, t: (
+            c.update(layers_to_transform=[0], exclude_modules=["gate_up_proj"]),
+            [t.pop(n.format(s)) for n in (INNER, OUTER) for s in "AB"],
+        ),
+        "006", "layers.1.mlp.experts.gate_up_proj: is a declared target without tensors",
+    ),
     "gate_up as an older PEFT wrote it": (transposed(INNER, 48, 32), "007", "[20, 48]"),
     "down as an older PEFT wrote it": (transposed(OUTER, 32, 24), "007", "[20, 32]"),
     "inner and outer changed over": (swapped, "007", "expected [20, 32]"),
