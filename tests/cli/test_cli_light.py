@@ -129,8 +129,8 @@ OPTIONS: dict[str, list[str]] = {
         "--model", "--output", "--preset", "--resume", "--set",
     ],
     "merge": [
-        "--adapter", "--debug", "--generation", "--json", "--model", "--no-proof", "--output",
-        "--trust-base",
+        "--adapter", "--debug", "--dequantize", "--generation", "--json", "--model", "--no-proof",
+        "--output", "--trust-base",
     ],
     "generate": [
         "MODEL", "--adapter", "--chat-template-kwargs", "--debug", "--device", "--dtype",
