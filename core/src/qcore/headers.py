@@ -100,7 +100,7 @@ def parse_headers(raw: bytes, size: int, file: str, where: object) -> list[Heade
     Raises:
         InputError: ``QC-CKPT-005``.
     """
-    with _without_gc():
+    with without_gc():
         headers = _parse(raw, file, where)
     headers.sort(key=_ORDER)
     at = PREFIX + len(raw)
@@ -114,7 +114,7 @@ def parse_headers(raw: bytes, size: int, file: str, where: object) -> list[Heade
 
 
 @contextmanager
-def _without_gc() -> Iterator[None]:
+def without_gc() -> Iterator[None]:
     """Python's search for cycles, of which there are none, was a third of the time."""
     if not gc.isenabled():
         yield

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .checkpoint import Checkpoint, Header
 from .errors import InputError, QcoreError, one_of_each, raise_all
+from .headers import without_gc
 from .table import Namespace, Part, Region, Table, Tensor
 
 _SUGGESTED = 3
@@ -27,8 +30,7 @@ _SUGGESTED = 3
 _ABSENT = ("QC-KEY-001", "QC-KEY-004", "QC-KEY-005")
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """One tensor on disk and the region of the canonical tensor that it is.
 
     Attributes:
@@ -91,7 +93,8 @@ class Layout:
     @property
     def parameters(self) -> int:
         """Parameters on disk, carried ones included; a tied tensor counts once."""
-        owned = sum(place.header.numel for item in self.located.values() for place in item.places)
+        places = itertools.chain.from_iterable(item.places for item in self.located.values())
+        owned = sum([math.prod(place.header.shape) for place in places])
         return owned + sum(header.numel for header in self.carried)
 
     def carried_roots(self) -> dict[str, int]:
@@ -125,9 +128,10 @@ def survey(
     `InputError`.
     """
     finder = _Finder(table, checkpoint, _SUGGESTED if suggest else 0)
-    for part in table.parts:
-        finder.part(part)
-    carried = finder.rest()
+    with without_gc():
+        for part in table.parts:
+            finder.part(part)
+        carried = finder.rest()
     layout = Layout(
         table=table,
         located=finder.located,
@@ -234,14 +238,15 @@ class _Finder:
         """Find `tensor` on disk; ``False`` when nothing of it is there."""
         best: list[str] = []
         for way in tensor.spellings():
-            names = [namespace.spell(piece.name) for piece in way]
+            names = namespace.spell_all([piece.name for piece in way])
             present = [name for name in names if name in self.headers]
             self._wanted.update(names)
             if len(present) == len(names):
                 places = []
                 for name, piece in zip(names, way, strict=True):
                     header = self.headers[name]
-                    self._check_shape(header, piece.shape)
+                    if header.shape != piece.shape:
+                        self._wrong_shape(header, piece.shape)
                     places.append(self._as_place(header, piece.region))
                     self.by_disk[name] = (tensor, piece.region)
                 self._check_dtypes(places)
@@ -288,17 +293,16 @@ class _Finder:
         self.scales[name] = header.name
         return Place(header, region, scale, self.block)
 
-    def _check_shape(self, header: Header, shape: tuple[int, ...]) -> None:
-        if header.shape != shape:
-            self._problem(
-                "QC-KEY-003",
-                "has the wrong shape",
-                header.name,
-                found=list(header.shape),
-                expected=list(shape),
-                file=header.file,
-                fix="use the config.json that came with the weights",
-            )
+    def _wrong_shape(self, header: Header, shape: tuple[int, ...]) -> None:
+        self._problem(
+            "QC-KEY-003",
+            "has the wrong shape",
+            header.name,
+            found=list(header.shape),
+            expected=list(shape),
+            file=header.file,
+            fix="use the config.json that came with the weights",
+        )
 
     def _check_dtypes(self, places: Iterable[Place]) -> None:
         dtypes = {place.header.dtype: place.header for place in places}
@@ -320,8 +324,8 @@ class _Finder:
 
     def rest(self) -> dict[Header, str]:
         """What the table does not own: carried, or a problem."""
-        known = self.by_disk.keys() | self.scales.keys()
-        extra = [header for name, header in self.headers.items() if name not in known]
+        owned, scales = self.by_disk, self.scales
+        extra = [h for name, h in self.headers.items() if name not in owned and name not in scales]
         roots = self._roots()
         homes = {header.name: _subtree(header.name, roots) for header in extra}
         inside = [header for header in extra if homes[header.name] is None]

@@ -18,6 +18,7 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from .errors import InputError, PluginError
 
@@ -54,8 +55,7 @@ class Aim(str, Enum):
     NEVER = "never"
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """One tensor on disk: ``canonical[region]`` under the name `name`."""
 
     name: str
@@ -67,7 +67,10 @@ class Spelling:
     """How one canonical tensor is spelt on disk. Built by `at`, `cat` and `stack`."""
 
     def pieces(
-        self, shape: tuple[int, ...], index: Mapping[str, int], axes: Mapping[str, Sequence[int]]
+        self,
+        shape: tuple[int, ...],
+        index: Mapping[str, int | str],
+        axes: Mapping[str, Sequence[int]],
     ) -> Iterator[Piece]:
         """Yield the pieces of a tensor of `shape`; regions tile it exactly."""
         raise NotImplementedError
@@ -78,7 +81,10 @@ class _At(Spelling):
     name: str
 
     def pieces(
-        self, shape: tuple[int, ...], index: Mapping[str, int], axes: Mapping[str, Sequence[int]]
+        self,
+        shape: tuple[int, ...],
+        index: Mapping[str, int | str],
+        axes: Mapping[str, Sequence[int]],
     ) -> Iterator[Piece]:
         yield Piece(self.name.format_map(dict(index)), shape, tuple(slice(0, n) for n in shape))
 
@@ -89,7 +95,10 @@ class _Cat(Spelling):
     dim: int
 
     def pieces(
-        self, shape: tuple[int, ...], index: Mapping[str, int], axes: Mapping[str, Sequence[int]]
+        self,
+        shape: tuple[int, ...],
+        index: Mapping[str, int | str],
+        axes: Mapping[str, Sequence[int]],
     ) -> Iterator[Piece]:
         size, rest = divmod(shape[self.dim], len(self.parts))
         if rest:
@@ -109,14 +118,24 @@ class _Stack(Spelling):
     part: Spelling
 
     def pieces(
-        self, shape: tuple[int, ...], index: Mapping[str, int], axes: Mapping[str, Sequence[int]]
+        self,
+        shape: tuple[int, ...],
+        index: Mapping[str, int | str],
+        axes: Mapping[str, Sequence[int]],
     ) -> Iterator[Piece]:
         values = axes[self.axis]
         if len(values) != shape[0]:
             raise ValueError(f"axis {self.axis} has {len(values)} values, the stack {shape[0]}")
+        # Slices differ in one number of their names: a checkpoint may have a hundred thousand.
+        hole = f"{{{self.axis}}}"
+        inner = [
+            (piece.name.split(hole), piece.shape, piece.region)
+            for piece in self.part.pieces(shape[1:], {**index, self.axis: hole}, axes)
+        ]
         for slot, value in enumerate(values):
-            for piece in self.part.pieces(shape[1:], {**index, self.axis: value}, axes):
-                yield Piece(piece.name, piece.shape, (slice(slot, slot + 1), *piece.region))
+            number, here = str(value), (slice(slot, slot + 1),)
+            for words, piece_shape, region in inner:
+                yield Piece(number.join(words), piece_shape, here + region)
 
 
 def at(name: str) -> Spelling:
@@ -190,6 +209,10 @@ class Namespace:
                 return theirs + canonical[len(ours) :]
         return canonical
 
+    def spell_all(self, canonical: list[str]) -> list[str]:
+        """`spell` of each."""
+        return [self.spell(name) for name in canonical] if self.prefixes else canonical
+
     def canonical(self, name: str) -> str:
         """Name in this namespace to the canonical name; inverse of `spell`."""
         for ours, theirs in self.prefixes:
@@ -256,7 +279,7 @@ class Tensor:
         if self.row.also is not None:
             yield next(self.row.also.pieces(self.shape, self._own(), self.part.axes)).name
 
-    def _own(self) -> dict[str, int]:
+    def _own(self) -> dict[str, int | str]:
         return {self.row.axis: self.index} if self.row.axis and self.index is not None else {}
 
     def units(self) -> tuple[Region, ...]:

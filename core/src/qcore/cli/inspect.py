@@ -20,6 +20,13 @@ _OF_THE_WHOLE = ("QC-CKPT-008", "QC-CKPT-010")  # quantised, which the last line
 @debug_option
 def command(model: str, generation: str, as_json: bool) -> None:
     """Say what MODEL is, by which evidence, and whether every tensor is accounted for."""
+    from ..headers import without_gc
+
+    with without_gc():
+        _inspect(model, generation, as_json)
+
+
+def _inspect(model: str, generation: str, as_json: bool) -> None:
     from ..errors import raise_all
     from ..identify import identify
     from ..locate import faults
