@@ -288,7 +288,8 @@ def _check(
     """Raise ``QC-CKPT-010`` unless the files hold something that the claim stands for."""
     if Format.OTHER in formats or any(kind in formats for kind in _admits(name, value)):
         return
-    plain = "; or remove the quantization_config, if these are the weights of a 16-bit model"
+    claim = f"this {SECTION}" if file == "config.json" else file
+    plain = f"; or remove {claim}, if these are the weights of a 16-bit model"
     raise InputError(
         "QC-CKPT-010",
         "contradicts the safetensors files",
