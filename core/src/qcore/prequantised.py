@@ -13,7 +13,7 @@ is decoded says `nn.fp8`, whether its scales fit the table's tensors `locate`.
     GPTQ                 I32 qweight [in / n, out], scales [groups, out], mostly g_idx
     AWQ                  I32 qweight [in, out / n], scales [groups, out], no g_idx
     bitsandbytes         U8 NAME, NAME.absmax, NAME.quant_map; or I8 NAME beside SCB
-    compressed-tensors   weight_packed; or I8 NAME and NAME_scale
+    compressed-tensors   NAME_packed; or I8 NAME and NAME_scale
     MXFP4                U8 NAME and U8 or F8_E8M0 NAME_scale; or NAME_blocks and NAME_scales
     packed integers      U8 NAME and NAME_scale in floats
 
@@ -217,7 +217,8 @@ def _format(name: str, header: Header, headers: Mapping[str, Header]) -> Format 
 
 def _fp8(name: str, header: Header, headers: Mapping[str, Header]) -> Format | None:
     for end in ("_scale_inv", "_scale"):
-        if name.endswith(end) and name.removesuffix(end) in headers:
+        weight = name.removesuffix(end)
+        if weight != name and (weight in headers or f"{weight}_packed" in headers):
             return None  # a scale itself
     if f"{name}_scale" in headers:
         return Format.TENSOR_FP8
