@@ -420,7 +420,7 @@ def without(*names: str) -> Change:
 
 
 def transposed(name: str, out: int, into: int) -> Change:
-    """As PEFT before 0.18 wrote a stack: the sides of in and out changed over."""
+    """A stack whose in and out are changed over, as PEFT has those of classes with is_transposed."""
 
     def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         r = config["r"]
@@ -474,8 +474,8 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
         ),
         "006", "layers.1.mlp.experts.gate_up_proj: is a declared target without tensors",
     ),
-    "gate_up as an older PEFT wrote it": (transposed(INNER, 48, 32), "007", "[20, 48]"),
-    "down as an older PEFT wrote it": (transposed(OUTER, 32, 24), "007", "[20, 32]"),
+    "gate_up transposed": (transposed(INNER, 48, 32), "007", "[20, 48]"),
+    "down transposed": (transposed(OUTER, 32, 24), "007", "[20, 32]"),
     "inner and outer changed over": (swapped, "007", "expected [20, 32]"),
     "r is that of all experts": (setting(r=4 * E), "007", "expected [100, 32]"),
     "one expert too few": (
