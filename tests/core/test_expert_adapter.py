@@ -420,7 +420,7 @@ def without(*names: str) -> Change:
 
 
 def transposed(name: str, out: int, into: int) -> Change:
-    """A stack whose in and out are changed over, as PEFT has those of classes with is_transposed."""
+    """In and out changed over, as PEFT has the stacks of classes with is_transposed."""
 
     def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         r = config["r"]
