@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ import torch
 from safetensors.torch import save_file
 from support import model_kit
 from support.cli_kit import here
-from support.fp8_kit import decoded, to_fp8
+from support.e2e_kit import figure
+from support.fp8_kit import decoded, is_quantised, to_fp8
 from support.model_kit import key_list, small_config, small_shapes, write_json, write_sparse
+from support.sku_kit import config_of, derived, shapes_of, write_sku
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
 
 from qcore.checkpoint import Checkpoint
 from qcore.errors import InputError
+from qcore.identify import identify
 from qcore.load import read_tensor
 from qcore.locate import locate
 from qcore.merge_plan import plan_merge, without
@@ -553,3 +557,47 @@ def test_one_key_less_of_the_real_files(shared: Path) -> None:
         left = without(text, "quantization_config")
         assert json.loads(left) == {k: v for k, v in whole.items() if k != "quantization_config"}
         assert ("quantization_config" in whole) or left == text
+
+
+# -- at the size of the published ones
+
+
+@pytest.mark.parametrize(
+    ("sku", "total", "maps"),
+    [
+        ("Qwen3.5-27B", 27_781_427_952, 407),
+        ("Qwen3.5-35B-A3B", 35_951_822_704, 41 * (256 * 3 + 3) + 11 * 4 + 30 * 3),
+    ],
+)
+def test_published_sizes_in_fp8(
+    shared: Path, tmp_path: Path, sku: str, total: int, maps: int
+) -> None:
+    """Every tensor accounted for, experts one by one, and the merge planned from headers."""
+    config = config_of(shared, sku)
+    shapes: Mapping[str, tuple[int, ...]] = shapes_of(shared, sku)
+    if "num_experts" in config["text_config"]:
+        shapes = derived(config, mtp_fused=False, fused=False)
+    tensors: Tensors = {}
+    for name, shape in shapes.items():
+        quant = is_quantised(name)
+        tensors |= block_fp8(name, *shape) if quant else {name: ("BF16", shape)}
+    for file in write_sku(shared, tmp_path, sku, {}).glob("*.safetensors*"):
+        file.unlink()  # template and tokenizer stay
+    config |= section("fp8", fmt="e4m3", weight_block_size=[128, 128])
+    began = time.perf_counter()
+    checkpoint(tensors, config, tmp_path)
+    wrote = time.perf_counter()
+    found = identify(str(tmp_path))
+    known = time.perf_counter()
+    assert found.quantisation is not None
+    assert found.quantisation.formats == {Format.BLOCK_FP8: maps}
+    assert found.layout.parameters == total
+    assert len(found.layout.scales) == maps
+    plan = plan_merge(found.checkpoint, found.quantisation)
+    planned = time.perf_counter()
+    assert plan.decoded == maps
+    assert plan.size == 2 * total  # all of it in bf16
+    figure(
+        f"{sku} in FP8: {len(tensors)} tensors identified in {known - wrote:.2f} s, planned in "
+        f"{planned - known:.2f} s (written in {wrote - began:.1f})"
+    )

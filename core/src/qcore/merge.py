@@ -161,7 +161,7 @@ def _check_dtype(found: Identified, dequantize: bool) -> None:
     if quantised is not None and not dequantize:
         raise InputError(
             "QC-MERGE-008",
-            "is in FP8, to which a sum cannot be rounded without losing most of the adapter",
+            "is in FP8, which is too coarse to hold an adapter's changes",
             file=found.checkpoint.path,
             found=quantised.line(),
             fix=f"pass --dequantize to write all of it in bf16, or {quantised.instead()}",
