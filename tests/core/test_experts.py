@@ -167,7 +167,7 @@ def test_the_grouped_product_is_the_same(
 ):
     """What a GPU runs; torch has it on the CPU too. Ranks are filled up to eight there."""
     monkeypatch.setattr(qcore.nn.experts, "_is_fused", lambda x, module: True)
-    monkeypatch.setattr(qcore.nn.experts, "_TOGETHER", together * 2 * OUT * IN)
+    monkeypatch.setattr(qcore.nn.experts, "TOGETHER", together * 2 * OUT * IN)
     bound = 3e-2 if dtype == torch.bfloat16 else 1e-5
     compare(made(LORAS[lora], dtype=dtype), CHOSEN[case], bound, dtype)
 

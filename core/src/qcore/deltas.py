@@ -7,6 +7,7 @@ beside it. `merge` writes the sums, `prove` compares them with what training com
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,8 @@ from .errors import NumericError
 from .load import DTYPES, as_bytes, read_exact
 from .table import Region
 
+#: Threads that add up: one core is left to the thread that hashes and writes.
+WORKERS = min(6, max(2, len(os.sched_getaffinity(0)) - 1))
 BLOCK = 2**18  #: elements of a weight that are in float64 at a time: they stay in the cache
 
 

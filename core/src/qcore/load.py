@@ -57,13 +57,13 @@ def read_exact(file: IO[bytes], view: memoryview, header: Header) -> None:
         )
 
 
-def slabs(item: Located) -> Iterator[slice]:
-    """The ranges of dim 0 in which a tensor is read: a few experts of a stack, else all."""
+def slabs(item: Located, size: int = SLAB) -> Iterator[slice]:
+    """The ranges of dim 0 in which a tensor is read: `size` bytes of a stack, else all."""
     count = item.tensor.shape[0]
     step = count
     if item.tensor.row.kind is Kind.EXPERTS:
         each = item.tensor.numel // count * DTYPES.get(item.dtype, torch.float32).itemsize
-        step = max(1, SLAB // each)
+        step = max(1, size // each)
     for at in range(0, count, step):
         yield slice(at, min(at + step, count))
 

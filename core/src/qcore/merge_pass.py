@@ -1,7 +1,7 @@
 """One pass over a base's files: every tensor hashed, and changed or copied.
 
 This file decides how the bytes of a merged shard come to be: what no pair touches and nothing
-decodes is copied as it is; the rest is read, hashed and added up by two threads, a few ahead of
+decodes is copied as it is; the rest is read, hashed and added up by some threads, a few ahead of
 the one that copies and writes. A stack of experts goes through in cuts of some experts, so memory
 is the adapter and a few tensors or cuts. Which files there are, and their headers, is
 `merge_plan`'s; what a merge is, and its other checks, are `merge`'s.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .checkpoint import Header
-from .deltas import Deltas, single
+from .deltas import WORKERS, Deltas, single
 from .digests import TensorDigest, in_one_run, numel
 from .errors import InputError, NumericError
 from .fingerprint import fingerprints
@@ -34,7 +34,7 @@ from .report import Advance
 from .table import Region
 from .table import Tensor as Entry
 
-_WORKERS, _AHEAD = 2, 4  # threads that add up, and cuts in flight
+_AHEAD = WORKERS + 2  # cuts in flight
 _COPY = 8 * 2**20  # bytes in flight when a tensor is only copied
 _CUT = 2**26  # bytes of a stack that are changed at a time
 
@@ -104,7 +104,7 @@ class MergePass:
             for piece in shard.pieces
             if piece.scale is not None or self._touched(piece.source)
         }
-        with path.open("rb") as file, ThreadPoolExecutor(_WORKERS, initializer=single) as pool:
+        with path.open("rb") as file, ThreadPoolExecutor(WORKERS, initializer=single) as pool:
             yield memoryview(shard.head)
             coming = (cut for piece in shard.pieces for cut in cuts.get(piece.source.name, ()))
             jobs = [pool.submit(self._change, path, cut) for cut in islice(coming, _AHEAD)]

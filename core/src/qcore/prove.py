@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .checkpoint import Checkpoint
-from .deltas import Deltas, one_thread, single
+from .deltas import WORKERS, Deltas, one_thread, single
 from .errors import NumericError, raise_all
 from .identify import Identified
 from .load import DTYPES, as_bytes, place, read_exact, read_tensor, slabs
@@ -35,6 +35,7 @@ from .table import Kind, Region
 _DOCUMENTS, _TOKENS = 8, 5  # longer than a convolution's kernel; time is the weights' more
 _TOLERANCE = 1e-4  # of the largest logit, or of 1: float32 through the depth of the model
 _HEAD_ROWS = 8192
+_CUT = 2**26  # bytes of a stack that one thread meets with the files at a time
 
 
 def prove_merge(
@@ -134,8 +135,9 @@ class _Streams:
         """Add the adapter to a weight by the merge's own arithmetic: a fault in it shows."""
         item = self.layout.located[name]
         if isinstance(module, Experts):
-            for rows in slabs(item):
-                self._check_written(item, rows, self._sum(item, rows))
+            with ThreadPoolExecutor(WORKERS, initializer=single) as pool:
+                for _ in pool.map(lambda rows: self._check_sum(item, rows), slabs(item, _CUT)):
+                    pass
             module.read_from(lambda expert: self._sum(item, slice(expert, expert + 1))[0])
             return
         weight = module.weight
@@ -144,6 +146,9 @@ class _Streams:
         for view, total in self.deltas.add(name, weight.data, _rows_of(item, every)):
             view.copy_(total)
         self._check_written(item, every, weight)
+
+    def _check_sum(self, item: Located, rows: slice) -> None:
+        self._check_written(item, rows, self._sum(item, rows))
 
     def _sum(self, item: Located, rows: slice) -> Tensor:
         """Some experts of a stack, float32, with the adapter added.

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from .adapted import Adapted, Lora
 from .nf4 import NF4Stack
 
-_TOGETHER = 2**28  # bytes of weights that are dequantised for one launch
+TOGETHER = 2**31  #: bytes of weights that are dequantised for one launch
 
 
 class Routing:
@@ -283,31 +283,38 @@ class _Fused:
     multiple: ClassVar[int] = 8  # 16 bytes
 
     def forward(self, x: Tensor, weights: Weights, add_to: Tensor | None = None) -> Tensor:
-        y = _zeros(x, weights, 1) if add_to is None else add_to
-        for experts, rows, ends in self._groups(weights):
-            part = _some(weights, experts).transpose(1, 2)
-            y[rows] += F.grouped_mm(x[rows], part, offs=ends)
-        return y
+        return self._product(x, weights, add_to, turned=True)
 
     def backward(self, dy: Tensor, weights: Weights, add_to: Tensor | None = None) -> Tensor:
-        dx = _zeros(dy, weights, 2) if add_to is None else add_to
-        for experts, rows, ends in self._groups(weights):
-            dx[rows] += F.grouped_mm(dy[rows], _some(weights, experts), offs=ends)
-        return dx
+        return self._product(dy, weights, add_to, turned=False)
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
         return F.grouped_mm(left.t(), right, offs=self.routing.ends)
 
-    def _groups(self, weights: Weights) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Experts whose weights are `_TOGETHER` bytes, their rows, and where each one's end."""
+    def _product(
+        self, x: Tensor, weights: Weights, add_to: Tensor | None, *, turned: bool
+    ) -> Tensor:
         count, out, into = weights.shape
-        step = max(1, _TOGETHER // (2 * out * into))
+        step = max(1, TOGETHER // (2 * out * into))
+        if step >= count:
+            # All at once: where experts' rows lie need not be known here.
+            every = _some(weights, slice(0, count))
+            y = F.grouped_mm(x, _turn(every, turned), offs=self.routing.ends)
+            return y if add_to is None else add_to.add_(y)
+        y = _zeros(x, weights, 1 if turned else 2) if add_to is None else add_to
         bounds = self.routing.bounds
         for first in range(0, count, step):
             last = min(first + step, count)
             rows = slice(bounds[first], bounds[last])
             if rows.stop > rows.start:
-                yield slice(first, last), rows, self.routing.ends[first:last] - rows.start
+                ends = self.routing.ends[first:last] - rows.start
+                part = _turn(_some(weights, slice(first, last)), turned)
+                y[rows] += F.grouped_mm(x[rows], part, offs=ends)
+        return y
+
+
+def _turn(weights: Tensor, turned: bool) -> Tensor:
+    return weights.transpose(1, 2) if turned else weights
 
 
 _Products = _Loop | _Fused
