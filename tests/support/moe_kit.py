@@ -71,7 +71,7 @@ class GivenExperts(GivenWeights):
         if not self.core:
             return Differentiable(weight)
         made = Experts(tuple(weight.shape), self.dtype, None)
-        made.hold(slice(0, len(weight)), weight, quantize=False, dtype=self.dtype)
+        made.weight = nn.Parameter(weight.detach(), requires_grad=False)  # shared, not copied
         return made
 
 
@@ -124,7 +124,10 @@ def twins(
     torch.manual_seed(seed)
     hf_config = Qwen3_5MoeTextConfig(**config)
     hf_config._attn_implementation = "eager"
-    theirs = Qwen3_5MoeForCausalLM(hf_config).eval()
+    with torch.device("meta"):
+        theirs = Qwen3_5MoeForCausalLM(hf_config)
+    rotary = theirs.model.rotary_emb
+    theirs.to_empty(device="cpu").eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if ".experts." in name:
@@ -136,7 +139,6 @@ def twins(
         theirs.lm_head.weight.mul_(0.25)
         if like is not None:
             theirs.load_state_dict(like.theirs.state_dict())
-    rotary = theirs.model.rotary_emb
     theirs.to(dtype)
     theirs.model.rotary_emb = type(rotary)(hf_config)
     context = GivenExperts(config, theirs.model.state_dict(), dtype, core=core)
