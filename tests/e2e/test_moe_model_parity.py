@@ -273,10 +273,11 @@ def in_four_bit(model: nn.Module) -> nn.Module:
     return model
 
 
-def rounded(weight: Tensor) -> Tensor:
+def rounded(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     packed, state = bnb.quantize_4bit(
         weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
     )
+    state.dtype = dtype
     value: Tensor = bnb.dequantize_4bit(packed, state)
     return value
 
@@ -297,6 +298,21 @@ def test_experts_in_four_bit_are_bitsandbytes_s(base: Bases, layout: str) -> Non
             stacks += 1
     assert stacks == 6
     check_logits(model, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_neighbours_read_back_together_are_each_alone(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Slices whose blocks of scales end with them are read in one launch: the same numbers."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128}
+    folder = write_stock(tmp_path, "text", moe=True, dtype=torch.bfloat16, **(LAYERS | sizes))
+    model, original = ours(folder, quantize=True, dtype=dtype), stock(folder, "text", moe=True)
+    for name, module in model.holders.items():
+        if isinstance(module, Experts):
+            weight = original.get_parameter(name.replace(ROOT, "model.", 1))
+            each = [rounded(one.detach().bfloat16(), dtype) for one in weight]
+            assert torch.equal(module.some(slice(0, 6)), torch.stack(each)), name
+            assert torch.equal(module.some(slice(2, 4)), torch.stack(each[2:4])), name
+            assert torch.equal(module.one(3), each[3]), name
 
 
 def test_gradients_under_four_bit(base: Bases) -> None:
@@ -377,6 +393,46 @@ def test_step_0_is_the_base_bit_for_bit(base: Bases, dtype: torch.dtype, quantiz
     assert torch.equal(our_logits(adapted, docs), our_logits(bare, docs))
     random_b(adapted)
     assert not torch.equal(our_logits(adapted, docs), our_logits(bare, docs))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bfloat16_gradients_of_experts_err_no_more_than_peft_s(tmp_path: Path, seed: int) -> None:
+    """One block, sizes that transformers' grouped product takes, against float32."""
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32}
+    options: dict[str, Any] = {"moe": True, "dtype": torch.bfloat16, "seed": seed}
+    folder = write_stock(tmp_path, "text", **(LAYERS | sizes | options))
+    peers = [
+        wrapped(
+            stock(folder, "text", dtype, moe=True), r=4, lora_alpha=6,
+            target_modules=list(MODULES), target_parameters=list(STACKS),
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    ]  # fmt: skip
+    model = ours(folder, lora=LORA, dtype=torch.bfloat16)
+    exact, theirs = (sides(peer, "text") for peer in peers)
+    same_adapter(model, exact)
+    same_adapter(model, theirs)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, 64, generator=generator).bfloat16()
+    weights = torch.randn(200, 64, generator=generator).bfloat16()
+    for peer, dtype in zip(peers, (torch.float32, torch.bfloat16), strict=True):
+        block = peer.base_model.model.model.layers[0].mlp
+        (block(x[None].to(dtype))[0] * weights.to(dtype)).float().sum().backward()
+    batch = Packed.of([torch.zeros(200, dtype=torch.int64)])
+    (model.trunk.layers[0].mlp(x, batch) * weights).float().sum().backward()
+    mine, peer_s = [], []
+    for stack in STACKS:
+        name = f"{ROOT}layers.0.{stack}"
+        module = model.holders[name]
+        for n, ours_ in enumerate((module.lora_A, module.lora_B)):
+            right = exact[name][n].grad
+            mine.append(float((ours_.grad - right).norm() / right.norm()))
+            peer_s.append(float((theirs[name][n].grad.float() - right).norm() / right.norm()))
+    figure(
+        f"bf16: gradients of experts' LoRA off by {max(mine):.2%} (PEFT's {max(peer_s):.2%}), "
+        f"on average {sum(mine) / 4:.2%} ({sum(peer_s) / 4:.2%})"
+    )
+    assert sum(mine) <= 1.1 * sum(peer_s)
 
 
 @pytest.mark.parametrize("r", [1, 3, 8])
