@@ -28,7 +28,7 @@ from .adapter import WEIGHTS, Adapter
 from .adapter_reader import read_adapter
 from .artifact import MANIFEST, check_target, publish, read_manifest
 from .checkpoint import Checkpoint, read_headers
-from .deltas import one_thread
+from .deltas import Deltas, one_thread
 from .errors import InputError, NumericError, UsageError
 from .fingerprint import fingerprints
 from .identify import Identified, identify
@@ -124,7 +124,7 @@ def merge(
             out.write_text(name, text)
         merger.check()
         _check_headers(plan, out.folder)
-        proof = _prove(found, told, out.folder, tell) if prove else None
+        proof = _prove(found, told, merger.deltas, out.folder, tell) if prove else None
         out.meta.update(_meta(found, told, merger, already, proof))
     return MergeReport(
         output=target,
@@ -140,11 +140,13 @@ def merge(
     )
 
 
-def _prove(found: Identified, adapter: Adapter, written: Path, tell: Reporter) -> dict[str, float]:
+def _prove(
+    found: Identified, adapter: Adapter, deltas: Deltas, written: Path, tell: Reporter
+) -> dict[str, float]:
     from .prove import prove_merge  # it needs `Deltas`
 
     with tell.progress("proving", found.checkpoint.total_bytes, "bytes") as advance:
-        return prove_merge(found, adapter, written, advance)
+        return prove_merge(found, adapter, deltas, written, advance)
 
 
 def _check_dtype(found: Identified, dequantize: bool) -> None:

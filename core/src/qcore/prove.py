@@ -1,11 +1,12 @@
-"""The proof of a merge: logits of ``W + scaling * B A`` against base + adapter.
+"""The proof of a merge: what ``W + scaling * B A`` computes against base + adapter.
 
-This file decides what is compared: three streams of the same random tokens through the
-plugin's own blocks in float32, one layer in memory at a time: the base with the adapter as
-training applies it, the base with the weights merged but not rounded, and, for the first
-document, the base. The first and the second must agree; the third tells the effect. The
-weights of the second are also met with the written files, which must hold them, rounded once;
-what rounding does to logits is expected and gates nothing.
+This file decides what is compared, on random tokens through the plugin's own blocks in float32
+with one layer in memory at a time. Each layer with the merged weights, not rounded, must give
+what it gives with the adapter as training applies it, from the same input: through many layers
+float32 alone would drift apart, and a router would send a token to another expert. Beside it the
+merged model runs on its own outputs to the logits, which are reported, and the base, which tells
+the adapter's effect. The sums are also met with the written files, which must hold them, rounded
+once; what that rounding does to logits is expected and gates nothing.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ from .load import DTYPES, as_bytes, place, read_exact, read_tensor, slabs
 from .locate import Located, faults, survey
 from .model import Model
 from .nn.adapted import Adapted, Lora
-from .nn.experts import Experts
+from .nn.experts import Experts, Routing
 from .nn.protocols import Packed
 from .table import Kind, Region
 
 _DOCUMENTS, _TOKENS = 8, 5  # longer than a convolution's kernel; time is the weights' more
-_TOLERANCE = 1e-4  # of the largest logit, or of 1: float32 through the depth of the model
+#: Of what a layer adds, and of its output: float32, summed in another order.
+_ADDED, _OUTPUT = 1e-5, 1e-6
+#: Share of tokens that rounding may send to other experts in a layer; more is a fault.
+_REROUTED = 0.1
 _HEAD_ROWS = 8192
 _CUT = 2**26  # bytes of a stack that one thread meets with the files at a time
 
@@ -41,6 +45,7 @@ _CUT = 2**26  # bytes of a stack that one thread meets with the files at a time
 def prove_merge(
     found: Identified,
     adapter: Adapter,
+    deltas: Deltas,
     written: Path,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
@@ -49,32 +54,25 @@ def prove_merge(
     Args:
         found: the base.
         adapter: the adapter.
-        written: the folder that holds the merged files, with the base's names and headers.
+        deltas: its matrices, as the merge added them.
+        written: the folder that holds the merged files.
         progress: called with the bytes read.
 
     Returns:
-        ``difference`` and ``effect`` (largest absolute differences of logits) and ``scale``
-        (largest absolute logit).
+        ``layers``: the largest difference of a layer's output, as a share of what is allowed;
+        ``difference`` and ``effect``: largest absolute differences of logits between the merge,
+        or the base, and base + adapter; ``scale``: the largest absolute logit; ``rerouted``:
+        tokens that picked other experts in a layer of the merge, by rounding.
 
     Raises:
-        NumericError: ``QC-MERGE-005`` when they differ, or when the adapter has no effect;
-            ``-007`` when a file holds another sum than the one that was proved.
+        NumericError: ``QC-MERGE-005`` when a layer differs, or when the adapter has no effect;
+            ``-007`` when a file holds another sum than the one that was proved, ``-004`` when a
+            pair is in no layer.
     """
-    streams = _Streams(found, adapter, written, progress or (lambda count: None))
+    streams = _Streams(found, adapter, deltas, written, progress or (lambda count: None))
     # On one core, beside the thread that reads: see `one_thread`.
     with torch.no_grad(), one_thread():
-        base, adapted, merged = streams.run()
-        result = streams.compare(base, adapted, merged)
-    allowed = _TOLERANCE * max(1.0, result["scale"])
-    if not result["difference"] <= allowed:
-        raise NumericError(
-            "QC-MERGE-005",
-            "logits of the merge differ from base + adapter",
-            file=adapter.path,
-            found=f"{result['difference']:.2e}",
-            expected=f"<= {allowed:.0e}",
-            fix="report this: the adapter would not do in the merge what it did in training",
-        )
+        result = streams.compare(*streams.run())
     if not result["effect"] > 0:
         raise NumericError(
             "QC-MERGE-005",
@@ -91,15 +89,24 @@ class _Streams:
     """The model on meta, of which one layer at a time is real."""
 
     def __init__(
-        self, found: Identified, adapter: Adapter, written: Path, progress: Callable[[int], None]
+        self,
+        found: Identified,
+        adapter: Adapter,
+        deltas: Deltas,
+        written: Path,
+        progress: Callable[[int], None],
     ) -> None:
+        self.adapter = adapter
+        self.worst = 0.0  # of a layer's difference, as a share of what is allowed
+        self.rerouted = 0
+        self.proved: set[str] = set()
         self.written = Checkpoint.open(written)
         self.written_layout, problems = survey(found.layout.table, self.written)
         raise_all(faults(problems))
         self.checkpoint = found.checkpoint
         self.layout = found.layout
         self.progress = progress
-        self.deltas = Deltas(adapter)
+        self.deltas = deltas
         lora = {
             name: Lora(r=pair.r, lora_alpha=pair.scaling * pair.r)
             for name, pair in adapter.pairs.items()
@@ -113,17 +120,31 @@ class _Streams:
         """What the head reads in the streams: base ``[T / N, H]``, adapted, merged ``[T, H]``."""
         trunk, batch = self.model.trunk, self._batch()
         one = Packed.of([batch.ids[:_TOKENS]])
+        both = Packed.of(list(batch.ids.view(-1, _TOKENS)) * 2)
         base, adapted = trunk.embed(one), trunk.embed(batch)
         merged = adapted
         for prefix, layer, values in self._layers():
             with self._real(prefix, layer, values) as maps:
-                adapted = layer(adapted, batch)
+                with _routes(layer) as picked:
+                    after = layer(adapted, batch)
                 for module in maps.values():
                     module.lora = None
                 base = layer(base, one)
                 for name, module in maps.items():
                     self._merge(name, module)
-                merged = layer(merged, batch)
+                # Merged weights on the adapted stream, to be compared, and on their own.
+                with _routes(layer) as again:
+                    same, merged = layer(torch.cat([adapted, merged]), both).chunk(2)
+                self._check_layer(prefix, adapted, after, same, _moved(picked, again))
+                adapted = after
+        if self.proved != self.adapter.pairs.keys():
+            raise NumericError(
+                "QC-MERGE-004",
+                "is in no layer, so that its effect is not proved",
+                file=self.adapter.path,
+                field=min(self.adapter.pairs.keys() - self.proved),
+                fix="report this to the plugin's author",
+            )
         prefixes = tuple(f"{prefix}." for prefix, _ in self._named_layers())
         for name, parameter in self.model.named_parameters():
             rest = name != self.model.head_name and not name.startswith(prefixes)
@@ -131,8 +152,31 @@ class _Streams:
                 self._place(name, read_tensor(self.checkpoint, self.layout.located[name]))
         return trunk.final(base), trunk.final(adapted), trunk.final(merged)
 
+    def _check_layer(
+        self, prefix: str, x: Tensor, adapted: Tensor, merged: Tensor, moved: Tensor | None
+    ) -> None:
+        """One layer's outputs ``[T, H]`` from the same x; tokens that `moved` are only counted."""
+        off = (merged - adapted).abs().amax(1)
+        if moved is not None and int(moved.sum()) <= len(x) * _REROUTED:
+            self.rerouted += int(moved.sum())
+            off = off.masked_fill(moved, 0)
+        allowed = _ADDED * float((adapted - x).abs().max()) + _OUTPUT * float(adapted.abs().max())
+        worst = float(off.max())
+        if not worst <= allowed:
+            raise NumericError(
+                "QC-MERGE-005",
+                "computes other values than base + adapter",
+                file=self.adapter.path,
+                field=prefix,
+                found=f"{worst:.2e}",
+                expected=f"<= {allowed:.0e}",
+                fix="report this: the adapter would not do in the merge what it did in training",
+            )
+        self.worst = max(self.worst, worst / allowed if allowed else 0.0)
+
     def _merge(self, name: str, module: Adapted) -> None:
         """Add the adapter to a weight by the merge's own arithmetic: a fault in it shows."""
+        self.proved.add(name)
         item = self.layout.located[name]
         if isinstance(module, Experts):
             with ThreadPoolExecutor(WORKERS, initializer=single) as pool:
@@ -185,7 +229,13 @@ class _Streams:
             difference = max(difference, float((three - two).abs().max()))
             effect = max(effect, float((two[: len(one)] - one).abs().max()))
             scale = max(scale, float(two.abs().max()))
-        return {"difference": difference, "effect": effect, "scale": scale}
+        return {
+            "layers": self.worst,
+            "difference": difference,
+            "effect": effect,
+            "scale": scale,
+            "rerouted": float(self.rerouted),
+        }
 
     def _batch(self) -> Packed:
         """Random documents over a small vocabulary: only its rows of the embedding are read."""
@@ -263,6 +313,28 @@ class _Streams:
         item = self.layout.located[name]
         place(self.model, self.modules, item, slice(0, len(value)), value, quantize=False)
         self.progress(sum(where.header.end - where.header.start for where in item.places))
+
+
+@contextmanager
+def _routes(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """The experts ``[T, k]`` of each token, of every stack of experts that the layer runs."""
+    picked: list[Tensor] = []
+
+    def seen(module: nn.Module, inputs: tuple[Tensor, Routing]) -> None:
+        picked.append(inputs[1].chosen.sort(1).values)
+
+    hooks = [m.register_forward_pre_hook(seen) for m in layer.modules() if isinstance(m, Experts)]
+    yield picked
+    for hook in hooks:
+        hook.remove()
+
+
+def _moved(one: list[Tensor], two: list[Tensor]) -> Tensor | None:
+    """Tokens ``[T]`` whose experts differ; the second's first half are the first's tokens."""
+    if not one:
+        return None
+    unlike = [(a != b[: len(a)]).any(1) for a, b in zip(one, two, strict=True)]
+    return torch.stack(unlike).any(0)
 
 
 def _rows_of(item: Located, rows: slice) -> Region:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,12 +62,19 @@ def command(
             f"{report.unchanged[0]}: their part of the adapter is too small for the dtype"
         )
     if report.proof is not None:
-        _say_proof(report.proof["difference"], report.proof["effect"])
+        _say_proof(report.proof)
 
 
-def _say_proof(difference: float, effect: float) -> None:
-    """What the comparison of logits showed; a tiny effect drowns in float32 and is said to."""
-    if difference <= 0.1 * effect:
+def _say_proof(proof: Mapping[str, float]) -> None:
+    """What the comparison showed; a tiny effect drowns in float32 and is said to."""
+    difference, effect, rerouted = proof["difference"], proof["effect"], int(proof["rerouted"])
+    if rerouted:
+        click.echo(
+            f"proved: every layer of the unrounded merge computes base + adapter, whose effect on "
+            f"logits is {effect:.3g}; rounding sent {rerouted} tokens to other experts, by which "
+            f"logits differ by {difference:.1e}"
+        )
+    elif difference <= 0.1 * effect:
         click.echo(
             f"proved: logits of the unrounded merge are within {difference:.1e} of base + "
             f"adapter, whose effect is {effect:.3g}"
@@ -74,5 +82,5 @@ def _say_proof(difference: float, effect: float) -> None:
     else:
         click.echo(
             f"note: the adapter's effect on logits ({effect:.1e}) is too small to be told from "
-            f"rounding ({difference:.1e}); the tensors themselves were checked"
+            f"rounding ({difference:.1e}); layers and tensors themselves were checked"
         )

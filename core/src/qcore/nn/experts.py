@@ -59,6 +59,12 @@ class Routing:
         return Routing(order, inverse, ends, chosen.shape[1])
 
     @property
+    def chosen(self) -> Tensor:
+        """``[T, k]`` int64: the experts of each token, as they were given."""
+        where = torch.searchsorted(self.ends, self.inverse.to(self.ends.dtype), right=True)
+        return where.view(-1, self.k)
+
+    @property
     def counts(self) -> Tensor:
         """``[E]`` int64: rows by expert."""
         return self.ends.long().diff(prepend=self.ends.new_zeros(1, dtype=torch.int64))
