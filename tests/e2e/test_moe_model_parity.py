@@ -74,7 +74,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Bases:
 
 
 def gap(mine: Tensor, theirs: Tensor) -> float:
-    return float((mine - theirs).abs().max())
+    return float((mine - theirs).detach().abs().max())
 
 
 def check_logits(model: Model, reference: nn.Module) -> None:
