@@ -359,11 +359,15 @@ def test_what_is_saved_for_backward_is_rows_and_little_else(quantize: bool):
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         module(x, routing)
+    # Beside whole numbers: where the rows went.
+    where = [(14,), (14,), (E,)]
+    for shape in where:
+        saved.remove(shape)
     assert sorted(saved) == sorted([(14, IN), (14, 3), (3 * E, IN), (OUT, 3 * E)])
     saved.clear()
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         routing.gather(x.detach()[:7].requires_grad_())
-    assert saved == []
+    assert sorted(saved) == sorted(where)
 
 
 def test_recompute_gives_the_same_gradients():

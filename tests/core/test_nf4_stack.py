@@ -56,7 +56,12 @@ def test_every_slice_is_what_bitsandbytes_makes_of_it(
         assert torch.equal(mine.absmax[number], state.absmax)
         assert torch.equal(mine.absmax2[number], state.state2.absmax)
         assert torch.equal(mine.offset[number], state.offset)
-        reference = bnb.dequantize_4bit(packed, state)
+        if weight.numel() % 64 == 0:
+            # Rows of one block: bitsandbytes' CPU kernel misreads rows of 80 (25 % off, not 9).
+            state.shape = torch.Size((weight.numel() // 64, 64))
+        reference = bnb.dequantize_4bit(packed, state).view_as(weight)
+        if weight.numel() > 64:
+            assert (reference - weight).norm() <= 0.12 * weight.norm()
         assert reference.dtype == mine.one(number).dtype == dtype
         assert torch.equal(mine.one(number), reference)
         assert torch.equal(NF4(weight, dtype).dense(), reference)

@@ -157,8 +157,10 @@ def in_four_bit(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["text", "vl"])
-def test_four_bit(base: Callable[[str, bool], Path], kind: str) -> None:
-    folder = base(kind, False)
+def test_four_bit(tmp_path: Path, kind: str) -> None:
+    # Rows of multiples of 64: others bitsandbytes' CPU kernel misreads, in its own layer too.
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "linear_value_head_dim": 16}
+    folder = write_stock(tmp_path / "base", kind, tied=False, **sizes)
     reference = in_four_bit(stock(folder, kind))
     plain = stock(folder, kind)
     docs = documents(LENGTHS)

@@ -379,8 +379,10 @@ def test_declared_four_bit_that_is_not(
 ) -> None:
     hold: Callable[..., None] = Linear.hold
 
-    def lazy(self: Linear, weight: torch.Tensor, *, quantize: bool, dtype: torch.dtype) -> None:
-        hold(self, weight, quantize=quantize and len(weight) != 256, dtype=dtype)
+    def lazy(
+        self: Linear, rows: slice, weight: torch.Tensor, *, quantize: bool, dtype: torch.dtype
+    ) -> None:
+        hold(self, rows, weight, quantize=quantize and len(weight) != 256, dtype=dtype)
 
     monkeypatch.setattr(Linear, "hold", lazy)
     with pytest.raises(NumericError, match="4-bit") as error:

@@ -254,4 +254,14 @@ def _short(tensor: Tensor, namespace: Namespace) -> str:
 def _pattern(
     tensors: list[Tensor], namespace: Namespace, values: Mapping[str, float], default: float
 ) -> dict[str, float]:
-    return {_short(t, namespace): values[t.name] for t in tensors if values[t.name] != default}
+    """Numbers unlike the default by target, short where all of that name share the number."""
+    by_name: dict[str, set[float]] = {}
+    for tensor in tensors:
+        by_name.setdefault(_short(tensor, namespace), set()).add(values[tensor.name])
+    found = {}
+    for tensor in tensors:
+        short = _short(tensor, namespace)
+        name = short if len(by_name[short]) == 1 else target_name(tensor, namespace)
+        if values[tensor.name] != default or name != short:
+            found[name] = values[tensor.name]
+    return found

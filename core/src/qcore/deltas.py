@@ -20,7 +20,7 @@ from .load import DTYPES, as_bytes, read_exact
 from .table import Region
 
 #: Threads that add up: one core is left to the thread that hashes and writes.
-WORKERS = min(6, max(2, len(os.sched_getaffinity(0)) - 1))
+WORKERS = min(6, max(2, (os.cpu_count() or 2) - 1))
 BLOCK = 2**18  #: elements of a weight that are in float64 at a time: they stay in the cache
 
 

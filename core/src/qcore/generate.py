@@ -84,7 +84,7 @@ class Generator:
         self.chat = self.found.chat_format()
         self.tokenizer = load_tokenizer(self.found.checkpoint)
         ids = self.tokenizer.get_vocab()
-        told = read_adapter(adapter, self.found.layout, trust_base=trust_base) if adapter else None
+        told = self._read(adapter, trust_base) if adapter else None
         self.variables = self._variables(told, chat_template_kwargs or {}, tell)
         given = {SETTING: dict(self.variables)}
         for line in preflight(self.found, verb="generate", settings=given, token_ids=ids):
@@ -135,6 +135,10 @@ class Generator:
                 source += ", over what the adapter was trained with"
             tell.note(f"the chat template is rendered with {variables} ({source})")
         return variables
+
+    def _read(self, adapter: str | Path, trust_base: bool) -> Adapter:
+        claims = self.found.adapter_claims
+        return read_adapter(adapter, self.found.layout, trust_base=trust_base, claims=claims)
 
     def _apply(self, adapter: Adapter, now: dict[str, str]) -> None:
         for part, recorded in adapter.fingerprints.items():

@@ -215,6 +215,7 @@ def load(
             )
         if name not in layout.ties:
             place(model, modules, slab.item, slab.rows, value, quantize=quantize)
+    assert len(digests) == len(wanted), "every tensor has a digest, or the base has no fingerprint"
     for name, tie in layout.ties.items():
         if digests.get(name) != digests.get(tie):
             raise InputError(

@@ -19,7 +19,7 @@ from torch import Tensor
 from .data.dataset import Dataset
 from .data.mask import Example
 from .device import peak_bytes, reset_peak
-from .errors import NumericError
+from .errors import NumericError, UsageError
 from .model import Model
 from .nn.protocols import Packed
 from .schedule import Schedule, seed_of
@@ -63,7 +63,7 @@ class Loop:
         batches = [
             [self.data.train[row] for row in rows] for rows in self.schedule.micro_batches(step)
         ]
-        loss, norm = self._accumulate(batches)
+        loss, balance, norm = self._accumulate(batches)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(step, batches, loss, norm)
         rate = self.schedule.learning_rate(step)
@@ -76,6 +76,7 @@ class Loop:
         return {
             "step": step + 1,
             "loss": loss,
+            **({"aux_loss": balance} if self.settings.router_aux_loss_coef else {}),
             "grad_norm": norm,
             "learning_rate": rate,
             "tokens": tokens,
@@ -85,19 +86,22 @@ class Loop:
             "memory_gb": round(peak_bytes(self.device) / 1e9, 3),
         }
 
-    def _accumulate(self, batches: Sequence[Sequence[Example]]) -> tuple[float, float]:
-        """Gradients of the mean loss; returns the loss and the norm before clipping."""
+    def _accumulate(self, batches: Sequence[Sequence[Example]]) -> tuple[float, float, float]:
+        """Gradients of the mean loss; returns loss, load balance and the norm before clipping."""
         supervised = _supervised(batches)
         total = torch.zeros((), device=self.device)
+        balance = torch.zeros((), device=self.device)
         for batch in batches:
             loss, aux = self._loss(batch, save_memory=self.settings.gradient_checkpointing)
             loss = loss / supervised
             total += loss.detach()
             if aux is not None:
+                balance += aux.detach() / len(batches)
                 loss = loss + aux * (self.settings.router_aux_loss_coef / len(batches))
             torch.autograd.backward(loss)
         limit = self.settings.max_grad_norm or math.inf
-        return float(total), float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        return float(total), float(balance), float(norm)
 
     def _loss(
         self, batch: Sequence[Example], *, save_memory: bool = False
@@ -106,8 +110,19 @@ class Loop:
         packed = pack(batch).to(self.device)
         chunk = self.settings.loss_chunk_size
         loss = self.model.loss(packed, save_memory=save_memory, chunk=chunk)
-        coefficient = self.settings.router_aux_loss_coef
-        return loss, self.model.trunk.aux_loss(packed) if coefficient else None
+        if not (self.settings.router_aux_loss_coef and self.model.training):
+            return loss, None
+        aux = self.model.trunk.aux_loss(packed)
+        if aux is None:
+            raise UsageError(
+                "QC-TRAIN-007",
+                "has no effect: this model has no router to balance",
+                field="router_aux_loss_coef",
+                found=self.settings.router_aux_loss_coef,
+                expected="0",
+                fix="leave it out",
+            )
+        return loss, aux
 
     def _not_finite(
         self, step: int, batches: Sequence[Sequence[Example]], loss: float, norm: float
@@ -140,17 +155,18 @@ class Loop:
             total, count = total + float(loss), count + example.supervised
         return total / count
 
-    def prove_moved(self) -> None:
+    def prove_moved(self) -> tuple[int, int]:
         """Every adapter's B left zero; otherwise training had no effect on that module.
+
+        Returns:
+            How many linear maps moved, and of how many: of a stack, an expert that no token was
+            routed to stays where it was.
 
         Raises:
             NumericError: ``QC-TRAIN-004``.
         """
-        still = [
-            name
-            for name, module in self.model.adapters()
-            if module.lora_B is None or not bool(module.lora_B.any())
-        ]
+        moved = {name: module.moved for name, module in self.model.adapters()}
+        still = [name for name, (count, _) in moved.items() if not count]
         if still:
             raise NumericError(
                 "QC-TRAIN-004",
@@ -159,6 +175,7 @@ class Loop:
                 found="lora_B all zero",
                 fix="raise learning_rate or max_steps, or leave the group out of target_groups",
             )
+        return sum(count for count, _ in moved.values()), sum(n for _, n in moved.values())
 
 
 def pack(batch: Sequence[Example]) -> Packed:

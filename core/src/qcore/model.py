@@ -49,7 +49,7 @@ class Context:
         self._lora = lora
 
     def linear(self, name: str) -> nn.Module:
-        """A `Linear` for the row ``{name}.weight``."""
+        """A `Linear` for the row ``{name}.weight``, of whatever module in the stock class."""
         return self._held(Linear, self._entry(f"{name}.weight"))
 
     def experts(self, name: str) -> nn.Module:

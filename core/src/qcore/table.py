@@ -283,9 +283,20 @@ class Tensor:
         return {self.row.axis: self.index} if self.row.axis and self.index is not None else {}
 
     def units(self) -> tuple[Region, ...]:
-        """The finest pieces that any spelling has: what is hashed as one, however it lies."""
+        """The finest pieces that any spelling has: what is hashed as one, however it lies.
+
+        Of a stack never more than a slice, because it is read a few slices at a time.
+        """
         *_, finest = self.spellings()
-        return tuple(piece.region for piece in finest)
+        regions = tuple(piece.region for piece in finest)
+        if self.row.kind is not Kind.EXPERTS:
+            return regions
+        cut = [
+            (slice(number, number + 1), *region[1:])
+            for region in regions
+            for number in range(region[0].start, region[0].stop)
+        ]
+        return tuple(sorted(cut, key=lambda region: [part.start for part in region]))
 
 
 class Table:

@@ -44,19 +44,20 @@ def targets(
     _check_names("target_groups", asked, allowed)
     groups = set(asked) or {name for name, aim in table.groups.items() if aim is Aim.ON}
     ranks, alphas = group_r or {}, group_lora_alpha or {}
-    trained = [name for name in allowed if name in groups]
-    _check_names("group_r", ranks, trained)
-    _check_names("group_lora_alpha", alphas, trained)
     chosen = {
         entry.name: replace(
             lora,
             r=ranks.get(entry.row.group, lora.r),
             lora_alpha=alphas.get(entry.row.group, lora.lora_alpha),
         )
-        for entry in table
+        for entry in (item.tensor for item in layout.located.values())
         if entry.row.kind is not None and entry.row.group in groups and entry.part.loaded
     }
-    for name in sorted({*asked} - {table[weight].row.group for weight in chosen}):
+    hit = {table[weight].row.group for weight in chosen}
+    trained = [name for name in allowed if name in hit]
+    _check_names("group_r", ranks, trained)
+    _check_names("group_lora_alpha", alphas, trained)
+    for name in sorted((groups if not chosen else {*asked}) - hit):
         raise UsageError(
             "QC-LORA-002",
             "has no linear map in this model",

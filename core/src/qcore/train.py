@@ -107,7 +107,12 @@ def train(
             if _logged(metrics, settings, loop.schedule.total):
                 log.write(metrics)
             tell.step(metrics)
-        loop.prove_moved()
+        moved, maps = loop.prove_moved()
+        if moved < maps:
+            tell.note(
+                f"{maps - moved} of {maps} adapted linear maps saw no token: experts that the "
+                "router never picked stay as they were"
+            )
         eval_loss = loop.evaluate()
         if eval_loss is not None:
             log.write({"step": loop.schedule.total, "eval_loss": eval_loss})
@@ -121,7 +126,7 @@ def train(
             adapter_class=files.namespace.name,
             coverage=tuple(lines),
         )
-        files.publish(target, folder / METRICS, _result(report))
+        files.publish(target, folder / METRICS, _result(report) | {"maps_moved": [moved, maps]})
     return report
 
 

@@ -82,6 +82,11 @@ class Adapted(nn.Module):
         """Bytes that the base's values take, scales included."""
         raise NotImplementedError
 
+    @property
+    def moved(self) -> tuple[int, int]:
+        """How many of its linear maps have an adapter that does something, and of how many."""
+        raise NotImplementedError
+
     def set_lora(self, a: Tensor, b: Tensor, *, trained: bool = False) -> None:
         """Take an adapter's matrices."""
         self.lora_A = nn.Parameter(a, requires_grad=trained)

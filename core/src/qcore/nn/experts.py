@@ -58,6 +58,20 @@ class Routing:
         ends = torch.searchsorted(ordered, numbers, right=True, out_int32=True)
         return Routing(order, inverse, ends, chosen.shape[1])
 
+    def save(self, ctx: Any, *tensors: Tensor | None) -> None:
+        """Save `tensors` for backward together with where their rows went.
+
+        As saved tensors, both are of the same forward, also where that is run again.
+        """
+        ctx.save_for_backward(self.order, self.inverse, self.ends, *tensors)
+        ctx.k = self.k
+
+    @staticmethod
+    def saved(ctx: Any) -> tuple[Routing, list[Any]]:
+        """What `save` saved."""
+        order, inverse, ends, *tensors = ctx.saved_tensors
+        return Routing(order, inverse, ends, ctx.k), tensors
+
     @property
     def chosen(self) -> Tensor:
         """``[T, k]`` int64: the experts of each token, as they were given."""
@@ -93,13 +107,13 @@ class Routing:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, routing: Routing) -> Tensor:
-        ctx.routing = routing
+        routing.save(ctx)
         return x.index_select(0, routing.order // routing.k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        routing: Routing = ctx.routing
+        routing, _ = Routing.saved(ctx)
         flat = dy.index_select(0, routing.inverse)
         return flat.view(-1, routing.k, dy.shape[-1]).sum(1), None
 
@@ -107,16 +121,14 @@ class _Gather(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
-        ctx.save_for_backward(rows, weights)
-        ctx.routing = routing
+        routing.save(ctx, rows, weights)
         flat = rows.index_select(0, routing.inverse).view(-1, routing.k, rows.shape[-1])
         return torch.bmm(weights.unsqueeze(1), flat).squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        rows, weights = ctx.saved_tensors
-        routing: Routing = ctx.routing
+        routing, (rows, weights) = Routing.saved(ctx)
         drows = dy.index_select(0, routing.order // routing.k)
         products = torch.bmm(rows.unsqueeze(1), drows.unsqueeze(2)).flatten()
         dweights = products.index_select(0, routing.inverse).view_as(weights)
@@ -130,6 +142,7 @@ class Experts(Adapted):
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lora: Lora | None) -> None:
         super().__init__(shape, dtype, lora)
         self.nf4: NF4Stack | None = None
+        self._taken = 0
         self.reader: Callable[[int], Tensor] | None = None
 
     def lora_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -139,6 +152,9 @@ class Experts(Adapted):
 
     def hold(self, rows: slice, value: Tensor, *, quantize: bool, dtype: torch.dtype) -> None:
         """Take some experts' weights ``[n, out, in]``."""
+        if rows.start not in (0, self._taken):
+            raise ValueError(f"experts {rows} are given after {self._taken} of {self.shape[0]}")
+        self._taken = rows.stop
         if quantize:
             if self.nf4 is None:
                 shape = cast(tuple[int, int, int], self.shape)
@@ -156,8 +172,8 @@ class Experts(Adapted):
 
     @property
     def four_bit(self) -> bool:
-        """Whether the experts are NF4."""
-        return self.nf4 is not None
+        """Whether the experts are NF4, all of them."""
+        return self.nf4 is not None and self._taken == self.shape[0]
 
     @property
     def stored_bytes(self) -> int:
@@ -166,6 +182,14 @@ class Experts(Adapted):
             return self.nf4.nbytes
         assert self.weight is not None
         return self.weight.nbytes
+
+    @property
+    def moved(self) -> tuple[int, int]:
+        """How many experts' B left zero: those that rows were routed to."""
+        experts, out, _ = self.shape
+        if self.lora_B is None:
+            return 0, experts
+        return int(self.lora_B.detach().view(out, -1, experts).any(0).any(0).sum()), experts
 
     def one(self, expert: int) -> Tensor:
         """The weight ``[out, in]`` of one expert in the run's dtype."""
@@ -197,7 +221,7 @@ class _Grouped(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, module: Experts, routing: Routing
     ) -> Tensor:
-        ctx.module, ctx.routing = module, routing
+        ctx.module = module
         product: _Products = _Fused(routing) if _is_fused(x, module) else _Loop(routing)
         y = product.forward(x, module)
         xa = None
@@ -207,15 +231,15 @@ class _Grouped(torch.autograd.Function):
             by_a, by_b = _by_expert(a, b * module.lora.scaling, module, x.dtype, product.multiple)
             xa = product.forward(x, by_a)
             product.forward(xa, by_b, add_to=y)
-        ctx.save_for_backward(x, xa, a, b)
-        ctx.product = product
+        routing.save(ctx, x, xa, a, b)
+        ctx.product = type(product)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa, a, b = ctx.saved_tensors
-        module, product = ctx.module, ctx.product
+        routing, (x, xa, a, b) = Routing.saved(ctx)
+        module, product = ctx.module, ctx.product(routing)
         dx = da = db = None
         if ctx.needs_input_grad[0]:
             dx = product.backward(dy, module)

@@ -51,6 +51,11 @@ class Linear(Adapted):
             return self.nf4.nbytes
         return self.dense().nbytes
 
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Whether B left zero: 1 of 1, or 0."""
+        return int(self.lora_B is not None and bool(self.lora_B.any())), 1
+
     def dense(self) -> Tensor:
         """The weight ``[out, in]`` in the run's dtype."""
         if self.nf4 is not None:
