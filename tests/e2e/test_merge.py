@@ -192,7 +192,7 @@ def test_transformers_loads_it_and_says_the_same(base: Path, adapter: Path, tmp_
     figure(f"effect {effect:.2f}; unrounded {before:.1e}, rounding {after:.1e}")
     assert effect > 0.1
     assert before <= 1e-4
-    assert 0 < after <= 0.1 * effect
+    assert 0 < after <= 0.2 * effect
     with torch.no_grad():
         for name, value in exact(base, adapter).items():
             model.get_parameter(name).copy_(value.to(torch.bfloat16))

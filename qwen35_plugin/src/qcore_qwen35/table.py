@@ -61,19 +61,6 @@ MOE_GROUPS: dict[str, Aim] = {
     "router": Aim.ASKED,
 }
 
-NAMESPACES = (
-    Namespace(
-        name="vl",
-        classes=("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration"),
-    ),
-    Namespace(
-        name="text",
-        classes=("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
-        prefixes=((f"{ROOT}.", "model."),),
-    ),
-)
-
-
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's section: ``text_config``, or the whole file of a text-only save."""
     section = config.get("text_config")
@@ -143,7 +130,7 @@ def parts(config: Mapping[str, Any], *, moe: bool = False) -> Iterator[Part]:
             "full": by_type["full_attention"],
             **experts,
         },
-        namespaces=NAMESPACES,
+        namespaces=_namespaces("Moe" if moe else ""),
         groups=MOE_GROUPS if moe else GROUPS,
         section="text_config",
     )
@@ -159,6 +146,18 @@ def parts(config: Mapping[str, Any], *, moe: bool = False) -> Iterator[Part]:
             optional=True,
             loaded=False,
         )
+
+
+def _namespaces(kind: str) -> tuple[Namespace, ...]:
+    """The two classes that transformers has for these blocks, and their prefixes."""
+    return (
+        Namespace(name="vl", classes=(f"Qwen3_5{kind}ForConditionalGeneration",)),
+        Namespace(
+            name="text",
+            classes=(f"Qwen3_5{kind}ForCausalLM",),
+            prefixes=((f"{ROOT}.", "model."),),
+        ),
+    )
 
 
 def _text_rows(tied: bool, moe: bool) -> Iterator[Row]:
