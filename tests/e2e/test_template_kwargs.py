@@ -14,6 +14,7 @@ from support.e2e_kit import tiny_folder
 from qcore.errors import InputError, PreflightError, QcoreError, UsageError
 from qcore.generate import Generator
 from qcore.manifest import read_manifest
+from qcore.merge import merge
 from qcore.report import Silent
 from qcore.settings import Settings
 from qcore.train import train
@@ -146,3 +147,15 @@ def test_on_the_command_line(adapters: dict[str, Path], capsys: pytest.CaptureFi
         assert ended.json["error"]["code"] == code
     twice = here(capsys, *flags, given, "enable_thinking=true", given, "enable_thinking=true")
     assert twice.json["error"]["code"] == "QC-CONFIG-005"
+
+
+def test_a_merge_says_how_the_rows_were_rendered(adapters: dict[str, Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder(), base)
+    said = merge(str(base), adapters["thinking"], tmp_path / "one").warnings
+    assert [line for line in said if "enable_thinking=true" in line]
+    assert not [line for line in said if "another chat template" in line]
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# changed #}")
+    said = merge(str(base), adapters["plain"], tmp_path / "two").warnings
+    assert [line for line in said if "another chat template" in line]

@@ -391,6 +391,13 @@ def test_declared_four_bit_that_is_not(
     nothing_but(tmp_path)
 
 
+def test_a_router_that_is_not_there_is_not_balanced(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no router") as error:
+        run(tiny_folder(), rows, tmp_path / "out", router_aux_loss_coef=0.001)
+    refused(error.value, "QC-TRAIN-007", 2)
+    nothing_but(tmp_path)
+
+
 def test_an_output_that_is_not_empty(rows: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")

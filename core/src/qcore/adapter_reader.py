@@ -211,6 +211,11 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
         problems.append(problem("r", "is not a rank", "a positive integer"))
     if not _is_number(config.get("lora_alpha")):
         problems.append(problem("lora_alpha", "is not a number", "a finite number"))
+    elif config["lora_alpha"] == 0:
+        problems.append(problem("lora_alpha", "switches the adapter off", "a number other than 0"))
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(field), str) and not _compiles(config[field]):
+            problems.append(problem(field, "is no regular expression", "names, or one that is"))
     if not isinstance(config.get("use_rslora", False), bool):
         problems.append(problem("use_rslora", "is no switch", "true or false"))
     if config.get("init_lora_weights", True) not in _INITS:
@@ -232,6 +237,14 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
         if field not in _DESCRIPTIVE | _ACTIVE and not off:
             problems.append(problem(field, "changes the adapter in a way not supported", "off"))
     return problems
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _is_number(value: object) -> bool:
@@ -359,27 +372,27 @@ class _Reader:
         """Every target that the config declares has its two tensors, and no other has."""
         declared = self.config.get(field)
         linear = field == "target_modules"
-        if linear and not isinstance(declared, list) and declared is not None:
-            return  # an expression: it is a stranger's code and not evaluated
         if declared is None and self.claimed:
             return  # not PEFT's to declare
-        declared = declared or []
+        # An expression is a stranger's code and not evaluated: what it hits is taken as told.
+        told = isinstance(declared, list) or declared is None
+        declared = declared if isinstance(declared, list) else []
         # PEFT narrows down modules alone.
         excluded = (self.config.get("exclude_modules") or []) if linear else []
         layers = _layers(self.config) if linear else []
         mine = [tensor for tensor in self.maps if (tensor.row.kind is Kind.LINEAR) == linear]
         for tensor in mine:
-            # What an expression excludes is not evaluated: it is a stranger's code.
-            wanted = _named(self._module(tensor), declared) and isinstance(excluded, list)
-            wanted = wanted and not _named(self._module(tensor), excluded)
-            if wanted and (not layers or tensor.index in layers) and tensor.name not in pairs:
+            module = self._module(tensor)
+            out = _named(module, excluded) or (bool(layers) and tensor.index not in layers)
+            wanted = _named(module, declared) and isinstance(excluded, list) and not out
+            if wanted and tensor.name not in pairs:
                 self._problem(
                     "QC-ADAPTER-006",
                     "is a declared target without tensors",
                     self._module(tensor),
                     fix="train or export again",
                 )
-            if tensor.name in pairs and not _named(self._module(tensor), declared):
+            if tensor.name in pairs and (out or (told and not _named(module, declared))):
                 self._problem(
                     "QC-ADAPTER-006",
                     "has tensors and is no declared target",

@@ -19,7 +19,8 @@ unrounded merge equal to base + adapter, and the files hold that merge, rounded.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def merge(
     _check_dtype(found, dequantize)
     told = read_adapter(adapter, found.layout, trust_base=trust_base, claims=found.adapter_claims)
     already = _refuse_twice(found.checkpoint, told)
-    warnings = preflight(found, verb="merge", settings={})
+    warnings = (*preflight(found, verb="merge", settings={}), *_template_notes(found, told))
     for line in (*found.decision.evidence, *warnings):
         tell.note(line)
     merger = MergePass(found, told, dequantize)
@@ -147,6 +148,22 @@ def _prove(
 
     with tell.progress("proving", found.checkpoint.total_bytes, "bytes") as advance:
         return prove_merge(found, adapter, deltas, written, advance)
+
+
+def _template_notes(found: Identified, adapter: Adapter) -> Iterator[str]:
+    """How the adapter's rows were rendered, where the merged checkpoint alone does not tell."""
+    identity = adapter.meta.get("identity", {})
+    template = found.checkpoint.template
+    before, now = identity.get("template"), template.sha256 if template else None
+    if before is not None and before != now:
+        yield (
+            f"the adapter was trained under another chat template (sha256 {before[:12]}) than "
+            f"this base has ({str(now)[:12]}): rows render differently"
+        )
+    variables = identity.get("settings", {}).get("chat_template_kwargs") or {}
+    if variables:
+        told = ", ".join(f"{name}={json.dumps(value)}" for name, value in variables.items())
+        yield f"the adapter was trained with {told}: what serves the merge must render with them"
 
 
 def _check_dtype(found: Identified, dequantize: bool) -> None:

@@ -156,6 +156,14 @@ class _Streams:
         self, prefix: str, x: Tensor, adapted: Tensor, merged: Tensor, moved: Tensor | None
     ) -> None:
         """One layer's outputs ``[T, H]`` from the same x; tokens that `moved` are only counted."""
+        if not bool(adapted.isfinite().all()):
+            raise NumericError(
+                "QC-MERGE-003",
+                "gives values that are not finite",
+                file=self.adapter.path,
+                field=prefix,
+                fix="train again with a lower learning_rate",
+            )
         off = (merged - adapted).abs().amax(1)
         if moved is not None and int(moved.sum()) <= len(x) * _REROUTED:
             self.rerouted += int(moved.sum())

@@ -61,6 +61,7 @@ MOE_GROUPS: dict[str, Aim] = {
     "router": Aim.ASKED,
 }
 
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's section: ``text_config``, or the whole file of a text-only save."""
     section = config.get("text_config")

@@ -75,6 +75,8 @@ def _inspect(model: str, generation: str, as_json: bool) -> None:
             "unread": [f"{bad.origin}: {bad.reason}" for bad in skus.broken],
         },
     }
+    if found.problems:
+        report["error"] = faults(found.problems)[0].as_json()
     if as_json:
         emit(report)
     else:
@@ -101,7 +103,7 @@ def _print(model: str, report: dict[str, Any], differs: list[str]) -> None:
     for line in report["differences"]:
         click.echo(f"  difference  {line}")
     _print_record(report["record"], differs)
-    if report["parameters"] is not None and not report["unaccounted"]:
+    if report["parameters"] is not None and not (report["unaccounted"] or "error" in report):
         click.echo("  every tensor is accounted for")
 
 
