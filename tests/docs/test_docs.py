@@ -389,7 +389,7 @@ def test_the_whole_architecture_is_one(acme: Plugins, tmp_path: Path) -> None:
     for again in (False, True):
         batch = Packed.of(ids.split(lengths), ids.split(lengths))
         model.zero_grad()
-        loss = model.loss(batch, save_memory=again)
+        loss = model.loss(batch, recompute="full" if again else "none")
         (loss + model.trunk.aux_loss(batch)).backward()
         grads.append([p.grad.clone() for _, p in model.trainable() if p.grad is not None])
     assert len(grads[0]) == 2 * len(chosen)

@@ -110,7 +110,7 @@ def check_gradients(model: Model, reference: Any, kind: str, *, recompute: bool)
     expected = stock_loss(reference, docs, targets)
     expected.backward()
     batch = Packed.of(docs, targets)
-    total, count = model.train().loss(batch, save_memory=recompute), len(batch.supervised())
+    total, count = model.train().loss(batch, recompute="full" if recompute else "none"), len(batch.supervised())
     found = total / count
     found.backward()
     assert float(found) == pytest.approx(float(expected), rel=1e-5)

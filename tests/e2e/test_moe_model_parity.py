@@ -189,7 +189,7 @@ def test_loss_and_gradients(
     expected = stock_loss(peer, docs, targets)
     expected.backward()
     batch = Packed.of(docs, targets)
-    found = model.train().loss(batch, save_memory=recompute) / len(batch.supervised())
+    found = model.train().loss(batch, recompute="full" if recompute else "none") / len(batch.supervised())
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     worst, experts = worst_gradient(model, theirs)
@@ -215,7 +215,7 @@ def test_the_load_balancing_term(base: Bases, kind: str) -> None:
         model = ours(folder, lora=LORA, groups=EVERYTHING)
         same_adapter(model, theirs)
         batch = Packed.of(docs, targets)
-        loss = model.train().loss(batch, save_memory=recompute) / len(batch.supervised())
+        loss = model.train().loss(batch, recompute="full" if recompute else "none") / len(batch.supervised())
         aux = model.trunk.aux_loss(batch)
         assert aux is not None
         plain, total = loss.item(), loss + coefficient * aux
@@ -243,11 +243,11 @@ def test_without_the_term_the_gradient_is_another(base: Bases) -> None:
     model = ours(base("text", True, "fused"), lora=LORA, groups=EVERYTHING)
     random_b(model)
     batch = Packed.of(documents((65,)), wanted(documents((65,))))
-    (model.train().loss(batch, save_memory=True) / len(batch.supervised())).backward()
+    (model.train().loss(batch, recompute="full") / len(batch.supervised())).backward()
     name = f"{ROOT}layers.1.mlp.gate"
     before = dict(model.trainable())[f"{name}.lora_A"].grad.clone()
     batch = Packed.of(documents((65,)), wanted(documents((65,))))
-    model.loss(batch, save_memory=True)
+    model.loss(batch, recompute="full")
     aux = model.trunk.aux_loss(batch)
     assert aux is not None
     for _, parameter in model.trainable():

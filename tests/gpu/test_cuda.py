@@ -64,7 +64,7 @@ def _batch(lengths: tuple[int, ...] = (1, 63, 130, 65)) -> Packed:
 
 
 def _gradients(model: Model, batch: Packed) -> dict[str, torch.Tensor]:
-    loss, count = model.loss(batch, save_memory=True), len(batch.supervised())
+    loss, count = model.loss(batch, recompute="full"), len(batch.supervised())
     torch.autograd.backward(loss / count)
     return {name: p.grad.float().cpu() for name, p in model.trainable() if p.grad is not None}
 

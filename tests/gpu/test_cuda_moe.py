@@ -182,7 +182,7 @@ def test_all_of_a_35b_takes_a_step_of_8192_tokens(r: int) -> None:
     for _ in range(3):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        loss = model.train().loss(batch.to(CUDA), save_memory=True) / 8192
+        loss = model.train().loss(batch.to(CUDA), recompute="full") / 8192
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -35,12 +35,18 @@ class Loop:
     """
 
     def __init__(
-        self, model: Model, data: Dataset, settings: Settings, device: torch.device
+        self,
+        model: Model,
+        data: Dataset,
+        settings: Settings,
+        device: torch.device,
+        recompute: str | Sequence[str] = "full",
     ) -> None:
         self.model = model
         self.data = data
         self.settings = settings
         self.device = device
+        self.recompute = recompute if settings.gradient_checkpointing else "none"
         self.schedule = Schedule(len(data.train), settings)
         self.parameters = [parameter for _, parameter in model.trainable()]
         self.optimizer = torch.optim.AdamW(
@@ -92,7 +98,7 @@ class Loop:
         total = torch.zeros((), device=self.device)
         balance = torch.zeros((), device=self.device)
         for batch in batches:
-            loss, aux = self._loss(batch, save_memory=self.settings.gradient_checkpointing)
+            loss, aux = self._loss(batch, recompute=self.recompute)
             loss = loss / supervised
             total += loss.detach()
             if aux is not None:
@@ -104,12 +110,12 @@ class Loop:
         return float(total), float(balance), float(norm)
 
     def _loss(
-        self, batch: Sequence[Example], *, save_memory: bool = False
+        self, batch: Sequence[Example], *, recompute: str | Sequence[str] = "none"
     ) -> tuple[Tensor, Tensor | None]:
         """Sum of the loss over a micro-batch, and what its layers add, when that is asked for."""
         packed = pack(batch).to(self.device)
         chunk = self.settings.loss_chunk_size
-        loss = self.model.loss(packed, save_memory=save_memory, chunk=chunk)
+        loss = self.model.loss(packed, recompute=recompute, chunk=chunk)
         if not (self.settings.router_aux_loss_coef and self.model.training):
             return loss, None
         aux = self.model.trunk.aux_loss(packed)

@@ -7,26 +7,43 @@ it reads no weight (`load`) and no data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from .errors import PluginError
 from .locate import Layout
 from .nn.adapted import Adapted, Lora
+from .nn.again import run_layers
 from .nn.experts import Experts
 from .nn.linear import Linear
 from .nn.loss import cross_entropy_sum
 from .nn.protocols import Packed, Trunk
+from .nn.stacked import Stacked
 from .records import Architecture
 from .table import Kind, Table
 from .table import Tensor as Entry
 
 Numbers = Mapping[str, Lora]  #: LoRA's numbers by canonical name of the weight
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class Backends(Protocol):
+    """Which backend each op has (`qcore.kernels.Chosen`)."""
+
+    def get(self, op: str) -> Callable[..., Any] | None:
+        """The function, or ``None``: the op's reference."""
+        ...
+
+
+class References:
+    """Every op computed by its reference."""
+
+    def get(self, op: str) -> None:
+        """``None``, whatever the op."""
 
 
 class Context:
@@ -39,6 +56,7 @@ class Context:
         layout: Layout,
         dtype: torch.dtype,
         lora: Numbers,
+        backends: Backends,
     ) -> None:
         self.config = config
         self.dtype = dtype
@@ -47,6 +65,7 @@ class Context:
         self._root = root
         self._layout = layout
         self._lora = lora
+        self._backends = backends
 
     def linear(self, name: str) -> nn.Module:
         """A `Linear` for the row ``{name}.weight``, of whatever module in the stock class."""
@@ -55,6 +74,14 @@ class Context:
     def experts(self, name: str) -> nn.Module:
         """An `Experts` for the row `name`."""
         return self._held(Experts, self._entry(name))
+
+    def stack(self, *linears: nn.Module) -> Stacked:
+        """Linear maps of one input, as one."""
+        return Stacked(tuple(cast(Linear, one) for one in linears))
+
+    def kernel(self, op: str, reference: _F) -> _F:
+        """The chosen backend of `op`, or `reference`."""
+        return cast(_F, self._backends.get(op) or reference)
 
     def _held(self, build: type[Adapted], entry: Entry) -> Adapted:
         if (build is Experts) != (entry.row.kind is Kind.EXPERTS):
@@ -103,14 +130,17 @@ class Model(nn.Module):
         layout: Layout,
         dtype: torch.dtype,
         lora: Numbers,
+        backends: Backends | None = None,
     ) -> None:
         super().__init__()
-        context = Context(architecture.root, config, layout, dtype, lora)
+        backends = backends or References()
+        context = Context(architecture.root, config, layout, dtype, lora, backends)
         trunk = architecture.build(context)
         _mount(self, architecture.root, cast(nn.Module, trunk))
         self.dtype = dtype
         self.holders = context.holders
         self.dropout = any(one.lora_dropout > 0 for one in lora.values())
+        self._cross_entropy = context.kernel("cross_entropy", cross_entropy_sum)
         self._trunk = [trunk]  # in a list: mounted once already, under its canonical prefix
         head = next((entry for entry in layout.table if entry.row.group == "head"), None)
         if head is None:
@@ -150,34 +180,33 @@ class Model(nn.Module):
             if parameter.requires_grad:
                 yield name, parameter
 
-    def hidden(self, batch: Packed, *, save_memory: bool = False) -> Tensor:
+    def hidden(self, batch: Packed, *, recompute: str | Sequence[str] = "none") -> Tensor:
         """What the head reads, ``[T, H]``.
 
         Args:
             batch: the pack.
-            save_memory: keep only each layer's input, and run the layer again in backward.
+            recompute: what backward computes again (`nn.again.POLICIES`), for all layers or each.
         """
-        x = self.trunk.embed(batch)
-        for layer in self.trunk.layers:
-            if save_memory and torch.is_grad_enabled():
-                x = recompute(layer, x, batch, use_reentrant=False, preserve_rng_state=self.dropout)
-            else:
-                x = layer(x, batch)
+        layers = self.trunk.layers
+        each = [recompute] * len(layers) if isinstance(recompute, str) else recompute
+        x = run_layers(layers, self.trunk.embed(batch), batch, each, dropout=self.dropout)
         return self.trunk.final(x)
 
-    def loss(self, batch: Packed, *, save_memory: bool = False, chunk: int = 0) -> Tensor:
+    def loss(
+        self, batch: Packed, *, recompute: str | Sequence[str] = "none", chunk: int = 0
+    ) -> Tensor:
         """Sum of the cross entropy over supervised positions.
 
         Args:
             batch: the pack, with targets.
-            save_memory: as in `hidden`.
+            recompute: as in `hidden`.
             chunk: positions whose logits exist at a time; 0: as `cross_entropy_sum` has it.
         """
         assert batch.targets is not None
         where = batch.supervised()
-        hidden = self.hidden(batch, save_memory=save_memory).index_select(0, where)
+        hidden = self.hidden(batch, recompute=recompute).index_select(0, where)
         wanted = batch.targets.index_select(0, where)
-        return cross_entropy_sum(hidden, self.head, wanted, chunk or None)
+        return self._cross_entropy(hidden, self.head, wanted, chunk or None)
 
     def logits(self, batch: Packed) -> Tensor:
         """All logits ``[T, V]``; for generation and for tests, never in training."""

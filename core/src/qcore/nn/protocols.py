@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 _V = TypeVar("_V")
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @dataclass(slots=True)
@@ -49,6 +50,14 @@ class Packed:
     def kept(self) -> Mapping[str, Any]:
         """What the layers left, by key."""
         return self._kept
+
+    def replace_kept(self, values: Mapping[str, Any]) -> None:
+        """Put the same things, now with a gradient, in place of what a layer left."""
+        self._kept.update(values)
+
+    def alone(self) -> Packed:
+        """The same batch for a layer that runs again: what was derived is shared, nothing kept."""
+        return replace(self, _memo=self._memo, _kept={})
 
     def memo(self, key: str, make: Callable[[], _V]) -> _V:
         """What all layers derive from the batch alone, made once (rotary tables, indices)."""
@@ -121,8 +130,20 @@ class BuildContext(Protocol):
         """
         ...
 
+    def stack(self, *linears: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """Maps that read the same x, as one: ``[..., in] -> ([..., out], ...)``, in their order.
+
+        Args:
+            linears: what `linear` gave; they stay the caller's modules, under their own names.
+        """
+        ...
+
     def tensor(self, name: str) -> nn.Parameter:
         """A frozen parameter for the row `name`, e.g. a norm's weight."""
+        ...
+
+    def kernel(self, op: str, reference: _F) -> _F:
+        """The backend that the run chose for `op`, called as `reference` is; else `reference`."""
         ...
 
 
