@@ -93,7 +93,8 @@ def qcore_step(folder: Path, tokens: int, recompute: bool) -> Callable[[], float
     packed = Packed.of([ids], [shifted])
 
     def step() -> float:
-        loss, count = model.loss(packed, recompute="full" if recompute else "none"), len(packed.supervised())
+        policy = "full" if recompute else "none"
+        loss, count = model.loss(packed, recompute=policy), len(packed.supervised())
         loss = loss / count
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in model.trainable()], 1.0)

@@ -110,7 +110,8 @@ def check_gradients(model: Model, reference: Any, kind: str, *, recompute: bool)
     expected = stock_loss(reference, docs, targets)
     expected.backward()
     batch = Packed.of(docs, targets)
-    total, count = model.train().loss(batch, recompute="full" if recompute else "none"), len(batch.supervised())
+    policy = "full" if recompute else "none"
+    total, count = model.train().loss(batch, recompute=policy), len(batch.supervised())
     found = total / count
     found.backward()
     assert float(found) == pytest.approx(float(expected), rel=1e-5)

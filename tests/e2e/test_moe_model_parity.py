@@ -189,7 +189,8 @@ def test_loss_and_gradients(
     expected = stock_loss(peer, docs, targets)
     expected.backward()
     batch = Packed.of(docs, targets)
-    found = model.train().loss(batch, recompute="full" if recompute else "none") / len(batch.supervised())
+    policy = "full" if recompute else "none"
+    found = model.train().loss(batch, recompute=policy) / len(batch.supervised())
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     worst, experts = worst_gradient(model, theirs)
@@ -215,7 +216,8 @@ def test_the_load_balancing_term(base: Bases, kind: str) -> None:
         model = ours(folder, lora=LORA, groups=EVERYTHING)
         same_adapter(model, theirs)
         batch = Packed.of(docs, targets)
-        loss = model.train().loss(batch, recompute="full" if recompute else "none") / len(batch.supervised())
+        policy = "full" if recompute else "none"
+        loss = model.train().loss(batch, recompute=policy) / len(batch.supervised())
         aux = model.trunk.aux_loss(batch)
         assert aux is not None
         plain, total = loss.item(), loss + coefficient * aux
