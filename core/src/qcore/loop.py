@@ -40,13 +40,13 @@ class Loop:
         data: Dataset,
         settings: Settings,
         device: torch.device,
-        recompute: str | Sequence[str] = "full",
+        recompute: str | Sequence[str] | None = None,
     ) -> None:
         self.model = model
         self.data = data
         self.settings = settings
         self.device = device
-        self.recompute = recompute if settings.gradient_checkpointing else "none"
+        self.recompute = recompute or _policy(settings)
         self.schedule = Schedule(len(data.train), settings)
         self.parameters = [parameter for _, parameter in model.trainable()]
         self.optimizer = torch.optim.AdamW(
@@ -182,6 +182,13 @@ class Loop:
                 fix="raise learning_rate or max_steps, or leave the group out of target_groups",
             )
         return sum(count for count, _ in moved.values()), sum(n for _, n in moved.values())
+
+
+def _policy(settings: Settings) -> str:
+    """What the settings say where no plan was made."""
+    if not settings.gradient_checkpointing:
+        return "none"
+    return "full" if settings.recompute == "auto" else settings.recompute
 
 
 def pack(batch: Sequence[Example]) -> Packed:

@@ -140,6 +140,11 @@ class Settings:
         0, "optimizer steps between evaluations; 0: once an epoch and at the end", low=0, high=10**9
     )
     gradient_checkpointing: bool = _s(True, "recompute layers in backward to save memory")
+    recompute: str = _s(
+        "auto",
+        "what gradient_checkpointing computes again: auto by the plan, elementwise ops, full layers",
+        choices=("auto", "elementwise", "full", "offload"),
+    )
     adapter_class: str = _s("", "class whose names the adapter carries; empty: the checkpoint's")
     generation: str = _s("", "generation to take an unproven checkpoint for; empty: as detected")
     loss_chunk_size: int = _s(
