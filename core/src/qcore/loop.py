@@ -64,7 +64,8 @@ class Loop:
         """
         began = time.perf_counter()
         reset_peak(self.device)
-        self.model.train()
+        if not self.model.training:  # walking all modules takes as long as a short step
+            self.model.train()
         torch.manual_seed(seed_of(self.settings.seed, "dropout", step))
         batches = [
             [self.data.train[row] for row in rows] for rows in self.schedule.micro_batches(step)
