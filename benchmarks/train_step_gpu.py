@@ -1,6 +1,6 @@
-"""One QLoRA training step on a GPU: qcore beside every peer that is installed, in one run.
+r"""One QLoRA training step on a GPU: qcore beside every peer that is installed, in one run.
 
-    python benchmarks/train_step_gpu.py --shape 4b --batch 2 --seq 4096 \\
+    python benchmarks/train_step_gpu.py --shape 4b --batch 2 --seq 4096 \
         --peers hf,hf-fla,unsloth --policy elementwise [--rounds 2] [--profile]
 
 Every side runs in processes of its own, in turn (A B A B), on the same token ids, with LoRA of
@@ -32,7 +32,7 @@ from typing import Any
 
 from peers.shapes import SHAPES, Job
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 #: Modules that a peer cannot run without.
 NEEDS = {
     "hf": ("transformers", "peft", "bitsandbytes"),
@@ -119,7 +119,7 @@ def _measure(given: argparse.Namespace) -> Result:
     if side == "unsloth":
         from peers import unsloth_side
 
-        return measure(job, unsloth_side.make)  # type: ignore[arg-type]
+        return measure(job, unsloth_side.make)
     from peers import transformers_side
 
     return measure(job, transformers_side.hf_fla if side == "hf-fla" else transformers_side.hf)
@@ -127,13 +127,14 @@ def _measure(given: argparse.Namespace) -> Result:
 
 def _child(side: str, caches: Path, timeout: int) -> Result:
     """One side in a process of its own; ``{"failed": why}`` where it did not end well."""
-    path = os.pathsep.join(p for p in (str(HERE), os.environ.get("PYTHONPATH", "")) if p)
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    path = os.pathsep.join([str(HERE), *(str(Path(p).resolve()) for p in given if p)])
     environment = os.environ | {
         "PYTHONPATH": path, "TRITON_CACHE_DIR": str(caches / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TILELANG_CACHE_DIR": str(caches / "tilelang"), "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    command = [sys.executable, __file__, *sys.argv[1:], "--side", side]
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--side", side]
     # What a peer compiles or writes beside itself goes where the caches are.
     try:
         done = subprocess.run(
@@ -238,7 +239,7 @@ def _table(job: Job, results: dict[str, list[Result]], rate: float) -> Iterator[
 
 
 def _ratios(results: dict[str, list[Result]]) -> Iterator[str]:
-    """qcore over each peer, round by round."""
+    """How many times as fast as each peer, round by round."""
     mine = [side for side in results if side.startswith("qcore")]
     for side in mine:
         for peer in [other for other in results if other not in mine]:

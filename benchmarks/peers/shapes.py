@@ -65,7 +65,7 @@ class Job:
         device: ``cuda``, or ``cpu`` to see that the harness runs.
         policy: of qcore, one of `qcore.nn.again.POLICIES`.
         kernels: of qcore, ``op=backend``.
-        expert_rank: of qcore, LoRA rank of each expert; 0: experts are frozen, as the peers have it.
+        expert_rank: of qcore, LoRA rank of each expert; 0: frozen, as the peers have it.
         checkpoint: of the peers, whether layers run again in backward.
         quantize: NF4; else bf16 weights.
         profile: whether kernels are listed.

@@ -35,7 +35,7 @@ def make(job: Job, *, fla: bool) -> Step:
 
 
 def causal_lm(job: Job) -> nn.Module:
-    """The text class with random weights in bfloat16, its maps in NF4; no layer is whole at once."""
+    """The text class with random bfloat16 weights, its maps put in NF4 one by one."""
     import transformers
 
     kind = "Qwen3_5Moe" if job.moe else "Qwen3_5"

@@ -7,40 +7,37 @@ measured here, nothing of it is used.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+from dataclasses import replace
 
+import torch
+
+from .measure import Step
 from .shapes import ALPHA, RANK, TARGETS, Job
 
 _WORDS = ("<unk>", "<s>", "<pad>", "</s>")
 
 
-def make(job: Job) -> object:
+def make(job: Job) -> Step:
     """A model with adapters, and a step of it."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1",
         "UNSLOTH_STUDIO_DISABLED": "1",
     }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="qcore-bench-") as temporary:
-        import json
-
-        code = "import json, sys; from peers import unsloth_side as u; u.write(*sys.argv[1:])"
-        here = str(Path(__file__).parents[1])
+    with tempfile.TemporaryDirectory(prefix="qcore-bench-") as folder:
+        code = "import sys; from peers import unsloth_side as u; u.write(*sys.argv[1:])"
         subprocess.run(
-            [sys.executable, "-c", code, temporary, json.dumps(job.to_json())],
-            check=True, env=os.environ | {"PYTHONPATH": f"{here}:{os.environ.get('PYTHONPATH', '')}"},
+            [sys.executable, "-c", code, folder, json.dumps(job.to_json())], check=True
         )  # fmt: skip
-        import unsloth  # noqa: F401  it patches what is imported after it
-
+        # It patches transformers, which must not have been imported before it.
         from unsloth import FastLanguageModel
 
-        import torch
-
         model, _ = FastLanguageModel.from_pretrained(
-            temporary, max_seq_length=job.seq, load_in_4bit=job.quantize, dtype=torch.bfloat16,
+            folder, max_seq_length=job.seq, load_in_4bit=job.quantize, dtype=torch.bfloat16,
             local_files_only=True,
         )  # fmt: skip
     model = FastLanguageModel.get_peft_model(
@@ -54,10 +51,6 @@ def make(job: Job) -> object:
 
 def write(folder: str, fields: str) -> None:
     """A checkpoint of the job in `fields`, with a tokenizer of a few words."""
-    import json
-    from dataclasses import replace
-
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
