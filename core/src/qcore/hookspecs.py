@@ -14,6 +14,7 @@ from .records import (
     Claim,
     Finding,
     Generation,
+    Kernel,
     Modality,
     PreflightRequest,
 )
@@ -61,6 +62,12 @@ def qcore_detect_merge(
     adapter: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint
 ) -> Iterable[AdapterClaim]:
     """Yield a claim for an adapter (shapes by tensor name) that is not in PEFT's layout."""
+    raise NotImplementedError
+
+
+@hookspec
+def qcore_kernels() -> Iterable[Kernel]:
+    """Yield the backends that this plugin has for ops of its blocks."""
     raise NotImplementedError
 
 

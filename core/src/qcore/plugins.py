@@ -66,13 +66,13 @@ class Plugins:
         Args:
             entry_points: used instead of the environment's.
         """
-        return cls(catalogue(entry_points, _contained))
+        return cls(catalogue(entry_points, contained))
 
     @property
     def infos(self) -> list[PluginInfo]:
         """Every plugin in name order, the version gate applied. Imports and raises nothing."""
         for plugin in self._plugins:
-            gate(plugin, _contained)
+            gate(plugin, contained)
         return [plugin.info for plugin in self._plugins]
 
     @property
@@ -201,16 +201,16 @@ def _by_name(records: Iterable[Owned[Any]]) -> dict[str, Owned[Any]]:
 
 
 def _load(plugin: Candidate) -> None:
-    gate(plugin, _contained)
+    gate(plugin, contained)
     if plugin.status is not Status.AVAILABLE:
         return
     import importlib
 
-    module = _contained(partial(importlib.import_module, plugin.module))
+    module = contained(partial(importlib.import_module, plugin.module))
     if isinstance(module, Failure):
         plugin.reject(Status.BROKEN, f"import of {plugin.module} fails: {module}")
         return
-    problem = _contained(partial(_register, plugin, module))
+    problem = contained(partial(_register, plugin, module))
     if problem is not None:
         plugin.reject(Status.INVALID, str(problem))
         return
@@ -307,7 +307,7 @@ def _answers(plugin: Candidate, hook: str, arguments: Mapping[str, Any]) -> list
         wrong = problem(answer)
         return None if wrong is None else Failure(f"yielded {wrong}")
 
-    found = _contained(call)
+    found = contained(call)
     if not isinstance(found, Failure):
         return found
     if isinstance(found.error, QcoreError):
@@ -332,7 +332,7 @@ class _Guarded:
     plugin: Candidate = field(compare=False)
 
     def __call__(self, *arguments: Any) -> Any:
-        found = _contained(partial(self.function, *arguments))
+        found = contained(partial(self.function, *arguments))
         if not isinstance(found, Failure):
             return found
         if isinstance(found.error, QcoreError):
@@ -376,7 +376,7 @@ def _remedy(plugin: Candidate) -> str:
 # Containment.
 
 
-def _contained(call: Callable[[], _T], /) -> _T | Failure:
+def contained(call: Callable[[], _T], /) -> _T | Failure:
     """Call foreign code: whatever it raises becomes a `Failure`, less KeyboardInterrupt.
 
     What it prints goes to stderr, because stdout may be one JSON object.

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from .checkpoint import Checkpoint
     from .locate import Layout
     from .nn.protocols import BuildContext, Trunk
@@ -202,3 +204,83 @@ class AdapterClaim:
 
     layout: str
     names: Mapping[str, tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """How far a backend is from the float32 reference, on one device.
+
+    An error is relative: the norm of the difference over the norm of the reference. NaN is
+    worse than any bound.
+
+    Attributes:
+        output: worst error of an output.
+        output_bound: most that it may be.
+        gradient: worst error of a gradient; 0 for an op that has none.
+        gradient_bound: most that it may be.
+    """
+
+    output: float
+    output_bound: float
+    gradient: float = 0.0
+    gradient_bound: float = 0.0
+
+    @property
+    def good(self) -> bool:
+        """Whether both errors are within their bounds."""
+        return self.output <= self.output_bound and self.gradient <= self.gradient_bound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownBad:
+    """Versions of a package with which a backend is known to compute wrongly or to fail.
+
+    Attributes:
+        package: the distribution, e.g. ``triton``.
+        versions: which of its versions, as pip writes it: ``>=3.4.0,<3.7.1``.
+        reason: what goes wrong, in a clause.
+        issue: where that is told upstream.
+        capability: compute capability of the cards concerned, ``(9, 0)``; ``None``: all.
+        unless: a distribution that avoids it when installed.
+    """
+
+    package: str
+    versions: str
+    reason: str
+    issue: str
+    capability: tuple[int, int] | None = None
+    unless: str | None = None
+
+
+def _runs_anywhere(device: torch.device) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One backend of an op. Every op also has a reference, which no record names.
+
+    Core judges `requires` and `known_bad`, then asks `refuse`, then `verify` (once per card,
+    versions and sources: passes are kept in the user's cache), and only then calls `load`.
+
+    Attributes:
+        op: what is computed, e.g. ``rms_norm``.
+        backend: what computes it, e.g. ``triton``; not ``reference``.
+        load: ``() -> function`` with exactly the signature of the op's reference; what it
+            needs is imported inside.
+        verify: ``(device) -> Verdict``; `qcore.nn.verify.compare` makes one. The generators
+            of random numbers are put back afterwards.
+        refuse: ``(device) -> why it cannot run there``, or ``None``; must be quick.
+        priority: of the backends that can run, the highest is taken; 0 waits to be asked for.
+        requires: what must be installed, as pip writes it: ``triton>=3.2``.
+        known_bad: combinations in which it is refused without a try.
+    """
+
+    op: str
+    backend: str
+    load: Callable[[], Callable[..., Any]]
+    verify: Callable[[torch.device], Verdict]
+    refuse: Callable[[torch.device], str | None] = _runs_anywhere
+    priority: int = 10
+    requires: tuple[str, ...] = ()
+    known_bad: tuple[KnownBad, ...] = ()
