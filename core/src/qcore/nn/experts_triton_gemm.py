@@ -1,0 +1,220 @@
+"""Triton products over rows sorted by expert: the base's maps, and LoRA's thin ones.
+
+This file decides how a tile of rows finds its expert without the host knowing the counts, how
+rows are read through an index (nothing is gathered beforehand), how 4-bit weights are read
+where there are few rows, and that everything is summed in float32. What is called when is
+`experts_triton`'s.
+
+A tile table ``[tiles, 2]`` int32 holds the expert and the first row of each tile of BM rows;
+tiles past the last have expert -1. Their number is bounded by ``R // BM + E``.
+
+Shapes: R rows sorted by expert, E experts, r LoRA's rank.
+"""
+
+# Triton kernels have no types that mypy knows.
+# mypy: ignore-errors
+# ruff: noqa: D103, N803
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rows(index, rows, K: tl.constexpr):
+    """Where sorted rows are read: themselves, or the token of each (K choices a token)."""
+    if K == 0:
+        return rows.to(tl.int64)
+    return tl.load(index + rows) // K
+
+
+@triton.jit
+def _nf4(packed, absmax, absmax2, code2, offset, table, e, at, mask, BYTES, BLOCKS, DTYPE):
+    """Values of the bytes `at` of slice `e`, two each: ``[..., n] -> [..., 2 n]``."""
+    byte = tl.load(packed + e * BYTES + at, mask=mask, other=0).to(tl.int32)
+    block = at // 32
+    code = tl.load(absmax + e * BLOCKS + block, mask=mask, other=0).to(tl.int32)
+    second = tl.load(absmax2 + e * ((BLOCKS + 255) // 256) + block // 256, mask=mask, other=0.0)
+    scale = tl.load(code2 + code) * second + tl.load(offset + e)
+    high = tl.load(table + (byte >> 4)) * scale
+    low = tl.load(table + (byte & 15)) * scale
+    return tl.interleave(high.to(DTYPE), low.to(DTYPE))
+
+
+@triton.jit
+def tile_table(ends, tiles, count, E, BM: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr):
+    """Expert and first row of each tile; every program scans the counts itself."""
+    experts = tl.arange(0, BE)
+    end = tl.load(ends + experts, mask=experts < E, other=0)
+    start = tl.load(ends + experts - 1, mask=(experts > 0) & (experts < E), other=0)
+    many = tl.where(experts < E, (end - start + BM - 1) // BM, 0)
+    last = tl.cumsum(many, 0)
+    tile = tl.program_id(0) * BT + tl.arange(0, BT)
+    expert = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)
+    mine = experts[None, :] == expert[:, None]
+    first = tl.sum(tl.where(mine, (start - (last - many) * BM)[None, :], 0), 1) + tile * BM
+    real = tile < tl.sum(many, 0)
+    tl.store(tiles + 2 * tile, tl.where(real, expert, -1), mask=tile < count)
+    tl.store(tiles + 2 * tile + 1, tl.where(real, first, 0), mask=tile < count)
+
+
+@triton.jit
+def grouped(
+    x, weight, y, index, tiles, ends, left, right,
+    absmax, absmax2, code2, offset, table,
+    first_expert, last_expert, N, K, stride_x, BYTES, BLOCKS, RANK, stride_right,
+    TURNED: tl.constexpr, CHOICES: tl.constexpr, NF4: tl.constexpr, LORA: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """``y_i = x_i W_e^T + left_i right_e``; TURNED: W is ``[N, K]`` in memory, else ``[K, N]``.
+
+    `right` is ``[E, r, N]``. Experts outside ``first_expert .. last_expert`` are left alone, and
+    `weight` begins at the first.
+    """
+    e = tl.load(tiles + 2 * tl.program_id(1))
+    if (e < first_expert) | (e >= last_expert):
+        return
+    first = tl.load(tiles + 2 * tl.program_id(1) + 1)
+    rows = first + tl.arange(0, BM)
+    live = rows < tl.load(ends + e)
+    # Rows past the last are read as the first and never written: no mask in the loop.
+    rows = tl.where(live, rows, first)
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = columns if EVEN_N else tl.where(columns < N, columns, 0)
+    k = tl.arange(0, BK)
+    at_x = x + _rows(index, rows, CHOICES)[:, None] * stride_x + k[None, :]
+    slice_ = (e - first_expert).to(tl.int64)
+    if not NF4:
+        at_w = weight + slice_ * N * K
+        if TURNED:
+            at_w += n[None, :].to(tl.int64) * K + k[:, None]
+        else:
+            at_w += k[:, None].to(tl.int64) * N + n[None, :]
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for k0 in range(0, K, BK):
+        inside = k0 + k < K
+        if EVEN_K:
+            a = tl.load(at_x)
+        else:
+            a = tl.load(at_x, mask=inside[None, :], other=0.0)
+        if NF4:
+            if TURNED:
+                half = k0 // 2 + tl.arange(0, BK // 2)
+                at = n[:, None] * (K // 2) + half[None, :]
+                mask = (2 * half < K)[None, :] & (columns < N)[:, None]
+                w = _nf4(
+                    weight, absmax, absmax2, code2, offset, table, slice_, at, mask,
+                    BYTES, BLOCKS, a.dtype,
+                ).T  # fmt: skip
+            else:
+                half = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
+                at = (k0 + k)[:, None] * (N // 2) + half[None, :]
+                mask = (2 * half < N)[None, :] & inside[:, None]
+                w = _nf4(
+                    weight, absmax, absmax2, code2, offset, table, slice_, at, mask,
+                    BYTES, BLOCKS, a.dtype,
+                )  # fmt: skip
+        else:
+            if EVEN_K:
+                w = tl.load(at_w)
+            else:
+                w = tl.load(at_w, mask=inside[:, None], other=0.0)
+            at_w += BK if TURNED else BK * N
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+        at_x += BK
+    if LORA:
+        r = tl.arange(0, BR)
+        la = tl.load(left + rows[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
+        at = right + e.to(tl.int64) * RANK * stride_right + r[:, None] * stride_right + n[None, :]
+        lb = tl.load(at, mask=(r < RANK)[:, None], other=0.0)
+        acc = tl.dot(la, lb.to(la.dtype), acc, input_precision=PRECISION)
+    to = y + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(to, acc.to(y.dtype.element_ty), mask=live[:, None] & (columns < N)[None, :])
+
+
+@triton.jit
+def thin(
+    x, right, out, index, tiles, ends, K, stride_x, RANK,
+    CHOICES: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """``out_i = x_i right_e^T``: ``[R, r]`` from `right` ``[E r, K]``."""
+    e = tl.load(tiles + 2 * tl.program_id(0))
+    if e < 0:
+        return
+    first = tl.load(tiles + 2 * tl.program_id(0) + 1)
+    rows = first + tl.arange(0, BM)
+    live = rows < tl.load(ends + e)
+    rows = tl.where(live, rows, first)
+    k = tl.arange(0, BK)
+    r = tl.arange(0, BR)
+    at_x = x + _rows(index, rows, CHOICES)[:, None] * stride_x + k[None, :]
+    at_r = right + (e.to(tl.int64) * RANK + r)[:, None] * K + k[None, :]
+    acc = tl.zeros((BM, BR), dtype=tl.float32)
+    for k0 in range(0, K, BK):
+        inside = (k0 + k < K)[None, :]
+        if EVEN_K:
+            a = tl.load(at_x)
+            b = tl.load(at_r, mask=(r < RANK)[:, None], other=0.0)
+        else:
+            a = tl.load(at_x, mask=inside, other=0.0)
+            b = tl.load(at_r, mask=(r < RANK)[:, None] & inside, other=0.0)
+        acc = tl.dot(a, b.to(a.dtype).T, acc, input_precision=PRECISION)
+        at_x += BK
+        at_r += BK
+    to = out + rows.to(tl.int64)[:, None] * RANK + r[None, :]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=live[:, None] & (r < RANK)[None, :])
+
+
+@triton.jit
+def outer(
+    small, big, out, index, ends, scale, N, stride_big, RANK, stride_e, stride_r, stride_n,
+    CHOICES: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """``scale * sum_i small_i big_i^T`` over each expert's rows, float32, in any layout."""
+    e = tl.program_id(1)
+    start = tl.load(ends + e - 1, mask=e > 0, other=0)
+    end = tl.load(ends + e)
+    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = tl.where(columns < N, columns, 0)
+    r = tl.arange(0, BR)
+    acc = tl.zeros((BR, BN), dtype=tl.float32)
+    for first in range(start, end, BM):
+        rows = first + tl.arange(0, BM)
+        live = rows < end
+        rows = tl.where(live, rows, first)
+        at = small + rows.to(tl.int64)[:, None] * RANK + r[None, :]
+        # What is masked here is zero: the rows past the end add nothing.
+        a = tl.load(at, mask=live[:, None] & (r < RANK)[None, :], other=0.0)
+        b = tl.load(big + _rows(index, rows, CHOICES)[:, None] * stride_big + n[None, :])
+        acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+    to = out + e.to(tl.int64) * stride_e + r[:, None].to(tl.int64) * stride_r
+    to += columns[None, :].to(tl.int64) * stride_n
+    tl.store(to, acc * scale, mask=(r < RANK)[:, None] & (columns < N)[None, :])
+
+
+@triton.jit
+def turn(b, out, scale, OUT, E, RANK, BO: tl.constexpr, BC: tl.constexpr):
+    """PEFT's B ``[out, r E]`` as ``[E, r, out]``, scaled, then rounded."""
+    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    mask = (o < OUT)[:, None] & (c < RANK * E)[None, :]
+    value = tl.load(b + o[:, None].to(tl.int64) * (RANK * E) + c[None, :], mask=mask, other=0.0)
+    row = (c % E) * RANK + c // E
+    to = out + row[:, None].to(tl.int64) * OUT + o[None, :]
+    tl.store(to, (value * scale).T.to(out.dtype.element_ty), mask=mask.T)
+
+
+@triton.jit
+def gather_sum(rows, inverse, y, H, stride, K: tl.constexpr, BH: tl.constexpr):
+    """``y_t = sum_j rows[inverse[t K + j]]``, in float32, rounded once."""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    acc = tl.zeros((BH,), dtype=tl.float32)
+    for j in tl.static_range(K):
+        row = tl.load(inverse + t * K + j)
+        acc += tl.load(rows + row * stride + h, mask=h < H, other=0.0).to(tl.float32)
+    tl.store(y + t * H + h, acc.to(y.dtype.element_ty), mask=h < H)
