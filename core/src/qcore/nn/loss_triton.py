@@ -1,0 +1,152 @@
+"""Cross entropy over a large vocabulary on a GPU: two products and one kernel a chunk.
+
+This file decides how many rows' logits exist at a time on a card and how they become their own
+gradient in place; what is computed is `loss.cross_entropy_sum`, whose signature this has. Needs
+Triton at import; `qcore.kernels` imports it where it runs.
+
+A chunk's logits are read twice and written once. The second reading goes backwards: what was
+read last is still in the cache. The gradient is that of the mean over the rows, which is what a
+step asks for: its bf16 values are rounded once, as by autograd, where those of the sum would be
+rounded again by ``1 / rows``. Whatever other scale backward has is applied to them there.
+
+Shapes: S supervised positions, H hidden size, V vocabulary rows, R rows of a chunk.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
+# Types of kernels are Triton's.
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Bytes that a chunk's logits may take.
+CHUNK_BYTES = 1_700_000_000
+_TILE = (128, 256)  # what cuBLAS gives a multiprocessor of the product that makes the gradient
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+def cross_entropy_sum(
+    hidden: Tensor, head: Tensor, targets: Tensor, chunk: int | None = None
+) -> Tensor:
+    """Sum of ``-log softmax(hidden head^T)[target]`` over rows, float32.
+
+    Args:
+        hidden: ``[S, H]``, bfloat16 or float32.
+        head: ``[V, H]`` of the same dtype, frozen.
+        targets: ``[S]`` int64 in ``[0, V)``.
+        chunk: rows whose logits exist at a time; by default `chunk_rows`.
+    """
+    if not len(hidden):
+        return (hidden.float() * 0).sum()
+    if chunk is None:
+        chunk = chunk_rows(len(head), hidden.shape[1], head.element_size(), hidden.device)
+    loss: Tensor = _CrossEntropy.apply(hidden, head, targets, chunk)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def chunk_rows(vocabulary: int, width: int, itemsize: int, device: torch.device) -> int:
+    """Rows of a chunk: the most within `CHUNK_BYTES` whose gradient fills whole waves.
+
+    The gradient's product ``[R, V] [V, H]`` has few tiles, each as deep as the vocabulary is
+    large: a wave that is half empty costs as much as a full one.
+    """
+    most = max(1, CHUNK_BYTES // (vocabulary * itemsize))
+    if device.type != "cuda" or most < _TILE[0]:
+        return most
+    units = torch.cuda.get_device_properties(device).multi_processor_count
+    across = -(-width // _TILE[1])
+
+    def filled(blocks: int) -> float:
+        tiles = blocks * across
+        return tiles / (-(-tiles // units) * units)
+
+    # Of those that fill nearly as well as the best, the largest: fewer launches.
+    choices = range(1, most // _TILE[0] + 1)
+    best = max(filled(blocks) for blocks in choices)
+    return _TILE[0] * max(blocks for blocks in choices if filled(blocks) >= best - 0.02)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        grad = hidden.new_empty(hidden.shape) if ctx.needs_input_grad[0] else None
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        scores = hidden.new_empty(min(chunk, len(hidden)), len(head))
+        for at in range(0, len(hidden), chunk):
+            part = hidden[at : at + chunk]
+            logits = scores[: len(part)]
+            torch.mm(part, head.t(), out=logits)
+            _rows[(len(part),)](
+                logits, targets[at : at + chunk], losses[at : at + chunk], 1 / len(hidden),
+                V=len(head), GRADIENT=grad is not None, BLOCK=_block(len(head)), num_warps=16,
+            )  # fmt: skip
+            if grad is not None:
+                torch.mm(logits, head, out=grad[at : at + chunk])
+        ctx.save_for_backward(grad)
+        ctx.rows = float(len(hidden))
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        if grad is None:
+            return None, None, None, None
+        out = torch.empty_like(grad)
+        count = grad.numel()
+        grid = (triton.cdiv(count, 4096),)
+        _scaled[grid](grad, scale, ctx.rows, out, count, BLOCK=4096, num_warps=8)
+        return out, None, None, None
+
+
+def _block(vocabulary: int) -> int:
+    return min(8192, 1 << (vocabulary - 1).bit_length())
+
+
+@triton.jit
+def _rows(
+    LOGITS, TARGETS, LOSSES, scale, V: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row: its loss, and ``scale (softmax - onehot)`` in place of its logits."""
+    row = tl.program_id(0).to(tl.int64)
+    logits = LOGITS + row * V
+    target = tl.load(TARGETS + row).to(tl.int32)
+    chosen = tl.load(logits + target).to(tl.float32)
+    columns = tl.arange(0, BLOCK)
+    # Every lane has its own maximum and sum; finite, for inf - inf is none.
+    top = tl.full((BLOCK,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for at in range(0, V, BLOCK):
+        x = tl.load(logits + at + columns, mask=at + columns < V, other=-1e30)
+        z = x.to(tl.float32) * _LOG2E
+        e = tl.exp2(-tl.abs(z - top))
+        total = tl.where(z > top, total * e + 1, total + e)
+        top = tl.maximum(top, z)
+    most = tl.max(top, 0)
+    log2_sum = most + tl.log2(tl.sum(total * tl.exp2(top - most), 0))
+    log_p = chosen - log2_sum * _LN2
+    tl.store(LOSSES + row, -log_p)
+    if GRADIENT:
+        # exp(z) - 1 by its series where the difference would lose digits
+        series = log_p * (1 + log_p * (0.5 + log_p * (1 / 6 + log_p / 24)))
+        hit = tl.where(log_p > -0.03, series, tl.exp2(log_p * _LOG2E) - 1)
+        blocks: tl.constexpr = (V + BLOCK - 1) // BLOCK
+        for back in range(blocks):
+            where = (blocks - 1 - back) * BLOCK + columns
+            x = tl.load(logits + where, mask=where < V, other=-1e30)
+            p = tl.exp2(x.to(tl.float32) * _LOG2E - log2_sum)
+            p = tl.where(where == target, hit, p) * scale
+            tl.store(logits + where, p.to(LOGITS.dtype.element_ty), mask=where < V)
+
+
+@triton.jit
+def _scaled(GRAD, SCALE, rows, OUT, count, BLOCK: tl.constexpr):
+    """What is left of the scale, in float32: of 1 / rows it is 1, and nothing is rounded again."""
+    where = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    scale = tl.load(SCALE).to(tl.float32) * rows
+    x = tl.load(GRAD + where, mask=where < count).to(tl.float32)
+    tl.store(OUT + where, (x * scale).to(OUT.dtype.element_ty), mask=where < count)
