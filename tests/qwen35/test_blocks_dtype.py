@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5 as reference
 
 from qcore.nn.protocols import Packed
-from qcore_qwen35.attention import output_gate
-from qcore_qwen35.mlp import swiglu
-from qcore_qwen35.norm import gated_norm, rms_norm
+from qcore_qwen35.ops.attention.reference import output_gate
+from qcore_qwen35.ops.norm.reference import gated_norm, rms_norm
+from qcore_qwen35.ops.swiglu.reference import swiglu
 from qcore_qwen35.rope import rotate
 
 HALF = torch.bfloat16

@@ -11,28 +11,33 @@ from typing import Any
 
 import pytest
 import torch
-from support.blocks_kit import Twins, documents, tiny_config, twins
+from support.blocks_kit import GivenWeights, Twins, documents, tiny_config, twins
 from torch import Tensor
 
 from qcore.nn.protocols import Packed
-from qcore_qwen35 import attention, delta, mlp, norm, rope
-from qcore_qwen35.ops import conv
+from qcore_qwen35 import attention as block
+from qcore_qwen35 import mlp, rope
+from qcore_qwen35 import norm as norms
+from qcore_qwen35.model import Trunk
+from qcore_qwen35.ops.attention import reference as attention
+from qcore_qwen35.ops.delta_inputs import reference as delta
 from qcore_qwen35.ops.delta_rule import reference
+from qcore_qwen35.ops.norm import reference as norm
 
 ALLOWED = 1e-5
-convolve = conv._convolve
+convolve = delta._convolve
 
 MUTATIONS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "output gate dropped": (attention, "output_gate", lambda o, gate: o),
-    "output gate by silu": (attention, "output_gate", lambda o, g: o * torch.nn.functional.silu(g)),
-    "q and k norm dropped": (attention, "head_norm", lambda norm, x: x),
+    "output gate dropped": (block, "output_gate", lambda o, gate: o),
+    "output gate by silu": (block, "output_gate", lambda o, g: o * torch.nn.functional.silu(g)),
+    "q and k norm dropped": (attention, "head_norm", lambda x, weight, eps: x),
     "norm by w, not 1 + w": (norm, "scale_of", lambda weight, dtype: weight.to(dtype)),
     "convolution reversed in time": (
-        conv, "_convolve", lambda padded, weight: convolve(padded, weight.flip(-1)),
+        delta, "_convolve", lambda padded, weight: convolve(padded, weight.flip(-1)),
     ),
     "silu after the convolution dropped": (
         delta, "causal_conv_silu",
-        lambda u, w, cu, history=None: conv._before_silu(u, w, tuple(cu)),
+        lambda u, w, cu, history=None: delta._before_silu(u, w, tuple(cu)),
     ),
     "length of q and k left as it is": (
         reference, "inverse_norm", lambda x: torch.ones_like(x[..., :1]),
@@ -44,12 +49,12 @@ MUTATIONS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
         lambda a, a_log, dt_bias: -a_log.exp() * torch.nn.functional.softplus(a),
     ),
     "gated norm after the gate": (
-        norm, "gated_norm",
+        norms, "gated_norm",
         lambda o, z, w, eps: norm._inverse_rms(o * torch.nn.functional.silu(z), eps)
         * o * torch.nn.functional.silu(z) * w,
     ),
     "gated norm by 1 + w": (
-        norm, "gated_norm", lambda o, z, w, eps: norm._GatedNorm.apply(o, z, 1 + w, eps),
+        norms, "gated_norm", lambda o, z, w, eps: norm._GatedNorm.apply(o, z, 1 + w, eps),
     ),
     "rope dropped": (attention, "rotate", lambda x, cos, sin: x),
     "rope on neighbours, not halves": (
@@ -82,6 +87,9 @@ def wanted(pair: Twins) -> Tensor:
 
 
 def error(pair: Twins, wanted: Tensor) -> float:
+    # Built anew: blocks take their functions when they are built.
+    weights = GivenWeights(tiny_config(), pair.theirs.model.state_dict(), torch.float32)
+    pair = Twins(pair.theirs, Trunk(weights))
     with torch.no_grad():
         return float((pair.logits(Packed.of(documents(67))) - wanted).abs().max())
 

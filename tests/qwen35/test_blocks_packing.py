@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qcore.nn.attention import cached_attention, varlen_attention
 from qcore.nn.protocols import Packed
-from qcore_qwen35.ops.conv import causal_conv_silu
+from qcore_qwen35.ops.delta_inputs.reference import causal_conv_silu
 
 PACKS = [(5, 9), (64, 65, 1), (1, 1, 2), (130, 3, 64), (7, 7, 7, 2)]
 

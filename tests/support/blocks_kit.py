@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,7 @@ class GivenWeights:
         self.config = config
         self.dtype = dtype
         self.weights = weights
+        self.kernels: dict[str, Any] = {}
 
     def linear(self, name: str) -> nn.Module:
         weight = self.weights[f"{name}.weight"]
@@ -71,6 +72,12 @@ class GivenWeights:
 
     def tensor(self, name: str) -> nn.Parameter:
         return nn.Parameter(self.weights[name].detach())
+
+    def stack(self, *linears: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        return lambda x: tuple(linear(x) for linear in linears)
+
+    def kernel(self, op: str, reference: Any) -> Any:
+        return self.kernels.get(op, reference)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The gated delta net: projections, causal convolution, delta rule, gated norm.
 
 This file decides what surrounds the delta rule and how a document's state is carried while
-decoding. The rule is `ops.delta_rule`, the convolution `ops.conv`: both start anew at every
-document of a pack.
+decoding. The rule is `ops.delta_rule`, what it reads `ops.delta_inputs`: the rule and the
+convolution start anew at every document of a pack.
 
 Shapes: T tokens, Hk key heads of dk, Hv value heads of dv, C = 2 Hk dk + Hv dv channels in
 the order q, k, v, K taps.
@@ -15,14 +15,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qcore.nn.again import remember
 from qcore.nn.protocols import BuildContext, Packed
 
 from .norm import GatedNorm
-from .ops.conv import causal_conv_silu
+from .ops.delta_inputs.reference import (
+    DeltaInputs,
+    Documents,
+    Heads,
+    causal_conv_silu,
+    delta_inputs,
+    log_decay,
+)
 from .ops.delta_rule import CHUNK, Chunks, chunked_delta_rule, recurrent_delta_rule
+from .weight import Weight
 
 
 @dataclass(slots=True)
@@ -38,23 +46,17 @@ class DeltaCache:
     state: Tensor
 
 
-class Weight(nn.Module):
-    """A tensor under a name of its own (``conv1d.weight``), used by its owner."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
-
-
 class GatedDeltaNet(nn.Module):
     """``[T, H] -> [T, H]``, a recurrence within each document."""
 
     def __init__(self, ctx: BuildContext, text: Mapping[str, Any], name: str) -> None:
         super().__init__()
-        self.k_heads: int = text["linear_num_key_heads"]
-        self.v_heads: int = text["linear_num_value_heads"]
-        self.k_dim: int = text["linear_key_head_dim"]
-        self.v_dim: int = text["linear_value_head_dim"]
+        self.heads = Heads(
+            text["linear_num_key_heads"],
+            text["linear_key_head_dim"],
+            text["linear_num_value_heads"],
+            text["linear_value_head_dim"],
+        )
         self.kernel: int = text["linear_conv_kernel_dim"]
         self.dtype = ctx.dtype
         self.in_proj_qkv = ctx.linear(f"{name}.in_proj_qkv")
@@ -64,57 +66,49 @@ class GatedDeltaNet(nn.Module):
         self.conv1d = Weight(ctx.tensor(f"{name}.conv1d.weight"))
         self.A_log = ctx.tensor(f"{name}.A_log")
         self.dt_bias = ctx.tensor(f"{name}.dt_bias")
-        self.norm = GatedNorm(ctx.tensor(f"{name}.norm.weight"), text["rms_norm_eps"])
+        self.norm = GatedNorm(ctx, f"{name}.norm", text["rms_norm_eps"])
         self.out_proj = ctx.linear(f"{name}.out_proj")
+        self._project = ctx.stack(self.in_proj_qkv, self.in_proj_z, self.in_proj_a, self.in_proj_b)
+        self._inputs = ctx.kernel("delta_inputs", delta_inputs)
+        self._rule = ctx.kernel("delta_rule", chunked_delta_rule)
 
     def forward(self, x: Tensor, batch: Packed, cache: DeltaCache | None = None) -> Tensor:
-        qkv = self._convolve(self.in_proj_qkv(x), batch, cache)
-        z = self.in_proj_z(x).view(-1, self.v_heads, self.v_dim)
-        keys = self.k_heads * self.k_dim
-        q, k, v = qkv.split((keys, keys, self.v_heads * self.v_dim), -1)
-        q, k = q.unflatten(-1, (-1, self.k_dim)), k.unflatten(-1, (-1, self.k_dim))
-        v = v.unflatten(-1, (-1, self.v_dim))
-        beta = torch.sigmoid(self.in_proj_b(x))
-        g = log_decay(self.in_proj_a(x), self.A_log, self.dt_bias)
-        o = self._scan(q, k, v, g, beta, batch, cache)
+        given = self._trained(x, batch) if cache is None else self._continued(x, batch, cache)
+        o = self._scan(given, batch, cache)
+        z = given.z.unflatten(-1, (self.heads.v_heads, self.heads.v_dim))
         out: Tensor = self.out_proj(self.norm(o, z).flatten(1))
         return out
 
     def new_cache(self, tokens: int, device: torch.device) -> DeltaCache:
         """An empty state; its size does not depend on `tokens`."""
-        channels = 2 * self.k_heads * self.k_dim + self.v_heads * self.v_dim
+        k_heads, k_dim, v_heads, v_dim = self.heads
+        channels = 2 * k_heads * k_dim + v_heads * v_dim
         conv = torch.zeros(self.kernel, channels, dtype=self.dtype, device=device)
-        state = torch.zeros(1, self.v_heads, self.k_dim, self.v_dim, device=device)
+        state = torch.zeros(1, v_heads, k_dim, v_dim, device=device)
         return DeltaCache(conv, state)
 
-    def _convolve(self, u: Tensor, batch: Packed, cache: DeltaCache | None) -> Tensor:
-        weight = self.conv1d.weight
-        if cache is None:
-            return causal_conv_silu(u, weight, batch.cu_seqlens)
-        out = causal_conv_silu(u, weight, batch.cu_seqlens, cache.conv)
-        cache.conv = torch.cat([cache.conv, u.detach().to(cache.conv.dtype)])[-self.kernel :]
-        return out
+    def _trained(self, x: Tensor, batch: Packed) -> DeltaInputs:
+        documents = batch.memo("documents", lambda: Documents.of(batch.cu_seqlens, x.device))
+        frozen = (self.conv1d.weight, self.A_log, self.dt_bias, documents, self.heads)
+        args: tuple[Any, ...] = (*self._project(x), *frozen)
+        given = self._inputs(*args)
+        remember(given[:-1], lambda *args: self._inputs(*args)[:-1], *args)
+        return given
 
-    def _scan(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        batch: Packed,
-        cache: DeltaCache | None,
-    ) -> Tensor:
+    def _continued(self, x: Tensor, batch: Packed, cache: DeltaCache) -> DeltaInputs:
+        qkv, z, a, b = self._project(x)
+        mixed = causal_conv_silu(qkv, self.conv1d.weight, batch.cu_seqlens, cache.conv)
+        cache.conv = torch.cat([cache.conv, qkv.detach().to(cache.conv.dtype)])[-self.kernel :]
+        g, beta = log_decay(a, self.A_log, self.dt_bias), torch.sigmoid(b)
+        return DeltaInputs(*self.heads.split(mixed), g, beta, z)
+
+    def _scan(self, given: DeltaInputs, batch: Packed, cache: DeltaCache | None) -> Tensor:
+        q, k, v, g, beta, _ = given
         lengths = batch.cu_seqlens
         if cache is None:
             layout = batch.memo("delta chunks", lambda: Chunks.of(lengths, CHUNK, q.device))
-            return chunked_delta_rule(q, k, v, g, beta, lengths, layout=layout)[0]
+            return self._rule(q, k, v, g, beta, lengths, layout=layout)[0]
         rule = recurrent_delta_rule if len(q) == 1 else chunked_delta_rule
         o, state = rule(q, k, v, g, beta, lengths, cache.state)
         cache.state = state.detach()
         return o
-
-
-def log_decay(a: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
-    """``[T, Hv]``, at most 0, in float32: ``-exp(A_log) * softplus(a + dt_bias)``."""
-    return -a_log.float().exp() * F.softplus(a.float() + dt_bias)

@@ -20,11 +20,12 @@ from qcore.nn.protocols import BuildContext, Packed
 from qcore.nn.protocols import Trunk as TrunkProtocol
 
 from .attention import Attention, KvCache
-from .delta import DeltaCache, GatedDeltaNet, Weight
+from .delta import DeltaCache, GatedDeltaNet
 from .mlp import Mlp
 from .moe import Moe, balance_loss
 from .norm import RmsNorm
 from .table import layer_types, text_config
+from .weight import Weight
 
 Cache = KvCache | DeltaCache
 
@@ -36,13 +37,12 @@ class DecoderLayer(nn.Module):
         super().__init__()
         name, eps = f"layers.{number}", text["rms_norm_eps"]
         self.kind = kind
-        self.input_layernorm = RmsNorm(ctx.tensor(f"{name}.input_layernorm.weight"), eps)
+        self.input_layernorm = RmsNorm(ctx, f"{name}.input_layernorm", eps)
         if kind == "linear_attention":
             self.linear_attn = GatedDeltaNet(ctx, text, f"{name}.linear_attn")
         else:
             self.self_attn = Attention(ctx, text, f"{name}.self_attn")
-        after = ctx.tensor(f"{name}.post_attention_layernorm.weight")
-        self.post_attention_layernorm = RmsNorm(after, eps)
+        self.post_attention_layernorm = RmsNorm(ctx, f"{name}.post_attention_layernorm", eps)
         self.sparse = "num_experts" in text
         self.mlp = Moe(ctx, text, f"{name}.mlp") if self.sparse else Mlp(ctx, f"{name}.mlp")
 
@@ -52,8 +52,8 @@ class DecoderLayer(nn.Module):
         return self.linear_attn if self.kind == "linear_attention" else self.self_attn
 
     def forward(self, x: Tensor, batch: Packed, cache: Any | None = None) -> Tensor:
-        x = x + self.mixer(self.input_layernorm(x), batch, cache)
-        y = self.post_attention_layernorm(x)
+        x, y = self.input_layernorm.after(x)
+        x, y = self.post_attention_layernorm.after(x, self.mixer(y, batch, cache))
         out: Tensor = x + (self.mlp(y, batch) if self.sparse else self.mlp(y))
         return out
 
@@ -73,7 +73,7 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(ctx, text, kind, number) for number, kind in enumerate(layer_types(text))
         )
-        self.norm = RmsNorm(ctx.tensor("norm.weight"), text["rms_norm_eps"])
+        self.norm = RmsNorm(ctx, "norm", text["rms_norm_eps"])
 
     def embed(self, batch: Packed) -> Tensor:
         """``ids [T] -> [T, H]``, not scaled."""

@@ -1,120 +1,51 @@
-"""The two norms: RMSNorm with weight ``1 + w``, and the gated norm of the delta net.
+"""The norms as modules: a weight, and the backend of its op.
 
-This file decides their formulas and the order of their roundings (float32 inside, one
-rounding at the end; the gated norm rounds once more before its weight), and that only the
-inputs are saved for backward.
+This file decides what is computed again in backward (every norm's result); the formulas are
+`ops.norm`'s.
 
 Shapes: ``[..., d]``, normalised over d.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from qcore.nn.again import again, remember
+from qcore.nn.protocols import BuildContext
 
-def scale_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a normalised row is multiplied by: the stored weight is the distance from one."""
-    return 1 + weight.to(dtype)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / rms(x) * (1 + w)`` in float32, rounded to the dtype of x last."""
-    out: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-    return out
-
-
-def gated_norm(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``o / rms(o) * w * silu(z)``: the norm comes before the gate, and rounds before w."""
-    out: Tensor = _GatedNorm.apply(o, z, weight, eps)  # type: ignore[no-untyped-call]
-    return out
+from .ops.norm.reference import add_rms_norm, gated_norm, rms_norm
 
 
 class RmsNorm(nn.Module):
     """RMSNorm over the last dimension, weight ``[d]`` stored as the distance from one."""
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+    def __init__(self, ctx: BuildContext, name: str, eps: float) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight = ctx.tensor(f"{name}.weight")
         self.eps = eps
+        self._norm = ctx.kernel("rms_norm", rms_norm)
+        self._add_norm = ctx.kernel("add_rms_norm", add_rms_norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return again(self._norm, x, self.weight, self.eps)
+
+    def after(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The residual stream ``x + delta`` (x without delta) and its norm.
+
+        Go on with the stream that is returned: its gradient and the norm's are then one pass.
+        """
+        x, y = self._add_norm(x, delta, self.weight, self.eps)
+        return x, remember(y, self._norm, x, self.weight, self.eps)
 
 
 class GatedNorm(nn.Module):
     """RMSNorm and SiLU gate of one value head; the weight ``[dv]`` is shared by all heads."""
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+    def __init__(self, ctx: BuildContext, name: str, eps: float) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight = ctx.tensor(f"{name}.weight")
         self.eps = eps
+        self._norm = ctx.kernel("gated_norm", gated_norm)
 
     def forward(self, o: Tensor, z: Tensor) -> Tensor:
-        return gated_norm(o, z, self.weight, self.eps)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    return x.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
-
-
-def _through_rms(dy: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """Gradient of x where ``unit = x * inverse`` and dy is that of unit; dy is overwritten."""
-    along = (dy * unit).mean(-1, keepdim=True)
-    return dy.addcmul_(unit, along, value=-1).mul_(inverse)
-
-
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        wide = _wide(x)
-        y = wide * _inverse_rms(wide, eps)
-        return y.mul_(scale_of(weight, y.dtype)).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        wide = _wide(x)
-        inverse = _inverse_rms(wide, ctx.eps)
-        unit = wide * inverse
-        dweight = None
-        if ctx.needs_input_grad[1]:
-            dweight = (_wide(dy) * unit).flatten(0, -2).sum(0).to(weight.dtype)
-        dunit = _wide(dy) * scale_of(weight, wide.dtype)
-        return _through_rms(dunit, unit, inverse).to(x.dtype), dweight, None
-
-
-class _GatedNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, o: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(o, z, weight)
-        ctx.eps = eps
-        wide = _wide(o)
-        unit = (wide * _inverse_rms(wide, eps)).to(o.dtype)
-        return (F.silu(_wide(z)) * (unit * weight.to(o.dtype))).to(o.dtype)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        o, z, weight = ctx.saved_tensors
-        wide, gate, dy = _wide(o), _wide(z), _wide(dy)
-        inverse = _inverse_rms(wide, ctx.eps)
-        unit = wide * inverse
-        w = weight.to(wide.dtype)
-        dz = torch.ops.aten.silu_backward(dy * unit * w, gate).to(z.dtype)
-        dunit = F.silu(gate).mul_(dy)
-        dweight = None
-        if ctx.needs_input_grad[2]:
-            dweight = (dunit * unit).flatten(0, -2).sum(0).to(weight.dtype)
-        return _through_rms(dunit.mul_(w), unit, inverse).to(o.dtype), dz, dweight, None
+        return again(self._norm, o, z, self.weight, self.eps)

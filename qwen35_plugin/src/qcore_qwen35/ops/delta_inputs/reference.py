@@ -1,25 +1,116 @@
-"""Depthwise causal convolution and SiLU over a pack.
+"""What the delta rule reads: convolved q, k, v, log decays, write strengths.
 
-This file decides how ``y_t = silu(sum_i w_i u_(t - K + 1 + i))`` is computed: documents laid
-end to end with ``K - 1`` rows of zeros before each, so that no window crosses a start, then
-one two-dimensional convolution of height T and width 1 on the token-major layout. That is
+This file decides, of the convolution ``y_t = silu(sum_i w_i u_(t - K + 1 + i))``, that documents
+are laid end to end with ``K - 1`` rows of zeros before each, so that no window crosses a start,
+and convolved as one image of height T and width 1 on the token-major layout. That is
 ``channels_last``, for which the CPU has a kernel some twenty times faster than the
 one-dimensional form on channel-major memory, with the same bits. The convolution rounds to
 the dtype of u before SiLU, as the reference does.
 
-Only u is saved; the backward convolves again. Shapes: T tokens, C channels, kernel K.
+Only u is saved; the backward convolves again. Shapes: T tokens, Hk key heads of dk, Hv value
+heads of dv, C = 2 Hk dk + Hv dv channels in the order q, k, v, kernel K.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Where the documents of a pack begin, for the host and for kernels.
+
+    Attributes:
+        cu_seqlens: ``N + 1`` cumulative lengths.
+        starts: ``[T]`` int32, the first token of each token's document.
+    """
+
+    cu_seqlens: tuple[int, ...]
+    starts: Tensor
+
+    @staticmethod
+    def of(cu_seqlens: Sequence[int], device: torch.device) -> Documents:
+        """Laid out on the host, carried over without waiting for the device."""
+        ends = torch.tensor(cu_seqlens)
+        starts = torch.repeat_interleave(ends[:-1].int(), ends.diff(), output_size=cu_seqlens[-1])
+        if device.type == "cuda" and torch.cuda.is_available():
+            starts = starts.pin_memory()
+        return Documents(tuple(cu_seqlens), starts.to(device, non_blocking=True))
+
+
+class Heads(NamedTuple):
+    """How the channels divide: Hk, dk, Hv, dv."""
+
+    k_heads: int
+    k_dim: int
+    v_heads: int
+    v_dim: int
+
+    def split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``[T, C]`` -> views q, k ``[T, Hk, dk]``, v ``[T, Hv, dv]``."""
+        keys = self.k_heads * self.k_dim
+        q, k, v = mixed.split((keys, keys, self.v_heads * self.v_dim), -1)
+        return (
+            q.unflatten(-1, (self.k_heads, self.k_dim)),
+            k.unflatten(-1, (self.k_heads, self.k_dim)),
+            v.unflatten(-1, (self.v_heads, self.v_dim)),
+        )
+
+
+class DeltaInputs(NamedTuple):
+    """q, k ``[T, Hk, dk]``, v ``[T, Hv, dv]``, g ``[T, Hv]`` float32, beta ``[T, Hv]``, z as given.
+
+    z is passed through so that its gradient can lie beside the others.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    z: Tensor
+
+
+def delta_inputs(
+    qkv: Tensor,
+    z: Tensor,
+    a: Tensor,
+    b: Tensor,
+    conv_weight: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    documents: Documents,
+    heads: Heads,
+) -> DeltaInputs:
+    """What the rule reads, of what the projections gave.
+
+    Args:
+        qkv: ``[T, C]`` before the convolution.
+        z: ``[T, Hv * dv]``, the gate of the norm behind the rule.
+        a: ``[T, Hv]``, of the decay.
+        b: ``[T, Hv]``, of the write strength.
+        conv_weight: ``[C, 1, K]``.
+        a_log: ``[Hv]``.
+        dt_bias: ``[Hv]``.
+        documents: of the pack.
+        heads: how the channels divide.
+    """
+    mixed = causal_conv_silu(qkv, conv_weight, documents.cu_seqlens)
+    g, beta = log_decay(a, a_log, dt_bias), torch.sigmoid(b)
+    return DeltaInputs(*heads.split(mixed), g, beta, z)
+
+
+def log_decay(a: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
+    """``[T, Hv]``, at most 0, in float32: ``-exp(A_log) * softplus(a + dt_bias)``."""
+    return -a_log.float().exp() * F.softplus(a.float() + dt_bias)
 
 
 def causal_conv_silu(

@@ -1,0 +1,126 @@
+"""Gradients laid out as their inputs lie: column slices of one buffer come back as one buffer.
+
+A stacked map gives its outputs as column slices of one buffer ``[T, C]``, and wants their
+gradients so, or it copies them together. Its consumers' backward functions run one after
+another, each knowing its own slice alone. This file decides the convention by which they meet
+without a word: a gradient is written where its input would lie, in a buffer as wide as the
+input's (`Slices.gradients`); whoever gets such a gradient, and knows what else lies in that
+buffer, writes beside it. `whole` gives the buffer back, and copies only what lies elsewhere.
+
+A function that must have a neighbour's gradient passes that input through unchanged.
+
+Shapes: T rows, C columns of all slices of a buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Place(NamedTuple):
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    group: int
+
+
+class Slices:
+    """How the inputs ``[T, ...]`` of a function lie: in common buffers, or each alone.
+
+    Keep it for backward in place of the inputs: it holds no memory.
+    """
+
+    __slots__ = ("_places",)
+
+    def __init__(self, *inputs: Tensor) -> None:
+        groups: dict[tuple[int, int], int] = {}
+        places = []
+        for number, x in enumerate(inputs):
+            stride, width = x.stride(), x.stride(0)
+            offset = int(x.storage_offset() % width) if width else 0
+            last = offset + sum((n - 1) * s for n, s in zip(x.shape[1:], stride[1:], strict=True))
+            if last < width:
+                group = groups.setdefault((_storage(x), width), number)
+            else:  # rows that overlap: no slice of a buffer of rows
+                stride, offset, group = _packed(x.shape), 0, groups.setdefault((-1, number), number)
+            places.append(_Place(x.shape, stride, offset, group))
+        self._places = tuple(places)
+
+    def gradients(self, like: Tensor, *given: Tensor | None) -> tuple[Tensor, ...]:
+        """One gradient for each input, laid out as the inputs are.
+
+        Args:
+            like: a tensor of the dtype and device of what is new.
+            given: for each input its gradient where it is known, ``None`` where it is not: its
+                tensor is then not initialised, and to be written by the caller.
+        """
+        buffers: dict[int, Tensor] = {}
+        for place, gradient in zip(self._places, given, strict=True):
+            if gradient is not None and place.group not in buffers and _lies(gradient, place):
+                buffers[place.group] = gradient
+        out = []
+        for place, gradient in zip(self._places, given, strict=True):
+            if place.group not in buffers:
+                buffers[place.group] = _buffer(place, like)
+            buffer = buffers[place.group]
+            made = buffer.as_strided(place.shape, place.stride, place.offset)
+            if gradient is not None and not _same(gradient, made):
+                made.copy_(gradient)
+            out.append(made)
+        return tuple(out)
+
+
+def whole(slices: Sequence[Tensor]) -> Tensor:
+    """``([T, c1], [T, c2], ...) -> [T, c1 + c2 + ...]``: their buffer where they share one."""
+    first = slices[0]
+    width = sum(one.shape[1] for one in slices)
+    at = first.storage_offset()
+    for one in slices:
+        if (
+            _storage(one) != _storage(first)
+            or one.stride() != (width, 1)
+            or one.storage_offset() != at
+        ):
+            return torch.cat(list(slices), 1)
+        at += one.shape[1]
+    return first.as_strided((len(first), width), (width, 1), first.storage_offset())
+
+
+def _packed(shape: torch.Size) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * max(size, 1))
+    return tuple(strides)
+
+
+def _buffer(place: _Place, like: Tensor) -> Tensor:
+    rows, width = place.shape[0], place.stride[0]
+    return like.new_empty(max(rows * width, 1))
+
+
+def _lies(gradient: Tensor, place: _Place) -> bool:
+    """Whether `gradient` is a slice of a buffer in which its neighbours have their places too."""
+    rows, width = place.shape[0], place.stride[0]
+    room = gradient.untyped_storage().nbytes() // gradient.element_size()
+    return (
+        gradient.shape == place.shape
+        and gradient.stride() == place.stride
+        and gradient.storage_offset() == place.offset
+        and room >= rows * width
+    )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return (
+        _storage(one) == _storage(other)
+        and one.storage_offset() == other.storage_offset()
+        and one.stride() == other.stride()
+    )
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

@@ -1,0 +1,1 @@
+"""What lies between the projections of the delta net and its rule."""

@@ -1,0 +1,1 @@
+"""The norms of the family."""

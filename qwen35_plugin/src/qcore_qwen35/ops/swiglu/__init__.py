@@ -1,0 +1,1 @@
+"""The product inside the feed-forward map."""
