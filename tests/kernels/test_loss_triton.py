@@ -148,3 +148,19 @@ def test_rows_of_a_chunk_fit_their_budget() -> None:
     rows = loss_triton.chunk_rows(248320, 2560, 2, cpu)
     assert rows * 248320 * 2 <= loss_triton.CHUNK_BYTES
     assert loss_triton.chunk_rows(10**10, 64, 4, cpu) == 1
+
+
+def test_the_registry_has_it_and_its_own_check_passes() -> None:
+    from qcore.core_kernels import core_kernels
+
+    (kernel,) = (one for one in core_kernels() if one.op == "cross_entropy")
+    assert kernel.load() is loss_triton.cross_entropy_sum
+    assert kernel.refuse(torch.device("cpu")) == "it needs a CUDA device"
+    verdict = kernel.verify(torch.device("cpu"))
+    assert verdict.good, verdict.text
+
+
+def test_the_check_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loss_triton.cross_entropy_sum
+    monkeypatch.setattr(loss_triton, "cross_entropy_sum", lambda *args: real(*args) * 1.02)
+    assert not loss_triton.verify(torch.device("cpu")).good

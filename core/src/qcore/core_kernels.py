@@ -6,11 +6,38 @@ file of `qcore.nn`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
-from .records import Kernel
+from .records import Kernel, Verdict
+
+if TYPE_CHECKING:
+    import torch
 
 
 def core_kernels() -> Iterator[Kernel]:
-    """The backends of NF4, of experts and of the loss."""
-    yield from ()
+    """The backends of attention, NF4, experts and the loss."""
+    yield Kernel(
+        op="cross_entropy",
+        backend="triton",
+        load=_cross_entropy,
+        verify=_verify_cross_entropy,
+        refuse=_needs_cuda,
+        requires=("triton>=3.2",),
+    )
+
+
+def _needs_cuda(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "it needs a CUDA device"
+
+
+def _cross_entropy() -> Callable[..., Any]:
+    from .nn.loss_triton import cross_entropy_sum
+
+    return cross_entropy_sum
+
+
+def _verify_cross_entropy(device: torch.device) -> Verdict:
+    from .nn.loss_triton import verify
+
+    return verify(device)

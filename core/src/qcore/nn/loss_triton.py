@@ -23,6 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..records import Verdict
+from .loss import cross_entropy_sum as reference
+from .verify import compare, worst
+
 #: Bytes that a chunk's logits may take.
 CHUNK_BYTES = 1_700_000_000
 _TILE = (128, 256)  # what cuBLAS gives a multiprocessor of the product that makes the gradient
@@ -150,3 +154,26 @@ def _scaled(GRAD, SCALE, rows, OUT, count, BLOCK: tl.constexpr):
     scale = tl.load(SCALE).to(tl.float32) * rows
     x = tl.load(GRAD + where, mask=where < count).to(tl.float32)
     tl.store(OUT + where, (x * scale).to(OUT.dtype.element_ty), mask=where < count)
+
+
+def verify(device: torch.device) -> Verdict:
+    """Loss and gradient on rows of several chunks, odd sizes, and a target that is nearly sure."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def case(s: int, h: int, v: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = torch.randn(s, h, generator=generator, device=device).to(dtype)
+        head = (torch.randn(v, h, generator=generator, device=device) * 2 / h**0.5).to(dtype)
+        targets = torch.randint(v, (s,), generator=generator, device=device)
+        targets[0] = (hidden[:1] @ head.t()).argmax()
+        return hidden, head, targets
+
+    # Bounds are those of bf16: products and the gradient are rounded once each.
+    return worst(
+        *(
+            compare(
+                cross_entropy_sum, reference, [*case(s, h, v, torch.bfloat16), chunk],
+                output=2e-3, gradient=1e-2, gradients_of=(0,),
+            )
+            for s, h, v, chunk in ((130, 256, 8003, 48), (3, 64, 40000, None))
+        )
+    )  # fmt: skip
