@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 def core_kernels() -> Iterator[Kernel]:
     """The backends of attention, NF4, experts and the loss."""
     yield Kernel(
+        op="attention",
+        backend="fused",
+        load=lambda: _attention().fused_attention,
+        verify=lambda device: _attention().verify(device),
+        refuse=lambda device: _attention().refuse(device),
+    )
+    yield Kernel(
         op="cross_entropy",
         backend="triton",
         load=_cross_entropy,
@@ -25,6 +32,12 @@ def core_kernels() -> Iterator[Kernel]:
         refuse=_needs_cuda,
         requires=("triton>=3.2",),
     )
+
+
+def _attention() -> Any:
+    from .nn import attention_cuda
+
+    return attention_cuda
 
 
 def _needs_cuda(device: torch.device) -> str | None:
