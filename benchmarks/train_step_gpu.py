@@ -256,9 +256,13 @@ def _ratios(results: dict[str, list[Result]]) -> Iterator[str]:
 def _profiles(given: argparse.Namespace, results: dict[str, list[Result]]) -> Iterator[str]:
     for side, rounds in results.items():
         good = _good(rounds)
-        if not good or not good[-1].get("groups"):
+        if not good:
             continue
         last = good[-1]
+        for note in last["notes"]:
+            yield f"{side}: {note}"
+        if not last.get("groups"):
+            continue
         shares = "; ".join(
             f"{name} {ms:.1f} ms ({int(count)})" for name, (ms, count) in last["groups"].items()
         )

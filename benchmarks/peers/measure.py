@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,15 @@ from .shapes import Job
 Step = Callable[[int], float]  #: runs step number n on the n-th ids, returns its loss
 
 
-def measure(job: Job, make: Callable[[Job], Step]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A loaded model: its step, and what the report should say of it."""
+
+    step: Step
+    notes: tuple[str, ...] = ()
+
+
+def measure(job: Job, make: Callable[[Job], Side]) -> dict[str, Any]:
     """Build a side's step and measure it.
 
     Args:
@@ -29,10 +38,12 @@ def measure(job: Job, make: Callable[[Job], Step]) -> dict[str, Any]:
     """
     device = torch.device(job.device)
     began = time.perf_counter()
-    step = make(job)
+    side = make(job)
+    step = side.step
     _wait(device)
     loaded = time.perf_counter() - began
-    result: dict[str, Any] = {"load_s": loaded, "base_bytes": _memory(device, peak=False)}
+    base = _memory(device, peak=False)
+    result: dict[str, Any] = {"load_s": loaded, "base_bytes": base, "notes": side.notes}
     began = time.perf_counter()
     result["first_loss"] = step(0)
     _wait(device)

@@ -16,11 +16,13 @@ import torch
 from qcore.checkpoint import Header
 from qcore.data.dataset import Dataset
 from qcore.data.mask import Example
+from qcore.kernels import Chosen, choose, installed
 from qcore.load import place, slabs
 from qcore.locate import Layout, Located, Place
 from qcore.loop import Loop
 from qcore.model import Model
 from qcore.nn.adapted import Lora
+from qcore.plugins import Plugins
 from qcore.records import Architecture
 from qcore.schedule import Schedule
 from qcore.settings import Settings
@@ -30,24 +32,29 @@ from qcore_qwen35.plugin import DENSE, MOE
 from qcore_qwen35.table import parts
 from qcore_qwen35.tiny import tiny_config
 
-from .measure import Step
+from .measure import Side
 from .shapes import ALPHA, RANK, Job
 
 
-def make(job: Job) -> Step:
+def make(job: Job) -> Side:
     """A loaded model and a step of its loop."""
     device = torch.device(job.device)
-    model = adapted(job, device)
+    chosen = backends(job, device)
+    model = adapted(job, device, chosen)
     settings = Settings(
         max_steps=job.steps + 3, per_device_train_batch_size=job.batch,
         gradient_accumulation_steps=1, max_length=max(2, job.seq), learning_rate=1e-4,
         warmup_ratio=0.0, r=RANK, lora_alpha=ALPHA,
     )  # fmt: skip
     loop = Loop(model, rows(job.ids(), settings), settings, device, recompute=job.policy)
-    return lambda number: float(loop.step(number)["loss"])
+
+    def step(number: int) -> float:
+        return float(loop.step(number)["loss"])
+
+    return Side(step, tuple(chosen.lines()))
 
 
-def adapted(job: Job, device: torch.device) -> Model:
+def adapted(job: Job, device: torch.device, chosen: Chosen) -> Model:
     """The model with random weights and fresh adapters."""
     config, layout = describe(job)
     groups = ("attn", "gdn", "shared_expert") if job.moe else ()
@@ -55,20 +62,10 @@ def adapted(job: Job, device: torch.device) -> Model:
         groups += ("experts",)
     ranks = {"experts": job.expert_rank} if job.expert_rank else {}
     lora = targets(layout, groups, Lora(r=RANK, lora_alpha=ALPHA), group_r=ranks)
-    model = built(job, config, layout, lora, device)
+    model = Model(architecture(job), config, layout, torch.bfloat16, lora, chosen)
+    fill(layout, model, device, quantize=job.quantize)
     for name, module in model.adapters():
         module.reset_lora(name, 0, device)
-    return model
-
-
-def built(
-    job: Job, config: dict[str, Any], layout: Layout, lora: dict[str, Lora], device: torch.device
-) -> Model:
-    """The model, filled, with the backends that `job` asks for."""
-    extra = {"backends": backends(job, device)} if device.type == "cuda" else {}
-    extra = {key: value for key, value in extra.items() if value is not None}
-    model = Model(architecture(job), config, layout, torch.bfloat16, lora, **extra)
-    fill(layout, model, device, quantize=job.quantize)
     return model
 
 
@@ -77,15 +74,13 @@ def architecture(job: Job) -> Architecture:
     return MOE if job.moe else DENSE
 
 
-def backends(job: Job, device: torch.device) -> Any:
-    """What `--kernels` chose; ``None`` where this qcore has no registry."""
-    try:
-        from qcore import kernels
-    except ImportError:
-        if job.kernels:
-            raise
-        return None
-    return kernels.choose(device, job.kernels)  # type: ignore[attr-defined, unused-ignore]
+def backends(job: Job, device: torch.device) -> Chosen:
+    """What a run without wishes takes, and what ``--kernels`` asks for."""
+    plugins = Plugins.discover().for_model_type("qwen3_5")
+    if not plugins.infos:  # on the path, but without the metadata that names its hooks
+        raise RuntimeError("qcore-qwen35 is not installed: its kernels would not be found")
+    wanted = dict(one.split("=", 1) for one in job.kernels)
+    return choose(installed(plugins), device, wanted)
 
 
 def describe(job: Job) -> tuple[dict[str, Any], Layout]:

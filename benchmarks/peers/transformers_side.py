@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .measure import Step
+from .measure import Side, Step
 from .shapes import ALPHA, RANK, TARGETS, Job
 
 #: What is not put in 4 bit, as `qcore` has it; the rest of the linear maps is.
@@ -26,12 +26,15 @@ def hide_fla() -> None:
         sys.modules[name] = None  # type: ignore[assignment]
 
 
-def make(job: Job, *, fla: bool) -> Step:
+def make(job: Job, *, fla: bool) -> Side:
     """A model with adapters, and a step of it."""
     if not fla:
         hide_fla()
     model = adapted(job)
-    return step_of(model, job)
+    rule = (
+        "fla where transformers finds it usable" if fla else "torch; fla and causal-conv1d hidden"
+    )
+    return Side(step_of(model, job), (f"delta rule: {rule}",))
 
 
 def causal_lm(job: Job) -> nn.Module:

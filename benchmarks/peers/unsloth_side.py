@@ -16,13 +16,13 @@ from dataclasses import replace
 
 import torch
 
-from .measure import Step
+from .measure import Side
 from .shapes import ALPHA, RANK, TARGETS, Job
 
 _WORDS = ("<unk>", "<s>", "<pad>", "</s>")
 
 
-def make(job: Job) -> Step:
+def make(job: Job) -> Side:
     """A model with adapters, and a step of it."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1",
@@ -46,7 +46,7 @@ def make(job: Job) -> Step:
     )  # fmt: skip
     from .transformers_side import step_of
 
-    return step_of(model.train(), job, attention_mask=None)
+    return Side(step_of(model.train(), job, attention_mask=None))
 
 
 def write(folder: str, fields: str) -> None:
