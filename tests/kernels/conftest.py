@@ -26,3 +26,26 @@ def _loops_end_at_tensors() -> None:
 
 
 _loops_end_at_tensors()
+
+
+def _products_of_bfloat16() -> None:
+    """Triton 3.6's interpreter multiplies the bits of bfloat16 as if they were whole numbers."""
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import TensorHandle, _convert_float, tl
+
+    builder = interpreter.InterpreterBuilder
+    real = builder.create_dot
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):  # type: ignore[no-untyped-def]
+        def wide(x):  # type: ignore[no-untyped-def]
+            if x.dtype.scalar != tl.bfloat16:
+                return x
+            data = _convert_float(x.data, tl.bfloat16, tl.float32, None).view("float32")
+            return TensorHandle(data, tl.float32)
+
+        return real(self, wide(a), wide(b), d, input_precision, max_num_imprecise_acc)
+
+    builder.create_dot = create_dot
+
+
+_products_of_bfloat16()

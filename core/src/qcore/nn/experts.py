@@ -1,9 +1,10 @@
 """Experts: rows sorted by the expert that they were routed to, and one linear map for each.
 
-This file decides how routed rows are laid (each token k times, sorted by expert, in one
-stable order), that the cost is linear in them, and how ``y_i = x_i W_e^T + s x_i A_e^T B_e^T``
-is computed and what is saved for its backward: the rows, never the dequantised weights. The
-router, what lies between two maps, and shared experts are the plugin's.
+This file decides that the cost is linear in the rows, how ``y_i = x_i W_e^T + s x_i A_e^T B_e^T``
+is computed with torch alone and what is saved for its backward: what was given, never the
+dequantised weights, nor rows that tokens give. `experts_routing` lays the rows, `experts_triton`
+has the same map for a GPU. The router, what lies between two maps, and shared experts are the
+plugin's.
 
 LoRA's matrices have PEFT's layout for stacked parameters: row ``e r + k`` of A belongs to
 expert e (expert-major), column ``k E + e`` of B does (rank-major).
@@ -14,11 +15,9 @@ Shapes: T tokens, k experts a token, ``R = T k`` rows, E experts, ``W [E, out, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,124 +25,33 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .adapted import Adapted, Lora
+from .experts_routing import Routing
 from .nf4 import NF4Stack
+
+__all__ = ["Experts", "Routing", "Tokens", "grouped"]
 
 TOGETHER = 2**31  #: bytes of weights that are dequantised for one launch
 
-
-class Routing:
-    """Where each of ``T k`` rows goes. Build with `Routing.of`.
-
-    Attributes:
-        order: ``[R]`` int64, the flat place (token, choice) of each sorted row.
-        inverse: ``[R]`` int64, the sorted row of each flat place.
-        ends: ``[E]`` int32, where each expert's rows end.
-        k: experts a token.
-    """
-
-    def __init__(self, order: Tensor, inverse: Tensor, ends: Tensor, k: int) -> None:
-        self.order = order
-        self.inverse = inverse
-        self.ends = ends
-        self.k = k
-
-    @staticmethod
-    def of(chosen: Tensor, experts: int) -> Routing:
-        """From the experts of each token ``[T, k]`` int64."""
-        flat = chosen.flatten()
-        ordered, order = flat.sort(stable=True)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
-        numbers = torch.arange(experts, device=flat.device)
-        ends = torch.searchsorted(ordered, numbers, right=True, out_int32=True)
-        return Routing(order, inverse, ends, chosen.shape[1])
-
-    def save(self, ctx: Any, *tensors: Tensor | None) -> None:
-        """Save `tensors` for backward together with where their rows went.
-
-        As saved tensors, both are of the same forward, also where that is run again.
-        """
-        ctx.save_for_backward(self.order, self.inverse, self.ends, *tensors)
-        ctx.k = self.k
-
-    @staticmethod
-    def saved(ctx: Any) -> tuple[Routing, list[Any]]:
-        """What `save` saved."""
-        order, inverse, ends, *tensors = ctx.saved_tensors
-        return Routing(order, inverse, ends, ctx.k), tensors
-
-    @property
-    def chosen(self) -> Tensor:
-        """``[T, k]`` int64: the experts of each token, as they were given."""
-        where = torch.searchsorted(self.ends, self.inverse.to(self.ends.dtype), right=True)
-        return where.view(-1, self.k)
-
-    @property
-    def counts(self) -> Tensor:
-        """``[E]`` int64: rows by expert."""
-        return self.ends.long().diff(prepend=self.ends.new_zeros(1, dtype=torch.int64))
-
-    @cached_property
-    def bounds(self) -> tuple[int, ...]:
-        """``E + 1`` rows between which each expert's lie; waits for the device."""
-        return (0, *self.ends.tolist())
-
-    @property
-    def spans(self) -> Iterator[tuple[int, int, int]]:
-        """(expert, first row, end) of every expert that has rows."""
-        return ((e, a, b) for e, (a, b) in enumerate(pairwise(self.bounds)) if b > a)
-
-    def gather(self, x: Tensor) -> Tensor:
-        """``[T, H] -> [R, H]``: each token k times, sorted by expert."""
-        rows: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
-        return rows
-
-    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """``[R, H], [T, k] -> [T, H]``: the weighted sum of each token's rows, rounded once."""
-        out: Tensor = _Combine.apply(rows, weights, self)  # type: ignore[no-untyped-call]
-        return out
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, routing: Routing) -> Tensor:
-        routing.save(ctx)
-        return x.index_select(0, routing.order // routing.k)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        routing, _ = Routing.saved(ctx)
-        flat = dy.index_select(0, routing.inverse)
-        return flat.view(-1, routing.k, dy.shape[-1]).sum(1), None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
-        routing.save(ctx, rows, weights)
-        flat = rows.index_select(0, routing.inverse).view(-1, routing.k, rows.shape[-1])
-        return torch.bmm(weights.unsqueeze(1), flat).squeeze(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        routing, (rows, weights) = Routing.saved(ctx)
-        drows = dy.index_select(0, routing.order // routing.k)
-        products = torch.bmm(rows.unsqueeze(1), drows.unsqueeze(2)).flatten()
-        dweights = products.index_select(0, routing.inverse).view_as(weights)
-        drows.mul_(weights.flatten().index_select(0, routing.order).unsqueeze(1))
-        return drows, dweights, None
+#: What a map reads or gives in place of sorted rows: tokens, each of which goes to its k
+#: experts (``in``), or gets the sum of its k rows (``out``).
+Tokens = Literal["in", "out"] | None
 
 
 class Experts(Adapted):
-    """One linear map per expert: ``module(rows [R, in], routing) -> [R, out]``."""
+    """One linear map per expert: ``module(rows [R, in], routing) -> [R, out]``.
+
+    Attributes:
+        compute: `grouped`, or the backend that the run chose for it.
+        resident: the dequantised stack ``[E, out, in]``, where it is kept beside the codes.
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lora: Lora | None) -> None:
         super().__init__(shape, dtype, lora)
         self.nf4: NF4Stack | None = None
         self._taken = 0
         self.reader: Callable[[int], Tensor] | None = None
+        self.compute: Callable[[Tensor, Experts, Routing, Tokens], Tensor] = grouped
+        self.resident: Tensor | None = None
 
     def lora_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """``A [E r, in]``, ``B [out, r E]``."""
@@ -169,6 +77,13 @@ class Experts(Adapted):
     def read_from(self, reader: Callable[[int], Tensor] | None) -> None:
         """Hold nothing: ask `reader` for the weight ``[out, in]`` of an expert when it has rows."""
         self.reader = reader
+
+    def reside(self, dense: bool) -> None:
+        """Keep the dequantised stack in memory, or give it up; its values are the same bits.
+
+        It saves the dequantisation of every pass for ``2 E out in`` bytes. Call it once loaded.
+        """
+        self.resident = self.nf4.dense() if dense and self.nf4 is not None else None
 
     @property
     def four_bit(self) -> bool:
@@ -202,16 +117,35 @@ class Experts(Adapted):
 
     def some(self, experts: slice) -> Tensor:
         """The weights of neighbours ``[n, out, in]`` in the run's dtype."""
+        if self.resident is not None:
+            return self.resident[experts]
         if self.nf4 is not None:
             return self.nf4.some(experts)
         assert self.weight is not None
         return self.weight[experts]
 
-    def forward(self, rows: Tensor, routing: Routing) -> Tensor:
-        """``[R, in] -> [R, out]``, rows sorted by expert."""
-        a, b = (self.lora_A, self.lora_B) if self.lora is not None else (None, None)
-        out: Tensor = _Grouped.apply(rows, a, b, self, routing)  # type: ignore[no-untyped-call]
-        return out
+    @property
+    def matrices(self) -> tuple[Tensor | None, Tensor | None]:
+        """A and B where they count."""
+        return (self.lora_A, self.lora_B) if self.lora is not None else (None, None)
+
+    def forward(self, x: Tensor, routing: Routing, tokens: Tokens = None) -> Tensor:
+        """``[R, in] -> [R, out]``, rows sorted by expert.
+
+        Args:
+            x: rows; or, with `tokens` "in", tokens ``[T, in]``.
+            routing: where they go.
+            tokens: "out": give ``[T, out]``, the sum of each token's rows.
+        """
+        compute = self.compute if self.reader is None else grouped
+        return compute(x, self, routing, tokens)
+
+
+def grouped(x: Tensor, module: Experts, routing: Routing, tokens: Tokens = None) -> Tensor:
+    """What `Experts` computes, with torch alone: its arguments are those of ``forward``."""
+    a, b = module.matrices
+    out: Tensor = _Grouped.apply(x, a, b, module, routing, tokens)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _Grouped(torch.autograd.Function):
@@ -219,9 +153,16 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, module: Experts, routing: Routing
+        ctx: Any,
+        given: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        module: Experts,
+        routing: Routing,
+        tokens: Tokens,
     ) -> Tensor:
-        ctx.module = module
+        ctx.module, ctx.tokens = module, tokens
+        x = given.index_select(0, routing.tokens) if tokens == "in" else given
         product: _Products = _Fused(routing) if _is_fused(x, module) else _Loop(routing)
         y = product.forward(x, module)
         xa = None
@@ -231,19 +172,23 @@ class _Grouped(torch.autograd.Function):
             by_a, by_b = _by_expert(a, b * module.lora.scaling, module, x.dtype, product.multiple)
             xa = product.forward(x, by_a)
             product.forward(xa, by_b, add_to=y)
-        routing.save(ctx, x, xa, a, b)
+        routing.save(ctx, given, xa, a, b)
         ctx.product = type(product)
-        return y
+        return routing.sum(y) if tokens == "out" else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         routing, (x, xa, a, b) = Routing.saved(ctx)
         module, product = ctx.module, ctx.product(routing)
+        if ctx.tokens == "out":
+            dy = dy.index_select(0, routing.tokens)
         dx = da = db = None
         if ctx.needs_input_grad[0]:
             dx = product.backward(dy, module)
         if xa is not None:
+            if ctx.tokens == "in":
+                x = x.index_select(0, routing.tokens)
             r, scaling = module.lora.r, module.lora.scaling
             by_a, by_b = _by_expert(a, b, module, x.dtype, product.multiple)
             dxa = product.backward(dy, by_b).mul_(scaling)
@@ -252,7 +197,9 @@ class _Grouped(torch.autograd.Function):
             db = db.permute(1, 2, 0).reshape(b.shape).to(b.dtype)
             if dx is not None:
                 product.backward(dxa, by_a, add_to=dx)
-        return dx, da, db, None, None
+        if dx is not None and ctx.tokens == "in":
+            dx = routing.sum(dx)
+        return dx, da, db, None, None, None
 
 
 def _is_fused(x: Tensor, module: Experts) -> bool:

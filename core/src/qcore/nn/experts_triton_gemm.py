@@ -63,8 +63,8 @@ def tile_table(ends, tiles, count, E, BM: tl.constexpr, BE: tl.constexpr, BT: tl
 def grouped(
     x, weight, y, index, tiles, ends, left, right,
     absmax, absmax2, code2, offset, table,
-    first_expert, last_expert, N, K, stride_x, BYTES, BLOCKS, RANK, stride_right,
-    TURNED: tl.constexpr, CHOICES: tl.constexpr, NF4: tl.constexpr, LORA: tl.constexpr,
+    first_expert, last_expert, N, K, stride_x, BYTES, BLOCKS, stride_right,
+    RANK: tl.constexpr, TURNED: tl.constexpr, CHOICES: tl.constexpr, NF4: tl.constexpr, LORA: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -92,6 +92,12 @@ def grouped(
             at_w += n[None, :].to(tl.int64) * K + k[:, None]
         else:
             at_w += k[:, None].to(tl.int64) * N + n[None, :]
+    if LORA:
+        # Asked for here, used after the loop: on their way meanwhile.
+        r = tl.arange(0, BR)
+        la = tl.load(left + rows[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
+        at = right + e.to(tl.int64) * RANK * stride_right + r[:, None] * stride_right + n[None, :]
+        lb = tl.load(at, mask=(r < RANK)[:, None], other=0.0)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k0 in range(0, K, BK):
         inside = k0 + k < K
@@ -125,10 +131,6 @@ def grouped(
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
         at_x += BK
     if LORA:
-        r = tl.arange(0, BR)
-        la = tl.load(left + rows[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
-        at = right + e.to(tl.int64) * RANK * stride_right + r[:, None] * stride_right + n[None, :]
-        lb = tl.load(at, mask=(r < RANK)[:, None], other=0.0)
         acc = tl.dot(la, lb.to(la.dtype), acc, input_precision=PRECISION)
     to = y + rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(to, acc.to(y.dtype.element_ty), mask=live[:, None] & (columns < N)[None, :])
@@ -136,8 +138,8 @@ def grouped(
 
 @triton.jit
 def thin(
-    x, right, out, index, tiles, ends, K, stride_x, RANK,
-    CHOICES: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    x, right, out, index, tiles, ends, K, stride_x,
+    RANK: tl.constexpr, CHOICES: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """``out_i = x_i right_e^T``: ``[R, r]`` from `right` ``[E r, K]``."""
@@ -170,8 +172,8 @@ def thin(
 
 @triton.jit
 def outer(
-    small, big, out, index, ends, scale, N, stride_big, RANK, stride_e, stride_r, stride_n,
-    CHOICES: tl.constexpr, PRECISION: tl.constexpr,
+    small, big, out, index, ends, scale, N, stride_big, stride_e, stride_r, stride_n,
+    RANK: tl.constexpr, CHOICES: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """``scale * sum_i small_i big_i^T`` over each expert's rows, float32, in any layout."""
@@ -179,9 +181,9 @@ def outer(
     start = tl.load(ends + e - 1, mask=e > 0, other=0)
     end = tl.load(ends + e)
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
-    n = tl.where(columns < N, columns, 0)
+    n = columns if EVEN_N else tl.where(columns < N, columns, 0)
     r = tl.arange(0, BR)
-    acc = tl.zeros((BR, BN), dtype=tl.float32)
+    acc = tl.zeros((BN, BR), dtype=tl.float32)
     for first in range(start, end, BM):
         rows = first + tl.arange(0, BM)
         live = rows < end
@@ -190,10 +192,11 @@ def outer(
         # What is masked here is zero: the rows past the end add nothing.
         a = tl.load(at, mask=live[:, None] & (r < RANK)[None, :], other=0.0)
         b = tl.load(big + _rows(index, rows, CHOICES)[:, None] * stride_big + n[None, :])
-        acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
-    to = out + e.to(tl.int64) * stride_e + r[:, None].to(tl.int64) * stride_r
-    to += columns[None, :].to(tl.int64) * stride_n
-    tl.store(to, acc * scale, mask=(r < RANK)[:, None] & (columns < N)[None, :])
+        # The long side first: the tensor cores' tiles are tall.
+        acc = tl.dot(b.T, a, acc, input_precision=PRECISION)
+    to = out + e.to(tl.int64) * stride_e + r[None, :].to(tl.int64) * stride_r
+    to += columns[:, None].to(tl.int64) * stride_n
+    tl.store(to, acc * scale, mask=(r < RANK)[None, :] & (columns < N)[:, None])
 
 
 @triton.jit

@@ -1,0 +1,274 @@
+"""Experts on a GPU: the map of `experts.grouped` and the routing of `Routing.of`, in Triton.
+
+This file decides which kernels run for a map and its gradients and how their tiles are cut: where
+an expert has few rows its 4-bit weights are read inside the product, else all of them are
+dequantised once for it. The host learns nothing of where rows went. Needs Triton at import.
+
+LoRA's sum is added in the product's own float32 sum; gradients of A and B are float32 sums,
+written in PEFT's layout. Nothing of a token's k rows is made where tokens will do.
+
+Shapes: T tokens, k experts a token, ``R = T k`` rows, E experts, r LoRA's rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+from . import experts_triton_gemm as gemm
+from .experts import TOGETHER, Experts, Tokens
+from .experts_routing import Routing
+
+#: Rows an expert, on average, below which 4-bit weights are read inside the product.
+FEW = 16
+
+_NF4_VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@functools.cache
+def _table(device: torch.device) -> Tensor:
+    """The sixteen values of NF4."""
+    return torch.tensor(_NF4_VALUES, device=device)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Start a kernel; not for fake tensors, which count memory, nor where there is no work."""
+    first = args[0]
+    if not (isinstance(first, FakeTensor) or first.is_meta or 0 in grid):
+        kernel[grid](*args, **meta)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How the tiles of a product are cut."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def _cut(rows: int, experts: int, dtype: torch.dtype, *, nf4: bool) -> _Cut:
+    height = tile_rows(rows, experts)
+    if dtype == torch.float32:
+        return _Cut(min(height, 64), 64, 32, 4, 2)
+    if nf4:
+        return _Cut(height, 64 if height < 64 else 128, 128 if height < 64 else 64, 4, 3)
+    if height < 128:
+        return _Cut(height, 128, 64, 4, 4)
+    return _Cut(128, 256, 64, 8, 4)
+
+
+def tile_rows(rows: int, experts: int) -> int:
+    """Rows of a tile: what an expert has on average, from 16 to 128."""
+    return min(128, max(16, triton.next_power_of_2(rows // experts)))
+
+
+def tiles_of(routing: Routing) -> Tensor:
+    """Expert and first row of each tile, ``[tiles, 2]`` int32; made once for a routing."""
+    if routing.tiles is None:
+        rows, experts = len(routing.order), len(routing.ends)
+        height = tile_rows(rows, experts)
+        count = rows // height + min(experts, rows)
+        tiles = routing.ends.new_empty(count, 2)
+        _launch(
+            gemm.tile_table, (triton.cdiv(count, 64),), routing.ends, tiles, count, experts,
+            BM=height, BE=triton.next_power_of_2(experts), BT=64,
+        )  # fmt: skip
+        routing.tiles = tiles
+    return routing.tiles
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@dataclass(frozen=True, slots=True)
+class _Products:
+    """The products of one map over one routing."""
+
+    module: Experts
+    routing: Routing
+
+    def base(
+        self, x: Tensor, *, turned: bool, spread: bool, lora: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """``x_i W_e^T`` or, not `turned`, ``x_i W_e``, plus ``left_i right_e`` of `lora`.
+
+        Args:
+            x: rows, or with `spread` tokens.
+            turned: the forward's product.
+            spread: whether rows are read as their tokens.
+            lora: ``[R, r]`` in the dtype of x and ``[E, r, n]``.
+        """
+        experts, out, into = self.module.shape
+        rows, (n, k) = len(self.routing.order), (out, into) if turned else (into, out)
+        y = x.new_empty(rows, n)
+        nf4 = self._few(x)
+        cut = _cut(rows, experts, x.dtype, nf4=nf4)
+        step = experts if nf4 else max(1, TOGETHER // (x.element_size() * out * into))
+        for first in range(0, experts, step):
+            last = min(first + step, experts)
+            weights, codes, (packed, blocks) = self._weights(slice(first, last), nf4)
+            left, right = lora if lora is not None else (x, x)
+            _launch(
+                gemm.grouped, (triton.cdiv(n, cut.columns), len(tiles_of(self.routing))),
+                x, weights, y, self.routing.order, tiles_of(self.routing), self.routing.ends,
+                left, right, *codes, first, last, n, k, x.stride(0), packed, blocks, n,
+                RANK=left.shape[1] if lora is not None else 0, TURNED=turned, CHOICES=self.routing.k if spread else 0, NF4=nf4,
+                LORA=lora is not None, EVEN_N=n % cut.columns == 0, EVEN_K=k % cut.depth == 0,
+                PRECISION=_precision(x.dtype), BM=cut.rows, BN=cut.columns, BK=cut.depth,
+                BR=_rank(left.shape[1]) if lora is not None else 16,
+                num_warps=cut.warps, num_stages=cut.stages,
+            )  # fmt: skip
+            del weights
+        return y
+
+    def thin(self, x: Tensor, right: Tensor, r: int, *, spread: bool) -> Tensor:
+        """``x_i right_e^T``: ``[R, r]`` in the dtype of x, `right` ``[E r, n]``."""
+        rows, tiles = len(self.routing.order), tiles_of(self.routing)
+        out, k = x.new_empty(rows, r), x.shape[1]
+        _launch(
+            gemm.thin, (len(tiles),), x, right, out, self.routing.order, tiles, self.routing.ends,
+            k, x.stride(0), RANK=r, CHOICES=self.routing.k if spread else 0, EVEN_K=k % 64 == 0,
+            PRECISION=_precision(x.dtype), BM=tile_rows(rows, len(self.routing.ends)), BK=64,
+            BR=_rank(r), num_warps=8, num_stages=4,
+        )  # fmt: skip
+        return out
+
+    def outer(
+        self, small: Tensor, big: Tensor, scale: float, *, spread: bool, is_a: bool
+    ) -> Tensor:
+        """``scale sum_i small_i big_i^T`` by expert, float32: ``[E r, n]`` or as B, ``[n, r E]``."""
+        experts, r, n = len(self.routing.ends), small.shape[1], big.shape[1]
+        shape = (experts * r, n) if is_a else (n, r * experts)
+        strides = (r * n, n, 1) if is_a else (1, experts, r * experts)
+        out = torch.empty(shape, dtype=torch.float32, device=small.device)
+        height = min(64, tile_rows(len(small), experts))
+        _launch(
+            gemm.outer, (triton.cdiv(n, 128), experts), small, big, out, self.routing.order,
+            self.routing.ends, scale, n, big.stride(0), *strides, RANK=r, EVEN_N=n % 128 == 0,
+            CHOICES=self.routing.k if spread else 0, PRECISION=_precision(big.dtype),
+            BM=height, BN=128, BR=_rank(r), num_warps=4, num_stages=3,
+        )  # fmt: skip
+        return out
+
+    def turned_b(self, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+        """B ``[out, r E]``, scaled, as ``[E r, out]`` in the run's dtype."""
+        experts, out, _ = self.module.shape
+        turned = torch.empty(b.shape[1], out, dtype=dtype, device=b.device)
+        _launch(
+            gemm.turn, (triton.cdiv(out, 32), triton.cdiv(b.shape[1], 64)), b, turned, scaling,
+            out, experts, b.shape[1] // experts, BO=32, BC=64,
+        )  # fmt: skip
+        return turned
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """``[R, H] -> [T, H]``: the sum of each token's rows."""
+        tokens, width = len(rows) // self.routing.k, rows.shape[1]
+        y = rows.new_empty(tokens, width)
+        block = min(2048, triton.next_power_of_2(width))
+        _launch(
+            gemm.gather_sum, (tokens, triton.cdiv(width, block)), rows, self.routing.inverse, y,
+            width, rows.stride(0), K=self.routing.k, BH=block, num_warps=4,
+        )  # fmt: skip
+        return y
+
+    def _few(self, x: Tensor) -> bool:
+        """Whether 4-bit weights are read inside the product."""
+        module = self.module
+        if module.nf4 is None or module.resident is not None or module.shape[2] % 2:
+            return False
+        return len(self.routing.order) <= FEW * module.shape[0]
+
+    def _weights(
+        self, experts: slice, nf4: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[int, int]]:
+        """Values or codes, what codes are read with, and their sizes a slice."""
+        if nf4:
+            stack = self.module.nf4
+            assert stack is not None
+            assert stack.code2 is not None
+            table = _table(stack.packed.device)
+            codes = (stack.absmax, stack.absmax2, stack.code2, stack.offset, table)
+            return stack.packed, codes, (stack.packed.shape[1], stack.absmax.shape[1])
+        weights = self.module.some(experts)
+        return weights, (weights,) * 5, (0, 0)
+
+
+def _rank(r: int) -> int:
+    """LoRA's rank as a product of tiles takes it."""
+    return max(16, int(triton.next_power_of_2(r)))
+
+
+def grouped(x: Tensor, module: Experts, routing: Routing, tokens: Tokens = None) -> Tensor:
+    """`experts.grouped`, by these kernels; x is bfloat16 or float32, rows of any stride."""
+    a, b = module.matrices
+    out: Tensor = _Grouped.apply(x, a, b, module, routing, tokens)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Grouped(torch.autograd.Function):
+    """``x W_e^T + s (x A_e^T) B_e^T`` by expert; saves x as it was given, and ``x A_e^T``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        module: Experts,
+        routing: Routing,
+        tokens: Tokens,
+    ) -> Tensor:
+        x = _adjacent(x)
+        product, spread = _Products(module, routing), tokens == "in"
+        lora = xa = None
+        if a is not None and b is not None:
+            assert module.lora is not None
+            xa = product.thin(x, a, module.lora.r, spread=spread)
+            # Scaled before it is rounded to the run's dtype, not after.
+            lora = xa, product.turned_b(b, module.lora.scaling, x.dtype)
+        y = product.base(x, turned=True, spread=spread, lora=lora)
+        routing.save(ctx, x, xa, a, b)
+        ctx.module, ctx.tokens = module, tokens
+        return product.sum(y) if tokens == "out" else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        routing, (x, xa, a, b) = Routing.saved(ctx)
+        module: Experts = ctx.module
+        dy, spread = _adjacent(dy), ctx.tokens == "out"
+        product = _Products(module, routing)
+        dx = da = db = lora = None
+        if xa is not None:
+            assert module.lora is not None
+            r, scaling = module.lora.r, module.lora.scaling
+            by_b = product.turned_b(b, scaling, dy.dtype)
+            dxa = product.thin(dy, by_b, r, spread=spread)
+            da = product.outer(dxa, x, 1.0, spread=ctx.tokens == "in", is_a=True)
+            db = product.outer(xa, dy, scaling, spread=spread, is_a=False)
+            lora = dxa, a
+        if ctx.needs_input_grad[0]:
+            dx = product.base(dy, turned=False, spread=spread, lora=lora)
+            if ctx.tokens == "in":
+                dx = product.sum(dx)
+        return dx, da, db, None, None, None
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
