@@ -81,7 +81,7 @@ def test_rotation_never_deletes_what_was_just_written(
     anything: Any = None
     files = RunFiles(
         found=anything, model=model, settings=settings, namespace=anything, digests={},
-        data={}, coverage=[], device="cpu",
+        data={}, coverage=[], device="cpu", kernels={},
     )  # type: ignore[arg-type]  # fmt: skip
     files.save(tmp_path, step, SimpleNamespace(state={}))  # type: ignore[arg-type]
     assert [number for number, _ in checkpoints(tmp_path)] == left

@@ -27,6 +27,7 @@ from .entries import Entries, Plain
 from .errors import InputError, NumericError, UsageError
 from .fingerprint import fingerprints
 from .identify import Identified, identify
+from .kernels import choose, installed
 from .load import load
 from .model import Model
 from .nn.adapted import Lora
@@ -95,7 +96,11 @@ class Generator:
         }
         checkpoint, layout = self.found.checkpoint, self.found.layout
         architecture = self.found.decision.architecture
-        self.model = Model(architecture, checkpoint.config, layout, DTYPES[dtype], lora).eval()
+        kernels = choose(installed(self.found.plugins), self.device, {})
+        for line in kernels.lines() if self.device.type != "cpu" else ():
+            tell.note(line)
+        net = Model(architecture, checkpoint.config, layout, DTYPES[dtype], lora, kernels)
+        self.model = net.eval()
         quantize = quantization == "nf4"
         with tell.progress("loading the model", checkpoint.total_bytes, "bytes") as advance:
             digests = load(

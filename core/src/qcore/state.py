@@ -130,6 +130,7 @@ class RunFiles:
         data: what the manifest records of the rows.
         coverage: what is trained, by group.
         device: type of the device.
+        kernels: backend of every op.
     """
 
     found: Identified
@@ -140,6 +141,7 @@ class RunFiles:
     data: Mapping[str, Any]
     coverage: Sequence[Mapping[str, Any]]
     device: str
+    kernels: Mapping[str, str]
 
     def identity(self) -> dict[str, Any]:
         """What makes a run the same run."""
@@ -151,6 +153,7 @@ class RunFiles:
             "data": self.data["sha256"],
             "settings": self.settings.to_dict(),
             "device": self.device,
+            "kernels": dict(self.kernels),
             "torch": torch.__version__,
             "qcore": __version__,
         }

@@ -26,6 +26,7 @@ from .data.mask import load_tokenizer
 from .device import DTYPES, pick_device
 from .errors import Interrupted, NumericError
 from .identify import Identified, classes_of, identify
+from .kernels import Chosen, choose, installed
 from .load import load
 from .loop import Loop
 from .model import Model
@@ -92,12 +93,15 @@ def train(
     folder = run_folder(target, resume=resume)
     where = pick_device(device)
     found = identify(model, generation=settings.generation)
+    backends = choose(installed(found.plugins), where, settings.kernels)
+    for line in backends.lines():
+        tell.note(line)
     rows = _rows(found, data, settings, tell)
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
         stop = stack.enter_context(StopSignals())
         log = stack.enter_context(MetricsLog(folder / METRICS))
-        net, files, lines = _load(found, rows, settings, where, tell, stop)
+        net, files, lines = _load(found, rows, settings, where, backends, tell, stop)
         loop = Loop(net, rows, settings, where)
         start = _resume(files, loop, folder, tell) if resume else 0
         log.truncate_after(start)
@@ -160,6 +164,7 @@ def _load(
     rows: Dataset,
     settings: Settings,
     device: torch.device,
+    backends: Chosen,
     tell: Reporter,
     stop: StopSignals,
 ) -> tuple[Model, RunFiles, list[Coverage]]:
@@ -176,7 +181,7 @@ def _load(
     )
     part = layout.table[next(iter(chosen))].part.name
     namespace = choose_class(layout, part, classes_of(config), settings.adapter_class)
-    net = Model(architecture, config, layout, DTYPES[settings.dtype], chosen)
+    net = Model(architecture, config, layout, DTYPES[settings.dtype], chosen, backends)
     size = sum(
         place.header.end - place.header.start
         for item in layout.located.values()
@@ -213,6 +218,7 @@ def _load(
         data=rows.summary(),
         coverage=[asdict(line) for line in lines],
         device=device.type,
+        kernels=backends.backends,
     )
     return net, files, lines
 
