@@ -23,7 +23,7 @@ from support.blocks_kit import tiny_config as dense_config
 from torch import Tensor, nn
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-from qcore.nn.experts import Experts, Routing
+from qcore.nn.experts import Experts, Routing, Tokens
 from qcore.nn.protocols import Packed
 from qcore_qwen35.model import Trunk
 
@@ -51,9 +51,13 @@ class Differentiable(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight.detach())
 
-    def forward(self, rows: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing, tokens: Tokens = None) -> Tensor:
+        rows = x[routing.tokens] if tokens == "in" else x
         pieces = rows.split(routing.counts.tolist())
-        return torch.cat([F.linear(x, w) for x, w in zip(pieces, self.weight, strict=True)])
+        y = torch.cat([F.linear(x, w) for x, w in zip(pieces, self.weight, strict=True)])
+        if tokens == "out":
+            return y.new_zeros(len(y) // routing.k, y.shape[1]).index_add(0, routing.tokens, y)
+        return y
 
 
 class GivenExperts(GivenWeights):

@@ -1,8 +1,9 @@
 """Mixture of experts: a router, the experts that it picks, and an expert that all tokens share.
 
-This file decides how experts are picked and weighted, what lies between their two maps, and
-what is left for the load-balancing loss. Rows are sorted by expert and multiplied by core
-(`qcore.nn.experts`): the cost is that of the routed tokens.
+This file decides how experts are picked and weighted, and what is left for the load-balancing
+loss. Rows are sorted by expert and multiplied by core (`qcore.nn.experts`): the cost is that of
+the routed tokens. What lies between two maps is `ops.moe`'s: a weight multiplies what goes into
+the last map, which is linear, so that what comes out of it need not be kept.
 
 The load-balancing loss is that of Switch Transformers (Fedus et al. 2021, section 2.2) as
 transformers computes it, over the rows of all layers at once: ``E * sum_e f_e P_e`` with f_e
@@ -20,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qcore.nn.again import again
 from qcore.nn.experts import Routing
 from qcore.nn.protocols import BuildContext, Packed
 
-from .mlp import Mlp, gated_up
+from .mlp import Mlp
+from .ops.moe.reference import shared_up, weighted_up
 
 _KEPT = "router of layer "
 
@@ -43,10 +46,27 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = ctx.experts(f"{name}.gate_up_proj")
         self.down_proj = ctx.experts(f"{name}.down_proj")
+        self._up = ctx.kernel("moe_weighted_up", weighted_up)
 
-    def forward(self, rows: Tensor, routing: Routing) -> Tensor:
-        """``[T k, H] -> [T k, H]``, rows sorted by expert."""
-        out: Tensor = self.down_proj(gated_up(self.gate_up_proj(rows, routing)), routing)
+    def forward(self, x: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+        """``[T, H], [T, k] -> [T, H]``."""
+        inner = self.gate_up_proj(x, routing, tokens="in")
+        out: Tensor = self.down_proj(
+            again(self._up, inner, weights, routing), routing, tokens="out"
+        )
+        return out
+
+
+class SharedExpert(Mlp):
+    """The expert of all tokens: ``forward(x)`` is the map alone."""
+
+    def __init__(self, ctx: BuildContext, name: str) -> None:
+        super().__init__(ctx, name)
+        self._shared_up = ctx.kernel("moe_shared_up", shared_up)
+
+    def gated(self, x: Tensor, score: Tensor) -> Tensor:
+        """``[T, H], [T, 1] -> [T, H]``, times ``sigmoid(score)``."""
+        out: Tensor = self.down_proj(again(self._shared_up, *self._gate_up(x), score))
         return out
 
 
@@ -59,18 +79,28 @@ class Moe(nn.Module):
         self.k: int = text["num_experts_per_tok"]
         self.gate = ctx.linear(f"{name}.gate")
         self.experts = Experts(ctx, f"{name}.experts")
-        self.shared_expert = Mlp(ctx, f"{name}.shared_expert")
+        self.shared_expert = SharedExpert(ctx, f"{name}.shared_expert")
         self.shared_expert_gate = ctx.linear(f"{name}.shared_expert_gate")
+        self._router = ctx.kernel("moe_router", router)
+        self._routing = ctx.kernel("expert_routing", routing_of)
 
     def forward(self, x: Tensor, batch: Packed) -> Tensor:
-        weights, chosen, probabilities = route(self.gate(x), self.k)
-        routing = Routing.of(chosen, probabilities.shape[-1])
-        balance = Balance(routing.counts, probabilities.sum(0), len(x))
-        batch.keep(_KEPT + self.name, balance)
-        routed = routing.combine(self.experts(routing.gather(x), routing), weights)
-        shared = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
-        out: Tensor = routed + shared
-        return out
+        weights, chosen, probability = self._router(self.gate(x), self.k)
+        routing = self._routing(chosen, len(probability))
+        batch.keep(_KEPT + self.name, Balance(routing.counts, probability, len(x)))
+        routed = self.experts(x, weights, routing)
+        return routed + self.shared_expert.gated(x, self.shared_expert_gate(x))
+
+
+def router(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`route`, with the probabilities summed over tokens: ``[E]`` float32."""
+    weights, chosen, probabilities = route(scores, k)
+    return weights, chosen, probabilities.sum(0)
+
+
+def routing_of(chosen: Tensor, experts: int) -> Routing:
+    """Where rows go, by the experts ``[T, k]`` of each token."""
+    return Routing.of(chosen, experts)
 
 
 def route(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
