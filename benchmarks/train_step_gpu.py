@@ -125,8 +125,8 @@ def _measure(given: argparse.Namespace) -> Result:
     return measure(job, transformers_side.hf_fla if side == "hf-fla" else transformers_side.hf)
 
 
-def _child(side: str, caches: Path, timeout: int) -> Result:
-    """One side in a process of its own; ``{"failed": why}`` where it did not end well."""
+def child(script: str, side: str, caches: Path, timeout: int) -> Result:
+    """One side of `script` in a process of its own; ``{"failed": why}`` if it did not end well."""
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     path = os.pathsep.join([str(HERE), *(str(Path(p).resolve()) for p in given if p)])
     environment = os.environ | {
@@ -134,7 +134,7 @@ def _child(side: str, caches: Path, timeout: int) -> Result:
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TILELANG_CACHE_DIR": str(caches / "tilelang"), "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--side", side]
+    command = [sys.executable, str(Path(script).resolve()), *sys.argv[1:], "--side", side]
     # What a peer compiles or writes beside itself goes where the caches are.
     try:
         done = subprocess.run(
@@ -177,19 +177,19 @@ def _report(given: argparse.Namespace) -> Iterator[str]:
     rate = PEAK_TFLOPS
     with tempfile.TemporaryDirectory(prefix="qcore-bench-") as folder:
         if given.device == "cuda":
-            found = _child("card", Path(folder), 120)
+            found = child(__file__, "card", Path(folder), 120)
             rate = found.get("matmul_tflops", PEAK_TFLOPS)
             yield say(_card(found))
         for _ in range(given.rounds):
             for side in sides:
                 caches = Path(folder) / side.replace(":", "-")
                 caches.mkdir(exist_ok=True)
-                result = _child(side, caches, given.timeout)
+                result = child(__file__, side, caches, given.timeout)
                 results[side].append(result)
                 if "failed" in result:
                     yield say(f"{side}: FAILED: {result['failed']}")
         if given.device == "cuda":
-            yield say(_card(_child("card", Path(folder), 120)))
+            yield say(_card(child(__file__, "card", Path(folder), 120)))
     for line in (*_table(job, results, rate), *_ratios(results), *_profiles(given, results)):
         yield say(line)
 
@@ -273,13 +273,15 @@ def _profiles(given: argparse.Namespace, results: dict[str, list[Result]]) -> It
 
 
 def commit() -> str:
-    """Of the tree that is measured; ``QCORE_COMMIT`` where there is no git."""
+    """Of the tree that is measured; ``QCORE_COMMIT`` where it was copied without its history."""
+    if given := os.environ.get("QCORE_COMMIT"):
+        return given
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        return os.environ.get("QCORE_COMMIT", "unknown")
-    return done.stdout.strip() or os.environ.get("QCORE_COMMIT", "unknown")
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def installed(name: str) -> str | None:

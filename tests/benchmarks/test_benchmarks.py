@@ -1,0 +1,110 @@
+"""The GPU benchmarks' harness runs on the CPU on tiny shapes, and counts what it says it counts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import peers
+
+    return peers
+
+
+def _run(script: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / script), "--device", "cpu", "--shape", "tiny", *arguments],
+        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_training_step_is_measured_beside_a_peer() -> None:
+    text = _run(
+        "train_step_gpu.py", "--packed", "3x33", "--peers", "hf,unsloth", "--policy", "full",
+        "--steps", "1",
+    )  # fmt: skip
+    assert "FAILED" not in text
+    assert "qcore:full is " in text
+    import importlib.util
+
+    if importlib.util.find_spec("unsloth") is None:
+        assert "unsloth: not installed here" in text
+
+
+def test_a_side_that_fails_is_told(tmp_path: Path) -> None:
+    text = _run("train_step_gpu.py", "--kernels", "nonsense=triton", "--steps", "1", "--seq", "9")
+    assert "qcore:elementwise: FAILED" in text
+    assert "nonsense" in text
+
+
+def test_decoding_is_measured() -> None:
+    text = _run("decode_gpu.py", "--prompt", "5", "--tokens", "8", "--repeat", "1", "--peers", "")
+    assert "tokens/s" in text
+    assert "FAILED" not in text
+
+
+@pytest.mark.slow
+def test_curves_are_compared() -> None:
+    """In float of the same values the two stacks must lie closer than two seeds."""
+    text = _run("loss_curves.py", "--layers", "4", "--steps", "40", "--seq", "48")
+    assert text.count(": within") == 2
+
+
+@pytest.mark.parametrize(("shape", "billions"), [("4b", 3.569), ("9b", 6.919), ("27b", 24.35)])
+def test_weights_of_the_published_sizes(peers: ModuleType, shape: str, billions: float) -> None:
+    """Of all linear maps, as computed from transformers' own modules on meta."""
+    from peers.shapes import Job
+
+    job = Job(shape=shape)
+    head = job.text["hidden_size"] * job.text["vocab_size"]
+    assert (job.active - head) / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_TNN", "gemm"),
+        ("Memcpy DtoD (Device -> Device)", "copy"),
+        ("kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>", "dequant"),
+        ("chunk_gated_delta_rule_fwd_kernel_h_blockdim64", "delta rule"),
+        ("pytorch_flash::flash_fwd_kernel<...>", "attention"),
+        ("void at::native::vectorized_elementwise_kernel<4, ...>", "elementwise"),
+        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+    ],
+)  # fmt: skip
+def test_kernels_are_grouped(peers: ModuleType, name: str, group: str) -> None:
+    from peers.groups import group_of
+
+    assert group_of(name) == group
+
+
+def test_step_n_trains_on_the_nth_ids(peers: ModuleType) -> None:
+    """Whatever order the schedule shuffles rows into."""
+    from peers.qcore_side import rows
+    from peers.shapes import Job
+
+    from qcore.schedule import Schedule
+    from qcore.settings import Settings
+
+    job = Job(shape="tiny", batch=3, seq=5, steps=4)
+    ids = job.ids()
+    settings = Settings(
+        max_steps=len(ids), per_device_train_batch_size=3, gradient_accumulation_steps=1
+    )
+    data = rows(ids, settings)
+    schedule = Schedule(len(data.train), settings)
+    for step, expected in enumerate(ids.tolist()):
+        (numbers,) = schedule.micro_batches(step)
+        assert [list(data.train[number].ids) for number in numbers] == expected
