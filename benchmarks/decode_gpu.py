@@ -44,7 +44,7 @@ def qcore_decode(job: Job, prompt: list[int]) -> Decode:
     generator.device, generator.model = device, model
     generator.chat = SimpleNamespace(stop_tokens=())  # type: ignore[assignment]
     generator.found = SimpleNamespace(checkpoint=SimpleNamespace(path=Path("random")))  # type: ignore[assignment]
-    generator.tokenizer = SimpleNamespace(
+    generator.tokenizer = SimpleNamespace(  # type: ignore[assignment]
         get_added_tokens_decoder=dict,
         get_vocab_size=lambda with_added_tokens: job.text["vocab_size"],
     )

@@ -177,9 +177,9 @@ def _report(given: argparse.Namespace) -> Iterator[str]:
     rate = PEAK_TFLOPS
     with tempfile.TemporaryDirectory(prefix="qcore-bench-") as folder:
         if given.device == "cuda":
-            found = child(__file__, "card", Path(folder), 120)
-            rate = found.get("matmul_tflops", PEAK_TFLOPS)
-            yield say(_card(found))
+            measured = child(__file__, "card", Path(folder), 120)
+            rate = measured.get("matmul_tflops", PEAK_TFLOPS)
+            yield say(_card(measured))
         for _ in range(given.rounds):
             for side in sides:
                 caches = Path(folder) / side.replace(":", "-")

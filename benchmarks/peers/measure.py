@@ -94,13 +94,15 @@ def _count(step: Callable[[], object], listed: bool) -> dict[str, Any]:
     kernels: dict[str, list[float]] = {}
     copies = launches = 0
     for event in profiler.events() or ():
-        if event.device_type != torch.autograd.DeviceType.CUDA:
+        if event.device_type.name != "CUDA":
             continue
         if event.name.startswith(("Memcpy", "Memset")):
             copies += 1
         else:
             launches += 1
         kernels.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
+    if not launches:
+        raise RuntimeError("the profiler saw no kernel: nothing could be counted")
     groups: dict[str, list[float]] = {}
     for name, times in kernels.items():
         held = groups.setdefault(group_of(name), [0.0, 0.0])
@@ -137,10 +139,10 @@ def _median_ms(run: Callable[[], object], times: int = 30) -> float:
         run()
     pairs = []
     for _ in range(times):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         run()
         end.record()
         pairs.append((start, end))
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in pairs)
+    return float(statistics.median(start.elapsed_time(end) for start, end in pairs))

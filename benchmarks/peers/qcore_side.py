@@ -57,7 +57,7 @@ def make(job: Job) -> Side:
 def adapted(job: Job, device: torch.device, chosen: Chosen) -> Model:
     """The model with random weights and fresh adapters."""
     config, layout = describe(job)
-    groups = ("attn", "gdn", "shared_expert") if job.moe else ()
+    groups: tuple[str, ...] = ("attn", "gdn", "shared_expert") if job.moe else ()
     if job.moe and job.expert_rank:
         groups += ("experts",)
     ranks = {"experts": job.expert_rank} if job.expert_rank else {}

@@ -110,7 +110,7 @@ class Job:
     @property
     def active(self) -> int:
         """Weights that a token meets in matrix products, head included: N of ``4 N`` operations."""
-        t = self.text
+        t: dict[str, int] = self.text
         h, d = t["hidden_size"], t["head_dim"]
         heads, kv = t["num_attention_heads"] * d, t["num_key_value_heads"] * d
         keys = t["linear_num_key_heads"] * t["linear_key_head_dim"]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -58,10 +59,10 @@ def write(folder: str, fields: str) -> None:
 
     given = json.loads(fields)
     job = Job(**given | {"kernels": tuple(given["kernels"])})
-    model = causal_lm(replace(job, quantize=False))
-    model.config.eos_token_id, model.config.pad_token_id = 3, 2  # type: ignore[union-attr]
-    model.config.dtype = torch.bfloat16  # type: ignore[union-attr]
-    model.save_pretrained(folder)  # type: ignore[operator]
+    model: Any = causal_lm(replace(job, quantize=False))
+    model.config.eos_token_id, model.config.pad_token_id = 3, 2
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder)
     words = {word: number for number, word in enumerate((*_WORDS, "a", "b", "c"))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
