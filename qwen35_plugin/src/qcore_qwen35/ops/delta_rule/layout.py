@@ -7,6 +7,9 @@ across documents without an index.
 
 Shapes: T tokens, N documents, M chunks of C tokens; short chunks are filled with zeros, which
 neither write (k = v = beta = 0) nor decay (g = 0).
+
+Kernels that walk a document in one program need no such order: `Tables` says to them where
+documents and chunks begin, in the order of tokens.
 """
 
 from __future__ import annotations
@@ -45,6 +48,34 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tables:
+    """A pack as kernels read it; made once, in one copy to the device.
+
+    Attributes:
+        documents: ``[N, 4]`` int32, most tokens first, so that the longest walk starts first:
+            first token, token after the last, first chunk, number of the document.
+        chunks: ``[M, 2]`` int32, in the order of tokens: first token, and the token after the
+            last of its document.
+    """
+
+    documents: Tensor
+    chunks: Tensor
+
+    @staticmethod
+    def of(cu_seqlens: Sequence[int], size: int, device: torch.device) -> Tables:
+        """Of the documents of `cu_seqlens`, in chunks of `size` tokens."""
+        documents, chunks = [], []
+        for number, (start, end) in enumerate(pairwise(cu_seqlens)):
+            documents.append((start, end, len(chunks), number))
+            chunks += [(at, end) for at in range(start, end, size)]
+        documents.sort(key=lambda one: one[0] - one[1])
+        flat = torch.tensor([number for row in (*documents, *chunks) for number in row])
+        here = flat.to(torch.int32).to(device, non_blocking=True)
+        split = 4 * len(documents)
+        return Tables(documents=here[:split].view(-1, 4), chunks=here[split:].view(-1, 2))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunks:
     """The chunks of one pack.
 
@@ -57,6 +88,7 @@ class Chunks:
         rows: ``[T]`` the place of each token among ``M * C``; ``None`` when it is its index.
         sorting: `order` and its inverse as indices on the device; ``None`` when they are the
             identity. Made here, once: an index made from a list makes a GPU wait.
+        tables: the same pack for kernels; ``None`` on CPUs, which run none.
     """
 
     tokens: int
@@ -66,6 +98,7 @@ class Chunks:
     steps: tuple[tuple[int, int], ...]
     rows: Tensor | None
     sorting: tuple[Tensor, Tensor] | None
+    tables: Tables | None
 
     @staticmethod
     def of(cu_seqlens: Sequence[int], size: int, device: torch.device) -> Chunks:
@@ -87,6 +120,7 @@ class Chunks:
             steps=tuple(steps),
             rows=None if len(counts) == 1 else _rows(cu_seqlens, size, place, device),
             sorting=None if order == sorted(order) else _sorting(order, device),
+            tables=None if device.type == "cpu" else Tables.of(cu_seqlens, size, device),
         )
 
     def segments(self, chunks: int) -> Iterator[Segment]:

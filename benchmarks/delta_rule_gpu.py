@@ -1,0 +1,241 @@
+"""The Triton delta rule on a card: errors against float32, milliseconds of each kernel.
+
+``python benchmarks/delta_rule_gpu.py [--sweep] [--quick]``. Errors are relative, of bf16 inputs
+against the torch form in float32 on the same numbers; free memory holds NaN. Times are medians of
+`triton.testing.do_bench`, which empties the cache between runs. ``--sweep`` also times other warps
+and stages, compiled beforehand in processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+from triton.testing import do_bench
+
+from qcore_qwen35.ops.delta_rule import chunked_delta_rule as reference
+from qcore_qwen35.ops.delta_rule import (
+    triton_gradients,
+    triton_prepare,
+    triton_rule,
+    triton_scan,
+)
+from qcore_qwen35.ops.delta_rule.layout import Chunks
+
+#: log decay: (lowest, highest)
+DECAYS = {"usual": (-0.5, 0.0), "near 1": (-1e-4, 0.0), "near 0": (-30.0, -10.0), "mixed": (-20, 0)}
+NAMES = ("o", "state", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
+SWEEP: dict[str, list[tuple[int, int]]] = {
+    "prepare": [(4, 1), (8, 1), (4, 2)],
+    "outputs": [(4, 2), (4, 3), (8, 2), (8, 3), (4, 1)],
+    "states": [(4, 2), (4, 3), (8, 2), (8, 3), (4, 1)],
+    "gradients": [(8, 1), (4, 1), (8, 2)],
+}
+
+
+def configure(kernel: str, config: tuple[int, int]) -> None:
+    if kernel in ("outputs", "states"):
+        triton_scan.CONFIG[kernel] = config
+    else:
+        {"prepare": triton_prepare, "gradients": triton_gradients}[kernel].CONFIG = config
+
+
+def inputs(
+    lengths: tuple[int, ...],
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    decay: tuple[float, float] = DECAYS["usual"],
+    dtype: torch.dtype = torch.bfloat16,
+    given: bool = False,
+) -> tuple[list[Tensor], tuple[int, ...]]:
+    """q, k, v as columns of one buffer; g; beta; perhaps states."""
+    (hk, hv), (dk, dv), tokens = heads, dims, sum(lengths)
+    mixed = torch.randn(tokens, 2 * hk * dk + hv * dv, device="cuda").to(dtype)
+    parts = mixed.split((hk * dk, hk * dk, hv * dv), -1)
+    q, k, v = (x.unflatten(-1, (-1, d)) for x, d in zip(parts, (dk, dk, dv)))
+    low, high = decay
+    g = torch.rand(tokens, hv, device="cuda") * (high - low) + low
+    beta = torch.randn(tokens, hv, device="cuda").mul(2).sigmoid().to(dtype)
+    made = [q, k, v, g, beta]
+    if given:
+        made.append(torch.randn(len(lengths), hv, dk, dv, device="cuda"))
+    return made, tuple(sum(lengths[:n]) for n in range(len(lengths) + 1))
+
+
+def poison() -> None:
+    held = [torch.full((1 << 26,), float("nan"), device="cuda") for _ in range(8)]
+    del held
+
+
+def errors(made: list[Tensor], cu: tuple[int, ...]) -> dict[str, float]:
+    results = []
+    for rule, wide in ((triton_rule.chunked_delta_rule, False), (reference, True)):
+        leaves = [(x.float() if wide else x).detach().requires_grad_() for x in made]
+        poison()
+        o, state = rule(*leaves[:5], cu, *leaves[5:])
+        torch.manual_seed(1)
+        do, ds = torch.randn(o.shape, device="cuda"), torch.randn(state.shape, device="cuda")
+        do = do.to(made[0].dtype).to(o.dtype)
+        poison()
+        results.append([o, state, *torch.autograd.grad([o, state], leaves, [do, ds])])
+    found = {}
+    for name, a, b in zip(NAMES, *results):
+        found[name] = float((a.float() - b).norm() / b.norm())
+    return found
+
+
+def check() -> None:
+    cases: list[tuple[str, Any]] = [
+        (f"{name} {lengths} {heads} {dims}", (lengths, heads, dims, DECAYS[name]))
+        for name, lengths, heads, dims in (
+            ("usual", (1000, 1, 77, 64), (2, 4), (128, 128)),
+            ("near 1", (4097,), (2, 4), (128, 128)),
+            ("near 0", (515, 130), (2, 4), (128, 128)),
+            ("mixed", (300, 333), (2, 6), (128, 128)),
+            ("usual", (1000, 1, 77), (2, 2), (64, 64)),
+            ("mixed", (129,), (1, 2), (64, 128)),
+        )
+    ]
+    cases.append(("float32 usual", ((200, 65), (2, 4), (128, 128), DECAYS["usual"], torch.float32)))
+    for name, case in cases:
+        torch.manual_seed(0)
+        made, cu = inputs(*case, given=True)
+        found = errors(made, cu)
+        print(f"{name:48}", " ".join(f"{n} {e:.1e}" for n, e in found.items()), flush=True)
+
+
+def stages(made: list[Tensor], cu: tuple[int, ...]) -> dict[str, Any]:
+    """Each kernel as a call of its own."""
+    q, k, v, g, beta = made
+    tables = Chunks.of(cu, 64, q.device).tables
+    assert tables is not None
+    do = torch.randn_like(v)
+    ready = triton_prepare.prepare(q, k, g, beta, tables)
+    scanned = triton_scan.states(q, k, v, ready, None, tables, do, None)[:4]
+    return {
+        "prepare": lambda: triton_prepare.prepare(q, k, g, beta, tables),
+        "outputs": lambda: triton_scan.outputs(q, k, v, ready, None, tables),
+        "states": lambda: triton_scan.states(q, k, v, ready, None, tables, do, None),
+        "gradients": lambda: triton_gradients.gradients(
+            q, k, g, beta, ready.factors, do, scanned, tables
+        ),
+    }
+
+
+def timed(call: Any) -> float:
+    return float(do_bench(call, warmup=15, rep=60, return_mode="median"))
+
+
+def times(lengths: tuple[int, ...], heads: tuple[int, int], dims: tuple[int, int]) -> None:
+    made, cu = inputs(lengths, heads, dims)
+    layout = Chunks.of(cu, 64, made[0].device)
+    leaves = [x.detach().requires_grad_() for x in made]
+    rule = triton_rule.chunked_delta_rule
+    o, _ = rule(*leaves, cu, layout=layout)
+    do = torch.randn_like(o)
+    forward = timed(lambda: rule(*made, cu, layout=layout))
+    backward = timed(lambda: torch.autograd.grad(o, leaves, do, retain_graph=True))
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(20):
+        rule(*made, cu, layout=layout)
+    host = (time.perf_counter() - started) / 20 * 1e3
+    torch.cuda.synchronize()
+    parts = " ".join(f"{name} {timed(call):.3f}" for name, call in stages(made, cu).items())
+    shape = f"{len(lengths)} x {lengths[0]} heads {heads} of {dims[1]}"
+    print(
+        f"{shape:36} forward {forward:.3f} backward {backward:.3f} ms: {parts}; "
+        f"host forward {host:.3f}",
+        flush=True,
+    )
+
+
+def first_of(kernel: Any) -> str:
+    """Registers and spills of what was compiled of a kernel."""
+    said = []
+    for cache in kernel.device_caches.values():
+        for one in cache[0].values():
+            said.append(f"regs {one.n_regs} spills {one.n_spills} smem {one.metadata.shared}")
+    return "; ".join(said)
+
+
+def compile_one(number: int) -> None:
+    """All kernels with the given entry of the sweep, so that the disk cache has them."""
+    for name, configs in SWEEP.items():
+        configure(name, configs[min(number, len(configs) - 1)])
+    made, cu = inputs((128,), (1, 2), (128, 128))
+    for call in stages(made, cu).values():
+        try:
+            call()
+        except (OutOfResources, RuntimeError) as error:
+            print(number, type(error).__name__, str(error)[:100])
+    torch.cuda.synchronize()
+
+
+def sweep() -> None:
+    chosen = {
+        "prepare": triton_prepare.CONFIG,
+        **triton_scan.CONFIG,
+        "gradients": triton_gradients.CONFIG,
+    }
+    made, cu = inputs((8192,), (16, 32), (128, 128))
+    calls = stages(made, cu)
+    for name, configs in SWEEP.items():
+        for config in configs:
+            configure(name, config)
+            torch.manual_seed(0)
+            try:
+                ms = timed(calls[name])
+                small, small_cu = inputs((300, 333), (2, 4), (128, 128), DECAYS["mixed"])
+                worst = max(errors(small, small_cu).values())
+            except (OutOfResources, RuntimeError) as error:
+                print(f"{name} {config}: {type(error).__name__} {str(error)[:80]}", flush=True)
+                continue
+            print(f"{name:10} warps, stages {config}: {ms:.3f} ms, error {worst:.1e}", flush=True)
+        configure(name, chosen[name])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="no table of errors")
+    parser.add_argument("--compile", type=int)
+    options = parser.parse_args()
+    if options.compile is not None:
+        return compile_one(options.compile)
+    started = time.perf_counter()
+    if options.sweep:
+        most = max(len(configs) for configs in SWEEP.values())
+        command = [sys.executable, __file__, "--compile"]
+        for child in [subprocess.Popen([*command, str(n)]) for n in range(most)]:
+            child.wait()
+        print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
+    print(torch.cuda.get_device_name(), torch.__version__, sys.modules["triton"].__version__)
+    times((8192,), (16, 32), (128, 128))
+    for name, kernel in (
+        ("prepare", triton_prepare._prepare),
+        ("outputs", triton_scan._outputs),
+        ("states", triton_scan._states),
+        ("gradients", triton_gradients._gradients),
+    ):
+        print(name, first_of(kernel), flush=True)
+    if not options.quick:
+        check()
+    times((4096,) * 2, (16, 32), (128, 128))
+    times((256,) * 32, (16, 32), (128, 128))
+    if options.sweep:
+        sweep()
+    times((2048,), (16, 32), (128, 128))
+    times((32768,), (16, 32), (128, 128))
+    times((8192,), (16, 48), (128, 128))
+    print(f"{time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""What of a chunk does not wait for the chunk before: one kernel for the whole pack.
+
+This file decides how the inverse of a chunk's system is found on a GPU and which factors of a
+token are kept; the formulas are those of `chunked`, what is done with the results is
+`triton_scan`'s and `triton_gradients`'. Needs Triton at import.
+
+q and k are never stored normalised: their lengths are factors of rows, which go where the
+decays go, into float32 numbers. A token of value head h has five of them (`Prepared.factors`).
+
+The inverse of a unit lower triangular matrix is put together from halves: with the inverse D
+of the diagonal blocks of size s and the part F of the system beside them, those of size 2 s
+are ``D - D F D``. Powers of the system, which would need fewer products, overflow where keys
+are equal.
+
+Shapes: T tokens, M chunks of C tokens, Hk key heads of dk, Hv value heads of dv.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import launch
+from . import reference
+from .layout import Tables
+
+CHUNK = 64
+#: (warps, stages).
+CONFIG = (4, 1)
+
+#: Write strengths below are taken as this: a gradient is divided by the strength, and what a
+#: strength of 1e-12 writes is nothing.
+WEAKEST = tl.constexpr(1e-12)
+
+TOTAL = tl.constexpr(0)  #: G, the sum of g from the chunk's start
+READ = tl.constexpr(1)  #: exp(G) / |k|
+KEPT = tl.constexpr(2)  #: exp(G_C - G) / |k|
+QUERY = tl.constexpr(3)  #: exp(G) scale / |q|
+STRENGTH = tl.constexpr(4)  #: beta
+FACTORS = 5
+
+
+class Prepared(NamedTuple):
+    """Attributes.
+
+    inverse: ``[Hv, T, C]`` A, a row per token, in the dtype of q.
+    scores: ``[Hv, T, C]`` P, likewise.
+    factors: ``[5, Hv, T]`` float32.
+    """
+
+    inverse: Tensor
+    scores: Tensor
+    factors: Tensor
+
+
+def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, tables: Tables) -> Prepared:
+    """Inverse, scores and factors of every chunk.
+
+    Args:
+        q: ``[T, Hk, dk]``, any stride between tokens.
+        k: ``[T, Hk, dk]``, likewise.
+        g: ``[T, Hv]`` log decay.
+        beta: ``[T, Hv]`` write strength.
+        tables: the pack's.
+    """
+    tokens, k_heads, dk = k.shape
+    v_heads = g.shape[1]
+    made = Prepared(
+        q.new_empty(v_heads, tokens, CHUNK),
+        q.new_empty(v_heads, tokens, CHUNK),
+        torch.empty(FACTORS, v_heads, tokens, dtype=torch.float32, device=q.device),
+    )
+    exact = q.dtype == torch.float32
+    warps, stages = CONFIG
+    launch(
+        _prepare, (len(tables.chunks), k_heads),
+        q, k, g, beta, tables.chunks, *made, q.stride(0), k.stride(0), g.stride(0), beta.stride(0),
+        tokens, v_heads, reference.query_scale(dk),
+        GROUP=v_heads // k_heads, DK=dk, C=CHUNK, EPS=reference.EPS,
+        PRECISION=precision(q.dtype), INVERSE="tf32x3" if exact else "tf32",
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return made
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How the products of `dtype` are computed: three of tf32 make one of float32."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def rows_of(POINTER, rows, valid, stride, WIDTH: tl.constexpr):
+    """``[C, WIDTH]``: some rows, zeros where they are not the document's."""
+    columns = tl.arange(0, WIDTH)
+    return tl.load(
+        POINTER + rows[:, None] * stride + columns[None, :], mask=valid[:, None], other=0.0
+    )
+
+
+@triton.jit
+def inverse_norm(x, EPS: tl.constexpr):
+    """``[C, d] -> [C]``."""
+    x = x.to(tl.float32)
+    return 1 / tl.sqrt(tl.sum(x * x, 1) + EPS)
+
+
+@triton.jit
+def decay(total, C: tl.constexpr):
+    """``[C] -> [C, C]``: exp(G_i - G_j) on and below the diagonal, else zero."""
+    i = tl.arange(0, C)
+    below = i[:, None] >= i[None, :]
+    return tl.where(below, tl.exp(tl.where(below, total[:, None] - total[None, :], 0.0)), 0.0)
+
+
+@triton.jit
+def _inverse(system, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Of ``I + system``, which is zero on and above the diagonal."""
+    i = tl.arange(0, C)
+    pair = i[:, None] // 2 == i[None, :] // 2
+    made = tl.where(i[:, None] == i[None, :], 1.0, tl.where(pair, -system, 0.0))
+    for level in tl.static_range(1, 6):
+        row, column = i[:, None] >> level, i[None, :] >> level
+        beside = (row % 2 == 1) & (column == row - 1)
+        part = tl.dot(tl.where(beside, system, 0.0), made, input_precision=PRECISION)
+        made -= tl.dot(made, part, input_precision=PRECISION)
+    return made
+
+
+@triton.jit
+def _prepare(
+    Q, K, G, BETA, CHUNKS, A, P, FACTOR,
+    q_stride, k_stride, g_stride, beta_stride, tokens, v_heads, scale,
+    GROUP: tl.constexpr, DK: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr,
+    PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one key head and its value heads."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    i = tl.arange(0, C)
+    first, end = tl.load(CHUNKS + 2 * chunk).to(tl.int64), tl.load(CHUNKS + 2 * chunk + 1)
+    rows = first + i
+    valid = rows < end
+    q = rows_of(Q + head * DK, rows, valid, q_stride, DK)
+    k = rows_of(K + head * DK, rows, valid, k_stride, DK)
+    q_norm, k_norm = inverse_norm(q, EPS) * scale, inverse_norm(k, EPS)
+    kt = tl.trans(k)
+    qk = tl.dot(q, kt, input_precision=PRECISION) * q_norm[:, None] * k_norm[None, :]
+    kk = tl.dot(k, kt, input_precision=PRECISION) * k_norm[:, None] * k_norm[None, :]
+    kk = tl.where(i[:, None] > i[None, :], kk, 0.0)
+    for member in range(GROUP):
+        v_head = (head * GROUP + member).to(tl.int64)
+        g = tl.load(G + rows * g_stride + v_head, mask=valid, other=0.0).to(tl.float32)
+        beta = tl.load(BETA + rows * beta_stride + v_head, mask=valid, other=0.0).to(tl.float32)
+        beta = tl.maximum(beta, WEAKEST)
+        total = tl.cumsum(g, 0)
+        lower = decay(total, C)
+        at = (v_head * tokens + rows)[:, None] * C + i[None, :]
+        tl.store(P + at, (qk * lower).to(P.dtype.element_ty), mask=valid[:, None])
+        inverse = _inverse(kk * lower * beta[:, None], C, INVERSE)
+        tl.store(A + at, inverse.to(A.dtype.element_ty), mask=valid[:, None])
+        # Summed from the end: a difference of totals loses the digits of a late token's.
+        grow, left = tl.exp(total), tl.exp(tl.cumsum(g, 0, reverse=True) - g)
+        heads = tokens.to(tl.int64) * v_heads
+        at = FACTOR + v_head * tokens + rows
+        tl.store(at + TOTAL * heads, total, mask=valid)
+        tl.store(at + READ * heads, grow * k_norm, mask=valid)
+        tl.store(at + KEPT * heads, left * k_norm, mask=valid)
+        tl.store(at + QUERY * heads, grow * q_norm, mask=valid)
+        tl.store(at + STRENGTH * heads, beta, mask=valid)

@@ -1,0 +1,109 @@
+"""The gated delta rule on a GPU: two launches forwards, three backwards.
+
+This file decides what is kept between them: the inputs and nothing else. What the scan needs
+is made again in the backward (`triton_prepare`), the states too, beside their gradients
+(`triton_scan`); the sums are `triton_gradients`'. What is computed is
+`chunked.chunked_delta_rule`, whose signature this has. Needs Triton at import.
+
+Products of bfloat16 are accumulated in float32, the state is float32 and rounded only as a
+factor of a product; of float32 inputs nothing is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..launch import supported
+from .layout import Chunks, Tables
+from .triton_gradients import gradients
+from .triton_prepare import CHUNK, prepare
+from .triton_scan import outputs, states
+
+
+def chunked_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Sequence[int],
+    initial_state: Tensor | None = None,
+    layout: Chunks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results of `chunked.chunked_delta_rule`.
+
+    Args:
+        q: ``[T, Hk, dk]``, not yet normalised; tokens may lie any distance apart.
+        k: ``[T, Hk, dk]``, likewise.
+        v: ``[T, Hv, dv]``, likewise.
+        g: ``[T, Hv]`` log decay, at most 0.
+        beta: ``[T, Hv]`` write strength.
+        cu_seqlens: ``N + 1`` cumulative lengths.
+        initial_state: ``[N, Hv, dk, dv]``, or zeros.
+        layout: `Chunks` of `cu_seqlens`, where the caller has it already.
+
+    Raises:
+        ValueError: head sizes that are no power of two from 16 to 128, or a dtype that is not
+            computed in float32.
+    """
+    supported(q, k, v)
+    for size in (k.shape[-1], v.shape[-1]):
+        if size not in (16, 32, 64, 128):
+            raise ValueError(f"no Triton delta rule for heads of {size}: use the reference backend")
+    tables = layout.tables if layout is not None else None
+    if tables is None:
+        tables = Tables.of(cu_seqlens, CHUNK, q.device)
+    made: tuple[Tensor, Tensor] = _DeltaRule.apply(q, k, v, g, beta, initial_state, tables)
+    return made
+
+
+class _DeltaRule(torch.autograd.Function):
+    """The whole operation; saves its inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial: Tensor | None,
+        tables: Tables,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, g, beta, initial)
+        ctx.tables = tables
+        q, k, v, g, beta = (_rows(x) for x in (q, k, v, g, beta))
+        initial = None if initial is None else initial.contiguous()
+        return outputs(q, k, v, prepare(q, k, g, beta, tables), initial, tables)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
+        *given, initial = ctx.saved_tensors
+        tables: Tables = ctx.tables
+        q, k, v, g, beta = (_rows(x) for x in given)
+        do = None if do is None else _rows(do)
+        dlast = None if dlast is None else dlast.contiguous()
+        first = None if initial is None else initial.contiguous()
+        made = prepare(q, k, g, beta, tables)
+        scanned = states(q, k, v, made, first, tables, do, dlast)
+        grads = gradients(q, k, g, beta, made.factors, do, scanned[:4], tables)
+        dfirst = scanned[4]
+        return (*grads, None if initial is None else dfirst.to(initial.dtype), None)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[T, ...]`` whose rows are contiguous; a copy only where they are not."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:])):
+        if size != 1 and stride != expected:
+            return x.contiguous()
+        expected *= size
+    return x
