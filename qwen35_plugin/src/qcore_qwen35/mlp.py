@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from qcore.nn.again import again
 from qcore.nn.protocols import BuildContext
 
-from .ops.swiglu.reference import gated_up, swiglu
-
-__all__ = ["Mlp", "gated_up", "swiglu"]
+from .ops.swiglu.reference import swiglu
 
 
 class Mlp(nn.Module):

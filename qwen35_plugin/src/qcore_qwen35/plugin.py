@@ -17,11 +17,12 @@ from qcore.records import (
     Claim,
     Finding,
     Generation,
+    Kernel,
     PreflightRequest,
 )
 from qcore.table import Part
 
-from . import chat, detect, guards, table
+from . import chat, detect, guards, kernels, table
 
 if TYPE_CHECKING:
     from qcore.checkpoint import Checkpoint
@@ -104,3 +105,9 @@ def qcore_chat_format(generation: str, checkpoint: Checkpoint) -> Iterator[ChatF
     """Turns and thinking of 3.5."""
     if generation == GENERATION.name:
         yield chat.QWEN35
+
+
+@hookimpl
+def qcore_kernels() -> Iterator[Kernel]:
+    """Triton backends of the ops of these blocks."""
+    yield from kernels.kernels()

@@ -38,13 +38,15 @@ class Slices:
 
     def __init__(self, *inputs: Tensor) -> None:
         groups: dict[tuple[int, int], int] = {}
+        single = _single_rows(inputs)
         places = []
         for number, x in enumerate(inputs):
-            stride, width = x.stride(), x.stride(0)
-            offset = int(x.storage_offset() % width) if width else 0
-            last = offset + sum((n - 1) * s for n, s in zip(x.shape[1:], stride[1:], strict=True))
-            if last < width:
-                group = groups.setdefault((_storage(x), width), number)
+            storage, stride = _storage(x), x.stride()
+            begin, width = single.get(storage, (0, stride[0])) if len(x) == 1 else (0, stride[0])
+            offset = int(x.storage_offset() - begin) % max(width, 1)
+            if offset + _reach(x) < width:
+                group = groups.setdefault((storage, width), number)
+                stride = (width, *stride[1:])
             else:  # rows that overlap: no slice of a buffer of rows
                 stride, offset, group = _packed(x.shape), 0, groups.setdefault((-1, number), number)
             places.append(_Place(x.shape, stride, offset, group))
@@ -88,6 +90,26 @@ def whole(slices: Sequence[Tensor]) -> Tensor:
             return torch.cat(list(slices), 1)
         at += one.shape[1]
     return first.as_strided((len(first), width), (width, 1), first.storage_offset())
+
+
+def _reach(x: Tensor) -> int:
+    """How far the last element of a row lies behind its first."""
+    return sum((n - 1) * s for n, s in zip(x.shape[1:], x.stride()[1:], strict=True))
+
+
+def _single_rows(inputs: Sequence[Tensor]) -> dict[int, tuple[int, int]]:
+    """By storage, where inputs of one row begin and how wide they are together.
+
+    The stride of a dimension of size one says nothing: views set it as they like.
+    """
+    spans: dict[int, tuple[int, int]] = {}
+    for x in inputs:
+        if len(x) == 1:
+            begin = int(x.storage_offset())
+            end = begin + _reach(x) + 1
+            first, last = spans.get(_storage(x), (begin, end))
+            spans[_storage(x)] = min(first, begin), max(last, end)
+    return {storage: (begin, end - begin) for storage, (begin, end) in spans.items()}
 
 
 def _packed(shape: torch.Size) -> tuple[int, ...]:

@@ -1,0 +1,65 @@
+"""The backends of this family's ops, as records; torch-free, what they need is imported inside.
+
+This file decides which there are. Each lies in its op's folder under `ops`, beside its
+reference; `ops.verify` says how far it may be from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qcore.records import Kernel, Verdict
+
+if TYPE_CHECKING:
+    import torch
+
+#: Op -> (module under `ops`, its function), all in Triton.
+TRITON = {
+    "rms_norm": ("norm.triton", "rms_norm"),
+    "add_rms_norm": ("norm.triton", "add_rms_norm"),
+    "gated_norm": ("norm.triton", "gated_norm"),
+    "swiglu": ("swiglu.triton", "swiglu"),
+    "delta_inputs": ("delta_inputs.triton", "delta_inputs"),
+    "delta_rule": ("delta_rule.triton_rule", "chunked_delta_rule"),
+    "attention_inputs": ("attention.triton", "attention_inputs"),
+    "output_gate": ("attention.triton", "output_gate"),
+    "moe_router": ("moe.triton", "router"),
+    "moe_weighted_up": ("moe.triton", "weighted_up"),
+    "moe_shared_up": ("moe.triton", "shared_up"),
+}
+
+
+def kernels() -> Iterator[Kernel]:
+    """The records."""
+    for op, (module, function) in TRITON.items():
+        yield Kernel(
+            op=op,
+            backend="triton",
+            load=_load(module, function),
+            verify=_verify(op),
+            refuse=_needs_cuda,
+            requires=("triton>=3.2",),
+        )
+
+
+def _load(module: str, function: str) -> Callable[[], Callable[..., Any]]:
+    def load() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(import_module(f"{__package__}.ops.{module}"), function)
+        return found
+
+    return load
+
+
+def _verify(op: str) -> Callable[[torch.device], Verdict]:
+    def verify(device: torch.device) -> Verdict:
+        from .ops.verify import verify
+
+        return verify(op, device)
+
+    return verify
+
+
+def _needs_cuda(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "it needs a CUDA device"

@@ -1,0 +1,154 @@
+"""How far each backend may be from its reference, and on what that is measured.
+
+This file decides sizes and bounds. Documents are of odd lengths, one of a single token; inputs
+are bfloat16 and column slices of one buffer, as stacked projections give them. A result that is
+rounded once errs by about 1.7e-3, every further rounding adds as much in squares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcore.nn.experts import Routing
+from qcore.nn.verify import compare
+from qcore.records import Verdict
+
+from ..moe import router
+from .attention.reference import attention_inputs, output_gate
+from .delta_inputs.reference import Documents, Heads, delta_inputs
+from .delta_rule import CHUNK, Chunks, chunked_delta_rule
+from .moe.reference import shared_up, weighted_up
+from .norm.reference import add_rms_norm, gated_norm, rms_norm
+from .swiglu.reference import swiglu
+
+LENGTHS = (65, 1, 190, 3)
+ENDS = (0, 65, 66, 256, 259)
+T = ENDS[-1]
+EPS = 1e-6
+EXPERTS, PICKED = 16, 4
+
+
+def verify(op: str, device: torch.device) -> Verdict:
+    """Compare the Triton backend of `op` with its reference on `device`."""
+    from importlib import import_module
+
+    from ..kernels import TRITON
+
+    module, name = TRITON[op]
+    function = getattr(import_module(f"..{module}", __name__), name)
+    reference, inputs, gradients_of = CASES[op](_Draw(device))
+    output, gradient = BOUNDS.get(op, (5e-3, 5e-3))
+    return compare(
+        function, reference, inputs, output=output, gradient=gradient, gradients_of=gradients_of
+    )
+
+
+class _Draw:
+    """Random tensors in bfloat16."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        values = torch.randn(*shape, generator=self._generator)
+        return values.to(self.device, torch.bfloat16)
+
+    def slices(self, *widths: int) -> tuple[Tensor, ...]:
+        """``[T, width]`` each, side by side in one buffer."""
+        return self(T, sum(widths)).split(widths, 1)
+
+    def heads(self, count: int, size: int) -> Tensor:
+        return self.slices(8, count * size, 8)[1].unflatten(1, (count, size))
+
+    def chosen(self) -> Tensor:
+        """Experts ``[T, k]``, all different in a row."""
+        order = torch.rand(T, EXPERTS, generator=self._generator).argsort(1)
+        return order[:, :PICKED].to(self.device)
+
+
+_Case = tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]
+
+
+def _rms_norm(draw: _Draw) -> _Case:
+    return rms_norm, (draw(T, 1056), draw(1056), EPS), (0,)
+
+
+def _add_rms_norm(draw: _Draw) -> _Case:
+    return add_rms_norm, (draw(T, 1056), draw(T, 1056), draw(1056), EPS), (0, 1)
+
+
+def _gated_norm(draw: _Draw) -> _Case:
+    return gated_norm, (draw(T, 6, 128), draw.heads(6, 128), draw(128), EPS), (0, 1)
+
+
+def _swiglu(draw: _Draw) -> _Case:
+    return swiglu, draw.slices(1184, 1184), (0, 1)
+
+
+def _delta_inputs(draw: _Draw) -> _Case:
+    heads = Heads(2, 128, 6, 128)
+    channels = 2 * 256 + 768
+    frozen = (0.5 * draw(channels, 1, 4), draw(6).float() - 1, draw(6))
+    documents = Documents.of(ENDS, draw.device)
+    inputs = (*draw.slices(channels, 768, 6, 6), *frozen, documents, heads)
+    return delta_inputs, inputs, (0, 1, 2, 3)
+
+
+def _delta_rule(draw: _Draw) -> _Case:
+    layout = Chunks.of(ENDS, CHUNK, draw.device)
+    q, k = draw.heads(2, 128), draw.heads(2, 128)
+    g = -draw(T, 6).float().exp() * 0.3
+    inputs = (q, k, draw.heads(6, 128), g, draw(T, 6).sigmoid(), ENDS, None, layout)
+    return chunked_delta_rule, inputs, (0, 1, 2, 3, 4)
+
+
+def _attention_inputs(draw: _Draw) -> _Case:
+    angles = draw(T, 1, 32).float()
+    cos, sin = (torch.cat((f, f), -1).bfloat16() for f in (angles.cos(), angles.sin()))
+    projected = draw.slices(6 * 2 * 256, 2 * 256, 2 * 256)
+    return attention_inputs, (*projected, draw(256), draw(256), EPS, cos, sin), (0, 1, 2)
+
+
+def _output_gate(draw: _Draw) -> _Case:
+    gate = draw(T, 6, 512)[..., 256:]
+    return output_gate, (draw(T, 6, 256), gate), (0, 1)
+
+
+def _moe_router(draw: _Draw) -> _Case:
+    # No two alike in a row, in bfloat16 either: of equals either may be picked.
+    ranks = draw(T, EXPERTS).float().argsort(1).argsort(1)
+    return router, ((ranks / 8 - 1).bfloat16(), PICKED), (0,)
+
+
+def _moe_weighted_up(draw: _Draw) -> _Case:
+    routing = Routing.of(draw.chosen(), EXPERTS)
+    weights = draw(T, PICKED).softmax(1)
+    return weighted_up, (draw(T * PICKED, 2 * 544), weights, routing), (0, 1)
+
+
+def _moe_shared_up(draw: _Draw) -> _Case:
+    return shared_up, (*draw.slices(544, 544), draw(T, 1)), (0, 1, 2)
+
+
+CASES: dict[str, Callable[[_Draw], _Case]] = {
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "gated_norm": _gated_norm,
+    "swiglu": _swiglu,
+    "delta_inputs": _delta_inputs,
+    "delta_rule": _delta_rule,
+    "attention_inputs": _attention_inputs,
+    "output_gate": _output_gate,
+    "moe_router": _moe_router,
+    "moe_weighted_up": _moe_weighted_up,
+    "moe_shared_up": _moe_shared_up,
+}
+
+#: Most that (outputs, gradients) may err, where products of bfloat16 are summed or roundings
+#: follow each other.
+BOUNDS = {"delta_rule": (1e-2, 2e-2), "moe_weighted_up": (1e-2, 1e-2)}
