@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .nf4 import Dequantize, dequantize
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lora:
@@ -42,6 +44,9 @@ class Adapted(nn.Module):
         lora_A: float32, or ``None``.
         lora_B: float32, or ``None``.
         lora: the adapter's numbers; set it to ``None`` to compute the base alone.
+        dequantize: what reads 4-bit values; set before any are held.
+        accumulates: whether a backward may add to ``lora_A.grad`` and ``lora_B.grad`` itself,
+            in place of handing gradients to autograd (`qcore.optim`).
     """
 
     weight: nn.Parameter | None
@@ -52,6 +57,8 @@ class Adapted(nn.Module):
         super().__init__()
         self.shape = shape
         self.lora = lora
+        self.dequantize: Dequantize = dequantize
+        self.accumulates = False
         meta = torch.empty(shape, dtype=dtype, device="meta")
         self.weight = nn.Parameter(meta, requires_grad=False)
         self.lora_A = self.lora_B = None

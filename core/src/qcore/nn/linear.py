@@ -2,7 +2,7 @@
 
 This file decides how ``y = x W^T + s (dropout(x) A^T) B^T`` is computed and what is saved
 for its backward: the input, never the dequantised weight, which is read again. Which maps
-carry LoRA is `model`'s decision, what they hold is `load`'s.
+carry LoRA is `model`'s decision, what they hold is `load`'s. On a GPU it is a `product` of one.
 
 Shapes: ``x [..., in]``, ``W [out, in]``, ``A [r, in]``, ``B [out, r]``.
 """
@@ -17,14 +17,22 @@ from torch import Tensor, nn
 
 from .adapted import Adapted, Lora
 from .nf4 import NF4
+from .product import Product
 
 
 class Linear(Adapted):
-    """``[..., in] -> [..., out]``."""
+    """``[..., in] -> [..., out]``.
+
+    Attributes:
+        nf4: the weight, where it is held in 4 bit.
+        resident: keep the weight in 16 bit too, where memory allows: nothing is read twice.
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lora: Lora | None) -> None:
         super().__init__(shape, dtype, lora)
         self.nf4: NF4 | None = None
+        self.resident = False
+        self._product = Product((self,))
 
     def lora_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """``A [r, in]``, ``B [out, r]``."""
@@ -35,7 +43,7 @@ class Linear(Adapted):
         if rows != slice(0, self.shape[0]):
             raise ValueError(f"a linear map is held whole, not {rows}")
         if quantize:
-            self.nf4, self.weight = NF4(value, dtype), None
+            self.nf4, self.weight = NF4(value, dtype, self.dequantize), None
         else:
             self.weight = nn.Parameter(value.to(dtype), requires_grad=False)
 
@@ -63,9 +71,18 @@ class Linear(Adapted):
         assert self.weight is not None
         return self.weight
 
+    def into(self, out: Tensor) -> None:
+        """Write the weight into `out` ``[out, in]``, whose rows may lie apart."""
+        if self.nf4 is not None:
+            self.nf4.into(out)
+        else:
+            out.copy_(self.dense())
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""
         lora = self.lora
+        if self._product.takes(x):
+            return self._product(x)[0]
         if lora is None:
             if not (torch.is_grad_enabled() and x.requires_grad):
                 return F.linear(x, self.dense())

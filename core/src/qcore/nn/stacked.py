@@ -1,6 +1,8 @@
 """Linear maps that read the same x, computed as one.
 
-This file decides how the products of a stack are shared; each map alone is `linear`'s.
+This file decides when the products of a stack are shared: on a GPU, and where no member draws
+dropout (each member's draw makes it read another x). Otherwise members are called one by one.
+How they are shared is `product`'s; each map alone is `linear`'s.
 
 Shapes: ``x [..., in]``, each map ``[out_i, in]``.
 """
@@ -10,13 +12,21 @@ from __future__ import annotations
 from torch import Tensor
 
 from .linear import Linear
+from .product import Product
 
 
 class Stacked:
-    """``[..., in] -> ([..., out_i], ...)``; holds its members, owns none of their parameters."""
+    """``[..., in] -> ([..., out_i], ...)``; holds its members, owns none of their parameters.
+
+    Outputs of a shared product are column slices of one buffer. Their gradients cost no copy
+    where they come back so (`slices`).
+    """
 
     def __init__(self, members: tuple[Linear, ...]) -> None:
         self.members = members
+        self._product = Product(members)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self._product.takes(x):
+            return self._product(x)
         return tuple(member(x) for member in self.members)

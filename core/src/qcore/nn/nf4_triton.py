@@ -1,0 +1,129 @@
+"""NF4 read back in one launch: both levels of scales and the values, bit for bit bitsandbytes'.
+
+This file decides how the work is cut. A program takes `_WORDS` words of eight codes; a word's
+scale is its own code times the scale of its 256, plus the slice's offset: rounded after each
+of the two, as bitsandbytes does in two launches, so products and sums must not be fused
+(``enable_fp_fusion=False``). What is read is `nf4`'s.
+
+Shapes: n slices, each ``[rows, cols]`` of ``8 words`` values and ``words / 8`` blocks.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..records import Verdict
+from .launch import launch
+from .nf4 import BLOCK, VALUES, Codes, of_weights
+from .nf4 import dequantize as reference
+
+_WORDS = 1024  #: words of a program: 16 KiB of 16-bit values
+_WARPS = 4
+
+
+@triton.jit
+def _dequantize(
+    packed,
+    absmax,
+    absmax2,
+    code2,
+    offset,
+    table,
+    out,
+    words,
+    blocks,
+    blocks2,
+    words_row,
+    stride_slice,
+    stride_row,
+    FLAT: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    number = tl.program_id(1).to(tl.int64)
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    here = word < words
+    codes = tl.load(packed + number * words + word, mask=here, other=0)
+    block = word // 8
+    scale = tl.load(
+        code2 + tl.load(absmax + number * blocks + block, mask=here, other=0).to(tl.int32)
+    )
+    scale = scale * tl.load(absmax2 + number * blocks2 + block // 256, mask=here, other=0.0)
+    scale = scale + tl.load(offset + number)
+    # A byte's first value is in its high half: 1 0 3 2 5 4 7 6.
+    place = tl.arange(0, 8)
+    code = (codes[:, None] >> ((place ^ 1) * 4)[None, :]) & 15
+    values = tl.load(table + code) * scale[:, None]
+    if FLAT:
+        at = word.to(tl.int64) * 8
+    else:
+        row = word // words_row
+        at = row.to(tl.int64) * stride_row + (word - row * words_row) * 8
+    target = out + number * stride_slice + at[:, None] + place[None, :]
+    tl.store(target, values.to(out.dtype.element_ty), mask=here[:, None])
+
+
+def dequantize(codes: Codes, out: Tensor) -> Tensor:
+    """Write the values of `codes` into `out`; see `nf4.dequantize`."""
+    n, rows, cols = out.shape
+    size = rows * cols
+    if size % BLOCK or cols % 8 or out.stride(2) != 1:
+        return reference(codes, out)
+    words = codes.packed.view(n, -1).view(torch.int32)
+    grid = (triton.cdiv(size // 8, _WORDS), n)
+    launch(
+        _dequantize,
+        grid,
+        words,
+        codes.absmax,
+        codes.absmax2,
+        codes.code2,
+        codes.offset,
+        _table(out.device),
+        out,
+        size // 8,
+        size // BLOCK,
+        codes.absmax2.shape[-1],
+        cols // 8,
+        out.stride(0),
+        out.stride(1),
+        FLAT=out.stride(1) == cols,
+        WORDS=_WORDS,
+        num_warps=_WARPS,
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+_tables: dict[torch.device, Tensor] = {}
+
+
+def _table(device: torch.device) -> Tensor:
+    if device not in _tables:
+        _tables[device] = torch.tensor(VALUES, device=device)
+    return _tables[device]
+
+
+def verify(device: torch.device) -> Verdict:
+    """Bit equality with the reference, on slices, odd counts, rows that lie apart; NaN below."""
+    wrong = 0.0
+    generator = torch.Generator().manual_seed(0)
+    for shape, dtype in itertools.product(
+        ((1, 7, 64), (3, 48, 320), (2, 128, 128)),
+        (torch.bfloat16, torch.float16, torch.float32),
+    ):
+        weight = torch.randn(shape, generator=generator).to(device, dtype)
+        codes = of_weights(weight)
+        expected = reference(codes, torch.empty_like(weight))
+        for gap in (0, 16):
+            room = weight.new_full((*shape[:2], shape[2] + gap), torch.nan)
+            found = dequantize(codes, room[..., : shape[2]])
+            if not torch.equal(found, expected) or not room[..., shape[2] :].isnan().all():
+                wrong = float("inf")
+    return Verdict(output=wrong, output_bound=0.0)
