@@ -126,7 +126,7 @@ OPTIONS: dict[str, list[str]] = {
     "inspect": ["MODEL", "--debug", "--generation", "--json"],
     "train": [
         "--adapter-class", "--config", "--data", "--debug", "--device", "--generation", "--json",
-        "--model", "--output", "--preset", "--resume", "--set",
+        "--kernels", "--model", "--output", "--preset", "--resume", "--set",
     ],
     "merge": [
         "--adapter", "--debug", "--dequantize", "--generation", "--json", "--model", "--no-proof",
@@ -143,7 +143,7 @@ OPTIONS: dict[str, list[str]] = {
     "presets show": ["NAME", "--debug", "--json"],
     "skus list": ["--debug", "--json"],
     "skus show": ["ID", "--debug", "--json"],
-    "doctor": ["--debug", "--json"],
+    "doctor": ["--debug", "--json", "--kernels"],
     "demo": ["--architecture", "--debug", "--json", "--output"],
 }  # fmt: skip
 

@@ -28,6 +28,9 @@ PUBLIC = {
     "qcore.nn.protocols": True,
     "qcore.nn.attention": True,
     "qcore.nn.experts": True,
+    "qcore.nn.again": True,
+    "qcore.nn.slices": True,
+    "qcore.nn.verify": True,
 }  #: module -> whether importing it may import torch
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "qcore_qwen35", "rich", "yaml")
 MAX_FILE, MAX_FUNCTION = 500, 80

@@ -255,6 +255,13 @@ def test_hook_detect_merge(example: Any) -> None:
     assert plugins.ask("qcore_detect_merge", adapter={"x.lora_A": (4, 4)}, **given) == []
 
 
+def test_hook_kernels(example: Any) -> None:
+    ((_, kernel),) = example("qcore_kernels").ask("qcore_kernels")
+    assert (kernel.op, kernel.backend, kernel.priority) == ("acme_norm", "fast", 10)
+    assert kernel.known_bad[0].capability == (9, 0)
+    assert kernel.refuse(SimpleNamespace(type="cpu")) == "needs a CUDA device"
+
+
 def test_hook_doctor(example: Any) -> None:
     ((_, finding),) = example("qcore_doctor").ask("qcore_doctor")
     assert (finding.code, finding.what) == ("QC-ACME-020", "not installed (optional)")

@@ -10,10 +10,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from .errors import QcoreError
 from .plugins import Plugins
 from .records import Finding, Severity
+
+if TYPE_CHECKING:
+    from .kernels import Line
 
 _PACKAGES = (
     "qcore-framework", "torch", "transformers", "safetensors", "bitsandbytes", "tokenizers",
@@ -31,6 +35,20 @@ def findings() -> Iterator[Finding]:
     yield from _nf4()
     yield from _worker()
     yield from _plugins()
+
+
+def kernel_table() -> tuple[str, list[Line], list[QcoreError]]:
+    """The device of a run, every backend verified on it anew, and what is wrong."""
+    import torch
+
+    from .device import pick_device
+    from .kernels import survey, surveyed
+
+    device = pick_device("auto")
+    kernels, problems = surveyed(Plugins.discover().load_all())
+    lines, wrong = survey(kernels, device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name, lines, [*problems, *wrong]
 
 
 def _note(field: str, what: str) -> Finding:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import kernel_cache
 from .core_kernels import core_kernels
-from .errors import NumericError, PluginError, QcoreError, UsageError
+from .errors import NumericError, PluginError, QcoreError, UsageError, raise_all
 from .plugin_info import Failure
 from .plugins import Plugins, contained
 from .records import Kernel, KnownBad, Verdict
@@ -33,7 +33,7 @@ from .records import Kernel, KnownBad, Verdict
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Chosen", "Line", "Listed", "State", "choose", "installed", "survey"]
+__all__ = ["Chosen", "Line", "Listed", "State", "choose", "installed", "survey", "surveyed"]
 
 REFERENCE = "reference"  #: the backend that every op has
 _SETTING = "kernels"
@@ -126,26 +126,44 @@ def installed(plugins: Plugins) -> list[Listed]:
         PluginError: ``QC-KERNEL-006``; ``QC-PLUGIN-002`` or ``-003`` of a plugin that fails.
     """
     brought = [(str(info), kernel) for info, kernel in plugins.ask("qcore_kernels")]
-    return _listed(brought)
+    found, problems = _listed(brought)
+    raise_all(problems)
+    return found
 
 
-def _listed(brought: Iterable[tuple[str, Kernel]]) -> list[Listed]:
+def surveyed(plugins: Plugins) -> tuple[list[Listed], list[QcoreError]]:
+    """As `installed`, for reports that must go on: what can be listed, and what is wrong."""
+    brought, problems = [], []
+    for info, answers in plugins.survey("qcore_kernels"):
+        if isinstance(answers, QcoreError):
+            problems.append(answers)
+        else:
+            brought += [(str(info), kernel) for kernel in answers]
+    found, twice = _listed(brought)
+    return found, [*problems, *twice]
+
+
+def _listed(brought: Iterable[tuple[str, Kernel]]) -> tuple[list[Listed], list[QcoreError]]:
     found: dict[tuple[str, str], Listed] = {}
+    problems: list[QcoreError] = []
     for owner, kernel in (*(("qcore", own) for own in core_kernels()), *brought):
         name = (kernel.op, kernel.backend)
         if name in found or kernel.backend == REFERENCE:
             first = found[name].owner if name in found else "the reference"
-            raise PluginError(
+            twice = PluginError(
                 "QC-KERNEL-006",
                 f"kernel {kernel.op}={kernel.backend} is brought twice",
                 found=f"{first} and {owner}",
                 fix="uninstall one of them, or report this to its author",
             )
+            problems.append(twice)
+            continue
         found[name] = Listed(owner=owner, kernel=kernel)
-    return sorted(
-        found.values(),
-        key=lambda one: (one.kernel.op, -one.kernel.priority, one.kernel.backend),
-    )
+
+    def order(one: Listed) -> tuple[str, int, str]:
+        return one.kernel.op, -one.kernel.priority, one.kernel.backend
+
+    return sorted(found.values(), key=order), problems
 
 
 def choose(kernels: Sequence[Listed], device: torch.device, wanted: Mapping[str, str]) -> Chosen:
@@ -224,21 +242,27 @@ def _best(backends: Sequence[Listed], device: torch.device) -> _Taken:
     return [*lines, _reference(op, state)], chosen
 
 
-def survey(kernels: Sequence[Listed], device: torch.device) -> list[Line]:
-    """Every backend verified anew, and which a run without wishes takes. Raises nothing."""
+def survey(kernels: Sequence[Listed], device: torch.device) -> tuple[list[Line], list[QcoreError]]:
+    """Every backend verified anew, which a run without wishes takes, and what is wrong.
+
+    Raises nothing. Wrong is a backend that runs here and computes something else, or raises.
+    """
     lines: list[Line] = []
+    problems: list[QcoreError] = []
     for op in dict.fromkeys(one.kernel.op for one in kernels):
         taken = device.type == "cpu"
         for one in kernels:
             if one.kernel.op != op:
                 continue
             line, problem = _judge(one, device, fresh=True)
+            if problem is not None and line.alarming:
+                problems.append(problem)
             if problem is None and not taken and one.kernel.priority > 0:
                 taken, line = True, replace(line, state=State.CHOSEN)
             lines.append(line)
         free = not any(line.op == op and line.state is State.CHOSEN for line in lines)
         lines.append(_reference(op, State.CHOSEN if free else State.AVAILABLE))
-    return lines
+    return lines, problems
 
 
 # Judging one backend.
@@ -265,7 +289,7 @@ def _judge(one: Listed, device: torch.device, *, fresh: bool) -> tuple[Line, Qco
         return _refused(one, str(verdict), alarming=True), _raised(one, verdict)
     if verdict.good:
         return _line(one, State.AVAILABLE, "", verdict=verdict), None
-    reason = f"differs from its reference on this device: {measured(verdict)}"
+    reason = f"differs from its reference on this device: {verdict.text}"
     wrong = NumericError(
         "QC-KERNEL-004",
         reason,
@@ -274,14 +298,6 @@ def _judge(one: Listed, device: torch.device, *, fresh: bool) -> tuple[Line, Qco
         fix=f"ask for {kernel.op}={REFERENCE}, and report this to {one.owner}",
     )
     return _refused(one, reason, alarming=True, verdict=verdict), wrong
-
-
-def measured(verdict: Verdict) -> str:
-    """``output 1.2e-03 (bound 4.0e-03), gradient ...``."""
-    text = f"output {verdict.output:.1e} (bound {verdict.output_bound:.1e})"
-    if verdict.gradient_bound:
-        text += f", gradient {verdict.gradient:.1e} (bound {verdict.gradient_bound:.1e})"
-    return text
 
 
 def _refusal(kernel: Kernel, device: torch.device) -> tuple[str, str | None] | None:

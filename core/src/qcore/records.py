@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
+    from torch import device as Device
 
     from .checkpoint import Checkpoint
     from .locate import Layout
@@ -230,6 +230,14 @@ class Verdict:
         """Whether both errors are within their bounds."""
         return self.output <= self.output_bound and self.gradient <= self.gradient_bound
 
+    @property
+    def text(self) -> str:
+        """``output 1.2e-03 (bound 4.0e-03), gradient ...``."""
+        text = f"output {self.output:.1e} (bound {self.output_bound:.1e})"
+        if self.gradient_bound:
+            text += f", gradient {self.gradient:.1e} (bound {self.gradient_bound:.1e})"
+        return text
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownBad:
@@ -252,7 +260,7 @@ class KnownBad:
     unless: str | None = None
 
 
-def _runs_anywhere(device: torch.device) -> str | None:
+def _runs_anywhere(device: Device) -> str | None:
     return None
 
 
@@ -274,13 +282,18 @@ class Kernel:
         priority: of the backends that can run, the highest is taken; 0 waits to be asked for.
         requires: what must be installed, as pip writes it: ``triton>=3.2``.
         known_bad: combinations in which it is refused without a try.
+        plan: stands in for `load` where a step is planned: what it gives allocates the same
+            results, saves the same tensors and allocates the same gradients and workspace for
+            tensors on the meta device. ``None``: what `load` gives does, which holds wherever
+            kernels are started by `qcore.nn.launch` and torch's ops have a meta form.
     """
 
     op: str
     backend: str
     load: Callable[[], Callable[..., Any]]
-    verify: Callable[[torch.device], Verdict]
-    refuse: Callable[[torch.device], str | None] = _runs_anywhere
+    verify: Callable[[Device], Verdict]
+    refuse: Callable[[Device], str | None] = _runs_anywhere
     priority: int = 10
     requires: tuple[str, ...] = ()
     known_bad: tuple[KnownBad, ...] = ()
+    plan: Callable[[], Callable[..., Any]] | None = None

@@ -5,7 +5,8 @@ and to the verb that reads a setting what it does.
 
 Codes: ``QC-CONFIG-001`` unknown key, ``-002`` wrong type, ``-003`` out of range or not one of
 the choices, ``-004`` fp16, ``-005`` given twice, ``-007`` settings that contradict each other.
-Whether a template reads what ``chat_template_kwargs`` sets is `qcore.data.variables`' business.
+Whether a template reads what ``chat_template_kwargs`` sets is `qcore.data.variables`' business,
+which backends ``kernels`` may name is `qcore.kernels`'.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Spec:
         choices: the allowed words; empty where any word is.
         each: of `Entries`: type of every value, whose range the limits above are; ``object``
             is true, false, a number or a text.
-        key: of `Entries`: what its names are, ``group`` or ``variable``.
+        key: of `Entries`: what its names are, ``group``, ``variable`` or ``op``.
     """
 
     name: str
@@ -142,7 +143,8 @@ class Settings:
     gradient_checkpointing: bool = _s(True, "recompute layers in backward to save memory")
     recompute: str = _s(
         "auto",
-        "what gradient_checkpointing computes again: auto by the plan, elementwise ops, full layers",
+        "what gradient_checkpointing computes again: auto by the plan, elementwise ops, "
+        "full layers",
         choices=("auto", "elementwise", "full", "offload"),
     )
     adapter_class: str = _s("", "class whose names the adapter carries; empty: the checkpoint's")
@@ -175,6 +177,12 @@ class Settings:
         "variables that the checkpoint's chat template is rendered with",
         each=object,
         key="variable",
+    )
+    kernels: Entries[str] = _s(  # noqa: RUF009
+        Entries(),
+        "backend of an op, in place of the best that passes; reference is one of every op",
+        each=str,
+        key="op",
     )
 
     def __post_init__(self) -> None:

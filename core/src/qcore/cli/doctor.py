@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import click
 
-from .common import debug_option, emit, json_option
+from .common import debug_option, emit, importing, json_option
 
 
 @click.command("doctor")
+@click.option("--kernels", is_flag=True, help="Verify every backend of every op, and list them.")
 @json_option
 @debug_option
-def command(as_json: bool) -> None:
+def command(kernels: bool, as_json: bool) -> None:
     """Check the environment by running the pieces that qcore relies on."""
+    if kernels:
+        _kernels(as_json)
+        return
     from ..doctor import findings
     from ..errors import raise_all
     from ..preflight import as_error
@@ -36,3 +40,38 @@ def command(as_json: bool) -> None:
         mark = {"error": "!!", "warning": " !", "note": "  "}[finding.severity.value]
         click.echo(f"{mark} {finding.field:<24} {finding.what}")
     raise_all(errors)
+
+
+def _kernels(as_json: bool) -> None:
+    """The table of backends on the device of a run."""
+    from dataclasses import asdict
+
+    from ..doctor import kernel_table
+    from ..errors import raise_all
+
+    with importing():
+        device, lines, problems = kernel_table()
+    if as_json:
+        rows = [
+            {
+                "op": line.op,
+                "backend": line.backend,
+                "state": line.state.value,
+                "reason": line.reason,
+                "owner": line.owner,
+                "verdict": None if line.verdict is None else asdict(line.verdict),
+            }
+            for line in lines
+        ]
+        told = [problem.as_json() for problem in problems]
+        emit({"ok": not problems, "device": device, "kernels": rows, "problems": told})
+        raise click.exceptions.Exit(problems[0].exit_code if problems else 0)
+    click.echo(f"kernels on {device}")
+    for line in lines:
+        words = [f"{line.op:<24}", f"{line.backend:<12}", f"{line.state.value:<9}"]
+        if line.verdict is not None:
+            words.append(line.verdict.text)
+        if line.reason and (line.verdict is None or line.verdict.good):
+            words.append(line.reason)
+        click.echo(" ".join(words).rstrip())
+    raise_all(problems)

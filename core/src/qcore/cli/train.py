@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 @click.option("--preset", help="Named settings; see qcore presets list.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="run.yaml")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="One setting; repeatable.")
+@click.option(
+    "--kernels", multiple=True, metavar="OP=BACKEND", help="Backend of one op; repeatable."
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--resume", is_flag=True, help="Go on with the run that was stopped.")
 @click.option("--adapter-class", help="Class whose names the adapter carries: text or vl.")
@@ -36,6 +39,7 @@ def command(
     preset: str | None,
     config_file: Path | None,
     sets: tuple[str, ...],
+    kernels: tuple[str, ...],
     device: str,
     resume: bool,
     adapter_class: str | None,
@@ -43,16 +47,21 @@ def command(
     as_json: bool,
 ) -> None:
     """Fine-tune MODEL on DATA with QLoRA and publish a PEFT adapter in OUTPUT."""
-    from ..config import load_settings
+    from ..config import load_settings, parse_entries
     from ..presets import load_presets
     from .draw import Drawn
 
     presets = load_presets()
+    backends = parse_entries("kernels", kernels, flag="--kernels")
     flags = {"adapter_class": adapter_class, "generation": generation}
     settings, origins = load_settings(
         preset=preset,
         config_file=config_file,
-        sets=[*sets, *(f"{key}={value}" for key, value in flags.items() if value)],
+        sets=[
+            *sets,
+            *(f"{key}={value}" for key, value in flags.items() if value),
+            *(f"kernels.{op}={backend}" for op, backend in backends.items()),
+        ],
         presets=presets,
     )
     teller = Drawn(quiet=as_json)
