@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 
 def _loops_end_at_tensors() -> None:
-    """NumPy 2.4 turns no array of one element into a number; Triton 3.6's interpreter asks it to."""
+    """NumPy 2.4 makes no number of an array of one element; Triton 3.6's interpreter asks it to."""
     from triton.runtime import interpreter
 
     real = interpreter._patch_lang_tensor

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from .adapted import Adapted, Lora
 from .experts_routing import Routing
+from .launch import on_gpu
 from .nf4 import NF4Stack
 
 __all__ = ["Experts", "Routing", "Tokens", "grouped"]
@@ -42,7 +43,8 @@ class Experts(Adapted):
 
     Attributes:
         compute: `grouped`, or the backend that the run chose for it.
-        resident: the dequantised stack ``[E, out, in]``, where it is kept beside the codes.
+        resident: keep the dequantised stack too, where ``2 E out in`` bytes are free: the same
+            bits, read once and not in each pass.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lora: Lora | None) -> None:
@@ -51,7 +53,8 @@ class Experts(Adapted):
         self._taken = 0
         self.reader: Callable[[int], Tensor] | None = None
         self.compute: Callable[[Tensor, Experts, Routing, Tokens], Tensor] = grouped
-        self.resident: Tensor | None = None
+        self.resident = False
+        self._dense: Tensor | None = None
 
     def lora_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """``A [E r, in]``, ``B [out, r E]``."""
@@ -66,7 +69,8 @@ class Experts(Adapted):
         if quantize:
             if self.nf4 is None:
                 shape = cast(tuple[int, int, int], self.shape)
-                self.nf4, self.weight = NF4Stack(shape, dtype, value.device), None
+                self.nf4 = NF4Stack(shape, dtype, value.device, self.dequantize)
+                self.weight = None
             self.nf4.put(rows, value)
             return
         if self.weight is None or self.weight.is_meta:
@@ -77,13 +81,6 @@ class Experts(Adapted):
     def read_from(self, reader: Callable[[int], Tensor] | None) -> None:
         """Hold nothing: ask `reader` for the weight ``[out, in]`` of an expert when it has rows."""
         self.reader = reader
-
-    def reside(self, dense: bool) -> None:
-        """Keep the dequantised stack in memory, or give it up; its values are the same bits.
-
-        It saves the dequantisation of every pass for ``2 E out in`` bytes. Call it once loaded.
-        """
-        self.resident = self.nf4.dense() if dense and self.nf4 is not None else None
 
     @property
     def four_bit(self) -> bool:
@@ -117,10 +114,13 @@ class Experts(Adapted):
 
     def some(self, experts: slice) -> Tensor:
         """The weights of neighbours ``[n, out, in]`` in the run's dtype."""
-        if self.resident is not None:
-            return self.resident[experts]
         if self.nf4 is not None:
-            return self.nf4.some(experts)
+            if not self.resident:
+                self._dense = None
+                return self.nf4.some(experts)
+            if self._dense is None:
+                self._dense = self.nf4.dense()
+            return self._dense[experts]
         assert self.weight is not None
         return self.weight[experts]
 
@@ -206,7 +206,7 @@ def _is_fused(x: Tensor, module: Experts) -> bool:
     """Whether torch's grouped product takes these shapes: 16-bit on CUDA, rows aligned."""
     _, out, into = module.shape
     aligned = not (out % _Fused.multiple or into % _Fused.multiple)
-    return x.is_cuda and x.dtype == torch.bfloat16 and aligned and module.reader is None
+    return on_gpu(x) and x.dtype == torch.bfloat16 and aligned and module.reader is None
 
 
 def _by_expert(

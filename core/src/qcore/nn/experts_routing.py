@@ -31,13 +31,20 @@ class Routing:
     """
 
     def __init__(
-        self, order: Tensor, inverse: Tensor, ends: Tensor, k: int, tiles: Tensor | None = None
+        self,
+        order: Tensor,
+        inverse: Tensor,
+        ends: Tensor,
+        k: int,
+        tiles: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> None:
         self.order = order
         self.inverse = inverse
         self.ends = ends
         self.k = k
         self.tiles = tiles
+        self._counts = counts
 
     @staticmethod
     def of(chosen: Tensor, experts: int) -> Routing:
@@ -83,6 +90,8 @@ class Routing:
     @property
     def counts(self) -> Tensor:
         """``[E]`` int64: rows by expert."""
+        if self._counts is not None:
+            return self._counts
         return self.ends.long().diff(prepend=self.ends.new_zeros(1, dtype=torch.int64))
 
     @cached_property

@@ -14,40 +14,31 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from ..records import Verdict
 from . import experts_triton_gemm as gemm
+from .adapted import Lora
 from .experts import TOGETHER, Experts, Tokens
+from .experts import grouped as reference
 from .experts_routing import Routing
+from .launch import launch
+from .nf4 import BLOCK, VALUES
+from .verify import compare, worst
 
 #: Rows an expert, on average, below which 4-bit weights are read inside the product.
 FEW = 16
-
-_NF4_VALUES = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0,
-)  # fmt: skip
 
 
 @functools.cache
 def _table(device: torch.device) -> Tensor:
     """The sixteen values of NF4."""
-    return torch.tensor(_NF4_VALUES, device=device)
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Start a kernel; not for fake tensors, which count memory, nor where there is no work."""
-    first = args[0]
-    if not (isinstance(first, FakeTensor) or first.is_meta or 0 in grid):
-        kernel[grid](*args, **meta)
+    return torch.tensor(VALUES, device=device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +54,10 @@ class _Cut:
 
 def _cut(rows: int, experts: int, dtype: torch.dtype, *, nf4: bool) -> _Cut:
     height = tile_rows(rows, experts)
-    if dtype == torch.float32:
-        return _Cut(min(height, 64), 64, 32, 4, 2)
     if nf4:
-        return _Cut(height, 64 if height < 64 else 128, 128 if height < 64 else 64, 4, 3)
+        return _Cut(height, 64, 128, 4, 1)
+    if dtype == torch.float32:
+        return _Cut(height, 64, 32, 4 if height < 128 else 8, 2)
     if height < 128:
         return _Cut(height, 128, 64, 4, 4)
     return _Cut(128, 256, 64, 8, 4)
@@ -74,19 +65,23 @@ def _cut(rows: int, experts: int, dtype: torch.dtype, *, nf4: bool) -> _Cut:
 
 def tile_rows(rows: int, experts: int) -> int:
     """Rows of a tile: what an expert has on average, from 16 to 128."""
-    return min(128, max(16, triton.next_power_of_2(rows // experts)))
+    return min(128, max(16, int(triton.next_power_of_2(rows // experts))))
+
+
+def tile_count(rows: int, experts: int) -> int:
+    """How many tiles there are at most: each expert's last one may be part empty."""
+    return rows // tile_rows(rows, experts) + min(experts, rows)
 
 
 def tiles_of(routing: Routing) -> Tensor:
     """Expert and first row of each tile, ``[tiles, 2]`` int32; made once for a routing."""
     if routing.tiles is None:
         rows, experts = len(routing.order), len(routing.ends)
-        height = tile_rows(rows, experts)
-        count = rows // height + min(experts, rows)
+        count = tile_count(rows, experts)
         tiles = routing.ends.new_empty(count, 2)
-        _launch(
+        launch(
             gemm.tile_table, (triton.cdiv(count, 64),), routing.ends, tiles, count, experts,
-            BM=height, BE=triton.next_power_of_2(experts), BT=64,
+            BM=tile_rows(rows, experts), BE=triton.next_power_of_2(experts), BT=64,
         )  # fmt: skip
         routing.tiles = tiles
     return routing.tiles
@@ -122,14 +117,15 @@ class _Products:
         step = experts if nf4 else max(1, TOGETHER // (x.element_size() * out * into))
         for first in range(0, experts, step):
             last = min(first + step, experts)
-            weights, codes, (packed, blocks) = self._weights(slice(first, last), nf4)
+            weights, codes, blocks2 = self._weights(slice(first, last), nf4)
             left, right = lora if lora is not None else (x, x)
-            _launch(
+            launch(
                 gemm.grouped, (triton.cdiv(n, cut.columns), len(tiles_of(self.routing))),
                 x, weights, y, self.routing.order, tiles_of(self.routing), self.routing.ends,
-                left, right, *codes, first, last, n, k, x.stride(0), packed, blocks, n,
-                RANK=left.shape[1] if lora is not None else 0, TURNED=turned, CHOICES=self.routing.k if spread else 0, NF4=nf4,
-                LORA=lora is not None, EVEN_N=n % cut.columns == 0, EVEN_K=k % cut.depth == 0,
+                left, right, *codes, first, last, n, k, x.stride(0), blocks2, n,
+                RANK=left.shape[1] if lora is not None else 0, TURNED=turned,
+                CHOICES=self.routing.k if spread else 0, NF4=nf4, LORA=lora is not None,
+                EVEN_N=n % cut.columns == 0, EVEN_K=k % cut.depth == 0,
                 PRECISION=_precision(x.dtype), BM=cut.rows, BN=cut.columns, BK=cut.depth,
                 BR=_rank(left.shape[1]) if lora is not None else 16,
                 num_warps=cut.warps, num_stages=cut.stages,
@@ -141,7 +137,7 @@ class _Products:
         """``x_i right_e^T``: ``[R, r]`` in the dtype of x, `right` ``[E r, n]``."""
         rows, tiles = len(self.routing.order), tiles_of(self.routing)
         out, k = x.new_empty(rows, r), x.shape[1]
-        _launch(
+        launch(
             gemm.thin, (len(tiles),), x, right, out, self.routing.order, tiles, self.routing.ends,
             k, x.stride(0), RANK=r, CHOICES=self.routing.k if spread else 0, EVEN_K=k % 64 == 0,
             PRECISION=_precision(x.dtype), BM=tile_rows(rows, len(self.routing.ends)), BK=64,
@@ -150,27 +146,32 @@ class _Products:
         return out
 
     def outer(
-        self, small: Tensor, big: Tensor, scale: float, *, spread: bool, is_a: bool
-    ) -> Tensor:
-        """``scale sum_i small_i big_i^T`` by expert, float32: ``[E r, n]`` or as B, ``[n, r E]``."""
+        self, small: Tensor, big: Tensor, scale: float, into: Tensor, *, spread: bool, is_a: bool
+    ) -> Tensor | None:
+        """``scale sum_i small_i big_i^T`` by expert, float32: ``[E r, n]`` or as B, ``[n, r E]``.
+
+        Added to the gradient of the parameter `into` where its module wants that: then ``None``.
+        """
+        sink = into.grad if self.module.accumulates else None
         experts, r, n = len(self.routing.ends), small.shape[1], big.shape[1]
         shape = (experts * r, n) if is_a else (n, r * experts)
         strides = (r * n, n, 1) if is_a else (1, experts, r * experts)
-        out = torch.empty(shape, dtype=torch.float32, device=small.device)
+        out = torch.empty(shape, device=small.device) if sink is None else sink
         height = min(64, tile_rows(len(small), experts))
-        _launch(
+        launch(
             gemm.outer, (triton.cdiv(n, 128), experts), small, big, out, self.routing.order,
             self.routing.ends, scale, n, big.stride(0), *strides, RANK=r, EVEN_N=n % 128 == 0,
-            CHOICES=self.routing.k if spread else 0, PRECISION=_precision(big.dtype),
-            BM=height, BN=128, BR=_rank(r), num_warps=4, num_stages=3,
+            CHOICES=self.routing.k if spread else 0, ADD=sink is not None,
+            PRECISION=_precision(big.dtype), BM=height, BN=128, BR=_rank(r), num_warps=4,
+            num_stages=3,
         )  # fmt: skip
-        return out
+        return out if sink is None else None
 
     def turned_b(self, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
         """B ``[out, r E]``, scaled, as ``[E r, out]`` in the run's dtype."""
         experts, out, _ = self.module.shape
         turned = torch.empty(b.shape[1], out, dtype=dtype, device=b.device)
-        _launch(
+        launch(
             gemm.turn, (triton.cdiv(out, 32), triton.cdiv(b.shape[1], 64)), b, turned, scaling,
             out, experts, b.shape[1] // experts, BO=32, BC=64,
         )  # fmt: skip
@@ -181,7 +182,7 @@ class _Products:
         tokens, width = len(rows) // self.routing.k, rows.shape[1]
         y = rows.new_empty(tokens, width)
         block = min(2048, triton.next_power_of_2(width))
-        _launch(
+        launch(
             gemm.gather_sum, (tokens, triton.cdiv(width, block)), rows, self.routing.inverse, y,
             width, rows.stride(0), K=self.routing.k, BH=block, num_warps=4,
         )  # fmt: skip
@@ -190,23 +191,21 @@ class _Products:
     def _few(self, x: Tensor) -> bool:
         """Whether 4-bit weights are read inside the product."""
         module = self.module
-        if module.nf4 is None or module.resident is not None or module.shape[2] % 2:
+        if module.nf4 is None or module.resident or module.shape[2] % BLOCK:
             return False
         return len(self.routing.order) <= FEW * module.shape[0]
 
-    def _weights(
-        self, experts: slice, nf4: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[int, int]]:
-        """Values or codes, what codes are read with, and their sizes a slice."""
+    def _weights(self, experts: slice, nf4: bool) -> tuple[Tensor, tuple[Tensor, ...], int]:
+        """Values or codes, what codes are read with, and how many scales of scales a slice has."""
         if nf4:
             stack = self.module.nf4
             assert stack is not None
             assert stack.code2 is not None
             table = _table(stack.packed.device)
             codes = (stack.absmax, stack.absmax2, stack.code2, stack.offset, table)
-            return stack.packed, codes, (stack.packed.shape[1], stack.absmax.shape[1])
+            return stack.packed.view(torch.int32), codes, stack.absmax2.shape[1]
         weights = self.module.some(experts)
-        return weights, (weights,) * 5, (0, 0)
+        return weights, (weights,) * 5, 0
 
 
 def _rank(r: int) -> int:
@@ -260,8 +259,8 @@ class _Grouped(torch.autograd.Function):
             r, scaling = module.lora.r, module.lora.scaling
             by_b = product.turned_b(b, scaling, dy.dtype)
             dxa = product.thin(dy, by_b, r, spread=spread)
-            da = product.outer(dxa, x, 1.0, spread=ctx.tokens == "in", is_a=True)
-            db = product.outer(xa, dy, scaling, spread=spread, is_a=False)
+            da = product.outer(dxa, x, 1.0, a, spread=ctx.tokens == "in", is_a=True)
+            db = product.outer(xa, dy, scaling, b, spread=spread, is_a=False)
             lora = dxa, a
         if ctx.needs_input_grad[0]:
             dx = product.base(dy, turned=False, spread=spread, lora=lora)
@@ -272,3 +271,41 @@ class _Grouped(torch.autograd.Function):
 
 def _adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def verify(device: torch.device) -> Verdict:
+    """The map and its gradients against torch: LoRA, 4 bit read in both ways, odd counts."""
+    verdicts = []
+    for tokens, spread in ((517, "in"), (517, "out"), (9, "in"), (9, None)):
+        verdicts.append(_compared(device, tokens, cast(Tokens, spread)))
+    return worst(*verdicts)
+
+
+def _compared(device: torch.device, tokens: int, spread: Tokens) -> Verdict:
+    experts, k, out, into, r = 24, 4, 192, 320, 8
+    generator = torch.Generator().manual_seed(tokens)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    half = Experts((experts, out, into), torch.bfloat16, Lora(r=r, lora_alpha=2 * r))
+    value = draw(experts, out, into) / into**0.5
+    half.hold(slice(0, experts), value, quantize=True, dtype=torch.bfloat16)
+    wide = Experts(half.shape, torch.float32, half.lora)
+    wide.hold(slice(0, experts), half.some(slice(0, experts)), quantize=False, dtype=torch.float32)
+    chosen = torch.rand(tokens, experts - 1, generator=generator).topk(k, 1).indices.to(device)
+    routing = Routing.of(chosen, experts)
+
+    def run(compute: Any, module: Experts) -> Any:
+        def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            module.lora_A, module.lora_B = cast(Any, (a, b))
+            found: Tensor = compute(x, module, routing, spread)
+            return found
+
+        del module.lora_A, module.lora_B
+        return function
+
+    a, b = half.lora_shapes(r)
+    x = draw(tokens if spread == "in" else tokens * k, into).to(torch.bfloat16)
+    given = (x, draw(*a) / into**0.5, draw(*b))
+    return compare(run(grouped, half), run(reference, wide), given, output=6e-3, gradient=1.2e-2)

@@ -13,7 +13,6 @@ Shapes: R rows sorted by expert, E experts, r LoRA's rank.
 
 # Triton kernels have no types that mypy knows.
 # mypy: ignore-errors
-# ruff: noqa: D103, N803
 
 from __future__ import annotations
 
@@ -30,16 +29,29 @@ def _rows(index, rows, K: tl.constexpr):
 
 
 @triton.jit
-def _nf4(packed, absmax, absmax2, code2, offset, table, e, at, mask, BYTES, BLOCKS, DTYPE):
-    """Values of the bytes `at` of slice `e`, two each: ``[..., n] -> [..., 2 n]``."""
-    byte = tl.load(packed + e * BYTES + at, mask=mask, other=0).to(tl.int32)
-    block = at // 32
-    code = tl.load(absmax + e * BLOCKS + block, mask=mask, other=0).to(tl.int32)
-    second = tl.load(absmax2 + e * ((BLOCKS + 255) // 256) + block // 256, mask=mask, other=0.0)
-    scale = tl.load(code2 + code) * second + tl.load(offset + e)
-    high = tl.load(table + (byte >> 4)) * scale
-    low = tl.load(table + (byte & 15)) * scale
-    return tl.interleave(high.to(DTYPE), low.to(DTYPE))
+def _nf4(
+    words, absmax, absmax2, code2, offset, table, e, row, column0, inside, IN, OUT, BLOCKS2,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Values ``[ROWS, COLUMNS]`` of slice `e`; a row of it is whole blocks of 64."""
+    first = (row * IN + column0)[:, None]
+    column = tl.arange(0, COLUMNS // 8) * 8
+    mask = inside[:, None] & ((column0 + column) < IN)[None, :]
+    word = tl.load(
+        words + (e * (OUT * (IN // 8)) + (first + column[None, :]) // 8), mask=mask, other=0
+    )
+    block = tl.arange(0, COLUMNS // 64) * 64
+    mask = inside[:, None] & ((column0 + block) < IN)[None, :]
+    block = (first + block[None, :]) // 64
+    code = tl.load(absmax + e * (OUT * (IN // 64)) + block, mask=mask, other=0).to(tl.int32)
+    scale = tl.load(code2 + code)
+    scale *= tl.load(absmax2 + e * BLOCKS2 + block // 256, mask=mask, other=0.0)
+    scale += tl.load(offset + e)
+    # A byte's first value is in its high half: 1 0 3 2 5 4 7 6.
+    shift = (tl.arange(0, 8) ^ 1) * 4
+    value = tl.load(table + ((word[:, :, None] >> shift[None, None, :]) & 15))
+    value = tl.reshape(value, (ROWS, COLUMNS // 64, 64)) * scale[:, :, None]
+    return tl.reshape(value, (ROWS, COLUMNS)).to(DTYPE)
 
 
 @triton.jit
@@ -63,8 +75,9 @@ def tile_table(ends, tiles, count, E, BM: tl.constexpr, BE: tl.constexpr, BT: tl
 def grouped(
     x, weight, y, index, tiles, ends, left, right,
     absmax, absmax2, code2, offset, table,
-    first_expert, last_expert, N, K, stride_x, BYTES, BLOCKS, stride_right,
-    RANK: tl.constexpr, TURNED: tl.constexpr, CHOICES: tl.constexpr, NF4: tl.constexpr, LORA: tl.constexpr,
+    first_expert, last_expert, N, K, stride_x, BLOCKS2, stride_right,
+    RANK: tl.constexpr, TURNED: tl.constexpr, CHOICES: tl.constexpr, NF4: tl.constexpr,
+    LORA: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -101,32 +114,20 @@ def grouped(
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for k0 in range(0, K, BK):
         inside = k0 + k < K
-        if EVEN_K:
-            a = tl.load(at_x)
-        else:
-            a = tl.load(at_x, mask=inside[None, :], other=0.0)
+        a = tl.load(at_x) if EVEN_K else tl.load(at_x, mask=inside[None, :], other=0.0)
         if NF4:
             if TURNED:
-                half = k0 // 2 + tl.arange(0, BK // 2)
-                at = n[:, None] * (K // 2) + half[None, :]
-                mask = (2 * half < K)[None, :] & (columns < N)[:, None]
                 w = _nf4(
-                    weight, absmax, absmax2, code2, offset, table, slice_, at, mask,
-                    BYTES, BLOCKS, a.dtype,
+                    weight, absmax, absmax2, code2, offset, table, slice_, n, k0, columns < N,
+                    K, N, BLOCKS2, BN, BK, a.dtype,
                 ).T  # fmt: skip
             else:
-                half = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
-                at = (k0 + k)[:, None] * (N // 2) + half[None, :]
-                mask = (2 * half < N)[None, :] & inside[:, None]
                 w = _nf4(
-                    weight, absmax, absmax2, code2, offset, table, slice_, at, mask,
-                    BYTES, BLOCKS, a.dtype,
+                    weight, absmax, absmax2, code2, offset, table, slice_, k0 + k,
+                    tl.program_id(0) * BN, inside, N, K, BLOCKS2, BK, BN, a.dtype,
                 )  # fmt: skip
         else:
-            if EVEN_K:
-                w = tl.load(at_w)
-            else:
-                w = tl.load(at_w, mask=inside[:, None], other=0.0)
+            w = tl.load(at_w) if EVEN_K else tl.load(at_w, mask=inside[:, None], other=0.0)
             at_w += BK if TURNED else BK * N
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
         at_x += BK
@@ -173,8 +174,8 @@ def thin(
 @triton.jit
 def outer(
     small, big, out, index, ends, scale, N, stride_big, stride_e, stride_r, stride_n,
-    RANK: tl.constexpr, CHOICES: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    RANK: tl.constexpr, CHOICES: tl.constexpr, EVEN_N: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """``scale * sum_i small_i big_i^T`` over each expert's rows, float32, in any layout."""
     e = tl.program_id(1)
@@ -196,7 +197,11 @@ def outer(
         acc = tl.dot(b.T, a, acc, input_precision=PRECISION)
     to = out + e.to(tl.int64) * stride_e + r[None, :].to(tl.int64) * stride_r
     to += columns[:, None].to(tl.int64) * stride_n
-    tl.store(to, acc * scale, mask=(r < RANK)[None, :] & (columns < N)[:, None])
+    mask = (r < RANK)[None, :] & (columns < N)[:, None]
+    acc *= scale
+    if ADD:
+        acc += tl.load(to, mask=mask, other=0.0)
+    tl.store(to, acc, mask=mask)
 
 
 @triton.jit

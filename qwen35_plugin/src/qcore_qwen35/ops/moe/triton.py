@@ -54,7 +54,8 @@ def _route(scores, weights, chosen, partial, T, E, stride, K: tl.constexpr, BT: 
 
 @triton.jit
 def _route_backward(scores, chosen, dweights, dsums, out, T, E, stride, WEIGHTS: tl.constexpr,
-                    SUMS: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):  # fmt: skip
+                    SUMS: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
+                    BE: tl.constexpr):  # fmt: skip
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     e = tl.arange(0, BE)
     here = (t < T)[:, None] & (e < E)[None, :]
@@ -128,11 +129,11 @@ class _Router(torch.autograd.Function):
 
 
 @triton.jit
-def _up(gate, up, weight, order, out, R, I, stride_gate, stride_up,
+def _up(gate, up, weight, order, out, R, N, stride_gate, stride_up,
         SHARED: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     i = tl.program_id(1) * BI + tl.arange(0, BI)
-    here = (row < R)[:, None] & (i < I)[None, :]
+    here = (row < R)[:, None] & (i < N)[None, :]
     g = tl.load(gate + row[:, None] * stride_gate + i[None, :], mask=here, other=0.0)
     u = tl.load(up + row[:, None] * stride_up + i[None, :], mask=here, other=0.0)
     g, u = g.to(tl.float32), u.to(tl.float32)
@@ -141,11 +142,11 @@ def _up(gate, up, weight, order, out, R, I, stride_gate, stride_up,
     if SHARED:
         w = tl.sigmoid(w)
     y = g * tl.sigmoid(g) * u * w[:, None]
-    tl.store(out + row[:, None] * I + i[None, :], y.to(out.dtype.element_ty), mask=here)
+    tl.store(out + row[:, None] * N + i[None, :], y.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def _up_backward(gate, up, weight, order, dy, dgate, dup, dweight, R, I, stride_gate, stride_up,
+def _up_backward(gate, up, weight, order, dy, dgate, dup, dweight, R, N, stride_gate, stride_up,
                  stride_dy, stride_dgate, stride_dup,
                  SHARED: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
@@ -154,7 +155,7 @@ def _up_backward(gate, up, weight, order, dy, dgate, dup, dweight, R, I, stride_
     w = tl.load(weight + at, mask=row < R, other=0.0).to(tl.float32)
     if SHARED:
         w = tl.sigmoid(w)
-    here = (row < R)[:, None] & (i < I)[None, :]
+    here = (row < R)[:, None] & (i < N)[None, :]
     g = tl.load(gate + row[:, None] * stride_gate + i[None, :], mask=here, other=0.0)
     u = tl.load(up + row[:, None] * stride_up + i[None, :], mask=here, other=0.0)
     d = tl.load(dy + row[:, None] * stride_dy + i[None, :], mask=here, other=0.0)
