@@ -172,6 +172,67 @@ def test_the_grouped_product_is_the_same(
     compare(made(LORAS[lora], dtype=dtype), CHOSEN[case], bound, dtype)
 
 
+@pytest.mark.parametrize("case", CHOSEN)
+@pytest.mark.parametrize("fused", [False, True], ids=["loop", "grouped product"])
+def test_tokens_in_and_out_are_a_gather_before_and_a_sum_after(
+    monkeypatch: pytest.MonkeyPatch, case: str, fused: bool
+):
+    dtype = torch.float32 if fused else torch.float64
+    monkeypatch.setattr(qcore.nn.experts, "_is_fused", lambda x, module: fused)
+    module, chosen = made(LORAS["rank 3"], dtype=dtype), CHOSEN[case]
+    tokens, k = chosen.shape
+    routing = Routing.of(chosen, E)
+    token = torch.arange(tokens).repeat_interleave(k)[routing.order]
+    x = draw(tokens, IN, seed=4).to(dtype)
+    for given, plain, sums in ((x, x[token], False), (x[token], x[token], True)):
+        results = []
+        for direct in (True, False):
+            module.zero_grad()
+            start = (given if direct else plain).clone().requires_grad_()
+            if direct:
+                y = module(start, routing, tokens="out" if sums else "in")
+            else:
+                y = module(start, routing)
+                y = y.new_zeros(tokens, OUT).index_add(0, token, y) if sums else y
+            y.backward(draw(*y.shape, seed=5).to(dtype))
+            dx = start.grad
+            assert dx is not None
+            if not direct and not sums:
+                dx = torch.zeros_like(x).index_add(0, token, dx)
+            results.append((y.detach(), dx, module.lora_A.grad, module.lora_B.grad))  # type: ignore[union-attr]
+        for one, two in zip(*results, strict=True):
+            close(one, two.double(), 1e-13 if dtype == torch.float64 else 1e-5)
+
+
+def test_rows_that_tokens_give_are_not_saved():
+    module = made(LORAS["rank 3"], dtype=torch.float32)
+    routing = Routing.of(CHOSEN["two each"], E)
+    saved: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(draw(7, IN, seed=1).float().requires_grad_(), routing, tokens="in")
+    assert (7, IN) in saved
+    assert (14, IN) not in saved
+
+
+def test_resident_weights_are_the_same_bits_and_still_four_bit():
+    module = made(LORAS["rank 3"], dtype=torch.bfloat16, quantize=True)
+    dense, held = module.some(slice(0, E)), module.stored_bytes
+    module.resident = True
+    assert torch.equal(module.some(slice(0, E)), dense)
+    assert torch.equal(module.some(slice(2, 4)), dense[2:4])
+    assert module.some(slice(0, E)).data_ptr() == module.some(slice(0, E)).data_ptr()
+    assert module.four_bit
+    assert module.stored_bytes == held
+    module.resident = False
+    assert module.some(slice(0, E)).data_ptr() != dense.data_ptr()
+    assert module._dense is None
+
+
 def test_without_an_adapter():
     module, chosen = made(None), CHOSEN["some have no row"]
     x, dy = draw(len(chosen), IN, seed=4), draw(*chosen.shape, OUT, seed=5)

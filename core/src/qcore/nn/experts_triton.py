@@ -10,6 +10,8 @@ written in PEFT's layout. Nothing of a token's k rows is made where tokens will 
 Shapes: T tokens, k experts a token, ``R = T k`` rows, E experts, r LoRA's rank.
 """
 
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 import functools

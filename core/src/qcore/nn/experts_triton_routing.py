@@ -73,12 +73,12 @@ def _place(chosen, before, ends, order, inverse, R, B, BP: tl.constexpr, BJ: tl.
     first = tl.program_id(0) * BP
     place = first + tl.arange(0, BP)
     here = place < R
-    expert = tl.load(chosen + place, mask=here, other=-1)
+    expert = tl.load(chosen + place, mask=here, other=-1).to(tl.int32)
     row = tl.load(ends + expert - 1, mask=here & (expert > 0), other=0)
     row += tl.load(before + expert * B + tl.program_id(0), mask=here, other=0)
     for j in range(0, BP, BJ):
         other = first + j + tl.arange(0, BJ)
-        theirs = tl.load(chosen + other, mask=other < R, other=-2)
+        theirs = tl.load(chosen + other, mask=other < R, other=-2).to(tl.int32)
         same = (theirs[None, :] == expert[:, None]) & (other[None, :] < place[:, None])
         row += tl.sum(same.to(tl.int32), 1)
     tl.store(inverse + place, row.to(tl.int64), mask=here)
