@@ -18,7 +18,6 @@ Shapes: T tokens, H hidden size.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -67,23 +66,38 @@ def keep_dear() -> Iterator[None]:
 
 
 class _Recipe:
-    """How to compute one result again; it is held only while somebody uses it."""
+    """How to compute some results again, once for all who saved one of them.
+
+    They are held from the first unpacking to the last: a function that saved five results gets
+    them one by one, and nothing of torch's tells that it still holds the first.
+    """
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         self._function = function
         self._args = args
-        self._made: list[weakref.ref[Tensor]] = []
+        self._made: tuple[Tensor, ...] | None = None
+        self._waiting = 0
 
-    def make(self, number: int) -> Tensor:
-        made = self._made[number]() if self._made else None
-        if made is not None:
-            return made
+    def make(self) -> tuple[Tensor, ...]:
+        if self._made is not None:
+            return self._made
         args = [arg.unpack() if isinstance(arg, _Part) else arg for arg in self._args]
         with torch.no_grad():
             result = self._function(*args)
-        results = (result,) if isinstance(result, Tensor) else result
-        self._made = [weakref.ref(one) for one in results]
-        return results[number]
+        results = (result,) if isinstance(result, Tensor) else tuple(result)
+        if self._waiting:
+            self._made = results
+        return results
+
+    def wait(self) -> None:
+        """One more saved tensor is a result."""
+        self._waiting += 1
+
+    def served(self) -> None:
+        """One less; what nobody waits for is let go."""
+        self._waiting -= 1
+        if not self._waiting:
+            self._made = None
 
 
 class _Part:
@@ -96,12 +110,41 @@ class _Part:
 
     def of(self, tensor: Tensor) -> _Part:
         """The part that `tensor`, which shares its storage, shows."""
-        view = (tensor.shape, tensor.stride(), tensor.storage_offset())
-        return _Part(self._recipe, self._number, view)
+        return _Part(self._recipe, self._number, _shown(tensor))
+
+    def saved(self, tensor: Tensor) -> _Saved:
+        """The same, in place of a saved tensor."""
+        return _Saved(self._recipe, self._number, _shown(tensor))
 
     def unpack(self) -> Tensor:
-        whole = self._recipe.make(self._number)
+        whole = self._recipe.make()[self._number]
         return whole if self._view is None else whole.as_strided(*self._view)
+
+
+class _Saved(_Part):
+    """A part that a backward function waits for."""
+
+    def __init__(self, recipe: _Recipe, number: int, view: tuple[Any, ...] | None = None) -> None:
+        super().__init__(recipe, number, view)
+        self._waits = True
+        recipe.wait()
+
+    def unpack(self) -> Tensor:
+        tensor = super().unpack()
+        self._settle()
+        return tensor
+
+    def __del__(self) -> None:
+        self._settle()  # the graph was freed, or this part of it never asked
+
+    def _settle(self) -> None:
+        if self._waits:
+            self._waits = False
+            self._recipe.served()
+
+
+def _shown(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 class _Scope:
@@ -118,10 +161,13 @@ class _Scope:
 
     def pack(self, tensor: Tensor) -> Tensor | _Part:
         known = self._known.get(_storage(tensor))
-        return tensor if known is None else known[0].of(tensor)
+        return tensor if known is None else known[0].saved(tensor)
 
     def _argument(self, arg: Any) -> Any:
-        return self.pack(arg.detach()) if isinstance(arg, Tensor) else arg
+        if not isinstance(arg, Tensor):
+            return arg
+        known = self._known.get(_storage(arg))
+        return arg.detach() if known is None else known[0].of(arg)
 
 
 _scope: ContextVar[_Scope | None] = ContextVar("qcore cheap results", default=None)
