@@ -25,10 +25,34 @@ def core_kernels() -> Iterator[Kernel]:
         refuse=lambda device: _attention().refuse(device),
     )
     yield Kernel(
+        op="experts",
+        backend="triton",
+        load=lambda: _experts().grouped,
+        verify=lambda device: _experts().verify(device),
+        refuse=_needs_cuda,
+        requires=("triton>=3.2",),
+    )
+    yield Kernel(
+        op="expert_routing",
+        backend="triton",
+        load=lambda: _routing().routing_of,
+        verify=lambda device: _routing().verify(device),
+        refuse=_needs_cuda,
+        requires=("triton>=3.2",),
+    )
+    yield Kernel(
         op="cross_entropy",
         backend="triton",
         load=_cross_entropy,
         verify=_verify_cross_entropy,
+        refuse=_needs_cuda,
+        requires=("triton>=3.2",),
+    )
+    yield Kernel(
+        op="nf4_dequantize",
+        backend="triton",
+        load=lambda: _nf4().dequantize,
+        verify=lambda device: _nf4().verify(device),
         refuse=_needs_cuda,
         requires=("triton>=3.2",),
     )
@@ -38,6 +62,24 @@ def _attention() -> Any:
     from .nn import attention_cuda
 
     return attention_cuda
+
+
+def _nf4() -> Any:
+    from .nn import nf4_triton
+
+    return nf4_triton
+
+
+def _experts() -> Any:
+    from .nn import experts_triton
+
+    return experts_triton
+
+
+def _routing() -> Any:
+    from .nn import experts_triton_routing
+
+    return experts_triton_routing
 
 
 def _needs_cuda(device: torch.device) -> str | None:

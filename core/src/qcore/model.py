@@ -21,6 +21,7 @@ from .nn.again import run_layers
 from .nn.experts import Experts
 from .nn.linear import Linear
 from .nn.loss import cross_entropy_sum
+from .nn.nf4 import dequantize
 from .nn.protocols import Packed, Trunk
 from .nn.stacked import Stacked
 from .records import Architecture
@@ -93,6 +94,7 @@ class Context:
                 fix="report this to the plugin's author",
             )
         module = build(entry.shape, self.dtype, self._lora.get(entry.name))
+        module.dequantize = self.kernel("nf4_dequantize", dequantize)
         self.holders[entry.name] = module
         return module
 
