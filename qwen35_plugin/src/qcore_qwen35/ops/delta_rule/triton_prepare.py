@@ -102,6 +102,13 @@ def rows_of(POINTER, rows, valid, stride, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def tile_of(POINTER, valid, stride, C: tl.constexpr, WIDTH: tl.constexpr):
+    """As `rows_of`, of adjacent rows from a pointer to the first: offsets of 32 bits."""
+    at = tl.arange(0, C)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
+    return tl.load(POINTER + at, mask=valid[:, None], other=0.0)
+
+
+@triton.jit
 def inverse_norm(x, EPS: tl.constexpr):
     """``[C, d] -> [C]``."""
     x = x.to(tl.float32)
