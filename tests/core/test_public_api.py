@@ -29,6 +29,7 @@ PUBLIC = {
     "qcore.nn.attention": True,
     "qcore.nn.experts": True,
     "qcore.nn.again": True,
+    "qcore.nn.launch": True,
     "qcore.nn.slices": True,
     "qcore.nn.verify": True,
 }  #: module -> whether importing it may import torch

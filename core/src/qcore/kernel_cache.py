@@ -54,7 +54,7 @@ def key(kernel: Kernel, owner: str, device: torch.device) -> Key | None:
     from packaging.requirements import Requirement
 
     named = {"torch", "triton", "bitsandbytes", *(Requirement(t).name for t in kernel.requires)}
-    named |= {bad.package for bad in kernel.known_bad}
+    named |= {bad.package for bad in kernel.known_bad} | set(kernel.depends_on)
     return {
         "format": _FORMAT,
         "op": kernel.op,

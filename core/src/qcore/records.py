@@ -281,6 +281,7 @@ class Kernel:
         refuse: ``(device) -> why it cannot run there``, or ``None``; must be quick.
         priority: of the backends that can run, the highest is taken; 0 waits to be asked for.
         requires: what must be installed, as pip writes it: ``triton>=3.2``.
+        depends_on: distributions that change what it computes where they are installed.
         known_bad: combinations in which it is refused without a try.
         plan: stands in for `load` where a step is planned: what it gives allocates the same
             results, saves the same tensors and allocates the same gradients and workspace for
@@ -295,5 +296,6 @@ class Kernel:
     refuse: Callable[[Device], str | None] = _runs_anywhere
     priority: int = 10
     requires: tuple[str, ...] = ()
+    depends_on: tuple[str, ...] = ()
     known_bad: tuple[KnownBad, ...] = ()
     plan: Callable[[], Callable[..., Any]] | None = None

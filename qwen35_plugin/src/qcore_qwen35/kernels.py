@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from qcore.records import Kernel, Verdict
 
+from .ops import optional
+
 if TYPE_CHECKING:
     import torch
 
@@ -42,6 +44,7 @@ def kernels() -> Iterator[Kernel]:
             refuse=_needs_cuda,
             requires=("triton>=3.2",),
         )
+    yield from optional.kernels()
 
 
 def _load(module: str, function: str) -> Callable[[], Callable[..., Any]]:

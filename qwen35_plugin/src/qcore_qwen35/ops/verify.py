@@ -32,14 +32,15 @@ EPS = 1e-6
 EXPERTS, PICKED = 16, 4
 
 
-def verify(op: str, device: torch.device) -> Verdict:
-    """Compare the Triton backend of `op` with its reference on `device`."""
+def verify(op: str, device: torch.device, function: Callable[..., Any] | None = None) -> Verdict:
+    """Compare a backend of `op` with its reference on `device`: Triton's, or `function`."""
     from importlib import import_module
 
     from ..kernels import TRITON
 
-    module, name = TRITON[op]
-    function = getattr(import_module(f"..{module}", __name__), name)
+    if function is None:
+        module, name = TRITON[op]
+        function = getattr(import_module(f"..{module}", __name__), name)
     reference, inputs, gradients_of = CASES[op](_Draw(device))
     output, gradient = BOUNDS.get(op, (5e-3, 5e-3))
     return compare(
