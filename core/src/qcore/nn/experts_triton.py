@@ -131,6 +131,7 @@ class _Products:
                 PRECISION=_precision(x.dtype), BM=cut.rows, BN=cut.columns, BK=cut.depth,
                 BR=_rank(left.shape[1]) if lora is not None else 16,
                 num_warps=cut.warps, num_stages=cut.stages,
+                flops=2.0 * rows * n * k * (last - first) / experts,
             )  # fmt: skip
             del weights
         return y
@@ -143,7 +144,7 @@ class _Products:
             gemm.thin, (len(tiles),), x, right, out, self.routing.order, tiles, self.routing.ends,
             k, x.stride(0), RANK=r, CHOICES=self.routing.k if spread else 0, EVEN_K=k % 64 == 0,
             PRECISION=_precision(x.dtype), BM=tile_rows(rows, len(self.routing.ends)), BK=64,
-            BR=_rank(r), num_warps=8, num_stages=4,
+            BR=_rank(r), num_warps=8, num_stages=4, flops=2.0 * rows * k * r,
         )  # fmt: skip
         return out
 
@@ -165,7 +166,7 @@ class _Products:
             self.routing.ends, scale, n, big.stride(0), *strides, RANK=r, EVEN_N=n % 128 == 0,
             CHOICES=self.routing.k if spread else 0, ADD=sink is not None,
             PRECISION=_precision(big.dtype), BM=height, BN=128, BR=_rank(r), num_warps=4,
-            num_stages=3,
+            num_stages=3, flops=2.0 * len(small) * r * n,
         )  # fmt: skip
         return out if sink is None else None
 
