@@ -55,6 +55,7 @@ def key(kernel: Kernel, owner: str, device: torch.device) -> Key | None:
 
     named = {"torch", "triton", "bitsandbytes", *(Requirement(t).name for t in kernel.requires)}
     named |= {bad.package for bad in kernel.known_bad} | set(kernel.depends_on)
+    named |= {bad.unless for bad in kernel.known_bad if bad.unless}
     return {
         "format": _FORMAT,
         "op": kernel.op,
