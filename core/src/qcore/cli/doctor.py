@@ -68,7 +68,7 @@ def _kernels(as_json: bool) -> None:
         raise click.exceptions.Exit(problems[0].exit_code if problems else 0)
     click.echo(f"kernels on {device}")
     for line in lines:
-        words = [f"{line.op:<24}", f"{line.backend:<12}", f"{line.state.value:<9}"]
+        words = [f"{line.op:<24}", f"{line.backend:<14}", f"{line.state.value:<9}"]
         if line.verdict is not None:
             words.append(line.verdict.text)
         if line.reason and (line.verdict is None or line.verdict.good):
