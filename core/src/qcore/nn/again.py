@@ -63,6 +63,7 @@ def keep_dear() -> Iterator[None]:
             yield
     finally:
         _scope.reset(token)
+        scope.close()
 
 
 class _Recipe:
@@ -158,6 +159,10 @@ class _Scope:
         recipe = _Recipe(function, tuple(self._argument(arg) for arg in args))
         for number, one in enumerate((result,) if isinstance(result, Tensor) else result):
             self._known[_storage(one)] = (_Part(recipe, number), one.detach())
+
+    def close(self) -> None:
+        """Let the results go: each tensor that was saved holds this scope as long as the graph."""
+        self._known.clear()
 
     def pack(self, tensor: Tensor) -> Tensor | _Part:
         known = self._known.get(_storage(tensor))
