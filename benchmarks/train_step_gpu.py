@@ -17,6 +17,7 @@ cpu --shape tiny`` it shows that the harness runs, and no figure of it means any
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib.util
 import json
 import os
@@ -52,6 +53,8 @@ def main() -> None:
     """Parse, then either measure one side or run all in turn."""
     given = _arguments()
     if given.side:
+        # Where it was, should the parent lose patience.
+        faulthandler.dump_traceback_later(max(1, given.timeout - 3))
         print("RESULT " + json.dumps(_measure(given)), flush=True)
         return
     lines = list(_report(given))
@@ -141,7 +144,9 @@ def child(script: str, side: str, caches: Path, timeout: int) -> Result:
             command, capture_output=True, text=True, check=False, env=environment,
             timeout=timeout, cwd=caches,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as error:
+        text = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else ""
+        print("\n".join(text.splitlines()[-12:]), file=sys.stderr)
         return {"failed": f"no result after {timeout} s"}
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode == 0 and found:
@@ -259,6 +264,7 @@ def _profiles(given: argparse.Namespace, results: dict[str, list[Result]]) -> It
         if not good:
             continue
         last = good[-1]
+        yield f"{side}: built and loaded in {good[0]['load_s']:.1f} s"
         for note in last["notes"]:
             yield f"{side}: {note}"
         if not last.get("groups"):
