@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import triton
 from torch import Tensor, nn
 
 from qcore.nn import experts_triton, experts_triton_routing, nf4_triton
-from qcore.nn.adapted import Lora
+from qcore.nn.adapted import Adapted, Lora
 from qcore.nn.again import keep_dear
 from qcore.nn.experts import Experts, Routing
 from qcore.nn.linear import Linear
@@ -106,14 +106,39 @@ def median(run: Callable[[], Any], times: int = 12) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in pairs)
 
 
+def graphed(run: Callable[[], Any]) -> float:
+    """Milliseconds of the device alone: the run is replayed as a graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return median(graph.replay)
+
+
+def host(run: Callable[[], Any], times: int = 10) -> float:
+    """Milliseconds of the host alone: runs are asked for and not waited for."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(times):
+        run()
+    spent = time.perf_counter() - began
+    torch.cuda.synchronize()
+    return 1000 * spent / times
+
+
 def batch(tokens: int) -> Packed:
-    return Packed.of([torch.zeros(tokens, dtype=torch.int64, device=CUDA)])
+    zeros = torch.zeros(tokens, dtype=torch.int64, device=CUDA)
+    return Packed(zeros, (0, tokens), zeros)
 
 
-def step(moe: Moe, x: Tensor, dy: Tensor, dear: bool) -> Tensor:
+def step(moe: Moe, x: Tensor, dy: Tensor, packed: Packed) -> Tensor:
     x = x.detach().requires_grad_()
-    with keep_dear() if dear else nullcontext():
-        y = moe(x, batch(len(x)))
+    with keep_dear():
+        y = moe(x, packed.alone())
     y.backward(dy)
     return y
 
@@ -140,8 +165,21 @@ def block(tokens: int, r: int, *, fast: bool, resident: bool = False, show: bool
         module.resident = resident
     x = torch.randn(tokens, H, device=CUDA).bfloat16()
     dy = torch.randn(tokens, H, device=CUDA).bfloat16() * 1e-3
-    forward = median(lambda: moe(x, batch(tokens)))
-    both = median(lambda: step(moe, x, dy, dear=True))
+    packed = batch(tokens)
+    for module in moe.modules():
+        if isinstance(module, Adapted) and module.lora_A is not None:
+            # As in a run: gradients are added to what is there by the kernels that make them.
+            module.accumulates = True
+            for parameter in (module.lora_A, module.lora_B):
+                parameter.grad = torch.zeros_like(parameter)
+
+    def whole() -> Tensor:
+        return step(moe, x, dy, packed)
+
+    forward = median(lambda: moe(x, packed.alone()))
+    both = median(whole)
+    asked = host(whole)
+    device = graphed(whole) if fast else float("nan")
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -151,14 +189,15 @@ def block(tokens: int, r: int, *, fast: bool, resident: bool = False, show: bool
     y.backward(dy)
     peak = torch.cuda.max_memory_allocated() - before
     del y
-    launches = sum(n for _, _, n in parts(lambda: step(moe, x, dy, dear=True)))
+    launches = sum(n for _, _, n in parts(whole))
     print(
         f"block {tokens} tokens r={r} {'triton' if fast else 'torch'}{' resident' * resident}: "
-        f"forward {forward:.2f} ms, and backward {both:.2f} ms; kept {kept / 1e6:.0f} MB, peak "
+        f"forward {forward:.2f} ms, and backward {both:.2f} ms (device {device:.2f}, host "
+        f"{asked:.2f}); kept {kept / 1e6:.0f} MB, peak "
         f"{peak / 1e9:.2f} GB, {launches} launches"
     )
     if show:
-        for name, ms, count in list(parts(lambda: step(moe, x, dy, dear=True)))[:26]:
+        for name, ms, count in list(parts(whole))[:30]:
             print(f"    {ms:7.3f} ms {count:3d} x {name[:80]}")
 
 

@@ -28,8 +28,8 @@ def test_every_check_passes() -> None:
         assert verify.verify(op, CUDA).good, op
 
 
-@pytest.mark.parametrize("r", [1, 3, 4, 16, 40])
-@pytest.mark.parametrize("tokens", [1, 37, 515, 4099])
+@pytest.mark.parametrize("r", [3, 8, 40])
+@pytest.mark.parametrize("tokens", [1, 515, 4099])
 @pytest.mark.parametrize("spread", ["in", "out"])
 def test_the_map_errs_no_more_than_torch(tokens: int, r: int, spread: str) -> None:
     """Against float64; most experts have no row with one token."""

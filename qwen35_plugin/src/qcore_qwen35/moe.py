@@ -64,9 +64,9 @@ class SharedExpert(Mlp):
         super().__init__(ctx, name)
         self._shared_up = ctx.kernel("moe_shared_up", shared_up)
 
-    def gated(self, x: Tensor, score: Tensor) -> Tensor:
-        """``[T, H], [T, 1] -> [T, H]``, times ``sigmoid(score)``."""
-        out: Tensor = self.down_proj(again(self._shared_up, *self._gate_up(x), score))
+    def gated(self, gate: Tensor, up: Tensor, score: Tensor) -> Tensor:
+        """``[T, I], [T, I], [T, 1] -> [T, H]``: from what its first maps gave, weighted."""
+        out: Tensor = self.down_proj(again(self._shared_up, gate, up, score))
         return out
 
 
@@ -81,15 +81,18 @@ class Moe(nn.Module):
         self.experts = Experts(ctx, f"{name}.experts")
         self.shared_expert = SharedExpert(ctx, f"{name}.shared_expert")
         self.shared_expert_gate = ctx.linear(f"{name}.shared_expert_gate")
+        shared = self.shared_expert
+        self._inputs = ctx.stack(shared.gate_proj, shared.up_proj, self.gate)
         self._router = ctx.kernel("moe_router", router)
         self._routing = ctx.kernel("expert_routing", routing_of)
 
     def forward(self, x: Tensor, batch: Packed) -> Tensor:
-        weights, chosen, probability = self._router(self.gate(x), self.k)
+        gate, up, scores = self._inputs(x)
+        weights, chosen, probability = self._router(scores, self.k)
         routing = self._routing(chosen, len(probability))
         batch.keep(_KEPT + self.name, Balance(routing.counts, probability, len(x)))
         routed = self.experts(x, weights, routing)
-        return routed + self.shared_expert.gated(x, self.shared_expert_gate(x))
+        return routed + self.shared_expert.gated(gate, up, self.shared_expert_gate(x))
 
 
 def router(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

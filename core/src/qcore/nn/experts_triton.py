@@ -66,8 +66,8 @@ def _cut(rows: int, experts: int, dtype: torch.dtype, *, nf4: bool) -> _Cut:
 
 
 def tile_rows(rows: int, experts: int) -> int:
-    """Rows of a tile: what an expert has on average, from 16 to 128."""
-    return min(128, max(16, int(triton.next_power_of_2(rows // experts))))
+    """Rows of a tile: a little more than an expert has on average, from 16 to 128."""
+    return min(128, max(16, int(triton.next_power_of_2(rows * 5 // (4 * experts)))))
 
 
 def tile_count(rows: int, experts: int) -> int:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..records import Verdict
 from .experts_routing import Routing
-from .experts_triton import launch, tile_count, tile_rows
+from .experts_triton import tile_count, tile_rows
+from .launch import launch
 
 _PLACES = 256  # of a block
 
