@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from support.elementwise_kit import Case, cases, outputs
 
+from qcore.nn.slices import Slices
+
 
 def microseconds(functions: Sequence[Callable[[], object]], rounds: int = 20) -> float:
     """Median time of one call; the functions take turns, so that the cache holds none's data."""
@@ -30,7 +32,7 @@ def microseconds(functions: Sequence[Callable[[], object]], rounds: int = 20) ->
     for number in range(rounds):
         flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(200_000)  # so that launches wait in the queue: the host is not timed
+        torch.cuda._sleep(3_000_000)  # so that launches wait in the queue: the host is not timed
         begin.record()
         functions[number % len(functions)]()
         end.record()
@@ -51,14 +53,38 @@ def size(*tensors: Tensor) -> int:
 
 
 def frozen(case: Case) -> list[Tensor]:
-    """The inputs; weights, which have no tokens, want no gradient."""
-    tokens = case.tensors[0].shape[0]
-    return [x.detach().requires_grad_(x.shape[0] == tokens) for x in case.tensors]
+    """The inputs; weights want no gradient."""
+    first = len(case.tensors) - case.weights
+    return [x.detach().requires_grad_(n < first) for n, x in enumerate(case.tensors)]
 
 
-def passed(name: str) -> int:
-    """Outputs at the end that are inputs."""
-    return {"delta_inputs": 1, "attention_inputs": 2}.get(name, 0)
+def moved(name: str, x: list[Tensor], made: list[Tensor]) -> tuple[int, int]:
+    """Fewest bytes, forwards and backwards."""
+    if name == "add_rms_norm":
+        return size(*x[:2], *made), 4 * size(x[0])
+    if name == "rms_norm and residual":
+        return 2 * size(x[0]), 4 * size(x[0])
+    read, computed = x, made
+    if name == "delta_inputs":  # z passes through
+        read, computed = [x[0], x[2], x[3]], made[:-1]
+    if name == "attention_inputs":  # half of q_proj's output is the gate, which passes through
+        read, computed = [x[0][:, : x[0].shape[1] // 2], x[1]], made[:2]
+    if name == "output_gate":
+        read = [x[0], x[0]]
+    return size(*read, *computed), 2 * size(*read) + size(*computed)
+
+
+def in_place(name: str, case: Case, made: list[Tensor]) -> list[Tensor]:
+    """Gradients of outputs; of what passes through, where the neighbour's kernel leaves them."""
+    given = [torch.randn_like(one) for one in made]
+    if name == "delta_inputs":
+        _, given[-1], *_ = Slices(*case.tensors[:4]).gradients(made[0], None, given[-1], None, None)
+    if name == "attention_inputs":
+        q, k, v = case.tensors[:3]
+        d = made[0].shape[-1]
+        gate, v = q.unflatten(1, (-1, 2 * d))[..., d:], v.unflatten(1, (-1, d))
+        *_, given[2], given[3] = Slices(q, k, v, gate).gradients(q, None, None, *given[2:])
+    return given
 
 
 def row(name: str, case: Case, rate: float) -> str:
@@ -66,22 +92,11 @@ def row(name: str, case: Case, rate: float) -> str:
     kernel = case.kernel()
     made = outputs(case, kernel, tensors)
     forward = microseconds([lambda: outputs(case, kernel, tensors)])
-    given = [torch.randn_like(one) for one in made]
+    given = in_place(name, case, made)
     wanted = [x for x in tensors if x.requires_grad]
     backward = microseconds([lambda: torch.autograd.grad(made, wanted, given, retain_graph=True)])
-    computed = made[: len(made) - passed(name)]
-    if name == "rms_norm and residual":
-        computed = made[1:]
-    read = {"delta_inputs": [tensors[i] for i in (0, 2, 3)],
-            "attention_inputs": [tensors[0][:, : tensors[0].shape[1] // 2], tensors[1]],
-            "output_gate": [tensors[0], tensors[0]]}.get(name, tensors)  # fmt: skip
-    moved = size(*read, *computed)
-    # Backwards: inputs again, the gradients of outputs, the gradients of inputs.
-    if name == "add_rms_norm" or name == "rms_norm and residual":
-        back = 4 * size(made[0])
-    else:
-        back = 2 * size(*read) + size(*computed)
-    shares = moved / forward / rate, back / backward / rate
+    forth, back = moved(name, tensors, made)
+    shares = forth / forward / rate, back / backward / rate
     return (
         f"{name:22s} {forward:8.1f} us {100 * shares[0]:4.0f} %   "
         f"{backward:8.1f} us {100 * shares[1]:4.0f} %"

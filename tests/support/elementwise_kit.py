@@ -20,13 +20,14 @@ Function = Callable[..., Any]
 
 @dataclass
 class Case:
-    """Tensors with a gradient, other arguments, how both make the call."""
+    """Tensors, how they make the call, and how many of them (the last) are weights."""
 
     tensors: list[Tensor]
     call: Callable[[Function, list[Tensor]], Any]
     reference: Function
     module: str
     name: str
+    weights: int = 0
 
     def kernel(self) -> Function:
         module = __import__(f"qcore_qwen35.ops.{self.module}.triton", fromlist=[self.name])
@@ -77,30 +78,30 @@ def cases(
     made = {
         "rms_norm": Case(
             [draw(tokens, hidden), 0.3 * draw(hidden)],
-            lambda f, t: f(t[0], t[1], eps), norm.rms_norm, "norm", "rms_norm",
+            lambda f, t: f(t[0], t[1], eps), norm.rms_norm, "norm", "rms_norm", 1,
         ),
         "add_rms_norm": Case(
             [draw(tokens, hidden), draw(tokens, hidden), 0.3 * draw(hidden)],
-            lambda f, t: f(t[0], t[1], t[2], eps), norm.add_rms_norm, "norm", "add_rms_norm",
+            lambda f, t: f(t[0], t[1], t[2], eps), norm.add_rms_norm, "norm", "add_rms_norm", 1,
         ),
         "rms_norm and residual": Case(
             [draw(tokens, hidden), 0.3 * draw(hidden)],
-            lambda f, t: f(t[0], None, t[1], eps), norm.add_rms_norm, "norm", "add_rms_norm",
+            lambda f, t: f(t[0], None, t[1], eps), norm.add_rms_norm, "norm", "add_rms_norm", 1,
         ),
         "gated_norm": Case(
             [o, z, 1 + 0.3 * draw(heads.v_dim)],
             lambda f, t: f(t[0], t[1].unflatten(-1, (heads.v_heads, heads.v_dim)), t[2], eps),
-            norm.gated_norm, "norm", "gated_norm",
+            norm.gated_norm, "norm", "gated_norm", 1,
         ),
         "delta_inputs": Case(
             [qkv, z2, a, b, conv, log, bias],
             lambda f, t: f(*t, documents, heads), delta.delta_inputs, "delta_inputs",
-            "delta_inputs",
+            "delta_inputs", 3,
         ),
         "attention_inputs": Case(
             [qg, k, v, qw, kw],
             lambda f, t: f(*t, eps, cos, sin), attention.attention_inputs, "attention",
-            "attention_inputs",
+            "attention_inputs", 2,
         ),
         "output_gate": Case([oa, qg.clone()], gates, attention.output_gate, "attention",
             "output_gate",

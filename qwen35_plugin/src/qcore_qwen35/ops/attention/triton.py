@@ -215,6 +215,7 @@ class _Inputs(torch.autograd.Function):
         launch(
             _forward, (tokens,), qg, k, q_weight, k_weight, cos, sin, q_out, k_out,
             qg.stride(0), k.stride(0), q_heads, k_heads, eps, **_shape(qg, k, d, n),
+            enable_fp_fusion=False,  # a product and a sum in one would round once
         )  # fmt: skip
         return q_out, k_out, v.unflatten(-1, (-1, d)), gate
 

@@ -1,4 +1,4 @@
-"""What the delta rule reads, in Triton: one launch for the convolution, one for the gates.
+"""What the delta rule reads, in Triton: convolution and gates, one launch each way.
 
 This file decides that a program goes along the tokens of a strip of channels with the last
 inputs in registers, so that every row is read once, and that backwards the derivative before
@@ -31,17 +31,34 @@ from .reference import DeltaInputs, Documents, Heads
 TAPS = 4
 #: Channels and tokens of a strip, warps of its program.
 FORWARD = (256, 32, 1)
-BACKWARD = (256, 32, 1)
+BACKWARD = (256, 61, 1)
+
+
+@triton.jit
+def _forward(
+    u_ptr, w_ptr, starts_ptr, y_ptr, a_ptr, b_ptr, log_ptr, bias_ptr, g_ptr, beta_ptr,
+    u_row, a_row, b_row, channels, tokens, heads,
+    LENGTH: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(1) * LENGTH
+    if tl.program_id(0) * BLOCK < channels:
+        _conv_forward(
+            u_ptr, w_ptr, starts_ptr, y_ptr, u_row, channels, tokens, first, LENGTH, BLOCK
+        )
+    else:
+        _gates_forward(
+            a_ptr, b_ptr, log_ptr, bias_ptr, g_ptr, beta_ptr, a_row, b_row, tokens, heads,
+            first, LENGTH, HEADS,
+        )  # fmt: skip
 
 
 @triton.jit
 def _conv_forward(
-    u_ptr, w_ptr, starts_ptr, y_ptr, u_row, channels, tokens,
+    u_ptr, w_ptr, starts_ptr, y_ptr, u_row, channels, tokens, first,
     LENGTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
-    first = tl.program_id(1) * LENGTH
     half = y_ptr.dtype.element_ty
     w0 = tl.load(w_ptr + c * 4, mask=inside, other=0.0).to(half).to(tl.float32)
     w1 = tl.load(w_ptr + c * 4 + 1, mask=inside, other=0.0).to(half).to(tl.float32)
@@ -53,29 +70,67 @@ def _conv_forward(
     u1 = tl.load(u_ptr - u_row, mask=inside & (first - 1 >= start), other=0.0).to(tl.float32)
     u2 = tl.load(u_ptr - 2 * u_row, mask=inside & (first - 2 >= start), other=0.0).to(tl.float32)
     u3 = tl.load(u_ptr - 3 * u_row, mask=inside & (first - 3 >= start), other=0.0).to(tl.float32)
-    for t in tl.range(first, tl.minimum(first + LENGTH, tokens), loop_unroll_factor=4):
-        start = tl.load(starts_ptr + t)
-        u0 = tl.load(u_ptr, mask=inside, other=0.0).to(tl.float32)
-        keep = start != t
-        u1 = tl.where(keep, u1, 0.0)
-        u2 = tl.where(keep, u2, 0.0)
-        u3 = tl.where(keep, u3, 0.0)
-        pre = (w0 * u3 + w1 * u2 + w2 * u1 + w3 * u0).to(half).to(tl.float32)
-        tl.store(y_ptr, (pre * tl.sigmoid(pre)).to(half), mask=inside)
-        u3, u2, u1 = u2, u1, u0
-        u_ptr += u_row
-        y_ptr += channels
+    # Four rows are asked for before the first is used: a store keeps later loads from moving up.
+    for t in tl.range(first, tl.minimum(first + LENGTH, tokens), 4):
+        m1, m2, m3 = t + 1 < tokens, t + 2 < tokens, t + 3 < tokens
+        x0 = tl.load(u_ptr, mask=inside, other=0.0)
+        x1 = tl.load(u_ptr + u_row, mask=inside & m1, other=0.0)
+        x2 = tl.load(u_ptr + 2 * u_row, mask=inside & m2, other=0.0)
+        x3 = tl.load(u_ptr + 3 * u_row, mask=inside & m3, other=0.0)
+        f0 = tl.load(starts_ptr + t) == t
+        f1 = tl.load(starts_ptr + t + 1, mask=m1, other=0) == t + 1
+        f2 = tl.load(starts_ptr + t + 2, mask=m2, other=0) == t + 2
+        f3 = tl.load(starts_ptr + t + 3, mask=m3, other=0) == t + 3
+        p0, u1, u2, u3 = _taps(w0, w1, w2, w3, x0, u1, u2, u3, f0, half)
+        tl.store(y_ptr, (p0 * tl.sigmoid(p0)).to(half), mask=inside)
+        p1, u1, u2, u3 = _taps(w0, w1, w2, w3, x1, u1, u2, u3, f1, half)
+        tl.store(y_ptr + channels, (p1 * tl.sigmoid(p1)).to(half), mask=inside & m1)
+        p2, u1, u2, u3 = _taps(w0, w1, w2, w3, x2, u1, u2, u3, f2, half)
+        tl.store(y_ptr + 2 * channels, (p2 * tl.sigmoid(p2)).to(half), mask=inside & m2)
+        p3, u1, u2, u3 = _taps(w0, w1, w2, w3, x3, u1, u2, u3, f3, half)
+        tl.store(y_ptr + 3 * channels, (p3 * tl.sigmoid(p3)).to(half), mask=inside & m3)
+        u_ptr += 4 * u_row
+        y_ptr += 4 * channels
+
+
+@triton.jit
+def _taps(w0, w1, w2, w3, x, u1, u2, u3, fresh, half: tl.constexpr):
+    """The rounded sum over the taps, and the last inputs moved on; none before a document."""
+    x = x.to(tl.float32)
+    u1 = tl.where(fresh, 0.0, u1)
+    u2 = tl.where(fresh, 0.0, u2)
+    u3 = tl.where(fresh, 0.0, u3)
+    return (w0 * u3 + w1 * u2 + w2 * u1 + w3 * x).to(half).to(tl.float32), x, u1, u2
+
+
+@triton.jit
+def _backward(
+    dq_ptr, dk_ptr, dv_ptr, u_ptr, w_ptr, starts_ptr, du_ptr,
+    dg_ptr, dbeta_ptr, a_ptr, b_ptr, log_ptr, bias_ptr, da_ptr, db_ptr,
+    dq_row, dk_row, dv_row, u_row, du_row, dg_row, dbeta_row, a_row, b_row, da_row, db_row,
+    keys, values, tokens, heads, LENGTH: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(1) * LENGTH
+    if tl.program_id(0) < tl.num_programs(0) - 1:
+        _conv_backward(
+            dq_ptr, dk_ptr, dv_ptr, u_ptr, w_ptr, starts_ptr, du_ptr,
+            dq_row, dk_row, dv_row, u_row, du_row, keys, values, tokens, first, LENGTH, BLOCK,
+        )  # fmt: skip
+    else:
+        _gates_backward(
+            dg_ptr, dbeta_ptr, a_ptr, b_ptr, log_ptr, bias_ptr, da_ptr, db_ptr,
+            dg_row, dbeta_row, a_row, b_row, da_row, db_row, tokens, heads, first, LENGTH, HEADS,
+        )  # fmt: skip
 
 
 @triton.jit
 def _conv_backward(
     dq_ptr, dk_ptr, dv_ptr, u_ptr, w_ptr, starts_ptr, du_ptr,
-    dq_row, dk_row, dv_row, u_row, du_row, keys, values, tokens,
+    dq_row, dk_row, dv_row, u_row, du_row, keys, values, tokens, first,
     LENGTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     strip = tl.program_id(0)
     strips = (keys + BLOCK - 1) // BLOCK
-    first = tl.program_id(1) * LENGTH
     # Which of q, k, v the strip lies in, where it begins there and among all channels.
     dy_ptr, dy_row, width, local, base = dq_ptr, dq_row, keys, strip, keys * 0
     if strip >= 2 * strips:
@@ -102,27 +157,49 @@ def _conv_backward(
     s2 = tl.zeros([BLOCK], tl.float32)
     s3 = tl.zeros([BLOCK], tl.float32)
     last = tl.minimum(first + LENGTH, tokens)
-    for t in tl.range(first, last + 3, loop_unroll_factor=4):
-        here = t < tokens
-        start = tl.load(starts_ptr + t, mask=here, other=0)
-        u0 = tl.load(u_ptr, mask=inside & here, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr, mask=inside & here, other=0.0).to(tl.float32)
-        keep = start != t
-        u1 = tl.where(keep, u1, 0.0)
-        u2 = tl.where(keep, u2, 0.0)
-        u3 = tl.where(keep, u3, 0.0)
-        pre = (w0 * u3 + w1 * u2 + w2 * u1 + w3 * u0).to(half).to(tl.float32)
-        open_ = tl.sigmoid(pre)
-        d = dy * open_ * (1 + pre * (1 - open_))
-        s3 += tl.where(t - 3 >= start, w0 * d, 0.0)
-        s2 += tl.where(t - 2 >= start, w1 * d, 0.0)
-        s1 += tl.where(t - 1 >= start, w2 * d, 0.0)
-        tl.store(du_ptr, s3.to(half), mask=inside & (t - 3 >= first))
-        s3, s2, s1 = s2, s1, w3 * d
-        u3, u2, u1 = u2, u1, u0
-        u_ptr += u_row
-        dy_ptr += dy_row
-        du_ptr += du_row
+    for t in tl.range(first, last + 3, 4):
+        m0, m1, m2, m3 = t < tokens, t + 1 < tokens, t + 2 < tokens, t + 3 < tokens
+        x0 = tl.load(u_ptr, mask=inside & m0, other=0.0)
+        x1 = tl.load(u_ptr + u_row, mask=inside & m1, other=0.0)
+        x2 = tl.load(u_ptr + 2 * u_row, mask=inside & m2, other=0.0)
+        x3 = tl.load(u_ptr + 3 * u_row, mask=inside & m3, other=0.0)
+        y0 = tl.load(dy_ptr, mask=inside & m0, other=0.0)
+        y1 = tl.load(dy_ptr + dy_row, mask=inside & m1, other=0.0)
+        y2 = tl.load(dy_ptr + 2 * dy_row, mask=inside & m2, other=0.0)
+        y3 = tl.load(dy_ptr + 3 * dy_row, mask=inside & m3, other=0.0)
+        n0 = t - tl.load(starts_ptr + t, mask=m0, other=0)
+        n1 = t + 1 - tl.load(starts_ptr + t + 1, mask=m1, other=0)
+        n2 = t + 2 - tl.load(starts_ptr + t + 2, mask=m2, other=0)
+        n3 = t + 3 - tl.load(starts_ptr + t + 3, mask=m3, other=0)
+        p0, u1, u2, u3 = _taps(w0, w1, w2, w3, x0, u1, u2, u3, n0 == 0, half)
+        du, s1, s2, s3 = _spread(w0, w1, w2, w3, p0, y0, s1, s2, s3, n0)
+        tl.store(du_ptr, du.to(half), mask=inside & (t - 3 >= first) & (t - 3 < last))
+        p1, u1, u2, u3 = _taps(w0, w1, w2, w3, x1, u1, u2, u3, n1 == 0, half)
+        du, s1, s2, s3 = _spread(w0, w1, w2, w3, p1, y1, s1, s2, s3, n1)
+        tl.store(du_ptr + du_row, du.to(half), mask=inside & (t - 2 >= first) & (t - 2 < last))
+        p2, u1, u2, u3 = _taps(w0, w1, w2, w3, x2, u1, u2, u3, n2 == 0, half)
+        du, s1, s2, s3 = _spread(w0, w1, w2, w3, p2, y2, s1, s2, s3, n2)
+        tl.store(du_ptr + 2 * du_row, du.to(half), mask=inside & (t - 1 >= first) & (t - 1 < last))
+        p3, u1, u2, u3 = _taps(w0, w1, w2, w3, x3, u1, u2, u3, n3 == 0, half)
+        du, s1, s2, s3 = _spread(w0, w1, w2, w3, p3, y3, s1, s2, s3, n3)
+        tl.store(du_ptr + 3 * du_row, du.to(half), mask=inside & (t < last))
+        u_ptr += 4 * u_row
+        dy_ptr += 4 * dy_row
+        du_ptr += 4 * du_row
+
+
+@triton.jit
+def _spread(w0, w1, w2, w3, pre, dy, s1, s2, s3, number):
+    """Hand one token's derivative to the rows that it came from; the oldest is then complete.
+
+    `number`: the token's place in its document, which has no rows before the first.
+    """
+    open_ = tl.sigmoid(pre)
+    d = dy.to(tl.float32) * open_ * (1 + pre * (1 - open_))
+    s3 += tl.where(number >= 3, w0 * d, 0.0)
+    s2 += tl.where(number >= 2, w1 * d, 0.0)
+    s1 += tl.where(number >= 1, w2 * d, 0.0)
+    return s3, w3 * d, s1, s2
 
 
 @triton.jit
@@ -132,40 +209,43 @@ def _softplus(x):
 
 @triton.jit
 def _gates_forward(
-    a_ptr, b_ptr, log_ptr, bias_ptr, g_ptr, beta_ptr, a_row, b_row, total,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    a_ptr, b_ptr, log_ptr, bias_ptr, g_ptr, beta_ptr, a_row, b_row, tokens, heads, first,
+    LENGTH: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < total
-    token, head = at // HEADS, at % HEADS
-    a = tl.load(a_ptr + token * a_row + head, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + token * b_row + head, mask=inside, other=0.0).to(tl.float32)
-    rate = tl.exp(tl.load(log_ptr + head, mask=inside, other=0.0).to(tl.float32))
-    bias = tl.load(bias_ptr + head, mask=inside, other=0.0).to(tl.float32)
-    tl.store(g_ptr + at, -rate * _softplus(a + bias), mask=inside)
-    tl.store(beta_ptr + at, tl.sigmoid(b).to(beta_ptr.dtype.element_ty), mask=inside)
+    head = tl.arange(0, HEADS)[None, :]
+    rate = tl.exp(tl.load(log_ptr + head, mask=head < heads, other=0.0).to(tl.float32))
+    bias = tl.load(bias_ptr + head, mask=head < heads, other=0.0).to(tl.float32)
+    for step in tl.range(0, LENGTH, 8):
+        token = first.to(tl.int64) + step + tl.arange(0, 8)[:, None]
+        inside = (token < tokens) & (head < heads)
+        a = tl.load(a_ptr + token * a_row + head, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + token * b_row + head, mask=inside, other=0.0).to(tl.float32)
+        at = token * heads + head
+        tl.store(g_ptr + at, -rate * _softplus(a + bias), mask=inside)
+        tl.store(beta_ptr + at, tl.sigmoid(b).to(beta_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _gates_backward(
     dg_ptr, dbeta_ptr, a_ptr, b_ptr, log_ptr, bias_ptr, da_ptr, db_ptr,
-    dg_row, dbeta_row, a_row, b_row, da_row, db_row, total,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    dg_row, dbeta_row, a_row, b_row, da_row, db_row, tokens, heads, first,
+    LENGTH: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < total
-    token, head = at // HEADS, at % HEADS
-    dg = tl.load(dg_ptr + token * dg_row + head, mask=inside, other=0.0).to(tl.float32)
-    dbeta = tl.load(dbeta_ptr + token * dbeta_row + head, mask=inside, other=0.0).to(tl.float32)
-    a = tl.load(a_ptr + token * a_row + head, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + token * b_row + head, mask=inside, other=0.0).to(tl.float32)
-    rate = tl.exp(tl.load(log_ptr + head, mask=inside, other=0.0).to(tl.float32))
-    bias = tl.load(bias_ptr + head, mask=inside, other=0.0).to(tl.float32)
-    da = -dg * rate * tl.sigmoid(a + bias)
-    beta = tl.sigmoid(b)
-    db = dbeta * beta * (1 - beta)
-    tl.store(da_ptr + token * da_row + head, da.to(da_ptr.dtype.element_ty), mask=inside)
-    tl.store(db_ptr + token * db_row + head, db.to(db_ptr.dtype.element_ty), mask=inside)
+    head = tl.arange(0, HEADS)[None, :]
+    rate = tl.exp(tl.load(log_ptr + head, mask=head < heads, other=0.0).to(tl.float32))
+    bias = tl.load(bias_ptr + head, mask=head < heads, other=0.0).to(tl.float32)
+    for step in tl.range(0, LENGTH, 8):
+        token = first.to(tl.int64) + step + tl.arange(0, 8)[:, None]
+        inside = (token < tokens) & (head < heads)
+        dg = tl.load(dg_ptr + token * dg_row + head, mask=inside, other=0.0).to(tl.float32)
+        dbeta = tl.load(dbeta_ptr + token * dbeta_row + head, mask=inside, other=0.0)
+        a = tl.load(a_ptr + token * a_row + head, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + token * b_row + head, mask=inside, other=0.0).to(tl.float32)
+        da = -dg * rate * tl.sigmoid(a + bias)
+        beta = tl.sigmoid(b)
+        db = dbeta.to(tl.float32) * beta * (1 - beta)
+        tl.store(da_ptr + token * da_row + head, da.to(da_ptr.dtype.element_ty), mask=inside)
+        tl.store(db_ptr + token * db_row + head, db.to(db_ptr.dtype.element_ty), mask=inside)
 
 
 def delta_inputs(
@@ -214,20 +294,16 @@ class _DeltaInputs(torch.autograd.Function):
         ctx.save_for_backward(u, a, b, conv_weight, a_log, dt_bias)
         ctx.slices = Slices(u, z, a, b)
         ctx.documents, ctx.heads = documents, heads
-        tokens, channels = u.shape
+        (tokens, channels), v_heads = u.shape, a.shape[1]
         mixed = u.new_empty(tokens, channels)
-        block, length, warps = FORWARD
-        launch(
-            _conv_forward, (triton.cdiv(channels, block), triton.cdiv(tokens, length)),
-            u, conv_weight, documents.starts, mixed, u.stride(0), channels, tokens,
-            LENGTH=length, BLOCK=block, num_warps=warps,
-        )  # fmt: skip
         g = a.new_empty(a.shape, dtype=torch.float32)
         beta = b.new_empty(b.shape)
+        block, length, warps = FORWARD
         launch(
-            _gates_forward, (triton.cdiv(g.numel(), 1024),),
-            a, b, a_log, dt_bias, g, beta, a.stride(0), b.stride(0), g.numel(),
-            HEADS=a.shape[1], BLOCK=1024, num_warps=4,
+            _forward, (triton.cdiv(channels, block) + 1, triton.cdiv(tokens, length)),
+            u, conv_weight, documents.starts, mixed, a, b, a_log, dt_bias, g, beta,
+            u.stride(0), a.stride(0), b.stride(0), channels, tokens, v_heads,
+            LENGTH=length, BLOCK=block, HEADS=triton.next_power_of_2(v_heads), num_warps=warps,
         )  # fmt: skip
         return *heads.split(mixed), g, beta, z
 
@@ -240,20 +316,15 @@ class _DeltaInputs(torch.autograd.Function):
         du, dz, da, db = ctx.slices.gradients(u, None, dz, None, None)
         parts = [_flat(one) for one in (dq, dk, dv)]
         keys, values = parts[0].shape[1], parts[2].shape[1]
+        dg, dbeta = _rows(dg), _rows(dbeta)
         block, length, warps = BACKWARD
         strips = 2 * triton.cdiv(keys, block) + triton.cdiv(values, block)
         launch(
-            _conv_backward, (strips, triton.cdiv(len(u), length)),
-            *parts, u, conv_weight, ctx.documents.starts, du,
-            *(one.stride(0) for one in parts), u.stride(0), du.stride(0), keys, values, len(u),
-            LENGTH=length, BLOCK=block, num_warps=warps,
-        )  # fmt: skip
-        dg, dbeta = _rows(dg), _rows(dbeta)
-        launch(
-            _gates_backward, (triton.cdiv(a.numel(), 1024),),
-            dg, dbeta, a, b, a_log, dt_bias, da, db, dg.stride(0), dbeta.stride(0),
-            a.stride(0), b.stride(0), da.stride(0), db.stride(0), a.numel(),
-            HEADS=a.shape[1], BLOCK=1024, num_warps=4,
+            _backward, (strips + 1, triton.cdiv(len(u), length)), *parts, u, conv_weight,
+            ctx.documents.starts, du, dg, dbeta, a, b, a_log, dt_bias, da, db,
+            *(one.stride(0) for one in (*parts, u, du, dg, dbeta, a, b, da, db)),
+            keys, values, len(u), a.shape[1],
+            LENGTH=length, BLOCK=block, HEADS=triton.next_power_of_2(a.shape[1]), num_warps=warps,
         )  # fmt: skip
         frozen = _frozen_gradients(ctx, parts, dg) if any(ctx.needs_input_grad[4:7]) else [None] * 3
         return du, dz, da, db, *frozen, None, None
