@@ -170,3 +170,15 @@ def test_every_tile_is_within_one_expert() -> None:
             assert start <= first < end
             covered += range(first, min(first + height, end))
     assert sorted(covered) == list(range(len(routing.order)))
+
+
+@pytest.mark.parametrize("tokens", [60, 150])
+def test_last_rows_take_half_a_tile(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Experts with fewer than 64 rows, and with 128 and a few more."""
+    monkeypatch.setattr(experts_triton, "tile_rows", lambda rows, experts: 128)
+    monkeypatch.setattr(experts_triton, "FEW", 0)
+    module = made(LORAS["r=3"], 40, 50, quantize=False, dtype=torch.float32)
+    module.run_dtype = torch.float32
+    chosen = torch.stack([torch.arange(tokens) % 2, torch.full((tokens,), 4)], 1)
+    compare(chosen, "in", module, 1e-6)
+    compare(chosen, "out", module, 1e-6)

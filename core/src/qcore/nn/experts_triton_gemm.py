@@ -72,26 +72,17 @@ def tile_table(ends, tiles, count, E, BM: tl.constexpr, BE: tl.constexpr, BT: tl
 
 
 @triton.jit
-def grouped(
-    x, weight, y, index, tiles, ends, left, right,
-    absmax, absmax2, code2, offset, table,
-    first_expert, last_expert, N, K, stride_x, BLOCKS2, stride_right,
+def _tile(
+    e, first, end,
+    x, weight, y, index, left, right, absmax, absmax2, code2, offset, table,
+    first_expert, N, K, stride_x, BLOCKS2, stride_right,
     RANK: tl.constexpr, TURNED: tl.constexpr, CHOICES: tl.constexpr, NF4: tl.constexpr,
-    LORA: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    LORA: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """``y_i = x_i W_e^T + left_i right_e``; TURNED: W is ``[N, K]`` in memory, else ``[K, N]``.
-
-    `right` is ``[E, r, N]``. Experts outside ``first_expert .. last_expert`` are left alone, and
-    `weight` begins at the first.
-    """
-    e = tl.load(tiles + 2 * tl.program_id(1))
-    if (e < first_expert) | (e >= last_expert):
-        return
-    first = tl.load(tiles + 2 * tl.program_id(1) + 1)
+    """The product of one tile: up to BM rows of expert `e` from `first` on, BN columns."""
     rows = first + tl.arange(0, BM)
-    live = rows < tl.load(ends + e)
+    live = rows < end
     # Rows past the last are read as the first and never written: no mask in the loop.
     rows = tl.where(live, rows, first)
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -135,6 +126,39 @@ def grouped(
         acc = tl.dot(la, lb.to(la.dtype), acc, input_precision=PRECISION)
     to = y + rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(to, acc.to(y.dtype.element_ty), mask=live[:, None] & (columns < N)[None, :])
+
+
+@triton.jit
+def grouped(
+    x, weight, y, index, tiles, ends, left, right, absmax, absmax2, code2, offset, table,
+    first_expert, last_expert, N, K, stride_x, BLOCKS2, stride_right,
+    RANK: tl.constexpr, TURNED: tl.constexpr, CHOICES: tl.constexpr, NF4: tl.constexpr,
+    LORA: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """``y_i = x_i W_e^T + left_i right_e``; TURNED: W is ``[N, K]`` in memory, else ``[K, N]``.
+
+    `right` is ``[E, r, N]``. Experts outside ``first_expert .. last_expert`` are left alone, and
+    `weight` begins at the first. An expert's last rows take half a tile where they fit in it:
+    with 256 rows an expert, every second one has a tile that is nearly empty.
+    """
+    e = tl.load(tiles + 2 * tl.program_id(1))
+    if (e < first_expert) | (e >= last_expert):
+        return
+    first = tl.load(tiles + 2 * tl.program_id(1) + 1)
+    end = tl.load(ends + e)
+    if BM == 128 and end - first <= 64:
+        _tile(
+            e, first, end, x, weight, y, index, left, right, absmax, absmax2, code2, offset,
+            table, first_expert, N, K, stride_x, BLOCKS2, stride_right, RANK, TURNED, CHOICES,
+            NF4, LORA, EVEN_N, EVEN_K, PRECISION, 64, BN, BK, BR,
+        )  # fmt: skip
+    else:
+        _tile(
+            e, first, end, x, weight, y, index, left, right, absmax, absmax2, code2, offset,
+            table, first_expert, N, K, stride_x, BLOCKS2, stride_right, RANK, TURNED, CHOICES,
+            NF4, LORA, EVEN_N, EVEN_K, PRECISION, BM, BN, BK, BR,
+        )  # fmt: skip
 
 
 @triton.jit
