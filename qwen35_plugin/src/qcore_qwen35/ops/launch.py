@@ -1,24 +1,17 @@
-"""How a Triton kernel is started.
+"""What Triton kernels of this family share: how rows lie, and which dtypes they take.
 
-This file decides that nothing runs where there is nothing to run on: no rows, or tensors that
-hold no numbers (fake ones, under which launches and memory are counted without a card).
+How they are started is core's (`qcore.nn.launch`): not where there are no rows, nor for tensors
+that hold no numbers, under which launches and memory are counted without a card.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from qcore.nn.launch import launch
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """``kernel[grid](*args, **meta)``; the first argument is a tensor."""
-    first = args[0]
-    if isinstance(first, FakeTensor) or first.device.type == "meta" or 0 in grid:
-        return
-    kernel[grid](*args, **meta)
+__all__ = ["launch", "rows_of", "supported"]
 
 
 def rows_of(x: Tensor) -> Tensor:

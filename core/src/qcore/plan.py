@@ -1,0 +1,436 @@
+"""Plan: what a training step will take of a card, before a weight is read.
+
+This file decides how pieces (`plan_measure`) make a step: everything that layers keep is there
+when the head's loss is computed, and goes again layer by layer; the peak is the most at any of
+these moments. It decides which layers compute what again, so that the step is as fast as the
+budget allows: layers at the bottom give up their results first, because those of the top are
+gone by the time the bottom's backward runs. And it decides the longest row that fits.
+
+Memory is predicted of what torch allocates (``max_memory_allocated``). Time is a model
+(`plan_cards`): expect about 15 % either way.
+
+Codes: ``QC-PLAN-001`` nothing fits in the budget, ``-002`` no such card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from .device import DTYPES
+from .errors import InputError
+from .identify import Identified
+from .kernels import Chosen, installed
+from .nn.adapted import Lora
+from .nn.again import POLICIES
+from .plan_cards import CARDS, LAUNCH, Card, card_of, seconds
+from .plan_measure import Measure, Piece
+from .plan_model import Taken, meta_model, take
+from .plan_trace import rounded
+from .settings import Settings
+from .targets import targets
+
+if TYPE_CHECKING:
+    import torch
+
+    from .model import Model
+    from .plan_trace import Trace
+
+__all__ = ["Plan", "Planner", "plan_for"]
+
+Lengths = tuple[int, ...]  #: of the rows of a pack
+
+#: What torch's cuBLAS keeps for the forward's thread and the backward's, 32 MiB each on a card
+#: of Hopper's kind, and what cuDNN's attention asks for beside.
+LIBRARIES = 2 * 32 * 2**20 + 2**20
+#: Bytes a trained number is moved through memory by one update: four read and three written in
+#: float32, the norm's reading, and the copies in the run's dtype.
+UPDATE = 36
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One step on one card.
+
+    Attributes:
+        card: its name.
+        lengths: tokens of each row of a micro-batch.
+        policies: what backward computes again, for each layer; `Model.loss` takes it.
+        budget: bytes that may be filled.
+        memory: bytes by term, at the peak; they sum to `peak`.
+        peak: the most that torch will have allocated.
+        moment: when that is.
+        ops: bytes of the peak's activations and workspace by op, as far as an op made them.
+        seconds: of a micro-step and its share of the update.
+        launches: kernels and device operations of a micro-step.
+        backends: op to backend.
+        notes: what the reader must know to trust it.
+    """
+
+    card: str
+    lengths: Lengths
+    policies: tuple[str, ...]
+    budget: int
+    memory: Mapping[str, int]
+    peak: int
+    moment: str
+    ops: Mapping[str, int]
+    seconds: float
+    launches: int
+    backends: Mapping[str, str]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the budget."""
+        return self.peak <= self.budget
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return sum(self.lengths)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """All tokens, supervised or not."""
+        return self.tokens / self.seconds
+
+    @property
+    def recompute(self) -> str:
+        """``elementwise``, or ``8 full, 24 elementwise``."""
+        counts = [(p, self.policies.count(p)) for p in dict.fromkeys(self.policies)]
+        if len(counts) == 1:
+            return counts[0][0]
+        return ", ".join(f"{count} {policy}" for policy, count in counts)
+
+    def line(self) -> str:
+        """The plan in a line, for the log of a run."""
+        return (
+            f"plan: {len(self.lengths)} x {max(self.lengths)} tokens, recompute "
+            f"{self.recompute}, peak {self.peak / 1e9:.2f} GB ({self.moment}) of "
+            f"{self.budget / 1e9:.1f} GB, {self.seconds:.3f} s, "
+            f"{self.tokens_per_second:,.0f} tokens/s on {self.card}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "card": self.card,
+            "rows": len(self.lengths),
+            "max_length": max(self.lengths),
+            "recompute": self.recompute,
+            "fits": self.fits,
+            "budget_bytes": self.budget,
+            "peak_bytes": self.peak,
+            "moment": self.moment,
+            "memory_bytes": dict(self.memory),
+            "ops_bytes": dict(self.ops),
+            "seconds": round(self.seconds, 4),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "launches": self.launches,
+            "backends": dict(self.backends),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """Bytes at one moment of a step, over what is always there."""
+
+    name: str
+    kept: int
+    workspace: int
+    ops: Mapping[str, int]
+
+
+class Planner:
+    """One model and its settings; plans of any micro-batch on cards of one kind.
+
+    Args:
+        found: the model, identified; its headers are enough.
+        settings: the run's.
+        card: where it will run; ``None``: on the CPU, which has no budget.
+        backends: what the run has chosen; by default what it would if all backends pass.
+    """
+
+    def __init__(
+        self,
+        found: Identified,
+        settings: Settings,
+        card: Card | None,
+        *,
+        backends: Chosen | None = None,
+        budget: int | None = None,
+    ) -> None:
+        self.settings = settings
+        self.card = card or CARDS[0]
+        self.device = "cpu" if card is None else "cuda"
+        whole = 1 << 62 if card is None else card.budget
+        self.budget = whole if budget is None else budget
+        wanted = settings.kernels if backends is None else backends.backends
+        self.taken = take(installed(found.plugins), self.device, wanted)
+        self.lora = targets(
+            found.layout,
+            settings.target_groups,
+            Lora(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout),
+            group_r={name: int(r) for name, r in settings.group_r.items()},
+            group_lora_alpha={name: float(x) for name, x in settings.group_lora_alpha.items()},
+        )
+        make = partial(_make, found, settings, self.lora, self.taken)
+        self.measure = Measure(make, self.device)
+        self.static = self._static(found)
+
+    def _static(self, found: Identified) -> dict[str, int]:
+        """What is there all the time, by term."""
+        model = self.measure.model
+        groups = {entry.name: entry.row.group for entry in found.layout.table}
+        terms = dict.fromkeys(
+            ("weights nf4", "weights 16 bit", "weights fp32", "embeddings", "adapters"), 0
+        )
+        for holder in model.holders.values():
+            if holder.four_bit:
+                terms["weights nf4"] += holder.stored_bytes
+        trained = 0
+        for name, parameter in model.named_parameters():
+            size = rounded(parameter.numel() * parameter.element_size())
+            if parameter.requires_grad:
+                terms["adapters"] += size
+                trained += parameter.numel()
+            elif groups.get(name) in ("embed", "head"):
+                terms["embeddings"] += size
+            else:
+                wide = parameter.element_size() == 4
+                terms["weights fp32" if wide else "weights 16 bit"] += size
+        gradients = terms["adapters"]
+        # What rounding and the scales' scales leave over is the codes'.
+        terms["weights nf4"] += self.measure.held - sum(terms.values()) - gradients
+        self.trained = trained
+        return terms | {
+            "adapters in the run's dtype": self.measure.working,
+            "gradients": gradients,
+            "optimizer": 2 * terms["adapters"],
+            "libraries": LIBRARIES if self.device == "cuda" else 0,
+        }
+
+    # One plan.
+
+    def plan(self, lengths: Lengths, policies: Sequence[str]) -> Plan:
+        """The step of one pack, each layer under its own policy."""
+        static = self.static | {"batch": self.measure.batch(lengths)[1]}
+        top = max(self._moments(lengths, policies), key=lambda m: m.kept + m.workspace)
+        memory = static | {"activations": top.kept, "workspace": top.workspace}
+        card, host, launches = self._time(lengths, policies)
+        return Plan(
+            card=self.card.name if self.device == "cuda" else "cpu",
+            lengths=lengths,
+            policies=tuple(policies),
+            budget=self.budget,
+            memory=memory,
+            peak=sum(memory.values()),
+            moment=top.name,
+            ops=top.ops,
+            seconds=max(card, host) + self._update(),
+            launches=launches,
+            backends=self.taken.backends,
+            notes=self._notes(),
+        )
+
+    def _pieces(self, lengths: Lengths, policies: Sequence[str]) -> list[Piece]:
+        found = []
+        for kind, policy in zip(self.measure.kinds, policies, strict=True):
+            parks = policy == "offload" and self.device == "cuda"
+            piece = self.measure.layer(kind, "full" if policy == "offload" else policy, lengths)
+            found.append(self._parked(piece, lengths) if parks else piece)
+        return found
+
+    def _parked(self, piece: Piece, lengths: Lengths) -> Piece:
+        """As under ``full``, its input on the host; the next one is on its way meanwhile."""
+        model = self.measure.model
+        x = rounded(sum(lengths) * model.head.shape[1] * model.dtype.itemsize)
+        return replace(
+            piece, kept=piece.kept - x, forward=piece.forward + x, backward=piece.backward + 2 * x
+        )
+
+    def _moments(self, lengths: Lengths, policies: Sequence[str]) -> Iterable[_Moment]:
+        pieces = self._pieces(lengths, policies)
+        first = self.measure.embedding(lengths)
+        end = self.measure.end(lengths, self.settings.loss_chunk_size)
+        kept = first.kept
+        yield _Moment("embedding", 0, first.forward, {})
+        for number, piece in enumerate(pieces):
+            yield _Moment(f"forward of layer {number}", kept, piece.forward, piece.forward_by)
+            yield _Moment(f"backward of layer {number}", kept, piece.backward, piece.backward_by)
+            kept += piece.kept
+        yield _Moment("loss", kept, end.forward, end.forward_by)
+        yield _Moment("backward of the loss", kept, end.backward, end.backward_by)
+
+    def _time(self, lengths: Lengths, policies: Sequence[str]) -> tuple[float, float, int]:
+        """Seconds of the card and of the host, and launches."""
+        counted = [
+            *self._pieces(lengths, policies),
+            self.measure.embedding(lengths),
+            self.measure.end(lengths, self.settings.loss_chunk_size),
+        ]
+        card = host = 0.0
+        launches = 0
+        for piece in counted:
+            work = (*piece.forth, *piece.back)
+            took = seconds(work, self.card)
+            card, host, launches = card + took.card, host + took.host, launches + len(work)
+        return card, host, launches
+
+    def _update(self) -> float:
+        """A micro-step's share of the optimizer's update."""
+        whole = self.trained * UPDATE / self.card.bandwidth + 20 * LAUNCH
+        return whole / self.settings.gradient_accumulation_steps
+
+    def _notes(self) -> tuple[str, ...]:
+        told = []
+        if self.taken.absent:
+            told.append(
+                "not installed here, so references are counted, which take more memory and time: "
+                + ", ".join(self.taken.absent)
+            )
+        if self.device == "cpu":
+            told.append("of the CPU only torch's tensors are counted, and no time is predicted")
+        return tuple(told)
+
+    # Search.
+
+    def ladder(self) -> list[tuple[str, ...]]:
+        """Policies from the fastest to those that take least."""
+        layers = len(self.measure.kinds)
+        steps = [("none",) * layers]
+        for more, less in pairwise(self._allowed()):
+            steps += [(less,) * n + (more,) * (layers - n) for n in range(1, layers + 1)]
+        allowed = self._allowed()
+        return [one for one in steps if set(one) <= set(allowed)] or [(allowed[0],) * layers]
+
+    def _allowed(self) -> tuple[str, ...]:
+        settings = self.settings
+        if not settings.gradient_checkpointing:
+            return ("none",)
+        if settings.recompute != "auto":
+            return (settings.recompute,)
+        return POLICIES if self.device == "cuda" else POLICIES[:-1]
+
+    def fastest(self, lengths: Lengths) -> Plan:
+        """The first of the ladder that fits; the last where none does."""
+        steps = self.ladder()
+        low, high = 0, len(steps) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self.plan(lengths, steps[middle]).fits:
+                high = middle
+            else:
+                low = middle + 1
+        return self.plan(lengths, steps[low])
+
+    def best(self, length: int, rows: int) -> Plan:
+        """The fastest micro-batch of rows of one length: any that divides `rows`."""
+        plans = [
+            self.fastest((length,) * n) for n in range(1, rows + 1) if rows % n == 0 and n <= 64
+        ]
+        fitting = [plan for plan in plans if plan.fits]
+        if not fitting:
+            return plans[0]
+        return max(fitting, key=lambda plan: plan.tokens_per_second)
+
+    def longest(self, policy: str | None = None, limit: int = 1 << 20) -> int:
+        """Tokens of the longest single row that fits, a multiple of 64; 0: not even 64.
+
+        Args:
+            policy: of all layers; by default what takes least.
+            limit: more than that is not asked for.
+        """
+        policies = (policy or self.ladder()[-1][0],) * len(self.measure.kinds)
+
+        def peak(tokens: int) -> int:
+            return self.plan((tokens,), policies).peak
+
+        # A peak is affine in the tokens but for tiles and for which moment it is: a few steps
+        # of the secant rule from where it is known.
+        taken = {64: peak(64), 4096: peak(4096)}
+        for _ in range(6):
+            (a, at_a), (b, at_b) = _around(taken, self.budget)
+            slope = max((at_b - at_a) / (b - a), 1.0)
+            guess = int(a + (self.budget - at_a) / slope) // 64 * 64
+            guess = max(64, min(guess, limit))
+            if guess in taken:
+                break
+            taken[guess] = peak(guess)
+        return max((tokens for tokens, size in taken.items() if size <= self.budget), default=0)
+
+
+def _around(taken: Mapping[int, int], budget: int) -> list[tuple[int, int]]:
+    """The two points nearest to the budget, the shorter first."""
+    return sorted(sorted(taken.items(), key=lambda one: abs(one[1] - budget))[:2])
+
+
+def _make(
+    found: Identified, settings: Settings, lora: Mapping[str, Lora], taken: Taken, trace: Trace
+) -> Model:
+    return meta_model(
+        found, DTYPES[settings.dtype], lora, taken.through(trace.named),
+        quantize=settings.quantization == "nf4",
+    )  # fmt: skip
+
+
+def plan_for(
+    found: Identified,
+    settings: Settings,
+    device: torch.device,
+    longest: int,
+    *,
+    backends: Chosen | None = None,
+    budget: int | None = None,
+) -> Plan:
+    """The plan of a run: its micro-batch as the settings say, the fastest policy that fits.
+
+    Args:
+        found: the model.
+        settings: the run's; where they name a policy it is taken.
+        device: where the run computes.
+        longest: tokens of the longest row; every row of the micro-batch is taken as long.
+        backends: what the run has chosen.
+        budget: bytes that torch may allocate; by default what is free on the card.
+
+    Raises:
+        InputError: ``QC-PLAN-001``.
+    """
+    card = None
+    if device.type == "cuda":
+        import torch
+
+        properties = torch.cuda.get_device_properties(device)
+        card = replace(
+            card_of(properties.name, properties.total_memory),
+            memory=properties.total_memory,
+        )
+        if budget is None:
+            free, _ = torch.cuda.mem_get_info(device)
+            budget = min(card.budget, int(free * 0.97) + torch.cuda.memory_allocated(device))
+    planner = Planner(found, settings, card, backends=backends, budget=budget)
+    plan = planner.fastest((longest,) * settings.per_device_train_batch_size)
+    if not plan.fits:
+        raise refusal(plan, planner)
+    return plan
+
+
+def refusal(plan: Plan, planner: Planner) -> InputError:
+    """The error that a plan is which does not fit, with what would."""
+    fix = "take a card with more memory, or a smaller model"
+    if (longest := planner.longest()) >= 64:
+        rows = "per_device_train_batch_size 1 and " if len(plan.lengths) > 1 else ""
+        fix = f"with {rows}max_length {longest} it fits"
+    return InputError(
+        "QC-PLAN-001",
+        "does not fit in the memory of the card",
+        field="max_length",
+        found=f"{len(plan.lengths)} x {max(plan.lengths)} tokens take {plan.peak / 1e9:.1f} GB",
+        expected=f"at most {plan.budget / 1e9:.1f} GB",
+        fix=fix,
+    )

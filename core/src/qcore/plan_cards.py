@@ -1,0 +1,136 @@
+"""What cards have, as data, and what a card makes of the work of a step.
+
+This file decides how long an op takes: the larger of its products' operations over the rate of
+the matrix units and its bytes over the memory's rate, and no less than a launch. Rates are
+datasheets' times what an H100 was measured to reach of its own; attention and kernels that wait
+for a scan reach less. It imports no torch, and measures nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+GIB = 2**30
+
+#: Of the datasheets' rates, as measured on an H100 80GB HBM3: a product of 8192^3 in bf16 gives
+#: 807 of 989 TFLOP/s, those of a layer less; a copy 3.02 of 3.35 TB/s, elementwise kernels less.
+PRODUCTS, BYTES = 0.70, 0.78
+#: Of the rate of products, by words in a kernel's name.
+SLOWER = {"attention": 0.55, "grouped": 0.7, "thin": 0.5, "outer": 0.5}
+LAUNCH = 2.5e-6  #: seconds that the shortest kernel takes
+HOST = 9e-6  #: seconds of the host for one op, its autograd included
+CONTEXT = 700_000_000  #: bytes that the CUDA context and its libraries take beside torch's
+FRAGMENTS = 0.03  #: share of a card that the allocator cannot hand out
+
+
+class Op(Protocol):
+    """What one op does (`plan_trace.Work`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def flops(self) -> float: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def wide(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """A GPU type.
+
+    Attributes:
+        name: as users say it.
+        memory: bytes that torch reports.
+        bandwidth: bytes a second, datasheet.
+        bf16: operations a second of dense products with float32 sums, datasheet.
+        fp32: operations a second in float32, datasheet.
+        host_link: bytes a second to pinned memory, one way.
+        words: words by which CUDA's own name of the card is known, all of them.
+    """
+
+    name: str
+    memory: int
+    bandwidth: float
+    bf16: float
+    fp32: float
+    host_link: float
+    words: tuple[str, ...]
+
+    @property
+    def budget(self) -> int:
+        """Bytes that a plan may fill."""
+        return int(self.memory * (1 - FRAGMENTS)) - CONTEXT
+
+
+#: Sources: NVIDIA's datasheets of the H100 SXM5 (2023-03), H200 SXM (2024), A100 SXM4 (2021) and
+#: L40S (2023); whitepapers of the Ada (2022) and Blackwell (2025) GeForce architectures, bf16
+#: with FP32 accumulate. Memory as `torch.cuda.get_device_properties` reports it.
+CARDS = (
+    Card(
+        name="H100-80", memory=int(79.18 * GIB), bandwidth=3.35e12, bf16=989e12, fp32=67e12,
+        host_link=50e9, words=("H100", "HBM3"),
+    ),
+    Card(
+        name="H200", memory=int(139.8 * GIB), bandwidth=4.8e12, bf16=989e12, fp32=67e12,
+        host_link=50e9, words=("H200",),
+    ),
+    Card(
+        name="A100-80", memory=int(79.25 * GIB), bandwidth=2.039e12, bf16=312e12, fp32=19.5e12,
+        host_link=24e9, words=("A100", "80GB"),
+    ),
+    Card(
+        name="A100-40", memory=int(39.4 * GIB), bandwidth=1.555e12, bf16=312e12, fp32=19.5e12,
+        host_link=24e9, words=("A100", "40GB"),
+    ),
+    Card(
+        name="RTX-4090", memory=int(23.5 * GIB), bandwidth=1.008e12, bf16=165.2e12, fp32=82.6e12,
+        host_link=24e9, words=("RTX", "4090"),
+    ),
+    Card(
+        name="RTX-5090", memory=int(31.3 * GIB), bandwidth=1.792e12, bf16=209.5e12, fp32=104.8e12,
+        host_link=50e9, words=("RTX", "5090"),
+    ),
+    Card(
+        name="L40S", memory=int(44.4 * GIB), bandwidth=0.864e12, bf16=362e12, fp32=91.6e12,
+        host_link=24e9, words=("L40S",),
+    ),
+)  # fmt: skip
+
+
+class Seconds(NamedTuple):
+    """Of the card, and of the host that feeds it; they overlap."""
+
+    card: float
+    host: float
+
+    @property
+    def both(self) -> float:
+        """What a clock shows."""
+        return max(self.card, self.host)
+
+
+def seconds(work: Iterable[Op], card: Card) -> Seconds:
+    """How long `card` takes for `work`."""
+    busy = host = 0.0
+    for op in work:
+        rate = card.fp32 if op.wide else card.bf16 * PRODUCTS
+        rate *= next((share for word, share in SLOWER.items() if word in op.name), 1.0)
+        busy += max(LAUNCH, op.flops / rate, op.nbytes / (card.bandwidth * BYTES))
+        host += HOST
+    return Seconds(busy, host)
+
+
+def card_of(device_name: str, memory: int) -> Card:
+    """The card that CUDA calls so; of unknown ones the memory is theirs, the rates an A100's."""
+    for card in CARDS:
+        if all(word in device_name for word in card.words):
+            return card
+    a100 = CARDS[2]
+    return Card(
+        name=device_name, memory=memory, bandwidth=a100.bandwidth, bf16=a100.bf16,
+        fp32=a100.fp32, host_link=a100.host_link, words=(),
+    )  # fmt: skip
