@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from qcore.nn import experts, experts_triton, experts_triton_routing
 from qcore.nn.adapted import Lora
+from qcore.nn.again import keep_dear
 from qcore.nn.experts import Experts, Routing, Tokens
 
 E = 6
@@ -113,7 +114,12 @@ def test_gradients_are_added_where_that_is_wanted() -> None:
         for parameter in params:
             assert parameter is not None
             parameter.grad = torch.ones_like(parameter)
-        experts_triton.grouped(x, module, routing, "in").square().sum().backward()
+        places = [p.grad.data_ptr() for p in params]  # type: ignore[union-attr]
+        with keep_dear():
+            y = experts_triton.grouped(x, module, routing, "in")
+        y.square().sum().backward()
+        if module.accumulates:  # nothing was left for autograd to add
+            assert [p.grad.data_ptr() for p in params] == places  # type: ignore[union-attr]
         grads.append([parameter.grad for parameter in params if parameter is not None])
     for one, two in zip(*grads, strict=True):
         assert one is not None

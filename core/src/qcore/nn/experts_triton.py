@@ -149,13 +149,15 @@ class _Products:
         return out
 
     def outer(
-        self, small: Tensor, big: Tensor, scale: float, into: Tensor, *, spread: bool, is_a: bool
+        self, small: Tensor, big: Tensor, scale: float, *, spread: bool, is_a: bool
     ) -> Tensor | None:
         """``scale sum_i small_i big_i^T`` by expert, float32: ``[E r, n]`` or as B, ``[n, r E]``.
 
-        Added to the gradient of the parameter `into` where its module wants that: then ``None``.
+        Added to the parameter's gradient where its module wants that: then ``None``.
         """
-        sink = into.grad if self.module.accumulates else None
+        # The module's own: what was saved may be a copy without a gradient.
+        matrix = self.module.lora_A if is_a else self.module.lora_B
+        sink = matrix.grad if matrix is not None and self.module.accumulates else None
         experts, r, n = len(self.routing.ends), small.shape[1], big.shape[1]
         shape = (experts * r, n) if is_a else (n, r * experts)
         strides = (r * n, n, 1) if is_a else (1, experts, r * experts)
@@ -262,8 +264,8 @@ class _Grouped(torch.autograd.Function):
             r, scaling = module.lora.r, module.lora.scaling
             by_b = product.turned_b(b, scaling, dy.dtype)
             dxa = product.thin(dy, by_b, r, spread=spread)
-            da = product.outer(dxa, x, 1.0, a, spread=ctx.tokens == "in", is_a=True)
-            db = product.outer(xa, dy, scaling, b, spread=spread, is_a=False)
+            da = product.outer(dxa, x, 1.0, spread=ctx.tokens == "in", is_a=True)
+            db = product.outer(xa, dy, scaling, spread=spread, is_a=False)
             lora = dxa, a
         if ctx.needs_input_grad[0]:
             dx = product.base(dy, turned=False, spread=spread, lora=lora)
