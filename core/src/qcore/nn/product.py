@@ -4,17 +4,20 @@ This file decides how ``y_i = x W_i^T + s_i (x A_i^T) B_i^T`` of all members is 
 in few launches and without a pass over the wider side for LoRA's sake. Whether it is asked is
 `linear`'s and `stacked`'s decision; on CPUs it never is, save by its own tests.
 
-Members' weights stand below each other in one buffer, read from 4 bit for each pass, and LoRA
-stands beside or below them, so that one product computes both:
+Members' weights stand below each other in one buffer, read from 4 bit for each pass. LoRA goes
+into the product where the wider side is the result, so that it costs no pass over it; over the
+narrower side it goes first, and the product adds to it:
 
-=======  =============  ==============================  =====================================
-         buffer         forward                         backward
-=======  =============  ==============================  =====================================
-N >= K   ``[W | sB]``   ``[x | xA^T] @ buffer^T``       ``[dx | dy sB] = dy @ buffer``
-N < K    ``[W ; A]``    ``[y | xA^T] = x @ buffer^T``   ``[dy | dy sB] @ buffer``
-=======  =============  ==============================  =====================================
+=======  =======================================  ==================================
+         forward                                  backward
+=======  =======================================  ==================================
+N >= K   ``y = [x | xA^T] [W | sB]^T``            ``dx = (dy sB) A``, ``dx += dy W``
+N < K    ``y = (xA^T) sB^T``, ``y += x W^T``      ``dx = [dy | dy sB] [W ; A]``
+=======  =======================================  ==================================
 
-What is left to add, ``(dy sB) A`` to dx or ``(xA^T) sB^T`` to y, goes over the narrower side.
+(H100, 8192 rows, 2560 -> 18432, rank 32, ms: 1.11 against 1.43 for ``y += (xA^T) sB^T``; backward
+to x 1.15 against 1.32 for ``[dx | dy sB] = dy [W | sB]``.)
+
 A is ``[R, K]``, all members' below each other; B ``[N, R]`` is block-diagonal. Both are made
 in the run's dtype once per update of the masters, B scaled before it is rounded. An update is
 known by the masters' versions; torch's fused optimizers leave these as they are, so what is not
@@ -169,16 +172,28 @@ class Product:
     @torch.no_grad()
     def buffer(self, working: _Working | None, like: Tensor) -> Tensor:
         """``[N, K + R]`` or ``[N + R, K]``: the weights, and LoRA in its place."""
-        sources = [member.nf4 or member.weight for member in self.members]
         kept = self._kept
-        if kept is not None and _fits(kept, sources, working, like, self.wide):
-            if working is not None and kept.working is not working:
-                self._put(kept.buffer, working)
-                kept.working = working
-            return kept.buffer
+        if kept is None or not _fits(kept, self._sources(), working, like):
+            return self._filled(working, like)
+        if working is not None and kept.working is not working:
+            self._put(kept.buffer, working)
+            kept.working = working
+        return kept.buffer
+
+    @torch.no_grad()
+    def weights(self, working: _Working | None, like: Tensor) -> Tensor:
+        """``[N, K]``: the weights alone; rows may lie apart."""
+        stays = all(member.resident or not member.four_bit for member in self.members)
+        buffer = self.buffer(working, like) if stays else self._filled(None, like)
+        return buffer[: self.out, : self.into]
+
+    def _sources(self) -> list[Any]:
+        return [member.nf4 or member.weight for member in self.members]
+
+    def _filled(self, working: _Working | None, like: Tensor) -> Tensor:
+        """A new buffer; it stays where all members' weights may."""
         ranks = 0 if working is None else len(working.a)
-        wide = self.wide
-        shape = (self.out, self.into + ranks) if wide else (self.out + ranks, self.into)
+        shape = (self.out, self.into + ranks) if self.wide else (self.out + ranks, self.into)
         buffer = like.new_empty(shape)
         if working is not None:
             self._put(buffer, working)
@@ -189,7 +204,7 @@ class Product:
             for member, slab in zip(self.members, slabs, strict=True):
                 if member.weight is not None:
                     member.weight.data = slab  # held once
-            self._kept = _Kept(buffer, sources, working)
+            self._kept = _Kept(buffer, self._sources(), working)
         return buffer
 
     def _put(self, buffer: Tensor, working: _Working) -> None:
@@ -208,9 +223,7 @@ def _same(known: list[tuple[Any, ...]], marks: list[tuple[Any, ...]]) -> bool:
     )
 
 
-def _fits(
-    kept: _Kept, sources: list[Any], working: _Working | None, like: Tensor, wide: bool
-) -> bool:
+def _fits(kept: _Kept, sources: list[Any], working: _Working | None, like: Tensor) -> bool:
     """Whether a buffer is of these weights as they are now, in this dtype, with room for LoRA."""
     buffer = kept.buffer
     if buffer.dtype != like.dtype or buffer.device != like.device:
@@ -234,17 +247,14 @@ class _Product(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         product.renew()
         working = product.working(x)
-        buffer = product.buffer(working, x)
-        xa = None
-        if working is None:
-            y = flat @ buffer.t()
+        xa = None if working is None else flat @ working.a.t()
+        if working is None or xa is None:
+            y = flat @ product.weights(None, x).t()
         elif product.wide:
-            xa = flat @ working.a.t()
-            y = torch.cat([flat, xa], 1) @ buffer.t()
+            y = torch.cat([flat, xa], 1) @ product.buffer(working, x).t()
         else:
-            both = flat @ buffer.t()
-            xa = both[:, product.out :].clone()  # a slice would keep all of it
-            y = torch.addmm(both[:, : product.out], xa, working.b.t())
+            y = xa @ working.b.t()
+            y.addmm_(flat, product.weights(working, x).t())
         ctx.save_for_backward(flat if matrices else None, xa)
         ctx.product, ctx.shape = product, x.shape
         return tuple(one.view(*x.shape[:-1], -1) for one in torch.split(y, product.sizes, 1))
@@ -278,15 +288,12 @@ def _input_gradient(
     product: Product, working: _Working | None, dy: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Of x, and ``dy sB``."""
-    buffer = product.buffer(working, dy)
     if working is None:
-        return dy @ buffer, None
-    if product.wide:
-        both = dy @ buffer
-        dyb = both[:, product.into :]
-        return torch.addmm(both[:, : product.into], dyb, working.a), dyb
+        return dy @ product.weights(None, dy), None
     dyb = dy @ working.b
-    return torch.cat([dy, dyb], 1) @ buffer, dyb
+    if product.wide:
+        return (dyb @ working.a).addmm_(dy, product.weights(working, dy)), dyb
+    return torch.cat([dy, dyb], 1) @ product.buffer(working, dy), dyb
 
 
 def _adapter_gradients(
