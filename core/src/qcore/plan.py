@@ -9,12 +9,13 @@ gone by the time the bottom's backward runs. And it decides the longest row that
 Memory is predicted of what torch allocates (``max_memory_allocated``). Time is a model
 (`plan_cards`): expect about 15 % either way.
 
-Codes: ``QC-PLAN-001`` nothing fits in the budget, ``-002`` no such card.
+Codes: ``QC-PLAN-001`` nothing fits in the budget.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -181,6 +182,8 @@ class Planner:
         )
         make = partial(_make, found, settings, self.lora, self.taken)
         self.measure = Measure(make, self.device)
+        self._parks: dict[int, Piece] = {}
+        self._took: dict[tuple[int, str], tuple[float, float, int]] = {}
         self.static = self._static(found)
 
     def _static(self, found: Identified) -> dict[str, int]:
@@ -215,6 +218,12 @@ class Planner:
             "libraries": LIBRARIES if self.device == "cuda" else 0,
         }
 
+    def on(self, card: Card, budget: int | None = None) -> Planner:
+        """The same on another card: what was measured is shared."""
+        other = copy(self)
+        other.card, other.budget = card, card.budget if budget is None else budget
+        return other
+
     # One plan.
 
     def plan(self, lengths: Lengths, policies: Sequence[str]) -> Plan:
@@ -238,6 +247,10 @@ class Planner:
             notes=self._notes(),
         )
 
+    def _peak(self, lengths: Lengths, policies: Sequence[str]) -> int:
+        most = max(m.kept + m.workspace for m in self._moments(lengths, policies))
+        return sum(self.static.values()) + self.measure.batch(lengths)[1] + most
+
     def _pieces(self, lengths: Lengths, policies: Sequence[str]) -> list[Piece]:
         found = []
         for kind, policy in zip(self.measure.kinds, policies, strict=True):
@@ -248,11 +261,16 @@ class Planner:
 
     def _parked(self, piece: Piece, lengths: Lengths) -> Piece:
         """As under ``full``, its input on the host; the next one is on its way meanwhile."""
-        model = self.measure.model
-        x = rounded(sum(lengths) * model.head.shape[1] * model.dtype.itemsize)
-        return replace(
-            piece, kept=piece.kept - x, forward=piece.forward + x, backward=piece.backward + 2 * x
-        )
+        if id(piece) not in self._parks:
+            model = self.measure.model
+            x = rounded(sum(lengths) * model.head.shape[1] * model.dtype.itemsize)
+            self._parks[id(piece)] = replace(
+                piece,
+                kept=piece.kept - x,
+                forward=piece.forward + x,
+                backward=piece.backward + 2 * x,
+            )
+        return self._parks[id(piece)]
 
     def _moments(self, lengths: Lengths, policies: Sequence[str]) -> Iterable[_Moment]:
         pieces = self._pieces(lengths, policies)
@@ -277,10 +295,16 @@ class Planner:
         card = host = 0.0
         launches = 0
         for piece in counted:
-            work = (*piece.forth, *piece.back)
-            took = seconds(work, self.card)
-            card, host, launches = card + took.card, host + took.host, launches + len(work)
+            took = self._seconds(piece)
+            card, host, launches = card + took[0], host + took[1], launches + took[2]
         return card, host, launches
+
+    def _seconds(self, piece: Piece) -> tuple[float, float, int]:
+        key = (id(piece), self.card.name)
+        if key not in self._took:
+            work = (*piece.forth, *piece.back)
+            self._took[key] = (*seconds(work, self.card), len(work))
+        return self._took[key]
 
     def _update(self) -> float:
         """A micro-step's share of the optimizer's update."""
@@ -323,7 +347,7 @@ class Planner:
         low, high = 0, len(steps) - 1
         while low < high:
             middle = (low + high) // 2
-            if self.plan(lengths, steps[middle]).fits:
+            if self._peak(lengths, steps[middle]) <= self.budget:
                 high = middle
             else:
                 low = middle + 1
@@ -349,7 +373,7 @@ class Planner:
         policies = (policy or self.ladder()[-1][0],) * len(self.measure.kinds)
 
         def peak(tokens: int) -> int:
-            return self.plan((tokens,), policies).peak
+            return self._peak((tokens,), policies)
 
         # A peak is affine in the tokens but for tiles and for which moment it is: a few steps
         # of the secant rule from where it is known.

@@ -4,13 +4,18 @@ This file decides how long an op takes: the larger of its products' operations o
 the matrix units and its bytes over the memory's rate, and no less than a launch. Rates are
 datasheets' times what an H100 was measured to reach of its own; attention and kernels that wait
 for a scan reach less. It imports no torch, and measures nothing.
+
+Codes: ``QC-PLAN-002`` no such card, ``-003`` a budget that is none.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+from .errors import UsageError
 
 GIB = 2**30
 
@@ -134,3 +139,41 @@ def card_of(device_name: str, memory: int) -> Card:
         name=device_name, memory=memory, bandwidth=a100.bandwidth, bf16=a100.bf16,
         fp32=a100.fp32, host_link=a100.host_link, words=(),
     )  # fmt: skip
+
+
+def named(name: str) -> Card:
+    """The card of a name. Raises ``QC-PLAN-002``."""
+    names = [card.name for card in CARDS]
+    alike = [card for card in CARDS if card.name.lower().startswith(name.lower())]
+    exact = [card for card in alike if card.name.lower() == name.lower()]
+    if len(exact or alike) == 1:
+        return (exact or alike)[0]
+    near = difflib.get_close_matches(name.upper(), names, 1, 0.4)
+    raise UsageError(
+        "QC-PLAN-002",
+        "is no card that is known",
+        field="--gpu",
+        found=name,
+        expected="one of " + ", ".join(names),
+        fix=f"did you mean {near[0]}?" if near else "give the nearest, and --budget",
+    )
+
+
+def parse_budget(text: str) -> int | None:
+    """Bytes of ``--budget``; ``None`` for ``auto``. Raises ``QC-PLAN-003``."""
+    if text == "auto":
+        return None
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < 1e6:
+        raise UsageError(
+            "QC-PLAN-003",
+            "is no size of memory",
+            field="--budget",
+            found=text,
+            expected="gigabytes, or auto",
+            fix="pass --budget 24",
+        )
+    return int(size * 1e9)

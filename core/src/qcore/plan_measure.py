@@ -113,17 +113,19 @@ class Measure:
 
     def embedding(self, lengths: tuple[int, ...]) -> Piece:
         """The first piece; it has no backward."""
-        batch, _ = self.batch(lengths)
-        with self._running() as trace:
-            before = trace.live
-            trace.mark()
-            x = self.model.trunk.embed(batch)
-            made = Piece(
-                kept=trace.live - before, forward=trace.peak - before, backward=0,
-                forth=tuple(trace.work), back=(),
-            )  # fmt: skip
-            del x
-        return made
+        key = ("embedding", lengths)
+        if key not in self._pieces:
+            batch, _ = self.batch(lengths)
+            with self._running() as trace:
+                before = trace.live
+                trace.mark()
+                x = self.model.trunk.embed(batch)
+                self._pieces[key] = Piece(
+                    kept=trace.live - before, forward=trace.peak - before, backward=0,
+                    forth=tuple(trace.work), back=(),
+                )  # fmt: skip
+                del x
+        return self._pieces[key]
 
     def layer(self, kind: str, policy: str, lengths: tuple[int, ...]) -> Piece:
         """One layer; under ``offload`` as under ``full``: meta has no host to park on."""

@@ -21,6 +21,7 @@ from .common import check_arguments, debugging, fail, wants_json
 #: name -> (module, help); the order is that of ``--help``.
 VERBS = {
     "inspect": ("inspect", "What a model is, by which evidence, and whether it is whole."),
+    "plan": ("plan", "Will it fit: memory by term, micro-batch, recompute, time."),
     "train": ("train", "Fine-tune a model with QLoRA and write a PEFT adapter."),
     "merge": ("merge", "Write base + adapter as a drop-in checkpoint."),
     "generate": ("generate", "Answer a prompt, with or without an adapter."),

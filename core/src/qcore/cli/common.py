@@ -90,7 +90,7 @@ def check_arguments(arguments: list[str]) -> None:
         if (
             name.startswith("--")
             and len(name) > 2
-            and name not in ("--set", "--chat-template-kwargs", "--kernels")
+            and name not in ("--set", "--chat-template-kwargs", "--kernels", "--gpu")
         ):
             seen.add(name)
 

@@ -1,0 +1,123 @@
+"""``qcore plan``: what training a model will take, told from config and headers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .common import count, debug_option, emit, importing, json_option
+
+if TYPE_CHECKING:
+    from ..plan import Plan, Planner
+    from ..settings import Settings
+
+
+@click.command("plan")
+@click.argument("model")
+@click.option("--max-length", type=int, help="Tokens of a row; every row is taken as long.")
+@click.option("--rows", type=int, help="Rows of a micro-batch; by default the fastest.")
+@click.option("--r", type=int, help="Rank of the LoRA matrices.")
+@click.option("--groups", help="LoRA groups, comma-separated; by default those that are on.")
+@click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="A card; repeatable.")
+@click.option("--budget", default="auto", metavar="GB|auto", help="Memory that may be filled.")
+@click.option("--preset", help="Named settings; see qcore presets list.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="run.yaml")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="One setting; repeatable.")
+@click.option("--generation", help="Take an unproven checkpoint for this generation.")
+@json_option
+@debug_option
+def command(
+    model: str,
+    max_length: int | None,
+    rows: int | None,
+    r: int | None,
+    groups: str | None,
+    gpus: tuple[str, ...],
+    budget: str,
+    preset: str | None,
+    config_file: Path | None,
+    sets: tuple[str, ...],
+    generation: str | None,
+    as_json: bool,
+) -> None:
+    """Say what training MODEL takes of a card, before a weight is read."""
+    from ..config import load_settings
+    from ..identify import identify
+    from ..plan_cards import CARDS, named, parse_budget
+
+    flags = {
+        "max_length": max_length,
+        "per_device_train_batch_size": rows,
+        "r": r,
+        "target_groups": groups,
+        "generation": generation,
+    }
+    settings, _ = load_settings(
+        preset=preset,
+        config_file=config_file,
+        sets=[*sets, *(f"{key}={value}" for key, value in flags.items() if value is not None)],
+    )
+    cards = [named(name) for name in gpus] or list(CARDS)
+    limit = parse_budget(budget)
+    found = identify(model, generation=settings.generation, headers_only=True)
+    with importing():
+        from ..plan import Planner
+
+    planner = Planner(found, settings, cards[0], budget=limit)
+    each = [planner.on(card, limit) for card in cards]
+    found_plans = [(one, _plan(one, settings, fixed=rows is not None)) for one in each]
+    if as_json:
+        emit(
+            {
+                "model": model,
+                "trained_parameters": planner.trained,
+                "plans": [
+                    plan.as_json() | {"longest_row": one.longest()} for one, plan in found_plans
+                ],
+            }
+        )
+        return
+    _print(model, planner, found_plans)
+
+
+def _plan(planner: Planner, settings: Settings, *, fixed: bool) -> Plan:
+    size = settings.per_device_train_batch_size
+    if fixed:
+        return planner.fastest((settings.max_length,) * size)
+    return planner.best(settings.max_length, size * settings.gradient_accumulation_steps)
+
+
+def _print(model: str, planner: Planner, plans: list[tuple[Planner, Plan]]) -> None:
+    first = plans[0][1]
+    click.echo(f"{model}: {count(planner.trained)} trained parameters")
+    rows: list[list[Any]] = [
+        ["card", "budget", "micro-batch", "recompute", "peak", "s", "tokens/s", "longest row"]
+    ]
+    for one, plan in plans:
+        rows.append(
+            [
+                plan.card,
+                f"{plan.budget / 1e9:.1f}",
+                f"{len(plan.lengths)} x {max(plan.lengths)}",
+                plan.recompute if plan.fits else "does not fit",
+                f"{plan.peak / 1e9:.1f}",
+                f"{plan.seconds:.2f}" if plan.fits else "",
+                f"{plan.tokens_per_second:,.0f}" if plan.fits else "",
+                f"{one.longest():,}",
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    click.echo(f"\n{first.card}, GB at the peak ({first.moment}):")
+    for term, size in first.memory.items():
+        if size:
+            click.echo(f"  {term:<28} {size / 1e9:8.3f}")
+    for op, size in sorted(first.ops.items(), key=lambda one: -one[1]):
+        if size >= 1e6:
+            click.echo(f"    of that {op:<20} {size / 1e9:8.3f}")
+    click.echo(f"  {'in all':<28} {first.peak / 1e9:8.3f}")
+    for note in first.notes:
+        click.echo(f"note: {note}", err=True)
