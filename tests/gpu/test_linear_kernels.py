@@ -146,15 +146,13 @@ def test_launches():
         dy = torch.randn(1024, out, device="cuda", dtype=BF16)
         torch.autograd.grad(module(x), x, dy)
         counts = []
-        y: Tensor | None = None
+        made: list[Tensor] = []
 
-        def forward(module: nn.Module = module, x: Tensor = x) -> None:
-            nonlocal y
-            y = module(x)
+        def forward(module: nn.Module = module, x: Tensor = x, made: list[Tensor] = made) -> None:
+            made.append(module(x))
 
-        def backward(x: Tensor = x, dy: Tensor = dy) -> None:
-            assert y is not None
-            torch.autograd.grad(y, x, dy)
+        def backward(x: Tensor = x, dy: Tensor = dy, made: list[Tensor] = made) -> None:
+            torch.autograd.grad(made[0], x, dy)
 
         for run in (forward, backward, optimizer.step):
             torch.cuda.synchronize()

@@ -22,6 +22,7 @@ from .device import peak_bytes, reset_peak
 from .errors import NumericError, UsageError
 from .model import Model
 from .nn.protocols import Packed
+from .optim import FlatAdamW
 from .schedule import Schedule, seed_of
 from .settings import Settings
 
@@ -49,12 +50,13 @@ class Loop:
         self.recompute = recompute or _policy(settings)
         self.schedule = Schedule(len(data.train), settings)
         self.parameters = [parameter for _, parameter in model.trainable()]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            fused=device.type == "cuda",
-        )
+        rate, decay = settings.learning_rate, settings.weight_decay
+        self.optimizer: torch.optim.Optimizer
+        if device.type == "cuda":
+            adapters = [module for _, module in model.adapters()]
+            self.optimizer = FlatAdamW(adapters, lr=rate, weight_decay=decay)
+        else:
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=decay)
 
     def step(self, step: int) -> dict[str, Any]:
         """Run optimizer step `step` (from 0); returns the row of ``metrics.jsonl``.
@@ -107,7 +109,10 @@ class Loop:
                 loss = loss + aux * (self.settings.router_aux_loss_coef / len(batches))
             torch.autograd.backward(loss)
         limit = self.settings.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        if isinstance(self.optimizer, FlatAdamW):
+            norm = self.optimizer.clip(limit)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         return float(total), float(balance), float(norm)
 
     def _loss(

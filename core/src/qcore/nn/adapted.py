@@ -6,7 +6,8 @@ matrices in PEFT's shapes, and tells how many bytes it holds and whether they ar
 computes is its own (`linear`, `experts`).
 
 LoRA: Hu et al. 2021; scaling ``s = lora_alpha / r``; A and B are float32 and computed in the
-run's dtype. B starts at zero, so step 0 equals the base bit for bit.
+run's dtype. B starts at zero, so step 0 equals the base: bit for bit on CPUs, up to the order
+of sums on GPUs, where LoRA makes the product another size (`product`).
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from .product import Product
 class Stacked:
     """``[..., in] -> ([..., out_i], ...)``; holds its members, owns none of their parameters.
 
+    Call a 16-bit member through its stack or alone, not both: its weight lies in one buffer.
     Outputs of a shared product are column slices of one buffer. Their gradients cost no copy
     where they come back so (`slices`).
     """
