@@ -180,7 +180,7 @@ class Planner:
             group_r={name: int(r) for name, r in settings.group_r.items()},
             group_lora_alpha={name: float(x) for name, x in settings.group_lora_alpha.items()},
         )
-        make = partial(_make, found, settings, self.lora, self.taken)
+        make = partial(_make, found, settings, self.lora, self.taken, self.device)
         self.measure = Measure(make, self.device)
         self._parks: dict[int, Piece] = {}
         self._took: dict[tuple[int, str], tuple[float, float, int]] = {}
@@ -209,7 +209,7 @@ class Planner:
                 terms["weights fp32" if wide else "weights 16 bit"] += size
         gradients = terms["adapters"]
         # What rounding and the scales' scales leave over is the codes'.
-        terms["weights nf4"] += self.measure.held - sum(terms.values()) - gradients
+        terms["weights nf4"] += self.measure.held - sum(terms.values()) - 3 * gradients
         self.trained = trained
         return terms | {
             "adapters in the run's dtype": self.measure.working,
@@ -395,11 +395,16 @@ def _around(taken: Mapping[int, int], budget: int) -> list[tuple[int, int]]:
 
 
 def _make(
-    found: Identified, settings: Settings, lora: Mapping[str, Lora], taken: Taken, trace: Trace
-) -> Model:
+    found: Identified,
+    settings: Settings,
+    lora: Mapping[str, Lora],
+    taken: Taken,
+    device: str,
+    trace: Trace,
+) -> tuple[Model, object]:
     return meta_model(
         found, DTYPES[settings.dtype], lora, taken.through(trace.named),
-        quantize=settings.quantization == "nf4",
+        quantize=settings.quantization == "nf4", device=device,
     )  # fmt: skip
 
 

@@ -63,15 +63,16 @@ class Measure:
     Attributes:
         model: on meta.
         kinds: of each layer; layers of one kind take the same.
-        held: bytes of weights, adapters and adapters' gradients.
+        optimizer: its moments.
+        held: bytes of weights, adapters, their gradients and moments.
         working: bytes that layers make of their weights at first use, and keep.
     """
 
-    def __init__(self, make: Callable[[Trace], Model], device: str) -> None:
+    def __init__(self, make: Callable[[Trace], tuple[Model, object]], device: str) -> None:
         self._trace = Trace("meta")
         self._planned = Planned(device=device, told=self._trace.told)
         with self._running():
-            self.model = make(self._trace)
+            self.model, self.optimizer = make(self._trace)
         self.held = self._trace.live
         self.layers = cast("Sequence[Layer]", list(self.model.trunk.layers))
         self.kinds = [_signature(layer) for layer in self.layers]

@@ -26,6 +26,7 @@ from .nn.adapted import Adapted
 from .nn.experts import Experts
 from .nn.linear import Linear
 from .nn.nf4 import BLOCK, BLOCK2, NF4, NF4Stack, _functional
+from .optim import FlatAdamW
 from .table import Store
 
 META = torch.device("meta")
@@ -94,8 +95,9 @@ def meta_model(
     backends: Taken,
     *,
     quantize: bool,
-) -> Model:
-    """The model, filled; adapters have gradients, so that a backward adds to them."""
+    device: str,
+) -> tuple[Model, object]:
+    """The model, filled, and its optimizer as `loop` makes it; adapters have gradients."""
     layout = found.layout
     model = Model(
         found.decision.architecture, found.checkpoint.config, layout, dtype, lora, backends
@@ -104,14 +106,19 @@ def meta_model(
     for item in layout.located.values():
         if item.tensor.part.loaded and item.tied is None and item.tensor.name not in layout.ties:
             _fill(model, modules, item, quantize)
-    for _, module in model.adapters():
+    adapters = [module for _, module in model.adapters()]
+    for module in adapters:
         assert module.lora is not None
         shapes = module.lora_shapes(module.lora.r)
         module.set_lora(*(torch.empty(shape, device=META) for shape in shapes), trained=True)
-    for _, parameter in model.trainable():
-        parameter.grad = torch.empty(parameter.shape, device=META)
     model.train()
-    return model
+    if device == "cuda":
+        return model, FlatAdamW(adapters, lr=0.0, weight_decay=0.0)
+    moments = []
+    for _, parameter in model.trainable():
+        parameter.grad, *both = (torch.empty(parameter.shape, device=META) for _ in range(3))
+        moments.append(both)
+    return model, moments
 
 
 def _fill(model: Model, modules: Mapping[str, nn.Module], item: Located, quantize: bool) -> None:
