@@ -2,8 +2,7 @@
 
 This file decides how long an op takes: the larger of its products' operations over the rate of
 the matrix units and its bytes over the memory's rate, and no less than a launch. Rates are
-datasheets' times what an H100 was measured to reach of its own; attention and kernels that wait
-for a scan reach less. It imports no torch, and measures nothing.
+datasheets' times what an H100 was measured to reach of its own. It imports no torch.
 
 Codes: ``QC-PLAN-002`` no such card, ``-003`` a budget that is none.
 """
@@ -19,11 +18,9 @@ from .errors import UsageError
 
 GIB = 2**30
 
-#: Of the datasheets' rates, as measured on an H100 80GB HBM3: a product of 8192^3 in bf16 gives
-#: 807 of 989 TFLOP/s, those of a layer less; a copy 3.02 of 3.35 TB/s, elementwise kernels less.
+#: Of the datasheets' rates, as measured on an H100 80GB HBM3: products of a layer reach about
+#: 690 of 989 TFLOP/s (one of 8192^3 807), a copy 3.02 of 3.35 TB/s, elementwise kernels less.
 PRODUCTS, BYTES = 0.70, 0.78
-#: Of the rate of products, by words in a kernel's name.
-SLOWER = {"attention": 0.55, "grouped": 0.7, "thin": 0.5, "outer": 0.5}
 LAUNCH = 2.5e-6  #: seconds that the shortest kernel takes
 HOST = 9e-6  #: seconds of the host for one op, its autograd included
 CONTEXT = 700_000_000  #: bytes that the CUDA context and its libraries take beside torch's
@@ -123,7 +120,6 @@ def seconds(work: Iterable[Op], card: Card) -> Seconds:
     busy = host = 0.0
     for op in work:
         rate = card.fp32 if op.wide else card.bf16 * PRODUCTS
-        rate *= next((share for word, share in SLOWER.items() if word in op.name), 1.0)
         busy += max(LAUNCH, op.flops / rate, op.nbytes / (card.bandwidth * BYTES))
         host += HOST
     return Seconds(busy, host)

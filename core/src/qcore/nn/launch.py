@@ -52,7 +52,14 @@ def planning(planned: Planned) -> Iterator[None]:
         _planned.reset(token)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, flops: float = 0.0, **meta: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    flops: float = 0.0,
+    share: float = 1.0,
+    **meta: Any,
+) -> None:
     """``kernel[grid](*args, **meta)``, where there is work and there are numbers.
 
     Args:
@@ -61,13 +68,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, flops: float = 0.0, *
         args: the kernel's; the first is a tensor. A plan takes each tensor to be read or
             written once.
         flops: operations of matrix products in it, for a plan's time.
+        share: of the rate that a large product reaches, what this kernel does.
         meta: the kernel's constants and options.
     """
     if 0 in grid:
         return
     first = args[0]
     if first.is_meta or isinstance(first, FakeTensor):
-        worked(getattr(kernel, "__name__", "kernel"), *args, flops=flops)
+        worked(getattr(kernel, "__name__", "kernel"), *args, flops=flops / share)
         return
     kernel[grid](*args, **meta)
 
