@@ -144,10 +144,12 @@ def test_buffers_are_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_of_a_chunk_fit_their_budget() -> None:
-    cpu = torch.device("cpu")
-    rows = loss_triton.chunk_rows(248320, 2560, 2, cpu)
-    assert rows * 248320 * 2 <= loss_triton.CHUNK_BYTES
-    assert loss_triton.chunk_rows(10**10, 64, 4, cpu) == 1
+    assert loss_triton.chunk_rows(248320, 2) == 1024
+    assert loss_triton.chunk_rows(248320, 4) == 512
+    assert loss_triton.chunk_rows(10**10, 4) == 1
+    for vocabulary in (1000, 32001, 151936, 2_000_000):
+        rows = loss_triton.chunk_rows(vocabulary, 2)
+        assert rows * vocabulary * 2 <= loss_triton.CHUNK_BYTES
 
 
 def test_the_registry_has_it_and_its_own_check_passes() -> None:
