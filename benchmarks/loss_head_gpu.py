@@ -50,6 +50,14 @@ def main() -> None:
         table(given.rows, width)
 
 
+@torch.no_grad()
+def products(hidden: torch.Tensor, head: torch.Tensor) -> float:
+    """Milliseconds of the two products of all rows."""
+    logits = hidden @ head.t()
+    one = milliseconds(lambda: torch.mm(hidden, head.t(), out=logits))
+    return one + milliseconds(lambda: torch.mm(logits, head))
+
+
 def table(rows: int, width: int) -> None:
     """Times and peaks at one width."""
     kind = {"device": "cuda", "dtype": torch.bfloat16}
@@ -67,12 +75,7 @@ def table(rows: int, width: int) -> None:
     def triton(chunk: int | None) -> Callable[[], None]:
         return step(lambda: loss_triton.cross_entropy_sum(hidden, head, targets, chunk) / rows)
 
-    logits = torch.empty(rows, V, **kind)
-    with torch.no_grad():
-        one = milliseconds(lambda: torch.mm(hidden, head.t(), out=logits))
-        two = milliseconds(lambda: torch.mm(logits, head))
-    del logits
-    print(f"{rows} x {width} x {V}: two products {one + two:.1f} ms")
+    print(f"{rows} x {width} x {V}: two products {products(hidden, head):.1f} ms")
     sides = {
         f"default, {loss_triton.chunk_rows(V, 2)} rows": triton(None),
         **{f"{chunk} rows": triton(chunk) for chunk in (512, 2048, 4096)},
