@@ -14,6 +14,8 @@ Shapes: T tokens, M chunks of C tokens, Hk key heads of dk, Hv value heads of dv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +31,7 @@ from .triton_prepare import (
     READ,
     STRENGTH,
     decay,
+    factor_of,
     inverse_norm,
     precision,
     tile_of,
@@ -47,10 +50,10 @@ def gradients(
     beta: Tensor,
     factors: Tensor,
     do: Tensor | None,
-    scanned: tuple[Tensor, Tensor, Tensor, Tensor],
+    scanned: Sequence[Tensor],
     tables: Tables,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g and beta, each in its dtype.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, g and beta, each in its dtype.
 
     Args:
         q: ``[T, Hk, dk]``; k likewise; g, beta: ``[T, Hv]``.
@@ -59,32 +62,31 @@ def gradients(
         beta: see q.
         factors: ``[5, Hv, T]`` of `prepare`.
         do: ``[T, Hv, dv]``, or zeros.
-        scanned: Vn, gradient of the residue, S, gradient of S'.
+        scanned: D, gradient of v, S, gradient of S'.
         tables: the pack's.
     """
-    written = scanned[0]
-    (tokens, k_heads, dk), (v_heads, dv) = k.shape, written.shape[1:]
+    new = scanned[0]
+    (tokens, k_heads, dk), (v_heads, dv) = k.shape, new.shape[1:]
     dq, dk_, dbeta = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, beta)
     )
     dg = torch.empty(2, *g.shape, dtype=torch.float32, device=g.device)
-    dvalue = torch.empty_like(written)
     warps, stages = CONFIG
     launch(
         _gradients, (2 * k_heads, len(tables.chunks)),
-        q, k, factors, written if do is None else do, *scanned, tables.chunks,
-        dq, dk_, dvalue, dg, dbeta,
+        q, k, factors, new if do is None else do, *scanned, tables.chunks,
+        dq, dk_, dg, dbeta,
         q.stride(0), k.stride(0), 0 if do is None else do.stride(0), tokens, v_heads,
         reference.query_scale(dk),
         GROUP=v_heads // k_heads, DK=dk, DV=dv, BV=min(WIDTH, dv), C=CHUNK, EPS=reference.EPS,
         OUTPUT=do is not None, PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return dq, dk_, dvalue, dg.sum(0).to(g.dtype), dbeta
+    return dq, dk_, dg.sum(0).to(g.dtype), dbeta
 
 
 @triton.jit
 def _gradients(
-    Q, K, FACTOR, DO, WRITTEN, DRESIDUE, BEFORE, AFTER, CHUNKS, DQ, DK_, DV_, DG, DBETA,
+    Q, K, FACTOR, DO, NEW, DVALUE, BEFORE, AFTER, CHUNKS, DQ, DK_, DG, DBETA,
     q_stride, k_stride, do_stride, tokens, v_heads, scale,
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     EPS: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -97,7 +99,7 @@ def _gradients(
     K += first * k_stride + k_head * DK
     FACTOR += first
     DO += first * do_stride
-    WRITTEN += first * v_heads * DV
+    NEW += first * v_heads * DV
     BEFORE += chunk * v_heads * DV * DK
     DG += first * v_heads
     valid = tl.arange(0, C) < count
@@ -106,14 +108,14 @@ def _gradients(
     where += tl.arange(0, C)[:, None] * k_heads * DK + tl.arange(0, DK)[None, :]
     if tl.program_id(0) % 2 == 0:
         made = _of_queries(
-            Q, K, FACTOR, DO, WRITTEN, BEFORE, DG, k_head, count, q_stride, k_stride, do_stride,
+            Q, K, FACTOR, DO, NEW, BEFORE, DG, k_head, count, q_stride, k_stride, do_stride,
             tokens, v_heads, scale, GROUP, DK, DV, BV, C, EPS, OUTPUT, PRECISION,
         )  # fmt: skip
         tl.store(DQ + where, made.to(DQ.dtype.element_ty), mask=valid[:, None])
     else:
         made = _of_the_rest(
-            Q, K, FACTOR, DO, WRITTEN, DRESIDUE + first * v_heads * DV,
-            BEFORE, AFTER + chunk * v_heads * DV * DK, DV_ + first * v_heads * DV,
+            Q, K, FACTOR, DO, NEW, DVALUE + first * v_heads * DV,
+            BEFORE, AFTER + chunk * v_heads * DV * DK,
             DG + tokens.to(tl.int64) * v_heads, DBETA + first * v_heads,
             k_head, count, q_stride, k_stride, do_stride,
             tokens, v_heads, scale, GROUP, DK, DV, BV, C, EPS, OUTPUT, PRECISION,
@@ -138,7 +140,7 @@ def _total(FACTOR, count, C: tl.constexpr):
 
 @triton.jit
 def _of_queries(
-    Q, K, FACTOR, DO, WRITTEN, BEFORE, DG, k_head, count, q_stride, k_stride, do_stride,
+    Q, K, FACTOR, DO, NEW, BEFORE, DG, k_head, count, q_stride, k_stride, do_stride,
     tokens, v_heads, scale,
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     EPS: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -146,94 +148,110 @@ def _of_queries(
     """Gradient of q; of g what comes through q."""
     i = tl.arange(0, C)
     valid = i < count
-    q_norm = inverse_norm(tile_of(Q, valid, q_stride, C, DK), EPS)
-    k_norm = inverse_norm(tile_of(K, valid, k_stride, C, DK), EPS)
-    heads = tokens.to(tl.int64) * v_heads
+    q_norm = inverse_norm(tile_of(Q, count, q_stride, C, DK, True), EPS)
+    k_norm = inverse_norm(tile_of(K, count, k_stride, C, DK, True), EPS)
     dq = tl.zeros((C, DK), tl.float32)
     for member in range(GROUP):
         head = (k_head * GROUP + member).to(tl.int64)
         dtotal = tl.zeros((C,), tl.float32)
         if OUTPUT:
-            # Fetched anew for every head: what does not change is held in registers, all of it.
-            q = tile_of(Q, valid, q_stride, C, DK)
-            k = tile_of(K, valid, k_stride, C, DK)
             factor = FACTOR + head * tokens
             total, _ = _total(factor, count, C)
-            query = tl.load(factor + QUERY * heads + i, mask=valid, other=0.0)
+            query = factor_of(factor, QUERY, count, tokens, v_heads, C, True)
+            through = tl.zeros((C, DK), tl.float32)
             pairs = tl.zeros((C, C), tl.float32)
             for block in tl.static_range(DV // BV):
                 column = head * DV + block * BV
-                do = tile_of(DO + column, valid, do_stride, C, BV).to(q.dtype)
-                new = tile_of(WRITTEN + column, valid, v_heads * DV, C, BV)
+                do = tile_of(DO + column, count, do_stride, C, BV, True).to(BEFORE.dtype.element_ty)
+                new = tile_of(NEW + column, count, v_heads * DV, C, BV, True)
                 before = _state(BEFORE + column * DK, BV, DK)
                 pairs = tl.dot(do, tl.trans(new), pairs, input_precision=PRECISION)
-                through = tl.dot(do, before, input_precision=PRECISION)
-                dtotal += query * tl.sum(through * q.to(tl.float32), 1)
-                dq += through * tl.exp(total)[:, None]
-            pairs *= decay(total, C) * k_norm[None, :]
+                through = tl.dot(do, before, through, input_precision=PRECISION)
+            # Fetched here, for every head: what stays the same would be held in registers.
+            q = tile_of(Q, count, q_stride, C, DK, True)
+            dtotal += query * tl.sum(through * q.to(tl.float32), 1)
+            dq += through * tl.exp(total)[:, None]
+            k = tile_of(K, count, k_stride, C, DK, True)
+            strength = factor_of(factor, STRENGTH, count, tokens, v_heads, C, True)
+            pairs *= decay(total, C) * (k_norm * strength)[None, :]
             carried = tl.dot(q, tl.trans(k), input_precision=PRECISION) * pairs
             carried = tl.where(i[:, None] > i[None, :], carried * (q_norm * scale)[:, None], 0.0)
             dtotal += tl.sum(carried, 1) - tl.sum(carried, 0)
             dq = tl.dot(pairs.to(k.dtype), k, dq, input_precision=PRECISION)
         tl.store(DG + i * v_heads + head, tl.cumsum(dtotal, 0, reverse=True), mask=valid)
-    return _unnormalised(dq, tile_of(Q, valid, q_stride, C, DK), q_norm, scale)
+    return _unnormalised(dq, tile_of(Q, count, q_stride, C, DK, True), q_norm, scale)
 
 
 @triton.jit
 def _of_the_rest(
-    Q, K, FACTOR, DO, WRITTEN, DRESIDUE, BEFORE, AFTER, DV_, DG, DBETA,
+    Q, K, FACTOR, DO, NEW, DVALUE, BEFORE, AFTER, DG, DBETA,
     k_head, count, q_stride, k_stride, do_stride, tokens, v_heads, scale,
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     EPS: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of k, v and beta; of g what does not come through q."""
+    """Gradient of k and beta; of g what does not come through q."""
     i = tl.arange(0, C)
     valid = i < count
-    q_norm = inverse_norm(tile_of(Q, valid, q_stride, C, DK), EPS) * scale
-    k_norm = inverse_norm(tile_of(K, valid, k_stride, C, DK), EPS)
+    q_norm = inverse_norm(tile_of(Q, count, q_stride, C, DK, True), EPS) * scale
+    k_norm = inverse_norm(tile_of(K, count, k_stride, C, DK, True), EPS)
     heads = tokens.to(tl.int64) * v_heads
     dk = tl.zeros((C, DK), tl.float32)
     for member in range(GROUP):
         head = (k_head * GROUP + member).to(tl.int64)
-        k = tile_of(K, valid, k_stride, C, DK)
         factor = FACTOR + head * tokens
         total, whole = _total(factor, count, C)
-        read = tl.load(factor + READ * heads + i, mask=valid, other=0.0)
-        kept = tl.load(factor + KEPT * heads + i, mask=valid, other=0.0)
+        read = factor_of(factor, READ, count, tokens, v_heads, C, True)
+        kept = factor_of(factor, KEPT, count, tokens, v_heads, C, True)
         strength = tl.load(factor + STRENGTH * heads + i, mask=valid, other=1.0)
-        asked = tl.zeros((C, C), tl.float32)
-        pairs = tl.zeros((C, C), tl.float32)
-        dtotal = tl.zeros((C,), tl.float32)
-        dbeta = tl.zeros((C,), tl.float32)
+
+        # Through what the chunk leaves behind.
+        through = tl.zeros((C, DK), tl.float32)
         ending = 0.0
         for block in tl.static_range(DV // BV):
             column = head * DV + block * BV
-            new = tile_of(WRITTEN + column, valid, v_heads * DV, C, BV)
-            dresidue = tile_of(DRESIDUE + column, valid, v_heads * DV, C, BV)
-            wide = dresidue.to(tl.float32)
-            dbeta += tl.sum(wide * new.to(tl.float32), 1)
-            at = column + i[:, None] * v_heads * DV + tl.arange(0, BV)[None, :]
-            value = (wide * strength[:, None]).to(DV_.dtype.element_ty)
-            tl.store(DV_ + at, value, mask=valid[:, None])
-            before = _state(BEFORE + column * DK, BV, DK)
+            new = tile_of(NEW + column, count, v_heads * DV, C, BV, True)
             after = _state(AFTER + column * DK, BV, DK)
-            through = before.to(tl.float32) * after.to(tl.float32)
-            ending += tl.exp(whole) * tl.sum(tl.sum(through, 1), 0)
+            through = tl.dot(new, after, through, input_precision=PRECISION)
+            both = _state(BEFORE + column * DK, BV, DK).to(tl.float32) * after.to(tl.float32)
+            ending += tl.exp(whole) * tl.sum(tl.sum(both, 1), 0)
+        # Fetched here, for every head: what stays the same would be held in registers.
+        k = tile_of(K, count, k_stride, C, DK, True)
+        moved = kept * tl.sum(through * k.to(tl.float32), 1)
+        ending += tl.sum(moved, 0)
+        dtotal = -moved
+        dk += through * (kept / k_norm)[:, None]
+
+        # Through what it reads of the state before; beta.
+        through = tl.zeros((C, DK), tl.float32)
+        dbeta = tl.zeros((C,), tl.float32)
+        for block in tl.static_range(DV // BV):
+            column = head * DV + block * BV
+            dvalue = tile_of(DVALUE + column, count, v_heads * DV, C, BV, True)
+            new = tile_of(NEW + column, count, v_heads * DV, C, BV, True)
+            dbeta += tl.sum(dvalue.to(tl.float32) * new.to(tl.float32), 1)
+            before = _state(BEFORE + column * DK, BV, DK)
+            through = tl.dot(dvalue, before, through, input_precision=PRECISION)
+        k = tile_of(K, count, k_stride, C, DK, True)
+        dtotal -= read * tl.sum(through * k.to(tl.float32), 1)
+        dk -= through * tl.exp(total)[:, None]
+        at = i * v_heads + head
+        tl.store(DBETA + at, (dbeta / strength).to(DBETA.dtype.element_ty), mask=valid)
+
+        # Through the pairs of tokens of the chunk.
+        asked = tl.zeros((C, C), tl.float32)
+        pairs = tl.zeros((C, C), tl.float32)
+        for block in tl.static_range(DV // BV):
+            column = head * DV + block * BV
+            new = tl.trans(tile_of(NEW + column, count, v_heads * DV, C, BV, True))
+            dvalue = tile_of(DVALUE + column, count, v_heads * DV, C, BV, True)
+            pairs = tl.dot(dvalue, new, pairs, input_precision=PRECISION)
             if OUTPUT:
-                do = tile_of(DO + column, valid, do_stride, C, BV).to(k.dtype)
-                asked = tl.dot(do, tl.trans(new), asked, input_precision=PRECISION)
-            pairs = tl.dot(dresidue, tl.trans(new), pairs, input_precision=PRECISION)
-            through = tl.dot(new, after, input_precision=PRECISION)
-            moved = kept * tl.sum(through * k.to(tl.float32), 1)
-            ending += tl.sum(moved, 0)
-            dtotal -= moved
-            dk += through * (kept / k_norm)[:, None]
-            through = tl.dot(dresidue, before, input_precision=PRECISION)
-            dtotal -= strength * read * tl.sum(through * k.to(tl.float32), 1)
-            dk -= through * (strength * tl.exp(total))[:, None]
+                do = tile_of(DO + column, count, do_stride, C, BV, True).to(dvalue.dtype)
+                asked = tl.dot(do, new, asked, input_precision=PRECISION)
+        k = tile_of(K, count, k_stride, C, DK, True)
         lower = decay(total, C)
         strictly = tl.where(i[:, None] > i[None, :], lower, 0.0)
-        pairs *= strictly * -strength[:, None]
+        pairs *= strictly * -strength[None, :]
         carried = tl.dot(k, tl.trans(k), input_precision=PRECISION) * pairs
         carried *= k_norm[:, None] * k_norm[None, :]
         dtotal += tl.sum(carried, 1) - tl.sum(carried, 0)
@@ -242,13 +260,11 @@ def _of_the_rest(
         dk = tl.dot((pairs * k_norm[None, :]).to(k.dtype), k, dk, input_precision=PRECISION)
         dk = tl.dot(turned, k, dk, input_precision=PRECISION)
         if OUTPUT:
-            turned = tl.trans((asked * lower * q_norm[:, None]).to(k.dtype))
-            q = tile_of(Q, valid, q_stride, C, DK)
+            turned = tl.trans((asked * lower * q_norm[:, None] * strength[None, :]).to(k.dtype))
+            q = tile_of(Q, count, q_stride, C, DK, True)
             dk = tl.dot(turned, q, dk, input_precision=PRECISION)
-        at = i * v_heads + head
-        tl.store(DBETA + at, (dbeta / strength).to(DBETA.dtype.element_ty), mask=valid)
         tl.store(DG + at, tl.cumsum(dtotal, 0, reverse=True) + ending, mask=valid)
-    return _unnormalised(dk, tile_of(K, valid, k_stride, C, DK), k_norm, 1.0)
+    return _unnormalised(dk, tile_of(K, count, k_stride, C, DK, True), k_norm, 1.0)
 
 
 @triton.jit

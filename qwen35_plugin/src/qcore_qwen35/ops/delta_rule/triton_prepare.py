@@ -4,6 +4,13 @@ This file decides how the inverse of a chunk's system is found on a GPU and whic
 token are kept; the formulas are those of `chunked`, what is done with the results is
 `triton_scan`'s and `triton_gradients`'. Needs Triton at import.
 
+With D for what `chunked` calls Vn before it is multiplied by beta, beta belongs to columns::
+
+    A = inverse(I + strictly_lower(k_i.k_j L_ij beta_j)),   D = A (V - exp(G) K S)
+    P = lower(q_i.k_j L_ij beta_j),   o = exp(G) Q S + P D,   Kd = beta exp(G_C - G) K
+
+Then the gradient of the residue is that of v, and that of beta is its product with D over beta.
+
 q and k are never stored normalised: their lengths are factors of rows, which go where the
 decays go, into float32 numbers. A token of value head h has five of them (`Prepared.factors`).
 
@@ -31,6 +38,7 @@ from .layout import Tables
 CHUNK = 64
 #: (warps, stages).
 CONFIG = (4, 1)
+REGISTERS = 128  #: of a thread: four programs at a time hide each other's waiting
 
 #: Write strengths below are taken as this: a gradient is divided by the strength, and what a
 #: strength of 1e-12 writes is nothing.
@@ -38,7 +46,7 @@ WEAKEST = tl.constexpr(1e-12)
 
 TOTAL = tl.constexpr(0)  #: G, the sum of g from the chunk's start
 READ = tl.constexpr(1)  #: exp(G) / |k|
-KEPT = tl.constexpr(2)  #: exp(G_C - G) / |k|
+KEPT = tl.constexpr(2)  #: beta exp(G_C - G) / |k|
 QUERY = tl.constexpr(3)  #: exp(G) scale / |q|
 STRENGTH = tl.constexpr(4)  #: beta
 FACTORS = 5
@@ -77,12 +85,12 @@ def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, tables: Tables) -> Pr
     exact = q.dtype == torch.float32
     warps, stages = CONFIG
     launch(
-        _prepare, (len(tables.chunks), k_heads),
+        _prepare, (v_heads, len(tables.chunks)),
         q, k, g, beta, tables.chunks, *made, q.stride(0), k.stride(0), g.stride(0), beta.stride(0),
         tokens, v_heads, reference.query_scale(dk),
         GROUP=v_heads // k_heads, DK=dk, C=CHUNK, EPS=reference.EPS,
         PRECISION=precision(q.dtype), INVERSE="tf32x3" if exact else "tf32",
-        num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages, maxnreg=REGISTERS,
     )  # fmt: skip
     return made
 
@@ -93,19 +101,25 @@ def precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def rows_of(POINTER, rows, valid, stride, WIDTH: tl.constexpr):
-    """``[C, WIDTH]``: some rows, zeros where they are not the document's."""
-    columns = tl.arange(0, WIDTH)
-    return tl.load(
-        POINTER + rows[:, None] * stride + columns[None, :], mask=valid[:, None], other=0.0
-    )
+def tile_of(POINTER, count, stride, C: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """``[C, WIDTH]``: adjacent rows from a pointer to the first, zeros from row `count` on."""
+    i = tl.arange(0, C)[:, None]
+    at = POINTER + i * stride + tl.arange(0, WIDTH)[None, :]
+    if MASKED:
+        return tl.load(at, mask=i < count, other=0.0)
+    return tl.load(at)
 
 
 @triton.jit
-def tile_of(POINTER, valid, stride, C: tl.constexpr, WIDTH: tl.constexpr):
-    """As `rows_of`, of adjacent rows from a pointer to the first: offsets of 32 bits."""
-    at = tl.arange(0, C)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
-    return tl.load(POINTER + at, mask=valid[:, None], other=0.0)
+def factor_of(
+    FACTOR, NUMBER: tl.constexpr, count, tokens, v_heads, C: tl.constexpr, MASKED: tl.constexpr
+):
+    """``[C]``: one of the factors of a chunk, zeros from row `count` on."""
+    i = tl.arange(0, C)
+    at = FACTOR + NUMBER * tokens.to(tl.int64) * v_heads + i
+    if MASKED:
+        return tl.load(at, mask=i < count, other=0.0)
+    return tl.load(at)
 
 
 @triton.jit
@@ -144,36 +158,35 @@ def _prepare(
     GROUP: tl.constexpr, DK: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr,
     PRECISION: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one key head and its value heads."""
-    chunk, head = tl.program_id(0), tl.program_id(1)
+    """One chunk of one value head."""
+    v_head, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head = v_head // GROUP
     i = tl.arange(0, C)
     first, end = tl.load(CHUNKS + 2 * chunk).to(tl.int64), tl.load(CHUNKS + 2 * chunk + 1)
-    rows = first + i
-    valid = rows < end
-    q = rows_of(Q + head * DK, rows, valid, q_stride, DK)
-    k = rows_of(K + head * DK, rows, valid, k_stride, DK)
-    q_norm, k_norm = inverse_norm(q, EPS) * scale, inverse_norm(k, EPS)
+    count = (end - first).to(tl.int32)
+    valid = i < count
+    g = tl.load(G + (first + i) * g_stride + v_head, mask=valid, other=0.0).to(tl.float32)
+    beta = tl.load(BETA + (first + i) * beta_stride + v_head, mask=valid, other=0.0)
+    beta = tl.maximum(beta.to(tl.float32), WEAKEST)
+    k = tile_of(K + first * k_stride + head * DK, count, k_stride, C, DK, True)
+    q = tile_of(Q + first * q_stride + head * DK, count, q_stride, C, DK, True)
+    k_norm, q_norm = inverse_norm(k, EPS), inverse_norm(q, EPS) * scale
+    total = tl.cumsum(g, 0)
+    # Summed from the end: a difference of totals loses the digits of a late token's.
+    grow, left = tl.exp(total), tl.exp(tl.cumsum(g, 0, reverse=True) - g)
+    heads = tokens.to(tl.int64) * v_heads
+    at = FACTOR + v_head * tokens + first + i
+    tl.store(at + TOTAL * heads, total, mask=valid)
+    tl.store(at + READ * heads, grow * k_norm, mask=valid)
+    tl.store(at + KEPT * heads, left * k_norm * beta, mask=valid)
+    tl.store(at + QUERY * heads, grow * q_norm, mask=valid)
+    tl.store(at + STRENGTH * heads, beta, mask=valid)
+    lower = decay(total, C) * (k_norm * beta)[None, :]
     kt = tl.trans(k)
-    qk = tl.dot(q, kt, input_precision=PRECISION) * q_norm[:, None] * k_norm[None, :]
-    kk = tl.dot(k, kt, input_precision=PRECISION) * k_norm[:, None] * k_norm[None, :]
-    kk = tl.where(i[:, None] > i[None, :], kk, 0.0)
-    for member in range(GROUP):
-        v_head = (head * GROUP + member).to(tl.int64)
-        g = tl.load(G + rows * g_stride + v_head, mask=valid, other=0.0).to(tl.float32)
-        beta = tl.load(BETA + rows * beta_stride + v_head, mask=valid, other=0.0).to(tl.float32)
-        beta = tl.maximum(beta, WEAKEST)
-        total = tl.cumsum(g, 0)
-        lower = decay(total, C)
-        at = (v_head * tokens + rows)[:, None] * C + i[None, :]
-        tl.store(P + at, (qk * lower).to(P.dtype.element_ty), mask=valid[:, None])
-        inverse = _inverse(kk * lower * beta[:, None], C, INVERSE)
-        tl.store(A + at, inverse.to(A.dtype.element_ty), mask=valid[:, None])
-        # Summed from the end: a difference of totals loses the digits of a late token's.
-        grow, left = tl.exp(total), tl.exp(tl.cumsum(g, 0, reverse=True) - g)
-        heads = tokens.to(tl.int64) * v_heads
-        at = FACTOR + v_head * tokens + rows
-        tl.store(at + TOTAL * heads, total, mask=valid)
-        tl.store(at + READ * heads, grow * k_norm, mask=valid)
-        tl.store(at + KEPT * heads, left * k_norm, mask=valid)
-        tl.store(at + QUERY * heads, grow * q_norm, mask=valid)
-        tl.store(at + STRENGTH * heads, beta, mask=valid)
+    tile = (v_head * tokens + first) * C + i[:, None] * C + i[None, :]
+    scores = tl.dot(q, kt, input_precision=PRECISION) * lower * q_norm[:, None]
+    tl.store(P + tile, scores.to(P.dtype.element_ty), mask=valid[:, None])
+    system = tl.dot(k, kt, input_precision=PRECISION) * lower * k_norm[:, None]
+    system = tl.where(i[:, None] > i[None, :], system, 0.0)
+    inverse = _inverse(system, C, INVERSE)
+    tl.store(A + tile, inverse.to(A.dtype.element_ty), mask=valid[:, None])

@@ -93,10 +93,17 @@ class _DeltaRule(torch.autograd.Function):
         dlast = None if dlast is None else dlast.contiguous()
         first = None if initial is None else initial.contiguous()
         made = prepare(q, k, g, beta, tables)
-        scanned = states(q, k, v, made, first, tables, do, dlast)
-        grads = gradients(q, k, g, beta, made.factors, do, scanned[:4], tables)
-        dfirst = scanned[4]
-        return (*grads, None if initial is None else dfirst.to(initial.dtype), None)
+        *scanned, dfirst = states(q, k, v, made, first, tables, do, dlast)
+        dq, dk, dg, dbeta = gradients(q, k, g, beta, made.factors, do, scanned, tables)
+        return (
+            dq,
+            dk,
+            scanned[1],
+            dg,
+            dbeta,
+            None if initial is None else dfirst.to(initial.dtype),
+            None,
+        )
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -7,8 +7,12 @@ fetched meanwhile. In training's backward the states run forwards again while th
 run from the end, in the same launch: neither needs the other, and one alone leaves half of a
 card idle on a single document. Needs Triton at import.
 
-The formulas are those of `chunked`; a name with t is transposed. Shapes: T tokens, M chunks of
-C tokens, N documents, Hk key heads of dk, Hv value heads of dv.
+A step is written twice: chunks that are full need no masks, which would be a third of what
+they compute; the one that is not ends a document. What is too small to be fetched ahead by
+the compiler is fetched ahead by hand (`query`, `whole`).
+
+The formulas are those of `triton_prepare`; a name with t is transposed. Shapes: T tokens, M
+chunks of C tokens, N documents, Hk key heads of dk, Hv value heads of dv.
 """
 
 from __future__ import annotations
@@ -25,11 +29,10 @@ from .triton_prepare import (
     KEPT,
     QUERY,
     READ,
-    STRENGTH,
-    TOTAL,
     Prepared,
+    factor_of,
     precision,
-    rows_of,
+    tile_of,
 )
 
 #: Columns of v that one program has: what a warp group multiplies at a time.
@@ -54,6 +57,7 @@ def outputs(
         q.stride(0), k.stride(0), v.stride(0), tokens, v_heads,
         GROUP=v_heads // k_heads, DK=dk, DV=dv, C=CHUNK, BV=width, INITIAL=initial is not None,
         PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
+        flops=2 * tokens * v_heads * dv * (3 * dk + 2 * CHUNK), share=0.1,
     )  # fmt: skip
     return o, last
 
@@ -81,14 +85,14 @@ def states(
         dlast: ``[N, Hv, dk, dv]`` gradient of the last states, or zeros.
 
     Returns:
-        In the dtype of v: Vn and the gradient of the residue, ``[T, Hv, dv]``; S and the
-        gradient of S', ``[M, Hv, dv, dk]``. In float32 the gradient of `initial`
+        In the dtype of v: D and the gradient of v, ``[T, Hv, dv]``; S and the gradient of S',
+        ``[M, Hv, dv, dk]``. In float32 the gradient of `initial`
         (``[N, Hv, dk, dv]``; empty where there is none).
     """
     (tokens, k_heads, dk), (v_heads, dv) = k.shape, v.shape[1:]
     documents, chunks = len(tables.documents), len(tables.chunks)
-    written = torch.empty_like(v, memory_format=torch.contiguous_format)
-    dresidue = torch.empty_like(written)
+    new = torch.empty_like(v, memory_format=torch.contiguous_format)
+    dvalue = torch.empty_like(new)
     before, after = (v.new_empty(chunks, v_heads, dv, dk) for _ in range(2))
     shape = (0,) if initial is None else (documents, v_heads, dk, dv)
     dfirst = torch.empty(shape, dtype=torch.float32, device=v.device)
@@ -98,18 +102,14 @@ def states(
         _states, (2 * documents * v_heads * (dv // width),),
         q, k, v, *made, tables.documents, dfirst if initial is None else initial,
         v if do is None else do, dfirst if dlast is None else dlast,
-        written, dresidue, before, after, dfirst,
+        new, dvalue, before, after, dfirst,
         q.stride(0), k.stride(0), v.stride(0), 0 if do is None else do.stride(0), tokens, v_heads,
         GROUP=v_heads // k_heads, DK=dk, DV=dv, C=CHUNK, BV=width, INITIAL=initial is not None,
         OUTPUT=do is not None, LAST=dlast is not None,
         PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
+        flops=2 * tokens * v_heads * dv * (5 * dk + 3 * CHUNK), share=0.15,
     )  # fmt: skip
-    return written, dresidue, before, after, dfirst
-
-
-@triton.jit
-def _factor(FACTOR, number, rows, valid, tokens, v_heads):
-    return tl.load(FACTOR + number * tokens.to(tl.int64) * v_heads + rows, mask=valid, other=0.0)
+    return new, dvalue, before, after, dfirst
 
 
 @triton.jit
@@ -123,49 +123,110 @@ def _outputs(
     blocks: tl.constexpr = DV // BV
     block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     head, entry = (pair % v_heads).to(tl.int64), pair // v_heads
-    start, end = tl.load(DOCUMENTS + 4 * entry), tl.load(DOCUMENTS + 4 * entry + 1)
+    start = tl.load(DOCUMENTS + 4 * entry).to(tl.int64)
+    length = (tl.load(DOCUMENTS + 4 * entry + 1) - start).to(tl.int32)
     document = tl.load(DOCUMENTS + 4 * entry + 3).to(tl.int64)
-    i, columns = tl.arange(0, C).to(tl.int64), block * BV + tl.arange(0, BV)
-    Q += head // GROUP * DK
-    K += head // GROUP * DK
-    V += head * DV + block * BV
-    A += head * tokens * C
-    P += head * tokens * C
-    FACTOR += head * tokens
-    OUT += head * DV + block * BV
+    Q += start * q_stride + head // GROUP * DK
+    K += start * k_stride + head // GROUP * DK
+    V += start * v_stride + head * DV + block * BV
+    A += (head * tokens + start) * C
+    P += (head * tokens + start) * C
+    FACTOR += head * tokens + start
+    OUT += (start * v_heads + head) * DV + block * BV
+    columns = block * BV + tl.arange(0, BV)
     at = (document * v_heads + head) * DK * DV + tl.arange(0, DK)[None, :] * DV + columns[:, None]
     st = tl.zeros((BV, DK), tl.float32)
     if INITIAL:
         st += tl.load(FIRST + at).to(tl.float32)
-    for row in range(start, end, C):
-        rows = i + row
-        valid = rows < end
-        k = rows_of(K, rows, valid, k_stride, DK)
-        sb = st.to(k.dtype)
-        seen = tl.dot(sb, tl.trans(k), input_precision=PRECISION)
-        vt = tl.trans(rows_of(V, rows, valid, v_stride, BV)).to(tl.float32)
-        read = _factor(FACTOR, READ, rows, valid, tokens, v_heads)
-        strength = _factor(FACTOR, STRENGTH, rows, valid, tokens, v_heads)
-        residue = (vt - seen * read[None, :]) * strength[None, :]
-        inverse = rows_of(A, rows, valid, C, C)
-        new = tl.dot(residue.to(k.dtype), tl.trans(inverse), input_precision=PRECISION)
-        q = rows_of(Q, rows, valid, q_stride, DK)
-        query = _factor(FACTOR, QUERY, rows, valid, tokens, v_heads)
-        out = tl.dot(sb, tl.trans(q), input_precision=PRECISION) * query[None, :]
-        scores = rows_of(P, rows, valid, C, C)
-        out = tl.dot(new.to(k.dtype), tl.trans(scores), out, input_precision=PRECISION)
-        where = rows[:, None] * v_heads * DV + tl.arange(0, BV)[None, :]
-        tl.store(OUT + where, tl.trans(out).to(OUT.dtype.element_ty), mask=valid[:, None])
-        kept = _factor(FACTOR, KEPT, rows, valid, tokens, v_heads)
-        whole = tl.load(FACTOR + TOTAL * tokens + tl.minimum(row + C, end) - 1)
-        st = st * tl.exp(whole)
-        st = tl.dot((new * kept[None, :]).to(k.dtype), k, st, input_precision=PRECISION)
+    full = length // C
+    if full > 0:
+        query = factor_of(FACTOR, QUERY, C, tokens, v_heads, C, False)
+        whole = tl.load(FACTOR + C - 1)
+        for step in range(full):
+            ahead = FACTOR + tl.minimum(step + 1, full - 1) * C
+            query_ahead = factor_of(ahead, QUERY, C, tokens, v_heads, C, False)
+            whole_ahead = tl.load(ahead + C - 1)
+            st = _output(
+                st, Q, K, V, A, P, FACTOR, OUT, query, whole, C, q_stride, k_stride, v_stride,
+                tokens, v_heads, DK, DV, C, BV, False, PRECISION,
+            )  # fmt: skip
+            query, whole = query_ahead, whole_ahead
+            Q += C * q_stride
+            K += C * k_stride
+            V += C * v_stride
+            A += C * C
+            P += C * C
+            FACTOR += C
+            OUT += C * v_heads * DV
+    rest = length - full * C
+    if rest > 0:
+        query = factor_of(FACTOR, QUERY, rest, tokens, v_heads, C, True)
+        whole = tl.load(FACTOR + rest - 1)
+        st = _output(
+            st, Q, K, V, A, P, FACTOR, OUT, query, whole, rest, q_stride, k_stride, v_stride,
+            tokens, v_heads, DK, DV, C, BV, True, PRECISION,
+        )  # fmt: skip
     tl.store(LAST + at, st)
 
 
 @triton.jit
+def _output(
+    st, Q, K, V, A, P, FACTOR, OUT, query, whole, count, q_stride, k_stride, v_stride,
+    tokens, v_heads, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One chunk of the forward; gives the state after it."""
+    k = tile_of(K, count, k_stride, C, DK, MASKED)
+    sb = st.to(k.dtype)
+    new = _new(sb, k, V, A, FACTOR, count, v_stride, tokens, v_heads, C, BV, MASKED, PRECISION)
+    q = tile_of(Q, count, q_stride, C, DK, MASKED)
+    out = tl.dot(sb, tl.trans(q), input_precision=PRECISION) * query[None, :]
+    scores = tile_of(P, count, C, C, C, MASKED)
+    out = tl.dot(new.to(k.dtype), tl.trans(scores), out, input_precision=PRECISION)
+    put(OUT, tl.trans(out), count, v_heads * DV, C, BV, MASKED)
+    return _after(st, k, new, whole, FACTOR, count, tokens, v_heads, C, MASKED, PRECISION)
+
+
+@triton.jit
+def _new(
+    sb, k, V, A, FACTOR, count, v_stride, tokens, v_heads,
+    C: tl.constexpr, BV: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """D, transposed."""
+    seen = tl.dot(sb, tl.trans(k), input_precision=PRECISION)
+    vt = tl.trans(tile_of(V, count, v_stride, C, BV, MASKED)).to(tl.float32)
+    read = factor_of(FACTOR, READ, count, tokens, v_heads, C, MASKED)
+    residue = (vt - seen * read[None, :]).to(k.dtype)
+    inverse = tile_of(A, count, C, C, C, MASKED)
+    return tl.dot(residue, tl.trans(inverse), input_precision=PRECISION)
+
+
+@triton.jit
+def _after(
+    st, k, new, whole, FACTOR, count, tokens, v_heads,
+    C: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """S', transposed."""
+    kept = factor_of(FACTOR, KEPT, count, tokens, v_heads, C, MASKED)
+    st = st * tl.exp(whole)
+    return tl.dot((new * kept[None, :]).to(k.dtype), k, st, input_precision=PRECISION)
+
+
+@triton.jit
+def put(POINTER, x, count, stride, C: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """Store ``[C, WIDTH]`` where `tile_of` would find it."""
+    i = tl.arange(0, C)[:, None]
+    at = POINTER + i * stride + tl.arange(0, WIDTH)[None, :]
+    x = x.to(POINTER.dtype.element_ty)
+    if MASKED:
+        tl.store(at, x, mask=i < count)
+    else:
+        tl.store(at, x)
+
+
+@triton.jit
 def _states(
-    Q, K, V, A, P, FACTOR, DOCUMENTS, FIRST, DO, DLAST, WRITTEN, DRESIDUE, BEFORE, AFTER, DFIRST,
+    Q, K, V, A, P, FACTOR, DOCUMENTS, FIRST, DO, DLAST, NEW, DVALUE, BEFORE, AFTER, DFIRST,
     q_stride, k_stride, v_stride, do_stride, tokens, v_heads,
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     INITIAL: tl.constexpr, OUTPUT: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -175,33 +236,34 @@ def _states(
     forwards, rest = tl.program_id(0) % 2, tl.program_id(0) // 2
     block, pair = rest % blocks, rest // blocks
     head, entry = (pair % v_heads).to(tl.int64), pair // v_heads
-    start, end = tl.load(DOCUMENTS + 4 * entry), tl.load(DOCUMENTS + 4 * entry + 1)
+    start = tl.load(DOCUMENTS + 4 * entry).to(tl.int64)
+    length = (tl.load(DOCUMENTS + 4 * entry + 1) - start).to(tl.int32)
     first_chunk = tl.load(DOCUMENTS + 4 * entry + 2).to(tl.int64)
     document = tl.load(DOCUMENTS + 4 * entry + 3).to(tl.int64)
+    K += start * k_stride + head // GROUP * DK
+    A += (head * tokens + start) * C
+    FACTOR += head * tokens + start
+    column = head * DV + block * BV
     columns = block * BV + tl.arange(0, BV)
     d = tl.arange(0, DK)
-    Q += head // GROUP * DK
-    K += head // GROUP * DK
-    A += head * tokens * C
-    P += head * tokens * C
-    FACTOR += head * tokens
     at = (document * v_heads + head) * DK * DV + d[None, :] * DV + columns[:, None]
-    here = (first_chunk * v_heads + head) * DV * DK + columns[:, None] * DK + d[None, :]
+    tile = (first_chunk * v_heads * DV + column) * DK
     state = tl.zeros((BV, DK), tl.float32)
     if forwards == 1:
         if INITIAL:
             state += tl.load(FIRST + at).to(tl.float32)
         _forwards(
-            state, K, V + head * DV + block * BV, A, FACTOR, WRITTEN + head * DV + block * BV,
-            BEFORE + here, start, end, k_stride, v_stride, tokens, v_heads,
-            DK, DV, C, BV, PRECISION,
+            state, K, V + start * v_stride + column, A, FACTOR, NEW + start * v_heads * DV + column,
+            BEFORE + tile, length, k_stride, v_stride, tokens, v_heads, DK, DV, C, BV, PRECISION,
         )  # fmt: skip
     else:
         if LAST:
             state += tl.load(DLAST + at).to(tl.float32)
+        Q += start * q_stride + head // GROUP * DK
+        P += (head * tokens + start) * C
         state = _backwards(
-            state, Q, K, A, P, FACTOR, DO + head * DV + block * BV,
-            DRESIDUE + head * DV + block * BV, AFTER + here, start, end,
+            state, Q, K, A, P, FACTOR, DO + start * do_stride + column,
+            DVALUE + start * v_heads * DV + column, AFTER + tile, length,
             q_stride, k_stride, do_stride, tokens, v_heads, DK, DV, C, BV, OUTPUT, PRECISION,
         )  # fmt: skip
         if INITIAL:
@@ -210,72 +272,120 @@ def _states(
 
 @triton.jit
 def _forwards(
-    st, K, V, A, FACTOR, WRITTEN, BEFORE, start, end, k_stride, v_stride, tokens, v_heads,
+    st, K, V, A, FACTOR, NEW, BEFORE, length, k_stride, v_stride, tokens, v_heads,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `_outputs`, keeping S and Vn instead of o."""
-    i = tl.arange(0, C).to(tl.int64)
-    for row in range(start, end, C):
-        rows = i + row
-        valid = rows < end
-        k = rows_of(K, rows, valid, k_stride, DK)
-        sb = st.to(k.dtype)
-        tl.store(BEFORE, sb)
-        BEFORE += v_heads.to(tl.int64) * DV * DK
-        seen = tl.dot(sb, tl.trans(k), input_precision=PRECISION)
-        vt = tl.trans(rows_of(V, rows, valid, v_stride, BV)).to(tl.float32)
-        read = _factor(FACTOR, READ, rows, valid, tokens, v_heads)
-        strength = _factor(FACTOR, STRENGTH, rows, valid, tokens, v_heads)
-        residue = (vt - seen * read[None, :]) * strength[None, :]
-        inverse = rows_of(A, rows, valid, C, C)
-        new = tl.dot(residue.to(k.dtype), tl.trans(inverse), input_precision=PRECISION)
-        where = rows[:, None] * v_heads * DV + tl.arange(0, BV)[None, :]
-        tl.store(WRITTEN + where, tl.trans(new).to(k.dtype), mask=valid[:, None])
-        kept = _factor(FACTOR, KEPT, rows, valid, tokens, v_heads)
-        whole = tl.load(FACTOR + TOTAL * tokens + tl.minimum(row + C, end) - 1)
-        st = st * tl.exp(whole)
-        st = tl.dot((new * kept[None, :]).to(k.dtype), k, st, input_precision=PRECISION)
+    """As `_outputs`, keeping S and D instead of o."""
+    full = length // C
+    if full > 0:
+        whole = tl.load(FACTOR + C - 1)
+        for step in range(full):
+            whole_ahead = tl.load(FACTOR + tl.minimum(step + 1, full - 1) * C - step * C + C - 1)
+            st = _forward(
+                st, K, V, A, FACTOR, NEW, BEFORE, whole, C, k_stride, v_stride, tokens, v_heads,
+                DK, DV, C, BV, False, PRECISION,
+            )  # fmt: skip
+            whole = whole_ahead
+            K += C * k_stride
+            V += C * v_stride
+            A += C * C
+            FACTOR += C
+            NEW += C * v_heads * DV
+            BEFORE += v_heads * DV * DK
+    rest = length - full * C
+    if rest > 0:
+        _forward(
+            st, K, V, A, FACTOR, NEW, BEFORE, tl.load(FACTOR + rest - 1), rest,
+            k_stride, v_stride, tokens, v_heads, DK, DV, C, BV, True, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _forward(
+    st, K, V, A, FACTOR, NEW, BEFORE, whole, count, k_stride, v_stride, tokens, v_heads,
+    DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    k = tile_of(K, count, k_stride, C, DK, MASKED)
+    sb = st.to(k.dtype)
+    put(BEFORE, sb, BV, DK, BV, DK, False)
+    new = _new(sb, k, V, A, FACTOR, count, v_stride, tokens, v_heads, C, BV, MASKED, PRECISION)
+    put(NEW, tl.trans(new), count, v_heads * DV, C, BV, MASKED)
+    return _after(st, k, new, whole, FACTOR, count, tokens, v_heads, C, MASKED, PRECISION)
 
 
 @triton.jit
 def _backwards(
-    dst, Q, K, A, P, FACTOR, DO, DRESIDUE, AFTER, start, end,
+    dst, Q, K, A, P, FACTOR, DO, DVALUE, AFTER, length,
     q_stride, k_stride, do_stride, tokens, v_heads,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, OUTPUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of S' before each step, of the residue within it; returns that of the first."""
-    i = tl.arange(0, C).to(tl.int64)
-    count = tl.cdiv(end - start, C)
-    stride = v_heads.to(tl.int64) * DV * DK
-    AFTER += (count - 1) * stride
-    for step in range(count):
-        row = start + (count - 1 - step) * C
-        rows = i + row
-        valid = rows < end
-        k = rows_of(K, rows, valid, k_stride, DK)
-        dsb = dst.to(k.dtype)
-        tl.store(AFTER, dsb)
-        AFTER -= stride
-        kept = _factor(FACTOR, KEPT, rows, valid, tokens, v_heads)
-        dnew = tl.dot(dsb, tl.trans(k), input_precision=PRECISION) * kept[None, :]
-        whole = tl.load(FACTOR + TOTAL * tokens + tl.minimum(row + C, end) - 1)
-        dst = dst * tl.exp(whole)
-        if OUTPUT:
-            dot = tl.trans(rows_of(DO, rows, valid, do_stride, BV))
-            scores = rows_of(P, rows, valid, C, C)
-            dnew = tl.dot(dot.to(k.dtype), scores, dnew, input_precision=PRECISION)
-            q = rows_of(Q, rows, valid, q_stride, DK)
-            query = _factor(FACTOR, QUERY, rows, valid, tokens, v_heads)
-            asked = (dot.to(tl.float32) * query[None, :]).to(k.dtype)
-            dst = tl.dot(asked, q, dst, input_precision=PRECISION)
-        inverse = rows_of(A, rows, valid, C, C)
-        dresidue = tl.dot(dnew.to(k.dtype), inverse, input_precision=PRECISION)
-        where = rows[:, None] * v_heads * DV + tl.arange(0, BV)[None, :]
-        tl.store(DRESIDUE + where, tl.trans(dresidue).to(k.dtype), mask=valid[:, None])
-        read = _factor(FACTOR, READ, rows, valid, tokens, v_heads)
-        strength = _factor(FACTOR, STRENGTH, rows, valid, tokens, v_heads)
-        taken = (dresidue * (-read * strength)[None, :]).to(k.dtype)
-        dst = tl.dot(taken, k, dst, input_precision=PRECISION)
+    """Gradient of S' of each chunk, of v; gives that of the first state."""
+    full = length // C
+    skipped = full.to(tl.int64) * C
+    Q += skipped * q_stride
+    K += skipped * k_stride
+    A += skipped * C
+    P += skipped * C
+    FACTOR += skipped
+    DO += skipped * do_stride
+    DVALUE += skipped * v_heads * DV
+    AFTER += full.to(tl.int64) * v_heads * DV * DK
+    rest = length - full * C
+    if rest > 0:
+        kept = factor_of(FACTOR, KEPT, rest, tokens, v_heads, C, True)
+        dst = _backward(
+            dst, Q, K, A, P, FACTOR, DO, DVALUE, AFTER, kept, tl.load(FACTOR + rest - 1), rest,
+            q_stride, k_stride, do_stride, tokens, v_heads, DK, DV, C, BV, True, OUTPUT, PRECISION,
+        )  # fmt: skip
+    if full > 0:
+        kept = factor_of(FACTOR - C, KEPT, C, tokens, v_heads, C, False)
+        whole = tl.load(FACTOR - 1)
+        for step in range(full):
+            Q -= C * q_stride
+            K -= C * k_stride
+            A -= C * C
+            P -= C * C
+            FACTOR -= C
+            DO -= C * do_stride
+            DVALUE -= C * v_heads * DV
+            AFTER -= v_heads * DV * DK
+            ahead = FACTOR - tl.minimum(1, full - 1 - step) * C
+            kept_ahead = factor_of(ahead, KEPT, C, tokens, v_heads, C, False)
+            whole_ahead = tl.load(ahead + C - 1)
+            dst = _backward(
+                dst, Q, K, A, P, FACTOR, DO, DVALUE, AFTER, kept, whole, C, q_stride, k_stride,
+                do_stride, tokens, v_heads, DK, DV, C, BV, False, OUTPUT, PRECISION,
+            )  # fmt: skip
+            kept, whole = kept_ahead, whole_ahead
     return dst
+
+
+@triton.jit
+def _backward(
+    dst, Q, K, A, P, FACTOR, DO, DVALUE, AFTER, kept, whole, count,
+    q_stride, k_stride, do_stride, tokens, v_heads,
+    DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, MASKED: tl.constexpr,
+    OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One chunk; gives the gradient of the state before it."""
+    k = tile_of(K, count, k_stride, C, DK, MASKED)
+    dsb = dst.to(k.dtype)
+    put(AFTER, dsb, BV, DK, BV, DK, False)
+    dnew = tl.dot(dsb, tl.trans(k), input_precision=PRECISION) * kept[None, :]
+    dst = dst * tl.exp(whole)
+    if OUTPUT:
+        dout = tl.trans(tile_of(DO, count, do_stride, C, BV, MASKED)).to(k.dtype)
+        scores = tile_of(P, count, C, C, C, MASKED)
+        dnew = tl.dot(dout, scores, dnew, input_precision=PRECISION)
+        q = tile_of(Q, count, q_stride, C, DK, MASKED)
+        query = factor_of(FACTOR, QUERY, count, tokens, v_heads, C, MASKED)
+        asked = (dout.to(tl.float32) * query[None, :]).to(k.dtype)
+        dst = tl.dot(asked, q, dst, input_precision=PRECISION)
+    inverse = tile_of(A, count, C, C, C, MASKED)
+    dvalue = tl.dot(dnew.to(k.dtype), inverse, input_precision=PRECISION)
+    put(DVALUE, tl.trans(dvalue), count, v_heads * DV, C, BV, MASKED)
+    read = factor_of(FACTOR, READ, count, tokens, v_heads, C, MASKED)
+    return tl.dot((dvalue * -read[None, :]).to(k.dtype), k, dst, input_precision=PRECISION)
