@@ -24,7 +24,7 @@ from qcore.nn.slices import Slices
 from ..launch import launch, rows_of, supported
 
 #: Elements of a tile of the gated norm, whose rows are short.
-TILE = 4096
+TILE = 2048
 
 
 @triton.jit
