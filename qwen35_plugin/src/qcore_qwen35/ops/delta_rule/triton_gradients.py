@@ -37,10 +37,8 @@ from .triton_prepare import (
     tile_of,
 )
 
-#: (warps, stages).
-CONFIG = (4, 1)
-#: Columns of v that are multiplied at a time: what registers hold beside the sums.
-WIDTH = 64
+#: (columns of v that are multiplied at a time, warps, stages).
+CONFIG = (64, 4, 1)
 
 
 def gradients(
@@ -71,14 +69,14 @@ def gradients(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, beta)
     )
     dg = torch.empty(2, *g.shape, dtype=torch.float32, device=g.device)
-    warps, stages = CONFIG
+    width, warps, stages = CONFIG
     launch(
         _gradients, (2 * k_heads, len(tables.chunks)),
         q, k, factors, new if do is None else do, *scanned, tables.chunks,
         dq, dk_, dg, dbeta,
         q.stride(0), k.stride(0), 0 if do is None else do.stride(0), tokens, v_heads,
         reference.query_scale(dk),
-        GROUP=v_heads // k_heads, DK=dk, DV=dv, BV=min(WIDTH, dv), C=CHUNK, EPS=reference.EPS,
+        GROUP=v_heads // k_heads, DK=dk, DV=dv, BV=min(width, dv), C=CHUNK, EPS=reference.EPS,
         OUTPUT=do is not None, PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return dq, dk_, dg.sum(0).to(g.dtype), dbeta
@@ -164,7 +162,7 @@ def _of_queries(
                 column = head * DV + block * BV
                 do = tile_of(DO + column, count, do_stride, C, BV, True).to(BEFORE.dtype.element_ty)
                 new = tile_of(NEW + column, count, v_heads * DV, C, BV, True)
-                before = _state(BEFORE + column * DK, BV, DK)
+                before = tl.trans(_state(BEFORE + head * DK * DV + block * BV, DK, DV, BV))
                 pairs = tl.dot(do, tl.trans(new), pairs, input_precision=PRECISION)
                 through = tl.dot(do, before, through, input_precision=PRECISION)
             # Fetched here, for every head: what stays the same would be held in registers.
@@ -210,9 +208,10 @@ def _of_the_rest(
         for block in tl.static_range(DV // BV):
             column = head * DV + block * BV
             new = tile_of(NEW + column, count, v_heads * DV, C, BV, True)
-            after = _state(AFTER + column * DK, BV, DK)
-            through = tl.dot(new, after, through, input_precision=PRECISION)
-            both = _state(BEFORE + column * DK, BV, DK).to(tl.float32) * after.to(tl.float32)
+            after = _state(AFTER + head * DK * DV + block * BV, DK, DV, BV)
+            through = tl.dot(new, tl.trans(after), through, input_precision=PRECISION)
+            before = _state(BEFORE + head * DK * DV + block * BV, DK, DV, BV)
+            both = before.to(tl.float32) * after.to(tl.float32)
             ending += tl.exp(whole) * tl.sum(tl.sum(both, 1), 0)
         # Fetched here, for every head: what stays the same would be held in registers.
         k = tile_of(K, count, k_stride, C, DK, True)
@@ -229,8 +228,8 @@ def _of_the_rest(
             dvalue = tile_of(DVALUE + column, count, v_heads * DV, C, BV, True)
             new = tile_of(NEW + column, count, v_heads * DV, C, BV, True)
             dbeta += tl.sum(dvalue.to(tl.float32) * new.to(tl.float32), 1)
-            before = _state(BEFORE + column * DK, BV, DK)
-            through = tl.dot(dvalue, before, through, input_precision=PRECISION)
+            before = _state(BEFORE + head * DK * DV + block * BV, DK, DV, BV)
+            through = tl.dot(dvalue, tl.trans(before), through, input_precision=PRECISION)
         k = tile_of(K, count, k_stride, C, DK, True)
         dtotal -= read * tl.sum(through * k.to(tl.float32), 1)
         dk -= through * tl.exp(total)[:, None]
@@ -268,6 +267,6 @@ def _of_the_rest(
 
 
 @triton.jit
-def _state(POINTER, BV: tl.constexpr, DK: tl.constexpr):
-    """``[BV, DK]``: some rows of a transposed state."""
-    return tl.load(POINTER + tl.arange(0, BV)[:, None] * DK + tl.arange(0, DK)[None, :])
+def _state(POINTER, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr):
+    """``[DK, BV]``: some columns of a state."""
+    return tl.load(POINTER + tl.arange(0, DK)[:, None] * DV + tl.arange(0, BV)[None, :])

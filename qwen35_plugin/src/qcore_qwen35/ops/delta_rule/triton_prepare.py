@@ -36,9 +36,8 @@ from . import reference
 from .layout import Tables
 
 CHUNK = 64
-#: (warps, stages).
-CONFIG = (4, 1)
-REGISTERS = 128  #: of a thread: four programs at a time hide each other's waiting
+#: (warps, stages, registers of a thread): four programs at a time hide each other's waiting.
+CONFIG = (4, 1, 128)
 
 #: Write strengths below are taken as this: a gradient is divided by the strength, and what a
 #: strength of 1e-12 writes is nothing.
@@ -55,8 +54,9 @@ FACTORS = 5
 class Prepared(NamedTuple):
     """Attributes.
 
-    inverse: ``[Hv, T, C]`` A, a row per token, in the dtype of q.
-    scores: ``[Hv, T, C]`` P, likewise.
+    inverse: ``[Hv, T, C]`` A, a row per token, in the dtype of q; for the forward each row
+        multiplied by what is kept of its token.
+    scores: ``[Hv, T, C]`` P, likewise; for the forward P A.
     factors: ``[5, Hv, T]`` float32.
     """
 
@@ -65,7 +65,9 @@ class Prepared(NamedTuple):
     factors: Tensor
 
 
-def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, tables: Tables) -> Prepared:
+def prepare(
+    q: Tensor, k: Tensor, g: Tensor, beta: Tensor, tables: Tables, *, forward: bool
+) -> Prepared:
     """Inverse, scores and factors of every chunk.
 
     Args:
@@ -74,6 +76,7 @@ def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, tables: Tables) -> Pr
         g: ``[T, Hv]`` log decay.
         beta: ``[T, Hv]`` write strength.
         tables: the pack's.
+        forward: D itself is not wanted, only what becomes of it.
     """
     tokens, k_heads, dk = k.shape
     v_heads = g.shape[1]
@@ -83,14 +86,15 @@ def prepare(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, tables: Tables) -> Pr
         torch.empty(FACTORS, v_heads, tokens, dtype=torch.float32, device=q.device),
     )
     exact = q.dtype == torch.float32
-    warps, stages = CONFIG
+    warps, stages, registers = CONFIG
     launch(
         _prepare, (v_heads, len(tables.chunks)),
         q, k, g, beta, tables.chunks, *made, q.stride(0), k.stride(0), g.stride(0), beta.stride(0),
         tokens, v_heads, reference.query_scale(dk),
         GROUP=v_heads // k_heads, DK=dk, C=CHUNK, EPS=reference.EPS,
         PRECISION=precision(q.dtype), INVERSE="tf32x3" if exact else "tf32",
-        num_warps=warps, num_stages=stages, maxnreg=REGISTERS,
+        FORWARD=forward,
+        num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
     return made
 
@@ -156,7 +160,7 @@ def _prepare(
     Q, K, G, BETA, CHUNKS, A, P, FACTOR,
     q_stride, k_stride, g_stride, beta_stride, tokens, v_heads, scale,
     GROUP: tl.constexpr, DK: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr,
-    PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+    PRECISION: tl.constexpr, INVERSE: tl.constexpr, FORWARD: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one value head."""
     v_head, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -178,15 +182,19 @@ def _prepare(
     at = FACTOR + v_head * tokens + first + i
     tl.store(at + TOTAL * heads, total, mask=valid)
     tl.store(at + READ * heads, grow * k_norm, mask=valid)
-    tl.store(at + KEPT * heads, left * k_norm * beta, mask=valid)
+    kept = left * k_norm * beta
+    tl.store(at + KEPT * heads, kept, mask=valid)
     tl.store(at + QUERY * heads, grow * q_norm, mask=valid)
     tl.store(at + STRENGTH * heads, beta, mask=valid)
     lower = decay(total, C) * (k_norm * beta)[None, :]
     kt = tl.trans(k)
     tile = (v_head * tokens + first) * C + i[:, None] * C + i[None, :]
-    scores = tl.dot(q, kt, input_precision=PRECISION) * lower * q_norm[:, None]
-    tl.store(P + tile, scores.to(P.dtype.element_ty), mask=valid[:, None])
     system = tl.dot(k, kt, input_precision=PRECISION) * lower * k_norm[:, None]
     system = tl.where(i[:, None] > i[None, :], system, 0.0)
     inverse = _inverse(system, C, INVERSE)
+    scores = tl.dot(q, kt, input_precision=PRECISION) * lower * q_norm[:, None]
+    if FORWARD:
+        scores = tl.dot(scores, inverse, input_precision=INVERSE)
+        inverse *= kept[:, None]
     tl.store(A + tile, inverse.to(A.dtype.element_ty), mask=valid[:, None])
+    tl.store(P + tile, scores.to(P.dtype.element_ty), mask=valid[:, None])

@@ -81,7 +81,8 @@ class _DeltaRule(torch.autograd.Function):
         ctx.tables = tables
         q, k, v, g, beta = (_rows(x) for x in (q, k, v, g, beta))
         initial = None if initial is None else initial.contiguous()
-        return outputs(q, k, v, prepare(q, k, g, beta, tables), initial, tables)
+        made = prepare(q, k, g, beta, tables, forward=True)
+        return outputs(q, k, v, made, initial, tables)
 
     @staticmethod
     @once_differentiable
@@ -92,7 +93,7 @@ class _DeltaRule(torch.autograd.Function):
         do = None if do is None else _rows(do)
         dlast = None if dlast is None else dlast.contiguous()
         first = None if initial is None else initial.contiguous()
-        made = prepare(q, k, g, beta, tables)
+        made = prepare(q, k, g, beta, tables, forward=False)
         *scanned, dfirst = states(q, k, v, made, first, tables, do, dlast)
         dq, dk, dg, dbeta = gradients(q, k, g, beta, made.factors, do, scanned, tables)
         return (

@@ -1,18 +1,18 @@
 """The states run through the chunks of a pack, forwards and backwards.
 
-This file decides who walks: one program per document, value head and 64 columns of v. It
-holds its part of the state transposed, ``[64, dk]``: every product of a step then has as its
-left side what the step before left in registers, and as its right side a tile that was
-fetched meanwhile. In training's backward the states run forwards again while their gradients
-run from the end, in the same launch: neither needs the other, and one alone leaves half of a
-card idle on a single document. Needs Triton at import.
+This file decides who walks: one program per document, value head and some columns of v. What
+it computes is rows of tokens by its columns, so a token's factors are a few numbers of a
+thread, and the left side of every product is a tile that was fetched meanwhile. In training's
+backward the states run forwards again while their gradients run from the end, in the same
+launch: neither needs the other, and one alone leaves half of a card idle on a single document.
+Needs Triton at import.
 
 A step is written twice: chunks that are full need no masks, which would be a third of what
 they compute; the one that is not ends a document. What is too small to be fetched ahead by
-the compiler is fetched ahead by hand (`query`, `whole`).
+the compiler is fetched ahead by hand (`whole`).
 
-The formulas are those of `triton_prepare`; a name with t is transposed. Shapes: T tokens, M
-chunks of C tokens, N documents, Hk key heads of dk, Hv value heads of dv.
+The formulas are those of `triton_prepare`; the forward has D multiplied into its matrices.
+Shapes: T tokens, M chunks of C tokens, N documents, Hk key heads of dk, Hv value heads of dv.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ from .triton_prepare import (
     tile_of,
 )
 
-#: Columns of v that one program has: what a warp group multiplies at a time.
-WIDTH = 64
-#: (warps, stages) by kernel.
-CONFIG = {"outputs": (4, 2), "states": (4, 2)}
+#: (columns of v of a program, warps, stages) by kernel.
+CONFIG = {"outputs": (64, 4, 2), "states": (64, 4, 2)}
 
 
 def outputs(
@@ -49,8 +47,8 @@ def outputs(
     documents = len(tables.documents)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     last = torch.empty(documents, v_heads, dk, dv, dtype=torch.float32, device=v.device)
-    width = min(WIDTH, dv)
-    warps, stages = CONFIG["outputs"]
+    width, warps, stages = CONFIG["outputs"]
+    width = min(width, dv)
     launch(
         _outputs, (documents * v_heads * (dv // width),),
         q, k, v, *made, tables.documents, last if initial is None else initial, o, last,
@@ -86,18 +84,18 @@ def states(
 
     Returns:
         In the dtype of v: D and the gradient of v, ``[T, Hv, dv]``; S and the gradient of S',
-        ``[M, Hv, dv, dk]``. In float32 the gradient of `initial`
+        ``[M, Hv, dk, dv]``. In float32 the gradient of `initial`
         (``[N, Hv, dk, dv]``; empty where there is none).
     """
     (tokens, k_heads, dk), (v_heads, dv) = k.shape, v.shape[1:]
     documents, chunks = len(tables.documents), len(tables.chunks)
     new = torch.empty_like(v, memory_format=torch.contiguous_format)
     dvalue = torch.empty_like(new)
-    before, after = (v.new_empty(chunks, v_heads, dv, dk) for _ in range(2))
+    before, after = (v.new_empty(chunks, v_heads, dk, dv) for _ in range(2))
     shape = (0,) if initial is None else (documents, v_heads, dk, dv)
     dfirst = torch.empty(shape, dtype=torch.float32, device=v.device)
-    width = min(WIDTH, dv)
-    warps, stages = CONFIG["states"]
+    width, warps, stages = CONFIG["states"]
+    width = min(width, dv)
     launch(
         _states, (2 * documents * v_heads * (dv // width),),
         q, k, v, *made, tables.documents, dfirst if initial is None else initial,
@@ -134,23 +132,20 @@ def _outputs(
     FACTOR += head * tokens + start
     OUT += (start * v_heads + head) * DV + block * BV
     columns = block * BV + tl.arange(0, BV)
-    at = (document * v_heads + head) * DK * DV + tl.arange(0, DK)[None, :] * DV + columns[:, None]
-    st = tl.zeros((BV, DK), tl.float32)
+    at = (document * v_heads + head) * DK * DV + tl.arange(0, DK)[:, None] * DV + columns[None, :]
+    state = tl.zeros((DK, BV), tl.float32)
     if INITIAL:
-        st += tl.load(FIRST + at).to(tl.float32)
+        state += tl.load(FIRST + at).to(tl.float32)
     full = length // C
     if full > 0:
-        query = factor_of(FACTOR, QUERY, C, tokens, v_heads, C, False)
         whole = tl.load(FACTOR + C - 1)
         for step in range(full):
-            ahead = FACTOR + tl.minimum(step + 1, full - 1) * C
-            query_ahead = factor_of(ahead, QUERY, C, tokens, v_heads, C, False)
-            whole_ahead = tl.load(ahead + C - 1)
-            st = _output(
-                st, Q, K, V, A, P, FACTOR, OUT, query, whole, C, q_stride, k_stride, v_stride,
+            whole_ahead = tl.load(FACTOR + tl.minimum(step + 1, full - 1) * C - step * C + C - 1)
+            state = _output(
+                state, Q, K, V, A, P, FACTOR, OUT, whole, C, q_stride, k_stride, v_stride,
                 tokens, v_heads, DK, DV, C, BV, False, PRECISION,
             )  # fmt: skip
-            query, whole = query_ahead, whole_ahead
+            whole = whole_ahead
             Q += C * q_stride
             K += C * k_stride
             V += C * v_stride
@@ -160,56 +155,47 @@ def _outputs(
             OUT += C * v_heads * DV
     rest = length - full * C
     if rest > 0:
-        query = factor_of(FACTOR, QUERY, rest, tokens, v_heads, C, True)
-        whole = tl.load(FACTOR + rest - 1)
-        st = _output(
-            st, Q, K, V, A, P, FACTOR, OUT, query, whole, rest, q_stride, k_stride, v_stride,
-            tokens, v_heads, DK, DV, C, BV, True, PRECISION,
+        state = _output(
+            state, Q, K, V, A, P, FACTOR, OUT, tl.load(FACTOR + rest - 1), rest,
+            q_stride, k_stride, v_stride, tokens, v_heads, DK, DV, C, BV, True, PRECISION,
         )  # fmt: skip
-    tl.store(LAST + at, st)
+    tl.store(LAST + at, state)
 
 
 @triton.jit
 def _output(
-    st, Q, K, V, A, P, FACTOR, OUT, query, whole, count, q_stride, k_stride, v_stride,
+    state, Q, K, V, A, P, FACTOR, OUT, whole, count, q_stride, k_stride, v_stride,
     tokens, v_heads, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of the forward; gives the state after it."""
     k = tile_of(K, count, k_stride, C, DK, MASKED)
-    sb = st.to(k.dtype)
-    new = _new(sb, k, V, A, FACTOR, count, v_stride, tokens, v_heads, C, BV, MASKED, PRECISION)
+    rounded = state.to(k.dtype)
+    residue = _residue(
+        rounded, k, V, FACTOR, count, v_stride, tokens, v_heads, C, BV, MASKED, PRECISION
+    )
     q = tile_of(Q, count, q_stride, C, DK, MASKED)
-    out = tl.dot(sb, tl.trans(q), input_precision=PRECISION) * query[None, :]
+    query = factor_of(FACTOR, QUERY, count, tokens, v_heads, C, MASKED)
+    out = tl.dot(q, rounded, input_precision=PRECISION) * query[:, None]
     scores = tile_of(P, count, C, C, C, MASKED)
-    out = tl.dot(new.to(k.dtype), tl.trans(scores), out, input_precision=PRECISION)
-    put(OUT, tl.trans(out), count, v_heads * DV, C, BV, MASKED)
-    return _after(st, k, new, whole, FACTOR, count, tokens, v_heads, C, MASKED, PRECISION)
+    out = tl.dot(scores, residue, out, input_precision=PRECISION)
+    put(OUT, out, count, v_heads * DV, C, BV, MASKED)
+    inverse = tile_of(A, count, C, C, C, MASKED)
+    kept = tl.dot(inverse, residue, input_precision=PRECISION).to(k.dtype)
+    state = state * tl.exp(whole)
+    return tl.dot(tl.trans(k), kept, state, input_precision=PRECISION)
 
 
 @triton.jit
-def _new(
-    sb, k, V, A, FACTOR, count, v_stride, tokens, v_heads,
+def _residue(
+    rounded, k, V, FACTOR, count, v_stride, tokens, v_heads,
     C: tl.constexpr, BV: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """D, transposed."""
-    seen = tl.dot(sb, tl.trans(k), input_precision=PRECISION)
-    vt = tl.trans(tile_of(V, count, v_stride, C, BV, MASKED)).to(tl.float32)
+    """``V - exp(G) K S``."""
+    seen = tl.dot(k, rounded, input_precision=PRECISION)
+    v = tile_of(V, count, v_stride, C, BV, MASKED).to(tl.float32)
     read = factor_of(FACTOR, READ, count, tokens, v_heads, C, MASKED)
-    residue = (vt - seen * read[None, :]).to(k.dtype)
-    inverse = tile_of(A, count, C, C, C, MASKED)
-    return tl.dot(residue, tl.trans(inverse), input_precision=PRECISION)
-
-
-@triton.jit
-def _after(
-    st, k, new, whole, FACTOR, count, tokens, v_heads,
-    C: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """S', transposed."""
-    kept = factor_of(FACTOR, KEPT, count, tokens, v_heads, C, MASKED)
-    st = st * tl.exp(whole)
-    return tl.dot((new * kept[None, :]).to(k.dtype), k, st, input_precision=PRECISION)
+    return (v - seen * read[:, None]).to(k.dtype)
 
 
 @triton.jit
@@ -246,9 +232,9 @@ def _states(
     column = head * DV + block * BV
     columns = block * BV + tl.arange(0, BV)
     d = tl.arange(0, DK)
-    at = (document * v_heads + head) * DK * DV + d[None, :] * DV + columns[:, None]
-    tile = (first_chunk * v_heads * DV + column) * DK
-    state = tl.zeros((BV, DK), tl.float32)
+    at = (document * v_heads + head) * DK * DV + d[:, None] * DV + columns[None, :]
+    tile = (first_chunk * v_heads + head) * DK * DV + block * BV
+    state = tl.zeros((DK, BV), tl.float32)
     if forwards == 1:
         if INITIAL:
             state += tl.load(FIRST + at).to(tl.float32)
@@ -272,7 +258,7 @@ def _states(
 
 @triton.jit
 def _forwards(
-    st, K, V, A, FACTOR, NEW, BEFORE, length, k_stride, v_stride, tokens, v_heads,
+    state, K, V, A, FACTOR, NEW, BEFORE, length, k_stride, v_stride, tokens, v_heads,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -282,8 +268,8 @@ def _forwards(
         whole = tl.load(FACTOR + C - 1)
         for step in range(full):
             whole_ahead = tl.load(FACTOR + tl.minimum(step + 1, full - 1) * C - step * C + C - 1)
-            st = _forward(
-                st, K, V, A, FACTOR, NEW, BEFORE, whole, C, k_stride, v_stride, tokens, v_heads,
+            state = _forward(
+                state, K, V, A, FACTOR, NEW, BEFORE, whole, C, k_stride, v_stride, tokens, v_heads,
                 DK, DV, C, BV, False, PRECISION,
             )  # fmt: skip
             whole = whole_ahead
@@ -296,28 +282,36 @@ def _forwards(
     rest = length - full * C
     if rest > 0:
         _forward(
-            st, K, V, A, FACTOR, NEW, BEFORE, tl.load(FACTOR + rest - 1), rest,
+            state, K, V, A, FACTOR, NEW, BEFORE, tl.load(FACTOR + rest - 1), rest,
             k_stride, v_stride, tokens, v_heads, DK, DV, C, BV, True, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _forward(
-    st, K, V, A, FACTOR, NEW, BEFORE, whole, count, k_stride, v_stride, tokens, v_heads,
+    state, K, V, A, FACTOR, NEW, BEFORE, whole, count, k_stride, v_stride, tokens, v_heads,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """One chunk; gives the state after it."""
     k = tile_of(K, count, k_stride, C, DK, MASKED)
-    sb = st.to(k.dtype)
-    put(BEFORE, sb, BV, DK, BV, DK, False)
-    new = _new(sb, k, V, A, FACTOR, count, v_stride, tokens, v_heads, C, BV, MASKED, PRECISION)
-    put(NEW, tl.trans(new), count, v_heads * DV, C, BV, MASKED)
-    return _after(st, k, new, whole, FACTOR, count, tokens, v_heads, C, MASKED, PRECISION)
+    rounded = state.to(k.dtype)
+    put(BEFORE, rounded, DK, DV, DK, BV, False)
+    residue = _residue(
+        rounded, k, V, FACTOR, count, v_stride, tokens, v_heads, C, BV, MASKED, PRECISION
+    )
+    inverse = tile_of(A, count, C, C, C, MASKED)
+    new = tl.dot(inverse, residue, input_precision=PRECISION)
+    put(NEW, new, count, v_heads * DV, C, BV, MASKED)
+    kept = factor_of(FACTOR, KEPT, count, tokens, v_heads, C, MASKED)
+    state = state * tl.exp(whole)
+    kept = (new * kept[:, None]).to(k.dtype)
+    return tl.dot(tl.trans(k), kept, state, input_precision=PRECISION)
 
 
 @triton.jit
 def _backwards(
-    dst, Q, K, A, P, FACTOR, DO, DVALUE, AFTER, length,
+    dstate, Q, K, A, P, FACTOR, DO, DVALUE, AFTER, length,
     q_stride, k_stride, do_stride, tokens, v_heads,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, OUTPUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -335,13 +329,11 @@ def _backwards(
     AFTER += full.to(tl.int64) * v_heads * DV * DK
     rest = length - full * C
     if rest > 0:
-        kept = factor_of(FACTOR, KEPT, rest, tokens, v_heads, C, True)
-        dst = _backward(
-            dst, Q, K, A, P, FACTOR, DO, DVALUE, AFTER, kept, tl.load(FACTOR + rest - 1), rest,
+        dstate = _backward(
+            dstate, Q, K, A, P, FACTOR, DO, DVALUE, AFTER, tl.load(FACTOR + rest - 1), rest,
             q_stride, k_stride, do_stride, tokens, v_heads, DK, DV, C, BV, True, OUTPUT, PRECISION,
         )  # fmt: skip
     if full > 0:
-        kept = factor_of(FACTOR - C, KEPT, C, tokens, v_heads, C, False)
         whole = tl.load(FACTOR - 1)
         for step in range(full):
             Q -= C * q_stride
@@ -353,39 +345,40 @@ def _backwards(
             DVALUE -= C * v_heads * DV
             AFTER -= v_heads * DV * DK
             ahead = FACTOR - tl.minimum(1, full - 1 - step) * C
-            kept_ahead = factor_of(ahead, KEPT, C, tokens, v_heads, C, False)
             whole_ahead = tl.load(ahead + C - 1)
-            dst = _backward(
-                dst, Q, K, A, P, FACTOR, DO, DVALUE, AFTER, kept, whole, C, q_stride, k_stride,
+            dstate = _backward(
+                dstate, Q, K, A, P, FACTOR, DO, DVALUE, AFTER, whole, C, q_stride, k_stride,
                 do_stride, tokens, v_heads, DK, DV, C, BV, False, OUTPUT, PRECISION,
             )  # fmt: skip
-            kept, whole = kept_ahead, whole_ahead
-    return dst
+            whole = whole_ahead
+    return dstate
 
 
 @triton.jit
 def _backward(
-    dst, Q, K, A, P, FACTOR, DO, DVALUE, AFTER, kept, whole, count,
+    dstate, Q, K, A, P, FACTOR, DO, DVALUE, AFTER, whole, count,
     q_stride, k_stride, do_stride, tokens, v_heads,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, MASKED: tl.constexpr,
     OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk; gives the gradient of the state before it."""
     k = tile_of(K, count, k_stride, C, DK, MASKED)
-    dsb = dst.to(k.dtype)
-    put(AFTER, dsb, BV, DK, BV, DK, False)
-    dnew = tl.dot(dsb, tl.trans(k), input_precision=PRECISION) * kept[None, :]
-    dst = dst * tl.exp(whole)
+    rounded = dstate.to(k.dtype)
+    put(AFTER, rounded, DK, DV, DK, BV, False)
+    kept = factor_of(FACTOR, KEPT, count, tokens, v_heads, C, MASKED)
+    dnew = tl.dot(k, rounded, input_precision=PRECISION) * kept[:, None]
+    dstate = dstate * tl.exp(whole)
     if OUTPUT:
-        dout = tl.trans(tile_of(DO, count, do_stride, C, BV, MASKED)).to(k.dtype)
+        do = tile_of(DO, count, do_stride, C, BV, MASKED).to(k.dtype)
         scores = tile_of(P, count, C, C, C, MASKED)
-        dnew = tl.dot(dout, scores, dnew, input_precision=PRECISION)
+        dnew = tl.dot(tl.trans(scores), do, dnew, input_precision=PRECISION)
         q = tile_of(Q, count, q_stride, C, DK, MASKED)
         query = factor_of(FACTOR, QUERY, count, tokens, v_heads, C, MASKED)
-        asked = (dout.to(tl.float32) * query[None, :]).to(k.dtype)
-        dst = tl.dot(asked, q, dst, input_precision=PRECISION)
+        asked = (do.to(tl.float32) * query[:, None]).to(k.dtype)
+        dstate = tl.dot(tl.trans(q), asked, dstate, input_precision=PRECISION)
     inverse = tile_of(A, count, C, C, C, MASKED)
-    dvalue = tl.dot(dnew.to(k.dtype), inverse, input_precision=PRECISION)
-    put(DVALUE, tl.trans(dvalue), count, v_heads * DV, C, BV, MASKED)
+    dvalue = tl.dot(tl.trans(inverse), dnew.to(k.dtype), input_precision=PRECISION)
+    put(DVALUE, dvalue, count, v_heads * DV, C, BV, MASKED)
     read = factor_of(FACTOR, READ, count, tokens, v_heads, C, MASKED)
-    return tl.dot((dvalue * -read[None, :]).to(k.dtype), k, dst, input_precision=PRECISION)
+    taken = (dvalue * -read[:, None]).to(k.dtype)
+    return tl.dot(tl.trans(k), taken, dstate, input_precision=PRECISION)
