@@ -34,7 +34,7 @@ from .nf4 import BLOCK, VALUES
 from .verify import compare, worst
 
 #: Rows an expert, on average, below which 4-bit weights are read inside the product.
-FEW = 16
+FEW = 12
 
 
 @functools.cache
