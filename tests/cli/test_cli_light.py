@@ -124,6 +124,10 @@ def test_inspect_time_on_the_header_of_27b(shared: Path, tmp_path: Path):
 
 OPTIONS: dict[str, list[str]] = {
     "inspect": ["MODEL", "--debug", "--generation", "--json"],
+    "plan": [
+        "MODEL", "--budget", "--config", "--debug", "--generation", "--gpu", "--groups", "--json",
+        "--max-length", "--preset", "--r", "--rows", "--set",
+    ],
     "train": [
         "--adapter-class", "--config", "--data", "--debug", "--device", "--generation", "--json",
         "--kernels", "--model", "--output", "--preset", "--resume", "--set",

@@ -1,0 +1,107 @@
+"""``qcore plan``: what it says, as a table and as JSON, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from support.cli_kit import here, modules_after
+from support.model_kit import write_sparse
+from support.plan_kit import DENSE_4B
+
+from qcore.plan_cards import CARDS
+from qcore.table import Table
+from qcore_qwen35.table import parts
+from qcore_qwen35.tiny import tiny_config, write
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four layers of a 4B: headers and a config; the files are holes."""
+    pytest.importorskip("triton")
+    text = DENSE_4B | {"num_hidden_layers": 4}
+    config = tiny_config(vocab_size=text.pop("vocab_size"), **text)
+    config["text_config"]["mtp_num_hidden_layers"] = 0
+    table = Table(parts(config, moe=False))
+    shapes = {one.name: one.shape for one in table if one.part.loaded and one.row.tie is None}
+    folder = write_sparse(tmp_path_factory.mktemp("model"), config, shapes)
+    write(tiny := tmp_path_factory.mktemp("tiny"))
+    shutil.copy(tiny / "chat_template.jinja", folder)  # by which its generation is known
+    return folder
+
+
+def test_a_row_for_each_card_and_the_terms_of_the_first(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    ended = here(capsys, "plan", folder, "--max-length", 128)
+    assert ended.code == 0
+    for card in CARDS:
+        assert sum(line.startswith(f"{card.name} ") for line in ended.out.splitlines()) == 1
+    for term in ("weights nf4", "embeddings", "adapters", "gradients", "optimizer", "activations"):
+        assert f"\n  {term} " in ended.out
+    assert "in all" in ended.out
+
+
+def test_json_holds_the_whole_plan(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    ended = here(
+        capsys, "plan", folder, "--rows", 2, "--max-length", 96, "--r", 4, "--gpu", "L40S",
+        "--gpu", "h200", "--json",
+    )  # fmt: skip
+    plans = ended.json["plans"]
+    assert [one["card"] for one in plans] == ["L40S", "H200"]
+    for one in plans:
+        assert (one["rows"], one["max_length"], one["recompute"]) == (2, 96, "none")
+        assert one["fits"] is True
+        assert sum(one["memory_bytes"].values()) == one["peak_bytes"]
+        assert one["longest_row"] >= 96
+        assert one["seconds"] > 0
+    assert ended.json["trained_parameters"] > 0
+
+
+def test_more_rank_is_more_of_what_is_trained(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    trained = {
+        r: here(capsys, "plan", folder, "--r", r, "--gpu", "H200", "--json").json[
+            "trained_parameters"
+        ]
+        for r in (4, 8)
+    }
+    assert trained[8] == 2 * trained[4]
+    one = here(capsys, "plan", folder, "--groups", "attn", "--r", 4, "--gpu", "H200", "--json")
+    assert 0 < one.json["trained_parameters"] < trained[4]
+
+
+def test_a_budget_that_is_too_small_is_said_and_no_error(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    ended = here(
+        capsys, "plan", folder, "--rows", 1, "--max-length", 4096, "--gpu", "L40S",
+        "--budget", "1.6",
+    )  # fmt: skip
+    assert ended.code == 0
+    assert "does not fit" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (("--gpu", "T9000"), "QC-PLAN-002"),
+        (("--budget", "much"), "QC-PLAN-003"),
+        (("--set", "max_lenght=3"), "QC-CONFIG-001"),
+        (("--groups", "nothing"), "QC-LORA-001"),
+        (("--max-length", "1"), "QC-CONFIG-003"),
+    ],
+)
+def test_what_is_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path, flags: tuple[str, ...], code: str
+) -> None:
+    assert code in here(capsys, "plan", folder, *flags).error(code)
+
+
+def test_no_weight_is_read(folder: Path) -> None:
+    """The files are holes: reading one would give zeros, and take as long as they are large."""
+    ended, modules = modules_after("plan", folder, "--gpu", "H200", "--max-length", 64)
+    assert ended.code == 0
+    assert "transformers" not in {name.partition(".")[0] for name in modules}
