@@ -33,7 +33,17 @@ from .records import Kernel, KnownBad, Verdict
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Chosen", "Line", "Listed", "State", "choose", "installed", "survey", "surveyed"]
+__all__ = [
+    "Chosen",
+    "Line",
+    "Listed",
+    "State",
+    "check_names",
+    "choose",
+    "installed",
+    "survey",
+    "surveyed",
+]
 
 REFERENCE = "reference"  #: the backend that every op has
 _SETTING = "kernels"
@@ -179,10 +189,8 @@ def choose(kernels: Sequence[Listed], device: torch.device, wanted: Mapping[str,
         NumericError: ``QC-KERNEL-004``, likewise.
         PluginError: ``QC-KERNEL-005``, likewise.
     """
+    check_names(kernels, wanted)
     ops = list(dict.fromkeys(one.kernel.op for one in kernels))
-    for op in wanted:
-        if op not in ops:
-            raise _unknown("QC-KERNEL-001", op, "is no op", op, ops)
     table: list[Line] = []
     functions: dict[str, Callable[..., Any]] = {}
     for op in ops:
@@ -196,6 +204,21 @@ def choose(kernels: Sequence[Listed], device: torch.device, wanted: Mapping[str,
     return Chosen(device=device.type, table=tuple(table), functions=functions)
 
 
+def check_names(kernels: Sequence[Listed], wanted: Mapping[str, str]) -> None:
+    """Refuse an op, or a backend of one, that nobody brought; whether it runs is not asked.
+
+    Raises:
+        UsageError: ``QC-KERNEL-001`` or ``-002``.
+    """
+    ops = list(dict.fromkeys(one.kernel.op for one in kernels))
+    for op, name in wanted.items():
+        if op not in ops:
+            raise _unknown("QC-KERNEL-001", op, "is no op", op, ops)
+        names = [REFERENCE, *(one.kernel.backend for one in kernels if one.kernel.op == op)]
+        if name not in names:
+            raise _unknown("QC-KERNEL-002", op, "has no such backend", name, names)
+
+
 _Taken = tuple[list[Line], Callable[..., Any] | None]
 
 
@@ -204,10 +227,7 @@ def _asked(backends: Sequence[Listed], name: str, device: torch.device) -> _Take
     op = backends[0].kernel.op
     if name == REFERENCE:
         return [_reference(op, State.CHOSEN, "asked for")], None
-    one = next((one for one in backends if one.kernel.backend == name), None)
-    if one is None:
-        names = [REFERENCE, *(one.kernel.backend for one in backends)]
-        raise _unknown("QC-KERNEL-002", op, "has no such backend", name, names)
+    one = next(one for one in backends if one.kernel.backend == name)
     line, problem = _judge(one, device, fresh=False)
     if problem is not None:
         raise problem

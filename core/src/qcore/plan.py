@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .device import DTYPES
 from .errors import InputError
@@ -30,6 +30,7 @@ from .nn.again import POLICIES
 from .plan_cards import CARDS, LAUNCH, Card, card_of, seconds
 from .plan_measure import Measure, Piece
 from .plan_model import Taken, meta_model, take
+from .plan_record import Lengths, Plan
 from .plan_trace import rounded
 from .settings import Settings
 from .targets import targets
@@ -42,99 +43,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "Planner", "plan_for"]
 
-Lengths = tuple[int, ...]  #: of the rows of a pack
-
 #: What torch's cuBLAS keeps for the forward's thread and the backward's, 32 MiB each on a card
 #: of Hopper's kind, and what cuDNN's attention asks for beside.
 LIBRARIES = 2 * 32 * 2**20 + 2**20
 #: Bytes a trained number is moved through memory by one update: four read and three written in
 #: float32, the norm's reading, and the copies in the run's dtype.
 UPDATE = 36
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """One step on one card.
-
-    Attributes:
-        card: its name.
-        lengths: tokens of each row of a micro-batch.
-        policies: what backward computes again, for each layer; `Model.loss` takes it.
-        budget: bytes that may be filled.
-        memory: bytes by term, at the peak; they sum to `peak`.
-        peak: the most that torch will have allocated.
-        moment: when that is.
-        ops: bytes of the peak's activations and workspace by op, as far as an op made them.
-        seconds: of a micro-step and its share of the update.
-        launches: kernels and device operations of a micro-step.
-        backends: op to backend.
-        notes: what the reader must know to trust it.
-    """
-
-    card: str
-    lengths: Lengths
-    policies: tuple[str, ...]
-    budget: int
-    memory: Mapping[str, int]
-    peak: int
-    moment: str
-    ops: Mapping[str, int]
-    seconds: float
-    launches: int
-    backends: Mapping[str, str]
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def fits(self) -> bool:
-        """Whether the peak is within the budget."""
-        return self.peak <= self.budget
-
-    @property
-    def tokens(self) -> int:
-        """Of a micro-batch."""
-        return sum(self.lengths)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """All tokens, supervised or not."""
-        return self.tokens / self.seconds
-
-    @property
-    def recompute(self) -> str:
-        """``elementwise``, or ``8 full, 24 elementwise``."""
-        counts = [(p, self.policies.count(p)) for p in dict.fromkeys(self.policies)]
-        if len(counts) == 1:
-            return counts[0][0]
-        return ", ".join(f"{count} {policy}" for policy, count in counts)
-
-    def line(self) -> str:
-        """The plan in a line, for the log of a run."""
-        return (
-            f"plan: {len(self.lengths)} x {max(self.lengths)} tokens, recompute "
-            f"{self.recompute}, peak {self.peak / 1e9:.2f} GB ({self.moment}) of "
-            f"{self.budget / 1e9:.1f} GB, {self.seconds:.3f} s, "
-            f"{self.tokens_per_second:,.0f} tokens/s on {self.card}"
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "card": self.card,
-            "rows": len(self.lengths),
-            "max_length": max(self.lengths),
-            "recompute": self.recompute,
-            "fits": self.fits,
-            "budget_bytes": self.budget,
-            "peak_bytes": self.peak,
-            "moment": self.moment,
-            "memory_bytes": dict(self.memory),
-            "ops_bytes": dict(self.ops),
-            "seconds": round(self.seconds, 4),
-            "tokens_per_second": round(self.tokens_per_second, 1),
-            "launches": self.launches,
-            "backends": dict(self.backends),
-            "notes": list(self.notes),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +158,7 @@ class Planner:
             seconds=max(card, host) + self._update(),
             launches=launches,
             backends=self.taken.backends,
-            notes=self._notes(),
+            notes=self._notes(lengths, policies),
         )
 
     def _peak(self, lengths: Lengths, policies: Sequence[str]) -> int:
@@ -262,8 +176,7 @@ class Planner:
     def _parked(self, piece: Piece, lengths: Lengths) -> Piece:
         """As under ``full``, its input on the host; the next one is on its way meanwhile."""
         if id(piece) not in self._parks:
-            model = self.measure.model
-            x = rounded(sum(lengths) * model.head.shape[1] * model.dtype.itemsize)
+            x = self._input(lengths)
             self._parks[id(piece)] = replace(
                 piece,
                 kept=piece.kept - x,
@@ -271,6 +184,11 @@ class Planner:
                 backward=piece.backward + 2 * x,
             )
         return self._parks[id(piece)]
+
+    def _input(self, lengths: Lengths) -> int:
+        """Bytes of what a layer reads."""
+        model = self.measure.model
+        return rounded(sum(lengths) * model.head.shape[1] * model.dtype.itemsize)
 
     def _moments(self, lengths: Lengths, policies: Sequence[str]) -> Iterable[_Moment]:
         pieces = self._pieces(lengths, policies)
@@ -297,6 +215,9 @@ class Planner:
         for piece in counted:
             took = self._seconds(piece)
             card, host, launches = card + took[0], host + took[1], launches + took[2]
+        if self.device == "cuda":  # there and back, beside the layers
+            away = 2 * self._input(lengths) * policies.count("offload")
+            card = max(card, away / self.card.host_link)
         return card, host, launches
 
     def _seconds(self, piece: Piece) -> tuple[float, float, int]:
@@ -311,8 +232,11 @@ class Planner:
         whole = self.trained * UPDATE / self.card.bandwidth + 20 * LAUNCH
         return whole / self.settings.gradient_accumulation_steps
 
-    def _notes(self) -> tuple[str, ...]:
+    def _notes(self, lengths: Lengths, policies: Sequence[str]) -> tuple[str, ...]:
         told = []
+        if self.device == "cuda" and "offload" in policies:
+            parked = self._input(lengths) * policies.count("offload")
+            told.append(f"{parked / 1e9:.1f} GB of the host's memory are pinned")
         if self.taken.absent:
             told.append(
                 "not installed here, so references are counted, which take more memory and time: "

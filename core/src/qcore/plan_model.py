@@ -17,7 +17,7 @@ from torch import nn
 
 from .identify import Identified
 from .kernel_cache import version_of
-from .kernels import REFERENCE, Listed
+from .kernels import REFERENCE, Listed, check_names
 from .load import DTYPES as STORED
 from .load import place
 from .locate import Located
@@ -57,7 +57,11 @@ def take(kernels: Sequence[Listed], device: str, wanted: Mapping[str, str]) -> T
         kernels: what `kernels.installed` gave.
         device: ``cuda`` or ``cpu``.
         wanted: op to backend, as asked for or as a run has chosen.
+
+    Raises:
+        UsageError: ``QC-KERNEL-001`` or ``-002``.
     """
+    check_names(kernels, wanted)
     backends: dict[str, str] = {}
     functions: dict[str, Callable[..., Any]] = {}
     absent = []

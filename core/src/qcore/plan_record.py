@@ -1,0 +1,97 @@
+"""What a plan says: one step on one card, for people and for programs.
+
+This file decides its words; `plan` makes it. It imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Lengths = tuple[int, ...]  #: of the rows of a pack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One step on one card.
+
+    Attributes:
+        card: its name.
+        lengths: tokens of each row of a micro-batch.
+        policies: what backward computes again, for each layer; `Model.loss` takes it.
+        budget: bytes that may be filled.
+        memory: bytes by term, at the peak; they sum to `peak`.
+        peak: the most that torch will have allocated.
+        moment: when that is.
+        ops: bytes of the peak's activations and workspace by op, as far as an op made them.
+        seconds: of a micro-step and its share of the update.
+        launches: kernels and device operations of a micro-step.
+        backends: op to backend.
+        notes: what the reader must know to trust it.
+    """
+
+    card: str
+    lengths: Lengths
+    policies: tuple[str, ...]
+    budget: int
+    memory: Mapping[str, int]
+    peak: int
+    moment: str
+    ops: Mapping[str, int]
+    seconds: float
+    launches: int
+    backends: Mapping[str, str]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within the budget."""
+        return self.peak <= self.budget
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return sum(self.lengths)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """All tokens, supervised or not."""
+        return self.tokens / self.seconds
+
+    @property
+    def recompute(self) -> str:
+        """``elementwise``, or ``8 full, 24 elementwise``."""
+        counts = [(p, self.policies.count(p)) for p in dict.fromkeys(self.policies)]
+        if len(counts) == 1:
+            return counts[0][0]
+        return ", ".join(f"{count} {policy}" for policy, count in counts)
+
+    def line(self) -> str:
+        """The plan in a line, for the log of a run."""
+        return (
+            f"plan: {len(self.lengths)} x {max(self.lengths)} tokens, recompute "
+            f"{self.recompute}, peak {self.peak / 1e9:.2f} GB ({self.moment}) of "
+            f"{self.budget / 1e9:.1f} GB, {self.seconds:.3f} s, "
+            f"{self.tokens_per_second:,.0f} tokens/s on {self.card}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "card": self.card,
+            "rows": len(self.lengths),
+            "max_length": max(self.lengths),
+            "recompute": self.recompute,
+            "fits": self.fits,
+            "budget_bytes": self.budget,
+            "peak_bytes": self.peak,
+            "moment": self.moment,
+            "memory_bytes": dict(self.memory),
+            "ops_bytes": dict(self.ops),
+            "seconds": round(self.seconds, 4),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "launches": self.launches,
+            "backends": dict(self.backends),
+            "notes": list(self.notes),
+        }
