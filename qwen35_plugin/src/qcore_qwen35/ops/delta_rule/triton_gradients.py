@@ -22,17 +22,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from . import reference
 from .layout import Tables
 from .triton_prepare import (
+    ASKED,
     CHUNK,
     KEPT,
+    KEY,
     QUERY,
     READ,
     STRENGTH,
     decay,
     factor_of,
-    inverse_norm,
     precision,
     tile_of,
 )
@@ -58,7 +58,7 @@ def gradients(
         k: see q.
         g: see q.
         beta: see q.
-        factors: ``[5, Hv, T]`` of `prepare`.
+        factors: ``[7, Hv, T]`` of `prepare`.
         do: ``[T, Hv, dv]``, or zeros.
         scanned: D, gradient of v, S, gradient of S'.
         tables: the pack's.
@@ -75,8 +75,7 @@ def gradients(
         q, k, factors, new if do is None else do, *scanned, tables.chunks,
         dq, dk_, dg, dbeta,
         q.stride(0), k.stride(0), 0 if do is None else do.stride(0), tokens, v_heads,
-        reference.query_scale(dk),
-        GROUP=v_heads // k_heads, DK=dk, DV=dv, BV=min(width, dv), C=CHUNK, EPS=reference.EPS,
+        GROUP=v_heads // k_heads, DK=dk, DV=dv, BV=min(width, dv), C=CHUNK,
         OUTPUT=do is not None, PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return dq, dk_, dg.sum(0).to(g.dtype), dbeta
@@ -85,9 +84,9 @@ def gradients(
 @triton.jit
 def _gradients(
     Q, K, FACTOR, DO, NEW, DVALUE, BEFORE, AFTER, CHUNKS, DQ, DK_, DG, DBETA,
-    q_stride, k_stride, do_stride, tokens, v_heads, scale,
+    q_stride, k_stride, do_stride, tokens, v_heads,
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    EPS: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
+    OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one key head: even programs q, odd ones the rest."""
     chunk, k_head = tl.program_id(1).to(tl.int64), tl.program_id(0) // 2
@@ -107,7 +106,7 @@ def _gradients(
     if tl.program_id(0) % 2 == 0:
         made = _of_queries(
             Q, K, FACTOR, DO, NEW, BEFORE, DG, k_head, count, q_stride, k_stride, do_stride,
-            tokens, v_heads, scale, GROUP, DK, DV, BV, C, EPS, OUTPUT, PRECISION,
+            tokens, v_heads, GROUP, DK, DV, BV, C, OUTPUT, PRECISION,
         )  # fmt: skip
         tl.store(DQ + where, made.to(DQ.dtype.element_ty), mask=valid[:, None])
     else:
@@ -116,16 +115,23 @@ def _gradients(
             BEFORE, AFTER + chunk * v_heads * DV * DK,
             DG + tokens.to(tl.int64) * v_heads, DBETA + first * v_heads,
             k_head, count, q_stride, k_stride, do_stride,
-            tokens, v_heads, scale, GROUP, DK, DV, BV, C, EPS, OUTPUT, PRECISION,
+            tokens, v_heads, GROUP, DK, DV, BV, C, OUTPUT, PRECISION,
         )  # fmt: skip
         tl.store(DK_ + where, made.to(DK_.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit
-def _unnormalised(dx, x, norm, scale):
-    """Gradient of x from that of ``scale norm x``, where norm is `inverse_norm`."""
-    unit = x.to(tl.float32) * norm[:, None]
-    return (dx - unit * tl.sum(dx * unit, 1)[:, None]) * (norm * scale)[:, None]
+def _unnormalised(dx, x, norm, length):
+    """Gradient of x from that of ``norm x``, which is `length` long."""
+    x = x.to(tl.float32)
+    along = tl.sum(dx * x, 1) * norm * norm / (length * length)
+    return (dx - x * along[:, None]) * norm[:, None]
+
+
+@triton.jit
+def _trace(x, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    return tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], x, 0.0), 1), 0)
 
 
 @triton.jit
@@ -139,15 +145,16 @@ def _total(FACTOR, count, C: tl.constexpr):
 @triton.jit
 def _of_queries(
     Q, K, FACTOR, DO, NEW, BEFORE, DG, k_head, count, q_stride, k_stride, do_stride,
-    tokens, v_heads, scale,
+    tokens, v_heads,
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    EPS: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
+    OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of q; of g what comes through q."""
     i = tl.arange(0, C)
     valid = i < count
-    q_norm = inverse_norm(tile_of(Q, count, q_stride, C, DK, True), EPS)
-    k_norm = inverse_norm(tile_of(K, count, k_stride, C, DK, True), EPS)
+    head = k_head.to(tl.int64) * GROUP
+    q_norm = factor_of(FACTOR + head * tokens, ASKED, count, tokens, v_heads, C, True)
+    k_norm = factor_of(FACTOR + head * tokens, KEY, count, tokens, v_heads, C, True)
     dq = tl.zeros((C, DK), tl.float32)
     for member in range(GROUP):
         head = (k_head * GROUP + member).to(tl.int64)
@@ -156,6 +163,7 @@ def _of_queries(
             factor = FACTOR + head * tokens
             total, _ = _total(factor, count, C)
             query = factor_of(factor, QUERY, count, tokens, v_heads, C, True)
+            q = tile_of(Q, count, q_stride, C, DK, True)
             through = tl.zeros((C, DK), tl.float32)
             pairs = tl.zeros((C, C), tl.float32)
             for block in tl.static_range(DV // BV):
@@ -165,33 +173,34 @@ def _of_queries(
                 before = tl.trans(_state(BEFORE + head * DK * DV + block * BV, DK, DV, BV))
                 pairs = tl.dot(do, tl.trans(new), pairs, input_precision=PRECISION)
                 through = tl.dot(do, before, through, input_precision=PRECISION)
-            # Fetched here, for every head: what stays the same would be held in registers.
-            q = tile_of(Q, count, q_stride, C, DK, True)
             dtotal += query * tl.sum(through * q.to(tl.float32), 1)
             dq += through * tl.exp(total)[:, None]
+            tl.debug_barrier()
+            q = tile_of(Q, count, q_stride, C, DK, True)
             k = tile_of(K, count, k_stride, C, DK, True)
             strength = factor_of(factor, STRENGTH, count, tokens, v_heads, C, True)
             pairs *= decay(total, C) * (k_norm * strength)[None, :]
             carried = tl.dot(q, tl.trans(k), input_precision=PRECISION) * pairs
-            carried = tl.where(i[:, None] > i[None, :], carried * (q_norm * scale)[:, None], 0.0)
+            carried = tl.where(i[:, None] > i[None, :], carried * q_norm[:, None], 0.0)
             dtotal += tl.sum(carried, 1) - tl.sum(carried, 0)
             dq = tl.dot(pairs.to(k.dtype), k, dq, input_precision=PRECISION)
         tl.store(DG + i * v_heads + head, tl.cumsum(dtotal, 0, reverse=True), mask=valid)
-    return _unnormalised(dq, tile_of(Q, count, q_stride, C, DK, True), q_norm, scale)
+    return _unnormalised(dq, tile_of(Q, count, q_stride, C, DK, True), q_norm, DK**-0.5)
 
 
 @triton.jit
 def _of_the_rest(
     Q, K, FACTOR, DO, NEW, DVALUE, BEFORE, AFTER, DG, DBETA,
-    k_head, count, q_stride, k_stride, do_stride, tokens, v_heads, scale,
+    k_head, count, q_stride, k_stride, do_stride, tokens, v_heads,
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    EPS: tl.constexpr, OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
+    OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of k and beta; of g what does not come through q."""
     i = tl.arange(0, C)
     valid = i < count
-    q_norm = inverse_norm(tile_of(Q, count, q_stride, C, DK, True), EPS) * scale
-    k_norm = inverse_norm(tile_of(K, count, k_stride, C, DK, True), EPS)
+    head = k_head.to(tl.int64) * GROUP
+    q_norm = factor_of(FACTOR + head * tokens, ASKED, count, tokens, v_heads, C, True)
+    k_norm = factor_of(FACTOR + head * tokens, KEY, count, tokens, v_heads, C, True)
     heads = tokens.to(tl.int64) * v_heads
     dk = tl.zeros((C, DK), tl.float32)
     for member in range(GROUP):
@@ -203,40 +212,37 @@ def _of_the_rest(
         strength = tl.load(factor + STRENGTH * heads + i, mask=valid, other=1.0)
 
         # Through what the chunk leaves behind.
+        k = tile_of(K, count, k_stride, C, DK, True)
         through = tl.zeros((C, DK), tl.float32)
-        ending = 0.0
+        both = tl.zeros((BV, BV), tl.float32)
         for block in tl.static_range(DV // BV):
             column = head * DV + block * BV
             new = tile_of(NEW + column, count, v_heads * DV, C, BV, True)
             after = _state(AFTER + head * DK * DV + block * BV, DK, DV, BV)
             through = tl.dot(new, tl.trans(after), through, input_precision=PRECISION)
             before = _state(BEFORE + head * DK * DV + block * BV, DK, DV, BV)
-            both = before.to(tl.float32) * after.to(tl.float32)
-            ending += tl.exp(whole) * tl.sum(tl.sum(both, 1), 0)
-        # Fetched here, for every head: what stays the same would be held in registers.
-        k = tile_of(K, count, k_stride, C, DK, True)
+            # Its trace is the product of the states: cheaper than element by element.
+            both = tl.dot(tl.trans(before), after, both, input_precision=PRECISION)
         moved = kept * tl.sum(through * k.to(tl.float32), 1)
-        ending += tl.sum(moved, 0)
+        ending = tl.sum(moved, 0) + tl.exp(whole) * _trace(both, BV)
         dtotal = -moved
-        dk += through * (kept / k_norm)[:, None]
+        dk += through * (strength * tl.exp(whole - total))[:, None]
 
-        # Through what it reads of the state before; beta.
+        # Through what it reads of the state before. Behind a barrier tiles are fetched anew: what
+        # would be fetched once would be held in registers, in float32.
+        tl.debug_barrier()
+        k = tile_of(K, count, k_stride, C, DK, True)
         through = tl.zeros((C, DK), tl.float32)
-        dbeta = tl.zeros((C,), tl.float32)
         for block in tl.static_range(DV // BV):
             column = head * DV + block * BV
             dvalue = tile_of(DVALUE + column, count, v_heads * DV, C, BV, True)
-            new = tile_of(NEW + column, count, v_heads * DV, C, BV, True)
-            dbeta += tl.sum(dvalue.to(tl.float32) * new.to(tl.float32), 1)
             before = _state(BEFORE + head * DK * DV + block * BV, DK, DV, BV)
             through = tl.dot(dvalue, tl.trans(before), through, input_precision=PRECISION)
-        k = tile_of(K, count, k_stride, C, DK, True)
         dtotal -= read * tl.sum(through * k.to(tl.float32), 1)
         dk -= through * tl.exp(total)[:, None]
-        at = i * v_heads + head
-        tl.store(DBETA + at, (dbeta / strength).to(DBETA.dtype.element_ty), mask=valid)
 
-        # Through the pairs of tokens of the chunk.
+        # Through the pairs of tokens of the chunk; beta.
+        tl.debug_barrier()
         asked = tl.zeros((C, C), tl.float32)
         pairs = tl.zeros((C, C), tl.float32)
         for block in tl.static_range(DV // BV):
@@ -249,6 +255,9 @@ def _of_the_rest(
                 asked = tl.dot(do, new, asked, input_precision=PRECISION)
         k = tile_of(K, count, k_stride, C, DK, True)
         lower = decay(total, C)
+        at = i * v_heads + head
+        dbeta = tl.sum(tl.where(i[:, None] == i[None, :], pairs, 0.0), 1) / strength
+        tl.store(DBETA + at, dbeta.to(DBETA.dtype.element_ty), mask=valid)
         strictly = tl.where(i[:, None] > i[None, :], lower, 0.0)
         pairs *= strictly * -strength[None, :]
         carried = tl.dot(k, tl.trans(k), input_precision=PRECISION) * pairs

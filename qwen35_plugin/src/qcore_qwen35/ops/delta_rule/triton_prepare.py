@@ -12,12 +12,13 @@ With D for what `chunked` calls Vn before it is multiplied by beta, beta belongs
 Then the gradient of the residue is that of v, and that of beta is its product with D over beta.
 
 q and k are never stored normalised: their lengths are factors of rows, which go where the
-decays go, into float32 numbers. A token of value head h has five of them (`Prepared.factors`).
+decays go, into float32 numbers. A token of value head h has seven of them (`Prepared.factors`).
 
 The inverse of a unit lower triangular matrix is put together from halves: with the inverse D
 of the diagonal blocks of size s and the part F of the system beside them, those of size 2 s
 are ``D - D F D``. Powers of the system, which would need fewer products, overflow where keys
-are equal.
+are equal; of the system and of these inverses no element is above one: a step of the rule
+lengthens no key.
 
 Shapes: T tokens, M chunks of C tokens, Hk key heads of dk, Hv value heads of dv.
 """
@@ -48,7 +49,9 @@ READ = tl.constexpr(1)  #: exp(G) / |k|
 KEPT = tl.constexpr(2)  #: beta exp(G_C - G) / |k|
 QUERY = tl.constexpr(3)  #: exp(G) scale / |q|
 STRENGTH = tl.constexpr(4)  #: beta
-FACTORS = 5
+KEY = tl.constexpr(5)  #: 1 / |k|
+ASKED = tl.constexpr(6)  #: scale / |q|
+FACTORS = 7
 
 
 class Prepared(NamedTuple):
@@ -57,7 +60,7 @@ class Prepared(NamedTuple):
     inverse: ``[Hv, T, C]`` A, a row per token, in the dtype of q; for the forward each row
         multiplied by what is kept of its token.
     scores: ``[Hv, T, C]`` P, likewise; for the forward P A.
-    factors: ``[5, Hv, T]`` float32.
+    factors: ``[7, Hv, T]`` float32.
     """
 
     inverse: Tensor
@@ -85,14 +88,13 @@ def prepare(
         q.new_empty(v_heads, tokens, CHUNK),
         torch.empty(FACTORS, v_heads, tokens, dtype=torch.float32, device=q.device),
     )
-    exact = q.dtype == torch.float32
     warps, stages, registers = CONFIG
     launch(
         _prepare, (v_heads, len(tables.chunks)),
         q, k, g, beta, tables.chunks, *made, q.stride(0), k.stride(0), g.stride(0), beta.stride(0),
         tokens, v_heads, reference.query_scale(dk),
         GROUP=v_heads // k_heads, DK=dk, C=CHUNK, EPS=reference.EPS,
-        PRECISION=precision(q.dtype), INVERSE="tf32x3" if exact else "tf32",
+        PRECISION=precision(q.dtype), EXACT=q.dtype == torch.float32,
         FORWARD=forward,
         num_warps=warps, num_stages=stages, maxnreg=registers,
     )  # fmt: skip
@@ -142,16 +144,22 @@ def decay(total, C: tl.constexpr):
 
 
 @triton.jit
-def _inverse(system, C: tl.constexpr, PRECISION: tl.constexpr):
+def _product(a, b, EXACT: tl.constexpr):
+    """Of matrices without an element above one, where half precision has as many digits as tf32."""
+    if EXACT:
+        return tl.dot(a, b, input_precision="tf32x3")
+    return tl.dot(a.to(tl.float16), b.to(tl.float16))
+
+
+@triton.jit
+def _inverse(system, C: tl.constexpr, EXACT: tl.constexpr):
     """Of ``I + system``, which is zero on and above the diagonal."""
     i = tl.arange(0, C)
-    pair = i[:, None] // 2 == i[None, :] // 2
-    made = tl.where(i[:, None] == i[None, :], 1.0, tl.where(pair, -system, 0.0))
+    apart = i[:, None] ^ i[None, :]
+    made = tl.where(apart == 0, 1.0, tl.where(apart == 1, -system, 0.0))
     for level in tl.static_range(1, 6):
-        row, column = i[:, None] >> level, i[None, :] >> level
-        beside = (row % 2 == 1) & (column == row - 1)
-        part = tl.dot(tl.where(beside, system, 0.0), made, input_precision=PRECISION)
-        made -= tl.dot(made, part, input_precision=PRECISION)
+        beside = tl.where((apart >> level) == 1, system, 0.0)
+        made -= _product(made, _product(beside, made, EXACT), EXACT)
     return made
 
 
@@ -160,7 +168,7 @@ def _prepare(
     Q, K, G, BETA, CHUNKS, A, P, FACTOR,
     q_stride, k_stride, g_stride, beta_stride, tokens, v_heads, scale,
     GROUP: tl.constexpr, DK: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr,
-    PRECISION: tl.constexpr, INVERSE: tl.constexpr, FORWARD: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, FORWARD: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one value head."""
     v_head, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -186,15 +194,17 @@ def _prepare(
     tl.store(at + KEPT * heads, kept, mask=valid)
     tl.store(at + QUERY * heads, grow * q_norm, mask=valid)
     tl.store(at + STRENGTH * heads, beta, mask=valid)
+    tl.store(at + KEY * heads, k_norm, mask=valid)
+    tl.store(at + ASKED * heads, q_norm, mask=valid)
     lower = decay(total, C) * (k_norm * beta)[None, :]
     kt = tl.trans(k)
     tile = (v_head * tokens + first) * C + i[:, None] * C + i[None, :]
     system = tl.dot(k, kt, input_precision=PRECISION) * lower * k_norm[:, None]
     system = tl.where(i[:, None] > i[None, :], system, 0.0)
-    inverse = _inverse(system, C, INVERSE)
+    inverse = _inverse(system, C, EXACT)
     scores = tl.dot(q, kt, input_precision=PRECISION) * lower * q_norm[:, None]
     if FORWARD:
-        scores = tl.dot(scores, inverse, input_precision=INVERSE)
+        scores = _product(scores, inverse, EXACT)
         inverse *= kept[:, None]
     tl.store(A + tile, inverse.to(A.dtype.element_ty), mask=valid[:, None])
     tl.store(P + tile, scores.to(P.dtype.element_ty), mask=valid[:, None])
