@@ -20,7 +20,7 @@ from qcore.kernels import Chosen, choose, installed
 from qcore.load import place, slabs
 from qcore.locate import Layout, Located, Place
 from qcore.loop import Loop
-from qcore.model import Model
+from qcore.model import Model, ops_of
 from qcore.nn.adapted import Lora
 from qcore.plugins import Plugins
 from qcore.records import Architecture
@@ -80,7 +80,8 @@ def backends(job: Job, device: torch.device) -> Chosen:
     if not plugins.infos:  # on the path, but without the metadata that names its hooks
         raise RuntimeError("qcore-qwen35 is not installed: its kernels would not be found")
     wanted = dict(one.split("=", 1) for one in job.kernels)
-    return choose(installed(plugins), device, wanted)
+    used = ops_of(architecture(job), *describe(job))
+    return choose(installed(plugins), device, wanted, used)
 
 
 def describe(job: Job) -> tuple[dict[str, Any], Layout]:

@@ -29,7 +29,7 @@ from .fingerprint import fingerprints
 from .identify import Identified, identify
 from .kernels import choose, installed
 from .load import load
-from .model import Model
+from .model import Model, ops_of
 from .nn.adapted import Lora
 from .nn.protocols import Packed
 from .preflight import preflight
@@ -96,7 +96,8 @@ class Generator:
         }
         checkpoint, layout = self.found.checkpoint, self.found.layout
         architecture = self.found.decision.architecture
-        kernels = choose(installed(self.found.plugins), self.device, {})
+        used = ops_of(architecture, checkpoint.config, layout)
+        kernels = choose(installed(self.found.plugins), self.device, {}, used)
         for line in kernels.lines() if self.device.type != "cpu" else ():
             tell.note(line)
         net = Model(architecture, checkpoint.config, layout, DTYPES[dtype], lora, kernels)

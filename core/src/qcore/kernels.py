@@ -17,7 +17,7 @@ Codes: ``QC-KERNEL-001`` no such op, ``-002`` no such backend, ``-003`` it canno
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -176,13 +176,20 @@ def _listed(brought: Iterable[tuple[str, Kernel]]) -> tuple[list[Listed], list[Q
     return sorted(found.values(), key=order), problems
 
 
-def choose(kernels: Sequence[Listed], device: torch.device, wanted: Mapping[str, str]) -> Chosen:
+def choose(
+    kernels: Sequence[Listed],
+    device: torch.device,
+    wanted: Mapping[str, str],
+    used: Collection[str] | None = None,
+) -> Chosen:
     """Take one backend for each op.
 
     Args:
         kernels: what `installed` gave.
         device: where the run computes.
         wanted: op to backend; ``reference`` is one of every op.
+        used: the ops of the run (`qcore.model.ops_of`); a backend of no other op is verified
+            unless it is asked for. ``None``: all.
 
     Raises:
         UsageError: ``QC-KERNEL-001`` to ``-003``, of a backend that was asked for.
@@ -194,6 +201,8 @@ def choose(kernels: Sequence[Listed], device: torch.device, wanted: Mapping[str,
     table: list[Line] = []
     functions: dict[str, Callable[..., Any]] = {}
     for op in ops:
+        if used is not None and op not in used and op not in wanted:
+            continue
         backends = [one for one in kernels if one.kernel.op == op]
         lines, function = (
             _asked(backends, wanted[op], device) if op in wanted else _best(backends, device)

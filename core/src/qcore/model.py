@@ -18,7 +18,7 @@ from .errors import PluginError
 from .locate import Layout
 from .nn.adapted import Adapted, Lora
 from .nn.again import run_layers
-from .nn.experts import Experts
+from .nn.experts import Experts, grouped
 from .nn.linear import Linear
 from .nn.loss import cross_entropy_sum
 from .nn.nf4 import dequantize
@@ -45,6 +45,16 @@ class References:
 
     def get(self, op: str) -> None:
         """``None``, whatever the op."""
+
+
+class _Asked:
+    """Every op computed by its reference, and which ops there are."""
+
+    def __init__(self) -> None:
+        self.ops: set[str] = set()
+
+    def get(self, op: str) -> None:
+        self.ops.add(op)
 
 
 class Context:
@@ -74,7 +84,9 @@ class Context:
 
     def experts(self, name: str) -> nn.Module:
         """An `Experts` for the row `name`."""
-        return self._held(Experts, self._entry(name))
+        module = cast(Experts, self._held(Experts, self._entry(name)))
+        module.compute = self.kernel("experts", grouped)
+        return module
 
     def stack(self, *linears: nn.Module) -> Stacked:
         """Linear maps of one input, as one."""
@@ -213,6 +225,13 @@ class Model(nn.Module):
     def logits(self, batch: Packed) -> Tensor:
         """All logits ``[T, V]``; for generation and for tests, never in training."""
         return F.linear(self.hidden(batch), self.head)
+
+
+def ops_of(architecture: Architecture, config: Mapping[str, Any], layout: Layout) -> set[str]:
+    """The ops that the model of a config consists of: only their backends need be verified."""
+    asked = _Asked()
+    Model(architecture, config, layout, torch.bfloat16, {}, asked)
+    return asked.ops
 
 
 def _mount(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -29,7 +29,7 @@ from .identify import Identified, classes_of, identify
 from .kernels import Chosen, choose, installed
 from .load import load
 from .loop import Loop
-from .model import Model
+from .model import Model, ops_of
 from .nn.adapted import Lora
 from .preflight import preflight
 from .report import Reporter, Silent
@@ -93,7 +93,8 @@ def train(
     folder = run_folder(target, resume=resume)
     where = pick_device(device)
     found = identify(model, generation=settings.generation)
-    backends = choose(installed(found.plugins), where, settings.kernels)
+    used = ops_of(found.decision.architecture, found.checkpoint.config, found.layout)
+    backends = choose(installed(found.plugins), where, settings.kernels, used)
     for line in backends.lines():
         tell.note(line)
     rows = _rows(found, data, settings, tell)

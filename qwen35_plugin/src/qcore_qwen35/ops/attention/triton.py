@@ -188,7 +188,7 @@ def _shape(qg: Tensor, k: Tensor, d: int, n: int) -> dict[str, int]:
         "QH": triton.next_power_of_2(heads[0]),
         "KH": triton.next_power_of_2(heads[1]),
         "BLOCK": triton.next_power_of_2(d),
-        "num_warps": max(1, min(8, heads[0] * d // 512)),
+        "num_warps": triton.next_power_of_2(max(1, min(8, heads[0] * d // 512))),
     }
 
 
