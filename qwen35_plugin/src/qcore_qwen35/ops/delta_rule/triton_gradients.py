@@ -30,6 +30,7 @@ from .triton_prepare import (
     KEY,
     QUERY,
     READ,
+    SAME,
     STRENGTH,
     decay,
     factor_of,
@@ -81,7 +82,7 @@ def gradients(
     return dq, dk_, dg.sum(0).to(g.dtype), dbeta
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SAME)
 def _gradients(
     Q, K, FACTOR, DO, NEW, DVALUE, BEFORE, AFTER, CHUNKS, DQ, DK_, DG, DBETA,
     q_stride, k_stride, do_stride, tokens, v_heads,

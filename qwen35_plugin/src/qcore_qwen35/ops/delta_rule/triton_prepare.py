@@ -53,6 +53,9 @@ KEY = tl.constexpr(5)  #: 1 / |k|
 ASKED = tl.constexpr(6)  #: scale / |q|
 FACTORS = 7
 
+#: Numbers that change from batch to batch: a kernel compiled for one serves all.
+SAME = ("tokens", "given_first", "given_last")
+
 
 class Prepared(NamedTuple):
     """Attributes.
@@ -163,7 +166,7 @@ def _inverse(system, C: tl.constexpr, EXACT: tl.constexpr):
     return made
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SAME)
 def _prepare(
     Q, K, G, BETA, CHUNKS, A, P, FACTOR,
     q_stride, k_stride, g_stride, beta_stride, tokens, v_heads, scale,

@@ -29,6 +29,7 @@ from .triton_prepare import (
     KEPT,
     QUERY,
     READ,
+    SAME,
     Prepared,
     factor_of,
     precision,
@@ -52,8 +53,8 @@ def outputs(
     launch(
         _outputs, (documents * v_heads * (dv // width),),
         q, k, v, *made, tables.documents, last if initial is None else initial, o, last,
-        q.stride(0), k.stride(0), v.stride(0), tokens, v_heads,
-        GROUP=v_heads // k_heads, DK=dk, DV=dv, C=CHUNK, BV=width, INITIAL=initial is not None,
+        q.stride(0), k.stride(0), v.stride(0), tokens, v_heads, int(initial is not None),
+        GROUP=v_heads // k_heads, DK=dk, DV=dv, C=CHUNK, BV=width,
         PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
         flops=2 * tokens * v_heads * dv * (3 * dk + 2 * CHUNK), share=0.1,
     )  # fmt: skip
@@ -102,20 +103,21 @@ def states(
         v if do is None else do, dfirst if dlast is None else dlast,
         new, dvalue, before, after, dfirst,
         q.stride(0), k.stride(0), v.stride(0), 0 if do is None else do.stride(0), tokens, v_heads,
-        GROUP=v_heads // k_heads, DK=dk, DV=dv, C=CHUNK, BV=width, INITIAL=initial is not None,
-        OUTPUT=do is not None, LAST=dlast is not None,
+        int(initial is not None), int(dlast is not None),
+        GROUP=v_heads // k_heads, DK=dk, DV=dv, C=CHUNK, BV=width,
+        OUTPUT=do is not None,
         PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
         flops=2 * tokens * v_heads * dv * (5 * dk + 3 * CHUNK), share=0.15,
     )  # fmt: skip
     return new, dvalue, before, after, dfirst
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SAME)
 def _outputs(
     Q, K, V, A, P, FACTOR, DOCUMENTS, FIRST, OUT, LAST,
-    q_stride, k_stride, v_stride, tokens, v_heads,
+    q_stride, k_stride, v_stride, tokens, v_heads, given_first,
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
-    INITIAL: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The forward: o and the last state."""
     blocks: tl.constexpr = DV // BV
@@ -134,7 +136,7 @@ def _outputs(
     columns = block * BV + tl.arange(0, BV)
     at = (document * v_heads + head) * DK * DV + tl.arange(0, DK)[:, None] * DV + columns[None, :]
     state = tl.zeros((DK, BV), tl.float32)
-    if INITIAL:
+    if given_first != 0:
         state += tl.load(FIRST + at).to(tl.float32)
     full = length // C
     if full > 0:
@@ -210,12 +212,12 @@ def put(POINTER, x, count, stride, C: tl.constexpr, WIDTH: tl.constexpr, MASKED:
         tl.store(at, x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SAME)
 def _states(
     Q, K, V, A, P, FACTOR, DOCUMENTS, FIRST, DO, DLAST, NEW, DVALUE, BEFORE, AFTER, DFIRST,
-    q_stride, k_stride, v_stride, do_stride, tokens, v_heads,
+    q_stride, k_stride, v_stride, do_stride, tokens, v_heads, given_first, given_last,
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
-    INITIAL: tl.constexpr, OUTPUT: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
+    OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Odd programs run the states forwards, even ones their gradients backwards."""
     blocks: tl.constexpr = DV // BV
@@ -236,14 +238,14 @@ def _states(
     tile = (first_chunk * v_heads + head) * DK * DV + block * BV
     state = tl.zeros((DK, BV), tl.float32)
     if forwards == 1:
-        if INITIAL:
+        if given_first != 0:
             state += tl.load(FIRST + at).to(tl.float32)
         _forwards(
             state, K, V + start * v_stride + column, A, FACTOR, NEW + start * v_heads * DV + column,
             BEFORE + tile, length, k_stride, v_stride, tokens, v_heads, DK, DV, C, BV, PRECISION,
         )  # fmt: skip
     else:
-        if LAST:
+        if given_last != 0:
             state += tl.load(DLAST + at).to(tl.float32)
         Q += start * q_stride + head // GROUP * DK
         P += (head * tokens + start) * C
@@ -252,7 +254,7 @@ def _states(
             DVALUE + start * v_heads * DV + column, AFTER + tile, length,
             q_stride, k_stride, do_stride, tokens, v_heads, DK, DV, C, BV, OUTPUT, PRECISION,
         )  # fmt: skip
-        if INITIAL:
+        if given_first != 0:
             tl.store(DFIRST + at, state)
 
 
