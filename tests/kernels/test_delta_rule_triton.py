@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from qcore_qwen35.ops.delta_rule import Chunks, recurrent_delta_rule, triton_rule
+from qcore_qwen35.ops.delta_rule import Chunks, recurrent_delta_rule, triton_rule, triton_step
 from qcore_qwen35.ops.delta_rule.layout import Tables
 
 CPU = torch.device("cpu")
@@ -168,3 +168,25 @@ def test_what_it_has_no_kernel_for_is_refused() -> None:
         triton_rule.chunked_delta_rule(*inputs(3, dims=(24, 16)), (0, 3))
     with pytest.raises(ValueError, match="float64"):
         triton_rule.chunked_delta_rule(*(x.double() for x in inputs(3)), (0, 3))
+
+
+@pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (3, 3), (2, 5, 0, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 1), (2, 4), (1, 3)], ids=str)
+def test_steps_of_decoding(lengths: tuple[int, ...], heads: tuple[int, int]) -> None:
+    made = inputs(sum(lengths), heads, (32, 64))
+    state = torch.randn(len(lengths), heads[1], 32, 64)
+    expected, last = recurrent_delta_rule(*made, cumulative(lengths), state)
+    o, found = triton_step.recurrent_delta_rule(*made, cumulative(lengths), state)
+    assert found is state
+    assert off(o, expected) <= 1e-5
+    assert off(state, last) <= 1e-5
+
+
+def test_steps_from_nothing() -> None:
+    made = inputs(4)
+    for a, b in zip(
+        triton_step.recurrent_delta_rule(*made, (0, 4)),
+        recurrent_delta_rule(*made, (0, 4)),
+        strict=True,
+    ):
+        assert off(a, b) <= 1e-5

@@ -1,0 +1,121 @@
+"""The gated delta rule token by token on a GPU: decoding, one launch a layer.
+
+This file decides that the state is read and written once however many tokens follow, and that
+it is advanced in place: the tensor given is the tensor returned, so that a captured graph
+finds it where it was. What is computed is `reference.recurrent_delta_rule`, whose signature
+this has; it has no backward. Needs Triton at import.
+
+Shapes: T tokens of N documents, Hk key heads of dk, Hv value heads of dv.
+"""
+
+# mypy: disable-error-code="no-untyped-def, import-untyped"
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import launch, supported
+from . import reference
+from .layout import Tables
+
+#: (columns of v of a program, warps).
+CONFIG = (32, 4)
+
+
+def recurrent_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    cu_seqlens: Sequence[int],
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results of `reference.recurrent_delta_rule`.
+
+    Args:
+        q: ``[T, Hk, dk]``, not yet normalised; tokens may lie any distance apart.
+        k: ``[T, Hk, dk]``, likewise.
+        v: ``[T, Hv, dv]``, likewise.
+        g: ``[T, Hv]`` log decay, at most 0.
+        beta: ``[T, Hv]`` write strength.
+        cu_seqlens: ``N + 1`` cumulative lengths.
+        initial_state: ``[N, Hv, dk, dv]``, or zeros; advanced in place where it is float32
+            and contiguous.
+
+    Raises:
+        ValueError: head sizes that are no power of two, or a dtype that is not computed in
+            float32.
+    """
+    supported(q, k, v)
+    (tokens, k_heads, dk), (v_heads, dv) = k.shape, v.shape[1:]
+    for size in (dk, dv):
+        if size & (size - 1):
+            raise ValueError(f"no Triton delta rule for heads of {size}: use the reference backend")
+    documents = len(cu_seqlens) - 1
+    if initial_state is None:
+        state = torch.zeros(documents, v_heads, dk, dv, dtype=torch.float32, device=v.device)
+    else:
+        state = initial_state.float().contiguous()
+    o = torch.empty(tokens, v_heads, dv, dtype=v.dtype, device=v.device)
+    lengths = {end - start for start, end in pairwise(cu_seqlens)}
+    # Documents of one length, as in decoding, need no table and so no copy to the device.
+    same = len(lengths) == 1
+    table = state if same else Tables.of(cu_seqlens, max(tokens, 1), v.device).documents
+    width, warps = CONFIG
+    width = min(width, dv)
+    launch(
+        _step, (documents * v_heads * (dv // width),),
+        q, k, v, g, beta, table, state, o,
+        q.stride(0), k.stride(0), v.stride(0), g.stride(0), beta.stride(0),
+        lengths.pop() if same else 0, v_heads, reference.query_scale(dk),
+        GROUP=v_heads // k_heads, DK=dk, DV=dv, BV=width, EPS=reference.EPS, SAME=same,
+        num_warps=warps,
+    )  # fmt: skip
+    return o, state
+
+
+@triton.jit
+def _normalised(POINTER, DK: tl.constexpr, EPS: tl.constexpr):
+    x = tl.load(POINTER + tl.arange(0, DK)).to(tl.float32)
+    return x / tl.sqrt(tl.sum(x * x, 0) + EPS)
+
+
+@triton.jit(do_not_specialize=("length",))
+def _step(
+    Q, K, V, G, BETA, DOCUMENTS, STATE, OUT,
+    q_stride, k_stride, v_stride, g_stride, beta_stride, length, v_heads, scale,
+    GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
+    EPS: tl.constexpr, SAME: tl.constexpr,
+):  # fmt: skip
+    """All tokens of one document, for some columns of one value head."""
+    blocks: tl.constexpr = DV // BV
+    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    head, entry = pair % v_heads, (pair // v_heads).to(tl.int64)
+    if SAME:
+        document, start = entry, entry * length
+    else:
+        start = tl.load(DOCUMENTS + 4 * entry).to(tl.int64)
+        length = (tl.load(DOCUMENTS + 4 * entry + 1) - start).to(tl.int32)
+        document = tl.load(DOCUMENTS + 4 * entry + 3).to(tl.int64)
+    columns = block * BV + tl.arange(0, BV)
+    at = STATE + (document * v_heads + head) * DK * DV
+    at += tl.arange(0, DK)[:, None] * DV + columns[None, :]
+    state = tl.load(at)
+    for step in range(length):
+        token = start + step
+        q = _normalised(Q + token * q_stride + head // GROUP * DK, DK, EPS) * scale
+        k = _normalised(K + token * k_stride + head // GROUP * DK, DK, EPS)
+        v = tl.load(V + token * v_stride + head * DV + columns).to(tl.float32)
+        beta = tl.load(BETA + token * beta_stride + head).to(tl.float32)
+        state *= tl.exp(tl.load(G + token * g_stride + head).to(tl.float32))
+        write = beta * (v - tl.sum(k[:, None] * state, 0))
+        state += k[:, None] * write[None, :]
+        out = tl.sum(q[:, None] * state, 0)
+        tl.store(OUT + (token * v_heads + head) * DV + columns, out.to(OUT.dtype.element_ty))
+    tl.store(at, state)
