@@ -13,7 +13,7 @@ test: $(STAMP)  ## all tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not gpu"
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
-	$(BIN)/pytest -m gpu
+	$(BIN)/pytest -m gpu tests/gpu
 
 lint: $(STAMP)  ## formatter, linter, types, import contracts
 	$(BIN)/ruff format --check .
