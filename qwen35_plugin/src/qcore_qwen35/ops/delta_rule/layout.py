@@ -66,7 +66,8 @@ class Tables:
     @staticmethod
     def of(cu_seqlens: Sequence[int], size: int, device: torch.device) -> Tables:
         """Of the documents of `cu_seqlens`, in chunks of `size` tokens."""
-        documents, chunks = [], []
+        documents: list[tuple[int, int, int, int]] = []
+        chunks: list[tuple[int, int]] = []
         for number, (start, end) in enumerate(pairwise(cu_seqlens)):
             documents.append((start, end, len(chunks), number))
             chunks += [(at, end) for at in range(start, end, size)]

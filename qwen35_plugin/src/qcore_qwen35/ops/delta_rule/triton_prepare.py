@@ -54,8 +54,8 @@ KEY = tl.constexpr(5)  #: 1 / |k|
 ASKED = tl.constexpr(6)  #: scale / |q|
 FACTORS = 7
 
-#: Numbers that change from batch to batch: a kernel compiled for one serves all.
-SAME = ("tokens", "given_first", "given_last")
+#: Numbers of which nothing is assumed: a kernel compiled for one pack and model serves all.
+SAME = ("tokens", "v_heads", "g_stride", "beta_stride", "given_first", "given_last")
 
 
 class Prepared(NamedTuple):
