@@ -59,7 +59,7 @@ def rounded(nbytes: int) -> int:
     return -(-nbytes // _BLOCK) * _BLOCK
 
 
-class Trace(TorchDispatchMode):
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what tensors of one device take while it is entered.
 
     Args:
@@ -74,7 +74,7 @@ class Trace(TorchDispatchMode):
     """
 
     def __init__(self, device: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.live = 0
         self.peak = 0
@@ -145,7 +145,7 @@ class Trace(TorchDispatchMode):
     def _owner(self) -> str:
         if self._op:
             return self._op
-        node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+        node = torch._C._current_autograd_node()
         return "" if node is None else self._nodes.get(node.name(), "")
 
     def _gone(self, key: int, size: int, op: str) -> Callable[[Any], None]:
