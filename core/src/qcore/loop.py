@@ -8,6 +8,7 @@ that is not finite stops the run before the update. Order and rate are `schedule
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Sequence
@@ -49,6 +50,8 @@ class Loop:
         self.device = device
         self.recompute = recompute or _policy(settings)
         self.schedule = Schedule(len(data.train), settings)
+        # What is loaded stays: a collection need not walk it in the middle of a step.
+        gc.freeze()
         self.parameters = [parameter for _, parameter in model.trainable()]
         rate, decay = settings.learning_rate, settings.weight_decay
         self.optimizer: torch.optim.Optimizer
