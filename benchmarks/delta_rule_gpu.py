@@ -32,18 +32,21 @@ from qcore_qwen35.ops.delta_rule.layout import Chunks
 DECAYS = {"usual": (-0.5, 0.0), "near 1": (-1e-4, 0.0), "near 0": (-30.0, -10.0), "mixed": (-20, 0)}
 NAMES = ("o", "state", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
 SWEEP: dict[str, list[tuple[int, ...]]] = {
-    "prepare": [(4, 1, 128), (4, 1, 168), (4, 1, 255), (8, 1, 128)],
-    "outputs": [(64, 4, 2), (32, 4, 2), (32, 4, 3), (64, 4, 3), (16, 4, 2)],
-    "states": [(64, 4, 2), (32, 4, 2), (32, 4, 1), (16, 4, 2)],
-    "gradients": [(64, 4, 1), (32, 4, 1), (64, 8, 1)],
+    "prepare": [(4, 1, 255), (4, 1, 168), (4, 1, 128)],
+    "outputs": [(32, 4, 2), (64, 4, 2), (32, 4, 3), (16, 4, 2)],
+    "states": [(32, 4, 2), (64, 4, 2), (32, 4, 1), (16, 4, 2)],
+    "pairs": [(64, 4, 1), (32, 4, 1), (64, 4, 2)],
+    "gradients": [(64, 4, 1), (32, 4, 1), (64, 4, 2)],
 }
 
 
 def configure(kernel: str, config: tuple[int, ...]) -> None:
     if kernel in ("outputs", "states"):
         triton_scan.CONFIG[kernel] = config
+    elif kernel in ("pairs", "gradients"):
+        triton_gradients.CONFIG[kernel] = config
     else:
-        {"prepare": triton_prepare, "gradients": triton_gradients}[kernel].CONFIG = config
+        triton_prepare.CONFIG = config
 
 
 def inputs(
@@ -128,6 +131,19 @@ def stages(made: list[Tensor], cu: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
+def profiled(call: Any, runs: int = 5) -> str:
+    """Milliseconds of every kernel of a call."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(runs):
+            call()
+        torch.cuda.synchronize()
+    events = sorted(seen.key_averages(), key=lambda one: -one.self_device_time_total)
+    return ", ".join(
+        f"{one.key[:24]} {one.self_device_time_total / runs / 1e3:.3f}" for one in events[:8]
+    )
+
+
 def timed(call: Any) -> float:
     return float(do_bench(call, warmup=15, rep=60, return_mode="median"))
 
@@ -147,11 +163,14 @@ def times(lengths: tuple[int, ...], heads: tuple[int, int], dims: tuple[int, int
         rule(*made, cu, layout=layout)
     host = (time.perf_counter() - started) / 20 * 1e3
     torch.cuda.synchronize()
-    parts = " ".join(f"{name} {timed(call):.3f}" for name, call in stages(made, cu).items())
+
+    def both() -> None:
+        torch.autograd.grad(rule(*leaves, cu, layout=layout)[0], leaves, do)
+
     shape = f"{len(lengths)} x {lengths[0]} heads {heads} of {dims[1]}"
     print(
-        f"{shape:36} forward {forward:.3f} backward {backward:.3f} ms: {parts}; "
-        f"host forward {host:.3f}",
+        f"{shape:36} forward {forward:.3f} backward {backward:.3f} ms; host forward {host:.3f}; "
+        f"{profiled(both)}",
         flush=True,
     )
 
@@ -182,7 +201,7 @@ def sweep() -> None:
     chosen = {
         "prepare": triton_prepare.CONFIG,
         **triton_scan.CONFIG,
-        "gradients": triton_gradients.CONFIG,
+        **triton_gradients.CONFIG,
     }
     made, cu = inputs((8192,), (16, 32), (128, 128))
     calls = stages(made, cu)
@@ -191,7 +210,7 @@ def sweep() -> None:
             configure(name, config)
             torch.manual_seed(0)
             try:
-                ms = timed(calls[name])
+                ms = timed(calls["gradients" if name == "pairs" else name])
                 small, small_cu = inputs((300, 333), (2, 4), (128, 128), DECAYS["mixed"])
                 worst = max(errors(small, small_cu).values())
             except (OutOfResources, RuntimeError) as error:
@@ -222,6 +241,7 @@ def main() -> None:
         ("prepare", triton_prepare._prepare),
         ("outputs", triton_scan._outputs),
         ("states", triton_scan._states),
+        ("pairs", triton_gradients._pairs),
         ("gradients", triton_gradients._gradients),
     ):
         print(name, first_of(kernel), flush=True)

@@ -38,8 +38,9 @@ from . import reference
 from .layout import Tables
 
 CHUNK = 64
-#: (warps, stages, registers of a thread): four programs at a time hide each other's waiting.
-CONFIG = (4, 1, 128)
+#: (warps, stages, registers of a thread): with 128, which lets four programs run at a time,
+#: the kernel spills, and that costs more than it gains.
+CONFIG = (4, 1, 255)
 
 #: Write strengths below are taken as this: a gradient is divided by the strength, and what a
 #: strength of 1e-12 writes is nothing.
@@ -133,6 +134,18 @@ def factor_of(
 
 
 @triton.jit
+def put(POINTER, x, count, stride, C: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """Store ``[C, WIDTH]`` where `tile_of` would find it."""
+    i = tl.arange(0, C)[:, None]
+    at = POINTER + i * stride + tl.arange(0, WIDTH)[None, :]
+    x = x.to(POINTER.dtype.element_ty)
+    if MASKED:
+        tl.store(at, x, mask=i < count)
+    else:
+        tl.store(at, x)
+
+
+@triton.jit
 def inverse_norm(x, EPS: tl.constexpr):
     """``[C, d] -> [C]``."""
     x = x.to(tl.float32)
@@ -161,7 +174,7 @@ def _inverse(system, C: tl.constexpr, EXACT: tl.constexpr):
     i = tl.arange(0, C)
     apart = i[:, None] ^ i[None, :]
     made = tl.where(apart == 0, 1.0, tl.where(apart == 1, -system, 0.0))
-    for level in tl.static_range(1, 6):
+    for level in range(1, 6):
         beside = tl.where((apart >> level) == 1, system, 0.0)
         made -= _product(made, _product(beside, made, EXACT), EXACT)
     return made
@@ -203,12 +216,16 @@ def _prepare(
     lower = decay(total, C) * (k_norm * beta)[None, :]
     kt = tl.trans(k)
     tile = (v_head * tokens + first) * C + i[:, None] * C + i[None, :]
-    system = tl.dot(k, kt, input_precision=PRECISION) * lower * k_norm[:, None]
-    system = tl.where(i[:, None] > i[None, :], system, 0.0)
-    inverse = _inverse(system, C, EXACT)
     scores = tl.dot(q, kt, input_precision=PRECISION) * lower * q_norm[:, None]
     if FORWARD:
+        if not EXACT:
+            scores = scores.to(tl.float16)
+    else:
+        tl.store(P + tile, scores.to(P.dtype.element_ty), mask=valid[:, None])
+    system = tl.dot(k, kt, input_precision=PRECISION) * lower * k_norm[:, None]
+    inverse = _inverse(tl.where(i[:, None] > i[None, :], system, 0.0), C, EXACT)
+    if FORWARD:
         scores = _product(scores, inverse, EXACT)
+        tl.store(P + tile, scores.to(P.dtype.element_ty), mask=valid[:, None])
         inverse *= kept[:, None]
     tl.store(A + tile, inverse.to(A.dtype.element_ty), mask=valid[:, None])
-    tl.store(P + tile, scores.to(P.dtype.element_ty), mask=valid[:, None])

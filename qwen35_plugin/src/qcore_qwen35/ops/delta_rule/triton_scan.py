@@ -34,11 +34,13 @@ from .triton_prepare import (
     Prepared,
     factor_of,
     precision,
+    put,
     tile_of,
 )
 
-#: (columns of v of a program, warps, stages) by kernel.
-CONFIG = {"outputs": (64, 4, 2), "states": (64, 4, 2)}
+#: (columns of v of a program, warps, stages) by kernel. With 32 columns one document of 32 heads
+#: occupies the card, and two programs fit on a multiprocessor.
+CONFIG = {"outputs": (32, 4, 2), "states": (32, 4, 2)}
 
 
 def outputs(
@@ -199,18 +201,6 @@ def _residue(
     v = tile_of(V, count, v_stride, C, BV, MASKED).to(tl.float32)
     read = factor_of(FACTOR, READ, count, tokens, v_heads, C, MASKED)
     return (v - seen * read[:, None]).to(k.dtype)
-
-
-@triton.jit
-def put(POINTER, x, count, stride, C: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    """Store ``[C, WIDTH]`` where `tile_of` would find it."""
-    i = tl.arange(0, C)[:, None]
-    at = POINTER + i * stride + tl.arange(0, WIDTH)[None, :]
-    x = x.to(POINTER.dtype.element_ty)
-    if MASKED:
-        tl.store(at, x, mask=i < count)
-    else:
-        tl.store(at, x)
 
 
 @triton.jit(do_not_specialize=SAME)
