@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 from support.hub_server import HubServer
 
+if not list(Path("/dev").glob("nvidia[0-9]*")):
+    # Without a card Triton's kernels run in its interpreter. Triton reads this at its first
+    # import, which any test may cause (bitsandbytes imports it), so it is set before them all.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
