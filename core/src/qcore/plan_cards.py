@@ -22,7 +22,10 @@ GIB = 2**30
 #: 690 of 989 TFLOP/s (one of 8192^3 807), a copy 3.02 of 3.35 TB/s, elementwise kernels less.
 PRODUCTS, BYTES = 0.70, 0.78
 LAUNCH = 2.5e-6  #: seconds that the shortest kernel takes
-HOST = 9e-6  #: seconds of the host for one op, its autograd included
+GAPS = 1.04  #: of the kernels' time, what a clock shows
+#: Seconds of the host for one op with all that leads to it, as seen beside an H100: a short step
+#: is bound by it. It is the host's, not the card's, and differs by as much as hosts do.
+HOST = 120e-6
 CONTEXT = 700_000_000  #: bytes that the CUDA context and its libraries take beside torch's
 FRAGMENTS = 0.03  #: share of a card that the allocator cannot hand out
 
@@ -122,7 +125,7 @@ def seconds(work: Iterable[Op], card: Card) -> Seconds:
         rate = card.fp32 if op.wide else card.bf16 * PRODUCTS
         busy += max(LAUNCH, op.flops / rate, op.nbytes / (card.bandwidth * BYTES))
         host += HOST
-    return Seconds(busy, host)
+    return Seconds(busy * GAPS, host)
 
 
 def card_of(device_name: str, memory: int) -> Card:
