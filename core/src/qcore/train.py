@@ -93,11 +93,11 @@ def train(
     folder = run_folder(target, resume=resume)
     where = pick_device(device)
     found = identify(model, generation=settings.generation)
+    rows = _rows(found, data, settings, tell)
     used = ops_of(found.decision.architecture, found.checkpoint.config, found.layout)
     backends = choose(installed(found.plugins), where, settings.kernels, used)
     for line in backends.lines():
         tell.note(line)
-    rows = _rows(found, data, settings, tell)
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
         stop = stack.enter_context(StopSignals())
