@@ -159,7 +159,9 @@ def _outputs(
             FACTOR += C
             OUT += C * v_heads * DV
     rest = length - full * C
-    if rest > 0:
+    # A loop of one: as a branch, Triton 3.6 gives a wrong last state on Hopper where a program
+    # has 32 columns and more than 16 tokens are left.
+    for _ in range(tl.minimum(rest, 1)):
         state = _output(
             state, Q, K, V, A, P, FACTOR, OUT, tl.load(FACTOR + rest - 1), rest,
             q_stride, k_stride, v_stride, tokens, v_heads, DK, DV, C, BV, True, PRECISION,
