@@ -1,9 +1,8 @@
 """Generate: a prompt through the checkpoint's own template and the plugin's own blocks.
 
-This file decides the decoding loop: one prefill, then one token at a time against caches
-(key/value for full attention, conv and recurrent state for linear attention), greedy or
-sampled, until a stop token. An adapter is applied as training applied it, on the base that it
-is bound to. It is meant for seeing an effect, not for serving.
+This file decides the decoding loop: one prefill, then one token at a time, greedy or sampled,
+until a stop token; how a token is computed is `decoding`'s. An adapter is applied as training
+applied it, on the base that it is bound to. It is meant for seeing an effect, not for serving.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from .adapter import Adapter
 from .adapter_reader import read_adapter
 from .data.mask import highest_id, load_tokenizer
 from .data.variables import SETTING, check_variables, recorded_variables, special_tokens
+from .decoding import Decoder, way_of
 from .deltas import Deltas
 from .device import DTYPES, pick_device
 from .entries import Entries, Plain
@@ -31,7 +30,6 @@ from .kernels import choose, installed
 from .load import load
 from .model import Model, ops_of
 from .nn.adapted import Lora
-from .nn.protocols import Packed
 from .preflight import preflight
 from .report import Reporter, Silent
 
@@ -114,6 +112,10 @@ class Generator:
             )
         if told is not None:
             self._apply(told, fingerprints(layout, digests))
+        way, reason = way_of(kernels)
+        if reason:
+            tell.note(f"tokens are computed without a captured graph: {reason}")
+        self.decoder = Decoder(self.model, self.device, way)
 
     def _variables(
         self, adapter: Adapter | None, given: Mapping[str, Plain], tell: Reporter
@@ -215,37 +217,32 @@ class Generator:
         """Token ids of a prompt -> new ids, and whether a stop token came."""
         stop = {self.tokenizer.token_to_id(token) for token in self.chat.stop_tokens}
         sampler = torch.Generator(self.device).manual_seed(seed)
-        layers = self.model.trunk.layers
-        caches = [layer.new_cache(len(ids) + max_new_tokens, self.device) for layer in layers]
         # Rows of the embedding beyond the tokenizer are padding: never sampled.
         known = highest_id(self.tokenizer) + 1
         new: list[int] = []
-        fresh, done = torch.tensor(ids, device=self.device), 0
+        fresh = torch.tensor(ids, device=self.device)
         while len(new) < max_new_tokens:
-            logits = self._next(fresh, done, caches)[:known]
-            done += len(fresh)
-            if not bool(logits.isfinite().all()):
+            if new:
+                logits = self.decoder.next(fresh)[:known]
+            else:
+                logits = self.decoder.start(fresh, len(ids) + max_new_tokens)[:known]
+            finite = logits.isfinite().all()
+            if temperature > 0:
+                # Without numbers there is nothing to draw from, which would stop the device.
+                scores = torch.where(finite, logits, 0.0)
+                fresh = torch.multinomial(F.softmax(scores / temperature, -1), 1, generator=sampler)
+            else:
+                fresh = logits.argmax().reshape(1)
+            # The one time in a token that the host waits for the device.
+            token, good = torch.stack((fresh[0], finite.long())).tolist()
+            if not good:
                 raise NumericError(
                     "QC-GENERATE-002",
-                    f"the logits are not finite after {done} tokens",
+                    f"the logits are not finite after {self.decoder.done} tokens",
                     file=self.found.checkpoint.path,
                     fix="look at the adapter, or at the base with qcore inspect",
                 )
-            if temperature > 0:
-                fresh = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=sampler)
-            else:
-                fresh = logits.argmax().reshape(1)
-            new.append(int(fresh))
-            if new[-1] in stop:
+            new.append(token)
+            if token in stop:
                 return new, True
         return new, False
-
-    def _next(self, ids: Tensor, start: int, caches: list[object]) -> Tensor:
-        """Logits ``[V]`` float32 after the tokens `ids`, which follow `start` cached ones."""
-        positions = torch.arange(start, start + len(ids), device=self.device)
-        batch = Packed(ids=ids, cu_seqlens=(0, len(ids)), positions=positions)
-        x = self.model.trunk.embed(batch)
-        for layer, cache in zip(self.model.trunk.layers, caches, strict=True):
-            x = layer(x, batch, cache)
-        last = self.model.trunk.final(x[-1:])
-        return F.linear(last, self.model.head)[0].float()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qcore.nn.again import again, remember
-from qcore.nn.attention import cached_attention, varlen_attention
+from qcore.nn.attention import cached_attention, filled, step_attention, varlen_attention
 from qcore.nn.protocols import BuildContext, Packed
 
 from .ops.attention.reference import AttentionInputs, attention_inputs, output_gate
@@ -26,11 +26,24 @@ from .weight import Weight
 
 @dataclass(slots=True)
 class KvCache:
-    """Keys and values ``[tokens, Hkv, D]`` of one document; the first `length` are written."""
+    """Keys and values ``[tokens, Hkv, D]`` of one document, in tensors that stay.
+
+    It grows by `extend`; once it is held, by `put`, of which nothing depends on a number that
+    the host knows: what is captured once may be replayed.
+
+    Attributes:
+        k: keys; what is not written is zero.
+        v: values, likewise.
+        length: tokens written, until it is held.
+        at: ``[1]`` int64 on the device, tokens written while it is held; its owner counts.
+        span: tokens that attention reads while it is held, the first so many.
+    """
 
     k: Tensor
     v: Tensor
     length: int = 0
+    at: Tensor | None = None
+    span: int = 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append ``[S, Hkv, D]`` and return all that is written.
@@ -45,6 +58,22 @@ class KvCache:
         self.v[self.length : end] = v
         self.length = end
         return self.k[:end], self.v[:end]
+
+    def put(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one token ``[1, Hkv, D]`` where `at` says and return the span."""
+        self.k.index_copy_(0, at, k)
+        self.v.index_copy_(0, at, v)
+        return self.k[: self.span], self.v[: self.span]
+
+    def hold(self, at: Tensor, span: int) -> None:
+        """From now on one token a call, put at `at`, which reads `span` tokens."""
+        self.at, self.span = at, span
+
+    def reset(self) -> None:
+        """Begin another document."""
+        self.k.zero_()  # a value that is not finite would spoil what it is masked out of
+        self.v.zero_()
+        self.length, self.at, self.span = 0, None, 0
 
 
 class Attention(nn.Module):
@@ -74,8 +103,12 @@ class Attention(nn.Module):
         scale = self.head_dim**-0.5
         if cache is None:
             o = self._attend(q, k, v, batch.cu_seqlens, scale)
-        else:
+        elif cache.at is None:
             o = cached_attention(q, *cache.extend(k, v), scale)
+        else:
+            at, span = cache.at, cache.span
+            bias = batch.memo(f"filled {span}", lambda: filled(at, span))
+            o = step_attention(q, *cache.put(k, v, at), bias, scale)
         out: Tensor = self.o_proj(again(self._gate, o, gate).flatten(1))
         return out
 
@@ -89,5 +122,5 @@ class Attention(nn.Module):
     def new_cache(self, tokens: int, device: torch.device) -> KvCache:
         """Room for `tokens` tokens."""
         shape = (tokens, self.kv_heads, self.head_dim)
-        k, v = (torch.empty(shape, dtype=self.dtype, device=device) for _ in range(2))
+        k, v = (torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(2))
         return KvCache(k, v)

@@ -29,13 +29,14 @@ from .ops.delta_inputs.reference import (
     delta_inputs,
     log_decay,
 )
-from .ops.delta_rule import CHUNK, Chunks, chunked_delta_rule, recurrent_delta_rule
+from .ops.delta_rule import CHUNK, Chunks, chunked_delta_rule
+from .ops.delta_step.reference import delta_step
 from .weight import Weight
 
 
 @dataclass(slots=True)
 class DeltaCache:
-    """What one document leaves behind in one layer.
+    """What one document leaves behind in one layer; both tensors stay and are advanced in place.
 
     Attributes:
         conv: ``[K, C]`` the last inputs of the convolution, zeros before the start.
@@ -44,6 +45,14 @@ class DeltaCache:
 
     conv: Tensor
     state: Tensor
+
+    def reset(self) -> None:
+        """Begin another document."""
+        self.conv.zero_()
+        self.state.zero_()
+
+    def hold(self, at: Tensor, span: int) -> None:
+        """Nothing to do: its size does not depend on the tokens before."""
 
 
 class GatedDeltaNet(nn.Module):
@@ -71,11 +80,15 @@ class GatedDeltaNet(nn.Module):
         self._project = ctx.stack(self.in_proj_qkv, self.in_proj_z, self.in_proj_a, self.in_proj_b)
         self._inputs = ctx.kernel("delta_inputs", delta_inputs)
         self._rule = ctx.kernel("delta_rule", chunked_delta_rule)
+        self._step = ctx.kernel("delta_step", delta_step)
 
     def forward(self, x: Tensor, batch: Packed, cache: DeltaCache | None = None) -> Tensor:
-        given = self._trained(x, batch) if cache is None else self._continued(x, batch, cache)
-        o = self._scan(given, batch, cache)
-        z = given.z.unflatten(-1, (self.heads.v_heads, self.heads.v_dim))
+        if cache is not None and len(x) == 1:
+            o, z = self._advanced(x, cache)
+        else:
+            given = self._trained(x, batch) if cache is None else self._continued(x, batch, cache)
+            o, z = self._scan(given, batch, cache), given.z
+        z = z.unflatten(-1, (self.heads.v_heads, self.heads.v_dim))
         out: Tensor = self.out_proj(self.norm(o, z).flatten(1))
         return out
 
@@ -98,7 +111,8 @@ class GatedDeltaNet(nn.Module):
     def _continued(self, x: Tensor, batch: Packed, cache: DeltaCache) -> DeltaInputs:
         qkv, z, a, b = self._project(x)
         mixed = causal_conv_silu(qkv, self.conv1d.weight, batch.cu_seqlens, cache.conv)
-        cache.conv = torch.cat([cache.conv, qkv.detach().to(cache.conv.dtype)])[-self.kernel :]
+        inputs = torch.cat([cache.conv, qkv.detach().to(cache.conv.dtype)])
+        cache.conv.copy_(inputs[-self.kernel :])
         g, beta = log_decay(a, self.A_log, self.dt_bias), torch.sigmoid(b)
         return DeltaInputs(*self.heads.split(mixed), g, beta, z)
 
@@ -108,7 +122,12 @@ class GatedDeltaNet(nn.Module):
         if cache is None:
             layout = batch.memo("delta chunks", lambda: Chunks.of(lengths, CHUNK, q.device))
             return self._rule(q, k, v, g, beta, lengths, layout=layout)[0]
-        rule = recurrent_delta_rule if len(q) == 1 else chunked_delta_rule
-        o, state = rule(q, k, v, g, beta, lengths, cache.state)
-        cache.state = state.detach()
+        o, state = chunked_delta_rule(q, k, v, g, beta, lengths, cache.state)
+        cache.state.copy_(state.detach())
         return o
+
+    def _advanced(self, x: Tensor, cache: DeltaCache) -> tuple[Tensor, Tensor]:
+        """One token: what the rule gives, and z."""
+        qkv, z, a, b = self._project(x)
+        frozen = (self.conv1d.weight, self.A_log, self.dt_bias)
+        return self._step(qkv, a, b, *frozen, cache.conv, cache.state, self.heads), z

@@ -25,6 +25,7 @@ TRITON = {
     "swiglu": ("swiglu.triton", "swiglu"),
     "delta_inputs": ("delta_inputs.triton", "delta_inputs"),
     "delta_rule": ("delta_rule.triton_rule", "chunked_delta_rule"),
+    "delta_step": ("delta_step.triton", "delta_step"),
     "attention_inputs": ("attention.triton", "attention_inputs"),
     "output_gate": ("attention.triton", "output_gate"),
     "moe_router": ("moe.triton", "router"),

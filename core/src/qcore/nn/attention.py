@@ -67,6 +67,46 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return o.squeeze(0).transpose(0, 1)
 
 
+def filled(at: Tensor, span: int) -> Tensor:
+    """What the scores of a room are added to: 0 up to and with position `at`, then -inf.
+
+    Args:
+        at: ``[1]`` int64 on the device.
+        span: L, the room's tokens.
+
+    Returns:
+        ``[L]`` float32.
+    """
+    number = torch.arange(span, device=at.device)
+    return torch.zeros(span, device=at.device).masked_fill_(number > at, -torch.inf)
+
+
+def step_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Attention of one token over a room, of which the device alone knows how much is filled.
+
+    Scores are float32; weights are rounded to the dtype of v, as fused kernels have it.
+
+    Args:
+        q: ``[1, Hq, D]``.
+        k: ``[L, Hkv, D]``; finite also where nothing was written.
+        v: ``[L, Hkv, D]``; likewise.
+        bias: ``[L]``, as `filled` gives it.
+        scale: factor of the scores.
+
+    Returns:
+        ``[1, Hq, D]``.
+    """
+    groups = q.reshape(k.shape[1], -1, q.shape[2])  # queries of one key head are its rows
+    keys, values = k.permute(1, 2, 0), v.transpose(0, 1)
+    if q.is_cuda and q.dtype.itemsize == 2:
+        scores = torch.bmm(groups, keys, out_dtype=torch.float32)
+    else:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = torch.bmm(groups.to(wide), keys.to(wide))
+    weights = F.softmax(torch.add(bias, scores, alpha=scale), -1).to(v.dtype)
+    return torch.bmm(weights, values).view(q.shape)
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool, mask: Tensor | None = None
 ) -> Tensor:

@@ -21,6 +21,7 @@ from ..moe import router
 from .attention.reference import attention_inputs, output_gate
 from .delta_inputs.reference import Documents, Heads, delta_inputs
 from .delta_rule import CHUNK, Chunks, chunked_delta_rule
+from .delta_step.reference import delta_step
 from .moe.reference import shared_up, weighted_up
 from .norm.reference import add_rms_norm, gated_norm, rms_norm
 from .swiglu.reference import swiglu
@@ -41,6 +42,8 @@ def verify(op: str, device: torch.device, function: Callable[..., Any] | None = 
     if function is None:
         module, name = TRITON[op]
         function = getattr(import_module(f"..{module}", __name__), name)
+    if op == "delta_step":
+        function = _with_states(function)
     reference, inputs, gradients_of = CASES[op](_Draw(device))
     output, gradient = BOUNDS.get(op, (5e-3, 5e-3))
     return compare(
@@ -108,6 +111,26 @@ def _delta_rule(draw: _Draw) -> _Case:
     return chunked_delta_rule, inputs, (0, 1, 2, 3, 4)
 
 
+def _delta_step(draw: _Draw) -> _Case:
+    heads = Heads(2, 128, 6, 128)
+    channels = 2 * 256 + 768
+    qkv, a, b = (one[:1] for one in draw.slices(channels, 6, 6))
+    frozen = (0.5 * draw(channels, 1, 4), draw(6).float() - 1, draw(6))
+    states = (draw(4, channels), draw(1, 6, 128, 128).float())
+    return _with_states(delta_step), (qkv, a, b, *frozen, *states, heads), ()
+
+
+def _with_states(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """What it gives and the states that it advanced, which are copies: inputs serve twice."""
+
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        *given, conv, state, heads = args
+        conv, state = conv.clone(), state.clone()
+        return function(*given, conv, state, heads), conv, state
+
+    return run
+
+
 def _attention_inputs(draw: _Draw) -> _Case:
     angles = draw(T, 1, 32).float()
     cos, sin = (torch.cat((f, f), -1).bfloat16() for f in (angles.cos(), angles.sin()))
@@ -143,6 +166,7 @@ CASES: dict[str, Callable[[_Draw], _Case]] = {
     "swiglu": _swiglu,
     "delta_inputs": _delta_inputs,
     "delta_rule": _delta_rule,
+    "delta_step": _delta_step,
     "attention_inputs": _attention_inputs,
     "output_gate": _output_gate,
     "moe_router": _moe_router,
@@ -152,4 +176,4 @@ CASES: dict[str, Callable[[_Draw], _Case]] = {
 
 #: Most that (outputs, gradients) may err, where products of bfloat16 are summed or roundings
 #: follow each other.
-BOUNDS = {"delta_rule": (1e-2, 2e-2), "moe_weighted_up": (1e-2, 1e-2)}
+BOUNDS = {"delta_rule": (1e-2, 2e-2), "delta_step": (1e-2, 0.0), "moe_weighted_up": (1e-2, 1e-2)}
