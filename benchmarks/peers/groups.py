@@ -8,7 +8,8 @@ _PATTERNS = (
     ("copy", r"^Memcpy|^Memset|copy_kernel|CatArrayBatchedCopy|FillFunctor"),
     ("loss", r"cross_entropy|softmax|nll_loss|_cce_|linear_xent|_logits|^_rows$"),
     ("optimizer", r"adam|multi_tensor|lpnorm|foreach"),
-    ("dequant", r"dequant|kDequantize|nf4"),
+    ("dequant", r"dequant|kDequantize|nf4|^_fill$"),
+    ("lora", r"^_thin$|^_outer$"),
     (
         "experts",
         r"grouped|GroupProblem|moe|routing|radixSort|sort|^outer$|^thin$|gather_sum|^_up$|^_route",

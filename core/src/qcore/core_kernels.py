@@ -56,6 +56,26 @@ def core_kernels() -> Iterator[Kernel]:
         refuse=_needs_cuda,
         requires=("triton>=3.2",),
     )
+    yield Kernel(
+        op="qlora_linear",
+        backend="triton",
+        load=lambda: _product().linear,
+        verify=_verify_product,
+        refuse=_needs_cuda,
+        requires=("triton>=3.2",),
+    )
+
+
+def _product() -> Any:
+    from .nn import product_triton
+
+    return product_triton
+
+
+def _verify_product(device: torch.device) -> Verdict:
+    from .nn.product_verify import verify
+
+    return verify(device)
 
 
 def _attention() -> Any:

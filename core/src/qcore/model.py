@@ -22,6 +22,7 @@ from .nn.experts import Experts, grouped
 from .nn.linear import Linear
 from .nn.loss import cross_entropy_sum
 from .nn.nf4 import dequantize
+from .nn.product import reference
 from .nn.protocols import Packed, Trunk
 from .nn.stacked import Stacked
 from .records import Architecture
@@ -80,7 +81,9 @@ class Context:
 
     def linear(self, name: str) -> nn.Module:
         """A `Linear` for the row ``{name}.weight``, of whatever module in the stock class."""
-        return self._held(Linear, self._entry(f"{name}.weight"))
+        module = cast(Linear, self._held(Linear, self._entry(f"{name}.weight")))
+        module.product.compute = self.kernel("qlora_linear", reference)
+        return module
 
     def experts(self, name: str) -> nn.Module:
         """An `Experts` for the row `name`."""
@@ -90,7 +93,9 @@ class Context:
 
     def stack(self, *linears: nn.Module) -> Stacked:
         """Linear maps of one input, as one."""
-        return Stacked(tuple(cast(Linear, one) for one in linears))
+        stacked = Stacked(tuple(cast(Linear, one) for one in linears))
+        stacked.product.compute = self.kernel("qlora_linear", reference)
+        return stacked
 
     def kernel(self, op: str, reference: _F) -> _F:
         """The chosen backend of `op`, or `reference`."""

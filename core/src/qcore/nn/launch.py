@@ -11,7 +11,7 @@ in their place, or brings a `qcore.records.Kernel.plan`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -58,6 +58,7 @@ def launch(
     *args: Any,
     flops: float = 0.0,
     share: float = 1.0,
+    also: Sequence[Tensor] = (),
     **meta: Any,
 ) -> None:
     """``kernel[grid](*args, **meta)``, where there is work and there are numbers.
@@ -69,13 +70,14 @@ def launch(
             written once.
         flops: operations of matrix products in it, for a plan's time.
         share: of the rate that a large product reaches, what this kernel does.
+        also: tensors that the kernel finds by addresses, which a plan would not see.
         meta: the kernel's constants and options.
     """
     if 0 in grid:
         return
     first = args[0]
     if first.is_meta or isinstance(first, FakeTensor):
-        worked(getattr(kernel, "__name__", "kernel"), *args, flops=flops / share)
+        worked(getattr(kernel, "__name__", "kernel"), *args, *also, flops=flops / share)
         return
     kernel[grid](*args, **meta)
 

@@ -26,13 +26,14 @@ class Linear(Adapted):
     Attributes:
         nf4: the weight, where it is held in 4 bit.
         resident: keep the weight in 16 bit too, where memory allows: nothing is read twice.
+        product: what computes it on a GPU.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lora: Lora | None) -> None:
         super().__init__(shape, dtype, lora)
         self.nf4: NF4 | None = None
         self.resident = False
-        self._product = Product((self,))
+        self.product = Product((self,))
 
     def lora_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """``A [r, in]``, ``B [out, r]``."""
@@ -81,8 +82,8 @@ class Linear(Adapted):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""
         lora = self.lora
-        if self._product.takes(x):
-            return self._product(x)[0]
+        if self.product.takes(x):
+            return self.product(x)[0]
         if lora is None:
             if not (torch.is_grad_enabled() and x.requires_grad):
                 return F.linear(x, self.dense())

@@ -26,6 +26,22 @@ _WORDS = 1024  #: words of a program: 16 KiB of 16-bit values
 _WARPS = 4
 
 
+@triton.jit
+def scale_of(absmax, absmax2, code2, offset, block, here):
+    """The scales of blocks `block` of one slice."""
+    scale = tl.load(code2 + tl.load(absmax + block, mask=here, other=0).to(tl.int32))
+    scale = scale * tl.load(absmax2 + block // 256, mask=here, other=0.0)
+    return scale + offset
+
+
+@triton.jit
+def eight(words, scale, table):
+    """``[n] -> [n, 8]``: the values of words of eight codes."""
+    # A byte's first value is in its high half: 1 0 3 2 5 4 7 6.
+    place = (tl.arange(0, 8) ^ 1) * 4
+    return tl.load(table + ((words[:, None] >> place[None, :]) & 15)) * scale[:, None]
+
+
 # One version for all shapes: strides come in words, so that what is aligned is known.
 @triton.jit(
     do_not_specialize=["words", "blocks", "blocks2", "words_row", "slice_words", "row_words"]
@@ -51,22 +67,21 @@ def _dequantize(
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     here = word < words
     codes = tl.load(packed + number * words + word, mask=here, other=0)
-    block = word // 8
-    scale = tl.load(
-        code2 + tl.load(absmax + number * blocks + block, mask=here, other=0).to(tl.int32)
+    scale = scale_of(
+        absmax + number * blocks,
+        absmax2 + number * blocks2,
+        code2,
+        tl.load(offset + number),
+        word // 8,
+        here,
     )
-    scale = scale * tl.load(absmax2 + number * blocks2 + block // 256, mask=here, other=0.0)
-    scale = scale + tl.load(offset + number)
-    # A byte's first value is in its high half: 1 0 3 2 5 4 7 6.
-    place = tl.arange(0, 8)
-    code = (codes[:, None] >> ((place ^ 1) * 4)[None, :]) & 15
-    values = tl.load(table + code) * scale[:, None]
+    values = eight(codes, scale, table)
     if FLAT:
         at = word.to(tl.int64) * 8
     else:
         row = word // words_row
         at = (row.to(tl.int64) * row_words + (word - row * words_row)) * 8
-    target = out + number * slice_words * 8 + at[:, None] + place[None, :]
+    target = out + number * slice_words * 8 + at[:, None] + tl.arange(0, 8)[None, :]
     tl.store(target, values.to(out.dtype.element_ty), mask=here[:, None])
 
 
@@ -86,7 +101,7 @@ def dequantize(codes: Codes, out: Tensor) -> Tensor:
         codes.absmax2,
         codes.code2,
         codes.offset,
-        _table(out.device),
+        table_of(out.device),
         out,
         size // 8,
         size // BLOCK,
@@ -105,7 +120,8 @@ def dequantize(codes: Codes, out: Tensor) -> Tensor:
 _tables: dict[torch.device, Tensor] = {}
 
 
-def _table(device: torch.device) -> Tensor:
+def table_of(device: torch.device) -> Tensor:
+    """`VALUES` on a device."""
     if device not in _tables:
         _tables[device] = torch.tensor(VALUES, device=device)
     return _tables[device]

@@ -4,7 +4,8 @@ This file decides how ``y_i = x W_i^T + s_i (x A_i^T) B_i^T`` of all members is 
 in few launches and without a pass over the wider side for LoRA's sake. Whether it is asked is
 `linear`'s and `stacked`'s decision; on CPUs it never is, save by its own tests.
 
-Members' weights stand below each other in one buffer, read from 4 bit for each pass. LoRA goes
+Members' weights stand below each other in one buffer, read from 4 bit for each pass; what
+surrounds the product is torch's, or the op ``qlora_linear``'s (`product_triton`). LoRA goes
 into the product where the wider side is the result, so that it costs no pass over it; over the
 narrower side it goes first, and the product adds to it:
 
@@ -32,9 +33,9 @@ Shapes: T rows, K in, N out of all members, R ranks of all members up to a multi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,12 +46,37 @@ from .slices import whole
 
 if TYPE_CHECKING:
     from .linear import Linear
+    from .product_table import Gradients, Sources
 
 _MULTIPLE = 8  # 16 bytes of a 16-bit dtype: rows that the matrix units' loads can start at
 
 
+class Maps(Protocol):
+    """What surrounds a product, in other hands than torch's (`product_triton`)."""
+
+    def takes(self, product: Product, like: Tensor) -> bool:
+        """Whether `fill` can read the members."""
+        ...
+
+    def fill(
+        self, product: Product, buffer: Tensor, working: Working | None, *, place: bool, fresh: bool
+    ) -> None:
+        """Write all weights; `place` LoRA in the buffer; write `working` from the masters."""
+        ...
+
+    def thin(
+        self, x: Tensor, right: Tensor, *, beside: bool
+    ) -> tuple[Tensor | None, Tensor] | None:
+        """``[x | x right^T]``, if asked for, and ``x right^T``; ``None``: torch does it better."""
+        ...
+
+    def outer(self, product: Product, x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor) -> bool:
+        """Add all gradients of A and B where they are kept; whether it could."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class _Adapter:
+class Adapter:
     """One member's LoRA and where it lies: rows of B, ranks of A."""
 
     module: Linear
@@ -67,7 +93,7 @@ class _Adapter:
 
 
 @dataclass(frozen=True, slots=True)
-class _Working:
+class Working:
     """LoRA in the run's dtype: ``a [R, K]``, ``b [N, R]`` block-diagonal and scaled."""
 
     marks: list[tuple[Any, ...]]
@@ -81,7 +107,7 @@ class _Kept:
 
     buffer: Tensor
     sources: list[Any]
-    working: _Working | None
+    working: Working | None
 
 
 class Product:
@@ -89,6 +115,9 @@ class Product:
 
     Args:
         members: maps of one K. They own what they hold; this reads it.
+
+    Attributes:
+        compute: the op ``qlora_linear``: `reference` or its equal.
     """
 
     def __init__(self, members: Sequence[Linear]) -> None:
@@ -99,7 +128,12 @@ class Product:
         self.into = into.pop()
         self.sizes = [member.shape[0] for member in members]
         self.out = sum(self.sizes)
-        self._working: _Working | None = None
+        self.compute: Callable[[Tensor, Product], tuple[Tensor, ...]] = reference
+        self._working: Working | None = None
+        self._pending = False
+        #: Tables of `Maps`, which makes them and knows when they are out of date.
+        self.sources: Sources | None = None
+        self.gradients: Gradients | None = None
         self._kept: _Kept | None = None
         self._stale = False
 
@@ -114,16 +148,14 @@ class Product:
         )
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        matrices = [matrix for one in self.adapters() for matrix in (one.a, one.b)]
-        y: tuple[Tensor, ...] = _Product.apply(x, self, *matrices)  # type: ignore[no-untyped-call]
-        return y
+        return self.compute(x, self)
 
     @property
     def wide(self) -> bool:
         """Whether LoRA stands beside the weights, not below."""
         return self.out >= self.into
 
-    def adapters(self) -> Iterator[_Adapter]:
+    def adapters(self) -> Iterator[Adapter]:
         """LoRA of the members that carry it."""
         row = rank = 0
         for member, size in zip(self.members, self.sizes, strict=True):
@@ -131,7 +163,7 @@ class Product:
             if lora is not None:
                 assert member.lora_A is not None
                 assert member.lora_B is not None
-                yield _Adapter(
+                yield Adapter(
                     member,
                     slice(row, row + size),
                     slice(rank, rank + lora.r),
@@ -141,6 +173,13 @@ class Product:
                 )
                 rank += lora.r
             row += size
+
+    def sinks(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Where gradients of A and B are added, of each that adds them itself."""
+        return [
+            (one.a.grad, one.b.grad) if one.module.accumulates else (None, None)
+            for one in self.adapters()
+        ]
 
     def spent(self) -> None:
         """Say that a backward ran: an update may follow that leaves no trace."""
@@ -152,8 +191,11 @@ class Product:
             self._working, self._stale = None, False
 
     @torch.no_grad()
-    def working(self, like: Tensor) -> _Working | None:
-        """A and B in the dtype of `like`, made anew where a master changed."""
+    def working(self, like: Tensor, maps: Maps | None = None) -> Working | None:
+        """A and B in the dtype of `like`, made anew where a master changed.
+
+        With `maps` they are written when the weights are read, which is to be done next.
+        """
         adapters = list(self.adapters())
         if not adapters:
             return None
@@ -163,52 +205,67 @@ class Product:
             return known
         ranks = adapters[-1].ranks.stop
         ranks += -ranks % _MULTIPLE
+        if maps is not None and not self.stays and maps.takes(self, like):
+            if known is None or known.a.dtype != like.dtype or len(known.a) != ranks:
+                a, b = like.new_empty(ranks, self.into), like.new_empty(self.out, ranks)
+                known = Working(marks, a, b)
+            self._working, self._pending = Working(marks, known.a, known.b), True
+            return self._working
         a, b = like.new_zeros(ranks, self.into), like.new_zeros(self.out, ranks)
         for one in adapters:
             a[one.ranks] = one.a
             torch.mul(one.b, one.scaling, out=b[one.rows, one.ranks])
-        self._working = _Working(marks, a, b)
+        self._working, self._pending = Working(marks, a, b), False
         return self._working
 
+    @property
+    def stays(self) -> bool:
+        """Whether the buffer is kept: all weights are in 16 bit anyway."""
+        return all(member.resident or not member.four_bit for member in self.members)
+
     @torch.no_grad()
-    def buffer(self, working: _Working | None, like: Tensor) -> Tensor:
+    def buffer(self, working: Working | None, like: Tensor, maps: Maps | None = None) -> Tensor:
         """``[N, K + R]`` or ``[N + R, K]``: the weights, and LoRA in its place."""
         kept = self._kept
         if kept is None or not _fits(kept, self._sources(), working, like):
-            return self._filled(working, like)
+            return self._filled(working, like, maps)
         if working is not None and kept.working is not working:
             self._put(kept.buffer, working)
             kept.working = working
         return kept.buffer
 
     @torch.no_grad()
-    def weights(self, working: _Working | None, like: Tensor) -> Tensor:
+    def weights(self, working: Working | None, like: Tensor, maps: Maps | None = None) -> Tensor:
         """``[N, K]``: the weights alone; rows may lie apart."""
-        stays = all(member.resident or not member.four_bit for member in self.members)
-        buffer = self.buffer(working, like) if stays else self._filled(None, like)
+        buffer = self.buffer(working, like) if self.stays else self._filled(None, like, maps)
         return buffer[: self.out, : self.into]
 
     def _sources(self) -> list[Any]:
         return [member.nf4 or member.weight for member in self.members]
 
-    def _filled(self, working: _Working | None, like: Tensor) -> Tensor:
+    def _filled(self, working: Working | None, like: Tensor, maps: Maps | None) -> Tensor:
         """A new buffer; it stays where all members' weights may."""
         ranks = 0 if working is None else len(working.a)
         shape = (self.out, self.into + ranks) if self.wide else (self.out + ranks, self.into)
         buffer = like.new_empty(shape)
+        if maps is not None and not self.stays and maps.takes(self, like):
+            place, fresh = working is not None, self._pending
+            maps.fill(self, buffer, self._working, place=place, fresh=fresh)
+            self._pending = False
+            return buffer
         if working is not None:
             self._put(buffer, working)
         slabs = torch.split(buffer[: self.out, : self.into], self.sizes)
         for member, slab in zip(self.members, slabs, strict=True):
             member.into(slab)
-        if all(member.resident or not member.four_bit for member in self.members):
+        if self.stays:
             for member, slab in zip(self.members, slabs, strict=True):
                 if member.weight is not None:
                     member.weight.data = slab  # held once
             self._kept = _Kept(buffer, self._sources(), working)
         return buffer
 
-    def _put(self, buffer: Tensor, working: _Working) -> None:
+    def _put(self, buffer: Tensor, working: Working) -> None:
         if self.wide:
             buffer[:, self.into :] = working.b
         else:
@@ -224,7 +281,7 @@ def _same(known: list[tuple[Any, ...]], marks: list[tuple[Any, ...]]) -> bool:
     )
 
 
-def _fits(kept: _Kept, sources: list[Any], working: _Working | None, like: Tensor) -> bool:
+def _fits(kept: _Kept, sources: list[Any], working: Working | None, like: Tensor) -> bool:
     """Whether a buffer is of these weights as they are now, in this dtype, with room for LoRA."""
     buffer = kept.buffer
     if buffer.dtype != like.dtype or buffer.device != like.device:
@@ -240,24 +297,42 @@ def _fits(kept: _Kept, sources: list[Any], working: _Working | None, like: Tenso
     return True
 
 
+def reference(x: Tensor, product: Product) -> tuple[Tensor, ...]:
+    """The members' maps of `x`, with what torch has."""
+    return through(None, x, product)
+
+
+def through(maps: Maps | None, x: Tensor, product: Product) -> tuple[Tensor, ...]:
+    """The members' maps of `x`, what surrounds the product in other hands."""
+    matrices = [matrix for one in product.adapters() for matrix in (one.a, one.b)]
+    y: tuple[Tensor, ...] = _Product.apply(x, product, maps, *matrices)  # type: ignore[no-untyped-call]
+    return y
+
+
 class _Product(torch.autograd.Function):
     """Outputs are slices of one buffer; saves x and ``x A^T``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, product: Product, *matrices: Tensor) -> tuple[Tensor, ...]:
-        flat = x.reshape(-1, x.shape[-1])
+    def forward(
+        ctx: Any, x: Tensor, product: Product, maps: Maps | None, *matrices: Tensor
+    ) -> tuple[Tensor, ...]:
+        flat = _rows(x)
         product.renew()
-        working = product.working(x)
-        xa = None if working is None else flat @ working.a.t()
-        if working is None or xa is None:
-            y = flat @ product.weights(None, x).t()
+        working = product.working(x, maps)
+        xa = None
+        if working is None:
+            y = flat @ product.weights(None, x, maps).t()
         elif product.wide:
-            y = torch.cat([flat, xa], 1) @ product.buffer(working, x).t()
+            buffer = product.buffer(working, x, maps)
+            both, xa = _thin(maps, flat, working.a, beside=True)
+            y = both @ buffer.t()
         else:
+            weights = product.weights(working, x, maps)
+            _, xa = _thin(maps, flat, working.a, beside=False)
             y = xa @ working.b.t()
-            y.addmm_(flat, product.weights(working, x).t())
+            y.addmm_(flat, weights.t())
         ctx.save_for_backward(flat if matrices else None, xa)
-        ctx.product, ctx.shape = product, x.shape
+        ctx.product, ctx.shape, ctx.maps = product, x.shape, maps
         return tuple(one.view(*x.shape[:-1], -1) for one in torch.split(y, product.sizes, 1))
 
     @staticmethod
@@ -269,15 +344,18 @@ class _Product(torch.autograd.Function):
         working = product.working(dy)
         dx = dyb = None
         if ctx.needs_input_grad[0]:
-            dx, dyb = _input_gradient(product, working, dy)
+            dx, dyb = _input_gradient(product, ctx.maps, working, dy)
             dx = dx.view(ctx.shape)
         elif working is not None:
-            dyb = dy @ working.b
+            _, dyb = _thin(ctx.maps, dy, working.b.t(), beside=False)
         product.spent()
         if xa is None:
-            return dx, None
+            return dx, None, None
         assert dyb is not None
-        return dx, None, *_adapter_gradients(list(product.adapters()), x, xa, dy, dyb)
+        adapters = list(product.adapters())
+        if ctx.maps is not None and ctx.maps.outer(product, x, xa, dy, dyb):
+            return dx, None, None, *[None] * (2 * len(adapters))
+        return dx, None, None, *_adapter_gradients(product, adapters, x, xa, dy, dyb)
 
 
 def _rows(grad: Tensor) -> Tensor:
@@ -285,26 +363,33 @@ def _rows(grad: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else flat.contiguous()
 
 
+def _thin(maps: Maps | None, x: Tensor, right: Tensor, *, beside: bool) -> tuple[Tensor, Tensor]:
+    """``[x | x right^T]``, or x where it is not wanted, and ``x right^T``."""
+    found = None if maps is None else maps.thin(x, right, beside=beside)
+    if found is not None:
+        return x if found[0] is None else found[0], found[1]
+    small = x @ right.t()
+    return torch.cat([x, small], 1) if beside else x, small
+
+
 def _input_gradient(
-    product: Product, working: _Working | None, dy: Tensor
+    product: Product, maps: Maps | None, working: Working | None, dy: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Of x, and ``dy sB``."""
     if working is None:
-        return dy @ product.weights(None, dy), None
-    dyb = dy @ working.b
+        return dy @ product.weights(None, dy, maps), None
+    both, dyb = _thin(maps, dy, working.b.t(), beside=not product.wide)
     if product.wide:
-        return (dyb @ working.a).addmm_(dy, product.weights(working, dy)), dyb
-    return torch.cat([dy, dyb], 1) @ product.buffer(working, dy), dyb
+        return (dyb @ working.a).addmm_(dy, product.weights(working, dy, maps)), dyb
+    return both @ product.buffer(working, dy, maps), dyb
 
 
 def _adapter_gradients(
-    adapters: list[_Adapter], x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor
+    product: Product, adapters: list[Adapter], x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor
 ) -> list[Tensor | None]:
     """Of A and B of each member in float32; ``None`` where it was added to what is there."""
-    sinks = [
-        (one.a.grad, one.b.grad) if one.module.accumulates else (None, None) for one in adapters
-    ]
-    together = _neighbours([a for a, _ in sinks])
+    sinks = product.sinks()
+    together = neighbours([a for a, _ in sinks])
     if together is not None:
         _add_product(together, dyb[:, : len(together)].t(), x, 1.0, fresh=False)
         da = None
@@ -331,7 +416,7 @@ def _adapter_gradients(
     return out
 
 
-def _neighbours(grads: list[Tensor | None]) -> Tensor | None:
+def neighbours(grads: list[Tensor | None]) -> Tensor | None:
     """Gradients ``[r_i, K]`` as one ``[sum r, K]``, where all are there and lie end to end."""
     there = [grad for grad in grads if grad is not None]
     if len(there) != len(grads):

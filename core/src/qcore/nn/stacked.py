@@ -25,9 +25,9 @@ class Stacked:
 
     def __init__(self, members: tuple[Linear, ...]) -> None:
         self.members = members
-        self._product = Product(members)
+        self.product = Product(members)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self._product.takes(x):
-            return self._product(x)
+        if self.product.takes(x):
+            return self.product(x)
         return tuple(member(x) for member in self.members)

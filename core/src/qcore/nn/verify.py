@@ -48,7 +48,9 @@ def compare(
     """
     if gradients_of is None:
         gradients_of = [n for n, one in enumerate(inputs) if _floating(one)]
-    _poison(inputs)
+    device = next((one.device for one in inputs if isinstance(one, Tensor)), None)
+    if device is not None:
+        poison(device)
     got, got_grads = _run(function, inputs, gradients_of, more, wide=False)
     expected, grads = _run(reference, inputs, gradients_of, more, wide=True)
     return Verdict(
@@ -146,10 +148,9 @@ def _max(values: Any) -> float:
     return worst
 
 
-def _poison(inputs: Sequence[Any]) -> None:
+def poison(device: torch.device) -> None:
     """Leave NaN in the memory that the next allocations are made from."""
-    device = next((one.device for one in inputs if isinstance(one, Tensor)), None)
-    if device is None or device.type != "cuda":
+    if device.type != "cuda":
         return
     held = [torch.full((size // 4,), math.nan, device=device) for size in (_POISON, _POISON)]
     # The allocator serves small requests from blocks of their own.
