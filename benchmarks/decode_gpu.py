@@ -1,11 +1,13 @@
-"""Decoding on a GPU, batch 1, greedy: tokens/s of qcore and of transformers, beside the floor.
+"""Decoding on a GPU, batch 1, greedy: time of a token of qcore and of transformers, and the floor.
 
-    python benchmarks/decode_gpu.py [--shape 4b] [--prompt 128] [--tokens 128] [--peers hf]
+    python benchmarks/decode_gpu.py [--shape 4b] [--prompt 128] [--tokens 64] [--peers hf]
 
 Weights are random and bf16. A side decodes a short and a long answer to the same prompt; the time
-of a token is the difference over the difference, so that prefill is not in it. The floor is the
-time in which the card reads every weight once, at the rate of a copy that is measured in the same
-run. Every side is a process of its own. ``--device cpu --shape tiny`` shows that it runs.
+of a token is the difference over the difference, so that prefill is not in it, nor what a first
+token prepares, which is told apart. The floor is the time in which the card reads every weight
+once, at the rate of a copy that is measured in the same run. Every side is a process of its own.
+``--profile`` lists the kernels of qcore's token. ``--device cpu --shape tiny`` shows that it runs.
+The last lines are RESULT and JSON, one a side.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ def qcore_decode(job: Job, prompt: list[int]) -> Decode:
     import torch
     from peers.qcore_side import architecture, backends, describe, fill
 
+    from qcore.decoding import Decoder, way_of
     from qcore.generate import Generator
     from qcore.model import Model
 
@@ -42,6 +45,7 @@ def qcore_decode(job: Job, prompt: list[int]) -> Decode:
     fill(layout, model, device, quantize=job.quantize)
     generator = Generator.__new__(Generator)
     generator.device, generator.model = device, model
+    generator.decoder = Decoder(model, device, way_of(chosen)[0])
     generator.chat = SimpleNamespace(stop_tokens=())  # type: ignore[assignment]
     generator.found = SimpleNamespace(checkpoint=SimpleNamespace(path=Path("random")))  # type: ignore[assignment]
     generator.tokenizer = SimpleNamespace(  # type: ignore[assignment]
@@ -70,6 +74,8 @@ def hf_decode(job: Job, prompt: list[int]) -> Decode:
     return decode
 
 
+#: Repetitions to each that is asked for: where a token is short, its time varies by as much.
+OFTEN = {"qcore": 4, "hf": 1}
 SIDES = {"qcore": qcore_decode, "hf": hf_decode}
 
 
@@ -105,10 +111,38 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
     decode(given.tokens)
     each = [
-        (timed(given.tokens) - timed(short)) / (given.tokens - short) for _ in range(given.repeat)
+        (timed(given.tokens) - timed(short)) / (given.tokens - short)
+        for _ in range(given.repeat * OFTEN[given.side])
     ]
     peak = torch.cuda.max_memory_allocated() if given.device == "cuda" else 0
-    return {"token_s": each, "first_s": first, "peak_bytes": peak}
+    result = {"token_s": each, "first_s": first, "peak_bytes": peak}
+    if given.profile and given.side == "qcore" and given.device == "cuda":
+        result["kernels"] = kernels(decode, short, given.tokens)
+    return result
+
+
+def kernels(decode: Decode, short: int, tokens: int) -> list[tuple[str, float, float]]:
+    """Name, ms a token and launches a token of each kernel, the longest first.
+
+    Of a long answer less a short one. Under the profiler kernels do not follow each other as
+    closely as they do without; what one of them takes is as it is.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    held: dict[str, list[float]] = {}
+    for count, sign in ((short, -1), (tokens, 1)):
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            decode(count)
+            torch.cuda.synchronize()
+        for event in profiler.events() or ():
+            if event.device_type.name == "CUDA":
+                found = held.setdefault(event.name, [0.0, 0.0])
+                found[0] += sign * event.time_range.elapsed_us() / 1e3
+                found[1] += sign
+    more = tokens - short
+    rows = [(name[:90], ms / more, count / more) for name, (ms, count) in held.items()]
+    return sorted(rows, key=lambda row: -row[1])[:30]
 
 
 def main() -> None:
@@ -117,10 +151,11 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="4b")
     parser.add_argument("--layers", type=int, default=0)
     parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--peers", default="hf", help="hf, or nothing")
     parser.add_argument("--kernels", action="append", default=[], metavar="OP=BACKEND")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of qcore's")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--timeout", type=int, default=540)
     parser.add_argument("--save", help="name of the file under benchmarks/results")
@@ -144,31 +179,52 @@ def report(given: argparse.Namespace) -> list[str]:
         f"{time.strftime('%Y-%m-%d %H:%M')} commit {commit()}; {' '.join(sys.argv[1:])}",
         ", ".join(f"{name} {found}" for name in VERSIONS if (found := installed(name))),
     ]
-    floor, rates = None, {}
+    floor, medians, results = None, {}, []
     with tempfile.TemporaryDirectory(prefix="qcore-bench-") as folder:
         caches = Path(folder)
         if given.device == "cuda":
             card = child(__file__, "card", caches, 120)
-            floor = card["copy_tb_s"] * 1e12 / weights
+            floor = weights / card["copy_tb_s"] / 1e12
             lines.append(
                 f"{card['name']}: copy {card['copy_tb_s']:.2f} TB/s; {weights / 1e9:.2f} GB of "
-                f"weights a token: at most {floor:.0f} tokens/s"
+                f"weights a token: at least {1e3 * floor:.2f} ms, at most {1 / floor:.0f} tokens/s"
             )
         for side in ("qcore", *[peer for peer in given.peers.split(",") if peer]):
             result = child(__file__, side, caches, given.timeout)
             if "failed" in result:
                 lines.append(f"{side}: FAILED: {result['failed']}")
+                results.append({"side": side, "failed": result["failed"]})
                 continue
-            rates[side] = 1 / statistics.median(result["token_s"])
-            share = f", {100 * rates[side] / floor:.0f} % of the floor" if floor else ""
-            lines.append(
-                f"{side}: {rates[side]:.1f} tokens/s{share}; first answer after "
-                f"{result['first_s']:.1f} s; peak {result['peak_bytes'] / 1e9:.2f} GB"
-            )
-    if "qcore" in rates:
-        for side, rate in rates.items():
-            if side != "qcore":
-                lines.append(f"qcore is {rates['qcore'] / rate:.2f}x {side}")
+            medians[side] = statistics.median(result["token_s"])
+            lines += told(side, medians[side], floor, result)
+            results.append(
+                {
+                    "side": side, "shape": given.shape, "ms_per_token": 1e3 * medians[side],
+                    "tokens_per_s": 1 / medians[side],
+                    "of_floor": floor / medians[side] if floor else None,
+                    "first_s": result["first_s"], "peak_bytes": result["peak_bytes"],
+                }
+            )  # fmt: skip
+    for side, median in medians.items():
+        if "qcore" in medians and side != "qcore":
+            lines.append(f"qcore is {median / medians['qcore']:.2f}x {side}")
+            results.append({"ratio_to": side, "ratio": median / medians["qcore"]})
+    return lines + ["RESULT " + json.dumps(one) for one in results]
+
+
+def told(side: str, median: float, floor: float | None, result: dict[str, Any]) -> list[str]:
+    """A side's figures in words, and its kernels where they were listed."""
+    share = f", {100 * floor / median:.0f} % of the floor" if floor else ""
+    lowest, highest = (1e3 * edge(result["token_s"]) for edge in (min, max))
+    lines = [
+        f"{side}: {1e3 * median:.2f} ms a token ({lowest:.2f} to {highest:.2f}), "
+        f"{1 / median:.1f} tokens/s{share}; first answer after {result['first_s']:.1f} s; peak "
+        f"{result['peak_bytes'] / 1e9:.2f} GB"
+    ]
+    if rows := result.get("kernels"):
+        busy, count = sum(ms for _, ms, _ in rows), sum(launches for _, _, launches in rows)
+        lines.append(f"  kernels of a token: {busy:.3f} ms in {count:.0f} launches")
+        lines += [f"  {ms:8.4f} ms {launches:6.1f}  {name}" for name, ms, launches in rows]
     return lines
 
 

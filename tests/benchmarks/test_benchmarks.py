@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -53,6 +54,9 @@ def test_decoding_is_measured() -> None:
     text = _run("decode_gpu.py", "--prompt", "5", "--tokens", "8", "--repeat", "1", "--peers", "")
     assert "tokens/s" in text
     assert "FAILED" not in text
+    result = json.loads(text.splitlines()[-1].removeprefix("RESULT "))
+    assert result["side"] == "qcore"
+    assert result["ms_per_token"] * result["tokens_per_s"] == pytest.approx(1000)
 
 
 @pytest.mark.slow
