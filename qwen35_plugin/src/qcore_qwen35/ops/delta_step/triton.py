@@ -83,12 +83,12 @@ def _advance(
         tl.store(y_ptr + c, (total * tl.sigmoid(total)).to(half), mask=inside)
     else:
         h = tl.arange(0, HEADS)
-        inside = h < heads
-        rate = tl.exp(tl.load(log_ptr + h, mask=inside, other=0.0).to(tl.float32))
-        bias = tl.load(bias_ptr + h, mask=inside, other=0.0).to(tl.float32)
-        a = tl.load(a_ptr + h, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(b_ptr + h, mask=inside, other=0.0).to(tl.float32)
+        known = h < heads
+        rate = tl.exp(tl.load(log_ptr + h, mask=known, other=0.0).to(tl.float32))
+        bias = tl.load(bias_ptr + h, mask=known, other=0.0).to(tl.float32)
+        a = tl.load(a_ptr + h, mask=known, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + h, mask=known, other=0.0).to(tl.float32)
         a += bias
         opened = tl.where(a > 20.0, a, tl.log(1.0 + tl.exp(tl.minimum(a, 20.0))))
-        tl.store(g_ptr + h, -rate * opened, mask=inside)
-        tl.store(beta_ptr + h, tl.sigmoid(b).to(beta_ptr.dtype.element_ty), mask=inside)
+        tl.store(g_ptr + h, -rate * opened, mask=known)
+        tl.store(beta_ptr + h, tl.sigmoid(b).to(beta_ptr.dtype.element_ty), mask=known)
