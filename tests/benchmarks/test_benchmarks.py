@@ -59,6 +59,30 @@ def test_decoding_is_measured() -> None:
     assert result["ms_per_token"] * result["tokens_per_s"] == pytest.approx(1000)
 
 
+def test_plans_are_checked_beside_steps() -> None:
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "plan_check_gpu.py"), "--device", "cpu",
+         "--shapes", "tiny,tiny-moe"],
+        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT "))
+    assert (result["ran"], result["out_of_memory_though_it_fits"]) == (5, 0)
+    assert {point["policy"] for point in result["points"]} >= {"none", "elementwise", "offload"}
+    assert result["memory_error_max"] > 0
+    assert result["time_error_max"] > 0
+
+
+def test_the_points_are_those_that_must_be_shown(peers: ModuleType) -> None:
+    import plan_check_gpu as check
+
+    points = [point for shape in check.SHAPES for point in check.POINTS[shape]]
+    assert len(points) == 20
+    assert {rows * length for rows, length, _ in points} >= {512, 8192, 32768}
+    policies = {policy for *_, name in points for policy in name.split("+")}
+    assert policies == {"none", "elementwise", "full", "offload"}
+
+
 @pytest.mark.slow
 def test_curves_are_compared() -> None:
     """In float of the same values the two stacks must lie closer than two seeds."""

@@ -16,8 +16,9 @@ from qcore.load import load
 from qcore.model import Model
 from qcore.nn.adapted import Lora
 from qcore.nn.protocols import Packed
-from qcore.plan import Planner, plan_for, refusal
+from qcore.plan import Planner
 from qcore.plan_cards import CARDS, card_of, named, parse_budget
+from qcore.plan_run import refusal
 from qcore.plan_trace import Trace
 from qcore.settings import Settings
 from qcore.targets import targets
@@ -249,16 +250,6 @@ def test_a_refusal_says_what_would_fit(dense: Planner) -> None:
     assert error.code == "QC-PLAN-001"
     assert error.fix is not None
     assert "per_device_train_batch_size 1 and max_length" in error.fix
-
-
-def test_plan_for_a_cpu_has_no_budget(tmp_path: Path) -> None:
-    write(tmp_path)
-    plan = plan_for(identify(str(tmp_path)), Settings(max_length=64), CPU, 64)
-    assert plan.fits
-    assert plan.recompute == "none"
-    assert plan.card == "cpu"
-    assert sum(plan.memory.values()) == plan.peak
-    assert any("no time is predicted" in note for note in plan.notes)
 
 
 # -- cards

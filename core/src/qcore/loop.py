@@ -24,6 +24,7 @@ from .errors import NumericError, UsageError
 from .model import Model
 from .nn.protocols import Packed
 from .optim import FlatAdamW
+from .plan_beside import Meter
 from .schedule import Schedule, seed_of
 from .settings import Settings
 
@@ -34,6 +35,7 @@ class Loop:
     Attributes:
         optimizer: AdamW over the adapters.
         schedule: rows and rate of every step.
+        meter: peak and rate of what ran so far.
     """
 
     def __init__(
@@ -48,7 +50,8 @@ class Loop:
         self.data = data
         self.settings = settings
         self.device = device
-        self.recompute = recompute or _policy(settings)
+        self.recompute = recompute or unplanned(settings)
+        self.meter = Meter()
         self.schedule = Schedule(len(data.train), settings)
         # What is loaded stays: a collection need not walk it in the middle of a step.
         gc.freeze()
@@ -85,6 +88,8 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         tokens = sum(len(example.ids) for batch in batches for example in batch)
         seconds = time.perf_counter() - began
+        peak = peak_bytes(self.device)
+        self.meter.step(tokens, seconds, peak)
         return {
             "step": step + 1,
             "loss": loss,
@@ -95,7 +100,7 @@ class Loop:
             "supervised_tokens": _supervised(batches),
             "seconds": round(seconds, 4),
             "tokens_per_second": round(tokens / seconds, 1),
-            "memory_gb": round(peak_bytes(self.device) / 1e9, 3),
+            "memory_gb": round(peak / 1e9, 3),
         }
 
     def _accumulate(self, batches: Sequence[Sequence[Example]]) -> tuple[float, float, float]:
@@ -168,6 +173,7 @@ class Loop:
         for example in self.data.eval:
             loss, _ = self._loss([example])
             total, count = total + float(loss), count + example.supervised
+        self.meter.saw(peak_bytes(self.device))
         return total / count
 
     def prove_moved(self) -> tuple[int, int]:
@@ -193,8 +199,8 @@ class Loop:
         return sum(count for count, _ in moved.values()), sum(n for _, n in moved.values())
 
 
-def _policy(settings: Settings) -> str:
-    """What the settings say where no plan was made."""
+def unplanned(settings: Settings) -> str:
+    """What the settings say where no plan was made, or one that knows no limit: on the CPU."""
     if not settings.gradient_checkpointing:
         return "none"
     return "full" if settings.recompute == "auto" else settings.recompute

@@ -4,12 +4,11 @@ This file decides how pieces (`plan_measure`) make a step: everything that layer
 when the head's loss is computed, and goes again layer by layer; the peak is the most at any of
 these moments. It decides which layers compute what again, so that the step is as fast as the
 budget allows: layers at the bottom give up their results first, because those of the top are
-gone by the time the bottom's backward runs. And it decides the longest row that fits.
+gone by the time the bottom's backward runs. And it decides the longest row that fits. What a
+run with its data takes, and what becomes of it if it does not fit, is `plan_run`'s.
 
 Memory is predicted of what torch allocates (``max_memory_allocated``). Time is a model
 (`plan_cards`): expect about 15 % either way.
-
-Codes: ``QC-PLAN-001`` nothing fits in the budget.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .device import DTYPES
-from .errors import InputError
 from .identify import Identified
 from .kernels import Chosen, installed
 from .nn.adapted import Lora
 from .nn.again import POLICIES
-from .plan_cards import CARDS, LAUNCH, Card, card_of, seconds
+from .plan_cards import CARDS, LAUNCH, Card, seconds
 from .plan_measure import Measure, Piece
 from .plan_model import Taken, meta_model, take
 from .plan_record import Lengths, Plan
@@ -36,12 +34,10 @@ from .settings import Settings
 from .targets import targets
 
 if TYPE_CHECKING:
-    import torch
-
     from .model import Model
     from .plan_trace import Trace
 
-__all__ = ["Plan", "Planner", "plan_for"]
+__all__ = ["Plan", "Planner"]
 
 #: What torch's cuBLAS keeps for the forward's thread and the backward's, 32 MiB each on a card
 #: of Hopper's kind, and what cuDNN's attention asks for beside.
@@ -159,7 +155,18 @@ class Planner:
             launches=launches,
             backends=self.taken.backends,
             notes=self._notes(lengths, policies),
+            timed=self.device == "cuda" and self.card.known,
         )
+
+    def evaluation(self, length: int) -> dict[str, int]:
+        """Bytes by term, at the peak of a held-out row's loss: alone in its pack, no gradients."""
+        lengths = (length,)
+        most = self.measure.evaluation(lengths, self.settings.loss_chunk_size)
+        return self.static | {"batch": self.measure.batch(lengths)[1], "workspace": most}
+
+    def worst(self, packs: Sequence[Lengths], policies: Sequence[str]) -> Plan:
+        """The plan of that one of `packs` that takes most."""
+        return self.plan(max(packs, key=lambda one: self._peak(one, policies)), policies)
 
     def _peak(self, lengths: Lengths, policies: Sequence[str]) -> int:
         most = max(m.kept + m.workspace for m in self._moments(lengths, policies))
@@ -244,6 +251,8 @@ class Planner:
             )
         if self.device == "cpu":
             told.append("of the CPU only torch's tensors are counted, and no time is predicted")
+        elif not self.card.known:
+            told.append(f"the rates of {self.card.name} are not known, so no time is predicted")
         return tuple(told)
 
     # Search.
@@ -265,17 +274,23 @@ class Planner:
             return (settings.recompute,)
         return POLICIES if self.device == "cuda" else POLICIES[:-1]
 
-    def fastest(self, lengths: Lengths) -> Plan:
-        """The first of the ladder that fits; the last where none does."""
+    def fastest(self, *packs: Lengths) -> Plan:
+        """The first of the ladder under which all `packs` fit; the last where none does."""
         steps = self.ladder()
         low, high = 0, len(steps) - 1
         while low < high:
             middle = (low + high) // 2
-            if self._peak(lengths, steps[middle]) <= self.budget:
+            if max(self._peak(one, steps[middle]) for one in packs) <= self.budget:
                 high = middle
             else:
                 low = middle + 1
-        return self.plan(lengths, steps[low])
+        return self.worst(packs, steps[low])
+
+    def freely(self) -> Planner:
+        """The same with every policy to choose from, whatever the settings name."""
+        other = copy(self)
+        other.settings = replace(self.settings, gradient_checkpointing=True, recompute="auto")
+        return other
 
     def best(self, length: int, rows: int) -> Plan:
         """The fastest micro-batch of rows of one length: any that divides `rows`."""
@@ -299,23 +314,26 @@ class Planner:
         def peak(tokens: int) -> int:
             return self._peak((tokens,), policies)
 
-        # A peak is affine in the tokens but for tiles and for which moment it is: a few steps
-        # of the secant rule from where it is known.
-        taken = {64: peak(64), 4096: peak(4096)}
-        for _ in range(6):
-            (a, at_a), (b, at_b) = _around(taken, self.budget)
-            slope = max((at_b - at_a) / (b - a), 1.0)
-            guess = int(a + (self.budget - at_a) / slope) // 64 * 64
-            guess = max(64, min(guess, limit))
-            if guess in taken:
-                break
-            taken[guess] = peak(guess)
-        return max((tokens for tokens, size in taken.items() if size <= self.budget), default=0)
-
-
-def _around(taken: Mapping[int, int], budget: int) -> list[tuple[int, int]]:
-    """The two points nearest to the budget, the shorter first."""
-    return sorted(sorted(taken.items(), key=lambda one: abs(one[1] - budget))[:2])
+        low, high = 64, 4096
+        at_low = peak(low)
+        if at_low > self.budget:
+            return 0
+        while (at_high := peak(high)) <= self.budget:
+            if high >= limit:
+                return high
+            low, at_low, high = high, at_high, min(4 * high, limit)
+        # A peak is affine in the tokens but for tiles and for which moment it is: the secant
+        # rule is nearly right at once; halves, where it is not, make an end of it.
+        secant = True
+        while high - low > 64:
+            share = (self.budget - at_low) / (at_high - at_low) if secant else 0.5
+            guess = (low + int(share * (high - low))) // 64 * 64
+            guess, secant = min(max(guess, low + 64), high - 64), not secant
+            if (at_guess := peak(guess)) <= self.budget:
+                low, at_low = guess, at_guess
+            else:
+                high, at_high = guess, at_guess
+        return low
 
 
 def _make(
@@ -330,60 +348,3 @@ def _make(
         found, DTYPES[settings.dtype], lora, taken.through(trace.named),
         quantize=settings.quantization == "nf4", device=device,
     )  # fmt: skip
-
-
-def plan_for(
-    found: Identified,
-    settings: Settings,
-    device: torch.device,
-    longest: int,
-    *,
-    backends: Chosen | None = None,
-    budget: int | None = None,
-) -> Plan:
-    """The plan of a run: its micro-batch as the settings say, the fastest policy that fits.
-
-    Args:
-        found: the model.
-        settings: the run's; where they name a policy it is taken.
-        device: where the run computes.
-        longest: tokens of the longest row; every row of the micro-batch is taken as long.
-        backends: what the run has chosen.
-        budget: bytes that torch may allocate; by default what is free on the card.
-
-    Raises:
-        InputError: ``QC-PLAN-001``.
-    """
-    card = None
-    if device.type == "cuda":
-        import torch
-
-        properties = torch.cuda.get_device_properties(device)
-        card = replace(
-            card_of(properties.name, properties.total_memory),
-            memory=properties.total_memory,
-        )
-        if budget is None:
-            free, _ = torch.cuda.mem_get_info(device)
-            budget = min(card.budget, int(free * 0.97) + torch.cuda.memory_allocated(device))
-    planner = Planner(found, settings, card, backends=backends, budget=budget)
-    plan = planner.fastest((longest,) * settings.per_device_train_batch_size)
-    if not plan.fits:
-        raise refusal(plan, planner)
-    return plan
-
-
-def refusal(plan: Plan, planner: Planner) -> InputError:
-    """The error that a plan is which does not fit, with what would."""
-    fix = "take a card with more memory, or a smaller model"
-    if (longest := planner.longest()) >= 64:
-        rows = "per_device_train_batch_size 1 and " if len(plan.lengths) > 1 else ""
-        fix = f"with {rows}max_length {longest} it fits"
-    return InputError(
-        "QC-PLAN-001",
-        "does not fit in the memory of the card",
-        field="max_length",
-        found=f"{len(plan.lengths)} x {max(plan.lengths)} tokens take {plan.peak / 1e9:.1f} GB",
-        expected=f"at most {plan.budget / 1e9:.1f} GB",
-        fix=fix,
-    )

@@ -66,6 +66,11 @@ class Card:
     words: tuple[str, ...]
 
     @property
+    def known(self) -> bool:
+        """Whether its rates are its own; of an unknown card only memory is planned."""
+        return bool(self.words)
+
+    @property
     def budget(self) -> int:
         """Bytes that a plan may fill."""
         return int(self.memory * (1 - FRAGMENTS)) - CONTEXT

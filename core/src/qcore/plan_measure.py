@@ -159,6 +159,22 @@ class Measure:
             self._pieces[key] = self._both(run, lengths)
         return self._pieces[key]
 
+    def evaluation(self, lengths: tuple[int, ...], chunk: int) -> int:
+        """The most that a forward to the loss takes where nothing is kept for a backward."""
+        model, batch = self.model, self.batch(lengths)[0].alone()
+        assert batch.targets is not None
+        with self._running() as trace, torch.no_grad():
+            before = trace.live
+            trace.mark()
+            x = model.trunk.embed(batch)
+            for layer in self._one.values():
+                x = layer(x, batch)
+            where = batch.supervised()
+            hidden, wanted = model.trunk.final(x).index_select(0, where), batch.targets
+            del x
+            model._cross_entropy(hidden, model.head, wanted.index_select(0, where), chunk or None)
+            return trace.peak - before
+
     def _both(self, run: Callable[[list[Tensor]], Tensor], lengths: tuple[int, ...]) -> Piece:
         """`run` forwards and backwards; it pops its input off a list, so that nobody holds it."""
         with self._running() as trace:

@@ -5,11 +5,19 @@ This file decides its words; `plan` makes it. It imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 Lengths = tuple[int, ...]  #: of the rows of a pack
+
+
+def spelled(policies: Sequence[str]) -> str:
+    """Policies of the layers for people: ``full``, or ``8 full, 24 elementwise``."""
+    counts = [(policy, policies.count(policy)) for policy in dict.fromkeys(policies)]
+    if len(counts) == 1:
+        return counts[0][0]
+    return ", ".join(f"{count} {policy}" for policy, count in counts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +37,7 @@ class Plan:
         launches: kernels and device operations of a micro-step.
         backends: op to backend.
         notes: what the reader must know to trust it.
+        timed: whether `seconds` is a prediction; not on the CPU nor on a card of unknown rates.
     """
 
     card: str
@@ -43,6 +52,7 @@ class Plan:
     launches: int
     backends: Mapping[str, str]
     notes: tuple[str, ...] = field(default=())
+    timed: bool = True
 
     @property
     def fits(self) -> bool:
@@ -62,19 +72,20 @@ class Plan:
     @property
     def recompute(self) -> str:
         """``elementwise``, or ``8 full, 24 elementwise``."""
-        counts = [(p, self.policies.count(p)) for p in dict.fromkeys(self.policies)]
-        if len(counts) == 1:
-            return counts[0][0]
-        return ", ".join(f"{count} {policy}" for policy, count in counts)
+        return spelled(self.policies)
 
-    def line(self) -> str:
-        """The plan in a line, for the log of a run."""
-        return (
-            f"plan: {len(self.lengths)} x {max(self.lengths)} tokens, recompute "
-            f"{self.recompute}, peak {self.peak / 1e9:.2f} GB ({self.moment}) of "
-            f"{self.budget / 1e9:.1f} GB, {self.seconds:.3f} s, "
-            f"{self.tokens_per_second:,.0f} tokens/s on {self.card}"
-        )
+    @property
+    def pack(self) -> str:
+        """``2 x 4096 tokens``, or ``3 rows of 812 tokens`` where they differ."""
+        if len(set(self.lengths)) == 1:
+            return f"{len(self.lengths)} x {self.lengths[0]} tokens"
+        return f"{len(self.lengths)} rows of {self.tokens} tokens"
+
+    @property
+    def largest(self) -> str:
+        """The term that takes most: ``activations 8.1 GB``."""
+        term, size = max(self.memory.items(), key=lambda one: one[1])
+        return f"{term} {size / 1e9:.3g} GB"
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -89,8 +100,8 @@ class Plan:
             "moment": self.moment,
             "memory_bytes": dict(self.memory),
             "ops_bytes": dict(self.ops),
-            "seconds": round(self.seconds, 4),
-            "tokens_per_second": round(self.tokens_per_second, 1),
+            "seconds": round(self.seconds, 4) if self.timed else None,
+            "tokens_per_second": round(self.tokens_per_second, 1) if self.timed else None,
             "launches": self.launches,
             "backends": dict(self.backends),
             "notes": list(self.notes),

@@ -143,8 +143,8 @@ class Settings:
     gradient_checkpointing: bool = _s(True, "recompute layers in backward to save memory")
     recompute: str = _s(
         "auto",
-        "what gradient_checkpointing computes again: auto by the plan, elementwise ops, "
-        "full layers",
+        "what gradient_checkpointing computes again: elementwise ops, full layers, those with "
+        "their inputs offloaded; auto: the fastest that fits the card, full on the CPU",
         choices=("auto", "elementwise", "full", "offload"),
     )
     adapter_class: str = _s("", "class whose names the adapter carries; empty: the checkpoint's")

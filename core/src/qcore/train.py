@@ -1,19 +1,18 @@
 """Train: rows + base -> a PEFT adapter that is proved to have an effect.
 
-The whole verb, top to bottom: identify and preflight, encode the rows, stream the base in,
-say what will be trained, run the steps, publish. What each station decides is in its own
-file (`loop` the step, `state` the files); this one decides their order and what makes a run
-fail before and after the loop: a group that is declared 4-bit and is not, an adapter that
-never moved.
+The whole verb, top to bottom: identify and preflight, encode the rows, plan what they take of
+the card, stream the base in, say what will be trained, run the steps, publish. What each station
+decides is in its own file (`plan_run` the policy, `loop` the step, `state` the files); this one
+decides their order and what makes a run fail before and after the loop: a group that is declared
+4-bit and is not, an adapter that never moved.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,11 @@ from .load import load
 from .loop import Loop
 from .model import Model, ops_of
 from .nn.adapted import Lora
+from .plan_beside import RunPlan, beside, measured
+from .plan_oom import Watch
+from .plan_packs import packs_of
+from .plan_run import Room, plan_run, room_of
+from .plan_state import keep, kept
 from .preflight import preflight
 from .report import Reporter, Silent
 from .rundir import MetricsLog
@@ -39,29 +43,9 @@ from .signals import StopSignals
 from .state import METRICS, RunFiles, locked, newest, run_folder
 from .table import Store
 from .targets import Coverage, coverage, targets
+from .train_report import TrainReport, coverage_row, first_loss, is_logged
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainReport:
-    """What a run did.
-
-    Attributes:
-        output: the adapter folder.
-        steps: optimizer steps in all.
-        first_loss: mean loss per supervised token of the first step.
-        last_loss: of the last step.
-        eval_loss: of the held-out rows at the end, or ``None``.
-        adapter_class: the class that the adapter is written for.
-        coverage: what was trained, by group.
-    """
-
-    output: Path
-    steps: int
-    first_loss: float
-    last_loss: float
-    eval_loss: float | None
-    adapter_class: str
-    coverage: tuple[Coverage, ...]
+__all__ = ["TrainReport", "train"]
 
 
 def train(
@@ -73,6 +57,7 @@ def train(
     device: str = "auto",
     resume: bool = False,
     reporter: Reporter | None = None,
+    room: Room | None = None,
 ) -> TrainReport:
     """Fine-tune a base with LoRA over 4-bit or 16-bit weights.
 
@@ -84,6 +69,7 @@ def train(
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: go on with the run that was stopped.
         reporter: who is told; nobody by default.
+        room: what may be filled; by default what is free on the device.
 
     Raises:
         QcoreError: see docs/errors.md; nothing is published unless the run succeeded.
@@ -98,18 +84,23 @@ def train(
     backends = choose(installed(found.plugins), where, settings.kernels, used)
     for line in backends.lines():
         tell.note(line)
+    plan = _plan(found, rows, settings, room or room_of(where), backends, folder, resume, tell)
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
+        keep(folder, plan)
         stop = stack.enter_context(StopSignals())
         log = stack.enter_context(MetricsLog(folder / METRICS))
+        watch = stack.enter_context(Watch(plan, where))
+        watch.at("loading the base")
         net, files, lines = _load(found, rows, settings, where, backends, tell, stop)
-        loop = Loop(net, rows, settings, where)
+        loop = Loop(net, rows, settings, where, recompute=plan.policies)
         start = _resume(files, loop, folder, tell) if resume else 0
         log.truncate_after(start)
-        first, last = _first_loss(folder / METRICS), math.nan
-        for metrics in _steps(loop, files, folder, start, stop, tell):
+        watch.loaded()
+        first, last = first_loss(folder / METRICS), math.nan
+        for metrics in _steps(loop, files, folder, start, stop, tell, watch):
             first, last = (metrics["loss"] if first != first else first), metrics["loss"]
-            if _logged(metrics, settings, loop.schedule.total):
+            if is_logged(metrics, settings, loop.schedule.total):
                 log.write(metrics)
             tell.step(metrics)
         moved, maps = loop.prove_moved()
@@ -118,6 +109,7 @@ def train(
                 f"{maps - moved} of {maps} adapted linear maps saw no token: experts that the "
                 "router never picked stay as they were"
             )
+        watch.at("the last evaluation")
         eval_loss = loop.evaluate()
         if eval_loss is not None:
             log.write({"step": loop.schedule.total, "eval_loss": eval_loss})
@@ -130,8 +122,11 @@ def train(
             eval_loss=eval_loss,
             adapter_class=files.namespace.name,
             coverage=tuple(lines),
+            plan=plan.as_json(),
+            measured=measured(loop.meter, where.type),
         )
-        files.publish(target, folder / METRICS, _result(report) | {"maps_moved": [moved, maps]})
+        tell.note(beside(plan, loop.meter, where.type))
+        files.publish(target, folder / METRICS, report.result() | {"maps_moved": [moved, maps]})
     return report
 
 
@@ -158,6 +153,26 @@ def _rows(found: Identified, data: str | Path, settings: Settings, tell: Reporte
         f"({100 * rows.supervised / rows.tokens:.0f} %), longest row {rows.longest} tokens"
     )
     return rows
+
+
+def _plan(
+    found: Identified,
+    rows: Dataset,
+    settings: Settings,
+    room: Room,
+    backends: Chosen,
+    folder: Path,
+    resume: bool,
+    tell: Reporter,
+) -> RunPlan:
+    """What the rows take of the card, before a weight is read; a resumed run's policy stays."""
+    train, held_out = ([len(row.ids) for row in part] for part in (rows.train, rows.eval))
+    before, lines = kept(folder) if resume else ((), [])
+    packs = packs_of(train, held_out, settings)
+    plan, notes = plan_run(found, settings, packs, room, backends=backends, kept=before)
+    for line in (*lines, plan.line(), *notes):
+        tell.note(line)
+    return plan
 
 
 def _load(
@@ -207,7 +222,7 @@ def _load(
     for name, module in net.adapters():
         module.reset_lora(name, settings.seed, device)
     lines = coverage(net, layout)
-    tell.table("what will be trained", [_line(line) for line in lines])
+    tell.table("what will be trained", [coverage_row(line) for line in lines])
     if quantize:
         tell.note(_prove_quantised(net, found, lines))
     files = RunFiles(
@@ -256,16 +271,24 @@ def _resume(files: RunFiles, loop: Loop, folder: Path, tell: Reporter) -> int:
 
 
 def _steps(
-    loop: Loop, files: RunFiles, folder: Path, start: int, stop: StopSignals, tell: Reporter
+    loop: Loop,
+    files: RunFiles,
+    folder: Path,
+    start: int,
+    stop: StopSignals,
+    tell: Reporter,
+    watch: Watch,
 ) -> Iterator[dict[str, Any]]:
     """The run's steps with their evaluations and checkpoints; stops when asked to."""
     every, total = loop.settings.save_steps, loop.schedule.total
     with tell.progress("training", total, "steps") as advance:
         advance(start)
         for step in range(start, total):
-            metrics = loop.step(step)
             done = step + 1
+            watch.at(f"step {done}")
+            metrics = loop.step(step)
             if loop.due(done):
+                watch.at(f"the evaluation after step {done}")
                 metrics["eval_loss"] = loop.evaluate()
             advance(1)
             yield metrics
@@ -280,35 +303,3 @@ def _steps(
                     file=folder / f"checkpoint-{done}",
                     fix="run the same command with --resume",
                 )
-
-
-def _logged(metrics: Mapping[str, Any], settings: Settings, total: int) -> bool:
-    step = metrics["step"]
-    return step in (1, total) or step % settings.logging_steps == 0 or "eval_loss" in metrics
-
-
-def _first_loss(metrics: Path) -> float:
-    """The loss of step 1 of a run that is resumed; NaN of a new one."""
-    if not metrics.exists():
-        return math.nan
-    with metrics.open(encoding="utf-8") as file:
-        row = json.loads(file.readline() or "{}")
-    return float(row["loss"]) if row.get("step") == 1 else math.nan
-
-
-def _result(report: TrainReport) -> dict[str, Any]:
-    """For the manifest; JSON knows no NaN, which a run resumed after its last step has."""
-    losses = {"first_loss": report.first_loss, "last_loss": report.last_loss}
-    known = {key: value if math.isfinite(value) else None for key, value in losses.items()}
-    return {"steps": report.steps, **known, "eval_loss": report.eval_loss}
-
-
-def _line(line: Coverage) -> dict[str, Any]:
-    return {
-        "group": line.group,
-        "modules": line.modules,
-        "with LoRA": line.hit,
-        "parameters": line.parameters,
-        "trained": line.trained,
-        "bits": round(line.bits, 2),
-    }

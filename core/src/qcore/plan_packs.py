@@ -1,0 +1,83 @@
+"""The packs that a run's rows really make: which may take most memory, which is usual.
+
+This file decides which packs are planned. The order of rows is a function of the step
+(`schedule`), so every micro-batch of the run is known beforehand; beyond `DRAWS` rows the longest
+rows are taken to meet in one pack, which is the most that can happen. It imports no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .plan_record import Lengths
+from .schedule import Schedule
+from .settings import Settings
+
+DRAWS = 1 << 20  #: rows, over all epochs, whose packs are looked at one by one
+#: Tokens that a document's last tile may take beyond its own in kernels' workspace.
+TILE = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packs:
+    """Of a run.
+
+    Attributes:
+        largest: the pack with most tokens, and the one with most tokens and tiles if another.
+        longest_rows: as many as a micro-batch has, whether they meet in one or not.
+        usual: the pack whose tokens are nearest to the mean.
+        micro_steps: of an optimizer step, in the mean.
+        held_out: tokens of the longest held-out row, which is evaluated alone; 0 without any.
+    """
+
+    largest: tuple[Lengths, ...]
+    longest_rows: Lengths
+    usual: Lengths
+    micro_steps: float
+    held_out: int = 0
+
+
+def packs_of(
+    train: Sequence[int], held_out: Sequence[int], settings: Settings, *, draws: int = DRAWS
+) -> Packs:
+    """The packs of rows of these lengths.
+
+    Args:
+        train: tokens of each training row, in the order of the data set.
+        held_out: tokens of each held-out row.
+        settings: batch, seed and how long the run is.
+        draws: rows that are looked at one by one.
+    """
+    schedule = Schedule(len(train), settings)
+    by_tokens: dict[int, Lengths] = {}
+    longest_rows = _sorted(sorted(train)[-settings.per_device_train_batch_size :])
+    longest: Lengths = ()
+    widest: Lengths = ()
+    drawn = tokens = micro_steps = steps = 0
+    for step in range(schedule.total):
+        if drawn >= draws:
+            longest = widest = longest_rows
+            break
+        steps += 1
+        for rows in schedule.micro_batches(step):
+            pack = _sorted([train[row] for row in rows])
+            longest, widest = max(longest, pack, key=sum), max(widest, pack, key=_tiled)
+            by_tokens.setdefault(sum(pack), pack)
+            drawn, micro_steps, tokens = drawn + len(pack), micro_steps + 1, tokens + sum(pack)
+    mean = tokens / micro_steps
+    return Packs(
+        largest=tuple(dict.fromkeys((longest, widest))),
+        longest_rows=longest_rows,
+        usual=by_tokens[min(by_tokens, key=lambda count: abs(count - mean))],
+        micro_steps=micro_steps / steps,
+        held_out=max(held_out, default=0),
+    )
+
+
+def _sorted(lengths: list[int]) -> Lengths:
+    return tuple(sorted(lengths, reverse=True))
+
+
+def _tiled(pack: Lengths) -> int:
+    return sum(pack) + TILE * len(pack)

@@ -1,0 +1,201 @@
+"""The plan of a run: its own packs, the card that it has, and what becomes of one that is too big.
+
+This file decides what a run may fill (`Room`), which policy it takes, and that a run which does
+not fit is refused before a weight is read; where the settings name the policy, that is a warning.
+The step itself is `plan`'s, the packs are `plan_packs`', the words of the result `plan_beside`'s.
+
+On the CPU no limit and no rates are known: the policy is what the settings say without a plan,
+and nothing is claimed about time.
+
+Codes: ``QC-PLAN-001`` the run does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .errors import InputError
+from .identify import Identified
+from .kernels import Chosen
+from .loop import unplanned
+from .plan import LIBRARIES, Planner
+from .plan_beside import RunPlan
+from .plan_cards import FRAGMENTS, Card, card_of
+from .plan_packs import Packs
+from .plan_record import Plan, spelled
+from .settings import Settings
+
+TOKENS = 64  #: a row that is shorter is no advice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What a run may fill.
+
+    Attributes:
+        card: whose memory and rates they are; ``None``: the CPU.
+        budget: bytes that the run's tensors may take; ``None``: of a card all that a plan may
+            fill, on the CPU no limit is known.
+    """
+
+    card: Card | None = None
+    budget: int | None = None
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything can be too big."""
+        return self.card is not None or self.budget is not None
+
+
+def room_of(device: torch.device) -> Room:
+    """What is free on `device` now; blocks that torch holds and does not use are free."""
+    if device.type != "cuda":
+        return Room()
+    properties = torch.cuda.get_device_properties(device)
+    card = replace(
+        card_of(properties.name, properties.total_memory), memory=properties.total_memory
+    )
+    free, _ = torch.cuda.mem_get_info(device)
+    allocated = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - allocated
+    # What libraries hold already is a term of the plan; what else is allocated stays.
+    return Room(
+        card=card, budget=min(card.budget, int(free * (1 - FRAGMENTS)) + min(allocated, LIBRARIES))
+    )
+
+
+def plan_run(
+    found: Identified,
+    settings: Settings,
+    packs: Packs,
+    room: Room,
+    *,
+    backends: Chosen | None = None,
+    kept: Sequence[str] = (),
+) -> tuple[RunPlan, list[str]]:
+    """The plan of a run, and what the user must be told beside it.
+
+    Args:
+        found: the model; its headers are enough.
+        settings: the run's; where they name a policy it is taken.
+        packs: what its rows make.
+        room: what may be filled.
+        backends: what the run has chosen.
+        kept: the policies that the run had before it was stopped; taken again if they fit.
+
+    Raises:
+        InputError: ``QC-PLAN-001`` it does not fit, and the settings leave the policy to the plan.
+    """
+    planner = Planner(found, settings, room.card, backends=backends, budget=room.budget)
+    by_hand = settings.recompute != "auto" or not settings.gradient_checkpointing
+    policies, notes = _policies(planner, packs, room, tuple(kept))
+    worst = _whole(planner, packs, policies)
+    plan = RunPlan(
+        worst=worst,
+        usual=planner.plan(packs.usual, policies),
+        micro_steps=packs.micro_steps,
+        by_hand=by_hand,
+        limited=room.limited,
+    )
+    if room.limited and not worst.fits:
+        error = refusal(worst, planner, packs, by_hand=by_hand)
+        if not by_hand:
+            raise error
+        notes.append(f"warning: {error.code} {error.message}; {error.fix}")
+    # Of torch's tensors on the CPU the line itself says all that its note does.
+    return plan, [*notes, *(() if room.card is None else worst.notes)]
+
+
+def _policies(
+    planner: Planner, packs: Packs, room: Room, kept: tuple[str, ...]
+) -> tuple[tuple[str, ...], list[str]]:
+    layers = len(planner.measure.kinds)
+    if len(kept) == layers and (not room.limited or _whole(planner, packs, kept).fits):
+        return kept, [f"recompute as before the run was stopped: {spelled(kept)}"]
+    if room.limited:
+        chosen = planner.fastest(*packs.largest).policies
+    else:
+        chosen = (unplanned(planner.settings),) * layers
+    if kept and kept != chosen:
+        return chosen, [
+            f"recompute was {spelled(kept)} before the run was stopped, which does not fit now: "
+            f"{spelled(chosen)} from here on, which computes the same numbers"
+        ]
+    return chosen, []
+
+
+def _whole(planner: Planner, packs: Packs, policies: tuple[str, ...]) -> Plan:
+    """The worst moment of the run: of a step, or of an evaluation."""
+    plan = planner.worst(packs.largest, policies)
+    if not packs.held_out:
+        return plan
+    memory = planner.evaluation(packs.held_out)
+    peak = sum(memory.values())
+    if peak <= plan.peak:
+        return plan
+    return replace(
+        plan, lengths=(packs.held_out,), memory=memory, peak=peak, ops={}, timed=False,
+        moment="evaluation of a held-out row",
+    )  # fmt: skip
+
+
+def refusal(
+    plan: Plan, planner: Planner, packs: Packs | None = None, *, by_hand: bool = False
+) -> InputError:
+    """The error that a plan is which does not fit, with what would.
+
+    Args:
+        plan: what does not fit.
+        planner: who made it.
+        packs: of the run; by default the plan's own.
+        by_hand: whether the settings name the policy, so that another may fit.
+    """
+    return InputError(
+        "QC-PLAN-001",
+        "does not fit in the memory of the card",
+        field="max_length",
+        found=f"{plan.pack} under recompute {plan.recompute} take {plan.peak / 1e9:.3g} GB "
+        f"({plan.moment}), most of it {plan.largest}",
+        expected=f"at most {plan.budget / 1e9:.3g} GB",
+        fix=" or ".join(_fixes(plan, planner, packs or _own(plan), by_hand))
+        or "take a card with more memory, a smaller model, or fewer target_groups",
+    )
+
+
+def _own(plan: Plan) -> Packs:
+    return Packs(
+        largest=(plan.lengths,), longest_rows=plan.lengths, usual=plan.lengths, micro_steps=1.0
+    )
+
+
+def _fixes(plan: Plan, planner: Planner, packs: Packs, by_hand: bool) -> list[str]:
+    """What fits, the least change first: each was planned."""
+    fixes = []
+    if by_hand:
+        freed = planner.freely()
+        other = _whole(freed, packs, freed.fastest(*packs.largest).policies)
+        if other.fits:
+            fixes.append(f"with recompute=auto ({other.recompute}) it fits")
+    if (rows := _rows(planner, packs)) > 0:
+        fixes.append(f"with per_device_train_batch_size {rows} it fits")
+    if (tokens := planner.longest()) >= TOKENS:
+        one = "per_device_train_batch_size 1 and " if len(packs.longest_rows) > 1 else ""
+        fixes.append(f"with {one}max_length {tokens} it fits")
+    return fixes
+
+
+def _rows(planner: Planner, packs: Packs) -> int:
+    """How many rows fit, whichever meet, if less than there are; 0: not even one."""
+    if packs.held_out and sum(planner.evaluation(packs.held_out).values()) > planner.budget:
+        return 0
+    low, high = 0, len(packs.longest_rows) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if planner.fastest(packs.longest_rows[:middle]).fits:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,56 @@
+"""A run's plan in its own folder, so that a resumed run computes as before.
+
+This file decides what ``OUTPUT.run/plan.json`` holds: the policy of each layer, and the plan for
+people. It is no part of a checkpoint: all policies compute the same numbers, so a run may go on
+under another one, and says so. It imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from .durable import create, reading, sync_folder, write_all, writing
+from .plan_beside import RunPlan
+
+PLAN = "plan.json"
+
+
+def keep(folder: Path, plan: RunPlan) -> None:
+    """Write the plan, whole or not at all.
+
+    Raises:
+        WriteError: ``QC-WRITE-003`` to ``-006``.
+    """
+    path, fresh = folder / PLAN, folder / (PLAN + ".new")
+    text = json.dumps({"policies": list(plan.policies), "plan": plan.as_json()}, indent=1)
+    with writing(path):
+        if fresh.exists():  # of a run that died here
+            os.unlink(fresh)
+        fd = create(fresh)
+        try:
+            write_all(fd, memoryview((text + "\n").encode()))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(fresh, path)
+        sync_folder(folder)
+
+
+def kept(folder: Path) -> tuple[tuple[str, ...], list[str]]:
+    """The policies that `keep` wrote, none where there are none, and what to tell of it.
+
+    Raises:
+        InputError: ``QC-READ-001``.
+    """
+    path = folder / PLAN
+    try:
+        with reading(path):
+            policies = json.loads(path.read_text(encoding="utf-8") if path.exists() else "{}")
+        policies = policies.get("policies", [])
+        if policies and all(isinstance(policy, str) for policy in policies):
+            return tuple(policies), []
+    except (ValueError, AttributeError, TypeError):
+        return (), [f"{path} is damaged: recompute is planned again"]
+    return (), [f"{path.parent.name} holds no plan: recompute is planned again"]
