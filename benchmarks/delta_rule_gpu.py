@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
+from qcore_qwen35.ops import optional
 from qcore_qwen35.ops.delta_rule import chunked_delta_rule as reference
 from qcore_qwen35.ops.delta_rule import (
     triton_gradients,
@@ -175,6 +176,39 @@ def times(lengths: tuple[int, ...], heads: tuple[int, int], dims: tuple[int, int
     )
 
 
+def peers(lengths: tuple[int, ...], heads: tuple[int, int], dims: tuple[int, int]) -> None:
+    """Other projects' kernels, where installed, through the same arguments; ours beside them."""
+    made, cu = inputs(lengths, heads, dims)
+    layout = Chunks.of(cu, 64, made[0].device)
+    leaves = [x.detach().requires_grad_() for x in made]
+    rules: dict[str, Any] = {"qcore": triton_rule.chunked_delta_rule}
+    for record in optional.kernels():
+        if record.op == "delta_rule":
+            try:
+                rules[record.backend] = record.load()
+            except ImportError as error:
+                print(f"{record.backend}: not installed ({error})", flush=True)
+    for _ in range(2):
+        for name, rule in rules.items():
+            try:
+                o, _ = rule(*leaves, cu, layout=layout)
+                do = torch.randn_like(o)
+                forward = timed(lambda rule=rule: rule(*made, cu, layout=layout))
+                both = timed(
+                    lambda rule=rule, do=do: torch.autograd.grad(
+                        rule(*leaves, cu, layout=layout)[0], leaves, do
+                    )
+                )
+            except Exception as error:  # noqa: BLE001  whatever another project raises
+                print(f"{name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+                continue
+            print(
+                f"{len(lengths)} x {lengths[0]} heads {heads}: {name:10} forward {forward:.3f}, "
+                f"forward + backward {both:.3f} ms",
+                flush=True,
+            )
+
+
 def first_of(kernel: Any) -> str:
     """Registers and spills of what was compiled of a kernel."""
     said = []
@@ -224,11 +258,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--quick", action="store_true", help="no table of errors")
+    parser.add_argument("--peers", action="store_true", help="only other projects' beside ours")
     parser.add_argument("--compile", type=int)
     options = parser.parse_args()
     if options.compile is not None:
         return compile_one(options.compile)
     started = time.perf_counter()
+    if options.peers:
+        for lengths in ((8192,), (2048,), (32768,)):
+            peers(lengths, (16, 32), (128, 128))
+        return None
     if options.sweep:
         most = max(len(configs) for configs in SWEEP.values())
         command = [sys.executable, __file__, "--compile"]

@@ -191,12 +191,21 @@ def _report(given: argparse.Namespace) -> Iterator[str]:
                 caches.mkdir(exist_ok=True)
                 result = child(__file__, side, caches, given.timeout)
                 results[side].append(result)
-                if "failed" in result:
-                    yield say(f"{side}: FAILED: {result['failed']}")
+                yield say(_at_once(side, result))
         if given.device == "cuda":
             yield say(_card(child(__file__, "card", Path(folder), 120)))
     for line in (*_table(job, results, rate), *_ratios(results), *_profiles(given, results)):
         yield say(line)
+
+
+def _at_once(side: str, result: Result) -> str:
+    """What a process gave, said as soon as it ends: a report that is cut off keeps it."""
+    if "failed" in result:
+        return f"{side}: FAILED: {result['failed']}"
+    return (
+        f"{side}: {result['median_s']:.4f} s/step, {result['tokens_per_s']:.0f} tokens/s, "
+        f"peak {result['peak_bytes'] / 1e9:.2f} GB, first step {result['first_step_s']:.1f} s"
+    )
 
 
 def _card(found: Result) -> str:

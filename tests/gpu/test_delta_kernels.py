@@ -23,6 +23,9 @@ DECAYS = {"usual": (-0.5, 0.0), "near 1": (-1e-4, 0.0), "near 0": (-30.0, -10.0)
 LENGTHS = [(1,), (64,), (1000, 1, 77, 64), (4097,)]
 #: Relative error of bf16 inputs; 5e-3 was the worst that was seen.
 BOUND = 8e-3
+#: Of decays whose logs are below -10: their own gradient is 5e-5 of the others', and what little
+#: passes such a decay is a difference of what was rounded; 1.5e-2 was the worst that was seen.
+FORGOTTEN = 2.5e-2
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +83,8 @@ def _errors(made: list[Tensor], lengths: tuple[int, ...]) -> dict[str, float]:
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_outputs_and_gradients(lengths: tuple[int, ...], decay: tuple[float, float]) -> None:
     found = _errors(_inputs(lengths, (2, 4), (128, 128), decay), lengths)
+    of_decay = found.pop("dg")
+    assert of_decay <= (FORGOTTEN if decay[1] < -5 else BOUND), of_decay
     assert max(found.values()) <= BOUND, found
 
 

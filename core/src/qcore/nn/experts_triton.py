@@ -15,7 +15,7 @@ Shapes: T tokens, k experts a token, ``R = T k`` rows, E experts, r LoRA's rank.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -43,6 +43,10 @@ def _table(device: torch.device) -> Tensor:
     return torch.tensor(VALUES, device=device)
 
 
+#: Shared memory of a program, bytes: Hopper has 227 KiB, and the compiler keeps a few.
+_SHARED = 224 << 10
+
+
 @dataclass(frozen=True, slots=True)
 class _Cut:
     """How the tiles of a product are cut."""
@@ -54,7 +58,24 @@ class _Cut:
     stages: int
 
 
-def _cut(rows: int, experts: int, dtype: torch.dtype, *, nf4: bool) -> _Cut:
+def _cut(rows: int, experts: int, dtype: torch.dtype, *, nf4: bool, rank: int = 0) -> _Cut:
+    """The cut that is fastest of those that leave room for tiles of LoRA's rank."""
+    cut = _free_cut(rows, experts, dtype, nf4=nf4)
+    while rank and _shared(cut, rank, dtype) > _SHARED and (cut.stages > 2 or cut.columns > 64):
+        if cut.stages > 2:
+            cut = replace(cut, stages=cut.stages - 1)
+        else:
+            cut = replace(cut, columns=cut.columns // 2)
+    return cut
+
+
+def _shared(cut: _Cut, rank: int, dtype: torch.dtype) -> int:
+    """Bytes of shared memory that a product's tiles take: of the loop, and of LoRA after it."""
+    sides = cut.rows + cut.columns
+    return dtype.itemsize * sides * (cut.depth * cut.stages + rank)
+
+
+def _free_cut(rows: int, experts: int, dtype: torch.dtype, *, nf4: bool) -> _Cut:
     height = tile_rows(rows, experts)
     if nf4:
         return _Cut(height, 64, 128, 4, 1)
@@ -115,7 +136,8 @@ class _Products:
         rows, (n, k) = len(self.routing.order), (out, into) if turned else (into, out)
         y = x.new_empty(rows, n)
         nf4 = self._few(x)
-        cut = _cut(rows, experts, x.dtype, nf4=nf4)
+        rank = 0 if lora is None else _rank(lora[0].shape[1])
+        cut = _cut(rows, experts, x.dtype, nf4=nf4, rank=rank)
         step = experts if nf4 else max(1, TOGETHER // (x.element_size() * out * into))
         for first in range(0, experts, step):
             last = min(first + step, experts)
@@ -129,7 +151,7 @@ class _Products:
                 CHOICES=self.routing.k if spread else 0, NF4=nf4, LORA=lora is not None,
                 EVEN_N=n % cut.columns == 0, EVEN_K=k % cut.depth == 0,
                 PRECISION=_precision(x.dtype), BM=cut.rows, BN=cut.columns, BK=cut.depth,
-                BR=_rank(left.shape[1]) if lora is not None else 16,
+                BR=rank or 16,
                 num_warps=cut.warps, num_stages=cut.stages,
                 flops=2 * rows * n * k * (last - first) / experts, share=0.53,
             )  # fmt: skip
