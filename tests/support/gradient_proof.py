@@ -12,14 +12,14 @@ Why not 1.0: an error in bfloat16 is a draw. `spread` says how far theirs is fro
 another seed of tokens, targets and B, and the table prints it beside what is judged. Measured on
 a CPU (0.8B, 278 tokens, references in torch): theirs under three seeds, geometric mean within
 1.02, one tensor up to 1.40; ours over theirs, of the same seed, 0.92 to 0.97 and up to 1.24, also
-with decays near 0 and near 1 and after 200 steps. The
-margins are below the spread of one tensor: a tensor slightly above 1.25 is to be looked at under
-another seed before a kernel is blamed, and one far above it is no chance.
+with decays near 0 and near 1 and after 200 steps. The margin of one tensor is below that spread:
+one slightly above 1.25 is to be looked at under another seed before a kernel is blamed.
 
 Of few values the norm of an error is mostly chance: the ratio of two such norms of n independent
 values has a logarithm of standard deviation ``n ** -0.5``. Of fewer than 219 values it may be
 ``exp(3.3 / n ** 0.5)``: 1.34 for the 128 of a decay's B, 3.2 for the 8 of the shared expert's
-gate (two draws of the same noise differed by 2.2 there). Their cosine must be 0.999 all the same.
+gate (2.2 was seen there without any kernel, at small widths). Their cosine
+must be 0.999 all the same.
 """
 
 from __future__ import annotations
