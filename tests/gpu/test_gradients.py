@@ -203,10 +203,13 @@ def _poison() -> None:
         torch.full((2**28,), torch.nan, device=CUDA, dtype=torch.float32)
         for _ in range(most // 2**30)
     ]
-    small = [torch.full((2**17,), torch.nan, device=CUDA) for _ in range(1024)]
+    small = [
+        torch.full((numel,), torch.nan, device=CUDA)
+        for numel in (2**17, 2**13, 2**10, 2**7)
+        for _ in range(1024)
+    ]
     del large, small
-    for numel in (2**10, 2**24):  # the trap is set
-        assert bool(torch.empty(numel, device=CUDA).isnan().all())
+    assert bool(torch.empty(2**24, device=CUDA).isnan().all())  # the trap is set
 
 
 def _in_mode(sides: Sides, case: Case, *, fill: bool) -> Gradients:
