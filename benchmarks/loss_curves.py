@@ -91,14 +91,15 @@ def qcore_losses(job: Job, folder: str, seed: int, rate: float, kernels: list[st
     from qcore.kernels import choose, installed
     from qcore.load import load
     from qcore.loop import Loop
-    from qcore.model import Model
+    from qcore.model import Model, ops_of
     from qcore.nn.adapted import Lora
     from qcore.targets import targets
 
     device = torch.device(job.device)
     found = identify(folder, generation="3.5")
     wanted = dict(one.split("=", 1) for one in kernels)
-    chosen = choose(installed(found.plugins), device, wanted)
+    used = ops_of(found.decision.architecture, found.checkpoint.config, found.layout)
+    chosen = choose(installed(found.plugins), device, wanted, used)
     print("\n".join(chosen.lines()), file=sys.stderr)
     lora = targets(found.layout, (), Lora(r=RANK, lora_alpha=ALPHA))
     model = Model(
