@@ -180,7 +180,7 @@ def _columns(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _shape(qg: Tensor, k: Tensor, d: int, n: int) -> dict[str, int]:
+def _shape(qg: Tensor, k: Tensor, d: int, n: int) -> dict[str, Any]:
     heads = (qg.shape[1] // (2 * d), k.shape[1] // d)
     return {
         "D": d,
