@@ -301,3 +301,26 @@ def test_dropout_is_drawn_for_each_member():
 def test_one_width():
     with pytest.raises(ValueError, match="one width"):
         Product([Linear((8, 64), F32, None), Linear((8, 32), F32, None)])
+
+
+@pytest.mark.parametrize("case", ["wide", "narrow", "16-bit, wide"])
+def test_no_rows(case: str):
+    maps = members(case)
+    x = torch.empty(0, K, requires_grad=True)
+    y = Product(maps)(x)
+    assert [one.shape for one in y] == [(0, one.shape[0]) for one in maps]
+    torch.autograd.backward(y, [torch.empty_like(one) for one in y])
+    assert x.grad is not None
+    assert x.grad.shape == (0, K)
+
+
+@pytest.mark.parametrize("case", STACKS)
+def test_what_inference_mode_left_can_be_trained(case: str):
+    maps = members(case)
+    product = Product(maps)
+    x, grads = inputs(maps)
+    with torch.inference_mode():
+        before = [one.clone() for one in product(x)]
+    results = found(product, maps, x, grads)
+    close(results, expected(maps, x, grads))
+    close([one.clone() for one in before], results[: len(maps)])

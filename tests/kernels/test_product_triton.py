@@ -154,6 +154,73 @@ def test_an_update_is_seen(case: str):
             assert float((one - other).norm()) <= 2e-3 * float(other.norm())
 
 
+@pytest.mark.parametrize("case", ["wide", "narrow"])
+def test_another_scaling_and_another_adapter_are_seen(case: str):
+    """Where the masters lie does not tell: the numbers may change, or a rank in the same place."""
+    maps = members(case)
+    FlatAdamW(maps, lr=0.5, weight_decay=0.0)
+    product = Product(maps)
+    product.compute = kernels.linear
+    x, grads = given(maps, 9)
+    for lora in (Lora(r=4, lora_alpha=64), None, Lora(r=2, lora_alpha=2)):
+        maps[1].lora = lora
+        if lora is not None and lora.r == 2:
+            a, b = maps[1].lora_A, maps[1].lora_B
+            assert a is not None
+            assert b is not None
+            a.data = a.data.flatten()[: 2 * K].view(2, K)
+            b.data = b.data.flatten()[: 2 * maps[1].shape[0]].view(-1, 2)
+            for matrix in (a, b):
+                assert matrix.grad is not None
+                matrix.grad = torch.zeros_like(matrix)
+        elif lora is not None:
+            maps[1].lora = Lora(r=maps[1].lora_A.shape[0], lora_alpha=64)  # type: ignore[union-attr]
+        results = []
+        for compute in (plain.reference, kernels.linear):
+            for one in maps:
+                if one.lora is not None:
+                    one.lora_A.grad.zero_()  # type: ignore[union-attr]
+                    one.lora_B.grad.zero_()  # type: ignore[union-attr]
+            product.compute = compute
+            leaf = x.clone().requires_grad_()
+            y = product(leaf)
+            torch.autograd.backward(y, grads)
+            matrices = [m for one in maps if one.lora for m in (one.lora_A, one.lora_B)]
+            results.append([*y, leaf.grad, *(m.grad.clone() for m in matrices)])  # type: ignore[union-attr]
+        for torchs, ours in zip(*results, strict=True):
+            off = float((torchs.double() - ours.double()).detach().norm())
+            assert off <= 2e-3 * float(torchs.detach().double().norm()), lora
+
+
+@pytest.mark.parametrize("after", ["reference", "again", "alone"])
+@pytest.mark.parametrize("case", ["wide", "narrow"])
+def test_a_fill_that_failed_leaves_nothing_behind(
+    case: str, after: str, monkeypatch: pytest.MonkeyPatch
+):
+    maps = members(case)
+    x, _ = given(maps, 9)
+    want = [one.detach() for one in Product(maps)(x)]
+    product = Product(maps)
+    product.compute = kernels.linear
+    with monkeypatch.context() as broken:
+        broken.setattr(kernels, "fill", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            product(x)
+    assert product._working is not None
+    product._working.a.fill_(7)
+    product._working.b.fill_(7)
+    if after == "alone":
+        loras = [one.lora for one in maps]
+        for one in maps:
+            one.lora = None
+        product(x)
+        for one, lora in zip(maps, loras, strict=True):
+            one.lora = lora
+    product.compute = plain.reference if after == "reference" else kernels.linear
+    for one, other in zip(product(x), want, strict=True):
+        assert float((one.detach() - other).norm()) <= 2e-3 * float(other.norm())
+
+
 def test_launches(monkeypatch: pytest.MonkeyPatch):
     counted: Counter[str] = Counter()
     launch = kernels.launch

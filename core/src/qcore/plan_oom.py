@@ -4,7 +4,7 @@ This file decides which exceptions mean it (torch's, cuBLAS', Triton's, that of 
 and what the report says: where the run was, what it held and reserved, what was free on the card,
 and the plan's terms.
 
-Codes: ``QC-PLAN-004`` the device ran out of memory.
+Codes: ``QC-PLAN-004`` the device, or the host, ran out of memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ import torch
 from .errors import InputError
 from .plan_beside import RunPlan
 
+_PINNED = ("pin_memory", "pinned", "cudaHostAlloc", "not enough memory: you tried to allocate")
 _WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "not enough memory: you tried to allocate")
+
+
+_HOST = (
+    "end what else takes memory of this machine, or train with recompute=full, which parks "
+    "nothing in it"
+)
 
 
 class Usage(NamedTuple):
@@ -99,12 +106,12 @@ class Watch:
         limit = f" of {_gb(worst.budget)}" if self._plan.limited else ""
         return InputError(
             "QC-PLAN-004",
-            "the device ran out of memory",
+            "the host ran out of memory" if of_host(error) else "the device ran out of memory",
             field=self._where,
             found=f"{self._measured()}{_first(error)}",
             expected=f"by the plan {_gb(worst.peak)}{limit} at the most, {worst.pack}, recompute "
             f"{worst.recompute}: {terms or 'nothing of size'}",
-            fix=self._fix(),
+            fix=_HOST if of_host(error) else self._fix(),
         )
 
     def _measured(self) -> str:
@@ -134,6 +141,11 @@ def is_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+
+
+def of_host(error: BaseException) -> bool:
+    """Whether it is the machine's own memory, pinned or not, that ran out."""
+    return isinstance(error, MemoryError) or any(word in str(error) for word in _PINNED)
 
 
 def _gb(size: int) -> str:

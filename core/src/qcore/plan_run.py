@@ -181,7 +181,7 @@ def _fixes(plan: Plan, planner: Planner, packs: Packs, by_hand: bool) -> list[st
             fixes.append(f"with recompute=auto ({other.recompute}) it fits")
     if (rows := _rows(planner, packs)) > 0:
         fixes.append(f"with per_device_train_batch_size {rows} it fits")
-    if (tokens := planner.longest()) >= TOKENS:
+    if TOKENS <= (tokens := planner.longest()) < max(*packs.longest_rows, packs.held_out):
         one = "per_device_train_batch_size 1 and " if len(packs.longest_rows) > 1 else ""
         fixes.append(f"with {one}max_length {tokens} it fits")
     return fixes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from .durable import create, reading, sync_folder, write_all, writing
@@ -38,8 +39,12 @@ def keep(folder: Path, plan: RunPlan) -> None:
         sync_folder(folder)
 
 
-def kept(folder: Path) -> tuple[tuple[str, ...], list[str]]:
+def kept(folder: Path, known: Collection[str]) -> tuple[tuple[str, ...], list[str]]:
     """The policies that `keep` wrote, none where there are none, and what to tell of it.
+
+    Args:
+        folder: the run's.
+        known: the policies that there are; a plan that names another is damaged.
 
     Raises:
         InputError: ``QC-READ-001``.
@@ -49,7 +54,9 @@ def kept(folder: Path) -> tuple[tuple[str, ...], list[str]]:
         with reading(path):
             policies = json.loads(path.read_text(encoding="utf-8") if path.exists() else "{}")
         policies = policies.get("policies", [])
-        if policies and all(isinstance(policy, str) for policy in policies):
+        if policies:
+            if not isinstance(policies, list) or not set(policies) <= set(known):
+                raise ValueError("no policies")
             return tuple(policies), []
     except (ValueError, AttributeError, TypeError):
         return (), [f"{path} is damaged: recompute is planned again"]

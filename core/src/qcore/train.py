@@ -30,6 +30,7 @@ from .load import load
 from .loop import Loop
 from .model import Model, ops_of
 from .nn.adapted import Lora
+from .nn.again import POLICIES
 from .plan_beside import RunPlan, beside, measured
 from .plan_oom import Watch
 from .plan_packs import packs_of
@@ -87,7 +88,6 @@ def train(
     plan = _plan(found, rows, settings, room or room_of(where), backends, folder, resume, tell)
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
-        keep(folder, plan)
         stop = stack.enter_context(StopSignals())
         log = stack.enter_context(MetricsLog(folder / METRICS))
         watch = stack.enter_context(Watch(plan, where))
@@ -95,6 +95,7 @@ def train(
         net, files, lines = _load(found, rows, settings, where, backends, tell, stop)
         loop = Loop(net, rows, settings, where, recompute=plan.policies)
         start = _resume(files, loop, folder, tell) if resume else 0
+        keep(folder, plan)
         log.truncate_after(start)
         watch.loaded()
         first, last = first_loss(folder / METRICS), math.nan
@@ -126,6 +127,7 @@ def train(
             measured=measured(loop.meter, where.type),
         )
         tell.note(beside(plan, loop.meter, where.type))
+        watch.at("publishing the adapter")
         files.publish(target, folder / METRICS, report.result() | {"maps_moved": [moved, maps]})
     return report
 
@@ -167,7 +169,7 @@ def _plan(
 ) -> RunPlan:
     """What the rows take of the card, before a weight is read; a resumed run's policy stays."""
     train, held_out = ([len(row.ids) for row in part] for part in (rows.train, rows.eval))
-    before, lines = kept(folder) if resume else ((), [])
+    before, lines = kept(folder, POLICIES) if resume else ((), [])
     packs = packs_of(train, held_out, settings)
     plan, notes = plan_run(found, settings, packs, room, backends=backends, kept=before)
     for line in (*lines, plan.line(), *notes):

@@ -202,7 +202,12 @@ def run_layers(
         batch: the pack.
         policies: one of `POLICIES` for each layer.
         dropout: whether a layer draws random numbers, which a second run must draw again.
+
+    Raises:
+        ValueError: for another policy.
     """
+    if unknown := set(policies) - set(POLICIES):
+        raise ValueError(f"no recompute policy is called {', '.join(sorted(unknown))}")
     before: _Parked | None = None
     for layer, policy in zip(layers, policies, strict=True):
         if policy == "none" or not torch.is_grad_enabled():

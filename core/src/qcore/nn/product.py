@@ -92,13 +92,19 @@ class Adapter:
         return self.a, self.a._version, self.b, self.b._version, self.scaling
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Working:
-    """LoRA in the run's dtype: ``a [R, K]``, ``b [N, R]`` block-diagonal and scaled."""
+    """LoRA in the run's dtype: ``a [R, K]``, ``b [N, R]`` block-diagonal and scaled.
+
+    Attributes:
+        marks: the masters that they were made of.
+        written: whether they hold their values, or get them when weights are read (`Maps.fill`).
+    """
 
     marks: list[tuple[Any, ...]]
     a: Tensor
     b: Tensor
+    written: bool = True
 
 
 @dataclass(slots=True)
@@ -130,7 +136,6 @@ class Product:
         self.out = sum(self.sizes)
         self.compute: Callable[[Tensor, Product], tuple[Tensor, ...]] = reference
         self._working: Working | None = None
-        self._pending = False
         #: Tables of `Maps`, which makes them and knows when they are out of date.
         self.sources: Sources | None = None
         self.gradients: Gradients | None = None
@@ -190,32 +195,41 @@ class Product:
         if self._stale:
             self._working, self._stale = None, False
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def working(self, like: Tensor, maps: Maps | None = None) -> Working | None:
         """A and B in the dtype of `like`, made anew where a master changed.
 
-        With `maps` they are written when the weights are read, which is to be done next.
+        With `maps` they may be unwritten: reading the weights writes them.
         """
         adapters = list(self.adapters())
         if not adapters:
             return None
         marks = [one.mark for one in adapters]
+        late = maps is not None and not self.stays and maps.takes(self, like)
         known = self._working
-        if known is not None and known.a.dtype == like.dtype and _same(known.marks, marks):
+        if (
+            known is not None
+            and known.a.dtype == like.dtype
+            and _same(known.marks, marks)
+            and (known.written or late)
+        ):
             return known
         ranks = adapters[-1].ranks.stop
         ranks += -ranks % _MULTIPLE
-        if maps is not None and not self.stays and maps.takes(self, like):
+        if late:
+            # In place where they fit, so that a captured step still finds them.
             if known is None or known.a.dtype != like.dtype or len(known.a) != ranks:
                 a, b = like.new_empty(ranks, self.into), like.new_empty(self.out, ranks)
-                known = Working(marks, a, b)
-            self._working, self._pending = Working(marks, known.a, known.b), True
+            else:
+                a, b = known.a, known.b
+            self._working = Working(marks, a, b, written=False)
             return self._working
         a, b = like.new_zeros(ranks, self.into), like.new_zeros(self.out, ranks)
         for one in adapters:
             a[one.ranks] = one.a
             torch.mul(one.b, one.scaling, out=b[one.rows, one.ranks])
-        self._working, self._pending = Working(marks, a, b), False
+        self._working = Working(marks, a, b)
         return self._working
 
     @property
@@ -223,37 +237,46 @@ class Product:
         """Whether the buffer is kept: all weights are in 16 bit anyway."""
         return all(member.resident or not member.four_bit for member in self.members)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def buffer(self, working: Working | None, like: Tensor, maps: Maps | None = None) -> Tensor:
         """``[N, K + R]`` or ``[N + R, K]``: the weights, and LoRA in its place."""
         kept = self._kept
         if kept is None or not _fits(kept, self._sources(), working, like):
-            return self._filled(working, like, maps)
+            return self._filled(working, like, maps, place=True)
         if working is not None and kept.working is not working:
             self._put(kept.buffer, working)
             kept.working = working
         return kept.buffer
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def weights(self, working: Working | None, like: Tensor, maps: Maps | None = None) -> Tensor:
         """``[N, K]``: the weights alone; rows may lie apart."""
-        buffer = self.buffer(working, like) if self.stays else self._filled(None, like, maps)
+        if self.stays:
+            buffer = self.buffer(working, like)
+        else:
+            buffer = self._filled(working, like, maps, place=False)
         return buffer[: self.out, : self.into]
 
     def _sources(self) -> list[Any]:
         return [member.nf4 or member.weight for member in self.members]
 
-    def _filled(self, working: Working | None, like: Tensor, maps: Maps | None) -> Tensor:
-        """A new buffer; it stays where all members' weights may."""
-        ranks = 0 if working is None else len(working.a)
+    def _filled(
+        self, working: Working | None, like: Tensor, maps: Maps | None, *, place: bool
+    ) -> Tensor:
+        """A new buffer, with `working` in its place if asked; it stays where all weights may."""
+        place = place and working is not None
+        ranks = len(working.a) if place and working is not None else 0
         shape = (self.out, self.into + ranks) if self.wide else (self.out + ranks, self.into)
         buffer = like.new_empty(shape)
         if maps is not None and not self.stays and maps.takes(self, like):
-            place, fresh = working is not None, self._pending
-            maps.fill(self, buffer, self._working, place=place, fresh=fresh)
-            self._pending = False
+            fresh = working is not None and not working.written
+            maps.fill(self, buffer, working, place=place, fresh=fresh)
+            if working is not None:
+                working.written = True
             return buffer
-        if working is not None:
+        if working is not None and place:
             self._put(buffer, working)
         slabs = torch.split(buffer[: self.out, : self.into], self.sizes)
         for member, slab in zip(self.members, slabs, strict=True):
@@ -333,7 +356,8 @@ class _Product(torch.autograd.Function):
             y.addmm_(flat, weights.t())
         ctx.save_for_backward(flat if matrices else None, xa)
         ctx.product, ctx.shape, ctx.maps = product, x.shape, maps
-        return tuple(one.view(*x.shape[:-1], -1) for one in torch.split(y, product.sizes, 1))
+        parts = zip(torch.split(y, product.sizes, 1), product.sizes, strict=True)
+        return tuple(one.view(*x.shape[:-1], size) for one, size in parts)
 
     @staticmethod
     @once_differentiable

@@ -37,7 +37,7 @@ class Sources:
     """What `fill` reads.
 
     Attributes:
-        key: the addresses; equal to `key_of` as long as this holds.
+        key: `key_of` the product, as long as this holds.
         table: a row a part, LoRA's first.
         count: rows.
         lora: programs that LoRA's rows take.
@@ -55,7 +55,7 @@ class Sources:
     ROWS: ClassVar[int] = 8
     RUN: ClassVar[int] = 512
 
-    key: tuple[int, ...]
+    key: tuple[float, ...]
     table: Tensor
     count: int
     lora: int
@@ -112,9 +112,9 @@ class Sources:
         )  # fmt: skip
 
 
-def key_of(product: Product) -> tuple[int, ...]:
-    """The addresses that `Sources` of a product holds."""
-    key = []
+def key_of(product: Product) -> tuple[float, ...]:
+    """What `Sources` of a product say that may change: addresses, ranks, scalings."""
+    key: list[float] = []
     for member in product.members:
         if member.nf4 is not None:
             key.append(_at(member.nf4.packed))
@@ -123,7 +123,7 @@ def key_of(product: Product) -> tuple[int, ...]:
         if member.lora is not None:
             assert member.lora_A is not None
             assert member.lora_B is not None
-            key += [_at(member.lora_A), _at(member.lora_B)]
+            key += [_at(member.lora_A), _at(member.lora_B), member.lora.r, member.lora.scaling]
     return tuple(key)
 
 
@@ -151,7 +151,7 @@ class Gradients:
     """What `outer` writes.
 
     Attributes:
-        key: the addresses of the gradients.
+        key: `key_of` the gradients, as long as this holds.
         table: a row a gradient.
         count: rows.
         programs: that all take.
@@ -160,7 +160,7 @@ class Gradients:
         tensors: the gradients.
     """
 
-    key: tuple[int, ...]
+    key: tuple[float, ...]
     table: Tensor
     count: int
     programs: int
@@ -169,9 +169,12 @@ class Gradients:
     tensors: tuple[Tensor, ...]
 
     @staticmethod
-    def key_of(sinks: Sequence[tuple[Tensor, Tensor]]) -> tuple[int, ...]:
-        """Of gradients that lie there."""
-        return tuple(_at(gradient) for pair in sinks for gradient in pair)
+    def key_of(
+        adapters: Sequence[Adapter], sinks: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[float, ...]:
+        """Where gradients lie, and what they are scaled by."""
+        places = [_at(gradient) for pair in sinks for gradient in pair]
+        return (*places, *(one.scaling for one in adapters), *(len(one.a) for one in adapters))
 
     @classmethod
     def of(
@@ -206,7 +209,7 @@ class Gradients:
             a(together, 0)
         tensors = tuple(gradient for pair in sinks for gradient in pair)
         return cls(
-            cls.key_of(sinks), rows.table(tensors[0].device), len(rows.rows),
+            cls.key_of(adapters, sinks), rows.table(tensors[0].device), len(rows.rows),
             rows.programs, max(row[6] for row in rows.rows),
             all(number % 8 == 0 for row in rows.rows for number in row[3:7]), tensors,
         )  # fmt: skip

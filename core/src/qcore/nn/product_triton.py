@@ -75,12 +75,10 @@ class Launched:
         ):  # fmt: skip
             return False
         there = cast("list[tuple[Tensor, Tensor]]", sinks)
-        known = product.gradients
-        if known is None or known.key != Gradients.key_of(there):
+        known, adapters = product.gradients, list(product.adapters())
+        if known is None or known.key != Gradients.key_of(adapters, there):
             together = neighbours([a for a, _ in sinks])
-            known = product.gradients = Gradients.of(
-                list(product.adapters()), there, together, OUTER[0]
-            )
+            known = product.gradients = Gradients.of(adapters, there, together, OUTER[0])
         outer(known, dy, x, xa, dyb)
         return True
 
