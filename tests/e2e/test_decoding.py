@@ -76,12 +76,16 @@ def test_a_held_step_equals_a_plain_one(model: Model, monkeypatch: pytest.Monkey
 
 
 def test_a_held_step_equals_the_whole(model: Model) -> None:
+    """As closely as any cache does: a document in one piece is summed in another order."""
     ids = _prompt(7)
     new, logits = _greedy(Decoder(model, CPU, Way.HELD), ids, 6)
+    _, plain = _greedy(Decoder(model, CPU, Way.PLAIN), ids, 6)
     with torch.no_grad():
-        whole = model.logits(Packed.of([torch.cat([ids, torch.tensor(new[:-1])])]))
-    whole = whole[6:]
-    assert float((logits - whole).abs().max()) <= 1e-5 * float(whole.abs().max())
+        whole = model.logits(Packed.of([torch.cat([ids, torch.tensor(new[:-1])])]))[6:]
+    usual = float((plain - whole).abs().max())
+    bound = max(2 * usual, 1e-5 * float(whole.abs().max()))
+    assert bound <= 5e-5 * float(whole.abs().max())
+    assert float((logits - whole).abs().max()) <= bound
 
 
 def test_nothing_of_the_document_before_is_left(model: Model) -> None:
