@@ -153,6 +153,11 @@ BAD: list[tuple[str, str, tuple[str, ...]]] = [
     ("chat_template_kwargs: {a-b: 1}", "QC-CONFIG-003", ("names no variable",)),
     ("adapter_class: ../../x y", "QC-CONFIG-003", ("not a name",)),
     ("eval_steps: 5", "QC-CONFIG-007", ("eval_fraction",)),
+    (
+        "recompute: full\ngradient_checkpointing: false",
+        "QC-CONFIG-007",
+        ("recompute", "gradient_checkpointing"),
+    ),
     ("seed: &a 3\nr: *a", "QC-YAML-002", ("anchor &a",)),
     ("r: *a", "QC-YAML-002", ("alias *a",)),
     ("r: !!int '8'", "QC-YAML-002", ("tag",)),

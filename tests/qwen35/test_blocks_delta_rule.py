@@ -234,3 +234,11 @@ def test_layout_is_a_round_trip(lengths: tuple[int, ...], chunks: int) -> None:
     assert sum(len(s.steps) for s in segments) == max(-(-n // 64) for n in lengths)
     states = torch.randn(len(lengths), 2)
     assert torch.equal(layout.by_document(layout.by_length(states)), states)
+
+
+def test_documents_of_a_plan_take_no_memory():
+    from qcore_qwen35.ops.delta_inputs.reference import Documents
+
+    planned = Documents.of((0, 5, 2**36), torch.device("meta"))
+    assert planned.starts.shape == (2**36,)
+    assert planned.starts.dtype == Documents.of((0, 5, 9), torch.device("cpu")).starts.dtype

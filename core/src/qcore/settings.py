@@ -197,6 +197,14 @@ class Settings:
                 found=f"{self.eval_steps} with eval_fraction 0",
                 fix="set eval_fraction, or leave eval_steps out",
             )
+        if self.recompute != "auto" and not self.gradient_checkpointing:
+            raise UsageError(
+                "QC-CONFIG-007",
+                "says what is computed again, and gradient_checkpointing that nothing is",
+                field="recompute",
+                found=f"{self.recompute} with gradient_checkpointing false",
+                fix="leave one of the two out",
+            )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, source: object | None = None) -> Settings:

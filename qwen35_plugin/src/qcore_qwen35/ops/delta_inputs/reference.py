@@ -38,7 +38,13 @@ class Documents:
 
     @staticmethod
     def of(cu_seqlens: Sequence[int], device: torch.device) -> Documents:
-        """Laid out on the host, carried over without waiting for the device."""
+        """Laid out on the host, carried over without waiting for the device.
+
+        On meta it has no numbers, whatever the length: a plan of many tokens takes no memory.
+        """
+        if device.type == "meta":
+            starts = torch.empty(cu_seqlens[-1], dtype=torch.int32, device=device)
+            return Documents(tuple(cu_seqlens), starts)
         ends = torch.tensor(cu_seqlens)
         starts = torch.repeat_interleave(ends[:-1].int(), ends.diff(), output_size=cu_seqlens[-1])
         if device.type == "cuda" and torch.cuda.is_available():
