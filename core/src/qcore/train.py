@@ -104,12 +104,7 @@ def train(
             if is_logged(metrics, settings, loop.schedule.total):
                 log.write(metrics)
             tell.step(metrics)
-        moved, maps = loop.prove_moved()
-        if moved < maps:
-            tell.note(
-                f"{maps - moved} of {maps} adapted linear maps saw no token: experts that the "
-                "router never picked stay as they were"
-            )
+        moved = _moved(loop, tell)
         watch.at("the last evaluation")
         eval_loss = loop.evaluate()
         if eval_loss is not None:
@@ -128,8 +123,19 @@ def train(
         )
         tell.note(beside(plan, loop.meter, where.type))
         watch.at("publishing the adapter")
-        files.publish(target, folder / METRICS, report.result() | {"maps_moved": [moved, maps]})
+        files.publish(target, folder / METRICS, report.result() | {"maps_moved": moved})
     return report
+
+
+def _moved(loop: Loop, tell: Reporter) -> list[int]:
+    """How many adapted linear maps moved, and of how many; why not all is said."""
+    moved, maps = loop.prove_moved()
+    if moved < maps:
+        tell.note(
+            f"{maps - moved} of {maps} adapted linear maps saw no token: experts that the "
+            "router never picked stay as they were"
+        )
+    return [moved, maps]
 
 
 def _rows(found: Identified, data: str | Path, settings: Settings, tell: Reporter) -> Dataset:
