@@ -24,6 +24,7 @@ from qcore.load import load
 from qcore.model import Model, ops_of
 from qcore.nn.adapted import Lora
 from qcore.nn.again import POLICIES
+from qcore.nn.parked import Parked
 from qcore.nn.protocols import Packed
 from qcore.targets import targets
 from qcore_qwen35.tiny import write as write_tiny
@@ -131,6 +132,24 @@ def test_policies_agree(base: Path) -> None:
         print(f"\n{policy}: {error:.2e} from none; none from itself {again:.2e}")
         # Attention's backward adds in any order; all else is the same, bit for bit.
         assert error <= 3 * again + 1e-6
+
+
+def test_pinned_memory_is_asked_for_once(base: Path) -> None:
+    """Pinning a layer's input takes longer than the layer: a second step finds its places."""
+    model = _model(base, "bf16", kernels=True)
+    lot = Parked.lot(torch.device("cuda", torch.cuda.current_device()))
+    _gradients(model, LENGTHS["packed"], "offload")
+    ask, lot.make = lot.make, refuse
+    try:
+        for lengths in (LENGTHS["packed"], (sum(LENGTHS["packed"]) - 1,)):
+            _gradients(model, lengths, "offload")
+    finally:
+        lot.make = ask
+
+
+def refuse(nbytes: int) -> Tensor:
+    """No place is made."""
+    raise AssertionError(f"{nbytes} bytes of pinned memory were asked for again")
 
 
 def test_only_attention_differs_between_two_runs(base: Path) -> None:

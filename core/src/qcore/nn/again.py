@@ -8,7 +8,7 @@ This file decides what a forward pass keeps for its backward, by policy:
                  are kept, none is computed twice.
 ``full``         a layer's input; the layer runs again in backward (Chen et al. 2016,
                  arXiv:1604.06174), and what it then saves is as under elementwise.
-``offload``      as full, and the input waits in pinned memory of the host.
+``offload``      as full, and the input waits in pinned memory of the host (`parked`).
 
 Which function is cheap is said where it is called, by the plugin's blocks. Which policy a run
 has is `plan`'s choice or the user's. Every policy computes the same numbers, bit for bit.
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .parked import Held, Parked
 from .protocols import Layer, Packed
 
 POLICIES = ("none", "elementwise", "full", "offload")
@@ -208,7 +209,7 @@ def run_layers(
     """
     if unknown := set(policies) - set(POLICIES):
         raise ValueError(f"no recompute policy is called {', '.join(sorted(unknown))}")
-    before: _Parked | None = None
+    before: Parked | None = None
     for layer, policy in zip(layers, policies, strict=True):
         if policy == "none" or not torch.is_grad_enabled():
             x = layer(x, batch)
@@ -216,68 +217,13 @@ def run_layers(
             with keep_dear():
                 x = layer(x, batch)
         else:
-            held = _Parked(x, before) if policy == "offload" and x.is_cuda else _Held(x)
-            before = held if isinstance(held, _Parked) else None
+            held = Parked(x, before) if policy == "offload" and x.is_cuda else Held(x)
+            before = held if isinstance(held, Parked) else None
             x = _twice(layer, x, batch, held, dropout)
     return x
 
 
-class _Held:
-    """A layer's input, where it is."""
-
-    def __init__(self, x: Tensor) -> None:
-        self._x: Tensor | None = x.detach()
-
-    def take(self) -> Tensor:
-        """The input, given up."""
-        assert self._x is not None, "a layer's backward ran twice"
-        x, self._x = self._x, None
-        return x
-
-
-class _Parked(_Held):
-    """A layer's input in pinned memory, on its way back while the layer above runs again.
-
-    Args:
-        x: on a CUDA device.
-        before: the input of the layer below, fetched when this one is taken.
-    """
-
-    _streams: dict[torch.device, torch.cuda.Stream] = {}  # noqa: RUF012  one for each device
-
-    def __init__(self, x: Tensor, before: _Parked | None) -> None:
-        super().__init__(x)
-        self._before = before
-        self._side = self._streams.setdefault(
-            x.device,
-            torch.cuda.Stream(x.device),  # type: ignore[no-untyped-call]
-        )
-        self._away = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        self._device = x.device
-        self._side.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(self._side):
-            self._away.copy_(x.detach(), non_blocking=True)
-        x.record_stream(self._side)
-        self._x = None
-
-    def fetch(self) -> None:
-        """Start the way back."""
-        with torch.cuda.stream(self._side):
-            self._x = self._away.to(self._device, non_blocking=True)
-
-    def take(self) -> Tensor:
-        if self._x is None:
-            self.fetch()
-        here = torch.cuda.current_stream(self._device)
-        here.wait_stream(self._side)
-        x = super().take()
-        x.record_stream(here)
-        if self._before is not None:
-            self._before.fetch()
-        return x
-
-
-def _twice(layer: Layer, x: Tensor, batch: Packed, held: _Held, dropout: bool) -> Tensor:
+def _twice(layer: Layer, x: Tensor, batch: Packed, held: Held, dropout: bool) -> Tensor:
     """``layer(x, batch)`` that keeps `held` alone; what it leaves in the batch has its gradient."""
     # The graph needs an input that has a gradient; the first layer's has none.
     spark = x.new_empty(0).requires_grad_()
@@ -298,7 +244,7 @@ class _Twice(torch.autograd.Function):
         spark: Tensor,
         layer: Layer,
         batch: Packed,
-        held: _Held,
+        held: Held,
         dropout: bool,
         spec: list[Any],
     ) -> tuple[Any, ...]:
