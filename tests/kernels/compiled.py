@@ -1,14 +1,21 @@
 """Every Triton kernel compiled for Hopper, without a card: run by `test_compiled`, alone.
 
 A launch becomes a compilation for ``sm_90`` of the kernel with the types of its arguments; the
-checks of the registry's backends are what launches. Prints a line a kernel, and what failed.
-The interpreter, which runs the kernels elsewhere in these tests, takes what the compiler does not.
+checks of the registry's backends are what launches. Prints a line an op, and what failed: what
+does not compile, and every kernel of the source that no check launched. The interpreter, which
+runs the kernels elsewhere in these tests, takes what the compiler does not.
+
+Arguments are ops: their checks alone are run, the kernels of all others told as not launched.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.errors import CompilationError
+from triton.runtime.jit import JITFunction
 
+import qcore.nn
+import qcore_qwen35.ops
 from qcore.nn import launch as launching
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -69,7 +79,38 @@ def compile_only(
             ASTSource(kernel, signature, constexprs, aligned), target=HOPPER, options=options
         )
     except (CompilationError, RuntimeError, ValueError, TypeError, AssertionError) as error:
-        failed.append(f"{kernel.__module__}.{kernel.__name__}: {error}")
+        failed.append(f"{name_of(kernel)}: {error}")
+
+
+def name_of(kernel: Any) -> str:
+    return f"{kernel.__module__}.{kernel.__name__}"
+
+
+def modules(package: ModuleType) -> Iterator[ModuleType]:
+    """Every module of a package, at any depth, whose name says Triton."""
+    for root in map(Path, package.__path__):
+        for path in sorted(root.rglob("*triton*.py")):
+            inner = ".".join(path.relative_to(root).with_suffix("").parts)
+            yield import_module(f"{package.__name__}.{inner}")
+
+
+def entries() -> set[Any]:
+    """Every kernel of core and the plugin that no other kernel calls: the host launches it."""
+    found: set[Any] = set()
+    for package in (qcore.nn, qcore_qwen35.ops):
+        for module in modules(package):
+            found |= {
+                one
+                for one in vars(module).values()
+                if isinstance(one, JITFunction) and one.__module__ == module.__name__
+            }
+    called = {
+        value
+        for kernel in found
+        for name in kernel.fn.__code__.co_names
+        if isinstance(value := kernel.fn.__globals__.get(name), JITFunction)
+    }
+    return found - called
 
 
 def say(*lines: str) -> None:
@@ -77,25 +118,28 @@ def say(*lines: str) -> None:
     sys.stdout.flush()
 
 
-def main() -> int:
-    """Compile what each check launches; the number of kernels that do not compile."""
+def main(ops: list[str]) -> int:
+    """Compile what each check launches; the number of kernels that were not, or cannot be."""
     launching.launch = compile_only
     from qcore.core_kernels import core_kernels
     from qcore_qwen35.kernels import kernels
 
     for record in (*core_kernels(), *kernels()):
-        if record.backend != "triton":
+        if record.backend != "triton" or (ops and record.op not in ops):
             continue
         before, began = len(seen), time.perf_counter()
         try:
             record.verify(torch.device("cpu"))
         except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-            # Of numbers that no kernel wrote; what was launched until then was compiled.
+            # Of numbers that no kernel wrote; what it would have launched next is missed below.
             say(f"  {record.op}: the check ended with {type(error).__name__}: {error}")
         say(f"{record.op}: {len(seen) - before} in {time.perf_counter() - began:.1f} s")
-    say(*failed)
+    wanted = entries()
+    launched = {kernel for kernel, *_ in seen}
+    failed.extend(sorted(f"{name_of(one)}: no check launches it" for one in wanted - launched))
+    say(f"{len(wanted & launched)} of {len(wanted)} kernels", *failed)
     return len(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(min(main(), 100))
+    sys.exit(min(main(sys.argv[1:]), 100))
