@@ -147,7 +147,7 @@ def test_what_triton_miscompiles_on_hopper(
         with pytest.raises(UsageError, match="flash-linear-attention/issues/640"):
             choose(listed("fla"), gpu, {"delta_rule": "fla"})
         return
-    from qcore.kernels import _refusal
+    from qcore.kernel_judge import _refusal
 
     assert _refusal(KERNELS["fla"], gpu) is None
 

@@ -1,17 +1,15 @@
-"""Which backend computes each op of a run: judged, verified on the card at hand, chosen.
+"""Which backend computes each op of a run: judged, chosen, told.
 
-This file decides that every op has a reference, that a backend is taken only where it is
-installed, not known to be bad, does not refuse, and has just been verified (or was, on the
-same card with the same versions and sources: `kernel_cache`), and that a backend asked for is
-taken or the run stops: nothing falls back from a wish. Without a wish CPUs use references,
-and other devices the backend of highest priority that passes; what was passed over is told.
+This file decides that every op has a reference, that a backend is taken only where it passes
+(`kernel_judge`), and that a backend asked for is taken or the run stops: nothing falls back from
+a wish. Without a wish CPUs use references, and other devices the backend of highest priority
+that passes; what was passed over is told.
 
 Which backends there are is said by plugins (hook ``qcore_kernels``) and by `core_kernels`.
 Nothing here imports torch; what a record's callables import is theirs.
 
-Codes: ``QC-KERNEL-001`` no such op, ``-002`` no such backend, ``-003`` it cannot run here,
-``-004`` it computes something else than its reference, ``-005`` its own code raised,
-``-006`` two of one name.
+Codes: ``QC-KERNEL-001`` no such op, ``-002`` no such backend, ``-006`` two of one name; of one
+that was asked for, those of `kernel_judge`.
 """
 
 from __future__ import annotations
@@ -19,21 +17,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import kernel_cache
 from .core_kernels import core_kernels
-from .errors import NumericError, PluginError, QcoreError, UsageError, raise_all
+from .errors import PluginError, QcoreError, UsageError, raise_all
+from .kernel_judge import REFERENCE, SETTING, Line, Listed, State, judge, line_of, raised, reference
 from .plugin_info import Failure
 from .plugins import Plugins, contained
-from .records import Kernel, KnownBad, Verdict
+from .records import Kernel
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "REFERENCE",
     "Chosen",
     "Line",
     "Listed",
@@ -44,48 +41,6 @@ __all__ = [
     "survey",
     "surveyed",
 ]
-
-REFERENCE = "reference"  #: the backend that every op has
-_SETTING = "kernels"
-
-
-class State(str, Enum):
-    """What became of a backend."""
-
-    CHOSEN = "chosen"
-    AVAILABLE = "available"  #: could run; another is taken
-    REFUSED = "refused"  #: cannot run here, or does not compute what the reference does
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listed:
-    """A backend and who brought it: ``qcore`` or a plugin, in words."""
-
-    owner: str
-    kernel: Kernel
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """One backend of one op, as reports show it.
-
-    Attributes:
-        op: the op.
-        backend: the backend.
-        state: what became of it.
-        reason: why, in a clause; empty where there is nothing to say.
-        verdict: how far it is from the reference, where that was measured.
-        owner: who brought it.
-        alarming: it was about to be used and did not compute what it should.
-    """
-
-    op: str
-    backend: str
-    state: State
-    reason: str = ""
-    verdict: Verdict | None = None
-    owner: str = "qcore"
-    alarming: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,30 +190,30 @@ def _asked(backends: Sequence[Listed], name: str, device: torch.device) -> _Take
     """The backend that the user named, or the error that it is."""
     op = backends[0].kernel.op
     if name == REFERENCE:
-        return [_reference(op, State.CHOSEN, "asked for")], None
+        return [reference(op, State.CHOSEN, "asked for")], None
     one = next(one for one in backends if one.kernel.backend == name)
-    line, problem = _judge(one, device, fresh=False)
+    line, problem = judge(one, device, fresh=False)
     if problem is not None:
         raise problem
     function = contained(one.kernel.load)
     if isinstance(function, Failure):
-        raise _raised(one, function)
-    reference = _reference(op, State.AVAILABLE)
-    return [replace(line, state=State.CHOSEN, reason="asked for"), reference], function
+        raise raised(one, function)
+    line = replace(line, state=State.CHOSEN, reason="asked for")
+    return [line, reference(op, State.AVAILABLE)], function
 
 
 def _best(backends: Sequence[Listed], device: torch.device) -> _Taken:
     """The first that passes; the reference where none does, and on CPUs."""
     op = backends[0].kernel.op
     if device.type == "cpu":
-        return [_reference(op, State.CHOSEN, "on cpu unless asked for")], None
+        return [reference(op, State.CHOSEN, "on cpu unless asked for")], None
     lines: list[Line] = []
     chosen: Callable[..., Any] | None = None
     for one in backends:
         if chosen is not None or one.kernel.priority <= 0:
-            lines.append(_line(one, State.AVAILABLE, "not looked at"))
+            lines.append(line_of(one, State.AVAILABLE, "not looked at"))
             continue
-        line, problem = _judge(one, device, fresh=False)
+        line, problem = judge(one, device, fresh=False)
         if problem is None:
             function = contained(one.kernel.load)
             if not isinstance(function, Failure):
@@ -268,7 +223,7 @@ def _best(backends: Sequence[Listed], device: torch.device) -> _Taken:
                 line = replace(line, state=State.REFUSED, reason=str(function), alarming=True)
         lines.append(line)
     state = State.AVAILABLE if chosen is not None else State.CHOSEN
-    return [*lines, _reference(op, state)], chosen
+    return [*lines, reference(op, state)], chosen
 
 
 def survey(kernels: Sequence[Listed], device: torch.device) -> tuple[list[Line], list[QcoreError]]:
@@ -283,145 +238,15 @@ def survey(kernels: Sequence[Listed], device: torch.device) -> tuple[list[Line],
         for one in kernels:
             if one.kernel.op != op:
                 continue
-            line, problem = _judge(one, device, fresh=True)
+            line, problem = judge(one, device, fresh=True)
             if problem is not None and line.alarming:
                 problems.append(problem)
             if problem is None and not taken and one.kernel.priority > 0:
                 taken, line = True, replace(line, state=State.CHOSEN)
             lines.append(line)
         free = not any(line.op == op and line.state is State.CHOSEN for line in lines)
-        lines.append(_reference(op, State.CHOSEN if free else State.AVAILABLE))
+        lines.append(reference(op, State.CHOSEN if free else State.AVAILABLE))
     return lines, problems
-
-
-# Judging one backend.
-
-
-def _judge(one: Listed, device: torch.device, *, fresh: bool) -> tuple[Line, QcoreError | None]:
-    """Whether a backend may be used, and the error that it is where the user asked for it."""
-    kernel = one.kernel
-    refusal = contained(partial(_refusal, kernel, device))
-    if isinstance(refusal, Failure):
-        return _refused(one, str(refusal), alarming=True), _raised(one, refusal)
-    if refusal is not None:
-        reason, fix = refusal
-        problem = UsageError(
-            "QC-KERNEL-003",
-            f"cannot run here: {reason}",
-            field=f"{_SETTING}.{kernel.op}",
-            found=kernel.backend,
-            fix=fix or f"leave it out, or ask for {kernel.op}={REFERENCE}",
-        )
-        return _refused(one, reason), problem
-    verdict = _verified(one, device, fresh=fresh)
-    if isinstance(verdict, Failure):
-        return _refused(one, str(verdict), alarming=True), _raised(one, verdict)
-    if verdict.good:
-        return _line(one, State.AVAILABLE, "", verdict=verdict), None
-    reason = f"differs from its reference on this device: {verdict.text}"
-    wrong = NumericError(
-        "QC-KERNEL-004",
-        reason,
-        field=f"{_SETTING}.{kernel.op}",
-        found=kernel.backend,
-        fix=f"ask for {kernel.op}={REFERENCE}, and report this to {one.owner}",
-    )
-    return _refused(one, reason, alarming=True, verdict=verdict), wrong
-
-
-def _refusal(kernel: Kernel, device: torch.device) -> tuple[str, str | None] | None:
-    """Reason and fix, before anything of the backend is imported."""
-    for text in kernel.requires:
-        if lacking := _lacking(text):
-            return lacking, f"pip install '{text}'"
-    for bad in kernel.known_bad:
-        if _matches(bad, device):
-            version = kernel_cache.version_of(bad.package)
-            return f"{bad.package} {version}: {bad.reason} ({bad.issue})", None
-    reason = kernel.refuse(device)
-    return None if reason is None else (reason, None)
-
-
-def _lacking(text: str) -> str | None:
-    from packaging.requirements import Requirement
-
-    wanted = Requirement(text)
-    version = kernel_cache.version_of(wanted.name)
-    if version is None:
-        return f"{wanted.name} is not installed"
-    if not wanted.specifier.contains(version, prereleases=True):
-        return f"{wanted.name} is {version} and it needs {wanted.specifier}"
-    return None
-
-
-def _matches(bad: KnownBad, device: torch.device) -> bool:
-    """Whether the environment and the card are those of a known fault."""
-    version = kernel_cache.version_of(bad.package)
-    if version is None or (bad.unless and kernel_cache.version_of(bad.unless)):
-        return False
-    from packaging.specifiers import SpecifierSet
-
-    if not SpecifierSet(bad.versions).contains(version, prereleases=True):
-        return False
-    if bad.capability is None:
-        return True
-    if device.type != "cuda":
-        return False
-    import torch
-
-    return torch.cuda.get_device_capability(device) == bad.capability
-
-
-def _verified(one: Listed, device: torch.device, *, fresh: bool) -> Verdict | Failure:
-    """The verdict, from the cache where it is of this very situation."""
-    key = kernel_cache.key(one.kernel, one.owner, device)
-    if not fresh and key is not None and (known := kernel_cache.get(key)) is not None:
-        return known
-
-    def verify() -> Verdict | Failure:
-        import torch
-
-        # A run must not depend on whether the cache was warm.
-        cards = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(cards), torch.enable_grad():
-            found = one.kernel.verify(device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        return found if isinstance(found, Verdict) else Failure(f"gave {type(found).__name__}")
-
-    verdict = contained(verify)
-    if isinstance(verdict, Verdict) and verdict.good and key is not None:
-        kernel_cache.put(key, verdict)
-    return verdict
-
-
-# Lines and errors.
-
-
-def _line(one: Listed, state: State, reason: str, **more: Any) -> Line:
-    kernel = one.kernel
-    return Line(
-        op=kernel.op, backend=kernel.backend, state=state, reason=reason, owner=one.owner, **more
-    )
-
-
-def _refused(one: Listed, reason: str, **more: Any) -> Line:
-    return _line(one, State.REFUSED, reason, **more)
-
-
-def _reference(op: str, state: State, reason: str = "") -> Line:
-    return Line(op=op, backend=REFERENCE, state=state, reason=reason)
-
-
-def _raised(one: Listed, failure: Failure) -> PluginError:
-    kernel = one.kernel
-    return PluginError(
-        "QC-KERNEL-005",
-        f"kernel of {one.owner} does not run",
-        field=f"{_SETTING}.{kernel.op}",
-        found=f"{kernel.backend}: {failure}",
-        fix=f"ask for {kernel.op}={REFERENCE}, and report this to {one.owner}",
-    )
 
 
 def _unknown(code: str, op: str, what: str, name: str, known: Sequence[str]) -> UsageError:
@@ -429,7 +254,7 @@ def _unknown(code: str, op: str, what: str, name: str, known: Sequence[str]) -> 
     return UsageError(
         code,
         what,
-        field=f"{_SETTING}.{op}",
+        field=f"{SETTING}.{op}",
         found=name,
         expected="one of " + ", ".join(known) if known else "none: no kernel is installed",
         fix=f"did you mean {near[0]}?" if near else "qcore doctor --kernels lists them",
