@@ -126,6 +126,16 @@ def test_the_highest_priority_that_passes_is_taken(card: Any, versions: Any) -> 
     assert chosen.lines() == ["kernels: norm=fast"]
 
 
+@pytest.mark.parametrize("wanted", [{}, {"norm": "reference"}, {"norm": "slow"}])
+def test_what_waits_for_the_device_is_told(card: Any, versions: Any, wanted: Any) -> None:
+    found = [listed("fast"), listed("slow", waits=True, reference_waits=True)]
+    chosen = choose(found, GPU, wanted)
+    said = {"fast": False, "slow": True, "reference": True}
+    (taken,) = (line for line in chosen.table if line.state is State.CHOSEN)
+    assert taken.waits == said[wanted.get("norm", "fast")]
+    assert {line.backend: line.waits for line in survey(found, GPU)[0]} == said
+
+
 @pytest.mark.parametrize("verdict", [FAIL, replace(PASS, output=math.nan), RuntimeError("boom")])
 def test_one_that_fails_is_passed_over_and_told(card: Any, versions: Any, verdict: Any) -> None:
     chosen = choose([listed("fast", priority=20, verdict=verdict), listed("slow")], GPU, {})

@@ -5,6 +5,7 @@ On the CPU it is computed and not captured; capturing is tested on a card (`test
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from qcore import decoding
+from qcore.core_kernels import core_kernels
 from qcore.decoding import Decoder, Way, span_of, way_of
 from qcore.identify import identify
-from qcore.kernels import REFERENCE, Chosen, Line, State
+from qcore.kernels import REFERENCE, Chosen, Line, Listed, State, choose
 from qcore.load import load
 from qcore.model import Model
 from qcore.nn.adapted import Lora
@@ -180,18 +182,28 @@ def test_a_cache_that_cannot_be_held_is_used_as_it_is(model: Model) -> None:
 
 
 def test_graphs_are_for_gpus_whose_ops_do_not_wait() -> None:
-    def chosen(device: str, **backends: str) -> Chosen:
-        table = tuple(
-            Line(op=op, backend=name, state=State.CHOSEN) for op, name in backends.items()
-        )
-        return Chosen(device=device, table=table, functions={})
+    def way(device: str, *lines: Line) -> tuple[Way, str]:
+        return way_of(Chosen(device=device, table=lines, functions={}))
 
-    assert way_of(chosen("cpu", experts=REFERENCE)) == (Way.PLAIN, "")
-    assert way_of(chosen("cuda", rms_norm=REFERENCE)) == (Way.CAPTURED, "")
-    assert way_of(chosen("cuda", experts="triton", nf4_dequantize="triton"))[0] is Way.CAPTURED
-    way, reason = way_of(chosen("cuda", experts=REFERENCE))
-    assert way is Way.PLAIN
-    assert "experts" in reason
+    fine = Line(op="rms_norm", backend=REFERENCE, state=State.CHOSEN)
+    slow = Line(op="experts", backend=REFERENCE, state=State.CHOSEN, waits=True)
+    other = replace(slow, backend="theirs")
+    unused = replace(slow, state=State.AVAILABLE)
+    assert way("cpu", slow) == (Way.PLAIN, "")
+    assert way("cuda", fine, unused) == (Way.CAPTURED, "")
+    assert way("cuda", fine, slow) == (
+        Way.PLAIN,
+        "experts is computed by its reference, which waits for the device",
+    )
+    assert way("cuda", other)[1].startswith("experts is computed by theirs, which waits")
+
+
+@pytest.mark.parametrize("op", ["experts", "nf4_dequantize"])
+def test_references_of_core_that_wait_say_so(op: str) -> None:
+    backends = [Listed(owner="qcore", kernel=one) for one in core_kernels()]
+    chosen = choose(backends, CPU, {}, {op})
+    (line,) = chosen.table
+    assert (line.backend, line.waits) == (REFERENCE, True)
 
 
 @pytest.mark.parametrize("length", [1, 2, 9, 16])

@@ -31,6 +31,7 @@ def core_kernels() -> Iterator[Kernel]:
         verify=lambda device: _experts().verify(device),
         refuse=_needs_cuda,
         requires=("triton>=3.2",),
+        reference_waits=True,
     )
     yield Kernel(
         op="expert_routing",
@@ -55,6 +56,7 @@ def core_kernels() -> Iterator[Kernel]:
         verify=lambda device: _nf4().verify(device),
         refuse=_needs_cuda,
         requires=("triton>=3.2",),
+        reference_waits=True,
     )
     yield Kernel(
         op="qlora_linear",

@@ -24,14 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import REFERENCE, Chosen
+from .kernels import REFERENCE, Chosen, State
 from .model import Model
 from .nn.protocols import Packed
 
 #: Tokens of the first span.
 FIRST = 256
-#: Ops whose reference in torch waits for the device, over which nothing can be captured.
-WAITING = ("experts", "nf4_dequantize")
 
 
 class Way(str, Enum):
@@ -64,9 +62,10 @@ def way_of(kernels: Chosen) -> tuple[Way, str]:
     """How tokens are computed with these kernels, and why not captured where a GPU is used."""
     if kernels.device != "cuda":
         return Way.PLAIN, ""
-    for op in WAITING:
-        if kernels.backends.get(op) == REFERENCE:
-            return Way.PLAIN, f"{op} is computed by its reference, which waits for the device"
+    for line in kernels.table:
+        if line.state is State.CHOSEN and line.waits:
+            by = "its reference" if line.backend == REFERENCE else line.backend
+            return Way.PLAIN, f"{line.op} is computed by {by}, which waits for the device"
     return Way.CAPTURED, ""
 
 

@@ -11,6 +11,7 @@ reference, ``-005`` its own code raised.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -57,6 +58,7 @@ class Line:
         verdict: how far it is from the reference, where that was measured.
         owner: who brought it.
         alarming: it was about to be used and did not compute what it should.
+        waits: the host waits for the device in it (`Kernel.waits`).
     """
 
     op: str
@@ -66,6 +68,7 @@ class Line:
     verdict: Verdict | None = None
     owner: str = "qcore"
     alarming: bool = False
+    waits: bool = False
 
 
 def judge(one: Listed, device: torch.device, *, fresh: bool) -> tuple[Line, QcoreError | None]:
@@ -173,17 +176,20 @@ def line_of(one: Listed, state: State, reason: str, **more: Any) -> Line:
     """The line of a backend."""
     kernel = one.kernel
     return Line(
-        op=kernel.op, backend=kernel.backend, state=state, reason=reason, owner=one.owner, **more
-    )
+        op=kernel.op, backend=kernel.backend, state=state, reason=reason, owner=one.owner,
+        waits=kernel.waits, **more,
+    )  # fmt: skip
 
 
 def _refused(one: Listed, reason: str, **more: Any) -> Line:
     return line_of(one, State.REFUSED, reason, **more)
 
 
-def reference(op: str, state: State, reason: str = "") -> Line:
-    """The line of an op's reference."""
-    return Line(op=op, backend=REFERENCE, state=state, reason=reason)
+def reference(backends: Sequence[Listed], state: State, reason: str = "") -> Line:
+    """The line of an op's reference, of which the records of its `backends` tell."""
+    waits = any(one.kernel.reference_waits for one in backends)
+    op = backends[0].kernel.op
+    return Line(op=op, backend=REFERENCE, state=state, reason=reason, waits=waits)
 
 
 def raised(one: Listed, failure: Failure) -> PluginError:

@@ -188,9 +188,8 @@ _Taken = tuple[list[Line], Callable[..., Any] | None]
 
 def _asked(backends: Sequence[Listed], name: str, device: torch.device) -> _Taken:
     """The backend that the user named, or the error that it is."""
-    op = backends[0].kernel.op
     if name == REFERENCE:
-        return [reference(op, State.CHOSEN, "asked for")], None
+        return [reference(backends, State.CHOSEN, "asked for")], None
     one = next(one for one in backends if one.kernel.backend == name)
     line, problem = judge(one, device, fresh=False)
     if problem is not None:
@@ -199,14 +198,13 @@ def _asked(backends: Sequence[Listed], name: str, device: torch.device) -> _Take
     if isinstance(function, Failure):
         raise raised(one, function)
     line = replace(line, state=State.CHOSEN, reason="asked for")
-    return [line, reference(op, State.AVAILABLE)], function
+    return [line, reference(backends, State.AVAILABLE)], function
 
 
 def _best(backends: Sequence[Listed], device: torch.device) -> _Taken:
     """The first that passes; the reference where none does, and on CPUs."""
-    op = backends[0].kernel.op
     if device.type == "cpu":
-        return [reference(op, State.CHOSEN, "on cpu unless asked for")], None
+        return [reference(backends, State.CHOSEN, "on cpu unless asked for")], None
     lines: list[Line] = []
     chosen: Callable[..., Any] | None = None
     for one in backends:
@@ -223,7 +221,7 @@ def _best(backends: Sequence[Listed], device: torch.device) -> _Taken:
                 line = replace(line, state=State.REFUSED, reason=str(function), alarming=True)
         lines.append(line)
     state = State.AVAILABLE if chosen is not None else State.CHOSEN
-    return [*lines, reference(op, state)], chosen
+    return [*lines, reference(backends, state)], chosen
 
 
 def survey(kernels: Sequence[Listed], device: torch.device) -> tuple[list[Line], list[QcoreError]]:
@@ -234,18 +232,19 @@ def survey(kernels: Sequence[Listed], device: torch.device) -> tuple[list[Line],
     lines: list[Line] = []
     problems: list[QcoreError] = []
     for op in dict.fromkeys(one.kernel.op for one in kernels):
+        backends = [one for one in kernels if one.kernel.op == op]
+        found: list[Line] = []
         taken = device.type == "cpu"
-        for one in kernels:
-            if one.kernel.op != op:
-                continue
+        for one in backends:
             line, problem = judge(one, device, fresh=True)
             if problem is not None and line.alarming:
                 problems.append(problem)
             if problem is None and not taken and one.kernel.priority > 0:
                 taken, line = True, replace(line, state=State.CHOSEN)
-            lines.append(line)
-        free = not any(line.op == op and line.state is State.CHOSEN for line in lines)
-        lines.append(reference(op, State.CHOSEN if free else State.AVAILABLE))
+            found.append(line)
+        free = all(line.state is not State.CHOSEN for line in found)
+        state = State.CHOSEN if free else State.AVAILABLE
+        lines += [*found, reference(backends, state)]
     return lines, problems
 
 

@@ -287,6 +287,9 @@ class Kernel:
             results, saves the same tensors and allocates the same gradients and workspace for
             tensors on the meta device. ``None``: what `load` gives does, which holds wherever
             kernels are started by `qcore.nn.launch` and torch's ops have a meta form.
+        waits: whether the host waits for the device in it, over which no CUDA graph can be
+            captured: tokens of decoding are then computed without one.
+        reference_waits: whether it does in the op's reference; said by any record of the op.
     """
 
     op: str
@@ -299,3 +302,5 @@ class Kernel:
     depends_on: tuple[str, ...] = ()
     known_bad: tuple[KnownBad, ...] = ()
     plan: Callable[[], Callable[..., Any]] | None = None
+    waits: bool = False
+    reference_waits: bool = False
