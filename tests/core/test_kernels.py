@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qcore import kernel_cache, kernels
 from qcore.errors import NumericError, PluginError, QcoreError, UsageError
-from qcore.kernels import Chosen, Listed, State, choose, survey
+from qcore.kernels import Chosen, Listed, State, Used, choose, survey
 from qcore.nn.verify import compare, relative_error, worst
 from qcore.records import Kernel, KnownBad, Verdict
 
@@ -234,6 +234,28 @@ def test_a_wish_that_cannot_be_met_is_an_error(case: str) -> None:
     assert error.field is not None
     assert error.field.startswith("kernels.")
     assert error.fix
+
+
+def test_a_model_that_a_backend_cannot_compute(card: Any, versions: Any) -> None:
+    calls = Calls()
+
+    def narrow(config: Any) -> str | None:
+        return f"no heads of {config['head']}" if config["head"] > 64 else None
+
+    found = [listed("fast", priority=20, calls=calls, refuse_model=narrow), listed("slow")]
+
+    def chosen(head: int, ops: Any = ("norm",), **wanted: str) -> Chosen:
+        return choose(found, GPU, wanted, Used(ops=ops, config={"head": head}))
+
+    assert chosen(64).backends == {"norm": "fast"}
+    assert chosen(96).backends == {"norm": "slow"}
+    assert calls.verified == 1, "what is refused is not verified"
+    (line,) = (line for line in chosen(96).table if line.backend == "fast")
+    assert (line.state, line.reason) == (State.REFUSED, "no heads of 96")
+    with pytest.raises(UsageError, match="cannot run here: no heads of 96") as caught:
+        chosen(96, norm="fast")
+    assert caught.value.code == "QC-KERNEL-003"
+    assert chosen(96, ops=(), norm="fast").backends == {"norm": "fast"}, "an op of no layer"
 
 
 def test_a_missing_package_comes_with_its_pip_line() -> None:

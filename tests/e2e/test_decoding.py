@@ -16,7 +16,7 @@ from qcore import decoding
 from qcore.core_kernels import core_kernels
 from qcore.decoding import Decoder, Way, span_of, way_of
 from qcore.identify import identify
-from qcore.kernels import REFERENCE, Chosen, Line, Listed, State, choose
+from qcore.kernels import REFERENCE, Chosen, Line, Listed, State, Used, choose
 from qcore.load import load
 from qcore.model import Model
 from qcore.nn.adapted import Lora
@@ -201,7 +201,7 @@ def test_graphs_are_for_gpus_whose_ops_do_not_wait() -> None:
 @pytest.mark.parametrize("op", ["experts", "nf4_dequantize"])
 def test_references_of_core_that_wait_say_so(op: str) -> None:
     backends = [Listed(owner="qcore", kernel=one) for one in core_kernels()]
-    chosen = choose(backends, CPU, {}, {op})
+    chosen = choose(backends, CPU, {}, Used(ops={op}, config={}))
     (line,) = chosen.table
     assert (line.backend, line.waits) == (REFERENCE, True)
 

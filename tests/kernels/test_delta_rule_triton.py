@@ -12,6 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from qcore.errors import UsageError
 from qcore_qwen35.ops.delta_rule import Chunks, recurrent_delta_rule, triton_rule, triton_step
 from qcore_qwen35.ops.delta_rule.layout import Tables
 
@@ -164,7 +165,7 @@ def test_tables_start_the_longest_document_first() -> None:
 
 
 def test_what_it_has_no_kernel_for_is_refused() -> None:
-    with pytest.raises(ValueError, match="heads of 24"):
+    with pytest.raises(UsageError, match="heads of 24"):
         triton_rule.chunked_delta_rule(*inputs(3, dims=(24, 16)), (0, 3))
     with pytest.raises(ValueError, match="float64"):
         triton_rule.chunked_delta_rule(*(x.double() for x in inputs(3)), (0, 3))

@@ -149,7 +149,7 @@ def test_what_triton_miscompiles_on_hopper(
         return
     from qcore.kernel_judge import _refusal
 
-    assert _refusal(KERNELS["fla"], gpu) is None
+    assert _refusal(KERNELS["fla"], gpu, None) is None
 
 
 def test_flash_qla_needs_its_cards_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
 """Whether one backend of an op may be used on the device at hand, and why not.
 
 This file decides that a backend passes only where what it requires is installed, it is not known
-to be bad, does not refuse, and has just been verified (or was, on the same card with the same
-versions and sources: `kernel_cache`). Whatever of a plugin raises is contained here. Which of
-those that pass is taken is `kernels`' decision.
+to be bad, refuses neither device nor model, and has just been verified (or was, on the same card
+with the same versions and sources: `kernel_cache`). Whatever of a plugin raises is contained
+here. Which of those that pass is taken is `kernels`' decision.
 
 Codes: ``QC-KERNEL-003`` it cannot run here, ``-004`` it computes something else than its
 reference, ``-005`` its own code raised.
@@ -11,7 +11,7 @@ reference, ``-005`` its own code raised.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -71,10 +71,19 @@ class Line:
     waits: bool = False
 
 
-def judge(one: Listed, device: torch.device, *, fresh: bool) -> tuple[Line, QcoreError | None]:
-    """Whether a backend may be used, and the error that it is where the user asked for it."""
+def judge(
+    one: Listed, device: torch.device, config: Mapping[str, Any] | None, *, fresh: bool
+) -> tuple[Line, QcoreError | None]:
+    """Whether a backend may be used, and the error that it is where the user asked for it.
+
+    Args:
+        one: the backend.
+        device: where it would run.
+        config: config.json of the model that it would compute, where there is one.
+        fresh: verify it whatever the cache says.
+    """
     kernel = one.kernel
-    refusal = contained(partial(_refusal, kernel, device))
+    refusal = contained(partial(_refusal, kernel, device, config))
     if isinstance(refusal, Failure):
         return _refused(one, str(refusal), alarming=True), raised(one, refusal)
     if refusal is not None:
@@ -103,7 +112,9 @@ def judge(one: Listed, device: torch.device, *, fresh: bool) -> tuple[Line, Qcor
     return _refused(one, reason, alarming=True, verdict=verdict), wrong
 
 
-def _refusal(kernel: Kernel, device: torch.device) -> tuple[str, str | None] | None:
+def _refusal(
+    kernel: Kernel, device: torch.device, config: Mapping[str, Any] | None
+) -> tuple[str, str | None] | None:
     """Reason and fix, before anything of the backend is imported."""
     for text in kernel.requires:
         if lacking := _lacking(text):
@@ -113,6 +124,8 @@ def _refusal(kernel: Kernel, device: torch.device) -> tuple[str, str | None] | N
             version = kernel_cache.version_of(bad.package)
             return f"{bad.package} {version}: {bad.reason} ({bad.issue})", None
     reason = kernel.refuse(device)
+    if reason is None and config is not None:
+        reason = kernel.refuse_model(config)
     return None if reason is None else (reason, None)
 
 

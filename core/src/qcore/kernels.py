@@ -35,12 +35,26 @@ __all__ = [
     "Line",
     "Listed",
     "State",
+    "Used",
     "check_names",
     "choose",
     "installed",
     "survey",
     "surveyed",
 ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Used:
+    """What backends are chosen for (`qcore.model.ops_of`).
+
+    Attributes:
+        ops: the ops that the model consists of.
+        config: its config.json.
+    """
+
+    ops: Collection[str]
+    config: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +149,7 @@ def choose(
     kernels: Sequence[Listed],
     device: torch.device,
     wanted: Mapping[str, str],
-    used: Collection[str] | None = None,
+    used: Used | None = None,
 ) -> Chosen:
     """Take one backend for each op.
 
@@ -143,8 +157,8 @@ def choose(
         kernels: what `installed` gave.
         device: where the run computes.
         wanted: op to backend; ``reference`` is one of every op.
-        used: the ops of the run (`qcore.model.ops_of`); a backend of no other op is verified
-            unless it is asked for. ``None``: all.
+        used: what the run consists of; a backend of no other op is verified unless it is
+            asked for. ``None``: all ops, of no model.
 
     Raises:
         UsageError: ``QC-KERNEL-001`` to ``-003``, of a backend that was asked for.
@@ -156,11 +170,15 @@ def choose(
     table: list[Line] = []
     functions: dict[str, Callable[..., Any]] = {}
     for op in ops:
-        if used is not None and op not in used and op not in wanted:
+        mine = used is None or op in used.ops
+        if not mine and op not in wanted:
             continue
         backends = [one for one in kernels if one.kernel.op == op]
+        config = used.config if used is not None and mine else None
         lines, function = (
-            _asked(backends, wanted[op], device) if op in wanted else _best(backends, device)
+            _asked(backends, wanted[op], device, config)
+            if op in wanted
+            else _best(backends, device, config)
         )
         table += lines
         if function is not None:
@@ -183,15 +201,16 @@ def check_names(kernels: Sequence[Listed], wanted: Mapping[str, str]) -> None:
             raise _unknown("QC-KERNEL-002", op, "has no such backend", name, names)
 
 
+_Config = Mapping[str, Any] | None
 _Taken = tuple[list[Line], Callable[..., Any] | None]
 
 
-def _asked(backends: Sequence[Listed], name: str, device: torch.device) -> _Taken:
+def _asked(backends: Sequence[Listed], name: str, device: torch.device, config: _Config) -> _Taken:
     """The backend that the user named, or the error that it is."""
     if name == REFERENCE:
         return [reference(backends, State.CHOSEN, "asked for")], None
     one = next(one for one in backends if one.kernel.backend == name)
-    line, problem = judge(one, device, fresh=False)
+    line, problem = judge(one, device, config, fresh=False)
     if problem is not None:
         raise problem
     function = contained(one.kernel.load)
@@ -201,7 +220,7 @@ def _asked(backends: Sequence[Listed], name: str, device: torch.device) -> _Take
     return [line, reference(backends, State.AVAILABLE)], function
 
 
-def _best(backends: Sequence[Listed], device: torch.device) -> _Taken:
+def _best(backends: Sequence[Listed], device: torch.device, config: _Config) -> _Taken:
     """The first that passes; the reference where none does, and on CPUs."""
     if device.type == "cpu":
         return [reference(backends, State.CHOSEN, "on cpu unless asked for")], None
@@ -211,7 +230,7 @@ def _best(backends: Sequence[Listed], device: torch.device) -> _Taken:
         if chosen is not None or one.kernel.priority <= 0:
             lines.append(line_of(one, State.AVAILABLE, "not looked at"))
             continue
-        line, problem = judge(one, device, fresh=False)
+        line, problem = judge(one, device, config, fresh=False)
         if problem is None:
             function = contained(one.kernel.load)
             if not isinstance(function, Failure):
@@ -236,7 +255,7 @@ def survey(kernels: Sequence[Listed], device: torch.device) -> tuple[list[Line],
         found: list[Line] = []
         taken = device.type == "cpu"
         for one in backends:
-            line, problem = judge(one, device, fresh=True)
+            line, problem = judge(one, device, None, fresh=True)
             if problem is not None and line.alarming:
                 problems.append(problem)
             if problem is None and not taken and one.kernel.priority > 0:

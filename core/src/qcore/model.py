@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import PluginError
+from .kernels import Used
 from .locate import Layout
 from .nn.adapted import Adapted, Lora
 from .nn.again import run_layers
@@ -42,19 +43,17 @@ class Backends(Protocol):
 
 
 class References:
-    """Every op computed by its reference."""
+    """Every op computed by its reference.
 
-    def get(self, op: str) -> None:
-        """``None``, whatever the op."""
-
-
-class _Asked:
-    """Every op computed by its reference, and which ops there are."""
+    Attributes:
+        ops: those that were asked for.
+    """
 
     def __init__(self) -> None:
         self.ops: set[str] = set()
 
     def get(self, op: str) -> None:
+        """``None``, whatever the op."""
         self.ops.add(op)
 
 
@@ -232,11 +231,11 @@ class Model(nn.Module):
         return F.linear(self.hidden(batch), self.head)
 
 
-def ops_of(architecture: Architecture, config: Mapping[str, Any], layout: Layout) -> set[str]:
-    """The ops that the model of a config consists of: only their backends need be verified."""
-    asked = _Asked()
+def ops_of(architecture: Architecture, config: Mapping[str, Any], layout: Layout) -> Used:
+    """The ops that the model of a config consists of: only their backends need be judged."""
+    asked = References()
     Model(architecture, config, layout, torch.bfloat16, {}, asked)
-    return asked.ops
+    return Used(ops=frozenset(asked.ops), config=config)
 
 
 def _mount(root: nn.Module, path: str, module: nn.Module) -> None:

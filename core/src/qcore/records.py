@@ -264,12 +264,17 @@ def _runs_anywhere(device: Device) -> str | None:
     return None
 
 
+def _computes_any(config: Mapping[str, Any]) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """One backend of an op. Every op also has a reference, which no record names.
 
-    Core judges `requires` and `known_bad`, then asks `refuse`, then `verify` (once per card,
-    versions and sources: passes are kept in the user's cache), and only then calls `load`.
+    Core judges `requires` and `known_bad`, then asks `refuse` and `refuse_model`, then `verify`
+    (once per card, versions and sources: passes are kept in the user's cache), and only then
+    calls `load`.
 
     Attributes:
         op: what is computed, e.g. ``rms_norm``.
@@ -279,6 +284,8 @@ class Kernel:
         verify: ``(device) -> Verdict``; `qcore.nn.verify.compare` makes one. The generators
             of random numbers are put back afterwards.
         refuse: ``(device) -> why it cannot run there``, or ``None``; must be quick.
+        refuse_model: ``(config.json) -> why it cannot compute that model``, or ``None``; asked
+            of models that use the op, and not where backends are listed without a model.
         priority: of the backends that can run, the highest is taken; 0 waits to be asked for.
         requires: what must be installed, as pip writes it: ``triton>=3.2``.
         depends_on: distributions that change what it computes where they are installed.
@@ -297,6 +304,7 @@ class Kernel:
     load: Callable[[], Callable[..., Any]]
     verify: Callable[[Device], Verdict]
     refuse: Callable[[Device], str | None] = _runs_anywhere
+    refuse_model: Callable[[Mapping[str, Any]], str | None] = _computes_any
     priority: int = 10
     requires: tuple[str, ...] = ()
     depends_on: tuple[str, ...] = ()

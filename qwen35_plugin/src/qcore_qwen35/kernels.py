@@ -1,18 +1,18 @@
 """The backends of this family's ops, as records; torch-free, what they need is imported inside.
 
 This file decides which there are. Each lies in its op's folder under `ops`, beside its
-reference; `ops.verify` says how far it may be from it.
+reference; `ops.verify` says how far it may be from it, `ops.limits` for which models it is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qcore.records import Kernel, Verdict
 
-from .ops import optional
+from .ops import limits, optional
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,7 @@ def kernels() -> Iterator[Kernel]:
             load=_load(module, function),
             verify=_verify(op),
             refuse=_needs_cuda,
+            refuse_model=limits.OF_MODEL.get(op, _any_model),
             requires=("triton>=3.2",),
         )
     yield from optional.kernels()
@@ -63,6 +64,10 @@ def _verify(op: str) -> Callable[[torch.device], Verdict]:
         return verify(op, device)
 
     return verify
+
+
+def _any_model(config: Mapping[str, Any]) -> str | None:
+    return None
 
 
 def _needs_cuda(device: torch.device) -> str | None:

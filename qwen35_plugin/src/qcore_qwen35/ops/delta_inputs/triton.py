@@ -24,11 +24,11 @@ from torch.autograd.function import once_differentiable
 
 from qcore.nn.slices import Slices
 
+from .. import limits
 from ..launch import launch, supported
 from . import reference
 from .reference import DeltaInputs, Documents, Heads
 
-TAPS = 4
 #: Channels and tokens of a strip, warps of its program.
 FORWARD = (256, 32, 1)
 BACKWARD = (256, 61, 1)
@@ -262,11 +262,10 @@ def delta_inputs(
     """`reference.delta_inputs`.
 
     Raises:
-        ValueError: where the convolution has not four taps.
+        UsageError: ``QC-KERNEL-003`` where the convolution has not four taps.
     """
     supported(qkv)
-    if conv_weight.shape[-1] != TAPS:
-        raise ValueError(f"no Triton kernel for {conv_weight.shape[-1]} taps: use the reference")
+    limits.check("delta_inputs", limits.taps(conv_weight.shape[-1]))
     return DeltaInputs(
         *_DeltaInputs.apply(qkv, z, a, b, conv_weight, a_log, dt_bias, documents, heads)
     )

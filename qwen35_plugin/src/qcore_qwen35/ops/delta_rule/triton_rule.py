@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import limits
 from ..launch import supported
 from .layout import Chunks, Tables
 from .triton_gradients import gradients
@@ -48,13 +49,11 @@ def chunked_delta_rule(
         layout: `Chunks` of `cu_seqlens`, where the caller has it already.
 
     Raises:
-        ValueError: head sizes that are no power of two from 16 to 128, or a dtype that is not
-            computed in float32.
+        UsageError: ``QC-KERNEL-003`` for other heads than `limits.HEADS`.
+        ValueError: for a dtype that is not computed in float32.
     """
     supported(q, k, v)
-    for size in (k.shape[-1], v.shape[-1]):
-        if size not in (16, 32, 64, 128):
-            raise ValueError(f"no Triton delta rule for heads of {size}: use the reference backend")
+    limits.check("delta_rule", limits.rule_heads(k.shape[-1], v.shape[-1]))
     tables = layout.tables if layout is not None else None
     if tables is None:
         tables = Tables.of(cu_seqlens, CHUNK, q.device)

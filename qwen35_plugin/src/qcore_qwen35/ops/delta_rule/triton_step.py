@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import limits
 from ..launch import launch, supported
 from . import reference
 from .layout import Tables
@@ -49,14 +50,12 @@ def recurrent_delta_rule(
             and contiguous.
 
     Raises:
-        ValueError: head sizes that are no power of two, or a dtype that is not computed in
-            float32.
+        UsageError: ``QC-KERNEL-003`` for heads that are no power of two.
+        ValueError: for a dtype that is not computed in float32.
     """
     supported(q, k, v)
     (tokens, k_heads, dk), (v_heads, dv) = k.shape, v.shape[1:]
-    for size in (dk, dv):
-        if size & (size - 1):
-            raise ValueError(f"no Triton delta rule for heads of {size}: use the reference backend")
+    limits.check("delta_step", limits.step_heads(dk, dv))
     documents = len(cu_seqlens) - 1
     if initial_state is None:
         state = torch.zeros(documents, v_heads, dk, dv, dtype=torch.float32, device=v.device)

@@ -1,0 +1,72 @@
+"""Sizes that the Triton kernels have no code for: known before a run, and of one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.cli_kit import here
+
+from qcore import kernel_cache, kernel_judge
+from qcore.identify import identify
+from qcore.kernels import choose, installed
+from qcore.model import ops_of
+from qcore.records import Verdict
+from qcore_qwen35.kernels import kernels
+from qcore_qwen35.tiny import tiny_config, write
+
+#: Sizes -> the ops that have no kernel for them, and what is said.
+CASES: list[tuple[dict[str, int], dict[str, str]]] = [
+    ({}, {}),
+    (
+        {"linear_key_head_dim": 24},
+        {"delta_rule": "heads of 24, only of 16", "delta_step": "heads of 24, only of powers"},
+    ),
+    ({"linear_value_head_dim": 256}, {"delta_rule": "heads of 256"}),
+    ({"linear_conv_kernel_dim": 3}, {"delta_inputs": "3 taps, only for 4"}),
+]
+
+
+@pytest.mark.parametrize(("sizes", "refused"), CASES, ids=str)
+@pytest.mark.parametrize("nested", [True, False])
+def test_records_say_what_they_cannot_compute(
+    sizes: dict[str, int], refused: dict[str, str], nested: bool
+) -> None:
+    config = tiny_config(vocab_size=320, **sizes)
+    given = config if nested else config["text_config"]
+    said = {one.op: reason for one in kernels() if (reason := one.refuse_model(given)) is not None}
+    assert said.keys() == refused.keys()
+    for op, text in refused.items():
+        assert text in said[op]
+
+
+def test_a_run_takes_the_reference_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card that exists in name, where nothing else is refused or measured."""
+    write(tmp_path / "base", linear_key_head_dim=24)
+    found = identify(str(tmp_path / "base"))
+    used = ops_of(found.decision.architecture, found.checkpoint.config, found.layout)
+    passes = Verdict(output=0.0, output_bound=1.0)
+    monkeypatch.setattr(kernel_judge, "_verified", lambda *args, **more: passes)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(kernel_cache, "version_of", {"triton": "3.6.0"}.get)
+    chosen = choose(installed(found.plugins), torch.device("cuda"), {}, used)
+    assert chosen.backends["delta_rule"] == chosen.backends["delta_step"] == "reference"
+    assert chosen.backends["delta_inputs"] == "triton"
+    (told,) = (line for line in chosen.lines() if line.startswith("kernel delta_rule=triton"))
+    assert told.endswith("128; reference computes it")
+
+
+def test_a_plan_that_asked_nobody_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of a card that is not at hand no backend is judged: the op itself refuses."""
+    pytest.importorskip("triton")
+    write(tmp_path / "base", linear_key_head_dim=24)
+    ended = here(capsys, "plan", tmp_path / "base", "--max-length", 64, "--gpu", "H200")
+    assert ended.code == 2
+    line = ended.error("QC-KERNEL-003")
+    assert "kernels.delta_rule" in line
+    assert "ask for delta_rule=reference" in line
