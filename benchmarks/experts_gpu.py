@@ -26,7 +26,8 @@ from qcore.nn.protocols import Packed
 from qcore.nn.stacked import Stacked
 from qcore_qwen35.moe import Moe
 from qcore_qwen35.ops.moe import triton as moe_triton
-from qcore_qwen35.ops.moe import verify as moe_verify
+from qcore_qwen35.ops.verify import CASES
+from qcore_qwen35.ops.verify import verify as verify_op
 
 CUDA = torch.device("cuda")
 H, E, K, INNER = 2048, 256, 8, 512
@@ -204,8 +205,9 @@ def block(tokens: int, r: int, *, fast: bool, resident: bool = False, show: bool
 def errors() -> None:
     print("experts", experts_triton.verify(CUDA))
     print("expert_routing", experts_triton_routing.verify(CUDA))
-    for op in moe_verify.OPS:
-        print(op, moe_verify.verify(op, CUDA))
+    for op in CASES:
+        if op.startswith("moe_"):
+            print(op, verify_op(op, CUDA))
 
 
 def few(name: str) -> None:

@@ -7,14 +7,14 @@ rounded once errs by about 1.7e-3, every further rounding adds as much in square
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcore.nn.experts import Routing
-from qcore.nn.verify import compare
+from qcore.nn.verify import compare, worst
 from qcore.records import Verdict
 
 from ..moe import router
@@ -30,7 +30,7 @@ LENGTHS = (65, 1, 190, 3)
 ENDS = (0, 65, 66, 256, 259)
 T = ENDS[-1]
 EPS = 1e-6
-EXPERTS, PICKED = 16, 4
+EXPERTS = 16
 
 
 def verify(op: str, device: torch.device, function: Callable[..., Any] | None = None) -> Verdict:
@@ -44,11 +44,16 @@ def verify(op: str, device: torch.device, function: Callable[..., Any] | None = 
         function = getattr(import_module(f"..{module}", __name__), name)
     if op == "delta_step":
         function = _with_states(function)
-    reference, inputs, gradients_of = CASES[op](_Draw(device))
     output, gradient = BOUNDS.get(op, (5e-3, 5e-3))
-    return compare(
-        function, reference, inputs, output=output, gradient=gradient, gradients_of=gradients_of
-    )
+    return worst(
+        *(
+            compare(
+                function, reference, inputs, output=output, gradient=gradient,
+                gradients_of=gradients_of,
+            )
+            for reference, inputs, gradients_of in CASES[op](_Draw(device))
+        )
+    )  # fmt: skip
 
 
 class _Draw:
@@ -69,55 +74,51 @@ class _Draw:
     def heads(self, count: int, size: int) -> Tensor:
         return self.slices(8, count * size, 8)[1].unflatten(1, (count, size))
 
-    def chosen(self) -> Tensor:
-        """Experts ``[T, k]``, all different in a row."""
-        order = torch.rand(T, EXPERTS, generator=self._generator).argsort(1)
-        return order[:, :PICKED].to(self.device)
+
+#: (reference, its arguments, positions of those whose gradients are compared)
+_Cases = Iterator[tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]]
 
 
-_Case = tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]
+def _rms_norm(draw: _Draw) -> _Cases:
+    yield rms_norm, (draw(T, 1056), draw(1056), EPS), (0,)
 
 
-def _rms_norm(draw: _Draw) -> _Case:
-    return rms_norm, (draw(T, 1056), draw(1056), EPS), (0,)
+def _add_rms_norm(draw: _Draw) -> _Cases:
+    yield add_rms_norm, (draw(T, 1056), draw(T, 1056), draw(1056), EPS), (0, 1)
 
 
-def _add_rms_norm(draw: _Draw) -> _Case:
-    return add_rms_norm, (draw(T, 1056), draw(T, 1056), draw(1056), EPS), (0, 1)
+def _gated_norm(draw: _Draw) -> _Cases:
+    yield gated_norm, (draw(T, 6, 128), draw.heads(6, 128), draw(128), EPS), (0, 1)
 
 
-def _gated_norm(draw: _Draw) -> _Case:
-    return gated_norm, (draw(T, 6, 128), draw.heads(6, 128), draw(128), EPS), (0, 1)
+def _swiglu(draw: _Draw) -> _Cases:
+    yield swiglu, draw.slices(1184, 1184), (0, 1)
 
 
-def _swiglu(draw: _Draw) -> _Case:
-    return swiglu, draw.slices(1184, 1184), (0, 1)
-
-
-def _delta_inputs(draw: _Draw) -> _Case:
+def _delta_inputs(draw: _Draw) -> _Cases:
     heads = Heads(2, 128, 6, 128)
     channels = 2 * 256 + 768
     frozen = (0.5 * draw(channels, 1, 4), draw(6).float() - 1, draw(6))
     documents = Documents.of(ENDS, draw.device)
     inputs = (*draw.slices(channels, 768, 6, 6), *frozen, documents, heads)
-    return delta_inputs, inputs, (0, 1, 2, 3)
+    yield delta_inputs, inputs, (0, 1, 2, 3)
 
 
-def _delta_rule(draw: _Draw) -> _Case:
+def _delta_rule(draw: _Draw) -> _Cases:
     layout = Chunks.of(ENDS, CHUNK, draw.device)
     q, k = draw.heads(2, 128), draw.heads(2, 128)
     g = -draw(T, 6).float().exp() * 0.3
     inputs = (q, k, draw.heads(6, 128), g, draw(T, 6).sigmoid(), ENDS, None, layout)
-    return chunked_delta_rule, inputs, (0, 1, 2, 3, 4)
+    yield chunked_delta_rule, inputs, (0, 1, 2, 3, 4)
 
 
-def _delta_step(draw: _Draw) -> _Case:
+def _delta_step(draw: _Draw) -> _Cases:
     heads = Heads(2, 128, 6, 128)
     channels = 2 * 256 + 768
     qkv, a, b = (one[:1] for one in draw.slices(channels, 6, 6))
     frozen = (0.5 * draw(channels, 1, 4), draw(6).float() - 1, draw(6))
     states = (draw(4, channels), draw(1, 6, 128, 128).float())
-    return _with_states(delta_step), (qkv, a, b, *frozen, *states, heads), ()
+    yield _with_states(delta_step), (qkv, a, b, *frozen, *states, heads), ()
 
 
 def _with_states(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
@@ -131,35 +132,39 @@ def _with_states(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor,
     return run
 
 
-def _attention_inputs(draw: _Draw) -> _Case:
+def _attention_inputs(draw: _Draw) -> _Cases:
     angles = draw(T, 1, 32).float()
     cos, sin = (torch.cat((f, f), -1).bfloat16() for f in (angles.cos(), angles.sin()))
     projected = draw.slices(6 * 2 * 256, 2 * 256, 2 * 256)
-    return attention_inputs, (*projected, draw(256), draw(256), EPS, cos, sin), (0, 1, 2)
+    yield attention_inputs, (*projected, draw(256), draw(256), EPS, cos, sin), (0, 1, 2)
 
 
-def _output_gate(draw: _Draw) -> _Case:
+def _output_gate(draw: _Draw) -> _Cases:
     gate = draw(T, 6, 512)[..., 256:]
-    return output_gate, (draw(T, 6, 256), gate), (0, 1)
+    yield output_gate, (draw(T, 6, 256), gate), (0, 1)
 
 
-def _moe_router(draw: _Draw) -> _Case:
-    # No two alike in a row, in bfloat16 either: of equals either may be picked.
-    ranks = draw(T, EXPERTS).float().argsort(1).argsort(1)
-    return router, ((ranks / 8 - 1).bfloat16(), PICKED), (0,)
+def _moe_router(draw: _Draw) -> _Cases:
+    for tokens, experts, k in ((517, 256, 8), (1, 60, 4), (37, 7, 1)):
+        # No two alike in a row, in bfloat16 either: of equals either may be picked.
+        ranks = draw(tokens, experts).float().argsort(1).argsort(1)
+        yield router, ((ranks / (64 if experts > 64 else 8)).bfloat16(), k), (0,)
 
 
-def _moe_weighted_up(draw: _Draw) -> _Case:
-    routing = Routing.of(draw.chosen(), EXPERTS)
-    weights = draw(T, PICKED).softmax(1)
-    return weighted_up, (draw(T * PICKED, 2 * 544), weights, routing), (0, 1)
+def _moe_weighted_up(draw: _Draw) -> _Cases:
+    for tokens, k, inner in ((T, 4, 544), (117, 8, 512), (5, 2, 24)):
+        routing = Routing.of(draw(tokens, EXPERTS).topk(k, 1).indices, EXPERTS)
+        weights = draw(tokens, k).softmax(1)
+        yield weighted_up, (draw(tokens * k, 2 * inner), weights, routing), (0, 1)
 
 
-def _moe_shared_up(draw: _Draw) -> _Case:
-    return shared_up, (*draw.slices(544, 544), draw(T, 1)), (0, 1, 2)
+def _moe_shared_up(draw: _Draw) -> _Cases:
+    for tokens, inner in ((T, 544), (517, 512), (3, 40)):
+        gate, up, _ = draw(tokens, 2 * inner + 8).split((inner, inner, 8), 1)
+        yield shared_up, (gate, up, draw(tokens, 1)), (0, 1, 2)
 
 
-CASES: dict[str, Callable[[_Draw], _Case]] = {
+CASES: dict[str, Callable[[_Draw], _Cases]] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "gated_norm": _gated_norm,
