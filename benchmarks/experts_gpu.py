@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from qcore.nn import experts_triton, experts_triton_routing, nf4_triton
+from qcore.nn import experts_triton, experts_triton_routing, nf4, nf4_triton
 from qcore.nn.adapted import Adapted, Lora
 from qcore.nn.again import keep_dear
 from qcore.nn.experts import Experts, Routing
@@ -73,17 +73,18 @@ class Build:
     def linear(self, name: str) -> nn.Module:
         quantize = "gate." not in f"{name}." or "proj" in name
         r = 16 if quantize else 0
-        module = Linear(SHAPES[name], self.dtype, Lora(r=r, lora_alpha=16) if r else None)
-        if self.fast:
-            module.dequantize = nf4_triton.dequantize
+        lora = Lora(r=r, lora_alpha=16) if r else None
+        read = nf4_triton.dequantize if self.fast else nf4.dequantize
+        module = Linear(SHAPES[name], self.dtype, lora, dequantize=read)
         return self._fill(module, name, r, quantize=quantize and "expert_gate" not in name)
 
     def experts(self, name: str) -> nn.Module:
         lora = Lora(r=self.r, lora_alpha=16) if self.r else None
-        module = Experts(SHAPES[name], self.dtype, lora)
-        if self.fast:
-            module.dequantize = nf4_triton.dequantize
-            module.compute = experts_triton.grouped
+        module = Experts(
+            SHAPES[name], self.dtype, lora,
+            dequantize=nf4_triton.dequantize if self.fast else nf4.dequantize,
+            compute=experts_triton.grouped if self.fast else None,
+        )  # fmt: skip
         return self._fill(module, name, self.r, quantize=True)
 
     def stack(self, *linears: nn.Module) -> Any:

@@ -32,8 +32,8 @@ STACKS = {
 def build(into: int, outs: tuple[int, ...], adapted: tuple[bool, ...], r: int) -> list[Linear]:
     maps = []
     for out, lora in zip(outs, adapted, strict=True):
-        module = Linear((out, into), BF16, Lora(r=r, lora_alpha=r) if lora else None)
-        module.dequantize = dequantize
+        adapter = Lora(r=r, lora_alpha=r) if lora else None
+        module = Linear((out, into), BF16, adapter, dequantize=dequantize)
         weight = torch.randn(out, into, device=DEVICE) / into**0.5
         module.hold(slice(0, out), weight, quantize=lora, dtype=BF16)
         module.reset_lora(str(out), 0, DEVICE)

@@ -68,8 +68,7 @@ def _maps(case: str, dtype: torch.dtype) -> list[Linear]:
     for seed, (size, lora, four_bit) in enumerate(STACKS[case]):
         generator = torch.Generator().manual_seed(seed)
         value = torch.randn(size, K, generator=generator) / math.sqrt(K)
-        module = Linear((size, K), dtype, lora)
-        module.dequantize = _read()
+        module = Linear((size, K), dtype, lora, dequantize=_read())
         module.hold(slice(0, size), value.bfloat16().cuda(), quantize=four_bit, dtype=dtype)
         if lora is not None:
             module.reset_lora(str(seed), 3, torch.device("cuda"))
@@ -136,8 +135,7 @@ def test_launches():
     from torch.profiler import ProfilerActivity, profile
 
     for out, into in ((512, 256), (256, 512)):
-        module = Linear((out, into), BF16, R16)
-        module.dequantize = _read()
+        module = Linear((out, into), BF16, R16, dequantize=_read())
         value = torch.randn(out, into, device="cuda") / 16
         module.hold(slice(0, out), value, quantize=True, dtype=BF16)
         module.reset_lora("a", 0, value.device)

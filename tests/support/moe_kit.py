@@ -63,6 +63,8 @@ class Differentiable(nn.Module):
 class GivenExperts(GivenWeights):
     """A `BuildContext` over a state dict; experts are core's own, or `Differentiable`."""
 
+    compute: Any = None  #: the backend of core's own; by default the reference
+
     def __init__(
         self, config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype,
         *, core: bool,
@@ -74,7 +76,7 @@ class GivenExperts(GivenWeights):
         weight = self.weights[name]
         if not self.core:
             return Differentiable(weight)
-        made = Experts(tuple(weight.shape), self.dtype, None)
+        made = Experts(tuple(weight.shape), self.dtype, None, compute=self.compute)
         made.weight = nn.Parameter(weight.detach(), requires_grad=False)  # shared, not copied
         return made
 

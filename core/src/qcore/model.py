@@ -32,6 +32,7 @@ from .table import Tensor as Entry
 
 Numbers = Mapping[str, Lora]  #: LoRA's numbers by canonical name of the weight
 _F = TypeVar("_F", bound=Callable[..., Any])
+_A = TypeVar("_A", Linear, Experts)
 
 
 class Backends(Protocol):
@@ -78,29 +79,25 @@ class Context:
         self._lora = lora
         self._backends = backends
 
-    def linear(self, name: str) -> nn.Module:
+    def linear(self, name: str) -> Linear:
         """A `Linear` for the row ``{name}.weight``, of whatever module in the stock class."""
-        module = cast(Linear, self._held(Linear, self._entry(f"{name}.weight")))
-        module.product.compute = self.kernel("qlora_linear", reference)
-        return module
+        compute = self.kernel("qlora_linear", reference)
+        return self._held(self._entry(f"{name}.weight"), Linear, compute)
 
-    def experts(self, name: str) -> nn.Module:
+    def experts(self, name: str) -> Experts:
         """An `Experts` for the row `name`."""
-        module = cast(Experts, self._held(Experts, self._entry(name)))
-        module.compute = self.kernel("experts", grouped)
-        return module
+        return self._held(self._entry(name), Experts, self.kernel("experts", grouped))
 
     def stack(self, *linears: nn.Module) -> Stacked:
         """Linear maps of one input, as one."""
-        stacked = Stacked(tuple(cast(Linear, one) for one in linears))
-        stacked.product.compute = self.kernel("qlora_linear", reference)
-        return stacked
+        members = tuple(cast(Linear, one) for one in linears)
+        return Stacked(members, self.kernel("qlora_linear", reference))
 
     def kernel(self, op: str, reference: _F) -> _F:
         """The chosen backend of `op`, or `reference`."""
         return cast(_F, self._backends.get(op) or reference)
 
-    def _held(self, build: type[Adapted], entry: Entry) -> Adapted:
+    def _held(self, entry: Entry, build: type[_A], compute: Callable[..., Any]) -> _A:
         if (build is Experts) != (entry.row.kind is Kind.EXPERTS):
             raise PluginError(
                 "QC-MODEL-004",
@@ -109,8 +106,8 @@ class Context:
                 found=entry.row.kind.value if entry.row.kind else "no kind",
                 fix="report this to the plugin's author",
             )
-        module = build(entry.shape, self.dtype, self._lora.get(entry.name))
-        module.dequantize = self.kernel("nf4_dequantize", dequantize)
+        lora, read = self._lora.get(entry.name), self.kernel("nf4_dequantize", dequantize)
+        module = build(entry.shape, self.dtype, lora, dequantize=read, compute=compute)
         self.holders[entry.name] = module
         return module
 

@@ -40,12 +40,18 @@ class Lora:
 class Adapted(nn.Module):
     """A frozen map with an optional adapter.
 
+    Args:
+        shape: of the weight.
+        dtype: of the run.
+        lora: the adapter's numbers; ``None``: no adapter.
+        dequantize: the op ``nf4_dequantize``.
+
     Attributes:
         weight: the base's values; on meta until loaded; ``None`` once held in 4 bit.
         lora_A: float32, or ``None``.
         lora_B: float32, or ``None``.
         lora: the adapter's numbers; set it to ``None`` to compute the base alone.
-        dequantize: what reads 4-bit values; set before any are held.
+        dequantize: what reads 4-bit values, once any are held.
         accumulates: whether a backward may add to ``lora_A.grad`` and ``lora_B.grad`` itself,
             in place of handing gradients to autograd (`qcore.optim`).
     """
@@ -54,11 +60,18 @@ class Adapted(nn.Module):
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lora: Lora | None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        lora: Lora | None,
+        *,
+        dequantize: Dequantize = dequantize,
+    ) -> None:
         super().__init__()
         self.shape = shape
         self.lora = lora
-        self.dequantize: Dequantize = dequantize
+        self.dequantize = dequantize
         self.accumulates = False
         meta = torch.empty(shape, dtype=dtype, device="meta")
         self.weight = nn.Parameter(meta, requires_grad=False)

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from .adapted import Adapted, Lora
 from .experts_routing import Routing
 from .launch import on_gpu
-from .nf4 import NF4Stack
+from .nf4 import Dequantize, NF4Stack, dequantize
 
 __all__ = ["Experts", "Routing", "Tokens", "grouped"]
 
@@ -36,23 +36,35 @@ TOGETHER = 2**31  #: bytes of weights that are dequantised for one launch
 #: What a map reads or gives in place of sorted rows: tokens, each of which goes to its k
 #: experts (``in``), or gets the sum of its k rows (``out``).
 Tokens = Literal["in", "out"] | None
+Compute = Callable[[Tensor, "Experts", Routing, Tokens], Tensor]
 
 
 class Experts(Adapted):
     """One linear map per expert: ``module(rows [R, in], routing) -> [R, out]``.
 
+    Args (beside those of `Adapted`):
+        compute: the op ``experts``; by default its reference, `grouped`.
+
     Attributes:
-        compute: `grouped`, or the backend that the run chose for it.
+        compute: as given.
         resident: keep the dequantised stack too, where ``2 E out in`` bytes are free: the same
             bits, read once and not in each pass.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lora: Lora | None) -> None:
-        super().__init__(shape, dtype, lora)
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        lora: Lora | None,
+        *,
+        dequantize: Dequantize = dequantize,
+        compute: Compute | None = None,
+    ) -> None:
+        super().__init__(shape, dtype, lora, dequantize=dequantize)
         self.nf4: NF4Stack | None = None
         self._taken = 0
         self.reader: Callable[[int], Tensor] | None = None
-        self.compute: Callable[[Tensor, Experts, Routing, Tokens], Tensor] = grouped
+        self.compute: Compute = compute or grouped
         self.resident = False
         self._dense: Tensor | None = None
 

@@ -16,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapted import Adapted, Lora
-from .nf4 import NF4
-from .product import Product
+from .nf4 import NF4, Dequantize, dequantize
+from .product import Compute, Product, reference
 
 
 class Linear(Adapted):
     """``[..., in] -> [..., out]``.
+
+    Args (beside those of `Adapted`):
+        compute: the op ``qlora_linear``.
 
     Attributes:
         nf4: the weight, where it is held in 4 bit.
@@ -29,11 +32,19 @@ class Linear(Adapted):
         product: what computes it on a GPU.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, lora: Lora | None) -> None:
-        super().__init__(shape, dtype, lora)
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        lora: Lora | None,
+        *,
+        dequantize: Dequantize = dequantize,
+        compute: Compute = reference,
+    ) -> None:
+        super().__init__(shape, dtype, lora, dequantize=dequantize)
         self.nf4: NF4 | None = None
         self.resident = False
-        self.product = Product((self,))
+        self.product = Product((self,), compute)
 
     def lora_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """``A [r, in]``, ``B [out, r]``."""

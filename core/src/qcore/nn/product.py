@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .linear import Linear
     from .product_table import Gradients, Sources
 
+Compute = Callable[[Tensor, "Product"], tuple[Tensor, ...]]
 _MULTIPLE = 8  # 16 bytes of a 16-bit dtype: rows that the matrix units' loads can start at
 
 
@@ -121,12 +122,13 @@ class Product:
 
     Args:
         members: maps of one K. They own what they hold; this reads it.
+        compute: the op ``qlora_linear``; by default `reference`.
 
     Attributes:
-        compute: the op ``qlora_linear``: `reference` or its equal.
+        compute: as given.
     """
 
-    def __init__(self, members: Sequence[Linear]) -> None:
+    def __init__(self, members: Sequence[Linear], compute: Compute | None = None) -> None:
         self.members = tuple(members)
         into = {member.shape[1] for member in members}
         if len(into) != 1:
@@ -134,7 +136,7 @@ class Product:
         self.into = into.pop()
         self.sizes = [member.shape[0] for member in members]
         self.out = sum(self.sizes)
-        self.compute: Callable[[Tensor, Product], tuple[Tensor, ...]] = reference
+        self.compute: Compute = compute or reference
         self._working: Working | None = None
         #: Tables of `Maps`, which makes them and knows when they are out of date.
         self.sources: Sources | None = None

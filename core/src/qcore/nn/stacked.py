@@ -12,20 +12,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from .linear import Linear
-from .product import Product
+from .product import Compute, Product, reference
 
 
 class Stacked:
     """``[..., in] -> ([..., out_i], ...)``; holds its members, owns none of their parameters.
+
+    Args:
+        members: maps of one input.
+        compute: the op ``qlora_linear``.
 
     Call a 16-bit member through its stack or alone, not both: its weight lies in one buffer.
     Outputs of a shared product are column slices of one buffer. Their gradients cost no copy
     where they come back so (`slices`).
     """
 
-    def __init__(self, members: tuple[Linear, ...]) -> None:
+    def __init__(self, members: tuple[Linear, ...], compute: Compute = reference) -> None:
         self.members = members
-        self.product = Product(members)
+        self.product = Product(members, compute)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.product.takes(x):
