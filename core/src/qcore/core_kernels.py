@@ -7,114 +7,62 @@ file of `qcore.nn`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .records import Kernel, Verdict
+from .records import Kernel
 
 if TYPE_CHECKING:
     import torch
 
+#: Op -> (module of `nn`, its function, the module that verifies it), all in Triton.
+TRITON = {
+    "experts": ("experts_triton", "grouped", "experts_triton"),
+    "expert_routing": ("experts_triton_routing", "routing_of", "experts_triton_routing"),
+    "cross_entropy": ("loss_triton", "cross_entropy_sum", "loss_triton"),
+    "nf4_dequantize": ("nf4_triton", "dequantize", "nf4_triton"),
+    "qlora_linear": ("product_triton", "linear", "product_verify"),
+}
+#: Those whose reference waits for the device.
+WAITING = ("experts", "nf4_dequantize")
+
 
 def core_kernels() -> Iterator[Kernel]:
-    """The backends of attention, NF4, experts and the loss."""
+    """The backends of attention, experts, the loss, NF4 and linear maps."""
     yield Kernel(
         op="attention",
         backend="fused",
-        load=lambda: _attention().fused_attention,
-        verify=lambda device: _attention().verify(device),
-        refuse=lambda device: _attention().refuse(device),
+        load=_loading("attention_cuda", "fused_attention"),
+        verify=_calling("attention_cuda", "verify"),
+        refuse=_calling("attention_cuda", "refuse"),
     )
-    yield Kernel(
-        op="experts",
-        backend="triton",
-        load=lambda: _experts().grouped,
-        verify=lambda device: _experts().verify(device),
-        refuse=_needs_cuda,
-        requires=("triton>=3.2",),
-        reference_waits=True,
-    )
-    yield Kernel(
-        op="expert_routing",
-        backend="triton",
-        load=lambda: _routing().routing_of,
-        verify=lambda device: _routing().verify(device),
-        refuse=_needs_cuda,
-        requires=("triton>=3.2",),
-    )
-    yield Kernel(
-        op="cross_entropy",
-        backend="triton",
-        load=_cross_entropy,
-        verify=_verify_cross_entropy,
-        refuse=_needs_cuda,
-        requires=("triton>=3.2",),
-    )
-    yield Kernel(
-        op="nf4_dequantize",
-        backend="triton",
-        load=lambda: _nf4().dequantize,
-        verify=lambda device: _nf4().verify(device),
-        refuse=_needs_cuda,
-        requires=("triton>=3.2",),
-        reference_waits=True,
-    )
-    yield Kernel(
-        op="qlora_linear",
-        backend="triton",
-        load=lambda: _product().linear,
-        verify=_verify_product,
-        refuse=_needs_cuda,
-        requires=("triton>=3.2",),
-    )
+    for op, (module, function, judge) in TRITON.items():
+        yield Kernel(
+            op=op,
+            backend="triton",
+            load=_loading(module, function),
+            verify=_calling(judge, "verify"),
+            refuse=_needs_cuda,
+            requires=("triton>=3.2",),
+            reference_waits=op in WAITING,
+        )
 
 
-def _product() -> Any:
-    from .nn import product_triton
-
-    return product_triton
+def _of(module: str, name: str) -> Any:
+    return getattr(import_module(f"{__package__}.nn.{module}"), name)
 
 
-def _verify_product(device: torch.device) -> Verdict:
-    from .nn.product_verify import verify
+def _loading(module: str, name: str) -> Callable[[], Callable[..., Any]]:
+    def load() -> Callable[..., Any]:
+        found: Callable[..., Any] = _of(module, name)
+        return found
 
-    return verify(device)
-
-
-def _attention() -> Any:
-    from .nn import attention_cuda
-
-    return attention_cuda
+    return load
 
 
-def _nf4() -> Any:
-    from .nn import nf4_triton
-
-    return nf4_triton
-
-
-def _experts() -> Any:
-    from .nn import experts_triton
-
-    return experts_triton
-
-
-def _routing() -> Any:
-    from .nn import experts_triton_routing
-
-    return experts_triton_routing
+def _calling(module: str, name: str) -> Callable[[torch.device], Any]:
+    return lambda device: _of(module, name)(device)
 
 
 def _needs_cuda(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "it needs a CUDA device"
-
-
-def _cross_entropy() -> Callable[..., Any]:
-    from .nn.loss_triton import cross_entropy_sum
-
-    return cross_entropy_sum
-
-
-def _verify_cross_entropy(device: torch.device) -> Verdict:
-    from .nn.loss_triton import verify
-
-    return verify(device)

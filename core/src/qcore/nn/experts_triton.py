@@ -14,7 +14,6 @@ Shapes: T tokens, k experts a token, ``R = T k`` rows, E experts, r LoRA's rank.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -30,17 +29,12 @@ from .experts import TOGETHER, Experts, Tokens
 from .experts import grouped as reference
 from .experts_routing import Routing
 from .launch import launch
-from .nf4 import BLOCK, VALUES
+from .nf4 import BLOCK
+from .nf4_triton import table_of
 from .verify import compare, worst
 
 #: Rows an expert, on average, below which 4-bit weights are read inside the product.
 FEW = 12
-
-
-@functools.cache
-def _table(device: torch.device) -> Tensor:
-    """The sixteen values of NF4."""
-    return torch.tensor(VALUES, device=device)
 
 
 #: Shared memory of a program, bytes: Hopper has 227 KiB, and the compiler keeps a few.
@@ -228,7 +222,7 @@ class _Products:
             stack = self.module.nf4
             assert stack is not None
             assert stack.code2 is not None
-            table = _table(stack.packed.device)
+            table = table_of(stack.packed.device)
             codes = (stack.absmax, stack.absmax2, stack.code2, stack.offset, table)
             return stack.packed.view(torch.int32), codes, stack.absmax2.shape[1]
         weights = self.module.some(experts)

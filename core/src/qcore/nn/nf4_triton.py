@@ -12,6 +12,8 @@ Shapes: n slices, each ``[rows, cols]`` of ``8 words`` values and ``words / 8`` 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -117,14 +119,10 @@ def dequantize(codes: Codes, out: Tensor) -> Tensor:
     return out
 
 
-_tables: dict[torch.device, Tensor] = {}
-
-
+@functools.cache
 def table_of(device: torch.device) -> Tensor:
     """`VALUES` on a device."""
-    if device not in _tables:
-        _tables[device] = torch.tensor(VALUES, device=device)
-    return _tables[device]
+    return torch.tensor(VALUES, device=device)
 
 
 def verify(device: torch.device) -> Verdict:
