@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from peers.shapes import SHAPES, Job
@@ -30,12 +29,12 @@ Decode = Callable[[int], int]  #: decodes so many tokens, returns how many came
 
 
 def qcore_decode(job: Job, prompt: list[int]) -> Decode:
-    """`Generator.decode` on a model that was filled in place: its loading from disk is left out."""
+    """`generate.decode` on a model that was filled in place: its loading from disk is left out."""
     import torch
     from peers.qcore_side import architecture, backends, describe, fill
 
     from qcore.decoding import Decoder, way_of
-    from qcore.generate import Generator
+    from qcore.generate import decode
     from qcore.model import Model
 
     device = torch.device(job.device)
@@ -43,16 +42,8 @@ def qcore_decode(job: Job, prompt: list[int]) -> Decode:
     chosen = backends(job, device)
     model = Model(architecture(job), config, layout, torch.bfloat16, {}, chosen).eval()
     fill(layout, model, device, quantize=job.quantize)
-    generator = Generator.__new__(Generator)
-    generator.device, generator.model = device, model
-    generator.decoder = Decoder(model, device, way_of(chosen)[0])
-    generator.chat = SimpleNamespace(stop_tokens=())  # type: ignore[assignment]
-    generator.found = SimpleNamespace(checkpoint=SimpleNamespace(path=Path("random")))  # type: ignore[assignment]
-    generator.tokenizer = SimpleNamespace(  # type: ignore[assignment]
-        get_added_tokens_decoder=dict,
-        get_vocab_size=lambda with_added_tokens: job.text["vocab_size"],
-    )
-    return lambda tokens: len(generator.decode(prompt, tokens, 0.0, 0)[0])
+    decoder, known = Decoder(model, device, way_of(chosen)[0]), job.text["vocab_size"]
+    return lambda tokens: len(decode(decoder, prompt, tokens, known=known)[0])
 
 
 def hf_decode(job: Job, prompt: list[int]) -> Decode:

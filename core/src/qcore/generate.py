@@ -7,7 +7,7 @@ applied it, on the base that it is bound to. It is meant for seeing an effect, n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,39 +210,74 @@ class Generator:
             stopped=stopped,
         )
 
-    @torch.inference_mode()
     def decode(
         self, ids: list[int], max_new_tokens: int, temperature: float, seed: int
     ) -> tuple[list[int], bool]:
         """Token ids of a prompt -> new ids, and whether a stop token came."""
-        stop = {self.tokenizer.token_to_id(token) for token in self.chat.stop_tokens}
-        sampler = torch.Generator(self.device).manual_seed(seed)
-        # Rows of the embedding beyond the tokenizer are padding: never sampled.
-        known = highest_id(self.tokenizer) + 1
-        new: list[int] = []
-        fresh = torch.tensor(ids, device=self.device)
-        while len(new) < max_new_tokens:
-            if new:
-                logits = self.decoder.next(fresh)[:known]
-            else:
-                logits = self.decoder.start(fresh, len(ids) + max_new_tokens)[:known]
-            finite = logits.isfinite().all()
-            if temperature > 0:
-                # Without numbers there is nothing to draw from, which would stop the device.
-                scores = torch.where(finite, logits, 0.0)
-                fresh = torch.multinomial(F.softmax(scores / temperature, -1), 1, generator=sampler)
-            else:
-                fresh = logits.argmax().reshape(1)
-            # The one time in a token that the host waits for the device.
-            token, good = torch.stack((fresh[0], finite.long())).tolist()
-            if not good:
-                raise NumericError(
-                    "QC-GENERATE-002",
-                    f"the logits are not finite after {self.decoder.done} tokens",
-                    file=self.found.checkpoint.path,
-                    fix="look at the adapter, or at the base with qcore inspect",
-                )
-            new.append(token)
-            if token in stop:
-                return new, True
-        return new, False
+        return decode(
+            self.decoder,
+            ids,
+            max_new_tokens,
+            known=highest_id(self.tokenizer) + 1,
+            stop={self.tokenizer.token_to_id(token) for token in self.chat.stop_tokens},
+            temperature=temperature,
+            seed=seed,
+            source=self.found.checkpoint.path,
+        )
+
+
+@torch.inference_mode()
+def decode(
+    decoder: Decoder,
+    ids: list[int],
+    max_new_tokens: int,
+    *,
+    known: int,
+    stop: Collection[int | None] = (),
+    temperature: float = 0.0,
+    seed: int = 0,
+    source: object | None = None,
+) -> tuple[list[int], bool]:
+    """Token ids of a prompt -> new ids, and whether a stop token came.
+
+    Args:
+        decoder: of the model.
+        ids: the prompt.
+        max_new_tokens: when to stop at the latest.
+        known: ids from this on are padding of the embedding: never sampled.
+        stop: ids that end it; ``None``, of a token that there is not, is none.
+        temperature: 0 is greedy.
+        seed: of the sampling.
+        source: the model, for an error.
+
+    Raises:
+        NumericError: ``QC-GENERATE-002`` for logits that are no numbers.
+    """
+    sampler = torch.Generator(decoder.device).manual_seed(seed)
+    new: list[int] = []
+    fresh = torch.tensor(ids, device=decoder.device)
+    while len(new) < max_new_tokens:
+        if new:
+            logits = decoder.next(fresh)[:known]
+        else:
+            logits = decoder.start(fresh, len(ids) + max_new_tokens)[:known]
+        finite = logits.isfinite().all()
+        if temperature > 0:
+            # Without numbers there is nothing to draw from, which would stop the device.
+            scores = torch.where(finite, logits, 0.0)
+            fresh = torch.multinomial(F.softmax(scores / temperature, -1), 1, generator=sampler)
+        else:
+            fresh = logits.argmax().reshape(1)
+        # The one time in a token that the host waits for the device.
+        token, good = torch.stack((fresh[0], finite.long())).tolist()
+        if not good:
+            raise NumericError(
+                "QC-GENERATE-002",
+                f"the logits are not finite after {decoder.done} tokens",
+                file=source,
+                fix="look at the adapter, or at the base with qcore inspect",
+            )
+        new.append(token)
+        if token in stop:
+            return new, True
+    return new, False
