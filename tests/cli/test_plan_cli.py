@@ -92,6 +92,7 @@ def test_a_budget_that_is_too_small_is_said_and_no_error(
         (("--set", "max_lenght=3"), "QC-CONFIG-001"),
         (("--groups", "nothing"), "QC-LORA-001"),
         (("--max-length", "1"), "QC-CONFIG-003"),
+        (("--rows", "8192", "--max-length", "1048576"), "QC-PLAN-005"),
     ],
 )
 def test_what_is_refused(

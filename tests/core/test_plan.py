@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from support.plan_kit import DENSE_4B, MOE_35B, found_of
 
 from qcore.device import DTYPES
+from qcore.entries import Entries
 from qcore.errors import InputError, UsageError
 from qcore.identify import identify
 from qcore.load import load
@@ -18,6 +20,7 @@ from qcore.nn.adapted import Lora
 from qcore.nn.protocols import Packed
 from qcore.plan import Planner
 from qcore.plan_cards import CARDS, card_of, named, parse_budget
+from qcore.plan_pieces import smaller, stretched
 from qcore.plan_run import refusal
 from qcore.plan_trace import Trace
 from qcore.settings import Settings
@@ -198,6 +201,70 @@ def test_the_chosen_backend_is_what_is_counted() -> None:
     ]
     assert pieces[1].backward > 1.5 * pieces[0].backward
     assert len(pieces[1].back) > 3 * len(pieces[0].back)
+
+
+# -- a layer that walks the tokens on the host
+
+
+@pytest.fixture(scope="module")
+def walked() -> Planner:
+    """The torch delta rule, whose launches grow with the tokens, in four layers of a 4B."""
+    pytest.importorskip("triton")
+    settings = Settings(kernels=Entries({"delta_rule": "reference"}))
+    return Planner(found_of(DENSE_4B | {"num_hidden_layers": 4}), settings, H100)
+
+
+@pytest.mark.parametrize("lengths", [(10240,), (9000, 4000, 65, 31)], ids=str)
+def test_a_long_pack_is_told_from_short_ones(walked: Planner, lengths: tuple[int, ...]) -> None:
+    measure, kind = walked.measure, walked.measure.kinds[0]
+    assert measure.stretches(kind, "full", lengths)
+    told, seen = measure.layer(kind, "full", lengths), measure._layer(kind, "full", lengths)
+    for term in ("kept", "forward", "backward", "launches"):
+        assert getattr(told, term) == pytest.approx(getattr(seen, term), rel=0.02)
+    for mine, theirs in ((told.forth, seen.forth), (told.back, seen.back)):
+        for unit in ("flops", "nbytes"):
+            amounts = [sum(getattr(one, unit) for one in work) for work in (mine, theirs)]
+            assert amounts[0] == pytest.approx(amounts[1], rel=0.02)
+    _, whole = measure._seen(lengths, tuple(measure._one))
+    assert measure.batch(lengths) == pytest.approx(whole, rel=0.02)
+    policies = all_of(walked, "full")
+    assert any("a reference walks" in note for note in walked.plan(lengths, policies).notes)
+
+
+def test_attention_is_quadratic_in_what_is_told(walked: Planner) -> None:
+    kind = walked.measure.kinds[3]
+    assert not walked.measure.stretches(kind, "full", (65536,))  # fused: seen as it is
+    packs = smaller((65536,))
+    pieces = [walked.measure.layer(kind, "full", one) for one in packs]
+    told = stretched([sum(one) for one in packs], pieces, 65536)
+    seen = walked.measure.layer(kind, "full", (65536,))
+    amounts = [sum(one.flops for one in piece.back) for piece in (told, seen)]
+    assert amounts[0] == pytest.approx(amounts[1], rel=1e-3)
+    assert amounts[0] > 3 * 8 * sum(one.flops for one in pieces[-1].back) / 2
+
+
+def test_smaller_packs_have_the_same_shape() -> None:
+    assert smaller((8192, 8192)) == ()
+    assert smaller((16384, 8192, 65, 3)) == (
+        (2048, 1024, 1, 3), (4096, 2048, 1, 3), (8192, 4096, 1, 3),
+    )  # fmt: skip
+
+
+def test_fused_kernels_are_seen_at_any_length(dense: Planner) -> None:
+    for kind in dict.fromkeys(dense.measure.kinds):
+        assert not dense.measure.stretches(kind, "full", (1 << 20,))
+
+
+def test_the_cost_of_planning_does_not_grow_with_the_tokens(walked: Planner) -> None:
+    began = time.process_time()
+    assert walked.plan((1 << 20,), all_of(walked, "full")).peak > 10**9
+    assert time.process_time() - began < 20  # seen whole it would be minutes
+
+
+def test_a_micro_step_that_nothing_can_compute_is_not_planned(dense: Planner) -> None:
+    with pytest.raises(UsageError, match="more than kernels can number"):
+        dense.fastest((1 << 20,) * 8192)
+    assert dense.best(1 << 20, 64).lengths == (1 << 20,)  # the smallest; larger ones are left out
 
 
 # -- the search

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from qcore.plan_packs import packs_of
+from qcore.errors import UsageError
+from qcore.plan_packs import MOST, check_pack, holds, packs_of
 from qcore.schedule import Schedule
 from qcore.settings import Settings
 
@@ -62,3 +63,25 @@ def test_an_endless_run_is_bounded_by_its_longest_rows() -> None:
     lengths = [10] * 50 + [400, 300]
     packs = packs_of(lengths, [], settings(max_steps=10**9, per_device_train_batch_size=2), draws=8)
     assert packs.largest == ((400, 300),)
+
+
+@pytest.mark.parametrize("pack", [(1 << 20,) * 3, (1 << 20,), (MOST - 64,), (64,) * 32767])
+def test_what_a_micro_step_may_hold(pack: tuple[int, ...]) -> None:
+    assert holds(pack)
+    check_pack(pack)
+
+
+@pytest.mark.parametrize(
+    ("pack", "fits"), [((1 << 20,) * 8192, 3), ((MOST - 63,), 0), ((2,) * 65536, 63549)]
+)
+def test_more_than_kernels_number_is_refused(pack: tuple[int, ...], fits: int) -> None:
+    """Chunks of 64 tokens are numbered along an axis that ends at 65535."""
+    with pytest.raises(UsageError) as caught:
+        check_pack(pack)
+    error = caught.value
+    assert (error.code, error.field) == ("QC-PLAN-005", "per_device_train_batch_size")
+    assert f"{len(pack)} rows of {sum(pack)} tokens" in error.message
+    assert f"lower it to {fits}," in str(error.fix)
+    assert "\n" not in error.message
+    assert not fits or holds(pack[:fits])
+    assert not holds(pack[: fits + 1])

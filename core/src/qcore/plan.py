@@ -26,8 +26,10 @@ from .kernels import Chosen, installed
 from .nn.adapted import Lora
 from .nn.again import POLICIES
 from .plan_cards import CARDS, LAUNCH, Card, seconds
-from .plan_measure import Measure, Piece
+from .plan_measure import Measure
 from .plan_model import Taken, meta_model, take
+from .plan_packs import check_pack, holds
+from .plan_pieces import SAMPLES, Piece
 from .plan_record import Lengths, Plan
 from .plan_trace import rounded
 from .settings import Settings
@@ -138,7 +140,7 @@ class Planner:
 
     def plan(self, lengths: Lengths, policies: Sequence[str]) -> Plan:
         """The step of one pack, each layer under its own policy."""
-        static = self.static | {"batch": self.measure.batch(lengths)[1]}
+        static = self.static | {"batch": self.measure.batch(lengths)}
         top = max(self._moments(lengths, policies), key=lambda m: m.kept + m.workspace)
         memory = static | {"activations": top.kept, "workspace": top.workspace}
         card, host, launches = self._time(lengths, policies)
@@ -162,7 +164,7 @@ class Planner:
         """Bytes by term, at the peak of a held-out row's loss: alone in its pack, no gradients."""
         lengths = (length,)
         most = self.measure.evaluation(lengths, self.settings.loss_chunk_size)
-        return self.static | {"batch": self.measure.batch(lengths)[1], "workspace": most}
+        return self.static | {"batch": self.measure.batch(lengths), "workspace": most}
 
     def worst(self, packs: Sequence[Lengths], policies: Sequence[str]) -> Plan:
         """The plan of that one of `packs` that takes most."""
@@ -170,13 +172,13 @@ class Planner:
 
     def _peak(self, lengths: Lengths, policies: Sequence[str]) -> int:
         most = max(m.kept + m.workspace for m in self._moments(lengths, policies))
-        return sum(self.static.values()) + self.measure.batch(lengths)[1] + most
+        return sum(self.static.values()) + self.measure.batch(lengths) + most
 
     def _pieces(self, lengths: Lengths, policies: Sequence[str]) -> list[Piece]:
         found = []
         for kind, policy in zip(self.measure.kinds, policies, strict=True):
             parks = policy == "offload" and self.device == "cuda"
-            piece = self.measure.layer(kind, "full" if policy == "offload" else policy, lengths)
+            piece = self.measure.layer(kind, _alike(policy), lengths)
             found.append(self._parked(piece, lengths) if parks else piece)
         return found
 
@@ -249,6 +251,12 @@ class Planner:
                 "not installed here, so references are counted, which take more memory and time: "
                 + ", ".join(self.taken.absent)
             )
+        layers = dict.fromkeys(zip(self.measure.kinds, policies, strict=True))
+        if any(self.measure.stretches(kind, _alike(policy), lengths) for kind, policy in layers):
+            told.append(
+                f"told from rows of {SAMPLES[-1]} tokens and fewer, because a reference walks "
+                "the tokens one chunk at a time: memory is rather overstated"
+            )
         if self.device == "cpu":
             told.append("of the CPU only torch's tensors are counted, and no time is predicted")
         elif not self.card.known:
@@ -275,7 +283,13 @@ class Planner:
         return POLICIES if self.device == "cuda" else POLICIES[:-1]
 
     def fastest(self, *packs: Lengths) -> Plan:
-        """The first of the ladder under which all `packs` fit; the last where none does."""
+        """The first of the ladder under which all `packs` fit; the last where none does.
+
+        Raises:
+            UsageError: ``QC-PLAN-005`` a pack is more than any micro-step may be.
+        """
+        for pack in packs:
+            check_pack(pack)
         steps = self.ladder()
         low, high = 0, len(steps) - 1
         while low < high:
@@ -294,9 +308,9 @@ class Planner:
 
     def best(self, length: int, rows: int) -> Plan:
         """The fastest micro-batch of rows of one length: any that divides `rows`."""
-        plans = [
-            self.fastest((length,) * n) for n in range(1, rows + 1) if rows % n == 0 and n <= 64
-        ]
+        sizes = [n for n in range(1, min(rows, 64) + 1) if rows % n == 0]
+        packs = [(length,) * n for n in sizes]
+        plans = [self.fastest(pack) for pack in packs if holds(pack)]
         fitting = [plan for plan in plans if plan.fits]
         if not fitting:
             return plans[0]
@@ -334,6 +348,11 @@ class Planner:
             else:
                 high, at_high = guess, at_guess
         return low
+
+
+def _alike(policy: str) -> str:
+    """The policy that a layer is measured under: meta has no host to park on."""
+    return "full" if policy == "offload" else policy
 
 
 def _make(

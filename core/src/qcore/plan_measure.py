@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, cast
 
@@ -24,33 +23,12 @@ from .nn.adapted import Adapted
 from .nn.again import run_layers
 from .nn.launch import Planned, planning
 from .nn.protocols import Layer, Packed
-from .plan_trace import Trace, Work
+from .plan_pieces import Piece, affine, grows, smaller, stretched
+from .plan_record import Lengths
+from .plan_trace import Trace
 
 _META = torch.device("meta")
 _WARM = (64,)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """Bytes over what lay there before, the input included, and the work.
-
-    Attributes:
-        kept: after the forward; the input is given up where nobody saved it.
-        forward: the most during the forward.
-        backward: the most during the backward.
-        forth: what the forward does.
-        back: what the backward does.
-        forward_by: what of `forward` is whose, by op.
-        backward_by: the same of `backward`.
-    """
-
-    kept: int
-    forward: int
-    backward: int
-    forth: tuple[Work, ...]
-    back: tuple[Work, ...]
-    forward_by: Mapping[str, int] = field(default_factory=dict)
-    backward_by: Mapping[str, int] = field(default_factory=dict)
 
 
 class Measure:
@@ -77,7 +55,8 @@ class Measure:
         self.layers = cast("Sequence[Layer]", list(self.model.trunk.layers))
         self.kinds = [_signature(layer) for layer in self.layers]
         self._one = {kind: self.layers[self.kinds.index(kind)] for kind in self.kinds}
-        self._batches: dict[tuple[int, ...], tuple[Packed, int]] = {}
+        self._batches: dict[Any, tuple[Packed, int]] = {}
+        self._derived: dict[Lengths, int] = {}
         self._pieces: dict[Any, Piece] = {}
         first, second = self._warm(_WARM), self._warm(_WARM)
         each = {kind: first[kind] - second[kind] for kind in self._one}
@@ -88,7 +67,7 @@ class Measure:
         with planning(self._planned), self._trace:
             yield self._trace
 
-    def _warm(self, lengths: tuple[int, ...]) -> dict[str, int]:
+    def _warm(self, lengths: Lengths) -> dict[str, int]:
         """Bytes that are there after a layer of each kind has seen a new batch."""
         with self._running() as trace, torch.no_grad():
             batch, left = _batch(lengths), {}
@@ -101,22 +80,46 @@ class Measure:
     def _forward(self, layer: Layer, batch: Packed) -> None:
         layer(self.model.trunk.embed(batch), batch.alone())
 
-    def batch(self, lengths: tuple[int, ...]) -> tuple[Packed, int]:
-        """A pack of documents, and the bytes of it and of what all layers derive from it."""
-        if lengths not in self._batches:
+    def batch(self, lengths: Lengths) -> int:
+        """Bytes of a pack of documents and of what all layers derive from it."""
+        if lengths not in self._derived:
+            if self._walked(lengths):
+                self._derived[lengths] = self._along(lengths, self.batch)
+            else:
+                self._derived[lengths] = self._seen(lengths, tuple(self._one))[1]
+        return self._derived[lengths]
+
+    def _seen(self, lengths: Lengths, kinds: tuple[str, ...]) -> tuple[Packed, int]:
+        """The pack after a layer of each of `kinds` has seen it, and its bytes."""
+        key = (lengths, kinds)
+        if key not in self._batches:
             with self._running() as trace, torch.no_grad():
                 before = trace.live
                 batch = _batch(lengths)
-                for layer in self._one.values():
-                    self._forward(layer, batch)
-                self._batches[lengths] = batch, trace.live - before
-        return self._batches[lengths]
+                for kind in kinds:
+                    self._forward(self._one[kind], batch)
+                self._batches[key] = batch, trace.live - before
+        return self._batches[key]
 
-    def embedding(self, lengths: tuple[int, ...]) -> Piece:
+    def _walked(self, lengths: Lengths) -> bool:
+        """Whether any layer walks a pack that is too long for it."""
+        return any(self.stretches(kind, "full", lengths) for kind in self._one)
+
+    def _along(self, lengths: Lengths, count: Callable[[Lengths], int]) -> int:
+        """What `count` says of smaller packs, carried on to a longer one."""
+        packs = smaller(lengths)
+        return affine([sum(one) for one in packs], [count(one) for one in packs], sum(lengths))
+
+    def stretches(self, kind: str, policy: str, lengths: Lengths) -> bool:
+        """Whether a pack is told from smaller ones: a long one of a layer that walks it."""
+        packs = smaller(lengths)
+        return bool(packs) and grows([self.layer(kind, policy, one) for one in packs[:2]])
+
+    def embedding(self, lengths: Lengths) -> Piece:
         """The first piece; it has no backward."""
         key = ("embedding", lengths)
         if key not in self._pieces:
-            batch, _ = self.batch(lengths)
+            batch = _batch(lengths)
             with self._running() as trace:
                 before = trace.live
                 trace.mark()
@@ -128,24 +131,34 @@ class Measure:
                 del x
         return self._pieces[key]
 
-    def layer(self, kind: str, policy: str, lengths: tuple[int, ...]) -> Piece:
+    def layer(self, kind: str, policy: str, lengths: Lengths) -> Piece:
         """One layer; under ``offload`` as under ``full``: meta has no host to park on."""
         key = (kind, policy, lengths)
         if key not in self._pieces:
-            layer, model = self._one[kind], self.model
-            batch = self.batch(lengths)[0].alone()
-
-            def run(x: list[Tensor]) -> Tensor:
-                return run_layers([layer], x.pop(), batch, [policy], dropout=model.dropout)
-
-            self._pieces[key] = self._both(run, lengths)
+            if self.stretches(kind, policy, lengths):
+                packs = smaller(lengths)
+                pieces = [self.layer(kind, policy, one) for one in packs]
+                self._pieces[key] = stretched([sum(one) for one in packs], pieces, sum(lengths))
+            else:
+                self._pieces[key] = self._layer(kind, policy, lengths)
         return self._pieces[key]
 
-    def end(self, lengths: tuple[int, ...], chunk: int) -> Piece:
+    def _layer(self, kind: str, policy: str, lengths: Lengths) -> Piece:
+        layer, model = self._one[kind], self.model
+        # A pack is not walked for one layer because another kind would.
+        kinds = (kind,) if self._walked(lengths) else tuple(self._one)
+        batch = self._seen(lengths, kinds)[0].alone()
+
+        def run(x: list[Tensor]) -> Tensor:
+            return run_layers([layer], x.pop(), batch, [policy], dropout=model.dropout)
+
+        return self._both(run, lengths)
+
+    def end(self, lengths: Lengths, chunk: int) -> Piece:
         """Final norm, head and loss, every position supervised."""
         key = ("end", lengths, chunk)
         if key not in self._pieces:
-            model, batch = self.model, self.batch(lengths)[0]
+            model, batch = self.model, _batch(lengths)
             assert batch.targets is not None
             where, targets = batch.supervised(), batch.targets
 
@@ -159,9 +172,11 @@ class Measure:
             self._pieces[key] = self._both(run, lengths)
         return self._pieces[key]
 
-    def evaluation(self, lengths: tuple[int, ...], chunk: int) -> int:
+    def evaluation(self, lengths: Lengths, chunk: int) -> int:
         """The most that a forward to the loss takes where nothing is kept for a backward."""
-        model, batch = self.model, self.batch(lengths)[0].alone()
+        if self._walked(lengths):
+            return self._along(lengths, lambda one: self.evaluation(one, chunk))
+        model, batch = self.model, self._seen(lengths, tuple(self._one))[0].alone()
         assert batch.targets is not None
         with self._running() as trace, torch.no_grad():
             before = trace.live
@@ -175,7 +190,7 @@ class Measure:
             model._cross_entropy(hidden, model.head, wanted.index_select(0, where), chunk or None)
             return trace.peak - before
 
-    def _both(self, run: Callable[[list[Tensor]], Tensor], lengths: tuple[int, ...]) -> Piece:
+    def _both(self, run: Callable[[list[Tensor]], Tensor], lengths: Lengths) -> Piece:
         """`run` forwards and backwards; it pops its input off a list, so that nobody holds it."""
         with self._running() as trace:
             spark = torch.empty(0, device=_META, requires_grad=True)
@@ -227,7 +242,7 @@ class _Sink(torch.autograd.Function):
         return torch.empty(ctx.shape, dtype=ctx.dtype, device=_META)
 
 
-def _batch(lengths: tuple[int, ...]) -> Packed:
+def _batch(lengths: Lengths) -> Packed:
     tokens = sum(lengths)
     ids, positions, targets, where = (
         torch.empty(tokens, dtype=torch.int64, device=_META) for _ in range(4)

@@ -2,7 +2,10 @@
 
 This file decides which packs are planned. The order of rows is a function of the step
 (`schedule`), so every micro-batch of the run is known beforehand; beyond `DRAWS` rows the longest
-rows are taken to meet in one pack, which is the most that can happen. It imports no model.
+rows are taken to meet in one pack, which is the most that can happen. It also decides how many
+tokens a pack may have at all. It imports no model.
+
+Codes: ``QC-PLAN-005`` a micro-step holds more than kernels can number.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .errors import UsageError
 from .plan_record import Lengths
 from .schedule import Schedule
 from .settings import Settings
@@ -17,6 +21,9 @@ from .settings import Settings
 DRAWS = 1 << 20  #: rows, over all epochs, whose packs are looked at one by one
 #: Tokens that a document's last tile may take beyond its own in kernels' workspace.
 TILE = 64
+#: Tokens of a pack, `TILE` more for each row: kernels number chunks of 64 tokens along the second
+#: axis of a CUDA grid, which ends at 65535. All that counts rows of tensors in 32 bits ends later.
+MOST = TILE * 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +80,29 @@ def packs_of(
         micro_steps=micro_steps / steps,
         held_out=max(held_out, default=0),
     )
+
+
+def holds(pack: Lengths) -> bool:
+    """Whether a micro-step may be of these rows, on whatever card."""
+    return _tiled(pack) <= MOST
+
+
+def check_pack(pack: Lengths) -> None:
+    """Refuse a micro-step that nothing can compute, before it is planned.
+
+    Raises:
+        UsageError: ``QC-PLAN-005``.
+    """
+    if not holds(pack):
+        fit = MOST // (max(pack) + TILE)
+        raise UsageError(
+            "QC-PLAN-005",
+            "is more than kernels can number in a micro-step",
+            field="per_device_train_batch_size",
+            found=f"{len(pack)} rows of {sum(pack)} tokens",
+            expected=f"at most {MOST} tokens, of which each row takes {TILE} more than it has",
+            fix=f"lower it to {fit}, and raise gradient_accumulation_steps instead",
+        )
 
 
 def _sorted(lengths: list[int]) -> Lengths:

@@ -24,7 +24,7 @@ from .loop import unplanned
 from .plan import LIBRARIES, Planner
 from .plan_beside import RunPlan
 from .plan_cards import FRAGMENTS, Card, card_of
-from .plan_packs import Packs
+from .plan_packs import Packs, check_pack, holds
 from .plan_record import Plan, spelled
 from .settings import Settings
 
@@ -88,7 +88,10 @@ def plan_run(
 
     Raises:
         InputError: ``QC-PLAN-001`` it does not fit, and the settings leave the policy to the plan.
+        UsageError: ``QC-PLAN-005`` a pack is more than any micro-step may be.
     """
+    for pack in packs.largest:
+        check_pack(pack)
     planner = Planner(found, settings, room.card, backends=backends, budget=room.budget)
     by_hand = settings.recompute != "auto" or not settings.gradient_checkpointing
     policies, notes = _policies(planner, packs, room, tuple(kept))
@@ -194,7 +197,8 @@ def _rows(planner: Planner, packs: Packs) -> int:
     low, high = 0, len(packs.longest_rows) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if planner.fastest(packs.longest_rows[:middle]).fits:
+        rows = packs.longest_rows[:middle]
+        if holds(rows) and planner.fastest(rows).fits:
             low = middle
         else:
             high = middle - 1

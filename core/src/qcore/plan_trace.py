@@ -12,13 +12,15 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from .plan_pieces import Work
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _BLOCK = 512  # the allocator's unit
@@ -36,22 +38,6 @@ _PRODUCTS = {
     "baddbmm": 1,
     "baddbmm_": 1,
 }
-
-
-class Work(NamedTuple):
-    """One op: what it is, its matrix products' operations, bytes read and written.
-
-    Attributes:
-        name: the op's or kernel's.
-        flops: operations of products.
-        nbytes: of all tensors that it was given or made.
-        wide: whether its products are of float32.
-    """
-
-    name: str
-    flops: float
-    nbytes: int
-    wide: bool
 
 
 def rounded(nbytes: int) -> int:
