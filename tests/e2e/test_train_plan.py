@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.cli_kit import here
 from support.conversations import conversations, write_rows
-from support.e2e_kit import tiny_folder
+from support.e2e_kit import resave, tiny_folder
 
 from qcore.artifact import read_manifest, verify
-from qcore.errors import InputError, Interrupted
+from qcore.errors import InputError, Interrupted, UsageError
 from qcore.plan_cards import card_of
 from qcore.plan_run import Room
 from qcore.settings import Settings
@@ -82,11 +84,12 @@ def run(
     heard: Heard | None = None,
     room: Room | None = None,
     *,
+    model: Path | None = None,
     resume: bool = False,
     **settings: Any,
 ) -> TrainReport:
     return train(
-        str(tiny_folder()), rows, output, Settings(**(BASE | settings)), device="cpu",
+        str(model or tiny_folder()), rows, output, Settings(**(BASE | settings)), device="cpu",
         reporter=heard, room=room, resume=resume,
     )  # fmt: skip
 
@@ -152,6 +155,26 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(rows: Path, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        ({"router_aux_loss_coef": 0.001}, "QC-TRAIN-007"),
+        ({"adapter_class": "audio"}, "QC-ADAPTER-001"),
+        ({"chat_template_kwargs": {"xyzzy": True}}, "QC-CONFIG-008"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_suit_the_model_are_refused_first(
+    rows: Path, tmp_path: Path, given: dict[str, Any], code: str
+) -> None:
+    heard = Heard()
+    with pytest.raises(UsageError) as caught:
+        run(rows, tmp_path / "out", heard, **given)
+    assert caught.value.code == code
+    assert (heard.notes, heard.tables) == ([], 0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_policy_by_hand_is_warned_of_and_runs(rows: Path, tmp_path: Path) -> None:
     heard = Heard()
     report = run(rows, tmp_path / "out", heard, Room(budget=10**6), recompute="elementwise")
@@ -189,6 +212,68 @@ def test_a_stopped_run_on_a_smaller_card_says_what_changes(
     (line,) = heard.said("recompute was none before the run was stopped")
     assert "does not fit now" in line
     assert raw(out) == raw(whole[0])
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        ({}, {"recompute": "elementwise"}, "recompute is elementwise now and was auto"),
+        ({"recompute": "full"}, {}, "recompute is auto now and was full"),
+        (
+            {},
+            {"gradient_checkpointing": False},
+            "gradient_checkpointing is false now and was true",
+        ),
+    ],
+    ids=["named", "left to the plan", "off"],
+)
+def test_another_policy_is_no_other_run(
+    rows: Path, tmp_path: Path, whole: tuple[Path, TrainReport, Heard], first: dict[str, Any],
+    then: dict[str, Any], told: str,
+) -> None:  # fmt: skip
+    """It computes the same numbers, so it is told in a line, and taken."""
+    with pytest.raises(Interrupted):
+        run(rows, tmp_path / "out", Heard(2, terminate), Room(budget=10**12), **first)
+    heard = Heard()
+    report = run(rows, tmp_path / "out", heard, Room(budget=10**12), resume=True, **then)
+    (line,) = heard.said(told)
+    assert line.endswith("before the run was stopped: it computes the same numbers")
+    assert not heard.said("recompute as before")
+    assert report.plan["recompute"] == then.get("recompute", "none")
+    assert raw(tmp_path / "out") == raw(whole[0])
+
+
+def test_another_run_is_refused_before_anything_else(rows: Path, tmp_path: Path) -> None:
+    """Before the plan, before the base; what the stopped run left is as it was."""
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        run(rows, out, Heard(2, terminate), Room(budget=10**12))
+    left = {path: path.read_bytes() for path in (tmp_path / "out.run").rglob("*.*")}
+    heard = Heard()
+    with pytest.raises(InputError) as caught:
+        run(rows, out, heard, Room(budget=10**6), resume=True, learning_rate=1e-3)
+    assert (caught.value.code, caught.value.field) == ("QC-RESUME-002", "settings.learning_rate")
+    assert (heard.tables, heard.said("plan"), heard.said("recompute")) == (0, [], [])
+    with pytest.raises(InputError) as caught:
+        run(rows, out, heard, Room(budget=10**6), resume=True)
+    assert caught.value.code == "QC-PLAN-001"
+    assert tmp_path / "out.run" / "plan.json" in left
+    assert {path: path.read_bytes() for path in (tmp_path / "out.run").rglob("*.*")} == left
+
+
+def test_a_base_that_changed_leaves_the_plan_of_the_run(rows: Path, tmp_path: Path) -> None:
+    """That is known only once the base was read, when the new plan has been made."""
+    base, out = shutil.copytree(tiny_folder(), tmp_path / "base"), tmp_path / "out"
+    with pytest.raises(Interrupted):
+        run(rows, out, Heard(2, terminate), Room(budget=10**12), model=base)
+    plan = (tmp_path / "out.run" / "plan.json").read_bytes()
+    name = "model.language_model.layers.3.self_attn.k_norm.weight"
+    tensors = load_file(base / "model.safetensors")
+    resave(base, tensors | {name: tensors[name] + 0.5})
+    with pytest.raises(InputError) as caught:
+        run(rows, out, model=base, resume=True, recompute="elementwise")
+    assert (caught.value.code, caught.value.field) == ("QC-RESUME-002", "base.text")
+    assert (tmp_path / "out.run" / "plan.json").read_bytes() == plan
 
 
 def test_without_its_plan_a_stopped_run_is_planned_again(

@@ -269,12 +269,13 @@ class Planner:
         """Policies from the fastest to those that take least."""
         layers = len(self.measure.kinds)
         steps = [("none",) * layers]
-        for more, less in pairwise(self._allowed()):
+        for more, less in pairwise(self.allowed()):
             steps += [(less,) * n + (more,) * (layers - n) for n in range(1, layers + 1)]
-        allowed = self._allowed()
+        allowed = self.allowed()
         return [one for one in steps if set(one) <= set(allowed)] or [(allowed[0],) * layers]
 
-    def _allowed(self) -> tuple[str, ...]:
+    def allowed(self) -> tuple[str, ...]:
+        """The policies that the settings leave to choose from."""
         settings = self.settings
         if not settings.gradient_checkpointing:
             return ("none",)

@@ -116,6 +116,8 @@ def _policies(
     planner: Planner, packs: Packs, room: Room, kept: tuple[str, ...]
 ) -> tuple[tuple[str, ...], list[str]]:
     layers = len(planner.measure.kinds)
+    if not set(kept) <= set(planner.allowed()):
+        kept = ()  # the settings name another
     if len(kept) == layers and (not room.limited or _whole(planner, packs, kept).fits):
         return kept, [f"recompute as before the run was stopped: {spelled(kept)}"]
     if room.limited:

@@ -1,10 +1,9 @@
 """A run's files: the adapter, its checkpoints, and whether one may be resumed.
 
-This file decides what a trained adapter's folder and manifest hold, and that a resumed run is
-the run that was stopped: base, template, data, settings and plugins are compared and a change
-is refused by name. State is safetensors and JSON, never a pickle. Order, schedule and random
-numbers are functions of the step (`schedule`), so the step, the adapter and AdamW's moments
-are all there is.
+This file decides what a trained adapter's folder and manifest hold, and what of a checkpoint is
+put back; whether it is the same run is `resume`'s. State is safetensors and JSON, never a
+pickle. Order, schedule and random numbers are functions of the step (`schedule`), so the step,
+the adapter and AdamW's moments are all there is.
 
 A run's folder lies beside its output: ``OUTPUT.run/`` holds ``metrics.jsonl`` and
 ``checkpoint-N/``, each a complete adapter artefact with state. It goes away with a run that
@@ -24,14 +23,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from . import __version__
 from .adapter import CONFIG, LAYOUT, WEIGHTS, peft_config, stems
-from .artifact import Writer, publish, read_manifest, remove_tree, verify
+from .artifact import Writer, publish, remove_tree, verify
 from .durable import make_folders, writing
 from .errors import InputError, UsageError
 from .fingerprint import fingerprints
 from .identify import Identified
 from .model import Model
+from .resume import compare, identity
 from .rundir import Lock
 from .settings import Settings
 from .table import Namespace
@@ -145,18 +144,14 @@ class RunFiles:
 
     def identity(self) -> dict[str, Any]:
         """What makes a run the same run."""
-        provenance = self.found.provenance()
-        return {
-            "base": fingerprints(self.found.layout, self.digests),
-            "template": provenance["template_sha256"],
-            "plugins": provenance["plugins"],
-            "data": self.data["sha256"],
-            "settings": self.settings.to_dict(),
-            "device": self.device,
-            "kernels": dict(self.kernels),
-            "torch": torch.__version__,
-            "qcore": __version__,
-        }
+        return identity(
+            self.found,
+            self.settings,
+            self.data["sha256"],
+            self.device,
+            self.kernels,
+            fingerprints(self.found.layout, self.digests),
+        )
 
     def save(self, folder: Path, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Publish ``checkpoint-STEP``, then delete what ``save_total_limit`` leaves no room for."""
@@ -181,21 +176,7 @@ class RunFiles:
         Raises:
             InputError: ``QC-RESUME-002`` naming the first thing that changed.
         """
-        before = _flat(read_manifest(path).meta.get("identity", {}))
-        present = _flat(self.identity())
-        for key in (*present, *(key for key in before if key not in present)):
-            now, was = present.get(key), before.get(key)
-            # Python takes True and 1 for the same; a template does not.
-            if was != now or isinstance(was, bool) != isinstance(now, bool):
-                raise InputError(
-                    "QC-RESUME-002",
-                    "changed since the run was stopped",
-                    file=path,
-                    field=key,
-                    found=now,
-                    expected=was,
-                    fix="restore it, or start a new run with another --output",
-                )
+        compare(path, self.identity())
         weights, moments = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
         names = self._names()
         for name, parameter in self.model.trainable():
@@ -254,13 +235,3 @@ class RunFiles:
             identity=self.identity(),
             coverage=[dict(line) for line in self.coverage],
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        # Manifests are JSON: a tuple comes back as a list.
-        value = list(value) if isinstance(value, tuple) else value
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat

@@ -38,6 +38,7 @@ from .plan_run import Room, plan_run, room_of
 from .plan_state import keep, kept
 from .preflight import preflight
 from .report import Reporter, Silent
+from .resume import compare, identity
 from .rundir import MetricsLog
 from .settings import Settings
 from .signals import StopSignals
@@ -85,7 +86,8 @@ def train(
     backends = choose(installed(found.plugins), where, settings.kernels, used)
     for line in backends.lines():
         tell.note(line)
-    plan = _plan(found, rows, settings, room or room_of(where), backends, folder, resume, tell)
+    before = _before(found, rows, settings, where, backends, folder, tell) if resume else ()
+    plan = _plan(found, rows, settings, room or room_of(where), backends, before, tell)
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
         stop = stack.enter_context(StopSignals())
@@ -163,22 +165,44 @@ def _rows(found: Identified, data: str | Path, settings: Settings, tell: Reporte
     return rows
 
 
+def _before(
+    found: Identified,
+    rows: Dataset,
+    settings: Settings,
+    device: torch.device,
+    backends: Chosen,
+    folder: Path,
+    tell: Reporter,
+) -> tuple[str, ...]:
+    """Refuse another run than the one that was stopped; the policies that it had, if they hold."""
+    last, _ = newest(folder)
+    lines: list[str] = []
+    if last is not None:
+        data = rows.summary()["sha256"]
+        now = identity(found, settings, data, device.type, backends.backends)
+        lines = compare(last[1], now)
+    policies: tuple[str, ...] = ()
+    if not lines:  # else the settings ask for others
+        policies, lines = kept(folder, POLICIES)
+    for line in lines:
+        tell.note(line)
+    return policies
+
+
 def _plan(
     found: Identified,
     rows: Dataset,
     settings: Settings,
     room: Room,
     backends: Chosen,
-    folder: Path,
-    resume: bool,
+    before: tuple[str, ...],
     tell: Reporter,
 ) -> RunPlan:
     """What the rows take of the card, before a weight is read; a resumed run's policy stays."""
     train, held_out = ([len(row.ids) for row in part] for part in (rows.train, rows.eval))
-    before, lines = kept(folder, POLICIES) if resume else ((), [])
     packs = packs_of(train, held_out, settings)
     plan, notes = plan_run(found, settings, packs, room, backends=backends, kept=before)
-    for line in (*lines, plan.line(), *notes):
+    for line in (plan.line(), *notes):
         tell.note(line)
     return plan
 

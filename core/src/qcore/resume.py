@@ -1,0 +1,108 @@
+"""Whether a stopped run may go on: what makes it the same run, compared by name.
+
+This file decides what a run's identity is, and which changes compute the same numbers and are
+only told: how much of a layer backward computes again. All but the base's own bytes is known
+before a weight is read and is compared then; the base is, once it has been read.
+
+Codes: ``QC-RESUME-002`` something changed since the run was stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from . import __version__
+from .artifact import read_manifest
+from .errors import InputError
+from .identify import Identified
+from .settings import Settings
+
+#: Settings that may change, since every policy computes the same numbers.
+SAME_NUMBERS: Final = ("settings.gradient_checkpointing", "settings.recompute")
+
+
+def identity(
+    found: Identified,
+    settings: Settings,
+    data: str,
+    device: str,
+    kernels: Mapping[str, str],
+    base: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What makes a run the same run.
+
+    Args:
+        found: the base.
+        settings: the run's.
+        data: SHA-256 of the rows.
+        device: type of the device.
+        kernels: backend of every op.
+        base: fingerprints by part; ``None`` before they are known, and then they are left out.
+    """
+    provenance = found.provenance()
+    return ({} if base is None else {"base": dict(base)}) | {
+        "template": provenance["template_sha256"],
+        "plugins": provenance["plugins"],
+        "data": data,
+        "settings": settings.to_dict(),
+        "device": device,
+        "kernels": dict(kernels),
+        "torch": torch.__version__,
+        "qcore": __version__,
+    }
+
+
+def compare(checkpoint: Path, present: Mapping[str, Any]) -> list[str]:
+    """What changed and may, a line each.
+
+    Args:
+        checkpoint: of the run that was stopped.
+        present: `identity` now; without the base's fingerprints they are not compared.
+
+    Raises:
+        InputError: ``QC-RESUME-002`` naming the first thing that changed and may not.
+    """
+    before, now = _flat(read_manifest(checkpoint).meta.get("identity", {})), _flat(present)
+    if "base" not in present:
+        before = {key: value for key, value in before.items() if not key.startswith("base.")}
+    told = []
+    for key in (*now, *(key for key in before if key not in now)):
+        is_, was = now.get(key), before.get(key)
+        # Python takes True and 1 for the same; a template does not.
+        if was == is_ and isinstance(was, bool) == isinstance(is_, bool):
+            continue
+        if key not in SAME_NUMBERS:
+            raise InputError(
+                "QC-RESUME-002",
+                "changed since the run was stopped",
+                file=checkpoint,
+                field=key,
+                found=is_,
+                expected=was,
+                fix="restore it, or start a new run with another --output",
+            )
+        name = key.removeprefix("settings.")
+        told.append(
+            f"{name} is {_word(is_)} now and was {_word(was)} before the run was stopped: it "
+            "computes the same numbers"
+        )
+    return told
+
+
+def _word(value: Any) -> str:
+    """As the setting is written."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        # Manifests are JSON: a tuple comes back as a list.
+        value = list(value) if isinstance(value, tuple) else value
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
