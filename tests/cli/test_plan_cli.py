@@ -92,6 +92,11 @@ def test_a_budget_that_is_too_small_is_said_and_no_error(
         (("--set", "max_lenght=3"), "QC-CONFIG-001"),
         (("--groups", "nothing"), "QC-LORA-001"),
         (("--max-length", "1"), "QC-CONFIG-003"),
+        (("--set", "router_aux_loss_coef=0.01"), "QC-TRAIN-007"),
+        (("--set", "adapter_class=audio"), "QC-ADAPTER-001"),
+        (("--set", "chat_template_kwargs.xyzzy=true"), "QC-CONFIG-008"),
+        (("--set", "chat_template_kwargs.messages=x"), "QC-CONFIG-009"),
+        (("--set", "chat_template_kwargs.enable_thinking=maybe"), "QC-QWEN35-020"),
         (("--rows", "8192", "--max-length", "1048576"), "QC-PLAN-005"),
     ],
 )
@@ -106,3 +111,15 @@ def test_no_weight_is_read(folder: Path) -> None:
     ended, modules = modules_after("plan", folder, "--gpu", "H200", "--max-length", 64)
     assert ended.code == 0
     assert "transformers" not in {name.partition(".")[0] for name in modules}
+
+
+def test_all_settings_that_do_not_suit_are_named_at_once(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    ended = here(
+        capsys, "plan", folder, "--set", "router_aux_loss_coef=0.01", "--set", "adapter_class=x"
+    )
+    assert (ended.code, ended.out) == (2, "")
+    assert [line.partition("]")[0] for line in ended.err.splitlines()] == [
+        "error[QC-ADAPTER-001", "error[QC-TRAIN-007",
+    ]  # fmt: skip

@@ -1,8 +1,8 @@
 """Preflight: everything that can be known to be wrong, before a weight is read, all at once.
 
 This file decides the guards that hold for any model: the template is there, the tokenizer
-fits the embedding, what turns end with exists. Plugins add theirs through
-``qcore_preflight``. Errors stop the verb together; warnings and notes are returned.
+fits the embedding, what turns end with exists, settings suit the model (`suits`). Plugins add
+theirs through ``qcore_preflight``. Errors stop the verb together; warnings and notes are returned.
 
 Of a part that config.json claims and the files lack there is one line: the owner's, if one of
 its findings has the part's name as its field, because it knows what follows; else core's.
@@ -16,6 +16,7 @@ from typing import Any
 from .errors import InputError, raise_all
 from .identify import Identified
 from .records import Finding, PreflightRequest, Severity
+from .suits import unsuitable
 
 
 def preflight(
@@ -29,10 +30,11 @@ def preflight(
 
     Args:
         found: the model.
-        verb: ``train``, ``merge`` or ``generate``.
+        verb: ``train``, ``plan``, ``merge`` or ``generate``.
         settings: the run's settings by name.
         token_ids: ids by token, where the verb reads text.
     """
+    problems = list(unsuitable(found, settings)) if verb in ("train", "plan") else []
     request = PreflightRequest(
         verb=verb,
         checkpoint=found.checkpoint,
@@ -44,7 +46,7 @@ def preflight(
     )
     theirs = [finding for _, finding in found.plugins.ask("qcore_preflight", request=request)]
     findings = [*_core(found, request), *_absent(request, theirs), *theirs]
-    raise_all([as_error(f) for f in findings if f.severity is Severity.ERROR])
+    raise_all([*problems, *(as_error(f) for f in findings if f.severity is Severity.ERROR)])
     return tuple(line(finding) for finding in findings)
 
 

@@ -144,7 +144,7 @@ class PreflightRequest:
     """What a guard may look at. Nothing here has read a weight.
 
     Attributes:
-        verb: ``train``, ``merge`` or ``generate``.
+        verb: ``train``, ``plan`` (of a training run), ``merge`` or ``generate``.
         checkpoint: the model folder.
         architecture: name that detection decided.
         generation: name that detection decided.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ def command(
     from ..config import load_settings
     from ..identify import identify
     from ..plan_cards import CARDS, named, parse_budget
+    from ..preflight import preflight
 
     flags = {
         "max_length": max_length,
@@ -62,6 +64,7 @@ def command(
     cards = [named(name) for name in gpus] or list(CARDS)
     limit = parse_budget(budget)
     found = identify(model, generation=settings.generation, headers_only=True)
+    told = preflight(found, verb="plan", settings=settings.to_dict())
     with importing():
         from ..plan import Planner
 
@@ -73,13 +76,14 @@ def command(
             {
                 "model": model,
                 "trained_parameters": planner.trained,
+                "notes": list(told),
                 "plans": [
                     plan.as_json() | {"longest_row": one.longest()} for one, plan in found_plans
                 ],
             }
         )
         return
-    _print(model, planner, found_plans)
+    _print(model, planner, found_plans, told)
 
 
 def _plan(planner: Planner, settings: Settings, *, fixed: bool) -> Plan:
@@ -89,7 +93,9 @@ def _plan(planner: Planner, settings: Settings, *, fixed: bool) -> Plan:
     return planner.best(settings.max_length, size * settings.gradient_accumulation_steps)
 
 
-def _print(model: str, planner: Planner, plans: list[tuple[Planner, Plan]]) -> None:
+def _print(
+    model: str, planner: Planner, plans: list[tuple[Planner, Plan]], told: Sequence[str]
+) -> None:
     first = plans[0][1]
     click.echo(f"{model}: {count(planner.trained)} trained parameters")
     rows: list[list[Any]] = [
@@ -119,5 +125,5 @@ def _print(model: str, planner: Planner, plans: list[tuple[Planner, Plan]]) -> N
         if size >= 1e6:
             click.echo(f"    of that {op:<20} {size / 1e9:8.3f}")
     click.echo(f"  {'in all':<28} {first.peak / 1e9:8.3f}")
-    for note in first.notes:
+    for note in (*told, *first.notes):
         click.echo(f"note: {note}", err=True)

@@ -1,0 +1,69 @@
+"""Whether a run's settings suit the model: what `train` and `plan` refuse alike.
+
+This file decides which settings are judged against config, headers and template, before a weight
+is read: the class that an adapter is written for, the load balance of a router that must be
+there, variables that the chat template must read. Which groups have LoRA is `targets`'.
+
+Codes: ``QC-TRAIN-007`` no router to balance; those of `adapter.choose_class` and of
+`data.variables`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .adapter import choose_class
+from .data.variables import SETTING, check_variables
+from .errors import QcoreError, UsageError
+from .identify import Identified, classes_of
+from .table import Kind
+
+
+def unsuitable(found: Identified, settings: Mapping[str, Any]) -> Iterator[QcoreError]:
+    """An error for each setting that the model has no use for.
+
+    Args:
+        found: the model.
+        settings: the run's settings by name; those that are not there are not judged.
+    """
+    for judge in (_adapter_class, _router, _variables):
+        try:
+            judge(found, settings)
+        except QcoreError as error:
+            yield error
+
+
+def no_router(coefficient: float) -> UsageError:
+    """The error that balancing a dense model is."""
+    return UsageError(
+        "QC-TRAIN-007",
+        "has no effect: this model has no router to balance",
+        field="router_aux_loss_coef",
+        found=coefficient,
+        expected="0",
+        fix="leave it out",
+    )
+
+
+def _adapter_class(found: Identified, settings: Mapping[str, Any]) -> None:
+    part = next(entry.part.name for entry in found.layout.table if entry.part.loaded)
+    asked = settings.get("adapter_class", "")
+    choose_class(found.layout, part, classes_of(found.checkpoint.config), asked)
+
+
+def _router(found: Identified, settings: Mapping[str, Any]) -> None:
+    """What is routed to is experts, and of those the table tells."""
+    coefficient = settings.get("router_aux_loss_coef", 0.0)
+    routed = any(
+        entry.row.kind is Kind.EXPERTS and entry.part.loaded for entry in found.layout.table
+    )
+    if coefficient and not routed:
+        raise no_router(coefficient)
+
+
+def _variables(found: Identified, settings: Mapping[str, Any]) -> None:
+    template = found.checkpoint.template
+    if template is not None and settings.get(SETTING):
+        with template:
+            check_variables(template, settings[SETTING])
