@@ -123,3 +123,14 @@ def test_all_settings_that_do_not_suit_are_named_at_once(
     assert [line.partition("]")[0] for line in ended.err.splitlines()] == [
         "error[QC-ADAPTER-001", "error[QC-TRAIN-007",
     ]  # fmt: skip
+
+
+def test_more_tokens_than_positions_are_a_warning(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    flags = ("plan", folder, "--gpu", "H200", "--rows", 1, "--max-length")
+    (line,) = [x for x in here(capsys, *flags, 262145).err.splitlines() if "warning" in x]
+    assert line.startswith("warning: max_length: is more than the positions")
+    assert "found 262145, expected at most 262144" in line
+    assert "warning" not in here(capsys, *flags, 262144).err
+    assert "found 262145" in here(capsys, *flags, 262145, "--json").json["notes"][0]

@@ -12,6 +12,7 @@ from support.model_kit import as_text_class, small_config, small_shapes, write_s
 import qcore.preflight
 from qcore.errors import InputError
 from qcore.identify import Identified, identify
+from qcore.positions import beyond, positions
 from qcore.preflight import preflight
 from qcore.records import Finding, PreflightRequest, Severity
 
@@ -27,7 +28,7 @@ def found(folder: Path, **text: Any) -> Identified:
 def test_absent_prediction_layers_are_one_line_with_the_claim(tmp_path: Path, claim: int):
     lines = preflight(found(tmp_path, mtp_num_hidden_layers=claim), verb="merge", settings={})
     (line,) = [line for line in lines if "mtp" in line]
-    assert line.startswith(f"mtp: config.json claims it (mtp_num_hidden_layers {claim})")
+    assert line.startswith(f"warning: mtp: config.json claims it (mtp_num_hidden_layers {claim})")
     assert "speculative decoding" in line
 
 
@@ -65,3 +66,63 @@ def test_a_form_of_rope_that_is_not_computed_stops_every_verb(
         preflight(model, verb=verb, settings={})
     assert caught.value.code == "QC-QWEN35-011"
     assert "'dynamic'" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "most"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({}, None),
+        ({"max_position_embeddings": True}, None),
+        ({"max_position_embeddings": "many"}, None),
+        (
+            {
+                "max_position_embeddings": 4096,
+                "rope_parameters": {"factor": 4.0, "original_max_position_embeddings": 4096},
+            },
+            16384,
+        ),
+        (
+            {
+                "max_position_embeddings": 16384,
+                "rope_parameters": {"factor": 2.0, "original_max_position_embeddings": 4096},
+            },
+            16384,
+        ),
+        ({"max_position_embeddings": 4096, "rope_parameters": {"factor": None}}, 4096),
+    ],
+    ids=str,
+)
+def test_the_positions_of_a_model(text: dict[str, Any], most: int | None):
+    assert positions(text) == positions({"text_config": text}) == most
+    if most is not None:
+        assert beyond(text, most, "max_length") is None
+        warning = beyond(text, most + 1, "max_length")
+        assert warning is not None
+        assert (warning.code, warning.severity) == ("QC-PRE-013", Severity.WARNING)
+
+
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_a_row_longer_than_the_positions_is_a_warning_with_both_numbers(
+    tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+):
+    model = found(tmp_path, max_position_embeddings=4096)
+    monkeypatch.setattr(qcore.preflight, "_tokens", lambda found, request: iter(()))
+    (model.checkpoint.path / "chat_template.jinja").touch()
+    most = 4096
+    settings = {"max_length": most + 1}
+    findings = list(qcore.preflight._core(model, request(model, verb, settings)))
+    (line,) = [qcore.preflight.line(one) for one in findings if one.field == "max_length"]
+    assert line == (
+        "warning: max_length: is more than the positions that the model was made for: "
+        f"found {most + 1}, expected at most {most} (max_position_embeddings)"
+    )
+    shorter = qcore.preflight._core(model, request(model, verb, {"max_length": most}))
+    assert "max_length" not in [one.field for one in shorter]
+
+
+def request(model: Identified, verb: str, settings: dict[str, Any]) -> PreflightRequest:
+    return PreflightRequest(
+        verb=verb, checkpoint=model.checkpoint, architecture="a", generation="g",
+        layout=model.layout, settings=settings,
+    )  # fmt: skip

@@ -37,3 +37,19 @@ def test_numbers_that_are_not_finite_are_an_error(temperature: float, tmp_path: 
     with pytest.raises(NumericError) as caught:
         broken.prompt("Hi", max_new_tokens=3, temperature=temperature)
     assert caught.value.code == "QC-GENERATE-002"
+
+
+def test_more_tokens_than_positions_are_a_warning(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(generator._tell, "note", said.append)
+    monkeypatch.setattr(generator, "decode", lambda *arguments: ([], True))
+    prompt = generator.prompt("Hi", max_new_tokens=1).prompt_tokens
+    generator.prompt("Hi", max_new_tokens=4096 - prompt)
+    assert said == []
+    generator.prompt("Hi", max_new_tokens=4097 - prompt)
+    (line,) = said
+    assert line.startswith("warning: --max-new-tokens: is more than the positions")
+    assert f"found {prompt} tokens of the prompt + {4097 - prompt} new ones" in line
+    assert "at most 4096 (max_position_embeddings)" in line

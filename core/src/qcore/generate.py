@@ -30,7 +30,8 @@ from .kernels import choose, installed
 from .load import load
 from .model import Model, ops_of
 from .nn.adapted import Lora
-from .preflight import preflight
+from .positions import beyond
+from .preflight import line, preflight
 from .report import Reporter, Silent
 
 
@@ -77,7 +78,7 @@ class Generator:
         chat_template_kwargs: Mapping[str, Plain] | None = None,
         reporter: Reporter | None = None,
     ) -> None:
-        tell = reporter or Silent()
+        tell = self._tell = reporter or Silent()
         self.device = pick_device(device)
         self.found: Identified = identify(model, generation=generation)
         self.chat = self.found.chat_format()
@@ -86,8 +87,8 @@ class Generator:
         told = self._read(adapter, trust_base) if adapter else None
         self.variables = self._variables(told, chat_template_kwargs or {}, tell)
         given = {SETTING: dict(self.variables)}
-        for line in preflight(self.found, verb="generate", settings=given, token_ids=ids):
-            tell.note(line)
+        for text in preflight(self.found, verb="generate", settings=given, token_ids=ids):
+            tell.note(text)
         lora = {
             name: Lora(r=pair.r, lora_alpha=pair.scaling * pair.r)
             for name, pair in (told.pairs.items() if told else ())
@@ -96,8 +97,8 @@ class Generator:
         architecture = self.found.decision.architecture
         used = ops_of(architecture, checkpoint.config, layout)
         kernels = choose(installed(self.found.plugins), self.device, {}, used)
-        for line in kernels.lines() if self.device.type != "cpu" else ():
-            tell.note(line)
+        for text in kernels.lines() if self.device.type != "cpu" else ():
+            tell.note(text)
         net = Model(architecture, checkpoint.config, layout, DTYPES[dtype], lora, kernels)
         self.model = net.eval()
         quantize = quantization == "nf4"
@@ -201,6 +202,7 @@ class Generator:
         }
         rendered = template.render(messages, add_generation_prompt=True, **given)
         ids: list[int] = self.tokenizer.encode(rendered, add_special_tokens=False).ids
+        self._warn(len(ids), max_new_tokens)
         new, stopped = self.decode(ids, max_new_tokens, temperature, seed)
         return Generated(
             text=self.tokenizer.decode(new, skip_special_tokens=True),
@@ -209,6 +211,12 @@ class Generator:
             tokens=len(new),
             stopped=stopped,
         )
+
+    def _warn(self, prompt: int, new: int) -> None:
+        words = f"{prompt} tokens of the prompt + {new} new ones"
+        config = self.found.checkpoint.config
+        if (finding := beyond(config, prompt + new, "--max-new-tokens", words)) is not None:
+            self._tell.note(line(finding))
 
     def decode(
         self, ids: list[int], max_new_tokens: int, temperature: float, seed: int

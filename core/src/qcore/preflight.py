@@ -15,6 +15,7 @@ from typing import Any
 
 from .errors import InputError, raise_all
 from .identify import Identified
+from .positions import beyond
 from .records import Finding, PreflightRequest, Severity
 from .suits import unsuitable
 
@@ -65,7 +66,8 @@ def as_error(finding: Finding) -> InputError:
 
 def line(finding: Finding) -> str:
     """A finding as one line."""
-    text = as_error(finding).message
+    warning = "warning: " if finding.severity is Severity.WARNING else ""
+    text = warning + as_error(finding).message
     return f"{text}. {finding.fix}" if finding.fix else text
 
 
@@ -85,6 +87,9 @@ def _core(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
             what=f"{found.quantisation.line()}: they are decoded to bf16",
             file=str(checkpoint.path),
         )
+    length = request.settings.get("max_length", 0)
+    if (longer := beyond(checkpoint.config, length, "max_length")) is not None:
+        yield longer
     if request.verb not in ("train", "generate"):
         return
     if checkpoint.template is None:

@@ -125,5 +125,5 @@ def _print(
         if size >= 1e6:
             click.echo(f"    of that {op:<20} {size / 1e9:8.3f}")
     click.echo(f"  {'in all':<28} {first.peak / 1e9:8.3f}")
-    for note in (*told, *first.notes):
-        click.echo(f"note: {note}", err=True)
+    for line in (*told, *(f"note: {note}" for note in first.notes)):
+        click.echo(line, err=True)
