@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 
 import pytest
 
 from qcore.errors import UsageError
 from qcore.plan_packs import MOST, check_pack, holds, packs_of
-from qcore.schedule import Schedule
+from qcore.schedule import Schedule, extent, joined
 from qcore.settings import Settings
 
 
@@ -85,3 +86,49 @@ def test_more_than_kernels_number_is_refused(pack: tuple[int, ...], fits: int) -
     assert "\n" not in error.message
     assert not fits or holds(pack[:fits])
     assert not holds(pack[: fits + 1])
+
+
+# -- micro-batches that run as one
+
+
+def drawn(lengths: list[int], chosen: Settings, together: int) -> list[list[list[int]]]:
+    """The rows of each micro-step of each step."""
+    schedule = Schedule(len(lengths), chosen)
+    return [
+        joined(schedule.micro_batches(step), lengths, together) for step in range(schedule.total)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("batch", "together"), [(1, 1000), (1, 4096), (3, 2048), (2, 100)])
+def test_joined_micro_batches_are_the_same_rows_and_no_larger(
+    seed: int, batch: int, together: int
+) -> None:
+    random.seed(seed)
+    lengths = [random.choice([3, 17, 64, 800, 801, 1500]) for _ in range(37)]
+    chosen = settings(
+        per_device_train_batch_size=batch, gradient_accumulation_steps=8, num_train_epochs=2
+    )
+    schedule, steps = Schedule(len(lengths), chosen), drawn(lengths, chosen, together)
+    for step, batches in enumerate(steps):
+        alone = schedule.micro_batches(step)
+        assert sorted(chain(*batches)) == sorted(chain(*alone))
+        for rows in batches:
+            assert extent([lengths[row] for row in rows]) <= together or rows in alone
+        # No two of them fit together: first fit leaves none half empty beside another.
+        sizes = sorted(extent([lengths[row] for row in rows]) for rows in batches)
+        assert len(sizes) == 1 or sizes[0] + sizes[1] > together
+    packs = packs_of(lengths, [], chosen, together=together)
+    extents = [extent([lengths[row] for row in rows]) for batches in steps for rows in batches]
+    assert max(map(extent, packs.largest)) == max(extents)
+    assert packs.micro_steps == len(extents) / len(steps)
+
+
+def test_of_an_endless_run_the_bound_is_what_may_meet() -> None:
+    lengths = [10] * 50 + [400, 300]
+    chosen = settings(max_steps=10**9, gradient_accumulation_steps=64)
+    packs = packs_of(lengths, [], chosen, together=1000, draws=8)
+    (bound,) = packs.largest
+    most = max(extent([lengths[r] for r in rows]) for rows in drawn(lengths, settings(
+        max_steps=20, gradient_accumulation_steps=64), 1000)[3])  # fmt: skip
+    assert most <= 1000 <= extent(bound)

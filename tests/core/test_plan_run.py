@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -384,3 +385,42 @@ def test_a_mixture_of_experts_has_a_plan_too() -> None:
     plan, _ = planned(found, room, [8192], held_out=(4096,), target_groups=groups)
     assert plan.worst.fits
     assert plan.tokens_per_second
+
+
+# -- short micro-batches
+
+
+def together(four: Identified, rows: list[int], budget: int = CARDS[0].budget) -> RunPlan:
+    """The plan of these rows, eight micro-batches a step."""
+    chosen = settings(gradient_accumulation_steps=8)
+    pack = partial(packs_of, rows, [], chosen)
+    room = Room(card=CARDS[0], budget=budget)
+    return plan_run(four, chosen, pack(), room, join=lambda most: pack(together=most))[0]
+
+
+def test_short_micro_batches_run_as_one(four: Identified) -> None:
+    """Eight rows of 300 tokens wait eight times for the host, or once."""
+    plan = together(four, [300] * 64)
+    assert plan.micro_steps == 1
+    assert plan.together >= 8 * 364
+    assert plan.usual.lengths == (300,) * 8
+    assert "1 micro-steps a step" in plan.line()
+    assert plan.as_json()["tokens_together"] == plan.together
+
+
+def test_long_micro_batches_run_alone(four: Identified) -> None:
+    plan = together(four, [16384] * 16)
+    assert (plan.together, plan.micro_steps) == (0, 8)
+    assert "together" not in plan.line()
+
+
+def test_what_costs_memory_that_there_is_not_is_not_joined(four: Identified) -> None:
+    """Where the longest row just fits, short ones run together up to its length."""
+    rows = [2000] * 8 + [200] * 56
+    roomy = together(four, rows)
+    assert roomy.together > 2064
+    bare = planned(four, Room(card=CARDS[0]), [2000], recompute="offload")[0].worst.peak
+    tight = together(four, rows, int(1.005 * bare))
+    assert tight.worst.fits
+    assert 0 < tight.together <= 2064
+    assert sum(tight.worst.lengths) <= 2000

@@ -36,6 +36,7 @@ from qcore.identify import identify
 from qcore.loop import Loop, pack
 from qcore.nn.adapted import Lora
 from qcore.nn.linear import Linear
+from qcore.nn.protocols import Packed
 from qcore.settings import Settings
 from qcore.train import TrainReport, train
 
@@ -192,6 +193,29 @@ def test_accumulating_4_x_1_equals_1_x_4(rows: Path) -> None:
     assert one["loss"] == pytest.approx(four["loss"], rel=1e-6)
     assert gradient <= 1e-5
     assert adapter <= 1e-5
+
+
+def test_micro_batches_that_run_together_are_the_same_step(rows: Path) -> None:
+    given = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5}
+    alone, joined = loop_of(tiny_folder(), rows, **given), loop_of(tiny_folder(), rows, **given)
+    joined.together = 700
+    packs: list[int] = []
+    whole = joined.model.loss
+
+    def counted(batch: Packed, **more: Any) -> torch.Tensor:
+        packs.append(len(batch.ids))
+        return whole(batch, **more)
+
+    joined.model.loss = counted  # type: ignore[method-assign]
+    for loop in (alone, joined):
+        random_b(loop.model, size=0.02)
+    one, two = alone.step(0), joined.step(0)
+    assert 1 < len(packs) < 5
+    assert sum(packs) == one["tokens"] == two["tokens"]
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+    for p, q in zip(alone.parameters, joined.parameters, strict=True):
+        state = [loop.optimizer.state[x]["exp_avg"] for loop, x in ((joined, q), (alone, p))]
+        assert relative(*state) <= 1e-5
 
 
 def relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -25,7 +25,7 @@ from .model import Model
 from .nn.protocols import Packed
 from .optim import FlatAdamW
 from .plan_beside import Meter
-from .schedule import Schedule, seed_of
+from .schedule import Schedule, joined, seed_of
 from .settings import Settings
 
 
@@ -35,6 +35,8 @@ class Loop:
     Attributes:
         optimizer: AdamW over the adapters.
         schedule: rows and rate of every step.
+        together: what micro-batches may take that run as one, as `schedule.extent` counts; 0:
+            each runs alone.
         meter: peak and rate of what ran so far.
     """
 
@@ -45,6 +47,7 @@ class Loop:
         settings: Settings,
         device: torch.device,
         recompute: str | Sequence[str] | None = None,
+        together: int = 0,
     ) -> None:
         self.model = model
         self.data = data
@@ -53,6 +56,8 @@ class Loop:
         self.recompute = recompute or unplanned(settings)
         self.meter = Meter()
         self.schedule = Schedule(len(data.train), settings)
+        self.together = together
+        self._lengths = [len(example.ids) for example in data.train]
         # What is loaded stays: a collection need not walk it in the middle of a step.
         gc.freeze()
         self.parameters = [parameter for _, parameter in model.trainable()]
@@ -75,9 +80,10 @@ class Loop:
         if not self.model.training:  # walking all modules takes as long as a short step
             self.model.train()
         torch.manual_seed(seed_of(self.settings.seed, "dropout", step))
-        batches = [
-            [self.data.train[row] for row in rows] for rows in self.schedule.micro_batches(step)
-        ]
+        micro_batches = self.schedule.micro_batches(step)
+        if self.together:
+            micro_batches = joined(micro_batches, self._lengths, self.together)
+        batches = [[self.data.train[row] for row in rows] for rows in micro_batches]
         loss, balance, norm = self._accumulate(batches)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(step, batches, loss, norm)

@@ -138,6 +138,11 @@ class Planner:
 
     # One plan.
 
+    @property
+    def timed(self) -> bool:
+        """Whether time is predicted."""
+        return self.device == "cuda" and self.card.known
+
     def plan(self, lengths: Lengths, policies: Sequence[str]) -> Plan:
         """The step of one pack, each layer under its own policy."""
         static = self.static | {"batch": self.measure.batch(lengths)}
@@ -157,7 +162,7 @@ class Planner:
             launches=launches,
             backends=self.taken.backends,
             notes=self._notes(lengths, policies),
-            timed=self.device == "cuda" and self.card.known,
+            timed=self.timed,
         )
 
     def evaluation(self, length: int) -> dict[str, int]:

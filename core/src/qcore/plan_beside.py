@@ -57,6 +57,7 @@ class RunPlan:
         worst: the plan of the pack, or of the held-out row, that takes most memory.
         usual: of the pack whose tokens are nearest to the mean: its time.
         micro_steps: of an optimizer step, in the mean.
+        together: what micro-batches may take that run as one; 0: each runs alone.
         by_hand: whether the settings name the policy.
         limited: whether a budget is known.
     """
@@ -66,6 +67,7 @@ class RunPlan:
     micro_steps: float
     by_hand: bool
     limited: bool
+    together: int = 0
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -91,6 +93,11 @@ class RunPlan:
             if rate is None
             else f"{self.seconds:.3f} s a step, {rate:,.0f} tokens/s"
         )
+        if self.together:
+            time += (
+                f", micro-batches run together up to {self.together} tokens: "
+                f"{self.micro_steps:.3g} micro-steps a step"
+            )
         return (
             f"plan: recompute {spelled(self.policies)}, peak {worst.peak / 1e9:.2f} GB{room} "
             f"({worst.moment}, {worst.pack}), {time}, on {worst.card}"
@@ -109,6 +116,8 @@ class RunPlan:
             "moment": self.worst.moment,
             "largest_pack": list(self.worst.lengths),
             "memory_bytes": dict(self.worst.memory),
+            "micro_steps": round(self.micro_steps, 3),
+            "tokens_together": self.together or None,
             "seconds_per_step": None if seconds is None else round(seconds, 4),
             "tokens_per_second": None if rate is None else round(rate, 1),
         }

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 
 from .errors import UsageError
 from .plan_record import Lengths
-from .schedule import Schedule
+from .schedule import TILE, Schedule, extent, joined
 from .settings import Settings
 
 DRAWS = 1 << 20  #: rows, over all epochs, whose packs are looked at one by one
-#: Tokens that a document's last tile may take beyond its own in kernels' workspace.
-TILE = 64
 #: Tokens of a pack, `TILE` more for each row: kernels number chunks of 64 tokens along the second
 #: axis of a CUDA grid, which ends at 65535. All that counts rows of tensors in 32 bits ends later.
 MOST = TILE * 65535
@@ -36,6 +34,7 @@ class Packs:
         usual: the pack whose tokens are nearest to the mean.
         micro_steps: of an optimizer step, in the mean.
         held_out: tokens of the longest held-out row, which is evaluated alone; 0 without any.
+        together: what micro-batches may take that run as one (`schedule.joined`); 0: none do.
     """
 
     largest: tuple[Lengths, ...]
@@ -43,10 +42,16 @@ class Packs:
     usual: Lengths
     micro_steps: float
     held_out: int = 0
+    together: int = 0
 
 
 def packs_of(
-    train: Sequence[int], held_out: Sequence[int], settings: Settings, *, draws: int = DRAWS
+    train: Sequence[int],
+    held_out: Sequence[int],
+    settings: Settings,
+    *,
+    together: int = 0,
+    draws: int = DRAWS,
 ) -> Packs:
     """The packs of rows of these lengths.
 
@@ -54,6 +59,7 @@ def packs_of(
         train: tokens of each training row, in the order of the data set.
         held_out: tokens of each held-out row.
         settings: batch, seed and how long the run is.
+        together: as `Packs` has it.
         draws: rows that are looked at one by one.
     """
     schedule = Schedule(len(train), settings)
@@ -64,12 +70,13 @@ def packs_of(
     drawn = tokens = micro_steps = steps = 0
     for step in range(schedule.total):
         if drawn >= draws:
-            longest = widest = longest_rows
+            longest = widest = _bound(longest_rows, together)
             break
         steps += 1
-        for rows in schedule.micro_batches(step):
+        batches = schedule.micro_batches(step)
+        for rows in joined(batches, train, together) if together else batches:
             pack = _sorted([train[row] for row in rows])
-            longest, widest = max(longest, pack, key=sum), max(widest, pack, key=_tiled)
+            longest, widest = max(longest, pack, key=sum), max(widest, pack, key=extent)
             by_tokens.setdefault(sum(pack), pack)
             drawn, micro_steps, tokens = drawn + len(pack), micro_steps + 1, tokens + sum(pack)
     mean = tokens / micro_steps
@@ -79,12 +86,13 @@ def packs_of(
         usual=by_tokens[min(by_tokens, key=lambda count: abs(count - mean))],
         micro_steps=micro_steps / steps,
         held_out=max(held_out, default=0),
+        together=together,
     )
 
 
 def holds(pack: Lengths) -> bool:
     """Whether a micro-step may be of these rows, on whatever card."""
-    return _tiled(pack) <= MOST
+    return extent(pack) <= MOST
 
 
 def check_pack(pack: Lengths) -> None:
@@ -109,5 +117,9 @@ def _sorted(lengths: list[int]) -> Lengths:
     return tuple(sorted(lengths, reverse=True))
 
 
-def _tiled(pack: Lengths) -> int:
-    return sum(pack) + TILE * len(pack)
+def _bound(longest_rows: Lengths, together: int) -> Lengths:
+    """A pack that no other takes more than, without a look at each."""
+    pack = longest_rows
+    while extent(pack) < together:
+        pack = (*pack, min(pack[0], together - extent(pack)))
+    return pack

@@ -12,7 +12,8 @@ Codes: ``QC-PLAN-001`` the run does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,9 +27,12 @@ from .plan_beside import RunPlan
 from .plan_cards import FRAGMENTS, Card, card_of
 from .plan_packs import Packs, check_pack, holds
 from .plan_record import Plan, spelled
+from .schedule import extent
 from .settings import Settings
 
 TOKENS = 64  #: a row that is shorter is no advice
+#: What micro-batches that run as one may take: beyond it a card gains nothing.
+TOGETHER = (4096, 8192, 16384)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +79,7 @@ def plan_run(
     *,
     backends: Chosen | None = None,
     kept: Sequence[str] = (),
+    join: Callable[[int], Packs] | None = None,
 ) -> tuple[RunPlan, list[str]]:
     """The plan of a run, and what the user must be told beside it.
 
@@ -85,6 +90,7 @@ def plan_run(
         room: what may be filled.
         backends: what the run has chosen.
         kept: the policies that the run had before it was stopped; taken again if they fit.
+        join: the packs of the same rows where micro-batches run as one; by default none may.
 
     Raises:
         InputError: ``QC-PLAN-001`` it does not fit, and the settings leave the policy to the plan.
@@ -94,12 +100,15 @@ def plan_run(
         check_pack(pack)
     planner = Planner(found, settings, room.card, backends=backends, budget=room.budget)
     by_hand = settings.recompute != "auto" or not settings.gradient_checkpointing
+    if join is not None and planner.timed:
+        packs = _joined(planner, packs, join)
     policies, notes = _policies(planner, packs, room, tuple(kept))
     worst = _whole(planner, packs, policies)
     plan = RunPlan(
         worst=worst,
         usual=planner.plan(packs.usual, policies),
         micro_steps=packs.micro_steps,
+        together=packs.together,
         by_hand=by_hand,
         limited=room.limited,
     )
@@ -110,6 +119,33 @@ def plan_run(
         notes.append(f"warning: {error.code} {error.message}; {error.fix}")
     # Of torch's tensors on the CPU the line itself says all that its note does.
     return plan, [*notes, *(() if room.card is None else worst.notes)]
+
+
+def _joined(planner: Planner, packs: Packs, join: Callable[[int], Packs]) -> Packs:
+    """The packs whose steps are fastest: a short micro-step waits for the host.
+
+    What is as large as the largest micro-batch costs no memory; more may, and is tried.
+    """
+    free = max(map(extent, packs.largest))
+    best, least = packs, _seconds(planner, packs)
+    fewest = packs.micro_steps
+    for most in (free, *(more for more in TOGETHER if more > free)):
+        if fewest == 1:
+            break
+        tried = join(most)
+        if tried.micro_steps < fewest:
+            fewest, seconds = tried.micro_steps, _seconds(planner, tried)
+            if seconds < least:
+                best, least = tried, seconds
+    return best
+
+
+def _seconds(planner: Planner, packs: Packs) -> float:
+    """Of an optimizer step under the fastest policy that fits; without end where none does."""
+    policies = planner.fastest(*packs.largest).policies
+    if not _whole(planner, packs, policies).fits:
+        return math.inf
+    return planner.plan(packs.usual, policies).seconds * packs.micro_steps
 
 
 def _policies(

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def train(
         watch = stack.enter_context(Watch(plan, where))
         watch.at("loading the base")
         net, files, lines = _load(found, rows, settings, where, backends, tell, stop)
-        loop = Loop(net, rows, settings, where, recompute=plan.policies)
+        loop = Loop(net, rows, settings, where, plan.policies, plan.together)
         start = _resume(files, loop, folder, tell) if resume else 0
         keep(folder, plan)
         log.truncate_after(start)
@@ -200,8 +201,10 @@ def _plan(
 ) -> RunPlan:
     """What the rows take of the card, before a weight is read; a resumed run's policy stays."""
     train, held_out = ([len(row.ids) for row in part] for part in (rows.train, rows.eval))
-    packs = packs_of(train, held_out, settings)
-    plan, notes = plan_run(found, settings, packs, room, backends=backends, kept=before)
+    pack = partial(packs_of, train, held_out, settings)
+    # A micro-batch's load balance is of its own rows.
+    join = None if settings.router_aux_loss_coef else lambda most: pack(together=most)
+    plan, notes = plan_run(found, settings, pack(), room, backends=backends, kept=before, join=join)
     for line in (plan.line(), *notes):
         tell.note(line)
     return plan
