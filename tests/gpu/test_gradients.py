@@ -22,6 +22,7 @@ import gc
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ CASES = {
     "decay near 1": Case(decay="keeps"),
     "200 steps": Case(),
 }
+DRAWS = 4  #: of other tokens, for a tensor that errs more than one may
 PROOFS: dict[tuple[str, str], Proof] = {}
 LINES: list[str] = []
 
@@ -99,19 +101,26 @@ def sides(request: pytest.FixtureRequest) -> Iterator[Sides]:
 def test_gradients_err_no_more_than_transformers(sides: Sides, name: str) -> None:
     case = CASES[name]
     sides.set(case, steps=200 if name == "200 steps" else 0)
-    free = Routes()
-    want = sides.reference.gradients(case, free)
-    notes: list[str] = []
-    forced = free.by_layer() if sides.ours.moe else None
-    if forced is not None and name in ("packed", "200 steps"):
-        notes = _left_alone(sides, case, want, forced)
-    ours = sides.ours.gradients(case, Routes(forced=forced))
-    theirs = sides.theirs.gradients(case, Routes(forced=forced))
-    proof = prove(f"{sides.sku} {name}", ours, theirs, want, *notes)
+    proof = _proof(sides, name, case, alone=name in ("packed", "200 steps"))
+    if proof.doubtful:
+        others = (replace(case, seed=case.seed + 10 + n) for n in range(DRAWS))
+        again = tuple(_proof(sides, name, other) for other in others)
+        proof = replace(proof, again=again)
     PROOFS[sides.sku, name] = proof
     if name == "packed, seed 1" and (sides.sku, "packed") in PROOFS:
         LINES.append(f"{sides.sku}: {spread(PROOFS[sides.sku, 'packed'], proof)}")
     assert not proof.violations(), "\n".join(proof.violations())
+
+
+def _proof(sides: Sides, name: str, case: Case, *, alone: bool = False) -> Proof:
+    """Both sides beside the reference; `alone`: experts left alone are told of too."""
+    free = Routes()
+    want = sides.reference.gradients(case, free)
+    forced = free.by_layer() if sides.ours.moe else None
+    notes = _left_alone(sides, case, want, forced) if forced is not None and alone else []
+    ours = sides.ours.gradients(case, Routes(forced=forced))
+    theirs = sides.theirs.gradients(case, Routes(forced=forced))
+    return prove(f"{sides.sku} {name}", ours, theirs, want, *notes)
 
 
 def _left_alone(sides: Sides, case: Case, want: Gradients, picked: list[Tensor]) -> list[str]:

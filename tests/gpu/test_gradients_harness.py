@@ -8,13 +8,14 @@ planted are found. Nothing here needs a card; what a kernel errs is `test_gradie
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import peft
 import pytest
 import torch
 from support.gradient_cases import Case, Routes
-from support.gradient_proof import differing, flips, prove, spread
+from support.gradient_proof import Proof, differing, flips, prove, spread
 from support.gradient_slices import SKUS, Slice, plain_attention, text_of
 from support.gradient_twin import Twin, fresh_model
 
@@ -194,6 +195,36 @@ def test_planted_errors_are_found(pair: tuple[Slice, Twin]) -> None:
         prove("", {k: v for k, v in want.items() if k != name}, theirs, want)
     with pytest.raises(AssertionError, match="is zero"):
         prove("", alike, theirs, want | {name: 0 * want[name]})
+
+
+def test_chance_is_drawn_anew_and_a_kernel_errs_again(pair: tuple[Slice, Twin]) -> None:
+    """One tensor 1.4 times as far off as theirs: in one draw of five, or in each."""
+    ours, _ = pair
+    draw = torch.Generator().manual_seed(0)
+    wants = [ours.gradients(replace(CASES["packed"], seed=seed)) for seed in range(5)]
+    name = max(wants[0], key=lambda one: wants[0][one].numel())
+
+    def noisy(want: dict[str, torch.Tensor], more: float) -> dict[str, torch.Tensor]:
+        return {
+            n: g + (more if n == name else 1) * 0.01 * g.norm() / g.numel() ** 0.5
+            * torch.randn(g.shape, generator=draw) for n, g in want.items()
+        }  # fmt: skip
+
+    def proof(unlucky: int) -> Proof:
+        first, *others = (
+            prove("", noisy(want, 1.4 if n < unlucky else 1.0), noisy(want, 1.0), want)
+            for n, want in enumerate(wants)
+        )
+        return replace(first, again=tuple(others))
+
+    chance, kernel = proof(1), proof(5)
+    assert chance.doubtful == kernel.doubtful == [name]
+    assert chance.violations() == []
+    assert "over 5 draws" in chance.row()
+    assert len(kernel.violations()) == 1
+    assert replace(chance, again=()).violations()
+    wrong = prove("", wants[1] | {name: -wants[1][name]}, noisy(wants[1], 1.0), wants[1])
+    assert any("cosine" in one for one in replace(chance, again=(wrong,)).violations())
 
 
 def test_two_runs_agree_bit_for_bit(trio: tuple[Slice, Twin, Twin]) -> None:

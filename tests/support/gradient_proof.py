@@ -12,8 +12,9 @@ Why not 1.0: an error in bfloat16 is a draw. `spread` says how far theirs is fro
 another seed of tokens, targets and B, and the table prints it beside what is judged. Measured on
 a CPU (0.8B, 278 tokens, references in torch): theirs under three seeds, geometric mean within
 1.02, one tensor up to 1.40; ours over theirs, of the same seed, 0.92 to 0.97 and up to 1.24, also
-with decays near 0 and near 1 and after 200 steps. The margin of one tensor is below that spread:
-one slightly above 1.25 is to be looked at under another seed before a kernel is blamed.
+with decays near 0 and near 1 and after 200 steps. The margin of one tensor is below that spread,
+so one above it is looked at again with other tokens and targets (`Proof.again`), same adapters:
+what counts is then the geometric mean of its ratios. Chance draws anew; a kernel errs again.
 
 Of few values the norm of an error is mostly chance: the ratio of two such norms of n independent
 values has a logarithm of standard deviation ``n ** -0.5``. Of fewer than 219 values it may be
@@ -64,6 +65,19 @@ class Proof:
     title: str
     lines: tuple[Line, ...]
     notes: tuple[str, ...] = field(default=())
+    again: tuple[Proof, ...] = field(default=())
+
+    @property
+    def doubtful(self) -> list[str]:
+        """Tensors whose error in this draw is above what one may be."""
+        return [line.name for line in self.lines if not line.ratio <= line.allowed]
+
+    def over_draws(self, name: str) -> float:
+        """Geometric mean of a tensor's ratios in this and all other draws."""
+        ratios = [
+            line.ratio for one in (self, *self.again) for line in one.lines if line.name == name
+        ]
+        return math.exp(sum(math.log(max(ratio, 1e-30)) for ratio in ratios) / len(ratios))
 
     @property
     def mean_ratio(self) -> float:
@@ -84,20 +98,28 @@ class Proof:
         return (
             f"{self.title:28s} {len(self.lines):4d} | {ours[0]:.5f} {theirs[0]:.5f} | "
             f"{ours[1]:.4f} {theirs[1]:.4f} | {self.mean_ratio:.3f} {worst.ratio:.3f} "
-            f"{short(worst.name):28s} | {state} {'; '.join(self.notes)}"
+            f"{short(worst.name):28s} | {state} {'; '.join((*self.notes, *self._redrawn()))}"
         )
+
+    def _redrawn(self) -> list[str]:
+        return [
+            f"{short(name)} over {1 + len(self.again)} draws {self.over_draws(name):.3f}"
+            for name in self.doubtful
+            if self.again
+        ]
 
     def violations(self) -> list[str]:
         """What is required and not so."""
-        found = []
+        found = [text for one in self.again for text in one.violations() if "cosine" in text]
         for line in self.lines:
             # Written so that a NaN is a violation.
             if not line.cosine >= COSINE:
                 found.append(f"{short(line.name)}: cosine {line.cosine:.5f} "
                              f"(transformers {line.their_cosine:.5f})")  # fmt: skip
-            if not line.ratio <= line.allowed:
+            if not line.ratio <= line.allowed and not self.over_draws(line.name) <= line.allowed:
                 found.append(f"{short(line.name)}: error {line.error:.4f}, {line.ratio:.2f} of "
-                             f"transformers' {line.their_error:.4f}")  # fmt: skip
+                             f"transformers' {line.their_error:.4f}; over {1 + len(self.again)} "
+                             f"draws {self.over_draws(line.name):.2f}")  # fmt: skip
         if not self.mean_ratio <= SET:
             found.append(f"all tensors: error {self.mean_ratio:.3f} of transformers'")
         return found
