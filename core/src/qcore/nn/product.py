@@ -20,13 +20,8 @@ N < K    ``y = (xA^T) sB^T``, ``y += x W^T``      ``dx = [dy | dy sB] [W ; A]``
 ``y += (xA^T) sB^T`` after the product; for x's gradient ``[dx | dy sB] = dy [W | sB]`` and what
 follows took 1.32, the two products alone 1.11.)
 
-A is ``[R, K]``, all members' below each other; B ``[N, R]`` is block-diagonal. Both are made
-in the run's dtype once per update of the masters, B scaled before it is rounded. An update is
-known by the masters' versions; torch's fused optimizers leave these as they are, so what is not
-`Adapted.accumulates` counts as updated whenever a forward follows a backward.
-
-Saved are x and ``xA^T``. 16-bit weights move into a buffer that stays, and so do 4-bit ones
-that are `resident`.
+A and B are those of all members in the run's dtype (`product_lora`). Saved are x and ``xA^T``.
+16-bit weights move into a buffer that stays, and so do 4-bit ones that are `resident`.
 
 Shapes: T rows, K in, N out of all members, R ranks of all members up to a multiple of 8.
 """
@@ -42,14 +37,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .launch import on_gpu
+from .product_gradients import adapter_gradients, storage_of
+from .product_lora import Adapter, Working, adapters_of
+from .product_table import Tables
 from .slices import whole
 
 if TYPE_CHECKING:
     from .linear import Linear
-    from .product_table import Gradients, Sources
 
 Compute = Callable[[Tensor, "Product"], tuple[Tensor, ...]]
-_MULTIPLE = 8  # 16 bytes of a 16-bit dtype: rows that the matrix units' loads can start at
 
 
 class Maps(Protocol):
@@ -76,45 +72,14 @@ class Maps(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """One member's LoRA and where it lies: rows of B, ranks of A."""
-
-    module: Linear
-    rows: slice
-    ranks: slice
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-    @property
-    def mark(self) -> tuple[Any, ...]:
-        """Changes when the masters do."""
-        return self.a, self.a._version, self.b, self.b._version, self.scaling
-
-
-@dataclass(slots=True)
-class Working:
-    """LoRA in the run's dtype: ``a [R, K]``, ``b [N, R]`` block-diagonal and scaled.
-
-    Attributes:
-        marks: the masters that they were made of.
-        written: whether they hold their values, or get them when weights are read (`Maps.fill`).
-    """
-
-    marks: list[tuple[Any, ...]]
-    a: Tensor
-    b: Tensor
-    written: bool = True
-
-
 @dataclass(slots=True)
 class _Kept:
-    """A buffer that stays, and whose values it holds."""
+    """A buffer that stays: whose values it holds, and which of LoRA's, in how many ranks."""
 
     buffer: Tensor
     sources: list[Any]
-    working: Working | None
+    ranks: int
+    version: int
 
 
 class Product:
@@ -126,6 +91,7 @@ class Product:
 
     Attributes:
         compute: as given.
+        tables: of `Maps`.
     """
 
     def __init__(self, members: Sequence[Linear], compute: Compute | None = None) -> None:
@@ -137,12 +103,9 @@ class Product:
         self.sizes = [member.shape[0] for member in members]
         self.out = sum(self.sizes)
         self.compute: Compute = compute or reference
-        self._working: Working | None = None
-        #: Tables of `Maps`, which makes them and knows when they are out of date.
-        self.sources: Sources | None = None
-        self.gradients: Gradients | None = None
+        self.tables = Tables()
+        self._working = Working(self.out, self.into)
         self._kept: _Kept | None = None
-        self._stale = False
 
     def takes(self, x: Tensor) -> bool:
         """Whether it computes these members for `x`: on a GPU, without dropout.
@@ -164,38 +127,15 @@ class Product:
 
     def adapters(self) -> Iterator[Adapter]:
         """LoRA of the members that carry it."""
-        row = rank = 0
-        for member, size in zip(self.members, self.sizes, strict=True):
-            lora = member.lora
-            if lora is not None:
-                assert member.lora_A is not None
-                assert member.lora_B is not None
-                yield Adapter(
-                    member,
-                    slice(row, row + size),
-                    slice(rank, rank + lora.r),
-                    member.lora_A,
-                    member.lora_B,
-                    lora.scaling,
-                )
-                rank += lora.r
-            row += size
-
-    def sinks(self) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Where gradients of A and B are added, of each that adds them itself."""
-        return [
-            (one.a.grad, one.b.grad) if one.module.accumulates else (None, None)
-            for one in self.adapters()
-        ]
+        return adapters_of(self.members)
 
     def spent(self) -> None:
-        """Say that a backward ran: an update may follow that leaves no trace."""
-        self._stale = not all(one.module.accumulates for one in self.adapters())
+        """Say that a backward ran."""
+        self._working.spent(list(self.adapters()))
 
     def renew(self) -> None:
         """Say that a forward begins."""
-        if self._stale:
-            self._working, self._stale = None, False
+        self._working.renew()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -207,31 +147,8 @@ class Product:
         adapters = list(self.adapters())
         if not adapters:
             return None
-        marks = [one.mark for one in adapters]
         late = maps is not None and not self.stays and maps.takes(self, like)
-        known = self._working
-        if (
-            known is not None
-            and known.a.dtype == like.dtype
-            and _same(known.marks, marks)
-            and (known.written or late)
-        ):
-            return known
-        ranks = adapters[-1].ranks.stop
-        ranks += -ranks % _MULTIPLE
-        if late:
-            # In place where they fit, so that a captured step still finds them.
-            if known is None or known.a.dtype != like.dtype or len(known.a) != ranks:
-                a, b = like.new_empty(ranks, self.into), like.new_empty(self.out, ranks)
-            else:
-                a, b = known.a, known.b
-            self._working = Working(marks, a, b, written=False)
-            return self._working
-        a, b = like.new_zeros(ranks, self.into), like.new_zeros(self.out, ranks)
-        for one in adapters:
-            a[one.ranks] = one.a
-            torch.mul(one.b, one.scaling, out=b[one.rows, one.ranks])
-        self._working = Working(marks, a, b)
+        self._working.update(adapters, like, late=late)
         return self._working
 
     @property
@@ -246,9 +163,9 @@ class Product:
         kept = self._kept
         if kept is None or not _fits(kept, self._sources(), working, like):
             return self._filled(working, like, maps, place=True)
-        if working is not None and kept.working is not working:
+        if working is not None and kept.version != working.version:
             self._put(kept.buffer, working)
-            kept.working = working
+            kept.version = working.version
         return kept.buffer
 
     @torch.inference_mode(False)
@@ -287,7 +204,8 @@ class Product:
             for member, slab in zip(self.members, slabs, strict=True):
                 if member.weight is not None:
                     member.weight.data = slab  # held once
-            self._kept = _Kept(buffer, self._sources(), working)
+            version = 0 if working is None else working.version
+            self._kept = _Kept(buffer, self._sources(), ranks, version)
         return buffer
 
     def _put(self, buffer: Tensor, working: Working) -> None:
@@ -297,27 +215,17 @@ class Product:
             buffer[self.out :] = working.a
 
 
-def _same(known: list[tuple[Any, ...]], marks: list[tuple[Any, ...]]) -> bool:
-    """Whether all masters are the same objects in the same state; tensors compare by identity."""
-    return len(known) == len(marks) and all(
-        one is other if isinstance(one, Tensor) else one == other
-        for before, now in zip(known, marks, strict=True)
-        for one, other in zip(before, now, strict=True)
-    )
-
-
 def _fits(kept: _Kept, sources: list[Any], working: Working | None, like: Tensor) -> bool:
     """Whether a buffer is of these weights as they are now, in this dtype, with room for LoRA."""
     buffer = kept.buffer
     if buffer.dtype != like.dtype or buffer.device != like.device:
         return False
-    before = 0 if kept.working is None else len(kept.working.a)
-    if before != (0 if working is None else len(working.a)):
+    if kept.ranks != (0 if working is None else len(working.a)):
         return False
     for one, other in zip(kept.sources, sources, strict=True):
         if one is not other:
             return False
-        if isinstance(one, Tensor) and _storage(one) != _storage(buffer):
+        if isinstance(one, Tensor) and storage_of(one) != storage_of(buffer):
             return False
     return True
 
@@ -381,7 +289,7 @@ class _Product(torch.autograd.Function):
         adapters = list(product.adapters())
         if ctx.maps is not None and ctx.maps.outer(product, x, xa, dy, dyb):
             return dx, None, None, *[None] * (2 * len(adapters))
-        return dx, None, None, *_adapter_gradients(product, adapters, x, xa, dy, dyb)
+        return dx, None, None, *adapter_gradients(adapters, x, xa, dy, dyb)
 
 
 def _rows(grad: Tensor) -> Tensor:
@@ -408,63 +316,3 @@ def _input_gradient(
     if product.wide:
         return (dyb @ working.a).addmm_(dy, product.weights(working, dy, maps)), dyb
     return both @ product.buffer(working, dy, maps), dyb
-
-
-def _adapter_gradients(
-    product: Product, adapters: list[Adapter], x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor
-) -> list[Tensor | None]:
-    """Of A and B of each member in float32; ``None`` where it was added to what is there."""
-    sinks = product.sinks()
-    together = neighbours([a for a, _ in sinks])
-    if together is not None:
-        _add_product(together, dyb[:, : len(together)].t(), x, 1.0, fresh=False)
-        da = None
-    else:
-        da = dy.new_empty(adapters[-1].ranks.stop, x.shape[1], dtype=torch.float32)
-        _add_product(da, dyb[:, : len(da)].t(), x, 1.0, fresh=True)
-    out: list[Tensor | None] = []
-    for one, (a, b) in zip(adapters, sinks, strict=True):
-        if da is None:
-            out.append(None)
-        elif a is not None:
-            a.add_(da[one.ranks])
-            out.append(None)
-        else:
-            out.append(da[one.ranks].to(one.a.dtype))
-        left, right = dy[:, one.rows].t(), xa[:, one.ranks]
-        if b is not None:
-            _add_product(b, left, right, one.scaling, fresh=False)
-            out.append(None)
-        else:
-            db = torch.empty_like(one.b, dtype=torch.float32)
-            _add_product(db, left, right, one.scaling, fresh=True)
-            out.append(db.to(one.b.dtype))
-    return out
-
-
-def neighbours(grads: list[Tensor | None]) -> Tensor | None:
-    """Gradients ``[r_i, K]`` as one ``[sum r, K]``, where all are there and lie end to end."""
-    there = [grad for grad in grads if grad is not None]
-    if len(there) != len(grads):
-        return None
-    first, end = there[0], there[0].storage_offset()
-    for grad in there:
-        if _storage(grad) != _storage(first) or grad.storage_offset() != end:
-            return None
-        if not grad.is_contiguous():
-            return None
-        end += grad.numel()
-    return first.as_strided((sum(map(len, there)), first.shape[1]), first.stride())
-
-
-def _add_product(to: Tensor, left: Tensor, right: Tensor, by: float, *, fresh: bool) -> None:
-    """``to = by left @ right``, or ``to +=``; `to` is float32, sums are not rounded before it."""
-    beta = 0.0 if fresh else 1.0
-    if on_gpu(left) and left.dtype != to.dtype:
-        torch.addmm(to, left, right, out_dtype=to.dtype, beta=beta, alpha=by, out=to)
-    else:
-        torch.addmm(to, left.to(to.dtype), right.to(to.dtype), beta=beta, alpha=by, out=to)
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

@@ -15,15 +15,17 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from .nf4 import BLOCK
+from .product_gradients import neighbours, sinks_of
+from .product_lora import Adapter
 
 if TYPE_CHECKING:
-    from .product import Adapter, Product
+    from .product import Product
 
 FIELDS = 16
 #: Ranks that a tile holds.
@@ -213,6 +215,37 @@ class Gradients:
             rows.programs, max(row[6] for row in rows.rows),
             all(number % 8 == 0 for row in rows.rows for number in row[3:7]), tensors,
         )  # fmt: skip
+
+
+class Tables:
+    """The tables of one product, each made again when it is out of date."""
+
+    def __init__(self) -> None:
+        self._sources: Sources | None = None
+        self._gradients: Gradients | None = None
+
+    def sources(self, product: Product, ranks: int, device: torch.device) -> Sources:
+        """For weights, and LoRA of `ranks` ranks."""
+        known = self._sources
+        if known is None or known.ranks != ranks or known.key != key_of(product):
+            known = self._sources = Sources.of(product, ranks, device)
+        return known
+
+    def gradients(self, adapters: Sequence[Adapter], columns: int) -> Gradients | None:
+        """For the gradients of all adapters; ``None`` where not all are kept in float32."""
+        sinks = sinks_of(adapters)
+        if any(
+            one is None or one.dtype != torch.float32 or not one.is_contiguous()
+            for pair in sinks
+            for one in pair
+        ):
+            return None
+        there = cast("list[tuple[Tensor, Tensor]]", sinks)
+        known = self._gradients
+        if known is None or known.key != Gradients.key_of(adapters, there):
+            together = neighbours([a for a, _ in sinks])
+            known = self._gradients = Gradients.of(adapters, there, together, columns)
+        return known
 
 
 class _Rows:

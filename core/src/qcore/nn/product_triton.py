@@ -15,17 +15,15 @@ Shapes: T rows, K in, N out of all members, R ranks of all members, r of one.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 from __future__ import annotations
 
-from typing import cast
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
 from .nf4_triton import eight, scale_of, table_of
-from .product import Product, Working, neighbours, through
-from .product_table import FIELDS, WIDEST, Gradients, Sources, fits, key_of
+from .product import Product, through
+from .product_lora import Working
+from .product_table import FIELDS, WIDEST, Gradients, Sources, fits
 
 #: (rows, columns of x, warps, stages); (columns, rows, warps, stages)
 THIN, OUTER = (64, 64, 4, 6), (64, 64, 4, 4)
@@ -52,9 +50,7 @@ class Launched:
     ) -> None:
         """Write all weights, and LoRA's matrices where asked."""
         ranks = 0 if working is None else len(working.a)
-        sources = product.sources
-        if sources is None or sources.ranks != ranks or sources.key != key_of(product):
-            sources = product.sources = Sources.of(product, ranks, buffer.device)
+        sources = product.tables.sources(product, ranks, buffer.device)
         a, b = (buffer, buffer) if working is None else (working.a, working.b)
         fill(sources, buffer, a, b, place=place, fresh=fresh)
 
@@ -68,18 +64,12 @@ class Launched:
     @staticmethod
     def outer(product: Product, x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor) -> bool:
         """Add the gradients, where all are kept in float32."""
-        sinks = product.sinks()
-        if x.dtype.itemsize != 2 or xa.shape[1] > WIDEST or any(
-            one is None or one.dtype != torch.float32 or not one.is_contiguous()
-            for pair in sinks for one in pair
-        ):  # fmt: skip
+        if x.dtype.itemsize != 2 or xa.shape[1] > WIDEST:
             return False
-        there = cast("list[tuple[Tensor, Tensor]]", sinks)
-        known, adapters = product.gradients, list(product.adapters())
-        if known is None or known.key != Gradients.key_of(adapters, there):
-            together = neighbours([a for a, _ in sinks])
-            known = product.gradients = Gradients.of(adapters, there, together, OUTER[0])
-        outer(known, dy, x, xa, dyb)
+        gradients = product.tables.gradients(list(product.adapters()), OUTER[0])
+        if gradients is None:
+            return False
+        outer(gradients, dy, x, xa, dyb)
         return True
 
 

@@ -1,0 +1,134 @@
+"""LoRA of a product's members: the masters, and the matrices that are computed with.
+
+This file decides when the second are made of the first. A is ``[R, K]``, all members' below each
+other; B ``[N, R]`` is block-diagonal. Both are made in the run's dtype once per update of the
+masters, B scaled before it is rounded. An update is known by the masters' versions; torch's fused
+optimizers leave these as they are, so what is not `Adapted.accumulates` counts as updated whenever
+a forward follows a backward. How they are multiplied is `product`'s.
+
+Shapes: K in, N out of all members, R ranks of all members up to a multiple of 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .linear import Linear
+
+_MULTIPLE = 8  # 16 bytes of a 16-bit dtype: rows that the matrix units' loads can start at
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One member's LoRA and where it lies: rows of B, ranks of A."""
+
+    module: Linear
+    rows: slice
+    ranks: slice
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    @property
+    def mark(self) -> tuple[Any, ...]:
+        """Changes when the masters do."""
+        return self.a, self.a._version, self.b, self.b._version, self.scaling
+
+
+def adapters_of(members: Sequence[Linear]) -> Iterator[Adapter]:
+    """LoRA of the members that carry it."""
+    row = rank = 0
+    for member in members:
+        size, lora = member.shape[0], member.lora
+        if lora is not None:
+            assert member.lora_A is not None
+            assert member.lora_B is not None
+            yield Adapter(
+                member,
+                slice(row, row + size),
+                slice(rank, rank + lora.r),
+                member.lora_A,
+                member.lora_B,
+                lora.scaling,
+            )
+            rank += lora.r
+        row += size
+
+
+class Working:
+    """LoRA in the run's dtype: ``a [R, K]``, ``b [N, R]`` block-diagonal and scaled.
+
+    After `update` both are of the masters as they are; unless `written` is false: then they are
+    of no value yet, and whoever reads the weights next writes them (`Maps.fill`) and says so.
+
+    Args:
+        out: N.
+        into: K.
+
+    Attributes:
+        a: ``[R, K]``; without rows before the first update.
+        b: ``[N, R]``, likewise.
+        written: whether they hold their values.
+        version: another one after each update, save of what was up to date.
+    """
+
+    def __init__(self, out: int, into: int) -> None:
+        self._out, self._into = out, into
+        self._stale, self.version = False, 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._marks: list[tuple[Any, ...]] = []
+        self.a = self.b = torch.empty(0, 0)
+        self.written = False
+
+    def spent(self, adapters: Sequence[Adapter]) -> None:
+        """Say that a backward ran: an update of the masters may follow that leaves no trace."""
+        self._stale = not all(one.module.accumulates for one in adapters)
+
+    def renew(self) -> None:
+        """Say that a forward begins."""
+        if self._stale:
+            self._forget()
+            self._stale = False
+
+    def update(self, adapters: Sequence[Adapter], like: Tensor, *, late: bool) -> None:
+        """Make them of the masters, in the dtype of `like`, where they are not.
+
+        Args:
+            adapters: at least one.
+            like: a tensor of the dtype and device.
+            late: whether weights are read by what can write them.
+        """
+        marks = [one.mark for one in adapters]
+        known = self.a.dtype == like.dtype and _same(self._marks, marks)
+        if known and (self.written or late):
+            return
+        ranks = adapters[-1].ranks.stop
+        ranks += -ranks % _MULTIPLE
+        a, b = self.a, self.b
+        if not late:
+            a, b = like.new_zeros(ranks, self._into), like.new_zeros(self._out, ranks)
+            for one in adapters:
+                a[one.ranks] = one.a
+                torch.mul(one.b, one.scaling, out=b[one.rows, one.ranks])
+        elif a.dtype != like.dtype or len(a) != ranks:
+            # Otherwise in place, so that a captured step still finds them.
+            a, b = like.new_empty(ranks, self._into), like.new_empty(self._out, ranks)
+        self.a, self.b, self._marks, self.written = a, b, marks, not late
+        self.version += 1
+
+
+def _same(known: list[tuple[Any, ...]], marks: list[tuple[Any, ...]]) -> bool:
+    """Whether all masters are the same objects in the same state; tensors compare by identity."""
+    return len(known) == len(marks) and all(
+        one is other if isinstance(one, Tensor) else one == other
+        for before, now in zip(known, marks, strict=True)
+        for one, other in zip(before, now, strict=True)
+    )
