@@ -43,20 +43,13 @@ from qcore.model import Model
 from qcore.settings import Settings
 from qcore.train import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCK = (16, 16)  # transformers reads only blocks that tile the tensor; what does not: ODD
 ODD = (32, 20)
 MOE: dict[str, Any] = {
     "num_hidden_layers": 2,
     "layer_types": ["linear_attention", "full_attention"],
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

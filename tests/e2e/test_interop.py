@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.conversations import conversations, write_rows
 from support.e2e_kit import (
     GATES,
+    LENGTHS,
     LINEARS,
+    OTHER,
     PREFIX,
     ROOT,
     STOCK,
@@ -39,9 +40,6 @@ from qcore.merge import merge
 from qcore.settings import Settings
 from qcore.train import train
 
-OTHER = {"text": "vl", "vl": "text"}
-LENGTHS = (33, 7, 70)
-
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -52,11 +50,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
         for kind in STOCK
     }
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", conversations(24))
 
 
 # -- ours under stock PEFT

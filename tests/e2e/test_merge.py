@@ -47,15 +47,8 @@ from qcore.settings import Settings
 from qcore.table import LINEAR, Aim, Part, Region, Row, Table, cat
 from qcore.train import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

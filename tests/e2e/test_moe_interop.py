@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.conversations import conversations, write_rows
 from support.e2e_kit import (
     GATES,
+    LENGTHS,
     MOE_STOCK,
+    OTHER,
     PREFIX,
     ROOT,
     documents,
@@ -36,8 +37,7 @@ from qcore.merge import merge
 from qcore.settings import Settings
 from qcore.train import train
 
-OTHER = {"text": "vl", "vl": "text"}
-LENGTHS = (33, 7, 70)
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS: dict[str, Any] = {
     "num_hidden_layers": 3,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
@@ -64,19 +64,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
         found[kind] = rewrite(written, home / layout, layout)
     return found
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", conversations(24))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def settings(**more: Any) -> Settings:

@@ -40,6 +40,7 @@ from qcore.nn.experts import Experts
 from qcore.settings import Settings
 from qcore.train import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYOUTS = ("fused", "apart", "mixed")
 LAYERS: dict[str, Any] = {
     "num_hidden_layers": 3,
@@ -49,14 +50,6 @@ EXPERTS = 6
 #: Linear maps that training hits by default: 4 of attention, 3 of each of two delta nets, and
 #: the shared expert's 3 in each of three layers.
 LINEAR = 4 + 2 * 3 + 3 * 3
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

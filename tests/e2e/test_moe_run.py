@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.conversations import conversations, write_rows
 from support.e2e_kit import command, figure, signalled
 from support.moe_kit import rewrite, tensors_of
+from support.run_kit import SHORT, raw, start, stop_at, words
 
 from qcore.artifact import verify
 from qcore.errors import Interrupted
 from qcore.generate import Generator
 from qcore.identify import identify
-from qcore.loop import Loop
 from qcore.nn.protocols import Packed
-from qcore.settings import Settings
-from qcore.train import train
 from qcore_qwen35.tiny import write
 
-BASE: dict[str, Any] = {
-    "max_steps": 5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
-    "learning_rate": 2e-2, "r": 4, "lora_alpha": 8, "dtype": "fp32", "save_steps": 0,
-}  # fmt: skip
+pytestmark = pytest.mark.usefixtures("one_thread")
+BASE: dict[str, Any] = SHORT | {"max_steps": 5, "learning_rate": 2e-2}
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "everything": {
@@ -47,25 +41,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", conversations(24))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(base: Path, rows: Path, out: Path, *, resume: bool = False, **settings: Any) -> None:
-    train(str(base), rows, out, Settings(**(BASE | settings)), device="cpu", resume=resume)
-
-
-def raw(folder: Path) -> bytes:
-    return (folder / "adapter_model.safetensors").read_bytes()
+    start(base, rows, out, BASE | settings, resume=resume)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -74,15 +51,8 @@ def test_stopped_at_step_3(
 ) -> None:
     options = RECIPES[recipe]
     run(base, rows, tmp_path / "whole", **options)
-    real = Loop.step
-
-    def step(self: Loop, n: int) -> dict[str, Any]:
-        if n + 1 == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, n)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "step", step)
+        stop_at(patch, 3)
         with pytest.raises(Interrupted):
             run(base, rows, tmp_path / "out", **options)
     assert verify(tmp_path / "out.run" / "checkpoint-3").ok
@@ -113,11 +83,10 @@ def test_the_load_balancing_coefficient_acts(base: Path, rows: Path, tmp_path: P
 def test_every_verb_on_the_command_line(base: Path, rows: Path, tmp_path: Path) -> None:
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     sets = {**BASE, "group_r.experts": 2, "router_aux_loss_coef": 0.001}
-    words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
-    arguments = ["train", "--model", base, "--data", rows, "--output", adapter, "--device", "cpu"]
-    stopped = signalled(3, signal.SIGINT, *arguments, *words)
+    arguments = words(base, rows, adapter, sets)
+    stopped = signalled(3, signal.SIGINT, *arguments)
     assert stopped.returncode == 75, stopped.stderr
-    done = command(*arguments, *words, "--resume")
+    done = command(*arguments, "--resume")
     assert done.returncode == 0, done.stderr
     (line,) = [x for x in done.stderr.splitlines() if "held in 4 bit" in x]
     figure(line.strip())
@@ -136,8 +105,7 @@ def test_every_verb_on_the_command_line(base: Path, rows: Path, tmp_path: Path) 
         assert told.returncode == 0, told.stderr
         answers.append(told.stdout)
     figure(f"base, adapter, merge say {answers}")
-    told = command(*arguments[:-4], "--output", tmp_path / "no", "--device", "cpu", "--set",
-                   "lora_dropout=0.1")  # fmt: skip
+    told = command(*words(base, rows, tmp_path / "no", {"lora_dropout": 0.1}))
     assert told.returncode == 2, told.stderr
     last = told.stderr.strip().splitlines()
     assert sum("QC-LORA-003" in x for x in last) == 1

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from support.conversations import conversations, write_rows
 from support.e2e_kit import command, resave, signalled, tiny_folder
 from support.faults import Faults, count
+from support.run_kit import SHORT, raw, start, stop_at, words
 
 from qcore.artifact import verify
 from qcore.errors import InputError, Interrupted, QcoreError, UsageError, WriteError
-from qcore.loop import Loop
-from qcore.settings import Settings
-from qcore.train import train
 
-BASE: dict[str, Any] = {
-    "max_steps": 10, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
-    "learning_rate": 5e-3, "r": 4, "lora_alpha": 8, "dtype": "fp32", "save_steps": 0,
-    "chat_template_kwargs": {"enable_thinking": True},
+pytestmark = pytest.mark.usefixtures("one_thread")
+BASE: dict[str, Any] = SHORT | {
+    "max_steps": 10, "learning_rate": 5e-3, "chat_template_kwargs": {"enable_thinking": True},
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -42,30 +37,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", conversations(24))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(
     rows: Path, output: Path, *, model: Path | None = None, resume: bool = False, **settings: Any
 ) -> None:
-    train(
-        str(model or tiny_folder()), rows, output, Settings(**(BASE | settings)), device="cpu",
-        resume=resume,
-    )  # fmt: skip
-
-
-def raw(folder: Path) -> bytes:
-    return (folder / "adapter_model.safetensors").read_bytes()
+    start(model or tiny_folder(), rows, output, BASE | settings, resume=resume)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -81,18 +56,8 @@ def folders(path: Path) -> list[str]:
 
 @pytest.fixture
 def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``stop(at, signal)``: the process is signalled as its step `at` (from 1) begins."""
-    real = Loop.step
-
-    def arrange(at: int, number: int = signal.SIGTERM) -> None:
-        def step(self: Loop, n: int) -> dict[str, Any]:
-            if n + 1 == at:
-                os.kill(os.getpid(), number)
-            return real(self, n)
-
-        monkeypatch.setattr(Loop, "step", step)
-
-    return arrange
+    """`stop_at` for this test; the last call counts."""
+    return partial(stop_at, monkeypatch)
 
 
 # -- the same bytes
@@ -130,11 +95,7 @@ def test_stopped_at_every_step(rows: Path, tmp_path: Path, stop: Callable[..., N
 
 
 def arguments(rows: Path, output: Path, *more: str, **settings: Any) -> list[object]:
-    sets = [
-        word for key, value in (BASE | settings).items() for word in ("--set", f"{key}={value}")
-    ]
-    return ["train", "--model", tiny_folder(), "--data", rows, "--output", output,
-            "--device", "cpu", *sets, *more]  # fmt: skip
+    return [*words(tiny_folder(), rows, output, BASE | settings), *more]
 
 
 def test_the_command_line_stopped_and_killed(rows: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.conversations import conversations, write_rows
 from support.e2e_kit import (
     CPU,
     GATES,
@@ -27,6 +26,7 @@ from support.e2e_kit import (
     tiny_folder,
     write_stock,
 )
+from support.run_kit import raw
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qcore.artifact import read_manifest, verify
@@ -40,6 +40,7 @@ from qcore.nn.protocols import Packed
 from qcore.settings import Settings
 from qcore.train import TrainReport, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAST: dict[str, Any] = {
     "max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
     "learning_rate": 5e-3, "warmup_ratio": 0.0, "r": 4, "lora_alpha": 8, "dtype": "fp32",
@@ -72,23 +73,9 @@ class Heard:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Multi-turn, thinking, tool calls (arguments as mapping and as string), system turns."""
-    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", conversations(24))
-
-
-@pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Smaller than the tiny checkpoint; its vocabulary is the size of nothing else."""
     return write_stock(tmp_path_factory.mktemp("small"), "vl", dtype=torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(
@@ -101,10 +88,6 @@ def run(
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
-
-
-def raw(folder: Path) -> bytes:
-    return (folder / "adapter_model.safetensors").read_bytes()
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

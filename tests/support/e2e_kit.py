@@ -49,6 +49,8 @@ ROOT = "model.language_model."
 STOCK = {"text": Qwen3_5ForCausalLM, "vl": Qwen3_5ForConditionalGeneration}
 MOE_STOCK = {"text": Qwen3_5MoeForCausalLM, "vl": Qwen3_5MoeForConditionalGeneration}
 PREFIX = {"text": "model.", "vl": ROOT}  # of the trunk's modules in either class
+OTHER = {"text": "vl", "vl": "text"}  # the class that an adapter is not for
+LENGTHS = (33, 7, 70)  # of `documents` by which logits are compared
 SIDECARS = (
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
 )  # fmt: skip
