@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -63,9 +62,51 @@ def test_an_interrupt_is_never_swallowed(after: float, tmp_path: Path) -> None:
         assert json.loads(out)["error"]["code"] == "QC-CLI-005"
 
 
-def test_a_reader_that_leaves_early_is_no_defect() -> None:
-    command = f"{sys.executable} -m qcore presets list | head -1"
-    done = subprocess.run(
-        ["/bin/sh", "-c", command], capture_output=True, text=True, check=False, env=os.environ
+LONG = {
+    "presets": "presets show quick",
+    "json": "plugins list --json",
+    "help": "train --help",
+    "an error": "presets show nonsense --json",
+}
+
+
+def piped(command: str) -> subprocess.CompletedProcess[str]:
+    """A shell's line, with the status of qcore itself."""
+    line = f"{sys.executable} -m qcore {command}"
+    return subprocess.run(["/bin/bash", "-c", line], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("verb", LONG)
+def test_a_reader_that_leaves_early_is_no_defect(verb: str) -> None:
+    """Nothing is said, and the status is that of any tool in a pipe."""
+    done = piped(f"{LONG[verb]} | true; exit ${{PIPESTATUS[0]}}")
+    assert (done.stdout, done.stderr) == ("", "")
+    assert done.returncode == 141
+
+
+def test_a_reader_that_leaves_after_a_line_of_much() -> None:
+    code = (
+        "import sys, click, qcore.cli as cli\n"
+        "cli.cli.get_command = lambda ctx, name: click.Command(\n"
+        "    name, callback=lambda: [click.echo('x' * 99) for _ in range(9999)])\n"
+        "sys.argv = ['qcore', 'plan']\ncli.main()\n"
     )
-    assert done.stderr == ""
+    line = f'{sys.executable} -c "{code}" | head -1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["/bin/bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (141, "", "x" * 99 + "\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("verb", LONG)
+def test_an_output_that_is_full_is_one_line(verb: str) -> None:
+    done = piped(f"{LONG[verb]} > /dev/full")
+    assert done.returncode == 73
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error[QC-CLI-007] standard output: cannot be written: found No space")
+    assert piped(f"{LONG[verb]} > /dev/full 2>&1").returncode == 73
+
+
+@pytest.mark.parametrize("verb", ["presets", "json", "help"])
+def test_an_output_that_is_closed_is_no_defect(verb: str) -> None:
+    done = piped(f"{LONG[verb]} >&-")
+    assert (done.returncode, done.stderr) == (0, "")

@@ -10,7 +10,7 @@ from support.cli_kit import here, modules_after
 from support.model_kit import write_sparse
 from support.plan_kit import DENSE_4B
 
-from qcore.plan_cards import CARDS
+from qcore.plan_cards import CARDS, named
 from qcore.table import Table
 from qcore_qwen35.table import parts
 from qcore_qwen35.tiny import tiny_config, write
@@ -97,6 +97,8 @@ def test_a_budget_that_is_too_small_is_said_and_no_error(
         (("--set", "chat_template_kwargs.xyzzy=true"), "QC-CONFIG-008"),
         (("--set", "chat_template_kwargs.messages=x"), "QC-CONFIG-009"),
         (("--set", "chat_template_kwargs.enable_thinking=maybe"), "QC-QWEN35-020"),
+        (("--set", "kernels.experts=reference"), "QC-KERNEL-007"),
+        (("--set", "kernels.nonsense=reference"), "QC-KERNEL-001"),
         (("--rows", "8192", "--max-length", "1048576"), "QC-PLAN-005"),
     ],
 )
@@ -134,3 +136,35 @@ def test_more_tokens_than_positions_are_a_warning(
     assert "found 262145, expected at most 262144" in line
     assert "warning" not in here(capsys, *flags, 262144).err
     assert "found 262145" in here(capsys, *flags, 262145, "--json").json["notes"][0]
+
+
+def test_a_card_that_is_named_twice_is_planned_once(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    flags = ("--gpu", "H100-80", "--gpu", "h200", "--gpu", "h100", "--json")
+    plans = here(capsys, "plan", folder, "--max-length", 64, *flags).json["plans"]
+    assert [one["card"] for one in plans] == ["H100-80", "H200"]
+
+
+def test_a_budget_above_a_card_is_what_the_card_has(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    flags = ("plan", folder, "--max-length", 64, "--rows", 1, "--gpu", "h200", "--gpu", "rtx-4090")
+    ended = here(capsys, *flags, "--budget", 60, "--json")
+    large, small = ended.json["plans"]
+    assert (large["budget_bytes"], small["budget_bytes"]) == (60 * 10**9, named("rtx-4090").budget)
+    (line,) = ended.json["notes"]
+    assert line == (
+        "note: --budget 60 is more than a plan may fill, and GB are taken of RTX-4090 23.8"
+    )
+    assert line in here(capsys, *flags, "--budget", 60).err.splitlines()
+    assert "more than a plan" not in here(capsys, *flags, "--budget", 23).err
+
+
+def test_an_op_that_is_not_used_is_named_with_those_that_are(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    ended = here(capsys, "plan", folder, "--set", "kernels.experts=reference")
+    line = ended.error("QC-KERNEL-007")
+    assert "kernels.experts: is an op that this model does not use" in line
+    assert "delta_rule" in line

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from .device import DTYPES
 from .identify import Identified
 from .kernels import Chosen, installed
+from .model import ops_of
 from .nn.adapted import Lora
 from .nn.again import POLICIES
 from .plan_cards import CARDS, LAUNCH, Card, seconds
@@ -33,6 +34,7 @@ from .plan_pieces import SAMPLES, Piece
 from .plan_record import Lengths, Plan
 from .plan_trace import rounded
 from .settings import Settings
+from .suits import refuse_unused
 from .targets import targets
 
 if TYPE_CHECKING:
@@ -85,6 +87,8 @@ class Planner:
         self.budget = whole if budget is None else budget
         wanted = settings.kernels if backends is None else backends.backends
         self.taken = take(installed(found.plugins), self.device, wanted)
+        architecture, config = found.decision.architecture, found.checkpoint.config
+        refuse_unused(settings.kernels, ops_of(architecture, config, found.layout))
         self.lora = targets(
             found.layout,
             settings.target_groups,

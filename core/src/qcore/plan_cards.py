@@ -10,7 +10,7 @@ Codes: ``QC-PLAN-002`` no such card, ``-003`` a budget that is none.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -181,3 +181,18 @@ def parse_budget(text: str) -> int | None:
             fix="pass --budget 24",
         )
     return int(size * 1e9)
+
+
+def capped(cards: Sequence[Card], budget: int | None) -> tuple[list[int], list[str]]:
+    """What of each card may be filled, and a line where that is less than was asked for.
+
+    Args:
+        cards: the plan's.
+        budget: of ``--budget``; ``None``: all that a plan may fill.
+    """
+    if budget is None:
+        return [card.budget for card in cards], []
+    small = [f"{card.name} {card.budget / 1e9:.1f}" for card in cards if card.budget < budget]
+    told = f"--budget {budget / 1e9:g} is more than a plan may fill, and GB are taken of "
+    lines = [told + ", ".join(small)] if small else []
+    return [min(card.budget, budget) for card in cards], lines

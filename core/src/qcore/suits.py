@@ -4,13 +4,13 @@ This file decides which settings are judged against config, headers and template
 is read: the class that an adapter is written for, the load balance of a router that must be
 there, variables that the chat template must read. Which groups have LoRA is `targets`'.
 
-Codes: ``QC-TRAIN-007`` no router to balance; those of `adapter.choose_class` and of
-`data.variables`.
+Codes: ``QC-TRAIN-007`` no router to balance, ``QC-KERNEL-007`` an op that is not used; those of
+`adapter.choose_class` and of `data.variables`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from .adapter import choose_class
@@ -34,16 +34,25 @@ def unsuitable(found: Identified, settings: Mapping[str, Any]) -> Iterator[Qcore
             yield error
 
 
-def no_router(coefficient: float) -> UsageError:
-    """The error that balancing a dense model is."""
-    return UsageError(
-        "QC-TRAIN-007",
-        "has no effect: this model has no router to balance",
-        field="router_aux_loss_coef",
-        found=coefficient,
-        expected="0",
-        fix="leave it out",
-    )
+def refuse_unused(wanted: Iterable[str], used: Collection[str]) -> None:
+    """Refuse a backend of an op that the model does not consist of: it would do nothing.
+
+    Args:
+        wanted: ops that the settings name; they are known ones.
+        used: ops of the model (`model.ops_of`).
+
+    Raises:
+        UsageError: ``QC-KERNEL-007``.
+    """
+    for op in wanted:
+        if op not in used:
+            raise UsageError(
+                "QC-KERNEL-007",
+                "is an op that this model does not use",
+                field=f"kernels.{op}",
+                expected=f"one of {', '.join(sorted(used))}",
+                fix="leave it out",
+            )
 
 
 def _adapter_class(found: Identified, settings: Mapping[str, Any]) -> None:
@@ -59,7 +68,14 @@ def _router(found: Identified, settings: Mapping[str, Any]) -> None:
         entry.row.kind is Kind.EXPERTS and entry.part.loaded for entry in found.layout.table
     )
     if coefficient and not routed:
-        raise no_router(coefficient)
+        raise UsageError(
+            "QC-TRAIN-007",
+            "has no effect: this model has no router to balance",
+            field="router_aux_loss_coef",
+            found=coefficient,
+            expected="0",
+            fix="leave it out",
+        )
 
 
 def _variables(found: Identified, settings: Mapping[str, Any]) -> None:

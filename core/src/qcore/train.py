@@ -26,7 +26,7 @@ from .data.mask import load_tokenizer
 from .device import DTYPES, pick_device
 from .errors import Interrupted, NumericError
 from .identify import Identified, classes_of, identify
-from .kernels import Chosen, choose, installed
+from .kernels import Chosen, check_names, choose, installed
 from .load import load
 from .loop import Loop
 from .model import Model, ops_of
@@ -44,6 +44,7 @@ from .rundir import MetricsLog
 from .settings import Settings
 from .signals import StopSignals
 from .state import METRICS, RunFiles, locked, newest, run_folder
+from .suits import refuse_unused
 from .table import Store
 from .targets import Coverage, coverage, targets
 from .train_report import TrainReport, coverage_row, first_loss, is_logged
@@ -84,7 +85,10 @@ def train(
     found = identify(model, generation=settings.generation)
     rows = _rows(found, data, settings, tell)
     used = ops_of(found.decision.architecture, found.checkpoint.config, found.layout)
-    backends = choose(installed(found.plugins), where, settings.kernels, used)
+    listed = installed(found.plugins)
+    check_names(listed, settings.kernels)
+    refuse_unused(settings.kernels, used)
+    backends = choose(listed, where, settings.kernels, used)
     for line in backends.lines():
         tell.note(line)
     before = _before(found, rows, settings, where, backends, folder, tell) if resume else ()

@@ -7,15 +7,18 @@ which imports what it needs when it runs.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from .. import __version__
-from ..errors import InputError, PluginError, QcoreError, Stopped
+from ..errors import InputError, PluginError, QcoreError, Stopped, WriteError
 from .common import check_arguments, debugging, fail, wants_json
 
 #: name -> (module, help); the order is that of ``--help``.
@@ -35,8 +38,41 @@ VERBS = {
 COMMANDS = "qcore.commands"  #: entry points of plugins: command name -> click command
 
 
+class _Left(Exception):
+    """Whoever reads the output left; click would make it a status of 1."""
+
+
+@contextmanager
+def _past_click() -> Iterator[None]:
+    """Hand a broken pipe on as what click does not know."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _Left from error
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich's way to end
+            raise _Left from end
+        raise
+
+
 class Verbs(click.Group):
     """A group whose commands are imported when they are run."""
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """As click does; here ``--help`` and ``--version`` print."""
+        with _past_click():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does."""
+        with _past_click():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Core's verbs in their order, then plugins' by name."""
@@ -116,11 +152,31 @@ def cli() -> None:
     """Fine-tune and merge models through plugins. Every step proves its effect."""
 
 
+#: The status that shells give to a process that its reader left: 128 + SIGPIPE.
+_LEFT = 141
+
+
 def main() -> NoReturn:
     """Run the command line and exit; what ``qcore`` and ``python -m qcore`` call."""
     arguments = sys.argv[1:]
     if not debugging(arguments):
         sys.excepthook = _internal
+    try:
+        status = _run(arguments)
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # closed before we began
+                stream.flush()
+    except (_Left, BrokenPipeError):
+        status = _unheard(None)
+    except OSError as error:
+        if not _of_output(error):
+            raise
+        status = _unheard(error)
+    sys.exit(status)
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit status of a verb; only what cannot be written escapes."""
     try:
         check_arguments(arguments)
         # Without standalone mode click returns the status of an Exit instead of raising it.
@@ -130,19 +186,44 @@ def main() -> NoReturn:
             import traceback
 
             traceback.print_exc()
-        sys.exit(fail(error, as_json=wants_json(arguments)))
+        return fail(error, as_json=wants_json(arguments))
     except click.ClickException as error:
-        sys.exit(_usage(error, arguments))
+        return _usage(error, arguments)
     except (click.Abort, KeyboardInterrupt):
         stopped = Stopped("QC-CLI-005", "interrupted", fix="run the command again")
-        sys.exit(fail(stopped, as_json=wants_json(arguments)))
-    except BrokenPipeError:
-        # Whoever read the output has seen enough; the interpreter must not flush it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return fail(stopped, as_json=wants_json(arguments))
     except OSError as error:
-        sys.exit(fail(_unreadable(error), as_json=wants_json(arguments)))
-    sys.exit(status if isinstance(status, int) else 0)
+        if _of_output(error):
+            raise
+        return fail(_unreadable(error), as_json=wants_json(arguments))
+    return status if isinstance(status, int) else 0
+
+
+def _of_output(error: OSError) -> bool:
+    """Whether it is of stdout or stderr, which have no name; files' errors have theirs."""
+    return error.filename is None and error.errno in (
+        errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF,
+    )  # fmt: skip
+
+
+def _unheard(error: OSError | None) -> int:
+    """The status where nobody reads on, which is no fault, or where the output is full."""
+    with suppress(OSError):
+        if error is not None:
+            full = WriteError(
+                "QC-CLI-007",
+                "cannot be written",
+                field="standard output",
+                found=error.strerror,
+                fix="make room, or redirect it elsewhere",
+            )
+            fail(full, as_json=False)
+    # What is still in the buffers must not be flushed again when the interpreter ends.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            os.dup2(nowhere, stream.fileno())
+    return _LEFT if error is None else WriteError.exit_code
 
 
 def _unreadable(error: OSError) -> QcoreError:

@@ -42,7 +42,8 @@ def json_option(command: _F) -> _F:
 
 def emit(value: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout."""
-    click.echo(json.dumps(value, indent=2 if sys.stdout.isatty() else None, ensure_ascii=False))
+    people = sys.stdout is not None and sys.stdout.isatty()  # None: closed before we began
+    click.echo(json.dumps(value, indent=2 if people else None, ensure_ascii=False))
 
 
 def fail(error: QcoreError, *, as_json: bool) -> int:

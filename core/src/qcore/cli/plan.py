@@ -46,7 +46,7 @@ def command(
     """Say what training MODEL takes of a card, before a weight is read."""
     from ..config import load_settings
     from ..identify import identify
-    from ..plan_cards import CARDS, named, parse_budget
+    from ..plan_cards import CARDS, capped, named, parse_budget
     from ..preflight import preflight
 
     flags = {
@@ -61,22 +61,23 @@ def command(
         config_file=config_file,
         sets=[*sets, *(f"{key}={value}" for key, value in flags.items() if value is not None)],
     )
-    cards = [named(name) for name in gpus] or list(CARDS)
-    limit = parse_budget(budget)
+    cards = list(dict.fromkeys(map(named, gpus))) or list(CARDS)
+    budgets, capping = capped(cards, parse_budget(budget))
     found = identify(model, generation=settings.generation, headers_only=True)
-    told = preflight(found, verb="plan", settings=settings.to_dict())
+    told = [*preflight(found, verb="plan", settings=settings.to_dict())]
+    told += [f"note: {line}" for line in capping]
     with importing():
         from ..plan import Planner
 
-    planner = Planner(found, settings, cards[0], budget=limit)
-    each = [planner.on(card, limit) for card in cards]
+    planner = Planner(found, settings, cards[0])
+    each = [planner.on(card, limit) for card, limit in zip(cards, budgets)]
     found_plans = [(one, _plan(one, settings, fixed=rows is not None)) for one in each]
     if as_json:
         emit(
             {
                 "model": model,
                 "trained_parameters": planner.trained,
-                "notes": list(told),
+                "notes": told,
                 "plans": [
                     plan.as_json() | {"longest_row": one.longest()} for one, plan in found_plans
                 ],
