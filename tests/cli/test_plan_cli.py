@@ -115,6 +115,46 @@ def test_no_weight_is_read(folder: Path) -> None:
     assert "transformers" not in {name.partition(".")[0] for name in modules}
 
 
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--max-length", "1"), "error[QC-CONFIG-003] --max-length: is out of range: found 1"),
+        (("--rows", "0"), "error[QC-CONFIG-003] --rows: is out of range: found 0"),
+        (("--r", "9999"), "error[QC-CONFIG-003] --r: is out of range"),
+        (("--groups", "nothing"), "error[QC-LORA-001] --groups: is not a LoRA group"),
+        (("--rows", "8192", "--max-length", "1048576"), "error[QC-PLAN-005] --rows: is more"),
+        (("--set", "max_length=1"), "error[QC-CONFIG-003] --set max_length: is out of range"),
+        (("--set", "target_groups=nothing"), "error[QC-LORA-001] target_groups: is not"),
+        (
+            ("--set", "max_length=64", "--max-length", "64"),
+            "error[QC-CONFIG-005] --max-length: is given twice",
+        ),
+    ],
+    ids=str,
+)
+def test_the_flag_that_was_typed_is_named(
+    capsys: pytest.CaptureFixture[str], folder: Path, flags: tuple[str, ...], line: str
+) -> None:
+    assert here(capsys, "plan", folder, *flags).err.startswith(line)
+
+
+def test_the_policy_of_the_longest_row_is_named(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    flags = ("plan", folder, "--gpu", "h200", "--rows", 1, "--max-length", 64)
+    policies = {"auto": "offload"} | {name: name for name in ("none", "elementwise", "full")}
+    longest = []
+    for setting, policy in policies.items():
+        ended = here(capsys, *flags, "--set", f"recompute={setting}")
+        head = ended.out.splitlines()[1]
+        assert head.endswith(f"longest row ({policy})")
+        (plan,) = here(capsys, *flags, "--set", f"recompute={setting}", "--json").json["plans"]
+        assert plan["longest_row_recompute"] == policy
+        assert setting == "auto" or plan["recompute"] == policy
+        longest.append(plan["longest_row"])
+    assert longest[1] < longest[2] < longest[3] <= longest[0]
+
+
 def test_all_settings_that_do_not_suit_are_named_at_once(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:

@@ -32,6 +32,7 @@ GOOD: list[tuple[str, str, object]] = [
     ("max_steps: -1", "max_steps", -1),
     ("max_steps: 20  # twenty", "max_steps", 20),
     ("seed: 0", "seed", 0),
+    ("recompute: none", "recompute", "none"),
     ("gradient_checkpointing: false", "gradient_checkpointing", False),
     ("gradient_checkpointing: True", "gradient_checkpointing", True),
     ("gradient_checkpointing: FALSE", "gradient_checkpointing", False),

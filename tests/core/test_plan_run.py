@@ -76,6 +76,8 @@ def peak(found: Identified, policy: str, rows: tuple[int, ...] = (300,)) -> int:
         ({}, "full"),
         ({"recompute": "elementwise"}, "elementwise"),
         ({"gradient_checkpointing": False}, "none"),
+        ({"recompute": "none"}, "none"),
+        ({"gradient_checkpointing": False, "recompute": "none"}, "none"),
     ],
 )
 def test_on_the_cpu_it_is_what_the_settings_say_and_no_time_is_claimed(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +37,7 @@ def load_settings(
     preset: str | None = None,
     config_file: Path | None = None,
     sets: Sequence[str] = (),
+    flags: Mapping[str, tuple[str, str | int | None]] | None = None,
     presets: Presets | None = None,
 ) -> tuple[Settings, dict[str, str]]:
     """Join all sources of settings: flag over file over preset over default.
@@ -45,6 +46,7 @@ def load_settings(
         preset: id or alias of a preset.
         config_file: YAML mapping of settings.
         sets: ``key=value`` each, as ``--set`` takes them.
+        flags: of a flag of its own the setting and the text, ``None`` where it was not given.
         presets: where ``preset`` is looked up; those installed where it is ``None``.
 
     Returns:
@@ -67,7 +69,7 @@ def load_settings(
     if config_file is not None:
         from_file = settings_of(read(config_file, flag="--config"), config_file)
         _join(values, origins, from_file, "file")
-    _join(values, origins, parse_sets(sets), "flag")
+    _join(values, origins, parse_sets(sets, flags), "flag")
     return Settings(**values), origins  # type: ignore[arg-type]  # each is checked against its own field
 
 
@@ -111,23 +113,22 @@ def settings_of(node: Node | None, source: object) -> dict[str, Value]:
     return values
 
 
-def parse_sets(sets: Sequence[str]) -> dict[str, Value]:
+def parse_sets(
+    sets: Sequence[str], flags: Mapping[str, tuple[str, str | int | None]] | None = None
+) -> dict[str, Value]:
     """The settings that ``--set key=value`` gives, by the same rules as the file.
 
     A list is ``a,b`` or ``[a, b]``; nothing after ``=`` is the empty name, list or mapping. An
-    entry of a mapping is ``key.name=value``.
+    entry of a mapping is ``key.name=value``. Flags that give a setting of their own come last, and
+    errors name them.
 
     Raises:
         UsageError: ``QC-CONFIG-*``; a key given twice is ``QC-CONFIG-005``.
     """
     values: dict[str, Value] = {}
     given: set[str] = set()
-    for item in sets:
-        key, equals, text = item.partition("=")
-        key, text = key.strip(), text.strip()
-        origin = Origin(field=f"--set {key}")
-        if not equals:
-            raise origin.error("QC-CONFIG-006", "has no value", expected="--set key=value")
+    for flag, key, text in (*_split(sets), *_given(flags or {})):
+        origin = Origin(field=flag)
         name, dot, entry = key.partition(".")
         # Only a mapping has entries; elsewhere the dot makes it a key that nobody knows.
         spec = spec_of(name if dot and name in SPECS and SPECS[name].each else key, origin)
@@ -142,6 +143,26 @@ def parse_sets(sets: Sequence[str]) -> dict[str, Value]:
         else:
             values[spec.name] = _convert(spec, _flag_node(spec, text), origin)
     return values
+
+
+def _split(sets: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Of each ``--set``: its name in errors, the key, the text."""
+    for item in sets:
+        key, equals, text = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise Origin(field=f"--set {key}").error(
+                "QC-CONFIG-006", "has no value", expected="--set key=value"
+            )
+        yield f"--set {key}", key, text
+
+
+def _given(
+    flags: Mapping[str, tuple[str, str | int | None]],
+) -> Iterator[tuple[str, str, str]]:
+    """The same of flags that were given."""
+    for flag, (key, value) in flags.items():
+        if value is not None:
+            yield flag, key, str(value).strip()
 
 
 def parse_entries(setting: str, items: Sequence[str], *, flag: str) -> Entries[Plain]:

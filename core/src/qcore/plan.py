@@ -292,6 +292,11 @@ class Planner:
             return (settings.recompute,)
         return POLICIES if self.device == "cuda" else POLICIES[:-1]
 
+    @property
+    def frugal(self) -> str:
+        """The policy that takes least, of those that the settings leave."""
+        return self.allowed()[-1]
+
     def fastest(self, *packs: Lengths) -> Plan:
         """The first of the ladder under which all `packs` fit; the last where none does.
 
@@ -330,10 +335,10 @@ class Planner:
         """Tokens of the longest single row that fits, a multiple of 64; 0: not even 64.
 
         Args:
-            policy: of all layers; by default what takes least.
+            policy: of all layers; by default `frugal`.
             limit: more than that is not asked for.
         """
-        policies = (policy or self.ladder()[-1][0],) * len(self.measure.kinds)
+        policies = (policy or self.frugal,) * len(self.measure.kinds)
 
         def peak(tokens: int) -> int:
             return self._peak((tokens,), policies)

@@ -140,12 +140,14 @@ class Settings:
     eval_steps: int = _s(
         0, "optimizer steps between evaluations; 0: once an epoch and at the end", low=0, high=10**9
     )
-    gradient_checkpointing: bool = _s(True, "recompute layers in backward to save memory")
+    gradient_checkpointing: bool = _s(
+        True, "recompute layers to save memory; false: recompute none"
+    )
     recompute: str = _s(
         "auto",
-        "what gradient_checkpointing computes again: elementwise ops, full layers, those with "
+        "what backward computes again: nothing (none), elementwise ops, full layers, those with "
         "their inputs offloaded; auto: the fastest that fits the card, full on the CPU",
-        choices=("auto", "elementwise", "full", "offload"),
+        choices=("auto", "none", "elementwise", "full", "offload"),
     )
     adapter_class: str = _s("", "class whose names the adapter carries; empty: the checkpoint's")
     generation: str = _s("", "generation to take an unproven checkpoint for; empty: as detected")
@@ -197,7 +199,7 @@ class Settings:
                 found=f"{self.eval_steps} with eval_fraction 0",
                 fix="set eval_fraction, or leave eval_steps out",
             )
-        if self.recompute != "auto" and not self.gradient_checkpointing:
+        if self.recompute not in ("auto", "none") and not self.gradient_checkpointing:
             raise UsageError(
                 "QC-CONFIG-007",
                 "says what is computed again, and gradient_checkpointing that nothing is",

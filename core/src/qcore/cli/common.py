@@ -96,6 +96,23 @@ def check_arguments(arguments: list[str]) -> None:
             seen.add(name)
 
 
+@contextmanager
+def spoken(flags: Mapping[str, tuple[str, Any]]) -> Iterator[None]:
+    """Errors about settings that a flag of its own gave name the flag, as the user typed it."""
+    typed = {key: flag for flag, (key, value) in flags.items() if value is not None}
+    try:
+        yield
+    except PreflightError:
+        raise
+    except UsageError as error:
+        if error.field not in typed:
+            raise
+        raise type(error)(
+            error.code, error.what, file=error.file, field=typed[error.field], found=error.found,
+            expected=error.expected, fix=error.fix,
+        ) from None  # fmt: skip
+
+
 def count(number: int) -> str:
     """A number of parameters as people say it: 873.4 M, 27.8 B."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import count, debug_option, emit, importing, json_option
+from .common import count, debug_option, emit, importing, json_option, spoken
 
 if TYPE_CHECKING:
     from ..plan import Plan, Planner
@@ -49,18 +49,14 @@ def command(
     from ..plan_cards import CARDS, capped, named, parse_budget
     from ..preflight import preflight
 
-    flags = {
-        "max_length": max_length,
-        "per_device_train_batch_size": rows,
-        "r": r,
-        "target_groups": groups,
-        "generation": generation,
+    flags: dict[str, tuple[str, str | int | None]] = {
+        "--max-length": ("max_length", max_length),
+        "--rows": ("per_device_train_batch_size", rows),
+        "--r": ("r", r),
+        "--groups": ("target_groups", groups),
+        "--generation": ("generation", generation),
     }
-    settings, _ = load_settings(
-        preset=preset,
-        config_file=config_file,
-        sets=[*sets, *(f"{key}={value}" for key, value in flags.items() if value is not None)],
-    )
+    settings, _ = load_settings(preset=preset, config_file=config_file, sets=sets, flags=flags)
     cards = list(dict.fromkeys(map(named, gpus))) or list(CARDS)
     budgets, capping = capped(cards, parse_budget(budget))
     found = identify(model, generation=settings.generation, headers_only=True)
@@ -69,9 +65,10 @@ def command(
     with importing():
         from ..plan import Planner
 
-    planner = Planner(found, settings, cards[0])
-    each = [planner.on(card, limit) for card, limit in zip(cards, budgets)]
-    found_plans = [(one, _plan(one, settings, fixed=rows is not None)) for one in each]
+    with spoken(flags):
+        planner = Planner(found, settings, cards[0])
+        each = [planner.on(card, limit) for card, limit in zip(cards, budgets)]
+        found_plans = [(one, _plan(one, settings, fixed=rows is not None)) for one in each]
     if as_json:
         emit(
             {
@@ -79,7 +76,9 @@ def command(
                 "trained_parameters": planner.trained,
                 "notes": told,
                 "plans": [
-                    plan.as_json() | {"longest_row": one.longest()} for one, plan in found_plans
+                    plan.as_json()
+                    | {"longest_row": one.longest(), "longest_row_recompute": one.frugal}
+                    for one, plan in found_plans
                 ],
             }
         )
@@ -100,8 +99,9 @@ def _print(
     first = plans[0][1]
     click.echo(f"{model}: {count(planner.trained)} trained parameters")
     rows: list[list[Any]] = [
-        ["card", "budget", "micro-batch", "recompute", "peak", "s", "tokens/s", "longest row"]
+        ["card", "budget", "micro-batch", "recompute", "peak", "s", "tokens/s"]
     ]
+    rows[0].append(f"longest row ({planner.frugal})")
     for one, plan in plans:
         rows.append(
             [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import debug_option, emit, importing, json_option
+from .common import debug_option, emit, importing, json_option, spoken
 
 if TYPE_CHECKING:
     from ..presets import Presets
@@ -53,15 +53,18 @@ def command(
 
     presets = load_presets()
     backends = parse_entries("kernels", kernels, flag="--kernels")
-    flags = {"adapter_class": adapter_class, "generation": generation}
+    flags: dict[str, tuple[str, str | int | None]] = {
+        "--adapter-class": ("adapter_class", adapter_class or None),
+        "--generation": ("generation", generation or None),
+    }
     settings, origins = load_settings(
         preset=preset,
         config_file=config_file,
         sets=[
             *sets,
-            *(f"{key}={value}" for key, value in flags.items() if value),
             *(f"kernels.{op}={backend}" for op, backend in backends.items()),
         ],
+        flags=flags,
         presets=presets,
     )
     teller = Drawn(quiet=as_json)
@@ -75,7 +78,8 @@ def command(
     with importing():
         from ..train import train
 
-    report = train(model, data, output, settings, device=device, resume=resume, reporter=teller)
+    with spoken(flags):
+        report = train(model, data, output, settings, device=device, resume=resume, reporter=teller)
     if as_json:
         emit({**asdict(report), "output": str(report.output)})
         return
