@@ -33,9 +33,10 @@ from peers.shapes import ALPHA, RANK, Job
 from qcore.identify import Identified
 from qcore.loop import Loop
 from qcore.model import Model
-from qcore.plan import LIBRARIES, Planner
-from qcore.plan_oom import is_memory
-from qcore.plan_run import Room, room_of
+from qcore.plan import Planner
+from qcore.plan.oom import is_memory
+from qcore.plan.planner import LIBRARIES
+from qcore.plan.run import Room, room_of
 from qcore.plugins import Plugins
 from qcore.settings import Settings
 

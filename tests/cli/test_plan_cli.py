@@ -10,7 +10,7 @@ from support.cli_kit import here, modules_after
 from support.model_kit import write_sparse
 from support.plan_kit import DENSE_4B
 
-from qcore.plan_cards import CARDS, named
+from qcore.plan.cards import CARDS, named
 from qcore.table import Table
 from qcore_qwen35.table import parts
 from qcore_qwen35.tiny import tiny_config, write

@@ -19,10 +19,10 @@ from qcore.model import Model
 from qcore.nn.adapted import Lora
 from qcore.nn.protocols import Packed
 from qcore.plan import Planner
-from qcore.plan_cards import CARDS, card_of, named, parse_budget
-from qcore.plan_pieces import smaller, stretched
-from qcore.plan_run import refusal
-from qcore.plan_trace import Trace
+from qcore.plan.cards import CARDS, card_of, named, parse_budget
+from qcore.plan.pieces import smaller, stretched
+from qcore.plan.run import refusal
+from qcore.plan.trace import Trace
 from qcore.settings import Settings
 from qcore.targets import targets
 from qcore_qwen35.tiny import write

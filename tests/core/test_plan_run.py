@@ -16,13 +16,13 @@ from qcore.errors import InputError
 from qcore.identify import Identified, identify
 from qcore.nn.again import POLICIES
 from qcore.plan import Planner
-from qcore.plan_beside import Meter, RunPlan, beside, measured
-from qcore.plan_cards import CARDS, card_of
-from qcore.plan_oom import Usage, Watch, is_memory
-from qcore.plan_packs import packs_of
-from qcore.plan_run import Room, plan_run, room_of
-from qcore.plan_state import PLAN, keep, kept
-from qcore.plan_trace import Trace
+from qcore.plan.beside import Meter, RunPlan, beside, measured
+from qcore.plan.cards import CARDS, card_of
+from qcore.plan.kept import PLAN, keep, kept
+from qcore.plan.oom import Usage, Watch, is_memory
+from qcore.plan.packs import packs_of
+from qcore.plan.run import Room, plan_run, room_of
+from qcore.plan.trace import Trace
 from qcore.settings import Settings
 from qcore_qwen35.tiny import write
 

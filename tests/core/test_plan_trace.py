@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qcore.nn.launch import Planned, launch, on_gpu, planning, stands_for
-from qcore.plan_trace import Trace
+from qcore.plan.trace import Trace
 
 KB = 1024
 

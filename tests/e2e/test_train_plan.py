@@ -20,8 +20,8 @@ from support.e2e_kit import resave, tiny_folder
 
 from qcore.artifact import read_manifest, verify
 from qcore.errors import InputError, Interrupted, UsageError
-from qcore.plan_cards import card_of
-from qcore.plan_run import Room
+from qcore.plan.cards import card_of
+from qcore.plan.run import Room
 from qcore.settings import Settings
 from qcore.train import TrainReport, train
 

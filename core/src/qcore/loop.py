@@ -24,7 +24,7 @@ from .errors import NumericError, UsageError
 from .model import Model
 from .nn.protocols import Packed
 from .optim import FlatAdamW
-from .plan_beside import Meter
+from .plan.beside import Meter
 from .schedule import Schedule, joined, seed_of
 from .settings import Settings
 

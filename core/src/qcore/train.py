@@ -2,7 +2,7 @@
 
 The whole verb, top to bottom: identify and preflight, encode the rows, plan what they take of
 the card, stream the base in, say what will be trained, run the steps, publish. What each station
-decides is in its own file (`plan_run` the policy, `loop` the step, `state` the files); this one
+decides is in its own file (`plan.run` the policy, `loop` the step, `state` the files); this one
 decides their order and what makes a run fail before and after the loop: a group that is declared
 4-bit and is not, an adapter that never moved.
 """
@@ -32,11 +32,11 @@ from .loop import Loop
 from .model import Model, ops_of
 from .nn.adapted import Lora
 from .nn.again import POLICIES
-from .plan_beside import RunPlan, beside, measured
-from .plan_oom import Watch
-from .plan_packs import packs_of
-from .plan_run import Room, plan_run, room_of
-from .plan_state import keep, kept
+from .plan.beside import RunPlan, beside, measured
+from .plan.kept import keep, kept
+from .plan.oom import Watch
+from .plan.packs import packs_of
+from .plan.run import Room, plan_run, room_of
 from .preflight import preflight
 from .report import Reporter, Silent
 from .resume import compare, identity

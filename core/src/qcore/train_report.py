@@ -28,7 +28,7 @@ class TrainReport:
         eval_loss: of the held-out rows at the end, or ``None``.
         adapter_class: the class that the adapter is written for.
         coverage: what was trained, by group.
-        plan: what was planned; bytes, seconds and tokens a second (`plan_beside.RunPlan`).
+        plan: what was planned; bytes, seconds and tokens a second (`plan.beside.RunPlan`).
         measured: what was measured of it, in this process.
     """
 

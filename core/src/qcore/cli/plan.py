@@ -46,7 +46,7 @@ def command(
     """Say what training MODEL takes of a card, before a weight is read."""
     from ..config import load_settings
     from ..identify import identify
-    from ..plan_cards import CARDS, capped, named, parse_budget
+    from ..plan.cards import CARDS, capped, named, parse_budget
     from ..preflight import preflight
 
     flags: dict[str, tuple[str, str | int | None]] = {

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import UsageError
-from .plan_record import Lengths
-from .schedule import TILE, Schedule, extent, joined
-from .settings import Settings
+from ..errors import UsageError
+from ..schedule import TILE, Schedule, extent, joined
+from ..settings import Settings
+from .record import Lengths
 
 DRAWS = 1 << 20  #: rows, over all epochs, whose packs are looked at one by one
 #: Tokens of a pack, `TILE` more for each row: kernels number chunks of 64 tokens along the second

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from .errors import UsageError
+from ..errors import UsageError
 
 GIB = 2**30
 
@@ -31,7 +31,7 @@ FRAGMENTS = 0.03  #: share of a card that the allocator cannot hand out
 
 
 class Op(Protocol):
-    """What one op does (`plan_trace.Work`)."""
+    """What one op does (`trace.Work`)."""
 
     @property
     def name(self) -> str: ...

@@ -4,7 +4,7 @@ This file decides how memory is counted (by storage, from the op that made it un
 tensor that shows it is gone, rounded up as the caching allocator does) and what an op costs:
 operations of its matrix products and bytes of what it reads and writes. It is the same for meta
 tensors, which stand for a device's, and for real ones, by which it is tested. What a card makes
-of the work is `plan_cards`' business.
+of the work is `cards`' business.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from .plan_pieces import Work
+from .pieces import Work
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _BLOCK = 512  # the allocator's unit

@@ -1,6 +1,6 @@
 """What a plan says: one step on one card, for people and for programs.
 
-This file decides its words; `plan` makes it. It imports no torch.
+This file decides its words; `planner` makes it. It imports no torch.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from .plan_record import Lengths
+from .record import Lengths
 
 #: Tokens of the longest row of the packs that a longer one is told from.
 SAMPLES = (2048, 4096, 8192)

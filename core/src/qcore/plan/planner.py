@@ -1,14 +1,14 @@
 """Plan: what a training step will take of a card, before a weight is read.
 
-This file decides how pieces (`plan_measure`) make a step: everything that layers keep is there
+This file decides how pieces (`measure`) make a step: everything that layers keep is there
 when the head's loss is computed, and goes again layer by layer; the peak is the most at any of
 these moments. It decides which layers compute what again, so that the step is as fast as the
 budget allows: layers at the bottom give up their results first, because those of the top are
 gone by the time the bottom's backward runs. And it decides the longest row that fits. What a
-run with its data takes, and what becomes of it if it does not fit, is `plan_run`'s.
+run with its data takes, and what becomes of it if it does not fit, is `run`'s.
 
 Memory is predicted of what torch allocates (``max_memory_allocated``). Time is a model
-(`plan_cards`): expect about 15 % either way.
+(`cards`): expect about 15 % either way.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from .device import DTYPES
-from .identify import Identified
-from .kernels import Chosen, installed
-from .model import ops_of
-from .nn.adapted import Lora
-from .nn.again import POLICIES
-from .plan_cards import CARDS, LAUNCH, Card, seconds
-from .plan_measure import Measure
-from .plan_model import Taken, meta_model, take
-from .plan_packs import check_pack, holds
-from .plan_pieces import SAMPLES, Piece
-from .plan_record import Lengths, Plan
-from .plan_trace import rounded
-from .settings import Settings
-from .suits import refuse_unused
-from .targets import targets
+from ..device import DTYPES
+from ..identify import Identified
+from ..kernels import Chosen, installed
+from ..model import ops_of
+from ..nn.adapted import Lora
+from ..nn.again import POLICIES
+from ..settings import Settings
+from ..suits import refuse_unused
+from ..targets import targets
+from .cards import CARDS, LAUNCH, Card, seconds
+from .measure import Measure
+from .meta import Taken, meta_model, take
+from .packs import check_pack, holds
+from .pieces import SAMPLES, Piece
+from .record import Lengths, Plan
+from .trace import rounded
 
 if TYPE_CHECKING:
-    from .model import Model
-    from .plan_trace import Trace
+    from ..model import Model
+    from .trace import Trace
 
 __all__ = ["Plan", "Planner"]
 

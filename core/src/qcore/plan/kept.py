@@ -12,8 +12,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from .durable import create, reading, sync_folder, write_all, writing
-from .plan_beside import RunPlan
+from ..durable import create, reading, sync_folder, write_all, writing
+from .beside import RunPlan
 
 PLAN = "plan.json"
 

@@ -2,7 +2,7 @@
 
 This file decides which backends a plan takes where nothing can be verified, and that weights
 are held as `load` holds them, 4-bit ones as bitsandbytes lays them out. What a step of it takes
-is `plan_measure`'s.
+is `measure`'s.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .identify import Identified
-from .kernel_cache import version_of
-from .kernels import REFERENCE, Listed, check_names
-from .load import DTYPES as STORED
-from .load import place
-from .locate import Located
-from .model import Model, Numbers
-from .nn.adapted import Adapted
-from .nn.experts import Experts
-from .nn.linear import Linear
-from .nn.nf4 import BLOCK, BLOCK2, NF4, NF4Stack, _functional
-from .optim import FlatAdamW
-from .table import Store
+from ..identify import Identified
+from ..kernel_cache import version_of
+from ..kernels import REFERENCE, Listed, check_names
+from ..load import DTYPES as STORED
+from ..load import place
+from ..locate import Located
+from ..model import Model, Numbers
+from ..nn.adapted import Adapted
+from ..nn.experts import Experts
+from ..nn.linear import Linear
+from ..nn.nf4 import BLOCK, BLOCK2, NF4, NF4Stack, _functional
+from ..optim import FlatAdamW
+from ..table import Store
 
 META = torch.device("meta")
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .plan_record import Plan, spelled
+from .record import Plan, spelled
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 This file decides the pieces: what is there before the first step, what a batch carries, one
 layer of each kind under each policy, and the end of the step (final norm, head, loss). A piece
 is run forwards and backwards by the code that trains, and its input is handed over as its
-neighbour would, so authors of blocks write no cost model. `plan` puts the pieces together.
+neighbour would, so authors of blocks write no cost model. `planner` puts the pieces together.
 
 Shapes: T tokens of a pack, H hidden size.
 """
@@ -18,14 +18,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .model import Model
-from .nn.adapted import Adapted
-from .nn.again import run_layers
-from .nn.launch import Planned, planning
-from .nn.protocols import Layer, Packed
-from .plan_pieces import Piece, affine, grows, smaller, stretched
-from .plan_record import Lengths
-from .plan_trace import Trace
+from ..model import Model
+from ..nn.adapted import Adapted
+from ..nn.again import run_layers
+from ..nn.launch import Planned, planning
+from ..nn.protocols import Layer, Packed
+from .pieces import Piece, affine, grows, smaller, stretched
+from .record import Lengths
+from .trace import Trace
 
 _META = torch.device("meta")
 _WARM = (64,)
@@ -35,7 +35,7 @@ class Measure:
     """A model on the meta device and what was seen of it.
 
     Args:
-        make: builds the model (`plan_model.meta_model`), given what names ops.
+        make: builds the model (`meta.meta_model`), given what names ops.
         device: ``cuda`` or ``cpu``, which meta stands for.
 
     Attributes:

@@ -15,8 +15,8 @@ from typing import NamedTuple, Self
 
 import torch
 
-from .errors import InputError
-from .plan_beside import RunPlan
+from ..errors import InputError
+from .beside import RunPlan
 
 _PINNED = ("pin_memory", "pinned", "cudaHostAlloc", "not enough memory: you tried to allocate")
 _WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "not enough memory: you tried to allocate")

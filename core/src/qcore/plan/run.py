@@ -2,7 +2,7 @@
 
 This file decides what a run may fill (`Room`), which policy it takes, and that a run which does
 not fit is refused before a weight is read; where the settings name the policy, that is a warning.
-The step itself is `plan`'s, the packs are `plan_packs`', the words of the result `plan_beside`'s.
+The step itself is `planner`'s, the packs are `packs`', the words of the result `beside`'s.
 
 On the CPU no limit and no rates are known: the policy is what the settings say without a plan,
 and nothing is claimed about time.
@@ -18,17 +18,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .errors import InputError
-from .identify import Identified
-from .kernels import Chosen
-from .loop import unplanned
-from .plan import LIBRARIES, Planner
-from .plan_beside import RunPlan
-from .plan_cards import FRAGMENTS, Card, card_of
-from .plan_packs import Packs, check_pack, holds
-from .plan_record import Plan, spelled
-from .schedule import extent
-from .settings import Settings
+from ..errors import InputError
+from ..identify import Identified
+from ..kernels import Chosen
+from ..loop import unplanned
+from ..schedule import extent
+from ..settings import Settings
+from .beside import RunPlan
+from .cards import FRAGMENTS, Card, card_of
+from .packs import Packs, check_pack, holds
+from .planner import LIBRARIES, Planner
+from .record import Plan, spelled
 
 TOKENS = 64  #: a row that is shorter is no advice
 #: What micro-batches that run as one may take: beyond it a card gains nothing.
