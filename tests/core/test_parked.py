@@ -41,8 +41,8 @@ def test_a_larger_pack_takes_the_place_of_a_smaller_one() -> None:
         assert all(len(place) >= size for place in places)
         for place in places:
             lot.give_back(place)
-    assert made.sizes == [4 * MIB] * 4 + [10 * MIB] * 4
-    assert lot.nbytes == 4 * 10 * MIB
+    assert made.sizes == [4 * MIB] * 4 + [16 * MIB] * 4
+    assert lot.nbytes == 4 * 16 * MIB
 
 
 def test_the_smallest_that_is_large_enough_is_taken() -> None:

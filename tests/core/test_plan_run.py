@@ -18,6 +18,7 @@ from qcore.nn.again import POLICIES
 from qcore.plan import Planner
 from qcore.plan.beside import Meter, RunPlan, beside, measured
 from qcore.plan.cards import CARDS, card_of
+from qcore.plan.host import available, most_pinned, pinned
 from qcore.plan.kept import PLAN, keep, kept
 from qcore.plan.oom import Usage, Watch, is_memory
 from qcore.plan.packs import packs_of
@@ -187,6 +188,75 @@ def test_a_policy_by_hand_makes_it_a_warning(found: Identified) -> None:
         assert warning.startswith("warning: QC-PLAN-001 ")
         assert "; with recompute=auto (" in warning
         assert "\n" not in warning
+
+
+# -- what is parked on the host
+
+
+def test_pinned_blocks_are_powers_of_two() -> None:
+    assert (pinned(1024, 3), pinned(1025, 3), pinned(0, 3), pinned(1025, 0)) == (3072, 6144, 0, 0)
+    for room in (0, 2, 3, 4096, 10**9 + 7):
+        size = most_pinned(room, 3)
+        assert pinned(size, 3) <= room < pinned(size + 1, 3)
+
+
+def test_what_the_host_has(tmp_path: Path) -> None:
+    table, group = tmp_path / "meminfo", tmp_path / "cgroup"
+    assert available(table, group) is None
+    table.write_text("MemTotal:  9000 kB\nMemAvailable:  4000 kB\n")
+    assert available(table, group) == 4096000
+    group.mkdir()
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("5000\n")
+    assert available(table, group) == 4096000
+    (group / "memory.max").write_text("8000\n")
+    assert available(table, group) == 3000
+    (group / "memory.max").write_text("4000\n")
+    assert available(table, group) == 0
+    assert (available() or 10**9) > 10**6
+
+
+#: Bytes of one input of 4096 tokens, 2560 wide, in bf16; a block of them is 32 MiB.
+BLOCK = 32 * 2**20
+
+
+def test_offload_states_what_it_parks(four: Identified) -> None:
+    plan, notes = planned(four, Room(card=CARDS[0]), [4096], recompute="offload")
+    assert plan.worst.host == 8 * BLOCK
+    assert plan.as_json()["host_bytes"] == 8 * BLOCK
+    assert f"{8 * BLOCK / 1e9:.1f} GB of the host's memory are pinned" in notes
+    none, _ = planned(four, Room(card=CARDS[0]), [4096], recompute="full")
+    assert none.worst.host == 0
+
+
+def test_more_than_the_host_has_is_refused_also_by_hand(four: Identified) -> None:
+    for rows in ([4096], [4096, 100]):
+        planned(four, Room(card=CARDS[0], host=8 * BLOCK), rows, recompute="offload")
+    with pytest.raises(InputError) as caught:
+        planned(four, Room(card=CARDS[0], host=8 * BLOCK - 1), [4096], recompute="offload")
+    error = caught.value
+    assert (error.code, error.field, error.exit_code) == ("QC-PLAN-006", "recompute", 65)
+    assert "0.268 GB of pinned memory for 1 x 4096 tokens, recompute offload" in error.message
+    assert "with recompute=auto (none) it fits or with max_length 3264 it fits" in str(error.fix)
+    room = Room(card=CARDS[0], host=8 * BLOCK - 1)
+    planned(four, room, [3264], recompute="offload")
+    with pytest.raises(InputError):
+        planned(four, room, [3328], recompute="offload")
+    planned(four, room, [4096], recompute="full")
+
+
+def test_a_plan_by_itself_parks_no_more_than_the_host_has(four: Identified) -> None:
+    """Only offload fits the card, and the host has no room: the run does not fit."""
+    rows, given = [32768], {"target_groups": ("attn",)}
+    full = planned(four, Room(card=CARDS[0]), rows, recompute="full", **given)[0].worst.peak
+    least = planned(four, Room(card=CARDS[0]), rows, recompute="offload", **given)[0].worst.peak
+    assert least < full
+    room = Room(card=CARDS[0], budget=(least + full) // 2)
+    assert planned(four, room, rows, **given)[0].worst.host > 0
+    with pytest.raises(InputError) as caught:
+        planned(four, replace(room, host=2**20), rows, **given)
+    assert caught.value.code == "QC-PLAN-006"
+    assert "max_length" in str(caught.value.fix)  # under full, of which nothing is parked
 
 
 # -- evaluation

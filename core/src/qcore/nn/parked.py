@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_UNIT = 1 << 21  #: bytes; places are whole multiples of it, so that packs of like size share them
+#: Bytes of the smallest place. All are powers of two, as torch's pinned blocks are: packs of like
+#: size share them, and none of a block is lost.
+_LEAST = 1 << 20
 
 
 def _pinned(nbytes: int) -> Tensor:
@@ -51,7 +53,7 @@ class Lot:
                 return self._out(min(enough, key=len))
             if self._free:
                 self.nbytes -= len(self._out(min(self._free, key=len)))
-            size = -(-nbytes // _UNIT) * _UNIT
+            size = max(_LEAST, 1 << (nbytes - 1).bit_length())
             place = self.make(size)
             self.nbytes += size
             return place

@@ -118,6 +118,7 @@ class RunPlan:
             "memory_bytes": dict(self.worst.memory),
             "micro_steps": round(self.micro_steps, 3),
             "tokens_together": self.together or None,
+            "host_bytes": self.worst.host,
             "seconds_per_step": None if seconds is None else round(seconds, 4),
             "tokens_per_second": None if rate is None else round(rate, 1),
         }

@@ -30,6 +30,7 @@ from ..settings import Settings
 from ..suits import refuse_unused
 from ..targets import targets
 from .cards import CARDS, LAUNCH, Card, seconds
+from .host import most_pinned, pinned
 from .measure import Measure
 from .meta import Taken, meta_model, take
 from .packs import check_pack, holds
@@ -69,6 +70,8 @@ class Planner:
         settings: the run's.
         card: where it will run; ``None``: on the CPU, which has no budget.
         backends: what the run has chosen; by default what it would if all backends pass.
+        budget: bytes of the card that may be filled; by default all that a plan may.
+        host: bytes of the host that inputs may be parked in; ``None``: not known.
     """
 
     def __init__(
@@ -79,7 +82,9 @@ class Planner:
         *,
         backends: Chosen | None = None,
         budget: int | None = None,
+        host: int | None = None,
     ) -> None:
+        self.host = host
         self.settings = settings
         self.card = card or CARDS[0]
         self.device = "cpu" if card is None else "cuda"
@@ -166,6 +171,8 @@ class Planner:
             launches=launches,
             backends=self.taken.backends,
             notes=self._notes(lengths, policies),
+            host=self._host(lengths, policies),
+            host_budget=self.host,
             timed=self.timed,
         )
 
@@ -177,7 +184,8 @@ class Planner:
 
     def worst(self, packs: Sequence[Lengths], policies: Sequence[str]) -> Plan:
         """The plan of that one of `packs` that takes most."""
-        return self.plan(max(packs, key=lambda one: self._peak(one, policies)), policies)
+        plan = self.plan(max(packs, key=lambda one: self._peak(one, policies)), policies)
+        return replace(plan, host=max(self._host(one, policies) for one in packs))
 
     def _peak(self, lengths: Lengths, policies: Sequence[str]) -> int:
         most = max(m.kept + m.workspace for m in self._moments(lengths, policies))
@@ -207,6 +215,12 @@ class Planner:
         """Bytes of what a layer reads."""
         model = self.measure.model
         return rounded(sum(lengths) * model.head.shape[1] * model.dtype.itemsize)
+
+    def _host(self, lengths: Lengths, policies: Sequence[str]) -> int:
+        """Bytes of the host that parked inputs take."""
+        if self.device != "cuda":
+            return 0
+        return pinned(self._input(lengths), policies.count("offload"))
 
     def _moments(self, lengths: Lengths, policies: Sequence[str]) -> Iterable[_Moment]:
         pieces = self._pieces(lengths, policies)
@@ -252,8 +266,7 @@ class Planner:
 
     def _notes(self, lengths: Lengths, policies: Sequence[str]) -> tuple[str, ...]:
         told = []
-        if self.device == "cuda" and "offload" in policies:
-            parked = self._input(lengths) * policies.count("offload")
+        if parked := self._host(lengths, policies):
             told.append(f"{parked / 1e9:.1f} GB of the host's memory are pinned")
         if self.taken.absent:
             told.append(
@@ -338,12 +351,18 @@ class Planner:
             policy: of all layers; by default `frugal`.
             limit: more than that is not asked for.
         """
+        if policy is None and self.host is not None and len(self.allowed()) > 1:
+            # What takes least of the card may take more than the host has.
+            return max(self.longest(one, limit) for one in self.allowed()[-2:])
         policies = (policy or self.frugal,) * len(self.measure.kinds)
+        limit = min(limit, self._parking(policies))
+        if limit < 64:
+            return 0
 
         def peak(tokens: int) -> int:
             return self._peak((tokens,), policies)
 
-        low, high = 64, 4096
+        low, high = 64, min(4096, limit)
         at_low = peak(low)
         if at_low > self.budget:
             return 0
@@ -363,6 +382,14 @@ class Planner:
             else:
                 high, at_high = guess, at_guess
         return low
+
+    def _parking(self, policies: Sequence[str]) -> int:
+        """Tokens whose inputs the host can hold, a multiple of 64."""
+        parked = policies.count("offload") if self.device == "cuda" else 0
+        if not parked or self.host is None:
+            return 1 << 62
+        width = self.measure.model.head.shape[1] * self.measure.model.dtype.itemsize
+        return most_pinned(self.host, parked) // int(width) // 64 * 64
 
 
 def _alike(policy: str) -> str:

@@ -37,6 +37,8 @@ class Plan:
         launches: kernels and device operations of a micro-step.
         backends: op to backend.
         notes: what the reader must know to trust it.
+        host: bytes of the host's memory that are pinned for inputs of layers.
+        host_budget: bytes that the host has; ``None``: not known.
         timed: whether `seconds` is a prediction; not on the CPU nor on a card of unknown rates.
     """
 
@@ -52,12 +54,19 @@ class Plan:
     launches: int
     backends: Mapping[str, str]
     notes: tuple[str, ...] = field(default=())
+    host: int = 0
+    host_budget: int | None = None
     timed: bool = True
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the budget."""
-        return self.peak <= self.budget
+        """Whether the peak is within the budget, and what is parked within the host's."""
+        return self.peak <= self.budget and self.parks
+
+    @property
+    def parks(self) -> bool:
+        """Whether the host has what is parked there."""
+        return self.host_budget is None or self.host <= self.host_budget
 
     @property
     def tokens(self) -> int:
@@ -99,6 +108,7 @@ class Plan:
             "peak_bytes": self.peak,
             "moment": self.moment,
             "memory_bytes": dict(self.memory),
+            "host_bytes": self.host,
             "ops_bytes": dict(self.ops),
             "seconds": round(self.seconds, 4) if self.timed else None,
             "tokens_per_second": round(self.tokens_per_second, 1) if self.timed else None,

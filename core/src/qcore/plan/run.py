@@ -7,7 +7,7 @@ The step itself is `planner`'s, the packs are `packs`', the words of the result 
 On the CPU no limit and no rates are known: the policy is what the settings say without a plan,
 and nothing is claimed about time.
 
-Codes: ``QC-PLAN-001`` the run does not fit.
+Codes: ``QC-PLAN-001`` the run does not fit, ``-006`` the host has less than it would park.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ..schedule import extent
 from ..settings import Settings
 from .beside import RunPlan
 from .cards import FRAGMENTS, Card, card_of
+from .host import available
 from .packs import Packs, check_pack, holds
 from .planner import LIBRARIES, Planner
 from .record import Plan, spelled
@@ -43,10 +44,12 @@ class Room:
         card: whose memory and rates they are; ``None``: the CPU.
         budget: bytes that the run's tensors may take; ``None``: of a card all that a plan may
             fill, on the CPU no limit is known.
+        host: bytes of the host that inputs of layers may be parked in; ``None``: not known.
     """
 
     card: Card | None = None
     budget: int | None = None
+    host: int | None = None
 
     @property
     def limited(self) -> bool:
@@ -67,7 +70,9 @@ def room_of(device: torch.device) -> Room:
     free += torch.cuda.memory_reserved(device) - allocated
     # What libraries hold already is a term of the plan; what else is allocated stays.
     return Room(
-        card=card, budget=min(card.budget, int(free * (1 - FRAGMENTS)) + min(allocated, LIBRARIES))
+        card=card,
+        budget=min(card.budget, int(free * (1 - FRAGMENTS)) + min(allocated, LIBRARIES)),
+        host=available(),
     )
 
 
@@ -93,12 +98,15 @@ def plan_run(
         join: the packs of the same rows where micro-batches run as one; by default none may.
 
     Raises:
-        InputError: ``QC-PLAN-001`` it does not fit, and the settings leave the policy to the plan.
+        InputError: ``QC-PLAN-001`` it does not fit, and the settings leave the policy to the plan;
+            ``-006`` it parks more than the host has.
         UsageError: ``QC-PLAN-005`` a pack is more than any micro-step may be.
     """
     for pack in packs.largest:
         check_pack(pack)
-    planner = Planner(found, settings, room.card, backends=backends, budget=room.budget)
+    planner = Planner(
+        found, settings, room.card, backends=backends, budget=room.budget, host=room.host
+    )
     by_hand = settings.recompute != "auto" or not settings.gradient_checkpointing
     if join is not None and planner.timed:
         packs = _joined(planner, packs, join)
@@ -112,6 +120,8 @@ def plan_run(
         by_hand=by_hand,
         limited=room.limited,
     )
+    if not worst.parks:
+        raise _too_much_parked(worst, planner, packs)
     if room.limited and not worst.fits:
         error = refusal(worst, planner, packs, by_hand=by_hand)
         if not by_hand:
@@ -203,6 +213,20 @@ def refusal(
         expected=f"at most {plan.budget / 1e9:.3g} GB",
         fix=" or ".join(_fixes(plan, planner, packs or _own(plan), by_hand))
         or "take a card with more memory, a smaller model, or fewer target_groups",
+    )
+
+
+def _too_much_parked(plan: Plan, planner: Planner, packs: Packs) -> InputError:
+    """Refused also where the policy was named: the system ends a process that pins too much."""
+    fixes = _fixes(plan, planner, packs, by_hand=planner.settings.recompute != "auto")
+    return InputError(
+        "QC-PLAN-006",
+        "offload parks more than the host has",
+        field="recompute",
+        found=f"{plan.host / 1e9:.3g} GB of pinned memory for {plan.pack}, "
+        f"recompute {plan.recompute}",
+        expected=f"at most {(plan.host_budget or 0) / 1e9:.3g} GB",
+        fix=" or ".join(fixes) or "take a host with more memory, or a smaller model",
     )
 
 
