@@ -35,8 +35,8 @@ from qcore.loop import Loop
 from qcore.model import Model
 from qcore.plan import Planner
 from qcore.plan.oom import is_memory
-from qcore.plan.planner import LIBRARIES
 from qcore.plan.run import Room, room_of
+from qcore.plan.step import LIBRARIES
 from qcore.plugins import Plugins
 from qcore.settings import Settings
 

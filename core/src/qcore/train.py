@@ -84,13 +84,7 @@ def train(
     where = pick_device(device)
     found = identify(model, generation=settings.generation)
     rows = _rows(found, data, settings, tell)
-    used = ops_of(found.decision.architecture, found.checkpoint.config, found.layout)
-    listed = installed(found.plugins)
-    check_names(listed, settings.kernels)
-    refuse_unused(settings.kernels, used)
-    backends = choose(listed, where, settings.kernels, used)
-    for line in backends.lines():
-        tell.note(line)
+    backends = _backends(found, settings, where, tell)
     before = _before(found, rows, settings, where, backends, folder, tell) if resume else ()
     plan = _plan(found, rows, settings, room or room_of(where), backends, before, tell)
     with ExitStack() as stack:
@@ -168,6 +162,20 @@ def _rows(found: Identified, data: str | Path, settings: Settings, tell: Reporte
         f"({100 * rows.supervised / rows.tokens:.0f} %), longest row {rows.longest} tokens"
     )
     return rows
+
+
+def _backends(
+    found: Identified, settings: Settings, device: torch.device, tell: Reporter
+) -> Chosen:
+    """A backend for each op of the model, verified on the device."""
+    used = ops_of(found.decision.architecture, found.checkpoint.config, found.layout)
+    listed = installed(found.plugins)
+    check_names(listed, settings.kernels)
+    refuse_unused(settings.kernels, used.ops)
+    backends = choose(listed, device, settings.kernels, used)
+    for line in backends.lines():
+        tell.note(line)
+    return backends
 
 
 def _before(

@@ -9,7 +9,9 @@ From the bottom up:
     meta      the model on the meta device, held as it will be loaded
     measure   each piece run once, forwards and backwards
     packs     which packs of a run's rows are planned
-    planner   pieces put together: the peak, the time, the policy, the longest row
+    host      what inputs take that are parked in the host's memory
+    step      pieces put together: the peak and the time under given policies
+    planner   the policies, the micro-batch and the longest row to take
     run       the plan of a run, and what becomes of one that is too big
     beside    plan and measurement side by side
     kept      the plan in the run's folder, for a resumed run

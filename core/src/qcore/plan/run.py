@@ -28,8 +28,9 @@ from .beside import RunPlan
 from .cards import FRAGMENTS, Card, card_of
 from .host import available
 from .packs import Packs, check_pack, holds
-from .planner import LIBRARIES, Planner
+from .planner import Planner
 from .record import Plan, spelled
+from .step import LIBRARIES
 
 TOKENS = 64  #: a row that is shorter is no advice
 #: What micro-batches that run as one may take: beyond it a card gains nothing.
