@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -28,7 +27,7 @@ from .adapted import Lora
 from .experts import TOGETHER, Experts, Tokens
 from .experts import grouped as reference
 from .experts_routing import Routing
-from .launch import launch
+from .launch import cdiv, launch, next_power_of_2
 from .nf4 import BLOCK
 from .nf4_triton import table_of
 from .verify import compare, worst
@@ -82,7 +81,7 @@ def _free_cut(rows: int, experts: int, dtype: torch.dtype, *, nf4: bool) -> _Cut
 
 def tile_rows(rows: int, experts: int) -> int:
     """Rows of a tile: a little more than an expert has on average, from 16 to 128."""
-    return min(128, max(16, int(triton.next_power_of_2(rows * 5 // (4 * experts)))))
+    return min(128, max(16, next_power_of_2(rows * 5 // (4 * experts))))
 
 
 def tile_count(rows: int, experts: int) -> int:
@@ -97,8 +96,8 @@ def tiles_of(routing: Routing) -> Tensor:
         count = tile_count(rows, experts)
         tiles = routing.ends.new_empty(count, 2)
         launch(
-            gemm.tile_table, (triton.cdiv(count, 64),), routing.ends, tiles, count, experts,
-            BM=tile_rows(rows, experts), BE=triton.next_power_of_2(experts), BT=64,
+            gemm.tile_table, (cdiv(count, 64),), routing.ends, tiles, count, experts,
+            BM=tile_rows(rows, experts), BE=next_power_of_2(experts), BT=64,
         )  # fmt: skip
         routing.tiles = tiles
     return routing.tiles
@@ -138,7 +137,7 @@ class _Products:
             weights, codes, blocks2 = self._weights(slice(first, last), nf4)
             left, right = lora if lora is not None else (x, x)
             launch(
-                gemm.grouped, (triton.cdiv(n, cut.columns), len(tiles_of(self.routing))),
+                gemm.grouped, (cdiv(n, cut.columns), len(tiles_of(self.routing))),
                 x, weights, y, self.routing.order, tiles_of(self.routing), self.routing.ends,
                 left, right, *codes, first, last, n, k, x.stride(0), blocks2, n,
                 RANK=left.shape[1] if lora is not None else 0, TURNED=turned,
@@ -180,7 +179,7 @@ class _Products:
         out = torch.empty(shape, device=small.device) if sink is None else sink
         height = min(64, tile_rows(len(small), experts))
         launch(
-            gemm.outer, (triton.cdiv(n, 128), experts), small, big, out, self.routing.order,
+            gemm.outer, (cdiv(n, 128), experts), small, big, out, self.routing.order,
             self.routing.ends, scale, n, big.stride(0), *strides, RANK=r, EVEN_N=n % 128 == 0,
             CHOICES=self.routing.k if spread else 0, ADD=sink is not None,
             PRECISION=_precision(big.dtype), BM=height, BN=128, BR=_rank(r), num_warps=4,
@@ -193,7 +192,7 @@ class _Products:
         experts, out, _ = self.module.shape
         turned = torch.empty(b.shape[1], out, dtype=dtype, device=b.device)
         launch(
-            gemm.turn, (triton.cdiv(out, 32), triton.cdiv(b.shape[1], 64)), b, turned, scaling,
+            gemm.turn, (cdiv(out, 32), cdiv(b.shape[1], 64)), b, turned, scaling,
             out, experts, b.shape[1] // experts, BO=32, BC=64,
         )  # fmt: skip
         return turned
@@ -202,9 +201,9 @@ class _Products:
         """``[R, H] -> [T, H]``: the sum of each token's rows."""
         tokens, width = len(rows) // self.routing.k, rows.shape[1]
         y = rows.new_empty(tokens, width)
-        block = min(2048, triton.next_power_of_2(width))
+        block = min(2048, next_power_of_2(width))
         launch(
-            gemm.gather_sum, (tokens, triton.cdiv(width, block)), rows, self.routing.inverse, y,
+            gemm.gather_sum, (tokens, cdiv(width, block)), rows, self.routing.inverse, y,
             width, rows.stride(0), K=self.routing.k, BH=block, num_warps=4,
         )  # fmt: skip
         return y
@@ -231,7 +230,7 @@ class _Products:
 
 def _rank(r: int) -> int:
     """LoRA's rank as a product of tiles takes it."""
-    return max(16, int(triton.next_power_of_2(r)))
+    return max(16, next_power_of_2(r))
 
 
 def grouped(x: Tensor, module: Experts, routing: Routing, tokens: Tokens = None) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..records import Verdict
 from .experts_routing import Routing
 from .experts_triton import tile_count, tile_rows
-from .launch import launch
+from .launch import cdiv, launch, next_power_of_2
 
 _PLACES = 256  # of a block
 
@@ -90,8 +90,8 @@ def routing_of(chosen: Tensor, experts: int) -> Routing:
     """`Routing.of`, with its tiles and counts: ``[T, k]`` int64 -> where rows go."""
     chosen = chosen.contiguous()
     rows = chosen.numel()
-    blocks = triton.cdiv(rows, _PLACES)
-    wide = max(16, triton.next_power_of_2(experts))
+    blocks = cdiv(rows, _PLACES)
+    wide = max(16, next_power_of_2(experts))
 
     def new(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=chosen.device)
@@ -102,7 +102,7 @@ def routing_of(chosen: Tensor, experts: int) -> Routing:
     launch(_count, (blocks,), chosen, counts, rows, blocks, experts, BE=wide, BP=_PLACES)
     launch(_before, (experts,), counts, totals, blocks, BB=1024)
     launch(
-        _ends, (triton.cdiv(len(tiles), 64),), totals, ends, tiles, len(tiles), experts,
+        _ends, (cdiv(len(tiles), 64),), totals, ends, tiles, len(tiles), experts,
         BM=tile_rows(rows, experts), BE=wide, BT=64,
     )  # fmt: skip
     launch(_place, (blocks,), chosen, counts, ends, order, inverse, rows, blocks, BP=_PLACES, BJ=32)

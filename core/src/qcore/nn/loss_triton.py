@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..records import Verdict
-from .launch import launch
+from .launch import cdiv, launch
 from .loss import cross_entropy_sum as reference
 from .verify import compare, worst
 
@@ -88,7 +88,7 @@ class _CrossEntropy(torch.autograd.Function):
             return None, None, None, None
         out = torch.empty_like(grad)
         count = grad.numel()
-        grid = (triton.cdiv(count, 4096),)
+        grid = (cdiv(count, 4096),)
         launch(_scaled, grid, grad, scale, ctx.rows, out, count, BLOCK=4096, num_warps=8)
         return out, None, None, None
 

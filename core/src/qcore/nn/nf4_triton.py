@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..records import Verdict
-from .launch import launch
+from .launch import cdiv, launch
 from .nf4 import BLOCK, VALUES, Codes, of_weights
 from .nf4 import dequantize as reference
 
@@ -94,7 +94,7 @@ def dequantize(codes: Codes, out: Tensor) -> Tensor:
     if size % BLOCK or cols % 8 or out.stride(2) != 1 or out.stride(0) % 8 or out.stride(1) % 8:
         return reference(codes, out)
     words = codes.packed.view(n, -1).view(torch.int32)
-    grid = (triton.cdiv(size // 8, _WORDS), n)
+    grid = (cdiv(size // 8, _WORDS), n)
     launch(
         _dequantize,
         grid,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import cdiv, launch, next_power_of_2
 from .nf4_triton import eight, scale_of, table_of
 from .product import Product, through
 from .product_lora import Working
@@ -93,8 +93,8 @@ def fill(
         first, sources.count, sources.out, sources.into, sources.ranks,
         sources.into // 8, buffer.stride(0) // 8,
         WIDE=sources.wide, PLACE=place, FRESH=fresh, FIELDS=FIELDS,
-        ENTRIES=triton.next_power_of_2(sources.count),
-        BR=triton.next_power_of_2(max(sources.ranks, 8)),
+        ENTRIES=next_power_of_2(sources.count),
+        BR=next_power_of_2(max(sources.ranks, 8)),
         WORDS=sources.WORDS, VALUES=sources.VALUES, ROWS=sources.ROWS, RUN=sources.RUN,
         num_warps=4, enable_fp_fusion=False,
         also=sources.tensors,
@@ -114,11 +114,11 @@ def thin(x: Tensor, right: Tensor, *, beside: bool) -> tuple[Tensor | None, Tens
     both = x.new_empty(tokens, into + ranks) if beside else None
     rows, columns, warps, stages = THIN
     launch(
-        _thin, (triton.cdiv(tokens, rows),),
+        _thin, (cdiv(tokens, rows),),
         x, right, out, out if both is None else both,
         tokens, into, ranks, x.stride(0), right.stride(0), right.stride(1),
         BESIDE=beside, EVEN=into % columns == 0, TURNED=right.stride(1) != 1,
-        BM=rows, BK=columns, BR=max(16, triton.next_power_of_2(ranks)),
+        BM=rows, BK=columns, BR=max(16, next_power_of_2(ranks)),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return both, out
@@ -140,8 +140,8 @@ def outer(gradients: Gradients, dy: Tensor, x: Tensor, xa: Tensor, dyb: Tensor) 
         dy, x, xa, dyb, gradients.table, gradients.count, len(dy),
         dy.stride(0), x.stride(0), xa.stride(0), dyb.stride(0),
         ALIGNED=gradients.aligned,
-        FIELDS=FIELDS, ENTRIES=triton.next_power_of_2(gradients.count),
-        BM=rows, BN=columns, BR=max(16, triton.next_power_of_2(gradients.widest)),
+        FIELDS=FIELDS, ENTRIES=next_power_of_2(gradients.count),
+        BM=rows, BN=columns, BR=max(16, next_power_of_2(gradients.widest)),
         num_warps=warps, num_stages=stages, also=gradients.tensors,
     )  # fmt: skip
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcore.nn.launch import launch
+from qcore.nn.launch import cdiv, launch, next_power_of_2
 
-__all__ = ["launch", "rows_of", "supported"]
+__all__ = ["cdiv", "launch", "next_power_of_2", "rows_of", "supported"]
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from qcore.nn.slices import Slices
 
-from ..launch import launch, supported
+from ..launch import cdiv, launch, next_power_of_2, supported
 from . import reference
 from .reference import AttentionInputs
 
@@ -185,10 +185,10 @@ def _shape(qg: Tensor, k: Tensor, d: int, n: int) -> dict[str, Any]:
     return {
         "D": d,
         "N": n,
-        "QH": triton.next_power_of_2(heads[0]),
-        "KH": triton.next_power_of_2(heads[1]),
-        "BLOCK": triton.next_power_of_2(d),
-        "num_warps": triton.next_power_of_2(max(1, min(8, heads[0] * d // 512))),
+        "QH": next_power_of_2(heads[0]),
+        "KH": next_power_of_2(heads[1]),
+        "BLOCK": next_power_of_2(d),
+        "num_warps": next_power_of_2(max(1, min(8, heads[0] * d // 512))),
     }
 
 
@@ -256,9 +256,9 @@ class _OutputGate(torch.autograd.Function):
         ctx.slices = Slices(gate)
         tokens, heads, d = o.shape
         y = o.new_empty(tokens, heads, d)
-        block = min(GATE_BLOCK, triton.next_power_of_2(heads * d))
+        block = min(GATE_BLOCK, next_power_of_2(heads * d))
         launch(
-            _gate_forward, (tokens, triton.cdiv(heads * d, block)), o, gate, y,
+            _gate_forward, (tokens, cdiv(heads * d, block)), o, gate, y,
             o.stride(0), o.stride(1), gate.stride(0), gate.stride(1), heads * d,
             D=d, BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -272,9 +272,9 @@ class _OutputGate(torch.autograd.Function):
         tokens, heads, d = o.shape
         do = o.new_empty(tokens, heads, d)
         (dgate,) = ctx.slices.gradients(gate, None)
-        block = min(GATE_BLOCK, triton.next_power_of_2(heads * d))
+        block = min(GATE_BLOCK, next_power_of_2(heads * d))
         launch(
-            _gate_backward, (tokens, triton.cdiv(heads * d, block)), dy, o, gate, do, dgate,
+            _gate_backward, (tokens, cdiv(heads * d, block)), dy, o, gate, do, dgate,
             dy.stride(0), dy.stride(1), o.stride(0), o.stride(1), gate.stride(0), gate.stride(1),
             dgate.stride(0), dgate.stride(1), heads * d, D=d, BLOCK=block, num_warps=4,
         )  # fmt: skip

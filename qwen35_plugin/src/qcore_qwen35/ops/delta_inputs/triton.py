@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from qcore.nn.slices import Slices
 
 from .. import limits
-from ..launch import launch, supported
+from ..launch import cdiv, launch, next_power_of_2, supported
 from . import reference
 from .reference import DeltaInputs, Documents, Heads
 
@@ -299,10 +299,10 @@ class _DeltaInputs(torch.autograd.Function):
         beta = b.new_empty(b.shape)
         block, length, warps = FORWARD
         launch(
-            _forward, (triton.cdiv(channels, block) + 1, triton.cdiv(tokens, length)),
+            _forward, (cdiv(channels, block) + 1, cdiv(tokens, length)),
             u, conv_weight, documents.starts, mixed, a, b, a_log, dt_bias, g, beta,
             u.stride(0), a.stride(0), b.stride(0), channels, tokens, v_heads,
-            LENGTH=length, BLOCK=block, HEADS=triton.next_power_of_2(v_heads), num_warps=warps,
+            LENGTH=length, BLOCK=block, HEADS=next_power_of_2(v_heads), num_warps=warps,
         )  # fmt: skip
         return *heads.split(mixed), g, beta, z
 
@@ -317,13 +317,13 @@ class _DeltaInputs(torch.autograd.Function):
         keys, values = parts[0].shape[1], parts[2].shape[1]
         dg, dbeta = _rows(dg), _rows(dbeta)
         block, length, warps = BACKWARD
-        strips = 2 * triton.cdiv(keys, block) + triton.cdiv(values, block)
+        strips = 2 * cdiv(keys, block) + cdiv(values, block)
         launch(
-            _backward, (strips + 1, triton.cdiv(len(u), length)), *parts, u, conv_weight,
+            _backward, (strips + 1, cdiv(len(u), length)), *parts, u, conv_weight,
             ctx.documents.starts, du, dg, dbeta, a, b, a_log, dt_bias, da, db,
             *(one.stride(0) for one in (*parts, u, du, dg, dbeta, a, b, da, db)),
             keys, values, len(u), a.shape[1],
-            LENGTH=length, BLOCK=block, HEADS=triton.next_power_of_2(a.shape[1]), num_warps=warps,
+            LENGTH=length, BLOCK=block, HEADS=next_power_of_2(a.shape[1]), num_warps=warps,
         )  # fmt: skip
         frozen = _frozen_gradients(ctx, parts, dg) if any(ctx.needs_input_grad[4:7]) else [None] * 3
         return du, dz, da, db, *frozen, None, None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..delta_inputs.reference import Heads
 from ..delta_rule.triton_step import recurrent_delta_rule
-from ..launch import launch, supported
+from ..launch import cdiv, launch, next_power_of_2, supported
 
 #: Channels of a program.
 BLOCK = 256
@@ -51,9 +51,9 @@ def delta_step(
     g = torch.empty(1, count, dtype=torch.float32, device=qkv.device)
     beta = torch.empty(1, count, dtype=b.dtype, device=qkv.device)
     launch(
-        _advance, (triton.cdiv(channels, BLOCK) + 1,),
+        _advance, (cdiv(channels, BLOCK) + 1,),
         qkv, conv_weight, conv, mixed, a, b, a_log, dt_bias, g, beta, channels, count,
-        TAPS=conv_weight.shape[-1], BLOCK=BLOCK, HEADS=triton.next_power_of_2(count), num_warps=1,
+        TAPS=conv_weight.shape[-1], BLOCK=BLOCK, HEADS=next_power_of_2(count), num_warps=1,
     )  # fmt: skip
     o, _ = recurrent_delta_rule(*heads.split(mixed), g, beta, (0, 1), state)
     return o

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from qcore.nn.experts import Routing
 from qcore.nn.slices import Slices
 
-from ..launch import launch, rows_of, supported
+from ..launch import cdiv, launch, next_power_of_2, rows_of, supported
 
 _TOKENS = 8  # of a program of the router
 
@@ -96,14 +96,14 @@ class _Router(torch.autograd.Function):
         supported(scores)
         scores = rows_of(scores)
         tokens, experts = scores.shape
-        blocks = triton.cdiv(tokens, _TOKENS)
+        blocks = cdiv(tokens, _TOKENS)
         weights = scores.new_empty(tokens, k)
         chosen = torch.empty(tokens, k, dtype=torch.int64, device=scores.device)
         partial = torch.empty(blocks, experts, dtype=torch.float32, device=scores.device)
         launch(
             _route, (blocks,), scores, weights, chosen, partial, tokens, experts,
-            scores.stride(0), K=k, BT=_TOKENS, BE=triton.next_power_of_2(experts),
-            BK=triton.next_power_of_2(k), num_warps=4,
+            scores.stride(0), K=k, BT=_TOKENS, BE=next_power_of_2(experts),
+            BK=next_power_of_2(k), num_warps=4,
         )  # fmt: skip
         ctx.save_for_backward(scores, chosen)
         ctx.mark_non_differentiable(chosen)
@@ -119,11 +119,11 @@ class _Router(torch.autograd.Function):
         (tokens, experts), k = scores.shape, chosen.shape[1]
         out = scores.new_empty(tokens, experts)
         launch(
-            _route_backward, (triton.cdiv(tokens, _TOKENS),), scores, chosen,
+            _route_backward, (cdiv(tokens, _TOKENS),), scores, chosen,
             scores if dweights is None else dweights.contiguous(),
             scores if dsums is None else dsums.contiguous(), out, tokens, experts,
             scores.stride(0), WEIGHTS=dweights is not None, SUMS=dsums is not None, K=k,
-            BT=_TOKENS, BE=triton.next_power_of_2(experts), num_warps=4,
+            BT=_TOKENS, BE=next_power_of_2(experts), num_warps=4,
         )  # fmt: skip
         return out, None
 
@@ -176,10 +176,10 @@ def _up_backward(gate, up, weight, order, dy, dgate, dup, dweight, R, N, stride_
 def _forward(gate: Tensor, up: Tensor, weight: Tensor, order: Tensor | None) -> Tensor:
     rows, inner = gate.shape
     out = gate.new_empty(rows, inner)
-    block = min(1024, triton.next_power_of_2(inner))
+    block = min(1024, next_power_of_2(inner))
     many = 2048 // block
     launch(
-        _up, (triton.cdiv(rows, many), triton.cdiv(inner, block)), gate, up, weight,
+        _up, (cdiv(rows, many), cdiv(inner, block)), gate, up, weight,
         weight if order is None else order, out, rows, inner, gate.stride(0), up.stride(0),
         SHARED=order is None, BR=many, BI=block, num_warps=4,
     )  # fmt: skip
@@ -194,10 +194,10 @@ def _backward(
     rows, inner = gate.shape
     dy = rows_of(dy)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    block = triton.next_power_of_2(inner)
+    block = next_power_of_2(inner)
     many = max(1, 2048 // block)
     launch(
-        _up_backward, (triton.cdiv(rows, many),), gate, up, weight,
+        _up_backward, (cdiv(rows, many),), gate, up, weight,
         weight if order is None else order, dy, dgate, dup, dweight, rows, inner, gate.stride(0),
         up.stride(0), dy.stride(0), dgate.stride(0), dup.stride(0), SHARED=order is None, BR=many,
         BI=block, num_warps=4 if block <= 2048 else 8,

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from qcore.nn.slices import Slices
 
-from ..launch import launch, rows_of, supported
+from ..launch import cdiv, launch, next_power_of_2, rows_of, supported
 
 #: Elements of a tile of the gated norm, whose rows are short.
 TILE = 2048
@@ -143,7 +143,7 @@ class _AddNorm(torch.autograd.Function):
         other = flat if delta is None else rows_of(delta)
         total = flat if delta is None else flat.new_empty(rows, width)
         y = flat.new_empty(rows, width)
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         launch(
             _norm_forward, (rows,), flat, other, weight, total, y,
             flat.stride(0), other.stride(0), width, eps,
@@ -167,7 +167,7 @@ class _AddNorm(torch.autograd.Function):
             rows, width = flat.shape
             dx = flat.new_empty(rows, width, dtype=x.dtype)
             other = flat if dsum is None else rows_of(dsum)
-            block = triton.next_power_of_2(width)
+            block = next_power_of_2(width)
             launch(
                 _norm_backward, (rows,), flat, x, weight, other, dx,
                 flat.stride(0), x.stride(0), other.stride(0), width, ctx.eps,
@@ -207,7 +207,7 @@ class _GatedNorm(torch.autograd.Function):
         rows = flat_o.shape[0] * heads
         block, tile, warps = _gated_tile(d)
         launch(
-            _gated_forward, (triton.cdiv(rows, tile),), flat_o, flat_z, weight, y,
+            _gated_forward, (cdiv(rows, tile),), flat_o, flat_z, weight, y,
             flat_o.stride(0), flat_z.stride(0), rows, eps,
             HEADS=heads, WIDTH=d, ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
@@ -224,7 +224,7 @@ class _GatedNorm(torch.autograd.Function):
         rows = o.shape[0] * heads
         block, tile, warps = _gated_tile(d)
         launch(
-            _gated_backward, (triton.cdiv(rows, tile),), flat, o, z, weight, do, dz,
+            _gated_backward, (cdiv(rows, tile),), flat, o, z, weight, do, dz,
             flat.stride(0), o.stride(0), z.stride(0), dz.stride(0), rows, ctx.eps,
             HEADS=heads, WIDTH=d, ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
@@ -238,5 +238,5 @@ class _GatedNorm(torch.autograd.Function):
 
 def _gated_tile(d: int) -> tuple[int, int, int]:
     """Columns, rows and warps of a tile of the gated norm."""
-    block = triton.next_power_of_2(d)
+    block = next_power_of_2(d)
     return block, max(1, TILE // block), 8

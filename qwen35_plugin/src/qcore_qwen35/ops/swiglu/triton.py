@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from qcore.nn.slices import Slices
 
-from ..launch import launch, rows_of, supported
+from ..launch import cdiv, launch, next_power_of_2, rows_of, supported
 
 BLOCK = 1024
 WARPS = 4
@@ -64,9 +64,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def _product(gate: Tensor, up: Tensor) -> Tensor:
     rows, width = gate.shape
     y = gate.new_empty(rows, width)
-    block = min(BLOCK, triton.next_power_of_2(width))
+    block = min(BLOCK, next_power_of_2(width))
     launch(
-        _forward, (rows, triton.cdiv(width, block)), gate, up, y,
+        _forward, (rows, cdiv(width, block)), gate, up, y,
         gate.stride(0), up.stride(0), width, BLOCK=block, num_warps=WARPS,
     )  # fmt: skip
     return y
@@ -74,9 +74,9 @@ def _product(gate: Tensor, up: Tensor) -> Tensor:
 
 def _gradients(dy: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor) -> None:
     rows, width = gate.shape
-    block = min(BLOCK, triton.next_power_of_2(width))
+    block = min(BLOCK, next_power_of_2(width))
     launch(
-        _backward, (rows, triton.cdiv(width, block)), dy, gate, up, dgate, dup,
+        _backward, (rows, cdiv(width, block)), dy, gate, up, dgate, dup,
         dy.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0), width,
         BLOCK=block, num_warps=WARPS,
     )  # fmt: skip
