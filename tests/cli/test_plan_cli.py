@@ -194,11 +194,9 @@ def test_a_budget_above_a_card_is_what_the_card_has(
     large, small = ended.json["plans"]
     assert (large["budget_bytes"], small["budget_bytes"]) == (60 * 10**9, named("rtx-4090").budget)
     (line,) = ended.json["notes"]
-    assert line == (
-        "note: --budget 60 is more than a plan may fill, and GB are taken of RTX-4090 23.8"
-    )
+    assert line == ("note: --budget 60 is more GB than a plan may fill; taken are 23.8 of RTX-4090")
     assert line in here(capsys, *flags, "--budget", 60).err.splitlines()
-    assert "more than a plan" not in here(capsys, *flags, "--budget", 23).err
+    assert "a plan may fill" not in here(capsys, *flags, "--budget", 23).err
 
 
 def test_an_op_that_is_not_used_is_named_with_those_that_are(

@@ -192,7 +192,7 @@ def capped(cards: Sequence[Card], budget: int | None) -> tuple[list[int], list[s
     """
     if budget is None:
         return [card.budget for card in cards], []
-    small = [f"{card.name} {card.budget / 1e9:.1f}" for card in cards if card.budget < budget]
-    told = f"--budget {budget / 1e9:g} is more than a plan may fill, and GB are taken of "
+    small = [f"{card.budget / 1e9:.1f} of {card.name}" for card in cards if card.budget < budget]
+    told = f"--budget {budget / 1e9:g} is more GB than a plan may fill; taken are "
     lines = [told + ", ".join(small)] if small else []
     return [min(card.budget, budget) for card in cards], lines
