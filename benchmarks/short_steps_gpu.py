@@ -3,7 +3,7 @@
     python benchmarks/short_steps_gpu.py [--shape 4b] [--rows 8] [--lengths 128,900] [--steps 4]
 
 A step has so many micro-batches of one row, of random lengths in between. Alone, each waits for
-the host to start its kernels; together they are as few packs as `qcore.schedule.joined` makes of
+the host to start its kernels; together they are as few packs as `qcore.packing.joined` makes of
 them. Weights are random, the loop is the one that trains.
 """
 

@@ -8,8 +8,9 @@ from itertools import chain
 import pytest
 
 from qcore.errors import UsageError
+from qcore.packing import extent, joined
 from qcore.plan.packs import MOST, check_pack, holds, packs_of
-from qcore.schedule import Schedule, extent, joined
+from qcore.schedule import Schedule
 from qcore.settings import Settings
 
 

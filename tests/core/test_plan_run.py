@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from qcore.nn.again import POLICIES
 from qcore.plan import Planner
 from qcore.plan.beside import Meter, RunPlan, beside, measured
 from qcore.plan.cards import CARDS, card_of
-from qcore.plan.host import available, most_pinned, pinned
-from qcore.plan.kept import PLAN, keep, kept
+from qcore.plan.host import available
+from qcore.plan.kept import PLAN, Before, keep, kept
 from qcore.plan.oom import Usage, Watch, is_memory
 from qcore.plan.packs import packs_of
 from qcore.plan.run import Room, plan_run, room_of
@@ -59,7 +58,8 @@ def planned(
     **given: Any,
 ) -> tuple[RunPlan, list[str]]:
     chosen = settings(**given)
-    return plan_run(found, chosen, packs_of(rows, held_out, chosen), room, kept=kept)
+    before = Before(policies=kept)
+    return plan_run(found, chosen, packs_of(rows, held_out, chosen), room, before=before)
 
 
 def peak(found: Identified, policy: str, rows: tuple[int, ...] = (300,)) -> int:
@@ -189,30 +189,8 @@ def test_a_policy_by_hand_makes_it_a_warning(found: Identified) -> None:
         assert "; with recompute=auto (" in warning
         assert "\n" not in warning
 
+    # -- what is parked on the host
 
-# -- what is parked on the host
-
-
-def test_pinned_blocks_are_powers_of_two() -> None:
-    assert (pinned(1024, 3), pinned(1025, 3), pinned(0, 3), pinned(1025, 0)) == (3072, 6144, 0, 0)
-    for room in (0, 2, 3, 4096, 10**9 + 7):
-        size = most_pinned(room, 3)
-        assert pinned(size, 3) <= room < pinned(size + 1, 3)
-
-
-def test_what_the_host_has(tmp_path: Path) -> None:
-    table, group = tmp_path / "meminfo", tmp_path / "cgroup"
-    assert available(table, group) is None
-    table.write_text("MemTotal:  9000 kB\nMemAvailable:  4000 kB\n")
-    assert available(table, group) == 4096000
-    group.mkdir()
-    (group / "memory.max").write_text("max\n")
-    (group / "memory.current").write_text("5000\n")
-    assert available(table, group) == 4096000
-    (group / "memory.max").write_text("8000\n")
-    assert available(table, group) == 3000
-    (group / "memory.max").write_text("4000\n")
-    assert available(table, group) == 0
     assert (available() or 10**9) > 10**6
 
 
@@ -324,22 +302,25 @@ def test_another_policy_is_said(found: Identified) -> None:
 
 def test_policies_are_written_and_read(found: Identified, tmp_path: Path) -> None:
     plan, _ = planned(found, Room())
-    assert kept(tmp_path, POLICIES)[0] == ()
+    assert kept(tmp_path, POLICIES)[0] == Before()
     (tmp_path / f"{PLAN}.new").write_text("half")
     keep(tmp_path, plan)
-    assert kept(tmp_path, POLICIES) == (plan.policies, [])
+    assert kept(tmp_path, POLICIES) == (Before(policies=plan.policies, together=0), [])
+    keep(tmp_path, replace(plan, together=4096))
+    assert kept(tmp_path, POLICIES)[0].together == 4096
     assert [path.name for path in tmp_path.iterdir()] == [PLAN]
 
 
 DAMAGED = ["", "[]", "{", '{"policies": 3}', '{"policies": [1]}', "null"]
+DAMAGED += ['{"policies": ["full"], "together": -1}', '{"policies": ["full"], "together": "8"}']
 DAMAGED += ['{"policies": "full"}', '{"policies": ["full", "bogus"]}', '{"policies": [["full"]]}']
 
 
 @pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_plan_is_said(tmp_path: Path, text: str) -> None:
     (tmp_path / PLAN).write_text(text)
-    policies, (line,) = kept(tmp_path, POLICIES)
-    assert policies == ()
+    before, (line,) = kept(tmp_path, POLICIES)
+    assert before == Before()
     assert "recompute is planned again" in line
 
 
@@ -457,42 +438,3 @@ def test_a_mixture_of_experts_has_a_plan_too() -> None:
     plan, _ = planned(found, room, [8192], held_out=(4096,), target_groups=groups)
     assert plan.worst.fits
     assert plan.tokens_per_second
-
-
-# -- short micro-batches
-
-
-def together(four: Identified, rows: list[int], budget: int = CARDS[0].budget) -> RunPlan:
-    """The plan of these rows, eight micro-batches a step."""
-    chosen = settings(gradient_accumulation_steps=8)
-    pack = partial(packs_of, rows, [], chosen)
-    room = Room(card=CARDS[0], budget=budget)
-    return plan_run(four, chosen, pack(), room, join=lambda most: pack(together=most))[0]
-
-
-def test_short_micro_batches_run_as_one(four: Identified) -> None:
-    """Eight rows of 300 tokens wait eight times for the host, or once."""
-    plan = together(four, [300] * 64)
-    assert plan.micro_steps == 1
-    assert plan.together >= 8 * 364
-    assert plan.usual.lengths == (300,) * 8
-    assert "1 micro-steps a step" in plan.line()
-    assert plan.as_json()["tokens_together"] == plan.together
-
-
-def test_long_micro_batches_run_alone(four: Identified) -> None:
-    plan = together(four, [16384] * 16)
-    assert (plan.together, plan.micro_steps) == (0, 8)
-    assert "together" not in plan.line()
-
-
-def test_what_costs_memory_that_there_is_not_is_not_joined(four: Identified) -> None:
-    """Where the longest row just fits, short ones run together up to its length."""
-    rows = [2000] * 8 + [200] * 56
-    roomy = together(four, rows)
-    assert roomy.together > 2064
-    bare = planned(four, Room(card=CARDS[0]), [2000], recompute="offload")[0].worst.peak
-    tight = together(four, rows, int(1.005 * bare))
-    assert tight.worst.fits
-    assert 0 < tight.together <= 2064
-    assert sum(tight.worst.lengths) <= 2000

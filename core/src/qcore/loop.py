@@ -24,8 +24,9 @@ from .errors import NumericError, UsageError
 from .model import Model
 from .nn.protocols import Packed
 from .optim import FlatAdamW
+from .packing import joined
 from .plan.beside import Meter
-from .schedule import Schedule, joined, seed_of
+from .schedule import Schedule, seed_of
 from .settings import Settings
 
 
@@ -35,7 +36,7 @@ class Loop:
     Attributes:
         optimizer: AdamW over the adapters.
         schedule: rows and rate of every step.
-        together: what micro-batches may take that run as one, as `schedule.extent` counts; 0:
+        together: what micro-batches may take that run as one, as `packing.extent` counts; 0:
             each runs alone.
         meter: peak and rate of what ran so far.
     """

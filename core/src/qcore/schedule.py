@@ -1,23 +1,19 @@
 """Which rows make up an optimizer step, and its learning rate: pure functions of the step.
 
-This file decides order and schedule, and how micro-batches that are too short to keep a card
-busy run as one (`joined`). Nothing is carried from step to step, so resuming needs no sampler
-state, and the same seed gives the same rows on any machine.
+This file decides order and schedule. Nothing is carried from step to step, so resuming needs
+no sampler state, and the same seed gives the same rows on any machine.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from .settings import Settings
-
-TILE = 64  #: tokens that a row's last tile may take of a kernel beyond its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,38 +66,6 @@ class Schedule:
             return s.learning_rate * (step + 1) / warmup
         done = (step - warmup) / max(1, self.total - warmup)
         return s.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def joined(batches: list[list[int]], lengths: Sequence[int], most: int) -> list[list[int]]:
-    """The micro-batches of a step, several as one wherever they are small.
-
-    A step's loss is the mean over its supervised tokens however they are spread, so this changes
-    no more than the order of sums. First fit, the longest first: at most 11/9 of the fewest, and
-    one more (Dosa 2007).
-
-    Args:
-        batches: rows of each micro-batch.
-        lengths: tokens of each row of the data set.
-        most: what one may take, as `extent` counts; a batch that takes more stays alone.
-    """
-    sizes = [extent([lengths[row] for row in rows]) for rows in batches]
-    found: list[list[int]] = []
-    taken: list[int] = []
-    for number in sorted(range(len(batches)), key=lambda n: -sizes[n]):
-        size = sizes[number]
-        place = next((n for n, used in enumerate(taken) if used + size <= most), None)
-        if place is None:
-            found.append([])
-            taken.append(0)
-            place = len(found) - 1
-        found[place] += batches[number]
-        taken[place] += size
-    return found
-
-
-def extent(lengths: Sequence[int]) -> int:
-    """Tokens of a pack and of the tiles that its rows begin and do not fill."""
-    return sum(lengths) + TILE * len(lengths)
 
 
 @lru_cache(maxsize=1)

@@ -140,6 +140,9 @@ class Settings:
     eval_steps: int = _s(
         0, "optimizer steps between evaluations; 0: once an epoch and at the end", low=0, high=10**9
     )
+    join_micro_batches: bool = _s(
+        True, "on a card, run short micro-batches of a step together where that is faster"
+    )
     gradient_checkpointing: bool = _s(
         True, "recompute layers to save memory; false: recompute none"
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,11 @@ from .loop import Loop
 from .model import Model, ops_of
 from .nn.adapted import Lora
 from .nn.again import POLICIES
+from .nn.parked import Parked
 from .plan.beside import RunPlan, beside, measured
-from .plan.kept import keep, kept
+from .plan.kept import Before, keep, kept
 from .plan.oom import Watch
-from .plan.packs import packs_of
+from .plan.packs import may_join, packs_of
 from .plan.run import Room, plan_run, room_of
 from .preflight import preflight
 from .report import Reporter, Silent
@@ -85,7 +86,7 @@ def train(
     found = identify(model, generation=settings.generation)
     rows = _rows(found, data, settings, tell)
     backends = _backends(found, settings, where, tell)
-    before = _before(found, rows, settings, where, backends, folder, tell) if resume else ()
+    before = _before(found, rows, settings, where, backends, folder, tell) if resume else None
     plan = _plan(found, rows, settings, room or room_of(where), backends, before, tell)
     with ExitStack() as stack:
         stack.enter_context(locked(folder))
@@ -94,6 +95,7 @@ def train(
         watch = stack.enter_context(Watch(plan, where))
         watch.at("loading the base")
         net, files, lines = _load(found, rows, settings, where, backends, tell, stop)
+        Parked.lot(where).least = max(1, plan.parked)
         loop = Loop(net, rows, settings, where, plan.policies, plan.together)
         start = _resume(files, loop, folder, tell) if resume else 0
         keep(folder, plan)
@@ -186,20 +188,20 @@ def _before(
     backends: Chosen,
     folder: Path,
     tell: Reporter,
-) -> tuple[str, ...]:
-    """Refuse another run than the one that was stopped; the policies that it had, if they hold."""
+) -> Before:
+    """Refuse another run than the one that was stopped; what it computed under, if that holds."""
     last, _ = newest(folder)
     lines: list[str] = []
     if last is not None:
         data = rows.summary()["sha256"]
         now = identity(found, settings, data, device.type, backends.backends)
         lines = compare(last[1], now)
-    policies: tuple[str, ...] = ()
-    if not lines:  # else the settings ask for others
-        policies, lines = kept(folder, POLICIES)
-    for line in lines:
+    before, said = kept(folder, POLICIES)
+    if lines:  # the settings ask for other policies
+        before, said = replace(before, policies=()), []
+    for line in (*lines, *said):
         tell.note(line)
-    return policies
+    return before
 
 
 def _plan(
@@ -208,15 +210,16 @@ def _plan(
     settings: Settings,
     room: Room,
     backends: Chosen,
-    before: tuple[str, ...],
+    before: Before | None,
     tell: Reporter,
 ) -> RunPlan:
     """What the rows take of the card, before a weight is read; a resumed run's policy stays."""
     train, held_out = ([len(row.ids) for row in part] for part in (rows.train, rows.eval))
     pack = partial(packs_of, train, held_out, settings)
-    # A micro-batch's load balance is of its own rows.
-    join = None if settings.router_aux_loss_coef else lambda most: pack(together=most)
-    plan, notes = plan_run(found, settings, pack(), room, backends=backends, kept=before, join=join)
+    plan, notes = plan_run(
+        found, settings, pack(), room, backends=backends, before=before,
+        join=(lambda most: pack(together=most)) if may_join(settings) else None,
+    )  # fmt: skip
     for line in (plan.line(), *notes):
         tell.note(line)
     return plan

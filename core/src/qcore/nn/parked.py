@@ -17,10 +17,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-#: Bytes of the smallest place. All are powers of two, as torch's pinned blocks are: packs of like
-#: size share them, and none of a block is lost.
-_LEAST = 1 << 20
-
 
 def _pinned(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -30,30 +26,30 @@ def _pinned(nbytes: int) -> Tensor:
 class Lot:
     """Places in the host's memory, given out and taken back.
 
+    Places are powers of two, as torch's pinned blocks are: packs of like size share them, and none
+    of a block is lost.
+
     Attributes:
         make: gives a place of so many bytes.
-        nbytes: of all places, given out or free.
+        least: bytes of what the largest pack parks. Smaller packs get places as large: torch keeps
+            a pinned block for good, so places that grow would be held beside those they outgrew.
+        nbytes: of all places that were made.
     """
 
     make: Callable[[int], Tensor] = _pinned
+    least: int = 1
     nbytes: int = 0
     _free: list[Tensor] = field(default_factory=list)
     # What was not fetched comes back when it is collected: in whatever thread that happens.
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def take(self, nbytes: int) -> Tensor:
-        """The smallest free place of at least `nbytes` bytes; else a new one.
-
-        A new place is made in exchange for the smallest free one: where packs grow, places do,
-        not their number.
-        """
+        """The smallest free place of at least `nbytes` bytes; else a new one."""
         with self._lock:
             enough = [place for place in self._free if len(place) >= nbytes]
             if enough:
                 return self._out(min(enough, key=len))
-            if self._free:
-                self.nbytes -= len(self._out(min(self._free, key=len)))
-            size = max(_LEAST, 1 << (nbytes - 1).bit_length())
+            size = 1 << (max(nbytes, self.least) - 1).bit_length()
             place = self.make(size)
             self.nbytes += size
             return place
@@ -93,15 +89,13 @@ class Parked(Held):
     _lots: dict[torch.device, Lot] = {}  # noqa: RUF012  and its places: copies share its order
 
     def __init__(self, x: Tensor, before: Parked | None) -> None:
+        self._place: Tensor | None = None
         super().__init__(x)
         self._before = before
         self._device = x.device
-        self._side = self._streams.setdefault(
-            x.device,
-            torch.cuda.Stream(x.device),  # type: ignore[no-untyped-call]
-        )
+        self._side = self._stream(x.device)
         self._lot = self.lot(x.device)
-        self._place: Tensor | None = self._lot.take(x.nbytes)
+        self._place = self._lot.take(x.nbytes)
         self._away = self._place[: x.nbytes].view(x.dtype).view(x.shape)
         self._side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self._side):
@@ -112,7 +106,15 @@ class Parked(Held):
     @classmethod
     def lot(cls, device: torch.device) -> Lot:
         """The places of what `device` parks."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         return cls._lots.setdefault(device, Lot())
+
+    @classmethod
+    def _stream(cls, device: torch.device) -> torch.cuda.Stream:
+        if device not in cls._streams:
+            cls._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return cls._streams[device]
 
     def fetch(self) -> None:
         """Start the way back."""
@@ -137,5 +139,4 @@ class Parked(Held):
             self._lot.give_back(place)
 
     def __del__(self) -> None:
-        if hasattr(self, "_lot"):  # a graph that was let go without a backward
-            self._leave()
+        self._leave()  # a graph that was let go without a backward

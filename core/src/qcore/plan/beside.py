@@ -75,6 +75,12 @@ class RunPlan:
         return self.usual.policies
 
     @property
+    def parked(self) -> int:
+        """Bytes of the host's block that a layer's input is parked in, of the largest pack."""
+        parks = self.policies.count("offload")
+        return self.worst.host // parks if parks else 0
+
+    @property
     def tokens_per_second(self) -> float | None:
         """``None`` where no time is predicted."""
         return self.usual.tokens_per_second if self.usual.timed else None

@@ -10,12 +10,27 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..durable import create, reading, sync_folder, write_all, writing
 from .beside import RunPlan
 
 PLAN = "plan.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Before:
+    """What a run computed under before it was stopped.
+
+    Attributes:
+        policies: of each layer; none: not known, or the settings ask for others.
+        together: what micro-batches ran together up to, 0 where each ran alone; ``None``: not
+            known.
+    """
+
+    policies: tuple[str, ...] = ()
+    together: int | None = None
 
 
 def keep(folder: Path, plan: RunPlan) -> None:
@@ -25,7 +40,10 @@ def keep(folder: Path, plan: RunPlan) -> None:
         WriteError: ``QC-WRITE-003`` to ``-006``.
     """
     path, fresh = folder / PLAN, folder / (PLAN + ".new")
-    text = json.dumps({"policies": list(plan.policies), "plan": plan.as_json()}, indent=1)
+    values = {
+        "policies": list(plan.policies), "together": plan.together, "plan": plan.as_json(),
+    }  # fmt: skip
+    text = json.dumps(values, indent=1)
     with writing(path):
         if fresh.exists():  # of a run that died here
             os.unlink(fresh)
@@ -39,8 +57,8 @@ def keep(folder: Path, plan: RunPlan) -> None:
         sync_folder(folder)
 
 
-def kept(folder: Path, known: Collection[str]) -> tuple[tuple[str, ...], list[str]]:
-    """The policies that `keep` wrote, none where there are none, and what to tell of it.
+def kept(folder: Path, known: Collection[str]) -> tuple[Before, list[str]]:
+    """What `keep` wrote, nothing where there is nothing, and what to tell of it.
 
     Args:
         folder: the run's.
@@ -52,12 +70,14 @@ def kept(folder: Path, known: Collection[str]) -> tuple[tuple[str, ...], list[st
     path = folder / PLAN
     try:
         with reading(path):
-            policies = json.loads(path.read_text(encoding="utf-8") if path.exists() else "{}")
-        policies = policies.get("policies", [])
+            values = json.loads(path.read_text(encoding="utf-8") if path.exists() else "{}")
+        policies, together = values.get("policies", []), values.get("together", 0)
         if policies:
             if not isinstance(policies, list) or not set(policies) <= set(known):
                 raise ValueError("no policies")
-            return tuple(policies), []
+            if type(together) is not int or together < 0:
+                raise ValueError("no tokens")
+            return Before(policies=tuple(policies), together=together), []
     except (ValueError, AttributeError, TypeError):
-        return (), [f"{path} is damaged: recompute is planned again"]
-    return (), [f"{path.parent.name} holds no plan: recompute is planned again"]
+        return Before(), [f"{path} is damaged: recompute is planned again"]
+    return Before(), [f"{path.parent.name} holds no plan: recompute is planned again"]

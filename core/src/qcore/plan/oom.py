@@ -130,9 +130,12 @@ class Watch:
             return "leave recompute at auto, or lower max_length or per_device_train_batch_size"
         if now is not None and now.free + now.reserved < worst.budget:
             return "something else took memory of this card meanwhile: end it, or use another card"
+        smaller = "a smaller per_device_train_batch_size"
+        if self._plan.together:
+            smaller = "join_micro_batches=false"
         return (
-            "start again with recompute=full or a smaller per_device_train_batch_size, and report "
-            "this line: the plan was wrong"
+            f"start again with recompute=full or {smaller}, and report this line: the plan was "
+            "wrong"
         )
 
 

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import UsageError
-from ..schedule import TILE, Schedule, extent, joined
+from ..packing import TILE, extent, joined
+from ..schedule import Schedule
 from ..settings import Settings
 from .record import Lengths
 
@@ -34,7 +35,7 @@ class Packs:
         usual: the pack whose tokens are nearest to the mean.
         micro_steps: of an optimizer step, in the mean.
         held_out: tokens of the longest held-out row, which is evaluated alone; 0 without any.
-        together: what micro-batches may take that run as one (`schedule.joined`); 0: none do.
+        together: what micro-batches may take that run as one (`packing.joined`); 0: none do.
     """
 
     largest: tuple[Lengths, ...]
@@ -88,6 +89,15 @@ def packs_of(
         held_out=max(held_out, default=0),
         together=together,
     )
+
+
+def may_join(settings: Settings) -> bool:
+    """Whether micro-batches may run as one and compute the same.
+
+    The load balance of experts is of a micro-batch's own rows, and dropout is drawn for each.
+    """
+    own = settings.router_aux_loss_coef or settings.lora_dropout
+    return settings.join_micro_batches and not own
 
 
 def holds(pack: Lengths) -> bool:

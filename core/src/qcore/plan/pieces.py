@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..packing import TILE
 from .record import Lengths
 
 #: Tokens of the longest row of the packs that a longer one is told from.
 SAMPLES = (2048, 4096, 8192)
-_TILE = 64  # lengths keep what is left over by it, so that last tiles are as full as they were
 
 
 class Work(NamedTuple):
@@ -74,8 +74,9 @@ def smaller(lengths: Lengths) -> tuple[Lengths, ...]:
 
 
 def _shorter(length: int, share: float) -> int:
-    tiles = round(length // _TILE * share)
-    return min(length, _TILE * tiles + length % _TILE or _TILE)
+    # What is left over by a tile stays, so that last tiles are as full as they were.
+    tiles = round(length // TILE * share)
+    return min(length, TILE * tiles + length % TILE or TILE)
 
 
 def grows(pieces: Sequence[Piece]) -> bool:

@@ -13,7 +13,7 @@ Codes: ``QC-PLAN-001`` the run does not fit, ``-006`` the host has less than it 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,11 +22,13 @@ from ..errors import InputError
 from ..identify import Identified
 from ..kernels import Chosen
 from ..loop import unplanned
-from ..schedule import extent
+from ..nn.parked import Parked
+from ..packing import extent
 from ..settings import Settings
 from .beside import RunPlan
 from .cards import FRAGMENTS, Card, card_of
 from .host import available
+from .kept import Before
 from .packs import Packs, check_pack, holds
 from .planner import Planner
 from .record import Plan, spelled
@@ -73,8 +75,14 @@ def room_of(device: torch.device) -> Room:
     return Room(
         card=card,
         budget=min(card.budget, int(free * (1 - FRAGMENTS)) + min(allocated, LIBRARIES)),
-        host=available(),
+        host=_host(device),
     )
+
+
+def _host(device: torch.device) -> int | None:
+    """What the host can give, and what an earlier run of this process holds there for `device`."""
+    free = available()
+    return None if free is None else free + Parked.lot(device).nbytes
 
 
 def plan_run(
@@ -84,7 +92,7 @@ def plan_run(
     room: Room,
     *,
     backends: Chosen | None = None,
-    kept: Sequence[str] = (),
+    before: Before | None = None,
     join: Callable[[int], Packs] | None = None,
 ) -> tuple[RunPlan, list[str]]:
     """The plan of a run, and what the user must be told beside it.
@@ -95,7 +103,7 @@ def plan_run(
         packs: what its rows make.
         room: what may be filled.
         backends: what the run has chosen.
-        kept: the policies that the run had before it was stopped; taken again if they fit.
+        before: what the run had before it was stopped; taken again if it fits.
         join: the packs of the same rows where micro-batches run as one; by default none may.
 
     Raises:
@@ -109,13 +117,14 @@ def plan_run(
         found, settings, room.card, backends=backends, budget=room.budget, host=room.host
     )
     by_hand = settings.recompute != "auto" or not settings.gradient_checkpointing
-    if join is not None and planner.timed:
-        packs = _joined(planner, packs, join)
-    policies, notes = _policies(planner, packs, room, tuple(kept))
+    before = before or Before()
+    packs, notes = _packs(planner, packs, join, before, room)
+    policies, said = _policies(planner, packs, room, before.policies)
+    notes += said
     worst = _whole(planner, packs, policies)
     plan = RunPlan(
         worst=worst,
-        usual=planner.plan(packs.usual, policies),
+        usual=planner.plan(packs.usual, policies, packs.micro_steps),
         micro_steps=packs.micro_steps,
         together=packs.together,
         by_hand=by_hand,
@@ -130,6 +139,34 @@ def plan_run(
         notes.append(f"warning: {error.code} {error.message}; {error.fix}")
     # Of torch's tensors on the CPU the line itself says all that its note does.
     return plan, [*notes, *(() if room.card is None else worst.notes)]
+
+
+def _packs(
+    planner: Planner, packs: Packs, join: Callable[[int], Packs] | None, before: Before, room: Room
+) -> tuple[Packs, list[str]]:
+    """As many micro-batches together as is fastest; as before the run was stopped, if it fits."""
+    if join is None:
+        return packs, []
+    if before.together is not None:
+        same = join(before.together) if before.together else packs
+        policies = before.policies or planner.fastest(*same.largest).policies
+        if not room.limited or _fits(planner, same, policies):
+            return same, []
+    found = _joined(planner, packs, join) if planner.timed else packs
+    if before.together is None or before.together == found.together:
+        return found, []
+    return found, [
+        f"micro-batches ran together up to {before.together} tokens before the run was stopped, "
+        f"which does not fit now: up to {found.together} from here on, which adds in another order"
+    ]
+
+
+def _fits(planner: Planner, packs: Packs, policies: tuple[str, ...]) -> bool:
+    """Whether these policies, or others that the settings allow, hold these packs."""
+    known = len(policies) == len(planner.measure.kinds) and set(policies) <= set(planner.allowed())
+    if known and _whole(planner, packs, policies).fits:
+        return True
+    return _whole(planner, packs, planner.fastest(*packs.largest).policies).fits
 
 
 def _joined(planner: Planner, packs: Packs, join: Callable[[int], Packs]) -> Packs:
@@ -156,7 +193,7 @@ def _seconds(planner: Planner, packs: Packs) -> float:
     policies = planner.fastest(*packs.largest).policies
     if not _whole(planner, packs, policies).fits:
         return math.inf
-    return planner.plan(packs.usual, policies).seconds * packs.micro_steps
+    return planner.plan(packs.usual, policies, packs.micro_steps).seconds * packs.micro_steps
 
 
 def _policies(

@@ -142,8 +142,16 @@ class Steps:
         """Whether time is predicted."""
         return self.device == "cuda" and self.card.known
 
-    def plan(self, lengths: Lengths, policies: Sequence[str]) -> Plan:
-        """The step of one pack, each layer under its own policy."""
+    def plan(
+        self, lengths: Lengths, policies: Sequence[str], micro_steps: float | None = None
+    ) -> Plan:
+        """The step of one pack, each layer under its own policy.
+
+        Args:
+            lengths: tokens of each row.
+            policies: of each layer.
+            micro_steps: of an optimizer step, by default as the settings have them.
+        """
         static = self.static | {"batch": self.measure.batch(lengths)}
         top = max(self._moments(lengths, policies), key=lambda m: m.kept + m.workspace)
         memory = static | {"activations": top.kept, "workspace": top.workspace}
@@ -157,7 +165,7 @@ class Steps:
             peak=sum(memory.values()),
             moment=top.name,
             ops=top.ops,
-            seconds=max(card, host) + self._update(),
+            seconds=max(card, host) + self._update(micro_steps),
             launches=launches,
             backends=self.taken.backends,
             notes=self._notes(lengths, policies),
@@ -250,10 +258,10 @@ class Steps:
             self._took[key] = (*seconds(work, self.card), len(work))
         return self._took[key]
 
-    def _update(self) -> float:
+    def _update(self, micro_steps: float | None) -> float:
         """A micro-step's share of the optimizer's update."""
         whole = self.trained * UPDATE / self.card.bandwidth + 20 * LAUNCH
-        return whole / self.settings.gradient_accumulation_steps
+        return whole / (micro_steps or self.settings.gradient_accumulation_steps)
 
     def _notes(self, lengths: Lengths, policies: Sequence[str]) -> tuple[str, ...]:
         told = []
