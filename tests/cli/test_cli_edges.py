@@ -110,3 +110,28 @@ def test_an_output_that_is_full_is_one_line(verb: str) -> None:
 def test_an_output_that_is_closed_is_no_defect(verb: str) -> None:
     done = piped(f"{LONG[verb]} >&-")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def verb_that(raises: str) -> subprocess.CompletedProcess[str]:
+    """What the user sees of an error from inside a verb."""
+    code = (
+        "import errno, os, socket, sys, click, qcore.cli as cli\n"
+        "def verb():\n"
+        "    click.echo('begun')\n"
+        f"    {raises}\n"
+        "cli.cli.get_command = lambda ctx, name: click.Command(name, callback=verb)\n"
+        "sys.argv = ['qcore', 'plan']\ncli.main()\n"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_a_pipe_that_is_not_the_output_is_no_reader_that_left() -> None:
+    done = verb_that("one, two = socket.socketpair(); two.close(); one.send(b'x')")
+    assert (done.stdout, done.returncode) == ("begun\n", 65)
+    assert done.stderr.startswith("error[QC-CLI-006] cannot be used: found Broken pipe")
+
+
+def test_a_disk_that_is_full_is_not_the_output() -> None:
+    done = verb_that("raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))")
+    assert (done.stdout.strip(), done.returncode) == ("begun", 65)
+    assert done.stderr.strip().startswith("error[QC-CLI-006] cannot be used: found No space left")

@@ -267,6 +267,18 @@ def test_a_micro_step_that_nothing_can_compute_is_not_planned(dense: Planner) ->
     assert dense.best(1 << 20, 64).lengths == (1 << 20,)  # the smallest; larger ones are left out
 
 
+def test_a_model_that_kernels_have_no_code_for_is_planned_with_references() -> None:
+    """As a run would take them."""
+    pytest.importorskip("triton")
+    sizes = DENSE_4B | {"num_hidden_layers": 4, "linear_key_head_dim": 96}
+    planner = Planner(found_of(sizes), Settings(), H100)
+    assert planner.taken.backends["delta_rule"] == "reference"
+    assert planner.taken.backends["rms_norm"] == "triton"
+    with pytest.raises(UsageError, match="no kernel for heads of 96") as caught:
+        Planner(found_of(sizes), Settings(kernels={"delta_rule": "triton"}), H100)
+    assert caught.value.code == "QC-KERNEL-003"
+
+
 # -- the search
 
 

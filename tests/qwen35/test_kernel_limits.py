@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,14 +60,17 @@ def test_a_run_takes_the_reference_and_says_why(
     assert told.endswith("128; reference computes it")
 
 
-def test_a_plan_that_asked_nobody_is_refused_in_one_line(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """Of a card that is not at hand no backend is judged: the op itself refuses."""
+def test_a_plan_takes_what_a_run_would(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Of a card that is not at hand no backend is verified, but each is asked for the model."""
     pytest.importorskip("triton")
     write(tmp_path / "base", linear_key_head_dim=24)
-    ended = here(capsys, "plan", tmp_path / "base", "--max-length", 64, "--gpu", "H200")
+    given = ("plan", tmp_path / "base", "--max-length", 64, "--gpu", "H200")
+    ended = here(capsys, *given, "--json")
+    assert ended.code == 0
+    assert json.loads(ended.out)["plans"][0]["backends"]["delta_rule"] == "reference"
+    ended = here(capsys, *given, "--set", "kernels.delta_rule=triton")
     assert ended.code == 2
     line = ended.error("QC-KERNEL-003")
     assert "kernels.delta_rule" in line
+    assert "no kernel for heads of 24" in line
     assert "ask for delta_rule=reference" in line

@@ -88,14 +88,7 @@ def judge(
         return _refused(one, str(refusal), alarming=True), raised(one, refusal)
     if refusal is not None:
         reason, fix = refusal
-        problem = UsageError(
-            "QC-KERNEL-003",
-            f"cannot run here: {reason}",
-            field=f"{SETTING}.{kernel.op}",
-            found=kernel.backend,
-            fix=fix or f"leave it out, or ask for {kernel.op}={REFERENCE}",
-        )
-        return _refused(one, reason), problem
+        return _refused(one, reason), cannot_run(one, reason, fix)
     verdict = _verified(one, device, fresh=fresh)
     if isinstance(verdict, Failure):
         return _refused(one, str(verdict), alarming=True), raised(one, verdict)
@@ -110,6 +103,18 @@ def judge(
         fix=f"ask for {kernel.op}={REFERENCE}, and report this to {one.owner}",
     )
     return _refused(one, reason, alarming=True, verdict=verdict), wrong
+
+
+def cannot_run(one: Listed, reason: str, fix: str | None = None) -> UsageError:
+    """The error for who asked for a backend that cannot run: ``QC-KERNEL-003``."""
+    op = one.kernel.op
+    return UsageError(
+        "QC-KERNEL-003",
+        f"cannot run here: {reason}",
+        field=f"{SETTING}.{op}",
+        found=one.kernel.backend,
+        fix=fix or f"leave it out, or ask for {op}={REFERENCE}",
+    )
 
 
 def _refusal(

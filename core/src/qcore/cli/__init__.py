@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,13 +43,21 @@ class _Left(Exception):
     """Whoever reads the output left; click would make it a status of 1."""
 
 
+class _Foreign(Exception):
+    """A pipe or socket broke that is not the output; click would take it for that."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 @contextmanager
 def _past_click() -> Iterator[None]:
     """Hand a broken pipe on as what click does not know."""
     try:
         yield
     except BrokenPipeError as error:
-        raise _Left from error
+        raise (_Left() if reader_left() else _Foreign(error)) from error
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # rich's way to end
             raise _Left from end
@@ -166,7 +175,11 @@ def main() -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:  # closed before we began
                 stream.flush()
-    except (_Left, BrokenPipeError):
+    except _Left:
+        status = _unheard(None)
+    except BrokenPipeError:
+        if not reader_left():
+            raise
         status = _unheard(None)
     except OSError as error:
         if not _of_output(error):
@@ -192,6 +205,8 @@ def _run(arguments: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         stopped = Stopped("QC-CLI-005", "interrupted", fix="run the command again")
         return fail(stopped, as_json=wants_json(arguments))
+    except _Foreign as broken:
+        return fail(_unreadable(broken.error), as_json=wants_json(arguments))
     except OSError as error:
         if _of_output(error):
             raise
@@ -199,11 +214,27 @@ def _run(arguments: list[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
+def reader_left() -> bool:
+    """Whether nobody reads stdout or stderr any more."""
+    asked = select.poll()
+    for number in (1, 2):
+        asked.register(number, 0)  # what is wrong with it is told unasked
+    return any(event & select.POLLERR for _, event in asked.poll(0))
+
+
 def _of_output(error: OSError) -> bool:
-    """Whether it is of stdout or stderr, which have no name; files' errors have theirs."""
-    return error.filename is None and error.errno in (
-        errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF,
-    )  # fmt: skip
+    """Whether it is of stdout or stderr: a line feed cannot be written to them either."""
+    if error.filename is not None:
+        return False
+    if error.errno == errno.EPIPE:
+        return reader_left()
+    for number in (1, 2):
+        try:
+            os.write(number, b"\n")
+        except OSError as again:
+            if again.errno == error.errno:
+                return True
+    return False
 
 
 def _unheard(error: OSError | None) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from ..identify import Identified
 from ..kernel_cache import version_of
+from ..kernel_judge import cannot_run, raised
 from ..kernels import REFERENCE, Listed, check_names
 from ..load import DTYPES as STORED
 from ..load import place
@@ -27,6 +29,8 @@ from ..nn.experts import Experts
 from ..nn.linear import Linear
 from ..nn.nf4 import BLOCK, BLOCK2, NF4, NF4Stack, _functional
 from ..optim import FlatAdamW
+from ..plugin_info import Failure
+from ..plugins import contained
 from ..table import Store
 
 META = torch.device("meta")
@@ -50,16 +54,24 @@ class Taken:
         return self.functions.get(op)
 
 
-def take(kernels: Sequence[Listed], device: str, wanted: Mapping[str, str]) -> Taken:
+def take(
+    kernels: Sequence[Listed],
+    device: str,
+    wanted: Mapping[str, str],
+    config: Mapping[str, Any] | None = None,
+) -> Taken:
     """The backends that a run on `device` would take if all of them pass there.
 
     Args:
         kernels: what `kernels.installed` gave.
         device: ``cuda`` or ``cpu``.
         wanted: op to backend, as asked for or as a run has chosen.
+        config: config.json of the model; a backend that cannot compute it is not taken.
 
     Raises:
-        UsageError: ``QC-KERNEL-001`` or ``-002``.
+        UsageError: ``QC-KERNEL-001`` or ``-002``; ``-003`` for one that was asked for and cannot
+            compute the model.
+        PluginError: ``QC-KERNEL-005`` for one that fails when it is asked.
     """
     check_names(kernels, wanted)
     backends: dict[str, str] = {}
@@ -76,12 +88,26 @@ def take(kernels: Sequence[Listed], device: str, wanted: Mapping[str, str]) -> T
                 continue
             if asked is not None and asked != kernel.backend:
                 continue
+            if not _computes(one, config, asked=asked is not None):
+                continue
             if kernel.plan is None and not all(_installed(text) for text in kernel.requires):
                 absent.append(f"{op}={kernel.backend}")
                 continue
             backends[op], functions[op] = kernel.backend, (kernel.plan or kernel.load)()
             break
     return Taken(backends, functions, tuple(absent))
+
+
+def _computes(one: Listed, config: Mapping[str, Any] | None, *, asked: bool) -> bool:
+    """Whether a backend has code for this model, as it says itself."""
+    reason = None if config is None else contained(partial(one.kernel.refuse_model, config))
+    if reason is None:
+        return True
+    if isinstance(reason, Failure):
+        raise raised(one, reason)
+    if asked:
+        raise cannot_run(one, reason)
+    return False
 
 
 def _installed(text: str) -> bool:

@@ -83,8 +83,9 @@ class Steps:
         whole = 1 << 62 if card is None else card.budget
         self.budget = whole if budget is None else budget
         wanted = settings.kernels if backends is None else backends.backends
-        self.taken = take(installed(found.plugins), self.device, wanted)
-        architecture, config = found.decision.architecture, found.checkpoint.config
+        config = found.checkpoint.config
+        self.taken = take(installed(found.plugins), self.device, wanted, config)
+        architecture = found.decision.architecture
         refuse_unused(settings.kernels, ops_of(architecture, config, found.layout).ops)
         self.lora = targets(
             found.layout,

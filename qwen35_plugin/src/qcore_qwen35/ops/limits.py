@@ -1,8 +1,8 @@
 """Which sizes of a model the Triton kernels of the delta net have no code for.
 
 This file decides it once, without torch. The registry asks before a run, by the config
-(`Kernel.refuse_model`), and takes the reference. An op asks by its arguments, for who took it
-without asking the registry, as a plan of a card that is not at hand does.
+(`Kernel.refuse_model`), and takes the reference. An op asks by its arguments, for who calls it
+without the registry.
 """
 
 from __future__ import annotations
