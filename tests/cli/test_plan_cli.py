@@ -81,7 +81,8 @@ def test_a_budget_that_is_too_small_is_said_and_no_error(
         "--budget", "1.6",
     )  # fmt: skip
     assert ended.code == 0
-    assert "does not fit" in ended.out
+    assert "does not fit (" in ended.out
+    assert "note: L40S: does not fit; take a card with more memory" in ended.err
 
 
 @pytest.mark.parametrize(

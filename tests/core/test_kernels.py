@@ -370,6 +370,7 @@ def damage(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
         lambda path: damage(path, lambda kept: kept["verdict"].pop("gradient_bound")),
         lambda path: damage(path, lambda kept: kept["verdict"].update(output="x")),
         lambda path: damage(path, lambda kept: kept["verdict"].update(output=math.nan)),
+        lambda path: damage(path, lambda kept: kept["verdict"].update(output=10**400)),
         lambda path: damage(path, lambda kept: kept["verdict"].update(gradient=1.0)),
         lambda path: (path.unlink(), path.mkdir()),
     ],

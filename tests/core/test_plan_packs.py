@@ -102,7 +102,7 @@ def test_more_than_kernels_number_is_refused(pack: tuple[int, ...], fits: int) -
         check_pack(pack)
     error = caught.value
     assert (error.code, error.field) == ("QC-PLAN-005", "per_device_train_batch_size")
-    assert f"{len(pack)} rows of {sum(pack)} tokens" in error.message
+    assert f"{len(pack)} rows, {sum(pack)} tokens in all" in error.message
     assert f"lower it to {fits}," in str(error.fix)
     assert "\n" not in error.message
     assert not fits or holds(pack[:fits])

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qcore.artifact import publish
-from qcore.errors import InputError, WriteError
-from qcore.state import RunFiles, checkpoints, locked, newest
+from qcore.errors import InputError, UsageError, WriteError
+from qcore.state import RunFiles, checkpoints, locked, newest, run_folder
 
 
 def _checkpoint(folder: Path, step: int, *, damaged: bool = False) -> Path:
@@ -20,6 +20,19 @@ def _checkpoint(folder: Path, step: int, *, damaged: bool = False) -> Path:
     if damaged:
         (path / "state").write_text("x" * len(str(step)))
     return path
+
+
+def test_nobody_is_told_to_delete_a_run_that_goes_on(tmp_path: Path) -> None:
+    output, folder = tmp_path / "out", tmp_path / "out.run"
+    with locked(folder):
+        _checkpoint(folder, 1)
+        with pytest.raises(WriteError) as caught:
+            run_folder(output, resume=False)
+        assert caught.value.code == "QC-WRITE-010"
+    with pytest.raises(UsageError) as left:
+        run_folder(output, resume=False)
+    assert left.value.code == "QC-RESUME-003"
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-1"]
 
 
 def test_a_second_run_leaves_the_first_ones_folder_alone(tmp_path: Path) -> None:

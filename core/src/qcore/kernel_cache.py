@@ -76,7 +76,9 @@ def get(key: Key) -> Verdict | None:
         if kept["key"] != json.loads(json.dumps(key)):
             return None
         verdict = Verdict(**{name: float(value) for name, value in kept["verdict"].items()})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+    except (
+        OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError,
+    ):  # fmt: skip
         return None
     return verdict if verdict.good else None
 

@@ -81,8 +81,8 @@ def compare(checkpoint: Path, present: Mapping[str, Any]) -> list[str]:
                 "changed since the run was stopped",
                 file=checkpoint,
                 field=key,
-                found=is_,
-                expected=was,
+                found=_word(is_),
+                expected=_word(was),
                 fix="restore it, or start a new run with another --output",
             )
         name = key.removeprefix("settings.")
@@ -95,6 +95,8 @@ def compare(checkpoint: Path, present: Mapping[str, Any]) -> list[str]:
 
 def _word(value: Any) -> str:
     """As the setting is written."""
+    if value is None:
+        return "unset"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

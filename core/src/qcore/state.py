@@ -79,6 +79,7 @@ def run_folder(output: Path, *, resume: bool) -> Path:
 
     Raises:
         UsageError: ``QC-RESUME-001`` nothing to resume, ``-003`` an unfinished run is there.
+        WriteError: ``QC-WRITE-010`` that run is going on.
     """
     folder = output.with_name(output.name + ".run")
     if resume and not folder.is_dir():
@@ -90,6 +91,8 @@ def run_folder(output: Path, *, resume: bool) -> Path:
             fix="drop --resume, or name the --output of the run that was stopped",
         )
     if not resume and checkpoints(folder):
+        with Lock(folder):  # who is told to delete it must not delete what is in use
+            pass
         raise UsageError(
             "QC-RESUME-003",
             "holds the checkpoints of another run",

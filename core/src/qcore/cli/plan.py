@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,10 +106,10 @@ def _print(
         rows.append(
             [
                 plan.card,
-                f"{plan.budget / 1e9:.1f}",
+                _gb(plan.budget),
                 f"{len(plan.lengths)} x {max(plan.lengths)}",
-                plan.recompute if plan.fits else "does not fit",
-                f"{plan.peak / 1e9:.1f}",
+                plan.recompute if plan.fits else f"does not fit ({plan.recompute})",
+                _gb(plan.peak),
                 f"{plan.seconds:.2f}" if plan.fits else "",
                 f"{plan.tokens_per_second:,.0f}" if plan.fits else "",
                 f"{one.longest():,}",
@@ -126,5 +126,23 @@ def _print(
         if size >= 1e6:
             click.echo(f"    of that {op:<20} {size / 1e9:8.3f}")
     click.echo(f"  {'in all':<28} {first.peak / 1e9:8.3f}")
-    for line in (*told, *(f"note: {note}" for note in first.notes)):
+    for line in (*told, *_notes(plans)):
         click.echo(line, err=True)
+
+
+def _notes(plans: list[tuple[Planner, Plan]]) -> Iterator[str]:
+    """What each plan says of itself, once; and what would fit where this does not."""
+    from ..plan.run import refusal
+
+    said: set[str] = set()
+    for one, plan in plans:
+        for note in plan.notes:
+            if note not in said:
+                said.add(note)
+                yield f"note: {note}" if one is plans[0][0] else f"note: {plan.card}: {note}"
+        if not plan.fits:
+            yield f"note: {plan.card}: does not fit; {refusal(plan, one).fix}"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f}" if size >= 1e8 else f"{size / 1e9:.2g}"

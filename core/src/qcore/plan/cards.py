@@ -177,7 +177,7 @@ def parse_budget(text: str) -> int | None:
             "is no size of memory",
             field="--budget",
             found=text,
-            expected="gigabytes, or auto",
+            expected="gigabytes, a number above 0 and below 1000000 without a unit, or auto",
             fix="pass --budget 24",
         )
     return int(size * 1e9)

@@ -117,7 +117,7 @@ def check_pack(pack: Lengths) -> None:
             "QC-PLAN-005",
             "is more than kernels can number in a micro-step",
             field="per_device_train_batch_size",
-            found=f"{len(pack)} rows of {sum(pack)} tokens",
+            found=f"{len(pack)} rows, {sum(pack)} tokens in all",
             expected=f"at most {MOST} tokens, of which each row takes {TILE} more than it has",
             fix=f"lower it to {fit}, and raise gradient_accumulation_steps instead",
         )

@@ -86,7 +86,9 @@ class Steps:
         config = found.checkpoint.config
         self.taken = take(installed(found.plugins), self.device, wanted, config)
         architecture = found.decision.architecture
-        refuse_unused(settings.kernels, ops_of(architecture, config, found.layout).ops)
+        used = ops_of(architecture, config, found.layout).ops
+        refuse_unused(settings.kernels, used)
+        self.backends = {op: name for op, name in self.taken.backends.items() if op in used}
         self.lora = targets(
             found.layout,
             settings.target_groups,
@@ -168,7 +170,7 @@ class Steps:
             ops=top.ops,
             seconds=max(card, host) + self._update(micro_steps),
             launches=launches,
-            backends=self.taken.backends,
+            backends=self.backends,
             notes=self._notes(lengths, policies),
             host=self._host(lengths, policies),
             host_budget=self.host,
@@ -266,8 +268,8 @@ class Steps:
 
     def _notes(self, lengths: Lengths, policies: Sequence[str]) -> tuple[str, ...]:
         told = []
-        if parked := self._host(lengths, policies):
-            told.append(f"{parked / 1e9:.1f} GB of the host's memory are pinned")
+        if (parked := self._host(lengths, policies)) >= 5e7:
+            told.append(f"offload pins {parked / 1e9:.1f} GB of the host's memory")
         if self.taken.absent:
             told.append(
                 "not installed here, so references are counted, which take more memory and time: "
