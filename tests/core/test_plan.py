@@ -186,6 +186,18 @@ def test_the_head_stays_within_its_budget_at_any_length(dense: Planner) -> None:
         assert max(end.forward, end.backward) < 2.5e9
 
 
+@pytest.mark.parametrize("chunk", [0, 1000])
+def test_the_end_of_a_long_row_is_told_from_short_ones(dense: Planner, chunk: int) -> None:
+    """The loss head walks its chunks: what a long row takes is known without the walk."""
+    told, seen = (end((32768,), chunk) for end in (dense.measure.end, dense.measure._end))
+    assert told is not seen
+    assert told.kept == seen.kept
+    assert told.forward == pytest.approx(seen.forward, rel=1e-3)
+    assert told.backward == pytest.approx(seen.backward, rel=1e-3)
+    assert told.launches == pytest.approx(seen.launches, rel=0.03)
+    assert sum(w.flops for w in told.forth) == pytest.approx(sum(w.flops for w in seen.forth))
+
+
 def test_the_chosen_backend_is_what_is_counted() -> None:
     """The torch delta rule takes more of everything than the kernels'."""
     pytest.importorskip("triton")

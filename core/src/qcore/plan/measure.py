@@ -155,22 +155,30 @@ class Measure:
         return self._both(run, lengths)
 
     def end(self, lengths: Lengths, chunk: int) -> Piece:
-        """Final norm, head and loss, every position supervised."""
+        """Final norm, head and loss, every position supervised; the head walks its chunks."""
         key = ("end", lengths, chunk)
         if key not in self._pieces:
-            model, batch = self.model, _batch(lengths)
-            assert batch.targets is not None
-            where, targets = batch.supervised(), batch.targets
-
-            def run(x: list[Tensor]) -> Tensor:
-                # As `Model.loss`, behind the layers.
-                hidden = model.trunk.final(x.pop()).index_select(0, where)
-                wanted = targets.index_select(0, where)
-                loss = model._cross_entropy(hidden, model.head, wanted, chunk or None)
-                return loss / len(where)
-
-            self._pieces[key] = self._both(run, lengths)
+            packs = smaller(lengths)
+            if packs and grows([self.end(one, chunk) for one in packs[:2]]):
+                pieces = [self.end(one, chunk) for one in packs]
+                self._pieces[key] = stretched([sum(one) for one in packs], pieces, sum(lengths))
+            else:
+                self._pieces[key] = self._end(lengths, chunk)
         return self._pieces[key]
+
+    def _end(self, lengths: Lengths, chunk: int) -> Piece:
+        model, batch = self.model, _batch(lengths)
+        assert batch.targets is not None
+        where, targets = batch.supervised(), batch.targets
+
+        def run(x: list[Tensor]) -> Tensor:
+            # As `Model.loss`, behind the layers.
+            hidden = model.trunk.final(x.pop()).index_select(0, where)
+            wanted = targets.index_select(0, where)
+            loss = model._cross_entropy(hidden, model.head, wanted, chunk or None)
+            return loss / len(where)
+
+        return self._both(run, lengths)
 
     def evaluation(self, lengths: Lengths, chunk: int) -> int:
         """The most that a forward to the loss takes where nothing is kept for a backward."""
