@@ -67,8 +67,8 @@ def cdiv(n: int, by: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is at least `n`, which is positive."""
-    return 1 << (n - 1).bit_length()
+    """The least power of two that is at least `n`; of 0 it is 1."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def launch(

@@ -20,8 +20,6 @@ from .beside import RunPlan
 
 _PINNED = ("pin_memory", "pinned", "cudaHostAlloc", "not enough memory: you tried to allocate")
 _WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "not enough memory: you tried to allocate")
-
-
 _HOST = (
     "end what else takes memory of this machine, or train with recompute=full, which parks "
     "nothing in it"
