@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -83,3 +84,59 @@ def test_memory_that_cannot_be_pinned_leaves_nothing_behind(
         Parked(torch.zeros(16), None)
     gc.collect()
     assert said == []
+
+
+class Stream:
+    """Notes who waited for whom."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self._log = name, log
+
+    def wait_stream(self, other: Stream) -> None:
+        self._log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The order of things, on a CPU that stands for a card."""
+    noted: list[str] = []
+    here, side = Stream("layers", noted), Stream("copies", noted)
+    monkeypatch.setattr(Parked, "_streams", {torch.device("cpu"): side})
+    monkeypatch.setattr(Parked, "_lots", {torch.device("cpu"): Lot(Counted())})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(
+        Tensor, "record_stream", lambda x, stream: noted.append(f"{stream.name} hold it")
+    )
+    return noted
+
+
+def test_inputs_come_back_one_layer_ahead_of_their_backward(log: list[str]) -> None:
+    lot = Parked.lot(torch.device("cpu"))
+    for _ in range(2):
+        log.clear()
+        inputs = [torch.full((3, 5), float(n)) for n in range(4)]
+        parked: list[Parked] = []
+        for x in inputs:
+            parked.append(Parked(x, parked[-1] if parked else None))
+            # Parked when it is computed, and not given up before it is copied.
+            assert log[-2:] == ["copies waits for layers", "copies hold it"]
+        assert len(lot._free) == 0
+        for n in reversed(range(4)):
+            log.clear()
+            assert torch.equal(parked[n].take(), inputs[n])
+            assert log == ["layers waits for copies", "layers hold it"]
+            # This one's place is free, and that of the layer below, which is on its way.
+            assert len(lot._free) == min(4, 4 - n + 1)
+        with pytest.raises(AssertionError, match="backward ran twice"):
+            parked[0].take()
+    assert len(lot.make.sizes) == 4  # type: ignore[attr-defined]
+
+
+def test_what_no_backward_took_is_free_again(log: list[str]) -> None:
+    lot = Parked.lot(torch.device("cpu"))
+    parked = Parked(torch.zeros(3), None)
+    assert len(lot._free) == 0
+    del parked
+    gc.collect()
+    assert len(lot._free) == 1
