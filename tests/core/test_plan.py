@@ -186,6 +186,13 @@ def test_the_head_stays_within_its_budget_at_any_length(dense: Planner) -> None:
         assert max(end.forward, end.backward) < 2.5e9
 
 
+def test_what_a_long_pack_is_told_from_is_seen_itself() -> None:
+    for length in (8192, 8193, 8255, 8256, 8257, 262145, 2**20 - 1):
+        for pack in smaller((length, 77, length // 3)):
+            assert smaller(pack) == ()
+            assert max(pack) < length
+
+
 @pytest.mark.parametrize("chunk", [0, 1000])
 def test_the_end_of_a_long_row_is_told_from_short_ones(dense: Planner, chunk: int) -> None:
     """The loss head walks its chunks: what a long row takes is known without the walk."""

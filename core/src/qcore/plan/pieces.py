@@ -68,7 +68,7 @@ class Piece:
 def smaller(lengths: Lengths) -> tuple[Lengths, ...]:
     """Packs of as many rows, every row shorter in the same proportion; none for a short pack."""
     longest = max(lengths)
-    if longest <= SAMPLES[-1]:
+    if longest < SAMPLES[-1] + TILE:  # as long as the longest that others are told from
         return ()
     return tuple(tuple(_shorter(one, size / longest) for one in lengths) for size in SAMPLES)
 
