@@ -1,4 +1,4 @@
-"""Places in the host's memory: asked for once, given out again, growing with what is parked."""
+"""Places in the host's memory: asked for once, of the largest pack, given out again in order."""
 
 from __future__ import annotations
 
