@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -227,17 +228,23 @@ def test_the_process_has_nothing_of_this_one(monkeypatch: pytest.MonkeyPatch) ->
     assert not proc.is_dir() or "zombie" in (proc / "status").read_text()
 
 
-def test_starts_within_100_ms() -> None:
-    def spent() -> float:
-        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+def test_starts_about_as_fast_as_jinja_alone() -> None:
+    """Processor time, side by side: how fast this machine is says nothing about the worker."""
 
-    best = 9.0
-    for _ in range(5):  # processor time: other processes of this machine count in wall time
-        before = spent()
+    def spent(job: Callable[[], object]) -> float:
+        before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+        job()
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
+
+    def bare() -> None:
+        subprocess.check_call([sys.executable, "-c", "import jinja2.sandbox, jinja2.ext, json"])
+
+    def worker() -> None:
         with own_template("x") as template:
             assert template.render([]) == "x"
-        best = min(best, spent() - before)
-    assert best < 0.1
+
+    pairs = [(spent(bare), spent(worker)) for _ in range(5)]
+    assert min(ours for _, ours in pairs) < 1.5 * min(alone for alone, _ in pairs), pairs
 
 
 def test_importing_imports_nothing_heavy() -> None:
