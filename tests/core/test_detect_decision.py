@@ -64,9 +64,10 @@ from qcore.records import Modality
 
 @hookimpl
 def qcore_describe():
-    yield Modality(name="image", section="vision_config", architectures=("toy",))
-    yield Modality(name="audio", section="audio_config", architectures=("toy",))
-    yield Modality(name="smell", section="vision_config", architectures=("other",))
+    some = dict(root="m.tower", kinds=("it",), build=print, reader=print)
+    yield Modality(name="image", section="vision_config", architectures=("toy",), **some)
+    yield Modality(name="audio", section="audio_config", architectures=("toy",), **some)
+    yield Modality(name="smell", section="vision_config", architectures=("other",), **some)
 """
 
 

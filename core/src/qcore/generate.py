@@ -95,11 +95,15 @@ class Generator:
         }
         checkpoint, layout = self.found.checkpoint, self.found.layout
         architecture = self.found.decision.architecture
-        used = ops_of(architecture, checkpoint.config, layout)
+        modality = self.found.modality
+        used = ops_of(architecture, checkpoint.config, layout, modality)
         kernels = choose(installed(self.found.plugins), self.device, {}, used)
         for text in kernels.lines() if self.device.type != "cpu" else ():
             tell.note(text)
-        net = Model(architecture, checkpoint.config, layout, DTYPES[dtype], lora, kernels)
+        net = Model(
+            architecture, checkpoint.config, layout, DTYPES[dtype], lora, kernels,
+            modality=modality,
+        )  # fmt: skip
         self.model = net.eval()
         quantize = quantization == "nf4"
         with tell.progress("loading the model", checkpoint.total_bytes, "bytes") as advance:

@@ -7,7 +7,7 @@ nothing else. It reads no weight and imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .checkpoint import Checkpoint
@@ -17,7 +17,7 @@ from .hub import resolve_model
 from .locate import Layout, faults, survey
 from .plugins import Plugins
 from .prequantised import Quantisation, recognise
-from .records import AdapterClaim, ChatFormat
+from .records import AdapterClaim, ChatFormat, Modality
 from .skus import refuse_hosted
 from .table import Table
 
@@ -41,6 +41,29 @@ class Identified:
     layout: Layout
     problems: tuple[QcoreError, ...] = ()
     quantisation: Quantisation | None = None
+
+    @property
+    def modality(self) -> Modality | None:
+        """What reads media for this checkpoint; ``None`` where it is text alone.
+
+        Raises:
+            PluginError: ``QC-MEDIA-007`` two do: their positions would contradict.
+        """
+        found = [one for one in self.decision.modalities if one.name not in self.layout.absent]
+        if len(found) > 1:
+            raise PluginError(
+                "QC-MEDIA-007",
+                "two plugins read media for it",
+                file=self.checkpoint.source,
+                found=" and ".join(one.name for one in found),
+                expected="one",
+                fix="uninstall one of them",
+            )
+        return found[0] if found else None
+
+    def using(self, modality: Modality) -> Identified:
+        """The same for a run that loads the modality's tower."""
+        return replace(self, layout=self.layout.using(modality.name))
 
     def chat_format(self) -> ChatFormat:
         """The generation's chat format. Raises ``QC-CHAT-001`` unless exactly one is given."""
@@ -125,6 +148,7 @@ def identify(
     ]
     quantisation, refused = _quantisation(checkpoint)
     layout, problems = survey(Table(parts), checkpoint, suggest=refused is None)
+    layout = replace(layout, idle=frozenset(one.name for one in decision.modalities))
     if refused is not None:
         problems = [refused]  # what the table misses and does not know is a consequence
     if not tolerant:

@@ -194,7 +194,9 @@ def load(
     """
     modules = dict(model.named_modules())
     wanted = [
-        item for item in layout.located.values() if item.tensor.part.loaded and item.tied is None
+        item
+        for item in layout.located.values()
+        if layout.loads(item.tensor.part) and item.tied is None
     ]
     wanted.sort(key=lambda item: (item.places[0].header.file, item.places[0].header.start))
     digests: dict[str, str] = {}

@@ -17,7 +17,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from .checkpoint import Checkpoint, Header
@@ -79,6 +79,7 @@ class Layout:
         carried: tensors that no part owns and that are carried untouched, with their subtree.
         ties: tied tensors that are on disk all the same; loading proves them equal.
         scales: block scales on disk, with the tensor on disk that each belongs to.
+        idle: parts that this run does not load, though it might: towers that nothing uses.
     """
 
     table: Table
@@ -89,6 +90,15 @@ class Layout:
     carried: Mapping[Header, str] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
     scales: Mapping[str, str] = field(default_factory=dict)
+    idle: frozenset[str] = frozenset()
+
+    def loads(self, part: Part) -> bool:
+        """Whether this run holds the part's tensors in memory."""
+        return part.loaded and part.name not in self.idle and part.name not in self.absent
+
+    def using(self, part: str) -> Layout:
+        """The same for a run that loads `part` too."""
+        return replace(self, idle=self.idle - {part})
 
     @property
     def parameters(self) -> int:

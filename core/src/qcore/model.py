@@ -1,4 +1,4 @@
-"""A trunk, a head and adapters as one module, built on the meta device from the table.
+"""A trunk, a head, a tower and adapters as one module, built on the meta device from the table.
 
 This file proves that every tensor of every loaded part is some module's parameter, and owns
 the loop over layers: recompute lives here once. Which maps carry LoRA is `targets`' decision;
@@ -8,6 +8,7 @@ it reads no weight (`load`) and no data.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -24,10 +25,10 @@ from .nn.linear import Linear
 from .nn.loss import cross_entropy_sum
 from .nn.nf4 import dequantize
 from .nn.product import reference
-from .nn.protocols import Packed, Trunk
+from .nn.protocols import Media, Packed, Tower, Trunk
 from .nn.stacked import Stacked
-from .records import Architecture
-from .table import Kind, Table
+from .records import Architecture, Modality
+from .table import Kind
 from .table import Tensor as Entry
 
 Numbers = Mapping[str, Lora]  #: LoRA's numbers by canonical name of the weight
@@ -78,6 +79,12 @@ class Context:
         self._layout = layout
         self._lora = lora
         self._backends = backends
+
+    def below(self, root: str) -> Context:
+        """The same account, for blocks that are mounted at another root."""
+        other = copy(self)
+        other._root = root
+        return other
 
     def linear(self, name: str) -> Linear:
         """A `Linear` for the row ``{name}.weight``, of whatever module in the stock class."""
@@ -136,6 +143,9 @@ class Model(nn.Module):
         trunk: the plugin's blocks.
         holders: the maps that blocks were given, by canonical name of the weight.
         head_name: canonical name of the tensor that scores the vocabulary.
+
+    Args (beside the first ones):
+        modality: whose tower is built, where the layout loads its part.
     """
 
     def __init__(
@@ -146,6 +156,8 @@ class Model(nn.Module):
         dtype: torch.dtype,
         lora: Numbers,
         backends: Backends | None = None,
+        *,
+        modality: Modality | None = None,
     ) -> None:
         super().__init__()
         backends = backends or References()
@@ -172,11 +184,31 @@ class Model(nn.Module):
             meta = torch.empty(head.shape, device="meta")
             holder.register_parameter("weight", nn.Parameter(meta, requires_grad=False))
             _mount(self, head.name.removesuffix(".weight"), holder)
-        _prove_total(layout.table, context.given, {head.name})
+        self._tower: list[Tower] = []
+        if modality is not None and layout.loads(layout.table.part(modality.name)):
+            _mount(self, modality.root, cast(nn.Module, self._build_tower(modality, context)))
+        _prove_total(layout, context.given | {head.name})
+
+    def _build_tower(self, modality: Modality, context: Context) -> Tower:
+        tower = modality.build(context.below(modality.root))
+        self._tower.append(tower)
+        return tower
 
     @property
     def trunk(self) -> Trunk:
         return self._trunk[0]
+
+    @property
+    def tower(self) -> Tower | None:
+        """What computes media, where this run loads one."""
+        return self._tower[0] if self._tower else None
+
+    @property
+    def trains_tower(self) -> bool:
+        """Whether a map of the tower carries LoRA; else it runs without autograd."""
+        tower = self.tower
+        maps = cast(nn.Module, tower).modules() if tower is not None else ()
+        return any(isinstance(one, Adapted) and one.lora is not None for one in maps)
 
     @property
     def head(self) -> Tensor:
@@ -195,6 +227,38 @@ class Model(nn.Module):
             if parameter.requires_grad:
                 yield name, parameter
 
+    def media(self, media: Media, *, recompute: str = "none") -> Tensor:
+        """The tower's embeddings of media, ``[n, H]``.
+
+        Args:
+            media: of a pack.
+            recompute: what backward computes again, of every layer of the tower.
+        """
+        if media.features is not None:
+            return media.features
+        tower = self.tower
+        if tower is None:
+            raise ValueError("this model was built without a tower, and the pack has media")
+        layers = tower.layers
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_tower):
+            x, each = tower.embed(media), [recompute] * len(layers)
+            return run_layers(layers, x, media, each, dropout=self.dropout)
+
+    def embed(self, batch: Packed, *, recompute: str = "none") -> Tensor:
+        """What the first layer reads, ``[T, H]``: embeddings of tokens, and of media their own.
+
+        Args:
+            batch: the pack.
+            recompute: as in `media`.
+        """
+        x = self.trunk.embed(batch)
+        if batch.media is None:
+            return x
+        found = self.media(batch.media, recompute=recompute).to(x.dtype)
+        if len(found) != len(batch.media.where):
+            raise ValueError(f"{len(found)} embeddings for {len(batch.media.where)} tokens")
+        return x.index_copy(0, batch.media.where, found)
+
     def hidden(self, batch: Packed, *, recompute: str | Sequence[str] = "none") -> Tensor:
         """What the head reads, ``[T, H]``.
 
@@ -204,7 +268,8 @@ class Model(nn.Module):
         """
         layers = self.trunk.layers
         each = [recompute] * len(layers) if isinstance(recompute, str) else recompute
-        x = run_layers(layers, self.trunk.embed(batch), batch, each, dropout=self.dropout)
+        x = self.embed(batch, recompute="none" if set(each) <= {"none"} else "full")
+        x = run_layers(layers, x, batch, each, dropout=self.dropout)
         return self.trunk.final(x)
 
     def loss(
@@ -228,10 +293,15 @@ class Model(nn.Module):
         return F.linear(self.hidden(batch), self.head)
 
 
-def ops_of(architecture: Architecture, config: Mapping[str, Any], layout: Layout) -> Used:
+def ops_of(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    layout: Layout,
+    modality: Modality | None = None,
+) -> Used:
     """The ops that the model of a config consists of: only their backends need be judged."""
     asked = References()
-    Model(architecture, config, layout, torch.bfloat16, {}, asked)
+    Model(architecture, config, layout, torch.bfloat16, {}, asked, modality=modality)
     return Used(ops=frozenset(asked.ops), config=config)
 
 
@@ -247,9 +317,9 @@ def _mount(root: nn.Module, path: str, module: nn.Module) -> None:
     root.add_module(leaf, module)
 
 
-def _prove_total(table: Table, given: set[str], core: set[str]) -> None:
-    for entry in table:
-        if entry.part.loaded and entry.name not in given | core:
+def _prove_total(layout: Layout, known: set[str]) -> None:
+    for entry in layout.table:
+        if layout.loads(entry.part) and entry.name not in known:
             raise PluginError(
                 "QC-MODEL-002",
                 "is a row of the table that the blocks do not use",

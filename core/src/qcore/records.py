@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from torch import device as Device
 
     from .checkpoint import Checkpoint
+    from .data.media import MediaReader
     from .locate import Layout
-    from .nn.protocols import BuildContext, Trunk
+    from .nn.protocols import BuildContext, Tower, Trunk
 
 
 class Severity(str, Enum):
@@ -73,14 +74,22 @@ class Modality:
     """A tower for architectures it does not own.
 
     Attributes:
-        name: ``image``, ``video``.
-        section: the config section that it claims, e.g. ``vision_config``.
+        name: of the modality, and of its part in the table.
+        section: the config section that it claims.
         architectures: names of the architectures that it serves.
+        root: canonical prefix at which the tower is mounted.
+        kinds: types of content parts that its reader reads.
+        build: ``(BuildContext) -> Tower``; the import of torch happens inside.
+        reader: ``(Checkpoint) -> MediaReader``, of the checkpoint's own processor files.
     """
 
     name: str
     section: str
     architectures: tuple[str, ...]
+    root: str
+    kinds: tuple[str, ...]
+    build: Callable[[BuildContext], Tower]
+    reader: Callable[[Checkpoint], MediaReader]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -223,10 +223,10 @@ class Namespace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Rows that come and go together: text, mtp, vision.
+    """Rows that come and go together: text, mtp, a tower.
 
     Attributes:
-        name: ``text``, ``mtp``, ``vision``.
+        name: ``text``, ``mtp``; a tower's is its modality's.
         owner: distribution of the plugin that yields it.
         rows: its rows.
         dims: sizes by name.
@@ -235,7 +235,8 @@ class Part:
         groups: LoRA groups and their aim; every row with a kind is in one of them.
         section: the ``*_config`` section of config.json that this part accounts for.
         optional: all of its tensors or none may be on disk.
-        loaded: whether training loads it; merge carries it either way.
+        loaded: whether training may load it; merge carries it either way. A tower is loaded
+            by runs that use it (`Layout.loads`).
     """
 
     name: str

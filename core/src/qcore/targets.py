@@ -51,7 +51,7 @@ def targets(
             lora_alpha=alphas.get(entry.row.group, lora.lora_alpha),
         )
         for entry in (item.tensor for item in layout.located.values())
-        if entry.row.kind is not None and entry.row.group in groups and entry.part.loaded
+        if entry.row.kind is not None and entry.row.group in groups and layout.loads(entry.part)
     }
     hit = {table[weight].row.group for weight in chosen}
     trained = [name for name in allowed if name in hit]
@@ -126,7 +126,9 @@ def coverage(model: Model, layout: Layout) -> list[Coverage]:
     entries = [
         item.tensor
         for item in layout.located.values()
-        if item.tensor.part.loaded and item.tied is None and item.tensor.name not in layout.ties
+        if layout.loads(item.tensor.part)
+        and item.tied is None
+        and item.tensor.name not in layout.ties
     ]
     lines = []
     for group in dict.fromkeys(entry.row.group for entry in entries):

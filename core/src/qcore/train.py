@@ -170,7 +170,9 @@ def _backends(
     found: Identified, settings: Settings, device: torch.device, tell: Reporter
 ) -> Chosen:
     """A backend for each op of the model, verified on the device."""
-    used = ops_of(found.decision.architecture, found.checkpoint.config, found.layout)
+    used = ops_of(
+        found.decision.architecture, found.checkpoint.config, found.layout, found.modality
+    )
     listed = installed(found.plugins)
     check_names(listed, settings.kernels)
     refuse_unused(settings.kernels, used.ops)
@@ -247,11 +249,14 @@ def _load(
     )
     part = layout.table[next(iter(chosen))].part.name
     namespace = choose_class(layout, part, classes_of(config), settings.adapter_class)
-    net = Model(architecture, config, layout, DTYPES[settings.dtype], chosen, backends)
+    net = Model(
+        architecture, config, layout, DTYPES[settings.dtype], chosen, backends,
+        modality=found.modality,
+    )  # fmt: skip
     size = sum(
         place.header.end - place.header.start
         for item in layout.located.values()
-        if item.tensor.part.loaded
+        if layout.loads(item.tensor.part)
         for place in item.places
     )
     quantize = settings.quantization == "nf4"
@@ -292,7 +297,7 @@ def _load(
 def _prove_quantised(net: Model, found: Identified, lines: list[Coverage]) -> str:
     """A tensor that the table declares 4-bit is held in 4 bit, or the run stops."""
     for entry in found.layout.table:
-        if entry.row.store is Store.NF4 and entry.part.loaded:
+        if entry.row.store is Store.NF4 and found.layout.loads(entry.part):
             holder = net.holders.get(entry.name)
             if holder is None or not holder.four_bit:
                 raise NumericError(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ..checkpoint import Checkpoint
+    from .media import Medium, Placed
     from .render import Template
     from .schema import Row
 
@@ -40,6 +41,8 @@ class Example:
         turns: turns of the trained role.
         supervised: positions with a loss: labels less that of the first token, which nothing
             predicts.
+        media: what its parts refer to, in order; empty for text.
+        placed: where they lie among the tokens; ``None`` for text.
     """
 
     ids: array[int]
@@ -47,6 +50,8 @@ class Example:
     line: int
     turns: int
     supervised: int
+    media: tuple[Medium, ...] = ()
+    placed: Placed | None = None
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -28,11 +28,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .parked import Held, Parked
-from .protocols import Layer, Packed
+from .protocols import Shared
 
 POLICIES = ("none", "elementwise", "full", "offload")
 
 _R = TypeVar("_R", Tensor, tuple[Tensor, ...])
+_B = TypeVar("_B", bound=Shared)
 
 
 def again(function: Callable[..., _R], *args: Any) -> _R:
@@ -188,19 +189,19 @@ def _unpack(saved: Tensor | _Part) -> Tensor:
 
 
 def run_layers(
-    layers: Sequence[Layer],
+    layers: Sequence[Callable[[Tensor, _B], Tensor]],
     x: Tensor,
-    batch: Packed,
+    batch: _B,
     policies: Sequence[str],
     *,
     dropout: bool = False,
 ) -> Tensor:
-    """All layers over ``x [T, H]``, each under its own policy.
+    """All layers over x, each under its own policy.
 
     Args:
-        layers: in order.
-        x: what the first one reads.
-        batch: the pack.
+        layers: in order; of a trunk or of a tower.
+        x: what the first one reads, ``[T, H]`` of a trunk.
+        batch: the pack, or the media of one.
         policies: one of `POLICIES` for each layer.
         dropout: whether a layer draws random numbers, which a second run must draw again.
 
@@ -223,7 +224,9 @@ def run_layers(
     return x
 
 
-def _twice(layer: Layer, x: Tensor, batch: Packed, held: Held, dropout: bool) -> Tensor:
+def _twice(
+    layer: Callable[[Tensor, _B], Tensor], x: Tensor, batch: _B, held: Held, dropout: bool
+) -> Tensor:
     """``layer(x, batch)`` that keeps `held` alone; what it leaves in the batch has its gradient."""
     # The graph needs an input that has a gradient; the first layer's has none.
     spark = x.new_empty(0).requires_grad_()
@@ -242,8 +245,8 @@ class _Twice(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         spark: Tensor,
-        layer: Layer,
-        batch: Packed,
+        layer: Callable[[Tensor, Any], Tensor],
+        batch: Shared,
         held: Held,
         dropout: bool,
         spec: list[Any],

@@ -1,17 +1,18 @@
-"""The three protocols between core and a plugin's blocks, and the packed batch.
+"""The protocols between core and a plugin's blocks, the packed batch and its media.
 
 This file decides what a trunk is to core. Core owns the loop over layers (recompute lives
 there once), the head and the loss; a plugin owns the blocks. Parameter names inside a trunk
 are the table's names less `Architecture.root`.
 
-Shapes: T tokens of all documents in the pack, H hidden size, N documents.
+Shapes: T tokens of all documents in the pack, H hidden size, N documents; U units
+of media (what a tower computes), F numbers of each, n embeddings that they become.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +22,11 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @dataclass(slots=True)
-class Packed:
-    """Documents laid end to end: no padding, state reset at every boundary.
+class Shared:
+    """What layers derive from their batch once, and what they leave in it."""
 
-    Attributes:
-        ids: ``[T]`` int64 token ids.
-        cu_seqlens: ``[N + 1]`` cumulative lengths, starting at 0 and ending at T; kept as
-            Python integers because every block loops or indexes by them on the host.
-        positions: ``[T]`` int64, or ``[axes, T]`` for multi-axis rotary positions.
-        targets: ``[T]`` int64, the id that each position predicts, -100 where unsupervised;
-            ``None`` when nothing is trained.
-    """
-
-    ids: Tensor
-    cu_seqlens: tuple[int, ...]
-    positions: Tensor
-    targets: Tensor | None = None
-    _memo: dict[str, Any] = field(default_factory=dict, repr=False)
-    _kept: dict[str, Any] = field(default_factory=dict, repr=False)
+    _memo: dict[str, Any] = field(default_factory=dict, repr=False, kw_only=True)
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False, kw_only=True)
 
     def keep(self, key: str, value: Any) -> None:
         """Leave something of a layer for `Trunk.aux_loss`; the first value of a key stays.
@@ -55,7 +43,7 @@ class Packed:
         """Put the same things, now with a gradient, in place of what a layer left."""
         self._kept.update(values)
 
-    def alone(self) -> Packed:
+    def alone(self) -> Self:
         """The same batch for a layer that runs again: what was derived is shared, nothing kept."""
         return replace(self, _memo=self._memo, _kept={})
 
@@ -65,6 +53,53 @@ class Packed:
             self._memo[key] = make()
         value: _V = self._memo[key]
         return value
+
+
+@dataclass(slots=True)
+class Media(Shared):
+    """What a tower reads of one pack; a plugin's reader may add fields.
+
+    Attributes:
+        values: ``[U, F]``, the units of all media one after another.
+        grids: how the units of each medium lie; their meaning is the plugin's.
+        where: ``[n]`` int64, the tokens of the pack whose embeddings the tower's outputs are.
+        features: ``[n, H]``, the outputs, where they are known already.
+    """
+
+    values: Tensor
+    grids: tuple[tuple[int, ...], ...]
+    where: Tensor
+    features: Tensor | None = None
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device; what was derived from it stays behind."""
+        moved: dict[str, Any] = {
+            one.name: value.to(device, non_blocking=True)
+            for one in fields(self)
+            if isinstance(value := getattr(self, one.name), Tensor)
+        }
+        return replace(self, **moved, _memo={}, _kept={})
+
+
+@dataclass(slots=True)
+class Packed(Shared):
+    """Documents laid end to end: no padding, state reset at every boundary.
+
+    Attributes:
+        ids: ``[T]`` int64 token ids.
+        cu_seqlens: ``[N + 1]`` cumulative lengths, starting at 0 and ending at T; kept as
+            Python integers because every block loops or indexes by them on the host.
+        positions: ``[T]`` int64, or ``[axes, T]`` for multi-axis rotary positions.
+        targets: ``[T]`` int64, the id that each position predicts, -100 where unsupervised;
+            ``None`` when nothing is trained.
+        media: what a tower reads of it; ``None`` where it is text alone.
+    """
+
+    ids: Tensor
+    cu_seqlens: tuple[int, ...]
+    positions: Tensor
+    targets: Tensor | None = None
+    media: Media | None = None
 
     @staticmethod
     def of(documents: Sequence[Tensor], targets: Sequence[Tensor] | None = None) -> Packed:
@@ -94,15 +129,17 @@ class Packed:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
+        media = None if self.media is None else self.media.to(device)
         if self.targets is None:
             ids, positions = move(self.ids), move(self.positions)
-            return replace(self, ids=ids, positions=positions, _memo={}, _kept={})
+            return replace(self, ids=ids, positions=positions, media=media, _memo={}, _kept={})
         # Counted here, where the ids still are on the host: on a GPU it would wait for the forward.
         return replace(
             self,
             ids=move(self.ids),
             positions=move(self.positions),
             targets=move(self.targets),
+            media=media,
             _memo={"supervised": move(self.supervised())},
             _kept={},
         )
@@ -182,5 +219,40 @@ class Trunk(Protocol):
         """What the layers of a batch add to the loss, without its coefficient.
 
         ``None`` where the model has no such term: a dense model.
+        """
+        ...
+
+
+class TowerLayer(Protocol):
+    """One layer of a tower; an ``nn.Module``. The last one's outputs are the tower's."""
+
+    def __call__(self, x: Tensor, media: Any) -> Tensor:
+        """``[U, D] -> [U, D]``; of the last ``[U, D] -> [n, H]``, n as `Media.where` has."""
+        ...
+
+
+@runtime_checkable
+class Tower(Protocol):
+    """What turns media into embeddings of the trunk's; an ``nn.Module``, mounted at its root.
+
+    Core runs its layers, as it does a trunk's: what is computed again in backward is decided
+    there, and a merge is proved layer by layer.
+    """
+
+    layers: Sequence[TowerLayer]
+
+    def embed(self, media: Any) -> Tensor:
+        """What the first layer reads: ``values [U, F] -> [U, D]`` in the run's dtype."""
+        ...
+
+    def sample(
+        self, units: int, device: torch.device, generator: torch.Generator | None = None
+    ) -> Media:
+        """Made-up media of about so many units, for planning (on meta) and for proofs.
+
+        Args:
+            units: how many; what the grid does not allow is rounded up.
+            device: where they lie.
+            generator: of the values, on the CPU; without one they are left undefined.
         """
         ...

@@ -130,11 +130,13 @@ def meta_model(
     """The model, filled, and its optimizer as `loop` makes it; adapters have gradients."""
     layout = found.layout
     model = Model(
-        found.decision.architecture, found.checkpoint.config, layout, dtype, lora, backends
-    )
+        found.decision.architecture, found.checkpoint.config, layout, dtype, lora, backends,
+        modality=found.modality,
+    )  # fmt: skip
     modules = dict(model.named_modules())
     for item in layout.located.values():
-        if item.tensor.part.loaded and item.tied is None and item.tensor.name not in layout.ties:
+        here = layout.loads(item.tensor.part) and item.tied is None
+        if here and item.tensor.name not in layout.ties:
             _fill(model, modules, item, quantize)
     adapters = [module for _, module in model.adapters()]
     for module in adapters:

@@ -86,7 +86,7 @@ class Steps:
         config = found.checkpoint.config
         self.taken = take(installed(found.plugins), self.device, wanted, config)
         architecture = found.decision.architecture
-        used = ops_of(architecture, config, found.layout).ops
+        used = ops_of(architecture, config, found.layout, found.modality).ops
         refuse_unused(settings.kernels, used)
         self.backends = {op: name for op, name in self.taken.backends.items() if op in used}
         self.lora = targets(

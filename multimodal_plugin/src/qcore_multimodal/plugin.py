@@ -1,0 +1,63 @@
+"""The hook implementations of images and video, each one line to the module that decides.
+
+Importing this file imports no torch, no transformers and no Pillow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from qcore import hookimpl
+from qcore.records import Finding, Modality, PreflightRequest
+from qcore.table import Part
+
+from . import guards, table
+
+if TYPE_CHECKING:
+    from qcore.checkpoint import Checkpoint
+    from qcore.data.media import MediaReader
+    from qcore.nn.protocols import BuildContext, Tower
+
+
+def _build(context: BuildContext) -> Tower:
+    from .tower import build
+
+    return build(context)
+
+
+def _reader(checkpoint: Checkpoint) -> MediaReader:
+    from .reader import Reader
+
+    return Reader(checkpoint)
+
+
+VISION = Modality(
+    name=table.NAME,
+    section="vision_config",
+    architectures=("qwen3_5", "qwen3_5_moe"),
+    root=table.ROOT,
+    kinds=("image", "video"),
+    build=_build,
+    reader=_reader,
+)
+
+
+@hookimpl
+def qcore_describe() -> Iterator[Modality]:
+    """The tower."""
+    yield VISION
+
+
+@hookimpl
+def qcore_key_mapping(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
+    """The tower's part, where config.json has its section."""
+    if architecture in VISION.architectures and config.get(VISION.section) is not None:
+        yield from table.parts(config)
+
+
+@hookimpl
+def qcore_preflight(request: PreflightRequest) -> Iterator[Finding]:
+    """The guards."""
+    if request.architecture in VISION.architectures:
+        yield from guards.findings(request)

@@ -1,0 +1,4 @@
+"""The tower's rows of the parameter table."""
+
+NAME = "vision"
+ROOT = "model.visual"
