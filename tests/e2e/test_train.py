@@ -30,10 +30,11 @@ from support.run_kit import raw
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qcore.artifact import read_manifest, verify
+from qcore.batches import pack
 from qcore.data.dataset import Dataset, dataset
 from qcore.errors import NumericError, QcoreError, UsageError
 from qcore.identify import identify
-from qcore.loop import Loop, pack
+from qcore.loop import Loop
 from qcore.nn.adapted import Lora
 from qcore.nn.linear import Linear
 from qcore.nn.protocols import Packed

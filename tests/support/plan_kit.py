@@ -51,5 +51,6 @@ def found_of(sizes: dict[str, Any], *, moe: bool = False) -> Identified:
         checkpoint=SimpleNamespace(config=config),
         decision=SimpleNamespace(architecture=MOE if moe else DENSE),
         plugins=Plugins.discover().for_model_type("qwen3_5"),
+        modality=None,
     )
     return cast(Identified, found)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .kernels import REFERENCE, Chosen, State
 from .model import Model
-from .nn.protocols import Packed
+from .nn.protocols import Media, Packed
 
 #: Tokens of the first span.
 FIRST = 256
@@ -85,6 +85,7 @@ class Decoder:
     def __init__(self, model: Model, device: torch.device, way: Way) -> None:
         self.model, self.device, self.way = model, device, way
         self.done = self.captures = 0
+        self._ahead = 0  # of positions, of the number of tokens: a medium takes fewer of them
         self._room = self._span = 0
         self._caches: list[Any] = []
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -92,12 +93,17 @@ class Decoder:
         self._captured_of: tuple[list[object], list[int]] = ([], [])
 
     @torch.inference_mode()
-    def start(self, ids: Tensor, room: int) -> Tensor:
+    def start(
+        self, ids: Tensor, room: int, positions: Tensor | None = None, media: Media | None = None
+    ) -> Tensor:
         """Begin a document.
 
         Args:
             ids: ``[T]`` int64, its first tokens, at least one.
             room: tokens that it will have at most.
+            positions: ``[axes, T]`` of its tokens; by default they are numbered. Later tokens
+                have the positions that follow the largest, on every axis.
+            media: what a tower reads of it.
 
         Returns:
             Logits ``[V]`` float32 after the last of them.
@@ -105,9 +111,12 @@ class Decoder:
         self._make_room(room)
         if self._graphs and not self._unchanged():
             self._forget()
-        self._span, self.done = 0, len(ids)
-        positions = torch.arange(len(ids), device=self.device)
-        return self._logits(ids, positions)
+        self._span, self.done, self._ahead = 0, len(ids), 0
+        if positions is None:
+            positions = torch.arange(len(ids), device=self.device)
+        else:
+            self._ahead = int(positions.max()) + 1 - len(ids)
+        return self._logits(ids, positions, media)
 
     @torch.inference_mode()
     def next(self, token: Tensor) -> Tensor:
@@ -120,7 +129,8 @@ class Decoder:
             raise ValueError(f"room for {self._room} tokens cannot hold {self.done + 1}")
         self.done += 1
         if self.way is Way.PLAIN:
-            return self._logits(token, torch.arange(self.done - 1, self.done, device=self.device))
+            at = self.done - 1 + self._ahead
+            return self._logits(token, torch.arange(at, at + 1, device=self.device))
         if self.done > self._span:
             self._hold()
         self._token.copy_(token)
@@ -147,20 +157,22 @@ class Decoder:
         if not all(isinstance(cache, Held) for cache in self._caches):
             self.way = Way.PLAIN
         if self.way is not Way.PLAIN:
-            self._token, self._at = torch.zeros(2, 1, dtype=torch.int64, device=self.device)
+            fresh = torch.zeros(3, 1, dtype=torch.int64, device=self.device)
+            self._token, self._at, self._shift = fresh
             self._out = torch.zeros(len(self.model.head), device=self.device)
 
     def _hold(self) -> None:
         """Let caches be read to the span that the next token needs."""
         if not self._span:
             self._at.fill_(self.done - 1)
+            self._shift.fill_(self._ahead)
         self._span = span_of(self.done)
         for cache in self._caches:
             cache.hold(self._at, self._span)
 
     def _step(self) -> None:
         """One token, from tensors that stay to tensors that stay."""
-        self._out.copy_(self._logits(self._token, self._at))
+        self._out.copy_(self._logits(self._token, self._at + self._shift))
         self._at.add_(1)
 
     def _capture(self) -> None:
@@ -181,9 +193,9 @@ class Decoder:
         self._graphs.clear()
         self._pool = None
 
-    def _logits(self, ids: Tensor, positions: Tensor) -> Tensor:
-        batch = Packed(ids=ids, cu_seqlens=(0, len(ids)), positions=positions)
-        x = self.model.trunk.embed(batch)
+    def _logits(self, ids: Tensor, positions: Tensor, media: Media | None = None) -> Tensor:
+        batch = Packed(ids=ids, cu_seqlens=(0, len(ids)), positions=positions, media=media)
+        x = self.model.embed(batch)
         for layer, cache in zip(self.model.trunk.layers, self._caches, strict=True):
             x = layer(x, batch, cache)
         last = self.model.trunk.final(x[-1:])

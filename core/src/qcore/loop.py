@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batches import Batches
 from .data.dataset import Dataset
 from .data.mask import Example
+from .data.media import MediaReader
 from .device import peak_bytes, reset_peak
 from .errors import NumericError, UsageError
 from .model import Model
-from .nn.protocols import Packed
 from .optim import FlatAdamW
 from .packing import joined
 from .plan.beside import Meter
@@ -38,6 +39,7 @@ class Loop:
         schedule: rows and rate of every step.
         together: what micro-batches may take that run as one, as `packing.extent` counts; 0:
             each runs alone.
+        batches: rows as packs, with what a tower reads or has made.
         meter: peak and rate of what ran so far.
     """
 
@@ -49,6 +51,7 @@ class Loop:
         device: torch.device,
         recompute: str | Sequence[str] | None = None,
         together: int = 0,
+        reader: MediaReader | None = None,
     ) -> None:
         self.model = model
         self.data = data
@@ -56,6 +59,8 @@ class Loop:
         self.device = device
         self.recompute = recompute or unplanned(settings)
         self.meter = Meter()
+        keep = int(settings.media_cache_gb * 1e9)
+        self.batches = Batches(model, device, reader, keep)
         self.schedule = Schedule(len(data.train), settings)
         self.together = together
         self._lengths = [len(example.ids) for example in data.train]
@@ -123,6 +128,7 @@ class Loop:
                 balance += aux.detach() / len(batches)
                 loss = loss + aux * (self.settings.router_aux_loss_coef / len(batches))
             torch.autograd.backward(loss)
+        self._define_gradients()
         limit = self.settings.max_grad_norm or math.inf
         if isinstance(self.optimizer, FlatAdamW):
             norm = self.optimizer.clip(limit)
@@ -130,11 +136,21 @@ class Loop:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         return float(total), float(balance), float(norm)
 
+    def _define_gradients(self) -> None:
+        """A tower that a step of text did not reach has gradients of zero, not none.
+
+        So whether a step's rows happen to have media decides no more than what its gradient is:
+        moments and decay go on as for every other map.
+        """
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     def _loss(
         self, batch: Sequence[Example], *, recompute: str | Sequence[str] = "none"
     ) -> tuple[Tensor, Tensor | None]:
         """Sum of the loss over a micro-batch, and what its layers add, when that is asked for."""
-        packed = pack(batch).to(self.device)
+        packed = self.batches.of(batch)
         chunk = self.settings.loss_chunk_size
         loss = self.model.loss(packed, recompute=recompute, chunk=chunk)
         if not (self.settings.router_aux_loss_coef and self.model.training):
@@ -211,16 +227,6 @@ def unplanned(settings: Settings) -> str:
     if not settings.gradient_checkpointing:
         return "none"
     return "full" if settings.recompute == "auto" else settings.recompute
-
-
-def pack(batch: Sequence[Example]) -> Packed:
-    """Rows -> one pack; each position's target is the next token's label."""
-    ids = [torch.frombuffer(example.ids, dtype=torch.int32).long() for example in batch]
-    targets = []
-    for example in batch:
-        labels = torch.frombuffer(example.labels, dtype=torch.int32).long()
-        targets.append(torch.cat([labels[1:], labels.new_full((1,), -100)]))
-    return Packed.of(ids, targets)
 
 
 def _supervised(batches: Sequence[Sequence[Example]]) -> int:

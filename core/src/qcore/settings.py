@@ -152,6 +152,13 @@ class Settings:
         "their inputs offloaded; auto: the fastest that fits the card, full on the CPU",
         choices=("auto", "none", "elementwise", "full", "offload"),
     )
+    media_cache_gb: float = _s(
+        4.0,
+        "GB of the host's memory for what a frozen tower made of media, so that it is computed "
+        "once; 0: in every step",
+        low=0,
+        high=1e6,
+    )
     adapter_class: str = _s("", "class whose names the adapter carries; empty: the checkpoint's")
     generation: str = _s("", "generation to take an unproven checkpoint for; empty: as detected")
     loss_chunk_size: int = _s(
