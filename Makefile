@@ -21,6 +21,7 @@ lint: $(STAMP)  ## formatter, linter, types, import contracts
 	$(BIN)/mypy core/src/qcore
 	$(BIN)/mypy qwen35_plugin/src/qcore_qwen35
 	$(BIN)/mypy qwen36_plugin/src/qcore_qwen36
+	$(BIN)/mypy multimodal_plugin/src/qcore_multimodal
 	$(BIN)/lint-imports
 
 docs: $(STAMP)  ## rewrite what docs/ derives from the source
@@ -30,11 +31,12 @@ dev: $(STAMP)  ## just the environment
 
 # torch first and alone: its version is pinned, so that no other package picks a larger build.
 $(STAMP): constraints.txt requirements-dev.txt core/pyproject.toml qwen35_plugin/pyproject.toml \
-		qwen36_plugin/pyproject.toml
+		qwen36_plugin/pyproject.toml multimodal_plugin/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt \
-		-r requirements-dev.txt -e core -e qwen35_plugin -e qwen36_plugin
+		-r requirements-dev.txt -e core -e qwen35_plugin -e qwen36_plugin \
+		-e "multimodal_plugin[video]"
 	touch $(STAMP)
 
 clean:

@@ -28,8 +28,10 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 SOURCES = [ROOT / "core/src/qcore", ROOT / "qwen35_plugin/src/qcore_qwen35"]
 SOURCES += [ROOT / "qwen36_plugin/src/qcore_qwen36"]
+SOURCES += [ROOT / "multimodal_plugin/src/qcore_multimodal"]
 PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "core/README.md"]
 PAGES += [ROOT / "qwen35_plugin/README.md", ROOT / "qwen36_plugin/README.md"]
+PAGES += [ROOT / "multimodal_plugin/README.md"]
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

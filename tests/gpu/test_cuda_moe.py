@@ -22,7 +22,7 @@ from qcore.nn.experts import Experts, Routing
 from qcore.nn.nf4 import NF4, NF4Stack
 from qcore.nn.protocols import Packed
 from qcore.settings import Settings
-from qcore.table import Table
+from qcore.table import Store, Table
 from qcore.targets import coverage, targets
 from qcore.train import train
 from qcore_qwen35.plugin import MOE
@@ -141,7 +141,8 @@ def _filled(layout: Layout, model: Model) -> None:
                 (count, *shape[1:]), generator=generator, device=CUDA, dtype=torch.bfloat16
             )
             value *= 0.02 if len(shape) > 1 else 0.1
-            place(model, modules, item, rows, value, quantize=True)
+            in_nf4 = item.tensor.row.store is Store.NF4
+            place(model, modules, item, rows, value, quantize=in_nf4)
 
 
 def _layout(config: dict[str, Any]) -> Layout:

@@ -34,7 +34,7 @@ from qcore.nn.protocols import Packed
 from qcore.optim import FlatAdamW
 from qcore.plugins import Plugins
 from qcore.skus import load_skus
-from qcore.table import Table
+from qcore.table import Store, Table
 from qcore.table import Tensor as Entry
 from qcore.targets import targets
 from qcore_qwen35.plugin import DENSE, MOE
@@ -248,7 +248,8 @@ def _fill(layout: Layout, model: Model, device: torch.device, *, quantize: bool)
     for item in layout.located.values():
         for rows in slabs(item):
             value = _random(item.tensor, rows, draw, device)
-            place(model, modules, item, rows, value, quantize=quantize)
+            in_nf4 = quantize and item.tensor.row.store is Store.NF4
+            place(model, modules, item, rows, value, quantize=in_nf4)
 
 
 def _random(entry: Entry, rows: slice, draw: torch.Generator, device: torch.device) -> Tensor:

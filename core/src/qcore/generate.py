@@ -7,17 +7,20 @@ applied it, on the base that it is bound to. It is meant for seeing an effect, n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .adapter import Adapter
 from .adapter_reader import read_adapter
+from .data.jsonl import BadRow
 from .data.mask import highest_id, load_tokenizer
+from .data.media import Finder, MediaReader, Medium, Reference
 from .data.variables import SETTING, check_variables, recorded_variables, special_tokens
 from .decoding import Decoder, way_of
 from .deltas import Deltas
@@ -30,9 +33,11 @@ from .kernels import choose, installed
 from .load import load
 from .model import Model, ops_of
 from .nn.adapted import Lora
+from .nn.protocols import Media
 from .positions import beyond
 from .preflight import line, preflight
 from .report import Reporter, Silent
+from .towers import reader_of, unread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +81,13 @@ class Generator:
         quantization: str = "none",
         generation: str = "",
         chat_template_kwargs: Mapping[str, Plain] | None = None,
+        media: bool = False,
         reporter: Reporter | None = None,
     ) -> None:
         tell = self._tell = reporter or Silent()
         self.device = pick_device(device)
         self.found: Identified = identify(model, generation=generation)
+        self.reader = self._media_reader() if media else None
         self.chat = self.found.chat_format()
         self.tokenizer = load_tokenizer(self.found.checkpoint)
         ids = self.tokenizer.get_vocab()
@@ -93,9 +100,11 @@ class Generator:
             name: Lora(r=pair.r, lora_alpha=pair.scaling * pair.r)
             for name, pair in (told.pairs.items() if told else ())
         }
+        modality = self.found.modality
+        if modality is not None and (media or self._touches(told, modality.name)):
+            self.found = self.found.using(modality)
         checkpoint, layout = self.found.checkpoint, self.found.layout
         architecture = self.found.decision.architecture
-        modality = self.found.modality
         used = ops_of(architecture, checkpoint.config, layout, modality)
         kernels = choose(installed(self.found.plugins), self.device, {}, used)
         for text in kernels.lines() if self.device.type != "cpu" else ():
@@ -121,6 +130,24 @@ class Generator:
         if reason:
             tell.note(f"tokens are computed without a captured graph: {reason}")
         self.decoder = Decoder(self.model, self.device, way)
+
+    def _media_reader(self) -> MediaReader:
+        reader = reader_of(self.found)
+        if reader is None:
+            raise UsageError(
+                "QC-GENERATE-005",
+                "cannot read media",
+                file=self.found.checkpoint.path,
+                found=unread(self.found),
+                fix="leave the files out, or install the plugin that reads them",
+            )
+        return reader
+
+    def _touches(self, adapter: Adapter | None, part: str) -> bool:
+        """Whether an adapter changes a map of a part."""
+        return adapter is not None and any(
+            pair.tensor.part.name == part for pair in adapter.pairs.values()
+        )
 
     def _variables(
         self, adapter: Adapter | None, given: Mapping[str, Plain], tell: Reporter
@@ -174,6 +201,7 @@ class Generator:
         self,
         text: str,
         *,
+        media: Sequence[tuple[str, Path]] = (),
         system: str = "",
         max_new_tokens: int = 256,
         temperature: float = 0.0,
@@ -183,6 +211,7 @@ class Generator:
 
         Args:
             text: what the user says.
+            media: kind and file of each part that comes before the text.
             system: the system turn, none when empty.
             max_new_tokens: when to stop at the latest.
             temperature: 0 is greedy.
@@ -198,16 +227,21 @@ class Generator:
             )
         template = self.found.checkpoint.template
         assert template is not None  # preflight refused it otherwise
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": text})
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        parts = [{"type": kind, kind: kind} for kind, _ in media]
+        whole = [*parts, {"type": "text", "text": text}] if parts else text
+        messages.append({"role": "user", "content": whole})
         given: dict[str, Any] = {
             **special_tokens(self.found.checkpoint.tokenizer_config),
             **self.variables,
         }
         rendered = template.render(messages, add_generation_prompt=True, **given)
+        seen = self._look(media)
+        if self.reader is not None:
+            rendered = self.reader.expand(rendered, seen)
         ids: list[int] = self.tokenizer.encode(rendered, add_special_tokens=False).ids
         self._warn(len(ids), max_new_tokens)
-        new, stopped = self.decode(ids, max_new_tokens, temperature, seed)
+        new, stopped = self.decode(ids, max_new_tokens, temperature, seed, seen)
         return Generated(
             text=self.tokenizer.decode(new, skip_special_tokens=True),
             prompt=rendered,
@@ -222,14 +256,43 @@ class Generator:
         if (finding := beyond(config, prompt + new, "--max-new-tokens", words)) is not None:
             self._tell.note(line(finding))
 
+    def _look(self, media: Sequence[tuple[str, Path]]) -> list[Medium]:
+        """Files as the tower will see them."""
+        found = []
+        for kind, path in media:
+            assert self.reader is not None, "a Generator made with media=True has a reader"
+            try:
+                part = Reference(kind=kind, at=f"--{kind}", given=f"./{path.name}", options={})
+                found.append(Finder(path.parent).read(part, self.reader))
+            except BadRow as bad:
+                raise InputError(
+                    bad.code, bad.what, file=path, field=bad.at, found=bad.found,
+                    expected=bad.expected, fix=bad.fix,
+                ) from None  # fmt: skip
+        return found
+
     def decode(
-        self, ids: list[int], max_new_tokens: int, temperature: float, seed: int
+        self,
+        ids: list[int],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        media: Sequence[Medium] = (),
     ) -> tuple[list[int], bool]:
         """Token ids of a prompt -> new ids, and whether a stop token came."""
+        positions = seen = None
+        if media:
+            assert self.reader is not None
+            placed = self.reader.place(ids, media)
+            positions = torch.tensor([list(axis) for axis in placed.positions]).to(self.device)
+            where = torch.tensor(placed.where, dtype=torch.int64)
+            seen = self.reader.batch(media, where).to(self.device)
         return decode(
             self.decoder,
             ids,
             max_new_tokens,
+            positions=positions,
+            media=seen,
             known=highest_id(self.tokenizer) + 1,
             stop={self.tokenizer.token_to_id(token) for token in self.chat.stop_tokens},
             temperature=temperature,
@@ -245,6 +308,8 @@ def decode(
     max_new_tokens: int,
     *,
     known: int,
+    positions: Tensor | None = None,
+    media: Media | None = None,
     stop: Collection[int | None] = (),
     temperature: float = 0.0,
     seed: int = 0,
@@ -257,6 +322,8 @@ def decode(
         ids: the prompt.
         max_new_tokens: when to stop at the latest.
         known: ids from this on are padding of the embedding: never sampled.
+        positions: of the prompt, as `Decoder.start`.
+        media: what a tower reads of the prompt.
         stop: ids that end it; ``None``, of a token that there is not, is none.
         temperature: 0 is greedy.
         seed: of the sampling.
@@ -272,7 +339,8 @@ def decode(
         if new:
             logits = decoder.next(fresh)[:known]
         else:
-            logits = decoder.start(fresh, len(ids) + max_new_tokens)[:known]
+            room = len(ids) + max_new_tokens
+            logits = decoder.start(fresh, room, positions, media)[:known]
         finite = logits.isfinite().all()
         if temperature > 0:
             # Without numbers there is nothing to draw from, which would stop the device.

@@ -6,7 +6,7 @@ nothing else. It reads no weight and imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +64,10 @@ class Identified:
     def using(self, modality: Modality) -> Identified:
         """The same for a run that loads the modality's tower."""
         return replace(self, layout=self.layout.using(modality.name))
+
+    def quantizing(self, groups: Collection[str]) -> Identified:
+        """The same for a run that holds these groups in 4 bit too."""
+        return replace(self, layout=replace(self.layout, in_nf4=frozenset(groups)))
 
     def chat_format(self) -> ChatFormat:
         """The generation's chat format. Raises ``QC-CHAT-001`` unless exactly one is given."""

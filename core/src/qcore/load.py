@@ -216,7 +216,8 @@ def load(
                 fix="download the checkpoint again",
             )
         if name not in layout.ties:
-            place(model, modules, slab.item, slab.rows, value, quantize=quantize)
+            in_nf4 = quantize and layout.store(slab.item.tensor.row) is Store.NF4
+            place(model, modules, slab.item, slab.rows, value, quantize=in_nf4)
     assert len(digests) == len(wanted), "every tensor has a digest, or the base has no fingerprint"
     for name, tie in layout.ties.items():
         if digests.get(name) != digests.get(tie):
@@ -265,11 +266,11 @@ def place(
     *,
     quantize: bool,
 ) -> None:
-    """Give what was loaded to the module that holds it, in the dtype that its row asks for."""
+    """Give what was loaded to the module that holds it, in 4 bit or in the dtype of its row."""
     name, row = item.tensor.name, item.tensor.row
     holder = model.holders.get(name)
     if holder is not None:
-        holder.hold(rows, value, quantize=quantize and row.store is Store.NF4, dtype=model.dtype)
+        holder.hold(rows, value, quantize=quantize, dtype=model.dtype)
         return
     parent, _, leaf = name.rpartition(".")
     if row.store is Store.FP32 or model.dtype == torch.float32:

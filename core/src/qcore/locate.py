@@ -23,7 +23,7 @@ from typing import NamedTuple
 from .checkpoint import Checkpoint, Header
 from .errors import InputError, QcoreError, one_of_each, raise_all
 from .headers import without_gc
-from .table import Namespace, Part, Region, Table, Tensor
+from .table import Namespace, Part, Region, Row, Store, Table, Tensor
 
 _SUGGESTED = 3
 #: What an unknown tensor beside it explains: a tensor, a piece or the rest of a part is absent.
@@ -80,6 +80,7 @@ class Layout:
         ties: tied tensors that are on disk all the same; loading proves them equal.
         scales: block scales on disk, with the tensor on disk that each belongs to.
         idle: parts that this run does not load, though it might: towers that nothing uses.
+        in_nf4: groups whose linear maps this run holds in 4 bit, beside those of the table.
     """
 
     table: Table
@@ -91,6 +92,11 @@ class Layout:
     ties: Mapping[str, str] = field(default_factory=dict)
     scales: Mapping[str, str] = field(default_factory=dict)
     idle: frozenset[str] = frozenset()
+    in_nf4: frozenset[str] = frozenset()
+
+    def store(self, row: Row) -> Store:
+        """How this run holds a row in training."""
+        return Store.NF4 if row.kind is not None and row.group in self.in_nf4 else row.store
 
     def loads(self, part: Part) -> bool:
         """Whether this run holds the part's tensors in memory."""

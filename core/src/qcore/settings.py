@@ -132,6 +132,9 @@ class Settings:
     )
     seed: int = _s(42, "seed of initialisation, order and dropout", low=0, high=2**32 - 1)
     dtype: str = _s("bf16", "compute dtype", choices=("bf16", "fp32"))
+    quantize_groups: tuple[str, ...] = _s(
+        (), "LoRA groups that are held in 4 bit too, beside those that the architecture has so"
+    )
     quantization: str = _s("nf4", "storage of frozen weights", choices=("nf4", "none"))
     save_steps: int = _s(100, "optimizer steps between checkpoints; 0: none", low=0, high=10**9)
     save_total_limit: int = _s(2, "checkpoints to keep", low=1, high=10000)

@@ -4,8 +4,8 @@ This file decides which settings are judged against config, headers and template
 is read: the class that an adapter is written for, the load balance of a router that must be
 there, variables that the chat template must read. Which groups have LoRA is `targets`'.
 
-Codes: ``QC-TRAIN-007`` no router to balance, ``QC-KERNEL-007`` an op that is not used; those of
-`adapter.choose_class` and of `data.variables`.
+Codes: ``QC-LORA-004`` a group that cannot be put in 4 bit, ``QC-TRAIN-007`` no router to balance,
+``QC-KERNEL-007`` an op that is not used; those of `adapter.choose_class` and of `data.variables`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .adapter import choose_class
 from .data.variables import SETTING, check_variables
 from .errors import QcoreError, UsageError
 from .identify import Identified, classes_of
-from .table import Kind
+from .table import Kind, Store
 
 
 def unsuitable(found: Identified, settings: Mapping[str, Any]) -> Iterator[QcoreError]:
@@ -27,7 +27,7 @@ def unsuitable(found: Identified, settings: Mapping[str, Any]) -> Iterator[Qcore
         found: the model.
         settings: the run's settings by name; those that are not there are not judged.
     """
-    for judge in (_adapter_class, _router, _variables):
+    for judge in (_adapter_class, _router, _quantized, _variables):
         try:
             judge(found, settings)
         except QcoreError as error:
@@ -76,6 +76,27 @@ def _router(found: Identified, settings: Mapping[str, Any]) -> None:
             expected="0",
             fix="leave it out",
         )
+
+
+def _quantized(found: Identified, settings: Mapping[str, Any]) -> None:
+    """Each group that is to be in 4 bit has a map that would not be, in a part that may load."""
+    groups = settings.get("quantize_groups", ())
+    known = {
+        entry.row.group: None
+        for entry in found.layout.table
+        if entry.row.kind is not None and entry.part.loaded and entry.row.store is not Store.NF4
+    }
+    for group in groups:
+        if settings.get("quantization", "nf4") == "none" or group not in known:
+            off = group in known
+            raise UsageError(
+                "QC-LORA-004",
+                "has no effect: nothing is quantised" if off else "is no group held in 16 bit",
+                field="quantize_groups",
+                found=group,
+                expected="quantization=nf4" if off else " or ".join(known) or "no group",
+                fix="leave it out",
+            )
 
 
 def _variables(found: Identified, settings: Mapping[str, Any]) -> None:

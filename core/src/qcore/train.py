@@ -23,6 +23,7 @@ from .adapter import choose_class
 from .artifact import check_target
 from .data.dataset import Dataset, dataset
 from .data.mask import load_tokenizer
+from .data.media import MediaReader
 from .device import DTYPES, pick_device
 from .errors import Interrupted, NumericError
 from .identify import Identified, classes_of, identify
@@ -48,6 +49,7 @@ from .state import METRICS, RunFiles, locked, newest, run_folder
 from .suits import refuse_unused
 from .table import Store
 from .targets import Coverage, coverage, targets
+from .towers import reader_of, unread, with_tower
 from .train_report import TrainReport, coverage_row, first_loss, is_logged
 
 __all__ = ["TrainReport", "train"]
@@ -83,8 +85,12 @@ def train(
     target = check_target(output)
     folder = run_folder(target, resume=resume)
     where = pick_device(device)
-    found = identify(model, generation=settings.generation)
-    rows = _rows(found, data, settings, tell)
+    found = identify(model, generation=settings.generation).quantizing(settings.quantize_groups)
+    reader = reader_of(found)
+    rows = _rows(found, data, settings, reader, tell)
+    found, told = with_tower(found, settings.target_groups, rows.kinds)
+    for line in told:
+        tell.note(line)
     backends = _backends(found, settings, where, tell)
     before = _before(found, rows, settings, where, backends, folder, tell) if resume else None
     plan = _plan(found, rows, settings, room or room_of(where), backends, before, tell)
@@ -96,7 +102,7 @@ def train(
         watch.at("loading the base")
         net, files, lines = _load(found, rows, settings, where, backends, tell, stop)
         Parked.lot(where).least = max(1, plan.parked)
-        loop = Loop(net, rows, settings, where, plan.policies, plan.together)
+        loop = Loop(net, rows, settings, where, plan.policies, plan.together, reader)
         start = _resume(files, loop, folder, tell) if resume else 0
         keep(folder, plan)
         log.truncate_after(start)
@@ -141,7 +147,13 @@ def _moved(loop: Loop, tell: Reporter) -> list[int]:
     return [moved, maps]
 
 
-def _rows(found: Identified, data: str | Path, settings: Settings, tell: Reporter) -> Dataset:
+def _rows(
+    found: Identified,
+    data: str | Path,
+    settings: Settings,
+    reader: MediaReader | None,
+    tell: Reporter,
+) -> Dataset:
     """Everything that can be wrong before a weight is read, then the rows."""
     tokenizer = load_tokenizer(found.checkpoint)
     warnings = preflight(
@@ -158,6 +170,8 @@ def _rows(found: Identified, data: str | Path, settings: Settings, tell: Reporte
         settings.seed,
         tokenizer=tokenizer,
         variables=settings.chat_template_kwargs,
+        reader=reader,
+        unread="" if reader is not None else unread(found),
     )
     tell.note(
         f"{rows.rows} rows, {rows.tokens} tokens, {rows.supervised} of them supervised "
@@ -297,7 +311,7 @@ def _load(
 def _prove_quantised(net: Model, found: Identified, lines: list[Coverage]) -> str:
     """A tensor that the table declares 4-bit is held in 4 bit, or the run stops."""
     for entry in found.layout.table:
-        if entry.row.store is Store.NF4 and found.layout.loads(entry.part):
+        if found.layout.store(entry.row) is Store.NF4 and found.layout.loads(entry.part):
             holder = net.holders.get(entry.name)
             if holder is None or not holder.four_bit:
                 raise NumericError(

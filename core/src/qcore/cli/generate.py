@@ -1,7 +1,11 @@
-"""``qcore generate``."""
+"""``qcore generate``, with an option for each kind of media that an installed plugin reads.
+
+The kinds are entry points (`KINDS`), so that ``--help`` imports no plugin: name -> module.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,8 +13,38 @@ import click
 
 from .common import debug_option, emit, importing, json_option
 
+KINDS = "qcore.media_kinds"  #: entry points of plugins: type of a content part -> module
 
-@click.command("generate")
+
+class _WithMedia(click.Command):
+    """The verb, whose options are those of its function and one for each kind of media."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        own = super().get_params(ctx)
+        names = {option for one in own for option in one.opts}
+        # Before --json, --debug and --help, which every verb ends with.
+        return [*own[:-3], *(_option(kind) for kind in _kinds(names)), *own[-3:]]
+
+
+def _kinds(taken: set[str]) -> list[str]:
+    from importlib.metadata import entry_points
+
+    found = {point.name for point in entry_points(group=KINDS)}
+    return sorted(
+        name for name in found if re.fullmatch("[a-z][a-z0-9-]*", name) and f"--{name}" not in taken
+    )
+
+
+def _option(kind: str) -> click.Option:
+    return click.Option(
+        [f"--{kind}", f"media_{kind}"],
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help=f"A file of this kind, which the user's turn begins with; repeatable ({kind}).",
+    )
+
+
+@click.command("generate", cls=_WithMedia)
 @click.argument("model")
 @click.option("--prompt", required=True, help="What the user says.")
 @click.option("--system", default="", help="The system turn.")
@@ -48,8 +82,10 @@ def command(
     generation: str,
     chat_template_kwargs: tuple[str, ...],
     as_json: bool,
+    **given: tuple[Path, ...],
 ) -> None:
     """Answer one prompt with MODEL, so that the effect of an adapter can be seen."""
+    media = [(name.removeprefix("media_"), path) for name in sorted(given) for path in given[name]]
     from ..config import parse_entries
     from .draw import Drawn
 
@@ -68,10 +104,12 @@ def command(
         quantization=quantization,
         generation=generation,
         chat_template_kwargs=variables,
+        media=bool(media),
         reporter=Drawn(quiet=as_json),
     )
     answer = generator.prompt(
         prompt,
+        media=media,
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

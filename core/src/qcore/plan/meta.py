@@ -137,7 +137,7 @@ def meta_model(
     for item in layout.located.values():
         here = layout.loads(item.tensor.part) and item.tied is None
         if here and item.tensor.name not in layout.ties:
-            _fill(model, modules, item, quantize)
+            _fill(model, modules, item, quantize and layout.store(item.tensor.row) is Store.NF4)
     adapters = [module for _, module in model.adapters()]
     for module in adapters:
         assert module.lora is not None
@@ -156,7 +156,7 @@ def meta_model(
 def _fill(model: Model, modules: Mapping[str, nn.Module], item: Located, quantize: bool) -> None:
     entry = item.tensor
     holder = model.holders.get(entry.name)
-    if holder is not None and quantize and entry.row.store is Store.NF4:
+    if holder is not None and quantize:
         _hold_codes(holder, model.dtype)
         return
     dtype = STORED.get(item.dtype, torch.bfloat16)  # block FP8 is decoded to it
