@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from qcore.records import ChatFormat, Finding, PreflightRequest, Severity
 
 #: Tokens that the tokenizer marks special: text that holds one would become a control token.
+#: Those of media are their reader's to name, and any that is marked special is refused with them.
 CONTROL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
     "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
-    "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
+    "<|quad_start|>", "<|quad_end|>",
 )  # fmt: skip
 
 QWEN35 = ChatFormat(

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from qcore.errors import InputError
 
+from .published import published
 from .table import text_config
 
 if TYPE_CHECKING:
     from qcore.data.render import Template
 
 #: Variables of the published templates of 3.5; later generations add theirs.
-TEMPLATE_INPUTS = ("add_generation_prompt", "add_vision_id", "enable_thinking", "messages", "tools")
+TEMPLATE_INPUTS = published("template_inputs")
 _STANDARD = (  # what transformers hands to any template
     "add_generation_prompt", "messages", "tools", "documents",
     "bos_token", "eos_token", "pad_token", "unk_token",

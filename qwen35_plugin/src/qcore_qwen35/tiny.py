@@ -2,7 +2,7 @@
 
 For the demo and for conformance tests: four layers, random weights from a fixed seed, a
 byte-level BPE trained on the sentences below. It is laid out as the hub lays out the real
-ones (vision-language class, ``model.language_model.*`` names, ``mtp.*``) without the tower.
+ones (the class with a tower, ``model.language_model.*`` names, ``mtp.*``) without the tower.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from qcore.table import Table, Tensor
 
-from .chat import CONTROL
+from .published import published
 from .table import parts
 
 #: Tokens that structure text but are not control tokens, as in the real tokenizer.
@@ -155,7 +155,7 @@ def _tokenizer() -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
-    tokenizer.add_special_tokens(list(CONTROL))
+    tokenizer.add_special_tokens(list(published("special_tokens")))
     tokenizer.add_tokens(list(MARKS))
     return tokenizer
 

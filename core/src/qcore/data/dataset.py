@@ -1,15 +1,16 @@
 """A data file to tokenised examples: every row checked, rendered, masked; then split.
 
 This file decides the order of things and what a data set is to training. One pass, all bad
-rows told at once, nothing cut and nothing skipped. The steps are `schema`, `render`, `mask`
-and, before them, `mask_proof`.
+rows told at once, nothing cut and nothing skipped. The steps are `schema`, `media`, `render`,
+`mask` and, before them, `mask_proof`. Of media no more bytes are held than those of one row.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from ..records import ChatFormat
 from .jsonl import BadRow, Problems
 from .mask import Example, encode_text, highest_id, load_tokenizer
 from .mask_proof import prove_mask
+from .media import Finder
 from .schema import Row, read_rows
 from .variables import check_variables, special_tokens
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ..checkpoint import Checkpoint
+    from .media import MediaReader
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +56,33 @@ class Dataset:
     turns: int
     longest: int
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of media that its rows have, sorted; empty for text alone."""
+        return tuple(self._media().get("media", ()))
+
+    def _media(self) -> dict[str, Any]:
+        """Counters of media; nothing where there are none."""
+        rows = [e for e in sorted((*self.train, *self.eval), key=lambda e: e.line) if e.media]
+        if not rows:
+            return {}
+        media = [medium for example in rows for medium in example.media]
+        digest = hashlib.sha256()
+        for medium in media:
+            digest.update(f"{medium.kind}:{medium.digest}\n".encode())
+        return {
+            "media": dict(sorted(Counter(medium.kind for medium in media).items())),
+            "media_rows": len(rows),
+            "media_tokens": sum(medium.tokens for medium in media),
+            "media_sha256": digest.hexdigest(),
+        }
+
     def summary(self) -> dict[str, Any]:
-        """What a manifest keeps of it."""
+        """What a manifest keeps of it; of media only where there are any.
+
+        The digest of the file does not cover the files that its rows refer to: ``media_sha256``,
+        over the digests of all media in the order of the file, does.
+        """
         return {
             "file": self.path.name,
             "sha256": self.sha256,
@@ -65,6 +93,7 @@ class Dataset:
             "supervised_tokens": self.supervised,
             "assistant_turns": self.turns,
             "longest_row": self.longest,
+            **self._media(),
         }
 
 
@@ -78,6 +107,8 @@ def dataset(
     *,
     tokenizer: Tokenizer | None = None,
     variables: Mapping[str, Any] | None = None,
+    reader: MediaReader | None = None,
+    unread: str = "",
 ) -> Dataset:
     """Read, check, render and mask a JSON Lines file of conversations.
 
@@ -90,10 +121,12 @@ def dataset(
         seed: of the split.
         tokenizer: from `load_tokenizer`, when the caller has it already.
         variables: inputs of the template, e.g. ``preserve_thinking``.
+        reader: of the media that rows may have; without it rows are text alone.
+        unread: why there is no reader, as the row with media is told.
 
     Raises:
         UsageError: a variable that the template does not read; see `check_variables`.
-        InputError: see `read_rows`, `encode_text`, `prove_mask` and `Template.render`;
+        InputError: see `read_rows`, `Finder`, `encode_text`, `prove_mask` and `Template.render`;
             ``QC-TEMPLATE-008`` no chat template, ``QC-TOKENIZER-002`` a tokenizer larger than
             the embedding, ``QC-DATA-015`` too few rows to split.
     """
@@ -116,17 +149,25 @@ def dataset(
     examples = []
     with template:
         check_variables(template, variables or {})
-        prove_mask(template, chat_format, tokenizer, variables=given)
+        prove_mask(template, chat_format, tokenizer, variables=given, reader=reader)
         good = read_rows(
-            path, chat_format, control=_special(tokenizer), problems=problems, digest=digest
+            path,
+            chat_format,
+            control=_special(tokenizer),
+            problems=problems,
+            digest=digest,
+            reader=reader,
+            unread=unread,
         )
+        if reader is not None:
+            good = _seen(good, reader, path, problems)
         for row, text in template.render_rows(good, **given):
             if isinstance(text, InputError):
                 problems.add(row.line, _refused(path, row, text))
                 continue
             try:
                 example = encode_text(
-                    text, row, tokenizer, chat_format, max_length, vocab_rows=rows
+                    text, row, tokenizer, chat_format, max_length, vocab_rows=rows, reader=reader
                 )
             except BadRow as bad:
                 problems.add(row.line, bad.error(path, row.line))
@@ -148,7 +189,9 @@ def dataset(
 
 
 def split(examples: list[Example], fraction: float, seed: int, path: Path) -> frozenset[int]:
-    """Lines to hold out: the first by a hash of seed and tokens, so that order means nothing.
+    """Lines to hold out: the first by a hash of seed and content, so that order means nothing.
+
+    The content is the tokens and, of rows that have media, the digests of those.
 
     Raises:
         InputError: ``QC-DATA-015`` when a part would be empty.
@@ -164,11 +207,29 @@ def split(examples: list[Example], fraction: float, seed: int, path: Path) -> fr
             found=f"{len(examples)} rows, eval_fraction {fraction}",
             fix="set eval_fraction=0 or add rows",
         )
-    ranked = sorted(
-        (hashlib.sha256(f"{seed}:".encode() + example.ids.tobytes()).digest(), example.line)
-        for example in examples
-    )
+    ranked = sorted((_rank(example, seed), example.line) for example in examples)
     return frozenset(line for _, line in ranked[:count])
+
+
+def _rank(example: Example, seed: int) -> bytes:
+    content = hashlib.sha256(f"{seed}:".encode() + example.ids.tobytes())
+    for medium in example.media:
+        content.update(f":{medium.digest}".encode())
+    return content.digest()
+
+
+def _seen(
+    rows: Iterable[Row], reader: MediaReader, path: Path, problems: Problems
+) -> Iterator[Row]:
+    """The rows with their media read. What names the bytes is let go: it may be the bytes."""
+    finder = Finder(path.parent)
+    for row in rows:
+        try:
+            seen = tuple(finder.read(part, reader) for part in row.media)
+        except BadRow as bad:
+            problems.add(row.line, bad.error(path, row.line))
+        else:
+            yield replace(row, media=(), seen=seen) if seen else row
 
 
 def _refused(path: Path, row: Row, error: InputError) -> InputError:

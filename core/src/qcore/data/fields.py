@@ -1,7 +1,7 @@
-"""The fields of a chat row: content, tool calls, tools; and how a wrong one is told.
+"""The fields of a chat row: tool calls, tools; and how a wrong one is told.
 
-This file decides what each field may hold and its normal form. Which fields a row has, and
-what they mean together, is `qcore.data.schema`'s business.
+This file decides what each field may hold and its normal form. Content is `qcore.data.parts`'
+business; which fields a row has, and what they mean together, is `qcore.data.schema`'s.
 """
 
 from __future__ import annotations
@@ -18,47 +18,6 @@ ADVICE = {
     "conversations": 'write {"messages": [{"role": ..., "content": ...}]}',
     "text": "plain text has no turns: write messages",
 }
-
-
-def content(value: Any, at: str) -> str | list[dict[str, str]]:
-    """Text, or text parts with nothing but their text.
-
-    Raises:
-        BadRow: ``QC-DATA-006``, or ``-009`` for a media part.
-    """
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise wrong(value, at, "a string or a list of text parts")
-    parts = []
-    for index, item in enumerate(value):
-        here = f"{at}[{index}]"
-        given = mapping(item, here, "QC-DATA-006", "is not a part")
-        part = without_nulls(given)
-        named = part.get("type")
-        if named != "text" and _is_media(named, part):
-            raise BadRow(
-                "QC-DATA-009",
-                "is a media part, which needs a modality plugin",
-                at=here,
-                found=repr(named)[:80],
-                expected="text parts: no modality plugin is installed",
-            )
-        if named != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise BadRow(
-                "QC-DATA-006",
-                "is no text part",
-                at=here,
-                found=", ".join(f"{key}: {kind(inner)}" for key, inner in part.items())[:120],
-                expected='{"type": "text", "text": ...}',
-            )
-        parts.append({"type": "text", "text": part["text"]})
-    return parts
-
-
-def _is_media(named: Any, part: Mapping[str, Any]) -> bool:
-    words = (named if isinstance(named, str) else "", *part)
-    return any(name in word for word in words for name in ("image", "video", "audio", "file"))
 
 
 def calls(value: Any, at: str, parse_arguments: bool) -> list[dict[str, Any]]:
@@ -153,11 +112,6 @@ def _drop_nulls(value: Any) -> Any:
     return value
 
 
-def text_of(said: Any) -> str:
-    """A checked content as one string, as templates concatenate its parts."""
-    return said if isinstance(said, str) else "".join(part["text"] for part in said)
-
-
 def without_block(said: str, marks: tuple[str, str]) -> str:
     """`said` less the marks of its think block, of which it has one at most."""
     for mark in marks:
@@ -172,7 +126,13 @@ def mapping(value: Any, at: str, code: str, what: str) -> dict[str, Any]:
     raise BadRow(code, what, at=at, found=kind(value), expected="an object")
 
 
-def known_keys(given: Mapping[str, Any], known: Sequence[str], at: str, code: str) -> None:
+def known_keys(
+    given: Mapping[str, Any],
+    known: Sequence[str],
+    at: str,
+    code: str,
+    advice: Mapping[str, str] = ADVICE,
+) -> None:
     """Refuse a key that nothing reads, with the nearest that something does."""
     for key in given:
         if key in known:
@@ -183,7 +143,7 @@ def known_keys(given: Mapping[str, Any], known: Sequence[str], at: str, code: st
             "is no key that is read here",
             at=f"{at}.{key}" if at else key,
             expected=", ".join(known),
-            fix=ADVICE.get(key) or (f'did you mean "{meant}"?' if meant else "leave it out"),
+            fix=advice.get(key) or (f'did you mean "{meant}"?' if meant else "leave it out"),
         )
 
 

@@ -68,6 +68,11 @@ class BadRow(Exception):
         self.expected = expected
         self.fix = fix
 
+    def within(self, at: str) -> BadRow:
+        """The same, of something that lies at `at` in the row."""
+        self.at = f"{at}.{self.at}" if self.at else at
+        return self
+
     def error(self, path: Path | None, line: int) -> InputError:
         """The user's error: file, line and field."""
         return InputError(

@@ -4,8 +4,9 @@ This file decides supervision. Spans are found in the *rendered* text, because t
 move and drop what a row holds: of every turn of the trained role the text after what inference
 puts there (the prompt tail), up to and including the mark that ends the turn. So ``<think>``
 in the prompt and an empty think block are context, an answer and its end are trained, prompts,
-tool results and the newline between turns are not. What a row may hold is `qcore.data.schema`'s
-business; `dataset` puts the steps together.
+tool results and the newline between turns are not. A token that stands for media is never trained,
+in whoever's turn. What a row may hold is `qcore.data.schema`'s business; `dataset` puts the
+steps together.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ..checkpoint import Checkpoint
-    from .media import Medium, Placed
+    from .media import MediaReader, Medium, Placed
     from .render import Template
     from .schema import Row
 
@@ -190,33 +191,72 @@ def encode_text(
     max_length: int,
     *,
     vocab_rows: int | None = None,
+    reader: MediaReader | None = None,
 ) -> Example:
     """A rendered row to ids and labels.
 
     Args:
         text: what the template made of the row.
-        row: the row.
+        row: the row, its media read.
         tokenizer: from `load_tokenizer`.
         chat_format: how `text` reads.
         max_length: tokens that a row may have; a longer one is refused, never cut.
         vocab_rows: rows of the embedding; an id beyond them is refused.
+        reader: of media; without it there are none.
 
     Raises:
-        BadRow: ``QC-MASK-001``, ``-002`` as in `spans`, ``QC-DATA-011`` too long,
-            ``QC-DATA-012`` nothing to train, ``QC-DATA-013`` an id without an embedding.
+        BadRow: ``QC-MASK-001``, ``-002`` as in `spans`, ``-004`` as in `_placed`,
+            ``QC-DATA-011`` too long, ``QC-DATA-012`` nothing to train, ``QC-DATA-013`` an id
+            without an embedding; or as `MediaReader.expand`.
     """
+    if reader is not None:
+        text = reader.expand(text, row.seen)
     text = normalised(text, tokenizer)
     turns = row.turns(chat_format.assistant)
     trained = spans(text, chat_format, turns)
     encoding = tokenizer.encode(text, add_special_tokens=False)
     ids = array("i", encoding.ids)
+    _check_ids(ids, row, tokenizer, max_length, vocab_rows)
+    made = labels(ids, encoding.offsets, trained)
+    placed = None
+    if reader is not None:
+        control = frozenset(tokenizer.token_to_id(token) for token in reader.control)
+        for index, id_ in enumerate(ids):
+            if id_ in control:
+                made[index] = IGNORED
+        if row.seen:
+            placed = _placed(reader, row.seen, ids, control)
+    supervised = len(made) - 1 - made[1:].count(IGNORED)
+    if supervised < 1:
+        raise BadRow(
+            "QC-DATA-012",
+            "has no token to train: it is masked whole",
+            expected="text in at least one assistant turn",
+            fix="leave the row out",
+        )
+    return Example(
+        ids=ids,
+        labels=made,
+        line=row.line,
+        turns=turns,
+        supervised=supervised,
+        media=row.seen,
+        placed=placed,
+    )
+
+
+def _check_ids(
+    ids: array[int], row: Row, tokenizer: Tokenizer, max_length: int, vocab_rows: int | None
+) -> None:
     if len(ids) > max_length:
+        media = sum(medium.tokens for medium in row.seen)
+        smaller = ", shorten the row or make its media smaller" if media else " or shorten the row"
         raise BadRow(
             "QC-DATA-011",
             "is longer than max_length",
-            found=f"{len(ids)} tokens",
+            found=f"{len(ids)} tokens" + (f", {media} of them media" if media else ""),
             expected=f"at most {max_length}",
-            fix="raise max_length or shorten the row",
+            fix=f"raise max_length{smaller}",
         )
     if vocab_rows is not None and ids and max(ids) >= vocab_rows:
         beyond = max(ids)
@@ -227,16 +267,28 @@ def encode_text(
             expected=f"ids below {vocab_rows}",
             fix="use the tokenizer.json that came with the weights",
         )
-    made = labels(ids, encoding.offsets, trained)
-    supervised = len(made) - 1 - made[1:].count(IGNORED)
-    if supervised < 1:
+
+
+def _placed(
+    reader: MediaReader, media: Sequence[Medium], ids: array[int], control: frozenset[int | None]
+) -> Placed:
+    """Where a row's media lie, proved: every output of the tower has its own control token."""
+    placed = reader.place(ids, media)
+    wanted = sum(medium.tokens for medium in media)
+    where = set(placed.where)
+    if (
+        not len(placed.where) == len(where) == wanted
+        or any(not 0 <= at < len(ids) or ids[at] not in control for at in where)
+        or any(len(axis) != len(ids) for axis in placed.positions)
+    ):
         raise BadRow(
-            "QC-DATA-012",
-            "has no token to train: it is masked whole",
-            expected="text in at least one assistant turn",
-            fix="leave the row out",
+            "QC-MASK-004",
+            "has other tokens for its media than they need",
+            found=f"{len(placed.where)} of {len(ids)} tokens",
+            expected=f"{wanted}, and a position for every token",
+            fix="use the tokenizer.json that came with the weights",
         )
-    return Example(ids=ids, labels=made, line=row.line, turns=turns, supervised=supervised)
+    return placed
 
 
 def encode_row(
@@ -249,7 +301,7 @@ def encode_row(
     vocab_rows: int | None = None,
     variables: Mapping[str, Any] | None = None,
 ) -> Example:
-    """One row by the template, to ids and labels; `dataset` is the way for a file.
+    """One row of text by the template, to ids and labels; `dataset` is the way for a file.
 
     Raises:
         InputError: as `Template.render` and, from `encode_text`, with the row's line.

@@ -1,13 +1,14 @@
 """Proof that a template reads as the chat format says, before any row is rendered.
 
 This file decides what must hold: of small conversations whose every word is known, exactly
-the assistant's words are trained. It is what makes a wrong chat format, or a template of
-another generation, an error instead of a wrong mask. The mask itself is `qcore.data.mask`'s.
+the assistant's words are trained, and of a media part its control tokens are rendered in the turn
+of its message. It is what makes a wrong chat format, or a template of another generation, an
+error instead of a wrong mask. The mask itself is `qcore.data.mask`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
@@ -18,6 +19,7 @@ from .mask import IGNORED, labels, normalised, spans, trained_text
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from .media import MediaReader
     from .render import Template
 
 _TOOL = {
@@ -40,14 +42,24 @@ def prove_mask(
     tokenizer: Tokenizer,
     *,
     variables: Mapping[str, Any] | None = None,
+    reader: MediaReader | None = None,
 ) -> None:
     """Render known conversations and check what is trained of them, and what inference prompts.
+
+    Args:
+        template: the checkpoint's.
+        chat_format: how its rendered conversations read.
+        tokenizer: from `load_tokenizer`.
+        variables: what the template is rendered with.
+        reader: of the media that rows may have.
 
     Raises:
         InputError: ``QC-MASK-003`` the template does not read as the chat format says,
             ``QC-TOKENIZER-003`` the tokenizer does not know the marks; or as `Template.render`.
     """
-    _check_marks(chat_format, tokenizer)
+    _check_marks(chat_format.stop_tokens, tokenizer, "a token that ends generation")
+    if reader is not None:
+        _check_marks(reader.control, tokenizer, "a token that stands for media")
     if chat_format.turn_end not in chat_format.stop_tokens:
         raise _error(template, "what ends a turn does not end generation", chat_format.turn_end,
                      " or ".join(chat_format.stop_tokens))  # fmt: skip
@@ -79,14 +91,17 @@ def prove_mask(
         ]
         proof.turns(calling[:-2], tools=[_TOOL])
         proof.turns(calling, tools=[_TOOL])
+    if reader is not None:
+        for kind in reader.kinds:
+            proof.medium(kind, reader.control)
 
 
-def _check_marks(chat_format: ChatFormat, tokenizer: Tokenizer) -> None:
-    for token in chat_format.stop_tokens:
+def _check_marks(tokens: Sequence[str], tokenizer: Tokenizer, which: str) -> None:
+    for token in tokens:
         if tokenizer.token_to_id(token) is None:
             raise InputError(
                 "QC-TOKENIZER-003",
-                "does not know a token that ends generation",
+                f"does not know {which}",
                 file="tokenizer.json",
                 found=f"no {token!r}",
                 fix="use the tokenizer.json that came with the weights",
@@ -112,10 +127,7 @@ class _Proof:
         """Each assistant turn is trained: its words whole, nobody else's."""
         text = self.template.render(messages, tools, **self.variables)
         said = [message for message in messages if message["role"] == self.format.assistant]
-        try:
-            found = spans(text, self.format, len(said))
-        except BadRow as bad:
-            raise self._error(f"it {bad.what}", bad.found, bad.expected) from None
+        found = self._spans(text, len(said))
         others = [m["content"] for m in messages if m["role"] != self.format.assistant]
         for message, (start, end) in zip(said, found, strict=True):
             self._turn(message, text[start:end], others)
@@ -131,6 +143,12 @@ class _Proof:
             if word not in outside:
                 raise self._error("the text of another turn is lost", f"no {word!r}")
         self._tokens(text, found)
+
+    def _spans(self, text: str, turns: int) -> list[tuple[int, int]]:
+        try:
+            return spans(text, self.format, turns)
+        except BadRow as bad:
+            raise self._error(f"it {bad.what}", bad.found, bad.expected) from None
 
     def _turn(self, message: dict[str, Any], trained: str, others: list[str]) -> None:
         content, reasoning = message["content"], message.get("reasoning_content")
@@ -162,6 +180,28 @@ class _Proof:
         wanted = trained_text(text, found)
         if decoded != wanted:
             raise self._error("the tokens trained are not the text", repr(decoded), repr(wanted))
+
+    def medium(self, kind: str, control: Sequence[str]) -> None:
+        """A media part becomes control tokens, between the texts around it."""
+        parts = [
+            {"type": "text", "text": "amber"},
+            {"type": kind, kind: kind},
+            {"type": "text", "text": "birch"},
+        ]
+        messages = [{"role": "user", "content": parts}, _message(self.format.assistant, "cedar")]
+        try:
+            text = self.template.render(messages, **self.variables)
+        except InputError as error:
+            if error.code != "QC-TEMPLATE-002":
+                raise
+            return  # it refuses this kind, and each row that has one will be told so
+        self._spans(text, 1)
+        _, amber, rest = text.partition("amber")
+        between, birch, _ = rest.partition("birch")
+        if not amber or not birch or not any(token in between for token in control):
+            raise self._error(
+                f"a part of type {kind!r} is lost", repr(text[:120]), " or ".join(control)
+            )
 
     def prompt(self, messages: list[dict[str, Any]]) -> None:
         """What inference ends its prompt with is a header and a known tail."""

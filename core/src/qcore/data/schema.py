@@ -5,14 +5,16 @@ sees what it would see when serving:
 
 - null keys of messages and text parts are dropped; so are those of tools, except ``default``
   and ``const``, where null is a value (column formats fill them in, templates then render
-  ``None`` or take a text for an image);
+  ``None`` or take a text for a medium);
 - ``thinking`` and ``reasoning`` become ``reasoning_content``;
 - tool arguments given as a JSON string become a mapping; "" and null become ``{}``;
-- ``{"prompt": ..., "response": ...}`` (or ``completion``), both strings, is one exchange.
+- ``{"prompt": ..., "response": ...}`` (or ``completion``), both strings, is one exchange;
+- of a media part a template sees the kind; what it refers to is kept beside the messages.
 
 Everything else that is not plainly a conversation is refused. A control string of the chat
 format in a row's own text is refused too: it would become a control token. Bytes and JSON are
-`qcore.data.jsonl`'s business, rendering is `qcore.data.render`'s.
+`qcore.data.jsonl`'s business, content parts are `qcore.data.parts`', rendering is
+`qcore.data.render`'s.
 """
 
 from __future__ import annotations
@@ -22,13 +24,17 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..records import ChatFormat
 from . import fields
-from .fields import kind, known_keys, mapping, near, text_of, without_block, without_nulls, wrong
+from .fields import kind, known_keys, mapping, near, without_block, without_nulls, wrong
 from .jsonl import MAX_LINE, BadRow, Hasher, Problems, lines, parse
+from .parts import Parts, text_of
+
+if TYPE_CHECKING:
+    from .media import MediaReader, Medium, Reference
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _ROW_KEYS = ("messages", "tools", "prompt", "response", "completion", "id", "metadata")
@@ -47,11 +53,15 @@ class Row:
         line: line in the file, from 1.
         messages: as a template reads them; not to be changed.
         tools: function descriptions, or ``None``.
+        media: what its media parts refer to, in order; gone once they are read.
+        seen: the same, read.
     """
 
     line: int
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] | None = None
+    media: tuple[Reference, ...] = ()
+    seen: tuple[Medium, ...] = ()
 
     def turns(self, role: str) -> int:
         """How many messages have this role."""
@@ -65,6 +75,8 @@ def read_rows(
     control: Sequence[str] = (),
     problems: Problems | None = None,
     digest: Hasher | None = None,
+    reader: MediaReader | None = None,
+    unread: str = "",
 ) -> Iterator[Row]:
     """Yield the good rows of a JSON Lines file in one pass and constant memory.
 
@@ -75,12 +87,14 @@ def read_rows(
         problems: collects bad rows for the caller; without it they are raised together after
             the last line.
         digest: updated with every byte of the file.
+        reader: whose kinds of media a row may have; their bytes are not looked at here.
+        unread: why there is no reader.
 
     Raises:
         InputError: ``QC-DATA-001`` to ``-010`` and ``-016``, one for every bad row.
     """
     collected = problems or Problems(path)
-    check = RowCheck(chat_format, control)
+    check = RowCheck(chat_format, control, reader, unread)
     found = False
     for number, raw in lines(path, digest):
         found = True
@@ -115,10 +129,18 @@ def thinking_marks(chat_format: ChatFormat) -> tuple[str, str] | None:
 class RowCheck:
     """JSON value to `Row`, by the rules of one chat format."""
 
-    def __init__(self, chat_format: ChatFormat, control: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        chat_format: ChatFormat,
+        control: Sequence[str] = (),
+        reader: MediaReader | None = None,
+        unread: str = "",
+    ) -> None:
         self.format = chat_format
         self.marks = thinking_marks(chat_format)
-        longest_first = sorted({*chat_format.control, *control}, key=len, reverse=True)
+        self.parts = Parts(reader, unread)
+        media = () if reader is None else reader.control
+        longest_first = sorted({*chat_format.control, *control, *media}, key=len, reverse=True)
         words = [re.escape(word) for word in longest_first if word]
         self._forbidden = re.compile("|".join([*words, "\0", "[\ud800-\udfff]"]))
 
@@ -131,15 +153,16 @@ class RowCheck:
         row = without_nulls(mapping(value, "", "QC-DATA-005", "is not an object"))
         known_keys(row, _ROW_KEYS, "", "QC-DATA-005")
         tools = fields.tools(row.get("tools"))
-        messages = tuple(self._messages(row))
+        media: list[Reference] = []
+        messages = tuple(self._messages(row, media))
         self._check_order(messages)
         for index, message in enumerate(messages):
             self._check_message(message, f"messages[{index}]")
         if tools:
             self._check_text(tools, "tools")
-        return Row(line=line, messages=messages, tools=tools)
+        return Row(line=line, messages=messages, tools=tools, media=tuple(media))
 
-    def _messages(self, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _messages(self, row: dict[str, Any], media: list[Reference]) -> Iterator[dict[str, Any]]:
         if any(row.get(key) is not None for key in ("prompt", "response", "completion")):
             given: Any = _pair(row)
         elif "messages" not in row:
@@ -155,9 +178,9 @@ class RowCheck:
                 expected="a list of at least one message",
             )
         for index, message in enumerate(given):
-            yield self._message(message, f"messages[{index}]")
+            yield self._message(message, f"messages[{index}]", media)
 
-    def _message(self, value: Any, at: str) -> dict[str, Any]:
+    def _message(self, value: Any, at: str, media: list[Reference]) -> dict[str, Any]:
         given = mapping(value, at, "QC-DATA-006", "is not an object")
         role = self._role(given, at)
         known = _KEYS.get("assistant" if role == self.format.assistant else role, _OTHER_KEYS)
@@ -167,7 +190,16 @@ class RowCheck:
             if not isinstance(message.get(key, ""), str):
                 raise wrong(message[key], f"{at}.{key}", "a string")
         if "content" in message:
-            message["content"] = fields.content(message["content"], f"{at}.content")
+            said, found = self.parts.content(message["content"], f"{at}.content")
+            message["content"] = said
+            media += found
+            if found and role == "system":
+                raise BadRow(
+                    "QC-DATA-006",
+                    "is a media part in a system message, which may hold text alone",
+                    at=found[0].at,
+                    fix="put it into a user message",
+                )
         elif role != self.format.assistant:
             raise BadRow("QC-DATA-006", "is missing", at=f"{at}.content", expected="text")
         if role == self.format.assistant:

@@ -2,7 +2,7 @@
 
 This file decides, of the convolution ``y_t = silu(sum_i w_i u_(t - K + 1 + i))``, that documents
 are laid end to end with ``K - 1`` rows of zeros before each, so that no window crosses a start,
-and convolved as one image of height T and width 1 on the token-major layout. That is
+and convolved as one plane of height T and width 1 on the token-major layout. That is
 ``channels_last``, for which the CPU has a kernel some twenty times faster than the
 one-dimensional form on channel-major memory, with the same bits. The convolution rounds to
 the dtype of u before SiLU, as the reference does.
@@ -143,8 +143,8 @@ def causal_conv_silu(
 
 def _convolve(padded: Tensor, weight: Tensor) -> Tensor:
     """``[L, C] -> [L - K + 1, C]``: row r is the window of rows r to r + K - 1."""
-    image = padded.unsqueeze(0).unsqueeze(2).permute(0, 3, 1, 2)
-    out = F.conv2d(image, weight.unsqueeze(-1), groups=padded.shape[1])
+    plane = padded.unsqueeze(0).unsqueeze(2).permute(0, 3, 1, 2)
+    out = F.conv2d(plane, weight.unsqueeze(-1), groups=padded.shape[1])
     return out.permute(0, 2, 3, 1).reshape(-1, padded.shape[1])
 
 
