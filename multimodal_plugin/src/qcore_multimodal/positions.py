@@ -83,7 +83,8 @@ def _runs(
             at = start + size
             # One more would join the next run, which transformers would take for one medium.
             if (run := ids[start:at].count(pad)) != size or pad in ids[at : at + 1]:
-                raise _unlike(number, seen, f"{run}" if run < size else f"more than {size}", size)
+                much = f"{run} among {size}" if run < size else f"more than {size}"
+                raise _unlike(number, seen, f"{much} from token {start}", size)
             yield start, (rows, columns)
     for kind, pad in ((kind, tokens[token]) for kind, token in PADS.items()):
         wanted = sum(seen.tokens for seen in media if seen.kind == kind)
@@ -102,7 +103,7 @@ def _unlike(number: int, seen: Seen, found: str, size: int) -> BadRow:
         "QC-VISION-052",
         f"has another run of tokens than medium {number + 1}, of kind {seen.kind}, needs",
         found=found,
-        expected=size,
+        expected=f"{size} on end",
         fix=_FIX,
     )
 
