@@ -112,7 +112,7 @@ def test_a_long_row_takes_milliseconds() -> None:
         placed(given)
         took.append(time.perf_counter() - start)
     figure(f"positions of 65,536 tokens in {min(took) * 1e3:.1f} ms")
-    assert min(took) < 0.05  # token by token it takes several times that
+    assert min(took) < 0.1  # ten of them; the rest is room for a busy machine
 
 
 # -- runs that are not the media's
