@@ -92,6 +92,9 @@ class Generator:
         self.tokenizer = load_tokenizer(self.found.checkpoint)
         ids = self.tokenizer.get_vocab()
         told = self._read(adapter, trust_base) if adapter else None
+        modality = self.found.modality
+        if modality is not None and (media or self._touches(told, modality.name)):
+            self.found = self.found.using(modality)
         self.variables = self._variables(told, chat_template_kwargs or {}, tell)
         given = {SETTING: dict(self.variables)}
         for text in preflight(self.found, verb="generate", settings=given, token_ids=ids):
@@ -100,9 +103,6 @@ class Generator:
             name: Lora(r=pair.r, lora_alpha=pair.scaling * pair.r)
             for name, pair in (told.pairs.items() if told else ())
         }
-        modality = self.found.modality
-        if modality is not None and (media or self._touches(told, modality.name)):
-            self.found = self.found.using(modality)
         checkpoint, layout = self.found.checkpoint, self.found.layout
         architecture = self.found.decision.architecture
         used = ops_of(architecture, checkpoint.config, layout, modality)

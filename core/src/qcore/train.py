@@ -88,9 +88,7 @@ def train(
     found = identify(model, generation=settings.generation).quantizing(settings.quantize_groups)
     reader = reader_of(found)
     rows = _rows(found, data, settings, reader, tell)
-    found, told = with_tower(found, settings.target_groups, rows.kinds)
-    for line in told:
-        tell.note(line)
+    found = _tower(found, rows, settings, tell)
     backends = _backends(found, settings, where, tell)
     before = _before(found, rows, settings, where, backends, folder, tell) if resume else None
     plan = _plan(found, rows, settings, room or room_of(where), backends, before, tell)
@@ -178,6 +176,20 @@ def _rows(
         f"({100 * rows.supervised / rows.tokens:.0f} %), longest row {rows.longest} tokens"
     )
     return rows
+
+
+def _tower(found: Identified, rows: Dataset, settings: Settings, tell: Reporter) -> Identified:
+    """The model as these rows need it: what guards say of a tower is asked when one is loaded."""
+    given, before = settings.to_dict(), found
+    found, told = with_tower(found, settings.target_groups, rows.kinds)
+    if found is not before:
+        ids = load_tokenizer(found.checkpoint).get_vocab()
+        said = preflight(before, verb="train", settings=given, token_ids=ids)
+        fresh = preflight(found, verb="train", settings=given, token_ids=ids)
+        told += [line for line in fresh if line not in said]
+    for line in told:
+        tell.note(line)
+    return found
 
 
 def _backends(

@@ -4,6 +4,7 @@
   blocks, another kind of tower.
 - ``QC-VISION-011`` rotary parameters that the blocks do not compute.
 - ``QC-VISION-012`` numbers that do not go together (heads, position embeddings).
+- ``QC-VISION-053`` config.json and the tokenizer differ about the tokens of media (`text`).
 
 They hold for runs that load the tower. One of text alone carries it as it is, whatever it is.
 """
@@ -18,6 +19,7 @@ from qcore.records import Finding, PreflightRequest, Severity
 
 from .rope import THETA
 from .table import NAME, SECTION, vision_config
+from .text import token_findings
 
 #: What the blocks hard-code, as transformers' module does: anything else would be ignored.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -33,6 +35,8 @@ def findings(request: PreflightRequest) -> Iterator[Finding]:
     layout = request.layout
     if any(part.name == NAME and layout.loads(part) for part in layout.table.parts):
         yield from config_findings(vision_config(request.checkpoint.config))
+        if request.token_ids:
+            yield from token_findings(request.checkpoint.config, request.token_ids)
 
 
 def config_findings(vision: Mapping[str, Any]) -> Iterator[Finding]:
