@@ -1,0 +1,192 @@
+"""The checkpoint's own image and video processors, run by transformers' classes.
+
+This file decides how far transformers' code is used: all of its arithmetic, less torchvision. Of
+that two functions are needed, a resize and a normalisation, and both are a line or two of torch.
+Values stay bytes: rescaling and normalising are a function of one byte, so `table` holds them for
+all 256. What the processors are set to is `processor_files`', decoding is `images`' and `videos`'.
+
+Shapes: U patches, C channels, T frames, P pixels along a patch's side.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.image_utils import SizeDict
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_utils import VideoMetadata
+
+from .options import Limits
+from .processor_files import size_bounds
+
+Bytes = NDArray[np.uint8]
+Grid = tuple[int, int, int]
+
+
+class _WithoutTorchvision(BaseVideoProcessor):  # type: ignore[misc]
+    """What stands between Qwen's class and torchvision: its two calls, by torch itself."""
+
+    def resize(self, image: Tensor, size: Any, resample: Any = None, **_: Any) -> Tensor:
+        """``[..., C, H, W]``; torchvision hands bytes to the same kernel, which rounds itself."""
+        wanted = (size.height, size.width)
+        if image.shape[-2:] == wanted:
+            return image
+        flat = image.reshape(-1, *image.shape[-3:])
+        made = F.interpolate(flat, wanted, mode="bicubic", align_corners=False, antialias=True)
+        return made.reshape(*image.shape[:-2], *wanted)
+
+    def normalize(self, image: Tensor, mean: Any, std: Any, **_: Any) -> Tensor:
+        """``(image - mean) / std`` by channel, in that order."""
+        by_channel = [torch.as_tensor(one, dtype=image.dtype).view(-1, 1, 1) for one in (mean, std)]
+        return image.sub(by_channel[0]).div_(by_channel[1])
+
+
+class _Video(Qwen3VLVideoProcessor, _WithoutTorchvision):  # type: ignore[misc]
+    """Qwen's class; its ``super().resize`` is `_WithoutTorchvision`'s."""
+
+
+#: By kind, called with what its file says.
+CLASSES: Mapping[str, Callable[..., Any]] = {"image": Qwen2VLImageProcessorPil, "video": _Video}
+
+
+class Processor:
+    """What the two kinds have in common.
+
+    Attributes:
+        kind: ``image`` or ``video``.
+        patch: pixels along a patch's side.
+        merge: patches along each side of what becomes one embedding.
+        temporal: frames of a patch.
+        numbers: everything that its values depend on, for the digest of what is kept.
+    """
+
+    def __init__(self, kind: str, stock: Any) -> None:
+        self.kind = kind
+        self._stock = stock
+        self.patch: int = stock.patch_size
+        self.merge: int = stock.merge_size
+        self.temporal: int = stock.temporal_patch_size
+        self.numbers: dict[str, Any] = {
+            name: value
+            for name, value in stock.to_dict().items()
+            if not name.endswith(("_class", "_type"))
+        }
+        self.bounds: tuple[int, int] = size_bounds(stock.size)
+        self.most_frames: int | None = stock.max_frames if kind == "video" else None
+
+    def table(self) -> Tensor:
+        """``[C, 256]`` float32: the number that the processor makes of each byte."""
+        stock = self._stock
+        ramp = np.broadcast_to(np.arange(256, dtype=np.uint8), (len(stock.image_mean), 1, 256))
+        if self.kind == "video":
+            made: Tensor = stock.rescale_and_normalize(
+                torch.from_numpy(ramp.copy()), True, stock.rescale_factor, True,
+                tuple(stock.image_mean), tuple(stock.image_std),
+            )  # fmt: skip
+        else:
+            scaled = stock.rescale(ramp, stock.rescale_factor)
+            scaled = stock.normalize(scaled, stock.image_mean, stock.image_std)
+            made = torch.from_numpy(np.ascontiguousarray(scaled))
+        return made[:, 0]
+
+    def _size(self, limits: Limits) -> Any:
+        return SizeDict(shortest_edge=limits.least, longest_edge=limits.most)
+
+
+class Images(Processor):
+    """The image processor."""
+
+    def patches(self, picture: Bytes, limits: Limits) -> tuple[Grid, Bytes]:
+        """Resize an RGB picture ``[H, W, C]`` and cut it up.
+
+        Returns:
+            Its grid, and ``[U, C x P x P]``: one frame of each patch, which the processor would
+            repeat.
+
+        Raises:
+            ValueError: its sides are further apart than the processor takes.
+        """
+        stock = self._stock
+        image = stock.resize(
+            np.moveaxis(picture, -1, 0),
+            size=self._size(limits),
+            resample=stock.resample,
+            factor=self.patch * self.merge,
+        )
+        flat, rows, columns = stock.patchify(
+            image, patch_size=self.patch, merge_size=self.merge, temporal_patch_size=1
+        )
+        return (1, rows, columns), flat.astype(np.uint8)
+
+
+class Videos(Processor):
+    """The video processor."""
+
+    def sample(self, count: int, rate: float, limits: Limits) -> list[int]:
+        """Which of so many frames, so many a second, are looked at."""
+        stock = self._stock
+        if limits.frames is not None:
+            stock = copy.copy(stock)
+            stock.max_frames = limits.frames
+        metadata = VideoMetadata(total_num_frames=count, fps=rate)
+        indices: list[int] = stock.sample_frames(
+            metadata, num_frames=stock.num_frames, fps=limits.fps or stock.fps
+        ).tolist()
+        return indices
+
+    def size(self, count: int, height: int, width: int, limits: Limits) -> tuple[int, int]:
+        """Height and width of so many frames once they are resized.
+
+        Raises:
+            ValueError: too few of them, or sides further apart than the processor takes.
+        """
+        stock = self._stock
+        # Of a tensor on meta only the shape is computed.
+        sized = stock.resize(
+            torch.empty(1, count, 1, height, width, dtype=torch.uint8, device="meta"),
+            size=self._size(limits),
+            resample=stock.resample,
+            factor=self.patch * self.merge,
+            temporal_factor=self.temporal,
+            cap_pixels_per_frame=bool(stock.cap_pixels_per_frame),
+        )
+        return int(sized.shape[-2]), int(sized.shape[-1])
+
+    def shrink(self, frame: Bytes, size: tuple[int, int]) -> Tensor:
+        """One RGB frame ``[H, W, C] -> [C, *size]``."""
+        image = torch.from_numpy(np.ascontiguousarray(np.moveaxis(frame, -1, 0)))
+        made: Tensor = _WithoutTorchvision.resize(
+            self._stock, image, SizeDict(height=size[0], width=size[1])
+        )
+        return made
+
+    def patches(self, frames: Tensor) -> tuple[Grid, Bytes]:
+        """Cut up resized frames ``[T, C, H, W]``; an odd number has its last one twice.
+
+        Returns:
+            Their grid, and ``[U, C x temporal x P x P]``.
+        """
+        flat, *grid = self._stock.patchify(
+            frames[None],
+            patch_size=self.patch,
+            merge_size=self.merge,
+            temporal_patch_size=self.temporal,
+        )
+        times, rows, columns = grid
+        return (times, rows, columns), flat[0].numpy()
+
+    def seconds(self, indices: Sequence[int], rate: float) -> tuple[float, ...]:
+        """When each patch in time is: the middle between its first and its last frame."""
+        step = self.temporal
+        padded = [*indices, *[indices[-1]] * (-len(indices) % step)]
+        times = [index / rate for index in padded]
+        return tuple((times[i] + times[i + step - 1]) / 2 for i in range(0, len(times), step))

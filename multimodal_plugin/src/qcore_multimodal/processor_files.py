@@ -1,0 +1,184 @@
+"""The checkpoint's processor files: where they are, and what in them is refused.
+
+This file decides which files describe the processors (what transformers 5 saves for all of them
+comes before the files of one kind, as there), and that they are of the one class, with numbers
+that make sense and that the tower was made for. What the numbers do is `processor`'s. It imports
+no torch.
+
+- ``QC-VISION-020`` the checkpoint has no processor file.
+- ``QC-VISION-021`` its processor is of another class.
+- ``QC-VISION-022`` a value in the file makes no sense.
+- ``QC-VISION-023`` the file contradicts config.json.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
+
+from qcore.checkpoint import read_json
+from qcore.errors import InputError
+
+if TYPE_CHECKING:
+    from qcore.checkpoint import Checkpoint
+
+_BICUBIC: Final = 3
+_COMBINED: Final = "processor_config.json"
+_FILES: Final = {
+    "image": ("preprocessor_config.json", "image_processor"),
+    "video": ("video_preprocessor_config.json", "video_processor"),
+}
+_NAMES: Final = {
+    "image": {f"Qwen2VLImageProcessor{end}" for end in ("", "Fast", "Pil")},
+    "video": {"Qwen3VLVideoProcessor"},
+}
+_FIX: Final = "use the processor files that came with the weights"
+
+
+def load(checkpoint: Checkpoint, kind: str, make: Callable[..., Any]) -> Any:
+    """The stock processor of a kind, its numbers checked.
+
+    Args:
+        checkpoint: the checkpoint.
+        kind: ``image`` or ``video``.
+        make: transformers' class.
+
+    Raises:
+        InputError: ``QC-VISION-020`` to ``-023``; ``QC-CKPT-002`` a file that is not JSON.
+    """
+    name, content = _settings(checkpoint, kind)
+    file = checkpoint.path / name
+    named = content.pop(f"{kind}_processor_type", None)
+    content.pop("processor_class", None)
+    if named is not None and named not in _NAMES[kind]:
+        raise InputError(
+            "QC-VISION-021",
+            "is no processor that qcore runs",
+            file=file,
+            field=f"{kind}_processor_type",
+            found=repr(named),
+            expected=" or ".join(sorted(_NAMES[kind])),
+            fix=_FIX,
+        )
+    try:
+        stock = make(**content)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(
+            "QC-VISION-022",
+            "is refused by transformers",
+            file=file,
+            found=f"{type(error).__name__}: {str(error)[:200]}",
+            fix=_FIX,
+        ) from None
+    for field, found, good, expected in _demands(kind, stock):
+        if not good:
+            raise InputError(
+                "QC-VISION-022", "is out of bounds", file=file, field=field, found=repr(found),
+                expected=expected, fix=_FIX,
+            )  # fmt: skip
+    _check_config(checkpoint, file, stock)
+    return stock
+
+
+def _settings(checkpoint: Checkpoint, kind: str) -> tuple[str, dict[str, Any]]:
+    """The file of a kind's processor and what it says; what transformers 5 saved comes first."""
+    name, key = _FILES[kind]
+    if _COMBINED in checkpoint.sidecars:
+        combined = read_json(checkpoint.file(_COMBINED)).get(key)
+        if combined is not None:
+            if not isinstance(combined, dict):
+                raise InputError(
+                    "QC-VISION-022", "is no object", file=checkpoint.path / _COMBINED, field=key,
+                    found=type(combined).__name__, fix=_FIX,
+                )  # fmt: skip
+            return _COMBINED, combined
+    if name not in checkpoint.sidecars:
+        raise InputError(
+            "QC-VISION-020",
+            f"has no file that says how a {kind} is processed",
+            file=checkpoint.path,
+            expected=f"{name}, or {_COMBINED} with {key}",
+            fix="copy it from the checkpoint that the weights came with",
+        )
+    return name, read_json(checkpoint.file(name))
+
+
+def size_bounds(size: Any) -> tuple[int, int]:
+    """Least and most pixels of a processor's ``size``; zeros where it has none."""
+    numbers: dict[str, Any] = dict(size) if size is not None else {}
+    least, most = numbers.get("shortest_edge"), numbers.get("longest_edge")
+    return (int(least), int(most)) if _whole(least) and _whole(most) else (0, 0)
+
+
+def _whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 30
+
+
+def _real(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _demands(kind: str, stock: Any) -> list[tuple[str, Any, bool, str]]:
+    """Field, value, whether it makes sense, and what would."""
+
+    def three(value: Any) -> bool:
+        return isinstance(value, list | tuple) and len(value) == 3 and all(map(_real, value))
+
+    least, most = size_bounds(stock.size)
+    mean, std = stock.image_mean, stock.image_std
+    names = ["do_resize", "do_rescale", "do_normalize", "do_convert_rgb"]
+    whole = ["patch_size", "merge_size", "temporal_patch_size"]
+    wants = []
+    if kind == "video":
+        names.append("do_sample_frames")
+        whole += ["min_frames", "max_frames"]
+        fps, count = stock.fps, stock.num_frames
+        wants += [
+            ("fps", fps, _real(fps) and fps > 0, "a number above 0"),
+            ("num_frames", count, count is None, "null, as frames are sampled by fps"),
+        ]
+    return [
+        *wants,
+        *((name, getattr(stock, name), getattr(stock, name) is True, "true") for name in names),
+        *((name, getattr(stock, name), _whole(getattr(stock, name)), "a number above 0")
+          for name in whole),
+        ("size", stock.size, 0 < least <= most, "shortest_edge up to longest_edge, in pixels"),
+        ("image_mean", mean, three(mean), "three numbers"),
+        ("image_std", std, three(std) and min(map(abs, std)) > 0, "three numbers that are not 0"),
+        ("rescale_factor", stock.rescale_factor,
+         _real(stock.rescale_factor) and stock.rescale_factor > 0, "a number above 0"),
+        ("resample", stock.resample, stock.resample == _BICUBIC, f"{_BICUBIC} (bicubic)"),
+    ]  # fmt: skip
+
+
+def _check_config(checkpoint: Checkpoint, file: object, stock: Any) -> None:
+    """Refuse patches that the tower was not made for (``QC-VISION-023``)."""
+    vision = checkpoint.config.get("vision_config") or {}
+    for field, key in (
+        ("patch_size", "patch_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+        ("merge_size", "spatial_merge_size"),
+    ):
+        expected = vision.get(key)
+        if expected is not None and expected != getattr(stock, field):
+            raise InputError(
+                "QC-VISION-023",
+                "is not what the tower was made for",
+                file=file,
+                field=field,
+                found=getattr(stock, field),
+                expected=f"{expected!r} (vision_config.{key} in config.json)",
+                fix=_FIX,
+            )
+    channels = vision.get("in_channels", 3)
+    if channels != 3:
+        raise InputError(
+            "QC-VISION-023",
+            "is not what the processor gives",
+            file=checkpoint.path / "config.json",
+            field="vision_config.in_channels",
+            found=repr(channels),
+            expected=3,
+            fix=_FIX,
+        )

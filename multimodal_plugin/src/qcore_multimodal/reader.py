@@ -1,0 +1,284 @@
+"""Images and videos of rows, read once: what core asks of a modality's reader.
+
+This file decides when something is decoded (once, while the rows are checked), what names its
+values in the cache (its bytes, all numbers of the processor, the versions of what decodes and
+resizes, and this file's layout of them), and what happens when they are gone in the middle of a
+run: they are made again, which is said once, as it costs the time that the cache was to save. How
+bytes become pixels is `images`' and `videos`', what is asked of the processor `options`' and
+`processor`'s.
+
+- ``QC-VISION-042`` a file is not what it was when its row was read.
+- ``QC-VISION-043`` values are gone, and this process did not read the row that had the bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qcore.data.jsonl import BadRow
+from qcore.errors import InputError
+
+from . import images, videos
+from .cache import BOUND, Cache
+from .medium import Seen
+from .options import KEYS, Limits, limits
+from .pixels import Pixels
+from .processor import CLASSES, Bytes, Grid, Images, Videos
+from .processor_files import load
+
+if TYPE_CHECKING:
+    from qcore.checkpoint import Checkpoint
+    from qcore.data.media import Medium, Payload, Placed
+
+_LAYOUT: Final = 1  # of what an entry of the cache holds, and of how pixels are made of bytes
+_LOG = logging.getLogger(__name__)
+
+
+class Reader:
+    """Reads with the processors of one checkpoint (`qcore.data.media.MediaReader`).
+
+    Raises:
+        InputError: ``QC-VISION-020`` to ``-023``.
+        UsageError: ``QC-VISION-040``, ``-041``.
+    """
+
+    kinds: Final = ("image", "video")
+    keys: Final = KEYS
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._images = Images("image", load(checkpoint, "image", CLASSES["image"]))
+        self._cache = Cache.of_user()
+        self._payloads: dict[str, Payload] = {}
+        self._tables: dict[str, Tensor] = {}
+        self._spool: tempfile.TemporaryDirectory[str] | None = None
+        self._bytes = 0  # of all values that this process read of
+        self._told = False
+
+    @cached_property
+    def _videos(self) -> Videos:
+        return Videos("video", load(self._checkpoint, "video", CLASSES["video"]))
+
+    @property
+    def control(self) -> tuple[str, ...]:
+        """Tokens that stand for media."""
+        from .text import CONTROL
+
+        return CONTROL
+
+    def read(self, payload: Payload) -> Seen:
+        """Process an image or a video, or find it in the cache.
+
+        Raises:
+            BadRow: ``QC-VISION-025`` to ``-039``.
+            WriteError: its values cannot be kept.
+        """
+        wanted = self._limits(payload)
+        digest = self._digest(payload, wanted)
+        about = self._cache.find(digest)
+        if about is None:
+            about, _ = self._make(payload, wanted, digest)
+        seen = Seen(
+            kind=payload.kind,
+            digest=digest,
+            grid=_grid(about["grid"]),
+            merge=about["merge"],
+            seconds=tuple(about["seconds"]),
+        )
+        self._remember(digest, payload, seen)
+        return seen
+
+    def expand(self, text: str, media: Sequence[Medium]) -> str:
+        """A rendered text with every placeholder as long as its medium."""
+        from .text import expand
+
+        return expand(text, cast("Sequence[Seen]", media))
+
+    def place(self, ids: Sequence[int], media: Sequence[Medium]) -> Placed:
+        """Where the media lie in the token ids of an expanded text."""
+        from .positions import place
+
+        config = self._checkpoint.config
+        # What a config leaves out is transformers' default.
+        tokens = {
+            "<|image_pad|>": int(config.get("image_token_id", 248056)),
+            "<|video_pad|>": int(config.get("video_token_id", 248057)),
+        }
+        return place(ids, cast("Sequence[Seen]", media), tokens)
+
+    def batch(self, media: Sequence[Medium], where: Tensor) -> Pixels:
+        """Bytes of the patches of a pack, with the tables that make numbers of them.
+
+        Raises:
+            InputError: ``QC-VISION-042``, ``-043``, or what a changed file is refused for.
+        """
+        seen = cast("Sequence[Seen]", media)
+        names = sorted({one.kind for one in seen})
+        units = sum(one.units for one in seen)
+        area, temporal = self._images.patch**2, self._images.temporal
+        values = np.empty((units, 3, temporal, area), np.uint8)
+        kinds = np.empty(units, np.uint8)
+        start = 0
+        for one in seen:
+            stop = start + one.units
+            # An image's one frame fills both of a patch.
+            values[start:stop] = self._values(one).reshape(one.units, 3, -1, area)
+            kinds[start:stop] = names.index(one.kind)
+            start = stop
+        return Pixels(
+            values=torch.from_numpy(values.reshape(units, -1)),
+            grids=tuple(one.grid for one in seen),
+            where=where,
+            table=torch.stack([self._table(name) for name in names]),
+            kinds=torch.from_numpy(kinds),
+        )
+
+    def _table(self, kind: str) -> Tensor:
+        if kind not in self._tables:
+            self._tables[kind] = (self._images if kind == "image" else self._videos).table()
+        return self._tables[kind]
+
+    def _limits(self, payload: Payload) -> Limits:
+        if payload.kind == "image":
+            return limits("image", payload.options, self._images.bounds, None)
+        most = self._videos.most_frames or 0
+        frames = (self._videos.temporal, most)
+        return limits("video", payload.options, self._videos.bounds, frames)
+
+    def _digest(self, payload: Payload, wanted: Limits) -> str:
+        """Names the values of a payload: equal exactly where they must be."""
+        video = payload.kind == "video"
+        used = ("transformers", "pillow", "numpy", *(("torch", "av") if video else ()))
+        return _sha256(
+            {
+                "layout": _LAYOUT,
+                "kind": payload.kind,
+                "sha256": payload.sha256,
+                "processor": (self._videos if video else self._images).numbers,
+                "limits": [wanted.least, wanted.most, wanted.fps, wanted.frames],
+                "versions": {name: _version(name) for name in used},
+            }
+        )
+
+    def _make(self, payload: Payload, wanted: Limits, digest: str) -> tuple[dict[str, Any], Bytes]:
+        """Decode and process a payload, and keep its values."""
+        seconds: tuple[float, ...] = ()
+        grid: Grid
+        if payload.kind == "image":
+            grid, values = self._image(payload, wanted)
+            merge = self._images.merge
+        else:
+            grid, seconds, values = videos.process(payload, self._videos, wanted)
+            merge = self._videos.merge
+        _check_unchanged(payload)
+        about = {"grid": grid, "merge": merge, "seconds": seconds}
+        self._cache.put(digest, about, values)
+        return about, values
+
+    def _image(self, payload: Payload, wanted: Limits) -> tuple[Grid, Bytes]:
+        try:
+            with payload.open() as file:
+                data = file.read()
+        except OSError as error:
+            raise BadRow(
+                "QC-VISION-028", "cannot be read", found=error.strerror or str(error)
+            ) from None
+        picture = images.decode(data)
+        try:
+            return self._images.patches(picture, wanted)
+        except ValueError as error:
+            raise BadRow(
+                "QC-VISION-031", "is of a shape that the processor refuses", found=str(error)
+            ) from None
+
+    def _remember(self, digest: str, payload: Payload, seen: Seen) -> None:
+        """Keep what values could be made again from; bytes of a row go to a file meanwhile."""
+        if digest in self._payloads:
+            return
+        if payload.data is not None:
+            self._spool = self._spool or tempfile.TemporaryDirectory(prefix="qcore-media-")
+            path = Path(self._spool.name) / payload.sha256
+            path.write_bytes(payload.data)
+            payload = replace(payload, path=path, data=None)
+        self._payloads[digest] = payload
+        self._bytes += seen.units * 3 * self._images.patch**2 * (
+            1 if seen.kind == "image" else self._images.temporal
+        )  # fmt: skip
+        if self._bytes > self._cache.bound:
+            self._tell(f"media of these rows are more than {self._cache.bound / 1e9:g} GB")
+
+    def _values(self, seen: Seen) -> Bytes:
+        values = self._cache.values(seen.digest)
+        if values is not None:
+            return values
+        payload = self._payloads.get(seen.digest)
+        if payload is None:
+            raise InputError(
+                "QC-VISION-043", f"values of a {seen.kind} are gone from the cache",
+                file=self._cache.folder, found=f"no sound {seen.digest}.media",
+                fix="start again, so that its row is read anew",
+            )  # fmt: skip
+        self._tell("values of media are gone from the cache")
+        try:
+            _check_unchanged(payload)
+            return self._make(payload, self._limits(payload), seen.digest)[1]
+        except BadRow as bad:
+            raise InputError(
+                bad.code, bad.what, file=payload.path, field=bad.at or None, found=bad.found,
+                expected=bad.expected, fix=bad.fix,
+            ) from None  # fmt: skip
+
+    def _tell(self, what: str) -> None:
+        if not self._told:
+            self._told = True
+            _LOG.warning(
+                "%s: they are decoded again whenever they are needed, which is slow; "
+                "set %s above %g to keep more", what, BOUND, self._cache.bound / 1e9,
+            )  # fmt: skip
+
+
+def _check_unchanged(payload: Payload) -> None:
+    """Refuse bytes that are no longer those whose digest names the values."""
+    digest = hashlib.sha256()
+    try:
+        with payload.open() as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        found = digest.hexdigest()
+    except OSError as error:
+        found = error.strerror or str(error)
+    if found != payload.sha256:
+        raise BadRow(
+            "QC-VISION-042", "is not what it was when its row was checked", found=found,
+            expected=f"sha256 {payload.sha256}", fix="leave the files alone while a run reads them",
+        )  # fmt: skip
+
+
+def _grid(numbers: Sequence[int]) -> Grid:
+    times, rows, columns = numbers
+    return times, rows, columns
+
+
+def _sha256(content: object) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

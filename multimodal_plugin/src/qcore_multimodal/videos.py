@@ -1,0 +1,323 @@
+"""Videos to frames: containers by PyAV, animated pictures by Pillow.
+
+This file decides which containers are read, what is refused, and how many frames there are: those
+that decode, not those that a header promises. Only frames that the processor asks for are kept, and
+each is resized as it comes. A frame's time is its number over the mean rate, as transformers has
+it, also where the rate varies. Rotation of a phone's video is applied. Playlists and other formats
+that name further files are never opened: the container is told from its first bytes.
+
+- ``QC-VISION-033`` PyAV is not installed.
+- ``QC-VISION-034`` not a container that is read.
+- ``QC-VISION-035`` damaged.
+- ``QC-VISION-036`` no video in it.
+- ``QC-VISION-037`` too few frames.
+- ``QC-VISION-038`` the frames change their size.
+- ``QC-VISION-039`` too many frames for an animated picture, or no time between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qcore.data.jsonl import BadRow
+
+from . import images
+from .options import Limits
+
+if TYPE_CHECKING:
+    from qcore.data.media import Payload
+
+    from .processor import Bytes, Grid, Videos
+
+MAX_PICTURES: Final = 20_000  # frames of an animated picture, which must be looked at one by one
+_PICTURES: Final = ("PNG", "WEBP", "GIF")
+_SHOWN: Final = 0.1  # seconds of a frame that states none, as browsers have it
+_MOV: Final = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
+_CONTAINERS: Final = "MP4, MOV, Matroska, WebM, AVI, or animated GIF, WebP or PNG"
+
+
+class _Recounted(Exception):
+    """Another number of frames than was counted without decoding."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.count = count
+
+
+class _Source(Protocol):
+    """A video that is open.
+
+    Attributes:
+        count: frames.
+        rate: frames a second, in the mean.
+    """
+
+    count: int
+    rate: float
+
+    def frames(self) -> Iterator[NDArray[np.uint8] | None]:
+        """All of them, ``[H, W, 3]``; ``None`` for each that `wanted` does not name."""
+        ...
+
+    def want(self, indices: Sequence[int]) -> None:
+        """Only these frames will be looked at."""
+        ...
+
+
+def process(
+    payload: Payload, processor: Videos, limits: Limits
+) -> tuple[Grid, tuple[float, ...], Bytes]:
+    """Decode, sample, resize and cut up a video.
+
+    Returns:
+        Grid, seconds of its patches in time, and values ``[U, F]``.
+
+    Raises:
+        BadRow: ``QC-VISION-030``, ``-031``, ``-033`` to ``-039``.
+    """
+    with payload.open() as file:
+        start = file.read(16)
+        file.seek(0)
+        name = _demuxer(start)
+        if name is None:
+            with images.opened(_all(file, start)) as image:
+                return _process(_Pictures(image), processor, limits)
+        with _decoding():
+            return _process(_Film(file, name), processor, limits)
+
+
+def _process(
+    source: _Source, processor: Videos, limits: Limits
+) -> tuple[Grid, tuple[float, ...], Bytes]:
+    try:
+        indices, kept = _sampled(source, processor, limits)
+    except _Recounted as other:
+        # Packets without a frame, edit lists: what was decoded is the count, and cannot change.
+        source.rate *= other.count / source.count
+        source.count = other.count
+        indices, kept = _sampled(source, processor, limits)
+    grid, values = processor.patches(kept)
+    return grid, processor.seconds(indices, source.rate), values
+
+
+def _sampled(source: _Source, processor: Videos, limits: Limits) -> tuple[list[int], Tensor]:
+    """Numbers of the frames that are looked at, and what they are resized to ``[T, C, H, W]``."""
+    if source.count < processor.temporal:
+        raise BadRow(
+            "QC-VISION-037",
+            "has too few frames",
+            found=source.count,
+            expected=f"at least {processor.temporal}",
+            fix='give a still image as {"type": "image"}',
+        )
+    indices = processor.sample(source.count, source.rate, limits)
+    source.want(indices)
+    kept: Tensor | None = None
+    size, shape = (0, 0), (0, 0)
+    count = place = 0
+    for frame in source.frames():
+        if frame is not None and place < len(indices):
+            if kept is None:
+                shape = frame.shape[:2]
+                size = _size(processor, len(indices), shape, limits)
+                kept = torch.empty(len(indices), 3, *size, dtype=torch.uint8)
+            if frame.shape[:2] != shape:
+                raise BadRow(
+                    "QC-VISION-038",
+                    "has frames of several sizes",
+                    found=f"{frame.shape[1]} x {frame.shape[0]} at frame {count}",
+                    expected=f"{shape[1]} x {shape[0]}, as before",
+                    fix="encode it again at one size",
+                )
+            kept[place] = processor.shrink(frame, size)
+            place += 1
+        count += 1
+    if count != source.count:
+        raise _Recounted(count)
+    assert kept is not None
+    return indices, kept
+
+
+def _size(processor: Videos, count: int, shape: tuple[int, ...], limits: Limits) -> tuple[int, int]:
+    height, width = shape
+    images.check_size(width, height)
+    try:
+        return processor.size(count, height, width, limits)
+    except ValueError as error:
+        raise BadRow(
+            "QC-VISION-031", "is of a shape that the processor refuses", found=str(error)
+        ) from None
+
+
+def _demuxer(start: bytes) -> str | None:
+    """FFmpeg's name of the container that these bytes start; ``None`` for a picture's."""
+    if start[4:8] in _MOV:
+        return "mov"
+    if start.startswith(b"\x1a\x45\xdf\xa3"):
+        return "matroska"
+    if start[:4] == b"RIFF" and start[8:12] == b"AVI ":
+        return "avi"
+    if start.startswith((b"GIF8", b"\x89PNG\r\n\x1a\n")) or start[8:12] == b"WEBP":
+        return None
+    raise BadRow(
+        "QC-VISION-034",
+        "is no video that is read",
+        found=f"a file that starts with {start[:8]!r}" if start else "no bytes",
+        expected=_CONTAINERS,
+        fix="convert it to MP4",
+    )
+
+
+def _all(file: BinaryIO, start: bytes) -> bytes:
+    try:
+        return file.read()
+    except OSError as error:
+        raise BadRow(
+            "QC-VISION-028", "cannot be read", found=error.strerror or str(error)
+        ) from None
+
+
+class _Pictures:
+    """An animated picture, open in Pillow."""
+
+    def __init__(self, image: Any) -> None:
+        self._image = image
+        self._wanted: frozenset[int] = frozenset()
+        self.count = int(getattr(image, "n_frames", 1))
+        if self.count > MAX_PICTURES:
+            raise BadRow(
+                "QC-VISION-039",
+                "has too many frames for an animated picture",
+                found=self.count,
+                expected=f"at most {MAX_PICTURES}",
+                fix="convert it to MP4",
+            )
+        total = 0.0
+        for number in range(self.count):
+            image.seek(number)
+            image.load()  # only then a WebP says how long it is shown
+            shown = image.info.get("duration", 0)
+            sound = isinstance(shown, int | float) and math.isfinite(shown) and shown > 0
+            total += shown / 1000 if sound else _SHOWN
+        self.rate = self.count / total
+
+    def want(self, indices: Sequence[int]) -> None:
+        self._wanted = frozenset(indices)
+
+    def frames(self) -> Iterator[NDArray[np.uint8] | None]:
+        for number in range(self.count):
+            if number in self._wanted:
+                self._image.seek(number)
+                yield images.rgb(self._image)
+            else:
+                yield None
+
+
+class _Film:
+    """A container, decoded by PyAV; each pass opens it anew."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name = file, name
+        self._wanted: frozenset[int] = frozenset()
+        self.count, self.rate = self._scan()
+
+    def want(self, indices: Sequence[int]) -> None:
+        self._wanted = frozenset(indices)
+
+    def _scan(self) -> tuple[int, float]:
+        """Packets of the video, which are its frames but for odd files, and the mean rate."""
+        count, times = 0, []
+        with self._open() as (container, stream):
+            images.check_size(stream.codec_context.width, stream.codec_context.height)
+            for packet in container.demux(stream):
+                if packet.size and not packet.is_discard:
+                    count += 1
+                    if packet.pts is not None:
+                        times.append(packet.pts)
+            stated = float(stream.average_rate or 0)
+            span = (max(times) - min(times)) * float(stream.time_base or 0) if times else 0.0
+        measured = (count - 1) / span if count > 1 and span > 0 else 0.0
+        if not measured or (stated and abs(count / stated - count / measured) * stated <= 1.5):
+            measured = stated or measured
+        if count and not 0 < measured < 10_000:
+            raise BadRow(
+                "QC-VISION-039", "does not say how fast its frames follow one another",
+                fix="encode it again",
+            )  # fmt: skip
+        return count, measured
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[Any, Any]]:
+        import av
+        from av.stream import Disposition
+
+        self._file.seek(0)
+        with av.open(self._file, format=self._name, metadata_errors="ignore") as container:
+            # A song's cover is a stream of one picture.
+            found = [s for s in container.streams.video
+                     if not s.disposition & Disposition.attached_pic]  # fmt: skip
+            if not found:
+                others = sorted({stream.type for stream in container.streams})
+                raise BadRow(
+                    "QC-VISION-036", "has no video in it", found=", ".join(others) or "no streams"
+                )
+            stream = found[0]
+            if stream.codec_context is None:
+                raise BadRow("QC-VISION-035", "is of a codec that this PyAV cannot decode")
+            stream.thread_type = "AUTO"
+            stream.codec_context.options = {"max_pixels": str(images.MAX_PIXELS)}
+            yield container, stream
+
+    def frames(self) -> Iterator[NDArray[np.uint8] | None]:
+        with self._open() as (container, stream):
+            for number, frame in enumerate(container.decode(stream)):
+                if frame.is_corrupt:
+                    raise _damaged(f"frame {number} is incomplete")
+                if number not in self._wanted:
+                    yield None
+                    continue
+                images.check_size(frame.width, frame.height)
+                pixels = frame.to_ndarray(format="rgb24")
+                # Told counter-clockwise, as numpy turns.
+                yield np.rot90(pixels, round(frame.rotation / 90) % 4)
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Whatever PyAV raises inside is told as one line."""
+    try:
+        import av
+    except ImportError as error:
+        raise BadRow(
+            "QC-VISION-033",
+            "cannot be decoded: PyAV is not installed",
+            found=str(error),
+            fix='pip install "qcore-multimodal[video]"',
+        ) from None
+    # FFmpeg's codes are classes of this tree; the others come from PyAV's own conversions.
+    raised = (
+        av.error.FFmpegError, OSError, ValueError, TypeError, LookupError, EOFError, MemoryError,
+        OverflowError, RuntimeError, NotImplementedError, ZeroDivisionError,
+    )  # fmt: skip
+    try:
+        yield
+    except raised as error:
+        raise _damaged(getattr(error, "strerror", None) or str(error)) from None
+
+
+def _damaged(found: str) -> BadRow:
+    return BadRow(
+        "QC-VISION-035",
+        "is damaged",
+        found=found[:200],
+        expected="a video that decodes to its end",
+        fix="encode it again",
+    )
