@@ -1,4 +1,133 @@
-"""The tower's rows of the parameter table."""
+"""The tower's rows of the parameter table: ``model.visual.*``, the same for both architectures.
+
+This file decides which tensors a tower consists of, their groups, and that none is held in
+4 bit: a tower is a twentieth of a model or less, and its rounding error reaches every token of
+a picture. LoRA hits it when asked, group by group. Names and layouts are the hub's; the text
+class has no tower, so there is one namespace.
+
+The tower's sizes have names of their own, all but one: what the merger gives is ``hidden``, the
+text's, so that two sections that contradict each other are core's error.
+
+Code: ``QC-VISION-001`` a size that is missing or no positive integer. What the shapes cannot show
+is judged by `guards`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qcore.errors import InputError
+from qcore.table import LINEAR, Aim, Namespace, Part, Row
 
 NAME = "vision"
 ROOT = "model.visual"
+SECTION = "vision_config"
+OWNER = "qcore-multimodal"
+#: Far above any real tower. A table names every tensor, so a count is memory before it is judged.
+_MOST_BLOCKS = 1000
+
+#: LoRA groups: the four maps of every block, and the two that lead into the text.
+GROUPS: dict[str, Aim] = {"vision": Aim.ASKED, "merger": Aim.ASKED}
+#: Name of a size in the rows -> key of ``vision_config``.
+_SIZES = {
+    "hidden": "out_hidden_size",
+    "vision_hidden": "hidden_size",
+    "vision_ffn": "intermediate_size",
+    "vision_positions": "num_position_embeddings",
+    "channels": "in_channels",
+    "frames": "temporal_patch_size",
+    "patch": "patch_size",
+    "merge": "spatial_merge_size",
+}
+
+
+def vision_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tower's section of config.json.
+
+    Raises:
+        InputError: ``QC-VISION-001`` it is no mapping.
+    """
+    section = config.get(SECTION)
+    if not isinstance(section, Mapping):
+        raise _bad(None, repr(section), "a mapping")
+    return section
+
+
+def parts(config: Mapping[str, Any]) -> Iterator[Part]:
+    """The tower's part.
+
+    Args:
+        config: config.json, with a ``vision_config``.
+
+    Raises:
+        InputError: ``QC-VISION-001``.
+    """
+    vision = vision_config(config)
+    yield Part(
+        name=NAME,
+        owner=OWNER,
+        rows=tuple(_rows()),
+        dims={name: _size(vision, key) for name, key in _SIZES.items()},
+        axes={"block": tuple(range(_size(vision, "depth", _MOST_BLOCKS)))},
+        namespaces=(
+            Namespace(
+                name="vl",
+                classes=(
+                    "Qwen3_5ForConditionalGeneration",
+                    "Qwen3_5MoeForConditionalGeneration",
+                ),
+            ),
+        ),
+        groups=GROUPS,
+        section=SECTION,
+        optional=True,
+    )
+
+
+def _rows() -> Iterator[Row]:
+    wide = "vision_hidden"
+    yield Row(f"{ROOT}.patch_embed.proj.weight", f"{wide} channels frames patch patch", "patches")
+    yield Row(f"{ROOT}.patch_embed.proj.bias", wide, "patches")
+    yield Row(f"{ROOT}.pos_embed.weight", f"vision_positions {wide}", "patches")
+    block = f"{ROOT}.blocks.{{block}}"
+    yield from _norm(f"{block}.norm1")
+    yield from _linear(f"{block}.attn.qkv", f"3*{wide}", wide, "vision")
+    yield from _linear(f"{block}.attn.proj", wide, wide, "vision")
+    yield from _norm(f"{block}.norm2")
+    yield from _linear(f"{block}.mlp.linear_fc1", "vision_ffn", wide, "vision")
+    yield from _linear(f"{block}.mlp.linear_fc2", wide, "vision_ffn", "vision")
+    merged = f"merge*merge*{wide}"
+    yield from _norm(f"{ROOT}.merger.norm")
+    yield from _linear(f"{ROOT}.merger.linear_fc1", merged, merged, "merger")
+    yield from _linear(f"{ROOT}.merger.linear_fc2", "hidden", merged, "merger")
+
+
+def _norm(name: str) -> Iterator[Row]:
+    yield Row(f"{name}.weight", "vision_hidden", "vision_norm")
+    yield Row(f"{name}.bias", "vision_hidden", "vision_norm")
+
+
+def _linear(name: str, out: str, into: str, group: str) -> Iterator[Row]:
+    yield Row(f"{name}.weight", f"{out} {into}", group, kind=LINEAR)
+    yield Row(f"{name}.bias", out, "vision_bias")
+
+
+def _size(vision: Mapping[str, Any], key: str, most: int | None = None) -> int:
+    value = vision.get(key)
+    if type(value) is not int or not 0 < value <= (most or 2**31 - 1):
+        expected = f"a whole number from 1 to {most}" if most else "a positive integer"
+        raise _bad(key, repr(value), expected)
+    return value
+
+
+def _bad(key: str | None, found: str, expected: str) -> InputError:
+    return InputError(
+        "QC-VISION-001",
+        "does not describe this tower",
+        file="config.json",
+        field=SECTION if key is None else f"{SECTION}.{key}",
+        found=found,
+        expected=expected,
+        fix="use the config.json that came with the weights",
+    )

@@ -1,0 +1,156 @@
+"""Attention of patches within their frame, no one before another; no mask exists.
+
+This file decides how frames are kept apart: those of one length are one batch, wherever they
+lie, so that many small pictures are few calls, and memory is linear in U. On a GPU only torch's
+FlashAttention and memory-efficient kernels are let in: the unfused form would hold U x U scores,
+and cuDNN builds a plan for every new shape, which pictures have many of. What a plan sees of it
+is here too: on the meta device torch would take the unfused form.
+
+Shapes: U patches of all media, h heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from qcore.nn.launch import cdiv, worked
+from qcore.nn.protocols import BuildContext, Media
+
+from .linear import linear, residual
+from .rope import Grids, Rope, rotate
+
+_FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+#: Of the rate of a layer's products, as of core's attention.
+_FORWARD, _BACKWARD = 0.88, 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """The frames of some media, those of one length together.
+
+    Attributes:
+        groups: (frames, patches of each), in the order in which they are attended.
+        order: ``[U]`` int64, the patch at each place of that order; ``None`` where it is theirs.
+        back: the inverse.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    order: Tensor | None = None
+    back: Tensor | None = None
+
+    @staticmethod
+    def of(grids: Grids, device: torch.device) -> Frames:
+        """Read grids; a patch in time is a frame."""
+        lengths = [height * width for time, height, width in grids for _ in range(time)]
+        counts = Counter(lengths)
+        groups = tuple((count, length) for length, count in counts.items())
+        if sum(1 for _ in groupby(lengths)) == len(groups):
+            return Frames(groups)
+        cpu = torch.device("cpu")
+        patches = torch.arange(sum(lengths), device=cpu).split(lengths)
+        order = torch.cat([one for wanted in counts for one in patches if len(one) == wanted])
+        return Frames(groups, order.to(device), order.argsort().to(device))
+
+
+def frame_attention(q: Tensor, k: Tensor, v: Tensor, frames: Frames, scale: float) -> Tensor:
+    """Attention of every patch to all of its frame.
+
+    Args:
+        q: ``[U, h, D]``.
+        k: ``[U, h, D]``.
+        v: ``[U, h, D]``.
+        frames: which patches belong together.
+        scale: factor of the scores.
+
+    Returns:
+        ``[U, h, D]``.
+
+    Raises:
+        RuntimeError: of torch, where no fused kernel of a GPU takes the shapes.
+    """
+    order, back = frames.order, frames.back
+    if order is not None:
+        q, k, v = (x.index_select(0, order) for x in (q, k, v))
+    outputs, start = [], 0
+    for count, length in frames.groups:
+        end, shape = start + count * length, (count, length)
+        q4, k4, v4 = (x[start:end].unflatten(0, shape) for x in (q, k, v))
+        outputs.append(_attend(q4, k4, v4, scale))
+        start = end
+    o = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return o if back is None else o.index_select(0, back)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """``[frames, length, h, D]`` each ``-> [frames * length, h, D]``."""
+    if q.is_meta:
+        planned: Tensor = _Planned.apply(q, k, v)
+        return planned.flatten(0, 1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(_FUSED) if q.is_cuda else nullcontext():
+        o = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return o.transpose(1, 2).flatten(0, 1)
+
+
+class _Planned(torch.autograd.Function):
+    """What the fused kernels allocate and save, nothing computed."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        frames, length, heads, size = q.shape
+        o, lse = q.new_empty(q.shape), q.new_empty(frames, heads, length, dtype=torch.float32)
+        ctx.flops = 4.0 * frames * length**2 * heads * size
+        worked("frame_attention", q, k, v, o, lse, flops=ctx.flops / _FORWARD)
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, o, lse = ctx.saved_tensors
+        dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+        # The gradient of q is summed in float32, over heads of a multiple of 32.
+        sums = q.new_empty(*q.shape[:-1], 32 * cdiv(q.shape[-1], 32), dtype=torch.float32)
+        rows = torch.empty_like(lse)
+        work = 2.5 * ctx.flops / _BACKWARD
+        worked("frame_attention_backward", q, k, v, o, do, dq, dk, dv, sums, flops=work)
+        del sums, rows
+        return dq, dk, dv
+
+
+class Attention(nn.Module):
+    """``[U, h * D] -> [U, h * D]``, all of a frame with all of it, added to a stream."""
+
+    def __init__(self, ctx: BuildContext, vision: Mapping[str, Any], name: str) -> None:
+        super().__init__()
+        self.heads: int = vision["num_heads"]
+        self.rope = Rope.of(vision)
+        self.qkv = linear(ctx, f"{name}.qkv")
+        self.proj = linear(ctx, f"{name}.proj")
+
+    def forward(self, stream: Tensor, x: Tensor, media: Media) -> Tensor:
+        q, k, v = self._heads(self.qkv(x), media)
+        device = media.values.device
+        frames = media.memo("frames", lambda: Frames.of(media.grids, device))
+        o = frame_attention(q, k, v, frames, self.rope.dim**-0.5)
+        return residual(stream, self.proj, o.flatten(1))
+
+    def _heads(self, y: Tensor, media: Media) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v ``[U, h, D]``; bias and rope of q and k in float32, rounded once."""
+        bias, split = self.qkv.get_parameter("bias"), 2 * y.shape[1] // 3
+        wide = torch.promote_types(y.dtype, torch.float32)
+        both = (y[:, :split].to(wide) + bias[:split]).unflatten(1, (2, self.heads, -1))
+        q, k = rotate(both, *self.rope.tables(media)).to(y.dtype).unbind(1)
+        v = y[:, split:] + bias[split:].to(y.dtype)
+        return q, k, v.unflatten(1, (self.heads, -1))

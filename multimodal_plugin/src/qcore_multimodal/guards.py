@@ -1,0 +1,91 @@
+"""Guards of the tower, one function a code: what the shapes cannot show.
+
+- ``QC-VISION-010`` a value that the blocks do not compute: an activation, features of deeper
+  blocks, another kind of tower.
+- ``QC-VISION-011`` rotary parameters that the blocks do not compute.
+- ``QC-VISION-012`` numbers that do not go together (heads, position embeddings).
+
+They hold for runs that load the tower. One of text alone carries it as it is, whatever it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qcore.records import Finding, PreflightRequest, Severity
+
+from .rope import THETA
+from .table import NAME, SECTION, vision_config
+
+#: What the blocks hard-code, as transformers' module does: anything else would be ignored.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": (None, "qwen3_5", "qwen3_5_moe", "qwen3_5_vision", "qwen3_5_moe_vision"),
+    "hidden_act": ("gelu_pytorch_tanh",),
+    "deepstack_visual_indexes": (None, []),
+}
+_ROPE_KEYS = {"rope_type", "type", "rope_theta"}
+
+
+def findings(request: PreflightRequest) -> Iterator[Finding]:
+    """All findings of all guards."""
+    layout = request.layout
+    if any(part.name == NAME and layout.loads(part) for part in layout.table.parts):
+        yield from config_findings(vision_config(request.checkpoint.config))
+
+
+def config_findings(vision: Mapping[str, Any]) -> Iterator[Finding]:
+    """What the section alone shows: every form that the blocks do not compute."""
+    for key, allowed in _FIXED.items():
+        value = vision.get(key, allowed[0])
+        if value not in allowed:
+            yield _error("QC-VISION-010", key, value, " or ".join(map(repr, allowed)))
+    yield from _rotary(vision.get("rope_parameters"))
+    yield from _numbers(vision)
+
+
+def _error(code: str, key: str, found: object, expected: str) -> Finding:
+    return Finding(
+        code=code,
+        severity=Severity.ERROR,
+        what="is not what this tower computes",
+        file="config.json",
+        field=f"{SECTION}.{key}",
+        found=repr(found),
+        expected=expected,
+        fix="use the config.json that came with the weights",
+    )
+
+
+def _rotary(rope: object) -> Iterator[Finding]:
+    """The hub's files say nothing of it; transformers writes it on save."""
+    code = "QC-VISION-011"
+    if rope is None:
+        return
+    if not isinstance(rope, Mapping):
+        yield _error(code, "rope_parameters", rope, "a mapping, or none")
+        return
+    kind = rope.get("rope_type", rope.get("type", "axial"))
+    if kind != "axial":
+        yield _error(code, "rope_parameters.rope_type", kind, "'axial'")
+    theta = rope.get("rope_theta", THETA)
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < 1e30:
+        yield _error(code, "rope_parameters.rope_theta", theta, "a number above 1")
+    for key in sorted(rope.keys() - _ROPE_KEYS):
+        yield _error(code, f"rope_parameters.{key}", rope[key], "none: only a type and a theta")
+
+
+def _numbers(vision: Mapping[str, Any]) -> Iterator[Finding]:
+    """Sizes were judged with the table; the number of heads is in no shape."""
+    code, heads, hidden = "QC-VISION-012", vision.get("num_heads"), vision["hidden_size"]
+    if type(heads) is not int or heads <= 0 or hidden % heads or hidden // heads % 4:
+        # A head turns in four: a pair for each of height and width.
+        expected = f"a number of heads whose size is a multiple of 4, of {hidden} (hidden_size)"
+        yield _error(code, "num_heads", heads, expected)
+    elif vision.get("head_dim", hidden // heads) != hidden // heads:
+        expected = f"none, or {hidden // heads} (hidden_size / num_heads)"
+        yield _error(code, "head_dim", vision["head_dim"], expected)
+    count = vision["num_position_embeddings"]
+    if math.isqrt(count) ** 2 != count:
+        yield _error(code, "num_position_embeddings", count, "a square")

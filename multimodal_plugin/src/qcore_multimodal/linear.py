@@ -1,0 +1,105 @@
+"""Linear maps and norms with a bias, from core's maps that have none.
+
+This file decides that a bias is a frozen tensor beside its map's weight, and that it is added in
+float32 together with what follows (a residual, an activation), so that a result in 16 bit is
+rounded as often as where the map adds it.
+
+Shapes: U patches, d features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qcore.nn.again import again
+from qcore.nn.protocols import BuildContext
+
+_EPS = 1e-6  # of every norm; no config names it
+
+
+def linear(ctx: BuildContext, name: str) -> nn.Module:
+    """The map of the row ``{name}.weight``, with the row ``{name}.bias`` as its ``bias``.
+
+    The map itself does not know of it: what comes after adds it.
+    """
+    made = ctx.linear(name)
+    made.register_parameter("bias", ctx.tensor(f"{name}.bias"))
+    return made
+
+
+def affine(made: nn.Module, x: Tensor) -> Tensor:
+    """``x W^T + b``, of what `linear` made: ``[..., in] -> [..., out]``."""
+    y: Tensor = made(x)
+    return biased(y, made).to(y.dtype)
+
+
+def residual(stream: Tensor, made: nn.Module, x: Tensor) -> Tensor:
+    """``stream + x W^T + b``."""
+    return (biased(made(x), made) + stream).to(stream.dtype)
+
+
+def activated(made: nn.Module, x: Tensor, approximate: str) -> Tensor:
+    """``gelu(x W^T + b)``; computed again in backward."""
+    return again(_gelu, made(x), made.get_parameter("bias"), approximate)
+
+
+def biased(y: Tensor, made: nn.Module) -> Tensor:
+    """``y + b`` in float32, or wider."""
+    return y + made.get_parameter("bias").to(_wide(y))
+
+
+def _wide(y: Tensor) -> torch.dtype:
+    return torch.promote_types(y.dtype, torch.float32)
+
+
+def _gelu(y: Tensor, bias: Tensor, approximate: str) -> Tensor:
+    """``gelu(y + bias)``; saves y.
+
+    Args:
+        y: ``[U, d]``.
+        bias: ``[d]``.
+        approximate: ``none`` or ``tanh``, as torch has it.
+    """
+    out: Tensor = _Gelu.apply(y, bias, approximate)
+    return out
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor, approximate: str) -> Tensor:
+        ctx.save_for_backward(y, bias)
+        ctx.approximate = approximate
+        h = y + bias.to(_wide(y))
+        return torch.ops.aten.gelu_(h, approximate=approximate).to(y.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        y, bias = ctx.saved_tensors
+        wide = _wide(y)
+        h = y + bias.to(wide)
+        dy = torch.ops.aten.gelu_backward(dout.to(wide), h, approximate=ctx.approximate)
+        dbias = dy.sum(0).to(bias.dtype) if ctx.needs_input_grad[1] else None
+        return dy.to(y.dtype), dbias, None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm over the last dimension, in the dtype of x."""
+    return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), _EPS)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over the last dimension; its result is computed again in backward."""
+
+    def __init__(self, ctx: BuildContext, name: str) -> None:
+        super().__init__()
+        self.weight = ctx.tensor(f"{name}.weight")
+        self.bias = ctx.tensor(f"{name}.bias")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return again(layer_norm, x, self.weight, self.bias)

@@ -1,0 +1,192 @@
+"""The vision tower of Qwen 3.5 and 3.6: patch embedding, residual blocks, merger.
+
+This file decides the order of blocks and their parameter names (the table's, less its root);
+attention is `attention`'s, what patches are before the first block is `patches`'. The merger is the
+last layer. A config that this does not compute was refused by `guards` before.
+
+Shapes: U patches of all media, D the tower's hidden size, n = U / merge^2 embeddings, H the
+text's hidden size, F numbers of a patch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qcore.nn.protocols import BuildContext, Media
+from qcore.nn.protocols import Tower as TowerProtocol
+
+from .attention import Attention
+from .linear import LayerNorm, activated, affine, linear, residual
+from .patches import Pixels, numbers, taps
+from .table import vision_config
+
+#: Patches that are embedded at a time: their numbers are wide, and nothing of them stays.
+_AT_A_TIME = 8192
+
+
+class Mlp(nn.Module):
+    """``fc2(gelu(fc1(x)))``, the GELU by its tanh approximation, added to a stream."""
+
+    def __init__(self, ctx: BuildContext, name: str) -> None:
+        super().__init__()
+        self.linear_fc1 = linear(ctx, f"{name}.linear_fc1")
+        self.linear_fc2 = linear(ctx, f"{name}.linear_fc2")
+
+    def forward(self, stream: Tensor, x: Tensor) -> Tensor:
+        return residual(stream, self.linear_fc2, activated(self.linear_fc1, x, "tanh"))
+
+
+class Block(nn.Module):
+    """``x += attn(norm1(x)); x += mlp(norm2(x))``."""
+
+    def __init__(self, ctx: BuildContext, vision: Mapping[str, Any], number: int) -> None:
+        super().__init__()
+        name = f"blocks.{number}"
+        self.norm1 = LayerNorm(ctx, f"{name}.norm1")
+        self.attn = Attention(ctx, vision, f"{name}.attn")
+        self.norm2 = LayerNorm(ctx, f"{name}.norm2")
+        self.mlp = Mlp(ctx, f"{name}.mlp")
+
+    def forward(self, x: Tensor, media: Media) -> Tensor:
+        x = self.attn(x, self.norm1(x), media)
+        out: Tensor = self.mlp(x, self.norm2(x))
+        return out
+
+
+class Merger(nn.Module):
+    """``[U, D] -> [n, H]``: the norm is of each patch, before its block becomes one row.
+
+    Its GELU is the exact one.
+    """
+
+    def __init__(self, ctx: BuildContext, merge: int) -> None:
+        super().__init__()
+        self.merge = merge
+        self.norm = LayerNorm(ctx, "merger.norm")
+        self.linear_fc1 = linear(ctx, "merger.linear_fc1")
+        self.linear_fc2 = linear(ctx, "merger.linear_fc2")
+
+    def forward(self, x: Tensor, media: Media) -> Tensor:
+        rows = self.norm(x).view(-1, self.merge**2 * x.shape[1])
+        return affine(self.linear_fc2, activated(self.linear_fc1, rows, "none"))
+
+
+class _Projection(nn.Module):
+    """``patch_embed.proj``: a convolution over whole patches is one matrix."""
+
+    def __init__(self, ctx: BuildContext, name: str) -> None:
+        super().__init__()
+        self.weight = ctx.tensor(f"{name}.weight")
+        self.bias = ctx.tensor(f"{name}.bias")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1).to(x.dtype), self.bias.to(x.dtype))
+
+
+class _PatchEmbed(nn.Module):
+    """``patch_embed``: ``[U, F] -> [U, D]``."""
+
+    def __init__(self, ctx: BuildContext) -> None:
+        super().__init__()
+        self.proj = _Projection(ctx, "patch_embed.proj")
+
+
+class _PosEmbed(nn.Module):
+    """``pos_embed``: the learned square of positions."""
+
+    def __init__(self, ctx: BuildContext) -> None:
+        super().__init__()
+        self.weight = ctx.tensor("pos_embed.weight")
+        self.side = math.isqrt(len(self.weight))
+
+    def forward(self, index: Tensor, share: Tensor) -> Tensor:
+        """``[U, 4]`` each ``-> [U, D]``, summed in float32."""
+        every = zip(index.unbind(1), share.unsqueeze(2).unbind(1), strict=True)
+        first, *rest = (F.embedding(one, self.weight) * by for one, by in every)
+        for one in rest:
+            first = first + one
+        return first
+
+
+class Tower(nn.Module):
+    """Everything between patches and embeddings of the text's."""
+
+    def __init__(self, ctx: BuildContext) -> None:
+        super().__init__()
+        vision = vision_config(ctx.config)
+        self.dtype = ctx.dtype
+        self.merge: int = vision["spatial_merge_size"]
+        self.channels: int = vision["in_channels"]
+        self.patch: int = self.channels * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+        self.patch_embed = _PatchEmbed(ctx)
+        self.pos_embed = _PosEmbed(ctx)
+        self.blocks = nn.ModuleList(Block(ctx, vision, n) for n in range(vision["depth"]))
+        self.merger = Merger(ctx, self.merge)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The blocks, then the merger."""
+        return [*self.blocks, self.merger]
+
+    def embed(self, media: Media) -> Tensor:
+        """``values [U, F] -> [U, D]``: patches, and where they lie.
+
+        Raises:
+            ValueError: the grids are not of so many patches.
+        """
+        values, table = media.values, getattr(media, "table", None)
+        units = sum(math.prod(grid) for grid in media.grids)
+        if values.shape != (units, self.patch):
+            found = f"values of shape {tuple(values.shape)}"
+            raise ValueError(f"{found} for {units} patches of {self.patch} numbers")
+        given = (values, *media.memo("taps", lambda: self._taps(media)))
+        rows = [
+            self._rows(numbers(some, table, self.dtype), index, share)
+            for some, index, share in zip(*(x.split(_AT_A_TIME) for x in given), strict=True)
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _taps(self, media: Media) -> tuple[Tensor, Tensor]:
+        index, share = taps(media.grids, self.merge, self.pos_embed.side)
+        return index.to(media.values.device), share.to(media.values.device)
+
+    def _rows(self, x: Tensor, index: Tensor, share: Tensor) -> Tensor:
+        out: Tensor = self.patch_embed.proj(x)
+        return out + self.pos_embed(index, share).to(out.dtype)
+
+    def sample(
+        self, units: int, device: torch.device, generator: torch.Generator | None = None
+    ) -> Media:
+        """One made-up picture of about so many patches, as near a square as they allow.
+
+        Args:
+            units: patches; rounded up to a rectangle of whole blocks.
+            device: where it lies.
+            generator: of its bytes, on the CPU; without one they are left undefined.
+        """
+        blocks = max(1, -(-units // self.merge**2))
+        high = math.isqrt(blocks)
+        grid = (1, high * self.merge, -(-blocks // high) * self.merge)
+        shape, cpu = (math.prod(grid), self.patch), torch.device("cpu")
+        if generator is None:
+            values = torch.empty(shape, dtype=torch.uint8, device=device)
+        else:
+            values = torch.randint(256, shape, dtype=torch.uint8, device=cpu, generator=generator)
+        table = torch.linspace(-1, 1, 256, device=cpu).repeat(self.channels, 1)
+        return Pixels(
+            values=values.to(device),
+            grids=(grid,),
+            where=torch.arange(shape[0] // self.merge**2, device=device),
+            table=table.to(device),
+        )
+
+
+def build(ctx: BuildContext) -> TowerProtocol:
+    """The tower of the config in `ctx`."""
+    return cast(TowerProtocol, Tower(ctx))
