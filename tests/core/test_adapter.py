@@ -284,15 +284,15 @@ def test_short_names_where_they_mean_the_same(layouts: dict[str, Layout], tmp_pa
 def test_the_class_of_the_config_decides_and_can_be_asked_for(layouts: dict[str, Layout]):
     layout = layouts["vl"]
     vl, text = "Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"
-    assert choose_class(layout, "text", [vl], "").name == "vl"
-    assert choose_class(layout, "text", [text], "").name == "text"
-    assert choose_class(layout, "text", [vl], "text").name == "text"
+    assert choose_class(layout, ["text"], [vl], "").name == "vl"
+    assert choose_class(layout, ["text"], [text], "").name == "text"
+    assert choose_class(layout, ["text"], [vl], "text").name == "text"
     with pytest.raises(UsageError) as usage:
-        choose_class(layout, "text", [vl], "vision")
+        choose_class(layout, ["text"], [vl], "vision")
     assert (usage.value.code, usage.value.exit_code) == ("QC-ADAPTER-001", 2)
     for classes in ([], ["SomethingElse"]):
         with pytest.raises(InputError) as caught:
-            choose_class(layout, "text", classes, "")
+            choose_class(layout, ["text"], classes, "")
         assert caught.value.code == "QC-ADAPTER-002"
         assert "--adapter-class vl|text" in (caught.value.fix or "")
 

@@ -5,15 +5,16 @@ class) and what ``adapter_config.json`` says of an adapter that qcore trained. `
 meets a folder with a base; `state` writes the tensors and `merge` reads them. It needs no
 torch.
 
-Names: ``base_model.model.<module path in the class>.lora_{A,B}.weight``. A row's kind decides
-the rest: which module that is, the shapes, and whether the config lists it among
-``target_modules`` or ``target_parameters`` (PEFT 0.21, ``tuners/lora/layer.py``,
-``ParamWrapper``).
+Names: ``base_model.model.<module path in the class>.lora_{A,B}.weight``. Several parts may be
+touched (the trunk, a tower): the class is then one that each of them knows, and each spells its
+own weights by its own prefixes of that class. A row's kind decides the rest: which module that
+is, the shapes, and whether the config lists it among ``target_modules`` or ``target_parameters``
+(PEFT 0.21, ``tuners/lora/layer.py``, ``ParamWrapper``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 from .checkpoint import Header
 from .errors import InputError, UsageError
 from .locate import Layout
-from .table import Kind, Namespace, Tensor
+from .table import Kind, Namespace, Part, Table, Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -60,6 +61,7 @@ class Adapter:
         namespace: the class prefix that it is written in.
         meta: what qcore recorded in its manifest; empty for a foreign adapter.
         layout: ``peft``, or the foreign layout that a plugin read it as.
+        trunk: name of the base's part that is no tower.
     """
 
     path: Path
@@ -67,12 +69,71 @@ class Adapter:
     namespace: Namespace
     meta: Mapping[str, Any]
     layout: str = "peft"
+    trunk: str = "text"
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
         """The base's fingerprint by part, as recorded in training."""
         found = self.meta.get("fingerprints")
         return found if isinstance(found, dict) else {}
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Names of the parts that its pairs change."""
+        return frozenset(pair.tensor.part.name for pair in self.pairs.values())
+
+    def binding(self, layout: Layout) -> dict[str, str]:
+        """Recorded fingerprints of the parts that a run computes with: loaded ones, and its own.
+
+        A tower that was frozen in training and that the run leaves idle binds nothing.
+        """
+        mine = self.parts | {part.name for part in layout.table.parts if layout.loads(part)}
+        return {part: sha256 for part, sha256 in self.fingerprints.items() if part in mine}
+
+    @property
+    def modalities(self) -> dict[str, dict[str, Any]]:
+        """Which towers it was trained with, as recorded; of a foreign adapter, as its pairs tell.
+
+        By part: ``kinds`` of media that its rows had, ``tower_changed``, ``pairs`` in the tower,
+        and the ``plugin`` that owns it.
+        """
+        if "modalities" in self.meta:
+            return flags(self.meta)
+        found: dict[str, dict[str, Any]] = {}
+        for pair in self.pairs.values():
+            part = pair.tensor.part
+            if part.name != self.trunk:
+                one = {"kinds": [], "tower_changed": True, "pairs": 0, "plugin": part.owner}
+                found.setdefault(part.name, one)["pairs"] += 1
+        return found
+
+
+def flags(meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a manifest records of modalities, as far as it has their form."""
+    found = meta.get("modalities")
+    if not isinstance(found, dict):
+        return {}
+    return {name: dict(one) for name, one in found.items() if isinstance(one, dict)}
+
+
+def trunk_part(table: Table) -> Part:
+    """The part that owns the head; of a table without one, the first that may be loaded."""
+    heads = (tensor.part for tensor in table if tensor.row.group == "head")
+    return next(heads, next((part for part in table.parts if part.loaded), table.parts[0]))
+
+
+def namespace_of(part: Part, name: str) -> Namespace | None:
+    """A part's own namespace of that name; ``None``: its modules are not in that class."""
+    return next((one for one in part.namespaces if one.name == name), None)
+
+
+def spell(tensor: Tensor, namespace: Namespace) -> str:
+    """A weight's name in a class, by the prefixes that its own part has there.
+
+    One whose part is not in the class is called as it is on the hub.
+    """
+    own = namespace_of(tensor.part, namespace.name)
+    return tensor.name if own is None else own.spell(tensor.name)
 
 
 def stems(tensors: Iterable[Tensor], namespace: Namespace) -> dict[str, str]:
@@ -85,7 +146,7 @@ def stems(tensors: Iterable[Tensor], namespace: Namespace) -> dict[str, str]:
     found: dict[str, str] = {}
     stacks: dict[str, list[Tensor]] = {}
     for tensor in tensors:
-        name = namespace.spell(tensor.name)
+        name = spell(tensor, namespace)
         if tensor.row.kind is Kind.EXPERTS:
             stacks.setdefault(name.rpartition(".")[0], []).append(tensor)
         else:
@@ -107,30 +168,45 @@ def peft_shapes(tensor: Tensor, r: int) -> dict[str, tuple[int, int]]:
 
 def target_name(tensor: Tensor, namespace: Namespace) -> str:
     """What PEFT's config calls it: the module of a linear map, else the parameter."""
-    name = namespace.spell(tensor.name)
+    name = spell(tensor, namespace)
     return name.removesuffix(".weight") if tensor.row.kind is Kind.LINEAR else name
 
 
-def choose_class(layout: Layout, part: str, classes: Sequence[str], asked: str) -> Namespace:
-    """The namespace that an adapter is written in: asked for, else the checkpoint's class.
+def choose_class(
+    layout: Layout, touched: Collection[str], classes: Sequence[str], asked: str
+) -> Namespace:
+    """The trunk's namespace that an adapter is written in: asked for, else the checkpoint's class.
+
+    Args:
+        layout: the base.
+        touched: names of the parts that LoRA hits; each must be in the class.
+        classes: ``architectures`` of config.json.
+        asked: a namespace's name; empty: the one of `classes`.
 
     Raises:
-        UsageError: ``QC-ADAPTER-001`` for an unknown name.
+        UsageError: ``QC-ADAPTER-001`` for an unknown name, or for a class without a touched part.
         InputError: ``QC-ADAPTER-002`` when config.json names no class that the model knows.
     """
-    known = layout.table.part(part).namespaces
+    table = layout.table
+    parts = [part for part in table.parts if part.name in touched]
+    every = trunk_part(table).namespaces
+    known = [one for one in every if all(namespace_of(part, one.name) for part in parts)]
+    names = ", ".join(namespace.name for namespace in known)
     if asked:
         for namespace in known:
             if namespace.name == asked:
                 return namespace
-        names = ", ".join(namespace.name for namespace in known)
+        without = [part.name for part in parts if namespace_of(part, asked) is None]
+        there = any(one.name == asked for one in every)
         raise UsageError(
             "QC-ADAPTER-001",
-            "is not a class of this model",
+            f"has no part '{without[0]}', which this run trains"
+            if there
+            else "is not a class of this model",
             field="adapter_class",
             found=asked,
             expected=names,
-            fix=f"name one of {names}",
+            fix=f"name one of {names}" if names else "train fewer groups",
         )
     for namespace in known:
         if set(namespace.classes) & set(classes):
@@ -215,18 +291,11 @@ def _module_names(modules: list[Tensor], layout: Layout, namespace: Namespace) -
     """Short names where they mean the same modules; else every module by its whole name."""
     wanted = {target_name(tensor, namespace) for tensor in modules}
     suffixes = sorted({name.rpartition(".")[2] for name in wanted})
-    hit = {
-        name
-        for tensor in layout.table
-        if tensor.row.kind is Kind.LINEAR and tensor.part.loaded
-        for name in [target_name(tensor, namespace)]
-        if name.rpartition(".")[2] in suffixes
-    }
-    hit |= {
-        header.name
-        for header in layout.carried
-        if header.name.removesuffix(".weight").rpartition(".")[2] in suffixes
-    }
+    # PEFT looks at every module, a tower's convolution too, whoever owns it and trained or not.
+    every = [spell(tensor, namespace) for tensor in layout.table if tensor.part.loaded]
+    every += [header.name for header in layout.carried]
+    there = (name.removesuffix(".weight") for name in every if name.endswith(".weight"))
+    hit = {name for name in there if name.rpartition(".")[2] in suffixes}
     return suffixes if hit == wanted else sorted(wanted)
 
 
@@ -238,7 +307,7 @@ def _parameter_names(parameters: list[Tensor], layout: Layout, namespace: Namesp
         name
         for tensor in layout.table
         if tensor.row.kind is not None and tensor.part.loaded
-        for name in [namespace.spell(tensor.name)]
+        for name in [spell(tensor, namespace)]
         if any(name == short or name.endswith(f".{short}") for short in shorts)
     }
     return sorted(shorts if hit == wanted else wanted)

@@ -1,8 +1,9 @@
 """An adapter folder met with a base: what it holds, what it must hold, what is refused.
 
 This file decides which fields of ``adapter_config.json`` qcore acts on, that every adapter
-tensor is used exactly once and every declared target is hit, and that an adapter without a
-fingerprint of its base needs consent. It reads headers, not values, and needs no torch.
+tensor is used exactly once and every declared target is hit, that a tower's pairs are as many as
+training recorded, and that an adapter without a fingerprint of its base needs consent. It reads
+headers, not values, and needs no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapter import CONFIG, LAYOUT, WEIGHTS, Adapter, Pair, peft_shapes, stems, target_name
+from .adapter import (
+    CONFIG,
+    LAYOUT,
+    WEIGHTS,
+    Adapter,
+    Pair,
+    flags,
+    namespace_of,
+    peft_shapes,
+    stems,
+    target_name,
+    trunk_part,
+)
 from .artifact import MANIFEST, read_manifest, verify
 from .checkpoint import Header, read_headers, read_json, safe_file
 from .errors import InputError, QcoreError, TrustError, one_of_each, raise_all
@@ -85,7 +98,8 @@ def read_adapter(
             ``-006`` a declared target without tensors, ``-007`` a wrong shape,
             ``-008`` a folder that is not what its manifest says, ``-011`` one whose layout a
             later version wrote, ``-010`` a foreign layout
-            that several plugins claim or that names a weight which is not there.
+            that several plugins claim or that names a weight which is not there, ``-012`` pairs
+            of a part that is not here, ``-013`` fewer pairs of a part than were trained.
         TrustError: ``QC-ADAPTER-009`` no base fingerprint and no consent.
     """
     folder = Path(path)
@@ -110,6 +124,7 @@ def read_adapter(
         claimed = {weight for weight, _ in found[0].names.values()}
     reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed)
     pairs = reader.pairs()
+    _check_complete(folder, meta, pairs, layout)
     raise_all(one_of_each(reader.problems))
     return Adapter(
         path=folder,
@@ -117,6 +132,55 @@ def read_adapter(
         namespace=reader.namespace,
         meta=meta,
         layout=found[0].layout if found else "peft",
+        trunk=trunk_part(layout.table).name,
+    )
+
+
+def _check_complete(
+    folder: Path, meta: Mapping[str, Any], pairs: Mapping[str, Pair], layout: Layout
+) -> None:
+    """Every tower that training changed is here, with all of its pairs."""
+    for name, one in flags(meta).items():
+        trained = one.get("pairs")
+        if type(trained) is not int or trained < 1:
+            continue
+        if not has_part(layout, name):
+            raise no_part(folder, name, one.get("plugin"), f"{trained} pairs in part '{name}'")
+        here = sum(pair.tensor.part.name == name for pair in pairs.values())
+        if here != trained:
+            raise InputError(
+                "QC-ADAPTER-013",
+                f"does not hold all of what training changed in part '{name}'",
+                file=folder,
+                field=f"modalities.{name}.pairs",
+                found=here,
+                expected=trained,
+                fix="train or export again, or restore the folder",
+            )
+
+
+def has_part(layout: Layout, name: str) -> bool:
+    """Whether a table has that part, and the checkpoint its tensors."""
+    return name not in layout.absent and any(part.name == name for part in layout.table.parts)
+
+
+def no_part(adapter: Path, name: str, plugin: object, found: str) -> InputError:
+    """``QC-ADAPTER-012``: a base without a part that an adapter depends on.
+
+    Args:
+        adapter: its folder.
+        name: of the part.
+        plugin: the distribution that owned it in training, as recorded.
+        found: what depends on it.
+    """
+    installed = f"install {plugin}, or " if isinstance(plugin, str) and plugin else ""
+    return InputError(
+        "QC-ADAPTER-012",
+        "depends on a part that this base lacks, or that no installed plugin knows",
+        file=adapter,
+        field=f"part '{name}'",
+        found=found,
+        fix=f"{installed}name the base that the adapter was trained on",
     )
 
 
@@ -137,10 +201,7 @@ def _translated(
     translated, table = dict(headers), layout.table
     claimed = {weight for weight, _ in claims[0].names.values()}
     # Together: a stack's name depends on which others of its module are adapted.
-    named: dict[str, str] = {}
-    for part in table.parts:
-        mine = (tensor for tensor in table if tensor.part is part and tensor.name in claimed)
-        named |= stems(mine, part.namespaces[0])
+    named = stems((t for t in table if t.name in claimed), trunk_part(table).namespaces[0])
     for name, (weight, side) in claims[0].names.items():
         if weight not in named or side not in ("A", "B") or name not in headers:
             raise InputError(
@@ -275,11 +336,22 @@ class _Reader:
         self.headers = headers
         self.claimed = claimed
         self.problems: list[QcoreError] = []
-        self.maps = [t for t in layout.table if t.row.kind is not None and t.part.loaded]
-        # Equal fits are told apart by class: which prefix it is never changes what is merged.
-        names = {n.name: n for part in layout.table.parts for n in part.namespaces}
-        self.namespace = max(names.values(), key=self._fits)
+        self.every = [
+            tensor
+            for tensor in layout.table
+            if tensor.row.kind is not None
+            and tensor.part.loaded
+            and tensor.part.name not in layout.absent
+        ]
+        # One class for all parts, the trunk's. Equal fits are told apart by class: which prefix
+        # it is never changes what is merged.
+        self.namespace = max(trunk_part(layout.table).namespaces, key=self._fits)
+        self.maps = self._maps(self.namespace)
         self.stems = self._stems(self.namespace)
+
+    def _maps(self, namespace: Namespace) -> list[Tensor]:
+        """The maps that are in a class: the text class has no tower."""
+        return [t for t in self.every if namespace_of(t.part, namespace.name) is not None]
 
     def _stems(self, namespace: Namespace) -> dict[str, str]:
         """The names that weights have under this config.
@@ -291,7 +363,7 @@ class _Reader:
         return stems(
             (
                 tensor
-                for tensor in self.maps
+                for tensor in self._maps(namespace)
                 if tensor.row.kind is not Kind.EXPERTS
                 or tensor.name in self.claimed
                 or _named(target_name(tensor, namespace), declared)
@@ -379,11 +451,11 @@ class _Reader:
         declared = declared if isinstance(declared, list) else []
         # PEFT narrows down modules alone.
         excluded = (self.config.get("exclude_modules") or []) if linear else []
-        layers = _layers(self.config) if linear else []
+        layers = linear and bool(_layers(self.config))
         mine = [tensor for tensor in self.maps if (tensor.row.kind is Kind.LINEAR) == linear]
         for tensor in mine:
             module = self._module(tensor)
-            out = _named(module, excluded) or (bool(layers) and tensor.index not in layers)
+            out = _named(module, excluded) or (layers and not self._transformed(tensor))
             wanted = _named(module, declared) and isinstance(excluded, list) and not out
             if wanted and tensor.name not in pairs:
                 self._problem(
@@ -407,6 +479,17 @@ class _Reader:
                     f"{field}: {name}",
                     fix="name the base that the adapter was trained on",
                 )
+
+    def _transformed(self, tensor: Tensor) -> bool:
+        """PEFT's rule for ``layers_to_transform``: the layer's number, below ``layers_pattern``."""
+        given = self.config.get("layers_pattern") or []
+        words = [given] if isinstance(given, str) else given
+        # An expression is a stranger's code: what it hits is taken as told.
+        plain = isinstance(words, list) and all(re.fullmatch(r"[\w.]+", str(w)) for w in words)
+        below = [f".{word}.{tensor.index}." for word in words] if plain else []
+        if below and not any(path in self._module(tensor) for path in below):
+            return False
+        return tensor.index in _layers(self.config)
 
     def _module(self, tensor: Tensor) -> str:
         return target_name(tensor, self.namespace)

@@ -181,7 +181,7 @@ class Generator:
         return read_adapter(adapter, self.found.layout, trust_base=trust_base, claims=claims)
 
     def _apply(self, adapter: Adapter, now: dict[str, str]) -> None:
-        for part, recorded in adapter.fingerprints.items():
+        for part, recorded in adapter.binding(self.found.layout).items():
             if now.get(part) != recorded:
                 raise InputError(
                     "QC-GENERATE-001",

@@ -7,6 +7,9 @@ other way to merge is closer on any tensor. Nothing goes through a model class, 
 training did not load is kept as it was. A base in block FP8 is written in bfloat16, whole, and
 only when that is asked for (`merge_plan`): the values that training saw are its decoded ones.
 
+An adapter is merged into all that it was trained on: one that changed a tower, or was trained on
+media with the tower as it was, needs a base that has it and a plugin that knows it.
+
 In one pass (`merge_pass`) each tensor's bytes are hashed for the fingerprint, changed or copied,
 hashed again for the manifest, and written; the proof reads the layers again. A mismatch with the
 base that the adapter was trained on stops the merge at the first tensor.
@@ -26,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import WEIGHTS, Adapter
-from .adapter_reader import read_adapter
+from .adapter_reader import has_part, no_part, read_adapter
 from .artifact import MANIFEST, check_target, publish, read_manifest
 from .checkpoint import Checkpoint, read_headers
 from .deltas import Deltas, one_thread
@@ -95,8 +98,9 @@ def merge(
     Raises:
         UsageError: ``QC-MERGE-009`` `dequantize`, and the base is not quantised.
         InputError: the adapter is not for this base (``QC-MERGE-001``), is already in it
-            (``-002``), the base is in FP8 and `dequantize` is not set (``-008``), or its folder
-            or the base's are not as they must be.
+            (``-002``), the base is in FP8 and `dequantize` is not set (``-008``), it depends on
+            a part that is not there (``QC-ADAPTER-012``), or its folder or the base's are not
+            as they must be.
         NumericError: ``QC-MERGE-003`` a value that is not finite, ``-004`` nothing changed,
             ``-005`` logits of the merge differ from base + adapter, ``-006`` and ``-007`` the
             files do not hold what they should.
@@ -107,8 +111,13 @@ def merge(
     found = identify(model, generation=generation)
     _check_dtype(found, dequantize)
     told = read_adapter(adapter, found.layout, trust_base=trust_base, claims=found.adapter_claims)
+    _refuse_parts(found, told)
     already = _refuse_twice(found.checkpoint, told)
-    warnings = (*preflight(found, verb="merge", settings={}), *_template_notes(found, told))
+    warnings = (
+        *preflight(found, verb="merge", settings={}),
+        *_template_notes(found, told),
+        *_media_notes(told),
+    )
     for line in (*found.decision.evidence, *warnings):
         tell.note(line)
     merger = MergePass(found, told, dequantize)
@@ -164,6 +173,22 @@ def _template_notes(found: Identified, adapter: Adapter) -> Iterator[str]:
     if variables:
         told = ", ".join(f"{name}={json.dumps(value)}" for name, value in variables.items())
         yield f"the adapter was trained with {told}: what serves the merge must render with them"
+
+
+def _refuse_parts(found: Identified, adapter: Adapter) -> None:
+    """Refuse a base without a part that training loaded, before anything is read."""
+    for name in adapter.fingerprints:
+        if not has_part(found.layout, name):
+            plugin = adapter.modalities.get(name, {}).get("plugin")
+            raise no_part(adapter.path, name, plugin, "it was trained with that part loaded")
+
+
+def _media_notes(adapter: Adapter) -> Iterator[str]:
+    """What of the adapter is not text."""
+    for name, one in adapter.modalities.items():
+        kinds = " and ".join(map(str, one.get("kinds") or [])) or "no media that it tells of"
+        changed = f"{one['pairs']} pairs change" if one.get("pairs") else "nothing changes"
+        yield f"the adapter was trained on {kinds}; {changed} the part '{name}'"
 
 
 def _check_dtype(found: Identified, dequantize: bool) -> None:
@@ -228,6 +253,7 @@ def _meta(
                 "sha256": _digest(adapter.path / WEIGHTS),
                 "trusted_without_fingerprint": not adapter.fingerprints,
                 "pairs": len(adapter.pairs),
+                "modalities": adapter.modalities,
                 "tensors_changed": merger.changed,
                 "tensors_unchanged": merger.unchanged,
             },

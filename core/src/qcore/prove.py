@@ -5,22 +5,24 @@ with one layer in memory at a time. Each layer with the merged weights, not roun
 what it gives with the adapter as training applies it, from the same input: through many layers
 float32 alone would drift apart, and a router would send a token to another expert. Beside it the
 merged model runs on its own outputs to the logits, which are reported, and the base, which tells
-the adapter's effect. The sums are also met with the written files, which must hold them, rounded
-once; what that rounding does to logits is expected and gates nothing.
+the adapter's effect. Where the adapter changes a tower, its layers go before the trunk's by the
+same rule, on made-up media, and what they give takes the place of some tokens; else no tensor of
+it is read. The sums are also met with the written files, which must hold them, rounded once; what
+that rounding does to logits is expected and gates nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapter, trunk_part
 from .checkpoint import Checkpoint
 from .deltas import WORKERS, Deltas, one_thread, single
 from .errors import NumericError, raise_all
@@ -30,10 +32,12 @@ from .locate import Located, faults, survey
 from .model import Model
 from .nn.adapted import Adapted, Lora
 from .nn.experts import Experts, Routing
-from .nn.protocols import Packed
+from .nn.protocols import Packed, Tower
+from .records import Modality
 from .table import Kind, Region
 
 _DOCUMENTS, _TOKENS = 8, 5  # longer than a convolution's kernel; time is the weights' more
+_UNITS = 60  # of media, about: no power of two
 #: Of what a layer adds, and of its output: float32, summed in another order.
 _ADDED, _OUTPUT = 1e-5, 1e-6
 #: Share of tokens that rounding may send to other experts in a layer; more is a fault.
@@ -62,7 +66,8 @@ def prove_merge(
         ``layers``: the largest difference of a layer's output, as a share of what is allowed;
         ``difference`` and ``effect``: largest absolute differences of logits between the merge,
         or the base, and base + adapter; ``scale``: the largest absolute logit; ``rerouted``:
-        tokens that picked other experts in a layer of the merge, by rounding.
+        tokens that picked other experts in a layer of the merge, by rounding; ``tower_effect``:
+        as ``effect``, of a tower's outputs, where the adapter changes one.
 
     Raises:
         NumericError: ``QC-MERGE-005`` when a layer differs, or when the adapter has no effect;
@@ -73,7 +78,7 @@ def prove_merge(
     # On one core, beside the thread that reads: see `one_thread`.
     with torch.no_grad(), one_thread():
         result = streams.compare(*streams.run())
-    if not result["effect"] > 0:
+    if not max(result["effect"], result.get("tower_effect", 0.0)) > 0:
         raise NumericError(
             "QC-MERGE-005",
             "has no effect on the base's logits",
@@ -83,6 +88,19 @@ def prove_merge(
             fix="train longer",
         )
     return result
+
+
+class _Three(NamedTuple):
+    """What a layer reads in each stream; the base's may be fewer rows."""
+
+    base: Tensor
+    adapted: Tensor
+    merged: Tensor
+
+
+def _tower_of(found: Identified, adapter: Adapter) -> Modality | None:
+    """The modality whose tower the adapter changes."""
+    return next((one for one in found.decision.modalities if one.name in adapter.parts), None)
 
 
 class _Streams:
@@ -103,8 +121,11 @@ class _Streams:
         self.written = Checkpoint.open(written)
         self.written_layout, problems = survey(found.layout.table, self.written)
         raise_all(faults(problems))
+        modality = _tower_of(found, adapter)
+        found = found if modality is None else found.using(modality)
         self.checkpoint = found.checkpoint
         self.layout = found.layout
+        self.tower_effect: float | None = None
         self.progress = progress
         self.deltas = deltas
         lora = {
@@ -113,17 +134,71 @@ class _Streams:
         }
         architecture = found.decision.architecture
         config = found.checkpoint.config
-        self.model = Model(architecture, config, found.layout, torch.float32, lora).eval()
+        self.model = Model(
+            architecture, config, found.layout, torch.float32, lora, modality=modality
+        ).eval()
         self.modules = dict(self.model.named_modules())
+        tower = self.model.tower
+        self.trunk_layers = self._named_layers(self.model.trunk.layers)
+        self.tower_layers = self._named_layers(tower.layers if tower is not None else ())
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """What the head reads in the streams: base ``[T / N, H]``, adapted, merged ``[T, H]``."""
-        trunk, batch = self.model.trunk, self._batch()
+        tower, trunk, batch = self.model.tower, self.model.trunk, self._batch()
         one = Packed.of([batch.ids[:_TOKENS]])
         both = Packed.of(list(batch.ids.view(-1, _TOKENS)) * 2)
         base, adapted = trunk.embed(one), trunk.embed(batch)
-        merged = adapted
-        for prefix, layer, values in self._layers():
+        x = _Three(base, adapted, adapted)
+        if tower is not None:
+            x = _seen(x, self._through_tower(tower))
+
+        def two(layer: nn.Module, adapted: Tensor, merged: Tensor) -> Sequence[Tensor]:
+            return cast(Tensor, layer(torch.cat([adapted, merged]), both)).chunk(2)
+
+        x = self._through(self.trunk_layers, x, one, batch, two)
+        if self.proved != self.adapter.pairs.keys():
+            raise NumericError(
+                "QC-MERGE-004",
+                "is in no layer, so that its effect is not proved",
+                file=self.adapter.path,
+                field=min(self.adapter.pairs.keys() - self.proved),
+                fix="report this to the plugin's author",
+            )
+        self._place_rest()
+        return trunk.final(x.base), trunk.final(x.adapted), trunk.final(x.merged)
+
+    def _through_tower(self, tower: Tower) -> _Three:
+        """The tower's outputs ``[n, H]`` in the streams, of one made-up medium."""
+        self._place_rest()
+        media = tower.sample(_UNITS, torch.device("cpu"), torch.Generator().manual_seed(1))
+
+        def two(layer: nn.Module, adapted: Tensor, merged: Tensor) -> Sequence[Tensor]:
+            return layer(adapted, media), layer(merged, media)
+
+        x = tower.embed(media)
+        out = self._through(self.tower_layers, _Three(x, x, x), media, media, two)
+        self.tower_effect = float((out.adapted - out.base).abs().max())
+        return out
+
+    def _through(
+        self,
+        layers: Sequence[tuple[str, nn.Module]],
+        x: _Three,
+        one: Any,
+        batch: Any,
+        two: Callable[[nn.Module, Tensor, Tensor], Sequence[Tensor]],
+    ) -> _Three:
+        """The streams through layers, each compared.
+
+        Args:
+            layers: by the name of the module.
+            x: what the first reads.
+            one: what the base's stream is of.
+            batch: what the others are of.
+            two: a layer on both of them, ``(layer, adapted, merged)``.
+        """
+        base, adapted, merged = x
+        for prefix, layer, values in self._layers(layers):
             with self._real(prefix, layer, values) as maps:
                 with _routes(layer) as picked:
                     after = layer(adapted, batch)
@@ -134,28 +209,26 @@ class _Streams:
                     self._merge(name, module)
                 # Merged weights on the adapted stream, to be compared, and on their own.
                 with _routes(layer) as again:
-                    same, merged = layer(torch.cat([adapted, merged]), both).chunk(2)
+                    same, merged = two(layer, adapted, merged)
                 self._check_layer(prefix, adapted, after, same, _moved(picked, again))
                 adapted = after
-        if self.proved != self.adapter.pairs.keys():
-            raise NumericError(
-                "QC-MERGE-004",
-                "is in no layer, so that its effect is not proved",
-                file=self.adapter.path,
-                field=min(self.adapter.pairs.keys() - self.proved),
-                fix="report this to the plugin's author",
-            )
-        prefixes = tuple(f"{prefix}." for prefix, _ in self._named_layers())
+        return _Three(base, adapted, merged)
+
+    def _place_rest(self) -> None:
+        """Read what is outside the layers, less the head."""
+        prefixes = tuple(f"{prefix}." for prefix, _ in (*self.tower_layers, *self.trunk_layers))
         for name, parameter in self.model.named_parameters():
             rest = name != self.model.head_name and not name.startswith(prefixes)
             if parameter.is_meta and rest and name in self.layout.located:
                 self._place(name, read_tensor(self.checkpoint, self.layout.located[name]))
-        return trunk.final(base), trunk.final(adapted), trunk.final(merged)
 
     def _check_layer(
         self, prefix: str, x: Tensor, adapted: Tensor, merged: Tensor, moved: Tensor | None
     ) -> None:
-        """One layer's outputs ``[T, H]`` from the same x; tokens that `moved` are only counted."""
+        """One layer's outputs ``[T, H]`` from the same x; tokens that `moved` are only counted.
+
+        A tower's last layer gives fewer rows than it reads: all of them are what it adds.
+        """
         if not bool(adapted.isfinite().all()):
             raise NumericError(
                 "QC-MERGE-003",
@@ -168,7 +241,8 @@ class _Streams:
         if moved is not None and int(moved.sum()) <= len(x) * _REROUTED:
             self.rerouted += int(moved.sum())
             off = off.masked_fill(moved, 0)
-        allowed = _ADDED * float((adapted - x).abs().max()) + _OUTPUT * float(adapted.abs().max())
+        added = adapted - x if adapted.shape == x.shape else adapted
+        allowed = _ADDED * float(added.abs().max()) + _OUTPUT * float(adapted.abs().max())
         worst = float(off.max())
         if not worst <= allowed:
             raise NumericError(
@@ -243,11 +317,13 @@ class _Streams:
             "effect": effect,
             "scale": scale,
             "rerouted": float(self.rerouted),
+            **({} if self.tower_effect is None else {"tower_effect": self.tower_effect}),
         }
 
     def _batch(self) -> Packed:
         """Random documents over a small vocabulary: only its rows of the embedding are read."""
-        entry = next(e for e in self.layout.table if e.row.group == "embed")
+        mine = trunk_part(self.layout.table)
+        entry = next(e for e in self.layout.table if e.part is mine and e.row.group == "embed")
         count = min(_DOCUMENTS * _TOKENS, entry.shape[0])
         generator = torch.Generator().manual_seed(0)
         rows = torch.randint(entry.shape[0], (count,), generator=generator).tolist()
@@ -258,11 +334,13 @@ class _Streams:
         ids = torch.randint(count, (_DOCUMENTS, _TOKENS), generator=generator)
         return Packed.of(list(ids))
 
-    def _named_layers(self) -> list[tuple[str, nn.Module]]:
+    def _named_layers(self, layers: Sequence[Any]) -> list[tuple[str, nn.Module]]:
         names = {id(module): name for name, module in self.modules.items()}
-        return [(names[id(layer)], cast(nn.Module, layer)) for layer in self.model.trunk.layers]
+        return [(names[id(layer)], layer) for layer in layers]
 
-    def _layers(self) -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
+    def _layers(
+        self, layers: Sequence[tuple[str, nn.Module]]
+    ) -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
         """Each layer and its tensors, float32; the next layer's are read meanwhile.
 
         Experts are not among them: each is read when a token is routed to it.
@@ -275,7 +353,6 @@ class _Streams:
                 if name.startswith(f"{prefix}.") and item.tensor.row.kind is not Kind.EXPERTS
             }
 
-        layers = self._named_layers()
         with ThreadPoolExecutor(1, initializer=single) as pool:
             ahead = pool.submit(read, layers[0][0])
             for number, (prefix, layer) in enumerate(layers):
@@ -321,6 +398,19 @@ class _Streams:
         item = self.layout.located[name]
         place(self.model, self.modules, item, slice(0, len(value)), value, quantize=False)
         self.progress(sum(where.header.end - where.header.start for where in item.places))
+
+
+def _seen(x: _Three, media: _Three) -> _Three:
+    """Embeddings of tokens, with a tower's outputs in place of the first document's, but the last.
+
+    So its effect is on logits too, as of media in a row.
+    """
+
+    def put(tokens: Tensor, outputs: Tensor) -> Tensor:
+        count = min(len(outputs), _TOKENS - 1)
+        return torch.cat([outputs[:count], tokens[count:]])
+
+    return _Three(*(put(tokens, outputs) for tokens, outputs in zip(x, media, strict=True)))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ SAME_NUMBERS: Final = ("settings.gradient_checkpointing", "settings.recompute")
 def identity(
     found: Identified,
     settings: Settings,
-    data: str,
+    data: Mapping[str, Any],
     device: str,
     kernels: Mapping[str, str],
     base: Mapping[str, str] | None = None,
@@ -38,7 +38,7 @@ def identity(
     Args:
         found: the base.
         settings: the run's.
-        data: SHA-256 of the rows.
+        data: the manifest's summary of the rows; their digest counts, and that of their media.
         device: type of the device.
         kernels: backend of every op.
         base: fingerprints by part; ``None`` before they are known, and then they are left out.
@@ -47,7 +47,8 @@ def identity(
     return ({} if base is None else {"base": dict(base)}) | {
         "template": provenance["template_sha256"],
         "plugins": provenance["plugins"],
-        "data": data,
+        "data": data["sha256"],
+        **({"media": data["media_sha256"]} if data.get("media_sha256") else {}),
         "settings": settings.to_dict(),
         "device": device,
         "kernels": dict(kernels),

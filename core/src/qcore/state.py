@@ -150,7 +150,7 @@ class RunFiles:
         return identity(
             self.found,
             self.settings,
-            self.data["sha256"],
+            self.data,
             self.device,
             self.kernels,
             fingerprints(self.found.layout, self.digests),
@@ -198,6 +198,23 @@ class RunFiles:
             out.copy(METRICS, metrics)
             out.meta["result"] = dict(result)
 
+    def _modalities(self) -> dict[str, dict[str, Any]]:
+        """Which kinds of media the rows had, and what of a tower is changed; empty without one."""
+        modality, layout = self.found.modality, self.found.layout
+        if modality is None or self.model.tower is None:
+            return {}
+        part = layout.table.part(modality.name)
+        maps = [m for name, m in self.model.adapters() if layout.table[name].part is part]
+        seen = self.data.get("media") or {}
+        return {
+            modality.name: {
+                "kinds": [kind for kind in modality.kinds if seen.get(kind)],
+                "tower_changed": any(module.moved[0] for module in maps),
+                "pairs": len(maps),
+                "plugin": part.owner,
+            }
+        }
+
     def _names(self) -> dict[str, str]:
         """The adapter file's name of each trainable parameter."""
         table = self.found.layout.table
@@ -233,6 +250,7 @@ class RunFiles:
             layout=LAYOUT,
             adapter_class={"name": self.namespace.name, "classes": list(self.namespace.classes)},
             fingerprints=fingerprints(layout, self.digests),
+            modalities=self._modalities(),
             tensors=dict(self.digests),
             data=dict(self.data),
             identity=self.identity(),

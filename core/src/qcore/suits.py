@@ -56,9 +56,12 @@ def refuse_unused(wanted: Iterable[str], used: Collection[str]) -> None:
 
 
 def _adapter_class(found: Identified, settings: Mapping[str, Any]) -> None:
-    part = next(entry.part.name for entry in found.layout.table if entry.part.loaded)
-    asked = settings.get("adapter_class", "")
-    choose_class(found.layout, part, classes_of(found.checkpoint.config), asked)
+    """The class has every part that the groups lie in; which groups there are is `targets`'."""
+    layout, asked = found.layout, settings.get("adapter_class", "")
+    groups = set(settings.get("target_groups", ()))
+    parts = [p for p in layout.table.parts if groups & p.groups.keys() and p.loaded]
+    touched = {part.name for part in parts}
+    choose_class(layout, touched, classes_of(found.checkpoint.config), asked)
 
 
 def _router(found: Identified, settings: Mapping[str, Any]) -> None:

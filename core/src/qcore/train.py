@@ -221,8 +221,7 @@ def _before(
     last, _ = newest(folder)
     lines: list[str] = []
     if last is not None:
-        data = rows.summary()["sha256"]
-        now = identity(found, settings, data, device.type, backends.backends)
+        now = identity(found, settings, rows.summary(), device.type, backends.backends)
         lines = compare(last[1], now)
     before, said = kept(folder, POLICIES)
     if lines:  # the settings ask for other policies
@@ -273,8 +272,8 @@ def _load(
         group_r={name: int(r) for name, r in settings.group_r.items()},
         group_lora_alpha={name: float(x) for name, x in settings.group_lora_alpha.items()},
     )
-    part = layout.table[next(iter(chosen))].part.name
-    namespace = choose_class(layout, part, classes_of(config), settings.adapter_class)
+    touched = {layout.table[name].part.name for name in chosen}
+    namespace = choose_class(layout, touched, classes_of(config), settings.adapter_class)
     net = Model(
         architecture, config, layout, DTYPES[settings.dtype], chosen, backends,
         modality=found.modality,
