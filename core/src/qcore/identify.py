@@ -49,7 +49,8 @@ class Identified:
         Raises:
             PluginError: ``QC-MEDIA-007`` two do: their positions would contradict.
         """
-        found = [one for one in self.decision.modalities if one.name not in self.layout.absent]
+        parts = {part.name for part in self.layout.table.parts} - {*self.layout.absent}
+        found = [one for one in self.decision.modalities if one.name in parts]
         if len(found) > 1:
             raise PluginError(
                 "QC-MEDIA-007",

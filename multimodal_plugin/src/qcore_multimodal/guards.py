@@ -1,12 +1,14 @@
 """Guards of the tower, one function a code: what the shapes cannot show.
 
+- ``QC-VISION-001`` warning: config.json has a section for a tower and does not describe one.
 - ``QC-VISION-010`` a value that the blocks do not compute: an activation, features of deeper
   blocks, another kind of tower.
 - ``QC-VISION-011`` rotary parameters that the blocks do not compute.
 - ``QC-VISION-012`` numbers that do not go together (heads, position embeddings).
 - ``QC-VISION-053`` config.json and the tokenizer differ about the tokens of media (`text`).
 
-They hold for runs that load the tower. One of text alone carries it as it is, whatever it is.
+All but the first hold for runs that load the tower. One of text alone carries it as it is,
+whatever it is.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qcore.errors import InputError
 from qcore.records import Finding, PreflightRequest, Severity
 
-from .rope import THETA
-from .table import NAME, SECTION, vision_config
+from .table import NAME, SECTION, THETA, parts, vision_config
 from .text import token_findings
 
 #: What the blocks hard-code, as transformers' module does: anything else would be ignored.
@@ -32,11 +34,24 @@ _ROPE_KEYS = {"rope_type", "type", "rope_theta"}
 
 def findings(request: PreflightRequest) -> Iterator[Finding]:
     """All findings of all guards."""
-    layout = request.layout
+    layout, config = request.layout, request.checkpoint.config
+    if config.get(SECTION) is not None:
+        try:
+            list(parts(config))
+        except InputError as error:
+            yield Finding(
+                code=error.code,
+                severity=Severity.WARNING,
+                what=f"{error.what}: media cannot be read, and its tensors stay as they are",
+                file=error.file,
+                field=error.field,
+                found=str(error.found),
+                expected=str(error.expected),
+            )
     if any(part.name == NAME and layout.loads(part) for part in layout.table.parts):
-        yield from config_findings(vision_config(request.checkpoint.config))
+        yield from config_findings(vision_config(config))
         if request.token_ids:
-            yield from token_findings(request.checkpoint.config, request.token_ids)
+            yield from token_findings(config, request.token_ids)
 
 
 def config_findings(vision: Mapping[str, Any]) -> Iterator[Finding]:

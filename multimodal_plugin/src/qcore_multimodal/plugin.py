@@ -6,9 +6,11 @@ Importing this file imports no torch, no transformers and no Pillow.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from qcore import hookimpl
+from qcore.errors import InputError
 from qcore.records import Finding, Modality, PreflightRequest
 from qcore.table import Part
 
@@ -51,9 +53,10 @@ def qcore_describe() -> Iterator[Modality]:
 
 @hookimpl
 def qcore_key_mapping(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
-    """The tower's part, where config.json has its section."""
+    """The tower's part, where config.json describes one; if it does not, `guards` says so."""
     if architecture in VISION.architectures and config.get(VISION.section) is not None:
-        yield from table.parts(config)
+        with suppress(InputError):
+            yield from table.parts(config)
 
 
 @hookimpl

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from qcore.nn.protocols import Media
 
+from .table import THETA
+
 Grids = Sequence[tuple[int, ...]]  #: of each medium: patches in time, height and width
-#: Base of the frequencies where config.json says none, as in all published ones.
-THETA = 10000.0
 _CPU = torch.device("cpu")
 
 

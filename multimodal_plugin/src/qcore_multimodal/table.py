@@ -24,6 +24,8 @@ NAME = "vision"
 ROOT = "model.visual"
 SECTION = "vision_config"
 OWNER = "qcore-multimodal"
+#: Base of the rotary frequencies where config.json says none, as in all published ones.
+THETA = 10000.0
 #: Far above any real tower. A table names every tensor, so a count is memory before it is judged.
 _MOST_BLOCKS = 1000
 
