@@ -88,6 +88,8 @@ def towers(
     theirs = model_class(config).eval()
     randomise(theirs, seed)
     theirs.to(dtype)
+    # Its frequencies are no weights: `from_pretrained` leaves them in float32.
+    theirs.rotary_pos_emb = type(theirs.rotary_pos_emb)(config)
     context = Given({"vision_config": section}, theirs.state_dict(), dtype)
     return Towers(theirs, Tower(context), section)
 
