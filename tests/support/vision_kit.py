@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from support.blocks_kit import GivenWeights
-from support.e2e_kit import CPU, MOE_STOCK, STOCK
+from support.e2e_kit import CPU, MOE_STOCK, STOCK, resave, write_stock
 from torch import Tensor, nn
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5VisionConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
@@ -21,10 +22,12 @@ from qcore.identify import identify
 from qcore.load import load
 from qcore.model import Model
 from qcore.nn.adapted import Lora
-from qcore.nn.protocols import Media
+from qcore.nn.protocols import Media, Packed
 from qcore.targets import targets
 from qcore_multimodal.plugin import VISION
+from qcore_multimodal.tiny import add_tower
 from qcore_multimodal.tower import Tower
+from qcore_qwen35.tiny import write
 
 Grid = tuple[int, int, int]
 CLASSES = {
@@ -88,6 +91,8 @@ def towers(
     theirs = model_class(config).eval()
     randomise(theirs, seed)
     theirs.to(dtype)
+    # Its frequencies are no weights: `from_pretrained` leaves them in float32.
+    theirs.rotary_pos_emb = type(theirs.rotary_pos_emb)(config)
     context = Given({"vision_config": section}, theirs.state_dict(), dtype)
     return Towers(theirs, Tower(context), section)
 
@@ -97,13 +102,18 @@ def randomise(tower: nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in tower.named_parameters():
-            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            if parameter.dim() == 1:
-                parameter.normal_(centre, 0.3, generator=generator)
-            elif "pos_embed" in name:
-                parameter.normal_(0, 0.5, generator=generator)
-            else:
-                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+            fill(name, parameter, generator)
+
+
+def fill(name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    """Random values of one tensor, by its name."""
+    if parameter.dim() == 1:
+        centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        parameter.normal_(centre, 0.3, generator=generator)
+    elif "pos_embed" in name:
+        parameter.normal_(0, 0.5, generator=generator)
+    else:
+        parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
 
 
 def media_of(section: Mapping[str, Any], grids: Sequence[Grid], seed: int = 0) -> Media:
@@ -186,3 +196,110 @@ def stock_of(folder: Path, *, moe: bool = False, dtype: torch.dtype = torch.floa
     """The stock vision-language class from the folder."""
     built = (MOE_STOCK if moe else STOCK)["vl"]
     return built.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def tiny_vl(folder: Path, *, moe: bool = False, seed: int = 0, **vision: Any) -> Path:
+    """The architecture's tiny checkpoint with the plugin's tiny tower."""
+    write(folder, moe=moe, seed=seed)
+    add_tower(folder, seed=seed, **vision)
+    return folder
+
+
+@dataclass
+class Row:
+    """One document of text, images and videos, as the stock class and as a pack have it.
+
+    Attributes:
+        ids: ``[T]``, a placeholder for every embedding of a medium.
+        kinds: ``[T]``, 0 text, 1 image, 2 video.
+        media: (kind, grid, values) in the order of the text.
+    """
+
+    ids: Tensor
+    kinds: Tensor
+    media: list[tuple[int, Grid, Tensor]]
+
+    def stock(self, model: Any) -> dict[str, Tensor]:
+        """Arguments of the stock class; positions are its own."""
+        given: dict[str, Any] = {"input_ids": self.ids[None], "mm_token_type_ids": self.kinds[None]}
+        for kind, values, grids in (
+            (1, "pixel_values", "image_grid_thw"),
+            (2, "pixel_values_videos", "video_grid_thw"),
+        ):
+            mine = [one for one in self.media if one[0] == kind]
+            if mine:
+                given[values] = torch.cat([one[2] for one in mine])
+                given[grids] = torch.tensor([one[1] for one in mine])
+        keys = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw")
+        asked = {key: given[key] for key in keys if key in given}
+        given["position_ids"] = model.get_rope_index(**asked)[0]
+        return given
+
+    def positions(self, model: Any) -> Tensor:
+        """``[3, T]`` of the stock class."""
+        return self.stock(model)["position_ids"][:, 0]
+
+
+def row_of(config: Mapping[str, Any], said: Sequence[int | tuple[int, Grid]], seed: int = 0) -> Row:
+    """A document.
+
+    Args:
+        config: config.json.
+        said: a number of text tokens, or (1 or 2, grid) for an image or a video; every patch in
+            time of a video stands between its own start and end, a token of text before it.
+        seed: of text and values.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    start, end = config["vision_start_token_id"], config["vision_end_token_id"]
+    pads = {1: config["image_token_id"], 2: config["video_token_id"]}
+    vision = config["vision_config"]
+    ids: list[int] = []
+    kinds: list[int] = []
+    media: list[tuple[int, Grid, Tensor]] = []
+
+    def text(count: int) -> None:
+        ids.extend(torch.randint(250, (count,), generator=generator).tolist())
+        kinds.extend([0] * count)
+
+    for one in said:
+        if isinstance(one, int):
+            text(one)
+            continue
+        kind, grid = one
+        media.append((kind, grid, media_of(vision, [grid], seed + len(media)).values))
+        count = grid[1] * grid[2] // vision["spatial_merge_size"] ** 2
+        for frame in range(grid[0]):
+            if frame:
+                text(1)
+            ids.extend([start, *[pads[kind]] * count, end])
+            kinds.extend([0, *[kind] * count, 0])
+    return Row(torch.tensor(ids), torch.tensor(kinds, dtype=torch.int32), media)
+
+
+def packed(rows: Sequence[Row], stock: Any, targets: Sequence[Tensor] | None = None) -> Packed:
+    """The rows as one pack, with the positions of the stock class."""
+    pack = Packed.of([row.ids for row in rows], targets)
+    pack.positions = torch.cat([row.positions(stock) for row in rows], 1)
+    media = [one for row in rows for one in row.media]
+    if media:
+        where = torch.cat([row.kinds for row in rows]).nonzero().squeeze(1)
+        values, grids = torch.cat([one[2] for one in media]), tuple(one[1] for one in media)
+        pack.media = Media(values=values, grids=grids, where=where)
+    return pack
+
+
+def stock_vl(folder: Path, *, moe: bool = False) -> Path:
+    """A small checkpoint as the stock class saves it, its tower away from initial values.
+
+    Logits are below 1, where float32 tells a rule from rounding.
+    """
+    write_stock(folder, "vl", moe=moe)
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    generator = torch.Generator().manual_seed(9)
+    for name, value in tensors.items():
+        if name.startswith("model.visual."):
+            fill(name, value, generator)
+    resave(folder, tensors)
+    return folder
