@@ -7,7 +7,7 @@ run: they are made again, which is said once, as it costs the time that the cach
 bytes become pixels is `images`' and `videos`', what is asked of the processor `options`' and
 `processor`'s.
 
-- ``QC-VISION-042`` a file is not what it was when its row was read.
+- ``QC-VISION-042`` a file is not what it was when core looked for it, or is gone.
 - ``QC-VISION-043`` values are gone, and this process did not read the row that had the bytes.
 """
 
@@ -17,18 +17,20 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qcore.data.jsonl import BadRow
+from qcore.durable import writing
 from qcore.errors import InputError
 
 from . import images, videos
@@ -176,27 +178,20 @@ class Reader:
     def _make(self, payload: Payload, wanted: Limits, digest: str) -> tuple[dict[str, Any], Bytes]:
         """Decode and process a payload, and keep its values."""
         seconds: tuple[float, ...] = ()
-        grid: Grid
-        if payload.kind == "image":
-            grid, values = self._image(payload, wanted)
-            merge = self._images.merge
-        else:
-            grid, seconds, values = videos.process(payload, self._videos, wanted)
-            merge = self._videos.merge
+        with _opened(payload) as file:
+            if payload.kind == "image":
+                merge = self._images.merge
+                grid, values = self._image(file, wanted)
+            else:
+                merge = self._videos.merge
+                grid, seconds, values = videos.process(file, self._videos, wanted)
         _check_unchanged(payload)
         about = {"grid": grid, "merge": merge, "seconds": seconds}
         self._cache.put(digest, about, values)
         return about, values
 
-    def _image(self, payload: Payload, wanted: Limits) -> tuple[Grid, Bytes]:
-        try:
-            with payload.open() as file:
-                data = file.read()
-        except OSError as error:
-            raise BadRow(
-                "QC-VISION-028", "cannot be read", found=error.strerror or str(error)
-            ) from None
-        picture = images.decode(data)
+    def _image(self, file: BinaryIO, wanted: Limits) -> tuple[Grid, Bytes]:
+        picture = images.decode(file.read())
         try:
             return self._images.patches(picture, wanted)
         except ValueError as error:
@@ -211,7 +206,8 @@ class Reader:
         if payload.data is not None:
             self._spool = self._spool or tempfile.TemporaryDirectory(prefix="qcore-media-")
             path = Path(self._spool.name) / payload.sha256
-            path.write_bytes(payload.data)
+            with writing(path):
+                path.write_bytes(payload.data)
             payload = replace(payload, path=path, data=None)
         self._payloads[digest] = payload
         self._bytes += seen.units * 3 * self._images.patch**2 * (
@@ -250,16 +246,25 @@ class Reader:
             )  # fmt: skip
 
 
+@contextmanager
+def _opened(payload: Payload) -> Iterator[BinaryIO]:
+    """The bytes of a payload; core looked for them before."""
+    try:
+        with payload.open() as file:
+            yield file
+    except OSError as error:
+        raise BadRow(
+            "QC-VISION-042", "cannot be read any more", found=error.strerror or str(error)
+        ) from None
+
+
 def _check_unchanged(payload: Payload) -> None:
     """Refuse bytes that are no longer those whose digest names the values."""
     digest = hashlib.sha256()
-    try:
-        with payload.open() as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        found = digest.hexdigest()
-    except OSError as error:
-        found = error.strerror or str(error)
+    with _opened(payload) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    found = digest.hexdigest()
     if found != payload.sha256:
         raise BadRow(
             "QC-VISION-042", "is not what it was when its row was checked", found=found,

@@ -33,8 +33,6 @@ from . import images
 from .options import Limits
 
 if TYPE_CHECKING:
-    from qcore.data.media import Payload
-
     from .processor import Bytes, Grid, Videos
 
 MAX_PICTURES: Final = 20_000  # frames of an animated picture, which must be looked at one by one
@@ -73,9 +71,14 @@ class _Source(Protocol):
 
 
 def process(
-    payload: Payload, processor: Videos, limits: Limits
+    file: BinaryIO, processor: Videos, limits: Limits
 ) -> tuple[Grid, tuple[float, ...], Bytes]:
     """Decode, sample, resize and cut up a video.
+
+    Args:
+        file: its bytes.
+        processor: what samples, resizes and cuts.
+        limits: what its row asks for.
 
     Returns:
         Grid, seconds of its patches in time, and values ``[U, F]``.
@@ -83,15 +86,14 @@ def process(
     Raises:
         BadRow: ``QC-VISION-030``, ``-031``, ``-033`` to ``-039``.
     """
-    with payload.open() as file:
-        start = file.read(16)
-        file.seek(0)
-        name = _demuxer(start)
-        if name is None:
-            with images.opened(_all(file, start)) as image:
-                return _process(_Pictures(image), processor, limits)
-        with _decoding():
-            return _process(_Film(file, name), processor, limits)
+    start = file.read(16)
+    file.seek(0)
+    name = _demuxer(start)
+    if name is None:
+        with images.opened(file.read()) as image:
+            return _process(_Pictures(image), processor, limits)
+    with _decoding():
+        return _process(_Film(file, name), processor, limits)
 
 
 def _process(
@@ -174,15 +176,6 @@ def _demuxer(start: bytes) -> str | None:
         expected=_CONTAINERS,
         fix="convert it to MP4",
     )
-
-
-def _all(file: BinaryIO, start: bytes) -> bytes:
-    try:
-        return file.read()
-    except OSError as error:
-        raise BadRow(
-            "QC-VISION-028", "cannot be read", found=error.strerror or str(error)
-        ) from None
 
 
 class _Pictures:

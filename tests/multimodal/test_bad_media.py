@@ -1,0 +1,318 @@
+"""Bad media: each refused in one line with its code, before memory is taken and without a trace."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile, PngImagePlugin
+from qcore.data.jsonl import BadRow
+from qcore.data.media import Payload
+from support.media_kit import (
+    animated, bare_png, chunk, frames, payload, picture, saved, sound, video,
+)  # fmt: skip
+
+Make = Callable[[], bytes]
+
+
+def png(mode: str = "RGB", width: int = 60, height: int = 50) -> bytes:
+    return saved(picture(mode, width, height), "PNG")
+
+
+def mp4(count: int = 30) -> bytes:
+    return video(frames(count, 64, 48), 30, "mp4", "libx264", "yuv420p")
+
+
+def half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :]
+
+
+def texts(*, zipped: bool) -> bytes:
+    """A small PNG whose text grows to 80 MB."""
+    info = PngImagePlugin.PngInfo()
+    if zipped:
+        info.add_text("Comment", "A" * 80_000_000, zip=True)
+    else:
+        info.add_itxt("Comment", "A" * 80_000_000, zip=True)
+    return saved(picture("RGB", 60, 50), "PNG", pnginfo=info)
+
+
+def profile() -> bytes:
+    import zlib
+
+    body = b"p\0\0" + zlib.compress(bytes(80_000_000))
+    data = png()
+    return data[:33] + chunk(b"iCCP", body) + data[33:]
+
+
+def sixteen(mode: str = "I;16") -> bytes:
+    return saved(Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64) * 16), "PNG")
+
+
+def sizes() -> bytes:
+    """Two Motion-JPEG frames of one size and two of another behind one header."""
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="avi") as container:
+        stream: Any = container.add_stream("mjpeg", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for number in range(4):
+            side = 64 if number < 2 else 96
+            packet = av.Packet(saved(picture("RGB", side, 48, number), "JPEG"))
+            packet.stream, packet.pts, packet.dts = stream, number, number
+            packet.time_base, packet.is_keyframe = stream.time_base, True
+            container.mux(packet)
+    return file.getvalue()
+
+
+PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nhttp://127.0.0.1:9/a.ts\n"
+
+IMAGES: dict[str, tuple[Make, str, str]] = {
+    "empty": (lambda: b"", "QC-VISION-027", "no bytes"),
+    "text named png": (lambda: b"hello, I am a picture\n", "QC-VISION-027", "PNG, JPEG"),
+    "svg": (lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>", "QC-VISION-027", "PNG, JPEG"),
+    "tiff": (lambda: saved(picture("RGB", 9, 9), "TIFF"), "QC-VISION-027", "convert"),
+    "a video": (mp4, "QC-VISION-027", "PNG, JPEG"),
+    "truncated png": (lambda: half(png()), "QC-VISION-028", "damaged"),
+    "png of a header": (lambda: png()[:20], "QC-VISION-028", "damaged"),
+    "png without pixels": (lambda: bare_png(64, 64, whole=False), "QC-VISION-028", "damaged"),
+    "png with a flipped bit": (lambda: flipped(png(), 2000), "QC-VISION-028", "damaged"),
+    "truncated jpeg": (
+        lambda: half(saved(picture("RGB", 60, 50), "JPEG")), "QC-VISION-028", "truncated"),
+    "truncated webp": (
+        lambda: half(saved(picture("RGB", 60, 50), "WEBP")), "QC-VISION-028", "damaged"),
+    "truncated gif": (
+        lambda: half(saved(picture("P", 60, 50), "GIF")), "QC-VISION-028", "damaged"),
+    "truncated bmp": (
+        lambda: half(saved(picture("RGB", 60, 50), "BMP")), "QC-VISION-028", "damaged"),
+    "jpeg with broken exif": (
+        lambda: saved(picture("RGB", 60, 50), "JPEG", exif=b"Exif\0\0XX\0\0\1\2\3"),
+        "QC-VISION-028", "damaged"),
+    "animated gif": (lambda: animated(3), "QC-VISION-029", '"video"'),
+    "animated webp": (lambda: animated(3, "WEBP"), "QC-VISION-029", "3 frames"),
+    "animated png": (lambda: animated(3, "PNG"), "QC-VISION-029", "3 frames"),
+    "20,000 x 20,000": (lambda: bare_png(20_000, 20_000), "QC-VISION-030", "89478485"),
+    "10,000 x 10,000": (lambda: bare_png(10_000, 10_000), "QC-VISION-030", "89478485"),
+    "a header of 2 billion": (
+        lambda: bare_png(2**31 - 1, 2**31 - 1, whole=False), "QC-VISION-030", "large"),
+    "text bomb": (lambda: texts(zipped=True), "QC-VISION-030", "large"),
+    "international text bomb": (lambda: texts(zipped=False), "QC-VISION-030", "large"),
+    "aspect 201": (lambda: png("RGB", 201, 1), "QC-VISION-031", "200 times"),
+    "aspect 201, tall": (lambda: png("L", 2, 402), "QC-VISION-031", "2 x 402"),
+    "16-bit greyscale": (sixteen, "QC-VISION-032", "8 bits"),
+}  # fmt: skip
+
+VIDEOS: dict[str, tuple[Make, str, str]] = {
+    "empty": (lambda: b"", "QC-VISION-034", "no bytes"),
+    "text named mp4": (lambda: b"hello, I am a film\n", "QC-VISION-034", "MP4"),
+    "a playlist of urls": (lambda: PLAYLIST, "QC-VISION-034", "MP4"),
+    "a list of files": (
+        lambda: b"ffconcat version 1.0\nfile /etc/passwd\n", "QC-VISION-034", "MP4"),
+    "a jpeg": (lambda: saved(picture("RGB", 60, 50), "JPEG"), "QC-VISION-034", "MP4"),
+    "truncated mp4": (lambda: half(mp4()), "QC-VISION-035", "damaged"),
+    "truncated webm": (
+        lambda: half(video(frames(30, 64, 48), 30, "webm", "libvpx", "yuv420p"))[:-7] ,
+        "QC-VISION-035", "damaged"),
+    "mp4 of a header": (lambda: mp4()[:40], "QC-VISION-035", "damaged"),
+    "noise behind a header": (
+        lambda: mp4()[:32] + np.random.default_rng(0).bytes(9000), "QC-VISION-035", "damaged"),
+    "sound alone": (sound, "QC-VISION-036", "audio"),
+    "one frame": (lambda: mp4(1), "QC-VISION-037", '"image"'),
+    "a still gif": (lambda: saved(picture("P", 60, 50), "GIF"), "QC-VISION-037", '"image"'),
+    "frames of two sizes": (sizes, "QC-VISION-038", "96 x 48 at frame 2"),
+    "aspect 250": (lambda: video(frames(4, 500, 2), 2), "QC-VISION-031", "500 x 2"),
+    "truncated animation": (lambda: half(animated(9)), "QC-VISION-028", "damaged"),
+}  # fmt: skip
+
+OPTIONS: list[tuple[str, dict[str, Any], str, str]] = [
+    ("image", {"min_pixels": "65536"}, "QC-VISION-025", "min_pixels"),
+    ("image", {"max_pixels": 70000.0}, "QC-VISION-025", "max_pixels"),
+    ("image", {"max_pixels": True}, "QC-VISION-025", "max_pixels"),
+    ("image", {"max_pixels": None}, "QC-VISION-025", "max_pixels"),
+    ("image", {"min_pixels": 0}, "QC-VISION-025", "65536"),
+    ("image", {"max_pixels": 1 << 40}, "QC-VISION-025", "16777216"),
+    ("image", {"min_pixels": 90000, "max_pixels": 80000}, "QC-VISION-025", "80000"),
+    ("image", {"fps": 2}, "QC-VISION-026", "fps"),
+    ("image", {"max_frames": 8}, "QC-VISION-026", "max_frames"),
+    ("image", {"detail": "high"}, "QC-VISION-026", "detail"),
+    ("video", {"fps": 0}, "QC-VISION-025", "fps"),
+    ("video", {"fps": float("nan")}, "QC-VISION-025", "fps"),
+    ("video", {"fps": "2"}, "QC-VISION-025", "fps"),
+    ("video", {"fps": 1e9}, "QC-VISION-025", "240"),
+    ("video", {"max_frames": 1}, "QC-VISION-025", "2 to 768"),
+    ("video", {"max_frames": 769}, "QC-VISION-025", "2 to 768"),
+    ("video", {"max_frames": 2.5}, "QC-VISION-025", "max_frames"),
+    ("video", {"num_frames": 8}, "QC-VISION-026", "num_frames"),
+]
+
+
+def refused(reader: Any, part: Payload, code: str, says: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        reader.read(part)
+    assert caught.value.code == code
+    assert caught.value.__cause__ is None
+    told = caught.value.error(Path("rows.jsonl"), 7)
+    line = f"{told.message} {told.fix}"
+    assert told.message.startswith("rows.jsonl: line 7")
+    assert says in line
+    assert "\n" not in line
+    assert len(line) < 600
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_bad_images(reader: Any, cache_home: Path, name: str) -> None:
+    make, code, says = IMAGES[name]
+    refused(reader, payload(make()), code, says)
+    assert not cache_home.exists()
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_bad_videos(reader: Any, cache_home: Path, name: str) -> None:
+    make, code, says = VIDEOS[name]
+    refused(reader, payload(make(), "video"), code, says)
+    assert not cache_home.exists()
+
+
+@pytest.mark.parametrize(("kind", "options", "code", "says"), OPTIONS)
+def test_bad_options(
+    reader: Any, kind: str, options: dict[str, Any], code: str, says: str
+) -> None:
+    data = png() if kind == "image" else animated(4)
+    reader.read(payload(data, kind))
+    refused(reader, payload(data, kind, **options), code, says)
+
+
+def test_a_profile_bomb_costs_no_memory(reader: Any) -> None:
+    """Pillow leaves a profile that grows too large unread; the pixels are sound."""
+    data = profile()
+    assert len(data) < 200_000
+    with pytest.raises(BadRow) as caught:
+        reader.read(payload(data))
+    assert caught.value.code == "QC-VISION-030"
+
+
+@pytest.mark.parametrize("width", [1, 200])
+def test_small_and_flat_ones_are_read(reader: Any, width: int) -> None:
+    assert reader.read(payload(png("RGB", width, 1))).tokens >= 64
+
+
+def test_every_cut_of_every_format_is_told(reader: Any) -> None:
+    """What Pillow raises is found out by cutting files anywhere; most cuts are refused."""
+    told = 0
+    for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
+        data = saved(picture("P" if form == "GIF" else "RGB", 24, 20), form)
+        for size in range(0, len(data) - 20, max(1, len(data) // 60)):
+            with pytest.raises(BadRow, match=r"damaged|no image"):
+                reader.read(payload(data[:size]))
+            told += 1
+    assert told > 250
+
+
+def test_every_flip_is_told_or_read(reader: Any) -> None:
+    rng = np.random.default_rng(5)
+    files = [
+        *((saved(picture("RGB", 24, 20), form), "image") for form in ("PNG", "JPEG", "WEBP", "BMP")),
+        (saved(picture("P", 24, 20), "GIF"), "image"),
+        (animated(3), "video"),
+        (mp4(6), "video"),
+        (video(frames(5, 32, 32), 2), "video"),
+    ]
+    told = 0
+    for data, kind in files:
+        for at in rng.integers(0, len(data), 25):
+            changed = flipped(data, int(at))
+            changed = flipped(changed, min(int(at) + 3, len(data) - 1))
+            try:
+                reader.read(payload(changed, kind))
+            except BadRow as bad:
+                assert bad.code.startswith("QC-VISION-0")  # noqa: PT017
+                told += 1
+    assert told > 40
+
+
+def test_pillows_lenient_switch_is_not_followed(
+    reader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    refused(reader, payload(half(png())), "QC-VISION-028", "damaged")
+    refused(reader, payload(bare_png(10_000, 10_000)), "QC-VISION-030", "89478485")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_no_warning_reaches_the_user(reader: Any, recwarn: pytest.WarningsRecorder) -> None:
+    refused(reader, payload(bare_png(10_000, 10_000)), "QC-VISION-030", "large")
+    reader.read(payload(saved(picture("P", 60, 50), "PNG", transparency=bytes(range(256)))))
+    assert not list(recwarn)
+
+
+def test_without_pyav(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, still = mp4(), animated(4)
+    monkeypatch.setitem(sys.modules, "av", None)
+    refused(
+        reader, payload(data, "video"), "QC-VISION-033", 'pip install "qcore-multimodal[video]"'
+    )
+    assert reader.read(payload(still, "video")).grid[0] == 1  # Pillow reads these
+
+
+def test_a_file_that_is_gone(reader: Any, tmp_path: Path) -> None:
+    part = Payload(kind="image", sha256="0" * 64, path=tmp_path / "gone.png", options={})
+    refused(reader, part, "QC-VISION-042", "No such file")
+
+
+def test_a_file_of_other_bytes_than_were_checked(reader: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png())
+    part = Payload(kind="image", sha256="0" * 64, path=path, options={})
+    refused(reader, part, "QC-VISION-042", "0" * 64)
+
+
+_MEASURE = """
+import resource, sys
+from pathlib import Path
+from support.media_kit import bare_png, checkpoint, file_payload
+from qcore.data.jsonl import BadRow
+from qcore_multimodal.reader import Reader
+from PIL import Image
+reader = Reader(checkpoint(Path(sys.argv[1])))
+part = file_payload(Path(sys.argv[2]))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+before = peak()
+try:
+    print(reader.read(part).tokens, peak() - before)
+except BadRow as bad:
+    print(bad.code, peak() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("side", "mode", "told", "most"),
+    [(20_000, "1", "QC-VISION-030", 120), (9_400, "RGB", "16384", 900), (9_400, "RGBA", "16384", 1900)],
+)
+def test_memory_is_bounded(
+    tmp_path: Path, shared: Path, side: int, mode: str, told: str, most: int
+) -> None:
+    path = tmp_path / "large.png"
+    if mode == "1":
+        path.write_bytes(bare_png(side, side))
+    else:
+        Image.new(mode, (side, side)).save(path, compress_level=1)
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(shared / "skus" / "processor"), str(path)],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1],
+        env={**__import__("os").environ, "XDG_CACHE_HOME": str(tmp_path)},
+    )  # fmt: skip
+    found, grown = done.stdout.split()
+    assert found == told
+    assert int(grown) < most, done.stdout
