@@ -63,10 +63,11 @@ class SwatchReader:
     control: tuple[str, ...] = (OPEN, DOT, CLOSE)
 
     def __init__(self) -> None:
-        self.payloads: list[Payload] | None = []
+        self.payloads: list[Payload] = []
+        self.keeps = True  # the payloads that it was given
 
     def read(self, payload: Payload) -> Swatch:
-        if self.payloads is not None:
+        if self.keeps:
             self.payloads.append(payload)
         with payload.open() as file:
             given = file.read(4096)
