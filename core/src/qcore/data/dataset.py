@@ -223,13 +223,17 @@ def _seen(
 ) -> Iterator[Row]:
     """The rows with their media read. What names the bytes is let go: it may be the bytes."""
     finder = Finder(path.parent)
-    for row in rows:
+
+    def read(row: Row) -> Row | None:
         try:
             seen = tuple(finder.read(part, reader) for part in row.media)
         except BadRow as bad:
             problems.add(row.line, bad.error(path, row.line))
-        else:
-            yield replace(row, media=(), seen=seen) if seen else row
+            return None
+        return replace(row, media=(), seen=seen) if seen else row
+
+    # Not a loop: its variable would hold the last row's bytes while the next line is parsed.
+    return (row for row in map(read, rows) if row is not None)
 
 
 def _refused(path: Path, row: Row, error: InputError) -> InputError:
