@@ -37,7 +37,7 @@ class Pack(tuple[int, ...]):
         return hash((tuple(self), self.units)) if self.units else tuple.__hash__(self)
 
     def __repr__(self) -> str:
-        return f"{tuple(self)!r} + {self.units}"
+        return f"{tuple(self)!r} + {self.units} units" if self.units else repr(tuple(self))
 
 
 def units_of(pack: object) -> int:

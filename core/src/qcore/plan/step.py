@@ -4,7 +4,8 @@ This file decides how pieces (`measure`, `tower`) make a step: everything that l
 there when the head's loss is computed, and goes again layer by layer; the peak is the most at any
 of these moments. A tower comes first and goes last; a frozen one leaves only what it made, and
 where that is kept for the next time (`batches`), the pack carries it and no media: it is then
-computed before the pack is there, here all of it at once, which is the most. Which policies there should be is `planner`'s.
+computed before the pack is there, here all of it at once, which is the most. Which policies there
+should be is `planner`'s.
 
 Memory is predicted of what torch allocates (``max_memory_allocated``). Time is a model
 (`cards`): expect about 15 % either way.
