@@ -241,8 +241,9 @@ class Model(nn.Module):
             raise ValueError("this model was built without a tower, and the pack has media")
         layers = tower.layers
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_tower):
-            x, each = tower.embed(media), [recompute] * len(layers)
-            return run_layers(layers, x, media, each, dropout=self.dropout)
+            each = [recompute] * len(layers)
+            # What the first layer reads is nobody's here: it goes when the layer is through.
+            return run_layers(layers, tower.embed(media), media, each, dropout=self.dropout)
 
     def embed(self, batch: Packed, *, recompute: str = "none") -> Tensor:
         """What the first layer reads, ``[T, H]``: embeddings of tokens, and of media their own.

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import UsageError
 from .common import count, debug_option, emit, importing, json_option, spoken
 
 if TYPE_CHECKING:
+    from ..identify import Identified
     from ..plan import Plan, Planner
     from ..settings import Settings
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--max-length", type=int, help="Tokens of a row; every row is taken as long.")
 @click.option("--rows", type=int, help="Rows of a micro-batch; by default the fastest.")
+@click.option(
+    "--media", type=int, metavar="UNITS", help="Units of media in each row: of its tower."
+)
 @click.option("--r", type=int, help="Rank of the LoRA matrices.")
 @click.option("--groups", help="LoRA groups, comma-separated; by default those that are on.")
 @click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="A card; repeatable.")
@@ -33,6 +38,7 @@ def command(
     model: str,
     max_length: int | None,
     rows: int | None,
+    media: int | None,
     r: int | None,
     groups: str | None,
     gpus: tuple[str, ...],
@@ -60,6 +66,7 @@ def command(
     cards = list(dict.fromkeys(map(named, gpus))) or list(CARDS)
     budgets, capping = capped(cards, parse_budget(budget))
     found = identify(model, generation=settings.generation, headers_only=True)
+    found = _loading(found, settings, media)
     told = [*preflight(found, verb="plan", settings=settings.to_dict())]
     told += [f"note: {line}" for line in capping]
     with importing():
@@ -67,8 +74,9 @@ def command(
 
     with spoken(flags):
         planner = Planner(found, settings, cards[0])
+        units = _units(planner, settings, media)
         each = [planner.on(card, limit) for card, limit in zip(cards, budgets)]
-        found_plans = [(one, _plan(one, settings, fixed=rows is not None)) for one in each]
+        found_plans = [(one, _plan(one, settings, units, fixed=rows is not None)) for one in each]
     if as_json:
         emit(
             {
@@ -77,24 +85,76 @@ def command(
                 "notes": told,
                 "plans": [
                     plan.as_json()
-                    | {"longest_row": one.longest(), "longest_row_recompute": one.frugal}
+                    | {
+                        "longest_row": one.longest(units=units),
+                        "longest_row_recompute": one.frugal,
+                    }
                     for one, plan in found_plans
                 ],
             }
         )
         return
-    _print(model, planner, found_plans, told)
+    _print(model, planner, found_plans, told, units)
 
 
-def _plan(planner: Planner, settings: Settings, *, fixed: bool) -> Plan:
+def _loading(found: Identified, settings: Settings, media: int | None) -> Identified:
+    """The model as a run would load it: with its tower if rows have media or it is trained."""
+    modality = found.modality
+    if media is not None and modality is None:
+        raise UsageError(
+            "QC-PLAN-007",
+            "nothing that is installed reads media for this model",
+            field="--media",
+            found=media,
+            fix="leave --media out, or install the plugin of its modality",
+        )
+    if modality is None:
+        return found
+    groups = found.layout.table.part(modality.name).groups
+    trained = not groups.keys().isdisjoint(settings.target_groups)
+    return found.using(modality) if trained or media is not None else found
+
+
+def _units(planner: Planner, settings: Settings, media: int | None) -> int:
+    """Units of a row; their tokens are among the row's."""
+    if media is None:
+        return 0
+    if media < 1:
+        raise UsageError(
+            "QC-PLAN-008",
+            "is no number of units",
+            field="--media",
+            found=media,
+            expected="at least 1",
+            fix="leave --media out for rows of text",
+        )
+    if (tokens := planner.tokens(media)) > settings.max_length:
+        raise UsageError(
+            "QC-PLAN-008",
+            "is more than a row can hold",
+            field="--media",
+            found=f"{media} units, which are {tokens} tokens",
+            expected=f"at most {settings.max_length} tokens",
+            fix=f"pass --max-length {tokens} or more",
+        )
+    return media
+
+
+def _plan(planner: Planner, settings: Settings, units: int, *, fixed: bool) -> Plan:
+    from ..plan.record import Pack
+
     size = settings.per_device_train_batch_size
     if fixed:
-        return planner.fastest((settings.max_length,) * size)
-    return planner.best(settings.max_length, size * settings.gradient_accumulation_steps)
+        return planner.fastest(Pack((settings.max_length,) * size, units * size))
+    return planner.best(settings.max_length, size * settings.gradient_accumulation_steps, units)
 
 
 def _print(
-    model: str, planner: Planner, plans: list[tuple[Planner, Plan]], told: Sequence[str]
+    model: str,
+    planner: Planner,
+    plans: list[tuple[Planner, Plan]],
+    told: Sequence[str],
+    units: int,
 ) -> None:
     first = plans[0][1]
     click.echo(f"{model}: {count(planner.trained)} trained parameters")
@@ -107,12 +167,13 @@ def _print(
             [
                 plan.card,
                 _gb(plan.budget),
-                f"{len(plan.lengths)} x {max(plan.lengths)}",
+                f"{len(plan.lengths)} x {max(plan.lengths)}"
+                + (f" + {plan.units:,} units" if units else ""),
                 plan.recompute if plan.fits else f"does not fit ({plan.recompute})",
                 _gb(plan.peak),
                 f"{plan.seconds:.2f}" if plan.fits else "",
                 f"{plan.tokens_per_second:,.0f}" if plan.fits else "",
-                f"{one.longest():,}",
+                f"{one.longest(units=units):,}",
             ]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

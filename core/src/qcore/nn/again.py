@@ -24,7 +24,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .parked import Held, Parked
@@ -212,7 +212,7 @@ def run_layers(
         raise ValueError(f"no recompute policy is called {', '.join(sorted(unknown))}")
     before: Parked | None = None
     for layer, policy in zip(layers, policies, strict=True):
-        if policy == "none" or not torch.is_grad_enabled():
+        if policy == "none" or not torch.is_grad_enabled() or not _back(layer, x):
             x = layer(x, batch)
         elif policy == "elementwise":
             with keep_dear():
@@ -222,6 +222,13 @@ def run_layers(
             before = held if isinstance(held, Parked) else None
             x = _twice(layer, x, batch, held, dropout)
     return x
+
+
+def _back(layer: object, x: Tensor) -> bool:
+    """Whether there is a backward to keep anything for: none below all that is trained."""
+    if x.requires_grad or not isinstance(layer, nn.Module):
+        return True
+    return any(parameter.requires_grad for parameter in layer.parameters())
 
 
 def _twice(

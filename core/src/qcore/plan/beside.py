@@ -121,6 +121,7 @@ class RunPlan:
             "peak_bytes": self.worst.peak,
             "moment": self.worst.moment,
             "largest_pack": list(self.worst.lengths),
+            **({"largest_pack_units": self.worst.units} if self.worst.units else {}),
             "memory_bytes": dict(self.worst.memory),
             "micro_steps": round(self.micro_steps, 3),
             "tokens_together": self.together or None,

@@ -3,15 +3,17 @@
 This file decides the pieces: what is there before the first step, what a batch carries, one
 layer of each kind under each policy, and the end of the step (final norm, head, loss). A piece
 is run forwards and backwards by the code that trains, and its input is handed over as its
-neighbour would, so authors of blocks write no cost model. `planner` puts the pieces together.
+neighbour would (`bench`), so authors of blocks write no cost model. The pieces of a tower are
+`tower`'s; `step` puts all of them together.
 
 Shapes: T tokens of a pack, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, cast
 
@@ -19,16 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from ..model import Model
-from ..nn.adapted import Adapted
 from ..nn.again import run_layers
-from ..nn.launch import Planned, planning
 from ..nn.protocols import Layer, Packed
+from .bench import META, Bench, signature
 from .pieces import Piece, affine, grows, smaller, stretched
 from .record import Lengths
+from .tower import TowerMeasure
 from .trace import Trace
 
-_META = torch.device("meta")
 _WARM = (64,)
+AXES = 3  #: of the positions of a pack that has media: time, height and width
 
 
 class Measure:
@@ -44,28 +46,30 @@ class Measure:
         optimizer: its moments.
         held: bytes of weights, adapters, their gradients and moments.
         working: bytes that layers make of their weights at first use, and keep.
+        tower: what a tower takes, where the model has one.
     """
 
     def __init__(self, make: Callable[[Trace], tuple[Model, object]], device: str) -> None:
-        self._trace = Trace("meta")
-        self._planned = Planned(device=device, told=self._trace.told)
-        with self._running():
-            self.model, self.optimizer = make(self._trace)
-        self.held = self._trace.live
+        self._bench = Bench(device)
+        with self._running() as trace:
+            self.model, self.optimizer = make(trace)
+        self.held = self._bench.trace.live
         self.layers = cast("Sequence[Layer]", list(self.model.trunk.layers))
-        self.kinds = [_signature(layer) for layer in self.layers]
+        self.kinds = [signature(cast(nn.Module, layer)) for layer in self.layers]
         self._one = {kind: self.layers[self.kinds.index(kind)] for kind in self.kinds}
         self._batches: dict[Any, tuple[Packed, int]] = {}
-        self._derived: dict[Lengths, int] = {}
+        self._derived: dict[tuple[Lengths, bool], int] = {}
         self._pieces: dict[Any, Piece] = {}
         first, second = self._warm(_WARM), self._warm(_WARM)
         each = {kind: first[kind] - second[kind] for kind in self._one}
         self.working = sum(each[kind] for kind in self.kinds)
+        has = self.model.tower is not None
+        self.tower = TowerMeasure(self.model, self._bench) if has else None
+        if self.tower is not None:
+            self.working += self.tower.working
 
-    @contextmanager
-    def _running(self) -> Iterator[Trace]:
-        with planning(self._planned), self._trace:
-            yield self._trace
+    def _running(self) -> AbstractContextManager[Trace]:
+        return self._bench.running()
 
     def _warm(self, lengths: Lengths) -> dict[str, int]:
         """Bytes that are there after a layer of each kind has seen a new batch."""
@@ -80,22 +84,31 @@ class Measure:
     def _forward(self, layer: Layer, batch: Packed) -> None:
         layer(self.model.trunk.embed(batch), batch.alone())
 
-    def batch(self, lengths: Lengths) -> int:
-        """Bytes of a pack of documents and of what all layers derive from it."""
-        if lengths not in self._derived:
-            if self._walked(lengths):
-                self._derived[lengths] = self._along(lengths, self.batch)
-            else:
-                self._derived[lengths] = self._seen(lengths, tuple(self._one))[1]
-        return self._derived[lengths]
+    def batch(self, lengths: Lengths, *, media: bool = False) -> int:
+        """Bytes of a pack of documents and of what all layers derive from it.
 
-    def _seen(self, lengths: Lengths, kinds: tuple[str, ...]) -> tuple[Packed, int]:
+        Args:
+            lengths: tokens of each.
+            media: whether positions have several axes; the media themselves are the tower's.
+        """
+        key = (lengths, media)
+        if key not in self._derived:
+            if self._walked(lengths):
+                along = self._along(lengths, lambda one: self.batch(one, media=media))
+                self._derived[key] = along
+            else:
+                self._derived[key] = self._seen(lengths, tuple(self._one), media=media)[1]
+        return self._derived[key]
+
+    def _seen(
+        self, lengths: Lengths, kinds: tuple[str, ...], *, media: bool = False
+    ) -> tuple[Packed, int]:
         """The pack after a layer of each of `kinds` has seen it, and its bytes."""
-        key = (lengths, kinds)
+        key = (lengths, kinds, media)
         if key not in self._batches:
             with self._running() as trace, torch.no_grad():
                 before = trace.live
-                batch = _batch(lengths)
+                batch = _batch(lengths, media=media)
                 for kind in kinds:
                     self._forward(self._one[kind], batch)
                 self._batches[key] = batch, trace.live - before
@@ -130,6 +143,32 @@ class Measure:
                 )  # fmt: skip
                 del x
         return self._pieces[key]
+
+    def placing(self, lengths: Lengths, units: int, *, graph: bool) -> Piece:
+        """The embedding of tokens, and what the tower made put among them.
+
+        Args:
+            lengths: tokens of each row.
+            units: of all media; their tokens are among these.
+            graph: whether what the tower made has a gradient.
+        """
+        key = ("placing", lengths, units, graph)
+        if key not in self._pieces:
+            tower, model = self.towered(), self.model
+            batch, media = _batch(lengths, media=True), tower.media(units)
+
+            def run(x: list[Tensor]) -> Tensor:
+                known = replace(media, features=x.pop(), _memo={}, _kept={})
+                return model.embed(replace(batch, media=known, _memo={}, _kept={}))
+
+            self._pieces[key] = self._bench.both(run, *tower.made(units), graph=graph)
+        return self._pieces[key]
+
+    def towered(self) -> TowerMeasure:
+        """The tower, of a pack that has media. Raises `ValueError` where none was built."""
+        if self.tower is None:
+            raise ValueError("this model was built without a tower, and the pack has media")
+        return self.tower
 
     def layer(self, kind: str, policy: str, lengths: Lengths) -> Piece:
         """One layer; under ``offload`` as under ``full``: meta has no host to park on."""
@@ -199,62 +238,16 @@ class Measure:
             return trace.peak - before
 
     def _both(self, run: Callable[[list[Tensor]], Tensor], lengths: Lengths) -> Piece:
-        """`run` forwards and backwards; it pops its input off a list, so that nobody holds it."""
-        with self._running() as trace:
-            spark = torch.empty(0, device=_META, requires_grad=True)
-            shape = (sum(lengths), self.model.head.shape[1])
-            x = [_Source.apply(spark, shape, self.model.dtype)]  # type: ignore[no-untyped-call]
-            before, by = trace.live, trace.by.copy()
-            trace.mark()
-            y = run(x)
-            kept, forward, forth = trace.live - before, trace.peak - before, tuple(trace.work)
-            forward_by = _more(trace.peak_by, by)
-            last = _Sink.apply(y)  # type: ignore[no-untyped-call]
-            del y
-            trace.mark()
-            torch.autograd.backward(last)
-            made = Piece(
-                kept=kept, forward=forward, backward=trace.peak - before, forth=forth,
-                back=tuple(trace.work), forward_by=forward_by,
-                backward_by=_more(trace.peak_by, by),
-            )  # fmt: skip
-        return made
+        return self._bench.both(run, (sum(lengths), self.model.head.shape[1]), self.model.dtype)
 
 
-def _more(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
-    return {op: n - before.get(op, 0) for op, n in now.items() if op and n > before.get(op, 0)}
-
-
-class _Source(torch.autograd.Function):
-    """What a layer reads: given up as soon as nobody saved it, unlike a leaf."""
-
-    @staticmethod
-    def forward(ctx: Any, spark: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=_META)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
-        return dx.new_empty(0), None, None
-
-
-class _Sink(torch.autograd.Function):
-    """What comes after: it holds nothing, and its backward makes a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype = y.shape, y.dtype
-        return torch.empty((), device=_META)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Tensor:
-        return torch.empty(ctx.shape, dtype=ctx.dtype, device=_META)
-
-
-def _batch(lengths: Lengths) -> Packed:
+def _batch(lengths: Lengths, *, media: bool = False) -> Packed:
     tokens = sum(lengths)
     ids, positions, targets, where = (
-        torch.empty(tokens, dtype=torch.int64, device=_META) for _ in range(4)
+        torch.empty(tokens, dtype=torch.int64, device=META) for _ in range(4)
     )
+    if media:
+        positions = torch.empty(AXES, tokens, dtype=torch.int64, device=META)
     return Packed(
         ids=ids,
         cu_seqlens=(0, *accumulate(lengths)),
@@ -262,21 +255,3 @@ def _batch(lengths: Lengths) -> Packed:
         targets=targets,
         _memo={"supervised": where},
     )
-
-
-def _signature(layer: Layer) -> str:
-    """Equal for layers that are made of the same modules with the same numbers."""
-    parts = []
-    for name, module in cast(nn.Module, layer).named_modules():
-        tensors = [
-            (leaf, tuple(one.shape), one.dtype, one.requires_grad)
-            for leaf, one in module.named_parameters(recurse=False)
-        ]
-        numbers = [
-            (key, value)
-            for key, value in vars(module).items()
-            if isinstance(value, int | float | tuple)
-        ]
-        lora = module.lora if isinstance(module, Adapted) else None
-        parts.append((name, type(module).__qualname__, tensors, numbers, lora))
-    return repr(parts)

@@ -18,7 +18,7 @@ from typing import Self
 from ..nn.again import POLICIES
 from .host import most_pinned
 from .packs import check_pack, holds
-from .record import Lengths, Plan
+from .record import Lengths, Pack, Plan
 from .step import Steps
 
 __all__ = ["Plan", "Planner"]
@@ -74,35 +74,43 @@ class Planner(Steps):
         other.settings = replace(self.settings, gradient_checkpointing=True, recompute="auto")
         return other
 
-    def best(self, length: int, rows: int) -> Plan:
-        """The fastest micro-batch of rows of one length: any that divides `rows`."""
+    def best(self, length: int, rows: int, units: int = 0) -> Plan:
+        """The fastest micro-batch of rows of one length: any that divides `rows`.
+
+        Args:
+            length: tokens of each row.
+            rows: of an update.
+            units: of the media of each row.
+        """
         sizes = [n for n in range(1, min(rows, 64) + 1) if rows % n == 0]
-        packs = [(length,) * n for n in sizes]
+        packs = [Pack((length,) * n, units * n) for n in sizes]
         plans = [self.fastest(pack) for pack in packs if holds(pack)]
         fitting = [plan for plan in plans if plan.fits]
         if not fitting:
             return plans[0]
         return max(fitting, key=lambda plan: plan.tokens_per_second)
 
-    def longest(self, policy: str | None = None, limit: int = 1 << 20) -> int:
+    def longest(self, policy: str | None = None, limit: int = 1 << 20, units: int = 0) -> int:
         """Tokens of the longest single row that fits, a multiple of 64; 0: not even 64.
 
         Args:
             policy: of all layers; by default `frugal`.
             limit: more than that is not asked for.
+            units: of its media, whose tokens are among them.
         """
         if policy is None and self.host is not None and len(self.allowed()) > 1:
             # What takes least of the card may take more than the host has.
-            return max(self.longest(one, limit) for one in self.allowed()[-2:])
+            return max(self.longest(one, limit, units) for one in self.allowed()[-2:])
         policies = (policy or self.frugal,) * len(self.measure.kinds)
         limit = min(limit, self._parking(policies))
-        if limit < 64:
+        least = max(64, -(-self.tokens(units) // 64) * 64)
+        if limit < least:
             return 0
 
         def peak(tokens: int) -> int:
-            return self.peak((tokens,), policies)
+            return self.peak(Pack((tokens,), units), policies)
 
-        low, high = 64, min(4096, limit)
+        low, high = least, min(max(4096, 2 * least), limit)
         at_low = peak(low)
         if at_low > self.budget:
             return 0
@@ -122,6 +130,10 @@ class Planner(Steps):
             else:
                 high, at_high = guess, at_guess
         return low
+
+    def tokens(self, units: int) -> int:
+        """Tokens of a row that media of so many units become."""
+        return self.measure.towered().tokens(units) if units else 0
 
     def _parking(self, policies: Sequence[str]) -> int:
         """Tokens whose inputs the host can hold, a multiple of 64."""

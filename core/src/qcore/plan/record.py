@@ -5,11 +5,44 @@ This file decides its words; `planner` makes it. It imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 Lengths = tuple[int, ...]  #: of the rows of a pack
+
+
+class Pack(tuple[int, ...]):
+    """`Lengths` of rows that have media; without units it is, and equals, the plain tuple.
+
+    Attributes:
+        units: what a tower computes of all rows' media.
+    """
+
+    units: int
+
+    def __new__(cls, lengths: Iterable[int], units: int = 0) -> Self:
+        """A pack of rows of these lengths."""
+        made = super().__new__(cls, lengths)
+        made.units = units
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return tuple.__eq__(self, other) is True and self.units == units_of(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((tuple(self), self.units)) if self.units else tuple.__hash__(self)
+
+    def __repr__(self) -> str:
+        return f"{tuple(self)!r} + {self.units} units" if self.units else repr(tuple(self))
+
+
+def units_of(pack: object) -> int:
+    """Units of a pack's media; of plain lengths none."""
+    return pack.units if isinstance(pack, Pack) else 0
 
 
 def spelled(policies: Sequence[str]) -> str:
@@ -26,7 +59,7 @@ class Plan:
 
     Attributes:
         card: its name.
-        lengths: tokens of each row of a micro-batch.
+        lengths: tokens of each row of a micro-batch; a `Pack` where they have media.
         policies: what backward computes again, for each layer; `Model.loss` takes it.
         budget: bytes that may be filled.
         memory: bytes by term, at the peak; they sum to `peak`.
@@ -74,6 +107,11 @@ class Plan:
         return sum(self.lengths)
 
     @property
+    def units(self) -> int:
+        """Units of media of a micro-batch."""
+        return units_of(self.lengths)
+
+    @property
     def tokens_per_second(self) -> float:
         """All tokens, supervised or not."""
         return self.tokens / self.seconds
@@ -85,10 +123,11 @@ class Plan:
 
     @property
     def pack(self) -> str:
-        """``2 x 4096 tokens``, or ``3 rows of 812 tokens`` where they differ."""
+        """``2 x 4096 tokens``, or ``3 rows of 812 tokens`` where they differ; and their media."""
+        media = f" and {self.units:,} units of media" if self.units else ""
         if len(set(self.lengths)) == 1:
-            return f"{len(self.lengths)} x {self.lengths[0]} tokens"
-        return f"{len(self.lengths)} rows of {self.tokens} tokens"
+            return f"{len(self.lengths)} x {self.lengths[0]} tokens{media}"
+        return f"{len(self.lengths)} rows of {self.tokens} tokens{media}"
 
     @property
     def largest(self) -> str:
@@ -102,6 +141,7 @@ class Plan:
             "card": self.card,
             "rows": len(self.lengths),
             "max_length": max(self.lengths),
+            **({"media_units": self.units} if self.units else {}),
             "recompute": self.recompute,
             "fits": self.fits,
             "budget_bytes": self.budget,

@@ -31,7 +31,7 @@ from .host import available
 from .kept import Before
 from .packs import Packs, check_pack, holds
 from .planner import Planner
-from .record import Plan, spelled
+from .record import Lengths, Pack, Plan, spelled, units_of
 from .step import LIBRARIES
 
 TOKENS = 64  #: a row that is shorter is no advice
@@ -174,7 +174,7 @@ def _joined(planner: Planner, packs: Packs, join: Callable[[int], Packs]) -> Pac
 
     What is as large as the largest micro-batch costs no memory; more may, and is tried.
     """
-    free = max(map(extent, packs.largest))
+    free = max(extent(pack, units_of(pack)) for pack in packs.largest)
     best, least = packs, _seconds(planner, packs)
     fewest = packs.micro_steps
     for most in (free, *(more for more in TOGETHER if more > free)):
@@ -221,14 +221,18 @@ def _whole(planner: Planner, packs: Packs, policies: tuple[str, ...]) -> Plan:
     plan = planner.worst(packs.largest, policies)
     if not packs.held_out:
         return plan
-    memory = planner.evaluation(packs.held_out)
+    memory = planner.evaluation(packs.held_out, packs.held_out_units)
     peak = sum(memory.values())
     if peak <= plan.peak:
         return plan
     return replace(
-        plan, lengths=(packs.held_out,), memory=memory, peak=peak, ops={}, timed=False,
+        plan, lengths=_held_out(packs), memory=memory, peak=peak, ops={}, timed=False,
         moment="evaluation of a held-out row",
     )  # fmt: skip
+
+
+def _held_out(packs: Packs) -> Lengths:
+    return Pack((packs.held_out,), packs.held_out_units)
 
 
 def refusal(
@@ -250,7 +254,8 @@ def refusal(
         f"({plan.moment}), most of it {plan.largest}",
         expected=f"at most {plan.budget / 1e9:.3g} GB",
         fix=" or ".join(_fixes(plan, planner, packs or _own(plan), by_hand))
-        or "take a card with more memory, a smaller model, or fewer target_groups",
+        or "take a card with more memory, a smaller model, or fewer target_groups"
+        + (", or rows with smaller media" if plan.units else ""),
     )
 
 
@@ -269,9 +274,12 @@ def _too_much_parked(plan: Plan, planner: Planner, packs: Packs) -> InputError:
 
 
 def _own(plan: Plan) -> Packs:
+    rows = len(plan.lengths)
+    each = -(-plan.units // rows)
     return Packs(
-        largest=(plan.lengths,), longest_rows=plan.lengths, usual=plan.lengths, micro_steps=1.0
-    )
+        largest=(plan.lengths,), longest_rows=tuple(plan.lengths), usual=plan.lengths,
+        micro_steps=1.0, most_units=(each,) * rows if each else (),
+    )  # fmt: skip
 
 
 def _fixes(plan: Plan, planner: Planner, packs: Packs, by_hand: bool) -> list[str]:
@@ -284,7 +292,9 @@ def _fixes(plan: Plan, planner: Planner, packs: Packs, by_hand: bool) -> list[st
             fixes.append(f"with recompute=auto ({other.recompute}) it fits")
     if (rows := _rows(planner, packs)) > 0:
         fixes.append(f"with per_device_train_batch_size {rows} it fits")
-    if TOKENS <= (tokens := planner.longest()) < max(*packs.longest_rows, packs.held_out):
+    units = max((packs.held_out_units, *packs.most_units))
+    longest = max(*packs.longest_rows, packs.held_out)
+    if TOKENS <= (tokens := planner.longest(units=units)) < longest:
         one = "per_device_train_batch_size 1 and " if len(packs.longest_rows) > 1 else ""
         fixes.append(f"with {one}max_length {tokens} it fits")
     return fixes
@@ -292,12 +302,14 @@ def _fixes(plan: Plan, planner: Planner, packs: Packs, by_hand: bool) -> list[st
 
 def _rows(planner: Planner, packs: Packs) -> int:
     """How many rows fit, whichever meet, if less than there are; 0: not even one."""
-    if packs.held_out and sum(planner.evaluation(packs.held_out).values()) > planner.budget:
-        return 0
+    if packs.held_out:
+        memory = planner.evaluation(packs.held_out, packs.held_out_units)
+        if sum(memory.values()) > planner.budget:
+            return 0
     low, high = 0, len(packs.longest_rows) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        rows = packs.longest_rows[:middle]
+        rows = Pack(packs.longest_rows[:middle], sum(packs.most_units[:middle]))
         if holds(rows) and planner.fastest(rows).fits:
             low = middle
         else:

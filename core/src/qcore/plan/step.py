@@ -1,8 +1,11 @@
 """A step put together: what a micro-batch takes under given policies, and how long.
 
-This file decides how pieces (`measure`) make a step: everything that layers keep is there
-when the head's loss is computed, and goes again layer by layer; the peak is the most at any of
-these moments. Which policies there should be is `planner`'s.
+This file decides how pieces (`measure`, `tower`) make a step: everything that layers keep is
+there when the head's loss is computed, and goes again layer by layer; the peak is the most at any
+of these moments. A tower comes first and goes last; a frozen one leaves only what it made, and
+where that is kept for the next time (`batches`), the pack carries it and no media: it is then
+computed before the pack is there, here all of it at once, which is the most. Which policies there
+should be is `planner`'s.
 
 Memory is predicted of what torch allocates (``max_memory_allocated``). Time is a model
 (`cards`): expect about 15 % either way.
@@ -29,7 +32,7 @@ from .host import pinned
 from .measure import Measure
 from .meta import Taken, meta_model, take
 from .pieces import SAMPLES, Piece
-from .record import Lengths, Plan
+from .record import Lengths, Pack, Plan, units_of
 from .trace import rounded
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ LIBRARIES = 2 * 32 * 2**20 + 2**20
 #: Bytes a trained number is moved through memory by one update: four read and three written in
 #: float32, the norm's reading, and the copies in the run's dtype.
 UPDATE = 36
+TOWER = "tower"  #: the term of its weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +107,26 @@ class Steps:
         self.static = self._static(found)
 
     def _static(self, found: Identified) -> dict[str, int]:
-        """What is there all the time, by term."""
+        """What is there all the time, by term; what of it is trained is a tower's, too."""
         model = self.measure.model
-        groups = {entry.name: entry.row.group for entry in found.layout.table}
-        terms = dict.fromkeys(
-            ("weights nf4", "weights 16 bit", "weights fp32", "embeddings", "adapters"), 0
-        )
-        for holder in model.holders.values():
+        entries = {entry.name: entry for entry in found.layout.table}
+        names = ["weights nf4", "weights 16 bit", "weights fp32", "embeddings", "adapters"]
+        names += [TOWER] if self.measure.tower is not None else []
+        terms = dict.fromkeys(names, 0)
+        towers = found.modality.name if found.modality is not None else None
+        for name, holder in model.holders.items():
             if holder.four_bit:
-                terms["weights nf4"] += holder.stored_bytes
+                part = entries[name].part.name
+                terms[TOWER if part == towers else "weights nf4"] += holder.stored_bytes
         trained = 0
         for name, parameter in model.named_parameters():
             size = rounded(parameter.numel() * parameter.element_size())
             if parameter.requires_grad:
                 terms["adapters"] += size
                 trained += parameter.numel()
-            elif groups.get(name) in ("embed", "head"):
+            elif name in entries and entries[name].part.name == towers:
+                terms[TOWER] += size
+            elif name in entries and entries[name].row.group in ("embed", "head"):
                 terms["embeddings"] += size
             else:
                 wide = parameter.element_size() == 4
@@ -151,11 +159,11 @@ class Steps:
         """The step of one pack, each layer under its own policy.
 
         Args:
-            lengths: tokens of each row.
+            lengths: tokens of each row; a `Pack` where they have media.
             policies: of each layer.
             micro_steps: of an optimizer step, by default as the settings have them.
         """
-        static = self.static | {"batch": self.measure.batch(lengths)}
+        static = self.static | {"batch": self._batch(lengths)}
         top = max(self._moments(lengths, policies), key=lambda m: m.kept + m.workspace)
         memory = static | {"activations": top.kept, "workspace": top.workspace}
         card, host, launches = self._time(lengths, policies)
@@ -177,11 +185,19 @@ class Steps:
             timed=self.timed,
         )
 
-    def evaluation(self, length: int) -> dict[str, int]:
-        """Bytes by term, at the peak of a held-out row's loss: alone in its pack, no gradients."""
-        lengths = (length,)
-        most = self.measure.evaluation(lengths, self.settings.loss_chunk_size)
-        return self.static | {"batch": self.measure.batch(lengths), "workspace": most}
+    def evaluation(self, length: int, units: int = 0) -> dict[str, int]:
+        """Bytes by term, at the peak of a held-out row's loss: alone in its pack, no gradients.
+
+        Args:
+            length: its tokens.
+            units: of its media.
+        """
+        lengths = Pack((length,), units)
+        most = self.measure.evaluation((length,), self.settings.loss_chunk_size)
+        if units:
+            before = self._before(lengths, (), graph=False)[0]
+            most = max(most, *(moment.kept + moment.workspace for moment in before))
+        return self.static | {"batch": self._batch(lengths), "workspace": most}
 
     def worst(self, packs: Sequence[Lengths], policies: Sequence[str]) -> Plan:
         """The plan of that one of `packs` that takes most."""
@@ -191,13 +207,28 @@ class Steps:
     def peak(self, lengths: Lengths, policies: Sequence[str]) -> int:
         """Bytes at the worst moment, as `plan` has them."""
         most = max(m.kept + m.workspace for m in self._moments(lengths, policies))
-        return sum(self.static.values()) + self.measure.batch(lengths) + most
+        return sum(self.static.values()) + self._batch(lengths) + most
+
+    @property
+    def _carries(self) -> bool:
+        """Whether packs carry what a tower made, in place of media."""
+        tower = self.measure.tower
+        return tower is not None and not tower.trained and self.settings.media_cache_gb > 0
+
+    def _batch(self, lengths: Lengths) -> int:
+        """Bytes of a pack and its media, and of what is derived from them."""
+        plain, units = tuple(lengths), units_of(lengths)
+        if not units:
+            return self.measure.batch(plain)
+        tower = self.measure.towered()
+        media = tower.carried(units) if self._carries else tower.batch(units)
+        return self.measure.batch(plain, media=True) + media
 
     def _pieces(self, lengths: Lengths, policies: Sequence[str]) -> list[Piece]:
-        found = []
+        found, plain = [], tuple(lengths)
         for kind, policy in zip(self.measure.kinds, policies, strict=True):
             parks = policy == "offload" and self.device == "cuda"
-            piece = self.measure.layer(kind, _alike(policy), lengths)
+            piece = self.measure.layer(kind, _alike(policy), plain)
             found.append(self._parked(piece, lengths) if parks else piece)
         return found
 
@@ -226,10 +257,9 @@ class Steps:
 
     def _moments(self, lengths: Lengths, policies: Sequence[str]) -> Iterable[_Moment]:
         pieces = self._pieces(lengths, policies)
-        first = self.measure.embedding(lengths)
-        end = self.measure.end(lengths, self.settings.loss_chunk_size)
-        kept = first.kept
-        yield _Moment("embedding", 0, first.forward, {})
+        end = self.measure.end(tuple(lengths), self.settings.loss_chunk_size)
+        before, kept = self._before(lengths, policies, graph=True)
+        yield from before
         for number, piece in enumerate(pieces):
             yield _Moment(f"forward of layer {number}", kept, piece.forward, piece.forward_by)
             yield _Moment(f"backward of layer {number}", kept, piece.backward, piece.backward_by)
@@ -237,13 +267,42 @@ class Steps:
         yield _Moment("loss", kept, end.forward, end.forward_by)
         yield _Moment("backward of the loss", kept, end.backward, end.backward_by)
 
+    def _before(
+        self, lengths: Lengths, policies: Sequence[str], *, graph: bool
+    ) -> tuple[list[_Moment], int]:
+        """The moments of what the first layer reads, and the bytes that are then there."""
+        first, units = self.measure.embedding(tuple(lengths)), units_of(lengths)
+        moments = [_Moment("embedding", 0, first.forward, {})]
+        if not units:
+            return moments, first.kept
+        tower, graph = self.measure.towered(), graph and self.measure.towered().trained
+        # A tower that is carried runs before the tokens are embedded, and its media go.
+        below, kept = (tower.batch(units), 0) if self._carries else (first.kept, 0)
+        for number, piece in enumerate(tower.pieces(units, _towers(policies), graph=graph)):
+            name = f"layer {number - 1} of the tower" if number else "what the tower reads"
+            moments.append(
+                _Moment(f"forward of {name}", below + kept, piece.forward, piece.forward_by)
+            )
+            # The embeddings of tokens are gone when the backward comes so far.
+            moments.append(_Moment(f"backward of {name}", kept, piece.backward, piece.backward_by))
+            kept += piece.kept
+        placing = self.measure.placing(tuple(lengths), units, graph=graph)
+        kept = 0 if self._carries else kept  # a part of the batch
+        moments.append(_Moment("media among the tokens", kept, placing.forward, placing.forward_by))
+        kept += placing.kept + (tower.features(units) if self._carries else 0)
+        return moments, kept
+
     def _time(self, lengths: Lengths, policies: Sequence[str]) -> tuple[float, float, int]:
         """Seconds of the card and of the host, and launches."""
+        plain, units = tuple(lengths), units_of(lengths)
         counted = [
             *self._pieces(lengths, policies),
-            self.measure.embedding(lengths),
-            self.measure.end(lengths, self.settings.loss_chunk_size),
+            self.measure.embedding(plain),
+            self.measure.end(plain, self.settings.loss_chunk_size),
         ]
+        if units:
+            tower = self.measure.towered()
+            counted += tower.pieces(units, _towers(policies), graph=tower.trained)
         card = host = 0.0
         launches = 0
         for piece in counted:
@@ -276,7 +335,8 @@ class Steps:
                 + ", ".join(self.taken.absent)
             )
         layers = dict.fromkeys(zip(self.measure.kinds, policies, strict=True))
-        if any(self.measure.stretches(kind, _alike(policy), lengths) for kind, policy in layers):
+        plain = tuple(lengths)
+        if any(self.measure.stretches(kind, _alike(policy), plain) for kind, policy in layers):
             told.append(
                 f"told from rows of {SAMPLES[-1]} tokens and fewer, because a reference walks "
                 "the tokens one chunk at a time: memory is rather overstated"
@@ -291,6 +351,11 @@ class Steps:
 def _alike(policy: str) -> str:
     """The policy that a layer is measured under: meta has no host to park on."""
     return "full" if policy == "offload" else policy
+
+
+def _towers(policies: Sequence[str]) -> str:
+    """The policy of every layer of a tower, as `Model.hidden` has it."""
+    return "none" if set(policies) <= {"none"} else "full"
 
 
 def _make(
