@@ -6,7 +6,7 @@ nothing else. It reads no weight and imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +64,14 @@ class Identified:
     def using(self, modality: Modality) -> Identified:
         """The same for a run that loads the modality's tower."""
         return replace(self, layout=self.layout.using(modality.name))
+
+    def using_parts(self, parts: Collection[str]) -> Identified:
+        """The same for a run that loads the towers among `parts`."""
+        found = self
+        for one in self.decision.modalities:
+            if one.name in parts:
+                found = found.using(one)
+        return found
 
     def chat_format(self) -> ChatFormat:
         """The generation's chat format. Raises ``QC-CHAT-001`` unless exactly one is given."""
