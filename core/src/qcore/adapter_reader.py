@@ -150,7 +150,7 @@ def _check_complete(
         if here != trained:
             raise InputError(
                 "QC-ADAPTER-013",
-                f"does not hold all of what training changed in part '{name}'",
+                f"does not hold what training changed in part '{name}'",
                 file=folder,
                 field=f"modalities.{name}.pairs",
                 found=here,

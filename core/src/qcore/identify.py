@@ -70,6 +70,14 @@ class Identified:
         """The same for a run that holds these groups in 4 bit too."""
         return replace(self, layout=replace(self.layout, in_nf4=frozenset(groups)))
 
+    def using_parts(self, parts: Collection[str]) -> Identified:
+        """The same for a run that loads the towers among `parts`."""
+        found = self
+        for one in self.decision.modalities:
+            if one.name in parts:
+                found = found.using(one)
+        return found
+
     def chat_format(self) -> ChatFormat:
         """The generation's chat format. Raises ``QC-CHAT-001`` unless exactly one is given."""
         answers = self.plugins.ask(

@@ -112,6 +112,7 @@ def merge(
     _check_dtype(found, dequantize)
     told = read_adapter(adapter, found.layout, trust_base=trust_base, claims=found.adapter_claims)
     _refuse_parts(found, told)
+    found = found.using_parts(told.parts)  # the proof computes them, which guards judge
     already = _refuse_twice(found.checkpoint, told)
     warnings = (
         *preflight(found, verb="merge", settings={}),

@@ -122,7 +122,7 @@ class _Streams:
         self.written_layout, problems = survey(found.layout.table, self.written)
         raise_all(faults(problems))
         modality = _tower_of(found, adapter)
-        found = found if modality is None else found.using(modality)
+        found = found.using_parts(adapter.parts)
         self.checkpoint = found.checkpoint
         self.layout = found.layout
         self.tower_effect: float | None = None
