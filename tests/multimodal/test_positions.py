@@ -108,9 +108,9 @@ def test_a_long_row_takes_milliseconds() -> None:
     assert len(given.ids) == 65_536
     took = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         placed(given)
-        took.append(time.perf_counter() - start)
+        took.append(time.process_time() - start)
     figure(f"positions of 65,536 tokens in {min(took) * 1e3:.1f} ms")
     assert min(took) < 0.1  # ten of them; the rest is room for a busy machine
 

@@ -62,7 +62,7 @@ def expand(text: str, media: Sequence[Seen]) -> str:
             expected=given[at],
             fix="use the chat template that came with the weights",
         )
-    # Not re.sub with a counter: pieces and media alternate, one piece more than media.
+    # Pieces of text and media alternate; there is one piece more.
     pieces = _PLACEHOLDER.split(text)
     return pieces[0] + "".join(
         _written(seen) + piece for seen, piece in zip(media, pieces[1:], strict=True)
@@ -108,7 +108,7 @@ def token_findings(config: Mapping[str, object], token_ids: Mapping[str, int]) -
             )
     for token, (key, usual) in _NAMED.items():
         named, known = config.get(key, usual), token_ids.get(token)
-        if known is not None and (named != known or isinstance(named, bool)):
+        if known is not None and named != known:
             yield Finding(
                 code="QC-VISION-053",
                 severity=Severity.ERROR,
