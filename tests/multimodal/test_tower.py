@@ -9,10 +9,16 @@ import torch
 from support.blocks_kit import relative
 from support.e2e_kit import figure
 from support.vision_kit import Grid, Towers, layouts, run, towers
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
 
 from qcore.nn.again import run_layers
+from qcore_multimodal import tower as tower_module
 from qcore_multimodal.attention import Frames
-from qcore_multimodal.patches import Pixels
+from qcore_multimodal.patches import Pixels, taps
+from qcore_multimodal.rope import places
 
 LAYOUTS = layouts()
 
@@ -174,6 +180,89 @@ def test_a_frame_does_not_see_another() -> None:
         after = run(both.ours, media)
     assert not torch.equal(before[:4], after[:4])
     assert torch.equal(before[4:], after[4:])
+
+
+def test_bytes_without_a_table_are_refused() -> None:
+    both = towers()
+    media = both.media([(1, 2, 2)])
+    numbers, media.values = media.values, (media.values * 100).byte()
+    with pytest.raises(ValueError, match="uint8, with no table"):
+        both.ours.embed(media)
+    fields = {"grids": media.grids, "where": media.where, "table": torch.zeros(3, 256)}
+    with pytest.raises(ValueError, match="float32, with a table"):
+        both.ours.embed(Pixels(values=numbers, **fields))
+
+
+#: The largest picture, the thinnest ones, the longest video of the published limits.
+EXTREME: list[list[Grid]] = [
+    [(1, 256, 256)],
+    [(1, 2, 400), (1, 400, 2)],
+    [(384, 16, 16)],
+    [(1, 2, 2), (1, 48, 48), (1, 47 * 2, 50)],
+]
+
+
+@pytest.mark.parametrize("grids", EXTREME, ids=lambda grids: "+".join(map(str, grids)))
+def test_places_and_positions_of_extreme_grids(grids: list[Grid]) -> None:
+    thw = torch.tensor(grids)
+    assert torch.equal(torch.stack(places(grids, 2), 1), get_vision_position_ids(thw, 2))
+    index, share = taps(grids, 2, 48)
+    theirs_index, theirs_share = get_vision_interpolation_indices_and_weights(
+        thw, 48, mode="bilinear", align_corners=True, spatial_merge_size=2
+    )
+    assert torch.equal(index, theirs_index)
+    assert torch.equal(share, theirs_share)
+
+
+def _all_one_frame(grids: Any, device: torch.device) -> Frames:
+    return Frames(((1, sum(t * h * w for t, h, w in grids)),))
+
+
+def _raster(grids: Any, merge: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return places(grids, 1)
+
+
+def _no_turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _rotate_neighbours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    return x * cos + turned * sin
+
+
+AT = "qcore_multimodal"
+#: One rule changed: where it is, and what stands in.
+MUTATIONS: dict[str, tuple[str, Any]] = {
+    "frames see each other": (f"{AT}.attention.Frames.of", staticmethod(_all_one_frame)),
+    "rope of raster order": (f"{AT}.rope.places", _raster),
+    "positions of raster order": (f"{AT}.patches.places", _raster),
+    "no rope": (f"{AT}.attention.rotate", _no_turn),
+    "rope of neighbours": (f"{AT}.attention.rotate", _rotate_neighbours),
+    "another theta": (f"{AT}.rope.THETA", 1e6),
+    "another eps": (f"{AT}.linear._EPS", 1e-3),
+}
+
+
+@pytest.mark.parametrize("rule", MUTATIONS)
+def test_a_changed_rule_is_seen(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    """What the parity above would let through, if it held no more."""
+    monkeypatch.setattr(*MUTATIONS[rule])
+    both = towers()
+    media = both.media([(2, 4, 6), (1, 6, 4)])
+    with torch.no_grad():
+        assert relative(run(both.ours, media), both.reference(media)) > 1e-4
+
+
+@pytest.mark.parametrize("form", ["none", "tanh"])
+def test_both_forms_of_gelu_matter(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Tanh in the blocks, exact in the merger: neither may be the other."""
+    real = tower_module.activated
+    monkeypatch.setattr(tower_module, "activated", lambda made, x, _: real(made, x, form))
+    both = towers()
+    media = both.media([(2, 4, 6)])
+    with torch.no_grad():
+        assert float((run(both.ours, media) - both.reference(media)).abs().max()) > 5e-5
 
 
 def test_values_of_another_number_of_patches_are_refused() -> None:

@@ -38,7 +38,12 @@ def numbers(values: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
         values: ``[U, F]``, bytes if there is a table.
         table: as `Pixels.table`.
         dtype: of the run; a float32 number is rounded to it once.
+
+    Raises:
+        ValueError: bytes without a table, or a table of what are no bytes.
     """
+    if (table is None) is (values.dtype == torch.uint8):
+        raise ValueError(f"values are {values.dtype}, with {'no' if table is None else 'a'} table")
     if table is None:
         return values.to(dtype)
     # Channel by channel: an index is four times as wide as a byte.
@@ -61,17 +66,16 @@ def taps(grids: Grids, merge: int, side: int) -> tuple[Tensor, Tensor]:
     Returns:
         ``[U, 4]`` int64 and ``[U, 4]`` float32.
     """
-    axes = []
+    axes, step = [], torch.arange(2, device="cpu")
     for axis, place in enumerate(places(grids, merge), 1):
         lengths = torch.tensor([grid[axis] for grid in grids], device=place.device)
         counts = torch.tensor([grid[0] * grid[1] * grid[2] for grid in grids], device=place.device)
         last = (lengths - 1).clamp(min=1).repeat_interleave(counts)
         exact = place.float() * (side - 1) / last
         low = exact.floor()
-        share = exact - low
-        first = low.long()
-        both = torch.stack((first, (first + 1).clamp(max=side - 1)), 1)
-        axes.append((both, torch.stack((1 - share, share), 1)))
+        near = low[:, None].long() + step
+        shares = 1 - ((exact - low)[:, None] - step).abs()
+        axes.append((near.clamp(max=side - 1), shares))
     (rows, by_row), (columns, by_column) = axes
     index = rows[:, :, None] * side + columns[:, None]
     return index.flatten(1), (by_row[:, :, None] * by_column[:, None]).flatten(1)
