@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--max-length", type=int, help="Tokens of a row; every row is taken as long.")
 @click.option("--rows", type=int, help="Rows of a micro-batch; by default the fastest.")
 @click.option(
-    "--media", type=int, metavar="UNITS", help="Units of media in each row: of its tower."
+    "--media", type=int, metavar="UNITS", help="Units that a tower computes for each row."
 )
 @click.option("--r", type=int, help="Rank of the LoRA matrices.")
 @click.option("--groups", help="LoRA groups, comma-separated; by default those that are on.")
