@@ -271,7 +271,7 @@ def test_describe_gives_owners_of_the_scope_and_refuses_one_name_twice(tmp_path:
         "def qcore_describe():\n"
         "    some = dict(root='m.tower', kinds=('it',), build=print, reader=print)\n"
         "    yield Modality(name='image', section='eyes_config', architectures=('kind',), **some)\n"
-        "    yield Modality(name='audio', section='ears_config', architectures=('other',), **some)\n"
+        "    yield Modality(name='audio', section='ears_config', architectures=('no',), **some)\n"
     )
     distribution(tmp_path, "eyes", module="mod_eyes", source=vision, model_types=("kind",))
     code = """

@@ -12,11 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageFile, PngImagePlugin
+from support.media_kit import (
+    animated,
+    bare_png,
+    chunk,
+    frames,
+    payload,
+    picture,
+    saved,
+    sound,
+    video,
+)  # fmt: skip
+
 from qcore.data.jsonl import BadRow
 from qcore.data.media import Payload
-from support.media_kit import (
-    animated, bare_png, chunk, frames, payload, picture, saved, sound, video,
-)  # fmt: skip
 
 Make = Callable[[], bytes]
 
@@ -185,9 +194,7 @@ def test_bad_videos(reader: Any, cache_home: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "options", "code", "says"), OPTIONS)
-def test_bad_options(
-    reader: Any, kind: str, options: dict[str, Any], code: str, says: str
-) -> None:
+def test_bad_options(reader: Any, kind: str, options: dict[str, Any], code: str, says: str) -> None:
     data = png() if kind == "image" else animated(4)
     reader.read(payload(data, kind))
     refused(reader, payload(data, kind, **options), code, says)
@@ -222,7 +229,10 @@ def test_every_cut_of_every_format_is_told(reader: Any) -> None:
 def test_every_flip_is_told_or_read(reader: Any) -> None:
     rng = np.random.default_rng(5)
     files = [
-        *((saved(picture("RGB", 24, 20), form), "image") for form in ("PNG", "JPEG", "WEBP", "BMP")),
+        *(
+            (saved(picture("RGB", 24, 20), form), "image")
+            for form in ("PNG", "JPEG", "WEBP", "BMP")
+        ),
         (saved(picture("P", 24, 20), "GIF"), "image"),
         (animated(3), "video"),
         (mp4(6), "video"),
@@ -298,7 +308,11 @@ except BadRow as bad:
 
 @pytest.mark.parametrize(
     ("side", "mode", "told", "most"),
-    [(20_000, "1", "QC-VISION-030", 120), (9_400, "RGB", "16384", 900), (9_400, "RGBA", "16384", 1900)],
+    [
+        (20_000, "1", "QC-VISION-030", 120),
+        (9_400, "RGB", "16384", 900),
+        (9_400, "RGBA", "16384", 1900),
+    ],
 )
 def test_memory_is_bounded(
     tmp_path: Path, shared: Path, side: int, mode: str, told: str, most: int

@@ -12,7 +12,15 @@ import pytest
 import torch
 from PIL import Image
 from support.media_kit import (
-    Array, animated, frames, payload, picture, saved, stock_images, stock_videos, video,
+    Array,
+    animated,
+    frames,
+    payload,
+    picture,
+    saved,
+    stock_images,
+    stock_videos,
+    video,
 )  # fmt: skip
 
 #: Frames, width, height, frames a second: short and long, odd and even, small, flat and tall.
@@ -110,8 +118,9 @@ def test_resizing_is_pillows_but_for_rounding() -> None:
     Both round after each of the two passes, torch with coarser weights: a level apart, and two in
     some ten of a million numbers where a picture grows.
     """
-    from qcore_multimodal.processor import Videos
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+    from qcore_multimodal.processor import Videos
 
     videos = Videos("video", Qwen3VLVideoProcessor())
     for width, height, to in [(97, 65, (64, 96)), (640, 480, (96, 128)), (33, 20, (320, 512))]:

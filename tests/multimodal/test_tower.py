@@ -17,7 +17,8 @@ from transformers.vision_utils import (
 from qcore.nn.again import run_layers
 from qcore_multimodal import tower as tower_module
 from qcore_multimodal.attention import Frames
-from qcore_multimodal.patches import Pixels, taps
+from qcore_multimodal.patches import taps
+from qcore_multimodal.pixels import Pixels
 from qcore_multimodal.rope import places
 
 LAYOUTS = layouts()
@@ -134,7 +135,10 @@ def test_bytes_and_a_table_are_the_numbers() -> None:
         [table[c][values.view(40, 3, -1)[:, c].long()] for c in range(3)], 1
     ).flatten(1)
     where = torch.arange(10)
-    media = Pixels(values=values, grids=tuple(grids), where=where, table=table)
+    media = Pixels(
+        values=values, grids=tuple(grids), where=where, table=torch.stack([table + 1, table]),
+        kinds=torch.ones(40, dtype=torch.uint8),
+    )  # fmt: skip
     plain = both.media(grids)
     plain.values = numbers
     with torch.no_grad():
@@ -188,7 +192,8 @@ def test_bytes_without_a_table_are_refused() -> None:
     numbers, media.values = media.values, (media.values * 100).byte()
     with pytest.raises(ValueError, match="uint8, with no table"):
         both.ours.embed(media)
-    fields = {"grids": media.grids, "where": media.where, "table": torch.zeros(3, 256)}
+    fields = {"grids": media.grids, "where": media.where, "table": torch.zeros(1, 3, 256)}
+    fields["kinds"] = torch.zeros(4, dtype=torch.uint8)
     with pytest.raises(ValueError, match="float32, with a table"):
         both.ours.embed(Pixels(values=numbers, **fields))
 

@@ -16,7 +16,7 @@ from qcore.nn.protocols import Media, Tower
 from qcore.plan.meta import Taken, meta_model
 from qcore.plan.trace import Trace
 from qcore.targets import targets
-from qcore_multimodal.patches import Pixels
+from qcore_multimodal.pixels import Pixels
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 LORA = Lora(r=4, lora_alpha=8)

@@ -1,58 +1,17 @@
-"""Patches as they reach a tower: their numbers, and the embedding of position that is added.
+"""Where patches lie, as an embedding that is added to theirs.
 
-This file decides that values may stay bytes until the device, with a table of the numbers that
-the processor makes of them, and how the learned square of position embeddings is stretched over a
-frame's grid: bilinear, corner on corner.
+This file decides how the learned square of position embeddings is stretched over a frame's grid:
+bilinear, corner on corner. What a patch's numbers are is `pixels`'.
 
-Shapes: U patches of all media, C channels, F numbers of a patch laid out (C, T, P, P).
+Shapes: U patches of all media.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from qcore.nn.protocols import Media
-
 from .rope import Grids, places
-
-
-@dataclass(slots=True)
-class Pixels(Media):
-    """Media whose values are bytes.
-
-    Attributes:
-        table: ``[C, 256]`` float32, the number that each byte of a channel stands for; ``None``
-            where `values` are numbers already.
-    """
-
-    table: Tensor | None = None
-
-
-def numbers(values: Tensor, table: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The processor's numbers of patches, ``[U, F]``.
-
-    Args:
-        values: ``[U, F]``, bytes if there is a table.
-        table: as `Pixels.table`.
-        dtype: of the run; a float32 number is rounded to it once.
-
-    Raises:
-        ValueError: bytes without a table, or a table of what are no bytes.
-    """
-    if (table is None) is (values.dtype == torch.uint8):
-        raise ValueError(f"values are {values.dtype}, with {'no' if table is None else 'a'} table")
-    if table is None:
-        return values.to(dtype)
-    # Channel by channel: an index is four times as wide as a byte.
-    channels = values.unflatten(1, (len(table), -1)).unbind(1)
-    found = [
-        row.index_select(0, channel.flatten().int()).view(channel.shape)
-        for row, channel in zip(table.to(dtype), channels, strict=True)
-    ]
-    return torch.cat(found, 1)
 
 
 def taps(grids: Grids, merge: int, side: int) -> tuple[Tensor, Tensor]:

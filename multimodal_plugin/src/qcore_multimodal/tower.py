@@ -23,7 +23,8 @@ from qcore.nn.protocols import Tower as TowerProtocol
 
 from .attention import Attention
 from .linear import LayerNorm, activated, affine, linear, residual
-from .patches import Pixels, numbers, taps
+from .patches import taps
+from .pixels import Pixels
 from .table import vision_config
 
 #: Patches that are embedded at a time: their numbers are wide, and nothing of them stays.
@@ -138,19 +139,31 @@ class Tower(nn.Module):
         """``values [U, F] -> [U, D]``: patches, and where they lie.
 
         Raises:
-            ValueError: the grids are not of so many patches.
+            ValueError: the grids are not of so many patches, or bytes without a table.
         """
-        values, table = media.values, getattr(media, "table", None)
+        values = media.values
         units = sum(math.prod(grid) for grid in media.grids)
         if values.shape != (units, self.patch):
             found = f"values of shape {tuple(values.shape)}"
             raise ValueError(f"{found} for {units} patches of {self.patch} numbers")
-        given = (values, *media.memo("taps", lambda: self._taps(media)))
+        index, share = media.memo("taps", lambda: self._taps(media))
         rows = [
-            self._rows(numbers(some, table, self.dtype), index, share)
-            for some, index, share in zip(*(x.split(_AT_A_TIME) for x in given), strict=True)
+            self._rows(self._numbers(media, part), index[part], share[part])
+            for start in range(0, units, _AT_A_TIME)
+            for part in [slice(start, min(start + _AT_A_TIME, units))]
         ]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _numbers(self, media: Media, part: slice) -> Tensor:
+        """The processor's numbers of some patches, in the run's dtype."""
+        table = isinstance(media, Pixels)
+        if table is not (media.values.dtype == torch.uint8):
+            raise ValueError(
+                f"values are {media.values.dtype}, with {'a' if table else 'no'} table"
+            )
+        if isinstance(media, Pixels):
+            return media.numbers(self.dtype, part.start, part.stop)
+        return media.values[part].to(self.dtype)
 
     def _taps(self, media: Media) -> tuple[Tensor, Tensor]:
         index, share = taps(media.grids, self.merge, self.pos_embed.side)
@@ -178,12 +191,13 @@ class Tower(nn.Module):
             values = torch.empty(shape, dtype=torch.uint8, device=device)
         else:
             values = torch.randint(256, shape, dtype=torch.uint8, device=cpu, generator=generator)
-        table = torch.linspace(-1, 1, 256, device=cpu).repeat(self.channels, 1)
+        table = torch.linspace(-1, 1, 256, device=cpu).repeat(1, self.channels, 1)
         return Pixels(
             values=values.to(device),
             grids=(grid,),
             where=torch.arange(shape[0] // self.merge**2, device=device),
             table=table.to(device),
+            kinds=torch.zeros(shape[0], dtype=torch.uint8, device=device),
         )
 
 
