@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint import Checkpoint
     from .media import MediaReader
+    from .render import Template
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,15 +132,7 @@ def dataset(
             the embedding, ``QC-DATA-015`` too few rows to split.
     """
     path = Path(path)
-    template = checkpoint.template
-    if template is None:
-        raise InputError(
-            "QC-TEMPLATE-008",
-            "has no chat template",
-            file=checkpoint.path,
-            expected="chat_template.jinja, or chat_template in tokenizer_config.json",
-            fix="add the chat template that came with the weights",
-        )
+    template = _template(checkpoint)
     tokenizer = tokenizer or load_tokenizer(checkpoint)
     rows = _vocab_rows(checkpoint)
     _check_size(checkpoint, tokenizer, rows)
@@ -234,6 +227,19 @@ def _seen(
 
     # Not a loop: its variable would hold the last row's bytes while the next line is parsed.
     return (row for row in map(read, rows) if row is not None)
+
+
+def _template(checkpoint: Checkpoint) -> Template:
+    template = checkpoint.template
+    if template is None:
+        raise InputError(
+            "QC-TEMPLATE-008",
+            "has no chat template",
+            file=checkpoint.path,
+            expected="chat_template.jinja, or chat_template in tokenizer_config.json",
+            fix="add the chat template that came with the weights",
+        )
+    return template
 
 
 def _refused(path: Path, row: Row, error: InputError) -> InputError:
