@@ -134,8 +134,7 @@ def dataset(
     path = Path(path)
     template = _template(checkpoint)
     tokenizer = tokenizer or load_tokenizer(checkpoint)
-    rows = _vocab_rows(checkpoint)
-    _check_size(checkpoint, tokenizer, rows)
+    rows = _vocab_rows(checkpoint, tokenizer)
     given = {**special_tokens(checkpoint.tokenizer_config), **(variables or {})}
     digest = hashlib.sha256()
     problems = Problems(path)
@@ -260,14 +259,12 @@ def _special(tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(token.content for token in added if token.special)
 
 
-def _vocab_rows(checkpoint: Checkpoint) -> int | None:
+def _vocab_rows(checkpoint: Checkpoint, tokenizer: Tokenizer) -> int | None:
+    """Rows of the embedding, as config.json says; not fewer than the tokenizer has ids."""
     config = checkpoint.config
     text = config.get("text_config")
     size = (text if isinstance(text, dict) else config).get("vocab_size")
-    return size if isinstance(size, int) else None
-
-
-def _check_size(checkpoint: Checkpoint, tokenizer: Tokenizer, rows: int | None) -> None:
+    rows = size if isinstance(size, int) else None
     highest = highest_id(tokenizer)
     if rows is not None and highest >= rows:
         raise InputError(
@@ -278,3 +275,4 @@ def _check_size(checkpoint: Checkpoint, tokenizer: Tokenizer, rows: int | None) 
             expected=f"ids below vocab_size {rows}",
             fix="use the tokenizer.json that came with the weights",
         )
+    return rows
