@@ -119,6 +119,32 @@ def test_no_label_on_control_tokens_in_an_assistants_turn(
     assert example.supervised == len(kept)
 
 
+def test_no_label_on_what_a_reader_writes_beside_its_tokens(
+    folder: Path, checkpoint: FakeCheckpoint
+) -> None:
+    """Two media side by side, one between words, one last; and a word that looks like them."""
+
+    class Timed(SwatchReader):
+        def expand(self, said: str, media: Any) -> str:
+            grown = super().expand(said, media)
+            return grown.replace(OPEN, "<0.5 s>" + OPEN)
+
+    one = swatch("a.txt")
+    said = [text("<0.5 s>x"), one, one, text(" y"), swatch("deep/b.txt"), text("z "), one]
+    messages = [
+        {"role": "user", "content": [one, text("q")]},
+        {"role": "assistant", "content": said},
+        user("more"),
+        bot("plain"),
+    ]
+    (example,) = load([{"messages": messages}], folder, checkpoint, reader=Timed()).train
+    assert read_back(example.ids).count("<0.5 s>") == 6
+    kept = [label for label in example.labels if label != -100]
+    assert read_back(kept) == "<0.5 s>x yz " + END + "plain" + END
+    assert example.placed is not None
+    assert len(example.placed.where) == 3 * 4 + 4
+
+
 def test_media_may_stand_in_a_tools_answer(folder: Path, checkpoint: FakeCheckpoint) -> None:
     messages = [
         user("look"),
@@ -505,6 +531,20 @@ def test_control_in_text_is_refused_wherever_it_stands(
         ("QC-DATA-008", "line 1, messages[0].content"),
         ("QC-DATA-008", "line 2, messages[1].content"),
         ("QC-DATA-008", "line 3, tools[0].description"),
+    ]
+
+
+def test_special_tokens_of_media_are_refused_without_a_reader(shared: Path, folder: Path) -> None:
+    """No chat format names them: the published tokenizer marks them special."""
+    names = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+    source = shared / "skus/qwen3.5/Qwen3.5-4B/chat_template.jinja"
+    template = Template(source.read_text(encoding="utf-8"), "4B")
+    made = FakeCheckpoint(shared / "skus/tokenizer", template, 248_320)
+    rows = [{"messages": [user(f"what is <|{name}|>?"), bot("a")]} for name in names]
+    assert not {f"<|{name}|>" for name in names} & {*FORMAT.control}
+    found = bad(rows, folder, made, reader=None)
+    assert [(e.code, e.field) for e in found] == [
+        ("QC-DATA-008", f"line {number}, messages[0].content") for number in range(1, 6)
     ]
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint import Checkpoint
     from .media import MediaReader
+    from .render import Template
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,18 +132,9 @@ def dataset(
             the embedding, ``QC-DATA-015`` too few rows to split.
     """
     path = Path(path)
-    template = checkpoint.template
-    if template is None:
-        raise InputError(
-            "QC-TEMPLATE-008",
-            "has no chat template",
-            file=checkpoint.path,
-            expected="chat_template.jinja, or chat_template in tokenizer_config.json",
-            fix="add the chat template that came with the weights",
-        )
+    template = _template(checkpoint)
     tokenizer = tokenizer or load_tokenizer(checkpoint)
-    rows = _vocab_rows(checkpoint)
-    _check_size(checkpoint, tokenizer, rows)
+    rows = _vocab_rows(checkpoint, tokenizer)
     given = {**special_tokens(checkpoint.tokenizer_config), **(variables or {})}
     digest = hashlib.sha256()
     problems = Problems(path)
@@ -236,6 +228,19 @@ def _seen(
     return (row for row in map(read, rows) if row is not None)
 
 
+def _template(checkpoint: Checkpoint) -> Template:
+    template = checkpoint.template
+    if template is None:
+        raise InputError(
+            "QC-TEMPLATE-008",
+            "has no chat template",
+            file=checkpoint.path,
+            expected="chat_template.jinja, or chat_template in tokenizer_config.json",
+            fix="add the chat template that came with the weights",
+        )
+    return template
+
+
 def _refused(path: Path, row: Row, error: InputError) -> InputError:
     """A template's refusal as the row's error."""
     return InputError(
@@ -254,14 +259,12 @@ def _special(tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(token.content for token in added if token.special)
 
 
-def _vocab_rows(checkpoint: Checkpoint) -> int | None:
+def _vocab_rows(checkpoint: Checkpoint, tokenizer: Tokenizer) -> int | None:
+    """Rows of the embedding, as config.json says; not fewer than the tokenizer has ids."""
     config = checkpoint.config
     text = config.get("text_config")
     size = (text if isinstance(text, dict) else config).get("vocab_size")
-    return size if isinstance(size, int) else None
-
-
-def _check_size(checkpoint: Checkpoint, tokenizer: Tokenizer, rows: int | None) -> None:
+    rows = size if isinstance(size, int) else None
     highest = highest_id(tokenizer)
     if rows is not None and highest >= rows:
         raise InputError(
@@ -272,3 +275,4 @@ def _check_size(checkpoint: Checkpoint, tokenizer: Tokenizer, rows: int | None) 
             expected=f"ids below vocab_size {rows}",
             fix="use the tokenizer.json that came with the weights",
         )
+    return rows

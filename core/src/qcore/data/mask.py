@@ -4,9 +4,9 @@ This file decides supervision. Spans are found in the *rendered* text, because t
 move and drop what a row holds: of every turn of the trained role the text after what inference
 puts there (the prompt tail), up to and including the mark that ends the turn. So ``<think>``
 in the prompt and an empty think block are context, an answer and its end are trained, prompts,
-tool results and the newline between turns are not. A token that stands for media is never trained,
-in whoever's turn. What a row may hold is `qcore.data.schema`'s business; `dataset` puts the
-steps together.
+tool results and the newline between turns are not. What stands for media is never trained, in
+whoever's turn (`qcore.data.placing`). What a row may hold is `qcore.data.schema`'s business;
+`dataset` puts the steps together.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..records import ChatFormat
 from .jsonl import BadRow
+from .placing import less_media, place
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -205,15 +206,19 @@ def encode_text(
         reader: of media; without it there are none.
 
     Raises:
-        BadRow: ``QC-MASK-001``, ``-002`` as in `spans`, ``-004`` as in `_placed`,
+        BadRow: ``QC-MASK-001``, ``-002`` as in `spans`, ``-004`` as in `place`,
             ``QC-DATA-011`` too long, ``QC-DATA-012`` nothing to train, ``QC-DATA-013`` an id
             without an embedding; or as `MediaReader.expand`.
     """
-    if reader is not None:
-        text = reader.expand(text, row.seen)
     text = normalised(text, tokenizer)
     turns = row.turns(chat_format.assistant)
     trained = spans(text, chat_format, turns)
+    if reader is not None:
+        rendered, inside = text, trained
+        text = reader.expand(rendered, row.seen)
+        trained = spans(text, chat_format, turns)
+        if row.seen:
+            trained = less_media(trained, rendered, inside, row.seen, reader)
     encoding = tokenizer.encode(text, add_special_tokens=False)
     ids = array("i", encoding.ids)
     _check_ids(ids, row, tokenizer, max_length, vocab_rows)
@@ -225,7 +230,7 @@ def encode_text(
             if id_ in control:
                 made[index] = IGNORED
         if row.seen:
-            placed = _placed(reader, row.seen, ids, control)
+            placed = place(reader, row.seen, ids, control)
     supervised = len(made) - 1 - made[1:].count(IGNORED)
     if supervised < 1:
         raise BadRow(
@@ -267,28 +272,6 @@ def _check_ids(
             expected=f"ids below {vocab_rows}",
             fix="use the tokenizer.json that came with the weights",
         )
-
-
-def _placed(
-    reader: MediaReader, media: Sequence[Medium], ids: array[int], control: frozenset[int | None]
-) -> Placed:
-    """Where a row's media lie, proved: every output of the tower has its own control token."""
-    placed = reader.place(ids, media)
-    wanted = sum(medium.tokens for medium in media)
-    where = set(placed.where)
-    if (
-        not len(placed.where) == len(where) == wanted
-        or any(not 0 <= at < len(ids) or ids[at] not in control for at in where)
-        or any(len(axis) != len(ids) for axis in placed.positions)
-    ):
-        raise BadRow(
-            "QC-MASK-004",
-            "has other tokens for its media than they need",
-            found=f"{len(placed.where)} of {len(ids)} tokens",
-            expected=f"{wanted}, and a position for every token",
-            fix="use the tokenizer.json that came with the weights",
-        )
-    return placed
 
 
 def encode_row(
