@@ -100,7 +100,9 @@ def test_sixteen_bits_of_a_colour_become_the_upper_eight(reader: Any) -> None:
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 256, 256, 16, 2, 0, 0, 0))
     row = b"\0" + b"\x12\x34\x80\x00\xfe\xff" * 256
-    data = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(row * 256)) + chunk(b"IEND", b"")
+    data = (
+        b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(row * 256)) + chunk(b"IEND", b"")
+    )
     seen = reader.read(payload(data))
     values = reader.batch([seen], torch.arange(seen.tokens)).values.view(seen.units, 3, -1)
     assert [set(values[:, channel].flatten().tolist()) for channel in range(3)] == [

@@ -12,7 +12,15 @@ import pytest
 import torch
 from PIL import Image
 from support.media_kit import (
-    Array, animated, frames, payload, picture, saved, stock_images, stock_videos, video,
+    Array,
+    animated,
+    frames,
+    payload,
+    picture,
+    saved,
+    stock_images,
+    stock_videos,
+    video,
 )  # fmt: skip
 
 #: Frames, width, height, frames a second: short and long, odd and even, small, flat and tall.

@@ -25,6 +25,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+
 from qcore.checkpoint import Checkpoint
 from qcore.data.media import Payload
 
