@@ -25,7 +25,7 @@ from .device import peak_bytes, reset_peak
 from .errors import NumericError, UsageError
 from .model import Model
 from .optim import FlatAdamW
-from .packing import joined
+from .packing import joined, units_of_rows
 from .plan.beside import Meter
 from .schedule import Schedule, seed_of
 from .settings import Settings
@@ -64,6 +64,7 @@ class Loop:
         self.schedule = Schedule(len(data.train), settings)
         self.together = together
         self._lengths = [len(example.ids) for example in data.train]
+        self._units = units_of_rows(data.train)
         # What is loaded stays: a collection need not walk it in the middle of a step.
         gc.freeze()
         self.parameters = [parameter for _, parameter in model.trainable()]
@@ -88,7 +89,7 @@ class Loop:
         torch.manual_seed(seed_of(self.settings.seed, "dropout", step))
         micro_batches = self.schedule.micro_batches(step)
         if self.together:
-            micro_batches = joined(micro_batches, self._lengths, self.together)
+            micro_batches = joined(micro_batches, self._lengths, self.together, self._units)
         batches = [[self.data.train[row] for row in rows] for rows in micro_batches]
         loss, balance, norm = self._accumulate(batches)
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -34,6 +34,7 @@ from .model import Model, ops_of
 from .nn.adapted import Lora
 from .nn.again import POLICIES
 from .nn.parked import Parked
+from .packing import units_of_rows
 from .plan.beside import RunPlan, beside, measured
 from .plan.kept import Before, keep, kept
 from .plan.oom import Watch
@@ -242,7 +243,10 @@ def _plan(
 ) -> RunPlan:
     """What the rows take of the card, before a weight is read; a resumed run's policy stays."""
     train, held_out = ([len(row.ids) for row in part] for part in (rows.train, rows.eval))
-    pack = partial(packs_of, train, held_out, settings)
+    pack = partial(
+        packs_of, train, held_out, settings,
+        units=units_of_rows(rows.train), held_out_units=units_of_rows(rows.eval),
+    )  # fmt: skip
     plan, notes = plan_run(
         found, settings, pack(), room, backends=backends, before=before,
         join=(lambda most: pack(together=most)) if may_join(settings) else None,

@@ -58,7 +58,8 @@ def decode(data: bytes) -> NDArray[np.uint8]:
         _check_still(image)
         _check_sums(image, data)
         image.load()
-        return rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)  # no copy of what stands upright
+        return rgb(image)
 
 
 @contextmanager
@@ -97,7 +98,7 @@ def rgb(image: Image.Image) -> NDArray[np.uint8]:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         white.alpha_composite(image)
         image = white
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def check_size(width: int, height: int) -> None:

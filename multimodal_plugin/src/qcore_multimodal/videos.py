@@ -1,13 +1,11 @@
 """Videos to frames: containers by PyAV, animated pictures by Pillow.
 
-This file decides which containers are read, what is refused, and how many frames there are: those
-that decode, not those that a header promises. Only frames that the processor asks for are kept, and
-each is resized as it comes. A frame's time is its number over the mean rate, as transformers has
-it, also where the rate varies. Rotation of a phone's video is applied. Playlists and other formats
-that name further files are never opened: the container is told from its first bytes.
+This file decides what of a video is refused, and how many frames there are: those that decode, not
+those that a header promises. Only frames that the processor asks for are kept, and each is resized
+as it comes. A frame's time is its number over the mean rate, as transformers has it, also where the
+rate varies. Rotation of a phone's video is applied. Which containers are opened is `containers`'.
 
 - ``QC-VISION-033`` PyAV is not installed.
-- ``QC-VISION-034`` not a container that is read.
 - ``QC-VISION-035`` damaged.
 - ``QC-VISION-036`` no video in it.
 - ``QC-VISION-037`` too few frames.
@@ -30,16 +28,14 @@ from torch import Tensor
 from qcore.data.jsonl import BadRow
 
 from . import images
+from .containers import demuxer
 from .options import Limits
 
 if TYPE_CHECKING:
     from .processor import Bytes, Grid, Videos
 
 MAX_PICTURES: Final = 20_000  # frames of an animated picture, which must be looked at one by one
-_PICTURES: Final = ("PNG", "WEBP", "GIF")
 _SHOWN: Final = 0.1  # seconds of a frame that states none, as browsers have it
-_MOV: Final = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
-_CONTAINERS: Final = "MP4, MOV, Matroska, WebM, AVI, or animated GIF, WebP or PNG"
 
 
 class _Recounted(Exception):
@@ -86,9 +82,7 @@ def process(
     Raises:
         BadRow: ``QC-VISION-030``, ``-031``, ``-033`` to ``-039``.
     """
-    start = file.read(16)
-    file.seek(0)
-    name = _demuxer(start)
+    name = demuxer(file)
     if name is None:
         with images.opened(file.read()) as image:
             return _process(_Pictures(image), processor, limits)
@@ -157,25 +151,6 @@ def _size(processor: Videos, count: int, shape: tuple[int, ...], limits: Limits)
         raise BadRow(
             "QC-VISION-031", "is of a shape that the processor refuses", found=str(error)
         ) from None
-
-
-def _demuxer(start: bytes) -> str | None:
-    """FFmpeg's name of the container that these bytes start; ``None`` for a picture's."""
-    if start[4:8] in _MOV:
-        return "mov"
-    if start.startswith(b"\x1a\x45\xdf\xa3"):
-        return "matroska"
-    if start[:4] == b"RIFF" and start[8:12] == b"AVI ":
-        return "avi"
-    if start.startswith((b"GIF8", b"\x89PNG\r\n\x1a\n")) or start[8:12] == b"WEBP":
-        return None
-    raise BadRow(
-        "QC-VISION-034",
-        "is no video that is read",
-        found=f"a file that starts with {start[:8]!r}" if start else "no bytes",
-        expected=_CONTAINERS,
-        fix="convert it to MP4",
-    )
 
 
 class _Pictures:

@@ -1,0 +1,322 @@
+"""The cache of values: what is decoded once, what is believed, what goes, and what is said."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.media_kit import animated, file_payload, payload, picture, saved
+
+from qcore.errors import InputError, UsageError, WriteError
+
+WHERE = torch.arange(1)
+
+
+def png(seed: int = 0, side: int = 256) -> bytes:
+    return saved(picture("RGB", side, side, seed), "PNG")
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the size of each image that is decoded."""
+    from qcore_multimodal import images
+
+    seen: list[int] = []
+    decode = images.decode
+
+    def counted(data: bytes) -> Any:
+        seen.append(len(data))
+        return decode(data)
+
+    monkeypatch.setattr(images, "decode", counted)
+    return seen
+
+
+def test_what_is_kept_is_not_decoded(new_reader: Callable[[], Any], decoded: list[int]) -> None:
+    first = new_reader()
+    one = first.read(payload(png()))
+    values = first.batch([one, one], WHERE).values
+    assert len(decoded) == 1
+    again = new_reader()
+    assert again.read(payload(png())) == one
+    assert torch.equal(again.batch([one, one], WHERE).values, values)
+    assert len(decoded) == 1
+
+
+def test_what_names_an_entry(new_reader: Callable[[], Any], decoded: list[int]) -> None:
+    """Other bytes, another limit, another kind: another entry; the same limit told: the same."""
+    reader = new_reader()
+    names = [
+        reader.read(payload(data, kind, **options)).digest
+        for data, kind, options in [
+            (png(), "image", {}),
+            (png(1), "image", {}),
+            (png(), "image", {"min_pixels": 80_000}),
+            (png(), "image", {"max_pixels": 80_000}),
+            (animated(4), "video", {}),
+            (animated(4), "video", {"fps": 1}),
+            (animated(4), "video", {"max_frames": 2}),
+        ]
+    ]
+    assert len(set(names)) == len(names)
+    assert reader.read(payload(png(), min_pixels=65536)).digest == names[0]
+
+
+@pytest.mark.parametrize("name", ["transformers", "pillow"])
+def test_another_version_decodes_again(
+    new_reader: Callable[[], Any], decoded: list[int], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from qcore_multimodal import reader as module
+
+    before = new_reader().read(payload(png()))
+    real = module._version
+    monkeypatch.setattr(module, "_version", lambda one: "0" if one == name else real(one))
+    assert new_reader().read(payload(png())).digest != before.digest
+    assert len(decoded) == 2
+
+
+def test_another_processor_decodes_again(
+    new_reader: Callable[[], Any], shared: Path, tmp_path: Path
+) -> None:
+    from support.media_kit import FILES, checkpoint
+
+    from qcore_multimodal.reader import Reader
+
+    folder = tmp_path / "base"
+    folder.mkdir()
+    for name in FILES:
+        content = json.loads((shared / "skus" / "processor" / name).read_text())
+        (folder / name).write_text(json.dumps(content | {"image_mean": [0.5, 0.4, 0.5]}))
+    other = Reader(checkpoint(folder)).read(payload(png()))
+    assert other.digest != new_reader().read(payload(png())).digest
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "cut in the head": lambda data: data[:30],
+    "cut in the values": lambda data: data[:-1],
+    "longer": lambda data: data + b"x",
+    "other magic": lambda data: b"X" + data[1:],
+    "another head": lambda data: data.replace(b'"merge": 2', b'"merge": 4'),
+    "a flipped value": lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_entry_is_made_again(
+    new_reader: Callable[[], Any], cache_home: Path, decoded: list[int], name: str
+) -> None:
+    reader = new_reader()
+    seen = reader.read(payload(png()))
+    values = reader.batch([seen], WHERE).values
+    (entry,) = cache_home.glob("*.media")
+    whole = entry.read_bytes()
+    entry.write_bytes(DAMAGE[name](whole))
+    fresh = new_reader()
+    assert fresh.read(payload(png())) == seen
+    assert torch.equal(fresh.batch([seen], WHERE).values, values)
+    assert len(decoded) == 2
+    assert entry.read_bytes() == whole
+
+
+def test_what_is_gone_in_the_middle_of_a_run_is_made_again_and_said(
+    new_reader: Callable[[], Any], cache_home: Path, tmp_path: Path, decoded: list[int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    path = tmp_path / "a.png"
+    path.write_bytes(png(1))
+    reader = new_reader()
+    media = [reader.read(payload(png())), reader.read(file_payload(path)),
+             reader.read(payload(animated(4), "video"))]  # fmt: skip
+    values = reader.batch(media, WHERE).values
+    for entry in cache_home.glob("*.media"):
+        entry.unlink()
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(reader.batch(media, WHERE).values, values)
+        assert torch.equal(reader.batch(media, WHERE).values, values)
+    assert len(decoded) == 4
+    (told,) = caplog.messages
+    assert "QCORE_MEDIA_CACHE_GB" in told
+    assert "\n" not in told
+    assert len(list(cache_home.glob("*.media"))) == 3
+
+
+def test_a_file_that_changes_in_the_middle_of_a_run(
+    new_reader: Callable[[], Any], cache_home: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png())
+    reader = new_reader()
+    seen = reader.read(file_payload(path))
+    path.write_bytes(png(1))
+    assert reader.batch([seen], WHERE).values.shape[0] == seen.units  # kept values stay good
+    for entry in cache_home.glob("*.media"):
+        entry.unlink()
+    with pytest.raises(InputError, match="is not what it was") as caught:
+        reader.batch([seen], WHERE)
+    assert caught.value.code == "QC-VISION-042"
+    assert caught.value.file == str(path)
+    assert list(cache_home.glob("*.media")) == []
+
+
+def test_values_that_nobody_can_make_again(new_reader: Callable[[], Any], cache_home: Path) -> None:
+    seen = new_reader().read(payload(png()))
+    for entry in cache_home.glob("*.media"):
+        entry.unlink()
+    with pytest.raises(InputError) as caught:
+        new_reader().batch([seen], WHERE)
+    assert caught.value.code == "QC-VISION-043"
+
+
+def test_the_folder_is_bounded_and_the_oldest_go(
+    new_reader: Callable[[], Any], cache_home: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Ten images of 196,608 bytes in a folder for six."""
+    monkeypatch.setenv("QCORE_MEDIA_CACHE_GB", str(6 * 197_500 / 1e9))
+    reader = new_reader()
+    media = [reader.read(payload(png(seed))) for seed in range(5)]
+    now = time.time_ns()
+    for age, one in enumerate(media):
+        os.utime(cache_home / f"{one.digest}.media", ns=(now, now - 10**12 + age * 10**9))
+    reader.batch([media[0]], WHERE)  # used now
+    with caplog.at_level(logging.WARNING):
+        media += [reader.read(payload(png(seed))) for seed in range(5, 7)]
+    kept = {path.stem for path in cache_home.glob("*.media")}
+    assert media[0].digest in kept
+    assert media[1].digest not in kept
+    assert {media[5].digest, media[6].digest} <= kept
+    assert sum(path.stat().st_size for path in cache_home.iterdir()) <= 6 * 197_500
+    assert len(caplog.messages) == 1  # more than fits, said while the rows are checked
+    assert "more than" in caplog.messages[0]
+
+
+def test_what_others_wrote_counts(tmp_path: Path) -> None:
+    from qcore_multimodal.cache import Cache
+
+    ours, theirs = (Cache(tmp_path, 1_000_000) for _ in range(2))
+    for number in range(200):
+        one = ours if number % 2 else theirs
+        one.put(f"{number:064}", {}, np.zeros(20_000, np.uint8))
+    # Each looks at the folder at least once in 64 entries of its own.
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1_000_000 + 64 * 20_100
+
+
+def test_one_medium_larger_than_all_may_be(
+    new_reader: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, cache_home: Path
+) -> None:
+    monkeypatch.setenv("QCORE_MEDIA_CACHE_GB", "0.0001")
+    with pytest.raises(WriteError, match="larger than all may be") as caught:
+        new_reader().read(payload(png()))
+    assert caught.value.code == "QC-VISION-040"
+    assert "QCORE_MEDIA_CACHE_GB" in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize("value", ["", "many", "0", "-1", "nan", "inf"])
+def test_a_bound_that_is_none(
+    new_reader: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("QCORE_MEDIA_CACHE_GB", value)
+    with pytest.raises(UsageError, match="QCORE_MEDIA_CACHE_GB") as caught:
+        new_reader()
+    assert caught.value.code == "QC-VISION-040"
+
+
+@pytest.mark.parametrize("call", ["mkdir", "mkstemp", "replace"])
+def test_a_folder_that_cannot_be_written_stops_the_run(
+    new_reader: Callable[[], Any], cache_home: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    import errno
+
+    from qcore_multimodal import cache
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    place = {"mkdir": Path, "mkstemp": cache.tempfile, "replace": cache.os}[call]
+    reader = new_reader()
+    with monkeypatch.context() as patch:
+        patch.setattr(place, call, full)
+        with pytest.raises(WriteError, match="disk is full") as caught:
+            reader.read(payload(png()))
+    assert caught.value.code == "QC-WRITE-003"
+    assert not cache_home.exists() or list(cache_home.iterdir()) == []  # nothing half-written
+
+
+def test_leftovers_of_dead_processes_go(new_reader: Callable[[], Any], cache_home: Path) -> None:
+    cache_home.mkdir(parents=True)
+    old, new = cache_home / ".old.tmp", cache_home / ".new.tmp"
+    old.write_bytes(b"x")
+    new.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    new_reader().read(payload(png()))
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+_WORKER = """
+import sys
+from pathlib import Path
+import torch
+from support.media_kit import checkpoint, payload, picture, saved
+from qcore_multimodal.reader import Reader
+reader = Reader(checkpoint(Path(sys.argv[1])))
+total = 0
+for turn in range(3):
+    for seed in range(12):
+        seen = reader.read(payload(saved(picture("RGB", 200, 200, seed), "PNG")))
+        total += int(reader.batch([seen], torch.arange(1)).values.sum(dtype=torch.int64))
+print(total)
+"""
+
+
+def test_two_processes_share_a_folder_too_small_for_both(
+    cache_home: Path, shared: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "QCORE_MEDIA_CACHE_GB": "0.001"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", _WORKER, str(shared / "skus" / "processor")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            cwd=Path(__file__).parents[1],
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    told = [one.communicate() for one in running]
+    assert [one.returncode for one in running] == [0, 0], told
+    assert told[0][0] == told[1][0]
+    assert not list(cache_home.glob("*.tmp"))
+    assert all("Traceback" not in errors for _, errors in told)
+
+
+def test_a_relative_cache_home_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from qcore_multimodal.cache import Cache
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("QCORE_MEDIA_CACHE_GB", raising=False)
+    cache = Cache.of_user()
+    assert cache.folder == tmp_path / ".cache" / "qcore" / "media"
+    assert cache.bound == 20_000_000_000
+
+
+def test_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qcore_multimodal.cache import Cache
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(UsageError) as caught:
+        Cache.of_user()
+    assert caught.value.code == "QC-VISION-041"
