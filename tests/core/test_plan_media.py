@@ -217,7 +217,9 @@ def test_a_pack_of_text_in_a_run_of_media_takes_the_towers_weights_more(
     text, media = (one.plan((65, 30), all_of(one, "full")) for one in (without, loads))
     weights = media.memory["tower"]
     assert weights > 0
-    assert media.peak == pytest.approx(text.peak + weights, abs=2048)
+    assert media.peak == pytest.approx(
+        text.peak + weights, abs=4096
+    )  # the tables of its 4-bit codes
     assert media.memory["activations"] == text.memory["activations"]
 
 

@@ -22,7 +22,7 @@ from qcore.records import Modality
 from qcore.table import LINEAR, NF4, Aim, Part, Row, Table
 
 ROOT = "model.toy"
-BYTES, WIDTH, INNER, MERGE = 48, 64, 512, 16
+BYTES, WIDTH, INNER, MERGE = 48, 64, 2048, 16
 
 
 class Layer(nn.Module):
