@@ -66,6 +66,7 @@ def command(
     cards = list(dict.fromkeys(map(named, gpus))) or list(CARDS)
     budgets, capping = capped(cards, parse_budget(budget))
     found = identify(model, generation=settings.generation, headers_only=True)
+    found = found.quantizing(settings.quantize_groups)
     found = _loading(found, settings, media)
     told = [*preflight(found, verb="plan", settings=settings.to_dict())]
     told += [f"note: {line}" for line in capping]
