@@ -126,7 +126,7 @@ OPTIONS: dict[str, list[str]] = {
     "inspect": ["MODEL", "--debug", "--generation", "--json"],
     "plan": [
         "MODEL", "--budget", "--config", "--debug", "--generation", "--gpu", "--groups", "--json",
-        "--max-length", "--preset", "--r", "--rows", "--set",
+        "--max-length", "--media", "--preset", "--r", "--rows", "--set",
     ],
     "train": [
         "--adapter-class", "--config", "--data", "--debug", "--device", "--generation", "--json",
@@ -224,7 +224,7 @@ def test_inspect_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert told["architecture"] == "qwen3_5"
     assert told["generation"] == "3.5"
     assert told["plugin"] == "qwen35"
-    assert told["modalities"] == ["text"]
+    assert told["modalities"] == ["text"]  # its section describes no tower
     assert told["parameters"] == sum(math.prod(shape) for shape in small_shapes().values())
     assert told["tensors"] == len(small_shapes())
     assert told["unaccounted"] == told["differences"] == []

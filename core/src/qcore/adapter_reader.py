@@ -1,16 +1,15 @@
 """An adapter folder met with a base: what it holds, what it must hold, what is refused.
 
-This file decides which fields of ``adapter_config.json`` qcore acts on, that every adapter
-tensor is used exactly once and every declared target is hit, that a tower's pairs are as many as
-training recorded, and that an adapter without a fingerprint of its base needs consent. It reads
-headers, not values, and needs no torch.
+This file decides that every adapter tensor is used exactly once and every declared target is hit,
+that a tower's pairs are as many as training recorded, and that an adapter without a fingerprint of
+its base needs consent. Which fields of its config act is `adapter_config`'s. It reads headers, not
+values, and needs no torch.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,54 +27,13 @@ from .adapter import (
     target_name,
     trunk_part,
 )
+from .adapter_config import check_config, layers_of
 from .artifact import MANIFEST, read_manifest, verify
 from .checkpoint import Header, read_headers, read_json, safe_file
 from .errors import InputError, QcoreError, TrustError, one_of_each, raise_all
 from .locate import Layout
 from .records import AdapterClaim
 from .table import Kind, Namespace, Tensor
-
-#: Fields that describe and do not act; any value is accepted.
-_DESCRIPTIVE = frozenset(
-    (
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "peft_version",
-        "inference_mode",
-        "task_type",
-        "lora_dropout",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "arrow_config",
-        "ensure_weight_tying",
-        "runtime_config",
-        "velora_config",
-        "qalora_group_size",
-        "megatron_core",  # the name of a module, in every config; megatron_config would act
-    )
-)
-#: Fields that qcore acts on.
-_ACTIVE = frozenset(
-    (
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "target_modules",
-        "target_parameters",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "init_lora_weights",
-    )
-)
-#: Initialisations that leave the base as it is; the others (pissa, olora, ...) change it.
-_INITS = (True, False, "gaussian", "orthogonal", "eva")
-
 
 #: Shapes by tensor name -> what plugins claim of them.
 Claims = Callable[[Mapping[str, tuple[int, ...]]], Sequence[AdapterClaim]]
@@ -114,7 +72,7 @@ def read_adapter(
             )
     meta = _manifest(folder, trust_base)
     config = read_json(safe_file(folder, CONFIG))
-    problems = _check_config(folder / CONFIG, config)
+    problems = check_config(folder / CONFIG, config)
     raise_all(problems)
     headers = {header.name: header for header in read_headers(safe_file(folder, WEIGHTS))}
     found = claims({name: h.shape for name, h in headers.items()}) if claims else []
@@ -251,75 +209,6 @@ def _manifest(folder: Path, trust_base: bool) -> Mapping[str, Any]:
     return {}
 
 
-def _check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
-    """Every field is acted on, descriptive, or switched off; r and alpha have no default."""
-
-    def problem(field: str, what: str, expected: str) -> QcoreError:
-        return InputError(
-            "QC-ADAPTER-004",
-            what,
-            file=path,
-            field=field,
-            found=repr(config.get(field, "nothing")),
-            expected=expected,
-            fix="export the adapter as plain LoRA with PEFT",
-        )
-
-    problems = []
-    if config.get("peft_type") != "LORA":
-        problems.append(problem("peft_type", "is not supported", "LORA"))
-    if type(config.get("r")) is not int or config["r"] < 1:
-        problems.append(problem("r", "is not a rank", "a positive integer"))
-    if not _is_number(config.get("lora_alpha")):
-        problems.append(problem("lora_alpha", "is not a number", "a finite number"))
-    elif config["lora_alpha"] == 0:
-        problems.append(problem("lora_alpha", "switches the adapter off", "a number other than 0"))
-    for field in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(field), str) and not _compiles(config[field]):
-            problems.append(problem(field, "is no regular expression", "names, or one that is"))
-    if not isinstance(config.get("use_rslora", False), bool):
-        problems.append(problem("use_rslora", "is no switch", "true or false"))
-    if config.get("init_lora_weights", True) not in _INITS:
-        problems.append(problem("init_lora_weights", "changes the base", "true"))
-    for field, kinds in (("rank_pattern", int), ("alpha_pattern", int | float)):
-        pattern = config.get(field) or {}
-        if not isinstance(pattern, dict) or not all(
-            re.fullmatch(r"[\w.]+", key) and isinstance(n, kinds) and _is_number(n) and n > 0
-            for key, n in pattern.items()
-        ):
-            problems.append(problem(field, "is not supported", "module names and numbers"))
-    parameters = config.get("target_parameters") or []
-    if not isinstance(parameters, list) or not all(isinstance(n, str) for n in parameters):
-        problems.append(problem("target_parameters", "is no list of names", "parameter names"))
-    if not all(type(layer) is int for layer in _layers(config)):
-        problems.append(problem("layers_to_transform", "is not supported", "a list of numbers"))
-    for field, value in config.items():
-        off = value in (None, False, [], {}, "none", "LORA")
-        if field not in _DESCRIPTIVE | _ACTIVE and not off:
-            problems.append(problem(field, "changes the adapter in a way not supported", "off"))
-    return problems
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
-
-
-def _is_number(value: object) -> bool:
-    """A number that is finite, also once it is a float; NaN compares as false."""
-    whole = isinstance(value, int | float) and not isinstance(value, bool)
-    return whole and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
-
-
-def _layers(config: Mapping[str, Any]) -> list[Any]:
-    """``layers_to_transform`` as a list; empty means all layers."""
-    layers = config.get("layers_to_transform")
-    return layers if isinstance(layers, list) else [] if layers is None else [layers]
-
-
 class _Reader:
     """One adapter's tensors met with the maps of a layout."""
 
@@ -451,7 +340,7 @@ class _Reader:
         declared = declared if isinstance(declared, list) else []
         # PEFT narrows down modules alone.
         excluded = (self.config.get("exclude_modules") or []) if linear else []
-        layers = linear and bool(_layers(self.config))
+        layers = linear and bool(layers_of(self.config))
         mine = [tensor for tensor in self.maps if (tensor.row.kind is Kind.LINEAR) == linear]
         for tensor in mine:
             module = self._module(tensor)
@@ -489,7 +378,7 @@ class _Reader:
         below = [f".{word}.{tensor.index}." for word in words] if plain else []
         if below and not any(path in self._module(tensor) for path in below):
             return False
-        return tensor.index in _layers(self.config)
+        return tensor.index in layers_of(self.config)
 
     def _module(self, tensor: Tensor) -> str:
         return target_name(tensor, self.namespace)

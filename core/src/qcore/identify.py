@@ -43,14 +43,19 @@ class Identified:
     quantisation: Quantisation | None = None
 
     @property
+    def modalities(self) -> list[Modality]:
+        """Those whose tower the checkpoint has; of a section that describes none there is none."""
+        parts = {part.name for part in self.layout.table.parts} - {*self.layout.absent}
+        return [one for one in self.decision.modalities if one.name in parts]
+
+    @property
     def modality(self) -> Modality | None:
         """What reads media for this checkpoint; ``None`` where it is text alone.
 
         Raises:
             PluginError: ``QC-MEDIA-007`` two do: their positions would contradict.
         """
-        parts = {part.name for part in self.layout.table.parts} - {*self.layout.absent}
-        found = [one for one in self.decision.modalities if one.name in parts]
+        found = self.modalities
         if len(found) > 1:
             raise PluginError(
                 "QC-MEDIA-007",
@@ -151,14 +156,14 @@ def identify(
     )
     plugins = Plugins.discover().for_model_type(checkpoint.config["model_type"])
     decision = detect(checkpoint, plugins, generation=generation or None)
-    parts = [
-        part
-        for _, part in plugins.ask(
-            "qcore_key_mapping",
-            architecture=decision.architecture.name,
-            config=checkpoint.config,
-        )
-    ]
+    answers = plugins.ask(
+        "qcore_key_mapping",
+        architecture=decision.architecture.name,
+        config=checkpoint.config,
+    )
+    # The architecture's own parts first, whatever the plugins are called.
+    own = decision.architecture_plugin.name
+    parts = [part for _, part in sorted(answers, key=lambda answer: answer[0].name != own)]
     quantisation, refused = _quantisation(checkpoint)
     layout, problems = survey(Table(parts), checkpoint, suggest=refused is None)
     layout = replace(layout, idle=frozenset(one.name for one in decision.modalities))

@@ -38,12 +38,13 @@ from .cache import BOUND, Cache
 from .medium import Seen
 from .options import KEYS, Limits, limits
 from .pixels import Pixels
-from .processor import CLASSES, Bytes, Grid, Images, Videos
 from .processor_files import load
 
 if TYPE_CHECKING:
     from qcore.checkpoint import Checkpoint
     from qcore.data.media import Medium, Payload, Placed
+
+    from .processor import Bytes, Grid, Images, Videos
 
 _LAYOUT: Final = 1  # of what an entry of the cache holds, and of how pixels are made of bytes
 _LOG = logging.getLogger(__name__)
@@ -62,16 +63,28 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._images = Images("image", load(checkpoint, "image", CLASSES["image"]))
-        self._cache = Cache.of_user()
         self._payloads: dict[str, Payload] = {}
         self._tables: dict[str, Tensor] = {}
         self._spool: tempfile.TemporaryDirectory[str] | None = None
         self._bytes = 0  # of all values that this process read of
         self._told = False
 
+    # Made when a row has one: a run of text reads no processor file and imports no transformers.
+
+    @cached_property
+    def _cache(self) -> Cache:
+        return Cache.of_user()
+
+    @cached_property
+    def _images(self) -> Images:
+        from .processor import CLASSES, Images
+
+        return Images("image", load(self._checkpoint, "image", CLASSES["image"]))
+
     @cached_property
     def _videos(self) -> Videos:
+        from .processor import CLASSES, Videos
+
         return Videos("video", load(self._checkpoint, "video", CLASSES["video"]))
 
     @property

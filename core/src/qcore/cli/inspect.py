@@ -54,7 +54,7 @@ def _inspect(model: str, generation: str, as_json: bool) -> None:
         "generation": decision.generation.name,
         "plugin": decision.plugin.name,
         "evidence": list(decision.evidence),
-        "modalities": ["text", *(modality.name for modality in decision.modalities)],
+        "modalities": ["text", *(kind for one in found.modalities for kind in one.kinds)],
         "parameters": None if unreadable else layout.parameters,
         "quantisation": quantised.as_json() | {"line": quantised.line()} if quantised else None,
         "tensors": len(found.checkpoint.headers),

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,9 @@ from ..errors import InputError
 from ..records import ChatFormat
 from .jsonl import BadRow, Problems
 from .mask import Example, encode_text, highest_id, load_tokenizer
-from .mask_proof import prove_mask
+from .mask_proof import prove_mask, prove_media
 from .media import Finder
+from .render import Template
 from .schema import Row, read_rows
 from .variables import check_variables, special_tokens
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
     from ..checkpoint import Checkpoint
     from .media import MediaReader
-    from .render import Template
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +142,7 @@ def dataset(
     examples = []
     with template:
         check_variables(template, variables or {})
-        prove_mask(template, chat_format, tokenizer, variables=given, reader=reader)
+        prove_mask(template, chat_format, tokenizer, variables=given)
         good = read_rows(
             path,
             chat_format,
@@ -152,7 +153,8 @@ def dataset(
             unread=unread,
         )
         if reader is not None:
-            good = _seen(good, reader, path, problems)
+            prove = partial(_prove_media, template, chat_format, tokenizer, reader, given)
+            good = _seen(good, reader, path, problems, prove)
         for row, text in template.render_rows(good, **given):
             if isinstance(text, InputError):
                 problems.add(row.line, _refused(path, row, text))
@@ -210,13 +212,37 @@ def _rank(example: Example, seed: int) -> bytes:
     return content.digest()
 
 
+def _prove_media(
+    template: Template,
+    chat_format: ChatFormat,
+    tokenizer: Tokenizer,
+    reader: MediaReader,
+    variables: Mapping[str, Any],
+) -> None:
+    """`prove_media` in a process of its own: the template's is in the middle of the rows."""
+    with Template(template.text, template.source) as apart:
+        prove_media(apart, chat_format, tokenizer, reader, variables=variables)
+
+
 def _seen(
-    rows: Iterable[Row], reader: MediaReader, path: Path, problems: Problems
+    rows: Iterable[Row],
+    reader: MediaReader,
+    path: Path,
+    problems: Problems,
+    prove: Callable[[], None],
 ) -> Iterator[Row]:
-    """The rows with their media read. What names the bytes is let go: it may be the bytes."""
-    finder = Finder(path.parent)
+    """The rows with their media read. What names the bytes is let go: it may be the bytes.
+
+    With the first of them it is proved that the template shows media: rows of text alone need no
+    template that does.
+    """
+    finder, proved = Finder(path.parent), False
 
     def read(row: Row) -> Row | None:
+        nonlocal proved
+        if row.media and not proved:
+            prove()
+            proved = True
         try:
             seen = tuple(finder.read(part, reader) for part in row.media)
         except BadRow as bad:

@@ -42,7 +42,6 @@ def prove_mask(
     tokenizer: Tokenizer,
     *,
     variables: Mapping[str, Any] | None = None,
-    reader: MediaReader | None = None,
 ) -> None:
     """Render known conversations and check what is trained of them, and what inference prompts.
 
@@ -51,15 +50,12 @@ def prove_mask(
         chat_format: how its rendered conversations read.
         tokenizer: from `load_tokenizer`.
         variables: what the template is rendered with.
-        reader: of the media that rows may have.
 
     Raises:
         InputError: ``QC-MASK-003`` the template does not read as the chat format says,
             ``QC-TOKENIZER-003`` the tokenizer does not know the marks; or as `Template.render`.
     """
     _check_marks(chat_format.stop_tokens, tokenizer, "a token that ends generation")
-    if reader is not None:
-        _check_marks(reader.control, tokenizer, "a token that stands for media")
     if chat_format.turn_end not in chat_format.stop_tokens:
         raise _error(template, "what ends a turn does not end generation", chat_format.turn_end,
                      " or ".join(chat_format.stop_tokens))  # fmt: skip
@@ -91,9 +87,33 @@ def prove_mask(
         ]
         proof.turns(calling[:-2], tools=[_TOOL])
         proof.turns(calling, tools=[_TOOL])
-    if reader is not None:
-        for kind in reader.kinds:
-            proof.medium(kind, reader.control)
+
+
+def prove_media(
+    template: Template,
+    chat_format: ChatFormat,
+    tokenizer: Tokenizer,
+    reader: MediaReader,
+    *,
+    variables: Mapping[str, Any] | None = None,
+) -> None:
+    """Render each kind of media and check that something stands for it.
+
+    Args:
+        template: the checkpoint's.
+        chat_format: how its rendered conversations read.
+        tokenizer: from `load_tokenizer`.
+        reader: of the media that rows have.
+        variables: what the template is rendered with.
+
+    Raises:
+        InputError: ``QC-MASK-003`` the template loses a kind, ``QC-TOKENIZER-003`` the tokenizer
+            does not know what stands for media; or as `Template.render`.
+    """
+    _check_marks(reader.control, tokenizer, "a token that stands for media")
+    proof = _Proof(template, chat_format, tokenizer, variables or {})
+    for kind in reader.kinds:
+        proof.medium(kind, reader.control)
 
 
 def _check_marks(tokens: Sequence[str], tokenizer: Tokenizer, which: str) -> None:
