@@ -224,7 +224,8 @@ def test_inspect_of_every_sku_differs_in_nothing(shared: Path, tmp_path: Path, s
     assert told["record"]["note"] is None
     assert told["parameters"] == record.value("parameters") == sum(map(math.prod, shapes.values()))
     assert (told["unaccounted"], told["differences"]) == ([], [])
-    assert told["layouts"] == {key: fact.value for key, fact in record.facts["layout"].items()}
+    layouts = {key: fact.value for key, fact in record.facts["layout"].items()}
+    assert told["layouts"] == layouts | {"vision": "dense"}
     assert told["generation"] == record.generation
     assert seconds < 5 * 1.0  # five times what is asked for, so that a busy machine passes
     _, modules = modules_after("inspect", folder, "--json")
@@ -474,7 +475,9 @@ def test_per_expert_where_the_record_says_fused(
     shapes = derived(config, mtp_fused=True, fused=False)
     folder = write_sku(shared, tmp_path / "m", sku, shapes)
     ended = inspected(capsys, folder)
-    assert ended.json["layouts"] == {"text": "per expert", "mtp": "fused"}
+    assert ended.json["layouts"] == {
+        "text": "per expert", "mtp": "fused", "vision": "dense",
+    }  # fmt: skip
     assert differing(ended) == {
         "tensors.total": (len(shapes), 1811),
         "tensors.mtp": (19, 785),

@@ -20,7 +20,6 @@ from .adapter import (
     WEIGHTS,
     Adapter,
     Pair,
-    flags,
     namespace_of,
     peft_shapes,
     stems,
@@ -28,6 +27,7 @@ from .adapter import (
     trunk_part,
 )
 from .adapter_config import check_config, layers_of
+from .adapter_parts import check_complete
 from .artifact import MANIFEST, read_manifest, verify
 from .checkpoint import Header, read_headers, read_json, safe_file
 from .errors import InputError, QcoreError, TrustError, one_of_each, raise_all
@@ -82,7 +82,7 @@ def read_adapter(
         claimed = {weight for weight, _ in found[0].names.values()}
     reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed)
     pairs = reader.pairs()
-    _check_complete(folder, meta, pairs, layout)
+    check_complete(folder, meta, pairs, layout)
     raise_all(one_of_each(reader.problems))
     return Adapter(
         path=folder,
@@ -91,54 +91,6 @@ def read_adapter(
         meta=meta,
         layout=found[0].layout if found else "peft",
         trunk=trunk_part(layout.table).name,
-    )
-
-
-def _check_complete(
-    folder: Path, meta: Mapping[str, Any], pairs: Mapping[str, Pair], layout: Layout
-) -> None:
-    """Every tower that training changed is here, with all of its pairs."""
-    for name, one in flags(meta).items():
-        trained = one.get("pairs")
-        if type(trained) is not int or trained < 1:
-            continue
-        if not has_part(layout, name):
-            raise no_part(folder, name, one.get("plugin"), f"{trained} pairs in part '{name}'")
-        here = sum(pair.tensor.part.name == name for pair in pairs.values())
-        if here != trained:
-            raise InputError(
-                "QC-ADAPTER-013",
-                f"does not hold what training changed in part '{name}'",
-                file=folder,
-                field=f"modalities.{name}.pairs",
-                found=here,
-                expected=trained,
-                fix="train or export again, or restore the folder",
-            )
-
-
-def has_part(layout: Layout, name: str) -> bool:
-    """Whether a table has that part, and the checkpoint its tensors."""
-    return name not in layout.absent and any(part.name == name for part in layout.table.parts)
-
-
-def no_part(adapter: Path, name: str, plugin: object, found: str) -> InputError:
-    """``QC-ADAPTER-012``: a base without a part that an adapter depends on.
-
-    Args:
-        adapter: its folder.
-        name: of the part.
-        plugin: the distribution that owned it in training, as recorded.
-        found: what depends on it.
-    """
-    installed = f"install {plugin}, or " if isinstance(plugin, str) and plugin else ""
-    return InputError(
-        "QC-ADAPTER-012",
-        "depends on a part that this base lacks, or that no installed plugin knows",
-        file=adapter,
-        field=f"part '{name}'",
-        found=found,
-        fix=f"{installed}name the base that the adapter was trained on",
     )
 
 

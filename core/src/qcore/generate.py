@@ -92,9 +92,11 @@ class Generator:
         self.tokenizer = load_tokenizer(self.found.checkpoint)
         ids = self.tokenizer.get_vocab()
         told = self._read(adapter, trust_base) if adapter else None
-        modality = self.found.modality
-        if modality is not None and (media or self._touches(told, modality.name)):
+        if told is not None:
+            self.found = self.found.using_parts(told.parts)
+        if media and (modality := self.found.modality) is not None:
             self.found = self.found.using(modality)
+            self._tell_of_kinds(told)
         self.variables = self._variables(told, chat_template_kwargs or {}, tell)
         given = {SETTING: dict(self.variables)}
         for text in preflight(self.found, verb="generate", settings=given, token_ids=ids):
@@ -105,13 +107,13 @@ class Generator:
         }
         checkpoint, layout = self.found.checkpoint, self.found.layout
         architecture = self.found.decision.architecture
-        used = ops_of(architecture, checkpoint.config, layout, modality)
+        used = ops_of(architecture, checkpoint.config, layout, self.found.modality)
         kernels = choose(installed(self.found.plugins), self.device, {}, used)
         for text in kernels.lines() if self.device.type != "cpu" else ():
             tell.note(text)
         net = Model(
             architecture, checkpoint.config, layout, DTYPES[dtype], lora, kernels,
-            modality=modality,
+            modality=self.found.modality,
         )  # fmt: skip
         self.model = net.eval()
         quantize = quantization == "nf4"
@@ -143,11 +145,10 @@ class Generator:
             )
         return reader
 
-    def _touches(self, adapter: Adapter | None, part: str) -> bool:
-        """Whether an adapter changes a map of a part."""
-        return adapter is not None and any(
-            pair.tensor.part.name == part for pair in adapter.pairs.values()
-        )
+    def _tell_of_kinds(self, adapter: Adapter | None) -> None:
+        """Media are computed with an adapter of text too; that it never saw any is said."""
+        if adapter is not None and not adapter.modalities:
+            self._tell.note("the adapter was trained on text alone: media are new to it")
 
     def _variables(
         self, adapter: Adapter | None, given: Mapping[str, Plain], tell: Reporter

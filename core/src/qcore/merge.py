@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import WEIGHTS, Adapter
-from .adapter_reader import has_part, no_part, read_adapter
+from .adapter_parts import media_notes, refuse_parts
+from .adapter_reader import read_adapter
 from .artifact import MANIFEST, check_target, publish, read_manifest
 from .checkpoint import Checkpoint, read_headers
 from .deltas import Deltas, one_thread
@@ -111,13 +112,13 @@ def merge(
     found = identify(model, generation=generation)
     _check_dtype(found, dequantize)
     told = read_adapter(adapter, found.layout, trust_base=trust_base, claims=found.adapter_claims)
-    _refuse_parts(found, told)
+    refuse_parts(found.layout, told)
     found = found.using_parts(told.parts)  # the proof computes them, which guards judge
     already = _refuse_twice(found.checkpoint, told)
     warnings = (
         *preflight(found, verb="merge", settings={}),
         *_template_notes(found, told),
-        *_media_notes(told),
+        *media_notes(told),
     )
     for line in (*found.decision.evidence, *warnings):
         tell.note(line)
@@ -174,22 +175,6 @@ def _template_notes(found: Identified, adapter: Adapter) -> Iterator[str]:
     if variables:
         told = ", ".join(f"{name}={json.dumps(value)}" for name, value in variables.items())
         yield f"the adapter was trained with {told}: what serves the merge must render with them"
-
-
-def _refuse_parts(found: Identified, adapter: Adapter) -> None:
-    """Refuse a base without a part that training loaded, before anything is read."""
-    for name in adapter.fingerprints:
-        if not has_part(found.layout, name):
-            plugin = adapter.modalities.get(name, {}).get("plugin")
-            raise no_part(adapter.path, name, plugin, "it was trained with that part loaded")
-
-
-def _media_notes(adapter: Adapter) -> Iterator[str]:
-    """What of the adapter is not text."""
-    for name, one in adapter.modalities.items():
-        kinds = " and ".join(map(str, one.get("kinds") or [])) or "no media that it tells of"
-        changed = f"{one['pairs']} pairs change" if one.get("pairs") else "nothing changes"
-        yield f"the adapter was trained on {kinds}; {changed} the part '{name}'"
 
 
 def _check_dtype(found: Identified, dequantize: bool) -> None:
