@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qcore import hookimpl
 from qcore.nn.protocols import BuildContext, Media
 from qcore.records import Modality
-from qcore.table import LINEAR, NF4, Aim, Part, Row, Table
+from qcore.table import LINEAR, NF4, Aim, Namespace, Part, Row, Table
 
 ROOT = "model.toy"
 BYTES, WIDTH, INNER, MERGE = 48, 64, 2048, 16
@@ -127,7 +127,9 @@ def part(hidden: int) -> Part:
         ),
         dims={"toy_bytes": BYTES, "toy_width": WIDTH, "toy_inner": INNER, "toy_merge": MERGE,
               "toy_hidden": hidden},
-        axes={"layer": (0, 1)}, groups={"toy": Aim.ASKED, "join": Aim.ASKED},
+        axes={"layer": (0, 1)},
+        namespaces=(Namespace(name="vl", classes=("Qwen3_5ForConditionalGeneration",)),),
+        groups={"toy": Aim.ASKED, "join": Aim.ASKED},
     )  # fmt: skip
 
 
