@@ -149,10 +149,10 @@ BOMBS = {
     "deep blocks": ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, None),
     "padding": ("{{ '%999999999999d' % 1 }}", None),
     "format": ("{{ '{:>9999999999}'.format(1) }}", None),
-    "deep data": (
+    "deep data": (  # too deep to print, or no time to come so far: the machine decides
         "{% set ns = namespace(x=[]) %}" + LOOP + "{% set ns.x = [ns.x] %}{% endfor %}"
         "{{ ns.x | tojson }}",
-        "QC-TEMPLATE-003",
+        None,
     ),
 }  # fmt: skip
 

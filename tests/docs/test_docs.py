@@ -500,7 +500,7 @@ def test_commands_use_options_that_exist() -> None:
             if isinstance(command, click.Group):
                 command = command.get_command(root, words[1])
             assert command is not None, line
-            known = {name for option in command.params for name in option.opts}
+            known = {name for option in command.get_params(root) for name in option.opts}
             used = {word for word in words if word.startswith("--")}
             assert used <= known, line
             for word, value in itertools.pairwise(words):

@@ -218,7 +218,7 @@ def test_one_medium_larger_than_all_may_be(
     monkeypatch.setenv("QCORE_MEDIA_CACHE_GB", "0.0001")
     with pytest.raises(WriteError, match="larger than all may be") as caught:
         new_reader().read(payload(png()))
-    assert caught.value.code == "QC-VISION-040"
+    assert caught.value.code == "QC-VISION-044"
     assert "QCORE_MEDIA_CACHE_GB" in (caught.value.fix or "")
 
 
@@ -228,7 +228,7 @@ def test_a_bound_that_is_none(
 ) -> None:
     monkeypatch.setenv("QCORE_MEDIA_CACHE_GB", value)
     with pytest.raises(UsageError, match="QCORE_MEDIA_CACHE_GB") as caught:
-        new_reader()
+        new_reader().read(payload(png()))
     assert caught.value.code == "QC-VISION-040"
 
 

@@ -9,8 +9,9 @@ everything again.
 
 ``QCORE_MEDIA_CACHE_GB`` bounds the folder; 20 where it is not set.
 
-- ``QC-VISION-040`` the variable is no size, or a medium alone is larger than the folder may be.
+- ``QC-VISION-040`` the variable is no size.
 - ``QC-VISION-041`` there is no folder for it.
+- ``QC-VISION-044`` a medium alone is larger than the folder may be.
 - ``QC-WRITE-003`` to ``-006`` an entry cannot be written.
 """
 
@@ -107,7 +108,7 @@ class Cache:
         """Keep values, whole or not at all.
 
         Raises:
-            WriteError: ``QC-VISION-040`` larger than the folder may be; ``QC-WRITE-003`` to
+            WriteError: ``QC-VISION-044`` larger than the folder may be; ``QC-WRITE-003`` to
                 ``-006``.
         """
         text = json.dumps(about, allow_nan=False).encode()
@@ -116,7 +117,7 @@ class Cache:
         size = len(head) + len(text) + len(flat)
         if size > self.bound:
             raise WriteError(
-                "QC-VISION-040", "the values of one medium are larger than all may be",
+                "QC-VISION-044", "the values of one medium are larger than all may be",
                 file=self.folder, found=f"{size} bytes", expected=f"at most {self.bound}",
                 fix=f"set {BOUND} higher, or max_pixels of the part lower",
             )  # fmt: skip

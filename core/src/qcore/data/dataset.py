@@ -169,11 +169,15 @@ def dataset(
                 examples.append(example)
     problems.stop()
     held = split(examples, eval_fraction, seed, path)
+    return _whole(path, digest.hexdigest(), examples, held)
+
+
+def _whole(path: Path, sha256: str, examples: list[Example], held: frozenset[int]) -> Dataset:
     return Dataset(
         train=tuple(example for example in examples if example.line not in held),
         eval=tuple(example for example in examples if example.line in held),
         path=path,
-        sha256=digest.hexdigest(),
+        sha256=sha256,
         rows=len(examples),
         tokens=sum(len(example.ids) for example in examples),
         supervised=sum(example.supervised for example in examples),
