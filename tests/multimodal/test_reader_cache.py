@@ -85,6 +85,22 @@ def test_another_version_decodes_again(
     assert len(decoded) == 2
 
 
+def test_versions_are_looked_up_once(
+    reader: Any, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lookup reads a file of metadata, which takes longer than a small picture does."""
+    from qcore_multimodal import reader as module
+
+    module._version.cache_clear()
+    asked: list[str] = []
+    real = module.version
+    monkeypatch.setattr(module, "version", lambda one: asked.append(one) or real(one))
+    for seed in range(3):
+        reader.read(payload(png(seed)))
+    assert len(decoded) == 3
+    assert sorted(asked) == ["numpy", "pillow", "transformers"]
+
+
 def test_another_processor_decodes_again(
     new_reader: Callable[[], Any], shared: Path, tmp_path: Path
 ) -> None:
