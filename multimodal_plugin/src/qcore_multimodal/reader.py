@@ -53,7 +53,6 @@ class Reader:
     """Reads with the processors of one checkpoint (`qcore.data.media.MediaReader`).
 
     Raises:
-        InputError: ``QC-VISION-020`` to ``-023``.
         UsageError: ``QC-VISION-040``, ``-041``.
     """
 
@@ -62,13 +61,17 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._images = Images("image", load(checkpoint, "image", CLASSES["image"]))
         self._cache = Cache.of_user()
         self._payloads: dict[str, Payload] = {}
         self._tables: dict[str, Tensor] = {}
         self._spool: tempfile.TemporaryDirectory[str] | None = None
         self._bytes = 0  # of all values that this process read of
         self._told = False
+
+    # Not before a row has one: a run of text alone needs no processor.
+    @cached_property
+    def _images(self) -> Images:
+        return Images("image", load(self._checkpoint, "image", CLASSES["image"]))
 
     @cached_property
     def _videos(self) -> Videos:
@@ -86,6 +89,7 @@ class Reader:
 
         Raises:
             BadRow: ``QC-VISION-025`` to ``-039``.
+            InputError: ``QC-VISION-020`` to ``-023``, when the first of a kind is read.
             WriteError: its values cannot be kept.
         """
         wanted = self._limits(payload)
@@ -119,7 +123,24 @@ class Reader:
             "<|image_pad|>": int(config.get("image_token_id", 248056)),
             "<|video_pad|>": int(config.get("video_token_id", 248057)),
         }
-        return place(ids, cast("Sequence[Seen]", media), tokens)
+        try:
+            return place(ids, cast("Sequence[Seen]", media), tokens)
+        except BadRow:
+            self._check_tokens()  # not the row's fault where config.json names other tokens
+            raise
+
+    def _check_tokens(self) -> None:
+        """Raises `InputError`: ``QC-VISION-053``, which the guards tell of rows that are good."""
+        from qcore.data.mask import load_tokenizer
+
+        from .text import token_findings
+
+        ids = load_tokenizer(self._checkpoint).get_vocab()
+        for found in token_findings(self._checkpoint.config, ids):
+            raise InputError(
+                found.code, found.what, file=self._checkpoint.path / str(found.file),
+                field=found.field, found=found.found, expected=found.expected, fix=found.fix,
+            )  # fmt: skip
 
     def batch(self, media: Sequence[Medium], where: Tensor) -> Pixels:
         """Bytes of the patches of a pack, with the tables that make numbers of them.

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..records import ChatFormat
 from .jsonl import BadRow, Problems
 from .mask import Example, encode_text, highest_id, load_tokenizer
-from .mask_proof import prove_mask
+from .mask_proof import prove_mask, prove_media
 from .media import Finder
 from .schema import Row, read_rows
 from .variables import check_variables, special_tokens
@@ -141,7 +141,8 @@ def dataset(
     examples = []
     with template:
         check_variables(template, variables or {})
-        prove_mask(template, chat_format, tokenizer, variables=given, reader=reader)
+        prove_mask(template, chat_format, tokenizer, variables=given)
+        lost = _lost(template, chat_format, tokenizer, reader, given)
         good = read_rows(
             path,
             chat_format,
@@ -154,6 +155,8 @@ def dataset(
         if reader is not None:
             good = _seen(good, reader, path, problems)
         for row, text in template.render_rows(good, **given):
+            if row.seen and lost is not None:
+                raise lost
             if isinstance(text, InputError):
                 problems.add(row.line, _refused(path, row, text))
                 continue
@@ -239,6 +242,22 @@ def _template(checkpoint: Checkpoint) -> Template:
             fix="add the chat template that came with the weights",
         )
     return template
+
+
+def _lost(
+    template: Template,
+    chat_format: ChatFormat,
+    tokenizer: Tokenizer,
+    reader: MediaReader | None,
+    given: Mapping[str, Any],
+) -> InputError | None:
+    """Why rows may have no media, which is told when one has: text alone needs no such proof."""
+    if reader is not None:
+        try:
+            prove_media(template, chat_format, tokenizer, reader, variables=given)
+        except InputError as error:
+            return error
+    return None
 
 
 def _refused(path: Path, row: Row, error: InputError) -> InputError:

@@ -58,8 +58,6 @@ def prove_mask(
             ``QC-TOKENIZER-003`` the tokenizer does not know the marks; or as `Template.render`.
     """
     _check_marks(chat_format.stop_tokens, tokenizer, "a token that ends generation")
-    if reader is not None:
-        _check_marks(reader.control, tokenizer, "a token that stands for media")
     if chat_format.turn_end not in chat_format.stop_tokens:
         raise _error(template, "what ends a turn does not end generation", chat_format.turn_end,
                      " or ".join(chat_format.stop_tokens))  # fmt: skip
@@ -92,8 +90,27 @@ def prove_mask(
         proof.turns(calling[:-2], tools=[_TOOL])
         proof.turns(calling, tools=[_TOOL])
     if reader is not None:
-        for kind in reader.kinds:
-            proof.medium(kind, reader.control)
+        prove_media(template, chat_format, tokenizer, reader, variables=variables)
+
+
+def prove_media(
+    template: Template,
+    chat_format: ChatFormat,
+    tokenizer: Tokenizer,
+    reader: MediaReader,
+    *,
+    variables: Mapping[str, Any] | None = None,
+) -> None:
+    """The part of `prove_mask` that rows of text alone do not need.
+
+    Raises:
+        InputError: ``QC-MASK-003`` the template loses a kind of media, ``QC-TOKENIZER-003`` the
+            tokenizer does not know what stands for them; or as `Template.render`.
+    """
+    _check_marks(reader.control, tokenizer, "a token that stands for media")
+    proof = _Proof(template, chat_format, tokenizer, variables or {})
+    for kind in reader.kinds:
+        proof.medium(kind, reader.control)
 
 
 def _check_marks(tokens: Sequence[str], tokenizer: Tokenizer, which: str) -> None:
