@@ -135,7 +135,8 @@ PARTS: dict[str, tuple[Make, str, str, tuple[str, ...]]] = {
     "an animated gif": (
         part("image", animated(3), "bad.gif"), "QC-VISION-029", AT, ("GIF of 3 frames", '"video"')),
     "20,000 x 20,000": (
-        part("image", bare_png(20_000, 20_000)), "QC-VISION-030", AT, ("found 400000000 pixels", "89478485")),
+        part("image", bare_png(20_000, 20_000)), "QC-VISION-030", AT,
+        ("found 400000000 pixels", "89478485")),
     "a header of 2 billion": (
         part("image", bare_png(2**31 - 1, 2**31 - 1, whole=False)), "QC-VISION-030", AT,
         ("found 4611686014132420609 pixels, expected at most 89478485",)),
@@ -167,7 +168,8 @@ PARTS: dict[str, tuple[Make, str, str, tuple[str, ...]]] = {
     "one frame at most": (
         part("video", animated(4), max_frames=1), "QC-VISION-025", f"{AT}.max_frames", ("2 to",)),
     # What a part is.
-    "an unknown key": (given("good.png", detail="high"), "QC-DATA-006", f"{AT}.detail", ("max_pixels",)),
+    "an unknown key": (given("good.png", detail="high"), "QC-DATA-006", f"{AT}.detail",
+        ("max_pixels",)),
     "a key nearly known": (
         given("good.png", max_pixel=70000), "QC-DATA-006", f"{AT}.max_pixel",
         ('did you mean "max_pixels"',)),
