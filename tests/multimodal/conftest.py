@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.bad_media_kit import PNG
 from support.media_kit import checkpoint
 
 pytest.importorskip("transformers")
@@ -36,3 +37,35 @@ def new_reader(cache_home: Path, shared: Path) -> Callable[[], Any]:
 def reader(new_reader: Callable[[], Any]) -> Any:
     """A reader whose cache is empty."""
     return new_reader()
+
+
+@pytest.fixture(scope="session")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with a tower."""
+    from qcore_multimodal.tiny import add_tower
+    from qcore_qwen35.tiny import write
+
+    folder = tmp_path_factory.mktemp("seeing") / "base"
+    write(folder)
+    add_tower(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a data file, with one good picture; the cache lies elsewhere."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "good.png").write_bytes(PNG)
+    return folder
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a tensor is a failure of the test."""
+
+    def read(*arguments: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr("qcore.load.read_tensor", read)

@@ -7,6 +7,7 @@ applied it, on the base that it is bound to. It is meant for seeing an effect, n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,6 +227,8 @@ class Generator:
                 found=temperature,
                 expected="0 for greedy, or 0.01 to 100",
             )
+        if media:
+            self._check_text({"--prompt": text, "--system": system})
         template = self.found.checkpoint.template
         assert template is not None  # preflight refused it otherwise
         messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
@@ -238,8 +241,8 @@ class Generator:
         }
         rendered = template.render(messages, add_generation_prompt=True, **given)
         seen = self._look(media)
-        if self.reader is not None:
-            rendered = self.reader.expand(rendered, seen)
+        if self.reader is not None and seen:
+            rendered = self._expanded(rendered, seen)
         ids: list[int] = self.tokenizer.encode(rendered, add_special_tokens=False).ids
         self._warn(len(ids), max_new_tokens)
         new, stopped = self.decode(ids, max_new_tokens, temperature, seed, seen)
@@ -250,6 +253,31 @@ class Generator:
             tokens=len(new),
             stopped=stopped,
         )
+
+    def _check_text(self, said: Mapping[str, str]) -> None:
+        """Refuse what would stand for media that there are not."""
+        assert self.reader is not None, "a Generator made with media=True has a reader"
+        for field, text in said.items():
+            for token in self.reader.control:
+                if token in text:
+                    raise UsageError(
+                        "QC-GENERATE-006",
+                        "holds text that stands for media",
+                        field=field,
+                        found=repr(token),
+                        expected="plain text: the chat template writes it",
+                        fix="leave it out",
+                    )
+
+    def _expanded(self, rendered: str, media: Sequence[Medium]) -> str:
+        assert self.reader is not None
+        try:
+            return self.reader.expand(rendered, media)
+        except BadRow as bad:
+            raise InputError(
+                bad.code, bad.what, file=self.found.checkpoint.path, found=bad.found,
+                expected=bad.expected, fix="use the chat template that came with the weights",
+            ) from None  # fmt: skip
 
     def _warn(self, prompt: int, new: int) -> None:
         words = f"{prompt} tokens of the prompt + {new} new ones"
@@ -263,12 +291,15 @@ class Generator:
         for kind, path in media:
             assert self.reader is not None, "a Generator made with media=True has a reader"
             try:
-                part = Reference(kind=kind, at=f"--{kind}", given=f"./{path.name}", options={})
-                found.append(Finder(path.parent).read(part, self.reader))
+                # Whoever runs this names the file: a link may lead where it likes.
+                real = Path(os.path.realpath(path))
+                part = Reference(kind=kind, at=f"--{kind}", given=f"./{real.name}", options={})
+                found.append(Finder(real.parent).read(part, self.reader))
             except BadRow as bad:
                 raise InputError(
                     bad.code, bad.what, file=path, field=bad.at, found=bad.found,
-                    expected=bad.expected, fix=bad.fix,
+                    # A row's path is relative to its data file; this one is not.
+                    expected="a file" if bad.code == "QC-MEDIA-002" else bad.expected, fix=bad.fix,
                 ) from None  # fmt: skip
         return found
 

@@ -17,6 +17,7 @@ is refused: Pillow, and so transformers, would clip all above 255 to white. Memo
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -180,10 +181,12 @@ def _damaged(error: BaseException) -> BadRow:
 
 
 def _too_large(found: str) -> BadRow:
+    # Pillow's sentence names its own limit, which is not this one.
+    counted = re.search(r"\((\d+ pixels)\)", found)
     return BadRow(
         "QC-VISION-030",
         "is too large to decode",
-        found=found,
+        found=found if counted is None else counted[1],
         expected=f"at most {MAX_PIXELS} pixels, and texts of at most 1 MiB",
         fix="scale it down; the processor would",
     )

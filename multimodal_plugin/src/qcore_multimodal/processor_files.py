@@ -96,7 +96,7 @@ def _settings(checkpoint: Checkpoint, kind: str) -> tuple[str, dict[str, Any]]:
     if name not in checkpoint.sidecars:
         raise InputError(
             "QC-VISION-020",
-            f"has no file that says how a {kind} is processed",
+            f"has no file that says how {kind}s are processed",
             file=checkpoint.path,
             expected=f"{name}, or {_COMBINED} with {key}",
             fix="copy it from the checkpoint that the weights came with",
@@ -126,6 +126,7 @@ def _demands(kind: str, stock: Any) -> list[tuple[str, Any, bool, str]]:
         return isinstance(value, list | tuple) and len(value) == 3 and all(map(_real, value))
 
     least, most = size_bounds(stock.size)
+    given = {key: value for key, value in dict(stock.size or {}).items() if value is not None}
     mean, std = stock.image_mean, stock.image_std
     names = ["do_resize", "do_rescale", "do_normalize", "do_convert_rgb"]
     whole = ["patch_size", "merge_size", "temporal_patch_size"]
@@ -143,7 +144,7 @@ def _demands(kind: str, stock: Any) -> list[tuple[str, Any, bool, str]]:
         *((name, getattr(stock, name), getattr(stock, name) is True, "true") for name in names),
         *((name, getattr(stock, name), _whole(getattr(stock, name)), "a number above 0")
           for name in whole),
-        ("size", stock.size, 0 < least <= most, "shortest_edge up to longest_edge, in pixels"),
+        ("size", given, 0 < least <= most, "shortest_edge up to longest_edge, in pixels"),
         ("image_mean", mean, three(mean), "three numbers"),
         ("image_std", std, three(std) and min(map(abs, std)) > 0, "three numbers that are not 0"),
         ("rescale_factor", stock.rescale_factor,

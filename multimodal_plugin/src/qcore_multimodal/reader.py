@@ -51,12 +51,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Reader:
-    """Reads with the processors of one checkpoint (`qcore.data.media.MediaReader`).
-
-    Raises:
-        InputError: ``QC-VISION-020`` to ``-023``.
-        UsageError: ``QC-VISION-040``, ``-041``.
-    """
+    """Reads with the processors of one checkpoint (`qcore.data.media.MediaReader`)."""
 
     kinds: Final = ("image", "video")
     keys: Final = KEYS
@@ -99,6 +94,8 @@ class Reader:
 
         Raises:
             BadRow: ``QC-VISION-025`` to ``-039``.
+            InputError: ``QC-VISION-020`` to ``-023``, when the first of a kind is read.
+            UsageError: ``QC-VISION-040``, ``-041``, when the first of all is.
             WriteError: its values cannot be kept.
         """
         wanted = self._limits(payload)
@@ -132,7 +129,24 @@ class Reader:
             "<|image_pad|>": int(config.get("image_token_id", 248056)),
             "<|video_pad|>": int(config.get("video_token_id", 248057)),
         }
-        return place(ids, cast("Sequence[Seen]", media), tokens)
+        try:
+            return place(ids, cast("Sequence[Seen]", media), tokens)
+        except BadRow:
+            self._check_tokens()  # not the row's fault where config.json names other tokens
+            raise
+
+    def _check_tokens(self) -> None:
+        """Raises `InputError`: ``QC-VISION-053``, which the guards tell of rows that are good."""
+        from qcore.data.mask import load_tokenizer
+
+        from .text import token_findings
+
+        ids = load_tokenizer(self._checkpoint).get_vocab()
+        for found in token_findings(self._checkpoint.config, ids):
+            raise InputError(
+                found.code, found.what, file=self._checkpoint.path / str(found.file),
+                field=found.field, found=found.found, expected=found.expected, fix=found.fix,
+            )  # fmt: skip
 
     def batch(self, media: Sequence[Medium], where: Tensor) -> Pixels:
         """Bytes of the patches of a pack, with the tables that make numbers of them.

@@ -235,8 +235,9 @@ class _Film:
             if not found:
                 others = sorted({stream.type for stream in container.streams})
                 raise BadRow(
-                    "QC-VISION-036", "has no video in it", found=", ".join(others) or "no streams"
-                )
+                    "QC-VISION-036", "has no video in it", found=", ".join(others) or "no streams",
+                    expected="a stream of video",
+                )  # fmt: skip
             stream = found[0]
             if stream.codec_context is None:
                 raise BadRow("QC-VISION-035", "is of a codec that this PyAV cannot decode")

@@ -15,6 +15,8 @@ import click
 
 from ..errors import PreflightError, QcoreError, UsageError
 
+KINDS = "qcore.media_kinds"  #: entry points of plugins: type of a content part -> module
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -86,7 +88,7 @@ def check_arguments(arguments: list[str]) -> None:
             shown = argument.encode("utf-8", "backslashreplace").decode()
             raise UsageError("QC-CLI-003", "is not UTF-8", field=shown, fix="name it in UTF-8")
         name = argument.partition("=")[0]
-        if name in seen:
+        if name in seen and name not in _repeatable():
             raise UsageError("QC-CLI-004", "is given twice", field=name, fix="give it once")
         if (
             name.startswith("--")
@@ -94,6 +96,13 @@ def check_arguments(arguments: list[str]) -> None:
             and name not in ("--set", "--chat-template-kwargs", "--kernels", "--gpu")
         ):
             seen.add(name)
+
+
+def _repeatable() -> set[str]:
+    """Options of media, of which a turn may have several; looked up where one is given twice."""
+    from importlib.metadata import entry_points
+
+    return {f"--{point.name}" for point in entry_points(group=KINDS)}
 
 
 @contextmanager

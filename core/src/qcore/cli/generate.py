@@ -11,9 +11,7 @@ from pathlib import Path
 
 import click
 
-from .common import debug_option, emit, importing, json_option
-
-KINDS = "qcore.media_kinds"  #: entry points of plugins: type of a content part -> module
+from .common import KINDS, debug_option, emit, importing, json_option
 
 
 class _WithMedia(click.Command):

@@ -35,6 +35,8 @@ class Parts:
         self.kinds = () if reader is None else reader.kinds
         self._keys = () if reader is None else reader.keys
         self._unread = unread
+        apart = dict.fromkeys(("text", *self.kinds), "write it as a part of its own")
+        self._key_advice = _ADVICE | apart
 
     def content(
         self, value: Any, at: str
@@ -79,6 +81,7 @@ class Parts:
                 at=at,
                 found=", ".join(f"{key}: {kind(inner)}" for key, inner in part.items())[:120],
                 expected=_TEXT,
+                fix=next((f"write {_example(key)}" for key in self.kinds if key in part), None),
             )
         text: str = part["text"]
         return text
@@ -94,11 +97,16 @@ class Parts:
             if known in named:
                 return f"write {_example(known)}"
         meant = near(named, ("text", *self.kinds))
-        return f'did you mean "{meant}"?' if meant else None
+        if meant:
+            return f'did you mean "{meant}"?'
+        return (
+            None if self.kinds else "leave the part out, or take a model and a plugin that read it"
+        )
 
     def _medium(self, part: Mapping[str, Any], at: str) -> Reference:
         named: str = part["type"]
-        known_keys(part, ("type", named, "sha256", *self._keys), at, "QC-DATA-006", _ADVICE)
+        known = ("type", named, "sha256", *self._keys)
+        known_keys(part, known, at, "QC-DATA-006", self._key_advice)
         given, digest = part.get(named), part.get("sha256")
         if given is None:
             raise BadRow(
@@ -127,10 +135,7 @@ def _example(named: str) -> str:
     return f'{{"type": "{named}", "{named}": <path relative to the data file, or data URL>}}'
 
 
-_ADVICE = {
-    "text": "write the text as a part of its own",
-    **dict.fromkeys(_NAMES, "write the path or data URL under the key that the type names"),
-}
+_ADVICE = dict.fromkeys(_NAMES, "write the path or data URL under the key that the type names")
 
 
 def text_of(said: Any) -> str:
