@@ -46,7 +46,8 @@ class Form:
 
 SMALL = Form(
     task=Task(
-        colours=("red", "green", "blue"), shapes=("square", "cross", "ring"), sides=(48, 64)
+        colours=("red", "green", "blue"), shapes=("circle", "square", "triangle"), sides=(48, 64),
+        sizes=(0.8, 0.95),
     ),
     text={
         "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"],
@@ -56,7 +57,7 @@ SMALL = Form(
         "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "patch_size": 8, "depth": 2,
     },
     settings=_ALIKE | {
-        "max_steps": 260, "per_device_train_batch_size": 24, "learning_rate": 1.5e-3,
+        "max_steps": 280, "per_device_train_batch_size": 24, "learning_rate": 2e-3,
         "r": 32, "lora_alpha": 32, "dtype": "fp32", "quantization": "none",
     },
     each=80,
