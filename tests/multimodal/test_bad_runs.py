@@ -357,7 +357,7 @@ def test_generate_with_several_images_and_links(capsys: Any, seeing: Path, data:
 
 
 def test_generate_with_an_adapter_of_text(capsys: Any, seeing: Path, data: Path):
-    """The tower is the base's: it is shown to see, and says so of what the adapter knew."""
+    """The tower is the base's: that the adapter saw no image is no reason to refuse."""
     assert train(capsys, seeing, data, TEXT, flags=("--set", "max_steps=1")).code == 0
     adapter = data.parent / "out"
     ended = generate(capsys, seeing, "--adapter", adapter, "--image", data / "good.png")
