@@ -210,7 +210,7 @@ def test_guards_are_of_runs_that_load_the_tower(shared: Path, tmp_path: Path) ->
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = identify(str(tmp_path))
     assert found.modality is not None
-    request = SimpleNamespace(layout=found.layout, checkpoint=found.checkpoint)
+    request = SimpleNamespace(layout=found.layout, checkpoint=found.checkpoint, token_ids={})
     assert not list(findings(request))  # type: ignore[arg-type]
     request.layout = found.using(found.modality).layout
     assert [one.code for one in findings(request)] == ["QC-VISION-010"]  # type: ignore[arg-type]
