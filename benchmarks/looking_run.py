@@ -16,7 +16,7 @@ from typing import Any
 
 from looking import Asked, Task, accuracy, blanked, write
 
-#: What is alike in both forms. A higher rate leaves shapes unlearned: colours come first.
+#: What is alike in both forms.
 _ALIKE: dict[str, Any] = {
     "gradient_accumulation_steps": 1, "warmup_ratio": 0.05, "max_grad_norm": 0.5, "save_steps": 0,
     "gradient_checkpointing": False, "target_groups": ("attn", "gdn", "mlp", "vision", "merger"),
