@@ -59,7 +59,7 @@ SMALL = Form(
         "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "patch_size": 8, "depth": 2,
     },
     settings=_ALIKE | {
-        "max_steps": 280, "per_device_train_batch_size": 24, "learning_rate": 2e-3,
+        "max_steps": 400, "per_device_train_batch_size": 24, "learning_rate": 2e-3,
         "r": 32, "lora_alpha": 32, "dtype": "fp32", "quantization": "none",
     },
     each=80,
