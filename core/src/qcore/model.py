@@ -269,8 +269,11 @@ class Model(nn.Module):
         """
         layers = self.trunk.layers
         each = [recompute] * len(layers) if isinstance(recompute, str) else recompute
-        x = self.embed(batch, recompute="none" if set(each) <= {"none"} else "full")
-        x = run_layers(layers, x, batch, each, dropout=self.dropout)
+        tower = "none" if set(each) <= {"none"} else "full"
+        # What the first layer reads is nobody's here, as in `media`.
+        x = run_layers(
+            layers, self.embed(batch, recompute=tower), batch, each, dropout=self.dropout
+        )
         return self.trunk.final(x)
 
     def loss(
