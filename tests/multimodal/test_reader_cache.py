@@ -17,6 +17,7 @@ import pytest
 import torch
 from support.media_kit import animated, file_payload, payload, picture, saved
 
+from qcore.data.jsonl import BadRow
 from qcore.errors import InputError, UsageError, WriteError
 
 WHERE = torch.arange(1)
@@ -232,7 +233,7 @@ def test_one_medium_larger_than_all_may_be(
     new_reader: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, cache_home: Path
 ) -> None:
     monkeypatch.setenv("QCORE_MEDIA_CACHE_GB", "0.0001")
-    with pytest.raises(WriteError, match="larger than all may be") as caught:
+    with pytest.raises(BadRow, match="than the cache of media may hold") as caught:
         new_reader().read(payload(png()))
     assert caught.value.code == "QC-VISION-044"
     assert "QCORE_MEDIA_CACHE_GB" in (caught.value.fix or "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -351,6 +353,48 @@ def test_a_towers_group_without_media_is_refused(
     assert caught.value.found == "vision"
 
 
+def test_a_towers_group_that_no_step_reaches_is_refused(
+    base: Path, rows: Path, text_rows: Path, tmp_path: Path
+) -> None:
+    """The only row with media is held out, or its turn never comes."""
+    drawn(tmp_path / "0.png", 0, 64, 64)
+    seen = json.dumps(said([part("image", "0.png"), words("What?")], "A circle."))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text_rows.read_text() * 4 + seen + "\n")
+    ends = set()
+    for seed in range(8):
+        options = RUN | {"max_steps": 1, "target_groups": ALL, "seed": seed}
+        try:
+            start(base, path, tmp_path / f"out{seed}", options)
+            ends.add("trained")
+        except UsageError as error:
+            ends.add(error.code)
+            assert not (tmp_path / f"out{seed}").exists()
+    assert ends == {"trained", "QC-TRAIN-008"}
+
+
+def test_a_tower_that_is_not_loaded_is_not_put_in_4_bit(
+    base: Path, text_rows: Path, tmp_path: Path
+) -> None:
+    options = RUN | {"quantization": "nf4", "quantize_groups": ("vision",)}
+    with pytest.raises(UsageError) as caught:
+        start(base, text_rows, tmp_path / "out", options)
+    assert caught.value.code == "QC-LORA-004"
+
+
+def test_a_run_of_text_imports_neither_pillow_nor_transformers(
+    base: Path, text_rows: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys\nsys.modules['PIL'] = sys.modules['transformers'] = None\n"
+        "from qcore.settings import Settings\nfrom qcore.train import train\n"
+        f"train({str(base)!r}, {str(text_rows)!r}, {str(tmp_path / 'out')!r},"
+        " Settings(max_steps=1, dtype='fp32', quantization='none'), device='cpu')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_tower_in_4_bit_when_asked(base: Path, rows: Path, tmp_path: Path) -> None:
     options = RUN | {"quantization": "nf4", "quantize_groups": ("vision", "merger")}
     report = start(base, rows, tmp_path / "out", options | {"target_groups": ALL})
@@ -420,4 +464,4 @@ def test_an_adapter_of_text_is_told_that_media_are_new(
         "--prompt", "What?", "--max-new-tokens", "1", "--dtype", "fp32",
     )  # fmt: skip
     assert ended.code == 0, ended.err
-    assert "trained on text alone: media are new to it" in ended.err
+    assert "trained on text alone: image is new to it" in ended.err

@@ -21,7 +21,7 @@ from .adapter import Adapter
 from .adapter_reader import read_adapter
 from .data.jsonl import BadRow
 from .data.mask import highest_id, load_tokenizer
-from .data.media import Finder, MediaReader, Medium, Reference
+from .data.media import Finder, MediaReader, Medium, Placed, Reference
 from .data.variables import SETTING, check_variables, recorded_variables, special_tokens
 from .decoding import Decoder, way_of
 from .deltas import Deltas
@@ -89,6 +89,7 @@ class Generator:
         self.device = pick_device(device)
         self.found: Identified = identify(model, generation=generation)
         self.reader = self._media_reader() if media else None
+        self._told: Adapter | None = None
         self.chat = self.found.chat_format()
         self.tokenizer = load_tokenizer(self.found.checkpoint)
         ids = self.tokenizer.get_vocab()
@@ -97,7 +98,7 @@ class Generator:
             self.found = self.found.using_parts(told.parts)
         if media and (modality := self.found.modality) is not None:
             self.found = self.found.using(modality)
-            self._tell_of_kinds(told)
+            self._told = told
         self.variables = self._variables(told, chat_template_kwargs or {}, tell)
         given = {SETTING: dict(self.variables)}
         for text in preflight(self.found, verb="generate", settings=given, token_ids=ids):
@@ -146,10 +147,16 @@ class Generator:
             )
         return reader
 
-    def _tell_of_kinds(self, adapter: Adapter | None) -> None:
-        """Media are computed with an adapter of text too; that it never saw any is said."""
-        if adapter is not None and not adapter.modalities:
-            self._tell.note("the adapter was trained on text alone: media are new to it")
+    def _tell_of_kinds(self, media: Sequence[tuple[str, Path]]) -> None:
+        """Media are computed with any adapter; that it never saw such is said, where it is known."""
+        if self._told is None or "modalities" not in self._told.meta:
+            return
+        seen = {kind for one in self._told.modalities.values() for kind in one.get("kinds", ())}
+        if fresh := sorted({kind for kind, _ in media} - seen):
+            trained = f"text and {', '.join(sorted(seen))}" if seen else "text alone"
+            self._tell.note(
+                f"the adapter was trained on {trained}: {', '.join(fresh)} is new to it"
+            )
 
     def _variables(
         self, adapter: Adapter | None, given: Mapping[str, Plain], tell: Reporter
@@ -241,6 +248,7 @@ class Generator:
         }
         rendered = template.render(messages, add_generation_prompt=True, **given)
         seen = self._look(media)
+        self._tell_of_kinds(media)
         if self.reader is not None and seen:
             rendered = self._expanded(rendered, seen)
         ids: list[int] = self.tokenizer.encode(rendered, add_special_tokens=False).ids
@@ -303,6 +311,16 @@ class Generator:
                 ) from None  # fmt: skip
         return found
 
+    def _placed(self, ids: list[int], media: Sequence[Medium]) -> Placed:
+        assert self.reader is not None
+        try:
+            return self.reader.place(ids, media)
+        except BadRow as bad:
+            raise InputError(
+                bad.code, bad.what, file=self.found.checkpoint.path, found=bad.found,
+                expected=bad.expected, fix=bad.fix,
+            ) from None  # fmt: skip
+
     def decode(
         self,
         ids: list[int],
@@ -315,7 +333,7 @@ class Generator:
         positions = seen = None
         if media:
             assert self.reader is not None
-            placed = self.reader.place(ids, media)
+            placed = self._placed(ids, media)
             positions = torch.tensor([list(axis) for axis in placed.positions]).to(self.device)
             where = torch.tensor(placed.where, dtype=torch.int64)
             seen = self.reader.batch(media, where).to(self.device)

@@ -199,13 +199,13 @@ class RunFiles:
             out.meta["result"] = dict(result)
 
     def _modalities(self) -> dict[str, dict[str, Any]]:
-        """Which kinds of media the rows had, and what of a tower is changed; empty without one."""
+        """Which kinds of media trained rows had, and what of a tower is changed; empty without one."""
         modality, layout = self.found.modality, self.found.layout
         if modality is None or self.model.tower is None:
             return {}
         part = layout.table.part(modality.name)
         maps = [m for name, m in self.model.adapters() if layout.table[name].part is part]
-        seen = self.data.get("media") or {}
+        seen = self.data.get("train_media") or {}
         return {
             modality.name: {
                 "kinds": [kind for kind in modality.kinds if seen.get(kind)],

@@ -87,7 +87,10 @@ def _quantized(found: Identified, settings: Mapping[str, Any]) -> None:
     known = {
         entry.row.group: None
         for entry in found.layout.table
-        if entry.row.kind is not None and entry.part.loaded and entry.row.store is not Store.NF4
+        if entry.row.kind is not None
+        and entry.part.loaded
+        and entry.part.name not in found.layout.absent
+        and entry.row.store is not Store.NF4
     }
     for group in groups:
         if settings.get("quantization", "nf4") == "none" or group not in known:

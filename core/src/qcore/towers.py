@@ -9,7 +9,7 @@ Codes: ``QC-TRAIN-008`` a tower's group is to be trained and no row has media.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
@@ -44,35 +44,51 @@ def unread(found: Identified) -> str:
 
 
 def with_tower(
-    found: Identified, groups: Sequence[str], kinds: Collection[str]
+    found: Identified,
+    groups: Sequence[str],
+    kinds: Collection[str],
+    *,
+    quantized: Sequence[str] = (),
+    reached: Callable[[], bool] = lambda: True,
 ) -> tuple[Identified, list[str]]:
     """The model as a run needs it, and what the user is told of that.
 
     Args:
         found: the model, its tower idle.
         groups: LoRA groups that are asked for.
-        kinds: kinds of media that the rows have.
+        kinds: kinds of media that the rows have, those held out too.
+        quantized: groups that are to be in 4 bit.
+        reached: whether a step of the run has a row with media; asked where it matters.
 
     Raises:
-        UsageError: ``QC-TRAIN-008``.
+        UsageError: ``QC-TRAIN-008``; ``QC-LORA-004`` a group is to be in 4 bit and is not loaded.
     """
     modality = found.modality
     if modality is None:
         return found, []
     part = found.layout.table.part(modality.name)
     asked = [group for group in groups if group in part.groups]
-    if kinds:
+    if kinds and (not asked or reached()):
         told = f"rows have media ({', '.join(sorted(kinds))}): part '{part.name}' is loaded"
         return found.using(modality), [f"{told} and {'trained' if asked else 'stays as it is'}"]
     if asked:
         raise UsageError(
             "QC-TRAIN-008",
-            "is of a tower, which rows without media do not reach",
+            "is of a tower, which no row of a training step reaches: none of them has media",
             field="target_groups",
             found=asked[0],
             expected=f"rows with {' or '.join(modality.kinds)} parts",
             fix="leave the group out, or train on rows that have media",
         )
+    for group in quantized:
+        if group in part.groups:
+            raise UsageError(
+                "QC-LORA-004",
+                "is of a tower that rows of text alone do not load",
+                field="quantize_groups",
+                found=group,
+                fix="leave it out",
+            )
     tensors = sum(one.tensor.part is part for one in found.layout.located.values())
     return found, [
         f"rows are text alone: {tensors} tensors of part '{part.name}' are not loaded and stay "

@@ -44,6 +44,7 @@ from .preflight import preflight
 from .report import Reporter, Silent
 from .resume import compare, identity
 from .rundir import MetricsLog
+from .schedule import Schedule
 from .settings import Settings
 from .signals import StopSignals
 from .state import METRICS, RunFiles, locked, newest, run_folder
@@ -182,7 +183,10 @@ def _rows(
 def _tower(found: Identified, rows: Dataset, settings: Settings, tell: Reporter) -> Identified:
     """The model as these rows need it: what guards say of a tower is asked when one is loaded."""
     given, before = settings.to_dict(), found
-    found, told = with_tower(found, settings.target_groups, rows.kinds)
+    found, told = with_tower(
+        found, settings.target_groups, rows.kinds,
+        quantized=settings.quantize_groups, reached=partial(_reached, rows, settings),
+    )  # fmt: skip
     if found is not before:
         ids = load_tokenizer(found.checkpoint).get_vocab()
         said = preflight(before, verb="train", settings=given, token_ids=ids)
@@ -191,6 +195,17 @@ def _tower(found: Identified, rows: Dataset, settings: Settings, tell: Reporter)
     for line in told:
         tell.note(line)
     return found
+
+
+def _reached(rows: Dataset, settings: Settings) -> bool:
+    """Whether any step of the run has a row with media."""
+    schedule = Schedule(len(rows.train), settings)
+    return any(
+        rows.train[row].media
+        for step in range(schedule.total)
+        for batch in schedule.micro_batches(step)
+        for row in batch
+    )
 
 
 def _backends(

@@ -32,8 +32,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from qcore.data.jsonl import BadRow
 from qcore.durable import writing
-from qcore.errors import UsageError, WriteError
+from qcore.errors import UsageError
 
 BOUND: Final = "QCORE_MEDIA_CACHE_GB"
 _USUAL: Final = 20.0
@@ -108,19 +109,21 @@ class Cache:
         """Keep values, whole or not at all.
 
         Raises:
-            WriteError: ``QC-VISION-044`` larger than the folder may be; ``QC-WRITE-003`` to
-                ``-006``.
+            BadRow: ``QC-VISION-044`` larger than the folder may be.
+            WriteError: ``QC-WRITE-003`` to ``-006``.
         """
         text = json.dumps(about, allow_nan=False).encode()
         flat = np.ascontiguousarray(values).reshape(-1)
         head = _HEAD.pack(_MAGIC, len(text), zlib.crc32(text), len(flat), zlib.crc32(flat.data))
         size = len(head) + len(text) + len(flat)
         if size > self.bound:
-            raise WriteError(
-                "QC-VISION-044", "the values of one medium are larger than all may be",
-                file=self.folder, found=f"{size} bytes", expected=f"at most {self.bound}",
+            raise BadRow(
+                "QC-VISION-044",
+                "has more values than the cache of media may hold",
+                found=f"{size} bytes",
+                expected=f"at most {self.bound}",
                 fix=f"set {BOUND} higher, or max_pixels of the part lower",
-            )  # fmt: skip
+            )
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(size)

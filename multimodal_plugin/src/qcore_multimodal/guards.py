@@ -7,8 +7,8 @@
 - ``QC-VISION-012`` numbers that do not go together (heads, position embeddings).
 - ``QC-VISION-053`` config.json and the tokenizer differ about the tokens of media (`text`).
 
-All but the first hold for runs that load the tower. One of text alone carries it as it is,
-whatever it is.
+All but the first hold for runs that load the tower. What a run of text alone does not load it does
+not judge, as long as its tensors are those of the table.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from qcore.data.jsonl import BadRow
 
 MAX_PIXELS: Final = 89_478_485  # Pillow's own limit, which a program may have lifted
+MAX_BYTES = 1 << 28  #: of a picture's file, which is read whole
 MAX_ASPECT: Final = 200  # the processors' rule, told before a decoder is asked
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _MODES: Final = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
@@ -47,6 +48,24 @@ _RAISED: Final = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
     EOFError, MemoryError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
+
+
+def whole(file: BinaryIO) -> bytes:
+    """All bytes of a picture's file.
+
+    Raises:
+        BadRow: ``QC-VISION-030`` more than a picture may have.
+    """
+    data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise BadRow(
+            "QC-VISION-030",
+            "is a picture of too many bytes",
+            found=f"more than {MAX_BYTES}",
+            expected=f"at most {MAX_BYTES}",
+            fix="save it with compression, or smaller",
+        )
+    return data
 
 
 def decode(data: bytes) -> NDArray[np.uint8]:

@@ -13,7 +13,6 @@ no torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
@@ -116,7 +115,7 @@ def _whole(value: object) -> TypeGuard[int]:
 
 
 def _real(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def _demands(kind: str, stock: Any) -> list[tuple[str, Any, bool, str]]:

@@ -33,7 +33,6 @@ from qcore.data.jsonl import BadRow
 from qcore.durable import writing
 from qcore.errors import InputError
 
-from . import images, videos
 from .cache import BOUND, Cache
 from .medium import Seen
 from .options import KEYS, Limits, limits
@@ -126,9 +125,11 @@ class Reader:
         config = self._checkpoint.config
         # What a config leaves out is transformers' default.
         tokens = {
-            "<|image_pad|>": int(config.get("image_token_id", 248056)),
-            "<|video_pad|>": int(config.get("video_token_id", 248057)),
+            "<|image_pad|>": config.get("image_token_id", 248056),
+            "<|video_pad|>": config.get("video_token_id", 248057),
         }
+        if not all(type(token) is int for token in tokens.values()):
+            self._check_tokens()
         try:
             return place(ids, cast("Sequence[Seen]", media), tokens)
         except BadRow:
@@ -157,7 +158,8 @@ class Reader:
         seen = cast("Sequence[Seen]", media)
         names = sorted({one.kind for one in seen})
         units = sum(one.units for one in seen)
-        area, temporal = self._images.patch**2, self._images.temporal
+        sizes = self._processor(seen[0].kind)  # both kinds have the tower's
+        area, temporal = sizes.patch**2, sizes.temporal
         values = np.empty((units, 3, temporal, area), np.uint8)
         kinds = np.empty(units, np.uint8)
         start = 0
@@ -177,8 +179,11 @@ class Reader:
 
     def _table(self, kind: str) -> Tensor:
         if kind not in self._tables:
-            self._tables[kind] = (self._images if kind == "image" else self._videos).table()
+            self._tables[kind] = self._processor(kind).table()
         return self._tables[kind]
+
+    def _processor(self, kind: str) -> Images | Videos:
+        return self._images if kind == "image" else self._videos
 
     def _limits(self, payload: Payload) -> Limits:
         if payload.kind == "image":
@@ -196,7 +201,7 @@ class Reader:
                 "layout": _LAYOUT,
                 "kind": payload.kind,
                 "sha256": payload.sha256,
-                "processor": (self._videos if video else self._images).numbers,
+                "processor": self._processor(payload.kind).numbers,
                 "limits": [wanted.least, wanted.most, wanted.fps, wanted.frames],
                 "versions": {name: _version(name) for name in used},
             }
@@ -204,6 +209,8 @@ class Reader:
 
     def _make(self, payload: Payload, wanted: Limits, digest: str) -> tuple[dict[str, Any], Bytes]:
         """Decode and process a payload, and keep its values."""
+        from . import videos
+
         seconds: tuple[float, ...] = ()
         with _opened(payload) as file:
             if payload.kind == "image":
@@ -218,7 +225,9 @@ class Reader:
         return about, values
 
     def _image(self, file: BinaryIO, wanted: Limits) -> tuple[Grid, Bytes]:
-        picture = images.decode(file.read())
+        from . import images
+
+        picture = images.decode(images.whole(file))
         try:
             return self._images.patches(picture, wanted)
         except ValueError as error:
@@ -237,8 +246,9 @@ class Reader:
                 path.write_bytes(payload.data)
             payload = replace(payload, path=path, data=None)
         self._payloads[digest] = payload
-        self._bytes += seen.units * 3 * self._images.patch**2 * (
-            1 if seen.kind == "image" else self._images.temporal
+        sizes = self._processor(seen.kind)
+        self._bytes += seen.units * 3 * sizes.patch**2 * (
+            1 if seen.kind == "image" else sizes.temporal
         )  # fmt: skip
         if self._bytes > self._cache.bound:
             self._tell(f"media of these rows are more than {self._cache.bound / 1e9:g} GB")

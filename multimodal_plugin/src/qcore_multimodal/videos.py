@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .processor import Bytes, Grid, Videos
 
 MAX_PICTURES: Final = 20_000  # frames of an animated picture, which must be looked at one by one
+MOST_DECODED = 1 << 30  #: pixels of an animated picture: a second for each hundred million
 _SHOWN: Final = 0.1  # seconds of a frame that states none, as browsers have it
 
 
@@ -84,7 +85,7 @@ def process(
     """
     name = demuxer(file)
     if name is None:
-        with images.opened(file.read()) as image:
+        with images.opened(images.whole(file)) as image:
             return _process(_Pictures(image), processor, limits)
     with _decoding():
         return _process(_Film(file, name), processor, limits)
@@ -166,6 +167,14 @@ class _Pictures:
                 "has too many frames for an animated picture",
                 found=self.count,
                 expected=f"at most {MAX_PICTURES}",
+                fix="convert it to MP4",
+            )
+        if self.count * image.width * image.height > MOST_DECODED:
+            raise BadRow(
+                "QC-VISION-030",
+                "has too many pixels in all its frames, each of which is decoded",
+                found=f"{self.count} frames of {image.width} x {image.height}",
+                expected=f"at most {MOST_DECODED} pixels",
                 fix="convert it to MP4",
             )
         total = 0.0

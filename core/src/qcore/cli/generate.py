@@ -29,7 +29,7 @@ def _kinds(taken: set[str]) -> list[str]:
 
     found = {point.name for point in entry_points(group=KINDS)}
     return sorted(
-        name for name in found if re.fullmatch("[a-z][a-z0-9-]*", name) and f"--{name}" not in taken
+        name for name in found if re.fullmatch("[a-z][a-z0-9_]*", name) and f"--{name}" not in taken
     )
 
 
@@ -38,7 +38,7 @@ def _option(kind: str) -> click.Option:
         [f"--{kind}", f"media_{kind}"],
         multiple=True,
         type=click.Path(path_type=Path),
-        help=f"A file of this kind, which the user's turn begins with; repeatable ({kind}).",
+        help=f"A file of this kind ({kind}), before the prompt, in order of kinds; repeatable.",
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ..checkpoint import Checkpoint
-    from .media import MediaReader
+    from .media import MediaReader, Medium
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,8 @@ class Dataset:
         for medium in media:
             digest.update(f"{medium.kind}:{medium.digest}\n".encode())
         return {
-            "media": dict(sorted(Counter(medium.kind for medium in media).items())),
+            "media": _counted(media),
+            "train_media": _counted([medium for row in self.train for medium in row.media]),
             "media_rows": len(rows),
             "media_tokens": sum(medium.tokens for medium in media),
             "media_sha256": digest.hexdigest(),
@@ -170,6 +171,11 @@ def dataset(
     problems.stop()
     held = split(examples, eval_fraction, seed, path)
     return _whole(path, digest.hexdigest(), examples, held)
+
+
+def _counted(media: Sequence[Medium]) -> dict[str, int]:
+    """How many of each kind."""
+    return dict(sorted(Counter(medium.kind for medium in media).items()))
 
 
 def _whole(path: Path, sha256: str, examples: list[Example], held: frozenset[int]) -> Dataset:
