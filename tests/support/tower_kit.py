@@ -120,7 +120,12 @@ def adapted(
             found.layout, {table[name].part.name for name in chosen}, classes_of(config), asked
         ),
         digests=digests,
-        data={"sha256": "0" * 64, "media": dict(media or {}), "media_sha256": "1" * 64},
+        data={
+            "sha256": "0" * 64,
+            "media": dict(media or {}),
+            "train_media": dict(media or {}),
+            "media_sha256": "1" * 64,
+        },
         coverage=(),
         device="cpu",
         kernels={},

@@ -148,15 +148,14 @@ class Generator:
         return reader
 
     def _tell_of_kinds(self, media: Sequence[tuple[str, Path]]) -> None:
-        """Media are computed with any adapter; that it never saw such is said, where it is known."""
+        """Media are computed with any adapter; that one never saw such is said, where known."""
         if self._told is None or "modalities" not in self._told.meta:
             return
         seen = {kind for one in self._told.modalities.values() for kind in one.get("kinds", ())}
         if fresh := sorted({kind for kind, _ in media} - seen):
             trained = f"text and {', '.join(sorted(seen))}" if seen else "text alone"
-            self._tell.note(
-                f"the adapter was trained on {trained}: {', '.join(fresh)} is new to it"
-            )
+            new = ", ".join(fresh)
+            self._tell.note(f"the adapter was trained on {trained}: {new} is new to it")
 
     def _variables(
         self, adapter: Adapter | None, given: Mapping[str, Plain], tell: Reporter

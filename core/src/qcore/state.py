@@ -199,7 +199,7 @@ class RunFiles:
             out.meta["result"] = dict(result)
 
     def _modalities(self) -> dict[str, dict[str, Any]]:
-        """Which kinds of media trained rows had, and what of a tower is changed; empty without one."""
+        """Kinds of media that trained rows had, and what of a tower changed; empty without."""
         modality, layout = self.found.modality, self.found.layout
         if modality is None or self.model.tower is None:
             return {}
