@@ -126,6 +126,7 @@ def _shape(job: Job) -> Iterator[Point]:
         checkpoint=SimpleNamespace(config=config),
         decision=SimpleNamespace(architecture=architecture(job)),
         plugins=Plugins.discover().for_model_type("qwen3_5"),
+        modality=None,
     )
     # Of one that is full of something else the budget says so; the plan is not to be blamed.
     room = room_of(device)
