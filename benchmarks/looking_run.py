@@ -80,7 +80,7 @@ LARGE = Form(
         "r": 64, "lora_alpha": 64, "dtype": "bf16", "quantization": "nf4",
     },
     each=32,
-    held_out=2,
+    held_out=1,
 )  # fmt: skip
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -108,6 +110,25 @@ def encoded(model: Path, rows: Path) -> Dataset:
 
 
 # -- the loss, and what moves
+
+
+def test_a_run_leaves_no_model_in_memory(small: Path, rows: Path, tmp_path: Path) -> None:
+    """Whoever runs two in one process has the memory of the first back."""
+    gc.unfreeze()
+    made: list[weakref.ref[Any]] = []
+    begin = Loop.__init__
+
+    def watched(self: Loop, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        assert gc.get_freeze_count() > 0
+        made.append(weakref.ref(self.model))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "__init__", watched)
+        run(small, rows, tmp_path / "out", max_steps=2)
+    gc.collect()
+    assert gc.get_freeze_count() == 0
+    assert [one() for one in made] == [None]
 
 
 def test_every_kind_of_row_trains_every_adapter(rows: Path, tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def write_real(
     *,
     shard: str = "900MB",
     text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
 ) -> Path:
     """A vision-language checkpoint of the shape of `sku`, about 1.7 GB for 0.8B.
 
@@ -96,12 +97,14 @@ def write_real(
         sku: a folder name under ``skus/qwen3.5``.
         shard: largest shard.
         text: overrides of ``text_config``, for slices.
+        vision: the same of ``vision_config``.
     """
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
     source = shared / "skus" / "qwen3.5" / sku
     raw = json.loads((source / "config.json").read_text())
     raw["text_config"] |= text or {}
+    raw["vision_config"] |= vision or {}
     config = Qwen3_5Config(**raw)
     with torch.device("meta"):
         model = Qwen3_5ForConditionalGeneration(config).to(torch.bfloat16)

@@ -9,6 +9,7 @@ decides their order and what makes a run fail before and after the loop: a group
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -102,6 +103,7 @@ def train(
         watch.at("loading the base")
         net, files, lines = _load(found, rows, settings, where, backends, tell, stop)
         Parked.lot(where).least = max(1, plan.parked)
+        stack.callback(gc.unfreeze)  # what the loop froze is a caller's again, who may run another
         loop = Loop(net, rows, settings, where, plan.policies, plan.together, reader)
         start = _resume(files, loop, folder, tell) if resume else 0
         keep(folder, plan)

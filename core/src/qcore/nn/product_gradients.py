@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .launch import on_gpu
+from .launch import on_gpu, worked
 from .product_lora import Adapter
 
 Sinks = Sequence[tuple[Tensor | None, Tensor | None]]
@@ -77,7 +77,11 @@ def neighbours(grads: Sequence[Tensor | None]) -> Tensor | None:
 def _add_product(to: Tensor, left: Tensor, right: Tensor, by: float, *, fresh: bool) -> None:
     """``to = by left @ right``, or ``to +=``; `to` is float32, sums are not rounded before it."""
     beta = 0.0 if fresh else 1.0
-    if on_gpu(left) and left.dtype != to.dtype:
+    if left.is_meta and on_gpu(left):
+        # Up to torch 2.12 addmm into another dtype is not defined there.
+        work = 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
+        worked("addmm", left, right, to, flops=work)
+    elif on_gpu(left) and left.dtype != to.dtype:
         torch.addmm(to, left, right, out_dtype=to.dtype, beta=beta, alpha=by, out=to)
     else:
         torch.addmm(to, left.to(to.dtype), right.to(to.dtype), beta=beta, alpha=by, out=to)
