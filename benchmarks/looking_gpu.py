@@ -1,6 +1,6 @@
 r"""A run that can only succeed by looking, on a card: pictures beside blanks, in one command.
 
-    python benchmarks/looking_gpu.py [--steps 1500] [--rate 7e-4] [--save NAME]
+    python benchmarks/looking_gpu.py [--steps 2000] [--rate 7e-4] [--save NAME]
 
 A random model with a random tower, its base in NF4 and bf16, is trained on generated pictures of 8
 colours, 6 shapes and 1 to 4 of them, and once more on blanks of the same sizes. Both are asked

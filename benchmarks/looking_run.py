@@ -76,10 +76,10 @@ LARGE = Form(
         "hidden_size": 256, "intermediate_size": 512, "num_heads": 4, "patch_size": 8, "depth": 4,
     },
     settings=_ALIKE | {
-        "max_steps": 1500, "per_device_train_batch_size": 64, "learning_rate": 7e-4,
+        "max_steps": 2000, "per_device_train_batch_size": 64, "learning_rate": 7e-4,
         "r": 64, "lora_alpha": 64, "dtype": "bf16", "quantization": "nf4",
     },
-    each=32,
+    each=48,
     held_out=1,
 )  # fmt: skip
 
