@@ -370,11 +370,27 @@ def test_the_command_counts_media(capsys: pytest.CaptureFixture[str], folder: Pa
     assert "\n  tower " in ended.out
 
 
-def test_a_group_of_the_tower_loads_it(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    text = plan(capsys, folder, "--groups", "attn")
-    both = plan(capsys, folder, "--groups", "attn,join")
+def test_a_group_of_the_tower_is_trained(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    text = plan(capsys, folder, "--groups", "attn", "--media", 64)
+    both = plan(capsys, folder, "--groups", "attn,join", "--media", 64)
     assert both["trained_parameters"] > text["trained_parameters"]
     assert both["plans"][0]["memory_bytes"]["tower"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "start"),
+    [
+        (("--groups", "attn,join"), "QC-TRAIN-008", "--groups: is of a tower, which no row"),
+        (("--set", "quantize_groups=[join]"), "QC-LORA-004", "quantize_groups: is of a tower"),
+    ],
+)
+def test_a_tower_without_media_is_not_planned(
+    capsys: pytest.CaptureFixture[str], folder: Path, words: tuple[str, ...], code: str, start: str
+) -> None:
+    """As `qcore train` refuses it; else a plan would count none of the tower's units."""
+    line = here(capsys, "plan", folder, *words).error(code)
+    assert line.startswith(f"error[{code}] {start}")
+    assert code == "QC-LORA-004" or "Fix: leave the group out, or pass --media UNITS" in line
 
 
 @pytest.mark.parametrize(

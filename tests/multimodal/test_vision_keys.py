@@ -15,7 +15,9 @@ from transformers import Qwen3_5Config
 
 from qcore.errors import InputError, QcoreError
 from qcore.identify import identify
+from qcore.records import Severity
 from qcore.table import LINEAR, Aim, Store, Table
+from qcore.towers import unread
 from qcore_multimodal.guards import config_findings, findings
 from qcore_multimodal.table import GROUPS, OWNER, parts
 
@@ -177,8 +179,6 @@ def test_a_config_that_transformers_saved_passes(shared: Path) -> None:
 WRONG: list[tuple[str, object, str, str]] = [
     ("hidden_act", "gelu", "QC-VISION-010", "hidden_act"),
     ("hidden_act", "silu", "QC-VISION-010", "hidden_act"),
-    ("deepstack_visual_indexes", [5, 11], "QC-VISION-010", "deepstack_visual_indexes"),
-    ("model_type", "qwen3_vl", "QC-VISION-010", "model_type"),
     ("rope_parameters", [10000], "QC-VISION-011", "rope_parameters"),
     ("rope_parameters", {"rope_type": "default"}, "QC-VISION-011", "rope_parameters.rope_type"),
     ("rope_parameters", {"type": "yarn"}, "QC-VISION-011", "rope_parameters.rope_type"),
@@ -201,6 +201,34 @@ def test_what_the_blocks_do_not_compute(
     vision = copy.deepcopy(config_of(shared, "Qwen3.5-0.8B")["vision_config"]) | {key: value}
     (finding,) = config_findings(vision)
     assert (finding.code, finding.field) == (code, f"vision_config.{field}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("deepstack_visual_indexes", [5, 11]), ("model_type", "qwen3_vl")]
+)
+def test_a_tower_of_another_kind_is_nobodys(
+    shared: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    """Text trains as without the plugin, its tensors are carried, and why is said."""
+    shapes = shapes_of(shared, "Qwen3.5-0.8B")
+    shapes["model.visual.deepstack_merger_list.0.norm.weight"] = (3072,)
+    write_sku(shared, tmp_path, "Qwen3.5-0.8B", shapes)
+    config = config_of(shared, "Qwen3.5-0.8B")
+    with pytest.raises(InputError, match=r"model\.visual\.deepstack_merger_list\.0\.norm"):
+        identify(str(tmp_path))  # nothing in config.json tells of it
+    config["vision_config"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = identify(str(tmp_path))
+    assert found.modality is None
+    assert found.layout.carried_roots() == {
+        "model.visual": len(tower_of(config_of(shared, "Qwen3.5-0.8B"))) + 1
+    }
+    assert unread(found) == "no installed plugin reads what vision_config describes"
+    request = SimpleNamespace(layout=found.layout, checkpoint=found.checkpoint, token_ids={})
+    (finding,) = findings(request)  # type: ignore[arg-type]
+    assert (finding.code, finding.field) == ("QC-VISION-010", f"vision_config.{key}")
+    assert finding.severity is Severity.WARNING
+    assert "media cannot be read" in finding.what
 
 
 def test_guards_are_of_runs_that_load_the_tower(shared: Path, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def with_tower(
     *,
     quantized: Sequence[str] = (),
     reached: Callable[[], bool] = lambda: True,
+    fix: str = "leave the group out, or train on rows that have media",
 ) -> tuple[Identified, list[str]]:
     """The model as a run needs it, and what the user is told of that.
 
@@ -59,6 +60,7 @@ def with_tower(
         kinds: kinds of media that the rows have, those held out too.
         quantized: groups that are to be in 4 bit.
         reached: whether a step of the run has a row with media; asked where it matters.
+        fix: what to do about a tower that is to be trained on text alone.
 
     Raises:
         UsageError: ``QC-TRAIN-008``; ``QC-LORA-004`` a group is to be in 4 bit and is not loaded.
@@ -78,7 +80,7 @@ def with_tower(
             field="target_groups",
             found=asked[0],
             expected=f"rows with {' or '.join(modality.kinds)} parts",
-            fix="leave the group out, or train on rows that have media",
+            fix=fix,
         )
     for group in quantized:
         if group in part.groups:

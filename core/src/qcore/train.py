@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -55,6 +55,9 @@ from .targets import Coverage, coverage, targets
 from .towers import reader_of, unread, with_tower
 from .train_report import TrainReport, coverage_row, first_loss, is_logged
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 __all__ = ["TrainReport", "train"]
 
 
@@ -90,8 +93,10 @@ def train(
     where = pick_device(device)
     found = identify(model, generation=settings.generation).quantizing(settings.quantize_groups)
     reader = reader_of(found)
-    rows = _rows(found, data, settings, reader, tell)
-    found = _tower(found, rows, settings, tell)
+    tokenizer = load_tokenizer(found.checkpoint)
+    said = _preflight(found, settings, tokenizer, tell)
+    rows = _rows(found, data, settings, reader, tokenizer, tell)
+    found = _tower(found, rows, settings, tokenizer, said, tell)
     backends = _backends(found, settings, where, tell)
     before = _before(found, rows, settings, where, backends, folder, tell) if resume else None
     plan = _plan(found, rows, settings, room or room_of(where), backends, before, tell)
@@ -149,20 +154,34 @@ def _moved(loop: Loop, tell: Reporter) -> list[int]:
     return [moved, maps]
 
 
+def _preflight(
+    found: Identified,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    tell: Reporter,
+    said: Collection[str] = (),
+) -> list[str]:
+    """What guards say of a model before a weight is read; what was `said` is not told again."""
+    given, ids = settings.to_dict(), tokenizer.get_vocab()
+    lines = [
+        *found.decision.evidence,
+        *preflight(found, verb="train", settings=given, token_ids=ids),
+    ]
+    for line in lines:
+        if line not in said:
+            tell.note(line)
+    return lines
+
+
 def _rows(
     found: Identified,
     data: str | Path,
     settings: Settings,
     reader: MediaReader | None,
+    tokenizer: Tokenizer,
     tell: Reporter,
 ) -> Dataset:
-    """Everything that can be wrong before a weight is read, then the rows."""
-    tokenizer = load_tokenizer(found.checkpoint)
-    warnings = preflight(
-        found, verb="train", settings=settings.to_dict(), token_ids=tokenizer.get_vocab()
-    )
-    for line in (*found.decision.evidence, *warnings):
-        tell.note(line)
+    """The rows, all that can be wrong with them found."""
     rows = dataset(
         data,
         found.checkpoint,
@@ -182,20 +201,23 @@ def _rows(
     return rows
 
 
-def _tower(found: Identified, rows: Dataset, settings: Settings, tell: Reporter) -> Identified:
+def _tower(
+    found: Identified,
+    rows: Dataset,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    said: Collection[str],
+    tell: Reporter,
+) -> Identified:
     """The model as these rows need it: what guards say of a tower is asked when one is loaded."""
-    given, before = settings.to_dict(), found
     found, told = with_tower(
-        found, settings.target_groups, rows.kinds,
+        before := found, settings.target_groups, rows.kinds,
         quantized=settings.quantize_groups, reached=partial(_reached, rows, settings),
     )  # fmt: skip
-    if found is not before:
-        ids = load_tokenizer(found.checkpoint).get_vocab()
-        said = preflight(before, verb="train", settings=given, token_ids=ids)
-        fresh = preflight(found, verb="train", settings=given, token_ids=ids)
-        told += [line for line in fresh if line not in said]
     for line in told:
         tell.note(line)
+    if found is not before:
+        _preflight(found, settings, tokenizer, tell, said)
     return found
 
 

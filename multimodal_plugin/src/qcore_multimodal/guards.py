@@ -1,14 +1,15 @@
 """Guards of the tower, one function a code: what the shapes cannot show.
 
 - ``QC-VISION-001`` warning: config.json has a section for a tower and does not describe one.
-- ``QC-VISION-010`` a value that the blocks do not compute: an activation, features of deeper
-  blocks, another kind of tower.
+- ``QC-VISION-010`` an activation that the blocks do not compute; as a warning, another tower than
+  that of the table.
 - ``QC-VISION-011`` rotary parameters that the blocks do not compute.
 - ``QC-VISION-012`` numbers that do not go together (heads, position embeddings).
 - ``QC-VISION-053`` config.json and the tokenizer differ about the tokens of media (`text`).
 
-All but the first hold for runs that load the tower. What a run of text alone does not load it does
-not judge, as long as its tensors are those of the table.
+A warning says that media cannot be read, whatever a run needs: the section is then nobody's and its
+tensors stay as they are. Errors hold for runs that load the tower; what a run of text alone does
+not load it does not judge.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ from .text import token_findings
 
 #: What the blocks hard-code, as transformers' module does: anything else would be ignored.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": (None, "qwen3_5", "qwen3_5_moe", "qwen3_5_vision", "qwen3_5_moe_vision"),
     "hidden_act": ("gelu_pytorch_tanh",),
-    "deepstack_visual_indexes": (None, []),
 }
 _ROPE_KEYS = {"rope_type", "type", "rope_theta"}
 

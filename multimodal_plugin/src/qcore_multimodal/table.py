@@ -8,8 +8,8 @@ class has no tower, so there is one namespace.
 The tower's sizes have names of their own, all but one: what the merger gives is ``hidden``, the
 text's, so that two sections that contradict each other are core's error.
 
-Code: ``QC-VISION-001`` a size that is missing or no positive integer. What the shapes cannot show
-is judged by `guards`.
+Codes: ``QC-VISION-001`` a size that is missing or no positive integer; ``QC-VISION-010`` a tower
+that has other tensors than these. What the shapes cannot show is judged by `guards`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,12 @@ OWNER = "qcore-multimodal"
 THETA = 10000.0
 #: Far above any real tower. A table names every tensor, so a count is memory before it is judged.
 _MOST_BLOCKS = 1000
+
+#: What tells a tower of other tensors, or of other rules; the hub's sections may leave both out.
+_KIND: dict[str, tuple[Any, ...]] = {
+    "model_type": (None, "qwen3_5", "qwen3_5_moe", "qwen3_5_vision", "qwen3_5_moe_vision"),
+    "deepstack_visual_indexes": (None, []),
+}
 
 #: LoRA groups: the four maps of every block, and the two that lead into the text.
 GROUPS: dict[str, Aim] = {"vision": Aim.ASKED, "merger": Aim.ASKED}
@@ -63,9 +69,12 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
         config: config.json, with a ``vision_config``.
 
     Raises:
-        InputError: ``QC-VISION-001``.
+        InputError: ``QC-VISION-001``, ``QC-VISION-010``.
     """
     vision = vision_config(config)
+    for key, allowed in _KIND.items():
+        if (value := vision.get(key)) not in allowed:
+            raise _bad(key, repr(value), " or ".join(map(repr, allowed)), "QC-VISION-010")
     yield Part(
         name=NAME,
         owner=OWNER,
@@ -123,9 +132,9 @@ def _size(vision: Mapping[str, Any], key: str, most: int | None = None) -> int:
     return value
 
 
-def _bad(key: str | None, found: str, expected: str) -> InputError:
+def _bad(key: str | None, found: str, expected: str, code: str = "QC-VISION-001") -> InputError:
     return InputError(
-        "QC-VISION-001",
+        code,
         "does not describe this tower",
         file="config.json",
         field=SECTION if key is None else f"{SECTION}.{key}",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
+from ..towers import with_tower
 from .common import count, debug_option, emit, importing, json_option, spoken
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def command(
     budgets, capping = capped(cards, parse_budget(budget))
     found = identify(model, generation=settings.generation, headers_only=True)
     found = found.quantizing(settings.quantize_groups)
-    found = _loading(found, settings, media)
+    with spoken(flags):
+        found = _loading(found, settings, media)
     told = [*preflight(found, verb="plan", settings=settings.to_dict())]
     told += [f"note: {line}" for line in capping]
     with importing():
@@ -99,7 +101,11 @@ def command(
 
 
 def _loading(found: Identified, settings: Settings, media: int | None) -> Identified:
-    """The model as a run would load it: with its tower if rows have media or it is trained."""
+    """The model as a run would load it: with its tower if rows have media.
+
+    Raises:
+        UsageError: ``QC-PLAN-007`` nothing reads media for it; what `with_tower` raises.
+    """
     modality = found.modality
     if media is not None and modality is None:
         raise UsageError(
@@ -109,11 +115,12 @@ def _loading(found: Identified, settings: Settings, media: int | None) -> Identi
             found=media,
             fix="leave --media out, or install the plugin of its modality",
         )
-    if modality is None:
-        return found
-    groups = found.layout.table.part(modality.name).groups
-    trained = not groups.keys().isdisjoint(settings.target_groups)
-    return found.using(modality) if trained or media is not None else found
+    kinds = () if modality is None or media is None else modality.kinds
+    found, _ = with_tower(
+        found, settings.target_groups, kinds, quantized=settings.quantize_groups,
+        fix="leave the group out, or pass --media UNITS",
+    )  # fmt: skip
+    return found
 
 
 def _units(planner: Planner, settings: Settings, media: int | None) -> int:
