@@ -400,6 +400,9 @@ def test_a_tower_without_media_is_not_planned(
         (-3, "error[QC-PLAN-008] --media: is no number of units: found -3"),
         (4097, "error[QC-PLAN-008] --media: is more than a row can hold: found 4097 units, which "
          "are 257 tokens, expected at most 256 tokens. Fix: pass --max-length 257 or more"),
+        (10**12, "error[QC-PLAN-008] --media: is more than kernels can number in a row: found "
+         "1000000000000 units beside 256 tokens, expected at most 4193920. Fix: take fewer"),
+        (10**20, "error[QC-PLAN-008] --media: is more than kernels can number in a row"),
     ],
 )  # fmt: skip
 def test_what_a_row_cannot_hold_is_refused(

@@ -136,10 +136,10 @@ PARTS: dict[str, tuple[Make, str, str, tuple[str, ...]]] = {
         part("image", animated(3), "bad.gif"), "QC-VISION-029", AT, ("GIF of 3 frames", '"video"')),
     "20,000 x 20,000": (
         part("image", bare_png(20_000, 20_000)), "QC-VISION-030", AT,
-        ("found 400000000 pixels", "89478485")),
+        ("found 'bad.png': 400000000 pixels", "89478485")),
     "a header of 2 billion": (
         part("image", bare_png(2**31 - 1, 2**31 - 1, whole=False)), "QC-VISION-030", AT,
-        ("found 4611686014132420609 pixels, expected at most 89478485",)),
+        ("'bad.png': 4611686014132420609 pixels, expected at most 89478485",)),
     "201 times as wide as high": (
         part("image", saved(picture("RGB", 201, 1), "PNG")), "QC-VISION-031", AT, ("201 x 1",)),
     "16-bit greyscale": (part("image", sixteen(1)), "QC-VISION-032", AT, ("I;16", "8 bits")),
@@ -147,12 +147,12 @@ PARTS: dict[str, tuple[Make, str, str, tuple[str, ...]]] = {
     "an empty video": (part("video", b""), "QC-VISION-034", AT, ("no bytes", "MP4")),
     "an image": (
         part("video", saved(picture("RGB", 60, 50), "JPEG")), "QC-VISION-034", AT, ("MP4",)),
-    "a still png": (part("video", PNG), "QC-VISION-037", AT, ("found 1", '"image"')),
+    "a still png": (part("video", PNG), "QC-VISION-037", AT, (": 1, expected", '"image"')),
     "a playlist of addresses": (
         part("video", b"#EXTM3U\n#EXTINF:10,\nhttp://127.0.0.1:9/a.ts\n"), "QC-VISION-034", AT,
         ("MP4",)),
     "a truncated video": (part("video", stripe(mp4())), "QC-VISION-035", AT, ("damaged",)),
-    "sound alone": (part("video", sound()), "QC-VISION-036", AT, ("found audio, expected",)),
+    "sound alone": (part("video", sound()), "QC-VISION-036", AT, (": audio, expected",)),
     "a video of one frame": (part("video", mp4(1)), "QC-VISION-037", AT, ("at least 2",)),
     # What a part asks for.
     "min_pixels as text": (
@@ -247,6 +247,9 @@ ROWS: dict[str, tuple[dict[str, Any], str, str, tuple[str, ...], tuple[str, ...]
     "a placeholder in a tool's answer": (
         turns(("user", "a"), ("assistant", "b"), ("tool", "<|video_pad|>"), ("assistant", "c")),
         "QC-DATA-0", "messages[2]", (), ()),
+    "a list of files beside the messages": (
+        turns(("user", "a"), ("assistant", "b")) | {"images": ["good.png"]},
+        "QC-DATA-005", "images", ("put it among the parts", '{"type": "image"'), ()),
     "too many media for max_length": (
         conversation(QUESTION, *LONG), "QC-DATA-011", "",
         ("tokens, 12 of them media, expected at most 32", "make its media smaller"),

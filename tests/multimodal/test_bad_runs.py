@@ -313,6 +313,10 @@ GENERATE: dict[str, tuple[tuple[str, ...], int, str, str]] = {
     "a placeholder in the system turn": (
         ("--image", "good.png", "--system", "<|image_pad|>"), 2, "QC-GENERATE-006",
         "--system: holds"),
+    "a placeholder and no media": (
+        ("--system", "<|video_pad|>"), 2, "QC-GENERATE-006", "--system: holds"),
+    "a url": (("--image", "http://127.0.0.1:9/a.png"), 65, "QC-MEDIA-002", "nothing is fetched"),
+    "a still as a video, and how": (("--video", "good.png"), 65, "QC-VISION-037", "as --image"),
     "a prompt twice": (("--prompt", "a"), 2, "QC-CLI-004", "--prompt: is given twice"),
 }  # fmt: skip
 

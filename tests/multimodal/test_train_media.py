@@ -344,6 +344,29 @@ def test_rows_with_media_for_a_model_of_text_are_refused(rows: Path, tmp_path: P
     assert "QC-DATA-009" in str(caught.value) or caught.value.code == "QC-DATA-009"
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("groups", [("merger",), ("vision", "merger")], ids=len)
+def test_a_tower_alone_is_trained_on_mixed_rows(
+    base: Path, rows: Path, tmp_path: Path, groups: tuple[str, ...], recompute: str
+) -> None:
+    """Rows of text have no part in it: a step of them alone, and one beside a picture."""
+    options = RUN | {"target_groups": groups, "per_device_train_batch_size": 1, "max_steps": 5}
+    options |= {"gradient_checkpointing": recompute == "full", "recompute": recompute}
+    start(base, rows, tmp_path / "each", options)
+    steps = [json.loads(line) for line in (tmp_path / "each" / "metrics.jsonl").open()]
+    assert sorted(step["grad_norm"] > 0 for step in steps) == [False, False, True, True, True]
+    # All rows in one step: as micro-batches of one, and as one pack.
+    once = options | {"max_steps": 1, "learning_rate": 1e-2, "warmup_ratio": 0.0}
+    start(base, rows, tmp_path / "apart", once | {"gradient_accumulation_steps": 5})
+    start(base, rows, tmp_path / "packed", once | {"per_device_train_batch_size": 5})
+    norms = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"]
+        for name in ("apart", "packed")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert norms[0] > 0
+
+
 def test_a_towers_group_without_media_is_refused(
     base: Path, text_rows: Path, tmp_path: Path
 ) -> None:

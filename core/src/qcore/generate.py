@@ -8,6 +8,7 @@ applied it, on the base that it is bound to. It is meant for seeing an effect, n
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,8 @@ class Generator:
         tell = self._tell = reporter or Silent()
         self.device = pick_device(device)
         self.found: Identified = identify(model, generation=generation)
-        self.reader = self._media_reader() if media else None
+        self.reader = self._media_reader() if media else reader_of(self.found)
+        self._sees = media
         self._told: Adapter | None = None
         self.chat = self.found.chat_format()
         self.tokenizer = load_tokenizer(self.found.checkpoint)
@@ -219,7 +221,8 @@ class Generator:
 
         Args:
             text: what the user says.
-            media: kind and file of each part that comes before the text.
+            media: kind and file of each part that comes before the text; for a Generator made
+                with ``media=True``.
             system: the system turn, none when empty.
             max_new_tokens: when to stop at the latest.
             temperature: 0 is greedy.
@@ -233,8 +236,9 @@ class Generator:
                 found=temperature,
                 expected="0 for greedy, or 0.01 to 100",
             )
-        if media:
-            self._check_text({"--prompt": text, "--system": system})
+        if media and not self._sees:
+            raise ValueError("media need a Generator that was made with media=True")
+        self._check_text({"--prompt": text, "--system": system})
         template = self.found.checkpoint.template
         assert template is not None  # preflight refused it otherwise
         messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
@@ -263,9 +267,9 @@ class Generator:
 
     def _check_text(self, said: Mapping[str, str]) -> None:
         """Refuse what would stand for media that there are not."""
-        assert self.reader is not None, "a Generator made with media=True has a reader"
+        control = () if self.reader is None else self.reader.control
         for field, text in said.items():
-            for token in self.reader.control:
+            for token in control:
                 if token in text:
                     raise UsageError(
                         "QC-GENERATE-006",
@@ -296,18 +300,15 @@ class Generator:
         """Files as the tower will see them."""
         found = []
         for kind, path in media:
-            assert self.reader is not None, "a Generator made with media=True has a reader"
+            assert self.reader is not None
             try:
                 # Whoever runs this names the file: a link may lead where it likes.
                 real = Path(os.path.realpath(path))
                 part = Reference(kind=kind, at=f"--{kind}", given=f"./{real.name}", options={})
-                found.append(Finder(real.parent).read(part, self.reader))
+                payload = Finder(real.parent).payload(part)
+                found.append(self.reader.read(payload))
             except BadRow as bad:
-                raise InputError(
-                    bad.code, bad.what, file=path, field=bad.at, found=bad.found,
-                    # A row's path is relative to its data file; this one is not.
-                    expected="a file" if bad.code == "QC-MEDIA-002" else bad.expected, fix=bad.fix,
-                ) from None  # fmt: skip
+                raise _of_file(bad, kind, path) from None
         return found
 
     def _placed(self, ids: list[int], media: Sequence[Medium]) -> Placed:
@@ -351,6 +352,21 @@ class Generator:
 
 
 @torch.inference_mode()
+def _of_file(bad: BadRow, kind: str, path: Path) -> InputError:
+    """What is wrong with a file that an option names: no row's path, and no row's fix."""
+    missing, remote = bad.what == "is not there", ":/" in str(path)
+    return InputError(
+        bad.code,
+        "is no file, and nothing is fetched" if missing and remote else bad.what,
+        file=path,
+        field=f"--{kind}",
+        found=None if missing else bad.found,
+        expected="a file" if missing else bad.expected,
+        # A row names the kind in its part; here the option does.
+        fix=re.sub(r'\{"type": "(\w+)"\}', r"--\1", bad.fix) if bad.fix else None,
+    )
+
+
 def decode(
     decoder: Decoder,
     ids: list[int],

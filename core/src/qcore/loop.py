@@ -128,7 +128,8 @@ class Loop:
             if aux is not None:
                 balance += aux.detach() / len(batches)
                 loss = loss + aux * (self.settings.router_aux_loss_coef / len(batches))
-            torch.autograd.backward(loss)
+            if loss.requires_grad:  # a tower trained alone has no part in rows of text
+                torch.autograd.backward(loss)
         self._define_gradients()
         limit = self.settings.max_grad_norm or math.inf
         if isinstance(self.optimizer, FlatAdamW):

@@ -1,8 +1,9 @@
 """Whether a stopped run may go on: what makes it the same run, compared by name.
 
 This file decides what a run's identity is, and which changes compute the same numbers and are
-only told: how much of a layer backward computes again. All but the base's own bytes is known
-before a weight is read and is compared then; the base is, once it has been read.
+only told: how much of a layer backward computes again, how much of media is kept. All but the
+base's own bytes is known before a weight is read and is compared then; the base is, once it has
+been read.
 
 Codes: ``QC-RESUME-002`` something changed since the run was stopped.
 """
@@ -23,6 +24,8 @@ from .settings import Settings
 
 #: Settings that may change, since every policy computes the same numbers.
 SAME_NUMBERS: Final = ("settings.gradient_checkpointing", "settings.recompute")
+#: Settings that say how much is kept: all but nothing gives the same numbers.
+HOW_MUCH: Final = ("settings.media_cache_gb",)
 
 
 def identity(
@@ -76,7 +79,7 @@ def compare(checkpoint: Path, present: Mapping[str, Any]) -> list[str]:
         # Python takes True and 1 for the same; a template does not.
         if was == is_ and isinstance(was, bool) == isinstance(is_, bool):
             continue
-        if key not in SAME_NUMBERS:
+        if key not in SAME_NUMBERS and not (key in HOW_MUCH and is_ and was):
             raise InputError(
                 "QC-RESUME-002",
                 "changed since the run was stopped",

@@ -124,7 +124,14 @@ def _loading(found: Identified, settings: Settings, media: int | None) -> Identi
 
 
 def _units(planner: Planner, settings: Settings, media: int | None) -> int:
-    """Units of a row; their tokens are among the row's."""
+    """Units of a row; their tokens are among the row's.
+
+    Raises:
+        UsageError: ``QC-PLAN-008``.
+    """
+    from ..packing import extent
+    from ..plan.packs import MOST
+
     if media is None:
         return 0
     if media < 1:
@@ -135,6 +142,16 @@ def _units(planner: Planner, settings: Settings, media: int | None) -> int:
             found=media,
             expected="at least 1",
             fix="leave --media out for rows of text",
+        )
+    # Before a unit of it is counted: what counts them takes memory for each.
+    if media > (most := MOST - extent([settings.max_length])):
+        raise UsageError(
+            "QC-PLAN-008",
+            "is more than kernels can number in a row",
+            field="--media",
+            found=f"{media} units beside {settings.max_length} tokens",
+            expected=f"at most {max(most, 0)}",
+            fix="take fewer or smaller media in a row",
         )
     if (tokens := planner.tokens(media)) > settings.max_length:
         raise UsageError(

@@ -181,10 +181,17 @@ class Finder:
         """Find the bytes of a part and have them read.
 
         Raises:
-            BadRow: as `payload` and `MediaReader.read`, with the part's place.
+            BadRow: as `payload` and `MediaReader.read`, with the part's place and its file.
         """
         try:
-            return reader.read(self.payload(part))
+            payload = self.payload(part)
+            try:
+                return reader.read(payload)
+            except BadRow as bad:
+                if payload.path is not None and not bad.at:  # it is about the bytes
+                    told = "" if bad.found is None else f": {bad.found}"
+                    bad.found = f"{_shown(part.given)}{told}"
+                raise
         except BadRow as bad:
             raise bad.within(part.at) from None
 

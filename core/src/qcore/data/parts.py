@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .fields import kind, known_keys, mapping, near, without_nulls, wrong
+from .fields import ADVICE, kind, known_keys, mapping, near, without_nulls, wrong
 from .jsonl import BadRow
 from .media import Reference
 
@@ -29,6 +29,10 @@ class Parts:
     Args:
         reader: whose kinds of media a content may hold; text alone without one.
         unread: why there is no reader, for the error.
+
+    Attributes:
+        kinds: of media.
+        row_advice: fixes by key of a row that is not read there.
     """
 
     def __init__(self, reader: MediaReader | None = None, unread: str = "") -> None:
@@ -37,6 +41,11 @@ class Parts:
         self._unread = unread
         apart = dict.fromkeys(("text", *self.kinds), "write it as a part of its own")
         self._key_advice = _ADVICE | apart
+        among = {
+            name: f"put it among the parts of a content: {_example(name)}" for name in self.kinds
+        }
+        #: How to write what stands beside ``messages``; a list of files is others' form of it.
+        self.row_advice = ADVICE | among | {f"{name}s": how for name, how in among.items()}
 
     def content(
         self, value: Any, at: str

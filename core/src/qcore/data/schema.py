@@ -151,7 +151,7 @@ class RowCheck:
             BadRow: what is wrong with it.
         """
         row = without_nulls(mapping(value, "", "QC-DATA-005", "is not an object"))
-        known_keys(row, _ROW_KEYS, "", "QC-DATA-005")
+        known_keys(row, _ROW_KEYS, "", "QC-DATA-005", self.parts.row_advice)
         tools = fields.tools(row.get("tools"))
         media: list[Reference] = []
         messages = tuple(self._messages(row, media))
