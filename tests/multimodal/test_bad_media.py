@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -199,6 +200,36 @@ def test_bad_options(reader: Any, kind: str, options: dict[str, Any], code: str,
     data = png() if kind == "image" else animated(4)
     reader.read(payload(data, kind))
     refused(reader, payload(data, kind, **options), code, says)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_every_frame_of_a_png_has_its_checksum(reader: Any, kind: str) -> None:
+    """Of its picture, and of the frames behind it, which are in chunks of their own."""
+    data = animated(4, "PNG") if kind == "video" else png()
+    assert reader.read(payload(data, kind))
+    names = [b"fcTL", b"fdAT", b"IDAT"] if kind == "video" else [b"IDAT"]
+    for name in names:
+        at = data.rindex(name) + 4
+        length = int.from_bytes(data[at - 8 : at - 4], "big")
+        # The last byte of what is packed is a checksum of its own, which Pillow does not compare.
+        for place in (at + length - 1, at + length + 3):
+            damaged = flipped(data, place)
+            refused(reader, payload(damaged, kind), "QC-VISION-028", f"checksum in {name!r}")
+
+
+def test_a_count_that_differs_at_every_reading(
+    reader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a file that another program writes to: once is put up with, twice is damage."""
+    from qcore_multimodal import videos
+
+    real, passes = videos._Film.frames, iter((7, 5))
+
+    def frames(film: Any) -> Any:
+        return itertools.islice(real(film), next(passes))
+
+    monkeypatch.setattr(videos._Film, "frames", frames)
+    refused(reader, payload(mp4(9), "video"), "QC-VISION-035", "5 frames, 7 before")
 
 
 def test_a_profile_bomb(reader: Any) -> None:

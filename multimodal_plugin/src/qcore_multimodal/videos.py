@@ -85,7 +85,9 @@ def process(
     """
     name = demuxer(file)
     if name is None:
-        with images.opened(images.whole(file)) as image:
+        data = images.whole(file)
+        with images.opened(data) as image:
+            images.check_sums(image, data)
             return _process(_Pictures(image), processor, limits)
     with _decoding():
         return _process(_Film(file, name), processor, limits)
@@ -97,10 +99,13 @@ def _process(
     try:
         indices, kept = _sampled(source, processor, limits)
     except _Recounted as other:
-        # Packets without a frame, edit lists: what was decoded is the count, and cannot change.
+        # Packets without a frame, edit lists: what was decoded is the count.
         source.rate *= other.count / source.count
         source.count = other.count
-        indices, kept = _sampled(source, processor, limits)
+        try:
+            indices, kept = _sampled(source, processor, limits)
+        except _Recounted as again:  # the file is written to meanwhile
+            raise _damaged(f"{again.count} frames, {other.count} before") from None
     grid, values = processor.patches(kept)
     return grid, processor.seconds(indices, source.rate), values
 
