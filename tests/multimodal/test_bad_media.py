@@ -6,9 +6,12 @@ import io
 import itertools
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -230,6 +233,35 @@ def test_a_count_that_differs_at_every_reading(
 
     monkeypatch.setattr(videos._Film, "frames", frames)
     refused(reader, payload(mp4(9), "video"), "QC-VISION-035", "5 frames, 7 before")
+
+
+def test_packets_are_counted_in_constant_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qcore_multimodal import videos
+
+    packet = SimpleNamespace(size=9, is_discard=False)
+    context = SimpleNamespace(width=64, height=48)
+    stream = SimpleNamespace(
+        codec_context=context, average_rate=Fraction(30), time_base=Fraction(1, 90_000)
+    )
+
+    def demux(_: Any) -> Any:
+        for number in range(200_000):
+            packet.pts = 3000 * number
+            yield packet
+
+    @contextmanager
+    def opened(film: Any) -> Any:
+        yield SimpleNamespace(demux=demux), stream
+
+    monkeypatch.setattr(videos._Film, "_open", opened)
+    tracemalloc.start()
+    try:
+        film = videos._Film(io.BytesIO(), "mov")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (film.count, film.rate) == (200_000, 30)
+    assert peak < 100_000
 
 
 def test_a_profile_bomb(reader: Any) -> None:
