@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.media_kit import animated, file_payload, payload, picture, saved
+from support.media_kit import animated, file_payload, frames, payload, picture, saved, video
 
 from qcore.data.jsonl import BadRow
+from qcore.data.media import Payload
 from qcore.errors import InputError, UsageError, WriteError
 
 WHERE = torch.arange(1)
@@ -100,6 +102,61 @@ def test_versions_are_looked_up_once(
         reader.read(payload(png(seed)))
     assert len(decoded) == 3
     assert sorted(asked) == ["numpy", "pillow", "transformers"]
+
+
+@pytest.fixture
+def files_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of every read that the reader makes of a file."""
+    taken: list[int] = []
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            taken.append(super().readinto(buffer) or 0)
+            return taken[-1]
+
+        def readall(self) -> bytes:
+            raise AssertionError("a file is read without a bound")
+
+    monkeypatch.setattr(Payload, "open", lambda one: io.BufferedReader(Counted(one.path)))
+    return taken
+
+
+def test_a_picture_is_read_once(
+    reader: Any, cache_home: Path, tmp_path: Path, files_read: list[int]
+) -> None:
+    """What is decoded is what is hashed; the same where its values have to be made again."""
+    path = tmp_path / "a.png"
+    path.write_bytes(png())
+    seen = reader.read(file_payload(path))
+    assert sum(files_read) == path.stat().st_size
+    reader.batch([seen], WHERE)
+    assert sum(files_read) == path.stat().st_size
+    (cache_home / f"{seen.digest}.media").unlink()
+    reader.batch([seen], WHERE)
+    assert sum(files_read) == 2 * path.stat().st_size
+
+
+def test_a_film_that_is_written_to_while_it_is_decoded(
+    reader: Any, tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qcore_multimodal import videos
+
+    path = tmp_path / "a.mkv"
+    path.write_bytes(video(frames(9, 64, 64), 2))
+    real = videos.process
+
+    def process(*arguments: Any) -> Any:
+        made = real(*arguments)
+        with path.open("ab") as file:
+            file.write(b"x")
+        return made
+
+    part = file_payload(path, "video")
+    monkeypatch.setattr(videos, "process", process)
+    with pytest.raises(BadRow, match="is not what it was") as caught:
+        reader.read(part)
+    assert caught.value.code == "QC-VISION-042"
+    assert not cache_home.exists()
 
 
 def test_another_processor_decodes_again(

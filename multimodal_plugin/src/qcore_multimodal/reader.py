@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -215,19 +216,21 @@ class Reader:
         with _opened(payload) as file:
             if payload.kind == "image":
                 merge = self._images.merge
-                grid, values = self._image(file, wanted)
+                grid, values = self._image(file, payload, wanted)
             else:
                 merge = self._videos.merge
-                grid, seconds, values = videos.process(file, self._videos, wanted)
-        _check_unchanged(payload)
+                with _unchanged(file, payload):
+                    grid, seconds, values = videos.process(file, self._videos, wanted)
         about = {"grid": grid, "merge": merge, "seconds": seconds}
         self._cache.put(digest, about, values)
         return about, values
 
-    def _image(self, file: BinaryIO, wanted: Limits) -> tuple[Grid, Bytes]:
+    def _image(self, file: BinaryIO, payload: Payload, wanted: Limits) -> tuple[Grid, Bytes]:
         from . import images
 
-        picture = images.decode(images.whole(file))
+        data = images.whole(file)
+        _check_digest(payload, hashlib.sha256(data).hexdigest())
+        picture = images.decode(data)
         try:
             return self._images.patches(picture, wanted)
         except ValueError as error:
@@ -266,7 +269,6 @@ class Reader:
             )  # fmt: skip
         self._tell("values of media are gone from the cache")
         try:
-            _check_unchanged(payload)
             return self._make(payload, self._limits(payload), seen.digest)[1]
         except BadRow as bad:
             raise InputError(
@@ -295,18 +297,39 @@ def _opened(payload: Payload) -> Iterator[BinaryIO]:
         ) from None
 
 
-def _check_unchanged(payload: Payload) -> None:
-    """Refuse bytes that are no longer those whose digest names the values."""
+@contextmanager
+def _unchanged(file: BinaryIO, payload: Payload) -> Iterator[None]:
+    """Hold a file that is read piece by piece to the digest that names its values."""
+    before = _stamp(file, payload)
     digest = hashlib.sha256()
-    with _opened(payload) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    found = digest.hexdigest()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    _check_digest(payload, digest.hexdigest())
+    file.seek(0)
+    yield
+    if (after := _stamp(file, payload)) != before:
+        raise _changed(f"{after[0]} bytes", f"{before[0]}, and no write while it is decoded")
+
+
+def _stamp(file: BinaryIO, payload: Payload) -> tuple[int, int]:
+    """Size and time of the last write; zeros for what the row holds itself."""
+    if payload.path is None:
+        return 0, 0
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _check_digest(payload: Payload, found: str) -> None:
+    """Refuse bytes that are not those whose digest names the values."""
     if found != payload.sha256:
-        raise BadRow(
-            "QC-VISION-042", "is not what it was when its row was checked", found=found,
-            expected=f"sha256 {payload.sha256}", fix="leave the files alone while a run reads them",
-        )  # fmt: skip
+        raise _changed(found, f"sha256 {payload.sha256}")
+
+
+def _changed(found: str, expected: str) -> BadRow:
+    return BadRow(
+        "QC-VISION-042", "is not what it was when its row was checked", found=found,
+        expected=expected, fix="leave the files alone while a run reads them",
+    )  # fmt: skip
 
 
 def _grid(numbers: Sequence[int]) -> Grid:
