@@ -35,7 +35,7 @@ from qcore.durable import writing
 from qcore.errors import InputError
 
 from .cache import BOUND, Cache
-from .medium import Seen
+from .medium import KINDS, Seen
 from .options import KEYS, Limits, limits
 from .pixels import Pixels
 from .processor_files import load
@@ -53,7 +53,7 @@ _LOG = logging.getLogger(__name__)
 class Reader:
     """Reads with the processors of one checkpoint (`qcore.data.media.MediaReader`)."""
 
-    kinds: Final = ("image", "video")
+    kinds: Final = KINDS
     keys: Final = KEYS
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -122,17 +122,13 @@ class Reader:
     def place(self, ids: Sequence[int], media: Sequence[Medium]) -> Placed:
         """Where the media lie in the token ids of an expanded text."""
         from .positions import place
+        from .text import named_ids
 
-        config = self._checkpoint.config
-        # What a config leaves out is transformers' default.
-        tokens = {
-            "<|image_pad|>": config.get("image_token_id", 248056),
-            "<|video_pad|>": config.get("video_token_id", 248057),
-        }
+        tokens = named_ids(self._checkpoint.config)
         if not all(type(token) is int for token in tokens.values()):
             self._check_tokens()
         try:
-            return place(ids, cast("Sequence[Seen]", media), tokens)
+            return place(ids, cast("Sequence[Seen]", media), cast("dict[str, int]", tokens))
         except BadRow:
             self._check_tokens()  # not the row's fault where config.json names other tokens
             raise
