@@ -296,6 +296,48 @@ def test_one_medium_larger_than_all_may_be(
     assert "QCORE_MEDIA_CACHE_GB" in (caught.value.fix or "")
 
 
+_KEEP = """
+import resource, sys
+from pathlib import Path
+from qcore.data.media import Payload
+from qcore_multimodal.origins import Origins
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+origins, before = Origins(), peak()
+for number in range(40_000):
+    name = f"{number:064}"
+    path = Path(f"/data/pictures/part-{number // 1000}/{name}.png")
+    assert origins.add(name, Payload(kind="image", sha256=name, path=path, options={}))
+for number in range(100):
+    name, data = f"x{number}", bytes([number]) * 1_000_000
+    assert origins.add(name, Payload(kind="image", sha256=name, data=data, options={"a": 1}))
+assert not origins.add(name, Payload(kind="image", sha256=name, data=data, options={"a": 1}))
+assert origins.find(f"{7:064}").path.name == f"{7:064}.png"
+assert origins.find("x7").data == bytes([7]) * 1_000_000
+assert origins.find("x7").options == {"a": 1}
+assert origins.find("x") is None
+print(peak() - before)
+"""
+
+
+def test_what_media_were_made_of_is_not_in_memory(tmp_path: Path) -> None:
+    """Some 25 MB of names and 100 MB that rows hold; nothing is left on disk."""
+    done = subprocess.run(
+        [sys.executable, "-c", _KEEP],
+        capture_output=True, text=True, check=True, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert int(done.stdout) < 12
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_full_for_what_rows_hold(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader.read(payload(png()))
+    reader._origins._base.execute("PRAGMA max_page_count = 20")
+    with pytest.raises(WriteError, match="disk is full") as caught:
+        reader.read(payload(png(1)))
+    assert caught.value.code == "QC-WRITE-003"
+    assert "\n" not in caught.value.message
+
+
 @pytest.mark.parametrize("value", ["", "many", "0", "-1", "nan", "inf"])
 def test_a_bound_that_is_none(
     new_reader: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, value: str

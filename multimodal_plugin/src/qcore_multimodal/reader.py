@@ -17,13 +17,10 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
 import numpy as np
@@ -31,12 +28,12 @@ import torch
 from torch import Tensor
 
 from qcore.data.jsonl import BadRow
-from qcore.durable import writing
 from qcore.errors import InputError
 
 from .cache import BOUND, Cache
 from .medium import KINDS, Seen
 from .options import KEYS, Limits, limits
+from .origins import Origins
 from .pixels import Pixels
 from .processor_files import load
 
@@ -58,9 +55,7 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._payloads: dict[str, Payload] = {}
         self._tables: dict[str, Tensor] = {}
-        self._spool: tempfile.TemporaryDirectory[str] | None = None
         self._bytes = 0  # of all values that this process read of
         self._told = False
 
@@ -69,6 +64,10 @@ class Reader:
     @cached_property
     def _cache(self) -> Cache:
         return Cache.of_user()
+
+    @cached_property
+    def _origins(self) -> Origins:
+        return Origins()
 
     @cached_property
     def _images(self) -> Images:
@@ -235,16 +234,9 @@ class Reader:
             ) from None
 
     def _remember(self, digest: str, payload: Payload, seen: Seen) -> None:
-        """Keep what values could be made again from; bytes of a row go to a file meanwhile."""
-        if digest in self._payloads:
+        """Keep what values could be made again from."""
+        if not self._origins.add(digest, payload):
             return
-        if payload.data is not None:
-            self._spool = self._spool or tempfile.TemporaryDirectory(prefix="qcore-media-")
-            path = Path(self._spool.name) / payload.sha256
-            with writing(path):
-                path.write_bytes(payload.data)
-            payload = replace(payload, path=path, data=None)
-        self._payloads[digest] = payload
         sizes = self._processor(seen.kind)
         self._bytes += seen.units * 3 * sizes.patch**2 * (
             1 if seen.kind == "image" else sizes.temporal
@@ -256,7 +248,7 @@ class Reader:
         values = self._cache.values(seen.digest)
         if values is not None:
             return values
-        payload = self._payloads.get(seen.digest)
+        payload = self._origins.find(seen.digest)
         if payload is None:
             raise InputError(
                 "QC-VISION-043", f"values of a {seen.kind} are gone from the cache",
