@@ -30,6 +30,7 @@ _TABLES: Final = """
         digest TEXT PRIMARY KEY, kind TEXT, sha256 TEXT, path BLOB, options TEXT
     ) WITHOUT ROWID;
     CREATE TABLE held (sha256 TEXT PRIMARY KEY, data BLOB);
+    BEGIN;  -- and never end: nobody else reads it
 """
 
 
