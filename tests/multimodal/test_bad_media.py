@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -90,6 +91,53 @@ def sizes() -> bytes:
     return file.getvalue()
 
 
+def fragmented() -> bytes:
+    """An MP4 whose samples are listed piece by piece, as cameras and browsers record."""
+    import av
+
+    file = io.BytesIO()
+    options = {"movflags": "frag_keyframe+empty_moov"}
+    with av.open(file, "w", format="mp4", options=options) as container:
+        stream: Any = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for one in frames(30, 64, 48):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(one, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def raw_sound() -> bytes:
+    """A MOV with a second of video, and of sound in 8,000 samples without compression."""
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="mov") as container:
+        stream: Any = container.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        sound: Any = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        for one in frames(30, 64, 48):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(one, format="rgb24")))
+        container.mux(stream.encode())
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), "s16", "mono")
+        silence.sample_rate = 8000
+        container.mux(sound.encode(silence))
+        container.mux(sound.encode())
+    return file.getvalue()
+
+
+def named(data: bytes, box: bytes, *numbers: int) -> bytes:
+    """A file of whose first box of a name the first numbers are others."""
+    at = data.index(box) + 4
+    return data[:at] + struct.pack(f">{len(numbers)}I", *numbers) + data[at + 4 * len(numbers) :]
+
+
+def packed_header() -> bytes:
+    """A MOV whose index is compressed, as QuickTime once did."""
+    data = mp4()
+    at = data.index(b"mvhd")
+    return data[:at] + b"cmov" + data[at + 4 :]
+
+
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nhttp://127.0.0.1:9/a.ts\n"
 
 IMAGES: dict[str, tuple[Make, str, str]] = {
@@ -141,6 +189,11 @@ VIDEOS: dict[str, tuple[Make, str, str]] = {
     "mp4 of a header": (lambda: mp4()[:40], "QC-VISION-035", "damaged"),
     "noise behind a header": (
         lambda: mp4()[:32] + np.random.default_rng(0).bytes(9000), "QC-VISION-035", "damaged"),
+    "samples that no file holds": (
+        lambda: named(mp4(), b"stsz", 0, 1, 150_000_000), "QC-VISION-039", "150000000"),
+    "fragments that no file holds": (
+        lambda: named(fragmented(), b"trun", 1, 150_000_000), "QC-VISION-039", "150000000"),
+    "a packed index": (packed_header, "QC-VISION-034", "cmov"),
     "sound alone": (sound, "QC-VISION-036", "audio"),
     "one frame": (lambda: mp4(1), "QC-VISION-037", '"image"'),
     "a still gif": (lambda: saved(picture("P", 60, 50), "GIF"), "QC-VISION-037", '"image"'),
@@ -233,6 +286,22 @@ def test_a_count_that_differs_at_every_reading(
 
     monkeypatch.setattr(videos._Film, "frames", frames)
     refused(reader, payload(mp4(9), "video"), "QC-VISION-035", "5 frames, 7 before")
+
+
+def test_samples_of_a_film_are_bounded(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg holds some forty bytes of each; of raw sound, which has one at a time, none."""
+    from qcore_multimodal import containers
+
+    assert reader.read(payload(fragmented(), "video")).grid[0] == 2
+    monkeypatch.setattr(containers, "MOST_SAMPLES", 30)
+    for make in (mp4, fragmented, raw_sound):
+        assert reader.read(payload(make(), "video", fps=3)).grid[0] == 2
+    monkeypatch.setattr(containers, "MOST_SAMPLES", 29)
+    for make in (mp4, fragmented, raw_sound):
+        refused(reader, payload(make(), "video", fps=4), "QC-VISION-039", "at most 29")
+    monkeypatch.setattr(containers, "MOST_SAMPLES", 30)
+    monkeypatch.setattr(containers, "MOST_BOXES", 20)
+    refused(reader, payload(mp4(), "video", fps=4), "QC-VISION-039", "boxes")
 
 
 def test_packets_are_counted_in_constant_memory(monkeypatch: pytest.MonkeyPatch) -> None:
