@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+import itertools
+import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,6 +91,53 @@ def sizes() -> bytes:
     return file.getvalue()
 
 
+def fragmented() -> bytes:
+    """An MP4 whose samples are listed piece by piece, as cameras and browsers record."""
+    import av
+
+    file = io.BytesIO()
+    options = {"movflags": "frag_keyframe+empty_moov"}
+    with av.open(file, "w", format="mp4", options=options) as container:
+        stream: Any = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for one in frames(30, 64, 48):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(one, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def raw_sound() -> bytes:
+    """A MOV with a second of video, and of sound in 8,000 samples without compression."""
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="mov") as container:
+        stream: Any = container.add_stream("mpeg4", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        sound: Any = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        for one in frames(30, 64, 48):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(one, format="rgb24")))
+        container.mux(stream.encode())
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), "s16", "mono")
+        silence.sample_rate = 8000
+        container.mux(sound.encode(silence))
+        container.mux(sound.encode())
+    return file.getvalue()
+
+
+def named(data: bytes, box: bytes, *numbers: int) -> bytes:
+    """A file of whose first box of a name the first numbers are others."""
+    at = data.index(box) + 4
+    return data[:at] + struct.pack(f">{len(numbers)}I", *numbers) + data[at + 4 * len(numbers) :]
+
+
+def packed_header() -> bytes:
+    """A MOV whose index is compressed, as QuickTime once did."""
+    data = mp4()
+    at = data.index(b"mvhd")
+    return data[:at] + b"cmov" + data[at + 4 :]
+
+
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nhttp://127.0.0.1:9/a.ts\n"
 
 IMAGES: dict[str, tuple[Make, str, str]] = {
@@ -137,6 +189,11 @@ VIDEOS: dict[str, tuple[Make, str, str]] = {
     "mp4 of a header": (lambda: mp4()[:40], "QC-VISION-035", "damaged"),
     "noise behind a header": (
         lambda: mp4()[:32] + np.random.default_rng(0).bytes(9000), "QC-VISION-035", "damaged"),
+    "samples that no file holds": (
+        lambda: named(mp4(), b"stsz", 0, 1, 150_000_000), "QC-VISION-039", "150000000"),
+    "fragments that no file holds": (
+        lambda: named(fragmented(), b"trun", 1, 150_000_000), "QC-VISION-039", "150000000"),
+    "a packed index": (packed_header, "QC-VISION-034", "cmov"),
     "sound alone": (sound, "QC-VISION-036", "audio"),
     "one frame": (lambda: mp4(1), "QC-VISION-037", '"image"'),
     "a still gif": (lambda: saved(picture("P", 60, 50), "GIF"), "QC-VISION-037", '"image"'),
@@ -199,6 +256,81 @@ def test_bad_options(reader: Any, kind: str, options: dict[str, Any], code: str,
     data = png() if kind == "image" else animated(4)
     reader.read(payload(data, kind))
     refused(reader, payload(data, kind, **options), code, says)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_every_frame_of_a_png_has_its_checksum(reader: Any, kind: str) -> None:
+    """Of its picture, and of the frames behind it, which are in chunks of their own."""
+    data = animated(4, "PNG") if kind == "video" else png()
+    assert reader.read(payload(data, kind))
+    names = [b"fcTL", b"fdAT", b"IDAT"] if kind == "video" else [b"IDAT"]
+    for name in names:
+        at = data.rindex(name) + 4
+        length = int.from_bytes(data[at - 8 : at - 4], "big")
+        # The last byte of what is packed is a checksum of its own, which Pillow does not compare.
+        for place in (at + length - 1, at + length + 3):
+            damaged = flipped(data, place)
+            refused(reader, payload(damaged, kind), "QC-VISION-028", f"checksum in {name!r}")
+
+
+def test_a_count_that_differs_at_every_reading(
+    reader: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a file that another program writes to: once is put up with, twice is damage."""
+    from qcore_multimodal import videos
+
+    real, passes = videos._Film.frames, iter((7, 5))
+
+    def frames(film: Any) -> Any:
+        return itertools.islice(real(film), next(passes))
+
+    monkeypatch.setattr(videos._Film, "frames", frames)
+    refused(reader, payload(mp4(9), "video"), "QC-VISION-035", "5 frames, 7 before")
+
+
+def test_samples_of_a_film_are_bounded(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg holds some forty bytes of each; of raw sound, which has one at a time, none."""
+    from qcore_multimodal import containers
+
+    assert reader.read(payload(fragmented(), "video")).grid[0] == 2
+    monkeypatch.setattr(containers, "MOST_SAMPLES", 30)
+    for make in (mp4, fragmented, raw_sound):
+        assert reader.read(payload(make(), "video", fps=3)).grid[0] == 2
+    monkeypatch.setattr(containers, "MOST_SAMPLES", 29)
+    for make in (mp4, fragmented, raw_sound):
+        refused(reader, payload(make(), "video", fps=4), "QC-VISION-039", "at most 29")
+    monkeypatch.setattr(containers, "MOST_SAMPLES", 30)
+    monkeypatch.setattr(containers, "MOST_BOXES", 20)
+    refused(reader, payload(mp4(), "video", fps=4), "QC-VISION-039", "boxes")
+
+
+def test_packets_are_counted_in_constant_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qcore_multimodal import videos
+
+    packet = SimpleNamespace(size=9, is_discard=False)
+    context = SimpleNamespace(width=64, height=48)
+    stream = SimpleNamespace(
+        codec_context=context, average_rate=Fraction(30), time_base=Fraction(1, 90_000)
+    )
+
+    def demux(_: Any) -> Any:
+        for number in range(200_000):
+            packet.pts = 3000 * number
+            yield packet
+
+    @contextmanager
+    def opened(film: Any) -> Any:
+        yield SimpleNamespace(demux=demux), stream
+
+    monkeypatch.setattr(videos._Film, "_open", opened)
+    tracemalloc.start()
+    try:
+        film = videos._Film(io.BytesIO(), "mov")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (film.count, film.rate) == (200_000, 30)
+    assert peak < 100_000
 
 
 def test_a_profile_bomb(reader: Any) -> None:

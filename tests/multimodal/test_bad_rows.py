@@ -165,6 +165,15 @@ PARTS: dict[str, tuple[Make, str, str, tuple[str, ...]]] = {
     "fps of an image": (given("good.png", fps=2), "QC-VISION-026", f"{AT}.fps", ("max_pixels",)),
     "fps of nothing": (
         part("video", animated(4), fps=0), "QC-VISION-025", f"{AT}.fps", ("above 0",)),
+    "fps beyond every number": (
+        part("video", animated(4), fps=10**400), "QC-VISION-025", f"{AT}.fps", ("up to 240",)),
+    "fps below nothing": (
+        part("video", animated(4), fps=-2.0), "QC-VISION-025", f"{AT}.fps", ("found -2.0",)),
+    "fps as truth": (
+        part("video", animated(4), fps=True), "QC-VISION-025", f"{AT}.fps", ("found True",)),
+    "max_frames beyond every number": (
+        part("video", animated(4), max_frames=10**400), "QC-VISION-025", f"{AT}.max_frames",
+        ("2 to",)),
     "one frame at most": (
         part("video", animated(4), max_frames=1), "QC-VISION-025", f"{AT}.max_frames", ("2 to",)),
     # What a part is.
@@ -217,6 +226,55 @@ def test_a_part(capsys: Any, seeing: Path, data: Path, case: str):
     ended = train(capsys, seeing, data, GOOD, bad)
     one_line(ended, code, 2, at, *says)
     assert untouched(data) == before
+
+
+#: What no file of a test is large enough for: the bound, a smaller one, and the line.
+AMOUNTS: dict[str, tuple[str, int, Make, str, tuple[str, ...]]] = {
+    "bytes of a picture": (
+        "images.MAX_BYTES", 500, given("good.png"), "QC-VISION-030",
+        ("found more than 500, expected at most 500",)),
+    "bytes of an animation": (
+        "images.MAX_BYTES", 500, part("video", animated(4)), "QC-VISION-030",
+        ("found more than 500, expected at most 500",)),
+    "frames of an animation": (
+        "videos.MAX_PICTURES", 3, part("video", animated(4)), "QC-VISION-039",
+        ("found 4, expected at most 3", "convert it to MP4")),
+    "pixels of an animation": (
+        "videos.MOST_DECODED", 4 * 40 * 30 - 1, part("video", animated(4)), "QC-VISION-030",
+        ("found 4 frames of 40 x 30, expected at most 4799",)),
+    "frames of a film": (
+        "videos.MAX_FRAMES", 11, part("video", mp4()), "QC-VISION-039",
+        ("found 12, expected at most 11", "cut it")),
+    "pixels of a film": (
+        "videos.MOST_FILMED", 12 * 64 * 48 - 1, part("video", mp4()), "QC-VISION-030",
+        ("found 12 frames of 64 x 48, expected at most 36863",)),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [("1e400", "beyond every float"), ("NaN", "that JSON"), ("-Infinity", "that JSON")],
+)
+def test_a_rate_that_is_no_number(capsys: Any, seeing: Path, data: Path, number: str, says: str):
+    """JSON's largest become infinite where Python reads them; its grammar knows no NaN."""
+    bad = json.dumps(conversation(QUESTION, part("video", animated(4), fps=7.25)(data)))
+    ended = train(capsys, seeing, data, GOOD, bad.replace("7.25", number))
+    told = ended.error("QC-DATA-004")
+    assert f"rows.jsonl: line 2: has a number {says}" in told
+    assert f"found {number}, expected a finite" in told
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("case", AMOUNTS)
+def test_an_amount(
+    capsys: Any, seeing: Path, data: Path, case: str, monkeypatch: pytest.MonkeyPatch
+):
+    bound, most, make, code, says = AMOUNTS[case]
+    monkeypatch.setattr(f"qcore_multimodal.{bound}", most)
+    bad = conversation(QUESTION, make(data))
+    good = turns(("user", "a"), ("assistant", "b"))
+    one_line(train(capsys, seeing, data, good, bad), code, 2, AT, *says)
 
 
 def turns(*said: tuple[str, Any]) -> dict[str, Any]:

@@ -81,6 +81,12 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path, Path], object], str, tuple[str, ...
         lambda base, blind: edit_json(
             base / "config.json", lambda c: c.update(image_token_id=c["image_token_id"] + 1)),
         "QC-VISION-053", ("config.json: image_token_id", "<|image_pad|>")),
+    "no token where config.json names one": (
+        edited("config.json", image_token_id=None), "QC-VISION-053",
+        ("config.json: image_token_id", "found None", "<|image_pad|>")),
+    "no token of videos": (
+        edited("config.json", video_token_id=None), "QC-VISION-053",
+        ("config.json: video_token_id", "found None", "<|video_pad|>")),
     "tokens of images and videos swapped": (
         lambda base, blind: edit_json(
             base / "config.json",

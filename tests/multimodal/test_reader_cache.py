@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.media_kit import animated, file_payload, payload, picture, saved
+from support.media_kit import animated, file_payload, frames, payload, picture, saved, video
 
 from qcore.data.jsonl import BadRow
+from qcore.data.media import Payload
 from qcore.errors import InputError, UsageError, WriteError
 
 WHERE = torch.arange(1)
@@ -100,6 +102,61 @@ def test_versions_are_looked_up_once(
         reader.read(payload(png(seed)))
     assert len(decoded) == 3
     assert sorted(asked) == ["numpy", "pillow", "transformers"]
+
+
+@pytest.fixture
+def files_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of every read that the reader makes of a file."""
+    taken: list[int] = []
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            taken.append(super().readinto(buffer) or 0)
+            return taken[-1]
+
+        def readall(self) -> bytes:
+            raise AssertionError("a file is read without a bound")
+
+    monkeypatch.setattr(Payload, "open", lambda one: io.BufferedReader(Counted(one.path)))
+    return taken
+
+
+def test_a_picture_is_read_once(
+    reader: Any, cache_home: Path, tmp_path: Path, files_read: list[int]
+) -> None:
+    """What is decoded is what is hashed; the same where its values have to be made again."""
+    path = tmp_path / "a.png"
+    path.write_bytes(png())
+    seen = reader.read(file_payload(path))
+    assert sum(files_read) == path.stat().st_size
+    reader.batch([seen], WHERE)
+    assert sum(files_read) == path.stat().st_size
+    (cache_home / f"{seen.digest}.media").unlink()
+    reader.batch([seen], WHERE)
+    assert sum(files_read) == 2 * path.stat().st_size
+
+
+def test_a_film_that_is_written_to_while_it_is_decoded(
+    reader: Any, tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qcore_multimodal import videos
+
+    path = tmp_path / "a.mkv"
+    path.write_bytes(video(frames(9, 64, 64), 2))
+    real = videos.process
+
+    def process(*arguments: Any) -> Any:
+        made = real(*arguments)
+        with path.open("ab") as file:
+            file.write(b"x")
+        return made
+
+    part = file_payload(path, "video")
+    monkeypatch.setattr(videos, "process", process)
+    with pytest.raises(BadRow, match="is not what it was") as caught:
+        reader.read(part)
+    assert caught.value.code == "QC-VISION-042"
+    assert not cache_home.exists()
 
 
 def test_another_processor_decodes_again(
@@ -237,6 +294,48 @@ def test_one_medium_larger_than_all_may_be(
         new_reader().read(payload(png()))
     assert caught.value.code == "QC-VISION-044"
     assert "QCORE_MEDIA_CACHE_GB" in (caught.value.fix or "")
+
+
+_KEEP = """
+import resource, sys
+from pathlib import Path
+from qcore.data.media import Payload
+from qcore_multimodal.origins import Origins
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+origins, before = Origins(), peak()
+for number in range(40_000):
+    name = f"{number:064}"
+    path = Path(f"/data/pictures/part-{number // 1000}/{name}.png")
+    assert origins.add(name, Payload(kind="image", sha256=name, path=path, options={}))
+for number in range(100):
+    name, data = f"x{number}", bytes([number]) * 1_000_000
+    assert origins.add(name, Payload(kind="image", sha256=name, data=data, options={"a": 1}))
+assert not origins.add(name, Payload(kind="image", sha256=name, data=data, options={"a": 1}))
+assert origins.find(f"{7:064}").path.name == f"{7:064}.png"
+assert origins.find("x7").data == bytes([7]) * 1_000_000
+assert origins.find("x7").options == {"a": 1}
+assert origins.find("x") is None
+print(peak() - before)
+"""
+
+
+def test_what_media_were_made_of_is_not_in_memory(tmp_path: Path) -> None:
+    """Some 25 MB of names and 100 MB that rows hold; nothing is left on disk."""
+    done = subprocess.run(
+        [sys.executable, "-c", _KEEP],
+        capture_output=True, text=True, check=True, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    assert int(done.stdout) < 12
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_full_for_what_rows_hold(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader.read(payload(png()))
+    reader._origins._base.execute("PRAGMA max_page_count = 20")
+    with pytest.raises(WriteError, match="disk is full") as caught:
+        reader.read(payload(png(1)))
+    assert caught.value.code == "QC-WRITE-003"
+    assert "\n" not in caught.value.message
 
 
 @pytest.mark.parametrize("value", ["", "many", "0", "-1", "nan", "inf"])

@@ -150,13 +150,20 @@ def test_nothing_outside_the_folder_is_read(folder: Path, tmp_path: Path) -> Non
 
 
 def test_what_it_says_of_itself(reader: Any) -> None:
-    assert reader.kinds == ("image", "video")
+    from qcore_multimodal.plugin import VISION
+    from qcore_multimodal.processor import CLASSES
+    from qcore_multimodal.processor_files import _FILES, _NAMES
+    from qcore_multimodal.text import PADS
+
+    assert reader.kinds == VISION.kinds == ("image", "video")
+    # Each of these says something of every kind, in this order.
+    assert all([*one] == [*reader.kinds] for one in (CLASSES, _FILES, _NAMES, PADS))
     assert reader.keys == ("min_pixels", "max_pixels", "fps", "max_frames")
 
 
 def test_importing_the_plugins_modules_without_torch() -> None:
     """What discovery and the check of rows import stays light."""
-    names = ["plugin", "options", "medium", "containers", "processor_files", "cache"]
+    names = ["plugin", "options", "medium", "containers", "processor_files", "cache", "origins"]
     code = (
         "import sys\n"
         + "".join(f"import qcore_multimodal.{name}\n" for name in names)

@@ -76,7 +76,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     """
     with opened(data) as image:
         _check_still(image)
-        _check_sums(image, data)
+        check_sums(image, data)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # no copy of what stands upright
         return rgb(image)
@@ -137,6 +137,13 @@ def check_size(width: int, height: int) -> None:
         )
 
 
+def check_sums(image: Image.Image, data: bytes) -> None:
+    """Have the checksums of a PNG compared: reading its pixels, of any frame, passes over them."""
+    if image.format == "PNG":
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
+            again.verify()
+
+
 def _check_mode(mode: str) -> None:
     if mode in _MODES:
         return
@@ -160,13 +167,6 @@ def _check_still(image: Image.Image) -> None:
             expected="a still image",
             fix='give it as {"type": "video"}',
         )
-
-
-def _check_sums(image: Image.Image, data: bytes) -> None:
-    """Have the checksums of a PNG compared: reading its pixels passes over them."""
-    if image.format == "PNG":
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
-            again.verify()
 
 
 def _unknown(data: bytes) -> BadRow:

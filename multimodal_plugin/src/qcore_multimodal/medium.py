@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Final
+
+KINDS: Final = ("image", "video")  #: types of parts that are read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +18,7 @@ class Seen:
     """A processed image or video (`qcore.data.media.Medium`).
 
     Attributes:
-        kind: ``image`` or ``video``.
+        kind: one of `KINDS`.
         digest: of its bytes and of how they were processed; names its values in the cache.
         grid: patches in time, height and width.
         merge: patches along each side of what becomes one embedding.

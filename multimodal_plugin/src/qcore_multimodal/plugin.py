@@ -15,6 +15,7 @@ from qcore.records import Finding, Modality, PreflightRequest
 from qcore.table import Part
 
 from . import guards, table
+from .medium import KINDS
 
 if TYPE_CHECKING:
     from qcore.checkpoint import Checkpoint
@@ -36,10 +37,10 @@ def _reader(checkpoint: Checkpoint) -> MediaReader:
 
 VISION = Modality(
     name=table.NAME,
-    section="vision_config",
+    section=table.SECTION,
     architectures=("qwen3_5", "qwen3_5_moe"),
     root=table.ROOT,
-    kinds=("image", "video"),
+    kinds=KINDS,
     build=_build,
     reader=_reader,
 )

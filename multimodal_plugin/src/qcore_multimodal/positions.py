@@ -57,15 +57,6 @@ def place(ids: Sequence[int], media: Sequence[Seen], tokens: Mapping[str, int]) 
     return Placed(where=where, positions=(time + rest, height + rest, width + rest))
 
 
-def following(placed: Placed) -> int:
-    """Position, on every axis, of the text that goes on after the row.
-
-    The last token has the row's largest position on one of its axes: if it is an embedding, it
-    is the last in row and column.
-    """
-    return max((axis[-1] + 1 for axis in placed.positions if axis), default=0)
-
-
 def _runs(
     ids: Sequence[int], media: Sequence[Seen], tokens: Mapping[str, int]
 ) -> Iterator[tuple[int, tuple[int, int]]]:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeGuard
 from qcore.checkpoint import read_json
 from qcore.errors import InputError
 
+from .table import SECTION
+
 if TYPE_CHECKING:
     from qcore.checkpoint import Checkpoint
 
@@ -154,7 +156,7 @@ def _demands(kind: str, stock: Any) -> list[tuple[str, Any, bool, str]]:
 
 def _check_config(checkpoint: Checkpoint, file: object, stock: Any) -> None:
     """Refuse patches that the tower was not made for (``QC-VISION-023``)."""
-    vision = checkpoint.config.get("vision_config") or {}
+    vision = checkpoint.config.get(SECTION) or {}
     for field, key in (
         ("patch_size", "patch_size"),
         ("temporal_patch_size", "temporal_patch_size"),
@@ -168,7 +170,7 @@ def _check_config(checkpoint: Checkpoint, file: object, stock: Any) -> None:
                 file=file,
                 field=field,
                 found=getattr(stock, field),
-                expected=f"{expected!r} (vision_config.{key} in config.json)",
+                expected=f"{expected!r} ({SECTION}.{key} in config.json)",
                 fix=_FIX,
             )
     channels = vision.get("in_channels", 3)
@@ -177,7 +179,7 @@ def _check_config(checkpoint: Checkpoint, file: object, stock: Any) -> None:
             "QC-VISION-023",
             "is not what the processor gives",
             file=checkpoint.path / "config.json",
-            field="vision_config.in_channels",
+            field=f"{SECTION}.in_channels",
             found=repr(channels),
             expected=3,
             fix=_FIX,

@@ -16,13 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
 import numpy as np
@@ -30,12 +28,12 @@ import torch
 from torch import Tensor
 
 from qcore.data.jsonl import BadRow
-from qcore.durable import writing
 from qcore.errors import InputError
 
 from .cache import BOUND, Cache
-from .medium import Seen
+from .medium import KINDS, Seen
 from .options import KEYS, Limits, limits
+from .origins import Origins
 from .pixels import Pixels
 from .processor_files import load
 
@@ -52,14 +50,12 @@ _LOG = logging.getLogger(__name__)
 class Reader:
     """Reads with the processors of one checkpoint (`qcore.data.media.MediaReader`)."""
 
-    kinds: Final = ("image", "video")
+    kinds: Final = KINDS
     keys: Final = KEYS
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._payloads: dict[str, Payload] = {}
         self._tables: dict[str, Tensor] = {}
-        self._spool: tempfile.TemporaryDirectory[str] | None = None
         self._bytes = 0  # of all values that this process read of
         self._told = False
 
@@ -68,6 +64,10 @@ class Reader:
     @cached_property
     def _cache(self) -> Cache:
         return Cache.of_user()
+
+    @cached_property
+    def _origins(self) -> Origins:
+        return Origins()
 
     @cached_property
     def _images(self) -> Images:
@@ -121,17 +121,13 @@ class Reader:
     def place(self, ids: Sequence[int], media: Sequence[Medium]) -> Placed:
         """Where the media lie in the token ids of an expanded text."""
         from .positions import place
+        from .text import named_ids
 
-        config = self._checkpoint.config
-        # What a config leaves out is transformers' default.
-        tokens = {
-            "<|image_pad|>": config.get("image_token_id", 248056),
-            "<|video_pad|>": config.get("video_token_id", 248057),
-        }
+        tokens = named_ids(self._checkpoint.config)
         if not all(type(token) is int for token in tokens.values()):
             self._check_tokens()
         try:
-            return place(ids, cast("Sequence[Seen]", media), tokens)
+            return place(ids, cast("Sequence[Seen]", media), cast("dict[str, int]", tokens))
         except BadRow:
             self._check_tokens()  # not the row's fault where config.json names other tokens
             raise
@@ -215,19 +211,21 @@ class Reader:
         with _opened(payload) as file:
             if payload.kind == "image":
                 merge = self._images.merge
-                grid, values = self._image(file, wanted)
+                grid, values = self._image(file, payload, wanted)
             else:
                 merge = self._videos.merge
-                grid, seconds, values = videos.process(file, self._videos, wanted)
-        _check_unchanged(payload)
+                with _unchanged(file, payload):
+                    grid, seconds, values = videos.process(file, self._videos, wanted)
         about = {"grid": grid, "merge": merge, "seconds": seconds}
         self._cache.put(digest, about, values)
         return about, values
 
-    def _image(self, file: BinaryIO, wanted: Limits) -> tuple[Grid, Bytes]:
+    def _image(self, file: BinaryIO, payload: Payload, wanted: Limits) -> tuple[Grid, Bytes]:
         from . import images
 
-        picture = images.decode(images.whole(file))
+        data = images.whole(file)
+        _check_digest(payload, hashlib.sha256(data).hexdigest())
+        picture = images.decode(data)
         try:
             return self._images.patches(picture, wanted)
         except ValueError as error:
@@ -236,16 +234,9 @@ class Reader:
             ) from None
 
     def _remember(self, digest: str, payload: Payload, seen: Seen) -> None:
-        """Keep what values could be made again from; bytes of a row go to a file meanwhile."""
-        if digest in self._payloads:
+        """Keep what values could be made again from."""
+        if not self._origins.add(digest, payload):
             return
-        if payload.data is not None:
-            self._spool = self._spool or tempfile.TemporaryDirectory(prefix="qcore-media-")
-            path = Path(self._spool.name) / payload.sha256
-            with writing(path):
-                path.write_bytes(payload.data)
-            payload = replace(payload, path=path, data=None)
-        self._payloads[digest] = payload
         sizes = self._processor(seen.kind)
         self._bytes += seen.units * 3 * sizes.patch**2 * (
             1 if seen.kind == "image" else sizes.temporal
@@ -257,7 +248,7 @@ class Reader:
         values = self._cache.values(seen.digest)
         if values is not None:
             return values
-        payload = self._payloads.get(seen.digest)
+        payload = self._origins.find(seen.digest)
         if payload is None:
             raise InputError(
                 "QC-VISION-043", f"values of a {seen.kind} are gone from the cache",
@@ -266,7 +257,6 @@ class Reader:
             )  # fmt: skip
         self._tell("values of media are gone from the cache")
         try:
-            _check_unchanged(payload)
             return self._make(payload, self._limits(payload), seen.digest)[1]
         except BadRow as bad:
             raise InputError(
@@ -295,18 +285,39 @@ def _opened(payload: Payload) -> Iterator[BinaryIO]:
         ) from None
 
 
-def _check_unchanged(payload: Payload) -> None:
-    """Refuse bytes that are no longer those whose digest names the values."""
+@contextmanager
+def _unchanged(file: BinaryIO, payload: Payload) -> Iterator[None]:
+    """Hold a file that is read piece by piece to the digest that names its values."""
+    before = _stamp(file, payload)
     digest = hashlib.sha256()
-    with _opened(payload) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    found = digest.hexdigest()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    _check_digest(payload, digest.hexdigest())
+    file.seek(0)
+    yield
+    if (after := _stamp(file, payload)) != before:
+        raise _changed(f"{after[0]} bytes", f"{before[0]}, and no write while it is decoded")
+
+
+def _stamp(file: BinaryIO, payload: Payload) -> tuple[int, int]:
+    """Size and time of the last write; zeros for what the row holds itself."""
+    if payload.path is None:
+        return 0, 0
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+def _check_digest(payload: Payload, found: str) -> None:
+    """Refuse bytes that are not those whose digest names the values."""
     if found != payload.sha256:
-        raise BadRow(
-            "QC-VISION-042", "is not what it was when its row was checked", found=found,
-            expected=f"sha256 {payload.sha256}", fix="leave the files alone while a run reads them",
-        )  # fmt: skip
+        raise _changed(found, f"sha256 {payload.sha256}")
+
+
+def _changed(found: str, expected: str) -> BadRow:
+    return BadRow(
+        "QC-VISION-042", "is not what it was when its row was checked", found=found,
+        expected=expected, fix="leave the files alone while a run reads them",
+    )  # fmt: skip
 
 
 def _grid(numbers: Sequence[int]) -> Grid:

@@ -27,8 +27,8 @@ CONTROL = (START, END, "<|vision_pad|>", IMAGE, VIDEO)
 
 _KINDS = {pad: kind for kind, pad in PADS.items()}
 _PLACEHOLDER = re.compile("|".join(map(re.escape, _KINDS)))
-#: Where config.json names a token, and the id that transformers takes where it names none.
-_NAMED = {IMAGE: ("image_token_id", 248056), VIDEO: ("video_token_id", 248057)}
+#: The key of config.json that names a token, and transformers' id where there is none.
+NAMED = {IMAGE: ("image_token_id", 248056), VIDEO: ("video_token_id", 248057)}
 
 
 def expand(text: str, media: Sequence[Seen]) -> str:
@@ -84,6 +84,11 @@ def _counted(kinds: Sequence[str]) -> str:
     return " and ".join(f"{kinds.count(kind)} of {kind}" for kind in PADS)
 
 
+def named_ids(config: Mapping[str, object]) -> dict[str, object]:
+    """What config.json says the ids of the placeholders are."""
+    return {token: config.get(key, usual) for token, (key, usual) in NAMED.items()}
+
+
 def token_findings(config: Mapping[str, object], token_ids: Mapping[str, int]) -> Iterator[Finding]:
     """Where config.json and the tokenizer differ about the tokens of media.
 
@@ -106,8 +111,8 @@ def token_findings(config: Mapping[str, object], token_ids: Mapping[str, int]) -
                 expected="one token, as media need",
                 fix="use the tokenizer that came with the weights",
             )
-    for token, (key, usual) in _NAMED.items():
-        named, known = config.get(key, usual), token_ids.get(token)
+    for token, named in named_ids(config).items():
+        (key, usual), known = NAMED[token], token_ids.get(token)
         if known is not None and named != known:
             yield Finding(
                 code="QC-VISION-053",

@@ -20,14 +20,13 @@ from tokenizers import Tokenizer
 from qcore.table import Table
 from qcore.table import Tensor as Entry
 
-from .table import parts
+from .table import SECTION, parts
+from .text import END, NAMED, START
 
 #: Key of config.json -> the token whose id it holds.
-TOKENS = {
-    "image_token_id": "<|image_pad|>",
-    "video_token_id": "<|video_pad|>",
-    "vision_start_token_id": "<|vision_start|>",
-    "vision_end_token_id": "<|vision_end|>",
+TOKENS = {key: token for token, (key, _) in NAMED.items()} | {
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
 }
 _TEXT_PART = "{{ part.text }}"
 _ANY_PART = """
@@ -55,9 +54,9 @@ def add_tower(folder: Path, *, seed: int = 0, **vision: Any) -> None:
     config |= {key: tokenizer.token_to_id(token) for key, token in TOKENS.items()}
     if None in (config[key] for key in TOKENS):
         raise ValueError(f"{folder}: its tokenizer has no media tokens")
-    config["vision_config"] = tiny_vision(config) | vision
+    config[SECTION] = tiny_vision(config) | vision
     _template(folder / "chat_template.jinja")
-    _processor(folder, config["vision_config"])
+    _processor(folder, config[SECTION])
     _weights(folder / "model.safetensors", config, seed)
     _json(folder / "config.json", config)
 

@@ -10,7 +10,8 @@ rate varies. Rotation of a phone's video is applied. Which containers are opened
 - ``QC-VISION-036`` no video in it.
 - ``QC-VISION-037`` too few frames.
 - ``QC-VISION-038`` the frames change their size.
-- ``QC-VISION-039`` too many frames for an animated picture, or no time between them.
+- ``QC-VISION-030`` too many pixels in all frames together.
+- ``QC-VISION-039`` too many frames, or no time between them.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ from .options import Limits
 if TYPE_CHECKING:
     from .processor import Bytes, Grid, Videos
 
-MAX_PICTURES: Final = 20_000  # frames of an animated picture, which must be looked at one by one
+# Not final, as tests lower them.
+MAX_PICTURES = 20_000  #: frames of an animated picture, which must be looked at one by one
 MOST_DECODED = 1 << 30  #: pixels of an animated picture: a second for each hundred million
+MAX_FRAMES = 10_000_000  #: of a film: two days of 60 a second
+MOST_FILMED = 1 << 42  #: pixels of a film: two hours of 4K, 60 frames a second
 _SHOWN: Final = 0.1  # seconds of a frame that states none, as browsers have it
 
 
@@ -85,7 +89,9 @@ def process(
     """
     name = demuxer(file)
     if name is None:
-        with images.opened(images.whole(file)) as image:
+        data = images.whole(file)
+        with images.opened(data) as image:
+            images.check_sums(image, data)
             return _process(_Pictures(image), processor, limits)
     with _decoding():
         return _process(_Film(file, name), processor, limits)
@@ -97,10 +103,13 @@ def _process(
     try:
         indices, kept = _sampled(source, processor, limits)
     except _Recounted as other:
-        # Packets without a frame, edit lists: what was decoded is the count, and cannot change.
+        # Packets without a frame, edit lists: what was decoded is the count.
         source.rate *= other.count / source.count
         source.count = other.count
-        indices, kept = _sampled(source, processor, limits)
+        try:
+            indices, kept = _sampled(source, processor, limits)
+        except _Recounted as again:  # the file is written to meanwhile
+            raise _damaged(f"{again.count} frames, {other.count} before") from None
     grid, values = processor.patches(kept)
     return grid, processor.seconds(indices, source.rate), values
 
@@ -154,6 +163,22 @@ def _size(processor: Videos, count: int, shape: tuple[int, ...], limits: Limits)
         ) from None
 
 
+def _check_amount(count: int, size: tuple[int, int], most: int, pixels: int, fix: str) -> None:
+    """Refuse more than may be decoded (``QC-VISION-030``, ``-039``)."""
+    if count > most:
+        raise BadRow(
+            "QC-VISION-039", "has too many frames", found=count, expected=f"at most {most}", fix=fix
+        )
+    if count * size[0] * size[1] > pixels:
+        raise BadRow(
+            "QC-VISION-030",
+            "has too many pixels in all its frames, each of which is decoded",
+            found=f"{count} frames of {size[0]} x {size[1]}",
+            expected=f"at most {pixels} pixels",
+            fix=fix,
+        )
+
+
 class _Pictures:
     """An animated picture, open in Pillow."""
 
@@ -161,22 +186,9 @@ class _Pictures:
         self._image = image
         self._wanted: frozenset[int] = frozenset()
         self.count = int(getattr(image, "n_frames", 1))
-        if self.count > MAX_PICTURES:
-            raise BadRow(
-                "QC-VISION-039",
-                "has too many frames for an animated picture",
-                found=self.count,
-                expected=f"at most {MAX_PICTURES}",
-                fix="convert it to MP4",
-            )
-        if self.count * image.width * image.height > MOST_DECODED:
-            raise BadRow(
-                "QC-VISION-030",
-                "has too many pixels in all its frames, each of which is decoded",
-                found=f"{self.count} frames of {image.width} x {image.height}",
-                expected=f"at most {MOST_DECODED} pixels",
-                fix="convert it to MP4",
-            )
+        _check_amount(
+            self.count, (image.width, image.height), MAX_PICTURES, MOST_DECODED, "convert it to MP4"
+        )
         total = 0.0
         for number in range(self.count):
             image.seek(number)
@@ -211,16 +223,18 @@ class _Film:
 
     def _scan(self) -> tuple[int, float]:
         """Packets of the video, which are its frames but for odd files, and the mean rate."""
-        count, times = 0, []
+        count, first, last = 0, math.inf, -math.inf
         with self._open() as (container, stream):
-            images.check_size(stream.codec_context.width, stream.codec_context.height)
+            size = stream.codec_context.width, stream.codec_context.height
+            images.check_size(*size)
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
                     count += 1
+                    _check_amount(count, size, MAX_FRAMES, MOST_FILMED, "cut it into shorter ones")
                     if packet.pts is not None:
-                        times.append(packet.pts)
+                        first, last = min(first, packet.pts), max(last, packet.pts)
             stated = float(stream.average_rate or 0)
-            span = (max(times) - min(times)) * float(stream.time_base or 0) if times else 0.0
+            span = (last - first) * float(stream.time_base or 0) if last >= first else 0.0
         measured = (count - 1) / span if count > 1 and span > 0 else 0.0
         if not measured or (stated and abs(count / stated - count / measured) * stated <= 1.5):
             measured = stated or measured
