@@ -22,13 +22,13 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def new_reader(cache_home: Path, shared: Path) -> Callable[[], Any]:
-    """Makes readers of one cache."""
+def new_reader(cache_home: Path, shared: Path) -> Callable[..., Any]:
+    """Makes readers of one cache; `tell` takes what they say."""
 
-    def make() -> Any:
+    def make(**given: Any) -> Any:
         from qcore_multimodal.reader import Reader
 
-        return Reader(checkpoint(shared / "skus" / "processor"))
+        return Reader(checkpoint(shared / "skus" / "processor"), **given)
 
     return make
 

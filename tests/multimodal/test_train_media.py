@@ -102,7 +102,7 @@ class Seeing:
         assert found.modality is not None
         self.found: Identified = found.using(found.modality)
         checkpoint, layout = found.checkpoint, self.found.layout
-        self.reader = found.modality.reader(checkpoint)
+        self.reader = found.modality.reader(checkpoint, lambda line: None)
         self.data: Dataset = dataset(rows, checkpoint, found.chat_format(), 512, reader=self.reader)
         chosen = targets(layout, groups, Lora(r=4, lora_alpha=8))
         self.model = Model(
@@ -488,3 +488,18 @@ def test_an_adapter_of_text_is_told_that_media_are_new(
     )  # fmt: skip
     assert ended.code == 0, ended.err
     assert "trained on text alone: image is new to it" in ended.err
+    assert "of their own" not in ended.err
+
+
+def test_an_adapter_is_told_that_its_media_were_of_other_sizes(base: Path, tmp_path: Path) -> None:
+    drawn(tmp_path / "0.png", 0, 96, 96)
+    small = part("image", "0.png") | {"max_pixels": 2048}
+    made = [said([small, words("What?")], "A circle."), said([words("Who?")], "Ada.")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    start(base, tmp_path / "rows.jsonl", tmp_path / "out", RUN | {"max_steps": 1})
+    ended = apart(
+        "generate", base, "--adapter", tmp_path / "out", "--prompt", "What?", "--image",
+        tmp_path / "0.png", "--max-new-tokens", "1",
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert "trained on media of kind image with max_pixels of their own" in ended.err

@@ -107,7 +107,7 @@ class Reader:
 
 TOY = Modality(
     name="toy", section="toy_config", architectures=("qwen3_5",), root=ROOT, kinds=("thing",),
-    build=cast(Any, _build), reader=cast(Any, lambda checkpoint: Reader()),
+    build=cast(Any, _build), reader=cast(Any, lambda checkpoint, tell: Reader()),
 )  # fmt: skip
 
 

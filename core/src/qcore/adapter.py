@@ -94,8 +94,8 @@ class Adapter:
     def modalities(self) -> dict[str, dict[str, Any]]:
         """Which towers it was trained with, as recorded; of a foreign adapter, as its pairs tell.
 
-        By part: ``kinds`` of media that its rows had, ``tower_changed``, ``pairs`` in the tower,
-        and the ``plugin`` that owns it.
+        By part: ``kinds`` of media that its rows had, ``keys`` of their own that parts of a kind
+        had, ``tower_changed``, ``pairs`` in the tower, and the ``plugin`` that owns it.
         """
         if "modalities" in self.meta:
             return flags(self.meta)
@@ -106,6 +106,15 @@ class Adapter:
                 one = {"kinds": [], "tower_changed": True, "pairs": 0, "plugin": part.owner}
                 found.setdefault(part.name, one)["pairs"] += 1
         return found
+
+    def keys_of(self, kind: str) -> list[str]:
+        """Keys that media of a kind had in training, by which they were read otherwise."""
+        found: set[str] = set()
+        for one in self.modalities.values():
+            keys = one.get("keys")
+            of_kind = keys.get(kind) if isinstance(keys, dict) else None
+            found |= {str(key) for key in of_kind} if isinstance(of_kind, list) else set()
+        return sorted(found)
 
 
 def flags(meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

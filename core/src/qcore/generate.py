@@ -89,7 +89,7 @@ class Generator:
         tell = self._tell = reporter or Silent()
         self.device = pick_device(device)
         self.found: Identified = identify(model, generation=generation)
-        self.reader = self._media_reader() if media else reader_of(self.found)
+        self.reader = self._media_reader() if media else reader_of(self.found, tell)
         self._sees = media
         self._told: Adapter | None = None
         self.chat = self.found.chat_format()
@@ -138,7 +138,7 @@ class Generator:
         self.decoder = Decoder(self.model, self.device, way)
 
     def _media_reader(self) -> MediaReader:
-        reader = reader_of(self.found)
+        reader = reader_of(self.found, self._tell)
         if reader is None:
             raise UsageError(
                 "QC-GENERATE-005",
@@ -150,7 +150,7 @@ class Generator:
         return reader
 
     def _tell_of_kinds(self, media: Sequence[tuple[str, Path]]) -> None:
-        """Media are computed with any adapter; that one never saw such is said, where known."""
+        """Media are computed with any adapter; what is unlike its training is said, where known."""
         if self._told is None or "modalities" not in self._told.meta:
             return
         seen = {kind for one in self._told.modalities.values() for kind in one.get("kinds", ())}
@@ -158,6 +158,12 @@ class Generator:
             trained = f"text and {', '.join(sorted(seen))}" if seen else "text alone"
             new = ", ".join(fresh)
             self._tell.note(f"the adapter was trained on {trained}: {new} is new to it")
+        for kind in dict.fromkeys(kind for kind, _ in media):
+            if own := ", ".join(self._told.keys_of(kind)):
+                self._tell.note(
+                    f"the adapter was trained on media of kind {kind} with {own} of their own; "
+                    "here they are read by the processor's defaults and may be of other sizes"
+                )
 
     def _variables(
         self, adapter: Adapter | None, given: Mapping[str, Plain], tell: Reporter

@@ -80,7 +80,8 @@ class Modality:
         root: canonical prefix at which the tower is mounted.
         kinds: types of content parts that its reader reads.
         build: ``(BuildContext) -> Tower``; the import of torch happens inside.
-        reader: ``(Checkpoint) -> MediaReader``, of the checkpoint's own processor files.
+        reader: ``(Checkpoint, tell) -> MediaReader``, of the checkpoint's own processor files;
+            ``tell`` takes a line that the user is to read.
     """
 
     name: str
@@ -89,7 +90,7 @@ class Modality:
     root: str
     kinds: tuple[str, ...]
     build: Callable[[BuildContext], Tower]
-    reader: Callable[[Checkpoint], MediaReader]
+    reader: Callable[[Checkpoint, Callable[[str], None]], MediaReader]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -209,6 +209,7 @@ class RunFiles:
         return {
             modality.name: {
                 "kinds": [kind for kind in modality.kinds if seen.get(kind)],
+                "keys": dict(self.data.get("media_keys") or {}),
                 "tower_changed": any(module.moved[0] for module in maps),
                 "pairs": len(maps),
                 "plugin": part.owner,

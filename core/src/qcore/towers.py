@@ -17,12 +17,13 @@ from .identify import Identified
 
 if TYPE_CHECKING:
     from .data.media import MediaReader
+    from .report import Reporter
 
 
-def reader_of(found: Identified) -> MediaReader | None:
+def reader_of(found: Identified, tell: Reporter) -> MediaReader | None:
     """What reads the media of rows for this model; ``None`` where nothing does (`unread`)."""
     modality = found.modality
-    return None if modality is None else modality.reader(found.checkpoint)
+    return None if modality is None else modality.reader(found.checkpoint, tell.note)
 
 
 def unread(found: Identified) -> str:

@@ -92,7 +92,7 @@ def train(
     folder = run_folder(target, resume=resume)
     where = pick_device(device)
     found = identify(model, generation=settings.generation).quantizing(settings.quantize_groups)
-    reader = reader_of(found)
+    reader = reader_of(found, tell)
     tokenizer = load_tokenizer(found.checkpoint)
     said = _preflight(found, settings, tokenizer, tell)
     rows = _rows(found, data, settings, reader, tokenizer, tell)

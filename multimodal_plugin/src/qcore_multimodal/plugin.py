@@ -5,7 +5,7 @@ Importing this file imports no torch, no transformers and no Pillow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,10 @@ def _build(context: BuildContext) -> Tower:
     return build(context)
 
 
-def _reader(checkpoint: Checkpoint) -> MediaReader:
+def _reader(checkpoint: Checkpoint, tell: Callable[[str], None]) -> MediaReader:
     from .reader import Reader
 
-    return Reader(checkpoint)
+    return Reader(checkpoint, tell)
 
 
 VISION = Modality(

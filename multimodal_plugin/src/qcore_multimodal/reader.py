@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     from .processor import Bytes, Grid, Images, Videos
 
 _LAYOUT: Final = 1  # of what an entry of the cache holds, and of how pixels are made of bytes
-_LOG = logging.getLogger(__name__)
 
 
 class Reader:
@@ -53,11 +51,14 @@ class Reader:
     kinds: Final = KINDS
     keys: Final = KEYS
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, tell: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self._say = tell
         self._checkpoint = checkpoint
         self._tables: dict[str, Tensor] = {}
         self._bytes = 0  # of all values that this process read of
-        self._told = False
+        self._told: set[str] = set()
 
     # Made when a row has one: a run of text reads no processor file and imports no transformers.
 
@@ -242,7 +243,11 @@ class Reader:
             1 if seen.kind == "image" else sizes.temporal
         )  # fmt: skip
         if self._bytes > self._cache.bound:
-            self._tell(f"media of these rows are more than {self._cache.bound / 1e9:g} GB")
+            bound = f"{self._cache.bound / 1e9:g}"
+            self._tell(
+                f"media of these rows are more than {bound} GB: they are decoded again whenever "
+                f"they are needed, which is slow; set {BOUND} above {bound} to keep more"
+            )
 
     def _values(self, seen: Seen) -> Bytes:
         values = self._cache.values(seen.digest)
@@ -255,7 +260,9 @@ class Reader:
                 file=self._cache.folder, found=f"no sound {seen.digest}.media",
                 fix="start again, so that its row is read anew",
             )  # fmt: skip
-        self._tell("values of media are gone from the cache")
+        self._tell(
+            f"values of media in {self._cache.folder} are gone or damaged: they are made again"
+        )
         try:
             return self._make(payload, self._limits(payload), seen.digest)[1]
         except BadRow as bad:
@@ -265,12 +272,10 @@ class Reader:
             ) from None  # fmt: skip
 
     def _tell(self, what: str) -> None:
-        if not self._told:
-            self._told = True
-            _LOG.warning(
-                "%s: they are decoded again whenever they are needed, which is slow; "
-                "set %s above %g to keep more", what, BOUND, self._cache.bound / 1e9,
-            )  # fmt: skip
+        """Once a run."""
+        if what not in self._told:
+            self._told.add(what)
+            self._say(what)
 
 
 @contextmanager

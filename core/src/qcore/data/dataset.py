@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,8 @@ class Dataset:
         supervised: positions with a loss, of all rows.
         turns: assistant turns of all rows.
         longest: tokens of the longest row.
+        asked: keys of their own that parts of a kind had: they ask for other values than the
+            reader makes by default.
     """
 
     train: tuple[Example, ...]
@@ -57,6 +59,7 @@ class Dataset:
     supervised: int
     turns: int
     longest: int
+    asked: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -78,6 +81,7 @@ class Dataset:
             "media_rows": len(rows),
             "media_tokens": sum(medium.tokens for medium in media),
             "media_sha256": digest.hexdigest(),
+            "media_keys": {kind: sorted(keys) for kind, keys in sorted(self.asked.items())},
         }
 
     def summary(self) -> dict[str, Any]:
@@ -141,6 +145,7 @@ def dataset(
     digest = hashlib.sha256()
     problems = Problems(path)
     examples = []
+    asked: dict[str, frozenset[str]] = {}
     with template:
         check_variables(template, variables or {})
         prove_mask(template, chat_format, tokenizer, variables=given)
@@ -155,7 +160,7 @@ def dataset(
         )
         if reader is not None:
             prove = partial(_prove_media, template, chat_format, tokenizer, reader, given)
-            good = _seen(good, reader, path, problems, prove)
+            good = _seen(good, reader, path, problems, prove, asked)
         for row, text in template.render_rows(good, **given):
             if isinstance(text, InputError):
                 problems.add(row.line, _refused(path, row, text))
@@ -170,7 +175,7 @@ def dataset(
                 examples.append(example)
     problems.stop()
     held = split(examples, eval_fraction, seed, path)
-    return _whole(path, digest.hexdigest(), examples, held)
+    return _whole(path, digest.hexdigest(), examples, held, asked)
 
 
 def _counted(media: Sequence[Medium]) -> dict[str, int]:
@@ -178,7 +183,13 @@ def _counted(media: Sequence[Medium]) -> dict[str, int]:
     return dict(sorted(Counter(medium.kind for medium in media).items()))
 
 
-def _whole(path: Path, sha256: str, examples: list[Example], held: frozenset[int]) -> Dataset:
+def _whole(
+    path: Path,
+    sha256: str,
+    examples: list[Example],
+    held: frozenset[int],
+    asked: Mapping[str, frozenset[str]],
+) -> Dataset:
     return Dataset(
         train=tuple(example for example in examples if example.line not in held),
         eval=tuple(example for example in examples if example.line in held),
@@ -189,6 +200,7 @@ def _whole(path: Path, sha256: str, examples: list[Example], held: frozenset[int
         supervised=sum(example.supervised for example in examples),
         turns=sum(example.turns for example in examples),
         longest=max(len(example.ids) for example in examples),
+        asked=asked,
     )
 
 
@@ -240,9 +252,11 @@ def _seen(
     path: Path,
     problems: Problems,
     prove: Callable[[], None],
+    asked: dict[str, frozenset[str]],
 ) -> Iterator[Row]:
     """The rows with their media read. What names the bytes is let go: it may be the bytes.
 
+    Which keys of their own parts have is left in `asked`, by kind.
     With the first of them it is proved that the template shows media: rows of text alone need no
     template that does.
     """
@@ -258,6 +272,9 @@ def _seen(
         except BadRow as bad:
             problems.add(row.line, bad.error(path, row.line))
             return None
+        for part in row.media:
+            if part.options:
+                asked[part.kind] = asked.get(part.kind, frozenset()) | part.options.keys()
         return replace(row, media=(), seen=seen) if seen else row
 
     # Not a loop: its variable would hold the last row's bytes while the next line is parsed.
