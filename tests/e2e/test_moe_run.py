@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.e2e_kit import command, figure, signalled
+from support.e2e_kit import command, figure, ours, signalled
 from support.moe_kit import rewrite, tensors_of
 from support.run_kit import SHORT, raw, start, stop_at, words
 
@@ -18,6 +20,7 @@ from qcore.artifact import verify
 from qcore.errors import Interrupted
 from qcore.generate import Generator
 from qcore.identify import identify
+from qcore.nn.adapted import Lora
 from qcore.nn.protocols import Packed
 from qcore_qwen35.tiny import write
 
@@ -70,6 +73,24 @@ def test_the_layout_of_the_base_does_not_change_a_run(
         run(other, rows, tmp_path / f"{layout}-adapter", max_steps=2)
     assert raw(tmp_path / "fused-adapter") == raw(tmp_path / "apart-adapter")
     assert raw(tmp_path / "fused-adapter") == raw(tmp_path / "mixed-adapter")
+
+
+@pytest.mark.parametrize("aux", [0.0, 0.1])
+@pytest.mark.parametrize("recompute", ["none", "elementwise", "full"])
+def test_a_step_leaves_nothing_behind(base: Path, recompute: str, aux: float) -> None:
+    """What routers leave in a batch has a graph; a batch in that graph would never go."""
+    model, gone = ours(base, lora=Lora(r=4, lora_alpha=8)).train(), []
+    for number in range(2):
+        ids = torch.randint(0, 300, (65,), generator=torch.Generator().manual_seed(number))
+        batch = Packed.of([ids], [ids.roll(-1)])
+        loss = model.loss(batch, recompute=recompute)
+        balance = model.trunk.aux_loss(batch)
+        assert balance is not None
+        (loss + aux * balance).backward()
+        gone.append(weakref.ref(batch.ids))
+        del ids, batch, loss, balance
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
 
 
 def test_the_load_balancing_coefficient_acts(base: Path, rows: Path, tmp_path: Path) -> None:

@@ -258,7 +258,9 @@ class _Twice(torch.autograd.Function):
         dropout: bool,
         spec: list[Any],
     ) -> tuple[Any, ...]:
-        ctx.layer, ctx.batch, ctx.held = layer, batch, held
+        # Not the batch itself: it holds what is left in it, whose graph would then hold itself,
+        # and no collector sees that.
+        ctx.layer, ctx.batch, ctx.held = layer, batch.alone(), held
         ctx.random = _Random(x.device) if dropout else None
         known = set(batch.kept())
         y = layer(x.detach(), batch)
