@@ -241,6 +241,21 @@ def test_counters(folder: Path, checkpoint: FakeCheckpoint) -> None:
     assert again["media_sha256"] != told["media_sha256"]
 
 
+def test_keys_of_their_own_are_those_of_trained_rows(
+    folder: Path, checkpoint: FakeCheckpoint
+) -> None:
+    rows = [ask(swatch("a.txt", shade=shade), text(f"q{shade}")) for shade in ("red", "blue")]
+    rows += [ask(swatch("a.txt", max_dots=3), text("q")), ask(swatch("deep/b.txt"), text("q"))]
+    assert load(rows, folder, checkpoint).summary()["media_keys"] == {
+        "swatch": ["max_dots", "shade"]
+    }
+    for seed in range(20):
+        split = load(rows, folder, checkpoint, eval_fraction=0.25, seed=seed)
+        (held,) = split.eval
+        wanted = ["shade"] if held.line == 3 else ["max_dots", "shade"]
+        assert split.summary()["media_keys"] == {"swatch": wanted}
+
+
 def test_rows_of_text_are_what_they_are_without_a_reader(
     folder: Path, checkpoint: FakeCheckpoint
 ) -> None:

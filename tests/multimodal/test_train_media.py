@@ -281,6 +281,23 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert raw(tmp_path / "out") == raw(tmp_path / "whole")
 
 
+def test_how_much_is_kept_may_change_but_not_whether(
+    base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs that are kept are of one medium alone, else of a pack: other sums."""
+    start(base, rows, tmp_path / "whole", RUN)
+    stop_at(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        start(base, rows, tmp_path / "out", RUN)
+    stop_at(monkeypatch, 99)
+    for nothing in (0.0, 1e-10):
+        with pytest.raises(InputError, match=r"settings\.media_cache_gb") as caught:
+            start(base, rows, tmp_path / "out", RUN | {"media_cache_gb": nothing}, resume=True)
+        assert caught.value.code == "QC-RESUME-002"
+    start(base, rows, tmp_path / "out", RUN | {"media_cache_gb": 1e-5}, resume=True)
+    assert raw(tmp_path / "out") == raw(tmp_path / "whole")
+
+
 def test_other_pictures_are_another_run(
     base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

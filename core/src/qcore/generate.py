@@ -162,7 +162,7 @@ class Generator:
             if own := ", ".join(self._told.keys_of(kind)):
                 self._tell.note(
                     f"the adapter was trained on media of kind {kind} with {own} of their own; "
-                    "here they are read by the processor's defaults and may be of other sizes"
+                    "here they are read by the processor's defaults"
                 )
 
     def _variables(
@@ -224,6 +224,10 @@ class Generator:
         seed: int = 0,
     ) -> Generated:
         """Answer one user turn.
+
+        Raises:
+            ValueError: media for a Generator that was not made for them.
+            QcoreError: see docs/errors.md.
 
         Args:
             text: what the user says.
@@ -357,10 +361,10 @@ class Generator:
         )
 
 
-@torch.inference_mode()
 def _of_file(bad: BadRow, kind: str, path: Path) -> InputError:
     """What is wrong with a file that an option names: no row's path, and no row's fix."""
-    missing, remote = bad.what == "is not there", ":/" in str(path)
+    missing = bad.code == "QC-MEDIA-002" and not os.path.lexists(path)
+    remote = ":/" in str(path)  # as a path spells "://"
     return InputError(
         bad.code,
         "is no file, and nothing is fetched" if missing and remote else bad.what,
@@ -373,6 +377,7 @@ def _of_file(bad: BadRow, kind: str, path: Path) -> InputError:
     )
 
 
+@torch.inference_mode()
 def decode(
     decoder: Decoder,
     ids: list[int],

@@ -28,7 +28,7 @@ from .optim import FlatAdamW
 from .packing import joined, units_of_rows
 from .plan.beside import Meter
 from .schedule import Schedule, seed_of
-from .settings import Settings
+from .settings import Settings, in_bytes
 
 
 class Loop:
@@ -59,7 +59,8 @@ class Loop:
         self.device = device
         self.recompute = recompute or unplanned(settings)
         self.meter = Meter()
-        keep = int(settings.media_cache_gb * 1e9)
+        self._tower_alone = model.trains_tower and not model.trains_trunk
+        keep = in_bytes(settings.media_cache_gb)
         self.batches = Batches(model, device, reader, keep)
         self.schedule = Schedule(len(data.train), settings)
         self.together = together
@@ -128,7 +129,7 @@ class Loop:
             if aux is not None:
                 balance += aux.detach() / len(batches)
                 loss = loss + aux * (self.settings.router_aux_loss_coef / len(batches))
-            if loss.requires_grad:  # a tower trained alone has no part in rows of text
+            if self._reaches(batch):
                 torch.autograd.backward(loss)
         self._define_gradients()
         limit = self.settings.max_grad_norm or math.inf
@@ -137,6 +138,10 @@ class Loop:
         else:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         return float(total), float(balance), float(norm)
+
+    def _reaches(self, batch: Sequence[Example]) -> bool:
+        """Whether anything trained has a part in these rows: in text, a tower alone has none."""
+        return not self._tower_alone or any(example.media for example in batch)
 
     def _define_gradients(self) -> None:
         """A tower that a step of text did not reach has gradients of zero, not none.

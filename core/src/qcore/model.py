@@ -7,7 +7,7 @@ it reads no weight (`load`) and no data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any, Protocol, TypeVar, cast
 
@@ -206,9 +206,16 @@ class Model(nn.Module):
     @property
     def trains_tower(self) -> bool:
         """Whether a map of the tower carries LoRA; else it runs without autograd."""
-        tower = self.tower
-        maps = cast(nn.Module, tower).modules() if tower is not None else ()
-        return any(isinstance(one, Adapted) and one.lora is not None for one in maps)
+        return any(isinstance(one, Adapted) and one.lora is not None for one in self._of_tower())
+
+    @property
+    def trains_trunk(self) -> bool:
+        """Whether a map beside the tower carries LoRA."""
+        of_tower = set(self._of_tower())
+        return any(module not in of_tower for _, module in self.adapters())
+
+    def _of_tower(self) -> Iterable[nn.Module]:
+        return () if self.tower is None else cast(nn.Module, self.tower).modules()
 
     @property
     def head(self) -> Tensor:

@@ -20,7 +20,7 @@ from . import __version__
 from .artifact import read_manifest
 from .errors import InputError
 from .identify import Identified
-from .settings import Settings
+from .settings import Settings, in_bytes
 
 #: Settings that may change, since every policy computes the same numbers.
 SAME_NUMBERS: Final = ("settings.gradient_checkpointing", "settings.recompute")
@@ -60,8 +60,8 @@ def identity(
     }
 
 
-def compare(checkpoint: Path, present: Mapping[str, Any]) -> list[str]:
-    """What changed and may, a line each.
+def compare(checkpoint: Path, present: Mapping[str, Any]) -> dict[str, str]:
+    """What changed and may: a line by its name in the identity.
 
     Args:
         checkpoint: of the run that was stopped.
@@ -73,13 +73,13 @@ def compare(checkpoint: Path, present: Mapping[str, Any]) -> list[str]:
     before, now = _flat(read_manifest(checkpoint).meta.get("identity", {})), _flat(present)
     if "base" not in present:
         before = {key: value for key, value in before.items() if not key.startswith("base.")}
-    told = []
+    told = {}
     for key in (*now, *(key for key in before if key not in now)):
         is_, was = now.get(key), before.get(key)
         # Python takes True and 1 for the same; a template does not.
         if was == is_ and isinstance(was, bool) == isinstance(is_, bool):
             continue
-        if key not in SAME_NUMBERS and not (key in HOW_MUCH and is_ and was):
+        if key not in SAME_NUMBERS and not (key in HOW_MUCH and _some(is_) and _some(was)):
             raise InputError(
                 "QC-RESUME-002",
                 "changed since the run was stopped",
@@ -90,11 +90,15 @@ def compare(checkpoint: Path, present: Mapping[str, Any]) -> list[str]:
                 fix="restore it, or start a new run with another --output",
             )
         name = key.removeprefix("settings.")
-        told.append(
+        told[key] = (
             f"{name} is {_word(is_)} now and was {_word(was)} before the run was stopped: it "
             "computes the same numbers"
         )
     return told
+
+
+def _some(gigabytes: Any) -> bool:
+    return isinstance(gigabytes, int | float) and in_bytes(gigabytes) > 0
 
 
 def _word(value: Any) -> str:

@@ -264,6 +264,11 @@ class Origin:
         return UsageError(code, where, file=self.file, field=self.field, **facts)
 
 
+def in_bytes(gigabytes: float) -> int:
+    """Bytes of a setting in GB; below one it keeps nothing."""
+    return int(gigabytes * 1e9)
+
+
 def check(spec: Spec, value: object, origin: Origin) -> Value:
     """The value, of the right type and in range.
 

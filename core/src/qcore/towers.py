@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from .errors import UsageError
-from .identify import Identified
 
 if TYPE_CHECKING:
     from .data.media import MediaReader
+    from .identify import Identified
     from .report import Reporter
 
 

@@ -43,7 +43,7 @@ from .plan.packs import may_join, packs_of
 from .plan.run import Room, plan_run, room_of
 from .preflight import preflight
 from .report import Reporter, Silent
-from .resume import compare, identity
+from .resume import SAME_NUMBERS, compare, identity
 from .rundir import MetricsLog
 from .schedule import Schedule
 from .settings import Settings
@@ -108,7 +108,8 @@ def train(
         watch.at("loading the base")
         net, files, lines = _load(found, rows, settings, where, backends, tell, stop)
         Parked.lot(where).least = max(1, plan.parked)
-        stack.callback(gc.unfreeze)  # what the loop froze is a caller's again, who may run another
+        if not gc.get_freeze_count():
+            stack.callback(gc.unfreeze)  # what the loop freezes, not what a caller did
         loop = Loop(net, rows, settings, where, plan.policies, plan.together, reader)
         start = _resume(files, loop, folder, tell) if resume else 0
         keep(folder, plan)
@@ -210,8 +211,9 @@ def _tower(
     tell: Reporter,
 ) -> Identified:
     """The model as these rows need it: what guards say of a tower is asked when one is loaded."""
+    before = found
     found, told = with_tower(
-        before := found, settings.target_groups, rows.kinds,
+        found, settings.target_groups, rows.kinds,
         quantized=settings.quantize_groups, reached=partial(_reached, rows, settings),
     )  # fmt: skip
     for line in told:
@@ -259,14 +261,14 @@ def _before(
 ) -> Before:
     """Refuse another run than the one that was stopped; what it computed under, if that holds."""
     last, _ = newest(folder)
-    lines: list[str] = []
+    changed: dict[str, str] = {}
     if last is not None:
         now = identity(found, settings, rows.summary(), device.type, backends.backends)
-        lines = compare(last[1], now)
+        changed = compare(last[1], now)
     before, said = kept(folder, POLICIES)
-    if lines:  # the settings ask for other policies
+    if not changed.keys().isdisjoint(SAME_NUMBERS):  # the settings ask for other policies
         before, said = replace(before, policies=()), []
-    for line in (*lines, *said):
+    for line in (*changed.values(), *said):
         tell.note(line)
     return before
 

@@ -46,8 +46,8 @@ class Dataset:
         supervised: positions with a loss, of all rows.
         turns: assistant turns of all rows.
         longest: tokens of the longest row.
-        asked: keys of their own that parts of a kind had: they ask for other values than the
-            reader makes by default.
+        asked: keys of their own that parts of a kind had in `train`: they ask for other values
+            than the reader makes by default.
     """
 
     train: tuple[Example, ...]
@@ -145,7 +145,7 @@ def dataset(
     digest = hashlib.sha256()
     problems = Problems(path)
     examples = []
-    asked: dict[str, frozenset[str]] = {}
+    asked: dict[int, frozenset[tuple[str, str]]] = {}
     with template:
         check_variables(template, variables or {})
         prove_mask(template, chat_format, tokenizer, variables=given)
@@ -188,8 +188,11 @@ def _whole(
     sha256: str,
     examples: list[Example],
     held: frozenset[int],
-    asked: Mapping[str, frozenset[str]],
+    asked: Mapping[int, frozenset[tuple[str, str]]],
 ) -> Dataset:
+    keys: dict[str, frozenset[str]] = {}
+    for kind, key in {pair for line, some in asked.items() if line not in held for pair in some}:
+        keys[kind] = keys.get(kind, frozenset()) | {key}
     return Dataset(
         train=tuple(example for example in examples if example.line not in held),
         eval=tuple(example for example in examples if example.line in held),
@@ -200,7 +203,7 @@ def _whole(
         supervised=sum(example.supervised for example in examples),
         turns=sum(example.turns for example in examples),
         longest=max(len(example.ids) for example in examples),
-        asked=asked,
+        asked=keys,
     )
 
 
@@ -252,15 +255,16 @@ def _seen(
     path: Path,
     problems: Problems,
     prove: Callable[[], None],
-    asked: dict[str, frozenset[str]],
+    asked: dict[int, frozenset[tuple[str, str]]],
 ) -> Iterator[Row]:
     """The rows with their media read. What names the bytes is let go: it may be the bytes.
 
-    Which keys of their own parts have is left in `asked`, by kind.
+    Which keys of their own its parts have, with their kinds, is left in `asked`, by line.
     With the first of them it is proved that the template shows media: rows of text alone need no
     template that does.
     """
     finder, proved = Finder(path.parent), False
+    alike: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
 
     def read(row: Row) -> Row | None:
         nonlocal proved
@@ -272,9 +276,8 @@ def _seen(
         except BadRow as bad:
             problems.add(row.line, bad.error(path, row.line))
             return None
-        for part in row.media:
-            if part.options:
-                asked[part.kind] = asked.get(part.kind, frozenset()) | part.options.keys()
+        if keys := frozenset((part.kind, key) for part in row.media for key in part.options):
+            asked[row.line] = alike.setdefault(keys, keys)
         return replace(row, media=(), seen=seen) if seen else row
 
     # Not a loop: its variable would hold the last row's bytes while the next line is parsed.

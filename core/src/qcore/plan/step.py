@@ -24,7 +24,7 @@ from ..identify import Identified
 from ..kernels import Chosen, installed
 from ..model import ops_of
 from ..nn.adapted import Lora
-from ..settings import Settings
+from ..settings import Settings, in_bytes
 from ..suits import refuse_unused
 from ..targets import targets
 from .cards import CARDS, LAUNCH, Card, seconds
@@ -213,7 +213,9 @@ class Steps:
     def _carries(self) -> bool:
         """Whether packs carry what a tower made, in place of media."""
         tower = self.measure.tower
-        return tower is not None and not tower.trained and self.settings.media_cache_gb > 0
+        return (
+            tower is not None and not tower.trained and in_bytes(self.settings.media_cache_gb) > 0
+        )
 
     def _batch(self, lengths: Lengths) -> int:
         """Bytes of a pack and its media, and of what is derived from them."""
