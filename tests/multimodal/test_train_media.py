@@ -354,6 +354,14 @@ def test_rows_with_media_without_the_plugin_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_group_of_the_tower_without_the_plugin(
+    base: Path, text_rows: Path, tmp_path: Path
+) -> None:
+    ended = run(base, text_rows, tmp_path / "out", "target_groups=[vision]", without=True)
+    assert "QC-LORA-001" in ended.err
+    assert "or install the plugin that owns model.visual" in ended.err
+
+
 def test_rows_with_media_for_a_model_of_text_are_refused(rows: Path, tmp_path: Path) -> None:
     write(tmp_path / "text")
     with pytest.raises(InputError, match="this checkpoint is of text alone") as caught:

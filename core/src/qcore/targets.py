@@ -41,7 +41,7 @@ def targets(
     """
     table = layout.table
     allowed = [name for name, aim in table.groups.items() if aim is not Aim.NEVER]
-    _check_names("target_groups", asked, allowed)
+    _check_names("target_groups", asked, allowed, owned_by_none=sorted(layout.carried_roots()))
     groups = set(asked) or {name for name, aim in table.groups.items() if aim is Aim.ON}
     ranks, alphas = group_r or {}, group_lora_alpha or {}
     chosen = {
@@ -69,7 +69,10 @@ def targets(
     return chosen
 
 
-def _check_names(field: str, names: Iterable[str], allowed: Sequence[str]) -> None:
+def _check_names(
+    field: str, names: Iterable[str], allowed: Sequence[str], owned_by_none: Sequence[str] = ()
+) -> None:
+    more = f", or install the plugin that owns {' and '.join(owned_by_none)}"
     for name in names:
         if name not in allowed:
             words = "is not a LoRA group of this model"
@@ -79,7 +82,7 @@ def _check_names(field: str, names: Iterable[str], allowed: Sequence[str]) -> No
                 field=field,
                 found=name,
                 expected=", ".join(allowed),
-                fix=f"name groups among {', '.join(allowed)}",
+                fix=f"name groups among {', '.join(allowed)}{more if owned_by_none else ''}",
             )
 
 

@@ -42,7 +42,12 @@ def _option(kind: str) -> click.Option:
     )
 
 
-@click.command("generate", cls=_WithMedia)
+@click.command(
+    "generate",
+    cls=_WithMedia,
+    epilog="Options of media come with the plugin that reads them; qcore plugins list shows those "
+    "that are installed.",
+)
 @click.argument("model")
 @click.option("--prompt", required=True, help="What the user says.")
 @click.option("--system", default="", help="The system turn.")
