@@ -156,7 +156,7 @@ def test_stock_pefts_read_and_merged(exact: dict[str, Path], tmp_path: Path, rec
     told = read_adapter(out, identify(str(base)).layout, trust_base=True)
     assert told.pairs.keys() == expected
     in_tower = {name for name in expected if name.startswith(TOWER)}
-    flags = {"kinds": [], "tower_changed": True, "pairs": len(in_tower)}
+    flags = {"kinds": [], "keys": {}, "tower_changed": True, "pairs": len(in_tower)}
     if in_tower:
         assert told.modalities == {"vision": {**flags, "plugin": "qcore-multimodal"}}
     else:
@@ -204,7 +204,7 @@ def test_exactly_the_tower_changes(bases: dict[str, Path], tmp_path: Path, kind:
         delta = lora[f"{stem}_B.weight"].double() @ lora[f"{stem}_A.weight"].double()
         assert torch.equal(after[name], (before[name].double() + 6 / 4 * delta).to(torch.bfloat16))
     assert verify(merged).ok
-    flags = {"kinds": ["image", "video"], "tower_changed": True, "pairs": 6}
+    flags = {"kinds": ["image", "video"], "keys": {}, "tower_changed": True, "pairs": 6}
     (entry,) = read_manifest(merged).meta["merged"]
     assert entry["modalities"] == {"vision": {**flags, "plugin": "qcore-multimodal"}}
 
@@ -262,7 +262,13 @@ def test_a_frozen_tower_that_saw_media_is_bound_too(base: Path, tmp_path: Path) 
     out = tmp_path / "adapter"
     adapted(base, out, ("attn",), media={"video": 4})
     told = read_adapter(out, identify(str(base)).layout)
-    flags = {"kinds": ["video"], "tower_changed": False, "pairs": 0, "plugin": "qcore-multimodal"}
+    flags = {
+        "kinds": ["video"],
+        "keys": {},
+        "tower_changed": False,
+        "pairs": 0,
+        "plugin": "qcore-multimodal",
+    }
     assert told.modalities == {"vision": flags}
     assert set(told.fingerprints) == {"text", "vision"}
     # Text alone runs without the tower, media with it.

@@ -103,7 +103,10 @@ class Adapter:
         for pair in self.pairs.values():
             part = pair.tensor.part
             if part.name != self.trunk:
-                one = {"kinds": [], "tower_changed": True, "pairs": 0, "plugin": part.owner}
+                one = {
+                    "kinds": [], "keys": {}, "tower_changed": True, "pairs": 0,
+                    "plugin": part.owner,
+                }  # fmt: skip
                 found.setdefault(part.name, one)["pairs"] += 1
         return found
 
