@@ -162,7 +162,7 @@ def test_ours_is_read_back_over_both_parts(layout: Layout, tmp_path: Path) -> No
     assert told.namespace is namespace(layout, "vl")
     assert told.parts == {"text", "sight"}
     assert told.trunk == "text"
-    flags = {"kinds": [], "tower_changed": True, "pairs": 3, "plugin": "qcore-sight"}
+    flags = {"kinds": [], "keys": {}, "tower_changed": True, "pairs": 3, "plugin": "qcore-sight"}
     assert told.modalities == {"sight": flags}
 
 
