@@ -310,9 +310,19 @@ def test_other_pictures_are_another_run(
         start(base, mine / "rows.jsonl", tmp_path / "out", RUN)
     stop_at(monkeypatch, 99)
     drawn(mine / "0.png", 99, 64, 64)
-    with pytest.raises(InputError, match="media") as caught:
+    with pytest.raises(InputError) as caught:
         start(base, mine / "rows.jsonl", tmp_path / "out", RUN, resume=True)
     assert caught.value.code == "QC-RESUME-002"
+    assert caught.value.field == "line 2, medium 1"
+    assert caught.value.file == str(mine / "rows.jsonl")
+    (tmp_path / "out.run" / "media.txt").write_text("2 1")  # damaged, or of another hand
+    with pytest.raises(InputError) as caught:
+        start(base, mine / "rows.jsonl", tmp_path / "out", RUN, resume=True)
+    assert caught.value.field == "line 2, medium 1"
+    (tmp_path / "out.run" / "media.txt").unlink()
+    with pytest.raises(InputError) as caught:
+        start(base, mine / "rows.jsonl", tmp_path / "out", RUN, resume=True)
+    assert caught.value.field == "media"
 
 
 @pytest.fixture(scope="module")

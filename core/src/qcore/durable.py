@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -72,6 +72,27 @@ def create(path: Path) -> int:
     """A descriptor of a new file; an existing one, link or not, is an error."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(path, flags, 0o666)
+
+
+def rewrite(path: Path, chunks: Iterable[bytes]) -> None:
+    """Put a file in place of what is there, whole or not at all.
+
+    Raises:
+        WriteError: ``QC-WRITE-003`` to ``-006``.
+    """
+    fresh = path.with_name(f"{path.name}.new")
+    with writing(path):
+        if fresh.exists():  # of a run that died here
+            os.unlink(fresh)
+        fd = create(fresh)
+        try:
+            for chunk in chunks:
+                write_all(fd, memoryview(chunk))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(fresh, path)
+        sync_folder(path.parent)
 
 
 def sync_folder(path: Path) -> None:

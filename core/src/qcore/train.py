@@ -26,11 +26,12 @@ from .data.dataset import Dataset, dataset
 from .data.mask import load_tokenizer
 from .data.media import MediaReader
 from .device import DTYPES, pick_device
-from .errors import Interrupted, NumericError
+from .errors import InputError, Interrupted, NumericError
 from .identify import Identified, classes_of, identify
 from .kernels import Chosen, check_names, choose, installed
 from .load import load
 from .loop import Loop
+from .media_list import first_changed, note_media
 from .model import Model, ops_of
 from .nn.adapted import Lora
 from .nn.again import POLICIES
@@ -113,6 +114,7 @@ def train(
         loop = Loop(net, rows, settings, where, plan.policies, plan.together, reader)
         start = _resume(files, loop, folder, tell) if resume else 0
         keep(folder, plan)
+        note_media(folder, rows, resume=resume)
         log.truncate_after(start)
         watch.loaded()
         first, last = first_loss(folder / METRICS), math.nan
@@ -264,7 +266,14 @@ def _before(
     changed: dict[str, str] = {}
     if last is not None:
         now = identity(found, settings, rows.summary(), device.type, backends.backends)
-        changed = compare(last[1], now)
+        try:
+            changed = compare(last[1], now)
+        except InputError as error:
+            if error.field == "media" and (which := first_changed(folder, rows)):
+                error = InputError(
+                    error.code, error.what, file=rows.path, field=which, fix=error.fix
+                )
+            raise error from None
     before, said = kept(folder, POLICIES)
     if not changed.keys().isdisjoint(SAME_NUMBERS):  # the settings ask for other policies
         before, said = replace(before, policies=()), []

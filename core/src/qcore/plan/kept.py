@@ -8,12 +8,11 @@ under another one, and says so. It imports no torch.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..durable import create, reading, sync_folder, write_all, writing
+from ..durable import reading, rewrite
 from .beside import RunPlan
 
 PLAN = "plan.json"
@@ -39,22 +38,10 @@ def keep(folder: Path, plan: RunPlan) -> None:
     Raises:
         WriteError: ``QC-WRITE-003`` to ``-006``.
     """
-    path, fresh = folder / PLAN, folder / (PLAN + ".new")
     values = {
         "policies": list(plan.policies), "together": plan.together, "plan": plan.as_json(),
     }  # fmt: skip
-    text = json.dumps(values, indent=1)
-    with writing(path):
-        if fresh.exists():  # of a run that died here
-            os.unlink(fresh)
-        fd = create(fresh)
-        try:
-            write_all(fd, memoryview((text + "\n").encode()))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(fresh, path)
-        sync_folder(folder)
+    rewrite(folder / PLAN, [(json.dumps(values, indent=1) + "\n").encode()])
 
 
 def kept(folder: Path, known: Collection[str]) -> tuple[Before, list[str]]:
