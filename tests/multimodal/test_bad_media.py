@@ -394,6 +394,16 @@ def test_a_superseded_index_is_no_second_one(reader: Any) -> None:
     assert reader.read(payload(data + old, "video")).grid[0] == 2
 
 
+def test_what_is_decoded_is_bounded_too(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header tells of two frames only, and all of them come."""
+    from qcore_multimodal import videos
+
+    monkeypatch.setattr(videos._Film, "_scan", lambda film: (2, 30.0))
+    monkeypatch.setattr(videos, "MOST_FILMED", 30 * 64 * 48)
+    assert reader.read(payload(mp4(), "video")).grid[0] == 2
+    refused(reader, payload(mp4(31), "video"), "QC-VISION-030", "95232 in 31 frames")
+
+
 def test_packets_are_counted_in_constant_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from qcore_multimodal import videos
 
@@ -525,7 +535,7 @@ from support.media_kit import bare_png, checkpoint, file_payload
 from qcore.data.jsonl import BadRow
 from qcore_multimodal.reader import Reader
 from PIL import Image
-reader = Reader(checkpoint(Path(sys.argv[1])))
+reader = Reader(checkpoint(Path(sys.argv[1])), tell=sys.stderr.write)
 part = file_payload(Path(sys.argv[2]))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 before = peak()

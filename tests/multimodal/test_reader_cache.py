@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -158,6 +159,48 @@ def test_a_film_that_is_written_to_while_it_is_decoded(
     assert not cache_home.exists()
 
 
+def test_a_film_that_is_damaged_by_what_is_written_to_it(
+    reader: Any, tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read is then half of two files, which is no fault of either."""
+    from qcore_multimodal import videos
+
+    path = tmp_path / "a.mkv"
+    path.write_bytes(video(frames(9, 64, 64), 2))
+    real, part = videos.process, file_payload(path, "video")
+
+    def process(*arguments: Any) -> Any:
+        path.write_bytes(b"x" * 1000)
+        return real(*arguments)
+
+    monkeypatch.setattr(videos, "process", process)
+    with pytest.raises(BadRow, match="is not what it was") as caught:
+        reader.read(part)
+    assert caught.value.code == "QC-VISION-042"
+    assert caught.value.__suppress_context__
+    assert not cache_home.exists()
+
+
+def test_a_film_whose_frames_come_and_go(
+    reader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another number of them at every reading, by what is written to it meanwhile."""
+    from qcore_multimodal import videos
+
+    path = tmp_path / "a.mkv"
+    path.write_bytes(video(frames(9, 64, 64), 2))
+    real, passes, part = videos._Film.frames, iter((7, 5)), file_payload(path, "video")
+
+    def frames_of(film: Any) -> Any:
+        with path.open("ab") as file:
+            file.write(b"x")
+        return itertools.islice(real(film), next(passes))
+
+    monkeypatch.setattr(videos._Film, "frames", frames_of)
+    with pytest.raises(BadRow, match="is not what it was"):
+        reader.read(part)
+
+
 def test_another_processor_decodes_again(
     new_reader: Callable[[], Any], shared: Path, tmp_path: Path
 ) -> None:
@@ -170,7 +213,7 @@ def test_another_processor_decodes_again(
     for name in FILES:
         content = json.loads((shared / "skus" / "processor" / name).read_text())
         (folder / name).write_text(json.dumps(content | {"image_mean": [0.5, 0.4, 0.5]}))
-    other = Reader(checkpoint(folder)).read(payload(png()))
+    other = Reader(checkpoint(folder), print).read(payload(png()))
     assert other.digest != new_reader().read(payload(png())).digest
 
 
@@ -379,7 +422,7 @@ from pathlib import Path
 import torch
 from support.media_kit import checkpoint, payload, picture, saved
 from qcore_multimodal.reader import Reader
-reader = Reader(checkpoint(Path(sys.argv[1])))
+reader = Reader(checkpoint(Path(sys.argv[1])), tell=sys.stderr.write)
 total = 0
 for turn in range(3):
     for seed in range(12):
