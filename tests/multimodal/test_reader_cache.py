@@ -375,6 +375,72 @@ def test_a_disk_too_full_for_what_rows_hold(reader: Any, monkeypatch: pytest.Mon
     assert "\n" not in caught.value.message
 
 
+_NOWHERE = """
+import sys
+from pathlib import Path
+from qcore.data.media import Payload
+from qcore.errors import WriteError
+from qcore_multimodal.origins import Origins
+try:
+    origins = Origins()
+    for number in range(8):
+        name = str(number)
+        origins.add(name, Payload(kind="image", sha256=name, data=bytes(10**6), options={}))
+except WriteError as error:
+    print(error.code, error.message, "|", error.fix)
+"""
+
+
+def test_no_folder_for_temporary_files() -> None:
+    """No file can be opened any more, as root may write in every folder that SQLite would take."""
+    limit = "import sqlite3, resource; resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))"
+    code = _NOWHERE.replace("try:", f"{limit}\ntry:")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("QC-WRITE-005 ")
+    assert "unable to open database file" in done.stdout
+    assert "TMPDIR" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "code"),
+    [("OperationalError", "SQLITE_IOERR_WRITE", "QC-WRITE-004"),
+     ("OperationalError", "SQLITE_IOERR_GETTEMPPATH", "QC-WRITE-005"),
+     ("OperationalError", "SQLITE_READONLY_DBMOVED", "QC-WRITE-005"),
+     ("OperationalError", "SQLITE_PERM", "QC-WRITE-005"),
+     ("DatabaseError", "SQLITE_CORRUPT", "QC-WRITE-006"),
+     ("ProgrammingError", None, "QC-WRITE-006")],
+)  # fmt: skip
+def test_what_sqlite_raises(error: str, number: str | None, code: str) -> None:
+    import sqlite3
+
+    from qcore_multimodal import origins
+
+    raised = getattr(sqlite3, error)("its own words")
+    if number is not None:
+        raised.sqlite_errorcode = getattr(sqlite3, number)
+    with pytest.raises(WriteError, match="its own words") as caught, origins._kept():
+        raise raised
+    assert caught.value.code == code
+    assert "TMPDIR" in (caught.value.fix or "")
+
+
+def test_the_file_is_closed_with_its_reader() -> None:
+    import sqlite3
+
+    from qcore_multimodal.origins import Origins
+
+    origins = Origins()
+    base = origins._base
+    del origins
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        base.execute("SELECT 1")
+
+
+def test_a_run_of_text_needs_no_sqlite() -> None:
+    code = "import sys, qcore_multimodal.reader; sys.exit('sqlite3' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("value", ["", "many", "0", "-1", "nan", "inf"])
 def test_a_bound_that_is_none(
     new_reader: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, value: str
