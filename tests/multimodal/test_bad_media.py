@@ -188,7 +188,7 @@ def last(data: bytes, name: bytes, at: int, number: int) -> bytes:
     return data[:at] + struct.pack(">I", number) + data[at + 4 :]
 
 
-#: Files of a few thousand bytes of which FFmpeg would make an index of a hundred million entries.
+#: Small files whose tables tell FFmpeg of a hundred million samples, of which it makes an index.
 HUGE: dict[str, tuple[Make, str]] = {
     "in hoov": (lambda: renamed(named(mp4(), b"stsz", 0, 1, MANY), b"hoov"), "QC-VISION-034"),
     "in free": (lambda: renamed(named(mp4(), b"stsz", 0, 1, MANY), b"free"), "QC-VISION-034"),
@@ -211,7 +211,7 @@ HUGE: dict[str, tuple[Make, str]] = {
         ">I4s", 8 + 16 + 12 * 9000, b"edts") + box(
         b"elst", 0, 9000, *(1000, 0, 1 << 16) * 9000)), "QC-VISION-039"),
     "in chunks of raw sound": (
-        lambda: last(raw_sound(), b"stsc", 12, 0xFFFFFFFF), "QC-VISION-039"),
+        lambda: last(raw_sound(), b"stsc", 12, 0x7FFFFFFF), "QC-VISION-039"),
 }  # fmt: skip
 
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nhttp://127.0.0.1:9/a.ts\n"
