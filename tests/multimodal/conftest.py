@@ -25,10 +25,10 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def new_reader(cache_home: Path, shared: Path) -> Callable[..., Any]:
     """Makes readers of one cache; `tell` takes what they say."""
 
-    def make(**given: Any) -> Any:
+    def make(tell: Callable[[str], None] = lambda line: None) -> Any:
         from qcore_multimodal.reader import Reader
 
-        return Reader(checkpoint(shared / "skus" / "processor"), **given)
+        return Reader(checkpoint(shared / "skus" / "processor"), tell)
 
     return make
 

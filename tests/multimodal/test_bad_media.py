@@ -138,6 +138,82 @@ def packed_header() -> bytes:
     return data[:at] + b"cmov" + data[at + 4 :]
 
 
+def inside(data: bytes, *names: bytes, put: bytes) -> bytes:
+    """A file with bytes more at the end of a box of its first track, all sizes right.
+
+    Boxes are named from the outside; what lies behind them must need no offset.
+    """
+    starts, at = [], 0
+    for name in names:
+        at = data.index(name, at) - 4
+        starts.append(at)
+        at += 8
+    end = starts[-1] + int.from_bytes(data[starts[-1] : starts[-1] + 4], "big")
+    made = bytearray(data)
+    for start in starts:
+        made[start : start + 4] = (
+            int.from_bytes(made[start : start + 4], "big") + len(put)
+        ).to_bytes(4, "big")
+    return bytes(made[:end]) + put + bytes(made[end:])
+
+
+def box(name: bytes, *numbers: int) -> bytes:
+    return struct.pack(">I4s", 8 + 4 * len(numbers), name) + struct.pack(
+        f">{len(numbers)}I", *numbers
+    )
+
+
+MANY = 150_000_000
+STBL = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
+STSZ = box(b"stsz", 0, 1, MANY)
+LONG = struct.pack(">I4sQ", 1, b"stsz", 28) + STSZ[8:]  # its size in eight bytes
+SOUND = box(b"hdlr", 0, 0, int.from_bytes(b"soun", "big")) + box(b"stts", 0, 1, MANY, 1)
+
+
+def renamed(data: bytes, name: bytes) -> bytes:
+    return data.replace(b"moov", name)
+
+
+def early(data: bytes) -> bytes:
+    """A MOV whose last stsz lies before its track's stts, as is legal."""
+    at = data.rindex(b"stsz") - 4
+    size = int.from_bytes(data[at : at + 4], "big")
+    to = data.rindex(b"stts") - 4
+    return data[:to] + data[at : at + size] + data[to:at] + data[at + size :]
+
+
+def last(data: bytes, name: bytes, at: int, number: int) -> bytes:
+    """A file of whose last box of a name one number is another."""
+    at += data.rindex(name) + 4
+    return data[:at] + struct.pack(">I", number) + data[at + 4 :]
+
+
+#: Small files whose tables tell FFmpeg of a hundred million samples, of which it makes an index.
+HUGE: dict[str, tuple[Make, str]] = {
+    "in hoov": (lambda: renamed(named(mp4(), b"stsz", 0, 1, MANY), b"hoov"), "QC-VISION-034"),
+    "in free": (lambda: renamed(named(mp4(), b"stsz", 0, 1, MANY), b"free"), "QC-VISION-034"),
+    "in skip": (lambda: renamed(named(mp4(), b"stsz", 0, 1, MANY), b"skip"), "QC-VISION-034"),
+    "in a sample's description": (
+        lambda: inside(mp4(), *STBL, b"stsd", b"avc1", put=STSZ), "QC-VISION-039"),
+    "in meta": (lambda: inside(mp4(), *STBL, put=struct.pack(
+        ">I4sI", 12 + len(STSZ), b"meta", 0) + STSZ), "QC-VISION-039"),
+    "in wave": (lambda: inside(mp4(), *STBL, put=struct.pack(
+        ">I4s", 8 + len(STSZ), b"wave") + STSZ), "QC-VISION-039"),
+    "of a long size": (lambda: inside(mp4(), *STBL, put=LONG), "QC-VISION-039"),
+    "of no size": (lambda: inside(mp4(), *STBL, put=bytes(4) + STSZ[4:]), "QC-VISION-039"),
+    "behind another name": (
+        lambda: inside(mp4(), *STBL, put=b"\0\0el" + STSZ[4:]), "QC-VISION-039"),
+    "of sound, then not": (lambda: inside(
+        mp4(), *STBL, put=SOUND + STSZ + box(b"stts", 0, 1, MANY, 2)), "QC-VISION-039"),
+    "of sound, then of video": (lambda: inside(
+        mp4(), *STBL, put=SOUND + STSZ + SOUND.replace(b"soun", b"vide")), "QC-VISION-039"),
+    "of edits": (lambda: inside(mp4(), b"moov", b"trak", put=struct.pack(
+        ">I4s", 8 + 16 + 12 * 9000, b"edts") + box(
+        b"elst", 0, 9000, *(1000, 0, 1 << 16) * 9000)), "QC-VISION-039"),
+    "in chunks of raw sound": (
+        lambda: last(raw_sound(), b"stsc", 12, 0x7FFFFFFF), "QC-VISION-039"),
+}  # fmt: skip
+
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nhttp://127.0.0.1:9/a.ts\n"
 
 IMAGES: dict[str, tuple[Make, str, str]] = {
@@ -193,6 +269,12 @@ VIDEOS: dict[str, tuple[Make, str, str]] = {
         lambda: named(mp4(), b"stsz", 0, 1, 150_000_000), "QC-VISION-039", "150000000"),
     "fragments that no file holds": (
         lambda: named(fragmented(), b"trun", 1, 150_000_000), "QC-VISION-039", "150000000"),
+    **{
+        f"too many samples {name}": (make, code, "samples in" if code[-1] == "9" else "free")
+        for name, (make, code) in HUGE.items()
+    },
+    "a description behind its track": (
+        lambda: named(mp4(), b"stsd", 0, 1, 1 << 20), "QC-VISION-035", "1048576 bytes"),
     "a packed index": (packed_header, "QC-VISION-034", "cmov"),
     "sound alone": (sound, "QC-VISION-036", "audio"),
     "one frame": (lambda: mp4(1), "QC-VISION-037", '"image"'),
@@ -289,19 +371,37 @@ def test_a_count_that_differs_at_every_reading(
 
 
 def test_samples_of_a_film_are_bounded(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FFmpeg holds some forty bytes of each; of raw sound, which has one at a time, none."""
+    """FFmpeg holds some forty bytes of each; of raw sound, of some hundred together."""
     from qcore_multimodal import containers
 
-    assert reader.read(payload(fragmented(), "video")).grid[0] == 2
-    monkeypatch.setattr(containers, "MOST_SAMPLES", 30)
-    for make in (mp4, fragmented, raw_sound):
+    films = {mp4: 30, fragmented: 30, raw_sound: 80, lambda: early(raw_sound()): 80}
+    for make, most in films.items():
+        monkeypatch.setattr(containers, "MOST_SAMPLES", most)
         assert reader.read(payload(make(), "video", fps=3)).grid[0] == 2
-    monkeypatch.setattr(containers, "MOST_SAMPLES", 29)
-    for make in (mp4, fragmented, raw_sound):
-        refused(reader, payload(make(), "video", fps=4), "QC-VISION-039", "at most 29")
+    for make, most in films.items():
+        monkeypatch.setattr(containers, "MOST_SAMPLES", most - 1)
+        refused(reader, payload(make(), "video", fps=4), "QC-VISION-039", f"at most {most - 1}")
     monkeypatch.setattr(containers, "MOST_SAMPLES", 30)
-    monkeypatch.setattr(containers, "MOST_BOXES", 20)
+    monkeypatch.setattr(containers, "MOST_BOXES", 5)
     refused(reader, payload(mp4(), "video", fps=4), "QC-VISION-039", "boxes")
+
+
+def test_a_superseded_index_is_no_second_one(reader: Any) -> None:
+    """As editors leave one behind that write theirs at the end of the file."""
+    data = mp4()
+    at = data.index(b"moov") - 4
+    old = b"free".join(data[at:].split(b"moov"))
+    assert reader.read(payload(data + old, "video")).grid[0] == 2
+
+
+def test_what_is_decoded_is_bounded_too(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header tells of two frames only, and all of them come."""
+    from qcore_multimodal import videos
+
+    monkeypatch.setattr(videos._Film, "_scan", lambda film: (2, 30.0))
+    monkeypatch.setattr(videos, "MOST_FILMED", 30 * 64 * 48)
+    assert reader.read(payload(mp4(), "video")).grid[0] == 2
+    refused(reader, payload(mp4(31), "video"), "QC-VISION-030", "95232 in 31 frames")
 
 
 def test_packets_are_counted_in_constant_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,7 +535,7 @@ from support.media_kit import bare_png, checkpoint, file_payload
 from qcore.data.jsonl import BadRow
 from qcore_multimodal.reader import Reader
 from PIL import Image
-reader = Reader(checkpoint(Path(sys.argv[1])))
+reader = Reader(checkpoint(Path(sys.argv[1])), tell=sys.stderr.write)
 part = file_payload(Path(sys.argv[2]))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 before = peak()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -158,6 +159,48 @@ def test_a_film_that_is_written_to_while_it_is_decoded(
     assert not cache_home.exists()
 
 
+def test_a_film_that_is_damaged_by_what_is_written_to_it(
+    reader: Any, tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read is then half of two files, which is no fault of either."""
+    from qcore_multimodal import videos
+
+    path = tmp_path / "a.mkv"
+    path.write_bytes(video(frames(9, 64, 64), 2))
+    real, part = videos.process, file_payload(path, "video")
+
+    def process(*arguments: Any) -> Any:
+        path.write_bytes(b"x" * 1000)
+        return real(*arguments)
+
+    monkeypatch.setattr(videos, "process", process)
+    with pytest.raises(BadRow, match="is not what it was") as caught:
+        reader.read(part)
+    assert caught.value.code == "QC-VISION-042"
+    assert caught.value.__suppress_context__
+    assert not cache_home.exists()
+
+
+def test_a_film_whose_frames_come_and_go(
+    reader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another number of them at every reading, by what is written to it meanwhile."""
+    from qcore_multimodal import videos
+
+    path = tmp_path / "a.mkv"
+    path.write_bytes(video(frames(9, 64, 64), 2))
+    real, passes, part = videos._Film.frames, iter((7, 5)), file_payload(path, "video")
+
+    def frames_of(film: Any) -> Any:
+        with path.open("ab") as file:
+            file.write(b"x")
+        return itertools.islice(real(film), next(passes))
+
+    monkeypatch.setattr(videos._Film, "frames", frames_of)
+    with pytest.raises(BadRow, match="is not what it was"):
+        reader.read(part)
+
+
 def test_another_processor_decodes_again(
     new_reader: Callable[[], Any], shared: Path, tmp_path: Path
 ) -> None:
@@ -170,7 +213,7 @@ def test_another_processor_decodes_again(
     for name in FILES:
         content = json.loads((shared / "skus" / "processor" / name).read_text())
         (folder / name).write_text(json.dumps(content | {"image_mean": [0.5, 0.4, 0.5]}))
-    other = Reader(checkpoint(folder)).read(payload(png()))
+    other = Reader(checkpoint(folder), print).read(payload(png()))
     assert other.digest != new_reader().read(payload(png())).digest
 
 
@@ -332,6 +375,72 @@ def test_a_disk_too_full_for_what_rows_hold(reader: Any, monkeypatch: pytest.Mon
     assert "\n" not in caught.value.message
 
 
+_NOWHERE = """
+import sys
+from pathlib import Path
+from qcore.data.media import Payload
+from qcore.errors import WriteError
+from qcore_multimodal.origins import Origins
+try:
+    origins = Origins()
+    for number in range(8):
+        name = str(number)
+        origins.add(name, Payload(kind="image", sha256=name, data=bytes(10**6), options={}))
+except WriteError as error:
+    print(error.code, error.message, "|", error.fix)
+"""
+
+
+def test_no_folder_for_temporary_files() -> None:
+    """No file can be opened any more, as root may write in every folder that SQLite would take."""
+    limit = "import sqlite3, resource; resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))"
+    code = _NOWHERE.replace("try:", f"{limit}\ntry:")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("QC-WRITE-005 ")
+    assert "unable to open database file" in done.stdout
+    assert "TMPDIR" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "code"),
+    [("OperationalError", "SQLITE_IOERR_WRITE", "QC-WRITE-004"),
+     ("OperationalError", "SQLITE_IOERR_GETTEMPPATH", "QC-WRITE-005"),
+     ("OperationalError", "SQLITE_READONLY_DBMOVED", "QC-WRITE-005"),
+     ("OperationalError", "SQLITE_PERM", "QC-WRITE-005"),
+     ("DatabaseError", "SQLITE_CORRUPT", "QC-WRITE-006"),
+     ("ProgrammingError", None, "QC-WRITE-006")],
+)  # fmt: skip
+def test_what_sqlite_raises(error: str, number: str | None, code: str) -> None:
+    import sqlite3
+
+    from qcore_multimodal import origins
+
+    raised = getattr(sqlite3, error)("its own words")
+    if number is not None:
+        raised.sqlite_errorcode = getattr(sqlite3, number)
+    with pytest.raises(WriteError, match="its own words") as caught, origins._kept():
+        raise raised
+    assert caught.value.code == code
+    assert "TMPDIR" in (caught.value.fix or "")
+
+
+def test_the_file_is_closed_with_its_reader() -> None:
+    import sqlite3
+
+    from qcore_multimodal.origins import Origins
+
+    origins = Origins()
+    base = origins._base
+    del origins
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        base.execute("SELECT 1")
+
+
+def test_a_run_of_text_needs_no_sqlite() -> None:
+    code = "import sys, qcore_multimodal.reader; sys.exit('sqlite3' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("value", ["", "many", "0", "-1", "nan", "inf"])
 def test_a_bound_that_is_none(
     new_reader: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, value: str
@@ -379,7 +488,7 @@ from pathlib import Path
 import torch
 from support.media_kit import checkpoint, payload, picture, saved
 from qcore_multimodal.reader import Reader
-reader = Reader(checkpoint(Path(sys.argv[1])))
+reader = Reader(checkpoint(Path(sys.argv[1])), tell=sys.stderr.write)
 total = 0
 for turn in range(3):
     for seed in range(12):

@@ -34,7 +34,7 @@ def opened(folder: Path, config: dict[str, Any] | None = None) -> Any:
     """A reader that has seen both kinds."""
     from qcore_multimodal.reader import Reader
 
-    reader = Reader(checkpoint(folder, config))
+    reader = Reader(checkpoint(folder, config), print)
     reader.read(payload(saved(picture("RGB", 64, 64), "PNG")))
     reader.read(payload(animated(3), "video"))
     return reader
@@ -93,7 +93,7 @@ def test_images_are_read_without_the_file_for_video(folder: Path) -> None:
     from qcore_multimodal.reader import Reader
 
     (folder / VIDEO).unlink()
-    reader = Reader(checkpoint(folder))
+    reader = Reader(checkpoint(folder), print)
     assert reader.read(payload(saved(picture("RGB", 64, 64), "PNG"))).tokens == 64
 
 

@@ -4,7 +4,9 @@ This file decides which containers FFmpeg is asked to open, and that a file is a
 FFmpeg's own probing would also find playlists and lists of files, which name further files and
 addresses; and where a Matroska or an AVI was cut it stops without a word. Of an MP4 it makes an
 index of all samples when it opens it, as many as a few bytes say that there are: those are counted
-before. Nothing is decoded here.
+before. Tables are searched by their names in all bytes but those of the media, and not by what they
+are nested in, of which FFmpeg has many ideas: four bytes of a picture in ``moov`` that happen to be
+such a name would be counted too, once in a thousand million. Nothing is decoded here.
 
 - ``QC-VISION-034`` not a container that is read.
 - ``QC-VISION-035`` cut short.
@@ -14,23 +16,28 @@ before. Nothing is decoded here.
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator
 from itertools import islice
 from typing import BinaryIO, Final
+
+import numpy as np
 
 from qcore.data.jsonl import BadRow
 
 _MOV: Final = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 _EBML: Final = b"\x1a\x45\xdf\xa3"
 _SEGMENT: Final = b"\x18\x53\x80\x67"
-_NESTED: Final = frozenset(
-    (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf", b"udta", b"edts", b"dinf",
-     b"mvex", b"tref")
-)  # fmt: skip
-_DEEPEST: Final = 10  # as FFmpeg has it
+_LEAVES: Final = frozenset((b"mdat", b"free", b"skip", b"wide", b"uuid"))  # hold no table
+_TABLE: Final = re.compile(rb"(?=(stsz|stz2|trun|elst|stco|co64|stsc|stts|stsd|hdlr|cmov))")
+_SOUND: Final = frozenset((b"soun", b"alis", b"rsrc", b"url ", b"mdir", b"mdta"))
+_TOGETHER: Final = 160  # samples of raw sound that are one entry, at least
+_BEHIND: Final = 24  # bytes behind a box that FFmpeg may take for numbers of a table cut short
+_MOST_TABLES: Final = 100  # of one track, which has some eight
+_LONGEST: Final = 1 << 28  # bytes of a track's tables, which are read whole
 # Not final, as tests lower them.
-MOST_BOXES = 2_000_000  #: of an MP4, those in others too; a fragment has some eight
+MOST_BOXES = 2_000_000  #: of an MP4, at its top and in ``moov``; a fragment has two
 MOST_SAMPLES = 10_000_000  #: of an MP4, of all its tracks
 _READ: Final = "MP4, MOV, Matroska, WebM, AVI, or animated GIF, WebP or PNG"
 
@@ -39,7 +46,7 @@ def demuxer(file: BinaryIO) -> str | None:
     """FFmpeg's name of a file's container, found whole; ``None`` for a picture.
 
     Raises:
-        BadRow: ``QC-VISION-034``, ``QC-VISION-035``.
+        BadRow: ``QC-VISION-034``, ``-035``, ``-039``.
     """
     start = file.read(16)
     size = file.seek(0, os.SEEK_END)
@@ -103,37 +110,119 @@ def _end_of_boxes(file: BinaryIO, size: int) -> int:
 def _check_samples(file: BinaryIO, size: int) -> None:
     """Refuse more samples than a file can hold, or than are read (``QC-VISION-039``)."""
     most, count = min(size, MOST_SAMPLES), 0
-    sound = single = False
-    for boxes, (name, body) in enumerate(_all_boxes(file, 0, size), 1):
+    for boxes, (name, body, stop) in enumerate(_pieces(file, size), 1):
         if boxes > MOST_BOXES:
             raise _too_many(f"more than {MOST_BOXES} boxes", f"at most {MOST_BOXES}")
-        numbers = struct.unpack(">4I", body.ljust(16, b"\0"))
-        if name == b"trak":
-            sound = single = False
-        elif name == b"hdlr" and body[8:12] in (b"soun", b"vide"):
-            sound = body[8:12] == b"soun"  # a MOV has a second one, of where its data lie
-        elif name == b"stts":
-            single = numbers[1] == numbers[3] == 1
-        elif name in (b"stsz", b"stz2") and not (sound and single):
-            count += numbers[2]  # of raw sound FFmpeg makes no index
-        elif name == b"trun":
-            count += numbers[1]
-        elif name == b"cmov":
-            raise BadRow(
-                "QC-VISION-034", "has an index that is compressed", found="a box cmov",
-                expected=_READ, fix="convert it to MP4",
-            )  # fmt: skip
+        if name in _LEAVES or not name.isalnum():
+            continue
+        if stop - body > _LONGEST:
+            raise _too_many(f"a box {name.decode()} of {stop - body} bytes", f"at most {_LONGEST}")
+        file.seek(body)
+        wanted = stop - body + _BEHIND
+        count += _entries(name, file.read(wanted).ljust(wanted, b"\0"))
         if count > most:
             raise _too_many(f"{count} samples in {size} bytes", f"at most {most}")
 
 
-def _all_boxes(file: BinaryIO, at: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, bytes]]:
-    """Name of every box, and the first 16 bytes of its body."""
-    for name, body, stop in _boxes(file, at, end):
-        file.seek(body)
-        yield name, file.read(min(16, stop - body))
-        if name in _NESTED and depth < _DEEPEST:
-            yield from _all_boxes(file, body, min(stop, end), depth + 1)
+def _pieces(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
+    """Boxes at the top and those in ``moov``: FFmpeg makes an index of each track in it."""
+    index = hidden = False
+    name = b""
+    for name, body, stop in _boxes(file, 0, size):
+        stop = min(stop, size)
+        if name == b"moov":
+            index = True
+            for inner, start, end in _boxes(file, body, stop):
+                yield inner, start, min(end, stop)
+            continue
+        file.seek(body + 4)
+        inside = file.read(4) if name in _LEAVES - {b"mdat"} else b""
+        hidden = hidden or inside in (b"mvhd", b"cmov")
+        if name == b"hoov":
+            break
+        yield name, body, stop
+    # FFmpeg reads one that is free for want of another.
+    if name == b"hoov" or (hidden and not index):
+        raise _no_index("an index that is marked as free")
+
+
+def _entries(name: bytes, data: bytes) -> int:
+    """Entries that FFmpeg's index of a piece has, at most.
+
+    Whatever boxes a table is in counts, as FFmpeg looks for tables in nearly all: its name is
+    searched in the bytes. Where several are of one kind, the worst of them holds.
+    """
+    sizes = fragments = edits = chunks = tables = 0
+    kinds: set[bytes] = set()
+    single, runs = [], []
+    for box, body in _tables(name, data):
+        numbers = struct.unpack_from(">4I", data, body)
+        tables += box != b"trun"
+        if tables > _MOST_TABLES:
+            raise _too_many(f"more than {_MOST_TABLES} tables in one place", "one of a kind")
+        if box == b"cmov":
+            raise _no_index("a box cmov")
+        if box == b"stsd":
+            _check_descriptions(data, body, numbers[1])
+        elif box in (b"stsz", b"stz2"):
+            sizes += numbers[2]
+        elif box == b"trun":
+            fragments += numbers[1]
+        elif box == b"elst":
+            edits = max(edits, min(numbers[1], (len(data) - body) // 12))
+        elif box in (b"stco", b"co64"):
+            chunks = max(chunks, min(numbers[1], (len(data) - body) // 4))
+        elif box == b"stsc":
+            runs.append(body)
+        elif box == b"stts":
+            single.append(numbers[1] == numbers[3] == 1)
+        else:
+            kinds.add(data[body + 8 : body + 12])
+    # Of raw sound the index has a few samples together, by what lies in a chunk.
+    if b"soun" in kinds and kinds <= _SOUND and single and all(single):
+        sizes = sum(_in_chunks(data, body, chunks) for body in runs) // _TOGETHER
+    return (sizes + fragments) * max(edits, 1)  # each edit may show all of them once more
+
+
+def _tables(name: bytes, data: bytes) -> Iterator[tuple[bytes, int]]:
+    """The piece itself where it is a table, and all that look like one in it, by their bodies."""
+    if _TABLE.match(name):
+        yield name, 0
+    for found in _TABLE.finditer(data, 4, len(data) - _BEHIND):
+        at = found.start()
+        length = int.from_bytes(data[at - 4 : at], "big")
+        if length == 1 or length >= 8 or not length:
+            body = at + (12 if length == 1 else 4)
+            if body + 16 <= len(data):
+                yield found[1], body
+
+
+def _check_descriptions(data: bytes, body: int, count: int) -> None:
+    """Refuse one that ends behind its track: FFmpeg would look for tables up to there."""
+    at, end = body + 8, len(data) - _BEHIND
+    while count and at + 8 <= end:
+        length = int.from_bytes(data[at : at + 4], "big")
+        if at + length > end:
+            raise BadRow(
+                "QC-VISION-035", "is damaged: a description of its samples ends behind their track",
+                found=f"{length} bytes", expected=f"at most {end - at}", fix="encode it again",
+            )  # fmt: skip
+        at, count = at + max(length, 8), count - 1
+
+
+def _in_chunks(data: bytes, body: int, chunks: int) -> int:
+    """Samples of all chunks by an ``stsc``: from which chunk on, how many in each."""
+    count = min(int.from_bytes(data[body + 4 : body + 8], "big"), (len(data) - body - 8) // 12)
+    table = np.frombuffer(data, ">u4", 3 * count, body + 8).reshape(-1, 3).astype(np.float64)
+    alike = np.diff(table[:, 0], append=chunks + 1)
+    return int((np.where(alike > 0, alike, chunks) * table[:, 1]).sum())
+
+
+def _no_index(found: str) -> BadRow:
+    return BadRow(
+        "QC-VISION-034", "has an index that is compressed or marked as none", found=found,
+        expected=_READ, fix="convert it to MP4",
+    )  # fmt: skip
 
 
 def _too_many(found: str, expected: str) -> BadRow:

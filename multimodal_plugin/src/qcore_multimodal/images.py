@@ -1,10 +1,10 @@
 """Bytes to pixels by Pillow: what is refused before anything is decoded, and what is converted how.
 
-This file decides which formats and colours are read. Transparency is laid on white and EXIF
-orientation is applied, as transformers' processor and loader do. CMYK becomes RGB by Pillow's rule,
-without colour profiles, as there too; 16 bits of a colour become their upper 8. 16-bit greyscale
-is refused: Pillow, and so transformers, would clip all above 255 to white. Memory is bounded by
-`MAX_PIXELS`: some 1.5 GB for the largest image with transparency, half of it without.
+This file decides which formats and colours are read. Transparency is laid on white, where some
+versions of transformers drop it; EXIF orientation is applied, as its loader does. CMYK becomes RGB
+by Pillow's rule, without colour profiles, as there too; 16 bits of a colour become their upper 8.
+16-bit greyscale is refused: Pillow, and so transformers, would clip all above 255 to white. Memory
+is bounded by `MAX_PIXELS`: some 1.5 GB for the largest image with transparency, half of it without.
 
 - ``QC-VISION-027`` not a format that is read.
 - ``QC-VISION-028`` damaged: truncated, a checksum that is wrong, whatever a decoder refuses.

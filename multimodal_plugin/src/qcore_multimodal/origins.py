@@ -3,10 +3,10 @@
 This file decides that it lies on disk, as a run may have millions of media, and rows that hold the
 bytes themselves. The file is SQLite's, in its folder of temporary files (``SQLITE_TMPDIR``,
 ``TMPDIR``, ``/var/tmp``), and has no name there, so that nothing is left of it however a process
-ends. Two megabytes of it are in memory; on disk it is as large as what rows hold, which is less
-than the data file. It imports no torch.
+ends. Two megabytes of it are in memory; on disk it is as large as the bytes that rows hold, and
+some hundreds of bytes more for each medium. It imports no torch, and SQLite where one is made.
 
-- ``QC-WRITE-003``, ``-004`` it cannot be written.
+- ``QC-WRITE-003`` to ``-006`` it cannot be written.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from __future__ import annotations
 import errno
 import json
 import os
-import sqlite3
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from qcore.data.media import Payload
-from qcore.durable import writing
+from qcore.durable import write_error
+from qcore.errors import WriteError
 
 _TABLES: Final = """
     PRAGMA journal_mode = OFF;
@@ -34,19 +35,26 @@ _TABLES: Final = """
 """
 
 
+_FILE: Final = Path("temporary file of media")
+_FIX: Final = "set TMPDIR to a folder that can be written and has space"
+
+
 class Origins:
     """Payloads by the digest of their values."""
 
     def __init__(self) -> None:
+        import sqlite3
+
         with _kept():
             self._base = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+            weakref.finalize(self, self._base.close)
             self._base.executescript(_TABLES)
 
     def add(self, digest: str, payload: Payload) -> bool:
         """Keep a payload; whether it is new.
 
         Raises:
-            WriteError: ``QC-WRITE-003``, ``-004``.
+            WriteError: ``QC-WRITE-003`` to ``-006``.
         """
         path = None if payload.path is None else os.fsencode(payload.path)
         row = (digest, payload.kind, payload.sha256, path, json.dumps(dict(payload.options)))
@@ -77,9 +85,28 @@ class Origins:
 @contextmanager
 def _kept() -> Iterator[None]:
     """What SQLite raises is a failure to write, of a file that has no name."""
-    with writing(Path("temporary file of media")):
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
-            raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from None
+    import sqlite3
+
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _told(error) from None
+
+
+def _told(error: Any) -> WriteError:
+    """An error of SQLite's, in its own words too, which say more than a code."""
+    import sqlite3
+
+    closely = getattr(error, "sqlite_errorcode", None) or 0  # some are Python's and have none
+    codes = {
+        sqlite3.SQLITE_FULL: errno.ENOSPC,
+        sqlite3.SQLITE_IOERR: errno.EIO,
+        sqlite3.SQLITE_IOERR_GETTEMPPATH: errno.EACCES,
+        sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+        sqlite3.SQLITE_PERM: errno.EACCES,
+        sqlite3.SQLITE_READONLY: errno.EACCES,
+    }
+    code = codes.get(closely) or codes.get(closely & 0xFF, 0)
+    told = write_error(OSError(code, str(error)), _FILE)
+    what = told.what if str(error) in told.what else f"{told.what} ({error})"
+    return WriteError(told.code, what, file=_FILE, fix=_FIX)

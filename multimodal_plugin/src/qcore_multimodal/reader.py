@@ -51,9 +51,7 @@ class Reader:
     kinds: Final = KINDS
     keys: Final = KEYS
 
-    def __init__(
-        self, checkpoint: Checkpoint, tell: Callable[[str], None] = lambda line: None
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, tell: Callable[[str], None]) -> None:
         self._say = tell
         self._checkpoint = checkpoint
         self._tables: dict[str, Tensor] = {}
@@ -299,9 +297,19 @@ def _unchanged(file: BinaryIO, payload: Payload) -> Iterator[None]:
         digest.update(block)
     _check_digest(payload, digest.hexdigest())
     file.seek(0)
-    yield
+    try:
+        yield
+    except BadRow:
+        _check_stamp(file, payload, before)  # what it is refused for may be half of two files
+        raise
+    _check_stamp(file, payload, before)
+
+
+def _check_stamp(file: BinaryIO, payload: Payload, before: tuple[int, int]) -> None:
     if (after := _stamp(file, payload)) != before:
-        raise _changed(f"{after[0]} bytes", f"{before[0]}, and no write while it is decoded")
+        raise _changed(
+            f"{after[0]} bytes", f"{before[0]}, and no write while it is decoded"
+        ) from None
 
 
 def _stamp(file: BinaryIO, payload: Payload) -> tuple[int, int]:

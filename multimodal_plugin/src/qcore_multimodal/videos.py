@@ -5,12 +5,12 @@ those that a header promises. Only frames that the processor asks for are kept, 
 as it comes. A frame's time is its number over the mean rate, as transformers has it, also where the
 rate varies. Rotation of a phone's video is applied. Which containers are opened is `containers`'.
 
+- ``QC-VISION-030`` too many pixels in all frames together.
 - ``QC-VISION-033`` PyAV is not installed.
 - ``QC-VISION-035`` damaged.
 - ``QC-VISION-036`` no video in it.
 - ``QC-VISION-037`` too few frames.
 - ``QC-VISION-038`` the frames change their size.
-- ``QC-VISION-030`` too many pixels in all frames together.
 - ``QC-VISION-039`` too many frames, or no time between them.
 """
 
@@ -40,6 +40,7 @@ MAX_PICTURES = 20_000  #: frames of an animated picture, which must be looked at
 MOST_DECODED = 1 << 30  #: pixels of an animated picture: a second for each hundred million
 MAX_FRAMES = 10_000_000  #: of a film: two days of 60 a second
 MOST_FILMED = 1 << 42  #: pixels of a film: two hours of 4K, 60 frames a second
+_SHORTER: Final = "cut it into shorter ones"
 _SHOWN: Final = 0.1  # seconds of a frame that states none, as browsers have it
 
 
@@ -108,7 +109,7 @@ def _process(
         source.count = other.count
         try:
             indices, kept = _sampled(source, processor, limits)
-        except _Recounted as again:  # the file is written to meanwhile
+        except _Recounted as again:  # of a file that is written to, which `reader` then says
             raise _damaged(f"{again.count} frames, {other.count} before") from None
     grid, values = processor.patches(kept)
     return grid, processor.seconds(indices, source.rate), values
@@ -170,13 +171,17 @@ def _check_amount(count: int, size: tuple[int, int], most: int, pixels: int, fix
             "QC-VISION-039", "has too many frames", found=count, expected=f"at most {most}", fix=fix
         )
     if count * size[0] * size[1] > pixels:
-        raise BadRow(
-            "QC-VISION-030",
-            "has too many pixels in all its frames, each of which is decoded",
-            found=f"{count} frames of {size[0]} x {size[1]}",
-            expected=f"at most {pixels} pixels",
-            fix=fix,
-        )
+        raise _too_many_pixels(f"{count} frames of {size[0]} x {size[1]}", pixels, fix)
+
+
+def _too_many_pixels(found: str, most: int, fix: str) -> BadRow:
+    return BadRow(
+        "QC-VISION-030",
+        "has too many pixels in all its frames, each of which is decoded",
+        found=found,
+        expected=f"at most {most} pixels",
+        fix=fix,
+    )
 
 
 class _Pictures:
@@ -230,7 +235,7 @@ class _Film:
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
                     count += 1
-                    _check_amount(count, size, MAX_FRAMES, MOST_FILMED, "cut it into shorter ones")
+                    _check_amount(count, size, MAX_FRAMES, MOST_FILMED, _SHORTER)
                     if packet.pts is not None:
                         first, last = min(first, packet.pts), max(last, packet.pts)
             stated = float(stream.average_rate or 0)
@@ -269,8 +274,14 @@ class _Film:
             yield container, stream
 
     def frames(self) -> Iterator[NDArray[np.uint8] | None]:
+        decoded = 0
         with self._open() as (container, stream):
             for number, frame in enumerate(container.decode(stream)):
+                # A packet may have several frames, and a frame another size than was declared.
+                decoded += frame.width * frame.height
+                if decoded > MOST_FILMED:
+                    found = f"{decoded} in {number + 1} frames"
+                    raise _too_many_pixels(found, MOST_FILMED, _SHORTER)
                 if frame.is_corrupt:
                     raise _damaged(f"frame {number} is incomplete")
                 if number not in self._wanted:
