@@ -39,8 +39,8 @@ def first_changed(folder: Path, rows: Dataset) -> str | None:
     with reading(path), path.open(encoding="utf-8", errors="replace") as file:
         for was, now in zip_longest((line.rstrip("\n") for line in file), _lines(rows)):
             if was != now:
-                line, number, *_ = [*(now or was or "").split(" "), "?"]
-                return f"line {line}, medium {number}"
+                line, _, rest = (now or was or "").partition(" ")
+                return f"line {line}, medium {rest.partition(' ')[0]}"
     return None
 
 
