@@ -94,10 +94,7 @@ def train(
     where = pick_device(device)
     found = identify(model, generation=settings.generation).quantizing(settings.quantize_groups)
     reader = reader_of(found, tell)
-    tokenizer = load_tokenizer(found.checkpoint)
-    said = _preflight(found, settings, tokenizer, tell)
-    rows = _rows(found, data, settings, reader, tokenizer, tell)
-    found = _tower(found, rows, settings, tokenizer, said, tell)
+    rows, found = _read(found, data, settings, reader, tell)
     backends = _backends(found, settings, where, tell)
     before = _before(found, rows, settings, where, backends, folder, tell) if resume else None
     plan = _plan(found, rows, settings, room or room_of(where), backends, before, tell)
@@ -155,6 +152,20 @@ def _moved(loop: Loop, tell: Reporter) -> list[int]:
             "router never picked stay as they were"
         )
     return [moved, maps]
+
+
+def _read(
+    found: Identified,
+    data: str | Path,
+    settings: Settings,
+    reader: MediaReader | None,
+    tell: Reporter,
+) -> tuple[Dataset, Identified]:
+    """The rows, and the model as they need it: all that can be wrong before a weight is read."""
+    tokenizer = load_tokenizer(found.checkpoint)
+    said = _preflight(found, settings, tokenizer, tell)
+    rows = _rows(found, data, settings, reader, tokenizer, tell)
+    return rows, _tower(found, rows, settings, tokenizer, said, tell)
 
 
 def _preflight(
