@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,23 @@ def test_cached_decoding_gives_the_tokens_of_full_forwards(generator: Generator)
             logits = generator.model.logits(Packed.of([torch.tensor(known)]))
         assert int(logits[-1, : len(generator.tokenizer.get_vocab())].argmax()) == token
         known.append(token)
+
+
+def test_tokens_are_drawn_in_inference_mode(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What draws a token is no part of a graph, whoever called."""
+    seen: list[bool] = []
+    draw = torch.multinomial
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(torch.is_inference_mode_enabled())
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "multinomial", watched)
+    generator.prompt("Where is Oslo?", max_new_tokens=3, temperature=0.8)
+    assert seen
+    assert all(seen)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -26,6 +26,7 @@ from support.bad_media_kit import (
     untouched,
 )
 from support.cli_kit import Ended, apart, here
+from support.e2e_kit import figure
 from support.media_kit import animated, bare_png, picture, saved
 from support.model_kit import edit_json
 
@@ -279,6 +280,7 @@ def test_memory_of_one_image(seeing: Path, data: Path):
     assert bomb < small + 50, (bomb, small)
     ended, large = peak(seeing, data, GOOD, conversation(QUESTION, image("large.png")))
     assert ended.code == 0, ended.err
+    figure(f"peaks in MiB: small {small}, refused {bomb}, large {large}")
     assert large < small + 900, (large, small)
 
 
@@ -293,6 +295,7 @@ def test_memory_of_200_images(seeing: Path, data: Path):
     shutil.rmtree(data.parent / "out")
     ended, all_ = peak(seeing, data, *rows)
     assert ended.code == 0, ended.err
+    figure(f"peaks in MiB: one {one}, 200 {all_}")
     assert all_ < one + 250, (all_, one)
 
 

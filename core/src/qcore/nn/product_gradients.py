@@ -78,7 +78,7 @@ def _add_product(to: Tensor, left: Tensor, right: Tensor, by: float, *, fresh: b
     """``to = by left @ right``, or ``to +=``; `to` is float32, sums are not rounded before it."""
     beta = 0.0 if fresh else 1.0
     if left.is_meta and on_gpu(left):
-        # Up to torch 2.12 addmm into another dtype is not defined there.
+        # Torch 2.11 has no addmm into another dtype there.
         work = 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
         worked("addmm", left, right, to, flops=work)
     elif on_gpu(left) and left.dtype != to.dtype:
