@@ -33,9 +33,9 @@ def qcore_decode(job: Job, prompt: list[int]) -> Decode:
     import torch
     from peers.qcore_side import architecture, backends, describe, fill
 
-    from qcore.decoding import Decoder, way_of
-    from qcore.generate import decode
-    from qcore.model import Model
+    from qcore.inference.decoder import Decoder, way_of
+    from qcore.inference.generate import decode
+    from qcore.nn.model import Model
 
     device = torch.device(job.device)
     config, layout = describe(job)

@@ -21,12 +21,7 @@ from triton.testing import do_bench
 
 from qcore_qwen35.ops import optional
 from qcore_qwen35.ops.delta_rule import chunked_delta_rule as reference
-from qcore_qwen35.ops.delta_rule import (
-    triton_gradients,
-    triton_prepare,
-    triton_rule,
-    triton_scan,
-)
+from qcore_qwen35.ops.delta_rule import triton_gradients, triton_prepare, triton_rule, triton_scan
 from qcore_qwen35.ops.delta_rule.layout import Chunks
 
 #: log decay: (lowest, highest)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from support.elementwise_kit import Case, cases, outputs
 
-from qcore.nn.slices import Slices
+from qcore.nn.grad_buffers import Slices
 
 
 def microseconds(functions: Sequence[Callable[[], object]], rounds: int = 20) -> float:

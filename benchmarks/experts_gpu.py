@@ -17,13 +17,15 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from qcore.nn import experts_triton, experts_triton_routing, nf4, nf4_triton
-from qcore.nn.adapted import Adapted, Lora
-from qcore.nn.again import keep_dear
-from qcore.nn.experts import Experts, Routing
-from qcore.nn.linear import Linear
-from qcore.nn.protocols import Packed
-from qcore.nn.stacked import Stacked
+from qcore.api.blocks import Packed
+from qcore.nn.moe import triton as experts_triton
+from qcore.nn.moe import triton_routing as experts_triton_routing
+from qcore.nn.moe.experts import Experts, Routing
+from qcore.nn.qlora import nf4, nf4_triton
+from qcore.nn.qlora.linear import Linear
+from qcore.nn.qlora.lora_layer import Adapted, Lora
+from qcore.nn.qlora.stacked_linear import Stacked
+from qcore.nn.recompute import keep_dear
 from qcore_qwen35.moe import Moe
 from qcore_qwen35.ops.moe import triton as moe_triton
 from qcore_qwen35.ops.verify import CASES

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from triton.testing import do_bench
 
-from qcore.nn.adapted import Lora
-from qcore.nn.linear import Linear
-from qcore.nn.nf4_triton import dequantize
-from qcore.nn.stacked import Stacked
-from qcore.optim import FlatAdamW
+from qcore.nn.optim import FlatAdamW
+from qcore.nn.qlora.linear import Linear
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.nn.qlora.nf4_triton import dequantize
+from qcore.nn.qlora.stacked_linear import Stacked
 
 T = 8192
 BF16 = torch.bfloat16

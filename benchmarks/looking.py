@@ -203,7 +203,7 @@ def accuracy(generator: Any, asked: Sequence[Asked]) -> dict[str, float]:
     """Share of right answers by question; an answer is right when it is the word, no more.
 
     Args:
-        generator: a `qcore.generate.Generator` made with ``media=True``.
+        generator: a `qcore.inference.generate.Generator` made with ``media=True``.
         asked: the questions.
     """
     right: dict[str, list[bool]] = {}

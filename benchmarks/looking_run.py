@@ -1,9 +1,10 @@
 """A model that learns to look, and its twin that is shown blanks.
 
 This file decides the two forms, small for the CPU and large for a card, and the run: a random
-checkpoint, `qcore.train` on rows with pictures and again on their blank twins, and what each
-adapter then answers on pictures that neither saw. Bases are random, so LoRA of high rank in tower,
-merger and text does all the learning; embeddings of patches and of tokens stay as they are drawn.
+checkpoint, `qcore.training.train` on rows with pictures and again on their blank twins, and what
+each adapter then answers on pictures that neither saw. Bases are random, so LoRA of high rank in
+tower, merger and text does all the learning; embeddings of patches and of tokens stay as they are
+drawn.
 """
 
 from __future__ import annotations
@@ -122,8 +123,8 @@ def run(folder: Path, form: Form, *, device: str, seed: int = SEED, reporter: An
         seed: of the pictures; those asked about have the next.
         reporter: who is told of the training.
     """
-    from qcore.settings import Settings
-    from qcore.train import train
+    from qcore.config.settings import Settings
+    from qcore.training.train import train
 
     base = folder / "base"
     checkpoint(base, form)
@@ -145,7 +146,7 @@ def run(folder: Path, form: Form, *, device: str, seed: int = SEED, reporter: An
 def _ask(
     folder: Path, side: str, held: list[Asked], form: Form, device: str, out: Seen
 ) -> dict[str, float]:
-    from qcore.generate import Generator
+    from qcore.inference.generate import Generator
 
     began = time.perf_counter()
     generator = Generator(

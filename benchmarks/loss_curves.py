@@ -65,7 +65,7 @@ def short(name: str) -> str:
 
 def settings(job: Job, rate: float) -> Any:
     """Of qcore's run; the peer takes its rates from the same schedule."""
-    from qcore.settings import Settings
+    from qcore.config.settings import Settings
 
     return Settings(
         max_steps=job.steps, per_device_train_batch_size=job.batch, gradient_accumulation_steps=1,
@@ -87,13 +87,13 @@ def qcore_losses(job: Job, folder: str, seed: int, rate: float, kernels: list[st
     import torch
     from peers.qcore_side import rows as dataset
 
-    from qcore.identify import identify
-    from qcore.kernels import choose, installed
-    from qcore.load import load
-    from qcore.loop import Loop
-    from qcore.model import Model, ops_of
-    from qcore.nn.adapted import Lora
-    from qcore.targets import targets
+    from qcore.adapter.targets import targets
+    from qcore.nn.kernels.registry import choose, installed
+    from qcore.nn.load import load
+    from qcore.nn.model import Model, ops_of
+    from qcore.nn.qlora.lora_layer import Lora
+    from qcore.plugins.resolve_model import identify
+    from qcore.training.step import Loop
 
     device = torch.device(job.device)
     found = identify(folder, generation="3.5")
@@ -125,7 +125,7 @@ def peer_losses(job: Job, folder: str, seed: int, rate: float, fla: bool) -> lis
         hide_fla()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from qcore.schedule import Schedule
+    from qcore.data.sampler import Schedule
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,

@@ -30,15 +30,15 @@ import torch
 from peers.qcore_side import adapted, architecture, backends, describe, rows
 from peers.shapes import ALPHA, RANK, Job
 
-from qcore.identify import Identified
-from qcore.loop import Loop
-from qcore.model import Model
-from qcore.plan import Planner
-from qcore.plan.oom import is_memory
-from qcore.plan.run import Room, room_of
-from qcore.plan.step import LIBRARIES
-from qcore.plugins import Plugins
-from qcore.settings import Settings
+from qcore.config.settings import Settings
+from qcore.nn.model import Model
+from qcore.planning import Planner
+from qcore.planning.oom import is_memory
+from qcore.planning.run import Room, room_of
+from qcore.planning.step import LIBRARIES
+from qcore.plugins.manager import Plugins
+from qcore.plugins.resolve_model import Identified
+from qcore.training.step import Loop
 
 STEPS = 4  #: of a point; the first compiles and warms up
 SHAPES = ("0.8b", "4b", "9b", "35b-a3b")

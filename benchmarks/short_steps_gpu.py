@@ -3,8 +3,8 @@
     python benchmarks/short_steps_gpu.py [--shape 4b] [--rows 8] [--lengths 128,900] [--steps 4]
 
 A step has so many micro-batches of one row, of random lengths in between. Alone, each waits for
-the host to start its kernels; together they are as few packs as `qcore.packing.joined` makes of
-them. Weights are random, the loop is the one that trains.
+the host to start its kernels; together they are as few packs as `qcore.data.microbatches.joined`
+makes of them. Weights are random, the loop is the one that trains.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from peers.qcore_side import adapted, backends
 from peers.shapes import ALPHA, RANK, SHAPES, Job
 
+from qcore.config.settings import Settings
 from qcore.data.dataset import Dataset
-from qcore.data.mask import Example
-from qcore.loop import Loop
-from qcore.settings import Settings
+from qcore.data.masking import Example
+from qcore.training.step import Loop
 
 
 def data(lengths: list[int], vocabulary: int) -> Dataset:

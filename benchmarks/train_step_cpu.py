@@ -70,12 +70,12 @@ def qcore_step(folder: Path, tokens: int, recompute: bool) -> Callable[[], float
     """A step of qcore's own model, load and loss."""
     import torch
 
-    from qcore.identify import identify
-    from qcore.load import load
-    from qcore.model import Model
-    from qcore.nn.adapted import Lora
-    from qcore.nn.protocols import Packed
-    from qcore.targets import targets
+    from qcore.adapter.targets import targets
+    from qcore.api.blocks import Packed
+    from qcore.nn.load import load
+    from qcore.nn.model import Model
+    from qcore.nn.qlora.lora_layer import Lora
+    from qcore.plugins.resolve_model import identify
 
     found = identify(str(folder))
     architecture = found.decision.architecture

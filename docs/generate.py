@@ -19,7 +19,7 @@ _PIECE = re.compile(r"(<!-- generated: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOT
 
 def settings() -> str:
     """One row a setting."""
-    from qcore.settings import SPECS
+    from qcore.config.settings import SPECS
 
     rows = ["| setting | default | allowed | what it is |", "|---|---|---|---|"]
     for name, spec in SPECS.items():
@@ -34,7 +34,7 @@ def settings() -> str:
 
 def presets() -> str:
     """One row a preset of core and of the two plugins in this repository."""
-    from qcore.presets import load_presets
+    from qcore.config.presets import load_presets
 
     rows = ["| preset | other names | from | model | for |", "|---|---|---|---|---|"]
     for preset in load_presets():
@@ -49,7 +49,7 @@ def presets() -> str:
 
 def help() -> str:
     """``--help`` of every verb of core."""
-    from qcore.cli import VERBS, cli
+    from qcore.cli.main import VERBS, cli
 
     root = click.Context(cli, info_name="qcore", terminal_width=80)
     pieces = []

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.conversations import conversations, write_rows
 from support.hub_server import HubServer
 
 if not list(Path("/dev").glob("nvidia[0-9]*")):
@@ -30,3 +31,20 @@ def hub() -> Iterator[HubServer]:
     """A small model hub on loopback; run the client in a subprocess with ``hub.env(home)``."""
     with HubServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Multi-turn, thinking, tool calls (arguments as mapping and as string), system turns."""
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", conversations(24))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums are added in one order, whatever ran before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

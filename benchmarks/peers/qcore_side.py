@@ -13,21 +13,21 @@ from typing import Any
 
 import torch
 
-from qcore.checkpoint import Header
+from qcore.adapter.targets import targets
+from qcore.api.parameters import Kind, Table
+from qcore.api.records import Architecture
+from qcore.checkpoint.checkpoint import Header
+from qcore.checkpoint.layout import Layout, Located, Place
+from qcore.config.settings import Settings
 from qcore.data.dataset import Dataset
-from qcore.data.mask import Example
-from qcore.kernels import Chosen, choose, installed
-from qcore.load import place, slabs
-from qcore.locate import Layout, Located, Place
-from qcore.loop import Loop
-from qcore.model import Model, ops_of
-from qcore.nn.adapted import Lora
-from qcore.plugins import Plugins
-from qcore.records import Architecture
-from qcore.schedule import Schedule
-from qcore.settings import Settings
-from qcore.table import Kind, Table
-from qcore.targets import targets
+from qcore.data.masking import Example
+from qcore.data.sampler import Schedule
+from qcore.nn.kernels.registry import Chosen, choose, installed
+from qcore.nn.load import place, slabs
+from qcore.nn.model import Model, ops_of
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.plugins.manager import Plugins
+from qcore.training.step import Loop
 from qcore_qwen35.plugin import DENSE, MOE
 from qcore_qwen35.table import parts
 from qcore_qwen35.tiny import tiny_config

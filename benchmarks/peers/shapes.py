@@ -63,7 +63,7 @@ class Job:
         seq: tokens of a row.
         steps: timed steps.
         device: ``cuda``, or ``cpu`` to see that the harness runs.
-        policy: of qcore, one of `qcore.nn.again.POLICIES`.
+        policy: of qcore, one of `qcore.nn.recompute.POLICIES`.
         kernels: of qcore, ``op=backend``.
         expert_rank: of qcore, LoRA rank of each expert; 0: frozen, as the peers have it.
         checkpoint: of the peers, whether layers run again in backward.

@@ -129,8 +129,8 @@ def test_step_n_trains_on_the_nth_ids(peers: ModuleType) -> None:
     from peers.qcore_side import rows
     from peers.shapes import Job
 
-    from qcore.schedule import Schedule
-    from qcore.settings import Settings
+    from qcore.config.settings import Settings
+    from qcore.data.sampler import Schedule
 
     job = Job(shape="tiny", batch=3, seq=5, steps=4)
     ids = job.ids()

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from support.cli_kit import Ended, apart, here
 from support.model_kit import edit_json, snapshot, write_index, write_json
 
-import qcore.load
+import qcore.nn.load
 from qcore_qwen35.tiny import write
 
 ROOT = "model.language_model"
@@ -53,7 +53,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*arguments: Any) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(qcore.load, "read_tensor", read)
+    monkeypatch.setattr(qcore.nn.load, "read_tensor", read)
 
 
 def write_rows(path: Path, *rows: object) -> Path:

@@ -86,7 +86,7 @@ def test_a_reader_that_leaves_early_is_no_defect(verb: str) -> None:
 
 def test_a_reader_that_leaves_after_a_line_of_much() -> None:
     code = (
-        "import sys, click, qcore.cli as cli\n"
+        "import sys, click, qcore.cli.main as cli\n"
         "cli.cli.get_command = lambda ctx, name: click.Command(\n"
         "    name, callback=lambda: [click.echo('x' * 99) for _ in range(9999)])\n"
         "sys.argv = ['qcore', 'plan']\ncli.main()\n"
@@ -115,7 +115,7 @@ def test_an_output_that_is_closed_is_no_defect(verb: str) -> None:
 def verb_that(raises: str) -> subprocess.CompletedProcess[str]:
     """What the user sees of an error from inside a verb."""
     code = (
-        "import errno, os, socket, sys, click, qcore.cli as cli\n"
+        "import errno, os, socket, sys, click, qcore.cli.main as cli\n"
         "def verb():\n"
         "    click.echo('begun')\n"
         f"    {raises}\n"

@@ -26,8 +26,8 @@ from support.model_kit import (
     write_sparse,
 )
 
-from qcore.artifact import publish
-from qcore.cli import VERBS, cli
+from qcore.cli.main import VERBS, cli
+from qcore.io.artifact import publish
 
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy", "tokenizers"}
 UNUSED = {"rich", "yaml", "jinja2", "huggingface_hub", "packaging", "accelerate"}
@@ -46,9 +46,17 @@ def test_help_imports_neither_torch_nor_a_plugin_nor_what_it_does_not_draw_with(
     arguments: tuple[str, ...],
 ):
     _, modules = modules_after(*arguments)
-    assert "qcore.cli" in modules
+    assert "qcore.cli.main" in modules
     assert not tops(modules) & (HEAVY | UNUSED | {"pluggy", "qcore_qwen35"})
-    assert not {"qcore.train", "qcore.merge", "qcore.plugins", "qcore.settings"} & modules
+    assert (
+        not {
+            "qcore.training.train",
+            "qcore.merging.merge",
+            "qcore.plugins",
+            "qcore.config.settings",
+        }
+        & modules
+    )
 
 
 @pytest.mark.parametrize("verb", [name for name in VERBS if name not in ("plugins", "presets")])
@@ -393,10 +401,10 @@ def test_debug_shows_the_traceback_and_keeps_the_status(
 
 def test_a_defect_of_ours_is_one_line_too(tmp_path: Path):
     code = (
-        "import sys, qcore.cli, qcore.identify\n"
+        "import sys, qcore.cli.main, qcore.plugins.resolve_model\n"
         "def broken(*a, **k): raise RuntimeError('two\\nlines')\n"
-        "qcore.identify.identify = broken\n"
-        "qcore.cli.main()\n"
+        "qcore.plugins.resolve_model.identify = broken\n"
+        "qcore.cli.main.main()\n"
     )
     command = (sys.executable, "-c", code)
     ended = apart("inspect", tmp_path, command=command)

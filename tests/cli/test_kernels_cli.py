@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plugin_kit import distribution, good, installed
 from support.cli_kit import here, modules_after
+from support.plugin_kit import distribution, good, installed
 
-from qcore.config import load_settings
-from qcore.entries import Entries
-from qcore.plugins import Plugins
+from qcore.config.frozen_map import Entries
+from qcore.config.resolve import load_settings
+from qcore.plugins.manager import Plugins
 
 TRAIN = ("train", "--model", "x", "--data", "x", "--output", "x")
 
@@ -49,11 +49,11 @@ def test_help_of_doctor_imports_no_torch() -> None:
         ended, modules = modules_after(*arguments)
         assert ended.code == 0
         assert "--kernels" in ended.out
-        assert not {"torch", "triton", "qcore.kernels"} & modules
+        assert not {"torch", "triton", "qcore.nn.kernels.registry"} & modules
 
 
 KERNELS = """
-from qcore.records import Kernel, Verdict
+from qcore.api.records import Kernel, Verdict
 
 def verdict(output, gradient=2e-3):
     return lambda device: Verdict(

@@ -27,8 +27,8 @@ from support.model_kit import (
     write_sparse,
 )
 
-import qcore.train
-from qcore.cli.draw import Drawn
+import qcore.training.train
+from qcore.cli.terminal import Drawn
 from qcore_qwen35.tiny import write
 
 SIDECARS = (
@@ -62,7 +62,7 @@ def made(
     def stop(*arguments: Any) -> None:
         raise WeightsWanted(told)
 
-    monkeypatch.setattr(qcore.train, "_load", stop)
+    monkeypatch.setattr(qcore.training.train, "_load", stop)
     monkeypatch.setattr(Drawn, "note", lambda self, line: told.append(line))
     rows = json.loads((tiny / "config.json").read_text())["text_config"]["vocab_size"]
 

@@ -10,8 +10,8 @@ from support.cli_kit import here, modules_after
 from support.model_kit import write_sparse
 from support.plan_kit import DENSE_4B
 
-from qcore.plan.cards import CARDS, named
-from qcore.table import Table
+from qcore.api.parameters import Table
+from qcore.planning.gpus import CARDS, named
 from qcore_qwen35.table import parts
 from qcore_qwen35.tiny import tiny_config, write
 

@@ -21,7 +21,7 @@ from support.model_kit import (
 )
 from support.sku_kit import DERIVED, derived, folder_of, shapes_of, write_sku
 
-from qcore.skus import Skus, load_skus
+from qcore.skus.registry import Skus, load_skus
 
 SCRIPT = Path(sysconfig.get_path("scripts")) / "qcore"
 DENSE = ("Qwen3.5-0.8B", "Qwen3.5-2B", "Qwen3.5-4B", "Qwen3.5-9B", "Qwen3.5-27B", "Qwen3.6-27B")
@@ -30,7 +30,7 @@ EXPERTS = ("Qwen3.5-35B-A3B", *DERIVED, "Qwen3.6-35B-A3B")
 
 def serves(model_type: str, generation: str) -> bool:
     """Whether the installed plugins build this model type and know this generation."""
-    from qcore.plugins import Plugins
+    from qcore.plugins.manager import Plugins
 
     if model_type not in Plugins.discover().installed.model_types:
         return False
@@ -184,7 +184,7 @@ def test_train_without_a_model_takes_the_default_and_says_so(
     flags: tuple[str, ...], model: str, origin: str
 ) -> None:
     code = (
-        "import sys, qcore.cli as cli, qcore.train as verb\n"
+        "import sys, qcore.cli.main as cli, qcore.training.train as verb\n"
         "def train(model, *a, reporter, **k):\n"
         "    reporter._begin()\n"
         "    raise SystemExit(f'TRAINS {model}')\n"
@@ -235,7 +235,7 @@ def test_inspect_of_every_sku_differs_in_nothing(shared: Path, tmp_path: Path, s
 @pytest.fixture
 def small_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Skus:
     """A record of the small checkpoint of the tests, in place of the installed ones."""
-    import qcore.skus
+    import qcore.skus.registry
 
     text = {"linear_num_value_heads": 4, "hidden_size": 24, "num_hidden_layers": 4}
     total = sum(math.prod(shape) for shape in small_shapes().values())
@@ -281,7 +281,7 @@ skus:
 """)
     from dataclasses import replace
 
-    from qcore.sku_file import read_skus
+    from qcore.skus.file import read_skus
 
     skus = Skus(skus=tuple(replace(sku, origin="test") for sku in read_skus(file)))
     monkeypatch.setattr(qcore.skus, "load_skus", lambda *a: skus)
@@ -373,9 +373,9 @@ def test_config_tokens_and_generation_config_are_compared(
 def test_a_revision_is_compared_where_it_is_known(
     small_record: Skus, tmp_path: Path, revision: str | None, differs: bool
 ) -> None:
-    from qcore.checkpoint import Checkpoint
-    from qcore.identify import identify
-    from qcore.sku_compare import compare
+    from qcore.checkpoint.checkpoint import Checkpoint
+    from qcore.plugins.resolve_model import identify
+    from qcore.skus.compare import compare
 
     folder = write_sparse(tmp_path / "m", small_config(), small_shapes())
     checkpoint = Checkpoint.open(folder, source="Org/Small-1B@main", revision=revision)
@@ -390,8 +390,8 @@ def test_of_two_records_that_fit_the_one_that_differs_least(
 ) -> None:
     from dataclasses import replace
 
-    from qcore.identify import identify
-    from qcore.sku_compare import compare
+    from qcore.plugins.resolve_model import identify
+    from qcore.skus.compare import compare
 
     small = small_record.get("small-1b")
     values = {**small.facts["values"], "class": replace(small.facts["values"]["class"], value="x")}
@@ -426,8 +426,8 @@ def test_no_record_fits(
 def test_a_broken_record_file_does_not_stop_inspect(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qcore.skus
-    from qcore.skus import BrokenSkus
+    import qcore.skus.registry
+    from qcore.skus.registry import BrokenSkus
 
     bad = BrokenSkus(origin="plug", file=tmp_path / "a.yaml", reason="breaks the contract")
     monkeypatch.setattr(qcore.skus, "load_skus", lambda *a: Skus(skus=(), broken=(bad,)))

@@ -21,8 +21,8 @@ from support.chat_kit import (  # fmt: skip
 )
 
 from qcore.data.dataset import Dataset, dataset, special_tokens
-from qcore.data.mask import encode_row
-from qcore.data.schema import Row
+from qcore.data.masking import encode_row
+from qcore.data.rows import Row
 from qcore.errors import InputError, PreflightError
 
 END = "<|im_end|>"

@@ -29,11 +29,11 @@ from support.swatch_kit import (  # fmt: skip
     text,
 )
 
-from qcore.data import media as media_module
+from qcore.checkpoint.chat_template import Template
+from qcore.data import media_files as media_module
 from qcore.data.dataset import Dataset, dataset
 from qcore.data.jsonl import BadRow
-from qcore.data.media import LARGEST, Finder, Placed, Reference
-from qcore.data.render import Template
+from qcore.data.media_files import LARGEST, Finder, Placed, Reference
 from qcore.errors import InputError, PreflightError
 
 END = "<|im_end|>"

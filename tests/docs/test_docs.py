@@ -16,13 +16,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from plugin_kit import checkpoint, distribution, installed
 from support.cli_kit import apart
+from support.plugin_kit import checkpoint, distribution, installed
 
-from qcore import errors, hookspecs
-from qcore.plugins import Plugins
-from qcore.records import PreflightRequest
-from qcore.settings import SPECS
+from qcore import errors
+from qcore.api import hookspecs
+from qcore.api.records import PreflightRequest
+from qcore.config.settings import SPECS
+from qcore.plugins.manager import Plugins
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -216,7 +217,7 @@ def test_hook_detect(example: Any) -> None:
 
 
 def test_hook_key_mapping(example: Any) -> None:
-    from qcore.table import Table
+    from qcore.api.parameters import Table
 
     plugins = example("qcore_key_mapping")
     answers = plugins.ask("qcore_key_mapping", architecture="acme", config=CONFIG)
@@ -349,16 +350,16 @@ def test_the_whole_architecture_is_one(acme: Plugins, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from qcore.adapter import choose_class, peft_config, stems
-    from qcore.checkpoint import Checkpoint
-    from qcore.detect import detect
-    from qcore.load import load
-    from qcore.locate import locate
-    from qcore.model import Model
-    from qcore.nn.adapted import Lora
-    from qcore.nn.protocols import Packed
-    from qcore.table import Table
-    from qcore.targets import coverage, targets
+    from qcore.adapter.peft_names import choose_class, peft_config, stems
+    from qcore.adapter.targets import coverage, targets
+    from qcore.api.blocks import Packed
+    from qcore.api.parameters import Table
+    from qcore.checkpoint.checkpoint import Checkpoint
+    from qcore.checkpoint.layout import locate
+    from qcore.nn.load import load
+    from qcore.nn.model import Model
+    from qcore.nn.qlora.lora_layer import Lora
+    from qcore.plugins.detect import detect
 
     weights = acme_tensors()
     disk = {name: value for name, value in weights.items() if "layers.1.experts" not in name}
@@ -489,7 +490,7 @@ def commands(page: Path) -> Iterator[str]:
 def test_commands_use_options_that_exist() -> None:
     import click
 
-    from qcore.cli import cli
+    from qcore.cli.main import cli
 
     root = click.Context(cli, info_name="qcore")
     checked = 0

@@ -12,18 +12,18 @@ import torch
 from support.conversations import conversations, write_rows
 from support.real_shapes import write_real
 
-from qcore.device import DTYPES
-from qcore.generate import Generator
-from qcore.identify import identify
-from qcore.load import load
-from qcore.merge import merge
-from qcore.model import Model
-from qcore.nn.adapted import Lora
-from qcore.nn.nf4 import NF4
-from qcore.nn.protocols import Packed
-from qcore.settings import Settings
-from qcore.targets import targets
-from qcore.train import train
+from qcore.adapter.targets import targets
+from qcore.api.blocks import Packed
+from qcore.config.settings import Settings
+from qcore.inference.generate import Generator
+from qcore.merging.merge import merge
+from qcore.nn.device import DTYPES
+from qcore.nn.load import load
+from qcore.nn.model import Model
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.nn.qlora.nf4 import NF4
+from qcore.plugins.resolve_model import identify
+from qcore.training.train import train
 from qcore_qwen35.tiny import write as write_tiny
 
 pytestmark = pytest.mark.gpu

@@ -17,16 +17,16 @@ from support.gradient_cases import Routes
 from support.gradient_slices import routed
 from torch import Tensor
 
-from qcore.device import DTYPES
-from qcore.identify import identify
-from qcore.kernels import choose, installed
-from qcore.load import load
-from qcore.model import Model, ops_of
-from qcore.nn.adapted import Lora
-from qcore.nn.again import POLICIES
-from qcore.nn.parked import Parked
-from qcore.nn.protocols import Packed
-from qcore.targets import targets
+from qcore.adapter.targets import targets
+from qcore.api.blocks import Packed
+from qcore.nn.device import DTYPES
+from qcore.nn.kernels.registry import choose, installed
+from qcore.nn.load import load
+from qcore.nn.model import Model, ops_of
+from qcore.nn.offload import Parked
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.nn.recompute import POLICIES
+from qcore.plugins.resolve_model import identify
 from qcore_qwen35.tiny import write as write_tiny
 
 pytestmark = pytest.mark.gpu

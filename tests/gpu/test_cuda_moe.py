@@ -13,19 +13,19 @@ import pytest
 import torch
 from support.conversations import conversations, write_rows
 
-from qcore.checkpoint import Header
-from qcore.load import place, slabs
-from qcore.locate import Layout, Located, Place
-from qcore.merge import merge
-from qcore.model import Model
-from qcore.nn.adapted import Lora
-from qcore.nn.experts import Experts, Routing
-from qcore.nn.nf4 import NF4, NF4Stack
-from qcore.nn.protocols import Packed
-from qcore.settings import Settings
-from qcore.table import Store, Table
-from qcore.targets import coverage, targets
-from qcore.train import train
+from qcore.adapter.targets import coverage, targets
+from qcore.api.blocks import Packed
+from qcore.api.parameters import Store, Table
+from qcore.checkpoint.checkpoint import Header
+from qcore.checkpoint.layout import Layout, Located, Place
+from qcore.config.settings import Settings
+from qcore.merging.merge import merge
+from qcore.nn.load import place, slabs
+from qcore.nn.model import Model
+from qcore.nn.moe.experts import Experts, Routing
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.nn.qlora.nf4 import NF4, NF4Stack
+from qcore.training.train import train
 from qcore_qwen35.plugin import MOE
 from qcore_qwen35.table import parts
 from qcore_qwen35.tiny import tiny_config

@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcore import decoding
-from qcore.decoding import Decoder, Way, way_of
-from qcore.device import DTYPES
-from qcore.generate import Generator
-from qcore.identify import identify
-from qcore.kernels import choose, installed
-from qcore.load import load
-from qcore.model import Model, ops_of
-from qcore.nn.adapted import Lora
-from qcore.targets import targets
+from qcore.adapter.targets import targets
+from qcore.inference import decoder as decoding
+from qcore.inference.decoder import Decoder, Way, way_of
+from qcore.inference.generate import Generator
+from qcore.nn.device import DTYPES
+from qcore.nn.kernels.registry import choose, installed
+from qcore.nn.load import load
+from qcore.nn.model import Model, ops_of
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.plugins.resolve_model import identify
 from qcore_qwen35.ops.delta_inputs.reference import Heads
 from qcore_qwen35.ops.delta_step import reference
 from qcore_qwen35.ops.verify import verify

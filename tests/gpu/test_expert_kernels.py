@@ -19,7 +19,8 @@ def _needs_cuda() -> None:
 
 
 def test_every_check_passes() -> None:
-    from qcore.nn import experts_triton, experts_triton_routing
+    from qcore.nn.moe import triton as experts_triton
+    from qcore.nn.moe import triton_routing as experts_triton_routing
     from qcore_qwen35.ops.verify import CASES, verify
 
     assert experts_triton.verify(CUDA).good
@@ -34,9 +35,10 @@ def test_every_check_passes() -> None:
 @pytest.mark.parametrize("spread", ["in", "out"])
 def test_the_map_errs_no_more_than_torch(tokens: int, r: int, spread: str) -> None:
     """Against float64; most experts have no row with one token."""
-    from qcore.nn import experts, experts_triton
-    from qcore.nn.adapted import Lora
-    from qcore.nn.experts import Experts, Routing
+    from qcore.nn.moe import experts
+    from qcore.nn.moe import triton as experts_triton
+    from qcore.nn.moe.experts import Experts, Routing
+    from qcore.nn.qlora.lora_layer import Lora
 
     shape = (32, 640, 512)
     generator = torch.Generator().manual_seed(r)

@@ -32,7 +32,7 @@ from support.gradient_slices import SKUS, Slice, plain_attention, text_of
 from support.gradient_twin import Twin
 from torch import Tensor
 
-from qcore.nn.attention_cuda import fused_attention
+from qcore.nn.attention.cuda import fused_attention
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

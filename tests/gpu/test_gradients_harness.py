@@ -19,7 +19,7 @@ from support.gradient_proof import Proof, differing, flips, prove, spread
 from support.gradient_slices import SKUS, Slice, plain_attention, text_of
 from support.gradient_twin import Twin, fresh_model
 
-from qcore.nn.attention import varlen_attention
+from qcore.nn.attention.varlen import varlen_attention
 
 CPU = torch.device("cpu")
 ROPE = {

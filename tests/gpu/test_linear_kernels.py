@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qcore.nn.adapted import Lora
-from qcore.nn.linear import Linear
-from qcore.nn.nf4 import NF4, NF4Stack, dequantize
-from qcore.nn.stacked import Stacked
-from qcore.optim import FlatAdamW
+from qcore.nn.optim import FlatAdamW
+from qcore.nn.qlora.linear import Linear
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.nn.qlora.nf4 import NF4, NF4Stack, dequantize
+from qcore.nn.qlora.stacked_linear import Stacked
 
 pytestmark = pytest.mark.gpu
 
@@ -37,7 +37,7 @@ def _needs_cuda() -> None:
 
 def _read():  # type: ignore[no-untyped-def]
     pytest.importorskip("triton")
-    from qcore.nn.nf4_triton import dequantize as read
+    from qcore.nn.qlora.nf4_triton import dequantize as read
 
     return read
 

@@ -15,20 +15,20 @@ from support.real_shapes import write_real
 from support.vision_kit import Row, row_of
 from torch import Tensor
 
-from qcore.decoding import Decoder, Way
-from qcore.device import DTYPES
-from qcore.generate import Generator
-from qcore.identify import identify
-from qcore.kernels import choose, installed
-from qcore.load import load
-from qcore.merge import merge
-from qcore.model import Model, ops_of
-from qcore.nn.adapted import Lora
-from qcore.nn.linear import Linear
-from qcore.nn.protocols import Media, Packed
-from qcore.settings import Settings
-from qcore.targets import targets
-from qcore.train import train
+from qcore.adapter.targets import targets
+from qcore.api.blocks import Media, Packed
+from qcore.config.settings import Settings
+from qcore.inference.decoder import Decoder, Way
+from qcore.inference.generate import Generator
+from qcore.merging.merge import merge
+from qcore.nn.device import DTYPES
+from qcore.nn.kernels.registry import choose, installed
+from qcore.nn.load import load
+from qcore.nn.model import Model, ops_of
+from qcore.nn.qlora.linear import Linear
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.plugins.resolve_model import identify
+from qcore.training.train import train
 from qcore_multimodal.plugin import VISION
 from qcore_multimodal.tiny import add_tower
 from qcore_qwen35.tiny import write as write_tiny

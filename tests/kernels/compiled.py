@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 import qcore.nn
 import qcore_qwen35.ops
-from qcore.nn import launch as launching
+from qcore.nn.kernels import launch as launching
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -121,7 +121,7 @@ def say(*lines: str) -> None:
 def main(ops: list[str]) -> int:
     """Compile what each check launches; the number of kernels that were not, or cannot be."""
     launching.launch = compile_only
-    from qcore.core_kernels import core_kernels
+    from qcore.nn.kernels.builtin import core_kernels
     from qcore_qwen35.kernels import kernels
 
     for record in (*core_kernels(), *kernels()):

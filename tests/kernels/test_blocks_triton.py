@@ -13,9 +13,9 @@ import torch
 from support.blocks_kit import GivenWeights, documents, relative, tiny_config, twins
 from torch import Tensor, nn
 
-from qcore.nn.again import run_layers
-from qcore.nn.protocols import Packed
-from qcore.nn.slices import whole
+from qcore.api.blocks import Packed
+from qcore.nn.grad_buffers import whole
+from qcore.nn.recompute import run_layers
 from qcore_qwen35.kernels import TRITON, kernels
 from qcore_qwen35.model import Trunk
 

@@ -58,7 +58,7 @@ STACKS = {
 
 @pytest.mark.parametrize("name", STACKS)
 def test_gradients_of_a_stack_are_one_buffer(name: str) -> None:
-    from qcore.nn.slices import whole
+    from qcore.nn.grad_buffers import whole
 
     case = cases((5, 6), device="cpu", dtype=torch.float32)[name]
     base = torch.cat([case.tensors[i] for i in STACKS[name]], 1)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from qcore.nn import experts_triton
-from qcore.nn.again import run_layers
-from qcore.nn.experts import Routing
-from qcore.nn.experts_triton_routing import routing_of
-from qcore.nn.protocols import Packed
+from qcore.api.blocks import Packed
+from qcore.nn.moe import triton as experts_triton
+from qcore.nn.moe.experts import Routing
+from qcore.nn.moe.triton_routing import routing_of
+from qcore.nn.recompute import run_layers
 from qcore_qwen35 import moe
 from qcore_qwen35.ops.moe import reference, triton
 from qcore_qwen35.ops.verify import CASES, verify

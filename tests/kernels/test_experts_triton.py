@@ -10,10 +10,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from qcore.nn import experts, experts_triton, experts_triton_routing
-from qcore.nn.adapted import Lora
-from qcore.nn.again import keep_dear
-from qcore.nn.experts import Experts, Routing, Tokens
+from qcore.nn.moe import experts
+from qcore.nn.moe import triton as experts_triton
+from qcore.nn.moe import triton_routing as experts_triton_routing
+from qcore.nn.moe.experts import Experts, Routing, Tokens
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.nn.recompute import keep_dear
 
 E = 6
 

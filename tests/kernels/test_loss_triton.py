@@ -153,7 +153,7 @@ def test_rows_of_a_chunk_fit_their_budget() -> None:
 
 
 def test_the_registry_has_it_and_its_own_check_passes() -> None:
-    from qcore.core_kernels import core_kernels
+    from qcore.nn.kernels.builtin import core_kernels
 
     (kernel,) = (one for one in core_kernels() if one.op == "cross_entropy")
     assert kernel.load() is loss_triton.cross_entropy_sum

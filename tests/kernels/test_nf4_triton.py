@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qcore.nn.nf4 import NF4, NF4Stack, dequantize, of_weights
+from qcore.nn.qlora.nf4 import NF4, NF4Stack, dequantize, of_weights
 
 triton = pytest.importorskip("triton")
 
-from qcore.nn import nf4_triton  # noqa: E402  after conftest has set the interpreter
+from qcore.nn.qlora import nf4_triton  # noqa: E402  after conftest has set the interpreter
 
 CPU = torch.device("cpu")
 # bf16 is left to the card: the interpreter cuts off where a card rounds.

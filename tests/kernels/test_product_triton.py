@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qcore.nn import product as plain
-from qcore.nn import product_triton as kernels
-from qcore.nn.adapted import Lora
-from qcore.nn.linear import Linear
-from qcore.nn.product import Product
-from qcore.optim import FlatAdamW
+from qcore.nn.optim import FlatAdamW
+from qcore.nn.qlora import fused as plain
+from qcore.nn.qlora import fused_triton as kernels
+from qcore.nn.qlora.fused import Product
+from qcore.nn.qlora.linear import Linear
+from qcore.nn.qlora.lora_layer import Lora
 
 CPU = torch.device("cpu")
 K, F16 = 64, torch.float16
@@ -239,7 +239,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_check_passes_and_sees_faults(monkeypatch: pytest.MonkeyPatch):
-    from qcore.nn import product_verify
+    from qcore.nn.qlora import fused_verify as product_verify
 
     monkeypatch.setattr(product_verify, "_DTYPE", F16)
     monkeypatch.setattr(product_verify, "FEWEST", 10)

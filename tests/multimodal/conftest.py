@@ -68,4 +68,4 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*arguments: Any) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr("qcore.load.read_tensor", read)
+    monkeypatch.setattr("qcore.nn.load.read_tensor", read)

@@ -31,7 +31,7 @@ from support.media_kit import (
 )  # fmt: skip
 
 from qcore.data.jsonl import BadRow
-from qcore.data.media import Payload
+from qcore.data.media_files import Payload
 
 Make = Callable[[], bytes]
 

@@ -181,15 +181,15 @@ def drop_cache(data: Path) -> None:
 
 def after_rows(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
     """Have something happen when the rows were checked and no weight was read."""
-    import qcore.train
+    import qcore.training.train
 
-    real = qcore.train._load
+    real = qcore.training.train._load
 
     def load(*arguments: Any) -> Any:
         change()
         return real(*arguments)
 
-    monkeypatch.setattr(qcore.train, "_load", load)
+    monkeypatch.setattr(qcore.training.train, "_load", load)
 
 
 def failed(data: Path, ended: Ended, code: str, *says: str) -> None:
@@ -247,7 +247,7 @@ def test_a_damaged_cache_is_made_anew(
 
 _PEAK = """
 import resource, sys
-from qcore.cli import main
+from qcore.cli.main import main
 try:
     main()
 finally:

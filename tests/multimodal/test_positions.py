@@ -19,9 +19,9 @@ from transformers import Qwen3_5Config, Qwen3_5Model, Qwen3_5MoeConfig, Qwen3_5M
 from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
+from qcore.api.blocks import Packed
 from qcore.data.jsonl import BadRow
-from qcore.data.media import Placed
-from qcore.nn.protocols import Packed
+from qcore.data.media_files import Placed
 from qcore_multimodal.positions import place
 from qcore_qwen35.rope import Rope
 

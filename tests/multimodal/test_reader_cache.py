@@ -19,7 +19,7 @@ import torch
 from support.media_kit import animated, file_payload, frames, payload, picture, saved, video
 
 from qcore.data.jsonl import BadRow
-from qcore.data.media import Payload
+from qcore.data.media_files import Payload
 from qcore.errors import InputError, UsageError, WriteError
 
 WHERE = torch.arange(1)
@@ -336,8 +336,8 @@ def test_one_medium_larger_than_all_may_be(
 _KEEP = """
 import resource, sys
 from pathlib import Path
-from qcore.data.media import Payload
-from qcore_multimodal.origins import Origins
+from qcore.data.media_files import Payload
+from qcore_multimodal.payload_store import Origins
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 origins, before = Origins(), peak()
 for number in range(40_000):
@@ -378,9 +378,9 @@ def test_a_disk_too_full_for_what_rows_hold(reader: Any, monkeypatch: pytest.Mon
 _NOWHERE = """
 import sys
 from pathlib import Path
-from qcore.data.media import Payload
+from qcore.data.media_files import Payload
 from qcore.errors import WriteError
-from qcore_multimodal.origins import Origins
+from qcore_multimodal.payload_store import Origins
 try:
     origins = Origins()
     for number in range(8):
@@ -413,7 +413,7 @@ def test_no_folder_for_temporary_files() -> None:
 def test_what_sqlite_raises(error: str, number: str | None, code: str) -> None:
     import sqlite3
 
-    from qcore_multimodal import origins
+    from qcore_multimodal import payload_store as origins
 
     raised = getattr(sqlite3, error)("its own words")
     if number is not None:
@@ -427,7 +427,7 @@ def test_what_sqlite_raises(error: str, number: str | None, code: str) -> None:
 def test_the_file_is_closed_with_its_reader() -> None:
     import sqlite3
 
-    from qcore_multimodal.origins import Origins
+    from qcore_multimodal.payload_store import Origins
 
     origins = Origins()
     base = origins._base

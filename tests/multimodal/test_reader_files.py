@@ -150,10 +150,10 @@ def test_nothing_outside_the_folder_is_read(folder: Path, tmp_path: Path) -> Non
 
 
 def test_what_it_says_of_itself(reader: Any) -> None:
+    from qcore_multimodal.placeholders import PADS
     from qcore_multimodal.plugin import VISION
     from qcore_multimodal.processor import CLASSES
     from qcore_multimodal.processor_files import _FILES, _NAMES
-    from qcore_multimodal.text import PADS
 
     assert reader.kinds == VISION.kinds == ("image", "video")
     # Each of these says something of every kind, in this order.

@@ -14,11 +14,11 @@ from transformers.vision_utils import (
     get_vision_position_ids,
 )
 
-from qcore.nn.again import run_layers
+from qcore.nn.recompute import run_layers
 from qcore_multimodal import tower as tower_module
 from qcore_multimodal.attention import Frames
-from qcore_multimodal.patches import taps
-from qcore_multimodal.pixels import Pixels
+from qcore_multimodal.media_batch import Pixels
+from qcore_multimodal.pos_embed import taps
 from qcore_multimodal.rope import places
 
 LAYOUTS = layouts()

@@ -30,15 +30,15 @@ from support.tower_kit import (
 )
 from torch import nn
 
-from qcore.adapter_reader import read_adapter
-from qcore.artifact import publish, read_manifest, verify
+from qcore.adapter.reader import read_adapter
+from qcore.config.settings import Settings
 from qcore.errors import InputError, NumericError, UsageError
-from qcore.identify import identify
-from qcore.load import read_tensor
-from qcore.merge import merge
-from qcore.prove import _Streams
-from qcore.settings import Settings
-from qcore.train import train
+from qcore.io.artifact import publish, read_manifest, verify
+from qcore.merging.merge import merge
+from qcore.merging.verify import _Streams
+from qcore.nn.load import read_tensor
+from qcore.plugins.resolve_model import identify
+from qcore.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = {"dense": False, "moe": True}
@@ -225,7 +225,7 @@ def read_by_the_proof(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(item.tensor.name)
         return read_tensor(checkpoint, item, *rows)
 
-    monkeypatch.setattr("qcore.prove.read_tensor", reading)
+    monkeypatch.setattr("qcore.merging.verify.read_tensor", reading)
     return seen
 
 

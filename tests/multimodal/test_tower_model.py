@@ -17,10 +17,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from qcore.identify import identify
-from qcore.model import Model
-from qcore.nn.adapted import Lora
-from qcore.nn.protocols import Packed
+from qcore.api.blocks import Packed
+from qcore.nn.model import Model
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.plugins.resolve_model import identify
 
 KINDS = ("dense", "moe")
 #: What the groups `vision` and `merger` are to stock PEFT.

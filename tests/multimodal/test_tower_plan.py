@@ -8,15 +8,15 @@ import pytest
 import torch
 from support.vision_kit import ours_from, tiny_vl
 
-from qcore.identify import identify
-from qcore.model import Model
-from qcore.nn.adapted import Lora
-from qcore.nn.launch import Planned, planning
-from qcore.nn.protocols import Media, Tower
-from qcore.plan.meta import Taken, meta_model
-from qcore.plan.trace import Trace
-from qcore.targets import targets
-from qcore_multimodal.pixels import Pixels
+from qcore.adapter.targets import targets
+from qcore.api.blocks import Media, Tower
+from qcore.nn.kernels.launch import Planned, planning
+from qcore.nn.model import Model
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.planning.meta_model import Taken, meta_model
+from qcore.planning.trace import Trace
+from qcore.plugins.resolve_model import identify
+from qcore_multimodal.media_batch import Pixels
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 LORA = Lora(r=4, lora_alpha=8)

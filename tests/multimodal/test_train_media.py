@@ -17,17 +17,17 @@ from support.cli_kit import apart
 from support.e2e_kit import CPU, random_b
 from support.run_kit import SHORT, raw, start, stop_at
 
-from qcore.batches import Batches, pack
+from qcore.adapter.targets import targets
+from qcore.config.settings import Settings
 from qcore.data.dataset import Dataset, dataset
 from qcore.errors import InputError, Interrupted, UsageError
-from qcore.generate import Generator
-from qcore.identify import Identified, identify
-from qcore.load import load
-from qcore.loop import Loop
-from qcore.model import Model
-from qcore.nn.adapted import Lora
-from qcore.settings import Settings
-from qcore.targets import targets
+from qcore.inference.generate import Generator
+from qcore.nn.load import load
+from qcore.nn.model import Model
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.plugins.resolve_model import Identified, identify
+from qcore.training.collate import Batches, pack
+from qcore.training.step import Loop
 from qcore_multimodal.tiny import add_tower
 from qcore_multimodal.tower import Tower
 from qcore_qwen35.tiny import write
@@ -445,7 +445,7 @@ def test_a_run_of_text_imports_neither_pillow_nor_transformers(
 ) -> None:
     code = (
         "import sys\nsys.modules['PIL'] = sys.modules['transformers'] = None\n"
-        "from qcore.settings import Settings\nfrom qcore.train import train\n"
+        "from qcore.config.settings import Settings\nfrom qcore.training.train import train\n"
         f"train({str(base)!r}, {str(text_rows)!r}, {str(tmp_path / 'out')!r},"
         " Settings(max_steps=1, dtype='fp32', quantization='none'), device='cpu')\n"
     )

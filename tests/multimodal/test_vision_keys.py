@@ -13,11 +13,11 @@ from support.model_kit import key_list
 from support.sku_kit import config_of, derived, shapes_of, write_sku
 from transformers import Qwen3_5Config
 
+from qcore.api.parameters import LINEAR, Aim, Store, Table
+from qcore.api.records import Severity
 from qcore.errors import InputError, QcoreError
-from qcore.identify import identify
-from qcore.records import Severity
-from qcore.table import LINEAR, Aim, Store, Table
-from qcore.towers import unread
+from qcore.plugins.resolve_model import identify
+from qcore.preflight.modality import unread
 from qcore_multimodal.guards import config_findings, findings
 from qcore_multimodal.table import GROUPS, OWNER, parts
 

@@ -7,7 +7,7 @@ import torch
 from support.blocks_kit import Twins, documents, relative, tiny_config, twins
 from torch import Tensor
 
-from qcore.nn.protocols import Packed
+from qcore.api.blocks import Packed
 from qcore_qwen35.attention import KvCache
 from qcore_qwen35.delta import DeltaCache
 

@@ -11,12 +11,7 @@ from support.blocks_kit import Written, relative
 from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from qcore_qwen35.ops.delta_rule import (
-    Chunks,
-    chunked,
-    chunked_delta_rule,
-    recurrent_delta_rule,
-)
+from qcore_qwen35.ops.delta_rule import Chunks, chunked, chunked_delta_rule, recurrent_delta_rule
 
 LENGTHS = [(1,), (2,), (63,), (64,), (65,), (130,), (64, 1, 65), (3, 200, 64, 0, 9)]
 #: log decay and write strength: (lowest g, highest g, lowest beta, highest beta)

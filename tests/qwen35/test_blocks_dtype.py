@@ -8,7 +8,7 @@ from support.blocks_kit import Twins, documents, relative, tiny_config, twins
 from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5 as reference
 
-from qcore.nn.protocols import Packed
+from qcore.api.blocks import Packed
 from qcore_qwen35.ops.attention.reference import output_gate
 from qcore_qwen35.ops.norm.reference import gated_norm, rms_norm
 from qcore_qwen35.ops.swiglu.reference import swiglu

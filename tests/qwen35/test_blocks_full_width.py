@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.blocks_kit import documents, relative, twins
 
-from qcore.nn.protocols import Packed
+from qcore.api.blocks import Packed
 
 VOCAB = 512
 TOKENS = 70

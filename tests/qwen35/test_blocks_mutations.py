@@ -14,7 +14,7 @@ import torch
 from support.blocks_kit import GivenWeights, Twins, documents, tiny_config, twins
 from torch import Tensor
 
-from qcore.nn.protocols import Packed
+from qcore.api.blocks import Packed
 from qcore_qwen35 import attention as block
 from qcore_qwen35 import mlp, rope
 from qcore_qwen35 import norm as norms

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from support.blocks_kit import Twins, Written, documents, relative, tiny_config, twins
 from torch import Tensor
 
-from qcore.nn.attention import cached_attention, varlen_attention
-from qcore.nn.protocols import Packed
+from qcore.api.blocks import Packed
+from qcore.nn.attention.varlen import cached_attention, varlen_attention
 from qcore_qwen35.ops.delta_inputs.reference import causal_conv_silu
 
 PACKS = [(5, 9), (64, 65, 1), (1, 1, 2), (130, 3, 64), (7, 7, 7, 2)]

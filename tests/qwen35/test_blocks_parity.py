@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.blocks_kit import GivenWeights, Twins, documents, relative, tiny_config, twins
 
-from qcore.nn.protocols import Packed
+from qcore.api.blocks import Packed
 from qcore_qwen35.guards import config_findings
 from qcore_qwen35.model import build
 from qcore_qwen35.rope import Rope

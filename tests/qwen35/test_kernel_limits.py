@@ -9,11 +9,12 @@ import pytest
 import torch
 from support.cli_kit import here
 
-from qcore import kernel_cache, kernel_judge
-from qcore.identify import identify
-from qcore.kernels import choose, installed
-from qcore.model import ops_of
-from qcore.records import Verdict
+from qcore.api.records import Verdict
+from qcore.nn.kernels import cache as kernel_cache
+from qcore.nn.kernels import judge as kernel_judge
+from qcore.nn.kernels.registry import choose, installed
+from qcore.nn.model import ops_of
+from qcore.plugins.resolve_model import identify
 from qcore_qwen35.kernels import kernels
 from qcore_qwen35.tiny import tiny_config, write
 

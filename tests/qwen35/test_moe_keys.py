@@ -23,12 +23,12 @@ from support.model_kit import as_text_class, edit_json, write_json, write_sparse
 from support.moe_kit import as_layout, rewrite, tensors_of
 from support.sku_kit import DERIVED, config_of, shapes_of
 
-from qcore.checkpoint import Checkpoint
+from qcore.api.parameters import Table
+from qcore.checkpoint.checkpoint import Checkpoint
+from qcore.checkpoint.layout import Layout, survey
 from qcore.errors import InputError
-from qcore.identify import identify
-from qcore.load import read_tensor
-from qcore.locate import Layout, survey
-from qcore.table import Table
+from qcore.nn.load import read_tensor
+from qcore.plugins.resolve_model import identify
 from qcore_qwen35.table import parts
 from qcore_qwen35.tiny import write
 

@@ -14,8 +14,8 @@ from support.moe_kit import MoeTwins, moe_config, twins
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from qcore.nn.experts import Experts, Routing
-from qcore.nn.protocols import Packed
+from qcore.api.blocks import Packed
+from qcore.nn.moe.experts import Experts, Routing
 from qcore_qwen35 import moe
 
 ALLOWED = 1e-5

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from qcore import kernel_cache
+from qcore.api.records import Kernel
 from qcore.errors import UsageError
-from qcore.kernels import Listed, choose
-from qcore.records import Kernel
+from qcore.nn.kernels import cache as kernel_cache
+from qcore.nn.kernels.registry import Listed, choose
 from qcore_qwen35.ops import optional
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def test_what_triton_miscompiles_on_hopper(
         with pytest.raises(UsageError, match="flash-linear-attention/issues/640"):
             choose(listed("fla"), gpu, {"delta_rule": "fla"})
         return
-    from qcore.kernel_judge import _refusal
+    from qcore.nn.kernels.judge import _refusal
 
     assert _refusal(KERNELS["fla"], gpu, None) is None
 

@@ -27,9 +27,9 @@ from torch.nn.functional import cross_entropy
 from transformers import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedding
 
-from qcore.nn.adapted import Lora
-from qcore.nn.protocols import Packed
-from qcore.records import Severity
+from qcore.api.blocks import Packed
+from qcore.api.records import Severity
+from qcore.nn.qlora.lora_layer import Lora
 from qcore_qwen35.guards import config_findings
 from qcore_qwen35.rope import Rope
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plugin_kit import checkpoint, installed
 from support.model_kit import (
     as_text_class,
     key_list,
@@ -20,6 +19,7 @@ from support.model_kit import (
     write_json,
     write_sparse,
 )
+from support.plugin_kit import checkpoint, installed
 from support.template_kit import (
     ALWAYS,
     CHATML,
@@ -34,12 +34,12 @@ from support.template_kit import (
     family_template,
 )
 
-from qcore.data.render import Template
-from qcore.detect import Decision, detect
+from qcore.api.records import Claim, PreflightRequest
+from qcore.checkpoint.chat_template import Template
 from qcore.errors import QcoreError
-from qcore.identify import identify
-from qcore.plugins import Plugins
-from qcore.records import Claim, PreflightRequest
+from qcore.plugins.detect import Decision, detect
+from qcore.plugins.manager import Plugins
+from qcore.plugins.resolve_model import identify
 from qcore_qwen36 import plugin
 from qcore_qwen36.detect import TEMPLATE_HASHES, claims
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from qcore.nn.protocols import Packed
+from qcore.api.blocks import Packed
 from qcore_qwen35.model import Trunk
 
 VOCAB = 97

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from qcore.data.render import Template
-from qcore.records import ChatFormat
+from qcore.api.records import ChatFormat
+from qcore.checkpoint.chat_template import Template
 
 FORMAT = ChatFormat(
     turn_start="<|im_start|>",

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from qcore.cli import main
+from qcore.cli.main import main
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def apart(
 def modules_after(*arguments: object) -> tuple[Ended, set[str]]:
     """Top-level and dotted names of the modules that a command leaves imported."""
     code = (
-        "import sys, qcore.cli as cli\n"
+        "import sys, qcore.cli.main as cli\n"
         "try:\n    cli.main()\n"
         "except SystemExit as end:\n"
         "    print('\\n'.join(sys.modules), file=sys.stderr)\n"

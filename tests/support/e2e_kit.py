@@ -35,13 +35,13 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
-from qcore.data.mask import load_tokenizer
-from qcore.identify import identify
-from qcore.load import load
-from qcore.model import Model
-from qcore.nn.adapted import Lora
-from qcore.nn.protocols import Packed
-from qcore.targets import targets
+from qcore.adapter.targets import targets
+from qcore.api.blocks import Packed
+from qcore.data.masking import load_tokenizer
+from qcore.nn.load import load
+from qcore.nn.model import Model
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.plugins.resolve_model import identify
 from qcore_qwen35.tiny import tiny_config, write
 
 CPU = torch.device("cpu")
@@ -249,7 +249,7 @@ def figure(line: str) -> None:
 _SIGNALLED = """
 import os, signal, sys
 from qcore import loop
-from qcore.cli import main
+from qcore.cli.main import main
 real, at, number = loop.Loop.step, int(sys.argv[1]), int(sys.argv[2])
 def step(self, n):
     if n + 1 == at:

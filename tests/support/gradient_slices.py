@@ -24,19 +24,19 @@ import torch
 from support.gradient_cases import VOCABULARY, Case, Gradients, Routes
 from torch import Tensor
 
-from qcore.checkpoint import Header
-from qcore.kernels import Chosen, choose, installed
-from qcore.load import place, slabs
-from qcore.locate import Layout, Located, Place
-from qcore.model import Model, ops_of
-from qcore.nn.adapted import Lora
-from qcore.nn.protocols import Packed
-from qcore.optim import FlatAdamW
-from qcore.plugins import Plugins
-from qcore.skus import load_skus
-from qcore.table import Store, Table
-from qcore.table import Tensor as Entry
-from qcore.targets import targets
+from qcore.adapter.targets import targets
+from qcore.api.blocks import Packed
+from qcore.api.parameters import Store, Table
+from qcore.api.parameters import Tensor as Entry
+from qcore.checkpoint.checkpoint import Header
+from qcore.checkpoint.layout import Layout, Located, Place
+from qcore.nn.kernels.registry import Chosen, choose, installed
+from qcore.nn.load import place, slabs
+from qcore.nn.model import Model, ops_of
+from qcore.nn.optim import FlatAdamW
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.plugins.manager import Plugins
+from qcore.skus.registry import load_skus
 from qcore_qwen35.plugin import DENSE, MOE
 from qcore_qwen35.table import parts
 from qcore_qwen35.tiny import tiny_config

@@ -27,8 +27,8 @@ from support.gradient_slices import Slice
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qcore.nn.experts import Experts
-from qcore.nn.linear import Linear
+from qcore.nn.moe.experts import Experts
+from qcore.nn.qlora.linear import Linear
 
 _SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcore_multimodal.medium import Seen
+from qcore_multimodal.media import Seen
 
 VOCAB = 97
 TEXT = 93  #: ids below are text

@@ -23,8 +23,8 @@ from support.blocks_kit import tiny_config as dense_config
 from torch import Tensor, nn
 from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
-from qcore.nn.experts import Experts, Routing, Tokens
-from qcore.nn.protocols import Packed
+from qcore.api.blocks import Packed
+from qcore.nn.moe.experts import Experts, Routing, Tokens
 from qcore_qwen35.model import Trunk
 
 ROOT = "model.language_model."

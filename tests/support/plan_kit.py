@@ -5,11 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
-from qcore.checkpoint import Header
-from qcore.identify import Identified
-from qcore.locate import Layout, Located, Place
-from qcore.plugins import Plugins
-from qcore.table import Table
+from qcore.api.parameters import Table
+from qcore.checkpoint.checkpoint import Header
+from qcore.checkpoint.layout import Layout, Located, Place
+from qcore.plugins.manager import Plugins
+from qcore.plugins.resolve_model import Identified
 from qcore_qwen35.plugin import DENSE, MOE
 from qcore_qwen35.table import parts
 from qcore_qwen35.tiny import tiny_config

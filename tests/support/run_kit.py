@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from qcore.loop import Loop
-from qcore.settings import Settings
-from qcore.train import TrainReport, train
+from qcore.config.settings import Settings
+from qcore.training.step import Loop
+from qcore.training.train import TrainReport, train
 
 #: A run of few seconds: small batches, small adapters, no checkpoints.
 SHORT: dict[str, Any] = {

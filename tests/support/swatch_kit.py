@@ -17,7 +17,7 @@ from typing import Any
 from support.chat_kit import TEMPLATE, FakeCheckpoint, own_template, own_tokenizer
 
 from qcore.data.jsonl import BadRow
-from qcore.data.media import Payload, Placed
+from qcore.data.media_files import Payload, Placed
 
 OPEN, DOT, CLOSE = "<|open|>", "<|dot|>", "<|close|>"
 PLACE = OPEN + DOT + CLOSE

@@ -6,7 +6,7 @@ in here. What is not named by an argument is the same in all generations.
 
 from __future__ import annotations
 
-from qcore.data.render import Template
+from qcore.checkpoint.chat_template import Template
 
 PYTHON = "v | tojson if v is mapping or (v is sequence and v is not string) else v | string"
 JSON = "v if v is string else v | tojson"

@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from support.e2e_kit import CPU, MOE_STOCK, STOCK, random_b
 from torch import Tensor
 
-from qcore.adapter import choose_class
-from qcore.identify import Identified, classes_of, identify
-from qcore.load import load
-from qcore.model import Model
-from qcore.nn.adapted import Lora
-from qcore.nn.protocols import Media, Packed
-from qcore.settings import Settings
-from qcore.state import RunFiles
-from qcore.targets import targets
+from qcore.adapter.peft_names import choose_class
+from qcore.adapter.targets import targets
+from qcore.api.blocks import Media, Packed
+from qcore.config.settings import Settings
+from qcore.nn.load import load
+from qcore.nn.model import Model
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.plugins.resolve_model import Identified, classes_of, identify
+from qcore.training.checkpoints import RunFiles
 from qcore_multimodal.plugin import VISION
 
 TOWER = "model.visual."

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qcore import hookimpl
-from qcore.nn.protocols import BuildContext, Media
-from qcore.records import Modality
-from qcore.table import LINEAR, NF4, Aim, Namespace, Part, Row, Table
+from qcore.api.blocks import BuildContext, Media
+from qcore.api.parameters import LINEAR, NF4, Aim, Namespace, Part, Row, Table
+from qcore.api.records import Modality
 
 ROOT = "model.toy"
 BYTES, WIDTH, INNER, MERGE = 48, 64, 2048, 16

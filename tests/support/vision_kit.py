@@ -18,12 +18,12 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeVisionConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeVisionModel
 
-from qcore.identify import identify
-from qcore.load import load
-from qcore.model import Model
-from qcore.nn.adapted import Lora
-from qcore.nn.protocols import Media, Packed
-from qcore.targets import targets
+from qcore.adapter.targets import targets
+from qcore.api.blocks import Media, Packed
+from qcore.nn.load import load
+from qcore.nn.model import Model
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.plugins.resolve_model import identify
 from qcore_multimodal.plugin import VISION
 from qcore_multimodal.tiny import add_tower
 from qcore_multimodal.tower import Tower

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from .artifact import check_target, verify
-from .durable import make_folders, writing
+from .api.records import Architecture
+from .config.settings import Settings
 from .errors import Interrupted, NumericError, PluginError, UsageError
-from .generate import Generator
-from .merge import MergeReport, merge
-from .plugins import Plugins
-from .records import Architecture
-from .report import Reporter, Silent
-from .settings import Settings
-from .train import TrainReport, train
+from .inference.generate import Generator
+from .io.artifact import check_target, verify
+from .io.atomic import make_folders, writing
+from .merging.merge import MergeReport, merge
+from .plugins.manager import Plugins
+from .reporting import Reporter, Silent
+from .training.train import TrainReport, train
 
 PROMPT = "What is the capital of France?"
 SETTINGS = Settings(

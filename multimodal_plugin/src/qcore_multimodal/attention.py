@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qcore.nn.launch import cdiv, worked
-from qcore.nn.protocols import BuildContext, Media
+from qcore.api.blocks import BuildContext, Media
+from qcore.nn.kernels.launch import cdiv, worked
 
 from .linear import linear, residual
 from .rope import Grids, Rope, rotate

@@ -33,8 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcore.data.jsonl import BadRow
-from qcore.durable import writing
 from qcore.errors import UsageError
+from qcore.io.atomic import writing
 
 BOUND: Final = "QCORE_MEDIA_CACHE_GB"
 _USUAL: Final = 20.0

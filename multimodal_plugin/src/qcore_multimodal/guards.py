@@ -18,11 +18,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from qcore.api.records import Finding, PreflightRequest, Severity
 from qcore.errors import InputError
-from qcore.records import Finding, PreflightRequest, Severity
 
+from .placeholders import token_findings
 from .table import NAME, SECTION, THETA, parts, vision_config
-from .text import token_findings
 
 #: What the blocks hard-code, as transformers' module does: anything else would be ignored.
 _ACTIVATION: Final = "gelu_pytorch_tanh"

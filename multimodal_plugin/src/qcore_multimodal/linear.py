@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qcore.nn.again import again
-from qcore.nn.protocols import BuildContext
+from qcore.api.blocks import BuildContext
+from qcore.nn.recompute import again
 
 _EPS = 1e-6  # of every norm; no config names it
 

@@ -10,17 +10,17 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from qcore import hookimpl
+from qcore.api.parameters import Part
+from qcore.api.records import Finding, Modality, PreflightRequest
 from qcore.errors import InputError
-from qcore.records import Finding, Modality, PreflightRequest
-from qcore.table import Part
 
 from . import guards, table
-from .medium import KINDS
+from .media import KINDS
 
 if TYPE_CHECKING:
-    from qcore.checkpoint import Checkpoint
-    from qcore.data.media import MediaReader
-    from qcore.nn.protocols import BuildContext, Tower
+    from qcore.api.blocks import BuildContext, Tower
+    from qcore.checkpoint.checkpoint import Checkpoint
+    from qcore.data.media_files import MediaReader
 
 
 def _build(context: BuildContext) -> Tower:

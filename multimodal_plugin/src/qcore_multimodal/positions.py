@@ -15,10 +15,10 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 
 from qcore.data.jsonl import BadRow
-from qcore.data.media import Placed
+from qcore.data.media_files import Placed
 
-from .medium import Seen
-from .text import PADS
+from .media import Seen
+from .placeholders import PADS
 
 
 def place(ids: Sequence[int], media: Sequence[Seen], tokens: Mapping[str, int]) -> Placed:

@@ -25,7 +25,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from .options import Limits
+from .media_options import Limits
 from .processor_files import size_bounds
 
 Bytes = NDArray[np.uint8]

@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
-from qcore.checkpoint import read_json
+from qcore.checkpoint.checkpoint import read_json
 from qcore.errors import InputError
 
 from .table import SECTION
 
 if TYPE_CHECKING:
-    from qcore.checkpoint import Checkpoint
+    from qcore.checkpoint.checkpoint import Checkpoint
 
 _BICUBIC: Final = 3
 _COMBINED: Final = "processor_config.json"

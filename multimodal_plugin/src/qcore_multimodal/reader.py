@@ -30,15 +30,15 @@ from qcore.data.jsonl import BadRow
 from qcore.errors import InputError
 
 from .cache import BOUND, Cache
-from .medium import KINDS, Seen
-from .options import KEYS, Limits, limits
-from .origins import Origins
-from .pixels import Pixels
+from .media import KINDS, Seen
+from .media_batch import Pixels
+from .media_options import KEYS, Limits, limits
+from .payload_store import Origins
 from .processor_files import load
 
 if TYPE_CHECKING:
-    from qcore.checkpoint import Checkpoint
-    from qcore.data.media import Medium, Payload, Placed
+    from qcore.checkpoint.checkpoint import Checkpoint
+    from qcore.data.media_files import Medium, Payload, Placed
 
     from .processor import Bytes, Grid, Images, Videos
 
@@ -46,7 +46,7 @@ _LAYOUT: Final = 1  # of what an entry of the cache holds, and of how pixels are
 
 
 class Reader:
-    """Reads with the processors of one checkpoint (`qcore.data.media.MediaReader`)."""
+    """Reads with the processors of one checkpoint (`qcore.data.media_files.MediaReader`)."""
 
     kinds: Final = KINDS
     keys: Final = KEYS
@@ -83,7 +83,7 @@ class Reader:
     @property
     def control(self) -> tuple[str, ...]:
         """Tokens that stand for media."""
-        from .text import CONTROL
+        from .placeholders import CONTROL
 
         return CONTROL
 
@@ -113,14 +113,14 @@ class Reader:
 
     def expand(self, text: str, media: Sequence[Medium]) -> str:
         """A rendered text with every placeholder as long as its medium."""
-        from .text import expand
+        from .placeholders import expand
 
         return expand(text, cast("Sequence[Seen]", media))
 
     def place(self, ids: Sequence[int], media: Sequence[Medium]) -> Placed:
         """Where the media lie in the token ids of an expanded text."""
+        from .placeholders import named_ids
         from .positions import place
-        from .text import named_ids
 
         tokens = named_ids(self._checkpoint.config)
         if not all(type(token) is int for token in tokens.values()):
@@ -133,9 +133,9 @@ class Reader:
 
     def _check_tokens(self) -> None:
         """Raises `InputError`: ``QC-VISION-053``, which the guards tell of rows that are good."""
-        from qcore.data.mask import load_tokenizer
+        from qcore.data.masking import load_tokenizer
 
-        from .text import token_findings
+        from .placeholders import token_findings
 
         ids = load_tokenizer(self._checkpoint).get_vocab()
         for found in token_findings(self._checkpoint.config, ids):

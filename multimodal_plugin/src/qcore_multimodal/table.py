@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qcore.api.parameters import LINEAR, Aim, Namespace, Part, Row
 from qcore.errors import InputError
-from qcore.table import LINEAR, Aim, Namespace, Part, Row
 
 NAME = "vision"
 ROOT = "model.visual"

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from qcore.table import Table
-from qcore.table import Tensor as Entry
+from qcore.api.parameters import Table
+from qcore.api.parameters import Tensor as Entry
 
+from .placeholders import END, NAMED, START
 from .table import SECTION, parts
-from .text import END, NAMED, START
 
 #: Key of config.json -> the token whose id it holds.
 TOKENS = {key: token for token, (key, _) in NAMED.items()} | {

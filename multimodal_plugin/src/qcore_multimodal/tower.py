@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcore.nn.protocols import BuildContext, Media
-from qcore.nn.protocols import Tower as TowerProtocol
+from qcore.api.blocks import BuildContext, Media
+from qcore.api.blocks import Tower as TowerProtocol
 
 from .attention import Attention
 from .linear import LayerNorm, activated, affine, linear, residual
-from .patches import taps
-from .pixels import Pixels
+from .media_batch import Pixels
+from .pos_embed import taps
 from .table import vision_config
 
 #: Patches that are embedded at a time: their numbers are wide, and nothing of them stays.

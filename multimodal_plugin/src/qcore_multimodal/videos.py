@@ -30,7 +30,7 @@ from qcore.data.jsonl import BadRow
 
 from . import images
 from .containers import demuxer
-from .options import Limits
+from .media_options import Limits
 
 if TYPE_CHECKING:
     from .processor import Bytes, Grid, Videos

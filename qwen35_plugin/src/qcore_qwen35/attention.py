@@ -1,7 +1,7 @@
 """Gated full attention: per-head norms of q and k, partial rope, an output gate.
 
 This file decides what surrounds attention in this family (`ops.attention` computes it);
-attention itself, and its borders between documents, are core's (`qcore.nn.attention`).
+attention itself, and its borders between documents, are core's (`qcore.nn.attention.varlen`).
 
 Shapes: T tokens, Hq query heads, Hkv key heads, D head size.
 """
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcore.nn.again import again, remember
-from qcore.nn.attention import cached_attention, filled, step_attention, varlen_attention
-from qcore.nn.protocols import BuildContext, Packed
+from qcore.api.blocks import BuildContext, Packed
+from qcore.nn.attention.varlen import cached_attention, filled, step_attention, varlen_attention
+from qcore.nn.recompute import again, remember
 
 from .ops.attention.reference import AttentionInputs, attention_inputs, output_gate
 from .rope import Rope

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from qcore.records import ChatFormat, Finding, PreflightRequest, Severity
+from qcore.api.records import ChatFormat, Finding, PreflightRequest, Severity
 
 #: Tokens that the tokenizer marks special: text that holds one would become a control token.
 #: Those of media are their reader's to name, and any that is marked special is refused with them.

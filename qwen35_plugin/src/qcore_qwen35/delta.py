@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcore.nn.again import remember
-from qcore.nn.protocols import BuildContext, Packed
+from qcore.api.blocks import BuildContext, Packed
+from qcore.nn.recompute import remember
 
 from .norm import GatedNorm
 from .ops.delta_inputs.reference import (

@@ -33,15 +33,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qcore.records import Bar, Claim, Sign
+from qcore.api.records import Bar, Claim, Sign
 
-from . import headers
-from .probe import ENDOFTEXT, Shown, as_published_without_bos, bos_of, look
-from .probe import TEMPLATE_INPUTS as TEMPLATE_INPUTS
+from . import mismatch as headers
 from .table import text_config
+from .template_probe import ENDOFTEXT, Shown, as_published_without_bos, bos_of, look
+from .template_probe import TEMPLATE_INPUTS as TEMPLATE_INPUTS
 
 if TYPE_CHECKING:
-    from qcore.checkpoint import Checkpoint
+    from qcore.checkpoint.checkpoint import Checkpoint
 
 ARCHITECTURE = "qwen3_5"
 MOE = "qwen3_5_moe"

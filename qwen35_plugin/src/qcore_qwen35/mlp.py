@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qcore.nn.again import again
-from qcore.nn.protocols import BuildContext
+from qcore.api.blocks import BuildContext
+from qcore.nn.recompute import again
 
 from .ops.swiglu.reference import swiglu
 

@@ -1,7 +1,7 @@
 """Mixture of experts: a router, the experts that it picks, and an expert that all tokens share.
 
 This file decides how experts are picked and weighted, and what is left for the load-balancing
-loss. Rows are sorted by expert and multiplied by core (`qcore.nn.experts`): the cost is that of
+loss. Rows are sorted by expert and multiplied by core (`qcore.nn.moe.experts`): the cost is that of
 the routed tokens. What lies between two maps is `ops.moe`'s: a weight multiplies what goes into
 the last map, which is linear, so that what comes out of it need not be kept.
 
@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcore.nn.again import again
-from qcore.nn.experts import Routing
-from qcore.nn.protocols import BuildContext, Packed
+from qcore.api.blocks import BuildContext, Packed
+from qcore.nn.moe.experts import Routing
+from qcore.nn.recompute import again
 
 from .mlp import Mlp
 from .ops.moe.reference import shared_up, weighted_up

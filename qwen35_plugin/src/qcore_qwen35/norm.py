@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qcore.nn.again import again, remember
-from qcore.nn.protocols import BuildContext
+from qcore.api.blocks import BuildContext
+from qcore.nn.recompute import again, remember
 
 from .ops.norm.reference import add_rms_norm, gated_norm, rms_norm
 

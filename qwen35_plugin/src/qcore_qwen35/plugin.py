@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcore import hookimpl
-from qcore.records import (
+from qcore.api.parameters import Part
+from qcore.api.records import (
     Architecture,
     ChatFormat,
     Claim,
@@ -20,13 +21,12 @@ from qcore.records import (
     Kernel,
     PreflightRequest,
 )
-from qcore.table import Part
 
 from . import chat, detect, guards, kernels, table
 
 if TYPE_CHECKING:
-    from qcore.checkpoint import Checkpoint
-    from qcore.nn.protocols import BuildContext, Trunk
+    from qcore.api.blocks import BuildContext, Trunk
+    from qcore.checkpoint.checkpoint import Checkpoint
 
 
 def _build(context: BuildContext) -> Trunk:

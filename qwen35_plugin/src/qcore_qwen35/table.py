@@ -24,8 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qcore.errors import InputError
-from qcore.table import (
+from qcore.api.parameters import (
     EXPERTS,
     FP32,
     LINEAR,
@@ -38,6 +37,7 @@ from qcore.table import (
     cat,
     stack,
 )
+from qcore.errors import InputError
 
 OWNER = "qcore-qwen35"
 ROOT = "model.language_model"

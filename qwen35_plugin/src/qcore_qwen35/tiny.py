@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from qcore.table import Table, Tensor
+from qcore.api.parameters import Table, Tensor
 
-from .published import published
+from .data import published
 from .table import parts
 
 #: Tokens that structure text but are not control tokens, as in the real tokenizer.

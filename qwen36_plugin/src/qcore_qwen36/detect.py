@@ -31,9 +31,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qcore.records import Bar, Claim, Sign
+from qcore.api.records import Bar, Claim, Sign
 from qcore_qwen35.detect import architecture_of, claim
-from qcore_qwen35.probe import (
+from qcore_qwen35.template_probe import (
     EARLIER,
     ENDOFTEXT,
     HEADER,
@@ -45,10 +45,10 @@ from qcore_qwen35.probe import (
     bos_of,
     look,
 )
-from qcore_qwen35.probe import TEMPLATE_INPUTS as INPUTS_OF_3_5
+from qcore_qwen35.template_probe import TEMPLATE_INPUTS as INPUTS_OF_3_5
 
 if TYPE_CHECKING:
-    from qcore.checkpoint import Checkpoint
+    from qcore.checkpoint.checkpoint import Checkpoint
 
 GENERATION = "3.6"
 TEMPLATE_HASHES = ("e84f32a23fdda27689f868aa4a1a5621f41133e51a48d7f3efcbea2839574259",)

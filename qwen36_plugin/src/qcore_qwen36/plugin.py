@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from qcore import hookimpl
-from qcore.records import ChatFormat, Claim, Finding, Generation, PreflightRequest
+from qcore.api.records import ChatFormat, Claim, Finding, Generation, PreflightRequest
 from qcore_qwen35.detect import ARCHITECTURE, MOE
 
 from . import chat, detect, guards
 
 if TYPE_CHECKING:
-    from qcore.checkpoint import Checkpoint
+    from qcore.checkpoint.checkpoint import Checkpoint
 
 GENERATION = Generation(
     name=detect.GENERATION,

@@ -20,7 +20,7 @@ def command(output: Path | None, architecture: str, as_json: bool) -> None:
     """Train, merge and verify a tiny checkpoint, and show one prompt before and after."""
     with importing():
         from ..demo import demo
-    from .draw import Drawn
+    from .terminal import Drawn
 
     teller = Drawn(quiet=as_json)
     with tempfile.TemporaryDirectory(prefix="qcore-demo-") as temporary:

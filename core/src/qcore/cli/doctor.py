@@ -16,10 +16,10 @@ def command(kernels: bool, as_json: bool) -> None:
     if kernels:
         _kernels(as_json)
         return
-    from ..doctor import findings
+    from ..api.records import Severity
     from ..errors import raise_all
-    from ..preflight import as_error
-    from ..records import Severity
+    from ..preflight.checks import as_error
+    from ..preflight.environment import findings
 
     found = list(findings())
     errors = [as_error(finding) for finding in found if finding.severity is Severity.ERROR]
@@ -46,8 +46,8 @@ def _kernels(as_json: bool) -> None:
     """The table of backends on the device of a run."""
     from dataclasses import asdict
 
-    from ..doctor import kernel_table
     from ..errors import raise_all
+    from ..preflight.environment import kernel_table
 
     with importing():
         device, lines, problems = kernel_table()

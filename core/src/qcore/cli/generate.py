@@ -89,14 +89,14 @@ def command(
 ) -> None:
     """Answer one prompt with MODEL, so that the effect of an adapter can be seen."""
     media = [(name.removeprefix("media_"), path) for name in sorted(given) for path in given[name]]
-    from ..config import parse_entries
-    from .draw import Drawn
+    from ..config.resolve import parse_entries
+    from .terminal import Drawn
 
     variables = parse_entries(
         "chat_template_kwargs", chat_template_kwargs, flag="--chat-template-kwargs"
     )
     with importing():
-        from ..generate import Generator
+        from ..inference.generate import Generator
 
     generator = Generator(
         model,

@@ -20,18 +20,18 @@ _OF_THE_WHOLE = ("QC-CKPT-008", "QC-CKPT-010")  # quantised, which the last line
 @debug_option
 def command(model: str, generation: str, as_json: bool) -> None:
     """Say what MODEL is, by which evidence, and whether every tensor is accounted for."""
-    from ..headers import without_gc
+    from ..checkpoint.safetensors_header import without_gc
 
     with without_gc():
         _inspect(model, generation, as_json)
 
 
 def _inspect(model: str, generation: str, as_json: bool) -> None:
+    from ..checkpoint.layout import faults
     from ..errors import raise_all
-    from ..identify import identify
-    from ..locate import faults
-    from ..sku_compare import compare, part_layouts
-    from ..skus import load_skus
+    from ..plugins.resolve_model import identify
+    from ..skus.compare import compare, part_layouts
+    from ..skus.registry import load_skus
 
     found = identify(model, generation=generation, tolerant=True, headers_only=True)
     decision, layout = found.decision, found.layout

@@ -33,8 +33,8 @@ def command(
 ) -> None:
     """Write MODEL + ADAPTER to OUTPUT as a drop-in for MODEL, tensor by tensor."""
     with importing():
-        from ..merge import merge
-    from .draw import Drawn
+        from ..merging.merge import merge
+    from .terminal import Drawn
 
     report = merge(
         model,

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import UsageError
-from ..towers import with_tower
+from ..preflight.modality import with_tower
 from .common import count, debug_option, emit, importing, json_option, spoken
 
 if TYPE_CHECKING:
-    from ..identify import Identified
-    from ..plan import Plan, Planner
-    from ..settings import Settings
+    from ..config.settings import Settings
+    from ..planning import Plan, Planner
+    from ..plugins.resolve_model import Identified
 
 
 @click.command("plan")
@@ -51,10 +51,10 @@ def command(
     as_json: bool,
 ) -> None:
     """Say what training MODEL takes of a card, before a weight is read."""
-    from ..config import load_settings
-    from ..identify import identify
-    from ..plan.cards import CARDS, capped, named, parse_budget
-    from ..preflight import preflight
+    from ..config.resolve import load_settings
+    from ..planning.gpus import CARDS, capped, named, parse_budget
+    from ..plugins.resolve_model import identify
+    from ..preflight.checks import preflight
 
     flags: dict[str, tuple[str, str | int | None]] = {
         "--max-length": ("max_length", max_length),
@@ -73,7 +73,7 @@ def command(
     told = [*preflight(found, verb="plan", settings=settings.to_dict())]
     told += [f"note: {line}" for line in capping]
     with importing():
-        from ..plan import Planner
+        from ..planning import Planner
 
     with spoken(flags):
         planner = Planner(found, settings, cards[0])
@@ -129,8 +129,8 @@ def _units(planner: Planner, settings: Settings, media: int | None) -> int:
     Raises:
         UsageError: ``QC-PLAN-008``.
     """
-    from ..packing import extent
-    from ..plan.packs import MOST
+    from ..data.microbatches import extent
+    from ..planning.packs import MOST
 
     if media is None:
         return 0
@@ -166,7 +166,7 @@ def _units(planner: Planner, settings: Settings, media: int | None) -> int:
 
 
 def _plan(planner: Planner, settings: Settings, units: int, *, fixed: bool) -> Plan:
-    from ..plan.record import Pack
+    from ..planning.report import Pack
 
     size = settings.per_device_train_batch_size
     if fixed:
@@ -218,7 +218,7 @@ def _print(
 
 def _notes(plans: list[tuple[Planner, Plan]]) -> Iterator[str]:
     """What each plan says of itself, once; and what would fit where this does not."""
-    from ..plan.run import refusal
+    from ..planning.run import refusal
 
     said: set[str] = set()
     for one, plan in plans:

@@ -17,7 +17,7 @@ def command() -> None:
 @debug_option
 def list_plugins(as_json: bool) -> None:
     """List the installed plugins by their metadata; none is imported."""
-    from ..plugins import Plugins
+    from ..plugins.manager import Plugins
 
     rows = [
         {

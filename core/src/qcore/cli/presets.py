@@ -19,7 +19,7 @@ def command() -> None:
 @debug_option
 def list_presets(as_json: bool) -> None:
     """List the presets and where each comes from."""
-    from ..presets import load_presets
+    from ..config.presets import load_presets
 
     presets = load_presets()
     rows: list[dict[str, Any]] = [
@@ -37,7 +37,7 @@ def list_presets(as_json: bool) -> None:
     if as_json:
         emit({"presets": rows, "default_base_models": bases, "broken": broken})
         return
-    from .draw import show
+    from .terminal import show
 
     show("", [{**row, "aliases": ", ".join(row["aliases"] or ())} for row in rows])
     for generation, model in bases.items():
@@ -52,8 +52,8 @@ def list_presets(as_json: bool) -> None:
 @debug_option
 def show_preset(name: str, as_json: bool) -> None:
     """Print the settings of preset NAME, as --config would take them."""
-    from ..presets import load_presets
-    from ..settings import line_of, plain
+    from ..config.presets import load_presets
+    from ..config.settings import line_of, plain
 
     preset = load_presets().get(name)
     if as_json:

@@ -11,7 +11,7 @@ import click
 from .common import count, debug_option, emit, json_option
 
 if TYPE_CHECKING:
-    from ..sku_records import Served, Sku
+    from ..skus.records import Served, Sku
 
 
 @click.group("skus")
@@ -24,7 +24,7 @@ def command() -> None:
 @debug_option
 def list_skus(as_json: bool) -> None:
     """List the models that have a record, open and hosted."""
-    from ..skus import load_skus
+    from ..skus.registry import load_skus
 
     skus = load_skus()
     rows = [_row(sku) for sku in skus]
@@ -36,7 +36,7 @@ def list_skus(as_json: bool) -> None:
     if as_json:
         emit({"skus": rows, "broken": broken, "claimed_twice": twice})
         return
-    from .draw import show
+    from .terminal import show
 
     if rows:
         show("", [_for_people(row) for row in rows])
@@ -82,7 +82,7 @@ def _for_people(row: Mapping[str, Any]) -> dict[str, Any]:
 @debug_option
 def show_sku(ident: str, as_json: bool) -> None:
     """Print every value that is known of ID, with its mark and its source."""
-    from ..skus import load_skus
+    from ..skus.registry import load_skus
 
     sku = load_skus().get(ident)
     if as_json:
@@ -106,7 +106,7 @@ def show_sku(ident: str, as_json: bool) -> None:
 
 def _print(sku: Sku) -> None:
     """Values in the order of the sections; sources as numbers, listed below."""
-    from ..sku_compare import said
+    from ..skus.compare import said
 
     kind = "served by API only" if sku.hosted else f"architecture {sku.architecture}"
     click.echo(f"{sku.id}: generation {sku.generation}, {kind} (from {sku.origin})")

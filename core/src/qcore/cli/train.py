@@ -11,7 +11,7 @@ import click
 from .common import debug_option, emit, importing, json_option, spoken
 
 if TYPE_CHECKING:
-    from ..presets import Presets
+    from ..config.presets import Presets
 
 
 @click.command("train")
@@ -47,9 +47,9 @@ def command(
     as_json: bool,
 ) -> None:
     """Fine-tune MODEL on DATA with QLoRA and publish a PEFT adapter in OUTPUT."""
-    from ..config import load_settings, parse_entries
-    from ..presets import load_presets
-    from .draw import Drawn
+    from ..config.presets import load_presets
+    from ..config.resolve import load_settings, parse_entries
+    from .terminal import Drawn
 
     presets = load_presets()
     backends = parse_entries("kernels", kernels, flag="--kernels")
@@ -76,7 +76,7 @@ def command(
             teller.note(f"{key} = {getattr(settings, key)} (from {origin})")
 
     with importing():
-        from ..train import train
+        from ..training.train import train
 
     with spoken(flags):
         report = train(model, data, output, settings, device=device, resume=resume, reporter=teller)

@@ -15,8 +15,8 @@ from .common import debug_option, emit, json_option
 @debug_option
 def command(folder: Path, as_json: bool) -> None:
     """Check that FOLDER holds what its manifest says, file by file."""
-    from ..artifact import verify
     from ..errors import InputError
+    from ..io.artifact import verify
 
     report = verify(folder)
     if as_json and report.ok:

@@ -15,21 +15,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..api.records import ChatFormat
+from ..checkpoint.chat_template import Template
 from ..errors import InputError
-from ..records import ChatFormat
 from .jsonl import BadRow, Problems
-from .mask import Example, encode_text, highest_id, load_tokenizer
-from .mask_proof import prove_mask, prove_media
-from .media import Finder
-from .render import Template
-from .schema import Row, read_rows
-from .variables import check_variables, special_tokens
+from .masking import Example, encode_text, highest_id, load_tokenizer
+from .media_files import Finder
+from .rows import Row, read_rows
+from .template_check import prove_mask, prove_media
+from .template_kwargs import check_variables, special_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from ..checkpoint import Checkpoint
-    from .media import MediaReader, Medium
+    from ..checkpoint.checkpoint import Checkpoint
+    from .media_files import MediaReader, Medium
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

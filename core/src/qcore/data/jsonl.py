@@ -2,7 +2,7 @@
 
 This file decides what counts as a line and as JSON: UTF-8, one value a line, no duplicate
 keys, no NaN or infinity, bounded line length and nesting. What a value means is
-`qcore.data.schema`'s business.
+`qcore.data.rows`'s business.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 This file decides how many rows' logits exist at a time on a card and how they become their own
 gradient in place; what is computed is `loss.cross_entropy_sum`, whose signature this has. Needs
-Triton at import; `qcore.kernels` imports it where it runs.
+Triton at import; `qcore.nn.kernels.registry` imports it where it runs.
 
 A chunk's logits are read twice and written once. The second reading goes backwards: what was
 read last is still in the cache. The gradient is that of the mean over the rows, which is what a
@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..records import Verdict
-from .launch import cdiv, launch
+from ..api.records import Verdict
+from .kernels.compare import compare, worst
+from .kernels.launch import cdiv, launch
 from .loss import cross_entropy_sum as reference
-from .verify import compare, worst
 
 #: Bytes that a chunk's logits may take: 1024 rows of 248,320 in bf16. Larger chunks made the whole
 #: loss at most 7 % faster on an H100, at widths from 1024 to 4096.

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcore.nn.experts import Routing
-from qcore.nn.verify import compare, worst
-from qcore.records import Verdict
+from qcore.api.records import Verdict
+from qcore.nn.kernels.compare import compare, worst
+from qcore.nn.moe.experts import Routing
 
 from ..moe import router
 from .attention.reference import attention_inputs, output_gate

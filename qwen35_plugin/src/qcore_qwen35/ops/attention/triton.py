@@ -2,7 +2,7 @@
 
 This file decides that a program takes all heads of a token, reads queries out of q_proj's
 interleaved output where they lie, and backwards writes their gradient between the gates'
-(`qcore.nn.slices`). Forwards every rounding is `reference`'s; the backward is float32
+(`qcore.nn.grad_buffers`). Forwards every rounding is `reference`'s; the backward is float32
 throughout. A norm's weight that is trained has its gradient from the reference.
 
 Shapes: T tokens, Hq query heads, Hkv key heads, D head size, n rotating dimensions.
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcore.nn.slices import Slices
+from qcore.nn.grad_buffers import Slices
 
 from ..launch import cdiv, launch, next_power_of_2, supported
 from . import reference

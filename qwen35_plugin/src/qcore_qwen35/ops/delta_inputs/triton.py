@@ -4,7 +4,7 @@ This file decides that a program goes along the tokens of a strip of channels wi
 inputs in registers, so that every row is read once, and that backwards the derivative before
 SiLU is computed once for each token and handed to the (up to four) rows that it came from. The
 convolution rounds before SiLU as `reference` does; the backward is float32 throughout.
-Gradients of all projections lie in one buffer (`qcore.nn.slices`).
+Gradients of all projections lie in one buffer (`qcore.nn.grad_buffers`).
 
 Weights that are trained have their gradients from the reference. Shapes: T tokens, C channels
 in the order q, k, v; four taps.
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcore.nn.slices import Slices
+from qcore.nn.grad_buffers import Slices
 
 from .. import limits
 from ..launch import cdiv, launch, next_power_of_2, supported

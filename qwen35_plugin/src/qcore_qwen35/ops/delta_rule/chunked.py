@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcore.nn.launch import stands_for
+from qcore.nn.kernels.launch import stands_for
 
 from . import reference
 from .layout import Chunks, Segment

@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from qcore.nn.launch import stands_for
+from qcore.nn.kernels.launch import stands_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcore.nn.experts import Routing
-from qcore.nn.slices import Slices
+from qcore.nn.grad_buffers import Slices
+from qcore.nn.moe.experts import Routing
 
 from ..launch import cdiv, launch, next_power_of_2, rows_of, supported
 

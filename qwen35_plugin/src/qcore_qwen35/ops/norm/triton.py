@@ -2,7 +2,7 @@
 
 This file decides the blocks. Rounding is `reference`'s: forwards as it has it, backwards in
 float32 throughout. Inputs may be row-strided; z's gradient is laid out as z lies
-(`qcore.nn.slices`). A weight that is trained has its gradient from the reference's formula.
+(`qcore.nn.grad_buffers`). A weight that is trained has its gradient from the reference's formula.
 
 Shapes: R rows of d.
 """
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcore.nn.slices import Slices
+from qcore.nn.grad_buffers import Slices
 
 from ..launch import cdiv, launch, next_power_of_2, rows_of, supported
 

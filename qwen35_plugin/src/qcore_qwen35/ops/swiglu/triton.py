@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcore.nn.slices import Slices
+from qcore.nn.grad_buffers import Slices
 
 from ..launch import cdiv, launch, next_power_of_2, rows_of, supported
 

@@ -1,0 +1,126 @@
+"""``adapter_config.json``: which fields qcore acts on, and which it refuses.
+
+This file decides that a field which would change what an adapter computes is acted on or refused,
+never passed over, and that r and alpha have no default. What the tensors must be is
+`adapter_reader`'s. It needs no torch.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, QcoreError
+
+#: Fields that describe and do not act; any value is accepted.
+_DESCRIPTIVE = frozenset(
+    (
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "peft_version",
+        "inference_mode",
+        "task_type",
+        "lora_dropout",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "arrow_config",
+        "ensure_weight_tying",
+        "runtime_config",
+        "velora_config",
+        "qalora_group_size",
+        "megatron_core",  # the name of a module, in every config; megatron_config would act
+    )
+)
+#: Fields that qcore acts on.
+_ACTIVE = frozenset(
+    (
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "init_lora_weights",
+    )
+)
+#: Initialisations that leave the base as it is; the others (pissa, olora, ...) change it.
+_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
+    """Every field is acted on, descriptive, or switched off; r and alpha have no default."""
+
+    def problem(field: str, what: str, expected: str) -> QcoreError:
+        return InputError(
+            "QC-ADAPTER-004",
+            what,
+            file=path,
+            field=field,
+            found=repr(config.get(field, "nothing")),
+            expected=expected,
+            fix="export the adapter as plain LoRA with PEFT",
+        )
+
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(problem("peft_type", "is not supported", "LORA"))
+    if type(config.get("r")) is not int or config["r"] < 1:
+        problems.append(problem("r", "is not a rank", "a positive integer"))
+    if not _is_number(config.get("lora_alpha")):
+        problems.append(problem("lora_alpha", "is not a number", "a finite number"))
+    elif config["lora_alpha"] == 0:
+        problems.append(problem("lora_alpha", "switches the adapter off", "a number other than 0"))
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(field), str) and not _compiles(config[field]):
+            problems.append(problem(field, "is no regular expression", "names, or one that is"))
+    if not isinstance(config.get("use_rslora", False), bool):
+        problems.append(problem("use_rslora", "is no switch", "true or false"))
+    if config.get("init_lora_weights", True) not in _INITS:
+        problems.append(problem("init_lora_weights", "changes the base", "true"))
+    for field, kinds in (("rank_pattern", int), ("alpha_pattern", int | float)):
+        pattern = config.get(field) or {}
+        if not isinstance(pattern, dict) or not all(
+            re.fullmatch(r"[\w.]+", key) and isinstance(n, kinds) and _is_number(n) and n > 0
+            for key, n in pattern.items()
+        ):
+            problems.append(problem(field, "is not supported", "module names and numbers"))
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(n, str) for n in parameters):
+        problems.append(problem("target_parameters", "is no list of names", "parameter names"))
+    if not all(type(layer) is int for layer in layers_of(config)):
+        problems.append(problem("layers_to_transform", "is not supported", "a list of numbers"))
+    for field, value in config.items():
+        off = value in (None, False, [], {}, "none", "LORA")
+        if field not in _DESCRIPTIVE | _ACTIVE and not off:
+            problems.append(problem(field, "changes the adapter in a way not supported", "off"))
+    return problems
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _is_number(value: object) -> bool:
+    """A number that is finite, also once it is a float; NaN compares as false."""
+    whole = isinstance(value, int | float) and not isinstance(value, bool)
+    return whole and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+
+
+def layers_of(config: Mapping[str, Any]) -> list[Any]:
+    """``layers_to_transform`` as a list; empty means all layers."""
+    layers = config.get("layers_to_transform")
+    return layers if isinstance(layers, list) else [] if layers is None else [layers]

@@ -1,0 +1,1 @@
+"""What a plugin sees of core: hooks, records, the parameter table, blocks and media."""

@@ -1,0 +1,280 @@
+"""The process that renders chat templates; run by its path, imports jinja2 and json only.
+
+This file decides what a template may see and use up. Its environment is the one of
+transformers' ``apply_chat_template`` (chat_template_utils.py of 5.23): immutable sandbox,
+trimmed blocks, loop controls, ``tojson`` without HTML escapes, ``raise_exception``,
+``strftime_now``, guarded ``dict`` and ``namespace``, the ``generation`` tag. Memory is limited
+by the kernel, a run-away render by an alarm; `qcore.checkpoint.chat_template` kills it earlier than
+that.
+
+Messages on stdin and stdout: eight bytes of length, little endian, then JSON. ``{"ready": true}``
+from here; ``{"template": ...}``, answered by ``{"inputs": [...]}``; then the variables of one
+render after another, each answered by ``{"text": ...}``. Any answer may instead be
+``{"error": kind, "text": ..., "type": ..., "line": ...}``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import jinja2
+import jinja2.debug
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+MEMORY = 512 << 20  #: bytes of address space
+OUTPUT = 8 << 20  #: characters of one rendered conversation
+ALARM = 5  #: seconds after which a render ends even if nobody is there to end it
+
+#: Whatever a template can make Python raise; anything else is a fault of this file.
+RAISED = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+class TooMuch(Exception):
+    """The output passed its limit."""
+
+
+class Raised(jinja2.TemplateError):
+    """The template called ``raise_exception``."""
+
+
+class Generation(jinja2.ext.Extension):
+    """``{% generation %}``: renders its body, as if the tag were not there."""
+
+    tags = {"generation"}  # noqa: RUF012, jinja2's own declaration
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body)
+        return call.set_lineno(line)
+
+    def _body(self, caller: Any) -> Any:
+        return caller()
+
+
+class Dict:
+    """``dict`` without the type's own attributes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args, **kwargs)
+
+
+class Namespace(jinja2.utils.Namespace):
+    """``namespace`` that holds no name with a leading underscore."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        # `self` is no parameter, so that a template may set namespace(self=...).
+        self, args = args[0], args[1:]
+        attributes = dict(*args, **kwargs)
+        for name in attributes:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"{name!r} is no name for a namespace")
+
+
+def raise_exception(message: Any) -> None:
+    """What templates call to refuse a conversation."""
+    raise Raised(message)
+
+
+def tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as transformers writes it: no HTML escapes, no sorting."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def strftime_now(pattern: str) -> str:
+    """The local time."""
+    return datetime.datetime.now().strftime(pattern)
+
+
+def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """The environment of ``apply_chat_template``."""
+    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    made.filters["tojson"] = tojson
+    made.globals["raise_exception"] = raise_exception
+    made.globals["strftime_now"] = strftime_now
+    made.globals["dict"] = Dict()
+    made.globals["namespace"] = Namespace
+    return made
+
+
+def inputs(env: jinja2.Environment, text: str) -> set[str]:
+    """Variables that a template reads from its caller: loads less stores.
+
+    jinja's own ``find_undeclared_variables`` counts names that a branch sets. A name that the
+    template sets only where the caller did not (``is defined``, ``default``) is an input too.
+    """
+    tree = env.parse(text)
+    loads: set[str] = set()
+    asked: set[str] = set()
+    stores = {"loop", "caller", "varargs", "kwargs", "self", "super"}
+    for name in tree.find_all(jinja2.nodes.Name):
+        (loads if name.ctx == "load" else stores).add(name.name)
+    stores.update(macro.name for macro in tree.find_all(jinja2.nodes.Macro))
+    for node in _outside_macros(tree):
+        tested = isinstance(node, jinja2.nodes.Test) and node.name in ("defined", "undefined")
+        filled = isinstance(node, jinja2.nodes.Filter) and node.name in ("default", "d")
+        if (tested or filled) and isinstance(node.node, jinja2.nodes.Name):  # type: ignore[attr-defined]
+            asked.add(node.node.name)  # type: ignore[attr-defined]
+    undeclared = jinja2.meta.find_undeclared_variables(tree)
+    return (loads - stores - set(env.globals)) | (asked & undeclared)
+
+
+def _outside_macros(node: jinja2.nodes.Node) -> Iterator[jinja2.nodes.Node]:
+    for child in node.iter_child_nodes():
+        if not isinstance(child, jinja2.nodes.Macro):
+            yield child
+            yield from _outside_macros(child)
+
+
+def conversation(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What transformers does before a template sees messages: no nulls, one name for reasoning."""
+    done = []
+    for given in messages:
+        message = {key: value for key, value in given.items() if value is not None}
+        for key in ("reasoning_content", "thinking", "reasoning"):
+            if key in message:
+                reasoning = message[key]
+                message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+                break
+        done.append(message)
+    return done
+
+
+def render(template: jinja2.Template, request: dict[str, Any]) -> dict[str, Any]:
+    """One rendered conversation.
+
+    Raises:
+        TooMuch: the output is over `OUTPUT`.
+    """
+    request["messages"] = conversation(request["messages"])
+    blocks, length = [], 0
+    for block in template.generate(**request):
+        length += len(block)
+        if length > OUTPUT:
+            raise TooMuch
+        blocks.append(block)
+    text = "".join(blocks)
+    text.encode("utf-8")  # a lone surrogate has no bytes
+    return {"text": text}
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """What is told of an error: kind, text, line of the template."""
+    kind = "runtime"
+    for name, types in (
+        ("raised", Raised),
+        ("security", jinja2.exceptions.SecurityError),
+        ("syntax", (jinja2.TemplateSyntaxError, SyntaxError)),
+        ("memory", MemoryError),
+        ("output", TooMuch),
+        ("recursion", RecursionError),
+    ):
+        if isinstance(error, types):
+            kind = name
+            break
+    line, frames = getattr(error, "lineno", None), error.__traceback__
+    while frames is not None:
+        if frames.tb_frame.f_code.co_filename == "<template>":
+            line = frames.tb_lineno
+        frames = frames.tb_next
+    text = "" if isinstance(error, RecursionError) else str(error)[:300]
+    return {"error": kind, "text": text, "type": type(error).__name__, "line": line}
+
+
+def limit() -> None:
+    """Give up what a template never needs: memory, files, core dumps."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for what, value in (
+        (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+    ):
+        try:
+            resource.setrlimit(what, (value, value))
+        except (ValueError, OSError):  # macOS knows RLIMIT_AS and refuses it
+            continue
+
+
+def _receive(stream: BinaryIO) -> dict[str, Any] | None:
+    head = stream.read(8)
+    if len(head) < 8:
+        return None
+    request: dict[str, Any] = json.loads(stream.read(int.from_bytes(head, "little")))
+    return request
+
+
+def _send(stream: BinaryIO, answer: dict[str, Any]) -> None:
+    # A lone surrogate in an error's text becomes its JSON escape.
+    body = json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    stream.write(len(body).to_bytes(8, "little") + body)
+    stream.flush()
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    env = environment()
+    env.from_string("{{ messages | tojson }}").render(messages=[])  # imports what jinja defers
+    limit()
+    _send(sys.stdout.buffer, {"ready": True})
+    template: jinja2.Template | None = None
+    while (request := _receive(sys.stdin.buffer)) is not None:
+        signal.alarm(ALARM)
+        try:
+            if template is None:
+                template = env.from_string(request["template"])
+                answer: dict[str, Any] = {"inputs": sorted(inputs(env, request["template"]))}
+            else:
+                answer = render(template, request)
+        except (*RAISED, TooMuch) as error:
+            answer = failure(error)
+        signal.alarm(0)
+        _send(sys.stdout.buffer, answer)
+
+
+if __name__ == "__main__":
+    main()

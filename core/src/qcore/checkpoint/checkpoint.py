@@ -1,0 +1,423 @@
+"""A model folder: config, template, tokenizer files, safetensors headers and index.
+
+This file decides what a checkpoint is before any weight is read, and that nothing outside
+the folder is ever opened: a shard or sidecar is one path component whose real path lies in
+the folder, or in the ``blobs`` folder of the same hub cache entry. The safetensors files may
+still be on a hub (`Weights`); then their headers are judged as those of files here are, and
+no tensor can be read. It needs no torch and judges nothing else: what a sound header is says
+`qcore.checkpoint.safetensors_header`, whether the tensors are the right ones is `locate`'s
+question.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from ..errors import InputError
+from ..io.atomic import reading
+from .safetensors_header import DTYPE_BITS, Header, read_headers, unique
+
+if TYPE_CHECKING:
+    from .chat_template import Template
+
+__all__ = [
+    "DTYPE_BITS", "INDEX", "SINGLE", "Checkpoint", "Header", "Weights", "read_headers",
+    "read_json", "safe_file",
+]  # fmt: skip
+
+_MAX_JSON: Final = 64 * 2**20
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+#: Weights in formats that qcore neither reads nor writes.
+_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+class Weights(Protocol):
+    """Where the safetensors files of a checkpoint are: in its folder, or still on a hub."""
+
+    def names(self) -> Collection[str]:
+        """Every file there."""
+
+    def where(self, name: str) -> object:
+        """A file, as an error names it."""
+
+    def headers(self, shards: Sequence[str]) -> Iterable[list[Header]]:
+        """The tensors of each of these files. Raises ``QC-CKPT-003``, ``-005``, ``-006``."""
+
+
+class Checkpoint:
+    """A model folder, opened once. Build with `Checkpoint.open`.
+
+    Attributes:
+        path: the folder.
+        source: what the user named: a folder or a hub id.
+        revision: commit that a hub id resolved to.
+        config: config.json.
+        headers: tensors by name on disk, over all shards.
+        shards: safetensors files, in order of first use.
+        index: the index file's content, or ``None`` for a single file.
+        sidecars: every other regular file of the folder, by name.
+        copies: files that hold the weights in another format; never read, never copied.
+        headers_only: whether the safetensors files are not here; then `file` refuses them.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        source: str,
+        revision: str | None,
+        config: dict[str, Any],
+        headers: dict[str, Header],
+        shards: tuple[str, ...],
+        index: dict[str, Any] | None,
+        sidecars: tuple[str, ...],
+        copies: tuple[str, ...] = (),
+        headers_only: bool = False,
+    ) -> None:
+        self.path = path
+        self.source = source
+        self.revision = revision
+        self.config = config
+        self.headers = headers
+        self.shards = shards
+        self.index = index
+        self.sidecars = sidecars
+        self.copies = copies
+        self.headers_only = headers_only
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        source: str | None = None,
+        revision: str | None = None,
+        remote: Weights | None = None,
+    ) -> Checkpoint:
+        """Read config and headers of a model folder.
+
+        Args:
+            path: the folder.
+            source: what the user named, where it is not the folder.
+            revision: commit that a hub id resolved to.
+            remote: where the safetensors files are, unless all of them are in the folder.
+
+        Raises:
+            InputError: ``QC-CKPT-001`` no folder or no config.json, ``-002`` JSON that does not
+                parse, ``-003`` an unsafe path, ``-004`` no weights, ``-005`` a damaged
+                safetensors file, ``-006`` index and shards disagree, ``-007`` pickled weights;
+                ``QC-READ-001`` a file that cannot be read.
+        """
+        folder = Path(path)
+        config = _config(folder)
+        here = _Folder(folder)
+        index = _index(here)
+        shards = (SINGLE,) if index is None else tuple(dict.fromkeys(index["weight_map"].values()))
+        for shard in shards:
+            _check_name(folder, shard)
+        weights = here if remote is None or here.names() >= {*shards} else remote
+        if index is None and SINGLE not in weights.names():
+            raise _no_weights(folder, weights)
+        headers = _collect(weights, shards)
+        if index is not None:
+            _check_index(folder, index, headers, weights)
+        _refuse_strays(weights, shards)
+        others = sorted(here.names() - {INDEX, *shards})
+        return cls(
+            folder,
+            source if source is not None else str(path),
+            revision,
+            config,
+            headers,
+            shards,
+            index,
+            sidecars=tuple(name for name in others if not name.endswith(_WEIGHTS)),
+            copies=tuple(name for name in others if name.endswith(_WEIGHTS)),
+            headers_only=weights is not here,
+        )
+
+    def file(self, name: str) -> Path:
+        """A file of the folder, proved to lie inside it.
+
+        Raises:
+            InputError: ``QC-CKPT-003`` an unsafe path, ``-006`` no such file, ``-009`` a
+                safetensors file of which only the header was fetched.
+        """
+        if self.headers_only and name in self.shards:
+            raise InputError(
+                "QC-CKPT-009",
+                "was not downloaded, only its header was read",
+                file=self.source,
+                field=name,
+                fix="open the checkpoint with its weights",
+            )
+        return safe_file(self.path, name)
+
+    @cached_property
+    def tokenizer_config(self) -> dict[str, Any]:
+        """tokenizer_config.json, or empty."""
+        return self._optional_json("tokenizer_config.json")
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json, or empty."""
+        return self._optional_json("generation_config.json")
+
+    def _optional_json(self, name: str) -> dict[str, Any]:
+        return read_json(self.file(name)) if name in self.sidecars else {}
+
+    @cached_property
+    def template(self) -> Template | None:
+        """The chat template: chat_template.jinja, else the one in tokenizer_config.json."""
+        from .chat_template import Template
+
+        if "chat_template.jinja" in self.sidecars:
+            path = self.file("chat_template.jinja")
+            try:
+                with reading(path):
+                    return Template(path.read_text(encoding="utf-8"), str(path))
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    "QC-CKPT-002", "is not UTF-8", file=path, found=error.reason,
+                    fix="use the template that came with the weights",
+                ) from None  # fmt: skip
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            text = self._optional_json(name).get("chat_template")
+            if isinstance(text, str):
+                return Template(text, str(self.path / name))
+        return None
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(header.end - header.start for header in self.headers.values())
+
+
+def safe_file(folder: Path, name: str) -> Path:
+    """`name` inside `folder`, refused unless its real path stays there.
+
+    Raises:
+        InputError: ``QC-CKPT-003`` for a separator, a drive, a NUL, a link out of the folder,
+            or something that is no regular file.
+    """
+    _check_name(folder, name)
+    path = folder / name
+    if stat.S_ISREG(_mode(path, links=False)):
+        return path  # no link, so its real path is the folder's
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    # A hub cache keeps snapshots/<commit>/<file> as links into its own blobs/.
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if real.parent not in (home, blobs):
+        raise _unsafe(folder, name)
+    mode = _mode(real)
+    if not mode:
+        raise InputError(
+            "QC-CKPT-006",
+            "is named but is not there",
+            file=path,
+            fix="download the checkpoint again",
+        )
+    if not stat.S_ISREG(mode):
+        raise _unsafe(folder, name)
+    return path
+
+
+def _check_name(folder: Path, name: str) -> None:
+    """Refuse what is not one plain component of a path (``QC-CKPT-003``)."""
+    plain = 0 < len(os.fsencode(name)) <= 255 and name not in (".", "..")
+    if not plain or set(name) & set("/\\:\0"):
+        raise _unsafe(folder, name)
+
+
+def _unsafe(folder: Path, name: str) -> InputError:
+    return InputError(
+        "QC-CKPT-003",
+        "leaves the model folder",
+        file=folder,
+        field=repr(name[:100]),
+        expected="a plain file name of a file inside the folder",
+        fix="do not use this checkpoint unless you know who wrote it",
+    )
+
+
+def _mode(path: Path, *, links: bool = True) -> int:
+    """The mode of a file, or 0 where there is none."""
+    try:
+        return (os.stat if links else os.lstat)(path).st_mode
+    except OSError:
+        return 0
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size, duplicate keys refused (``QC-CKPT-002``)."""
+    try:
+        with reading(path):
+            if path.stat().st_size > _MAX_JSON:
+                raise ValueError(f"larger than {_MAX_JSON} bytes")
+            text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=unique)
+        if not isinstance(value, dict):
+            raise ValueError(f"a JSON {type(value).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            "QC-CKPT-002",
+            "cannot be read as a JSON object",
+            file=path,
+            found=str(error),
+            fix="restore the file that came with the weights",
+        ) from None
+    return value
+
+
+class _Folder:
+    """`Weights` in the checkpoint's own folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with reading(folder):
+            self._names = {entry.name for entry in os.scandir(folder) if entry.is_file()}
+
+    def names(self) -> set[str]:
+        return self._names
+
+    def where(self, name: str) -> Path:
+        return self._folder / name
+
+    def headers(self, shards: Sequence[str]) -> Iterator[list[Header]]:
+        return (read_headers(safe_file(self._folder, shard)) for shard in shards)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder that has one."""
+    if not folder.is_dir():
+        raise InputError(
+            "QC-CKPT-001", "is not a model folder", file=folder, fix="name a folder or a hub id"
+        )
+    if not (folder / "config.json").exists():
+        raise InputError(
+            "QC-CKPT-001",
+            "has no config.json",
+            file=folder,
+            expected="a Hugging Face model folder",
+            fix="name the folder that holds config.json and the safetensors files",
+        )
+    config = read_json(safe_file(folder, "config.json"))
+    if not isinstance(config.get("model_type"), str):
+        raise InputError(
+            "QC-CKPT-002",
+            "is not the name of a model type",
+            file=folder / "config.json",
+            field="model_type",
+            found=repr(config.get("model_type")),
+            expected="a string",
+            fix="use the config.json that came with the weights",
+        )
+    return config
+
+
+def _index(here: _Folder) -> dict[str, Any] | None:
+    """The index, when there is one."""
+    path = here.where(INDEX)
+    if not path.exists():
+        return None
+    index = read_json(safe_file(path.parent, INDEX))
+    weight_map = index.get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(shard, str) for shard in weight_map.values())
+    ):
+        raise InputError(
+            "QC-CKPT-002",
+            "is not a mapping of tensor names to files",
+            file=path,
+            field="weight_map",
+            fix="download the checkpoint again",
+        )
+    return index
+
+
+def _no_weights(folder: Path, weights: Weights) -> InputError:
+    for name in sorted(weights.names()):
+        if name.endswith((".bin", ".pt", ".pth", ".ckpt")):
+            return InputError(
+                "QC-CKPT-007",
+                "holds pickled weights, which qcore never opens",
+                file=weights.where(name),
+                expected="safetensors",
+                fix="use the safetensors revision of this checkpoint",
+            )
+    return InputError(
+        "QC-CKPT-004",
+        "has no weights",
+        file=folder,
+        expected=f"{SINGLE} or {INDEX}",
+        fix="download the safetensors files",
+    )
+
+
+def _collect(weights: Weights, shards: Sequence[str]) -> dict[str, Header]:
+    """The tensors of all shards by name, each in one of them."""
+    headers: dict[str, Header] = {}
+    for shard, found in zip(shards, weights.headers(shards), strict=True):
+        more = {header.name: header for header in found}
+        if not headers.keys().isdisjoint(more):
+            name = next(name for name in more if name in headers)
+            raise InputError(
+                "QC-CKPT-006",
+                "is in two shards",
+                file=weights.where(shard),
+                field=name,
+                found=f"{headers[name].file} and {shard}",
+                fix="download the checkpoint again",
+            )
+        headers |= more
+    return headers
+
+
+def _refuse_strays(weights: Weights, shards: Sequence[str]) -> None:
+    """Refuse safetensors that are no shard: a loader may prefer them to the index."""
+    for name in sorted({*weights.names()} - {*shards}):
+        if name.endswith(".safetensors"):
+            raise InputError(
+                "QC-CKPT-006",
+                "is beside the checkpoint's own files, and some loaders would take it instead",
+                file=weights.where(name),
+                expected=f"only the files that {INDEX} names, or {SINGLE} alone",
+                fix="delete it if it is left over, or move it to a folder of its own",
+            )
+
+
+def _check_index(
+    folder: Path, index: dict[str, Any], headers: dict[str, Header], weights: Weights
+) -> None:
+    weight_map: dict[str, str] = index["weight_map"]
+    if weight_map == {name: header.file for name, header in headers.items()}:
+        return
+    for name, shard in weight_map.items():
+        found = headers.get(name)
+        if found is None or found.file != shard:
+            raise InputError(
+                "QC-CKPT-006",
+                "is not in the shard that the index names",
+                file=folder / INDEX,
+                field=name,
+                found=found.file if found else "no shard has it",
+                expected=shard,
+                fix="download the checkpoint again",
+            )
+    for name, header in headers.items():
+        if name not in weight_map:
+            raise InputError(
+                "QC-CKPT-006",
+                "is in a shard but not in the index",
+                file=weights.where(header.file),
+                field=name,
+                fix="download the checkpoint again",
+            )

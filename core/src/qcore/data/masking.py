@@ -1,0 +1,301 @@
+"""Which tokens are trained: spans of the rendered text, then labels by the tokenizer's offsets.
+
+This file decides supervision. Spans are found in the *rendered* text, because templates trim,
+move and drop what a row holds: of every turn of the trained role the text after what inference
+puts there (the prompt tail), up to and including the mark that ends the turn. So ``<think>``
+in the prompt and an empty think block are context, an answer and its end are trained, prompts,
+tool results and the newline between turns are not. What stands for media is never trained, in
+whoever's turn (`qcore.data.media_spans`). What a row may hold is `qcore.data.rows`'s business;
+`dataset` puts the steps together.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..api.records import ChatFormat
+from ..errors import InputError
+from .jsonl import BadRow
+from .media_spans import less_media, place
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from ..checkpoint.chat_template import Template
+    from ..checkpoint.checkpoint import Checkpoint
+    from .media_files import MediaReader, Medium, Placed
+    from .rows import Row
+
+IGNORED = -100  #: label of a position without loss, as in transformers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One row, tokenised. Arrays of 32-bit integers, of equal length.
+
+    Attributes:
+        ids: token ids.
+        labels: the same ids where trained, else `IGNORED`; not shifted.
+        line: line of the row in its file.
+        turns: turns of the trained role.
+        supervised: positions with a loss: labels less that of the first token, which nothing
+            predicts.
+        media: what its parts refer to, in order; empty for text.
+        placed: where they lie among the tokens; ``None`` for text.
+    """
+
+    ids: array[int]
+    labels: array[int]
+    line: int
+    turns: int
+    supervised: int
+    media: tuple[Medium, ...] = ()
+    placed: Placed | None = None
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer of tokenizer.json, as it is written there.
+
+    Not ``AutoTokenizer``: it chooses another pre-tokenizer by what lies beside the file.
+    Truncation and padding that a re-save left in the file are switched off.
+
+    Raises:
+        InputError: ``QC-TOKENIZER-001`` no tokenizer.json, or none that loads.
+    """
+    from tokenizers import Tokenizer
+
+    wanted = "the tokenizer.json that came with the weights"
+    if "tokenizer.json" not in checkpoint.sidecars:
+        raise InputError(
+            "QC-TOKENIZER-001",
+            "has no tokenizer.json",
+            file=checkpoint.path,
+            fix=f"add {wanted}",
+        )
+    path = checkpoint.file("tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        if type(error) is not Exception:  # the library raises the bare class, nothing else does
+            raise
+        raise InputError(
+            "QC-TOKENIZER-001",
+            "is no tokenizer that loads",
+            file=path,
+            found=str(error)[:200],
+            fix=f"use {wanted}",
+        ) from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def highest_id(tokenizer: Tokenizer) -> int:
+    """The highest token id that the tokenizer can give."""
+    added = tokenizer.get_added_tokens_decoder()
+    return max(tokenizer.get_vocab_size(with_added_tokens=False) - 1, *added, -1)
+
+
+def normalised(text: str, tokenizer: Tokenizer) -> str:
+    """`text` composed as the tokenizer composes it, so that its offsets leave no gaps."""
+    normaliser = tokenizer.normalizer
+    if normaliser is None or type(normaliser).__name__ != "NFC" or text.isascii():
+        return text
+    done: str = normaliser.normalize_str(text)
+    return done
+
+
+def spans(text: str, chat_format: ChatFormat, expected_turns: int) -> list[tuple[int, int]]:
+    """Character ranges of a rendered conversation that are trained, in order.
+
+    Args:
+        text: the rendered conversation.
+        chat_format: how it reads.
+        expected_turns: turns of the trained role in the row.
+
+    Returns:
+        ``(start, end)`` per turn: after the header and the longest prompt tail that it begins
+        with, through the mark that ends the turn.
+
+    Raises:
+        BadRow: ``QC-MASK-001`` another number of turns than in the row, ``QC-MASK-002`` a turn
+            that does not end before the next one starts.
+    """
+    header = chat_format.turn_start + chat_format.assistant + chat_format.role_end
+    tails = sorted(chat_format.prompt_tails, key=len, reverse=True)
+    found: list[tuple[int, int]] = []
+    at = text.find(header)
+    while at >= 0:
+        body = at + len(header)
+        end = text.find(chat_format.turn_end, body)
+        following = text.find(chat_format.turn_start, body)
+        if end < 0 or 0 <= following < end:
+            raise BadRow(
+                "QC-MASK-002",
+                f"renders an assistant turn without {chat_format.turn_end!r}",
+                found=repr(text[at : at + 60]),
+            )
+        tail = next((tail for tail in tails if text.startswith(tail, body)), "")
+        # A tail that reaches past the end would be no tail of this turn.
+        start = min(body + len(tail), end)
+        end += len(chat_format.turn_end)
+        found.append((start, end))
+        at = text.find(header, end)
+    if len(found) != expected_turns:
+        raise BadRow(
+            "QC-MASK-001",
+            "renders another number of assistant turns than it has",
+            found=len(found),
+            expected=expected_turns,
+            fix="check the chat template against the chat format of the plugin",
+        )
+    return found
+
+
+def labels(
+    ids: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    trained: Sequence[tuple[int, int]],
+) -> array[int]:
+    """Labels aligned with `ids`: the id where a token starts inside a trained range.
+
+    Tokens that share one character (bytes of it) have the same offsets, so all of them are
+    trained or none. A token that straddles the start of a range is not trained, for part of it
+    is the prompt; one that straddles the end is, for the model has to produce it.
+
+    Args:
+        ids: token ids.
+        offsets: ``(start, end)`` in characters, one per token, not decreasing.
+        trained: ranges in order, from `spans`.
+    """
+    made = array("i", [IGNORED]) * len(ids)
+    ranges = iter(trained)
+    current = next(ranges, None)
+    for index, (start, _) in enumerate(offsets):
+        while current is not None and start >= current[1]:
+            current = next(ranges, None)
+        if current is None:
+            break
+        if start >= current[0]:
+            made[index] = ids[index]
+    return made
+
+
+def encode_text(
+    text: str,
+    row: Row,
+    tokenizer: Tokenizer,
+    chat_format: ChatFormat,
+    max_length: int,
+    *,
+    vocab_rows: int | None = None,
+    reader: MediaReader | None = None,
+) -> Example:
+    """A rendered row to ids and labels.
+
+    Args:
+        text: what the template made of the row.
+        row: the row, its media read.
+        tokenizer: from `load_tokenizer`.
+        chat_format: how `text` reads.
+        max_length: tokens that a row may have; a longer one is refused, never cut.
+        vocab_rows: rows of the embedding; an id beyond them is refused.
+        reader: of media; without it there are none.
+
+    Raises:
+        BadRow: ``QC-MASK-001``, ``-002`` as in `spans`, ``-004`` as in `place`,
+            ``QC-DATA-011`` too long, ``QC-DATA-012`` nothing to train, ``QC-DATA-013`` an id
+            without an embedding; or as `MediaReader.expand`.
+    """
+    text = normalised(text, tokenizer)
+    turns = row.turns(chat_format.assistant)
+    trained = spans(text, chat_format, turns)
+    if reader is not None:
+        rendered, inside = text, trained
+        text = reader.expand(rendered, row.seen)
+        trained = spans(text, chat_format, turns)
+        if row.seen:
+            trained = less_media(trained, rendered, inside, row.seen, reader)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    ids = array("i", encoding.ids)
+    _check_ids(ids, row, tokenizer, max_length, vocab_rows)
+    made = labels(ids, encoding.offsets, trained)
+    placed = None
+    if reader is not None:
+        control = frozenset(tokenizer.token_to_id(token) for token in reader.control)
+        for index, id_ in enumerate(ids):
+            if id_ in control:
+                made[index] = IGNORED
+        if row.seen:
+            placed = place(reader, row.seen, ids, control)
+    supervised = len(made) - 1 - made[1:].count(IGNORED)
+    if supervised < 1:
+        raise BadRow(
+            "QC-DATA-012",
+            "has no token to train: it is masked whole",
+            expected="text in at least one assistant turn",
+            fix="leave the row out",
+        )
+    return Example(
+        ids=ids,
+        labels=made,
+        line=row.line,
+        turns=turns,
+        supervised=supervised,
+        media=row.seen,
+        placed=placed,
+    )
+
+
+def _check_ids(
+    ids: array[int], row: Row, tokenizer: Tokenizer, max_length: int, vocab_rows: int | None
+) -> None:
+    if len(ids) > max_length:
+        media = sum(medium.tokens for medium in row.seen)
+        smaller = ", shorten the row or make its media smaller" if media else " or shorten the row"
+        raise BadRow(
+            "QC-DATA-011",
+            "is longer than max_length",
+            found=f"{len(ids)} tokens" + (f", {media} of them media" if media else ""),
+            expected=f"at most {max_length}",
+            fix=f"raise max_length{smaller}",
+        )
+    if vocab_rows is not None and ids and max(ids) >= vocab_rows:
+        beyond = max(ids)
+        raise BadRow(
+            "QC-DATA-013",
+            "has a token without an embedding",
+            found=f"id {beyond} ({tokenizer.id_to_token(beyond)!r})",
+            expected=f"ids below {vocab_rows}",
+            fix="use the tokenizer.json that came with the weights",
+        )
+
+
+def encode_row(
+    row: Row,
+    template: Template,
+    tokenizer: Tokenizer,
+    chat_format: ChatFormat,
+    max_length: int,
+    *,
+    vocab_rows: int | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> Example:
+    """One row of text by the template, to ids and labels; `dataset` is the way for a file.
+
+    Raises:
+        InputError: as `Template.render` and, from `encode_text`, with the row's line.
+    """
+    text = template.render(row.messages, row.tools, **(variables or {}))
+    try:
+        return encode_text(text, row, tokenizer, chat_format, max_length, vocab_rows=vocab_rows)
+    except BadRow as bad:
+        raise bad.error(None, row.line) from None
+
+
+def trained_text(text: str, trained: Iterable[tuple[int, int]]) -> str:
+    """What the model learns to write, of a rendered text."""
+    return "".join(text[start:end] for start, end in trained)

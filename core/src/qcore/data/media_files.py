@@ -1,0 +1,328 @@
+"""Media in rows: where their bytes may lie, and what a modality's reader makes of them.
+
+This file decides how a content part names its bytes (a path relative to the data file, or a data
+URL: nothing is fetched) and what is checked before anything decodes them: the file is there, lies
+within the data file's folder, is not too large and has the digest that the row states. What the
+bytes mean is the reader's (`MediaReader`), which a plugin brings with its `Modality`; which rows
+have them is `parts`'. It imports no torch.
+
+Codes: ``QC-MEDIA-001`` neither a relative path nor a data URL, ``-002`` missing or unreadable,
+``-003`` no regular file, ``-004`` outside of the folder, ``-005`` too large, ``-006`` another
+digest than stated.
+"""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+import io
+import os
+import re
+import stat
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+
+from .jsonl import MAX_LINE, BadRow
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..api.blocks import Media
+
+LARGEST = 2 << 30  #: bytes of one file; a data URL is bounded by its line
+_BLOCK = 1 << 20
+#: A scheme, as RFC 3986 has it; a file that is called so is named with ``./`` before it.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_UNNAMEABLE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
+_WANTED = "a path relative to the data file, or data:TYPE;base64,..."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """A part of a row that names its bytes, not looked at yet.
+
+    Attributes:
+        kind: the part's type.
+        at: its place in the row, ``messages[1].content[0]``.
+        given: a path, or a data URL with the bytes themselves.
+        sha256: lower-case hex digest that the row states.
+        options: its other keys, which are the reader's.
+    """
+
+    kind: str
+    at: str
+    given: str
+    sha256: str | None = None
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payload:
+    """The bytes of one part of a row, found and checked.
+
+    Attributes:
+        kind: the part's type.
+        sha256: hex digest of the bytes.
+        path: the file, every link followed; ``None`` where the row holds the bytes.
+        data: the bytes; ``None`` where a file holds them.
+        options: the part's other keys.
+    """
+
+    kind: str
+    sha256: str
+    path: Path | None = None
+    data: bytes | None = None
+    options: Mapping[str, Any]
+
+    def open(self) -> BinaryIO:
+        """The bytes, to be read."""
+        if self.path is None:
+            return io.BytesIO(self.data or b"")
+        return self.path.open("rb")
+
+
+class Medium(Protocol):
+    """One payload, processed: small itself, its values wait in a cache."""
+
+    @property
+    def kind(self) -> str:
+        """Type of the part."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Of its bytes and of how they were processed: equal for equal values."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Embeddings that the tower makes of it."""
+        ...
+
+    @property
+    def units(self) -> int:
+        """Rows of values that the tower computes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """Where the media of a row lie among its tokens.
+
+    Attributes:
+        where: tokens whose embeddings are the tower's, in the order of its outputs.
+        positions: of every token, along each axis of the rotary embedding.
+    """
+
+    where: array[int]
+    positions: tuple[array[int], ...]
+
+
+class MediaReader(Protocol):
+    """A modality's reader, made from the checkpoint's processor files."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Types of content parts that it reads; such a part has a key of that name."""
+        ...
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Further keys that such a part may have, beside ``type`` and ``sha256``."""
+        ...
+
+    @property
+    def control(self) -> tuple[str, ...]:
+        """Tokens that stand for media: never a label, and no text of a row may hold one."""
+        ...
+
+    def read(self, payload: Payload) -> Medium:
+        """Decode and process a payload, or find it in the cache. Raises `BadRow`."""
+        ...
+
+    def expand(self, text: str, media: Sequence[Medium]) -> str:
+        """A rendered text with every placeholder as long as its medium.
+
+        Raises:
+            BadRow: another number of placeholders than of media, or in another order.
+        """
+        ...
+
+    def place(self, ids: Sequence[int], media: Sequence[Medium]) -> Placed:
+        """Where the media lie in the token ids of an expanded text."""
+        ...
+
+    def batch(self, media: Sequence[Medium], where: Tensor) -> Media:
+        """What the tower reads of a pack.
+
+        Args:
+            media: of all its rows, in order.
+            where: ``[n]`` int64, as `Media.where`.
+        """
+        ...
+
+
+class Finder:
+    """The bytes that rows of one data file refer to; each file is read for its digest once.
+
+    Args:
+        folder: of the data file; nothing outside of it is opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._root = os.path.realpath(folder)
+        self._digests: dict[tuple[str, int, int], str] = {}
+
+    def read(self, part: Reference, reader: MediaReader) -> Medium:
+        """Find the bytes of a part and have them read.
+
+        Raises:
+            BadRow: as `payload` and `MediaReader.read`, with the part's place and its file.
+        """
+        try:
+            payload = self.payload(part)
+            try:
+                return reader.read(payload)
+            except BadRow as bad:
+                if payload.path is not None and not bad.at:  # it is about the bytes
+                    told = "" if bad.found is None else f": {bad.found}"
+                    bad.found = f"{_shown(part.given)}{told}"
+                raise
+        except BadRow as bad:
+            raise bad.within(part.at) from None
+
+    def payload(self, part: Reference) -> Payload:
+        """The bytes of a part, found and checked in constant memory.
+
+        Raises:
+            BadRow: ``QC-MEDIA-001`` to ``-006``.
+        """
+        path = data = None
+        if part.given[:5].lower() == "data:":
+            data = _decoded(part.given)
+            digest = hashlib.sha256(data).hexdigest()
+        else:
+            path = self._path(part.given)
+            digest = self._digest(path, part.given)
+        if part.sha256 is not None and part.sha256 != digest:
+            raise BadRow(
+                "QC-MEDIA-006",
+                "has other bytes than its sha256 says",
+                found=digest,
+                expected=part.sha256,
+                fix="restore the file, or state the digest that it has",
+            )
+        return Payload(kind=part.kind, sha256=digest, path=path, data=data, options=part.options)
+
+    def _path(self, given: str) -> Path:
+        """Where a relative path leads, every link followed; nothing is opened."""
+        _check_form(given)
+        # Told before the disk is asked: a row learns nothing of what lies outside.
+        inside = os.path.normpath(given).split("/")[0] != ".."
+        real = os.path.realpath(self._folder / given) if inside else ""
+        if not inside or os.path.commonpath([self._root, real]) != self._root:
+            raise BadRow(
+                "QC-MEDIA-004",
+                "leads outside of the data file's folder",
+                found=_shown(given),
+                expected="a file in the folder or below it, links followed",
+                fix="put the file there",
+            )
+        return Path(real)
+
+    def _digest(self, path: Path, given: str) -> str:
+        """Digest of a regular file; what is none is not opened, for a pipe would never end."""
+        try:
+            _check_regular(path.lstat().st_mode, given)
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(path, flags), "rb", buffering=0) as file:
+                status = os.fstat(file.fileno())
+                _check_regular(status.st_mode, given)
+                if status.st_size > LARGEST:
+                    raise BadRow(
+                        "QC-MEDIA-005",
+                        "is too large",
+                        found=f"{_shown(given)} of {status.st_size} bytes",
+                        expected=f"at most {LARGEST}",
+                    )
+                key = (str(path), status.st_mtime_ns, status.st_size)
+                if key not in self._digests:
+                    digest = hashlib.sha256()
+                    while block := file.read(_BLOCK):
+                        digest.update(block)
+                    self._digests[key] = digest.hexdigest()
+                return self._digests[key]
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+            raise BadRow(
+                "QC-MEDIA-002",
+                "is not there" if missing else "cannot be read",
+                found=f"{_shown(given)}: {error.strerror or error}",
+                expected="a file, by its path relative to the data file",
+            ) from None
+
+
+def _check_form(given: str) -> None:
+    """Refuse what is no relative path, with what it is."""
+    what, fix = "", "write the relative path of a file"
+    if not given.strip():
+        what = "names no file"
+    elif _SCHEME.match(given):
+        what = "is no relative path, and nothing is fetched"
+        fix = "put the file beside the data file; before a name with a colon write ./"
+    elif given.startswith(("/", "~")):
+        what, fix = "is no relative path", "write it relative to the data file"
+    elif "\\" in given:
+        what, fix = "has a backslash", "write / between folders"
+    elif _UNNAMEABLE.search(given):
+        what = "has a character that no file is named with"
+    if what:
+        raise BadRow("QC-MEDIA-001", what, found=_shown(given), expected=_WANTED, fix=fix)
+
+
+def _check_regular(mode: int, given: str) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kinds = (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISLNK, "a link that leads back to itself"),
+    )
+    kind = next((name for is_kind, name in kinds if is_kind(mode)), "a device")
+    raise BadRow(
+        "QC-MEDIA-003",
+        "is no regular file",
+        found=f"{_shown(given)}: {kind}",
+        expected="a file that holds the bytes",
+    )
+
+
+def _decoded(given: str) -> bytes:
+    """The bytes of a data URL, strictly: a lenient decoder would drop what it does not know."""
+    head, comma, body = given.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise BadRow(
+            "QC-MEDIA-001",
+            "is a data URL that is not in base64",
+            found=_shown(given),
+            expected=_WANTED,
+        )
+    try:
+        return binascii.a2b_base64(body, strict_mode=True)
+    except ValueError as error:
+        raise BadRow(
+            "QC-MEDIA-001",
+            "is a data URL that does not decode",
+            found=f"{_shown(given)}: {error}",
+            expected=_WANTED,
+            fix=f"write all of it, or a file's path when it is beyond a line's {MAX_LINE} bytes",
+        ) from None
+
+
+def _shown(given: str) -> str:
+    return repr(given if len(given) <= 80 else f"{given[:77]}...")

@@ -1,0 +1,365 @@
+"""One chat row: a JSON value to messages and tools as a chat template reads them.
+
+This file decides what a row may hold and normalises what is unambiguous, so that a template
+sees what it would see when serving:
+
+- null keys of messages and text parts are dropped; so are those of tools, except ``default``
+  and ``const``, where null is a value (column formats fill them in, templates then render
+  ``None`` or take a text for a medium);
+- ``thinking`` and ``reasoning`` become ``reasoning_content``;
+- tool arguments given as a JSON string become a mapping; "" and null become ``{}``;
+- ``{"prompt": ..., "response": ...}`` (or ``completion``), both strings, is one exchange;
+- of a media part a template sees the kind; what it refers to is kept beside the messages.
+
+Everything else that is not plainly a conversation is refused. A control string of the chat
+format in a row's own text is refused too: it would become a control token. Bytes and JSON are
+`qcore.data.jsonl`'s business, content parts are `qcore.data.content`', rendering is
+`qcore.checkpoint.chat_template`'s.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..api.records import ChatFormat
+from ..errors import InputError
+from . import tool_fields as fields
+from .content import Parts, text_of
+from .jsonl import MAX_LINE, BadRow, Hasher, Problems, lines, parse
+from .tool_fields import kind, known_keys, mapping, near, without_block, without_nulls, wrong
+
+if TYPE_CHECKING:
+    from .media_files import MediaReader, Medium, Reference
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_ROW_KEYS = ("messages", "tools", "prompt", "response", "completion", "id", "metadata")
+_KEYS = {
+    "assistant": ("role", "content", "name", "tool_calls", *_REASONING),
+    "tool": ("role", "content", "name", "tool_call_id"),
+}
+_OTHER_KEYS = ("role", "content", "name")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One conversation, normalised.
+
+    Attributes:
+        line: line in the file, from 1.
+        messages: as a template reads them; not to be changed.
+        tools: function descriptions, or ``None``.
+        media: what its media parts refer to, in order; gone once they are read.
+        seen: the same, read.
+    """
+
+    line: int
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] | None = None
+    media: tuple[Reference, ...] = ()
+    seen: tuple[Medium, ...] = ()
+
+    def turns(self, role: str) -> int:
+        """How many messages have this role."""
+        return sum(message["role"] == role for message in self.messages)
+
+
+def read_rows(
+    path: Path,
+    chat_format: ChatFormat,
+    *,
+    control: Sequence[str] = (),
+    problems: Problems | None = None,
+    digest: Hasher | None = None,
+    reader: MediaReader | None = None,
+    unread: str = "",
+) -> Iterator[Row]:
+    """Yield the good rows of a JSON Lines file in one pass and constant memory.
+
+    Args:
+        path: the file.
+        chat_format: whose roles and control strings hold.
+        control: further control strings, such as the tokenizer's special tokens.
+        problems: collects bad rows for the caller; without it they are raised together after
+            the last line.
+        digest: updated with every byte of the file.
+        reader: whose kinds of media a row may have; their bytes are not looked at here.
+        unread: why there is no reader.
+
+    Raises:
+        InputError: ``QC-DATA-001`` to ``-010`` and ``-016``, one for every bad row.
+    """
+    collected = problems or Problems(path)
+    check = RowCheck(chat_format, control, reader, unread)
+    found = False
+    for number, raw in lines(path, digest):
+        found = True
+        try:
+            if raw is None:
+                raise BadRow("QC-DATA-004", "is too long", expected=f"at most {MAX_LINE} bytes")
+            row = check(number, parse(raw))
+        except BadRow as bad:
+            collected.add(number, bad.error(path, number))
+        else:
+            yield row
+    if not found:
+        raise InputError(
+            "QC-DATA-002",
+            "has no rows",
+            file=path,
+            expected='one {"messages": [...]} a line',
+            fix="name the file that holds the conversations",
+        )
+    if problems is None:
+        collected.stop()
+
+
+def thinking_marks(chat_format: ChatFormat) -> tuple[str, str] | None:
+    """What opens and closes a think block, read off the prompt tails; ``None`` if none does."""
+    tails = sorted((tail.strip() for tail in chat_format.prompt_tails if tail.strip()), key=len)
+    if len(tails) < 2 or not tails[-1].startswith(tails[0]):
+        return None
+    return tails[0], tails[-1].removeprefix(tails[0]).strip()
+
+
+class RowCheck:
+    """JSON value to `Row`, by the rules of one chat format."""
+
+    def __init__(
+        self,
+        chat_format: ChatFormat,
+        control: Sequence[str] = (),
+        reader: MediaReader | None = None,
+        unread: str = "",
+    ) -> None:
+        self.format = chat_format
+        self.marks = thinking_marks(chat_format)
+        self.parts = Parts(reader, unread)
+        media = () if reader is None else reader.control
+        longest_first = sorted({*chat_format.control, *control, *media}, key=len, reverse=True)
+        words = [re.escape(word) for word in longest_first if word]
+        self._forbidden = re.compile("|".join([*words, "\0", "[\ud800-\udfff]"]))
+
+    def __call__(self, line: int, value: Any) -> Row:
+        """Check and normalise one row.
+
+        Raises:
+            BadRow: what is wrong with it.
+        """
+        row = without_nulls(mapping(value, "", "QC-DATA-005", "is not an object"))
+        known_keys(row, _ROW_KEYS, "", "QC-DATA-005", self.parts.row_advice)
+        tools = fields.tools(row.get("tools"))
+        media: list[Reference] = []
+        messages = tuple(self._messages(row, media))
+        self._check_order(messages)
+        for index, message in enumerate(messages):
+            self._check_message(message, f"messages[{index}]")
+        if tools:
+            self._check_text(tools, "tools")
+        return Row(line=line, messages=messages, tools=tools, media=tuple(media))
+
+    def _messages(self, row: dict[str, Any], media: list[Reference]) -> Iterator[dict[str, Any]]:
+        if any(row.get(key) is not None for key in ("prompt", "response", "completion")):
+            given: Any = _pair(row)
+        elif "messages" not in row:
+            raise BadRow("QC-DATA-005", "has no messages", expected='{"messages": [...]}')
+        else:
+            given = row["messages"]
+        if not isinstance(given, list) or not given:
+            raise BadRow(
+                "QC-DATA-005",
+                "is no list of messages",
+                at="messages",
+                found="an empty list" if given == [] else kind(given),
+                expected="a list of at least one message",
+            )
+        for index, message in enumerate(given):
+            yield self._message(message, f"messages[{index}]", media)
+
+    def _message(self, value: Any, at: str, media: list[Reference]) -> dict[str, Any]:
+        given = mapping(value, at, "QC-DATA-006", "is not an object")
+        role = self._role(given, at)
+        known = _KEYS.get("assistant" if role == self.format.assistant else role, _OTHER_KEYS)
+        message = without_nulls(given)
+        known_keys(message, known, at, "QC-DATA-006")
+        for key in ("name", "tool_call_id"):
+            if not isinstance(message.get(key, ""), str):
+                raise wrong(message[key], f"{at}.{key}", "a string")
+        if "content" in message:
+            said, found = self.parts.content(message["content"], f"{at}.content")
+            message["content"] = said
+            media += found
+            if found and role == "system":
+                raise BadRow(
+                    "QC-DATA-006",
+                    "is a media part in a system message, which may hold text alone",
+                    at=found[0].at,
+                    fix="put it into a user message",
+                )
+        elif role != self.format.assistant:
+            raise BadRow("QC-DATA-006", "is missing", at=f"{at}.content", expected="text")
+        if role == self.format.assistant:
+            self._assistant(message, at)
+        return message
+
+    def _role(self, message: Mapping[str, Any], at: str) -> str:
+        role = message.get("role")
+        if isinstance(role, str) and role in self.format.roles:
+            return role
+        advice = {"developer": "system", "function": "tool", "human": "user", "gpt": "assistant",
+                  "model": "assistant", "bot": "assistant"}.get(str(role))  # fmt: skip
+        meant = near(str(role), self.format.roles) or advice
+        raise BadRow(
+            "QC-DATA-006",
+            "is no role of this model" if isinstance(role, str) else "has no role",
+            at=f"{at}.role" if "role" in message else at,
+            found=repr(role)[:80] if "role" in message else None,
+            expected=" or ".join(self.format.roles),
+            fix=f'write "{meant}"' if meant in self.format.roles else None,
+        )
+
+    def _assistant(self, message: dict[str, Any], at: str) -> None:
+        given = {key: message.pop(key) for key in _REASONING if key in message}
+        for key, text in given.items():
+            if not isinstance(text, str):
+                raise wrong(text, f"{at}.{key}", "a string")
+        if len(set(given.values())) > 1:
+            raise BadRow(
+                "QC-DATA-016",
+                "gives two different reasonings",
+                at=at,
+                found=" and ".join(given),
+                expected="one of them",
+            )
+        if given:
+            message["reasoning_content"] = next(iter(given.values()))
+        if "tool_calls" in message:
+            calls = fields.calls(
+                message["tool_calls"], f"{at}.tool_calls", self.format.parse_arguments
+            )
+            message["tool_calls"] = calls
+            if not calls:
+                del message["tool_calls"]
+        said = text_of(message.get("content", "")).strip()
+        reasoned = message.get("reasoning_content")
+        if not (said or "tool_calls" in message or (reasoned and reasoned.strip())):
+            raise BadRow(
+                "QC-DATA-010",
+                "says nothing",
+                at=at,
+                expected="content or tool_calls",
+                fix="leave the turn out",
+            )
+        self._check_thinking(said, reasoned, at)
+
+    def _check_thinking(self, said: str, reasoned: str | None, at: str) -> None:
+        """Refuse think blocks that a template would double, cut or lose text of."""
+        if self.marks is None:
+            return
+        opens, closes = self.marks
+        if reasoned is not None and (opens in reasoned or closes in reasoned):
+            what, where = f"holds {opens} or {closes}", f"{at}.reasoning_content"
+        elif opens not in said and closes not in said:
+            return
+        elif reasoned is not None:
+            what, where = f"holds {opens} or {closes} beside reasoning_content", f"{at}.content"
+        elif said.count(closes) != 1 or said.count(opens) > 1:
+            what, where = f"has a think block that is not one {opens} and one {closes}", at
+        elif opens in said and not said.startswith(opens):
+            what, where = f"has text before {opens}, which the template drops", f"{at}.content"
+        else:
+            return
+        raise BadRow(
+            "QC-DATA-016",
+            what,
+            at=where,
+            expected=f"reasoning_content, or {opens}...{closes} at the start of content",
+        )
+
+    def _check_order(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        roles = [message["role"] for message in messages]
+        if self.format.assistant not in roles:
+            raise BadRow(
+                "QC-DATA-010",
+                "has no assistant turn",
+                at="messages",
+                found=", ".join(dict.fromkeys(roles)),
+                expected="at least one turn to train",
+            )
+        for index, message in enumerate(messages):
+            if message["role"] == "tool" and not (
+                index
+                and (roles[index - 1] == "tool" or "tool_calls" in messages[index - 1])
+            ):  # fmt: skip
+                raise BadRow(
+                    "QC-DATA-006",
+                    "is a tool result that follows no tool call",
+                    at=f"messages[{index}]",
+                    fix="put it after the assistant turn with the tool_calls",
+                )
+
+    def _check_message(self, message: dict[str, Any], at: str) -> None:
+        if self.marks is not None and message["role"] == self.format.assistant:
+            said = without_block(text_of(message.get("content", "")), self.marks)
+            message = {**message, "content": said}
+        self._check_text(message, at)
+
+    def _check_text(self, value: Any, at: str) -> None:
+        """Refuse control strings, NUL and lone surrogates anywhere in `value`."""
+        if isinstance(value, str):
+            self._check_string(value, at)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                self._check_string(key, at)
+                self._check_text(item, f"{at}.{key}")
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                self._check_text(item, f"{at}[{index}]")
+
+    def _check_string(self, text: str, at: str) -> None:
+        if text.isascii():
+            hit = self._forbidden.search(text)
+        else:  # the tokenizer composes first; a control string must not appear by that either
+            hit = self._forbidden.search(text)
+            hit = hit or self._forbidden.search(unicodedata.normalize("NFC", text))
+        if hit is None:
+            return
+        word = hit.group()
+        names = {"\0": "a NUL character"}
+        lone = "\ud800" <= word[0] <= "\udfff"
+        raise BadRow(
+            "QC-DATA-008",
+            "holds text that must not reach the model",
+            at=at,
+            found=f"lone surrogate \\u{ord(word):04x}" if lone else names.get(word, repr(word)),
+            expected="plain text: control strings of the chat format are the template's own",
+            fix="remove it from the row",
+        )
+
+
+def _pair(row: dict[str, Any]) -> list[dict[str, Any]]:
+    answers = [key for key in ("response", "completion") if row.get(key) is not None]
+    if row.get("messages") is not None or row.get("prompt") is None or len(answers) != 1:
+        raise BadRow(
+            "QC-DATA-005",
+            "is neither messages nor one pair",
+            found=", ".join(key for key in row if key in _ROW_KEYS),
+            expected="messages, or prompt with response",
+        )
+    for key in ("prompt", answers[0]):
+        if not isinstance(row[key], str):
+            raise BadRow(
+                "QC-DATA-005",
+                "is not a string",
+                at=key,
+                found=kind(row[key]),
+                fix="write the conversation as messages",
+            )
+    return [
+        {"role": "user", "content": row["prompt"]},
+        {"role": "assistant", "content": row[answers[0]]},
+    ]

@@ -1,0 +1,80 @@
+"""Which rows make up an optimizer step, and its learning rate: pure functions of the step.
+
+This file decides order and schedule. Nothing is carried from step to step, so resuming needs
+no sampler state, and the same seed gives the same rows on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from ..config.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The plan of a run over `rows` training rows.
+
+    Attributes:
+        rows: number of training rows.
+        settings: batch sizes, epochs or steps, learning rate, warm-up, seed.
+    """
+
+    rows: int
+    settings: Settings
+
+    @property
+    def per_step(self) -> int:
+        """Rows of a full optimizer step."""
+        s = self.settings
+        return s.per_device_train_batch_size * s.gradient_accumulation_steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that see every row once; the last may be smaller."""
+        return math.ceil(self.rows / self.per_step)
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps of the run."""
+        if self.settings.max_steps > 0:
+            return self.settings.max_steps
+        return max(1, math.ceil(self.settings.num_train_epochs * self.steps_per_epoch))
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Rows of step `step` (from 0), one list for each micro-batch."""
+        epoch, slot = divmod(step, self.steps_per_epoch)
+        order = _order(self.rows, seed_of(self.settings.seed, "order", epoch))
+        rows = order[slot * self.per_step : (slot + 1) * self.per_step]
+        size = self.settings.per_device_train_batch_size
+        return [rows[at : at + size] for at in range(0, len(rows), size)]
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine to zero.
+
+        The first step already has a rate: with transformers' schedule it would be zero and
+        train nothing.
+        """
+        s = self.settings
+        warmup = math.ceil(s.warmup_ratio * self.total)
+        if step < warmup:
+            return s.learning_rate * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.total - warmup)
+        return s.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+@lru_cache(maxsize=1)
+def _order(rows: int, seed: int) -> list[int]:
+    """An epoch's permutation; asked for by every step of it."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def seed_of(seed: int, *what: object) -> int:
+    """A seed for one purpose, independent of the others."""
+    digest = hashlib.sha256(":".join(map(str, (seed, *what))).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

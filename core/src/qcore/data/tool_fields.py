@@ -1,0 +1,175 @@
+"""The fields of a chat row: tool calls, tools; and how a wrong one is told.
+
+This file decides what each field may hold and its normal form. Content is `qcore.data.content`'
+business; which fields a row has, and what they mean together, is `qcore.data.rows`'s.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .jsonl import BadRow, parse
+
+ADVICE = {
+    "weight": "a weight per turn is not supported: leave the key out, every turn is trained",
+    "function_call": "write it as tool_calls",
+    "conversations": 'write {"messages": [{"role": ..., "content": ...}]}',
+    "text": "plain text has no turns: write messages",
+}
+
+
+def calls(value: Any, at: str, parse_arguments: bool) -> list[dict[str, Any]]:
+    """Tool calls, OpenAI's nesting or bare, with their arguments in one form.
+
+    Raises:
+        BadRow: ``QC-DATA-007``, or ``-004`` for arguments that are no JSON.
+    """
+    if not isinstance(value, list):
+        raise wrong(value, at, "a list of calls", code="QC-DATA-007")
+    return [_call(item, f"{at}[{index}]", parse_arguments) for index, item in enumerate(value)]
+
+
+def _call(item: Any, at: str, parse_arguments: bool) -> dict[str, Any]:
+    code = "QC-DATA-007"
+    call = without_nulls(mapping(item, at, code, "is not a call"))
+    nested = "function" in call
+    if nested:
+        known_keys(call, ("id", "type", "function", "index"), at, code)
+        at = f"{at}.function"
+        function = without_nulls(mapping(call["function"], at, code, "is not a function"))
+        known_keys(function, ("name", "arguments"), at, code)
+    else:
+        function = call
+        known_keys(function, ("id", "type", "name", "arguments"), at, code)
+    if not _name(function.get("name")):
+        raise BadRow(
+            code,
+            "names no function",
+            at=at,
+            expected='{"type": "function", "function": {"name": ..., "arguments": {...}}}',
+        )
+    given = function.get("arguments")
+    function = {**function, "arguments": _arguments(given, f"{at}.arguments", parse_arguments)}
+    return {**call, "function": function} if nested else function
+
+
+def _arguments(value: Any, at: str, parse_arguments: bool) -> Any:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return {} if parse_arguments else "{}"
+    parsed = parse(value, at=at) if isinstance(value, str) else value
+    if not isinstance(parsed, dict):
+        raise BadRow(
+            "QC-DATA-007",
+            "are no JSON object",
+            at=at,
+            found=kind(parsed),
+            expected='{"name": value} or the same as a JSON string',
+        )
+    return parsed if parse_arguments else value
+
+
+def tools(value: Any) -> tuple[dict[str, Any], ...] | None:
+    """Function descriptions; a JSON string of them too, which keeps a column one type.
+
+    Raises:
+        BadRow: ``QC-DATA-007``, or ``-004`` for a string that is no JSON.
+    """
+    code = "QC-DATA-007"
+    wanted = '{"type": "function", "function": {"name": ...}}'
+    if isinstance(value, str):
+        value = parse(value, at="tools")
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list):
+        raise BadRow(code, "is no list", at="tools", found=kind(value), expected=f"[{wanted}]")
+    done = []
+    for index, item in enumerate(value):
+        at = f"tools[{index}]"
+        tool: dict[str, Any] = _drop_nulls(mapping(item, at, code, "is not an object"))
+        described = tool.get("function", tool)
+        if not isinstance(described, dict) or not _name(described.get("name")):
+            raise BadRow(code, "describes no function by name", at=at, expected=wanted)
+        done.append(tool)
+    return tuple(done)
+
+
+def without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` less the keys that are null."""
+    return {key: item for key, item in given.items() if item is not None}
+
+
+def _drop_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _drop_nulls(item)
+            for key, item in value.items()
+            if item is not None or key in ("default", "const")
+        }
+    if isinstance(value, list):
+        return [_drop_nulls(item) for item in value]
+    return value
+
+
+def without_block(said: str, marks: tuple[str, str]) -> str:
+    """`said` less the marks of its think block, of which it has one at most."""
+    for mark in marks:
+        said = said.replace(mark, "\n", 1)
+    return said
+
+
+def mapping(value: Any, at: str, code: str, what: str) -> dict[str, Any]:
+    """`value`, if it is an object."""
+    if isinstance(value, dict):
+        return value
+    raise BadRow(code, what, at=at, found=kind(value), expected="an object")
+
+
+def known_keys(
+    given: Mapping[str, Any],
+    known: Sequence[str],
+    at: str,
+    code: str,
+    advice: Mapping[str, str] = ADVICE,
+) -> None:
+    """Refuse a key that nothing reads, with the nearest that something does."""
+    for key in given:
+        if key in known:
+            continue
+        meant = near(key, known)
+        raise BadRow(
+            code,
+            "is no key that is read here",
+            at=f"{at}.{key}" if at else key,
+            expected=", ".join(known),
+            fix=advice.get(key) or (f'did you mean "{meant}"?' if meant else "leave it out"),
+        )
+
+
+def near(word: str, known: Sequence[str]) -> str | None:
+    """The known word that `word` was probably meant to be."""
+    return next(iter(difflib.get_close_matches(word.lower(), known, n=1)), None)
+
+
+def _name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def wrong(value: Any, at: str, expected: str, code: str = "QC-DATA-006") -> BadRow:
+    """The error for a value of another type."""
+    return BadRow(code, "is of the wrong type", at=at, found=kind(value), expected=expected)
+
+
+_KINDS: tuple[tuple[type | tuple[type, ...], Callable[[Any], str]], ...] = (
+    (bool, lambda value: "true" if value else "false"),
+    (str, lambda value: f"the string {value[:40]!r}"),
+    ((int, float), lambda value: f"the number {str(value)[:40]}"),
+    (list, lambda _: "a list"),
+    (dict, lambda _: "an object"),
+)
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    return next((say(value) for kinds, say in _KINDS if isinstance(value, kinds)), "null")

@@ -1,0 +1,1 @@
+"""`qcore generate`: decoding, to see the effect of an adapter."""

@@ -1,0 +1,273 @@
+"""A run's own folder: its lock, its metrics, and deleting what it no longer needs.
+
+This file decides who may write into a run folder and how rows are added to ``metrics.jsonl``.
+Unlike an artefact (`qcore.io.artifact`) a run folder grows while the run goes on, so there is
+no manifest; what must be complete inside it is published there.
+
+Codes: ``QC-WRITE-003`` to ``-006`` from `qcore.io.atomic`, ``-010`` the folder is in use.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, Self
+
+from ..errors import WriteError
+from .atomic import create, delete, reading, sync_folder, write_all, writing
+
+LOCK: Final = ".qcore.lock"
+_NO_LOCKS: Final = frozenset((errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL))
+
+
+class Lock:
+    """Exclusive use of a run folder, as a context manager.
+
+    The kernel's lock decides, and it ends with the process, however that ends; the owner
+    (pid, boot id, host) in the file is for the message, and decides where a file system has
+    no locks: an owner of another boot, or whose process is gone, is stale.
+    """
+
+    def __init__(self, folder: Path | str, name: str = LOCK) -> None:
+        self._path = Path(folder) / name
+        self._fd = -1
+        self._pid = 0
+
+    def acquire(self) -> Self:
+        """Take the lock; the folder must exist.
+
+        Raises:
+            WriteError: ``QC-WRITE-010`` when another run holds it.
+        """
+        with writing(self._path):
+            while self._fd < 0:
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                fd = os.open(self._path, flags, 0o666)
+                try:
+                    if self._lock(fd) and self._still_named(fd):
+                        self._fd, self._pid, fd = fd, os.getpid(), -1
+                finally:
+                    if fd >= 0:
+                        os.close(fd)
+            try:
+                os.ftruncate(self._fd, 0)
+                write_all(self._fd, memoryview(json.dumps(_owner()).encode()))
+            except OSError:
+                os.close(self._fd)
+                self._fd = -1
+                raise
+        return self
+
+    def release(self) -> None:
+        """Give the lock back; does nothing where it is not held."""
+        if self._fd < 0:
+            return
+        if self._pid == os.getpid():  # a forked child gives back nothing of its parent's
+            with suppress(OSError):
+                os.unlink(self._path)  # first the name, so that a waiter sees that it is gone
+        os.close(self._fd)
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _lock(self, fd: int) -> bool:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                owner = _read_owner(fd)
+                if owner is not None and _alive(owner):
+                    raise self._held(owner) from error
+                return True
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise self._held(_read_owner(fd)) from error
+            raise
+        return True
+
+    def _still_named(self, fd: int) -> bool:
+        """Whether the file that we locked is still the one under the name."""
+        try:
+            named = os.stat(self._path, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        ours = os.fstat(fd)
+        return (named.st_ino, named.st_dev) == (ours.st_ino, ours.st_dev)
+
+    def _held(self, owner: Mapping[str, Any] | None) -> WriteError:
+        who = "another run"
+        if owner is not None:
+            who = f"process {owner.get('pid')} on {owner.get('host')}"
+        return WriteError(
+            "QC-WRITE-010",
+            f"is in use by {who}",
+            file=self._path.parent,
+            fix="wait for that run, or name another folder",
+        )
+
+
+def boot_id() -> str:
+    """What tells one boot of this machine from another; empty where the system says nothing."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def _owner() -> dict[str, Any]:
+    return {"pid": os.getpid(), "boot_id": boot_id(), "host": socket.gethostname()}
+
+
+def _read_owner(fd: int) -> dict[str, Any] | None:
+    try:
+        owner = json.loads(os.pread(fd, 4096, 0))
+    except (OSError, ValueError):
+        return None
+    return owner if isinstance(owner, dict) and type(owner.get("pid")) is int else None
+
+
+def _alive(owner: Mapping[str, Any]) -> bool:
+    """Whether a recorded owner may still run; another host's cannot be asked, so it may."""
+    if owner.get("host") != socket.gethostname():
+        return True
+    if owner.get("boot_id") != boot_id():
+        return False
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object a line, on disk when `write` returns.
+
+    A line that a kill tore is dropped when the log is opened again. The file survives the
+    death of the process at once; it is synced when closed, not at every line.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._fd = -1
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Add a row; NaN and infinities are written as the strings that name them.
+
+        Raises:
+            WriteError: ``QC-WRITE-003`` to ``-006``.
+        """
+        line = json.dumps(_plain(row), allow_nan=False).encode("ascii") + b"\n"
+        with writing(self.path):
+            if self._fd < 0:
+                self._open()
+            write_all(self._fd, memoryview(line))
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the rows after ``step``, which a resumed run writes again.
+
+        Rows without a ``step`` stay; a line that is not JSON goes. The file is replaced in
+        one rename.
+        """
+        self.close()
+        if not self.path.exists():
+            return
+        with reading(self.path):
+            lines = self.path.read_bytes().splitlines(keepends=True)
+        kept = b"".join(line for line in lines if _up_to(line, step))
+        fresh = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
+        with writing(self.path):
+            try:
+                fd = create(fresh)
+                try:
+                    write_all(fd, memoryview(kept))
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+                os.replace(fresh, self.path)
+            except OSError:
+                with suppress(OSError):
+                    os.unlink(fresh)
+                raise
+            sync_folder(self.path.parent)
+
+    def close(self) -> None:
+        """Sync and close; a later `write` opens it again."""
+        if self._fd < 0:
+            return
+        fd, self._fd = self._fd, -1
+        with writing(self.path):
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(self.path, flags, 0o666)
+        try:
+            end = size = os.fstat(fd).st_size
+            while end and os.pread(fd, 1, end - 1) != b"\n":
+                end -= 1
+            if end != size:
+                os.ftruncate(fd, end)
+        except OSError:
+            os.close(fd)
+            raise
+        self._fd = fd
+
+
+def _up_to(line: bytes, step: int) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    if not line.endswith(b"\n") or not isinstance(row, dict):
+        return False
+    at = row.get("step")
+    return not isinstance(at, int | float) or at <= step
+
+
+def _plain(value: Any) -> Any:
+    """The value with non-finite floats as ``"NaN"``, ``"Infinity"``, ``"-Infinity"``."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def remove_tree(path: Path | str) -> None:
+    """Delete a folder that is no longer needed; under its name it is whole or gone.
+
+    Raises:
+        WriteError: ``QC-WRITE-004`` to ``-006``.
+    """
+    path = Path(path)
+    trash = path.with_name(f".{path.name[:100]}.trash-{secrets.token_hex(8)}")
+    with writing(path):
+        try:
+            os.rename(path, trash)
+        except FileNotFoundError:
+            return
+        sync_folder(path.parent)
+        delete(trash)

@@ -1,0 +1,1 @@
+"""`qcore merge`: a base and an adapter to a checkpoint, verified."""

@@ -1,0 +1,258 @@
+"""What a merge will write, known from headers alone: files, headers, index, configuration.
+
+This file decides that a merged checkpoint is its base, file by file, and what becomes of a base
+in block FP8 when it is written in bfloat16: the same files without the scales, new headers and
+index, no ``quantization_config``, none of the files that describe quantised weights. Within a
+file the order of the base is kept, but for wider values coming first, as safetensors' own writer
+has it: so no value lies at an address that its dtype cannot have. It reads no tensor and writes
+nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..checkpoint.checkpoint import DTYPE_BITS, INDEX, Checkpoint, Header
+from ..checkpoint.quantization_formats import SECTION, SIDECARS, Quantisation
+from ..checkpoint.safetensors_header import PREFIX
+from ..errors import InputError
+from ..io.atomic import reading
+from ..io.manifest import MANIFEST
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One tensor of the result.
+
+    Attributes:
+        source: the tensor of the base.
+        written: the tensor of the result; the same where nothing is decoded.
+        scale: the base's block scales of it, when it is decoded.
+    """
+
+    source: Header
+    written: Header
+    scale: Header | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of the result: its header's bytes, and its tensors in order."""
+
+    head: bytes
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergePlan:
+    """The result of a merge, before a tensor is read.
+
+    Attributes:
+        shards: its safetensors files by name.
+        copied: other files that are the base's.
+        texts: files that are written anew, by name.
+        block: rows and columns that share a scale, when something is decoded.
+    """
+
+    shards: Mapping[str, Shard]
+    copied: tuple[str, ...]
+    texts: Mapping[str, str]
+    block: tuple[int, int] | None = None
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every tensor of the result."""
+        return (piece for shard in self.shards.values() for piece in shard.pieces)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(piece.written.end - piece.written.start for piece in self.pieces())
+
+    @property
+    def decoded(self) -> int:
+        """Tensors that the base has in FP8 and the result in bfloat16."""
+        return sum(piece.scale is not None for piece in self.pieces())
+
+
+def plan_merge(checkpoint: Checkpoint, quantised: Quantisation | None = None) -> MergePlan:
+    """What is written for a base.
+
+    Args:
+        checkpoint: the base.
+        quantised: its block FP8, to be decoded; ``None`` to write the base's own dtypes.
+
+    Raises:
+        InputError: ``QC-KEY-007`` for FP8 without scales that fit, ``QC-CKPT-005`` for a file
+            that was cut since it was opened.
+    """
+    by_file: dict[str, list[Header]] = {shard: [] for shard in checkpoint.shards}
+    for header in sorted(checkpoint.headers.values(), key=lambda header: header.start):
+        by_file[header.file].append(header)
+    others = [name for name in checkpoint.sidecars if name != MANIFEST]
+    if quantised is None:
+        shards = {
+            file: Shard(_head(checkpoint, file, found), tuple(Piece(h, h) for h in found))
+            for file, found in by_file.items()
+        }
+        index = (INDEX,) if checkpoint.index is not None else ()
+        return MergePlan(shards=shards, copied=(*others, *index), texts={})
+    scales = _checked(checkpoint, quantised)
+    dropped = {header.name for header in scales.values()}
+    shards = {}
+    for file, found in by_file.items():
+        kept = [header for header in found if header.name not in dropped]
+        if kept:  # a file of nothing but scales is not written: no index would name it
+            shards[file] = _decoded(_metadata(_head(checkpoint, file, found)), kept, scales)
+    path = checkpoint.file(CONFIG)
+    with reading(path):
+        texts = {CONFIG: without(path.read_text(encoding="utf-8"), SECTION)}
+    if checkpoint.index is not None:
+        texts[INDEX] = _index(checkpoint.index, shards)
+    return MergePlan(
+        shards=shards,
+        copied=tuple(name for name in others if name not in (*SIDECARS, CONFIG)),
+        texts=texts,
+        block=quantised.block,
+    )
+
+
+def _checked(checkpoint: Checkpoint, quantised: Quantisation) -> Mapping[str, Header]:
+    """The scales by weight; those of carried tensors, which no table met, fit as well."""
+    rows, columns = quantised.block or (1, 1)
+    scales = {header.name for header in quantised.scales.values()}
+    for name, header in checkpoint.headers.items():
+        if not header.dtype.startswith("F8_") or name in scales:
+            continue
+        *stack, out, into = header.shape if len(header.shape) > 1 else (1, *header.shape)
+        fits = (*stack, -(-out // rows), -(-into // columns))
+        scale = quantised.scales.get(name)
+        if scale is None or scale.shape != fits:
+            raise InputError(
+                "QC-KEY-007",
+                "is in FP8 without block scales that fit",
+                file=checkpoint.path / header.file,
+                field=name,
+                found=list(scale.shape) if scale else "none",
+                expected=f"{name}_scale_inv {list(fits)}",
+                fix="use the bf16 revision of this checkpoint",
+            )
+    return quantised.scales
+
+
+def _head(checkpoint: Checkpoint, file: str, headers: list[Header]) -> bytes:
+    """The bytes of a file before its first tensor."""
+    path = checkpoint.file(file)
+    with reading(path), path.open("rb") as source:
+        size = headers[0].start if headers else path.stat().st_size
+        head = source.read(size)
+    if len(head) != size:
+        raise InputError(
+            "QC-CKPT-005",
+            "is damaged",
+            file=path,
+            found=f"{len(head)} bytes",
+            expected=size,
+            fix="download the file again",
+        )
+    return head
+
+
+def _metadata(head: bytes) -> Any:
+    """``__metadata__`` of a header that was parsed before."""
+    return json.loads(head[PREFIX:]).get("__metadata__")
+
+
+def _decoded(metadata: Any, headers: Iterable[Header], scales: Mapping[str, Header]) -> Shard:
+    """A file in which what has scales is bfloat16."""
+    pieces = []
+    for header in headers:
+        scale = scales.get(header.name)
+        dtype = "BF16" if scale is not None else header.dtype
+        pieces.append(Piece(header, replace(header, dtype=dtype), scale))
+    pieces.sort(key=lambda piece: -DTYPE_BITS[piece.written.dtype])
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    placed, at = [], 0
+    for piece in pieces:
+        header = piece.written
+        end = at + header.numel * DTYPE_BITS[header.dtype] // 8
+        entries[header.name] = {
+            "dtype": header.dtype, "shape": list(header.shape), "data_offsets": [at, end],
+        }  # fmt: skip
+        placed.append((piece, at, end))
+        at = end
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    base = PREFIX + len(raw)
+    return Shard(
+        struct.pack("<Q", len(raw)) + raw,
+        tuple(
+            replace(piece, written=replace(piece.written, start=base + at, end=base + end))
+            for piece, at, end in placed
+        ),
+    )
+
+
+def _index(index: Mapping[str, Any], shards: Mapping[str, Shard]) -> str:
+    """The base's index, of the tensors that are written."""
+    written = [piece.written for shard in shards.values() for piece in shard.pieces]
+    names = {header.name for header in written}
+    metadata = index.get("metadata")
+    metadata = dict(metadata) if isinstance(metadata, dict) else {}
+    metadata["total_size"] = sum(header.end - header.start for header in written)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(header.numel for header in written)
+    weights = {name: file for name, file in index["weight_map"].items() if name in names}
+    return json.dumps({**index, "metadata": metadata, "weight_map": weights}, indent=2) + "\n"
+
+
+def without(text: str, key: str) -> str:
+    """The text of a JSON object less every member `key`, at any depth; all else as it stands.
+
+    Args:
+        text: JSON that was parsed before.
+        key: the members' name.
+    """
+    cuts: list[tuple[int, int]] = []
+    _members(text, _skip(text, 0), key, cuts)
+    for start, end in sorted(cuts, reverse=True):
+        text = text[:start] + text[end:]
+    return text
+
+
+def _members(text: str, at: int, key: str, cuts: list[tuple[int, int]]) -> int:
+    """Note what to cut of the object that opens at `at`; returns where it ends."""
+    decode = json.JSONDecoder().raw_decode
+    spans: list[tuple[str, int, int]] = []  # name, start, end
+    at = _skip(text, at + 1)
+    while text[at] != "}":
+        start = at
+        name, at = decode(text, at)
+        at = _skip(text, _skip(text, at) + 1)
+        if text[at] == "{" and name != key:
+            at = _members(text, at, key, cuts)
+        else:
+            _, at = decode(text, at)
+        spans.append((name, start, at))
+        at = _skip(text, at)
+        if text[at] == ",":
+            at = _skip(text, at + 1)
+    for number, (name, start, end) in enumerate(spans):
+        if name == key and number + 1 < len(spans):
+            cuts.append((start, spans[number + 1][1]))
+        elif name == key:
+            cuts.append((spans[number - 1][2] if number else start, end))
+    return at + 1
+
+
+def _skip(text: str, at: int) -> int:
+    space = _SPACE.match(text, at)
+    assert space is not None
+    return space.end()

@@ -1,0 +1,314 @@
+"""One pass over a base's files: every tensor hashed, and changed or copied.
+
+This file decides how the bytes of a merged shard come to be: what no pair touches and nothing
+decodes is copied as it is; the rest is read, hashed and added up by some threads, a few ahead of
+the one that copies and writes. A stack of experts goes through in cuts of some experts, so memory
+is the adapter and a few tensors or cuts. Which files there are, and their headers, is
+`merge_plan`'s; what a merge is, and its other checks, are `merge`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..adapter.delta import WORKERS, Deltas, single
+from ..adapter.peft_names import Adapter
+from ..api.parameters import Region
+from ..api.parameters import Tensor as Entry
+from ..checkpoint.checkpoint import Header
+from ..checkpoint.fingerprint import fingerprints
+from ..checkpoint.tensor_hash import TensorDigest, in_one_run, numel
+from ..errors import InputError, NumericError
+from ..nn.load import DTYPES, as_bytes, hash_units, read_exact, read_fp8
+from ..plugins.resolve_model import Identified
+from ..reporting import Advance
+from .plan import MergePlan, Piece, plan_merge
+
+_AHEAD = WORKERS + 2  # cuts in flight
+_COPY = 8 * 2**20  # bytes in flight when a tensor is only copied
+_CUT = 2**26  # bytes of a stack that are changed at a time
+
+
+class _Cut(NamedTuple):
+    """Some of a tensor on disk, and the canonical region that it is.
+
+    `rows` are those of dim 0 of the tensor on disk, of which `each` has so many bytes; ``None``
+    for all of it, which may be one expert.
+    """
+
+    header: Header
+    scale: Header | None
+    rows: slice | None
+    each: int
+    region: Region
+
+
+class _Changed(NamedTuple):
+    """A merged cut, its largest change, and the digests of the base's units in it."""
+
+    weight: Tensor
+    moved: float
+    units: list[tuple[int, bytes]]
+
+
+@dataclass(slots=True)
+class MergePass:
+    """What one pass over the base's files does, and what it found.
+
+    Attributes:
+        found: the base.
+        adapter: the adapter.
+        dequantize: write a base in block FP8 in bfloat16.
+        plan: what is written.
+        digests: SHA-256 of the base's tensors, by canonical name.
+        done: canonical names of the tensors that a pair was added to.
+        changed: tensors on disk with other bytes than the base's.
+        unchanged: tensors on disk that a pair touches and rounding leaves as they were.
+        parameters: parameters of the changed tensors.
+        largest: largest absolute change of one value.
+    """
+
+    found: Identified
+    adapter: Adapter
+    dequantize: bool = False
+    plan: MergePlan = field(init=False)
+    deltas: Deltas = field(init=False)
+    digests: dict[str, str] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    changed: int = 0
+    unchanged: list[str] = field(default_factory=list)
+    parameters: int = 0
+    largest: float = 0.0
+    _open: dict[str, TensorDigest] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        quantised = self.found.quantisation if self.dequantize else None
+        self.plan = plan_merge(self.found.checkpoint, quantised)
+        self.deltas = Deltas(self.adapter)
+
+    def shard(self, name: str, progress: Advance) -> Iterator[memoryview]:
+        """The bytes of one merged shard, in order."""
+        path, shard = self.found.checkpoint.file(name), self.plan.shards[name]
+        cuts = {
+            piece.source.name: self._cuts(piece)
+            for piece in shard.pieces
+            if piece.scale is not None or self._touched(piece.source)
+        }
+        with path.open("rb") as file, ThreadPoolExecutor(WORKERS, initializer=single) as pool:
+            yield memoryview(shard.head)
+            coming = (cut for piece in shard.pieces for cut in cuts.get(piece.source.name, ()))
+            jobs = [pool.submit(self._change, path, cut) for cut in islice(coming, _AHEAD)]
+            for piece in shard.pieces:
+                header = piece.source
+                if header.name not in cuts:
+                    file.seek(header.start)
+                    yield from self._copy(file, header)
+                    progress(header.end - header.start)
+                    continue
+                moved = 0.0
+                for _ in cuts[header.name]:
+                    result = jobs.pop(0).result()
+                    jobs += [pool.submit(self._change, path, c) for c in islice(coming, 1)]
+                    self._note(header, result.units)
+                    moved = max(moved, result.moved)
+                    yield as_bytes(result.weight)
+                    progress(result.weight.nbytes)
+                if self._touched(header):
+                    self._book(header, moved)
+
+    def _touched(self, header: Header) -> bool:
+        entry = self._entry(header)
+        return entry is not None and entry.name in self.adapter.pairs
+
+    def _entry(self, header: Header) -> Entry | None:
+        return self.found.layout.by_disk.get(header.name, (None, ()))[0]
+
+    def _cuts(self, piece: Piece) -> list[_Cut]:
+        """A stack some experts at a time, everything else whole."""
+        header = piece.source
+        every = tuple(slice(0, n) for n in header.shape)
+        _, region = self.found.layout.by_disk.get(header.name, (None, every))
+        first, count = region[0].start, region[0].stop - region[0].start
+        each = (header.end - header.start) // count
+        step = max(1, _CUT // each) if len(region) > 2 else count
+        cuts = []
+        for at in range(0, count, step):
+            stop = min(at + step, count)
+            rows = slice(at, stop) if header.shape[0] == count else None
+            there = (slice(first + at, first + stop), *region[1:])
+            cuts.append(_Cut(header, piece.scale, rows, each, there))
+        return cuts
+
+    def _copy(self, file: IO[bytes], header: Header) -> Iterator[memoryview]:
+        """A tensor as it is, hashed on the way, unit by unit."""
+        entry, region = self.found.layout.by_disk.get(header.name, (None, ()))
+        size = header.end - header.start
+        if entry is None:
+            yield from _stream(file, header, size, None)
+            return
+        shape = tuple(part.stop - part.start for part in region)
+        units = self._digest(entry).inside(region)
+        if not all(in_one_run(unit, shape) for _, unit in units):
+            value = torch.empty(shape, dtype=DTYPES[header.dtype])
+            read_exact(file, as_bytes(value), header)
+            self._note(header, list(hash_units(self._digest(entry), region, value)))
+            yield as_bytes(value)
+            return
+        each = size // header.numel if header.numel else 0
+        for number, unit in units:
+            digest = hashlib.sha256()
+            yield from _stream(file, header, numel(unit) * each, digest)
+            self._note(header, [(number, digest.digest())])
+
+    def _change(self, path: Path, cut: _Cut) -> _Changed:
+        """Read one cut, hash it, and add its delta; runs beside others of its kind."""
+        header, entry = cut.header, self._entry(cut.header)
+        weight = self._read(path, cut)
+        units = list(hash_units(self._digest(entry), cut.region, weight)) if entry else []
+        if entry is None or not self._touched(header):
+            if not bool(weight.isfinite().all()):
+                raise self._not_finite(path, header)
+            return _Changed(weight, 0.0, units)
+        moved = 0.0
+        for view, total in self.deltas.add(entry.name, weight, cut.region):
+            old = view.to(torch.float32, copy=True)  # a float32 file's would be the view itself
+            change = float((view.copy_(total).float() - old).abs().max())
+            if not bool(old.isfinite().all()):
+                raise self._not_finite(path, header)
+            if not math.isfinite(change):
+                raise NumericError(
+                    "QC-MERGE-003",
+                    "is not finite after the merge",
+                    file=self.adapter.path,
+                    field=header.name,
+                    fix="train again with a lower learning_rate",
+                )
+            moved = max(moved, change)
+        return _Changed(weight, moved, units)
+
+    def _read(self, path: Path, cut: _Cut) -> Tensor:
+        """The values of a cut, in the shape of its region; of block FP8, decoded."""
+        header, shape = cut.header, [part.stop - part.start for part in cut.region]
+        if cut.scale is not None:
+            assert self.plan.block is not None
+            where = self.found.checkpoint
+            return read_fp8(where, header, cut.scale, self.plan.block, cut.rows).view(shape)
+        dtype = DTYPES.get(header.dtype)
+        if dtype is None:
+            raise InputError(
+                "QC-LOAD-001",
+                "is stored in a dtype that cannot be merged into",
+                file=path,
+                field=header.name,
+                found=header.dtype,
+                expected=", ".join(DTYPES),
+                fix="merge into the bf16 revision of this checkpoint",
+            )
+        weight = torch.empty(shape, dtype=dtype)
+        with path.open("rb") as file:
+            file.seek(header.start + (cut.rows.start * cut.each if cut.rows else 0))
+            read_exact(file, as_bytes(weight), header)
+        return weight
+
+    def _not_finite(self, path: Path, header: Header) -> NumericError:
+        return NumericError(
+            "QC-LOAD-003",
+            "holds a value that is not finite",
+            file=path,
+            field=header.name,
+            fix="download the checkpoint again",
+        )
+
+    def _book(self, header: Header, moved: float) -> None:
+        """Count a tensor that a pair was added to."""
+        entry = self._entry(header)
+        assert entry is not None
+        self.done.add(entry.name)
+        self.largest = max(self.largest, moved)
+        if moved:
+            self.changed += 1
+            self.parameters += header.numel
+        else:
+            self.unchanged.append(header.name)
+
+    def _digest(self, entry: Entry) -> TensorDigest:
+        """The digest of a tensor of which not every piece came by yet."""
+        found = self._open.get(entry.name)
+        # Two threads may both make it: the first to be entered is everybody's.
+        return found or self._open.setdefault(entry.name, TensorDigest(entry))
+
+    def _note(self, header: Header, units: list[tuple[int, bytes]]) -> None:
+        """Keep the digest of a canonical tensor; compare it with the adapter's record."""
+        entry = self._entry(header)
+        if entry is None:
+            return
+        digest = self._digest(entry)
+        for number, sha256 in units:
+            digest.put(number, sha256)
+        whole = digest.hex
+        if whole is None:
+            return
+        del self._open[entry.name]
+        self.digests[entry.name] = whole
+        recorded = self.adapter.meta.get("tensors", {}).get(entry.name)
+        if recorded is not None and recorded != whole:
+            raise self._other_base(header.name, f"sha256 {whole[:12]}", f"{recorded[:12]}")
+
+    def _other_base(self, field: str, found: str, expected: str) -> InputError:
+        return InputError(
+            "QC-MERGE-001",
+            "is not the base that the adapter was trained on",
+            file=self.found.checkpoint.path,
+            field=field,
+            found=found,
+            expected=expected,
+            fix=f"name {self.adapter.meta.get('model', {}).get('source', 'its base')}",
+        )
+
+    def check(self) -> None:
+        """Every pair was used, something changed, and the base is the recorded one."""
+        unused = self.adapter.pairs.keys() - self.done
+        if unused:
+            raise NumericError(
+                "QC-MERGE-004",
+                "was not applied",
+                file=self.adapter.path,
+                field=min(unused),
+                fix="report this: the adapter was accepted and then not used",
+            )
+        if not self.changed:
+            raise NumericError(
+                "QC-MERGE-004",
+                "changes no weight of the base",
+                file=self.adapter.path,
+                found=f"{len(self.adapter.pairs)} pairs, largest change 0",
+                fix="train longer, or with a higher learning_rate",
+            )
+        now = fingerprints(self.found.layout, self.digests)
+        for part, recorded in self.adapter.fingerprints.items():
+            if now.get(part) != recorded:
+                raise self._other_base(f"part '{part}'", str(now.get(part))[:12], recorded[:12])
+
+
+def _stream(
+    file: IO[bytes], header: Header, size: int, digest: hashlib._Hash | None
+) -> Iterator[memoryview]:
+    """The next `size` bytes of a tensor, a few at a time."""
+    buffer = bytearray(min(_COPY, size))
+    while size:
+        view = memoryview(buffer)[: min(size, len(buffer))]
+        read_exact(file, view, header)
+        if digest is not None:
+            digest.update(view)
+        yield view
+        size -= len(view)

@@ -1,0 +1,1 @@
+"""Attention over packed documents: the reference, CUDA, and its form on the meta device."""

@@ -1,0 +1,68 @@
+"""The backends of core's own ops, as records: torch-free, what they need is imported inside.
+
+This file decides which of them there are and their order; each is written and verified in a
+file of `qcore.nn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ...api.records import Kernel
+
+if TYPE_CHECKING:
+    import torch
+
+#: Op -> (module of `nn`, its function, the module that verifies it), all in Triton.
+TRITON = {
+    "experts": ("moe.triton", "grouped", "moe.triton"),
+    "expert_routing": ("moe.triton_routing", "routing_of", "moe.triton_routing"),
+    "cross_entropy": ("loss_triton", "cross_entropy_sum", "loss_triton"),
+    "nf4_dequantize": ("qlora.nf4_triton", "dequantize", "qlora.nf4_triton"),
+    "qlora_linear": ("qlora.fused_triton", "linear", "qlora.fused_verify"),
+}
+#: Those whose reference waits for the device.
+WAITING = ("experts", "nf4_dequantize")
+
+
+def core_kernels() -> Iterator[Kernel]:
+    """The backends of attention, experts, the loss, NF4 and linear maps."""
+    yield Kernel(
+        op="attention",
+        backend="fused",
+        load=_loading("attention.cuda", "fused_attention"),
+        verify=_calling("attention.cuda", "verify"),
+        refuse=_calling("attention.cuda", "refuse"),
+    )
+    for op, (module, function, judge) in TRITON.items():
+        yield Kernel(
+            op=op,
+            backend="triton",
+            load=_loading(module, function),
+            verify=_calling(judge, "verify"),
+            refuse=_needs_cuda,
+            requires=("triton>=3.2",),
+            reference_waits=op in WAITING,
+        )
+
+
+def _of(module: str, name: str) -> Any:
+    return getattr(import_module(f"qcore.nn.{module}"), name)
+
+
+def _loading(module: str, name: str) -> Callable[[], Callable[..., Any]]:
+    def load() -> Callable[..., Any]:
+        found: Callable[..., Any] = _of(module, name)
+        return found
+
+    return load
+
+
+def _calling(module: str, name: str) -> Callable[[torch.device], Any]:
+    return lambda device: _of(module, name)(device)
+
+
+def _needs_cuda(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "it needs a CUDA device"

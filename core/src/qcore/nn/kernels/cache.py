@@ -1,0 +1,180 @@
+"""Verdicts of kernels that passed, kept in the user's cache between runs.
+
+This file decides what a verdict holds for: the card and its driver, the versions of torch,
+Triton, CUDA, the plugin and whatever the backend requires, every source file of core and of
+the package that brings it, and the environment variables that change what is compiled. One
+file a verdict, named by the hash of all that, holding it in full: a file whose key differs in
+any way is none. What cannot be identified is not kept; a cache that cannot be read or written
+costs time and is never an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...api.records import Kernel, Verdict
+
+if TYPE_CHECKING:
+    import torch
+
+Key = Mapping[str, Any]
+_FORMAT = 1
+_PREFIXES = ("TRITON_", "FLA_", "TILELANG_", "CUBLAS_", "NVIDIA_TF32", "TORCH_ALLOW_TF32")
+
+
+def version_of(distribution: str) -> str | None:
+    """The installed version, or ``None``."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def key(kernel: Kernel, owner: str, device: torch.device) -> Key | None:
+    """Everything that a verdict depends on; ``None`` where some of it cannot be told."""
+    sources = [
+        _sources("qcore"),
+        _sources(_package(kernel.load)),
+        _sources(_package(kernel.verify)),
+    ]
+    card = _card(device)
+    if None in sources or card is None:
+        return None
+    from packaging.requirements import Requirement
+
+    named = {"torch", "triton", "bitsandbytes", *(Requirement(t).name for t in kernel.requires)}
+    named |= {bad.package for bad in kernel.known_bad} | set(kernel.depends_on)
+    named |= {bad.unless for bad in kernel.known_bad if bad.unless}
+    return {
+        "format": _FORMAT,
+        "op": kernel.op,
+        "backend": kernel.backend,
+        "owner": owner,
+        "card": card,
+        "versions": {name: version_of(name) for name in sorted(named)},
+        "python": sys.version,
+        "sources": sources,
+        "environment": {n: v for n, v in sorted(os.environ.items()) if n.startswith(_PREFIXES)},
+    }
+
+
+def get(key: Key) -> Verdict | None:
+    """The verdict kept under exactly this key, if it is one that passes."""
+    try:
+        kept = json.loads(_path(key).read_bytes())
+        if kept["key"] != json.loads(json.dumps(key)):
+            return None
+        verdict = Verdict(**{name: float(value) for name, value in kept["verdict"].items()})
+    except (
+        OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError,
+    ):  # fmt: skip
+        return None
+    return verdict if verdict.good else None
+
+
+def put(key: Key, verdict: Verdict) -> None:
+    """Keep a verdict; whole or not at all, and in silence where that is impossible."""
+    temporary = ""
+    try:
+        path = _path(key)
+        text = json.dumps({"key": key, "verdict": asdict(verdict)}, allow_nan=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except (OSError, ValueError, RuntimeError):
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def folder() -> Path:
+    """Where verdicts are kept. Raises `RuntimeError` where there is no home folder."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification of base directories: a relative path is to be ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "qcore" / "kernels"
+
+
+def _path(key: Key) -> Path:
+    text = json.dumps(key, sort_keys=True)
+    return folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+
+
+def _card(device: torch.device) -> dict[str, str] | None:
+    """Name, capability, CUDA and driver of a card; of CPUs nothing is kept."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    driver = _driver()
+    if driver is None:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory": str(properties.total_memory),
+        "processors": str(properties.multi_processor_count),
+        "cuda": str(torch.version.cuda or torch.version.hip),
+        "driver": driver,
+    }
+
+
+@functools.cache
+def _driver() -> str | None:
+    """Version of the driver, from NVML, which comes with it, or from the kernel module."""
+    import ctypes
+
+    text = ctypes.create_string_buffer(96)
+    with contextlib.suppress(OSError, AttributeError):
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() == 0:
+            known = nvml.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text))) == 0
+            nvml.nvmlShutdown()
+            if known:
+                return text.value.decode(errors="replace")
+    try:
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _package(function: Callable[..., Any]) -> str:
+    """The top-level package whose code a callable is."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return (getattr(function, "__module__", None) or "").partition(".")[0]
+
+
+@functools.cache
+def _sources(package: str) -> str | None:
+    """Digest of the names and contents of a package's Python files; ``None`` if not found."""
+    module = sys.modules.get(package)
+    if module is None or package == "__main__":
+        return None
+    folders = [Path(path) for path in getattr(module, "__path__", ())]
+    digest = hashlib.sha256()
+    try:
+        if folders:
+            files = [(f, p) for f in folders for p in sorted(f.rglob("*.py"))]
+        else:
+            path = Path(str(module.__file__))
+            files = [(path.parent, path)]
+        for root, path in files:
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(root)}\0{len(content)}\0".encode())
+            digest.update(content)
+    except OSError:
+        return None
+    return digest.hexdigest() if files else None

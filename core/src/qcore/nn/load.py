@@ -1,0 +1,280 @@
+"""Layout -> parameters: tensors streamed from disk, quantised on arrival.
+
+This file decides the order of reading (that of the files, so nothing is read twice), how much
+of a tensor is in memory (all of it, of a stack of experts a few), the dtype in which each is
+held, and that what arrives is finite. Beside the model there are at most two such slabs: the
+one that is placed and the next, which is read and hashed meanwhile. The digests of the values
+are made on the way: they are the fingerprint of the base that an adapter is bound to.
+
+dtype held: maps, embedding and head in the run's dtype; ``Store.FP32`` rows always in
+float32; everything else in the dtype of the file, and blocks cast where they compute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..api.parameters import Kind, Region, Store
+from ..checkpoint.checkpoint import Checkpoint, Header
+from ..checkpoint.layout import Layout, Located, Place
+from ..checkpoint.tensor_hash import TensorDigest
+from ..errors import InputError, NumericError
+from .fp8 import dequantize
+from .model import Model
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+SLAB = 2**28  #: bytes of a stack of experts that are in memory at a time
+
+Progress = Callable[[int], None]  #: called with the bytes read since the last call
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, writable."""
+    return memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
+def read_exact(file: IO[bytes], view: memoryview, header: Header) -> None:
+    """Fill `view` from where `file` stands. Raises ``QC-CKPT-005`` when the file ends before."""
+    got = file.readinto(view)  # type: ignore[attr-defined]
+    if got != len(view):
+        raise InputError(
+            "QC-CKPT-005",
+            "is damaged",
+            file=file.name,
+            field=header.name,
+            found=f"{got} bytes",
+            expected=len(view),
+            fix="download the file again",
+        )
+
+
+def slabs(item: Located, size: int = SLAB) -> Iterator[slice]:
+    """The ranges of dim 0 in which a tensor is read: `size` bytes of a stack, else all."""
+    count = item.tensor.shape[0]
+    step = count
+    if item.tensor.row.kind is Kind.EXPERTS:
+        each = item.tensor.numel // count * DTYPES.get(item.dtype, torch.float32).itemsize
+        step = max(1, size // each)
+    for at in range(0, count, step):
+        yield slice(at, min(at + step, count))
+
+
+def read_tensor(checkpoint: Checkpoint, item: Located, rows: slice | None = None) -> Tensor:
+    """A canonical tensor, or ``[rows]`` of it (dim 0), on the CPU in its dtype on disk.
+
+    What lies in FP8 with block scales comes in bfloat16.
+
+    Raises:
+        InputError: ``QC-LOAD-001`` for a dtype that needs a codec which is not there.
+    """
+    dtype = DTYPES.get(item.dtype)
+    if dtype is None:
+        header = item.places[0].header
+        raise InputError(
+            "QC-LOAD-001",
+            "is stored in a dtype that cannot be trained from",
+            file=checkpoint.path / header.file,
+            field=header.name,
+            found=item.dtype,
+            expected=", ".join(DTYPES),
+            fix="use the bf16 revision of this checkpoint",
+        )
+    shape = item.tensor.shape
+    rows = rows or slice(0, shape[0])
+    whole = torch.empty((rows.stop - rows.start, *shape[1:]), dtype=dtype)
+    for place in item.places:
+        lies = place.region[0]
+        start, stop = max(lies.start, rows.start), min(lies.stop, rows.stop)
+        if start >= stop:
+            continue
+        region = (slice(start - rows.start, stop - rows.start), *place.region[1:])
+        _read_piece(checkpoint, place, slice(start - lies.start, stop - lies.start), whole[region])
+    return whole
+
+
+def _read_piece(checkpoint: Checkpoint, place: Place, rows: slice, into: Tensor) -> None:
+    """Rows of one tensor on disk, counted in its region, into their place in memory."""
+    header = place.header
+    count = place.region[0].stop - place.region[0].start
+    if place.scale is not None:
+        assert place.block is not None
+        alike = header.shape[0] == count  # else this is one expert, of which all is read
+        value = read_fp8(checkpoint, header, place.scale, place.block, rows if alike else None)
+        into.copy_(value.view(into.shape))
+        return
+    each = (header.end - header.start) // count
+    value = into if into.is_contiguous() else torch.empty(into.shape, dtype=into.dtype)
+    with checkpoint.file(header.file).open("rb") as file:
+        file.seek(header.start + rows.start * each)
+        read_exact(file, as_bytes(value), header)
+    if value is not into:
+        into.copy_(value)
+
+
+def read_fp8(
+    checkpoint: Checkpoint,
+    header: Header,
+    scale: Header,
+    block: tuple[int, int],
+    rows: slice | None = None,
+) -> Tensor:
+    """A tensor on disk that lies in block FP8, or ``[rows]`` of it, decoded to bfloat16.
+
+    Raises:
+        NumericError: ``QC-LOAD-003`` for a scale that is not finite.
+    """
+    if rows is None or len(header.shape) < 2:
+        rows, first, drop = slice(0, header.shape[0]), slice(0, scale.shape[0]), 0
+    else:
+        step = block[0] if len(header.shape) == 2 else 1  # rows that share their scales
+        first = slice(rows.start // step, -(-rows.stop // step))
+        drop = rows.start - first.start * step
+    weight = _rows(checkpoint, header, slice(rows.start - drop, rows.stop), torch.float8_e4m3fn)
+    scales = _rows(checkpoint, scale, first, DTYPES[scale.dtype])
+    if not bool(scales.isfinite().all()):
+        raise NumericError(
+            "QC-LOAD-003",
+            "holds a scale that is not finite",
+            file=checkpoint.path / scale.file,
+            field=scale.name,
+            fix="download the checkpoint again",
+        )
+    return dequantize(weight, scales, block, torch.bfloat16)[drop:]
+
+
+def _rows(checkpoint: Checkpoint, header: Header, rows: slice, dtype: torch.dtype) -> Tensor:
+    """``[rows]`` of a tensor on disk as it lies there."""
+    value = torch.empty((rows.stop - rows.start, *header.shape[1:]), dtype=dtype)
+    with checkpoint.file(header.file).open("rb") as file:
+        file.seek(header.start + rows.start * ((header.end - header.start) // header.shape[0]))
+        read_exact(file, as_bytes(value), header)
+    return value
+
+
+def hash_units(digest: TensorDigest, region: Region, value: Tensor) -> Iterator[tuple[int, bytes]]:
+    """Digests of the units of a tensor that lie within ``value = tensor[region]``."""
+    value = value.view([part.stop - part.start for part in region])
+    for number, unit in digest.inside(region):
+        yield number, hashlib.sha256(as_bytes(value[unit].contiguous())).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Slab:
+    """``tensor[rows]`` of a located tensor, and the tensor's digest with its last slab."""
+
+    item: Located
+    rows: slice
+    value: Tensor
+    digest: str | None
+
+
+def load(
+    model: Model,
+    layout: Layout,
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    quantize: bool,
+    progress: Progress | None = None,
+) -> dict[str, str]:
+    """Fill a model on meta; returns the digests of what was read, by canonical name.
+
+    Raises:
+        InputError: ``QC-LOAD-002`` when a tied tensor is on disk with other values.
+        NumericError: ``QC-LOAD-003`` for a NaN or an infinity in the base.
+    """
+    modules = dict(model.named_modules())
+    wanted = [
+        item
+        for item in layout.located.values()
+        if layout.loads(item.tensor.part) and item.tied is None
+    ]
+    wanted.sort(key=lambda item: (item.places[0].header.file, item.places[0].header.start))
+    digests: dict[str, str] = {}
+    for slab in _read_ahead(checkpoint, wanted):
+        name, value = slab.item.tensor.name, slab.value
+        if slab.digest is not None:
+            digests[name] = slab.digest
+        if progress is not None:
+            progress(value.nbytes)
+        value = value.to(device)
+        if not _finite(value):
+            raise NumericError(
+                "QC-LOAD-003",
+                "holds a value that is not finite",
+                file=checkpoint.path,
+                field=name,
+                fix="download the checkpoint again",
+            )
+        if name not in layout.ties:
+            in_nf4 = quantize and layout.store(slab.item.tensor.row) is Store.NF4
+            place(model, modules, slab.item, slab.rows, value, quantize=in_nf4)
+    assert len(digests) == len(wanted), "every tensor has a digest, or the base has no fingerprint"
+    for name, tie in layout.ties.items():
+        if digests.get(name) != digests.get(tie):
+            raise InputError(
+                "QC-LOAD-002",
+                f"differs from '{tie}', to which config.json ties it",
+                file=checkpoint.path,
+                field=name,
+                fix="set tie_word_embeddings to false, or restore the weights",
+            )
+    return digests
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether no value is NaN or infinite; in blocks, because each makes three of its size."""
+    return all(bool(block.isfinite().all()) for block in torch.split(value.flatten(), 2**24))
+
+
+def _read_ahead(checkpoint: Checkpoint, items: list[Located]) -> Iterator[_Slab]:
+    """Read and hash the next slab while the current one is quantised."""
+
+    def read() -> Iterator[_Slab]:
+        for item in items:
+            digest = TensorDigest(item.tensor)
+            for rows in slabs(item):
+                value = read_tensor(checkpoint, item, rows)
+                region = (rows, *(slice(0, n) for n in item.tensor.shape[1:]))
+                for number, sha256 in hash_units(digest, region, value):
+                    digest.put(number, sha256)
+                yield _Slab(item, rows, value, digest.hex)
+
+    coming = read()
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(next, coming, None)
+        while (current := ahead.result()) is not None:
+            ahead = pool.submit(next, coming, None)
+            yield current
+
+
+def place(
+    model: Model,
+    modules: Mapping[str, nn.Module],
+    item: Located,
+    rows: slice,
+    value: Tensor,
+    *,
+    quantize: bool,
+) -> None:
+    """Give what was loaded to the module that holds it, in 4 bit or in the dtype of its row."""
+    name, row = item.tensor.name, item.tensor.row
+    holder = model.holders.get(name)
+    if holder is not None:
+        holder.hold(rows, value, quantize=quantize, dtype=model.dtype)
+        return
+    parent, _, leaf = name.rpartition(".")
+    if row.store is Store.FP32 or model.dtype == torch.float32:
+        value = value.float()
+    elif row.group in ("embed", "head"):
+        value = value.to(model.dtype)
+    modules[parent]._parameters[leaf] = nn.Parameter(value, requires_grad=False)

@@ -1,0 +1,339 @@
+"""A trunk, a head, a tower and adapters as one module, built on the meta device from the table.
+
+This file proves that every tensor of every loaded part is some module's parameter, and owns
+the loop over layers: recompute lives here once. Which maps carry LoRA is `targets`' decision;
+it reads no weight (`load`) and no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..api.blocks import Media, Packed, Tower, Trunk
+from ..api.parameters import Kind
+from ..api.parameters import Tensor as Entry
+from ..api.records import Architecture, Modality
+from ..checkpoint.layout import Layout
+from ..errors import PluginError
+from .kernels.registry import Used
+from .loss import cross_entropy_sum
+from .moe.experts import Experts, grouped
+from .qlora.fused import reference
+from .qlora.linear import Linear
+from .qlora.lora_layer import Adapted, Lora
+from .qlora.nf4 import dequantize
+from .qlora.stacked_linear import Stacked
+from .recompute import run_layers
+
+Numbers = Mapping[str, Lora]  #: LoRA's numbers by canonical name of the weight
+_F = TypeVar("_F", bound=Callable[..., Any])
+_A = TypeVar("_A", Linear, Experts)
+
+
+class Backends(Protocol):
+    """Which backend each op has (`qcore.nn.kernels.registry.Chosen`)."""
+
+    def get(self, op: str) -> Callable[..., Any] | None:
+        """The function, or ``None``: the op's reference."""
+        ...
+
+
+class References:
+    """Every op computed by its reference.
+
+    Attributes:
+        ops: those that were asked for.
+    """
+
+    def __init__(self) -> None:
+        self.ops: set[str] = set()
+
+    def get(self, op: str) -> None:
+        """``None``, whatever the op."""
+        self.ops.add(op)
+
+
+class Context:
+    """The `BuildContext` of one model: hands out modules on meta and keeps account of them."""
+
+    def __init__(
+        self,
+        root: str,
+        config: Mapping[str, Any],
+        layout: Layout,
+        dtype: torch.dtype,
+        lora: Numbers,
+        backends: Backends,
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.given: set[str] = set()
+        self.holders: dict[str, Adapted] = {}
+        self._root = root
+        self._layout = layout
+        self._lora = lora
+        self._backends = backends
+
+    def below(self, root: str) -> Context:
+        """The same account, for blocks that are mounted at another root."""
+        other = copy(self)
+        other._root = root
+        return other
+
+    def linear(self, name: str) -> Linear:
+        """A `Linear` for the row ``{name}.weight``, of whatever module in the stock class."""
+        compute = self.kernel("qlora_linear", reference)
+        return self._held(self._entry(f"{name}.weight"), Linear, compute)
+
+    def experts(self, name: str) -> Experts:
+        """An `Experts` for the row `name`."""
+        return self._held(self._entry(name), Experts, self.kernel("experts", grouped))
+
+    def stack(self, *linears: nn.Module) -> Stacked:
+        """Linear maps of one input, as one."""
+        members = tuple(cast(Linear, one) for one in linears)
+        return Stacked(members, self.kernel("qlora_linear", reference))
+
+    def kernel(self, op: str, reference: _F) -> _F:
+        """The chosen backend of `op`, or `reference`."""
+        return cast(_F, self._backends.get(op) or reference)
+
+    def _held(self, entry: Entry, build: type[_A], compute: Callable[..., Any]) -> _A:
+        if (build is Experts) != (entry.row.kind is Kind.EXPERTS):
+            raise PluginError(
+                "QC-MODEL-004",
+                f"is built as {build.__name__} and is another kind of row",
+                field=entry.name,
+                found=entry.row.kind.value if entry.row.kind else "no kind",
+                fix="report this to the plugin's author",
+            )
+        lora, read = self._lora.get(entry.name), self.kernel("nf4_dequantize", dequantize)
+        module = build(entry.shape, self.dtype, lora, dequantize=read, compute=compute)
+        self.holders[entry.name] = module
+        return module
+
+    def tensor(self, name: str) -> nn.Parameter:
+        """A frozen parameter on meta for the row `name`."""
+        entry = self._entry(name)
+        return nn.Parameter(torch.empty(entry.shape, device="meta"), requires_grad=False)
+
+    def _entry(self, name: str) -> Entry:
+        full = f"{self._root}.{name}"
+        if full not in self._layout.table.tensors:
+            raise PluginError(
+                "QC-MODEL-001",
+                "is built but is in no row of the table",
+                field=full,
+                fix="report this to the plugin's author",
+            )
+        self.given.add(full)
+        return self._layout.table[full]
+
+
+class Model(nn.Module):
+    """Trunk, head and adapters. Parameter names are the table's canonical names.
+
+    Attributes:
+        trunk: the plugin's blocks.
+        holders: the maps that blocks were given, by canonical name of the weight.
+        head_name: canonical name of the tensor that scores the vocabulary.
+
+    Args (beside the first ones):
+        modality: whose tower is built, where the layout loads its part.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: Mapping[str, Any],
+        layout: Layout,
+        dtype: torch.dtype,
+        lora: Numbers,
+        backends: Backends | None = None,
+        *,
+        modality: Modality | None = None,
+    ) -> None:
+        super().__init__()
+        backends = backends or References()
+        context = Context(architecture.root, config, layout, dtype, lora, backends)
+        trunk = architecture.build(context)
+        _mount(self, architecture.root, cast(nn.Module, trunk))
+        self.dtype = dtype
+        self.holders = context.holders
+        self.dropout = any(one.lora_dropout > 0 for one in lora.values())
+        self._cross_entropy = context.kernel("cross_entropy", cross_entropy_sum)
+        self._trunk = [trunk]  # in a list: mounted once already, under its canonical prefix
+        head = next((entry for entry in layout.table if entry.row.group == "head"), None)
+        if head is None:
+            raise PluginError(
+                "QC-MODEL-003",
+                "the table has no row in group 'head'",
+                field=architecture.name,
+                fix="report this to the plugin's author",
+            )
+        self.head_name = head.row.tie or head.name
+        if head.row.tie is None:
+            context.given.add(head.name)
+            holder = nn.Module()
+            meta = torch.empty(head.shape, device="meta")
+            holder.register_parameter("weight", nn.Parameter(meta, requires_grad=False))
+            _mount(self, head.name.removesuffix(".weight"), holder)
+        self._tower: list[Tower] = []
+        if modality is not None and layout.loads(layout.table.part(modality.name)):
+            _mount(self, modality.root, cast(nn.Module, self._build_tower(modality, context)))
+        _prove_total(layout, context.given | {head.name})
+
+    def _build_tower(self, modality: Modality, context: Context) -> Tower:
+        tower = modality.build(context.below(modality.root))
+        self._tower.append(tower)
+        return tower
+
+    @property
+    def trunk(self) -> Trunk:
+        return self._trunk[0]
+
+    @property
+    def tower(self) -> Tower | None:
+        """What computes media, where this run loads one."""
+        return self._tower[0] if self._tower else None
+
+    @property
+    def trains_tower(self) -> bool:
+        """Whether a map of the tower carries LoRA; else it runs without autograd."""
+        return any(isinstance(one, Adapted) and one.lora is not None for one in self._of_tower())
+
+    @property
+    def trains_trunk(self) -> bool:
+        """Whether a map beside the tower carries LoRA."""
+        of_tower = set(self._of_tower())
+        return any(module not in of_tower for _, module in self.adapters())
+
+    def _of_tower(self) -> Iterable[nn.Module]:
+        return () if self.tower is None else cast(nn.Module, self.tower).modules()
+
+    @property
+    def head(self) -> Tensor:
+        """``[V, H]``, frozen."""
+        return self.get_parameter(self.head_name)
+
+    def adapters(self) -> Iterator[tuple[str, Adapted]]:
+        """(canonical name of the weight, module) of every map that carries LoRA."""
+        for name, module in self.holders.items():
+            if module.lora is not None:
+                yield name, module
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of everything that the optimiser moves, in a fixed order."""
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+    def media(self, media: Media, *, recompute: str = "none") -> Tensor:
+        """The tower's embeddings of media, ``[n, H]``.
+
+        Args:
+            media: of a pack.
+            recompute: what backward computes again, of every layer of the tower.
+        """
+        if media.features is not None:
+            return media.features
+        tower = self.tower
+        if tower is None:
+            raise ValueError("this model was built without a tower, and the pack has media")
+        layers = tower.layers
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_tower):
+            each = [recompute] * len(layers)
+            # What the first layer reads is nobody's here: it goes when the layer is through.
+            return run_layers(layers, tower.embed(media), media, each, dropout=self.dropout)
+
+    def embed(self, batch: Packed, *, recompute: str = "none") -> Tensor:
+        """What the first layer reads, ``[T, H]``: embeddings of tokens, and of media their own.
+
+        Args:
+            batch: the pack.
+            recompute: as in `media`.
+        """
+        x = self.trunk.embed(batch)
+        if batch.media is None:
+            return x
+        found = self.media(batch.media, recompute=recompute).to(x.dtype)
+        if len(found) != len(batch.media.where):
+            raise ValueError(f"{len(found)} embeddings for {len(batch.media.where)} tokens")
+        return x.index_copy(0, batch.media.where, found)
+
+    def hidden(self, batch: Packed, *, recompute: str | Sequence[str] = "none") -> Tensor:
+        """What the head reads, ``[T, H]``.
+
+        Args:
+            batch: the pack.
+            recompute: what backward computes again (`nn.again.POLICIES`), for all layers or each.
+        """
+        layers = self.trunk.layers
+        each = [recompute] * len(layers) if isinstance(recompute, str) else recompute
+        tower = "none" if set(each) <= {"none"} else "full"
+        # What the first layer reads is nobody's here, as in `media`.
+        x = run_layers(
+            layers, self.embed(batch, recompute=tower), batch, each, dropout=self.dropout
+        )
+        return self.trunk.final(x)
+
+    def loss(
+        self, batch: Packed, *, recompute: str | Sequence[str] = "none", chunk: int = 0
+    ) -> Tensor:
+        """Sum of the cross entropy over supervised positions.
+
+        Args:
+            batch: the pack, with targets.
+            recompute: as in `hidden`.
+            chunk: positions whose logits exist at a time; 0: as `cross_entropy_sum` has it.
+        """
+        assert batch.targets is not None
+        where = batch.supervised()
+        hidden = self.hidden(batch, recompute=recompute).index_select(0, where)
+        wanted = batch.targets.index_select(0, where)
+        return self._cross_entropy(hidden, self.head, wanted, chunk or None)
+
+    def logits(self, batch: Packed) -> Tensor:
+        """All logits ``[T, V]``; for generation and for tests, never in training."""
+        return F.linear(self.hidden(batch), self.head)
+
+
+def ops_of(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    layout: Layout,
+    modality: Modality | None = None,
+) -> Used:
+    """The ops that the model of a config consists of: only their backends need be judged."""
+    asked = References()
+    Model(architecture, config, layout, torch.bfloat16, {}, asked, modality=modality)
+    return Used(ops=frozenset(asked.ops), config=config)
+
+
+def _mount(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at a dotted path below `root`, through plain containers."""
+    *parents, leaf = path.split(".")
+    for name in parents:
+        child = root._modules.get(name)
+        if child is None:
+            child = nn.Module()
+            root.add_module(name, child)
+        root = child
+    root.add_module(leaf, module)
+
+
+def _prove_total(layout: Layout, known: set[str]) -> None:
+    for entry in layout.table:
+        if layout.loads(entry.part) and entry.name not in known:
+            raise PluginError(
+                "QC-MODEL-002",
+                "is a row of the table that the blocks do not use",
+                field=entry.name,
+                fix="report this to the plugin's author",
+            )

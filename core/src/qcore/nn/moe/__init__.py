@@ -1,0 +1,1 @@
+"""Mixture of experts: routing, grouped linear maps and their Triton kernels."""

@@ -1,0 +1,110 @@
+"""AdamW over adapters as one flat vector: one launch for the update, the clip and the zeroing.
+
+This file decides how masters, gradients and moments lie: end to end in one float32 buffer each,
+of which every parameter, its ``.grad`` and its moments are views. The arithmetic is torch's own
+AdamW over that vector; it is elementwise, so each value is what torch's AdamW over the list of
+parameters gives, bit for bit. The norm of the gradient is summed in another order.
+
+Gradients are always there: a parameter that a step did not reach has a gradient of zero, where
+torch would leave it alone. When a step is taken and with which rate is `loop`'s; what is written
+of it is `state`'s, which sees the same mapping as of torch's optimizers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .qlora.lora_layer import Adapted
+
+_ALIGNED = 64  # values; a view starts at 256 bytes or right behind its neighbour
+
+
+class FlatAdamW(torch.optim.Optimizer):
+    """AdamW whose parameters live in one vector.
+
+    Args:
+        adapters: the maps whose ``lora_A`` and ``lora_B`` are trained; they are moved into the
+            vector, and told to add gradients there themselves. All A, then all B: maps of one
+            input that follow each other get theirs from one product.
+        lr: the rate; ``param_groups[0]["lr"]`` sets it later.
+        weight_decay: decoupled.
+
+    Attributes:
+        flat: the vector, whose ``.grad`` holds all gradients.
+    """
+
+    def __init__(self, adapters: Iterable[Adapted], *, lr: float, weight_decay: float) -> None:
+        modules = list(adapters)
+        parameters = [matrix for one in modules for matrix in (one.lora_A,) if matrix is not None]
+        parameters += [matrix for one in modules for matrix in (one.lora_B,) if matrix is not None]
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "fused": True})
+        starts, size = _places(parameters)
+        values = torch.zeros(size, device=parameters[0].device)
+        self.flat = nn.Parameter(values)
+        self.flat.grad = torch.zeros_like(values)
+        fused = values.is_cuda
+        self._inner = torch.optim.AdamW([self.flat], lr, weight_decay=weight_decay, fused=fused)
+        moments = {
+            "step": torch.zeros((), device=values.device if fused else "cpu"),
+            "exp_avg": torch.zeros_like(values),
+            "exp_avg_sq": torch.zeros_like(values),
+        }
+        self._inner.state[self.flat] = moments
+        self._parameters = parameters
+        for parameter, start in zip(parameters, starts, strict=True):
+            here = slice(start, start + parameter.numel())
+            shape = parameter.shape
+            home = values[here].view(shape)
+            home.copy_(parameter.detach())
+            parameter.data = home
+            parameter.grad = self.flat.grad[here].view(shape)
+            self.state[parameter] = _Views(
+                step=moments["step"],
+                exp_avg=moments["exp_avg"][here].view(shape),
+                exp_avg_sq=moments["exp_avg_sq"][here].view(shape),
+            )
+        for module in modules:
+            module.accumulates = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all parameters; `closure` is not called."""
+        self._inner.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        self._inner.step()
+        # Whoever keeps something made of a parameter (`nn.product`) sees that it changed.
+        torch.autograd.graph.increment_version(self._parameters)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Gradients are zero again; they stay where they are, whatever `set_to_none` says."""
+        assert self.flat.grad is not None
+        self.flat.grad.zero_()
+
+    def clip(self, limit: float) -> Tensor:
+        """Scale the gradient down to a norm of `limit`; returns the norm that it had."""
+        return nn.utils.clip_grad_norm_([self.flat], limit or math.inf)
+
+
+class _Views(dict[str, Any]):
+    """A parameter's moments in the vector: what is assigned is copied there."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self[key].copy_(value)
+
+
+def _places(parameters: list[nn.Parameter]) -> tuple[list[int], int]:
+    """Where each parameter starts, and where the last ends.
+
+    What is a multiple of 16 bytes long is followed at once, so that neighbours are one matrix.
+    """
+    starts, at = [], 0
+    for parameter in parameters:
+        starts.append(at)
+        at += parameter.numel()
+        if at % 4:
+            at += -at % _ALIGNED
+    return starts, at

@@ -1,0 +1,92 @@
+"""Gradients of the adapters of a product, by torch: added where an optimizer keeps them.
+
+This file decides that each is summed in float32 and not rounded before it is added, and that all
+of A are one product where their gradients lie end to end. `product_triton` has the same in one
+launch; whether they are handed to autograd is the masters' (`Adapted.accumulates`).
+
+Shapes: T rows, K in, N out of all members, r_i ranks of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.launch import on_gpu, worked
+from .fused_factors import Adapter
+
+Sinks = Sequence[tuple[Tensor | None, Tensor | None]]
+
+
+def sinks_of(adapters: Sequence[Adapter]) -> Sinks:
+    """Where gradients of A and B are added, of each that adds them itself."""
+    return [
+        (one.a.grad, one.b.grad) if one.module.accumulates else (None, None) for one in adapters
+    ]
+
+
+def adapter_gradients(
+    adapters: Sequence[Adapter], x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor
+) -> list[Tensor | None]:
+    """Of A and B of each member in float32; ``None`` where it was added to what is there."""
+    sinks = sinks_of(adapters)
+    together = neighbours([a for a, _ in sinks])
+    if together is not None:
+        _add_product(together, dyb[:, : len(together)].t(), x, 1.0, fresh=False)
+        da = None
+    else:
+        da = dy.new_empty(adapters[-1].ranks.stop, x.shape[1], dtype=torch.float32)
+        _add_product(da, dyb[:, : len(da)].t(), x, 1.0, fresh=True)
+    out: list[Tensor | None] = []
+    for one, (a, b) in zip(adapters, sinks, strict=True):
+        if da is None:
+            out.append(None)
+        elif a is not None:
+            a.add_(da[one.ranks])
+            out.append(None)
+        else:
+            out.append(da[one.ranks].to(one.a.dtype))
+        left, right = dy[:, one.rows].t(), xa[:, one.ranks]
+        if b is not None:
+            _add_product(b, left, right, one.scaling, fresh=False)
+            out.append(None)
+        else:
+            db = torch.empty_like(one.b, dtype=torch.float32)
+            _add_product(db, left, right, one.scaling, fresh=True)
+            out.append(db.to(one.b.dtype))
+    return out
+
+
+def neighbours(grads: Sequence[Tensor | None]) -> Tensor | None:
+    """Gradients ``[r_i, K]`` as one ``[sum r, K]``, where all are there and lie end to end."""
+    there = [grad for grad in grads if grad is not None]
+    if len(there) != len(grads):
+        return None
+    first, end = there[0], there[0].storage_offset()
+    for grad in there:
+        if storage_of(grad) != storage_of(first) or grad.storage_offset() != end:
+            return None
+        if not grad.is_contiguous():
+            return None
+        end += grad.numel()
+    return first.as_strided((sum(map(len, there)), first.shape[1]), first.stride())
+
+
+def _add_product(to: Tensor, left: Tensor, right: Tensor, by: float, *, fresh: bool) -> None:
+    """``to = by left @ right``, or ``to +=``; `to` is float32, sums are not rounded before it."""
+    beta = 0.0 if fresh else 1.0
+    if left.is_meta and on_gpu(left):
+        # Torch 2.11 has no addmm into another dtype there.
+        work = 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
+        worked("addmm", left, right, to, flops=work)
+    elif on_gpu(left) and left.dtype != to.dtype:
+        torch.addmm(to, left, right, out_dtype=to.dtype, beta=beta, alpha=by, out=to)
+    else:
+        torch.addmm(to, left.to(to.dtype), right.to(to.dtype), beta=beta, alpha=by, out=to)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tells one storage from another."""
+    return int(tensor.untyped_storage()._cdata)

@@ -1,0 +1,165 @@
+"""A run's plan and what was measured of the run, side by side.
+
+This file decides what is compared: the peak of what torch allocated, over all steps and
+evaluations, and tokens a second, over all steps but the first, which compiles and warms up. The
+CPU has no count of what torch allocates, only the process's resident memory; that is told, not
+compared. It imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .report import Plan, spelled
+
+
+@dataclass(slots=True)
+class Meter:
+    """What ran so far in this process.
+
+    Attributes:
+        peak: bytes, of a card what torch allocated at the most, else the resident set.
+        tokens: of the steps that are timed.
+        seconds: of the same.
+    """
+
+    peak: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    _steps: int = field(default=0, repr=False)
+
+    def step(self, tokens: int, seconds: float, peak: int) -> None:
+        """Take a step; the first one's time is given up as soon as there is another."""
+        if self._steps == 1:
+            self.tokens, self.seconds = 0, 0.0
+        self._steps += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        self.saw(peak)
+
+    def saw(self, peak: int) -> None:
+        """Take a peak."""
+        self.peak = max(self.peak, peak)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """``None`` before the first step."""
+        return self.tokens / self.seconds if self.seconds else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What a run will take.
+
+    Attributes:
+        worst: the plan of the pack, or of the held-out row, that takes most memory.
+        usual: of the pack whose tokens are nearest to the mean: its time.
+        micro_steps: of an optimizer step, in the mean.
+        together: what micro-batches may take that run as one; 0: each runs alone.
+        by_hand: whether the settings name the policy.
+        limited: whether a budget is known.
+    """
+
+    worst: Plan
+    usual: Plan
+    micro_steps: float
+    by_hand: bool
+    limited: bool
+    together: int = 0
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """What backward computes again, for each layer."""
+        return self.usual.policies
+
+    @property
+    def parked(self) -> int:
+        """Bytes of the host's block that a layer's input is parked in, of the largest pack."""
+        parks = self.policies.count("offload")
+        return self.worst.host // parks if parks else 0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """``None`` where no time is predicted."""
+        return self.usual.tokens_per_second if self.usual.timed else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Of an optimizer step of usual packs; ``None`` where no time is predicted."""
+        return self.usual.seconds * self.micro_steps if self.usual.timed else None
+
+    def line(self) -> str:
+        """The plan for the log of a run."""
+        worst, rate = self.worst, self.tokens_per_second
+        room = f" of {worst.budget / 1e9:.1f} GB" if self.limited else ", no limit known"
+        time = (
+            "no time predicted"
+            if rate is None
+            else f"{self.seconds:.3f} s a step, {rate:,.0f} tokens/s"
+        )
+        if self.together:
+            time += (
+                f", micro-batches run together up to {self.together} tokens: "
+                f"{self.micro_steps:.3g} micro-steps a step"
+            )
+        return (
+            f"plan: recompute {spelled(self.policies)}, peak {worst.peak / 1e9:.2f} GB{room} "
+            f"({worst.moment}, {worst.pack}), {time}, on {worst.card}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for manifests and ``--json``."""
+        seconds, rate = self.seconds, self.tokens_per_second
+        return {
+            "card": self.worst.card,
+            "recompute": spelled(self.policies),
+            "by_hand": self.by_hand,
+            "fits": self.worst.fits if self.limited else None,
+            "budget_bytes": self.worst.budget if self.limited else None,
+            "peak_bytes": self.worst.peak,
+            "moment": self.worst.moment,
+            "largest_pack": list(self.worst.lengths),
+            **({"largest_pack_units": self.worst.units} if self.worst.units else {}),
+            "memory_bytes": dict(self.worst.memory),
+            "micro_steps": round(self.micro_steps, 3),
+            "tokens_together": self.together or None,
+            "host_bytes": self.worst.host,
+            "seconds_per_step": None if seconds is None else round(seconds, 4),
+            "tokens_per_second": None if rate is None else round(rate, 1),
+        }
+
+
+def measured(meter: Meter, device: str) -> dict[str, Any]:
+    """What was measured, as `RunPlan.as_json` has what was planned."""
+    rate = meter.tokens_per_second
+    return {
+        "memory": "allocated" if device == "cuda" else "resident",
+        "peak_bytes": meter.peak,
+        "tokens_per_second": None if rate is None else round(rate, 1),
+    }
+
+
+def beside(plan: RunPlan, meter: Meter, device: str) -> str:
+    """Prediction and measurement in a line."""
+    planned, took = plan.worst.peak / 1e9, meter.peak / 1e9
+    if not meter.peak:
+        memory = f"peak {planned:.2f} GB planned, no step ran"
+    elif device == "cuda":
+        memory = f"peak {planned:.2f} GB planned, {took:.2f} GB measured ({_off(planned, took)})"
+    else:
+        memory = (
+            f"peak {planned:.2f} GB of tensors planned, {took:.2f} GB the whole process resident"
+        )
+    rate, found = plan.tokens_per_second, meter.tokens_per_second
+    rates: Sequence[str] = (
+        f"{rate:,.0f} tokens/s planned" if rate else "no time planned",
+        f"{found:,.0f} tokens/s measured" if found else "none measured",
+    )
+    off = f" ({_off(rate, found)})" if rate and found else ""
+    return f"plan and measurement: {memory}; {', '.join(rates)}{off}"
+
+
+def _off(planned: float, found: float) -> str:
+    return f"plan {planned / found - 1:+.1%}"

@@ -1,0 +1,159 @@
+"""When memory runs out after all: what was planned beside what was there, in one error.
+
+This file decides which exceptions mean it (torch's, cuBLAS', Triton's, that of pinned memory),
+and what the report says: where the run was, what it held and reserved, what was free on the card,
+and the plan's terms.
+
+Codes: ``QC-PLAN-004`` the device, or the host, ran out of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import torch
+
+from ..errors import InputError
+from .compare import RunPlan
+
+_PINNED = ("pin_memory", "pinned", "cudaHostAlloc", "not enough memory: you tried to allocate")
+_WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "not enough memory: you tried to allocate")
+_HOST = (
+    "end what else takes memory of this machine, or train with recompute=full, which parks "
+    "nothing in it"
+)
+
+
+class Usage(NamedTuple):
+    """Bytes of a device.
+
+    Attributes:
+        allocated: by torch, now.
+        peak: of `allocated`, since the step began.
+        reserved: by torch's allocator.
+        free: for anyone.
+    """
+
+    allocated: int
+    peak: int
+    reserved: int
+    free: int
+
+
+def usage_of(device: torch.device) -> Usage | None:
+    """What is allocated and free now; ``None`` on the CPU, where nobody counts."""
+    if device.type != "cuda":
+        return None
+    return Usage(
+        torch.cuda.memory_allocated(device),
+        torch.cuda.max_memory_allocated(device),
+        torch.cuda.memory_reserved(device),
+        torch.cuda.mem_get_info(device)[0],
+    )
+
+
+class Watch:
+    """A context under which running out of memory is an error that explains itself.
+
+    Args:
+        plan: the run's.
+        device: whose memory it is.
+        usage: how that is read.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        device: torch.device,
+        usage: Callable[[torch.device], Usage | None] = usage_of,
+    ) -> None:
+        self._plan = plan
+        self._device = device
+        self._usage = usage
+        self._where = "before loading"
+        self._loaded: Usage | None = None
+
+    def at(self, where: str) -> None:
+        """Where the run is from now on."""
+        self._where = where
+
+    def loaded(self) -> None:
+        """Remember what lies there before the first step."""
+        self._loaded = self._usage(self._device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception) and is_memory(error):
+            raise self.report(error) from error
+
+    def report(self, error: Exception) -> InputError:
+        """The error in a line; the plan's terms beside the measured ones."""
+        worst, by_size = self._plan.worst, sorted(
+            self._plan.worst.memory.items(), key=lambda one: -one[1]
+        )  # fmt: skip
+        terms = ", ".join(f"{term} {_gb(size)}" for term, size in by_size if size >= 5e6)
+        limit = f" of {_gb(worst.budget)}" if self._plan.limited else ""
+        return InputError(
+            "QC-PLAN-004",
+            "the host ran out of memory" if of_host(error) else "the device ran out of memory",
+            field=self._where,
+            found=f"{self._measured()}{_first(error)}",
+            expected=f"by the plan {_gb(worst.peak)}{limit} at the most, {worst.pack}, recompute "
+            f"{worst.recompute}: {terms or 'nothing of size'}",
+            fix=_HOST if of_host(error) else self._fix(),
+        )
+
+    def _measured(self) -> str:
+        now = self._usage(self._device)
+        if now is None:
+            return ""
+        before = "" if self._loaded is None else f", {_gb(self._loaded.allocated)} before the steps"
+        return (
+            f"{_gb(now.peak)} allocated at the most{before}, {_gb(now.reserved)} reserved, "
+            f"{_gb(now.free)} free; "
+        )
+
+    def _fix(self) -> str:
+        worst, now = self._plan.worst, self._usage(self._device)
+        if not worst.fits:
+            return "leave recompute at auto, or lower max_length or per_device_train_batch_size"
+        if now is not None and now.free + now.reserved < worst.budget:
+            return "something else took memory of this card meanwhile: end it, or use another card"
+        smaller = "a smaller per_device_train_batch_size"
+        if self._plan.together:
+            smaller = "join_micro_batches=false"
+        return (
+            f"start again with recompute=full or {smaller}, and report this line: the plan was "
+            "wrong"
+        )
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether memory ran out: of the device, or of what libraries and drivers ask it for."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+
+
+def of_host(error: BaseException) -> bool:
+    """Whether it is the machine's own memory, pinned or not, that ran out."""
+    return isinstance(error, MemoryError) or any(word in str(error) for word in _PINNED)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 5e6 else "0 GB"
+
+
+def _first(error: Exception) -> str:
+    """What the exception says first; the rest is advice on the allocator."""
+    text = str(error).strip().split("\n")[0]
+    return ". ".join(text.split(". ")[:2]).rstrip(".") or type(error).__name__

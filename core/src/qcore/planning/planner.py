@@ -1,0 +1,144 @@
+"""Plan: how a training step fits in a card, before a weight is read.
+
+This file decides which layers compute what again, so that the step is as fast as the budget
+allows: layers at the bottom give up their results first, because those of the top are gone by
+the time the bottom's backward runs. And it decides the fastest micro-batch and the longest row
+that fits. What one step takes is `step`'s; what a run with its data takes, and what becomes of
+it if it does not fit, is `run`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
+from itertools import pairwise
+from typing import Self
+
+from ..nn.recompute import POLICIES
+from .host_memory import most_pinned
+from .packs import check_pack, holds
+from .report import Lengths, Pack, Plan
+from .step import Steps
+
+__all__ = ["Plan", "Planner"]
+
+
+class Planner(Steps):
+    """Plans of any micro-batch, and the search for the one to take."""
+
+    def ladder(self) -> list[tuple[str, ...]]:
+        """Policies from the fastest to those that take least."""
+        layers = len(self.measure.kinds)
+        steps = [("none",) * layers]
+        for more, less in pairwise(self.allowed()):
+            steps += [(less,) * n + (more,) * (layers - n) for n in range(1, layers + 1)]
+        allowed = self.allowed()
+        return [one for one in steps if set(one) <= set(allowed)] or [(allowed[0],) * layers]
+
+    def allowed(self) -> tuple[str, ...]:
+        """The policies that the settings leave to choose from."""
+        settings = self.settings
+        if not settings.gradient_checkpointing:
+            return ("none",)
+        if settings.recompute != "auto":
+            return (settings.recompute,)
+        return POLICIES if self.device == "cuda" else POLICIES[:-1]
+
+    @property
+    def frugal(self) -> str:
+        """The policy that takes least, of those that the settings leave."""
+        return self.allowed()[-1]
+
+    def fastest(self, *packs: Lengths) -> Plan:
+        """The first of the ladder under which all `packs` fit; the last where none does.
+
+        Raises:
+            UsageError: ``QC-PLAN-005`` a pack is more than any micro-step may be.
+        """
+        for pack in packs:
+            check_pack(pack)
+        steps = self.ladder()
+        low, high = 0, len(steps) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if max(self.peak(one, steps[middle]) for one in packs) <= self.budget:
+                high = middle
+            else:
+                low = middle + 1
+        return self.worst(packs, steps[low])
+
+    def freely(self) -> Self:
+        """The same with every policy to choose from, whatever the settings name."""
+        other = copy(self)
+        other.settings = replace(self.settings, gradient_checkpointing=True, recompute="auto")
+        return other
+
+    def best(self, length: int, rows: int, units: int = 0) -> Plan:
+        """The fastest micro-batch of rows of one length: any that divides `rows`.
+
+        Args:
+            length: tokens of each row.
+            rows: of an update.
+            units: of the media of each row.
+        """
+        sizes = [n for n in range(1, min(rows, 64) + 1) if rows % n == 0]
+        packs = [Pack((length,) * n, units * n) for n in sizes]
+        plans = [self.fastest(pack) for pack in packs if holds(pack)]
+        fitting = [plan for plan in plans if plan.fits]
+        if not fitting:
+            return plans[0]
+        return max(fitting, key=lambda plan: plan.tokens_per_second)
+
+    def longest(self, policy: str | None = None, limit: int = 1 << 20, units: int = 0) -> int:
+        """Tokens of the longest single row that fits, a multiple of 64; 0: not even 64.
+
+        Args:
+            policy: of all layers; by default `frugal`.
+            limit: more than that is not asked for.
+            units: of its media, whose tokens are among them.
+        """
+        if policy is None and self.host is not None and len(self.allowed()) > 1:
+            # What takes least of the card may take more than the host has.
+            return max(self.longest(one, limit, units) for one in self.allowed()[-2:])
+        policies = (policy or self.frugal,) * len(self.measure.kinds)
+        limit = min(limit, self._parking(policies))
+        least = max(64, -(-self.tokens(units) // 64) * 64)
+        if limit < least:
+            return 0
+
+        def peak(tokens: int) -> int:
+            return self.peak(Pack((tokens,), units), policies)
+
+        low, high = least, min(max(4096, 2 * least), limit)
+        at_low = peak(low)
+        if at_low > self.budget:
+            return 0
+        while (at_high := peak(high)) <= self.budget:
+            if high >= limit:
+                return high
+            low, at_low, high = high, at_high, min(4 * high, limit)
+        # A peak is affine in the tokens but for tiles and for which moment it is: the secant
+        # rule is nearly right at once; halves, where it is not, make an end of it.
+        secant = True
+        while high - low > 64:
+            share = (self.budget - at_low) / (at_high - at_low) if secant else 0.5
+            guess = (low + int(share * (high - low))) // 64 * 64
+            guess, secant = min(max(guess, low + 64), high - 64), not secant
+            if (at_guess := peak(guess)) <= self.budget:
+                low, at_low = guess, at_guess
+            else:
+                high, at_high = guess, at_guess
+        return low
+
+    def tokens(self, units: int) -> int:
+        """Tokens of a row that media of so many units become."""
+        return self.measure.towered().tokens(units) if units else 0
+
+    def _parking(self, policies: Sequence[str]) -> int:
+        """Tokens whose inputs the host can hold, a multiple of 64."""
+        parked = policies.count("offload") if self.device == "cuda" else 0
+        if not parked or self.host is None:
+            return 1 << 62
+        width = self.measure.model.head.shape[1] * self.measure.model.dtype.itemsize
+        return most_pinned(self.host, parked) // int(width) // 64 * 64

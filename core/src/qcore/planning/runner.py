@@ -1,0 +1,133 @@
+"""One piece of a step, run on the meta device between neighbours that hold nothing.
+
+This file decides how a piece is run so that what it takes is its own: its input comes from a
+node that nobody else holds, and its output goes to one that saves nothing. What pieces there are
+is `measure`'s and `tower`'s, how memory is counted `trace`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.kernels.launch import Planned, planning
+from ..nn.qlora.lora_layer import Adapted
+from .segments import Piece
+from .trace import Trace
+
+META = torch.device("meta")
+
+
+class Bench:
+    """Where pieces are run.
+
+    Args:
+        device: ``cuda`` or ``cpu``, which meta stands for.
+
+    Attributes:
+        trace: what is counted.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.trace = Trace("meta")
+        self._planned = Planned(device=device, told=self.trace.told)
+
+    @contextmanager
+    def running(self) -> Iterator[Trace]:
+        """Under it kernels are not started but told of, and memory is counted."""
+        with planning(self._planned), self.trace:
+            yield self.trace
+
+    def both(
+        self,
+        run: Callable[[list[Tensor]], Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        graph: bool = True,
+    ) -> Piece:
+        """`run` forwards and, if what it gives has a gradient, backwards.
+
+        Args:
+            run: pops its input off a list, so that nobody holds it.
+            shape: of the input.
+            dtype: of the input.
+            graph: whether the input has a gradient.
+        """
+        with self.running() as trace:
+            x = [_source(shape, dtype) if graph else torch.empty(shape, dtype=dtype, device=META)]
+            before, by = trace.live, trace.by.copy()
+            trace.mark()
+            y = run(x)
+            kept, forward, forth = trace.live - before, trace.peak - before, tuple(trace.work)
+            forward_by = _more(trace.peak_by, by)
+            if not y.requires_grad:
+                return Piece(
+                    kept=kept, forward=forward, backward=0, forth=forth, back=(),
+                    forward_by=forward_by,
+                )  # fmt: skip
+            last = _Sink.apply(y)  # type: ignore[no-untyped-call]
+            del y
+            trace.mark()
+            torch.autograd.backward(last)
+            return Piece(
+                kept=kept, forward=forward, backward=trace.peak - before, forth=forth,
+                back=tuple(trace.work), forward_by=forward_by,
+                backward_by=_more(trace.peak_by, by),
+            )  # fmt: skip
+
+
+def signature(layer: nn.Module) -> str:
+    """Equal for layers that are made of the same modules with the same numbers."""
+    parts = []
+    for name, module in layer.named_modules():
+        tensors = [
+            (leaf, tuple(one.shape), one.dtype, one.requires_grad)
+            for leaf, one in module.named_parameters(recurse=False)
+        ]
+        numbers = [
+            (key, value)
+            for key, value in vars(module).items()
+            if isinstance(value, int | float | tuple)
+        ]
+        lora = module.lora if isinstance(module, Adapted) else None
+        parts.append((name, type(module).__qualname__, tensors, numbers, lora))
+    return repr(parts)
+
+
+def _source(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    spark = torch.empty(0, device=META, requires_grad=True)
+    return cast(Tensor, _Source.apply(spark, shape, dtype))  # type: ignore[no-untyped-call]
+
+
+def _more(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
+    return {op: n - before.get(op, 0) for op, n in now.items() if op and n > before.get(op, 0)}
+
+
+class _Source(torch.autograd.Function):
+    """What a piece reads: given up as soon as nobody saved it, unlike a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, spark: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=META)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+        return dx.new_empty(0), None, None
+
+
+class _Sink(torch.autograd.Function):
+    """What comes after: it holds nothing, and its backward makes a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = y.shape, y.dtype
+        return torch.empty((), device=META)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        return torch.empty(ctx.shape, dtype=ctx.dtype, device=META)

@@ -1,0 +1,374 @@
+"""A step put together: what a micro-batch takes under given policies, and how long.
+
+This file decides how pieces (`measure`, `tower`) make a step: everything that layers keep is
+there when the head's loss is computed, and goes again layer by layer; the peak is the most at any
+of these moments. A tower comes first and goes last; a frozen one leaves only what it made, and
+where that is kept for the next time (`batches`), the pack carries it and no media: it is then
+computed before the pack is there, here all of it at once, which is the most. Which policies there
+should be is `planner`'s.
+
+Memory is predicted of what torch allocates (``max_memory_allocated``). Time is a model
+(`cards`): expect about 15 % either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Self
+
+from ..adapter.targets import targets
+from ..config.settings import Settings, in_bytes
+from ..nn.device import DTYPES
+from ..nn.kernels.registry import Chosen, installed
+from ..nn.model import ops_of
+from ..nn.qlora.lora_layer import Lora
+from ..plugins.resolve_model import Identified
+from ..preflight.settings_checks import refuse_unused
+from .gpus import CARDS, LAUNCH, Card, seconds
+from .host_memory import pinned
+from .measure import Measure
+from .meta_model import Taken, meta_model, take
+from .report import Lengths, Pack, Plan, units_of
+from .segments import SAMPLES, Piece
+from .trace import rounded
+
+if TYPE_CHECKING:
+    from ..nn.model import Model
+    from .trace import Trace
+
+#: What torch's cuBLAS keeps for the forward's thread and the backward's, 32 MiB each on a card
+#: of Hopper's kind, and what cuDNN's attention asks for beside.
+LIBRARIES = 2 * 32 * 2**20 + 2**20
+#: Bytes a trained number is moved through memory by one update: four read and three written in
+#: float32, the norm's reading, and the copies in the run's dtype.
+UPDATE = 36
+TOWER = "tower"  #: the term of its weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """Bytes at one moment of a step, over what is always there."""
+
+    name: str
+    kept: int
+    workspace: int
+    ops: Mapping[str, int]
+
+
+class Steps:
+    """One model and its settings: steps of any micro-batch on cards of one kind.
+
+    Args:
+        found: the model, identified; its headers are enough.
+        settings: the run's.
+        card: where it will run; ``None``: on the CPU, which has no budget.
+        backends: what the run has chosen; by default what it would if all backends pass.
+        budget: bytes of the card that may be filled; by default all that a plan may.
+        host: bytes of the host that inputs may be parked in; ``None``: not known.
+    """
+
+    def __init__(
+        self,
+        found: Identified,
+        settings: Settings,
+        card: Card | None,
+        *,
+        backends: Chosen | None = None,
+        budget: int | None = None,
+        host: int | None = None,
+    ) -> None:
+        self.host = host
+        self.settings = settings
+        self.card = card or CARDS[0]
+        self.device = "cpu" if card is None else "cuda"
+        whole = 1 << 62 if card is None else card.budget
+        self.budget = whole if budget is None else budget
+        wanted = settings.kernels if backends is None else backends.backends
+        config = found.checkpoint.config
+        self.taken = take(installed(found.plugins), self.device, wanted, config)
+        architecture = found.decision.architecture
+        used = ops_of(architecture, config, found.layout, found.modality).ops
+        refuse_unused(settings.kernels, used)
+        self.backends = {op: name for op, name in self.taken.backends.items() if op in used}
+        self.lora = targets(
+            found.layout,
+            settings.target_groups,
+            Lora(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout),
+            group_r={name: int(r) for name, r in settings.group_r.items()},
+            group_lora_alpha={name: float(x) for name, x in settings.group_lora_alpha.items()},
+        )
+        make = partial(_make, found, settings, self.lora, self.taken, self.device)
+        self.measure = Measure(make, self.device)
+        self._parks: dict[int, Piece] = {}
+        self._took: dict[tuple[int, str], tuple[float, float, int]] = {}
+        self.static = self._static(found)
+
+    def _static(self, found: Identified) -> dict[str, int]:
+        """What is there all the time, by term; what of it is trained is a tower's, too."""
+        model = self.measure.model
+        entries = {entry.name: entry for entry in found.layout.table}
+        names = ["weights nf4", "weights 16 bit", "weights fp32", "embeddings", "adapters"]
+        names += [TOWER] if self.measure.tower is not None else []
+        terms = dict.fromkeys(names, 0)
+        towers = found.modality.name if found.modality is not None else None
+        for name, holder in model.holders.items():
+            if holder.four_bit:
+                part = entries[name].part.name
+                terms[TOWER if part == towers else "weights nf4"] += holder.stored_bytes
+        trained = 0
+        for name, parameter in model.named_parameters():
+            size = rounded(parameter.numel() * parameter.element_size())
+            if parameter.requires_grad:
+                terms["adapters"] += size
+                trained += parameter.numel()
+            elif name in entries and entries[name].part.name == towers:
+                terms[TOWER] += size
+            elif name in entries and entries[name].row.group in ("embed", "head"):
+                terms["embeddings"] += size
+            else:
+                wide = parameter.element_size() == 4
+                terms["weights fp32" if wide else "weights 16 bit"] += size
+        gradients = terms["adapters"]
+        # What rounding and the scales' scales leave over is the codes'.
+        terms["weights nf4"] += self.measure.held - sum(terms.values()) - 3 * gradients
+        self.trained = trained
+        return terms | {
+            "adapters in the run's dtype": self.measure.working,
+            "gradients": gradients,
+            "optimizer": 2 * terms["adapters"],
+            "libraries": LIBRARIES if self.device == "cuda" else 0,
+        }
+
+    def on(self, card: Card, budget: int | None = None) -> Self:
+        """The same on another card: what was measured is shared."""
+        other = copy(self)
+        other.card, other.budget = card, card.budget if budget is None else budget
+        return other
+
+    @property
+    def timed(self) -> bool:
+        """Whether time is predicted."""
+        return self.device == "cuda" and self.card.known
+
+    def plan(
+        self, lengths: Lengths, policies: Sequence[str], micro_steps: float | None = None
+    ) -> Plan:
+        """The step of one pack, each layer under its own policy.
+
+        Args:
+            lengths: tokens of each row; a `Pack` where they have media.
+            policies: of each layer.
+            micro_steps: of an optimizer step, by default as the settings have them.
+        """
+        static = self.static | {"batch": self._batch(lengths)}
+        top = max(self._moments(lengths, policies), key=lambda m: m.kept + m.workspace)
+        memory = static | {"activations": top.kept, "workspace": top.workspace}
+        card, host, launches = self._time(lengths, policies)
+        return Plan(
+            card=self.card.name if self.device == "cuda" else "cpu",
+            lengths=lengths,
+            policies=tuple(policies),
+            budget=self.budget,
+            memory=memory,
+            peak=sum(memory.values()),
+            moment=top.name,
+            ops=top.ops,
+            seconds=max(card, host) + self._update(micro_steps),
+            launches=launches,
+            backends=self.backends,
+            notes=self._notes(lengths, policies),
+            host=self._host(lengths, policies),
+            host_budget=self.host,
+            timed=self.timed,
+        )
+
+    def evaluation(self, length: int, units: int = 0) -> dict[str, int]:
+        """Bytes by term, at the peak of a held-out row's loss: alone in its pack, no gradients.
+
+        Args:
+            length: its tokens.
+            units: of its media.
+        """
+        lengths = Pack((length,), units)
+        most = self.measure.evaluation((length,), self.settings.loss_chunk_size)
+        if units:
+            before = self._before(lengths, (), graph=False)[0]
+            most = max(most, *(moment.kept + moment.workspace for moment in before))
+        return self.static | {"batch": self._batch(lengths), "workspace": most}
+
+    def worst(self, packs: Sequence[Lengths], policies: Sequence[str]) -> Plan:
+        """The plan of that one of `packs` that takes most."""
+        plan = self.plan(max(packs, key=lambda one: self.peak(one, policies)), policies)
+        return replace(plan, host=max(self._host(one, policies) for one in packs))
+
+    def peak(self, lengths: Lengths, policies: Sequence[str]) -> int:
+        """Bytes at the worst moment, as `plan` has them."""
+        most = max(m.kept + m.workspace for m in self._moments(lengths, policies))
+        return sum(self.static.values()) + self._batch(lengths) + most
+
+    @property
+    def _carries(self) -> bool:
+        """Whether packs carry what a tower made, in place of media."""
+        tower = self.measure.tower
+        return (
+            tower is not None and not tower.trained and in_bytes(self.settings.media_cache_gb) > 0
+        )
+
+    def _batch(self, lengths: Lengths) -> int:
+        """Bytes of a pack and its media, and of what is derived from them."""
+        plain, units = tuple(lengths), units_of(lengths)
+        if not units:
+            return self.measure.batch(plain)
+        tower = self.measure.towered()
+        media = tower.carried(units) if self._carries else tower.batch(units)
+        return self.measure.batch(plain, media=True) + media
+
+    def _pieces(self, lengths: Lengths, policies: Sequence[str]) -> list[Piece]:
+        found, plain = [], tuple(lengths)
+        for kind, policy in zip(self.measure.kinds, policies, strict=True):
+            parks = policy == "offload" and self.device == "cuda"
+            piece = self.measure.layer(kind, _alike(policy), plain)
+            found.append(self._parked(piece, lengths) if parks else piece)
+        return found
+
+    def _parked(self, piece: Piece, lengths: Lengths) -> Piece:
+        """As under ``full``, its input on the host; the next one is on its way meanwhile."""
+        if id(piece) not in self._parks:
+            x = self._input(lengths)
+            self._parks[id(piece)] = replace(
+                piece,
+                kept=piece.kept - x,
+                forward=piece.forward + x,
+                backward=piece.backward + 2 * x,
+            )
+        return self._parks[id(piece)]
+
+    def _input(self, lengths: Lengths) -> int:
+        """Bytes of what a layer reads."""
+        model = self.measure.model
+        return rounded(sum(lengths) * model.head.shape[1] * model.dtype.itemsize)
+
+    def _host(self, lengths: Lengths, policies: Sequence[str]) -> int:
+        """Bytes of the host that parked inputs take."""
+        if self.device != "cuda":
+            return 0
+        return pinned(self._input(lengths), policies.count("offload"))
+
+    def _moments(self, lengths: Lengths, policies: Sequence[str]) -> Iterable[_Moment]:
+        pieces = self._pieces(lengths, policies)
+        end = self.measure.end(tuple(lengths), self.settings.loss_chunk_size)
+        before, kept = self._before(lengths, policies, graph=True)
+        yield from before
+        for number, piece in enumerate(pieces):
+            yield _Moment(f"forward of layer {number}", kept, piece.forward, piece.forward_by)
+            yield _Moment(f"backward of layer {number}", kept, piece.backward, piece.backward_by)
+            kept += piece.kept
+        yield _Moment("loss", kept, end.forward, end.forward_by)
+        yield _Moment("backward of the loss", kept, end.backward, end.backward_by)
+
+    def _before(
+        self, lengths: Lengths, policies: Sequence[str], *, graph: bool
+    ) -> tuple[list[_Moment], int]:
+        """The moments of what the first layer reads, and the bytes that are then there."""
+        first, units = self.measure.embedding(tuple(lengths)), units_of(lengths)
+        moments = [_Moment("embedding", 0, first.forward, {})]
+        if not units:
+            return moments, first.kept
+        tower, graph = self.measure.towered(), graph and self.measure.towered().trained
+        # A tower that is carried runs before the tokens are embedded, and its media go.
+        below, kept = (tower.batch(units), 0) if self._carries else (first.kept, 0)
+        for number, piece in enumerate(tower.pieces(units, _towers(policies), graph=graph)):
+            name = f"layer {number - 1} of the tower" if number else "what the tower reads"
+            moments.append(
+                _Moment(f"forward of {name}", below + kept, piece.forward, piece.forward_by)
+            )
+            # The embeddings of tokens are gone when the backward comes so far.
+            moments.append(_Moment(f"backward of {name}", kept, piece.backward, piece.backward_by))
+            kept += piece.kept
+        placing = self.measure.placing(tuple(lengths), units, graph=graph)
+        kept = 0 if self._carries else kept  # a part of the batch
+        moments.append(_Moment("media among the tokens", kept, placing.forward, placing.forward_by))
+        kept += placing.kept + (tower.features(units) if self._carries else 0)
+        return moments, kept
+
+    def _time(self, lengths: Lengths, policies: Sequence[str]) -> tuple[float, float, int]:
+        """Seconds of the card and of the host, and launches."""
+        plain, units = tuple(lengths), units_of(lengths)
+        counted = [
+            *self._pieces(lengths, policies),
+            self.measure.embedding(plain),
+            self.measure.end(plain, self.settings.loss_chunk_size),
+        ]
+        if units:
+            tower = self.measure.towered()
+            counted += tower.pieces(units, _towers(policies), graph=tower.trained)
+        card = host = 0.0
+        launches = 0
+        for piece in counted:
+            took = self._seconds(piece)
+            card, host, launches = card + took[0], host + took[1], launches + took[2]
+        if self.device == "cuda":  # there and back, beside the layers
+            away = 2 * self._input(lengths) * policies.count("offload")
+            card = max(card, away / self.card.host_link)
+        return card, host, launches
+
+    def _seconds(self, piece: Piece) -> tuple[float, float, int]:
+        key = (id(piece), self.card.name)
+        if key not in self._took:
+            work = (*piece.forth, *piece.back)
+            self._took[key] = (*seconds(work, self.card), len(work))
+        return self._took[key]
+
+    def _update(self, micro_steps: float | None) -> float:
+        """A micro-step's share of the optimizer's update."""
+        whole = self.trained * UPDATE / self.card.bandwidth + 20 * LAUNCH
+        return whole / (micro_steps or self.settings.gradient_accumulation_steps)
+
+    def _notes(self, lengths: Lengths, policies: Sequence[str]) -> tuple[str, ...]:
+        told = []
+        if (parked := self._host(lengths, policies)) >= 5e7:
+            told.append(f"offload pins {parked / 1e9:.1f} GB of the host's memory")
+        if self.taken.absent:
+            told.append(
+                "not installed here, so references are counted, which take more memory and time: "
+                + ", ".join(self.taken.absent)
+            )
+        layers = dict.fromkeys(zip(self.measure.kinds, policies, strict=True))
+        plain = tuple(lengths)
+        if any(self.measure.stretches(kind, _alike(policy), plain) for kind, policy in layers):
+            told.append(
+                f"told from rows of {SAMPLES[-1]} tokens and fewer, because a reference walks "
+                "the tokens one chunk at a time: memory is rather overstated"
+            )
+        if self.device == "cpu":
+            told.append("of the CPU only torch's tensors are counted, and no time is predicted")
+        elif not self.card.known:
+            told.append(f"the rates of {self.card.name} are not known, so no time is predicted")
+        return tuple(told)
+
+
+def _alike(policy: str) -> str:
+    """The policy that a layer is measured under: meta has no host to park on."""
+    return "full" if policy == "offload" else policy
+
+
+def _towers(policies: Sequence[str]) -> str:
+    """The policy of every layer of a tower, as `Model.hidden` has it."""
+    return "none" if set(policies) <= {"none"} else "full"
+
+
+def _make(
+    found: Identified,
+    settings: Settings,
+    lora: Mapping[str, Lora],
+    taken: Taken,
+    device: str,
+    trace: Trace,
+) -> tuple[Model, object]:
+    return meta_model(
+        found, DTYPES[settings.dtype], lora, taken.through(trace.named),
+        quantize=settings.quantization == "nf4", device=device,
+    )  # fmt: skip

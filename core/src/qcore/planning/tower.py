@@ -1,0 +1,165 @@
+"""What a tower takes of a step, seen by running it once on the meta device.
+
+This file decides the pieces of a tower: what it reads, one layer of each kind, and what it hands
+over. Its media are made up by itself (`Tower.sample`) and it is run by the code that trains, so
+authors of towers write no cost model either. Where in a step it runs is `step`'s.
+
+A layer below all that is trained has no gradient and keeps nothing, so pieces differ by that too.
+Towers are seen at any size: what launches grow with is the number of media, not their units.
+
+Shapes: U units, D the tower's width; n embeddings, H the trunk's width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..api.blocks import Media, Tower
+from ..nn.model import Model
+from ..nn.recompute import run_layers
+from .runner import META, Bench, signature
+from .segments import Piece
+from .trace import rounded
+
+_WARM = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Media after a layer of each kind has seen them.
+
+    Attributes:
+        media: all that is derived of them is there.
+        nbytes: theirs, with what is derived.
+        read: ``[U, D]``, of no storage that counts: what layers read.
+        made: ``[n, H]``, the same of what the last one gives.
+    """
+
+    media: Media
+    nbytes: int
+    read: tuple[tuple[int, ...], torch.dtype]
+    made: tuple[tuple[int, ...], torch.dtype]
+
+
+class TowerMeasure:
+    """A model's tower on the meta device and what was seen of it.
+
+    Args:
+        model: on meta, with a tower.
+        bench: where pieces are run.
+
+    Attributes:
+        trained: whether it has a backward.
+        working: bytes that it makes of its weights at first use, and keeps.
+    """
+
+    def __init__(self, model: Model, bench: Bench) -> None:
+        tower = model.tower
+        assert tower is not None
+        self._model, self._bench = model, bench
+        self._tower: Tower = tower
+        self._kinds = [signature(cast(nn.Module, layer)) for layer in tower.layers]
+        self._one = {kind: tower.layers[self._kinds.index(kind)] for kind in self._kinds}
+        self._found: dict[int, _Seen] = {}
+        self._pieces: dict[tuple[int, str, str, bool], Piece] = {}
+        self.trained = model.trains_tower
+        first, second = self._warm(), self._warm()
+        each = {kind: first[kind] - second[kind] for kind in first}
+        self.working = each[""] + sum(each[kind] for kind in self._kinds)
+
+    def _warm(self) -> dict[str, int]:
+        """Bytes that are there after a layer of each kind has seen new media; "": its reading."""
+        with self._bench.running() as trace, torch.no_grad():
+            media, before = self._tower.sample(_WARM, META), trace.live
+            x = self._tower.embed(media)
+            left = {"": trace.live - before - _bytes(x)}
+            for kind, layer in self._one.items():
+                before = trace.live
+                layer(x, media)
+                left[kind] = trace.live - before
+        return left
+
+    def _seen(self, units: int) -> _Seen:
+        if units not in self._found:
+            with self._bench.running() as trace, torch.no_grad():
+                before = trace.live
+                media = self._tower.sample(units, META)
+                x = self._tower.embed(media)
+                read = tuple(x.shape), x.dtype
+                for kind in dict.fromkeys(self._kinds):
+                    y = self._one[kind](x, media)
+                y = self._one[self._kinds[-1]](x, media)
+                made = tuple(y.shape), y.dtype
+                del x, y
+                self._found[units] = _Seen(media, trace.live - before, read, made)
+        return self._found[units]
+
+    def media(self, units: int) -> Media:
+        """Made-up media of about so many units."""
+        return self._seen(units).media
+
+    def batch(self, units: int) -> int:
+        """Bytes of media and of what all layers derive from them."""
+        return self._seen(units).nbytes
+
+    def tokens(self, units: int) -> int:
+        """Embeddings that media of so many units become."""
+        return len(self._seen(units).media.where)
+
+    def carried(self, units: int) -> int:
+        """Bytes of what a pack carries where the tower's outputs are known: them, and where."""
+        return self.features(units) + rounded(8 * self.tokens(units))
+
+    def made(self, units: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape ``[n, H]`` and dtype of what the tower gives."""
+        return self._seen(units).made
+
+    def features(self, units: int) -> int:
+        """Bytes of what the tower gives."""
+        shape, dtype = self._seen(units).made
+        return rounded(shape[0] * shape[1] * dtype.itemsize)
+
+    def pieces(self, units: int, policy: str, *, graph: bool) -> list[Piece]:
+        """What it reads, then each layer.
+
+        Args:
+            units: of all media.
+            policy: what backward computes again, of every layer.
+            graph: whether there will be a backward; without one nothing is kept.
+        """
+        found = [self._piece(units, "", policy, graph=graph, below=False)]
+        for kind in self._kinds:
+            below = bool(found[-1].back)
+            found.append(self._piece(units, kind, policy, graph=graph, below=below))
+        return found
+
+    def _piece(self, units: int, kind: str, policy: str, *, graph: bool, below: bool) -> Piece:
+        """One of them; `below`: whether what it reads has a gradient."""
+        key = (units, kind, policy if graph else "", below)
+        if key not in self._pieces:
+            seen, model = self._seen(units), self._model
+            media = seen.media.alone()
+
+            def reads(_: list[Tensor]) -> Tensor:
+                return self._tower.embed(media)
+
+            def layer(x: list[Tensor]) -> Tensor:
+                one = self._one[kind]
+                return run_layers([one], x.pop(), media, [policy], dropout=model.dropout)
+
+            shape, dtype = seen.read
+            with torch.set_grad_enabled(graph):
+                self._pieces[key] = (
+                    self._bench.both(layer, shape, dtype, graph=below)
+                    if kind
+                    else self._bench.both(reads, (0,), dtype, graph=False)
+                )
+        return self._pieces[key]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return rounded(tensor.untyped_storage().nbytes())

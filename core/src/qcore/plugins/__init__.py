@@ -1,0 +1,1 @@
+"""Which plugins are installed, what they answer, and which architecture a model is."""

@@ -1,0 +1,192 @@
+"""Model name -> checkpoint, decision, layout: what every verb does first.
+
+This file decides the order (folder, headers, plugins, detection, table, location) and
+nothing else. It reads no weight and imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..api.parameters import Table
+from ..api.records import AdapterClaim, ChatFormat, Modality
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.hub import resolve_model
+from ..checkpoint.layout import Layout, faults, survey
+from ..checkpoint.quantization_formats import Quantisation, recognise
+from ..errors import InputError, PluginError, QcoreError, raise_all
+from ..skus.registry import refuse_hosted
+from .detect import Decision, detect
+from .manager import Plugins
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identified:
+    """A model that qcore knows.
+
+    Attributes:
+        checkpoint: the folder and its headers.
+        plugins: the plugins of its model type, loaded.
+        decision: architecture, generation, and the evidence.
+        layout: every tensor explained, or as many as could be.
+        problems: what could not be explained; empty unless asked to tolerate it.
+        quantisation: how the weights were quantised already; ``None`` where they are plain.
+    """
+
+    checkpoint: Checkpoint
+    plugins: Plugins
+    decision: Decision
+    layout: Layout
+    problems: tuple[QcoreError, ...] = ()
+    quantisation: Quantisation | None = None
+
+    @property
+    def modalities(self) -> list[Modality]:
+        """Those whose tower the checkpoint has; of a section that describes none there is none."""
+        parts = {part.name for part in self.layout.table.parts} - {*self.layout.absent}
+        return [one for one in self.decision.modalities if one.name in parts]
+
+    @property
+    def modality(self) -> Modality | None:
+        """What reads media for this checkpoint; ``None`` where it is text alone.
+
+        Raises:
+            PluginError: ``QC-MEDIA-007`` two do: their positions would contradict.
+        """
+        found = self.modalities
+        if len(found) > 1:
+            raise PluginError(
+                "QC-MEDIA-007",
+                "two plugins read media for it",
+                file=self.checkpoint.source,
+                found=" and ".join(one.name for one in found),
+                expected="one",
+                fix="uninstall one of them",
+            )
+        return found[0] if found else None
+
+    def using(self, modality: Modality) -> Identified:
+        """The same for a run that loads the modality's tower."""
+        return replace(self, layout=self.layout.using(modality.name))
+
+    def quantizing(self, groups: Collection[str]) -> Identified:
+        """The same for a run that holds these groups in 4 bit too."""
+        return replace(self, layout=replace(self.layout, in_nf4=frozenset(groups)))
+
+    def using_parts(self, parts: Collection[str]) -> Identified:
+        """The same for a run that loads the towers among `parts`."""
+        found = self
+        for one in self.decision.modalities:
+            if one.name in parts:
+                found = found.using(one)
+        return found
+
+    def chat_format(self) -> ChatFormat:
+        """The generation's chat format. Raises ``QC-CHAT-001`` unless exactly one is given."""
+        answers = self.plugins.ask(
+            "qcore_chat_format",
+            generation=self.decision.generation.name,
+            checkpoint=self.checkpoint,
+        )
+        if len(answers) != 1:
+            names = ", ".join(info.name for info, _ in answers) or "none"
+            raise PluginError(
+                "QC-CHAT-001",
+                f"not one plugin describes the chat format of {self.decision.generation.name}",
+                found=names,
+                expected="one",
+                fix="uninstall the plugin that does not belong, or upgrade the one that does",
+            )
+        chat: ChatFormat = answers[0][1]
+        return chat
+
+    def adapter_claims(self, shapes: Mapping[str, tuple[int, ...]]) -> list[AdapterClaim]:
+        """What plugins say of an adapter's tensors; nothing for PEFT's own layout."""
+        answers = self.plugins.ask("qcore_detect_merge", adapter=shapes, checkpoint=self.checkpoint)
+        return [claim for _, claim in answers]
+
+    def provenance(self) -> dict[str, Any]:
+        """What manifests record of the model."""
+        decision, checkpoint = self.decision, self.checkpoint
+        template = checkpoint.template
+        return {
+            "source": checkpoint.source,
+            "revision": checkpoint.revision,
+            "architecture": decision.architecture.name,
+            "generation": decision.generation.name,
+            "generation_forced": decision.forced,
+            "evidence": list(decision.evidence),
+            "classes": classes_of(checkpoint.config),
+            "template_sha256": template.sha256 if template is not None else None,
+            "quantisation": self.quantisation.as_json() if self.quantisation else None,
+            "plugins": {
+                info.distribution: info.version
+                for info in self.plugins.infos
+                if info.status.value == "loaded"
+            },
+        }
+
+
+def classes_of(config: Mapping[str, Any]) -> list[str]:
+    """``config.architectures``, as far as it is a list of names."""
+    classes = config.get("architectures")
+    return [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
+
+
+def identify(
+    model: str, *, generation: str = "", tolerant: bool = False, headers_only: bool = False
+) -> Identified:
+    """Find, read and explain a model.
+
+    Args:
+        model: a folder or a hub id.
+        generation: accepted only where evidence is missing, never against it.
+        tolerant: keep unexplained tensors as `Identified.problems`, for reports.
+        headers_only: leave the weights of a hub id on the hub; then no tensor can be read.
+
+    Raises:
+        QcoreError: whatever the model folder, the plugins or detection have to say.
+    """
+    refuse_hosted(model)
+    where = resolve_model(model, headers_only=headers_only)
+    checkpoint = Checkpoint.open(
+        where.path, source=where.source, revision=where.revision, remote=where.remote
+    )
+    plugins = Plugins.discover().for_model_type(checkpoint.config["model_type"])
+    decision = detect(checkpoint, plugins, generation=generation or None)
+    answers = plugins.ask(
+        "qcore_key_mapping",
+        architecture=decision.architecture.name,
+        config=checkpoint.config,
+    )
+    # The architecture's own parts first, whatever the plugins are called.
+    own = decision.architecture_plugin.name
+    parts = [part for _, part in sorted(answers, key=lambda answer: answer[0].name != own)]
+    quantisation, refused = _quantisation(checkpoint)
+    layout, problems = survey(Table(parts), checkpoint, suggest=refused is None)
+    layout = replace(layout, idle=frozenset(one.name for one in decision.modalities))
+    if refused is not None:
+        problems = [refused]  # what the table misses and does not know is a consequence
+    if not tolerant:
+        raise_all(faults(problems))
+    return Identified(
+        checkpoint=checkpoint,
+        plugins=plugins,
+        decision=decision,
+        layout=layout,
+        problems=tuple(problems),
+        quantisation=quantisation,
+    )
+
+
+def _quantisation(checkpoint: Checkpoint) -> tuple[Quantisation | None, QcoreError | None]:
+    """How the weights were quantised, and why they cannot be used, where that is so."""
+    try:
+        found = recognise(checkpoint)
+    except InputError as error:
+        return None, error
+    if found is None or found.readable:
+        return found, None
+    return found, found.refusal(checkpoint)

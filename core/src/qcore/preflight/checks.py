@@ -1,0 +1,159 @@
+"""Preflight: everything that can be known to be wrong, before a weight is read, all at once.
+
+This file decides the guards that hold for any model: the template is there, the tokenizer
+fits the embedding, what turns end with exists, settings suit the model (`suits`). Plugins add
+theirs through ``qcore_preflight``. Errors stop the verb together; warnings and notes are returned.
+
+Of a part that config.json claims and the files lack there is one line: the owner's, if one of
+its findings has the part's name as its field, because it knows what follows; else core's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..api.records import Finding, PreflightRequest, Severity
+from ..errors import InputError, raise_all
+from ..plugins.resolve_model import Identified
+from .context_length import beyond
+from .settings_checks import unsuitable
+
+
+def preflight(
+    found: Identified,
+    *,
+    verb: str,
+    settings: Mapping[str, Any],
+    token_ids: Mapping[str, int] | None = None,
+) -> tuple[str, ...]:
+    """Ask core's guards and every plugin's; raise all errors, return the rest as lines.
+
+    Args:
+        found: the model.
+        verb: ``train``, ``plan``, ``merge`` or ``generate``.
+        settings: the run's settings by name.
+        token_ids: ids by token, where the verb reads text.
+    """
+    problems = list(unsuitable(found, settings)) if verb in ("train", "plan") else []
+    request = PreflightRequest(
+        verb=verb,
+        checkpoint=found.checkpoint,
+        architecture=found.decision.architecture.name,
+        generation=found.decision.generation.name,
+        layout=found.layout,
+        settings=settings,
+        token_ids=token_ids or {},
+    )
+    theirs = [finding for _, finding in found.plugins.ask("qcore_preflight", request=request)]
+    findings = [*_core(found, request), *_absent(request, theirs), *theirs]
+    raise_all([*problems, *(as_error(f) for f in findings if f.severity is Severity.ERROR)])
+    return tuple(line(finding) for finding in findings)
+
+
+def as_error(finding: Finding) -> InputError:
+    """A finding as the error it stands for."""
+    return InputError(
+        finding.code,
+        finding.what,
+        file=finding.file,
+        field=finding.field,
+        found=finding.found,
+        expected=finding.expected,
+        fix=finding.fix,
+    )
+
+
+def line(finding: Finding) -> str:
+    """A finding as one line."""
+    warning = "warning: " if finding.severity is Severity.WARNING else ""
+    text = warning + as_error(finding).message
+    return f"{text}. {finding.fix}" if finding.fix else text
+
+
+def _core(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
+    layout, checkpoint = found.layout, found.checkpoint
+    for root, count in layout.carried_roots().items():
+        yield Finding(
+            code="QC-PRE-010",
+            severity=Severity.NOTE,
+            what=f"{count} tensors belong to no installed plugin and are kept as they are",
+            field=f"{root}.*",
+        )
+    if found.quantisation is not None:
+        yield Finding(
+            code="QC-PRE-012",
+            severity=Severity.NOTE,
+            what=f"{found.quantisation.line()}: they are decoded to bf16",
+            file=str(checkpoint.path),
+        )
+    length = request.settings.get("max_length", 0)
+    if (longer := beyond(checkpoint.config, length, "max_length")) is not None:
+        yield longer
+    if request.verb not in ("train", "generate"):
+        return
+    if checkpoint.template is None:
+        yield Finding(
+            code="QC-PRE-001",
+            severity=Severity.ERROR,
+            what="has no chat template",
+            file=str(checkpoint.path),
+            expected="chat_template.jinja",
+            fix="copy chat_template.jinja from the original checkpoint",
+        )
+    yield from _tokens(found, request)
+
+
+def _absent(request: PreflightRequest, told: Sequence[Finding]) -> Iterator[Finding]:
+    """Parts without tensors of which their owner says nothing."""
+    for part in request.layout.absent:
+        if part not in [finding.field for finding in told]:
+            yield Finding(
+                code="QC-PRE-011",
+                severity=Severity.NOTE,
+                what="config.json claims it, but the checkpoint has none of its tensors",
+                field=part,
+            )
+
+
+def _tokens(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
+    """The tokenizer fits the embedding and knows what the chat format needs."""
+    ids = request.token_ids
+    rows = next(e.shape[0] for e in found.layout.table if e.row.group == "embed")
+    largest = max(ids, key=lambda token: (ids[token], token), default=None)
+    if largest is not None and ids[largest] >= rows:
+        yield Finding(
+            code="QC-PRE-002",
+            severity=Severity.ERROR,
+            what="has an id beyond the embedding",
+            file=str(found.checkpoint.path / "tokenizer.json"),
+            field=repr(largest),
+            found=str(ids[largest]),
+            expected=f"< {rows} (vocab_size)",
+            fix="use the tokenizer that came with the weights",
+        )
+    chat = found.chat_format()
+    for token in dict.fromkeys((chat.turn_start, chat.turn_end, *chat.stop_tokens)):
+        if token not in ids:
+            yield Finding(
+                code="QC-PRE-003",
+                severity=Severity.ERROR,
+                what="is not in the tokenizer",
+                file=str(found.checkpoint.path / "tokenizer.json"),
+                field=repr(token),
+                expected="one token, as the chat format needs",
+                fix="use the tokenizer that came with the weights",
+            )
+    eos = found.checkpoint.generation_config.get("eos_token_id")
+    listed = eos if isinstance(eos, list) else [eos]
+    if eos is not None and ids.get(chat.turn_end) not in listed:
+        yield Finding(
+            code="QC-PRE-004",
+            severity=Severity.WARNING,
+            what="does not hold the token that ends a turn: servers will not stop there",
+            file="generation_config.json",
+            field="eos_token_id",
+            found=str(listed),
+            expected=f"{ids.get(chat.turn_end)} ({chat.turn_end}) among them",
+            fix="add it",
+        )

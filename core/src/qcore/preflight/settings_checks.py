@@ -1,0 +1,112 @@
+"""Whether a run's settings suit the model: what `train` and `plan` refuse alike.
+
+This file decides which settings are judged against config, headers and template, before a weight
+is read: the class that an adapter is written for, the load balance of a router that must be
+there, variables that the chat template must read. Which groups have LoRA is `targets`'.
+
+Codes: ``QC-LORA-004`` a group that cannot be put in 4 bit, ``QC-TRAIN-007`` no router to balance,
+``QC-KERNEL-007`` an op that is not used; those of `adapter.choose_class` and of `data.variables`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from ..adapter.peft_names import choose_class
+from ..api.parameters import Kind, Store
+from ..data.template_kwargs import SETTING, check_variables
+from ..errors import QcoreError, UsageError
+from ..plugins.resolve_model import Identified, classes_of
+
+
+def unsuitable(found: Identified, settings: Mapping[str, Any]) -> Iterator[QcoreError]:
+    """An error for each setting that the model has no use for.
+
+    Args:
+        found: the model.
+        settings: the run's settings by name; those that are not there are not judged.
+    """
+    for judge in (_adapter_class, _router, _quantized, _variables):
+        try:
+            judge(found, settings)
+        except QcoreError as error:
+            yield error
+
+
+def refuse_unused(wanted: Iterable[str], used: Collection[str]) -> None:
+    """Refuse a backend of an op that the model does not consist of: it would do nothing.
+
+    Args:
+        wanted: ops that the settings name; they are known ones.
+        used: ops of the model (`model.ops_of`).
+
+    Raises:
+        UsageError: ``QC-KERNEL-007``.
+    """
+    for op in wanted:
+        if op not in used:
+            raise UsageError(
+                "QC-KERNEL-007",
+                "is an op that this model does not use",
+                field=f"kernels.{op}",
+                expected=f"one of {', '.join(sorted(used))}",
+                fix="leave it out",
+            )
+
+
+def _adapter_class(found: Identified, settings: Mapping[str, Any]) -> None:
+    """The class has every part that the groups lie in; which groups there are is `targets`'."""
+    layout, asked = found.layout, settings.get("adapter_class", "")
+    groups = set(settings.get("target_groups", ()))
+    parts = [p for p in layout.table.parts if groups & p.groups.keys() and p.loaded]
+    touched = {part.name for part in parts}
+    choose_class(layout, touched, classes_of(found.checkpoint.config), asked)
+
+
+def _router(found: Identified, settings: Mapping[str, Any]) -> None:
+    """What is routed to is experts, and of those the table tells."""
+    coefficient = settings.get("router_aux_loss_coef", 0.0)
+    routed = any(
+        entry.row.kind is Kind.EXPERTS and entry.part.loaded for entry in found.layout.table
+    )
+    if coefficient and not routed:
+        raise UsageError(
+            "QC-TRAIN-007",
+            "has no effect: this model has no router to balance",
+            field="router_aux_loss_coef",
+            found=coefficient,
+            expected="0",
+            fix="leave it out",
+        )
+
+
+def _quantized(found: Identified, settings: Mapping[str, Any]) -> None:
+    """Each group that is to be in 4 bit has a map that would not be, in a part that may load."""
+    groups = settings.get("quantize_groups", ())
+    known = {
+        entry.row.group: None
+        for entry in found.layout.table
+        if entry.row.kind is not None
+        and entry.part.loaded
+        and entry.part.name not in found.layout.absent
+        and entry.row.store is not Store.NF4
+    }
+    for group in groups:
+        if settings.get("quantization", "nf4") == "none" or group not in known:
+            off = group in known
+            raise UsageError(
+                "QC-LORA-004",
+                "has no effect: nothing is quantised" if off else "is no group held in 16 bit",
+                field="quantize_groups",
+                found=group,
+                expected="quantization=nf4" if off else " or ".join(known) or "no group",
+                fix="leave it out",
+            )
+
+
+def _variables(found: Identified, settings: Mapping[str, Any]) -> None:
+    template = found.checkpoint.template
+    if template is not None and settings.get(SETTING):
+        with template:
+            check_variables(template, settings[SETTING])

@@ -1,0 +1,1 @@
+"""`qcore train`: rows and a base to a PEFT adapter."""

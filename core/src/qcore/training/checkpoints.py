@@ -1,0 +1,259 @@
+"""A run's files: the adapter, its checkpoints, and whether one may be resumed.
+
+This file decides what a trained adapter's folder and manifest hold, and what of a checkpoint is
+put back; whether it is the same run is `resume`'s. State is safetensors and JSON, never a
+pickle. Order, schedule and random numbers are functions of the step (`schedule`), so the step,
+the adapter and AdamW's moments are all there is.
+
+A run's folder lies beside its output: ``OUTPUT.run/`` holds ``metrics.jsonl`` and
+``checkpoint-N/``, each a complete adapter artefact with state. It goes away with a run that
+leaves no checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ..adapter.peft_names import CONFIG, LAYOUT, WEIGHTS, peft_config, stems
+from ..api.parameters import Namespace
+from ..checkpoint.fingerprint import fingerprints
+from ..config.settings import Settings
+from ..errors import InputError, UsageError
+from ..io.artifact import Writer, publish, remove_tree, verify
+from ..io.atomic import make_folders, writing
+from ..io.run_lock import Lock
+from ..nn.model import Model
+from ..plugins.resolve_model import Identified
+from .resume import compare, identity
+
+OPTIMIZER = "optimizer.safetensors"
+METRICS = "metrics.jsonl"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint, oldest first."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def newest(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
+    """The newest checkpoint that verifies, and a line for each damaged one passed over.
+
+    Raises:
+        InputError: ``QC-RESUME-004`` when there are checkpoints and all are damaged: starting
+            again would throw away what may still be mended.
+    """
+    damaged: list[str] = []
+    for step, path in reversed(checkpoints(folder)):
+        report = verify(path)
+        if report.ok:
+            return (step, path), damaged
+        damaged.append(f"{path.name} is damaged and passed over: {report.problems[0]}")
+    if damaged:
+        raise InputError(
+            "QC-RESUME-004",
+            "holds no checkpoint that can be resumed from",
+            file=folder,
+            found=damaged[0],
+            fix="restore one, or delete the folder to start again",
+        )
+    return None, []
+
+
+def run_folder(output: Path, *, resume: bool) -> Path:
+    """Where a run that writes `output` keeps its checkpoints and metrics.
+
+    Raises:
+        UsageError: ``QC-RESUME-001`` nothing to resume, ``-003`` an unfinished run is there.
+        WriteError: ``QC-WRITE-010`` that run is going on.
+    """
+    folder = output.with_name(output.name + ".run")
+    if resume and not folder.is_dir():
+        raise UsageError(
+            "QC-RESUME-001",
+            "there is no run to resume",
+            file=folder,
+            field="--resume",
+            fix="drop --resume, or name the --output of the run that was stopped",
+        )
+    if not resume and checkpoints(folder):
+        with Lock(folder):  # who is told to delete it must not delete what is in use
+            pass
+        raise UsageError(
+            "QC-RESUME-003",
+            "holds the checkpoints of another run",
+            file=folder,
+            fix="pass --resume to go on with it, or delete the folder to start again",
+        )
+    return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Path]:
+    """The run's folder, ours alone; removed afterwards unless it holds a checkpoint."""
+    with writing(folder):
+        made = make_folders(folder)
+    # Refused here, nothing is removed: the folder is another run's.
+    with Lock(folder):
+        try:
+            yield folder
+        finally:
+            if not checkpoints(folder):
+                remove_tree(folder)
+                for parent in reversed(made[:-1]):
+                    if not any(parent.iterdir()):
+                        parent.rmdir()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFiles:
+    """Reads and writes what one run keeps.
+
+    Attributes:
+        found: the base.
+        model: with adapters.
+        settings: the run's.
+        namespace: the class that the adapter is written for.
+        digests: SHA-256 of the base's tensors, made while loading.
+        data: what the manifest records of the rows.
+        coverage: what is trained, by group.
+        device: type of the device.
+        kernels: backend of every op.
+    """
+
+    found: Identified
+    model: Model
+    settings: Settings
+    namespace: Namespace
+    digests: Mapping[str, str]
+    data: Mapping[str, Any]
+    coverage: Sequence[Mapping[str, Any]]
+    device: str
+    kernels: Mapping[str, str]
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run the same run."""
+        return identity(
+            self.found,
+            self.settings,
+            self.data,
+            self.device,
+            self.kernels,
+            fingerprints(self.found.layout, self.digests),
+        )
+
+    def save(self, folder: Path, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Publish ``checkpoint-STEP``, then delete what ``save_total_limit`` leaves no room for."""
+        with publish(folder / f"checkpoint-{step}", kind="checkpoint", overwrite=True) as out:
+            self._adapter(out)
+            moments: dict[str, Tensor] = {}
+            for name, parameter in self.model.trainable():
+                for key, value in optimizer.state[parameter].items():
+                    moments[f"{name}:{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            out.write_bytes(OPTIMIZER, save(moments))
+            out.meta["step"] = step
+        # Only now is the newest durable: others go after it, never before. Later ones are of a
+        # future that resuming gave up.
+        kept = [(number, path) for number, path in checkpoints(folder) if number <= step]
+        later = [path for number, path in checkpoints(folder) if number > step]
+        for old in [*later, *(path for _, path in kept[: -self.settings.save_total_limit])]:
+            remove_tree(old)
+
+    def restore(self, path: Path, optimizer: torch.optim.Optimizer) -> None:
+        """Put a checkpoint's adapter and moments back.
+
+        Raises:
+            InputError: ``QC-RESUME-002`` naming the first thing that changed.
+        """
+        compare(path, self.identity())
+        weights, moments = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
+        names = self._names()
+        for name, parameter in self.model.trainable():
+            with torch.no_grad():
+                parameter.copy_(weights[names[name]])
+            state = optimizer.state[parameter]
+            for key in ("exp_avg", "exp_avg_sq", "step"):
+                # AdamW keeps its step counter on the CPU unless it is fused.
+                at_home = key != "step" or optimizer.defaults.get("fused")
+                state[key] = moments[f"{name}:{key}"].to(parameter.device if at_home else "cpu")
+
+    def publish(self, target: Path, metrics: Path, result: Mapping[str, Any]) -> None:
+        """The adapter folder: PEFT's two files, the run's metrics, the manifest."""
+        with publish(target, kind="adapter") as out:
+            self._adapter(out)
+            out.copy(METRICS, metrics)
+            out.meta["result"] = dict(result)
+
+    def _modalities(self) -> dict[str, dict[str, Any]]:
+        """Kinds of media that trained rows had, and what of a tower changed; empty without."""
+        modality, layout = self.found.modality, self.found.layout
+        if modality is None or self.model.tower is None:
+            return {}
+        part = layout.table.part(modality.name)
+        maps = [m for name, m in self.model.adapters() if layout.table[name].part is part]
+        seen = self.data.get("train_media") or {}
+        return {
+            modality.name: {
+                "kinds": [kind for kind in modality.kinds if seen.get(kind)],
+                "keys": dict(self.data.get("media_keys") or {}),
+                "tower_changed": any(module.moved[0] for module in maps),
+                "pairs": len(maps),
+                "plugin": part.owner,
+            }
+        }
+
+    def _names(self) -> dict[str, str]:
+        """The adapter file's name of each trainable parameter."""
+        table = self.found.layout.table
+        adapted = dict(self.model.adapters())
+        found = stems((tensor for tensor in table if tensor.name in adapted), self.namespace)
+        return {
+            f"{name.removesuffix('.weight')}.lora_{side}": f"{stem}.lora_{side}.weight"
+            for name, stem in found.items()
+            for side in "AB"
+        }
+
+    def _adapter(self, out: Writer) -> None:
+        s, names, layout = self.settings, self._names(), self.found.layout
+        tensors = {
+            names[name]: parameter.detach().to("cpu", torch.float32).contiguous()
+            for name, parameter in self.model.trainable()
+        }
+        out.write_bytes(WEIGHTS, save(tensors, metadata={"format": "pt"}))
+        config = peft_config(
+            {name: module.lora for name, module in self.model.adapters() if module.lora},
+            layout,
+            r=s.r,
+            lora_alpha=s.lora_alpha,
+            lora_dropout=s.lora_dropout,
+            base=self.found.checkpoint.source,
+            revision=self.found.checkpoint.revision,
+            namespace=self.namespace,
+        )
+        out.write_json(CONFIG, config)
+        out.meta.update(
+            verb="train",
+            model=self.found.provenance(),
+            layout=LAYOUT,
+            adapter_class={"name": self.namespace.name, "classes": list(self.namespace.classes)},
+            fingerprints=fingerprints(layout, self.digests),
+            modalities=self._modalities(),
+            tensors=dict(self.digests),
+            data=dict(self.data),
+            identity=self.identity(),
+            coverage=[dict(line) for line in self.coverage],
+        )

@@ -1,0 +1,240 @@
+"""The optimizer step: micro-batches in, one update out, nothing written.
+
+This file decides the loss (mean over the step's supervised tokens, however they are spread
+over rows and micro-batches, so accumulating 4 x 1 equals 1 x 4), the clip, and that a number
+that is not finite stops the run before the update. Order and rate are `schedule`'s, files are
+`state`'s.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config.settings import Settings, in_bytes
+from ..data.dataset import Dataset
+from ..data.masking import Example
+from ..data.media_files import MediaReader
+from ..data.microbatches import joined, units_of_rows
+from ..data.sampler import Schedule, seed_of
+from ..errors import NumericError, UsageError
+from ..nn.device import peak_bytes, reset_peak
+from ..nn.model import Model
+from ..nn.optim import FlatAdamW
+from ..planning.compare import Meter
+from .collate import Batches
+
+
+class Loop:
+    """A loaded model, its optimizer and its rows.
+
+    Attributes:
+        optimizer: AdamW over the adapters.
+        schedule: rows and rate of every step.
+        together: what micro-batches may take that run as one, as `packing.extent` counts; 0:
+            each runs alone.
+        batches: rows as packs, with what a tower reads or has made.
+        meter: peak and rate of what ran so far.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data: Dataset,
+        settings: Settings,
+        device: torch.device,
+        recompute: str | Sequence[str] | None = None,
+        together: int = 0,
+        reader: MediaReader | None = None,
+    ) -> None:
+        self.model = model
+        self.data = data
+        self.settings = settings
+        self.device = device
+        self.recompute = recompute or unplanned(settings)
+        self.meter = Meter()
+        self._tower_alone = model.trains_tower and not model.trains_trunk
+        keep = in_bytes(settings.media_cache_gb)
+        self.batches = Batches(model, device, reader, keep)
+        self.schedule = Schedule(len(data.train), settings)
+        self.together = together
+        self._lengths = [len(example.ids) for example in data.train]
+        self._units = units_of_rows(data.train)
+        # What is loaded stays: a collection need not walk it in the middle of a step.
+        gc.freeze()
+        self.parameters = [parameter for _, parameter in model.trainable()]
+        rate, decay = settings.learning_rate, settings.weight_decay
+        self.optimizer: torch.optim.Optimizer
+        if device.type == "cuda":
+            adapters = [module for _, module in model.adapters()]
+            self.optimizer = FlatAdamW(adapters, lr=rate, weight_decay=decay)
+        else:
+            self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=decay)
+
+    def step(self, step: int) -> dict[str, Any]:
+        """Run optimizer step `step` (from 0); returns the row of ``metrics.jsonl``.
+
+        Raises:
+            NumericError: ``QC-TRAIN-003``, before anything was updated.
+        """
+        began = time.perf_counter()
+        reset_peak(self.device)
+        if not self.model.training:  # walking all modules takes as long as a short step
+            self.model.train()
+        torch.manual_seed(seed_of(self.settings.seed, "dropout", step))
+        micro_batches = self.schedule.micro_batches(step)
+        if self.together:
+            micro_batches = joined(micro_batches, self._lengths, self.together, self._units)
+        batches = [[self.data.train[row] for row in rows] for rows in micro_batches]
+        loss, balance, norm = self._accumulate(batches)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._not_finite(step, batches, loss, norm)
+        rate = self.schedule.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens = sum(len(example.ids) for batch in batches for example in batch)
+        seconds = time.perf_counter() - began
+        peak = peak_bytes(self.device)
+        self.meter.step(tokens, seconds, peak)
+        return {
+            "step": step + 1,
+            "loss": loss,
+            **({"aux_loss": balance} if self.settings.router_aux_loss_coef else {}),
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "tokens": tokens,
+            "supervised_tokens": _supervised(batches),
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "memory_gb": round(peak / 1e9, 3),
+        }
+
+    def _accumulate(self, batches: Sequence[Sequence[Example]]) -> tuple[float, float, float]:
+        """Gradients of the mean loss; returns loss, load balance and the norm before clipping."""
+        supervised = _supervised(batches)
+        total = torch.zeros((), device=self.device)
+        balance = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss, aux = self._loss(batch, recompute=self.recompute)
+            loss = loss / supervised
+            total += loss.detach()
+            if aux is not None:
+                balance += aux.detach() / len(batches)
+                loss = loss + aux * (self.settings.router_aux_loss_coef / len(batches))
+            if self._reaches(batch):
+                torch.autograd.backward(loss)
+        self._define_gradients()
+        limit = self.settings.max_grad_norm or math.inf
+        if isinstance(self.optimizer, FlatAdamW):
+            norm = self.optimizer.clip(limit)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        return float(total), float(balance), float(norm)
+
+    def _reaches(self, batch: Sequence[Example]) -> bool:
+        """Whether anything trained has a part in these rows: in text, a tower alone has none."""
+        return not self._tower_alone or any(example.media for example in batch)
+
+    def _define_gradients(self) -> None:
+        """A tower that a step of text did not reach has gradients of zero, not none.
+
+        So whether a step's rows happen to have media decides no more than what its gradient is:
+        moments and decay go on as for every other map.
+        """
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _loss(
+        self, batch: Sequence[Example], *, recompute: str | Sequence[str] = "none"
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sum of the loss over a micro-batch, and what its layers add, when that is asked for."""
+        packed = self.batches.of(batch)
+        chunk = self.settings.loss_chunk_size
+        loss = self.model.loss(packed, recompute=recompute, chunk=chunk)
+        if not (self.settings.router_aux_loss_coef and self.model.training):
+            return loss, None
+        aux = self.model.trunk.aux_loss(packed)
+        if aux is None:
+            raise UsageError(
+                "QC-TRAIN-007",
+                "has no effect: this model has no router to balance",
+                field="router_aux_loss_coef",
+                found=self.settings.router_aux_loss_coef,
+                expected="0",
+                fix="leave it out",
+            )
+        return loss, aux
+
+    def _not_finite(
+        self, step: int, batches: Sequence[Sequence[Example]], loss: float, norm: float
+    ) -> NumericError:
+        lines = sorted(example.line for batch in batches for example in batch)
+        shown = ", ".join(map(str, lines[:8])) + (", ..." if len(lines) > 8 else "")
+        return NumericError(
+            "QC-TRAIN-003",
+            f"the loss or its gradient is not finite at step {step + 1}",
+            file=self.data.path,
+            field=f"lines {shown}",
+            found=f"loss {loss}, gradient norm {norm}",
+            fix="lower learning_rate, or look at these rows; the last checkpoint is intact",
+        )
+
+    def due(self, done: int) -> bool:
+        """Whether an evaluation follows the step that made it `done`; the last has its own."""
+        every = self.settings.eval_steps or self.schedule.steps_per_epoch
+        return bool(self.data.eval) and done % every == 0 and done < self.schedule.total
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Mean loss per supervised token over the held-out rows; ``None`` without any."""
+        if not self.data.eval:
+            return None
+        self.model.eval()
+        total, count = 0.0, 0
+        for example in self.data.eval:
+            loss, _ = self._loss([example])
+            total, count = total + float(loss), count + example.supervised
+        self.meter.saw(peak_bytes(self.device))
+        return total / count
+
+    def prove_moved(self) -> tuple[int, int]:
+        """Every adapter's B left zero; otherwise training had no effect on that module.
+
+        Returns:
+            How many linear maps moved, and of how many: of a stack, an expert that no token was
+            routed to stays where it was.
+
+        Raises:
+            NumericError: ``QC-TRAIN-004``.
+        """
+        moved = {name: module.moved for name, module in self.model.adapters()}
+        still = [name for name, (count, _) in moved.items() if not count]
+        if still:
+            raise NumericError(
+                "QC-TRAIN-004",
+                f"{len(still)} adapters never moved",
+                field=still[0],
+                found="lora_B all zero",
+                fix="raise learning_rate or max_steps, or leave the group out of target_groups",
+            )
+        return sum(count for count, _ in moved.values()), sum(n for _, n in moved.values())
+
+
+def unplanned(settings: Settings) -> str:
+    """What the settings say where no plan was made, or one that knows no limit: on the CPU."""
+    if not settings.gradient_checkpointing:
+        return "none"
+    return "full" if settings.recompute == "auto" else settings.recompute
+
+
+def _supervised(batches: Sequence[Sequence[Example]]) -> int:
+    return sum(example.supervised for batch in batches for example in batch)

@@ -1,0 +1,117 @@
+"""What is public, how it imports, and the size of files and functions."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qcore
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(
+    path
+    for folder in ("core/src", "qwen35_plugin/src")
+    for path in (ROOT / folder).rglob("*.py")
+    if "__pycache__" not in path.parts
+)
+PUBLIC = {
+    "qcore": False,
+    "qcore.api.records": False,
+    "qcore.api.parameters": False,
+    "qcore.checkpoint.checkpoint": False,
+    "qcore.errors": False,
+    "qcore.api.blocks": True,
+    "qcore.nn.attention.varlen": True,
+    "qcore.nn.moe.experts": True,
+    "qcore.nn.recompute": True,
+    "qcore.nn.kernels.launch": True,
+    "qcore.nn.grad_buffers": True,
+    "qcore.nn.kernels.compare": True,
+}  #: module -> whether importing it may import torch
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "qcore_qwen35", "rich", "yaml")
+MAX_FILE, MAX_FUNCTION = 500, 80
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("module", [name for name, heavy in PUBLIC.items() if not heavy])
+def test_public_modules_import_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_hookimpl_and_the_plugin_s_hooks_import_no_torch() -> None:
+    code = "import sys, qcore_qwen35.plugin; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_list_of_public_modules_is_the_documented_one() -> None:
+    text = (ROOT / "docs/python-api.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `(qcore[\w.]*)` \|.*\| (yes|no) \|$", text, re.MULTILINE))
+    assert told == {name: "yes" if heavy else "no" for name, heavy in PUBLIC.items()}
+    assert qcore.__doc__ is not None
+    for name in PUBLIC:
+        assert f"`{name.split('.')[1] if '.' in name else 'hookimpl'}`" in qcore.__doc__
+
+
+def test_all_names_of_the_package_exist() -> None:
+    assert sorted(qcore.__all__) == list(qcore.__all__)
+    for name in qcore.__all__:
+        assert getattr(qcore, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = qcore.nothing
+
+
+def test_versions_agree() -> None:
+    for project in ("core", "qwen35_plugin"):
+        text = (ROOT / project / "pyproject.toml").read_text(encoding="utf-8")
+        assert f'version = "{qcore.__version__}"' in text
+    assert f"## [{qcore.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_a_plugin_s_imports_are_public() -> None:
+    allowed = (*PUBLIC, "qcore.testing")
+    for path in FILES:
+        if "qwen35_plugin" not in path.parts:
+            continue
+        for node in runtime_nodes(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qcore."):
+                module = node.module or ""
+                fits = any(module == one or module.startswith(f"{one}.") for one in allowed[1:])
+                assert fits, f"{name_of(path)}: {module}"
+
+
+def runtime_nodes(node: ast.AST) -> list[ast.AST]:
+    """Every node but those that only type checkers see."""
+    found = [node]
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            found += runtime_nodes(child)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_are_told_and_of_readable_size(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree), "no module docstring"
+    assert text.count("\n") <= MAX_FILE
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION, node.name
+
+
+def test_core_names_no_model() -> None:
+    for path in (ROOT / "core/src").rglob("*"):
+        if path.is_file() and path.suffix in (".py", ".yaml", ".jsonl"):
+            assert "qwen" not in path.read_text(encoding="utf-8").lower(), name_of(path)
