@@ -47,6 +47,18 @@ AT_LOAD: dict[str, tuple[str, str, str]] = {
         "invalid",
         "hook 'qcore_detetc' is not known, did you mean 'qcore_detect'",
     ),
+    "renamed": (
+        good("x_renamed")
+        + "@hookimpl\ndef qcore_key_mapping(architecture, config):\n    return []\n",
+        "invalid",
+        "hook 'qcore_key_mapping' is now called 'qcore_parameters'",
+    ),
+    "renamed_optional": (
+        good("x_renamed_optional")
+        + "@hookimpl(optionalhook=True)\ndef qcore_detect_merge(adapter):\n    return []\n",
+        "invalid",
+        "hook 'qcore_detect_merge' is now called 'qcore_adapter_layouts'",
+    ),
     "undecorated": (
         good("x_undecorated") + "def qcore_preflight(request):\n    return []\n",
         "invalid",
@@ -141,7 +153,7 @@ def test_each_hostile_plugin_stops_the_verb_of_its_own_model_type(
 
 def test_sound_plugins_among_hostile_ones_work(hostile: dict[str, dict[str, list[str]]]) -> None:
     fine = [name for name in hostile["listed"] if name.startswith("fine")]
-    assert len(fine) == 34
+    assert len(fine) == 49 - len(AT_LOAD)
     assert {hostile["listed"][name][0] for name in fine} == {"loaded"}
     assert hostile["fine"] == [["fine07", "fine07"], ["fine07"]]
     assert hostile["order"] == sorted(hostile["order"])
@@ -160,7 +172,11 @@ IN_ASK: dict[str, tuple[str, str, str]] = {
     "number": ("return 3", "QC-PLUGIN-003", "returned int"),
     "text": ("return 'all well'", "QC-PLUGIN-003", "returned str"),
     "single": (f"return {FINDING}", "QC-PLUGIN-003", "returned Finding"),
-    "kind": ("yield Sign(field='f', value='v')", "QC-PLUGIN-003", "yielded Sign"),
+    "kind": (
+        "yield Evidence(field='f', value='v', supports=True)",
+        "QC-PLUGIN-003",
+        "yielded Evidence",
+    ),
     "field": (
         "yield Finding(code=1, severity=Severity.NOTE, what='w')",
         "QC-PLUGIN-003",
@@ -294,6 +310,6 @@ def test_every_hook_says_what_it_yields() -> None:
     assert all(isinstance(kind, type) for kinds in yields.values() for kind in kinds)
     assert yields["qcore_describe"] == (Architecture, Generation, Modality)
     assert yields["qcore_detect"] == (Claim,)
-    assert yields["qcore_key_mapping"] == (Part,)
+    assert yields["qcore_parameters"] == (Part,)
     assert yields["qcore_chat_format"] == (ChatFormat,)
-    assert yields["qcore_detect_merge"] == (AdapterClaim,)
+    assert yields["qcore_adapter_layouts"] == (AdapterClaim,)

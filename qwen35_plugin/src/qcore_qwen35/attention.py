@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcore.api.blocks import BuildContext, Packed
+from qcore.api import BuildContext, Packed
 from qcore.nn.attention.varlen import cached_attention, filled, step_attention, varlen_attention
 from qcore.nn.recompute import again, remember
 

@@ -248,6 +248,8 @@ def _register(plugin: Candidate, module: ModuleType) -> str | None:
             continue
         implemented = True
         hook = options["specname"] or name
+        if hook in hookspecs.RENAMED:
+            return f"hook '{hook}' is now called '{hookspecs.RENAMED[hook]}'"
         if options["wrapper"] or options["hookwrapper"]:
             return f"hook '{name}' is a wrapper, which could swallow others' answers"
         if hook not in known and not options["optionalhook"]:

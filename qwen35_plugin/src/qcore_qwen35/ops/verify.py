@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcore.api.records import Verdict
+from qcore.api import Verdict
 from qcore.nn.kernels.compare import compare, worst
 from qcore.nn.moe.experts import Routing
 
