@@ -137,7 +137,7 @@ class Plugins:
     def records(self) -> list[Owned[Any]]:
         """What the loadable plugins of this set describe, in name order. Raises nothing.
 
-        The callables on an `Architecture` are contained like hooks.
+        Every function on a record is contained like a hook.
         """
         return [
             Owned(plugin.info, _guarded(plugin, record))
@@ -327,14 +327,14 @@ def _answers(plugin: Candidate, hook: str, arguments: Mapping[str, Any]) -> list
 
 @dataclass(frozen=True, slots=True)
 class _Guarded:
-    """A callable of a record that names its plugin when it fails; equal where that one is."""
+    """A function on a record that names its plugin when it fails; equal where the function is."""
 
     function: Callable[..., Any]
     what: str
     plugin: Candidate = field(compare=False)
 
-    def __call__(self, *arguments: Any) -> Any:
-        found = contained(partial(self.function, *arguments))
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        found = contained(partial(self.function, *arguments, **named))
         if not isinstance(found, Failure):
             return found
         if isinstance(found.error, QcoreError):
@@ -348,14 +348,18 @@ class _Guarded:
 
 
 def _guarded(plugin: Candidate, record: Any) -> Any:
-    """An `Architecture` whose callables are contained."""
-    from ..api.records import Architecture
+    """The record with every function on it contained, by the annotations of its class."""
+    from .record_check import callable_fields
 
-    if not isinstance(record, Architecture):
-        return record
-    build = _Guarded(record.build, f"build of {record.name}", plugin)
-    tiny = record.tiny and _Guarded(record.tiny, f"tiny of {record.name}", plugin)
-    return replace(record, build=build, tiny=tiny)
+    functions = {name: getattr(record, name) for name in callable_fields(type(record))}
+    return replace(
+        record,
+        **{
+            name: _Guarded(function, f"{name} of {record.name}", plugin)
+            for name, function in functions.items()
+            if function is not None
+        },
+    )
 
 
 def _yields(hook: str) -> tuple[type, ...]:
