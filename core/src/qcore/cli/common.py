@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import PreflightError, QcoreError, UsageError
-
-KINDS = "qcore.media_kinds"  #: entry points of plugins: type of a content part -> module
+from ..io.entry_points import KINDS, usable
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -100,9 +99,7 @@ def check_arguments(arguments: list[str]) -> None:
 
 def _repeatable() -> set[str]:
     """Options of media, of which a turn may have several; looked up where one is given twice."""
-    from importlib.metadata import entry_points
-
-    return {f"--{point.name}" for point in entry_points(group=KINDS)}
+    return {f"--{entry.name}" for entry in usable(KINDS, gated=False)}
 
 
 @contextmanager

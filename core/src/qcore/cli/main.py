@@ -20,6 +20,7 @@ import click
 
 from .. import __version__
 from ..errors import InputError, PluginError, QcoreError, Stopped, WriteError
+from ..io.entry_points import COMMANDS, Entry, Status, entries, usable
 from .common import check_arguments, debugging, fail, wants_json
 
 #: name -> (module, help); the order is that of ``--help``.
@@ -36,7 +37,6 @@ VERBS = {
     "doctor": ("doctor", "Check the environment."),
     "demo": ("demo", "Train, merge and verify a tiny checkpoint, start to end."),
 }
-COMMANDS = "qcore.commands"  #: entry points of plugins: command name -> click command
 
 
 class _Left(Exception):
@@ -85,7 +85,7 @@ class Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Core's verbs in their order, then plugins' by name."""
-        return [*VERBS, *sorted(_plugin_commands())]
+        return [*VERBS, *(entry.name for entry in _listed())]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import one verb."""
@@ -94,6 +94,7 @@ class Verbs(click.Group):
             command: click.Command = module.command
             return command
         if cmd_name in (found := _plugin_commands()):
+            _refuse_unusable(cmd_name)
             return _load(cmd_name, found[cmd_name])
         return None
 
@@ -118,20 +119,16 @@ class Verbs(click.Group):
 
 
 def _plugin_commands() -> dict[str, str]:
-    from importlib.metadata import entry_points
-
-    found = entry_points(group=COMMANDS)
-    return {point.name: point.value for point in found if point.name not in VERBS}
+    return {entry.name: entry.value for entry in entries(COMMANDS, gated=False)}
 
 
 def _owners() -> dict[str, str]:
-    from importlib.metadata import entry_points
+    return {entry.name: entry.identity.distribution for entry in _listed()}
 
-    return {
-        point.name: point.dist.name if point.dist else point.value
-        for point in sorted(entry_points(group=COMMANDS), key=lambda point: point.name)
-        if point.name not in VERBS
-    }
+
+def _listed() -> list[Entry]:
+    """Commands of plugins as ``--help`` lists them; the version gate is applied on use."""
+    return [entry for entry in usable(COMMANDS, gated=False) if entry.name not in VERBS]
 
 
 def _load(name: str, value: str) -> click.Command:
@@ -153,6 +150,19 @@ def _load(name: str, value: str) -> click.Command:
             fix=f"uninstall {_owners().get(name, 'its distribution')}",
         )
     return command
+
+
+def _refuse_unusable(name: str) -> None:
+    """Raise ``QC-PLUGIN-020`` for a command that is disabled, incompatible or claimed twice."""
+    for entry in entries(COMMANDS):
+        if entry.name == name and entry.status is not Status.AVAILABLE:
+            raise PluginError(
+                "QC-PLUGIN-020",
+                f"command '{name}' is {entry.status.value}",
+                field=entry.value,
+                found=entry.reason,
+                fix=f"update or uninstall {entry.identity.distribution}",
+            )
 
 
 @click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})

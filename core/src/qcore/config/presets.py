@@ -22,16 +22,17 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 from ..errors import PluginError, QcoreError, UsageError
+from ..io.entry_points import PRESETS, Status, entries
 from ..io.plugin_data import plugin_files, yaml_files
 from .resolve import settings_of
 from .settings import Settings, Value
 from .yaml import Items, Node, Scalar, Table, read
 
-GROUP = "qcore.presets"
+GROUP = PRESETS
 SCHEMA_VERSION = 1
 _ID = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 _FILE_KEYS = ("schema_version", "default_base_models", "presets")
@@ -180,10 +181,11 @@ def load_presets(plugins: Iterable[EntryPoint] | None = None) -> Presets:
     Args:
         plugins: entry points to read in place of the installed ones.
     """
-    found = entry_points(group=GROUP) if plugins is None else plugins
     sources: list[tuple[str, list[Path]]] = [("core", yaml_files(Path(__file__).parent))]
     broken: list[BrokenPresets] = []
-    for point in sorted(found, key=lambda p: (p.name, p.value)):
+    for point in entries(GROUP, plugins):
+        if point.status is Status.DISABLED:
+            continue
         files, reason = plugin_files(point, "presets")
         sources.append((point.name, files))
         if reason:

@@ -1,4 +1,4 @@
-"""Plugins: discover, load, ask. The trust boundary, and the only broad ``except``.
+"""Plugins: discover, load, ask. The trust boundary.
 
 This file decides what is imported, whether its hooks are sound, and how they are called.
 Discovery never raises: what is wrong with a plugin is its status and reason. Use never
@@ -9,25 +9,24 @@ Every plugin has a manager of its own, so no plugin can wrap, reorder or swallow
 answers, and a registration that fails leaves nothing behind. Calls are made by `Plugins.ask`
 alone; generators are listed inside the containment, because they raise late.
 
-What metadata alone tells is `plugin_catalog`'s; what the answers mean is left to others:
+What metadata alone shows is decided by `discovery`; what the answers mean is left to others:
 `detect` judges claims, preflight orders findings. An installed package that is malicious
 cannot be contained in-process, nor can one that hangs or ends the process below Python.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PluginError, QcoreError
-from .discovery import DISABLE, INDEX, Candidate, catalogue, gate
-from .info import Described, Failure, Owned, PluginInfo, Status
+from ..io.containment import Failure, contained
+from ..io.entry_points import DISABLE, INDEX, Status
+from .discovery import Candidate, catalogue
+from .info import Described, Owned, PluginInfo
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -35,11 +34,9 @@ if TYPE_CHECKING:
 
     from ..api.records import Generation, Modality
 
-__all__ = ["Described", "Owned", "PluginInfo", "Plugins", "Status"]
+__all__ = ["Described", "Owned", "PluginInfo", "Plugins", "Status", "contained"]
 
 _MAX_ANSWERS = 10_000  # a generator that never ends is a failure, not a hang
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 class Plugins:
@@ -66,13 +63,13 @@ class Plugins:
         Args:
             entry_points: used instead of the environment's.
         """
-        return cls(catalogue(entry_points, contained))
+        return cls(catalogue(entry_points))
 
     @property
     def infos(self) -> list[PluginInfo]:
         """Every plugin in name order, the version gate applied. Imports and raises nothing."""
         for plugin in self._plugins:
-            gate(plugin, contained)
+            plugin.check_version()
         return [plugin.info for plugin in self._plugins]
 
     @property
@@ -201,7 +198,7 @@ def _by_name(records: Iterable[Owned[Any]]) -> dict[str, Owned[Any]]:
 
 
 def _load(plugin: Candidate) -> None:
-    gate(plugin, contained)
+    plugin.check_version()
     if plugin.status is not Status.AVAILABLE:
         return
     import importlib
@@ -351,7 +348,8 @@ def _guarded(plugin: Candidate, record: Any) -> Any:
     """The record with every function on it contained, by the annotations of its class."""
     from .record_check import callable_fields
 
-    functions = {name: getattr(record, name) for name in callable_fields(type(record))}
+    kind: Any = type(record)
+    functions = {name: getattr(record, name) for name in callable_fields(kind)}
     return replace(
         record,
         **{
@@ -376,34 +374,3 @@ def _yields(hook: str) -> tuple[type, ...]:
 def _remedy(plugin: Candidate) -> str:
     name = plugin.identity.distribution
     return f"update or uninstall {name}, or leave it out with {DISABLE}={plugin.name}"
-
-
-# Containment.
-
-
-def contained(call: Callable[[], _T], /) -> _T | Failure:
-    """Call foreign code: whatever it raises becomes a `Failure`, less KeyboardInterrupt.
-
-    What it prints goes to stderr, because stdout may be one JSON object.
-    """
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            return call()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # noqa: BLE001  SystemExit too: a plugin may call sys.exit
-        return Failure(_cause(error), error)
-
-
-def _cause(error: BaseException) -> str:
-    """Type, message and place of what foreign code raised; the place is its innermost frame."""
-    try:
-        text = str(error)[:300]
-    except (Exception, SystemExit):  # noqa: BLE001  a message is foreign code as well
-        text = "(its message cannot be shown)"
-    frame, where = error.__traceback__, ""
-    while frame is not None:
-        name = os.path.basename(frame.tb_frame.f_code.co_filename)
-        where = f" ({name}:{frame.tb_lineno})"
-        frame = frame.tb_next
-    return f"{type(error).__name__}: {text}{where}" if text else f"{type(error).__name__}{where}"

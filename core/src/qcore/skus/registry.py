@@ -18,15 +18,16 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 from ..errors import InputError, PluginError, QcoreError, UsageError
+from ..io.entry_points import SKUS, Status, entries
 from ..io.plugin_data import plugin_files
 from .file import read_skus
 from .records import Sku
 
-GROUP = "qcore.skus"
+GROUP = SKUS
 _ID_LINE = re.compile(r"^ *- id: *[\"']?([^\s\"']+)", re.MULTILINE)
 
 
@@ -136,10 +137,11 @@ def load_skus(plugins: Iterable[EntryPoint] | None = None) -> Skus:
     Args:
         plugins: entry points to read in place of the installed ones.
     """
-    found = entry_points(group=GROUP) if plugins is None else plugins
     skus: list[Sku] = []
     broken: list[BrokenSkus] = []
-    for point in sorted(found, key=lambda p: (p.name, p.value)):
+    for point in entries(GROUP, plugins):
+        if point.status is Status.DISABLED:
+            continue
         files, reason = plugin_files(point, "skus")
         if reason:
             broken.append(BrokenSkus(origin=point.name, file=None, reason=reason))

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...api.records import Kernel, KnownBad, Verdict
 from ...errors import NumericError, PluginError, QcoreError, UsageError
-from ...plugins.info import Failure
-from ...plugins.manager import contained
+from ...io.containment import Failure, contained
 from . import cache as kernel_cache
 
 if TYPE_CHECKING:

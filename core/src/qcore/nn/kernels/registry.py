@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...api.records import Kernel
 from ...errors import PluginError, QcoreError, UsageError, raise_all
-from ...plugins.info import Failure
-from ...plugins.manager import Plugins, contained
+from ...io.containment import Failure, contained
+from ...plugins.manager import Plugins
 from .builtin import core_kernels
 from .judge import REFERENCE, SETTING, Line, Listed, State, judge, line_of, raised, reference
 
