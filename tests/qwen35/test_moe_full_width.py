@@ -37,7 +37,7 @@ import json, sys
 import torch
 from support.blocks_kit import documents, relative
 from support.moe_kit import moe_config, twins
-from qcore.nn.protocols import Packed
+from qcore.api.blocks import Packed
 width = json.loads(sys.argv[2])
 pair = twins(moe_config(layers=[sys.argv[1]], vocab_size=512, **width))
 for parameter in (*pair.theirs.parameters(), *pair.ours.parameters()):
