@@ -27,8 +27,9 @@ from pathlib import Path
 
 from ..errors import PluginError, QcoreError, UsageError
 from ..io.plugin_data import plugin_files, yaml_files
-from .resolve import settings_of
-from .settings import Settings, Value
+from .convert import settings_of
+from .settings import Settings
+from .spec import Value
 from .yaml import Items, Node, Scalar, Table, read
 
 GROUP = "qcore.presets"

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config.frozen_map import Entries, Plain
-from ..config.settings import SPECS, Origin, check
+from ..config.settings import SPECS
+from ..config.spec import Origin, check
 from ..errors import InputError, UsageError
 
 if TYPE_CHECKING:
