@@ -12,12 +12,11 @@ business, which backends ``kernels`` may name is `qcore.nn.kernels.registry`'.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from .frozen_map import Entries, Plain
 from .spec import Origin, RefusedWords, Spec, Value, check, line_of, plain
 
@@ -222,7 +221,6 @@ def spec_of(key: str, origin: Origin) -> Spec:
     """
     if key in SPECS:
         return SPECS[key]
-    near = difflib.get_close_matches(key.replace("-", "_").lower(), SPECS, n=1, cutoff=0.6)
-    guess = _OTHER_WORDS.get(key) or (near[0] if near else None)
+    guess = _OTHER_WORDS.get(key) or nearest(key.replace("-", "_").lower(), SPECS)
     fix = f"did you mean {guess}? ({SPECS[guess].help})" if guess else "docs/training.md lists them"
     raise origin.error("QC-CONFIG-001", "is no setting", fix=fix)

@@ -10,7 +10,6 @@ word that a setting refuses for a reason of its own (fp16), ``-005`` given twice
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -18,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from .frozen_map import Entries, Plain
 
 Value = int | float | bool | str | tuple[str, ...] | Entries[Any]
@@ -163,8 +162,8 @@ def _checked_word(spec: Spec, value: str, origin: Origin) -> str:
             fix=refused.fix,
         )
     if spec.choices and value not in spec.choices:
-        near = difflib.get_close_matches(value.lower(), spec.choices, n=1)
-        fix = f"did you mean {near[0]}?" if near else None
+        near = nearest(value.lower(), spec.choices)
+        fix = f"did you mean {near}?" if near else None
         raise origin.error(
             "QC-CONFIG-003",
             "is not one of the choices",
