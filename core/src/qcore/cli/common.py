@@ -116,10 +116,7 @@ def spoken(flags: Mapping[str, tuple[str, Any]]) -> Iterator[None]:
     except UsageError as error:
         if error.field not in typed:
             raise
-        raise type(error)(
-            error.code, error.what, file=error.file, field=typed[error.field], found=error.found,
-            expected=error.expected, fix=error.fix,
-        ) from None  # fmt: skip
+        raise error.replace(field=typed[error.field]) from None
 
 
 def count(number: int) -> str:

@@ -281,9 +281,7 @@ def _before(
             changed = compare(last[1], now)
         except InputError as error:
             if error.field == "media" and (which := first_changed(folder, rows)):
-                error = InputError(
-                    error.code, error.what, file=rows.path, field=which, fix=error.fix
-                )
+                error = error.replace(file=rows.path, field=which, found=None, expected=None)
             raise error from None
     before, said = kept(folder, POLICIES)
     if not changed.keys().isdisjoint(SAME_NUMBERS):  # the settings ask for other policies
