@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from qcore.api.blocks import Packed
 from qcore.nn.grad_buffers import whole
 from qcore.nn.recompute import run_layers
-from qcore_qwen35.kernels import TRITON, kernels
+from qcore_qwen35.kernels import kernels
 from qcore_qwen35.model import Trunk
+from qcore_qwen35.ops import TRITON
 
 OURS = {
     "rms_norm", "add_rms_norm", "gated_norm", "swiglu", "delta_inputs", "attention_inputs",

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .storage import storage_id
+
 
 class _Place(NamedTuple):
     shape: torch.Size
@@ -41,7 +43,7 @@ class Slices:
         single = _single_rows(inputs)
         places = []
         for number, x in enumerate(inputs):
-            storage, stride = _storage(x), x.stride()
+            storage, stride = storage_id(x), x.stride()
             begin, width = single.get(storage, (0, stride[0])) if len(x) == 1 else (0, stride[0])
             offset = int(x.storage_offset() - begin) % max(width, 1)
             if offset + _reach(x) < width:
@@ -83,7 +85,7 @@ def whole(slices: Sequence[Tensor]) -> Tensor:
     at = first.storage_offset()
     for one in slices:
         if (
-            _storage(one) != _storage(first)
+            storage_id(one) != storage_id(first)
             or one.stride() != (width, 1)
             or one.storage_offset() != at
         ):
@@ -107,8 +109,8 @@ def _single_rows(inputs: Sequence[Tensor]) -> dict[int, tuple[int, int]]:
         if len(x) == 1:
             begin = int(x.storage_offset())
             end = begin + _reach(x) + 1
-            first, last = spans.get(_storage(x), (begin, end))
-            spans[_storage(x)] = min(first, begin), max(last, end)
+            first, last = spans.get(storage_id(x), (begin, end))
+            spans[storage_id(x)] = min(first, begin), max(last, end)
     return {storage: (begin, end - begin) for storage, (begin, end) in spans.items()}
 
 
@@ -138,11 +140,7 @@ def _lies(gradient: Tensor, place: _Place) -> bool:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return (
-        _storage(one) == _storage(other)
+        storage_id(one) == storage_id(other)
         and one.storage_offset() == other.storage_offset()
         and one.stride() == other.stride()
     )
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

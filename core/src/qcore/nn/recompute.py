@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..api.blocks import Shared
 from .offload import Held, Parked
+from .storage import storage_id
 
 POLICIES = ("none", "elementwise", "full", "offload")
 
@@ -160,28 +161,24 @@ class _Scope:
     def add(self, result: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         recipe = _Recipe(function, tuple(self._argument(arg) for arg in args))
         for number, one in enumerate((result,) if isinstance(result, Tensor) else result):
-            self._known[_storage(one)] = (_Part(recipe, number), one.detach())
+            self._known[storage_id(one)] = (_Part(recipe, number), one.detach())
 
     def close(self) -> None:
         """Let the results go: each tensor that was saved holds this scope as long as the graph."""
         self._known.clear()
 
     def pack(self, tensor: Tensor) -> Tensor | _Part:
-        known = self._known.get(_storage(tensor))
+        known = self._known.get(storage_id(tensor))
         return tensor if known is None else known[0].saved(tensor)
 
     def _argument(self, arg: Any) -> Any:
         if not isinstance(arg, Tensor):
             return arg
-        known = self._known.get(_storage(arg))
+        known = self._known.get(storage_id(arg))
         return arg.detach() if known is None else known[0].of(arg)
 
 
 _scope: ContextVar[_Scope | None] = ContextVar("qcore cheap results", default=None)
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _unpack(saved: Tensor | _Part) -> Tensor:
