@@ -93,7 +93,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         return cast(_F, call)
 
-    def told(self, name: str, args: Iterable[Any], flops: float) -> None:
+    def record(self, name: str, args: Iterable[Any], flops: float) -> None:
         """Take a kernel that the dispatcher does not see."""
         tensors = {id(one): one for one in args if isinstance(one, Tensor)}.values()
         wide = any(one.dtype == torch.float32 for one in list(tensors)[:1])

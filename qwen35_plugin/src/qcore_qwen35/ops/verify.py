@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from qcore.api.records import Verdict
-from qcore.nn.kernels.compare import compare, worst
-from qcore.nn.moe.experts import Routing
+from qcore.ops import Routing, compare, worst_verdict
 
 from ..moe import router
 from . import TRITON
@@ -43,7 +42,7 @@ def verify(op: str, device: torch.device, function: Callable[..., Any] | None = 
     if op == "delta_step":
         function = _with_states(function)
     output, gradient = BOUNDS.get(op, (5e-3, 5e-3))
-    return worst(
+    return worst_verdict(
         *(
             compare(
                 function, reference, inputs, output=output, gradient=gradient,

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..grad_buffers import whole
+from ..grad_buffers import as_one_buffer
 from ..kernels.launch import on_gpu
 from ..storage import storage_id
 from .fused_factors import Working
@@ -258,7 +258,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, xa = ctx.saved_tensors
         product: Product = ctx.product
-        dy = whole([_rows(one) for one in grads])
+        dy = as_one_buffer([_rows(one) for one in grads])
         working = product.working(dy)
         dx = dyb = None
         if ctx.needs_input_grad[0]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.launch import on_gpu, worked
+from ..kernels.launch import on_gpu, record_work
 from ..storage import storage_id
 from .members import LoraFactors
 
@@ -81,7 +81,7 @@ def _add_product(to: Tensor, left: Tensor, right: Tensor, by: float, *, fresh: b
     if left.is_meta and on_gpu(left):
         # Torch 2.11 has no addmm into another dtype there.
         work = 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
-        worked("addmm", left, right, to, flops=work)
+        record_work("addmm", left, right, to, flops=work)
     elif on_gpu(left) and left.dtype != to.dtype:
         torch.addmm(to, left, right, out_dtype=to.dtype, beta=beta, alpha=by, out=to)
     else:
