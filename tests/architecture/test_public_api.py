@@ -26,12 +26,7 @@ PUBLIC = {
     "qcore.checkpoint.checkpoint": False,
     "qcore.errors": False,
     "qcore.api.blocks": True,
-    "qcore.nn.attention.varlen": True,
-    "qcore.nn.moe.experts": True,
-    "qcore.nn.recompute": True,
-    "qcore.nn.kernels.launch": True,
-    "qcore.nn.grad_buffers": True,
-    "qcore.nn.kernels.compare": True,
+    "qcore.ops": True,
 }  #: module -> whether importing it may import torch
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "qcore_qwen35", "rich", "yaml")
 MAX_FILE, MAX_FUNCTION = 500, 80
@@ -134,3 +129,12 @@ def test_core_names_no_model() -> None:
     for path in (ROOT / "core/src").rglob("*"):
         if path.is_file() and path.suffix in (".py", ".yaml", ".jsonl"):
             assert "qwen" not in path.read_text(encoding="utf-8").lower(), name_of(path)
+
+
+def test_all_names_of_ops_exist_and_are_documented() -> None:
+    import qcore.ops
+
+    public = {name for name in vars(qcore.ops) if not name.startswith("_")} - {"annotations"}
+    assert public == set(qcore.ops.__all__)
+    for name in qcore.ops.__all__:
+        assert f"`{name}`" in (qcore.ops.__doc__ or "")
