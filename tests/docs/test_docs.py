@@ -121,7 +121,7 @@ def test_codes_stand_under_their_exit_status() -> None:
         for name, kind in vars(errors).items()
         if isinstance(kind, type) and issubclass(kind, errors.QcoreError)
     }
-    statuses |= {"Finding": 65, "BadRow": 65}
+    statuses |= {"Finding": 65, "RowError": 65}
     where = listed()
     seen = set()
     for path in sources():

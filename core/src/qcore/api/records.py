@@ -13,13 +13,13 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .views import CheckpointView, LayoutView
+
 if TYPE_CHECKING:
     from torch import device as Device
 
-    from ..checkpoint.checkpoint import Checkpoint
-    from ..checkpoint.layout import Layout
-    from ..data.media_files import MediaReader
     from .blocks import BuildContext, Tower, Trunk
+    from .media import MediaReader
 
 
 class Severity(str, Enum):
@@ -80,7 +80,7 @@ class Modality:
         root: canonical prefix at which the tower is mounted.
         kinds: types of content parts that its reader reads.
         build: ``(BuildContext) -> Tower``; the import of torch happens inside.
-        reader: ``(Checkpoint, tell) -> MediaReader``, of the checkpoint's own processor files;
+        reader: ``(CheckpointView, tell) -> MediaReader``, of the checkpoint's own processor files;
             ``tell`` takes a line that the user is to read.
     """
 
@@ -90,7 +90,7 @@ class Modality:
     root: str
     kinds: tuple[str, ...]
     build: Callable[[BuildContext], Tower]
-    reader: Callable[[Checkpoint, Callable[[str], None]], MediaReader]
+    reader: Callable[[CheckpointView, Callable[[str], None]], MediaReader]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,10 +164,10 @@ class PreflightRequest:
     """
 
     verb: str
-    checkpoint: Checkpoint
+    checkpoint: CheckpointView
     architecture: str
     generation: str
-    layout: Layout
+    layout: LayoutView
     settings: Mapping[str, Any] = field(default_factory=dict)
     token_ids: Mapping[str, int] = field(default_factory=dict)
 

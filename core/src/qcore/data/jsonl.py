@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..api.media import RowError
 from ..errors import InputError, PreflightError
 from ..io import strict_json
 
@@ -37,54 +38,6 @@ class Hasher(Protocol):
     """What `hashlib.sha256()` gives."""
 
     def update(self, data: bytes, /) -> None: ...
-
-
-class BadRow(Exception):
-    """One row that is not as it must be; `error` gives it file and line.
-
-    Args:
-        code: stable code.
-        what: the statement.
-        at: path inside the row, ``messages[3].content``.
-        found: what was there.
-        expected: what should have been there.
-        fix: one edit that mends it.
-    """
-
-    def __init__(
-        self,
-        code: str,
-        what: str,
-        *,
-        at: str = "",
-        found: object | None = None,
-        expected: object | None = None,
-        fix: str | None = None,
-    ) -> None:
-        super().__init__(what)
-        self.code = code
-        self.what = what
-        self.at = at
-        self.found = found
-        self.expected = expected
-        self.fix = fix
-
-    def within(self, at: str) -> BadRow:
-        """The same, of something that lies at `at` in the row."""
-        self.at = f"{at}.{self.at}" if self.at else at
-        return self
-
-    def error(self, path: Path | None, line: int) -> InputError:
-        """The user's error: file, line and field."""
-        return InputError(
-            self.code,
-            self.what,
-            file=path,
-            field=f"line {line}, {self.at}" if self.at else f"line {line}",
-            found=self.found,
-            expected=self.expected,
-            fix=self.fix,
-        )
 
 
 class Problems:
@@ -207,14 +160,14 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
         at: path for the error.
 
     Raises:
-        BadRow: ``QC-DATA-003`` not UTF-8, ``QC-DATA-004`` not JSON, a duplicate key, NaN or
+        RowError: ``QC-DATA-003`` not UTF-8, ``QC-DATA-004`` not JSON, a duplicate key, NaN or
             infinity, nested too deep.
     """
     if isinstance(raw, bytes):
         try:
             raw = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise BadRow(
+            raise RowError(
                 "QC-DATA-003",
                 "is not UTF-8",
                 at=at,
@@ -225,7 +178,7 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
         value = strict_json.loads(raw, finite=True)
     except json.JSONDecodeError as error:
         byte = len(raw[: error.pos].encode("utf-8", "surrogatepass")) + 1
-        raise BadRow(
+        raise RowError(
             "QC-DATA-004",
             "is not JSON",
             at=at,
@@ -235,7 +188,7 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
     except RecursionError:
         raise _too_deep(at) from None
     except strict_json.DuplicateKeyError as error:
-        raise BadRow(
+        raise RowError(
             "QC-DATA-004",
             "has a key twice in one object",
             at=at,
@@ -245,22 +198,22 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
     except strict_json.NonFiniteError as error:
         raise _not_finite(error, at) from None
     except ValueError:  # an integer with more digits than Python converts
-        raise BadRow("QC-DATA-004", "has a number of thousands of digits", at=at) from None
+        raise RowError("QC-DATA-004", "has a number of thousands of digits", at=at) from None
     if raw.count("{") + raw.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise _too_deep(at)
     return value
 
 
-def _not_finite(error: strict_json.NonFiniteError, at: str) -> BadRow:
+def _not_finite(error: strict_json.NonFiniteError, at: str) -> RowError:
     if error.overflow:
         what, expected = "has a number beyond every float", "a finite number"
     else:
         what, expected = "has a number that JSON does not know", "a finite number or null"
-    return BadRow("QC-DATA-004", what, at=at, found=error.text[:40], expected=expected)
+    return RowError("QC-DATA-004", what, at=at, found=error.text[:40], expected=expected)
 
 
-def _too_deep(at: str) -> BadRow:
-    return BadRow(
+def _too_deep(at: str) -> RowError:
+    return RowError(
         "QC-DATA-004", "is nested too deep", at=at, expected=f"at most {MAX_DEPTH} levels"
     )
 

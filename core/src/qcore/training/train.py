@@ -22,11 +22,11 @@ import torch
 
 from ..adapter.peft_names import choose_class
 from ..adapter.targets import Coverage, coverage, targets
+from ..api.media import MediaReader
 from ..api.parameters import Store
+from ..checkpoint.tokenizer import load_tokenizer
 from ..config.settings import Settings
 from ..data.dataset import Dataset, dataset
-from ..data.masking import load_tokenizer
-from ..data.media_files import MediaReader
 from ..data.microbatches import units_of_rows
 from ..data.sampler import Schedule
 from ..errors import InputError, Interrupted, NumericError
