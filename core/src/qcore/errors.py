@@ -15,12 +15,19 @@ renders it and exits with ``exit_code``; nothing else in qcore decides an exit s
       Stopped       130   Ctrl-C where there is nothing to resume
 
 Codes are ``QC-AREA-NNN``; docs/errors.md lists them and a test keeps the list true.
+
+`contained` is the only broad ``except`` of the package: code of plugins and sinks runs inside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Self
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self, TypeVar
+
+_T = TypeVar("_T")
 
 
 class QcoreError(Exception):
@@ -213,3 +220,42 @@ def raise_all(problems: Sequence[QcoreError]) -> None:
         raise problems[0]
     if problems:
         raise PreflightError(list(problems))
+
+
+class Failure:
+    """What went wrong in foreign code, on one line; `error` is the exception, if there was one."""
+
+    def __init__(self, text: str, error: BaseException | None = None) -> None:
+        self.text = " ".join(text.split())
+        self.error = error
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def contained(call: Callable[[], _T], /) -> _T | Failure:
+    """Call foreign code: any exception but KeyboardInterrupt becomes a `Failure`.
+
+    What it prints goes to stderr, because stdout may be one JSON object.
+    """
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return call()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  SystemExit too: a plugin may call sys.exit
+        return Failure(_cause(error), error)
+
+
+def _cause(error: BaseException) -> str:
+    """Type, message and innermost frame of an exception that foreign code raised."""
+    try:
+        text = str(error)[:300]
+    except (Exception, SystemExit):  # noqa: BLE001  a message is foreign code as well
+        text = "(its message cannot be shown)"
+    frame, where = error.__traceback__, ""
+    while frame is not None:
+        name = os.path.basename(frame.tb_frame.f_code.co_filename)
+        where = f" ({name}:{frame.tb_lineno})"
+        frame = frame.tb_next
+    return f"{type(error).__name__}: {text}{where}" if text else f"{type(error).__name__}{where}"

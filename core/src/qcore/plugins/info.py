@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from ..errors import Failure as Failure
+
 if TYPE_CHECKING:
     from ..api.records import Architecture, Generation, Modality
 
@@ -78,18 +80,7 @@ class Described:
     modalities: Mapping[str, Owned[Modality]]
 
 
-class Failure:
-    """What went wrong in foreign code, on one line; `error` when something was raised."""
-
-    def __init__(self, text: str, error: BaseException | None = None) -> None:
-        self.text = " ".join(text.split())
-        self.error = error
-
-    def __str__(self) -> str:
-        return self.text
-
-
 class Contain(Protocol):
-    """Calls foreign code and turns what it raises into a `Failure`; `plugins` has the one."""
+    """Calls foreign code and turns what it raises into a `Failure`: `errors.contained`."""
 
     def __call__(self, call: Callable[[], _T], /) -> _T | Failure: ...

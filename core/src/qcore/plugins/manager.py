@@ -1,4 +1,4 @@
-"""Plugins: discover, load, ask. The trust boundary, and the only broad ``except``.
+"""Plugins: discover, load, ask. The trust boundary.
 
 This file decides what is imported, whether its hooks are sound, and how they are called.
 Discovery never raises: what is wrong with a plugin is its status and reason. Use never
@@ -16,18 +16,15 @@ cannot be contained in-process, nor can one that hangs or ends the process below
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from ..errors import PluginError, QcoreError
+from ..errors import Failure, PluginError, QcoreError, contained
 from .discovery import DISABLE, INDEX, Candidate, catalogue, gate
-from .info import Described, Failure, Owned, PluginInfo, Status
+from .info import Described, Owned, PluginInfo, Status
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -35,11 +32,9 @@ if TYPE_CHECKING:
 
     from ..api.records import Generation, Modality
 
-__all__ = ["Described", "Owned", "PluginInfo", "Plugins", "Status"]
+__all__ = ["Described", "Owned", "PluginInfo", "Plugins", "Status", "contained"]
 
 _MAX_ANSWERS = 10_000  # a generator that never ends is a failure, not a hang
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 class Plugins:
@@ -370,34 +365,3 @@ def _yields(hook: str) -> tuple[type, ...]:
 def _remedy(plugin: Candidate) -> str:
     name = plugin.identity.distribution
     return f"update or uninstall {name}, or leave it out with {DISABLE}={plugin.name}"
-
-
-# Containment.
-
-
-def contained(call: Callable[[], _T], /) -> _T | Failure:
-    """Call foreign code: whatever it raises becomes a `Failure`, less KeyboardInterrupt.
-
-    What it prints goes to stderr, because stdout may be one JSON object.
-    """
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            return call()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # noqa: BLE001  SystemExit too: a plugin may call sys.exit
-        return Failure(_cause(error), error)
-
-
-def _cause(error: BaseException) -> str:
-    """Type, message and place of what foreign code raised; the place is its innermost frame."""
-    try:
-        text = str(error)[:300]
-    except (Exception, SystemExit):  # noqa: BLE001  a message is foreign code as well
-        text = "(its message cannot be shown)"
-    frame, where = error.__traceback__, ""
-    while frame is not None:
-        name = os.path.basename(frame.tb_frame.f_code.co_filename)
-        where = f" ({name}:{frame.tb_lineno})"
-        frame = frame.tb_next
-    return f"{type(error).__name__}: {text}{where}" if text else f"{type(error).__name__}{where}"
