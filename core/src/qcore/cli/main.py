@@ -20,7 +20,7 @@ import click
 
 from .. import __version__
 from ..errors import InputError, PluginError, QcoreError, Stopped, WriteError
-from .common import check_arguments, debugging, fail, wants_json
+from .common import check_repeats, check_text, debugging, fail, wants_json
 
 #: name -> (module, help); the order is that of ``--help``.
 VERBS = {
@@ -100,14 +100,17 @@ class Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Add a suggestion to click's "no such command"."""
+        """As click does, with a suggestion where there is no such command; no option twice."""
         if self.get_command(ctx, args[0]) is None:
             import difflib
 
             near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise click.UsageError(f"No such command '{args[0]}'.{hint}", ctx)
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None and not ctx.resilient_parsing:
+            check_repeats(command, name, rest, ctx)
+        return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, without importing any."""
@@ -191,7 +194,7 @@ def main() -> NoReturn:
 def _run(arguments: list[str]) -> int:
     """The exit status of a verb; only what cannot be written escapes."""
     try:
-        check_arguments(arguments)
+        check_text(arguments)
         # Without standalone mode click returns the status of an Exit instead of raising it.
         status = cli.main(arguments, prog_name="qcore", standalone_mode=False)
     except QcoreError as error:
