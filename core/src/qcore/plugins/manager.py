@@ -376,13 +376,17 @@ def _remedy(plugin: Candidate) -> str:
 # Containment.
 
 
-def contained(call: Callable[[], _T], /) -> _T | Failure:
+def contained(call: Callable[[], _T], /, *, prints: bool = False) -> _T | Failure:
     """Call foreign code: whatever it raises becomes a `Failure`, less KeyboardInterrupt.
 
     What it prints goes to stderr, because stdout may be one JSON object.
+
+    Args:
+        call: the foreign code.
+        prints: stdout is its own: it is a command, whose result is what it prints.
     """
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.nullcontext() if prints else contextlib.redirect_stdout(sys.stderr):
             return call()
     except KeyboardInterrupt:
         raise
