@@ -16,6 +16,7 @@ import yaml
 from qcore.config.frozen_map import Entries
 from qcore.config.presets import Preset, Presets
 from qcore.config.resolve import SPECS, Settings, load_settings, parse_sets
+from qcore.config.settings import Origin, Refusal, Spec, check
 from qcore.errors import UsageError
 
 # text of run.yaml -> setting and value that it must give
@@ -414,3 +415,23 @@ def test_importing_config_stays_light() -> None:
         "assert not bad, bad"
     )
     assert run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- words that have an error of their own
+
+
+def test_a_word_is_refused_by_what_its_setting_declares() -> None:
+    declared = Refusal(words=("tiny",), code="QC-CONFIG-099", what="is too small", fix="size: big")
+    spec = Spec(
+        name="size", type=str, default="big", help="", choices=("big",), refused=(declared,)
+    )
+    for word in ("tiny", "TINY"):
+        with pytest.raises(UsageError) as error:
+            check(spec, word, Origin(field="size"))
+        assert (error.value.code, error.value.fix) == ("QC-CONFIG-099", "size: big")
+    assert check(spec, "big", Origin(field="size")) == "big"
+
+
+def test_no_setting_is_special_by_its_name() -> None:
+    spec = Spec(name="dtype", type=str, default="half", help="", choices=("half", "fp16"))
+    assert check(spec, "fp16", Origin(field="dtype")) == "fp16"

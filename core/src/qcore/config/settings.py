@@ -30,6 +30,31 @@ _LONGEST_TEXT = 4096  #: characters of a text in a mapping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Words that a setting refuses with an error of their own.
+
+    Attributes:
+        words: in lower case.
+        code: the error's code.
+        what: why they are refused.
+        fix: what to write instead.
+    """
+
+    words: tuple[str, ...]
+    code: str
+    what: str
+    fix: str
+
+
+_FP16 = Refusal(
+    words=("fp16", "float16", "half"),
+    code="QC-CONFIG-004",
+    what="fp16 ends at 65504 and a recurrent state of linear attention goes beyond it",
+    fix="dtype: bf16",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
     """What one setting may be.
 
@@ -44,6 +69,7 @@ class Spec:
         below: number that the value must stay under.
         also: numbers outside the range that have a meaning of their own.
         choices: the allowed words; empty where any word is.
+        refused: words that are no choice and have an error of their own.
         each: of `Entries`: type of every value, whose range the limits above are; ``object``
             is true, false, a number or a text.
         key: of `Entries`: what its names are, ``group``, ``variable`` or ``op``.
@@ -59,6 +85,7 @@ class Spec:
     below: float | None = None
     also: tuple[int, ...] = ()
     choices: tuple[str, ...] = ()
+    refused: tuple[Refusal, ...] = ()
     each: _Type | None = None
     key: str = ""
 
@@ -131,7 +158,7 @@ class Settings:
         (), "LoRA groups to train; empty: those that the architecture has on"
     )
     seed: int = _s(42, "seed of initialisation, order and dropout", low=0, high=2**32 - 1)
-    dtype: str = _s("bf16", "compute dtype", choices=("bf16", "fp32"))
+    dtype: str = _s("bf16", "compute dtype", choices=("bf16", "fp32"), refused=(_FP16,))
     quantize_groups: tuple[str, ...] = _s(
         (), "LoRA groups that are held in 4 bit too, beside those that the architecture has so"
     )
@@ -298,14 +325,11 @@ def check(spec: Spec, value: object, origin: Origin) -> Value:
 
 
 def _checked_word(spec: Spec, value: str, origin: Origin) -> str:
-    if spec.name == "dtype" and value.lower() in ("fp16", "float16", "half"):
-        raise origin.error(
-            "QC-CONFIG-004",
-            "fp16 ends at 65504 and a recurrent state of linear attention goes beyond it",
-            found=value,
-            expected=spec.expected,
-            fix="dtype: bf16",
-        )
+    for refusal in spec.refused:
+        if value.lower() in refusal.words:
+            raise origin.error(
+                refusal.code, refusal.what, found=value, expected=spec.expected, fix=refusal.fix
+            )
     if spec.choices and value not in spec.choices:
         near = difflib.get_close_matches(value.lower(), spec.choices, n=1)
         fix = f"did you mean {near[0]}?" if near else None
