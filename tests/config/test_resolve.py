@@ -17,6 +17,7 @@ from qcore.config import resolve
 from qcore.config.frozen_map import Entries
 from qcore.config.presets import Preset, Presets
 from qcore.config.resolve import SPECS, Settings, load_settings, parse_sets
+from qcore.config.spec import Origin, Spec, check
 from qcore.errors import UsageError
 
 # text of run.yaml -> setting and value that it must give
@@ -424,3 +425,8 @@ def test_the_room_has_no_import_circle() -> None:
     for index, name in enumerate(order):
         text = (folder / f"{name}.py").read_text(encoding="utf-8")
         assert not [later for later in order[index:] if f"from .{later} import" in text], name
+
+
+def test_no_setting_is_special_by_its_name() -> None:
+    spec = Spec(name="dtype", type=str, default="half", help="", choices=("half", "fp16"))
+    assert check(spec, "fp16", Origin(field="dtype")) == "fp16"
