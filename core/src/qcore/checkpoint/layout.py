@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ..api.parameters import Namespace, Part, Region, Row, Store, Table, Tensor
-from ..errors import InputError, QcoreError, one_of_each, raise_all, nearest
+from ..errors import InputError, QcoreError, nearest, one_of_each, raise_all
 from .checkpoint import Checkpoint, Header
 from .safetensors_header import without_gc
 
