@@ -186,7 +186,7 @@ def test_train_without_a_model_takes_the_default_and_says_so(
     code = (
         "import sys, qcore.cli.main as cli, qcore.training.train as verb\n"
         "def train(model, *a, reporter, **k):\n"
-        "    reporter._begin()\n"
+        "    reporter.table('', [])\n"
         "    raise SystemExit(f'TRAINS {model}')\n"
         "verb.train = train\n"
         "cli.main()\n"
@@ -284,7 +284,7 @@ skus:
     from qcore.skus.file import read_skus
 
     skus = Skus(skus=tuple(replace(sku, origin="test") for sku in read_skus(file)))
-    monkeypatch.setattr(qcore.skus, "load_skus", lambda *a: skus)
+    monkeypatch.setattr(qcore.skus.registry, "load_skus", lambda *a: skus)
     return skus
 
 
@@ -430,7 +430,7 @@ def test_a_broken_record_file_does_not_stop_inspect(
     from qcore.skus.registry import BrokenSkus
 
     bad = BrokenSkus(origin="plug", file=tmp_path / "a.yaml", reason="breaks the contract")
-    monkeypatch.setattr(qcore.skus, "load_skus", lambda *a: Skus(skus=(), broken=(bad,)))
+    monkeypatch.setattr(qcore.skus.registry, "load_skus", lambda *a: Skus(skus=(), broken=(bad,)))
     folder = write_sparse(tmp_path / "m", small_config(), small_shapes())
     assert inspected(capsys, folder).json["record"]["unread"] == ["plug: breaks the contract"]
     assert (
