@@ -13,7 +13,7 @@ import pytest
 import qcore
 from qcore.config.presets import GROUP, Presets, load_presets
 from qcore.config.resolve import Settings, load_settings
-from qcore.config.settings import line_of
+from qcore.config.spec import line_of
 from qcore.errors import PluginError, UsageError
 
 GOOD = """\

@@ -13,6 +13,7 @@ from subprocess import run
 import pytest
 import yaml
 
+from qcore.config import resolve
 from qcore.config.frozen_map import Entries
 from qcore.config.presets import Preset, Presets
 from qcore.config.resolve import SPECS, Settings, load_settings, parse_sets
@@ -414,3 +415,12 @@ def test_importing_config_stays_light() -> None:
         "assert not bad, bad"
     )
     assert run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_room_has_no_import_circle() -> None:
+    """spec < settings < convert < presets < resolve: each imports only those before it."""
+    order = ("spec", "settings", "convert", "presets", "resolve")
+    folder = Path(resolve.__file__).parent
+    for index, name in enumerate(order):
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        assert not [later for later in order[index:] if f"from .{later} import" in text], name

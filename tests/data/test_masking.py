@@ -19,9 +19,10 @@ from support.chat_kit import (  # fmt: skip
 )
 from tokenizers import Tokenizer
 
+from qcore.api.media import RowError
 from qcore.checkpoint.chat_template import Template
-from qcore.data.jsonl import BadRow
-from qcore.data.masking import encode_row, highest_id, labels, load_tokenizer, normalised, spans
+from qcore.checkpoint.tokenizer import load_tokenizer
+from qcore.data.masking import encode_row, highest_id, labels, normalised, spans
 from qcore.data.rows import Row, RowCheck
 from qcore.data.template_check import prove_mask
 from qcore.errors import InputError
@@ -242,7 +243,7 @@ def test_spans_begin_after_the_longest_tail(body: str, wanted: str) -> None:
     ],
 )
 def test_another_number_of_turns_is_refused(text: str, turns: int, code: str) -> None:
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(RowError) as caught:
         spans(text, FORMAT, turns)
     assert caught.value.code == code
 

@@ -29,11 +29,11 @@ from support.swatch_kit import (  # fmt: skip
     text,
 )
 
+from qcore.api.media import Placed, RowError
 from qcore.checkpoint.chat_template import Template
 from qcore.data import media_files as media_module
 from qcore.data.dataset import Dataset, dataset
-from qcore.data.jsonl import BadRow
-from qcore.data.media_files import LARGEST, Finder, Placed, Reference
+from qcore.data.media_files import LARGEST, Finder, Reference
 from qcore.errors import InputError, PreflightError
 
 END = "<|im_end|>"
@@ -469,7 +469,7 @@ def test_a_pipe_put_in_a_files_place_does_not_block(
     os.mkfifo(folder / "pipe")
     monkeypatch.setattr(Path, "lstat", lambda _: status)
     part = Reference(kind="swatch", at="", given="pipe", options={})
-    with at_once(), pytest.raises(BadRow, match="no regular file"):
+    with at_once(), pytest.raises(RowError, match="no regular file"):
         Finder(folder).payload(part)
 
 

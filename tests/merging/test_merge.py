@@ -328,15 +328,22 @@ def test_an_adapter_that_is_cut(base: Path, adapter: Path, tmp_path: Path, ours:
 # -- interrupted
 
 
-@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO], ids=["full", "input/output error"])
+@pytest.mark.parametrize(
+    ("fault", "points"),
+    [
+        pytest.param(errno.ENOSPC, 2, id="full"),
+        pytest.param(errno.ENOSPC, 12, id="full, more points", marks=pytest.mark.slow),
+        pytest.param(errno.EIO, 12, id="input/output error", marks=pytest.mark.slow),
+    ],
+)
 def test_a_disk_that_fails_leaves_nothing(
-    base: Path, adapter: Path, tmp_path: Path, fault: int
+    base: Path, adapter: Path, tmp_path: Path, fault: int, points: int
 ) -> None:
     calls = count(lambda: merge(str(base), adapter, tmp_path / "whole"))
     shutil.rmtree(tmp_path / "whole")
     assert calls > 50
     before = files(base)
-    for at in random.Random(1).sample(range(calls - 4), 6):
+    for at in random.Random(1).sample(range(calls - 4), points):
         with Faults(at=at, action=fault), pytest.raises(WriteError) as error:
             merge(str(base), adapter, tmp_path / "out")
         assert error.value.exit_code == 73, at
@@ -344,8 +351,15 @@ def test_a_disk_that_fails_leaves_nothing(
     assert files(base) == before
 
 
+@pytest.mark.parametrize(
+    ("points", "shares"),
+    [
+        pytest.param(2, (0.5,), id="sample"),
+        pytest.param(8, (0.1, 0.4, 0.7, 0.95), id="more points", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_merge_leaves_no_result_and_the_next_cleans_up(
-    base: Path, adapter: Path, tmp_path: Path
+    base: Path, adapter: Path, tmp_path: Path, points: int, shares: tuple[float, ...]
 ) -> None:
     def job() -> None:
         merge(str(base), adapter, tmp_path / "out")
@@ -353,14 +367,14 @@ def test_a_killed_merge_leaves_no_result_and_the_next_cleans_up(
     calls = count(lambda: merge(str(base), adapter, tmp_path / "whole"))
     whole = files(tmp_path / "whole")
     shutil.rmtree(tmp_path / "whole")
-    for at in random.Random(2).sample(range(calls - 6), 5):
+    for at in random.Random(2).sample(range(calls - 6), points):
         assert killed(job, at)
         assert not (tmp_path / "out").exists(), at
     began = time.perf_counter()
     job()
     took = time.perf_counter() - began
     shutil.rmtree(tmp_path / "out")
-    for share in (0.1, 0.4, 0.7, 0.95):
+    for share in shares:
         child = os.fork()
         if child == 0:
             try:

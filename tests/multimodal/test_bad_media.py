@@ -30,8 +30,7 @@ from support.media_kit import (
     video,
 )  # fmt: skip
 
-from qcore.data.jsonl import BadRow
-from qcore.data.media_files import Payload
+from qcore.api.media import Payload, RowError
 
 Make = Callable[[], bytes]
 
@@ -307,7 +306,7 @@ OPTIONS: list[tuple[str, dict[str, Any], str, str]] = [
 
 
 def refused(reader: Any, part: Payload, code: str, says: str) -> None:
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(RowError) as caught:
         reader.read(part)
     assert caught.value.code == code
     assert caught.value.__cause__ is None
@@ -436,7 +435,7 @@ def test_packets_are_counted_in_constant_memory(monkeypatch: pytest.MonkeyPatch)
 def test_a_profile_bomb(reader: Any) -> None:
     data = profile()
     assert len(data) < 200_000
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(RowError) as caught:
         reader.read(payload(data))
     assert caught.value.code == "QC-VISION-030"
 
@@ -460,7 +459,7 @@ def test_every_cut_of_every_format_is_told(reader: Any) -> None:
     for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
         data = saved(picture("P" if form == "GIF" else "RGB", 24, 20), form)
         for size in range(0, len(data) - 20, max(1, len(data) // 60)):
-            with pytest.raises(BadRow, match=r"damaged|no image"):
+            with pytest.raises(RowError, match=r"damaged|no image"):
                 reader.read(payload(data[:size]))
             told += 1
     assert told > 250
@@ -485,7 +484,7 @@ def test_every_flip_is_told_or_read(reader: Any) -> None:
             changed = flipped(changed, min(int(at) + 3, len(data) - 1))
             try:
                 reader.read(payload(changed, kind))
-            except BadRow as bad:
+            except RowError as bad:
                 assert bad.code.startswith("QC-VISION-0")  # noqa: PT017
                 told += 1
     assert told > 40
@@ -532,7 +531,7 @@ _MEASURE = """
 import resource, sys
 from pathlib import Path
 from support.media_kit import bare_png, checkpoint, file_payload
-from qcore.data.jsonl import BadRow
+from qcore.api.media import RowError
 from qcore_multimodal.reader import Reader
 from PIL import Image
 reader = Reader(checkpoint(Path(sys.argv[1])), tell=sys.stderr.write)
@@ -541,7 +540,7 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 before = peak()
 try:
     print(reader.read(part).tokens, peak() - before)
-except BadRow as bad:
+except RowError as bad:
     print(bad.code, peak() - before)
 """
 

@@ -30,9 +30,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
+from qcore.api.media import RowError
 from qcore.api.records import Severity
 from qcore.checkpoint.chat_template import Template
-from qcore.data.jsonl import BadRow
 from qcore.data.masking import normalised
 from qcore_multimodal.media import Seen
 from qcore_multimodal.placeholders import CONTROL, END, IMAGE, START, VIDEO, expand, token_findings
@@ -269,7 +269,7 @@ BAD: dict[str, tuple[str, list[Seen], str, str, str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_refused(case: str) -> None:
     text, media, code, found, expected = BAD[case]
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(RowError) as caught:
         expand(text, media)
     error = caught.value.error(Path("rows.jsonl"), 7)
     assert error.code == f"QC-VISION-{code}"
@@ -281,7 +281,7 @@ def test_refused(case: str) -> None:
 
 
 def test_the_kind_that_differs_is_told_by_its_number() -> None:
-    with pytest.raises(BadRow, match="medium 2 of the row"):
+    with pytest.raises(RowError, match="medium 2 of the row"):
         expand(f"{IMAGE} {IMAGE}", [PIC, CLIP])
 
 
@@ -300,7 +300,7 @@ def test_a_medium_in_reasoning_that_the_template_drops(
         {"role": "user", "content": "sure?"},
         {"role": "assistant", "content": "yes"},
     ]
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(RowError) as caught:
         expand(templates[name].render(messages), [PIC])
     assert caught.value.code == "QC-VISION-050"
     kept = templates[name].render(messages[:2])  # the last turn keeps its reasoning
@@ -309,7 +309,7 @@ def test_a_medium_in_reasoning_that_the_template_drops(
 
 def test_a_template_that_prints_a_medium_twice() -> None:
     twice = f"{{{{ '{START}{IMAGE}{END}' * 2 }}}}"
-    with Template(twice, "twice") as template, pytest.raises(BadRow) as caught:
+    with Template(twice, "twice") as template, pytest.raises(RowError) as caught:
         expand(template.render([{"role": "user", "content": "x"}]), [PIC])
     assert caught.value.found == "2 of image and 0 of video"
 

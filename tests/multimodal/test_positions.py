@@ -20,8 +20,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as moe
 
 from qcore.api.blocks import Packed
-from qcore.data.jsonl import BadRow
-from qcore.data.media_files import Placed
+from qcore.api.media import Placed, RowError
 from qcore_multimodal.positions import place
 from qcore_qwen35.rope import Rope
 
@@ -146,7 +145,7 @@ RUNS: dict[str, tuple[list[int], list[Any], str, str]] = {
 @pytest.mark.parametrize("case", RUNS)
 def test_refused(case: str) -> None:
     ids, media, found, expected = RUNS[case]
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(RowError) as caught:
         place(ids, media, TOKENS)
     error = caught.value.error(None, 3)
     assert error.code == "QC-VISION-052"

@@ -18,8 +18,7 @@ import pytest
 import torch
 from support.media_kit import animated, file_payload, frames, payload, picture, saved, video
 
-from qcore.data.jsonl import BadRow
-from qcore.data.media_files import Payload
+from qcore.api.media import Payload, RowError
 from qcore.errors import InputError, UsageError, WriteError
 
 WHERE = torch.arange(1)
@@ -153,7 +152,7 @@ def test_a_film_that_is_written_to_while_it_is_decoded(
 
     part = file_payload(path, "video")
     monkeypatch.setattr(videos, "process", process)
-    with pytest.raises(BadRow, match="is not what it was") as caught:
+    with pytest.raises(RowError, match="is not what it was") as caught:
         reader.read(part)
     assert caught.value.code == "QC-VISION-042"
     assert not cache_home.exists()
@@ -174,7 +173,7 @@ def test_a_film_that_is_damaged_by_what_is_written_to_it(
         return real(*arguments)
 
     monkeypatch.setattr(videos, "process", process)
-    with pytest.raises(BadRow, match="is not what it was") as caught:
+    with pytest.raises(RowError, match="is not what it was") as caught:
         reader.read(part)
     assert caught.value.code == "QC-VISION-042"
     assert caught.value.__suppress_context__
@@ -197,7 +196,7 @@ def test_a_film_whose_frames_come_and_go(
         return itertools.islice(real(film), next(passes))
 
     monkeypatch.setattr(videos._Film, "frames", frames_of)
-    with pytest.raises(BadRow, match="is not what it was"):
+    with pytest.raises(RowError, match="is not what it was"):
         reader.read(part)
 
 
@@ -327,7 +326,7 @@ def test_one_medium_larger_than_all_may_be(
     new_reader: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, cache_home: Path
 ) -> None:
     monkeypatch.setenv("QCORE_MEDIA_CACHE_GB", "0.0001")
-    with pytest.raises(BadRow, match="than the cache of media may hold") as caught:
+    with pytest.raises(RowError, match="than the cache of media may hold") as caught:
         new_reader().read(payload(png()))
     assert caught.value.code == "QC-VISION-044"
     assert "QCORE_MEDIA_CACHE_GB" in (caught.value.fix or "")
@@ -336,7 +335,7 @@ def test_one_medium_larger_than_all_may_be(
 _KEEP = """
 import resource, sys
 from pathlib import Path
-from qcore.data.media_files import Payload
+from qcore.api.media import Payload
 from qcore_multimodal.payload_store import Origins
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 origins, before = Origins(), peak()
@@ -378,7 +377,7 @@ def test_a_disk_too_full_for_what_rows_hold(reader: Any, monkeypatch: pytest.Mon
 _NOWHERE = """
 import sys
 from pathlib import Path
-from qcore.data.media_files import Payload
+from qcore.api.media import Payload
 from qcore.errors import WriteError
 from qcore_multimodal.payload_store import Origins
 try:

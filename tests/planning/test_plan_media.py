@@ -15,9 +15,9 @@ from support.cli_kit import here
 from support.toy_tower import MERGE, TOY, Reader, Thing, add, install
 
 from qcore.adapter.targets import targets
+from qcore.api.media import Placed
 from qcore.config.settings import Settings
 from qcore.data.masking import Example
-from qcore.data.media_files import Placed
 from qcore.data.microbatches import extent, joined, units_of_rows
 from qcore.data.sampler import Schedule
 from qcore.errors import UsageError

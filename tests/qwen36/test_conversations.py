@@ -24,9 +24,10 @@ from support.template_kit import OWN_35, OWN_35_NO_THINK, OWN_36
 from support.twelve import ROWS, as_served
 from tokenizers import Tokenizer
 
+from qcore.checkpoint.tokenizer import load_tokenizer
 from qcore.config.frozen_map import Entries
 from qcore.data.dataset import dataset
-from qcore.data.masking import IGNORED, Example, load_tokenizer
+from qcore.data.masking import IGNORED, Example
 from qcore.plugins.resolve_model import Identified, identify
 from qcore_qwen35.chat import CONTROL
 from qcore_qwen35.tiny import MARKS

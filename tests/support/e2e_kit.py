@@ -37,7 +37,7 @@ from transformers import (
 
 from qcore.adapter.targets import targets
 from qcore.api.blocks import Packed
-from qcore.data.masking import load_tokenizer
+from qcore.checkpoint.tokenizer import load_tokenizer
 from qcore.nn.load import load
 from qcore.nn.model import Model
 from qcore.nn.qlora.lora_layer import Lora

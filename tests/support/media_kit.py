@@ -26,8 +26,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from qcore.api.media import Payload
 from qcore.checkpoint.checkpoint import Checkpoint
-from qcore.data.media_files import Payload
 
 Array = NDArray[np.uint8]
 VISION = {"patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2, "in_channels": 3}

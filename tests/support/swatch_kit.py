@@ -16,8 +16,7 @@ from typing import Any
 
 from support.chat_kit import TEMPLATE, FakeCheckpoint, own_template, own_tokenizer
 
-from qcore.data.jsonl import BadRow
-from qcore.data.media_files import Payload, Placed
+from qcore.api.media import Payload, Placed, RowError
 
 OPEN, DOT, CLOSE = "<|open|>", "<|dot|>", "<|close|>"
 PLACE = OPEN + DOT + CLOSE
@@ -74,9 +73,9 @@ class SwatchReader:
         try:
             numbers = tuple(int(word) for word in given.split())
         except ValueError:
-            raise BadRow("QC-SWATCH-001", "is no swatch", found=repr(given[:20])) from None
+            raise RowError("QC-SWATCH-001", "is no swatch", found=repr(given[:20])) from None
         if payload.options.get("shade", "red") not in ("red", "blue"):
-            raise BadRow("QC-SWATCH-002", "is no shade", at="shade")
+            raise RowError("QC-SWATCH-002", "is no shade", at="shade")
         return Swatch(
             kind=payload.kind,
             digest=hashlib.md5(payload.sha256.encode()).hexdigest(),
@@ -87,7 +86,7 @@ class SwatchReader:
     def expand(self, text: str, media: Sequence[Swatch]) -> str:
         first, *rest = text.split(PLACE)
         if len(rest) != len(media):
-            raise BadRow(
+            raise RowError(
                 "QC-SWATCH-003",
                 "has another number of placeholders than of swatches",
                 found=len(rest),

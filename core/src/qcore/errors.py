@@ -24,8 +24,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self, TypeVar
 
 _T = TypeVar("_T")
 
@@ -78,6 +78,24 @@ class QcoreError(Exception):
         if facts:
             text = f"{text}: {', '.join(facts)}"
         return " ".join(text.split())
+
+    def replace(self, **changes: Any) -> Self:
+        """Copy the error with other facts: ``error.replace(file=path, fix=None)``.
+
+        Class and code stay.
+
+        Args:
+            changes: any of ``what``, ``file``, ``field``, ``found``, ``expected``, ``fix``.
+        """
+        facts: dict[str, Any] = {
+            "what": self.what,
+            "file": self.file,
+            "field": self.field,
+            "found": self.found,
+            "expected": self.expected,
+            "fix": self.fix,
+        }
+        return type(self)(self.code, **(facts | changes))
 
     def as_json(self) -> dict[str, Any]:
         """The payload of ``{"error": ...}`` that ``--json`` prints."""
@@ -158,6 +176,11 @@ class PreflightError(InputError):
         )
         self.exit_code = first.exit_code
 
+    def replace(self, **changes: Any) -> Self:
+        """Copy the findings, the first of them with other facts; see `QcoreError.replace`."""
+        first, *others = self.errors
+        return type(self)([first.replace(**changes), *others])
+
     def as_json(self) -> dict[str, Any]:
         return {**super().as_json(), "all": [error.as_json() for error in self.errors]}
 
@@ -173,18 +196,22 @@ def one_of_each(problems: Sequence[QcoreError]) -> list[QcoreError]:
     told = []
     for first, *others in kinds.values():
         if others:
-            what = f"{first.what} (one of {len(others) + 1})"
-            first = type(first)(
-                first.code,
-                what,
-                file=first.file,
-                field=first.field,
-                found=first.found,
-                expected=first.expected,
-                fix=first.fix,
-            )
+            first = first.replace(what=f"{first.what} (one of {len(others) + 1})")
         told.append(first)
     return told
+
+
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The known word closest to a misspelled one; ``None`` where none is close.
+
+    Args:
+        word: as the user wrote it; case counts.
+        known: the words that would have been right.
+        cutoff: similarity from 0 to 1 that a suggestion must reach.
+    """
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
 def raise_all(problems: Sequence[QcoreError]) -> None:

@@ -32,9 +32,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from qcore.data.jsonl import BadRow
+from qcore.api.files import user_cache, writing
+from qcore.api.media import RowError
 from qcore.errors import UsageError
-from qcore.io.atomic import writing
 
 BOUND: Final = "QCORE_MEDIA_CACHE_GB"
 _USUAL: Final = 20.0
@@ -67,16 +67,14 @@ class Cache:
         Raises:
             UsageError: ``QC-VISION-040``, ``QC-VISION-041``.
         """
-        base = os.environ.get("XDG_CACHE_HOME", "")
         try:
-            # The specification of base directories: a relative path is to be ignored.
-            home = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+            folder = user_cache("media")
         except RuntimeError:
             raise UsageError(
                 "QC-VISION-041", "values of media have no folder: there is no home folder",
                 field="XDG_CACHE_HOME", expected="an absolute path", fix="set it",
             ) from None  # fmt: skip
-        return cls(home / "qcore" / "media", _bound(os.environ.get(BOUND)))
+        return cls(folder, _bound(os.environ.get(BOUND)))
 
     def find(self, digest: str) -> dict[str, Any] | None:
         """What an entry says of its values, or ``None``; the values are not read."""
@@ -109,7 +107,7 @@ class Cache:
         """Keep values, whole or not at all.
 
         Raises:
-            BadRow: ``QC-VISION-044`` larger than the folder may be.
+            RowError: ``QC-VISION-044`` larger than the folder may be.
             WriteError: ``QC-WRITE-003`` to ``-006``.
         """
         text = json.dumps(about, allow_nan=False).encode()
@@ -117,7 +115,7 @@ class Cache:
         head = _HEAD.pack(_MAGIC, len(text), zlib.crc32(text), len(flat), zlib.crc32(flat.data))
         size = len(head) + len(text) + len(flat)
         if size > self.bound:
-            raise BadRow(
+            raise RowError(
                 "QC-VISION-044",
                 "has more values than the cache of media may hold",
                 found=f"{size} bytes",

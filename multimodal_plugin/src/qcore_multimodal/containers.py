@@ -24,7 +24,7 @@ from typing import BinaryIO, Final
 
 import numpy as np
 
-from qcore.data.jsonl import BadRow
+from qcore.api.media import RowError
 
 _MOV: Final = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 _EBML: Final = b"\x1a\x45\xdf\xa3"
@@ -46,7 +46,7 @@ def demuxer(file: BinaryIO) -> str | None:
     """FFmpeg's name of a file's container, found whole; ``None`` for a picture.
 
     Raises:
-        BadRow: ``QC-VISION-034``, ``-035``, ``-039``.
+        RowError: ``QC-VISION-034``, ``-035``, ``-039``.
     """
     start = file.read(16)
     size = file.seek(0, os.SEEK_END)
@@ -59,7 +59,7 @@ def demuxer(file: BinaryIO) -> str | None:
     elif start.startswith((b"GIF8", b"\x89PNG\r\n\x1a\n")) or start[8:12] == b"WEBP":
         name, end = None, 0
     else:
-        raise BadRow(
+        raise RowError(
             "QC-VISION-034",
             "is no video that is read",
             found=f"a file that starts with {start[:8]!r}" if start else "no bytes",
@@ -67,7 +67,7 @@ def demuxer(file: BinaryIO) -> str | None:
             fix="convert it to MP4",
         )
     if end > size:
-        raise BadRow(
+        raise RowError(
             "QC-VISION-035",
             "is damaged: it is cut short",
             found=f"{size} bytes",
@@ -203,7 +203,7 @@ def _check_descriptions(data: bytes, body: int, count: int) -> None:
     while count and at + 8 <= end:
         length = int.from_bytes(data[at : at + 4], "big")
         if at + length > end:
-            raise BadRow(
+            raise RowError(
                 "QC-VISION-035", "is damaged: a description of its samples ends behind their track",
                 found=f"{length} bytes", expected=f"at most {end - at}", fix="encode it again",
             )  # fmt: skip
@@ -218,15 +218,15 @@ def _in_chunks(data: bytes, body: int, chunks: int) -> int:
     return int((np.where(alike > 0, alike, chunks) * table[:, 1]).sum())
 
 
-def _no_index(found: str) -> BadRow:
-    return BadRow(
+def _no_index(found: str) -> RowError:
+    return RowError(
         "QC-VISION-034", "has an index that is compressed or marked as none", found=found,
         expected=_READ, fix="convert it to MP4",
     )  # fmt: skip
 
 
-def _too_many(found: str, expected: str) -> BadRow:
-    return BadRow(
+def _too_many(found: str, expected: str) -> RowError:
+    return RowError(
         "QC-VISION-039",
         "has too many frames, or too many samples of sound",
         found=found,

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from qcore.data.jsonl import BadRow
+from qcore.api.media import RowError
 
 MAX_PIXELS: Final = 89_478_485  # Pillow's own limit, which a program may have lifted
 MAX_BYTES = 1 << 28  #: of a picture's file, which is read whole
@@ -54,11 +54,11 @@ def whole(file: BinaryIO) -> bytes:
     """All bytes of a picture's file.
 
     Raises:
-        BadRow: ``QC-VISION-030`` more than a picture may have.
+        RowError: ``QC-VISION-030`` more than a picture may have.
     """
     data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise BadRow(
+        raise RowError(
             "QC-VISION-030",
             "is a picture of too many bytes",
             found=f"more than {MAX_BYTES}",
@@ -72,7 +72,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     """A still image as RGB, upright, ``[H, W, 3]``.
 
     Raises:
-        BadRow: ``QC-VISION-027`` to ``-032``.
+        RowError: ``QC-VISION-027`` to ``-032``.
     """
     with opened(data) as image:
         _check_still(image)
@@ -87,7 +87,7 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     """An image whose header was read and found good; whatever Pillow raises inside is told.
 
     Raises:
-        BadRow: as `decode`, less what only the pixels show.
+        RowError: as `decode`, less what only the pixels show.
     """
     lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
@@ -124,11 +124,11 @@ def rgb(image: Image.Image) -> NDArray[np.uint8]:
 def check_size(width: int, height: int) -> None:
     """Refuse a size before memory is taken for it (``QC-VISION-030``, ``-031``)."""
     if min(width, height) < 1:
-        raise BadRow("QC-VISION-028", "has no pixels", found=f"{width} x {height}")
+        raise RowError("QC-VISION-028", "has no pixels", found=f"{width} x {height}")
     if width * height > MAX_PIXELS:
         raise _too_large(f"{width} x {height} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadRow(
+        raise RowError(
             "QC-VISION-031",
             "has sides too far apart for the processor",
             found=f"{width} x {height} pixels",
@@ -148,7 +148,7 @@ def _check_mode(mode: str) -> None:
     if mode in _MODES:
         return
     grey = mode.startswith(("I", "F"))
-    raise BadRow(
+    raise RowError(
         "QC-VISION-032",
         "is greyscale of more than 8 bits" if grey else "has colours that are not read",
         found=f"mode {mode}",
@@ -160,7 +160,7 @@ def _check_mode(mode: str) -> None:
 def _check_still(image: Image.Image) -> None:
     # A JPEG may carry previews of itself (format MPO): it is a still all the same.
     if image.format in ("PNG", "WEBP", "GIF") and getattr(image, "is_animated", False):
-        raise BadRow(
+        raise RowError(
             "QC-VISION-029",
             "is animated",
             found=f"{image.format} of {getattr(image, 'n_frames', 2)} frames",
@@ -169,18 +169,18 @@ def _check_still(image: Image.Image) -> None:
         )
 
 
-def _unknown(data: bytes) -> BadRow:
+def _unknown(data: bytes) -> RowError:
     named = next((name for start, name in _STARTS.items() if data.startswith(start)), None)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         named = "WEBP"
     if named is not None:
-        return BadRow(
+        return RowError(
             "QC-VISION-028",
             "is damaged",
             found=f"{named} whose header cannot be read",
             fix="save the image again",
         )
-    return BadRow(
+    return RowError(
         "QC-VISION-027",
         "is no image that is read",
         found=f"{len(data)} bytes that start with {data[:8]!r}" if data else "no bytes",
@@ -189,8 +189,8 @@ def _unknown(data: bytes) -> BadRow:
     )
 
 
-def _damaged(error: BaseException) -> BadRow:
-    return BadRow(
+def _damaged(error: BaseException) -> RowError:
+    return RowError(
         "QC-VISION-028",
         "is damaged",
         found=(str(error) or type(error).__name__)[:200],
@@ -199,10 +199,10 @@ def _damaged(error: BaseException) -> BadRow:
     )
 
 
-def _too_large(found: str) -> BadRow:
+def _too_large(found: str) -> RowError:
     # Pillow's sentence names its own limit, which is not this one.
     counted = re.search(r"\((\d+ pixels)\)", found)
-    return BadRow(
+    return RowError(
         "QC-VISION-030",
         "is too large to decode",
         found=found if counted is None else counted[1],

@@ -15,7 +15,7 @@ KINDS: Final = ("image", "video")  #: types of parts that are read
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """A processed image or video (`qcore.data.media_files.Medium`).
+    """A processed image or video (`qcore.api.media.Medium`).
 
     Attributes:
         kind: one of `KINDS`.

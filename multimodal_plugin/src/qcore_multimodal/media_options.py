@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qcore.data.jsonl import BadRow
+from qcore.api.media import RowError
 
 KEYS = ("min_pixels", "max_pixels", "fps", "max_frames")
 _OF_VIDEO = ("fps", "max_frames")
@@ -49,11 +49,11 @@ def limits(
         frames: least and most that ``max_frames`` may be; ``None`` for an image.
 
     Raises:
-        BadRow: ``QC-VISION-025``, ``QC-VISION-026``.
+        RowError: ``QC-VISION-025``, ``QC-VISION-026``.
     """
     for name in options:
         if name not in KEYS or (kind != "video" and name in _OF_VIDEO):
-            raise BadRow(
+            raise RowError(
                 "QC-VISION-026",
                 f"is no key of a part of type {kind}",
                 at=name,
@@ -63,7 +63,7 @@ def limits(
     least = _whole(options, "min_pixels", bounds)
     most = _whole(options, "max_pixels", bounds)
     if least is not None and most is not None and least > most:
-        raise BadRow(
+        raise RowError(
             "QC-VISION-025", "is more than max_pixels", at="min_pixels", found=least,
             expected=f"at most {most}",
         )  # fmt: skip
@@ -82,7 +82,7 @@ def _whole(options: Mapping[str, Any], name: str, bounds: tuple[int, int]) -> in
     if isinstance(value, bool) or not isinstance(value, int) or not (
         bounds[0] <= value <= bounds[1]
     ):  # fmt: skip
-        raise BadRow(
+        raise RowError(
             "QC-VISION-025",
             "is out of the processor's bounds",
             at=name,
@@ -98,7 +98,7 @@ def _fps(options: Mapping[str, Any]) -> float | None:
     value = options["fps"]
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value <= _FASTEST:
-        raise BadRow(
+        raise RowError(
             "QC-VISION-025",
             "is no rate of frames",
             at="fps",

@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from qcore.data.media_files import Payload
+from qcore.api.files import write_error
+from qcore.api.media import Payload
 from qcore.errors import WriteError
-from qcore.io.atomic import write_error
 
 _TABLES: Final = """
     PRAGMA journal_mode = OFF;

@@ -14,8 +14,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from qcore.api.media import RowError
 from qcore.api.records import Finding, Severity
-from qcore.data.jsonl import BadRow
 
 from .media import Seen
 
@@ -40,13 +40,13 @@ def expand(text: str, media: Sequence[Seen]) -> str:
     them all, as in transformers 5 (4.57 dropped it).
 
     Raises:
-        BadRow: ``QC-VISION-050`` another number of placeholders than of media,
+        RowError: ``QC-VISION-050`` another number of placeholders than of media,
             ``QC-VISION-051`` another order of kinds.
     """
     printed = [_KINDS[pad] for pad in _PLACEHOLDER.findall(text)]
     given = [seen.kind for seen in media]
     if len(printed) != len(given):
-        raise BadRow(
+        raise RowError(
             "QC-VISION-050",
             "the chat template prints another number of placeholders than the row has media",
             found=_counted(printed),
@@ -55,7 +55,7 @@ def expand(text: str, media: Sequence[Seen]) -> str:
         )
     if printed != given:
         at = next(n for n, kinds in enumerate(zip(printed, given)) if len({*kinds}) > 1)
-        raise BadRow(
+        raise RowError(
             "QC-VISION-051",
             f"the chat template prints another kind of placeholder for medium {at + 1} of the row",
             found=printed[at],

@@ -19,8 +19,8 @@ from .media import KINDS
 
 if TYPE_CHECKING:
     from qcore.api.blocks import BuildContext, Tower
-    from qcore.checkpoint.checkpoint import Checkpoint
-    from qcore.data.media_files import MediaReader
+    from qcore.api.media import MediaReader
+    from qcore.api.views import CheckpointView
 
 
 def _build(context: BuildContext) -> Tower:
@@ -29,7 +29,7 @@ def _build(context: BuildContext) -> Tower:
     return build(context)
 
 
-def _reader(checkpoint: Checkpoint, tell: Callable[[str], None]) -> MediaReader:
+def _reader(checkpoint: CheckpointView, tell: Callable[[str], None]) -> MediaReader:
     from .reader import Reader
 
     return Reader(checkpoint, tell)

@@ -14,8 +14,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 
-from qcore.data.jsonl import BadRow
-from qcore.data.media_files import Placed
+from qcore.api.media import Placed, RowError
 
 from .media import Seen
 from .placeholders import PADS
@@ -35,7 +34,7 @@ def place(ids: Sequence[int], media: Sequence[Seen], tokens: Mapping[str, int]) 
         `Placed` with the axes time, height and width, arrays of C ints.
 
     Raises:
-        BadRow: ``QC-VISION-052`` the ids hold other runs of placeholders than the media have.
+        RowError: ``QC-VISION-052`` the ids hold other runs of placeholders than the media have.
     """
     # No position is beyond its index, as a grid has no fewer cells than its longer side.
     line = array("i", range(len(ids)))
@@ -80,7 +79,7 @@ def _runs(
     for kind, pad in ((kind, tokens[token]) for kind, token in PADS.items()):
         wanted = sum(seen.tokens for seen in media if seen.kind == kind)
         if (held := ids.count(pad)) != wanted:
-            raise BadRow(
+            raise RowError(
                 "QC-VISION-052",
                 f"has other tokens of {kind} than its media need",
                 found=held,
@@ -89,8 +88,8 @@ def _runs(
             )
 
 
-def _unlike(number: int, seen: Seen, found: str, size: int) -> BadRow:
-    return BadRow(
+def _unlike(number: int, seen: Seen, found: str, size: int) -> RowError:
+    return RowError(
         "QC-VISION-052",
         f"has another run of tokens than medium {number + 1}, of kind {seen.kind}, needs",
         found=found,

@@ -16,13 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
-from qcore.checkpoint.checkpoint import read_json
 from qcore.errors import InputError
 
 from .table import SECTION
 
 if TYPE_CHECKING:
-    from qcore.checkpoint.checkpoint import Checkpoint
+    from qcore.api.views import CheckpointView
 
 _BICUBIC: Final = 3
 _COMBINED: Final = "processor_config.json"
@@ -37,7 +36,7 @@ _NAMES: Final = {
 _FIX: Final = "use the processor files that came with the weights"
 
 
-def load(checkpoint: Checkpoint, kind: str, make: Callable[..., Any]) -> Any:
+def load(checkpoint: CheckpointView, kind: str, make: Callable[..., Any]) -> Any:
     """The stock processor of a kind, its numbers checked.
 
     Args:
@@ -82,11 +81,11 @@ def load(checkpoint: Checkpoint, kind: str, make: Callable[..., Any]) -> Any:
     return stock
 
 
-def _settings(checkpoint: Checkpoint, kind: str) -> tuple[str, dict[str, Any]]:
+def _settings(checkpoint: CheckpointView, kind: str) -> tuple[str, dict[str, Any]]:
     """The file of a kind's processor and what it says; what transformers 5 saved comes first."""
     name, key = _FILES[kind]
     if _COMBINED in checkpoint.sidecars:
-        combined = read_json(checkpoint.file(_COMBINED)).get(key)
+        combined = checkpoint.read_json(_COMBINED).get(key)
         if combined is not None:
             if not isinstance(combined, dict):
                 raise InputError(
@@ -102,7 +101,7 @@ def _settings(checkpoint: Checkpoint, kind: str) -> tuple[str, dict[str, Any]]:
             expected=f"{name}, or {_COMBINED} with {key}",
             fix="copy it from the checkpoint that the weights came with",
         )
-    return name, read_json(checkpoint.file(name))
+    return name, checkpoint.read_json(name)
 
 
 def size_bounds(size: Any) -> tuple[int, int]:
@@ -154,7 +153,7 @@ def _demands(kind: str, stock: Any) -> list[tuple[str, Any, bool, str]]:
     ]  # fmt: skip
 
 
-def _check_config(checkpoint: Checkpoint, file: object, stock: Any) -> None:
+def _check_config(checkpoint: CheckpointView, file: object, stock: Any) -> None:
     """Refuse patches that the tower was not made for (``QC-VISION-023``)."""
     vision = checkpoint.config.get(SECTION) or {}
     for field, key in (

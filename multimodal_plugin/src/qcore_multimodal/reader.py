@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcore.data.jsonl import BadRow
+from qcore.api.media import RowError
 from qcore.errors import InputError
 
 from .cache import BOUND, Cache
@@ -37,8 +37,8 @@ from .payload_store import Origins
 from .processor_files import load
 
 if TYPE_CHECKING:
-    from qcore.checkpoint.checkpoint import Checkpoint
-    from qcore.data.media_files import Medium, Payload, Placed
+    from qcore.api.media import Medium, Payload, Placed
+    from qcore.api.views import CheckpointView
 
     from .processor import Bytes, Grid, Images, Videos
 
@@ -46,12 +46,12 @@ _LAYOUT: Final = 1  # of what an entry of the cache holds, and of how pixels are
 
 
 class Reader:
-    """Reads with the processors of one checkpoint (`qcore.data.media_files.MediaReader`)."""
+    """Reads with the processors of one checkpoint (`qcore.api.media.MediaReader`)."""
 
     kinds: Final = KINDS
     keys: Final = KEYS
 
-    def __init__(self, checkpoint: Checkpoint, tell: Callable[[str], None]) -> None:
+    def __init__(self, checkpoint: CheckpointView, tell: Callable[[str], None]) -> None:
         self._say = tell
         self._checkpoint = checkpoint
         self._tables: dict[str, Tensor] = {}
@@ -91,7 +91,7 @@ class Reader:
         """Process an image or a video, or find it in the cache.
 
         Raises:
-            BadRow: ``QC-VISION-025`` to ``-039``.
+            RowError: ``QC-VISION-025`` to ``-039``.
             InputError: ``QC-VISION-020`` to ``-023``, when the first of a kind is read.
             UsageError: ``QC-VISION-040``, ``-041``, when the first of all is.
             WriteError: its values cannot be kept.
@@ -127,17 +127,15 @@ class Reader:
             self._check_tokens()
         try:
             return place(ids, cast("Sequence[Seen]", media), cast("dict[str, int]", tokens))
-        except BadRow:
+        except RowError:
             self._check_tokens()  # not the row's fault where config.json names other tokens
             raise
 
     def _check_tokens(self) -> None:
         """Raises `InputError`: ``QC-VISION-053``, which the guards tell of rows that are good."""
-        from qcore.data.masking import load_tokenizer
-
         from .placeholders import token_findings
 
-        ids = load_tokenizer(self._checkpoint).get_vocab()
+        ids = self._checkpoint.load_tokenizer().get_vocab()
         for found in token_findings(self._checkpoint.config, ids):
             raise InputError(
                 found.code, found.what, file=self._checkpoint.path / str(found.file),
@@ -228,7 +226,7 @@ class Reader:
         try:
             return self._images.patches(picture, wanted)
         except ValueError as error:
-            raise BadRow(
+            raise RowError(
                 "QC-VISION-031", "is of a shape that the processor refuses", found=str(error)
             ) from None
 
@@ -263,7 +261,7 @@ class Reader:
         )
         try:
             return self._make(payload, self._limits(payload), seen.digest)[1]
-        except BadRow as bad:
+        except RowError as bad:
             raise InputError(
                 bad.code, bad.what, file=payload.path, field=bad.at or None, found=bad.found,
                 expected=bad.expected, fix=bad.fix,
@@ -283,7 +281,7 @@ def _opened(payload: Payload) -> Iterator[BinaryIO]:
         with payload.open() as file:
             yield file
     except OSError as error:
-        raise BadRow(
+        raise RowError(
             "QC-VISION-042", "cannot be read any more", found=error.strerror or str(error)
         ) from None
 
@@ -299,7 +297,7 @@ def _unchanged(file: BinaryIO, payload: Payload) -> Iterator[None]:
     file.seek(0)
     try:
         yield
-    except BadRow:
+    except RowError:
         _check_stamp(file, payload, before)  # what it is refused for may be half of two files
         raise
     _check_stamp(file, payload, before)
@@ -326,8 +324,8 @@ def _check_digest(payload: Payload, found: str) -> None:
         raise _changed(found, f"sha256 {payload.sha256}")
 
 
-def _changed(found: str, expected: str) -> BadRow:
-    return BadRow(
+def _changed(found: str, expected: str) -> RowError:
+    return RowError(
         "QC-VISION-042", "is not what it was when its row was checked", found=found,
         expected=expected, fix="leave the files alone while a run reads them",
     )  # fmt: skip

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qcore.data.jsonl import BadRow
+from qcore.api.media import RowError
 
 from . import images
 from .containers import demuxer
@@ -86,7 +86,7 @@ def process(
         Grid, seconds of its patches in time, and values ``[U, F]``.
 
     Raises:
-        BadRow: ``QC-VISION-030``, ``-031``, ``-033`` to ``-039``.
+        RowError: ``QC-VISION-030``, ``-031``, ``-033`` to ``-039``.
     """
     name = demuxer(file)
     if name is None:
@@ -118,7 +118,7 @@ def _process(
 def _sampled(source: _Source, processor: Videos, limits: Limits) -> tuple[list[int], Tensor]:
     """Numbers of the frames that are looked at, and what they are resized to ``[T, C, H, W]``."""
     if source.count < processor.temporal:
-        raise BadRow(
+        raise RowError(
             "QC-VISION-037",
             "has too few frames",
             found=source.count,
@@ -137,7 +137,7 @@ def _sampled(source: _Source, processor: Videos, limits: Limits) -> tuple[list[i
                 size = _size(processor, len(indices), shape, limits)
                 kept = torch.empty(len(indices), 3, *size, dtype=torch.uint8)
             if frame.shape[:2] != shape:
-                raise BadRow(
+                raise RowError(
                     "QC-VISION-038",
                     "has frames of several sizes",
                     found=f"{frame.shape[1]} x {frame.shape[0]} at frame {count}",
@@ -159,7 +159,7 @@ def _size(processor: Videos, count: int, shape: tuple[int, ...], limits: Limits)
     try:
         return processor.size(count, height, width, limits)
     except ValueError as error:
-        raise BadRow(
+        raise RowError(
             "QC-VISION-031", "is of a shape that the processor refuses", found=str(error)
         ) from None
 
@@ -167,15 +167,15 @@ def _size(processor: Videos, count: int, shape: tuple[int, ...], limits: Limits)
 def _check_amount(count: int, size: tuple[int, int], most: int, pixels: int, fix: str) -> None:
     """Refuse more than may be decoded (``QC-VISION-030``, ``-039``)."""
     if count > most:
-        raise BadRow(
+        raise RowError(
             "QC-VISION-039", "has too many frames", found=count, expected=f"at most {most}", fix=fix
         )
     if count * size[0] * size[1] > pixels:
         raise _too_many_pixels(f"{count} frames of {size[0]} x {size[1]}", pixels, fix)
 
 
-def _too_many_pixels(found: str, most: int, fix: str) -> BadRow:
-    return BadRow(
+def _too_many_pixels(found: str, most: int, fix: str) -> RowError:
+    return RowError(
         "QC-VISION-030",
         "has too many pixels in all its frames, each of which is decoded",
         found=found,
@@ -244,7 +244,7 @@ class _Film:
         if not measured or (stated and abs(count / stated - count / measured) * stated <= 1.5):
             measured = stated or measured
         if count and not 0 < measured < 10_000:
-            raise BadRow(
+            raise RowError(
                 "QC-VISION-039", "does not say how fast its frames follow one another",
                 fix="encode it again",
             )  # fmt: skip
@@ -262,13 +262,13 @@ class _Film:
                      if not s.disposition & Disposition.attached_pic]  # fmt: skip
             if not found:
                 others = sorted({stream.type for stream in container.streams})
-                raise BadRow(
+                raise RowError(
                     "QC-VISION-036", "has no video in it", found=", ".join(others) or "no streams",
                     expected="a stream of video",
                 )  # fmt: skip
             stream = found[0]
             if stream.codec_context is None:
-                raise BadRow("QC-VISION-035", "is of a codec that this PyAV cannot decode")
+                raise RowError("QC-VISION-035", "is of a codec that this PyAV cannot decode")
             stream.thread_type = "AUTO"
             stream.codec_context.options = {"max_pixels": str(images.MAX_PIXELS)}
             yield container, stream
@@ -299,7 +299,7 @@ def _decoding() -> Iterator[None]:
     try:
         import av
     except ImportError as error:
-        raise BadRow(
+        raise RowError(
             "QC-VISION-033",
             "cannot be decoded: PyAV is not installed",
             found=str(error),
@@ -316,8 +316,8 @@ def _decoding() -> Iterator[None]:
         raise _damaged(getattr(error, "strerror", None) or str(error)) from None
 
 
-def _damaged(found: str) -> BadRow:
-    return BadRow(
+def _damaged(found: str) -> RowError:
+    return RowError(
         "QC-VISION-035",
         "is damaged",
         found=found[:200],

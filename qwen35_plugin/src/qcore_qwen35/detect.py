@@ -41,7 +41,7 @@ from .template_probe import ENDOFTEXT, Shown, as_published_without_bos, bos_of, 
 from .template_probe import TEMPLATE_INPUTS as TEMPLATE_INPUTS
 
 if TYPE_CHECKING:
-    from qcore.checkpoint.checkpoint import Checkpoint
+    from qcore.api.views import CheckpointView
 
 ARCHITECTURE = "qwen3_5"
 MOE = "qwen3_5_moe"
@@ -62,7 +62,7 @@ TEMPLATE_HASHES = {
 }
 
 
-def claims(checkpoint: Checkpoint) -> Iterator[Claim]:
+def claims(checkpoint: CheckpointView) -> Iterator[Claim]:
     """The claim of 3.5, with everything that speaks for it alone and against it.
 
     Raises:
@@ -98,7 +98,7 @@ def claim(architecture: str, generation: str, evidence: list[Sign | Bar]) -> Cla
     )
 
 
-def architecture_of(checkpoint: Checkpoint) -> str | None:
+def architecture_of(checkpoint: CheckpointView) -> str | None:
     """The family's architecture that a checkpoint has; ``None`` where it has none of them.
 
     Raises:

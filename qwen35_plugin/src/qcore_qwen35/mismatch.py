@@ -25,12 +25,12 @@ from qcore.errors import InputError
 from .table import prediction_layers, text_config
 
 if TYPE_CHECKING:
-    from qcore.checkpoint.checkpoint import Checkpoint, Header
+    from qcore.api.views import CheckpointView, Header
 
 _LAYER = re.compile(r"mtp\.layers\.(\d{1,9})\.")
 
 
-def refuse(checkpoint: Checkpoint, *, moe: bool) -> None:
+def refuse(checkpoint: CheckpointView, *, moe: bool) -> None:
     """Raise what the headers show; `moe` is what the ``model_type`` says.
 
     Raises:
@@ -41,7 +41,7 @@ def refuse(checkpoint: Checkpoint, *, moe: bool) -> None:
     _prediction(checkpoint)
 
 
-def _mlx(checkpoint: Checkpoint) -> None:
+def _mlx(checkpoint: CheckpointView) -> None:
     """MLX's names, or its convolutions where somebody gave the tensors the hub's names back."""
     for name, header in checkpoint.headers.items():
         turned = name.endswith(".linear_attn.conv1d.weight") and header.shape[2:] == (1,)
@@ -58,7 +58,7 @@ def _mlx(checkpoint: Checkpoint) -> None:
             )
 
 
-def _feed_forward(checkpoint: Checkpoint, moe: bool) -> None:
+def _feed_forward(checkpoint: CheckpointView, moe: bool) -> None:
     """Dense maps or experts, and how many: as the first layer that has any shows."""
     headers = checkpoint.headers
     router = _first(headers, ".mlp.gate.weight")
@@ -73,7 +73,7 @@ def _feed_forward(checkpoint: Checkpoint, moe: bool) -> None:
         raise _other("num_experts", str(experts), f"{router} has {rows} rows")
 
 
-def _prediction(checkpoint: Checkpoint) -> None:
+def _prediction(checkpoint: CheckpointView) -> None:
     """More prediction layers than config.json says; fewer is a part that is there in part."""
     names = [name for name in checkpoint.headers if name.startswith("mtp.")]
     claimed = prediction_layers(text_config(checkpoint.config))

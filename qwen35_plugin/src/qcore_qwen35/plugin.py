@@ -26,7 +26,7 @@ from . import chat, detect, guards, kernels, table
 
 if TYPE_CHECKING:
     from qcore.api.blocks import BuildContext, Trunk
-    from qcore.checkpoint.checkpoint import Checkpoint
+    from qcore.api.views import CheckpointView
 
 
 def _build(context: BuildContext) -> Trunk:
@@ -79,7 +79,7 @@ def qcore_describe() -> Iterator[Architecture | Generation]:
 
 
 @hookimpl
-def qcore_detect(checkpoint: Checkpoint) -> Iterator[Claim]:
+def qcore_detect(checkpoint: CheckpointView) -> Iterator[Claim]:
     """The claim of 3.5."""
     yield from detect.claims(checkpoint)
 
@@ -101,7 +101,7 @@ def qcore_preflight(request: PreflightRequest) -> Iterator[Finding]:
 
 
 @hookimpl
-def qcore_chat_format(generation: str, checkpoint: Checkpoint) -> Iterator[ChatFormat]:
+def qcore_chat_format(generation: str, checkpoint: CheckpointView) -> Iterator[ChatFormat]:
     """Turns and thinking of 3.5."""
     if generation == GENERATION.name:
         yield chat.QWEN35

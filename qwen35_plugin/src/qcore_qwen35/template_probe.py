@@ -18,7 +18,7 @@ from .data import published
 from .table import text_config
 
 if TYPE_CHECKING:
-    from qcore.checkpoint.chat_template import Template
+    from qcore.api.views import TemplateView
 
 #: Variables of the published templates of 3.5; later generations add theirs.
 TEMPLATE_INPUTS = published("template_inputs")
@@ -110,7 +110,7 @@ class Shown:
         return tails == [THINK, NO_THINK] and self.plain in (self.on, self.off)
 
 
-def look(template: Template) -> Shown | None:
+def look(template: TemplateView) -> Shown | None:
     """Render the probe under each switch; ``None`` where the template refuses it.
 
     Raises:
@@ -135,7 +135,7 @@ def look(template: Template) -> Shown | None:
     )
 
 
-def render(template: Template, **variables: Any) -> str | None:
+def render(template: TemplateView, **variables: Any) -> str | None:
     """The probe rendered, or ``None``: a template that refuses the probe shows nothing."""
     try:
         return template.render(PROBE, add_generation_prompt=True, **variables)

@@ -48,7 +48,7 @@ from qcore_qwen35.template_probe import (
 from qcore_qwen35.template_probe import TEMPLATE_INPUTS as INPUTS_OF_3_5
 
 if TYPE_CHECKING:
-    from qcore.checkpoint.checkpoint import Checkpoint
+    from qcore.api.views import CheckpointView
 
 GENERATION = "3.6"
 TEMPLATE_HASHES = ("e84f32a23fdda27689f868aa4a1a5621f41133e51a48d7f3efcbea2839574259",)
@@ -58,7 +58,7 @@ _WHERE = "chat template"
 _USER, _END = "<|im_start|>user\n", "<|im_end|>\n"
 
 
-def claims(checkpoint: Checkpoint) -> Iterator[Claim]:
+def claims(checkpoint: CheckpointView) -> Iterator[Claim]:
     """The claim of 3.6, with everything that speaks for it alone and against it.
 
     Raises:

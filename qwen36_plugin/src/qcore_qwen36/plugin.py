@@ -16,7 +16,7 @@ from qcore_qwen35.detect import ARCHITECTURE, MOE
 from . import chat, detect, guards
 
 if TYPE_CHECKING:
-    from qcore.checkpoint.checkpoint import Checkpoint
+    from qcore.api.views import CheckpointView
 
 GENERATION = Generation(
     name=detect.GENERATION,
@@ -34,7 +34,7 @@ def qcore_describe() -> Iterator[Generation]:
 
 
 @hookimpl
-def qcore_detect(checkpoint: Checkpoint) -> Iterator[Claim]:
+def qcore_detect(checkpoint: CheckpointView) -> Iterator[Claim]:
     """The claim of 3.6."""
     yield from detect.claims(checkpoint)
 
@@ -47,7 +47,7 @@ def qcore_preflight(request: PreflightRequest) -> Iterator[Finding]:
 
 
 @hookimpl
-def qcore_chat_format(generation: str, checkpoint: Checkpoint) -> Iterator[ChatFormat]:
+def qcore_chat_format(generation: str, checkpoint: CheckpointView) -> Iterator[ChatFormat]:
     """Turns and thinking of 3.6."""
     if generation == GENERATION.name:
         yield chat.QWEN36

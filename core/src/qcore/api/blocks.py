@@ -163,7 +163,7 @@ class BuildContext(Protocol):
         """One linear map per expert, for the row `name` ``[experts, out, in]``.
 
         Called as ``module(rows [R, in], routing) -> [R, out]`` with rows sorted by expert, as
-        `qcore.nn.moe.experts.Routing` gathers them.
+        `qcore.ops.Routing` gathers them.
         """
         ...
 

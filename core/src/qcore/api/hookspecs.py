@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pluggy
 
@@ -19,9 +19,7 @@ from .records import (
     Modality,
     PreflightRequest,
 )
-
-if TYPE_CHECKING:
-    from ..checkpoint.checkpoint import Checkpoint
+from .views import CheckpointView
 
 hookspec = pluggy.HookspecMarker("qcore")
 hookimpl = pluggy.HookimplMarker("qcore")
@@ -34,7 +32,7 @@ def qcore_describe() -> Iterable[Architecture | Generation | Modality]:
 
 
 @hookspec
-def qcore_detect(checkpoint: Checkpoint) -> Iterable[Claim]:
+def qcore_detect(checkpoint: CheckpointView) -> Iterable[Claim]:
     """Yield one claim per generation that the checkpoint may be, with signs and bars."""
     raise NotImplementedError
 
@@ -52,14 +50,14 @@ def qcore_preflight(request: PreflightRequest) -> Iterable[Finding]:
 
 
 @hookspec
-def qcore_chat_format(generation: str, checkpoint: Checkpoint) -> Iterable[ChatFormat]:
+def qcore_chat_format(generation: str, checkpoint: CheckpointView) -> Iterable[ChatFormat]:
     """Yield the chat format of a generation that this plugin describes."""
     raise NotImplementedError
 
 
 @hookspec
 def qcore_detect_merge(
-    adapter: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint
+    adapter: Mapping[str, tuple[int, ...]], checkpoint: CheckpointView
 ) -> Iterable[AdapterClaim]:
     """Yield a claim for an adapter (shapes by tensor name) that is not in PEFT's layout."""
     raise NotImplementedError

@@ -13,13 +13,13 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .views import CheckpointView, LayoutView
+
 if TYPE_CHECKING:
     from torch import device as Device
 
-    from ..checkpoint.checkpoint import Checkpoint
-    from ..checkpoint.layout import Layout
-    from ..data.media_files import MediaReader
     from .blocks import BuildContext, Tower, Trunk
+    from .media import MediaReader
 
 
 class Severity(str, Enum):
@@ -80,7 +80,7 @@ class Modality:
         root: canonical prefix at which the tower is mounted.
         kinds: types of content parts that its reader reads.
         build: ``(BuildContext) -> Tower``; the import of torch happens inside.
-        reader: ``(Checkpoint, tell) -> MediaReader``, of the checkpoint's own processor files;
+        reader: ``(CheckpointView, tell) -> MediaReader``, of the checkpoint's own processor files;
             ``tell`` takes a line that the user is to read.
     """
 
@@ -90,7 +90,7 @@ class Modality:
     root: str
     kinds: tuple[str, ...]
     build: Callable[[BuildContext], Tower]
-    reader: Callable[[Checkpoint, Callable[[str], None]], MediaReader]
+    reader: Callable[[CheckpointView, Callable[[str], None]], MediaReader]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,10 +164,10 @@ class PreflightRequest:
     """
 
     verb: str
-    checkpoint: Checkpoint
+    checkpoint: CheckpointView
     architecture: str
     generation: str
-    layout: Layout
+    layout: LayoutView
     settings: Mapping[str, Any] = field(default_factory=dict)
     token_ids: Mapping[str, int] = field(default_factory=dict)
 
@@ -291,7 +291,7 @@ class Kernel:
         backend: what computes it, e.g. ``triton``; not ``reference``.
         load: ``() -> function`` with exactly the signature of the op's reference; what it
             needs is imported inside.
-        verify: ``(device) -> Verdict``; `qcore.nn.kernels.compare.compare` makes one. The
+        verify: ``(device) -> Verdict``; `qcore.ops.compare` makes one. The
             generators of random numbers are put back afterwards.
         refuse: ``(device) -> why it cannot run there``, or ``None``; must be quick.
         refuse_model: ``(config.json) -> why it cannot compute that model``, or ``None``; asked
@@ -303,7 +303,7 @@ class Kernel:
         plan: stands in for `load` where a step is planned: what it gives allocates the same
             results, saves the same tensors and allocates the same gradients and workspace for
             tensors on the meta device. ``None``: what `load` gives does, which holds wherever
-            kernels are started by `qcore.nn.kernels.launch` and torch's ops have a meta form.
+            kernels are started by `qcore.ops.launch` and torch's ops have a meta form.
         waits: whether the host waits for the device in it, over which no CUDA graph can be
             captured: tokens of decoding are then computed without one.
         reference_waits: whether it does in the op's reference; said by any record of the op.

@@ -19,12 +19,9 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, Protocol, TypeVar
 
 from ..errors import InputError
-
-if TYPE_CHECKING:
-    from ..data.rows import Row
 
 SECONDS = 2.0  #: wall time of one render, or of reading the template
 START_SECONDS = 20.0  #: wall time until the process is up
@@ -45,8 +42,33 @@ _FAILURES: Mapping[str, tuple[str, str, bool]] = {
 }
 
 
+class Conversation(Protocol):
+    """What `Template.render_rows` reads of a row."""
+
+    @property
+    def line(self) -> int:
+        """Line in its file, for errors."""
+        ...
+
+    @property
+    def messages(self) -> Sequence[Mapping[str, Any]]:
+        """JSON values only."""
+        ...
+
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]] | None:
+        """Function descriptions, JSON values only."""
+        ...
+
+
+_C = TypeVar("_C", bound=Conversation)
+
+
 class Template:
     """A chat template and the process that renders it, started on first use.
+
+    The code that creates it closes it, by ``with`` or `close`. The template of a `Checkpoint`
+    belongs to the checkpoint; `reopen` gives another one with a process of its own.
 
     Args:
         text: the template.
@@ -69,6 +91,10 @@ class Template:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+
+    def reopen(self) -> Template:
+        """The same template with a process of its own, which the caller closes."""
+        return Template(self.text, self.source)
 
     @cached_property
     def sha256(self) -> str:
@@ -115,8 +141,8 @@ class Template:
             raise self._error(failure) from None
 
     def render_rows(
-        self, rows: Iterable[Row], **variables: Any
-    ) -> Iterator[tuple[Row, str | InputError]]:
+        self, rows: Iterable[_C], **variables: Any
+    ) -> Iterator[tuple[_C, str | InputError]]:
         """Render many rows; the next one renders while the caller works on the last.
 
         Yields each row with its text, or with the error when the row can be its cause.
@@ -125,7 +151,7 @@ class Template:
             InputError: one that no other row would escape (syntax, time, memory).
         """
         worker: _Worker | None = None
-        before: Row | None = None
+        before: _C | None = None
         try:
             for row in rows:
                 done = None if before is None or worker is None else self._finish(worker, before)
@@ -143,7 +169,7 @@ class Template:
             if worker is not None:
                 worker.close()
 
-    def _finish(self, worker: _Worker, row: Row) -> str | InputError:
+    def _finish(self, worker: _Worker, row: Conversation) -> str | InputError:
         try:
             return worker.text()
         except _Failure as failure:

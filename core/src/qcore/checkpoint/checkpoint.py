@@ -11,7 +11,6 @@ question.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -20,10 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ..errors import InputError
+from ..io import strict_json
 from ..io.atomic import reading
-from .safetensors_header import DTYPE_BITS, Header, read_headers, unique
+from .safetensors_header import DTYPE_BITS, Header, read_headers
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from .chat_template import Template
 
 __all__ = [
@@ -172,9 +174,37 @@ class Checkpoint:
     def _optional_json(self, name: str) -> dict[str, Any]:
         return read_json(self.file(name)) if name in self.sidecars else {}
 
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON object from a file of the folder; duplicate keys are refused.
+
+        Raises:
+            InputError: as `file`; ``QC-CKPT-002`` not one JSON object.
+        """
+        return read_json(self.file(name))
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer of tokenizer.json; reads the file at each call.
+
+        Raises:
+            InputError: ``QC-TOKENIZER-001``.
+        """
+        from .tokenizer import load_tokenizer
+
+        return load_tokenizer(self)
+
+    def close(self) -> None:
+        """End the process that renders `template`, if one runs; another use starts it again."""
+        template = vars(self).get("template")  # without reading the file for it
+        if template is not None:
+            template.close()
+
     @cached_property
     def template(self) -> Template | None:
-        """The chat template: chat_template.jinja, else the one in tokenizer_config.json."""
+        """The chat template: chat_template.jinja, else the one in tokenizer_config.json.
+
+        The checkpoint owns it and ends its process in `close`; use `Template.reopen` for one
+        to close yourself.
+        """
         from .chat_template import Template
 
         if "chat_template.jinja" in self.sidecars:
@@ -261,7 +291,7 @@ def read_json(path: Path) -> dict[str, Any]:
             if path.stat().st_size > _MAX_JSON:
                 raise ValueError(f"larger than {_MAX_JSON} bytes")
             text = path.read_text(encoding="utf-8")
-        value = json.loads(text, object_pairs_hook=unique)
+        value = strict_json.loads(text)
         if not isinstance(value, dict):
             raise ValueError(f"a JSON {type(value).__name__}")
     except (ValueError, RecursionError) as error:

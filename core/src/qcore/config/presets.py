@@ -18,17 +18,17 @@ default bases of one generation.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
-from ..errors import PluginError, QcoreError, UsageError
+from ..errors import PluginError, QcoreError, UsageError, nearest
 from ..io.plugin_data import plugin_files, yaml_files
-from .resolve import settings_of
-from .settings import Settings, Value
+from .convert import settings_of
+from .settings import Settings
+from .spec import Value
 from .yaml import Items, Node, Scalar, Table, read
 
 GROUP = "qcore.presets"
@@ -167,8 +167,8 @@ class Presets:
         return next(iter(named), None)
 
     def _unknown(self, name: str, known: Iterable[str]) -> UsageError:
-        near = difflib.get_close_matches(name.lower(), list(known), n=1)
-        fix = f"did you mean {near[0]}?" if near else "qcore presets list shows them"
+        near = nearest(name.lower(), known)
+        fix = f"did you mean {near}?" if near else "qcore presets list shows them"
         unread = ", ".join(bad.origin for bad in self.broken)
         what = "is no preset" + (f" (those of {unread} could not be read)" if unread else "")
         return UsageError("QC-PRESET-001", what, field="--preset", found=name, fix=fix)

@@ -11,12 +11,13 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .jsonl import BadRow
+from ..api.media import RowError
+from ..errors import nearest
 from .media_files import Reference
-from .tool_fields import ADVICE, kind, known_keys, mapping, near, without_nulls, wrong
+from .tool_fields import ADVICE, kind, known_keys, mapping, without_nulls, wrong
 
 if TYPE_CHECKING:
-    from .media_files import MediaReader
+    from ..api.media import MediaReader
 
 _SHA256 = re.compile("[0-9a-fA-F]{64}")
 _NAMES = ("path", "url", "base64", "data")  # what other formats call the bytes
@@ -53,7 +54,7 @@ class Parts:
         """Text, or parts as a template reads them, and what the media among them refer to.
 
         Raises:
-            BadRow: ``QC-DATA-006``, or ``-009`` for a part of a type that nothing reads.
+            RowError: ``QC-DATA-006``, or ``-009`` for a part of a type that nothing reads.
         """
         if isinstance(value, str):
             return value, ()
@@ -75,7 +76,7 @@ class Parts:
     def _text(self, part: Mapping[str, Any], at: str) -> str:
         named = part.get("type")
         if isinstance(named, str) and named != "text":
-            raise BadRow(
+            raise RowError(
                 "QC-DATA-009",
                 "is a part of a type that nothing here reads",
                 at=at,
@@ -84,7 +85,7 @@ class Parts:
                 fix=self._advice(named),
             )
         if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise BadRow(
+            raise RowError(
                 "QC-DATA-006",
                 "is no text part",
                 at=at,
@@ -105,7 +106,7 @@ class Parts:
         for known in self.kinds:
             if known in named:
                 return f"write {_example(known)}"
-        meant = near(named, ("text", *self.kinds))
+        meant = nearest(named.lower(), ("text", *self.kinds))
         if meant:
             return f'did you mean "{meant}"?'
         return (
@@ -118,13 +119,13 @@ class Parts:
         known_keys(part, known, at, "QC-DATA-006", self._key_advice)
         given, digest = part.get(named), part.get("sha256")
         if given is None:
-            raise BadRow(
+            raise RowError(
                 "QC-DATA-006", "is a media part without its bytes", at=at, expected=_example(named)
             )
         if not isinstance(given, str):
             raise wrong(given, f"{at}.{named}", "a relative path or a data URL, as a string")
         if digest is not None and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
-            raise BadRow(
+            raise RowError(
                 "QC-DATA-006",
                 "is no SHA-256",
                 at=f"{at}.sha256",

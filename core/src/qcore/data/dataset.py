@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..api.media import RowError
 from ..api.records import ChatFormat
 from ..checkpoint.chat_template import Template
+from ..checkpoint.tokenizer import load_tokenizer
 from ..errors import InputError
-from .jsonl import BadRow, Problems
-from .masking import Example, encode_text, highest_id, load_tokenizer
+from .jsonl import Problems
+from .masking import Example, encode_text, highest_id
 from .media_files import Finder
 from .rows import Row, read_rows
 from .template_check import prove_mask, prove_media
@@ -28,8 +30,8 @@ from .template_kwargs import check_variables, special_tokens
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from ..api.media import MediaReader, Medium
     from ..checkpoint.checkpoint import Checkpoint
-    from .media_files import MediaReader, Medium
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +140,7 @@ def dataset(
             the embedding, ``QC-DATA-015`` too few rows to split.
     """
     path = Path(path)
-    template = _template(checkpoint)
+    template = _open_template(checkpoint)
     tokenizer = tokenizer or load_tokenizer(checkpoint)
     rows = _vocab_rows(checkpoint, tokenizer)
     given = {**special_tokens(checkpoint.tokenizer_config), **(variables or {})}
@@ -169,7 +171,7 @@ def dataset(
                 example = encode_text(
                     text, row, tokenizer, chat_format, max_length, vocab_rows=rows, reader=reader
                 )
-            except BadRow as bad:
+            except RowError as bad:
                 problems.add(row.line, bad.error(path, row.line))
             else:
                 examples.append(example)
@@ -245,7 +247,7 @@ def _prove_media(
     variables: Mapping[str, Any],
 ) -> None:
     """`prove_media` in a process of its own: the template's is in the middle of the rows."""
-    with Template(template.text, template.source) as apart:
+    with template.reopen() as apart:
         prove_media(apart, chat_format, tokenizer, reader, variables=variables)
 
 
@@ -273,7 +275,7 @@ def _seen(
             proved = True
         try:
             seen = tuple(finder.read(part, reader) for part in row.media)
-        except BadRow as bad:
+        except RowError as bad:
             problems.add(row.line, bad.error(path, row.line))
             return None
         if keys := frozenset((part.kind, key) for part in row.media for key in part.options):
@@ -284,7 +286,8 @@ def _seen(
     return (row for row in map(read, rows) if row is not None)
 
 
-def _template(checkpoint: Checkpoint) -> Template:
+def _open_template(checkpoint: Checkpoint) -> Template:
+    """The checkpoint's template with a process of its own, which the caller closes."""
     template = checkpoint.template
     if template is None:
         raise InputError(
@@ -294,17 +297,16 @@ def _template(checkpoint: Checkpoint) -> Template:
             expected="chat_template.jinja, or chat_template in tokenizer_config.json",
             fix="add the chat template that came with the weights",
         )
-    return template
+    return template.reopen()
 
 
 def _refused(path: Path, row: Row, error: InputError) -> InputError:
     """A template's refusal as the row's error."""
-    return InputError(
-        error.code,
-        f"the chat template {error.what}",
+    return error.replace(
+        what=f"the chat template {error.what}",
         file=path,
         field=f"line {row.line}",
-        found=error.found,
+        expected=None,
         fix="mend the row: the template is the checkpoint's own",
     )
 

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..api.media import RowError
 from ..errors import InputError, PreflightError
+from ..io import strict_json
 
 MAX_LINE = 16 << 20  #: bytes; a longer line is refused without being held in memory
 MAX_DEPTH = 64
@@ -36,54 +38,6 @@ class Hasher(Protocol):
     """What `hashlib.sha256()` gives."""
 
     def update(self, data: bytes, /) -> None: ...
-
-
-class BadRow(Exception):
-    """One row that is not as it must be; `error` gives it file and line.
-
-    Args:
-        code: stable code.
-        what: the statement.
-        at: path inside the row, ``messages[3].content``.
-        found: what was there.
-        expected: what should have been there.
-        fix: one edit that mends it.
-    """
-
-    def __init__(
-        self,
-        code: str,
-        what: str,
-        *,
-        at: str = "",
-        found: object | None = None,
-        expected: object | None = None,
-        fix: str | None = None,
-    ) -> None:
-        super().__init__(what)
-        self.code = code
-        self.what = what
-        self.at = at
-        self.found = found
-        self.expected = expected
-        self.fix = fix
-
-    def within(self, at: str) -> BadRow:
-        """The same, of something that lies at `at` in the row."""
-        self.at = f"{at}.{self.at}" if self.at else at
-        return self
-
-    def error(self, path: Path | None, line: int) -> InputError:
-        """The user's error: file, line and field."""
-        return InputError(
-            self.code,
-            self.what,
-            file=path,
-            field=f"line {line}, {self.at}" if self.at else f"line {line}",
-            found=self.found,
-            expected=self.expected,
-            fix=self.fix,
-        )
 
 
 class Problems:
@@ -206,14 +160,14 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
         at: path for the error.
 
     Raises:
-        BadRow: ``QC-DATA-003`` not UTF-8, ``QC-DATA-004`` not JSON, a duplicate key, NaN or
+        RowError: ``QC-DATA-003`` not UTF-8, ``QC-DATA-004`` not JSON, a duplicate key, NaN or
             infinity, nested too deep.
     """
     if isinstance(raw, bytes):
         try:
             raw = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise BadRow(
+            raise RowError(
                 "QC-DATA-003",
                 "is not UTF-8",
                 at=at,
@@ -221,10 +175,10 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
                 fix="save the file as UTF-8",
             ) from None
     try:
-        value = _DECODER.decode(raw)
+        value = strict_json.loads(raw, finite=True)
     except json.JSONDecodeError as error:
         byte = len(raw[: error.pos].encode("utf-8", "surrogatepass")) + 1
-        raise BadRow(
+        raise RowError(
             "QC-DATA-004",
             "is not JSON",
             at=at,
@@ -233,26 +187,33 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
         ) from None
     except RecursionError:
         raise _too_deep(at) from None
-    except _Refused as error:
-        raise BadRow(
-            "QC-DATA-004", str(error), at=at, found=error.found, expected=error.expected
+    except strict_json.DuplicateKeyError as error:
+        raise RowError(
+            "QC-DATA-004",
+            "has a key twice in one object",
+            at=at,
+            found=repr(error.key),
+            expected="each key once",
         ) from None
+    except strict_json.NonFiniteError as error:
+        raise _not_finite(error, at) from None
     except ValueError:  # an integer with more digits than Python converts
-        raise BadRow("QC-DATA-004", "has a number of thousands of digits", at=at) from None
+        raise RowError("QC-DATA-004", "has a number of thousands of digits", at=at) from None
     if raw.count("{") + raw.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise _too_deep(at)
     return value
 
 
-class _Refused(ValueError):
-    def __init__(self, what: str, found: str, expected: str) -> None:
-        super().__init__(what)
-        self.found = found
-        self.expected = expected
+def _not_finite(error: strict_json.NonFiniteError, at: str) -> RowError:
+    if error.overflow:
+        what, expected = "has a number beyond every float", "a finite number"
+    else:
+        what, expected = "has a number that JSON does not know", "a finite number or null"
+    return RowError("QC-DATA-004", what, at=at, found=error.text[:40], expected=expected)
 
 
-def _too_deep(at: str) -> BadRow:
-    return BadRow(
+def _too_deep(at: str) -> RowError:
+    return RowError(
         "QC-DATA-004", "is nested too deep", at=at, expected=f"at most {MAX_DEPTH} levels"
     )
 
@@ -267,28 +228,3 @@ def _depth(value: Any) -> int:
         elif isinstance(node, list):
             todo.extend((child, depth + 1) for child in node)
     return deepest
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _Refused("has a key twice in one object", repr(key), "each key once")
-            seen.add(key)
-    return made
-
-
-def _constant(name: str) -> Any:
-    raise _Refused("has a number that JSON does not know", name, "a finite number or null")
-
-
-def _float(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise _Refused("has a number beyond every float", text[:40], "a finite number")
-    return value
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)

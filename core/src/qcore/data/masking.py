@@ -16,17 +16,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..api.media import RowError
 from ..api.records import ChatFormat
-from ..errors import InputError
-from .jsonl import BadRow
 from .media_spans import less_media, place
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from ..api.media import MediaReader, Medium, Placed
     from ..checkpoint.chat_template import Template
-    from ..checkpoint.checkpoint import Checkpoint
-    from .media_files import MediaReader, Medium, Placed
     from .rows import Row
 
 IGNORED = -100  #: label of a position without loss, as in transformers
@@ -54,43 +52,6 @@ class Example:
     supervised: int
     media: tuple[Medium, ...] = ()
     placed: Placed | None = None
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer of tokenizer.json, as it is written there.
-
-    Not ``AutoTokenizer``: it chooses another pre-tokenizer by what lies beside the file.
-    Truncation and padding that a re-save left in the file are switched off.
-
-    Raises:
-        InputError: ``QC-TOKENIZER-001`` no tokenizer.json, or none that loads.
-    """
-    from tokenizers import Tokenizer
-
-    wanted = "the tokenizer.json that came with the weights"
-    if "tokenizer.json" not in checkpoint.sidecars:
-        raise InputError(
-            "QC-TOKENIZER-001",
-            "has no tokenizer.json",
-            file=checkpoint.path,
-            fix=f"add {wanted}",
-        )
-    path = checkpoint.file("tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:
-        if type(error) is not Exception:  # the library raises the bare class, nothing else does
-            raise
-        raise InputError(
-            "QC-TOKENIZER-001",
-            "is no tokenizer that loads",
-            file=path,
-            found=str(error)[:200],
-            fix=f"use {wanted}",
-        ) from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def highest_id(tokenizer: Tokenizer) -> int:
@@ -121,7 +82,7 @@ def spans(text: str, chat_format: ChatFormat, expected_turns: int) -> list[tuple
         with, through the mark that ends the turn.
 
     Raises:
-        BadRow: ``QC-MASK-001`` another number of turns than in the row, ``QC-MASK-002`` a turn
+        RowError: ``QC-MASK-001`` another number of turns than in the row, ``QC-MASK-002`` a turn
             that does not end before the next one starts.
     """
     header = chat_format.turn_start + chat_format.assistant + chat_format.role_end
@@ -133,7 +94,7 @@ def spans(text: str, chat_format: ChatFormat, expected_turns: int) -> list[tuple
         end = text.find(chat_format.turn_end, body)
         following = text.find(chat_format.turn_start, body)
         if end < 0 or 0 <= following < end:
-            raise BadRow(
+            raise RowError(
                 "QC-MASK-002",
                 f"renders an assistant turn without {chat_format.turn_end!r}",
                 found=repr(text[at : at + 60]),
@@ -145,7 +106,7 @@ def spans(text: str, chat_format: ChatFormat, expected_turns: int) -> list[tuple
         found.append((start, end))
         at = text.find(header, end)
     if len(found) != expected_turns:
-        raise BadRow(
+        raise RowError(
             "QC-MASK-001",
             "renders another number of assistant turns than it has",
             found=len(found),
@@ -206,7 +167,7 @@ def encode_text(
         reader: of media; without it there are none.
 
     Raises:
-        BadRow: ``QC-MASK-001``, ``-002`` as in `spans`, ``-004`` as in `place`,
+        RowError: ``QC-MASK-001``, ``-002`` as in `spans`, ``-004`` as in `place`,
             ``QC-DATA-011`` too long, ``QC-DATA-012`` nothing to train, ``QC-DATA-013`` an id
             without an embedding; or as `MediaReader.expand`.
     """
@@ -233,7 +194,7 @@ def encode_text(
             placed = place(reader, row.seen, ids, control)
     supervised = len(made) - 1 - made[1:].count(IGNORED)
     if supervised < 1:
-        raise BadRow(
+        raise RowError(
             "QC-DATA-012",
             "has no token to train: it is masked whole",
             expected="text in at least one assistant turn",
@@ -256,7 +217,7 @@ def _check_ids(
     if len(ids) > max_length:
         media = sum(medium.tokens for medium in row.seen)
         smaller = ", shorten the row or make its media smaller" if media else " or shorten the row"
-        raise BadRow(
+        raise RowError(
             "QC-DATA-011",
             "is longer than max_length",
             found=f"{len(ids)} tokens" + (f", {media} of them media" if media else ""),
@@ -265,7 +226,7 @@ def _check_ids(
         )
     if vocab_rows is not None and ids and max(ids) >= vocab_rows:
         beyond = max(ids)
-        raise BadRow(
+        raise RowError(
             "QC-DATA-013",
             "has a token without an embedding",
             found=f"id {beyond} ({tokenizer.id_to_token(beyond)!r})",
@@ -292,7 +253,7 @@ def encode_row(
     text = template.render(row.messages, row.tools, **(variables or {}))
     try:
         return encode_text(text, row, tokenizer, chat_format, max_length, vocab_rows=vocab_rows)
-    except BadRow as bad:
+    except RowError as bad:
         raise bad.error(None, row.line) from None
 
 

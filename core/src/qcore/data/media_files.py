@@ -3,8 +3,8 @@
 This file decides how a content part names its bytes (a path relative to the data file, or a data
 URL: nothing is fetched) and what is checked before anything decodes them: the file is there, lies
 within the data file's folder, is not too large and has the digest that the row states. What the
-bytes mean is the reader's (`MediaReader`), which a plugin brings with its `Modality`; which rows
-have them is `parts`'. It imports no torch.
+bytes mean is decided by the reader (`qcore.api.media.MediaReader`), which a plugin brings with its
+`Modality`; which rows have them, by `qcore.data.content`. It imports no torch.
 
 Codes: ``QC-MEDIA-001`` neither a relative path nor a data URL, ``-002`` missing or unreadable,
 ``-003`` no regular file, ``-004`` outside of the folder, ``-005`` too large, ``-006`` another
@@ -15,22 +15,16 @@ from __future__ import annotations
 
 import binascii
 import hashlib
-import io
 import os
 import re
 import stat
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import Any
 
-from .jsonl import MAX_LINE, BadRow
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..api.blocks import Media
+from ..api.media import MediaReader, Medium, Payload, RowError
+from .jsonl import MAX_LINE
 
 LARGEST = 2 << 30  #: bytes of one file; a data URL is bounded by its line
 _BLOCK = 1 << 20
@@ -59,112 +53,6 @@ class Reference:
     options: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Payload:
-    """The bytes of one part of a row, found and checked.
-
-    Attributes:
-        kind: the part's type.
-        sha256: hex digest of the bytes.
-        path: the file, every link followed; ``None`` where the row holds the bytes.
-        data: the bytes; ``None`` where a file holds them.
-        options: the part's other keys.
-    """
-
-    kind: str
-    sha256: str
-    path: Path | None = None
-    data: bytes | None = None
-    options: Mapping[str, Any]
-
-    def open(self) -> BinaryIO:
-        """The bytes, to be read."""
-        if self.path is None:
-            return io.BytesIO(self.data or b"")
-        return self.path.open("rb")
-
-
-class Medium(Protocol):
-    """One payload, processed: small itself, its values wait in a cache."""
-
-    @property
-    def kind(self) -> str:
-        """Type of the part."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """Of its bytes and of how they were processed: equal for equal values."""
-        ...
-
-    @property
-    def tokens(self) -> int:
-        """Embeddings that the tower makes of it."""
-        ...
-
-    @property
-    def units(self) -> int:
-        """Rows of values that the tower computes."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
-    """Where the media of a row lie among its tokens.
-
-    Attributes:
-        where: tokens whose embeddings are the tower's, in the order of its outputs.
-        positions: of every token, along each axis of the rotary embedding.
-    """
-
-    where: array[int]
-    positions: tuple[array[int], ...]
-
-
-class MediaReader(Protocol):
-    """A modality's reader, made from the checkpoint's processor files."""
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Types of content parts that it reads; such a part has a key of that name."""
-        ...
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Further keys that such a part may have, beside ``type`` and ``sha256``."""
-        ...
-
-    @property
-    def control(self) -> tuple[str, ...]:
-        """Tokens that stand for media: never a label, and no text of a row may hold one."""
-        ...
-
-    def read(self, payload: Payload) -> Medium:
-        """Decode and process a payload, or find it in the cache. Raises `BadRow`."""
-        ...
-
-    def expand(self, text: str, media: Sequence[Medium]) -> str:
-        """A rendered text with every placeholder as long as its medium.
-
-        Raises:
-            BadRow: another number of placeholders than of media, or in another order.
-        """
-        ...
-
-    def place(self, ids: Sequence[int], media: Sequence[Medium]) -> Placed:
-        """Where the media lie in the token ids of an expanded text."""
-        ...
-
-    def batch(self, media: Sequence[Medium], where: Tensor) -> Media:
-        """What the tower reads of a pack.
-
-        Args:
-            media: of all its rows, in order.
-            where: ``[n]`` int64, as `Media.where`.
-        """
-        ...
-
-
 class Finder:
     """The bytes that rows of one data file refer to; each file is read for its digest once.
 
@@ -181,25 +69,25 @@ class Finder:
         """Find the bytes of a part and have them read.
 
         Raises:
-            BadRow: as `payload` and `MediaReader.read`, with the part's place and its file.
+            RowError: as `payload` and `MediaReader.read`, with the part's place and its file.
         """
         try:
             payload = self.payload(part)
             try:
                 return reader.read(payload)
-            except BadRow as bad:
+            except RowError as bad:
                 if payload.path is not None and not bad.at:  # it is about the bytes
                     told = "" if bad.found is None else f": {bad.found}"
                     bad.found = f"{_shown(part.given)}{told}"
                 raise
-        except BadRow as bad:
+        except RowError as bad:
             raise bad.within(part.at) from None
 
     def payload(self, part: Reference) -> Payload:
         """The bytes of a part, found and checked in constant memory.
 
         Raises:
-            BadRow: ``QC-MEDIA-001`` to ``-006``.
+            RowError: ``QC-MEDIA-001`` to ``-006``.
         """
         path = data = None
         if part.given[:5].lower() == "data:":
@@ -209,7 +97,7 @@ class Finder:
             path = self._path(part.given)
             digest = self._digest(path, part.given)
         if part.sha256 is not None and part.sha256 != digest:
-            raise BadRow(
+            raise RowError(
                 "QC-MEDIA-006",
                 "has other bytes than its sha256 says",
                 found=digest,
@@ -225,7 +113,7 @@ class Finder:
         inside = os.path.normpath(given).split("/")[0] != ".."
         real = os.path.realpath(self._folder / given) if inside else ""
         if not inside or os.path.commonpath([self._root, real]) != self._root:
-            raise BadRow(
+            raise RowError(
                 "QC-MEDIA-004",
                 "leads outside of the data file's folder",
                 found=_shown(given),
@@ -243,7 +131,7 @@ class Finder:
                 status = os.fstat(file.fileno())
                 _check_regular(status.st_mode, given)
                 if status.st_size > LARGEST:
-                    raise BadRow(
+                    raise RowError(
                         "QC-MEDIA-005",
                         "is too large",
                         found=f"{_shown(given)} of {status.st_size} bytes",
@@ -258,7 +146,7 @@ class Finder:
                 return self._digests[key]
         except OSError as error:
             missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-            raise BadRow(
+            raise RowError(
                 "QC-MEDIA-002",
                 "is not there" if missing else "cannot be read",
                 found=f"{_shown(given)}: {error.strerror or error}",
@@ -281,7 +169,7 @@ def _check_form(given: str) -> None:
     elif _UNNAMEABLE.search(given):
         what = "has a character that no file is named with"
     if what:
-        raise BadRow("QC-MEDIA-001", what, found=_shown(given), expected=_WANTED, fix=fix)
+        raise RowError("QC-MEDIA-001", what, found=_shown(given), expected=_WANTED, fix=fix)
 
 
 def _check_regular(mode: int, given: str) -> None:
@@ -294,7 +182,7 @@ def _check_regular(mode: int, given: str) -> None:
         (stat.S_ISLNK, "a link that leads back to itself"),
     )
     kind = next((name for is_kind, name in kinds if is_kind(mode)), "a device")
-    raise BadRow(
+    raise RowError(
         "QC-MEDIA-003",
         "is no regular file",
         found=f"{_shown(given)}: {kind}",
@@ -306,7 +194,7 @@ def _decoded(given: str) -> bytes:
     """The bytes of a data URL, strictly: a lenient decoder would drop what it does not know."""
     head, comma, body = given.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise BadRow(
+        raise RowError(
             "QC-MEDIA-001",
             "is a data URL that is not in base64",
             found=_shown(given),
@@ -315,7 +203,7 @@ def _decoded(given: str) -> bytes:
     try:
         return binascii.a2b_base64(body, strict_mode=True)
     except ValueError as error:
-        raise BadRow(
+        raise RowError(
             "QC-MEDIA-001",
             "is a data URL that does not decode",
             found=f"{_shown(given)}: {error}",

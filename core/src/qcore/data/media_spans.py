@@ -12,10 +12,10 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from .jsonl import BadRow
+from ..api.media import RowError
 
 if TYPE_CHECKING:
-    from .media_files import MediaReader, Medium, Placed
+    from ..api.media import MediaReader, Medium, Placed
 
 
 def less_media(
@@ -61,7 +61,7 @@ def _written(
             try:
                 prefix = reader.expand(rendered[: run.end()], media[:count])
                 break
-            except BadRow:
+            except RowError:
                 if count == len(media):
                     raise
                 count += 1
@@ -75,7 +75,7 @@ def place(
     """Where a row's media lie, proved: every output of the tower has its own control token.
 
     Raises:
-        BadRow: ``QC-MASK-004``.
+        RowError: ``QC-MASK-004``.
     """
     placed = reader.place(ids, media)
     wanted = sum(medium.tokens for medium in media)
@@ -85,7 +85,7 @@ def place(
         or any(not 0 <= at < len(ids) or ids[at] not in control for at in where)
         or any(len(axis) != len(ids) for axis in placed.positions)
     ):
-        raise BadRow(
+        raise RowError(
             "QC-MASK-004",
             "has other tokens for its media than they need",
             found=f"{len(placed.where)} of {len(ids)} tokens",

@@ -26,15 +26,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..api.media import RowError
 from ..api.records import ChatFormat
-from ..errors import InputError
+from ..errors import InputError, nearest
 from . import tool_fields as fields
 from .content import Parts, text_of
-from .jsonl import MAX_LINE, BadRow, Hasher, Problems, lines, parse
-from .tool_fields import kind, known_keys, mapping, near, without_block, without_nulls, wrong
+from .jsonl import MAX_LINE, Hasher, Problems, lines, parse
+from .tool_fields import kind, known_keys, mapping, without_block, without_nulls, wrong
 
 if TYPE_CHECKING:
-    from .media_files import MediaReader, Medium, Reference
+    from ..api.media import MediaReader, Medium
+    from .media_files import Reference
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _ROW_KEYS = ("messages", "tools", "prompt", "response", "completion", "id", "metadata")
@@ -100,9 +102,9 @@ def read_rows(
         found = True
         try:
             if raw is None:
-                raise BadRow("QC-DATA-004", "is too long", expected=f"at most {MAX_LINE} bytes")
+                raise RowError("QC-DATA-004", "is too long", expected=f"at most {MAX_LINE} bytes")
             row = check(number, parse(raw))
-        except BadRow as bad:
+        except RowError as bad:
             collected.add(number, bad.error(path, number))
         else:
             yield row
@@ -148,7 +150,7 @@ class RowCheck:
         """Check and normalise one row.
 
         Raises:
-            BadRow: what is wrong with it.
+            RowError: what is wrong with it.
         """
         row = without_nulls(mapping(value, "", "QC-DATA-005", "is not an object"))
         known_keys(row, _ROW_KEYS, "", "QC-DATA-005", self.parts.row_advice)
@@ -166,11 +168,11 @@ class RowCheck:
         if any(row.get(key) is not None for key in ("prompt", "response", "completion")):
             given: Any = _pair(row)
         elif "messages" not in row:
-            raise BadRow("QC-DATA-005", "has no messages", expected='{"messages": [...]}')
+            raise RowError("QC-DATA-005", "has no messages", expected='{"messages": [...]}')
         else:
             given = row["messages"]
         if not isinstance(given, list) or not given:
-            raise BadRow(
+            raise RowError(
                 "QC-DATA-005",
                 "is no list of messages",
                 at="messages",
@@ -194,14 +196,14 @@ class RowCheck:
             message["content"] = said
             media += found
             if found and role == "system":
-                raise BadRow(
+                raise RowError(
                     "QC-DATA-006",
                     "is a media part in a system message, which may hold text alone",
                     at=found[0].at,
                     fix="put it into a user message",
                 )
         elif role != self.format.assistant:
-            raise BadRow("QC-DATA-006", "is missing", at=f"{at}.content", expected="text")
+            raise RowError("QC-DATA-006", "is missing", at=f"{at}.content", expected="text")
         if role == self.format.assistant:
             self._assistant(message, at)
         return message
@@ -212,8 +214,8 @@ class RowCheck:
             return role
         advice = {"developer": "system", "function": "tool", "human": "user", "gpt": "assistant",
                   "model": "assistant", "bot": "assistant"}.get(str(role))  # fmt: skip
-        meant = near(str(role), self.format.roles) or advice
-        raise BadRow(
+        meant = nearest(str(role).lower(), self.format.roles) or advice
+        raise RowError(
             "QC-DATA-006",
             "is no role of this model" if isinstance(role, str) else "has no role",
             at=f"{at}.role" if "role" in message else at,
@@ -228,7 +230,7 @@ class RowCheck:
             if not isinstance(text, str):
                 raise wrong(text, f"{at}.{key}", "a string")
         if len(set(given.values())) > 1:
-            raise BadRow(
+            raise RowError(
                 "QC-DATA-016",
                 "gives two different reasonings",
                 at=at,
@@ -247,7 +249,7 @@ class RowCheck:
         said = text_of(message.get("content", "")).strip()
         reasoned = message.get("reasoning_content")
         if not (said or "tool_calls" in message or (reasoned and reasoned.strip())):
-            raise BadRow(
+            raise RowError(
                 "QC-DATA-010",
                 "says nothing",
                 at=at,
@@ -273,7 +275,7 @@ class RowCheck:
             what, where = f"has text before {opens}, which the template drops", f"{at}.content"
         else:
             return
-        raise BadRow(
+        raise RowError(
             "QC-DATA-016",
             what,
             at=where,
@@ -283,7 +285,7 @@ class RowCheck:
     def _check_order(self, messages: Sequence[Mapping[str, Any]]) -> None:
         roles = [message["role"] for message in messages]
         if self.format.assistant not in roles:
-            raise BadRow(
+            raise RowError(
                 "QC-DATA-010",
                 "has no assistant turn",
                 at="messages",
@@ -295,7 +297,7 @@ class RowCheck:
                 index
                 and (roles[index - 1] == "tool" or "tool_calls" in messages[index - 1])
             ):  # fmt: skip
-                raise BadRow(
+                raise RowError(
                     "QC-DATA-006",
                     "is a tool result that follows no tool call",
                     at=f"messages[{index}]",
@@ -331,7 +333,7 @@ class RowCheck:
         word = hit.group()
         names = {"\0": "a NUL character"}
         lone = "\ud800" <= word[0] <= "\udfff"
-        raise BadRow(
+        raise RowError(
             "QC-DATA-008",
             "holds text that must not reach the model",
             at=at,
@@ -344,7 +346,7 @@ class RowCheck:
 def _pair(row: dict[str, Any]) -> list[dict[str, Any]]:
     answers = [key for key in ("response", "completion") if row.get(key) is not None]
     if row.get("messages") is not None or row.get("prompt") is None or len(answers) != 1:
-        raise BadRow(
+        raise RowError(
             "QC-DATA-005",
             "is neither messages nor one pair",
             found=", ".join(key for key in row if key in _ROW_KEYS),
@@ -352,7 +354,7 @@ def _pair(row: dict[str, Any]) -> list[dict[str, Any]]:
         )
     for key in ("prompt", answers[0]):
         if not isinstance(row[key], str):
-            raise BadRow(
+            raise RowError(
                 "QC-DATA-005",
                 "is not a string",
                 at=key,

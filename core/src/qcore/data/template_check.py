@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..api.media import RowError
 from ..api.records import ChatFormat
 from ..errors import InputError
-from .jsonl import BadRow
 from .masking import IGNORED, labels, normalised, spans, trained_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from ..api.media import MediaReader
     from ..checkpoint.chat_template import Template
-    from .media_files import MediaReader
 
 _TOOL = {
     "type": "function",
@@ -167,7 +167,7 @@ class _Proof:
     def _spans(self, text: str, turns: int) -> list[tuple[int, int]]:
         try:
             return spans(text, self.format, turns)
-        except BadRow as bad:
+        except RowError as bad:
             raise self._error(f"it {bad.what}", bad.found, bad.expected) from None
 
     def _turn(self, message: dict[str, Any], trained: str, others: list[str]) -> None:

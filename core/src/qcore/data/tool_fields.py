@@ -6,11 +6,12 @@ business; which fields a row has, and what they mean together, is `qcore.data.ro
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .jsonl import BadRow, parse
+from ..api.media import RowError
+from ..errors import nearest
+from .jsonl import parse
 
 ADVICE = {
     "weight": "a weight per turn is not supported: leave the key out, every turn is trained",
@@ -24,7 +25,7 @@ def calls(value: Any, at: str, parse_arguments: bool) -> list[dict[str, Any]]:
     """Tool calls, OpenAI's nesting or bare, with their arguments in one form.
 
     Raises:
-        BadRow: ``QC-DATA-007``, or ``-004`` for arguments that are no JSON.
+        RowError: ``QC-DATA-007``, or ``-004`` for arguments that are no JSON.
     """
     if not isinstance(value, list):
         raise wrong(value, at, "a list of calls", code="QC-DATA-007")
@@ -44,7 +45,7 @@ def _call(item: Any, at: str, parse_arguments: bool) -> dict[str, Any]:
         function = call
         known_keys(function, ("id", "type", "name", "arguments"), at, code)
     if not _name(function.get("name")):
-        raise BadRow(
+        raise RowError(
             code,
             "names no function",
             at=at,
@@ -60,7 +61,7 @@ def _arguments(value: Any, at: str, parse_arguments: bool) -> Any:
         return {} if parse_arguments else "{}"
     parsed = parse(value, at=at) if isinstance(value, str) else value
     if not isinstance(parsed, dict):
-        raise BadRow(
+        raise RowError(
             "QC-DATA-007",
             "are no JSON object",
             at=at,
@@ -74,7 +75,7 @@ def tools(value: Any) -> tuple[dict[str, Any], ...] | None:
     """Function descriptions; a JSON string of them too, which keeps a column one type.
 
     Raises:
-        BadRow: ``QC-DATA-007``, or ``-004`` for a string that is no JSON.
+        RowError: ``QC-DATA-007``, or ``-004`` for a string that is no JSON.
     """
     code = "QC-DATA-007"
     wanted = '{"type": "function", "function": {"name": ...}}'
@@ -83,14 +84,14 @@ def tools(value: Any) -> tuple[dict[str, Any], ...] | None:
     if value is None or value == []:
         return None
     if not isinstance(value, list):
-        raise BadRow(code, "is no list", at="tools", found=kind(value), expected=f"[{wanted}]")
+        raise RowError(code, "is no list", at="tools", found=kind(value), expected=f"[{wanted}]")
     done = []
     for index, item in enumerate(value):
         at = f"tools[{index}]"
         tool: dict[str, Any] = _drop_nulls(mapping(item, at, code, "is not an object"))
         described = tool.get("function", tool)
         if not isinstance(described, dict) or not _name(described.get("name")):
-            raise BadRow(code, "describes no function by name", at=at, expected=wanted)
+            raise RowError(code, "describes no function by name", at=at, expected=wanted)
         done.append(tool)
     return tuple(done)
 
@@ -123,7 +124,7 @@ def mapping(value: Any, at: str, code: str, what: str) -> dict[str, Any]:
     """`value`, if it is an object."""
     if isinstance(value, dict):
         return value
-    raise BadRow(code, what, at=at, found=kind(value), expected="an object")
+    raise RowError(code, what, at=at, found=kind(value), expected="an object")
 
 
 def known_keys(
@@ -137,8 +138,8 @@ def known_keys(
     for key in given:
         if key in known:
             continue
-        meant = near(key, known)
-        raise BadRow(
+        meant = nearest(key.lower(), known)
+        raise RowError(
             code,
             "is no key that is read here",
             at=f"{at}.{key}" if at else key,
@@ -147,18 +148,13 @@ def known_keys(
         )
 
 
-def near(word: str, known: Sequence[str]) -> str | None:
-    """The known word that `word` was probably meant to be."""
-    return next(iter(difflib.get_close_matches(word.lower(), known, n=1)), None)
-
-
 def _name(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def wrong(value: Any, at: str, expected: str, code: str = "QC-DATA-006") -> BadRow:
+def wrong(value: Any, at: str, expected: str, code: str = "QC-DATA-006") -> RowError:
     """The error for a value of another type."""
-    return BadRow(code, "is of the wrong type", at=at, found=kind(value), expected=expected)
+    return RowError(code, "is of the wrong type", at=at, found=kind(value), expected=expected)
 
 
 _KINDS: tuple[tuple[type | tuple[type, ...], Callable[[Any], str]], ...] = (

@@ -22,11 +22,12 @@ from ..adapter.delta import Deltas
 from ..adapter.peft_names import Adapter
 from ..adapter.reader import read_adapter
 from ..api.blocks import Media
+from ..api.media import MediaReader, Medium, Placed, RowError
 from ..checkpoint.fingerprint import fingerprints
+from ..checkpoint.tokenizer import load_tokenizer
 from ..config.frozen_map import Entries, Plain
-from ..data.jsonl import BadRow
-from ..data.masking import highest_id, load_tokenizer
-from ..data.media_files import Finder, MediaReader, Medium, Placed, Reference
+from ..data.masking import highest_id
+from ..data.media_files import Finder, Reference
 from ..data.template_kwargs import SETTING, check_variables, recorded_variables, special_tokens
 from ..errors import InputError, NumericError, UsageError
 from ..nn.device import DTYPES, pick_device
@@ -293,7 +294,7 @@ class Generator:
         assert self.reader is not None
         try:
             return self.reader.expand(rendered, media)
-        except BadRow as bad:
+        except RowError as bad:
             raise InputError(
                 bad.code, bad.what, file=self.found.checkpoint.path, found=bad.found,
                 expected=bad.expected, fix="use the chat template that came with the weights",
@@ -316,7 +317,7 @@ class Generator:
                 part = Reference(kind=kind, at=f"--{kind}", given=f"./{real.name}", options={})
                 payload = Finder(real.parent).payload(part)
                 found.append(self.reader.read(payload))
-            except BadRow as bad:
+            except RowError as bad:
                 raise _of_file(bad, kind, path) from None
         return found
 
@@ -324,7 +325,7 @@ class Generator:
         assert self.reader is not None
         try:
             return self.reader.place(ids, media)
-        except BadRow as bad:
+        except RowError as bad:
             raise InputError(
                 bad.code, bad.what, file=self.found.checkpoint.path, found=bad.found,
                 expected=bad.expected, fix=bad.fix,
@@ -360,7 +361,7 @@ class Generator:
         )
 
 
-def _of_file(bad: BadRow, kind: str, path: Path) -> InputError:
+def _of_file(bad: RowError, kind: str, path: Path) -> InputError:
     """What is wrong with a file that an option names: no row's path, and no row's fix."""
     missing = bad.code == "QC-MEDIA-002" and not os.path.lexists(path)
     remote = ":/" in str(path)  # as a path spells "://"

@@ -357,8 +357,7 @@ def _yields(hook: str) -> tuple[type, ...]:
 
     from ..api import hookspecs
 
-    # `Checkpoint` is imported there for type checkers only.
-    hints = typing.get_type_hints(getattr(hookspecs, hook), localns={"Checkpoint": object})
+    hints = typing.get_type_hints(getattr(hookspecs, hook))
     (answer,) = typing.get_args(hints["return"])
     return typing.get_args(answer) or (answer,)
 

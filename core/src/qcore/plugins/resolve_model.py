@@ -155,7 +155,10 @@ def identify(
         where.path, source=where.source, revision=where.revision, remote=where.remote
     )
     plugins = Plugins.discover().for_model_type(checkpoint.config["model_type"])
-    decision = detect(checkpoint, plugins, generation=generation or None)
+    try:
+        decision = detect(checkpoint, plugins, generation=generation or None)
+    finally:
+        checkpoint.close()  # of the process in which detection rendered the template
     answers = plugins.ask(
         "qcore_key_mapping",
         architecture=decision.architecture.name,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..data.media_files import MediaReader
+    from ..api.media import MediaReader
     from ..plugins.resolve_model import Identified
     from ..reporting import Reporter
 

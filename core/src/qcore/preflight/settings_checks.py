@@ -108,5 +108,5 @@ def _quantized(found: Identified, settings: Mapping[str, Any]) -> None:
 def _variables(found: Identified, settings: Mapping[str, Any]) -> None:
     template = found.checkpoint.template
     if template is not None and settings.get(SETTING):
-        with template:
-            check_variables(template, settings[SETTING])
+        with template.reopen() as own:
+            check_variables(own, settings[SETTING])

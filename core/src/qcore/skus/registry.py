@@ -14,14 +14,13 @@ name that two plugins claim, ``-005`` a model without weights.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
-from ..errors import InputError, PluginError, QcoreError, UsageError
+from ..errors import InputError, PluginError, QcoreError, UsageError, nearest
 from ..io.plugin_data import plugin_files
 from .file import read_skus
 from .records import Sku
@@ -101,8 +100,8 @@ class Skus:
     def _unknown(self, name: str) -> UsageError:
         wanted = name.lower()
         spelt = {known: sku.id for sku in self.skus for known in sku.names()}
-        near = difflib.get_close_matches(wanted, spelt, n=1)
-        fix = f"did you mean {spelt[near[0]]}?" if near else "qcore skus list shows them"
+        near = nearest(wanted, spelt)
+        fix = f"did you mean {spelt[near]}?" if near else "qcore skus list shows them"
         unread = ", ".join(sorted({bad.origin for bad in self.broken}))
         what = "has no record" + (f" (those of {unread} could not be read)" if unread else "")
         return UsageError("QC-SKU-001", what, field="ID", found=name, fix=fix)

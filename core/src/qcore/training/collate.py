@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..api.blocks import Media, Packed
+from ..api.media import MediaReader, Medium
 from ..data.masking import Example
-from ..data.media_files import MediaReader, Medium
 from ..nn.model import Model
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..api.media import MediaReader
 from ..config.settings import Settings, in_bytes
 from ..data.dataset import Dataset
 from ..data.masking import Example
-from ..data.media_files import MediaReader
 from ..data.microbatches import joined, units_of_rows
 from ..data.sampler import Schedule, seed_of
 from ..errors import NumericError, UsageError

@@ -22,11 +22,11 @@ import torch
 
 from ..adapter.peft_names import choose_class
 from ..adapter.targets import Coverage, coverage, targets
+from ..api.media import MediaReader
 from ..api.parameters import Store
+from ..checkpoint.tokenizer import load_tokenizer
 from ..config.settings import Settings
 from ..data.dataset import Dataset, dataset
-from ..data.masking import load_tokenizer
-from ..data.media_files import MediaReader
 from ..data.microbatches import units_of_rows
 from ..data.sampler import Schedule
 from ..errors import InputError, Interrupted, NumericError
@@ -280,9 +280,7 @@ def _before(
             changed = compare(last[1], now)
         except InputError as error:
             if error.field == "media" and (which := first_changed(folder, rows)):
-                error = InputError(
-                    error.code, error.what, file=rows.path, field=which, fix=error.fix
-                )
+                error = error.replace(file=rows.path, field=which, found=None, expected=None)
             raise error from None
     before, said = kept(folder, POLICIES)
     if not changed.keys().isdisjoint(SAME_NUMBERS):  # the settings ask for other policies

@@ -23,6 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...api.files import user_cache
 from ...api.records import Kernel, Verdict
 
 if TYPE_CHECKING:
@@ -101,9 +102,7 @@ def put(key: Key, verdict: Verdict) -> None:
 
 def folder() -> Path:
     """Where verdicts are kept. Raises `RuntimeError` where there is no home folder."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification of base directories: a relative path is to be ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "qcore" / "kernels"
+    return user_cache("kernels")
 
 
 def _path(key: Key) -> Path:
