@@ -28,7 +28,7 @@ from support.model_kit import (
 )
 
 import qcore.training.train
-from qcore.cli.terminal import Drawn
+from qcore.cli.terminal import TerminalSink
 from qcore_qwen35.tiny import write
 
 SIDECARS = (
@@ -63,7 +63,7 @@ def made(
         raise WeightsWanted(told)
 
     monkeypatch.setattr(qcore.training.train, "_load", stop)
-    monkeypatch.setattr(Drawn, "note", lambda self, line: told.append(line))
+    monkeypatch.setattr(TerminalSink, "_line", lambda self, line: told.append(line))
     rows = json.loads((tiny / "config.json").read_text())["text_config"]["vocab_size"]
 
     def make(config: dict[str, Any], shapes: Shapes) -> Path:

@@ -186,7 +186,7 @@ def test_train_without_a_model_takes_the_default_and_says_so(
     code = (
         "import sys, qcore.cli.main as cli, qcore.training.train as verb\n"
         "def train(model, *a, reporter, **k):\n"
-        "    reporter._begin()\n"
+        "    reporter.table('', [])\n"
         "    raise SystemExit(f'TRAINS {model}')\n"
         "verb.train = train\n"
         "cli.main()\n"

@@ -11,7 +11,6 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +31,7 @@ from support.e2e_kit import (
     write_stock,
 )
 from support.faults import Faults, count, killed
+from support.sinks import Heard
 from torch import Tensor
 
 from qcore.adapter.delta import Deltas
@@ -44,7 +44,6 @@ from qcore.errors import InputError, NumericError, QcoreError, WriteError
 from qcore.io.artifact import read_manifest, verify
 from qcore.merging.merge import merge
 from qcore.merging.rewrite import MergePass
-from qcore.reporting import Silent
 from qcore.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,20 +210,6 @@ def test_a_text_only_save_of_the_same_weights_is_the_same_base(
 # -- what must not be merged
 
 
-class Counted(Silent):
-    """Adds up the progress."""
-
-    def __init__(self) -> None:
-        self.done = 0
-
-    @contextmanager
-    def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        def advance(amount: int) -> None:
-            self.done += amount
-
-        yield advance
-
-
 def refused(error: pytest.ExceptionInfo[QcoreError], code: str, status: int) -> None:
     assert (error.value.code, error.value.exit_code) == (code, status), error.value
 
@@ -232,11 +217,11 @@ def refused(error: pytest.ExceptionInfo[QcoreError], code: str, status: int) -> 
 def test_another_base_is_refused_at_its_first_tensor(adapter: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     write_stock(other, "vl", tied=False, mtp=True, shard="60KB", dtype=torch.bfloat16, seed=9)
-    counted = Counted()
+    heard = Heard()
     with pytest.raises(InputError) as error:
-        merge(str(other), adapter, tmp_path / "out", reporter=counted)
+        merge(str(other), adapter, tmp_path / "out", reporter=heard.reporter)
     refused(error, "QC-MERGE-001", 65)
-    assert counted.done == 0
+    assert heard.done == 0
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 

@@ -105,14 +105,15 @@ def load(*args):
     return result
 qcore.training.train._load = load
 notes = []
-from qcore.reporting import Silent
-class Heard(Silent):
-    def note(self, line):
-        notes.append(line)
+from qcore.reporting import Note, Reporter
+class Heard:
+    def handle(self, event):
+        if isinstance(event, Note):
+            notes.append(event.text)
 began = time.perf_counter()
 report = qcore.training.train.train(sys.argv[1], sys.argv[2], sys.argv[3], Settings(
     max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=1, r=4,
-    max_length=512, save_steps=0, warmup_ratio=0.0), device="cpu", reporter=Heard())
+    max_length=512, save_steps=0, warmup_ratio=0.0), device="cpu", reporter=Reporter(Heard()))
 seen["peak"], seen["seconds"] = status("VmHWM"), time.perf_counter() - began
 lines = report.coverage
 seen["held"] = sum(line.bits * line.parameters / 8 for line in lines)
