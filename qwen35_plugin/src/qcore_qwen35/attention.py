@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcore.api.blocks import BuildContext, Packed
+from qcore.api import BuildContext, Packed
 from qcore.ops import (
     cached_attention,
     recomputable,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcore.api.blocks import BuildContext, Packed
+from qcore.api import BuildContext, Packed
 from qcore.ops import recomputable
 
 from .norm import GatedNorm

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qcore.api.records import Kernel, Verdict
+from qcore.api import Kernel, Verdict
 
 from .ops import TRITON, limits, optional
 

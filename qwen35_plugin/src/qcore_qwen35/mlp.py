@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qcore.api.blocks import BuildContext
+from qcore.api import BuildContext
 from qcore.ops import recompute
 
 from .ops.swiglu.reference import swiglu

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcore.api.blocks import BuildContext, Packed
+from qcore.api import BuildContext, Packed
 from qcore.ops import Routing, recompute
 
 from .mlp import Mlp

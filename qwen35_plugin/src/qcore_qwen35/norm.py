@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qcore.api.blocks import BuildContext
+from qcore.api import BuildContext
 from qcore.ops import recomputable, recompute
 
 from .ops.norm.reference import add_rms_norm, gated_norm, rms_norm

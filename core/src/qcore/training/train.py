@@ -177,10 +177,10 @@ def _preflight(
     said: Collection[str] = (),
 ) -> list[str]:
     """What guards say of a model before a weight is read; what was `said` is not told again."""
-    given, ids = settings.to_dict(), tokenizer.get_vocab()
+    ids = tokenizer.get_vocab()
     lines = [
         *found.decision.evidence,
-        *preflight(found, verb="train", settings=given, token_ids=ids),
+        *preflight(found, verb="train", settings=settings, token_ids=ids),
     ]
     tell.lines(line for line in lines if line not in said)
     return lines

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from qcore.api.records import Kernel, KnownBad, Verdict
+from qcore.api import Kernel, KnownBad, Verdict
 
 if TYPE_CHECKING:
     import torch
