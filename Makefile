@@ -4,13 +4,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-gpu lint docs dev clean
+# One BLAS thread for each worker: sums in one order, and workers that do not wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+# Workers take contiguous halves of the files, so that a module's fixtures are made once.
+PARALLEL := -n auto --dist worksteal
+
+.PHONY: demo test test-slow test-all test-gpu lint docs dev clean
 
 demo: $(STAMP)  ## train, merge and verify a tiny checkpoint
 	$(BIN)/qcore demo
 
-test: $(STAMP)  ## all tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not gpu"
+test: $(STAMP)  ## every unit, one whole run per verb; timing tests alone at the end
+	$(PYTEST) $(PARALLEL) -m "not gpu and not slow and not timing"
+	$(PYTEST) -n 0 -m "timing and not gpu and not slow"
+
+test-slow: $(STAMP)  ## the other whole runs, whole sweeps, more shapes of each kernel
+	$(PYTEST) $(PARALLEL) -m "slow and not gpu and not timing"
+	$(PYTEST) -n 0 -m "timing and slow and not gpu"
+
+test-all: test test-slow  ## all tests that need no GPU
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu tests/gpu

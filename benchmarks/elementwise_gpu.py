@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from support.elementwise_kit import Case, cases, outputs
 
-from qcore.nn.grad_buffers import Slices
+from qcore.nn.grad_buffers import GradBuffers
 
 
 def microseconds(functions: Sequence[Callable[[], object]], rounds: int = 20) -> float:
@@ -78,12 +78,14 @@ def in_place(name: str, case: Case, made: list[Tensor]) -> list[Tensor]:
     """Gradients of outputs; of what passes through, where the neighbour's kernel leaves them."""
     given = [torch.randn_like(one) for one in made]
     if name == "delta_inputs":
-        _, given[-1], *_ = Slices(*case.tensors[:4]).gradients(made[0], None, given[-1], None, None)
+        _, given[-1], *_ = GradBuffers(*case.tensors[:4]).gradients(
+            made[0], None, given[-1], None, None
+        )
     if name == "attention_inputs":
         q, k, v = case.tensors[:3]
         d = made[0].shape[-1]
         gate, v = q.unflatten(1, (-1, 2 * d))[..., d:], v.unflatten(1, (-1, d))
-        *_, given[2], given[3] = Slices(q, k, v, gate).gradients(q, None, None, *given[2:])
+        *_, given[2], given[3] = GradBuffers(q, k, v, gate).gradients(q, None, None, *given[2:])
     return given
 
 

@@ -25,7 +25,7 @@ from qcore.nn.qlora import nf4, nf4_triton
 from qcore.nn.qlora.linear import Linear
 from qcore.nn.qlora.lora_layer import Adapted, Lora
 from qcore.nn.qlora.stacked_linear import Stacked
-from qcore.nn.recompute import keep_dear
+from qcore.nn.recompute import recompute_cheap
 from qcore_qwen35.moe import Moe
 from qcore_qwen35.ops.moe import triton as moe_triton
 from qcore_qwen35.ops.verify import CASES
@@ -141,7 +141,7 @@ def batch(tokens: int) -> Packed:
 
 def step(moe: Moe, x: Tensor, dy: Tensor, packed: Packed) -> Tensor:
     x = x.detach().requires_grad_()
-    with keep_dear():
+    with recompute_cheap():
         y = moe(x, packed.alone())
     y.backward(dy)
     return y
@@ -187,7 +187,7 @@ def block(tokens: int, r: int, *, fast: bool, resident: bool = False, show: bool
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with keep_dear():
+    with recompute_cheap():
         y = moe(x.detach().requires_grad_(), batch(tokens))
     kept = torch.cuda.memory_allocated() - before
     y.backward(dy)

@@ -17,42 +17,31 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from looking import bound
 from looking_run import LARGE, SMALL, Form, Seen, run
 from train_step_gpu import HERE, VERSIONS, commit, installed
 
+from qcore.reporting import Event, Reporter, Step
+
 ENOUGH = 0.9
 
 
-class Told:
-    """Prints the loss now and then."""
+class Losses:
+    """A sink that prints the loss now and then; the rest of the report is about answers."""
 
     def __init__(self, every: int) -> None:
         self.every = every
 
-    def note(self, line: str) -> None:
-        """Say nothing: the report is about answers."""
-
-    def table(self, title: str, rows: object) -> None:
-        """Say nothing."""
-
-    def progress(self, what: str, total: int, unit: str) -> AbstractContextManager[Any]:
-        """Show no bar."""
-        return nullcontext(lambda amount: None)
-
-    def step(self, metrics: Mapping[str, Any]) -> None:
+    def handle(self, event: Event, /) -> None:
         """A line each `every` steps."""
-        if metrics["step"] % self.every == 0:
-            print(
-                f"step {metrics['step']}: loss {metrics['loss']:.4f}, {metrics['seconds']:.3f} s",
-                flush=True,
-            )
+        if isinstance(event, Step) and event.step % self.every == 0:
+            # Not to stdout: what a sink prints there is sent to stderr.
+            text = f"step {event.step}: loss {event.loss:.4f}, {event.seconds:.3f} s"
+            print(text, file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -69,8 +58,8 @@ def main() -> int:
     form = _form(given)
     with tempfile.TemporaryDirectory(prefix="qcore-looking-") as folder:
         began = time.perf_counter()
-        told = Told(max(1, form.settings["max_steps"] // 15))
-        seen = run(Path(folder), form, device=given.device, reporter=told)
+        reporter = Reporter(Losses(max(1, form.settings["max_steps"] // 15)))
+        seen = run(Path(folder), form, device=given.device, reporter=reporter)
         lines = list(_report(given.device, form, seen, time.perf_counter() - began))
     print("\n".join(lines))
     if given.save:

@@ -50,9 +50,13 @@ def offences(tree: ast.AST) -> Iterator[str]:
             yield f"line {getattr(node, 'lineno', '?')}: {word}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_way_to_run_what_was_downloaded(path: Path) -> None:
-    assert list(offences(ast.parse(path.read_text(encoding="utf-8")))) == []
+def test_no_way_to_run_what_was_downloaded() -> None:
+    assert len(FILES) > 150
+    hits = {
+        str(path.relative_to(ROOT)): list(offences(ast.parse(path.read_text(encoding="utf-8"))))
+        for path in FILES
+    }
+    assert {name: lines for name, lines in hits.items() if lines} == {}
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,7 @@ BOMBS = {
 }  # fmt: skip
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_bombs_are_bounded(bomb: str) -> None:
     text, code = BOMBS[bomb]
@@ -317,6 +318,7 @@ def test_many_rows_keep_order_and_only_their_own_errors() -> None:
         assert first[1] == "0 é"
 
 
+@pytest.mark.timing
 def test_a_row_that_hangs_stops_the_rows_and_is_named() -> None:
     text = "{% if messages[0].content == '2' %}" + LOOP * 3 + "{% endfor %}" * 3 + "{% endif %}x"
     rows = [Row(line=n, messages=({"role": "user", "content": str(n)},)) for n in range(5)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -84,7 +85,8 @@ def test_a_reader_that_leaves_early_is_no_defect(verb: str) -> None:
     assert done.returncode == 141
 
 
-def test_a_reader_that_leaves_after_a_line_of_much() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_after_a_line_of_much(unbuffered: str) -> None:
     code = (
         "import sys, click, qcore.cli.main as cli\n"
         "cli.cli.get_command = lambda ctx, name: click.Command(\n"
@@ -92,7 +94,12 @@ def test_a_reader_that_leaves_after_a_line_of_much() -> None:
         "sys.argv = ['qcore', 'plan']\ncli.main()\n"
     )
     line = f'{sys.executable} -c "{code}" | head -1; exit ${{PIPESTATUS[0]}}'
-    done = subprocess.run(["/bin/bash", "-c", line], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["/bin/bash", "-c", line],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
     assert (done.returncode, done.stderr, done.stdout) == (141, "", "x" * 99 + "\n")
 
 
@@ -133,5 +140,22 @@ def test_a_pipe_that_is_not_the_output_is_no_reader_that_left() -> None:
 
 def test_a_disk_that_is_full_is_not_the_output() -> None:
     done = verb_that("raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))")
-    assert (done.stdout.strip(), done.returncode) == ("begun", 65)
-    assert done.stderr.strip().startswith("error[QC-CLI-006] cannot be used: found No space left")
+    assert (done.stdout, done.returncode) == ("begun\n", 65)
+    assert done.stderr.startswith("error[QC-CLI-006] cannot be used: found No space left")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_long_line_on_a_full_disk_is_the_output() -> None:
+    """One that goes past every buffer, so that nothing is left to be written again."""
+    code = (
+        "import click, qcore.cli.main as cli, sys\n"
+        "cli.cli.get_command = lambda ctx, name: click.Command(\n"
+        "    name, callback=lambda: click.echo('x' * 99999))\n"
+        "sys.argv = ['qcore', 'plan']\ncli.main()\n"
+    )
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 73
+    assert done.stderr.startswith("error[QC-CLI-007] standard output: cannot be written")

@@ -103,6 +103,7 @@ def median_seconds(*command: object, rounds: int = 5) -> float:
     return statistics.median(found)
 
 
+@pytest.mark.timing
 @pytest.mark.skipif(not SCRIPT.exists(), reason="the script is not installed")
 @pytest.mark.parametrize(
     ("arguments", "bound"), [(("--help",), 0.15), (("plugins", "list"), 0.2)], ids=str
@@ -111,6 +112,7 @@ def test_start_up_time(arguments: tuple[str, ...], bound: float):
     assert median_seconds(SCRIPT, *arguments) < 5 * bound
 
 
+@pytest.mark.timing
 @pytest.mark.skipif(not SCRIPT.exists(), reason="the script is not installed")
 def test_inspect_time_on_the_header_of_27b(shared: Path, tmp_path: Path):
     source = shared / "skus" / "qwen3.5" / "Qwen3.5-27B"

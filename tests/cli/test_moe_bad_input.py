@@ -28,7 +28,7 @@ from support.model_kit import (
 )
 
 import qcore.training.train
-from qcore.cli.terminal import Drawn
+from qcore.cli.terminal import TerminalSink
 from qcore_qwen35.tiny import write
 
 SIDECARS = (
@@ -63,7 +63,7 @@ def made(
         raise WeightsWanted(told)
 
     monkeypatch.setattr(qcore.training.train, "_load", stop)
-    monkeypatch.setattr(Drawn, "note", lambda self, line: told.append(line))
+    monkeypatch.setattr(TerminalSink, "_line", lambda self, line: told.append(line))
     rows = json.loads((tiny / "config.json").read_text())["text_config"]["vocab_size"]
 
     def make(config: dict[str, Any], shapes: Shapes) -> Path:
@@ -463,9 +463,9 @@ def test_a_value_of_the_config(capsys: Any, made: Any, case: str, fused: bool):
 
     edit_json(folder / "config.json", edit)
     (field,) = change
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     refused(capsys, folder, code, "" if code == "QC-KEY-003" else field, by_headers=by_headers)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
 
 
@@ -476,6 +476,6 @@ def test_huge_counts_with_nothing_to_hold_them_against(capsys: Any, made: Any):
     for experts, code in ((2**31 - 1, "QC-QWEN35-001"), (4096, "QC-KEY-001")):
         config = small_moe_config(num_experts=experts, mtp_num_hidden_layers=0)
         folder = made(config, shapes)
-        started = time.monotonic()
+        started = time.process_time()
         refused(capsys, folder, code)
-        assert time.monotonic() - started < 10
+        assert time.process_time() - started < 10

@@ -16,7 +16,7 @@ from qcore.adapter.targets import targets
 from qcore.api.blocks import Packed
 from qcore.inference import decoder as decoding
 from qcore.inference.decoder import Decoder, Way, span_of, way_of
-from qcore.nn.attention.varlen import cached_attention, filled, step_attention
+from qcore.nn.attention.varlen import cached_attention, span_bias, step_attention
 from qcore.nn.kernels.builtin import core_kernels
 from qcore.nn.kernels.registry import REFERENCE, Chosen, Line, Listed, State, Used, choose
 from qcore.nn.load import load
@@ -213,7 +213,7 @@ def test_attention_of_a_room_is_that_of_what_is_filled(length: int, heads: tuple
     q = torch.randn(1, heads[0], 8, generator=draw)
     k, v = (torch.randn(16, heads[1], 8, generator=draw) for _ in range(2))
     expected = cached_attention(q, k[:length], v[:length], 0.3)
-    found = step_attention(q, k, v, filled(torch.tensor([length - 1]), 16), 0.3)
+    found = step_attention(q, k, v, span_bias(torch.tensor([length - 1]), 16), 0.3)
     assert found.shape == expected.shape
     assert float((found - expected).abs().max()) <= 1e-6
 

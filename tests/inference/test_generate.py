@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.e2e_kit import tiny_folder
+from support.sinks import Heard
 
 from qcore.api.blocks import Packed
 from qcore.errors import NumericError
@@ -60,14 +61,14 @@ def test_numbers_that_are_not_finite_are_an_error(temperature: float, tmp_path: 
 def test_more_tokens_than_positions_are_a_warning(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(generator._tell, "note", said.append)
+    heard = Heard()
+    monkeypatch.setattr(generator, "reporter", heard.reporter)
     monkeypatch.setattr(generator, "decode", lambda *arguments: ([], True))
     prompt = generator.prompt("Hi", max_new_tokens=1).prompt_tokens
     generator.prompt("Hi", max_new_tokens=4096 - prompt)
-    assert said == []
+    assert heard.notes == []
     generator.prompt("Hi", max_new_tokens=4097 - prompt)
-    (line,) = said
+    (line,) = heard.notes
     assert line.startswith("warning: --max-new-tokens: is more than the positions")
     assert f"found {prompt} tokens of the prompt + {4097 - prompt} new ones" in line
     assert "at most 4096 (max_position_embeddings)" in line

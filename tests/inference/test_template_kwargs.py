@@ -10,13 +10,13 @@ import pytest
 from support.cli_kit import here
 from support.conversations import conversations, write_rows
 from support.e2e_kit import tiny_folder
+from support.sinks import Heard
 
 from qcore.config.settings import Settings
 from qcore.errors import InputError, PreflightError, QcoreError, UsageError
 from qcore.inference.generate import Generator
 from qcore.io.manifest import read_manifest
 from qcore.merging.merge import merge
-from qcore.reporting import Silent
 from qcore.training.train import train
 
 THINK, NO_THINK = "<think>\n", "<think>\n\n</think>\n\n"
@@ -24,14 +24,6 @@ SETTINGS: dict[str, Any] = {
     "max_steps": 1, "gradient_accumulation_steps": 1, "r": 2, "lora_alpha": 4, "save_steps": 0,
     "quantization": "none",
 }  # fmt: skip
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, line: str) -> None:
-        self.lines.append(line)
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +39,10 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def prompted(**options: Any) -> tuple[str, list[str]]:
     """How a prompt ends, and what was said of the template's variables."""
-    notes = Notes()
-    generator = Generator(str(tiny_folder()), device="cpu", reporter=notes, **options)
+    heard = Heard()
+    generator = Generator(str(tiny_folder()), device="cpu", reporter=heard.reporter, **options)
     prompt = generator.prompt("Hi", max_new_tokens=1).prompt
-    said = [line for line in notes.lines if line.startswith("the chat template is rendered")]
+    said = [line for line in heard.notes if line.startswith("the chat template is rendered")]
     return prompt.rpartition("assistant\n")[2], said
 
 

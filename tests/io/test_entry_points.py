@@ -111,7 +111,7 @@ def test_a_command_that_may_not_be_used_is_refused_with_its_reason(tmp_path: Pat
     """
     gated, disabled, twice, *listed = process(tmp_path, code, QCORE_DISABLE_PLUGINS="toy-b")
     assert {error["code"] for error in (gated, disabled, twice)} == {"QC-PLUGIN-020"}
-    assert "command 'toy-a' is incompatible" in gated["message"]
+    assert "plugin command 'toy-a' (toy-a 1.0) is incompatible" in gated["message"]
     assert "found requires qcore-framework>=9" in gated["message"]
-    assert "command 'toy-b' is disabled" in disabled["message"]
+    assert "plugin command 'toy-b' (toy-b 1.0) is disabled" in disabled["message"]
     assert listed == ["toy-a", "twice"], "--help does not pay for the version gate"

@@ -1,4 +1,4 @@
-"""A run's folder: one writer at a time, whole rows of metrics, deletion in one step."""
+"""A run's folder: one writer at a time, deletion in one step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from support.faults import Faults, count, killed
+from support.faults import Faults, count
 
 from qcore.errors import WriteError
-from qcore.io.run_lock import LOCK, Lock, MetricsLog, boot_id, remove_tree
+from qcore.io.atomic import remove_tree
+from qcore.io.run_lock import LOCK, Lock, boot_id
 
 
 def _in_child(job: object) -> int:
@@ -125,65 +126,6 @@ def test_a_lock_that_cannot_be_written(tmp_path: Path) -> None:
     assert caught.value.code == "QC-WRITE-003"
     with Lock(tmp_path):
         pass
-
-
-def test_metrics(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path) as log:
-        log.write({"step": 1, "loss": float("nan"), "more": [float("inf"), {"x": -float("inf")}]})
-        assert path.read_bytes().endswith(b"\n"), "a row is there when write returns"
-        log.write({"step": 2, "loss": 0.5})
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows[0] == {"step": 1, "loss": "NaN", "more": ["Infinity", {"x": "-Infinity"}]}
-    assert rows[1] == {"step": 2, "loss": 0.5}
-
-
-def test_a_torn_row_goes_when_the_log_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo')
-    with MetricsLog(path) as log:
-        log.write({"step": 2})
-    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
-
-
-def test_truncate_after(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path)
-    log.truncate_after(3)
-    assert not path.exists()
-    log.write({"run": "a"})
-    for step in range(1, 8):
-        log.write({"step": step})
-    with path.open("ab") as file:
-        file.write(b'{"step": 3, "tor')
-    log.truncate_after(4)
-    log.write({"step": 5, "again": True})
-    log.close()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    steps = [{"step": n} for n in range(1, 5)]
-    assert rows == [{"run": "a"}, *steps, {"step": 5, "again": True}]
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_truncate_under_faults(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    old = b"".join(b'{"step": %d}\n' % n for n in range(9))
-    new = old[: len(old) // 9 * 5]
-
-    def job() -> None:
-        MetricsLog(path).truncate_after(4)
-
-    path.write_bytes(old)
-    for n in range(count(job)):
-        path.write_bytes(old)
-        with Faults(n, errno.ENOSPC), pytest.raises(WriteError):
-            job()
-        assert path.read_bytes() in (old, new)
-        assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-    for n in range(count(job)):
-        path.write_bytes(old)
-        assert killed(job, n)
-        assert path.read_bytes() in (old, new)
 
 
 def test_remove_tree_is_one_step_to_the_eye(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from support.blocks_kit import GivenWeights, documents, relative, tiny_config, t
 from torch import Tensor, nn
 
 from qcore.api.blocks import Packed
-from qcore.nn.grad_buffers import whole
+from qcore.nn.grad_buffers import as_one_buffer
 from qcore.nn.recompute import run_layers
-from qcore_qwen35.kernels import TRITON, kernels
+from qcore_qwen35.kernels import kernels
 from qcore_qwen35.model import Trunk
+from qcore_qwen35.ops import TRITON
 
 OURS = {
     "rms_norm", "add_rms_norm", "gated_norm", "swiglu", "delta_inputs", "attention_inputs",
@@ -36,7 +37,7 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        made = whole(grads)
+        made = as_one_buffer(grads)
         _Split.copies += made.data_ptr() != grads[0].data_ptr()
         return made, None
 

@@ -58,7 +58,7 @@ STACKS = {
 
 @pytest.mark.parametrize("name", STACKS)
 def test_gradients_of_a_stack_are_one_buffer(name: str) -> None:
-    from qcore.nn.grad_buffers import whole
+    from qcore.nn.grad_buffers import as_one_buffer
 
     case = cases((5, 6), device="cpu", dtype=torch.float32)[name]
     base = torch.cat([case.tensors[i] for i in STACKS[name]], 1)
@@ -71,7 +71,7 @@ def test_gradients_of_a_stack_are_one_buffer(name: str) -> None:
 
         @staticmethod
         def backward(ctx, *grads):
-            made = whole(grads)
+            made = as_one_buffer(grads)
             seen.append(made.data_ptr() == grads[0].data_ptr())
             return made
 

@@ -15,7 +15,7 @@ from qcore.nn.moe import triton as experts_triton
 from qcore.nn.moe import triton_routing as experts_triton_routing
 from qcore.nn.moe.experts import Experts, Routing, Tokens
 from qcore.nn.qlora.lora_layer import Lora
-from qcore.nn.recompute import keep_dear
+from qcore.nn.recompute import recompute_cheap
 
 E = 6
 
@@ -126,7 +126,7 @@ def test_gradients_are_added_where_that_is_wanted(monkeypatch: pytest.MonkeyPatc
     for module.accumulates in (False, True):
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
-        with keep_dear():
+        with recompute_cheap():
             y = experts_triton.grouped(x, module, routing, "in")
         y.square().sum().backward()
         grads.append([parameter.grad for parameter in parameters])

@@ -11,7 +11,6 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +31,7 @@ from support.e2e_kit import (
     write_stock,
 )
 from support.faults import Faults, count, killed
+from support.sinks import Heard
 from torch import Tensor
 
 from qcore.adapter.delta import Deltas
@@ -44,7 +44,6 @@ from qcore.errors import InputError, NumericError, QcoreError, WriteError
 from qcore.io.artifact import read_manifest, verify
 from qcore.merging.merge import merge
 from qcore.merging.rewrite import MergePass
-from qcore.reporting import Silent
 from qcore.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,20 +210,6 @@ def test_a_text_only_save_of_the_same_weights_is_the_same_base(
 # -- what must not be merged
 
 
-class Counted(Silent):
-    """Adds up the progress."""
-
-    def __init__(self) -> None:
-        self.done = 0
-
-    @contextmanager
-    def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        def advance(amount: int) -> None:
-            self.done += amount
-
-        yield advance
-
-
 def refused(error: pytest.ExceptionInfo[QcoreError], code: str, status: int) -> None:
     assert (error.value.code, error.value.exit_code) == (code, status), error.value
 
@@ -232,11 +217,11 @@ def refused(error: pytest.ExceptionInfo[QcoreError], code: str, status: int) -> 
 def test_another_base_is_refused_at_its_first_tensor(adapter: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     write_stock(other, "vl", tied=False, mtp=True, shard="60KB", dtype=torch.bfloat16, seed=9)
-    counted = Counted()
+    heard = Heard()
     with pytest.raises(InputError) as error:
-        merge(str(other), adapter, tmp_path / "out", reporter=counted)
+        merge(str(other), adapter, tmp_path / "out", reporter=heard.reporter)
     refused(error, "QC-MERGE-001", 65)
-    assert counted.done == 0
+    assert heard.done == 0
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
@@ -343,15 +328,22 @@ def test_an_adapter_that_is_cut(base: Path, adapter: Path, tmp_path: Path, ours:
 # -- interrupted
 
 
-@pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO], ids=["full", "input/output error"])
+@pytest.mark.parametrize(
+    ("fault", "points"),
+    [
+        pytest.param(errno.ENOSPC, 2, id="full"),
+        pytest.param(errno.ENOSPC, 12, id="full, more points", marks=pytest.mark.slow),
+        pytest.param(errno.EIO, 12, id="input/output error", marks=pytest.mark.slow),
+    ],
+)
 def test_a_disk_that_fails_leaves_nothing(
-    base: Path, adapter: Path, tmp_path: Path, fault: int
+    base: Path, adapter: Path, tmp_path: Path, fault: int, points: int
 ) -> None:
     calls = count(lambda: merge(str(base), adapter, tmp_path / "whole"))
     shutil.rmtree(tmp_path / "whole")
     assert calls > 50
     before = files(base)
-    for at in random.Random(1).sample(range(calls - 4), 6):
+    for at in random.Random(1).sample(range(calls - 4), points):
         with Faults(at=at, action=fault), pytest.raises(WriteError) as error:
             merge(str(base), adapter, tmp_path / "out")
         assert error.value.exit_code == 73, at
@@ -359,8 +351,15 @@ def test_a_disk_that_fails_leaves_nothing(
     assert files(base) == before
 
 
+@pytest.mark.parametrize(
+    ("points", "shares"),
+    [
+        pytest.param(2, (0.5,), id="sample"),
+        pytest.param(8, (0.1, 0.4, 0.7, 0.95), id="more points", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_merge_leaves_no_result_and_the_next_cleans_up(
-    base: Path, adapter: Path, tmp_path: Path
+    base: Path, adapter: Path, tmp_path: Path, points: int, shares: tuple[float, ...]
 ) -> None:
     def job() -> None:
         merge(str(base), adapter, tmp_path / "out")
@@ -368,14 +367,14 @@ def test_a_killed_merge_leaves_no_result_and_the_next_cleans_up(
     calls = count(lambda: merge(str(base), adapter, tmp_path / "whole"))
     whole = files(tmp_path / "whole")
     shutil.rmtree(tmp_path / "whole")
-    for at in random.Random(2).sample(range(calls - 6), 5):
+    for at in random.Random(2).sample(range(calls - 6), points):
         assert killed(job, at)
         assert not (tmp_path / "out").exists(), at
     began = time.perf_counter()
     job()
     took = time.perf_counter() - began
     shutil.rmtree(tmp_path / "out")
-    for share in (0.1, 0.4, 0.7, 0.95):
+    for share in shares:
         child = os.fork()
         if child == 0:
             try:

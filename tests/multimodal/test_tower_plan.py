@@ -10,7 +10,7 @@ from support.vision_kit import ours_from, tiny_vl
 
 from qcore.adapter.targets import targets
 from qcore.api.blocks import Media, Tower
-from qcore.nn.kernels.launch import Planned, planning
+from qcore.nn.kernels.launch import PlannedDevice, planning
 from qcore.nn.model import Model
 from qcore.nn.qlora.lora_layer import Lora
 from qcore.planning.meta_model import Taken, meta_model
@@ -41,9 +41,9 @@ def planned_model(folder: Path, groups: tuple[str, ...] = GROUPS) -> Model:
 
 @pytest.mark.parametrize("policy", ["none", "elementwise", "full"])
 def test_forward_and_backward_on_meta(folder: Path, policy: str) -> None:
-    told: list[str] = []
+    kernels: list[str] = []
     model = planned_model(folder)
-    planned = Planned(device="cuda", told=lambda name, args, flops: told.append(name))
+    planned = PlannedDevice(device="cuda", record=lambda name, args, flops: kernels.append(name))
     with planning(planned), torch.device("meta"):
         tower = model.tower
         assert tower is not None
@@ -53,8 +53,8 @@ def test_forward_and_backward_on_meta(folder: Path, policy: str) -> None:
         out = model.media(media, recompute=policy)
         assert out.shape == (len(media.where), 128)
         out.backward(torch.empty_like(out))
-    assert told.count("frame_attention") == (4 if policy == "full" else 2)
-    assert told.count("frame_attention_backward") == 2
+    assert kernels.count("frame_attention") == (4 if policy == "full" else 2)
+    assert kernels.count("frame_attention_backward") == 2
 
 
 def saved(model: Model, media: Media, device: str) -> tuple[int, int]:

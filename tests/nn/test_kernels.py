@@ -23,7 +23,7 @@ from qcore.api.records import Kernel, KnownBad, Verdict
 from qcore.errors import NumericError, PluginError, QcoreError, UsageError
 from qcore.nn.kernels import cache as kernel_cache
 from qcore.nn.kernels import registry as kernels
-from qcore.nn.kernels.compare import compare, relative_error, worst
+from qcore.nn.kernels.compare import compare, relative_error, worst_verdict
 from qcore.nn.kernels.registry import Chosen, Listed, State, Used, choose, survey
 
 CPU = torch.device("cpu")
@@ -612,10 +612,10 @@ def test_wrong_outputs_gradients_shapes_and_nan_are_seen() -> None:
 
 
 def test_worst_keeps_what_is_worst() -> None:
-    both = worst(PASS, FAIL)
+    both = worst_verdict(PASS, FAIL)
     assert (both.output, both.gradient, both.good) == (1e-3, 0.3, False)
-    assert math.isnan(worst(PASS, replace(PASS, output=math.nan), FAIL).output)
-    assert worst(PASS, PASS) == PASS
+    assert math.isnan(worst_verdict(PASS, replace(PASS, output=math.nan), FAIL).output)
+    assert worst_verdict(PASS, PASS) == PASS
 
 
 def test_relative_error_by_hand() -> None:

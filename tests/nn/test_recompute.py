@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcore.api.blocks import Packed
-from qcore.nn.recompute import POLICIES, again, keep_dear, remember, run_layers
+from qcore.nn.recompute import POLICIES, recomputable, recompute, recompute_cheap, run_layers
 
 
 class _Block(nn.Module):
@@ -24,9 +24,9 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, batch: Packed, cache: Any | None = None) -> Tensor:
         self.runs += 1
-        y = again(F.layer_norm, x, (8,))
+        y = recompute(F.layer_norm, x, (8,))
         left, right = self.up(y).chunk(2, -1)
-        z = again(lambda a, b: F.silu(a) * b, left, right)
+        z = recompute(lambda a, b: F.silu(a) * b, left, right)
         batch.keep(f"aux {id(self)}", (z.mean(), 3))
         return x + F.dropout(self.down(z), self.dropout, self.training)
 
@@ -66,8 +66,8 @@ def test_a_cheap_result_is_not_kept() -> None:
         made.append(1)
         return tensor.exp()
 
-    with keep_dear():
-        y = again(cheap, x) @ weight
+    with recompute_cheap():
+        y = recompute(cheap, x) @ weight
     assert len(made) == 1
     y.sum().backward()
     assert len(made) == 2
@@ -79,11 +79,11 @@ def test_a_view_of_a_cheap_result_and_chains_are_made_again() -> None:
     x = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
 
     def run() -> Tensor:
-        wide = again(torch.exp, again(torch.sin, x))
+        wide = recompute(torch.exp, recompute(torch.sin, x))
         return F.linear(wide[1:5, 4:].t(), weight[:, :4].t()[:4, :4]).square().sum()
 
     expected = torch.autograd.grad(run(), (x, weight))
-    with keep_dear():
+    with recompute_cheap():
         loss = run()
     found = torch.autograd.grad(loss, (x, weight))
     assert all(map(torch.equal, found, expected))
@@ -92,9 +92,9 @@ def test_a_view_of_a_cheap_result_and_chains_are_made_again() -> None:
 def test_a_fused_result_is_remembered_by_what_it_equals() -> None:
     x = torch.randn(3, 8, requires_grad=True)
     weight = torch.randn(8, 8, requires_grad=True)
-    with keep_dear():
+    with recompute_cheap():
         both = x + 1
-        unit = remember(F.layer_norm(both, (8,)), F.layer_norm, both, (8,))
+        unit = recomputable(F.layer_norm(both, (8,)), F.layer_norm, both, (8,))
         loss = (unit @ weight).sum()
     found = torch.autograd.grad(loss, (x, weight))
     expected = torch.autograd.grad((F.layer_norm(x + 1, (8,)) @ weight).sum(), (x, weight))

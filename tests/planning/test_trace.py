@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qcore.nn.kernels.launch import Planned, launch, on_gpu, planning, stands_for
+from qcore.nn.kernels.launch import PlannedDevice, device_type, launch, on_gpu, planning
 from qcore.planning.trace import Trace
 
 KB = 1024
@@ -66,16 +66,16 @@ def test_kernels_are_told_and_not_started() -> None:
     def kernel() -> None:
         raise AssertionError
 
-    told = []
+    kernels = []
     x = torch.empty(4, device="meta")
     launch(kernel, (1,), x)  # nobody plans: nothing happens
-    with planning(Planned(device="cuda", told=lambda *one: told.append(one))):
+    with planning(PlannedDevice(device="cuda", record=lambda *one: kernels.append(one))):
         launch(kernel, (1,), x, 3, flops=100.0, share=0.5)
         launch(kernel, (0,), x)
         assert on_gpu(x)
-        assert stands_for(x.device) == "cuda"
-        assert stands_for(torch.device("cpu")) == "cpu"
-    assert [(name, flops) for name, _, flops in told] == [("kernel", 200.0)]
+        assert device_type(x.device) == "cuda"
+        assert device_type(torch.device("cpu")) == "cpu"
+    assert [(name, flops) for name, _, flops in kernels] == [("kernel", 200.0)]
     assert not on_gpu(x)
 
 

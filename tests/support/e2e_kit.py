@@ -248,7 +248,7 @@ def figure(line: str) -> None:
 
 _SIGNALLED = """
 import os, signal, sys
-from qcore import loop
+from qcore.training import step as loop
 from qcore.cli.main import main
 real, at, number = loop.Loop.step, int(sys.argv[1]), int(sys.argv[2])
 def step(self, n):

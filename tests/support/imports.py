@@ -48,11 +48,7 @@ def imports(folder: Path, package: str) -> dict[str, set[str]]:
     for module, path in known.items():
         pairs = imported(module, path)
         targets = (f"{base}.{name}" if f"{base}.{name}" in known else base for base, name in pairs)
-        graph[module] = {
-            target
-            for target in targets
-            if target in known and target != module
-        }
+        graph[module] = {target for target in targets if target in known and target != module}
     return graph
 
 

@@ -7,8 +7,7 @@ import json
 import math
 import shutil
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from support.e2e_kit import (
     write_stock,
 )
 from support.run_kit import raw
+from support.sinks import Heard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qcore.api.blocks import Packed
@@ -54,27 +54,6 @@ IN_FOUR_BIT = 65536 + 393216 + 393216  # attention, delta nets, mlp
 LOADED = IN_FOUR_BIT + 6144 + 65536 + 1312 + 6144 + 48  # gates, embedding, norms, conv, state
 
 
-class Heard:
-    """A reporter that keeps what it was told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.tables: list[Sequence[Mapping[str, Any]]] = []
-        self.steps: list[Mapping[str, Any]] = []
-
-    def note(self, line: str) -> None:
-        self.notes.append(line)
-
-    def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.tables.append(rows)
-
-    def progress(self, what: str, total: int, unit: str) -> Any:
-        return nullcontext(lambda amount: None)
-
-    def step(self, metrics: Mapping[str, Any]) -> None:
-        self.steps.append(metrics)
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Smaller than the tiny checkpoint; its vocabulary is the size of nothing else."""
@@ -85,8 +64,9 @@ def run(
     model: Path, rows: Path, output: Path, *, heard: Heard | None = None, **settings: Any
 ) -> TrainReport:
     return train(
-        str(model), rows, output, Settings(**(FAST | settings)), device="cpu", reporter=heard
-    )
+        str(model), rows, output, Settings(**(FAST | settings)), device="cpu",
+        reporter=heard and heard.reporter,
+    )  # fmt: skip
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -150,7 +130,7 @@ def test_every_kind_of_row_trains_every_adapter(rows: Path, tmp_path: Path) -> N
         assert trained[f"{stem}.lora_B.weight"].any(), name
     four = f"{100 * IN_FOUR_BIT / LOADED:.1f} % of the loaded parameters are held in 4 bit"
     assert four in heard.notes
-    hit = {line["group"]: line["with LoRA"] for line in heard.tables[0]}
+    hit = {line["group"]: line["with LoRA"] for line in heard.tables[0].rows}
     assert hit["gdn"] == 9
     assert hit["gdn_gates"] == hit["embed"] == 0
 

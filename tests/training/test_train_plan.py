@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,14 @@ from safetensors.torch import load_file
 from support.cli_kit import here
 from support.conversations import conversations, write_rows
 from support.e2e_kit import resave, tiny_folder
+from support.sinks import Heard
 
 from qcore.config.settings import Settings
 from qcore.errors import InputError, Interrupted, UsageError
 from qcore.io.artifact import read_manifest, verify
 from qcore.planning.gpus import card_of
 from qcore.planning.run import Room
+from qcore.training.step import Loop
 from qcore.training.train import TrainReport, train
 
 BASE: dict[str, Any] = {
@@ -32,37 +32,8 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 
 
-class Heard:
-    """A reporter that keeps what it was told, and does something at a step."""
-
-    def __init__(self, at: int = 0, do: Callable[[], None] = lambda: None) -> None:
-        self.notes: list[str] = []
-        self.tables = 0
-        self._at, self._do = at, do
-
-    def note(self, line: str) -> None:
-        self.notes.append(line)
-
-    def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.tables += 1
-
-    def progress(self, what: str, total: int, unit: str) -> Any:
-        return nullcontext(lambda amount: None)
-
-    def step(self, metrics: Mapping[str, Any]) -> None:
-        if metrics["step"] == self._at:
-            self._do()
-
-    def said(self, start: str) -> list[str]:
-        return [line for line in self.notes if line.startswith(start)]
-
-
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def run_out() -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. More advice.")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +61,7 @@ def run(
 ) -> TrainReport:
     return train(
         str(model or tiny_folder()), rows, output, Settings(**(BASE | settings)), device="cpu",
-        reporter=heard, room=room, resume=resume,
+        reporter=heard and heard.reporter, room=room, resume=resume,
     )  # fmt: skip
 
 
@@ -150,7 +121,7 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(rows: Path, tmp_pa
     with pytest.raises(InputError) as caught:
         run(rows, tmp_path / "out", heard, Room(budget=10**6))
     assert caught.value.code == "QC-PLAN-001"
-    assert heard.tables == 0
+    assert heard.tables == []
     assert not heard.said("plan")
     assert list(tmp_path.iterdir()) == []
 
@@ -171,7 +142,7 @@ def test_settings_that_do_not_suit_the_model_are_refused_first(
     with pytest.raises(UsageError) as caught:
         run(rows, tmp_path / "out", heard, **given)
     assert caught.value.code == code
-    assert (heard.notes, heard.tables) == ([], 0)
+    assert (heard.notes, heard.tables) == ([], [])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -253,7 +224,7 @@ def test_another_run_is_refused_before_anything_else(rows: Path, tmp_path: Path)
     with pytest.raises(InputError) as caught:
         run(rows, out, heard, Room(budget=10**6), resume=True, learning_rate=1e-3)
     assert (caught.value.code, caught.value.field) == ("QC-RESUME-002", "settings.learning_rate")
-    assert (heard.tables, heard.said("plan"), heard.said("recompute")) == (0, [], [])
+    assert (heard.tables, heard.said("plan"), heard.said("recompute")) == ([], [], [])
     with pytest.raises(InputError) as caught:
         run(rows, out, heard, Room(budget=10**6), resume=True)
     assert caught.value.code == "QC-PLAN-001"
@@ -288,9 +259,21 @@ def test_without_its_plan_a_stopped_run_is_planned_again(
     assert raw(tmp_path / "out") == raw(whole[0])
 
 
-def test_memory_that_runs_out_after_all_is_an_error(rows: Path, tmp_path: Path) -> None:
+def test_memory_that_runs_out_after_all_is_an_error(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Loop.step
+
+    def step(self: Loop, number: int) -> dict[str, Any]:
+        if number + 1 == 3:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. More advice."
+            )
+        return real(self, number)
+
+    monkeypatch.setattr(Loop, "step", step)
     with pytest.raises(InputError) as caught:
-        run(rows, tmp_path / "out", Heard(3, run_out), save_steps=2)
+        run(rows, tmp_path / "out", save_steps=2)
     error = caught.value
     assert (error.code, error.field) == ("QC-PLAN-004", "step 3")
     assert "Tried to allocate 2.00 GiB" in error.message

@@ -1,6 +1,6 @@
 """qcore: fine-tune and merge language models through plugins.
 
-Public modules: `api`, `checkpoint`, `errors`, `nn`, and the marker
+Public modules: `api`, `checkpoint`, `errors`, `ops`, and the marker
 `hookimpl`. Everything else is internal and may change in a minor version. Importing qcore
 imports no torch and no plugin.
 """

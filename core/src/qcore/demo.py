@@ -19,7 +19,7 @@ from .io.artifact import check_target, verify
 from .io.atomic import make_folders, writing
 from .merging.merge import MergeReport, merge
 from .plugins.manager import Plugins
-from .reporting import Reporter, Silent
+from .reporting import Reporter
 from .training.train import TrainReport, train
 
 PROMPT = "What is the capital of France?"
@@ -77,7 +77,7 @@ def demo(
         UsageError: ``QC-DEMO-003`` when none brings that of `architecture`.
         NumericError: ``QC-DEMO-002`` when a station does not show its effect.
     """
-    tell = reporter or Silent()
+    tell = reporter or Reporter()
     home = check_target(folder, need_bytes=_BYTES)
     chosen = _architecture(architecture)
     with writing(home):

@@ -15,12 +15,19 @@ renders it and exits with ``exit_code``; nothing else in qcore decides an exit s
       Stopped       130   Ctrl-C where there is nothing to resume
 
 Codes are ``QC-AREA-NNN``; docs/errors.md lists them and a test keeps the list true.
+
+`contained` is the only broad ``except`` of the package: code of plugins and sinks runs inside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self, TypeVar
+
+_T = TypeVar("_T")
 
 
 class QcoreError(Exception):
@@ -71,6 +78,24 @@ class QcoreError(Exception):
         if facts:
             text = f"{text}: {', '.join(facts)}"
         return " ".join(text.split())
+
+    def replace(self, **changes: Any) -> Self:
+        """Copy the error with other facts: ``error.replace(file=path, fix=None)``.
+
+        Class and code stay.
+
+        Args:
+            changes: any of ``what``, ``file``, ``field``, ``found``, ``expected``, ``fix``.
+        """
+        facts: dict[str, Any] = {
+            "what": self.what,
+            "file": self.file,
+            "field": self.field,
+            "found": self.found,
+            "expected": self.expected,
+            "fix": self.fix,
+        }
+        return type(self)(self.code, **(facts | changes))
 
     def as_json(self) -> dict[str, Any]:
         """The payload of ``{"error": ...}`` that ``--json`` prints."""
@@ -151,6 +176,11 @@ class PreflightError(InputError):
         )
         self.exit_code = first.exit_code
 
+    def replace(self, **changes: Any) -> Self:
+        """Copy the findings, the first of them with other facts; see `QcoreError.replace`."""
+        first, *others = self.errors
+        return type(self)([first.replace(**changes), *others])
+
     def as_json(self) -> dict[str, Any]:
         return {**super().as_json(), "all": [error.as_json() for error in self.errors]}
 
@@ -166,18 +196,22 @@ def one_of_each(problems: Sequence[QcoreError]) -> list[QcoreError]:
     told = []
     for first, *others in kinds.values():
         if others:
-            what = f"{first.what} (one of {len(others) + 1})"
-            first = type(first)(
-                first.code,
-                what,
-                file=first.file,
-                field=first.field,
-                found=first.found,
-                expected=first.expected,
-                fix=first.fix,
-            )
+            first = first.replace(what=f"{first.what} (one of {len(others) + 1})")
         told.append(first)
     return told
+
+
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The known word closest to a misspelled one; ``None`` where none is close.
+
+    Args:
+        word: as the user wrote it; case counts.
+        known: the words that would have been right.
+        cutoff: similarity from 0 to 1 that a suggestion must reach.
+    """
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
 def raise_all(problems: Sequence[QcoreError]) -> None:
@@ -186,3 +220,45 @@ def raise_all(problems: Sequence[QcoreError]) -> None:
         raise problems[0]
     if problems:
         raise PreflightError(list(problems))
+
+
+class Failure:
+    """What went wrong in foreign code, on one line; `error` is the exception, if there was one."""
+
+    def __init__(self, text: str, error: BaseException | None = None) -> None:
+        self.text = " ".join(text.split())
+        self.error = error
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def contained(call: Callable[[], _T], /, *, prints: bool = False) -> _T | Failure:
+    """Call foreign code: any exception but KeyboardInterrupt becomes a `Failure`.
+
+    Args:
+        call: the foreign code.
+        prints: whether it may print to stdout, as a plugin's command does. Otherwise its output
+            goes to stderr, because stdout may be one JSON object.
+    """
+    try:
+        with contextlib.nullcontext() if prints else contextlib.redirect_stdout(sys.stderr):
+            return call()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  SystemExit too: a plugin may call sys.exit
+        return Failure(_cause(error), error)
+
+
+def _cause(error: BaseException) -> str:
+    """Type, message and innermost frame of an exception that foreign code raised."""
+    try:
+        text = str(error)[:300]
+    except (Exception, SystemExit):  # noqa: BLE001  a message is foreign code as well
+        text = "(its message cannot be shown)"
+    frame, where = error.__traceback__, ""
+    while frame is not None:
+        name = os.path.basename(frame.tb_frame.f_code.co_filename)
+        where = f" ({name}:{frame.tb_lineno})"
+        frame = frame.tb_next
+    return f"{type(error).__name__}: {text}{where}" if text else f"{type(error).__name__}{where}"

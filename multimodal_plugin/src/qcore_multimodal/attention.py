@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qcore.api import BuildContext, Media
-from qcore.nn.kernels.launch import cdiv, worked
+from qcore.ops import cdiv, record_work
 
 from .linear import linear, residual
 from .rope import Grids, Rope, rotate
@@ -111,7 +111,7 @@ class _Planned(torch.autograd.Function):
         frames, length, heads, size = q.shape
         o, lse = q.new_empty(q.shape), q.new_empty(frames, heads, length, dtype=torch.float32)
         ctx.flops = 4.0 * frames * length**2 * heads * size
-        worked("frame_attention", q, k, v, o, lse, flops=ctx.flops / _FORWARD)
+        record_work("frame_attention", q, k, v, o, lse, flops=ctx.flops / _FORWARD)
         ctx.save_for_backward(q, k, v, o, lse)
         return o
 
@@ -124,7 +124,7 @@ class _Planned(torch.autograd.Function):
         sums = q.new_empty(*q.shape[:-1], 32 * cdiv(q.shape[-1], 32), dtype=torch.float32)
         rows = torch.empty_like(lse)
         work = 2.5 * ctx.flops / _BACKWARD
-        worked("frame_attention_backward", q, k, v, o, do, dq, dk, dv, sums, flops=work)
+        record_work("frame_attention_backward", q, k, v, o, do, dq, dk, dv, sums, flops=work)
         del sums, rows
         return dq, dk, dv
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qcore.api import BuildContext, LinearLayer
-from qcore.nn.recompute import again
+from qcore.ops import recompute
 
 _EPS = 1e-6  # of every norm; no config names it
 
@@ -45,7 +45,7 @@ def residual(stream: Tensor, made: LinearLayer, x: Tensor) -> Tensor:
 
 def activated(made: LinearLayer, x: Tensor, approximate: str) -> Tensor:
     """``gelu(x W^T + b)``; computed again in backward."""
-    return again(_gelu, made(x), made.get_parameter("bias"), approximate)
+    return recompute(_gelu, made(x), made.get_parameter("bias"), approximate)
 
 
 def biased(y: Tensor, made: LinearLayer) -> Tensor:
@@ -102,4 +102,4 @@ class LayerNorm(nn.Module):
         self.bias = ctx.tensor(f"{name}.bias")
 
     def forward(self, x: Tensor) -> Tensor:
-        return again(layer_norm, x, self.weight, self.bias)
+        return recompute(layer_norm, x, self.weight, self.bias)

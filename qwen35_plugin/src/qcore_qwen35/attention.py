@@ -1,7 +1,7 @@
 """Gated full attention: per-head norms of q and k, partial rope, an output gate.
 
 This file decides what surrounds attention in this family (`ops.attention` computes it);
-attention itself, and its borders between documents, are core's (`qcore.nn.attention.varlen`).
+attention itself, and its borders between documents, are core's (`qcore.ops`).
 
 Shapes: T tokens, Hq query heads, Hkv key heads, D head size.
 """
@@ -16,8 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from qcore.api import BuildContext, Packed
-from qcore.nn.attention.varlen import cached_attention, filled, step_attention, varlen_attention
-from qcore.nn.recompute import again, remember
+from qcore.ops import (
+    cached_attention,
+    recomputable,
+    recompute,
+    span_bias,
+    step_attention,
+    varlen_attention,
+)
 
 from .ops.attention.reference import AttentionInputs, attention_inputs, output_gate
 from .rope import Rope
@@ -107,16 +113,16 @@ class Attention(nn.Module):
             o = cached_attention(q, *cache.extend(k, v), scale)
         else:
             at, span = cache.at, cache.span
-            bias = batch.memo(f"filled {span}", lambda: filled(at, span))
+            bias = batch.memo(f"filled {span}", lambda: span_bias(at, span))
             o = step_attention(q, *cache.put(k, v, at), bias, scale)
-        out: Tensor = self.o_proj(again(self._gate, o, gate).flatten(1))
+        out: Tensor = self.o_proj(recompute(self._gate, o, gate).flatten(1))
         return out
 
     def _given(self, x: Tensor, batch: Packed) -> AttentionInputs:
         norms = (self.q_norm.weight, self.k_norm.weight, self.eps)
         args: tuple[Any, ...] = (*self._project(x), *norms, *self.rope.tables(batch, x.dtype))
         given = self._inputs(*args)
-        remember(given[:2], lambda *args: self._inputs(*args)[:2], *args)
+        recomputable(given[:2], lambda *args: self._inputs(*args)[:2], *args)
         return given
 
     def new_cache(self, tokens: int, device: torch.device) -> KvCache:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qcore.api import BuildContext, Packed
-from qcore.nn.recompute import remember
+from qcore.ops import recomputable
 
 from .norm import GatedNorm
 from .ops.delta_inputs.reference import (
@@ -105,7 +105,7 @@ class GatedDeltaNet(nn.Module):
         frozen = (self.conv1d.weight, self.A_log, self.dt_bias, documents, self.heads)
         args: tuple[Any, ...] = (*self._project(x), *frozen)
         given = self._inputs(*args)
-        remember(given[:-1], lambda *args: self._inputs(*args)[:-1], *args)
+        recomputable(given[:-1], lambda *args: self._inputs(*args)[:-1], *args)
         return given
 
     def _continued(self, x: Tensor, batch: Packed, cache: DeltaCache) -> DeltaInputs:

@@ -12,26 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from qcore.api import Kernel, Verdict
 
-from .ops import limits, optional
+from .ops import TRITON, limits, optional
 
 if TYPE_CHECKING:
     import torch
-
-#: Op -> (module under `ops`, its function), all in Triton.
-TRITON = {
-    "rms_norm": ("norm.triton", "rms_norm"),
-    "add_rms_norm": ("norm.triton", "add_rms_norm"),
-    "gated_norm": ("norm.triton", "gated_norm"),
-    "swiglu": ("swiglu.triton", "swiglu"),
-    "delta_inputs": ("delta_inputs.triton", "delta_inputs"),
-    "delta_rule": ("delta_rule.triton_rule", "chunked_delta_rule"),
-    "delta_step": ("delta_step.triton", "delta_step"),
-    "attention_inputs": ("attention.triton", "attention_inputs"),
-    "output_gate": ("attention.triton", "output_gate"),
-    "moe_router": ("moe.triton", "router"),
-    "moe_weighted_up": ("moe.triton", "weighted_up"),
-    "moe_shared_up": ("moe.triton", "shared_up"),
-}
 
 
 def kernels() -> Iterator[Kernel]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qcore.api import BuildContext
-from qcore.nn.recompute import again
+from qcore.ops import recompute
 
 from .ops.swiglu.reference import swiglu
 
@@ -26,5 +26,5 @@ class Mlp(nn.Module):
         self._swiglu = ctx.kernel("swiglu", swiglu)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(again(self._swiglu, *self._gate_up(x)))
+        out: Tensor = self.down_proj(recompute(self._swiglu, *self._gate_up(x)))
         return out

@@ -1,7 +1,7 @@
 """Mixture of experts: a router, the experts that it picks, and an expert that all tokens share.
 
 This file decides how experts are picked and weighted, and what is left for the load-balancing
-loss. Rows are sorted by expert and multiplied by core (`qcore.nn.moe.experts`): the cost is that of
+loss. Rows are sorted by expert and multiplied by core (`BuildContext.experts`): the cost is that of
 the routed tokens. What lies between two maps is `ops.moe`'s: a weight multiplies what goes into
 the last map, which is linear, so that what comes out of it need not be kept.
 
@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qcore.api import BuildContext, Packed
-from qcore.nn.moe.experts import Routing
-from qcore.nn.recompute import again
+from qcore.ops import Routing, recompute
 
 from .mlp import Mlp
 from .ops.moe.reference import shared_up, weighted_up
@@ -52,7 +51,7 @@ class Experts(nn.Module):
         """``[T, H], [T, k] -> [T, H]``."""
         inner = self.gate_up_proj(x, routing, tokens="in")
         out: Tensor = self.down_proj(
-            again(self._up, inner, weights, routing), routing, tokens="out"
+            recompute(self._up, inner, weights, routing), routing, tokens="out"
         )
         return out
 
@@ -66,7 +65,7 @@ class SharedExpert(Mlp):
 
     def gated(self, gate: Tensor, up: Tensor, score: Tensor) -> Tensor:
         """``[T, I], [T, I], [T, 1] -> [T, H]``: from what its first maps gave, weighted."""
-        out: Tensor = self.down_proj(again(self._shared_up, gate, up, score))
+        out: Tensor = self.down_proj(recompute(self._shared_up, gate, up, score))
         return out
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qcore.api import BuildContext
-from qcore.nn.recompute import again, remember
+from qcore.ops import recomputable, recompute
 
 from .ops.norm.reference import add_rms_norm, gated_norm, rms_norm
 
@@ -27,7 +27,7 @@ class RmsNorm(nn.Module):
         self._add_norm = ctx.kernel("add_rms_norm", add_rms_norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        return again(self._norm, x, self.weight, self.eps)
+        return recompute(self._norm, x, self.weight, self.eps)
 
     def after(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The residual stream ``x + delta`` (x without delta) and its norm.
@@ -35,7 +35,7 @@ class RmsNorm(nn.Module):
         Go on with the stream that is returned: its gradient and the norm's are then one pass.
         """
         x, y = self._add_norm(x, delta, self.weight, self.eps)
-        return x, remember(y, self._norm, x, self.weight, self.eps)
+        return x, recomputable(y, self._norm, x, self.weight, self.eps)
 
 
 class GatedNorm(nn.Module):
@@ -48,4 +48,4 @@ class GatedNorm(nn.Module):
         self._norm = ctx.kernel("gated_norm", gated_norm)
 
     def forward(self, o: Tensor, z: Tensor) -> Tensor:
-        return again(self._norm, o, z, self.weight, self.eps)
+        return recompute(self._norm, o, z, self.weight, self.eps)

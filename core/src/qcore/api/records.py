@@ -294,7 +294,7 @@ class Kernel:
         backend: what computes it, e.g. ``triton``; not ``reference``.
         load: ``() -> function`` with exactly the signature of the op's reference; what it
             needs is imported inside.
-        verify: ``(device) -> Verdict``; `qcore.nn.kernels.compare.compare` makes one. The
+        verify: ``(device) -> Verdict``; `qcore.ops.compare` makes one. The
             generators of random numbers are put back afterwards.
         refuse: ``(device) -> why it cannot run there``, or ``None``; must be quick.
         refuse_model: ``(config.json) -> why it cannot compute that model``, or ``None``; asked
@@ -306,7 +306,7 @@ class Kernel:
         plan: stands in for `load` where a step is planned: what it gives allocates the same
             results, saves the same tensors and allocates the same gradients and workspace for
             tensors on the meta device. ``None``: what `load` gives does, which holds wherever
-            kernels are started by `qcore.nn.kernels.launch` and torch's ops have a meta form.
+            kernels are started by `qcore.ops.launch` and torch's ops have a meta form.
         waits: whether the host waits for the device in it, over which no CUDA graph can be
             captured: tokens of decoding are then computed without one.
         reference_waits: whether it does in the op's reference; said by any record of the op.

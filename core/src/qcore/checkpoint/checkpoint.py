@@ -11,7 +11,6 @@ question.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -20,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ..errors import InputError
+from ..io import strict_json
 from ..io.atomic import reading
-from .safetensors_header import DTYPE_BITS, Header, read_headers, unique
+from .safetensors_header import DTYPE_BITS, Header, read_headers
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -291,7 +291,7 @@ def read_json(path: Path) -> dict[str, Any]:
             if path.stat().st_size > _MAX_JSON:
                 raise ValueError(f"larger than {_MAX_JSON} bytes")
             text = path.read_text(encoding="utf-8")
-        value = json.loads(text, object_pairs_hook=unique)
+        value = strict_json.loads(text)
         if not isinstance(value, dict):
             raise ValueError(f"a JSON {type(value).__name__}")
     except (ValueError, RecursionError) as error:

@@ -11,7 +11,6 @@ Codes: ``QC-HUB-003`` to ``-009``, see `qcore.checkpoint.hub`.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .. import __version__
-from ..errors import InputError, QcoreError, TrustError
+from ..errors import InputError, QcoreError, TrustError, nearest
 from ..io.atomic import write_error
 from .safetensors_header import PREFIX, Header, header_length, parse_headers
 
@@ -344,9 +343,9 @@ def near(source: str, path: Path) -> str | None:
             names = [entry.name for entry in islice(entries, 10_000) if entry.is_dir()]
     except OSError:
         return None
-    near = difflib.get_close_matches(missing.name, names, n=1)
-    if not near:
+    name = nearest(missing.name, names)
+    if name is None:
         return None
-    guess = missing.with_name(near[0])
+    guess = missing.with_name(name)
     rest = path.relative_to(missing)
     return f"did you mean {guess / rest if (guess / rest).is_dir() else guess}?"

@@ -12,7 +12,6 @@ per part, by the most names that match.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections import Counter
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ..api.parameters import Namespace, Part, Region, Row, Store, Table, Tensor
-from ..errors import InputError, QcoreError, one_of_each, raise_all
+from ..errors import InputError, QcoreError, nearest, one_of_each, raise_all
 from .checkpoint import Checkpoint, Header
 from .safetensors_header import without_gc
 
@@ -187,14 +186,8 @@ def faults(problems: Sequence[QcoreError]) -> list[QcoreError]:
     del told["QC-KEY-002"]
     names = [error.field for error in problems if error.code == "QC-KEY-002"]
     others = f"{len(names)} that belong to no part, first {names[0]}"
-    told[missing.code] = InputError(
-        missing.code,
-        missing.what,
-        file=missing.file,
-        field=missing.field,
-        found=f"{missing.found}; {others}" if missing.found else others,
-        expected=missing.expected,
-        fix=missing.fix,
+    told[missing.code] = missing.replace(
+        found=f"{missing.found}; {others}" if missing.found else others
     )
     return list(told.values())
 
@@ -388,7 +381,7 @@ class _Finder:
         """The closest spelling; asked only for the first few problems, it is slow."""
         if len(self.problems) >= self.suggested:
             return None
-        return next(iter(difflib.get_close_matches(name, list(among), n=1, cutoff=0.8)), None)
+        return nearest(name, among, cutoff=0.8)
 
     def _problem(
         self,

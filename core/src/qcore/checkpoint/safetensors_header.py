@@ -9,11 +9,9 @@ Codes: ``QC-CKPT-005`` a damaged file; ``QC-READ-001`` a file that cannot be rea
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 import struct
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import InputError
+from ..io import strict_json
 from ..io.atomic import reading
 
 #: Bits per element by the dtype names of the safetensors format.
@@ -128,7 +127,7 @@ def without_gc() -> Iterator[None]:
 
 def _parse(raw: bytes, file: str, where: object) -> list[Header]:
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        entries = strict_json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise _damaged(where, f"a header that does not parse ({error})") from None
     if not isinstance(entries, dict) or len(entries) > _MAX_TENSORS:
@@ -136,15 +135,6 @@ def _parse(raw: bytes, file: str, where: object) -> list[Header]:
     entries.pop("__metadata__", None)
     base = PREFIX + len(raw)
     return [_header(where, file, name, entry, base) for name, entry in entries.items()]
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The hook that makes ``json.loads`` refuse a key that stands twice (``ValueError``)."""
-    seen = dict(pairs)
-    if len(seen) != len(pairs):
-        twice = next(name for name, times in Counter(n for n, _ in pairs).items() if times > 1)
-        raise ValueError(f"key '{twice[:100]}' stands twice")
-    return seen
 
 
 def _header(where: object, file: str, name: str, entry: Any, base: int) -> Header:

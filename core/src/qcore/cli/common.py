@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import PreflightError, QcoreError, UsageError
-from ..io.entry_points import KINDS, usable
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -75,31 +74,55 @@ def importing() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def check_arguments(arguments: list[str]) -> None:
-    """What click lets pass: bytes that are no text, and an option that is given twice.
+def check_text(arguments: list[str]) -> None:
+    """Refuse bytes that are no text, which click lets pass.
 
     Raises:
-        UsageError: ``QC-CLI-003`` or ``-004``.
+        UsageError: ``QC-CLI-003``.
     """
-    seen: set[str] = set()
     for argument in arguments:
         if any("\ud800" <= character <= "\udfff" for character in argument):
             shown = argument.encode("utf-8", "backslashreplace").decode()
             raise UsageError("QC-CLI-003", "is not UTF-8", field=shown, fix="name it in UTF-8")
-        name = argument.partition("=")[0]
-        if name in seen and name not in _repeatable():
-            raise UsageError("QC-CLI-004", "is given twice", field=name, fix="give it once")
-        if (
-            name.startswith("--")
-            and len(name) > 2
-            and name not in ("--set", "--chat-template-kwargs", "--kernels", "--gpu")
-        ):
-            seen.add(name)
 
 
-def _repeatable() -> set[str]:
-    """Options of media, of which a turn may have several; looked up where one is given twice."""
-    return {f"--{entry.name}" for entry in usable(KINDS, gated=False)}
+def check_repeats(
+    command: click.Command, name: str | None, arguments: list[str], parent: click.Context | None
+) -> None:
+    """Refuse an option that is given twice; of most options click silently keeps the last value.
+
+    An option that its command declares with ``multiple=True`` or ``count=True`` may be repeated.
+    click's own parser decides which arguments are options; what it rejects is left for click to
+    report.
+
+    Args:
+        command: the command that will parse `arguments`; of a group, its subcommand as well.
+        name: what the user typed for `command`.
+        arguments: what follows it on the command line.
+        parent: the context of the group that `command` belongs to.
+
+    Raises:
+        UsageError: ``QC-CLI-004``.
+    """
+    settings = command.context_settings
+    context = command.context_class(command, info_name=name, parent=parent, **settings)
+    with context.scope(cleanup=False):
+        try:
+            _, rest, order = command.make_parser(context).parse_args(list(arguments))
+        except click.UsageError:
+            return
+        seen: set[click.Parameter] = set()
+        for option in order:
+            if not isinstance(option, click.Option) or option.multiple or option.count:
+                continue
+            if option in seen:
+                field = max(option.opts, key=len)
+                raise UsageError("QC-CLI-004", "is given twice", field=field, fix="give it once")
+            seen.add(option)
+        if isinstance(command, click.Group) and rest and not command.chain:
+            subcommand = command.get_command(context, rest[0])
+            if subcommand is not None:
+                check_repeats(subcommand, rest[0], rest[1:], context)
 
 
 @contextmanager
@@ -113,10 +136,7 @@ def spoken(flags: Mapping[str, tuple[str, Any]]) -> Iterator[None]:
     except UsageError as error:
         if error.field not in typed:
             raise
-        raise type(error)(
-            error.code, error.what, file=error.file, field=typed[error.field], found=error.found,
-            expected=error.expected, fix=error.fix,
-        ) from None  # fmt: skip
+        raise error.replace(field=typed[error.field]) from None
 
 
 def count(number: int) -> str:

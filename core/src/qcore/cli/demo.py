@@ -20,12 +20,12 @@ def command(output: Path | None, architecture: str, as_json: bool) -> None:
     """Train, merge and verify a tiny checkpoint, and show one prompt before and after."""
     with importing():
         from ..demo import demo
-    from .terminal import Drawn
+    from .terminal import terminal_reporter
 
-    teller = Drawn(quiet=as_json)
+    reporter = terminal_reporter(quiet=as_json)
     with tempfile.TemporaryDirectory(prefix="qcore-demo-") as temporary:
         report = demo(
-            output or Path(temporary) / "demo", architecture=architecture, reporter=teller
+            output or Path(temporary) / "demo", architecture=architecture, reporter=reporter
         )
     if as_json:
         emit(

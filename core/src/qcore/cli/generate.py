@@ -89,7 +89,7 @@ def command(
     """Answer one prompt with MODEL, so that the effect of an adapter can be seen."""
     media = [(name.removeprefix("media_"), path) for name in sorted(given) for path in given[name]]
     from ..config.resolve import parse_entries
-    from .terminal import Drawn
+    from .terminal import terminal_reporter
 
     variables = parse_entries(
         "chat_template_kwargs", chat_template_kwargs, flag="--chat-template-kwargs"
@@ -107,7 +107,7 @@ def command(
         generation=generation,
         chat_template_kwargs=variables,
         media=bool(media),
-        reporter=Drawn(quiet=as_json),
+        reporter=terminal_reporter(quiet=as_json),
     )
     answer = generator.prompt(
         prompt,

@@ -34,7 +34,7 @@ def command(
     """Write MODEL + ADAPTER to OUTPUT as a drop-in for MODEL, tensor by tensor."""
     with importing():
         from ..merging.merge import merge
-    from .terminal import Drawn
+    from .terminal import terminal_reporter
 
     report = merge(
         model,
@@ -44,7 +44,7 @@ def command(
         generation=generation,
         prove=not no_proof,
         dequantize=dequantize,
-        reporter=Drawn(quiet=as_json),
+        reporter=terminal_reporter(quiet=as_json),
     )
     if as_json:
         emit({**asdict(report), "output": str(report.output)})

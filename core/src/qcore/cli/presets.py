@@ -53,7 +53,7 @@ def list_presets(as_json: bool) -> None:
 def show_preset(name: str, as_json: bool) -> None:
     """Print the settings of preset NAME, as --config would take them."""
     from ..config.presets import load_presets
-    from ..config.settings import line_of, plain
+    from ..config.spec import line_of, plain
 
     preset = load_presets().get(name)
     if as_json:

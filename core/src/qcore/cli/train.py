@@ -49,7 +49,7 @@ def command(
     """Fine-tune MODEL on DATA with QLoRA and publish a PEFT adapter in OUTPUT."""
     from ..config.presets import load_presets
     from ..config.resolve import load_settings, parse_entries
-    from .terminal import Drawn
+    from .terminal import terminal_reporter
 
     presets = load_presets()
     backends = parse_entries("kernels", kernels, flag="--kernels")
@@ -67,19 +67,21 @@ def command(
         flags=flags,
         presets=presets,
     )
-    teller = Drawn(quiet=as_json)
+    reporter = terminal_reporter(quiet=as_json)
     if model is None:
         model, origin = _default_model(presets, preset, settings.generation)
-        teller.note(f"model = {model} (from {origin})")
+        reporter.note(f"model = {model} (from {origin})")
     for key, origin in origins.items():
         if origin != "default":
-            teller.note(f"{key} = {getattr(settings, key)} (from {origin})")
+            reporter.note(f"{key} = {getattr(settings, key)} (from {origin})")
 
     with importing():
         from ..training.train import train
 
     with spoken(flags):
-        report = train(model, data, output, settings, device=device, resume=resume, reporter=teller)
+        report = train(
+            model, data, output, settings, device=device, resume=resume, reporter=reporter
+        )
     if as_json:
         emit({**asdict(report), "output": str(report.output)})
         return

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..api.media import RowError
+from ..errors import nearest
 from .media_files import Reference
-from .tool_fields import ADVICE, kind, known_keys, mapping, near, without_nulls, wrong
+from .tool_fields import ADVICE, kind, known_keys, mapping, without_nulls, wrong
 
 if TYPE_CHECKING:
     from ..api.media import MediaReader
@@ -105,7 +106,7 @@ class Parts:
         for known in self.kinds:
             if known in named:
                 return f"write {_example(known)}"
-        meant = near(named, ("text", *self.kinds))
+        meant = nearest(named.lower(), ("text", *self.kinds))
         if meant:
             return f'did you mean "{meant}"?'
         return (

@@ -302,12 +302,11 @@ def _open_template(checkpoint: Checkpoint) -> Template:
 
 def _refused(path: Path, row: Row, error: InputError) -> InputError:
     """A template's refusal as the row's error."""
-    return InputError(
-        error.code,
-        f"the chat template {error.what}",
+    return error.replace(
+        what=f"the chat template {error.what}",
         file=path,
         field=f"line {row.line}",
-        found=error.found,
+        expected=None,
         fix="mend the row: the template is the checkpoint's own",
     )
 

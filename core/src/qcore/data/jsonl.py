@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from ..api.media import RowError
 from ..errors import InputError, PreflightError
+from ..io import strict_json
 
 MAX_LINE = 16 << 20  #: bytes; a longer line is refused without being held in memory
 MAX_DEPTH = 64
@@ -174,7 +175,7 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
                 fix="save the file as UTF-8",
             ) from None
     try:
-        value = _DECODER.decode(raw)
+        value = strict_json.loads(raw, finite=True)
     except json.JSONDecodeError as error:
         byte = len(raw[: error.pos].encode("utf-8", "surrogatepass")) + 1
         raise RowError(
@@ -186,10 +187,16 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
         ) from None
     except RecursionError:
         raise _too_deep(at) from None
-    except _Refused as error:
+    except strict_json.DuplicateKeyError as error:
         raise RowError(
-            "QC-DATA-004", str(error), at=at, found=error.found, expected=error.expected
+            "QC-DATA-004",
+            "has a key twice in one object",
+            at=at,
+            found=repr(error.key),
+            expected="each key once",
         ) from None
+    except strict_json.NonFiniteError as error:
+        raise _not_finite(error, at) from None
     except ValueError:  # an integer with more digits than Python converts
         raise RowError("QC-DATA-004", "has a number of thousands of digits", at=at) from None
     if raw.count("{") + raw.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
@@ -197,11 +204,12 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
     return value
 
 
-class _Refused(ValueError):
-    def __init__(self, what: str, found: str, expected: str) -> None:
-        super().__init__(what)
-        self.found = found
-        self.expected = expected
+def _not_finite(error: strict_json.NonFiniteError, at: str) -> RowError:
+    if error.overflow:
+        what, expected = "has a number beyond every float", "a finite number"
+    else:
+        what, expected = "has a number that JSON does not know", "a finite number or null"
+    return RowError("QC-DATA-004", what, at=at, found=error.text[:40], expected=expected)
 
 
 def _too_deep(at: str) -> RowError:
@@ -220,28 +228,3 @@ def _depth(value: Any) -> int:
         elif isinstance(node, list):
             todo.extend((child, depth + 1) for child in node)
     return deepest
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _Refused("has a key twice in one object", repr(key), "each key once")
-            seen.add(key)
-    return made
-
-
-def _constant(name: str) -> Any:
-    raise _Refused("has a number that JSON does not know", name, "a finite number or null")
-
-
-def _float(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise _Refused("has a number beyond every float", text[:40], "a finite number")
-    return value
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)

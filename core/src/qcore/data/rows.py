@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..api.media import RowError
 from ..api.records import ChatFormat
-from ..errors import InputError
+from ..errors import InputError, nearest
 from . import tool_fields as fields
 from .content import Parts, text_of
 from .jsonl import MAX_LINE, Hasher, Problems, lines, parse
-from .tool_fields import kind, known_keys, mapping, near, without_block, without_nulls, wrong
+from .tool_fields import kind, known_keys, mapping, without_block, without_nulls, wrong
 
 if TYPE_CHECKING:
     from ..api.media import MediaReader, Medium
@@ -214,7 +214,7 @@ class RowCheck:
             return role
         advice = {"developer": "system", "function": "tool", "human": "user", "gpt": "assistant",
                   "model": "assistant", "bot": "assistant"}.get(str(role))  # fmt: skip
-        meant = near(str(role), self.format.roles) or advice
+        meant = nearest(str(role).lower(), self.format.roles) or advice
         raise RowError(
             "QC-DATA-006",
             "is no role of this model" if isinstance(role, str) else "has no role",

@@ -11,13 +11,13 @@ Codes: ``QC-CONFIG-008`` not read by the template, ``-009`` given by qcore itsel
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config.frozen_map import Entries, Plain
-from ..config.settings import SPECS, Origin, check
-from ..errors import InputError, UsageError
+from ..config.settings import SPECS
+from ..config.spec import Origin, check
+from ..errors import InputError, UsageError, nearest
 
 if TYPE_CHECKING:
     from ..checkpoint.chat_template import Template
@@ -66,14 +66,14 @@ def check_variables(template: Template, variables: Mapping[str, Any]) -> None:
     known = sorted(template.inputs() - set(_OWN))
     for name in variables:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = nearest(name, known)
             raise UsageError(
                 "QC-CONFIG-008",
                 "is no variable that the chat template reads: it would do nothing",
                 file=template.source,
                 field=f"{SETTING}.{name}",
                 expected=" or ".join(known) or "none: this template has no switches",
-                fix=f"did you mean {near[0]}?" if near else "leave it out",
+                fix=f"did you mean {near}?" if near else "leave it out",
             )
 
 

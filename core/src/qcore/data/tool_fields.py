@@ -6,11 +6,11 @@ business; which fields a row has, and what they mean together, is `qcore.data.ro
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..api.media import RowError
+from ..errors import nearest
 from .jsonl import parse
 
 ADVICE = {
@@ -138,7 +138,7 @@ def known_keys(
     for key in given:
         if key in known:
             continue
-        meant = near(key, known)
+        meant = nearest(key.lower(), known)
         raise RowError(
             code,
             "is no key that is read here",
@@ -146,11 +146,6 @@ def known_keys(
             expected=", ".join(known),
             fix=advice.get(key) or (f'did you mean "{meant}"?' if meant else "leave it out"),
         )
-
-
-def near(word: str, known: Sequence[str]) -> str | None:
-    """The known word that `word` was probably meant to be."""
-    return next(iter(difflib.get_close_matches(word.lower(), known, n=1)), None)
 
 
 def _name(value: Any) -> bool:

@@ -39,7 +39,7 @@ from ..plugins.resolve_model import Identified, identify
 from ..preflight.checks import line, preflight
 from ..preflight.context_length import beyond
 from ..preflight.modality import reader_of, unread
-from ..reporting import Reporter, Silent
+from ..reporting import Reporter
 from .decoder import Decoder, way_of
 
 
@@ -87,7 +87,7 @@ class Generator:
         media: bool = False,
         reporter: Reporter | None = None,
     ) -> None:
-        tell = self._tell = reporter or Silent()
+        tell = self.reporter = reporter or Reporter()
         self.device = pick_device(device)
         self.found: Identified = identify(model, generation=generation)
         self.reader = self._media_reader() if media else reader_of(self.found, tell)
@@ -103,10 +103,10 @@ class Generator:
             self.found = self.found.using(modality)
             self._told = told
         self.variables = self._variables(told, chat_template_kwargs or {}, tell)
-        for text in preflight(
+        lines = preflight(
             self.found, verb="generate", template_kwargs=self.variables, token_ids=ids
-        ):
-            tell.note(text)
+        )
+        tell.lines(lines)
         lora = {
             name: Lora(r=pair.r, lora_alpha=pair.scaling * pair.r)
             for name, pair in (told.pairs.items() if told else ())
@@ -140,7 +140,7 @@ class Generator:
         self.decoder = Decoder(self.model, self.device, way)
 
     def _media_reader(self) -> MediaReader:
-        reader = reader_of(self.found, self._tell)
+        reader = reader_of(self.found, self.reporter)
         if reader is None:
             raise UsageError(
                 "QC-GENERATE-005",
@@ -159,10 +159,10 @@ class Generator:
         if fresh := sorted({kind for kind, _ in media} - seen):
             trained = f"text and {', '.join(sorted(seen))}" if seen else "text alone"
             new = ", ".join(fresh)
-            self._tell.note(f"the adapter was trained on {trained}: {new} is new to it")
+            self.reporter.note(f"the adapter was trained on {trained}: {new} is new to it")
         for kind in dict.fromkeys(kind for kind, _ in media):
             if own := ", ".join(self._told.keys_of(kind)):
-                self._tell.note(
+                self.reporter.note(
                     f"the adapter was trained on media of kind {kind} with {own} of their own; "
                     "here they are read by the processor's defaults"
                 )
@@ -306,7 +306,7 @@ class Generator:
         words = f"{prompt} tokens of the prompt + {new} new ones"
         config = self.found.checkpoint.config
         if (finding := beyond(config, prompt + new, "--max-new-tokens", words)) is not None:
-            self._tell.note(line(finding))
+            self.reporter.lines([line(finding)])
 
     def _look(self, media: Sequence[tuple[str, Path]]) -> list[Medium]:
         """Files as the tower will see them."""

@@ -44,19 +44,15 @@ from .atomic import (
     writing,
 )
 from .manifest import MANIFEST, FileEntry, Manifest, Report, read_manifest, unsafe, verify
-from .run_lock import Lock, MetricsLog, remove_tree
 
 __all__ = [
     "MANIFEST",
-    "Lock",
-    "MetricsLog",
     "Report",
     "Stream",
     "Writer",
     "check_target",
     "publish",
     "read_manifest",
-    "remove_tree",
     "verify",
 ]
 

@@ -1,9 +1,9 @@
 """The few operating-system calls that write, and what their failures are called.
 
 This file decides how bytes become durable (whole writes, fsync of files and of folders) and
-which `WriteError` an ``OSError`` is. Every mutation of `qcore.io.artifact` and `qcore.io.run_lock`
-goes through ``os.*`` here or there, one call at a time, so that a test can make each of them
-fail. POSIX only, as is the rest of qcore.
+which `WriteError` an ``OSError`` is. Every mutation by the modules of this room goes through
+``os.*`` here or there, one call at a time, so that a test can make each of them fail. POSIX
+only, as is the rest of qcore.
 
 Codes: ``QC-WRITE-003`` disk full, ``-004`` input/output error, ``-005`` not permitted,
 ``-006`` any other failure to write; ``QC-READ-001`` a source that cannot be read.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -152,3 +153,20 @@ def delete(path: Path) -> None:
     if failed is not None:
         raise failed
     os.rmdir(path)
+
+
+def remove_tree(path: Path | str) -> None:
+    """Delete a folder that is no longer needed; under its name it is whole or gone.
+
+    Raises:
+        WriteError: ``QC-WRITE-004`` to ``-006``.
+    """
+    path = Path(path)
+    trash = path.with_name(f".{path.name[:100]}.trash-{secrets.token_hex(8)}")
+    with writing(path):
+        try:
+            os.rename(path, trash)
+        except FileNotFoundError:
+            return
+        sync_folder(path.parent)
+        delete(trash)

@@ -19,7 +19,7 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from .containment import Failure, contained
+from ..errors import Failure, contained
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution, EntryPoint

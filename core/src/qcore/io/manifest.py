@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import InputError
+from . import strict_json
 from .atomic import CHUNK, reading
 
 MANIFEST: Final = "MANIFEST.json"
@@ -151,7 +152,7 @@ def read_manifest(path: Path | str) -> Manifest:
 
 def _parse(data: bytes, file: Path) -> Manifest:
     try:
-        payload = json.loads(data.decode("ascii"), object_pairs_hook=_once)
+        payload = strict_json.loads(data.decode("ascii"))
     except (ValueError, RecursionError) as error:
         raise _broken(file, "is not JSON as qcore writes it") from error
     if not isinstance(payload, dict):
@@ -201,13 +202,6 @@ def _entries(files: object, file: Path) -> dict[str, FileEntry]:
             raise _broken(file, f"has no digest for {name}")
         entries[name] = FileEntry(size=size, sha256=sha256)
     return entries
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a key stands twice")
-    return table
 
 
 def _broken(file: Path, what: str) -> InputError:

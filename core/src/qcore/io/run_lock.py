@@ -1,10 +1,10 @@
-"""A run's own folder: its lock, its metrics, and deleting what it no longer needs.
+"""The lock of a run folder: one process at a time writes into it.
 
-This file decides who may write into a run folder and how rows are added to ``metrics.jsonl``.
-Unlike an artefact (`qcore.io.artifact`) a run folder grows while the run goes on, so there is
-no manifest; what must be complete inside it is published there.
+This file decides who may write into a run folder. Unlike an artifact (`io.artifact`) a run
+folder grows while the run goes on, so it has no manifest; what must be complete inside it is
+published there.
 
-Codes: ``QC-WRITE-003`` to ``-006`` from `qcore.io.atomic`, ``-010`` the folder is in use.
+Codes: ``QC-WRITE-003`` to ``-006`` from `io.atomic`, ``-010`` the folder is in use.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import math
 import os
-import secrets
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from ..errors import WriteError
-from .atomic import create, delete, reading, sync_folder, write_all, writing
+from .atomic import write_all, writing
 
 LOCK: Final = ".qcore.lock"
 _NO_LOCKS: Final = frozenset((errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL))
@@ -149,125 +147,3 @@ def _alive(owner: Mapping[str, Any]) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
-
-
-class MetricsLog:
-    """``metrics.jsonl``: one JSON object a line, on disk when `write` returns.
-
-    A line that a kill tore is dropped when the log is opened again. The file survives the
-    death of the process at once; it is synced when closed, not at every line.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self._fd = -1
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        """Add a row; NaN and infinities are written as the strings that name them.
-
-        Raises:
-            WriteError: ``QC-WRITE-003`` to ``-006``.
-        """
-        line = json.dumps(_plain(row), allow_nan=False).encode("ascii") + b"\n"
-        with writing(self.path):
-            if self._fd < 0:
-                self._open()
-            write_all(self._fd, memoryview(line))
-
-    def truncate_after(self, step: int) -> None:
-        """Drop the rows after ``step``, which a resumed run writes again.
-
-        Rows without a ``step`` stay; a line that is not JSON goes. The file is replaced in
-        one rename.
-        """
-        self.close()
-        if not self.path.exists():
-            return
-        with reading(self.path):
-            lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = b"".join(line for line in lines if _up_to(line, step))
-        fresh = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
-        with writing(self.path):
-            try:
-                fd = create(fresh)
-                try:
-                    write_all(fd, memoryview(kept))
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-                os.replace(fresh, self.path)
-            except OSError:
-                with suppress(OSError):
-                    os.unlink(fresh)
-                raise
-            sync_folder(self.path.parent)
-
-    def close(self) -> None:
-        """Sync and close; a later `write` opens it again."""
-        if self._fd < 0:
-            return
-        fd, self._fd = self._fd, -1
-        with writing(self.path):
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _open(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(self.path, flags, 0o666)
-        try:
-            end = size = os.fstat(fd).st_size
-            while end and os.pread(fd, 1, end - 1) != b"\n":
-                end -= 1
-            if end != size:
-                os.ftruncate(fd, end)
-        except OSError:
-            os.close(fd)
-            raise
-        self._fd = fd
-
-
-def _up_to(line: bytes, step: int) -> bool:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return False
-    if not line.endswith(b"\n") or not isinstance(row, dict):
-        return False
-    at = row.get("step")
-    return not isinstance(at, int | float) or at <= step
-
-
-def _plain(value: Any) -> Any:
-    """The value with non-finite floats as ``"NaN"``, ``"Infinity"``, ``"-Infinity"``."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def remove_tree(path: Path | str) -> None:
-    """Delete a folder that is no longer needed; under its name it is whole or gone.
-
-    Raises:
-        WriteError: ``QC-WRITE-004`` to ``-006``.
-    """
-    path = Path(path)
-    trash = path.with_name(f".{path.name[:100]}.trash-{secrets.token_hex(8)}")
-    with writing(path):
-        try:
-            os.rename(path, trash)
-        except FileNotFoundError:
-            return
-        sync_folder(path.parent)
-        delete(trash)

@@ -39,7 +39,7 @@ from ..errors import InputError, NumericError, UsageError
 from ..io.artifact import MANIFEST, check_target, publish, read_manifest
 from ..plugins.resolve_model import Identified, identify
 from ..preflight.checks import preflight
-from ..reporting import Reporter, Silent
+from ..reporting import Reporter
 from .plan import MergePlan
 from .rewrite import MergePass
 
@@ -107,7 +107,7 @@ def merge(
             files do not hold what they should.
         WriteError: the output exists or cannot be written; nothing half-written stays.
     """
-    tell = reporter or Silent()
+    tell = reporter or Reporter()
     target = check_target(output)
     found = identify(model, generation=generation)
     _check_dtype(found, dequantize)
@@ -120,8 +120,7 @@ def merge(
         *_template_notes(found, told),
         *media_notes(told),
     )
-    for line in (*found.decision.evidence, *warnings):
-        tell.note(line)
+    tell.lines((*found.decision.evidence, *warnings))
     merger = MergePass(found, told, dequantize)
     plan = merger.plan
     with publish(target, kind="model", need_bytes=plan.size) as out:

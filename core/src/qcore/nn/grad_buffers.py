@@ -1,13 +1,15 @@
-"""Gradients laid out as their inputs lie: column slices of one buffer come back as one buffer.
+"""Gradient buffers: gradients of tensors that share one buffer are written into one buffer.
 
-A stacked map gives its outputs as column slices of one buffer ``[T, C]``, and wants their
-gradients so, or it copies them together. Its consumers' backward functions run one after
-another, each knowing its own slice alone. This file decides the convention by which they meet
-without a word: a gradient is written where its input would lie, in a buffer as wide as the
-input's (`Slices.gradients`); whoever gets such a gradient, and knows what else lies in that
-buffer, writes beside it. `whole` gives the buffer back, and copies only what lies elsewhere.
+A stacked linear map returns its outputs as column slices of one buffer ``[T, C]``. Its backward
+needs their gradients in the same layout; otherwise it has to copy them together. The consumers'
+backward functions run one after another, and each knows its own slices only. This file decides
+the convention that makes them meet: a gradient is written where its input would lie, in a buffer
+as wide as the input's (`GradBuffers.gradients`), and a function that receives such a gradient and
+also reads the neighbouring slices writes their gradients beside it. `as_one_buffer` returns the
+shared buffer, and copies only if the slices do not share one.
 
-A function that must have a neighbour's gradient passes that input through unchanged.
+A function that needs the gradient of a neighbouring slice takes that slice as an input and
+returns it unchanged.
 
 Shapes: T rows, C columns of all slices of a buffer.
 """
@@ -20,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .storage import storage_id
+
 
 class _Place(NamedTuple):
     shape: torch.Size
@@ -28,7 +32,7 @@ class _Place(NamedTuple):
     group: int
 
 
-class Slices:
+class GradBuffers:
     """How the inputs ``[T, ...]`` of a function lie: in common buffers, or each alone.
 
     Keep it for backward in place of the inputs: it holds no memory.
@@ -41,7 +45,7 @@ class Slices:
         single = _single_rows(inputs)
         places = []
         for number, x in enumerate(inputs):
-            storage, stride = _storage(x), x.stride()
+            storage, stride = storage_id(x), x.stride()
             begin, width = single.get(storage, (0, stride[0])) if len(x) == 1 else (0, stride[0])
             offset = int(x.storage_offset() - begin) % max(width, 1)
             if offset + _reach(x) < width:
@@ -76,14 +80,14 @@ class Slices:
         return tuple(out)
 
 
-def whole(slices: Sequence[Tensor]) -> Tensor:
+def as_one_buffer(slices: Sequence[Tensor]) -> Tensor:
     """``([T, c1], [T, c2], ...) -> [T, c1 + c2 + ...]``: their buffer where they share one."""
     first = slices[0]
     width = sum(one.shape[1] for one in slices)
     at = first.storage_offset()
     for one in slices:
         if (
-            _storage(one) != _storage(first)
+            storage_id(one) != storage_id(first)
             or one.stride() != (width, 1)
             or one.storage_offset() != at
         ):
@@ -107,8 +111,8 @@ def _single_rows(inputs: Sequence[Tensor]) -> dict[int, tuple[int, int]]:
         if len(x) == 1:
             begin = int(x.storage_offset())
             end = begin + _reach(x) + 1
-            first, last = spans.get(_storage(x), (begin, end))
-            spans[_storage(x)] = min(first, begin), max(last, end)
+            first, last = spans.get(storage_id(x), (begin, end))
+            spans[storage_id(x)] = min(first, begin), max(last, end)
     return {storage: (begin, end - begin) for storage, (begin, end) in spans.items()}
 
 
@@ -138,11 +142,7 @@ def _lies(gradient: Tensor, place: _Place) -> bool:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return (
-        _storage(one) == _storage(other)
+        storage_id(one) == storage_id(other)
         and one.storage_offset() == other.storage_offset()
         and one.stride() == other.stride()
     )
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

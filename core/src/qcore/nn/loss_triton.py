@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..api.records import Verdict
-from .kernels.compare import compare, worst
+from .kernels.compare import compare, worst_verdict
 from .kernels.launch import cdiv, launch
 from .loss import cross_entropy_sum as reference
 
@@ -153,7 +153,7 @@ def verify(device: torch.device) -> Verdict:
         return hidden, head, targets
 
     # Bounds are those of bf16: products and the gradient are rounded once each.
-    return worst(
+    return worst_verdict(
         *(
             compare(
                 cross_entropy_sum, reference, [*case(s, h, v, torch.bfloat16), chunk],

@@ -140,13 +140,18 @@ class Model(nn.Module):
     """Trunk, head and adapters. Parameter names are the table's canonical names.
 
     Attributes:
-        trunk: the plugin's blocks.
+        trunk: the plugin's blocks, mounted at the architecture's root.
+        tower: what computes embeddings of media, mounted at the modality's root; ``None`` if
+            this run loads none.
         holders: the maps that blocks were given, by canonical name of the weight.
         head_name: canonical name of the tensor that scores the vocabulary.
 
     Args (beside the first ones):
         modality: whose tower is built, where the layout loads its part.
     """
+
+    trunk: Trunk
+    tower: Tower | None
 
     def __init__(
         self,
@@ -168,7 +173,8 @@ class Model(nn.Module):
         self.holders = context.holders
         self.dropout = any(one.lora_dropout > 0 for one in lora.values())
         self._cross_entropy = context.kernel("cross_entropy", cross_entropy_sum)
-        self._trunk = [trunk]  # in a list: mounted once already, under its canonical prefix
+        # Not through nn.Module, which would register the trunk a second time, as "trunk".
+        object.__setattr__(self, "trunk", trunk)
         head = next((entry for entry in layout.table if entry.row.group == "head"), None)
         if head is None:
             raise PluginError(
@@ -184,24 +190,12 @@ class Model(nn.Module):
             meta = torch.empty(head.shape, device="meta")
             holder.register_parameter("weight", nn.Parameter(meta, requires_grad=False))
             _mount(self, head.name.removesuffix(".weight"), holder)
-        self._tower: list[Tower] = []
+        tower: Tower | None = None
         if modality is not None and layout.loads(layout.table.part(modality.name)):
-            _mount(self, modality.root, cast(nn.Module, self._build_tower(modality, context)))
+            tower = modality.build(context.below(modality.root))
+            _mount(self, modality.root, cast(nn.Module, tower))
+        object.__setattr__(self, "tower", tower)  # as the trunk
         _prove_total(layout, context.given | {head.name})
-
-    def _build_tower(self, modality: Modality, context: Context) -> Tower:
-        tower = modality.build(context.below(modality.root))
-        self._tower.append(tower)
-        return tower
-
-    @property
-    def trunk(self) -> Trunk:
-        return self._trunk[0]
-
-    @property
-    def tower(self) -> Tower | None:
-        """What computes media, where this run loads one."""
-        return self._tower[0] if self._tower else None
 
     @property
     def trains_tower(self) -> bool:

@@ -3,7 +3,7 @@
 This file decides what a forward pass keeps for its backward, by policy:
 
 ``none``         whatever autograd saves.
-``elementwise``  as none, but what a *cheap* function made (`again`: norms, convolutions,
+``elementwise``  as none, but what a *cheap* function made (`recompute`: norms, convolutions,
                  activations, gathers) is computed again from its inputs: products of matrices
                  are kept, none is computed twice.
 ``full``         a layer's input; the layer runs again in backward (Chen et al. 2016,
@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..api.blocks import Shared
 from .offload import Held, Parked
+from .storage import storage_id
 
 POLICIES = ("none", "elementwise", "full", "offload")
 
@@ -36,7 +37,7 @@ _R = TypeVar("_R", Tensor, tuple[Tensor, ...])
 _B = TypeVar("_B", bound=Shared)
 
 
-def again(function: Callable[..., _R], *args: Any) -> _R:
+def recompute(function: Callable[..., _R], *args: Any) -> _R:
     """``function(*args)``, whose result may be computed again instead of kept.
 
     Args:
@@ -44,10 +45,10 @@ def again(function: Callable[..., _R], *args: Any) -> _R:
             tuple of tensors, none of them a view of an argument.
         args: its arguments; tensors among them are kept in place of the result.
     """
-    return remember(function(*args), function, *args)
+    return recomputable(function(*args), function, *args)
 
 
-def remember(result: _R, function: Callable[..., _R], *args: Any) -> _R:
+def recomputable(result: _R, function: Callable[..., _R], *args: Any) -> _R:
     """`result`, known to equal ``function(*args)``: for what a fused function made on the side."""
     scope = _scope.get()
     if scope is not None:
@@ -56,7 +57,7 @@ def remember(result: _R, function: Callable[..., _R], *args: Any) -> _R:
 
 
 @contextmanager
-def keep_dear() -> Iterator[None]:
+def recompute_cheap() -> Iterator[None]:
     """Under it, what is saved of a cheap result is how to compute it."""
     scope = _Scope()
     token = _scope.set(scope)
@@ -160,28 +161,24 @@ class _Scope:
     def add(self, result: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         recipe = _Recipe(function, tuple(self._argument(arg) for arg in args))
         for number, one in enumerate((result,) if isinstance(result, Tensor) else result):
-            self._known[_storage(one)] = (_Part(recipe, number), one.detach())
+            self._known[storage_id(one)] = (_Part(recipe, number), one.detach())
 
     def close(self) -> None:
         """Let the results go: each tensor that was saved holds this scope as long as the graph."""
         self._known.clear()
 
     def pack(self, tensor: Tensor) -> Tensor | _Part:
-        known = self._known.get(_storage(tensor))
+        known = self._known.get(storage_id(tensor))
         return tensor if known is None else known[0].saved(tensor)
 
     def _argument(self, arg: Any) -> Any:
         if not isinstance(arg, Tensor):
             return arg
-        known = self._known.get(_storage(arg))
+        known = self._known.get(storage_id(arg))
         return arg.detach() if known is None else known[0].of(arg)
 
 
 _scope: ContextVar[_Scope | None] = ContextVar("qcore cheap results", default=None)
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _unpack(saved: Tensor | _Part) -> Tensor:
@@ -215,7 +212,7 @@ def run_layers(
         if policy == "none" or not torch.is_grad_enabled() or not _back(layer, x):
             x = layer(x, batch)
         elif policy == "elementwise":
-            with keep_dear():
+            with recompute_cheap():
                 x = layer(x, batch)
         else:
             held = Parked(x, before) if policy == "offload" and x.is_cuda else Held(x)
@@ -274,7 +271,7 @@ class _Twice(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *dleft: Tensor | None) -> tuple[Any, ...]:
         x = ctx.held.take().requires_grad_(ctx.needs_input_grad[0])
         alone = ctx.batch.alone()
-        with torch.enable_grad(), keep_dear():
+        with torch.enable_grad(), recompute_cheap():
             if ctx.random is None:
                 y = ctx.layer(x, alone)
             else:

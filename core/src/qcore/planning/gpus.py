@@ -9,12 +9,11 @@ Codes: ``QC-PLAN-002`` no such card, ``-003`` a budget that is none.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 
 GIB = 2**30
 
@@ -152,14 +151,14 @@ def named(name: str) -> Card:
     exact = [card for card in alike if card.name.lower() == name.lower()]
     if len(exact or alike) == 1:
         return (exact or alike)[0]
-    near = difflib.get_close_matches(name.upper(), names, 1, 0.4)
+    near = nearest(name.upper(), names, cutoff=0.4)
     raise UsageError(
         "QC-PLAN-002",
         "is no card that is known",
         field="--gpu",
         found=name,
         expected="one of " + ", ".join(names),
-        fix=f"did you mean {near[0]}?" if near else "give the nearest, and --budget",
+        fix=f"did you mean {near}?" if near else "give the nearest, and --budget",
     )
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..api.parameters import Store
 from ..checkpoint.layout import Located
-from ..io.containment import Failure, contained
+from ..errors import Failure, contained
 from ..nn.kernels.cache import version_of
 from ..nn.kernels.judge import cannot_run, raised
 from ..nn.kernels.registry import REFERENCE, Listed, check_names

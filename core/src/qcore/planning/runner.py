@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..nn.kernels.launch import Planned, planning
+from ..nn.kernels.launch import PlannedDevice, planning
 from ..nn.qlora.lora_layer import Adapted
 from .segments import Piece
 from .trace import Trace
@@ -34,7 +34,7 @@ class Bench:
 
     def __init__(self, device: str) -> None:
         self.trace = Trace("meta")
-        self._planned = Planned(device=device, told=self.trace.told)
+        self._planned = PlannedDevice(device=device, record=self.trace.record)
 
     @contextmanager
     def running(self) -> Iterator[Trace]:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ..nn.storage import storage_id
 from .segments import Work
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -92,7 +93,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         return cast(_F, call)
 
-    def told(self, name: str, args: Iterable[Any], flops: float) -> None:
+    def record(self, name: str, args: Iterable[Any], flops: float) -> None:
         """Take a kernel that the dispatcher does not see."""
         tensors = {id(one): one for one in args if isinstance(one, Tensor)}.values()
         wide = any(one.dtype == torch.float32 for one in list(tensors)[:1])
@@ -105,10 +106,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **kwargs)
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        lying = {_key(x) for x in given}
+        lying = {storage_id(x) for x in given}
         fresh = False
         for tensor in made:
-            if _key(tensor) not in lying and tensor.device.type == self.device:
+            if storage_id(tensor) not in lying and tensor.device.type == self.device:
                 fresh = True
                 self._see(tensor)
         name = func.overloadpacket.__name__
@@ -171,10 +172,6 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif func.overloadpacket in flop_registry:
             flops = float(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
         self.work.append(Work(name, flops, sum(map(_bytes, tensors)), wide))
-
-
-def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _bytes(tensor: Tensor) -> int:

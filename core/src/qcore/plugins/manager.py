@@ -22,8 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PluginError, QcoreError
-from ..io.containment import Failure, contained
+from ..errors import Failure, PluginError, QcoreError, contained
 from ..io.entry_points import DISABLE, INDEX, Status
 from .discovery import Candidate, catalogue
 from .info import Described, Owned, PluginInfo
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from ..api.records import Generation, Modality
 
-__all__ = ["Described", "Owned", "PluginInfo", "Plugins", "Status", "contained"]
+__all__ = ["Described", "Owned", "PluginInfo", "Plugins", "Status"]
 
 _MAX_ANSWERS = 10_000  # a generator that never ends is a failure, not a hang
 

@@ -33,6 +33,7 @@ class Identified:
         layout: every tensor explained, or as many as could be.
         problems: what could not be explained; empty unless asked to tolerate it.
         quantisation: how the weights were quantised already; ``None`` where they are plain.
+        refused: why that format cannot be used; then it is the only problem.
     """
 
     checkpoint: Checkpoint
@@ -41,6 +42,7 @@ class Identified:
     layout: Layout
     problems: tuple[QcoreError, ...] = ()
     quantisation: Quantisation | None = None
+    refused: QcoreError | None = None
 
     @property
     def modalities(self) -> list[Modality]:
@@ -184,6 +186,7 @@ def identify(
         layout=layout,
         problems=tuple(problems),
         quantisation=quantisation,
+        refused=refused,
     )
 
 

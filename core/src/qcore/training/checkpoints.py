@@ -28,8 +28,8 @@ from ..api.parameters import Namespace
 from ..checkpoint.fingerprint import fingerprints
 from ..config.settings import Settings
 from ..errors import InputError, UsageError
-from ..io.artifact import Writer, publish, remove_tree, verify
-from ..io.atomic import make_folders, writing
+from ..io.artifact import Writer, publish, verify
+from ..io.atomic import make_folders, remove_tree, writing
 from ..io.run_lock import Lock
 from ..nn.model import Model
 from ..plugins.resolve_model import Identified

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.targets import Coverage
-from ..config.settings import Settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +47,6 @@ class TrainReport:
         known = {key: value if math.isfinite(value) else None for key, value in losses.items()}
         plan = {"plan": dict(self.plan), "measured": dict(self.measured)}
         return {"steps": self.steps, **known, "eval_loss": self.eval_loss, **plan}
-
-
-def is_logged(metrics: Mapping[str, Any], settings: Settings, total: int) -> bool:
-    """Whether a step's row is written."""
-    step = metrics["step"]
-    return step in (1, total) or step % settings.logging_steps == 0 or "eval_loss" in metrics
 
 
 def first_loss(metrics: Path) -> float:

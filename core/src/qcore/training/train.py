@@ -31,7 +31,7 @@ from ..data.microbatches import units_of_rows
 from ..data.sampler import Schedule
 from ..errors import InputError, Interrupted, NumericError
 from ..io.artifact import check_target
-from ..io.run_lock import MetricsLog
+from ..io.metrics_log import MetricsLog
 from ..io.stop_signals import StopSignals
 from ..nn.device import DTYPES, pick_device
 from ..nn.kernels.registry import Chosen, check_names, choose, installed
@@ -49,10 +49,11 @@ from ..plugins.resolve_model import Identified, classes_of, identify
 from ..preflight.checks import preflight
 from ..preflight.modality import reader_of, unread, with_tower
 from ..preflight.settings_checks import refuse_unused
-from ..reporting import Reporter, Silent
+from ..reporting import CheckpointSaved, Evaluation, Reporter, Step
 from .checkpoints import METRICS, RunFiles, locked, newest, run_folder
 from .media_manifest import first_changed, note_media
-from .report import TrainReport, coverage_row, first_loss, is_logged
+from .metrics_sink import MetricsSink
+from .report import TrainReport, coverage_row, first_loss
 from .resume import SAME_NUMBERS, compare, identity
 from .step import Loop
 
@@ -88,7 +89,7 @@ def train(
     Raises:
         QcoreError: see docs/errors.md; nothing is published unless the run succeeded.
     """
-    tell = reporter or Silent()
+    tell = reporter or Reporter()
     target = check_target(output)
     folder = run_folder(target, resume=resume)
     where = pick_device(device)
@@ -102,6 +103,8 @@ def train(
         stack.enter_context(locked(folder))
         stop = stack.enter_context(StopSignals())
         log = stack.enter_context(MetricsLog(folder / METRICS))
+        sink = MetricsSink(log, every=settings.logging_steps)
+        stack.enter_context(tell.attached(sink, required=True))
         watch = stack.enter_context(Watch(plan, where))
         watch.at("loading the base")
         net, files, lines = _load(found, rows, settings, where, backends, tell, stop)
@@ -117,14 +120,12 @@ def train(
         first, last = first_loss(folder / METRICS), math.nan
         for metrics in _steps(loop, files, folder, start, stop, tell, watch):
             first, last = (metrics["loss"] if first != first else first), metrics["loss"]
-            if is_logged(metrics, settings, loop.schedule.total):
-                log.write(metrics)
-            tell.step(metrics)
+            tell.emit(Step(total=loop.schedule.total, **metrics))
         moved = _moved(loop, tell)
         watch.at("the last evaluation")
         eval_loss = loop.evaluate()
         if eval_loss is not None:
-            log.write({"step": loop.schedule.total, "eval_loss": eval_loss})
+            tell.emit(Evaluation(step=loop.schedule.total, eval_loss=eval_loss, final=True))
         log.close()
         report = TrainReport(
             output=target,
@@ -181,9 +182,7 @@ def _preflight(
         *found.decision.evidence,
         *preflight(found, verb="train", settings=settings, token_ids=ids),
     ]
-    for line in lines:
-        if line not in said:
-            tell.note(line)
+    tell.lines(line for line in lines if line not in said)
     return lines
 
 
@@ -281,9 +280,7 @@ def _before(
             changed = compare(last[1], now)
         except InputError as error:
             if error.field == "media" and (which := first_changed(folder, rows)):
-                error = InputError(
-                    error.code, error.what, file=rows.path, field=which, fix=error.fix
-                )
+                error = error.replace(file=rows.path, field=which, found=None, expected=None)
             raise error from None
     before, said = kept(folder, POLICIES)
     if not changed.keys().isdisjoint(SAME_NUMBERS):  # the settings ask for other policies
@@ -312,8 +309,7 @@ def _plan(
         found, settings, pack(), room, backends=backends, before=before,
         join=(lambda most: pack(together=most)) if may_join(settings) else None,
     )  # fmt: skip
-    for line in (plan.line(), *notes):
-        tell.note(line)
+    tell.lines((plan.line(), *notes))
     return plan
 
 
@@ -434,13 +430,16 @@ def _steps(
             metrics = loop.step(step)
             if loop.due(done):
                 watch.at(f"the evaluation after step {done}")
-                metrics["eval_loss"] = loop.evaluate()
+                metrics["eval_loss"] = loss = loop.evaluate()
+                assert loss is not None, "an evaluation is due where rows are held out"
+                tell.emit(Evaluation(step=done, eval_loss=loss))
             advance(1)
             yield metrics
             if done == total:
                 return
             if stop.asked or (every and done % every == 0):
                 files.save(folder, done, loop.optimizer)
+                tell.emit(CheckpointSaved(step=done, folder=folder / f"checkpoint-{done}"))
             if stop.asked:
                 raise Interrupted(
                     "QC-TRAIN-006",

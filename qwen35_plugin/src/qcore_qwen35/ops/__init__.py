@@ -1,1 +1,23 @@
-"""Operations of the blocks: a torch reference each, faster backends beside it."""
+"""Operations of the blocks: a torch reference each, faster backends beside it.
+
+This file decides which ops have a backend in Triton and where it lies; importing it imports
+neither torch nor Triton.
+"""
+
+from __future__ import annotations
+
+#: Op -> (module of this package, its function).
+TRITON = {
+    "rms_norm": ("norm.triton", "rms_norm"),
+    "add_rms_norm": ("norm.triton", "add_rms_norm"),
+    "gated_norm": ("norm.triton", "gated_norm"),
+    "swiglu": ("swiglu.triton", "swiglu"),
+    "delta_inputs": ("delta_inputs.triton", "delta_inputs"),
+    "delta_rule": ("delta_rule.triton_rule", "chunked_delta_rule"),
+    "delta_step": ("delta_step.triton", "delta_step"),
+    "attention_inputs": ("attention.triton", "attention_inputs"),
+    "output_gate": ("attention.triton", "output_gate"),
+    "moe_router": ("moe.triton", "router"),
+    "moe_weighted_up": ("moe.triton", "weighted_up"),
+    "moe_shared_up": ("moe.triton", "shared_up"),
+}

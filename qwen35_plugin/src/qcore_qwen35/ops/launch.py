@@ -1,6 +1,6 @@
 """What Triton kernels of this family share: how rows lie, and which dtypes they take.
 
-How they are started is core's (`qcore.nn.kernels.launch`): not where there are no rows, nor for
+How they are started is core's (`qcore.ops.launch`): not where there are no rows, nor for
 tensors that hold no numbers, under which launches and memory are counted without a card.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcore.nn.kernels.launch import cdiv, launch, next_power_of_2
+from qcore.ops import cdiv, launch, next_power_of_2
 
 __all__ = ["cdiv", "launch", "next_power_of_2", "rows_of", "supported"]
 

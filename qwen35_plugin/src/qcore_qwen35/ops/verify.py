@@ -8,16 +8,17 @@ rounded once errs by about 1.7e-3, every further rounding adds as much in square
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcore.api import Verdict
-from qcore.nn.kernels.compare import compare, worst
-from qcore.nn.moe.experts import Routing
+from qcore.ops import Routing, compare, worst_verdict
 
 from ..moe import router
+from . import TRITON
 from .attention.reference import attention_inputs, output_gate
 from .delta_inputs.reference import Documents, Heads, delta_inputs
 from .delta_rule import CHUNK, Chunks, chunked_delta_rule
@@ -35,17 +36,13 @@ EXPERTS = 16
 
 def verify(op: str, device: torch.device, function: Callable[..., Any] | None = None) -> Verdict:
     """Compare a backend of `op` with its reference on `device`: Triton's, or `function`."""
-    from importlib import import_module
-
-    from ..kernels import TRITON
-
     if function is None:
         module, name = TRITON[op]
-        function = getattr(import_module(f"..{module}", __name__), name)
+        function = getattr(import_module(f".{module}", __package__), name)
     if op == "delta_step":
         function = _with_states(function)
     output, gradient = BOUNDS.get(op, (5e-3, 5e-3))
-    return worst(
+    return worst_verdict(
         *(
             compare(
                 function, reference, inputs, output=output, gradient=gradient,

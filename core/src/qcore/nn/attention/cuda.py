@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...api.records import Verdict
-from ..kernels.compare import compare, worst
+from ..kernels.compare import compare, worst_verdict
 from .meta import planned_attention
 from .varlen import varlen_attention
 
@@ -94,4 +94,4 @@ def verify(device: torch.device) -> Verdict:
         found.append(
             compare(fused_attention, varlen_attention, inputs, output=6e-3, gradient=1.2e-2)
         )
-    return worst(*found)
+    return worst_verdict(*found)

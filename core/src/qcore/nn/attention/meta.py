@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kernels.launch import worked
+from ..kernels.launch import record_work
 
 #: Of the rate of a layer's products: cuDNN on an H100, 2 x 4096 tokens, heads of 256.
 FORWARD, BACKWARD = 0.88, 0.5
@@ -39,7 +39,7 @@ class _Planned(torch.autograd.Function):
         # Two products over the lower half of the scores.
         pairs = sum((end - start) ** 2 for start, end in pairwise(cu_seqlens)) / 2
         ctx.flops = 4 * pairs * q.shape[1] * q.shape[2]
-        worked("attention", q, k, v, o, lse, flops=ctx.flops / FORWARD)
+        record_work("attention", q, k, v, o, lse, flops=ctx.flops / FORWARD)
         ctx.save_for_backward(q, k, v, o, lse)
         return o
 
@@ -51,7 +51,7 @@ class _Planned(torch.autograd.Function):
         sums = q.new_empty(q.shape, dtype=torch.float32)
         rows = torch.empty_like(lse)
         expanded = [q.new_empty(q.shape) for _ in range(2)] if q.shape[1] != k.shape[1] else []
-        worked(
+        record_work(
             "attention_backward",
             q,
             k,

@@ -67,7 +67,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return o.squeeze(0).transpose(0, 1)
 
 
-def filled(at: Tensor, span: int) -> Tensor:
+def span_bias(at: Tensor, span: int) -> Tensor:
     """What the scores of a room are added to: 0 up to and with position `at`, then -inf.
 
     Args:
@@ -90,7 +90,7 @@ def step_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) 
         q: ``[1, Hq, D]``.
         k: ``[L, Hkv, D]``; finite also where nothing was written.
         v: ``[L, Hkv, D]``; likewise.
-        bias: ``[L]``, as `filled` gives it.
+        bias: ``[L]``, as `span_bias` gives it.
         scale: factor of the scores.
 
     Returns:

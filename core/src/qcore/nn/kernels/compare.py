@@ -61,7 +61,7 @@ def compare(
     )
 
 
-def worst(*verdicts: Verdict) -> Verdict:
+def worst_verdict(*verdicts: Verdict) -> Verdict:
     """The worst of several verdicts with the same bounds: NaN before any number."""
     bad = [verdict for verdict in verdicts if not verdict.good]
     first = (bad or verdicts)[0]

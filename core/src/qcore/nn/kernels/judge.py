@@ -18,8 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...api.records import Kernel, KnownBad, Verdict
-from ...errors import NumericError, PluginError, QcoreError, UsageError
-from ...io.containment import Failure, contained
+from ...errors import Failure, NumericError, PluginError, QcoreError, UsageError, contained
 from . import cache as kernel_cache
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ function allocates its results and what it saves as always, its kernels are told
 plans, and that is all an op needs for memory and time to be known before a weight is read.
 It also decides which device such tensors stand for.
 
-A backend whose kernels are not its own, or whose torch ops have no meta form, tells `worked`
+A backend whose kernels are not its own, or whose torch ops have no meta form, tells `record_work`
 in their place, or brings a `qcore.api.records.Kernel.plan`.
 """
 
@@ -22,21 +22,21 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
-    "Planned",
+    "PlannedDevice",
     "cdiv",
+    "device_type",
     "launch",
     "next_power_of_2",
     "on_gpu",
     "planning",
-    "stands_for",
-    "worked",
+    "record_work",
 ]
 
 Told = Callable[[str, tuple[Any, ...], float], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
+class PlannedDevice:
     """What tensors on the meta device stand for.
 
     Attributes:
@@ -45,14 +45,14 @@ class Planned:
     """
 
     device: str
-    told: Told
+    record: Told
 
 
-_planned: ContextVar[Planned | None] = ContextVar("qcore planned device", default=None)
+_planned: ContextVar[PlannedDevice | None] = ContextVar("qcore planned device", default=None)
 
 
 @contextmanager
-def planning(planned: Planned) -> Iterator[None]:
+def planning(planned: PlannedDevice) -> Iterator[None]:
     """Under it, meta tensors stand for a device."""
     token = _planned.set(planned)
     try:
@@ -96,19 +96,19 @@ def launch(
         return
     first = args[0]
     if first.is_meta or isinstance(first, FakeTensor):
-        worked(getattr(kernel, "__name__", "kernel"), *args, *also, flops=flops / share)
+        record_work(getattr(kernel, "__name__", "kernel"), *args, *also, flops=flops / share)
         return
     kernel[grid](*args, **meta)
 
 
-def worked(name: str, *args: Any, flops: float = 0.0) -> None:
+def record_work(name: str, *args: Any, flops: float = 0.0) -> None:
     """Tell a plan, where one is made, of a kernel that was not started."""
     planned = _planned.get()
     if planned is not None:
-        planned.told(name, args, flops)
+        planned.record(name, args, flops)
 
 
-def stands_for(device: torch.device) -> str:
+def device_type(device: torch.device) -> str:
     """The type of a device; of meta that of the device it stands for."""
     planned = _planned.get()
     return planned.device if planned is not None and device.type == "meta" else device.type
@@ -116,4 +116,4 @@ def stands_for(device: torch.device) -> str:
 
 def on_gpu(x: Tensor) -> bool:
     """Whether x lies on a GPU, or stands for what would."""
-    return x.is_cuda or (x.is_meta and stands_for(x.device) == "cuda")
+    return x.is_cuda or (x.is_meta and device_type(x.device) == "cuda")

@@ -20,8 +20,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...api.records import Kernel
-from ...errors import PluginError, QcoreError, UsageError, raise_all
-from ...io.containment import Failure, contained
+from ...errors import Failure, PluginError, QcoreError, UsageError, contained, raise_all
 from ...plugins.manager import Plugins
 from .builtin import core_kernels
 from .judge import REFERENCE, SETTING, Line, Listed, State, judge, line_of, raised, reference

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...api.records import Verdict
-from ..kernels.compare import compare, worst
+from ..kernels.compare import compare, worst_verdict
 from ..kernels.launch import cdiv, launch, next_power_of_2
 from ..qlora.lora_layer import Lora
 from ..qlora.nf4 import BLOCK
@@ -298,7 +298,7 @@ def verify(device: torch.device) -> Verdict:
     verdicts = []
     for tokens, spread in ((517, "in"), (517, "out"), (9, "in"), (9, None)):
         verdicts.append(_compared(device, tokens, cast(Tokens, spread)))
-    return worst(*verdicts)
+    return worst_verdict(*verdicts)
 
 
 def _compared(device: torch.device, tokens: int, spread: Tokens) -> Verdict:

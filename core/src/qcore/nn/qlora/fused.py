@@ -28,22 +28,21 @@ Shapes: T rows, K in, N out of all members, R ranks of all members up to a multi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..grad_buffers import whole
+from ..grad_buffers import as_one_buffer
 from ..kernels.launch import on_gpu
-from .fused_factors import Adapter, Working, adapters_of
-from .fused_grads import adapter_gradients, storage_of
+from ..storage import storage_id
+from .fused_factors import Working
+from .fused_grads import adapter_gradients
 from .fused_tables import Tables
-
-if TYPE_CHECKING:
-    from .linear import Linear
+from .members import Member, Members
 
 Compute = Callable[[Tensor, "Product"], tuple[Tensor, ...]]
 
@@ -82,7 +81,7 @@ class _Kept:
     version: int
 
 
-class Product:
+class Product(Members):
     """``[..., K] -> ([..., N_i], ...)``.
 
     Args:
@@ -94,14 +93,8 @@ class Product:
         tables: of `Maps`.
     """
 
-    def __init__(self, members: Sequence[Linear], compute: Compute | None = None) -> None:
-        self.members = tuple(members)
-        into = {member.shape[1] for member in members}
-        if len(into) != 1:
-            raise ValueError(f"maps of one input take one width, not {sorted(into)}")
-        self.into = into.pop()
-        self.sizes = [member.shape[0] for member in members]
-        self.out = sum(self.sizes)
+    def __init__(self, members: Sequence[Member], compute: Compute | None = None) -> None:
+        super().__init__(members)
         self.compute: Compute = compute or reference
         self.tables = Tables()
         self._working = Working(self.out, self.into)
@@ -119,15 +112,6 @@ class Product:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.compute(x, self)
-
-    @property
-    def wide(self) -> bool:
-        """Whether LoRA stands beside the weights, not below."""
-        return self.out >= self.into
-
-    def adapters(self) -> Iterator[Adapter]:
-        """LoRA of the members that carry it."""
-        return adapters_of(self.members)
 
     def spent(self) -> None:
         """Say that a backward ran."""
@@ -225,7 +209,7 @@ def _fits(kept: _Kept, sources: list[Any], working: Working | None, like: Tensor
     for one, other in zip(kept.sources, sources, strict=True):
         if one is not other:
             return False
-        if isinstance(one, Tensor) and storage_of(one) != storage_of(buffer):
+        if isinstance(one, Tensor) and storage_id(one) != storage_id(buffer):
             return False
     return True
 
@@ -274,7 +258,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, xa = ctx.saved_tensors
         product: Product = ctx.product
-        dy = whole([_rows(one) for one in grads])
+        dy = as_one_buffer([_rows(one) for one in grads])
         working = product.working(dy)
         dx = dyb = None
         if ctx.needs_input_grad[0]:

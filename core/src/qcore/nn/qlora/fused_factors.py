@@ -1,64 +1,25 @@
-"""LoRA of a product's members: the masters, and the matrices that are computed with.
+"""The LoRA matrices that a fused product multiplies with, made from the trained factors.
 
-This file decides when the second are made of the first. A is ``[R, K]``, all members' below each
-other; B ``[N, R]`` is block-diagonal. Both are made in the run's dtype once per update of the
-masters, B scaled before it is rounded. An update is known by the masters' versions; torch's fused
-optimizers leave these as they are, so what is not `Adapted.accumulates` counts as updated whenever
-a forward follows a backward. How they are multiplied is `product`'s.
+This file decides when they are made again. A is ``[R, K]``, all members' below each other; B
+``[N, R]`` is block-diagonal. Both are made in the run's dtype once per update of the trained
+factors, B scaled before it is rounded. An update shows in the factors' tensor versions; torch's
+fused optimizers do not bump these, so a factor that is not `Member.accumulates` counts as updated
+whenever a forward follows a backward. How the matrices are multiplied is decided in `fused`.
 
 Shapes: K in, N out of all members, R ranks of all members up to a multiple of 8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .linear import Linear
+from .members import LoraFactors
 
 _MULTIPLE = 8  # 16 bytes of a 16-bit dtype: rows that the matrix units' loads can start at
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """One member's LoRA and where it lies: rows of B, ranks of A."""
-
-    module: Linear
-    rows: slice
-    ranks: slice
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-    @property
-    def mark(self) -> tuple[Any, ...]:
-        """Changes when the masters do."""
-        return self.a, self.a._version, self.b, self.b._version, self.scaling
-
-
-def adapters_of(members: Sequence[Linear]) -> Iterator[Adapter]:
-    """LoRA of the members that carry it."""
-    row = rank = 0
-    for member in members:
-        size, lora = member.shape[0], member.lora
-        if lora is not None:
-            assert member.lora_A is not None
-            assert member.lora_B is not None
-            yield Adapter(
-                member,
-                slice(row, row + size),
-                slice(rank, rank + lora.r),
-                member.lora_A,
-                member.lora_B,
-                lora.scaling,
-            )
-            rank += lora.r
-        row += size
 
 
 class Working:
@@ -88,9 +49,9 @@ class Working:
         self.a = self.b = torch.empty(0, 0)
         self.written = False
 
-    def spent(self, adapters: Sequence[Adapter]) -> None:
+    def spent(self, adapters: Sequence[LoraFactors]) -> None:
         """Say that a backward ran: an update of the masters may follow that leaves no trace."""
-        self._stale = not all(one.module.accumulates for one in adapters)
+        self._stale = not all(one.member.accumulates for one in adapters)
 
     def renew(self) -> None:
         """Say that a forward begins."""
@@ -98,7 +59,7 @@ class Working:
             self._forget()
             self._stale = False
 
-    def update(self, adapters: Sequence[Adapter], like: Tensor, *, late: bool) -> None:
+    def update(self, adapters: Sequence[LoraFactors], like: Tensor, *, late: bool) -> None:
         """Make them of the masters, in the dtype of `like`, where they are not.
 
         Args:

@@ -14,21 +14,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.launch import on_gpu, worked
-from .fused_factors import Adapter
+from ..kernels.launch import on_gpu, record_work
+from ..storage import storage_id
+from .members import LoraFactors
 
 Sinks = Sequence[tuple[Tensor | None, Tensor | None]]
 
 
-def sinks_of(adapters: Sequence[Adapter]) -> Sinks:
+def sinks_of(adapters: Sequence[LoraFactors]) -> Sinks:
     """Where gradients of A and B are added, of each that adds them itself."""
     return [
-        (one.a.grad, one.b.grad) if one.module.accumulates else (None, None) for one in adapters
+        (one.a.grad, one.b.grad) if one.member.accumulates else (None, None) for one in adapters
     ]
 
 
 def adapter_gradients(
-    adapters: Sequence[Adapter], x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor
+    adapters: Sequence[LoraFactors], x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor
 ) -> list[Tensor | None]:
     """Of A and B of each member in float32; ``None`` where it was added to what is there."""
     sinks = sinks_of(adapters)
@@ -66,7 +67,7 @@ def neighbours(grads: Sequence[Tensor | None]) -> Tensor | None:
         return None
     first, end = there[0], there[0].storage_offset()
     for grad in there:
-        if storage_of(grad) != storage_of(first) or grad.storage_offset() != end:
+        if storage_id(grad) != storage_id(first) or grad.storage_offset() != end:
             return None
         if not grad.is_contiguous():
             return None
@@ -80,13 +81,8 @@ def _add_product(to: Tensor, left: Tensor, right: Tensor, by: float, *, fresh: b
     if left.is_meta and on_gpu(left):
         # Torch 2.11 has no addmm into another dtype there.
         work = 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
-        worked("addmm", left, right, to, flops=work)
+        record_work("addmm", left, right, to, flops=work)
     elif on_gpu(left) and left.dtype != to.dtype:
         torch.addmm(to, left, right, out_dtype=to.dtype, beta=beta, alpha=by, out=to)
     else:
         torch.addmm(to, left.to(to.dtype), right.to(to.dtype), beta=beta, alpha=by, out=to)
-
-
-def storage_of(tensor: Tensor) -> int:
-    """What tells one storage from another."""
-    return int(tensor.untyped_storage()._cdata)

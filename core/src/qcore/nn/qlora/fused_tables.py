@@ -15,17 +15,14 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from .fused_factors import Adapter
 from .fused_grads import neighbours, sinks_of
+from .members import LoraFactors, Members
 from .nf4 import BLOCK
-
-if TYPE_CHECKING:
-    from .fused import Product
 
 FIELDS = 16
 #: Ranks that a tile holds.
@@ -69,10 +66,10 @@ class Sources:
     wide: bool
 
     @classmethod
-    def of(cls, product: Product, ranks: int, device: torch.device) -> Sources:
+    def of(cls, product: Members, ranks: int, device: torch.device) -> Sources:
         """The sources of a product whose LoRA takes `ranks` ranks."""
         rows, at = _Rows(), 0
-        carried = {id(one.module): one for one in product.adapters()}
+        carried = {id(one.member): one for one in product.adapters()}
         for member in product.members:
             one = carried.get(id(member))
             if ranks:
@@ -114,7 +111,7 @@ class Sources:
         )  # fmt: skip
 
 
-def key_of(product: Product) -> tuple[float, ...]:
+def key_of(product: Members) -> tuple[float, ...]:
     """What `Sources` of a product say that may change: addresses, ranks, scalings."""
     key: list[float] = []
     for member in product.members:
@@ -129,7 +126,7 @@ def key_of(product: Product) -> tuple[float, ...]:
     return tuple(key)
 
 
-def fits(product: Product, dtype: torch.dtype) -> bool:
+def fits(product: Members, dtype: torch.dtype) -> bool:
     """Whether a table can say how the members lie."""
     return (
         dtype.itemsize == 2
@@ -172,7 +169,7 @@ class Gradients:
 
     @staticmethod
     def key_of(
-        adapters: Sequence[Adapter], sinks: Sequence[tuple[Tensor, Tensor]]
+        adapters: Sequence[LoraFactors], sinks: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[float, ...]:
         """Where gradients lie, and what they are scaled by."""
         places = [_at(gradient) for pair in sinks for gradient in pair]
@@ -181,7 +178,7 @@ class Gradients:
     @classmethod
     def of(
         cls,
-        adapters: Sequence[Adapter],
+        adapters: Sequence[LoraFactors],
         sinks: Sequence[tuple[Tensor, Tensor]],
         together: Tensor | None,
         columns: int,
@@ -224,14 +221,14 @@ class Tables:
         self._sources: Sources | None = None
         self._gradients: Gradients | None = None
 
-    def sources(self, product: Product, ranks: int, device: torch.device) -> Sources:
+    def sources(self, product: Members, ranks: int, device: torch.device) -> Sources:
         """For weights, and LoRA of `ranks` ranks."""
         known = self._sources
         if known is None or known.ranks != ranks or known.key != key_of(product):
             known = self._sources = Sources.of(product, ranks, device)
         return known
 
-    def gradients(self, adapters: Sequence[Adapter], columns: int) -> Gradients | None:
+    def gradients(self, adapters: Sequence[LoraFactors], columns: int) -> Gradients | None:
         """For the gradients of all adapters; ``None`` where not all are kept in float32."""
         sinks = sinks_of(adapters)
         if any(

@@ -2,7 +2,7 @@
 
 This file decides that a program takes all heads of a token, reads queries out of q_proj's
 interleaved output where they lie, and backwards writes their gradient between the gates'
-(`qcore.nn.grad_buffers`). Forwards every rounding is `reference`'s; the backward is float32
+(`qcore.ops.GradBuffers`). Forwards every rounding is `reference`'s; the backward is float32
 throughout. A norm's weight that is trained has its gradient from the reference.
 
 Shapes: T tokens, Hq query heads, Hkv key heads, D head size, n rotating dimensions.
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcore.nn.grad_buffers import Slices
+from qcore.ops import GradBuffers
 
 from ..launch import cdiv, launch, next_power_of_2, supported
 from . import reference
@@ -209,7 +209,7 @@ class _Inputs(torch.autograd.Function):
         qg, k, cos, sin = _columns(qg), _columns(k), cos.contiguous(), sin.contiguous()
         gate = qg.unflatten(-1, (-1, 2 * d))[..., d:]
         ctx.save_for_backward(qg, k, q_weight, k_weight, cos, sin)
-        ctx.eps, ctx.slices = eps, Slices(qg, k, v, gate)
+        ctx.eps, ctx.slices = eps, GradBuffers(qg, k, v, gate)
         q_heads, k_heads = qg.shape[1] // (2 * d), k.shape[1] // d
         q_out, k_out = qg.new_empty(tokens, q_heads, d), k.new_empty(tokens, k_heads, d)
         launch(
@@ -253,7 +253,7 @@ class _OutputGate(torch.autograd.Function):
     def forward(ctx: Any, o: Tensor, gate: Tensor) -> Tensor:
         o, gate = _columns(o), _columns(gate)
         ctx.save_for_backward(o, gate)
-        ctx.slices = Slices(gate)
+        ctx.slices = GradBuffers(gate)
         tokens, heads, d = o.shape
         y = o.new_empty(tokens, heads, d)
         block = min(GATE_BLOCK, next_power_of_2(heads * d))

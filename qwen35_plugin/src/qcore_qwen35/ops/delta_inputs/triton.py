@@ -4,7 +4,7 @@ This file decides that a program goes along the tokens of a strip of channels wi
 inputs in registers, so that every row is read once, and that backwards the derivative before
 SiLU is computed once for each token and handed to the (up to four) rows that it came from. The
 convolution rounds before SiLU as `reference` does; the backward is float32 throughout.
-Gradients of all projections lie in one buffer (`qcore.nn.grad_buffers`).
+Gradients of all projections lie in one buffer (`qcore.ops.GradBuffers`).
 
 Weights that are trained have their gradients from the reference. Shapes: T tokens, C channels
 in the order q, k, v; four taps.
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcore.nn.grad_buffers import Slices
+from qcore.ops import GradBuffers
 
 from .. import limits
 from ..launch import cdiv, launch, next_power_of_2, supported
@@ -291,7 +291,7 @@ class _DeltaInputs(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         u, a, b = _rows(qkv), _rows(a), _rows(b)
         ctx.save_for_backward(u, a, b, conv_weight, a_log, dt_bias)
-        ctx.slices = Slices(u, z, a, b)
+        ctx.slices = GradBuffers(u, z, a, b)
         ctx.documents, ctx.heads = documents, heads
         (tokens, channels), v_heads = u.shape, a.shape[1]
         mixed = u.new_empty(tokens, channels)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcore.nn.kernels.launch import stands_for
+from qcore.ops import device_type
 
 from . import reference
 from .layout import Chunks, Segment
@@ -231,14 +231,14 @@ class _Tile:
 
 
 def _segments(layout: Chunks, device: torch.device) -> list[Segment]:
-    limit = TILE.get(stands_for(device), TILE_ELSEWHERE)
+    limit = TILE.get(device_type(device), TILE_ELSEWHERE)
     return list(layout.segments(max(1, limit // HEADS)))
 
 
 def _tiles(segment: Segment, k_heads: int, v_heads: int, device: torch.device) -> Iterator[_Tile]:
     repeat = v_heads // k_heads
     chunks = segment.chunks.stop - segment.chunks.start
-    width = max(1, TILE.get(stands_for(device), TILE_ELSEWHERE) // (chunks * repeat))
+    width = max(1, TILE.get(device_type(device), TILE_ELSEWHERE) // (chunks * repeat))
     for first in range(0, k_heads, width):
         yield _Tile(segment, first, min(first + width, k_heads), repeat)
 

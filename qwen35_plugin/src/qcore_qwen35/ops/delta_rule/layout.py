@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from qcore.nn.kernels.launch import stands_for
+from qcore.ops import device_type
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +123,7 @@ class Chunks:
             steps=tuple(steps),
             rows=None if len(counts) == 1 else _rows(cu_seqlens, size, place, device),
             sorting=None if order == sorted(order) else _sorting(order, device),
-            tables=None if stands_for(device) == "cpu" else Tables.of(cu_seqlens, size, device),
+            tables=None if device_type(device) == "cpu" else Tables.of(cu_seqlens, size, device),
         )
 
     def segments(self, chunks: int) -> Iterator[Segment]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcore.nn.moe.experts import Routing
+from qcore.ops import Routing
 
 
 def weighted_up(gate_up: Tensor, weights: Tensor, routing: Routing) -> Tensor:

@@ -19,8 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcore.nn.grad_buffers import Slices
-from qcore.nn.moe.experts import Routing
+from qcore.ops import GradBuffers, Routing
 
 from ..launch import cdiv, launch, next_power_of_2, rows_of, supported
 
@@ -240,7 +239,7 @@ class _SharedUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, score: Tensor) -> Tensor:
         supported(gate, up, score)
-        ctx.slices = Slices(gate, up)
+        ctx.slices = GradBuffers(gate, up)
         gate, up, score = rows_of(gate), rows_of(up), score.contiguous()
         ctx.save_for_backward(gate, up, score)
         return _forward(gate, up, score, None)

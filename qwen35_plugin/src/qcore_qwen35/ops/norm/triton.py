@@ -2,7 +2,7 @@
 
 This file decides the blocks. Rounding is `reference`'s: forwards as it has it, backwards in
 float32 throughout. Inputs may be row-strided; z's gradient is laid out as z lies
-(`qcore.nn.grad_buffers`). A weight that is trained has its gradient from the reference's formula.
+(`qcore.ops.GradBuffers`). A weight that is trained has its gradient from the reference's formula.
 
 Shapes: R rows of d.
 """
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcore.nn.grad_buffers import Slices
+from qcore.ops import GradBuffers
 
 from ..launch import cdiv, launch, next_power_of_2, rows_of, supported
 
@@ -203,7 +203,7 @@ class _GatedNorm(torch.autograd.Function):
         flat_o, flat_z = _by_token(o), _by_token(z)
         y = flat_o.new_empty(o.shape)
         ctx.save_for_backward(flat_o, flat_z, weight)
-        ctx.eps, ctx.shape, ctx.slices = eps, o.shape, Slices(flat_z)
+        ctx.eps, ctx.shape, ctx.slices = eps, o.shape, GradBuffers(flat_z)
         rows = flat_o.shape[0] * heads
         block, tile, warps = _gated_tile(d)
         launch(

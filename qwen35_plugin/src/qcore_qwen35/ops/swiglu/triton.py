@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcore.nn.grad_buffers import Slices
+from qcore.ops import GradBuffers
 
 from ..launch import cdiv, launch, next_power_of_2, rows_of, supported
 
@@ -89,7 +89,7 @@ class _Swiglu(torch.autograd.Function):
         ctx.shape = gate.shape
         gate, up = rows_of(gate), rows_of(up)
         ctx.save_for_backward(gate, up)
-        ctx.slices = Slices(gate, up)
+        ctx.slices = GradBuffers(gate, up)
         return _product(gate, up).view(ctx.shape)
 
     @staticmethod

@@ -1,0 +1,176 @@
+"""YAML nodes to values of settings: the type comes from the setting, never from the text's look.
+
+This file decides how the text of a scalar becomes a number, a word, a list or a mapping, so that
+YAML 1.1's guesses (``2e-4`` as text, ``no`` as false) cannot happen. It leaves to
+`qcore.config.resolve` which source of settings wins, and ranges and choices to
+`qcore.config.spec`.
+
+Codes: those of `qcore.config.spec`; ``QC-CONFIG-006`` not a mapping of settings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ..errors import UsageError
+from .frozen_map import Entries, Plain
+from .settings import spec_of
+from .spec import Origin, Spec, Value, check
+from .yaml import Items, Node, Scalar, Table
+
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_FLOAT = re.compile(r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.?(nan|inf|infinity)", re.IGNORECASE)
+_YAML_11_BOOL = frozenset(("yes", "no", "on", "off", "y", "n"))
+_NULL = frozenset(("", "~", "null"))
+
+
+def settings_of(node: Node | None, source: object) -> dict[str, Value]:
+    """The settings that a YAML mapping gives, checked one by one.
+
+    Args:
+        node: the mapping; ``None`` gives no settings.
+        source: the file, for errors.
+
+    Raises:
+        UsageError: ``QC-CONFIG-*``.
+    """
+    if node is None:
+        return {}
+    if not isinstance(node, Table):
+        raise UsageError(
+            "QC-CONFIG-006",
+            "does not hold settings",
+            file=source,
+            found=_describe(node),
+            expected="lines of the form `key: value`",
+        )
+    values = {}
+    for key, value in node.entries.items():
+        origin = Origin(file=source, field=key, line=value.line)
+        values[key] = convert(spec_of(key, origin), value, origin)
+    return values
+
+
+def convert(spec: Spec, node: Node, origin: Origin) -> Value:
+    """A YAML node as the type of its setting.
+
+    Raises:
+        UsageError: ``QC-CONFIG-002`` to ``-005``; it says what the node is instead.
+    """
+    if spec.type is tuple:
+        if not isinstance(node, Items):
+            raise _mismatch(spec, node, origin)
+        return check(spec, tuple(_name(spec, item, origin) for item in node.items), origin)
+    if spec.each is not None:
+        if not isinstance(node, Table):
+            raise _mismatch(spec, node, origin)
+        return convert_entries(spec, node.entries, origin)
+    if not isinstance(node, Scalar):
+        raise _mismatch(spec, node, origin)
+    if spec.type is str:
+        return check(spec, _word(spec, node, origin), origin)
+    if node.quoted:
+        fix = "remove the quotes" if node.text else None
+        raise _mismatch(spec, node, origin, fix=fix)
+    if spec.type is bool:
+        return _bool(spec, node, origin)
+    return check(spec, _number(spec, node, origin), origin)
+
+
+def convert_entries(spec: Spec, nodes: Mapping[str, Node], origin: Origin) -> Entries[Plain]:
+    """YAML nodes by name as the value of a setting that is a mapping; errors as of `convert`."""
+    made: dict[str, Plain] = {}
+    for name, node in nodes.items():
+        line = None if origin.line is None else node.line
+        at = replace(origin, field=f"{origin.field}.{name[:60]}", line=line)
+        value = (
+            _guess(spec.entry, node, at) if spec.each is object else convert(spec.entry, node, at)
+        )
+        checked = check(spec, {name: value}, replace(origin, line=line))
+        assert isinstance(checked, Entries)  # the setting is a mapping
+        made |= checked
+    return Entries(made)
+
+
+def _guess(spec: Spec, node: Node, origin: Origin) -> Plain:
+    """A value whose setting leaves the type to the text.
+
+    True, false and numbers as JSON has them; anything in quotes and any other word is a text.
+    What YAML readers disagree about (``yes``, ``0x10``, ``1_000``) is refused, not guessed.
+    """
+    if not isinstance(node, Scalar) or (not node.quoted and node.text.lower() in _NULL):
+        raise _mismatch(spec, node, origin)
+    text, word = node.text, node.text.lower()
+    if node.quoted:
+        return text
+    if word in ("true", "false") or word in _YAML_11_BOOL:
+        return _bool(replace(spec, type=bool), node, origin)
+    if _INT.fullmatch(text) and len(text) <= 20:
+        return int(text)
+    if text[0].isdigit() or text[0] in "+-." or _NOT_FINITE.fullmatch(text):
+        if text[-1].isdigit() and _FLOAT.fullmatch(text):
+            return _number(replace(spec, type=float), node, origin)
+        raise _mismatch(spec, node, origin, fix=f'write "{text[:20]}" if it is a text')
+    return text
+
+
+def _bool(spec: Spec, node: Scalar, origin: Origin) -> bool:
+    word = node.text.lower()
+    if word in ("true", "false"):
+        return word == "true"
+    fix = None
+    if word in _YAML_11_BOOL:
+        fix = (
+            f"write {'true' if word[0] == 'y' or word == 'on' else 'false'}: {word} is only a word"
+        )
+    raise _mismatch(spec, node, origin, fix=fix)
+
+
+def _number(spec: Spec, node: Scalar, origin: Origin) -> int | float:
+    text = node.text
+    if _NOT_FINITE.fullmatch(text):
+        raise origin.error("QC-CONFIG-003", "is not finite", found=text, expected=spec.expected)
+    if spec.type is int:
+        if not _INT.fullmatch(text) or len(text) > 20:
+            raise _mismatch(spec, node, origin)
+        return int(text)
+    if not _FLOAT.fullmatch(text) or not any(c.isdigit() for c in re.split("[eE]", text)[0]):
+        raise _mismatch(spec, node, origin)
+    return float(text)
+
+
+def _word(spec: Spec, node: Scalar, origin: Origin) -> str:
+    if not node.quoted and node.text.lower() in _NULL:
+        raise _mismatch(spec, node, origin)
+    return node.text
+
+
+def _name(spec: Spec, node: Node, origin: Origin) -> str:
+    if not isinstance(node, Scalar) or (not node.quoted and node.text.lower() in _NULL):
+        raise _mismatch(spec, node, origin)
+    return node.text
+
+
+def _mismatch(spec: Spec, node: Node, origin: Origin, *, fix: str | None = None) -> UsageError:
+    return origin.error(
+        "QC-CONFIG-002",
+        "has the wrong type",
+        found=_describe(node),
+        expected=f"{spec.expected} ({spec.help})",
+        fix=fix,
+    )
+
+
+def _describe(node: Node) -> str:
+    if isinstance(node, Items):
+        return "a list"
+    if isinstance(node, Table):
+        return "a mapping"
+    if not node.quoted and node.text.lower() in _NULL:
+        return "no value"
+    text = node.text if len(node.text) <= 60 else f"{node.text[:57]}..."
+    return f"the text {json.dumps(text)}" if node.quoted else text

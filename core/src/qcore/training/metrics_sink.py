@@ -1,0 +1,39 @@
+"""The sink that writes ``metrics.jsonl``: steps and evaluations of a run, one JSON object a line.
+
+This file decides which steps are logged: the first, the last, every `every`-th, and those that
+an evaluation follows. How lines reach the disk is up to `io.metrics_log`. The file is a part of
+the adapter folder, so `train` attaches this sink as a required one.
+"""
+
+from __future__ import annotations
+
+from ..io.metrics_log import MetricsLog
+from ..reporting import Evaluation, Event, Step
+
+
+class MetricsSink:
+    """Writes steps and the last evaluation of a run to its log.
+
+    Args:
+        log: open for writing.
+        every: the setting ``logging_steps``.
+    """
+
+    def __init__(self, log: MetricsLog, *, every: int) -> None:
+        self._log = log
+        self._every = every
+
+    def handle(self, event: Event, /) -> None:
+        """Write a row; an evaluation after a step is a part of the step's row.
+
+        Raises:
+            WriteError: ``QC-WRITE-003`` to ``-006``.
+        """
+        if isinstance(event, Step) and self._is_logged(event):
+            self._log.write(event.row())
+        elif isinstance(event, Evaluation) and event.final:
+            self._log.write({"step": event.step, "eval_loss": event.eval_loss})
+
+    def _is_logged(self, event: Step) -> bool:
+        ends = event.step in (1, event.total)
+        return ends or event.step % self._every == 0 or event.eval_loss is not None
