@@ -19,6 +19,7 @@ from qcore.api.records import (
     Finding,
     Generation,
     Kernel,
+    Op,
     PreflightRequest,
 )
 
@@ -108,6 +109,7 @@ def qcore_chat_format(generation: str, checkpoint: Checkpoint) -> Iterator[ChatF
 
 
 @hookimpl
-def qcore_kernels() -> Iterator[Kernel]:
-    """Triton backends of the ops of these blocks."""
+def qcore_kernels() -> Iterator[Op | Kernel]:
+    """The ops of these blocks, and their backends."""
+    yield from kernels.ops()
     yield from kernels.kernels()

@@ -17,6 +17,7 @@ from .records import (
     Generation,
     Kernel,
     Modality,
+    Op,
     PreflightRequest,
 )
 
@@ -66,8 +67,8 @@ def qcore_detect_merge(
 
 
 @hookspec
-def qcore_kernels() -> Iterable[Kernel]:
-    """Yield the backends that this plugin has for ops of its blocks."""
+def qcore_kernels() -> Iterable[Op | Kernel]:
+    """Yield the ops of this plugin's blocks, and the backends that it has for ops."""
     raise NotImplementedError
 
 
