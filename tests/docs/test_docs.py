@@ -259,8 +259,9 @@ def test_hook_adapter_layouts(example: Any) -> None:
 
 
 def test_hook_kernels(example: Any) -> None:
-    ((_, kernel),) = example("qcore_kernels").ask("qcore_kernels")
-    assert (kernel.op, kernel.backend, kernel.priority) == ("acme_norm", "fast", 10)
+    (_, op), (_, kernel) = example("qcore_kernels").ask("qcore_kernels")
+    assert (op.name, op.reference_waits) == ("acme::norm", False)
+    assert (kernel.op, kernel.backend, kernel.priority) == ("acme::norm", "fast", 10)
     assert kernel.known_bad[0].capability == (9, 0)
     assert kernel.refuse(SimpleNamespace(type="cpu")) == "needs a CUDA device"
 

@@ -18,6 +18,7 @@ from qcore.api import (
     Finding,
     Generation,
     Kernel,
+    Op,
     Part,
     PreflightRequest,
 )
@@ -106,6 +107,7 @@ def qcore_chat_format(generation: str, checkpoint: CheckpointView) -> Iterator[C
 
 
 @hookimpl
-def qcore_kernels() -> Iterator[Kernel]:
-    """Triton backends of the ops of these blocks."""
+def qcore_kernels() -> Iterator[Op | Kernel]:
+    """The ops of these blocks, and their backends."""
+    yield from kernels.ops()
     yield from kernels.kernels()

@@ -23,6 +23,7 @@ from .records import (
     Generation,
     Kernel,
     Modality,
+    Op,
     PreflightRequest,
 )
 from .views import CheckpointView
@@ -70,8 +71,8 @@ def qcore_adapter_layouts(
 
 
 @hookspec
-def qcore_kernels() -> Iterable[Kernel]:
-    """Yield the backends that this plugin has for ops of its blocks."""
+def qcore_kernels() -> Iterable[Op | Kernel]:
+    """Yield the ops of this plugin's blocks, and the backends that it has for ops."""
 
 
 @hookspec

@@ -282,6 +282,24 @@ def _computes_any(config: Mapping[str, Any]) -> str | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """An op that blocks ask for (`BuildContext.kernel`): what its reference in torch does.
+
+    An op without this record has the defaults. Declare an op once, in the plugin whose blocks
+    ask for it; other plugins may bring backends of it.
+
+    Attributes:
+        name: ``namespace::op``, as ops of torch.library are named: ``acme::rms_norm``. Take your
+            plugin's name as the namespace. Ops of core have no namespace: ``cross_entropy``.
+        reference_waits: whether the host waits for the device in the reference. A CUDA graph
+            cannot capture that, so tokens are then decoded without one.
+    """
+
+    name: str
+    reference_waits: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """One backend of an op. Every op also has a reference, which no record names.
 
@@ -290,7 +308,7 @@ class Kernel:
     calls `load`.
 
     Attributes:
-        op: what is computed, e.g. ``rms_norm``.
+        op: full name of what is computed, e.g. ``acme::rms_norm`` (`Op.name`).
         backend: what computes it, e.g. ``triton``; not ``reference``.
         load: ``() -> function`` with exactly the signature of the op's reference; what it
             needs is imported inside.
@@ -307,9 +325,8 @@ class Kernel:
             results, saves the same tensors and allocates the same gradients and workspace for
             tensors on the meta device. ``None``: what `load` gives does, which holds wherever
             kernels are started by `qcore.ops.launch` and torch's ops have a meta form.
-        waits: whether the host waits for the device in it, over which no CUDA graph can be
-            captured: tokens of decoding are then computed without one.
-        reference_waits: whether it does in the op's reference; said by any record of the op.
+        waits: whether the host waits for the device in this backend. A CUDA graph cannot
+            capture that, so tokens are then decoded without one.
     """
 
     op: str
@@ -324,4 +341,3 @@ class Kernel:
     known_bad: tuple[KnownBad, ...] = ()
     plan: Callable[[], Callable[..., Any]] | None = None
     waits: bool = False
-    reference_waits: bool = False

@@ -34,7 +34,7 @@ from ..io.artifact import check_target
 from ..io.metrics_log import MetricsLog
 from ..io.stop_signals import StopSignals
 from ..nn.device import DTYPES, pick_device
-from ..nn.kernels.registry import Chosen, check_names, choose, installed
+from ..nn.kernels.registry import Chosen, choose, installed, requested
 from ..nn.load import load
 from ..nn.model import Model, ops_of
 from ..nn.offload import Parked
@@ -48,7 +48,6 @@ from ..planning.saved import Before, keep, kept
 from ..plugins.resolve_model import Identified, classes_of, identify
 from ..preflight.checks import preflight
 from ..preflight.modality import reader_of, unread, with_tower
-from ..preflight.settings_checks import refuse_unused
 from ..reporting import CheckpointSaved, Evaluation, Reporter, Step
 from .checkpoints import METRICS, RunFiles, locked, newest, run_folder
 from .media_manifest import first_changed, note_media
@@ -254,9 +253,7 @@ def _backends(
         found.decision.architecture, found.checkpoint.config, found.layout, found.modality
     )
     listed = installed(found.plugins)
-    check_names(listed, settings.kernels)
-    refuse_unused(settings.kernels, used.ops)
-    backends = choose(listed, device, settings.kernels, used)
+    backends = choose(listed, device, requested(listed, settings.kernels, used.ops), used)
     for line in backends.lines():
         tell.note(line)
     return backends
