@@ -11,8 +11,6 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-
 from ..config.settings import Settings
 
 
@@ -71,6 +69,8 @@ class Schedule:
 @lru_cache(maxsize=1)
 def _order(rows: int, seed: int) -> list[int]:
     """An epoch's permutation; asked for by every step of it."""
+    import torch  # here, so that the room stays light
+
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
 
 

@@ -28,6 +28,7 @@ from ..nn.device import peak_bytes, reset_peak
 from ..nn.model import Model
 from ..nn.optim import FlatAdamW
 from ..planning.compare import Meter
+from ..planning.policies import unplanned
 from .collate import Batches
 
 
@@ -227,13 +228,6 @@ class Loop:
                 fix="raise learning_rate or max_steps, or leave the group out of target_groups",
             )
         return sum(count for count, _ in moved.values()), sum(n for _, n in moved.values())
-
-
-def unplanned(settings: Settings) -> str:
-    """What the settings say where no plan was made, or one that knows no limit: on the CPU."""
-    if not settings.gradient_checkpointing:
-        return "none"
-    return "full" if settings.recompute == "auto" else settings.recompute
 
 
 def _supervised(batches: Sequence[Sequence[Example]]) -> int:
