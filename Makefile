@@ -12,8 +12,8 @@ demo: $(STAMP)  ## train, merge and verify a tiny checkpoint
 test: $(STAMP)  ## all tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not gpu"
 
-test-gpu: $(STAMP)  ## the tests that need a CUDA device
-	$(BIN)/pytest -m gpu tests/gpu
+test-gpu: $(STAMP)  ## all tests that need a CUDA device
+	$(BIN)/pytest -m gpu
 
 lint: $(STAMP)  ## formatter, linter, types, import contracts
 	$(BIN)/ruff format --check .
