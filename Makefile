@@ -24,8 +24,8 @@ test-slow: $(STAMP)  ## the other whole runs, whole sweeps, more shapes of each 
 
 test-all: test test-slow  ## all tests that need no GPU
 
-test-gpu: $(STAMP)  ## the tests that need a CUDA device
-	$(BIN)/pytest -m gpu tests/gpu
+test-gpu: $(STAMP)  ## all tests that need a CUDA device
+	$(BIN)/pytest -m gpu
 
 lint: $(STAMP)  ## formatter, linter, types, import contracts
 	$(BIN)/ruff format --check .

@@ -108,8 +108,10 @@ def train(
         watch.at("loading the base")
         net, files, lines = _load(found, rows, settings, where, backends, tell, stop)
         Parked.lot(where).least = max(1, plan.parked)
-        if not gc.get_freeze_count():
-            stack.callback(gc.unfreeze)  # what the loop freezes, not what a caller did
+        # The loop freezes every object there is. They are all given back to the collector, also
+        # those that a caller froze: Python 3.12 itself starts with some, and it cannot be seen
+        # whose they are. A model left frozen would keep the device's memory for good.
+        stack.callback(gc.unfreeze)
         loop = Loop(net, rows, settings, where, plan.policies, plan.together, reader)
         start = _resume(files, loop, folder, tell) if resume else 0
         keep(folder, plan)
