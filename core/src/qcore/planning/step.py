@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING, Self
 from ..adapter.targets import targets
 from ..config.settings import Settings, in_bytes
 from ..nn.device import DTYPES
-from ..nn.kernels.registry import Chosen, installed
+from ..nn.kernels.registry import Chosen, check_used, installed
 from ..nn.model import ops_of
 from ..nn.qlora.lora_layer import Lora
 from ..plugins.resolve_model import Identified
-from ..preflight.settings_checks import refuse_unused
 from .gpus import CARDS, LAUNCH, Card, seconds
 from .host_memory import pinned
 from .measure import Measure
@@ -91,7 +90,7 @@ class Steps:
         self.taken = take(installed(found.plugins), self.device, wanted, config)
         architecture = found.decision.architecture
         used = ops_of(architecture, config, found.layout, found.modality).ops
-        refuse_unused(settings.kernels, used)
+        check_used(settings.kernels, used)
         self.backends = {op: name for op, name in self.taken.backends.items() if op in used}
         self.lora = targets(
             found.layout,

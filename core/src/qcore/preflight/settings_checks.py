@@ -4,13 +4,13 @@ This file decides which settings are judged against config, headers and template
 is read: the class that an adapter is written for, the load balance of a router that must be
 there, variables that the chat template must read. Which groups have LoRA is `targets`'.
 
-Codes: ``QC-LORA-004`` a group that cannot be put in 4 bit, ``QC-TRAIN-007`` no router to balance,
-``QC-KERNEL-007`` an op that is not used; those of `adapter.choose_class` and of `data.variables`.
+Codes: ``QC-LORA-004`` a group that cannot be put in 4 bit, ``QC-TRAIN-007`` no router to balance;
+those of `adapter.choose_class` and of `data.variables`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..adapter.peft_names import choose_class
@@ -32,27 +32,6 @@ def unsuitable(found: Identified, settings: Mapping[str, Any]) -> Iterator[Qcore
             judge(found, settings)
         except QcoreError as error:
             yield error
-
-
-def refuse_unused(wanted: Iterable[str], used: Collection[str]) -> None:
-    """Refuse a backend of an op that the model does not consist of: it would do nothing.
-
-    Args:
-        wanted: ops that the settings name; they are known ones.
-        used: ops of the model (`model.ops_of`).
-
-    Raises:
-        UsageError: ``QC-KERNEL-007``.
-    """
-    for op in wanted:
-        if op not in used:
-            raise UsageError(
-                "QC-KERNEL-007",
-                "is an op that this model does not use",
-                field=f"kernels.{op}",
-                expected=f"one of {', '.join(sorted(used))}",
-                fix="leave it out",
-            )
 
 
 def _adapter_class(found: Identified, settings: Mapping[str, Any]) -> None:

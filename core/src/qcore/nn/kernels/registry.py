@@ -8,8 +8,8 @@ that passes; what was passed over is told.
 Which backends there are is said by plugins (hook ``qcore_kernels``) and by `core_kernels`.
 Nothing here imports torch; what a record's callables import is theirs.
 
-Codes: ``QC-KERNEL-001`` no such op, ``-002`` no such backend, ``-006`` two of one name; of one
-that was asked for, those of `kernel_judge`.
+Codes: ``QC-KERNEL-001`` no such op, ``-002`` no such backend, ``-006`` two of one name, ``-007`` an
+op that the model does not use; of one that was asked for, those of `kernel_judge`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ __all__ = [
     "State",
     "Used",
     "check_names",
+    "check_used",
     "choose",
     "installed",
     "survey",
@@ -199,6 +200,27 @@ def check_names(kernels: Sequence[Listed], wanted: Mapping[str, str]) -> None:
         names = [REFERENCE, *(one.kernel.backend for one in kernels if one.kernel.op == op)]
         if name not in names:
             raise _unknown("QC-KERNEL-002", op, "has no such backend", name, names)
+
+
+def check_used(wanted: Iterable[str], used: Collection[str]) -> None:
+    """Refuse a backend of an op that the model does not have: it would have no effect.
+
+    Args:
+        wanted: ops that the settings name; `check_names` has accepted them.
+        used: ops of the model (`model.ops_of`).
+
+    Raises:
+        UsageError: ``QC-KERNEL-007``.
+    """
+    for op in wanted:
+        if op not in used:
+            raise UsageError(
+                "QC-KERNEL-007",
+                "is an op that this model does not use",
+                field=f"kernels.{op}",
+                expected=f"one of {', '.join(sorted(used))}",
+                fix="leave it out",
+            )
 
 
 _Config = Mapping[str, Any] | None
