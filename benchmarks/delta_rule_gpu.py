@@ -178,7 +178,7 @@ def peers(lengths: tuple[int, ...], heads: tuple[int, int], dims: tuple[int, int
     leaves = [x.detach().requires_grad_() for x in made]
     rules: dict[str, Any] = {"qcore": triton_rule.chunked_delta_rule}
     for record in optional.kernels():
-        if record.op == "delta_rule":
+        if record.op == "qwen35::delta_rule":
             try:
                 rules[record.backend] = record.load()
             except ImportError as error:

@@ -42,8 +42,9 @@ SHAPES = {
     "m.shared_expert_gate": (1, H),
 }  # fmt: skip
 KERNELS: dict[str, Any] = {
-    "expert_routing": experts_triton_routing.routing_of, "moe_router": moe_triton.router,
-    "moe_weighted_up": moe_triton.weighted_up, "moe_shared_up": moe_triton.shared_up,
+    "expert_routing": experts_triton_routing.routing_of, "qwen35::moe_router": moe_triton.router,
+    "qwen35::moe_weighted_up": moe_triton.weighted_up,
+    "qwen35::moe_shared_up": moe_triton.shared_up,
 }  # fmt: skip
 
 
@@ -93,7 +94,7 @@ class Build:
         return Stacked(linears)  # type: ignore[arg-type]
 
     def kernel(self, op: str, reference: Any) -> Any:
-        if op == "swiglu":
+        if op == "qwen35::swiglu":
             return reference
         return KERNELS[op] if self.fast else reference
 

@@ -62,16 +62,16 @@ def verdict(output, gradient=2e-3):
 
 @hookimpl
 def qcore_kernels():
-    yield Kernel(op="cli_norm", backend="fine", load=lambda: abs, verify=verdict(1e-3))
-    yield Kernel(op="cli_norm", backend="far", load=lambda: abs, verify=verdict(1e-3),
+    yield Kernel(op="toy::cli_norm", backend="fine", load=lambda: abs, verify=verdict(1e-3))
+    yield Kernel(op="toy::cli_norm", backend="far", load=lambda: abs, verify=verdict(1e-3),
                  refuse=lambda device: "needs a card")
-    yield Kernel(op="cli_norm", backend="gone", load=lambda: abs, verify=verdict(1e-3),
+    yield Kernel(op="toy::cli_norm", backend="gone", load=lambda: abs, verify=verdict(1e-3),
                  requires=("no-such-thing>=2",))
 """
 WRONG = (
     KERNELS
     + """
-    yield Kernel(op="cli_norm", backend="wrong", load=lambda: abs, verify=verdict(1e-3, 0.5))
+    yield Kernel(op="toy::cli_norm", backend="wrong", load=lambda: abs, verify=verdict(1e-3, 0.5))
 """
 )
 
@@ -87,7 +87,7 @@ def discovered(
 
 
 def rows_of(told: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {row["backend"]: row for row in told["kernels"] if row["op"] == "cli_norm"}
+    return {row["backend"]: row for row in told["kernels"] if row["op"] == "toy::cli_norm"}
 
 
 def test_doctor_lists_kernels(
@@ -115,7 +115,7 @@ def test_doctor_lists_kernels(
     assert ended.code == 0
     (fine,) = [line for line in ended.out.splitlines() if " fine " in line]
     assert fine.split(None, 3) == [
-        "cli_norm", "fine", "available",
+        "toy::cli_norm", "fine", "available",
         "output 1.0e-03 (bound 4.0e-03), gradient 2.0e-03 (bound 6.0e-03)",
     ]  # fmt: skip
 

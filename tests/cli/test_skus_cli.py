@@ -283,7 +283,7 @@ skus:
 
     from qcore.skus.file import read_skus
 
-    skus = Skus(skus=tuple(replace(sku, origin="test") for sku in read_skus(file)))
+    skus = Skus(entries=tuple(replace(sku, origin="test") for sku in read_skus(file)))
     monkeypatch.setattr(qcore.skus.registry, "load_skus", lambda *a: skus)
     return skus
 
@@ -397,7 +397,7 @@ def test_of_two_records_that_fit_the_one_that_differs_least(
     values = {**small.facts["values"], "class": replace(small.facts["values"]["class"], value="x")}
     twin = replace(small, id="Org/Twin-1B", facts={**small.facts, "values": values})
     found = identify(str(write_sparse(tmp_path / "m", small_config(), small_shapes())))
-    for skus in (Skus(skus=(small, twin)), Skus(skus=(twin, small))):
+    for skus in (Skus(entries=(small, twin)), Skus(entries=(twin, small))):
         beside = compare(found.checkpoint, "qwen3_5", "3.5", found.layout, skus)
         assert beside.sku is not None
         assert beside.sku.id == "Org/Small-1B"
@@ -427,10 +427,11 @@ def test_a_broken_record_file_does_not_stop_inspect(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import qcore.skus.registry
-    from qcore.skus.registry import BrokenSkus
+    from qcore.config.registry import BrokenFile
 
-    bad = BrokenSkus(origin="plug", file=tmp_path / "a.yaml", reason="breaks the contract")
-    monkeypatch.setattr(qcore.skus.registry, "load_skus", lambda *a: Skus(skus=(), broken=(bad,)))
+    bad = BrokenFile(origin="plug", file=tmp_path / "a.yaml", reason="breaks the contract")
+    unread = Skus(entries=(), broken=(bad,))
+    monkeypatch.setattr(qcore.skus.registry, "load_skus", lambda *a: unread)
     folder = write_sparse(tmp_path / "m", small_config(), small_shapes())
     assert inspected(capsys, folder).json["record"]["unread"] == ["plug: breaks the contract"]
     assert (

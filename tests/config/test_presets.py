@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import qcore
-from qcore.config.presets import GROUP, Presets, load_presets
+from qcore.config.presets import KIND, Presets, load_presets
 from qcore.config.resolve import Settings, load_settings
 from qcore.config.spec import line_of
 from qcore.errors import PluginError, UsageError
@@ -42,7 +42,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         folder.mkdir(parents=True, exist_ok=True)
         (folder.parent / "__init__.py").write_text("raise RuntimeError('imported')")
         (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
-        return EntryPoint(name=name, value=package, group=GROUP)
+        return EntryPoint(name=name, value=package, group=KIND.group)
 
     return make
 
@@ -132,7 +132,7 @@ def test_a_broken_file_is_listed_and_using_it_is_an_error(
     assert "\n" not in broken.reason
     assert broken.origin == "plug"
     if "other-8g" in broken.names:
-        with pytest.raises(PluginError, match="of plug cannot be used") as caught:
+        with pytest.raises(PluginError, match="preset other-8g of plug cannot be used") as caught:
             presets.get("other-8g")
         assert (caught.value.code, caught.value.exit_code) == ("QC-PRESET-002", 69)
     else:
@@ -142,7 +142,7 @@ def test_a_broken_file_is_listed_and_using_it_is_an_error(
 
 @pytest.mark.parametrize("value", ["no_such_package_here", "no_such.sub", "json", "..", "sys"])
 def test_a_plugin_without_files(value: str) -> None:
-    presets = load_presets([EntryPoint(name="plug", value=value, group=GROUP)])
+    presets = load_presets([EntryPoint(name="plug", value=value, group=KIND.group)])
     assert [b.origin for b in presets.broken] == ["plug"]
     assert presets.get("quick")
 
@@ -206,4 +206,4 @@ def test_two_default_bases_of_one_generation_are_nobodys(plugin) -> None:
 
 def test_a_preset_without_any_installed() -> None:
     with pytest.raises(UsageError):
-        Presets(presets=()).get("quick")
+        Presets(entries=()).get("quick")

@@ -17,6 +17,7 @@ from qcore.config import resolve
 from qcore.config.frozen_map import Entries
 from qcore.config.presets import Preset, Presets
 from qcore.config.resolve import SPECS, Settings, load_settings, parse_sets
+from qcore.config.spec import Origin, Spec, check
 from qcore.errors import UsageError
 
 # text of run.yaml -> setting and value that it must give
@@ -180,7 +181,7 @@ BAD: list[tuple[str, str, tuple[str, ...]]] = [
 def test_yaml_gives(tmp_path: Path, text: str, name: str, value: object) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(text, encoding="utf-8")
-    settings, origins = load_settings(config_file=file, presets=Presets(presets=()))
+    settings, origins = load_settings(config_file=file, presets=Presets(entries=()))
     assert getattr(settings, name) == value
     assert type(getattr(settings, name)) is type(value)
     assert origins[name] == ("file" if name in text else "default")
@@ -191,7 +192,7 @@ def test_yaml_is_refused(tmp_path: Path, text: str, code: str, words: tuple[str,
     file = tmp_path / "run.yaml"
     file.write_text(text, encoding="utf-8")
     with pytest.raises(UsageError) as caught:
-        load_settings(config_file=file, presets=Presets(presets=()))
+        load_settings(config_file=file, presets=Presets(entries=()))
     error = caught.value
     assert (error.code, error.exit_code) == (code, 2)
     if code != "QC-CONFIG-007":
@@ -228,7 +229,7 @@ def _presets(**settings: object) -> Presets:
         id="p", aliases=("q",), description="d", settings=settings, base_model=None,
         origin="core", file=Path("p.yaml"),
     )  # fmt: skip
-    return Presets(presets=(preset,))
+    return Presets(entries=(preset,))
 
 
 def test_flag_over_file_over_preset_over_default(tmp_path: Path) -> None:
@@ -424,3 +425,8 @@ def test_the_room_has_no_import_circle() -> None:
     for index, name in enumerate(order):
         text = (folder / f"{name}.py").read_text(encoding="utf-8")
         assert not [later for later in order[index:] if f"from .{later} import" in text], name
+
+
+def test_no_setting_is_special_by_its_name() -> None:
+    spec = Spec(name="dtype", type=str, default="half", help="", choices=("half", "fp16"))
+    assert check(spec, "fp16", Origin(field="dtype")) == "fp16"

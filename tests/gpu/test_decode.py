@@ -65,7 +65,7 @@ def _model(folder: Path, dtype: str, *, lora: bool = False, quantize: bool = Fal
     architecture, config = found.decision.architecture, found.checkpoint.config
     used = ops_of(architecture, config, found.layout)
     chosen = choose(installed(found.plugins), CUDA, {}, used)
-    assert chosen.backends["delta_step"] == "triton", chosen.lines()
+    assert chosen.backends["qwen35::delta_step"] == "triton", chosen.lines()
     assert way_of(chosen) == (Way.CAPTURED, "")
     adapters = targets(found.layout, (), Lora(r=8, lora_alpha=16)) if lora else {}
     model = Model(architecture, config, found.layout, DTYPES[dtype], adapters, chosen)

@@ -17,7 +17,7 @@ from qcore.api.blocks import Packed
 from qcore.inference import decoder as decoding
 from qcore.inference.decoder import Decoder, Way, span_of, way_of
 from qcore.nn.attention.varlen import cached_attention, span_bias, step_attention
-from qcore.nn.kernels.builtin import core_kernels
+from qcore.nn.kernels.builtin import core_kernels, core_ops
 from qcore.nn.kernels.registry import REFERENCE, Chosen, Line, Listed, State, Used, choose
 from qcore.nn.load import load
 from qcore.nn.model import Model
@@ -200,7 +200,8 @@ def test_graphs_are_for_gpus_whose_ops_do_not_wait() -> None:
 
 @pytest.mark.parametrize("op", ["experts", "nf4_dequantize"])
 def test_references_of_core_that_wait_say_so(op: str) -> None:
-    backends = [Listed(owner="qcore", kernel=one) for one in core_kernels()]
+    ops = {op.name: op for op in core_ops()}
+    backends = [Listed(owner="qcore", kernel=one, op=ops[one.op]) for one in core_kernels()]
     chosen = choose(backends, CPU, {}, Used(ops={op}, config={}))
     (line,) = chosen.table
     assert (line.backend, line.waits) == (REFERENCE, True)

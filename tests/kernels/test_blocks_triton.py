@@ -48,7 +48,9 @@ class Fast(GivenWeights):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.kernels = {
-            one.op: one.load() for one in kernels() if one.op in OURS and one.backend == "triton"
+            one.op: one.load()
+            for one in kernels()
+            if one.op.removeprefix("qwen35::") in OURS and one.backend == "triton"
         }
 
     def tensor(self, name: str) -> nn.Parameter:

@@ -127,8 +127,9 @@ class Fast(GivenExperts):
 
     def kernel(self, op: str, reference: Any) -> Any:
         fast = {
-            "expert_routing": routing_of, "moe_router": triton.router,
-            "moe_weighted_up": triton.weighted_up, "moe_shared_up": triton.shared_up,
+            "expert_routing": routing_of, "qwen35::moe_router": triton.router,
+            "qwen35::moe_weighted_up": triton.weighted_up,
+            "qwen35::moe_shared_up": triton.shared_up,
         }  # fmt: skip
         return fast.get(op, reference)
 

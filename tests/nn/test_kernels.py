@@ -16,15 +16,17 @@ from typing import Any
 
 import pytest
 import torch
+from support.cli_kit import here
 from support.plugin_kit import distribution, good, installed
 from torch import Tensor
 
-from qcore.api.records import Kernel, KnownBad, Verdict
+from qcore.api.records import Kernel, KnownBad, Op, Verdict
 from qcore.errors import NumericError, PluginError, QcoreError, UsageError
 from qcore.nn.kernels import cache as kernel_cache
 from qcore.nn.kernels import registry as kernels
 from qcore.nn.kernels.compare import compare, relative_error, worst_verdict
 from qcore.nn.kernels.registry import Chosen, Listed, State, Used, choose, survey
+from qcore.plugins.manager import Plugins
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda:0")  # named only: no test here touches a card
@@ -81,11 +83,12 @@ def listed(
     calls: Calls | None = None,
     load: Callable[[], Any] = lambda: double,
     owner: str = "acme",
+    reference_waits: bool = False,
     **more: Any,
 ) -> Listed:
     verify = (calls or Calls(verdict)).verify
     kernel = Kernel(op=op, backend=backend, load=load, verify=verify, **more)
-    return Listed(owner=owner, kernel=kernel)
+    return Listed(owner=owner, kernel=kernel, op=Op(name=op, reference_waits=reference_waits))
 
 
 def states(chosen: Chosen) -> dict[str, str]:
@@ -129,7 +132,7 @@ def test_the_highest_priority_that_passes_is_taken(card: Any, versions: Any) -> 
 
 @pytest.mark.parametrize("wanted", [{}, {"norm": "reference"}, {"norm": "slow"}])
 def test_what_waits_for_the_device_is_told(card: Any, versions: Any, wanted: Any) -> None:
-    found = [listed("fast"), listed("slow", waits=True, reference_waits=True)]
+    found = [listed("fast", reference_waits=True), listed("slow", waits=True, reference_waits=True)]
     chosen = choose(found, GPU, wanted)
     said = {"fast": False, "slow": True, "reference": True}
     (taken,) = (line for line in chosen.table if line.state is State.CHOSEN)
@@ -459,7 +462,7 @@ def test_verification_leaves_random_numbers_as_they_were() -> None:
     expected = torch.randn(4)
     torch.manual_seed(1)
     with torch.no_grad():
-        choose([Listed(owner="acme", kernel=kernel)], CPU, {"norm": "triton"})
+        choose([Listed(owner="acme", kernel=kernel, op=Op(name="norm"))], CPU, {"norm": "triton"})
     assert torch.equal(torch.randn(4), expected)
 
 
@@ -492,7 +495,11 @@ KERNELS = """
 @hookimpl
 def qcore_kernels():
     from qcore.api.records import Kernel
-    yield Kernel(op="norm", backend="{backend}", load=lambda: None, verify=lambda device: None)
+    yield Kernel(op="{op}", backend="{backend}", load=lambda: None, verify=lambda device: None)
+"""
+OP = """
+    from qcore.api.records import Op
+    yield Op(name="{op}", reference_waits=True)
 """
 
 
@@ -507,11 +514,11 @@ def plugins_of(tmp_path: Path, patch: pytest.MonkeyPatch, **sources: str) -> Any
 
 
 def test_plugins_bring_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = good("one") + KERNELS.format(backend="triton")
+    source = good("one") + KERNELS.format(op="one::norm", backend="triton")
     plugins = plugins_of(tmp_path, monkeypatch, one=source)
     found = [entry for entry in kernels.installed(plugins) if entry.owner != "qcore"]
     assert [(entry.owner, entry.kernel.op) for entry in found] == [
-        ("plugin 'one' (one 1.0)", "norm")
+        ("plugin 'one' (one 1.0)", "one::norm")
     ]
     with pytest.raises(PluginError) as caught:
         choose(found, CPU, {"norm": "triton"})
@@ -522,7 +529,7 @@ def test_plugins_bring_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_two_of_one_name_are_an_error_that_a_report_survives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    source = KERNELS.format(backend=backend)
+    source = KERNELS.format(op="one::norm", backend=backend)
     more = {"one": good("one") + source, "two": good("two") + source}
     plugins = plugins_of(tmp_path, monkeypatch, **more)
     with pytest.raises(QcoreError) as caught:
@@ -530,6 +537,86 @@ def test_two_of_one_name_are_an_error_that_a_report_survives(
     assert (caught.value.code, caught.value.exit_code) == ("QC-KERNEL-006", 69)
     _, problems = kernels.surveyed(plugins)
     assert {problem.code for problem in problems} == {"QC-KERNEL-006"}
+
+
+def test_two_plugins_may_name_an_op_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = {
+        name: good(name) + KERNELS.format(op=f"{name}::norm", backend="triton")
+        for name in ("one", "two")
+    }
+    plugins = plugins_of(tmp_path, monkeypatch, **sources)
+    found = [entry for entry in kernels.installed(plugins) if entry.owner != "qcore"]
+    assert [entry.kernel.op for entry in found] == ["one::norm", "two::norm"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(Plugins, "discover", classmethod(lambda cls: plugins))
+    report = here(capsys, "doctor", "--kernels", "--json").json
+    states = {(row["op"], row["backend"]) for row in report["kernels"]}
+    assert {("one::norm", "triton"), ("two::norm", "triton")} <= states
+    assert "QC-KERNEL-006" not in [problem["code"] for problem in report["problems"]]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "used", "expected"),
+    [
+        ({"one::norm": "triton"}, ["one::norm"], {"one::norm": "triton"}),
+        ({"norm": "triton"}, ["one::norm"], {"one::norm": "triton"}),
+        ({"norm": "reference"}, ["two::norm", "conv"], {"two::norm": "reference"}),
+        ({"conv": "triton"}, ["conv", "one::conv"], {"conv": "triton"}),
+        ({"norm": "triton"}, ["one::norm", "two::norm"], ("QC-KERNEL-001", "two::norm")),
+        ({"norm": "triton"}, ["conv"], ("QC-KERNEL-001", "two::norm")),
+        ({"nrom": "triton"}, ["one::norm"], ("QC-KERNEL-001", "did you mean two::norm")),
+        ({"three::norm": "triton"}, ["one::norm"], ("QC-KERNEL-001", "one::norm")),
+        ({"norm": "tirton"}, ["one::norm"], ("QC-KERNEL-002", "did you mean triton")),
+        ({"one::conv": "triton"}, ["conv"], ("QC-KERNEL-007", "one of conv")),
+        ({"norm": "triton", "one::norm": "triton"}, ["one::norm"], ("QC-CONFIG-005", "one::norm")),
+    ],
+)
+def test_full_names_and_short_ones(wanted: Any, used: Any, expected: Any) -> None:
+    found = [listed(op=op) for op in ("conv", "one::conv", "one::norm", "two::norm")]
+    if isinstance(expected, dict):
+        assert kernels.requested(found, wanted, used) == expected
+        chosen = choose(found, CPU, wanted, Used(ops=used, config={})).backends
+        assert chosen.items() >= expected.items()
+        return
+    code, text = expected
+    with pytest.raises(UsageError) as caught:
+        kernels.requested(found, wanted, used)
+    assert caught.value.code == code
+    assert text in f"{caught.value.message} {caught.value.fix}"
+
+
+@pytest.mark.parametrize("op", ["norm", "::norm", "one::"])
+def test_a_plugin_s_op_has_a_namespace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, op: str
+) -> None:
+    source = good("one") + KERNELS.format(op=op, backend="triton")
+    plugins = plugins_of(tmp_path, monkeypatch, one=source)
+    with pytest.raises(PluginError, match="namespace") as caught:
+        kernels.installed(plugins)
+    assert caught.value.code == "QC-KERNEL-008"
+    assert "plugin 'one'" in caught.value.message
+
+
+def test_a_plugin_may_have_a_backend_of_an_op_of_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = good("one") + KERNELS.format(op="experts", backend="fast")
+    found = kernels.installed(plugins_of(tmp_path, monkeypatch, one=source))
+    (fast,) = (entry for entry in found if entry.kernel.backend == "fast")
+    assert fast.op.reference_waits, "as core declares it"
+
+
+def test_an_op_is_declared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = KERNELS.format(op="one::norm", backend="{0}") + OP.format(op="one::norm")
+    plugins = plugins_of(tmp_path, monkeypatch, one=good("one") + source.format("triton"))
+    (entry,) = (entry for entry in kernels.installed(plugins) if entry.owner != "qcore")
+    assert entry.op == Op(name="one::norm", reference_waits=True)
+    more = {"one": good("one") + source.format("triton"), "two": good("two") + source.format("b")}
+    (folder := tmp_path / "more").mkdir()
+    with pytest.raises(PluginError, match="op one::norm is provided twice"):
+        kernels.installed(plugins_of(folder, monkeypatch, **more))
 
 
 def test_a_plugin_that_fails_in_the_hook_is_named(

@@ -215,7 +215,7 @@ def test_the_chosen_backend_is_what_is_counted() -> None:
 
     settings, _ = load_settings(sets=["kernels.delta_rule=reference"])
     plain = Planner(found_of(sizes), settings, H100)
-    assert plain.taken.backends["delta_rule"] == "reference"
+    assert plain.taken.backends["qwen35::delta_rule"] == "reference"
     pieces = [
         one.measure.layer(one.measure.kinds[0], "elementwise", (4096,)) for one in (fused, plain)
     ]
@@ -310,8 +310,8 @@ def test_a_model_that_kernels_have_no_code_for_is_planned_with_references() -> N
     pytest.importorskip("triton")
     sizes = DENSE_4B | {"num_hidden_layers": 4, "linear_key_head_dim": 96}
     planner = Planner(found_of(sizes), Settings(), H100)
-    assert planner.taken.backends["delta_rule"] == "reference"
-    assert planner.taken.backends["rms_norm"] == "triton"
+    assert planner.taken.backends["qwen35::delta_rule"] == "reference"
+    assert planner.taken.backends["qwen35::rms_norm"] == "triton"
     with pytest.raises(UsageError, match="no kernel for heads of 96") as caught:
         Planner(found_of(sizes), Settings(kernels={"delta_rule": "triton"}), H100)
     assert caught.value.code == "QC-KERNEL-003"

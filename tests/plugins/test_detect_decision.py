@@ -23,10 +23,13 @@ KNOWN_HASH = Template(KNOWN, "t").sha256
 #: One generation of the architecture ``toy``; its claim is read from the config:
 #: ``{"claims": {"1": ["sign"], "2": ["bar", "pip-name"]}}``.
 GENERATION = """
+from dataclasses import replace
 from qcore import hookimpl
-from qcore.api.records import Architecture, Bar, Claim, Generation, Modality, Sign
+from qcore.api import Architecture, Claim, Evidence, Generation
 
 NAME = {name!r}
+FOR = Evidence(field="config.mark", value=NAME, supports=True)
+AGAINST = Evidence(field="config.bos", value="7", expected="none", supports=False)
 
 @hookimpl
 def qcore_describe():
@@ -38,24 +41,17 @@ def qcore_describe():
 def qcore_detect(checkpoint):
     for item in checkpoint.config.get("claims", {{}}).get(NAME, ()):
         if item == "none":
-            yield Claim(architecture="toy", generation=NAME)
+            yield Claim(generation=NAME)
         elif item == "sign":
-            yield Claim(architecture="toy", generation=NAME,
-                        signs=(Sign(field="config.mark", value=NAME),))
+            yield Claim(generation=NAME, evidence=(FOR,))
         elif item == "both":
-            yield Claim(architecture="toy", generation=NAME,
-                        signs=(Sign(field="config.mark", value=NAME),),
-                        bars=(Bar(field="config.bos", value="7", expected="none"),))
+            yield Claim(generation=NAME, evidence=(FOR, AGAINST))
         elif item == "bar":
-            yield Claim(architecture="toy", generation=NAME,
-                        bars=(Bar(field="config.bos", value="7", expected="none"),))
+            yield Claim(generation=NAME, evidence=(AGAINST,))
         elif item.startswith("pip "):
-            yield Claim(architecture="toy", generation=NAME,
-                        bars=(Bar(field="config.bos", value="7", expected="none", pip=item[4:]),))
-        elif item == "foreign architecture":
-            yield Claim(architecture="else", generation=NAME)
+            yield Claim(generation=NAME, evidence=(replace(AGAINST, pip=item[4:]),))
         elif item == "foreign generation":
-            yield Claim(architecture="toy", generation="1" if NAME != "1" else "2")
+            yield Claim(generation="1" if NAME != "1" else "2")
 """
 ARCHITECTURE = 'yield Architecture(name="toy", model_types=("toy",), root="m", build=print)'
 MODALITY = """
@@ -114,7 +110,7 @@ def test_one_without_bar_has_a_sign(plugins: Any) -> None:
     assert (decision.architecture.name, decision.generation.name) == ("toy", "1")
     assert (decision.plugin.name, decision.plugin.distribution) == ("gen1", "dist-1")
     assert not decision.forced
-    assert [(sign.field, sign.value) for sign in decision.signs] == [("config.mark", "1")]
+    assert [(sign.field, sign.value) for sign in decision.supporting] == [("config.mark", "1")]
     assert decision.evidence == (
         "architecture toy: model_type toy, plugin 'gen1' (dist-1 1.0)",
         "generation 1: config.mark: 1",
@@ -148,7 +144,7 @@ def test_unproven_is_refused_and_may_be_named(plugins: Any) -> None:
     assert "2 or 3" in error.message
     assert "--generation 2 or --generation 3" in (error.fix or "")
     decision = detect(given, plugins(), "3")
-    assert (decision.generation.name, decision.forced, decision.signs) == ("3", True, ())
+    assert (decision.generation.name, decision.forced, decision.supporting) == ("3", True, ())
     assert "generation 3: named by --generation; nothing proves or bars it" in decision.evidence
     refused(lambda: detect(given, plugins(), "1"), InputError, "QC-DETECT-003")  # barred
     refused(lambda: detect(given, plugins(), "9"), UsageError, "QC-DETECT-007")  # unknown
@@ -268,7 +264,6 @@ def test_two_architectures_for_one_model_type(plugins: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("claim", "fault"),
     [
-        ("foreign architecture", "claims architecture 'else', expected 'toy'"),
         ("foreign generation", "claims generation '1', which it does not describe"),
     ],
 )

@@ -11,6 +11,7 @@ from support.model_kit import as_text_class, small_config, small_shapes, write_s
 
 import qcore.preflight.checks
 from qcore.api.records import Finding, PreflightRequest, Severity
+from qcore.config.settings import Settings
 from qcore.errors import InputError
 from qcore.plugins.resolve_model import Identified, identify
 from qcore.preflight.checks import preflight
@@ -26,7 +27,7 @@ def found(folder: Path, **text: Any) -> Identified:
 
 @pytest.mark.parametrize("claim", [1, 2])
 def test_absent_prediction_layers_are_one_line_with_the_claim(tmp_path: Path, claim: int):
-    lines = preflight(found(tmp_path, mtp_num_hidden_layers=claim), verb="merge", settings={})
+    lines = preflight(found(tmp_path, mtp_num_hidden_layers=claim), verb="merge")
     (line,) = [line for line in lines if "mtp" in line]
     assert line.startswith(f"warning: mtp: config.json claims it (mtp_num_hidden_layers {claim})")
     assert "speculative decoding" in line
@@ -37,7 +38,7 @@ def test_a_part_of_which_its_plugin_says_nothing_is_told_by_core(
 ):
     model = found(tmp_path)
     monkeypatch.setattr("qcore_qwen35.guards._mtp", lambda request, text: iter(()))
-    assert preflight(model, verb="merge", settings={}) == (
+    assert preflight(model, verb="merge") == (
         "mtp: config.json claims it, but the checkpoint has none of its tensors",
     )
 
@@ -63,7 +64,7 @@ def test_a_form_of_rope_that_is_not_computed_stops_every_verb(
     model = found(tmp_path, rope_parameters=rope)
     monkeypatch.setattr(qcore.preflight.checks, "_core", lambda found, request: iter(()))
     with pytest.raises(InputError) as caught:
-        preflight(model, verb=verb, settings={})
+        preflight(model, verb=verb)
     assert caught.value.code == "QC-QWEN35-011"
     assert "'dynamic'" in caught.value.message
 
@@ -110,18 +111,18 @@ def test_a_row_longer_than_the_positions_is_a_warning_with_both_numbers(
     monkeypatch.setattr(qcore.preflight.checks, "_tokens", lambda found, request: iter(()))
     (model.checkpoint.path / "chat_template.jinja").touch()
     most = 4096
-    settings = {"max_length": most + 1}
+    settings = Settings(max_length=most + 1)
     findings = list(qcore.preflight.checks._core(model, request(model, verb, settings)))
     (line,) = [qcore.preflight.checks.line(one) for one in findings if one.field == "max_length"]
     assert line == (
         "warning: max_length: is more than the positions that the model was made for: "
         f"found {most + 1}, expected at most {most} (max_position_embeddings)"
     )
-    shorter = qcore.preflight.checks._core(model, request(model, verb, {"max_length": most}))
+    shorter = qcore.preflight.checks._core(model, request(model, verb, Settings(max_length=most)))
     assert "max_length" not in [one.field for one in shorter]
 
 
-def request(model: Identified, verb: str, settings: dict[str, Any]) -> PreflightRequest:
+def request(model: Identified, verb: str, settings: Settings) -> PreflightRequest:
     return PreflightRequest(
         verb=verb, checkpoint=model.checkpoint, architecture="a", generation="g",
         layout=model.layout, settings=settings,

@@ -23,10 +23,13 @@ CASES: list[tuple[dict[str, int], dict[str, str]]] = [
     ({}, {}),
     (
         {"linear_key_head_dim": 24},
-        {"delta_rule": "heads of 24, only of 16", "delta_step": "heads of 24, only of powers"},
+        {
+            "qwen35::delta_rule": "heads of 24, only of 16",
+            "qwen35::delta_step": "heads of 24, only of powers",
+        },
     ),
-    ({"linear_value_head_dim": 256}, {"delta_rule": "heads of 256"}),
-    ({"linear_conv_kernel_dim": 3}, {"delta_inputs": "3 taps, only for 4"}),
+    ({"linear_value_head_dim": 256}, {"qwen35::delta_rule": "heads of 256"}),
+    ({"linear_conv_kernel_dim": 3}, {"qwen35::delta_inputs": "3 taps, only for 4"}),
 ]
 
 
@@ -55,9 +58,15 @@ def test_a_run_takes_the_reference_and_says_why(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(kernel_cache, "version_of", {"triton": "3.6.0"}.get)
     chosen = choose(installed(found.plugins), torch.device("cuda"), {}, used)
-    assert chosen.backends["delta_rule"] == chosen.backends["delta_step"] == "reference"
-    assert chosen.backends["delta_inputs"] == "triton"
-    (told,) = (line for line in chosen.lines() if line.startswith("kernel delta_rule=triton"))
+    assert (
+        chosen.backends["qwen35::delta_rule"]
+        == chosen.backends["qwen35::delta_step"]
+        == "reference"
+    )
+    assert chosen.backends["qwen35::delta_inputs"] == "triton"
+    (told,) = (
+        line for line in chosen.lines() if line.startswith("kernel qwen35::delta_rule=triton")
+    )
     assert told.endswith("128; reference computes it")
 
 
@@ -68,10 +77,10 @@ def test_a_plan_takes_what_a_run_would(capsys: pytest.CaptureFixture[str], tmp_p
     given = ("plan", tmp_path / "base", "--max-length", 64, "--gpu", "H200")
     ended = here(capsys, *given, "--json")
     assert ended.code == 0
-    assert json.loads(ended.out)["plans"][0]["backends"]["delta_rule"] == "reference"
+    assert json.loads(ended.out)["plans"][0]["backends"]["qwen35::delta_rule"] == "reference"
     ended = here(capsys, *given, "--set", "kernels.delta_rule=triton")
     assert ended.code == 2
     line = ended.error("QC-KERNEL-003")
-    assert "kernels.delta_rule" in line
+    assert "kernels.qwen35::delta_rule" in line
     assert "no kernel for heads of 24" in line
-    assert "ask for delta_rule=reference" in line
+    assert "ask for qwen35::delta_rule=reference" in line

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from qcore.api.records import Kernel
+from qcore.api.records import Kernel, Op
 from qcore.errors import UsageError
 from qcore.nn.kernels import cache as kernel_cache
 from qcore.nn.kernels.registry import Listed, choose
@@ -30,7 +30,8 @@ KERNELS = {kernel.backend: kernel for kernel in optional.kernels()}
 
 
 def listed(backend: str) -> list[Listed]:
-    return [Listed(owner="plugin 'qwen35'", kernel=KERNELS[backend])]
+    kernel = KERNELS[backend]
+    return [Listed(owner="plugin 'qwen35'", kernel=kernel, op=Op(name=kernel.op))]
 
 
 def rule(
@@ -94,14 +95,14 @@ def projects(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_the_list_is_torch_free_and_below_our_own() -> None:
     code = (
         "import sys; from qcore_qwen35.kernels import kernels\n"
-        "found = [k for k in kernels() if k.op in ('delta_rule', 'delta_inputs')]\n"
+        "found = [k for k in kernels() if k.op in ('qwen35::delta_rule', 'qwen35::delta_inputs')]\n"
         "print('torch' in sys.modules, *(f'{k.op}={k.backend}' for k in"
         " sorted(found, key=lambda k: (k.op, -k.priority))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [
-        "False", "delta_inputs=triton", "delta_inputs=causal_conv1d",
-        "delta_rule=triton", "delta_rule=flash_qla", "delta_rule=fla",
+        "False", "qwen35::delta_inputs=triton", "qwen35::delta_inputs=causal_conv1d",
+        "qwen35::delta_rule=triton", "qwen35::delta_rule=flash_qla", "qwen35::delta_rule=fla",
     ]  # fmt: skip
 
 

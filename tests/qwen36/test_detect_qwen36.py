@@ -170,9 +170,11 @@ def test_signs_and_bars(name: str) -> None:
     given, template, signs, bars, *_ = CASES[name]
     found = claim(given, template)
     assert [
-        sign.value[: len(start)] for sign, start in zip(found.signs, signs, strict=True)
+        sign.value[: len(start)] for sign, start in zip(found.supporting, signs, strict=True)
     ] == signs
-    assert [bar.value[: len(start)] for bar, start in zip(found.bars, bars, strict=True)] == bars
+    assert [
+        bar.value[: len(start)] for bar, start in zip(found.opposing, bars, strict=True)
+    ] == bars
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -191,9 +193,7 @@ def test_the_mixture_of_experts_is_judged_alike(name: str) -> None:
     for section in (moe, moe.get("text_config", {})):
         if "model_type" in section:
             section["model_type"] = MOE[section["model_type"]]
-    (dense,), (found,) = claims(checkpoint(given, template)), claims(checkpoint(moe, template))
-    assert (dense.architecture, found.architecture) == ("qwen3_5", "qwen3_5_moe")
-    assert (found.signs, found.bars) == (dense.signs, dense.bars)
+    assert list(claims(checkpoint(given, template))) == list(claims(checkpoint(moe, template)))
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen3_next", "qwen3_vl_moe", "qwen4_exp", None])
@@ -205,7 +205,7 @@ def test_the_published_template_is_known_by_hash_and_not_rendered() -> None:
     class Published:
         sha256 = TEMPLATE_HASHES[0]
 
-    (sign,) = claim(config(248044), Published()).signs  # type: ignore[arg-type]
+    (sign,) = claim(config(248044), Published()).supporting  # type: ignore[arg-type]
     assert sign.value == "sha256 e84f32a23fdd, published"
 
 
@@ -277,7 +277,6 @@ def test_the_record() -> None:
     assert decision.generation is plugin.GENERATION
     assert (decision.architecture.name, decision.architecture_plugin.name) == ("qwen3_5", "qwen35")
     assert decision.plugin.distribution == "qcore-qwen36"
-    assert decision.generation.licence == "Apache-2.0"
 
 
 # Folders with files.
@@ -331,7 +330,7 @@ def test_a_switch_that_is_no_boolean_is_refused(given: dict[str, Any], fields: l
     plugins.for_model_type("qwen3_5") if hasattr(plugins, "for_model_type") else None
     request: Any = PreflightRequest(
         verb="train", checkpoint=checkpoint(config(248044)), architecture="other",
-        generation="3.6", layout=None, settings={"chat_template_kwargs": given},
+        generation="3.6", layout=None, template_kwargs=given,
     )  # type: ignore[arg-type]  # fmt: skip
     findings = list(plugin.qcore_preflight(request))
     assert [finding.field for finding in findings] == [f"chat_template_kwargs.{f}" for f in fields]
@@ -340,7 +339,7 @@ def test_a_switch_that_is_no_boolean_is_refused(given: dict[str, Any], fields: l
 
     earlier: Any = PreflightRequest(
         verb="train", checkpoint=checkpoint(config()), architecture="other",
-        generation="3.5", layout=None, settings={"chat_template_kwargs": given},
+        generation="3.5", layout=None, template_kwargs=given,
     )  # type: ignore[arg-type]  # fmt: skip
     found = list(qcore_preflight(earlier))
     assert [finding.field for finding in found] == [
@@ -423,8 +422,8 @@ def test_published_quantised_configs(shared: Path, name: str) -> None:
     """Re-saves by third parties: the config alone proves 3.5 and never 3.6."""
     given = json.loads((shared / "skus" / name / "config.json").read_text())
     (found,) = claims(checkpoint(given))
-    assert found.signs == ()
-    assert [bar.value for bar in found.bars] == (["null or absent"] if "3.5" in name else [])
+    assert found.supporting == ()
+    assert [bar.value for bar in found.opposing] == (["null or absent"] if "3.5" in name else [])
 
 
 def test_the_later_switch_on_the_published_template(shared: Path, tmp_path: Path) -> None:

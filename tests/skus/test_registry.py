@@ -22,7 +22,7 @@ from qcore.checkpoint.layout import survey
 from qcore.errors import InputError, PluginError, UsageError
 from qcore.skus.compare import part_layouts, said
 from qcore.skus.records import SECTIONS, Mark
-from qcore.skus.registry import GROUP, Skus, load_skus
+from qcore.skus.registry import KIND, Skus, load_skus
 
 DENSE = ("0.8B", "2B", "4B", "9B", "27B")
 OPEN = (
@@ -91,7 +91,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         folder.mkdir(parents=True, exist_ok=True)
         (folder.parent / "__init__.py").write_text("raise RuntimeError('imported')")
         (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
-        return EntryPoint(name=name, value=folder.parent.name, group=GROUP)
+        return EntryPoint(name=name, value=folder.parent.name, group=KIND.group)
 
     return make
 
@@ -115,7 +115,7 @@ def test_the_installed_records_keep_the_contract() -> None:
 
 def test_cores_sources_hold_no_record() -> None:
     assert not list(Path(qcore.__file__).parent.rglob("skus/*.yaml"))
-    assert load_skus([]).skus == ()
+    assert load_skus([]).entries == ()
 
 
 def test_no_record_is_all_verified_and_none_is_all_guesses() -> None:
@@ -306,7 +306,7 @@ def test_other_names_are_left_to_the_hub(model: str) -> None:
 
 def test_discovery_imports_no_plugin() -> None:
     code = (
-        "import sys; from qcore.skus.registry import load_skus; assert load_skus().skus; "
+        "import sys; from qcore.skus.registry import load_skus; assert load_skus().entries; "
         "assert not [m for m in sys.modules if m.startswith(('qcore_', 'torch'))]"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -391,7 +391,7 @@ def test_a_broken_file_is_listed_and_using_it_is_an_error(
     assert word in broken.reason, broken.reason
     assert "\n" not in broken.reason
     assert (broken.origin, broken.file is not None) == ("plug", True)
-    with pytest.raises(PluginError, match="from plug cannot be used") as caught:
+    with pytest.raises(PluginError, match="of plug cannot be used") as caught:
         skus.get("Small-1B")
     assert (caught.value.code, caught.value.exit_code) == ("QC-SKU-002", 69)
     skus.refuse_hosted("big-1")  # an open model must train beside a broken record
@@ -406,9 +406,9 @@ def test_a_file_that_is_no_mapping_is_listed(plugin, text: bytes) -> None:
 
 @pytest.mark.parametrize("value", ["no_such_package_here", "no_such.sub", "json", "..", "sys"])
 def test_a_plugin_without_files(value: str) -> None:
-    skus = load_skus([EntryPoint(name="plug", value=value, group=GROUP)])
+    skus = load_skus([EntryPoint(name="plug", value=value, group=KIND.group)])
     assert [bad.origin for bad in skus.broken] == ["plug"]
-    assert skus.skus == ()
+    assert skus.entries == ()
 
 
 def test_an_id_that_two_plugins_bring_is_nobodys(plugin) -> None:
@@ -429,9 +429,9 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     assert caught.value.code == "QC-SKU-001"
     assert caught.value.fix == "did you mean Qwen/Qwen3.5-35B-A3B?"
     with pytest.raises(UsageError, match="those of plug could not be read"):
-        load_skus([EntryPoint(name="plug", value="json", group=GROUP)]).get("zzz")
+        load_skus([EntryPoint(name="plug", value="json", group=KIND.group)]).get("zzz")
     with pytest.raises(UsageError):
-        Skus(skus=()).get("zzz")
+        Skus(entries=()).get("zzz")
 
 
 # -- how experts lie, told from where they were found

@@ -16,7 +16,7 @@ from qcore.plugins.manager import Plugins
 
 GOOD = """
 from qcore import hookimpl
-from qcore.api.records import Architecture, Bar, Claim, Generation, Modality, Sign
+from qcore.api import Architecture, Claim, Evidence, Generation, Modality
 
 def build(context):
     raise NotImplementedError
@@ -28,7 +28,7 @@ def qcore_describe():
 
 @hookimpl
 def qcore_detect(checkpoint):
-    yield Claim(architecture="{kind}", generation="1", signs=(Sign(field="f", value="v"),))
+    yield Claim(generation="1", evidence=(Evidence(field="f", value="v", supports=True),))
 """
 
 

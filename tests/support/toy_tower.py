@@ -114,7 +114,7 @@ TOY = Modality(
 def part(hidden: int) -> Part:
     """The tower's rows."""
     return Part(
-        name="toy", owner="qcore-toy", optional=True, section="toy_config",
+        name="toy", optional=True, section="toy_config",
         rows=(
             Row(f"{ROOT}.read.weight", "toy_width toy_bytes", "toy", kind=LINEAR),
             Row(f"{ROOT}.layers.{{layer}}.up.weight", "toy_inner toy_width", "toy", kind=LINEAR),
@@ -139,7 +139,7 @@ def qcore_describe() -> Iterator[Modality]:
 
 
 @hookimpl
-def qcore_key_mapping(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
+def qcore_parameters(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
     if config.get("toy_config") is not None:
         yield part(config["text_config"]["hidden_size"])
 

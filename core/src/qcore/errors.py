@@ -233,13 +233,16 @@ class Failure:
         return self.text
 
 
-def contained(call: Callable[[], _T], /) -> _T | Failure:
+def contained(call: Callable[[], _T], /, *, prints: bool = False) -> _T | Failure:
     """Call foreign code: any exception but KeyboardInterrupt becomes a `Failure`.
 
-    What it prints goes to stderr, because stdout may be one JSON object.
+    Args:
+        call: the foreign code.
+        prints: whether it may print to stdout, as a plugin's command does. Otherwise its output
+            goes to stderr, because stdout may be one JSON object.
     """
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.nullcontext() if prints else contextlib.redirect_stdout(sys.stderr):
             return call()
     except KeyboardInterrupt:
         raise

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qcore.api.blocks import BuildContext, Media
+from qcore.api import BuildContext, Media
 from qcore.ops import cdiv, record_work
 
 from .linear import linear, residual

@@ -32,8 +32,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from qcore.api.files import user_cache, writing
-from qcore.api.media import RowError
+from qcore.api import RowError, user_cache, writing
 from qcore.errors import UsageError
 
 BOUND: Final = "QCORE_MEDIA_CACHE_GB"

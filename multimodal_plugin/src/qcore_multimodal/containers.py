@@ -24,7 +24,7 @@ from typing import BinaryIO, Final
 
 import numpy as np
 
-from qcore.api.media import RowError
+from qcore.api import RowError
 
 _MOV: Final = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 _EBML: Final = b"\x1a\x45\xdf\xa3"

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from qcore.api.records import Finding, PreflightRequest, Severity
+from qcore.api import Finding, PreflightRequest, Severity
 from qcore.errors import InputError
 
 from .placeholders import token_findings

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from qcore.api.media import RowError
+from qcore.api import RowError
 
 MAX_PIXELS: Final = 89_478_485  # Pillow's own limit, which a program may have lifted
 MAX_BYTES = 1 << 28  #: of a picture's file, which is read whole

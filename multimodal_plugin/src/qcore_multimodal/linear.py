@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qcore.api.blocks import BuildContext
+from qcore.api import BuildContext, LinearLayer
 from qcore.ops import recompute
 
 _EPS = 1e-6  # of every norm; no config names it
 
 
-def linear(ctx: BuildContext, name: str) -> nn.Module:
+def linear(ctx: BuildContext, name: str) -> LinearLayer:
     """The map of the row ``{name}.weight``, with the row ``{name}.bias`` as its ``bias``.
 
     The map itself does not know of it: what comes after adds it.
@@ -32,23 +32,23 @@ def linear(ctx: BuildContext, name: str) -> nn.Module:
     return made
 
 
-def affine(made: nn.Module, x: Tensor) -> Tensor:
+def affine(made: LinearLayer, x: Tensor) -> Tensor:
     """``x W^T + b``, of what `linear` made: ``[..., in] -> [..., out]``."""
-    y: Tensor = made(x)
+    y = made(x)
     return biased(y, made).to(y.dtype)
 
 
-def residual(stream: Tensor, made: nn.Module, x: Tensor) -> Tensor:
+def residual(stream: Tensor, made: LinearLayer, x: Tensor) -> Tensor:
     """``stream + x W^T + b``."""
     return (biased(made(x), made) + stream).to(stream.dtype)
 
 
-def activated(made: nn.Module, x: Tensor, approximate: str) -> Tensor:
+def activated(made: LinearLayer, x: Tensor, approximate: str) -> Tensor:
     """``gelu(x W^T + b)``; computed again in backward."""
     return recompute(_gelu, made(x), made.get_parameter("bias"), approximate)
 
 
-def biased(y: Tensor, made: nn.Module) -> Tensor:
+def biased(y: Tensor, made: LinearLayer) -> Tensor:
     """``y + b`` in float32, or wider."""
     return y + made.get_parameter("bias").to(_wide(y))
 

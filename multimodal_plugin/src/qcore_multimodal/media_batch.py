@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qcore.api.blocks import Media
+from qcore.api import Media
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qcore.api.media import RowError
+from qcore.api import RowError
 
 KEYS = ("min_pixels", "max_pixels", "fps", "max_frames")
 _OF_VIDEO = ("fps", "max_frames")

@@ -20,8 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from qcore.api.files import write_error
-from qcore.api.media import Payload
+from qcore.api import Payload, write_error
 from qcore.errors import WriteError
 
 _TABLES: Final = """

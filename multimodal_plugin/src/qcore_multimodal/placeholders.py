@@ -14,8 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from qcore.api.media import RowError
-from qcore.api.records import Finding, Severity
+from qcore.api import Finding, RowError, Severity
 
 from .media import Seen
 

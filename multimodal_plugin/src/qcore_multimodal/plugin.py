@@ -10,17 +10,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from qcore import hookimpl
-from qcore.api.parameters import Part
-from qcore.api.records import Finding, Modality, PreflightRequest
+from qcore.api import Finding, Modality, Part, PreflightRequest
 from qcore.errors import InputError
 
 from . import guards, table
 from .media import KINDS
 
 if TYPE_CHECKING:
-    from qcore.api.blocks import BuildContext, Tower
-    from qcore.api.media import MediaReader
-    from qcore.api.views import CheckpointView
+    from qcore.api import BuildContext, CheckpointView, MediaReader, Tower
 
 
 def _build(context: BuildContext) -> Tower:
@@ -53,7 +50,7 @@ def qcore_describe() -> Iterator[Modality]:
 
 
 @hookimpl
-def qcore_key_mapping(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
+def qcore_parameters(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
     """The tower's part, where config.json describes one; if it does not, `guards` says so."""
     if architecture in VISION.architectures and config.get(VISION.section) is not None:
         with suppress(InputError):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 
-from qcore.api.media import Placed, RowError
+from qcore.api import Placed, RowError
 
 from .media import Seen
 from .placeholders import PADS

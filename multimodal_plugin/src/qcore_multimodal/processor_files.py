@@ -21,7 +21,7 @@ from qcore.errors import InputError
 from .table import SECTION
 
 if TYPE_CHECKING:
-    from qcore.api.views import CheckpointView
+    from qcore.api import CheckpointView
 
 _BICUBIC: Final = 3
 _COMBINED: Final = "processor_config.json"

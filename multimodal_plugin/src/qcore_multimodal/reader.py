@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcore.api.media import RowError
+from qcore.api import RowError
 from qcore.errors import InputError
 
 from .cache import BOUND, Cache
@@ -37,8 +37,7 @@ from .payload_store import Origins
 from .processor_files import load
 
 if TYPE_CHECKING:
-    from qcore.api.media import Medium, Payload, Placed
-    from qcore.api.views import CheckpointView
+    from qcore.api import CheckpointView, Medium, Payload, Placed
 
     from .processor import Bytes, Grid, Images, Videos
 

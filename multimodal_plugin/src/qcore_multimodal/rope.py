@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcore.api.blocks import Media
+from qcore.api import Media
 
 from .table import THETA
 

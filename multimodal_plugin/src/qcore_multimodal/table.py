@@ -17,13 +17,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qcore.api.parameters import LINEAR, Aim, Namespace, Part, Row
+from qcore.api import LINEAR, Aim, Namespace, Part, Row
 from qcore.errors import InputError
 
 NAME = "vision"
 ROOT = "model.visual"
 SECTION = "vision_config"
-OWNER = "qcore-multimodal"
 #: Base of the rotary frequencies where config.json says none, as in all published ones.
 THETA = 10000.0
 #: Far above any real tower. A table names every tensor, so a count is memory before it is judged.
@@ -77,7 +76,6 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
             raise _bad(key, repr(value), " or ".join(map(repr, allowed)), "QC-VISION-010")
     yield Part(
         name=NAME,
-        owner=OWNER,
         rows=tuple(_rows()),
         dims={name: _size(vision, key) for name, key in _SIZES.items()},
         axes={"block": tuple(range(_size(vision, "depth", _MOST_BLOCKS)))},

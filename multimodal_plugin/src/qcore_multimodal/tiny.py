@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from qcore.api.parameters import Table
-from qcore.api.parameters import Tensor as Entry
+from qcore.api import Table
+from qcore.api import Tensor as Entry
 
 from .placeholders import END, NAMED, START
 from .table import SECTION, parts

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcore.api.blocks import BuildContext, Media
-from qcore.api.blocks import Tower as TowerProtocol
+from qcore.api import BuildContext, Media
+from qcore.api import Tower as TowerProtocol
 
 from .attention import Attention
 from .linear import LayerNorm, activated, affine, linear, residual

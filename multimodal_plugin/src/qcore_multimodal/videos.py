@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qcore.api.media import RowError
+from qcore.api import RowError
 
 from . import images
 from .containers import demuxer

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcore.api.blocks import BuildContext, Packed
+from qcore.api import BuildContext, Packed
 from qcore.ops import (
     cached_attention,
     recomputable,
@@ -100,9 +100,9 @@ class Attention(nn.Module):
         self.k_norm = Weight(ctx.tensor(f"{name}.k_norm.weight"))
         self.eps: float = text["rms_norm_eps"]
         self._project = ctx.stack(self.q_proj, self.k_proj, self.v_proj)
-        self._inputs = ctx.kernel("attention_inputs", attention_inputs)
+        self._inputs = ctx.kernel("qwen35::attention_inputs", attention_inputs)
         self._attend = ctx.kernel("attention", varlen_attention)
-        self._gate = ctx.kernel("output_gate", output_gate)
+        self._gate = ctx.kernel("qwen35::output_gate", output_gate)
 
     def forward(self, x: Tensor, batch: Packed, cache: KvCache | None = None) -> Tensor:
         q, k, v, gate = self._given(x, batch)

@@ -9,9 +9,9 @@ Code: ``QC-QWEN35-020`` a switch of the template that is neither true nor false.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-from qcore.api.records import ChatFormat, Finding, PreflightRequest, Severity
+from qcore.api import ChatFormat, Finding, PreflightRequest, Severity
 
 #: Tokens that the tokenizer marks special: text that holds one would become a control token.
 #: Those of media are their reader's to name, and any that is marked special is refused with them.
@@ -45,9 +45,9 @@ def switch_findings(
     request: PreflightRequest, switches: Sequence[str], code: str
 ) -> Iterator[Finding]:
     """A switch that is a text or a number: the template would take it for not set."""
-    given = request.settings.get("chat_template_kwargs", {})
+    given = request.template_kwargs
     for name in switches:
-        if isinstance(given, Mapping) and not isinstance(given.get(name, True), bool):
+        if not isinstance(given.get(name, True), bool):
             yield Finding(
                 code=code,
                 severity=Severity.ERROR,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcore.api.blocks import BuildContext, Packed
+from qcore.api import BuildContext, Packed
 from qcore.ops import recomputable
 
 from .norm import GatedNorm
@@ -78,9 +78,9 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedNorm(ctx, f"{name}.norm", text["rms_norm_eps"])
         self.out_proj = ctx.linear(f"{name}.out_proj")
         self._project = ctx.stack(self.in_proj_qkv, self.in_proj_z, self.in_proj_a, self.in_proj_b)
-        self._inputs = ctx.kernel("delta_inputs", delta_inputs)
-        self._rule = ctx.kernel("delta_rule", chunked_delta_rule)
-        self._step = ctx.kernel("delta_step", delta_step)
+        self._inputs = ctx.kernel("qwen35::delta_inputs", delta_inputs)
+        self._rule = ctx.kernel("qwen35::delta_rule", chunked_delta_rule)
+        self._step = ctx.kernel("qwen35::delta_step", delta_step)
 
     def forward(self, x: Tensor, batch: Packed, cache: DeltaCache | None = None) -> Tensor:
         if cache is not None and len(x) == 1:

@@ -1,4 +1,4 @@
-"""Signs and bars of Qwen 3.5: what tells it from its siblings with the same blocks.
+"""Evidence for and against Qwen 3.5, which shares its blocks with later generations.
 
 Later generations carry the same ``model_type``, class and shapes, so the evidence lies beside
 the weights. This file decides what counts:
@@ -6,23 +6,24 @@ the weights. This file decides what counts:
 ================================================  =====================================
 seen                                              counts as
 ================================================  =====================================
-template hash is a published 3.5 one              sign; nothing is rendered
-template renders as 3.5 does in every respect     sign
-text ``bos_token_id`` null or absent beside the   sign; not in a config that lost its
+template hash is a published 3.5 one              for; nothing is rendered
+template renders as 3.5 does in every respect     for
+text ``bos_token_id`` null or absent beside the   for; not in a config that lost its
 family's shape keys and ``eos_token_id`` 248044   token ids or has keys of a later one
-text ``bos_token_id`` set                         bar; 248044 is what 3.6 and later have
-``preserve_thinking`` changes what is rendered    bar
-scalar tool arguments are rendered as JSON        bar
+text ``bos_token_id`` set                         against; 248044 is what 3.6 and later have
+``preserve_thinking`` changes what is rendered    against
+scalar tool arguments are rendered as JSON        against
 no template, or one that shows none of this       nothing
 ================================================  =====================================
 
 "In every respect" is: ``True`` and ``None`` in tool arguments, ``enable_thinking`` switching
 between the two prompt tails, reasoning before the last user query stripped and after it kept.
-A training template that keeps all reasoning is therefore no sign, and no bar either.
+A training template that keeps all reasoning is therefore no evidence.
 
-A bar names the plugin that would fit, unless the template shows that the checkpoint is newer
-than that plugin too. The layout of the prediction layers and the repository's name are not
-judged; neither is the text-level ``partial_rotary_factor``, which re-saves add and remove.
+Evidence against 3.5 names the plugin that would fit, unless the template shows that the
+checkpoint is newer than that plugin too. The layout of the prediction layers and the repository's
+name are not judged; neither is the text-level ``partial_rotary_factor``, which re-saves add and
+remove.
 
 What no generation has, because the tensors are of another model than config.json says, is
 refused before anything is judged: in `headers`. What a template shows is found in `probe`.
@@ -33,7 +34,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qcore.api.records import Bar, Claim, Sign
+from qcore.api import Claim, Evidence
 
 from . import mismatch as headers
 from .table import text_config
@@ -41,7 +42,7 @@ from .template_probe import ENDOFTEXT, Shown, as_published_without_bos, bos_of, 
 from .template_probe import TEMPLATE_INPUTS as TEMPLATE_INPUTS
 
 if TYPE_CHECKING:
-    from qcore.api.views import CheckpointView
+    from qcore.api import CheckpointView
 
 ARCHITECTURE = "qwen3_5"
 MOE = "qwen3_5_moe"
@@ -68,8 +69,7 @@ def claims(checkpoint: CheckpointView) -> Iterator[Claim]:
     Raises:
         InputError: as `headers.refuse`, for tensors of another model.
     """
-    architecture = architecture_of(checkpoint)
-    if architecture is None:
+    if architecture_of(checkpoint) is None:
         return
     template = checkpoint.template
     published = None if template is None else TEMPLATE_HASHES.get(template.sha256)
@@ -82,20 +82,10 @@ def claims(checkpoint: CheckpointView) -> Iterator[Claim]:
     evidence = [*_of_config(checkpoint.config, pip)]
     if template is not None and published:
         value = f"sha256 {template.sha256[:12]}, published, {published}"
-        evidence.append(Sign(field="chat template", value=value))
+        evidence.append(Evidence(supports=True, field="chat template", value=value))
     elif shown is not None:
         evidence += _of_template(shown, pip)
-    yield claim(architecture, GENERATION, evidence)
-
-
-def claim(architecture: str, generation: str, evidence: list[Sign | Bar]) -> Claim:
-    """Evidence in any order as a claim."""
-    return Claim(
-        architecture=architecture,
-        generation=generation,
-        signs=tuple(item for item in evidence if isinstance(item, Sign)),
-        bars=tuple(item for item in evidence if isinstance(item, Bar)),
-    )
+    yield Claim(generation=GENERATION, evidence=tuple(evidence))
 
 
 def architecture_of(checkpoint: CheckpointView) -> str | None:
@@ -110,38 +100,47 @@ def architecture_of(checkpoint: CheckpointView) -> str | None:
     return architecture
 
 
-def _of_config(config: Mapping[str, Any], pip: str | None) -> Iterator[Sign | Bar]:
+def _of_config(config: Mapping[str, Any], pip: str | None) -> Iterator[Evidence]:
     where, bos = bos_of(config)
     if bos is not None:
-        yield Bar(
+        yield Evidence(
+            supports=False,
             field=where,
             value=str(bos),
             expected="null or absent",
             pip=pip if bos == ENDOFTEXT else None,
         )
     elif as_published_without_bos(config):
-        yield Sign(field=where, value="null" if "bos_token_id" in text_config(config) else "absent")
+        yield Evidence(
+            supports=True,
+            field=where,
+            value="null" if "bos_token_id" in text_config(config) else "absent",
+        )
 
 
-def _of_template(shown: Shown, pip: str | None) -> Iterator[Sign | Bar]:
+def _of_template(shown: Shown, pip: str | None) -> Iterator[Evidence]:
     where = "chat template"
     preserving = shown.opt_in or shown.opt_out
     if preserving:
-        yield Bar(
+        yield Evidence(
+            supports=False,
             field=where,
             value=f"keeps earlier reasoning {preserving_when(shown)}",
             expected="no such switch",
             pip=pip,
         )
     if shown.arguments == "JSON":
-        yield Bar(
+        yield Evidence(
+            supports=False,
             field=where,
             value="scalar tool arguments as JSON true and null",
             expected="Python's True and None",
             pip=pip,
         )
     if shown.arguments == "Python" and shown.thinking and not preserving:
-        yield Sign(field=where, value="renders tool arguments and thinking as 3.5 does")
+        yield Evidence(
+            supports=True, field=where, value="renders tool arguments and thinking as 3.5 does"
+        )
 
 
 def preserving_when(shown: Shown) -> str:

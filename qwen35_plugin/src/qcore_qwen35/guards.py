@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
-from qcore.api.records import Finding, PreflightRequest, Severity
+from qcore.api import Finding, PreflightRequest, Severity
 
 from .detect import MOE
 from .table import prediction_layers, rope_type, rotary_factor, text_config

@@ -1,7 +1,8 @@
-"""The backends of this family's ops, as records; torch-free, what they need is imported inside.
+"""The ops of this family's blocks and their backends, as records that import no torch.
 
-This file decides which there are. Each lies in its op's folder under `ops`, beside its
-reference; `ops.verify` says how far it may be from it, `ops.limits` for which models it is not.
+This file decides which there are, all in the namespace ``qwen35``. A backend lies in its op's
+folder under `ops`, beside the reference; `ops.verify` decides how far it may be from it,
+`ops.limits` which models it cannot compute.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qcore.api.records import Kernel, Verdict
+from qcore.api import Kernel, Op, Verdict
 
 from .ops import TRITON, limits, optional
 
@@ -18,11 +19,17 @@ if TYPE_CHECKING:
     import torch
 
 
+def ops() -> Iterator[Op]:
+    """The ops that these blocks ask for."""
+    for op in TRITON:
+        yield Op(name=f"qwen35::{op}")
+
+
 def kernels() -> Iterator[Kernel]:
-    """The records."""
+    """The backends."""
     for op, (module, function) in TRITON.items():
         yield Kernel(
-            op=op,
+            op=f"qwen35::{op}",
             backend="triton",
             load=_load(module, function),
             verify=_verify(op),

@@ -25,7 +25,7 @@ from qcore.errors import InputError
 from .table import prediction_layers, text_config
 
 if TYPE_CHECKING:
-    from qcore.api.views import CheckpointView, Header
+    from qcore.api import CheckpointView, Header
 
 _LAYER = re.compile(r"mtp\.layers\.(\d{1,9})\.")
 

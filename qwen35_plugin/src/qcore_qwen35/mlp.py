@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qcore.api.blocks import BuildContext
+from qcore.api import BuildContext
 from qcore.ops import recompute
 
 from .ops.swiglu.reference import swiglu
@@ -23,7 +23,7 @@ class Mlp(nn.Module):
         self.up_proj = ctx.linear(f"{name}.up_proj")
         self.down_proj = ctx.linear(f"{name}.down_proj")
         self._gate_up = ctx.stack(self.gate_proj, self.up_proj)
-        self._swiglu = ctx.kernel("swiglu", swiglu)
+        self._swiglu = ctx.kernel("qwen35::swiglu", swiglu)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down_proj(recompute(self._swiglu, *self._gate_up(x)))

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcore.api.blocks import BuildContext, Packed
-from qcore.api.blocks import Trunk as TrunkProtocol
+from qcore.api import BuildContext, Packed
+from qcore.api import Trunk as TrunkProtocol
 
 from .attention import Attention, KvCache
 from .delta import DeltaCache, GatedDeltaNet

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcore.api.blocks import BuildContext, Packed
+from qcore.api import BuildContext, Packed
 from qcore.ops import Routing, recompute
 
 from .mlp import Mlp
@@ -45,7 +45,7 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = ctx.experts(f"{name}.gate_up_proj")
         self.down_proj = ctx.experts(f"{name}.down_proj")
-        self._up = ctx.kernel("moe_weighted_up", weighted_up)
+        self._up = ctx.kernel("qwen35::moe_weighted_up", weighted_up)
 
     def forward(self, x: Tensor, weights: Tensor, routing: Routing) -> Tensor:
         """``[T, H], [T, k] -> [T, H]``."""
@@ -61,7 +61,7 @@ class SharedExpert(Mlp):
 
     def __init__(self, ctx: BuildContext, name: str) -> None:
         super().__init__(ctx, name)
-        self._shared_up = ctx.kernel("moe_shared_up", shared_up)
+        self._shared_up = ctx.kernel("qwen35::moe_shared_up", shared_up)
 
     def gated(self, gate: Tensor, up: Tensor, score: Tensor) -> Tensor:
         """``[T, I], [T, I], [T, 1] -> [T, H]``: from what its first maps gave, weighted."""
@@ -82,7 +82,7 @@ class Moe(nn.Module):
         self.shared_expert_gate = ctx.linear(f"{name}.shared_expert_gate")
         shared = self.shared_expert
         self._inputs = ctx.stack(shared.gate_proj, shared.up_proj, self.gate)
-        self._router = ctx.kernel("moe_router", router)
+        self._router = ctx.kernel("qwen35::moe_router", router)
         self._routing = ctx.kernel("expert_routing", routing_of)
 
     def forward(self, x: Tensor, batch: Packed) -> Tensor:

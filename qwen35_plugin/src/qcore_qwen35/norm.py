@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qcore.api.blocks import BuildContext
+from qcore.api import BuildContext
 from qcore.ops import recomputable, recompute
 
 from .ops.norm.reference import add_rms_norm, gated_norm, rms_norm
@@ -23,8 +23,8 @@ class RmsNorm(nn.Module):
         super().__init__()
         self.weight = ctx.tensor(f"{name}.weight")
         self.eps = eps
-        self._norm = ctx.kernel("rms_norm", rms_norm)
-        self._add_norm = ctx.kernel("add_rms_norm", add_rms_norm)
+        self._norm = ctx.kernel("qwen35::rms_norm", rms_norm)
+        self._add_norm = ctx.kernel("qwen35::add_rms_norm", add_rms_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return recompute(self._norm, x, self.weight, self.eps)
@@ -45,7 +45,7 @@ class GatedNorm(nn.Module):
         super().__init__()
         self.weight = ctx.tensor(f"{name}.weight")
         self.eps = eps
-        self._norm = ctx.kernel("gated_norm", gated_norm)
+        self._norm = ctx.kernel("qwen35::gated_norm", gated_norm)
 
     def forward(self, o: Tensor, z: Tensor) -> Tensor:
         return recompute(self._norm, o, z, self.weight, self.eps)

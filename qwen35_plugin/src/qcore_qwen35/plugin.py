@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcore import hookimpl
-from qcore.api.parameters import Part
-from qcore.api.records import (
+from qcore.api import (
     Architecture,
     ChatFormat,
     Claim,
     Finding,
     Generation,
     Kernel,
+    Op,
+    Part,
     PreflightRequest,
 )
 
 from . import chat, detect, guards, kernels, table
 
 if TYPE_CHECKING:
-    from qcore.api.blocks import BuildContext, Trunk
-    from qcore.api.views import CheckpointView
+    from qcore.api import BuildContext, CheckpointView, Trunk
 
 
 def _build(context: BuildContext) -> Trunk:
@@ -68,7 +68,6 @@ GENERATION = Generation(
     architectures=(DENSE.name, MOE.name),
     template_hashes=tuple(detect.TEMPLATE_HASHES),
     template_inputs=detect.TEMPLATE_INPUTS,
-    licence="Apache-2.0",
 )
 
 
@@ -85,7 +84,7 @@ def qcore_detect(checkpoint: CheckpointView) -> Iterator[Claim]:
 
 
 @hookimpl
-def qcore_key_mapping(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
+def qcore_parameters(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
     """Text and multi-token prediction."""
     if architecture in (DENSE.name, MOE.name):
         yield from table.parts(config, moe=architecture == MOE.name)
@@ -108,6 +107,7 @@ def qcore_chat_format(generation: str, checkpoint: CheckpointView) -> Iterator[C
 
 
 @hookimpl
-def qcore_kernels() -> Iterator[Kernel]:
-    """Triton backends of the ops of these blocks."""
+def qcore_kernels() -> Iterator[Op | Kernel]:
+    """The ops of these blocks, and their backends."""
+    yield from kernels.ops()
     yield from kernels.kernels()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcore.api.blocks import Packed
+from qcore.api import Packed
 
 from .table import rope_type, rotary_factor
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qcore.api.parameters import (
+from qcore.api import (
     EXPERTS,
     FP32,
     LINEAR,
@@ -39,7 +39,6 @@ from qcore.api.parameters import (
 )
 from qcore.errors import InputError
 
-OWNER = "qcore-qwen35"
 ROOT = "model.language_model"
 EMBED = f"{ROOT}.embed_tokens.weight"
 #: Far above any real model. A table names every tensor, so a count is memory before it is judged.
@@ -122,7 +121,6 @@ def parts(config: Mapping[str, Any], *, moe: bool = False) -> Iterator[Part]:
     tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
     yield Part(
         name="text",
-        owner=OWNER,
         rows=tuple(_text_rows(tied, moe)),
         dims=dims,
         axes={
@@ -138,7 +136,6 @@ def parts(config: Mapping[str, Any], *, moe: bool = False) -> Iterator[Part]:
     if predicted:
         yield Part(
             name="mtp",
-            owner=OWNER,
             rows=tuple(_mtp_rows(moe)),
             dims=dims,
             axes={"mtp": tuple(range(predicted)), **experts},

@@ -18,7 +18,7 @@ from .data import published
 from .table import text_config
 
 if TYPE_CHECKING:
-    from qcore.api.views import TemplateView
+    from qcore.api import TemplateView
 
 #: Variables of the published templates of 3.5; later generations add theirs.
 TEMPLATE_INPUTS = published("template_inputs")

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from qcore.api.parameters import Table, Tensor
+from qcore.api import Table, Tensor
 
 from .data import published
 from .table import parts

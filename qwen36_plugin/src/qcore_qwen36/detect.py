@@ -1,4 +1,4 @@
-"""Signs and bars of Qwen 3.6: what tells it from 3.5 before it and from what came after.
+"""Evidence for and against Qwen 3.6: 3.5 came before it, and others came after.
 
 3.6 has the architectures of 3.5 unchanged, and later generations carry the same ``model_type``,
 class and shapes again. What counts:
@@ -6,22 +6,22 @@ class and shapes again. What counts:
 ================================================  =====================================
 seen                                              counts as
 ================================================  =====================================
-template hash is the published one                sign; nothing is rendered
-template renders exactly as the published one     sign
+template hash is the published one                 for; nothing is rendered
+template renders exactly as the published one     for
 does, under each of its switches
 text ``bos_token_id`` 248044                      nothing: later generations have it too
-text ``bos_token_id`` null or absent in a config  bar; it is 3.5's
+text ``bos_token_id`` null or absent in a config  against; it is 3.5's
 that is otherwise as published
-text ``bos_token_id`` anything else               bar
-scalar tool arguments as Python's True and None   bar; it is 3.5's
-earlier reasoning kept unless                     bar; newer than 3.6
+text ``bos_token_id`` anything else               against
+scalar tool arguments as Python's True and None   against; it is 3.5's
+earlier reasoning kept unless                     against; newer than 3.6
 ``preserve_thinking`` is false
-a variable that 3.6 does not read                 bar, by core; newer than 3.6
+a variable that 3.6 does not read                 against, by core; newer than 3.6
 no template, or one that shows none of this       nothing
 ================================================  =====================================
 
 A training template that keeps all reasoning and has no ``preserve_thinking`` shows JSON
-arguments at most, which later generations have too: no sign, no bar. Such a checkpoint is
+arguments at most, which later generations have too: no evidence. Such a checkpoint is
 unproven, and ``--generation 3.6`` is accepted for it. The layout of the prediction layers
 (fused here, per expert in 3.5) and the repository's name are not judged.
 """
@@ -31,8 +31,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qcore.api.records import Bar, Claim, Sign
-from qcore_qwen35.detect import architecture_of, claim
+from qcore.api import Claim, Evidence
+from qcore_qwen35.detect import architecture_of
 from qcore_qwen35.template_probe import (
     EARLIER,
     ENDOFTEXT,
@@ -48,7 +48,7 @@ from qcore_qwen35.template_probe import (
 from qcore_qwen35.template_probe import TEMPLATE_INPUTS as INPUTS_OF_3_5
 
 if TYPE_CHECKING:
-    from qcore.api.views import CheckpointView
+    from qcore.api import CheckpointView
 
 GENERATION = "3.6"
 TEMPLATE_HASHES = ("e84f32a23fdda27689f868aa4a1a5621f41133e51a48d7f3efcbea2839574259",)
@@ -64,41 +64,48 @@ def claims(checkpoint: CheckpointView) -> Iterator[Claim]:
     Raises:
         InputError: ``QC-QWEN35-004`` for an MLX export.
     """
-    architecture = architecture_of(checkpoint)
-    if architecture is None:
+    if architecture_of(checkpoint) is None:
         return
-    evidence: list[Sign | Bar] = [*_of_config(checkpoint.config)]
+    evidence = [*_of_config(checkpoint.config)]
     template = checkpoint.template
     if template is not None and template.sha256 in TEMPLATE_HASHES:
-        evidence.append(Sign(field=_WHERE, value=f"sha256 {template.sha256[:12]}, published"))
+        evidence.append(
+            Evidence(supports=True, field=_WHERE, value=f"sha256 {template.sha256[:12]}, published")
+        )
     elif template is not None and (shown := look(template)) is not None:
         evidence += _of_template(shown)
-    yield claim(architecture, GENERATION, evidence)
+    yield Claim(generation=GENERATION, evidence=tuple(evidence))
 
 
-def _of_config(config: Mapping[str, Any]) -> Iterator[Bar]:
+def _of_config(config: Mapping[str, Any]) -> Iterator[Evidence]:
     where, bos = bos_of(config)
     if bos is None and as_published_without_bos(config):
-        yield Bar(field=where, value="null or absent", expected=str(ENDOFTEXT))
+        yield Evidence(supports=False, field=where, value="null or absent", expected=str(ENDOFTEXT))
     elif bos is not None and bos != ENDOFTEXT:
-        yield Bar(field=where, value=str(bos), expected=str(ENDOFTEXT))
+        yield Evidence(supports=False, field=where, value=str(bos), expected=str(ENDOFTEXT))
 
 
-def _of_template(shown: Shown) -> Iterator[Sign | Bar]:
+def _of_template(shown: Shown) -> Iterator[Evidence]:
     if shown.arguments == "Python":
-        yield Bar(
+        yield Evidence(
+            supports=False,
             field=_WHERE,
             value="scalar tool arguments as Python's True and None",
             expected="JSON true and null",
         )
     if shown.opt_out:
-        yield Bar(
+        yield Evidence(
+            supports=False,
             field=_WHERE,
             value="keeps earlier reasoning unless preserve_thinking is false",
             expected="kept only if preserve_thinking is true",
         )
     if renders_as_3_6(shown):
-        yield Sign(field=_WHERE, value="renders exactly as 3.6 does under each of its switches")
+        yield Evidence(
+            supports=True,
+            field=_WHERE,
+            value="renders exactly as 3.6 does under each of its switches",
+        )
 
 
 def renders_as_3_6(shown: Shown) -> bool:

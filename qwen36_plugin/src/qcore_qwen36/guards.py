@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qcore.api.records import Finding, PreflightRequest
+from qcore.api import Finding, PreflightRequest
 from qcore_qwen35.chat import switch_findings
 
 from .chat import SWITCHES

@@ -10,20 +10,19 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from qcore import hookimpl
-from qcore.api.records import ChatFormat, Claim, Finding, Generation, PreflightRequest
+from qcore.api import ChatFormat, Claim, Finding, Generation, PreflightRequest
 from qcore_qwen35.detect import ARCHITECTURE, MOE
 
 from . import chat, detect, guards
 
 if TYPE_CHECKING:
-    from qcore.api.views import CheckpointView
+    from qcore.api import CheckpointView
 
 GENERATION = Generation(
     name=detect.GENERATION,
     architectures=(ARCHITECTURE, MOE),
     template_hashes=detect.TEMPLATE_HASHES,
     template_inputs=detect.TEMPLATE_INPUTS,
-    licence="Apache-2.0",
 )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,47 @@ class Packed(Shared):
         )
 
 
+class LinearLayer(Protocol):
+    """A linear map of core's; an ``nn.Module``, with its storage and its adapter."""
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """``[..., in] -> [..., out]``."""
+        ...
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """A parameter by name."""
+        ...
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Mount a frozen parameter beside the weight, e.g. ``bias``; the plugin adds it."""
+        ...
+
+
+class ExpertRouting(Protocol):
+    """Which rows each expert gets, as an `ExpertsLayer` reads it; `qcore.ops.Routing` is one."""
+
+    @property
+    def counts(self) -> Tensor:
+        """``[E]`` int64, rows of each expert."""
+        ...
+
+
+class ExpertsLayer(Protocol):
+    """One linear map per expert; an ``nn.Module``, with its storage and its adapter."""
+
+    def __call__(
+        self, x: Tensor, routing: ExpertRouting, tokens: Literal["in", "out"] | None = None
+    ) -> Tensor:
+        """``[R, in] -> [R, out]``, rows sorted by expert.
+
+        Args:
+            x: rows ``[R, in]``; with `tokens` "in", tokens ``[T, in]``, gathered inside.
+            routing: where rows go.
+            tokens: "out" gives ``[T, out]``, the sum of each token's rows.
+        """
+        ...
+
+
 class BuildContext(Protocol):
     """What blocks are built from: core decides storage, adapter and device.
 
@@ -155,19 +196,15 @@ class BuildContext(Protocol):
     config: Mapping[str, Any]  #: config.json, whole
     dtype: torch.dtype  #: dtype of activations
 
-    def linear(self, name: str) -> nn.Module:
+    def linear(self, name: str) -> LinearLayer:
         """A linear map ``[..., in] -> [..., out]`` for the row ``{name}.weight``."""
         ...
 
-    def experts(self, name: str) -> nn.Module:
-        """One linear map per expert, for the row `name` ``[experts, out, in]``.
-
-        Called as ``module(rows [R, in], routing) -> [R, out]`` with rows sorted by expert, as
-        `qcore.ops.Routing` gathers them.
-        """
+    def experts(self, name: str) -> ExpertsLayer:
+        """One linear map per expert, for the row `name` ``[experts, out, in]``."""
         ...
 
-    def stack(self, *linears: nn.Module) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    def stack(self, *linears: LinearLayer) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """Maps that read the same x, as one: ``[..., in] -> ([..., out], ...)``, in their order.
 
         Args:
@@ -185,6 +222,27 @@ class BuildContext(Protocol):
 
 
 @runtime_checkable
+class DecodeCache(Protocol):
+    """A layer's cache that a captured step of decoding can advance: its tensors stay in place.
+
+    A cache without these methods is advanced one token at a time, without a CUDA graph.
+    """
+
+    def reset(self) -> None:
+        """Begin another document, which grows as with any cache until `hold` is called."""
+        ...
+
+    def hold(self, at: Tensor, span: int) -> None:
+        """From now on each call of the layer brings one token.
+
+        Args:
+            at: ``[1]`` int64 on the device, how many tokens came before; core counts them.
+            span: tokens of the cache that are read, this one included.
+        """
+        ...
+
+
+@runtime_checkable
 class Layer(Protocol):
     """One residual layer of a trunk; an ``nn.Module``."""
 
@@ -197,7 +255,10 @@ class Layer(Protocol):
         ...
 
     def new_cache(self, tokens: int, device: torch.device) -> Any:
-        """State for decoding one document of at most `tokens` tokens."""
+        """State for decoding one document of at most `tokens` tokens.
+
+        A `DecodeCache` where one token can be captured in a CUDA graph; else anything.
+        """
         ...
 
 

@@ -1,4 +1,10 @@
-"""The hooks: questions with many answers. One decorated function a hook, nothing else."""
+"""The hooks: questions with many answers. One decorated function a hook, nothing else.
+
+This file decides names, arguments and answers of hooks. How they are called is decided by
+`qcore.plugins.manager`.
+"""
+
+# mypy: disable-error-code="empty-body"
 
 from __future__ import annotations
 
@@ -17,6 +23,7 @@ from .records import (
     Generation,
     Kernel,
     Modality,
+    Op,
     PreflightRequest,
 )
 from .views import CheckpointView
@@ -24,52 +31,50 @@ from .views import CheckpointView
 hookspec = pluggy.HookspecMarker("qcore")
 hookimpl = pluggy.HookimplMarker("qcore")
 
+#: Hooks of qcore 0.1 that have another name now; a plugin that implements one is invalid.
+RENAMED = {
+    "qcore_key_mapping": "qcore_parameters",
+    "qcore_detect_merge": "qcore_adapter_layouts",
+}
+
 
 @hookspec
 def qcore_describe() -> Iterable[Architecture | Generation | Modality]:
     """Yield what this plugin brings."""
-    raise NotImplementedError
 
 
 @hookspec
 def qcore_detect(checkpoint: CheckpointView) -> Iterable[Claim]:
-    """Yield one claim per generation that the checkpoint may be, with signs and bars."""
-    raise NotImplementedError
+    """Yield one claim per generation that the checkpoint may be, with its evidence."""
 
 
 @hookspec
-def qcore_key_mapping(architecture: str, config: Mapping[str, Any]) -> Iterable[Part]:
+def qcore_parameters(architecture: str, config: Mapping[str, Any]) -> Iterable[Part]:
     """Yield the parts of the parameter table that this plugin owns for the config."""
-    raise NotImplementedError
 
 
 @hookspec
 def qcore_preflight(request: PreflightRequest) -> Iterable[Finding]:
     """Yield everything that is wrong or worth saying before a verb starts."""
-    raise NotImplementedError
 
 
 @hookspec
 def qcore_chat_format(generation: str, checkpoint: CheckpointView) -> Iterable[ChatFormat]:
     """Yield the chat format of a generation that this plugin describes."""
-    raise NotImplementedError
 
 
 @hookspec
-def qcore_detect_merge(
+def qcore_adapter_layouts(
     adapter: Mapping[str, tuple[int, ...]], checkpoint: CheckpointView
 ) -> Iterable[AdapterClaim]:
     """Yield a claim for an adapter (shapes by tensor name) that is not in PEFT's layout."""
-    raise NotImplementedError
 
 
 @hookspec
-def qcore_kernels() -> Iterable[Kernel]:
-    """Yield the backends that this plugin has for ops of its blocks."""
-    raise NotImplementedError
+def qcore_kernels() -> Iterable[Op | Kernel]:
+    """Yield the ops of this plugin's blocks, and the backends that it has for ops."""
 
 
 @hookspec
 def qcore_doctor() -> Iterable[Finding]:
     """Yield what this plugin has to say about the environment."""
-    raise NotImplementedError

@@ -227,7 +227,6 @@ class Part:
 
     Attributes:
         name: ``text``, ``mtp``; a tower's is its modality's.
-        owner: distribution of the plugin that yields it.
         rows: its rows.
         dims: sizes by name.
         axes: index values by axis name, e.g. ``{"linear": (0, 1, 2, 4, ...)}``.
@@ -236,11 +235,11 @@ class Part:
         section: the ``*_config`` section of config.json that this part accounts for.
         optional: all of its tensors or none may be on disk.
         loaded: whether training may load it; merge carries it either way. A tower is loaded
-            by runs that use it (`Layout.loads`).
+            by runs that use it (`LayoutView.loads`).
+        owner: distribution of the plugin that yielded it. Core fills it in; a plugin leaves it out.
     """
 
     name: str
-    owner: str
     rows: tuple[Row, ...]
     dims: Mapping[str, int]
     axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -249,6 +248,7 @@ class Part:
     section: str | None = None
     optional: bool = False
     loaded: bool = True
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .views import CheckpointView, LayoutView
+from .views import CheckpointView, LayoutView, SettingsView
 
 if TYPE_CHECKING:
     from torch import device as Device
@@ -52,21 +52,19 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What changes without a tensor changing: chat rules, defaults, guards, licence.
+    """What changes without a tensor changing: chat rules, defaults, preflight checks.
 
     Attributes:
         name: ``3.5``.
         architectures: names of the architectures it comes in.
         template_hashes: SHA-256 of its known chat templates, trailing newlines stripped.
-        template_inputs: variables that its templates read; another one is a bar.
-        licence: SPDX identifier of the weights.
+        template_inputs: variables that its templates read; another one is evidence against it.
     """
 
     name: str
     architectures: tuple[str, ...]
     template_hashes: tuple[str, ...] = ()
     template_inputs: tuple[str, ...] = ()
-    licence: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,27 +92,23 @@ class Modality:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sign:
-    """Evidence that it is this generation and no other."""
-
-    field: str
-    value: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bar:
-    """Evidence that it cannot be this generation.
+class Evidence:
+    """One observation for or against a generation.
 
     Attributes:
-        field: where it was seen.
-        value: what was seen.
-        expected: what this generation would have there.
-        pip: distribution that fits what was seen, when the plugin knows one.
+        field: where it was seen: ``chat template``, ``text_config.bos_token_id``.
+        value: what was seen there.
+        expected: what this generation would have there; for evidence against it.
+        supports: True where only this generation has the value, False where this generation
+            cannot have it. A value that several generations have is no evidence.
+        pip: distribution of the plugin that fits the value, when this plugin knows one; for
+            evidence against the generation.
     """
 
     field: str
     value: str
-    expected: str
+    expected: str | None = None
+    supports: bool
     pip: str | None = None
 
 
@@ -123,16 +117,23 @@ class Claim:
     """One plugin's judgement of a checkpoint.
 
     Attributes:
-        architecture: name of an `Architecture`.
-        generation: name of a `Generation` that this claim speaks for.
-        signs: evidence for it alone.
-        bars: evidence against it.
+        generation: name of a `Generation` that this plugin describes, for the architecture that
+            the checkpoint's ``model_type`` names.
+        evidence: for and against it, in the order in which it is reported.
     """
 
-    architecture: str
     generation: str
-    signs: tuple[Sign, ...] = ()
-    bars: tuple[Bar, ...] = ()
+    evidence: tuple[Evidence, ...] = ()
+
+    @property
+    def supporting(self) -> tuple[Evidence, ...]:
+        """The evidence for this generation alone."""
+        return tuple(item for item in self.evidence if item.supports)
+
+    @property
+    def opposing(self) -> tuple[Evidence, ...]:
+        """The evidence against it."""
+        return tuple(item for item in self.evidence if not item.supports)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +160,8 @@ class PreflightRequest:
         architecture: name that detection decided.
         generation: name that detection decided.
         layout: the table met with the headers.
-        settings: the run's settings by name; empty where a verb has none.
+        settings: the settings of a training run; ``None`` where the verb has none.
+        template_kwargs: variables that the chat template is rendered with.
         token_ids: ids of the tokenizer by token, or empty where there is none.
     """
 
@@ -168,7 +170,8 @@ class PreflightRequest:
     architecture: str
     generation: str
     layout: LayoutView
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: SettingsView | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     token_ids: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -279,6 +282,24 @@ def _computes_any(config: Mapping[str, Any]) -> str | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Op:
+    """An op that blocks ask for (`BuildContext.kernel`): what its reference in torch does.
+
+    An op without this record has the defaults. Declare an op once, in the plugin whose blocks
+    ask for it; other plugins may bring backends of it.
+
+    Attributes:
+        name: ``namespace::op``, as ops of torch.library are named: ``acme::rms_norm``. Take your
+            plugin's name as the namespace. Ops of core have no namespace: ``cross_entropy``.
+        reference_waits: whether the host waits for the device in the reference. A CUDA graph
+            cannot capture that, so tokens are then decoded without one.
+    """
+
+    name: str
+    reference_waits: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
     """One backend of an op. Every op also has a reference, which no record names.
 
@@ -287,7 +308,7 @@ class Kernel:
     calls `load`.
 
     Attributes:
-        op: what is computed, e.g. ``rms_norm``.
+        op: full name of what is computed, e.g. ``acme::rms_norm`` (`Op.name`).
         backend: what computes it, e.g. ``triton``; not ``reference``.
         load: ``() -> function`` with exactly the signature of the op's reference; what it
             needs is imported inside.
@@ -304,9 +325,8 @@ class Kernel:
             results, saves the same tensors and allocates the same gradients and workspace for
             tensors on the meta device. ``None``: what `load` gives does, which holds wherever
             kernels are started by `qcore.ops.launch` and torch's ops have a meta form.
-        waits: whether the host waits for the device in it, over which no CUDA graph can be
-            captured: tokens of decoding are then computed without one.
-        reference_waits: whether it does in the op's reference; said by any record of the op.
+        waits: whether the host waits for the device in this backend. A CUDA graph cannot
+            capture that, so tokens are then decoded without one.
     """
 
     op: str
@@ -321,4 +341,3 @@ class Kernel:
     known_bad: tuple[KnownBad, ...] = ()
     plan: Callable[[], Callable[..., Any]] | None = None
     waits: bool = False
-    reference_waits: bool = False

@@ -10,7 +10,6 @@ import click
 from .common import count, debug_option, emit, json_option
 
 _BY_NAME = ("QC-KEY-001", "QC-KEY-002", "QC-KEY-004")  # a tensor is absent, or is nobody's
-_OF_THE_WHOLE = ("QC-CKPT-008", "QC-CKPT-010")  # quantised, which the last line says
 
 
 @click.command("inspect")
@@ -35,10 +34,10 @@ def _inspect(model: str, generation: str, as_json: bool) -> None:
 
     found = identify(model, generation=generation, tolerant=True, headers_only=True)
     decision, layout = found.decision, found.layout
-    unaccounted = [error for error in found.problems if error.code in _BY_NAME]
-    differences = [
-        error.message for error in found.problems if error.code not in (*_BY_NAME, *_OF_THE_WHOLE)
-    ]
+    # A refused format is a problem of no tensor: the error alone reports it.
+    problems = () if found.refused is not None else found.problems
+    unaccounted = [error for error in problems if error.code in _BY_NAME]
+    differences = [error.message for error in problems if error.code not in _BY_NAME]
     differences += [
         f"part '{part}' is claimed by config.json and absent from the files"
         for part in layout.absent

@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 import click
 
 from .. import __version__
-from ..errors import InputError, PluginError, QcoreError, Stopped
+from ..errors import InputError, QcoreError, Stopped
 from .common import check_repeats, check_text, debugging, fail, wants_json
 from .output import OutputError, exit_status
+from .plugin_command import PluginCommand, plugin_commands
 
 #: name -> (module, help); the order is that of ``--help``.
 VERBS = {
@@ -33,7 +34,6 @@ VERBS = {
     "doctor": ("doctor", "Check the environment."),
     "demo": ("demo", "Train, merge and verify a tiny checkpoint, start to end."),
 }
-COMMANDS = "qcore.commands"  #: entry points of plugins: command name -> click command
 
 
 class Verbs(click.Group):
@@ -48,7 +48,7 @@ class Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Core's verbs in their order, then plugins' by name."""
-        return [*VERBS, *sorted(_plugin_commands())]
+        return [*VERBS, *plugin_commands(VERBS)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import one verb."""
@@ -56,9 +56,8 @@ class Verbs(click.Group):
             module = import_module(f".{VERBS[cmd_name][0]}", __package__)
             command: click.Command = module.command
             return command
-        if cmd_name in (found := _plugin_commands()):
-            return _load(cmd_name, found[cmd_name])
-        return None
+        point = plugin_commands(VERBS).get(cmd_name)
+        return None if point is None else PluginCommand(point)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -71,54 +70,18 @@ class Verbs(click.Group):
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise click.UsageError(f"No such command '{args[0]}'.{hint}", ctx)
         name, command, rest = super().resolve_command(ctx, args)
-        if command is not None and not ctx.resilient_parsing:
+        if not (command is None or isinstance(command, PluginCommand) or ctx.resilient_parsing):
             check_repeats(command, name, rest, ctx)
         return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, without importing any."""
         rows = [(name, text) for name, (_, text) in VERBS.items()]
-        rows += [(name, f"from plugin {owner}") for name, owner in _owners().items()]
+        for name, point in plugin_commands(VERBS).items():
+            owner = point.dist.name if point.dist else point.value
+            rows.append((name, f"from plugin {owner}"))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
-
-
-def _plugin_commands() -> dict[str, str]:
-    from importlib.metadata import entry_points
-
-    found = entry_points(group=COMMANDS)
-    return {point.name: point.value for point in found if point.name not in VERBS}
-
-
-def _owners() -> dict[str, str]:
-    from importlib.metadata import entry_points
-
-    return {
-        point.name: point.dist.name if point.dist else point.value
-        for point in sorted(entry_points(group=COMMANDS), key=lambda point: point.name)
-        if point.name not in VERBS
-    }
-
-
-def _load(name: str, value: str) -> click.Command:
-    module, _, attribute = value.partition(":")
-    try:
-        command = getattr(import_module(module), attribute or "command")
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise PluginError(
-            "QC-PLUGIN-020", f"command '{name}' cannot be imported", field=value, found=error,
-            fix=f"reinstall or uninstall {_owners().get(name, 'its distribution')}",
-        ) from None  # fmt: skip
-    if not isinstance(command, click.Command):
-        raise PluginError(
-            "QC-PLUGIN-020",
-            f"command '{name}' is not a click command",
-            field=value,
-            found=type(command).__name__,
-            expected="click.Command",
-            fix=f"uninstall {_owners().get(name, 'its distribution')}",
-        )
-    return command
 
 
 @click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})

@@ -70,7 +70,7 @@ def command(
     found = found.quantizing(settings.quantize_groups)
     with spoken(flags):
         found = _loading(found, settings, media)
-    told = [*preflight(found, verb="plan", settings=settings.to_dict())]
+    told = [*preflight(found, verb="plan", settings=settings)]
     told += [f"note: {line}" for line in capping]
     with importing():
         from ..planning import Planner

@@ -19,20 +19,33 @@ default bases of one generation.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import ClassVar
 
-from ..errors import PluginError, QcoreError, UsageError, nearest
-from ..io.plugin_data import plugin_files, yaml_files
+from ..errors import PluginError
+from ..io.plugin_data import yaml_files
 from .convert import settings_of
+from .expect import Contract, Expect
+from .registry import Kind, Registry, load
 from .settings import Settings
 from .spec import Value
-from .yaml import Items, Node, Scalar, Table, read
+from .yaml import Scalar, Table
 
-GROUP = "qcore.presets"
 SCHEMA_VERSION = 1
+KIND = Kind(
+    noun="preset",
+    group="qcore.presets",
+    folder="presets",
+    field="--preset",
+    listing="qcore presets list",
+    unknown="QC-PRESET-001",
+    broken="QC-PRESET-002",
+    contested="QC-PRESET-003",
+)
+_CONTRACT = Contract("QC-PRESET-004", "breaks the preset contract")
 _ID = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 _FILE_KEYS = ("schema_version", "default_base_models", "presets")
 _PRESET_KEYS = ("id", "aliases", "description", "model", "settings")
@@ -61,6 +74,10 @@ class Preset:
     origin: str
     file: Path
 
+    def names(self) -> tuple[str, ...]:
+        """Id and aliases."""
+        return (self.id, *self.aliases)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DefaultBase:
@@ -78,70 +95,16 @@ class DefaultBase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BrokenPresets:
-    """A file (or a whole plugin) whose presets cannot be used.
-
-    Attributes:
-        origin: ``core``, or the entry point that brought it.
-        file: the file; ``None`` where none was found.
-        reason: one line.
-        names: ids and aliases that it would have brought, as far as they could be read.
-    """
-
-    origin: str
-    file: Path | None
-    reason: str
-    names: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Presets:
+class Presets(Registry[Preset]):
     """All presets that are installed.
 
     Attributes:
-        presets: the usable ones, core's first, then by origin.
-        broken: files that could not be used.
-        claimed_twice: names that two plugins bring, with both origins; neither is usable
-            under that name.
         bases: default bases by generation, as files give them.
     """
 
-    presets: tuple[Preset, ...]
-    broken: tuple[BrokenPresets, ...] = ()
-    claimed_twice: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    kind: ClassVar[Kind] = KIND
+
     bases: tuple[DefaultBase, ...] = ()
-
-    def __iter__(self) -> Iterator[Preset]:
-        return iter(self.presets)
-
-    def get(self, name: str) -> Preset:
-        """The preset of this id or alias.
-
-        Raises:
-            UsageError: ``QC-PRESET-001``, with the nearest name.
-            PluginError: ``QC-PRESET-002`` the name is in a broken file, ``QC-PRESET-003`` two
-                plugins claim it.
-        """
-        if name in self.claimed_twice:
-            raise PluginError(
-                "QC-PRESET-003",
-                f"preset {name} is brought by two plugins",
-                found=" and ".join(self.claimed_twice[name]),
-                fix="uninstall one of them",
-            )
-        known: dict[str, Preset] = {}
-        for preset in self.presets:
-            known |= dict.fromkeys((preset.id, *preset.aliases), preset)
-        if name in known:
-            return known[name]
-        for bad in self.broken:
-            if name in bad.names:
-                raise PluginError(
-                    "QC-PRESET-002",
-                    f"preset {name} of {bad.origin} cannot be used: {bad.reason}",
-                    fix=f"update or uninstall {bad.origin}",
-                )
-        raise self._unknown(name, known)
 
     def default_base_models(self) -> dict[str, str]:
         """Hub id by generation, where the installed files agree on one."""
@@ -166,13 +129,6 @@ class Presets:
             )
         return next(iter(named), None)
 
-    def _unknown(self, name: str, known: Iterable[str]) -> UsageError:
-        near = nearest(name.lower(), known)
-        fix = f"did you mean {near}?" if near else "qcore presets list shows them"
-        unread = ", ".join(bad.origin for bad in self.broken)
-        what = "is no preset" + (f" (those of {unread} could not be read)" if unread else "")
-        return UsageError("QC-PRESET-001", what, field="--preset", found=name, fix=fix)
-
 
 def load_presets(plugins: Iterable[EntryPoint] | None = None) -> Presets:
     """Read core's presets and those of installed plugins; imports no plugin.
@@ -180,84 +136,16 @@ def load_presets(plugins: Iterable[EntryPoint] | None = None) -> Presets:
     Args:
         plugins: entry points to read in place of the installed ones.
     """
-    found = entry_points(group=GROUP) if plugins is None else plugins
-    sources: list[tuple[str, list[Path]]] = [("core", yaml_files(Path(__file__).parent))]
-    broken: list[BrokenPresets] = []
-    for point in sorted(found, key=lambda p: (p.name, p.value)):
-        files, reason = plugin_files(point, "presets")
-        sources.append((point.name, files))
-        if reason:
-            broken.append(BrokenPresets(origin=point.name, file=None, reason=reason))
-    presets: list[Preset] = []
     bases: list[DefaultBase] = []
-    for origin, files in sources:
-        for file in files:
-            try:
-                defaults, found_here = _read(file, origin)
-                bases += defaults
-                presets += found_here
-            except QcoreError as error:
-                names = _names_in(file)
-                bad = BrokenPresets(origin=origin, file=file, reason=error.message, names=names)
-                broken.append(bad)
-    usable, claimed_twice, clashes = _unique(presets)
-    return Presets(
-        presets=tuple(usable),
-        broken=(*broken, *clashes),
-        claimed_twice=claimed_twice,
-        bases=tuple(bases),
-    )
 
+    def read_file(file: Path, origin: str) -> list[Preset]:
+        defaults, presets = _read(file, origin)
+        bases.extend(defaults)
+        return presets
 
-def _unique(
-    presets: list[Preset],
-) -> tuple[list[Preset], dict[str, tuple[str, str]], list[BrokenPresets]]:
-    """Settle names that are claimed twice.
-
-    Core's name stays core's: a plugin cannot take it away, and the plugin's preset is broken.
-    Between two plugins nobody can say which is meant, so the name is nobody's. Within one
-    origin the first keeps it.
-    """
-    owner: dict[str, Preset] = {}
-    usable: list[Preset] = []
-    claimed_twice: dict[str, tuple[str, str]] = {}
-    clashes: list[BrokenPresets] = []
-    for preset in presets:
-        names = (preset.id, *preset.aliases)
-        taken = [name for name in names if name in owner]
-        if not taken:
-            usable.append(preset)
-            owner |= dict.fromkeys(names, preset)
-            continue
-        others = {owner[name].origin for name in taken}
-        reason = f"{', '.join(taken)} is already a preset of {' and '.join(sorted(others))}"
-        free = tuple(name for name in names if name not in owner)
-        clashes.append(
-            BrokenPresets(origin=preset.origin, file=preset.file, reason=reason, names=free)
-        )
-        for name in taken:
-            if owner[name].origin not in ("core", preset.origin):
-                claimed_twice[name] = (owner[name].origin, preset.origin)
-    return usable, claimed_twice, clashes
-
-
-def _names_in(file: Path) -> tuple[str, ...]:
-    """Ids and aliases of a file that breaks the contract, as far as it can be read."""
-    try:
-        root = read(file)
-    except UsageError:
-        return ()
-    listed = root.entries.get("presets") if isinstance(root, Table) else None
-    names: list[str] = []
-    for entry in listed.items if isinstance(listed, Items) else ():
-        if isinstance(entry, Table):
-            aliases = entry.entries.get("aliases")
-            nodes = (
-                entry.entries.get("id"),
-                *(aliases.items if isinstance(aliases, Items) else ()),
-            )
-            names += [node.text for node in nodes if isinstance(node, Scalar)]
-    return tuple(names)
+    own = yaml_files(Path(__file__).parent)
+    entries, broken, claimed_twice = load(KIND, read_file, own=own, plugins=plugins)
+    return Presets(entries=entries, broken=broken, claimed_twice=claimed_twice, bases=tuple(bases))
 
 
 def _read(file: Path, origin: str) -> tuple[list[DefaultBase], list[Preset]]:
@@ -266,97 +154,52 @@ def _read(file: Path, origin: str) -> tuple[list[DefaultBase], list[Preset]]:
     Raises:
         UsageError: the first breach of the contract.
     """
-    root = read(file)
-    entries = _keys(root, _FILE_KEYS, file, "the file")
-    version = _text(entries["schema_version"], file, "schema_version")
-    if version != str(SCHEMA_VERSION):
-        raise _breach(file, "schema_version", version, str(SCHEMA_VERSION))
-    bases = _bases(entries["default_base_models"], origin, file)
+    entries = Expect.of_file(file, _CONTRACT).keys(_FILE_KEYS)
+    entries["schema_version"].choice((str(SCHEMA_VERSION),))
+    bases = [
+        DefaultBase(generation=generation, model=model.text(), origin=origin)
+        for generation, model in entries["default_base_models"]
+        .mapping("a mapping by generation")
+        .items()
+    ]
     default = bases[0].model if len(bases) == 1 else None
-    listed = entries["presets"]
-    if not isinstance(listed, Items):
-        raise _breach(file, "presets", "something else", "a list")
-    presets = [_preset(node, default, origin, file) for node in listed.items]
-    names = [name for preset in presets for name in (preset.id, *preset.aliases)]
+    presets = [_preset(entry, default, origin) for entry in entries["presets"].items()]
+    names = [name for preset in presets for name in preset.names()]
     for name in names:
         if names.count(name) > 1:
-            raise _breach(file, name, "two presets of that name", "one")
+            raise entries["presets"].renamed(name).breach("two presets of that name", "one")
     return bases, presets
 
 
-def _bases(node: Node, origin: str, file: Path) -> list[DefaultBase]:
-    if not isinstance(node, Table):
-        raise _breach(file, "default_base_models", "something else", "a mapping by generation")
-    return [
-        DefaultBase(
-            generation=generation,
-            model=_text(model, file, f"default_base_models.{generation}"),
-            origin=origin,
-        )
-        for generation, model in node.entries.items()
-    ]
-
-
-def _preset(node: Node, default: str | None, origin: str, file: Path) -> Preset:
+def _preset(entry: Expect, default: str | None, origin: str) -> Preset:
+    node = entry.node
     named = node.entries.get("id") if isinstance(node, Table) else None
-    where = named.text if isinstance(named, Scalar) else f"the preset at line {node.line}"
-    entries = _keys(node, _PRESET_KEYS, file, where, optional=("aliases", "model"))
-    ident = _text(entries["id"], file, where)
-    aliases = entries.get("aliases", Items(items=(), line=node.line))
-    if not isinstance(aliases, Items):
-        raise _breach(file, f"{where}.aliases", "something else", "a list")
-    words = tuple(_text(item, file, f"{where}.aliases") for item in aliases.items)
+    line = 1 if node is None else node.line
+    entry = entry.renamed(named.text if isinstance(named, Scalar) else f"the preset at line {line}")
+    entries = entry.keys(_PRESET_KEYS, optional=("aliases", "model"))
+    ident = entries["id"].text()
+    aliases = entries["aliases"].items() if "aliases" in entries else ()
+    words = tuple(alias.text() for alias in aliases)
     for name in (ident, *words):
         if not _ID.fullmatch(name):
-            raise _breach(file, where, name, "lower-case letters and digits joined by . or -")
-    own = _model(entries["model"], file, f"{where}.model") if "model" in entries else None
-    source = f"{file}: {where}"
-    settings = settings_of(entries["settings"], source)
+            raise entry.breach(name, "lower-case letters and digits joined by . or -")
+    own = _model(entries["model"]) if "model" in entries else None
+    source = f"{entry.file}: {entry.place}"
+    settings = settings_of(entries["settings"].node, source)
     Settings.from_dict(settings, source=source)  # alone they must make a run too
     return Preset(
         id=ident,
         aliases=words,
-        description=_text(entries["description"], file, f"{where}.description"),
+        description=entries["description"].text(),
         settings=settings,
         base_model=own or default,
         origin=origin,
-        file=file,
+        file=entry.file,
     )
 
 
-def _keys(
-    node: Node | None, keys: tuple[str, ...], file: Path, where: str, optional: tuple[str, ...] = ()
-) -> dict[str, Node]:
-    """The entries of a mapping that has these keys and no other."""
-    if not isinstance(node, Table):
-        raise _breach(file, where, "something else", f"a mapping of {', '.join(keys)}")
-    for key in node.entries:
-        if key not in keys:
-            raise _breach(file, where, f"the key {key}", ", ".join(keys))
-    for key in keys:
-        if key not in node.entries and key not in optional:
-            raise _breach(file, where, f"no {key}", ", ".join(keys))
-    return node.entries
-
-
-def _text(node: Node, file: Path, where: str) -> str:
-    if not isinstance(node, Scalar) or not node.text.strip():
-        raise _breach(file, where, "no text", "text")
-    return " ".join(node.text.split())
-
-
-def _model(node: Node, file: Path, where: str) -> str | None:
+def _model(entry: Expect) -> str | None:
+    node = entry.node
     if isinstance(node, Scalar) and not node.quoted and node.text in ("", "null", "~"):
         return None
-    return _text(node, file, where)
-
-
-def _breach(file: Path, where: str, found: str, expected: str) -> UsageError:
-    return UsageError(
-        "QC-PRESET-004",
-        "breaks the preset contract",
-        file=file,
-        field=where,
-        found=found,
-        expected=expected,
-    )
+    return entry.text()

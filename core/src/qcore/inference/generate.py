@@ -28,7 +28,7 @@ from ..checkpoint.tokenizer import load_tokenizer
 from ..config.frozen_map import Entries, Plain
 from ..data.masking import highest_id
 from ..data.media_files import Finder, Reference
-from ..data.template_kwargs import SETTING, check_variables, recorded_variables, special_tokens
+from ..data.template_kwargs import check_variables, recorded_variables, special_tokens
 from ..errors import InputError, NumericError, UsageError
 from ..nn.device import DTYPES, pick_device
 from ..nn.kernels.registry import choose, installed
@@ -103,8 +103,10 @@ class Generator:
             self.found = self.found.using(modality)
             self._told = told
         self.variables = self._variables(told, chat_template_kwargs or {}, tell)
-        given = {SETTING: dict(self.variables)}
-        tell.lines(preflight(self.found, verb="generate", settings=given, token_ids=ids))
+        lines = preflight(
+            self.found, verb="generate", template_kwargs=self.variables, token_ids=ids
+        )
+        tell.lines(lines)
         lora = {
             name: Lora(r=pair.r, lora_alpha=pair.scaling * pair.r)
             for name, pair in (told.pairs.items() if told else ())

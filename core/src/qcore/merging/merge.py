@@ -116,7 +116,7 @@ def merge(
     found = found.using_parts(told.parts)  # the proof computes them, which guards judge
     already = _refuse_twice(found.checkpoint, told)
     warnings = (
-        *preflight(found, verb="merge", settings={}),
+        *preflight(found, verb="merge"),
         *_template_notes(found, told),
         *media_notes(told),
     )

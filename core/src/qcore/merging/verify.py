@@ -125,6 +125,12 @@ class _Streams:
         found = found.using_parts(adapter.parts)
         self.checkpoint = found.checkpoint
         self.layout = found.layout
+        # An unloaded part may name tensors as the trunk does: a name alone selects none of them.
+        self.loaded = {
+            name: item
+            for name, item in found.layout.located.items()
+            if found.layout.loads(item.tensor.part)
+        }
         self.tower_effect: float | None = None
         self.progress = progress
         self.deltas = deltas
@@ -219,8 +225,8 @@ class _Streams:
         prefixes = tuple(f"{prefix}." for prefix, _ in (*self.tower_layers, *self.trunk_layers))
         for name, parameter in self.model.named_parameters():
             rest = name != self.model.head_name and not name.startswith(prefixes)
-            if parameter.is_meta and rest and name in self.layout.located:
-                self._place(name, read_tensor(self.checkpoint, self.layout.located[name]))
+            if parameter.is_meta and rest and name in self.loaded:
+                self._place(name, read_tensor(self.checkpoint, self.loaded[name]))
 
     def _check_layer(
         self, prefix: str, x: Tensor, adapted: Tensor, merged: Tensor, moved: Tensor | None
@@ -349,7 +355,7 @@ class _Streams:
         def read(prefix: str) -> dict[str, Tensor]:
             return {
                 name: read_tensor(self.checkpoint, item).float()
-                for name, item in self.layout.located.items()
+                for name, item in self.loaded.items()
                 if name.startswith(f"{prefix}.") and item.tensor.row.kind is not Kind.EXPERTS
             }
 

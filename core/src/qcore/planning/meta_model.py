@@ -20,7 +20,7 @@ from ..api.parameters import Store
 from ..checkpoint.layout import Located
 from ..nn.kernels.cache import version_of
 from ..nn.kernels.judge import cannot_run, raised
-from ..nn.kernels.registry import REFERENCE, Listed, check_names
+from ..nn.kernels.registry import REFERENCE, Listed
 from ..nn.load import DTYPES as STORED
 from ..nn.load import place
 from ..nn.model import Model, Numbers
@@ -65,15 +65,14 @@ def take(
     Args:
         kernels: what `kernels.installed` gave.
         device: ``cuda`` or ``cpu``.
-        wanted: op to backend, as asked for or as a run has chosen.
+        wanted: full name of an op to backend, as asked for or as a run has chosen.
         config: config.json of the model; a backend that cannot compute it is not taken.
 
     Raises:
-        UsageError: ``QC-KERNEL-001`` or ``-002``; ``-003`` for one that was asked for and cannot
-            compute the model.
+        UsageError: ``QC-KERNEL-003`` for a backend that was asked for and cannot compute the
+            model.
         PluginError: ``QC-KERNEL-005`` for one that fails when it is asked.
     """
-    check_names(kernels, wanted)
     backends: dict[str, str] = {}
     functions: dict[str, Callable[..., Any]] = {}
     absent = []

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Self
 from ..adapter.targets import targets
 from ..config.settings import Settings, in_bytes
 from ..nn.device import DTYPES
-from ..nn.kernels.registry import Chosen, check_used, installed
+from ..nn.kernels.registry import Chosen, installed, requested
 from ..nn.model import ops_of
 from ..nn.qlora.lora_layer import Lora
 from ..plugins.resolve_model import Identified
@@ -85,12 +85,13 @@ class Steps:
         self.device = "cpu" if card is None else "cuda"
         whole = 1 << 62 if card is None else card.budget
         self.budget = whole if budget is None else budget
-        wanted = settings.kernels if backends is None else backends.backends
         config = found.checkpoint.config
-        self.taken = take(installed(found.plugins), self.device, wanted, config)
+        kernels = installed(found.plugins)
         architecture = found.decision.architecture
         used = ops_of(architecture, config, found.layout, found.modality).ops
-        check_used(settings.kernels, used)
+        asked = requested(kernels, settings.kernels, used)
+        wanted = asked if backends is None else backends.backends
+        self.taken = take(kernels, self.device, wanted, config)
         self.backends = {op: name for op, name in self.taken.backends.items() if op in used}
         self.lora = targets(
             found.layout,

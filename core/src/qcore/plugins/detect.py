@@ -1,12 +1,13 @@
 """What a checkpoint is: claims of plugins, judged into one decision and its reasons.
 
 This file decides two axes. The architecture follows from ``model_type`` alone. The generation
-follows from evidence: *signs* (this one and no other) and *bars* (cannot be this), which
-plugins give for their own generations; core adds two bars that only it can see, because they
-need the records of all generations: a template that another generation lists by hash, and a
-template input that this one does not list. No evidence is weighed and no plugin has priority.
+follows from evidence for a generation (this one and no other) and against it (cannot be this
+one), which plugins give for their own generations. Core adds two observations against one that
+only core can make, because they need the records of all generations: a template that another
+generation lists by hash, and a template input that this one does not list. No evidence is
+weighed and no plugin has priority.
 
-It looks at nothing itself: what a sign is, is the plugins' knowledge.
+What counts as evidence is left to the plugins.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..api.records import Architecture, Bar, Claim, Generation, Modality, Sign
+from ..api.records import Architecture, Claim, Evidence, Generation, Modality
 from ..errors import InputError, PluginError, QcoreError, UsageError
 from .discovery import DISABLE, normal
 from .info import Described, Owned, PluginInfo, Status
@@ -43,7 +44,7 @@ class Decision:
         architecture_plugin: who brought the architecture.
         generation: what the evidence says, or ``--generation`` where it says nothing.
         plugin: who brought the generation.
-        signs: the evidence for it; empty when forced.
+        supporting: the evidence for it; empty when forced.
         modalities: what installed plugins add for sections that config.json has.
         evidence: one line a reason, for people.
         forced: whether ``--generation`` decided.
@@ -53,7 +54,7 @@ class Decision:
     architecture_plugin: PluginInfo
     generation: Generation
     plugin: PluginInfo
-    signs: tuple[Sign, ...]
+    supporting: tuple[Evidence, ...]
     modalities: tuple[Modality, ...]
     evidence: tuple[str, ...]
     forced: bool = False
@@ -61,11 +62,11 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """One generation's claim with core's bars added."""
+    """One generation's claim with core's own evidence added."""
 
     generation: Owned[Generation]
-    signs: tuple[Sign, ...]
-    bars: tuple[Bar, ...]
+    supporting: tuple[Evidence, ...]
+    opposing: tuple[Evidence, ...]
 
     @property
     def name(self) -> str:
@@ -102,7 +103,7 @@ def detect(checkpoint: Checkpoint, plugins: Plugins, generation: str | None = No
         architecture_plugin=architecture.plugin,
         generation=chosen.generation.record,
         plugin=chosen.generation.plugin,
-        signs=chosen.signs,
+        supporting=chosen.supporting,
         modalities=_modalities(checkpoint.config, architecture.record, described),
         evidence=(
             f"architecture {architecture.record.name}: model_type {model_type}, "
@@ -168,9 +169,7 @@ def _cases(
     for info, claim in claims:
         owned = generations.get(claim.generation)
         fault = None
-        if claim.architecture != architecture.name:
-            fault = f"architecture '{claim.architecture}', expected '{architecture.name}'"
-        elif owned is None or owned.plugin.name != info.name:
+        if owned is None or owned.plugin.name != info.name:
             fault = f"generation '{claim.generation}', which it does not describe for this"
         elif claim.generation in cases:
             fault = f"generation '{claim.generation}' twice"
@@ -182,20 +181,21 @@ def _cases(
                 fix=f"update or uninstall {info.distribution}, or leave it out with "
                 f"{DISABLE}={info.name}",
             )
-        bars = (*claim.bars, *_core_bars(checkpoint, owned.record, generations))
-        cases[claim.generation] = _Case(owned, claim.signs, bars)
+        opposing = (*claim.opposing, *_opposing(checkpoint, owned.record, generations))
+        cases[claim.generation] = _Case(owned, claim.supporting, opposing)
     return [cases[name] for name in sorted(cases)]
 
 
-def _core_bars(
+def _opposing(
     checkpoint: Checkpoint, generation: Generation, all_: Mapping[str, Owned[Generation]]
-) -> list[Bar]:
-    """The bars that need the records of every generation, or only the record."""
+) -> list[Evidence]:
+    """Core's evidence against a generation: it needs the records of all generations."""
     template = checkpoint.template
     if template is None or template.sha256 in generation.template_hashes:
         return []
-    bars = [
-        Bar(
+    opposing = [
+        Evidence(
+            supports=False,
             field="chat template",
             value=f"sha256 {template.sha256[:12]}, the one of {other.record.name}",
             expected=f"a template of {generation.name}",
@@ -203,18 +203,19 @@ def _core_bars(
         for other in all_.values()
         if template.sha256 in other.record.template_hashes
     ]
-    # An empty list says nothing: a generation that states no inputs bars none.
+    # An empty list says nothing: a generation that states no inputs excludes none.
     if generation.template_inputs:
         unknown = template.inputs() - STANDARD_INPUTS - set(generation.template_inputs)
         if unknown:
-            bars.append(
-                Bar(
+            opposing.append(
+                Evidence(
+                    supports=False,
                     field="chat template",
                     value=f"reads {', '.join(sorted(unknown))}",
                     expected=f"only variables that {generation.name} has",
                 )
             )
-    return bars
+    return opposing
 
 
 def _choose(
@@ -230,8 +231,8 @@ def _choose(
             expected=" or ".join(case.name for case in cases),
             fix="leave --generation out, or install the plugin that brings it",
         )
-    open_ = [case for case in cases if not case.bars]
-    proven = [case for case in open_ if case.signs]
+    open_ = [case for case in cases if not case.opposing]
+    proven = [case for case in open_ if case.supporting]
     if len(proven) == 1:
         if named not in (None, proven[0].name):
             raise UsageError(
@@ -239,7 +240,7 @@ def _choose(
                 "contradicts the evidence",
                 field="--generation",
                 found=repr(named),
-                expected=f"{proven[0].name}, because {_sign(proven[0].signs[0])}",
+                expected=f"{proven[0].name}, because {_line(proven[0].supporting[0])}",
                 fix="leave --generation out",
             )
         return proven[0], False
@@ -249,7 +250,7 @@ def _choose(
             "has signs of several generations",
             file=checkpoint.source,
             found="; ".join(
-                f"{case.name} ({case.generation.plugin.name}): {_sign(case.signs[0])}"
+                f"{case.name} ({case.generation.plugin.name}): {_line(case.supporting[0])}"
                 for case in proven
             ),
             expected="signs of one",
@@ -260,7 +261,9 @@ def _choose(
             if case.name == named:
                 return case, True
         names = [case.name for case in open_]
-        barred = [f"; {case.name} is barred: {_bar(case.bars[0])}" for case in cases if case.bars]
+        barred = [
+            f"; {case.name} is barred: {_line(case.opposing[0])}" for case in cases if case.opposing
+        ]
         raise InputError(
             "QC-DETECT-003",
             f"its generation is not proven{''.join(barred)}",
@@ -275,15 +278,15 @@ def _choose(
 def _contradicted(
     checkpoint: Checkpoint, cases: list[_Case], infos: list[PluginInfo]
 ) -> QcoreError:
-    """All are barred: a plugin is missing where a bar names it, else the files disagree."""
+    """All are excluded: a plugin is missing where evidence names it, else the files disagree."""
     known = {normal(info.distribution): info for info in infos}
-    for bar in (bar for case in cases for bar in case.bars if bar.pip):
-        info = known.get(normal(bar.pip or ""))
+    for item in (item for case in cases for item in case.opposing if item.pip):
+        info = known.get(normal(item.pip or ""))
         if info is None or info.status is Status.DISABLED:
-            install = f"pip install {bar.pip}"
+            install = f"pip install {item.pip}"
             return PluginError(
                 "QC-DETECT-006",
-                f"needs {bar.pip}, which is {'disabled' if info else 'not installed'}",
+                f"needs {item.pip}, which is {'disabled' if info else 'not installed'}",
                 file=checkpoint.source,
                 found="; ".join(_barred(cases)),
                 fix=f"take '{info.name}' out of {DISABLE}" if info else install,
@@ -300,20 +303,17 @@ def _contradicted(
 
 
 def _barred(cases: Sequence[_Case]) -> list[str]:
-    return [f"not {case.name}: {_bar(case.bars[0])}" for case in cases if case.bars]
+    return [f"not {case.name}: {_line(case.opposing[0])}" for case in cases if case.opposing]
 
 
-def _sign(sign: Sign) -> str:
-    return f"{sign.field}: {sign.value}"
-
-
-def _bar(bar: Bar) -> str:
-    return f"{bar.field}: {bar.value}, expected {bar.expected}"
+def _line(item: Evidence) -> str:
+    expected = "" if item.supports or item.expected is None else f", expected {item.expected}"
+    return f"{item.field}: {item.value}{expected}"
 
 
 def _lines(chosen: _Case, cases: list[_Case], forced: bool) -> list[str]:
     name = f"generation {chosen.name}"
-    lines = [f"{name}: {_sign(sign)}" for sign in chosen.signs]
+    lines = [f"{name}: {_line(item)}" for item in chosen.supporting]
     if forced:
         lines.append(f"{name}: named by --generation; nothing proves or bars it")
     return lines + _barred(cases)

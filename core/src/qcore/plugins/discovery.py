@@ -92,7 +92,7 @@ def catalogue(points: Iterable[EntryPoint] | None, contain: Contain) -> list[Can
             continue
         dist = point.dist
         if id(dist) not in identities:
-            identities[id(dist)] = _read(dist, contain)
+            identities[id(dist)] = identity_of(dist, contain)
         candidate = Candidate(point.name, point.value.strip(), identities[id(dist)])
         if point.group == INDEX:
             index.append(candidate)
@@ -139,7 +139,7 @@ def _installed(contain: Contain) -> tuple[list[EntryPoint], list[Candidate]]:
     unreadable: list[Candidate] = []
     seen: set[str] = set()
     for dist in metadata.distributions():
-        identity = _read(dist, contain)
+        identity = identity_of(dist, contain)
         if (name := normal(identity.distribution)) in seen:
             continue
         seen.add(name)
@@ -159,7 +159,7 @@ def _entry_points(dist: Distribution) -> list[EntryPoint]:
     return list(dist.entry_points)
 
 
-def _read(dist: Distribution | None, contain: Contain) -> Identity:
+def identity_of(dist: Distribution | None, contain: Contain) -> Identity:
     """Identity of a distribution, whatever state its metadata is in."""
     if dist is None:
         return Identity()

@@ -132,7 +132,7 @@ class Plugins:
     def records(self) -> list[Owned[Any]]:
         """What the loadable plugins of this set describe, in name order. Raises nothing.
 
-        The callables on an `Architecture` are contained like hooks.
+        Every function on a record is contained like a hook.
         """
         return [
             Owned(plugin.info, _guarded(plugin, record))
@@ -243,6 +243,8 @@ def _register(plugin: Candidate, module: ModuleType) -> str | None:
             continue
         implemented = True
         hook = options["specname"] or name
+        if hook in hookspecs.RENAMED:
+            return f"hook '{hook}' is now called '{hookspecs.RENAMED[hook]}'"
         if options["wrapper"] or options["hookwrapper"]:
             return f"hook '{name}' is a wrapper, which could swallow others' answers"
         if hook not in known and not options["optionalhook"]:
@@ -320,14 +322,14 @@ def _answers(plugin: Candidate, hook: str, arguments: Mapping[str, Any]) -> list
 
 @dataclass(frozen=True, slots=True)
 class _Guarded:
-    """A callable of a record that names its plugin when it fails; equal where that one is."""
+    """A function on a record that names its plugin when it fails; equal where the function is."""
 
     function: Callable[..., Any]
     what: str
     plugin: Candidate = field(compare=False)
 
-    def __call__(self, *arguments: Any) -> Any:
-        found = contained(partial(self.function, *arguments))
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        found = contained(partial(self.function, *arguments, **named))
         if not isinstance(found, Failure):
             return found
         if isinstance(found.error, QcoreError):
@@ -341,14 +343,19 @@ class _Guarded:
 
 
 def _guarded(plugin: Candidate, record: Any) -> Any:
-    """An `Architecture` whose callables are contained."""
-    from ..api.records import Architecture
+    """The record with every function on it contained, by the annotations of its class."""
+    from .record_check import callable_fields
 
-    if not isinstance(record, Architecture):
-        return record
-    build = _Guarded(record.build, f"build of {record.name}", plugin)
-    tiny = record.tiny and _Guarded(record.tiny, f"tiny of {record.name}", plugin)
-    return replace(record, build=build, tiny=tiny)
+    kind: Any = type(record)
+    functions = {name: getattr(record, name) for name in callable_fields(kind)}
+    return replace(
+        record,
+        **{
+            name: _Guarded(function, f"{name} of {record.name}", plugin)
+            for name, function in functions.items()
+            if function is not None
+        },
+    )
 
 
 def _yields(hook: str) -> tuple[type, ...]:

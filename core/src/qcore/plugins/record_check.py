@@ -2,8 +2,9 @@
 
 Type checkers see a plugin's own code; core sees what arrives. This file decides the check of
 the fields of a frozen record, nested records included, so that a wrong field is the plugin's
-named fault and not a traceback somewhere in core. It knows the few forms of annotation that
-records use and passes over any other.
+named fault and not a traceback somewhere in core; and which fields hold functions of the plugin,
+which `manager` contains. It knows the few forms of annotation that records use and passes over
+any other.
 """
 
 from __future__ import annotations
@@ -32,6 +33,18 @@ class _Names(dict[str, Any]):
 def _hints(kind: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(kind, localns=_Names(kind.__module__))
     return {item.name: hints[item.name] for item in fields(kind)}
+
+
+@cache
+def callable_fields(kind: Any) -> tuple[str, ...]:
+    """Fields of a record class that are annotated as a function, or as one or ``None``."""
+    return tuple(name for name, hint in _hints(kind).items() if _is_callable(hint))
+
+
+def _is_callable(hint: Any) -> bool:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(map(_is_callable, typing.get_args(hint)))
+    return typing.get_origin(hint) is collections.abc.Callable
 
 
 def problem(record: Any) -> str | None:

@@ -33,6 +33,7 @@ class Identified:
         layout: every tensor explained, or as many as could be.
         problems: what could not be explained; empty unless asked to tolerate it.
         quantisation: how the weights were quantised already; ``None`` where they are plain.
+        refused: why that format cannot be used; then it is the only problem.
     """
 
     checkpoint: Checkpoint
@@ -41,6 +42,7 @@ class Identified:
     layout: Layout
     problems: tuple[QcoreError, ...] = ()
     quantisation: Quantisation | None = None
+    refused: QcoreError | None = None
 
     @property
     def modalities(self) -> list[Modality]:
@@ -104,7 +106,9 @@ class Identified:
 
     def adapter_claims(self, shapes: Mapping[str, tuple[int, ...]]) -> list[AdapterClaim]:
         """What plugins say of an adapter's tensors; nothing for PEFT's own layout."""
-        answers = self.plugins.ask("qcore_detect_merge", adapter=shapes, checkpoint=self.checkpoint)
+        answers = self.plugins.ask(
+            "qcore_adapter_layouts", adapter=shapes, checkpoint=self.checkpoint
+        )
         return [claim for _, claim in answers]
 
     def provenance(self) -> dict[str, Any]:
@@ -160,13 +164,14 @@ def identify(
     finally:
         checkpoint.close()  # of the process in which detection rendered the template
     answers = plugins.ask(
-        "qcore_key_mapping",
+        "qcore_parameters",
         architecture=decision.architecture.name,
         config=checkpoint.config,
     )
     # The architecture's own parts first, whatever the plugins are called.
     own = decision.architecture_plugin.name
-    parts = [part for _, part in sorted(answers, key=lambda answer: answer[0].name != own)]
+    answers.sort(key=lambda answer: answer[0].name != own)
+    parts = [replace(part, owner=info.distribution) for info, part in answers]
     quantisation, refused = _quantisation(checkpoint)
     layout, problems = survey(Table(parts), checkpoint, suggest=refused is None)
     layout = replace(layout, idle=frozenset(one.name for one in decision.modalities))
@@ -181,6 +186,7 @@ def identify(
         layout=layout,
         problems=tuple(problems),
         quantisation=quantisation,
+        refused=refused,
     )
 
 

@@ -11,9 +11,10 @@ its findings has the part's name as its field, because it knows what follows; el
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from ..api.records import Finding, PreflightRequest, Severity
+from ..config.frozen_map import Plain
+from ..config.settings import Settings
 from ..errors import InputError, raise_all
 from ..plugins.resolve_model import Identified
 from .context_length import beyond
@@ -24,7 +25,8 @@ def preflight(
     found: Identified,
     *,
     verb: str,
-    settings: Mapping[str, Any],
+    settings: Settings | None = None,
+    template_kwargs: Mapping[str, Plain] | None = None,
     token_ids: Mapping[str, int] | None = None,
 ) -> tuple[str, ...]:
     """Ask core's guards and every plugin's; raise all errors, return the rest as lines.
@@ -32,10 +34,14 @@ def preflight(
     Args:
         found: the model.
         verb: ``train``, ``plan``, ``merge`` or ``generate``.
-        settings: the run's settings by name.
+        settings: those of a training run; ``None`` for other verbs.
+        template_kwargs: variables that the chat template is rendered with, where there are no
+            settings that say so.
         token_ids: ids by token, where the verb reads text.
     """
-    problems = list(unsuitable(found, settings)) if verb in ("train", "plan") else []
+    problems = [] if settings is None else list(unsuitable(found, settings.to_dict()))
+    if settings is not None:
+        template_kwargs = settings.chat_template_kwargs
     request = PreflightRequest(
         verb=verb,
         checkpoint=found.checkpoint,
@@ -43,6 +49,7 @@ def preflight(
         generation=found.decision.generation.name,
         layout=found.layout,
         settings=settings,
+        template_kwargs=template_kwargs or {},
         token_ids=token_ids or {},
     )
     theirs = [finding for _, finding in found.plugins.ask("qcore_preflight", request=request)]
@@ -87,7 +94,7 @@ def _core(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
             what=f"{found.quantisation.line()}: they are decoded to bf16",
             file=str(checkpoint.path),
         )
-    length = request.settings.get("max_length", 0)
+    length = 0 if request.settings is None else request.settings.max_length
     if (longer := beyond(checkpoint.config, length, "max_length")) is not None:
         yield longer
     if request.verb not in ("train", "generate"):

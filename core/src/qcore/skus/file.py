@@ -5,23 +5,24 @@ source, so that a person sees what is known how well; groups that several SKUs s
 once, under ``shared``, and sources once, under ``sources``. A value without a mark or a source
 is a breach, and so is one that is given twice.
 
-It leaves finding files and choosing a record to `qcore.skus`, and the comparison with a
-checkpoint to `qcore.skus.compare`. Code: ``QC-SKU-004`` a file that breaks the contract.
+It leaves finding files and choosing a record to `qcore.skus.registry`, the reading of shapes to
+`qcore.config.expect`, and the comparison with a checkpoint to `qcore.skus.compare`.
+
+Code: ``QC-SKU-004`` a file that breaks the contract.
 """
 
 from __future__ import annotations
 
-import datetime
-import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..config.yaml import Items, Node, Scalar, Table, read
-from ..errors import UsageError
+from ..config.expect import INTEGER, NUMBER, Contract, Expect
+from ..config.yaml import Items, Scalar, Table
 from .records import SECTIONS, Fact, Mark, Plain, Served, Sku
 
 SCHEMA_VERSION = 1
+_CONTRACT = Contract("QC-SKU-004", "breaks the contract of SKU records")
 _FILE_KEYS = ("schema_version", "generation", "sources", "shared", "skus", "hosted")
 _SKU_KEYS = ("id", "architecture", "shared", "facts")
 _HOSTED_KEYS = ("id", "aliases", "instead", "shared", "facts", "served")
@@ -32,126 +33,81 @@ _REQUIRED = (
     "parameters",
 )  # fmt: skip
 _REQUIRED_HOSTED = ("release_date", "context_native", "modalities")
-_INT = re.compile(r"-?\d(_?\d)*")
-_FLOAT = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?")
-
-
-@dataclass(frozen=True, slots=True)
-class _Where:
-    """A place in a file, for the error."""
-
-    file: Path
-    place: str
-    sources: Mapping[str, str] = field(default_factory=dict)
-
-    def at(self, *words: object) -> _Where:
-        return _Where(self.file, ".".join(map(str, (self.place, *words))).strip("."), self.sources)
-
-    def breach(self, found: str, expected: str) -> UsageError:
-        return UsageError(
-            "QC-SKU-004", "breaks the contract of SKU records",
-            file=self.file, field=self.place or None, found=found, expected=expected,
-        )  # fmt: skip
+_LAYOUTS = ("dense", "fused", "per expert")
 
 
 # -- values
 
 
-def _int(node: Node, where: _Where) -> int:
-    text = _text(node, where)
-    if not _INT.fullmatch(text) or (isinstance(node, Scalar) and node.quoted):
-        raise where.breach(repr(text), "a whole number")
-    return int(text)
-
-
-def _number(node: Node, where: _Where) -> float:
-    text = _text(node, where)
-    if not _FLOAT.fullmatch(text):
-        raise where.breach(repr(text), "a number")
-    return float(text)
-
-
-def _text(node: Node, where: _Where) -> str:
-    if not isinstance(node, Scalar) or not node.text.strip():
-        raise where.breach("no text", "text")
-    return " ".join(node.text.split())
-
-
-def _texts(node: Node, where: _Where) -> tuple[str, ...]:
-    if not isinstance(node, Items) or not node.items:
-        raise where.breach("something else", "a list of texts")
-    return tuple(_text(item, where) for item in node.items)
-
-
-def _date(node: Node, where: _Where) -> str:
-    text = _text(node, where)
-    try:
-        return datetime.date.fromisoformat(text).isoformat()
-    except ValueError:
-        raise where.breach(repr(text), "a date, YYYY-MM-DD") from None
-
-
-def _bool(node: Node, where: _Where) -> bool:
-    text = _text(node, where)
-    if text not in ("true", "false"):
-        raise where.breach(repr(text), "true or false")
-    return text == "true"
-
-
-def _layout(node: Node, where: _Where) -> str:
-    text = _text(node, where)
-    if text not in ("dense", "fused", "per expert"):
-        raise where.breach(repr(text), "dense, fused or per expert")
-    return text
-
-
-def _json(node: Node, where: _Where) -> Plain:
+def _json(value: Expect) -> Plain:
     """A value of a JSON file, as JSON would read it; a mapping counts the words of a list."""
+    node = value.node
     if isinstance(node, Items):
-        return tuple(_json(item, where) for item in node.items)
+        return tuple(_json(item) for item in value.items())
     if isinstance(node, Table):
-        return {key: _int(value, where.at(key)) for key, value in node.entries.items()}
+        return {key: count.integer() for key, count in value.mapping().items()}
+    if not isinstance(node, Scalar):
+        return None
     if node.quoted:
         return node.text
     words: dict[str, Plain] = {"null": None, "": None, "true": True, "false": False}
     if node.text in words:
         return words[node.text]
-    if _INT.fullmatch(node.text):
+    if INTEGER.fullmatch(node.text):
         return int(node.text)
-    return float(node.text) if _FLOAT.fullmatch(node.text) else node.text
+    return float(node.text) if NUMBER.fullmatch(node.text) else node.text
 
 
-_Read = Callable[[Node, _Where], Plain]
+def _layout(value: Expect) -> Plain:
+    return value.choice(_LAYOUTS)
+
+
+_Read = Callable[[Expect], Plain]
 
 #: What ``values`` may hold.
 VALUES: Mapping[str, _Read] = {
-    "link": _text,
-    "revisions": _texts,
-    "release_date": _date,
-    "licence": _text,
-    "context_native": _int,
-    "context_extended": _int,
-    "modalities": _texts,
-    "class": _text,
-    "model_type": _text,
-    "text_model_type": _text,
-    "parameters": _int,
-    "template_sha256": _texts,
-    "thinking_by_default": _bool,
-    "variants": _texts,
+    "link": Expect.text,
+    "revisions": Expect.texts,
+    "release_date": Expect.date,
+    "licence": Expect.text,
+    "context_native": Expect.integer,
+    "context_extended": Expect.integer,
+    "modalities": Expect.texts,
+    "class": Expect.text,
+    "model_type": Expect.text,
+    "text_model_type": Expect.text,
+    "parameters": Expect.integer,
+    "template_sha256": Expect.texts,
+    "thinking_by_default": Expect.boolean,
+    "variants": Expect.texts,
 }
 _READERS: Mapping[str, _Read | Mapping[str, _Read]] = {
     "values": VALUES,
     "shape": _json,
     "config": _json,
     "generation_config": _json,
-    "tokens": _int,
-    "tensors": _int,
+    "tokens": Expect.integer,
+    "tensors": Expect.integer,
     "layout": _layout,
 }
 
 
 # -- one file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Context:
+    """What all records of a file share.
+
+    Attributes:
+        generation: of every record.
+        sources: texts by key.
+        shared: groups of facts by name; each fact with section and key.
+    """
+
+    generation: str
+    sources: Mapping[str, str]
+    shared: Mapping[str, tuple[tuple[str, str, Fact], ...]]
 
 
 def read_skus(file: Path) -> list[Sku]:
@@ -162,198 +118,148 @@ def read_skus(file: Path) -> list[Sku]:
     Raises:
         UsageError: ``QC-SKU-004`` the first breach of the contract; ``QC-YAML-*``.
     """
-    where = _Where(file, "")
-    entries = _keys(read(file), _FILE_KEYS, where, optional=("shared", "skus", "hosted"))
-    version = _text(entries["schema_version"], where.at("schema_version"))
-    if version != str(SCHEMA_VERSION):
-        raise where.at("schema_version").breach(version, str(SCHEMA_VERSION))
-    generation = _text(entries["generation"], where.at("generation"))
-    sources = {
-        key: _text(node, where.at("sources", key))
-        for key, node in _mapping(entries["sources"], where.at("sources")).items()
-    }
-    where = _Where(file, "", sources)
-    shared = {
-        name: tuple(_facts(node, where.at("shared", name)))
-        for name, node in _mapping(entries.get("shared"), where.at("shared")).items()
-    }
+    root = Expect.of_file(file, _CONTRACT)
+    entries = root.keys(_FILE_KEYS, optional=("shared", "skus", "hosted"))
+    entries["schema_version"].choice((str(SCHEMA_VERSION),))
+    generation = entries["generation"].text()
+    sources = {key: source.text() for key, source in entries["sources"].mapping().items()}
+    shared = entries["shared"].mapping() if "shared" in entries else {}
+    context = _Context(
+        generation=generation,
+        sources=sources,
+        shared={name: tuple(_facts(group, sources)) for name, group in shared.items()},
+    )
     skus = [
-        _sku(node, generation, shared, where.at("skus", number))
-        for number, node in enumerate(_items(entries.get("skus"), where.at("skus")))
-    ]
-    skus += [
-        _hosted(node, generation, shared, where.at("hosted", number))
-        for number, node in enumerate(_items(entries.get("hosted"), where.at("hosted")))
+        make(entry, context)
+        for section, make in (("skus", _sku), ("hosted", _hosted))
+        if section in entries
+        for entry in entries[section].items()
     ]
     seen: set[str] = set()
     for sku in skus:
         if twice := seen & sku.names():
-            raise where.at(sku.id).breach(f"{sorted(twice)[0]} twice", "each name once")
+            raise root.renamed(sku.id).breach(f"{sorted(twice)[0]} twice", "each name once")
         seen |= sku.names()
     return skus
 
 
-_Shared = Mapping[str, tuple[tuple[str, str, Fact], ...]]
-
-
-def _sku(node: Node, generation: str, shared: _Shared, where: _Where) -> Sku:
-    entries, where = _named(node, _SKU_KEYS, ("shared",), where)
-    facts = _gather(entries, shared, where)
-    for key in _REQUIRED:
-        if key not in facts["values"]:
-            raise where.breach(f"no {key}", ", ".join(_REQUIRED))
+def _sku(entry: Expect, context: _Context) -> Sku:
+    entry = _named(entry)
+    entries = entry.keys(_SKU_KEYS, optional=("shared",))
+    facts = _gather(entry, entries, context, _REQUIRED)
     if not facts["shape"]:
-        raise where.breach("no shape", "the sizes that config.json gives")
+        raise entry.breach("no shape", "the sizes that config.json gives")
     return Sku(
-        id=_text(entries["id"], where),
-        generation=generation,
-        architecture=_text(entries["architecture"], where.at("architecture")),
+        id=entries["id"].text(),
+        generation=context.generation,
+        architecture=entries["architecture"].text(),
         facts=facts,
         origin="",
-        file=where.file,
+        file=entry.file,
     )
 
 
-def _hosted(node: Node, generation: str, shared: _Shared, where: _Where) -> Sku:
-    entries, where = _named(node, _HOSTED_KEYS, ("aliases", "shared"), where)
-    facts = _gather(entries, shared, where)
-    for key in _REQUIRED_HOSTED:
-        if key not in facts["values"]:
-            raise where.breach(f"no {key}", ", ".join(_REQUIRED_HOSTED))
-    served = tuple(
-        _served(one, where.at("served", number))
-        for number, one in enumerate(_items(entries["served"], where.at("served")))
-    )
+def _hosted(entry: Expect, context: _Context) -> Sku:
+    entry = _named(entry)
+    entries = entry.keys(_HOSTED_KEYS, optional=("aliases", "shared"))
+    facts = _gather(entry, entries, context, _REQUIRED_HOSTED)
+    served = tuple(_served(offer, context.sources) for offer in entries["served"].items())
     if not served:
-        raise where.at("served").breach("nobody", "at least one provider")
-    aliases = entries.get("aliases")
+        raise entries["served"].breach("an empty list", "at least one provider")
     return Sku(
-        id=_text(entries["id"], where),
-        generation=generation,
+        id=entries["id"].text(),
+        generation=context.generation,
         architecture=None,
         facts=facts,
-        aliases=() if aliases is None else _texts(aliases, where.at("aliases")),
-        instead=_texts(entries["instead"], where.at("instead")),
+        aliases=entries["aliases"].texts() if "aliases" in entries else (),
+        instead=entries["instead"].texts(),
         served=served,
         origin="",
-        file=where.file,
+        file=entry.file,
     )
 
 
-def _served(node: Node, where: _Where) -> Served:
-    entries = _keys(node, _SERVED_KEYS, where, optional=("note", "context", "output"))
-    mark, source = _evidence(entries, where)
-    prices = _mapping(entries["prices"], where.at("prices"))
-    for key in prices:
-        if key not in _PRICES:
-            raise where.at("prices").breach(f"the key {key}", ", ".join(_PRICES))
+def _served(entry: Expect, sources: Mapping[str, str]) -> Served:
+    entries = entry.keys(_SERVED_KEYS, optional=("note", "context", "output"))
+    mark, source = _evidence(entries, sources)
+    prices = entries["prices"].keys(_PRICES, optional=_PRICES)
     return Served(
-        provider=_text(entries["provider"], where.at("provider")),
-        id=_text(entries["id"], where.at("id")),
-        prices={key: _number(value, where.at("prices", key)) for key, value in prices.items()},
+        provider=entries["provider"].text(),
+        id=entries["id"].text(),
+        prices={kind: price.number() for kind, price in prices.items()},
         mark=mark,
         source=source,
-        context=_int(entries["context"], where.at("context")) if "context" in entries else None,
-        output=_int(entries["output"], where.at("output")) if "output" in entries else None,
-        note=_text(entries["note"], where.at("note")) if "note" in entries else None,
+        context=entries["context"].integer() if "context" in entries else None,
+        output=entries["output"].integer() if "output" in entries else None,
+        note=entries["note"].text() if "note" in entries else None,
     )
+
+
+def _named(entry: Expect) -> Expect:
+    """A record, placed by its id instead of its number."""
+    named = entry.node.entries.get("id") if isinstance(entry.node, Table) else None
+    return entry.renamed(named.text) if isinstance(named, Scalar) else entry
 
 
 def _gather(
-    entries: Mapping[str, Node], shared: _Shared, where: _Where
+    entry: Expect, entries: Mapping[str, Expect], context: _Context, required: tuple[str, ...]
 ) -> dict[str, dict[str, Fact]]:
-    """The facts of one SKU: the shared ones that it names, then its own."""
+    """The facts of one SKU: its own and the shared ones that it names."""
     gathered: dict[str, dict[str, Fact]] = {section: {} for section in SECTIONS}
-    named = entries.get("shared")
-    facts = list(_facts(entries["facts"], where.at("facts")))
-    for name in () if named is None else _texts(named, where.at("shared")):
-        facts += _borrowed(name, shared, where.at("shared"))
+    facts = list(_facts(entries["facts"], context.sources))
+    if "shared" in entries:
+        for name in entries["shared"].texts():
+            facts += _borrowed(name, context, entries["shared"])
     for section, key, fact in facts:
         if key in gathered[section]:
-            raise where.at(section, key).breach("the value twice", "each value once")
+            place = f"{entry.place}.{section}.{key}"
+            raise entry.renamed(place).breach("the value twice", "each value once")
         gathered[section][key] = fact
+    for key in required:
+        if key not in gathered["values"]:
+            raise entry.breach(f"no {key}", ", ".join(required))
     return gathered
 
 
-def _borrowed(name: str, shared: _Shared, where: _Where) -> Iterator[tuple[str, str, Fact]]:
+def _borrowed(name: str, context: _Context, entry: Expect) -> Iterator[tuple[str, str, Fact]]:
     """Shared facts; ``NAME as MARK`` takes them for no better known than that."""
     name, _, word = name.partition(" as ")
-    if name not in shared:
-        raise where.breach(name, ", ".join(shared) or "no shared facts")
-    weakest = _mark(word, where) if word else Mark.VERIFIED
+    if name not in context.shared:
+        raise entry.breach(name, ", ".join(context.shared) or "no shared facts")
+    weakest = _mark(word, entry) if word else Mark.VERIFIED
     order = list(Mark)
-    for section, key, fact in shared[name]:
+    for section, key, fact in context.shared[name]:
         mark = max(fact.mark, weakest, key=order.index)
         yield section, key, Fact(fact.value, mark, fact.source)
 
 
-def _facts(node: Node, where: _Where) -> Iterator[tuple[str, str, Fact]]:
-    for number, group in enumerate(_items(node, where)):
-        here = where.at(number)
-        entries = _keys(group, ("mark", "source", *SECTIONS), here, optional=SECTIONS)
-        mark, source = _evidence(entries, here)
+def _facts(entry: Expect, sources: Mapping[str, str]) -> Iterator[tuple[str, str, Fact]]:
+    for group in entry.items():
+        entries = group.keys(("mark", "source", *SECTIONS), optional=SECTIONS)
+        mark, source = _evidence(entries, sources)
         for section, how in _READERS.items():
-            for key, value in _mapping(entries.get(section), here.at(section)).items():
+            if section not in entries:
+                continue
+            for key, value in entries[section].mapping().items():
                 reader = how if callable(how) else how.get(key)
                 if reader is None:
-                    raise here.at(section).breach(f"the key {key}", ", ".join(VALUES))
-                yield section, key, Fact(reader(value, here.at(section, key)), mark, source)
+                    raise entries[section].breach(f"the key {key}", ", ".join(VALUES))
+                yield section, key, Fact(reader(value), mark, source)
 
 
-def _evidence(entries: Mapping[str, Node], where: _Where) -> tuple[Mark, str]:
+def _evidence(entries: Mapping[str, Expect], sources: Mapping[str, str]) -> tuple[Mark, str]:
     """Mark and source of a group; a source is one key of ``sources``, or several."""
-    mark = _mark(_text(entries["mark"], where.at("mark")), where.at("mark"))
-    node = entries["source"]
-    keys = _texts(node, where) if isinstance(node, Items) else (_text(node, where.at("source")),)
+    mark = _mark(entries["mark"].text(), entries["mark"])
+    entry = entries["source"]
+    keys = entry.texts() if isinstance(entry.node, Items) else (entry.text(),)
     for key in keys:
-        if key not in where.sources:
-            raise where.at("source").breach(key, "a key of sources")
-    return mark, "; ".join(where.sources[key] for key in keys)
+        if key not in sources:
+            raise entry.breach(key, "a key of sources")
+    return mark, "; ".join(sources[key] for key in keys)
 
 
-def _mark(text: str, where: _Where) -> Mark:
+def _mark(text: str, entry: Expect) -> Mark:
     marks = [mark.value for mark in Mark]
     if text not in marks:
-        raise where.breach(text, " or ".join(marks))
+        raise entry.breach(text, " or ".join(marks))
     return Mark(text)
-
-
-def _named(
-    node: Node, keys: tuple[str, ...], optional: tuple[str, ...], where: _Where
-) -> tuple[dict[str, Node], _Where]:
-    """The entries of a record, and its place told by its id."""
-    named = node.entries.get("id") if isinstance(node, Table) else None
-    if isinstance(named, Scalar):
-        where = _Where(where.file, named.text, where.sources)
-    return _keys(node, keys, where, optional=optional), where
-
-
-def _keys(
-    node: Node | None, keys: tuple[str, ...], where: _Where, optional: tuple[str, ...] = ()
-) -> dict[str, Node]:
-    """The entries of a mapping that has these keys and no other."""
-    if not isinstance(node, Table):
-        raise where.breach("something else", f"a mapping of {', '.join(keys)}")
-    for key in node.entries:
-        if key not in keys:
-            raise where.breach(f"the key {key}", ", ".join(keys))
-    for key in keys:
-        if key not in node.entries and key not in optional:
-            raise where.breach(f"no {key}", ", ".join(keys))
-    return node.entries
-
-
-def _mapping(node: Node | None, where: _Where) -> dict[str, Node]:
-    if node is None:
-        return {}
-    if not isinstance(node, Table):
-        raise where.breach("something else", "a mapping")
-    return node.entries
-
-
-def _items(node: Node | None, where: _Where) -> tuple[Node, ...]:
-    if node is None:
-        return ()
-    if not isinstance(node, Items):
-        raise where.breach("something else", "a list")
-    return node.items

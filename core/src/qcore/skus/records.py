@@ -18,6 +18,12 @@ Plain = None | bool | int | float | str | tuple["Plain", ...] | Mapping[str, int
 SECTIONS = ("values", "shape", "config", "generation_config", "tokens", "tensors", "layout")
 
 
+def spellings(name: str) -> tuple[str, str]:
+    """The forms of a name that mean one record: in lower case, with and without organisation."""
+    lower = name.lower()
+    return lower, lower.rpartition("/")[2]
+
+
 class Mark(str, Enum):
     """How well a value is known."""
 
@@ -98,8 +104,8 @@ class Sku:
 
     def names(self) -> frozenset[str]:
         """Every name it goes by, in lower case, with and without the organisation."""
-        full = {self.id, *self.aliases, *(one.id for one in self.served)}
-        return frozenset(name.lower() for one in full for name in (one, one.rpartition("/")[2]))
+        full = {self.id, *self.aliases, *(offer.id for offer in self.served)}
+        return frozenset(form for name in full for form in spellings(name))
 
     def value(self, key: str) -> Plain:
         """A value of the section ``values``; ``None`` where the record has none."""

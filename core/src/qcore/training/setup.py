@@ -22,7 +22,7 @@ from ..data.sampler import Schedule
 from ..errors import InputError
 from ..io.artifact import check_target
 from ..nn.device import pick_device
-from ..nn.kernels.registry import Chosen, check_names, check_used, choose, installed
+from ..nn.kernels.registry import Chosen, choose, installed, requested
 from ..nn.model import ops_of
 from ..nn.recompute import POLICIES
 from ..planning.compare import RunPlan
@@ -109,10 +109,10 @@ def prepare(
 
 def _preflight(base: _Base, reported: Collection[str] = ()) -> list[str]:
     """Report what preflight says of a model, less what was `reported` before."""
-    settings, ids = base.settings.to_dict(), base.tokenizer.get_vocab()
+    ids = base.tokenizer.get_vocab()
     lines = [
         *base.model.decision.evidence,
-        *preflight(base.model, verb="train", settings=settings, token_ids=ids),
+        *preflight(base.model, verb="train", settings=base.settings, token_ids=ids),
     ]
     base.reporter.lines(line for line in lines if line not in reported)
     return lines
@@ -168,13 +168,12 @@ def _reaches_media(rows: Dataset, settings: Settings) -> bool:
 
 def _kernels(base: _Base, device: torch.device) -> Chosen:
     """A backend for each op of the model, verified on the device."""
-    model, wanted = base.model, base.settings.kernels
+    model = base.model
     used = ops_of(
         model.decision.architecture, model.checkpoint.config, model.layout, model.modality
     )
     listed = installed(model.plugins)
-    check_names(listed, wanted)
-    check_used(wanted, used.ops)
+    wanted = requested(listed, base.settings.kernels, used.ops)
     kernels = choose(listed, device, wanted, used)
     base.reporter.lines(kernels.lines())
     return kernels

@@ -6,7 +6,7 @@ neither torch nor Triton.
 
 from __future__ import annotations
 
-#: Op -> (module of this package, its function).
+#: Op, without its namespace ``qwen35`` -> (module of this package, its function).
 TRITON = {
     "rms_norm": ("norm.triton", "rms_norm"),
     "add_rms_norm": ("norm.triton", "add_rms_norm"),

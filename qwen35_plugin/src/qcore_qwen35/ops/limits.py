@@ -58,7 +58,7 @@ def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
     return text["linear_key_head_dim"], text["linear_value_head_dim"]
 
 
-#: Op -> why a model of this config cannot be computed.
+#: Op, without its namespace -> why a model of this config cannot be computed.
 OF_MODEL: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
     "delta_rule": lambda config: rule_heads(*_heads(config)),
     "delta_step": lambda config: step_heads(*_heads(config)),

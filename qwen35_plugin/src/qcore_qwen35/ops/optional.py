@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from qcore.api.records import Kernel, KnownBad, Verdict
+from qcore.api import Kernel, KnownBad, Verdict
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ _CHANNELS = 8  # strides in elements that the convolution wants multiples of
 def kernels() -> Iterator[Kernel]:
     """The records."""
     yield Kernel(
-        op="delta_rule",
+        op="qwen35::delta_rule",
         backend="flash_qla",
         load=_flash_qla,
         verify=partial(_verify, "delta_rule", _flash_qla),
@@ -57,7 +57,7 @@ def kernels() -> Iterator[Kernel]:
         requires=("flash-qla>=0.1.3", "tilelang>=0.1.12"),
     )
     yield Kernel(
-        op="delta_rule",
+        op="qwen35::delta_rule",
         backend="fla",
         load=_fla,
         verify=partial(_verify, "delta_rule", _fla),
@@ -68,7 +68,7 @@ def kernels() -> Iterator[Kernel]:
         known_bad=(_HOPPER,),
     )
     yield Kernel(
-        op="delta_inputs",
+        op="qwen35::delta_inputs",
         backend="causal_conv1d",
         load=_causal_conv1d,
         verify=partial(_verify, "delta_inputs", _causal_conv1d),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcore.api.records import Verdict
+from qcore.api import Verdict
 from qcore.ops import Routing, compare, worst_verdict
 
 from ..moe import router

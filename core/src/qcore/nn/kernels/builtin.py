@@ -1,7 +1,7 @@
-"""The backends of core's own ops, as records: torch-free, what they need is imported inside.
+"""Core's own ops and their backends, as records that import no torch.
 
-This file decides which of them there are and their order; each is written and verified in a
-file of `qcore.nn`.
+This file decides which ops and backends there are; each backend is written and verified in a
+file of `qcore.nn`, which its record imports on first use. Core's ops have no namespace.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ...api.records import Kernel
+from ...api.records import Kernel, Op
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +23,18 @@ TRITON = {
     "nf4_dequantize": ("qlora.nf4_triton", "dequantize", "qlora.nf4_triton"),
     "qlora_linear": ("qlora.fused_triton", "linear", "qlora.fused_verify"),
 }
-#: Those whose reference waits for the device.
+#: Ops whose reference waits for the device.
 WAITING = ("experts", "nf4_dequantize")
 
 
+def core_ops() -> Iterator[Op]:
+    """Attention, experts and their routing, the loss, NF4 and linear maps."""
+    for name in ("attention", *TRITON):
+        yield Op(name=name, reference_waits=name in WAITING)
+
+
 def core_kernels() -> Iterator[Kernel]:
-    """The backends of attention, experts, the loss, NF4 and linear maps."""
+    """The backends of core's ops."""
     yield Kernel(
         op="attention",
         backend="fused",
@@ -44,7 +50,6 @@ def core_kernels() -> Iterator[Kernel]:
             verify=_calling(judge, "verify"),
             refuse=_needs_cuda,
             requires=("triton>=3.2",),
-            reference_waits=op in WAITING,
         )
 
 

@@ -17,7 +17,7 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ...api.records import Kernel, KnownBad, Verdict
+from ...api.records import Kernel, KnownBad, Op, Verdict
 from ...errors import NumericError, PluginError, QcoreError, UsageError
 from ...plugins.info import Failure
 from ...plugins.manager import contained
@@ -40,10 +40,17 @@ class State(str, Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
-    """A backend and who brought it: ``qcore`` or a plugin, in words."""
+    """A backend, who provides it, and the op that it computes.
+
+    Attributes:
+        owner: ``qcore`` or a plugin, in words.
+        kernel: the backend.
+        op: the op's record; the defaults where no plugin declares the op.
+    """
 
     owner: str
     kernel: Kernel
+    op: Op
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,10 +211,9 @@ def _refused(one: Listed, reason: str, **more: Any) -> Line:
 
 
 def reference(backends: Sequence[Listed], state: State, reason: str = "") -> Line:
-    """The line of an op's reference, of which the records of its `backends` tell."""
-    waits = any(one.kernel.reference_waits for one in backends)
-    op = backends[0].kernel.op
-    return Line(op=op, backend=REFERENCE, state=state, reason=reason, waits=waits)
+    """The line of the reference of the op that `backends` compute."""
+    op = backends[0].op
+    return Line(op=op.name, backend=REFERENCE, state=state, reason=reason, waits=op.reference_waits)
 
 
 def raised(one: Listed, failure: Failure) -> PluginError:

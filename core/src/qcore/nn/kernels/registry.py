@@ -1,15 +1,19 @@
-"""Which backend computes each op of a run: judged, chosen, told.
+"""Registry of kernels: which backend computes each op of a run.
 
-This file decides that every op has a reference, that a backend is taken only where it passes
-(`kernel_judge`), and that a backend asked for is taken or the run stops: nothing falls back from
-a wish. Without a wish CPUs use references, and other devices the backend of highest priority
-that passes; what was passed over is told.
+This file decides that every op has a reference in torch, that a backend is taken only if it
+passes its checks (`judge`), and that a backend which the user asks for is taken or the run stops.
+If the user asks for none, CPUs use references, and other devices use the backend of the highest
+priority that passes; the run reports what it passed over.
 
-Which backends there are is said by plugins (hook ``qcore_kernels``) and by `core_kernels`.
-Nothing here imports torch; what a record's callables import is theirs.
+Plugins (hook ``qcore_kernels``) and `builtin` provide ops and backends. Nothing here imports
+torch; the callables of a record import what they need.
 
-Codes: ``QC-KERNEL-001`` no such op, ``-002`` no such backend, ``-006`` two of one name, ``-007`` an
-op that the model does not use; of one that was asked for, those of `kernel_judge`.
+An op is named ``namespace::op``, the namespace being that of the plugin whose blocks ask for it;
+core's ops have none. Settings may leave out the namespace if one op of the model has that name.
+
+Codes: ``QC-KERNEL-001`` unknown op, ``-002`` unknown backend, ``-006`` a name that two plugins
+provide, ``-007`` an op that the model does not use, ``-008`` a plugin's op without a namespace;
+those of `judge` for a backend that the user asks for.
 """
 
 from __future__ import annotations
@@ -19,11 +23,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ...api.records import Kernel
+from ...api.records import Kernel, Op
 from ...errors import PluginError, QcoreError, UsageError, raise_all
 from ...plugins.info import Failure
 from ...plugins.manager import Plugins, contained
-from .builtin import core_kernels
+from .builtin import core_kernels, core_ops
 from .judge import REFERENCE, SETTING, Line, Listed, State, judge, line_of, raised, reference
 
 if TYPE_CHECKING:
@@ -36,21 +40,22 @@ __all__ = [
     "Listed",
     "State",
     "Used",
-    "check_names",
-    "check_used",
     "choose",
     "installed",
+    "requested",
     "survey",
     "surveyed",
 ]
 
+CORE = "qcore"  #: owner of core's ops
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Used:
-    """What backends are chosen for (`qcore.nn.model.ops_of`).
+    """The model that backends are chosen for (`qcore.nn.model.ops_of`).
 
     Attributes:
-        ops: the ops that the model consists of.
+        ops: full names of the ops that its blocks ask for.
         config: its config.json.
     """
 
@@ -64,8 +69,8 @@ class Chosen:
 
     Attributes:
         device: ``cuda`` or ``cpu``, as torch names its type.
-        table: every backend that was looked at, references included.
-        functions: what replaces a reference, by op.
+        table: every backend that was considered, references included.
+        functions: the function that replaces the reference, by op.
     """
 
     device: str
@@ -73,7 +78,7 @@ class Chosen:
     functions: Mapping[str, Callable[..., Any]]
 
     def get(self, op: str) -> Callable[..., Any] | None:
-        """The function, or ``None``: the op's reference."""
+        """The function that computes `op`, or ``None`` if its reference does."""
         return self.functions.get(op)
 
     @property
@@ -82,68 +87,186 @@ class Chosen:
         return {line.op: line.backend for line in self.table if line.state is State.CHOSEN}
 
     def lines(self) -> list[str]:
-        """What is used, on one line, then what a user may want to know was passed over."""
-        taken = self.backends
-        if not taken:
+        """The chosen backends on one line, then a line for each that could have been faster."""
+        backends = self.backends
+        if not backends:
             return []
-        if set(taken.values()) == {REFERENCE} and self.device == "cpu":
-            return [f"kernels: references in torch for all {len(taken)} ops (cpu)"]
-        told = ["kernels: " + ", ".join(f"{op}={name}" for op, name in taken.items())]
+        if set(backends.values()) == {REFERENCE} and self.device == "cpu":
+            return [f"kernels: references in torch for all {len(backends)} ops (cpu)"]
+        report = ["kernels: " + ", ".join(f"{op}={name}" for op, name in backends.items())]
         for line in self.table:
-            slower = taken[line.op] == REFERENCE and self.device != "cpu"
+            slower = backends[line.op] == REFERENCE and self.device != "cpu"
             if line.state is State.REFUSED and (line.alarming or slower):
-                told.append(
+                report.append(
                     f"kernel {line.op}={line.backend} is not used: {line.reason}; "
-                    f"{taken[line.op]} computes it"
+                    f"{backends[line.op]} computes it"
                 )
-        return told
+        return report
 
 
 def installed(plugins: Plugins) -> list[Listed]:
     """The backends of core and of `plugins`, in order of op, then highest priority.
 
     Raises:
-        PluginError: ``QC-KERNEL-006``; ``QC-PLUGIN-002`` or ``-003`` of a plugin that fails.
+        PluginError: ``QC-KERNEL-006`` or ``-008``; ``QC-PLUGIN-002`` or ``-003`` of a plugin that
+            fails.
     """
-    brought = [(str(info), kernel) for info, kernel in plugins.ask("qcore_kernels")]
-    found, problems = _listed(brought)
+    records = [(str(info), record) for info, record in plugins.ask("qcore_kernels")]
+    backends, problems = _listed(records)
     raise_all(problems)
-    return found
+    return backends
 
 
 def surveyed(plugins: Plugins) -> tuple[list[Listed], list[QcoreError]]:
     """As `installed`, for reports that must go on: what can be listed, and what is wrong."""
-    brought, problems = [], []
+    records, problems = [], []
     for info, answers in plugins.survey("qcore_kernels"):
         if isinstance(answers, QcoreError):
             problems.append(answers)
         else:
-            brought += [(str(info), kernel) for kernel in answers]
-    found, twice = _listed(brought)
-    return found, [*problems, *twice]
+            records += [(str(info), record) for record in answers]
+    backends, more = _listed(records)
+    return backends, [*problems, *more]
 
 
-def _listed(brought: Iterable[tuple[str, Kernel]]) -> tuple[list[Listed], list[QcoreError]]:
-    found: dict[tuple[str, str], Listed] = {}
-    problems: list[QcoreError] = []
-    for owner, kernel in (*(("qcore", own) for own in core_kernels()), *brought):
-        name = (kernel.op, kernel.backend)
-        if name in found or kernel.backend == REFERENCE:
-            first = found[name].owner if name in found else "the reference"
-            twice = PluginError(
-                "QC-KERNEL-006",
-                f"kernel {kernel.op}={kernel.backend} is brought twice",
-                found=f"{first} and {owner}",
-                fix="uninstall one of them, or report this to its author",
-            )
-            problems.append(twice)
+def _listed(
+    records: Iterable[tuple[str, Op | Kernel]],
+) -> tuple[list[Listed], list[QcoreError]]:
+    own: list[tuple[str, Op | Kernel]] = [(CORE, op) for op in core_ops()]
+    own += [(CORE, kernel) for kernel in core_kernels()]
+    every = [*own, *records]
+    ops, problems = _declared(every)
+    backends: dict[tuple[str, str], Listed] = {}
+    for owner, kernel in every:
+        if not isinstance(kernel, Kernel):
             continue
-        found[name] = Listed(owner=owner, kernel=kernel)
+        name = (kernel.op, kernel.backend)
+        if name in backends or kernel.backend == REFERENCE:
+            first = backends[name].owner if name in backends else "the reference"
+            problems.append(_twice(f"kernel {kernel.op}={kernel.backend}", first, owner))
+        elif problem := _lacks_namespace(kernel.op, owner, ops):
+            problems.append(problem)
+        else:
+            op = ops[kernel.op][1] if kernel.op in ops else Op(name=kernel.op)
+            backends[name] = Listed(owner=owner, kernel=kernel, op=op)
 
-    def order(one: Listed) -> tuple[str, int, str]:
-        return one.kernel.op, -one.kernel.priority, one.kernel.backend
+    def order(backend: Listed) -> tuple[str, int, str]:
+        return backend.kernel.op, -backend.kernel.priority, backend.kernel.backend
 
-    return sorted(found.values(), key=order), problems
+    return sorted(backends.values(), key=order), problems
+
+
+def _declared(
+    records: Iterable[tuple[str, Op | Kernel]],
+) -> tuple[dict[str, tuple[str, Op]], list[QcoreError]]:
+    """Owner and record of each op that is declared, by full name."""
+    ops: dict[str, tuple[str, Op]] = {}
+    problems: list[QcoreError] = []
+    for owner, op in records:
+        if not isinstance(op, Op):
+            continue
+        if op.name in ops:
+            problems.append(_twice(f"op {op.name}", ops[op.name][0], owner))
+        elif problem := _lacks_namespace(op.name, owner, ops):
+            problems.append(problem)
+        else:
+            ops[op.name] = owner, op
+    return ops, problems
+
+
+def _twice(what: str, first: str, second: str) -> PluginError:
+    return PluginError(
+        "QC-KERNEL-006",
+        f"{what} is provided twice",
+        found=f"{first} and {second}",
+        fix="uninstall one of them, or ask its author for another name",
+    )
+
+
+def _lacks_namespace(op: str, owner: str, ops: Mapping[str, tuple[str, Op]]) -> PluginError | None:
+    """The error of a plugin's op that another plugin's could be mistaken for."""
+    namespace, separator, name = op.partition("::")
+    if owner == CORE or (separator and namespace and name):
+        return None
+    if op in ops and ops[op][0] == CORE:
+        return None  # another backend of an op of core
+    return PluginError(
+        "QC-KERNEL-008",
+        f"{owner} names an op without a namespace",
+        found=op,
+        expected=f"namespace::{op.replace(':', '') or 'op'}",
+        fix="update the plugin, or uninstall it",
+    )
+
+
+def requested(
+    kernels: Sequence[Listed], wanted: Mapping[str, str], used: Collection[str]
+) -> dict[str, str]:
+    """The backends that a run's settings ask for, by the full name of their op.
+
+    Args:
+        kernels: as `installed` returns them.
+        wanted: op to backend as the user wrote them; ``reference`` is a backend of every op.
+        used: full names of the model's ops; a short name is looked up in these first.
+
+    Raises:
+        UsageError: ``QC-KERNEL-001`` for an unknown op or a short name of several ops, ``-002``
+            for an unknown backend, ``-007`` for an op that the model does not use;
+            ``QC-CONFIG-005`` for an op named twice.
+    """
+    written = _written(kernels, wanted, used)
+    for op, name in written.items():
+        if op not in used:
+            raise UsageError(
+                "QC-KERNEL-007",
+                "is an op that this model does not use",
+                field=f"{SETTING}.{name}",
+                expected=f"one of {', '.join(sorted(used))}",
+                fix="leave it out",
+            )
+    return {op: wanted[name] for op, name in written.items()}
+
+
+def _written(
+    kernels: Sequence[Listed], wanted: Mapping[str, str], used: Collection[str] | None
+) -> dict[str, str]:
+    """What the user wrote for each op, by the op's full name; backends must exist."""
+    ops = list(dict.fromkeys(backend.kernel.op for backend in kernels))
+    written: dict[str, str] = {}
+    for name, choice in wanted.items():
+        op = _full_name(name, ops, used)
+        backends = [REFERENCE, *(b.kernel.backend for b in kernels if b.kernel.op == op)]
+        if choice not in backends:
+            raise _unknown("QC-KERNEL-002", name, "has no such backend", choice, backends)
+        if op in written:
+            raise UsageError(
+                "QC-CONFIG-005",
+                f"is given twice: it is the op '{op}'",
+                field=f"{SETTING}.{name}",
+                fix=f"leave out {written[op]} or {name}",
+            )
+        written[op] = name
+    return written
+
+
+def _full_name(written: str, ops: Sequence[str], used: Collection[str] | None) -> str:
+    """The op that a user means: a full name, or the name of one op without its namespace."""
+    if written in ops:
+        return written
+    matches = [op for op in ops if op.rpartition("::")[2] == written]
+    matches = [op for op in matches if used is None or op in used] or matches
+    if len(matches) > 1:
+        raise UsageError(
+            "QC-KERNEL-001",
+            "is the name of several ops",
+            field=f"{SETTING}.{written}",
+            found=written,
+            expected="one of " + ", ".join(matches),
+            fix="write the full name",
+        )
+    if not matches:
+        raise _unknown("QC-KERNEL-001", written, "is no op", written, ops)
+    return matches[0]
 
 
 def choose(
@@ -155,30 +278,31 @@ def choose(
     """Take one backend for each op.
 
     Args:
-        kernels: what `installed` gave.
+        kernels: as `installed` returns them.
         device: where the run computes.
-        wanted: op to backend; ``reference`` is one of every op.
-        used: what the run consists of; a backend of no other op is verified unless it is
-            asked for. ``None``: all ops, of no model.
+        wanted: op to backend, as in `requested`.
+        used: the model; backends of ops that it does not use are verified only if `wanted` names
+            them. ``None``: all ops, of no model.
 
     Raises:
-        UsageError: ``QC-KERNEL-001`` to ``-003``, of a backend that was asked for.
+        UsageError: those of `requested` but ``-007``; ``QC-KERNEL-003`` for a backend that the
+            user asks for.
         NumericError: ``QC-KERNEL-004``, likewise.
         PluginError: ``QC-KERNEL-005``, likewise.
     """
-    check_names(kernels, wanted)
-    ops = list(dict.fromkeys(one.kernel.op for one in kernels))
+    written = _written(kernels, wanted, None if used is None else used.ops)
+    asked = {op: wanted[name] for op, name in written.items()}
     table: list[Line] = []
     functions: dict[str, Callable[..., Any]] = {}
-    for op in ops:
+    for op in dict.fromkeys(backend.kernel.op for backend in kernels):
         mine = used is None or op in used.ops
-        if not mine and op not in wanted:
+        if not mine and op not in asked:
             continue
-        backends = [one for one in kernels if one.kernel.op == op]
+        backends = [backend for backend in kernels if backend.kernel.op == op]
         config = used.config if used is not None and mine else None
         lines, function = (
-            _asked(backends, wanted[op], device, config)
-            if op in wanted
+            _asked(backends, asked[op], device, config)
+            if op in asked
             else _best(backends, device, config)
         )
         table += lines
@@ -187,74 +311,38 @@ def choose(
     return Chosen(device=device.type, table=tuple(table), functions=functions)
 
 
-def check_names(kernels: Sequence[Listed], wanted: Mapping[str, str]) -> None:
-    """Refuse an op, or a backend of one, that nobody brought; whether it runs is not asked.
-
-    Raises:
-        UsageError: ``QC-KERNEL-001`` or ``-002``.
-    """
-    ops = list(dict.fromkeys(one.kernel.op for one in kernels))
-    for op, name in wanted.items():
-        if op not in ops:
-            raise _unknown("QC-KERNEL-001", op, "is no op", op, ops)
-        names = [REFERENCE, *(one.kernel.backend for one in kernels if one.kernel.op == op)]
-        if name not in names:
-            raise _unknown("QC-KERNEL-002", op, "has no such backend", name, names)
-
-
-def check_used(wanted: Iterable[str], used: Collection[str]) -> None:
-    """Refuse a backend of an op that the model does not have: it would have no effect.
-
-    Args:
-        wanted: ops that the settings name; `check_names` has accepted them.
-        used: ops of the model (`model.ops_of`).
-
-    Raises:
-        UsageError: ``QC-KERNEL-007``.
-    """
-    for op in wanted:
-        if op not in used:
-            raise UsageError(
-                "QC-KERNEL-007",
-                "is an op that this model does not use",
-                field=f"kernels.{op}",
-                expected=f"one of {', '.join(sorted(used))}",
-                fix="leave it out",
-            )
-
-
 _Config = Mapping[str, Any] | None
 _Taken = tuple[list[Line], Callable[..., Any] | None]
 
 
 def _asked(backends: Sequence[Listed], name: str, device: torch.device, config: _Config) -> _Taken:
-    """The backend that the user named, or the error that it is."""
+    """The backend that the user named; raises if it cannot be used."""
     if name == REFERENCE:
         return [reference(backends, State.CHOSEN, "asked for")], None
-    one = next(one for one in backends if one.kernel.backend == name)
-    line, problem = judge(one, device, config, fresh=False)
+    backend = next(backend for backend in backends if backend.kernel.backend == name)
+    line, problem = judge(backend, device, config, fresh=False)
     if problem is not None:
         raise problem
-    function = contained(one.kernel.load)
+    function = contained(backend.kernel.load)
     if isinstance(function, Failure):
-        raise raised(one, function)
+        raise raised(backend, function)
     line = replace(line, state=State.CHOSEN, reason="asked for")
     return [line, reference(backends, State.AVAILABLE)], function
 
 
 def _best(backends: Sequence[Listed], device: torch.device, config: _Config) -> _Taken:
-    """The first that passes; the reference where none does, and on CPUs."""
+    """The first backend that passes; the reference where none does, and on CPUs."""
     if device.type == "cpu":
         return [reference(backends, State.CHOSEN, "on cpu unless asked for")], None
     lines: list[Line] = []
     chosen: Callable[..., Any] | None = None
-    for one in backends:
-        if chosen is not None or one.kernel.priority <= 0:
-            lines.append(line_of(one, State.AVAILABLE, "not looked at"))
+    for backend in backends:
+        if chosen is not None or backend.kernel.priority <= 0:
+            lines.append(line_of(backend, State.AVAILABLE, "not looked at"))
             continue
-        line, problem = judge(one, device, config, fresh=False)
+        line, problem = judge(backend, device, config, fresh=False)
         if problem is None:
-            function = contained(one.kernel.load)
+            function = contained(backend.kernel.load)
             if not isinstance(function, Failure):
                 chosen = function
                 line = replace(line, state=State.CHOSEN)
@@ -266,36 +354,40 @@ def _best(backends: Sequence[Listed], device: torch.device, config: _Config) -> 
 
 
 def survey(kernels: Sequence[Listed], device: torch.device) -> tuple[list[Line], list[QcoreError]]:
-    """Every backend verified anew, which a run without wishes takes, and what is wrong.
+    """Verify every backend anew, for a report; raises nothing.
 
-    Raises nothing. Wrong is a backend that runs here and computes something else, or raises.
+    Returns:
+        A line for each backend, marking those that a run takes by default, and the errors of
+        backends that run on this device but disagree with the reference, or raise.
     """
     lines: list[Line] = []
     problems: list[QcoreError] = []
-    for op in dict.fromkeys(one.kernel.op for one in kernels):
-        backends = [one for one in kernels if one.kernel.op == op]
-        found: list[Line] = []
+    for op in dict.fromkeys(backend.kernel.op for backend in kernels):
+        backends = [backend for backend in kernels if backend.kernel.op == op]
+        of_op: list[Line] = []
         taken = device.type == "cpu"
-        for one in backends:
-            line, problem = judge(one, device, None, fresh=True)
+        for backend in backends:
+            line, problem = judge(backend, device, None, fresh=True)
             if problem is not None and line.alarming:
                 problems.append(problem)
-            if problem is None and not taken and one.kernel.priority > 0:
+            if problem is None and not taken and backend.kernel.priority > 0:
                 taken, line = True, replace(line, state=State.CHOSEN)
-            found.append(line)
-        free = all(line.state is not State.CHOSEN for line in found)
+            of_op.append(line)
+        free = all(line.state is not State.CHOSEN for line in of_op)
         state = State.CHOSEN if free else State.AVAILABLE
-        lines += [*found, reference(backends, state)]
+        lines += [*of_op, reference(backends, state)]
     return lines, problems
 
 
 def _unknown(code: str, op: str, what: str, name: str, known: Sequence[str]) -> UsageError:
-    near = difflib.get_close_matches(name, known, 1)
+    short = {option.rpartition("::")[2]: option for option in known}
+    near = difflib.get_close_matches(name, {**short, **dict.fromkeys(known)}, 1)
+    hint = short.get(near[0], near[0]) if near else ""
     return UsageError(
         code,
         what,
         field=f"{SETTING}.{op}",
         found=name,
         expected="one of " + ", ".join(known) if known else "none: no kernel is installed",
-        fix=f"did you mean {near[0]}?" if near else "qcore doctor --kernels lists them",
+        fix=f"did you mean {hint}?" if hint else "qcore doctor --kernels lists them",
     )

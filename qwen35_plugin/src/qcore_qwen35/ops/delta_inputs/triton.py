@@ -265,7 +265,7 @@ def delta_inputs(
         UsageError: ``QC-KERNEL-003`` where the convolution has not four taps.
     """
     supported(qkv)
-    limits.check("delta_inputs", limits.taps(conv_weight.shape[-1]))
+    limits.check("qwen35::delta_inputs", limits.taps(conv_weight.shape[-1]))
     return DeltaInputs(
         *_DeltaInputs.apply(qkv, z, a, b, conv_weight, a_log, dt_bias, documents, heads)
     )

@@ -53,7 +53,7 @@ def chunked_delta_rule(
         ValueError: for a dtype that is not computed in float32.
     """
     supported(q, k, v)
-    limits.check("delta_rule", limits.rule_heads(k.shape[-1], v.shape[-1]))
+    limits.check("qwen35::delta_rule", limits.rule_heads(k.shape[-1], v.shape[-1]))
     tables = layout.tables if layout is not None else None
     if tables is None:
         tables = Tables.of(cu_seqlens, CHUNK, q.device)

@@ -55,7 +55,7 @@ def recurrent_delta_rule(
     """
     supported(q, k, v)
     (tokens, k_heads, dk), (v_heads, dv) = k.shape, v.shape[1:]
-    limits.check("delta_step", limits.step_heads(dk, dv))
+    limits.check("qwen35::delta_step", limits.step_heads(dk, dv))
     documents = len(cu_seqlens) - 1
     if initial_state is None:
         state = torch.zeros(documents, v_heads, dk, dv, dtype=torch.float32, device=v.device)

@@ -1,0 +1,133 @@
+"""Commands of plugins: listed by metadata, imported when one is run, contained.
+
+This file decides which exceptions of a plugin's command pass (those of click and of qcore) and how
+any other one names the command and its distribution. How an error is printed is left to `main`.
+
+Codes: ``QC-PLUGIN-020`` a command that cannot be imported or is no command, ``-021`` one that
+raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from functools import partial
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+import click
+
+from ..errors import PluginError, QcoreError
+from .common import check_repeats
+from .output import OutputError
+
+COMMANDS = "qcore.commands"  #: entry points of plugins: command name -> click command
+
+_PASSING = (QcoreError, click.ClickException, click.exceptions.Exit, click.Abort, OutputError)
+_T = TypeVar("_T")
+
+
+def plugin_commands(reserved: Container[str]) -> dict[str, EntryPoint]:
+    """The entry points of commands by name, in name order; nothing is imported.
+
+    Args:
+        reserved: names that stay core's own.
+    """
+    points = sorted(entry_points(group=COMMANDS), key=lambda point: point.name)
+    return {point.name: point for point in points if point.name not in reserved}
+
+
+class PluginCommand(click.Command):
+    """A plugin's command under core's group; it parses its arguments when it is invoked.
+
+    Args:
+        point: names the command: ``module:attribute``, by default the attribute ``command``.
+
+    Raises:
+        PluginError: ``QC-PLUGIN-020``.
+    """
+
+    def __init__(self, point: EntryPoint) -> None:
+        super().__init__(point.name)
+        self._point = point
+        self._command = self._load()
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """A context that holds the arguments as they are; for shell completion the plugin's."""
+        if extra.get("resilient_parsing"):
+            return self._call(
+                partial(self._command.make_context, info_name, args, parent=parent, **extra)
+            )
+        context = click.Context(self, info_name=info_name, parent=parent)
+        context.args = args
+        return context
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Parse and run.
+
+        Raises:
+            PluginError: ``QC-PLUGIN-021``.
+            UsageError: ``QC-CLI-004``.
+        """
+
+        def run() -> Any:
+            check_repeats(self._command, ctx.info_name, ctx.args, ctx.parent)
+            with self._command.make_context(ctx.info_name, ctx.args, parent=ctx.parent) as own:
+                return self._command.invoke(own)
+
+        return self._call(run)
+
+    def _call(self, call: Callable[[], _T]) -> _T:
+        """Call the plugin's code; only what click and qcore understand passes."""
+        from ..plugins.info import Failure
+        from ..plugins.manager import contained
+
+        result = contained(call, prints=True)
+        if not isinstance(result, Failure):
+            return result
+        error = result.error
+        if isinstance(error, _PASSING):
+            raise error
+        if isinstance(error, SystemExit) and not error.code:
+            raise click.exceptions.Exit(0) from error
+        raise self._error("QC-PLUGIN-021", "failed", found=result) from error
+
+    def _load(self) -> click.Command:
+        from ..plugins.info import Failure
+        from ..plugins.manager import contained
+
+        def load() -> Any:
+            point = self._point
+            return point.load() if point.attr else import_module(point.module).command
+
+        command = contained(load)
+        if isinstance(command, Failure):
+            what = "cannot be imported"
+            raise self._error("QC-PLUGIN-020", what, found=command) from command.error
+        if not isinstance(command, click.Command):
+            raise self._error(
+                "QC-PLUGIN-020",
+                "is not a click command",
+                found=type(command).__name__,
+                expected="click.Command",
+            )
+        return command
+
+    def _error(self, code: str, what: str, **facts: Any) -> PluginError:
+        from ..plugins.discovery import identity_of
+        from ..plugins.manager import contained
+
+        identity = identity_of(self._point.dist, contained)
+        return PluginError(
+            code,
+            f"plugin command '{self.name}' ({identity.distribution} {identity.version}) {what}",
+            field=self._point.value,
+            fix=f"update or uninstall {identity.distribution}",
+            **facts,
+        )
