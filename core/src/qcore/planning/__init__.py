@@ -11,6 +11,7 @@ From the bottom up:
     packs     which packs of a run's rows are planned
     host      what inputs take that are parked in the host's memory
     step      pieces put together: the peak and the time under given policies
+    policies  the policy where no limit is known
     planner   the policies, the micro-batch and the longest row to take
     run       the plan of a run, and what becomes of one that is too big
     beside    plan and measurement side by side
