@@ -8,9 +8,9 @@ Shapes: T tokens, Hq query heads, Hkv key heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -82,10 +82,32 @@ class KvCache:
         self.length, self.at, self.span = 0, None, 0
 
 
-class Attention(nn.Module):
-    """``[T, H] -> [T, H]``, causal within each document."""
+_F = TypeVar("_F", bound=Callable[..., Any])
+Backed = tuple[str, _F]  #: an op and its reference in torch
+INPUTS: Backed[Callable[..., AttentionInputs]] = ("qwen35::attention_inputs", attention_inputs)
+OUTPUT_GATE: Backed[Callable[[Tensor, Tensor], Tensor]] = ("qwen35::output_gate", output_gate)
 
-    def __init__(self, ctx: BuildContext, text: Mapping[str, Any], name: str) -> None:
+
+class Attention(nn.Module):
+    """``[T, H] -> [T, H]``, causal within each document.
+
+    Args:
+        ctx: builds its maps.
+        text: the text section of config.json.
+        name: of the block, relative to the trunk.
+        inputs: norms and rope: what q_proj, k_proj and v_proj give, to q, k, v and the gate.
+        gate: ``(output [T, Hq, D], gate) -> [T, Hq, D]``.
+    """
+
+    def __init__(
+        self,
+        ctx: BuildContext,
+        text: Mapping[str, Any],
+        name: str,
+        *,
+        inputs: Backed[Callable[..., AttentionInputs]] = INPUTS,
+        gate: Backed[Callable[[Tensor, Tensor], Tensor]] = OUTPUT_GATE,
+    ) -> None:
         super().__init__()
         self.heads: int = text["num_attention_heads"]
         self.kv_heads: int = text["num_key_value_heads"]
@@ -100,9 +122,9 @@ class Attention(nn.Module):
         self.k_norm = Weight(ctx.tensor(f"{name}.k_norm.weight"))
         self.eps: float = text["rms_norm_eps"]
         self._project = ctx.stack(self.q_proj, self.k_proj, self.v_proj)
-        self._inputs = ctx.kernel("qwen35::attention_inputs", attention_inputs)
+        self._inputs = ctx.kernel(*inputs)
         self._attend = ctx.kernel("attention", varlen_attention)
-        self._gate = ctx.kernel("qwen35::output_gate", output_gate)
+        self._gate = ctx.kernel(*gate)
 
     def forward(self, x: Tensor, batch: Packed, cache: KvCache | None = None) -> Tensor:
         q, k, v, gate = self._given(x, batch)

@@ -10,7 +10,7 @@ the order q, k, v, K taps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +56,24 @@ class DeltaCache:
 
 
 class GatedDeltaNet(nn.Module):
-    """``[T, H] -> [T, H]``, a recurrence within each document."""
+    """``[T, H] -> [T, H]``, a recurrence within each document.
 
-    def __init__(self, ctx: BuildContext, text: Mapping[str, Any], name: str) -> None:
+    Args:
+        ctx: builds its maps.
+        text: the text section of config.json.
+        name: of the block, relative to the trunk.
+        norm: ``(context, name, eps) -> module`` of the norm with its gate, called as
+            ``module(o [T, Hv, dv], z [T, Hv, dv]) -> [T, Hv, dv]``.
+    """
+
+    def __init__(
+        self,
+        ctx: BuildContext,
+        text: Mapping[str, Any],
+        name: str,
+        *,
+        norm: Callable[[BuildContext, str, float], nn.Module] = GatedNorm,
+    ) -> None:
         super().__init__()
         self.heads = Heads(
             text["linear_num_key_heads"],
@@ -75,7 +90,7 @@ class GatedDeltaNet(nn.Module):
         self.conv1d = Weight(ctx.tensor(f"{name}.conv1d.weight"))
         self.A_log = ctx.tensor(f"{name}.A_log")
         self.dt_bias = ctx.tensor(f"{name}.dt_bias")
-        self.norm = GatedNorm(ctx, f"{name}.norm", text["rms_norm_eps"])
+        self.norm = norm(ctx, f"{name}.norm", text["rms_norm_eps"])
         self.out_proj = ctx.linear(f"{name}.out_proj")
         self._project = ctx.stack(self.in_proj_qkv, self.in_proj_z, self.in_proj_a, self.in_proj_b)
         self._inputs = ctx.kernel("qwen35::delta_inputs", delta_inputs)

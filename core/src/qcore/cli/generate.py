@@ -11,7 +11,8 @@ from pathlib import Path
 
 import click
 
-from .common import KINDS, debug_option, emit, importing, json_option
+from ..io.entry_points import KINDS, usable
+from .common import debug_option, emit, importing, json_option
 
 
 class _WithMedia(click.Command):
@@ -25,9 +26,7 @@ class _WithMedia(click.Command):
 
 
 def _kinds(taken: set[str]) -> list[str]:
-    from importlib.metadata import entry_points
-
-    found = {point.name for point in entry_points(group=KINDS)}
+    found = {entry.name for entry in usable(KINDS, gated=False)}
     return sorted(
         name for name in found if re.fullmatch("[a-z][a-z0-9_]*", name) and f"--{name}" not in taken
     )

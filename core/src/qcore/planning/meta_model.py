@@ -18,6 +18,7 @@ from torch import nn
 
 from ..api.parameters import Store
 from ..checkpoint.layout import Located
+from ..errors import Failure, contained
 from ..nn.kernels.cache import version_of
 from ..nn.kernels.judge import cannot_run, raised
 from ..nn.kernels.registry import REFERENCE, Listed
@@ -29,8 +30,6 @@ from ..nn.optim import FlatAdamW
 from ..nn.qlora.linear import Linear
 from ..nn.qlora.lora_layer import Adapted
 from ..nn.qlora.nf4 import BLOCK, BLOCK2, NF4, NF4Stack, _functional
-from ..plugins.info import Failure
-from ..plugins.manager import contained
 from ..plugins.resolve_model import Identified
 
 META = torch.device("meta")

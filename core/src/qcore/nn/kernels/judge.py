@@ -18,9 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...api.records import Kernel, KnownBad, Op, Verdict
-from ...errors import NumericError, PluginError, QcoreError, UsageError
-from ...plugins.info import Failure
-from ...plugins.manager import contained
+from ...errors import Failure, NumericError, PluginError, QcoreError, UsageError, contained
 from . import cache as kernel_cache
 
 if TYPE_CHECKING:
