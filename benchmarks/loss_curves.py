@@ -126,6 +126,7 @@ def peer_losses(job: Job, folder: str, seed: int, rate: float, fla: bool) -> lis
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from qcore.data.sampler import Schedule
+    from qcore.training.lr_schedule import learning_rate
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -153,10 +154,11 @@ def peer_losses(job: Job, folder: str, seed: int, rate: float, fla: bool) -> lis
     device = torch.device(job.device)
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=device.type == "cuda")
     data, losses = rows(job), []
-    schedule = Schedule(job.steps * job.batch, settings(job, rate))
+    chosen = settings(job, rate)
+    total = Schedule(job.steps * job.batch, chosen).total
     for step in range(job.steps):
         for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(step)
+            group["lr"] = learning_rate(chosen, step, total)
         ids = data[step].to(device)
         with torch.autocast(device.type, torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss

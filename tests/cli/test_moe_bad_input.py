@@ -62,7 +62,7 @@ def made(
     def stop(*arguments: Any) -> None:
         raise WeightsWanted(told)
 
-    monkeypatch.setattr(qcore.training.train, "_load", stop)
+    monkeypatch.setattr(qcore.training.train, "load_base", stop)
     monkeypatch.setattr(TerminalSink, "_line", lambda self, line: told.append(line))
     rows = json.loads((tiny / "config.json").read_text())["text_config"]["vocab_size"]
 

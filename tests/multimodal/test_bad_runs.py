@@ -183,13 +183,13 @@ def after_rows(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) ->
     """Have something happen when the rows were checked and no weight was read."""
     import qcore.training.train
 
-    real = qcore.training.train._load
+    real = qcore.training.train.load_base
 
     def load(*arguments: Any) -> Any:
         change()
         return real(*arguments)
 
-    monkeypatch.setattr(qcore.training.train, "_load", load)
+    monkeypatch.setattr(qcore.training.train, "load_base", load)
 
 
 def failed(data: Path, ended: Ended, code: str, *says: str) -> None:

@@ -15,7 +15,7 @@ from qcore.config.settings import Settings
 from qcore.errors import InputError
 from qcore.nn.recompute import POLICIES
 from qcore.planning import Planner
-from qcore.planning.compare import Meter, RunPlan, beside, measured
+from qcore.planning.compare import RunPlan, beside
 from qcore.planning.gpus import CARDS, card_of
 from qcore.planning.host_memory import available
 from qcore.planning.oom import Usage, Watch, is_memory
@@ -24,6 +24,7 @@ from qcore.planning.run import Room, plan_run, room_of
 from qcore.planning.saved import PLAN, Before, keep, kept
 from qcore.planning.trace import Trace
 from qcore.plugins.resolve_model import Identified, identify
+from qcore.training.meter import Meter
 from qcore_qwen35.tiny import write
 
 CPU = torch.device("cpu")
@@ -337,19 +338,19 @@ def test_prediction_beside_measurement(four: Identified) -> None:
     meter.step(1024, 0.1, 2 * plan.worst.peak)
     meter.step(1024, 0.1, plan.worst.peak)
     meter.saw(plan.worst.peak)
-    line = beside(plan, meter, "cuda")
+    line = beside(plan, meter.measured("cuda"))
     assert "(plan -50.0%)" in line
     assert "10,240 tokens/s measured" in line
-    assert measured(meter, "cuda") == {
+    assert meter.measured("cuda").as_json() == {
         "memory": "allocated", "peak_bytes": 2 * plan.worst.peak, "tokens_per_second": 10240.0,
     }  # fmt: skip
 
 
 def test_on_the_cpu_nothing_is_compared(found: Identified) -> None:
     plan, meter = planned(found, Room())[0], Meter()
-    assert "no step ran" in beside(plan, meter, "cpu")
+    assert "no step ran" in beside(plan, meter.measured("cpu"))
     meter.step(100, 2.0, 10**9)
-    line = beside(plan, meter, "cpu")
+    line = beside(plan, meter.measured("cpu"))
     assert "1.00 GB the whole process resident; no time planned, 50 tokens/s measured" in line
     assert "%" not in line
 

@@ -96,14 +96,14 @@ import qcore.training.train, qcore.training.step, qcore.plugins, qcore_qwen35.mo
 from qcore.config.settings import Settings
 torch.set_num_threads(2)
 seen = {"imported": status("VmHWM")}
-real = qcore.training.train._load
+real = qcore.training.train.load_base
 def load(*args):
     began = time.perf_counter()
     result = real(*args)
     seen["loaded"], seen["after"] = status("VmHWM"), status("VmRSS")
     seen["load_seconds"] = time.perf_counter() - began
     return result
-qcore.training.train._load = load
+qcore.training.train.load_base = load
 notes = []
 from qcore.reporting import Note, Reporter
 class Heard:

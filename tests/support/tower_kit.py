@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -17,11 +17,14 @@ from qcore.adapter.peft_names import choose_class
 from qcore.adapter.targets import targets
 from qcore.api.blocks import Media, Packed
 from qcore.config.settings import Settings
+from qcore.nn.kernels.registry import Chosen
 from qcore.nn.load import load
 from qcore.nn.model import Model
 from qcore.nn.qlora.lora_layer import Lora
 from qcore.plugins.resolve_model import Identified, classes_of, identify
+from qcore.reporting import Reporter
 from qcore.training.checkpoints import RunFiles
+from qcore.training.run import Run
 from qcore_multimodal.plugin import VISION
 
 TOWER = "model.visual."
@@ -113,22 +116,29 @@ def adapted(
         module.reset_lora(name, 42, CPU)
     random_b(net, size=0.3)
     files = RunFiles(
-        found=found,
+        run=Run(
+            model=found,
+            data=cast(Any, None),
+            summary={
+                "sha256": "0" * 64,
+                "media": dict(media or {}),
+                "train_media": dict(media or {}),
+                "media_sha256": "1" * 64,
+            },
+            settings=settings,
+            device=CPU,
+            kernels=Chosen(device="cpu", table=(), functions={}),
+            reader=None,
+            target=out,
+            folder=out,
+            reporter=Reporter(),
+        ),
         model=net,
-        settings=settings,
         namespace=choose_class(
             found.layout, {table[name].part.name for name in chosen}, classes_of(config), asked
         ),
         digests=digests,
-        data={
-            "sha256": "0" * 64,
-            "media": dict(media or {}),
-            "train_media": dict(media or {}),
-            "media_sha256": "1" * 64,
-        },
         coverage=(),
-        device="cpu",
-        kernels={},
     )
     metrics = out.with_name(f"{out.name}.jsonl")
     metrics.write_text("")

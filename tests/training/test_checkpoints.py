@@ -89,12 +89,9 @@ def test_rotation_never_deletes_what_was_just_written(
     for number in there:
         _checkpoint(tmp_path, number)
     monkeypatch.setattr(RunFiles, "_adapter", lambda self, out: out.write_text("adapter", "x"))
-    settings = SimpleNamespace(save_total_limit=keep)
-    model = SimpleNamespace(trainable=lambda: [])
+    run: Any = SimpleNamespace(settings=SimpleNamespace(save_total_limit=keep))
+    model: Any = SimpleNamespace(trainable=lambda: [])
     anything: Any = None
-    files = RunFiles(
-        found=anything, model=model, settings=settings, namespace=anything, digests={},
-        data={}, coverage=[], device="cpu", kernels={},
-    )  # type: ignore[arg-type]  # fmt: skip
+    files = RunFiles(run=run, model=model, namespace=anything, digests={}, coverage=[])
     files.save(tmp_path, step, SimpleNamespace(state={}))  # type: ignore[arg-type]
     assert [number for number, _ in checkpoints(tmp_path)] == left

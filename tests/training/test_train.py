@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qcore.api.blocks import Packed
 from qcore.config.settings import Settings
 from qcore.data.dataset import Dataset, dataset
-from qcore.errors import NumericError, QcoreError, UsageError
+from qcore.errors import NumericError, PluginError, QcoreError, UsageError
 from qcore.io.artifact import read_manifest, verify
 from qcore.nn.qlora.linear import Linear
 from qcore.nn.qlora.lora_layer import Lora
@@ -92,23 +92,29 @@ def encoded(model: Path, rows: Path) -> Dataset:
 # -- the loss, and what moves
 
 
-def test_a_run_leaves_no_model_in_memory(small: Path, rows: Path, tmp_path: Path) -> None:
-    """Whoever runs two in one process has the memory of the first back."""
+@pytest.mark.parametrize("frozen", [False, True], ids=["nothing frozen", "frozen before"])
+def test_a_run_leaves_no_model_in_memory(
+    small: Path, rows: Path, tmp_path: Path, frozen: bool
+) -> None:
+    """A second run in the process has the memory of the first; Python 3.12 starts with frozen."""
     gc.unfreeze()
+    if frozen:
+        gc.freeze()
     made: list[weakref.ref[Any]] = []
     begin = Loop.__init__
 
     def watched(self: Loop, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **kwargs)
         assert gc.get_freeze_count() > 0
-        made.append(weakref.ref(self.model))
+        made.extend(weakref.ref(module) for module in self.model.modules())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "__init__", watched)
         run(small, rows, tmp_path / "out", max_steps=2)
     gc.collect()
+    assert made
+    assert [module for one in made if (module := one()) is not None] == []
     assert gc.get_freeze_count() == 0
-    assert [one() for one in made] == [None]
 
 
 def test_every_kind_of_row_trains_every_adapter(rows: Path, tmp_path: Path) -> None:
@@ -405,6 +411,14 @@ def test_a_router_that_is_not_there_is_not_balanced(rows: Path, tmp_path: Path) 
         run(tiny_folder(), rows, tmp_path / "out", router_aux_loss_coef=0.001)
     refused(error.value, "QC-TRAIN-007", 2)
     nothing_but(tmp_path)
+
+
+def test_a_trunk_without_a_load_balance_is_the_plugins_fault(rows: Path) -> None:
+    """Preflight refuses the setting for a model without experts, so only a plugin leads here."""
+    loop = loop_of(tiny_folder(), rows, router_aux_loss_coef=0.001)
+    with pytest.raises(PluginError, match="aux_loss of the trunk returned None") as error:
+        loop.step(0)
+    refused(error.value, "QC-PLUGIN-003", 69)
 
 
 def test_an_output_that_is_not_empty(rows: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +82,7 @@ def command(
             model, data, output, settings, device=device, resume=resume, reporter=reporter
         )
     if as_json:
-        emit({**asdict(report), "output": str(report.output)})
+        emit(report.as_json())
         return
     click.echo(
         f"{report.output}: {report.steps} steps, loss {report.first_loss:.4f} -> "

@@ -1,7 +1,8 @@
-"""Which rows make up an optimizer step, and its learning rate: pure functions of the step.
+"""Which rows make up an optimizer step: a pure function of the step.
 
-This file decides order and schedule. Nothing is carried from step to step, so resuming needs
-no sampler state, and the same seed gives the same rows on any machine.
+This file decides the order of rows and their micro-batches. Nothing is carried from step to
+step, so resuming needs no sampler state, and the same seed gives the same rows on any machine.
+The learning rate of a step is up to `training.lr_schedule`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from ..config.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The plan of a run over `rows` training rows.
+    """The steps of a run over `rows` training rows.
 
     Attributes:
         rows: number of training rows.
-        settings: batch sizes, epochs or steps, learning rate, warm-up, seed.
+        settings: batch sizes, epochs or steps, seed.
     """
 
     rows: int
@@ -52,24 +53,11 @@ class Schedule:
         size = self.settings.per_device_train_batch_size
         return [rows[at : at + size] for at in range(0, len(rows), size)]
 
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine to zero.
-
-        The first step already has a rate: with transformers' schedule it would be zero and
-        train nothing.
-        """
-        s = self.settings
-        warmup = math.ceil(s.warmup_ratio * self.total)
-        if step < warmup:
-            return s.learning_rate * (step + 1) / warmup
-        done = (step - warmup) / max(1, self.total - warmup)
-        return s.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
-
 
 @lru_cache(maxsize=1)
 def _order(rows: int, seed: int) -> list[int]:
-    """An epoch's permutation; asked for by every step of it."""
-    import torch  # here, so that the room stays light
+    """An epoch's permutation, cached because every step of the epoch needs it."""
+    import torch
 
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
 

@@ -10,8 +10,8 @@ From the bottom up:
     measure   each piece run once, forwards and backwards
     packs     which packs of a run's rows are planned
     host      what inputs take that are parked in the host's memory
-    policies  what the settings mean where nothing is planned
     step      pieces put together: the peak and the time under given policies
+    policies  the policy where no limit is known
     planner   the policies, the micro-batch and the longest row to take
     run       the plan of a run, and what becomes of one that is too big
     beside    plan and measurement side by side

@@ -9,44 +9,10 @@ compared. It imports no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .report import Plan, spelled
-
-
-@dataclass(slots=True)
-class Meter:
-    """What ran so far in this process.
-
-    Attributes:
-        peak: bytes, of a card what torch allocated at the most, else the resident set.
-        tokens: of the steps that are timed.
-        seconds: of the same.
-    """
-
-    peak: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    _steps: int = field(default=0, repr=False)
-
-    def step(self, tokens: int, seconds: float, peak: int) -> None:
-        """Take a step; the first one's time is given up as soon as there is another."""
-        if self._steps == 1:
-            self.tokens, self.seconds = 0, 0.0
-        self._steps += 1
-        self.tokens += tokens
-        self.seconds += seconds
-        self.saw(peak)
-
-    def saw(self, peak: int) -> None:
-        """Take a peak."""
-        self.peak = max(self.peak, peak)
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """``None`` before the first step."""
-        return self.tokens / self.seconds if self.seconds else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,35 +97,49 @@ class RunPlan:
         }
 
 
-def measured(meter: Meter, device: str) -> dict[str, Any]:
-    """What was measured, as `RunPlan.as_json` has what was planned."""
-    rate = meter.tokens_per_second
-    return {
-        "memory": "allocated" if device == "cuda" else "resident",
-        "peak_bytes": meter.peak,
-        "tokens_per_second": None if rate is None else round(rate, 1),
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What was measured of a run, in this process.
+
+    Attributes:
+        device: type of the device.
+        peak: bytes: on a GPU the most that torch allocated, on the CPU the resident set.
+        tokens_per_second: over all steps but the first; ``None`` before the first step.
+    """
+
+    device: str
+    peak: int
+    tokens_per_second: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, as `RunPlan.as_json` has those of the plan."""
+        rate = self.tokens_per_second
+        return {
+            "memory": "allocated" if self.device == "cuda" else "resident",
+            "peak_bytes": self.peak,
+            "tokens_per_second": None if rate is None else round(rate, 1),
+        }
 
 
-def beside(plan: RunPlan, meter: Meter, device: str) -> str:
-    """Prediction and measurement in a line."""
-    planned, took = plan.worst.peak / 1e9, meter.peak / 1e9
-    if not meter.peak:
+def beside(plan: RunPlan, measured: Measured) -> str:
+    """Prediction and measurement on one line."""
+    planned, took = plan.worst.peak / 1e9, measured.peak / 1e9
+    if not measured.peak:
         memory = f"peak {planned:.2f} GB planned, no step ran"
-    elif device == "cuda":
+    elif measured.device == "cuda":
         memory = f"peak {planned:.2f} GB planned, {took:.2f} GB measured ({_off(planned, took)})"
     else:
         memory = (
             f"peak {planned:.2f} GB of tensors planned, {took:.2f} GB the whole process resident"
         )
-    rate, found = plan.tokens_per_second, meter.tokens_per_second
+    expected, rate = plan.tokens_per_second, measured.tokens_per_second
     rates: Sequence[str] = (
-        f"{rate:,.0f} tokens/s planned" if rate else "no time planned",
-        f"{found:,.0f} tokens/s measured" if found else "none measured",
+        f"{expected:,.0f} tokens/s planned" if expected else "no time planned",
+        f"{rate:,.0f} tokens/s measured" if rate else "none measured",
     )
-    off = f" ({_off(rate, found)})" if rate and found else ""
+    off = f" ({_off(expected, rate)})" if expected and rate else ""
     return f"plan and measurement: {memory}; {', '.join(rates)}{off}"
 
 
-def _off(planned: float, found: float) -> str:
-    return f"plan {planned / found - 1:+.1%}"
+def _off(planned: float, measured: float) -> str:
+    return f"plan {planned / measured - 1:+.1%}"

@@ -1,7 +1,7 @@
-"""The activation checkpointing policy of a run that was not planned.
+"""The activation checkpointing policy of a run for which nothing was planned.
 
-This file decides what the settings mean where no plan chooses a policy for each layer: on the
-CPU, or where memory has no known limit.
+This file decides what the settings mean where no memory limit is known: on the CPU, and in a
+training loop without a plan. A policy that fits a limit is chosen by `planner`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from ..config.settings import Settings
 
 
-def unplanned(settings: Settings) -> str:
-    """The policy of every layer, by the settings alone; ``auto`` is ``full``."""
+def default_policy(settings: Settings) -> str:
+    """The policy of every layer; ``auto`` recomputes whole layers."""
     if not settings.gradient_checkpointing:
         return "none"
     return "full" if settings.recompute == "auto" else settings.recompute

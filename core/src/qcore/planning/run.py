@@ -29,7 +29,7 @@ from .gpus import FRAGMENTS, Card, card_of
 from .host_memory import available
 from .packs import Packs, check_pack, holds
 from .planner import Planner
-from .policies import unplanned
+from .policies import default_policy
 from .report import Lengths, Pack, Plan, spelled, units_of
 from .saved import Before
 from .step import LIBRARIES
@@ -207,7 +207,7 @@ def _policies(
     if room.limited:
         chosen = planner.fastest(*packs.largest).policies
     else:
-        chosen = (unplanned(planner.settings),) * layers
+        chosen = (default_policy(planner.settings),) * layers
     if kept and kept != chosen:
         return chosen, [
             f"recompute was {spelled(kept)} before the run was stopped, which does not fit now: "

@@ -1,13 +1,13 @@
-"""A run's files: the adapter, its checkpoints, and whether one may be resumed.
+"""A run's files: the adapter folder and the checkpoints that a run is resumed from.
 
-This file decides what a trained adapter's folder and manifest hold, and what of a checkpoint is
-put back; whether it is the same run is `resume`'s. State is safetensors and JSON, never a
-pickle. Order, schedule and random numbers are functions of the step (`schedule`), so the step,
-the adapter and AdamW's moments are all there is.
+This file decides what the folder and the manifest of a trained adapter hold, and what is
+restored from a checkpoint; whether it is the same run is up to `resume`. State is safetensors
+and JSON, never a pickle. The order of rows, the learning rate and random numbers are functions
+of the step, so a checkpoint is the step, the adapter and AdamW's moments.
 
-A run's folder lies beside its output: ``OUTPUT.run/`` holds ``metrics.jsonl`` and
-``checkpoint-N/``, each a complete adapter artefact with state. It goes away with a run that
-leaves no checkpoint.
+The run folder lies beside the output: ``OUTPUT.run/`` holds ``metrics.jsonl`` and
+``checkpoint-N/``, each a complete adapter folder with state. It is removed at the end of a run
+that leaves no checkpoint.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from torch import Tensor
 from ..adapter.peft_names import CONFIG, LAYOUT, WEIGHTS, peft_config, stems
 from ..api.parameters import Namespace
 from ..checkpoint.fingerprint import fingerprints
-from ..config.settings import Settings
 from ..errors import InputError, UsageError
 from ..io.artifact import Writer, publish, verify
 from ..io.atomic import make_folders, remove_tree, writing
 from ..io.run_lock import Lock
 from ..nn.model import Model
-from ..plugins.resolve_model import Identified
 from .resume import compare, identity
+from .run import Run
 
 OPTIMIZER = "optimizer.safetensors"
 METRICS = "metrics.jsonl"
@@ -42,12 +41,12 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint, oldest first."""
-    found = []
+    steps = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _NAME.fullmatch(path.name)
         if match and path.is_dir():
-            found.append((int(match[1]), path))
-    return sorted(found)
+            steps.append((int(match[1]), path))
+    return sorted(steps)
 
 
 def newest(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
@@ -91,7 +90,7 @@ def run_folder(output: Path, *, resume: bool) -> Path:
             fix="drop --resume, or name the --output of the run that was stopped",
         )
     if not resume and checkpoints(folder):
-        with Lock(folder):  # who is told to delete it must not delete what is in use
+        with Lock(folder):  # the fix below deletes the folder, which must not be in use
             pass
         raise UsageError(
             "QC-RESUME-003",
@@ -104,10 +103,10 @@ def run_folder(output: Path, *, resume: bool) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[Path]:
-    """The run's folder, ours alone; removed afterwards unless it holds a checkpoint."""
+    """Lock the run folder; removed afterwards unless it holds a checkpoint."""
     with writing(folder):
         made = make_folders(folder)
-    # Refused here, nothing is removed: the folder is another run's.
+    # Outside the try: where another run holds the lock, its folder is not removed.
     with Lock(folder):
         try:
             yield folder
@@ -121,44 +120,30 @@ def locked(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """Reads and writes what one run keeps.
+    """Reads and writes the files of one run.
 
     Attributes:
-        found: the base.
+        run: the run.
         model: with adapters.
-        settings: the run's.
         namespace: the class that the adapter is written for.
-        digests: SHA-256 of the base's tensors, made while loading.
-        data: what the manifest records of the rows.
+        digests: SHA-256 of the base's tensors, computed while loading.
         coverage: what is trained, by group.
-        device: type of the device.
-        kernels: backend of every op.
     """
 
-    found: Identified
+    run: Run
     model: Model
-    settings: Settings
     namespace: Namespace
     digests: Mapping[str, str]
-    data: Mapping[str, Any]
     coverage: Sequence[Mapping[str, Any]]
-    device: str
-    kernels: Mapping[str, str]
 
     def identity(self) -> dict[str, Any]:
-        """What makes a run the same run."""
-        return identity(
-            self.found,
-            self.settings,
-            self.data,
-            self.device,
-            self.kernels,
-            fingerprints(self.found.layout, self.digests),
-        )
+        """What makes a run the same run, with the fingerprints of its base."""
+        return identity(self.run, fingerprints(self.run.model.layout, self.digests))
 
-    def save(self, folder: Path, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Publish ``checkpoint-STEP``, then delete what ``save_total_limit`` leaves no room for."""
-        with publish(folder / f"checkpoint-{step}", kind="checkpoint", overwrite=True) as out:
+    def save(self, folder: Path, step: int, optimizer: torch.optim.Optimizer) -> Path:
+        """Publish ``checkpoint-STEP``, then delete the oldest beyond ``save_total_limit``."""
+        path = folder / f"checkpoint-{step}"
+        with publish(path, kind="checkpoint", overwrite=True) as out:
             self._adapter(out)
             moments: dict[str, Tensor] = {}
             for name, parameter in self.model.trainable():
@@ -166,15 +151,16 @@ class RunFiles:
                     moments[f"{name}:{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
             out.write_bytes(OPTIMIZER, save(moments))
             out.meta["step"] = step
-        # Only now is the newest durable: others go after it, never before. Later ones are of a
-        # future that resuming gave up.
-        kept = [(number, path) for number, path in checkpoints(folder) if number <= step]
-        later = [path for number, path in checkpoints(folder) if number > step]
-        for old in [*later, *(path for _, path in kept[: -self.settings.save_total_limit])]:
+        # Only now is the new one durable. Checkpoints of later steps were left by the run that
+        # was resumed from an earlier one; they belong to steps that are computed again.
+        earlier = [old for number, old in checkpoints(folder) if number <= step]
+        later = [old for number, old in checkpoints(folder) if number > step]
+        for old in [*later, *earlier[: -self.run.settings.save_total_limit]]:
             remove_tree(old)
+        return path
 
     def restore(self, path: Path, optimizer: torch.optim.Optimizer) -> None:
-        """Put a checkpoint's adapter and moments back.
+        """Restore the adapter and the moments of a checkpoint.
 
         Raises:
             InputError: ``QC-RESUME-002`` naming the first thing that changed.
@@ -188,8 +174,8 @@ class RunFiles:
             state = optimizer.state[parameter]
             for key in ("exp_avg", "exp_avg_sq", "step"):
                 # AdamW keeps its step counter on the CPU unless it is fused.
-                at_home = key != "step" or optimizer.defaults.get("fused")
-                state[key] = moments[f"{name}:{key}"].to(parameter.device if at_home else "cpu")
+                on_device = key != "step" or optimizer.defaults.get("fused")
+                state[key] = moments[f"{name}:{key}"].to(parameter.device if on_device else "cpu")
 
     def publish(self, target: Path, metrics: Path, result: Mapping[str, Any]) -> None:
         """The adapter folder: PEFT's two files, the run's metrics, the manifest."""
@@ -199,17 +185,17 @@ class RunFiles:
             out.meta["result"] = dict(result)
 
     def _modalities(self) -> dict[str, dict[str, Any]]:
-        """Kinds of media that trained rows had, and what of a tower changed; empty without."""
-        modality, layout = self.found.modality, self.found.layout
+        """Kinds of media in trained rows, and what changed in a tower; empty for text alone."""
+        modality, layout = self.run.model.modality, self.run.model.layout
         if modality is None or self.model.tower is None:
             return {}
         part = layout.table.part(modality.name)
         maps = [m for name, m in self.model.adapters() if layout.table[name].part is part]
-        seen = self.data.get("train_media") or {}
+        seen = self.run.summary.get("train_media") or {}
         return {
             modality.name: {
                 "kinds": [kind for kind in modality.kinds if seen.get(kind)],
-                "keys": dict(self.data.get("media_keys") or {}),
+                "keys": dict(self.run.summary.get("media_keys") or {}),
                 "tower_changed": any(module.moved[0] for module in maps),
                 "pairs": len(maps),
                 "plugin": part.owner,
@@ -218,17 +204,17 @@ class RunFiles:
 
     def _names(self) -> dict[str, str]:
         """The adapter file's name of each trainable parameter."""
-        table = self.found.layout.table
+        table = self.run.model.layout.table
         adapted = dict(self.model.adapters())
-        found = stems((tensor for tensor in table if tensor.name in adapted), self.namespace)
+        by_name = stems((tensor for tensor in table if tensor.name in adapted), self.namespace)
         return {
             f"{name.removesuffix('.weight')}.lora_{side}": f"{stem}.lora_{side}.weight"
-            for name, stem in found.items()
+            for name, stem in by_name.items()
             for side in "AB"
         }
 
     def _adapter(self, out: Writer) -> None:
-        s, names, layout = self.settings, self._names(), self.found.layout
+        base, settings, names = self.run.model, self.run.settings, self._names()
         tensors = {
             names[name]: parameter.detach().to("cpu", torch.float32).contiguous()
             for name, parameter in self.model.trainable()
@@ -236,24 +222,24 @@ class RunFiles:
         out.write_bytes(WEIGHTS, save(tensors, metadata={"format": "pt"}))
         config = peft_config(
             {name: module.lora for name, module in self.model.adapters() if module.lora},
-            layout,
-            r=s.r,
-            lora_alpha=s.lora_alpha,
-            lora_dropout=s.lora_dropout,
-            base=self.found.checkpoint.source,
-            revision=self.found.checkpoint.revision,
+            base.layout,
+            r=settings.r,
+            lora_alpha=settings.lora_alpha,
+            lora_dropout=settings.lora_dropout,
+            base=base.checkpoint.source,
+            revision=base.checkpoint.revision,
             namespace=self.namespace,
         )
         out.write_json(CONFIG, config)
         out.meta.update(
             verb="train",
-            model=self.found.provenance(),
+            model=base.provenance(),
             layout=LAYOUT,
             adapter_class={"name": self.namespace.name, "classes": list(self.namespace.classes)},
-            fingerprints=fingerprints(layout, self.digests),
+            fingerprints=fingerprints(base.layout, self.digests),
             modalities=self._modalities(),
             tensors=dict(self.digests),
-            data=dict(self.data),
+            data=dict(self.run.summary),
             identity=self.identity(),
             coverage=[dict(line) for line in self.coverage],
         )

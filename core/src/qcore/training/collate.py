@@ -1,10 +1,10 @@
-"""Rows -> packs on the device: ids, targets, positions, and what a tower reads.
+"""Collate rows into packs on the device: ids, targets, positions, and the input of a tower.
 
-This file decides how rows lie in a pack and what of media is computed once. A frozen tower gives
-the same for a medium in every step, so its outputs wait in the host's memory, as many as a bound
-holds, the one that was used longest ago leaving first. There each medium is computed by itself:
-what it gives then depends on nothing that happened before, and a run that was stopped goes on
-bit for bit. Which rows meet is `schedule`'s, what media are is the modality's reader's.
+This file decides how rows lie in a pack and which tower outputs are cached. A frozen tower gives
+the same output for a medium in every step, so outputs are cached in host memory, up to a bound,
+and the least recently used one is evicted first. Each medium is computed alone: its output does
+not depend on the media beside it, so a resumed run is bit-exact. Which rows form a micro-batch
+is up to `data.sampler`; what a medium is, to the reader of the modality.
 
 Shapes: T tokens, n embeddings of media, H hidden size.
 """
@@ -26,10 +26,10 @@ from ..nn.model import Model
 
 
 def pack(batch: Sequence[Example]) -> Packed:
-    """Rows -> one pack without its media; each position's target is the next token's label.
+    """Collate rows into one pack without media; a position's target is the next token's label.
 
-    Positions have as many axes as media need, ``[axes, T]``, where any row has media: along each
-    of them the tokens of a row without are numbered as ever.
+    Where any row has media, positions are ``[axes, T]``; a row of text has the same positions,
+    0 to its length, on every axis.
     """
     ids = [torch.frombuffer(example.ids, dtype=torch.int32).long() for example in batch]
     targets = []
@@ -37,10 +37,10 @@ def pack(batch: Sequence[Example]) -> Packed:
         labels = torch.frombuffer(example.labels, dtype=torch.int32).long()
         targets.append(torch.cat([labels[1:], labels.new_full((1,), -100)]))
     packed = Packed.of(ids, targets)
-    axes = max((len(one.placed.positions) for one in batch if one.placed is not None), default=0)
+    axes = max((len(row.placed.positions) for row in batch if row.placed is not None), default=0)
     if not axes:
         return packed
-    return replace(packed, positions=torch.cat([_positions(one, axes) for one in batch], 1))
+    return replace(packed, positions=torch.cat([_positions(example, axes) for example in batch], 1))
 
 
 def _positions(example: Example, axes: int) -> Tensor:
@@ -51,7 +51,7 @@ def _positions(example: Example, axes: int) -> Tensor:
 
 
 def _where(batch: Sequence[Example]) -> Tensor:
-    """``[n]``: the tokens of a pack whose embeddings the tower makes, in its order."""
+    """``[n]``: the tokens of a pack whose embeddings the tower computes, in order."""
     starts = accumulate((len(example.ids) for example in batch), initial=0)
     return torch.cat(
         [
@@ -63,13 +63,13 @@ def _where(batch: Sequence[Example]) -> Tensor:
 
 
 class Batches:
-    """Packs of one run.
+    """Makes the packs of one run.
 
     Args:
-        model: whose tower computes the media.
+        model: its tower computes the media.
         device: of the model.
         reader: of the checkpoint's modality; ``None`` where no row has media.
-        keep: bytes of the host that outputs of a frozen tower may take; 0: none are kept.
+        keep: bytes of host memory for cached outputs of a frozen tower; 0: no cache.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Batches:
         self.model = model
         self.device = device
         self.reader = reader
-        self._kept = None if model.trains_tower or not keep else _Kept(keep)
+        self._cache = None if model.trains_tower or not keep else _FeatureCache(keep)
 
     def of(self, batch: Sequence[Example]) -> Packed:
         """The pack of some rows, on the device."""
@@ -88,26 +88,26 @@ class Batches:
             return packed.to(self.device)
         assert self.reader is not None, "rows with media come from a reader"
         where = _where(batch)
-        if self._kept is None:
+        if self._cache is None:
             return replace(packed, media=self.reader.batch(media, where)).to(self.device)
-        features = torch.cat([self._features(medium, self._kept) for medium in media])
+        features = torch.cat([self._features(medium, self._cache) for medium in media])
         known = Media(values=features.new_empty(0, 0), grids=(), where=where, features=features)
         return replace(packed, media=known).to(self.device)
 
     @torch.no_grad()
-    def _features(self, medium: Medium, kept: _Kept) -> Tensor:
+    def _features(self, medium: Medium, cache: _FeatureCache) -> Tensor:
         """``[n, H]`` of one medium, on the host."""
-        found = kept.get(medium.digest)
-        if found is None:
+        features = cache.get(medium.digest)
+        if features is None:
             assert self.reader is not None
             alone = self.reader.batch([medium], torch.arange(medium.tokens)).to(self.device)
-            found = self.model.media(alone).cpu()
-            kept.put(medium.digest, found)
-        return found
+            features = self.model.media(alone).cpu()
+            cache.put(medium.digest, features)
+        return features
 
 
-class _Kept:
-    """Tensors by digest, at most so many bytes of them; the longest unused leaves first."""
+class _FeatureCache:
+    """Tensors by digest, of a bounded size; the least recently used is evicted first."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -115,10 +115,10 @@ class _Kept:
         self._tensors: OrderedDict[str, Tensor] = OrderedDict()
 
     def get(self, digest: str) -> Tensor | None:
-        found = self._tensors.get(digest)
-        if found is not None:
+        features = self._tensors.get(digest)
+        if features is not None:
             self._tensors.move_to_end(digest)
-        return found
+        return features
 
     def put(self, digest: str, tensor: Tensor) -> None:
         self._tensors[digest] = tensor

@@ -1,8 +1,8 @@
-"""Which media a run was started on, so that a resumed run can name the one that changed.
+"""The media that a run was started on, so that a resumed run can name the one that changed.
 
-This file decides what ``OUTPUT.run/media.txt`` holds: a line for each medium of the data file, in
-its order: the row's line, which of the row's media, and half of its digest. It is no part of a
-run's identity, which has one digest of all (`resume`), and a run without it goes on.
+This file decides what ``OUTPUT.run/media.txt`` holds: for each medium of the data file, in order,
+the line of its row, its number within the row, and half of its digest. The identity of a run
+(`resume`) holds one digest of all media and not this list; a run can be resumed without it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LIST = "media.txt"
 
 
 def note_media(folder: Path, rows: Dataset, *, resume: bool) -> None:
-    """Write the list, of rows that have any; a run that goes on has it.
+    """Write the list if rows have media; a resumed run keeps the list that is there.
 
     Raises:
         WriteError: ``QC-WRITE-003`` to ``-006``.
@@ -28,7 +28,7 @@ def note_media(folder: Path, rows: Dataset, *, resume: bool) -> None:
 
 
 def first_changed(folder: Path, rows: Dataset) -> str | None:
-    """The first medium that is another than when the run started; ``None``: not known.
+    """The first medium that differs from the start of the run; ``None``: not known.
 
     Raises:
         InputError: ``QC-READ-001``.
@@ -45,6 +45,6 @@ def first_changed(folder: Path, rows: Dataset) -> str | None:
 
 
 def _lines(rows: Dataset) -> Iterator[str]:
-    for row in sorted((*rows.train, *rows.eval), key=lambda one: one.line):
+    for row in sorted((*rows.train, *rows.eval), key=lambda row: row.line):
         for number, medium in enumerate(row.media, 1):
             yield f"{row.line} {number} {medium.digest[:32]}"

@@ -1,6 +1,6 @@
-"""What a training run tells: its report, and the lines and records that are made of it.
+"""The report of a training run, and the records that are made of it.
 
-This file decides what `--json` and the manifest say of a run. `train` decides when.
+This file decides what ``--json`` and the manifest say about a run.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,18 @@ from ..adapter.targets import Coverage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReport:
-    """What a run did.
+    """The result of `train`.
 
     Attributes:
         output: the adapter folder.
-        steps: optimizer steps in all.
+        steps: optimizer steps of the whole run.
         first_loss: mean loss per supervised token of the first step.
-        last_loss: of the last step.
-        eval_loss: of the held-out rows at the end, or ``None``.
+        last_loss: of the last step; NaN where a resumed run had no step left.
+        eval_loss: of the held-out rows at the end; ``None`` where none are held out.
         adapter_class: the class that the adapter is written for.
         coverage: what was trained, by group.
-        plan: what was planned; bytes, seconds and tokens a second (`plan.beside.RunPlan`).
-        measured: what was measured of it, in this process.
+        plan: bytes, seconds and tokens per second that were planned (`RunPlan.as_json`).
+        measured: the same as measured, in this process (`Measured.as_json`).
     """
 
     output: Path
@@ -41,8 +41,12 @@ class TrainReport:
     plan: Mapping[str, Any]
     measured: Mapping[str, Any]
 
+    def as_json(self) -> dict[str, Any]:
+        """The payload of ``qcore train --json``."""
+        return {**asdict(self), "output": str(self.output)}
+
     def result(self) -> dict[str, Any]:
-        """For the manifest; JSON knows no NaN, which a run resumed after its last step has."""
+        """For the manifest, where NaN becomes null."""
         losses = {"first_loss": self.first_loss, "last_loss": self.last_loss}
         known = {key: value if math.isfinite(value) else None for key, value in losses.items()}
         plan = {"plan": dict(self.plan), "measured": dict(self.measured)}
@@ -50,7 +54,7 @@ class TrainReport:
 
 
 def first_loss(metrics: Path) -> float:
-    """The loss of step 1 of a run that is resumed; NaN of a new one."""
+    """The loss of step 1 of a resumed run; NaN for a new run."""
     if not metrics.exists():
         return math.nan
     with metrics.open(encoding="utf-8") as file:
@@ -59,7 +63,7 @@ def first_loss(metrics: Path) -> float:
 
 
 def coverage_row(line: Coverage) -> dict[str, Any]:
-    """A line of the table of what will be trained."""
+    """A row of the table "what will be trained"."""
     return {
         "group": line.group,
         "modules": line.modules,

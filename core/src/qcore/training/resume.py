@@ -1,9 +1,9 @@
-"""Whether a stopped run may go on: what makes it the same run, compared by name.
+"""Whether a stopped run may be resumed: what makes it the same run, compared key by key.
 
-This file decides what a run's identity is, and which changes compute the same numbers and are
-only told: how much of a layer backward computes again, how much of media is kept. All but the
-base's own bytes is known before a weight is read and is compared then; the base is, once it has
-been read.
+This file decides what a run's identity is, and which settings may change because they compute
+the same numbers: the activation checkpointing policy and the size of the media cache. Everything
+but the bytes of the base is known, and compared, before a weight is read; the base is compared
+once it has been read.
 
 Codes: ``QC-RESUME-002`` something changed since the run was stopped.
 """
@@ -17,55 +17,44 @@ from typing import Any, Final
 import torch
 
 from .. import __version__
-from ..config.settings import Settings, in_bytes
+from ..config.settings import in_bytes
 from ..errors import InputError
 from ..io.artifact import read_manifest
-from ..plugins.resolve_model import Identified
+from .run import Run
 
 #: Settings that may change, since every policy computes the same numbers.
 SAME_NUMBERS: Final = ("settings.gradient_checkpointing", "settings.recompute")
-#: Settings that say how much is kept: all but nothing gives the same numbers.
+#: Sizes: any value above 0 computes the same numbers.
 HOW_MUCH: Final = ("settings.media_cache_gb",)
 
 
-def identity(
-    found: Identified,
-    settings: Settings,
-    data: Mapping[str, Any],
-    device: str,
-    kernels: Mapping[str, str],
-    base: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+def identity(run: Run, base: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What makes a run the same run.
 
     Args:
-        found: the base.
-        settings: the run's.
-        data: the manifest's summary of the rows; their digest counts, and that of their media.
-        device: type of the device.
-        kernels: backend of every op.
-        base: fingerprints by part; ``None`` before they are known, and then they are left out.
+        run: its model, rows, settings, device and kernels count.
+        base: fingerprints by part; ``None`` before they are known: they are left out.
     """
-    provenance = found.provenance()
+    provenance, data = run.model.provenance(), run.summary
     return ({} if base is None else {"base": dict(base)}) | {
         "template": provenance["template_sha256"],
         "plugins": provenance["plugins"],
         "data": data["sha256"],
         **({"media": data["media_sha256"]} if data.get("media_sha256") else {}),
-        "settings": settings.to_dict(),
-        "device": device,
-        "kernels": dict(kernels),
+        "settings": run.settings.to_dict(),
+        "device": run.device.type,
+        "kernels": run.kernels.backends,
         "torch": torch.__version__,
         "qcore": __version__,
     }
 
 
 def compare(checkpoint: Path, present: Mapping[str, Any]) -> dict[str, str]:
-    """What changed and may: a line by its name in the identity.
+    """Changes that are allowed: a line for each, by its key in the identity.
 
     Args:
         checkpoint: of the run that was stopped.
-        present: `identity` now; without the base's fingerprints they are not compared.
+        present: `identity` now; fingerprints of the base are compared where it has them.
 
     Raises:
         InputError: ``QC-RESUME-002`` naming the first thing that changed and may not.
@@ -73,28 +62,28 @@ def compare(checkpoint: Path, present: Mapping[str, Any]) -> dict[str, str]:
     before, now = _flat(read_manifest(checkpoint).meta.get("identity", {})), _flat(present)
     if "base" not in present:
         before = {key: value for key, value in before.items() if not key.startswith("base.")}
-    told = {}
+    allowed = {}
     for key in (*now, *(key for key in before if key not in now)):
-        is_, was = now.get(key), before.get(key)
-        # Python takes True and 1 for the same; a template does not.
-        if was == is_ and isinstance(was, bool) == isinstance(is_, bool):
+        value, was = now.get(key), before.get(key)
+        # In Python True equals 1; in a chat template it does not.
+        if was == value and isinstance(was, bool) == isinstance(value, bool):
             continue
-        if key not in SAME_NUMBERS and not (key in HOW_MUCH and _some(is_) and _some(was)):
+        if key not in SAME_NUMBERS and not (key in HOW_MUCH and _some(value) and _some(was)):
             raise InputError(
                 "QC-RESUME-002",
                 "changed since the run was stopped",
                 file=checkpoint,
                 field=key,
-                found=_word(is_),
+                found=_word(value),
                 expected=_word(was),
                 fix="restore it, or start a new run with another --output",
             )
         name = key.removeprefix("settings.")
-        told[key] = (
-            f"{name} is {_word(is_)} now and was {_word(was)} before the run was stopped: it "
+        allowed[key] = (
+            f"{name} is {_word(value)} now and was {_word(was)} before the run was stopped: it "
             "computes the same numbers"
         )
-    return told
+    return allowed
 
 
 def _some(gigabytes: Any) -> bool:

@@ -1,9 +1,9 @@
 """The optimizer step: micro-batches in, one update out, nothing written.
 
-This file decides the loss (mean over the step's supervised tokens, however they are spread
-over rows and micro-batches, so accumulating 4 x 1 equals 1 x 4), the clip, and that a number
-that is not finite stops the run before the update. Order and rate are `schedule`'s, files are
-`state`'s.
+This file decides the loss (mean over the supervised tokens of the step, however they are spread
+over rows and micro-batches, so accumulating 4 x 1 equals 1 x 4), gradient clipping, and that a
+value that is not finite stops the run before the update. The order of rows is up to
+`data.sampler`, the learning rate to `lr_schedule`, files to `checkpoints`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from ..data.dataset import Dataset
 from ..data.masking import Example
 from ..data.microbatches import joined, units_of_rows
 from ..data.sampler import Schedule, seed_of
-from ..errors import NumericError, UsageError
+from ..errors import NumericError, PluginError
 from ..nn.device import peak_bytes, reset_peak
 from ..nn.model import Model
 from ..nn.optim import FlatAdamW
-from ..planning.compare import Meter
-from ..planning.policies import unplanned
+from ..planning.policies import default_policy
 from .collate import Batches
+from .lr_schedule import learning_rate
+from .meter import Meter
 
 
 class Loop:
@@ -37,11 +38,11 @@ class Loop:
 
     Attributes:
         optimizer: AdamW over the adapters.
-        schedule: rows and rate of every step.
-        together: what micro-batches may take that run as one, as `packing.extent` counts; 0:
-            each runs alone.
-        batches: rows as packs, with what a tower reads or has made.
-        meter: peak and rate of what ran so far.
+        schedule: rows of every step.
+        together: the most that micro-batches which run as one may take, as
+            `microbatches.extent` counts; 0: each runs alone.
+        batches: turns rows into packs.
+        meter: peak memory and speed of the steps so far.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Loop:
         self.data = data
         self.settings = settings
         self.device = device
-        self.recompute = recompute or unplanned(settings)
+        self.recompute = recompute or default_policy(settings)
         self.meter = Meter()
         self._tower_alone = model.trains_tower and not model.trains_trunk
         keep = in_bytes(settings.media_cache_gb)
@@ -67,7 +68,7 @@ class Loop:
         self.together = together
         self._lengths = [len(example.ids) for example in data.train]
         self._units = units_of_rows(data.train)
-        # What is loaded stays: a collection need not walk it in the middle of a step.
+        # Loaded objects live to the end: garbage collection must not walk them in a step.
         gc.freeze()
         self.parameters = [parameter for _, parameter in model.trainable()]
         rate, decay = settings.learning_rate, settings.weight_decay
@@ -96,7 +97,7 @@ class Loop:
         loss, balance, norm = self._accumulate(batches)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(step, batches, loss, norm)
-        rate = self.schedule.learning_rate(step)
+        rate = learning_rate(self.settings, step, self.schedule.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -141,14 +142,14 @@ class Loop:
         return float(total), float(balance), float(norm)
 
     def _reaches(self, batch: Sequence[Example]) -> bool:
-        """Whether anything trained has a part in these rows: in text, a tower alone has none."""
+        """Whether these rows reach any trained weight. Rows of text never reach a tower."""
         return not self._tower_alone or any(example.media for example in batch)
 
     def _define_gradients(self) -> None:
-        """A tower that a step of text did not reach has gradients of zero, not none.
+        """Give a tower that a step of text did not reach gradients of zero, not ``None``.
 
-        So whether a step's rows happen to have media decides no more than what its gradient is:
-        moments and decay go on as for every other map.
+        AdamW skips a parameter without a gradient; with zeros, moments and weight decay continue
+        as for every other adapter, whether or not a step has media.
         """
         for parameter in self.parameters:
             if parameter.grad is None:
@@ -157,7 +158,11 @@ class Loop:
     def _loss(
         self, batch: Sequence[Example], *, recompute: str | Sequence[str] = "none"
     ) -> tuple[Tensor, Tensor | None]:
-        """Sum of the loss over a micro-batch, and what its layers add, when that is asked for."""
+        """Sum of the loss over a micro-batch, and its load balance loss where that is trained.
+
+        Raises:
+            PluginError: ``QC-PLUGIN-003`` the trunk has experts and computes no balance.
+        """
         packed = self.batches.of(batch)
         chunk = self.settings.loss_chunk_size
         loss = self.model.loss(packed, recompute=recompute, chunk=chunk)
@@ -165,13 +170,13 @@ class Loop:
             return loss, None
         aux = self.model.trunk.aux_loss(packed)
         if aux is None:
-            raise UsageError(
-                "QC-TRAIN-007",
-                "has no effect: this model has no router to balance",
-                field="router_aux_loss_coef",
-                found=self.settings.router_aux_loss_coef,
-                expected="0",
-                fix="leave it out",
+            # Preflight has refused the setting for a model without experts.
+            raise PluginError(
+                "QC-PLUGIN-003",
+                "aux_loss of the trunk returned None",
+                field=type(self.model.trunk).__name__,
+                expected="the load balance of the routers, a scalar",
+                fix="update the plugin of this architecture, or set router_aux_loss_coef=0",
             )
         return loss, aux
 
@@ -190,7 +195,7 @@ class Loop:
         )
 
     def due(self, done: int) -> bool:
-        """Whether an evaluation follows the step that made it `done`; the last has its own."""
+        """Whether an evaluation follows step `done`; the end of the run has its own."""
         every = self.settings.eval_steps or self.schedule.steps_per_epoch
         return bool(self.data.eval) and done % every == 0 and done < self.schedule.total
 
@@ -208,11 +213,11 @@ class Loop:
         return total / count
 
     def prove_moved(self) -> tuple[int, int]:
-        """Every adapter's B left zero; otherwise training had no effect on that module.
+        """Check that every adapter's B moved away from zero: training had an effect on it.
 
         Returns:
-            How many linear maps moved, and of how many: of a stack, an expert that no token was
-            routed to stays where it was.
+            How many linear maps moved, and of how many. Of a stack of experts, one that no token
+            was routed to does not move.
 
         Raises:
             NumericError: ``QC-TRAIN-004``.

@@ -1,0 +1,137 @@
+"""The base on the device with adapters on it, ready for the first step.
+
+This file decides which weights carry an adapter and for which class the adapter is written, that
+loading can be interrupted, and that a weight which the table declares 4-bit is held in 4 bit. How
+a weight is read and quantized is up to `nn.load`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+from ..adapter.peft_names import choose_class
+from ..adapter.targets import Coverage, coverage, targets
+from ..api.parameters import Namespace, Store
+from ..errors import Interrupted, NumericError
+from ..io.stop_signals import StopSignals
+from ..nn.device import DTYPES
+from ..nn.load import load
+from ..nn.model import Model
+from ..nn.qlora.lora_layer import Lora
+from ..plugins.resolve_model import Identified, classes_of
+from ..reporting import Advance
+from .checkpoints import RunFiles
+from .report import coverage_row
+from .run import Run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A model on the device.
+
+    Attributes:
+        model: with adapters.
+        files: writes and reads what the run keeps.
+        coverage: what will be trained, by group.
+    """
+
+    model: Model
+    files: RunFiles
+    coverage: tuple[Coverage, ...]
+
+
+def load_base(run: Run, stop: StopSignals) -> Loaded:
+    """Stream the base in, and put adapters on the chosen weights.
+
+    Raises:
+        Interrupted: ``QC-TRAIN-006`` a signal came while the base was loading.
+        NumericError: ``QC-TRAIN-005`` a weight that is declared 4-bit is not.
+    """
+    chosen, namespace = _targets(run)
+    model = Model(
+        run.model.decision.architecture, run.model.checkpoint.config, run.model.layout,
+        DTYPES[run.settings.dtype], chosen, run.kernels, modality=run.model.modality,
+    )  # fmt: skip
+    digests = _stream(run, model, stop)
+    for name, module in model.adapters():
+        module.reset_lora(name, run.settings.seed, run.device)
+    lines = coverage(model, run.model.layout)
+    run.reporter.table("what will be trained", [coverage_row(line) for line in lines])
+    if _quantizes(run):
+        run.reporter.note(_check_four_bit(model, run.model, lines))
+    files = RunFiles(
+        run=run,
+        model=model,
+        namespace=namespace,
+        digests=digests,
+        coverage=[asdict(line) for line in lines],
+    )
+    return Loaded(model=model, files=files, coverage=tuple(lines))
+
+
+def _targets(run: Run) -> tuple[Mapping[str, Lora], Namespace]:
+    """LoRA by canonical name of the weight, and the class that the adapter is written for."""
+    layout, settings = run.model.layout, run.settings
+    chosen = targets(
+        layout,
+        settings.target_groups,
+        Lora(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout),
+        group_r={name: int(r) for name, r in settings.group_r.items()},
+        group_lora_alpha={name: float(x) for name, x in settings.group_lora_alpha.items()},
+    )
+    touched = {layout.table[name].part.name for name in chosen}
+    classes = classes_of(run.model.checkpoint.config)
+    return chosen, choose_class(layout, touched, classes, settings.adapter_class)
+
+
+def _stream(run: Run, model: Model, stop: StopSignals) -> dict[str, str]:
+    """Fill the model; returns the SHA-256 of the base's tensors by canonical name."""
+    layout = run.model.layout
+    size = sum(
+        place.header.end - place.header.start
+        for located in layout.located.values()
+        if layout.loads(located.tensor.part)
+        for place in located.places
+    )
+    with run.reporter.progress("loading the base", size, "bytes") as advance:
+        return load(
+            model, layout, run.model.checkpoint, device=run.device, quantize=_quantizes(run),
+            progress=_interruptible(advance, stop),
+        )  # fmt: skip
+
+
+def _interruptible(advance: Advance, stop: StopSignals) -> Callable[[int], None]:
+    """Progress that ends loading on a signal: it can outlast a scheduler's grace period."""
+
+    def progress(count: int) -> None:
+        advance(count)
+        if stop.asked:
+            raise Interrupted(
+                "QC-TRAIN-006",
+                f"stopped by {stop.asked} while the base was loading",
+                fix="run the same command again",
+            )
+
+    return progress
+
+
+def _quantizes(run: Run) -> bool:
+    return run.settings.quantization == "nf4"
+
+
+def _check_four_bit(model: Model, base: Identified, lines: list[Coverage]) -> str:
+    """Stop the run where a weight that the table declares 4-bit is held otherwise."""
+    for tensor in base.layout.table:
+        if base.layout.store(tensor.row) is Store.NF4 and base.layout.loads(tensor.part):
+            holder = model.holders.get(tensor.name)
+            if holder is None or not holder.four_bit:
+                raise NumericError(
+                    "QC-TRAIN-005",
+                    "is declared 4-bit and is not",
+                    field=tensor.name,
+                    fix="report this, or pass --set quantization=none",
+                )
+    four = sum(line.four_bit for line in lines)
+    whole = sum(line.parameters for line in lines)
+    return f"{100 * four / whole:.1f} % of the loaded parameters are held in 4 bit"

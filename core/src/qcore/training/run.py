@@ -1,0 +1,49 @@
+"""`Run`: all that is known of a training run before a weight is read.
+
+`setup` builds it; the stations of `train` take it whole instead of its fields one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..api.media import MediaReader
+from ..config.settings import Settings
+from ..data.dataset import Dataset
+from ..nn.kernels.registry import Chosen
+from ..plugins.resolve_model import Identified
+from ..reporting import Reporter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run whose settings, rows and model fit each other.
+
+    Attributes:
+        model: the base, with a vision tower or the like where the rows need it.
+        data: the rows.
+        summary: what manifests record of the rows (`Dataset.summary`).
+        settings: the settings.
+        device: where it computes.
+        kernels: a backend for each op, verified on the device.
+        reader: of the media in rows; ``None`` where this model reads none.
+        target: the adapter folder that will be published.
+        folder: the run folder, ``OUTPUT.run``.
+        reporter: receives events.
+    """
+
+    model: Identified
+    data: Dataset
+    summary: Mapping[str, Any]
+    settings: Settings
+    device: torch.device
+    kernels: Chosen
+    reader: MediaReader | None
+    target: Path
+    folder: Path
+    reporter: Reporter

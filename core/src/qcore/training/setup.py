@@ -1,0 +1,226 @@
+"""Set-up of a run: everything that can be wrong is found before a weight is read.
+
+This file decides the order of the checks (output folder, device, model, preflight, rows, media,
+kernels, and for a resumed run whether it is the same run) and asks the planner whether the run
+fits in memory. What each check says is in its own file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..api.media import MediaReader
+from ..checkpoint.tokenizer import load_tokenizer
+from ..config.settings import Settings
+from ..data.dataset import Dataset, dataset
+from ..data.microbatches import units_of_rows
+from ..data.sampler import Schedule
+from ..errors import InputError
+from ..io.artifact import check_target
+from ..nn.device import pick_device
+from ..nn.kernels.registry import Chosen, choose, installed, requested
+from ..nn.model import ops_of
+from ..nn.recompute import POLICIES
+from ..planning.compare import RunPlan
+from ..planning.packs import may_join, packs_of
+from ..planning.run import Room, plan_run
+from ..planning.saved import Before, kept
+from ..plugins.resolve_model import Identified, identify
+from ..preflight.checks import preflight
+from ..preflight.modality import reader_of, unread, with_tower
+from ..reporting import Reporter
+from .checkpoints import newest, run_folder
+from .media_manifest import first_changed
+from .resume import SAME_NUMBERS, compare, identity
+from .run import Run
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Base:
+    """A model and what reads rows for it."""
+
+    model: Identified
+    settings: Settings
+    tokenizer: Tokenizer
+    reader: MediaReader | None
+    reporter: Reporter
+
+
+def prepare(
+    model: str,
+    data: str | Path,
+    output: str | Path,
+    settings: Settings,
+    *,
+    device: str,
+    resume: bool,
+    reporter: Reporter,
+) -> Run:
+    """Check everything that needs no weight.
+
+    Args:
+        model: a folder or a hub id.
+        data: chat JSONL.
+        output: the adapter folder to publish; absent or empty.
+        settings: everything else.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        resume: continue the run that was stopped.
+        reporter: receives events.
+
+    Raises:
+        QcoreError: see docs/errors.md.
+    """
+    target = check_target(output)
+    folder = run_folder(target, resume=resume)
+    chosen = pick_device(device)
+    identified = identify(model, generation=settings.generation)
+    identified = identified.quantizing(settings.quantize_groups)
+    base = _Base(
+        model=identified,
+        settings=settings,
+        reader=reader_of(identified, reporter),
+        tokenizer=load_tokenizer(identified.checkpoint),
+        reporter=reporter,
+    )
+    reported = _preflight(base)
+    rows = _read_rows(base, data)
+    base = _with_tower(base, rows, reported)
+    return Run(
+        model=base.model,
+        data=rows,
+        summary=rows.summary(),
+        settings=settings,
+        device=chosen,
+        kernels=_kernels(base, chosen),
+        reader=base.reader,
+        target=target,
+        folder=folder,
+        reporter=reporter,
+    )
+
+
+def _preflight(base: _Base, reported: Collection[str] = ()) -> list[str]:
+    """Report what preflight says of a model, less what was `reported` before."""
+    ids = base.tokenizer.get_vocab()
+    lines = [
+        *base.model.decision.evidence,
+        *preflight(base.model, verb="train", settings=base.settings, token_ids=ids),
+    ]
+    base.reporter.lines(line for line in lines if line not in reported)
+    return lines
+
+
+def _read_rows(base: _Base, data: str | Path) -> Dataset:
+    """The rows, with every fault in them found."""
+    settings = base.settings
+    rows = dataset(
+        data,
+        base.model.checkpoint,
+        base.model.chat_format(),
+        settings.max_length,
+        settings.eval_fraction,
+        settings.seed,
+        tokenizer=base.tokenizer,
+        variables=settings.chat_template_kwargs,
+        reader=base.reader,
+        unread="" if base.reader is not None else unread(base.model),
+    )
+    base.reporter.note(
+        f"{rows.rows} rows, {rows.tokens} tokens, {rows.supervised} of them supervised "
+        f"({100 * rows.supervised / rows.tokens:.0f} %), longest row {rows.longest} tokens"
+    )
+    return rows
+
+
+def _with_tower(base: _Base, rows: Dataset, reported: Collection[str]) -> _Base:
+    """The model as these rows need it; preflight runs again where a tower is loaded."""
+    settings = base.settings
+    model, lines = with_tower(
+        base.model, settings.target_groups, rows.kinds,
+        quantized=settings.quantize_groups, reached=partial(_reaches_media, rows, settings),
+    )  # fmt: skip
+    base.reporter.lines(lines)
+    if model is base.model:
+        return base
+    base = replace(base, model=model)
+    _preflight(base, reported)
+    return base
+
+
+def _reaches_media(rows: Dataset, settings: Settings) -> bool:
+    """Whether any step of the run has a row with media."""
+    schedule = Schedule(len(rows.train), settings)
+    return any(
+        rows.train[row].media
+        for step in range(schedule.total)
+        for batch in schedule.micro_batches(step)
+        for row in batch
+    )
+
+
+def _kernels(base: _Base, device: torch.device) -> Chosen:
+    """A backend for each op of the model, verified on the device."""
+    model = base.model
+    used = ops_of(
+        model.decision.architecture, model.checkpoint.config, model.layout, model.modality
+    )
+    listed = installed(model.plugins)
+    wanted = requested(listed, base.settings.kernels, used.ops)
+    kernels = choose(listed, device, wanted, used)
+    base.reporter.lines(kernels.lines())
+    return kernels
+
+
+def before_the_stop(run: Run) -> Before:
+    """What a resumed run computed under before it was stopped.
+
+    Raises:
+        InputError: ``QC-RESUME-002`` when it is another run than the one that was stopped.
+    """
+    last, _ = newest(run.folder)
+    changed: dict[str, str] = {}
+    if last is not None:
+        try:
+            changed = compare(last[1], identity(run))
+        except InputError as error:
+            if error.field == "media" and (which := first_changed(run.folder, run.data)):
+                error = error.replace(file=run.data.path, field=which, found=None, expected=None)
+            raise error from None
+    before, lines = kept(run.folder, POLICIES)
+    if not changed.keys().isdisjoint(SAME_NUMBERS):  # the settings ask for other policies
+        before, lines = replace(before, policies=()), []
+    run.reporter.lines((*changed.values(), *lines))
+    return before
+
+
+def plan_memory(run: Run, room: Room, before: Before | None) -> RunPlan:
+    """What the rows take of the device; a resumed run keeps its policies where they fit.
+
+    Args:
+        run: the run.
+        room: what may be filled.
+        before: of a resumed run.
+
+    Raises:
+        InputError: ``QC-PLAN-001`` or ``-006``, the run does not fit.
+    """
+    data, settings = run.data, run.settings
+    train, held_out = ([len(row.ids) for row in part] for part in (data.train, data.eval))
+    pack = partial(
+        packs_of, train, held_out, settings,
+        units=units_of_rows(data.train), held_out_units=units_of_rows(data.eval),
+    )  # fmt: skip
+    plan, notes = plan_run(
+        run.model, settings, pack(), room, backends=run.kernels, before=before,
+        join=(lambda most: pack(together=most)) if may_join(settings) else None,
+    )  # fmt: skip
+    run.reporter.lines((plan.line(), *notes))
+    return plan
