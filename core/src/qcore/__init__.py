@@ -1,8 +1,7 @@
 """qcore: fine-tune and merge language models through plugins.
 
-Public modules: `api`, `checkpoint`, `errors`, `ops`, and the marker
-`hookimpl`. Everything else is internal and may change in a minor version. Importing qcore
-imports no torch and no plugin.
+Public modules: `api`, `errors`, `ops`, and the marker `hookimpl`. Everything else is internal and
+may change in a minor version. Importing qcore imports no torch and no plugin.
 """
 
 from __future__ import annotations

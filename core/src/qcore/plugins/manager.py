@@ -348,15 +348,12 @@ def _guarded(plugin: Candidate, record: Any) -> Any:
     from .record_check import callable_fields
 
     kind: Any = type(record)
-    functions = {name: getattr(record, name) for name in callable_fields(kind)}
-    return replace(
-        record,
-        **{
-            name: _Guarded(function, f"{name} of {record.name}", plugin)
-            for name, function in functions.items()
-            if function is not None
-        },
-    )
+    guarded = {
+        name: _Guarded(function, f"{name} of {record.name}", plugin)
+        for name in callable_fields(kind)
+        if (function := getattr(record, name)) is not None
+    }
+    return replace(record, **guarded) if guarded else record
 
 
 def _yields(hook: str) -> tuple[type, ...]:
