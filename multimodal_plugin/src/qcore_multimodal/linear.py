@@ -9,20 +9,20 @@ Shapes: U patches, d features.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qcore.api.blocks import BuildContext
+from qcore.api.blocks import BuildContext, LinearLayer
 from qcore.ops import recompute
 
 _EPS = 1e-6  # of every norm; no config names it
 
 
-def linear(ctx: BuildContext, name: str) -> nn.Module:
+def linear(ctx: BuildContext, name: str) -> LinearLayer:
     """The map of the row ``{name}.weight``, with the row ``{name}.bias`` as its ``bias``.
 
     The map itself does not know of it: what comes after adds it.
@@ -32,23 +32,23 @@ def linear(ctx: BuildContext, name: str) -> nn.Module:
     return made
 
 
-def affine(made: nn.Module, x: Tensor) -> Tensor:
+def affine(made: LinearLayer, x: Tensor) -> Tensor:
     """``x W^T + b``, of what `linear` made: ``[..., in] -> [..., out]``."""
-    y: Tensor = made(x)
+    y = made(x)
     return biased(y, made).to(y.dtype)
 
 
-def residual(stream: Tensor, made: nn.Module, x: Tensor) -> Tensor:
+def residual(stream: Tensor, made: LinearLayer, x: Tensor) -> Tensor:
     """``stream + x W^T + b``."""
     return (biased(made(x), made) + stream).to(stream.dtype)
 
 
-def activated(made: nn.Module, x: Tensor, approximate: str) -> Tensor:
+def activated(made: LinearLayer, x: Tensor, approximate: str) -> Tensor:
     """``gelu(x W^T + b)``; computed again in backward."""
     return recompute(_gelu, made(x), made.get_parameter("bias"), approximate)
 
 
-def biased(y: Tensor, made: nn.Module) -> Tensor:
+def biased(y: Tensor, made: LinearLayer) -> Tensor:
     """``y + b`` in float32, or wider."""
     return y + made.get_parameter("bias").to(_wide(y))
 
@@ -65,7 +65,7 @@ def _gelu(y: Tensor, bias: Tensor, approximate: str) -> Tensor:
         bias: ``[d]``.
         approximate: ``none`` or ``tanh``, as torch has it.
     """
-    out: Tensor = _Gelu.apply(y, bias, approximate)
+    out: Tensor = _Gelu.apply(y, bias, approximate)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -75,7 +75,8 @@ class _Gelu(torch.autograd.Function):
         ctx.save_for_backward(y, bias)
         ctx.approximate = approximate
         h = y + bias.to(_wide(y))
-        return torch.ops.aten.gelu_(h, approximate=approximate).to(y.dtype)
+        torch.ops.aten.gelu_(h, approximate=approximate)
+        return h.to(y.dtype)
 
     @staticmethod
     @once_differentiable
@@ -95,6 +96,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension; its result is computed again in backward."""
+
+    if TYPE_CHECKING:  # nn.Module's own is of any type
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(self, ctx: BuildContext, name: str) -> None:
         super().__init__()

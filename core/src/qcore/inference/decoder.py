@@ -3,8 +3,8 @@
 This file decides how a token is computed. On a GPU the host would take longer to start a token's
 kernels than the card to run them, so they are captured once in a CUDA graph and replayed: the
 token, its position and the logits lie in tensors that stay, and caches are written where the
-position says (`Held`). Attention reads a span of the cache, a power of two; a document that
-outgrows it is computed once without the graph, which is then captured for the next span.
+position says (`DecodeCache.hold`). Attention reads a span of the cache, a power of two; a document
+that outgrows it is computed once without the graph, which is then captured for the next span.
 
 ``plain``     what a layer does with any cache, as long as the document is
 ``held``      the step of the graph, computed and not captured
@@ -18,13 +18,13 @@ Shapes: T tokens, V vocabulary.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..api.blocks import Media, Packed
+from ..api.blocks import DecodeCache, Media, Packed
 from ..nn.kernels.registry import REFERENCE, Chosen, State
 from ..nn.model import Model
 
@@ -38,24 +38,6 @@ class Way(str, Enum):
     PLAIN = "plain"
     HELD = "held"
     CAPTURED = "captured"
-
-
-@runtime_checkable
-class Held(Protocol):
-    """A layer's cache that a captured step can advance: its tensors stay where they are."""
-
-    def reset(self) -> None:
-        """Begin another document, which grows as with any cache until it is held."""
-        ...
-
-    def hold(self, at: Tensor, span: int) -> None:
-        """From now on each call brings one token.
-
-        Args:
-            at: ``[1]`` int64 on the device, how many tokens came before; the caller counts.
-            span: at least as many as there are with this one; what of the cache is read.
-        """
-        ...
 
 
 def way_of(kernels: Chosen) -> tuple[Way, str]:
@@ -75,7 +57,7 @@ class Decoder:
     Args:
         model: on the device, with its adapters.
         device: of the model.
-        way: how a token is computed; ``plain`` where a layer's cache is not `Held`.
+        way: how a token is computed; ``plain`` if a layer's cache is not a `DecodeCache`.
 
     Attributes:
         done: tokens of the document that the caches hold.
@@ -87,7 +69,7 @@ class Decoder:
         self.done = self.captures = 0
         self._ahead = 0  # of positions, of the number of tokens: a medium takes fewer of them
         self._room = self._span = 0
-        self._caches: list[Any] = []
+        self._caches: list[DecodeCache] = []
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._captured_of: tuple[list[object], list[int]] = ([], [])
@@ -154,7 +136,7 @@ class Decoder:
             self._room = span_of(room)
         layers = self.model.trunk.layers
         self._caches = [layer.new_cache(self._room, self.device) for layer in layers]
-        if not all(isinstance(cache, Held) for cache in self._caches):
+        if not all(isinstance(cache, DecodeCache) for cache in self._caches):
             self.way = Way.PLAIN
         if self.way is not Way.PLAIN:
             fresh = torch.zeros(3, 1, dtype=torch.int64, device=self.device)

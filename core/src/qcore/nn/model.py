@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..api.blocks import Media, Packed, Tower, Trunk
+from ..api.blocks import LinearLayer, Media, Packed, Tower, Trunk
 from ..api.parameters import Kind
 from ..api.parameters import Tensor as Entry
 from ..api.records import Architecture, Modality
@@ -95,7 +95,7 @@ class Context:
         """An `Experts` for the row `name`."""
         return self._held(self._entry(name), Experts, self.kernel("experts", grouped))
 
-    def stack(self, *linears: nn.Module) -> Stacked:
+    def stack(self, *linears: LinearLayer) -> Stacked:
         """Linear maps of one input, as one."""
         members = tuple(cast(Linear, one) for one in linears)
         return Stacked(members, self.kernel("qlora_linear", reference))

@@ -113,7 +113,7 @@ class Parked(Held):
     @classmethod
     def _stream(cls, device: torch.device) -> torch.cuda.Stream:
         if device not in cls._streams:
-            cls._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            cls._streams[device] = torch.cuda.Stream(device)
         return cls._streams[device]
 
     def fetch(self) -> None:

@@ -78,7 +78,7 @@ class _OutputGate(torch.autograd.Function):
         return torch.sigmoid(gate).mul_(o)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         o, gate = ctx.saved_tensors
         open_ = torch.sigmoid(gate)

@@ -118,7 +118,7 @@ class _Prepared:
 
     def grouped(self, x: Tensor) -> Tensor:
         """``[M, Hv, ...] -> [M, Hk, Hv / Hk, ...]``."""
-        return x.unflatten(1, (self.k.shape[1], self.repeat))
+        return torch.unflatten(x, 1, (self.k.shape[1], self.repeat))
 
     def per_key_head(self, x: Tensor) -> Tensor:
         """``[B, ...] -> [M, Hk, ...]``: summed over the value heads of a key head."""
@@ -131,9 +131,10 @@ class _Prepared:
         eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
         system = system.flatten(0, 2)
         # unitriangular: the diagonal is taken as one whatever is stored there.
-        return torch.linalg.solve_triangular(
+        inverse: Tensor = torch.linalg.solve_triangular(
             system, eye.expand_as(system), upper=False, unitriangular=True
         )
+        return inverse
 
     def _reads(self) -> tuple[Tensor, Tensor]:
         chunks, heads, size, dk = self.k.shape
@@ -280,7 +281,7 @@ class _DeltaRule(torch.autograd.Function):
         return layout.gather(o), layout.by_document(states)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, beta, *between = ctx.saved_tensors
         layout: Chunks = ctx.layout

@@ -15,7 +15,7 @@ product's is fetched before it: of two layouts Triton takes that of the later.
 Shapes: T tokens, M chunks of C tokens, Hk key heads of dk, Hv value heads of dv.
 """
 
-# mypy: disable-error-code="no-untyped-def, import-untyped"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 from collections.abc import Sequence

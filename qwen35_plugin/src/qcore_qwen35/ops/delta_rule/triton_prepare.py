@@ -23,7 +23,7 @@ lengthens no key.
 Shapes: T tokens, M chunks of C tokens, Hk key heads of dk, Hv value heads of dv.
 """
 
-# mypy: disable-error-code="no-untyped-def, import-untyped"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 from typing import NamedTuple

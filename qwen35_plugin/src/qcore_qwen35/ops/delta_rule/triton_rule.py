@@ -57,7 +57,7 @@ def chunked_delta_rule(
     tables = layout.tables if layout is not None else None
     if tables is None:
         tables = Tables.of(cu_seqlens, CHUNK, q.device)
-    made: tuple[Tensor, Tensor] = _DeltaRule.apply(q, k, v, g, beta, initial_state, tables)
+    made: tuple[Tensor, Tensor] = _DeltaRule.apply(q, k, v, g, beta, initial_state, tables)  # type: ignore[no-untyped-call]
     return made
 
 

@@ -15,7 +15,7 @@ The formulas are those of `triton_prepare`; the forward has D multiplied into it
 Shapes: T tokens, M chunks of C tokens, N documents, Hk key heads of dk, Hv value heads of dv.
 """
 
-# mypy: disable-error-code="no-untyped-def, import-untyped"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 import torch

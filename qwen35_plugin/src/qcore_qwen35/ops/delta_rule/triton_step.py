@@ -8,7 +8,7 @@ this has; it has no backward. Needs Triton at import.
 Shapes: T tokens of N documents, Hk key heads of dk, Hv value heads of dv.
 """
 
-# mypy: disable-error-code="no-untyped-def, import-untyped"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -67,7 +67,7 @@ class _RmsNorm(torch.autograd.Function):
         return y.mul_(scale_of(weight, y.dtype)).to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wide = _wide(x)
@@ -90,7 +90,7 @@ class _GatedNorm(torch.autograd.Function):
         return (F.silu(_wide(z)) * (unit * weight.to(o.dtype))).to(o.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         o, z, weight = ctx.saved_tensors
         wide, gate, dy = _wide(o), _wide(z), _wide(dy)
