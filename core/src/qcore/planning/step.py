@@ -248,8 +248,8 @@ class Steps:
 
     def _input(self, lengths: Lengths) -> int:
         """Bytes of what a layer reads."""
-        model = self.measure.model
-        return rounded(sum(lengths) * model.head.shape[1] * model.dtype.itemsize)
+        width = self.measure.width * self.measure.model.dtype.itemsize
+        return rounded(sum(lengths) * width)
 
     def _host(self, lengths: Lengths, policies: Sequence[str]) -> int:
         """Bytes of the host that parked inputs take."""
