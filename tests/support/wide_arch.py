@@ -39,6 +39,7 @@ class Layer(nn.Module):
 
     def __init__(self, context: BuildContext, number: int) -> None:
         super().__init__()
+        self.number = number
         self.up = context.linear(f"layers.{number}.up")
         self.down = context.linear(f"layers.{number}.down")
         self.gate = context.tensor(f"layers.{number}.gate")

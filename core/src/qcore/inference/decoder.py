@@ -179,7 +179,8 @@ class Decoder:
         batch = Packed(ids=ids, cu_seqlens=(0, len(ids)), positions=positions, media=media)
         x = self.model.embed(batch)
         for layer, cache in zip(self.model.trunk.layers, self._caches, strict=True):
-            x = layer(x, batch, cache)
+            with self.model.guard(layer):
+                x = layer(x, batch, cache)
         last = self.model.trunk.final(x[-1:])
         return F.linear(last, self.model.head)[0].float()
 

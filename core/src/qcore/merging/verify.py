@@ -200,15 +200,17 @@ class _Streams:
         base, adapted, merged = x
         for prefix, layer, values in self._layers(layers):
             with self._real(prefix, layer, values) as maps:
-                with _routes(layer) as picked:
+                guard = self.model.guard(layer)
+                with _routes(layer) as picked, guard:
                     after = layer(adapted, batch)
                 for module in maps.values():
                     module.lora = None
-                base = layer(base, one)
+                with guard:
+                    base = layer(base, one)
                 for name, module in maps.items():
                     self._merge(name, module)
                 # Merged weights on the adapted stream, to be compared, and on their own.
-                with _routes(layer) as again:
+                with _routes(layer) as again, guard:
                     same, merged = two(layer, adapted, merged)
                 self._check_layer(prefix, adapted, after, same, _moved(picked, again))
                 adapted = after

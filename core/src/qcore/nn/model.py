@@ -21,7 +21,9 @@ from ..api.parameters import Tensor as Entry
 from ..api.records import Architecture, Modality
 from ..checkpoint.layout import Layout
 from ..errors import PluginError
+from ..plugins.manager import Owner, owner_of
 from .kernels.registry import Used
+from .layer_errors import LayerGuard
 from .loss import cross_entropy_sum
 from .moe.experts import Experts, grouped
 from .qlora.fused import reference
@@ -196,6 +198,32 @@ class Model(nn.Module):
             _mount(self, modality.root, cast(nn.Module, tower))
         object.__setattr__(self, "tower", tower)  # as the trunk
         _prove_total(layout, context.given | {head.name})
+        self._unnamed = LayerGuard(owner_of(architecture.build), architecture.name)
+        self._guards = self._layer_guards(architecture, modality)
+
+    def _layer_guards(
+        self, architecture: Architecture, modality: Modality | None
+    ) -> dict[int, LayerGuard]:
+        """A guard for each layer of trunk and tower, by the layer's identity."""
+        names = {id(module): name for name, module in self.named_modules()}
+        runs: list[tuple[Sequence[object], Owner]] = [
+            (self.trunk.layers, owner_of(architecture.build))
+        ]
+        if modality is not None and self.tower is not None:
+            runs.append((self.tower.layers, owner_of(modality.build)))
+        return {
+            id(layer): LayerGuard(owner, names.get(id(layer), f"layer {number}"))
+            for layers, owner in runs
+            for number, layer in enumerate(layers)
+        }
+
+    def guard(self, layer: object) -> LayerGuard:
+        """The context in which a layer runs: what it raises names its plugin and the layer."""
+        return self._guards.get(id(layer), self._unnamed)
+
+    def guards(self, layers: Iterable[object]) -> list[LayerGuard]:
+        """The contexts of several layers, in their order."""
+        return [self.guard(layer) for layer in layers]
 
     @property
     def trains_tower(self) -> bool:
@@ -244,7 +272,10 @@ class Model(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_tower):
             each = [recompute] * len(layers)
             # What the first layer reads is nobody's here: it goes when the layer is through.
-            return run_layers(layers, tower.embed(media), media, each, dropout=self.dropout)
+            return run_layers(
+                layers, tower.embed(media), media, each,
+                dropout=self.dropout, guards=self.guards(layers),
+            )  # fmt: skip
 
     def embed(self, batch: Packed, *, recompute: str = "none") -> Tensor:
         """What the first layer reads, ``[T, H]``: embeddings of tokens, and of media their own.
@@ -273,8 +304,9 @@ class Model(nn.Module):
         tower = "none" if set(each) <= {"none"} else "full"
         # What the first layer reads is nobody's here, as in `media`.
         x = run_layers(
-            layers, self.embed(batch, recompute=tower), batch, each, dropout=self.dropout
-        )
+            layers, self.embed(batch, recompute=tower), batch, each,
+            dropout=self.dropout, guards=self.guards(layers),
+        )  # fmt: skip
         return self.trunk.final(x)
 
     def loss(

@@ -19,7 +19,7 @@ Shapes: T tokens, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -32,6 +32,9 @@ from .offload import Held, Parked
 from .storage import storage_id
 
 POLICIES = ("none", "elementwise", "full", "offload")
+
+Guard = AbstractContextManager[None]
+_UNGUARDED: Guard = nullcontext()
 
 _R = TypeVar("_R", Tensor, tuple[Tensor, ...])
 _B = TypeVar("_B", bound=Shared)
@@ -192,6 +195,7 @@ def run_layers(
     policies: Sequence[str],
     *,
     dropout: bool = False,
+    guards: Sequence[Guard] | None = None,
 ) -> Tensor:
     """All layers over x, each under its own policy.
 
@@ -201,23 +205,28 @@ def run_layers(
         batch: the pack, or the media of one.
         policies: one of `POLICIES` for each layer.
         dropout: whether a layer draws random numbers, which a second run must draw again.
+        guards: a context for each layer, entered whenever it runs (`layer_errors.LayerGuard`).
 
     Raises:
         ValueError: for another policy.
+        PluginError: of a guard, for what a layer raises.
     """
     if unknown := set(policies) - set(POLICIES):
         raise ValueError(f"no recompute policy is called {', '.join(sorted(unknown))}")
     before: Parked | None = None
-    for layer, policy in zip(layers, policies, strict=True):
+    guards = [_UNGUARDED] * len(layers) if guards is None else guards
+    for layer, policy, guard in zip(layers, policies, guards, strict=True):
         if policy == "none" or not torch.is_grad_enabled() or not _back(layer, x):
-            x = layer(x, batch)
+            with guard:
+                x = layer(x, batch)
         elif policy == "elementwise":
-            with recompute_cheap():
+            with guard, recompute_cheap():
                 x = layer(x, batch)
         else:
             held = Parked(x, before) if policy == "offload" and x.is_cuda else Held(x)
             before = held if isinstance(held, Parked) else None
-            x = _twice(layer, x, batch, held, dropout)
+            with guard:
+                x = _twice(layer, x, batch, held, dropout, guard)
     return x
 
 
@@ -229,14 +238,19 @@ def _back(layer: object, x: Tensor) -> bool:
 
 
 def _twice(
-    layer: Callable[[Tensor, _B], Tensor], x: Tensor, batch: _B, held: Held, dropout: bool
+    layer: Callable[[Tensor, _B], Tensor],
+    x: Tensor,
+    batch: _B,
+    held: Held,
+    dropout: bool,
+    guard: Guard,
 ) -> Tensor:
     """``layer(x, batch)`` that keeps `held` alone; what it leaves in the batch has its gradient."""
     # The graph needs an input that has a gradient; the first layer's has none.
     spark = x.new_empty(0).requires_grad_()
     known = set(batch.kept())
     spec: list[Any] = []
-    y, *left = _Twice.apply(x, spark, layer, batch, held, dropout, spec)  # type: ignore[no-untyped-call]
+    y, *left = _Twice.apply(x, spark, layer, batch, held, dropout, guard, spec)  # type: ignore[no-untyped-call]
     if left:
         keys = [key for key in batch.kept() if key not in known]
         batch.replace_kept(dict(zip(keys, tree_unflatten(left, spec[0]), strict=True)))
@@ -253,11 +267,12 @@ class _Twice(torch.autograd.Function):
         batch: Shared,
         held: Held,
         dropout: bool,
+        guard: Guard,
         spec: list[Any],
     ) -> tuple[Any, ...]:
         # Not the batch itself: it holds what is left in it, whose graph would then hold itself,
         # and no collector sees that.
-        ctx.layer, ctx.batch, ctx.held = layer, batch.alone(), held
+        ctx.layer, ctx.batch, ctx.held, ctx.guard = layer, batch.alone(), held, guard
         ctx.random = _Random(x.device) if dropout else None
         known = set(batch.kept())
         y = layer(x.detach(), batch)
@@ -269,6 +284,13 @@ class _Twice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *dleft: Tensor | None) -> tuple[Any, ...]:
+        with ctx.guard:
+            dx = _Twice.run_again(ctx, dy, *dleft)
+        return dx, None, None, None, None, None, None, None
+
+    @staticmethod
+    def run_again(ctx: Any, dy: Tensor, *dleft: Tensor | None) -> Tensor | None:
+        """The layer's forward once more, and its backward; the gradient of its input."""
         x = ctx.held.take().requires_grad_(ctx.needs_input_grad[0])
         alone = ctx.batch.alone()
         with torch.enable_grad(), recompute_cheap():
@@ -283,7 +305,8 @@ class _Twice(torch.autograd.Function):
             if isinstance(value, Tensor) and value.requires_grad and gradient is not None:
                 pairs.append((value, gradient))
         torch.autograd.backward([v for v, _ in pairs], [g for _, g in pairs])
-        return x.grad, None, None, None, None, None, None
+        grad: Tensor | None = x.grad
+        return grad
 
 
 class _Random:

@@ -86,7 +86,8 @@ class Measure:
     def _forward(self, layer: Layer, batch: Packed) -> None:
         x = self.model.trunk.embed(batch)
         self.width = x.shape[1]
-        layer(x, batch.alone())
+        with self.model.guard(layer):
+            layer(x, batch.alone())
 
     def batch(self, lengths: Lengths, *, media: bool = False) -> int:
         """Bytes of a pack of documents and of what all layers derive from it.
@@ -193,7 +194,10 @@ class Measure:
         batch = self._seen(lengths, kinds)[0].alone()
 
         def run(x: list[Tensor]) -> Tensor:
-            return run_layers([layer], x.pop(), batch, [policy], dropout=model.dropout)
+            return run_layers(
+                [layer], x.pop(), batch, [policy],
+                dropout=model.dropout, guards=model.guards([layer]),
+            )  # fmt: skip
 
         return self._both(run, lengths)
 
@@ -234,7 +238,8 @@ class Measure:
             trace.mark()
             x = model.trunk.embed(batch)
             for layer in self._one.values():
-                x = layer(x, batch)
+                with model.guard(layer):
+                    x = layer(x, batch)
             where = batch.supervised()
             hidden, wanted = model.trunk.final(x).index_select(0, where), batch.targets
             del x

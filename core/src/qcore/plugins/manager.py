@@ -324,6 +324,26 @@ def _answers(plugin: Candidate, hook: str, arguments: Mapping[str, Any]) -> list
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """Who is to blame for an object that a record's callable made.
+
+    Attributes:
+        name: the plugin in words.
+        remedy: what the user can do about it.
+    """
+
+    name: str
+    remedy: str | None = None
+
+
+def owner_of(function: Callable[..., Any]) -> Owner:
+    """The plugin whose record holds `function`; its module, if it comes from no plugin."""
+    if isinstance(function, _Guarded):
+        return Owner(str(function.plugin.info), _remedy(function.plugin))
+    return Owner(f"module '{getattr(function, '__module__', None)}'")
+
+
+@dataclass(frozen=True, slots=True)
 class _Guarded:
     """A callable of a record that names its plugin when it fails; equal where that one is."""
 
@@ -387,10 +407,10 @@ def contained(call: Callable[[], _T], /) -> _T | Failure:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001  SystemExit too: a plugin may call sys.exit
-        return Failure(_cause(error), error)
+        return Failure(cause_of(error), error)
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """Type, message and place of what foreign code raised; the place is its innermost frame."""
     try:
         text = str(error)[:300]
