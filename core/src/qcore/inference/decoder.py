@@ -191,7 +191,7 @@ class Decoder:
         for parameter in self.model.parameters():
             things.append(parameter)
             state += [parameter.data_ptr(), parameter._version]
-        for module in self.model.holders.values():
+        for module in self.model.lora_layers.values():
             things += [module.lora, getattr(module, "nf4", None)]
         return things, state
 

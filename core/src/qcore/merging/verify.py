@@ -33,7 +33,7 @@ from ..errors import NumericError, raise_all
 from ..nn.load import DTYPES, as_bytes, place, read_exact, read_tensor, slabs
 from ..nn.model import Model
 from ..nn.moe.experts import Experts, Routing
-from ..nn.qlora.lora_layer import Adapted, Lora
+from ..nn.qlora.lora_layer import Lora, LoraLayer
 from ..plugins.resolve_model import Identified
 
 _DOCUMENTS, _TOKENS = 8, 5  # longer than a convolution's kernel; time is the weights' more
@@ -258,7 +258,7 @@ class _Streams:
             )
         self.worst = max(self.worst, worst / allowed if allowed else 0.0)
 
-    def _merge(self, name: str, module: Adapted) -> None:
+    def _merge(self, name: str, module: LoraLayer) -> None:
         """Add the adapter to a weight by the merge's own arithmetic: a fault in it shows."""
         self.proved.add(name)
         item = self.layout.located[name]
@@ -366,7 +366,7 @@ class _Streams:
     @contextmanager
     def _real(
         self, prefix: str, layer: nn.Module, values: dict[str, Tensor]
-    ) -> Iterator[dict[str, Adapted]]:
+    ) -> Iterator[dict[str, LoraLayer]]:
         """A layer's weights and adapters, there for the block and given back after it.
 
         Yields:
@@ -374,7 +374,7 @@ class _Streams:
         """
         for name in list(values):
             self._place(name, values.pop(name))
-        mine = {n: m for n, m in self.model.holders.items() if n.startswith(f"{prefix}.")}
+        mine = {n: m for n, m in self.model.lora_layers.items() if n.startswith(f"{prefix}.")}
         stacks = {name: module for name, module in mine.items() if isinstance(module, Experts)}
         for name, module in stacks.items():
             module.read_from(self._reader(self.layout.located[name]))

@@ -268,7 +268,7 @@ def place(
 ) -> None:
     """Give what was loaded to the module that holds it, in 4 bit or in the dtype of its row."""
     name, row = item.tensor.name, item.tensor.row
-    holder = model.holders.get(name)
+    holder = model.lora_layers.get(name)
     if holder is not None:
         holder.hold(rows, value, quantize=quantize, dtype=model.dtype)
         return

@@ -28,7 +28,7 @@ from .loss import cross_entropy_sum
 from .moe.experts import Experts, grouped
 from .qlora.fused import reference
 from .qlora.linear import Linear
-from .qlora.lora_layer import Adapted, Lora
+from .qlora.lora_layer import Lora, LoraLayer
 from .qlora.nf4 import dequantize
 from .qlora.stacked_linear import Stacked
 from .recompute import run_layers
@@ -75,8 +75,8 @@ class Context:
     ) -> None:
         self.config = config
         self.dtype = dtype
-        self.given: set[str] = set()
-        self.holders: dict[str, Adapted] = {}
+        self.used: set[str] = set()
+        self.lora_layers: dict[str, LoraLayer] = {}
         self._root = root
         self._layout = layout
         self._lora = lora
@@ -99,7 +99,7 @@ class Context:
 
     def stack(self, *linears: LinearLayer) -> Stacked:
         """Linear maps of one input, as one."""
-        members = tuple(cast(Linear, one) for one in linears)
+        members = tuple(cast(Linear, linear) for linear in linears)
         return Stacked(members, self.kernel("qlora_linear", reference))
 
     def kernel(self, op: str, reference: _F) -> _F:
@@ -117,7 +117,7 @@ class Context:
             )
         lora, read = self._lora.get(entry.name), self.kernel("nf4_dequantize", dequantize)
         module = build(entry.shape, self.dtype, lora, dequantize=read, compute=compute)
-        self.holders[entry.name] = module
+        self.lora_layers[entry.name] = module
         return module
 
     def tensor(self, name: str) -> nn.Parameter:
@@ -134,7 +134,7 @@ class Context:
                 field=full,
                 fix="report this to the plugin's author",
             )
-        self.given.add(full)
+        self.used.add(full)
         return self._layout.table[full]
 
 
@@ -172,8 +172,8 @@ class Model(nn.Module):
         trunk = architecture.build(context)
         _mount(self, architecture.root, cast(nn.Module, trunk))
         self.dtype = dtype
-        self.holders = context.holders
-        self.dropout = any(one.lora_dropout > 0 for one in lora.values())
+        self.lora_layers = context.lora_layers
+        self.dropout = any(numbers.lora_dropout > 0 for numbers in lora.values())
         self._cross_entropy = context.kernel("cross_entropy", cross_entropy_sum)
         # Not through nn.Module, which would register the trunk a second time, as "trunk".
         object.__setattr__(self, "trunk", trunk)
@@ -187,7 +187,7 @@ class Model(nn.Module):
             )
         self.head_name = head.row.tie or head.name
         if head.row.tie is None:
-            context.given.add(head.name)
+            context.used.add(head.name)
             holder = nn.Module()
             meta = torch.empty(head.shape, device="meta")
             holder.register_parameter("weight", nn.Parameter(meta, requires_grad=False))
@@ -197,7 +197,7 @@ class Model(nn.Module):
             tower = modality.build(context.below(modality.root))
             _mount(self, modality.root, cast(nn.Module, tower))
         object.__setattr__(self, "tower", tower)  # as the trunk
-        _prove_total(layout, context.given | {head.name})
+        _prove_total(layout, context.used | {head.name})
         self._unnamed = LayerGuard(owner_of(architecture.build), architecture.name)
         self._guards = self._layer_guards(architecture, modality)
 
@@ -228,7 +228,9 @@ class Model(nn.Module):
     @property
     def trains_tower(self) -> bool:
         """Whether a map of the tower carries LoRA; else it runs without autograd."""
-        return any(isinstance(one, Adapted) and one.lora is not None for one in self._of_tower())
+        return any(
+            isinstance(module, LoraLayer) and module.lora is not None for module in self._of_tower()
+        )
 
     @property
     def trains_trunk(self) -> bool:
@@ -244,9 +246,9 @@ class Model(nn.Module):
         """``[V, H]``, frozen."""
         return self.get_parameter(self.head_name)
 
-    def adapters(self) -> Iterator[tuple[str, Adapted]]:
+    def adapters(self) -> Iterator[tuple[str, LoraLayer]]:
         """(canonical name of the weight, module) of every map that carries LoRA."""
-        for name, module in self.holders.items():
+        for name, module in self.lora_layers.items():
             if module.lora is not None:
                 yield name, module
 
@@ -287,10 +289,11 @@ class Model(nn.Module):
         x = self.trunk.embed(batch)
         if batch.media is None:
             return x
-        found = self.media(batch.media, recompute=recompute).to(x.dtype)
-        if len(found) != len(batch.media.where):
-            raise ValueError(f"{len(found)} embeddings for {len(batch.media.where)} tokens")
-        return x.index_copy(0, batch.media.where, found)
+        embeddings = self.media(batch.media, recompute=recompute).to(x.dtype)
+        where = batch.media.where
+        if len(embeddings) != len(where):
+            raise ValueError(f"{len(embeddings)} embeddings for {len(where)} tokens")
+        return x.index_copy(0, where, embeddings)
 
     def hidden(self, batch: Packed, *, recompute: str | Sequence[str] = "none") -> Tensor:
         """What the head reads, ``[T, H]``.

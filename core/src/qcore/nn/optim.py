@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .qlora.lora_layer import Adapted
+from .qlora.lora_layer import LoraLayer
 
 _ALIGNED = 64  # values; a view starts at 256 bytes or right behind its neighbour
 
@@ -38,10 +38,10 @@ class FlatAdamW(torch.optim.Optimizer):
         flat: the vector, whose ``.grad`` holds all gradients.
     """
 
-    def __init__(self, adapters: Iterable[Adapted], *, lr: float, weight_decay: float) -> None:
+    def __init__(self, adapters: Iterable[LoraLayer], *, lr: float, weight_decay: float) -> None:
         modules = list(adapters)
-        parameters = [matrix for one in modules for matrix in (one.lora_A,) if matrix is not None]
-        parameters += [matrix for one in modules for matrix in (one.lora_B,) if matrix is not None]
+        parameters = [module.lora_A for module in modules if module.lora_A is not None]
+        parameters += [module.lora_B for module in modules if module.lora_B is not None]
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "fused": True})
         starts, size = _places(parameters)
         values = torch.zeros(size, device=parameters[0].device)

@@ -114,7 +114,7 @@ class Steps:
         names += [TOWER] if self.measure.tower is not None else []
         terms = dict.fromkeys(names, 0)
         towers = found.modality.name if found.modality is not None else None
-        for name, holder in model.holders.items():
+        for name, holder in model.lora_layers.items():
             if holder.four_bit:
                 part = entries[name].part.name
                 terms[TOWER if part == towers else "weights nf4"] += holder.stored_bytes

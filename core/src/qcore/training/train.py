@@ -37,7 +37,7 @@ from ..nn.device import DTYPES, pick_device
 from ..nn.kernels.registry import Chosen, choose, installed, requested
 from ..nn.load import load
 from ..nn.model import Model, ops_of
-from ..nn.offload import Parked
+from ..nn.offload import OffloadedInput
 from ..nn.qlora.lora_layer import Lora
 from ..nn.recompute import POLICIES
 from ..planning.compare import RunPlan, beside, measured
@@ -104,7 +104,7 @@ def train(
         watch = stack.enter_context(Watch(plan, where))
         watch.at("loading the base")
         net, files, lines = _load(found, rows, settings, where, backends, tell, stop)
-        Parked.lot(where).least = max(1, plan.parked)
+        OffloadedInput.pool(where).least = max(1, plan.parked)
         if not gc.get_freeze_count():
             stack.callback(gc.unfreeze)  # what the loop freezes, not what a caller did
         loop = Loop(net, rows, settings, where, plan.policies, plan.together, reader)
@@ -385,7 +385,7 @@ def _prove_quantised(net: Model, found: Identified, lines: list[Coverage]) -> st
     """A tensor that the table declares 4-bit is held in 4 bit, or the run stops."""
     for entry in found.layout.table:
         if found.layout.store(entry.row) is Store.NF4 and found.layout.loads(entry.part):
-            holder = net.holders.get(entry.name)
+            holder = net.lora_layers.get(entry.name)
             if holder is None or not holder.four_bit:
                 raise NumericError(
                     "QC-TRAIN-005",

@@ -83,7 +83,7 @@ def refuse(device: torch.device) -> str | None:
 
 def verify(device: torch.device) -> Verdict:
     """A batch and a pack of mixed lengths against float32, with grouped heads of 256."""
-    found = []
+    verdicts = []
     for ends in ((0, 192, 384), (0, 1, 70, 333)):
         draw = torch.Generator().manual_seed(ends[-1])
         q, k, v = (
@@ -91,7 +91,7 @@ def verify(device: torch.device) -> Verdict:
             for heads in (4, 2, 2)
         )
         inputs = (q, k, v, ends, _LARGEST_HEAD**-0.5)
-        found.append(
+        verdicts.append(
             compare(fused_attention, varlen_attention, inputs, output=6e-3, gradient=1.2e-2)
         )
-    return worst_verdict(*found)
+    return worst_verdict(*verdicts)

@@ -47,8 +47,8 @@ def compare(
         more: keyword arguments of both.
     """
     if gradients_of is None:
-        gradients_of = [n for n, one in enumerate(inputs) if _floating(one)]
-    device = next((one.device for one in inputs if isinstance(one, Tensor)), None)
+        gradients_of = [n for n, value in enumerate(inputs) if _floating(value)]
+    device = next((value.device for value in inputs if isinstance(value, Tensor)), None)
     if device is not None:
         poison(device)
     got, got_grads = _run(function, inputs, gradients_of, more, wide=False)
@@ -93,49 +93,51 @@ def _run(
     wide: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and the gradients asked for; cotangents are the same for the same shapes."""
-    given = []
-    for number, one in enumerate(inputs):
-        if isinstance(one, Tensor):
-            one = one.detach()
-            if wide and _floating(one):
-                one = one.to(torch.promote_types(one.dtype, torch.float32))
-            one = one.requires_grad_(number in gradients_of)
-        given.append(one)
-    found = function(*given, **more)
+    arguments = []
+    for number, value in enumerate(inputs):
+        if isinstance(value, Tensor):
+            value = value.detach()
+            if wide and _floating(value):
+                value = value.to(torch.promote_types(value.dtype, torch.float32))
+            value = value.requires_grad_(number in gradients_of)
+        arguments.append(value)
+    result = function(*arguments, **more)
     outputs = [
-        one for one in (found if isinstance(found, tuple | list) else [found]) if one is not None
+        value
+        for value in (result if isinstance(result, tuple | list) else [result])
+        if value is not None
     ]
     if not gradients_of:
         return outputs, []
     generator = torch.Generator().manual_seed(len(outputs))
     cotangents, roots = [], []
-    for one in outputs:
-        cotangent = torch.randn(one.shape, generator=generator)
-        if one.requires_grad:
+    for value in outputs:
+        cotangent = torch.randn(value.shape, generator=generator)
+        if value.requires_grad:
             # Rounded as the backend's is, so that the reference gets the same values.
             rounded = cotangent.to(torch.bfloat16) if _lowest(inputs) < 4 else cotangent
-            cotangents.append(rounded.to(one.device, one.dtype))
-            roots.append(one)
-    wrt = [given[number] for number in gradients_of]
+            cotangents.append(rounded.to(value.device, value.dtype))
+            roots.append(value)
+    wrt = [arguments[number] for number in gradients_of]
     grads = torch.autograd.grad(roots, wrt, cotangents, allow_unused=True)
     return outputs, [
-        torch.zeros_like(one) if grad is None else grad
-        for grad, one in zip(grads, wrt, strict=True)
+        torch.zeros_like(value) if grad is None else grad
+        for grad, value in zip(grads, wrt, strict=True)
     ]
 
 
 def _lowest(inputs: Sequence[Any]) -> int:
-    return min((one.element_size() for one in inputs if _floating(one)), default=4)
+    return min((value.element_size() for value in inputs if _floating(value)), default=4)
 
 
-def _floating(one: Any) -> bool:
-    return isinstance(one, Tensor) and one.is_floating_point()
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _worst(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     if len(got) != len(expected):
         return math.inf
-    return _max(relative_error(one, two) for one, two in zip(got, expected, strict=True))
+    return _max(relative_error(value, two) for value, two in zip(got, expected, strict=True))
 
 
 def _max(values: Any) -> float:

@@ -79,47 +79,47 @@ class Line:
 
 
 def judge(
-    one: Listed, device: torch.device, config: Mapping[str, Any] | None, *, fresh: bool
+    backend: Listed, device: torch.device, config: Mapping[str, Any] | None, *, fresh: bool
 ) -> tuple[Line, QcoreError | None]:
     """Whether a backend may be used, and the error that it is where the user asked for it.
 
     Args:
-        one: the backend.
+        backend: the backend.
         device: where it would run.
         config: config.json of the model that it would compute, where there is one.
         fresh: verify it whatever the cache says.
     """
-    kernel = one.kernel
+    kernel = backend.kernel
     refusal = contained(partial(_refusal, kernel, device, config))
     if isinstance(refusal, Failure):
-        return _refused(one, str(refusal), alarming=True), raised(one, refusal)
+        return _refused(backend, str(refusal), alarming=True), raised(backend, refusal)
     if refusal is not None:
         reason, fix = refusal
-        return _refused(one, reason), cannot_run(one, reason, fix)
-    verdict = _verified(one, device, fresh=fresh)
+        return _refused(backend, reason), cannot_run(backend, reason, fix)
+    verdict = _verified(backend, device, fresh=fresh)
     if isinstance(verdict, Failure):
-        return _refused(one, str(verdict), alarming=True), raised(one, verdict)
+        return _refused(backend, str(verdict), alarming=True), raised(backend, verdict)
     if verdict.good:
-        return line_of(one, State.AVAILABLE, "", verdict=verdict), None
+        return line_of(backend, State.AVAILABLE, "", verdict=verdict), None
     reason = f"differs from its reference on this device: {verdict.text}"
     wrong = NumericError(
         "QC-KERNEL-004",
         reason,
         field=f"{SETTING}.{kernel.op}",
         found=kernel.backend,
-        fix=f"ask for {kernel.op}={REFERENCE}, and report this to {one.owner}",
+        fix=f"ask for {kernel.op}={REFERENCE}, and report this to {backend.owner}",
     )
-    return _refused(one, reason, alarming=True, verdict=verdict), wrong
+    return _refused(backend, reason, alarming=True, verdict=verdict), wrong
 
 
-def cannot_run(one: Listed, reason: str, fix: str | None = None) -> UsageError:
+def cannot_run(backend: Listed, reason: str, fix: str | None = None) -> UsageError:
     """The error for who asked for a backend that cannot run: ``QC-KERNEL-003``."""
-    op = one.kernel.op
+    op = backend.kernel.op
     return UsageError(
         "QC-KERNEL-003",
         f"cannot run here: {reason}",
         field=f"{SETTING}.{op}",
-        found=one.kernel.backend,
+        found=backend.kernel.backend,
         fix=fix or f"leave it out, or ask for {op}={REFERENCE}",
     )
 
@@ -171,9 +171,9 @@ def _matches(bad: KnownBad, device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == bad.capability
 
 
-def _verified(one: Listed, device: torch.device, *, fresh: bool) -> Verdict | Failure:
+def _verified(backend: Listed, device: torch.device, *, fresh: bool) -> Verdict | Failure:
     """The verdict, from the cache where it is of this very situation."""
-    key = kernel_cache.key(one.kernel, one.owner, device)
+    key = kernel_cache.key(backend.kernel, backend.owner, device)
     if not fresh and key is not None and (known := kernel_cache.get(key)) is not None:
         return known
 
@@ -183,10 +183,12 @@ def _verified(one: Listed, device: torch.device, *, fresh: bool) -> Verdict | Fa
         # A run must not depend on whether the cache was warm.
         cards = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(cards), torch.enable_grad():
-            found = one.kernel.verify(device)
+            verdict = backend.kernel.verify(device)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        return found if isinstance(found, Verdict) else Failure(f"gave {type(found).__name__}")
+        if isinstance(verdict, Verdict):
+            return verdict
+        return Failure(f"returned {type(verdict).__name__}")
 
     verdict = contained(verify)
     if isinstance(verdict, Verdict) and verdict.good and key is not None:
@@ -197,17 +199,17 @@ def _verified(one: Listed, device: torch.device, *, fresh: bool) -> Verdict | Fa
 # Lines and errors.
 
 
-def line_of(one: Listed, state: State, reason: str, **more: Any) -> Line:
+def line_of(backend: Listed, state: State, reason: str, **more: Any) -> Line:
     """The line of a backend."""
-    kernel = one.kernel
+    kernel = backend.kernel
     return Line(
-        op=kernel.op, backend=kernel.backend, state=state, reason=reason, owner=one.owner,
+        op=kernel.op, backend=kernel.backend, state=state, reason=reason, owner=backend.owner,
         waits=kernel.waits, **more,
     )  # fmt: skip
 
 
-def _refused(one: Listed, reason: str, **more: Any) -> Line:
-    return line_of(one, State.REFUSED, reason, **more)
+def _refused(backend: Listed, reason: str, **more: Any) -> Line:
+    return line_of(backend, State.REFUSED, reason, **more)
 
 
 def reference(backends: Sequence[Listed], state: State, reason: str = "") -> Line:
@@ -216,13 +218,13 @@ def reference(backends: Sequence[Listed], state: State, reason: str = "") -> Lin
     return Line(op=op.name, backend=REFERENCE, state=state, reason=reason, waits=op.reference_waits)
 
 
-def raised(one: Listed, failure: Failure) -> PluginError:
+def raised(backend: Listed, failure: Failure) -> PluginError:
     """What a backend's own code raised, as the error that it is where it was asked for."""
-    kernel = one.kernel
+    kernel = backend.kernel
     return PluginError(
         "QC-KERNEL-005",
-        f"kernel of {one.owner} does not run",
+        f"kernel of {backend.owner} does not run",
         field=f"{SETTING}.{kernel.op}",
         found=f"{kernel.backend}: {failure}",
-        fix=f"ask for {kernel.op}={REFERENCE}, and report this to {one.owner}",
+        fix=f"ask for {kernel.op}={REFERENCE}, and report this to {backend.owner}",
     )

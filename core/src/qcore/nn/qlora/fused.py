@@ -39,15 +39,15 @@ from torch.autograd.function import once_differentiable
 from ..grad_buffers import as_one_buffer
 from ..kernels.launch import on_gpu
 from ..storage import storage_id
-from .fused_factors import Working
+from .fused_factors import WorkingFactors
 from .fused_grads import adapter_gradients
-from .fused_tables import Tables
+from .fused_tables import MemberTables
 from .members import Member, Members
 
 Compute = Callable[[Tensor, "Product"], tuple[Tensor, ...]]
 
 
-class Maps(Protocol):
+class FusedKernels(Protocol):
     """What surrounds a product, in other hands than torch's (`product_triton`)."""
 
     def takes(self, product: Product, like: Tensor) -> bool:
@@ -55,7 +55,13 @@ class Maps(Protocol):
         ...
 
     def fill(
-        self, product: Product, buffer: Tensor, working: Working | None, *, place: bool, fresh: bool
+        self,
+        product: Product,
+        buffer: Tensor,
+        working: WorkingFactors | None,
+        *,
+        place: bool,
+        fresh: bool,
     ) -> None:
         """Write all weights; `place` LoRA in the buffer; write `working` from the masters."""
         ...
@@ -72,7 +78,7 @@ class Maps(Protocol):
 
 
 @dataclass(slots=True)
-class _Kept:
+class _KeptBuffer:
     """A buffer that stays: whose values it holds, and which of LoRA's, in how many ranks."""
 
     buffer: Tensor
@@ -90,15 +96,15 @@ class Product(Members):
 
     Attributes:
         compute: as given.
-        tables: of `Maps`.
+        tables: of `FusedKernels`.
     """
 
     def __init__(self, members: Sequence[Member], compute: Compute | None = None) -> None:
         super().__init__(members)
         self.compute: Compute = compute or reference
-        self.tables = Tables()
-        self._working = Working(self.out, self.into)
-        self._kept: _Kept | None = None
+        self.tables = MemberTables()
+        self._working = WorkingFactors(self.out, self.into)
+        self._kept: _KeptBuffer | None = None
 
     def takes(self, x: Tensor) -> bool:
         """Whether it computes these members for `x`: on a GPU, without dropout.
@@ -113,25 +119,25 @@ class Product(Members):
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.compute(x, self)
 
-    def spent(self) -> None:
+    def note_backward(self) -> None:
         """Say that a backward ran."""
-        self._working.spent(list(self.adapters()))
+        self._working.note_backward(list(self.adapters()))
 
-    def renew(self) -> None:
+    def note_forward(self) -> None:
         """Say that a forward begins."""
-        self._working.renew()
+        self._working.note_forward()
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def working(self, like: Tensor, maps: Maps | None = None) -> Working | None:
+    def working(self, like: Tensor, kernels: FusedKernels | None = None) -> WorkingFactors | None:
         """A and B in the dtype of `like`, made anew where a master changed.
 
-        With `maps` they may be unwritten: reading the weights writes them.
+        With `kernels` they may be unwritten: reading the weights writes them.
         """
         adapters = list(self.adapters())
         if not adapters:
             return None
-        late = maps is not None and not self.stays and maps.takes(self, like)
+        late = kernels is not None and not self.stays and kernels.takes(self, like)
         self._working.update(adapters, like, late=late)
         return self._working
 
@@ -142,11 +148,13 @@ class Product(Members):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def buffer(self, working: Working | None, like: Tensor, maps: Maps | None = None) -> Tensor:
+    def buffer(
+        self, working: WorkingFactors | None, like: Tensor, kernels: FusedKernels | None = None
+    ) -> Tensor:
         """``[N, K + R]`` or ``[N + R, K]``: the weights, and LoRA in its place."""
         kept = self._kept
         if kept is None or not _fits(kept, self._sources(), working, like):
-            return self._filled(working, like, maps, place=True)
+            return self._filled(working, like, kernels, place=True)
         if working is not None and kept.version != working.version:
             self._put(kept.buffer, working)
             kept.version = working.version
@@ -154,28 +162,35 @@ class Product(Members):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def weights(self, working: Working | None, like: Tensor, maps: Maps | None = None) -> Tensor:
+    def weights(
+        self, working: WorkingFactors | None, like: Tensor, kernels: FusedKernels | None = None
+    ) -> Tensor:
         """``[N, K]``: the weights alone; rows may lie apart."""
         if self.stays:
             buffer = self.buffer(working, like)
         else:
-            buffer = self._filled(working, like, maps, place=False)
+            buffer = self._filled(working, like, kernels, place=False)
         return buffer[: self.out, : self.into]
 
     def _sources(self) -> list[Any]:
         return [member.nf4 or member.weight for member in self.members]
 
     def _filled(
-        self, working: Working | None, like: Tensor, maps: Maps | None, *, place: bool
+        self,
+        working: WorkingFactors | None,
+        like: Tensor,
+        kernels: FusedKernels | None,
+        *,
+        place: bool,
     ) -> Tensor:
         """A new buffer, with `working` in its place if asked; it stays where all weights may."""
         place = place and working is not None
         ranks = len(working.a) if place and working is not None else 0
         shape = (self.out, self.into + ranks) if self.wide else (self.out + ranks, self.into)
         buffer = like.new_empty(shape)
-        if maps is not None and not self.stays and maps.takes(self, like):
+        if kernels is not None and not self.stays and kernels.takes(self, like):
             fresh = working is not None and not working.written
-            maps.fill(self, buffer, working, place=place, fresh=fresh)
+            kernels.fill(self, buffer, working, place=place, fresh=fresh)
             if working is not None:
                 working.written = True
             return buffer
@@ -189,17 +204,19 @@ class Product(Members):
                 if member.weight is not None:
                     member.weight.data = slab  # held once
             version = 0 if working is None else working.version
-            self._kept = _Kept(buffer, self._sources(), ranks, version)
+            self._kept = _KeptBuffer(buffer, self._sources(), ranks, version)
         return buffer
 
-    def _put(self, buffer: Tensor, working: Working) -> None:
+    def _put(self, buffer: Tensor, working: WorkingFactors) -> None:
         if self.wide:
             buffer[:, self.into :] = working.b
         else:
             buffer[self.out :] = working.a
 
 
-def _fits(kept: _Kept, sources: list[Any], working: Working | None, like: Tensor) -> bool:
+def _fits(
+    kept: _KeptBuffer, sources: list[Any], working: WorkingFactors | None, like: Tensor
+) -> bool:
     """Whether a buffer is of these weights as they are now, in this dtype, with room for LoRA."""
     buffer = kept.buffer
     if buffer.dtype != like.dtype or buffer.device != like.device:
@@ -219,10 +236,10 @@ def reference(x: Tensor, product: Product) -> tuple[Tensor, ...]:
     return through(None, x, product)
 
 
-def through(maps: Maps | None, x: Tensor, product: Product) -> tuple[Tensor, ...]:
+def through(kernels: FusedKernels | None, x: Tensor, product: Product) -> tuple[Tensor, ...]:
     """The members' maps of `x`, what surrounds the product in other hands."""
     matrices = [matrix for one in product.adapters() for matrix in (one.a, one.b)]
-    y: tuple[Tensor, ...] = _Product.apply(x, product, maps, *matrices)  # type: ignore[no-untyped-call]
+    y: tuple[Tensor, ...] = _Product.apply(x, product, kernels, *matrices)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -231,25 +248,25 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, product: Product, maps: Maps | None, *matrices: Tensor
+        ctx: Any, x: Tensor, product: Product, kernels: FusedKernels | None, *matrices: Tensor
     ) -> tuple[Tensor, ...]:
         flat = _rows(x)
-        product.renew()
-        working = product.working(x, maps)
+        product.note_forward()
+        working = product.working(x, kernels)
         xa = None
         if working is None:
-            y = flat @ product.weights(None, x, maps).t()
+            y = flat @ product.weights(None, x, kernels).t()
         elif product.wide:
-            buffer = product.buffer(working, x, maps)
-            both, xa = _thin(maps, flat, working.a, beside=True)
+            buffer = product.buffer(working, x, kernels)
+            both, xa = _thin(kernels, flat, working.a, beside=True)
             y = both @ buffer.t()
         else:
-            weights = product.weights(working, x, maps)
-            _, xa = _thin(maps, flat, working.a, beside=False)
+            weights = product.weights(working, x, kernels)
+            _, xa = _thin(kernels, flat, working.a, beside=False)
             y = xa @ working.b.t()
             y.addmm_(flat, weights.t())
         ctx.save_for_backward(flat if matrices else None, xa)
-        ctx.product, ctx.shape, ctx.maps = product, x.shape, maps
+        ctx.product, ctx.shape, ctx.kernels = product, x.shape, kernels
         parts = zip(torch.split(y, product.sizes, 1), product.sizes, strict=True)
         return tuple(one.view(*x.shape[:-1], size) for one, size in parts)
 
@@ -262,16 +279,16 @@ class _Product(torch.autograd.Function):
         working = product.working(dy)
         dx = dyb = None
         if ctx.needs_input_grad[0]:
-            dx, dyb = _input_gradient(product, ctx.maps, working, dy)
+            dx, dyb = _input_gradient(product, ctx.kernels, working, dy)
             dx = dx.view(ctx.shape)
         elif working is not None:
-            _, dyb = _thin(ctx.maps, dy, working.b.t(), beside=False)
-        product.spent()
+            _, dyb = _thin(ctx.kernels, dy, working.b.t(), beside=False)
+        product.note_backward()
         if xa is None:
             return dx, None, None
         assert dyb is not None
         adapters = list(product.adapters())
-        if ctx.maps is not None and ctx.maps.outer(product, x, xa, dy, dyb):
+        if ctx.kernels is not None and ctx.kernels.outer(product, x, xa, dy, dyb):
             return dx, None, None, *[None] * (2 * len(adapters))
         return dx, None, None, *adapter_gradients(adapters, x, xa, dy, dyb)
 
@@ -281,9 +298,11 @@ def _rows(grad: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else flat.contiguous()
 
 
-def _thin(maps: Maps | None, x: Tensor, right: Tensor, *, beside: bool) -> tuple[Tensor, Tensor]:
+def _thin(
+    kernels: FusedKernels | None, x: Tensor, right: Tensor, *, beside: bool
+) -> tuple[Tensor, Tensor]:
     """``[x | x right^T]``, or x where it is not wanted, and ``x right^T``."""
-    found = None if maps is None else maps.thin(x, right, beside=beside)
+    found = None if kernels is None else kernels.thin(x, right, beside=beside)
     if found is not None:
         return x if found[0] is None else found[0], found[1]
     small = x @ right.t()
@@ -291,12 +310,12 @@ def _thin(maps: Maps | None, x: Tensor, right: Tensor, *, beside: bool) -> tuple
 
 
 def _input_gradient(
-    product: Product, maps: Maps | None, working: Working | None, dy: Tensor
+    product: Product, kernels: FusedKernels | None, working: WorkingFactors | None, dy: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Of x, and ``dy sB``."""
     if working is None:
-        return dy @ product.weights(None, dy, maps), None
-    both, dyb = _thin(maps, dy, working.b.t(), beside=not product.wide)
+        return dy @ product.weights(None, dy, kernels), None
+    both, dyb = _thin(kernels, dy, working.b.t(), beside=not product.wide)
     if product.wide:
-        return (dyb @ working.a).addmm_(dy, product.weights(working, dy, maps)), dyb
-    return both @ product.buffer(working, dy, maps), dyb
+        return (dyb @ working.a).addmm_(dy, product.weights(working, dy, kernels)), dyb
+    return both @ product.buffer(working, dy, kernels), dyb

@@ -22,7 +22,7 @@ from .members import LoraFactors
 _MULTIPLE = 8  # 16 bytes of a 16-bit dtype: rows that the matrix units' loads can start at
 
 
-class Working:
+class WorkingFactors:
     """LoRA in the run's dtype: ``a [R, K]``, ``b [N, R]`` block-diagonal and scaled.
 
     After `update` both are of the masters as they are; unless `written` is false: then they are
@@ -49,11 +49,11 @@ class Working:
         self.a = self.b = torch.empty(0, 0)
         self.written = False
 
-    def spent(self, adapters: Sequence[LoraFactors]) -> None:
+    def note_backward(self, adapters: Sequence[LoraFactors]) -> None:
         """Say that a backward ran: an update of the masters may follow that leaves no trace."""
-        self._stale = not all(one.member.accumulates for one in adapters)
+        self._stale = not all(factors.member.accumulates for factors in adapters)
 
-    def renew(self) -> None:
+    def note_forward(self) -> None:
         """Say that a forward begins."""
         if self._stale:
             self._forget()
@@ -67,7 +67,7 @@ class Working:
             like: a tensor of the dtype and device.
             late: whether weights are read by what can write them.
         """
-        marks = [one.mark for one in adapters]
+        marks = [factors.mark for factors in adapters]
         known = self.a.dtype == like.dtype and _same(self._marks, marks)
         if known and (self.written or late):
             return
@@ -76,9 +76,9 @@ class Working:
         a, b = self.a, self.b
         if not late:
             a, b = like.new_zeros(ranks, self._into), like.new_zeros(self._out, ranks)
-            for one in adapters:
-                a[one.ranks] = one.a
-                torch.mul(one.b, one.scaling, out=b[one.rows, one.ranks])
+            for factors in adapters:
+                a[factors.ranks] = factors.a
+                torch.mul(factors.b, factors.scaling, out=b[factors.rows, factors.ranks])
         elif a.dtype != like.dtype or len(a) != ranks:
             # Otherwise in place, so that a captured step still finds them.
             a, b = like.new_empty(ranks, self._into), like.new_empty(self._out, ranks)
@@ -89,7 +89,7 @@ class Working:
 def _same(known: list[tuple[Any, ...]], marks: list[tuple[Any, ...]]) -> bool:
     """Whether all masters are the same objects in the same state; tensors compare by identity."""
     return len(known) == len(marks) and all(
-        one is other if isinstance(one, Tensor) else one == other
+        factors is other if isinstance(factors, Tensor) else factors == other
         for before, now in zip(known, marks, strict=True)
-        for one, other in zip(before, now, strict=True)
+        for factors, other in zip(before, now, strict=True)
     )

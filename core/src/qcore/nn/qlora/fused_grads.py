@@ -24,7 +24,8 @@ Sinks = Sequence[tuple[Tensor | None, Tensor | None]]
 def sinks_of(adapters: Sequence[LoraFactors]) -> Sinks:
     """Where gradients of A and B are added, of each that adds them itself."""
     return [
-        (one.a.grad, one.b.grad) if one.member.accumulates else (None, None) for one in adapters
+        (factors.a.grad, factors.b.grad) if factors.member.accumulates else (None, None)
+        for factors in adapters
     ]
 
 
@@ -41,22 +42,22 @@ def adapter_gradients(
         da = dy.new_empty(adapters[-1].ranks.stop, x.shape[1], dtype=torch.float32)
         _add_product(da, dyb[:, : len(da)].t(), x, 1.0, fresh=True)
     out: list[Tensor | None] = []
-    for one, (a, b) in zip(adapters, sinks, strict=True):
+    for factors, (a, b) in zip(adapters, sinks, strict=True):
         if da is None:
             out.append(None)
         elif a is not None:
-            a.add_(da[one.ranks])
+            a.add_(da[factors.ranks])
             out.append(None)
         else:
-            out.append(da[one.ranks].to(one.a.dtype))
-        left, right = dy[:, one.rows].t(), xa[:, one.ranks]
+            out.append(da[factors.ranks].to(factors.a.dtype))
+        left, right = dy[:, factors.rows].t(), xa[:, factors.ranks]
         if b is not None:
-            _add_product(b, left, right, one.scaling, fresh=False)
+            _add_product(b, left, right, factors.scaling, fresh=False)
             out.append(None)
         else:
-            db = torch.empty_like(one.b, dtype=torch.float32)
-            _add_product(db, left, right, one.scaling, fresh=True)
-            out.append(db.to(one.b.dtype))
+            db = torch.empty_like(factors.b, dtype=torch.float32)
+            _add_product(db, left, right, factors.scaling, fresh=True)
+            out.append(db.to(factors.b.dtype))
     return out
 
 

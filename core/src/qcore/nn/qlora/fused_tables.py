@@ -214,7 +214,7 @@ class Gradients:
         )  # fmt: skip
 
 
-class Tables:
+class MemberTables:
     """The tables of one product, each made again when it is out of date."""
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..kernels.launch import cdiv, launch, next_power_of_2
 from .fused import Product, through
-from .fused_factors import Working
+from .fused_factors import WorkingFactors
 from .fused_tables import FIELDS, WIDEST, Gradients, Sources, fits
 from .nf4_triton import eight, scale_of, table_of
 
@@ -33,11 +33,11 @@ FEWEST = 2048
 
 def linear(x: Tensor, product: Product) -> tuple[Tensor, ...]:
     """The members' maps of `x`; see `product.reference`."""
-    return through(Launched, x, product)
+    return through(TritonKernels, x, product)
 
 
-class Launched:
-    """`product.Maps` by the kernels of this file."""
+class TritonKernels:
+    """`product.FusedKernels` by the kernels of this file."""
 
     @staticmethod
     def takes(product: Product, like: Tensor) -> bool:
@@ -46,7 +46,12 @@ class Launched:
 
     @staticmethod
     def fill(
-        product: Product, buffer: Tensor, working: Working | None, *, place: bool, fresh: bool
+        product: Product,
+        buffer: Tensor,
+        working: WorkingFactors | None,
+        *,
+        place: bool,
+        fresh: bool,
     ) -> None:
         """Write all weights, and LoRA's matrices where asked."""
         ranks = 0 if working is None else len(working.a)

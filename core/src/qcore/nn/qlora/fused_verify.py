@@ -15,7 +15,7 @@ from ...api.records import Verdict
 from ..kernels.compare import poison, relative_error
 from ..optim import FlatAdamW
 from .fused import Product
-from .fused_triton import FEWEST, Launched, linear
+from .fused_triton import FEWEST, TritonKernels, linear
 from .linear import Linear
 from .lora_layer import Lora
 
@@ -60,7 +60,7 @@ def _reads(maps: list[Linear], device: torch.device) -> bool:
     """Whether all bits of what a product reads are what torch's reading gives."""
     like = torch.empty(0, dtype=_DTYPE, device=device)
     buffers = []
-    for maker in (None, Launched()):
+    for maker in (None, TritonKernels()):
         product = Product(maps)
         poison(device)
         working = product.working(like, maker)

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fused import Compute, Product, reference
-from .lora_layer import Adapted, Lora
+from .lora_layer import Lora, LoraLayer
 from .nf4 import NF4, Dequantize, dequantize
 
 
-class Linear(Adapted):
+class Linear(LoraLayer):
     """``[..., in] -> [..., out]``.
 
-    Args (beside those of `Adapted`):
+    Args (beside those of `LoraLayer`):
         compute: the op ``qlora_linear``.
 
     Attributes:
@@ -108,7 +108,7 @@ class Linear(Adapted):
             delta = F.linear(delta, self.lora_B.to(x.dtype)) * lora.scaling
             base: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
             return base + delta
-        out: Tensor = _Adapted.apply(x, self.lora_A, self.lora_B, self)  # type: ignore[no-untyped-call]
+        out: Tensor = _WithLora.apply(x, self.lora_A, self.lora_B, self)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -125,7 +125,7 @@ class _Frozen(torch.autograd.Function):
         return dy @ ctx.module.dense(), None
 
 
-class _Adapted(torch.autograd.Function):
+class _WithLora(torch.autograd.Function):
     """``x W^T + s (x A^T) B^T``; saves x and ``x A^T``."""
 
     @staticmethod

@@ -37,7 +37,7 @@ class Lora:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-class Adapted(nn.Module):
+class LoraLayer(nn.Module):
     """A frozen map with an optional adapter.
 
     Args:

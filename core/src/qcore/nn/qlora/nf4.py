@@ -182,7 +182,7 @@ class NF4Stack:
 
     Args:
         shape: of the stack.
-        dtype: dtype that `dense` and `one` return.
+        dtype: dtype that `dense` and `dense_slice` return.
         device: where it is held.
         read: what reads codes; `dequantize` and its equals.
 
@@ -221,14 +221,14 @@ class NF4Stack:
             self.offset[number] = state.offset
             self.code2 = state.state2.code
 
-    def one(self, number: int) -> Tensor:
+    def dense_slice(self, number: int) -> Tensor:
         """Slice ``[out, in]``, dequantised, a fresh tensor."""
         if self.read is not dequantize:
-            return self.some(slice(number, number + 1))[0]
+            return self.dense_slices(slice(number, number + 1))[0]
         here = slice(number, number + 1)
         return self._read(here, self._scales(here))[0]
 
-    def some(self, rows: slice) -> Tensor:
+    def dense_slices(self, rows: slice) -> Tensor:
         """Neighbours ``[n, out, in]``, dequantised, a fresh tensor."""
         if self.read is not dequantize:
             return self.read(
@@ -237,12 +237,14 @@ class NF4Stack:
             )
         size = self.shape[1] * self.shape[2]
         if size % (BLOCK * BLOCK2):
-            return torch.stack([self.one(number) for number in range(rows.start, rows.stop)])
+            return torch.stack(
+                [self.dense_slice(number) for number in range(rows.start, rows.stop)]
+            )
         return self._read(rows, self._scales(rows))
 
     def dense(self) -> Tensor:
         """The whole stack ``[E, out, in]``, dequantised."""
-        return self.some(slice(0, self.shape[0]))
+        return self.dense_slices(slice(0, self.shape[0]))
 
     def codes(self, rows: slice) -> Codes:
         """What the slices `rows` are quantised to, not copied."""
