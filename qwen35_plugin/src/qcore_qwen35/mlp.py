@@ -1,6 +1,6 @@
 """The SwiGLU feed-forward map: ``down(silu(gate(x)) * up(x))``.
 
-This file decides that gate and up are one stacked map and that their product is computed again
+This file decides that gate and up are one stacked map and that their product is recomputed
 in backward; the product is `ops.swiglu`'s.
 """
 

@@ -1,9 +1,9 @@
 """The norms as modules: a weight, and the backend of its op.
 
-This file decides what is computed again in backward (every norm's result); the formulas are
+This file decides what is recomputed in backward (every norm's result); the formulas are
 `ops.norm`'s.
 
-Shapes: ``[..., d]``, normalised over d.
+Shapes: ``[..., d]``, normalized over d.
 """
 
 from __future__ import annotations

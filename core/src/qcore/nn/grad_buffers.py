@@ -62,7 +62,7 @@ class GradBuffers:
         Args:
             like: a tensor of the dtype and device of what is new.
             given: for each input its gradient where it is known, ``None`` where it is not: its
-                tensor is then not initialised, and to be written by the caller.
+                tensor is then not initialized, and to be written by the caller.
         """
         buffers: dict[int, Tensor] = {}
         for place, gradient in zip(self._slots, given, strict=True):

@@ -1,8 +1,8 @@
-"""A trunk, a head, a tower and adapters as one module, built on the meta device from the table.
+"""The model: trunk, head, vision tower and adapters as one module, built on the meta device.
 
-This file proves that every tensor of every loaded part is some module's parameter, and owns
-the loop over layers: recompute lives here once. Which maps carry LoRA is `targets`' decision;
-it reads no weight (`load`) and no data.
+This file proves that every tensor of every loaded part is a module's parameter, hands out the
+modules that blocks are built from (`Context`), and runs the layers. Which maps carry LoRA is
+decided in `adapter.targets`; `load` reads the weights.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class Backends(Protocol):
     """Which backend each op has (`qcore.nn.kernels.registry.Chosen`)."""
 
     def get(self, op: str) -> Callable[..., Any] | None:
-        """The function, or ``None``: the op's reference."""
+        """The function that computes `op`, or ``None`` if its reference does."""
         ...
 
 
 class References:
-    """Every op computed by its reference.
+    """Backends of a model in which references compute every op.
 
     Attributes:
-        ops: those that were asked for.
+        ops: the ops that blocks asked for.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class References:
 
 
 class Context:
-    """The `BuildContext` of one model: hands out modules on meta and keeps account of them."""
+    """The `BuildContext` of one model: creates modules on meta and records them."""
 
     def __init__(
         self,
@@ -83,13 +83,13 @@ class Context:
         self._backends = backends
 
     def below(self, root: str) -> Context:
-        """The same account, for blocks that are mounted at another root."""
+        """A context with the same records for blocks that are mounted at another root."""
         other = copy(self)
         other._root = root
         return other
 
     def linear(self, name: str) -> Linear:
-        """A `Linear` for the row ``{name}.weight``, of whatever module in the stock class."""
+        """A `Linear` for the row ``{name}.weight``."""
         compute = self.kernel("qlora_linear", reference)
         return self._held(self._entry(f"{name}.weight"), Linear, compute)
 
@@ -98,7 +98,7 @@ class Context:
         return self._held(self._entry(name), Experts, self.kernel("experts", grouped))
 
     def stack(self, *linears: LinearLayer) -> Stacked:
-        """Linear maps of one input, as one."""
+        """Linear maps that read the same x, as one."""
         members = tuple(cast(Linear, linear) for linear in linears)
         return Stacked(members, self.kernel("qlora_linear", reference))
 
@@ -110,7 +110,7 @@ class Context:
         if (build is Experts) != (entry.row.kind is Kind.EXPERTS):
             raise PluginError(
                 "QC-MODEL-004",
-                f"is built as {build.__name__} and is another kind of row",
+                f"is built as {build.__name__} but its row is of another kind",
                 field=entry.name,
                 found=entry.row.kind.value if entry.row.kind else "no kind",
                 fix="report this to the plugin's author",
@@ -145,11 +145,11 @@ class Model(nn.Module):
         trunk: the plugin's blocks, mounted at the architecture's root.
         tower: what computes embeddings of media, mounted at the modality's root; ``None`` if
             this run loads none.
-        holders: the maps that blocks were given, by canonical name of the weight.
+        lora_layers: the maps that the context created, by canonical name of the weight.
         head_name: canonical name of the tensor that scores the vocabulary.
 
     Args (beside the first ones):
-        modality: whose tower is built, where the layout loads its part.
+        modality: its tower is built if the layout loads its part.
     """
 
     trunk: Trunk
@@ -227,14 +227,14 @@ class Model(nn.Module):
 
     @property
     def trains_tower(self) -> bool:
-        """Whether a map of the tower carries LoRA; else it runs without autograd."""
+        """Whether a map of the tower carries LoRA; otherwise it runs without autograd."""
         return any(
             isinstance(module, LoraLayer) and module.lora is not None for module in self._of_tower()
         )
 
     @property
     def trains_trunk(self) -> bool:
-        """Whether a map beside the tower carries LoRA."""
+        """Whether a map outside the tower carries LoRA."""
         of_tower = set(self._of_tower())
         return any(module not in of_tower for _, module in self.adapters())
 
@@ -247,23 +247,23 @@ class Model(nn.Module):
         return self.get_parameter(self.head_name)
 
     def adapters(self) -> Iterator[tuple[str, LoraLayer]]:
-        """(canonical name of the weight, module) of every map that carries LoRA."""
+        """(canonical name of the weight, module) of each map that carries LoRA."""
         for name, module in self.lora_layers.items():
             if module.lora is not None:
                 yield name, module
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of everything that the optimiser moves, in a fixed order."""
+        """(name, parameter) of each trained parameter, in a fixed order."""
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
 
     def media(self, media: Media, *, recompute: str = "none") -> Tensor:
-        """The tower's embeddings of media, ``[n, H]``.
+        """The tower's embeddings of media, ``[n, W]``.
 
         Args:
             media: of a pack.
-            recompute: what backward computes again, of every layer of the tower.
+            recompute: activation checkpointing policy of every layer of the tower.
         """
         if media.features is not None:
             return media.features
@@ -273,14 +273,14 @@ class Model(nn.Module):
         layers = tower.layers
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_tower):
             each = [recompute] * len(layers)
-            # What the first layer reads is nobody's here: it goes when the layer is through.
+            # Do not bind the first input to a name: it must be freed once the first layer has run.
             return run_layers(
                 layers, tower.embed(media), media, each,
                 dropout=self.dropout, guards=self.guards(layers),
             )  # fmt: skip
 
     def embed(self, batch: Packed, *, recompute: str = "none") -> Tensor:
-        """What the first layer reads, ``[T, H]``: embeddings of tokens, and of media their own.
+        """What the first layer reads, ``[T, W]``: embeddings of tokens and of media.
 
         Args:
             batch: the pack.
@@ -300,12 +300,13 @@ class Model(nn.Module):
 
         Args:
             batch: the pack.
-            recompute: what backward computes again (`nn.again.POLICIES`), for all layers or each.
+            recompute: activation checkpointing policy (`recompute.POLICIES`), of all layers or
+                of each.
         """
         layers = self.trunk.layers
         each = [recompute] * len(layers) if isinstance(recompute, str) else recompute
         tower = "none" if set(each) <= {"none"} else "full"
-        # What the first layer reads is nobody's here, as in `media`.
+        # As in `media`, the first input is not bound to a name.
         x = run_layers(
             layers, self.embed(batch, recompute=tower), batch, each,
             dropout=self.dropout, guards=self.guards(layers),
@@ -320,7 +321,7 @@ class Model(nn.Module):
         Args:
             batch: the pack, with targets.
             recompute: as in `hidden`.
-            chunk: positions whose logits exist at a time; 0: as `cross_entropy_sum` has it.
+            chunk: positions whose logits exist at a time; 0: the default of `cross_entropy_sum`.
         """
         assert batch.targets is not None
         where = batch.supervised()
@@ -339,7 +340,7 @@ def ops_of(
     layout: Layout,
     modality: Modality | None = None,
 ) -> Used:
-    """The ops that the model of a config consists of: only their backends need be judged."""
+    """The ops that the model of a config uses: only their backends must be verified."""
     asked = References()
     Model(architecture, config, layout, torch.bfloat16, {}, asked, modality=modality)
     return Used(ops=frozenset(asked.ops), config=config)

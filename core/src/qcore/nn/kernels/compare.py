@@ -1,13 +1,13 @@
-"""Whether a backend computes what its reference does: outputs and gradients, in float32.
+"""Comparison of a backend with its reference: outputs and gradients, in float32.
 
-This file decides the measure that kernels are judged by. The backend gets the inputs as they
-are (bf16); the reference gets the same values in float32. Both are given the same cotangents.
-An error is the norm of the difference over the norm of the reference's, the worst of all
-outputs or gradients. Free memory of the card is filled with NaN first, so that what a kernel
-reads without having written shows.
+This file decides the measure by which kernels are verified. The backend gets the inputs as they are
+(bf16); the reference gets the same values in float32. Both get the same cotangents. An error is the
+norm of the difference over the norm of the reference's value, the largest of all outputs or
+gradients. Free GPU memory is filled with NaN first, so that a kernel which reads memory that it has
+not written is found.
 
-Shapes and values of the inputs are the caller's: odd lengths, several documents, the dtypes
-of a run.
+The caller chooses shapes and values of the inputs: odd lengths, several documents, the dtypes of a
+run.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def compare(
         function: the backend.
         reference: the op as torch computes it; called with floating inputs in float32.
         inputs: positional arguments; tensors on the device.
-        output: bound of the outputs' error.
-        gradient: bound of the gradients' error.
+        output: bound of the outputs' relative error.
+        gradient: bound of the gradients' relative error.
         gradients_of: positions whose gradient is compared; ``None``: every floating tensor's,
             ``()``: none, the op has no backward.
         more: keyword arguments of both.
@@ -92,7 +92,7 @@ def _run(
     *,
     wide: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and the gradients asked for; cotangents are the same for the same shapes."""
+    """Outputs and the requested gradients; cotangents are the same for the same shapes."""
     arguments = []
     for number, value in enumerate(inputs):
         if isinstance(value, Tensor):

@@ -1,12 +1,12 @@
-"""Whether one backend of an op may be used on the device at hand, and why not.
+"""Checks of one backend: whether it may be used on this device, and why not.
 
-This file decides that a backend passes only where what it requires is installed, it is not known
-to be bad, refuses neither device nor model, and has just been verified (or was, on the same card
-with the same versions and sources: `kernel_cache`). Whatever of a plugin raises is contained
-here. Which of those that pass is taken is `kernels`' decision.
+This file decides that a backend passes only if what it requires is installed, it is not known to be
+bad, it refuses neither device nor model, and it has been verified now or before on the same GPU
+with the same versions and sources (`cache`). Exceptions of a plugin's code are contained here.
+`registry` decides which of the backends that pass is used.
 
-Codes: ``QC-KERNEL-003`` it cannot run here, ``-004`` it computes something else than its
-reference, ``-005`` its own code raised.
+Codes: ``QC-KERNEL-003`` a backend cannot run here, ``-004`` it disagrees with its reference,
+``-005`` its own code raised.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SETTING = "kernels"
 
 
 class State(str, Enum):
-    """What became of a backend."""
+    """Outcome of the checks of a backend."""
 
     CHOSEN = "chosen"
-    AVAILABLE = "available"  #: could run; another is taken
-    REFUSED = "refused"  #: cannot run here, or does not compute what the reference does
+    AVAILABLE = "available"  #: could run; another is used
+    REFUSED = "refused"  #: cannot run here, or disagrees with the reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +60,11 @@ class Line:
     Attributes:
         op: the op.
         backend: the backend.
-        state: what became of it.
-        reason: why, in a clause; empty where there is nothing to say.
-        verdict: how far it is from the reference, where that was measured.
-        owner: who brought it.
-        alarming: it was about to be used and did not compute what it should.
+        state: outcome of the checks.
+        reason: why, in a clause; empty if there is nothing to say.
+        verdict: how far it is from the reference, if that was measured.
+        owner: who provides it.
+        alarming: it was about to be used and disagreed with the reference, or raised.
         waits: the host waits for the device in it (`Kernel.waits`).
     """
 
@@ -81,13 +81,13 @@ class Line:
 def judge(
     backend: Listed, device: torch.device, config: Mapping[str, Any] | None, *, fresh: bool
 ) -> tuple[Line, QcoreError | None]:
-    """Whether a backend may be used, and the error that it is where the user asked for it.
+    """Whether a backend may be used, and the error to raise if the user asked for it.
 
     Args:
         backend: the backend.
         device: where it would run.
-        config: config.json of the model that it would compute, where there is one.
-        fresh: verify it whatever the cache says.
+        config: config.json of the model that it would compute, if there is one.
+        fresh: verify it even if the cache has a verdict.
     """
     kernel = backend.kernel
     refusal = contained(partial(_refusal, kernel, device, config))
@@ -113,7 +113,7 @@ def judge(
 
 
 def cannot_run(backend: Listed, reason: str, fix: str | None = None) -> UsageError:
-    """The error for who asked for a backend that cannot run: ``QC-KERNEL-003``."""
+    """The error if the user asked for a backend that cannot run: ``QC-KERNEL-003``."""
     op = backend.kernel.op
     return UsageError(
         "QC-KERNEL-003",
@@ -154,7 +154,7 @@ def _lacking(text: str) -> str | None:
 
 
 def _matches(bad: KnownBad, device: torch.device) -> bool:
-    """Whether the environment and the card are those of a known fault."""
+    """Whether environment and GPU match a known fault."""
     version = kernel_cache.version_of(bad.package)
     if version is None or (bad.unless and kernel_cache.version_of(bad.unless)):
         return False
@@ -172,7 +172,7 @@ def _matches(bad: KnownBad, device: torch.device) -> bool:
 
 
 def _verified(backend: Listed, device: torch.device, *, fresh: bool) -> Verdict | Failure:
-    """The verdict, from the cache where it is of this very situation."""
+    """The verdict, from the cache if it has one for exactly this situation."""
     key = kernel_cache.key(backend.kernel, backend.owner, device)
     if not fresh and key is not None and (known := kernel_cache.get(key)) is not None:
         return known
@@ -180,7 +180,7 @@ def _verified(backend: Listed, device: torch.device, *, fresh: bool) -> Verdict 
     def verify() -> Verdict | Failure:
         import torch
 
-        # A run must not depend on whether the cache was warm.
+        # The run's random numbers must not depend on whether the cache was warm.
         cards = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(cards), torch.enable_grad():
             verdict = backend.kernel.verify(device)
@@ -219,7 +219,7 @@ def reference(backends: Sequence[Listed], state: State, reason: str = "") -> Lin
 
 
 def raised(backend: Listed, failure: Failure) -> PluginError:
-    """What a backend's own code raised, as the error that it is where it was asked for."""
+    """The error if the user asked for a backend whose own code raised: ``QC-KERNEL-005``."""
     kernel = backend.kernel
     return PluginError(
         "QC-KERNEL-005",

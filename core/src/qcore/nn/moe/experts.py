@@ -1,13 +1,13 @@
-"""Experts: rows sorted by the expert that they were routed to, and one linear map for each.
+"""Experts: rows sorted by the expert that they were routed to, and one linear map for each expert.
 
 This file decides that the cost is linear in the rows, how ``y_i = x_i W_e^T + s x_i A_e^T B_e^T``
-is computed with torch alone and what is saved for its backward: what was given, never the
-dequantised weights, nor rows that tokens give. `experts_routing` lays the rows, `experts_triton`
-has the same map for a GPU. The router, what lies between two maps, and shared experts are the
-plugin's.
+is computed with torch alone, and what is saved for its backward: the input as the caller passed it,
+never the dequantized weights, nor rows that can be gathered from tokens. `routing` sorts the rows,
+`moe.triton` has the same map for a GPU. The router, what lies between two maps, and shared experts
+belong to the plugin.
 
-LoRA's matrices have PEFT's layout for stacked parameters: row ``e r + k`` of A belongs to
-expert e (expert-major), column ``k E + e`` of B does (rank-major).
+LoRA's matrices have PEFT's layout for stacked parameters: row ``e r + k`` of A belongs to expert e
+(expert-major), column ``k E + e`` of B does (rank-major).
 
 Shapes: T tokens, k experts a token, ``R = T k`` rows, E experts, ``W [E, out, in]``,
 ``A [E r, in]``, ``B [out, r E]``.
@@ -31,7 +31,7 @@ from .routing import Routing
 
 __all__ = ["Experts", "Routing", "Tokens", "grouped"]
 
-TOGETHER = 2**31  #: bytes of weights that are dequantised for one launch
+TOGETHER = 2**31  #: bytes of weights that are dequantized for one launch
 
 #: What a map reads or gives in place of sorted rows: tokens, each of which goes to its k
 #: experts (``in``), or gets the sum of its k rows (``out``).
@@ -47,7 +47,7 @@ class Experts(LoraLayer):
 
     Attributes:
         compute: as given.
-        resident: keep the dequantised stack too, where ``2 E out in`` bytes are free: the same
+        resident: keep the dequantized stack too, where ``2 E out in`` bytes are free: the same
             bits, read once and not in each pass.
     """
 
@@ -266,7 +266,7 @@ class _Loop:
 
 @dataclass(frozen=True, slots=True)
 class _Fused:
-    """The products a few launches at a time: neighbours' weights are dequantised together."""
+    """The products a few launches at a time: neighbours' weights are dequantized together."""
 
     routing: Routing
     multiple: ClassVar[int] = 8  # 16 bytes

@@ -1,11 +1,11 @@
 """Experts on a GPU: the map of `experts.grouped` and the routing of `Routing.of`, in Triton.
 
-This file decides which kernels run for a map and its gradients and how their tiles are cut: where
-an expert has few rows its 4-bit weights are read inside the product, else all of them are
-dequantised once for it. The host learns nothing of where rows went. Needs Triton at import.
+This file decides which kernels run for a map and its gradients and how their tiles are cut: if an
+expert has few rows, its 4-bit weights are read inside the product; otherwise all weights are
+dequantized once for it. The host does not learn the order of the rows. Needs Triton at import.
 
-LoRA's sum is added in the product's own float32 sum; gradients of A and B are float32 sums,
-written in PEFT's layout. Nothing of a token's k rows is made where tokens will do.
+LoRA's sum is added in the product's own float32 sum; gradients of A and B are float32 sums, written
+in PEFT's layout. A token's k rows are not materialized where the token can be read instead.
 
 Shapes: T tokens, k experts a token, ``R = T k`` rows, E experts, r LoRA's rank.
 """

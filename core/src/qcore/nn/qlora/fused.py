@@ -1,13 +1,13 @@
 """Linear maps of one input as one product on a GPU: base, LoRA, and their gradients.
 
-This file decides how ``y_i = x W_i^T + s_i (x A_i^T) B_i^T`` of all members is computed there
-in few launches and without a pass over the wider side for LoRA's sake. Whether it is asked is
-`linear`'s and `stacked`'s decision; on CPUs it never is, save by its own tests.
+This file decides how ``y_i = x W_i^T + s_i (x A_i^T) B_i^T`` of all members is computed there in
+few launches and without a pass over the wider side for LoRA's sake. `linear` and `stacked_linear`
+decide whether it is used; on CPUs only its own tests use it.
 
-Members' weights stand below each other in one buffer, read from 4 bit for each pass; what
-surrounds the product is torch's, or the op ``qlora_linear``'s (`product_triton`). LoRA goes
-into the product where the wider side is the result, so that it costs no pass over it; over the
-narrower side it goes first, and the product adds to it:
+Members' weights stand below each other in one buffer, read from 4 bit for each pass; what surrounds
+the product is torch's, or that of the op ``qlora_linear`` (`fused_triton`). LoRA goes into the
+product where the wider side is the result, so that it costs no pass over it; over the narrower side
+it goes first, and the product adds to it:
 
 =======  =======================================  ==================================
          forward                                  backward
@@ -20,7 +20,7 @@ N < K    ``y = (xA^T) sB^T``, ``y += x W^T``      ``dx = [dy | dy sB] [W ; A]``
 ``y += (xA^T) sB^T`` after the product; for x's gradient ``[dx | dy sB] = dy [W | sB]`` and what
 follows took 1.32, the two products alone 1.11.)
 
-A and B are those of all members in the run's dtype (`product_lora`). Saved are x and ``xA^T``.
+A and B are those of all members in the run's dtype (`fused_factors`). Saved are x and ``xA^T``.
 16-bit weights move into a buffer that stays, and so do 4-bit ones that are `resident`.
 
 Shapes: T rows, K in, N out of all members, R ranks of all members up to a multiple of 8.
@@ -48,7 +48,7 @@ Compute = Callable[[Tensor, "Product"], tuple[Tensor, ...]]
 
 
 class FusedKernels(Protocol):
-    """What surrounds a product, in other hands than torch's (`product_triton`)."""
+    """Kernels for what surrounds a product, in place of torch's ops (`fused_triton`)."""
 
     def takes(self, product: Product, like: Tensor) -> bool:
         """Whether `fill` can read the members."""
@@ -63,23 +63,23 @@ class FusedKernels(Protocol):
         place: bool,
         fresh: bool,
     ) -> None:
-        """Write all weights; `place` LoRA in the buffer; write `working` from the masters."""
+        """Write all weights; with `place` LoRA too; with `fresh` also `working` from A and B."""
         ...
 
     def thin(
         self, x: Tensor, right: Tensor, *, beside: bool
     ) -> tuple[Tensor | None, Tensor] | None:
-        """``[x | x right^T]``, if asked for, and ``x right^T``; ``None``: torch does it better."""
+        """``[x | x right^T]``, if `beside`, and ``x right^T``; ``None`` if torch is faster."""
         ...
 
     def outer(self, product: Product, x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor) -> bool:
-        """Add all gradients of A and B where they are kept; whether it could."""
+        """Add the gradients of A and B to where they are kept; false if it cannot."""
         ...
 
 
 @dataclass(slots=True)
 class _KeptBuffer:
-    """A buffer that stays: whose values it holds, and which of LoRA's, in how many ranks."""
+    """A buffer that stays: which weights and which version of LoRA it holds, in how many ranks."""
 
     buffer: Tensor
     sources: list[Any]
@@ -91,12 +91,12 @@ class Product(Members):
     """``[..., K] -> ([..., N_i], ...)``.
 
     Args:
-        members: maps of one K. They own what they hold; this reads it.
+        members: maps of one K. They own their tensors; this reads them.
         compute: the op ``qlora_linear``; by default `reference`.
 
     Attributes:
-        compute: as given.
-        tables: of `FusedKernels`.
+        compute: the op that computes the product.
+        tables: addresses of the members, for `FusedKernels`.
     """
 
     def __init__(self, members: Sequence[Member], compute: Compute | None = None) -> None:
@@ -107,9 +107,9 @@ class Product(Members):
         self._kept: _KeptBuffer | None = None
 
     def takes(self, x: Tensor) -> bool:
-        """Whether it computes these members for `x`: on a GPU, without dropout.
+        """Whether this product computes its members for `x`: on a GPU, without dropout.
 
-        Dropout is drawn for each member alone, so each reads another x.
+        Each member draws its own dropout, so each would read another x.
         """
         return on_gpu(x) and not any(
             member.training and member.lora is not None and member.lora.lora_dropout
@@ -120,17 +120,17 @@ class Product(Members):
         return self.compute(x, self)
 
     def note_backward(self) -> None:
-        """Say that a backward ran."""
+        """Record that a backward ran."""
         self._working.note_backward(list(self.adapters()))
 
     def note_forward(self) -> None:
-        """Say that a forward begins."""
+        """Record that a forward begins."""
         self._working.note_forward()
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def working(self, like: Tensor, kernels: FusedKernels | None = None) -> WorkingFactors | None:
-        """A and B in the dtype of `like`, made anew where a master changed.
+        """A and B in the dtype of `like`, made again if a trained factor changed.
 
         With `kernels` they may be unwritten: reading the weights writes them.
         """
@@ -217,28 +217,28 @@ class Product(Members):
 def _fits(
     kept: _KeptBuffer, sources: list[Any], working: WorkingFactors | None, like: Tensor
 ) -> bool:
-    """Whether a buffer is of these weights as they are now, in this dtype, with room for LoRA."""
+    """Whether a buffer holds these weights as they are now, in this dtype, with space for LoRA."""
     buffer = kept.buffer
     if buffer.dtype != like.dtype or buffer.device != like.device:
         return False
     if kept.ranks != (0 if working is None else len(working.a)):
         return False
-    for one, other in zip(kept.sources, sources, strict=True):
-        if one is not other:
+    for source, now in zip(kept.sources, sources, strict=True):
+        if source is not now:
             return False
-        if isinstance(one, Tensor) and storage_id(one) != storage_id(buffer):
+        if isinstance(source, Tensor) and storage_id(source) != storage_id(buffer):
             return False
     return True
 
 
 def reference(x: Tensor, product: Product) -> tuple[Tensor, ...]:
-    """The members' maps of `x`, with what torch has."""
+    """The members' maps of `x`, with torch's ops alone."""
     return through(None, x, product)
 
 
 def through(kernels: FusedKernels | None, x: Tensor, product: Product) -> tuple[Tensor, ...]:
-    """The members' maps of `x`, what surrounds the product in other hands."""
-    matrices = [matrix for one in product.adapters() for matrix in (one.a, one.b)]
+    """The members' maps of `x`, with `kernels` for what surrounds the product."""
+    matrices = [matrix for factors in product.adapters() for matrix in (factors.a, factors.b)]
     y: tuple[Tensor, ...] = _Product.apply(x, product, kernels, *matrices)  # type: ignore[no-untyped-call]
     return y
 
@@ -268,14 +268,14 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(flat if matrices else None, xa)
         ctx.product, ctx.shape, ctx.kernels = product, x.shape, kernels
         parts = zip(torch.split(y, product.sizes, 1), product.sizes, strict=True)
-        return tuple(one.view(*x.shape[:-1], size) for one, size in parts)
+        return tuple(part.view(*x.shape[:-1], size) for part, size in parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, xa = ctx.saved_tensors
         product: Product = ctx.product
-        dy = as_one_buffer([_rows(one) for one in grads])
+        dy = as_one_buffer([_rows(grad) for grad in grads])
         working = product.working(dy)
         dx = dyb = None
         if ctx.needs_input_grad[0]:
@@ -302,9 +302,9 @@ def _thin(
     kernels: FusedKernels | None, x: Tensor, right: Tensor, *, beside: bool
 ) -> tuple[Tensor, Tensor]:
     """``[x | x right^T]``, or x where it is not wanted, and ``x right^T``."""
-    found = None if kernels is None else kernels.thin(x, right, beside=beside)
-    if found is not None:
-        return x if found[0] is None else found[0], found[1]
+    both = None if kernels is None else kernels.thin(x, right, beside=beside)
+    if both is not None:
+        return x if both[0] is None else both[0], both[1]
     small = x @ right.t()
     return torch.cat([x, small], 1) if beside else x, small
 

@@ -25,8 +25,8 @@ _MULTIPLE = 8  # 16 bytes of a 16-bit dtype: rows that the matrix units' loads c
 class WorkingFactors:
     """LoRA in the run's dtype: ``a [R, K]``, ``b [N, R]`` block-diagonal and scaled.
 
-    After `update` both are of the masters as they are; unless `written` is false: then they are
-    of no value yet, and whoever reads the weights next writes them (`Maps.fill`) and says so.
+    After `update` both hold the values of the trained factors, unless `written` is false: then
+    the next read of the weights writes them (`FusedKernels.fill`) and sets it.
 
     Args:
         out: N.
@@ -36,7 +36,7 @@ class WorkingFactors:
         a: ``[R, K]``; without rows before the first update.
         b: ``[N, R]``, likewise.
         written: whether they hold their values.
-        version: another one after each update, save of what was up to date.
+        version: increases with each update that changes them.
     """
 
     def __init__(self, out: int, into: int) -> None:
@@ -50,22 +50,22 @@ class WorkingFactors:
         self.written = False
 
     def note_backward(self, adapters: Sequence[LoraFactors]) -> None:
-        """Say that a backward ran: an update of the masters may follow that leaves no trace."""
+        """Record that a backward ran: an update of the factors may follow that leaves no trace."""
         self._stale = not all(factors.member.accumulates for factors in adapters)
 
     def note_forward(self) -> None:
-        """Say that a forward begins."""
+        """Record that a forward begins."""
         if self._stale:
             self._forget()
             self._stale = False
 
     def update(self, adapters: Sequence[LoraFactors], like: Tensor, *, late: bool) -> None:
-        """Make them of the masters, in the dtype of `like`, where they are not.
+        """Make both from the trained factors, in the dtype of `like`, unless they are up to date.
 
         Args:
             adapters: at least one.
             like: a tensor of the dtype and device.
-            late: whether weights are read by what can write them.
+            late: whether the read of the weights that follows can write them.
         """
         marks = [factors.mark for factors in adapters]
         known = self.a.dtype == like.dtype and _same(self._marks, marks)
@@ -87,7 +87,7 @@ class WorkingFactors:
 
 
 def _same(known: list[tuple[Any, ...]], marks: list[tuple[Any, ...]]) -> bool:
-    """Whether all masters are the same objects in the same state; tensors compare by identity."""
+    """Whether all factors are the same objects in the same state; tensors compare by identity."""
     return len(known) == len(marks) and all(
         factors is other if isinstance(factors, Tensor) else factors == other
         for before, now in zip(known, marks, strict=True)

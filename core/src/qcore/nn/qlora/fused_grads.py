@@ -1,8 +1,8 @@
 """Gradients of the adapters of a product, by torch: added where an optimizer keeps them.
 
 This file decides that each is summed in float32 and not rounded before it is added, and that all
-of A are one product where their gradients lie end to end. `product_triton` has the same in one
-launch; whether they are handed to autograd is the masters' (`Adapted.accumulates`).
+of A are one product if their gradients lie end to end. `fused_triton` computes the same in one
+launch; `Member.accumulates` decides whether they are returned to autograd.
 
 Shapes: T rows, K in, N out of all members, r_i ranks of one.
 """
@@ -22,7 +22,7 @@ Sinks = Sequence[tuple[Tensor | None, Tensor | None]]
 
 
 def sinks_of(adapters: Sequence[LoraFactors]) -> Sinks:
-    """Where gradients of A and B are added, of each that adds them itself."""
+    """The gradients of A and B that each adapter adds to; ``None`` where autograd does."""
     return [
         (factors.a.grad, factors.b.grad) if factors.member.accumulates else (None, None)
         for factors in adapters
@@ -32,7 +32,7 @@ def sinks_of(adapters: Sequence[LoraFactors]) -> Sinks:
 def adapter_gradients(
     adapters: Sequence[LoraFactors], x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor
 ) -> list[Tensor | None]:
-    """Of A and B of each member in float32; ``None`` where it was added to what is there."""
+    """Gradients of A and B of each member; ``None`` where they were added in place."""
     sinks = sinks_of(adapters)
     together = neighbours([a for a, _ in sinks])
     if together is not None:

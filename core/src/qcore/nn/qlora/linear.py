@@ -1,8 +1,9 @@
 """The linear map that blocks are built from: frozen weight, 16-bit or NF4, plus LoRA.
 
-This file decides how ``y = x W^T + s (dropout(x) A^T) B^T`` is computed and what is saved
-for its backward: the input, never the dequantised weight, which is read again. Which maps
-carry LoRA is `model`'s decision, what they hold is `load`'s. On a GPU it is a `product` of one.
+This file decides how ``y = x W^T + s (dropout(x) A^T) B^T`` is computed and what is saved for its
+backward: the input, never the dequantized weight, which is read again. `adapter.targets` decides
+which maps carry LoRA, `load` what they hold. On a GPU the map is a fused product of one member
+(`fused`).
 
 Shapes: ``x [..., in]``, ``W [out, in]``, ``A [r, in]``, ``B [out, r]``.
 """
@@ -28,8 +29,8 @@ class Linear(LoraLayer):
 
     Attributes:
         nf4: the weight, where it is held in 4 bit.
-        resident: keep the weight in 16 bit too, where memory allows: nothing is read twice.
-        product: what computes it on a GPU.
+        resident: keep a 16-bit copy of a 4-bit weight too, so that it is not read again.
+        product: computes the map on a GPU.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ def recurrent_delta_rule(
     """Arguments and results of `reference.recurrent_delta_rule`.
 
     Args:
-        q: ``[T, Hk, dk]``, not yet normalised; tokens may lie any distance apart.
+        q: ``[T, Hk, dk]``, not yet normalized; tokens may lie any distance apart.
         k: ``[T, Hk, dk]``, likewise.
         v: ``[T, Hv, dv]``, likewise.
         g: ``[T, Hv]`` log decay, at most 0.
