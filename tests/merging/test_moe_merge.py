@@ -480,4 +480,4 @@ def test_a_merged_base_trains_on(
         merge(str(tmp_path / "two"), second, tmp_path / "three")
     assert error.value.code == "QC-MERGE-002"
     model = ours(tmp_path / "two")
-    assert sum(isinstance(m, Experts) for m in model.holders.values()) == 6
+    assert sum(isinstance(m, Experts) for m in model.lora_layers.values()) == 6

@@ -33,7 +33,7 @@ from ..errors import NumericError, raise_all
 from ..nn.load import DTYPES, as_bytes, place, read_exact, read_tensor, slabs
 from ..nn.model import Model
 from ..nn.moe.experts import Experts, Routing
-from ..nn.qlora.lora_layer import Adapted, Lora
+from ..nn.qlora.lora_layer import Lora, LoraLayer
 from ..plugins.resolve_model import Identified
 
 _DOCUMENTS, _TOKENS = 8, 5  # longer than a convolution's kernel; time is the weights' more
@@ -206,15 +206,17 @@ class _Streams:
         base, adapted, merged = x
         for prefix, layer, values in self._layers(layers):
             with self._real(prefix, layer, values) as maps:
-                with _routes(layer) as picked:
+                guard = self.model.guard(layer)
+                with _routes(layer) as picked, guard:
                     after = layer(adapted, batch)
                 for module in maps.values():
                     module.lora = None
-                base = layer(base, one)
+                with guard:
+                    base = layer(base, one)
                 for name, module in maps.items():
                     self._merge(name, module)
                 # Merged weights on the adapted stream, to be compared, and on their own.
-                with _routes(layer) as again:
+                with _routes(layer) as again, guard:
                     same, merged = two(layer, adapted, merged)
                 self._check_layer(prefix, adapted, after, same, _moved(picked, again))
                 adapted = after
@@ -262,7 +264,7 @@ class _Streams:
             )
         self.worst = max(self.worst, worst / allowed if allowed else 0.0)
 
-    def _merge(self, name: str, module: Adapted) -> None:
+    def _merge(self, name: str, module: LoraLayer) -> None:
         """Add the adapter to a weight by the merge's own arithmetic: a fault in it shows."""
         self.proved.add(name)
         item = self.layout.located[name]
@@ -370,7 +372,7 @@ class _Streams:
     @contextmanager
     def _real(
         self, prefix: str, layer: nn.Module, values: dict[str, Tensor]
-    ) -> Iterator[dict[str, Adapted]]:
+    ) -> Iterator[dict[str, LoraLayer]]:
         """A layer's weights and adapters, there for the block and given back after it.
 
         Yields:
@@ -378,7 +380,7 @@ class _Streams:
         """
         for name in list(values):
             self._place(name, values.pop(name))
-        mine = {n: m for n, m in self.model.holders.items() if n.startswith(f"{prefix}.")}
+        mine = {n: m for n, m in self.model.lora_layers.items() if n.startswith(f"{prefix}.")}
         stacks = {name: module for name, module in mine.items() if isinstance(module, Experts)}
         for name, module in stacks.items():
             module.read_from(self._reader(self.layout.located[name]))
