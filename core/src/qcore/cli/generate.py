@@ -6,12 +6,12 @@ The kinds are entry points (`KINDS`), so that ``--help`` imports no plugin: name
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from .common import KINDS, debug_option, emit, importing, json_option
+from ..io.stop_signals import importing
+from .common import KINDS, debug_option, emit, json_option
 
 
 class _WithMedia(click.Command):
@@ -19,7 +19,7 @@ class _WithMedia(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         own = super().get_params(ctx)
-        names = {option for one in own for option in one.opts}
+        names = {option for parameter in own for option in parameter.opts}
         # Before --json, --debug and --help, which every verb ends with.
         return [*own[:-3], *(_option(kind) for kind in _kinds(names)), *own[-3:]]
 
@@ -27,9 +27,9 @@ class _WithMedia(click.Command):
 def _kinds(taken: set[str]) -> list[str]:
     from importlib.metadata import entry_points
 
-    found = {point.name for point in entry_points(group=KINDS)}
+    kinds = {point.name for point in entry_points(group=KINDS)}
     return sorted(
-        name for name in found if re.fullmatch("[a-z][a-z0-9_]*", name) and f"--{name}" not in taken
+        name for name in kinds if re.fullmatch("[a-z][a-z0-9_]*", name) and f"--{name}" not in taken
     )
 
 
@@ -85,10 +85,10 @@ def command(
     generation: str,
     chat_template_kwargs: tuple[str, ...],
     as_json: bool,
-    **given: tuple[Path, ...],
+    **files: tuple[Path, ...],
 ) -> None:
     """Answer one prompt with MODEL, so that the effect of an adapter can be seen."""
-    media = [(name.removeprefix("media_"), path) for name in sorted(given) for path in given[name]]
+    media = [(name.removeprefix("media_"), path) for name in sorted(files) for path in files[name]]
     from ..config.resolve import parse_entries
     from .terminal import terminal_reporter
 
@@ -96,10 +96,11 @@ def command(
         "chat_template_kwargs", chat_template_kwargs, flag="--chat-template-kwargs"
     )
     with importing():
-        from ..inference.generate import Generator
+        from ..inference.generate import generate
 
-    generator = Generator(
+    answer = generate(
         model,
+        prompt,
         adapter=adapter,
         trust_base=trust_base,
         device=device,
@@ -107,18 +108,14 @@ def command(
         quantization=quantization,
         generation=generation,
         chat_template_kwargs=variables,
-        media=bool(media),
-        reporter=terminal_reporter(quiet=as_json),
-    )
-    answer = generator.prompt(
-        prompt,
         media=media,
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        reporter=terminal_reporter(quiet=as_json),
     )
     if as_json:
-        emit(asdict(answer))
+        emit(answer.as_json())
     else:
         click.echo(answer.text)

@@ -229,7 +229,7 @@ def gate(plugin: Candidate, contain: Contain) -> None:
 def _unmet(requirements: list[str]) -> str | None:
     from packaging.requirements import Requirement
 
-    from .. import __version__
+    from ..io.version import __version__
 
     for line in requirements:
         need = Requirement(line)
