@@ -506,7 +506,7 @@ def test_wider_values_come_first(tmp_path: Path) -> None:
     opened = checkpoint(tensors, {"model_type": "x"} | section("fp8"), tmp_path)
     plan = plan_merge(opened, recognise(opened))
     (shard,) = plan.shards.values()
-    order = [piece.written for piece in shard.pieces]
+    order = [patch.written for patch in shard.patches]
     assert [header.name for header in order] == ["scalar", "a.weight", "norm", "b.weight", "mask"]
     assert [header.end - header.start for header in order] == [4, 30, 6, 6, 7]
     assert order[0].start == len(shard.head)
@@ -531,7 +531,7 @@ def test_headers_are_grouped_once(tmp_path: Path) -> None:
     opened.headers = Counting(opened.headers)
     plan = plan_merge(opened)
     assert looked == len(shapes)
-    assert sum(1 for _ in plan.pieces()) == len(shapes)
+    assert sum(1 for _ in plan.patches()) == len(shapes)
     assert len(plan.shards) == 300
 
 

@@ -22,9 +22,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from .. import __version__
 from ..errors import InputError, QcoreError, TrustError, nearest
 from ..io.atomic import write_error
+from ..io.version import __version__
 from .safetensors_header import PREFIX, Header, header_length, parse_headers
 
 _FIRST: Final = 100_000  # holds nearly every header, length included (the client's figure)

@@ -1,16 +1,16 @@
-"""One token after another of one document: caches, and the captured step that advances them.
+"""Decode one document token by token: caches, and the captured step that advances them.
 
-This file decides how a token is computed. On a GPU the host would take longer to start a token's
-kernels than the card to run them, so they are captured once in a CUDA graph and replayed: the
-token, its position and the logits lie in tensors that stay, and caches are written where the
-position says (`DecodeCache.hold`). Attention reads a span of the cache, a power of two; a document
-that outgrows it is computed once without the graph, which is then captured for the next span.
+This file decides how a token is computed. On a GPU the host would need longer to launch the kernels
+of a token than the GPU to run them, so they are captured once in a CUDA graph and replayed: the
+token, its position and the logits are in static tensors, and caches are written at the position
+(`DecodeCache.hold`). Attention reads a span of the cache, a power of two. A token that no longer
+fits in the span is computed without the graph, which is then captured for the next span.
 
-``plain``     what a layer does with any cache, as long as the document is
-``held``      the step of the graph, computed and not captured
-``captured``  replayed
+``plain``     any cache, which grows with the document
+``held``      the step of the graph, run without capturing it
+``captured``  the graph, replayed
 
-All three compute the same. Which token follows is `generate`'s.
+All three compute the same. Which token follows is decided in `sampling`.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -41,7 +41,7 @@ class Way(str, Enum):
 
 
 def way_of(kernels: Chosen) -> tuple[Way, str]:
-    """How tokens are computed with these kernels, and why not captured where a GPU is used."""
+    """How tokens are computed with these kernels, and on a GPU why they are not captured."""
     if kernels.device != "cuda":
         return Way.PLAIN, ""
     for line in kernels.table:
@@ -52,7 +52,7 @@ def way_of(kernels: Chosen) -> tuple[Way, str]:
 
 
 class Decoder:
-    """Logits of one document after another. Its caches and graphs stay for the next document.
+    """Computes logits of one document after another; caches and graphs are reused.
 
     Args:
         model: on the device, with its adapters.

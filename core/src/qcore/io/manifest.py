@@ -104,6 +104,10 @@ class Report:
     problems: list[str]
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    def as_json(self) -> dict[str, Any]:
+        """The payload of ``qcore verify --json``."""
+        return {"ok": self.ok, "files": self.files, "problems": self.problems}
+
 
 def unsafe(name: str) -> str | None:
     """Why a file of this name may not be part of an artefact; ``None`` where it may.
