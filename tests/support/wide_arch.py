@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qcore import hookimpl
 from qcore.api.blocks import BuildContext, DecodeCache, Packed
 from qcore.api.parameters import LINEAR, NF4, Aim, Namespace, Part, Row, Table
-from qcore.api.records import Architecture, ChatFormat, Claim, Generation, Sign
+from qcore.api.records import Architecture, ChatFormat, Claim, Evidence, Generation
 from qcore.ops import recompute
 from qcore_qwen35.chat import QWEN35
 from qcore_qwen35.tiny import write
@@ -108,12 +108,12 @@ def qcore_describe() -> Iterator[Architecture | Generation]:
 
 @hookimpl
 def qcore_detect(checkpoint: Any) -> Iterator[Claim]:
-    sign = Sign(field="model_type", value="wide")
-    yield Claim(architecture="wide", generation="wide-1", signs=(sign,))
+    evidence = Evidence(field="model_type", value="wide", supports=True)
+    yield Claim(generation="wide-1", evidence=(evidence,))
 
 
 @hookimpl
-def qcore_key_mapping(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
+def qcore_parameters(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
     if architecture == "wide":
         yield part(config["vocab_size"])
 
