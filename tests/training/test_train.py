@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qcore.api.blocks import Packed
 from qcore.config.settings import Settings
 from qcore.data.dataset import Dataset, dataset
-from qcore.errors import NumericError, QcoreError, UsageError
+from qcore.errors import NumericError, PluginError, QcoreError, UsageError
 from qcore.io.artifact import read_manifest, verify
 from qcore.nn.qlora.linear import Linear
 from qcore.nn.qlora.lora_layer import Lora
@@ -425,6 +425,14 @@ def test_a_router_that_is_not_there_is_not_balanced(rows: Path, tmp_path: Path) 
         run(tiny_folder(), rows, tmp_path / "out", router_aux_loss_coef=0.001)
     refused(error.value, "QC-TRAIN-007", 2)
     nothing_but(tmp_path)
+
+
+def test_a_trunk_without_the_loss_that_was_asked_for_is_the_plugins_fault(rows: Path) -> None:
+    """Preflight judges the table; a trunk that contradicts it is no wrong setting."""
+    loop = loop_of(tiny_folder(), rows, router_aux_loss_coef=0.001)
+    with pytest.raises(PluginError, match="no load-balancing loss") as error:
+        loop.step(0)
+    assert error.value.code == "QC-PLUGIN-003"
 
 
 def test_an_output_that_is_not_empty(rows: Path, tmp_path: Path) -> None:

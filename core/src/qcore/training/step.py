@@ -23,7 +23,7 @@ from ..data.masking import Example
 from ..data.media_files import MediaReader
 from ..data.microbatches import joined, units_of_rows
 from ..data.sampler import Schedule, seed_of
-from ..errors import NumericError, UsageError
+from ..errors import NumericError, PluginError
 from ..nn.device import peak_bytes, reset_peak
 from ..nn.model import Model
 from ..nn.optim import FlatAdamW
@@ -164,13 +164,14 @@ class Loop:
             return loss, None
         aux = self.model.trunk.aux_loss(packed)
         if aux is None:
-            raise UsageError(
-                "QC-TRAIN-007",
-                "has no effect: this model has no router to balance",
-                field="router_aux_loss_coef",
-                found=self.settings.router_aux_loss_coef,
-                expected="0",
-                fix="leave it out",
+            # Preflight refuses the setting for a model without experts.
+            raise PluginError(
+                "QC-PLUGIN-003",
+                "the trunk of a model with experts has no load-balancing loss",
+                field="aux_loss",
+                found="None",
+                expected="a scalar tensor",
+                fix="update the plugin of this model, or leave router_aux_loss_coef out",
             )
         return loss, aux
 
