@@ -322,6 +322,26 @@ def _answers(plugin: Candidate, hook: str, arguments: Mapping[str, Any]) -> list
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """Who is to blame for an object that a record's callable made.
+
+    Attributes:
+        name: the plugin in words.
+        remedy: what the user can do about it.
+    """
+
+    name: str
+    remedy: str | None = None
+
+
+def owner_of(function: Callable[..., Any]) -> Owner:
+    """The plugin whose record holds `function`; its module, if it comes from no plugin."""
+    if isinstance(function, _Guarded):
+        return Owner(str(function.plugin.info), _remedy(function.plugin))
+    return Owner(f"module '{getattr(function, '__module__', None)}'")
+
+
+@dataclass(frozen=True, slots=True)
 class _Guarded:
     """A function on a record that names its plugin when it fails; equal where the function is."""
 
