@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 # Workers take contiguous halves of the files, so that a module's fixtures are made once.
 PARALLEL := -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-all test-gpu lint docs dev clean
+.PHONY: demo test test-slow test-all test-gpu test-versions lint docs dev clean
 
 demo: $(STAMP)  ## train, merge and verify a tiny checkpoint
 	$(BIN)/qcore demo
@@ -24,8 +24,11 @@ test-slow: $(STAMP)  ## the other whole runs, whole sweeps, more shapes of each 
 
 test-all: test test-slow  ## all tests that need no GPU
 
-test-gpu: $(STAMP)  ## the tests that need a CUDA device
-	$(BIN)/pytest -m gpu tests/gpu
+test-gpu: $(STAMP)  ## all tests that need a CUDA device
+	$(BIN)/pytest -m gpu
+
+test-versions:  ## interop tests at the oldest and newest transformers, peft, safetensors, bitsandbytes
+	PYTHON=$(PYTHON) tests/versions/run.sh oldest newest core
 
 lint: $(STAMP)  ## formatter, linter, types, import contracts
 	$(BIN)/ruff format --check .
@@ -52,4 +55,4 @@ $(STAMP): constraints.txt requirements-dev.txt core/pyproject.toml qwen35_plugin
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-versions .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

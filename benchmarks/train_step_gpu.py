@@ -138,11 +138,25 @@ def child(script: str, side: str, caches: Path, timeout: int) -> Result:
         "TILELANG_CACHE_DIR": str(caches / "tilelang"), "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     command = [sys.executable, str(Path(script).resolve()), *sys.argv[1:], "--side", side]
-    # What a peer compiles or writes beside itself goes where the caches are.
+    return result_of(command, environment, caches, timeout)
+
+
+def result_of(
+    command: list[str], environment: dict[str, str], folder: Path, timeout: int
+) -> Result:
+    """What a process that measures a side prints; ``{"failed": why}`` if it did not end well.
+
+    Args:
+        command: the process, run in `folder`: what a peer compiles or writes beside itself goes
+            where the caches are.
+        environment: all of its variables.
+        folder: of the caches.
+        timeout: seconds that it may take.
+    """
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, env=environment,
-            timeout=timeout, cwd=caches,
+            timeout=timeout, cwd=folder,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         text = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else ""

@@ -83,6 +83,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"FAILED: {worker} took more than {WORKER_GIB} GiB", red=True)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m gpu``, import only files that hold the mark.
+
+    The others take a minute to import, and need packages that a GPU machine may not have.
+    """
+    if config.option.markexpr != "gpu" or not collection_path.match("test_*.py"):
+        return None
+    return True if "pytest.mark.gpu" not in collection_path.read_text("utf-8") else None
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder of real configs, templates, tokenizer and key lists; skips where absent."""

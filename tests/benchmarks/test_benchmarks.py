@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -22,12 +25,12 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return peers
 
 
-def _run(script: str, *arguments: str) -> str:
+def _run(script: str, *arguments: str, status: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, str(FOLDER / script), "--device", "cpu", "--shape", "tiny", *arguments],
         capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == status, done.stderr[-2000:]
     return done.stdout
 
 
@@ -48,6 +51,48 @@ def test_a_side_that_fails_is_told(tmp_path: Path) -> None:
     text = _run("train_step_gpu.py", "--kernels", "nonsense=triton", "--steps", "1", "--seq", "9")
     assert "qcore:elementwise: FAILED" in text
     assert "nonsense" in text
+
+
+@pytest.mark.slow
+def test_two_checkouts_are_measured_in_turn(tmp_path: Path) -> None:
+    """The other one is a copy without an install, beside which this one's name is not imported."""
+    other = tmp_path / "other"
+    for folder in ("core", "qwen35_plugin", "qwen36_plugin", "multimodal_plugin", "benchmarks"):
+        copytree(FOLDER.parent / folder, other / folder, ignore=ignore_patterns("*.egg-info"))
+    text = _run(
+        "step_pair_gpu.py", "--against", str(other), "--against-commit", "abc", "--batch", "1",
+        "--seq", "9", "--steps", "1", "--rounds", "1", "--within", "10000",
+    )  # fmt: skip
+    assert "FAILED" not in text
+    assert "first losses are equal" in text
+    assert text.splitlines()[-1].startswith("PASSED: tiny 1 x 9: this / other tokens/s ")
+    init = other / "core" / "src" / "qcore" / "__init__.py"
+    init.write_text(init.read_text() + "\nraise RuntimeError('the other one')\n")
+    text = _run(
+        "step_pair_gpu.py", "--against", str(other), "--seq", "9", "--steps", "1", "--rounds", "1",
+        status=1,
+    )  # fmt: skip
+    assert "other: FAILED: RuntimeError: the other one" in text
+
+
+def test_metadata_is_what_an_installer_writes(tmp_path: Path, peers: ModuleType) -> None:
+    """Entry points and requirements of every distribution, as setuptools installed them here."""
+    import checkout
+
+    path = checkout.python_path(FOLDER.parent, tmp_path).split(os.pathsep)
+    made = {one.name: one for one in metadata.distributions(path=[str(tmp_path)])}
+    assert {"qcore-framework", "qcore-qwen35", "qcore-qwen36", "qcore-multimodal"} <= made.keys()
+    for name, one in made.items():
+        there = metadata.distribution(name)
+        assert one.version == there.version
+        assert set(one.entry_points) == set(there.entry_points)
+        assert sorted(map(_plain, one.requires or ())) == sorted(map(_plain, there.requires or ()))
+    sources = [Path(one) / "qcore" for one in path if (Path(one) / "qcore").is_dir()]
+    assert sources == [FOLDER.parent / "core" / "src" / "qcore"]
+
+
+def _plain(requirement: str) -> str:
+    return str(Requirement(requirement))
 
 
 def test_decoding_is_measured() -> None:

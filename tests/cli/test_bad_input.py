@@ -715,16 +715,18 @@ def test_a_foreign_adapter_without_consent(capsys: Any, base: Path):
 
 
 @pytest.fixture(scope="session")
-def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tiny: Path, once: Callable[..., Path]) -> Path:
     """An adapter of ours on the tiny checkpoint."""
-    folder = tmp_path_factory.mktemp("trained")
-    ended = apart(
-        "train", "--model", tiny, "--data", write_rows(folder / "rows.jsonl", GOOD),
-        "--output", folder / "adapter", "--set", "max_steps=2", "--set", "learning_rate=0.01",
-        "--device", "cpu",
-    )  # fmt: skip
-    assert ended.code == 0, ended.err
-    return folder / "adapter"
+
+    def write(folder: Path) -> None:
+        ended = apart(
+            "train", "--model", tiny, "--data", write_rows(folder / "rows.jsonl", GOOD),
+            "--output", folder / "adapter", "--set", "max_steps=2", "--set", "learning_rate=0.01",
+            "--device", "cpu",
+        )  # fmt: skip
+        assert ended.code == 0, ended.err
+
+    return once("tiny-adapter", write) / "adapter"
 
 
 def test_an_adapter_of_another_base(capsys: Any, base: Path, trained: Path):

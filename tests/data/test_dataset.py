@@ -14,6 +14,7 @@ from support.chat_kit import (  # fmt: skip
     FakeCheckpoint,
     bot,
     call,
+    encode_row,
     own_template,
     own_tokenizer,
     user,
@@ -21,7 +22,6 @@ from support.chat_kit import (  # fmt: skip
 )
 
 from qcore.data.dataset import Dataset, dataset, special_tokens
-from qcore.data.masking import encode_row
 from qcore.data.rows import Row
 from qcore.errors import InputError, PreflightError
 
@@ -154,24 +154,23 @@ def test_tools_and_string_arguments(tmp_path: Path, checkpoint: FakeCheckpoint) 
 
 
 @pytest.mark.parametrize(
-    ("template", "vocab", "code"),
+    ("template", "code"),
     [
-        (None, 4096, "QC-TEMPLATE-008"),
-        ("{{ raise_exception('never') }}", 4096, "QC-TEMPLATE-002"),
-        ("{{ x", 4096, "QC-TEMPLATE-001"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", 4096,
+        (None, "QC-PRE-001"),
+        ("{{ raise_exception('never') }}", "QC-TEMPLATE-002"),
+        ("{{ x", "QC-TEMPLATE-001"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
          "QC-TEMPLATE-004"),
-        ("hello", 4096, "QC-MASK-003"),
-        ("", 10, "QC-TOKENIZER-002"),
+        ("hello", "QC-MASK-003"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_that_cannot_do_it_is_one_error(
-    tmp_path: Path, checkpoint: FakeCheckpoint, template: str | None, vocab: int, code: str
+    tmp_path: Path, checkpoint: FakeCheckpoint, template: str | None, code: str
 ) -> None:
     made = None if template is None else own_template(template)
     path = write_rows(tmp_path / "rows.jsonl", rows(50))
     with pytest.raises(InputError) as caught:
-        load(path, FakeCheckpoint(checkpoint.path, made, vocab))
+        load(path, FakeCheckpoint(checkpoint.path, made))
     assert caught.value.code == code
     assert not isinstance(caught.value, PreflightError)
 

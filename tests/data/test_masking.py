@@ -13,6 +13,7 @@ from support.chat_kit import (  # fmt: skip
     FakeCheckpoint,
     bot,
     call,
+    encode_row,
     own_template,
     own_tokenizer,
     user,
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer
 from qcore.api.media import RowError
 from qcore.checkpoint.chat_template import Template
 from qcore.checkpoint.tokenizer import load_tokenizer
-from qcore.data.masking import encode_row, highest_id, labels, normalised, spans
+from qcore.data.masking import highest_id, labels, normalised, spans
 from qcore.data.rows import Row, RowCheck
 from qcore.data.template_check import prove_mask
 from qcore.errors import InputError
@@ -146,7 +147,7 @@ def test_preserved_thinking(shared: Path, real: Tokenizer) -> None:
 def test_real_ids(shared: Path, real: Tokenizer) -> None:
     with Template((shared / "skus" / THINK / "chat_template.jinja").read_text(), "t") as template:
         row = Row(line=1, messages=(user("हिन्दी"), bot("مُحَمَّد", reasoning_content="हिन्दी")))
-        example = encode_row(row, template, real, FORMAT, 100, vocab_rows=248_320)
+        example = encode_row(row, template, real, FORMAT, 100)
     hindi, arabic = [215989, 150127, 177453], [9873, 62422, 28850, 168623]
     answer = [*hindi, 198, 248069, 271, *arabic, 248046]
     prompt = [248045, 846, 198, *hindi, 248046, 198, 248045, 74455, 198, 248068, 198]
@@ -291,16 +292,6 @@ def test_row_too_long_names_tokens_and_limit(tokenizer: Tokenizer) -> None:
     assert f"at most {length - 1}" in error.message
 
 
-def test_id_without_embedding(tokenizer: Tokenizer) -> None:
-    row = Row(line=3, messages=(user("q"), bot("a")))
-    end = tokenizer.token_to_id(END)
-    with own_template() as template:
-        encode_row(row, template, tokenizer, FORMAT, 100, vocab_rows=tokenizer.get_vocab_size())
-        error = error_of(row, template, tokenizer, vocab_rows=end)
-    assert error.code == "QC-DATA-013"
-    assert "<" in error.message
-
-
 def test_row_masked_whole(tokenizer: Tokenizer) -> None:
     row = Row(line=9, messages=(user("q"),))
     with own_template() as template:
@@ -351,7 +342,7 @@ def test_template_that_reads_otherwise_is_refused(tokenizer: Tokenizer, old: str
 def test_format_that_says_otherwise_is_refused(tokenizer: Tokenizer, wrong: dict[str, Any]) -> None:
     with own_template() as template, pytest.raises(InputError) as caught:
         prove_mask(template, replace(FORMAT, **wrong), tokenizer)
-    assert caught.value.code == ("QC-TOKENIZER-003" if "stop_tokens" in wrong else "QC-MASK-003")
+    assert caught.value.code == ("QC-PRE-003" if "stop_tokens" in wrong else "QC-MASK-003")
 
 
 def test_tokenizer_is_read_as_written_but_never_cuts(tmp_path: Path) -> None:

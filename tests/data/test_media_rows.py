@@ -554,7 +554,7 @@ def test_special_tokens_of_media_are_refused_without_a_reader(shared: Path, fold
     names = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
     source = shared / "skus/qwen3.5/Qwen3.5-4B/chat_template.jinja"
     template = Template(source.read_text(encoding="utf-8"), "4B")
-    made = FakeCheckpoint(shared / "skus/tokenizer", template, 248_320)
+    made = FakeCheckpoint(shared / "skus/tokenizer", template)
     rows = [{"messages": [user(f"what is <|{name}|>?"), bot("a")]} for name in names]
     assert not {f"<|{name}|>" for name in names} & {*FORMAT.control}
     found = bad(rows, folder, made, reader=None)
@@ -632,7 +632,7 @@ def test_a_tokenizer_without_the_readers_tokens(folder: Path, checkpoint: FakeCh
     reader = SwatchReader()
     reader.control = (*CONTROL, "<|other|>")
     (error,) = bad([ask(swatch("a.txt"))], folder, checkpoint, reader=reader)
-    assert error.code == "QC-TOKENIZER-003"
+    assert error.code == "QC-PRE-003"
     assert "'<|other|>'" in error.message
 
 

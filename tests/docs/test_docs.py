@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 from support.cli_kit import apart
+from support.error_list import listed_codes
 from support.plugin_kit import checkpoint, distribution, installed
 
+import qcore.api
 from qcore import errors
 from qcore.api import hookspecs
 from qcore.api.records import PreflightRequest
@@ -89,19 +91,6 @@ def test_every_setting_is_read() -> None:
 # Error codes.
 
 
-def listed() -> dict[str, int]:
-    """Code to the exit status under which docs/errors.md lists it."""
-    found: dict[str, int] = {}
-    status = 0
-    for line in (DOCS / "errors.md").read_text(encoding="utf-8").splitlines():
-        if heading := re.match(r"## Exit status (\d+):", line):
-            status = int(heading[1])
-        if entry := re.match(r"- `(QC-[A-Z0-9]+-\d{3})`: \S", line):
-            assert entry[1] not in found, f"{entry[1]} stands twice"
-            found[entry[1]] = status
-    return found
-
-
 def sources() -> Iterator[Path]:
     for folder in SOURCES:
         yield from sorted(folder.rglob("*.py"))
@@ -111,7 +100,7 @@ def test_every_code_is_listed_and_every_listed_code_exists() -> None:
     used = set()
     for path in sources():
         used |= set(re.findall(r"QC-[A-Z0-9]+-\d{3}", path.read_text(encoding="utf-8")))
-    assert used == listed().keys()
+    assert used == listed_codes().keys()
 
 
 def test_codes_stand_under_their_exit_status() -> None:
@@ -122,7 +111,7 @@ def test_codes_stand_under_their_exit_status() -> None:
         if isinstance(kind, type) and issubclass(kind, errors.QcoreError)
     }
     statuses |= {"Finding": 65, "RowError": 65}
-    where = listed()
+    where = listed_codes()
     seen = set()
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -571,3 +560,13 @@ def test_transcripts_are_real(demo_folder: Path, text: str) -> None:
     assert words[0] == "qcore"
     done = apart(*words[1:], cwd=demo_folder)
     assert done.out + done.err == expected
+
+
+def test_the_changelog_names_modules_that_exist() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    moved = re.findall(r"^\| `(qcore\.[\w.]+)` \| `(qcore\.[\w.]+)` \|$", text, re.MULTILINE)
+    assert len(moved) > 100
+    for _, name in moved:
+        path = ROOT / "core/src" / name.replace(".", "/")
+        in_api = name.startswith("qcore.api.") and name.rpartition(".")[2] in qcore.api.__all__
+        assert in_api or path.is_dir() or path.with_suffix(".py").exists(), name

@@ -26,6 +26,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.cuda_memory import GIB, fill_free, take_free
 from support.gradient_cases import Case, Gradients, Routes
 from support.gradient_proof import HEADER, Proof, differing, flips, prove, short, spread
 from support.gradient_slices import SKUS, Slice, plain_attention, text_of
@@ -203,22 +204,16 @@ def test_nothing_reads_what_was_never_written(sides: Sides) -> None:
 
 
 def _poison() -> None:
-    """Leave the allocator NaN alone: pieces of both of its pools, more than a run takes."""
+    """Leave torch no free memory that is not NaN, and more of it than a run takes."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
-    most = min(24 * 2**30, free // 2)
-    large = [
-        torch.full((2**28,), torch.nan, device=CUDA, dtype=torch.float32)
-        for _ in range(most // 2**30)
-    ]
-    small = [
-        torch.full((numel,), torch.nan, device=CUDA)
-        for numel in (2**17, 2**13, 2**10, 2**7)
-        for _ in range(1024)
-    ]
-    del large, small
-    assert bool(torch.empty(2**24, device=CUDA).isnan().all())  # the trap is set
+    fill_free(torch.nan, more=min(24 * GIB, free // 2))
+    taken = take_free()
+    assert sum(one.nbytes for one in taken) > 0
+    assert all(bool(one.isnan().all()) for one in taken)  # the trap is set
+    del taken
+    fill_free(torch.nan)  # also what the check itself wrote
 
 
 def _in_mode(sides: Sides, case: Case, *, fill: bool) -> Gradients:

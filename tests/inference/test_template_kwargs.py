@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,16 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def adapters(once: Callable[..., Path]) -> dict[str, Path]:
     """Adapters trained without a variable and with thinking on, which is not the default here."""
-    home = tmp_path_factory.mktemp("kwargs")
-    rows = write_rows(home / "rows.jsonl", conversations(12))
-    for name, given in (("plain", {}), ("thinking", {"enable_thinking": True})):
-        settings = Settings(**SETTINGS, chat_template_kwargs=given)
-        train(str(tiny_folder()), rows, home / name, settings, device="cpu")
+
+    def write(home: Path) -> None:
+        rows = write_rows(home / "rows.jsonl", conversations(12))
+        for name, given in (("plain", {}), ("thinking", {"enable_thinking": True})):
+            settings = Settings(**SETTINGS, chat_template_kwargs=given)
+            train(str(tiny_folder()), rows, home / name, settings, device="cpu")
+
+    home = once("template-kwargs", write)
     return {name: home / name for name in ("plain", "thinking")}
 
 

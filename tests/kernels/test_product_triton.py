@@ -77,11 +77,11 @@ def test_weights_bit_for_bit_and_lora_in_its_place(case: str, place: bool):
     torchs, ours = Product(maps), Product(maps)
     like = torch.empty(1, dtype=F16)
     expected = torchs.working(like)
-    found = ours.working(like, kernels.Launched)
+    found = ours.working(like, kernels.TritonKernels)
     if expected is None:
         assert found is None
     read = Product.buffer if place else Product.weights
-    one, two = read(torchs, expected, like), read(ours, found, like, kernels.Launched)
+    one, two = read(torchs, expected, like), read(ours, found, like, kernels.TritonKernels)
     assert torch.equal(one, two)
     if expected is not None and found is not None:
         assert torch.equal(expected.a, found.a)
@@ -244,11 +244,11 @@ def test_the_check_passes_and_sees_faults(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(product_verify, "_DTYPE", F16)
     monkeypatch.setattr(product_verify, "FEWEST", 10)
     assert product_verify.verify(CPU).good
-    right = kernels.Launched.outer
+    right = kernels.TritonKernels.outer
 
     def twice(*args: Tensor) -> bool:
         right(*args)  # type: ignore[arg-type]
         return right(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(kernels.Launched, "outer", staticmethod(twice))
+    monkeypatch.setattr(kernels.TritonKernels, "outer", staticmethod(twice))
     assert not product_verify.verify(CPU).good

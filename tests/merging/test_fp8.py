@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,23 @@ MOE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(once: Callable[..., Path]) -> Path:
     """The bf16 checkpoint that everything is made from, with a tower and mtp."""
-    folder = tmp_path_factory.mktemp("plain") / "base"
-    write_stock(folder, "vl", tied=False, mtp=True, dtype=torch.bfloat16)
-    (folder / "README.md").write_text("---\nbase_model:\n- some-org/its-base\n---\n")
-    return folder
+
+    def write(folder: Path) -> None:
+        write_stock(folder, "vl", tied=False, mtp=True, dtype=torch.bfloat16)
+        (folder / "README.md").write_text("---\nbase_model:\n- some-org/its-base\n---\n")
+
+    return once("fp8-plain", write)
 
 
 @pytest.fixture(scope="module")
-def base(plain: Path) -> Path:
-    folder = write_fp8(plain, plain.parent / "fp8", block=BLOCK)
-    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
-    return folder
+def base(plain: Path, once: Callable[..., Path]) -> Path:
+    def write(home: Path) -> None:
+        folder = write_fp8(plain, home / "fp8", block=BLOCK)
+        (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+
+    return once("fp8-base", write) / "fp8"
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +88,16 @@ def trained(base: Path, rows: Path, out: Path, **settings: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapter(base: Path, rows: Path) -> Path:
-    return trained(base, rows, base.parent / "adapter")
+def adapter(base: Path, rows: Path, once: Callable[..., Path]) -> Path:
+    return once("fp8-adapter", lambda home: trained(base, rows, home / "adapter")) / "adapter"
 
 
 @pytest.fixture(scope="module")
-def merged(base: Path, adapter: Path) -> tuple[Path, MergeReport]:
-    report = merge(str(base), adapter, base.parent / "merged", dequantize=True)
+def merged(
+    base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, MergeReport]:
+    out = tmp_path_factory.mktemp("merged") / "out"
+    report = merge(str(base), adapter, out, dequantize=True)
     return report.output, report
 
 

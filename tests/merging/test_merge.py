@@ -51,13 +51,15 @@ INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(once: Callable[..., Path]) -> Path:
     """The vision-language class with a tower, mtp, an untied head, in several files."""
-    folder = tmp_path_factory.mktemp("base")
-    write_stock(folder, "vl", tied=False, mtp=True, shard="60KB", dtype=torch.bfloat16)
-    (folder / "README.md").write_text("a card\n")
-    assert len(list(folder.glob("*.safetensors"))) > 3
-    return folder
+
+    def write(folder: Path) -> None:
+        write_stock(folder, "vl", tied=False, mtp=True, shard="60KB", dtype=torch.bfloat16)
+        (folder / "README.md").write_text("a card\n")
+        assert len(list(folder.glob("*.safetensors"))) > 3
+
+    return once("merge-base", write)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +77,9 @@ def trained(base: Path, rows: Path, out: Path, **settings: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapter(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(base, rows, tmp_path_factory.mktemp("adapter") / "adapter")
+def adapter(base: Path, rows: Path, once: Callable[..., Path]) -> Path:
+    folder = once("merge-adapter", lambda home: trained(base, rows, home / "adapter"))
+    return folder / "adapter"
 
 
 def foreign(adapter: Path, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:

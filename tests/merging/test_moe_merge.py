@@ -53,14 +53,19 @@ LINEAR = 4 + 2 * 3 + 3 * 3
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bases(once: Callable[..., Path]) -> dict[str, Path]:
     """One set of weights with a tower and mtp, in several files, in each layout."""
-    home = tmp_path_factory.mktemp("bases")
-    written = write_stock(
-        home / "stock", "vl", tied=False, mtp=True, moe=True, dtype=torch.bfloat16, **LAYERS
-    )
-    (written / "README.md").write_text("a card\n")
-    return {layout: rewrite(written, home / layout, layout, shards=4) for layout in LAYOUTS}
+
+    def write(home: Path) -> None:
+        written = write_stock(
+            home / "stock", "vl", tied=False, mtp=True, moe=True, dtype=torch.bfloat16, **LAYERS
+        )
+        (written / "README.md").write_text("a card\n")
+        for layout in LAYOUTS:
+            rewrite(written, home / layout, layout, shards=4)
+
+    home = once("moe-merge-bases", write)
+    return {layout: home / layout for layout in LAYOUTS}
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +84,9 @@ def trained(base: Path, rows: Path, out: Path, **settings: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapter(bases: dict[str, Path], rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(bases["mixed"], rows, tmp_path_factory.mktemp("adapter") / "adapter")
+def adapter(bases: dict[str, Path], rows: Path, once: Callable[..., Path]) -> Path:
+    made = once("moe-merge-adapter", lambda home: trained(bases["mixed"], rows, home / "adapter"))
+    return made / "adapter"
 
 
 @pytest.fixture(scope="module")
@@ -474,4 +480,4 @@ def test_a_merged_base_trains_on(
         merge(str(tmp_path / "two"), second, tmp_path / "three")
     assert error.value.code == "QC-MERGE-002"
     model = ours(tmp_path / "two")
-    assert sum(isinstance(m, Experts) for m in model.holders.values()) == 6
+    assert sum(isinstance(m, Experts) for m in model.lora_layers.values()) == 6

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.plugin_kit import distribution, good, process
 
-from qcore.plugins.discovery import _unmet
+from qcore.io.entry_points import _unmet
 
 CANARY = "open({canary!r}, 'w').close()"
 

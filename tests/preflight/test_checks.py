@@ -62,7 +62,8 @@ def test_a_form_of_rope_that_is_not_computed_stops_every_verb(
     """A merge is proved by logits; those of other rotary positions would prove another model."""
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.25}
     model = found(tmp_path, rope_parameters=rope)
-    monkeypatch.setattr(qcore.preflight.checks, "_core", lambda found, request: iter(()))
+    for own in ("_core", "_text"):
+        monkeypatch.setattr(qcore.preflight.checks, own, lambda *request: iter(()))
     with pytest.raises(InputError) as caught:
         preflight(model, verb=verb)
     assert caught.value.code == "QC-QWEN35-011"
@@ -104,11 +105,8 @@ def test_the_positions_of_a_model(text: dict[str, Any], most: int | None):
 
 
 @pytest.mark.parametrize("verb", ["train", "plan"])
-def test_a_row_longer_than_the_positions_is_a_warning_with_both_numbers(
-    tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_row_longer_than_the_positions_is_a_warning_with_both_numbers(tmp_path: Path, verb: str):
     model = found(tmp_path, max_position_embeddings=4096)
-    monkeypatch.setattr(qcore.preflight.checks, "_tokens", lambda found, request: iter(()))
     (model.checkpoint.path / "chat_template.jinja").touch()
     most = 4096
     settings = Settings(max_length=most + 1)

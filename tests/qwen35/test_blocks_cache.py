@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from support.blocks_kit import Twins, documents, relative, tiny_config, twins
 from torch import Tensor
+from transformers import Qwen3_5ForCausalLM
 
 from qcore.api.blocks import Packed
 from qcore_qwen35.attention import KvCache
 from qcore_qwen35.delta import DeltaCache
+
+#: transformers 5.24 renamed ``past_key_values`` to ``cache``.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(Qwen3_5ForCausalLM.forward).parameters
+)
 
 CUTS = {
     "token by token": [1] * 12,
@@ -51,13 +61,12 @@ def test_state_equals_the_reference_s(pair: Twins) -> None:
     with torch.no_grad():
         _, caches = in_pieces(pair, ids, [70, 1])
         first = pair.theirs(ids[None, :70], use_cache=True)
-        theirs = pair.theirs(ids[None, 70:], past_key_values=first.past_key_values).past_key_values
+        theirs = pair.theirs(ids[None, 70:], **{CACHE: first[CACHE]})[CACHE]
     for number, cache in enumerate(caches):
         if isinstance(cache, DeltaCache):
-            conv = theirs.get_conv_state(number, state_idx=0)[0]
-            assert relative(cache.conv.t(), conv) <= 1e-5
-            state = theirs.get_recurrent_state(number, state_idx=0)
-            assert relative(cache.state, state) <= 1e-5
+            layer = theirs.layers[number]
+            assert relative(cache.conv.t(), layer.conv_states[0][0]) <= 1e-5
+            assert relative(cache.state, layer.recurrent_states[0]) <= 1e-5
         else:
             assert isinstance(cache, KvCache)
             assert cache.length == 71

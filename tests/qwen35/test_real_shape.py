@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ print(json.dumps({"peak": peak(), "seconds": took}))
 
 
 @pytest.fixture(scope="module")
-def base(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_real(shared, tmp_path_factory.mktemp("real") / "base")
+def base(shared: Path, once: Callable[..., Path]) -> Path:
+    return once("real-shape", lambda home: write_real(shared, home / "base")) / "base"
 
 
 def headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from qcore.api import RowError
 from qcore.api.records import ChatFormat
 from qcore.checkpoint.chat_template import Template
+from qcore.data.masking import Example, encode_text
+from qcore.data.rows import Row
 
 FORMAT = ChatFormat(
     turn_start="<|im_start|>",
@@ -79,13 +84,29 @@ def own_template(text: str = TEMPLATE) -> Template:
     return Template(text, "own.jinja")
 
 
+def encode_row(
+    row: Row,
+    template: Template,
+    tokenizer: Tokenizer,
+    chat_format: ChatFormat,
+    max_length: int,
+    *,
+    variables: Mapping[str, Any] | None = None,
+) -> Example:
+    """One row of text to ids and labels: what `dataset` does, a row at a time."""
+    text = template.render(row.messages, row.tools, **(variables or {}))
+    try:
+        return encode_text(text, row, tokenizer, chat_format, max_length)
+    except RowError as bad:
+        raise bad.error(None, row.line) from None
+
+
 class FakeCheckpoint:
     """What the data code reads of a `Checkpoint`."""
 
-    def __init__(self, path: Path, template: Template | None, vocab_size: int = 4096) -> None:
+    def __init__(self, path: Path, template: Template | None) -> None:
         self.path = path
         self.template = template
-        self.config = {"text_config": {"vocab_size": vocab_size}}
         self.tokenizer_config = {"eos_token": "<|im_end|>", "pad_token": {"content": "<|pad|>"}}
 
     @property

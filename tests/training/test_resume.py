@@ -172,14 +172,16 @@ def test_only_the_newest_checkpoints_are_kept(
 
 
 @pytest.fixture(scope="module")
-def halted(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def halted(rows: Path, once: Callable[..., Path]) -> Path:
     """A folder with base, data and a run that was stopped after its first step."""
-    home = tmp_path_factory.mktemp("halted")
-    shutil.copytree(tiny_folder(), home / "base")
-    shutil.copyfile(rows, home / "rows.jsonl")
-    run(home / "rows.jsonl", home / "out", model=home / "base", save_steps=1, max_steps=2)
-    shutil.rmtree(home / "out")  # as if it had been stopped before its last step
-    return home
+
+    def write(home: Path) -> None:
+        shutil.copytree(tiny_folder(), home / "base")
+        shutil.copyfile(rows, home / "rows.jsonl")
+        run(home / "rows.jsonl", home / "out", model=home / "base", save_steps=1, max_steps=2)
+        shutil.rmtree(home / "out")  # as if it had been stopped before its last step
+
+    return once("halted-run", write)
 
 
 def change_rows(home: Path) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,7 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, frames: Frames, scale: floa
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """``[frames, length, h, D]`` each ``-> [frames * length, h, D]``."""
     if q.is_meta:
-        planned: Tensor = _Planned.apply(q, k, v)
+        planned: Tensor = _Planned.apply(q, k, v)  # type: ignore[no-untyped-call]
         return planned.flatten(0, 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(_FUSED) if q.is_cuda else nullcontext():
@@ -131,6 +131,10 @@ class _Planned(torch.autograd.Function):
 
 class Attention(nn.Module):
     """``[U, h * D] -> [U, h * D]``, all of a frame with all of it, added to a stream."""
+
+    if TYPE_CHECKING:  # nn.Module's own is of any type
+
+        def __call__(self, stream: Tensor, x: Tensor, media: Media) -> Tensor: ...
 
     def __init__(self, ctx: BuildContext, vision: Mapping[str, Any], name: str) -> None:
         super().__init__()

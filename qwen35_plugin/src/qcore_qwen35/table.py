@@ -162,15 +162,16 @@ def _text_rows(tied: bool, moe: bool) -> Iterator[Row]:
     yield Row(EMBED, "vocab hidden", "embed")
     layer = f"{ROOT}.layers.{{layer}}"
     yield Row(f"{layer}.input_layernorm.weight", "hidden", "norm")
-    yield from _delta(f"{ROOT}.layers.{{linear}}")
-    yield from _attention(f"{ROOT}.layers.{{full}}", "attn", "norm")
+    yield from delta_rows(f"{ROOT}.layers.{{linear}}")
+    yield from attention_rows(f"{ROOT}.layers.{{full}}", "attn", "norm")
     yield Row(f"{layer}.post_attention_layernorm.weight", "hidden", "norm")
-    yield from _moe(layer) if moe else _mlp(f"{layer}.mlp", "ffn", "mlp")
+    yield from moe_rows(layer) if moe else mlp_rows(f"{layer}.mlp", "ffn", "mlp")
     yield Row(f"{ROOT}.norm.weight", "hidden", "norm")
     yield Row("lm_head.weight", "vocab hidden", "head", tie=EMBED if tied else None)
 
 
-def _delta(p: str) -> Iterator[Row]:
+def delta_rows(p: str) -> Iterator[Row]:
+    """The gated delta net below the layer prefix `p`, which has its index axis."""
     m = f"{p}.linear_attn"
     yield Row(f"{m}.in_proj_qkv.weight", "conv hidden", "gdn", NF4, kind=LINEAR)
     yield Row(f"{m}.in_proj_z.weight", "v_heads*v_dim hidden", "gdn", NF4, kind=LINEAR)
@@ -183,7 +184,8 @@ def _delta(p: str) -> Iterator[Row]:
     yield Row(f"{m}.out_proj.weight", "hidden v_heads*v_dim", "gdn", NF4, kind=LINEAR)
 
 
-def _attention(p: str, group: str, norm: str) -> Iterator[Row]:
+def attention_rows(p: str, group: str, norm: str) -> Iterator[Row]:
+    """Attention with an output gate below the layer prefix `p`; LoRA group of maps and norms."""
     m = f"{p}.self_attn"
     # Rows of q_proj: query and output gate, interleaved per head.
     yield Row(f"{m}.q_proj.weight", "heads*2*head_dim hidden", group, NF4, kind=LINEAR)
@@ -194,14 +196,15 @@ def _attention(p: str, group: str, norm: str) -> Iterator[Row]:
     yield Row(f"{m}.k_norm.weight", "head_dim", norm)
 
 
-def _mlp(m: str, ffn: str, group: str) -> Iterator[Row]:
+def mlp_rows(m: str, ffn: str, group: str) -> Iterator[Row]:
+    """A SwiGLU map named `m`; `ffn` is its width among the dims."""
     yield Row(f"{m}.gate_proj.weight", f"{ffn} hidden", group, NF4, kind=LINEAR)
     yield Row(f"{m}.up_proj.weight", f"{ffn} hidden", group, NF4, kind=LINEAR)
     yield Row(f"{m}.down_proj.weight", f"hidden {ffn}", group, NF4, kind=LINEAR)
 
 
-def _moe(p: str, mtp: str = "") -> Iterator[Row]:
-    """Router, experts, shared expert and its gate; all in one group within `mtp`."""
+def moe_rows(p: str, mtp: str = "") -> Iterator[Row]:
+    """Router, experts, shared expert and its gate; all in the group `mtp` where that is given."""
     m, one = f"{p}.mlp", f"{p}.mlp.experts.{{expert}}"
     router, experts = mtp or "router", mtp or "experts"
     yield Row(f"{m}.gate.weight", "experts hidden", router, kind=PARAMETER)
@@ -212,7 +215,7 @@ def _moe(p: str, mtp: str = "") -> Iterator[Row]:
     apart = stack("expert", f"{one}.down_proj.weight")
     dims = "experts hidden expert_ffn"
     yield Row(f"{m}.experts.down_proj", dims, experts, NF4, kind=EXPERTS, also=apart)
-    yield from _mlp(f"{m}.shared_expert", "shared_ffn", mtp or "shared_expert")
+    yield from mlp_rows(f"{m}.shared_expert", "shared_ffn", mtp or "shared_expert")
     yield Row(f"{m}.shared_expert_gate.weight", "1 hidden", router, kind=LINEAR)
 
 
@@ -222,9 +225,9 @@ def _mtp_rows(moe: bool) -> Iterator[Row]:
     for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
         yield Row(f"mtp.{name}.weight", "hidden", "mtp")
     yield Row(f"{p}.input_layernorm.weight", "hidden", "mtp")
-    yield from _attention(p, "mtp", "mtp")
+    yield from attention_rows(p, "mtp", "mtp")
     yield Row(f"{p}.post_attention_layernorm.weight", "hidden", "mtp")
-    yield from _moe(p, "mtp") if moe else _mlp(f"{p}.mlp", "ffn", "mtp")
+    yield from moe_rows(p, "mtp") if moe else mlp_rows(f"{p}.mlp", "ffn", "mtp")
 
 
 def _dims(text: Mapping[str, Any]) -> dict[str, int]:

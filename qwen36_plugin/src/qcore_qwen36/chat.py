@@ -9,7 +9,7 @@ has a think block; an empty one is a prompt tail and is not trained, the reasoni
 from __future__ import annotations
 
 from qcore.api import ChatFormat
-from qcore_qwen35.chat import QWEN35
+from qcore_qwen35.api import QWEN35
 
 QWEN36: ChatFormat = QWEN35
 

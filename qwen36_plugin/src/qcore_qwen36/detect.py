@@ -32,8 +32,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qcore.api import Claim, Evidence
-from qcore_qwen35.detect import architecture_of
-from qcore_qwen35.template_probe import (
+from qcore_qwen35.api import (
     EARLIER,
     ENDOFTEXT,
     HEADER,
@@ -41,11 +40,12 @@ from qcore_qwen35.template_probe import (
     NO_THINK,
     THINK,
     Shown,
+    architecture_of,
     as_published_without_bos,
     bos_of,
     look,
 )
-from qcore_qwen35.template_probe import TEMPLATE_INPUTS as INPUTS_OF_3_5
+from qcore_qwen35.api import TEMPLATE_INPUTS as INPUTS_OF_3_5
 
 if TYPE_CHECKING:
     from qcore.api import CheckpointView

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qcore.api import Finding, PreflightRequest
-from qcore_qwen35.chat import switch_findings
+from qcore_qwen35.api import switch_findings
 
 from .chat import SWITCHES
 

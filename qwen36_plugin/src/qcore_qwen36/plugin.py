@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qcore import hookimpl
 from qcore.api import ChatFormat, Claim, Finding, Generation, PreflightRequest
-from qcore_qwen35.detect import ARCHITECTURE, MOE
+from qcore_qwen35.api import ARCHITECTURE, MOE
 
 from . import chat, detect, guards
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPE_BITS", "INDEX", "SINGLE", "Checkpoint", "Header", "Weights", "read_headers",
-    "read_json", "safe_file",
+    "read_json", "required_template", "safe_file",
 ]  # fmt: skip
 
 _MAX_JSON: Final = 64 * 2**20
@@ -227,6 +227,24 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(header.end - header.start for header in self.headers.values())
+
+
+def required_template(checkpoint: Checkpoint) -> Template:
+    """The chat template of a checkpoint that must have one.
+
+    Raises:
+        InputError: ``QC-PRE-001`` it has none.
+    """
+    template = checkpoint.template
+    if template is None:
+        raise InputError(
+            "QC-PRE-001",
+            "has no chat template",
+            file=checkpoint.path,
+            expected="chat_template.jinja, or chat_template in tokenizer_config.json",
+            fix="copy chat_template.jinja from the original checkpoint",
+        )
+    return template
 
 
 def safe_file(folder: Path, name: str) -> Path:

@@ -2,8 +2,7 @@
 
 This file decides totality, both ways: every tensor of the table is on disk in one of its
 spellings, or is tied, or belongs to an optional part that is absent as a whole; every tensor
-on disk belongs to the table, or lies outside every root of it and in no more subtrees than
-config.json has sections that no part claims, and is then carried untouched. Anything else
+on disk belongs to the table or is carried untouched (`qcore.checkpoint.unowned`). Anything else
 is an error that names the tensor. All problems are collected before one is raised.
 
 Each tensor picks its own spelling, so mixed layouts need no mode. The namespace is picked
@@ -21,8 +20,10 @@ from typing import NamedTuple
 
 from ..api.parameters import Namespace, Part, Region, Row, Store, Table, Tensor
 from ..errors import InputError, QcoreError, nearest, one_of_each, raise_all
+from .block_scales import BadBlockError, block_size, is_fp8, scale_name, scale_problem
 from .checkpoint import Checkpoint, Header
 from .safetensors_header import without_gc
+from .unowned import carried_and_strays
 
 _SUGGESTED = 3
 #: What an unknown tensor beside it explains: a tensor, a piece or the rest of a part is absent.
@@ -206,7 +207,10 @@ class _Finder:
         self.absent: list[str] = []
         self.ties: dict[str, str] = {}
         self.scales: dict[str, str] = {}
-        self.block = _block(checkpoint.config)
+        try:
+            self.block = block_size(checkpoint.config)
+        except BadBlockError:  # `recognise` says so
+            self.block = block_size({})
         self.problems: list[QcoreError] = []
         self._wanted: set[str] = set()
 
@@ -282,22 +286,13 @@ class _Finder:
 
     def _as_place(self, header: Header, region: Region) -> Place:
         """With its block scales, when it lies in FP8."""
-        if not header.dtype.startswith("F8_"):
+        if not is_fp8(header):
             return Place(header, region)
-        name = f"{header.name}_scale_inv"
+        name = scale_name(header.name)
         scale = self.headers.get(name)
-        *stack, out, into = header.shape if len(header.shape) > 1 else (1, *header.shape)
-        fits = (*stack, -(-out // self.block[0]), -(-into // self.block[1]))
-        if scale is None or scale.shape != fits:
-            self._problem(
-                "QC-KEY-007",
-                "is in FP8 without block scales that fit",
-                header.name,
-                found=list(scale.shape) if scale else "none",
-                expected=f"{name} {list(fits)}",
-                file=header.file,
-                fix="use the bf16 revision of this checkpoint",
-            )
+        problem = scale_problem(header, scale, self.block, self.checkpoint.path)
+        if scale is None or problem is not None:
+            self.problems += [problem] if problem is not None else []
             return Place(header, region)
         self.scales[name] = header.name
         return Place(header, region, scale, self.block)
@@ -335,25 +330,11 @@ class _Finder:
         """What the table does not own: carried, or a problem."""
         owned, scales = self.by_disk, self.scales
         extra = [h for name, h in self.headers.items() if name not in owned and name not in scales]
-        roots = self._roots()
-        homes = {header.name: _subtree(header.name, roots) for header in extra}
-        inside = [header for header in extra if homes[header.name] is None]
-        outside = [header for header in extra if homes[header.name] is not None]
-        subtrees = Counter(homes[header.name] for header in outside)
-        claimed = {part.section for part in self.table.parts}
-        sections = [
-            key
-            for key, value in self.checkpoint.config.items()
-            if key.endswith("_config") and isinstance(value, dict) and key not in claimed
-            and key != "quantization_config"
-        ]  # fmt: skip
-        if len(subtrees) > len(sections):
-            # The smallest subtrees are the strays: a whole tower is never one tensor.
-            allowed = {name for name, _ in subtrees.most_common(len(sections))}
-            inside += [header for header in outside if homes[header.name] not in allowed]
-            outside = [header for header in outside if homes[header.name] in allowed]
+        carried, strays = carried_and_strays(
+            extra, self.table, self.namespaces, self.checkpoint.config
+        )
         absent = self._wanted - self.headers.keys()
-        for header in inside:
+        for header in strays:
             near = self._nearest(header.name, absent)
             self._problem(
                 "QC-KEY-002",
@@ -363,19 +344,7 @@ class _Finder:
                 file=header.file,
                 fix="remove it, or install the plugin that knows it",
             )
-        return {header: homes[header.name] or "" for header in outside}
-
-    def _roots(self) -> set[str]:
-        """The prefixes below which every name is a part's, as spelt on disk."""
-        roots: set[str] = set()
-        for part in self.table.parts:
-            spell = self.namespaces[part.name].spell
-            trees: dict[str, list[list[str]]] = {}
-            for row in part.rows:
-                words = spell(row.name).split(".")[:-1]
-                trees.setdefault(words[0], []).append(words)
-            roots |= {".".join(_shared(names)) for names in trees.values()}
-        return roots
+        return carried
 
     def _nearest(self, name: str, among: Iterable[str]) -> str | None:
         """The closest spelling; asked only for the first few problems, it is slow."""
@@ -398,33 +367,3 @@ class _Finder:
         self.problems.append(
             InputError(code, what, file=path, field=field, found=found, expected=expected, fix=fix)
         )
-
-
-def _block(config: Mapping[str, object]) -> tuple[int, int]:
-    """Rows and columns that share a scale of block FP8."""
-    quantised = config.get("quantization_config")
-    found = quantised.get("weight_block_size") if isinstance(quantised, Mapping) else None
-    if isinstance(found, list) and len(found) == 2 and all(type(n) is int and n > 0 for n in found):
-        return found[0], found[1]
-    return 128, 128
-
-
-def _shared(names: list[list[str]]) -> list[str]:
-    """The words that all names begin with."""
-    columns = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*names, strict=False))
-    return [words[0] for words in columns]
-
-
-def _subtree(name: str, roots: set[str]) -> str | None:
-    """The tree that a foreign name belongs to: its shortest prefix that leads to no root.
-
-    ``None`` when the name lies below a root.
-    """
-    words = name.split(".")
-    for count in range(1, len(words) + 1):
-        prefix = ".".join(words[:count])
-        if prefix in roots:
-            return None
-        if not any(root.startswith(prefix + ".") for root in roots):
-            return prefix
-    return None

@@ -30,12 +30,12 @@ from enum import Enum
 from typing import Any
 
 from ..errors import InputError
+from .block_scales import SECTION, BadBlockError, block_size, sections
 from .checkpoint import Checkpoint, Header, read_json
 
 _WITNESS = "hf_quant_config.json"
 #: Files that some tools write beside config.json, and that describe quantised weights alone.
 SIDECARS = (_WITNESS, "quant_config.json", "quantization_config.json", "quantize_config.json")
-SECTION = "quantization_config"  #: of config.json, or of a section of it
 
 _PLAIN = ("BF16", "F32", "F16", "F64")
 _NO_WEIGHT = ("BOOL", "I64", "U64")
@@ -247,14 +247,6 @@ def _packed_ints(stem: str, weight: Header, headers: Mapping[str, Header]) -> Fo
 # -- the second witness
 
 
-def sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every ``quantization_config`` that says something, with its path: at the top or one below."""
-    for prefix, where in (("", config), *((f"{k}.", v) for k, v in config.items())):
-        value = where.get(SECTION) if isinstance(where, Mapping) else None
-        if value:
-            yield f"{prefix}{SECTION}", value
-
-
 def _claims(checkpoint: Checkpoint) -> Iterator[tuple[str, str, str]]:
     """(file, field, value) of everything that says how the weights are stored."""
     for path, value in sections(checkpoint.config):
@@ -304,24 +296,18 @@ def _check(
 
 def _block(checkpoint: Checkpoint) -> tuple[int, int]:
     """Rows and columns that share a scale, as config.json says; 128 each where it is silent."""
-    for path, value in sections(checkpoint.config):
-        block = value.get("weight_block_size", [128, 128])
-        if (
-            isinstance(block, list)
-            and len(block) == 2
-            and all(type(size) is int and size > 0 for size in block)
-        ):
-            return block[0], block[1]
+    try:
+        return block_size(checkpoint.config)
+    except BadBlockError as error:
         raise InputError(
             "QC-CKPT-010",
             "contradicts the safetensors files, which hold FP8 with block scales",
             file=checkpoint.path / "config.json",
-            field=f"{path}.weight_block_size",
-            found=repr(block)[:80],
+            field=error.field,
+            found=repr(error.found)[:80],
             expected="rows and columns, two positive integers",
             fix="use the config.json that came with the weights",
-        )
-    return 128, 128
+        ) from None
 
 
 def _base(checkpoint: Checkpoint) -> str | None:

@@ -13,8 +13,6 @@ import click
 
 from ..errors import PreflightError, QcoreError, UsageError
 
-KINDS = "qcore.media_kinds"  #: entry points of plugins: type of a content part -> module
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 

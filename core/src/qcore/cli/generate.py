@@ -10,8 +10,9 @@ from pathlib import Path
 
 import click
 
+from ..io.entry_points import KINDS, usable
 from ..io.stop_signals import importing
-from .common import KINDS, debug_option, emit, json_option
+from .common import debug_option, emit, json_option
 
 
 class _WithMedia(click.Command):
@@ -25,9 +26,7 @@ class _WithMedia(click.Command):
 
 
 def _kinds(taken: set[str]) -> list[str]:
-    from importlib.metadata import entry_points
-
-    kinds = {point.name for point in entry_points(group=KINDS)}
+    kinds = {entry.name for entry in usable(KINDS, gated=False)}
     return sorted(
         name for name in kinds if re.fullmatch("[a-z][a-z0-9_]*", name) and f"--{name}" not in taken
     )

@@ -18,7 +18,7 @@ from ..errors import InputError, QcoreError, Stopped
 from ..io.version import __version__
 from .common import check_repeats, check_text, debugging, fail, wants_json
 from .output import OutputError, exit_status
-from .plugin_command import PluginCommand, plugin_commands
+from .plugin_command import PluginCommand, find, listed
 
 #: name -> (module, help); the order is that of ``--help``.
 VERBS = {
@@ -48,7 +48,7 @@ class Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Core's verbs in their order, then plugins' by name."""
-        return [*VERBS, *plugin_commands(VERBS)]
+        return [*VERBS, *listed(VERBS)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import one verb."""
@@ -56,8 +56,7 @@ class Verbs(click.Group):
             module = import_module(f".{VERBS[cmd_name][0]}", __package__)
             command: click.Command = module.command
             return command
-        point = plugin_commands(VERBS).get(cmd_name)
-        return None if point is None else PluginCommand(point)
+        return find(cmd_name)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -77,9 +76,8 @@ class Verbs(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands, without importing any."""
         rows = [(name, text) for name, (_, text) in VERBS.items()]
-        for name, point in plugin_commands(VERBS).items():
-            owner = point.dist.name if point.dist else point.value
-            rows.append((name, f"from plugin {owner}"))
+        for name, entry in listed(VERBS).items():
+            rows.append((name, f"from plugin {entry.identity.distribution}"))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 

@@ -3,8 +3,8 @@
 This file decides which exceptions of a plugin's command pass (those of click and of qcore) and how
 any other one names the command and its distribution. How an error is printed is left to `main`.
 
-Codes: ``QC-PLUGIN-020`` a command that cannot be imported or is no command, ``-021`` one that
-raised.
+Codes: ``QC-PLUGIN-020`` a command that cannot be used (disabled, incompatible, brought twice),
+cannot be imported or is no command, ``-021`` one that raised.
 """
 
 from __future__ import annotations
@@ -12,44 +12,58 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from functools import partial
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 import click
 
-from ..errors import PluginError, QcoreError
+from ..errors import Failure, PluginError, QcoreError, contained
+from ..io.entry_points import COMMANDS, Entry, Status, entries, usable
 from .common import check_repeats
 from .output import OutputError
-
-COMMANDS = "qcore.commands"  #: entry points of plugins: command name -> click command
 
 _PASSING = (QcoreError, click.ClickException, click.exceptions.Exit, click.Abort, OutputError)
 _T = TypeVar("_T")
 
 
-def plugin_commands(reserved: Container[str]) -> dict[str, EntryPoint]:
-    """The entry points of commands by name, in name order; nothing is imported.
+def listed(reserved: Container[str]) -> dict[str, Entry]:
+    """The commands that ``--help`` lists, by name, in name order; nothing is imported.
+
+    The version gate, which costs an import of packaging, is left to `find`.
 
     Args:
         reserved: names that stay core's own.
     """
-    points = sorted(entry_points(group=COMMANDS), key=lambda point: point.name)
-    return {point.name: point for point in points if point.name not in reserved}
+    found = usable(COMMANDS, gated=False)
+    return {entry.name: entry for entry in found if entry.name not in reserved}
+
+
+def find(name: str) -> PluginCommand | None:
+    """The command of this name; ``None`` where no plugin brings one.
+
+    Raises:
+        PluginError: ``QC-PLUGIN-020``.
+    """
+    if not any(entry.name == name for entry in entries(COMMANDS, gated=False)):
+        return None
+    found = [entry for entry in entries(COMMANDS) if entry.name == name]
+    return PluginCommand(min(found, key=lambda entry: entry.status is not Status.AVAILABLE))
 
 
 class PluginCommand(click.Command):
     """A plugin's command under core's group; it parses its arguments when it is invoked.
 
     Args:
-        point: names the command: ``module:attribute``, by default the attribute ``command``.
+        entry: names the command: ``module:attribute``, by default the attribute ``command``.
 
     Raises:
         PluginError: ``QC-PLUGIN-020``.
     """
 
-    def __init__(self, point: EntryPoint) -> None:
-        super().__init__(point.name)
-        self._point = point
+    def __init__(self, entry: Entry) -> None:
+        super().__init__(entry.name)
+        self._entry = entry
+        if entry.status is not Status.AVAILABLE:
+            raise self._error("QC-PLUGIN-020", f"is {entry.status.value}", found=entry.reason)
         self._command = self._load()
 
     def make_context(
@@ -85,9 +99,6 @@ class PluginCommand(click.Command):
 
     def _call(self, call: Callable[[], _T]) -> _T:
         """Call the plugin's code; only what click and qcore understand passes."""
-        from ..plugins.info import Failure
-        from ..plugins.manager import contained
-
         result = contained(call, prints=True)
         if not isinstance(result, Failure):
             return result
@@ -99,12 +110,12 @@ class PluginCommand(click.Command):
         raise self._error("QC-PLUGIN-021", "failed", found=result) from error
 
     def _load(self) -> click.Command:
-        from ..plugins.info import Failure
-        from ..plugins.manager import contained
-
         def load() -> Any:
-            point = self._point
-            return point.load() if point.attr else import_module(point.module).command
+            module, _, attribute = self._entry.value.partition(":")
+            command: Any = import_module(module)
+            for name in (attribute or "command").split("."):
+                command = getattr(command, name)
+            return command
 
         command = contained(load)
         if isinstance(command, Failure):
@@ -120,14 +131,11 @@ class PluginCommand(click.Command):
         return command
 
     def _error(self, code: str, what: str, **facts: Any) -> PluginError:
-        from ..plugins.discovery import identity_of
-        from ..plugins.manager import contained
-
-        identity = identity_of(self._point.dist, contained)
+        identity = self._entry.identity
         return PluginError(
             code,
             f"plugin command '{self.name}' ({identity.distribution} {identity.version}) {what}",
-            field=self._point.value,
+            field=self._entry.value,
             fix=f"update or uninstall {identity.distribution}",
             **facts,
         )

@@ -1,4 +1,8 @@
-"""``qcore plugins``."""
+"""``qcore plugins``: what is installed, by metadata; nothing is imported.
+
+This file decides how plugins and the entry points of other groups are listed. Their status is
+decided by `qcore.plugins.discovery` and `qcore.io.entry_points`.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +33,9 @@ def list_plugins(as_json: bool) -> None:
         }
         for info in Plugins.discover().infos
     ]
+    others = _others()
     if as_json:
-        emit({"plugins": rows})
+        emit({"plugins": rows, "entry_points": others})
         return
     if not rows:
         click.echo("no plugin is installed; for example: pip install qcore-<model>")
@@ -41,3 +46,40 @@ def list_plugins(as_json: bool) -> None:
             f"{row['name']:<{width}}  {row['status']:<12}  "
             f"{row['distribution']} {row['version']}{reason}"
         )
+    wide = max((len(row["group"] or "") for row in others), default=0)
+    long = max((len(row["name"] or "") for row in others), default=0)
+    if rows and others:
+        click.echo("")
+    for row in others:
+        reason = f"  {row['reason']}" if row["reason"] else ""
+        click.echo(
+            f"{row['group']:<{wide}}  {row['name']:<{long}}  {row['status']:<12}  "
+            f"{row['distribution']} {row['version']}{reason}"
+        )
+
+
+def _others() -> list[dict[str, str | None]]:
+    """The entry points of every group but those of plugins and their index, which are above."""
+    from ..io.entry_points import COMMANDS, GROUPS, INDEX, PLUGINS, Status, entries
+    from .main import VERBS
+
+    rows: list[dict[str, str | None]] = []
+    for group in GROUPS:
+        if group in (PLUGINS, INDEX):
+            continue
+        for entry in entries(group):
+            status, reason = entry.status, entry.reason
+            if group == COMMANDS and entry.name in VERBS:
+                status, reason = Status.INVALID, "is a command of core"
+            rows.append(
+                {
+                    "group": group,
+                    "name": entry.name,
+                    "value": entry.value,
+                    "distribution": entry.identity.distribution,
+                    "version": entry.identity.version,
+                    "status": status.value,
+                    "reason": reason,
+                }
+            )
+    return rows

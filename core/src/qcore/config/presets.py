@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..errors import PluginError
+from ..io.entry_points import PRESETS
 from ..io.plugin_data import yaml_files
 from .convert import settings_of
 from .expect import Contract, Expect
@@ -37,7 +38,7 @@ from .yaml import Scalar, Table
 SCHEMA_VERSION = 1
 KIND = Kind(
     noun="preset",
-    group="qcore.presets",
+    group=PRESETS,
     folder="presets",
     field="--preset",
     listing="qcore presets list",

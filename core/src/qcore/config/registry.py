@@ -14,11 +14,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from ..errors import PluginError, QcoreError, UsageError, nearest
+from ..io.entry_points import Status
+from ..io.entry_points import entries as installed
 from ..io.plugin_data import plugin_files
 from .yaml import Items, Scalar, Table, read
 
@@ -188,14 +190,15 @@ def load(
         own: core's files.
         plugins: entry points to read in place of the installed ones.
     """
-    points = entry_points(group=kind.group) if plugins is None else plugins
     sources: list[tuple[str, Sequence[Path]]] = [(CORE, own)]
     broken: list[BrokenFile] = []
-    for point in sorted(points, key=lambda point: (point.name, point.value)):
-        files, reason = plugin_files(point, kind.folder)
-        sources.append((point.name, files))
+    for brought in installed(kind.group, plugins):
+        if brought.status is Status.DISABLED:
+            continue
+        files, reason = plugin_files(brought, kind.folder)
+        sources.append((brought.name, files))
         if reason:
-            broken.append(BrokenFile(origin=point.name, file=None, reason=reason))
+            broken.append(BrokenFile(origin=brought.name, file=None, reason=reason))
     entries: list[T] = []
     for origin, paths in sources:
         for file in paths:

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from ..api.media import RowError
 from ..api.records import ChatFormat
 from ..checkpoint.chat_template import Template
+from ..checkpoint.checkpoint import required_template
 from ..checkpoint.tokenizer import load_tokenizer
 from ..errors import InputError
 from .jsonl import Problems
-from .masking import Example, encode_text, highest_id
+from .masking import Example, encode_text
 from .media_files import Finder
 from .rows import Row, read_rows
 from .template_check import prove_mask, prove_media
@@ -136,13 +137,11 @@ def dataset(
     Raises:
         UsageError: a variable that the template does not read; see `check_variables`.
         InputError: see `read_rows`, `Finder`, `encode_text`, `prove_mask` and `Template.render`;
-            ``QC-TEMPLATE-008`` no chat template, ``QC-TOKENIZER-002`` a tokenizer larger than
-            the embedding, ``QC-DATA-015`` too few rows to split.
+            ``QC-PRE-001`` no chat template, ``QC-DATA-015`` too few rows to split.
     """
     path = Path(path)
-    template = _open_template(checkpoint)
+    template = required_template(checkpoint).reopen()  # a process of its own, closed here
     tokenizer = tokenizer or load_tokenizer(checkpoint)
-    rows = _vocab_rows(checkpoint, tokenizer)
     given = {**special_tokens(checkpoint.tokenizer_config), **(variables or {})}
     digest = hashlib.sha256()
     problems = Problems(path)
@@ -168,9 +167,7 @@ def dataset(
                 problems.add(row.line, _refused(path, row, text))
                 continue
             try:
-                example = encode_text(
-                    text, row, tokenizer, chat_format, max_length, vocab_rows=rows, reader=reader
-                )
+                example = encode_text(text, row, tokenizer, chat_format, max_length, reader=reader)
             except RowError as bad:
                 problems.add(row.line, bad.error(path, row.line))
             else:
@@ -286,20 +283,6 @@ def _seen(
     return (row for row in map(read, rows) if row is not None)
 
 
-def _open_template(checkpoint: Checkpoint) -> Template:
-    """The checkpoint's template with a process of its own, which the caller closes."""
-    template = checkpoint.template
-    if template is None:
-        raise InputError(
-            "QC-TEMPLATE-008",
-            "has no chat template",
-            file=checkpoint.path,
-            expected="chat_template.jinja, or chat_template in tokenizer_config.json",
-            fix="add the chat template that came with the weights",
-        )
-    return template.reopen()
-
-
 def _refused(path: Path, row: Row, error: InputError) -> InputError:
     """A template's refusal as the row's error."""
     return error.replace(
@@ -315,22 +298,3 @@ def _special(tokenizer: Tokenizer) -> tuple[str, ...]:
     """Tokens marked special: in any text they become control tokens, whoever wrote it."""
     added = tokenizer.get_added_tokens_decoder().values()
     return tuple(token.content for token in added if token.special)
-
-
-def _vocab_rows(checkpoint: Checkpoint, tokenizer: Tokenizer) -> int | None:
-    """Rows of the embedding, as config.json says; not fewer than the tokenizer has ids."""
-    config = checkpoint.config
-    text = config.get("text_config")
-    size = (text if isinstance(text, dict) else config).get("vocab_size")
-    rows = size if isinstance(size, int) else None
-    highest = highest_id(tokenizer)
-    if rows is not None and highest >= rows:
-        raise InputError(
-            "QC-TOKENIZER-002",
-            "has tokens without an embedding",
-            file=checkpoint.path / "tokenizer.json",
-            found=f"ids up to {highest}",
-            expected=f"ids below vocab_size {rows}",
-            fix="use the tokenizer.json that came with the weights",
-        )
-    return rows

@@ -12,9 +12,9 @@ whoever's turn (`qcore.data.media_spans`). What a row may hold is `qcore.data.ro
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..api.media import RowError
 from ..api.records import ChatFormat
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ..api.media import MediaReader, Medium, Placed
-    from ..checkpoint.chat_template import Template
     from .rows import Row
 
 IGNORED = -100  #: label of a position without loss, as in transformers
@@ -152,7 +151,6 @@ def encode_text(
     chat_format: ChatFormat,
     max_length: int,
     *,
-    vocab_rows: int | None = None,
     reader: MediaReader | None = None,
 ) -> Example:
     """A rendered row to ids and labels.
@@ -163,13 +161,12 @@ def encode_text(
         tokenizer: from `load_tokenizer`.
         chat_format: how `text` reads.
         max_length: tokens that a row may have; a longer one is refused, never cut.
-        vocab_rows: rows of the embedding; an id beyond them is refused.
         reader: of media; without it there are none.
 
     Raises:
         RowError: ``QC-MASK-001``, ``-002`` as in `spans`, ``-004`` as in `place`,
-            ``QC-DATA-011`` too long, ``QC-DATA-012`` nothing to train, ``QC-DATA-013`` an id
-            without an embedding; or as `MediaReader.expand`.
+            ``QC-DATA-011`` too long, ``QC-DATA-012`` nothing to train; or as
+            `MediaReader.expand`.
     """
     text = normalised(text, tokenizer)
     turns = row.turns(chat_format.assistant)
@@ -182,7 +179,7 @@ def encode_text(
             trained = less_media(trained, rendered, inside, row.seen, reader)
     encoding = tokenizer.encode(text, add_special_tokens=False)
     ids = array("i", encoding.ids)
-    _check_ids(ids, row, tokenizer, max_length, vocab_rows)
+    _check_length(ids, row, max_length)
     made = labels(ids, encoding.offsets, trained)
     placed = None
     if reader is not None:
@@ -211,9 +208,7 @@ def encode_text(
     )
 
 
-def _check_ids(
-    ids: array[int], row: Row, tokenizer: Tokenizer, max_length: int, vocab_rows: int | None
-) -> None:
+def _check_length(ids: array[int], row: Row, max_length: int) -> None:
     if len(ids) > max_length:
         media = sum(medium.tokens for medium in row.seen)
         smaller = ", shorten the row or make its media smaller" if media else " or shorten the row"
@@ -224,37 +219,6 @@ def _check_ids(
             expected=f"at most {max_length}",
             fix=f"raise max_length{smaller}",
         )
-    if vocab_rows is not None and ids and max(ids) >= vocab_rows:
-        beyond = max(ids)
-        raise RowError(
-            "QC-DATA-013",
-            "has a token without an embedding",
-            found=f"id {beyond} ({tokenizer.id_to_token(beyond)!r})",
-            expected=f"ids below {vocab_rows}",
-            fix="use the tokenizer.json that came with the weights",
-        )
-
-
-def encode_row(
-    row: Row,
-    template: Template,
-    tokenizer: Tokenizer,
-    chat_format: ChatFormat,
-    max_length: int,
-    *,
-    vocab_rows: int | None = None,
-    variables: Mapping[str, Any] | None = None,
-) -> Example:
-    """One row of text by the template, to ids and labels; `dataset` is the way for a file.
-
-    Raises:
-        InputError: as `Template.render` and, from `encode_text`, with the row's line.
-    """
-    text = template.render(row.messages, row.tools, **(variables or {}))
-    try:
-        return encode_text(text, row, tokenizer, chat_format, max_length, vocab_rows=vocab_rows)
-    except RowError as bad:
-        raise bad.error(None, row.line) from None
 
 
 def trained_text(text: str, trained: Iterable[tuple[int, int]]) -> str:

@@ -15,6 +15,7 @@ from ..api.media import RowError
 from ..api.records import ChatFormat
 from ..errors import InputError
 from .masking import IGNORED, labels, normalised, spans, trained_text
+from .tokenizer_check import unknown_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,9 +54,9 @@ def prove_mask(
 
     Raises:
         InputError: ``QC-MASK-003`` the template does not read as the chat format says,
-            ``QC-TOKENIZER-003`` the tokenizer does not know the marks; or as `Template.render`.
+            ``QC-PRE-003`` the tokenizer lacks a token; or as `Template.render`.
     """
-    _check_marks(chat_format.stop_tokens, tokenizer, "a token that ends generation")
+    _check_tokens(chat_format.stop_tokens, tokenizer, "which ends generation")
     if chat_format.turn_end not in chat_format.stop_tokens:
         raise _error(template, "what ends a turn does not end generation", chat_format.turn_end,
                      " or ".join(chat_format.stop_tokens))  # fmt: skip
@@ -107,25 +108,18 @@ def prove_media(
         variables: what the template is rendered with.
 
     Raises:
-        InputError: ``QC-MASK-003`` the template loses a kind, ``QC-TOKENIZER-003`` the tokenizer
-            does not know what stands for media; or as `Template.render`.
+        InputError: ``QC-MASK-003`` the template loses a kind, ``QC-PRE-003`` the tokenizer
+            lacks what stands for media; or as `Template.render`.
     """
-    _check_marks(reader.control, tokenizer, "a token that stands for media")
+    _check_tokens(reader.control, tokenizer, "which stands for media")
     proof = _Proof(template, chat_format, tokenizer, variables or {})
     for kind in reader.kinds:
         proof.medium(kind, reader.control)
 
 
-def _check_marks(tokens: Sequence[str], tokenizer: Tokenizer, which: str) -> None:
-    for token in tokens:
-        if tokenizer.token_to_id(token) is None:
-            raise InputError(
-                "QC-TOKENIZER-003",
-                f"does not know {which}",
-                file="tokenizer.json",
-                found=f"no {token!r}",
-                fix="use the tokenizer.json that came with the weights",
-            )
+def _check_tokens(tokens: Sequence[str], tokenizer: Tokenizer, purpose: str) -> None:
+    for error in unknown_tokens(tokens, tokenizer.token_to_id, purpose=purpose):
+        raise error
 
 
 class _Proof:

@@ -3,8 +3,8 @@
 This file decides how a token is computed. On a GPU the host would need longer to launch the kernels
 of a token than the GPU to run them, so they are captured once in a CUDA graph and replayed: the
 token, its position and the logits are in static tensors, and caches are written at the position
-(`DecodeCache`). Attention reads a span of the cache, a power of two. A token that no longer fits in
-the span is computed without the graph, which is then captured for the next span.
+(`DecodeCache.hold`). Attention reads a span of the cache, a power of two. A token that no longer
+fits in the span is computed without the graph, which is then captured for the next span.
 
 ``plain``     any cache, which grows with the document
 ``held``      the step of the graph, run without capturing it
@@ -57,7 +57,7 @@ class Decoder:
     Args:
         model: on the device, with its adapters.
         device: of the model.
-        way: how a token is computed; ``plain`` where the cache of a layer is no `DecodeCache`.
+        way: how a token is computed; ``plain`` if a layer's cache is not a `DecodeCache`.
 
     Attributes:
         done: tokens of the document that the caches hold.
@@ -69,7 +69,7 @@ class Decoder:
         self.done = self.captures = 0
         self._ahead = 0  # of positions, of the number of tokens: a medium takes fewer of them
         self._room = self._span = 0
-        self._caches: list[Any] = []
+        self._caches: list[DecodeCache] = []
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._captured_of: tuple[list[object], list[int]] = ([], [])
@@ -179,7 +179,8 @@ class Decoder:
         batch = Packed(ids=ids, cu_seqlens=(0, len(ids)), positions=positions, media=media)
         x = self.model.embed(batch)
         for layer, cache in zip(self.model.trunk.layers, self._caches, strict=True):
-            x = layer(x, batch, cache)
+            with self.model.guard(layer):
+                x = layer(x, batch, cache)
         last = self.model.trunk.final(x[-1:])
         return F.linear(last, self.model.head)[0].float()
 
@@ -190,7 +191,7 @@ class Decoder:
         for parameter in self.model.parameters():
             things.append(parameter)
             state += [parameter.data_ptr(), parameter._version]
-        for module in self.model.holders.values():
+        for module in self.model.lora_layers.values():
             things += [module.lora, getattr(module, "nf4", None)]
         return things, state
 

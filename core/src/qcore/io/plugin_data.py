@@ -8,18 +8,21 @@ This file decides where they lie: an entry point names a package, and the files 
 from __future__ import annotations
 
 import importlib.util
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
+from .entry_points import Entry, Status
 
-def plugin_files(point: EntryPoint, folder: str) -> tuple[list[Path], str | None]:
+
+def plugin_files(entry: Entry, folder: str) -> tuple[list[Path], str | None]:
     """The YAML files of a plugin's package, and why there are none.
 
     Args:
-        point: an entry point whose value is a package.
+        entry: an entry point whose value is a package.
         folder: folder inside that package.
     """
-    top, *rest = point.module.split(".")
+    if entry.status is not Status.AVAILABLE:
+        return [], entry.reason or entry.status.value
+    top, *rest = entry.value.partition(":")[0].split(".")
     try:
         spec = importlib.util.find_spec(top)  # of a top-level name: imports nothing
     except (ImportError, ValueError) as error:
@@ -28,7 +31,7 @@ def plugin_files(point: EntryPoint, folder: str) -> tuple[list[Path], str | None
         return [], f"package {top} is not installed"
     folders = [Path(place, *rest, folder) for place in spec.submodule_search_locations]
     files = [file for one in folders for file in yaml_files(one)]
-    return files, None if files else f"package {point.module} holds no {folder}/*.yaml"
+    return files, None if files else f"package {entry.value} holds no {folder}/*.yaml"
 
 
 def yaml_files(folder: Path) -> list[Path]:

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..checkpoint.block_scales import SECTION, is_fp8, scale_problem
 from ..checkpoint.checkpoint import DTYPE_BITS, INDEX, Checkpoint, Header
-from ..checkpoint.quantization_formats import SECTION, SIDECARS, Quantisation
+from ..checkpoint.quantization_formats import SIDECARS, Quantisation
 from ..checkpoint.safetensors_header import PREFIX
 from ..errors import InputError
 from ..io.atomic import reading
@@ -125,24 +126,13 @@ def plan_merge(checkpoint: Checkpoint, quantized: Quantisation | None = None) ->
 
 def _checked(checkpoint: Checkpoint, quantized: Quantisation) -> Mapping[str, Header]:
     """The scales by weight; those of carried tensors, which no table met, fit as well."""
-    rows, columns = quantized.block or (1, 1)
     scales = {header.name for header in quantized.scales.values()}
     for name, header in checkpoint.headers.items():
-        if not header.dtype.startswith("F8_") or name in scales:
-            continue
-        *stack, out, into = header.shape if len(header.shape) > 1 else (1, *header.shape)
-        fits = (*stack, -(-out // rows), -(-into // columns))
-        scale = quantized.scales.get(name)
-        if scale is None or scale.shape != fits:
-            raise InputError(
-                "QC-KEY-007",
-                "is in FP8 without block scales that fit",
-                file=checkpoint.path / header.file,
-                field=name,
-                found=list(scale.shape) if scale else "none",
-                expected=f"{name}_scale_inv {list(fits)}",
-                fix="use the bf16 revision of this checkpoint",
-            )
+        if is_fp8(header) and name not in scales:
+            scale = quantized.scales.get(name)
+            problem = scale_problem(header, scale, quantized.block or (1, 1), checkpoint.path)
+            if problem is not None:
+                raise problem
     return quantized.scales
 
 

@@ -29,7 +29,7 @@ from ..errors import NumericError, raise_all
 from ..nn.load import place, read_tensor, slabs
 from ..nn.model import Model
 from ..nn.moe.experts import Experts
-from ..nn.qlora.lora_layer import Adapted, Lora
+from ..nn.qlora.lora_layer import Lora, LoraLayer
 from ..plugins.resolve_model import Identified
 from .disk_rows import blocks, gather, is_rounded, rows_of
 from .routes import moved, routes
@@ -160,15 +160,17 @@ class Streams:
         base, adapted, merged = x
         for prefix, layer, values in self._layers(layers):
             with self._real(prefix, layer, values) as maps:
-                with routes(layer) as picked:
+                guard = self.model.guard(layer)
+                with routes(layer) as picked, guard:
                     after = layer(adapted, batch)
                 for module in maps.values():
                     module.lora = None
-                base = layer(base, first)
+                with guard:
+                    base = layer(base, first)
                 for name, module in maps.items():
                     self._merge(name, module)
                 # The merged weights run on the adapted stream, to compare, and on their own.
-                with routes(layer) as again:
+                with routes(layer) as again, guard:
                     same, merged = two(layer, adapted, merged)
                 self._check_layer(prefix, adapted, after, same, moved(picked, again))
                 adapted = after
@@ -217,7 +219,7 @@ class Streams:
             )
         self.worst = max(self.worst, worst / allowed if allowed else 0.0)
 
-    def _merge(self, name: str, module: Adapted) -> None:
+    def _merge(self, name: str, module: LoraLayer) -> None:
         """Add the adapter to a weight by the arithmetic of the merge, so that its faults show."""
         self.proved.add(name)
         item = self.layout.located[name]
@@ -327,7 +329,7 @@ class Streams:
     @contextmanager
     def _real(
         self, prefix: str, layer: nn.Module, values: dict[str, Tensor]
-    ) -> Iterator[dict[str, Adapted]]:
+    ) -> Iterator[dict[str, LoraLayer]]:
         """Hold the weights and adapters of a layer in memory for a block.
 
         Yields:
@@ -335,7 +337,7 @@ class Streams:
         """
         for name in list(values):
             self._place(name, values.pop(name))
-        holders = {n: m for n, m in self.model.holders.items() if n.startswith(f"{prefix}.")}
+        holders = {n: m for n, m in self.model.lora_layers.items() if n.startswith(f"{prefix}.")}
         stacks = {name: module for name, module in holders.items() if isinstance(module, Experts)}
         for name, module in stacks.items():
             module.read_from(self._reader(self.layout.located[name]))

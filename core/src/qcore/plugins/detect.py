@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from ..api.records import Architecture, Claim, Evidence, Generation, Modality
 from ..errors import InputError, PluginError, QcoreError, UsageError
-from .discovery import DISABLE, normal
-from .info import Described, Owned, PluginInfo, Status
+from ..io.entry_points import DISABLE, Status, normal
+from .info import Described, Owned, PluginInfo
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint

@@ -1,35 +1,21 @@
 """What is known of a plugin: its status, its identity, and what it brought.
 
-The words in which `plugins` and `plugin_catalog` speak of plugins to the rest of core. Nothing
-here reads metadata or imports a plugin.
+This file decides how plugins are described to the rest of core. Nothing here reads metadata or
+imports a plugin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from ..errors import Failure as Failure
+from ..io.entry_points import Status
 
 if TYPE_CHECKING:
     from ..api.records import Architecture, Generation, Modality
 
-_T = TypeVar("_T")
 _R = TypeVar("_R")
-
-
-class Status(str, Enum):
-    """What became of a plugin. Only `LOADED` ones are ever asked."""
-
-    AVAILABLE = "available"  #: installed and compatible; not imported yet
-    LOADED = "loaded"  #: imported, and its hooks are sound
-    DISABLED = "disabled"  #: named in QCORE_DISABLE_PLUGINS
-    INCOMPATIBLE = "incompatible"  #: requires another version of qcore-framework
-    DUPLICATE = "duplicate"  #: its name or its module is claimed twice; none of them is used
-    BROKEN = "broken"  #: its metadata, its import or its description raises
-    INVALID = "invalid"  #: it breaks the contract of hooks, records or index
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +64,3 @@ class Described:
     architectures: Mapping[str, Owned[Architecture]]
     generations: Mapping[str, Owned[Generation]]
     modalities: Mapping[str, Owned[Modality]]
-
-
-class Contain(Protocol):
-    """Calls foreign code and turns what it raises into a `Failure`: `errors.contained`."""
-
-    def __call__(self, call: Callable[[], _T], /) -> _T | Failure: ...

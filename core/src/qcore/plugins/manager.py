@@ -9,7 +9,7 @@ Every plugin has a manager of its own, so no plugin can wrap, reorder or swallow
 answers, and a registration that fails leaves nothing behind. Calls are made by `Plugins.ask`
 alone; generators are listed inside the containment, because they raise late.
 
-What metadata alone tells is `plugin_catalog`'s; what the answers mean is left to others:
+What metadata alone shows is decided by `discovery`; what the answers mean is left to others:
 `detect` judges claims, preflight orders findings. An installed package that is malicious
 cannot be contained in-process, nor can one that hangs or ends the process below Python.
 """
@@ -23,8 +23,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Failure, PluginError, QcoreError, contained
-from .discovery import DISABLE, INDEX, Candidate, catalogue, gate
-from .info import Described, Owned, PluginInfo, Status
+from ..io.entry_points import DISABLE, INDEX, Status
+from .discovery import Candidate, catalogue
+from .info import Described, Owned, PluginInfo
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from ..api.records import Generation, Modality
 
-__all__ = ["Described", "Owned", "PluginInfo", "Plugins", "Status", "contained"]
+__all__ = ["Described", "Owned", "PluginInfo", "Plugins", "Status"]
 
 _MAX_ANSWERS = 10_000  # a generator that never ends is a failure, not a hang
 
@@ -61,13 +62,13 @@ class Plugins:
         Args:
             entry_points: used instead of the environment's.
         """
-        return cls(catalogue(entry_points, contained))
+        return cls(catalogue(entry_points))
 
     @property
     def infos(self) -> list[PluginInfo]:
         """Every plugin in name order, the version gate applied. Imports and raises nothing."""
         for plugin in self._plugins:
-            gate(plugin, contained)
+            plugin.check_version()
         return [plugin.info for plugin in self._plugins]
 
     @property
@@ -196,7 +197,7 @@ def _by_name(records: Iterable[Owned[Any]]) -> dict[str, Owned[Any]]:
 
 
 def _load(plugin: Candidate) -> None:
-    gate(plugin, contained)
+    plugin.check_version()
     if plugin.status is not Status.AVAILABLE:
         return
     import importlib
@@ -321,6 +322,26 @@ def _answers(plugin: Candidate, hook: str, arguments: Mapping[str, Any]) -> list
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """Who is to blame for an object that a record's callable made.
+
+    Attributes:
+        name: the plugin in words.
+        remedy: what the user can do about it.
+    """
+
+    name: str
+    remedy: str | None = None
+
+
+def owner_of(function: Callable[..., Any]) -> Owner:
+    """The plugin whose record holds `function`; its module, if it comes from no plugin."""
+    if isinstance(function, _Guarded):
+        return Owner(str(function.plugin.info), _remedy(function.plugin))
+    return Owner(f"module '{getattr(function, '__module__', None)}'")
+
+
+@dataclass(frozen=True, slots=True)
 class _Guarded:
     """A function on a record that names its plugin when it fails; equal where the function is."""
 
@@ -347,15 +368,12 @@ def _guarded(plugin: Candidate, record: Any) -> Any:
     from .record_check import callable_fields
 
     kind: Any = type(record)
-    functions = {name: getattr(record, name) for name in callable_fields(kind)}
-    return replace(
-        record,
-        **{
-            name: _Guarded(function, f"{name} of {record.name}", plugin)
-            for name, function in functions.items()
-            if function is not None
-        },
-    )
+    guarded = {
+        name: _Guarded(function, f"{name} of {record.name}", plugin)
+        for name in callable_fields(kind)
+        if (function := getattr(record, name)) is not None
+    }
+    return replace(record, **guarded) if guarded else record
 
 
 def _yields(hook: str) -> tuple[type, ...]:

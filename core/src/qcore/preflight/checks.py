@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..api.records import Finding, PreflightRequest, Severity
+from ..checkpoint.checkpoint import required_template
 from ..config.frozen_map import Plain
 from ..config.settings import Settings
-from ..errors import InputError, raise_all
+from ..data.tokenizer_check import TOKENIZER, id_beyond, unknown_tokens
+from ..errors import InputError, QcoreError, raise_all
 from ..plugins.resolve_model import Identified
 from .context_length import beyond
 from .settings_checks import unsuitable
@@ -39,7 +41,10 @@ def preflight(
             settings that say so.
         token_ids: ids by token, where the verb reads text.
     """
+    ids = token_ids or {}
+    reads_text = verb in ("train", "generate")
     problems = [] if settings is None else list(unsuitable(found, settings.to_dict()))
+    problems += _text(found, ids) if reads_text else ()
     if settings is not None:
         template_kwargs = settings.chat_template_kwargs
     request = PreflightRequest(
@@ -50,10 +55,11 @@ def preflight(
         layout=found.layout,
         settings=settings,
         template_kwargs=template_kwargs or {},
-        token_ids=token_ids or {},
+        token_ids=ids,
     )
     theirs = [finding for _, finding in found.plugins.ask("qcore_preflight", request=request)]
-    findings = [*_core(found, request), *_absent(request, theirs), *theirs]
+    ends = _end_of_turn(found, ids) if reads_text else ()
+    findings = [*_core(found, request), *ends, *_absent(request, theirs), *theirs]
     raise_all([*problems, *(as_error(f) for f in findings if f.severity is Severity.ERROR)])
     return tuple(line(finding) for finding in findings)
 
@@ -97,18 +103,6 @@ def _core(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
     length = 0 if request.settings is None else request.settings.max_length
     if (longer := beyond(checkpoint.config, length, "max_length")) is not None:
         yield longer
-    if request.verb not in ("train", "generate"):
-        return
-    if checkpoint.template is None:
-        yield Finding(
-            code="QC-PRE-001",
-            severity=Severity.ERROR,
-            what="has no chat template",
-            file=str(checkpoint.path),
-            expected="chat_template.jinja",
-            fix="copy chat_template.jinja from the original checkpoint",
-        )
-    yield from _tokens(found, request)
 
 
 def _absent(request: PreflightRequest, told: Sequence[Finding]) -> Iterator[Finding]:
@@ -123,34 +117,23 @@ def _absent(request: PreflightRequest, told: Sequence[Finding]) -> Iterator[Find
             )
 
 
-def _tokens(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
-    """The tokenizer fits the embedding and knows what the chat format needs."""
-    ids = request.token_ids
-    rows = next(e.shape[0] for e in found.layout.table if e.row.group == "embed")
-    largest = max(ids, key=lambda token: (ids[token], token), default=None)
-    if largest is not None and ids[largest] >= rows:
-        yield Finding(
-            code="QC-PRE-002",
-            severity=Severity.ERROR,
-            what="has an id beyond the embedding",
-            file=str(found.checkpoint.path / "tokenizer.json"),
-            field=repr(largest),
-            found=str(ids[largest]),
-            expected=f"< {rows} (vocab_size)",
-            fix="use the tokenizer that came with the weights",
-        )
+def _text(found: Identified, ids: Mapping[str, int]) -> Iterator[QcoreError]:
+    """What a verb that reads text needs: a template, and a tokenizer that fits the model."""
+    checkpoint, chat = found.checkpoint, found.chat_format()
+    try:
+        required_template(checkpoint)
+    except InputError as error:
+        yield error
+    rows = next(tensor.shape[0] for tensor in found.layout.table if tensor.row.group == "embed")
+    if (beyond := id_beyond(ids, rows, checkpoint.path)) is not None:
+        yield beyond
+    needed = (chat.turn_start, chat.turn_end, *chat.stop_tokens)
+    yield from unknown_tokens(needed, ids.get, file=checkpoint.path / TOKENIZER)
+
+
+def _end_of_turn(found: Identified, ids: Mapping[str, int]) -> Iterator[Finding]:
+    """Whether other tools stop where a turn ends."""
     chat = found.chat_format()
-    for token in dict.fromkeys((chat.turn_start, chat.turn_end, *chat.stop_tokens)):
-        if token not in ids:
-            yield Finding(
-                code="QC-PRE-003",
-                severity=Severity.ERROR,
-                what="is not in the tokenizer",
-                file=str(found.checkpoint.path / "tokenizer.json"),
-                field=repr(token),
-                expected="one token, as the chat format needs",
-                fix="use the tokenizer that came with the weights",
-            )
     eos = found.checkpoint.generation_config.get("eos_token_id")
     listed = eos if isinstance(eos, list) else [eos]
     if eos is not None and ids.get(chat.turn_end) not in listed:

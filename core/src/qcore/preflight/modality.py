@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
+from ..checkpoint.unowned import unclaimed_sections
 from ..errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,13 +33,7 @@ def unread(found: Identified) -> str:
     lost = [one.name for one in found.decision.modalities if one.name in layout.absent]
     if lost:
         return f"the checkpoint has no tensor of its part '{lost[0]}'"
-    claimed = {part.section for part in layout.table.parts}
-    sections = [
-        key
-        for key, value in found.checkpoint.config.items()
-        if key.endswith("_config") and isinstance(value, dict) and key not in claimed
-        and key != "quantization_config"
-    ]  # fmt: skip
+    sections = unclaimed_sections(found.checkpoint.config, layout.table)
     if sections and layout.carried:
         return f"no installed plugin reads what {sections[0]} describes"
     return "this checkpoint is of text alone"

@@ -23,12 +23,13 @@ from typing import ClassVar
 
 from ..config.registry import Kind, Registry, load
 from ..errors import InputError
+from ..io.entry_points import SKUS
 from .file import read_skus
 from .records import Sku, spellings
 
 KIND = Kind(
     noun="SKU record",
-    group="qcore.skus",
+    group=SKUS,
     folder="skus",
     field="ID",
     listing="qcore skus list",

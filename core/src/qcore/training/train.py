@@ -21,7 +21,7 @@ from ..config.settings import Settings
 from ..errors import Interrupted
 from ..io.metrics_log import MetricsLog
 from ..io.stop_signals import StopSignals
-from ..nn.offload import Parked
+from ..nn.offload import OffloadedInput
 from ..planning.compare import RunPlan, beside
 from ..planning.oom import Watch
 from ..planning.run import Room, room_of
@@ -75,7 +75,7 @@ def train(
     with locked(run.folder), StopSignals() as stop, Watch(plan, run.device) as watch:
         watch.at("loading the base")
         base = load_base(run, stop)
-        Parked.lot(run.device).least = max(1, plan.parked)
+        OffloadedInput.pool(run.device).least = max(1, plan.parked)
         with _frozen_objects():
             loop = Loop(
                 base.model, run.data, run.settings, run.device,
@@ -120,13 +120,15 @@ class _Outcome:
 
 @contextmanager
 def _frozen_objects() -> Iterator[None]:
-    """Undo `gc.freeze`, which the loop calls, unless the caller froze objects before."""
-    frozen_before = gc.get_freeze_count()
+    """Undo `gc.freeze`, which the loop calls.
+
+    Objects that the caller froze are unfrozen too: Python 3.12 starts with some, and the collector
+    does not say who froze an object. A model that stays frozen would never free device memory.
+    """
     try:
         yield
     finally:
-        if not frozen_before:
-            gc.unfreeze()
+        gc.unfreeze()
 
 
 def _restore(session: _Session) -> int:

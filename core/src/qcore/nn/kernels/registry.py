@@ -24,9 +24,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...api.records import Kernel, Op
-from ...errors import PluginError, QcoreError, UsageError, raise_all
-from ...plugins.info import Failure
-from ...plugins.manager import Plugins, contained
+from ...errors import Failure, PluginError, QcoreError, UsageError, contained, raise_all
+from ...plugins.manager import Plugins
 from .builtin import core_kernels, core_ops
 from .judge import REFERENCE, SETTING, Line, Listed, State, judge, line_of, raised, reference
 
