@@ -19,12 +19,9 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, Any, Final, Protocol, TypeVar
 
 from ..errors import InputError
-
-if TYPE_CHECKING:
-    from ..data.rows import Row
 
 SECONDS = 2.0  #: wall time of one render, or of reading the template
 START_SECONDS = 20.0  #: wall time until the process is up
@@ -54,6 +51,22 @@ STANDARD_INPUTS: Final = frozenset(
         "additional_special_tokens", *TOKEN_NAMES,
     }
 )  # fmt: skip
+
+
+class Conversation(Protocol):
+    """What `Template.render_rows` needs of a row; `line` is its number, for errors."""
+
+    @property
+    def line(self) -> int: ...
+
+    @property
+    def messages(self) -> Sequence[Mapping[str, Any]]: ...
+
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]] | None: ...
+
+
+_C = TypeVar("_C", bound=Conversation)
 
 
 class Template:
@@ -134,8 +147,8 @@ class Template:
             raise self._error(failure) from None
 
     def render_rows(
-        self, rows: Iterable[Row], **variables: Any
-    ) -> Iterator[tuple[Row, str | InputError]]:
+        self, rows: Iterable[_C], **variables: Any
+    ) -> Iterator[tuple[_C, str | InputError]]:
         """Render many rows; the next one renders while the caller works on the last.
 
         Yields each row with its text, or with the error when the row can be its cause.
@@ -144,7 +157,7 @@ class Template:
             InputError: one that no other row would escape (syntax, time, memory).
         """
         worker: _Worker | None = None
-        before: Row | None = None
+        before: _C | None = None
         try:
             for row in rows:
                 done = None if before is None or worker is None else self._finish(worker, before)
@@ -162,7 +175,7 @@ class Template:
             if worker is not None:
                 worker.close()
 
-    def _finish(self, worker: _Worker, row: Row) -> str | InputError:
+    def _finish(self, worker: _Worker, row: Conversation) -> str | InputError:
         try:
             return worker.text()
         except _Failure as failure:

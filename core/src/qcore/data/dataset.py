@@ -143,36 +143,44 @@ def dataset(
     given = {**special_tokens(checkpoint.tokenizer_config), **(variables or {})}
     digest = hashlib.sha256()
     problems = Problems(path)
-    examples = []
     asked: dict[int, frozenset[tuple[str, str]]] = {}
     with template:
         check_variables(template, variables or {})
         prove_mask(template, chat_format, tokenizer, variables=given)
         good = read_rows(
-            path,
-            chat_format,
-            control=_special(tokenizer),
-            problems=problems,
-            digest=digest,
-            reader=reader,
-            unread=unread,
-        )
+            path, chat_format, control=_special(tokenizer), problems=problems, digest=digest,
+            reader=reader, unread=unread,
+        )  # fmt: skip
         if reader is not None:
             prove = partial(_prove_media, template, chat_format, tokenizer, reader, given)
             good = _seen(good, reader, path, problems, prove, asked)
-        for row, text in template.render_rows(good, **given):
-            if isinstance(text, InputError):
-                problems.add(row.line, _refused(path, row, text))
-                continue
-            try:
-                example = encode_text(text, row, tokenizer, chat_format, max_length, reader=reader)
-            except BadRow as bad:
-                problems.add(row.line, bad.error(path, row.line))
-            else:
-                examples.append(example)
+        rendered = template.render_rows(good, **given)
+        encode = partial(
+            encode_text, tokenizer=tokenizer, chat_format=chat_format, max_length=max_length,
+            reader=reader,
+        )  # fmt: skip
+        examples = list(_encoded(rendered, encode, problems))
     problems.stop()
     held = split(examples, eval_fraction, seed, path)
     return _whole(path, digest.hexdigest(), examples, held, asked)
+
+
+def _encoded(
+    rendered: Iterable[tuple[Row, str | InputError]],
+    encode: Callable[[str, Row], Example],
+    problems: Problems,
+) -> Iterator[Example]:
+    """Rendered rows as examples; a row that the template or the mask refuses is a problem."""
+    for row, text in rendered:
+        if isinstance(text, InputError):
+            problems.add(row.line, _refused(problems.path, row, text))
+            continue
+        try:
+            example = encode(text, row)
+        except BadRow as bad:
+            problems.add(row.line, bad.error(problems.path, row.line))
+        else:
+            yield example
 
 
 def _counted(media: Sequence[Medium]) -> dict[str, int]:
