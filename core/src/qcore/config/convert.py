@@ -19,7 +19,7 @@ from ..errors import UsageError
 from .frozen_map import Entries, Plain
 from .settings import spec_of
 from .spec import Origin, Spec, Value, check
-from .yaml import Items, Node, Scalar, Table
+from .yaml import MappingNode, Node, ScalarNode, SequenceNode
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]+)?")
@@ -40,7 +40,7 @@ def settings_of(node: Node | None, source: object) -> dict[str, Value]:
     """
     if node is None:
         return {}
-    if not isinstance(node, Table):
+    if not isinstance(node, MappingNode):
         raise UsageError(
             "QC-CONFIG-006",
             "does not hold settings",
@@ -62,14 +62,14 @@ def convert(spec: Spec, node: Node, origin: Origin) -> Value:
         UsageError: ``QC-CONFIG-002`` to ``-005``; it says what the node is instead.
     """
     if spec.type is tuple:
-        if not isinstance(node, Items):
+        if not isinstance(node, SequenceNode):
             raise _mismatch(spec, node, origin)
         return check(spec, tuple(_name(spec, item, origin) for item in node.items), origin)
     if spec.each is not None:
-        if not isinstance(node, Table):
+        if not isinstance(node, MappingNode):
             raise _mismatch(spec, node, origin)
         return convert_entries(spec, node.entries, origin)
-    if not isinstance(node, Scalar):
+    if not isinstance(node, ScalarNode):
         raise _mismatch(spec, node, origin)
     if spec.type is str:
         return check(spec, _word(spec, node, origin), origin)
@@ -102,7 +102,7 @@ def _guess(spec: Spec, node: Node, origin: Origin) -> Plain:
     True, false and numbers as JSON has them; anything in quotes and any other word is a text.
     What YAML readers disagree about (``yes``, ``0x10``, ``1_000``) is refused, not guessed.
     """
-    if not isinstance(node, Scalar) or (not node.quoted and node.text.lower() in _NULL):
+    if not isinstance(node, ScalarNode) or (not node.quoted and node.text.lower() in _NULL):
         raise _mismatch(spec, node, origin)
     text, word = node.text, node.text.lower()
     if node.quoted:
@@ -118,7 +118,7 @@ def _guess(spec: Spec, node: Node, origin: Origin) -> Plain:
     return text
 
 
-def _bool(spec: Spec, node: Scalar, origin: Origin) -> bool:
+def _bool(spec: Spec, node: ScalarNode, origin: Origin) -> bool:
     word = node.text.lower()
     if word in ("true", "false"):
         return word == "true"
@@ -130,7 +130,7 @@ def _bool(spec: Spec, node: Scalar, origin: Origin) -> bool:
     raise _mismatch(spec, node, origin, fix=fix)
 
 
-def _number(spec: Spec, node: Scalar, origin: Origin) -> int | float:
+def _number(spec: Spec, node: ScalarNode, origin: Origin) -> int | float:
     text = node.text
     if _NOT_FINITE.fullmatch(text):
         raise origin.error("QC-CONFIG-003", "is not finite", found=text, expected=spec.expected)
@@ -143,14 +143,14 @@ def _number(spec: Spec, node: Scalar, origin: Origin) -> int | float:
     return float(text)
 
 
-def _word(spec: Spec, node: Scalar, origin: Origin) -> str:
+def _word(spec: Spec, node: ScalarNode, origin: Origin) -> str:
     if not node.quoted and node.text.lower() in _NULL:
         raise _mismatch(spec, node, origin)
     return node.text
 
 
 def _name(spec: Spec, node: Node, origin: Origin) -> str:
-    if not isinstance(node, Scalar) or (not node.quoted and node.text.lower() in _NULL):
+    if not isinstance(node, ScalarNode) or (not node.quoted and node.text.lower() in _NULL):
         raise _mismatch(spec, node, origin)
     return node.text
 
@@ -166,9 +166,9 @@ def _mismatch(spec: Spec, node: Node, origin: Origin, *, fix: str | None = None)
 
 
 def _describe(node: Node) -> str:
-    if isinstance(node, Items):
+    if isinstance(node, SequenceNode):
         return "a list"
-    if isinstance(node, Table):
+    if isinstance(node, MappingNode):
         return "a mapping"
     if not node.quoted and node.text.lower() in _NULL:
         return "no value"

@@ -32,7 +32,7 @@ from .expect import Contract, Expect
 from .registry import Kind, Registry, load
 from .settings import Settings
 from .spec import Value
-from .yaml import Scalar, Table
+from .yaml import MappingNode, ScalarNode
 
 SCHEMA_VERSION = 1
 KIND = Kind(
@@ -173,9 +173,11 @@ def _read(file: Path, origin: str) -> tuple[list[DefaultBase], list[Preset]]:
 
 def _preset(entry: Expect, default: str | None, origin: str) -> Preset:
     node = entry.node
-    named = node.entries.get("id") if isinstance(node, Table) else None
+    named = node.entries.get("id") if isinstance(node, MappingNode) else None
     line = 1 if node is None else node.line
-    entry = entry.renamed(named.text if isinstance(named, Scalar) else f"the preset at line {line}")
+    entry = entry.renamed(
+        named.text if isinstance(named, ScalarNode) else f"the preset at line {line}"
+    )
     entries = entry.keys(_PRESET_KEYS, optional=("aliases", "model"))
     ident = entries["id"].text()
     aliases = entries["aliases"].items() if "aliases" in entries else ()
@@ -200,6 +202,6 @@ def _preset(entry: Expect, default: str | None, origin: str) -> Preset:
 
 def _model(entry: Expect) -> str | None:
     node = entry.node
-    if isinstance(node, Scalar) and not node.quoted and node.text in ("", "null", "~"):
+    if isinstance(node, ScalarNode) and not node.quoted and node.text in ("", "null", "~"):
         return None
     return entry.text()

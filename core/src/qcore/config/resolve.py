@@ -20,7 +20,7 @@ from .frozen_map import Entries, Plain
 from .presets import Presets, load_presets
 from .settings import SPECS, Settings, spec_of
 from .spec import Origin, Spec, Value
-from .yaml import Items, Node, Scalar, Table, parse, read
+from .yaml import MappingNode, Node, ScalarNode, SequenceNode, parse, read
 
 __all__ = ["SPECS", "Settings", "Spec", "load_settings", "parse_entries", "parse_sets"]
 
@@ -157,10 +157,12 @@ def parse_entries(setting: str, items: Sequence[str], *, flag: str) -> Entries[P
 def _flag_node(spec: Spec, text: str) -> Node:
     """What the text after ``--set key=`` is in YAML's terms."""
     if spec.each is not None and not text:
-        return Table()
+        return MappingNode()
     if spec.type is tuple and text[:1] != "[":
         names = [part.strip() for part in text.split(",")] if text else []
-        return Items(items=tuple(Scalar(text=n, quoted=False, line=1) for n in names), line=1)
+        return SequenceNode(
+            items=tuple(ScalarNode(text=n, quoted=False, line=1) for n in names), line=1
+        )
     return _scalar_node(spec, text)
 
 
@@ -169,4 +171,4 @@ def _scalar_node(spec: Spec, text: str) -> Node:
         node = parse(text, f"--set {spec.name}")
         assert node is not None  # the text is not empty
         return node
-    return Scalar(text=text, quoted=spec.type is str, line=1)
+    return ScalarNode(text=text, quoted=spec.type is str, line=1)

@@ -24,7 +24,7 @@ MAX_DEPTH = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scalar:
+class ScalarNode:
     """The text of a scalar as written, and whether quotes make it a string for certain."""
 
     text: str
@@ -33,7 +33,7 @@ class Scalar:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Items:
+class SequenceNode:
     """A list."""
 
     items: tuple[Node, ...]
@@ -41,14 +41,14 @@ class Items:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
+class MappingNode:
     """A mapping, keys in the order of the file."""
 
     entries: dict[str, Node] = field(default_factory=dict)
     line: int = 1
 
 
-Node = Scalar | Items | Table
+Node = ScalarNode | SequenceNode | MappingNode
 
 
 def read(path: Path, *, flag: str | None = None) -> Node | None:
@@ -115,7 +115,7 @@ class _Reader:
                 if documents > 1:
                     raise self._refuse(event, "a second document", "one document")
                 root = self._node(next(self._events), 1)
-        if isinstance(root, Scalar) and not root.quoted and root.text == "":
+        if isinstance(root, ScalarNode) and not root.quoted and root.text == "":
             return None
         return root
 
@@ -133,9 +133,9 @@ class _Reader:
         if depth > MAX_DEPTH:
             raise self._refuse(event, f"more than {MAX_DEPTH} levels", "fewer")
         if isinstance(event, ev.ScalarEvent):
-            return Scalar(text=event.value, quoted=event.style is not None, line=line)
+            return ScalarNode(text=event.value, quoted=event.style is not None, line=line)
         if isinstance(event, ev.SequenceStartEvent):
-            return Items(items=tuple(self._children(depth)), line=line)
+            return SequenceNode(items=tuple(self._children(depth)), line=line)
         return self._table(line, depth)
 
     def _children(self, depth: int) -> Iterator[Node]:
@@ -144,18 +144,18 @@ class _Reader:
         while not isinstance(event := next(self._events), ev.SequenceEndEvent):
             yield self._node(event, depth + 1)
 
-    def _table(self, line: int, depth: int) -> Table:
+    def _table(self, line: int, depth: int) -> MappingNode:
         from yaml import events as ev
 
         entries: dict[str, Node] = {}
         while not isinstance(event := next(self._events), ev.MappingEndEvent):
             key = self._node(event, depth + 1)
-            if not isinstance(key, Scalar):
+            if not isinstance(key, ScalarNode):
                 raise self._refuse(event, "a list or mapping as a key", "a name")
             if key.text in entries:
                 raise self._refuse(event, f"the key {key.text} twice", "each key once")
             entries[key.text] = self._node(next(self._events), depth + 1)
-        return Table(entries=entries, line=line)
+        return MappingNode(entries=entries, line=line)
 
     def _refuse(self, event: Event, found: str, expected: str) -> UsageError:
         return _refuse(self._source, _line(event), found, expected)

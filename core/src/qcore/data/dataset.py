@@ -22,7 +22,7 @@ from ..errors import InputError
 from .jsonl import BadRow, Problems
 from .masking import Example, encode_text, load_tokenizer
 from .media_files import Finder
-from .rows import Row, read_rows
+from .rows import ChatRow, read_rows
 from .template_check import prove_mask, prove_media
 from .template_kwargs import check_variables, special_tokens
 
@@ -166,8 +166,8 @@ def dataset(
 
 
 def _encoded(
-    rendered: Iterable[tuple[Row, str | InputError]],
-    encode: Callable[[str, Row], Example],
+    rendered: Iterable[tuple[ChatRow, str | InputError]],
+    encode: Callable[[str, ChatRow], Example],
     problems: Problems,
 ) -> Iterator[Example]:
     """Rendered rows as examples; a row that the template or the mask refuses is a problem."""
@@ -255,13 +255,13 @@ def _prove_media(
 
 
 def _seen(
-    rows: Iterable[Row],
+    rows: Iterable[ChatRow],
     reader: MediaReader,
     path: Path,
     problems: Problems,
     prove: Callable[[], None],
     asked: dict[int, frozenset[tuple[str, str]]],
-) -> Iterator[Row]:
+) -> Iterator[ChatRow]:
     """The rows with their media read. What names the bytes is let go: it may be the bytes.
 
     Which keys of their own its parts have, with their kinds, is left in `asked`, by line.
@@ -271,7 +271,7 @@ def _seen(
     finder, proved = Finder(path.parent), False
     alike: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
 
-    def read(row: Row) -> Row | None:
+    def read(row: ChatRow) -> ChatRow | None:
         nonlocal proved
         if row.media and not proved:
             prove()
@@ -289,7 +289,7 @@ def _seen(
     return (row for row in map(read, rows) if row is not None)
 
 
-def _refused(path: Path, row: Row, error: InputError) -> InputError:
+def _refused(path: Path, row: ChatRow, error: InputError) -> InputError:
     """A template's refusal as the row's error."""
     return error.replace(
         what=f"the chat template {error.what}",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint.checkpoint import Checkpoint
     from .media_files import MediaReader, Medium, Placed
-    from .rows import Row
+    from .rows import ChatRow
 
 IGNORED = -100  #: label of a position without loss, as in transformers
 
@@ -185,7 +185,7 @@ def labels(
 
 def encode_text(
     text: str,
-    row: Row,
+    row: ChatRow,
     tokenizer: Tokenizer,
     chat_format: ChatFormat,
     max_length: int,
@@ -234,7 +234,7 @@ def encode_text(
 
 
 def _trained_spans(
-    text: str, row: Row, chat_format: ChatFormat, turns: int, reader: MediaReader | None
+    text: str, row: ChatRow, chat_format: ChatFormat, turns: int, reader: MediaReader | None
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text with its media expanded, and the character ranges in it that are trained."""
     trained = spans(text, chat_format, turns)
@@ -248,7 +248,7 @@ def _trained_spans(
 
 
 def _mask_media(
-    made: array[int], ids: array[int], row: Row, tokenizer: Tokenizer, reader: MediaReader
+    made: array[int], ids: array[int], row: ChatRow, tokenizer: Tokenizer, reader: MediaReader
 ) -> Placed | None:
     """Mask in `made` every token that stands for media; where the row's media lie, if any."""
     control = frozenset(tokenizer.token_to_id(token) for token in reader.control)
@@ -258,7 +258,7 @@ def _mask_media(
     return place(reader, row.seen, ids, control) if row.seen else None
 
 
-def _check_length(ids: array[int], row: Row, max_length: int) -> None:
+def _check_length(ids: array[int], row: ChatRow, max_length: int) -> None:
     if len(ids) > max_length:
         media = sum(medium.tokens for medium in row.seen)
         smaller = ", shorten the row or make its media smaller" if media else " or shorten the row"
