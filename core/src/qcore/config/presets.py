@@ -1,15 +1,11 @@
-"""Presets: named settings, kept as data files with a contract.
+"""Presets: named settings in YAML files.
 
-This file decides what a preset file is: YAML with ``schema_version: 1``,
-``default_base_models`` (the model that stands for a generation, by generation; ``{}`` where
-the file names none) and ``presets``, each with ``id``, ``aliases``, ``description``,
-``settings`` and, where it is made for one model, ``model``. Core's file names sizes and
-schedules and no model; plugins bring theirs through the entry-point group ``qcore.presets``
-(name -> package, files ``<package>/presets/*.yaml``), found without importing the plugin.
-
-Discovery never raises: a broken file is listed with its reason. Use never degrades: asking
-for a preset of a broken file, or for a name that two plugins claim, is an error. It leaves
-what a setting may be to `qcore.config.settings`.
+This file decides the format of a preset file: ``schema_version: 1``, ``default_base_models``
+(default model by generation; ``{}`` for none) and ``presets``, each with ``id``, ``aliases``,
+``description``, ``settings`` and, if it is made for one model, ``model``. The file of core has
+schedules and no models. Plugins add files through the entry-point group ``qcore.presets`` (name ->
+package, files ``<package>/presets/*.yaml``), which are found without importing the plugin.
+`qcore.config.registry` decides which preset a name means.
 
 Codes: ``QC-PRESET-001`` unknown preset, ``-002`` preset of a broken file, ``-003`` name
 claimed twice, ``-004`` file that breaks the contract (a reason, raised on use), ``-005`` two
@@ -61,9 +57,9 @@ class Preset:
         description: one line.
         settings: values by setting, checked.
         base_model: hub id of the model it is made for: its own ``model``, else the default
-            base of its file where that has one for one generation; ``None`` where there is none.
+            base of its file if the file has exactly one; else ``None``.
         origin: ``core``, or the entry point that brought it.
-        file: where it stands.
+        file: the file that contains it.
     """
 
     id: str
@@ -81,7 +77,7 @@ class Preset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DefaultBase:
-    """The model that stands for a generation where none was named.
+    """The default model of a generation.
 
     Attributes:
         generation: as detection names it.
@@ -99,7 +95,7 @@ class Presets(Registry[Preset]):
     """All presets that are installed.
 
     Attributes:
-        bases: default bases by generation, as files give them.
+        bases: default bases of all files.
     """
 
     kind: ClassVar[Kind] = KIND
@@ -107,14 +103,14 @@ class Presets(Registry[Preset]):
     bases: tuple[DefaultBase, ...] = ()
 
     def default_base_models(self) -> dict[str, str]:
-        """Hub id by generation, where the installed files agree on one."""
+        """Hub id by generation; without generations on which files disagree."""
         named: dict[str, set[str]] = {}
         for base in self.bases:
             named.setdefault(base.generation, set()).add(base.model)
         return {generation: min(ids) for generation, ids in named.items() if len(ids) == 1}
 
     def default_base_model(self, generation: str) -> str | None:
-        """Hub id of the model that stands for a generation; ``None`` where none is named.
+        """Hub id of the default model of a generation, or ``None``.
 
         Raises:
             PluginError: ``QC-PRESET-005`` two plugins name different ones.
@@ -149,7 +145,7 @@ def load_presets(plugins: Iterable[EntryPoint] | None = None) -> Presets:
 
 
 def _read(file: Path, origin: str) -> tuple[list[DefaultBase], list[Preset]]:
-    """Default bases and presets of one file.
+    """Read the default bases and presets of one file.
 
     Raises:
         UsageError: the first breach of the contract.
@@ -188,7 +184,7 @@ def _preset(entry: Expect, default: str | None, origin: str) -> Preset:
     own = _model(entries["model"]) if "model" in entries else None
     source = f"{entry.file}: {entry.place}"
     settings = settings_of(entries["settings"].node, source)
-    Settings.from_dict(settings, source=source)  # alone they must make a run too
+    Settings.from_dict(settings, source=source)  # the preset alone must be valid too
     return Preset(
         id=ident,
         aliases=words,

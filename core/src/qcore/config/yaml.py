@@ -1,10 +1,10 @@
-"""YAML without surprises: a tree of text, lists and mappings, and nothing guessed.
+"""A strict YAML reader: a tree of untyped scalars, lists and mappings.
 
-This file decides what YAML may hold here: one document of plain mappings, lists and scalars.
-Refused, each with its line: duplicate keys, tags, anchors and aliases, deep nesting, files
-over one mebibyte, broken encoding. It leaves the type of a scalar to whoever knows the field
-(`qcore.config.resolve`), so that ``2e-4`` is a number, ``3.5`` may be a name, and ``no`` is never
-silently false.
+This file decides which YAML is accepted: one document of plain mappings, lists and scalars.
+Duplicate keys, tags, anchors, aliases, deep nesting, files over 1 MiB and broken encoding are
+refused with their line. Scalars stay text, because only the reader of a field knows its type
+(`qcore.config.convert`): ``2e-4`` is a number, ``3.5`` may be a name, and ``no`` is never silently
+false.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_DEPTH = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalarNode:
-    """The text of a scalar as written, and whether quotes make it a string for certain."""
+    """A scalar as written; a quoted one is always a string."""
 
     text: str
     quoted: bool
@@ -34,7 +34,7 @@ class ScalarNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceNode:
-    """A list."""
+    """A list of nodes."""
 
     items: tuple[Node, ...]
     line: int
@@ -42,7 +42,7 @@ class SequenceNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MappingNode:
-    """A mapping, keys in the order of the file."""
+    """A mapping of nodes, in the order of the file."""
 
     entries: dict[str, Node] = field(default_factory=dict)
     line: int = 1
@@ -52,14 +52,14 @@ Node = ScalarNode | SequenceNode | MappingNode
 
 
 def read(path: Path, *, flag: str | None = None) -> Node | None:
-    """Read one YAML file; ``None`` where it holds nothing.
+    """Read one YAML file; ``None`` if it is empty.
 
     Args:
         path: the file.
         flag: flag that named it, for the error.
 
     Raises:
-        UsageError: ``QC-YAML-001`` unreadable, ``QC-YAML-002`` not the YAML described above.
+        UsageError: ``QC-YAML-001`` unreadable, ``QC-YAML-002`` refused YAML.
     """
     try:
         with path.open("rb") as file:
@@ -79,7 +79,7 @@ def read(path: Path, *, flag: str | None = None) -> Node | None:
 
 
 def parse(text: str, source: Path | str) -> Node | None:
-    """Parse one document; ``None`` where it holds nothing.
+    """Parse one document; ``None`` if it is empty.
 
     Raises:
         UsageError: ``QC-YAML-002``, naming ``source`` and the line.
@@ -97,14 +97,14 @@ def parse(text: str, source: Path | str) -> Node | None:
 
 
 class _Reader:
-    """Builds the tree from the parser's events, which come one by one and expand nothing."""
+    """Builds the tree from parser events, so that nothing is expanded."""
 
     def __init__(self, events: Iterator[Event], source: Path | str) -> None:
         self._events = events
         self._source = source
 
     def document(self) -> Node | None:
-        """The only document of the stream."""
+        """Read the only document of the stream."""
         from yaml import events as ev
 
         root: Node | None = None
