@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.cli_kit import here
+from support.plan_kit import shared_measures
 from support.toy_tower import MERGE, TOY, Reader, Thing, add, install
 
 from qcore.batches import Batches
@@ -38,6 +39,12 @@ from qcore_qwen35.tiny import write
 CPU = torch.device("cpu")
 TRUNK = ("attn", "gdn", "mlp")
 EVERY = ("none", "elementwise", "full")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_measures() -> Iterator[None]:
+    with shared_measures():
+        yield
 
 
 @pytest.fixture(scope="module")
