@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.plan_kit import DENSE_4B, MOE_35B, found_of
+from support.tiers import fast
 
 from qcore.adapter.targets import targets
 from qcore.api.blocks import Packed
@@ -70,7 +71,7 @@ def measured(folder: Path, settings: Settings, lengths: tuple[int, ...], policy:
     return trace.peak
 
 
-@pytest.mark.parametrize("policy", ["none", "elementwise", "full"])
+@pytest.mark.parametrize("policy", fast(["none", "elementwise", "full"], "elementwise"))
 @pytest.mark.parametrize("lengths", [(193,), (64, 31, 97)], ids=str)
 def test_the_peak_is_what_a_step_takes(folder: Path, lengths: tuple[int, ...], policy: str) -> None:
     settings = Settings(r=4)
