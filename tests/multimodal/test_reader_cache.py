@@ -188,14 +188,14 @@ def test_a_film_whose_frames_come_and_go(
 
     path = tmp_path / "a.mkv"
     path.write_bytes(video(frames(9, 64, 64), 2))
-    real, passes, part = videos._Film.frames, iter((7, 5)), file_payload(path, "video")
+    real, passes, part = videos._VideoFile.frames, iter((7, 5)), file_payload(path, "video")
 
     def frames_of(film: Any) -> Any:
         with path.open("ab") as file:
             file.write(b"x")
         return itertools.islice(real(film), next(passes))
 
-    monkeypatch.setattr(videos._Film, "frames", frames_of)
+    monkeypatch.setattr(videos._VideoFile, "frames", frames_of)
     with pytest.raises(RowError, match="is not what it was"):
         reader.read(part)
 
@@ -249,7 +249,7 @@ def test_what_is_gone_in_the_middle_of_a_run_is_made_again_and_said(
 ) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(png(1))
-    reader = new_reader(tell=(said := []).append)
+    reader = new_reader(report=(said := []).append)
     media = [reader.read(payload(png())), reader.read(file_payload(path)),
              reader.read(payload(animated(4), "video"))]  # fmt: skip
     values = reader.batch(media, WHERE).values
@@ -294,7 +294,7 @@ def test_the_folder_is_bounded_and_the_oldest_go(
 ) -> None:
     """Ten images of 196,608 bytes in a folder for six."""
     monkeypatch.setenv("QCORE_MEDIA_CACHE_GB", str(6 * 197_500 / 1e9))
-    reader = new_reader(tell=(said := []).append)
+    reader = new_reader(report=(said := []).append)
     media = [reader.read(payload(png(seed))) for seed in range(5)]
     now = time.time_ns()
     for age, one in enumerate(media):
@@ -336,9 +336,9 @@ _KEEP = """
 import resource, sys
 from pathlib import Path
 from qcore.api.media import Payload
-from qcore_multimodal.payload_store import Origins
+from qcore_multimodal.payload_store import PayloadStore
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-origins, before = Origins(), peak()
+origins, before = PayloadStore(), peak()
 for number in range(40_000):
     name = f"{number:064}"
     path = Path(f"/data/pictures/part-{number // 1000}/{name}.png")
@@ -367,7 +367,7 @@ def test_what_media_were_made_of_is_not_in_memory(tmp_path: Path) -> None:
 
 def test_a_disk_too_full_for_what_rows_hold(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reader.read(payload(png()))
-    reader._origins._base.execute("PRAGMA max_page_count = 20")
+    reader._payloads._base.execute("PRAGMA max_page_count = 20")
     with pytest.raises(WriteError, match="disk is full") as caught:
         reader.read(payload(png(1)))
     assert caught.value.code == "QC-WRITE-003"
@@ -379,9 +379,9 @@ import sys
 from pathlib import Path
 from qcore.api.media import Payload
 from qcore.errors import WriteError
-from qcore_multimodal.payload_store import Origins
+from qcore_multimodal.payload_store import PayloadStore
 try:
-    origins = Origins()
+    origins = PayloadStore()
     for number in range(8):
         name = str(number)
         origins.add(name, Payload(kind="image", sha256=name, data=bytes(10**6), options={}))
@@ -417,7 +417,7 @@ def test_what_sqlite_raises(error: str, number: str | None, code: str) -> None:
     raised = getattr(sqlite3, error)("its own words")
     if number is not None:
         raised.sqlite_errorcode = getattr(sqlite3, number)
-    with pytest.raises(WriteError, match="its own words") as caught, origins._kept():
+    with pytest.raises(WriteError, match="its own words") as caught, origins._write_errors():
         raise raised
     assert caught.value.code == code
     assert "TMPDIR" in (caught.value.fix or "")
@@ -426,9 +426,9 @@ def test_what_sqlite_raises(error: str, number: str | None, code: str) -> None:
 def test_the_file_is_closed_with_its_reader() -> None:
     import sqlite3
 
-    from qcore_multimodal.payload_store import Origins
+    from qcore_multimodal.payload_store import PayloadStore
 
-    origins = Origins()
+    origins = PayloadStore()
     base = origins._base
     del origins
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
@@ -487,7 +487,7 @@ from pathlib import Path
 import torch
 from support.media_kit import checkpoint, payload, picture, saved
 from qcore_multimodal.reader import Reader
-reader = Reader(checkpoint(Path(sys.argv[1])), tell=sys.stderr.write)
+reader = Reader(checkpoint(Path(sys.argv[1])), report=sys.stderr.write)
 total = 0
 for turn in range(3):
     for seed in range(12):

@@ -42,12 +42,12 @@ class Frames:
     Attributes:
         groups: (frames, patches of each), in the order in which they are attended.
         order: ``[U]`` int64, the patch at each place of that order; ``None`` where it is theirs.
-        back: the inverse.
+        inverse: the inverse.
     """
 
     groups: tuple[tuple[int, int], ...]
     order: Tensor | None = None
-    back: Tensor | None = None
+    inverse: Tensor | None = None
 
     @staticmethod
     def of(grids: Grids, device: torch.device) -> Frames:
@@ -59,7 +59,7 @@ class Frames:
             return Frames(groups)
         cpu = torch.device("cpu")
         patches = torch.arange(sum(lengths), device=cpu).split(lengths)
-        order = torch.cat([one for wanted in counts for one in patches if len(one) == wanted])
+        order = torch.cat([frame for length in counts for frame in patches if len(frame) == length])
         return Frames(groups, order.to(device), order.argsort().to(device))
 
 
@@ -79,7 +79,7 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, frames: Frames, scale: floa
     Raises:
         RuntimeError: of torch, where no fused kernel of a GPU takes the shapes.
     """
-    order, back = frames.order, frames.back
+    order, inverse = frames.order, frames.inverse
     if order is not None:
         q, k, v = (x.index_select(0, order) for x in (q, k, v))
     outputs, start = [], 0
@@ -89,21 +89,21 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, frames: Frames, scale: floa
         outputs.append(_attend(q4, k4, v4, scale))
         start = end
     o = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return o if back is None else o.index_select(0, back)
+    return o if inverse is None else o.index_select(0, inverse)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """``[frames, length, h, D]`` each ``-> [frames * length, h, D]``."""
     if q.is_meta:
-        planned: Tensor = _Planned.apply(q, k, v)
-        return planned.flatten(0, 1)
+        out: Tensor = _MetaAttention.apply(q, k, v)
+        return out.flatten(0, 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(_FUSED) if q.is_cuda else nullcontext():
         o = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return o.transpose(1, 2).flatten(0, 1)
 
 
-class _Planned(torch.autograd.Function):
+class _MetaAttention(torch.autograd.Function):
     """What the fused kernels allocate and save, nothing computed."""
 
     @staticmethod

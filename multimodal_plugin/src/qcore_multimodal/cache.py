@@ -35,14 +35,14 @@ from numpy.typing import NDArray
 from qcore.api import RowError, user_cache, writing
 from qcore.errors import UsageError
 
-BOUND: Final = "QCORE_MEDIA_CACHE_GB"
-_USUAL: Final = 20.0
+SIZE_VARIABLE: Final = "QCORE_MEDIA_CACHE_GB"
+_DEFAULT_GB: Final = 20.0
 _MAGIC: Final = b"QCMEDIA1"
 _HEAD: Final = struct.Struct("<8sIIQI")  # magic, head's length and sum, values' length and sum
-_LONGEST: Final = 1 << 20  # of a head; a real one has some hundred bytes
+_MAX_HEADER: Final = 1 << 20  # of a head; a real one has some hundred bytes
 _STALE: Final = 3600.0  # seconds after which an unfinished entry was left by a dead process
-_LOOK: Final = 64  # entries after which the folder is looked at again, for others write too
-_KEEP: Final = 0.9  # of the bound, so that not every entry makes room anew
+_RESCAN: Final = 64  # entries after which the folder is looked at again, for others write too
+_FILL: Final = 0.9  # of the bound, so that not every entry makes room anew
 
 
 class Cache:
@@ -56,8 +56,8 @@ class Cache:
     def __init__(self, folder: Path, bound: int) -> None:
         self.folder = folder
         self.bound = bound
-        self._held = 0
-        self._unseen = _LOOK  # so that the first entry looks
+        self._bytes = 0
+        self._puts = _RESCAN  # so that the first entry looks
 
     @classmethod
     def of_user(cls) -> Cache:
@@ -73,24 +73,24 @@ class Cache:
                 "QC-VISION-041", "values of media have no folder: there is no home folder",
                 field="XDG_CACHE_HOME", expected="an absolute path", fix="set it",
             ) from None  # fmt: skip
-        return cls(folder, _bound(os.environ.get(BOUND)))
+        return cls(folder, _size_limit(os.environ.get(SIZE_VARIABLE)))
 
-    def find(self, digest: str) -> dict[str, Any] | None:
+    def metadata(self, digest: str) -> dict[str, Any] | None:
         """What an entry says of its values, or ``None``; the values are not read."""
         try:
             with self._path(digest).open("rb") as file:
-                about, length, _ = _head(file.read(_HEAD.size), file)
-                whole = file.tell() + length == os.fstat(file.fileno()).st_size
+                metadata, length, _ = _read_header(file.read(_HEAD.size), file)
+                complete = file.tell() + length == os.fstat(file.fileno()).st_size
         except (OSError, ValueError):
             return None
-        return about if whole else None
+        return metadata if complete else None
 
     def values(self, digest: str) -> NDArray[np.uint8] | None:
         """The values of an entry, flat, or ``None`` where there is none or it is damaged."""
         path = self._path(digest)
         try:
             with path.open("rb") as file:
-                _, length, total = _head(file.read(_HEAD.size), file)
+                _, length, total = _read_header(file.read(_HEAD.size), file)
                 if length != os.fstat(file.fileno()).st_size - file.tell():
                     return None
                 values = np.fromfile(file, np.uint8, length)
@@ -102,14 +102,14 @@ class Cache:
             os.utime(path)  # used now
         return values
 
-    def put(self, digest: str, about: Mapping[str, Any], values: NDArray[np.uint8]) -> None:
+    def put(self, digest: str, metadata: Mapping[str, Any], values: NDArray[np.uint8]) -> None:
         """Keep values, whole or not at all.
 
         Raises:
             RowError: ``QC-VISION-044`` larger than the folder may be.
             WriteError: ``QC-WRITE-003`` to ``-006``.
         """
-        text = json.dumps(about, allow_nan=False).encode()
+        text = json.dumps(metadata, allow_nan=False).encode()
         flat = np.ascontiguousarray(values).reshape(-1)
         head = _HEAD.pack(_MAGIC, len(text), zlib.crc32(text), len(flat), zlib.crc32(flat.data))
         size = len(head) + len(text) + len(flat)
@@ -119,7 +119,7 @@ class Cache:
                 "has more values than the cache of media may hold",
                 found=f"{size} bytes",
                 expected=f"at most {self.bound}",
-                fix=f"set {BOUND} higher, or max_pixels of the part lower",
+                fix=f"set {SIZE_VARIABLE} higher, or max_pixels of the part lower",
             )
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -134,59 +134,59 @@ class Cache:
                 with contextlib.suppress(OSError):
                     os.unlink(name)
                 raise
-        self._held += size
+        self._bytes += size
 
     def _make_room(self, size: int) -> None:
         """Remove what was used longest ago until an entry of this size fits."""
-        self._unseen += 1
-        if self._unseen < _LOOK and self._held + size <= self.bound:
+        self._puts += 1
+        if self._puts < _RESCAN and self._bytes + size <= self.bound:
             return
-        self._unseen = 0
-        kept = []
+        self._puts = 0
+        entries = []
         for entry in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):  # another process removed it
                 status = entry.stat(follow_symlinks=False)
                 if entry.name.endswith(".media"):
-                    kept.append((status.st_mtime_ns, status.st_size, entry.path))
+                    entries.append((status.st_mtime_ns, status.st_size, entry.path))
                 elif entry.name.endswith(".tmp") and time.time() - status.st_mtime > _STALE:
                     os.unlink(entry.path)
-        self._held = sum(one for _, one, _ in kept)
-        if self._held + size <= self.bound:
+        self._bytes = sum(length for _, length, _ in entries)
+        if self._bytes + size <= self.bound:
             return
-        room = max(0, int(self.bound * _KEEP) - size)
-        for _, one, path in sorted(kept):
-            if self._held <= room:
+        room = max(0, int(self.bound * _FILL) - size)
+        for _, length, path in sorted(entries):
+            if self._bytes <= room:
                 break
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-            self._held -= one
+            self._bytes -= length
 
     def _path(self, digest: str) -> Path:
         return self.folder / f"{digest}.media"
 
 
-def _head(start: bytes, file: Any) -> tuple[dict[str, Any], int, int]:
+def _read_header(start: bytes, file: Any) -> tuple[dict[str, Any], int, int]:
     """What an entry says, and length and sum of its values. Raises `ValueError`."""
     if len(start) != _HEAD.size:
         raise ValueError(start)
     magic, length, total, size, values_total = _HEAD.unpack(start)
-    if magic != _MAGIC or length > _LONGEST:
+    if magic != _MAGIC or length > _MAX_HEADER:
         raise ValueError(start)
     text = file.read(length)
     if len(text) != length or zlib.crc32(text) != total:
         raise ValueError(text)
-    about: dict[str, Any] = json.loads(text)
-    return about, size, values_total
+    metadata: dict[str, Any] = json.loads(text)
+    return metadata, size, values_total
 
 
-def _bound(text: str | None) -> int:
+def _size_limit(text: str | None) -> int:
     try:
-        value = _USUAL if text is None else float(text)
+        value = _DEFAULT_GB if text is None else float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < 1e6:
         raise UsageError(
-            "QC-VISION-040", "is no size of the cache of media", field=BOUND, found=repr(text),
-            expected="a number of gigabytes above 0",
+            "QC-VISION-040", "is no size of the cache of media", field=SIZE_VARIABLE,
+            found=repr(text), expected="a number of gigabytes above 0",
         )  # fmt: skip
     return int(value * 1e9)

@@ -31,15 +31,15 @@ _EBML: Final = b"\x1a\x45\xdf\xa3"
 _SEGMENT: Final = b"\x18\x53\x80\x67"
 _LEAVES: Final = frozenset((b"mdat", b"free", b"skip", b"wide", b"uuid"))  # hold no table
 _TABLE: Final = re.compile(rb"(?=(stsz|stz2|trun|elst|stco|co64|stsc|stts|stsd|hdlr|cmov))")
-_SOUND: Final = frozenset((b"soun", b"alis", b"rsrc", b"url ", b"mdir", b"mdta"))
-_TOGETHER: Final = 160  # samples of raw sound that are one entry, at least
-_BEHIND: Final = 24  # bytes behind a box that FFmpeg may take for numbers of a table cut short
-_MOST_TABLES: Final = 100  # of one track, which has some eight
-_LONGEST: Final = 1 << 28  # bytes of a track's tables, which are read whole
+_AUDIO: Final = frozenset((b"soun", b"alis", b"rsrc", b"url ", b"mdir", b"mdta"))
+_RAW_SAMPLES: Final = 160  # samples of raw sound that are one entry, at least
+_TRAILING: Final = 24  # bytes behind a box that FFmpeg may take for numbers of a table cut short
+_MAX_TABLES: Final = 100  # of one track, which has some eight
+_MAX_TABLE_BYTES: Final = 1 << 28  # bytes of a track's tables, which are read whole
 # Not final, as tests lower them.
-MOST_BOXES = 2_000_000  #: of an MP4, at its top and in ``moov``; a fragment has two
-MOST_SAMPLES = 10_000_000  #: of an MP4, of all its tracks
-_READ: Final = "MP4, MOV, Matroska, WebM, AVI, or animated GIF, WebP or PNG"
+MAX_BOXES = 2_000_000  #: of an MP4, at its top and in ``moov``; a fragment has two
+MAX_SAMPLES = 10_000_000  #: of an MP4, of all its tracks
+_FORMATS: Final = "MP4, MOV, Matroska, WebM, AVI, or animated GIF, WebP or PNG"
 
 
 def demuxer(file: BinaryIO) -> str | None:
@@ -63,7 +63,7 @@ def demuxer(file: BinaryIO) -> str | None:
             "QC-VISION-034",
             "is no video that is read",
             found=f"a file that starts with {start[:8]!r}" if start else "no bytes",
-            expected=_READ,
+            expected=_FORMATS,
             fix="convert it to MP4",
         )
     if end > size:
@@ -100,7 +100,7 @@ def _boxes(file: BinaryIO, at: int, end: int) -> Iterator[tuple[bytes, int, int]
 def _end_of_boxes(file: BinaryIO, size: int) -> int:
     """Where the last box at the top of an MP4 ends."""
     end = 0
-    for name, _, stop in islice(_boxes(file, 0, size), MOST_BOXES):
+    for name, _, stop in islice(_boxes(file, 0, size), MAX_BOXES):
         if not name.isalnum():
             break  # nothing that a player would read, as some writers leave behind the last box
         end = stop
@@ -109,22 +109,24 @@ def _end_of_boxes(file: BinaryIO, size: int) -> int:
 
 def _check_samples(file: BinaryIO, size: int) -> None:
     """Refuse more samples than a file can hold, or than are read (``QC-VISION-039``)."""
-    most, count = min(size, MOST_SAMPLES), 0
-    for boxes, (name, body, stop) in enumerate(_pieces(file, size), 1):
-        if boxes > MOST_BOXES:
-            raise _too_many(f"more than {MOST_BOXES} boxes", f"at most {MOST_BOXES}")
+    limit, count = min(size, MAX_SAMPLES), 0
+    for boxes, (name, body, stop) in enumerate(_index_boxes(file, size), 1):
+        if boxes > MAX_BOXES:
+            raise _too_many(f"more than {MAX_BOXES} boxes", f"at most {MAX_BOXES}")
         if name in _LEAVES or not name.isalnum():
             continue
-        if stop - body > _LONGEST:
-            raise _too_many(f"a box {name.decode()} of {stop - body} bytes", f"at most {_LONGEST}")
+        if stop - body > _MAX_TABLE_BYTES:
+            raise _too_many(
+                f"a box {name.decode()} of {stop - body} bytes", f"at most {_MAX_TABLE_BYTES}"
+            )
         file.seek(body)
-        wanted = stop - body + _BEHIND
-        count += _entries(name, file.read(wanted).ljust(wanted, b"\0"))
-        if count > most:
-            raise _too_many(f"{count} samples in {size} bytes", f"at most {most}")
+        length = stop - body + _TRAILING
+        count += _count_entries(name, file.read(length).ljust(length, b"\0"))
+        if count > limit:
+            raise _too_many(f"{count} samples in {size} bytes", f"at most {limit}")
 
 
-def _pieces(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
+def _index_boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
     """Boxes at the top and those in ``moov``: FFmpeg makes an index of each track in it."""
     index = hidden = False
     name = b""
@@ -146,7 +148,7 @@ def _pieces(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
         raise _no_index("an index that is marked as free")
 
 
-def _entries(name: bytes, data: bytes) -> int:
+def _count_entries(name: bytes, data: bytes) -> int:
     """Entries that FFmpeg's index of a piece has, at most.
 
     Whatever boxes a table is in counts, as FFmpeg looks for tables in nearly all: its name is
@@ -158,8 +160,8 @@ def _entries(name: bytes, data: bytes) -> int:
     for box, body in _tables(name, data):
         numbers = struct.unpack_from(">4I", data, body)
         tables += box != b"trun"
-        if tables > _MOST_TABLES:
-            raise _too_many(f"more than {_MOST_TABLES} tables in one place", "one of a kind")
+        if tables > _MAX_TABLES:
+            raise _too_many(f"more than {_MAX_TABLES} tables in one place", "one of a kind")
         if box == b"cmov":
             raise _no_index("a box cmov")
         if box == b"stsd":
@@ -179,8 +181,8 @@ def _entries(name: bytes, data: bytes) -> int:
         else:
             kinds.add(data[body + 8 : body + 12])
     # Of raw sound the index has a few samples together, by what lies in a chunk.
-    if b"soun" in kinds and kinds <= _SOUND and single and all(single):
-        sizes = sum(_in_chunks(data, body, chunks) for body in runs) // _TOGETHER
+    if b"soun" in kinds and kinds <= _AUDIO and single and all(single):
+        sizes = sum(_samples_in_chunks(data, body, chunks) for body in runs) // _RAW_SAMPLES
     return (sizes + fragments) * max(edits, 1)  # each edit may show all of them once more
 
 
@@ -188,18 +190,18 @@ def _tables(name: bytes, data: bytes) -> Iterator[tuple[bytes, int]]:
     """The piece itself where it is a table, and all that look like one in it, by their bodies."""
     if _TABLE.match(name):
         yield name, 0
-    for found in _TABLE.finditer(data, 4, len(data) - _BEHIND):
-        at = found.start()
+    for match in _TABLE.finditer(data, 4, len(data) - _TRAILING):
+        at = match.start()
         length = int.from_bytes(data[at - 4 : at], "big")
         if length == 1 or length >= 8 or not length:
             body = at + (12 if length == 1 else 4)
             if body + 16 <= len(data):
-                yield found[1], body
+                yield match[1], body
 
 
 def _check_descriptions(data: bytes, body: int, count: int) -> None:
     """Refuse one that ends behind its track: FFmpeg would look for tables up to there."""
-    at, end = body + 8, len(data) - _BEHIND
+    at, end = body + 8, len(data) - _TRAILING
     while count and at + 8 <= end:
         length = int.from_bytes(data[at : at + 4], "big")
         if at + length > end:
@@ -210,7 +212,7 @@ def _check_descriptions(data: bytes, body: int, count: int) -> None:
         at, count = at + max(length, 8), count - 1
 
 
-def _in_chunks(data: bytes, body: int, chunks: int) -> int:
+def _samples_in_chunks(data: bytes, body: int, chunks: int) -> int:
     """Samples of all chunks by an ``stsc``: from which chunk on, how many in each."""
     count = min(int.from_bytes(data[body + 4 : body + 8], "big"), (len(data) - body - 8) // 12)
     table = np.frombuffer(data, ">u4", 3 * count, body + 8).reshape(-1, 3).astype(np.float64)
@@ -218,18 +220,18 @@ def _in_chunks(data: bytes, body: int, chunks: int) -> int:
     return int((np.where(alike > 0, alike, chunks) * table[:, 1]).sum())
 
 
-def _no_index(found: str) -> RowError:
+def _no_index(reason: str) -> RowError:
     return RowError(
-        "QC-VISION-034", "has an index that is compressed or marked as none", found=found,
-        expected=_READ, fix="convert it to MP4",
+        "QC-VISION-034", "has an index that is compressed or marked as none", found=reason,
+        expected=_FORMATS, fix="convert it to MP4",
     )  # fmt: skip
 
 
-def _too_many(found: str, expected: str) -> RowError:
+def _too_many(count: str, expected: str) -> RowError:
     return RowError(
         "QC-VISION-039",
         "has too many frames, or too many samples of sound",
-        found=found,
+        found=count,
         expected=expected,
         fix="cut it into shorter ones",
     )
@@ -238,17 +240,17 @@ def _too_many(found: str, expected: str) -> RowError:
 def _end_of_segment(file: BinaryIO) -> int:
     """Where the segment of a Matroska ends; 0 where it does not say, as of a recording."""
     file.seek(len(_EBML))
-    length = _variable(file)
+    length = _ebml_number(file)
     if length is None:
         return 0
     file.seek(length, os.SEEK_CUR)
     if file.read(4) != _SEGMENT:
         return 0
-    length = _variable(file)
+    length = _ebml_number(file)
     return 0 if length is None else file.tell() + length
 
 
-def _variable(file: BinaryIO) -> int | None:
+def _ebml_number(file: BinaryIO) -> int | None:
     """A number of one to eight bytes; ``None`` where all bits are set: unknown."""
     first = file.read(1)
     if not first or not first[0]:

@@ -59,14 +59,14 @@ def config_findings(vision: Mapping[str, Any]) -> Iterator[Finding]:
     yield from _numbers(vision)
 
 
-def _error(code: str, key: str, found: object, expected: str) -> Finding:
+def _error(code: str, key: str, value: object, expected: str) -> Finding:
     return Finding(
         code=code,
         severity=Severity.ERROR,
         what="is not what this tower computes",
         file="config.json",
         field=f"{SECTION}.{key}",
-        found=repr(found),
+        found=repr(value),
         expected=expected,
         fix="use the config.json that came with the weights",
     )

@@ -36,7 +36,7 @@ MAX_BYTES = 1 << 28  #: of a picture's file, which is read whole
 MAX_ASPECT: Final = 200  # the processors' rule, told before a decoder is asked
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _MODES: Final = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
-_STARTS: Final = {
+_SIGNATURES: Final = {
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"\xff\xd8\xff": "JPEG",
     b"GIF8": "GIF",
@@ -44,13 +44,13 @@ _STARTS: Final = {
 }
 #: What Pillow's format readers raise on bytes that are not as their format says. They parse with
 #: struct, dicts and indices, and let most of what these raise through.
-_RAISED: Final = (
+_DECODER_ERRORS: Final = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
     EOFError, MemoryError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 
 
-def whole(file: BinaryIO) -> bytes:
+def read_bounded(file: BinaryIO) -> bytes:
     """All bytes of a picture's file.
 
     Raises:
@@ -74,16 +74,16 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     Raises:
         RowError: ``QC-VISION-027`` to ``-032``.
     """
-    with opened(data) as image:
+    with open_image(data) as image:
         _check_still(image)
-        check_sums(image, data)
+        verify_checksums(image, data)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # no copy of what stands upright
-        return rgb(image)
+        return to_rgb(image)
 
 
 @contextmanager
-def opened(data: bytes) -> Iterator[Image.Image]:
+def open_image(data: bytes) -> Iterator[Image.Image]:
     """An image whose header was read and found good; whatever Pillow raises inside is told.
 
     Raises:
@@ -102,7 +102,7 @@ def opened(data: bytes) -> Iterator[Image.Image]:
         raise _unknown(data) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(str(error)) from None
-    except _RAISED as error:
+    except _DECODER_ERRORS as error:
         bomb = isinstance(error, ValueError) and "Decompressed data too large" in str(error)
         if bomb or "MAX_TEXT" in str(error):
             raise _too_large(str(error)) from None
@@ -111,7 +111,7 @@ def opened(data: bytes) -> Iterator[Image.Image]:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
-def rgb(image: Image.Image) -> NDArray[np.uint8]:
+def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     """Its pixels as ``[H, W, 3]``, transparency on white."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
@@ -137,7 +137,7 @@ def check_size(width: int, height: int) -> None:
         )
 
 
-def check_sums(image: Image.Image, data: bytes) -> None:
+def verify_checksums(image: Image.Image, data: bytes) -> None:
     """Have the checksums of a PNG compared: reading its pixels, of any frame, passes over them."""
     if image.format == "PNG":
         with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
@@ -147,13 +147,13 @@ def check_sums(image: Image.Image, data: bytes) -> None:
 def _check_mode(mode: str) -> None:
     if mode in _MODES:
         return
-    grey = mode.startswith(("I", "F"))
+    gray = mode.startswith(("I", "F"))
     raise RowError(
         "QC-VISION-032",
-        "is greyscale of more than 8 bits" if grey else "has colours that are not read",
+        "is greyscale of more than 8 bits" if gray else "has colours that are not read",
         found=f"mode {mode}",
         expected=f"one of {', '.join(_MODES)}",
-        fix="scale it to 8 bits and save it again" if grey else "save it as RGB",
+        fix="scale it to 8 bits and save it again" if gray else "save it as RGB",
     )
 
 
@@ -170,7 +170,7 @@ def _check_still(image: Image.Image) -> None:
 
 
 def _unknown(data: bytes) -> RowError:
-    named = next((name for start, name in _STARTS.items() if data.startswith(start)), None)
+    named = next((name for start, name in _SIGNATURES.items() if data.startswith(start)), None)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         named = "WEBP"
     if named is not None:
@@ -199,13 +199,13 @@ def _damaged(error: BaseException) -> RowError:
     )
 
 
-def _too_large(found: str) -> RowError:
+def _too_large(size: str) -> RowError:
     # Pillow's sentence names its own limit, which is not this one.
-    counted = re.search(r"\((\d+ pixels)\)", found)
+    pixels = re.search(r"\((\d+ pixels)\)", size)
     return RowError(
         "QC-VISION-030",
         "is too large to decode",
-        found=found if counted is None else counted[1],
+        found=size if pixels is None else pixels[1],
         expected=f"at most {MAX_PIXELS} pixels, and texts of at most 1 MiB",
         fix="scale it down; the processor would",
     )

@@ -27,30 +27,30 @@ def linear(ctx: BuildContext, name: str) -> LinearLayer:
 
     The map itself does not know of it: what comes after adds it.
     """
-    made = ctx.linear(name)
-    made.register_parameter("bias", ctx.tensor(f"{name}.bias"))
-    return made
+    layer = ctx.linear(name)
+    layer.register_parameter("bias", ctx.tensor(f"{name}.bias"))
+    return layer
 
 
-def affine(made: LinearLayer, x: Tensor) -> Tensor:
-    """``x W^T + b``, of what `linear` made: ``[..., in] -> [..., out]``."""
-    y = made(x)
-    return biased(y, made).to(y.dtype)
+def affine(layer: LinearLayer, x: Tensor) -> Tensor:
+    """``x W^T + b``, of what `linear` layer: ``[..., in] -> [..., out]``."""
+    y = layer(x)
+    return biased(y, layer).to(y.dtype)
 
 
-def residual(stream: Tensor, made: LinearLayer, x: Tensor) -> Tensor:
+def residual(stream: Tensor, layer: LinearLayer, x: Tensor) -> Tensor:
     """``stream + x W^T + b``."""
-    return (biased(made(x), made) + stream).to(stream.dtype)
+    return (biased(layer(x), layer) + stream).to(stream.dtype)
 
 
-def activated(made: LinearLayer, x: Tensor, approximate: str) -> Tensor:
+def activated(layer: LinearLayer, x: Tensor, approximate: str) -> Tensor:
     """``gelu(x W^T + b)``; computed again in backward."""
-    return recompute(_gelu, made(x), made.get_parameter("bias"), approximate)
+    return recompute(_gelu, layer(x), layer.get_parameter("bias"), approximate)
 
 
-def biased(y: Tensor, made: LinearLayer) -> Tensor:
+def biased(y: Tensor, layer: LinearLayer) -> Tensor:
     """``y + b`` in float32, or wider."""
-    return y + made.get_parameter("bias").to(_wide(y))
+    return y + layer.get_parameter("bias").to(_wide(y))
 
 
 def _wide(y: Tensor) -> torch.dtype:

@@ -14,7 +14,7 @@ KINDS: Final = ("image", "video")  #: types of parts that are read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class ProcessedMedium:
     """A processed image or video (`qcore.api.media.Medium`).
 
     Attributes:
@@ -22,14 +22,14 @@ class Seen:
         digest: of its bytes and of how they were processed; names its values in the cache.
         grid: patches in time, height and width.
         merge: patches along each side of what becomes one embedding.
-        seconds: of a video, when each patch in time is, as its timestamps say; else empty.
+        timestamps: of a video, when each patch in time is, as its timestamps say; else empty.
     """
 
     kind: str
     digest: str
     grid: tuple[int, int, int]
     merge: int
-    seconds: tuple[float, ...] = ()
+    timestamps: tuple[float, ...] = ()
 
     @property
     def units(self) -> int:

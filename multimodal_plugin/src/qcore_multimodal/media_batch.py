@@ -17,7 +17,7 @@ from qcore.api import Media
 
 
 @dataclass(slots=True)
-class Pixels(Media):
+class PixelBatch(Media):
     """Media whose ``values`` ``[U, F]`` are uint8, laid out channel, frame, row, column.
 
     Attributes:
@@ -28,7 +28,7 @@ class Pixels(Media):
     table: Tensor = field(kw_only=True)
     kinds: Tensor = field(kw_only=True)
 
-    def numbers(
+    def pixel_values(
         self, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None
     ) -> Tensor:
         """The processors' numbers of patches `start` to `stop`, ``[stop - start, F]``.

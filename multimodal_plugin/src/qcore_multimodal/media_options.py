@@ -16,8 +16,8 @@ from typing import Any
 from qcore.api import RowError
 
 KEYS = ("min_pixels", "max_pixels", "fps", "max_frames")
-_OF_VIDEO = ("fps", "max_frames")
-_FASTEST = 240.0  # frames a second; no processor is asked for more
+_VIDEO_KEYS = ("fps", "max_frames")
+_MAX_FPS = 240.0  # frames a second; no processor is asked for more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,19 +25,19 @@ class Limits:
     """What one medium is processed to.
 
     Attributes:
-        least: pixels, of all frames of a video together.
-        most: the same.
+        min_pixels: pixels, of all frames of a video together.
+        max_pixels: the same.
         fps: frames a second that are looked at; the processor's where it is ``None``.
-        frames: most frames that are looked at; the processor's where it is ``None``.
+        max_frames: most frames that are looked at; the processor's where it is ``None``.
     """
 
-    least: int
-    most: int
+    min_pixels: int
+    max_pixels: int
     fps: float | None = None
-    frames: int | None = None
+    max_frames: int | None = None
 
 
-def limits(
+def parse_limits(
     kind: str, options: Mapping[str, Any], bounds: tuple[int, int], frames: tuple[int, int] | None
 ) -> Limits:
     """The limits of a part.
@@ -52,30 +52,30 @@ def limits(
         RowError: ``QC-VISION-025``, ``QC-VISION-026``.
     """
     for name in options:
-        if name not in KEYS or (kind != "video" and name in _OF_VIDEO):
+        if name not in KEYS or (kind != "video" and name in _VIDEO_KEYS):
             raise RowError(
                 "QC-VISION-026",
                 f"is no key of a part of type {kind}",
                 at=name,
-                expected=", ".join(n for n in KEYS if kind == "video" or n not in _OF_VIDEO),
+                expected=", ".join(n for n in KEYS if kind == "video" or n not in _VIDEO_KEYS),
                 fix="remove it",
             )
-    least = _whole(options, "min_pixels", bounds)
-    most = _whole(options, "max_pixels", bounds)
+    least = _integer(options, "min_pixels", bounds)
+    most = _integer(options, "max_pixels", bounds)
     if least is not None and most is not None and least > most:
         raise RowError(
             "QC-VISION-025", "is more than max_pixels", at="min_pixels", found=least,
             expected=f"at most {most}",
         )  # fmt: skip
     return Limits(
-        least=bounds[0] if least is None else least,
-        most=bounds[1] if most is None else most,
+        min_pixels=bounds[0] if least is None else least,
+        max_pixels=bounds[1] if most is None else most,
         fps=_fps(options),
-        frames=None if frames is None else _whole(options, "max_frames", frames),
+        max_frames=None if frames is None else _integer(options, "max_frames", frames),
     )
 
 
-def _whole(options: Mapping[str, Any], name: str, bounds: tuple[int, int]) -> int | None:
+def _integer(options: Mapping[str, Any], name: str, bounds: tuple[int, int]) -> int | None:
     if name not in options:
         return None
     value = options[name]
@@ -97,12 +97,12 @@ def _fps(options: Mapping[str, Any]) -> float | None:
         return None
     value = options["fps"]
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value <= _FASTEST:
+    if not number or not 0 < value <= _MAX_FPS:
         raise RowError(
             "QC-VISION-025",
             "is no rate of frames",
             at="fps",
             found=repr(value)[:80],
-            expected=f"a number above 0, up to {_FASTEST:g}",
+            expected=f"a number above 0, up to {_MAX_FPS:g}",
         )
     return float(value)

@@ -26,10 +26,10 @@ from qcore.errors import WriteError
 _TABLES: Final = """
     PRAGMA journal_mode = OFF;
     PRAGMA temp_store = FILE;
-    CREATE TABLE origins (
+    CREATE TABLE payloads (
         digest TEXT PRIMARY KEY, kind TEXT, sha256 TEXT, path BLOB, options TEXT
     ) WITHOUT ROWID;
-    CREATE TABLE held (sha256 TEXT PRIMARY KEY, data BLOB);
+    CREATE TABLE contents (sha256 TEXT PRIMARY KEY, data BLOB);
     BEGIN;  -- and never end: nobody else reads it
 """
 
@@ -38,13 +38,13 @@ _FILE: Final = Path("temporary file of media")
 _FIX: Final = "set TMPDIR to a folder that can be written and has space"
 
 
-class Origins:
+class PayloadStore:
     """Payloads by the digest of their values."""
 
     def __init__(self) -> None:
         import sqlite3
 
-        with _kept():
+        with _write_errors():
             self._base = sqlite3.connect("", isolation_level=None, check_same_thread=False)
             weakref.finalize(self, self._base.close)
             self._base.executescript(_TABLES)
@@ -57,18 +57,21 @@ class Origins:
         """
         path = None if payload.path is None else os.fsencode(payload.path)
         row = (digest, payload.kind, payload.sha256, path, json.dumps(dict(payload.options)))
-        with _kept():
+        with _write_errors():
             if payload.data is not None:
-                hold = "INSERT OR IGNORE INTO held VALUES (?, ?)"
-                self._base.execute(hold, (payload.sha256, payload.data))
-            put = "INSERT OR IGNORE INTO origins VALUES (?, ?, ?, ?, ?)"
-            return self._base.execute(put, row).rowcount == 1
+                insert = "INSERT OR IGNORE INTO contents VALUES (?, ?)"
+                self._base.execute(insert, (payload.sha256, payload.data))
+            insert = "INSERT OR IGNORE INTO payloads VALUES (?, ?, ?, ?, ?)"
+            return self._base.execute(insert, row).rowcount == 1
 
     def find(self, digest: str) -> Payload | None:
         """The payload that was kept, or ``None``."""
-        ask = "SELECT kind, sha256, path, options, data FROM origins LEFT JOIN held USING (sha256)"
-        with _kept():
-            row = self._base.execute(f"{ask} WHERE digest = ?", (digest,)).fetchone()
+        query = (
+            "SELECT kind, sha256, path, options, data "
+            "FROM payloads LEFT JOIN contents USING (sha256) WHERE digest = ?"
+        )
+        with _write_errors():
+            row = self._base.execute(query, (digest,)).fetchone()
         if row is None:
             return None
         kind, sha256, path, options, data = row
@@ -82,21 +85,21 @@ class Origins:
 
 
 @contextmanager
-def _kept() -> Iterator[None]:
+def _write_errors() -> Iterator[None]:
     """What SQLite raises is a failure to write, of a file that has no name."""
     import sqlite3
 
     try:
         yield
     except sqlite3.Error as error:
-        raise _told(error) from None
+        raise _write_error(error) from None
 
 
-def _told(error: Any) -> WriteError:
+def _write_error(error: Any) -> WriteError:
     """An error of SQLite's, in its own words too, which say more than a code."""
     import sqlite3
 
-    closely = getattr(error, "sqlite_errorcode", None) or 0  # some are Python's and have none
+    extended = getattr(error, "sqlite_errorcode", None) or 0  # some are Python's and have none
     codes = {
         sqlite3.SQLITE_FULL: errno.ENOSPC,
         sqlite3.SQLITE_IOERR: errno.EIO,
@@ -105,7 +108,7 @@ def _told(error: Any) -> WriteError:
         sqlite3.SQLITE_PERM: errno.EACCES,
         sqlite3.SQLITE_READONLY: errno.EACCES,
     }
-    code = codes.get(closely) or codes.get(closely & 0xFF, 0)
-    told = write_error(OSError(code, str(error)), _FILE)
-    what = told.what if str(error) in told.what else f"{told.what} ({error})"
-    return WriteError(told.code, what, file=_FILE, fix=_FIX)
+    code = codes.get(extended) or codes.get(extended & 0xFF, 0)
+    failure = write_error(OSError(code, str(error)), _FILE)
+    what = failure.what if str(error) in failure.what else f"{failure.what} ({error})"
+    return WriteError(failure.code, what, file=_FILE, fix=_FIX)

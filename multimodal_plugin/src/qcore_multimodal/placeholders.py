@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from qcore.api import Finding, RowError, Severity
 
-from .media import Seen
+from .media import ProcessedMedium
 
 START, END = "<|vision_start|>", "<|vision_end|>"
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
@@ -27,10 +27,10 @@ CONTROL = (START, END, "<|vision_pad|>", IMAGE, VIDEO)
 _KINDS = {pad: kind for kind, pad in PADS.items()}
 _PLACEHOLDER = re.compile("|".join(map(re.escape, _KINDS)))
 #: The key of config.json that names a token, and transformers' id where there is none.
-NAMED = {IMAGE: ("image_token_id", 248056), VIDEO: ("video_token_id", 248057)}
+TOKEN_IDS = {IMAGE: ("image_token_id", 248056), VIDEO: ("video_token_id", 248057)}
 
 
-def expand(text: str, media: Sequence[Seen]) -> str:
+def expand(text: str, media: Sequence[ProcessedMedium]) -> str:
     """A rendered conversation with every placeholder as long as its medium.
 
     The template prints ``<|vision_start|>``, one placeholder, ``<|vision_end|>``. An image's
@@ -43,49 +43,49 @@ def expand(text: str, media: Sequence[Seen]) -> str:
             ``QC-VISION-051`` another order of kinds.
     """
     printed = [_KINDS[pad] for pad in _PLACEHOLDER.findall(text)]
-    given = [seen.kind for seen in media]
-    if len(printed) != len(given):
+    kinds = [medium.kind for medium in media]
+    if len(printed) != len(kinds):
         raise RowError(
             "QC-VISION-050",
             "the chat template prints another number of placeholders than the row has media",
-            found=_counted(printed),
-            expected=_counted(given),
+            found=_count_by_kind(printed),
+            expected=_count_by_kind(kinds),
             fix="leave media out of what the template drops or repeats, such as a turn's reasoning",
         )
-    if printed != given:
-        at = next(n for n, kinds in enumerate(zip(printed, given)) if len({*kinds}) > 1)
+    if printed != kinds:
+        at = next(n for n, pair in enumerate(zip(printed, kinds)) if len({*pair}) > 1)
         raise RowError(
             "QC-VISION-051",
             f"the chat template prints another kind of placeholder for medium {at + 1} of the row",
             found=printed[at],
-            expected=given[at],
+            expected=kinds[at],
             fix="use the chat template that came with the weights",
         )
     # Pieces of text and media alternate; there is one piece more.
     pieces = _PLACEHOLDER.split(text)
     return pieces[0] + "".join(
-        _written(seen) + piece for seen, piece in zip(media, pieces[1:], strict=True)
+        _expanded(medium) + piece for medium, piece in zip(media, pieces[1:], strict=True)
     )
 
 
-def _written(seen: Seen) -> str:
+def _expanded(medium: ProcessedMedium) -> str:
     """What stands for one medium."""
-    pad = PADS[seen.kind]
-    if seen.kind == "image":
-        return pad * seen.tokens
-    frames = seen.grid[0]
-    assert len(seen.seconds) == frames, (seen.seconds, seen.grid)
-    frame = f"{START}{pad * (seen.tokens // frames)}{END}"
-    return "".join(f"<{second:.1f} seconds>{frame}" for second in seen.seconds)
+    pad = PADS[medium.kind]
+    if medium.kind == "image":
+        return pad * medium.tokens
+    frames = medium.grid[0]
+    assert len(medium.timestamps) == frames, (medium.timestamps, medium.grid)
+    frame = f"{START}{pad * (medium.tokens // frames)}{END}"
+    return "".join(f"<{second:.1f} seconds>{frame}" for second in medium.timestamps)
 
 
-def _counted(kinds: Sequence[str]) -> str:
+def _count_by_kind(kinds: Sequence[str]) -> str:
     return " and ".join(f"{kinds.count(kind)} of {kind}" for kind in PADS)
 
 
-def named_ids(config: Mapping[str, object]) -> dict[str, object]:
+def configured_ids(config: Mapping[str, object]) -> dict[str, object]:
     """What config.json says the ids of the placeholders are."""
-    return {token: config.get(key, usual) for token, (key, usual) in NAMED.items()}
+    return {token: config.get(key, default) for token, (key, default) in TOKEN_IDS.items()}
 
 
 def token_findings(config: Mapping[str, object], token_ids: Mapping[str, int]) -> Iterator[Finding]:
@@ -110,8 +110,8 @@ def token_findings(config: Mapping[str, object], token_ids: Mapping[str, int]) -
                 expected="one token, as media need",
                 fix="use the tokenizer that came with the weights",
             )
-    for token, named in named_ids(config).items():
-        (key, usual), known = NAMED[token], token_ids.get(token)
+    for token, named in configured_ids(config).items():
+        (key, default), known = TOKEN_IDS[token], token_ids.get(token)
         if known is not None and named != known:
             yield Finding(
                 code="QC-VISION-053",
@@ -119,7 +119,7 @@ def token_findings(config: Mapping[str, object], token_ids: Mapping[str, int]) -
                 what="is not the tokenizer's id of this token",
                 file="config.json",
                 field=key,
-                found=repr(named) if key in config else f"none, which means {usual}",
+                found=repr(named) if key in config else f"none, which means {default}",
                 expected=f"{known} ({token} in tokenizer.json)",
                 fix="use the config.json and tokenizer.json that came with the weights",
             )

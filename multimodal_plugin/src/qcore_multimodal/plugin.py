@@ -26,10 +26,10 @@ def _build(context: BuildContext) -> Tower:
     return build(context)
 
 
-def _reader(checkpoint: CheckpointView, tell: Callable[[str], None]) -> MediaReader:
+def _reader(checkpoint: CheckpointView, report: Callable[[str], None]) -> MediaReader:
     from .reader import Reader
 
-    return Reader(checkpoint, tell)
+    return Reader(checkpoint, report)
 
 
 VISION = Modality(

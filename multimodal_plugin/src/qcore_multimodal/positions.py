@@ -16,11 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from qcore.api import Placed, RowError
 
-from .media import Seen
+from .media import ProcessedMedium
 from .placeholders import PADS
 
 
-def place(ids: Sequence[int], media: Sequence[Seen], tokens: Mapping[str, int]) -> Placed:
+def place(
+    ids: Sequence[int], media: Sequence[ProcessedMedium], tokens: Mapping[str, int]
+) -> Placed:
     """Positions of an expanded row's tokens, and which of them the tower's outputs replace.
 
     Arrays are filled by slices: a row of 65,536 tokens takes about ten milliseconds.
@@ -41,7 +43,7 @@ def place(ids: Sequence[int], media: Sequence[Seen], tokens: Mapping[str, int]) 
     where = array("i")
     time, height, width = array("i"), array("i"), array("i")
     done = position = 0
-    for start, (rows, columns) in _runs(ids, media, tokens):
+    for start, (rows, columns) in _placeholder_runs(ids, media, tokens):
         size = rows * columns
         text = line[position : position + start - done]
         position += start - done
@@ -56,43 +58,47 @@ def place(ids: Sequence[int], media: Sequence[Seen], tokens: Mapping[str, int]) 
     return Placed(where=where, positions=(time + rest, height + rest, width + rest))
 
 
-def _runs(
-    ids: Sequence[int], media: Sequence[Seen], tokens: Mapping[str, int]
+def _placeholder_runs(
+    ids: Sequence[int], media: Sequence[ProcessedMedium], tokens: Mapping[str, int]
 ) -> Iterator[tuple[int, tuple[int, int]]]:
     """Start, rows and columns of every image and of every frame of a video."""
     at = 0
-    for number, seen in enumerate(media):
-        pad = tokens[PADS[seen.kind]]
-        frames, rows, columns = seen.grid[0], seen.grid[1] // seen.merge, seen.grid[2] // seen.merge
+    for number, medium in enumerate(media):
+        pad = tokens[PADS[medium.kind]]
+        frames, rows, columns = (
+            medium.grid[0],
+            medium.grid[1] // medium.merge,
+            medium.grid[2] // medium.merge,
+        )
         size = rows * columns
         for _ in range(frames):
             try:
                 start = ids.index(pad, at)
             except ValueError:
-                raise _unlike(number, seen, "none", size) from None
+                raise _run_error(number, medium, "none", size) from None
             at = start + size
             # One more would join the next run, which transformers would take for one medium.
-            if (run := ids[start:at].count(pad)) != size or pad in ids[at : at + 1]:
-                much = f"{run} among {size}" if run < size else f"more than {size}"
-                raise _unlike(number, seen, f"{much} from token {start}", size)
+            if (count := ids[start:at].count(pad)) != size or pad in ids[at : at + 1]:
+                run = f"{count} among {size}" if count < size else f"more than {size}"
+                raise _run_error(number, medium, f"{run} from token {start}", size)
             yield start, (rows, columns)
     for kind, pad in ((kind, tokens[token]) for kind, token in PADS.items()):
-        wanted = sum(seen.tokens for seen in media if seen.kind == kind)
-        if (held := ids.count(pad)) != wanted:
+        wanted = sum(medium.tokens for medium in media if medium.kind == kind)
+        if (present := ids.count(pad)) != wanted:
             raise RowError(
                 "QC-VISION-052",
                 f"has other tokens of {kind} than its media need",
-                found=held,
+                found=present,
                 expected=wanted,
                 fix=_FIX,
             )
 
 
-def _unlike(number: int, seen: Seen, found: str, size: int) -> RowError:
+def _run_error(number: int, medium: ProcessedMedium, run: str, size: int) -> RowError:
     return RowError(
         "QC-VISION-052",
-        f"has another run of tokens than medium {number + 1}, of kind {seen.kind}, needs",
-        found=found,
+        f"has another run of tokens than medium {number + 1}, of kind {medium.kind}, needs",
+        found=run,
         expected=f"{size} on end",
         fix=_FIX,
     )

@@ -37,16 +37,16 @@ class _WithoutTorchvision(BaseVideoProcessor):  # type: ignore[misc]
 
     def resize(self, image: Tensor, size: Any, resample: Any = None, **_: Any) -> Tensor:
         """``[..., C, H, W]``; torchvision hands bytes to the same kernel, which rounds itself."""
-        wanted = (size.height, size.width)
-        if image.shape[-2:] == wanted:
+        target = (size.height, size.width)
+        if image.shape[-2:] == target:
             return image
         flat = image.reshape(-1, *image.shape[-3:])
-        made = F.interpolate(flat, wanted, mode="bicubic", align_corners=False, antialias=True)
-        return made.reshape(*image.shape[:-2], *wanted)
+        out = F.interpolate(flat, target, mode="bicubic", align_corners=False, antialias=True)
+        return out.reshape(*image.shape[:-2], *target)
 
     def normalize(self, image: Tensor, mean: Any, std: Any, **_: Any) -> Tensor:
         """``(image - mean) / std`` by channel, in that order."""
-        by_channel = [torch.as_tensor(one, dtype=image.dtype).view(-1, 1, 1) for one in (mean, std)]
+        by_channel = [torch.as_tensor(x, dtype=image.dtype).view(-1, 1, 1) for x in (mean, std)]
         return image.sub(by_channel[0]).div_(by_channel[1])
 
 
@@ -66,7 +66,7 @@ class Processor:
         patch: pixels along a patch's side.
         merge: patches along each side of what becomes one embedding.
         temporal: frames of a patch.
-        numbers: everything that its values depend on, for the digest of what is kept.
+        settings: everything that its values depend on, for the digest of what is kept.
     """
 
     def __init__(self, kind: str, stock: Any) -> None:
@@ -75,34 +75,34 @@ class Processor:
         self.patch: int = stock.patch_size
         self.merge: int = stock.merge_size
         self.temporal: int = stock.temporal_patch_size
-        self.numbers: dict[str, Any] = {
+        self.settings: dict[str, Any] = {
             name: value
             for name, value in stock.to_dict().items()
             if not name.endswith(("_class", "_type"))
         }
         self.bounds: tuple[int, int] = size_bounds(stock.size)
-        self.most_frames: int | None = stock.max_frames if kind == "video" else None
+        self.max_frames: int | None = stock.max_frames if kind == "video" else None
 
     def table(self) -> Tensor:
         """``[C, 256]`` float32: the number that the processor makes of each byte."""
         stock = self._stock
         ramp = np.broadcast_to(np.arange(256, dtype=np.uint8), (len(stock.image_mean), 1, 256))
         if self.kind == "video":
-            made: Tensor = stock.rescale_and_normalize(
+            out: Tensor = stock.rescale_and_normalize(
                 torch.from_numpy(ramp.copy()), True, stock.rescale_factor, True,
                 tuple(stock.image_mean), tuple(stock.image_std),
             )  # fmt: skip
         else:
             scaled = stock.rescale(ramp, stock.rescale_factor)
             scaled = stock.normalize(scaled, stock.image_mean, stock.image_std)
-            made = torch.from_numpy(np.ascontiguousarray(scaled))
-        return made[:, 0]
+            out = torch.from_numpy(np.ascontiguousarray(scaled))
+        return out[:, 0]
 
     def _size(self, limits: Limits) -> Any:
-        return SizeDict(shortest_edge=limits.least, longest_edge=limits.most)
+        return SizeDict(shortest_edge=limits.min_pixels, longest_edge=limits.max_pixels)
 
 
-class Images(Processor):
+class ImageProcessor(Processor):
     """The image processor."""
 
     def patches(self, picture: Bytes, limits: Limits) -> tuple[Grid, Bytes]:
@@ -128,15 +128,15 @@ class Images(Processor):
         return (1, rows, columns), flat.astype(np.uint8)
 
 
-class Videos(Processor):
+class VideoProcessor(Processor):
     """The video processor."""
 
     def sample(self, count: int, rate: float, limits: Limits) -> list[int]:
         """Which of so many frames, so many a second, are looked at."""
         stock = self._stock
-        if limits.frames is not None:
+        if limits.max_frames is not None:
             stock = copy.copy(stock)
-            stock.max_frames = limits.frames
+            stock.max_frames = limits.max_frames
         metadata = VideoMetadata(total_num_frames=count, fps=rate)
         indices: list[int] = stock.sample_frames(
             metadata, num_frames=stock.num_frames, fps=limits.fps or stock.fps
@@ -161,13 +161,13 @@ class Videos(Processor):
         )
         return int(sized.shape[-2]), int(sized.shape[-1])
 
-    def shrink(self, frame: Bytes, size: tuple[int, int]) -> Tensor:
+    def resize(self, frame: Bytes, size: tuple[int, int]) -> Tensor:
         """One RGB frame ``[H, W, C] -> [C, *size]``."""
         image = torch.from_numpy(np.ascontiguousarray(np.moveaxis(frame, -1, 0)))
-        made: Tensor = _WithoutTorchvision.resize(
+        out: Tensor = _WithoutTorchvision.resize(
             self._stock, image, SizeDict(height=size[0], width=size[1])
         )
-        return made
+        return out
 
     def patches(self, frames: Tensor) -> tuple[Grid, Bytes]:
         """Cut up resized frames ``[T, C, H, W]``; an odd number has its last one twice.
@@ -184,7 +184,7 @@ class Videos(Processor):
         times, rows, columns = grid
         return (times, rows, columns), flat[0].numpy()
 
-    def seconds(self, indices: Sequence[int], rate: float) -> tuple[float, ...]:
+    def timestamps(self, indices: Sequence[int], rate: float) -> tuple[float, ...]:
         """When each patch in time is: the middle between its first and its last frame."""
         step = self.temporal
         padded = [*indices, *[indices[-1]] * (-len(indices) % step)]

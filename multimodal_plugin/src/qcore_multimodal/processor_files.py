@@ -29,7 +29,7 @@ _FILES: Final = {
     "image": ("preprocessor_config.json", "image_processor"),
     "video": ("video_preprocessor_config.json", "video_processor"),
 }
-_NAMES: Final = {
+_CLASSES: Final = {
     "image": {f"Qwen2VLImageProcessor{end}" for end in ("", "Fast", "Pil")},
     "video": {"Qwen3VLVideoProcessor"},
 }
@@ -49,16 +49,16 @@ def load(checkpoint: CheckpointView, kind: str, make: Callable[..., Any]) -> Any
     """
     name, content = _settings(checkpoint, kind)
     file = checkpoint.path / name
-    named = content.pop(f"{kind}_processor_type", None)
+    class_name = content.pop(f"{kind}_processor_type", None)
     content.pop("processor_class", None)
-    if named is not None and named not in _NAMES[kind]:
+    if class_name is not None and class_name not in _CLASSES[kind]:
         raise InputError(
             "QC-VISION-021",
             "is no processor that qcore runs",
             file=file,
             field=f"{kind}_processor_type",
-            found=repr(named),
-            expected=" or ".join(sorted(_NAMES[kind])),
+            found=repr(class_name),
+            expected=" or ".join(sorted(_CLASSES[kind])),
             fix=_FIX,
         )
     try:
@@ -71,10 +71,10 @@ def load(checkpoint: CheckpointView, kind: str, make: Callable[..., Any]) -> Any
             found=f"{type(error).__name__}: {str(error)[:200]}",
             fix=_FIX,
         ) from None
-    for field, found, good, expected in _demands(kind, stock):
+    for field, value, good, expected in _requirements(kind, stock):
         if not good:
             raise InputError(
-                "QC-VISION-022", "is out of bounds", file=file, field=field, found=repr(found),
+                "QC-VISION-022", "is out of bounds", file=file, field=field, found=repr(value),
                 expected=expected, fix=_FIX,
             )  # fmt: skip
     _check_config(checkpoint, file, stock)
@@ -119,32 +119,32 @@ def _real(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
-def _demands(kind: str, stock: Any) -> list[tuple[str, Any, bool, str]]:
+def _requirements(kind: str, stock: Any) -> list[tuple[str, Any, bool, str]]:
     """Field, value, whether it makes sense, and what would."""
 
     def three(value: Any) -> bool:
         return isinstance(value, list | tuple) and len(value) == 3 and all(map(_real, value))
 
     least, most = size_bounds(stock.size)
-    given = {key: value for key, value in dict(stock.size or {}).items() if value is not None}
+    size = {key: value for key, value in dict(stock.size or {}).items() if value is not None}
     mean, std = stock.image_mean, stock.image_std
     names = ["do_resize", "do_rescale", "do_normalize", "do_convert_rgb"]
     whole = ["patch_size", "merge_size", "temporal_patch_size"]
-    wants = []
+    video = []
     if kind == "video":
         names.append("do_sample_frames")
         whole += ["min_frames", "max_frames"]
         fps, count = stock.fps, stock.num_frames
-        wants += [
+        video += [
             ("fps", fps, _real(fps) and fps > 0, "a number above 0"),
             ("num_frames", count, count is None, "null, as frames are sampled by fps"),
         ]
     return [
-        *wants,
+        *video,
         *((name, getattr(stock, name), getattr(stock, name) is True, "true") for name in names),
         *((name, getattr(stock, name), _whole(getattr(stock, name)), "a number above 0")
           for name in whole),
-        ("size", given, 0 < least <= most, "shortest_edge up to longest_edge, in pixels"),
+        ("size", size, 0 < least <= most, "shortest_edge up to longest_edge, in pixels"),
         ("image_mean", mean, three(mean), "three numbers"),
         ("image_std", std, three(std) and min(map(abs, std)) > 0, "three numbers that are not 0"),
         ("rescale_factor", stock.rescale_factor,

@@ -24,7 +24,7 @@ Grids = Sequence[tuple[int, ...]]  #: of each medium: patches in time, height an
 _CPU = torch.device("cpu")
 
 
-def places(grids: Grids, merge: int) -> tuple[Tensor, Tensor]:
+def patch_coordinates(grids: Grids, merge: int) -> tuple[Tensor, Tensor]:
     """Row and column of every patch in its frame, ``[U]`` int64 each, on the CPU.
 
     Args:
@@ -72,12 +72,14 @@ class Rope:
     def _tables(self, media: Media) -> tuple[Tensor, Tensor]:
         exponents = torch.arange(0, self.dim // 2, 2, dtype=torch.float, device=_CPU)
         frequencies = 1.0 / (self.theta ** (exponents / (self.dim // 2)))
-        axes = [place.float().unsqueeze(1) * frequencies for place in self._places(media)]
+        axes = [place.float().unsqueeze(1) * frequencies for place in self._coordinates(media)]
         angles = torch.cat((*axes, *axes), 1)[:, None, None].to(media.values.device)
         return angles.cos(), angles.sin()
 
-    def _places(self, media: Media) -> tuple[Tensor, Tensor]:
-        return media.memo(f"places {self.merge}", lambda: places(media.grids, self.merge))
+    def _coordinates(self, media: Media) -> tuple[Tensor, Tensor]:
+        return media.memo(
+            f"coordinates {self.merge}", lambda: patch_coordinates(media.grids, self.merge)
+        )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

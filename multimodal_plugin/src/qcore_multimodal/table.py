@@ -26,10 +26,10 @@ SECTION = "vision_config"
 #: Base of the rotary frequencies where config.json says none, as in all published ones.
 THETA = 10000.0
 #: Far above any real tower. A table names every tensor, so a count is memory before it is judged.
-_MOST_BLOCKS = 1000
+_MAX_BLOCKS = 1000
 
 #: What tells a tower of other tensors, or of other rules; the hub's sections may leave both out.
-_KIND: dict[str, tuple[Any, ...]] = {
+_REQUIRED: dict[str, tuple[Any, ...]] = {
     "model_type": (None, "qwen3_5", "qwen3_5_moe", "qwen3_5_vision", "qwen3_5_moe_vision"),
     "deepstack_visual_indexes": (None, []),
 }
@@ -57,7 +57,7 @@ def vision_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     section = config.get(SECTION)
     if not isinstance(section, Mapping):
-        raise _bad(None, repr(section), "a mapping")
+        raise _config_error(None, repr(section), "a mapping")
     return section
 
 
@@ -71,14 +71,14 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
         InputError: ``QC-VISION-001``, ``QC-VISION-010``.
     """
     vision = vision_config(config)
-    for key, allowed in _KIND.items():
+    for key, allowed in _REQUIRED.items():
         if (value := vision.get(key)) not in allowed:
-            raise _bad(key, repr(value), " or ".join(map(repr, allowed)), "QC-VISION-010")
+            raise _config_error(key, repr(value), " or ".join(map(repr, allowed)), "QC-VISION-010")
     yield Part(
         name=NAME,
         rows=tuple(_rows()),
         dims={name: _size(vision, key) for name, key in _SIZES.items()},
-        axes={"block": tuple(range(_size(vision, "depth", _MOST_BLOCKS)))},
+        axes={"block": tuple(range(_size(vision, "depth", _MAX_BLOCKS)))},
         namespaces=(
             Namespace(
                 name="vl",
@@ -126,17 +126,19 @@ def _size(vision: Mapping[str, Any], key: str, most: int | None = None) -> int:
     value = vision.get(key)
     if type(value) is not int or not 0 < value <= (most or 2**31 - 1):
         expected = f"a whole number from 1 to {most}" if most else "a positive integer"
-        raise _bad(key, repr(value), expected)
+        raise _config_error(key, repr(value), expected)
     return value
 
 
-def _bad(key: str | None, found: str, expected: str, code: str = "QC-VISION-001") -> InputError:
+def _config_error(
+    key: str | None, value: str, expected: str, code: str = "QC-VISION-001"
+) -> InputError:
     return InputError(
         code,
         "does not describe this tower",
         file="config.json",
         field=SECTION if key is None else f"{SECTION}.{key}",
-        found=found,
+        found=value,
         expected=expected,
         fix="use the config.json that came with the weights",
     )

@@ -20,11 +20,11 @@ from tokenizers import Tokenizer
 from qcore.api import Table
 from qcore.api import Tensor as Entry
 
-from .placeholders import END, NAMED, START
+from .placeholders import END, START, TOKEN_IDS
 from .table import SECTION, parts
 
 #: Key of config.json -> the token whose id it holds.
-TOKENS = {key: token for token, (key, _) in NAMED.items()} | {
+TOKENS = {key: token for token, (key, _) in TOKEN_IDS.items()} | {
     "vision_start_token_id": START,
     "vision_end_token_id": END,
 }
@@ -122,8 +122,8 @@ def _random(entry: Entry, generator: torch.Generator) -> torch.Tensor:
     """Values on which every rule of the blocks matters: no norm or bias is left as it starts."""
     noise = torch.randn(entry.shape, generator=generator)
     if len(entry.shape) == 1:
-        centre = float("norm" in entry.name and entry.name.endswith("weight"))
-        value = centre + 0.1 * noise
+        center = float("norm" in entry.name and entry.name.endswith("weight"))
+        value = center + 0.1 * noise
     elif "pos_embed" in entry.name:
         value = 0.5 * noise
     else:

@@ -23,12 +23,12 @@ from qcore.api import Tower as TowerProtocol
 
 from .attention import Attention
 from .linear import LayerNorm, activated, affine, linear, residual
-from .media_batch import Pixels
-from .pos_embed import taps
+from .media_batch import PixelBatch
+from .pos_embed import interpolation
 from .table import vision_config
 
 #: Patches that are embedded at a time: their numbers are wide, and nothing of them stays.
-_AT_A_TIME = 8192
+_PATCHES_PER_SLICE = 8192
 
 
 class Mlp(nn.Module):
@@ -106,12 +106,12 @@ class _PosEmbed(nn.Module):
         self.weight = ctx.tensor("pos_embed.weight")
         self.side = math.isqrt(len(self.weight))
 
-    def forward(self, index: Tensor, share: Tensor) -> Tensor:
+    def forward(self, index: Tensor, weights: Tensor) -> Tensor:
         """``[U, 4]`` each ``-> [U, D]``, summed in float32."""
-        every = zip(index.unbind(1), share.unsqueeze(2).unbind(1), strict=True)
-        first, *rest = (F.embedding(one, self.weight) * by for one, by in every)
-        for one in rest:
-            first = first + one
+        every = zip(index.unbind(1), weights.unsqueeze(2).unbind(1), strict=True)
+        first, *rest = (F.embedding(near, self.weight) * weight for near, weight in every)
+        for term in rest:
+            first = first + term
         return first
 
 
@@ -144,34 +144,34 @@ class Tower(nn.Module):
         values = media.values
         units = sum(math.prod(grid) for grid in media.grids)
         if values.shape != (units, self.patch):
-            found = f"values of shape {tuple(values.shape)}"
-            raise ValueError(f"{found} for {units} patches of {self.patch} numbers")
-        index, share = media.memo("taps", lambda: self._taps(media))
+            shape = f"values of shape {tuple(values.shape)}"
+            raise ValueError(f"{shape} for {units} patches of {self.patch} numbers")
+        index, weights = media.memo("interpolation", lambda: self._interpolation(media))
         rows = [
-            self._rows(self._numbers(media, part), index[part], share[part])
-            for start in range(0, units, _AT_A_TIME)
-            for part in [slice(start, min(start + _AT_A_TIME, units))]
+            self._rows(self._pixel_values(media, part), index[part], weights[part])
+            for start in range(0, units, _PATCHES_PER_SLICE)
+            for part in [slice(start, min(start + _PATCHES_PER_SLICE, units))]
         ]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _numbers(self, media: Media, part: slice) -> Tensor:
+    def _pixel_values(self, media: Media, part: slice) -> Tensor:
         """The processor's numbers of some patches, in the run's dtype."""
-        table = isinstance(media, Pixels)
+        table = isinstance(media, PixelBatch)
         if table is not (media.values.dtype == torch.uint8):
             raise ValueError(
                 f"values are {media.values.dtype}, with {'a' if table else 'no'} table"
             )
-        if isinstance(media, Pixels):
-            return media.numbers(self.dtype, part.start, part.stop)
+        if isinstance(media, PixelBatch):
+            return media.pixel_values(self.dtype, part.start, part.stop)
         return media.values[part].to(self.dtype)
 
-    def _taps(self, media: Media) -> tuple[Tensor, Tensor]:
-        index, share = taps(media.grids, self.merge, self.pos_embed.side)
-        return index.to(media.values.device), share.to(media.values.device)
+    def _interpolation(self, media: Media) -> tuple[Tensor, Tensor]:
+        index, weights = interpolation(media.grids, self.merge, self.pos_embed.side)
+        return index.to(media.values.device), weights.to(media.values.device)
 
-    def _rows(self, x: Tensor, index: Tensor, share: Tensor) -> Tensor:
+    def _rows(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         out: Tensor = self.patch_embed.proj(x)
-        return out + self.pos_embed(index, share).to(out.dtype)
+        return out + self.pos_embed(index, weights).to(out.dtype)
 
     def sample(
         self, units: int, device: torch.device, generator: torch.Generator | None = None
@@ -192,7 +192,7 @@ class Tower(nn.Module):
         else:
             values = torch.randint(256, shape, dtype=torch.uint8, device=cpu, generator=generator)
         table = torch.linspace(-1, 1, 256, device=cpu).repeat(1, self.channels, 1)
-        return Pixels(
+        return PixelBatch(
             values=values.to(device),
             grids=(grid,),
             where=torch.arange(shape[0] // self.merge**2, device=device),

@@ -1,4 +1,4 @@
-"""Videos to frames: containers by PyAV, animated pictures by Pillow.
+"""VideoProcessor to frames: containers by PyAV, animated pictures by Pillow.
 
 This file decides what of a video is refused, and how many frames there are: those that decode, not
 those that a header promises. Only frames that the processor asks for are kept, and each is resized
@@ -33,18 +33,18 @@ from .containers import demuxer
 from .media_options import Limits
 
 if TYPE_CHECKING:
-    from .processor import Bytes, Grid, Videos
+    from .processor import Bytes, Grid, VideoProcessor
 
 # Not final, as tests lower them.
-MAX_PICTURES = 20_000  #: frames of an animated picture, which must be looked at one by one
-MOST_DECODED = 1 << 30  #: pixels of an animated picture: a second for each hundred million
-MAX_FRAMES = 10_000_000  #: of a film: two days of 60 a second
-MOST_FILMED = 1 << 42  #: pixels of a film: two hours of 4K, 60 frames a second
-_SHORTER: Final = "cut it into shorter ones"
-_SHOWN: Final = 0.1  # seconds of a frame that states none, as browsers have it
+MAX_ANIMATED_FRAMES = 20_000  #: frames of an animated picture, which must be looked at one by one
+MAX_ANIMATED_PIXELS = 1 << 30  #: pixels of an animated picture: a second for each hundred million
+MAX_VIDEO_FRAMES = 10_000_000  #: of a film: two days of 60 a second
+MAX_VIDEO_PIXELS = 1 << 42  #: pixels of a film: two hours of 4K, 60 frames a second
+_SHORTEN: Final = "cut it into shorter ones"
+_DEFAULT_DURATION: Final = 0.1  # seconds of a frame that states none, as browsers have it
 
 
-class _Recounted(Exception):
+class _FrameCountChanged(Exception):
     """Another number of frames than was counted without decoding."""
 
     def __init__(self, count: int) -> None:
@@ -52,7 +52,7 @@ class _Recounted(Exception):
         self.count = count
 
 
-class _Source(Protocol):
+class _FrameSource(Protocol):
     """A video that is open.
 
     Attributes:
@@ -64,16 +64,16 @@ class _Source(Protocol):
     rate: float
 
     def frames(self) -> Iterator[NDArray[np.uint8] | None]:
-        """All of them, ``[H, W, 3]``; ``None`` for each that `wanted` does not name."""
+        """All of them, ``[H, W, 3]``; ``None`` for each that `select` does not name."""
         ...
 
-    def want(self, indices: Sequence[int]) -> None:
+    def select(self, indices: Sequence[int]) -> None:
         """Only these frames will be looked at."""
         ...
 
 
 def process(
-    file: BinaryIO, processor: Videos, limits: Limits
+    file: BinaryIO, processor: VideoProcessor, limits: Limits
 ) -> tuple[Grid, tuple[float, ...], Bytes]:
     """Decode, sample, resize and cut up a video.
 
@@ -90,32 +90,36 @@ def process(
     """
     name = demuxer(file)
     if name is None:
-        data = images.whole(file)
-        with images.opened(data) as image:
-            images.check_sums(image, data)
-            return _process(_Pictures(image), processor, limits)
+        data = images.read_bounded(file)
+        with images.open_image(data) as image:
+            images.verify_checksums(image, data)
+            return _process(_AnimatedImage(image), processor, limits)
     with _decoding():
-        return _process(_Film(file, name), processor, limits)
+        return _process(_VideoFile(file, name), processor, limits)
 
 
 def _process(
-    source: _Source, processor: Videos, limits: Limits
+    source: _FrameSource, processor: VideoProcessor, limits: Limits
 ) -> tuple[Grid, tuple[float, ...], Bytes]:
     try:
-        indices, kept = _sampled(source, processor, limits)
-    except _Recounted as other:
+        indices, kept = _sample_frames(source, processor, limits)
+    except _FrameCountChanged as other:
         # Packets without a frame, edit lists: what was decoded is the count.
         source.rate *= other.count / source.count
         source.count = other.count
         try:
-            indices, kept = _sampled(source, processor, limits)
-        except _Recounted as again:  # of a file that is written to, which `reader` then says
+            indices, kept = _sample_frames(source, processor, limits)
+        except (
+            _FrameCountChanged
+        ) as again:  # of a file that is written to, which `reader` then says
             raise _damaged(f"{again.count} frames, {other.count} before") from None
     grid, values = processor.patches(kept)
-    return grid, processor.seconds(indices, source.rate), values
+    return grid, processor.timestamps(indices, source.rate), values
 
 
-def _sampled(source: _Source, processor: Videos, limits: Limits) -> tuple[list[int], Tensor]:
+def _sample_frames(
+    source: _FrameSource, processor: VideoProcessor, limits: Limits
+) -> tuple[list[int], Tensor]:
     """Numbers of the frames that are looked at, and what they are resized to ``[T, C, H, W]``."""
     if source.count < processor.temporal:
         raise RowError(
@@ -126,7 +130,7 @@ def _sampled(source: _Source, processor: Videos, limits: Limits) -> tuple[list[i
             fix='give a still image as {"type": "image"}',
         )
     indices = processor.sample(source.count, source.rate, limits)
-    source.want(indices)
+    source.select(indices)
     kept: Tensor | None = None
     size, shape = (0, 0), (0, 0)
     count = place = 0
@@ -144,16 +148,18 @@ def _sampled(source: _Source, processor: Videos, limits: Limits) -> tuple[list[i
                     expected=f"{shape[1]} x {shape[0]}, as before",
                     fix="encode it again at one size",
                 )
-            kept[place] = processor.shrink(frame, size)
+            kept[place] = processor.resize(frame, size)
             place += 1
         count += 1
     if count != source.count:
-        raise _Recounted(count)
+        raise _FrameCountChanged(count)
     assert kept is not None
     return indices, kept
 
 
-def _size(processor: Videos, count: int, shape: tuple[int, ...], limits: Limits) -> tuple[int, int]:
+def _size(
+    processor: VideoProcessor, count: int, shape: tuple[int, ...], limits: Limits
+) -> tuple[int, int]:
     height, width = shape
     images.check_size(width, height)
     try:
@@ -164,7 +170,7 @@ def _size(processor: Videos, count: int, shape: tuple[int, ...], limits: Limits)
         ) from None
 
 
-def _check_amount(count: int, size: tuple[int, int], most: int, pixels: int, fix: str) -> None:
+def _check_frames(count: int, size: tuple[int, int], most: int, pixels: int, fix: str) -> None:
     """Refuse more than may be decoded (``QC-VISION-030``, ``-039``)."""
     if count > most:
         raise RowError(
@@ -174,57 +180,61 @@ def _check_amount(count: int, size: tuple[int, int], most: int, pixels: int, fix
         raise _too_many_pixels(f"{count} frames of {size[0]} x {size[1]}", pixels, fix)
 
 
-def _too_many_pixels(found: str, most: int, fix: str) -> RowError:
+def _too_many_pixels(decoded: str, most: int, fix: str) -> RowError:
     return RowError(
         "QC-VISION-030",
         "has too many pixels in all its frames, each of which is decoded",
-        found=found,
+        found=decoded,
         expected=f"at most {most} pixels",
         fix=fix,
     )
 
 
-class _Pictures:
+class _AnimatedImage:
     """An animated picture, open in Pillow."""
 
     def __init__(self, image: Any) -> None:
         self._image = image
-        self._wanted: frozenset[int] = frozenset()
+        self._selected: frozenset[int] = frozenset()
         self.count = int(getattr(image, "n_frames", 1))
-        _check_amount(
-            self.count, (image.width, image.height), MAX_PICTURES, MOST_DECODED, "convert it to MP4"
+        _check_frames(
+            self.count,
+            (image.width, image.height),
+            MAX_ANIMATED_FRAMES,
+            MAX_ANIMATED_PIXELS,
+            "convert it to MP4",
         )
         total = 0.0
         for number in range(self.count):
             image.seek(number)
-            image.load()  # only then a WebP says how long it is shown
-            shown = image.info.get("duration", 0)
-            sound = isinstance(shown, int | float) and math.isfinite(shown) and shown > 0
-            total += shown / 1000 if sound else _SHOWN
+            image.load()  # only then a WebP says how long it is duration
+            duration = image.info.get("duration", 0)
+            valid = isinstance(duration, int | float) and math.isfinite(duration) and duration > 0
+            total += duration / 1000 if valid else _DEFAULT_DURATION
         self.rate = self.count / total
 
-    def want(self, indices: Sequence[int]) -> None:
-        self._wanted = frozenset(indices)
+    def select(self, indices: Sequence[int]) -> None:
+        self._selected = frozenset(indices)
 
     def frames(self) -> Iterator[NDArray[np.uint8] | None]:
         for number in range(self.count):
-            if number in self._wanted:
+            if number in self._selected:
                 self._image.seek(number)
-                yield images.rgb(self._image)
+                yield images.to_rgb(self._image)
             else:
                 yield None
 
 
-class _Film:
+class _VideoFile:
     """A container, decoded by PyAV; each pass opens it anew."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name = file, name
-        self._wanted: frozenset[int] = frozenset()
+        self._selected: frozenset[int] = frozenset()
         self.count, self.rate = self._scan()
 
-    def want(self, indices: Sequence[int]) -> None:
-        self._wanted = frozenset(indices)
+    def select(self, indices: Sequence[int]) -> None:
+        self._selected = frozenset(indices)
 
     def _scan(self) -> tuple[int, float]:
         """Packets of the video, which are its frames but for odd files, and the mean rate."""
@@ -235,7 +245,7 @@ class _Film:
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
                     count += 1
-                    _check_amount(count, size, MAX_FRAMES, MOST_FILMED, _SHORTER)
+                    _check_frames(count, size, MAX_VIDEO_FRAMES, MAX_VIDEO_PIXELS, _SHORTEN)
                     if packet.pts is not None:
                         first, last = min(first, packet.pts), max(last, packet.pts)
             stated = float(stream.average_rate or 0)
@@ -258,15 +268,15 @@ class _Film:
         self._file.seek(0)
         with av.open(self._file, format=self._name, metadata_errors="ignore") as container:
             # A song's cover is a stream of one picture.
-            found = [s for s in container.streams.video
+            streams = [s for s in container.streams.video
                      if not s.disposition & Disposition.attached_pic]  # fmt: skip
-            if not found:
+            if not streams:
                 others = sorted({stream.type for stream in container.streams})
                 raise RowError(
                     "QC-VISION-036", "has no video in it", found=", ".join(others) or "no streams",
                     expected="a stream of video",
                 )  # fmt: skip
-            stream = found[0]
+            stream = streams[0]
             if stream.codec_context is None:
                 raise RowError("QC-VISION-035", "is of a codec that this PyAV cannot decode")
             stream.thread_type = "AUTO"
@@ -279,12 +289,12 @@ class _Film:
             for number, frame in enumerate(container.decode(stream)):
                 # A packet may have several frames, and a frame another size than was declared.
                 decoded += frame.width * frame.height
-                if decoded > MOST_FILMED:
-                    found = f"{decoded} in {number + 1} frames"
-                    raise _too_many_pixels(found, MOST_FILMED, _SHORTER)
+                if decoded > MAX_VIDEO_PIXELS:
+                    amount = f"{decoded} in {number + 1} frames"
+                    raise _too_many_pixels(amount, MAX_VIDEO_PIXELS, _SHORTEN)
                 if frame.is_corrupt:
                     raise _damaged(f"frame {number} is incomplete")
-                if number not in self._wanted:
+                if number not in self._selected:
                     yield None
                     continue
                 images.check_size(frame.width, frame.height)
@@ -306,21 +316,21 @@ def _decoding() -> Iterator[None]:
             fix='pip install "qcore-multimodal[video]"',
         ) from None
     # FFmpeg's codes are classes of this tree; the others come from PyAV's own conversions.
-    raised = (
+    decoder_errors = (
         av.error.FFmpegError, OSError, ValueError, TypeError, LookupError, EOFError, MemoryError,
         OverflowError, RuntimeError, NotImplementedError, ZeroDivisionError,
     )  # fmt: skip
     try:
         yield
-    except raised as error:
+    except decoder_errors as error:
         raise _damaged(getattr(error, "strerror", None) or str(error)) from None
 
 
-def _damaged(found: str) -> RowError:
+def _damaged(reason: str) -> RowError:
     return RowError(
         "QC-VISION-035",
         "is damaged",
-        found=found[:200],
+        found=reason[:200],
         expected="a video that decodes to its end",
         fix="encode it again",
     )
