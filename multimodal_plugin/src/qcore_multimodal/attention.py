@@ -1,10 +1,11 @@
-"""Attention of patches within their frame, no one before another; no mask exists.
+"""Vision attention: every patch attends to all patches of its own frame, without a mask.
 
-This file decides how frames are kept apart: those of one length are one batch, wherever they
-lie, so that many small pictures are few calls, and memory is linear in U. On a GPU only torch's
-FlashAttention and memory-efficient kernels are let in: the unfused form would hold U x U scores,
-and cuDNN builds a plan for every new shape, which pictures have many of. What a plan sees of it
-is here too: on the meta device torch would take the unfused form.
+This file decides how frames are separated: frames of equal length form one batch, wherever they
+lie in the input. Many small images therefore need few kernel calls, and memory is linear in U. On a
+GPU only torch's FlashAttention and memory-efficient kernels are allowed: the unfused form would
+materialize U x U scores, and cuDNN builds a plan for every new shape, of which images have many. On
+the meta device torch would select the unfused form, so the memory and FLOPs of the fused kernels
+are recorded here for the planner.
 
 Shapes: U patches of all media, h heads, D head size.
 """
@@ -31,18 +32,19 @@ from .linear import linear, residual
 from .rope import Grids, Rope, rotate
 
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-#: Of the rate of a layer's products, as of core's attention.
+#: Throughput relative to a layer's matrix products, as for core's attention.
 _FORWARD, _BACKWARD = 0.88, 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """The frames of some media, those of one length together.
+    """The frames of a batch of media, grouped by length.
 
     Attributes:
-        groups: (frames, patches of each), in the order in which they are attended.
-        order: ``[U]`` int64, the patch at each place of that order; ``None`` where it is theirs.
-        inverse: the inverse.
+        groups: (number of frames, patches per frame) of each group, in attention order.
+        order: ``[U]`` int64, input index of each patch in attention order; ``None`` if the input
+            already has this order.
+        inverse: inverse permutation of `order`.
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -51,7 +53,7 @@ class Frames:
 
     @staticmethod
     def of(grids: Grids, device: torch.device) -> Frames:
-        """Read grids; a patch in time is a frame."""
+        """Group the frames of `grids`; each temporal patch is a frame."""
         lengths = [height * width for time, height, width in grids for _ in range(time)]
         counts = Counter(lengths)
         groups = tuple((count, length) for length, count in counts.items())
@@ -64,20 +66,20 @@ class Frames:
 
 
 def frame_attention(q: Tensor, k: Tensor, v: Tensor, frames: Frames, scale: float) -> Tensor:
-    """Attention of every patch to all of its frame.
+    """Attention of every patch to all patches of its frame.
 
     Args:
         q: ``[U, h, D]``.
         k: ``[U, h, D]``.
         v: ``[U, h, D]``.
-        frames: which patches belong together.
-        scale: factor of the scores.
+        frames: grouping of patches into frames.
+        scale: factor applied to the scores.
 
     Returns:
         ``[U, h, D]``.
 
     Raises:
-        RuntimeError: of torch, where no fused kernel of a GPU takes the shapes.
+        RuntimeError: torch has no fused GPU kernel for these shapes.
     """
     order, inverse = frames.order, frames.inverse
     if order is not None:
@@ -93,7 +95,7 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, frames: Frames, scale: floa
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """``[frames, length, h, D]`` each ``-> [frames * length, h, D]``."""
+    """Attention within frames: each ``[frames, length, h, D] -> [frames * length, h, D]``."""
     if q.is_meta:
         out: Tensor = _MetaAttention.apply(q, k, v)
         return out.flatten(0, 1)
@@ -104,7 +106,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 class _MetaAttention(torch.autograd.Function):
-    """What the fused kernels allocate and save, nothing computed."""
+    """Allocations, saved tensors and FLOPs of the fused kernels; computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ class _MetaAttention(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, o, lse = ctx.saved_tensors
         dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-        # The gradient of q is summed in float32, over heads of a multiple of 32.
+        # The gradient of q is accumulated in float32, with head sizes padded to a multiple of 32.
         sums = q.new_empty(*q.shape[:-1], 32 * cdiv(q.shape[-1], 32), dtype=torch.float32)
         rows = torch.empty_like(lse)
         work = 2.5 * ctx.flops / _BACKWARD
@@ -130,7 +132,7 @@ class _MetaAttention(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    """``[U, h * D] -> [U, h * D]``, all of a frame with all of it, added to a stream."""
+    """Self-attention within each frame, added to the residual stream: ``[U, h * D]`` in and out."""
 
     def __init__(self, ctx: BuildContext, vision: Mapping[str, Any], name: str) -> None:
         super().__init__()
@@ -147,7 +149,7 @@ class Attention(nn.Module):
         return residual(stream, self.proj, o.flatten(1))
 
     def _heads(self, y: Tensor, media: Media) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v ``[U, h, D]``; bias and rope of q and k in float32, rounded once."""
+        """Split into q, k, v ``[U, h, D]``; bias and rope of q and k in float32, rounded once."""
         bias, split = self.qkv.get_parameter("bias"), 2 * y.shape[1] // 3
         wide = torch.promote_types(y.dtype, torch.float32)
         both = (y[:, :split].to(wide) + bias[:split]).unflatten(1, (2, self.heads, -1))

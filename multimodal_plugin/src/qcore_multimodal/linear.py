@@ -1,8 +1,8 @@
-"""Linear maps and norms with a bias, from core's maps that have none.
+"""Linear layers with a bias and LayerNorm for the vision tower, built on core's bias-free linears.
 
-This file decides that a bias is a frozen tensor beside its map's weight, and that it is added in
-float32 together with what follows (a residual, an activation), so that a result in 16 bit is
-rounded as often as where the map adds it.
+This file decides that a bias is a frozen tensor next to its linear layer's weight, and that it is
+added in float32 together with the next operation (a residual or an activation). A 16-bit result is
+then rounded as often as in a linear layer that adds its own bias.
 
 Shapes: U patches, d features.
 """
@@ -19,13 +19,13 @@ from torch.autograd.function import once_differentiable
 from qcore.api import BuildContext, LinearLayer
 from qcore.ops import recompute
 
-_EPS = 1e-6  # of every norm; no config names it
+_EPS = 1e-6  # of every norm; not in config.json
 
 
 def linear(ctx: BuildContext, name: str) -> LinearLayer:
-    """The map of the row ``{name}.weight``, with the row ``{name}.bias`` as its ``bias``.
+    """The linear layer of row ``{name}.weight``, with row ``{name}.bias`` registered as ``bias``.
 
-    The map itself does not know of it: what comes after adds it.
+    The layer does not add the bias itself: `affine`, `residual` and `activated` do.
     """
     layer = ctx.linear(name)
     layer.register_parameter("bias", ctx.tensor(f"{name}.bias"))
@@ -33,7 +33,7 @@ def linear(ctx: BuildContext, name: str) -> LinearLayer:
 
 
 def affine(layer: LinearLayer, x: Tensor) -> Tensor:
-    """``x W^T + b``, of what `linear` layer: ``[..., in] -> [..., out]``."""
+    """``x W^T + b`` for a layer from `linear`: ``[..., in] -> [..., out]``."""
     y = layer(x)
     return biased(y, layer).to(y.dtype)
 
@@ -44,12 +44,12 @@ def residual(stream: Tensor, layer: LinearLayer, x: Tensor) -> Tensor:
 
 
 def activated(layer: LinearLayer, x: Tensor, approximate: str) -> Tensor:
-    """``gelu(x W^T + b)``; computed again in backward."""
+    """``gelu(x W^T + b)``; recomputed in backward."""
     return recompute(_gelu, layer(x), layer.get_parameter("bias"), approximate)
 
 
 def biased(y: Tensor, layer: LinearLayer) -> Tensor:
-    """``y + b`` in float32, or wider."""
+    """``y + b`` in float32, or float64 for float64 inputs."""
     return y + layer.get_parameter("bias").to(_wide(y))
 
 
@@ -63,7 +63,7 @@ def _gelu(y: Tensor, bias: Tensor, approximate: str) -> Tensor:
     Args:
         y: ``[U, d]``.
         bias: ``[d]``.
-        approximate: ``none`` or ``tanh``, as torch has it.
+        approximate: ``none`` or ``tanh``, as in torch.
     """
     out: Tensor = _Gelu.apply(y, bias, approximate)
     return out
@@ -94,7 +94,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension; its result is computed again in backward."""
+    """LayerNorm over the last dimension; its output is recomputed in backward."""
 
     def __init__(self, ctx: BuildContext, name: str) -> None:
         super().__init__()

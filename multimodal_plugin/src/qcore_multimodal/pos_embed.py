@@ -1,7 +1,7 @@
-"""Where patches lie, as an embedding that is added to theirs.
+"""Bilinear interpolation of the tower's learned position embeddings onto each frame's patch grid.
 
-This file decides how the learned square of position embeddings is stretched over a frame's grid:
-bilinear, corner on corner. What a patch's numbers are is `pixels`'.
+This file decides how the learned square of position embeddings is resized to a frame's grid:
+bilinear, with corners aligned. `media_batch` decides the pixel values of a patch.
 
 Shapes: U patches of all media.
 """
@@ -15,15 +15,15 @@ from .rope import Grids, patch_coordinates
 
 
 def interpolation(grids: Grids, merge: int, side: int) -> tuple[Tensor, Tensor]:
-    """Which learned positions a patch's is a mean of, and their weights; on the CPU.
+    """Indices and weights of the learned positions for every patch, on the CPU.
 
     Args:
-        grids: of the media, in order.
+        grids: grid of each medium, in order.
         merge: patches along each side of a block.
-        side: learned positions along each side of their square.
+        side: learned positions along each side of the square.
 
     Returns:
-        ``[U, 4]`` int64 and ``[U, 4]`` float32.
+        Indices ``[U, 4]`` int64 and weights ``[U, 4]`` float32.
     """
     axes, step = [], torch.arange(2, device="cpu")
     for axis, place in enumerate(patch_coordinates(grids, merge), 1):

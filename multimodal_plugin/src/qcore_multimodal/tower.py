@@ -1,11 +1,11 @@
 """The vision tower of Qwen 3.5 and 3.6: patch embedding, residual blocks, merger.
 
-This file decides the order of blocks and their parameter names (the table's, less its root);
-attention is `attention`'s, what patches are before the first block is `patches`'. The merger is the
-last layer. A config that this does not compute was refused by `guards` before.
+This file decides the order of blocks and their parameter names (those of the table, without its
+root). `attention` computes attention, `media_batch` the pixel values of the patches. The merger is
+the last layer. `guards` has already refused any config that these blocks do not support.
 
-Shapes: U patches of all media, D the tower's hidden size, n = U / merge^2 embeddings, H the
-text's hidden size, F numbers of a patch.
+Shapes: U patches of all media, D the tower's hidden size, n = U / merge^2 embeddings, H the text
+model's hidden size, F values per patch.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .media_batch import PixelBatch
 from .pos_embed import interpolation
 from .table import vision_config
 
-#: Patches that are embedded at a time: their numbers are wide, and nothing of them stays.
+#: Patches that are embedded at a time, to bound the memory of their float values.
 _PATCHES_PER_SLICE = 8192
 
 
 class Mlp(nn.Module):
-    """``fc2(gelu(fc1(x)))``, the GELU by its tanh approximation, added to a stream."""
+    """``fc2(gelu(fc1(x)))`` with the tanh approximation, added to the residual stream."""
 
     def __init__(self, ctx: BuildContext, name: str) -> None:
         super().__init__()
@@ -61,9 +61,9 @@ class Block(nn.Module):
 
 
 class Merger(nn.Module):
-    """``[U, D] -> [n, H]``: the norm is of each patch, before its block becomes one row.
+    """``[U, D] -> [n, H]``: each patch is normalized, then a block of patches becomes one row.
 
-    Its GELU is the exact one.
+    The GELU is exact, without the tanh approximation.
     """
 
     def __init__(self, ctx: BuildContext, merge: int) -> None:
@@ -79,7 +79,7 @@ class Merger(nn.Module):
 
 
 class _Projection(nn.Module):
-    """``patch_embed.proj``: a convolution over whole patches is one matrix."""
+    """``patch_embed.proj``: a convolution with stride equal to the patch size, as one matrix."""
 
     def __init__(self, ctx: BuildContext, name: str) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class _PatchEmbed(nn.Module):
 
 
 class _PosEmbed(nn.Module):
-    """``pos_embed``: the learned square of positions."""
+    """``pos_embed``: the learned square of position embeddings."""
 
     def __init__(self, ctx: BuildContext) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class _PosEmbed(nn.Module):
         self.side = math.isqrt(len(self.weight))
 
     def forward(self, index: Tensor, weights: Tensor) -> Tensor:
-        """``[U, 4]`` each ``-> [U, D]``, summed in float32."""
+        """Weighted sum of position embeddings in float32: each ``[U, 4] -> [U, D]``."""
         every = zip(index.unbind(1), weights.unsqueeze(2).unbind(1), strict=True)
         first, *rest = (F.embedding(near, self.weight) * weight for near, weight in every)
         for term in rest:
@@ -116,7 +116,7 @@ class _PosEmbed(nn.Module):
 
 
 class Tower(nn.Module):
-    """Everything between patches and embeddings of the text's."""
+    """The vision tower: patches in, embeddings of the text model out."""
 
     def __init__(self, ctx: BuildContext) -> None:
         super().__init__()
@@ -136,10 +136,10 @@ class Tower(nn.Module):
         return [*self.blocks, self.merger]
 
     def embed(self, media: Media) -> Tensor:
-        """``values [U, F] -> [U, D]``: patches, and where they lie.
+        """Patch and position embeddings: ``values [U, F] -> [U, D]``.
 
         Raises:
-            ValueError: the grids are not of so many patches, or bytes without a table.
+            ValueError: the grids have a different number of patches, or bytes lack a table.
         """
         values = media.values
         units = sum(math.prod(grid) for grid in media.grids)
@@ -155,7 +155,7 @@ class Tower(nn.Module):
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _pixel_values(self, media: Media, part: slice) -> Tensor:
-        """The processor's numbers of some patches, in the run's dtype."""
+        """Pixel values of some patches in the run's dtype."""
         table = isinstance(media, PixelBatch)
         if table is not (media.values.dtype == torch.uint8):
             raise ValueError(
@@ -176,12 +176,12 @@ class Tower(nn.Module):
     def sample(
         self, units: int, device: torch.device, generator: torch.Generator | None = None
     ) -> Media:
-        """One made-up picture of about so many patches, as near a square as they allow.
+        """A synthetic image of about `units` patches, as close to a square as possible.
 
         Args:
-            units: patches; rounded up to a rectangle of whole blocks.
-            device: where it lies.
-            generator: of its bytes, on the CPU; without one they are left undefined.
+            units: number of patches, rounded up to a rectangle of whole blocks.
+            device: device of the result.
+            generator: CPU generator for the bytes; ``None`` leaves them uninitialized.
         """
         blocks = max(1, -(-units // self.merge**2))
         high = math.isqrt(blocks)
@@ -202,5 +202,5 @@ class Tower(nn.Module):
 
 
 def build(ctx: BuildContext) -> TowerProtocol:
-    """The tower of the config in `ctx`."""
+    """Build the tower that the config in `ctx` describes."""
     return cast(TowerProtocol, Tower(ctx))
