@@ -283,7 +283,7 @@ def test_refused(case: str) -> None:
 
 
 def test_the_kind_that_differs_is_told_by_its_number() -> None:
-    with pytest.raises(RowError, match="medium 2 of the row"):
+    with pytest.raises(RowError, match="kind of placeholder for medium 2"):
         expand(f"{IMAGE} {IMAGE}", [PIC, CLIP])
 
 

@@ -152,7 +152,7 @@ def test_a_film_that_is_written_to_while_it_is_decoded(
 
     part = file_payload(path, "video")
     monkeypatch.setattr(videos, "process", process)
-    with pytest.raises(RowError, match="is not what it was") as caught:
+    with pytest.raises(RowError, match="changed after its row was checked") as caught:
         reader.read(part)
     assert caught.value.code == "QC-VISION-042"
     assert not cache_home.exists()
@@ -173,7 +173,7 @@ def test_a_film_that_is_damaged_by_what_is_written_to_it(
         return real(*arguments)
 
     monkeypatch.setattr(videos, "process", process)
-    with pytest.raises(RowError, match="is not what it was") as caught:
+    with pytest.raises(RowError, match="changed after its row was checked") as caught:
         reader.read(part)
     assert caught.value.code == "QC-VISION-042"
     assert caught.value.__suppress_context__
@@ -196,7 +196,7 @@ def test_a_film_whose_frames_come_and_go(
         return itertools.islice(real(film), next(passes))
 
     monkeypatch.setattr(videos._VideoFile, "frames", frames_of)
-    with pytest.raises(RowError, match="is not what it was"):
+    with pytest.raises(RowError, match="changed after its row was checked"):
         reader.read(part)
 
 
@@ -258,7 +258,8 @@ def test_what_is_gone_in_the_middle_of_a_run_is_made_again_and_said(
     assert torch.equal(reader.batch(media, WHERE).values, values)
     assert torch.equal(reader.batch(media, WHERE).values, values)
     assert len(decoded) == 4
-    assert said == [f"values of media in {cache_home} are gone or damaged: they are made again"]
+    missing = f"entries of the media cache {cache_home} are missing or damaged: "
+    assert said == [missing + "they are processed again"]
     assert len(list(cache_home.glob("*.media"))) == 3
 
 
@@ -273,7 +274,7 @@ def test_a_file_that_changes_in_the_middle_of_a_run(
     assert reader.batch([seen], WHERE).values.shape[0] == seen.units  # kept values stay good
     for entry in cache_home.glob("*.media"):
         entry.unlink()
-    with pytest.raises(InputError, match="is not what it was") as caught:
+    with pytest.raises(InputError, match="changed after its row was checked") as caught:
         reader.batch([seen], WHERE)
     assert caught.value.code == "QC-VISION-042"
     assert caught.value.file == str(path)
@@ -307,8 +308,8 @@ def test_the_folder_is_bounded_and_the_oldest_go(
     assert {media[5].digest, media[6].digest} <= kept
     assert sum(path.stat().st_size for path in cache_home.iterdir()) <= 6 * 197_500
     (told,) = said  # more than fits, said while the rows are checked
-    assert "more than" in told
-    assert "set QCORE_MEDIA_CACHE_GB above" in told
+    assert "exceed the cache of" in told
+    assert "raise QCORE_MEDIA_CACHE_GB above" in told
 
 
 def test_what_others_wrote_counts(tmp_path: Path) -> None:
@@ -326,7 +327,7 @@ def test_one_medium_larger_than_all_may_be(
     new_reader: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, cache_home: Path
 ) -> None:
     monkeypatch.setenv("QCORE_MEDIA_CACHE_GB", "0.0001")
-    with pytest.raises(RowError, match="than the cache of media may hold") as caught:
+    with pytest.raises(RowError, match="does not fit in the media cache") as caught:
         new_reader().read(payload(png()))
     assert caught.value.code == "QC-VISION-044"
     assert "QCORE_MEDIA_CACHE_GB" in (caught.value.fix or "")

@@ -1,10 +1,10 @@
-"""What a row may ask of the processor: pixels, and of a video frames.
+"""Per-part processing options of a row: ``min_pixels``, ``max_pixels``, ``fps``, ``max_frames``.
 
-This file decides which keys a part may have beside its bytes and which values. What the bounds
-are without them is the processor's. It imports no torch.
+This file decides which keys a content part may have besides its bytes, and their allowed values.
+The processor provides the defaults. It imports no torch.
 
-- ``QC-VISION-025`` a value of the wrong type or out of bounds.
-- ``QC-VISION-026`` a key that is of another kind.
+- ``QC-VISION-025`` a value with a wrong type or out of bounds.
+- ``QC-VISION-026`` an unknown key, or a key of the other kind.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from qcore.api import RowError
 
 KEYS = ("min_pixels", "max_pixels", "fps", "max_frames")
 _VIDEO_KEYS = ("fps", "max_frames")
-_MAX_FPS = 240.0  # frames a second; no processor is asked for more
+_MAX_FPS = 240.0  # frames per second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one medium is processed to.
+    """Processing limits of one image or video.
 
     Attributes:
-        min_pixels: pixels, of all frames of a video together.
-        max_pixels: the same.
-        fps: frames a second that are looked at; the processor's where it is ``None``.
-        max_frames: most frames that are looked at; the processor's where it is ``None``.
+        min_pixels: minimum number of pixels; for a video, summed over all sampled frames.
+        max_pixels: maximum number of pixels, counted likewise.
+        fps: sampled frames per second; ``None`` for the processor's default.
+        max_frames: maximum number of sampled frames; ``None`` for the processor's default.
     """
 
     min_pixels: int
@@ -40,13 +40,13 @@ class Limits:
 def parse_limits(
     kind: str, options: Mapping[str, Any], bounds: tuple[int, int], frames: tuple[int, int] | None
 ) -> Limits:
-    """The limits of a part.
+    """Parse the processing options of a content part.
 
     Args:
         kind: ``image`` or ``video``.
-        options: its keys.
-        bounds: least and most pixels that the processor is set to.
-        frames: least and most that ``max_frames`` may be; ``None`` for an image.
+        options: the part's keys and values.
+        bounds: minimum and maximum pixels of the processor.
+        frames: allowed range of ``max_frames``; ``None`` for an image.
 
     Raises:
         RowError: ``QC-VISION-025``, ``QC-VISION-026``.
@@ -55,7 +55,7 @@ def parse_limits(
         if name not in KEYS or (kind != "video" and name in _VIDEO_KEYS):
             raise RowError(
                 "QC-VISION-026",
-                f"is no key of a part of type {kind}",
+                f"unknown key for a part of type {kind}",
                 at=name,
                 expected=", ".join(n for n in KEYS if kind == "video" or n not in _VIDEO_KEYS),
                 fix="remove it",
@@ -64,7 +64,7 @@ def parse_limits(
     most = _integer(options, "max_pixels", bounds)
     if least is not None and most is not None and least > most:
         raise RowError(
-            "QC-VISION-025", "is more than max_pixels", at="min_pixels", found=least,
+            "QC-VISION-025", "is greater than max_pixels", at="min_pixels", found=least,
             expected=f"at most {most}",
         )  # fmt: skip
     return Limits(
@@ -84,7 +84,7 @@ def _integer(options: Mapping[str, Any], name: str, bounds: tuple[int, int]) -> 
     ):  # fmt: skip
         raise RowError(
             "QC-VISION-025",
-            "is out of the processor's bounds",
+            "is outside the processor's bounds",
             at=name,
             found=repr(value)[:80],
             expected=f"a whole number from {bounds[0]} to {bounds[1]}",
@@ -100,7 +100,7 @@ def _fps(options: Mapping[str, Any]) -> float | None:
     if not number or not 0 < value <= _MAX_FPS:
         raise RowError(
             "QC-VISION-025",
-            "is no rate of frames",
+            "invalid frame rate",
             at="fps",
             found=repr(value)[:80],
             expected=f"a number above 0, up to {_MAX_FPS:g}",

@@ -1,12 +1,13 @@
-"""What values of media were made of, for when they are gone from the cache and made again.
+"""On-disk store of media payloads, to process an image or video again after cache eviction.
 
-This file decides that it lies on disk, as a run may have millions of media, and rows that hold the
-bytes themselves. The file is SQLite's, in its folder of temporary files (``SQLITE_TMPDIR``,
-``TMPDIR``, ``/var/tmp``), and has no name there, so that nothing is left of it however a process
-ends. Two megabytes of it are in memory; on disk it is as large as the bytes that rows hold, and
-some hundreds of bytes more for each medium. It imports no torch, and SQLite where one is made.
+This file decides that payloads are stored on disk, because a run may have millions of images, and
+rows may contain the bytes themselves. SQLite keeps the file in its folder for temporary files
+(``SQLITE_TMPDIR``, ``TMPDIR``, ``/var/tmp``) without a name, so that the file disappears however
+the process ends. Two megabytes of it are in memory; on disk it takes the bytes that rows contain
+plus a few hundred bytes per image or video. The module imports no torch, and SQLite only when a
+store is created.
 
-- ``QC-WRITE-003`` to ``-006`` it cannot be written.
+- ``QC-WRITE-003`` to ``-006`` the file cannot be written.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ _TABLES: Final = """
         digest TEXT PRIMARY KEY, kind TEXT, sha256 TEXT, path BLOB, options TEXT
     ) WITHOUT ROWID;
     CREATE TABLE contents (sha256 TEXT PRIMARY KEY, data BLOB);
-    BEGIN;  -- and never end: nobody else reads it
+    BEGIN;  -- never committed: no other connection reads it
 """
 
 
-_FILE: Final = Path("temporary file of media")
-_FIX: Final = "set TMPDIR to a folder that can be written and has space"
+_FILE: Final = Path("temporary media file")
+_FIX: Final = "set TMPDIR to a writable folder with free space"
 
 
 class PayloadStore:
-    """Payloads by the digest of their values."""
+    """Payloads, keyed by the digest of their processed values."""
 
     def __init__(self) -> None:
         import sqlite3
@@ -50,7 +51,7 @@ class PayloadStore:
             self._base.executescript(_TABLES)
 
     def add(self, digest: str, payload: Payload) -> bool:
-        """Keep a payload; whether it is new.
+        """Store a payload. Returns True if its digest is new.
 
         Raises:
             WriteError: ``QC-WRITE-003`` to ``-006``.
@@ -65,7 +66,7 @@ class PayloadStore:
             return self._base.execute(insert, row).rowcount == 1
 
     def find(self, digest: str) -> Payload | None:
-        """The payload that was kept, or ``None``."""
+        """The stored payload of `digest`, or ``None``."""
         query = (
             "SELECT kind, sha256, path, options, data "
             "FROM payloads LEFT JOIN contents USING (sha256) WHERE digest = ?"
@@ -86,7 +87,7 @@ class PayloadStore:
 
 @contextmanager
 def _write_errors() -> Iterator[None]:
-    """What SQLite raises is a failure to write, of a file that has no name."""
+    """Convert exceptions of SQLite to `WriteError`."""
     import sqlite3
 
     try:
@@ -96,10 +97,10 @@ def _write_errors() -> Iterator[None]:
 
 
 def _write_error(error: Any) -> WriteError:
-    """An error of SQLite's, in its own words too, which say more than a code."""
+    """A `WriteError` for an exception of SQLite, with SQLite's message."""
     import sqlite3
 
-    extended = getattr(error, "sqlite_errorcode", None) or 0  # some are Python's and have none
+    extended = getattr(error, "sqlite_errorcode", None) or 0  # absent on errors of Python's wrapper
     codes = {
         sqlite3.SQLITE_FULL: errno.ENOSPC,
         sqlite3.SQLITE_IOERR: errno.EIO,

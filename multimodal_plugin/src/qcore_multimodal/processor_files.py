@@ -1,14 +1,14 @@
-"""The checkpoint's processor files: where they are, and what in them is refused.
+"""The checkpoint's processor files: which are read, and which settings are refused.
 
-This file decides which files describe the processors (what transformers 5 saves for all of them
-comes before the files of one kind, as there), and that they are of the one class, with numbers
-that make sense and that the tower was made for. What the numbers do is `processor`'s. It imports
-no torch.
+This file decides which files describe the processors (the combined file of transformers 5 takes
+precedence over the files per kind, as in transformers), that the processors are of the supported
+class, and that their settings are valid and match the tower. `processor` applies the settings. It
+imports no torch.
 
 - ``QC-VISION-020`` the checkpoint has no processor file.
-- ``QC-VISION-021`` its processor is of another class.
-- ``QC-VISION-022`` a value in the file makes no sense.
-- ``QC-VISION-023`` the file contradicts config.json.
+- ``QC-VISION-021`` an unsupported processor class.
+- ``QC-VISION-022`` an invalid setting.
+- ``QC-VISION-023`` a setting that contradicts config.json.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _FIX: Final = "use the processor files that came with the weights"
 
 
 def load(checkpoint: CheckpointView, kind: str, make: Callable[..., Any]) -> Any:
-    """The stock processor of a kind, its numbers checked.
+    """The stock processor of a kind, with validated settings.
 
     Args:
         checkpoint: the checkpoint.
@@ -54,7 +54,7 @@ def load(checkpoint: CheckpointView, kind: str, make: Callable[..., Any]) -> Any
     if class_name is not None and class_name not in _CLASSES[kind]:
         raise InputError(
             "QC-VISION-021",
-            "is no processor that qcore runs",
+            "unsupported processor class",
             file=file,
             field=f"{kind}_processor_type",
             found=repr(class_name),
@@ -66,7 +66,7 @@ def load(checkpoint: CheckpointView, kind: str, make: Callable[..., Any]) -> Any
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
             "QC-VISION-022",
-            "is refused by transformers",
+            "transformers refuses these settings",
             file=file,
             found=f"{type(error).__name__}: {str(error)[:200]}",
             fix=_FIX,
@@ -82,30 +82,30 @@ def load(checkpoint: CheckpointView, kind: str, make: Callable[..., Any]) -> Any
 
 
 def _settings(checkpoint: CheckpointView, kind: str) -> tuple[str, dict[str, Any]]:
-    """The file of a kind's processor and what it says; what transformers 5 saved comes first."""
+    """Name and content of the processor file; the combined file takes precedence."""
     name, key = _FILES[kind]
     if _COMBINED in checkpoint.sidecars:
         combined = checkpoint.read_json(_COMBINED).get(key)
         if combined is not None:
             if not isinstance(combined, dict):
                 raise InputError(
-                    "QC-VISION-022", "is no object", file=checkpoint.path / _COMBINED, field=key,
-                    found=type(combined).__name__, fix=_FIX,
+                    "QC-VISION-022", "is not a JSON object", file=checkpoint.path / _COMBINED,
+                    field=key, found=type(combined).__name__, fix=_FIX,
                 )  # fmt: skip
             return _COMBINED, combined
     if name not in checkpoint.sidecars:
         raise InputError(
             "QC-VISION-020",
-            f"has no file that says how {kind}s are processed",
+            f"has no {kind} processor file",
             file=checkpoint.path,
             expected=f"{name}, or {_COMBINED} with {key}",
-            fix="copy it from the checkpoint that the weights came with",
+            fix="copy the file from the original checkpoint",
         )
     return name, checkpoint.read_json(name)
 
 
 def size_bounds(size: Any) -> tuple[int, int]:
-    """Least and most pixels of a processor's ``size``; zeros where it has none."""
+    """Minimum and maximum pixels of a processor's ``size``; zeros if it is invalid."""
     numbers: dict[str, Any] = dict(size) if size is not None else {}
     least, most = numbers.get("shortest_edge"), numbers.get("longest_edge")
     return (int(least), int(most)) if _whole(least) and _whole(most) else (0, 0)
@@ -120,7 +120,7 @@ def _real(value: object) -> TypeGuard[float]:
 
 
 def _requirements(kind: str, stock: Any) -> list[tuple[str, Any, bool, str]]:
-    """Field, value, whether it makes sense, and what would."""
+    """For each setting: name, value, whether it is valid, and the expected value."""
 
     def three(value: Any) -> bool:
         return isinstance(value, list | tuple) and len(value) == 3 and all(map(_real, value))
@@ -146,7 +146,7 @@ def _requirements(kind: str, stock: Any) -> list[tuple[str, Any, bool, str]]:
           for name in whole),
         ("size", size, 0 < least <= most, "shortest_edge up to longest_edge, in pixels"),
         ("image_mean", mean, three(mean), "three numbers"),
-        ("image_std", std, three(std) and min(map(abs, std)) > 0, "three numbers that are not 0"),
+        ("image_std", std, three(std) and min(map(abs, std)) > 0, "three numbers other than 0"),
         ("rescale_factor", stock.rescale_factor,
          _real(stock.rescale_factor) and stock.rescale_factor > 0, "a number above 0"),
         ("resample", stock.resample, stock.resample == _BICUBIC, f"{_BICUBIC} (bicubic)"),
@@ -154,7 +154,7 @@ def _requirements(kind: str, stock: Any) -> list[tuple[str, Any, bool, str]]:
 
 
 def _check_config(checkpoint: CheckpointView, file: object, stock: Any) -> None:
-    """Refuse patches that the tower was not made for (``QC-VISION-023``)."""
+    """Refuse settings that do not match the tower (``QC-VISION-023``)."""
     vision = checkpoint.config.get(SECTION) or {}
     for field, key in (
         ("patch_size", "patch_size"),
@@ -165,7 +165,7 @@ def _check_config(checkpoint: CheckpointView, file: object, stock: Any) -> None:
         if expected is not None and expected != getattr(stock, field):
             raise InputError(
                 "QC-VISION-023",
-                "is not what the tower was made for",
+                "differs from the vision tower's",
                 file=file,
                 field=field,
                 found=getattr(stock, field),
@@ -176,7 +176,7 @@ def _check_config(checkpoint: CheckpointView, file: object, stock: Any) -> None:
     if channels != 3:
         raise InputError(
             "QC-VISION-023",
-            "is not what the processor gives",
+            "differs from the processor's channels",
             file=checkpoint.path / "config.json",
             field=f"{SECTION}.in_channels",
             found=repr(channels),

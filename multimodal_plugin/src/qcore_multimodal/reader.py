@@ -1,14 +1,14 @@
-"""ImageProcessor and videos of rows, read once: what core asks of a modality's reader.
+"""`Reader`: reads the images and videos of rows once, caches their pixels, and builds batches.
 
-This file decides when something is decoded (once, while the rows are checked), what names its
-values in the cache (its bytes, all numbers of the processor, the versions of what decodes and
-resizes, and this file's layout of them), and what happens when they are gone in the middle of a
-run: they are made again, which is said once, as it costs the time that the cache was to save. How
-bytes become pixels is `images`' and `videos`', what is asked of the processor `options`' and
-`processor`'s.
+This file decides when a file is decoded (once, while the rows are checked), the key of its cache
+entry (a hash of its bytes, the processor's settings, the versions of the decoding and resizing
+packages, and this file's layout), and what happens when an entry disappears during a run: the
+values are processed again, which is reported once, because it costs the time that the cache should
+save. `images` and `videos` decode bytes to pixels; `media_options` parses the options of a part;
+`processor` computes patches.
 
-- ``QC-VISION-042`` a file is not what it was when core looked for it, or is gone.
-- ``QC-VISION-043`` values are gone, and this process did not read the row that had the bytes.
+- ``QC-VISION-042`` a file changed or disappeared after core checked it.
+- ``QC-VISION-043`` cached values disappeared, and this process did not read the row with the bytes.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
     from .processor import Bytes, Grid, ImageProcessor, VideoProcessor
 
-_LAYOUT: Final = 1  # of what an entry of the cache holds, and of how pixels are made of bytes
+_LAYOUT: Final = 1  # version of the cache entries and of the decoding code
 
 
 class Reader:
-    """Reads with the processors of one checkpoint (`qcore.api.media.MediaReader`)."""
+    """A `qcore.api.media.MediaReader` with the processors of one checkpoint."""
 
     kinds: Final = KINDS
     keys: Final = KEYS
@@ -54,10 +54,10 @@ class Reader:
         self._report = report
         self._checkpoint = checkpoint
         self._tables: dict[str, Tensor] = {}
-        self._bytes = 0  # of all values that this process read of
+        self._bytes = 0  # size of all values that this process has read
         self._reported: set[str] = set()
 
-    # Made when a row has one: a run of text reads no processor file and imports no transformers.
+    # Created on first use: a text-only run reads no processor file and imports no transformers.
 
     @cached_property
     def _cache(self) -> Cache:
@@ -81,7 +81,7 @@ class Reader:
 
     @property
     def control(self) -> tuple[str, ...]:
-        """Tokens that stand for media."""
+        """Control tokens of images and videos."""
         from .placeholders import CONTROL
 
         return CONTROL
@@ -91,9 +91,9 @@ class Reader:
 
         Raises:
             RowError: ``QC-VISION-025`` to ``-039``.
-            InputError: ``QC-VISION-020`` to ``-023``, when the first of a kind is read.
-            UsageError: ``QC-VISION-040``, ``-041``, when the first of all is.
-            WriteError: its values cannot be kept.
+            InputError: ``QC-VISION-020`` to ``-023``, on the first medium of a kind.
+            UsageError: ``QC-VISION-040``, ``-041``, on the first medium.
+            WriteError: the cache cannot be written.
         """
         limits = self._limits(payload)
         digest = self._digest(payload, limits)
@@ -111,13 +111,13 @@ class Reader:
         return medium
 
     def expand(self, text: str, media: Sequence[Medium]) -> str:
-        """A rendered text with every placeholder as long as its medium."""
+        """Repeat every placeholder of a rendered text once per embedding of its medium."""
         from .placeholders import expand
 
         return expand(text, cast("Sequence[ProcessedMedium]", media))
 
     def place(self, ids: Sequence[int], media: Sequence[Medium]) -> Placed:
-        """Where the media lie in the token ids of an expanded text."""
+        """Media tokens and position ids of an expanded text."""
         from .placeholders import configured_ids
         from .positions import place
 
@@ -129,11 +129,11 @@ class Reader:
                 ids, cast("Sequence[ProcessedMedium]", media), cast("dict[str, int]", tokens)
             )
         except RowError:
-            self._check_tokens()  # not the row's fault where config.json names other tokens
+            self._check_tokens()  # config.json may be the cause instead of the row
             raise
 
     def _check_tokens(self) -> None:
-        """Raises `InputError`: ``QC-VISION-053``, which the guards tell of rows that are good."""
+        """Raises `InputError` ``QC-VISION-053`` if config.json and the tokenizer disagree."""
         from .placeholders import token_findings
 
         ids = self._checkpoint.load_tokenizer().get_vocab()
@@ -145,22 +145,22 @@ class Reader:
             )  # fmt: skip
 
     def batch(self, media: Sequence[Medium], where: Tensor) -> PixelBatch:
-        """Bytes of the patches of a pack, with the tables that make numbers of them.
+        """Pixels of the patches of a pack, with the lookup tables of their values.
 
         Raises:
-            InputError: ``QC-VISION-042``, ``-043``, or what a changed file is refused for.
+            InputError: ``QC-VISION-042``, ``-043``, or the decoding error of a changed file.
         """
         batch = cast("Sequence[ProcessedMedium]", media)
         names = sorted({medium.kind for medium in batch})
         units = sum(medium.units for medium in batch)
-        sizes = self._processor(batch[0].kind)  # both kinds have the tower's
+        sizes = self._processor(batch[0].kind)  # both kinds have the tower's patch size
         area, temporal = sizes.patch**2, sizes.temporal
         values = np.empty((units, 3, temporal, area), np.uint8)
         kinds = np.empty(units, np.uint8)
         start = 0
         for medium in batch:
             stop = start + medium.units
-            # An image's one frame fills both of a patch.
+            # The single frame of an image fills both frames of a patch.
             values[start:stop] = self._values(medium).reshape(medium.units, 3, -1, area)
             kinds[start:stop] = names.index(medium.kind)
             start = stop
@@ -188,7 +188,7 @@ class Reader:
         return parse_limits("video", payload.options, self._videos.bounds, frames)
 
     def _digest(self, payload: Payload, limits: Limits) -> str:
-        """Names the values of a payload: equal exactly where they must be."""
+        """The cache key of a payload's values: a hash of everything they depend on."""
         video = payload.kind == "video"
         used = ("transformers", "pillow", "numpy", *(("torch", "av") if video else ()))
         return _sha256(
@@ -205,7 +205,7 @@ class Reader:
     def _process(
         self, payload: Payload, limits: Limits, digest: str
     ) -> tuple[dict[str, Any], Bytes]:
-        """Decode and process a payload, and keep its values."""
+        """Decode and process a payload, and cache its values."""
         from . import videos
 
         timestamps: tuple[float, ...] = ()
@@ -231,11 +231,11 @@ class Reader:
             return self._images.patches(picture, limits)
         except ValueError as error:
             raise RowError(
-                "QC-VISION-031", "is of a shape that the processor refuses", found=str(error)
+                "QC-VISION-031", "the processor refuses the aspect ratio", found=str(error)
             ) from None
 
     def _remember_payload(self, digest: str, payload: Payload, medium: ProcessedMedium) -> None:
-        """Keep what values could be made again from."""
+        """Store the payload, so that its values can be processed again after eviction."""
         if not self._payloads.add(digest, payload):
             return
         sizes = self._processor(medium.kind)
@@ -245,8 +245,8 @@ class Reader:
         if self._bytes > self._cache.bound:
             bound = f"{self._cache.bound / 1e9:g}"
             self._report_once(
-                f"media of these rows are more than {bound} GB: they are decoded again whenever "
-                f"they are needed, which is slow; set {SIZE_VARIABLE} above {bound} to keep more"
+                f"the media of these rows exceed the cache of {bound} GB and are decoded again in "
+                f"every epoch, which is slow; raise {SIZE_VARIABLE} above {bound} to cache more"
             )
 
     def _values(self, medium: ProcessedMedium) -> Bytes:
@@ -256,12 +256,13 @@ class Reader:
         payload = self._payloads.find(medium.digest)
         if payload is None:
             raise InputError(
-                "QC-VISION-043", f"values of a {medium.kind} are gone from the cache",
-                file=self._cache.folder, found=f"no sound {medium.digest}.media",
-                fix="start again, so that its row is read anew",
+                "QC-VISION-043", f"the cached values of a {medium.kind} are missing",
+                file=self._cache.folder, found=f"no valid {medium.digest}.media",
+                fix="start the command again, which reads the row again",
             )  # fmt: skip
         self._report_once(
-            f"values of media in {self._cache.folder} are gone or damaged: they are made again"
+            f"entries of the media cache {self._cache.folder} are missing or damaged: "
+            "they are processed again"
         )
         try:
             return self._process(payload, self._limits(payload), medium.digest)[1]
@@ -272,7 +273,7 @@ class Reader:
             ) from None  # fmt: skip
 
     def _report_once(self, what: str) -> None:
-        """Once a run."""
+        """Report a message once per run."""
         if what not in self._reported:
             self._reported.add(what)
             self._report(what)
@@ -280,19 +281,19 @@ class Reader:
 
 @contextmanager
 def _open_payload(payload: Payload) -> Iterator[BinaryIO]:
-    """The bytes of a payload; core looked for them before."""
+    """Open a payload, whose file existed when core checked the row."""
     try:
         with payload.open() as file:
             yield file
     except OSError as error:
         raise RowError(
-            "QC-VISION-042", "cannot be read any more", found=error.strerror or str(error)
+            "QC-VISION-042", "can no longer be read", found=error.strerror or str(error)
         ) from None
 
 
 @contextmanager
 def _unchanged(file: BinaryIO, payload: Payload) -> Iterator[None]:
-    """Hold a file that is read piece by piece to the digest that names its values."""
+    """Verify that a file has the payload's digest and does not change inside the context."""
     before = _stamp(file, payload)
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
@@ -302,7 +303,7 @@ def _unchanged(file: BinaryIO, payload: Payload) -> Iterator[None]:
     try:
         yield
     except RowError:
-        _check_stamp(file, payload, before)  # what it is refused for may be half of two files
+        _check_stamp(file, payload, before)  # the error may come from a mix of two versions
         raise
     _check_stamp(file, payload, before)
 
@@ -310,12 +311,12 @@ def _unchanged(file: BinaryIO, payload: Payload) -> Iterator[None]:
 def _check_stamp(file: BinaryIO, payload: Payload, before: tuple[int, int]) -> None:
     if (after := _stamp(file, payload)) != before:
         raise _changed(
-            f"{after[0]} bytes", f"{before[0]}, and no write while it is decoded"
+            f"{after[0]} bytes", f"{before[0]} bytes, unchanged while it is decoded"
         ) from None
 
 
 def _stamp(file: BinaryIO, payload: Payload) -> tuple[int, int]:
-    """Size and time of the last write; zeros for what the row holds itself."""
+    """Size and modification time of a file; zeros for bytes in the row."""
     if payload.path is None:
         return 0, 0
     status = os.fstat(file.fileno())
@@ -323,15 +324,15 @@ def _stamp(file: BinaryIO, payload: Payload) -> tuple[int, int]:
 
 
 def _check_digest(payload: Payload, sha256: str) -> None:
-    """Refuse bytes that are not those whose digest names the values."""
+    """Refuse bytes with a different digest than when the row was checked."""
     if sha256 != payload.sha256:
         raise _changed(sha256, f"sha256 {payload.sha256}")
 
 
 def _changed(actual: str, expected: str) -> RowError:
     return RowError(
-        "QC-VISION-042", "is not what it was when its row was checked", found=actual,
-        expected=expected, fix="leave the files alone while a run reads them",
+        "QC-VISION-042", "changed after its row was checked", found=actual,
+        expected=expected, fix="do not modify media files during a run",
     )  # fmt: skip
 
 
@@ -345,7 +346,7 @@ def _sha256(content: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@cache  # looked up for every medium, and a lookup reads a file
+@cache  # called for every medium, and each lookup reads a file
 def _version(distribution: str) -> str | None:
     try:
         return version(distribution)
