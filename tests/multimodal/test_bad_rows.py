@@ -133,7 +133,8 @@ PARTS: dict[str, tuple[Make, str, str, tuple[str, ...]]] = {
         part("image", bare_png(64, 64, whole=False)), "QC-VISION-028", AT, ("damaged",)),
     "a video": (part("image", mp4()), "QC-VISION-027", AT, ("PNG, JPEG",)),
     "an animated gif": (
-        part("image", animated(3), "bad.gif"), "QC-VISION-029", AT, ("GIF of 3 frames", '"video"')),
+        part("image", animated(3), "bad.gif"), "QC-VISION-029", AT,
+        ("GIF with 3 frames", '"video"')),
     "20,000 x 20,000": (
         part("image", bare_png(20_000, 20_000)), "QC-VISION-030", AT,
         ("found 'bad.png': 400000000 pixels", "89478485")),
