@@ -34,7 +34,7 @@ def qcore_decode(job: Job, prompt: list[int]) -> Decode:
     from peers.qcore_side import architecture, backends, describe, fill
 
     from qcore.inference.decoder import Decoder, way_of
-    from qcore.inference.generate import decode
+    from qcore.inference.sampling import decode
     from qcore.nn.model import Model
 
     device = torch.device(job.device)

@@ -23,7 +23,7 @@ from qcore.nn.moe import triton_routing as experts_triton_routing
 from qcore.nn.moe.experts import Experts, Routing
 from qcore.nn.qlora import nf4, nf4_triton
 from qcore.nn.qlora.linear import Linear
-from qcore.nn.qlora.lora_layer import Adapted, Lora
+from qcore.nn.qlora.lora_layer import Lora, LoraLayer
 from qcore.nn.qlora.stacked_linear import Stacked
 from qcore.nn.recompute import recompute_cheap
 from qcore_qwen35.moe import Moe
@@ -172,7 +172,7 @@ def block(tokens: int, r: int, *, fast: bool, resident: bool = False, show: bool
     dy = torch.randn(tokens, H, device=CUDA).bfloat16() * 1e-3
     packed = batch(tokens)
     for module in moe.modules():
-        if isinstance(module, Adapted) and module.lora_A is not None:
+        if isinstance(module, LoraLayer) and module.lora_A is not None:
             # As in a run: gradients are added to what is there by the kernels that make them.
             module.accumulates = True
             for parameter in (module.lora_A, module.lora_B):
@@ -218,7 +218,7 @@ def few(name: str) -> None:
     """4-bit weights read inside the product against dequantised ones, by rows an expert."""
     module = Build(0, fast=True).experts(name)
     assert isinstance(module, Experts)
-    print(f"{name}: dequantise all {median(lambda: module.some(slice(0, E))):.3f} ms")
+    print(f"{name}: dequantise all {median(lambda: module.dense_slices(slice(0, E))):.3f} ms")
     for tokens in (1, 8, 32, 128, 256, 512, 1024):
         print(
             f"  {tokens} tokens, {tokens * K / E:.1f} rows an expert: {both_ways(module, tokens)}"

@@ -31,9 +31,9 @@ from peers.qcore_side import adapted, architecture, backends, describe, rows
 from peers.shapes import ALPHA, RANK, Job
 
 from qcore.config.settings import Settings
+from qcore.nn.device import is_out_of_memory
 from qcore.nn.model import Model
 from qcore.planning import Planner
-from qcore.planning.oom import is_memory
 from qcore.planning.run import Room, room_of
 from qcore.planning.step import LIBRARIES
 from qcore.plugins.manager import Plugins
@@ -166,7 +166,7 @@ def _point(job: Job, policy: str, planner: Planner, model: Model, room: Room, st
         loop = Loop(model, rows(job.ids(), settings), settings, device, recompute=policies)
         steps = [loop.step(number) for number in range(STEPS)][1:]
     except Exception as error:
-        if not is_memory(error):
+        if not is_out_of_memory(error):
             raise
         return point | {"error": str(error)[:120], "took": time.perf_counter() - began}
     measured = round(max(step["memory_gb"] for step in steps) * 1e9) - stray

@@ -20,6 +20,7 @@ from support.model_kit import (
     write_sparse,
 )
 from support.sku_kit import DERIVED, derived, folder_of, shapes_of, write_sku
+from support.tiers import fast
 
 from qcore.skus.registry import Skus, load_skus
 
@@ -208,7 +209,7 @@ def test_presets_list_tells_the_default_bases(capsys: pytest.CaptureFixture[str]
 # -- inspect beside the record
 
 
-@pytest.mark.parametrize("sku", [*DENSE, *EXPERTS])
+@pytest.mark.parametrize("sku", fast([*DENSE, *EXPERTS], "Qwen3.5-0.8B", "Qwen3.5-35B-A3B"))
 def test_inspect_of_every_sku_differs_in_nothing(shared: Path, tmp_path: Path, sku: str) -> None:
     needs(sku)
     shapes = shapes_of(shared, sku)

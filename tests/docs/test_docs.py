@@ -20,6 +20,7 @@ from support.cli_kit import apart
 from support.error_list import listed_codes
 from support.plugin_kit import checkpoint, distribution, installed
 
+import qcore.api
 from qcore import errors
 from qcore.api import hookspecs
 from qcore.api.records import PreflightRequest
@@ -559,3 +560,13 @@ def test_transcripts_are_real(demo_folder: Path, text: str) -> None:
     assert words[0] == "qcore"
     done = apart(*words[1:], cwd=demo_folder)
     assert done.out + done.err == expected
+
+
+def test_the_changelog_names_modules_that_exist() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    moved = re.findall(r"^\| `(qcore\.[\w.]+)` \| `(qcore\.[\w.]+)` \|$", text, re.MULTILINE)
+    assert len(moved) > 100
+    for _, name in moved:
+        path = ROOT / "core/src" / name.replace(".", "/")
+        in_api = name.startswith("qcore.api.") and name.rpartition(".")[2] in qcore.api.__all__
+        assert in_api or path.is_dir() or path.with_suffix(".py").exists(), name

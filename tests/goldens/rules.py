@@ -5,7 +5,8 @@ reason -> document -> paths. A document is a verb (``train``, ``presets show``),
 file, or ``*`` for the results of all verbs. In a path, keys are joined by ``.``, ``[]`` stands for
 every entry of a list and ``*`` for any text. A path alone excuses the value, but not its type.
 `` {keys}`` after a path excuses the keys of a mapping, whose values are compared as a sorted list.
-`` {order}`` after a path excuses the order of a list.
+`` {order}`` after a path excuses the order of a list. `` {added}`` after a path leaves out a key
+that a later version added.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any
 
 SENTENCES = Path(__file__).with_name("sentences.json")
 #: Why a value may differ.
-REASONS = ("sentence", "op_name", "timing", "path", "environment")
-_KEYS, _ORDER = " {keys}", " {order}"
+REASONS = ("sentence", "op_name", "timing", "path", "environment", "added")
+_KEYS, _ORDER, _ADDED = " {keys}", " {order}", " {added}"
 _FILES = ("MANIFEST.json", "metrics.jsonl")
 
 
@@ -62,10 +63,11 @@ class Rules:
         patterns = self.paths.get(document, ())
         if document not in _FILES:
             patterns = (*patterns, *self.paths.get("*", ()))
-        plain = [p for p in patterns if values and not p.endswith((_KEYS, _ORDER))]
+        plain = [p for p in patterns if values and not p.endswith((_KEYS, _ORDER, _ADDED))]
         keys = [p.removesuffix(_KEYS) for p in patterns if p.endswith(_KEYS)]
         order = [p.removesuffix(_ORDER) for p in patterns if p.endswith(_ORDER)]
-        return _Mask(_any(plain), _any(keys), _any(order)).of(value, "")
+        added = [p.removesuffix(_ADDED) for p in patterns if p.endswith(_ADDED)]
+        return _Mask(_any(plain), _any(keys), _any(order), _any(added)).of(value, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +75,16 @@ class _Mask:
     values: re.Pattern[str]
     keys: re.Pattern[str]
     order: re.Pattern[str]
+    added: re.Pattern[str]
 
     def of(self, value: Any, path: str) -> Any:
         if isinstance(value, dict):
             prefix = f"{path}." if path else ""
-            inner = {key: self.of(entry, f"{prefix}{key}") for key, entry in value.items()}
+            inner = {
+                key: self.of(entry, f"{prefix}{key}")
+                for key, entry in value.items()
+                if not self.added.fullmatch(f"{prefix}{key}")
+            }
             return _sorted(inner.values()) if self.keys.fullmatch(path) else inner
         if isinstance(value, list):
             entries = [self.of(entry, f"{path}[]") for entry in value]

@@ -23,7 +23,7 @@ from qcore.nn.device import DTYPES
 from qcore.nn.kernels.registry import choose, installed
 from qcore.nn.load import load
 from qcore.nn.model import Model, ops_of
-from qcore.nn.offload import Parked
+from qcore.nn.offload import OffloadedInput
 from qcore.nn.qlora.lora_layer import Lora
 from qcore.nn.recompute import POLICIES
 from qcore.plugins.resolve_model import identify
@@ -137,14 +137,14 @@ def test_policies_agree(base: Path) -> None:
 def test_pinned_memory_is_asked_for_once(base: Path) -> None:
     """Pinning a layer's input takes longer than the layer: a second step finds its places."""
     model = _model(base, "bf16", kernels=True)
-    lot = Parked.lot(torch.device("cuda", torch.cuda.current_device()))
+    pool = OffloadedInput.pool(torch.device("cuda", torch.cuda.current_device()))
     _gradients(model, LENGTHS["packed"], "offload")
-    ask, lot.make = lot.make, refuse
+    ask, pool.make = pool.make, refuse
     try:
         for lengths in (LENGTHS["packed"], (sum(LENGTHS["packed"]) - 1,)):
             _gradients(model, lengths, "offload")
     finally:
-        lot.make = ask
+        pool.make = ask
 
 
 def refuse(nbytes: int) -> Tensor:

@@ -103,7 +103,7 @@ def test_a_stack_is_bitsandbytes_slice_by_slice() -> None:
     stack.put(slice(3, 5), weight[3:])
     alone = torch.stack([NF4(one, torch.bfloat16).dense() for one in weight])
     assert torch.equal(stack.dense(), alone)
-    assert all(torch.equal(stack.one(e), alone[e]) for e in range(5))
+    assert all(torch.equal(stack.dense_slice(e), alone[e]) for e in range(5))
 
 
 def test_four_wide_layers_train_and_merge(tmp_path: Path) -> None:

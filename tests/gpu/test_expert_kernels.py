@@ -46,7 +46,7 @@ def test_the_map_errs_no_more_than_torch(tokens: int, r: int, spread: str) -> No
     half = Experts(shape, torch.bfloat16, Lora(r=r, lora_alpha=2 * r))
     half.hold(slice(0, 32), value.to(CUDA), quantize=True, dtype=torch.bfloat16)
     wide = Experts(shape, torch.float64, half.lora)
-    wide.hold(slice(0, 32), half.some(slice(0, 32)), quantize=False, dtype=torch.float64)
+    wide.hold(slice(0, 32), half.dense_slices(slice(0, 32)), quantize=False, dtype=torch.float64)
     a, b = (torch.randn(s, generator=generator).to(CUDA) * 0.1 for s in half.lora_shapes(r))
     chosen = torch.rand(tokens, 31, generator=generator).topk(4, 1).indices.to(CUDA)
     routing = Routing.of(chosen, 32)
@@ -58,7 +58,7 @@ def test_the_map_errs_no_more_than_torch(tokens: int, r: int, spread: str) -> No
     def run(compute: object, module: Experts) -> list[Tensor]:
         module.set_lora(a.to(torch.float64) if module is wide else a, b.to(
             torch.float64) if module is wide else b, trained=True)  # fmt: skip
-        given = x.to(module.some(slice(0, 1)).dtype).requires_grad_()
+        given = x.to(module.dense_slices(slice(0, 1)).dtype).requires_grad_()
         held = [torch.full((1 << 26,), float("nan"), device=CUDA) for _ in range(4)]
         del held
         y = compute(given, module, routing, spread)  # type: ignore[operator]

@@ -59,8 +59,8 @@ def test_slices_are_read_bit_for_bit():
     for stack in stacks:
         stack.put(slice(0, 9), value)
     assert torch.equal(stacks[0].dense(), stacks[1].dense())
-    assert torch.equal(stacks[0].some(slice(2, 7)), stacks[1].some(slice(2, 7)))
-    assert torch.equal(stacks[0].one(8), stacks[1].one(8))
+    assert torch.equal(stacks[0].dense_slices(slice(2, 7)), stacks[1].dense_slices(slice(2, 7)))
+    assert torch.equal(stacks[0].dense_slice(8), stacks[1].dense_slice(8))
 
 
 def _maps(case: str, dtype: torch.dtype) -> list[Linear]:

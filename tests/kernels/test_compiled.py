@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def compiled(*ops: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: this one interprets kernels, and a kernel is one or the other."""
@@ -18,6 +20,7 @@ def compiled(*ops: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_hopper():
     done = compiled()
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

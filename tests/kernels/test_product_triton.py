@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
+from support.tiers import fast
 from torch import Tensor, nn
 
 from qcore.nn.optim import FlatAdamW
@@ -77,19 +78,19 @@ def test_weights_bit_for_bit_and_lora_in_its_place(case: str, place: bool):
     torchs, ours = Product(maps), Product(maps)
     like = torch.empty(1, dtype=F16)
     expected = torchs.working(like)
-    found = ours.working(like, kernels.Launched)
+    found = ours.working(like, kernels.TritonKernels)
     if expected is None:
         assert found is None
     read = Product.buffer if place else Product.weights
-    one, two = read(torchs, expected, like), read(ours, found, like, kernels.Launched)
+    one, two = read(torchs, expected, like), read(ours, found, like, kernels.TritonKernels)
     assert torch.equal(one, two)
     if expected is not None and found is not None:
         assert torch.equal(expected.a, found.a)
         assert torch.equal(expected.b, found.b)
 
 
-@pytest.mark.parametrize("tokens", [1, 65, 200])
-@pytest.mark.parametrize("into", [64, 96, 200])
+@pytest.mark.parametrize("tokens", fast([1, 65, 200], 65))
+@pytest.mark.parametrize("into", fast([64, 96, 200], 96))
 @pytest.mark.parametrize("turned", [True, False])
 def test_thin(tokens: int, into: int, turned: bool):
     room = torch.full((tokens, into + 8), math.nan, dtype=F16)
@@ -104,8 +105,8 @@ def test_thin(tokens: int, into: int, turned: bool):
     assert torch.equal(kernels.thin(x, right, beside=False)[1], out)
 
 
-@pytest.mark.parametrize("accumulates", [True, False], ids=["added", "handed over"])
-@pytest.mark.parametrize("tokens", [1, 130])
+@pytest.mark.parametrize("accumulates", fast([True, False], True), ids=["added", "handed over"])
+@pytest.mark.parametrize("tokens", fast([1, 130], 130))
 @pytest.mark.parametrize("case", STACKS)
 def test_it_is_what_torch_computes(case: str, tokens: int, accumulates: bool):
     results = []
@@ -244,11 +245,11 @@ def test_the_check_passes_and_sees_faults(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(product_verify, "_DTYPE", F16)
     monkeypatch.setattr(product_verify, "FEWEST", 10)
     assert product_verify.verify(CPU).good
-    right = kernels.Launched.outer
+    right = kernels.TritonKernels.outer
 
     def twice(*args: Tensor) -> bool:
         right(*args)  # type: ignore[arg-type]
         return right(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(kernels.Launched, "outer", staticmethod(twice))
+    monkeypatch.setattr(kernels.TritonKernels, "outer", staticmethod(twice))
     assert not product_verify.verify(CPU).good

@@ -267,6 +267,7 @@ def peak(seeing: Path, data: Path, *rows: Any, flags: tuple[str, ...] = ()) -> t
     return ended, int(ended.err.splitlines()[-1].removeprefix("peak "))
 
 
+@pytest.mark.slow
 def test_memory_of_one_image(seeing: Path, data: Path):
     """20,000 x 20,000 costs nothing, the largest that is read some 0.6 GB over a small one."""
     (data / "bomb.png").write_bytes(bare_png(20_000, 20_000))
@@ -284,6 +285,7 @@ def test_memory_of_one_image(seeing: Path, data: Path):
     assert large < small + 900, (large, small)
 
 
+@pytest.mark.slow
 def test_memory_of_200_images(seeing: Path, data: Path):
     """1.2 GB of pixels in all, of which one is held at a time."""
     rows = []

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.conversations import conversations, write_rows
 from support.e2e_kit import documents, figure, loaded_adapter, resave, stock_logits, write_stock
+from support.tiers import fast, pairs
 from support.tower_kit import (
     TOWER,
     adapted,
@@ -35,7 +36,7 @@ from qcore.config.settings import Settings
 from qcore.errors import InputError, NumericError, UsageError
 from qcore.io.artifact import publish, read_manifest, verify
 from qcore.merging.merge import merge
-from qcore.merging.verify import _Streams
+from qcore.merging.streams import Streams
 from qcore.nn.load import read_tensor
 from qcore.plugins.resolve_model import identify
 from qcore.training.train import train
@@ -94,8 +95,15 @@ GROUPS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", GROUPS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    fast(
+        [*pairs(KINDS, [*GROUPS]), ("moe", "tower, merger and attention")],
+        ("dense", "tower, merger and attention"),
+        ("moe", "the tower alone"),
+        names=2,
+    ),
+)
 def test_ours_under_stock_peft_and_merged(
     exact: dict[str, Path], tmp_path: Path, kind: str, case: str
 ) -> None:
@@ -225,7 +233,7 @@ def read_by_the_proof(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(item.tensor.name)
         return read_tensor(checkpoint, item, *rows)
 
-    monkeypatch.setattr("qcore.merging.verify.read_tensor", reading)
+    monkeypatch.setattr("qcore.merging.streams.read_tensor", reading)
     return seen
 
 
@@ -401,15 +409,15 @@ def test_the_text_class_has_no_tower(base: Path, rows: Path, tmp_path: Path) -> 
 
 def broken(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     """The proof's merge adds a hundredth too much to some maps."""
-    real = _Streams._merge
+    real = Streams._merge
 
-    def wrong(self: _Streams, name: str, module: Any) -> None:
+    def wrong(self: Streams, name: str, module: Any) -> None:
         real(self, name, module)
         if part in name:
             assert isinstance(module, nn.Module)
             module.weight.data.mul_(1.01)  # type: ignore[operator, union-attr]
 
-    monkeypatch.setattr(_Streams, "_merge", wrong)
+    monkeypatch.setattr(Streams, "_merge", wrong)
 
 
 @pytest.mark.parametrize("part", ["attn.qkv", "attn.proj", "mlp.linear_fc2", "merger.linear_fc1"])

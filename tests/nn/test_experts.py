@@ -61,7 +61,7 @@ def made(
 
 
 def weights_of(module: Experts) -> Tensor:
-    return module.some(slice(0, module.shape[0]))
+    return module.dense_slices(slice(0, module.shape[0]))
 
 
 @dataclass
@@ -221,15 +221,17 @@ def test_rows_that_tokens_give_are_not_saved():
 
 def test_resident_weights_are_the_same_bits_and_still_four_bit():
     module = made(LORAS["rank 3"], dtype=torch.bfloat16, quantize=True)
-    dense, held = module.some(slice(0, E)), module.stored_bytes
+    dense, held = module.dense_slices(slice(0, E)), module.stored_bytes
     module.resident = True
-    assert torch.equal(module.some(slice(0, E)), dense)
-    assert torch.equal(module.some(slice(2, 4)), dense[2:4])
-    assert module.some(slice(0, E)).data_ptr() == module.some(slice(0, E)).data_ptr()
+    assert torch.equal(module.dense_slices(slice(0, E)), dense)
+    assert torch.equal(module.dense_slices(slice(2, 4)), dense[2:4])
+    assert (
+        module.dense_slices(slice(0, E)).data_ptr() == module.dense_slices(slice(0, E)).data_ptr()
+    )
     assert module.four_bit
     assert module.stored_bytes == held
     module.resident = False
-    assert module.some(slice(0, E)).data_ptr() != dense.data_ptr()
+    assert module.dense_slices(slice(0, E)).data_ptr() != dense.data_ptr()
     assert module._dense is None
 
 
@@ -467,7 +469,7 @@ def test_held_in_slabs_is_held_weights_of(step: int, quantize: bool):
         assert torch.equal(weights_of(whole), value)
         assert whole.stored_bytes == 2 * value.numel()
     for e in range(E):
-        assert torch.equal(parts.one(e), weights_of(whole)[e])
+        assert torch.equal(parts.dense_slice(e), weights_of(whole)[e])
 
 
 def test_a_reader_is_asked_for_experts_that_have_rows():

@@ -62,8 +62,8 @@ def test_every_slice_is_what_bitsandbytes_makes_of_it(
         reference = bnb.dequantize_4bit(packed, state).view_as(weight)
         if weight.numel() > 64:
             assert (reference - weight).norm() <= 0.12 * weight.norm()
-        assert reference.dtype == mine.one(number).dtype == dtype
-        assert torch.equal(mine.one(number), reference)
+        assert reference.dtype == mine.dense_slice(number).dtype == dtype
+        assert torch.equal(mine.dense_slice(number), reference)
         assert torch.equal(NF4(weight, dtype).dense(), reference)
     assert shape == (1, 1, 1) or not torch.equal(mine.dense(), value)  # it is quantised
 
@@ -71,19 +71,21 @@ def test_every_slice_is_what_bitsandbytes_makes_of_it(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_together_is_one_by_one(shape: tuple[int, int, int]):
     mine = held(stack(shape, torch.bfloat16))
-    apart = [mine.one(number) for number in range(shape[0])]
+    apart = [mine.dense_slice(number) for number in range(shape[0])]
     assert torch.equal(mine.dense(), torch.stack(apart))
     for first in range(shape[0]):
         for last in range(first + 1, shape[0] + 1):
-            assert torch.equal(mine.some(slice(first, last)), torch.stack(apart[first:last]))
+            assert torch.equal(
+                mine.dense_slices(slice(first, last)), torch.stack(apart[first:last])
+            )
 
 
 def test_a_slice_does_not_depend_on_the_others():
     value = stack((3, 48, 80), torch.float32)
     other = value.clone()
     other[0], other[2] = 1e4, 0
-    assert torch.equal(held(value).one(1), held(other).one(1))
-    assert not held(other).one(2).any()
+    assert torch.equal(held(value).dense_slice(1), held(other).dense_slice(1))
+    assert not held(other).dense_slice(2).any()
 
 
 def test_slices_may_come_in_any_slabs_and_dtypes():
@@ -102,9 +104,9 @@ def test_what_is_read_is_fresh():
     for shape in ((2, 128, 128), (2, 48, 80)):
         mine = held(stack(shape, torch.float32))
         mine.dense().zero_()
-        mine.one(1).zero_()
+        mine.dense_slice(1).zero_()
         assert mine.dense().any()
-        assert mine.one(1).any()
+        assert mine.dense_slice(1).any()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

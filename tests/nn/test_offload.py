@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcore.nn.offload import Lot, Parked
+from qcore.nn.offload import OffloadedInput, PinnedPool
 from qcore.planning.host_memory import pinned
 
 MIB = 1 << 20
@@ -29,43 +29,43 @@ class Counted:
 
 def test_a_second_step_asks_for_nothing() -> None:
     made = Counted()
-    lot = Lot(made)
+    pool = PinnedPool(made)
     for _ in range(3):
-        places = [lot.take(32 * MIB) for _ in range(5)]
+        places = [pool.take(32 * MIB) for _ in range(5)]
         assert len({place.data_ptr() for place in places}) == 5
         for place in places:
-            lot.give_back(place)
+            pool.give_back(place)
     assert made.sizes == [32 * MIB] * 5
-    assert lot.nbytes == 5 * 32 * MIB
+    assert pool.nbytes == 5 * 32 * MIB
 
 
 def test_places_are_as_large_as_the_largest_pack_needs() -> None:
     """torch gives no pinned block back: a run whose packs grow must not ask twice."""
     made = Counted()
-    lot = Lot(made, least=9 * MIB + 1)
+    pool = PinnedPool(made, least=9 * MIB + 1)
     for size in (3 * MIB, 9 * MIB, 5 * MIB, 9 * MIB + 1):
-        places = [lot.take(size) for _ in range(4)]
+        places = [pool.take(size) for _ in range(4)]
         assert all(len(place) >= size for place in places)
         for place in places:
-            lot.give_back(place)
+            pool.give_back(place)
     assert made.sizes == [16 * MIB] * 4
-    assert lot.nbytes == pinned(9 * MIB + 1, 4) == 4 * 16 * MIB
+    assert pool.nbytes == pinned(9 * MIB + 1, 4) == 4 * 16 * MIB
 
 
 def test_the_smallest_that_is_large_enough_is_taken() -> None:
-    lot = Lot(Counted())
-    small, large = lot.take(2 * MIB), lot.take(8 * MIB)
-    lot.give_back(large)
-    lot.give_back(small)
-    assert lot.take(MIB) is small
-    assert lot.take(MIB) is large
+    pool = PinnedPool(Counted())
+    small, large = pool.take(2 * MIB), pool.take(8 * MIB)
+    pool.give_back(large)
+    pool.give_back(small)
+    assert pool.take(MIB) is small
+    assert pool.take(MIB) is large
 
 
 def test_what_was_outgrown_is_counted_as_held() -> None:
-    lot = Lot(Counted())
+    pool = PinnedPool(Counted())
     for size in (3 * MIB, 9 * MIB):
-        lot.give_back(lot.take(size))
-    assert lot.nbytes == (4 + 16) * MIB
+        pool.give_back(pool.take(size))
+    assert pool.nbytes == (4 + 16) * MIB
 
 
 def test_memory_that_cannot_be_pinned_leaves_nothing_behind(
@@ -78,10 +78,10 @@ def test_memory_that_cannot_be_pinned_leaves_nothing_behind(
 
     said: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", said.append)
-    monkeypatch.setattr(Parked, "_streams", {torch.device("cpu"): None})
-    monkeypatch.setattr(Parked, "_lots", {torch.device("cpu"): Lot(none)})
+    monkeypatch.setattr(OffloadedInput, "_streams", {torch.device("cpu"): None})
+    monkeypatch.setattr(OffloadedInput, "_pools", {torch.device("cpu"): PinnedPool(none)})
     with pytest.raises(RuntimeError, match="64 bytes"):
-        Parked(torch.zeros(16), None)
+        OffloadedInput(torch.zeros(16), None)
     gc.collect()
     assert said == []
 
@@ -101,8 +101,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The order of things, on a CPU that stands for a card."""
     noted: list[str] = []
     here, side = Stream("layers", noted), Stream("copies", noted)
-    monkeypatch.setattr(Parked, "_streams", {torch.device("cpu"): side})
-    monkeypatch.setattr(Parked, "_lots", {torch.device("cpu"): Lot(Counted())})
+    monkeypatch.setattr(OffloadedInput, "_streams", {torch.device("cpu"): side})
+    monkeypatch.setattr(OffloadedInput, "_pools", {torch.device("cpu"): PinnedPool(Counted())})
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(
@@ -112,31 +112,31 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_inputs_come_back_one_layer_ahead_of_their_backward(log: list[str]) -> None:
-    lot = Parked.lot(torch.device("cpu"))
+    pool = OffloadedInput.pool(torch.device("cpu"))
     for _ in range(2):
         log.clear()
         inputs = [torch.full((3, 5), float(n)) for n in range(4)]
-        parked: list[Parked] = []
+        parked: list[OffloadedInput] = []
         for x in inputs:
-            parked.append(Parked(x, parked[-1] if parked else None))
+            parked.append(OffloadedInput(x, parked[-1] if parked else None))
             # Parked when it is computed, and not given up before it is copied.
             assert log[-2:] == ["copies waits for layers", "copies hold it"]
-        assert len(lot._free) == 0
+        assert len(pool._free) == 0
         for n in reversed(range(4)):
             log.clear()
             assert torch.equal(parked[n].take(), inputs[n])
             assert log == ["layers waits for copies", "layers hold it"]
             # This one's place is free, and that of the layer below, which is on its way.
-            assert len(lot._free) == min(4, 4 - n + 1)
+            assert len(pool._free) == min(4, 4 - n + 1)
         with pytest.raises(AssertionError, match="backward ran twice"):
             parked[0].take()
-    assert len(lot.make.sizes) == 4  # type: ignore[attr-defined]
+    assert len(pool.make.sizes) == 4  # type: ignore[attr-defined]
 
 
 def test_what_no_backward_took_is_free_again(log: list[str]) -> None:
-    lot = Parked.lot(torch.device("cpu"))
-    parked = Parked(torch.zeros(3), None)
-    assert len(lot._free) == 0
+    pool = OffloadedInput.pool(torch.device("cpu"))
+    parked = OffloadedInput(torch.zeros(3), None)
+    assert len(pool._free) == 0
     del parked
     gc.collect()
-    assert len(lot._free) == 1
+    assert len(pool._free) == 1

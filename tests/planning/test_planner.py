@@ -88,12 +88,12 @@ def test_weights_are_what_loading_holds(folder: Path) -> None:
         found.decision.architecture, found.checkpoint.config, found.layout, torch.bfloat16, {}
     )
     load(model, found.layout, found.checkpoint, device=CPU, quantize=True)
-    held = sum(one.stored_bytes for one in model.holders.values() if one.four_bit)
+    held = sum(one.stored_bytes for one in model.lora_layers.values() if one.four_bit)
     held += sum(one.nbytes for one in model.parameters())
     terms = ("weights nf4", "weights 16 bit", "weights fp32", "embeddings")
     expected = sum(planner.static[term] for term in terms)
     # The allocator's rounding of hundreds of small tensors is most of the difference.
-    assert held < expected < held + 512 * 12 * (len(model.holders) + 20)
+    assert held < expected < held + 512 * 12 * (len(model.lora_layers) + 20)
 
 
 # -- the path of a GPU, on meta

@@ -13,12 +13,13 @@ from support.plan_kit import DENSE_4B, MOE_35B, found_of
 
 from qcore.config.settings import Settings
 from qcore.errors import InputError
+from qcore.nn.device import is_out_of_memory
 from qcore.nn.recompute import POLICIES
 from qcore.planning import Planner
 from qcore.planning.compare import RunPlan, beside
 from qcore.planning.gpus import CARDS, card_of
 from qcore.planning.host_memory import available
-from qcore.planning.oom import Usage, Watch, is_memory
+from qcore.planning.oom import Usage, Watch
 from qcore.planning.packs import packs_of
 from qcore.planning.run import Room, plan_run, room_of
 from qcore.planning.saved import PLAN, Before, keep, kept
@@ -413,9 +414,9 @@ def test_what_means_that_memory_ran_out(found: Identified) -> None:
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
         MemoryError(),
     ):
-        assert is_memory(error)
+        assert is_out_of_memory(error)
         assert report(plan, error, None).code == "QC-PLAN-004"
-    assert not is_memory(RuntimeError("shapes differ"))
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
     for other in (KeyboardInterrupt(), ValueError("out of memory"), InputError("QC-X-001", "no")):
         with pytest.raises(type(other)) as caught, Watch(plan, CPU):
             raise other

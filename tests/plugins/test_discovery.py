@@ -68,7 +68,7 @@ def test_version_gate(
 
 
 def test_a_development_version_of_the_framework_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qcore.__version__", "0.1.1.dev0")
+    monkeypatch.setattr("qcore.io.version.__version__", "0.1.1.dev0")
     assert _unmet(["qcore-framework>=0.1,<0.2"]) is None
     assert _unmet(["qcore-framework<0.1"]) is not None
 

@@ -291,14 +291,14 @@ def test_experts_in_four_bit_are_bitsandbytes_s(base: Bases, layout: str) -> Non
     folder = base("text", True, layout)
     model, reference = ours(folder, quantize=True), in_four_bit(stock(folder, "text", moe=True))
     stacks = 0
-    for name, module in model.holders.items():
+    for name, module in model.lora_layers.items():
         if isinstance(module, Experts):
             stock_name = name.replace(ROOT, "model.", 1)
             weight = reference.get_parameter(stock_name)
             assert module.four_bit
             for number in range(module.shape[0]):
-                assert torch.equal(module.one(number), weight[number]), name
-            assert torch.equal(module.some(slice(1, 5)), weight[1:5])
+                assert torch.equal(module.dense_slice(number), weight[number]), name
+            assert torch.equal(module.dense_slices(slice(1, 5)), weight[1:5])
             stacks += 1
     assert stacks == 6
     check_logits(model, reference)
@@ -310,13 +310,13 @@ def test_neighbours_read_back_together_are_each_alone(tmp_path: Path, dtype: tor
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128}
     folder = write_stock(tmp_path, "text", moe=True, dtype=torch.bfloat16, **(LAYERS | sizes))
     model, original = ours(folder, quantize=True, dtype=dtype), stock(folder, "text", moe=True)
-    for name, module in model.holders.items():
+    for name, module in model.lora_layers.items():
         if isinstance(module, Experts):
             weight = original.get_parameter(name.replace(ROOT, "model.", 1))
             each = [rounded(one.detach().bfloat16(), dtype) for one in weight]
-            assert torch.equal(module.some(slice(0, 6)), torch.stack(each)), name
-            assert torch.equal(module.some(slice(2, 4)), torch.stack(each[2:4])), name
-            assert torch.equal(module.one(3), each[3]), name
+            assert torch.equal(module.dense_slices(slice(0, 6)), torch.stack(each)), name
+            assert torch.equal(module.dense_slices(slice(2, 4)), torch.stack(each[2:4])), name
+            assert torch.equal(module.dense_slice(3), each[3]), name
 
 
 def test_gradients_under_four_bit(base: Bases) -> None:
@@ -373,7 +373,7 @@ def test_gradients_of_one_block_under_four_bit(tmp_path: Path) -> None:
             (block(x[None])[0] * weights).sum().backward()
         for stack in STACKS:
             name = f"{ROOT}layers.{number}.{stack}"
-            module = model.holders[name]
+            module = model.lora_layers[name]
             for n, (side, mine) in enumerate((("A", module.lora_A), ("B", module.lora_B))):
                 dequantised, original = (found[name][n].grad for found in theirs)
                 largest = float(dequantised.abs().max())
@@ -427,7 +427,7 @@ def test_bfloat16_gradients_of_experts_err_no_more_than_peft_s(tmp_path: Path, s
     mine, peer_s = [], []
     for stack in STACKS:
         name = f"{ROOT}layers.0.{stack}"
-        module = model.holders[name]
+        module = model.lora_layers[name]
         for n, ours_ in enumerate((module.lora_A, module.lora_B)):
             right = exact[name][n].grad
             mine.append(float((ours_.grad - right).norm() / right.norm()))

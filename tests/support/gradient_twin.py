@@ -131,7 +131,7 @@ class Twin:
         stacks = []
         for leaf in ("gate_up_proj", "down_proj"):
             name = _ours(f"{path}.{leaf}")
-            holder = ours.model.holders[name]
+            holder = ours.model.lora_layers[name]
             assert holder.lora is not None
             pair = self.lora[f"{name} A"], self.lora[f"{name} B"]
             stacks.append((getattr(module, leaf), *pair, holder.lora.scaling))
@@ -233,10 +233,10 @@ def fresh_model(ours: Slice, dtype: torch.dtype) -> Any:
 
 def _values(ours: Slice) -> Any:
     """Every frozen tensor of qcore's model, by canonical name, 4 bit read back."""
-    held = ours.model.holders
+    held = ours.model.lora_layers
     for name, holder in held.items():
         if isinstance(holder, Experts):
-            yield name, holder.some(slice(0, holder.shape[0])).clone()
+            yield name, holder.dense_slices(slice(0, holder.shape[0])).clone()
         else:
             assert isinstance(holder, Linear)
             yield name, holder.dense().clone()

@@ -22,7 +22,7 @@ TRUNK = "model.language_model"
 def part(hidden: int, layers: int) -> Part:
     """Rows under every name that a reader of the trunk or the head could match."""
     return Part(
-        name="draft", owner="qcore-draft", optional=True, loaded=False, section="draft_config",
+        name="draft", optional=True, loaded=False, section="draft_config",
         rows=(
             Row(f"{TRUNK}.layers.{{layer}}.draft.weight", "hidden hidden", "draft", kind=LINEAR),
             Row(f"{TRUNK}.layers.{{layer}}.input_layernorm.draft", "hidden", "draft"),
@@ -39,7 +39,7 @@ def part(hidden: int, layers: int) -> Part:
 
 
 @hookimpl
-def qcore_key_mapping(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
+def qcore_parameters(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
     if config.get("draft_config") is not None:
         text = config["text_config"]
         yield part(text["hidden_size"], text["num_hidden_layers"])

@@ -21,6 +21,7 @@ core=(
     tests/checkpoint/test_tensor_hash.py tests/io tests/nn/test_nf4_stack.py
 )
 
+failed=()
 for name in "$@"; do
     versions=tests/versions/$name.txt
     venv=.venv-versions/$name
@@ -40,6 +41,13 @@ for name in "$@"; do
     "$venv/bin/pip" freeze --exclude-editable |
         grep -E '^(torch|transformers|peft|safetensors|bitsandbytes|tokenizers|huggingface.hub)==' |
         paste -sd ' '
-    [[ $name == core ]] && "$venv/bin/qcore" demo
-    OMP_NUM_THREADS=1 "$venv/bin/pytest" -m "not gpu and not slow and not timing" "${tests[@]}"
+    if [[ $name == core ]]; then
+        "$venv/bin/qcore" demo || failed+=("$name: demo")
+    fi
+    OMP_NUM_THREADS=1 "$venv/bin/pytest" -m "not gpu and not slow and not timing" "${tests[@]}" ||
+        failed+=("$name: tests")
 done
+if ((${#failed[@]})); then
+    printf 'failed: %s\n' "${failed[@]}"
+    exit 1
+fi

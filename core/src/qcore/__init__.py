@@ -1,26 +1,69 @@
 """qcore: fine-tune and merge language models through plugins.
 
-Public modules: `api`, `checkpoint`, `errors`, `ops`, and the marker
-`hookimpl`. Everything else is internal and may change in a minor version. Importing qcore
-imports no torch and no plugin.
+The verbs are functions: `inspect`, `plan`, `train`, `merge`, `generate`, `verify`. `open_model` and
+`open_adapter` read tensors, `publish` writes a folder, a `Reporter` receives the events of a verb.
+
+Other public modules: `api`, `errors`, `ops`, and the marker `hookimpl`. Everything
+else is internal and may change in a minor version. Importing qcore imports no torch and no plugin:
+each name is imported on first use.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .io.version import __version__
+
 if TYPE_CHECKING:
+    from .adapter.open import open_adapter, open_model
     from .api.hookspecs import hookimpl
+    from .inference.generate import generate
+    from .io.artifact import publish
+    from .io.manifest import verify
+    from .merging.merge import merge
+    from .preflight.inspect import inspect
+    from .preflight.plan import plan
+    from .reporting import Reporter
+    from .training.train import train
 
-__all__ = ["__version__", "hookimpl"]
+__all__ = [
+    "Reporter",
+    "__version__",
+    "generate",
+    "hookimpl",
+    "inspect",
+    "merge",
+    "open_adapter",
+    "open_model",
+    "plan",
+    "publish",
+    "train",
+    "verify",
+]
 
-__version__ = "0.1.0"
+_MODULES = {
+    "Reporter": "reporting",
+    "generate": "inference.generate",
+    "hookimpl": "api.hookspecs",
+    "inspect": "preflight.inspect",
+    "merge": "merging.merge",
+    "open_adapter": "adapter.open",
+    "open_model": "adapter.open",
+    "plan": "preflight.plan",
+    "publish": "io.artifact",
+    "train": "training.train",
+    "verify": "io.manifest",
+}
 
 
 def __getattr__(name: str) -> object:
-    """Import `hookimpl` on first use, so that ``qcore --help`` does not pay for it."""
-    if name == "hookimpl":
-        from .api.hookspecs import hookimpl
+    """Import a public name on first use."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'qcore' has no attribute '{name}'")
+    value: object = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    return value
 
-        return hookimpl
-    raise AttributeError(f"module 'qcore' has no attribute '{name}'")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

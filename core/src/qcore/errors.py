@@ -247,10 +247,10 @@ def contained(call: Callable[[], _T], /, *, prints: bool = False) -> _T | Failur
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001  SystemExit too: a plugin may call sys.exit
-        return Failure(_cause(error), error)
+        return Failure(cause_of(error), error)
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """Type, message and innermost frame of an exception that foreign code raised."""
     try:
         text = str(error)[:300]

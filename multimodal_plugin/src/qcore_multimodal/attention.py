@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,7 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, frames: Frames, scale: floa
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention within frames: each ``[frames, length, h, D] -> [frames * length, h, D]``."""
     if q.is_meta:
-        out: Tensor = _MetaAttention.apply(q, k, v)
+        out: Tensor = _MetaAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
         return out.flatten(0, 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(_FUSED) if q.is_cuda else nullcontext():
@@ -133,6 +133,10 @@ class _MetaAttention(torch.autograd.Function):
 
 class Attention(nn.Module):
     """Self-attention within each frame, added to the residual stream: ``[U, h * D]`` in and out."""
+
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
+
+        def __call__(self, stream: Tensor, x: Tensor, media: Media) -> Tensor: ...
 
     def __init__(self, ctx: BuildContext, vision: Mapping[str, Any], name: str) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ Shapes: U patches, d features.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,7 @@ def _gelu(y: Tensor, bias: Tensor, approximate: str) -> Tensor:
         bias: ``[d]``.
         approximate: ``none`` or ``tanh``, as in torch.
     """
-    out: Tensor = _Gelu.apply(y, bias, approximate)
+    out: Tensor = _Gelu.apply(y, bias, approximate)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -75,7 +75,8 @@ class _Gelu(torch.autograd.Function):
         ctx.save_for_backward(y, bias)
         ctx.approximate = approximate
         h = y + bias.to(_wide(y))
-        return torch.ops.aten.gelu_(h, approximate=approximate).to(y.dtype)
+        torch.ops.aten.gelu_(h, approximate=approximate)
+        return h.to(y.dtype)
 
     @staticmethod
     @once_differentiable
@@ -95,6 +96,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 class LayerNorm(nn.Module):
     """LayerNorm over the last dimension; its output is recomputed in backward."""
+
+    if TYPE_CHECKING:  # nn.Module's own is of any type
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(self, ctx: BuildContext, name: str) -> None:
         super().__init__()

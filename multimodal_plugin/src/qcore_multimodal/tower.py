@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,10 @@ _PATCHES_PER_SLICE = 8192
 class Mlp(nn.Module):
     """``fc2(gelu(fc1(x)))`` with the tanh approximation, added to the residual stream."""
 
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
+
+        def __call__(self, stream: Tensor, x: Tensor) -> Tensor: ...
+
     def __init__(self, ctx: BuildContext, name: str) -> None:
         super().__init__()
         self.linear_fc1 = linear(ctx, f"{name}.linear_fc1")
@@ -46,6 +50,10 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """``x += attn(norm1(x)); x += mlp(norm2(x))``."""
 
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
+
+        def __call__(self, x: Tensor, media: Media) -> Tensor: ...
+
     def __init__(self, ctx: BuildContext, vision: Mapping[str, Any], number: int) -> None:
         super().__init__()
         name = f"blocks.{number}"
@@ -56,8 +64,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, media: Media) -> Tensor:
         x = self.attn(x, self.norm1(x), media)
-        out: Tensor = self.mlp(x, self.norm2(x))
-        return out
+        return self.mlp(x, self.norm2(x))
 
 
 class Merger(nn.Module):
@@ -65,6 +72,10 @@ class Merger(nn.Module):
 
     The GELU is exact, without the tanh approximation.
     """
+
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
+
+        def __call__(self, x: Tensor, media: Media) -> Tensor: ...
 
     def __init__(self, ctx: BuildContext, merge: int) -> None:
         super().__init__()
@@ -80,6 +91,10 @@ class Merger(nn.Module):
 
 class _Projection(nn.Module):
     """``patch_embed.proj``: a convolution with stride equal to the patch size, as one matrix."""
+
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(self, ctx: BuildContext, name: str) -> None:
         super().__init__()
@@ -100,6 +115,10 @@ class _PatchEmbed(nn.Module):
 
 class _PosEmbed(nn.Module):
     """``pos_embed``: the learned square of position embeddings."""
+
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
+
+        def __call__(self, index: Tensor, weights: Tensor) -> Tensor: ...
 
     def __init__(self, ctx: BuildContext) -> None:
         super().__init__()
@@ -127,13 +146,15 @@ class Tower(nn.Module):
         self.patch: int = self.channels * vision["temporal_patch_size"] * vision["patch_size"] ** 2
         self.patch_embed = _PatchEmbed(ctx)
         self.pos_embed = _PosEmbed(ctx)
-        self.blocks = nn.ModuleList(Block(ctx, vision, n) for n in range(vision["depth"]))
+        blocks = [Block(ctx, vision, number) for number in range(vision["depth"])]
+        self.blocks = nn.ModuleList(blocks)
         self.merger = Merger(ctx, self.merge)
+        self._layers: tuple[Block | Merger, ...] = (*blocks, self.merger)
 
     @property
-    def layers(self) -> Sequence[nn.Module]:
+    def layers(self) -> Sequence[Block | Merger]:
         """The blocks, then the merger."""
-        return [*self.blocks, self.merger]
+        return self._layers
 
     def embed(self, media: Media) -> Tensor:
         """Patch and position embeddings: ``values [U, F] -> [U, D]``.
@@ -170,7 +191,7 @@ class Tower(nn.Module):
         return index.to(media.values.device), weights.to(media.values.device)
 
     def _rows(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        out: Tensor = self.patch_embed.proj(x)
+        out = self.patch_embed.proj(x)
         return out + self.pos_embed(index, weights).to(out.dtype)
 
     def sample(
@@ -203,4 +224,4 @@ class Tower(nn.Module):
 
 def build(ctx: BuildContext) -> TowerProtocol:
     """Build the tower that the config in `ctx` describes."""
-    return cast(TowerProtocol, Tower(ctx))
+    return Tower(ctx)

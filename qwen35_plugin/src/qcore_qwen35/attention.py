@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from qcore.api import BuildContext, Packed
+from qcore.api import BuildContext, DecodeCache, Packed
 from qcore.ops import (
     cached_attention,
     recomputable,
@@ -99,6 +99,12 @@ class Attention(nn.Module):
         gate: ``(output [T, Hq, D], gate) -> [T, Hq, D]``.
     """
 
+    if TYPE_CHECKING:  # nn.Module's own is of any type
+
+        def __call__(
+            self, x: Tensor, batch: Packed, cache: DecodeCache | None = None
+        ) -> Tensor: ...
+
     def __init__(
         self,
         ctx: BuildContext,
@@ -126,26 +132,31 @@ class Attention(nn.Module):
         self._attend = ctx.kernel("attention", varlen_attention)
         self._gate = ctx.kernel(*gate)
 
-    def forward(self, x: Tensor, batch: Packed, cache: KvCache | None = None) -> Tensor:
-        q, k, v, gate = self._given(x, batch)
+    def forward(self, x: Tensor, batch: Packed, cache: DecodeCache | None = None) -> Tensor:
+        q, k, v, gate = self._projected(x, batch)
         scale = self.head_dim**-0.5
         if cache is None:
             o = self._attend(q, k, v, batch.cu_seqlens, scale)
-        elif cache.at is None:
-            o = cached_attention(q, *cache.extend(k, v), scale)
         else:
-            at, span = cache.at, cache.span
-            bias = batch.memo(f"filled {span}", lambda: span_bias(at, span))
-            o = step_attention(q, *cache.put(k, v, at), bias, scale)
-        out: Tensor = self.o_proj(recompute(self._gate, o, gate).flatten(1))
-        return out
+            assert isinstance(cache, KvCache)
+            o = self._decoded(q, k, v, batch, cache, scale)
+        return self.o_proj(recompute(self._gate, o, gate).flatten(1))
 
-    def _given(self, x: Tensor, batch: Packed) -> AttentionInputs:
+    def _decoded(
+        self, q: Tensor, k: Tensor, v: Tensor, batch: Packed, cache: KvCache, scale: float
+    ) -> Tensor:
+        if cache.at is None:
+            return cached_attention(q, *cache.extend(k, v), scale)
+        at, span = cache.at, cache.span
+        bias = batch.memo(f"span bias {span}", lambda: span_bias(at, span))
+        return step_attention(q, *cache.put(k, v, at), bias, scale)
+
+    def _projected(self, x: Tensor, batch: Packed) -> AttentionInputs:
         norms = (self.q_norm.weight, self.k_norm.weight, self.eps)
         args: tuple[Any, ...] = (*self._project(x), *norms, *self.rope.tables(batch, x.dtype))
-        given = self._inputs(*args)
-        recomputable(given[:2], lambda *args: self._inputs(*args)[:2], *args)
-        return given
+        inputs = self._inputs(*args)
+        recomputable(inputs[:2], lambda *args: self._inputs(*args)[:2], *args)
+        return inputs
 
     def new_cache(self, tokens: int, device: torch.device) -> KvCache:
         """Room for `tokens` tokens."""

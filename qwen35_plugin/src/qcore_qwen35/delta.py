@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from qcore.api import BuildContext, Packed
+from qcore.api import BuildContext, DecodeCache, Packed
 from qcore.ops import recomputable
 
 from .norm import GatedNorm
@@ -66,6 +66,12 @@ class GatedDeltaNet(nn.Module):
             ``module(o [T, Hv, dv], z [T, Hv, dv]) -> [T, Hv, dv]``.
     """
 
+    if TYPE_CHECKING:  # nn.Module's own is of any type
+
+        def __call__(
+            self, x: Tensor, batch: Packed, cache: DecodeCache | None = None
+        ) -> Tensor: ...
+
     def __init__(
         self,
         ctx: BuildContext,
@@ -97,15 +103,15 @@ class GatedDeltaNet(nn.Module):
         self._rule = ctx.kernel("qwen35::delta_rule", chunked_delta_rule)
         self._step = ctx.kernel("qwen35::delta_step", delta_step)
 
-    def forward(self, x: Tensor, batch: Packed, cache: DeltaCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, batch: Packed, cache: DecodeCache | None = None) -> Tensor:
+        assert cache is None or isinstance(cache, DeltaCache)
         if cache is not None and len(x) == 1:
             o, z = self._advanced(x, cache)
         else:
-            given = self._trained(x, batch) if cache is None else self._continued(x, batch, cache)
-            o, z = self._scan(given, batch, cache), given.z
+            inputs = self._trained(x, batch) if cache is None else self._continued(x, batch, cache)
+            o, z = self._scan(inputs, batch, cache), inputs.z
         z = z.unflatten(-1, (self.heads.v_heads, self.heads.v_dim))
-        out: Tensor = self.out_proj(self.norm(o, z).flatten(1))
-        return out
+        return self.out_proj(self.norm(o, z).flatten(1))
 
     def new_cache(self, tokens: int, device: torch.device) -> DeltaCache:
         """An empty state; its size does not depend on `tokens`."""
@@ -119,9 +125,9 @@ class GatedDeltaNet(nn.Module):
         documents = batch.memo("documents", lambda: Documents.of(batch.cu_seqlens, x.device))
         frozen = (self.conv1d.weight, self.A_log, self.dt_bias, documents, self.heads)
         args: tuple[Any, ...] = (*self._project(x), *frozen)
-        given = self._inputs(*args)
-        recomputable(given[:-1], lambda *args: self._inputs(*args)[:-1], *args)
-        return given
+        inputs = self._inputs(*args)
+        recomputable(inputs[:-1], lambda *args: self._inputs(*args)[:-1], *args)
+        return inputs
 
     def _continued(self, x: Tensor, batch: Packed, cache: DeltaCache) -> DeltaInputs:
         qkv, z, a, b = self._project(x)
@@ -131,8 +137,8 @@ class GatedDeltaNet(nn.Module):
         g, beta = log_decay(a, self.A_log, self.dt_bias), torch.sigmoid(b)
         return DeltaInputs(*self.heads.split(mixed), g, beta, z)
 
-    def _scan(self, given: DeltaInputs, batch: Packed, cache: DeltaCache | None) -> Tensor:
-        q, k, v, g, beta, _ = given
+    def _scan(self, inputs: DeltaInputs, batch: Packed, cache: DeltaCache | None) -> Tensor:
+        q, k, v, g, beta, _ = inputs
         lengths = batch.cu_seqlens
         if cache is None:
             layout = batch.memo("delta chunks", lambda: Chunks.of(lengths, CHUNK, q.device))

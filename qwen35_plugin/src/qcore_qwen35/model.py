@@ -9,14 +9,14 @@ Shapes: T tokens of all documents, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qcore.api import BuildContext, Packed
+from qcore.api import BuildContext, DecodeCache, Packed
 from qcore.api import Trunk as TrunkProtocol
 
 from .attention import Attention, KvCache
@@ -33,6 +33,12 @@ Cache = KvCache | DeltaCache
 class DecoderLayer(nn.Module):
     """``x += mixer(norm(x)); x += mlp(norm(x))``, the mixer by the layer's type."""
 
+    if TYPE_CHECKING:  # nn.Module's own is of any type
+
+        def __call__(
+            self, x: Tensor, batch: Packed, cache: DecodeCache | None = None
+        ) -> Tensor: ...
+
     def __init__(self, ctx: BuildContext, text: Mapping[str, Any], kind: str, number: int) -> None:
         super().__init__()
         name, eps = f"layers.{number}", text["rms_norm_eps"]
@@ -43,19 +49,18 @@ class DecoderLayer(nn.Module):
         else:
             self.self_attn = Attention(ctx, text, f"{name}.self_attn")
         self.post_attention_layernorm = RmsNorm(ctx, f"{name}.post_attention_layernorm", eps)
-        self.sparse = "num_experts" in text
-        self.mlp = Moe(ctx, text, f"{name}.mlp") if self.sparse else Mlp(ctx, f"{name}.mlp")
+        sparse = "num_experts" in text
+        self.mlp = Moe(ctx, text, f"{name}.mlp") if sparse else Mlp(ctx, f"{name}.mlp")
 
     @property
     def mixer(self) -> GatedDeltaNet | Attention:
         """The token mixer of this layer."""
         return self.linear_attn if self.kind == "linear_attention" else self.self_attn
 
-    def forward(self, x: Tensor, batch: Packed, cache: Any | None = None) -> Tensor:
+    def forward(self, x: Tensor, batch: Packed, cache: DecodeCache | None = None) -> Tensor:
         x, y = self.input_layernorm.after(x)
         x, y = self.post_attention_layernorm.after(x, self.mixer(y, batch, cache))
-        out: Tensor = x + (self.mlp(y, batch) if self.sparse else self.mlp(y))
-        return out
+        return x + (self.mlp(y, batch) if isinstance(self.mlp, Moe) else self.mlp(y))
 
     def new_cache(self, tokens: int, device: torch.device) -> Cache:
         """State for decoding one document of at most `tokens` tokens."""
@@ -63,16 +68,22 @@ class DecoderLayer(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Everything between token ids and what the head reads."""
+    """Everything between token ids and what the head reads.
+
+    Attributes:
+        layers: an ``nn.ModuleList``, whose own type does not say of what.
+    """
+
+    layers: Sequence[DecoderLayer]
 
     def __init__(self, ctx: BuildContext) -> None:
         super().__init__()
         text = text_config(ctx.config)
         self.dtype = ctx.dtype
         self.embed_tokens = Weight(ctx.tensor("embed_tokens.weight"))
-        self.layers = nn.ModuleList(
-            DecoderLayer(ctx, text, kind, number) for number, kind in enumerate(layer_types(text))
-        )
+        kinds = enumerate(layer_types(text))
+        blocks = nn.ModuleList(DecoderLayer(ctx, text, kind, number) for number, kind in kinds)
+        self.add_module("layers", blocks)
         self.norm = RmsNorm(ctx, "norm", text["rms_norm_eps"])
 
     def embed(self, batch: Packed) -> Tensor:
@@ -81,8 +92,7 @@ class Trunk(nn.Module):
 
     def final(self, x: Tensor) -> Tensor:
         """The last norm: ``[T, H] -> [T, H]``."""
-        out: Tensor = self.norm(x)
-        return out
+        return self.norm(x)
 
     def aux_loss(self, batch: Packed) -> Tensor | None:
         """How unevenly experts were picked; a dense model has none to balance."""
@@ -91,4 +101,4 @@ class Trunk(nn.Module):
 
 def build(ctx: BuildContext) -> TrunkProtocol:
     """The trunk of the config in `ctx`."""
-    return cast(TrunkProtocol, Trunk(ctx))
+    return Trunk(ctx)

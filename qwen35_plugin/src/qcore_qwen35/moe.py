@@ -15,7 +15,7 @@ Shapes: T tokens, H hidden size, E experts, k picked, I an expert's inner size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,10 @@ class Balance(NamedTuple):
 class Experts(nn.Module):
     """The two stacks of maps, under the names that the table gives them."""
 
+    if TYPE_CHECKING:  # nn.Module's own is of any type
+
+        def __call__(self, x: Tensor, weights: Tensor, routing: Routing) -> Tensor: ...
+
     def __init__(self, ctx: BuildContext, name: str) -> None:
         super().__init__()
         self.gate_up_proj = ctx.experts(f"{name}.gate_up_proj")
@@ -50,10 +54,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, weights: Tensor, routing: Routing) -> Tensor:
         """``[T, H], [T, k] -> [T, H]``."""
         inner = self.gate_up_proj(x, routing, tokens="in")
-        out: Tensor = self.down_proj(
-            recompute(self._up, inner, weights, routing), routing, tokens="out"
-        )
-        return out
+        up = recompute(self._up, inner, weights, routing)
+        return self.down_proj(up, routing, tokens="out")
 
 
 class SharedExpert(Mlp):
@@ -65,12 +67,15 @@ class SharedExpert(Mlp):
 
     def gated(self, gate: Tensor, up: Tensor, score: Tensor) -> Tensor:
         """``[T, I], [T, I], [T, 1] -> [T, H]``: from what its first maps gave, weighted."""
-        out: Tensor = self.down_proj(recompute(self._shared_up, gate, up, score))
-        return out
+        return self.down_proj(recompute(self._shared_up, gate, up, score))
 
 
 class Moe(nn.Module):
     """``[T, H] -> [T, H]``."""
+
+    if TYPE_CHECKING:  # nn.Module's own is of any type
+
+        def __call__(self, x: Tensor, batch: Packed) -> Tensor: ...
 
     def __init__(self, ctx: BuildContext, text: Mapping[str, Any], name: str) -> None:
         super().__init__()

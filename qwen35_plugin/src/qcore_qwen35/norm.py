@@ -1,12 +1,14 @@
 """The norms as modules: a weight, and the backend of its op.
 
-This file decides what is computed again in backward (every norm's result); the formulas are
+This file decides what is recomputed in backward (every norm's result); the formulas are
 `ops.norm`'s.
 
-Shapes: ``[..., d]``, normalised over d.
+Shapes: ``[..., d]``, normalized over d.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -18,6 +20,10 @@ from .ops.norm.reference import add_rms_norm, gated_norm, rms_norm
 
 class RmsNorm(nn.Module):
     """RMSNorm over the last dimension, weight ``[d]`` stored as the distance from one."""
+
+    if TYPE_CHECKING:  # nn.Module's own is of any type
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def __init__(self, ctx: BuildContext, name: str, eps: float) -> None:
         super().__init__()
@@ -40,6 +46,10 @@ class RmsNorm(nn.Module):
 
 class GatedNorm(nn.Module):
     """RMSNorm and SiLU gate of one value head; the weight ``[dv]`` is shared by all heads."""
+
+    if TYPE_CHECKING:  # nn.Module's own is of any type
+
+        def __call__(self, o: Tensor, z: Tensor) -> Tensor: ...
 
     def __init__(self, ctx: BuildContext, name: str, eps: float) -> None:
         super().__init__()

@@ -136,7 +136,7 @@ def coverage(model: Model, layout: Layout) -> list[Coverage]:
     lines = []
     for group in dict.fromkeys(entry.row.group for entry in entries):
         mine = [entry for entry in entries if entry.row.group == group]
-        held = {entry.name: model.holders.get(entry.name) for entry in mine}
+        held = {entry.name: model.lora_layers.get(entry.name) for entry in mine}
         adapted = [m for m in held.values() if m is not None and m.lora is not None]
         numel = sum(entry.numel for entry in mine)
         stored = sum(

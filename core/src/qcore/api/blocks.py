@@ -1,11 +1,14 @@
 """The protocols between core and a plugin's blocks, the packed batch and its media.
 
-This file decides what a trunk is to core. Core owns the loop over layers (recompute lives
-there once), the head and the loss; a plugin owns the blocks. Parameter names inside a trunk
-are the table's names less `Architecture.root`.
+This file decides what core requires of a trunk and of a tower, and what it offers to blocks that
+are built. Core owns the loop over layers (activation checkpointing and offload are there, once),
+the head and the loss; a plugin owns the blocks. Parameter names inside a trunk are the table's
+names without `Architecture.root`. The functions that blocks call are in `qcore.ops`.
 
-Shapes: T tokens of all documents in the pack, H hidden size, N documents; U units
-of media (what a tower computes), F numbers of each, n embeddings that they become.
+Shapes: T tokens of all documents in the pack, N documents, H hidden size (what the head reads),
+W width of the residual stream between layers (usually W = H); U units of media (what a tower
+computes), F numbers of each, D the tower's width, n embeddings that they become; R rows that are
+routed to experts, E experts.
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ class Media(Shared):
         values: ``[U, F]``, the units of all media one after another.
         grids: how the units of each medium lie; their meaning is the plugin's.
         where: ``[n]`` int64, the tokens of the pack whose embeddings the tower's outputs are.
-        features: ``[n, H]``, the outputs, where they are known already.
+        features: ``[n, W]``, the outputs, if they are known already.
     """
 
     values: Tensor
@@ -146,69 +149,91 @@ class Packed(Shared):
 
 
 class LinearLayer(Protocol):
-    """A linear map of core's; an ``nn.Module``, with its storage and its adapter."""
+    """A linear map with whatever storage and LoRA core gave it; an ``nn.Module``.
 
-    def __call__(self, x: Tensor, /) -> Tensor:
-        """``[..., in] -> [..., out]``."""
-        ...
+    Attributes:
+        weight: ``[out, in]``, frozen; ``None`` while it is held in 4 bit.
+    """
 
-    def get_parameter(self, target: str) -> nn.Parameter:
-        """A parameter by name."""
+    weight: nn.Parameter | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[..., in] -> [..., out]``, without a bias."""
         ...
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Mount a frozen parameter beside the weight, e.g. ``bias``; the plugin adds it."""
+        """Put a tensor beside the weight, such as a bias that the caller adds."""
+        ...
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """A parameter of the module by its name."""
         ...
 
 
-class ExpertRouting(Protocol):
-    """Which rows each expert gets, as an `ExpertsLayer` reads it; `qcore.ops.Routing` is one."""
+class RowRouting(Protocol):
+    """The order of R rows when they are sorted by expert; make one with `qcore.ops.Routing.of`.
 
-    @property
-    def counts(self) -> Tensor:
-        """``[E]`` int64, rows of each expert."""
-        ...
+    Attributes:
+        order: ``[R]`` int64, the flat place (token, choice) of each sorted row.
+        inverse: ``[R]`` int64, the sorted row of each flat place.
+        ends: ``[E]`` int32, where each expert's rows end.
+        k: experts of a token, ``R = T k``.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    ends: Tensor
+    k: int
 
 
 class ExpertsLayer(Protocol):
-    """One linear map per expert; an ``nn.Module``, with its storage and its adapter."""
+    """One linear map per expert, with whatever storage and LoRA core gave it; an ``nn.Module``."""
 
     def __call__(
-        self, x: Tensor, routing: ExpertRouting, tokens: Literal["in", "out"] | None = None
+        self, x: Tensor, routing: RowRouting, tokens: Literal["in", "out"] | None = None
     ) -> Tensor:
-        """``[R, in] -> [R, out]``, rows sorted by expert.
+        """Apply to each row the map of the expert that it is routed to.
 
         Args:
-            x: rows ``[R, in]``; with `tokens` "in", tokens ``[T, in]``, gathered inside.
-            routing: where rows go.
-            tokens: "out" gives ``[T, out]``, the sum of each token's rows.
+            x: ``[R, in]``, rows sorted by expert; with ``tokens="in"`` tokens ``[T, in]``, each of
+                which goes to its k experts.
+            routing: a `qcore.ops.Routing`.
+            tokens: ``None`` maps rows to rows. ``"in"`` reads tokens in place of rows, and saves
+                these for backward. ``"out"`` returns the sum of each token's k rows.
+
+        Returns:
+            ``[R, out]``; with ``tokens="out"`` ``[T, out]``.
         """
         ...
 
 
 class BuildContext(Protocol):
-    """What blocks are built from: core decides storage, adapter and device.
+    """What blocks are built from: core decides on storage, adapter and device.
 
-    Everything is created on the meta device with the table's shape; `qcore.nn.load` fills it.
-    Names are relative to `Architecture.root`.
+    Every module and tensor is created on the meta device with the table's shape; core loads the
+    weights later. Names are relative to `Architecture.root` (of a tower: `Modality.root`).
+
+    Attributes:
+        config: config.json, whole.
+        dtype: dtype of activations.
     """
 
-    config: Mapping[str, Any]  #: config.json, whole
-    dtype: torch.dtype  #: dtype of activations
+    config: Mapping[str, Any]
+    dtype: torch.dtype
 
     def linear(self, name: str) -> LinearLayer:
         """A linear map ``[..., in] -> [..., out]`` for the row ``{name}.weight``."""
         ...
 
     def experts(self, name: str) -> ExpertsLayer:
-        """One linear map per expert, for the row `name` ``[experts, out, in]``."""
+        """One linear map per expert, for the row `name` ``[E, out, in]``."""
         ...
 
     def stack(self, *linears: LinearLayer) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """Maps that read the same x, as one: ``[..., in] -> ([..., out], ...)``, in their order.
 
         Args:
-            linears: what `linear` gave; they stay the caller's modules, under their own names.
+            linears: what `linear` returned; they stay the caller's modules, under their own names.
         """
         ...
 
@@ -217,47 +242,66 @@ class BuildContext(Protocol):
         ...
 
     def kernel(self, op: str, reference: _F) -> _F:
-        """The backend that the run chose for `op`, called as `reference` is; else `reference`."""
+        """The backend that the run chose for an op.
+
+        Args:
+            op: full name, ``acme::rms_norm`` (`qcore.api.records.Op`).
+            reference: the op in torch, returned if the run chose no other backend. A backend has
+                its signature.
+        """
         ...
 
 
 @runtime_checkable
 class DecodeCache(Protocol):
-    """A layer's cache that a captured step of decoding can advance: its tensors stay in place.
+    """The state of one layer while one document is decoded, advanced in place by the layer.
 
-    A cache without these methods is advanced one token at a time, without a CUDA graph.
+    A decoder calls `Layer.new_cache` once, then for each document `reset`, the layer on the
+    prompt ``[T, W]``, and the layer on one token ``[1, W]`` after another. On a GPU the second of
+    these is captured in a CUDA graph and replayed. Before that it calls `hold`; from then on the
+    layer must neither allocate state, nor read a tensor's value on the host, nor depend on a
+    number that the host counts. A cache whose size does not depend on the number of tokens (a
+    recurrent state) has nothing to do in `hold`.
     """
 
     def reset(self) -> None:
-        """Begin another document, which grows as with any cache until `hold` is called."""
+        """Begin another document in the same tensors, which `hold` does not bind any more."""
         ...
 
     def hold(self, at: Tensor, span: int) -> None:
-        """From now on each call of the layer brings one token.
+        """Prepare for calls that bring one token each; called again when the span grows.
 
         Args:
-            at: ``[1]`` int64 on the device, how many tokens came before; core counts them.
-            span: tokens of the cache that are read, this one included.
+            at: ``[1]`` int64 on the device: how many tokens the document has before this one. The
+                decoder advances it in place, after each token; read it in each call.
+            span: how many tokens of the cache are read, at least those before and this one.
         """
         ...
 
 
 @runtime_checkable
 class Layer(Protocol):
-    """One residual layer of a trunk; an ``nn.Module``."""
+    """One residual layer of a trunk; an ``nn.Module``.
 
-    def __call__(self, x: Tensor, batch: Packed, cache: Any | None = None) -> Tensor:
-        """``[T, H] -> [T, H]``.
+    Core may run it again in backward, so the same x and batch must give the same numbers.
+    """
 
-        With a cache, `batch` holds the next tokens of one document and the cache is advanced
-        in place.
+    def __call__(self, x: Tensor, batch: Packed, cache: DecodeCache | None = None) -> Tensor:
+        """``[T, W] -> [T, W]``.
+
+        Args:
+            x: the residual stream of all documents.
+            batch: the pack. With a cache, the next tokens of one document.
+            cache: what `new_cache` returned, advanced in place; ``None`` in training.
         """
         ...
 
-    def new_cache(self, tokens: int, device: torch.device) -> Any:
-        """State for decoding one document of at most `tokens` tokens.
+    def new_cache(self, tokens: int, device: torch.device) -> DecodeCache:
+        """An empty cache for decoding one document.
 
-        A `DecodeCache` where one token can be captured in a CUDA graph; else anything.
+        Args:
+            tokens: how many tokens it will have at most.
+            device: where the cache lies.
         """
         ...
 
@@ -266,20 +310,27 @@ class Layer(Protocol):
 class Trunk(Protocol):
     """Embedding, layers and final norm; an ``nn.Module``. Head and loss are core's."""
 
-    layers: Sequence[Layer]
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """The layers in order, as an ``nn.ModuleList`` has them."""
+        ...
 
     def embed(self, batch: Packed) -> Tensor:
-        """``ids [T] -> [T, H]`` in the run's dtype."""
+        """What the first layer reads: ``ids [T] -> [T, W]`` in the run's dtype.
+
+        Its second dimension decides W for planning, training and merging.
+        """
         ...
 
     def final(self, x: Tensor) -> Tensor:
-        """What the head reads: ``[T, H] -> [T, H]``."""
+        """What the head reads: ``[T, W] -> [T, H]``."""
         ...
 
     def aux_loss(self, batch: Packed) -> Tensor | None:
-        """What the layers of a batch add to the loss, without its coefficient.
+        """What the layers of a batch add to the loss, a scalar without its coefficient.
 
-        ``None`` where the model has no such term: a dense model.
+        Layers leave what it is computed from in the batch (`Packed.keep`). ``None`` if the model
+        has no such term, as dense models.
         """
         ...
 
@@ -287,33 +338,36 @@ class Trunk(Protocol):
 class TowerLayer(Protocol):
     """One layer of a tower; an ``nn.Module``. The last one's outputs are the tower's."""
 
-    def __call__(self, x: Tensor, media: Any) -> Tensor:
-        """``[U, D] -> [U, D]``; of the last ``[U, D] -> [n, H]``, n as `Media.where` has."""
+    def __call__(self, x: Tensor, media: Media) -> Tensor:
+        """``[U, D] -> [U, D]``; of the last layer ``[U, D] -> [n, W]``, n as `Media.where` has."""
         ...
 
 
 @runtime_checkable
 class Tower(Protocol):
-    """What turns media into embeddings of the trunk's; an ``nn.Module``, mounted at its root.
+    """Computes embeddings of media for a trunk; an ``nn.Module``, mounted at `Modality.root`.
 
-    Core runs its layers, as it does a trunk's: what is computed again in backward is decided
-    there, and a merge is proved layer by layer.
+    Core runs its layers as it runs a trunk's: activation checkpointing is decided there, and a
+    merge is proved layer by layer.
     """
 
-    layers: Sequence[TowerLayer]
+    @property
+    def layers(self) -> Sequence[TowerLayer]:
+        """The layers in order."""
+        ...
 
-    def embed(self, media: Any) -> Tensor:
+    def embed(self, media: Media) -> Tensor:
         """What the first layer reads: ``values [U, F] -> [U, D]`` in the run's dtype."""
         ...
 
     def sample(
         self, units: int, device: torch.device, generator: torch.Generator | None = None
     ) -> Media:
-        """Made-up media of about so many units, for planning (on meta) and for proofs.
+        """Invented media, for planning (on meta) and for the proof of a merge.
 
         Args:
-            units: how many; what the grid does not allow is rounded up.
-            device: where they lie.
+            units: how many units; rounded up to what a grid allows.
+            device: where the tensors lie.
             generator: of the values, on the CPU; without one they are left undefined.
         """
         ...

@@ -6,6 +6,11 @@ files come by range requests, one a file for most of them; no answer is read fur
 was asked for, also where a server ignores the range. It leaves to `qcore.checkpoint.hub` what a
 user may name, and to `qcore.checkpoint.safetensors_header` whether a header is sound.
 
+Headers are not read by ``HfApi.parse_safetensors_file_metadata``: it reads a whole file from a
+server that ignores ranges, does not ask again when an answer breaks off, multiplies out shapes of
+any rank, and keeps back the header's length, without which a file that was cut looks sound (a
+test shows it, so that we notice when it changes).
+
 Codes: ``QC-HUB-003`` to ``-009``, see `qcore.checkpoint.hub`.
 """
 
@@ -22,9 +27,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from .. import __version__
 from ..errors import InputError, QcoreError, TrustError, nearest
 from ..io.atomic import write_error
+from ..io.version import __version__
 from .safetensors_header import PREFIX, Header, header_length, parse_headers
 
 _FIRST: Final = 100_000  # holds nearly every header, length included (the client's figure)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -56,22 +54,6 @@ def fail(error: QcoreError, *, as_json: bool) -> int:
         fix = f". Fix: {one.fix}" if one.fix else ""
         click.echo(f"error[{one.code}] {one.message}{fix}", err=True)
     return error.exit_code
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """Hold SIGINT back while torch is imported: its import swallows KeyboardInterrupt."""
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
 
 
 def check_text(arguments: list[str]) -> None:

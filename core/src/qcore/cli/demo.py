@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from .common import debug_option, emit, importing, json_option
+from ..io.stop_signals import importing
+from .common import debug_option, emit, json_option
 
 
 @click.command("demo")
@@ -33,7 +33,7 @@ def command(output: Path | None, architecture: str, as_json: bool) -> None:
                 "folder": str(report.folder) if output else None,
                 "first_loss": report.trained.first_loss,
                 "last_loss": report.trained.last_loss,
-                "merged": {**asdict(report.merged), "output": str(report.merged.output)},
+                "merged": report.merged.as_json(),
                 "prompt": report.prompt,
                 "before": report.before,
                 "after": report.after,

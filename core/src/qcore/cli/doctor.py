@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from .common import debug_option, emit, importing, json_option
+from ..io.stop_signals import importing
+from .common import debug_option, emit, json_option
 
 
 @click.command("doctor")

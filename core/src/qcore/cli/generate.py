@@ -6,13 +6,13 @@ The kinds are entry points (`KINDS`), so that ``--help`` imports no plugin: name
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from ..io.entry_points import KINDS, usable
-from .common import debug_option, emit, importing, json_option
+from ..io.stop_signals import importing
+from .common import debug_option, emit, json_option
 
 
 class _WithMedia(click.Command):
@@ -20,15 +20,15 @@ class _WithMedia(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         own = super().get_params(ctx)
-        names = {option for one in own for option in one.opts}
+        names = {option for parameter in own for option in parameter.opts}
         # Before --json, --debug and --help, which every verb ends with.
         return [*own[:-3], *(_option(kind) for kind in _kinds(names)), *own[-3:]]
 
 
 def _kinds(taken: set[str]) -> list[str]:
-    found = {entry.name for entry in usable(KINDS, gated=False)}
+    kinds = {entry.name for entry in usable(KINDS, gated=False)}
     return sorted(
-        name for name in found if re.fullmatch("[a-z][a-z0-9_]*", name) and f"--{name}" not in taken
+        name for name in kinds if re.fullmatch("[a-z][a-z0-9_]*", name) and f"--{name}" not in taken
     )
 
 
@@ -84,10 +84,10 @@ def command(
     generation: str,
     chat_template_kwargs: tuple[str, ...],
     as_json: bool,
-    **given: tuple[Path, ...],
+    **files: tuple[Path, ...],
 ) -> None:
     """Answer one prompt with MODEL, so that the effect of an adapter can be seen."""
-    media = [(name.removeprefix("media_"), path) for name in sorted(given) for path in given[name]]
+    media = [(name.removeprefix("media_"), path) for name in sorted(files) for path in files[name]]
     from ..config.resolve import parse_entries
     from .terminal import terminal_reporter
 
@@ -95,10 +95,11 @@ def command(
         "chat_template_kwargs", chat_template_kwargs, flag="--chat-template-kwargs"
     )
     with importing():
-        from ..inference.generate import Generator
+        from ..inference.generate import generate
 
-    generator = Generator(
+    answer = generate(
         model,
+        prompt,
         adapter=adapter,
         trust_base=trust_base,
         device=device,
@@ -106,18 +107,14 @@ def command(
         quantization=quantization,
         generation=generation,
         chat_template_kwargs=variables,
-        media=bool(media),
-        reporter=terminal_reporter(quiet=as_json),
-    )
-    answer = generator.prompt(
-        prompt,
         media=media,
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        reporter=terminal_reporter(quiet=as_json),
     )
     if as_json:
-        emit(asdict(answer))
+        emit(answer.as_json())
     else:
         click.echo(answer.text)

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import click
 
-from .. import __version__
 from ..errors import InputError, QcoreError, Stopped
+from ..io.version import __version__
 from .common import check_repeats, check_text, debugging, fail, wants_json
 from .output import OutputError, exit_status
 from .plugin_command import PluginCommand, find, listed

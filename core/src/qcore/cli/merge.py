@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from .common import count, debug_option, emit, importing, json_option
+from ..io.stop_signals import importing
+from .common import count, debug_option, emit, json_option
 
 
 @click.command("merge")
@@ -47,7 +47,7 @@ def command(
         reporter=terminal_reporter(quiet=as_json),
     )
     if as_json:
-        emit({**asdict(report), "output": str(report.output)})
+        emit(report.as_json())
         return
     click.echo(
         f"{report.output}: {report.changed} of {report.tensors} tensors changed "

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import debug_option, emit, importing, json_option, spoken
+from ..io.stop_signals import importing
+from .common import debug_option, emit, json_option, spoken
 
 if TYPE_CHECKING:
     from ..config.presets import Presets

@@ -20,7 +20,7 @@ def command(folder: Path, as_json: bool) -> None:
 
     report = verify(folder)
     if as_json and report.ok:
-        emit({"ok": True, "files": report.files, "problems": []})
+        emit(report.as_json())
         return
     if report.ok:
         click.echo(f"{folder}: {report.kind}, {report.files} files as the manifest says")
@@ -34,8 +34,7 @@ def command(folder: Path, as_json: bool) -> None:
         fix="restore the folder, or make it again",
     )
     if as_json:
-        facts = {"ok": False, "files": report.files, "problems": report.problems}
-        emit({**facts, "error": error.as_json()})
+        emit({**report.as_json(), "error": error.as_json()})
         raise click.exceptions.Exit(error.exit_code)
     for problem in report.problems:
         click.echo(f"  {problem}", err=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import UsageError, nearest
 from .frozen_map import Entries, Plain
-from .spec import Origin, RefusedWords, Spec, Value, check, line_of, plain
+from .spec import Origin, RefusedWords, Spec, Value, check, plain
 
 
 def _s(default: Value, help: str, **limits: Any) -> Any:  # `help` as in click and argparse
@@ -166,12 +166,6 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Every setting by name, as JSON has it."""
         return {name: plain(getattr(self, name)) for name in SPECS}
-
-    def to_yaml(self) -> str:
-        """A file that ``--config`` accepts, each setting with its help; any YAML reader agrees."""
-        return "".join(
-            f"{line_of(name, getattr(self, name))}  # {spec.help}\n" for name, spec in SPECS.items()
-        )
 
 
 SPECS: Mapping[str, Spec] = {

@@ -1,16 +1,16 @@
-"""One token after another of one document: caches, and the captured step that advances them.
+"""Decode one document token by token: caches, and the captured step that advances them.
 
-This file decides how a token is computed. On a GPU the host would take longer to start a token's
-kernels than the card to run them, so they are captured once in a CUDA graph and replayed: the
-token, its position and the logits lie in tensors that stay, and caches are written where the
-position says (`DecodeCache`). Attention reads a span of the cache, a power of two; a document that
-outgrows it is computed once without the graph, which is then captured for the next span.
+This file decides how a token is computed. On a GPU the host would need longer to launch the kernels
+of a token than the GPU to run them, so they are captured once in a CUDA graph and replayed: the
+token, its position and the logits are in static tensors, and caches are written at the position
+(`DecodeCache.hold`). Attention reads a span of the cache, a power of two. A token that no longer
+fits in the span is computed without the graph, which is then captured for the next span.
 
-``plain``     what a layer does with any cache, as long as the document is
-``held``      the step of the graph, computed and not captured
-``captured``  replayed
+``plain``     any cache, which grows with the document
+``held``      the step of the graph, run without capturing it
+``captured``  the graph, replayed
 
-All three compute the same. Which token follows is `generate`'s.
+All three compute the same. Which token follows is decided in `sampling`.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -41,7 +41,7 @@ class Way(str, Enum):
 
 
 def way_of(kernels: Chosen) -> tuple[Way, str]:
-    """How tokens are computed with these kernels, and why not captured where a GPU is used."""
+    """How tokens are computed with these kernels, and on a GPU why they are not captured."""
     if kernels.device != "cuda":
         return Way.PLAIN, ""
     for line in kernels.table:
@@ -52,12 +52,12 @@ def way_of(kernels: Chosen) -> tuple[Way, str]:
 
 
 class Decoder:
-    """Logits of one document after another. Its caches and graphs stay for the next document.
+    """Computes logits of one document after another; caches and graphs are reused.
 
     Args:
         model: on the device, with its adapters.
         device: of the model.
-        way: how a token is computed; ``plain`` where a layer's cache is not `DecodeCache`.
+        way: how a token is computed; ``plain`` if a layer's cache is not a `DecodeCache`.
 
     Attributes:
         done: tokens of the document that the caches hold.
@@ -69,7 +69,7 @@ class Decoder:
         self.done = self.captures = 0
         self._ahead = 0  # of positions, of the number of tokens: a medium takes fewer of them
         self._room = self._span = 0
-        self._caches: list[Any] = []
+        self._caches: list[DecodeCache] = []
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._captured_of: tuple[list[object], list[int]] = ([], [])
@@ -179,7 +179,8 @@ class Decoder:
         batch = Packed(ids=ids, cu_seqlens=(0, len(ids)), positions=positions, media=media)
         x = self.model.embed(batch)
         for layer, cache in zip(self.model.trunk.layers, self._caches, strict=True):
-            x = layer(x, batch, cache)
+            with self.model.guard(layer):
+                x = layer(x, batch, cache)
         last = self.model.trunk.final(x[-1:])
         return F.linear(last, self.model.head)[0].float()
 
@@ -190,7 +191,7 @@ class Decoder:
         for parameter in self.model.parameters():
             things.append(parameter)
             state += [parameter.data_ptr(), parameter._version]
-        for module in self.model.holders.values():
+        for module in self.model.lora_layers.values():
             things += [module.lora, getattr(module, "nf4", None)]
         return things, state
 

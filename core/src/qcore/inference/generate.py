@@ -1,56 +1,52 @@
-"""Generate: a prompt through the checkpoint's own template and the plugin's own blocks.
+"""`qcore generate`: one prompt through the checkpoint's own template and the plugin's own blocks.
 
-This file decides the decoding loop: one prefill, then one token at a time, greedy or sampled,
-until a stop token; how a token is computed is `decoding`'s. An adapter is applied as training
-applied it, on the base that it is bound to. It is meant for seeing an effect, not for serving.
+This file decides how a model is loaded for decoding and how a prompt is rendered. An adapter is
+applied as training applied it, on the base that it was trained on. It is meant for seeing the
+effect of an adapter, not for serving. The decoding loop is in `sampling`.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from ..adapter.delta import Deltas
 from ..adapter.peft_names import Adapter
 from ..adapter.reader import read_adapter
-from ..api.blocks import Media
-from ..api.media import MediaReader, Medium, Placed, RowError
+from ..api.media import MediaReader, Medium
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.tokenizer import load_tokenizer
 from ..config.frozen_map import Entries, Plain
 from ..data.masking import highest_id
-from ..data.media_files import Finder, Reference
 from ..data.template_kwargs import check_variables, recorded_variables, special_tokens
-from ..errors import InputError, NumericError, UsageError
+from ..errors import InputError, UsageError
 from ..nn.device import DTYPES, pick_device
-from ..nn.kernels.registry import choose, installed
+from ..nn.kernels.registry import Chosen, choose, installed
 from ..nn.load import load
 from ..nn.model import Model, ops_of
 from ..nn.qlora.lora_layer import Lora
-from ..plugins.resolve_model import Identified, identify
+from ..plugins.resolve_model import identify
 from ..preflight.checks import line, preflight
 from ..preflight.context_length import beyond
 from ..preflight.modality import reader_of, unread
-from ..reporting import Reporter
+from ..reporting import Finished, Reporter, RunStarted
 from .decoder import Decoder, way_of
+from .prompt_media import PromptMedia
+from .sampling import decode
+
+__all__ = ["Generated", "Generator", "generate"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """What came out.
+    """The result of `generate`.
 
     Attributes:
         text: the new text, special tokens skipped.
         prompt: the rendered prompt.
-        prompt_tokens: its length.
+        prompt_tokens: tokens of the prompt.
         tokens: new tokens, the stop token included.
         stopped: whether a stop token ended it.
     """
@@ -61,12 +57,78 @@ class Generated:
     tokens: int
     stopped: bool
 
+    def as_json(self) -> dict[str, Any]:
+        """The payload of ``qcore generate --json``."""
+        return asdict(self)
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    adapter: str | Path | None = None,
+    trust_base: bool = False,
+    media: Sequence[tuple[str, Path]] = (),
+    system: str = "",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "bf16",
+    quantization: str = "none",
+    generation: str = "",
+    chat_template_kwargs: Mapping[str, Plain] | None = None,
+    reporter: Reporter | None = None,
+) -> Generated:
+    """Load a model and answer one prompt; a `Generator` answers several.
+
+    Args:
+        model: a folder or a hub id.
+        prompt: what the user says.
+        adapter: an adapter folder to apply.
+        trust_base: accept an adapter without a fingerprint of its base.
+        media: kind and file of each medium that comes before the prompt.
+        system: the system turn, none when empty.
+        max_new_tokens: the most tokens to add.
+        temperature: 0 is greedy.
+        seed: of the sampling.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: ``bf16`` or ``fp32``.
+        quantization: ``none`` or ``nf4``.
+        generation: accepted only where evidence is missing, never against it.
+        chat_template_kwargs: variables of the chat template, over those of the adapter.
+        reporter: receives events; silent by default.
+
+    Raises:
+        QcoreError: see docs/errors.md.
+    """
+    reporter = reporter or Reporter()
+    reporter.emit(RunStarted(verb="generate", model=model))
+    generator = Generator(
+        model,
+        adapter=adapter,
+        trust_base=trust_base,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+        generation=generation,
+        chat_template_kwargs=chat_template_kwargs,
+        media=bool(media),
+        reporter=reporter,
+    )
+    answer = generator.prompt(
+        prompt, media=media, system=system, max_new_tokens=max_new_tokens,
+        temperature=temperature, seed=seed,
+    )  # fmt: skip
+    reporter.emit(Finished(verb="generate", output=None, result=answer.as_json()))
+    return answer
+
 
 class Generator:
     """A model loaded for decoding. Loading is the slow part; `prompt` may be called often.
 
     Prompts are rendered with the template variables that the adapter was trained with;
-    ``chat_template_kwargs`` overrides them one by one.
+    ``chat_template_kwargs`` overrides them one by one. ``media=True`` loads the vision tower.
 
     Raises:
         InputError: ``QC-GENERATE-001`` when the adapter was trained on another base.
@@ -87,94 +149,57 @@ class Generator:
         media: bool = False,
         reporter: Reporter | None = None,
     ) -> None:
-        tell = self.reporter = reporter or Reporter()
+        self.reporter = reporter or Reporter()
         self.device = pick_device(device)
-        self.found: Identified = identify(model, generation=generation)
-        self.reader = self._media_reader() if media else reader_of(self.found, tell)
-        self._sees = media
-        self._told: Adapter | None = None
-        self.chat = self.found.chat_format()
-        self.tokenizer = load_tokenizer(self.found.checkpoint)
-        ids = self.tokenizer.get_vocab()
-        told = self._read(adapter, trust_base) if adapter else None
-        if told is not None:
-            self.found = self.found.using_parts(told.parts)
-        if media and (modality := self.found.modality) is not None:
-            self.found = self.found.using(modality)
-            self._told = told
-        self.variables = self._variables(told, chat_template_kwargs or {}, tell)
+        self.base = identify(model, generation=generation)
+        self.reader = self._media_reader(required=media)
+        self.chat = self.base.chat_format()
+        self.tokenizer = load_tokenizer(self.base.checkpoint)
+        self.adapter = self._read_adapter(adapter, trust_base) if adapter else None
+        self._reads_media = media
+        self._select_parts()
+        self.variables = self._template_variables(chat_template_kwargs or {})
         lines = preflight(
-            self.found, verb="generate", template_kwargs=self.variables, token_ids=ids
-        )
-        tell.lines(lines)
-        lora = {
-            name: Lora(r=pair.r, lora_alpha=pair.scaling * pair.r)
-            for name, pair in (told.pairs.items() if told else ())
-        }
-        checkpoint, layout = self.found.checkpoint, self.found.layout
-        architecture = self.found.decision.architecture
-        used = ops_of(architecture, checkpoint.config, layout, self.found.modality)
-        kernels = choose(installed(self.found.plugins), self.device, {}, used)
-        for text in kernels.lines() if self.device.type != "cpu" else ():
-            tell.note(text)
-        net = Model(
-            architecture, checkpoint.config, layout, DTYPES[dtype], lora, kernels,
-            modality=self.found.modality,
+            self.base, verb="generate", template_kwargs=self.variables,
+            token_ids=self.tokenizer.get_vocab(),
         )  # fmt: skip
-        self.model = net.eval()
-        quantize = quantization == "nf4"
-        with tell.progress("loading the model", checkpoint.total_bytes, "bytes") as advance:
-            digests = load(
-                self.model,
-                layout,
-                checkpoint,
-                device=self.device,
-                quantize=quantize,
-                progress=advance,
-            )
-        if told is not None:
-            self._apply(told, fingerprints(layout, digests))
+        self.reporter.lines(lines)
+        kernels = self._kernels()
+        self.model = self._load(dtype, quantization, kernels)
         way, reason = way_of(kernels)
         if reason:
-            tell.note(f"tokens are computed without a captured graph: {reason}")
+            self.reporter.note(f"tokens are computed without a captured graph: {reason}")
         self.decoder = Decoder(self.model, self.device, way)
 
-    def _media_reader(self) -> MediaReader:
-        reader = reader_of(self.found, self.reporter)
-        if reader is None:
+    def _media_reader(self, *, required: bool) -> MediaReader | None:
+        reader = reader_of(self.base, self.reporter)
+        if reader is None and required:
             raise UsageError(
                 "QC-GENERATE-005",
                 "cannot read media",
-                file=self.found.checkpoint.path,
-                found=unread(self.found),
+                file=self.base.checkpoint.path,
+                found=unread(self.base),
                 fix="leave the files out, or install the plugin that reads them",
             )
         return reader
 
-    def _tell_of_kinds(self, media: Sequence[tuple[str, Path]]) -> None:
-        """Media are computed with any adapter; what is unlike its training is said, where known."""
-        if self._told is None or "modalities" not in self._told.meta:
-            return
-        seen = {kind for one in self._told.modalities.values() for kind in one.get("kinds", ())}
-        if fresh := sorted({kind for kind, _ in media} - seen):
-            trained = f"text and {', '.join(sorted(seen))}" if seen else "text alone"
-            new = ", ".join(fresh)
-            self.reporter.note(f"the adapter was trained on {trained}: {new} is new to it")
-        for kind in dict.fromkeys(kind for kind, _ in media):
-            if own := ", ".join(self._told.keys_of(kind)):
-                self.reporter.note(
-                    f"the adapter was trained on media of kind {kind} with {own} of their own; "
-                    "here they are read by the processor's defaults"
-                )
+    def _read_adapter(self, adapter: str | Path, trust_base: bool) -> Adapter:
+        claims = self.base.adapter_claims
+        return read_adapter(adapter, self.base.layout, trust_base=trust_base, claims=claims)
 
-    def _variables(
-        self, adapter: Adapter | None, given: Mapping[str, Plain], tell: Reporter
-    ) -> Entries[Plain]:
-        """Template variables: those that the adapter was trained with, under those given."""
-        template = self.found.checkpoint.template
+    def _select_parts(self) -> None:
+        """Load the parts that the adapter changes, and the tower where media are read."""
+        if self.adapter is not None:
+            self.base = self.base.using_parts(self.adapter.parts)
+        if self._reads_media and (modality := self.base.modality) is not None:
+            self.base = self.base.using(modality)
+
+    def _template_variables(self, overrides: Mapping[str, Plain]) -> Entries[Plain]:
+        """The variables that the adapter was trained with, under those of the user."""
+        template, adapter = self.base.checkpoint.template, self.adapter
         recorded = Entries() if adapter is None else recorded_variables(adapter.meta, adapter.path)
         if template is not None:
-            check_variables(template, given)
+            check_variables(template, overrides)
             try:
                 check_variables(template, recorded)
             except UsageError as error:
@@ -186,34 +211,62 @@ class Generator:
                     expected=error.expected,
                     fix="name the base that it was trained on",
                 ) from None
-        variables = Entries({**recorded, **given})
+        variables = Entries({**recorded, **overrides})
         if variables:
-            source = "--chat-template-kwargs" if given else "as the adapter was trained"
-            if given and recorded:
+            source = "--chat-template-kwargs" if overrides else "as the adapter was trained"
+            if overrides and recorded:
                 source += ", over what the adapter was trained with"
-            tell.note(f"the chat template is rendered with {variables} ({source})")
+            self.reporter.note(f"the chat template is rendered with {variables} ({source})")
         return variables
 
-    def _read(self, adapter: str | Path, trust_base: bool) -> Adapter:
-        claims = self.found.adapter_claims
-        return read_adapter(adapter, self.found.layout, trust_base=trust_base, claims=claims)
+    def _kernels(self) -> Chosen:
+        base = self.base
+        used = ops_of(
+            base.decision.architecture, base.checkpoint.config, base.layout, base.modality
+        )
+        kernels = choose(installed(base.plugins), self.device, {}, used)
+        if self.device.type != "cpu":
+            self.reporter.lines(kernels.lines())
+        return kernels
 
-    def _apply(self, adapter: Adapter, now: dict[str, str]) -> None:
-        for part, recorded in adapter.binding(self.found.layout).items():
-            if now.get(part) != recorded:
+    def _load(self, dtype: str, quantization: str, kernels: Chosen) -> Model:
+        """The model on the device, with the adapter on it."""
+        base, checkpoint = self.base, self.base.checkpoint
+        pairs = self.adapter.pairs if self.adapter else {}
+        lora = {
+            name: Lora(r=pair.r, lora_alpha=pair.scaling * pair.r) for name, pair in pairs.items()
+        }
+        model = Model(
+            base.decision.architecture, checkpoint.config, base.layout, DTYPES[dtype], lora,
+            kernels, modality=base.modality,
+        ).eval()  # fmt: skip
+        size = checkpoint.total_bytes
+        with self.reporter.progress("loading the model", size, "bytes") as advance:
+            digests = load(
+                model, base.layout, checkpoint, device=self.device,
+                quantize=quantization == "nf4", progress=advance,
+            )  # fmt: skip
+        if self.adapter is not None:
+            self._check_base(self.adapter, fingerprints(base.layout, digests))
+            deltas = Deltas(self.adapter)
+            for name, module in model.adapters():
+                a, b = deltas.sides(name)
+                module.set_lora(a.to(self.device), b.to(self.device))
+        return model
+
+    def _check_base(self, adapter: Adapter, present: Mapping[str, str]) -> None:
+        """Compare the fingerprints of the loaded parts with those that training recorded."""
+        for part, recorded in adapter.binding(self.base.layout).items():
+            if present.get(part) != recorded:
                 raise InputError(
                     "QC-GENERATE-001",
                     "is not the base that the adapter was trained on",
-                    file=self.found.checkpoint.path,
+                    file=self.base.checkpoint.path,
                     field=f"part '{part}'",
-                    found=str(now.get(part))[:12],
+                    found=str(present.get(part))[:12],
                     expected=recorded[:12],
                     fix=f"name {adapter.meta.get('model', {}).get('source', 'its base')}",
                 )
-        deltas = Deltas(adapter)
-        for name, module in self.model.adapters():
-            a, b = deltas.sides(name)
-            module.set_lora(a.to(self.device), b.to(self.device))
 
     def prompt(
         self,
@@ -227,48 +280,35 @@ class Generator:
     ) -> Generated:
         """Answer one user turn.
 
+        Args:
+            text: what the user says.
+            media: kind and file of each medium that comes before the text; for a Generator made
+                with ``media=True``.
+            system: the system turn, none when empty.
+            max_new_tokens: the most tokens to add.
+            temperature: 0 is greedy.
+            seed: of the sampling.
+
         Raises:
             ValueError: media for a Generator that was not made for them.
             QcoreError: see docs/errors.md.
-
-        Args:
-            text: what the user says.
-            media: kind and file of each part that comes before the text; for a Generator made
-                with ``media=True``.
-            system: the system turn, none when empty.
-            max_new_tokens: when to stop at the latest.
-            temperature: 0 is greedy.
-            seed: of the sampling.
         """
         if temperature and not 0.01 <= temperature <= 100:
             raise UsageError(
                 "QC-GENERATE-003",
-                "is no temperature",
+                "invalid temperature",
                 field="--temperature",
                 found=temperature,
                 expected="0 for greedy, or 0.01 to 100",
             )
-        if media and not self._sees:
+        if media and not self._reads_media:
             raise ValueError("media need a Generator that was made with media=True")
-        self._check_text({"--prompt": text, "--system": system})
-        template = self.found.checkpoint.template
-        assert template is not None  # preflight refused it otherwise
-        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-        parts = [{"type": kind, kind: kind} for kind, _ in media]
-        whole = [*parts, {"type": "text", "text": text}] if parts else text
-        messages.append({"role": "user", "content": whole})
-        given: dict[str, Any] = {
-            **special_tokens(self.found.checkpoint.tokenizer_config),
-            **self.variables,
-        }
-        rendered = template.render(messages, add_generation_prompt=True, **given)
-        seen = self._look(media)
-        self._tell_of_kinds(media)
-        if self.reader is not None and seen:
-            rendered = self._expanded(rendered, seen)
+        if self._prompt_media is not None:
+            self._prompt_media.check_text({"--prompt": text, "--system": system})
+        rendered, inputs = self._render(text, media, system)
         ids: list[int] = self.tokenizer.encode(rendered, add_special_tokens=False).ids
-        self._warn(len(ids), max_new_tokens)
-        new, stopped = self.decode(ids, max_new_tokens, temperature, seed, seen)
+        self._warn_of_length(len(ids), max_new_tokens)
+        new, stopped = self.decode(ids, max_new_tokens, temperature, seed, inputs)
         return Generated(
             text=self.tokenizer.decode(new, skip_special_tokens=True),
             prompt=rendered,
@@ -277,61 +317,56 @@ class Generator:
             stopped=stopped,
         )
 
-    def _check_text(self, said: Mapping[str, str]) -> None:
-        """Refuse what would stand for media that there are not."""
-        control = () if self.reader is None else self.reader.control
-        for field, text in said.items():
-            for token in control:
-                if token in text:
-                    raise UsageError(
-                        "QC-GENERATE-006",
-                        "holds text that stands for media",
-                        field=field,
-                        found=repr(token),
-                        expected="plain text: the chat template writes it",
-                        fix="leave it out",
-                    )
+    @property
+    def _prompt_media(self) -> PromptMedia | None:
+        if self.reader is None:
+            return None
+        return PromptMedia(self.reader, self.base.checkpoint.path)
 
-    def _expanded(self, rendered: str, media: Sequence[Medium]) -> str:
-        assert self.reader is not None
-        try:
-            return self.reader.expand(rendered, media)
-        except RowError as bad:
-            raise InputError(
-                bad.code, bad.what, file=self.found.checkpoint.path, found=bad.found,
-                expected=bad.expected, fix="use the chat template that came with the weights",
-            ) from None  # fmt: skip
+    def _render(
+        self, text: str, media: Sequence[tuple[str, Path]], system: str
+    ) -> tuple[str, list[Medium]]:
+        """The rendered prompt, and its media as the tower reads them."""
+        template = self.base.checkpoint.template
+        assert template is not None  # preflight refuses a checkpoint without one
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        parts = [{"type": kind, kind: kind} for kind, _ in media]
+        content = [*parts, {"type": "text", "text": text}] if parts else text
+        messages.append({"role": "user", "content": content})
+        variables: dict[str, Any] = {
+            **special_tokens(self.base.checkpoint.tokenizer_config),
+            **self.variables,
+        }
+        rendered = template.render(messages, add_generation_prompt=True, **variables)
+        if not media:
+            return rendered, []
+        assert self._prompt_media is not None
+        inputs = self._prompt_media.read(media)
+        self._note_new_kinds([kind for kind, _ in media])
+        return self._prompt_media.expand(rendered, inputs), inputs
 
-    def _warn(self, prompt: int, new: int) -> None:
+    def _note_new_kinds(self, kinds: Sequence[str]) -> None:
+        """Note what is unlike the adapter's training, as far as its manifest says."""
+        adapter = self.adapter
+        if adapter is None or "modalities" not in adapter.meta:
+            return
+        known = {kind for part in adapter.modalities.values() for kind in part.get("kinds", ())}
+        if fresh := sorted({*kinds} - known):
+            trained = f"text and {', '.join(sorted(known))}" if known else "text alone"
+            new = ", ".join(fresh)
+            self.reporter.note(f"the adapter was trained on {trained}: {new} is new to it")
+        for kind in dict.fromkeys(kinds):
+            if own := ", ".join(adapter.keys_of(kind)):
+                self.reporter.note(
+                    f"the adapter was trained on media of kind {kind} with {own} of their own; "
+                    "here they are read by the processor's defaults"
+                )
+
+    def _warn_of_length(self, prompt: int, new: int) -> None:
         words = f"{prompt} tokens of the prompt + {new} new ones"
-        config = self.found.checkpoint.config
+        config = self.base.checkpoint.config
         if (finding := beyond(config, prompt + new, "--max-new-tokens", words)) is not None:
             self.reporter.lines([line(finding)])
-
-    def _look(self, media: Sequence[tuple[str, Path]]) -> list[Medium]:
-        """Files as the tower will see them."""
-        found = []
-        for kind, path in media:
-            assert self.reader is not None
-            try:
-                # Whoever runs this names the file: a link may lead where it likes.
-                real = Path(os.path.realpath(path))
-                part = Reference(kind=kind, at=f"--{kind}", given=f"./{real.name}", options={})
-                payload = Finder(real.parent).payload(part)
-                found.append(self.reader.read(payload))
-            except RowError as bad:
-                raise _of_file(bad, kind, path) from None
-        return found
-
-    def _placed(self, ids: list[int], media: Sequence[Medium]) -> Placed:
-        assert self.reader is not None
-        try:
-            return self.reader.place(ids, media)
-        except RowError as bad:
-            raise InputError(
-                bad.code, bad.what, file=self.found.checkpoint.path, found=bad.found,
-                expected=bad.expected, fix=bad.fix,
-            ) from None  # fmt: skip
 
     def decode(
         self,
@@ -341,101 +376,20 @@ class Generator:
         seed: int,
         media: Sequence[Medium] = (),
     ) -> tuple[list[int], bool]:
-        """Token ids of a prompt -> new ids, and whether a stop token came."""
-        positions = seen = None
+        """Continue the token ids of a prompt; see `sampling.decode`."""
+        positions = inputs = None
         if media:
-            assert self.reader is not None
-            placed = self._placed(ids, media)
-            positions = torch.tensor([list(axis) for axis in placed.positions]).to(self.device)
-            where = torch.tensor(placed.where, dtype=torch.int64)
-            seen = self.reader.batch(media, where).to(self.device)
+            assert self._prompt_media is not None
+            positions, inputs = self._prompt_media.place(ids, media, self.device)
         return decode(
             self.decoder,
             ids,
             max_new_tokens,
             positions=positions,
-            media=seen,
+            media=inputs,
             known=highest_id(self.tokenizer) + 1,
             stop={self.tokenizer.token_to_id(token) for token in self.chat.stop_tokens},
             temperature=temperature,
             seed=seed,
-            source=self.found.checkpoint.path,
+            source=self.base.checkpoint.path,
         )
-
-
-def _of_file(bad: RowError, kind: str, path: Path) -> InputError:
-    """What is wrong with a file that an option names: no row's path, and no row's fix."""
-    missing = bad.code == "QC-MEDIA-002" and not os.path.lexists(path)
-    remote = ":/" in str(path)  # as a path spells "://"
-    return InputError(
-        bad.code,
-        "is no file, and nothing is fetched" if missing and remote else bad.what,
-        file=path,
-        field=f"--{kind}",
-        found=None if missing else bad.found,
-        expected="a file" if missing else bad.expected,
-        # A row names the kind in its part; here the option does.
-        fix=re.sub(r'\{"type": "(\w+)"\}', r"--\1", bad.fix) if bad.fix else None,
-    )
-
-
-@torch.inference_mode()
-def decode(
-    decoder: Decoder,
-    ids: list[int],
-    max_new_tokens: int,
-    *,
-    known: int,
-    positions: Tensor | None = None,
-    media: Media | None = None,
-    stop: Collection[int | None] = (),
-    temperature: float = 0.0,
-    seed: int = 0,
-    source: object | None = None,
-) -> tuple[list[int], bool]:
-    """Token ids of a prompt -> new ids, and whether a stop token came.
-
-    Args:
-        decoder: of the model.
-        ids: the prompt.
-        max_new_tokens: when to stop at the latest.
-        known: ids from this on are padding of the embedding: never sampled.
-        positions: of the prompt, as `Decoder.start`.
-        media: what a tower reads of the prompt.
-        stop: ids that end it; ``None``, of a token that there is not, is none.
-        temperature: 0 is greedy.
-        seed: of the sampling.
-        source: the model, for an error.
-
-    Raises:
-        NumericError: ``QC-GENERATE-002`` for logits that are no numbers.
-    """
-    sampler = torch.Generator(decoder.device).manual_seed(seed)
-    new: list[int] = []
-    fresh = torch.tensor(ids, device=decoder.device)
-    while len(new) < max_new_tokens:
-        if new:
-            logits = decoder.next(fresh)[:known]
-        else:
-            room = len(ids) + max_new_tokens
-            logits = decoder.start(fresh, room, positions, media)[:known]
-        finite = logits.isfinite().all()
-        if temperature > 0:
-            # Without numbers there is nothing to draw from, which would stop the device.
-            scores = torch.where(finite, logits, 0.0)
-            fresh = torch.multinomial(F.softmax(scores / temperature, -1), 1, generator=sampler)
-        else:
-            fresh = logits.argmax().reshape(1)
-        # The one time in a token that the host waits for the device.
-        token, good = torch.stack((fresh[0], finite.long())).tolist()
-        if not good:
-            raise NumericError(
-                "QC-GENERATE-002",
-                f"the logits are not finite after {decoder.done} tokens",
-                file=source,
-                fix="look at the adapter, or at the base with qcore inspect",
-            )
-        new.append(token)
-        if token in stop:
-            return new, True
-    return new, False

@@ -29,7 +29,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..errors import WriteError
 from .atomic import (
     CHUNK,
@@ -44,6 +43,7 @@ from .atomic import (
     writing,
 )
 from .manifest import MANIFEST, FileEntry, Manifest, Report, read_manifest, unsafe, verify
+from .version import __version__
 
 __all__ = [
     "MANIFEST",

@@ -256,7 +256,7 @@ def gate(identity: Identity) -> tuple[Status, str | None]:
 def _unmet(requirements: list[str]) -> str | None:
     from packaging.requirements import Requirement
 
-    from .. import __version__
+    from .version import __version__
 
     for line in requirements:
         need = Requirement(line)

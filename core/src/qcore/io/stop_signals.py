@@ -1,9 +1,14 @@
-"""SIGINT and SIGTERM: the first asks a run to stop after its step, the second ends it."""
+"""SIGINT and SIGTERM: the first asks a run to stop after its step, the second ends it.
+
+`importing` holds SIGINT back while a heavy module is imported.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 _WATCHED = (signal.SIGINT, signal.SIGTERM)
@@ -36,3 +41,23 @@ class StopSignals:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Hold SIGINT back while torch is imported, because its import swallows KeyboardInterrupt.
+
+    Raises:
+        KeyboardInterrupt: after the block, if the signal came meanwhile.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt

@@ -1,22 +1,23 @@
-"""Merge: base + adapter -> a drop-in checkpoint, tensor by tensor.
+"""`qcore merge`: base + adapter become a drop-in checkpoint, tensor by tensor.
 
 This file decides that a merged checkpoint is its base, file by file: the same shards with the
-same headers in the same order, the same sidecars; only tensors that the adapter touches get
-other bytes, ``W + scaling * (B A)[region]`` computed in float64 and rounded once, so that no
-other way to merge is closer on any tensor. Nothing goes through a model class, so what
-training did not load is kept as it was. A base in block FP8 is written in bfloat16, whole, and
-only when that is asked for (`merge_plan`): the values that training saw are its decoded ones.
+same headers in the same order, and the same other files. Only tensors that the adapter touches
+change: ``W + scaling * (B A)[region]`` is computed in float64 and rounded once, so that no merge
+is closer on any tensor. Nothing goes through a model class, so tensors that training did not load
+stay as they are. A base in block FP8 is written in bfloat16, all of it, and only when the user
+asks for that (`plan`): training saw its decoded values.
 
-An adapter is merged into all that it was trained on: one that changed a tower, or was trained on
-media with the tower as it was, needs a base that has it and a plugin that knows it.
+An adapter is merged into every part that it was trained with: one that changed a vision tower, or
+was trained on media with the tower frozen, needs a base that has the tower and a plugin that knows
+it.
 
-In one pass (`merge_pass`) each tensor's bytes are hashed for the fingerprint, changed or copied,
-hashed again for the manifest, and written; the proof reads the layers again. A mismatch with the
-base that the adapter was trained on stops the merge at the first tensor.
+One pass (`rewrite`) hashes the bytes of each tensor for the fingerprint, changes or copies them,
+hashes them again for the manifest, and writes them. A base other than the one that the adapter was
+trained on stops the merge at its first tensor that differs.
 
-The checks after it: names, shapes, dtypes equal to the base's; every adapter tensor used;
-values finite; what a pair touches changed, or is named; and, by `prove`, logits of the
-unrounded merge equal to base + adapter, and the files hold that merge, rounded.
+Then these are checked: names, shapes and dtypes are those of the base; every adapter tensor was
+used; values are finite; each tensor that a pair touches has changed, or is named; and (`verify`)
+logits of the unrounded merge equal those of base + adapter, and the files hold that merge, rounded.
 """
 
 from __future__ import annotations
@@ -24,41 +25,42 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..adapter.base_check import media_notes, refuse_parts
-from ..adapter.delta import Deltas, one_thread
+from ..adapter.delta import one_thread
 from ..adapter.peft_names import WEIGHTS, Adapter
 from ..adapter.reader import read_adapter
 from ..checkpoint.checkpoint import Checkpoint, read_headers
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.quantization_formats import Format
 from ..errors import InputError, NumericError, UsageError
-from ..io.artifact import MANIFEST, check_target, publish, read_manifest
+from ..io.artifact import MANIFEST, Writer, check_target, publish, read_manifest
 from ..plugins.resolve_model import Identified, identify
 from ..preflight.checks import preflight
-from ..reporting import Reporter
+from ..reporting import Finished, Reporter, RunStarted
 from .plan import MergePlan
 from .rewrite import MergePass
+from .verify import prove_merge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReport:
-    """What a merge did.
+    """The result of `merge`.
 
     Attributes:
         output: the published folder.
         tensors: tensors on disk.
-        changed: tensors on disk with other bytes than the base's.
-        unchanged: tensors that a pair touches and rounding leaves as they were.
-        pairs: LoRA pairs applied, each once.
+        changed: tensors on disk whose bytes differ from those of the base.
+        unchanged: tensors that a LoRA pair touches and that round back to those of the base.
+        pairs: LoRA pairs, each applied once.
         parameters: parameters of the changed tensors.
         largest_change: largest absolute change of one value.
-        decoded: tensors that the base has in FP8 and the output in bfloat16.
-        warnings: what preflight had to say.
-        proof: the logits check, or ``None`` when it was switched off.
+        decoded: tensors that are FP8 in the base and bfloat16 in the output.
+        warnings: what preflight reported.
+        proof: the comparison with base + adapter; ``None`` where it was switched off.
     """
 
     output: Path
@@ -71,6 +73,10 @@ class MergeReport:
     decoded: int
     warnings: tuple[str, ...]
     proof: Mapping[str, float] | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The payload of ``qcore merge --json``."""
+        return {**asdict(self), "output": str(self.output)}
 
 
 def merge(
@@ -94,10 +100,10 @@ def merge(
         generation: accepted only where evidence is missing, never against it.
         prove: compare logits and the files with what training computes.
         dequantize: write a base in block FP8 in bfloat16: all of it, not what changes alone.
-        reporter: who is told; nobody by default.
+        reporter: receives events; silent by default.
 
     Raises:
-        UsageError: ``QC-MERGE-009`` `dequantize`, and the base is not quantised.
+        UsageError: ``QC-MERGE-009`` `dequantize`, and the base is not quantized.
         InputError: the adapter is not for this base (``QC-MERGE-001``), is already in it
             (``-002``), the base is in FP8 and `dequantize` is not set (``-008``), it depends on
             a part that is not there (``QC-ADAPTER-012``), or its folder or the base's are not
@@ -107,63 +113,69 @@ def merge(
             files do not hold what they should.
         WriteError: the output exists or cannot be written; nothing half-written stays.
     """
-    tell = reporter or Reporter()
+    reporter = reporter or Reporter()
     target = check_target(output)
-    found = identify(model, generation=generation)
-    _check_dtype(found, dequantize)
-    told = read_adapter(adapter, found.layout, trust_base=trust_base, claims=found.adapter_claims)
-    refuse_parts(found.layout, told)
-    found = found.using_parts(told.parts)  # the proof computes them, which guards judge
-    already = _refuse_twice(found.checkpoint, told)
+    base = identify(model, generation=generation)
+    _check_dtype(base, dequantize)
+    read = read_adapter(adapter, base.layout, trust_base=trust_base, claims=base.adapter_claims)
+    refuse_parts(base.layout, read)
+    base = base.using_parts(read.parts)  # verification computes them, so preflight checks them
+    earlier = _refuse_twice(base.checkpoint, read)
     warnings = (
-        *preflight(found, verb="merge"),
-        *_template_notes(found, told),
-        *media_notes(told),
+        *preflight(base, verb="merge"),
+        *_template_notes(base, read),
+        *media_notes(read),
     )
-    tell.lines((*found.decision.evidence, *warnings))
-    merger = MergePass(found, told, dequantize)
+    reporter.lines((*base.decision.evidence, *warnings))
+    reporter.emit(RunStarted(verb="merge", model=model, output=target))
+    merger = MergePass(base, read, dequantize)
     plan = merger.plan
     with publish(target, kind="model", need_bytes=plan.size) as out:
-        with one_thread(), tell.progress("merging", plan.size, "bytes") as advance:
-            for shard in plan.shards:
-                with out.stream(shard) as file:
-                    for chunk in merger.shard(shard, advance):
-                        file.write(chunk)
-        for name in plan.copied:
-            out.copy(name, found.checkpoint.file(name))
-        for name, text in plan.texts.items():
-            out.write_text(name, text)
+        _write(merger, out, reporter)
         merger.check()
         _check_headers(plan, out.folder)
-        proof = _prove(found, told, merger.deltas, out.folder, tell) if prove else None
-        out.meta.update(_meta(found, told, merger, already, proof))
-    return MergeReport(
+        proof = _prove(merger, out.folder, reporter) if prove else None
+        out.meta.update(_meta(merger, earlier, proof))
+    report = MergeReport(
         output=target,
-        tensors=sum(1 for _ in plan.pieces()),
+        tensors=sum(1 for _ in plan.patches()),
         changed=merger.changed,
         unchanged=tuple(merger.unchanged),
-        pairs=len(told.pairs),
+        pairs=len(read.pairs),
         parameters=merger.parameters,
         largest_change=merger.largest,
         decoded=plan.decoded,
         warnings=warnings,
         proof=proof,
     )
+    reporter.emit(Finished(verb="merge", output=target, result=report.as_json()))
+    return report
 
 
-def _prove(
-    found: Identified, adapter: Adapter, deltas: Deltas, written: Path, tell: Reporter
-) -> dict[str, float]:
-    from .verify import prove_merge  # it needs `Deltas`
+def _write(merger: MergePass, out: Writer, reporter: Reporter) -> None:
+    """Write the shards and the other files."""
+    plan = merger.plan
+    with one_thread(), reporter.progress("merging", plan.size, "bytes") as advance:
+        for shard in plan.shards:
+            with out.stream(shard) as file:
+                for chunk in merger.shard(shard, advance):
+                    file.write(chunk)
+    for name in plan.copied:
+        out.copy(name, merger.base.checkpoint.file(name))
+    for name, text in plan.texts.items():
+        out.write_text(name, text)
 
-    with tell.progress("proving", found.checkpoint.total_bytes, "bytes") as advance:
-        return prove_merge(found, adapter, deltas, written, advance)
+
+def _prove(merger: MergePass, written: Path, reporter: Reporter) -> dict[str, float]:
+    """Compare the merge with base + adapter, and with the written files."""
+    with reporter.progress("proving", merger.base.checkpoint.total_bytes, "bytes") as advance:
+        return prove_merge(merger.base, merger.adapter, merger.deltas, written, advance)
 
 
-def _template_notes(found: Identified, adapter: Adapter) -> Iterator[str]:
-    """How the adapter's rows were rendered, where the merged checkpoint alone does not tell."""
+def _template_notes(base: Identified, adapter: Adapter) -> Iterator[str]:
+    """How the rows of the adapter were rendered, where that differs from the checkpoint's own."""
     identity = adapter.meta.get("identity", {})
-    template = found.checkpoint.template
+    template = base.checkpoint.template
     before, now = identity.get("template"), template.sha256 if template else None
     if before is not None and before != now:
         yield (
@@ -172,38 +184,38 @@ def _template_notes(found: Identified, adapter: Adapter) -> Iterator[str]:
         )
     variables = identity.get("settings", {}).get("chat_template_kwargs") or {}
     if variables:
-        told = ", ".join(f"{name}={json.dumps(value)}" for name, value in variables.items())
-        yield f"the adapter was trained with {told}: what serves the merge must render with them"
+        values = ", ".join(f"{name}={json.dumps(value)}" for name, value in variables.items())
+        yield f"the adapter was trained with {values}: what serves the merge must render with them"
 
 
-def _check_dtype(found: Identified, dequantize: bool) -> None:
-    """A base in FP8 is written in bfloat16 when that is asked for, and otherwise not at all."""
-    quantised = found.quantisation
-    if quantised is None and dequantize:
+def _check_dtype(base: Identified, dequantize: bool) -> None:
+    """Refuse a base in FP8 without `dequantize`, and `dequantize` for any other base."""
+    quantized = base.quantisation
+    if quantized is None and dequantize:
         raise UsageError(
             "QC-MERGE-009",
             "is given, and nothing is to be decoded",
             field="--dequantize",
-            found=f"{found.checkpoint.source} is not quantised",
+            found=f"{base.checkpoint.source} is not quantized",
             fix="leave it out: the output has the dtypes of the base",
         )
-    if quantised is not None and not dequantize:
+    if quantized is not None and not dequantize:
         raise InputError(
             "QC-MERGE-008",
             "is in FP8, which is too coarse to hold an adapter's changes",
-            file=found.checkpoint.path,
-            found=quantised.line(),
-            fix=f"pass --dequantize to write all of it in bf16, or {quantised.instead()}",
+            file=base.checkpoint.path,
+            found=quantized.line(),
+            fix=f"pass --dequantize to write all of it in bf16, or {quantized.instead()}",
         )
 
 
 def _refuse_twice(checkpoint: Checkpoint, adapter: Adapter) -> list[dict[str, Any]]:
-    """The merges that the base already went through; refuse one that holds this adapter."""
+    """The merges that made this base; refuse a base that already holds this adapter."""
     if MANIFEST not in checkpoint.sidecars:
         return []
-    before: list[dict[str, Any]] = list(read_manifest(checkpoint.path).meta.get("merged", []))
-    mine = _digest(adapter.path / WEIGHTS)
-    if any(entry.get("sha256") == mine for entry in before):
+    earlier: list[dict[str, Any]] = list(read_manifest(checkpoint.path).meta.get("merged", []))
+    sha256 = _digest(adapter.path / WEIGHTS)
+    if any(entry.get("sha256") == sha256 for entry in earlier):
         raise InputError(
             "QC-MERGE-002",
             "already holds this adapter",
@@ -211,7 +223,7 @@ def _refuse_twice(checkpoint: Checkpoint, adapter: Adapter) -> list[dict[str, An
             found=adapter.path,
             fix="merge into the original base",
         )
-    return before
+    return earlier
 
 
 def _digest(path: Path) -> str:
@@ -220,18 +232,16 @@ def _digest(path: Path) -> str:
 
 
 def _meta(
-    found: Identified,
-    adapter: Adapter,
-    merger: MergePass,
-    already: list[dict[str, Any]],
-    proof: Mapping[str, float] | None,
+    merger: MergePass, earlier: list[dict[str, Any]], proof: Mapping[str, float] | None
 ) -> dict[str, Any]:
+    """What the manifest records of the merge."""
+    base, adapter = merger.base, merger.adapter
     return {
         "verb": "merge",
-        "model": found.provenance(),
-        "base_fingerprints": fingerprints(found.layout, merger.digests),
+        "model": base.provenance(),
+        "base_fingerprints": fingerprints(base.layout, merger.digests),
         "merged": [
-            *already,
+            *earlier,
             {
                 "adapter": str(adapter.path),
                 "layout": adapter.layout,
@@ -251,13 +261,13 @@ def _meta(
 
 
 def _check_headers(plan: MergePlan, folder: Path) -> None:
-    """Names, shapes, dtypes, files and offsets of the output are those of the plan.
+    """Compare names, shapes, dtypes, files and offsets of the output with the plan.
 
-    Without decoding they are the base's.
+    Without decoding they are those of the base.
     """
     for name, shard in plan.shards.items():
         written = set(read_headers(folder / name))
-        expected = {piece.written for piece in shard.pieces}
+        expected = {patch.written for patch in shard.patches}
         if written != expected:
             raise NumericError(
                 "QC-MERGE-006",

@@ -1,11 +1,10 @@
-"""What a merge will write, known from headers alone: files, headers, index, configuration.
+"""The files that a merge will write, from headers alone: shards, index, configuration.
 
-This file decides that a merged checkpoint is its base, file by file, and what becomes of a base
-in block FP8 when it is written in bfloat16: the same files without the scales, new headers and
-index, no ``quantization_config``, none of the files that describe quantised weights. Within a
-file the order of the base is kept, but for wider values coming first, as safetensors' own writer
-has it: so no value lies at an address that its dtype cannot have. It reads no tensor and writes
-nothing.
+This file decides that a merged checkpoint is its base, file by file, and how a base in block FP8
+is written in bfloat16: the same files without the scales, new headers and index, no
+``quantization_config`` and none of the files that describe quantized weights. A file keeps the
+order of the base, except that wider dtypes come first, as in files that safetensors writes: so
+every value is aligned to its dtype. It reads no tensor and writes nothing.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ CONFIG = "config.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One tensor of the result.
+class TensorPatch:
+    """How one tensor of the result is made.
 
     Attributes:
         source: the tensor of the base.
@@ -49,7 +48,7 @@ class Shard:
     """One file of the result: its header's bytes, and its tensors in order."""
 
     head: bytes
-    pieces: tuple[Piece, ...]
+    patches: tuple[TensorPatch, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,27 +67,27 @@ class MergePlan:
     texts: Mapping[str, str]
     block: tuple[int, int] | None = None
 
-    def pieces(self) -> Iterator[Piece]:
+    def patches(self) -> Iterator[TensorPatch]:
         """Every tensor of the result."""
-        return (piece for shard in self.shards.values() for piece in shard.pieces)
+        return (patch for shard in self.shards.values() for patch in shard.patches)
 
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
-        return sum(piece.written.end - piece.written.start for piece in self.pieces())
+        return sum(patch.written.end - patch.written.start for patch in self.patches())
 
     @property
     def decoded(self) -> int:
         """Tensors that the base has in FP8 and the result in bfloat16."""
-        return sum(piece.scale is not None for piece in self.pieces())
+        return sum(patch.scale is not None for patch in self.patches())
 
 
-def plan_merge(checkpoint: Checkpoint, quantised: Quantisation | None = None) -> MergePlan:
+def plan_merge(checkpoint: Checkpoint, quantized: Quantisation | None = None) -> MergePlan:
     """What is written for a base.
 
     Args:
         checkpoint: the base.
-        quantised: its block FP8, to be decoded; ``None`` to write the base's own dtypes.
+        quantized: its block FP8, to be decoded; ``None`` to write the base's own dtypes.
 
     Raises:
         InputError: ``QC-KEY-007`` for FP8 without scales that fit, ``QC-CKPT-005`` for a file
@@ -98,14 +97,14 @@ def plan_merge(checkpoint: Checkpoint, quantised: Quantisation | None = None) ->
     for header in sorted(checkpoint.headers.values(), key=lambda header: header.start):
         by_file[header.file].append(header)
     others = [name for name in checkpoint.sidecars if name != MANIFEST]
-    if quantised is None:
+    if quantized is None:
         shards = {
-            file: Shard(_head(checkpoint, file, found), tuple(Piece(h, h) for h in found))
+            file: Shard(_head(checkpoint, file, found), tuple(TensorPatch(h, h) for h in found))
             for file, found in by_file.items()
         }
         index = (INDEX,) if checkpoint.index is not None else ()
         return MergePlan(shards=shards, copied=(*others, *index), texts={})
-    scales = _checked(checkpoint, quantised)
+    scales = _checked(checkpoint, quantized)
     dropped = {header.name for header in scales.values()}
     shards = {}
     for file, found in by_file.items():
@@ -121,20 +120,20 @@ def plan_merge(checkpoint: Checkpoint, quantised: Quantisation | None = None) ->
         shards=shards,
         copied=tuple(name for name in others if name not in (*SIDECARS, CONFIG)),
         texts=texts,
-        block=quantised.block,
+        block=quantized.block,
     )
 
 
-def _checked(checkpoint: Checkpoint, quantised: Quantisation) -> Mapping[str, Header]:
+def _checked(checkpoint: Checkpoint, quantized: Quantisation) -> Mapping[str, Header]:
     """The scales by weight; those of carried tensors, which no table met, fit as well."""
-    scales = {header.name for header in quantised.scales.values()}
+    scales = {header.name for header in quantized.scales.values()}
     for name, header in checkpoint.headers.items():
         if is_fp8(header) and name not in scales:
-            scale = quantised.scales.get(name)
-            problem = scale_problem(header, scale, quantised.block or (1, 1), checkpoint.path)
+            scale = quantized.scales.get(name)
+            problem = scale_problem(header, scale, quantized.block or (1, 1), checkpoint.path)
             if problem is not None:
                 raise problem
-    return quantised.scales
+    return quantized.scales
 
 
 def _head(checkpoint: Checkpoint, file: str, headers: list[Header]) -> bytes:
@@ -162,21 +161,21 @@ def _metadata(head: bytes) -> Any:
 
 def _decoded(metadata: Any, headers: Iterable[Header], scales: Mapping[str, Header]) -> Shard:
     """A file in which what has scales is bfloat16."""
-    pieces = []
+    patches = []
     for header in headers:
         scale = scales.get(header.name)
         dtype = "BF16" if scale is not None else header.dtype
-        pieces.append(Piece(header, replace(header, dtype=dtype), scale))
-    pieces.sort(key=lambda piece: -DTYPE_BITS[piece.written.dtype])
+        patches.append(TensorPatch(header, replace(header, dtype=dtype), scale))
+    patches.sort(key=lambda patch: -DTYPE_BITS[patch.written.dtype])
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     placed, at = [], 0
-    for piece in pieces:
-        header = piece.written
+    for patch in patches:
+        header = patch.written
         end = at + header.numel * DTYPE_BITS[header.dtype] // 8
         entries[header.name] = {
             "dtype": header.dtype, "shape": list(header.shape), "data_offsets": [at, end],
         }  # fmt: skip
-        placed.append((piece, at, end))
+        placed.append((patch, at, end))
         at = end
     raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
@@ -184,15 +183,15 @@ def _decoded(metadata: Any, headers: Iterable[Header], scales: Mapping[str, Head
     return Shard(
         struct.pack("<Q", len(raw)) + raw,
         tuple(
-            replace(piece, written=replace(piece.written, start=base + at, end=base + end))
-            for piece, at, end in placed
+            replace(patch, written=replace(patch.written, start=base + at, end=base + end))
+            for patch, at, end in placed
         ),
     )
 
 
 def _index(index: Mapping[str, Any], shards: Mapping[str, Shard]) -> str:
     """The base's index, of the tensors that are written."""
-    written = [piece.written for shard in shards.values() for piece in shard.pieces]
+    written = [patch.written for shard in shards.values() for patch in shard.patches]
     names = {header.name for header in written}
     metadata = index.get("metadata")
     metadata = dict(metadata) if isinstance(metadata, dict) else {}

@@ -1,10 +1,10 @@
-"""One pass over a base's files: every tensor hashed, and changed or copied.
+"""One pass over the files of a base: every tensor is hashed, and changed or copied.
 
-This file decides how the bytes of a merged shard come to be: what no pair touches and nothing
-decodes is copied as it is; the rest is read, hashed and added up by some threads, a few ahead of
-the one that copies and writes. A stack of experts goes through in cuts of some experts, so memory
-is the adapter and a few tensors or cuts. Which files there are, and their headers, is
-`merge_plan`'s; what a merge is, and its other checks, are `merge`'s.
+This file decides how the bytes of a merged shard are computed. A tensor that no pair touches and
+that is not decoded is copied. The others are read, hashed and summed by worker threads, a few
+tensors ahead of the thread that copies and writes. A stack of experts is processed a few experts
+at a time (a cut), so memory holds the adapter and a few tensors or cuts. Files and their headers
+are planned in `plan`; the other checks of a merge are in `merge`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..errors import InputError, NumericError
 from ..nn.load import DTYPES, as_bytes, hash_units, read_exact, read_fp8
 from ..plugins.resolve_model import Identified
 from ..reporting import Advance
-from .plan import MergePlan, Piece, plan_merge
+from .plan import MergePlan, TensorPatch, plan_merge
 
 _AHEAD = WORKERS + 2  # cuts in flight
 _COPY = 8 * 2**20  # bytes in flight when a tensor is only copied
@@ -40,10 +40,14 @@ _CUT = 2**26  # bytes of a stack that are changed at a time
 
 
 class _Cut(NamedTuple):
-    """Some of a tensor on disk, and the canonical region that it is.
+    """A part of a tensor on disk, and the canonical region that it holds.
 
-    `rows` are those of dim 0 of the tensor on disk, of which `each` has so many bytes; ``None``
-    for all of it, which may be one expert.
+    Attributes:
+        header: of the tensor.
+        scale: its block scales, where it is decoded from FP8.
+        rows: of dim 0 of the tensor on disk; ``None`` for all of it, which may be one expert.
+        each: bytes of one row.
+        region: of the canonical tensor.
     """
 
     header: Header
@@ -63,22 +67,22 @@ class _Changed(NamedTuple):
 
 @dataclass(slots=True)
 class MergePass:
-    """What one pass over the base's files does, and what it found.
+    """One pass over the files of a base, and its results.
 
     Attributes:
-        found: the base.
+        base: the base.
         adapter: the adapter.
         dequantize: write a base in block FP8 in bfloat16.
         plan: what is written.
         digests: SHA-256 of the base's tensors, by canonical name.
         done: canonical names of the tensors that a pair was added to.
-        changed: tensors on disk with other bytes than the base's.
-        unchanged: tensors on disk that a pair touches and rounding leaves as they were.
+        changed: tensors on disk whose bytes differ from those of the base.
+        unchanged: tensors on disk that a pair touches and that round back to those of the base.
         parameters: parameters of the changed tensors.
         largest: largest absolute change of one value.
     """
 
-    found: Identified
+    base: Identified
     adapter: Adapter
     dequantize: bool = False
     plan: MergePlan = field(init=False)
@@ -92,24 +96,24 @@ class MergePass:
     _open: dict[str, TensorDigest] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        quantised = self.found.quantisation if self.dequantize else None
-        self.plan = plan_merge(self.found.checkpoint, quantised)
+        quantized = self.base.quantisation if self.dequantize else None
+        self.plan = plan_merge(self.base.checkpoint, quantized)
         self.deltas = Deltas(self.adapter)
 
     def shard(self, name: str, progress: Advance) -> Iterator[memoryview]:
         """The bytes of one merged shard, in order."""
-        path, shard = self.found.checkpoint.file(name), self.plan.shards[name]
+        path, shard = self.base.checkpoint.file(name), self.plan.shards[name]
         cuts = {
-            piece.source.name: self._cuts(piece)
-            for piece in shard.pieces
-            if piece.scale is not None or self._touched(piece.source)
+            patch.source.name: self._cuts(patch)
+            for patch in shard.patches
+            if patch.scale is not None or self._touched(patch.source)
         }
         with path.open("rb") as file, ThreadPoolExecutor(WORKERS, initializer=single) as pool:
             yield memoryview(shard.head)
-            coming = (cut for piece in shard.pieces for cut in cuts.get(piece.source.name, ()))
+            coming = (cut for patch in shard.patches for cut in cuts.get(patch.source.name, ()))
             jobs = [pool.submit(self._change, path, cut) for cut in islice(coming, _AHEAD)]
-            for piece in shard.pieces:
-                header = piece.source
+            for patch in shard.patches:
+                header = patch.source
                 if header.name not in cuts:
                     file.seek(header.start)
                     yield from self._copy(file, header)
@@ -131,13 +135,13 @@ class MergePass:
         return entry is not None and entry.name in self.adapter.pairs
 
     def _entry(self, header: Header) -> Entry | None:
-        return self.found.layout.by_disk.get(header.name, (None, ()))[0]
+        return self.base.layout.by_disk.get(header.name, (None, ()))[0]
 
-    def _cuts(self, piece: Piece) -> list[_Cut]:
-        """A stack some experts at a time, everything else whole."""
-        header = piece.source
+    def _cuts(self, patch: TensorPatch) -> list[_Cut]:
+        """A stack in cuts of some experts, any other tensor in one."""
+        header = patch.source
         every = tuple(slice(0, n) for n in header.shape)
-        _, region = self.found.layout.by_disk.get(header.name, (None, every))
+        _, region = self.base.layout.by_disk.get(header.name, (None, every))
         first, count = region[0].start, region[0].stop - region[0].start
         each = (header.end - header.start) // count
         step = max(1, _CUT // each) if len(region) > 2 else count
@@ -146,12 +150,12 @@ class MergePass:
             stop = min(at + step, count)
             rows = slice(at, stop) if header.shape[0] == count else None
             there = (slice(first + at, first + stop), *region[1:])
-            cuts.append(_Cut(header, piece.scale, rows, each, there))
+            cuts.append(_Cut(header, patch.scale, rows, each, there))
         return cuts
 
     def _copy(self, file: IO[bytes], header: Header) -> Iterator[memoryview]:
-        """A tensor as it is, hashed on the way, unit by unit."""
-        entry, region = self.found.layout.by_disk.get(header.name, (None, ()))
+        """Copy a tensor, and hash it unit by unit."""
+        entry, region = self.base.layout.by_disk.get(header.name, (None, ()))
         size = header.end - header.start
         if entry is None:
             yield from _stream(file, header, size, None)
@@ -171,7 +175,7 @@ class MergePass:
             self._note(header, [(number, digest.digest())])
 
     def _change(self, path: Path, cut: _Cut) -> _Changed:
-        """Read one cut, hash it, and add its delta; runs beside others of its kind."""
+        """Read one cut, hash it, and add its delta; runs in a worker thread."""
         header, entry = cut.header, self._entry(cut.header)
         weight = self._read(path, cut)
         units = list(hash_units(self._digest(entry), cut.region, weight)) if entry else []
@@ -197,11 +201,11 @@ class MergePass:
         return _Changed(weight, moved, units)
 
     def _read(self, path: Path, cut: _Cut) -> Tensor:
-        """The values of a cut, in the shape of its region; of block FP8, decoded."""
+        """The values of a cut, in the shape of its region; block FP8 is decoded."""
         header, shape = cut.header, [part.stop - part.start for part in cut.region]
         if cut.scale is not None:
             assert self.plan.block is not None
-            where = self.found.checkpoint
+            where = self.base.checkpoint
             return read_fp8(where, header, cut.scale, self.plan.block, cut.rows).view(shape)
         dtype = DTYPES.get(header.dtype)
         if dtype is None:
@@ -242,13 +246,13 @@ class MergePass:
             self.unchanged.append(header.name)
 
     def _digest(self, entry: Entry) -> TensorDigest:
-        """The digest of a tensor of which not every piece came by yet."""
-        found = self._open.get(entry.name)
-        # Two threads may both make it: the first to be entered is everybody's.
-        return found or self._open.setdefault(entry.name, TensorDigest(entry))
+        """The digest of a tensor of which not every unit has been read yet."""
+        digest = self._open.get(entry.name)
+        # Two threads may both create it: setdefault keeps the first.
+        return digest or self._open.setdefault(entry.name, TensorDigest(entry))
 
     def _note(self, header: Header, units: list[tuple[int, bytes]]) -> None:
-        """Keep the digest of a canonical tensor; compare it with the adapter's record."""
+        """Add digests of units; compare a complete tensor with what the adapter recorded."""
         entry = self._entry(header)
         if entry is None:
             return
@@ -268,7 +272,7 @@ class MergePass:
         return InputError(
             "QC-MERGE-001",
             "is not the base that the adapter was trained on",
-            file=self.found.checkpoint.path,
+            file=self.base.checkpoint.path,
             field=field,
             found=found,
             expected=expected,
@@ -276,7 +280,7 @@ class MergePass:
         )
 
     def check(self) -> None:
-        """Every pair was used, something changed, and the base is the recorded one."""
+        """Check that every pair was used, a tensor changed, and the base is the recorded one."""
         unused = self.adapter.pairs.keys() - self.done
         if unused:
             raise NumericError(
@@ -294,7 +298,7 @@ class MergePass:
                 found=f"{len(self.adapter.pairs)} pairs, largest change 0",
                 fix="train longer, or with a higher learning_rate",
             )
-        now = fingerprints(self.found.layout, self.digests)
+        now = fingerprints(self.base.layout, self.digests)
         for part, recorded in self.adapter.fingerprints.items():
             if now.get(part) != recorded:
                 raise self._other_base(f"part '{part}'", str(now.get(part))[:12], recorded[:12])

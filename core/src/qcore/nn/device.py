@@ -1,4 +1,4 @@
-"""The device that a run computes on: chosen, never fallen back from, and its peak memory."""
+"""The device that a run computes on, its peak memory, and the errors of one that is full."""
 
 from __future__ import annotations
 
@@ -25,6 +25,16 @@ def pick_device(device: str) -> torch.device:
             fix="pass --device cpu, or install a torch build with CUDA",
         )
     return torch.device(device)
+
+
+_WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "not enough memory: you tried to allocate")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: of the device, or of what libraries and drivers ask it for."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
 def reset_peak(device: torch.device) -> None:

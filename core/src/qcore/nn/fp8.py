@@ -3,7 +3,7 @@
 This file decides how such a weight is read: ``W = W8 * scale`` by block, in float32, rounded
 once. It is the format that transformers calls ``fp8`` with ``weight_block_size``: scales lie
 in ``NAME_scale_inv``, by which, despite the name, values are multiplied (DeepSeek-V3 technical
-report, section 3.3). Which checkpoints hold it says `prequantised`; other 8-bit formats are
+report, section 3.3). Which checkpoints hold it says `prequantized`; other 8-bit formats are
 not read.
 """
 

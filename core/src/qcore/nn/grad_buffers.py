@@ -25,7 +25,7 @@ from torch import Tensor
 from .storage import storage_id
 
 
-class _Place(NamedTuple):
+class _Slot(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -38,7 +38,7 @@ class GradBuffers:
     Keep it for backward in place of the inputs: it holds no memory.
     """
 
-    __slots__ = ("_places",)
+    __slots__ = ("_slots",)
 
     def __init__(self, *inputs: Tensor) -> None:
         groups: dict[tuple[int, int], int] = {}
@@ -53,8 +53,8 @@ class GradBuffers:
                 stride = (width, *stride[1:])
             else:  # rows that overlap: no slice of a buffer of rows
                 stride, offset, group = _packed(x.shape), 0, groups.setdefault((-1, number), number)
-            places.append(_Place(x.shape, stride, offset, group))
-        self._places = tuple(places)
+            places.append(_Slot(x.shape, stride, offset, group))
+        self._slots = tuple(places)
 
     def gradients(self, like: Tensor, *given: Tensor | None) -> tuple[Tensor, ...]:
         """One gradient for each input, laid out as the inputs are.
@@ -62,14 +62,14 @@ class GradBuffers:
         Args:
             like: a tensor of the dtype and device of what is new.
             given: for each input its gradient where it is known, ``None`` where it is not: its
-                tensor is then not initialised, and to be written by the caller.
+                tensor is then not initialized, and to be written by the caller.
         """
         buffers: dict[int, Tensor] = {}
-        for place, gradient in zip(self._places, given, strict=True):
+        for place, gradient in zip(self._slots, given, strict=True):
             if gradient is not None and place.group not in buffers and _lies(gradient, place):
                 buffers[place.group] = gradient
         out = []
-        for place, gradient in zip(self._places, given, strict=True):
+        for place, gradient in zip(self._slots, given, strict=True):
             if place.group not in buffers:
                 buffers[place.group] = _buffer(place, like)
             buffer = buffers[place.group]
@@ -123,12 +123,12 @@ def _packed(shape: torch.Size) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def _buffer(place: _Place, like: Tensor) -> Tensor:
+def _buffer(place: _Slot, like: Tensor) -> Tensor:
     rows, width = place.shape[0], place.stride[0]
     return like.new_empty(max(rows * width, 1))
 
 
-def _lies(gradient: Tensor, place: _Place) -> bool:
+def _lies(gradient: Tensor, place: _Slot) -> bool:
     """Whether `gradient` is a slice of a buffer in which its neighbours have their places too."""
     rows, width = place.shape[0], place.stride[0]
     room = gradient.untyped_storage().nbytes() // gradient.element_size()

@@ -1,13 +1,13 @@
-"""Layout -> parameters: tensors streamed from disk, quantised on arrival.
+"""Loading weights: tensors streamed from disk into a model on meta, quantized on arrival.
 
-This file decides the order of reading (that of the files, so nothing is read twice), how much
-of a tensor is in memory (all of it, of a stack of experts a few), the dtype in which each is
-held, and that what arrives is finite. Beside the model there are at most two such slabs: the
-one that is placed and the next, which is read and hashed meanwhile. The digests of the values
-are made on the way: they are the fingerprint of the base that an adapter is bound to.
+This file decides the order of reading (that of the files, so nothing is read twice), how much of a
+tensor is in memory (all of it; of a stack of experts a few), the dtype in which each is held, and
+that values are finite. Beside the model at most two such slabs are in memory: the one that is being
+placed, and the next one, which is read and hashed meanwhile. The digests of the values are computed
+on the way; they make the fingerprint of the base that an adapter is bound to.
 
-dtype held: maps, embedding and head in the run's dtype; ``Store.FP32`` rows always in
-float32; everything else in the dtype of the file, and blocks cast where they compute.
+dtype held: maps, embedding and head in the run's dtype; ``Store.FP32`` rows always in float32;
+everything else in the dtype of the file, and blocks cast where they compute.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def _finite(value: Tensor) -> bool:
 
 
 def _read_ahead(checkpoint: Checkpoint, items: list[Located]) -> Iterator[_Slab]:
-    """Read and hash the next slab while the current one is quantised."""
+    """Read and hash the next slab while the current one is quantized."""
 
     def read() -> Iterator[_Slab]:
         for item in items:
@@ -268,7 +268,7 @@ def place(
 ) -> None:
     """Give what was loaded to the module that holds it, in 4 bit or in the dtype of its row."""
     name, row = item.tensor.name, item.tensor.row
-    holder = model.holders.get(name)
+    holder = model.lora_layers.get(name)
     if holder is not None:
         holder.hold(rows, value, quantize=quantize, dtype=model.dtype)
         return

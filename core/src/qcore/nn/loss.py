@@ -1,8 +1,8 @@
 """Cross entropy over a large vocabulary, on supervised positions only and in chunks.
 
-This file decides that full logits never exist: hidden states of supervised positions meet
-the head a few rows at a time, and the gradient of the hidden states is made in the same
-pass, so nothing is recomputed and no logits are saved. The head is frozen.
+This file decides that full logits never exist: hidden states of supervised positions meet the head
+a few rows at a time, and the gradient of the hidden states is computed in the same pass, so that
+nothing is recomputed and no logits are saved. The head is frozen.
 
 Shapes: S supervised positions, H hidden size, V vocabulary rows.
 """

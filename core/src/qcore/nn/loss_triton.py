@@ -1,13 +1,13 @@
-"""Cross entropy over a large vocabulary on a GPU: two products and one kernel a chunk.
+"""Cross entropy over a large vocabulary on a GPU: two products and one kernel per chunk.
 
-This file decides how many rows' logits exist at a time on a card and how they become their own
-gradient in place; what is computed is `loss.cross_entropy_sum`, whose signature this has. Needs
-Triton at import; `qcore.nn.kernels.registry` imports it where it runs.
+This file decides how many rows' logits exist at a time on a GPU and how they become their own
+gradient in place; it computes `loss.cross_entropy_sum` and has its signature. It needs Triton at
+import; `kernels.registry` imports it if it is used.
 
-A chunk's logits are read twice and written once. The second reading goes backwards: what was
-read last is still in the cache. The gradient is that of the mean over the rows, which is what a
-step asks for: its bf16 values are rounded once, as by autograd, where those of the sum would be
-rounded again by ``1 / rows``. Whatever other scale backward has is applied to them there.
+A chunk's logits are read twice and written once. The second pass reads backwards, because what was
+read last is still in the cache. The gradient is that of the mean over the rows, which a step asks
+for: its bf16 values are rounded once, as in autograd, whereas those of the sum would be rounded
+again by ``1 / rows``. Any other scale of backward is applied to them there.
 
 Shapes: S supervised positions, H hidden size, V vocabulary rows, R rows of a chunk.
 """

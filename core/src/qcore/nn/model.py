@@ -1,8 +1,8 @@
-"""A trunk, a head, a tower and adapters as one module, built on the meta device from the table.
+"""The model: trunk, head, vision tower and adapters as one module, built on the meta device.
 
-This file proves that every tensor of every loaded part is some module's parameter, and owns
-the loop over layers: recompute lives here once. Which maps carry LoRA is `targets`' decision;
-it reads no weight (`load`) and no data.
+This file proves that every tensor of every loaded part is a module's parameter, hands out the
+modules that blocks are built from (`Context`), and runs the layers. Which maps carry LoRA is
+decided in `adapter.targets`; `load` reads the weights.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from ..api.parameters import Tensor as Entry
 from ..api.records import Architecture, Modality
 from ..checkpoint.layout import Layout
 from ..errors import PluginError
+from ..plugins.manager import Owner, owner_of
 from .kernels.registry import Used
+from .layer_errors import LayerGuard
 from .loss import cross_entropy_sum
 from .moe.experts import Experts, grouped
 from .qlora.fused import reference
 from .qlora.linear import Linear
-from .qlora.lora_layer import Adapted, Lora
+from .qlora.lora_layer import Lora, LoraLayer
 from .qlora.nf4 import dequantize
 from .qlora.stacked_linear import Stacked
 from .recompute import run_layers
@@ -40,15 +42,15 @@ class Backends(Protocol):
     """Which backend each op has (`qcore.nn.kernels.registry.Chosen`)."""
 
     def get(self, op: str) -> Callable[..., Any] | None:
-        """The function, or ``None``: the op's reference."""
+        """The function that computes `op`, or ``None`` if its reference does."""
         ...
 
 
 class References:
-    """Every op computed by its reference.
+    """Backends of a model in which references compute every op.
 
     Attributes:
-        ops: those that were asked for.
+        ops: the ops that blocks asked for.
     """
 
     def __init__(self) -> None:
@@ -60,7 +62,7 @@ class References:
 
 
 class Context:
-    """The `BuildContext` of one model: hands out modules on meta and keeps account of them."""
+    """The `BuildContext` of one model: creates modules on meta and records them."""
 
     def __init__(
         self,
@@ -73,21 +75,21 @@ class Context:
     ) -> None:
         self.config = config
         self.dtype = dtype
-        self.given: set[str] = set()
-        self.holders: dict[str, Adapted] = {}
+        self.used: set[str] = set()
+        self.lora_layers: dict[str, LoraLayer] = {}
         self._root = root
         self._layout = layout
         self._lora = lora
         self._backends = backends
 
     def below(self, root: str) -> Context:
-        """The same account, for blocks that are mounted at another root."""
+        """A context with the same records for blocks that are mounted at another root."""
         other = copy(self)
         other._root = root
         return other
 
     def linear(self, name: str) -> Linear:
-        """A `Linear` for the row ``{name}.weight``, of whatever module in the stock class."""
+        """A `Linear` for the row ``{name}.weight``."""
         compute = self.kernel("qlora_linear", reference)
         return self._held(self._entry(f"{name}.weight"), Linear, compute)
 
@@ -96,8 +98,8 @@ class Context:
         return self._held(self._entry(name), Experts, self.kernel("experts", grouped))
 
     def stack(self, *linears: LinearLayer) -> Stacked:
-        """Linear maps of one input, as one."""
-        members = tuple(cast(Linear, one) for one in linears)
+        """Linear maps that read the same x, as one."""
+        members = tuple(cast(Linear, linear) for linear in linears)
         return Stacked(members, self.kernel("qlora_linear", reference))
 
     def kernel(self, op: str, reference: _F) -> _F:
@@ -108,14 +110,14 @@ class Context:
         if (build is Experts) != (entry.row.kind is Kind.EXPERTS):
             raise PluginError(
                 "QC-MODEL-004",
-                f"is built as {build.__name__} and is another kind of row",
+                f"is built as {build.__name__} but its row is of another kind",
                 field=entry.name,
                 found=entry.row.kind.value if entry.row.kind else "no kind",
                 fix="report this to the plugin's author",
             )
         lora, read = self._lora.get(entry.name), self.kernel("nf4_dequantize", dequantize)
         module = build(entry.shape, self.dtype, lora, dequantize=read, compute=compute)
-        self.holders[entry.name] = module
+        self.lora_layers[entry.name] = module
         return module
 
     def tensor(self, name: str) -> nn.Parameter:
@@ -132,7 +134,7 @@ class Context:
                 field=full,
                 fix="report this to the plugin's author",
             )
-        self.given.add(full)
+        self.used.add(full)
         return self._layout.table[full]
 
 
@@ -143,11 +145,11 @@ class Model(nn.Module):
         trunk: the plugin's blocks, mounted at the architecture's root.
         tower: what computes embeddings of media, mounted at the modality's root; ``None`` if
             this run loads none.
-        holders: the maps that blocks were given, by canonical name of the weight.
+        lora_layers: the maps that the context created, by canonical name of the weight.
         head_name: canonical name of the tensor that scores the vocabulary.
 
     Args (beside the first ones):
-        modality: whose tower is built, where the layout loads its part.
+        modality: its tower is built if the layout loads its part.
     """
 
     trunk: Trunk
@@ -170,8 +172,8 @@ class Model(nn.Module):
         trunk = architecture.build(context)
         _mount(self, architecture.root, cast(nn.Module, trunk))
         self.dtype = dtype
-        self.holders = context.holders
-        self.dropout = any(one.lora_dropout > 0 for one in lora.values())
+        self.lora_layers = context.lora_layers
+        self.dropout = any(numbers.lora_dropout > 0 for numbers in lora.values())
         self._cross_entropy = context.kernel("cross_entropy", cross_entropy_sum)
         # Not through nn.Module, which would register the trunk a second time, as "trunk".
         object.__setattr__(self, "trunk", trunk)
@@ -185,7 +187,7 @@ class Model(nn.Module):
             )
         self.head_name = head.row.tie or head.name
         if head.row.tie is None:
-            context.given.add(head.name)
+            context.used.add(head.name)
             holder = nn.Module()
             meta = torch.empty(head.shape, device="meta")
             holder.register_parameter("weight", nn.Parameter(meta, requires_grad=False))
@@ -195,16 +197,44 @@ class Model(nn.Module):
             tower = modality.build(context.below(modality.root))
             _mount(self, modality.root, cast(nn.Module, tower))
         object.__setattr__(self, "tower", tower)  # as the trunk
-        _prove_total(layout, context.given | {head.name})
+        _prove_total(layout, context.used | {head.name})
+        self._unnamed = LayerGuard(owner_of(architecture.build), architecture.name)
+        self._guards = self._layer_guards(architecture, modality)
+
+    def _layer_guards(
+        self, architecture: Architecture, modality: Modality | None
+    ) -> dict[int, LayerGuard]:
+        """A guard for each layer of trunk and tower, by the layer's identity."""
+        names = {id(module): name for name, module in self.named_modules()}
+        runs: list[tuple[Sequence[object], Owner]] = [
+            (self.trunk.layers, owner_of(architecture.build))
+        ]
+        if modality is not None and self.tower is not None:
+            runs.append((self.tower.layers, owner_of(modality.build)))
+        return {
+            id(layer): LayerGuard(owner, names.get(id(layer), f"layer {number}"))
+            for layers, owner in runs
+            for number, layer in enumerate(layers)
+        }
+
+    def guard(self, layer: object) -> LayerGuard:
+        """The context in which a layer runs: what it raises names its plugin and the layer."""
+        return self._guards.get(id(layer), self._unnamed)
+
+    def guards(self, layers: Iterable[object]) -> list[LayerGuard]:
+        """The contexts of several layers, in their order."""
+        return [self.guard(layer) for layer in layers]
 
     @property
     def trains_tower(self) -> bool:
-        """Whether a map of the tower carries LoRA; else it runs without autograd."""
-        return any(isinstance(one, Adapted) and one.lora is not None for one in self._of_tower())
+        """Whether a map of the tower carries LoRA; otherwise it runs without autograd."""
+        return any(
+            isinstance(module, LoraLayer) and module.lora is not None for module in self._of_tower()
+        )
 
     @property
     def trains_trunk(self) -> bool:
-        """Whether a map beside the tower carries LoRA."""
+        """Whether a map outside the tower carries LoRA."""
         of_tower = set(self._of_tower())
         return any(module not in of_tower for _, module in self.adapters())
 
@@ -216,24 +246,24 @@ class Model(nn.Module):
         """``[V, H]``, frozen."""
         return self.get_parameter(self.head_name)
 
-    def adapters(self) -> Iterator[tuple[str, Adapted]]:
-        """(canonical name of the weight, module) of every map that carries LoRA."""
-        for name, module in self.holders.items():
+    def adapters(self) -> Iterator[tuple[str, LoraLayer]]:
+        """(canonical name of the weight, module) of each map that carries LoRA."""
+        for name, module in self.lora_layers.items():
             if module.lora is not None:
                 yield name, module
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of everything that the optimiser moves, in a fixed order."""
+        """(name, parameter) of each trained parameter, in a fixed order."""
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 yield name, parameter
 
     def media(self, media: Media, *, recompute: str = "none") -> Tensor:
-        """The tower's embeddings of media, ``[n, H]``.
+        """The tower's embeddings of media, ``[n, W]``.
 
         Args:
             media: of a pack.
-            recompute: what backward computes again, of every layer of the tower.
+            recompute: activation checkpointing policy of every layer of the tower.
         """
         if media.features is not None:
             return media.features
@@ -243,11 +273,14 @@ class Model(nn.Module):
         layers = tower.layers
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_tower):
             each = [recompute] * len(layers)
-            # What the first layer reads is nobody's here: it goes when the layer is through.
-            return run_layers(layers, tower.embed(media), media, each, dropout=self.dropout)
+            # Do not bind the first input to a name: it must be freed once the first layer has run.
+            return run_layers(
+                layers, tower.embed(media), media, each,
+                dropout=self.dropout, guards=self.guards(layers),
+            )  # fmt: skip
 
     def embed(self, batch: Packed, *, recompute: str = "none") -> Tensor:
-        """What the first layer reads, ``[T, H]``: embeddings of tokens, and of media their own.
+        """What the first layer reads, ``[T, W]``: embeddings of tokens and of media.
 
         Args:
             batch: the pack.
@@ -256,25 +289,28 @@ class Model(nn.Module):
         x = self.trunk.embed(batch)
         if batch.media is None:
             return x
-        found = self.media(batch.media, recompute=recompute).to(x.dtype)
-        if len(found) != len(batch.media.where):
-            raise ValueError(f"{len(found)} embeddings for {len(batch.media.where)} tokens")
-        return x.index_copy(0, batch.media.where, found)
+        embeddings = self.media(batch.media, recompute=recompute).to(x.dtype)
+        where = batch.media.where
+        if len(embeddings) != len(where):
+            raise ValueError(f"{len(embeddings)} embeddings for {len(where)} tokens")
+        return x.index_copy(0, where, embeddings)
 
     def hidden(self, batch: Packed, *, recompute: str | Sequence[str] = "none") -> Tensor:
         """What the head reads, ``[T, H]``.
 
         Args:
             batch: the pack.
-            recompute: what backward computes again (`nn.again.POLICIES`), for all layers or each.
+            recompute: activation checkpointing policy (`recompute.POLICIES`), of all layers or
+                of each.
         """
         layers = self.trunk.layers
         each = [recompute] * len(layers) if isinstance(recompute, str) else recompute
         tower = "none" if set(each) <= {"none"} else "full"
-        # What the first layer reads is nobody's here, as in `media`.
+        # As in `media`, the first input is not bound to a name.
         x = run_layers(
-            layers, self.embed(batch, recompute=tower), batch, each, dropout=self.dropout
-        )
+            layers, self.embed(batch, recompute=tower), batch, each,
+            dropout=self.dropout, guards=self.guards(layers),
+        )  # fmt: skip
         return self.trunk.final(x)
 
     def loss(
@@ -285,7 +321,7 @@ class Model(nn.Module):
         Args:
             batch: the pack, with targets.
             recompute: as in `hidden`.
-            chunk: positions whose logits exist at a time; 0: as `cross_entropy_sum` has it.
+            chunk: positions whose logits exist at a time; 0: the default of `cross_entropy_sum`.
         """
         assert batch.targets is not None
         where = batch.supervised()
@@ -304,7 +340,7 @@ def ops_of(
     layout: Layout,
     modality: Modality | None = None,
 ) -> Used:
-    """The ops that the model of a config consists of: only their backends need be judged."""
+    """The ops that the model of a config uses: only their backends must be verified."""
     asked = References()
     Model(architecture, config, layout, torch.bfloat16, {}, asked, modality=modality)
     return Used(ops=frozenset(asked.ops), config=config)

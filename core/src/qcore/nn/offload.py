@@ -1,11 +1,11 @@
-"""A layer's input that waits in the host's memory between forward and backward.
+"""Activation offload to pinned host memory: a layer's input waits there from forward to backward.
 
-This file decides where it waits and when it goes and comes back. Pinned memory is asked for
-once and kept (`Lot`): the driver takes ten milliseconds for what a layer parks. All copies of a
-device run on one stream beside the one that computes, in the order in which they were started;
-so a place may be given to the next layer as soon as the way back of the last was started.
+This file decides where the input waits and when it is copied. Pinned memory is allocated once and
+kept (`PinnedPool`): the driver takes ten milliseconds to pin as much as one layer's input. All
+copies of a device run on one stream beside the compute stream, in the order in which they were
+started; so a block may be reused for the next layer as soon as the copy back was started.
 
-Who parks, and when, is `again`'s decision.
+Which inputs are offloaded is decided in `recompute`.
 """
 
 from __future__ import annotations
@@ -23,80 +23,81 @@ def _pinned(nbytes: int) -> Tensor:
 
 
 @dataclass(slots=True)
-class Lot:
-    """Places in the host's memory, given out and taken back.
+class PinnedPool:
+    """Blocks of pinned host memory that are reused.
 
-    Places are powers of two, as torch's pinned blocks are: packs of like size share them, and none
-    of a block is lost.
+    Sizes are powers of two, as those of torch's pinned blocks: packs of similar size share blocks,
+    and no part of a block is lost.
 
     Attributes:
-        make: gives a place of so many bytes.
-        least: bytes of what the largest pack parks. Smaller packs get places as large: torch keeps
-            a pinned block for good, so places that grow would be held beside those they outgrew.
-        nbytes: of all places that were made.
+        make: allocates a block of so many bytes.
+        least: bytes that the largest pack offloads per layer. Smaller packs get blocks of this size
+            too: torch never frees a pinned block, so growing blocks would be held beside the
+            smaller ones.
+        nbytes: bytes of all blocks that were allocated.
     """
 
     make: Callable[[int], Tensor] = _pinned
     least: int = 1
     nbytes: int = 0
     _free: list[Tensor] = field(default_factory=list)
-    # What was not fetched comes back when it is collected: in whatever thread that happens.
+    # An input that was not fetched returns its block when it is collected, in any thread.
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def take(self, nbytes: int) -> Tensor:
-        """The smallest free place of at least `nbytes` bytes; else a new one."""
+        """The smallest free block of at least `nbytes` bytes; else a new one."""
         with self._lock:
-            enough = [place for place in self._free if len(place) >= nbytes]
+            enough = [block for block in self._free if len(block) >= nbytes]
             if enough:
                 return self._out(min(enough, key=len))
             size = 1 << (max(nbytes, self.least) - 1).bit_length()
-            place = self.make(size)
+            block = self.make(size)
             self.nbytes += size
-            return place
+            return block
 
-    def give_back(self, place: Tensor) -> None:
-        """Take `place` back; what is copied from it or into it may still be under way."""
+    def give_back(self, block: Tensor) -> None:
+        """Make `block` free for reuse; a copy from or into it may still be in progress."""
         with self._lock:
-            self._free.append(place)
+            self._free.append(block)
 
-    def _out(self, place: Tensor) -> Tensor:
-        self._free = [one for one in self._free if one is not place]
-        return place
+    def _out(self, block: Tensor) -> Tensor:
+        self._free = [free for free in self._free if free is not block]
+        return block
 
 
-class Held:
-    """A layer's input, where it is."""
+class LayerInput:
+    """A layer's input, on its device."""
 
     def __init__(self, x: Tensor) -> None:
         self._x: Tensor | None = x.detach()
 
     def take(self) -> Tensor:
-        """The input, given up."""
+        """Return the input and drop the reference to it; at most once."""
         assert self._x is not None, "a layer's backward ran twice"
         x, self._x = self._x, None
         return x
 
 
-class Parked(Held):
-    """A layer's input in pinned memory, on its way back while the layer above runs again.
+class OffloadedInput(LayerInput):
+    """A layer's input in pinned host memory, copied back while the layer above is recomputed.
 
     Args:
         x: on a CUDA device.
-        before: the input of the layer below, fetched when this one is taken.
+        before: the input of the layer below, whose copy back starts when this input is taken.
     """
 
     _streams: dict[torch.device, torch.cuda.Stream] = {}  # noqa: RUF012  one for each device
-    _lots: dict[torch.device, Lot] = {}  # noqa: RUF012  and its places: copies share its order
+    _pools: dict[torch.device, PinnedPool] = {}  # noqa: RUF012  and its blocks: copies are in its order
 
-    def __init__(self, x: Tensor, before: Parked | None) -> None:
-        self._place: Tensor | None = None
+    def __init__(self, x: Tensor, before: OffloadedInput | None) -> None:
+        self._block: Tensor | None = None
         super().__init__(x)
         self._before = before
         self._device = x.device
         self._side = self._stream(x.device)
-        self._lot = self.lot(x.device)
-        self._place = self._lot.take(x.nbytes)
-        self._away = self._place[: x.nbytes].view(x.dtype).view(x.shape)
+        self._pool = self.pool(x.device)
+        self._block = self._pool.take(x.nbytes)
+        self._away = self._block[: x.nbytes].view(x.dtype).view(x.shape)
         self._side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self._side):
             self._away.copy_(x.detach(), non_blocking=True)
@@ -104,26 +105,26 @@ class Parked(Held):
         self._x = None
 
     @classmethod
-    def lot(cls, device: torch.device) -> Lot:
-        """The places of what `device` parks."""
+    def pool(cls, device: torch.device) -> PinnedPool:
+        """The pinned blocks for inputs of `device`."""
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        return cls._lots.setdefault(device, Lot())
+        return cls._pools.setdefault(device, PinnedPool())
 
     @classmethod
     def _stream(cls, device: torch.device) -> torch.cuda.Stream:
         if device not in cls._streams:
-            cls._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            cls._streams[device] = torch.cuda.Stream(device)
         return cls._streams[device]
 
     def fetch(self) -> None:
-        """Start the way back."""
+        """Start the copy back."""
         with torch.cuda.stream(self._side):
             self._x = self._away.to(self._device, non_blocking=True)
-        self._leave()
+        self._release()
 
     def take(self) -> Tensor:
-        if self._x is None and self._place is not None:
+        if self._x is None and self._block is not None:
             self.fetch()
         here = torch.cuda.current_stream(self._device)
         here.wait_stream(self._side)
@@ -133,10 +134,10 @@ class Parked(Held):
             self._before.fetch()
         return x
 
-    def _leave(self) -> None:
-        place, self._place = self._place, None
-        if place is not None:
-            self._lot.give_back(place)
+    def _release(self) -> None:
+        block, self._block = self._block, None
+        if block is not None:
+            self._pool.give_back(block)
 
     def __del__(self) -> None:
-        self._leave()  # a graph that was let go without a backward
+        self._release()  # the graph was freed without a backward

@@ -1,13 +1,14 @@
-"""AdamW over adapters as one flat vector: one launch for the update, the clip and the zeroing.
+"""AdamW over adapters as one flat vector: one launch each for update, clipping and zeroing.
 
-This file decides how masters, gradients and moments lie: end to end in one float32 buffer each,
-of which every parameter, its ``.grad`` and its moments are views. The arithmetic is torch's own
-AdamW over that vector; it is elementwise, so each value is what torch's AdamW over the list of
-parameters gives, bit for bit. The norm of the gradient is summed in another order.
+This file decides how trained parameters, gradients and moments are laid out: end to end in one
+float32 buffer each, of which every parameter, its ``.grad`` and its moments are views. The
+arithmetic is torch's own AdamW over that vector; it is elementwise, so each value equals that of
+torch's AdamW over the list of parameters, bit for bit. The norm of the gradient is summed in
+another order.
 
-Gradients are always there: a parameter that a step did not reach has a gradient of zero, where
-torch would leave it alone. When a step is taken and with which rate is `loop`'s; what is written
-of it is `state`'s, which sees the same mapping as of torch's optimizers.
+Gradients always exist: a parameter that a step does not reach has a gradient of zero, where torch
+would skip it. `training.step` decides when a step is taken and at which rate;
+`training.checkpoints` writes the state, in the same form as that of torch's optimizers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .qlora.lora_layer import Adapted
+from .qlora.lora_layer import LoraLayer
 
 _ALIGNED = 64  # values; a view starts at 256 bytes or right behind its neighbour
 
@@ -28,20 +29,20 @@ class FlatAdamW(torch.optim.Optimizer):
     """AdamW whose parameters live in one vector.
 
     Args:
-        adapters: the maps whose ``lora_A`` and ``lora_B`` are trained; they are moved into the
-            vector, and told to add gradients there themselves. All A, then all B: maps of one
+        adapters: the maps whose ``lora_A`` and ``lora_B`` are trained; these are moved into the
+            vector, and the maps add gradients there themselves. All A, then all B: maps of one
             input that follow each other get theirs from one product.
-        lr: the rate; ``param_groups[0]["lr"]`` sets it later.
-        weight_decay: decoupled.
+        lr: learning rate; set ``param_groups[0]["lr"]`` to change it.
+        weight_decay: decoupled weight decay.
 
     Attributes:
         flat: the vector, whose ``.grad`` holds all gradients.
     """
 
-    def __init__(self, adapters: Iterable[Adapted], *, lr: float, weight_decay: float) -> None:
+    def __init__(self, adapters: Iterable[LoraLayer], *, lr: float, weight_decay: float) -> None:
         modules = list(adapters)
-        parameters = [matrix for one in modules for matrix in (one.lora_A,) if matrix is not None]
-        parameters += [matrix for one in modules for matrix in (one.lora_B,) if matrix is not None]
+        parameters = [module.lora_A for module in modules if module.lora_A is not None]
+        parameters += [module.lora_B for module in modules if module.lora_B is not None]
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "fused": True})
         starts, size = _places(parameters)
         values = torch.zeros(size, device=parameters[0].device)
@@ -76,11 +77,11 @@ class FlatAdamW(torch.optim.Optimizer):
         """Update all parameters; `closure` is not called."""
         self._inner.param_groups[0]["lr"] = self.param_groups[0]["lr"]
         self._inner.step()
-        # Whoever keeps something made of a parameter (`nn.product`) sees that it changed.
+        # Bump versions, so that caches derived from parameters (`qlora.fused`) are invalidated.
         torch.autograd.graph.increment_version(self._parameters)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Gradients are zero again; they stay where they are, whatever `set_to_none` says."""
+        """Set gradients to zero in place, whatever `set_to_none` is."""
         assert self.flat.grad is not None
         self.flat.grad.zero_()
 

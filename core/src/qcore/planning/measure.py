@@ -6,7 +6,7 @@ is run forwards and backwards by the code that trains, and its input is handed o
 neighbour would (`bench`), so authors of blocks write no cost model. The pieces of a tower are
 `tower`'s; `step` puts all of them together.
 
-Shapes: T tokens of a pack, H hidden size.
+Shapes: T tokens of a pack, W width of the stream between layers.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Measure:
         kinds: of each layer; layers of one kind take the same.
         optimizer: its moments.
         held: bytes of weights, adapters, their gradients and moments.
+        width: of the stream between layers, W: what the trunk's embedding returns.
         working: bytes that layers make of their weights at first use, and keep.
         tower: what a tower takes, where the model has one.
     """
@@ -60,6 +61,7 @@ class Measure:
         self._batches: dict[Any, tuple[Packed, int]] = {}
         self._derived: dict[tuple[Lengths, bool], int] = {}
         self._pieces: dict[Any, Piece] = {}
+        self.width = 0
         first, second = self._warm(_WARM), self._warm(_WARM)
         each = {kind: first[kind] - second[kind] for kind in self._one}
         self.working = sum(each[kind] for kind in self.kinds)
@@ -82,7 +84,10 @@ class Measure:
         return left
 
     def _forward(self, layer: Layer, batch: Packed) -> None:
-        layer(self.model.trunk.embed(batch), batch.alone())
+        x = self.model.trunk.embed(batch)
+        self.width = x.shape[1]
+        with self.model.guard(layer):
+            layer(x, batch.alone())
 
     def batch(self, lengths: Lengths, *, media: bool = False) -> int:
         """Bytes of a pack of documents and of what all layers derive from it.
@@ -189,7 +194,10 @@ class Measure:
         batch = self._seen(lengths, kinds)[0].alone()
 
         def run(x: list[Tensor]) -> Tensor:
-            return run_layers([layer], x.pop(), batch, [policy], dropout=model.dropout)
+            return run_layers(
+                [layer], x.pop(), batch, [policy],
+                dropout=model.dropout, guards=model.guards([layer]),
+            )  # fmt: skip
 
         return self._both(run, lengths)
 
@@ -230,7 +238,8 @@ class Measure:
             trace.mark()
             x = model.trunk.embed(batch)
             for layer in self._one.values():
-                x = layer(x, batch)
+                with model.guard(layer):
+                    x = layer(x, batch)
             where = batch.supervised()
             hidden, wanted = model.trunk.final(x).index_select(0, where), batch.targets
             del x
@@ -238,7 +247,7 @@ class Measure:
             return trace.peak - before
 
     def _both(self, run: Callable[[list[Tensor]], Tensor], lengths: Lengths) -> Piece:
-        return self._bench.both(run, (sum(lengths), self.model.head.shape[1]), self.model.dtype)
+        return self._bench.both(run, (sum(lengths), self.width), self.model.dtype)
 
 
 def _batch(lengths: Lengths, *, media: bool = False) -> Packed:

@@ -28,7 +28,7 @@ from ..nn.model import Model, Numbers
 from ..nn.moe.experts import Experts
 from ..nn.optim import FlatAdamW
 from ..nn.qlora.linear import Linear
-from ..nn.qlora.lora_layer import Adapted
+from ..nn.qlora.lora_layer import LoraLayer
 from ..nn.qlora.nf4 import BLOCK, BLOCK2, NF4, NF4Stack, _functional
 from ..plugins.resolve_model import Identified
 
@@ -153,7 +153,7 @@ def meta_model(
 
 def _fill(model: Model, modules: Mapping[str, nn.Module], item: Located, quantize: bool) -> None:
     entry = item.tensor
-    holder = model.holders.get(entry.name)
+    holder = model.lora_layers.get(entry.name)
     if holder is not None and quantize:
         _hold_codes(holder, model.dtype)
         return
@@ -162,7 +162,7 @@ def _fill(model: Model, modules: Mapping[str, nn.Module], item: Located, quantiz
     place(model, modules, item, slice(0, entry.shape[0]), value, quantize=False)
 
 
-def _hold_codes(holder: Adapted, dtype: torch.dtype) -> None:
+def _hold_codes(holder: LoraLayer, dtype: torch.dtype) -> None:
     """4-bit codes and scales of no value."""
     if isinstance(holder, Experts):
         shape = cast(tuple[int, int, int], holder.shape)

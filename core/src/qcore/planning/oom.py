@@ -16,10 +16,10 @@ from typing import NamedTuple, Self
 import torch
 
 from ..errors import InputError
+from ..nn.device import is_out_of_memory
 from .compare import RunPlan
 
 _PINNED = ("pin_memory", "pinned", "cudaHostAlloc", "not enough memory: you tried to allocate")
-_WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "not enough memory: you tried to allocate")
 _HOST = (
     "end what else takes memory of this machine, or train with recompute=full, which parks "
     "nothing in it"
@@ -92,7 +92,7 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, Exception) and is_memory(error):
+        if isinstance(error, Exception) and is_out_of_memory(error):
             raise self.report(error) from error
 
     def report(self, error: Exception) -> InputError:
@@ -135,13 +135,6 @@ class Watch:
             f"start again with recompute=full or {smaller}, and report this line: the plan was "
             "wrong"
         )
-
-
-def is_memory(error: BaseException) -> bool:
-    """Whether memory ran out: of the device, or of what libraries and drivers ask it for."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
 def of_host(error: BaseException) -> bool:

@@ -140,5 +140,5 @@ class Planner(Steps):
         parked = policies.count("offload") if self.device == "cuda" else 0
         if not parked or self.host is None:
             return 1 << 62
-        width = self.measure.model.head.shape[1] * self.measure.model.dtype.itemsize
+        width = self.measure.width * self.measure.model.dtype.itemsize
         return most_pinned(self.host, parked) // int(width) // 64 * 64

@@ -22,7 +22,7 @@ from ..config.settings import Settings
 from ..data.microbatches import extent
 from ..errors import InputError
 from ..nn.kernels.registry import Chosen
-from ..nn.offload import Parked
+from ..nn.offload import OffloadedInput
 from ..plugins.resolve_model import Identified
 from .compare import RunPlan
 from .gpus import FRAGMENTS, Card, card_of
@@ -82,7 +82,7 @@ def room_of(device: torch.device) -> Room:
 def _host(device: torch.device) -> int | None:
     """What the host can give, and what an earlier run of this process holds there for `device`."""
     free = available()
-    return None if free is None else free + Parked.lot(device).nbytes
+    return None if free is None else free + OffloadedInput.pool(device).nbytes
 
 
 def plan_run(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.kernels.launch import PlannedDevice, planning
-from ..nn.qlora.lora_layer import Adapted
+from ..nn.qlora.lora_layer import LoraLayer
 from .segments import Piece
 from .trace import Trace
 
@@ -94,7 +94,7 @@ def signature(layer: nn.Module) -> str:
             for key, value in vars(module).items()
             if isinstance(value, int | float | tuple)
         ]
-        lora = module.lora if isinstance(module, Adapted) else None
+        lora = module.lora if isinstance(module, LoraLayer) else None
         parts.append((name, type(module).__qualname__, tensors, numbers, lora))
     return repr(parts)
 

@@ -114,7 +114,7 @@ class Steps:
         names += [TOWER] if self.measure.tower is not None else []
         terms = dict.fromkeys(names, 0)
         towers = found.modality.name if found.modality is not None else None
-        for name, holder in model.holders.items():
+        for name, holder in model.lora_layers.items():
             if holder.four_bit:
                 part = entries[name].part.name
                 terms[TOWER if part == towers else "weights nf4"] += holder.stored_bytes
@@ -248,8 +248,8 @@ class Steps:
 
     def _input(self, lengths: Lengths) -> int:
         """Bytes of what a layer reads."""
-        model = self.measure.model
-        return rounded(sum(lengths) * model.head.shape[1] * model.dtype.itemsize)
+        width = self.measure.width * self.measure.model.dtype.itemsize
+        return rounded(sum(lengths) * width)
 
     def _host(self, lengths: Lengths, policies: Sequence[str]) -> int:
         """Bytes of the host that parked inputs take."""

@@ -79,7 +79,8 @@ class TowerMeasure:
             left = {"": trace.live - before - _bytes(x)}
             for kind, layer in self._one.items():
                 before = trace.live
-                layer(x, media)
+                with self._model.guard(layer):
+                    layer(x, media)
                 left[kind] = trace.live - before
         return left
 
@@ -90,9 +91,9 @@ class TowerMeasure:
                 media = self._tower.sample(units, META)
                 x = self._tower.embed(media)
                 read = tuple(x.shape), x.dtype
-                for kind in dict.fromkeys(self._kinds):
-                    y = self._one[kind](x, media)
-                y = self._one[self._kinds[-1]](x, media)
+                for kind in (*dict.fromkeys(self._kinds), self._kinds[-1]):
+                    with self._model.guard(self._one[kind]):
+                        y = self._one[kind](x, media)
                 made = tuple(y.shape), y.dtype
                 del x, y
                 self._found[units] = _Seen(media, trace.live - before, read, made)
@@ -149,7 +150,10 @@ class TowerMeasure:
 
             def layer(x: list[Tensor]) -> Tensor:
                 one = self._one[kind]
-                return run_layers([one], x.pop(), media, [policy], dropout=model.dropout)
+                return run_layers(
+                    [one], x.pop(), media, [policy],
+                    dropout=model.dropout, guards=model.guards([one]),
+                )  # fmt: skip
 
             shape, dtype = seen.read
             with torch.set_grad_enabled(graph):

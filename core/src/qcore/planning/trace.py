@@ -46,7 +46,7 @@ def rounded(nbytes: int) -> int:
     return -(-nbytes // _BLOCK) * _BLOCK
 
 
-class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Trace(TorchDispatchMode):
     """Counts what tensors of one device take while it is entered.
 
     Args:

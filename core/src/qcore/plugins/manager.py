@@ -322,6 +322,26 @@ def _answers(plugin: Candidate, hook: str, arguments: Mapping[str, Any]) -> list
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """Who is to blame for an object that a record's callable made.
+
+    Attributes:
+        name: the plugin in words.
+        remedy: what the user can do about it.
+    """
+
+    name: str
+    remedy: str | None = None
+
+
+def owner_of(function: Callable[..., Any]) -> Owner:
+    """The plugin whose record holds `function`; its module, if it comes from no plugin."""
+    if isinstance(function, _Guarded):
+        return Owner(str(function.plugin.info), _remedy(function.plugin))
+    return Owner(f"module '{getattr(function, '__module__', None)}'")
+
+
+@dataclass(frozen=True, slots=True)
 class _Guarded:
     """A function on a record that names its plugin when it fails; equal where the function is."""
 
@@ -348,15 +368,12 @@ def _guarded(plugin: Candidate, record: Any) -> Any:
     from .record_check import callable_fields
 
     kind: Any = type(record)
-    functions = {name: getattr(record, name) for name in callable_fields(kind)}
-    return replace(
-        record,
-        **{
-            name: _Guarded(function, f"{name} of {record.name}", plugin)
-            for name, function in functions.items()
-            if function is not None
-        },
-    )
+    guarded = {
+        name: _Guarded(function, f"{name} of {record.name}", plugin)
+        for name in callable_fields(kind)
+        if (function := getattr(record, name)) is not None
+    }
+    return replace(record, **guarded) if guarded else record
 
 
 def _yields(hook: str) -> tuple[type, ...]:

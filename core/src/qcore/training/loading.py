@@ -124,7 +124,7 @@ def _check_four_bit(model: Model, base: Identified, lines: list[Coverage]) -> st
     """Stop the run where a weight that the table declares 4-bit is held otherwise."""
     for tensor in base.layout.table:
         if base.layout.store(tensor.row) is Store.NF4 and base.layout.loads(tensor.part):
-            holder = model.holders.get(tensor.name)
+            holder = model.lora_layers.get(tensor.name)
             if holder is None or not holder.four_bit:
                 raise NumericError(
                     "QC-TRAIN-005",

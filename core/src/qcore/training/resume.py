@@ -16,10 +16,10 @@ from typing import Any, Final
 
 import torch
 
-from .. import __version__
 from ..config.settings import in_bytes
 from ..errors import InputError
 from ..io.artifact import read_manifest
+from ..io.version import __version__
 from .run import Run
 
 #: Settings that may change, since every policy computes the same numbers.

@@ -21,7 +21,7 @@ from ..config.settings import Settings
 from ..errors import Interrupted
 from ..io.metrics_log import MetricsLog
 from ..io.stop_signals import StopSignals
-from ..nn.offload import Parked
+from ..nn.offload import OffloadedInput
 from ..planning.compare import RunPlan, beside
 from ..planning.oom import Watch
 from ..planning.run import Room, room_of
@@ -75,7 +75,7 @@ def train(
     with locked(run.folder), StopSignals() as stop, Watch(plan, run.device) as watch:
         watch.at("loading the base")
         base = load_base(run, stop)
-        Parked.lot(run.device).least = max(1, plan.parked)
+        OffloadedInput.pool(run.device).least = max(1, plan.parked)
         with _frozen_objects():
             loop = Loop(
                 base.model, run.data, run.settings, run.device,

@@ -1,7 +1,7 @@
 """What Triton kernels of this family share: how rows lie, and which dtypes they take.
 
 How they are started is core's (`qcore.ops.launch`): not where there are no rows, nor for
-tensors that hold no numbers, under which launches and memory are counted without a card.
+tensors that hold no numbers, under which launches and memory are counted without a GPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Other projects' kernels as backends of our ops, where they are installed.
 
 This file decides how their functions are called with our arguments: a pack has no batch
-dimension, lengths are on the host, q and k are not yet normalised, the state after each
+dimension, lengths are on the host, q and k are not yet normalized, the state after each
 document is wanted. Nothing of theirs is imported before `load`; whether they compute what our
 references do is measured like any other backend's (`verify`). They rank below our own Triton:
 each is taken where that one is refused, or where it is asked for.

@@ -66,10 +66,10 @@ class _Draw:
 
     def slices(self, *widths: int) -> tuple[Tensor, ...]:
         """``[T, width]`` each, side by side in one buffer."""
-        return self(T, sum(widths)).split(widths, 1)
+        return torch.split(self(T, sum(widths)), list(widths), 1)
 
     def heads(self, count: int, size: int) -> Tensor:
-        return self.slices(8, count * size, 8)[1].unflatten(1, (count, size))
+        return torch.unflatten(self.slices(8, count * size, 8)[1], 1, (count, size))
 
 
 #: (reference, its arguments, positions of those whose gradients are compared)

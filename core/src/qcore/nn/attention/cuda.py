@@ -1,11 +1,11 @@
 """Causal attention of a pack in one launch, by the fused kernels that torch ships for CUDA.
 
-This file decides which of them: documents of one length are a batch, which goes to cuDNN (on an
-H100 with heads of 256 about twice as fast as torch's FlashAttention, forward and backward) where
-the length is a multiple of 64, as rows of a fixed length are: it builds a plan for every new
-shape, which takes 0.15 s, and rows as long as they happen to be would need one a step. All else
-goes to FlashAttention. Neither backward is deterministic: both add into the gradient of q in any
-order.
+This file decides which kernel is used. Documents of one length are a batch; the batch goes to cuDNN
+if the length is a multiple of 64, as rows of a fixed length are (on an H100 with heads of 256 cuDNN
+is about twice as fast as torch's FlashAttention, forward and backward). cuDNN builds a plan for
+every new shape, which takes 0.15 s, so rows of arbitrary lengths would need one in each step. All
+other packs go to FlashAttention. Neither backward is deterministic: both add into the gradient of q
+in any order.
 
 Shapes: T tokens, Hq query heads, Hkv key heads, D head size.
 """
@@ -83,7 +83,7 @@ def refuse(device: torch.device) -> str | None:
 
 def verify(device: torch.device) -> Verdict:
     """A batch and a pack of mixed lengths against float32, with grouped heads of 256."""
-    found = []
+    verdicts = []
     for ends in ((0, 192, 384), (0, 1, 70, 333)):
         draw = torch.Generator().manual_seed(ends[-1])
         q, k, v = (
@@ -91,7 +91,7 @@ def verify(device: torch.device) -> Verdict:
             for heads in (4, 2, 2)
         )
         inputs = (q, k, v, ends, _LARGEST_HEAD**-0.5)
-        found.append(
+        verdicts.append(
             compare(fused_attention, varlen_attention, inputs, output=6e-3, gradient=1.2e-2)
         )
-    return worst_verdict(*found)
+    return worst_verdict(*verdicts)

@@ -1,8 +1,8 @@
-"""Attention as a plan sees it: what torch's fused kernels allocate and save, nothing computed.
+"""Attention on the meta device: what torch's fused kernels allocate and save, without computing.
 
-This file decides what stands in for them on the meta device, where torch would take its
-unfused form, whose memory is quadratic. Backwards FlashAttention and cuDNN sum the gradient of
-q in float32, and those of grouped keys for each query head.
+This file decides what replaces them for the planner; on meta torch would take its unfused form,
+whose memory is quadratic. In backward FlashAttention and cuDNN sum the gradient of q in float32,
+and those of grouped keys for each query head.
 
 Shapes: T tokens, Hq query heads, Hkv key heads, D head size.
 """

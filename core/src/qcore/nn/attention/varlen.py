@@ -68,11 +68,11 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def span_bias(at: Tensor, span: int) -> Tensor:
-    """What the scores of a room are added to: 0 up to and with position `at`, then -inf.
+    """The mask of a cache as a bias of scores: 0 up to and including position `at`, then -inf.
 
     Args:
         at: ``[1]`` int64 on the device.
-        span: L, the room's tokens.
+        span: L, the tokens of the cache that are read.
 
     Returns:
         ``[L]`` float32.
@@ -82,15 +82,15 @@ def span_bias(at: Tensor, span: int) -> Tensor:
 
 
 def step_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Attention of one token over a room, of which the device alone knows how much is filled.
+    """Attention of one token over a cache, of which only the device knows how much is filled.
 
-    Scores are float32; weights are rounded to the dtype of v, as fused kernels have it.
+    Scores are float32; weights are rounded to the dtype of v, as in fused kernels.
 
     Args:
         q: ``[1, Hq, D]``.
         k: ``[L, Hkv, D]``; finite also where nothing was written.
         v: ``[L, Hkv, D]``; likewise.
-        bias: ``[L]``, as `span_bias` gives it.
+        bias: ``[L]``, from `span_bias`.
         scale: factor of the scores.
 
     Returns:

@@ -59,8 +59,8 @@ def _of(module: str, name: str) -> Any:
 
 def _loading(module: str, name: str) -> Callable[[], Callable[..., Any]]:
     def load() -> Callable[..., Any]:
-        found: Callable[..., Any] = _of(module, name)
-        return found
+        function: Callable[..., Any] = _of(module, name)
+        return function
 
     return load
 

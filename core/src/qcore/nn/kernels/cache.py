@@ -1,11 +1,11 @@
-"""Verdicts of kernels that passed, kept in the user's cache between runs.
+"""Cache of verdicts: kernels that passed verification, kept in the user's cache between runs.
 
-This file decides what a verdict holds for: the card and its driver, the versions of torch,
-Triton, CUDA, the plugin and whatever the backend requires, every source file of core and of
-the package that brings it, and the environment variables that change what is compiled. One
-file a verdict, named by the hash of all that, holding it in full: a file whose key differs in
-any way is none. What cannot be identified is not kept; a cache that cannot be read or written
-costs time and is never an error.
+This file decides what a verdict is valid for: the GPU and its driver, the versions of torch,
+Triton, CUDA, the plugin and whatever the backend requires, every source file of core and of the
+backend's package, and the environment variables that change what is compiled. Each verdict is one
+file, named by the hash of its key and holding the key in full; a file whose key differs in any way
+is ignored. If part of a key is unknown, the verdict is not kept. A cache that cannot be read or
+written costs time and is never an error.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def key(kernel: Kernel, owner: str, device: torch.device) -> Key | None:
-    """Everything that a verdict depends on; ``None`` where some of it cannot be told."""
+    """Everything that a verdict depends on; ``None`` if part of it is unknown."""
     sources = [
         _sources("qcore"),
         _sources(_package(kernel.load)),
@@ -85,7 +85,7 @@ def get(key: Key) -> Verdict | None:
 
 
 def put(key: Key, verdict: Verdict) -> None:
-    """Keep a verdict; whole or not at all, and in silence where that is impossible."""
+    """Keep a verdict, as a whole or not at all; do nothing if that is impossible."""
     temporary = ""
     try:
         path = _path(key)
@@ -111,7 +111,7 @@ def _path(key: Key) -> Path:
 
 
 def _card(device: torch.device) -> dict[str, str] | None:
-    """Name, capability, CUDA and driver of a card; of CPUs nothing is kept."""
+    """Name, capability, CUDA and driver of a GPU; of CPUs nothing is kept."""
     if device.type != "cuda":
         return None
     import torch

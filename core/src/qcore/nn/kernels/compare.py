@@ -1,13 +1,13 @@
-"""Whether a backend computes what its reference does: outputs and gradients, in float32.
+"""Comparison of a backend with its reference: outputs and gradients, in float32.
 
-This file decides the measure that kernels are judged by. The backend gets the inputs as they
-are (bf16); the reference gets the same values in float32. Both are given the same cotangents.
-An error is the norm of the difference over the norm of the reference's, the worst of all
-outputs or gradients. Free memory of the card is filled with NaN first, so that what a kernel
-reads without having written shows.
+This file decides the measure by which kernels are verified. The backend gets the inputs as they are
+(bf16); the reference gets the same values in float32. Both get the same cotangents. An error is the
+norm of the difference over the norm of the reference's value, the largest of all outputs or
+gradients. Free GPU memory is filled with NaN first, so that a kernel which reads memory that it has
+not written is found.
 
-Shapes and values of the inputs are the caller's: odd lengths, several documents, the dtypes
-of a run.
+The caller chooses shapes and values of the inputs: odd lengths, several documents, the dtypes of a
+run.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def compare(
         function: the backend.
         reference: the op as torch computes it; called with floating inputs in float32.
         inputs: positional arguments; tensors on the device.
-        output: bound of the outputs' error.
-        gradient: bound of the gradients' error.
+        output: bound of the outputs' relative error.
+        gradient: bound of the gradients' relative error.
         gradients_of: positions whose gradient is compared; ``None``: every floating tensor's,
             ``()``: none, the op has no backward.
         more: keyword arguments of both.
     """
     if gradients_of is None:
-        gradients_of = [n for n, one in enumerate(inputs) if _floating(one)]
-    device = next((one.device for one in inputs if isinstance(one, Tensor)), None)
+        gradients_of = [n for n, value in enumerate(inputs) if _floating(value)]
+    device = next((value.device for value in inputs if isinstance(value, Tensor)), None)
     if device is not None:
         poison(device)
     got, got_grads = _run(function, inputs, gradients_of, more, wide=False)
@@ -92,50 +92,52 @@ def _run(
     *,
     wide: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and the gradients asked for; cotangents are the same for the same shapes."""
-    given = []
-    for number, one in enumerate(inputs):
-        if isinstance(one, Tensor):
-            one = one.detach()
-            if wide and _floating(one):
-                one = one.to(torch.promote_types(one.dtype, torch.float32))
-            one = one.requires_grad_(number in gradients_of)
-        given.append(one)
-    found = function(*given, **more)
+    """Outputs and the requested gradients; cotangents are the same for the same shapes."""
+    arguments = []
+    for number, value in enumerate(inputs):
+        if isinstance(value, Tensor):
+            value = value.detach()
+            if wide and _floating(value):
+                value = value.to(torch.promote_types(value.dtype, torch.float32))
+            value = value.requires_grad_(number in gradients_of)
+        arguments.append(value)
+    result = function(*arguments, **more)
     outputs = [
-        one for one in (found if isinstance(found, tuple | list) else [found]) if one is not None
+        value
+        for value in (result if isinstance(result, tuple | list) else [result])
+        if value is not None
     ]
     if not gradients_of:
         return outputs, []
     generator = torch.Generator().manual_seed(len(outputs))
     cotangents, roots = [], []
-    for one in outputs:
-        cotangent = torch.randn(one.shape, generator=generator)
-        if one.requires_grad:
+    for value in outputs:
+        cotangent = torch.randn(value.shape, generator=generator)
+        if value.requires_grad:
             # Rounded as the backend's is, so that the reference gets the same values.
             rounded = cotangent.to(torch.bfloat16) if _lowest(inputs) < 4 else cotangent
-            cotangents.append(rounded.to(one.device, one.dtype))
-            roots.append(one)
-    wrt = [given[number] for number in gradients_of]
+            cotangents.append(rounded.to(value.device, value.dtype))
+            roots.append(value)
+    wrt = [arguments[number] for number in gradients_of]
     grads = torch.autograd.grad(roots, wrt, cotangents, allow_unused=True)
     return outputs, [
-        torch.zeros_like(one) if grad is None else grad
-        for grad, one in zip(grads, wrt, strict=True)
+        torch.zeros_like(value) if grad is None else grad
+        for grad, value in zip(grads, wrt, strict=True)
     ]
 
 
 def _lowest(inputs: Sequence[Any]) -> int:
-    return min((one.element_size() for one in inputs if _floating(one)), default=4)
+    return min((value.element_size() for value in inputs if _floating(value)), default=4)
 
 
-def _floating(one: Any) -> bool:
-    return isinstance(one, Tensor) and one.is_floating_point()
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _worst(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     if len(got) != len(expected):
         return math.inf
-    return _max(relative_error(one, two) for one, two in zip(got, expected, strict=True))
+    return _max(relative_error(value, two) for value, two in zip(got, expected, strict=True))
 
 
 def _max(values: Any) -> float:

@@ -1,12 +1,12 @@
-"""Whether one backend of an op may be used on the device at hand, and why not.
+"""Checks of one backend: whether it may be used on this device, and why not.
 
-This file decides that a backend passes only where what it requires is installed, it is not known
-to be bad, refuses neither device nor model, and has just been verified (or was, on the same card
-with the same versions and sources: `kernel_cache`). Whatever of a plugin raises is contained
-here. Which of those that pass is taken is `kernels`' decision.
+This file decides that a backend passes only if what it requires is installed, it is not known to be
+bad, it refuses neither device nor model, and it has been verified now or before on the same GPU
+with the same versions and sources (`cache`). Exceptions of a plugin's code are contained here.
+`registry` decides which of the backends that pass is used.
 
-Codes: ``QC-KERNEL-003`` it cannot run here, ``-004`` it computes something else than its
-reference, ``-005`` its own code raised.
+Codes: ``QC-KERNEL-003`` a backend cannot run here, ``-004`` it disagrees with its reference,
+``-005`` its own code raised.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ SETTING = "kernels"
 
 
 class State(str, Enum):
-    """What became of a backend."""
+    """Outcome of the checks of a backend."""
 
     CHOSEN = "chosen"
-    AVAILABLE = "available"  #: could run; another is taken
-    REFUSED = "refused"  #: cannot run here, or does not compute what the reference does
+    AVAILABLE = "available"  #: could run; another is used
+    REFUSED = "refused"  #: cannot run here, or disagrees with the reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +58,11 @@ class Line:
     Attributes:
         op: the op.
         backend: the backend.
-        state: what became of it.
-        reason: why, in a clause; empty where there is nothing to say.
-        verdict: how far it is from the reference, where that was measured.
-        owner: who brought it.
-        alarming: it was about to be used and did not compute what it should.
+        state: outcome of the checks.
+        reason: why, in a clause; empty if there is nothing to say.
+        verdict: how far it is from the reference, if that was measured.
+        owner: who provides it.
+        alarming: it was about to be used and disagreed with the reference, or raised.
         waits: the host waits for the device in it (`Kernel.waits`).
     """
 
@@ -77,47 +77,47 @@ class Line:
 
 
 def judge(
-    one: Listed, device: torch.device, config: Mapping[str, Any] | None, *, fresh: bool
+    backend: Listed, device: torch.device, config: Mapping[str, Any] | None, *, fresh: bool
 ) -> tuple[Line, QcoreError | None]:
-    """Whether a backend may be used, and the error that it is where the user asked for it.
+    """Whether a backend may be used, and the error to raise if the user asked for it.
 
     Args:
-        one: the backend.
+        backend: the backend.
         device: where it would run.
-        config: config.json of the model that it would compute, where there is one.
-        fresh: verify it whatever the cache says.
+        config: config.json of the model that it would compute, if there is one.
+        fresh: verify it even if the cache has a verdict.
     """
-    kernel = one.kernel
+    kernel = backend.kernel
     refusal = contained(partial(_refusal, kernel, device, config))
     if isinstance(refusal, Failure):
-        return _refused(one, str(refusal), alarming=True), raised(one, refusal)
+        return _refused(backend, str(refusal), alarming=True), raised(backend, refusal)
     if refusal is not None:
         reason, fix = refusal
-        return _refused(one, reason), cannot_run(one, reason, fix)
-    verdict = _verified(one, device, fresh=fresh)
+        return _refused(backend, reason), cannot_run(backend, reason, fix)
+    verdict = _verified(backend, device, fresh=fresh)
     if isinstance(verdict, Failure):
-        return _refused(one, str(verdict), alarming=True), raised(one, verdict)
+        return _refused(backend, str(verdict), alarming=True), raised(backend, verdict)
     if verdict.good:
-        return line_of(one, State.AVAILABLE, "", verdict=verdict), None
+        return line_of(backend, State.AVAILABLE, "", verdict=verdict), None
     reason = f"differs from its reference on this device: {verdict.text}"
     wrong = NumericError(
         "QC-KERNEL-004",
         reason,
         field=f"{SETTING}.{kernel.op}",
         found=kernel.backend,
-        fix=f"ask for {kernel.op}={REFERENCE}, and report this to {one.owner}",
+        fix=f"ask for {kernel.op}={REFERENCE}, and report this to {backend.owner}",
     )
-    return _refused(one, reason, alarming=True, verdict=verdict), wrong
+    return _refused(backend, reason, alarming=True, verdict=verdict), wrong
 
 
-def cannot_run(one: Listed, reason: str, fix: str | None = None) -> UsageError:
-    """The error for who asked for a backend that cannot run: ``QC-KERNEL-003``."""
-    op = one.kernel.op
+def cannot_run(backend: Listed, reason: str, fix: str | None = None) -> UsageError:
+    """The error if the user asked for a backend that cannot run: ``QC-KERNEL-003``."""
+    op = backend.kernel.op
     return UsageError(
         "QC-KERNEL-003",
         f"cannot run here: {reason}",
         field=f"{SETTING}.{op}",
-        found=one.kernel.backend,
+        found=backend.kernel.backend,
         fix=fix or f"leave it out, or ask for {op}={REFERENCE}",
     )
 
@@ -152,7 +152,7 @@ def _lacking(text: str) -> str | None:
 
 
 def _matches(bad: KnownBad, device: torch.device) -> bool:
-    """Whether the environment and the card are those of a known fault."""
+    """Whether environment and GPU match a known fault."""
     version = kernel_cache.version_of(bad.package)
     if version is None or (bad.unless and kernel_cache.version_of(bad.unless)):
         return False
@@ -169,22 +169,24 @@ def _matches(bad: KnownBad, device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == bad.capability
 
 
-def _verified(one: Listed, device: torch.device, *, fresh: bool) -> Verdict | Failure:
-    """The verdict, from the cache where it is of this very situation."""
-    key = kernel_cache.key(one.kernel, one.owner, device)
+def _verified(backend: Listed, device: torch.device, *, fresh: bool) -> Verdict | Failure:
+    """The verdict, from the cache if it has one for exactly this situation."""
+    key = kernel_cache.key(backend.kernel, backend.owner, device)
     if not fresh and key is not None and (known := kernel_cache.get(key)) is not None:
         return known
 
     def verify() -> Verdict | Failure:
         import torch
 
-        # A run must not depend on whether the cache was warm.
+        # The run's random numbers must not depend on whether the cache was warm.
         cards = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(cards), torch.enable_grad():
-            found = one.kernel.verify(device)
+            verdict = backend.kernel.verify(device)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        return found if isinstance(found, Verdict) else Failure(f"gave {type(found).__name__}")
+        if isinstance(verdict, Verdict):
+            return verdict
+        return Failure(f"returned {type(verdict).__name__}")
 
     verdict = contained(verify)
     if isinstance(verdict, Verdict) and verdict.good and key is not None:
@@ -195,17 +197,17 @@ def _verified(one: Listed, device: torch.device, *, fresh: bool) -> Verdict | Fa
 # Lines and errors.
 
 
-def line_of(one: Listed, state: State, reason: str, **more: Any) -> Line:
+def line_of(backend: Listed, state: State, reason: str, **more: Any) -> Line:
     """The line of a backend."""
-    kernel = one.kernel
+    kernel = backend.kernel
     return Line(
-        op=kernel.op, backend=kernel.backend, state=state, reason=reason, owner=one.owner,
+        op=kernel.op, backend=kernel.backend, state=state, reason=reason, owner=backend.owner,
         waits=kernel.waits, **more,
     )  # fmt: skip
 
 
-def _refused(one: Listed, reason: str, **more: Any) -> Line:
-    return line_of(one, State.REFUSED, reason, **more)
+def _refused(backend: Listed, reason: str, **more: Any) -> Line:
+    return line_of(backend, State.REFUSED, reason, **more)
 
 
 def reference(backends: Sequence[Listed], state: State, reason: str = "") -> Line:
@@ -214,13 +216,13 @@ def reference(backends: Sequence[Listed], state: State, reason: str = "") -> Lin
     return Line(op=op.name, backend=REFERENCE, state=state, reason=reason, waits=op.reference_waits)
 
 
-def raised(one: Listed, failure: Failure) -> PluginError:
-    """What a backend's own code raised, as the error that it is where it was asked for."""
-    kernel = one.kernel
+def raised(backend: Listed, failure: Failure) -> PluginError:
+    """The error if the user asked for a backend whose own code raised: ``QC-KERNEL-005``."""
+    kernel = backend.kernel
     return PluginError(
         "QC-KERNEL-005",
-        f"kernel of {one.owner} does not run",
+        f"kernel of {backend.owner} does not run",
         field=f"{SETTING}.{kernel.op}",
         found=f"{kernel.backend}: {failure}",
-        fix=f"ask for {kernel.op}={REFERENCE}, and report this to {one.owner}",
+        fix=f"ask for {kernel.op}={REFERENCE}, and report this to {backend.owner}",
     )

@@ -1,12 +1,12 @@
-"""How kernels are started, so that a step can be counted where there is no card.
+"""Launching Triton kernels, and recording instead of launching them for tensors on meta.
 
 This file decides that nothing is launched for tensors without numbers: on the meta device a
-function allocates its results and what it saves as always, its kernels are told to whoever
-plans, and that is all an op needs for memory and time to be known before a weight is read.
-It also decides which device such tensors stand for.
+function allocates its results and what it saves as always, and its kernels are recorded for the
+planner. Nothing else is needed to know an op's memory and time before a weight is read. It also
+decides which device such tensors stand for.
 
-A backend whose kernels are not its own, or whose torch ops have no meta form, tells `record_work`
-in their place, or brings a `qcore.api.records.Kernel.plan`.
+A backend whose kernels are not launched here, or whose torch ops have no meta form, calls
+`record_work` in their place, or brings a `qcore.api.records.Kernel.plan`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
     "record_work",
 ]
 
-Told = Callable[[str, tuple[Any, ...], float], None]
+Record = Callable[[str, tuple[Any, ...], float], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +41,11 @@ class PlannedDevice:
 
     Attributes:
         device: ``cuda`` or ``cpu``.
-        told: called with the name, arguments and floating-point operations of each kernel.
+        record: called with the name, arguments and floating-point operations of each kernel.
     """
 
     device: str
-    record: Told
+    record: Record
 
 
 _planned: ContextVar[PlannedDevice | None] = ContextVar("qcore planned device", default=None)
@@ -53,7 +53,7 @@ _planned: ContextVar[PlannedDevice | None] = ContextVar("qcore planned device", 
 
 @contextmanager
 def planning(planned: PlannedDevice) -> Iterator[None]:
-    """Under it, meta tensors stand for a device."""
+    """In this context meta tensors stand for a device."""
     token = _planned.set(planned)
     try:
         yield
@@ -80,16 +80,16 @@ def launch(
     also: Sequence[Tensor] = (),
     **meta: Any,
 ) -> None:
-    """``kernel[grid](*args, **meta)``, where there is work and there are numbers.
+    """``kernel[grid](*args, **meta)``, if the grid is not empty and the tensors are not on meta.
 
     Args:
         kernel: a Triton kernel.
         grid: programs along each axis.
-        args: the kernel's; the first is a tensor. A plan takes each tensor to be read or
-            written once.
-        flops: operations of matrix products in it, for a plan's time.
-        share: of the rate that a large product reaches, what this kernel does.
-        also: tensors that the kernel finds by addresses, which a plan would not see.
+        args: the kernel's arguments, of which the first is a tensor. A plan takes each tensor to
+            be read or written once.
+        flops: floating-point operations of matrix products in it, for a plan's time.
+        share: the part of a large product's rate that this kernel reaches.
+        also: tensors that the kernel reads by address, which a plan would not see.
         meta: the kernel's constants and options.
     """
     if 0 in grid:
@@ -102,18 +102,24 @@ def launch(
 
 
 def record_work(name: str, *args: Any, flops: float = 0.0) -> None:
-    """Tell a plan, where one is made, of a kernel that was not started."""
+    """Record a kernel that is not launched, if a plan is being made.
+
+    Args:
+        name: of the kernel, for the plan's report.
+        args: its arguments; each tensor among them is taken to be read or written once.
+        flops: floating-point operations of matrix products in it.
+    """
     planned = _planned.get()
     if planned is not None:
         planned.record(name, args, flops)
 
 
 def device_type(device: torch.device) -> str:
-    """The type of a device; of meta that of the device it stands for."""
+    """The type of a device; for meta that of the device that it stands for."""
     planned = _planned.get()
     return planned.device if planned is not None and device.type == "meta" else device.type
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether x lies on a GPU, or stands for what would."""
+    """Whether x is on a GPU, or stands for a tensor that would be."""
     return x.is_cuda or (x.is_meta and device_type(x.device) == "cuda")

@@ -1,13 +1,13 @@
-"""Experts: rows sorted by the expert that they were routed to, and one linear map for each.
+"""Experts: rows sorted by the expert that they were routed to, and one linear map for each expert.
 
 This file decides that the cost is linear in the rows, how ``y_i = x_i W_e^T + s x_i A_e^T B_e^T``
-is computed with torch alone and what is saved for its backward: what was given, never the
-dequantised weights, nor rows that tokens give. `experts_routing` lays the rows, `experts_triton`
-has the same map for a GPU. The router, what lies between two maps, and shared experts are the
-plugin's.
+is computed with torch alone, and what is saved for its backward: the input as the caller passed it,
+never the dequantized weights, nor rows that can be gathered from tokens. `routing` sorts the rows,
+`moe.triton` has the same map for a GPU. The router, what lies between two maps, and shared experts
+belong to the plugin.
 
-LoRA's matrices have PEFT's layout for stacked parameters: row ``e r + k`` of A belongs to
-expert e (expert-major), column ``k E + e`` of B does (rank-major).
+LoRA's matrices have PEFT's layout for stacked parameters: row ``e r + k`` of A belongs to expert e
+(expert-major), column ``k E + e`` of B does (rank-major).
 
 Shapes: T tokens, k experts a token, ``R = T k`` rows, E experts, ``W [E, out, in]``,
 ``A [E r, in]``, ``B [out, r E]``.
@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..kernels.launch import on_gpu
-from ..qlora.lora_layer import Adapted, Lora
+from ..qlora.lora_layer import Lora, LoraLayer
 from ..qlora.nf4 import Dequantize, NF4Stack, dequantize
 from .routing import Routing
 
 __all__ = ["Experts", "Routing", "Tokens", "grouped"]
 
-TOGETHER = 2**31  #: bytes of weights that are dequantised for one launch
+TOGETHER = 2**31  #: bytes of weights that are dequantized for one launch
 
 #: What a map reads or gives in place of sorted rows: tokens, each of which goes to its k
 #: experts (``in``), or gets the sum of its k rows (``out``).
@@ -39,15 +39,15 @@ Tokens = Literal["in", "out"] | None
 Compute = Callable[[Tensor, "Experts", Routing, Tokens], Tensor]
 
 
-class Experts(Adapted):
+class Experts(LoraLayer):
     """One linear map per expert: ``module(rows [R, in], routing) -> [R, out]``.
 
-    Args (beside those of `Adapted`):
+    Args (beside those of `LoraLayer`):
         compute: the op ``experts``; by default its reference, `grouped`.
 
     Attributes:
         compute: as given.
-        resident: keep the dequantised stack too, where ``2 E out in`` bytes are free: the same
+        resident: keep the dequantized stack too, where ``2 E out in`` bytes are free: the same
             bits, read once and not in each pass.
     """
 
@@ -115,21 +115,21 @@ class Experts(Adapted):
             return 0, experts
         return int(self.lora_B.detach().view(out, -1, experts).any(0).any(0).sum()), experts
 
-    def one(self, expert: int) -> Tensor:
+    def dense_slice(self, expert: int) -> Tensor:
         """The weight ``[out, in]`` of one expert in the run's dtype."""
         if self.reader is not None:
             return self.reader(expert)
         if self.nf4 is not None:
-            return self.nf4.one(expert)
+            return self.nf4.dense_slice(expert)
         assert self.weight is not None
         return self.weight[expert]
 
-    def some(self, experts: slice) -> Tensor:
+    def dense_slices(self, experts: slice) -> Tensor:
         """The weights of neighbours ``[n, out, in]`` in the run's dtype."""
         if self.nf4 is not None:
             if not self.resident:
                 self._dense = None
-                return self.nf4.some(experts)
+                return self.nf4.dense_slices(experts)
             if self._dense is None:
                 self._dense = self.nf4.dense()
             return self._dense[experts]
@@ -166,7 +166,7 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        given: Tensor,
+        source: Tensor,
         a: Tensor | None,
         b: Tensor | None,
         module: Experts,
@@ -174,7 +174,7 @@ class _Grouped(torch.autograd.Function):
         tokens: Tokens,
     ) -> Tensor:
         ctx.module, ctx.tokens = module, tokens
-        x = given.index_select(0, routing.tokens) if tokens == "in" else given
+        x = source.index_select(0, routing.tokens) if tokens == "in" else source
         product: _Products = _Fused(routing) if _is_fused(x, module) else _Loop(routing)
         y = product.forward(x, module)
         xa = None
@@ -184,7 +184,7 @@ class _Grouped(torch.autograd.Function):
             by_a, by_b = _by_expert(a, b * module.lora.scaling, module, x.dtype, product.multiple)
             xa = product.forward(x, by_a)
             product.forward(xa, by_b, add_to=y)
-        routing.save(ctx, given, xa, a, b)
+        routing.save(ctx, source, xa, a, b)
         ctx.product = type(product)
         return routing.sum(y) if tokens == "out" else y
 
@@ -266,7 +266,7 @@ class _Loop:
 
 @dataclass(frozen=True, slots=True)
 class _Fused:
-    """The products a few launches at a time: neighbours' weights are dequantised together."""
+    """The products a few launches at a time: neighbours' weights are dequantized together."""
 
     routing: Routing
     multiple: ClassVar[int] = 8  # 16 bytes
@@ -314,8 +314,8 @@ def _zeros(x: Tensor, weights: Weights, dim: int) -> Tensor:
 
 
 def _one(weights: Weights, expert: int) -> Tensor:
-    return weights[expert] if isinstance(weights, Tensor) else weights.one(expert)
+    return weights[expert] if isinstance(weights, Tensor) else weights.dense_slice(expert)
 
 
 def _some(weights: Weights, experts: slice) -> Tensor:
-    return weights[experts] if isinstance(weights, Tensor) else weights.some(experts)
+    return weights[experts] if isinstance(weights, Tensor) else weights.dense_slices(experts)

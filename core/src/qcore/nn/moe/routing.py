@@ -1,8 +1,8 @@
-"""Routing: where each token's k rows lie when all rows are sorted by expert.
+"""Routing: the order of each token's k rows when all rows are sorted by expert.
 
-This file decides that the order is stable, by (expert, token, choice), that where rows lie is
-saved for backward as tensors, and that the host need not know it. Who picks the experts is the
-plugin's, what is computed of the rows `experts`'.
+This file decides that the order is stable, by (expert, token, choice), that it is saved for
+backward as tensors, and that the host need not know it. The plugin picks the experts, `experts`
+computes the rows.
 
 Shapes: T tokens, k experts a token, ``R = T k`` rows, E experts.
 """

@@ -1,11 +1,11 @@
 """Experts on a GPU: the map of `experts.grouped` and the routing of `Routing.of`, in Triton.
 
-This file decides which kernels run for a map and its gradients and how their tiles are cut: where
-an expert has few rows its 4-bit weights are read inside the product, else all of them are
-dequantised once for it. The host learns nothing of where rows went. Needs Triton at import.
+This file decides which kernels run for a map and its gradients and how their tiles are cut: if an
+expert has few rows, its 4-bit weights are read inside the product; otherwise all weights are
+dequantized once for it. The host does not learn the order of the rows. Needs Triton at import.
 
-LoRA's sum is added in the product's own float32 sum; gradients of A and B are float32 sums,
-written in PEFT's layout. Nothing of a token's k rows is made where tokens will do.
+LoRA's sum is added in the product's own float32 sum; gradients of A and B are float32 sums, written
+in PEFT's layout. A token's k rows are not materialized where the token can be read instead.
 
 Shapes: T tokens, k experts a token, ``R = T k`` rows, E experts, r LoRA's rank.
 """
@@ -224,7 +224,7 @@ class _Products:
             table = table_of(stack.packed.device)
             codes = (stack.absmax, stack.absmax2, stack.code2, stack.offset, table)
             return stack.packed.view(torch.int32), codes, stack.absmax2.shape[1]
-        weights = self.module.some(experts)
+        weights = self.module.dense_slices(experts)
         return weights, (weights,) * 5, 0
 
 
@@ -312,20 +312,22 @@ def _compared(device: torch.device, tokens: int, spread: Tokens) -> Verdict:
     value = draw(experts, out, into) / into**0.5
     half.hold(slice(0, experts), value, quantize=True, dtype=torch.bfloat16)
     wide = Experts(half.shape, torch.float32, half.lora)
-    wide.hold(slice(0, experts), half.some(slice(0, experts)), quantize=False, dtype=torch.float32)
+    wide.hold(
+        slice(0, experts), half.dense_slices(slice(0, experts)), quantize=False, dtype=torch.float32
+    )
     chosen = torch.rand(tokens, experts - 1, generator=generator).topk(k, 1).indices.to(device)
     routing = Routing.of(chosen, experts)
 
     def run(compute: Any, module: Experts) -> Any:
         def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
             module.lora_A, module.lora_B = cast(Any, (a, b))
-            found: Tensor = compute(x, module, routing, spread)
-            return found
+            y: Tensor = compute(x, module, routing, spread)
+            return y
 
         del module.lora_A, module.lora_B
         return function
 
     a, b = half.lora_shapes(r)
     x = draw(tokens if spread == "in" else tokens * k, into).to(torch.bfloat16)
-    given = (x, draw(*a) / into**0.5, draw(*b))
-    return compare(run(grouped, half), run(reference, wide), given, output=6e-3, gradient=1.2e-2)
+    inputs = (x, draw(*a) / into**0.5, draw(*b))
+    return compare(run(grouped, half), run(reference, wide), inputs, output=6e-3, gradient=1.2e-2)

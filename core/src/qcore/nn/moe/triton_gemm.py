@@ -2,8 +2,8 @@
 
 This file decides how a tile of rows finds its expert without the host knowing the counts, how
 rows are read through an index (nothing is gathered beforehand), how 4-bit weights are read
-where there are few rows, and that everything is summed in float32. What is called when is
-`experts_triton`'s.
+if there are few rows, and that everything is summed in float32. `moe.triton` decides which product
+is called when.
 
 A tile table ``[tiles, 2]`` int32 holds the expert and the first row of each tile of BM rows;
 tiles past the last have expert -1. Their number is bounded by ``R // BM + E``.

@@ -117,8 +117,8 @@ def verify(device: torch.device) -> Verdict:
         scores = torch.rand(tokens, experts, generator=generator)
         scores += torch.rand(experts, generator=generator)
         chosen = scores.topk(k, 1).indices.to(device)
-        found, wanted = routing_of(chosen, experts), Routing.of(chosen, experts)
+        got, expected = routing_of(chosen, experts), Routing.of(chosen, experts)
         for name in ("order", "inverse", "ends", "counts"):
-            if not torch.equal(getattr(found, name), getattr(wanted, name)):
+            if not torch.equal(getattr(got, name), getattr(expected, name)):
                 wrong = float("inf")
     return Verdict(output=wrong, output_bound=0.0)

@@ -1,13 +1,13 @@
 """Linear maps of one input as one product on a GPU: base, LoRA, and their gradients.
 
-This file decides how ``y_i = x W_i^T + s_i (x A_i^T) B_i^T`` of all members is computed there
-in few launches and without a pass over the wider side for LoRA's sake. Whether it is asked is
-`linear`'s and `stacked`'s decision; on CPUs it never is, save by its own tests.
+This file decides how ``y_i = x W_i^T + s_i (x A_i^T) B_i^T`` of all members is computed there in
+few launches and without a pass over the wider side for LoRA's sake. `linear` and `stacked_linear`
+decide whether it is used; on CPUs only its own tests use it.
 
-Members' weights stand below each other in one buffer, read from 4 bit for each pass; what
-surrounds the product is torch's, or the op ``qlora_linear``'s (`product_triton`). LoRA goes
-into the product where the wider side is the result, so that it costs no pass over it; over the
-narrower side it goes first, and the product adds to it:
+Members' weights stand below each other in one buffer, read from 4 bit for each pass; what surrounds
+the product is torch's, or that of the op ``qlora_linear`` (`fused_triton`). LoRA goes into the
+product where the wider side is the result, so that it costs no pass over it; over the narrower side
+it goes first, and the product adds to it:
 
 =======  =======================================  ==================================
          forward                                  backward
@@ -20,7 +20,7 @@ N < K    ``y = (xA^T) sB^T``, ``y += x W^T``      ``dx = [dy | dy sB] [W ; A]``
 ``y += (xA^T) sB^T`` after the product; for x's gradient ``[dx | dy sB] = dy [W | sB]`` and what
 follows took 1.32, the two products alone 1.11.)
 
-A and B are those of all members in the run's dtype (`product_lora`). Saved are x and ``xA^T``.
+A and B are those of all members in the run's dtype (`fused_factors`). Saved are x and ``xA^T``.
 16-bit weights move into a buffer that stays, and so do 4-bit ones that are `resident`.
 
 Shapes: T rows, K in, N out of all members, R ranks of all members up to a multiple of 8.
@@ -39,41 +39,47 @@ from torch.autograd.function import once_differentiable
 from ..grad_buffers import as_one_buffer
 from ..kernels.launch import on_gpu
 from ..storage import storage_id
-from .fused_factors import Working
+from .fused_factors import WorkingFactors
 from .fused_grads import adapter_gradients
-from .fused_tables import Tables
+from .fused_tables import MemberTables
 from .members import Member, Members
 
 Compute = Callable[[Tensor, "Product"], tuple[Tensor, ...]]
 
 
-class Maps(Protocol):
-    """What surrounds a product, in other hands than torch's (`product_triton`)."""
+class FusedKernels(Protocol):
+    """Kernels for what surrounds a product, in place of torch's ops (`fused_triton`)."""
 
     def takes(self, product: Product, like: Tensor) -> bool:
         """Whether `fill` can read the members."""
         ...
 
     def fill(
-        self, product: Product, buffer: Tensor, working: Working | None, *, place: bool, fresh: bool
+        self,
+        product: Product,
+        buffer: Tensor,
+        working: WorkingFactors | None,
+        *,
+        place: bool,
+        fresh: bool,
     ) -> None:
-        """Write all weights; `place` LoRA in the buffer; write `working` from the masters."""
+        """Write all weights; with `place` LoRA too; with `fresh` also `working` from A and B."""
         ...
 
     def thin(
         self, x: Tensor, right: Tensor, *, beside: bool
     ) -> tuple[Tensor | None, Tensor] | None:
-        """``[x | x right^T]``, if asked for, and ``x right^T``; ``None``: torch does it better."""
+        """``[x | x right^T]``, if `beside`, and ``x right^T``; ``None`` if torch is faster."""
         ...
 
     def outer(self, product: Product, x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor) -> bool:
-        """Add all gradients of A and B where they are kept; whether it could."""
+        """Add the gradients of A and B to where they are kept; false if it cannot."""
         ...
 
 
 @dataclass(slots=True)
-class _Kept:
-    """A buffer that stays: whose values it holds, and which of LoRA's, in how many ranks."""
+class _KeptBuffer:
+    """A buffer that stays: which weights and which version of LoRA it holds, in how many ranks."""
 
     buffer: Tensor
     sources: list[Any]
@@ -85,25 +91,25 @@ class Product(Members):
     """``[..., K] -> ([..., N_i], ...)``.
 
     Args:
-        members: maps of one K. They own what they hold; this reads it.
+        members: maps of one K. They own their tensors; this reads them.
         compute: the op ``qlora_linear``; by default `reference`.
 
     Attributes:
-        compute: as given.
-        tables: of `Maps`.
+        compute: the op that computes the product.
+        tables: addresses of the members, for `FusedKernels`.
     """
 
     def __init__(self, members: Sequence[Member], compute: Compute | None = None) -> None:
         super().__init__(members)
         self.compute: Compute = compute or reference
-        self.tables = Tables()
-        self._working = Working(self.out, self.into)
-        self._kept: _Kept | None = None
+        self.tables = MemberTables()
+        self._working = WorkingFactors(self.out, self.into)
+        self._kept: _KeptBuffer | None = None
 
     def takes(self, x: Tensor) -> bool:
-        """Whether it computes these members for `x`: on a GPU, without dropout.
+        """Whether this product computes its members for `x`: on a GPU, without dropout.
 
-        Dropout is drawn for each member alone, so each reads another x.
+        Each member draws its own dropout, so each would read another x.
         """
         return on_gpu(x) and not any(
             member.training and member.lora is not None and member.lora.lora_dropout
@@ -113,25 +119,25 @@ class Product(Members):
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.compute(x, self)
 
-    def spent(self) -> None:
-        """Say that a backward ran."""
-        self._working.spent(list(self.adapters()))
+    def note_backward(self) -> None:
+        """Record that a backward ran."""
+        self._working.note_backward(list(self.adapters()))
 
-    def renew(self) -> None:
-        """Say that a forward begins."""
-        self._working.renew()
+    def note_forward(self) -> None:
+        """Record that a forward begins."""
+        self._working.note_forward()
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def working(self, like: Tensor, maps: Maps | None = None) -> Working | None:
-        """A and B in the dtype of `like`, made anew where a master changed.
+    def working(self, like: Tensor, kernels: FusedKernels | None = None) -> WorkingFactors | None:
+        """A and B in the dtype of `like`, made again if a trained factor changed.
 
-        With `maps` they may be unwritten: reading the weights writes them.
+        With `kernels` they may be unwritten: reading the weights writes them.
         """
         adapters = list(self.adapters())
         if not adapters:
             return None
-        late = maps is not None and not self.stays and maps.takes(self, like)
+        late = kernels is not None and not self.stays and kernels.takes(self, like)
         self._working.update(adapters, like, late=late)
         return self._working
 
@@ -142,11 +148,13 @@ class Product(Members):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def buffer(self, working: Working | None, like: Tensor, maps: Maps | None = None) -> Tensor:
+    def buffer(
+        self, working: WorkingFactors | None, like: Tensor, kernels: FusedKernels | None = None
+    ) -> Tensor:
         """``[N, K + R]`` or ``[N + R, K]``: the weights, and LoRA in its place."""
         kept = self._kept
         if kept is None or not _fits(kept, self._sources(), working, like):
-            return self._filled(working, like, maps, place=True)
+            return self._filled(working, like, kernels, place=True)
         if working is not None and kept.version != working.version:
             self._put(kept.buffer, working)
             kept.version = working.version
@@ -154,28 +162,35 @@ class Product(Members):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def weights(self, working: Working | None, like: Tensor, maps: Maps | None = None) -> Tensor:
+    def weights(
+        self, working: WorkingFactors | None, like: Tensor, kernels: FusedKernels | None = None
+    ) -> Tensor:
         """``[N, K]``: the weights alone; rows may lie apart."""
         if self.stays:
             buffer = self.buffer(working, like)
         else:
-            buffer = self._filled(working, like, maps, place=False)
+            buffer = self._filled(working, like, kernels, place=False)
         return buffer[: self.out, : self.into]
 
     def _sources(self) -> list[Any]:
         return [member.nf4 or member.weight for member in self.members]
 
     def _filled(
-        self, working: Working | None, like: Tensor, maps: Maps | None, *, place: bool
+        self,
+        working: WorkingFactors | None,
+        like: Tensor,
+        kernels: FusedKernels | None,
+        *,
+        place: bool,
     ) -> Tensor:
         """A new buffer, with `working` in its place if asked; it stays where all weights may."""
         place = place and working is not None
         ranks = len(working.a) if place and working is not None else 0
         shape = (self.out, self.into + ranks) if self.wide else (self.out + ranks, self.into)
         buffer = like.new_empty(shape)
-        if maps is not None and not self.stays and maps.takes(self, like):
+        if kernels is not None and not self.stays and kernels.takes(self, like):
             fresh = working is not None and not working.written
-            maps.fill(self, buffer, working, place=place, fresh=fresh)
+            kernels.fill(self, buffer, working, place=place, fresh=fresh)
             if working is not None:
                 working.written = True
             return buffer
@@ -189,40 +204,42 @@ class Product(Members):
                 if member.weight is not None:
                     member.weight.data = slab  # held once
             version = 0 if working is None else working.version
-            self._kept = _Kept(buffer, self._sources(), ranks, version)
+            self._kept = _KeptBuffer(buffer, self._sources(), ranks, version)
         return buffer
 
-    def _put(self, buffer: Tensor, working: Working) -> None:
+    def _put(self, buffer: Tensor, working: WorkingFactors) -> None:
         if self.wide:
             buffer[:, self.into :] = working.b
         else:
             buffer[self.out :] = working.a
 
 
-def _fits(kept: _Kept, sources: list[Any], working: Working | None, like: Tensor) -> bool:
-    """Whether a buffer is of these weights as they are now, in this dtype, with room for LoRA."""
+def _fits(
+    kept: _KeptBuffer, sources: list[Any], working: WorkingFactors | None, like: Tensor
+) -> bool:
+    """Whether a buffer holds these weights as they are now, in this dtype, with space for LoRA."""
     buffer = kept.buffer
     if buffer.dtype != like.dtype or buffer.device != like.device:
         return False
     if kept.ranks != (0 if working is None else len(working.a)):
         return False
-    for one, other in zip(kept.sources, sources, strict=True):
-        if one is not other:
+    for source, now in zip(kept.sources, sources, strict=True):
+        if source is not now:
             return False
-        if isinstance(one, Tensor) and storage_id(one) != storage_id(buffer):
+        if isinstance(source, Tensor) and storage_id(source) != storage_id(buffer):
             return False
     return True
 
 
 def reference(x: Tensor, product: Product) -> tuple[Tensor, ...]:
-    """The members' maps of `x`, with what torch has."""
+    """The members' maps of `x`, with torch's ops alone."""
     return through(None, x, product)
 
 
-def through(maps: Maps | None, x: Tensor, product: Product) -> tuple[Tensor, ...]:
-    """The members' maps of `x`, what surrounds the product in other hands."""
-    matrices = [matrix for one in product.adapters() for matrix in (one.a, one.b)]
-    y: tuple[Tensor, ...] = _Product.apply(x, product, maps, *matrices)  # type: ignore[no-untyped-call]
+def through(kernels: FusedKernels | None, x: Tensor, product: Product) -> tuple[Tensor, ...]:
+    """The members' maps of `x`, with `kernels` for what surrounds the product."""
+    matrices = [matrix for factors in product.adapters() for matrix in (factors.a, factors.b)]
+    y: tuple[Tensor, ...] = _Product.apply(x, product, kernels, *matrices)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -231,47 +248,47 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, product: Product, maps: Maps | None, *matrices: Tensor
+        ctx: Any, x: Tensor, product: Product, kernels: FusedKernels | None, *matrices: Tensor
     ) -> tuple[Tensor, ...]:
         flat = _rows(x)
-        product.renew()
-        working = product.working(x, maps)
+        product.note_forward()
+        working = product.working(x, kernels)
         xa = None
         if working is None:
-            y = flat @ product.weights(None, x, maps).t()
+            y = flat @ product.weights(None, x, kernels).t()
         elif product.wide:
-            buffer = product.buffer(working, x, maps)
-            both, xa = _thin(maps, flat, working.a, beside=True)
+            buffer = product.buffer(working, x, kernels)
+            both, xa = _thin(kernels, flat, working.a, beside=True)
             y = both @ buffer.t()
         else:
-            weights = product.weights(working, x, maps)
-            _, xa = _thin(maps, flat, working.a, beside=False)
+            weights = product.weights(working, x, kernels)
+            _, xa = _thin(kernels, flat, working.a, beside=False)
             y = xa @ working.b.t()
             y.addmm_(flat, weights.t())
         ctx.save_for_backward(flat if matrices else None, xa)
-        ctx.product, ctx.shape, ctx.maps = product, x.shape, maps
+        ctx.product, ctx.shape, ctx.kernels = product, x.shape, kernels
         parts = zip(torch.split(y, product.sizes, 1), product.sizes, strict=True)
-        return tuple(one.view(*x.shape[:-1], size) for one, size in parts)
+        return tuple(part.view(*x.shape[:-1], size) for part, size in parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, xa = ctx.saved_tensors
         product: Product = ctx.product
-        dy = as_one_buffer([_rows(one) for one in grads])
+        dy = as_one_buffer([_rows(grad) for grad in grads])
         working = product.working(dy)
         dx = dyb = None
         if ctx.needs_input_grad[0]:
-            dx, dyb = _input_gradient(product, ctx.maps, working, dy)
+            dx, dyb = _input_gradient(product, ctx.kernels, working, dy)
             dx = dx.view(ctx.shape)
         elif working is not None:
-            _, dyb = _thin(ctx.maps, dy, working.b.t(), beside=False)
-        product.spent()
+            _, dyb = _thin(ctx.kernels, dy, working.b.t(), beside=False)
+        product.note_backward()
         if xa is None:
             return dx, None, None
         assert dyb is not None
         adapters = list(product.adapters())
-        if ctx.maps is not None and ctx.maps.outer(product, x, xa, dy, dyb):
+        if ctx.kernels is not None and ctx.kernels.outer(product, x, xa, dy, dyb):
             return dx, None, None, *[None] * (2 * len(adapters))
         return dx, None, None, *adapter_gradients(adapters, x, xa, dy, dyb)
 
@@ -281,22 +298,24 @@ def _rows(grad: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else flat.contiguous()
 
 
-def _thin(maps: Maps | None, x: Tensor, right: Tensor, *, beside: bool) -> tuple[Tensor, Tensor]:
+def _thin(
+    kernels: FusedKernels | None, x: Tensor, right: Tensor, *, beside: bool
+) -> tuple[Tensor, Tensor]:
     """``[x | x right^T]``, or x where it is not wanted, and ``x right^T``."""
-    found = None if maps is None else maps.thin(x, right, beside=beside)
-    if found is not None:
-        return x if found[0] is None else found[0], found[1]
+    both = None if kernels is None else kernels.thin(x, right, beside=beside)
+    if both is not None:
+        return x if both[0] is None else both[0], both[1]
     small = x @ right.t()
     return torch.cat([x, small], 1) if beside else x, small
 
 
 def _input_gradient(
-    product: Product, maps: Maps | None, working: Working | None, dy: Tensor
+    product: Product, kernels: FusedKernels | None, working: WorkingFactors | None, dy: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Of x, and ``dy sB``."""
     if working is None:
-        return dy @ product.weights(None, dy, maps), None
-    both, dyb = _thin(maps, dy, working.b.t(), beside=not product.wide)
+        return dy @ product.weights(None, dy, kernels), None
+    both, dyb = _thin(kernels, dy, working.b.t(), beside=not product.wide)
     if product.wide:
-        return (dyb @ working.a).addmm_(dy, product.weights(working, dy, maps)), dyb
-    return both @ product.buffer(working, dy, maps), dyb
+        return (dyb @ working.a).addmm_(dy, product.weights(working, dy, kernels)), dyb
+    return both @ product.buffer(working, dy, kernels), dyb

@@ -22,11 +22,11 @@ from .members import LoraFactors
 _MULTIPLE = 8  # 16 bytes of a 16-bit dtype: rows that the matrix units' loads can start at
 
 
-class Working:
+class WorkingFactors:
     """LoRA in the run's dtype: ``a [R, K]``, ``b [N, R]`` block-diagonal and scaled.
 
-    After `update` both are of the masters as they are; unless `written` is false: then they are
-    of no value yet, and whoever reads the weights next writes them (`Maps.fill`) and says so.
+    After `update` both hold the values of the trained factors, unless `written` is false: then
+    the next read of the weights writes them (`FusedKernels.fill`) and sets it.
 
     Args:
         out: N.
@@ -36,7 +36,7 @@ class Working:
         a: ``[R, K]``; without rows before the first update.
         b: ``[N, R]``, likewise.
         written: whether they hold their values.
-        version: another one after each update, save of what was up to date.
+        version: increases with each update that changes them.
     """
 
     def __init__(self, out: int, into: int) -> None:
@@ -49,25 +49,25 @@ class Working:
         self.a = self.b = torch.empty(0, 0)
         self.written = False
 
-    def spent(self, adapters: Sequence[LoraFactors]) -> None:
-        """Say that a backward ran: an update of the masters may follow that leaves no trace."""
-        self._stale = not all(one.member.accumulates for one in adapters)
+    def note_backward(self, adapters: Sequence[LoraFactors]) -> None:
+        """Record that a backward ran: an update of the factors may follow that leaves no trace."""
+        self._stale = not all(factors.member.accumulates for factors in adapters)
 
-    def renew(self) -> None:
-        """Say that a forward begins."""
+    def note_forward(self) -> None:
+        """Record that a forward begins."""
         if self._stale:
             self._forget()
             self._stale = False
 
     def update(self, adapters: Sequence[LoraFactors], like: Tensor, *, late: bool) -> None:
-        """Make them of the masters, in the dtype of `like`, where they are not.
+        """Make both from the trained factors, in the dtype of `like`, unless they are up to date.
 
         Args:
             adapters: at least one.
             like: a tensor of the dtype and device.
-            late: whether weights are read by what can write them.
+            late: whether the read of the weights that follows can write them.
         """
-        marks = [one.mark for one in adapters]
+        marks = [factors.mark for factors in adapters]
         known = self.a.dtype == like.dtype and _same(self._marks, marks)
         if known and (self.written or late):
             return
@@ -76,9 +76,9 @@ class Working:
         a, b = self.a, self.b
         if not late:
             a, b = like.new_zeros(ranks, self._into), like.new_zeros(self._out, ranks)
-            for one in adapters:
-                a[one.ranks] = one.a
-                torch.mul(one.b, one.scaling, out=b[one.rows, one.ranks])
+            for factors in adapters:
+                a[factors.ranks] = factors.a
+                torch.mul(factors.b, factors.scaling, out=b[factors.rows, factors.ranks])
         elif a.dtype != like.dtype or len(a) != ranks:
             # Otherwise in place, so that a captured step still finds them.
             a, b = like.new_empty(ranks, self._into), like.new_empty(self._out, ranks)
@@ -87,9 +87,9 @@ class Working:
 
 
 def _same(known: list[tuple[Any, ...]], marks: list[tuple[Any, ...]]) -> bool:
-    """Whether all masters are the same objects in the same state; tensors compare by identity."""
+    """Whether all factors are the same objects in the same state; tensors compare by identity."""
     return len(known) == len(marks) and all(
-        one is other if isinstance(one, Tensor) else one == other
+        factors is other if isinstance(factors, Tensor) else factors == other
         for before, now in zip(known, marks, strict=True)
-        for one, other in zip(before, now, strict=True)
+        for factors, other in zip(before, now, strict=True)
     )

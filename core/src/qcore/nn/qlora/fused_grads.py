@@ -1,8 +1,8 @@
 """Gradients of the adapters of a product, by torch: added where an optimizer keeps them.
 
 This file decides that each is summed in float32 and not rounded before it is added, and that all
-of A are one product where their gradients lie end to end. `product_triton` has the same in one
-launch; whether they are handed to autograd is the masters' (`Adapted.accumulates`).
+of A are one product if their gradients lie end to end. `fused_triton` computes the same in one
+launch; `Member.accumulates` decides whether they are returned to autograd.
 
 Shapes: T rows, K in, N out of all members, r_i ranks of one.
 """
@@ -22,16 +22,17 @@ Sinks = Sequence[tuple[Tensor | None, Tensor | None]]
 
 
 def sinks_of(adapters: Sequence[LoraFactors]) -> Sinks:
-    """Where gradients of A and B are added, of each that adds them itself."""
+    """The gradients of A and B that each adapter adds to; ``None`` where autograd does."""
     return [
-        (one.a.grad, one.b.grad) if one.member.accumulates else (None, None) for one in adapters
+        (factors.a.grad, factors.b.grad) if factors.member.accumulates else (None, None)
+        for factors in adapters
     ]
 
 
 def adapter_gradients(
     adapters: Sequence[LoraFactors], x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor
 ) -> list[Tensor | None]:
-    """Of A and B of each member in float32; ``None`` where it was added to what is there."""
+    """Gradients of A and B of each member; ``None`` where they were added in place."""
     sinks = sinks_of(adapters)
     together = neighbours([a for a, _ in sinks])
     if together is not None:
@@ -41,22 +42,22 @@ def adapter_gradients(
         da = dy.new_empty(adapters[-1].ranks.stop, x.shape[1], dtype=torch.float32)
         _add_product(da, dyb[:, : len(da)].t(), x, 1.0, fresh=True)
     out: list[Tensor | None] = []
-    for one, (a, b) in zip(adapters, sinks, strict=True):
+    for factors, (a, b) in zip(adapters, sinks, strict=True):
         if da is None:
             out.append(None)
         elif a is not None:
-            a.add_(da[one.ranks])
+            a.add_(da[factors.ranks])
             out.append(None)
         else:
-            out.append(da[one.ranks].to(one.a.dtype))
-        left, right = dy[:, one.rows].t(), xa[:, one.ranks]
+            out.append(da[factors.ranks].to(factors.a.dtype))
+        left, right = dy[:, factors.rows].t(), xa[:, factors.ranks]
         if b is not None:
-            _add_product(b, left, right, one.scaling, fresh=False)
+            _add_product(b, left, right, factors.scaling, fresh=False)
             out.append(None)
         else:
-            db = torch.empty_like(one.b, dtype=torch.float32)
-            _add_product(db, left, right, one.scaling, fresh=True)
-            out.append(db.to(one.b.dtype))
+            db = torch.empty_like(factors.b, dtype=torch.float32)
+            _add_product(db, left, right, factors.scaling, fresh=True)
+            out.append(db.to(factors.b.dtype))
     return out
 
 

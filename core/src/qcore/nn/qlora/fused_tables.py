@@ -1,7 +1,7 @@
-"""Where the members of a product lie, as a table that a program on a card finds its part in.
+"""Tables of addresses by which a GPU program finds its member of a fused product.
 
-This file decides what a row says and when a table is out of date: when an address that it
-names is no longer the tensor's. What is done with it is `product_triton`'s.
+This file decides what a row of a table holds and when a table is out of date: when an address in it
+is no longer that of the tensor. `fused_triton` uses the tables.
 
 A row is `FIELDS` int64: the first program, what it is, an address, the first row (or rank, or
 column) of the target, how much there is, and what the kind needs.
@@ -69,21 +69,28 @@ class Sources:
     def of(cls, product: Members, ranks: int, device: torch.device) -> Sources:
         """The sources of a product whose LoRA takes `ranks` ranks."""
         rows, at = _Rows(), 0
-        carried = {id(one.member): one for one in product.adapters()}
+        carried = {id(factors.member): factors for factors in product.adapters()}
         for member in product.members:
-            one = carried.get(id(member))
+            factors = carried.get(id(member))
             if ranks:
-                rows.add(
-                    math.ceil(member.shape[0] / cls.ROWS), _B, 0 if one is None else _at(one.b),
-                    at, member.shape[0], 0 if one is None else one.ranks.start,
-                    0 if one is None else len(one.a), 0 if one is None else _bits(one.scaling),
-                )  # fmt: skip
+                address = 0 if factors is None else _at(factors.b)
+                where = (
+                    (0, 0, 0)
+                    if factors is None
+                    else (factors.ranks.start, len(factors.a), _bits(factors.scaling))
+                )
+                programs = math.ceil(member.shape[0] / cls.ROWS)
+                rows.add(programs, _B, address, at, member.shape[0], *where)
             at += member.shape[0]
         filled = 0
-        for one in carried.values():
-            filled = one.ranks.stop
+        for factors in carried.values():
+            filled = factors.ranks.stop
             rows.add(
-                math.ceil(one.a.numel() / cls.RUN), _A, _at(one.a), one.ranks.start, one.a.numel()
+                math.ceil(factors.a.numel() / cls.RUN),
+                _A,
+                _at(factors.a),
+                factors.ranks.start,
+                factors.a.numel(),
             )
         if filled < ranks:
             size = (ranks - filled) * product.into
@@ -112,7 +119,7 @@ class Sources:
 
 
 def key_of(product: Members) -> tuple[float, ...]:
-    """What `Sources` of a product say that may change: addresses, ranks, scalings."""
+    """What may change of a product's `Sources`: addresses, ranks, scalings."""
     key: list[float] = []
     for member in product.members:
         if member.nf4 is not None:
@@ -127,7 +134,7 @@ def key_of(product: Members) -> tuple[float, ...]:
 
 
 def fits(product: Members, dtype: torch.dtype) -> bool:
-    """Whether a table can say how the members lie."""
+    """Whether a table can describe the members."""
     return (
         dtype.itemsize == 2
         and product.into % 8 == 0
@@ -141,7 +148,9 @@ def fits(product: Members, dtype: torch.dtype) -> bool:
             )
             for member in product.members
         )
-        and all(one.a.dtype == one.b.dtype == torch.float32 for one in product.adapters())
+        and all(
+            factors.a.dtype == factors.b.dtype == torch.float32 for factors in product.adapters()
+        )
     )
 
 
@@ -173,7 +182,11 @@ class Gradients:
     ) -> tuple[float, ...]:
         """Where gradients lie, and what they are scaled by."""
         places = [_at(gradient) for pair in sinks for gradient in pair]
-        return (*places, *(one.scaling for one in adapters), *(len(one.a) for one in adapters))
+        return (
+            *places,
+            *(factors.scaling for factors in adapters),
+            *(len(factors.a) for factors in adapters),
+        )
 
     @classmethod
     def of(
@@ -191,12 +204,12 @@ class Gradients:
             together: ``[sum r, K]``, all gradients of A, where they lie end to end.
             columns: that a program takes.
         """
-        rows, one = _Rows(), _bits(1.0)
+        rows, unscaled = _Rows(), _bits(1.0)
         into = adapters[0].a.shape[1]
 
         def a(to: Tensor, first: int) -> None:
             rows.add(math.ceil(into / columns), _OF_A, _at(to), 0, into,
-                     first, len(to), 1, into, one)  # fmt: skip
+                     first, len(to), 1, into, unscaled)  # fmt: skip
 
         for adapter, (of_a, of_b) in zip(adapters, sinks, strict=True):
             out, r = of_b.shape
@@ -214,8 +227,8 @@ class Gradients:
         )  # fmt: skip
 
 
-class Tables:
-    """The tables of one product, each made again when it is out of date."""
+class MemberTables:
+    """The tables of one product; each is made again when it is out of date."""
 
     def __init__(self) -> None:
         self._sources: Sources | None = None
@@ -232,9 +245,9 @@ class Tables:
         """For the gradients of all adapters; ``None`` where not all are kept in float32."""
         sinks = sinks_of(adapters)
         if any(
-            one is None or one.dtype != torch.float32 or not one.is_contiguous()
+            grad is None or grad.dtype != torch.float32 or not grad.is_contiguous()
             for pair in sinks
-            for one in pair
+            for grad in pair
         ):
             return None
         there = cast("list[tuple[Tensor, Tensor]]", sinks)
@@ -246,7 +259,7 @@ class Tables:
 
 
 class _Rows:
-    """A table in the making."""
+    """Rows of a table that is being made."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, ...]] = []

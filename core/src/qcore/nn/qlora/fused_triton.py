@@ -1,13 +1,13 @@
-"""What surrounds a QLoRA product, in one launch each: weights read, thin sides, their gradients.
+"""Triton kernels around a fused QLoRA product: read weights, thin products, LoRA's gradients.
 
-This file decides how a program finds its member: by a table of addresses, which is made again
-when one of them changes, so that a stack of four maps costs no more launches than one. When
-each is called, and with what, is `product`'s.
+This file decides how a program finds its member: by a table of addresses, which is made again when
+one of them changes, so that a stack of four maps costs no more launches than one map. `fused`
+decides when each kernel is called, and with what.
 
 ``fill``   every member's weight into its rows of the buffer, 4-bit ones bit for bit as
-           `nf4_triton` reads them, and LoRA from its masters to where products read it
+           `nf4_triton` reads them, and LoRA from its trained factors to where products read it
 ``thin``   ``x right^T`` and, on the same pass over x, ``[x | x right^T]``
-``outer``  the gradients of A and B of all members, added in float32 where they lie
+``outer``  the gradients of A and B of all members, added in float32 in place
 
 Shapes: T rows, K in, N out of all members, R ranks of all members, r of one.
 """
@@ -21,34 +21,39 @@ from torch import Tensor
 
 from ..kernels.launch import cdiv, launch, next_power_of_2
 from .fused import Product, through
-from .fused_factors import Working
+from .fused_factors import WorkingFactors
 from .fused_tables import FIELDS, WIDEST, Gradients, Sources, fits
 from .nf4_triton import eight, scale_of, table_of
 
 #: (rows, columns of x, warps, stages); (columns, rows, warps, stages)
 THIN, OUTER = (64, 64, 4, 6), (64, 64, 4, 4)
-#: Rows from which programs of some rows each fill a card.
+#: Rows from which programs of some rows each fill a GPU.
 FEWEST = 2048
 
 
 def linear(x: Tensor, product: Product) -> tuple[Tensor, ...]:
-    """The members' maps of `x`; see `product.reference`."""
-    return through(Launched, x, product)
+    """The members' maps of `x`; see `fused.reference`."""
+    return through(TritonKernels, x, product)
 
 
-class Launched:
-    """`product.Maps` by the kernels of this file."""
+class TritonKernels:
+    """`fused.FusedKernels` by the kernels of this file."""
 
     @staticmethod
     def takes(product: Product, like: Tensor) -> bool:
-        """Whether a table can say how the members lie."""
+        """Whether a table can describe the members."""
         return fits(product, like.dtype)
 
     @staticmethod
     def fill(
-        product: Product, buffer: Tensor, working: Working | None, *, place: bool, fresh: bool
+        product: Product,
+        buffer: Tensor,
+        working: WorkingFactors | None,
+        *,
+        place: bool,
+        fresh: bool,
     ) -> None:
-        """Write all weights, and LoRA's matrices where asked."""
+        """Write all weights, and LoRA's matrices if asked."""
         ranks = 0 if working is None else len(working.a)
         sources = product.tables.sources(product, ranks, buffer.device)
         a, b = (buffer, buffer) if working is None else (working.a, working.b)

@@ -1,9 +1,9 @@
-"""Whether a backend of ``qlora_linear`` computes what the maps of a stack are.
+"""Verification of a backend of ``qlora_linear`` against float32.
 
-This file decides what it is asked: a stack that is wider than its input and one that is
-narrower, of 4-bit and 16-bit maps, whose gradients are added where the optimizer keeps them;
-a number of rows that no tile divides. Weights must be read bit for bit; the rest is compared
-with float32 by the measure of `verify`.
+This file decides the cases: a stack that is wider than its input and one that is narrower, of 4-bit
+and 16-bit maps, whose gradients are added where the optimizer keeps them; a number of rows that no
+tile divides. Weights must be read bit for bit; the rest is compared with float32 by the measure of
+`kernels.compare`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ...api.records import Verdict
 from ..kernels.compare import poison, relative_error
 from ..optim import FlatAdamW
 from .fused import Product
-from .fused_triton import FEWEST, Launched, linear
+from .fused_triton import FEWEST, TritonKernels, linear
 from .linear import Linear
 from .lora_layer import Lora
 
@@ -36,8 +36,8 @@ def verify(device: torch.device) -> Verdict:
         maps = [_member(into, *size, seed, device) for seed, size in enumerate(sizes)]
         if not _reads(maps, device):
             output = float("inf")
-        found, expected = _found(maps, into, device), _expected(maps, into, device)
-        errors = [relative_error(*pair) for pair in zip(found, expected, strict=True)]
+        computed, expected = _computed(maps, into, device), _expected(maps, into, device)
+        errors = [relative_error(*pair) for pair in zip(computed, expected, strict=True)]
         output = max([output, *errors[: len(maps)]])
         gradient = max([gradient, *errors[len(maps) :]])
     return Verdict(output=output, output_bound=_BOUND, gradient=gradient, gradient_bound=_BOUND)
@@ -60,7 +60,7 @@ def _reads(maps: list[Linear], device: torch.device) -> bool:
     """Whether all bits of what a product reads are what torch's reading gives."""
     like = torch.empty(0, dtype=_DTYPE, device=device)
     buffers = []
-    for maker in (None, Launched()):
+    for maker in (None, TritonKernels()):
         product = Product(maps)
         poison(device)
         working = product.working(like, maker)
@@ -68,42 +68,46 @@ def _reads(maps: list[Linear], device: torch.device) -> bool:
     return torch.equal(*buffers)
 
 
-def _given(maps: list[Linear], into: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+def _inputs(maps: list[Linear], into: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
     generator = torch.Generator().manual_seed(into)
     tokens = FEWEST + 67
     x = torch.randn(tokens, into, generator=generator).to(device, _DTYPE)
-    wide = torch.randn(tokens, sum(one.shape[0] for one in maps), generator=generator)
-    grads = torch.split(wide.to(device, _DTYPE), [one.shape[0] for one in maps], 1)
+    wide = torch.randn(tokens, sum(member.shape[0] for member in maps), generator=generator)
+    grads = torch.split(wide.to(device, _DTYPE), [member.shape[0] for member in maps], 1)
     return x.requires_grad_(), list(grads)
 
 
-def _found(maps: list[Linear], into: int, device: torch.device) -> list[Tensor]:
-    carried = [one for one in maps if one.lora is not None]
+def _computed(maps: list[Linear], into: int, device: torch.device) -> list[Tensor]:
+    carried = [member for member in maps if member.lora is not None]
     FlatAdamW(carried, lr=0.0, weight_decay=0.0)
     product = Product(maps)
     product.compute = linear
-    x, grads = _given(maps, into, device)
+    x, grads = _inputs(maps, into, device)
     poison(device)
     y = product(x)
     poison(device)
     torch.autograd.backward(y, grads)
     assert x.grad is not None
-    matrices = [matrix for one in carried for matrix in (one.lora_A, one.lora_B)]
-    return [*y, x.grad, *(one.grad for one in matrices if one is not None and one.grad is not None)]
+    matrices = [matrix for member in carried for matrix in (member.lora_A, member.lora_B)]
+    return [
+        *y,
+        x.grad,
+        *(matrix.grad for matrix in matrices if matrix is not None and matrix.grad is not None),
+    ]
 
 
 def _expected(maps: list[Linear], into: int, device: torch.device) -> list[Tensor]:
-    x, grads = _given(maps, into, device)
+    x, grads = _inputs(maps, into, device)
     x = x.detach().float().requires_grad_()
     outputs, leaves = [], []
-    for one in maps:
-        y = x @ one.dense().float().t()
-        if one.lora is not None:
-            assert one.lora_A is not None
-            assert one.lora_B is not None
-            a, b = (m.detach().clone().requires_grad_() for m in (one.lora_A, one.lora_B))
-            y = y + (x @ a.t()) @ b.t() * one.lora.scaling
+    for member in maps:
+        y = x @ member.dense().float().t()
+        if member.lora is not None:
+            assert member.lora_A is not None
+            assert member.lora_B is not None
+            a, b = (m.detach().clone().requires_grad_() for m in (member.lora_A, member.lora_B))
+            y = y + (x @ a.t()) @ b.t() * member.lora.scaling
             leaves += [a, b]
         outputs.append(y)
-    torch.autograd.backward(outputs, [one.float() for one in grads])
-    return [*outputs, x.grad, *(one.grad for one in leaves)]  # type: ignore[list-item]
+    torch.autograd.backward(outputs, [grad.float() for grad in grads])
+    return [*outputs, x.grad, *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]

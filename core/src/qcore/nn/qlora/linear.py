@@ -1,8 +1,9 @@
 """The linear map that blocks are built from: frozen weight, 16-bit or NF4, plus LoRA.
 
-This file decides how ``y = x W^T + s (dropout(x) A^T) B^T`` is computed and what is saved
-for its backward: the input, never the dequantised weight, which is read again. Which maps
-carry LoRA is `model`'s decision, what they hold is `load`'s. On a GPU it is a `product` of one.
+This file decides how ``y = x W^T + s (dropout(x) A^T) B^T`` is computed and what is saved for its
+backward: the input, never the dequantized weight, which is read again. `adapter.targets` decides
+which maps carry LoRA, `load` what they hold. On a GPU the map is a fused product of one member
+(`fused`).
 
 Shapes: ``x [..., in]``, ``W [out, in]``, ``A [r, in]``, ``B [out, r]``.
 """
@@ -16,20 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fused import Compute, Product, reference
-from .lora_layer import Adapted, Lora
+from .lora_layer import Lora, LoraLayer
 from .nf4 import NF4, Dequantize, dequantize
 
 
-class Linear(Adapted):
+class Linear(LoraLayer):
     """``[..., in] -> [..., out]``.
 
-    Args (beside those of `Adapted`):
+    Args (beside those of `LoraLayer`):
         compute: the op ``qlora_linear``.
 
     Attributes:
         nf4: the weight, where it is held in 4 bit.
-        resident: keep the weight in 16 bit too, where memory allows: nothing is read twice.
-        product: what computes it on a GPU.
+        resident: keep a 16-bit copy of a 4-bit weight too, so that it is not read again.
+        product: computes the map on a GPU.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Linear(Adapted):
             delta = F.linear(delta, self.lora_B.to(x.dtype)) * lora.scaling
             base: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
             return base + delta
-        out: Tensor = _Adapted.apply(x, self.lora_A, self.lora_B, self)  # type: ignore[no-untyped-call]
+        out: Tensor = _WithLora.apply(x, self.lora_A, self.lora_B, self)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -125,7 +126,7 @@ class _Frozen(torch.autograd.Function):
         return dy @ ctx.module.dense(), None
 
 
-class _Adapted(torch.autograd.Function):
+class _WithLora(torch.autograd.Function):
     """``x W^T + s (x A^T) B^T``; saves x and ``x A^T``."""
 
     @staticmethod

@@ -1,13 +1,13 @@
-"""A frozen map that an adapter can sit on: what loading, training, merging and proof ask of it.
+"""Base class of frozen maps that can carry LoRA, and LoRA's numbers.
 
-This file decides what core may assume of a module that `BuildContext` hands out, so that no
-verb asks which one it is: it takes the base's values a few slices at a time, carries two LoRA
-matrices in PEFT's shapes, and tells how many bytes it holds and whether they are 4-bit. How it
-computes is its own (`linear`, `experts`).
+This file decides what core may assume of a module that `BuildContext` creates, so that no verb asks
+which class it is: it takes the base's values a few slices at a time, carries two LoRA matrices in
+PEFT's shapes, and reports how many bytes it holds and whether these are 4-bit. `linear` and
+`moe.experts` decide how they compute.
 
-LoRA: Hu et al. 2021; scaling ``s = lora_alpha / r``; A and B are float32 and computed in the
-run's dtype. B starts at zero, so step 0 equals the base: bit for bit on CPUs, up to the order
-of sums on GPUs, where LoRA makes the product another size (`product`).
+LoRA: Hu et al. 2021; scaling ``s = lora_alpha / r``; A and B are float32 and computed in the run's
+dtype. B starts at zero, so step 0 equals the base: bit for bit on CPUs, up to the order of sums on
+GPUs, where LoRA changes the size of the product (`fused`).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Lora:
 
     @property
     def scaling(self) -> float:
-        """``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` under rank-stabilised LoRA."""
+        """``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rank-stabilized LoRA."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-class Adapted(nn.Module):
+class LoraLayer(nn.Module):
     """A frozen map with an optional adapter.
 
     Args:
@@ -50,10 +50,10 @@ class Adapted(nn.Module):
         weight: the base's values; on meta until loaded; ``None`` once held in 4 bit.
         lora_A: float32, or ``None``.
         lora_B: float32, or ``None``.
-        lora: the adapter's numbers; set it to ``None`` to compute the base alone.
+        lora: the adapter's numbers; ``None`` computes the base alone.
         dequantize: what reads 4-bit values, once any are held.
         accumulates: whether a backward may add to ``lora_A.grad`` and ``lora_B.grad`` itself,
-            in place of handing gradients to autograd (`qcore.nn.optim`).
+            instead of returning gradients to autograd (`qcore.nn.optim`).
     """
 
     weight: nn.Parameter | None
@@ -86,10 +86,10 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
     def hold(self, rows: slice, value: Tensor, *, quantize: bool, dtype: torch.dtype) -> None:
-        """Take the base's ``weight[rows]`` (dim 0), quantised on arrival when asked.
+        """Take the base's ``weight[rows]`` (dim 0), quantized on arrival when asked.
 
-        Calls come in order and tile the weight. A map that cannot be taken in slices is given
-        whole.
+        Calls come in order and tile the weight. A map that cannot be taken in slices gets the
+        whole weight at once.
         """
         raise NotImplementedError
 
@@ -105,11 +105,11 @@ class Adapted(nn.Module):
 
     @property
     def moved(self) -> tuple[int, int]:
-        """How many of its linear maps have an adapter that does something, and of how many."""
+        """How many of its linear maps have an adapter with an effect, and of how many."""
         raise NotImplementedError
 
     def set_lora(self, a: Tensor, b: Tensor, *, trained: bool = False) -> None:
-        """Take an adapter's matrices."""
+        """Set the adapter's matrices."""
         self.lora_A = nn.Parameter(a, requires_grad=trained)
         self.lora_B = nn.Parameter(b, requires_grad=trained)
 

@@ -1,9 +1,9 @@
-"""NF4 with double quantisation, in bitsandbytes' format.
+"""NF4 with double quantization, in bitsandbytes' format.
 
 This file decides how 4-bit weights are held and read back; the arithmetic is bitsandbytes'
 (QLoRA, Dettmers et al. 2023, sections 3.1 and 3.2): blocks of 64 values share a scale,
 blocks of 256 scales share one of their own. The unit is one canonical tensor, of a stack
-each slice: double-quantisation statistics cannot be shared.
+each slice: double-quantization statistics cannot be shared.
 
 Reading back is an op, ``nf4_dequantize``: `dequantize` is its reference.
 """
@@ -43,7 +43,7 @@ VALUES = (
 
 
 class Codes(NamedTuple):
-    """What n slices of as many values each are quantised to.
+    """What n slices of as many values each are quantized to.
 
     Attributes:
         packed: two codes a byte, the first in the high half, uint8 ``[n, ceil(size / 2)]``.
@@ -87,7 +87,7 @@ Dequantize = Callable[[Codes, Tensor], Tensor]
 
 
 def of_weights(weights: Tensor) -> Codes:
-    """The codes of slices ``[n, rows, cols]``, each quantised alone."""
+    """The codes of slices ``[n, rows, cols]``, each quantized alone."""
     pairs = [_quantize(weight) for weight in weights]
     return Codes(
         torch.stack([packed.flatten() for packed, _ in pairs]),
@@ -151,13 +151,13 @@ class NF4:
         return dtype
 
     def dense(self) -> Tensor:
-        """The dequantised weight ``[out, in]``, a fresh tensor."""
+        """The dequantized weight ``[out, in]``, a fresh tensor."""
         if self.read is dequantize:
             return _dequantize(self.packed, self.state, self.shape)
         return self.into(self.packed.new_empty(self.shape, dtype=self.dtype))
 
     def into(self, out: Tensor) -> Tensor:
-        """Write the dequantised weight into `out` ``[out, in]``, whose rows may lie apart."""
+        """Write the dequantized weight into `out` ``[out, in]``, whose rows may lie apart."""
         state = self.state
         codes = Codes(
             self.packed.view(1, -1),
@@ -178,11 +178,11 @@ class NF4:
 
 
 class NF4Stack:
-    """A stack ``[E, out, in]`` of which each slice is quantised as `NF4` quantises it.
+    """A stack ``[E, out, in]`` of which each slice is quantized as `NF4` quantizes it.
 
     Args:
         shape: of the stack.
-        dtype: dtype that `dense` and `one` return.
+        dtype: dtype that `dense` and `dense_slice` return.
         device: where it is held.
         read: what reads codes; `dequantize` and its equals.
 
@@ -212,7 +212,7 @@ class NF4Stack:
         self.code2: Tensor | None = None
 
     def put(self, rows: slice, value: Tensor) -> None:
-        """Quantise the slices `rows`, given as ``[n, out, in]``."""
+        """Quantize the slices `rows`, given as ``[n, out, in]``."""
         for number, weight in zip(range(rows.start, rows.stop), value, strict=True):
             packed, state = _quantize(weight)
             self.packed[number] = packed.flatten()
@@ -221,15 +221,15 @@ class NF4Stack:
             self.offset[number] = state.offset
             self.code2 = state.state2.code
 
-    def one(self, number: int) -> Tensor:
-        """Slice ``[out, in]``, dequantised, a fresh tensor."""
+    def dense_slice(self, number: int) -> Tensor:
+        """Slice ``[out, in]``, dequantized, a fresh tensor."""
         if self.read is not dequantize:
-            return self.some(slice(number, number + 1))[0]
+            return self.dense_slices(slice(number, number + 1))[0]
         here = slice(number, number + 1)
         return self._read(here, self._scales(here))[0]
 
-    def some(self, rows: slice) -> Tensor:
-        """Neighbours ``[n, out, in]``, dequantised, a fresh tensor."""
+    def dense_slices(self, rows: slice) -> Tensor:
+        """Neighbours ``[n, out, in]``, dequantized, a fresh tensor."""
         if self.read is not dequantize:
             return self.read(
                 self.codes(rows),
@@ -237,15 +237,17 @@ class NF4Stack:
             )
         size = self.shape[1] * self.shape[2]
         if size % (BLOCK * BLOCK2):
-            return torch.stack([self.one(number) for number in range(rows.start, rows.stop)])
+            return torch.stack(
+                [self.dense_slice(number) for number in range(rows.start, rows.stop)]
+            )
         return self._read(rows, self._scales(rows))
 
     def dense(self) -> Tensor:
-        """The whole stack ``[E, out, in]``, dequantised."""
-        return self.some(slice(0, self.shape[0]))
+        """The whole stack ``[E, out, in]``, dequantized."""
+        return self.dense_slices(slice(0, self.shape[0]))
 
     def codes(self, rows: slice) -> Codes:
-        """What the slices `rows` are quantised to, not copied."""
+        """What the slices `rows` are quantized to, not copied."""
         assert self.code2 is not None, "nothing was put"
         return Codes(
             self.packed[rows], self.absmax[rows], self.absmax2[rows], self.code2, self.offset[rows]

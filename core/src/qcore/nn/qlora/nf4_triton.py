@@ -139,7 +139,7 @@ def verify(device: torch.device) -> Verdict:
         expected = reference(codes, torch.empty_like(weight))
         for gap in (0, 16):
             room = weight.new_full((*shape[:2], shape[2] + gap), torch.nan)
-            found = dequantize(codes, room[..., : shape[2]])
-            if not torch.equal(found, expected) or not room[..., shape[2] :].isnan().all():
+            got = dequantize(codes, room[..., : shape[2]])
+            if not torch.equal(got, expected) or not room[..., shape[2] :].isnan().all():
                 wrong = float("inf")
     return Verdict(output=wrong, output_bound=0.0)

@@ -1,8 +1,8 @@
 """Linear maps that read the same x, computed as one.
 
-This file decides when the products of a stack are shared: on a GPU, and where no member draws
-dropout (each member's draw makes it read another x). Otherwise members are called one by one.
-How they are shared is `product`'s; each map alone is `linear`'s.
+This file decides when the products of a stack are shared: on a GPU, unless a member draws dropout
+(each member draws for itself, so each reads another x). Otherwise members are called one by one.
+`fused` decides how the product is computed, `linear` how each map is alone.
 
 Shapes: ``x [..., in]``, each map ``[out_i, in]``.
 """
@@ -24,7 +24,7 @@ class Stacked:
 
     Call a 16-bit member through its stack or alone, not both: its weight lies in one buffer.
     Outputs of a shared product are column slices of one buffer. Their gradients cost no copy
-    where they come back so (`slices`).
+    if they have the same layout (`grad_buffers`).
     """
 
     def __init__(self, members: tuple[Linear, ...], compute: Compute = reference) -> None:

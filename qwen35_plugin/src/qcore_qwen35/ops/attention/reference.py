@@ -1,7 +1,7 @@
 """What surrounds attention: norms and rope of queries and keys before it, a gate behind it.
 
 This file decides that q_proj's rows are, per head, the query and then the gate, and that
-heads are normalised before they are rotated.
+heads are normalized before they are rotated.
 
 Shapes: T tokens, Hq query heads, Hkv key heads, D head size, n rotating dimensions.
 """
@@ -61,7 +61,7 @@ def attention_inputs(
 
 
 def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise each head of queries or keys, before rope."""
+    """Normalize each head of queries or keys, before rope."""
     return rms_norm(x, weight, eps)
 
 
@@ -78,7 +78,7 @@ class _OutputGate(torch.autograd.Function):
         return torch.sigmoid(gate).mul_(o)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         o, gate = ctx.saved_tensors
         open_ = torch.sigmoid(gate)

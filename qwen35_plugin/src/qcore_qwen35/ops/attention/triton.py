@@ -8,7 +8,7 @@ throughout. A norm's weight that is trained has its gradient from the reference.
 Shapes: T tokens, Hq query heads, Hkv key heads, D head size, n rotating dimensions.
 """
 
-# mypy: disable-error-code="no-untyped-def, import-untyped"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 # Types of kernels are Triton's.
 from __future__ import annotations
 
@@ -167,13 +167,14 @@ def attention_inputs(
 ) -> AttentionInputs:
     """`reference.attention_inputs`."""
     supported(qg)
-    return AttentionInputs(*_Inputs.apply(qg, k, v, q_weight, k_weight, eps, cos, sin))
+    return AttentionInputs(*_Inputs.apply(qg, k, v, q_weight, k_weight, eps, cos, sin))  # type: ignore[no-untyped-call]
 
 
 def output_gate(o: Tensor, gate: Tensor) -> Tensor:
     """`reference.output_gate`, both ``[T, heads, D]``."""
     supported(o)
-    return _OutputGate.apply(o, gate)
+    out: Tensor = _OutputGate.apply(o, gate)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _columns(x: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ class _ConvSilu(torch.autograd.Function):
         return F.silu(_before_silu(u, weight, cu_seqlens))
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         u, weight = ctx.saved_tensors
         cu_seqlens, gap = ctx.cu_seqlens, weight.shape[-1] - 1

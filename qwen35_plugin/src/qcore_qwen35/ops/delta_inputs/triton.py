@@ -10,7 +10,7 @@ Weights that are trained have their gradients from the reference. Shapes: T toke
 in the order q, k, v; four taps.
 """
 
-# mypy: disable-error-code="no-untyped-def, import-untyped"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 # Types of kernels are Triton's.
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def delta_inputs(
     supported(qkv)
     limits.check("qwen35::delta_inputs", limits.taps(conv_weight.shape[-1]))
     return DeltaInputs(
-        *_DeltaInputs.apply(qkv, z, a, b, conv_weight, a_log, dt_bias, documents, heads)
+        *_DeltaInputs.apply(qkv, z, a, b, conv_weight, a_log, dt_bias, documents, heads)  # type: ignore[no-untyped-call]
     )
 
 

@@ -1,7 +1,7 @@
 """The gated delta rule in chunks: cost linear in T, forward and backward, on any device.
 
 This file decides the chunked form and its derivative. Within a chunk of C tokens, with
-``G = cumsum(g)``, ``L_ij = exp(G_i - G_j)`` for i >= j, q and k normalised (`reference`)::
+``G = cumsum(g)``, ``L_ij = exp(G_i - G_j)`` for i >= j, q and k normalized (`reference`)::
 
     A  = inverse(I + strictly_lower(beta_i k_i.k_j L_ij))
     Vn = A (beta V - Kb S),   Kb = beta exp(G) K      what is written, S: state before
@@ -59,8 +59,8 @@ def chunked_delta_rule(
     """Arguments and results of `reference.recurrent_delta_rule`, in chunks.
 
     Args:
-        q: ``[T, Hk, dk]``, not yet normalised.
-        k: ``[T, Hk, dk]``, not yet normalised.
+        q: ``[T, Hk, dk]``, not yet normalized.
+        k: ``[T, Hk, dk]``, not yet normalized.
         v: ``[T, Hv, dv]``.
         g: ``[T, Hv]`` log decay, at most 0.
         beta: ``[T, Hv]`` write strength.
@@ -82,8 +82,8 @@ class _Prepared:
     """What does not wait for the scan, for all chunks of a tile at once.
 
     Attributes:
-        q, k: ``[M, Hk, C, dk]`` normalised, q scaled.
-        q_norm, k_norm: ``[M, Hk, C, 1]`` the factors that normalised them.
+        q, k: ``[M, Hk, C, dk]`` normalized, q scaled.
+        q_norm, k_norm: ``[M, Hk, C, 1]`` the factors that normalized them.
         v: ``[M, Hv, C, dv]``.
         beta: ``[M, Hv, C]``.
         grow: ``[M, Hv, C]`` exp(G); left: exp(G_C - G); end: ``[B, 1, 1]`` exp(G_C).
@@ -118,7 +118,7 @@ class _Prepared:
 
     def grouped(self, x: Tensor) -> Tensor:
         """``[M, Hv, ...] -> [M, Hk, Hv / Hk, ...]``."""
-        return x.unflatten(1, (self.k.shape[1], self.repeat))
+        return torch.unflatten(x, 1, (self.k.shape[1], self.repeat))
 
     def per_key_head(self, x: Tensor) -> Tensor:
         """``[B, ...] -> [M, Hk, ...]``: summed over the value heads of a key head."""
@@ -131,9 +131,10 @@ class _Prepared:
         eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
         system = system.flatten(0, 2)
         # unitriangular: the diagonal is taken as one whatever is stored there.
-        return torch.linalg.solve_triangular(
+        inverse: Tensor = torch.linalg.solve_triangular(
             system, eye.expand_as(system), upper=False, unitriangular=True
         )
+        return inverse
 
     def _reads(self) -> tuple[Tensor, Tensor]:
         chunks, heads, size, dk = self.k.shape
@@ -280,7 +281,7 @@ class _DeltaRule(torch.autograd.Function):
         return layout.gather(o), layout.by_document(states)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, beta, *between = ctx.saved_tensors
         layout: Chunks = ctx.layout

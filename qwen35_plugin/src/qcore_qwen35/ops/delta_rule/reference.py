@@ -53,8 +53,8 @@ def recurrent_delta_rule(
     """The rule over every document of a pack.
 
     Args:
-        q: ``[T, Hk, dk]``, not yet normalised.
-        k: ``[T, Hk, dk]``, not yet normalised.
+        q: ``[T, Hk, dk]``, not yet normalized.
+        k: ``[T, Hk, dk]``, not yet normalized.
         v: ``[T, Hv, dv]``.
         g: ``[T, Hv]`` log decay, at most 0.
         beta: ``[T, Hv]`` write strength.

@@ -9,13 +9,13 @@ have more sums than registers, and more instructions than a multiprocessor's cac
 formulas are those of `chunked` with D as in `triton_prepare`. Needs Triton at import.
 
 Four warps: with eight, Triton 3.6 gives products that feed products a layout of 128 rows, and
-half of the card computes what the other half does. A tile whose rows are multiplied by a
+half of the GPU computes what the other half does. A tile whose rows are multiplied by a
 product's is fetched before it: of two layouts Triton takes that of the later.
 
 Shapes: T tokens, M chunks of C tokens, Hk key heads of dk, Hv value heads of dv.
 """
 
-# mypy: disable-error-code="no-untyped-def, import-untyped"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ With D for what `chunked` calls Vn before it is multiplied by beta, beta belongs
 
 Then the gradient of the residue is that of v, and that of beta is its product with D over beta.
 
-q and k are never stored normalised: their lengths are factors of rows, which go where the
+q and k are never stored normalized: their lengths are factors of rows, which go where the
 decays go, into float32 numbers. A token of value head h has seven of them (`Prepared.factors`).
 
 The inverse of a unit lower triangular matrix is put together from halves: with the inverse D
@@ -23,7 +23,7 @@ lengthens no key.
 Shapes: T tokens, M chunks of C tokens, Hk key heads of dk, Hv value heads of dv.
 """
 
-# mypy: disable-error-code="no-untyped-def, import-untyped"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -39,7 +39,7 @@ def chunked_delta_rule(
     """Arguments and results of `chunked.chunked_delta_rule`.
 
     Args:
-        q: ``[T, Hk, dk]``, not yet normalised; tokens may lie any distance apart.
+        q: ``[T, Hk, dk]``, not yet normalized; tokens may lie any distance apart.
         k: ``[T, Hk, dk]``, likewise.
         v: ``[T, Hv, dv]``, likewise.
         g: ``[T, Hv]`` log decay, at most 0.
@@ -57,7 +57,7 @@ def chunked_delta_rule(
     tables = layout.tables if layout is not None else None
     if tables is None:
         tables = Tables.of(cu_seqlens, CHUNK, q.device)
-    made: tuple[Tensor, Tensor] = _DeltaRule.apply(q, k, v, g, beta, initial_state, tables)
+    made: tuple[Tensor, Tensor] = _DeltaRule.apply(q, k, v, g, beta, initial_state, tables)  # type: ignore[no-untyped-call]
     return made
 
 

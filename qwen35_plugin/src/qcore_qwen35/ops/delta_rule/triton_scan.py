@@ -4,7 +4,7 @@ This file decides who walks: one program per document, value head and some colum
 it computes is rows of tokens by its columns, so a token's factors are a few numbers of a
 thread, and the left side of every product is a tile that was fetched meanwhile. In training's
 backward the states run forwards again while their gradients run from the end, in the same
-launch: neither needs the other, and one alone leaves half of a card idle on a single document.
+launch: neither needs the other, and one alone leaves half of a GPU idle on a single document.
 Needs Triton at import.
 
 A step is written twice: chunks that are full need no masks, which would be a third of what
@@ -15,7 +15,7 @@ The formulas are those of `triton_prepare`; the forward has D multiplied into it
 Shapes: T tokens, M chunks of C tokens, N documents, Hk key heads of dk, Hv value heads of dv.
 """
 
-# mypy: disable-error-code="no-untyped-def, import-untyped"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 import torch
@@ -39,7 +39,7 @@ from .triton_prepare import (
 )
 
 #: (columns of v of a program, warps, stages) by kernel. With 32 columns one document of 32 heads
-#: occupies the card, and two programs fit on a multiprocessor.
+#: occupies the GPU, and two programs fit on a multiprocessor.
 CONFIG = {"outputs": (32, 4, 2), "states": (32, 4, 2)}
 
 

@@ -8,7 +8,7 @@ this has; it has no backward. Needs Triton at import.
 Shapes: T tokens of N documents, Hk key heads of dk, Hv value heads of dv.
 """
 
-# mypy: disable-error-code="no-untyped-def, import-untyped"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def recurrent_delta_rule(
     """Arguments and results of `reference.recurrent_delta_rule`.
 
     Args:
-        q: ``[T, Hk, dk]``, not yet normalised; tokens may lie any distance apart.
+        q: ``[T, Hk, dk]``, not yet normalized; tokens may lie any distance apart.
         k: ``[T, Hk, dk]``, likewise.
         v: ``[T, Hv, dv]``, likewise.
         g: ``[T, Hv]`` log decay, at most 0.

@@ -7,7 +7,7 @@ what another has written: one warp, whose loads come before its stores. Rounding
 Shapes: C channels in the order q, k, v; K taps.
 """
 
-# mypy: disable-error-code="no-untyped-def, import-untyped"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 # Types of kernels are Triton's.
 from __future__ import annotations
 

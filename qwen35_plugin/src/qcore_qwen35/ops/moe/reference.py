@@ -46,7 +46,7 @@ class _WeightedUp(torch.autograd.Function):
         return F.silu(gate).mul_(up).mul_(rows[:, None]).to(gate_up.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         routing, (gate_up, weights) = Routing.saved(ctx)
         rows = wide(weights).flatten().index_select(0, routing.order)
@@ -64,7 +64,7 @@ class _SharedUp(torch.autograd.Function):
         return F.silu(wide(gate)).mul_(wide(up)).mul_(weight).to(gate.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, score = ctx.saved_tensors
         weight = torch.sigmoid(wide(score))

@@ -85,7 +85,7 @@ def _route_backward(scores, chosen, dweights, dsums, out, T, E, stride, WEIGHTS:
 
 def router(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """`moe.router`: weights, experts, summed probabilities."""
-    out: tuple[Tensor, Tensor, Tensor] = _Router.apply(scores, k)  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, Tensor, Tensor] = _Router.apply(scores, k)
     return out
 
 
@@ -206,7 +206,7 @@ def _backward(
 
 def weighted_up(gate_up: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     """`reference.weighted_up`."""
-    out: Tensor = _WeightedUp.apply(gate_up, weights, routing)  # type: ignore[no-untyped-call]
+    out: Tensor = _WeightedUp.apply(gate_up, weights, routing)
     return out
 
 
@@ -231,7 +231,7 @@ class _WeightedUp(torch.autograd.Function):
 
 def shared_up(gate: Tensor, up: Tensor, score: Tensor) -> Tensor:
     """`reference.shared_up`."""
-    out: Tensor = _SharedUp.apply(gate, up, score)  # type: ignore[no-untyped-call]
+    out: Tensor = _SharedUp.apply(gate, up, score)
     return out
 
 

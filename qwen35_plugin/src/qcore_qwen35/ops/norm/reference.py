@@ -4,7 +4,7 @@ This file decides their formulas and the order of their roundings (float32 insid
 rounding at the end; the gated norm rounds once more before its weight), and that only the
 inputs are saved for backward.
 
-Shapes: ``[..., d]``, normalised over d.
+Shapes: ``[..., d]``, normalized over d.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 
 def scale_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a normalised row is multiplied by: the stored weight is the distance from one."""
+    """What a normalized row is multiplied by: the stored weight is the distance from one."""
     return 1 + weight.to(dtype)
 
 
@@ -67,7 +67,7 @@ class _RmsNorm(torch.autograd.Function):
         return y.mul_(scale_of(weight, y.dtype)).to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wide = _wide(x)
@@ -90,7 +90,7 @@ class _GatedNorm(torch.autograd.Function):
         return (F.silu(_wide(z)) * (unit * weight.to(o.dtype))).to(o.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         o, z, weight = ctx.saved_tensors
         wide, gate, dy = _wide(o), _wide(z), _wide(dy)

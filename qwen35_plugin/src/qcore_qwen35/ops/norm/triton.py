@@ -7,7 +7,7 @@ float32 throughout. Inputs may be row-strided; z's gradient is laid out as z lie
 Shapes: R rows of d.
 """
 
-# mypy: disable-error-code="no-untyped-def, import-untyped"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 # Types of kernels are Triton's.
 from __future__ import annotations
 
@@ -113,19 +113,22 @@ def _gated_backward(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`."""
-    return _AddNorm.apply(x, None, weight, eps)[1]
+    out: Tensor = _AddNorm.apply(x, None, weight, eps)[1]  # type: ignore[no-untyped-call]
+    return out
 
 
 def add_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`reference.add_rms_norm`."""
-    return _AddNorm.apply(x, delta, weight, eps)
+    out: tuple[Tensor, Tensor] = _AddNorm.apply(x, delta, weight, eps)  # type: ignore[no-untyped-call]
+    return out
 
 
 def gated_norm(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.gated_norm`, o and z ``[..., heads, d]``."""
-    return _GatedNorm.apply(o, z, weight, eps)
+    out: Tensor = _GatedNorm.apply(o, z, weight, eps)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _warps(block: int) -> int:

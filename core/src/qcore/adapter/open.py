@@ -1,0 +1,174 @@
+"""Open a model or an adapter from a script: tensors and LoRA deltas by canonical name.
+
+This file decides the public view of both: read-only mappings that read a tensor when it is asked
+for. Names are canonical, whatever the layout of the files; experts are one stack. It changes and
+writes nothing: `publish` does.
+
+Shapes: E experts, r rank of one LoRA pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..api.parameters import Kind
+from ..nn.load import read_tensor
+from ..plugins.resolve_model import Identified, identify
+from .delta import Deltas
+from .peft_names import Adapter, Pair
+from .reader import read_adapter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenModel(Mapping[str, Tensor]):
+    """The tensors of a model that a plugin knows, by canonical name.
+
+    ``model[name]`` reads a tensor from disk, on the CPU in its dtype on disk; block FP8 is
+    decoded to bfloat16. It raises KeyError for an unknown name and a `QcoreError` where the
+    file cannot be read. Optional parts without tensors have no names, and tied tensors that are
+    not on disk read the tensor that they are tied to.
+
+    Attributes:
+        identified: checkpoint, plugins, decision and layout.
+    """
+
+    identified: Identified
+
+    @property
+    def path(self) -> Path:
+        """The model folder."""
+        return self.identified.checkpoint.path
+
+    @property
+    def architecture(self) -> str:
+        """Name of the architecture."""
+        return self.identified.decision.architecture.name
+
+    @property
+    def generation(self) -> str:
+        """Name of the generation."""
+        return self.identified.decision.generation.name
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+        return self.identified.checkpoint.config
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read."""
+        return self.identified.layout.located[name].tensor.shape
+
+    def __getitem__(self, name: str) -> Tensor:
+        located = self.identified.layout.located[name]
+        if located.tied is not None:
+            located = self.identified.layout.located[located.tied]
+        return read_tensor(self.identified.checkpoint, located)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.identified.layout.located)
+
+    def __len__(self) -> int:
+        return len(self.identified.layout.located)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraDelta:
+    """What an adapter adds to one weight: ``scaling * b @ a``.
+
+    Attributes:
+        name: canonical name of the weight.
+        a: ``[r, in]`` float32; of a stack of experts ``[E, r, in]``.
+        b: ``[out, r]`` float32; of a stack of experts ``[E, out, r]``.
+        r: rank, of experts that of each one.
+        scaling: factor of the product.
+    """
+
+    name: str
+    a: Tensor
+    b: Tensor
+    r: int
+    scaling: float
+
+    def dense(self) -> Tensor:
+        """The delta in the shape of the weight, float32, computed in float64."""
+        return (self.scaling * (self.b.double() @ self.a.double())).float()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenAdapter(Mapping[str, LoraDelta]):
+    """The LoRA deltas of an adapter, by canonical name of the weight that they change.
+
+    Attributes:
+        adapter: the folder, explained by the layout of its base; `adapter.meta` is what qcore
+            recorded in the manifest.
+        deltas: the matrices.
+    """
+
+    adapter: Adapter
+    deltas: Deltas
+
+    @property
+    def path(self) -> Path:
+        """The adapter folder."""
+        return self.adapter.path
+
+    def __getitem__(self, name: str) -> LoraDelta:
+        pair = self.adapter.pairs[name]
+        a, b = _by_expert(pair, *self.deltas.sides(name))
+        return LoraDelta(name=name, a=a, b=b, r=pair.r, scaling=pair.scaling)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.adapter.pairs)
+
+    def __len__(self) -> int:
+        return len(self.adapter.pairs)
+
+
+def _by_expert(pair: Pair, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """PEFT's matrices with the experts of a stack as dim 0; see `Pair` for how they interleave."""
+    if pair.tensor.row.kind is not Kind.EXPERTS:
+        return a, b
+    experts = pair.tensor.shape[0]
+    by_rank = b.view(b.shape[0], pair.r, experts)
+    return a.view(experts, pair.r, a.shape[1]), by_rank.permute(2, 0, 1).contiguous()
+
+
+def open_model(model: str | Path, *, generation: str = "") -> OpenModel:
+    """Open a model to read its tensors.
+
+    Args:
+        model: a folder or a hub id.
+        generation: accepted only where evidence is missing, never against it.
+
+    Raises:
+        QcoreError: no plugin claims it, or not every tensor is accounted for.
+    """
+    return OpenModel(identified=identify(str(model), generation=generation))
+
+
+def open_adapter(
+    adapter: str | Path, model: OpenModel | str | Path, *, trust_base: bool = False
+) -> OpenAdapter:
+    """Open an adapter to read its deltas.
+
+    The weights of the base are not read, so that they are those that the adapter was trained
+    on is checked by `merge` and `generate`, not here.
+
+    Args:
+        adapter: the adapter folder.
+        model: its base.
+        trust_base: accept an adapter without a fingerprint of its base.
+
+    Raises:
+        QcoreError: the adapter does not fit the base, or is damaged.
+    """
+    base = (model if isinstance(model, OpenModel) else open_model(model)).identified
+    found = read_adapter(adapter, base.layout, trust_base=trust_base, claims=base.adapter_claims)
+    with torch.no_grad():
+        return OpenAdapter(adapter=found, deltas=Deltas(found))

@@ -1,0 +1,82 @@
+"""The decoding loop: one prefill, then one token at a time until a stop token.
+
+This file decides which token follows, the most likely one or a sampled one, and when a document
+ends. How the logits of a token are computed is up to `decoder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..api.blocks import Media
+from ..errors import NumericError
+from .decoder import Decoder
+
+
+@torch.inference_mode()
+def decode(
+    decoder: Decoder,
+    ids: list[int],
+    max_new_tokens: int,
+    *,
+    known: int,
+    positions: Tensor | None = None,
+    media: Media | None = None,
+    stop: Collection[int | None] = (),
+    temperature: float = 0.0,
+    seed: int = 0,
+    source: object | None = None,
+) -> tuple[list[int], bool]:
+    """Continue a prompt.
+
+    Args:
+        decoder: of the model.
+        ids: the prompt.
+        max_new_tokens: the most tokens to add.
+        known: ids from this one on are padding of the embedding and never sampled.
+        positions: of the prompt, as for `Decoder.start`.
+        media: what the tower reads for the prompt.
+        stop: ids that end the document; ``None`` stands for a token that is not in the tokenizer.
+        temperature: 0 is greedy.
+        seed: of the sampling.
+        source: the model, for an error.
+
+    Returns:
+        The new ids, and whether a stop token was among them.
+
+    Raises:
+        NumericError: ``QC-GENERATE-002`` for logits that are not finite.
+    """
+    sampler = torch.Generator(decoder.device).manual_seed(seed)
+    new: list[int] = []
+    fresh = torch.tensor(ids, device=decoder.device)
+    while len(new) < max_new_tokens:
+        if new:
+            logits = decoder.next(fresh)[:known]
+        else:
+            room = len(ids) + max_new_tokens
+            logits = decoder.start(fresh, room, positions, media)[:known]
+        finite = logits.isfinite().all()
+        if temperature > 0:
+            # multinomial would end the process with a device assertion on NaN.
+            scores = torch.where(finite, logits, 0.0)
+            fresh = torch.multinomial(F.softmax(scores / temperature, -1), 1, generator=sampler)
+        else:
+            fresh = logits.argmax().reshape(1)
+        # The only synchronization of a token.
+        token, good = torch.stack((fresh[0], finite.long())).tolist()
+        if not good:
+            raise NumericError(
+                "QC-GENERATE-002",
+                f"the logits are not finite after {decoder.done} tokens",
+                file=source,
+                fix="look at the adapter, or at the base with qcore inspect",
+            )
+        new.append(token)
+        if token in stop:
+            return new, True
+    return new, False

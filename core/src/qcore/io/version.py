@@ -1,0 +1,7 @@
+"""The version of this distribution, where every room can read it without importing `qcore`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+__version__: Final = "0.1.0"

@@ -1,0 +1,49 @@
+"""Rows of tensors on disk, as `verify` reads them: some rows, blocks of rows, rounded rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..api.parameters import Region
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.layout import Located
+from ..nn.load import DTYPES, as_bytes, read_exact, read_tensor
+
+_BLOCK = 8192  # rows that are in memory at a time
+
+
+def rows_of(item: Located, rows: slice) -> Region:
+    """The region ``tensor[rows]`` of a tensor."""
+    return (rows, *(slice(0, n) for n in item.tensor.shape[1:]))
+
+
+def is_rounded(value: Tensor, exact: Tensor) -> bool:
+    """Whether `value` is the float32 tensor `exact`, rounded once to the dtype of `value`."""
+    if value.dtype != torch.float64:
+        return torch.equal(value, exact.to(value.dtype))
+    # The merge rounded a float64 sum, `exact` is float32.
+    return torch.allclose(value.float(), exact, rtol=1e-6, atol=1e-9)
+
+
+def gather(checkpoint: Checkpoint, item: Located, rows: list[int]) -> Tensor:
+    """Some rows of a matrix on disk, float32, without reading the rest."""
+    if len(item.places) != 1 or item.places[0].scale is not None:
+        return read_tensor(checkpoint, item)[rows].float()
+    header = item.places[0].header
+    picked = torch.empty(len(rows), header.shape[1], dtype=DTYPES[header.dtype])
+    stride = picked.stride(0) * picked.element_size()
+    with checkpoint.file(header.file).open("rb") as file:
+        for slot, row in enumerate(rows):
+            file.seek(header.start + row * stride)
+            read_exact(file, as_bytes(picked[slot]), header)
+    return picked.float()
+
+
+def blocks(checkpoint: Checkpoint, item: Located) -> Iterator[Tensor]:
+    """A matrix on disk, a block of rows at a time, float32."""
+    total = item.tensor.shape[0]
+    for at in range(0, total, _BLOCK):
+        yield read_tensor(checkpoint, item, slice(at, min(at + _BLOCK, total))).float()
