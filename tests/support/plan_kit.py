@@ -41,7 +41,7 @@ MOE_35B: dict[str, Any] = _COMMON | {
 @contextmanager
 def shared_measures() -> Iterator[None]:
     """Planners of one model, on one device, with the same adapters share what they measured."""
-    from qcore.plan.measure import Measure
+    from qcore.planning.measure import Measure
 
     made: dict[Any, tuple[Measure, object]] = {}
 
