@@ -54,7 +54,7 @@ def shared_measures() -> Iterator[None]:
         return made[key][0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qcore.plan.step.Measure", measure)
+        patch.setattr("qcore.planning.step.Measure", measure)
         yield
 
 
