@@ -1,4 +1,4 @@
-"""The model: trunk, head, vision tower and adapters as one module, built on the meta device.
+"""The model: trunk, head, tower and adapters as one module, built on the meta device.
 
 This file proves that every tensor of every loaded part is a module's parameter, hands out the
 modules that blocks are built from (`Context`), and runs the layers. Which maps carry LoRA is
