@@ -104,12 +104,14 @@ def test_decoding_is_measured() -> None:
     assert result["ms_per_token"] * result["tokens_per_s"] == pytest.approx(1000)
 
 
+@pytest.mark.slow
 def test_short_micro_batches_are_timed_alone_and_together() -> None:
     text = _run("short_steps_gpu.py", "--rows", "2", "--lengths", "5,9", "--steps", "1")
     assert text.count("together up to 0:") == text.count("together up to 8192:") == 2
     assert "together is " in text.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_plans_are_checked_beside_steps() -> None:
     done = subprocess.run(
         [sys.executable, str(FOLDER / "plan_check_gpu.py"), "--device", "cpu",

@@ -394,6 +394,42 @@ def test_an_answer_that_breaks_off_is_asked_on(ask: Client) -> None:
     assert ranges[2:] == ["bytes=50000-99999"]
 
 
+LIBRARY = """
+import json, sys
+from huggingface_hub import HfApi
+
+try:
+    found = HfApi().parse_safetensors_file_metadata(sys.argv[1], "model.safetensors")
+    answer = sorted(found.tensors)
+except Exception as error:
+    answer = type(error).__name__
+print(json.dumps({"answer": answer, "heavy": []}))
+"""
+
+
+def test_what_the_clients_own_reader_does_not_refuse(ask: Client) -> None:
+    """Why `RemoteWeights` reads headers itself; each of these is an error of ours above."""
+    size = 32 << 20
+    ask.code = LIBRARY
+    cut = weights({"a": (4,)})
+    ask.hub.add("org/cut", {"model.safetensors": Sparse(cut.head, len(cut) - 1)})
+    assert ask("org/cut")["answer"] == ["a"], "a file that was cut"
+    twice = json.dumps({"a": entry(0, 4), "b": entry(0, 4)}).replace('"b"', '"a"').encode()
+    ask.hub.add("org/twice", {"model.safetensors": Sparse(_framed(twice), len(twice) + 12)})
+    assert ask("org/twice")["answer"] == ["a"], "a key that stands twice"
+    ask.hub.add("org/long", {"model.safetensors": weights(LONG)})
+    ask.hub.cut_next = True
+    assert ask("org/long")["answer"] == "RemoteProtocolError", "it is not asked on"
+    ask.hub.ranges = "ignored"
+    ask.hub.add("org/big", {"model.safetensors": weights({"a": (size // 2,)})})
+    assert ask("org/big")["answer"] == ["a"]
+    assert ask.hub.sent > size, "the whole file, into memory"
+
+
+def _framed(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
 # Many shards, and a bar for who waits
 
 

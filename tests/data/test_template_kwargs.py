@@ -16,6 +16,7 @@ from support.chat_kit import (
     write_rows,
 )
 
+from qcore.checkpoint.chat_template import STANDARD_INPUTS, Template
 from qcore.config.frozen_map import Entries
 from qcore.config.resolve import parse_entries
 from qcore.data.dataset import Dataset, dataset
@@ -121,3 +122,15 @@ def test_a_flag_of_its_own() -> None:
             parse_entries("chat_template_kwargs", items, flag=flag)
         assert caught.value.code == code
         assert flag in caught.value.message
+
+
+def test_one_list_says_what_every_template_gets() -> None:
+    """A switch is what a template reads beyond it, for detection, probes and settings alike."""
+    text = "{{ messages }}{{ tools }}{{ cls_token }}{{ continue_final_message }}{{ mine }}"
+    with Template(text, "own.jinja") as template:
+        assert template.switches() == {"mine"}
+        check_variables(template, {"mine": 1})
+        for name in STANDARD_INPUTS:
+            with pytest.raises(UsageError) as caught:
+                check_variables(template, {name: 1})
+            assert caught.value.code == "QC-CONFIG-009"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.blocks_kit import GivenWeights, documents, relative, tiny_config, twins
+from support.tiers import fast
 from torch import Tensor, nn
 
 from qcore.api.blocks import Packed
@@ -96,7 +97,7 @@ def run(context: type, policy: str) -> tuple[Tensor, dict[str, Tensor]]:
     return y.detach(), {**grads, "x": x.grad}
 
 
-@pytest.mark.parametrize("policy", ["none", "elementwise", "full"])
+@pytest.mark.parametrize("policy", fast(["none", "elementwise", "full"], "elementwise"))
 def test_layers_equal_the_reference(policy: str, counted: Counter[str]) -> None:
     wanted, theirs = run(GivenWeights, "none")
     _Split.copies = 0
@@ -108,6 +109,7 @@ def test_layers_equal_the_reference(policy: str, counted: Counter[str]) -> None:
     assert _Split.copies == 0
 
 
+@pytest.mark.slow
 def test_launches(counted: Counter[str]) -> None:
     """Two layers and the last norm; under elementwise each cheap result is made once more."""
     run(Fast, "none")

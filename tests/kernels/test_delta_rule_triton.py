@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import torch
+from support.tiers import fast
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -75,8 +72,8 @@ def off(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max()) / max(1.0, float(b.abs().max()))
 
 
-@pytest.mark.parametrize("lengths", [(1,), (64,), (65,), (3, 100, 64, 0, 9)], ids=str)
-@pytest.mark.parametrize("given", [False, True], ids=["from-zero", "from-a-state"])
+@pytest.mark.parametrize("lengths", fast([(1,), (64,), (65,), (3, 100, 64, 0, 9)], (65,)), ids=str)
+@pytest.mark.parametrize("given", fast([False, True], True), ids=["from-zero", "from-a-state"])
 def test_outputs_states_and_gradients(lengths: tuple[int, ...], given: bool) -> None:
     made = inputs(sum(lengths))
     if given:
@@ -87,7 +84,7 @@ def test_outputs_states_and_gradients(lengths: tuple[int, ...], given: bool) -> 
         assert off(a, b) <= 2e-5
 
 
-@pytest.mark.parametrize("values", RANGES.values(), ids=RANGES)
+@pytest.mark.parametrize("values", fast(RANGES.values(), RANGES["keeps or forgets"]), ids=RANGES)
 def test_decay_and_write_strength_at_their_ends(values: tuple[float, float, float, float]) -> None:
     mine, rule = both(inputs(75, values=values), (70, 5))
     for a, b in zip(mine, rule, strict=True):
@@ -95,8 +92,8 @@ def test_decay_and_write_strength_at_their_ends(values: tuple[float, float, floa
         assert off(a, b) <= 2e-5
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (2, 2), (2, 4), (1, 3)], ids=str)
-@pytest.mark.parametrize("dims", [(16, 32), (32, 16)], ids=str)
+@pytest.mark.parametrize("heads", fast([(1, 1), (2, 2), (2, 4), (1, 3)], (1, 3)), ids=str)
+@pytest.mark.parametrize("dims", fast([(16, 32), (32, 16)], (16, 32)), ids=str)
 def test_groups_and_sizes_of_heads(heads: tuple[int, int], dims: tuple[int, int]) -> None:
     mine, rule = both(inputs(67, heads, dims), (67,))
     for a, b in zip(mine, rule, strict=True):
@@ -171,8 +168,10 @@ def test_what_it_has_no_kernel_for_is_refused() -> None:
         triton_rule.chunked_delta_rule(*(x.double() for x in inputs(3)), (0, 3))
 
 
-@pytest.mark.parametrize("lengths", [(1,), (1, 1, 1), (3, 3), (2, 5, 0, 1)], ids=str)
-@pytest.mark.parametrize("heads", [(1, 1), (2, 4), (1, 3)], ids=str)
+@pytest.mark.parametrize(
+    "lengths", fast([(1,), (1, 1, 1), (3, 3), (2, 5, 0, 1)], (2, 5, 0, 1)), ids=str
+)
+@pytest.mark.parametrize("heads", fast([(1, 1), (2, 4), (1, 3)], (1, 3)), ids=str)
 def test_steps_of_decoding(lengths: tuple[int, ...], heads: tuple[int, int]) -> None:
     made = inputs(sum(lengths), heads, (32, 64))
     state = torch.randn(len(lengths), heads[1], 32, 64)

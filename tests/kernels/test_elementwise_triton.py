@@ -9,12 +9,13 @@ from __future__ import annotations
 import pytest
 import torch
 from support.elementwise_kit import cases, error, gradients, outputs, poisoned
+from support.tiers import fast
 
 LENGTHS = [(1,), (2, 1, 3), (35,), (1, 40, 2, 0, 7)]
 NAMES = list(cases((1,), device="cpu", dtype=torch.float32))
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("lengths", fast(LENGTHS, (2, 1, 3)))
 @pytest.mark.parametrize("name", NAMES)
 def test_float32_equals_the_reference(name: str, lengths: tuple[int, ...]) -> None:
     case = cases(lengths, device="cpu", dtype=torch.float32)[name]
@@ -28,6 +29,7 @@ def test_float32_equals_the_reference(name: str, lengths: tuple[int, ...]) -> No
             assert error(one, other) < 2e-6, number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_half_errs_no_more_than_the_reference(name: str) -> None:
     case = cases((1, 40, 2, 7), device="cpu", dtype=torch.float16)[name]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.moe_kit import GivenExperts, moe_config, twins
+from support.tiers import fast
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -42,7 +43,8 @@ def same(one: list[Tensor], two: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "k"), [(1, 7, 2), (19, 256, 8), (33, 5, 5), (9, 8, 1)]
+    ("tokens", "experts", "k"),
+    fast([(1, 7, 2), (19, 256, 8), (33, 5, 5), (9, 8, 1)], (19, 256, 8), names=3),
 )
 def test_the_router(tokens: int, experts: int, k: int) -> None:
     scores = torch.randn(tokens, experts + 3, generator=torch.Generator().manual_seed(0))[
@@ -63,7 +65,9 @@ def test_the_router_when_one_result_is_used(part: int) -> None:
     torch.testing.assert_close(*found, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize(("tokens", "k", "inner"), [(1, 2, 8), (13, 3, 40), (7, 2, 512)])
+@pytest.mark.parametrize(
+    ("tokens", "k", "inner"), fast([(1, 2, 8), (13, 3, 40), (7, 2, 512)], (13, 3, 40), names=3)
+)
 def test_weighted_up(tokens: int, k: int, inner: int) -> None:
     generator = torch.Generator().manual_seed(0)
     routing = Routing.of(torch.rand(tokens, 6, generator=generator).topk(k, 1).indices, 6)
@@ -76,7 +80,7 @@ def test_weighted_up(tokens: int, k: int, inner: int) -> None:
     same(one, two)
 
 
-@pytest.mark.parametrize(("tokens", "inner"), [(1, 8), (13, 40), (7, 512)])
+@pytest.mark.parametrize(("tokens", "inner"), fast([(1, 8), (13, 40), (7, 512)], (13, 40), names=2))
 def test_shared_up_reads_slices(tokens: int, inner: int) -> None:
     generator = torch.Generator().manual_seed(0)
     both = torch.randn(tokens, 2 * inner, generator=generator)
@@ -107,7 +111,7 @@ def test_derivatives_of_the_references() -> None:
     )
 
 
-@pytest.mark.parametrize("op", [op for op in CASES if op.startswith("moe_")])
+@pytest.mark.parametrize("op", fast([op for op in CASES if op.startswith("moe_")], "moe_router"))
 def test_the_checks_pass_and_can_fail(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     verdict = verify(op, torch.device("cpu"))
     assert verdict.output < 1e-2  # the interpreter cuts where a card rounds
@@ -136,7 +140,7 @@ class Fast(GivenExperts):
     compute = staticmethod(experts_triton.grouped)
 
 
-@pytest.mark.parametrize("policy", ["none", "elementwise", "full"])
+@pytest.mark.parametrize("policy", fast(["none", "elementwise", "full"], "elementwise"))
 def test_the_block_and_its_gradients_as_in_torch(policy: str) -> None:
     """Whatever is computed again; the router's gradient comes by its weights and by the loss."""
     config = moe_config(num_experts=8, layers=["full_attention"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiers import fast
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -74,15 +75,15 @@ def compare(
 
 
 @pytest.mark.parametrize("tokens", [None, "in", "out"])
-@pytest.mark.parametrize("case", CHOSEN)
-@pytest.mark.parametrize("lora", LORAS)
+@pytest.mark.parametrize("case", fast(CHOSEN, "odd rows"))
+@pytest.mark.parametrize("lora", fast(LORAS, "r=3"))
 def test_the_map_and_its_gradients(case: str, lora: str, tokens: Tokens) -> None:
     module = made(LORAS[lora], 40, 50, quantize=False, dtype=torch.float32)
     module.run_dtype = torch.float32
     compare(CHOSEN[case], tokens, module, 1e-6, strided=True)
 
 
-@pytest.mark.parametrize("size", [(40, 50), (64, 128), (48, 96)], ids=str)
+@pytest.mark.parametrize("size", fast([(40, 50), (64, 128), (48, 96)], (48, 96)), ids=str)
 @pytest.mark.parametrize("few", [True, False], ids=["read in the product", "dequantised"])
 def test_four_bit_weights(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], few: bool
@@ -187,7 +188,7 @@ def test_every_tile_is_within_one_expert() -> None:
     assert sorted(covered) == list(range(len(routing.order)))
 
 
-@pytest.mark.parametrize("tokens", [60, 150])
+@pytest.mark.parametrize("tokens", fast([60, 150], 150))
 def test_last_rows_take_half_a_tile(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """Experts with fewer than 64 rows, and with 128 and a few more."""
     monkeypatch.setattr(experts_triton, "tile_rows", lambda rows, experts: 128)

@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
+from support.tiers import fast
 from torch import Tensor, nn
 
 from qcore.nn.optim import FlatAdamW
@@ -88,8 +89,8 @@ def test_weights_bit_for_bit_and_lora_in_its_place(case: str, place: bool):
         assert torch.equal(expected.b, found.b)
 
 
-@pytest.mark.parametrize("tokens", [1, 65, 200])
-@pytest.mark.parametrize("into", [64, 96, 200])
+@pytest.mark.parametrize("tokens", fast([1, 65, 200], 65))
+@pytest.mark.parametrize("into", fast([64, 96, 200], 96))
 @pytest.mark.parametrize("turned", [True, False])
 def test_thin(tokens: int, into: int, turned: bool):
     room = torch.full((tokens, into + 8), math.nan, dtype=F16)
@@ -104,8 +105,8 @@ def test_thin(tokens: int, into: int, turned: bool):
     assert torch.equal(kernels.thin(x, right, beside=False)[1], out)
 
 
-@pytest.mark.parametrize("accumulates", [True, False], ids=["added", "handed over"])
-@pytest.mark.parametrize("tokens", [1, 130])
+@pytest.mark.parametrize("accumulates", fast([True, False], True), ids=["added", "handed over"])
+@pytest.mark.parametrize("tokens", fast([1, 130], 130))
 @pytest.mark.parametrize("case", STACKS)
 def test_it_is_what_torch_computes(case: str, tokens: int, accumulates: bool):
     results = []

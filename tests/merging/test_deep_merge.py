@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from support.conversations import conversations, write_rows
 from support.e2e_kit import figure
+from support.tiers import fast
 
 from qcore.config.settings import Settings
 from qcore.merging.merge import merge
@@ -24,7 +25,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("kind", fast(SIZES, "dense"))
 def test_forty_layers_are_proved(kind: str, tmp_path: Path) -> None:
     write(tmp_path / "base", num_hidden_layers=40, hidden_size=64, **SIZES[kind])
     rows = write_rows(tmp_path / "rows.jsonl", conversations(4))

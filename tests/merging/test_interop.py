@@ -31,6 +31,7 @@ from support.e2e_kit import (
     wrapped,
     write_stock,
 )
+from support.tiers import pairs
 from torch import Tensor
 
 from qcore.config.settings import Settings
@@ -55,8 +56,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 # -- ours under stock PEFT
 
 
-@pytest.mark.parametrize("groups", [(), ("attn", "gdn_gates")], ids=["all ten", "two groups"])
-@pytest.mark.parametrize("kind", ["text", "vl"])
+@pytest.mark.parametrize(
+    ("kind", "groups"),
+    [
+        pytest.param("vl", (), id="vl-all ten"),
+        pytest.param("text", ("attn", "gdn_gates"), id="text-two groups", marks=pytest.mark.slow),
+    ],
+)
 def test_trained_by_us_and_loaded_by_stock_peft(
     bases: dict[str, Path], rows: Path, tmp_path: Path, kind: str, groups: tuple[str, ...]
 ) -> None:
@@ -172,8 +178,7 @@ def on_disk(folder: Path) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("kind", ["text", "vl"])
+@pytest.mark.parametrize(("kind", "recipe"), pairs(["vl", "text"], [*RECIPES]))
 def test_made_by_stock_peft_and_merged_by_us(
     bases: dict[str, Path], tmp_path: Path, kind: str, recipe: str
 ) -> None:

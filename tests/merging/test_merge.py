@@ -259,6 +259,7 @@ def test_the_base_is_what_was_trained_on(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_twice_and_a_chain(base: Path, rows: Path, adapter: Path, tmp_path: Path) -> None:
     merge(str(base), adapter, tmp_path / "one")
     with pytest.raises(InputError) as error:

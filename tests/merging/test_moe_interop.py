@@ -28,6 +28,7 @@ from support.e2e_kit import (
     write_stock,
 )
 from support.moe_kit import canonical, exact, rewrite, tensors_of
+from support.tiers import fast, pairs
 from torch import Tensor
 
 from qcore.config.settings import Settings
@@ -78,8 +79,9 @@ def settings(**more: Any) -> Settings:
 # -- ours under stock PEFT
 
 
-@pytest.mark.parametrize("recipe", TRAINED)
-@pytest.mark.parametrize("kind", ["text", "vl"])
+@pytest.mark.parametrize(
+    ("kind", "recipe"), fast(pairs(["vl", "text"], [*TRAINED]), ("vl", "default"), names=2)
+)
 def test_trained_by_us_and_loaded_by_stock_peft(
     bases: dict[str, Path], rows: Path, tmp_path: Path, kind: str, recipe: str
 ) -> None:
@@ -226,8 +228,7 @@ def made_by_peft(base: Path, kind: str, folder: Path, recipe: dict[str, Any]) ->
     return model
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("kind", ["text", "vl"])
+@pytest.mark.parametrize(("kind", "recipe"), pairs(["vl", "text"], [*RECIPES]))
 def test_made_by_stock_peft_and_merged_by_us(
     bases: dict[str, Path], tmp_path: Path, kind: str, recipe: str
 ) -> None:

@@ -251,6 +251,7 @@ def test_experts_without_tokens_stay_as_they_were_and_are_named(
     assert read_manifest(out).meta["merged"][0]["tensors_unchanged"] == list(report.unchanged)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_training_left_with_idle_experts(rows: Path, tmp_path: Path) -> None:
     """Many experts and one short step: training leaves B zero where no token came by."""
     base = write_stock(tmp_path / "base", "text", moe=True, num_experts=300, **LAYERS)
@@ -467,6 +468,7 @@ def test_a_router_s_adapter_is_merged_and_proved(
     figure(f"router: proof {dict(report.proof)}")
 
 
+@pytest.mark.slow
 def test_a_merged_base_trains_on(
     merged: dict[str, tuple[Path, MergeReport]], rows: Path, tmp_path: Path
 ) -> None:

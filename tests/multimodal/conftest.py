@@ -23,12 +23,12 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def new_reader(cache_home: Path, shared: Path) -> Callable[..., Any]:
-    """Makes readers of one cache; `tell` takes what they say."""
+    """Makes readers of one cache; `report` receives their messages."""
 
-    def make(tell: Callable[[str], None] = lambda line: None) -> Any:
+    def make(report: Callable[[str], None] = lambda line: None) -> Any:
         from qcore_multimodal.reader import Reader
 
-        return Reader(checkpoint(shared / "skus" / "processor"), tell)
+        return Reader(checkpoint(shared / "skus" / "processor"), report)
 
     return make
 

@@ -34,7 +34,7 @@ from qcore.api.media import RowError
 from qcore.api.records import Severity
 from qcore.checkpoint.chat_template import Template
 from qcore.data.masking import normalised
-from qcore_multimodal.media import Seen
+from qcore_multimodal.media import ProcessedMedium
 from qcore_multimodal.placeholders import CONTROL, END, IMAGE, START, VIDEO, expand, token_findings
 from qcore_multimodal.positions import place
 
@@ -164,7 +164,7 @@ class Sample:
         videos = {"videos": self.videos, "videos_kwargs": video_settings} if self.videos else {}
         return processor(text=[text], images=self.images or None, **videos)
 
-    def media(self, made: Any) -> list[Seen]:
+    def media(self, made: Any) -> list[ProcessedMedium]:
         """As a reader would give them: grids are the processor's, times are worked out here."""
         images = iter(made.get("image_grid_thw", ()))
         clips = iter(zip(made.get("video_grid_thw", ()), self.metadata, strict=True))
@@ -179,7 +179,9 @@ class Sample:
                 at += at[-1:] * (len(at) % 2)
                 times = tuple((a + b) / 2 for a, b in zip(at[::2], at[1::2], strict=True))
             t, h, w = (int(number) for number in grid)
-            found.append(Seen(kind=kind, digest="", grid=(t, h, w), merge=2, seconds=times))
+            found.append(
+                ProcessedMedium(kind=kind, digest="", grid=(t, h, w), merge=2, timestamps=times)
+            )
         return found
 
 
@@ -256,7 +258,7 @@ def test_control_is_what_the_tokenizer_has(tokenizer: Tokenizer) -> None:
 # -- what is refused
 
 PIC, CLIP = image(2, 2), video(2, 1, 1)
-BAD: dict[str, tuple[str, list[Seen], str, str, str]] = {
+BAD: dict[str, tuple[str, list[ProcessedMedium], str, str, str]] = {
     "dropped": (f"{IMAGE}", [PIC, PIC], "050", "1 of image and 0", "2 of image and 0 of video"),
     "printed twice": (f"{IMAGE} {IMAGE}", [PIC], "050", "2 of image", "1 of image"),
     "all dropped": ("text", [CLIP], "050", "0 of image and 0", "0 of image and 1 of video"),
@@ -281,7 +283,7 @@ def test_refused(case: str) -> None:
 
 
 def test_the_kind_that_differs_is_told_by_its_number() -> None:
-    with pytest.raises(RowError, match="medium 2 of the row"):
+    with pytest.raises(RowError, match="kind of placeholder for medium 2"):
         expand(f"{IMAGE} {IMAGE}", [PIC, CLIP])
 
 

@@ -152,7 +152,7 @@ def test_a_film_that_is_written_to_while_it_is_decoded(
 
     part = file_payload(path, "video")
     monkeypatch.setattr(videos, "process", process)
-    with pytest.raises(RowError, match="is not what it was") as caught:
+    with pytest.raises(RowError, match="changed after its row was checked") as caught:
         reader.read(part)
     assert caught.value.code == "QC-VISION-042"
     assert not cache_home.exists()
@@ -173,7 +173,7 @@ def test_a_film_that_is_damaged_by_what_is_written_to_it(
         return real(*arguments)
 
     monkeypatch.setattr(videos, "process", process)
-    with pytest.raises(RowError, match="is not what it was") as caught:
+    with pytest.raises(RowError, match="changed after its row was checked") as caught:
         reader.read(part)
     assert caught.value.code == "QC-VISION-042"
     assert caught.value.__suppress_context__
@@ -188,15 +188,15 @@ def test_a_film_whose_frames_come_and_go(
 
     path = tmp_path / "a.mkv"
     path.write_bytes(video(frames(9, 64, 64), 2))
-    real, passes, part = videos._Film.frames, iter((7, 5)), file_payload(path, "video")
+    real, passes, part = videos._VideoFile.frames, iter((7, 5)), file_payload(path, "video")
 
     def frames_of(film: Any) -> Any:
         with path.open("ab") as file:
             file.write(b"x")
         return itertools.islice(real(film), next(passes))
 
-    monkeypatch.setattr(videos._Film, "frames", frames_of)
-    with pytest.raises(RowError, match="is not what it was"):
+    monkeypatch.setattr(videos._VideoFile, "frames", frames_of)
+    with pytest.raises(RowError, match="changed after its row was checked"):
         reader.read(part)
 
 
@@ -249,7 +249,7 @@ def test_what_is_gone_in_the_middle_of_a_run_is_made_again_and_said(
 ) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(png(1))
-    reader = new_reader(tell=(said := []).append)
+    reader = new_reader(report=(said := []).append)
     media = [reader.read(payload(png())), reader.read(file_payload(path)),
              reader.read(payload(animated(4), "video"))]  # fmt: skip
     values = reader.batch(media, WHERE).values
@@ -258,7 +258,8 @@ def test_what_is_gone_in_the_middle_of_a_run_is_made_again_and_said(
     assert torch.equal(reader.batch(media, WHERE).values, values)
     assert torch.equal(reader.batch(media, WHERE).values, values)
     assert len(decoded) == 4
-    assert said == [f"values of media in {cache_home} are gone or damaged: they are made again"]
+    missing = f"entries of the media cache {cache_home} are missing or damaged: "
+    assert said == [missing + "they are processed again"]
     assert len(list(cache_home.glob("*.media"))) == 3
 
 
@@ -273,7 +274,7 @@ def test_a_file_that_changes_in_the_middle_of_a_run(
     assert reader.batch([seen], WHERE).values.shape[0] == seen.units  # kept values stay good
     for entry in cache_home.glob("*.media"):
         entry.unlink()
-    with pytest.raises(InputError, match="is not what it was") as caught:
+    with pytest.raises(InputError, match="changed after its row was checked") as caught:
         reader.batch([seen], WHERE)
     assert caught.value.code == "QC-VISION-042"
     assert caught.value.file == str(path)
@@ -294,7 +295,7 @@ def test_the_folder_is_bounded_and_the_oldest_go(
 ) -> None:
     """Ten images of 196,608 bytes in a folder for six."""
     monkeypatch.setenv("QCORE_MEDIA_CACHE_GB", str(6 * 197_500 / 1e9))
-    reader = new_reader(tell=(said := []).append)
+    reader = new_reader(report=(said := []).append)
     media = [reader.read(payload(png(seed))) for seed in range(5)]
     now = time.time_ns()
     for age, one in enumerate(media):
@@ -307,8 +308,8 @@ def test_the_folder_is_bounded_and_the_oldest_go(
     assert {media[5].digest, media[6].digest} <= kept
     assert sum(path.stat().st_size for path in cache_home.iterdir()) <= 6 * 197_500
     (told,) = said  # more than fits, said while the rows are checked
-    assert "more than" in told
-    assert "set QCORE_MEDIA_CACHE_GB above" in told
+    assert "exceed the cache of" in told
+    assert "raise QCORE_MEDIA_CACHE_GB above" in told
 
 
 def test_what_others_wrote_counts(tmp_path: Path) -> None:
@@ -326,7 +327,7 @@ def test_one_medium_larger_than_all_may_be(
     new_reader: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, cache_home: Path
 ) -> None:
     monkeypatch.setenv("QCORE_MEDIA_CACHE_GB", "0.0001")
-    with pytest.raises(RowError, match="than the cache of media may hold") as caught:
+    with pytest.raises(RowError, match="does not fit in the media cache") as caught:
         new_reader().read(payload(png()))
     assert caught.value.code == "QC-VISION-044"
     assert "QCORE_MEDIA_CACHE_GB" in (caught.value.fix or "")
@@ -336,9 +337,9 @@ _KEEP = """
 import resource, sys
 from pathlib import Path
 from qcore.api.media import Payload
-from qcore_multimodal.payload_store import Origins
+from qcore_multimodal.payload_store import PayloadStore
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-origins, before = Origins(), peak()
+origins, before = PayloadStore(), peak()
 for number in range(40_000):
     name = f"{number:064}"
     path = Path(f"/data/pictures/part-{number // 1000}/{name}.png")
@@ -367,7 +368,7 @@ def test_what_media_were_made_of_is_not_in_memory(tmp_path: Path) -> None:
 
 def test_a_disk_too_full_for_what_rows_hold(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reader.read(payload(png()))
-    reader._origins._base.execute("PRAGMA max_page_count = 20")
+    reader._payloads._base.execute("PRAGMA max_page_count = 20")
     with pytest.raises(WriteError, match="disk is full") as caught:
         reader.read(payload(png(1)))
     assert caught.value.code == "QC-WRITE-003"
@@ -379,9 +380,9 @@ import sys
 from pathlib import Path
 from qcore.api.media import Payload
 from qcore.errors import WriteError
-from qcore_multimodal.payload_store import Origins
+from qcore_multimodal.payload_store import PayloadStore
 try:
-    origins = Origins()
+    origins = PayloadStore()
     for number in range(8):
         name = str(number)
         origins.add(name, Payload(kind="image", sha256=name, data=bytes(10**6), options={}))
@@ -417,7 +418,7 @@ def test_what_sqlite_raises(error: str, number: str | None, code: str) -> None:
     raised = getattr(sqlite3, error)("its own words")
     if number is not None:
         raised.sqlite_errorcode = getattr(sqlite3, number)
-    with pytest.raises(WriteError, match="its own words") as caught, origins._kept():
+    with pytest.raises(WriteError, match="its own words") as caught, origins._write_errors():
         raise raised
     assert caught.value.code == code
     assert "TMPDIR" in (caught.value.fix or "")
@@ -426,9 +427,9 @@ def test_what_sqlite_raises(error: str, number: str | None, code: str) -> None:
 def test_the_file_is_closed_with_its_reader() -> None:
     import sqlite3
 
-    from qcore_multimodal.payload_store import Origins
+    from qcore_multimodal.payload_store import PayloadStore
 
-    origins = Origins()
+    origins = PayloadStore()
     base = origins._base
     del origins
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
@@ -487,7 +488,7 @@ from pathlib import Path
 import torch
 from support.media_kit import checkpoint, payload, picture, saved
 from qcore_multimodal.reader import Reader
-reader = Reader(checkpoint(Path(sys.argv[1])), tell=sys.stderr.write)
+reader = Reader(checkpoint(Path(sys.argv[1])), report=sys.stderr.write)
 total = 0
 for turn in range(3):
     for seed in range(12):

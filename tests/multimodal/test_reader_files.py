@@ -130,8 +130,8 @@ def test_the_file_that_transformers_5_saves_comes_first(folder: Path, shared: Pa
         one, other = plain.read(part), combined.read(part)
         assert one == other
         assert torch.equal(
-            plain.batch([one], torch.arange(1)).numbers(),
-            combined.batch([other], torch.arange(1)).numbers(),
+            plain.batch([one], torch.arange(1)).pixel_values(),
+            combined.batch([other], torch.arange(1)).pixel_values(),
         )
 
 
@@ -153,17 +153,18 @@ def test_what_it_says_of_itself(reader: Any) -> None:
     from qcore_multimodal.placeholders import PADS
     from qcore_multimodal.plugin import VISION
     from qcore_multimodal.processor import CLASSES
-    from qcore_multimodal.processor_files import _FILES, _NAMES
+    from qcore_multimodal.processor_files import _CLASSES, _FILES
 
     assert reader.kinds == VISION.kinds == ("image", "video")
     # Each of these says something of every kind, in this order.
-    assert all([*one] == [*reader.kinds] for one in (CLASSES, _FILES, _NAMES, PADS))
+    assert all([*one] == [*reader.kinds] for one in (CLASSES, _FILES, _CLASSES, PADS))
     assert reader.keys == ("min_pixels", "max_pixels", "fps", "max_frames")
 
 
 def test_importing_the_plugins_modules_without_torch() -> None:
     """What discovery and the check of rows import stays light."""
-    names = ["plugin", "options", "medium", "containers", "processor_files", "cache", "origins"]
+    names = ["plugin", "media_options", "media", "containers", "processor_files", "cache"]
+    names += ["payload_store"]
     code = (
         "import sys\n"
         + "".join(f"import qcore_multimodal.{name}\n" for name in names)

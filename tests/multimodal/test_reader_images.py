@@ -53,7 +53,7 @@ def check(reader: Any, stock: Any, data: bytes, **options: int) -> Any:
     expected = stock.preprocess([on_white(upright, stock)], size=size, return_tensors="pt")
     assert made.grids == (seen.grid,) == (tuple(expected["image_grid_thw"][0].tolist()),)
     assert made.values.dtype == torch.uint8
-    assert torch.equal(made.numbers(), expected["pixel_values"])
+    assert torch.equal(made.pixel_values(), expected["pixel_values"])
     return seen
 
 
@@ -133,7 +133,7 @@ def test_a_photo_with_previews_of_itself_is_a_still(reader: Any) -> None:
 
 def test_every_byte_has_the_stock_processors_number(reader: Any, shared: Path) -> None:
     """Other means and deviations than a half, so that every rounding shows."""
-    from qcore_multimodal.processor import Images
+    from qcore_multimodal.processor import ImageProcessor
 
     changed = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.27, 0.26, 0.275]}
     stock = stock_images(shared, **changed)
@@ -143,7 +143,7 @@ def test_every_byte_has_the_stock_processors_number(reader: Any, shared: Path) -
     raw = stock.preprocess(
         [image], do_resize=False, do_rescale=False, do_normalize=False, return_tensors="pt"
     )["pixel_values"]
-    table = Images("image", stock).table()
+    table = ImageProcessor("image", stock).table()
     for channel in range(3):
         block = slice(512 * channel, 512 * (channel + 1))
         assert torch.equal(table[channel][raw[:, block].long()], expected[:, block])
@@ -156,8 +156,8 @@ def test_many_in_one_batch_in_their_order(reader: Any) -> None:
     assert torch.equal(whole.values, torch.cat([*alone, alone[0]]))
     assert whole.grids == (*(one.grid for one in seen), seen[0].grid)
     moved = whole.to(torch.device("cpu"))
-    assert torch.equal(moved.numbers(torch.bfloat16), whole.numbers().bfloat16())
-    assert torch.equal(whole.numbers(start=5, stop=77), whole.numbers()[5:77])
+    assert torch.equal(moved.pixel_values(torch.bfloat16), whole.pixel_values().bfloat16())
+    assert torch.equal(whole.pixel_values(start=5, stop=77), whole.pixel_values()[5:77])
 
 
 def test_an_image_keeps_one_frame_of_its_two(reader: Any, cache_home: Path) -> None:

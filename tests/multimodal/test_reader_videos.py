@@ -47,11 +47,11 @@ def check(reader: Any, stock: Any, data: bytes, pixels: Array, rate: float, **op
         **({"fps": options["fps"]} if "fps" in options else {}),
     )  # fmt: skip
     assert seen.grid == tuple(expected["video_grid_thw"].flatten().tolist())
-    assert torch.equal(made.numbers(), expected["pixel_values_videos"].flatten(0, -2))
+    assert torch.equal(made.pixel_values(), expected["pixel_values_videos"].flatten(0, -2))
     told = expected["video_metadata"][0]
     times = Qwen3VLProcessor._calculate_timestamps(None, told.frames_indices, told.fps, 2)
-    assert seen.seconds == pytest.approx(times, abs=1e-9)
-    assert len(seen.seconds) == seen.grid[0]
+    assert seen.timestamps == pytest.approx(times, abs=1e-9)
+    assert len(seen.timestamps) == seen.grid[0]
     return seen
 
 
@@ -69,7 +69,7 @@ def test_an_odd_number_has_its_last_frame_twice(reader: Any) -> None:
     """Nine frames at 2 a second are all looked at; the tenth is the ninth, at 4 seconds."""
     seen = reader.read(payload(video(frames(9, 64, 64), 2), "video"))
     assert seen.grid[0] == 5
-    assert seen.seconds == (0.25, 1.25, 2.25, 3.25, 4.0)
+    assert seen.timestamps == (0.25, 1.25, 2.25, 3.25, 4.0)
     last = reader.batch([seen], torch.arange(seen.tokens)).values
     last = last.view(5, -1, 3, 2, 256)[-1]
     assert torch.equal(last[:, :, 0], last[:, :, 1])
@@ -120,12 +120,12 @@ def test_resizing_is_pillows_but_for_rounding() -> None:
     """
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-    from qcore_multimodal.processor import Videos
+    from qcore_multimodal.processor import VideoProcessor
 
-    videos = Videos("video", Qwen3VLVideoProcessor())
+    videos = VideoProcessor("video", Qwen3VLVideoProcessor())
     for width, height, to in [(97, 65, (64, 96)), (640, 480, (96, 128)), (33, 20, (320, 512))]:
         image = picture("RGB", width, height, seed=width)
-        ours = videos.shrink(np.array(image), to).movedim(0, -1).numpy().astype(int)
+        ours = videos.resize(np.array(image), to).movedim(0, -1).numpy().astype(int)
         theirs = np.array(image.resize(to[::-1], Image.Resampling.BICUBIC)).astype(int)
         apart = np.abs(ours - theirs)
         assert apart.max() <= (2 if to[0] > height else 1)
@@ -135,12 +135,12 @@ def test_resizing_is_pillows_but_for_rounding() -> None:
 def test_every_byte_has_the_stock_processors_number(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qcore_multimodal.processor import CLASSES, Videos
+    from qcore_multimodal.processor import CLASSES, VideoProcessor
 
     changed = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.27, 0.26, 0.275]}
     from support.media_kit import settings
 
-    ours = Videos("video", CLASSES["video"](**{**settings(shared, "video"), **changed}))
+    ours = VideoProcessor("video", CLASSES["video"](**{**settings(shared, "video"), **changed}))
     stock = stock_videos(shared, monkeypatch, **changed)
     ramp = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
     expected = stock.rescale_and_normalize(
@@ -169,8 +169,8 @@ def test_a_rate_that_varies_is_its_mean(reader: Any) -> None:
     seen = reader.read(payload(video(frames(9, 64, 64), 8, times=times), "video"))
     mean = 8 / 5
     assert seen.grid[0] == 5
-    assert seen.seconds[-1] == pytest.approx(8 / mean, rel=0.13)
-    assert seen.seconds[0] == pytest.approx(0.5 / mean, rel=0.13)
+    assert seen.timestamps[-1] == pytest.approx(8 / mean, rel=0.13)
+    assert seen.timestamps[0] == pytest.approx(0.5 / mean, rel=0.13)
 
 
 @pytest.mark.parametrize(("turn", "k"), [(90, 3), (180, 2), (270, 1)])
@@ -203,8 +203,8 @@ def test_a_count_that_the_packets_do_not_tell(
     from qcore_multimodal import videos
 
     pixels = frames(40, 48, 32)
-    scan = videos._Film._scan
-    monkeypatch.setattr(videos._Film, "_scan", lambda self: (50, scan(self)[1] * 50 / 40))
+    scan = videos._VideoFile._scan
+    monkeypatch.setattr(videos._VideoFile, "_scan", lambda self: (50, scan(self)[1] * 50 / 40))
     check(reader, stock_videos(shared, monkeypatch), video(pixels), pixels, 30)
 
 
@@ -214,7 +214,7 @@ def test_images_and_videos_in_one_batch_keep_their_own_arithmetic(
     pixels, image = frames(4, 64, 64), picture("RGB", 256, 256)
     film = reader.read(payload(video(pixels, 2), "video"))
     still = reader.read(payload(saved(image, "PNG")))
-    both = reader.batch([film, still], torch.arange(film.tokens + still.tokens)).numbers()
-    assert torch.equal(both[: film.units], reader.batch([film], torch.arange(1)).numbers())
+    both = reader.batch([film, still], torch.arange(film.tokens + still.tokens)).pixel_values()
+    assert torch.equal(both[: film.units], reader.batch([film], torch.arange(1)).pixel_values())
     expected = stock_images(shared).preprocess([image], return_tensors="pt")["pixel_values"]
     assert torch.equal(both[film.units :], expected)

@@ -17,9 +17,9 @@ from transformers.vision_utils import (
 from qcore.nn.recompute import run_layers
 from qcore_multimodal import tower as tower_module
 from qcore_multimodal.attention import Frames
-from qcore_multimodal.media_batch import Pixels
-from qcore_multimodal.pos_embed import taps
-from qcore_multimodal.rope import places
+from qcore_multimodal.media_batch import PixelBatch
+from qcore_multimodal.pos_embed import interpolation
+from qcore_multimodal.rope import patch_coordinates
 
 LAYOUTS = layouts()
 
@@ -135,7 +135,7 @@ def test_bytes_and_a_table_are_the_numbers() -> None:
         [table[c][values.view(40, 3, -1)[:, c].long()] for c in range(3)], 1
     ).flatten(1)
     where = torch.arange(10)
-    media = Pixels(
+    media = PixelBatch(
         values=values, grids=tuple(grids), where=where, table=torch.stack([table + 1, table]),
         kinds=torch.ones(40, dtype=torch.uint8),
     )  # fmt: skip
@@ -155,7 +155,7 @@ def test_patches_are_embedded_a_few_at_a_time(
     media = both.media([(1, 4, 6), (1, 2, 2)])
     with torch.no_grad():
         whole = both.ours.embed(media)
-        monkeypatch.setattr("qcore_multimodal.tower._AT_A_TIME", at_a_time)
+        monkeypatch.setattr("qcore_multimodal.tower._PATCHES_PER_SLICE", at_a_time)
         assert relative(both.ours.embed(media), whole) <= 1e-6
 
 
@@ -164,9 +164,9 @@ def test_frames_of_one_length_are_one_batch() -> None:
     apart = Frames.of([(1, 4, 6), (2, 2, 2), (1, 6, 4)], cpu)
     assert apart.groups == ((2, 24), (2, 4))
     assert apart.order is not None
-    assert apart.back is not None
+    assert apart.inverse is not None
     assert apart.order.tolist() == [*range(24), *range(32, 56), *range(24, 32)]
-    assert torch.equal(apart.order[apart.back], torch.arange(56))
+    assert torch.equal(apart.order[apart.inverse], torch.arange(56))
     hundred = Frames.of([(1, 4, 6)] * 100, cpu)
     assert hundred.groups == ((100, 24),)
     assert hundred.order is None
@@ -195,7 +195,7 @@ def test_bytes_without_a_table_are_refused() -> None:
     fields = {"grids": media.grids, "where": media.where, "table": torch.zeros(1, 3, 256)}
     fields["kinds"] = torch.zeros(4, dtype=torch.uint8)
     with pytest.raises(ValueError, match="float32, with a table"):
-        both.ours.embed(Pixels(values=numbers, **fields))
+        both.ours.embed(PixelBatch(values=numbers, **fields))
 
 
 #: The largest picture, the thinnest ones, the longest video of the published limits.
@@ -210,8 +210,8 @@ EXTREME: list[list[Grid]] = [
 @pytest.mark.parametrize("grids", EXTREME, ids=lambda grids: "+".join(map(str, grids)))
 def test_places_and_positions_of_extreme_grids(grids: list[Grid]) -> None:
     thw = torch.tensor(grids)
-    assert torch.equal(torch.stack(places(grids, 2), 1), get_vision_position_ids(thw, 2))
-    index, share = taps(grids, 2, 48)
+    assert torch.equal(torch.stack(patch_coordinates(grids, 2), 1), get_vision_position_ids(thw, 2))
+    index, share = interpolation(grids, 2, 48)
     theirs_index, theirs_share = get_vision_interpolation_indices_and_weights(
         thw, 48, mode="bilinear", align_corners=True, spatial_merge_size=2
     )
@@ -224,7 +224,7 @@ def _all_one_frame(grids: Any, device: torch.device) -> Frames:
 
 
 def _raster(grids: Any, merge: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return places(grids, 1)
+    return patch_coordinates(grids, 1)
 
 
 def _no_turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -240,8 +240,8 @@ AT = "qcore_multimodal"
 #: One rule changed: where it is, and what stands in.
 MUTATIONS: dict[str, tuple[str, Any]] = {
     "frames see each other": (f"{AT}.attention.Frames.of", staticmethod(_all_one_frame)),
-    "rope of raster order": (f"{AT}.rope.places", _raster),
-    "positions of raster order": (f"{AT}.patches.places", _raster),
+    "rope of raster order": (f"{AT}.rope.patch_coordinates", _raster),
+    "positions of raster order": (f"{AT}.pos_embed.patch_coordinates", _raster),
     "no rope": (f"{AT}.attention.rotate", _no_turn),
     "rope of neighbours": (f"{AT}.attention.rotate", _rotate_neighbours),
     "another theta": (f"{AT}.rope.THETA", 1e6),

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.conversations import conversations, write_rows
 from support.e2e_kit import documents, figure, loaded_adapter, resave, stock_logits, write_stock
+from support.tiers import fast, pairs
 from support.tower_kit import (
     TOWER,
     adapted,
@@ -94,8 +95,15 @@ GROUPS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", GROUPS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    fast(
+        [*pairs(KINDS, [*GROUPS]), ("moe", "tower, merger and attention")],
+        ("dense", "tower, merger and attention"),
+        ("moe", "the tower alone"),
+        names=2,
+    ),
+)
 def test_ours_under_stock_peft_and_merged(
     exact: dict[str, Path], tmp_path: Path, kind: str, case: str
 ) -> None:

@@ -16,7 +16,7 @@ from qcore.nn.qlora.lora_layer import Lora
 from qcore.planning.meta_model import Taken, meta_model
 from qcore.planning.trace import Trace
 from qcore.plugins.resolve_model import identify
-from qcore_multimodal.media_batch import Pixels
+from qcore_multimodal.media_batch import PixelBatch
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 LORA = Lora(r=4, lora_alpha=8)
@@ -101,7 +101,7 @@ def test_a_sample(folder: Path, units: int) -> None:
     tower = model.tower
     assert tower is not None
     first, second = (tower.sample(units, CPU, torch.Generator().manual_seed(7)) for _ in range(2))
-    assert isinstance(first, Pixels)
+    assert isinstance(first, PixelBatch)
     assert torch.equal(first.values, second.values)
     (grid,) = first.grids
     assert units <= len(first.values) == grid[1] * grid[2] <= 1.5 * units + 3

@@ -500,7 +500,7 @@ def test_generate_is_the_stock_class(base: Path, rows: Path) -> None:
         given: dict[str, Any] = {"input_ids": ids}
         if media:
             kind = media[0][0]
-            pixels = made.reader.batch(seen, torch.zeros(0)).numbers()  # type: ignore[union-attr]
+            pixels = made.reader.batch(seen, torch.zeros(0)).pixel_values()  # type: ignore[union-attr]
             grids = torch.tensor([list(one.grid) for one in seen])  # type: ignore[attr-defined]
             pad = made.tokenizer.token_to_id(f"<|{kind}_pad|>")
             given["mm_token_type_ids"] = (ids == pad).int() * (1 if kind == "image" else 2)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcore_multimodal.media import Seen
+from qcore_multimodal.media import ProcessedMedium
 
 VOCAB = 97
 TEXT = 93  #: ids below are text
@@ -28,7 +28,7 @@ class Row:
 
     name: str
     ids: tuple[int, ...]
-    media: tuple[Seen, ...]
+    media: tuple[ProcessedMedium, ...]
 
     @property
     def types(self) -> Tensor:
@@ -42,22 +42,26 @@ class Row:
         return torch.tensor(found) if found else None
 
 
-def image(rows: int, columns: int, merge: int = 2) -> Seen:
+def image(rows: int, columns: int, merge: int = 2) -> ProcessedMedium:
     """An image of so many rows and columns of embeddings."""
     grid = (1, rows * merge, columns * merge)
-    return Seen(kind="image", digest=f"image{grid}", grid=grid, merge=merge)
+    return ProcessedMedium(kind="image", digest=f"image{grid}", grid=grid, merge=merge)
 
 
-def video(frames: int, rows: int, columns: int, merge: int = 2, fps: float = 2.0) -> Seen:
+def video(
+    frames: int, rows: int, columns: int, merge: int = 2, fps: float = 2.0
+) -> ProcessedMedium:
     """A video of so many frames (an odd number's last counts twice) at a rate."""
     times = [n / fps for n in range(frames)]
     times += times[-1:] * (frames % 2)
     seconds = tuple((a + b) / 2 for a, b in zip(times[::2], times[1::2], strict=True))
     grid = (len(seconds), rows * merge, columns * merge)
-    return Seen(kind="video", digest=f"video{grid}", grid=grid, merge=merge, seconds=seconds)
+    return ProcessedMedium(
+        kind="video", digest=f"video{grid}", grid=grid, merge=merge, timestamps=seconds
+    )
 
 
-def row(name: str, *parts: int | Seen, seed: int = 0, bare: bool = False) -> Row:
+def row(name: str, *parts: int | ProcessedMedium, seed: int = 0, bare: bool = False) -> Row:
     """A row of parts: numbers of text tokens, and media.
 
     Args:
@@ -80,7 +84,7 @@ def row(name: str, *parts: int | Seen, seed: int = 0, bare: bool = False) -> Row
                 pads = [PADS["video"]] * (part.tokens // part.grid[0])
                 ids += [*text(draw, draw.randint(4, 7)), START, *pads, END]
             ids.append(END)
-    return Row(name, tuple(ids), tuple(part for part in parts if isinstance(part, Seen)))
+    return Row(name, tuple(ids), tuple(part for part in parts if isinstance(part, ProcessedMedium)))
 
 
 def text(draw: random.Random, tokens: int) -> list[int]:
@@ -90,10 +94,10 @@ def text(draw: random.Random, tokens: int) -> list[int]:
 def rows(merge: int = 2) -> list[Row]:
     """Rows of every kind that there is, then generated ones: 72."""
 
-    def pic(height: int, width: int) -> Seen:
+    def pic(height: int, width: int) -> ProcessedMedium:
         return image(height, width, merge)
 
-    def clip(frames: int, height: int, width: int) -> Seen:
+    def clip(frames: int, height: int, width: int) -> ProcessedMedium:
         return video(frames, height, width, merge)
 
     named = [
@@ -128,7 +132,7 @@ def rows(merge: int = 2) -> list[Row]:
 def generated(seed: int, merge: int = 2) -> Row:
     """Up to eight parts, none or many of them media."""
     draw = random.Random(1000 + seed)
-    parts: list[int | Seen] = []
+    parts: list[int | ProcessedMedium] = []
     for _ in range(draw.randint(1, 8)):
         size = draw.randint(1, 9), draw.randint(1, 9)
         kind = draw.random()

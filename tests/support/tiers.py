@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -26,3 +27,8 @@ def fast(cases: Iterable[Any], *chosen: Any, names: int = 1) -> list[Any]:
 def slow(case: Any, *, names: int = 1) -> Any:
     """A case of one parameter, or a tuple for several, marked ``slow``."""
     return pytest.param(*(case if names > 1 else (case,)), marks=pytest.mark.slow)
+
+
+def pairs(first: Iterable[Any], second: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Each value of ``second`` with the values of ``first`` in turn, in place of all products."""
+    return list(zip(cycle(first), second, strict=False))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from support.e2e_kit import command, figure, ours, signalled
 from support.moe_kit import rewrite, tensors_of
 from support.run_kit import SHORT, raw, start, stop_at, words
+from support.tiers import fast
 
 from qcore.api.blocks import Packed
 from qcore.errors import Interrupted
@@ -48,6 +49,7 @@ def run(base: Path, rows: Path, out: Path, *, resume: bool = False, **settings: 
     start(base, rows, out, BASE | settings, resume=resume)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_stopped_at_step_3(
     base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
@@ -64,6 +66,7 @@ def test_stopped_at_step_3(
     assert verify(tmp_path / "out").ok
 
 
+@pytest.mark.slow
 def test_the_layout_of_the_base_does_not_change_a_run(
     base: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -75,8 +78,8 @@ def test_the_layout_of_the_base_does_not_change_a_run(
     assert raw(tmp_path / "fused-adapter") == raw(tmp_path / "mixed-adapter")
 
 
-@pytest.mark.parametrize("aux", [0.0, 0.1])
-@pytest.mark.parametrize("recompute", ["none", "elementwise", "full"])
+@pytest.mark.parametrize("aux", fast([0.0, 0.1], 0.1))
+@pytest.mark.parametrize("recompute", fast(["none", "elementwise", "full"], "elementwise"))
 def test_a_step_leaves_nothing_behind(base: Path, recompute: str, aux: float) -> None:
     """What routers leave in a batch has a graph; a batch in that graph would never go."""
     model, gone = ours(base, lora=Lora(r=4, lora_alpha=8)).train(), []
@@ -93,6 +96,7 @@ def test_a_step_leaves_nothing_behind(base: Path, recompute: str, aux: float) ->
     assert [one() for one in gone] == [None, None]
 
 
+@pytest.mark.slow
 def test_the_load_balancing_coefficient_acts(base: Path, rows: Path, tmp_path: Path) -> None:
     for name, coefficient in (("off", 0.0), ("on", 0.1)):
         run(base, rows, tmp_path / name, max_steps=2, router_aux_loss_coef=coefficient)

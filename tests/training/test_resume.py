@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from support.e2e_kit import command, resave, signalled, tiny_folder
 from support.faults import Faults, count
 from support.run_kit import SHORT, raw, start, stop_at, words
+from support.tiers import fast
 
 from qcore.errors import InputError, Interrupted, QcoreError, UsageError, WriteError
 from qcore.io.artifact import verify
@@ -63,7 +64,7 @@ def stop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 # -- the same bytes
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", fast(RECIPES, "plain"))
 def test_stopped_at_step_7(
     rows: Path, tmp_path: Path, stop: Callable[..., None], recipe: str
 ) -> None:
@@ -81,6 +82,7 @@ def test_stopped_at_step_7(
     assert metrics(tmp_path / "out") == metrics(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_stopped_at_every_step(rows: Path, tmp_path: Path, stop: Callable[..., None]) -> None:
     """One run, stopped after each of its steps: it ends where the uninterrupted one does."""
     options: dict[str, Any] = {"max_steps": 4, "lora_dropout": 0.1, "save_total_limit": 1}
@@ -98,6 +100,7 @@ def arguments(rows: Path, output: Path, *more: str, **settings: Any) -> list[obj
     return [*words(tiny_folder(), rows, output, BASE | settings), *more]
 
 
+@pytest.mark.slow
 def test_the_command_line_stopped_and_killed(rows: Path, tmp_path: Path) -> None:
     whole = command(*arguments(rows, tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
@@ -123,6 +126,7 @@ def test_the_command_line_stopped_and_killed(rows: Path, tmp_path: Path) -> None
     assert metrics(killed) == metrics(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_while_a_checkpoint_is_written(rows: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 4, "save_steps": 2}
     calls = count(lambda: run(rows, tmp_path / "whole", **options))
@@ -141,6 +145,7 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(rows: Path, tmp_path:
     assert seen == {True, False}  # before the first checkpoint, and after it
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(
     rows: Path, tmp_path: Path, stop: Callable[..., None]
 ) -> None:

@@ -1,1 +1,1 @@
-"""Images and video for qcore: a modality of Qwen 3.5 and 3.6, found by its entry points."""
+"""qcore-multimodal: image and video support for Qwen 3.5 and 3.6; `plugin` has the hooks."""

@@ -1,10 +1,11 @@
-"""Attention of patches within their frame, no one before another; no mask exists.
+"""Vision attention: every patch attends to all patches of its own frame, without a mask.
 
-This file decides how frames are kept apart: those of one length are one batch, wherever they
-lie, so that many small pictures are few calls, and memory is linear in U. On a GPU only torch's
-FlashAttention and memory-efficient kernels are let in: the unfused form would hold U x U scores,
-and cuDNN builds a plan for every new shape, which pictures have many of. What a plan sees of it
-is here too: on the meta device torch would take the unfused form.
+This file decides how frames are separated: frames of equal length form one batch, wherever they
+lie in the input. Many small images therefore need few kernel calls, and memory is linear in U. On a
+GPU only torch's FlashAttention and memory-efficient kernels are allowed: the unfused form would
+materialize U x U scores, and cuDNN builds a plan for every new shape, of which images have many. On
+the meta device torch would select the unfused form, so the memory and FLOPs of the fused kernels
+are recorded here for the planner.
 
 Shapes: U patches of all media, h heads, D head size.
 """
@@ -31,27 +32,28 @@ from .linear import linear, residual
 from .rope import Grids, Rope, rotate
 
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-#: Of the rate of a layer's products, as of core's attention.
+#: Throughput relative to a layer's matrix products, as for core's attention.
 _FORWARD, _BACKWARD = 0.88, 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """The frames of some media, those of one length together.
+    """The frames of a batch of media, grouped by length.
 
     Attributes:
-        groups: (frames, patches of each), in the order in which they are attended.
-        order: ``[U]`` int64, the patch at each place of that order; ``None`` where it is theirs.
-        back: the inverse.
+        groups: (number of frames, patches per frame) of each group, in attention order.
+        order: ``[U]`` int64, input index of each patch in attention order; ``None`` if the input
+            already has this order.
+        inverse: inverse permutation of `order`.
     """
 
     groups: tuple[tuple[int, int], ...]
     order: Tensor | None = None
-    back: Tensor | None = None
+    inverse: Tensor | None = None
 
     @staticmethod
     def of(grids: Grids, device: torch.device) -> Frames:
-        """Read grids; a patch in time is a frame."""
+        """Group the frames of `grids`; each temporal patch is a frame."""
         lengths = [height * width for time, height, width in grids for _ in range(time)]
         counts = Counter(lengths)
         groups = tuple((count, length) for length, count in counts.items())
@@ -59,27 +61,27 @@ class Frames:
             return Frames(groups)
         cpu = torch.device("cpu")
         patches = torch.arange(sum(lengths), device=cpu).split(lengths)
-        order = torch.cat([one for wanted in counts for one in patches if len(one) == wanted])
+        order = torch.cat([frame for length in counts for frame in patches if len(frame) == length])
         return Frames(groups, order.to(device), order.argsort().to(device))
 
 
 def frame_attention(q: Tensor, k: Tensor, v: Tensor, frames: Frames, scale: float) -> Tensor:
-    """Attention of every patch to all of its frame.
+    """Attention of every patch to all patches of its frame.
 
     Args:
         q: ``[U, h, D]``.
         k: ``[U, h, D]``.
         v: ``[U, h, D]``.
-        frames: which patches belong together.
-        scale: factor of the scores.
+        frames: grouping of patches into frames.
+        scale: factor applied to the scores.
 
     Returns:
         ``[U, h, D]``.
 
     Raises:
-        RuntimeError: of torch, where no fused kernel of a GPU takes the shapes.
+        RuntimeError: torch has no fused GPU kernel for these shapes.
     """
-    order, back = frames.order, frames.back
+    order, inverse = frames.order, frames.inverse
     if order is not None:
         q, k, v = (x.index_select(0, order) for x in (q, k, v))
     outputs, start = [], 0
@@ -89,22 +91,22 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, frames: Frames, scale: floa
         outputs.append(_attend(q4, k4, v4, scale))
         start = end
     o = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return o if back is None else o.index_select(0, back)
+    return o if inverse is None else o.index_select(0, inverse)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """``[frames, length, h, D]`` each ``-> [frames * length, h, D]``."""
+    """Attention within frames: each ``[frames, length, h, D] -> [frames * length, h, D]``."""
     if q.is_meta:
-        planned: Tensor = _Planned.apply(q, k, v)  # type: ignore[no-untyped-call]
-        return planned.flatten(0, 1)
+        out: Tensor = _MetaAttention.apply(q, k, v)  # type: ignore[no-untyped-call]
+        return out.flatten(0, 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(_FUSED) if q.is_cuda else nullcontext():
         o = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return o.transpose(1, 2).flatten(0, 1)
 
 
-class _Planned(torch.autograd.Function):
-    """What the fused kernels allocate and save, nothing computed."""
+class _MetaAttention(torch.autograd.Function):
+    """Allocations, saved tensors and FLOPs of the fused kernels; computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -120,7 +122,7 @@ class _Planned(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, o, lse = ctx.saved_tensors
         dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-        # The gradient of q is summed in float32, over heads of a multiple of 32.
+        # The gradient of q is accumulated in float32, with head sizes padded to a multiple of 32.
         sums = q.new_empty(*q.shape[:-1], 32 * cdiv(q.shape[-1], 32), dtype=torch.float32)
         rows = torch.empty_like(lse)
         work = 2.5 * ctx.flops / _BACKWARD
@@ -130,9 +132,9 @@ class _Planned(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    """``[U, h * D] -> [U, h * D]``, all of a frame with all of it, added to a stream."""
+    """Self-attention within each frame, added to the residual stream: ``[U, h * D]`` in and out."""
 
-    if TYPE_CHECKING:  # nn.Module's own is of any type
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(self, stream: Tensor, x: Tensor, media: Media) -> Tensor: ...
 
@@ -151,7 +153,7 @@ class Attention(nn.Module):
         return residual(stream, self.proj, o.flatten(1))
 
     def _heads(self, y: Tensor, media: Media) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v ``[U, h, D]``; bias and rope of q and k in float32, rounded once."""
+        """Split into q, k, v ``[U, h, D]``; bias and rope of q and k in float32, rounded once."""
         bias, split = self.qkv.get_parameter("bias"), 2 * y.shape[1] // 3
         wide = torch.promote_types(y.dtype, torch.float32)
         both = (y[:, :split].to(wide) + bias[:split]).unflatten(1, (2, self.heads, -1))

@@ -1,17 +1,17 @@
-"""Values of media, kept in the user's cache between runs and between the epochs of one.
+"""On-disk cache of processed pixels, in the user's cache folder, shared by runs and epochs.
 
-This file decides where they lie (``$XDG_CACHE_HOME/qcore/media``), how an entry is written (whole
-or not at all), when it is believed (its length and its checksum are right) and which go when the
-folder is full: those that were used longest ago. What an entry holds is `reader`'s. Any number of
-processes may share the folder. An entry that is gone or damaged is none: the reader makes it
-again, and says so. A folder that cannot be written is an error, for every epoch would decode
-everything again.
+This file decides where entries lie (``$XDG_CACHE_HOME/qcore/media``), how an entry is written
+(atomically), when it is valid (its length and its checksums match), and which entries are evicted
+when the folder is full (the least recently used). `reader` decides what an entry holds. Any number
+of processes may share the folder. A missing or damaged entry counts as absent: the reader processes
+the media again and reports it. A folder that cannot be written is an error, because every epoch
+would decode everything again.
 
-``QCORE_MEDIA_CACHE_GB`` bounds the folder; 20 where it is not set.
+``QCORE_MEDIA_CACHE_GB`` limits the folder; the default is 20.
 
-- ``QC-VISION-040`` the variable is no size.
-- ``QC-VISION-041`` there is no folder for it.
-- ``QC-VISION-044`` a medium alone is larger than the folder may be.
+- ``QC-VISION-040`` the variable is not a valid size.
+- ``QC-VISION-041`` the cache folder cannot be determined.
+- ``QC-VISION-044`` the pixels of one image or video exceed the limit.
 - ``QC-WRITE-003`` to ``-006`` an entry cannot be written.
 """
 
@@ -35,33 +35,33 @@ from numpy.typing import NDArray
 from qcore.api import RowError, user_cache, writing
 from qcore.errors import UsageError
 
-BOUND: Final = "QCORE_MEDIA_CACHE_GB"
-_USUAL: Final = 20.0
+SIZE_VARIABLE: Final = "QCORE_MEDIA_CACHE_GB"
+_DEFAULT_GB: Final = 20.0
 _MAGIC: Final = b"QCMEDIA1"
-_HEAD: Final = struct.Struct("<8sIIQI")  # magic, head's length and sum, values' length and sum
-_LONGEST: Final = 1 << 20  # of a head; a real one has some hundred bytes
-_STALE: Final = 3600.0  # seconds after which an unfinished entry was left by a dead process
-_LOOK: Final = 64  # entries after which the folder is looked at again, for others write too
-_KEEP: Final = 0.9  # of the bound, so that not every entry makes room anew
+_HEAD: Final = struct.Struct("<8sIIQI")  # magic; header length, checksum; values' length, checksum
+_MAX_HEADER: Final = 1 << 20  # bytes of a header; a valid one has a few hundred
+_STALE: Final = 3600.0  # seconds after which a temporary file belongs to a dead process
+_RESCAN: Final = 64  # writes between scans of the folder: other processes write too
+_FILL: Final = 0.9  # share of the limit kept when evicting, so that not every write evicts
 
 
 class Cache:
-    """A folder of values by digest.
+    """A folder of processed pixels, keyed by digest.
 
     Attributes:
-        folder: where they lie.
-        bound: bytes that it may hold.
+        folder: the cache folder.
+        bound: limit in bytes.
     """
 
     def __init__(self, folder: Path, bound: int) -> None:
         self.folder = folder
         self.bound = bound
-        self._held = 0
-        self._unseen = _LOOK  # so that the first entry looks
+        self._bytes = 0
+        self._puts = _RESCAN  # so that the first write scans the folder
 
     @classmethod
     def of_user(cls) -> Cache:
-        """The user's, as the environment says.
+        """The cache in the user's cache folder, as configured by environment variables.
 
         Raises:
             UsageError: ``QC-VISION-040``, ``QC-VISION-041``.
@@ -70,27 +70,28 @@ class Cache:
             folder = user_cache("media")
         except RuntimeError:
             raise UsageError(
-                "QC-VISION-041", "values of media have no folder: there is no home folder",
-                field="XDG_CACHE_HOME", expected="an absolute path", fix="set it",
+                "QC-VISION-041", "no folder for the media cache: the home folder is unknown",
+                field="XDG_CACHE_HOME", expected="an absolute path",
+                fix="set XDG_CACHE_HOME to a folder that can be written",
             ) from None  # fmt: skip
-        return cls(folder, _bound(os.environ.get(BOUND)))
+        return cls(folder, _size_limit(os.environ.get(SIZE_VARIABLE)))
 
-    def find(self, digest: str) -> dict[str, Any] | None:
-        """What an entry says of its values, or ``None``; the values are not read."""
+    def metadata(self, digest: str) -> dict[str, Any] | None:
+        """The metadata of an entry, or ``None`` if there is no complete entry; reads no values."""
         try:
             with self._path(digest).open("rb") as file:
-                about, length, _ = _head(file.read(_HEAD.size), file)
-                whole = file.tell() + length == os.fstat(file.fileno()).st_size
+                metadata, length, _ = _read_header(file.read(_HEAD.size), file)
+                complete = file.tell() + length == os.fstat(file.fileno()).st_size
         except (OSError, ValueError):
             return None
-        return about if whole else None
+        return metadata if complete else None
 
     def values(self, digest: str) -> NDArray[np.uint8] | None:
-        """The values of an entry, flat, or ``None`` where there is none or it is damaged."""
+        """The values of an entry, flat; ``None`` if the entry is missing or damaged."""
         path = self._path(digest)
         try:
             with path.open("rb") as file:
-                _, length, total = _head(file.read(_HEAD.size), file)
+                _, length, total = _read_header(file.read(_HEAD.size), file)
                 if length != os.fstat(file.fileno()).st_size - file.tell():
                     return None
                 values = np.fromfile(file, np.uint8, length)
@@ -99,27 +100,27 @@ class Cache:
         if len(values) != length or zlib.crc32(values.data) != total:
             return None
         with contextlib.suppress(OSError):
-            os.utime(path)  # used now
+            os.utime(path)  # marks the entry as recently used
         return values
 
-    def put(self, digest: str, about: Mapping[str, Any], values: NDArray[np.uint8]) -> None:
-        """Keep values, whole or not at all.
+    def put(self, digest: str, metadata: Mapping[str, Any], values: NDArray[np.uint8]) -> None:
+        """Write an entry atomically.
 
         Raises:
-            RowError: ``QC-VISION-044`` larger than the folder may be.
+            RowError: ``QC-VISION-044`` the entry exceeds the limit of the folder.
             WriteError: ``QC-WRITE-003`` to ``-006``.
         """
-        text = json.dumps(about, allow_nan=False).encode()
+        text = json.dumps(metadata, allow_nan=False).encode()
         flat = np.ascontiguousarray(values).reshape(-1)
         head = _HEAD.pack(_MAGIC, len(text), zlib.crc32(text), len(flat), zlib.crc32(flat.data))
         size = len(head) + len(text) + len(flat)
         if size > self.bound:
             raise RowError(
                 "QC-VISION-044",
-                "has more values than the cache of media may hold",
+                "does not fit in the media cache after processing",
                 found=f"{size} bytes",
                 expected=f"at most {self.bound}",
-                fix=f"set {BOUND} higher, or max_pixels of the part lower",
+                fix=f"raise {SIZE_VARIABLE}, or lower max_pixels of the part",
             )
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -134,59 +135,59 @@ class Cache:
                 with contextlib.suppress(OSError):
                     os.unlink(name)
                 raise
-        self._held += size
+        self._bytes += size
 
     def _make_room(self, size: int) -> None:
-        """Remove what was used longest ago until an entry of this size fits."""
-        self._unseen += 1
-        if self._unseen < _LOOK and self._held + size <= self.bound:
+        """Evict least recently used entries until `size` bytes fit."""
+        self._puts += 1
+        if self._puts < _RESCAN and self._bytes + size <= self.bound:
             return
-        self._unseen = 0
-        kept = []
+        self._puts = 0
+        entries = []
         for entry in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):  # another process removed it
                 status = entry.stat(follow_symlinks=False)
                 if entry.name.endswith(".media"):
-                    kept.append((status.st_mtime_ns, status.st_size, entry.path))
+                    entries.append((status.st_mtime_ns, status.st_size, entry.path))
                 elif entry.name.endswith(".tmp") and time.time() - status.st_mtime > _STALE:
                     os.unlink(entry.path)
-        self._held = sum(one for _, one, _ in kept)
-        if self._held + size <= self.bound:
+        self._bytes = sum(length for _, length, _ in entries)
+        if self._bytes + size <= self.bound:
             return
-        room = max(0, int(self.bound * _KEEP) - size)
-        for _, one, path in sorted(kept):
-            if self._held <= room:
+        room = max(0, int(self.bound * _FILL) - size)
+        for _, length, path in sorted(entries):
+            if self._bytes <= room:
                 break
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-            self._held -= one
+            self._bytes -= length
 
     def _path(self, digest: str) -> Path:
         return self.folder / f"{digest}.media"
 
 
-def _head(start: bytes, file: Any) -> tuple[dict[str, Any], int, int]:
-    """What an entry says, and length and sum of its values. Raises `ValueError`."""
+def _read_header(start: bytes, file: Any) -> tuple[dict[str, Any], int, int]:
+    """Metadata of an entry, length and checksum of its values. Raises `ValueError`."""
     if len(start) != _HEAD.size:
         raise ValueError(start)
     magic, length, total, size, values_total = _HEAD.unpack(start)
-    if magic != _MAGIC or length > _LONGEST:
+    if magic != _MAGIC or length > _MAX_HEADER:
         raise ValueError(start)
     text = file.read(length)
     if len(text) != length or zlib.crc32(text) != total:
         raise ValueError(text)
-    about: dict[str, Any] = json.loads(text)
-    return about, size, values_total
+    metadata: dict[str, Any] = json.loads(text)
+    return metadata, size, values_total
 
 
-def _bound(text: str | None) -> int:
+def _size_limit(text: str | None) -> int:
     try:
-        value = _USUAL if text is None else float(text)
+        value = _DEFAULT_GB if text is None else float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < 1e6:
         raise UsageError(
-            "QC-VISION-040", "is no size of the cache of media", field=BOUND, found=repr(text),
-            expected="a number of gigabytes above 0",
+            "QC-VISION-040", "invalid size of the media cache", field=SIZE_VARIABLE,
+            found=repr(text), expected="a number of gigabytes above 0",
         )  # fmt: skip
     return int(value * 1e9)

@@ -1,17 +1,18 @@
-"""Bytes to pixels by Pillow: what is refused before anything is decoded, and what is converted how.
+"""Image decoding with Pillow: which files are refused before decoding, and how modes convert.
 
-This file decides which formats and colours are read. Transparency is laid on white, where some
-versions of transformers drop it; EXIF orientation is applied, as its loader does. CMYK becomes RGB
-by Pillow's rule, without colour profiles, as there too; 16 bits of a colour become their upper 8.
-16-bit greyscale is refused: Pillow, and so transformers, would clip all above 255 to white. Memory
-is bounded by `MAX_PIXELS`: some 1.5 GB for the largest image with transparency, half of it without.
+This file decides which formats and color modes are supported. Transparency is composited on white,
+where some versions of transformers drop it; EXIF orientation is applied, as transformers' loader
+does. CMYK is converted to RGB by Pillow without color profiles, as in transformers; 16-bit color is
+reduced to its upper 8 bits. 16-bit grayscale is refused: Pillow, and therefore transformers, would
+clip every value above 255 to white. `MAX_PIXELS` bounds memory: about 1.5 GB for the largest image
+with transparency, half of that without.
 
-- ``QC-VISION-027`` not a format that is read.
-- ``QC-VISION-028`` damaged: truncated, a checksum that is wrong, whatever a decoder refuses.
-- ``QC-VISION-029`` animated, where a still image is asked for.
-- ``QC-VISION-030`` too many pixels, or a decompression bomb.
-- ``QC-VISION-031`` one side too many times the other.
-- ``QC-VISION-032`` a colour mode that has no agreed way to 8 bits.
+- ``QC-VISION-027`` an unsupported format.
+- ``QC-VISION-028`` a damaged file: truncated, a wrong checksum, or any other decoder error.
+- ``QC-VISION-029`` an animated image where a still image is expected.
+- ``QC-VISION-030`` too many pixels or bytes, or a decompression bomb.
+- ``QC-VISION-031`` an extreme aspect ratio.
+- ``QC-VISION-032`` a color mode without a defined conversion to 8 bits.
 """
 
 from __future__ import annotations
@@ -31,63 +32,63 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from qcore.api import RowError
 
-MAX_PIXELS: Final = 89_478_485  # Pillow's own limit, which a program may have lifted
-MAX_BYTES = 1 << 28  #: of a picture's file, which is read whole
-MAX_ASPECT: Final = 200  # the processors' rule, told before a decoder is asked
+MAX_PIXELS: Final = 89_478_485  # Pillow's default limit, which the process may have raised
+MAX_BYTES = 1 << 28  #: of an image file, which is read into memory
+MAX_ASPECT: Final = 200  # the processors' limit, checked before decoding
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _MODES: Final = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")
-_STARTS: Final = {
+_SIGNATURES: Final = {
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"\xff\xd8\xff": "JPEG",
     b"GIF8": "GIF",
     b"BM": "BMP",
 }
-#: What Pillow's format readers raise on bytes that are not as their format says. They parse with
-#: struct, dicts and indices, and let most of what these raise through.
-_RAISED: Final = (
+#: Exceptions that Pillow raises on malformed files: its format readers parse with struct, dicts and
+#: indices, and let most of their exceptions through.
+_DECODER_ERRORS: Final = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
     EOFError, MemoryError, RuntimeError, struct.error, zlib.error,
 )  # fmt: skip
 
 
-def whole(file: BinaryIO) -> bytes:
-    """All bytes of a picture's file.
+def read_bounded(file: BinaryIO) -> bytes:
+    """All bytes of an image file.
 
     Raises:
-        RowError: ``QC-VISION-030`` more than a picture may have.
+        RowError: ``QC-VISION-030`` the file is larger than `MAX_BYTES`.
     """
     data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise RowError(
             "QC-VISION-030",
-            "is a picture of too many bytes",
+            "has too many bytes",
             found=f"more than {MAX_BYTES}",
             expected=f"at most {MAX_BYTES}",
-            fix="save it with compression, or smaller",
+            fix="save the image compressed or smaller",
         )
     return data
 
 
 def decode(data: bytes) -> NDArray[np.uint8]:
-    """A still image as RGB, upright, ``[H, W, 3]``.
+    """Decode a still image to upright RGB ``[H, W, 3]``.
 
     Raises:
         RowError: ``QC-VISION-027`` to ``-032``.
     """
-    with opened(data) as image:
+    with open_image(data) as image:
         _check_still(image)
-        check_sums(image, data)
+        verify_checksums(image, data)
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)  # no copy of what stands upright
-        return rgb(image)
+        ImageOps.exif_transpose(image, in_place=True)  # without a copy if already upright
+        return to_rgb(image)
 
 
 @contextmanager
-def opened(data: bytes) -> Iterator[Image.Image]:
-    """An image whose header was read and found good; whatever Pillow raises inside is told.
+def open_image(data: bytes) -> Iterator[Image.Image]:
+    """Open an image with a valid header; decoder errors inside the context become `RowError`.
 
     Raises:
-        RowError: as `decode`, less what only the pixels show.
+        RowError: ``QC-VISION-027``, ``-028``, ``-030`` to ``-032``.
     """
     lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
@@ -102,7 +103,7 @@ def opened(data: bytes) -> Iterator[Image.Image]:
         raise _unknown(data) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(str(error)) from None
-    except _RAISED as error:
+    except _DECODER_ERRORS as error:
         bomb = isinstance(error, ValueError) and "Decompressed data too large" in str(error)
         if bomb or "MAX_TEXT" in str(error):
             raise _too_large(str(error)) from None
@@ -111,8 +112,8 @@ def opened(data: bytes) -> Iterator[Image.Image]:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
-def rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Its pixels as ``[H, W, 3]``, transparency on white."""
+def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """RGB pixels of an image ``[H, W, 3]``, transparency composited on white."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -122,7 +123,7 @@ def rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def check_size(width: int, height: int) -> None:
-    """Refuse a size before memory is taken for it (``QC-VISION-030``, ``-031``)."""
+    """Refuse a size before memory is allocated (``QC-VISION-028``, ``-030``, ``-031``)."""
     if min(width, height) < 1:
         raise RowError("QC-VISION-028", "has no pixels", found=f"{width} x {height}")
     if width * height > MAX_PIXELS:
@@ -130,15 +131,15 @@ def check_size(width: int, height: int) -> None:
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise RowError(
             "QC-VISION-031",
-            "has sides too far apart for the processor",
+            "has an extreme aspect ratio",
             found=f"{width} x {height} pixels",
-            expected=f"the longer at most {MAX_ASPECT} times the shorter",
-            fix="crop it",
+            expected=f"the longer side at most {MAX_ASPECT} times the shorter",
+            fix="crop the image",
         )
 
 
-def check_sums(image: Image.Image, data: bytes) -> None:
-    """Have the checksums of a PNG compared: reading its pixels, of any frame, passes over them."""
+def verify_checksums(image: Image.Image, data: bytes) -> None:
+    """Verify the checksums of a PNG, which decoding ignores."""
     if image.format == "PNG":
         with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
             again.verify()
@@ -147,45 +148,45 @@ def check_sums(image: Image.Image, data: bytes) -> None:
 def _check_mode(mode: str) -> None:
     if mode in _MODES:
         return
-    grey = mode.startswith(("I", "F"))
+    gray = mode.startswith(("I", "F"))
     raise RowError(
         "QC-VISION-032",
-        "is greyscale of more than 8 bits" if grey else "has colours that are not read",
+        "is grayscale with more than 8 bits" if gray else "has an unsupported color mode",
         found=f"mode {mode}",
         expected=f"one of {', '.join(_MODES)}",
-        fix="scale it to 8 bits and save it again" if grey else "save it as RGB",
+        fix="scale the image to 8 bits and save it again" if gray else "save the image as RGB",
     )
 
 
 def _check_still(image: Image.Image) -> None:
-    # A JPEG may carry previews of itself (format MPO): it is a still all the same.
+    # A JPEG with embedded previews (format MPO) is still an image.
     if image.format in ("PNG", "WEBP", "GIF") and getattr(image, "is_animated", False):
         raise RowError(
             "QC-VISION-029",
             "is animated",
-            found=f"{image.format} of {getattr(image, 'n_frames', 2)} frames",
+            found=f"{image.format} with {getattr(image, 'n_frames', 2)} frames",
             expected="a still image",
-            fix='give it as {"type": "video"}',
+            fix='use {"type": "video"} for it',
         )
 
 
 def _unknown(data: bytes) -> RowError:
-    named = next((name for start, name in _STARTS.items() if data.startswith(start)), None)
+    named = next((name for start, name in _SIGNATURES.items() if data.startswith(start)), None)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         named = "WEBP"
     if named is not None:
         return RowError(
             "QC-VISION-028",
             "is damaged",
-            found=f"{named} whose header cannot be read",
+            found=f"{named} with an unreadable header",
             fix="save the image again",
         )
     return RowError(
         "QC-VISION-027",
-        "is no image that is read",
+        "unsupported image format",
         found=f"{len(data)} bytes that start with {data[:8]!r}" if data else "no bytes",
         expected=", ".join(FORMATS),
-        fix="convert it to PNG",
+        fix="convert the image to PNG",
     )
 
 
@@ -199,13 +200,13 @@ def _damaged(error: BaseException) -> RowError:
     )
 
 
-def _too_large(found: str) -> RowError:
-    # Pillow's sentence names its own limit, which is not this one.
-    counted = re.search(r"\((\d+ pixels)\)", found)
+def _too_large(size: str) -> RowError:
+    # Pillow's message states its own limit, which differs from this one.
+    pixels = re.search(r"\((\d+ pixels)\)", size)
     return RowError(
         "QC-VISION-030",
         "is too large to decode",
-        found=found if counted is None else counted[1],
+        found=size if pixels is None else pixels[1],
         expected=f"at most {MAX_PIXELS} pixels, and texts of at most 1 MiB",
-        fix="scale it down; the processor would",
+        fix="scale the image down; the processor would too",
     )

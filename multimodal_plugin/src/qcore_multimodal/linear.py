@@ -1,8 +1,8 @@
-"""Linear maps and norms with a bias, from core's maps that have none.
+"""Linear layers with a bias and LayerNorm for the vision tower, built on core's bias-free linears.
 
-This file decides that a bias is a frozen tensor beside its map's weight, and that it is added in
-float32 together with what follows (a residual, an activation), so that a result in 16 bit is
-rounded as often as where the map adds it.
+This file decides that a bias is a frozen tensor next to its linear layer's weight, and that it is
+added in float32 together with the next operation (a residual or an activation). A 16-bit result is
+then rounded as often as in a linear layer that adds its own bias.
 
 Shapes: U patches, d features.
 """
@@ -19,38 +19,38 @@ from torch.autograd.function import once_differentiable
 from qcore.api import BuildContext, LinearLayer
 from qcore.ops import recompute
 
-_EPS = 1e-6  # of every norm; no config names it
+_EPS = 1e-6  # of every norm; not in config.json
 
 
 def linear(ctx: BuildContext, name: str) -> LinearLayer:
-    """The map of the row ``{name}.weight``, with the row ``{name}.bias`` as its ``bias``.
+    """The linear layer of row ``{name}.weight``, with row ``{name}.bias`` registered as ``bias``.
 
-    The map itself does not know of it: what comes after adds it.
+    The layer does not add the bias itself: `affine`, `residual` and `activated` do.
     """
-    made = ctx.linear(name)
-    made.register_parameter("bias", ctx.tensor(f"{name}.bias"))
-    return made
+    layer = ctx.linear(name)
+    layer.register_parameter("bias", ctx.tensor(f"{name}.bias"))
+    return layer
 
 
-def affine(made: LinearLayer, x: Tensor) -> Tensor:
-    """``x W^T + b``, of what `linear` made: ``[..., in] -> [..., out]``."""
-    y = made(x)
-    return biased(y, made).to(y.dtype)
+def affine(layer: LinearLayer, x: Tensor) -> Tensor:
+    """``x W^T + b`` for a layer from `linear`: ``[..., in] -> [..., out]``."""
+    y = layer(x)
+    return biased(y, layer).to(y.dtype)
 
 
-def residual(stream: Tensor, made: LinearLayer, x: Tensor) -> Tensor:
+def residual(stream: Tensor, layer: LinearLayer, x: Tensor) -> Tensor:
     """``stream + x W^T + b``."""
-    return (biased(made(x), made) + stream).to(stream.dtype)
+    return (biased(layer(x), layer) + stream).to(stream.dtype)
 
 
-def activated(made: LinearLayer, x: Tensor, approximate: str) -> Tensor:
-    """``gelu(x W^T + b)``; computed again in backward."""
-    return recompute(_gelu, made(x), made.get_parameter("bias"), approximate)
+def activated(layer: LinearLayer, x: Tensor, approximate: str) -> Tensor:
+    """``gelu(x W^T + b)``; recomputed in backward."""
+    return recompute(_gelu, layer(x), layer.get_parameter("bias"), approximate)
 
 
-def biased(y: Tensor, made: LinearLayer) -> Tensor:
-    """``y + b`` in float32, or wider."""
-    return y + made.get_parameter("bias").to(_wide(y))
+def biased(y: Tensor, layer: LinearLayer) -> Tensor:
+    """``y + b`` in float32, or float64 for float64 inputs."""
+    return y + layer.get_parameter("bias").to(_wide(y))
 
 
 def _wide(y: Tensor) -> torch.dtype:
@@ -63,7 +63,7 @@ def _gelu(y: Tensor, bias: Tensor, approximate: str) -> Tensor:
     Args:
         y: ``[U, d]``.
         bias: ``[d]``.
-        approximate: ``none`` or ``tanh``, as torch has it.
+        approximate: ``none`` or ``tanh``, as in torch.
     """
     out: Tensor = _Gelu.apply(y, bias, approximate)  # type: ignore[no-untyped-call]
     return out
@@ -95,7 +95,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the last dimension; its result is computed again in backward."""
+    """LayerNorm over the last dimension; its output is recomputed in backward."""
 
     if TYPE_CHECKING:  # nn.Module's own is of any type
 

@@ -1,7 +1,7 @@
-"""One image or video as training keeps it: sizes and digest, no values.
+"""`ProcessedMedium`: the size, digest and timestamps of one image or video, without its pixels.
 
-Patches are 16 x 16 pixels of two frames; the tower's merger turns ``merge x merge`` of them into
-one embedding.
+A patch is 16 x 16 pixels of two frames; the tower's merger turns ``merge x merge`` patches into one
+embedding.
 """
 
 from __future__ import annotations
@@ -10,33 +10,33 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-KINDS: Final = ("image", "video")  #: types of parts that are read
+KINDS: Final = ("image", "video")  #: types of content parts that the reader supports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class ProcessedMedium:
     """A processed image or video (`qcore.api.media.Medium`).
 
     Attributes:
         kind: one of `KINDS`.
-        digest: of its bytes and of how they were processed; names its values in the cache.
+        digest: hash of the bytes and of all processing parameters; the key of the cache entry.
         grid: patches in time, height and width.
-        merge: patches along each side of what becomes one embedding.
-        seconds: of a video, when each patch in time is, as its timestamps say; else empty.
+        merge: patches along each side of the block that becomes one embedding.
+        timestamps: time of each temporal patch of a video in seconds; empty for an image.
     """
 
     kind: str
     digest: str
     grid: tuple[int, int, int]
     merge: int
-    seconds: tuple[float, ...] = ()
+    timestamps: tuple[float, ...] = ()
 
     @property
     def units(self) -> int:
-        """Patches."""
+        """Number of patches."""
         return math.prod(self.grid)
 
     @property
     def tokens(self) -> int:
-        """Embeddings that the tower makes of it."""
+        """Number of embeddings that the tower computes."""
         return self.units // self.merge**2

@@ -1,10 +1,10 @@
-"""What a row may ask of the processor: pixels, and of a video frames.
+"""Per-part processing options of a row: ``min_pixels``, ``max_pixels``, ``fps``, ``max_frames``.
 
-This file decides which keys a part may have beside its bytes and which values. What the bounds
-are without them is the processor's. It imports no torch.
+This file decides which keys a content part may have besides its bytes, and their allowed values.
+The processor provides the defaults. It imports no torch.
 
-- ``QC-VISION-025`` a value of the wrong type or out of bounds.
-- ``QC-VISION-026`` a key that is of another kind.
+- ``QC-VISION-025`` a value with a wrong type or out of bounds.
+- ``QC-VISION-026`` an unknown key, or a key of the other kind.
 """
 
 from __future__ import annotations
@@ -16,66 +16,66 @@ from typing import Any
 from qcore.api import RowError
 
 KEYS = ("min_pixels", "max_pixels", "fps", "max_frames")
-_OF_VIDEO = ("fps", "max_frames")
-_FASTEST = 240.0  # frames a second; no processor is asked for more
+_VIDEO_KEYS = ("fps", "max_frames")
+_MAX_FPS = 240.0  # frames per second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one medium is processed to.
+    """Processing limits of one image or video.
 
     Attributes:
-        least: pixels, of all frames of a video together.
-        most: the same.
-        fps: frames a second that are looked at; the processor's where it is ``None``.
-        frames: most frames that are looked at; the processor's where it is ``None``.
+        min_pixels: minimum number of pixels; for a video, summed over all sampled frames.
+        max_pixels: maximum number of pixels, counted likewise.
+        fps: sampled frames per second; ``None`` for the processor's default.
+        max_frames: maximum number of sampled frames; ``None`` for the processor's default.
     """
 
-    least: int
-    most: int
+    min_pixels: int
+    max_pixels: int
     fps: float | None = None
-    frames: int | None = None
+    max_frames: int | None = None
 
 
-def limits(
+def parse_limits(
     kind: str, options: Mapping[str, Any], bounds: tuple[int, int], frames: tuple[int, int] | None
 ) -> Limits:
-    """The limits of a part.
+    """Parse the processing options of a content part.
 
     Args:
         kind: ``image`` or ``video``.
-        options: its keys.
-        bounds: least and most pixels that the processor is set to.
-        frames: least and most that ``max_frames`` may be; ``None`` for an image.
+        options: the part's keys and values.
+        bounds: minimum and maximum pixels of the processor.
+        frames: allowed range of ``max_frames``; ``None`` for an image.
 
     Raises:
         RowError: ``QC-VISION-025``, ``QC-VISION-026``.
     """
     for name in options:
-        if name not in KEYS or (kind != "video" and name in _OF_VIDEO):
+        if name not in KEYS or (kind != "video" and name in _VIDEO_KEYS):
             raise RowError(
                 "QC-VISION-026",
-                f"is no key of a part of type {kind}",
+                f"unknown key for a part of type {kind}",
                 at=name,
-                expected=", ".join(n for n in KEYS if kind == "video" or n not in _OF_VIDEO),
+                expected=", ".join(n for n in KEYS if kind == "video" or n not in _VIDEO_KEYS),
                 fix="remove it",
             )
-    least = _whole(options, "min_pixels", bounds)
-    most = _whole(options, "max_pixels", bounds)
+    least = _integer(options, "min_pixels", bounds)
+    most = _integer(options, "max_pixels", bounds)
     if least is not None and most is not None and least > most:
         raise RowError(
-            "QC-VISION-025", "is more than max_pixels", at="min_pixels", found=least,
+            "QC-VISION-025", "is greater than max_pixels", at="min_pixels", found=least,
             expected=f"at most {most}",
         )  # fmt: skip
     return Limits(
-        least=bounds[0] if least is None else least,
-        most=bounds[1] if most is None else most,
+        min_pixels=bounds[0] if least is None else least,
+        max_pixels=bounds[1] if most is None else most,
         fps=_fps(options),
-        frames=None if frames is None else _whole(options, "max_frames", frames),
+        max_frames=None if frames is None else _integer(options, "max_frames", frames),
     )
 
 
-def _whole(options: Mapping[str, Any], name: str, bounds: tuple[int, int]) -> int | None:
+def _integer(options: Mapping[str, Any], name: str, bounds: tuple[int, int]) -> int | None:
     if name not in options:
         return None
     value = options[name]
@@ -84,7 +84,7 @@ def _whole(options: Mapping[str, Any], name: str, bounds: tuple[int, int]) -> in
     ):  # fmt: skip
         raise RowError(
             "QC-VISION-025",
-            "is out of the processor's bounds",
+            "is outside the processor's bounds",
             at=name,
             found=repr(value)[:80],
             expected=f"a whole number from {bounds[0]} to {bounds[1]}",
@@ -97,12 +97,12 @@ def _fps(options: Mapping[str, Any]) -> float | None:
         return None
     value = options["fps"]
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value <= _FASTEST:
+    if not number or not 0 < value <= _MAX_FPS:
         raise RowError(
             "QC-VISION-025",
-            "is no rate of frames",
+            "invalid frame rate",
             at="fps",
             found=repr(value)[:80],
-            expected=f"a number above 0, up to {_FASTEST:g}",
+            expected=f"a number above 0, up to {_MAX_FPS:g}",
         )
     return float(value)

@@ -1,12 +1,13 @@
-"""What values of media were made of, for when they are gone from the cache and made again.
+"""On-disk store of media payloads, to process an image or video again after cache eviction.
 
-This file decides that it lies on disk, as a run may have millions of media, and rows that hold the
-bytes themselves. The file is SQLite's, in its folder of temporary files (``SQLITE_TMPDIR``,
-``TMPDIR``, ``/var/tmp``), and has no name there, so that nothing is left of it however a process
-ends. Two megabytes of it are in memory; on disk it is as large as the bytes that rows hold, and
-some hundreds of bytes more for each medium. It imports no torch, and SQLite where one is made.
+This file decides that payloads are stored on disk, because a run may have millions of images, and
+rows may contain the bytes themselves. SQLite keeps the file in its folder for temporary files
+(``SQLITE_TMPDIR``, ``TMPDIR``, ``/var/tmp``) without a name, so that the file disappears however
+the process ends. Two megabytes of it are in memory; on disk it takes the bytes that rows contain
+plus a few hundred bytes per image or video. The module imports no torch, and SQLite only when a
+store is created.
 
-- ``QC-WRITE-003`` to ``-006`` it cannot be written.
+- ``QC-WRITE-003`` to ``-006`` the file cannot be written.
 """
 
 from __future__ import annotations
@@ -26,49 +27,52 @@ from qcore.errors import WriteError
 _TABLES: Final = """
     PRAGMA journal_mode = OFF;
     PRAGMA temp_store = FILE;
-    CREATE TABLE origins (
+    CREATE TABLE payloads (
         digest TEXT PRIMARY KEY, kind TEXT, sha256 TEXT, path BLOB, options TEXT
     ) WITHOUT ROWID;
-    CREATE TABLE held (sha256 TEXT PRIMARY KEY, data BLOB);
-    BEGIN;  -- and never end: nobody else reads it
+    CREATE TABLE contents (sha256 TEXT PRIMARY KEY, data BLOB);
+    BEGIN;  -- never committed: no other connection reads it
 """
 
 
-_FILE: Final = Path("temporary file of media")
-_FIX: Final = "set TMPDIR to a folder that can be written and has space"
+_FILE: Final = Path("temporary media file")
+_FIX: Final = "set TMPDIR to a writable folder with free space"
 
 
-class Origins:
-    """Payloads by the digest of their values."""
+class PayloadStore:
+    """Payloads, keyed by the digest of their processed values."""
 
     def __init__(self) -> None:
         import sqlite3
 
-        with _kept():
+        with _write_errors():
             self._base = sqlite3.connect("", isolation_level=None, check_same_thread=False)
             weakref.finalize(self, self._base.close)
             self._base.executescript(_TABLES)
 
     def add(self, digest: str, payload: Payload) -> bool:
-        """Keep a payload; whether it is new.
+        """Store a payload. Returns True if its digest is new.
 
         Raises:
             WriteError: ``QC-WRITE-003`` to ``-006``.
         """
         path = None if payload.path is None else os.fsencode(payload.path)
         row = (digest, payload.kind, payload.sha256, path, json.dumps(dict(payload.options)))
-        with _kept():
+        with _write_errors():
             if payload.data is not None:
-                hold = "INSERT OR IGNORE INTO held VALUES (?, ?)"
-                self._base.execute(hold, (payload.sha256, payload.data))
-            put = "INSERT OR IGNORE INTO origins VALUES (?, ?, ?, ?, ?)"
-            return self._base.execute(put, row).rowcount == 1
+                insert = "INSERT OR IGNORE INTO contents VALUES (?, ?)"
+                self._base.execute(insert, (payload.sha256, payload.data))
+            insert = "INSERT OR IGNORE INTO payloads VALUES (?, ?, ?, ?, ?)"
+            return self._base.execute(insert, row).rowcount == 1
 
     def find(self, digest: str) -> Payload | None:
-        """The payload that was kept, or ``None``."""
-        ask = "SELECT kind, sha256, path, options, data FROM origins LEFT JOIN held USING (sha256)"
-        with _kept():
-            row = self._base.execute(f"{ask} WHERE digest = ?", (digest,)).fetchone()
+        """The stored payload of `digest`, or ``None``."""
+        query = (
+            "SELECT kind, sha256, path, options, data "
+            "FROM payloads LEFT JOIN contents USING (sha256) WHERE digest = ?"
+        )
+        with _write_errors():
+            row = self._base.execute(query, (digest,)).fetchone()
         if row is None:
             return None
         kind, sha256, path, options, data = row
@@ -82,21 +86,21 @@ class Origins:
 
 
 @contextmanager
-def _kept() -> Iterator[None]:
-    """What SQLite raises is a failure to write, of a file that has no name."""
+def _write_errors() -> Iterator[None]:
+    """Convert exceptions of SQLite to `WriteError`."""
     import sqlite3
 
     try:
         yield
     except sqlite3.Error as error:
-        raise _told(error) from None
+        raise _write_error(error) from None
 
 
-def _told(error: Any) -> WriteError:
-    """An error of SQLite's, in its own words too, which say more than a code."""
+def _write_error(error: Any) -> WriteError:
+    """A `WriteError` for an exception of SQLite, with SQLite's message."""
     import sqlite3
 
-    closely = getattr(error, "sqlite_errorcode", None) or 0  # some are Python's and have none
+    extended = getattr(error, "sqlite_errorcode", None) or 0  # absent on errors of Python's wrapper
     codes = {
         sqlite3.SQLITE_FULL: errno.ENOSPC,
         sqlite3.SQLITE_IOERR: errno.EIO,
@@ -105,7 +109,7 @@ def _told(error: Any) -> WriteError:
         sqlite3.SQLITE_PERM: errno.EACCES,
         sqlite3.SQLITE_READONLY: errno.EACCES,
     }
-    code = codes.get(closely) or codes.get(closely & 0xFF, 0)
-    told = write_error(OSError(code, str(error)), _FILE)
-    what = told.what if str(error) in told.what else f"{told.what} ({error})"
-    return WriteError(told.code, what, file=_FILE, fix=_FIX)
+    code = codes.get(extended) or codes.get(extended & 0xFF, 0)
+    failure = write_error(OSError(code, str(error)), _FILE)
+    what = failure.what if str(error) in failure.what else f"{failure.what} ({error})"
+    return WriteError(failure.code, what, file=_FILE, fix=_FIX)

@@ -1,6 +1,6 @@
-"""The hook implementations of images and video, each one line to the module that decides.
+"""Hook implementations of the image and video plugin; each one calls the module that decides.
 
-Importing this file imports no torch, no transformers and no Pillow.
+Importing this file imports neither torch, transformers nor Pillow.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def _build(context: BuildContext) -> Tower:
     return build(context)
 
 
-def _reader(checkpoint: CheckpointView, tell: Callable[[str], None]) -> MediaReader:
+def _reader(checkpoint: CheckpointView, report: Callable[[str], None]) -> MediaReader:
     from .reader import Reader
 
-    return Reader(checkpoint, tell)
+    return Reader(checkpoint, report)
 
 
 VISION = Modality(
@@ -45,13 +45,13 @@ VISION = Modality(
 
 @hookimpl
 def qcore_describe() -> Iterator[Modality]:
-    """The tower."""
+    """The vision modality."""
     yield VISION
 
 
 @hookimpl
 def qcore_parameters(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
-    """The tower's part, where config.json describes one; if it does not, `guards` says so."""
+    """The vision tower, if config.json describes one; otherwise `guards` reports the error."""
     if architecture in VISION.architectures and config.get(VISION.section) is not None:
         with suppress(InputError):
             yield from table.parts(config)
@@ -59,6 +59,6 @@ def qcore_parameters(architecture: str, config: Mapping[str, Any]) -> Iterator[P
 
 @hookimpl
 def qcore_preflight(request: PreflightRequest) -> Iterator[Finding]:
-    """The guards."""
+    """Preflight findings about the vision tower and its tokens."""
     if request.architecture in VISION.architectures:
         yield from guards.findings(request)

@@ -1,12 +1,12 @@
-"""Where the media of a row lie among its tokens, and the position of every token on three axes.
+"""Media token indices of a row, and the position ids of all tokens on three rotary axes.
 
-This file decides what transformers' ``get_rope_index`` decides: text counts up on all axes at
-once; a medium's embeddings have one position in time and those of their row and column in height
-and width, all counted from where the text before them ended; the text behind them goes on after
-the longer side. A frame of a video is placed like an image: its time is told by the text before
-it. How positions turn into angles is the architecture's. It imports no torch.
+This file reproduces transformers' ``get_rope_index``: for text, all axes count up together; the
+embeddings of an image or video share one position in time and have their row and column as height
+and width, all offset by the end of the preceding text; the following text continues after the
+longer side. A frame of a video is placed like an image: the text before it states its timestamp.
+The architecture turns position ids into angles. It imports no torch.
 
-- ``QC-VISION-052`` the runs of placeholders in the ids are not those of the media.
+- ``QC-VISION-052`` the placeholder runs in the token ids do not match the media.
 """
 
 from __future__ import annotations
@@ -16,32 +16,34 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from qcore.api import Placed, RowError
 
-from .media import Seen
+from .media import ProcessedMedium
 from .placeholders import PADS
 
 
-def place(ids: Sequence[int], media: Sequence[Seen], tokens: Mapping[str, int]) -> Placed:
-    """Positions of an expanded row's tokens, and which of them the tower's outputs replace.
+def place(
+    ids: Sequence[int], media: Sequence[ProcessedMedium], tokens: Mapping[str, int]
+) -> Placed:
+    """Position ids of an expanded row, and the tokens whose embeddings the tower computes.
 
     Arrays are filled by slices: a row of 65,536 tokens takes about ten milliseconds.
 
     Args:
-        ids: token ids of an expanded text.
-        media: of the row, in order.
-        tokens: ids by token; those of the two placeholders are read.
+        ids: token ids of the expanded text.
+        media: the row's media, in order.
+        tokens: token to id; only the two placeholders are used.
 
     Returns:
-        `Placed` with the axes time, height and width, arrays of C ints.
+        `Placed` with the axes time, height and width, as arrays of C ints.
 
     Raises:
-        RowError: ``QC-VISION-052`` the ids hold other runs of placeholders than the media have.
+        RowError: ``QC-VISION-052`` the placeholder runs do not match the media.
     """
-    # No position is beyond its index, as a grid has no fewer cells than its longer side.
+    # A position never exceeds its token index: a grid has no fewer cells than its longer side.
     line = array("i", range(len(ids)))
     where = array("i")
     time, height, width = array("i"), array("i"), array("i")
     done = position = 0
-    for start, (rows, columns) in _runs(ids, media, tokens):
+    for start, (rows, columns) in _placeholder_runs(ids, media, tokens):
         size = rows * columns
         text = line[position : position + start - done]
         position += start - done
@@ -56,44 +58,48 @@ def place(ids: Sequence[int], media: Sequence[Seen], tokens: Mapping[str, int]) 
     return Placed(where=where, positions=(time + rest, height + rest, width + rest))
 
 
-def _runs(
-    ids: Sequence[int], media: Sequence[Seen], tokens: Mapping[str, int]
+def _placeholder_runs(
+    ids: Sequence[int], media: Sequence[ProcessedMedium], tokens: Mapping[str, int]
 ) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Start, rows and columns of every image and of every frame of a video."""
+    """First token, rows and columns of every image and of every frame of a video."""
     at = 0
-    for number, seen in enumerate(media):
-        pad = tokens[PADS[seen.kind]]
-        frames, rows, columns = seen.grid[0], seen.grid[1] // seen.merge, seen.grid[2] // seen.merge
+    for number, medium in enumerate(media):
+        pad = tokens[PADS[medium.kind]]
+        frames, rows, columns = (
+            medium.grid[0],
+            medium.grid[1] // medium.merge,
+            medium.grid[2] // medium.merge,
+        )
         size = rows * columns
         for _ in range(frames):
             try:
                 start = ids.index(pad, at)
             except ValueError:
-                raise _unlike(number, seen, "none", size) from None
+                raise _run_error(number, medium, "none", size) from None
             at = start + size
-            # One more would join the next run, which transformers would take for one medium.
-            if (run := ids[start:at].count(pad)) != size or pad in ids[at : at + 1]:
-                much = f"{run} among {size}" if run < size else f"more than {size}"
-                raise _unlike(number, seen, f"{much} from token {start}", size)
+            # A longer run would join the next run, which transformers would read as one medium.
+            if (count := ids[start:at].count(pad)) != size or pad in ids[at : at + 1]:
+                run = f"{count} among {size}" if count < size else f"more than {size}"
+                raise _run_error(number, medium, f"{run} from token {start}", size)
             yield start, (rows, columns)
     for kind, pad in ((kind, tokens[token]) for kind, token in PADS.items()):
-        wanted = sum(seen.tokens for seen in media if seen.kind == kind)
-        if (held := ids.count(pad)) != wanted:
+        wanted = sum(medium.tokens for medium in media if medium.kind == kind)
+        if (present := ids.count(pad)) != wanted:
             raise RowError(
                 "QC-VISION-052",
-                f"has other tokens of {kind} than its media need",
-                found=held,
+                f"has a different number of {kind} tokens than its media need",
+                found=present,
                 expected=wanted,
                 fix=_FIX,
             )
 
 
-def _unlike(number: int, seen: Seen, found: str, size: int) -> RowError:
+def _run_error(number: int, medium: ProcessedMedium, run: str, size: int) -> RowError:
     return RowError(
         "QC-VISION-052",
-        f"has another run of tokens than medium {number + 1}, of kind {seen.kind}, needs",
-        found=found,
-        expected=f"{size} on end",
+        f"has the wrong number of placeholder tokens for medium {number + 1} ({medium.kind})",
+        found=run,
+        expected=f"{size} consecutive",
         fix=_FIX,
     )
 

@@ -1,9 +1,10 @@
-"""The checkpoint's own image and video processors, run by transformers' classes.
+"""The checkpoint's image and video processors, computed by transformers' classes.
 
-This file decides how far transformers' code is used: all of its arithmetic, less torchvision. Of
-that two functions are needed, a resize and a normalisation, and both are a line or two of torch.
-Values stay bytes: rescaling and normalising are a function of one byte, so `table` holds them for
-all 256. What the processors are set to is `processor_files`', decoding is `images`' and `videos`'.
+This file decides how far transformers' code is used: all of its arithmetic, without torchvision.
+Only two functions of torchvision are needed, a resize and a normalization, and each is a line or
+two of torch. Pixels stay bytes: rescaling and normalization depend on one byte, so
+`Processor.table` holds their result for all 256 values. `processor_files` validates the settings;
+`images` and `videos` decode.
 
 Shapes: U patches, C channels, T frames, P pixels along a patch's side.
 """
@@ -33,40 +34,42 @@ Grid = tuple[int, int, int]
 
 
 class _WithoutTorchvision(BaseVideoProcessor):  # type: ignore[misc]
-    """What stands between Qwen's class and torchvision: its two calls, by torch itself."""
+    """Replaces the two torchvision functions of the base class by torch."""
 
     def resize(self, image: Tensor, size: Any, resample: Any = None, **_: Any) -> Tensor:
-        """``[..., C, H, W]``; torchvision hands bytes to the same kernel, which rounds itself."""
-        wanted = (size.height, size.width)
-        if image.shape[-2:] == wanted:
+        """Bicubic resize of ``[..., C, H, W]`` bytes; torchvision calls the same kernel."""
+        target = (size.height, size.width)
+        if image.shape[-2:] == target:
             return image
         flat = image.reshape(-1, *image.shape[-3:])
-        made = F.interpolate(flat, wanted, mode="bicubic", align_corners=False, antialias=True)
-        return made.reshape(*image.shape[:-2], *wanted)
+        out = F.interpolate(flat, target, mode="bicubic", align_corners=False, antialias=True)
+        return out.reshape(*image.shape[:-2], *target)
 
     def normalize(self, image: Tensor, mean: Any, std: Any, **_: Any) -> Tensor:
-        """``(image - mean) / std`` by channel, in that order."""
-        by_channel = [torch.as_tensor(one, dtype=image.dtype).view(-1, 1, 1) for one in (mean, std)]
+        """``(image - mean) / std`` per channel, in this order."""
+        by_channel = [torch.as_tensor(x, dtype=image.dtype).view(-1, 1, 1) for x in (mean, std)]
         return image.sub(by_channel[0]).div_(by_channel[1])
 
 
 class _Video(Qwen3VLVideoProcessor, _WithoutTorchvision):  # type: ignore[misc]
-    """Qwen's class; its ``super().resize`` is `_WithoutTorchvision`'s."""
+    """Qwen's video processor, whose ``super().resize`` is `_WithoutTorchvision.resize`."""
 
 
-#: By kind, called with what its file says.
+#: Kind to the class that is constructed with the settings of the processor file.
 CLASSES: Mapping[str, Callable[..., Any]] = {"image": Qwen2VLImageProcessorPil, "video": _Video}
 
 
 class Processor:
-    """What the two kinds have in common.
+    """Common base of the image and the video processor.
 
     Attributes:
         kind: ``image`` or ``video``.
         patch: pixels along a patch's side.
-        merge: patches along each side of what becomes one embedding.
-        temporal: frames of a patch.
-        numbers: everything that its values depend on, for the digest of what is kept.
+        merge: patches along each side of the block that becomes one embedding.
+        temporal: frames per patch.
+        settings: all settings that the pixel values depend on; part of the cache key.
+        bounds: minimum and maximum pixels.
+        max_frames: maximum number of sampled frames of a video; ``None`` for images.
     """
 
     def __init__(self, kind: str, stock: Any) -> None:
@@ -75,45 +78,45 @@ class Processor:
         self.patch: int = stock.patch_size
         self.merge: int = stock.merge_size
         self.temporal: int = stock.temporal_patch_size
-        self.numbers: dict[str, Any] = {
+        self.settings: dict[str, Any] = {
             name: value
             for name, value in stock.to_dict().items()
             if not name.endswith(("_class", "_type"))
         }
         self.bounds: tuple[int, int] = size_bounds(stock.size)
-        self.most_frames: int | None = stock.max_frames if kind == "video" else None
+        self.max_frames: int | None = stock.max_frames if kind == "video" else None
 
     def table(self) -> Tensor:
-        """``[C, 256]`` float32: the number that the processor makes of each byte."""
+        """Pixel value of each byte per channel, ``[C, 256]`` float32."""
         stock = self._stock
         ramp = np.broadcast_to(np.arange(256, dtype=np.uint8), (len(stock.image_mean), 1, 256))
         if self.kind == "video":
-            made: Tensor = stock.rescale_and_normalize(
+            out: Tensor = stock.rescale_and_normalize(
                 torch.from_numpy(ramp.copy()), True, stock.rescale_factor, True,
                 tuple(stock.image_mean), tuple(stock.image_std),
             )  # fmt: skip
         else:
             scaled = stock.rescale(ramp, stock.rescale_factor)
             scaled = stock.normalize(scaled, stock.image_mean, stock.image_std)
-            made = torch.from_numpy(np.ascontiguousarray(scaled))
-        return made[:, 0]
+            out = torch.from_numpy(np.ascontiguousarray(scaled))
+        return out[:, 0]
 
     def _size(self, limits: Limits) -> Any:
-        return SizeDict(shortest_edge=limits.least, longest_edge=limits.most)
+        return SizeDict(shortest_edge=limits.min_pixels, longest_edge=limits.max_pixels)
 
 
-class Images(Processor):
+class ImageProcessor(Processor):
     """The image processor."""
 
     def patches(self, picture: Bytes, limits: Limits) -> tuple[Grid, Bytes]:
-        """Resize an RGB picture ``[H, W, C]`` and cut it up.
+        """Resize an RGB image ``[H, W, C]`` and split it into patches.
 
         Returns:
-            Its grid, and ``[U, C x P x P]``: one frame of each patch, which the processor would
+            The grid, and ``[U, C x P x P]``: one frame per patch, which the processor would
             repeat.
 
         Raises:
-            ValueError: its sides are further apart than the processor takes.
+            ValueError: the processor refuses the aspect ratio.
         """
         stock = self._stock
         image = stock.resize(
@@ -128,15 +131,15 @@ class Images(Processor):
         return (1, rows, columns), flat.astype(np.uint8)
 
 
-class Videos(Processor):
+class VideoProcessor(Processor):
     """The video processor."""
 
     def sample(self, count: int, rate: float, limits: Limits) -> list[int]:
-        """Which of so many frames, so many a second, are looked at."""
+        """Indices of the sampled frames; `rate` is the video's frames per second."""
         stock = self._stock
-        if limits.frames is not None:
+        if limits.max_frames is not None:
             stock = copy.copy(stock)
-            stock.max_frames = limits.frames
+            stock.max_frames = limits.max_frames
         metadata = VideoMetadata(total_num_frames=count, fps=rate)
         indices: list[int] = stock.sample_frames(
             metadata, num_frames=stock.num_frames, fps=limits.fps or stock.fps
@@ -144,13 +147,13 @@ class Videos(Processor):
         return indices
 
     def size(self, count: int, height: int, width: int, limits: Limits) -> tuple[int, int]:
-        """Height and width of so many frames once they are resized.
+        """Height and width of `count` frames after resizing.
 
         Raises:
-            ValueError: too few of them, or sides further apart than the processor takes.
+            ValueError: the processor refuses the number of frames or the aspect ratio.
         """
         stock = self._stock
-        # Of a tensor on meta only the shape is computed.
+        # On the meta device only the shape is computed.
         sized = stock.resize(
             torch.empty(1, count, 1, height, width, dtype=torch.uint8, device="meta"),
             size=self._size(limits),
@@ -161,19 +164,19 @@ class Videos(Processor):
         )
         return int(sized.shape[-2]), int(sized.shape[-1])
 
-    def shrink(self, frame: Bytes, size: tuple[int, int]) -> Tensor:
-        """One RGB frame ``[H, W, C] -> [C, *size]``."""
+    def resize(self, frame: Bytes, size: tuple[int, int]) -> Tensor:
+        """Resize one RGB frame: ``[H, W, C] -> [C, *size]``."""
         image = torch.from_numpy(np.ascontiguousarray(np.moveaxis(frame, -1, 0)))
-        made: Tensor = _WithoutTorchvision.resize(
+        out: Tensor = _WithoutTorchvision.resize(
             self._stock, image, SizeDict(height=size[0], width=size[1])
         )
-        return made
+        return out
 
     def patches(self, frames: Tensor) -> tuple[Grid, Bytes]:
-        """Cut up resized frames ``[T, C, H, W]``; an odd number has its last one twice.
+        """Split resized frames ``[T, C, H, W]`` into patches; an odd last frame is repeated.
 
         Returns:
-            Their grid, and ``[U, C x temporal x P x P]``.
+            The grid, and ``[U, C x temporal x P x P]``.
         """
         flat, *grid = self._stock.patchify(
             frames[None],
@@ -184,8 +187,8 @@ class Videos(Processor):
         times, rows, columns = grid
         return (times, rows, columns), flat[0].numpy()
 
-    def seconds(self, indices: Sequence[int], rate: float) -> tuple[float, ...]:
-        """When each patch in time is: the middle between its first and its last frame."""
+    def timestamps(self, indices: Sequence[int], rate: float) -> tuple[float, ...]:
+        """Time of each temporal patch in seconds: the middle of its first and last frame."""
         step = self.temporal
         padded = [*indices, *[indices[-1]] * (-len(indices) % step)]
         times = [index / rate for index in padded]

@@ -1,14 +1,14 @@
-"""The checkpoint's processor files: where they are, and what in them is refused.
+"""The checkpoint's processor files: which are read, and which settings are refused.
 
-This file decides which files describe the processors (what transformers 5 saves for all of them
-comes before the files of one kind, as there), and that they are of the one class, with numbers
-that make sense and that the tower was made for. What the numbers do is `processor`'s. It imports
-no torch.
+This file decides which files describe the processors (the combined file of transformers 5 takes
+precedence over the files per kind, as in transformers), that the processors are of the supported
+class, and that their settings are valid and match the tower. `processor` applies the settings. It
+imports no torch.
 
 - ``QC-VISION-020`` the checkpoint has no processor file.
-- ``QC-VISION-021`` its processor is of another class.
-- ``QC-VISION-022`` a value in the file makes no sense.
-- ``QC-VISION-023`` the file contradicts config.json.
+- ``QC-VISION-021`` an unsupported processor class.
+- ``QC-VISION-022`` an invalid setting.
+- ``QC-VISION-023`` a setting that contradicts config.json.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FILES: Final = {
     "image": ("preprocessor_config.json", "image_processor"),
     "video": ("video_preprocessor_config.json", "video_processor"),
 }
-_NAMES: Final = {
+_CLASSES: Final = {
     "image": {f"Qwen2VLImageProcessor{end}" for end in ("", "Fast", "Pil")},
     "video": {"Qwen3VLVideoProcessor"},
 }
@@ -37,7 +37,7 @@ _FIX: Final = "use the processor files that came with the weights"
 
 
 def load(checkpoint: CheckpointView, kind: str, make: Callable[..., Any]) -> Any:
-    """The stock processor of a kind, its numbers checked.
+    """The stock processor of a kind, with validated settings.
 
     Args:
         checkpoint: the checkpoint.
@@ -49,16 +49,16 @@ def load(checkpoint: CheckpointView, kind: str, make: Callable[..., Any]) -> Any
     """
     name, content = _settings(checkpoint, kind)
     file = checkpoint.path / name
-    named = content.pop(f"{kind}_processor_type", None)
+    class_name = content.pop(f"{kind}_processor_type", None)
     content.pop("processor_class", None)
-    if named is not None and named not in _NAMES[kind]:
+    if class_name is not None and class_name not in _CLASSES[kind]:
         raise InputError(
             "QC-VISION-021",
-            "is no processor that qcore runs",
+            "unsupported processor class",
             file=file,
             field=f"{kind}_processor_type",
-            found=repr(named),
-            expected=" or ".join(sorted(_NAMES[kind])),
+            found=repr(class_name),
+            expected=" or ".join(sorted(_CLASSES[kind])),
             fix=_FIX,
         )
     try:
@@ -66,15 +66,15 @@ def load(checkpoint: CheckpointView, kind: str, make: Callable[..., Any]) -> Any
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(
             "QC-VISION-022",
-            "is refused by transformers",
+            "transformers refuses these settings",
             file=file,
             found=f"{type(error).__name__}: {str(error)[:200]}",
             fix=_FIX,
         ) from None
-    for field, found, good, expected in _demands(kind, stock):
+    for field, value, good, expected in _requirements(kind, stock):
         if not good:
             raise InputError(
-                "QC-VISION-022", "is out of bounds", file=file, field=field, found=repr(found),
+                "QC-VISION-022", "is out of bounds", file=file, field=field, found=repr(value),
                 expected=expected, fix=_FIX,
             )  # fmt: skip
     _check_config(checkpoint, file, stock)
@@ -82,30 +82,30 @@ def load(checkpoint: CheckpointView, kind: str, make: Callable[..., Any]) -> Any
 
 
 def _settings(checkpoint: CheckpointView, kind: str) -> tuple[str, dict[str, Any]]:
-    """The file of a kind's processor and what it says; what transformers 5 saved comes first."""
+    """Name and content of the processor file; the combined file takes precedence."""
     name, key = _FILES[kind]
     if _COMBINED in checkpoint.sidecars:
         combined = checkpoint.read_json(_COMBINED).get(key)
         if combined is not None:
             if not isinstance(combined, dict):
                 raise InputError(
-                    "QC-VISION-022", "is no object", file=checkpoint.path / _COMBINED, field=key,
-                    found=type(combined).__name__, fix=_FIX,
+                    "QC-VISION-022", "is not a JSON object", file=checkpoint.path / _COMBINED,
+                    field=key, found=type(combined).__name__, fix=_FIX,
                 )  # fmt: skip
             return _COMBINED, combined
     if name not in checkpoint.sidecars:
         raise InputError(
             "QC-VISION-020",
-            f"has no file that says how {kind}s are processed",
+            f"has no {kind} processor file",
             file=checkpoint.path,
             expected=f"{name}, or {_COMBINED} with {key}",
-            fix="copy it from the checkpoint that the weights came with",
+            fix="copy the file from the original checkpoint",
         )
     return name, checkpoint.read_json(name)
 
 
 def size_bounds(size: Any) -> tuple[int, int]:
-    """Least and most pixels of a processor's ``size``; zeros where it has none."""
+    """Minimum and maximum pixels of a processor's ``size``; zeros if it is invalid."""
     numbers: dict[str, Any] = dict(size) if size is not None else {}
     least, most = numbers.get("shortest_edge"), numbers.get("longest_edge")
     return (int(least), int(most)) if _whole(least) and _whole(most) else (0, 0)
@@ -119,34 +119,34 @@ def _real(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
-def _demands(kind: str, stock: Any) -> list[tuple[str, Any, bool, str]]:
-    """Field, value, whether it makes sense, and what would."""
+def _requirements(kind: str, stock: Any) -> list[tuple[str, Any, bool, str]]:
+    """For each setting: name, value, whether it is valid, and the expected value."""
 
     def three(value: Any) -> bool:
         return isinstance(value, list | tuple) and len(value) == 3 and all(map(_real, value))
 
     least, most = size_bounds(stock.size)
-    given = {key: value for key, value in dict(stock.size or {}).items() if value is not None}
+    size = {key: value for key, value in dict(stock.size or {}).items() if value is not None}
     mean, std = stock.image_mean, stock.image_std
     names = ["do_resize", "do_rescale", "do_normalize", "do_convert_rgb"]
     whole = ["patch_size", "merge_size", "temporal_patch_size"]
-    wants = []
+    video = []
     if kind == "video":
         names.append("do_sample_frames")
         whole += ["min_frames", "max_frames"]
         fps, count = stock.fps, stock.num_frames
-        wants += [
+        video += [
             ("fps", fps, _real(fps) and fps > 0, "a number above 0"),
             ("num_frames", count, count is None, "null, as frames are sampled by fps"),
         ]
     return [
-        *wants,
+        *video,
         *((name, getattr(stock, name), getattr(stock, name) is True, "true") for name in names),
         *((name, getattr(stock, name), _whole(getattr(stock, name)), "a number above 0")
           for name in whole),
-        ("size", given, 0 < least <= most, "shortest_edge up to longest_edge, in pixels"),
+        ("size", size, 0 < least <= most, "shortest_edge up to longest_edge, in pixels"),
         ("image_mean", mean, three(mean), "three numbers"),
-        ("image_std", std, three(std) and min(map(abs, std)) > 0, "three numbers that are not 0"),
+        ("image_std", std, three(std) and min(map(abs, std)) > 0, "three numbers other than 0"),
         ("rescale_factor", stock.rescale_factor,
          _real(stock.rescale_factor) and stock.rescale_factor > 0, "a number above 0"),
         ("resample", stock.resample, stock.resample == _BICUBIC, f"{_BICUBIC} (bicubic)"),
@@ -154,7 +154,7 @@ def _demands(kind: str, stock: Any) -> list[tuple[str, Any, bool, str]]:
 
 
 def _check_config(checkpoint: CheckpointView, file: object, stock: Any) -> None:
-    """Refuse patches that the tower was not made for (``QC-VISION-023``)."""
+    """Refuse settings that do not match the tower (``QC-VISION-023``)."""
     vision = checkpoint.config.get(SECTION) or {}
     for field, key in (
         ("patch_size", "patch_size"),
@@ -165,7 +165,7 @@ def _check_config(checkpoint: CheckpointView, file: object, stock: Any) -> None:
         if expected is not None and expected != getattr(stock, field):
             raise InputError(
                 "QC-VISION-023",
-                "is not what the tower was made for",
+                "differs from the vision tower's",
                 file=file,
                 field=field,
                 found=getattr(stock, field),
@@ -176,7 +176,7 @@ def _check_config(checkpoint: CheckpointView, file: object, stock: Any) -> None:
     if channels != 3:
         raise InputError(
             "QC-VISION-023",
-            "is not what the processor gives",
+            "differs from the processor's channels",
             file=checkpoint.path / "config.json",
             field=f"{SECTION}.in_channels",
             found=repr(channels),

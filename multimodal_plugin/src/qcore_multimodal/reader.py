@@ -1,14 +1,14 @@
-"""Images and videos of rows, read once: what core asks of a modality's reader.
+"""`Reader`: reads the images and videos of rows once, caches their pixels, and builds batches.
 
-This file decides when something is decoded (once, while the rows are checked), what names its
-values in the cache (its bytes, all numbers of the processor, the versions of what decodes and
-resizes, and this file's layout of them), and what happens when they are gone in the middle of a
-run: they are made again, which is said once, as it costs the time that the cache was to save. How
-bytes become pixels is `images`' and `videos`', what is asked of the processor `options`' and
-`processor`'s.
+This file decides when a file is decoded (once, while the rows are checked), the key of its cache
+entry (a hash of its bytes, the processor's settings, the versions of the decoding and resizing
+packages, and this file's layout), and what happens when an entry disappears during a run: the
+values are processed again, which is reported once, because it costs the time that the cache should
+save. `images` and `videos` decode bytes to pixels; `media_options` parses the options of a part;
+`processor` computes patches.
 
-- ``QC-VISION-042`` a file is not what it was when core looked for it, or is gone.
-- ``QC-VISION-043`` values are gone, and this process did not read the row that had the bytes.
+- ``QC-VISION-042`` a file changed or disappeared after core checked it.
+- ``QC-VISION-043`` cached values disappeared, and this process did not read the row with the bytes.
 """
 
 from __future__ import annotations
@@ -29,141 +29,144 @@ from torch import Tensor
 from qcore.api import RowError
 from qcore.errors import InputError
 
-from .cache import BOUND, Cache
-from .media import KINDS, Seen
-from .media_batch import Pixels
-from .media_options import KEYS, Limits, limits
-from .payload_store import Origins
+from .cache import SIZE_VARIABLE, Cache
+from .media import KINDS, ProcessedMedium
+from .media_batch import PixelBatch
+from .media_options import KEYS, Limits, parse_limits
+from .payload_store import PayloadStore
 from .processor_files import load
 
 if TYPE_CHECKING:
     from qcore.api import CheckpointView, Medium, Payload, Placed
 
-    from .processor import Bytes, Grid, Images, Videos
+    from .processor import Bytes, Grid, ImageProcessor, VideoProcessor
 
-_LAYOUT: Final = 1  # of what an entry of the cache holds, and of how pixels are made of bytes
+_LAYOUT: Final = 1  # version of the cache entries and of the decoding code
 
 
 class Reader:
-    """Reads with the processors of one checkpoint (`qcore.api.media.MediaReader`)."""
+    """A `qcore.api.media.MediaReader` with the processors of one checkpoint."""
 
     kinds: Final = KINDS
     keys: Final = KEYS
 
-    def __init__(self, checkpoint: CheckpointView, tell: Callable[[str], None]) -> None:
-        self._say = tell
+    def __init__(self, checkpoint: CheckpointView, report: Callable[[str], None]) -> None:
+        self._report = report
         self._checkpoint = checkpoint
         self._tables: dict[str, Tensor] = {}
-        self._bytes = 0  # of all values that this process read of
-        self._told: set[str] = set()
+        self._bytes = 0  # size of all values that this process has read
+        self._reported: set[str] = set()
 
-    # Made when a row has one: a run of text reads no processor file and imports no transformers.
+    # Created on first use: a text-only run reads no processor file and imports no transformers.
 
     @cached_property
     def _cache(self) -> Cache:
         return Cache.of_user()
 
     @cached_property
-    def _origins(self) -> Origins:
-        return Origins()
+    def _payloads(self) -> PayloadStore:
+        return PayloadStore()
 
     @cached_property
-    def _images(self) -> Images:
-        from .processor import CLASSES, Images
+    def _images(self) -> ImageProcessor:
+        from .processor import CLASSES, ImageProcessor
 
-        return Images("image", load(self._checkpoint, "image", CLASSES["image"]))
+        return ImageProcessor("image", load(self._checkpoint, "image", CLASSES["image"]))
 
     @cached_property
-    def _videos(self) -> Videos:
-        from .processor import CLASSES, Videos
+    def _videos(self) -> VideoProcessor:
+        from .processor import CLASSES, VideoProcessor
 
-        return Videos("video", load(self._checkpoint, "video", CLASSES["video"]))
+        return VideoProcessor("video", load(self._checkpoint, "video", CLASSES["video"]))
 
     @property
     def control(self) -> tuple[str, ...]:
-        """Tokens that stand for media."""
+        """Control tokens of images and videos."""
         from .placeholders import CONTROL
 
         return CONTROL
 
-    def read(self, payload: Payload) -> Seen:
+    def read(self, payload: Payload) -> ProcessedMedium:
         """Process an image or a video, or find it in the cache.
 
         Raises:
             RowError: ``QC-VISION-025`` to ``-039``.
-            InputError: ``QC-VISION-020`` to ``-023``, when the first of a kind is read.
-            UsageError: ``QC-VISION-040``, ``-041``, when the first of all is.
-            WriteError: its values cannot be kept.
+            InputError: ``QC-VISION-020`` to ``-023``, on the first medium of a kind.
+            UsageError: ``QC-VISION-040``, ``-041``, on the first medium.
+            WriteError: the cache cannot be written.
         """
-        wanted = self._limits(payload)
-        digest = self._digest(payload, wanted)
-        about = self._cache.find(digest)
-        if about is None:
-            about, _ = self._make(payload, wanted, digest)
-        seen = Seen(
+        limits = self._limits(payload)
+        digest = self._digest(payload, limits)
+        metadata = self._cache.metadata(digest)
+        if metadata is None:
+            metadata, _ = self._process(payload, limits, digest)
+        medium = ProcessedMedium(
             kind=payload.kind,
             digest=digest,
-            grid=_grid(about["grid"]),
-            merge=about["merge"],
-            seconds=tuple(about["seconds"]),
+            grid=_grid(metadata["grid"]),
+            merge=metadata["merge"],
+            timestamps=tuple(metadata["seconds"]),
         )
-        self._remember(digest, payload, seen)
-        return seen
+        self._remember_payload(digest, payload, medium)
+        return medium
 
     def expand(self, text: str, media: Sequence[Medium]) -> str:
-        """A rendered text with every placeholder as long as its medium."""
+        """Repeat every placeholder of a rendered text once per embedding of its medium."""
         from .placeholders import expand
 
-        return expand(text, cast("Sequence[Seen]", media))
+        return expand(text, cast("Sequence[ProcessedMedium]", media))
 
     def place(self, ids: Sequence[int], media: Sequence[Medium]) -> Placed:
-        """Where the media lie in the token ids of an expanded text."""
-        from .placeholders import named_ids
+        """Media tokens and position ids of an expanded text."""
+        from .placeholders import configured_ids
         from .positions import place
 
-        tokens = named_ids(self._checkpoint.config)
+        tokens = configured_ids(self._checkpoint.config)
         if not all(type(token) is int for token in tokens.values()):
             self._check_tokens()
         try:
-            return place(ids, cast("Sequence[Seen]", media), cast("dict[str, int]", tokens))
+            return place(
+                ids, cast("Sequence[ProcessedMedium]", media), cast("dict[str, int]", tokens)
+            )
         except RowError:
-            self._check_tokens()  # not the row's fault where config.json names other tokens
+            self._check_tokens()  # config.json may be the cause instead of the row
             raise
 
     def _check_tokens(self) -> None:
-        """Raises `InputError`: ``QC-VISION-053``, which the guards tell of rows that are good."""
+        """Raises `InputError` ``QC-VISION-053`` if config.json and the tokenizer disagree."""
         from .placeholders import token_findings
 
         ids = self._checkpoint.load_tokenizer().get_vocab()
-        for found in token_findings(self._checkpoint.config, ids):
+        for finding in token_findings(self._checkpoint.config, ids):
             raise InputError(
-                found.code, found.what, file=self._checkpoint.path / str(found.file),
-                field=found.field, found=found.found, expected=found.expected, fix=found.fix,
+                finding.code, finding.what, file=self._checkpoint.path / str(finding.file),
+                field=finding.field, found=finding.found, expected=finding.expected,
+                fix=finding.fix,
             )  # fmt: skip
 
-    def batch(self, media: Sequence[Medium], where: Tensor) -> Pixels:
-        """Bytes of the patches of a pack, with the tables that make numbers of them.
+    def batch(self, media: Sequence[Medium], where: Tensor) -> PixelBatch:
+        """Pixels of the patches of a pack, with the lookup tables of their values.
 
         Raises:
-            InputError: ``QC-VISION-042``, ``-043``, or what a changed file is refused for.
+            InputError: ``QC-VISION-042``, ``-043``, or the decoding error of a changed file.
         """
-        seen = cast("Sequence[Seen]", media)
-        names = sorted({one.kind for one in seen})
-        units = sum(one.units for one in seen)
-        sizes = self._processor(seen[0].kind)  # both kinds have the tower's
+        batch = cast("Sequence[ProcessedMedium]", media)
+        names = sorted({medium.kind for medium in batch})
+        units = sum(medium.units for medium in batch)
+        sizes = self._processor(batch[0].kind)  # both kinds have the tower's patch size
         area, temporal = sizes.patch**2, sizes.temporal
         values = np.empty((units, 3, temporal, area), np.uint8)
         kinds = np.empty(units, np.uint8)
         start = 0
-        for one in seen:
-            stop = start + one.units
-            # An image's one frame fills both of a patch.
-            values[start:stop] = self._values(one).reshape(one.units, 3, -1, area)
-            kinds[start:stop] = names.index(one.kind)
+        for medium in batch:
+            stop = start + medium.units
+            # The single frame of an image fills both frames of a patch.
+            values[start:stop] = self._values(medium).reshape(medium.units, 3, -1, area)
+            kinds[start:stop] = names.index(medium.kind)
             start = stop
-        return Pixels(
+        return PixelBatch(
             values=torch.from_numpy(values.reshape(units, -1)),
-            grids=tuple(one.grid for one in seen),
+            grids=tuple(medium.grid for medium in batch),
             where=where,
             table=torch.stack([self._table(name) for name in names]),
             kinds=torch.from_numpy(kinds),
@@ -174,18 +177,18 @@ class Reader:
             self._tables[kind] = self._processor(kind).table()
         return self._tables[kind]
 
-    def _processor(self, kind: str) -> Images | Videos:
+    def _processor(self, kind: str) -> ImageProcessor | VideoProcessor:
         return self._images if kind == "image" else self._videos
 
     def _limits(self, payload: Payload) -> Limits:
         if payload.kind == "image":
-            return limits("image", payload.options, self._images.bounds, None)
-        most = self._videos.most_frames or 0
-        frames = (self._videos.temporal, most)
-        return limits("video", payload.options, self._videos.bounds, frames)
+            return parse_limits("image", payload.options, self._images.bounds, None)
+        max_frames = self._videos.max_frames or 0
+        frames = (self._videos.temporal, max_frames)
+        return parse_limits("video", payload.options, self._videos.bounds, frames)
 
-    def _digest(self, payload: Payload, wanted: Limits) -> str:
-        """Names the values of a payload: equal exactly where they must be."""
+    def _digest(self, payload: Payload, limits: Limits) -> str:
+        """The cache key of a payload's values: a hash of everything they depend on."""
         video = payload.kind == "video"
         used = ("transformers", "pillow", "numpy", *(("torch", "av") if video else ()))
         return _sha256(
@@ -193,101 +196,104 @@ class Reader:
                 "layout": _LAYOUT,
                 "kind": payload.kind,
                 "sha256": payload.sha256,
-                "processor": self._processor(payload.kind).numbers,
-                "limits": [wanted.least, wanted.most, wanted.fps, wanted.frames],
+                "processor": self._processor(payload.kind).settings,
+                "limits": [limits.min_pixels, limits.max_pixels, limits.fps, limits.max_frames],
                 "versions": {name: _version(name) for name in used},
             }
         )
 
-    def _make(self, payload: Payload, wanted: Limits, digest: str) -> tuple[dict[str, Any], Bytes]:
-        """Decode and process a payload, and keep its values."""
+    def _process(
+        self, payload: Payload, limits: Limits, digest: str
+    ) -> tuple[dict[str, Any], Bytes]:
+        """Decode and process a payload, and cache its values."""
         from . import videos
 
-        seconds: tuple[float, ...] = ()
-        with _opened(payload) as file:
+        timestamps: tuple[float, ...] = ()
+        with _open_payload(payload) as file:
             if payload.kind == "image":
                 merge = self._images.merge
-                grid, values = self._image(file, payload, wanted)
+                grid, values = self._image(file, payload, limits)
             else:
                 merge = self._videos.merge
                 with _unchanged(file, payload):
-                    grid, seconds, values = videos.process(file, self._videos, wanted)
-        about = {"grid": grid, "merge": merge, "seconds": seconds}
-        self._cache.put(digest, about, values)
-        return about, values
+                    grid, timestamps, values = videos.process(file, self._videos, limits)
+        metadata = {"grid": grid, "merge": merge, "seconds": timestamps}
+        self._cache.put(digest, metadata, values)
+        return metadata, values
 
-    def _image(self, file: BinaryIO, payload: Payload, wanted: Limits) -> tuple[Grid, Bytes]:
+    def _image(self, file: BinaryIO, payload: Payload, limits: Limits) -> tuple[Grid, Bytes]:
         from . import images
 
-        data = images.whole(file)
+        data = images.read_bounded(file)
         _check_digest(payload, hashlib.sha256(data).hexdigest())
         picture = images.decode(data)
         try:
-            return self._images.patches(picture, wanted)
+            return self._images.patches(picture, limits)
         except ValueError as error:
             raise RowError(
-                "QC-VISION-031", "is of a shape that the processor refuses", found=str(error)
+                "QC-VISION-031", "the processor refuses the aspect ratio", found=str(error)
             ) from None
 
-    def _remember(self, digest: str, payload: Payload, seen: Seen) -> None:
-        """Keep what values could be made again from."""
-        if not self._origins.add(digest, payload):
+    def _remember_payload(self, digest: str, payload: Payload, medium: ProcessedMedium) -> None:
+        """Store the payload, so that its values can be processed again after eviction."""
+        if not self._payloads.add(digest, payload):
             return
-        sizes = self._processor(seen.kind)
-        self._bytes += seen.units * 3 * sizes.patch**2 * (
-            1 if seen.kind == "image" else sizes.temporal
+        sizes = self._processor(medium.kind)
+        self._bytes += medium.units * 3 * sizes.patch**2 * (
+            1 if medium.kind == "image" else sizes.temporal
         )  # fmt: skip
         if self._bytes > self._cache.bound:
             bound = f"{self._cache.bound / 1e9:g}"
-            self._tell(
-                f"media of these rows are more than {bound} GB: they are decoded again whenever "
-                f"they are needed, which is slow; set {BOUND} above {bound} to keep more"
+            self._report_once(
+                f"the media of these rows exceed the cache of {bound} GB and are decoded again in "
+                f"every epoch, which is slow; raise {SIZE_VARIABLE} above {bound} to cache more"
             )
 
-    def _values(self, seen: Seen) -> Bytes:
-        values = self._cache.values(seen.digest)
+    def _values(self, medium: ProcessedMedium) -> Bytes:
+        values = self._cache.values(medium.digest)
         if values is not None:
             return values
-        payload = self._origins.find(seen.digest)
+        payload = self._payloads.find(medium.digest)
         if payload is None:
             raise InputError(
-                "QC-VISION-043", f"values of a {seen.kind} are gone from the cache",
-                file=self._cache.folder, found=f"no sound {seen.digest}.media",
-                fix="start again, so that its row is read anew",
+                "QC-VISION-043", f"the cached values of a {medium.kind} are missing",
+                file=self._cache.folder, found=f"no valid {medium.digest}.media",
+                fix="start the command again, which reads the row again",
             )  # fmt: skip
-        self._tell(
-            f"values of media in {self._cache.folder} are gone or damaged: they are made again"
+        self._report_once(
+            f"entries of the media cache {self._cache.folder} are missing or damaged: "
+            "they are processed again"
         )
         try:
-            return self._make(payload, self._limits(payload), seen.digest)[1]
-        except RowError as bad:
+            return self._process(payload, self._limits(payload), medium.digest)[1]
+        except RowError as error:
             raise InputError(
-                bad.code, bad.what, file=payload.path, field=bad.at or None, found=bad.found,
-                expected=bad.expected, fix=bad.fix,
+                error.code, error.what, file=payload.path, field=error.at or None,
+                found=error.found, expected=error.expected, fix=error.fix,
             ) from None  # fmt: skip
 
-    def _tell(self, what: str) -> None:
-        """Once a run."""
-        if what not in self._told:
-            self._told.add(what)
-            self._say(what)
+    def _report_once(self, what: str) -> None:
+        """Report a message once per run."""
+        if what not in self._reported:
+            self._reported.add(what)
+            self._report(what)
 
 
 @contextmanager
-def _opened(payload: Payload) -> Iterator[BinaryIO]:
-    """The bytes of a payload; core looked for them before."""
+def _open_payload(payload: Payload) -> Iterator[BinaryIO]:
+    """Open a payload, whose file existed when core checked the row."""
     try:
         with payload.open() as file:
             yield file
     except OSError as error:
         raise RowError(
-            "QC-VISION-042", "cannot be read any more", found=error.strerror or str(error)
+            "QC-VISION-042", "can no longer be read", found=error.strerror or str(error)
         ) from None
 
 
 @contextmanager
 def _unchanged(file: BinaryIO, payload: Payload) -> Iterator[None]:
-    """Hold a file that is read piece by piece to the digest that names its values."""
+    """Verify that a file has the payload's digest and does not change inside the context."""
     before = _stamp(file, payload)
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
@@ -297,7 +303,7 @@ def _unchanged(file: BinaryIO, payload: Payload) -> Iterator[None]:
     try:
         yield
     except RowError:
-        _check_stamp(file, payload, before)  # what it is refused for may be half of two files
+        _check_stamp(file, payload, before)  # the error may come from a mix of two versions
         raise
     _check_stamp(file, payload, before)
 
@@ -305,28 +311,28 @@ def _unchanged(file: BinaryIO, payload: Payload) -> Iterator[None]:
 def _check_stamp(file: BinaryIO, payload: Payload, before: tuple[int, int]) -> None:
     if (after := _stamp(file, payload)) != before:
         raise _changed(
-            f"{after[0]} bytes", f"{before[0]}, and no write while it is decoded"
+            f"{after[0]} bytes", f"{before[0]} bytes, unchanged while it is decoded"
         ) from None
 
 
 def _stamp(file: BinaryIO, payload: Payload) -> tuple[int, int]:
-    """Size and time of the last write; zeros for what the row holds itself."""
+    """Size and modification time of a file; zeros for bytes in the row."""
     if payload.path is None:
         return 0, 0
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
 
 
-def _check_digest(payload: Payload, found: str) -> None:
-    """Refuse bytes that are not those whose digest names the values."""
-    if found != payload.sha256:
-        raise _changed(found, f"sha256 {payload.sha256}")
+def _check_digest(payload: Payload, sha256: str) -> None:
+    """Refuse bytes with a different digest than when the row was checked."""
+    if sha256 != payload.sha256:
+        raise _changed(sha256, f"sha256 {payload.sha256}")
 
 
-def _changed(found: str, expected: str) -> RowError:
+def _changed(actual: str, expected: str) -> RowError:
     return RowError(
-        "QC-VISION-042", "is not what it was when its row was checked", found=found,
-        expected=expected, fix="leave the files alone while a run reads them",
+        "QC-VISION-042", "changed after its row was checked", found=actual,
+        expected=expected, fix="do not modify media files during a run",
     )  # fmt: skip
 
 
@@ -340,7 +346,7 @@ def _sha256(content: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@cache  # looked up for every medium, and a lookup reads a file
+@cache  # called for every medium, and each lookup reads a file
 def _version(distribution: str) -> str | None:
     try:
         return version(distribution)

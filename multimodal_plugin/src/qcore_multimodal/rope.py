@@ -1,8 +1,8 @@
-"""Where patches lie in their frame, and the rotary embedding that says so.
+"""Patch coordinates within a frame, and the rotary position embedding of the vision tower.
 
-This file decides the order of patches: frame by frame, and in a frame block by block of
-``merge x merge``, row by row within each, as the processor lays them out. Half of a head's
-frequencies turn with the row, half with the column, in float32.
+This file decides the order of patches: frame by frame, within a frame by blocks of
+``merge x merge``, and row by row within a block, as the processor lays them out. Half of a head's
+frequencies encode the row, half the column, in float32.
 
 Shapes: U patches of all media, D head size.
 """
@@ -20,15 +20,15 @@ from qcore.api import Media
 
 from .table import THETA
 
-Grids = Sequence[tuple[int, ...]]  #: of each medium: patches in time, height and width
+Grids = Sequence[tuple[int, ...]]  #: per medium: patches in time, height and width
 _CPU = torch.device("cpu")
 
 
-def places(grids: Grids, merge: int) -> tuple[Tensor, Tensor]:
+def patch_coordinates(grids: Grids, merge: int) -> tuple[Tensor, Tensor]:
     """Row and column of every patch in its frame, ``[U]`` int64 each, on the CPU.
 
     Args:
-        grids: of the media, in order.
+        grids: grid of each medium, in order.
         merge: patches along each side of a block.
     """
     rows, columns = [], []
@@ -43,11 +43,11 @@ def places(grids: Grids, merge: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """The numbers of one tower's rotary positions.
+    """Parameters of a tower's rotary position embedding.
 
     Attributes:
         theta: base of the frequencies.
-        dim: D, all of which turns.
+        dim: D, all of which is rotated.
         merge: patches along each side of a block.
     """
 
@@ -57,7 +57,7 @@ class Rope:
 
     @staticmethod
     def of(vision: Mapping[str, Any]) -> Rope:
-        """Read ``vision_config``, which `guards` has judged."""
+        """From ``vision_config``, which `guards` has validated."""
         numbers = vision.get("rope_parameters") or {}
         return Rope(
             float(numbers.get("rope_theta", THETA)),
@@ -66,21 +66,23 @@ class Rope:
         )
 
     def tables(self, media: Media) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[U, 1, 1, D]`` float32, made once for all layers."""
+        """Cosines and sines ``[U, 1, 1, D]`` float32, computed once for all layers."""
         return media.memo(f"rope {self}", lambda: self._tables(media))
 
     def _tables(self, media: Media) -> tuple[Tensor, Tensor]:
         exponents = torch.arange(0, self.dim // 2, 2, dtype=torch.float, device=_CPU)
         frequencies = 1.0 / (self.theta ** (exponents / (self.dim // 2)))
-        axes = [place.float().unsqueeze(1) * frequencies for place in self._places(media)]
+        axes = [place.float().unsqueeze(1) * frequencies for place in self._coordinates(media)]
         angles = torch.cat((*axes, *axes), 1)[:, None, None].to(media.values.device)
         return angles.cos(), angles.sin()
 
-    def _places(self, media: Media) -> tuple[Tensor, Tensor]:
-        return media.memo(f"places {self.merge}", lambda: places(media.grids, self.merge))
+    def _coordinates(self, media: Media) -> tuple[Tensor, Tensor]:
+        return media.memo(
+            f"coordinates {self.merge}", lambda: patch_coordinates(media.grids, self.merge)
+        )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn D dimensions in pairs (j, j + D/2): ``[U, ..., D] -> [U, ..., D]``."""
+    """Rotate D dimensions in pairs (j, j + D/2): ``[U, ..., D] -> [U, ..., D]``."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin

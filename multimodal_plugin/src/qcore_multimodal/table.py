@@ -1,15 +1,15 @@
-"""The tower's rows of the parameter table: ``model.visual.*``, the same for both architectures.
+"""Parameter table of the vision tower: rows of ``model.visual.*``, for both architectures.
 
-This file decides which tensors a tower consists of, their groups, and that none is held in
-4 bit: a tower is a twentieth of a model or less, and its rounding error reaches every token of
-a picture. LoRA hits it when asked, group by group. Names and layouts are the hub's; the text
-class has no tower, so there is one namespace.
+This file decides which tensors a tower has, their LoRA groups, and that none is stored in 4 bit by
+default: a tower is a twentieth of a model or less, and its quantization error reaches every token
+of an image. LoRA applies to a group only if it is requested. Names and layouts are those on the
+hub; the text class has no tower, so there is one namespace.
 
-The tower's sizes have names of their own, all but one: what the merger gives is ``hidden``, the
-text's, so that two sections that contradict each other are core's error.
+The dimensions have names of their own, except the merger's output, which is the text model's
+``hidden``: core then reports two config sections that contradict each other.
 
-Codes: ``QC-VISION-001`` a size that is missing or no positive integer; ``QC-VISION-010`` a tower
-that has other tensors than these. What the shapes cannot show is judged by `guards`.
+Codes: ``QC-VISION-001`` a size that is missing or not a positive integer; ``QC-VISION-010`` a tower
+with other tensors. `guards` checks what the shapes do not show.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from qcore.errors import InputError
 NAME = "vision"
 ROOT = "model.visual"
 SECTION = "vision_config"
-#: Base of the rotary frequencies where config.json says none, as in all published ones.
+#: Default base of the rotary frequencies; published config.json files omit it.
 THETA = 10000.0
-#: Far above any real tower. A table names every tensor, so a count is memory before it is judged.
-_MOST_BLOCKS = 1000
+#: Far above any real tower: a table lists every tensor, so an absurd depth would exhaust memory.
+_MAX_BLOCKS = 1000
 
-#: What tells a tower of other tensors, or of other rules; the hub's sections may leave both out.
-_KIND: dict[str, tuple[Any, ...]] = {
+#: Keys whose other values mean a different tower; sections on the hub may omit both.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
     "model_type": (None, "qwen3_5", "qwen3_5_moe", "qwen3_5_vision", "qwen3_5_moe_vision"),
     "deepstack_visual_indexes": (None, []),
 }
 
-#: LoRA groups: the four maps of every block, and the two that lead into the text.
+#: LoRA groups: the four linear layers of every block, and the two of the merger.
 GROUPS: dict[str, Aim] = {"vision": Aim.ASKED, "merger": Aim.ASKED}
-#: Name of a size in the rows -> key of ``vision_config``.
+#: Dimension name in the rows -> key of ``vision_config``.
 _SIZES = {
     "hidden": "out_hidden_size",
     "vision_hidden": "hidden_size",
@@ -53,16 +53,16 @@ def vision_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The tower's section of config.json.
 
     Raises:
-        InputError: ``QC-VISION-001`` it is no mapping.
+        InputError: ``QC-VISION-001`` the section is not a mapping.
     """
     section = config.get(SECTION)
     if not isinstance(section, Mapping):
-        raise _bad(None, repr(section), "a mapping")
+        raise _config_error(None, repr(section), "a mapping")
     return section
 
 
 def parts(config: Mapping[str, Any]) -> Iterator[Part]:
-    """The tower's part.
+    """Yield the part of the vision tower.
 
     Args:
         config: config.json, with a ``vision_config``.
@@ -71,14 +71,14 @@ def parts(config: Mapping[str, Any]) -> Iterator[Part]:
         InputError: ``QC-VISION-001``, ``QC-VISION-010``.
     """
     vision = vision_config(config)
-    for key, allowed in _KIND.items():
+    for key, allowed in _REQUIRED.items():
         if (value := vision.get(key)) not in allowed:
-            raise _bad(key, repr(value), " or ".join(map(repr, allowed)), "QC-VISION-010")
+            raise _config_error(key, repr(value), " or ".join(map(repr, allowed)), "QC-VISION-010")
     yield Part(
         name=NAME,
         rows=tuple(_rows()),
         dims={name: _size(vision, key) for name, key in _SIZES.items()},
-        axes={"block": tuple(range(_size(vision, "depth", _MOST_BLOCKS)))},
+        axes={"block": tuple(range(_size(vision, "depth", _MAX_BLOCKS)))},
         namespaces=(
             Namespace(
                 name="vl",
@@ -126,17 +126,19 @@ def _size(vision: Mapping[str, Any], key: str, most: int | None = None) -> int:
     value = vision.get(key)
     if type(value) is not int or not 0 < value <= (most or 2**31 - 1):
         expected = f"a whole number from 1 to {most}" if most else "a positive integer"
-        raise _bad(key, repr(value), expected)
+        raise _config_error(key, repr(value), expected)
     return value
 
 
-def _bad(key: str | None, found: str, expected: str, code: str = "QC-VISION-001") -> InputError:
+def _config_error(
+    key: str | None, value: str, expected: str, code: str = "QC-VISION-001"
+) -> InputError:
     return InputError(
         code,
-        "does not describe this tower",
+        "does not describe a Qwen 3.5 vision tower",
         file="config.json",
         field=SECTION if key is None else f"{SECTION}.{key}",
-        found=found,
+        found=value,
         expected=expected,
         fix="use the config.json that came with the weights",
     )

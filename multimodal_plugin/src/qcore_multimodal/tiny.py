@@ -1,9 +1,9 @@
-"""A tiny checkpoint of text becomes one that sees: for tests and examples.
+"""Adds a tiny vision tower to a tiny text checkpoint, for tests and examples.
 
-This file decides what is added to a folder that an architecture's own tiny writer made: a tower
+This file decides what is added to a checkpoint that an architecture's tiny writer created: a tower
 of two blocks with random weights, ids of the media tokens, processor files with small limits, and
-a template that prints a placeholder where a message holds a medium. The tokens themselves are in
-the family's tokenizer, tiny or not.
+a template that prints a placeholder for each image or video. The family's tokenizer, tiny or
+not, already has the tokens.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tokenizers import Tokenizer
 from qcore.api import Table
 from qcore.api import Tensor as Entry
 
-from .placeholders import END, NAMED, START
+from .placeholders import END, START, TOKEN_IDS
 from .table import SECTION, parts
 
-#: Key of config.json -> the token whose id it holds.
-TOKENS = {key: token for token, (key, _) in NAMED.items()} | {
+#: Key of config.json -> token whose id it holds.
+TOKENS = {key: token for token, (key, _) in TOKEN_IDS.items()} | {
     "vision_start_token_id": START,
     "vision_end_token_id": END,
 }
@@ -39,21 +39,21 @@ _ANY_PART = """
 
 
 def add_tower(folder: Path, *, seed: int = 0, **vision: Any) -> None:
-    """Add a tower and all that belongs to it to the tiny checkpoint in `folder`.
+    """Add a vision tower with tokens, template and processor files to a tiny checkpoint.
 
     Args:
-        folder: with one ``model.safetensors`` and the tiny template of the family.
-        seed: of the weights.
-        vision: overrides keys of ``vision_config``.
+        folder: checkpoint with one ``model.safetensors`` and the family's tiny template.
+        seed: random seed of the weights.
+        vision: overrides of keys of ``vision_config``.
 
     Raises:
-        ValueError: the folder is no such checkpoint.
+        ValueError: the folder is not such a checkpoint.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     config |= {key: tokenizer.token_to_id(token) for key, token in TOKENS.items()}
     if None in (config[key] for key in TOKENS):
-        raise ValueError(f"{folder}: its tokenizer has no media tokens")
+        raise ValueError(f"{folder}: the tokenizer has no media tokens")
     config[SECTION] = tiny_vision(config) | vision
     _template(folder / "chat_template.jinja")
     _processor(folder, config[SECTION])
@@ -62,7 +62,7 @@ def add_tower(folder: Path, *, seed: int = 0, **vision: Any) -> None:
 
 
 def tiny_vision(config: dict[str, Any]) -> dict[str, Any]:
-    """``vision_config`` of the tiny tower for a text model."""
+    """``vision_config`` of the tiny tower for the text model of `config`."""
     return {
         "model_type": config["model_type"],
         "deepstack_visual_indexes": [],
@@ -84,12 +84,12 @@ def tiny_vision(config: dict[str, Any]) -> dict[str, Any]:
 def _template(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     if text.count(_TEXT_PART) != 1:
-        raise ValueError(f"{path}: is not the tiny template")
+        raise ValueError(f"{path}: not the tiny template")
     path.write_text(text.replace(_TEXT_PART, _ANY_PART), encoding="utf-8")
 
 
 def _processor(folder: Path, vision: dict[str, Any]) -> None:
-    """As the hub's, with limits under which a picture is 1 to 64 tokens."""
+    """Write processor files like the hub's, with limits of 1 to 64 tokens per image."""
     side = vision["patch_size"] * vision["spatial_merge_size"]
     shared = {
         "patch_size": vision["patch_size"],
@@ -109,7 +109,7 @@ def _processor(folder: Path, vision: dict[str, Any]) -> None:
 
 def _weights(path: Path, config: dict[str, Any], seed: int) -> None:
     if not path.is_file():
-        raise ValueError(f"{path}: is not there; a tiny checkpoint has one file of weights")
+        raise ValueError(f"{path}: not found; a tiny checkpoint has one file of weights")
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     generator = torch.Generator().manual_seed(seed)
@@ -119,11 +119,11 @@ def _weights(path: Path, config: dict[str, Any], seed: int) -> None:
 
 
 def _random(entry: Entry, generator: torch.Generator) -> torch.Tensor:
-    """Values on which every rule of the blocks matters: no norm or bias is left as it starts."""
+    """Random values that exercise every norm and bias: none has its usual initial value."""
     noise = torch.randn(entry.shape, generator=generator)
     if len(entry.shape) == 1:
-        centre = float("norm" in entry.name and entry.name.endswith("weight"))
-        value = centre + 0.1 * noise
+        center = float("norm" in entry.name and entry.name.endswith("weight"))
+        value = center + 0.1 * noise
     elif "pos_embed" in entry.name:
         value = 0.5 * noise
     else:

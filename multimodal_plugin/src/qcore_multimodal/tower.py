@@ -1,11 +1,11 @@
 """The vision tower of Qwen 3.5 and 3.6: patch embedding, residual blocks, merger.
 
-This file decides the order of blocks and their parameter names (the table's, less its root);
-attention is `attention`'s, what patches are before the first block is `patches`'. The merger is the
-last layer. A config that this does not compute was refused by `guards` before.
+This file decides the order of blocks and their parameter names (those of the table, without its
+root). `attention` computes attention, `media_batch` the pixel values of the patches. The merger is
+the last layer. `guards` has already refused any config that these blocks do not support.
 
-Shapes: U patches of all media, D the tower's hidden size, n = U / merge^2 embeddings, H the
-text's hidden size, F numbers of a patch.
+Shapes: U patches of all media, D the tower's hidden size, n = U / merge^2 embeddings, H the text
+model's hidden size, F values per patch.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from qcore.api import Tower as TowerProtocol
 
 from .attention import Attention
 from .linear import LayerNorm, activated, affine, linear, residual
-from .media_batch import Pixels
-from .pos_embed import taps
+from .media_batch import PixelBatch
+from .pos_embed import interpolation
 from .table import vision_config
 
-#: Patches that are embedded at a time: their numbers are wide, and nothing of them stays.
-_AT_A_TIME = 8192
+#: Patches that are embedded at a time, to bound the memory of their float values.
+_PATCHES_PER_SLICE = 8192
 
 
 class Mlp(nn.Module):
-    """``fc2(gelu(fc1(x)))``, the GELU by its tanh approximation, added to a stream."""
+    """``fc2(gelu(fc1(x)))`` with the tanh approximation, added to the residual stream."""
 
-    if TYPE_CHECKING:  # nn.Module's own is of any type
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(self, stream: Tensor, x: Tensor) -> Tensor: ...
 
@@ -50,7 +50,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """``x += attn(norm1(x)); x += mlp(norm2(x))``."""
 
-    if TYPE_CHECKING:  # nn.Module's own is of any type
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(self, x: Tensor, media: Media) -> Tensor: ...
 
@@ -68,12 +68,12 @@ class Block(nn.Module):
 
 
 class Merger(nn.Module):
-    """``[U, D] -> [n, H]``: the norm is of each patch, before its block becomes one row.
+    """``[U, D] -> [n, H]``: each patch is normalized, then a block of patches becomes one row.
 
-    Its GELU is the exact one.
+    The GELU is exact, without the tanh approximation.
     """
 
-    if TYPE_CHECKING:  # nn.Module's own is of any type
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(self, x: Tensor, media: Media) -> Tensor: ...
 
@@ -90,9 +90,9 @@ class Merger(nn.Module):
 
 
 class _Projection(nn.Module):
-    """``patch_embed.proj``: a convolution over whole patches is one matrix."""
+    """``patch_embed.proj``: a convolution with stride equal to the patch size, as one matrix."""
 
-    if TYPE_CHECKING:  # nn.Module's own is of any type
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -114,28 +114,28 @@ class _PatchEmbed(nn.Module):
 
 
 class _PosEmbed(nn.Module):
-    """``pos_embed``: the learned square of positions."""
+    """``pos_embed``: the learned square of position embeddings."""
 
-    if TYPE_CHECKING:  # nn.Module's own is of any type
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
-        def __call__(self, index: Tensor, share: Tensor) -> Tensor: ...
+        def __call__(self, index: Tensor, weights: Tensor) -> Tensor: ...
 
     def __init__(self, ctx: BuildContext) -> None:
         super().__init__()
         self.weight = ctx.tensor("pos_embed.weight")
         self.side = math.isqrt(len(self.weight))
 
-    def forward(self, index: Tensor, share: Tensor) -> Tensor:
-        """``[U, 4]`` each ``-> [U, D]``, summed in float32."""
-        every = zip(index.unbind(1), share.unsqueeze(2).unbind(1), strict=True)
-        first, *rest = (F.embedding(one, self.weight) * by for one, by in every)
-        for one in rest:
-            first = first + one
+    def forward(self, index: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum of position embeddings in float32: each ``[U, 4] -> [U, D]``."""
+        every = zip(index.unbind(1), weights.unsqueeze(2).unbind(1), strict=True)
+        first, *rest = (F.embedding(near, self.weight) * weight for near, weight in every)
+        for term in rest:
+            first = first + term
         return first
 
 
 class Tower(nn.Module):
-    """Everything between patches and embeddings of the text's."""
+    """The vision tower: patches in, embeddings of the text model out."""
 
     def __init__(self, ctx: BuildContext) -> None:
         super().__init__()
@@ -157,52 +157,52 @@ class Tower(nn.Module):
         return self._layers
 
     def embed(self, media: Media) -> Tensor:
-        """``values [U, F] -> [U, D]``: patches, and where they lie.
+        """Patch and position embeddings: ``values [U, F] -> [U, D]``.
 
         Raises:
-            ValueError: the grids are not of so many patches, or bytes without a table.
+            ValueError: the grids have a different number of patches, or bytes lack a table.
         """
         values = media.values
         units = sum(math.prod(grid) for grid in media.grids)
         if values.shape != (units, self.patch):
-            found = f"values of shape {tuple(values.shape)}"
-            raise ValueError(f"{found} for {units} patches of {self.patch} numbers")
-        index, share = media.memo("taps", lambda: self._taps(media))
+            shape = f"values of shape {tuple(values.shape)}"
+            raise ValueError(f"{shape} for {units} patches of {self.patch} numbers")
+        index, weights = media.memo("interpolation", lambda: self._interpolation(media))
         rows = [
-            self._rows(self._numbers(media, part), index[part], share[part])
-            for start in range(0, units, _AT_A_TIME)
-            for part in [slice(start, min(start + _AT_A_TIME, units))]
+            self._rows(self._pixel_values(media, part), index[part], weights[part])
+            for start in range(0, units, _PATCHES_PER_SLICE)
+            for part in [slice(start, min(start + _PATCHES_PER_SLICE, units))]
         ]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _numbers(self, media: Media, part: slice) -> Tensor:
-        """The processor's numbers of some patches, in the run's dtype."""
-        table = isinstance(media, Pixels)
+    def _pixel_values(self, media: Media, part: slice) -> Tensor:
+        """Pixel values of some patches in the run's dtype."""
+        table = isinstance(media, PixelBatch)
         if table is not (media.values.dtype == torch.uint8):
             raise ValueError(
                 f"values are {media.values.dtype}, with {'a' if table else 'no'} table"
             )
-        if isinstance(media, Pixels):
-            return media.numbers(self.dtype, part.start, part.stop)
+        if isinstance(media, PixelBatch):
+            return media.pixel_values(self.dtype, part.start, part.stop)
         return media.values[part].to(self.dtype)
 
-    def _taps(self, media: Media) -> tuple[Tensor, Tensor]:
-        index, share = taps(media.grids, self.merge, self.pos_embed.side)
-        return index.to(media.values.device), share.to(media.values.device)
+    def _interpolation(self, media: Media) -> tuple[Tensor, Tensor]:
+        index, weights = interpolation(media.grids, self.merge, self.pos_embed.side)
+        return index.to(media.values.device), weights.to(media.values.device)
 
-    def _rows(self, x: Tensor, index: Tensor, share: Tensor) -> Tensor:
+    def _rows(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         out = self.patch_embed.proj(x)
-        return out + self.pos_embed(index, share).to(out.dtype)
+        return out + self.pos_embed(index, weights).to(out.dtype)
 
     def sample(
         self, units: int, device: torch.device, generator: torch.Generator | None = None
     ) -> Media:
-        """One made-up picture of about so many patches, as near a square as they allow.
+        """A synthetic image of about `units` patches, as close to a square as possible.
 
         Args:
-            units: patches; rounded up to a rectangle of whole blocks.
-            device: where it lies.
-            generator: of its bytes, on the CPU; without one they are left undefined.
+            units: number of patches, rounded up to a rectangle of whole blocks.
+            device: device of the result.
+            generator: CPU generator for the bytes; ``None`` leaves them uninitialized.
         """
         blocks = max(1, -(-units // self.merge**2))
         high = math.isqrt(blocks)
@@ -213,7 +213,7 @@ class Tower(nn.Module):
         else:
             values = torch.randint(256, shape, dtype=torch.uint8, device=cpu, generator=generator)
         table = torch.linspace(-1, 1, 256, device=cpu).repeat(1, self.channels, 1)
-        return Pixels(
+        return PixelBatch(
             values=values.to(device),
             grids=(grid,),
             where=torch.arange(shape[0] // self.merge**2, device=device),
@@ -223,5 +223,5 @@ class Tower(nn.Module):
 
 
 def build(ctx: BuildContext) -> TowerProtocol:
-    """The tower of the config in `ctx`."""
+    """Build the tower that the config in `ctx` describes."""
     return Tower(ctx)

@@ -1,17 +1,18 @@
-"""Videos to frames: containers by PyAV, animated pictures by Pillow.
+"""Video decoding: frames of video files with PyAV, and of animated images with Pillow.
 
-This file decides what of a video is refused, and how many frames there are: those that decode, not
-those that a header promises. Only frames that the processor asks for are kept, and each is resized
-as it comes. A frame's time is its number over the mean rate, as transformers has it, also where the
-rate varies. Rotation of a phone's video is applied. Which containers are opened is `containers`'.
+This file decides which videos are refused, and how many frames a video has: the decoded frames, not
+the number in a header. Only the frames that the processor samples are kept, and each is resized
+when it is decoded. A frame's time is its index divided by the mean frame rate, as in transformers,
+even if the rate varies. The rotation of phone videos is applied. `containers` decides which
+containers are opened.
 
 - ``QC-VISION-030`` too many pixels in all frames together.
 - ``QC-VISION-033`` PyAV is not installed.
-- ``QC-VISION-035`` damaged.
-- ``QC-VISION-036`` no video in it.
+- ``QC-VISION-035`` a damaged file.
+- ``QC-VISION-036`` a file without a video stream.
 - ``QC-VISION-037`` too few frames.
-- ``QC-VISION-038`` the frames change their size.
-- ``QC-VISION-039`` too many frames, or no time between them.
+- ``QC-VISION-038`` frames of different sizes.
+- ``QC-VISION-039`` too many frames, or an unknown frame rate.
 """
 
 from __future__ import annotations
@@ -33,100 +34,102 @@ from .containers import demuxer
 from .media_options import Limits
 
 if TYPE_CHECKING:
-    from .processor import Bytes, Grid, Videos
+    from .processor import Bytes, Grid, VideoProcessor
 
-# Not final, as tests lower them.
-MAX_PICTURES = 20_000  #: frames of an animated picture, which must be looked at one by one
-MOST_DECODED = 1 << 30  #: pixels of an animated picture: a second for each hundred million
-MAX_FRAMES = 10_000_000  #: of a film: two days of 60 a second
-MOST_FILMED = 1 << 42  #: pixels of a film: two hours of 4K, 60 frames a second
-_SHORTER: Final = "cut it into shorter ones"
-_SHOWN: Final = 0.1  # seconds of a frame that states none, as browsers have it
+# Not `Final`: tests lower these limits.
+MAX_ANIMATED_FRAMES = 20_000  #: frames of an animated image, which are decoded one by one
+MAX_ANIMATED_PIXELS = 1 << 30  #: pixels of an animated image: about a second per hundred million
+MAX_VIDEO_FRAMES = 10_000_000  #: of a video file: two days at 60 frames per second
+MAX_VIDEO_PIXELS = 1 << 42  #: pixels of a video file: two hours of 4K at 60 frames per second
+_SHORTEN: Final = "cut it into shorter videos"
+_DEFAULT_DURATION: Final = 0.1  # seconds of a frame without a duration, as in browsers
 
 
-class _Recounted(Exception):
-    """Another number of frames than was counted without decoding."""
+class _FrameCountChanged(Exception):
+    """The number of decoded frames differs from the number counted without decoding."""
 
     def __init__(self, count: int) -> None:
         super().__init__(count)
         self.count = count
 
 
-class _Source(Protocol):
-    """A video that is open.
+class _FrameSource(Protocol):
+    """An open video.
 
     Attributes:
-        count: frames.
-        rate: frames a second, in the mean.
+        count: number of frames.
+        rate: mean frames per second.
     """
 
     count: int
     rate: float
 
     def frames(self) -> Iterator[NDArray[np.uint8] | None]:
-        """All of them, ``[H, W, 3]``; ``None`` for each that `wanted` does not name."""
+        """All frames ``[H, W, 3]`` in order; ``None`` for each frame that is not selected."""
         ...
 
-    def want(self, indices: Sequence[int]) -> None:
-        """Only these frames will be looked at."""
+    def select(self, indices: Sequence[int]) -> None:
+        """Select the frames that `frames` yields as pixels."""
         ...
 
 
 def process(
-    file: BinaryIO, processor: Videos, limits: Limits
+    file: BinaryIO, processor: VideoProcessor, limits: Limits
 ) -> tuple[Grid, tuple[float, ...], Bytes]:
-    """Decode, sample, resize and cut up a video.
+    """Decode, sample and resize a video, and split it into patches.
 
     Args:
-        file: its bytes.
-        processor: what samples, resizes and cuts.
-        limits: what its row asks for.
+        file: the video file.
+        processor: the video processor.
+        limits: processing limits of the content part.
 
     Returns:
-        Grid, seconds of its patches in time, and values ``[U, F]``.
+        Grid, timestamps of the temporal patches in seconds, and values ``[U, F]``.
 
     Raises:
         RowError: ``QC-VISION-030``, ``-031``, ``-033`` to ``-039``.
     """
     name = demuxer(file)
     if name is None:
-        data = images.whole(file)
-        with images.opened(data) as image:
-            images.check_sums(image, data)
-            return _process(_Pictures(image), processor, limits)
+        data = images.read_bounded(file)
+        with images.open_image(data) as image:
+            images.verify_checksums(image, data)
+            return _process(_AnimatedImage(image), processor, limits)
     with _decoding():
-        return _process(_Film(file, name), processor, limits)
+        return _process(_VideoFile(file, name), processor, limits)
 
 
 def _process(
-    source: _Source, processor: Videos, limits: Limits
+    source: _FrameSource, processor: VideoProcessor, limits: Limits
 ) -> tuple[Grid, tuple[float, ...], Bytes]:
     try:
-        indices, kept = _sampled(source, processor, limits)
-    except _Recounted as other:
-        # Packets without a frame, edit lists: what was decoded is the count.
+        indices, kept = _sample_frames(source, processor, limits)
+    except _FrameCountChanged as other:
+        # Packets without a frame or edit lists: the decoded frames count.
         source.rate *= other.count / source.count
         source.count = other.count
         try:
-            indices, kept = _sampled(source, processor, limits)
-        except _Recounted as again:  # of a file that is written to, which `reader` then says
+            indices, kept = _sample_frames(source, processor, limits)
+        except _FrameCountChanged as again:  # the file changed in between, which `reader` reports
             raise _damaged(f"{again.count} frames, {other.count} before") from None
     grid, values = processor.patches(kept)
-    return grid, processor.seconds(indices, source.rate), values
+    return grid, processor.timestamps(indices, source.rate), values
 
 
-def _sampled(source: _Source, processor: Videos, limits: Limits) -> tuple[list[int], Tensor]:
-    """Numbers of the frames that are looked at, and what they are resized to ``[T, C, H, W]``."""
+def _sample_frames(
+    source: _FrameSource, processor: VideoProcessor, limits: Limits
+) -> tuple[list[int], Tensor]:
+    """Indices of the sampled frames, and the resized frames ``[T, C, H, W]``."""
     if source.count < processor.temporal:
         raise RowError(
             "QC-VISION-037",
             "has too few frames",
             found=source.count,
             expected=f"at least {processor.temporal}",
-            fix='give a still image as {"type": "image"}',
+            fix='use {"type": "image"} for a still image',
         )
     indices = processor.sample(source.count, source.rate, limits)
-    source.want(indices)
+    source.select(indices)
     kept: Tensor | None = None
     size, shape = (0, 0), (0, 0)
     count = place = 0
@@ -139,33 +142,35 @@ def _sampled(source: _Source, processor: Videos, limits: Limits) -> tuple[list[i
             if frame.shape[:2] != shape:
                 raise RowError(
                     "QC-VISION-038",
-                    "has frames of several sizes",
+                    "has frames of different sizes",
                     found=f"{frame.shape[1]} x {frame.shape[0]} at frame {count}",
-                    expected=f"{shape[1]} x {shape[0]}, as before",
-                    fix="encode it again at one size",
+                    expected=f"{shape[1]} x {shape[0]}, as in the first sampled frame",
+                    fix="encode the video again at one size",
                 )
-            kept[place] = processor.shrink(frame, size)
+            kept[place] = processor.resize(frame, size)
             place += 1
         count += 1
     if count != source.count:
-        raise _Recounted(count)
+        raise _FrameCountChanged(count)
     assert kept is not None
     return indices, kept
 
 
-def _size(processor: Videos, count: int, shape: tuple[int, ...], limits: Limits) -> tuple[int, int]:
+def _size(
+    processor: VideoProcessor, count: int, shape: tuple[int, ...], limits: Limits
+) -> tuple[int, int]:
     height, width = shape
     images.check_size(width, height)
     try:
         return processor.size(count, height, width, limits)
     except ValueError as error:
         raise RowError(
-            "QC-VISION-031", "is of a shape that the processor refuses", found=str(error)
+            "QC-VISION-031", "the processor refuses the aspect ratio", found=str(error)
         ) from None
 
 
-def _check_amount(count: int, size: tuple[int, int], most: int, pixels: int, fix: str) -> None:
-    """Refuse more than may be decoded (``QC-VISION-030``, ``-039``)."""
+def _check_frames(count: int, size: tuple[int, int], most: int, pixels: int, fix: str) -> None:
+    """Refuse too many frames or pixels (``QC-VISION-030``, ``-039``)."""
     if count > most:
         raise RowError(
             "QC-VISION-039", "has too many frames", found=count, expected=f"at most {most}", fix=fix
@@ -174,60 +179,64 @@ def _check_amount(count: int, size: tuple[int, int], most: int, pixels: int, fix
         raise _too_many_pixels(f"{count} frames of {size[0]} x {size[1]}", pixels, fix)
 
 
-def _too_many_pixels(found: str, most: int, fix: str) -> RowError:
+def _too_many_pixels(decoded: str, most: int, fix: str) -> RowError:
     return RowError(
         "QC-VISION-030",
-        "has too many pixels in all its frames, each of which is decoded",
-        found=found,
+        "has too many pixels in all frames together",
+        found=decoded,
         expected=f"at most {most} pixels",
         fix=fix,
     )
 
 
-class _Pictures:
-    """An animated picture, open in Pillow."""
+class _AnimatedImage:
+    """An animated image, opened by Pillow."""
 
     def __init__(self, image: Any) -> None:
         self._image = image
-        self._wanted: frozenset[int] = frozenset()
+        self._selected: frozenset[int] = frozenset()
         self.count = int(getattr(image, "n_frames", 1))
-        _check_amount(
-            self.count, (image.width, image.height), MAX_PICTURES, MOST_DECODED, "convert it to MP4"
+        _check_frames(
+            self.count,
+            (image.width, image.height),
+            MAX_ANIMATED_FRAMES,
+            MAX_ANIMATED_PIXELS,
+            "convert it to MP4",
         )
         total = 0.0
         for number in range(self.count):
             image.seek(number)
-            image.load()  # only then a WebP says how long it is shown
-            shown = image.info.get("duration", 0)
-            sound = isinstance(shown, int | float) and math.isfinite(shown) and shown > 0
-            total += shown / 1000 if sound else _SHOWN
+            image.load()  # a WebP frame has its duration only after loading
+            duration = image.info.get("duration", 0)
+            valid = isinstance(duration, int | float) and math.isfinite(duration) and duration > 0
+            total += duration / 1000 if valid else _DEFAULT_DURATION
         self.rate = self.count / total
 
-    def want(self, indices: Sequence[int]) -> None:
-        self._wanted = frozenset(indices)
+    def select(self, indices: Sequence[int]) -> None:
+        self._selected = frozenset(indices)
 
     def frames(self) -> Iterator[NDArray[np.uint8] | None]:
         for number in range(self.count):
-            if number in self._wanted:
+            if number in self._selected:
                 self._image.seek(number)
-                yield images.rgb(self._image)
+                yield images.to_rgb(self._image)
             else:
                 yield None
 
 
-class _Film:
-    """A container, decoded by PyAV; each pass opens it anew."""
+class _VideoFile:
+    """A video file, decoded by PyAV; each pass reopens it."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name = file, name
-        self._wanted: frozenset[int] = frozenset()
+        self._selected: frozenset[int] = frozenset()
         self.count, self.rate = self._scan()
 
-    def want(self, indices: Sequence[int]) -> None:
-        self._wanted = frozenset(indices)
+    def select(self, indices: Sequence[int]) -> None:
+        self._selected = frozenset(indices)
 
     def _scan(self) -> tuple[int, float]:
-        """Packets of the video, which are its frames but for odd files, and the mean rate."""
+        """Number of packets, which usually equals the number of frames, and the mean frame rate."""
         count, first, last = 0, math.inf, -math.inf
         with self._open() as (container, stream):
             size = stream.codec_context.width, stream.codec_context.height
@@ -235,7 +244,7 @@ class _Film:
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
                     count += 1
-                    _check_amount(count, size, MAX_FRAMES, MOST_FILMED, _SHORTER)
+                    _check_frames(count, size, MAX_VIDEO_FRAMES, MAX_VIDEO_PIXELS, _SHORTEN)
                     if packet.pts is not None:
                         first, last = min(first, packet.pts), max(last, packet.pts)
             stated = float(stream.average_rate or 0)
@@ -245,8 +254,8 @@ class _Film:
             measured = stated or measured
         if count and not 0 < measured < 10_000:
             raise RowError(
-                "QC-VISION-039", "does not say how fast its frames follow one another",
-                fix="encode it again",
+                "QC-VISION-039", "has no valid frame rate",
+                fix="encode the video again",
             )  # fmt: skip
         return count, measured
 
@@ -257,18 +266,20 @@ class _Film:
 
         self._file.seek(0)
         with av.open(self._file, format=self._name, metadata_errors="ignore") as container:
-            # A song's cover is a stream of one picture.
-            found = [s for s in container.streams.video
+            # Cover art is a video stream with a single image.
+            streams = [s for s in container.streams.video
                      if not s.disposition & Disposition.attached_pic]  # fmt: skip
-            if not found:
+            if not streams:
                 others = sorted({stream.type for stream in container.streams})
                 raise RowError(
-                    "QC-VISION-036", "has no video in it", found=", ".join(others) or "no streams",
-                    expected="a stream of video",
+                    "QC-VISION-036", "has no video stream", found=", ".join(others) or "no streams",
+                    expected="a video stream",
                 )  # fmt: skip
-            stream = found[0]
+            stream = streams[0]
             if stream.codec_context is None:
-                raise RowError("QC-VISION-035", "is of a codec that this PyAV cannot decode")
+                raise RowError(
+                    "QC-VISION-035", "uses a codec that the installed PyAV cannot decode"
+                )
             stream.thread_type = "AUTO"
             stream.codec_context.options = {"max_pixels": str(images.MAX_PIXELS)}
             yield container, stream
@@ -277,25 +288,25 @@ class _Film:
         decoded = 0
         with self._open() as (container, stream):
             for number, frame in enumerate(container.decode(stream)):
-                # A packet may have several frames, and a frame another size than was declared.
+                # A packet may have several frames, and a frame may differ from the declared size.
                 decoded += frame.width * frame.height
-                if decoded > MOST_FILMED:
-                    found = f"{decoded} in {number + 1} frames"
-                    raise _too_many_pixels(found, MOST_FILMED, _SHORTER)
+                if decoded > MAX_VIDEO_PIXELS:
+                    amount = f"{decoded} in {number + 1} frames"
+                    raise _too_many_pixels(amount, MAX_VIDEO_PIXELS, _SHORTEN)
                 if frame.is_corrupt:
                     raise _damaged(f"frame {number} is incomplete")
-                if number not in self._wanted:
+                if number not in self._selected:
                     yield None
                     continue
                 images.check_size(frame.width, frame.height)
                 pixels = frame.to_ndarray(format="rgb24")
-                # Told counter-clockwise, as numpy turns.
+                # PyAV's rotation is counterclockwise, as in numpy.
                 yield np.rot90(pixels, round(frame.rotation / 90) % 4)
 
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Whatever PyAV raises inside is told as one line."""
+    """Convert exceptions of PyAV to `RowError`."""
     try:
         import av
     except ImportError as error:
@@ -305,22 +316,22 @@ def _decoding() -> Iterator[None]:
             found=str(error),
             fix='pip install "qcore-multimodal[video]"',
         ) from None
-    # FFmpeg's codes are classes of this tree; the others come from PyAV's own conversions.
-    raised = (
+    # FFmpegError covers FFmpeg's error codes; PyAV's own conversions raise the others.
+    decoder_errors = (
         av.error.FFmpegError, OSError, ValueError, TypeError, LookupError, EOFError, MemoryError,
         OverflowError, RuntimeError, NotImplementedError, ZeroDivisionError,
     )  # fmt: skip
     try:
         yield
-    except raised as error:
+    except decoder_errors as error:
         raise _damaged(getattr(error, "strerror", None) or str(error)) from None
 
 
-def _damaged(found: str) -> RowError:
+def _damaged(reason: str) -> RowError:
     return RowError(
         "QC-VISION-035",
         "is damaged",
-        found=found[:200],
+        found=reason[:200],
         expected="a video that decodes to its end",
-        fix="encode it again",
+        fix="encode the video again",
     )

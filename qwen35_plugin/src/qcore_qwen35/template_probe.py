@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
 #: Variables of the published templates of 3.5; later generations add theirs.
 TEMPLATE_INPUTS = published("template_inputs")
-_STANDARD = (  # what transformers hands to any template
-    "add_generation_prompt", "messages", "tools", "documents",
-    "bos_token", "eos_token", "pad_token", "unk_token",
-)  # fmt: skip
 
 EARLIER, LATER = "reasoning-of-an-earlier-turn", "reasoning-of-the-last-turn"
 PROBE: list[dict[str, Any]] = [
@@ -131,7 +127,7 @@ def look(template: TemplateView) -> Shown | None:
         off=under("enable_thinking", False),
         kept=under("preserve_thinking", True),
         dropped=under("preserve_thinking", False),
-        inputs=inputs - frozenset(_STANDARD),
+        inputs=template.switches(),
     )
 
 

@@ -213,13 +213,6 @@ class Namespace:
         """`spell` of each."""
         return [self.spell(name) for name in canonical] if self.prefixes else canonical
 
-    def canonical(self, name: str) -> str:
-        """Name in this namespace to the canonical name; inverse of `spell`."""
-        for ours, theirs in self.prefixes:
-            if name.startswith(theirs):
-                return ours + name[len(theirs) :]
-        return name
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:

@@ -73,6 +73,14 @@ class TemplateView(Protocol):
         """
         ...
 
+    def switches(self) -> frozenset[str]:
+        """Variables of its own that the template reads: `inputs` without what all templates get.
+
+        Raises:
+            InputError: as `inputs`.
+        """
+        ...
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, Final, Protocol, TypeVar
 
 from ..errors import InputError
 
@@ -40,25 +40,30 @@ _FAILURES: Mapping[str, tuple[str, str, bool]] = {
     "output": ("QC-TEMPLATE-006", "renders more text than any context holds", True),
     "died": ("QC-TEMPLATE-007", "ends the process that renders it", False),
 }
+#: Special tokens of tokenizer_config.json that ``apply_chat_template`` gives by these names.
+TOKEN_NAMES: Final = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+#: Variables that transformers gives to every template; that one is read says nothing.
+STANDARD_INPUTS: Final = frozenset(
+    {
+        "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
+        "additional_special_tokens", *TOKEN_NAMES,
+    }
+)  # fmt: skip
 
 
 class Conversation(Protocol):
-    """What `Template.render_rows` reads of a row."""
+    """What `Template.render_rows` needs of a row; `line` is its number, for errors."""
 
     @property
-    def line(self) -> int:
-        """Line in its file, for errors."""
-        ...
+    def line(self) -> int: ...
 
     @property
-    def messages(self) -> Sequence[Mapping[str, Any]]:
-        """JSON values only."""
-        ...
+    def messages(self) -> Sequence[Mapping[str, Any]]: ...
 
     @property
-    def tools(self) -> Sequence[Mapping[str, Any]] | None:
-        """Function descriptions, JSON values only."""
-        ...
+    def tools(self) -> Sequence[Mapping[str, Any]] | None: ...
 
 
 _C = TypeVar("_C", bound=Conversation)
@@ -111,6 +116,14 @@ class Template:
             return self._open().inputs
         except _Failure as failure:
             raise self._error(failure) from None
+
+    def switches(self) -> frozenset[str]:
+        """Variables of its own that the template reads: `inputs` without `STANDARD_INPUTS`.
+
+        Raises:
+            InputError: as `inputs`.
+        """
+        return self.inputs() - STANDARD_INPUTS
 
     def render(
         self,

@@ -1,26 +1,23 @@
 """A model folder: config, template, tokenizer files, safetensors headers and index.
 
-This file decides what a checkpoint is before any weight is read, and that nothing outside
-the folder is ever opened: a shard or sidecar is one path component whose real path lies in
-the folder, or in the ``blobs`` folder of the same hub cache entry. The safetensors files may
+This file decides what a checkpoint is before any weight is read. The safetensors files may
 still be on a hub (`Weights`); then their headers are judged as those of files here are, and
-no tensor can be read. It needs no torch and judges nothing else: what a sound header is says
-`qcore.checkpoint.safetensors_header`, whether the tensors are the right ones is `locate`'s
-question.
+no tensor can be read. It needs no torch and judges nothing else: which files may be opened is
+`qcore.checkpoint.folder`'s business, what a sound header is
+`qcore.checkpoint.safetensors_header`'s, whether the tensors are the right ones
+`qcore.checkpoint.layout`'s.
 """
 
 from __future__ import annotations
 
-import os
-import stat
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import InputError
-from ..io import strict_json
 from ..io.atomic import reading
+from .folder import INDEX, Folder, check_name, read_config, read_index, read_json, safe_file
 from .safetensors_header import DTYPE_BITS, Header, read_headers
 
 if TYPE_CHECKING:
@@ -31,10 +28,9 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPE_BITS", "INDEX", "SINGLE", "Checkpoint", "Header", "Weights", "read_headers",
     "read_json", "required_template", "safe_file",
+    "text_sections",
 ]  # fmt: skip
 
-_MAX_JSON: Final = 64 * 2**20
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 #: Weights in formats that qcore neither reads nor writes.
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -117,12 +113,12 @@ class Checkpoint:
                 ``QC-READ-001`` a file that cannot be read.
         """
         folder = Path(path)
-        config = _config(folder)
-        here = _Folder(folder)
-        index = _index(here)
+        config = read_config(folder)
+        here = Folder(folder)
+        index = read_index(here)
         shards = (SINGLE,) if index is None else tuple(dict.fromkeys(index["weight_map"].values()))
         for shard in shards:
-            _check_name(folder, shard)
+            check_name(folder, shard)
         weights = here if remote is None or here.names() >= {*shards} else remote
         if index is None and SINGLE not in weights.names():
             raise _no_weights(folder, weights)
@@ -247,148 +243,10 @@ def required_template(checkpoint: Checkpoint) -> Template:
     return template
 
 
-def safe_file(folder: Path, name: str) -> Path:
-    """`name` inside `folder`, refused unless its real path stays there.
-
-    Raises:
-        InputError: ``QC-CKPT-003`` for a separator, a drive, a NUL, a link out of the folder,
-            or something that is no regular file.
-    """
-    _check_name(folder, name)
-    path = folder / name
-    if stat.S_ISREG(_mode(path, links=False)):
-        return path  # no link, so its real path is the folder's
-    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    # A hub cache keeps snapshots/<commit>/<file> as links into its own blobs/.
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    if real.parent not in (home, blobs):
-        raise _unsafe(folder, name)
-    mode = _mode(real)
-    if not mode:
-        raise InputError(
-            "QC-CKPT-006",
-            "is named but is not there",
-            file=path,
-            fix="download the checkpoint again",
-        )
-    if not stat.S_ISREG(mode):
-        raise _unsafe(folder, name)
-    return path
-
-
-def _check_name(folder: Path, name: str) -> None:
-    """Refuse what is not one plain component of a path (``QC-CKPT-003``)."""
-    plain = 0 < len(os.fsencode(name)) <= 255 and name not in (".", "..")
-    if not plain or set(name) & set("/\\:\0"):
-        raise _unsafe(folder, name)
-
-
-def _unsafe(folder: Path, name: str) -> InputError:
-    return InputError(
-        "QC-CKPT-003",
-        "leaves the model folder",
-        file=folder,
-        field=repr(name[:100]),
-        expected="a plain file name of a file inside the folder",
-        fix="do not use this checkpoint unless you know who wrote it",
-    )
-
-
-def _mode(path: Path, *, links: bool = True) -> int:
-    """The mode of a file, or 0 where there is none."""
-    try:
-        return (os.stat if links else os.lstat)(path).st_mode
-    except OSError:
-        return 0
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size, duplicate keys refused (``QC-CKPT-002``)."""
-    try:
-        with reading(path):
-            if path.stat().st_size > _MAX_JSON:
-                raise ValueError(f"larger than {_MAX_JSON} bytes")
-            text = path.read_text(encoding="utf-8")
-        value = strict_json.loads(text)
-        if not isinstance(value, dict):
-            raise ValueError(f"a JSON {type(value).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            "QC-CKPT-002",
-            "cannot be read as a JSON object",
-            file=path,
-            found=str(error),
-            fix="restore the file that came with the weights",
-        ) from None
-    return value
-
-
-class _Folder:
-    """`Weights` in the checkpoint's own folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        with reading(folder):
-            self._names = {entry.name for entry in os.scandir(folder) if entry.is_file()}
-
-    def names(self) -> set[str]:
-        return self._names
-
-    def where(self, name: str) -> Path:
-        return self._folder / name
-
-    def headers(self, shards: Sequence[str]) -> Iterator[list[Header]]:
-        return (read_headers(safe_file(self._folder, shard)) for shard in shards)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder that has one."""
-    if not folder.is_dir():
-        raise InputError(
-            "QC-CKPT-001", "is not a model folder", file=folder, fix="name a folder or a hub id"
-        )
-    if not (folder / "config.json").exists():
-        raise InputError(
-            "QC-CKPT-001",
-            "has no config.json",
-            file=folder,
-            expected="a Hugging Face model folder",
-            fix="name the folder that holds config.json and the safetensors files",
-        )
-    config = read_json(safe_file(folder, "config.json"))
-    if not isinstance(config.get("model_type"), str):
-        raise InputError(
-            "QC-CKPT-002",
-            "is not the name of a model type",
-            file=folder / "config.json",
-            field="model_type",
-            found=repr(config.get("model_type")),
-            expected="a string",
-            fix="use the config.json that came with the weights",
-        )
-    return config
-
-
-def _index(here: _Folder) -> dict[str, Any] | None:
-    """The index, when there is one."""
-    path = here.where(INDEX)
-    if not path.exists():
-        return None
-    index = read_json(safe_file(path.parent, INDEX))
-    weight_map = index.get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(shard, str) for shard in weight_map.values())
-    ):
-        raise InputError(
-            "QC-CKPT-002",
-            "is not a mapping of tensor names to files",
-            file=path,
-            field="weight_map",
-            fix="download the checkpoint again",
-        )
-    return index
+def text_sections(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Where config.json describes the text model: its text section, if any, then its top level."""
+    text = config.get("text_config")
+    return (text, config) if isinstance(text, Mapping) else (config,)
 
 
 def _no_weights(folder: Path, weights: Weights) -> InputError:

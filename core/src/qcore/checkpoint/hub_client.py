@@ -6,6 +6,11 @@ files come by range requests, one a file for most of them; no answer is read fur
 was asked for, also where a server ignores the range. It leaves to `qcore.checkpoint.hub` what a
 user may name, and to `qcore.checkpoint.safetensors_header` whether a header is sound.
 
+Headers are not read by ``HfApi.parse_safetensors_file_metadata``: it reads a whole file from a
+server that ignores ranges, does not ask again when an answer breaks off, multiplies out shapes of
+any rank, and keeps back the header's length, without which a file that was cut looks sound (a
+test shows it, so that we notice when it changes).
+
 Codes: ``QC-HUB-003`` to ``-009``, see `qcore.checkpoint.hub`.
 """
 

@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from ..api.media import MediaReader, Medium, Payload, RowError
+from ..io.safe_path import inside, unnameable
 from .jsonl import MAX_LINE
 
 LARGEST = 2 << 30  #: bytes of one file; a data URL is bounded by its line
 _BLOCK = 1 << 20
 #: A scheme, as RFC 3986 has it; a file that is called so is named with ``./`` before it.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-_UNNAMEABLE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
 _WANTED = "a path relative to the data file, or data:TYPE;base64,..."
 
 
@@ -62,7 +62,6 @@ class Finder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._root = os.path.realpath(folder)
         self._digests: dict[tuple[str, int, int], str] = {}
 
     def read(self, part: Reference, reader: MediaReader) -> Medium:
@@ -109,10 +108,8 @@ class Finder:
     def _path(self, given: str) -> Path:
         """Where a relative path leads, every link followed; nothing is opened."""
         _check_form(given)
-        # Told before the disk is asked: a row learns nothing of what lies outside.
-        inside = os.path.normpath(given).split("/")[0] != ".."
-        real = os.path.realpath(self._folder / given) if inside else ""
-        if not inside or os.path.commonpath([self._root, real]) != self._root:
+        real = inside(self._folder, given)
+        if real is None:
             raise RowError(
                 "QC-MEDIA-004",
                 "leads outside of the data file's folder",
@@ -120,7 +117,7 @@ class Finder:
                 expected="a file in the folder or below it, links followed",
                 fix="put the file there",
             )
-        return Path(real)
+        return real
 
     def _digest(self, path: Path, given: str) -> str:
         """Digest of a regular file; what is none is not opened, for a pipe would never end."""
@@ -166,7 +163,7 @@ def _check_form(given: str) -> None:
         what, fix = "is no relative path", "write it relative to the data file"
     elif "\\" in given:
         what, fix = "has a backslash", "write / between folders"
-    elif _UNNAMEABLE.search(given):
+    elif unnameable(given):
         what = "has a character that no file is named with"
     if what:
         raise RowError("QC-MEDIA-001", what, found=_shown(given), expected=_WANTED, fix=fix)

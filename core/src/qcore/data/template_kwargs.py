@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.chat_template import STANDARD_INPUTS, TOKEN_NAMES
 from ..config.frozen_map import Entries, Plain
 from ..config.settings import SPECS
 from ..config.spec import Origin, check
@@ -23,16 +24,12 @@ if TYPE_CHECKING:
     from ..checkpoint.chat_template import Template
 
 SETTING = "chat_template_kwargs"
-_TOKEN_NAMES = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
-)  # fmt: skip
-_OWN = ("messages", "tools", "documents", "add_generation_prompt", *_TOKEN_NAMES)
 
 
 def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     """Named tokens (``bos_token``, ...) that ``apply_chat_template`` gives to a template."""
     found = {}
-    for name in _TOKEN_NAMES:
+    for name in TOKEN_NAMES:
         token = tokenizer_config.get(name)
         if isinstance(token, dict):  # an AddedToken, written out
             token = token.get("content")
@@ -53,7 +50,7 @@ def check_variables(template: Template, variables: Mapping[str, Any]) -> None:
         InputError: the template does not parse; as `Template.inputs`.
     """
     for name in variables:
-        if name in _OWN:
+        if name in STANDARD_INPUTS:
             raise UsageError(
                 "QC-CONFIG-009",
                 "is what qcore itself gives to a chat template",
@@ -63,7 +60,7 @@ def check_variables(template: Template, variables: Mapping[str, Any]) -> None:
             )
     if not variables:
         return
-    known = sorted(template.inputs() - set(_OWN))
+    known = sorted(template.switches())
     for name in variables:
         if name not in known:
             near = nearest(name, known)

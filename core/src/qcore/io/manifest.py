@@ -27,6 +27,7 @@ from typing import Any, Final
 from ..errors import InputError
 from . import strict_json
 from .atomic import CHUNK, reading
+from .safe_path import name_problem
 
 MANIFEST: Final = "MANIFEST.json"
 FORMAT_VERSION: Final = 1
@@ -114,22 +115,7 @@ def unsafe(name: str) -> str | None:
 
     Allowed: ``file`` and ``folder/file``, names that every file system takes.
     """
-    parts = name.split("/")
-    if name.startswith("/") or "\\" in name or re.match(r"[A-Za-z]:", name):
-        return "an absolute or foreign path"
-    if any(part in ("", ".", "..") for part in parts):
-        return "a path that is not plain"
-    if len(parts) > 2:
-        return "more than one folder deep"
-    if any(ord(c) < 32 or ord(c) == 127 for c in name):
-        return "control characters"
-    try:
-        too_long = any(len(part.encode("utf-8")) > 255 for part in parts)
-    except UnicodeEncodeError:
-        return "characters that are not Unicode"
-    if too_long:
-        return "a name of more than 255 bytes"
-    return "the manifest's own name" if name == MANIFEST else None
+    return "the manifest's own name" if name == MANIFEST else name_problem(name, depth=2)
 
 
 def read_manifest(path: Path | str) -> Manifest:

@@ -25,15 +25,6 @@ if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
     from .manager import Plugins
 
-#: Variables that transformers hands to every template; reading one says nothing.
-STANDARD_INPUTS = frozenset(
-    {
-        "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
-        "bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token",
-        "mask_token", "additional_special_tokens",
-    }
-)  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
@@ -205,7 +196,7 @@ def _opposing(
     ]
     # An empty list says nothing: a generation that states no inputs excludes none.
     if generation.template_inputs:
-        unknown = template.inputs() - STANDARD_INPUTS - set(generation.template_inputs)
+        unknown = template.switches() - set(generation.template_inputs)
         if unknown:
             opposing.append(
                 Evidence(

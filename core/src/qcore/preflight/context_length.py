@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..api.records import Finding, Severity
+from ..checkpoint.checkpoint import text_sections
 
 
 def positions(config: Mapping[str, Any]) -> int | None:
     """Positions of the text model; ``None`` where config.json says no number."""
-    for section in (config.get("text_config"), config):
-        if isinstance(section, Mapping) and (most := _number(section, "max_position_embeddings")):
+    for section in text_sections(config):
+        if most := _number(section, "max_position_embeddings"):
             rope = section.get("rope_parameters")
             return int(max(most, _scaled(rope) if isinstance(rope, Mapping) else 0))
     return None

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..api.parameters import Tensor
+from ..api.parameters import Tensor as TableTensor
+from ..checkpoint.checkpoint import text_sections
 from ..checkpoint.layout import Layout
 from .records import Fact, Mark, Plain, Sku
 
@@ -120,7 +121,7 @@ def part_layouts(layout: Layout) -> dict[str, str]:
     return told | dict.fromkeys(layout.absent, "absent")
 
 
-def _is_stack(tensor: Tensor) -> bool:
+def _is_stack(tensor: TableTensor) -> bool:
     """Whether a spelling has pieces of fewer dimensions: one tensor an expert."""
     return any(len(way[0].shape) < len(tensor.shape) for way in tensor.spellings() if way)
 
@@ -168,11 +169,10 @@ def _name(source: str, sku: Sku, skus: Skus) -> Iterator[Difference]:
 def _identity(checkpoint: Checkpoint, sku: Sku) -> Iterator[Difference]:
     config = checkpoint.config
     classes = config.get("architectures")
-    text = config.get("text_config")
     found = {
         "class": classes[0] if isinstance(classes, list) and classes else None,
         "model_type": config.get("model_type"),
-        "text_model_type": (text if isinstance(text, Mapping) else config).get("model_type"),
+        "text_model_type": text_sections(config)[0].get("model_type"),
     }
     revisions = sku.facts["values"].get("revisions")
     if revisions is not None and checkpoint.revision is not None:
@@ -206,8 +206,7 @@ def _config_differences(checkpoint: Checkpoint, sku: Sku, section: str) -> Itera
 
 def _lookup(checkpoint: Checkpoint, key: str) -> Any:
     """A key of the text section, else of config.json itself; ``a.b`` goes into ``a``."""
-    text = checkpoint.config.get("text_config")
-    for section in (text, checkpoint.config):
+    for section in text_sections(checkpoint.config):
         value: Any = section
         for word in key.split("."):
             value = value.get(word) if isinstance(value, Mapping) else None

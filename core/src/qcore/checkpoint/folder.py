@@ -1,0 +1,178 @@
+"""The files of a model folder: which may be opened, and how its JSON is read.
+
+This file decides that nothing outside the folder is ever opened: a file is one path component
+whose real path lies in the folder, or in the ``blobs`` folder of the same hub cache entry. It
+reads config.json and the index; what a checkpoint is made of is `qcore.checkpoint.checkpoint`'s
+business.
+
+Codes: ``QC-CKPT-001`` no folder or no config.json, ``-002`` JSON that does not parse, ``-003`` an
+unsafe path, ``-006`` a file that is named and absent; ``QC-READ-001``.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import InputError
+from ..io import strict_json
+from ..io.atomic import reading
+from ..io.safe_path import name_problem
+from .safetensors_header import Header, read_headers
+
+INDEX: Final = "model.safetensors.index.json"
+_MAX_JSON: Final = 64 * 2**20
+
+
+class Folder:
+    """`qcore.checkpoint.checkpoint.Weights` in the checkpoint's own folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with reading(folder):
+            self._names = {entry.name for entry in os.scandir(folder) if entry.is_file()}
+
+    def names(self) -> set[str]:
+        return self._names
+
+    def where(self, name: str) -> Path:
+        return self._folder / name
+
+    def headers(self, shards: Sequence[str]) -> Iterator[list[Header]]:
+        return (read_headers(safe_file(self._folder, shard)) for shard in shards)
+
+
+def safe_file(folder: Path, name: str) -> Path:
+    """`name` inside `folder`, refused unless its real path stays there.
+
+    Raises:
+        InputError: ``QC-CKPT-003`` for a separator, a drive, a NUL, a link out of the folder,
+            or something that is no regular file.
+    """
+    check_name(folder, name)
+    path = folder / name
+    if stat.S_ISREG(_mode(path, links=False)):
+        return path  # no link, so its real path is the folder's
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    # A hub cache keeps snapshots/<commit>/<file> as links into its own blobs/.
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    if real.parent not in (home, blobs):
+        raise _unsafe(folder, name)
+    mode = _mode(real)
+    if not mode:
+        raise InputError(
+            "QC-CKPT-006",
+            "is named but is not there",
+            file=path,
+            fix="download the checkpoint again",
+        )
+    if not stat.S_ISREG(mode):
+        raise _unsafe(folder, name)
+    return path
+
+
+def check_name(folder: Path, name: str) -> None:
+    """Refuse what is not one plain component of a path (``QC-CKPT-003``)."""
+    if name_problem(name) is not None:
+        raise _unsafe(folder, name)
+
+
+def _unsafe(folder: Path, name: str) -> InputError:
+    return InputError(
+        "QC-CKPT-003",
+        "leaves the model folder",
+        file=folder,
+        field=repr(name[:100]),
+        expected="a plain file name of a file inside the folder",
+        fix="do not use this checkpoint unless you know who wrote it",
+    )
+
+
+def _mode(path: Path, *, links: bool = True) -> int:
+    """The mode of a file, or 0 where there is none."""
+    try:
+        return (os.stat if links else os.lstat)(path).st_mode
+    except OSError:
+        return 0
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size, duplicate keys refused (``QC-CKPT-002``)."""
+    try:
+        with reading(path):
+            if path.stat().st_size > _MAX_JSON:
+                raise ValueError(f"larger than {_MAX_JSON} bytes")
+            text = path.read_text(encoding="utf-8")
+        value = strict_json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError(f"a JSON {type(value).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            "QC-CKPT-002",
+            "cannot be read as a JSON object",
+            file=path,
+            found=str(error),
+            fix="restore the file that came with the weights",
+        ) from None
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder that has one.
+
+    Raises:
+        InputError: ``QC-CKPT-001``, ``-002``, ``-003``.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            "QC-CKPT-001", "is not a model folder", file=folder, fix="name a folder or a hub id"
+        )
+    if not (folder / "config.json").exists():
+        raise InputError(
+            "QC-CKPT-001",
+            "has no config.json",
+            file=folder,
+            expected="a Hugging Face model folder",
+            fix="name the folder that holds config.json and the safetensors files",
+        )
+    config = read_json(safe_file(folder, "config.json"))
+    if not isinstance(config.get("model_type"), str):
+        raise InputError(
+            "QC-CKPT-002",
+            "is not the name of a model type",
+            file=folder / "config.json",
+            field="model_type",
+            found=repr(config.get("model_type")),
+            expected="a string",
+            fix="use the config.json that came with the weights",
+        )
+    return config
+
+
+def read_index(here: Folder) -> dict[str, Any] | None:
+    """The index, when there is one.
+
+    Raises:
+        InputError: ``QC-CKPT-002``, ``-003``.
+    """
+    path = here.where(INDEX)
+    if not path.exists():
+        return None
+    index = read_json(safe_file(path.parent, INDEX))
+    weight_map = index.get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(shard, str) for shard in weight_map.values())
+    ):
+        raise InputError(
+            "QC-CKPT-002",
+            "is not a mapping of tensor names to files",
+            file=path,
+            field="weight_map",
+            fix="download the checkpoint again",
+        )
+    return index
