@@ -237,7 +237,6 @@ def test_inspect_of_every_sku_differs_in_nothing(shared: Path, tmp_path: Path, s
 @pytest.fixture
 def small_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Skus:
     """A record of the small checkpoint of the tests, in place of the installed ones."""
-    import qcore.skus.registry
 
     text = {"linear_num_value_heads": 4, "hidden_size": 24, "num_hidden_layers": 4}
     total = sum(math.prod(shape) for shape in small_shapes().values())
@@ -286,7 +285,7 @@ skus:
     from qcore.skus.file import read_skus
 
     skus = Skus(entries=tuple(replace(sku, origin="test") for sku in read_skus(file)))
-    monkeypatch.setattr(qcore.skus.registry, "load_skus", lambda *a: skus)
+    monkeypatch.setattr("qcore.preflight.inspect.load_skus", lambda *a: skus)
     return skus
 
 
@@ -428,12 +427,12 @@ def test_no_record_fits(
 def test_a_broken_record_file_does_not_stop_inspect(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qcore.skus.registry
     from qcore.config.registry import BrokenFile
 
     bad = BrokenFile(origin="plug", file=tmp_path / "a.yaml", reason="breaks the contract")
     unread = Skus(entries=(), broken=(bad,))
-    monkeypatch.setattr(qcore.skus.registry, "load_skus", lambda *a: unread)
+    for module in ("qcore.preflight.inspect", "qcore.skus.registry"):
+        monkeypatch.setattr(f"{module}.load_skus", lambda *a: unread)
     folder = write_sparse(tmp_path / "m", small_config(), small_shapes())
     assert inspected(capsys, folder).json["record"]["unread"] == ["plug: breaks the contract"]
     assert (

@@ -61,12 +61,7 @@ def decode(
             room = len(ids) + max_new_tokens
             logits = decoder.start(fresh, room, positions, media)[:known]
         finite = logits.isfinite().all()
-        if temperature > 0:
-            # multinomial would end the process with a device assertion on NaN.
-            scores = torch.where(finite, logits, 0.0)
-            fresh = torch.multinomial(F.softmax(scores / temperature, -1), 1, generator=sampler)
-        else:
-            fresh = logits.argmax().reshape(1)
+        fresh = _pick(logits, finite, temperature, sampler)
         # The only synchronization of a token.
         token, good = torch.stack((fresh[0], finite.long())).tolist()
         if not good:
@@ -80,3 +75,12 @@ def decode(
         if token in stop:
             return new, True
     return new, False
+
+
+def _pick(logits: Tensor, finite: Tensor, temperature: float, sampler: torch.Generator) -> Tensor:
+    """A token ``[1]``: the most likely, or sampled; any token where logits are not finite."""
+    if temperature > 0:
+        # multinomial would end the process with a device assertion on NaN.
+        scores = torch.where(finite, logits, 0.0)
+        return torch.multinomial(F.softmax(scores / temperature, -1), 1, generator=sampler)
+    return logits.argmax().reshape(1)

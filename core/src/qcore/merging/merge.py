@@ -136,20 +136,29 @@ def merge(
         _check_headers(plan, out.folder)
         proof = _prove(merger, out.folder, reporter) if prove else None
         out.meta.update(_meta(merger, earlier, proof))
-    report = MergeReport(
+    report = _report(merger, target, warnings, proof)
+    reporter.emit(Finished(verb="merge", output=target, result=report.as_json()))
+    return report
+
+
+def _report(
+    merger: MergePass,
+    target: Path,
+    warnings: tuple[str, ...],
+    proof: Mapping[str, float] | None,
+) -> MergeReport:
+    return MergeReport(
         output=target,
-        tensors=sum(1 for _ in plan.patches()),
+        tensors=sum(1 for _ in merger.plan.patches()),
         changed=merger.changed,
         unchanged=tuple(merger.unchanged),
-        pairs=len(read.pairs),
+        pairs=len(merger.adapter.pairs),
         parameters=merger.parameters,
         largest_change=merger.largest,
-        decoded=plan.decoded,
+        decoded=merger.plan.decoded,
         warnings=warnings,
         proof=proof,
     )
-    reporter.emit(Finished(verb="merge", output=target, result=report.as_json()))
-    return report
 
 
 def _write(merger: MergePass, out: Writer, reporter: Reporter) -> None:
