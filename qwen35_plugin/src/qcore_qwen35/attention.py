@@ -25,9 +25,9 @@ from qcore.ops import (
     varlen_attention,
 )
 
+from .norm import Weight
 from .ops.attention.reference import AttentionInputs, attention_inputs, output_gate
 from .rope import Rope
-from .weight import Weight
 
 
 @dataclass(slots=True)

@@ -45,14 +45,14 @@ def switch_findings(
     request: PreflightRequest, switches: Sequence[str], code: str
 ) -> Iterator[Finding]:
     """A switch that is a text or a number: the template would take it for not set."""
-    given = request.template_kwargs
+    variables = request.template_kwargs
     for name in switches:
-        if not isinstance(given.get(name, True), bool):
+        if not isinstance(variables.get(name, True), bool):
             yield Finding(
                 code=code,
                 severity=Severity.ERROR,
                 what="has no effect: the chat template asks whether it is true or is false",
                 field=f"chat_template_kwargs.{name}",
-                found=repr(given[name]),
+                found=repr(variables[name]),
                 expected="true or false, without quotes",
             )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qcore.api import BuildContext, DecodeCache, Packed
 from qcore.ops import recomputable
 
-from .norm import GatedNorm
+from .norm import GatedNorm, Weight
 from .ops.delta_inputs.reference import (
     DeltaInputs,
     Documents,
@@ -31,7 +31,6 @@ from .ops.delta_inputs.reference import (
 )
 from .ops.delta_rule import CHUNK, Chunks, chunked_delta_rule
 from .ops.delta_step.reference import delta_step
-from .weight import Weight
 
 
 @dataclass(slots=True)
@@ -106,9 +105,12 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, batch: Packed, cache: DecodeCache | None = None) -> Tensor:
         assert cache is None or isinstance(cache, DeltaCache)
         if cache is not None and len(x) == 1:
-            o, z = self._advanced(x, cache)
+            o, z = self._decode_step(x, cache)
         else:
-            inputs = self._trained(x, batch) if cache is None else self._continued(x, batch, cache)
+            if cache is None:
+                inputs = self._training_inputs(x, batch)
+            else:
+                inputs = self._cached_inputs(x, batch, cache)
             o, z = self._scan(inputs, batch, cache), inputs.z
         z = z.unflatten(-1, (self.heads.v_heads, self.heads.v_dim))
         return self.out_proj(self.norm(o, z).flatten(1))
@@ -121,7 +123,7 @@ class GatedDeltaNet(nn.Module):
         state = torch.zeros(1, v_heads, k_dim, v_dim, device=device)
         return DeltaCache(conv, state)
 
-    def _trained(self, x: Tensor, batch: Packed) -> DeltaInputs:
+    def _training_inputs(self, x: Tensor, batch: Packed) -> DeltaInputs:
         documents = batch.memo("documents", lambda: Documents.of(batch.cu_seqlens, x.device))
         frozen = (self.conv1d.weight, self.A_log, self.dt_bias, documents, self.heads)
         args: tuple[Any, ...] = (*self._project(x), *frozen)
@@ -129,11 +131,11 @@ class GatedDeltaNet(nn.Module):
         recomputable(inputs[:-1], lambda *args: self._inputs(*args)[:-1], *args)
         return inputs
 
-    def _continued(self, x: Tensor, batch: Packed, cache: DeltaCache) -> DeltaInputs:
+    def _cached_inputs(self, x: Tensor, batch: Packed, cache: DeltaCache) -> DeltaInputs:
         qkv, z, a, b = self._project(x)
         mixed = causal_conv_silu(qkv, self.conv1d.weight, batch.cu_seqlens, cache.conv)
-        inputs = torch.cat([cache.conv, qkv.detach().to(cache.conv.dtype)])
-        cache.conv.copy_(inputs[-self.kernel :])
+        history = torch.cat([cache.conv, qkv.detach().to(cache.conv.dtype)])
+        cache.conv.copy_(history[-self.kernel :])
         g, beta = log_decay(a, self.A_log, self.dt_bias), torch.sigmoid(b)
         return DeltaInputs(*self.heads.split(mixed), g, beta, z)
 
@@ -147,7 +149,7 @@ class GatedDeltaNet(nn.Module):
         cache.state.copy_(state.detach())
         return o
 
-    def _advanced(self, x: Tensor, cache: DeltaCache) -> tuple[Tensor, Tensor]:
+    def _decode_step(self, x: Tensor, cache: DeltaCache) -> tuple[Tensor, Tensor]:
         """One token: what the rule gives, and z."""
         qkv, z, a, b = self._project(x)
         frozen = (self.conv1d.weight, self.A_log, self.dt_bias)

@@ -38,7 +38,13 @@ from qcore.api import Claim, Evidence
 
 from . import mismatch as headers
 from .table import text_config
-from .template_probe import ENDOFTEXT, Shown, as_published_without_bos, bos_of, look
+from .template_probe import (
+    ENDOFTEXT,
+    TemplateBehavior,
+    as_published_without_bos,
+    bos_of,
+    probe_template,
+)
 from .template_probe import TEMPLATE_INPUTS as TEMPLATE_INPUTS
 
 if TYPE_CHECKING:
@@ -73,18 +79,18 @@ def claims(checkpoint: CheckpointView) -> Iterator[Claim]:
         return
     template = checkpoint.template
     published = None if template is None else TEMPLATE_HASHES.get(template.sha256)
-    shown = None if template is None or published else look(template)
+    behavior = None if template is None or published else probe_template(template)
     # The plugin that would fit, unless the template shows that it is newer than that one too.
-    later = shown is not None and (
-        shown.opt_out or bool(shown.inputs - {*TEMPLATE_INPUTS, "preserve_thinking"})
+    later = behavior is not None and (
+        behavior.opt_out or bool(behavior.inputs - {*TEMPLATE_INPUTS, "preserve_thinking"})
     )
     pip = None if later else NEXT
-    evidence = [*_of_config(checkpoint.config, pip)]
+    evidence = [*_config_evidence(checkpoint.config, pip)]
     if template is not None and published:
         value = f"sha256 {template.sha256[:12]}, published, {published}"
         evidence.append(Evidence(supports=True, field="chat template", value=value))
-    elif shown is not None:
-        evidence += _of_template(shown, pip)
+    elif behavior is not None:
+        evidence += _template_evidence(behavior, pip)
     yield Claim(generation=GENERATION, evidence=tuple(evidence))
 
 
@@ -100,7 +106,7 @@ def architecture_of(checkpoint: CheckpointView) -> str | None:
     return architecture
 
 
-def _of_config(config: Mapping[str, Any], pip: str | None) -> Iterator[Evidence]:
+def _config_evidence(config: Mapping[str, Any], pip: str | None) -> Iterator[Evidence]:
     where, bos = bos_of(config)
     if bos is not None:
         yield Evidence(
@@ -118,18 +124,18 @@ def _of_config(config: Mapping[str, Any], pip: str | None) -> Iterator[Evidence]
         )
 
 
-def _of_template(shown: Shown, pip: str | None) -> Iterator[Evidence]:
+def _template_evidence(behavior: TemplateBehavior, pip: str | None) -> Iterator[Evidence]:
     where = "chat template"
-    preserving = shown.opt_in or shown.opt_out
+    preserving = behavior.opt_in or behavior.opt_out
     if preserving:
         yield Evidence(
             supports=False,
             field=where,
-            value=f"keeps earlier reasoning {preserving_when(shown)}",
+            value=f"keeps earlier reasoning {preserving_when(behavior)}",
             expected="no such switch",
             pip=pip,
         )
-    if shown.arguments == "JSON":
+    if behavior.arguments == "JSON":
         yield Evidence(
             supports=False,
             field=where,
@@ -137,14 +143,14 @@ def _of_template(shown: Shown, pip: str | None) -> Iterator[Evidence]:
             expected="Python's True and None",
             pip=pip,
         )
-    if shown.arguments == "Python" and shown.thinking and not preserving:
+    if behavior.arguments == "Python" and behavior.thinking and not preserving:
         yield Evidence(
             supports=True, field=where, value="renders tool arguments and thinking as 3.5 does"
         )
 
 
-def preserving_when(shown: Shown) -> str:
+def preserving_when(behavior: TemplateBehavior) -> str:
     """When a template with the switch keeps the reasoning of earlier turns."""
-    if shown.opt_in:
+    if behavior.opt_in:
         return "if preserve_thinking is true"
     return "unless preserve_thinking is false"

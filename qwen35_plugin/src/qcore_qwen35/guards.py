@@ -67,14 +67,14 @@ def config_findings(text: Mapping[str, Any], *, moe: bool = False) -> Iterator[F
         yield from _routing(text)
 
 
-def _error(code: str, field: str, found: object, expected: str, fix: str | None = None) -> Finding:
+def _error(code: str, field: str, value: object, expected: str, fix: str | None = None) -> Finding:
     return Finding(
         code=code,
         severity=Severity.ERROR,
         what="is not what this architecture computes",
         file="config.json",
         field=field,
-        found=repr(found),
+        found=repr(value),
         expected=expected,
         fix=fix or "use the config.json that came with the weights",
     )
@@ -118,8 +118,8 @@ def _axes(rope: Mapping[str, Any]) -> Iterator[Finding]:
         expected = "three counts: time, height, width"
         yield _error(code, "rope_parameters.mrope_section", section, expected)
     if rope.get("mrope_interleaved", True) is not True:
-        found = rope["mrope_interleaved"]
-        yield _error(code, "rope_parameters.mrope_interleaved", found, "true")
+        value = rope["mrope_interleaved"]
+        yield _error(code, "rope_parameters.mrope_interleaved", value, "true")
 
 
 def _yarn(text: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[Finding]:
@@ -132,10 +132,10 @@ def _yarn(text: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[Finding]
         # Left out, transformers takes max_position_embeddings, the extended one or the trained.
         expected = "the trained context in tokens"
         yield _error(code, f"{where}original_max_position_embeddings", original, expected)
-    beside = text.get("original_max_position_embeddings", original)
-    if beside != original:  # transformers takes the one that lies outside
+    outer = text.get("original_max_position_embeddings", original)
+    if outer != original:  # transformers takes the one that lies outside
         field = "original_max_position_embeddings"
-        yield _error(code, field, beside, f"none, or {original} as in rope_parameters")
+        yield _error(code, field, outer, f"none, or {original} as in rope_parameters")
     for key, least in _YARN_NUMBERS.items():
         value = rope.get(key)
         if value is not None and not (_finite(value) and value >= least):

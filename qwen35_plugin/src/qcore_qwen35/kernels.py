@@ -42,8 +42,10 @@ def kernels() -> Iterator[Kernel]:
 
 def _load(module: str, function: str) -> Callable[[], Callable[..., Any]]:
     def load() -> Callable[..., Any]:
-        found: Callable[..., Any] = getattr(import_module(f"{__package__}.ops.{module}"), function)
-        return found
+        backend: Callable[..., Any] = getattr(
+            import_module(f"{__package__}.ops.{module}"), function
+        )
+        return backend
 
     return load
 

@@ -44,9 +44,9 @@ def refuse(checkpoint: CheckpointView, *, moe: bool) -> None:
 def _mlx(checkpoint: CheckpointView) -> None:
     """MLX's names, or its convolutions where somebody gave the tensors the hub's names back."""
     for name, header in checkpoint.headers.items():
-        turned = name.endswith(".linear_attn.conv1d.weight") and header.shape[2:] == (1,)
+        transposed = name.endswith(".linear_attn.conv1d.weight") and header.shape[2:] == (1,)
         renamed = name.startswith("language_model.model.") or ".mlp.switch_mlp." in name
-        if turned or renamed:
+        if transposed or renamed:
             raise InputError(
                 "QC-QWEN35-004",
                 "is an MLX export: its norms are shifted and its convolutions turned",
@@ -64,13 +64,13 @@ def _feed_forward(checkpoint: CheckpointView, moe: bool) -> None:
     router = _first(headers, ".mlp.gate.weight")
     dense = None if router else _first(headers, ".mlp.gate_proj.weight")
     if moe and dense:
-        raise _other("model_type", "a mixture of experts", f"the dense {dense}")
+        raise _mismatch("model_type", "a mixture of experts", f"the dense {dense}")
     if router and not moe:
-        raise _other("model_type", "a dense model", f"the router {router}")
+        raise _mismatch("model_type", "a dense model", f"the router {router}")
     experts = text_config(checkpoint.config).get("num_experts")
     if router and type(experts) is int and headers[router].shape[:1] != (experts,):
         rows = headers[router].shape[0] if headers[router].shape else 0
-        raise _other("num_experts", str(experts), f"{router} has {rows} rows")
+        raise _mismatch("num_experts", str(experts), f"{router} has {rows} rows")
 
 
 def _prediction(checkpoint: CheckpointView) -> None:
@@ -80,15 +80,15 @@ def _prediction(checkpoint: CheckpointView) -> None:
     for name in names:
         layer = _LAYER.match(name)
         if not claimed or (layer and int(layer[1]) >= claimed):
-            given = text_config(checkpoint.config).get("mtp_num_hidden_layers", "nothing")
-            raise _other("mtp_num_hidden_layers", str(given), name)
+            value = text_config(checkpoint.config).get("mtp_num_hidden_layers", "nothing")
+            raise _mismatch("mtp_num_hidden_layers", str(value), name)
 
 
 def _first(headers: Mapping[str, Header], ending: str) -> str | None:
     return next((name for name in headers if name.endswith(ending) and ".layers." in name), None)
 
 
-def _other(field: str, says: str, there: str) -> InputError:
+def _mismatch(field: str, says: str, there: str) -> InputError:
     return InputError(
         "QC-QWEN35-005",
         f"says {says}, and the tensors are of another model",

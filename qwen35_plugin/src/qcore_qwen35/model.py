@@ -23,9 +23,8 @@ from .attention import Attention, KvCache
 from .delta import DeltaCache, GatedDeltaNet
 from .mlp import Mlp
 from .moe import Moe, balance_loss
-from .norm import RmsNorm
+from .norm import RmsNorm, Weight
 from .table import layer_types, text_config
-from .weight import Weight
 
 Cache = KvCache | DeltaCache
 

@@ -18,6 +18,14 @@ from qcore.ops import recomputable, recompute
 from .ops.norm.reference import add_rms_norm, gated_norm, rms_norm
 
 
+class Weight(nn.Module):
+    """One parameter named ``weight``: gives it its checkpoint name, as in ``conv1d.weight``."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
 class RmsNorm(nn.Module):
     """RMSNorm over the last dimension, weight ``[d]`` stored as the distance from one."""
 

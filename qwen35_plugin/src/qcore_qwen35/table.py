@@ -42,7 +42,7 @@ from qcore.errors import InputError
 ROOT = "model.language_model"
 EMBED = f"{ROOT}.embed_tokens.weight"
 #: Far above any real model. A table names every tensor, so a count is memory before it is judged.
-_MOST_LAYERS, _MOST_EXPERTS = 1000, 4096
+_MAX_LAYERS, _MAX_EXPERTS = 1000, 4096
 
 #: LoRA groups. `gdn_gates` are the two small projections that steer the recurrent state.
 GROUPS: dict[str, Aim] = {
@@ -73,8 +73,8 @@ def rotary_factor(text: Mapping[str, Any]) -> Any:
     Re-saves move it and drop it; transformers falls back in the same order.
     """
     rope = text.get("rope_parameters")
-    given = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
-    return given if given is not None else text.get("partial_rotary_factor", 0.25)
+    factor = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
+    return factor if factor is not None else text.get("partial_rotary_factor", 0.25)
 
 
 def rope_type(text: Mapping[str, Any]) -> Any:
@@ -92,9 +92,9 @@ def prediction_layers(text: Mapping[str, Any]) -> int:
     value = text.get("mtp_num_hidden_layers")
     if value is None:
         return 0
-    if type(value) is not int or not 0 <= value <= _MOST_LAYERS:
-        expected = f"a whole number from 0 to {_MOST_LAYERS}"
-        raise _bad("QC-QWEN35-001", "mtp_num_hidden_layers", repr(value), expected)
+    if type(value) is not int or not 0 <= value <= _MAX_LAYERS:
+        expected = f"a whole number from 0 to {_MAX_LAYERS}"
+        raise _config_error("QC-QWEN35-001", "mtp_num_hidden_layers", repr(value), expected)
     return value
 
 
@@ -115,7 +115,7 @@ def parts(config: Mapping[str, Any], *, moe: bool = False) -> Iterator[Part]:
     dims = _dims(text) | (_moe_dims(text) if moe else _ffn_dims(text))
     experts = {"expert": tuple(range(dims["experts"]))} if moe else {}
     by_type = {
-        kind: tuple(n for n, found in enumerate(kinds) if found == kind)
+        kind: tuple(n for n, layer_kind in enumerate(kinds) if layer_kind == kind)
         for kind in ("linear_attention", "full_attention")
     }
     tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
@@ -205,16 +205,16 @@ def mlp_rows(m: str, ffn: str, group: str) -> Iterator[Row]:
 
 def moe_rows(p: str, mtp: str = "") -> Iterator[Row]:
     """Router, experts, shared expert and its gate; all in the group `mtp` where that is given."""
-    m, one = f"{p}.mlp", f"{p}.mlp.experts.{{expert}}"
+    m, expert = f"{p}.mlp", f"{p}.mlp.experts.{{expert}}"
     router, experts = mtp or "router", mtp or "experts"
     yield Row(f"{m}.gate.weight", "experts hidden", router, kind=PARAMETER)
     # Of each expert: the rows of the gate, then those of up.
-    apart = stack("expert", cat(f"{one}.gate_proj.weight", f"{one}.up_proj.weight"))
+    separate = stack("expert", cat(f"{expert}.gate_proj.weight", f"{expert}.up_proj.weight"))
     dims = "experts 2*expert_ffn hidden"
-    yield Row(f"{m}.experts.gate_up_proj", dims, experts, NF4, kind=EXPERTS, also=apart)
-    apart = stack("expert", f"{one}.down_proj.weight")
+    yield Row(f"{m}.experts.gate_up_proj", dims, experts, NF4, kind=EXPERTS, also=separate)
+    separate = stack("expert", f"{expert}.down_proj.weight")
     dims = "experts hidden expert_ffn"
-    yield Row(f"{m}.experts.down_proj", dims, experts, NF4, kind=EXPERTS, also=apart)
+    yield Row(f"{m}.experts.down_proj", dims, experts, NF4, kind=EXPERTS, also=separate)
     yield from mlp_rows(f"{m}.shared_expert", "shared_ffn", mtp or "shared_expert")
     yield Row(f"{m}.shared_expert_gate.weight", "1 hidden", router, kind=LINEAR)
 
@@ -254,7 +254,7 @@ def _ffn_dims(text: Mapping[str, Any]) -> dict[str, int]:
 
 def _moe_dims(text: Mapping[str, Any]) -> dict[str, int]:
     return {
-        "experts": _size(text, "num_experts", _MOST_EXPERTS),
+        "experts": _size(text, "num_experts", _MAX_EXPERTS),
         "expert_ffn": _size(text, "moe_intermediate_size"),
         "shared_ffn": _size(text, "shared_expert_intermediate_size"),
     }
@@ -264,7 +264,7 @@ def _size(text: Mapping[str, Any], key: str, most: int | None = None) -> int:
     value = text.get(key)
     if type(value) is not int or not 0 < value <= (most or 2**31 - 1):
         expected = f"a whole number from 1 to {most}" if most else "a positive integer"
-        raise _bad("QC-QWEN35-001", key, repr(value), expected)
+        raise _config_error("QC-QWEN35-001", key, repr(value), expected)
     return value
 
 
@@ -275,29 +275,29 @@ def layer_types(text: Mapping[str, Any]) -> list[str]:
         InputError: as `parts`.
     """
     types = text.get("layer_types")
-    layers = _size(text, "num_hidden_layers", _MOST_LAYERS if types is None else None)
+    layers = _size(text, "num_hidden_layers", _MAX_LAYERS if types is None else None)
     if types is None:
         # transformers derives them from the interval: every n-th layer is full attention.
         every = _size(text, "full_attention_interval")
         kinds = ("full_attention", "linear_attention")
         return [kinds[bool((n + 1) % every)] for n in range(layers)]
     if not isinstance(types, list) or len(types) != layers:
-        found = f"{len(types)} entries" if isinstance(types, list) else repr(types)
-        raise _bad("QC-QWEN35-002", "layer_types", found, f"{layers} (num_hidden_layers)")
+        value = f"{len(types)} entries" if isinstance(types, list) else repr(types)
+        raise _config_error("QC-QWEN35-002", "layer_types", value, f"{layers} (num_hidden_layers)")
     for number, kind in enumerate(types):
         if kind not in ("linear_attention", "full_attention"):
             expected = "linear_attention or full_attention"
-            raise _bad("QC-QWEN35-003", f"layer_types[{number}]", repr(kind), expected)
+            raise _config_error("QC-QWEN35-003", f"layer_types[{number}]", repr(kind), expected)
     return types
 
 
-def _bad(code: str, key: str, found: str, expected: str) -> InputError:
+def _config_error(code: str, key: str, value: str, expected: str) -> InputError:
     return InputError(
         code,
         "does not describe this architecture",
         file="config.json",
         field=key,
-        found=found,
+        found=value,
         expected=expected,
         fix="use the config.json that came with the weights",
     )

@@ -2,8 +2,8 @@
 
 Generations differ in the template and hardly in anything else, so the template is read by what
 it does: one small conversation (`PROBE`) is rendered under each switch, in core's bounded
-worker, and `look` says what was seen. This file decides what is looked at; what it counts for
-is each generation's own business (`qcore_qwen35.detect`, and the plugins of later ones).
+worker, and `probe_template` says what was seen. This file decides what is looked at; what it
+counts for is each generation's own business (`qcore_qwen35.detect`, and the plugins of later ones).
 """
 
 from __future__ import annotations
@@ -52,34 +52,34 @@ _LATER_KEYS = ("output_gate_type", "language_model_only")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
+class TemplateBehavior:
     """What a template shows: the probe with a generation prompt, under one switch after another.
 
     Attributes:
         plain: no switch set.
-        on: ``enable_thinking`` true; `None` where the template then refuses the probe.
-        off: ``enable_thinking`` false.
-        kept: ``preserve_thinking`` true.
-        dropped: ``preserve_thinking`` false.
+        thinking_on: ``enable_thinking`` true; `None` where the template then refuses the probe.
+        thinking_off: ``enable_thinking`` false.
+        preserve_on: ``preserve_thinking`` true.
+        preserve_off: ``preserve_thinking`` false.
         inputs: variables that it reads, beyond those that any template may.
     """
 
     plain: str
-    on: str | None
-    off: str | None
-    kept: str | None
-    dropped: str | None
+    thinking_on: str | None
+    thinking_off: str | None
+    preserve_on: str | None
+    preserve_off: str | None
     inputs: frozenset[str]
 
     @property
     def opt_in(self) -> bool:
         """Whether earlier reasoning is kept if ``preserve_thinking`` is true."""
-        return self.plain != self.kept
+        return self.plain != self.preserve_on
 
     @property
     def opt_out(self) -> bool:
         """Whether earlier reasoning is kept unless ``preserve_thinking`` is false."""
-        return self.plain != self.dropped
+        return self.plain != self.preserve_off
 
     @property
     def arguments(self) -> str | None:
@@ -102,11 +102,13 @@ class Shown:
         last = f"{HEADER}<think>\n{LATER}\n</think>\n\n"
         if EARLIER in self.plain or last not in self.plain:
             return False
-        tails = [text and text.rpartition(HEADER)[2] for text in (self.on, self.off)]
-        return tails == [THINK, NO_THINK] and self.plain in (self.on, self.off)
+        tails = [
+            text and text.rpartition(HEADER)[2] for text in (self.thinking_on, self.thinking_off)
+        ]
+        return tails == [THINK, NO_THINK] and self.plain in (self.thinking_on, self.thinking_off)
 
 
-def look(template: TemplateView) -> Shown | None:
+def probe_template(template: TemplateView) -> TemplateBehavior | None:
     """Render the probe under each switch; ``None`` where the template refuses it.
 
     Raises:
@@ -121,12 +123,12 @@ def look(template: TemplateView) -> Shown | None:
         # A variable that is not read cannot matter.
         return render(template, **{name: value}) if name in inputs else plain
 
-    return Shown(
+    return TemplateBehavior(
         plain=plain,
-        on=under("enable_thinking", True),
-        off=under("enable_thinking", False),
-        kept=under("preserve_thinking", True),
-        dropped=under("preserve_thinking", False),
+        thinking_on=under("enable_thinking", True),
+        thinking_off=under("enable_thinking", False),
+        preserve_on=under("preserve_thinking", True),
+        preserve_off=under("preserve_thinking", False),
         inputs=template.switches(),
     )
 

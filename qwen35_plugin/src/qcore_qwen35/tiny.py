@@ -85,8 +85,8 @@ def write(folder: Path, *, seed: int = 0, moe: bool = False, **text: Any) -> Non
     for tensor in Table(list(parts(config, moe=moe))):
         if tensor.name != tied:
             value = _random(tensor, generator)
-            *_, apart = tensor.spellings()
-            pieces = apart if tensor.part.name == "mtp" else next(tensor.spellings())
+            *_, separate = tensor.spellings()
+            pieces = separate if tensor.part.name == "mtp" else next(tensor.spellings())
             for piece in pieces:
                 tensors[piece.name] = value[piece.region].reshape(piece.shape).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

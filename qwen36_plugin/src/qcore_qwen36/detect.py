@@ -39,11 +39,11 @@ from qcore_qwen35.api import (
     LATER,
     NO_THINK,
     THINK,
-    Shown,
+    TemplateBehavior,
     architecture_of,
     as_published_without_bos,
     bos_of,
-    look,
+    probe_template,
 )
 from qcore_qwen35.api import TEMPLATE_INPUTS as INPUTS_OF_3_5
 
@@ -66,18 +66,18 @@ def claims(checkpoint: CheckpointView) -> Iterator[Claim]:
     """
     if architecture_of(checkpoint) is None:
         return
-    evidence = [*_of_config(checkpoint.config)]
+    evidence = [*_config_evidence(checkpoint.config)]
     template = checkpoint.template
     if template is not None and template.sha256 in TEMPLATE_HASHES:
         evidence.append(
             Evidence(supports=True, field=_WHERE, value=f"sha256 {template.sha256[:12]}, published")
         )
-    elif template is not None and (shown := look(template)) is not None:
-        evidence += _of_template(shown)
+    elif template is not None and (behavior := probe_template(template)) is not None:
+        evidence += _template_evidence(behavior)
     yield Claim(generation=GENERATION, evidence=tuple(evidence))
 
 
-def _of_config(config: Mapping[str, Any]) -> Iterator[Evidence]:
+def _config_evidence(config: Mapping[str, Any]) -> Iterator[Evidence]:
     where, bos = bos_of(config)
     if bos is None and as_published_without_bos(config):
         yield Evidence(supports=False, field=where, value="null or absent", expected=str(ENDOFTEXT))
@@ -85,22 +85,22 @@ def _of_config(config: Mapping[str, Any]) -> Iterator[Evidence]:
         yield Evidence(supports=False, field=where, value=str(bos), expected=str(ENDOFTEXT))
 
 
-def _of_template(shown: Shown) -> Iterator[Evidence]:
-    if shown.arguments == "Python":
+def _template_evidence(behavior: TemplateBehavior) -> Iterator[Evidence]:
+    if behavior.arguments == "Python":
         yield Evidence(
             supports=False,
             field=_WHERE,
             value="scalar tool arguments as Python's True and None",
             expected="JSON true and null",
         )
-    if shown.opt_out:
+    if behavior.opt_out:
         yield Evidence(
             supports=False,
             field=_WHERE,
             value="keeps earlier reasoning unless preserve_thinking is false",
             expected="kept only if preserve_thinking is true",
         )
-    if renders_as_3_6(shown):
+    if renders_as_3_6(behavior):
         yield Evidence(
             supports=True,
             field=_WHERE,
@@ -108,12 +108,15 @@ def _of_template(shown: Shown) -> Iterator[Evidence]:
         )
 
 
-def renders_as_3_6(shown: Shown) -> bool:
+def renders_as_3_6(behavior: TemplateBehavior) -> bool:
     """Whether the probe comes out as 3.6 has it, to the character."""
     return (
-        shown.plain == shown.on == shown.dropped == _rendered(kept=False, tail=THINK)
-        and shown.off == _rendered(kept=False, tail=NO_THINK)
-        and shown.kept == _rendered(kept=True, tail=THINK)
+        behavior.plain
+        == behavior.thinking_on
+        == behavior.preserve_off
+        == _rendered(kept=False, tail=THINK)
+        and behavior.thinking_off == _rendered(kept=False, tail=NO_THINK)
+        and behavior.preserve_on == _rendered(kept=True, tail=THINK)
     )
 
 

@@ -26,6 +26,6 @@ def supported(*tensors: Tensor) -> None:
     Raises:
         ValueError: for another dtype than bfloat16, float16 and float32.
     """
-    for one in tensors:
-        if one.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise ValueError(f"no Triton kernel for {one.dtype}: use the reference backend")
+    for tensor in tensors:
+        if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"no Triton kernel for {tensor.dtype}: use the reference backend")

@@ -112,7 +112,7 @@ def _delta_rule(draw: _Draw) -> _Cases:
 def _delta_step(draw: _Draw) -> _Cases:
     heads = Heads(2, 128, 6, 128)
     channels = 2 * 256 + 768
-    qkv, a, b = (one[:1] for one in draw.slices(channels, 6, 6))
+    qkv, a, b = (x[:1] for x in draw.slices(channels, 6, 6))
     frozen = (0.5 * draw(channels, 1, 4), draw(6).float() - 1, draw(6))
     states = (draw(4, channels), draw(1, 6, 128, 128).float())
     yield _with_states(delta_step), (qkv, a, b, *frozen, *states, heads), ()
@@ -122,9 +122,9 @@ def _with_states(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor,
     """What it gives and the states that it advanced, which are copies: inputs serve twice."""
 
     def run(*args: Any) -> tuple[Tensor, ...]:
-        *given, conv, state, heads = args
+        *inputs, conv, state, heads = args
         conv, state = conv.clone(), state.clone()
-        return function(*given, conv, state, heads), conv, state
+        return function(*inputs, conv, state, heads), conv, state
 
     return run
 

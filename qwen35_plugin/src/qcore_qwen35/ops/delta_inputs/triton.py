@@ -313,7 +313,7 @@ class _DeltaInputs(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         u, a, b, conv_weight, a_log, dt_bias = ctx.saved_tensors
         du, dz, da, db = ctx.slices.gradients(u, None, dz, None, None)
-        parts = [_flat(one) for one in (dq, dk, dv)]
+        parts = [_flat(x) for x in (dq, dk, dv)]
         keys, values = parts[0].shape[1], parts[2].shape[1]
         dg, dbeta = _rows(dg), _rows(dbeta)
         block, length, warps = BACKWARD
@@ -321,7 +321,7 @@ class _DeltaInputs(torch.autograd.Function):
         launch(
             _backward, (strips + 1, cdiv(len(u), length)), *parts, u, conv_weight,
             ctx.documents.starts, du, dg, dbeta, a, b, a_log, dt_bias, da, db,
-            *(one.stride(0) for one in (*parts, u, du, dg, dbeta, a, b, da, db)),
+            *(x.stride(0) for x in (*parts, u, du, dg, dbeta, a, b, da, db)),
             keys, values, len(u), a.shape[1],
             LENGTH=length, BLOCK=block, HEADS=next_power_of_2(a.shape[1]), num_warps=warps,
         )  # fmt: skip

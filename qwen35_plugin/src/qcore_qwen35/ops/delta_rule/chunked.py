@@ -386,11 +386,11 @@ def _collect(
     dq = p.per_key_head(dqg.flatten(0, 2)) + dscores @ p.k
     dk = p.per_key_head(dkb.flatten(0, 2)) + dscores.transpose(-1, -2) @ p.q
     dk += (dsystem + dsystem.transpose(-1, -2)) @ p.k
-    dq = _unnormalise(dq, p.q, p.q_norm, reference.query_scale(q.shape[-1]))
-    return dq, _unnormalise(dk, p.k, p.k_norm, 1.0), dv, dg, dbeta
+    dq = _unnormalize(dq, p.q, p.q_norm, reference.query_scale(q.shape[-1]))
+    return dq, _unnormalize(dk, p.k, p.k_norm, 1.0), dv, dg, dbeta
 
 
-def _unnormalise(dy: Tensor, y: Tensor, norm: Tensor, scale: float) -> Tensor:
+def _unnormalize(dy: Tensor, y: Tensor, norm: Tensor, scale: float) -> Tensor:
     """Gradient of x where ``y = scale * norm * x`` and norm is `reference.inverse_norm`."""
     along = (dy * y).sum(-1, keepdim=True) / scale**2
     return dy.addcmul_(y, along, value=-1).mul_(norm * scale)

@@ -71,7 +71,7 @@ class Tables:
         for number, (start, end) in enumerate(pairwise(cu_seqlens)):
             documents.append((start, end, len(chunks), number))
             chunks += [(at, end) for at in range(start, end, size)]
-        documents.sort(key=lambda one: one[0] - one[1])
+        documents.sort(key=lambda document: document[0] - document[1])
         flat = torch.tensor([number for row in (*documents, *chunks) for number in row])
         here = flat.to(torch.int32).to(device, non_blocking=True)
         split = 4 * len(documents)

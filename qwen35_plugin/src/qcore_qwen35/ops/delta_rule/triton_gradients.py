@@ -76,7 +76,7 @@ def gradients(
         scanned: D, gradient of v, S, gradient of S'.
         tables: the pack's.
     """
-    new, given = scanned[0], do is not None
+    new, has_output = scanned[0], do is not None
     (tokens, k_heads, dk), (v_heads, dv) = k.shape, new.shape[1:]
     dq, dk_, dbeta = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, beta)
@@ -93,7 +93,7 @@ def gradients(
             q, k, factors, do, *scanned, tables.chunks, *made,
             q.stride(0), k.stride(0), do.stride(0), tokens, v_heads,
             GROUP=v_heads // k_heads, DK=dk, DV=dv, BV=min(width, dv), C=CHUNK,
-            OUTPUT=given, PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
+            OUTPUT=has_output, PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return dq, dk_, dg.sum(0).to(g.dtype), dbeta
 
@@ -119,7 +119,7 @@ def _state(POINTER, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr):
 
 
 @triton.jit
-def _unnormalised(dx, x, norm, length):
+def _unnormalized(dx, x, norm, length):
     """Gradient of x from that of ``norm x``, which is `length` long."""
     x = x.to(tl.float32)
     along = tl.sum(dx * x, 1) * norm * norm / (length * length)
@@ -262,7 +262,7 @@ def _of_queries(
         dq = tl.dot(pairs, k, dq, input_precision=PRECISION)
     factor = FACTOR + k_head.to(tl.int64) * GROUP * tokens
     norm = factor_of(factor, ASKED, count, tokens, v_heads, C, True)
-    return _unnormalised(dq, q, norm, DK**-0.5)
+    return _unnormalized(dq, q, norm, DK**-0.5)
 
 
 @triton.jit
@@ -322,4 +322,4 @@ def _of_keys(
         dk = tl.dot(pairs, q, dk, input_precision=PRECISION)
     factor = FACTOR + k_head.to(tl.int64) * GROUP * tokens
     norm = factor_of(factor, KEY, count, tokens, v_heads, C, True)
-    return _unnormalised(dk, k, norm, 1.0)
+    return _unnormalized(dk, k, norm, 1.0)

@@ -86,9 +86,9 @@ class _DeltaRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        *given, initial = ctx.saved_tensors
+        *inputs, initial = ctx.saved_tensors
         tables: Tables = ctx.tables
-        q, k, v, g, beta = (_rows(x) for x in given)
+        q, k, v, g, beta = (_rows(x) for x in inputs)
         do = None if do is None else _rows(do)
         dlast = None if dlast is None else dlast.contiguous()
         first = None if initial is None else initial.contiguous()

@@ -80,7 +80,7 @@ def recurrent_delta_rule(
 
 
 @triton.jit
-def _normalised(POINTER, DK: tl.constexpr, EPS: tl.constexpr):
+def _normalized(POINTER, DK: tl.constexpr, EPS: tl.constexpr):
     x = tl.load(POINTER + tl.arange(0, DK)).to(tl.float32)
     return x / tl.sqrt(tl.sum(x * x, 0) + EPS)
 
@@ -108,8 +108,8 @@ def _step(
     state = tl.load(at)
     for step in range(length):
         token = start + step
-        q = _normalised(Q + token * q_stride + head // GROUP * DK, DK, EPS) * scale
-        k = _normalised(K + token * k_stride + head // GROUP * DK, DK, EPS)
+        q = _normalized(Q + token * q_stride + head // GROUP * DK, DK, EPS) * scale
+        k = _normalized(K + token * k_stride + head // GROUP * DK, DK, EPS)
         v = tl.load(V + token * v_stride + head * DV + columns).to(tl.float32)
         beta = tl.load(BETA + token * beta_stride + head).to(tl.float32)
         state *= tl.exp(tl.load(G + token * g_stride + head).to(tl.float32))

@@ -71,10 +71,10 @@ def _route_backward(scores, chosen, dweights, dsums, out, T, E, stride, WEIGHTS:
         dw = tl.zeros((BT, BE), dtype=tl.float32)
         for number in tl.static_range(K):
             at = tl.load(chosen + t.to(tl.int64) * K + number, mask=t < T, other=0)
-            given = tl.load(dweights + t.to(tl.int64) * K + number, mask=t < T, other=0.0)
+            dweight = tl.load(dweights + t.to(tl.int64) * K + number, mask=t < T, other=0.0)
             mine = e[None, :] == at[:, None]
             hit = tl.where(mine, 1.0, hit)
-            dw = tl.where(mine, given.to(tl.float32)[:, None], dw)
+            dw = tl.where(mine, dweight.to(tl.float32)[:, None], dw)
         total = tl.sum(hit * p, 1)[:, None]
         mean = tl.sum(dw * p, 1)[:, None] / total
         dp += hit * (dw - mean) / total
