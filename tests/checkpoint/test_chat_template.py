@@ -17,7 +17,7 @@ from support.chat_kit import TEMPLATE, own_template, own_tokenizer
 
 from qcore.checkpoint import chat_template_worker as render_worker
 from qcore.checkpoint.chat_template import Template
-from qcore.data.rows import Row
+from qcore.data.rows import ChatRow
 from qcore.errors import InputError
 
 WORDS = ["amber", "<b>bold</b>", "a & b", "it's so", "हिन्दी", "مُحَمَّد", "e\u0301",
@@ -302,7 +302,7 @@ def test_many_rows_keep_order_and_only_their_own_errors() -> None:
     def rows() -> Any:
         for number in range(200):
             said = "no" if number % 50 == 7 else f"{number} é"
-            yield Row(line=number, messages=({"role": "user", "content": said},))
+            yield ChatRow(line=number, messages=({"role": "user", "content": said},))
 
     text = "{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}{{ v }}"
     with own_template(text + "{{ messages[0].content }}") as template:
@@ -321,7 +321,7 @@ def test_many_rows_keep_order_and_only_their_own_errors() -> None:
 @pytest.mark.timing
 def test_a_row_that_hangs_stops_the_rows_and_is_named() -> None:
     text = "{% if messages[0].content == '2' %}" + LOOP * 3 + "{% endfor %}" * 3 + "{% endif %}x"
-    rows = [Row(line=n, messages=({"role": "user", "content": str(n)},)) for n in range(5)]
+    rows = [ChatRow(line=n, messages=({"role": "user", "content": str(n)},)) for n in range(5)]
     start = time.monotonic()
     with pytest.raises(InputError) as caught, own_template(text) as template:
         list(template.render_rows(rows))

@@ -22,7 +22,7 @@ from support.chat_kit import (  # fmt: skip
 )
 
 from qcore.data.dataset import Dataset, dataset, special_tokens
-from qcore.data.rows import Row
+from qcore.data.rows import ChatRow
 from qcore.errors import InputError, PreflightError
 
 END = "<|im_end|>"
@@ -68,7 +68,7 @@ def test_equals_row_by_row(tmp_path: Path, checkpoint: FakeCheckpoint) -> None:
     tokenizer = own_tokenizer()
     with own_template() as template:
         for given, example in zip(rows(20), found.train, strict=True):
-            row = Row(line=example.line, messages=tuple(given["messages"]))
+            row = ChatRow(line=example.line, messages=tuple(given["messages"]))
             assert encode_row(row, template, tokenizer, FORMAT, 1000) == example
 
 

@@ -24,7 +24,7 @@ from qcore.api.media import RowError
 from qcore.checkpoint.chat_template import Template
 from qcore.checkpoint.tokenizer import load_tokenizer
 from qcore.data.masking import highest_id, labels, normalised, spans
-from qcore.data.rows import Row, RowCheck
+from qcore.data.rows import ChatRow, RowCheck
 from qcore.data.template_check import prove_mask
 from qcore.errors import InputError
 
@@ -146,7 +146,7 @@ def test_preserved_thinking(shared: Path, real: Tokenizer) -> None:
 
 def test_real_ids(shared: Path, real: Tokenizer) -> None:
     with Template((shared / "skus" / THINK / "chat_template.jinja").read_text(), "t") as template:
-        row = Row(line=1, messages=(user("हिन्दी"), bot("مُحَمَّد", reasoning_content="हिन्दी")))
+        row = ChatRow(line=1, messages=(user("हिन्दी"), bot("مُحَمَّد", reasoning_content="हिन्दी")))
         example = encode_row(row, template, real, FORMAT, 100)
     hindi, arabic = [215989, 150127, 177453], [9873, 62422, 28850, 168623]
     answer = [*hindi, 198, 248069, 271, *arabic, 248046]
@@ -274,7 +274,7 @@ def test_labels_of_several_spans_skip_empty_and_passed_ones() -> None:
     assert list(labels([5], [(0, 1)], [])) == [-100]
 
 
-def error_of(row: Row, template: Template, tokenizer: Tokenizer, **more: Any) -> InputError:
+def error_of(row: ChatRow, template: Template, tokenizer: Tokenizer, **more: Any) -> InputError:
     with pytest.raises(InputError) as caught:
         encode_row(row, template, tokenizer, FORMAT, more.pop("max_length", 1000), **more)
     assert caught.value.field == f"line {row.line}"
@@ -282,7 +282,7 @@ def error_of(row: Row, template: Template, tokenizer: Tokenizer, **more: Any) ->
 
 
 def test_row_too_long_names_tokens_and_limit(tokenizer: Tokenizer) -> None:
-    row = Row(line=17, messages=(user("q"), bot("word " * 50)))
+    row = ChatRow(line=17, messages=(user("q"), bot("word " * 50)))
     with own_template() as template:
         length = len(encode_row(row, template, tokenizer, FORMAT, 1000).ids)
         assert len(encode_row(row, template, tokenizer, FORMAT, length).ids) == length
@@ -293,7 +293,7 @@ def test_row_too_long_names_tokens_and_limit(tokenizer: Tokenizer) -> None:
 
 
 def test_row_masked_whole(tokenizer: Tokenizer) -> None:
-    row = Row(line=9, messages=(user("q"),))
+    row = ChatRow(line=9, messages=(user("q"),))
     with own_template() as template:
         assert error_of(row, template, tokenizer).code == "QC-DATA-012"
 

@@ -12,7 +12,7 @@ import pytest
 from support.chat_kit import FORMAT, bot, call, user, write_rows
 
 from qcore.data.jsonl import MAX_LINE, SHOWN, Problems
-from qcore.data.rows import Row, read_rows, thinking_marks
+from qcore.data.rows import ChatRow, read_rows, thinking_marks
 from qcore.errors import InputError, PreflightError
 
 GOOD = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
@@ -153,7 +153,7 @@ BAD: list[tuple[bytes, str, str, str]] = [
 ]  # fmt: skip
 
 
-def read(path: Path, **more: Any) -> list[Row]:
+def read(path: Path, **more: Any) -> list[ChatRow]:
     return list(read_rows(path, FORMAT, **more))
 
 
@@ -253,7 +253,7 @@ def test_byte_order_mark_and_windows_line_ends_mean_nothing(tmp_path: Path) -> N
     assert [r.line for r in read(path)] == [1, 2]
 
 
-def one(tmp_path: Path, value: object) -> Row:
+def one(tmp_path: Path, value: object) -> ChatRow:
     (found,) = read(write_rows(tmp_path / "rows.jsonl", [value]))
     return found
 

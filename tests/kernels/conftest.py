@@ -1,4 +1,8 @@
-"""Triton kernels run in its interpreter, on the CPU: the same code, one program after another."""
+"""Triton kernels run in its interpreter, on the CPU: the same code, one program after another.
+
+The interpreter is chosen for a whole process, by tests/conftest.py, where there is no GPU. With a
+GPU, set TRITON_INTERPRET=1 to run these tests; otherwise they are not collected.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,10 @@ import os
 
 import pytest
 
-# Read when a kernel is defined, so before any module with kernels is imported.
-os.environ["TRITON_INTERPRET"] = "1"
-
 pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETED else ["test_*_triton.py"]
 
 
 def _loops_end_at_tensors() -> None:
@@ -23,9 +27,6 @@ def _loops_end_at_tensors() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
-
-
-_loops_end_at_tensors()
 
 
 def _products_of_bfloat16() -> None:
@@ -48,4 +49,6 @@ def _products_of_bfloat16() -> None:
     builder.create_dot = create_dot
 
 
-_products_of_bfloat16()
+if INTERPRETED:
+    _loops_end_at_tensors()
+    _products_of_bfloat16()

@@ -549,8 +549,8 @@ except RowError as bad:
     ("side", "mode", "told", "most"),
     [
         (20_000, "1", "QC-VISION-030", 120),
-        (9_400, "RGB", "16384", 1000),
-        (9_400, "RGBA", "16384", 1700),
+        pytest.param(9_400, "RGB", "16384", 1000, marks=pytest.mark.slow),
+        pytest.param(9_400, "RGBA", "16384", 1700, marks=pytest.mark.slow),
     ],
 )
 def test_memory_is_bounded(

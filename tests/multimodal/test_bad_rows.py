@@ -32,6 +32,7 @@ from support.bad_media_kit import (
 )
 from support.cli_kit import Ended
 from support.media_kit import animated, bare_png, picture, saved, sound
+from support.tiers import fast
 
 AT = "messages[0].content[1]"
 
@@ -218,7 +219,7 @@ def one_line(ended: Ended, code: str, line: int, at: str, *says: str) -> str:
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("case", PARTS)
+@pytest.mark.parametrize("case", fast(PARTS, *[*PARTS][::4]))
 def test_a_part(capsys: Any, seeing: Path, data: Path, case: str):
     make, code, at, says = PARTS[case]
     bad = conversation(QUESTION, make(data))

@@ -29,6 +29,7 @@ from support.cli_kit import Ended, apart, here
 from support.e2e_kit import figure
 from support.media_kit import animated, bare_png, picture, saved
 from support.model_kit import edit_json
+from support.tiers import fast
 
 TEXT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 VIDEO = conversation(QUESTION, {"type": "video", "video": "a.gif"})
@@ -115,7 +116,7 @@ def test_a_checkpoint(capsys: Any, base: Path, blind: Path, data: Path, case: st
     assert untouched(data) == before
 
 
-@pytest.mark.parametrize("case", [c for c in CHECKPOINTS if "token" not in c])
+@pytest.mark.parametrize("case", fast([c for c in CHECKPOINTS if "token" not in c]))
 def test_rows_of_text_do_not_mind(capsys: Any, base: Path, blind: Path, data: Path, case: str):
     """What only media need is not asked for; nor where the plugin is not installed."""
     CHECKPOINTS[case][0](base, blind)
@@ -201,7 +202,7 @@ def failed(data: Path, ended: Ended, code: str, *says: str) -> None:
     assert not (data.parent / "out").exists()
 
 
-@pytest.mark.parametrize("how", ["other bytes", "gone"])
+@pytest.mark.parametrize("how", fast(["other bytes", "gone"]))
 def test_a_file_that_changes_behind_the_check(
     capsys: Any, seeing: Path, data: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ):
@@ -220,7 +221,7 @@ def test_a_file_that_changes_behind_the_check(
     failed(data, ended, "QC-VISION-042", "good.png")
 
 
-@pytest.mark.parametrize("cut", [0, 1, 200])
+@pytest.mark.parametrize("cut", fast([0, 1, 200], 200))
 def test_a_damaged_cache_is_made_anew(
     capsys: Any, seeing: Path, data: Path, monkeypatch: pytest.MonkeyPatch, cut: int
 ):

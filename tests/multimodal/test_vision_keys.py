@@ -64,7 +64,7 @@ def test_a_checkpoint_is_explained(shared: Path, tmp_path: Path, sku: str) -> No
     assert not found.layout.absent
     assert found.modality is not None
     part = found.layout.table.part("vision")
-    assert part.owner == ""  # core fills it in
+    assert part.owner == "qcore-multimodal", "core fills it in"
     assert not found.layout.loads(part)
     assert found.using(found.modality).layout.loads(part)
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from support.cli_kit import here
+from support.plan_kit import shared_measures
+from support.tiers import fast
 from support.toy_tower import MERGE, TOY, Reader, Thing, add, install
 
 from qcore.adapter.targets import targets
@@ -38,6 +40,12 @@ from qcore_qwen35.tiny import write
 CPU = torch.device("cpu")
 TRUNK = ("attn", "gdn", "mlp")
 EVERY = ("none", "elementwise", "full")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_measures() -> Iterator[None]:
+    with shared_measures():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +143,7 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("policy", EVERY)
+@pytest.mark.parametrize("policy", fast(EVERY, "elementwise"))
 @pytest.mark.parametrize("groups", GROUPS)
 def test_the_peak_is_what_a_step_takes(found: Identified, groups: str, policy: str) -> None:
     chosen = settings(target_groups=GROUPS[groups], media_cache_gb=0)
@@ -145,7 +153,7 @@ def test_the_peak_is_what_a_step_takes(found: Identified, groups: str, policy: s
     assert predicted(plan.memory) == pytest.approx(took, rel=0.03)
 
 
-@pytest.mark.parametrize("units", [16, 1024, 4096])
+@pytest.mark.parametrize("units", fast([16, 1024, 4096], 1024))
 def test_the_peak_is_the_towers_where_there_are_many_units(found: Identified, units: int) -> None:
     moments = {}
     for groups in ("frozen", "trained"):
@@ -224,7 +232,7 @@ def test_a_pack_of_text_in_a_run_of_media_takes_the_towers_weights_more(
 
 
 @pytest.mark.parametrize("groups", ["frozen", "trained"])
-@pytest.mark.parametrize("policy", EVERY)
+@pytest.mark.parametrize("policy", fast(EVERY, "elementwise"))
 def test_more_units_never_take_less(found: Identified, groups: str, policy: str) -> None:
     planner = Planner(found, settings(target_groups=GROUPS[groups]), None)
     peaks = [

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.plan_kit import DENSE_4B, MOE_35B, found_of
+from support.tiers import fast
 
 from qcore.adapter.targets import targets
 from qcore.api.blocks import Packed
@@ -70,7 +71,7 @@ def measured(folder: Path, settings: Settings, lengths: tuple[int, ...], policy:
     return trace.peak
 
 
-@pytest.mark.parametrize("policy", ["none", "elementwise", "full"])
+@pytest.mark.parametrize("policy", fast(["none", "elementwise", "full"], "elementwise"))
 @pytest.mark.parametrize("lengths", [(193,), (64, 31, 97)], ids=str)
 def test_the_peak_is_what_a_step_takes(folder: Path, lengths: tuple[int, ...], policy: str) -> None:
     settings = Settings(r=4)
@@ -176,9 +177,9 @@ def test_launches_and_live_memory_of_a_layer(
 ) -> None:
     planner: Planner = request.getfixturevalue(name)
     for kind in dict.fromkeys(planner.measure.kinds):
-        piece = planner.measure.layer(kind, policy, (8192,))
-        assert len(piece.forth) + len(piece.back) <= LAUNCHES[name, policy]
-        assert piece.kept <= KEPT[name, policy] * 8192
+        segment = planner.measure.layer(kind, policy, (8192,))
+        assert len(segment.forth) + len(segment.back) <= LAUNCHES[name, policy]
+        assert segment.kept <= KEPT[name, policy] * 8192
 
 
 def test_the_head_stays_within_its_budget_at_any_length(dense: Planner) -> None:
@@ -216,11 +217,11 @@ def test_the_chosen_backend_is_what_is_counted() -> None:
     settings, _ = load_settings(sets=["kernels.delta_rule=reference"])
     plain = Planner(found_of(sizes), settings, H100)
     assert plain.taken.backends["qwen35::delta_rule"] == "reference"
-    pieces = [
+    segments = [
         one.measure.layer(one.measure.kinds[0], "elementwise", (4096,)) for one in (fused, plain)
     ]
-    assert pieces[1].backward > 1.5 * pieces[0].backward
-    assert len(pieces[1].back) > 3 * len(pieces[0].back)
+    assert segments[1].backward > 1.5 * segments[0].backward
+    assert len(segments[1].back) > 3 * len(segments[0].back)
 
 
 def test_ranks_that_the_kernels_leave_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,12 +274,12 @@ def test_attention_is_quadratic_in_what_is_told(walked: Planner) -> None:
     kind = walked.measure.kinds[3]
     assert not walked.measure.stretches(kind, "full", (65536,))  # fused: seen as it is
     packs = smaller((65536,))
-    pieces = [walked.measure.layer(kind, "full", one) for one in packs]
-    told = stretched([sum(one) for one in packs], pieces, 65536)
+    segments = [walked.measure.layer(kind, "full", one) for one in packs]
+    told = stretched([sum(one) for one in packs], segments, 65536)
     seen = walked.measure.layer(kind, "full", (65536,))
-    amounts = [sum(one.flops for one in piece.back) for piece in (told, seen)]
+    amounts = [sum(one.flops for one in segment.back) for segment in (told, seen)]
     assert amounts[0] == pytest.approx(amounts[1], rel=1e-3)
-    assert amounts[0] > 3 * 8 * sum(one.flops for one in pieces[-1].back) / 2
+    assert amounts[0] > 3 * 8 * sum(one.flops for one in segments[-1].back) / 2
 
 
 def test_smaller_packs_have_the_same_shape() -> None:

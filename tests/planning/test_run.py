@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.plan_kit import DENSE_4B, MOE_35B, found_of
+from support.plan_kit import DENSE_4B, MOE_35B, found_of, shared_measures
 
 from qcore.config.settings import Settings
 from qcore.errors import InputError
@@ -30,6 +31,12 @@ from qcore_qwen35.tiny import write
 
 CPU = torch.device("cpu")
 ROWS = [200, 90, 300, 64]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared_measures() -> Iterator[None]:
+    with shared_measures():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -155,17 +162,17 @@ def check_fixes(found: Identified, error: InputError, room: Room, given: dict[st
         words = fix.removeprefix("with ").removesuffix(" it fits").split()
         numbers = {name: int(text) for name, text in pairwise(words) if text.isdecimal()}
         assert numbers, fix
-        rows = [min(2000, numbers.pop("max_length", 2000))] * 4
+        rows = [min(500, numbers.pop("max_length", 500))] * 4
         assert planned(found, room, rows, **(given | numbers))[0].worst.fits, fix
 
 
 def test_a_refusal_names_the_largest_term_and_fixes_that_are_true(found: Identified) -> None:
     given = {"per_device_train_batch_size": 4}
-    room = Room(budget=peak(found, "full", (2000, 2000)) + 10_000)
+    room = Room(budget=peak(found, "full", (500, 500)) + 10_000)
     with pytest.raises(InputError) as caught:
-        planned(found, room, [2000] * 4, **given)
+        planned(found, room, [500] * 4, **given)
     error = caught.value
-    assert "4 x 2000 tokens" in str(error.found)
+    assert "4 x 500 tokens" in str(error.found)
     assert "most of it workspace" in str(error.found) or "activations" in str(error.found)
     assert "with per_device_train_batch_size 2 it fits" in str(error.fix)
     assert "max_length" not in str(error.fix)  # one longer than the rows would change nothing
@@ -174,8 +181,8 @@ def test_a_refusal_names_the_largest_term_and_fixes_that_are_true(found: Identif
 
 def test_one_very_long_row_is_what_is_refused(found: Identified) -> None:
     room = Room(budget=peak(found, "full", (600,)))
-    rows = [40] * 30 + [3000]
-    with pytest.raises(InputError, match="1 x 3000 tokens"):
+    rows = [40] * 30 + [1000]
+    with pytest.raises(InputError, match="1 x 1000 tokens"):
         planned(found, room, rows)
     assert planned(found, room, rows, max_steps=1, seed=1)[0].worst.lengths == (40,)
 
@@ -243,15 +250,15 @@ def test_a_plan_by_itself_parks_no_more_than_the_host_has(four: Identified) -> N
 
 
 def test_a_held_out_row_can_be_the_worst(found: Identified) -> None:
-    plan, _ = planned(found, Room(), [64, 64], held_out=(5000, 64))
+    plan, _ = planned(found, Room(), [64, 64], held_out=(1200, 64))
     assert plan.worst.moment == "evaluation of a held-out row"
-    assert plan.worst.lengths == (5000,)
+    assert plan.worst.lengths == (1200,)
     assert sum(plan.worst.memory.values()) == plan.worst.peak
     assert plan.usual.lengths == (64,)
     with pytest.raises(InputError, match="evaluation of a held-out row") as caught:
-        planned(found, Room(budget=plan.worst.peak - 1), [64, 64], held_out=(5000, 64))
+        planned(found, Room(budget=plan.worst.peak - 1), [64, 64], held_out=(1200, 64))
     assert "max_length" in str(caught.value.fix)
-    planned(found, Room(budget=plan.worst.peak), [64, 64], held_out=(5000, 64))
+    planned(found, Room(budget=plan.worst.peak), [64, 64], held_out=(1200, 64))
 
 
 def test_an_evaluation_takes_what_is_planned(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_inspect(base: Path) -> None:
     assert told["parameters"] == numel
 
 
+@pytest.mark.timing
 def test_merge_beside_stock_peft(base: Path, adapter: Path, tmp_path: Path) -> None:
     largest = max(2 * torch.Size(shape).numel() for _, shape, _ in headers(base).values())
     theirs = measured(_PEFT, base, adapter, tmp_path / "theirs")

@@ -13,7 +13,7 @@ from qcore.api import RowError
 from qcore.api.records import ChatFormat
 from qcore.checkpoint.chat_template import Template
 from qcore.data.masking import Example, encode_text
-from qcore.data.rows import Row
+from qcore.data.rows import ChatRow
 
 FORMAT = ChatFormat(
     turn_start="<|im_start|>",
@@ -85,7 +85,7 @@ def own_template(text: str = TEMPLATE) -> Template:
 
 
 def encode_row(
-    row: Row,
+    row: ChatRow,
     template: Template,
     tokenizer: Tokenizer,
     chat_format: ChatFormat,

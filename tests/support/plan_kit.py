@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
+
+import pytest
 
 from qcore.api.parameters import Table
 from qcore.checkpoint.checkpoint import Header
@@ -32,6 +36,26 @@ MOE_35B: dict[str, Any] = _COMMON | {
     "num_key_value_heads": 2, "tie_word_embeddings": False, "moe_intermediate_size": 512,
     "num_experts": 256, "num_experts_per_tok": 8, "shared_expert_intermediate_size": 512,
 }  # fmt: skip
+
+
+@contextmanager
+def shared_measures() -> Iterator[None]:
+    """Planners of one model, on one device, with the same adapters share what they measured."""
+    from qcore.plan.measure import Measure
+
+    made: dict[Any, tuple[Measure, object]] = {}
+
+    def measure(make: Any, device: str) -> Measure:
+        found, settings, lora, taken, _ = make.args
+        storage = (settings.dtype, settings.quantization)
+        key = (id(found), storage, repr(sorted(lora.items())), repr(taken.backends), device)
+        if key not in made:
+            made[key] = Measure(make, device), found  # held, so that no other model gets its id
+        return made[key][0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcore.plan.step.Measure", measure)
+        yield
 
 
 def found_of(sizes: dict[str, Any], *, moe: bool = False) -> Identified:

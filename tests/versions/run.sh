@@ -4,6 +4,7 @@
 # "core" has neither transformers nor peft: it runs the demo, and the tests that need neither.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+export OMP_NUM_THREADS=1
 
 interop=(
     tests/adapter/test_base_check.py tests/adapter/test_expert_adapter.py
@@ -44,7 +45,7 @@ for name in "$@"; do
     if [[ $name == core ]]; then
         "$venv/bin/qcore" demo || failed+=("$name: demo")
     fi
-    OMP_NUM_THREADS=1 "$venv/bin/pytest" -m "not gpu and not slow and not timing" "${tests[@]}" ||
+    "$venv/bin/pytest" -m "not gpu and not slow and not timing" "${tests[@]}" ||
         failed+=("$name: tests")
 done
 if ((${#failed[@]})); then

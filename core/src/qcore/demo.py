@@ -1,7 +1,7 @@
-"""Demo: the whole way on a tiny checkpoint, each station checked.
+"""`qcore demo`: train, merge and verify a tiny checkpoint, with every step checked.
 
-This file decides what is shown and what must hold: the loss falls by a margin, the merge
-verifies, the merged checkpoint answers as base + adapter did and not as the base did.
+This file decides what must hold: the loss falls by a margin, the merge verifies, and the merged
+checkpoint answers as base + adapter does and not as the base does.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def demo(
     Args:
         folder: where everything is written; absent or empty.
         architecture: whose tiny checkpoint; the first by name when empty.
-        reporter: who is told; nobody by default.
+        reporter: receives events; silent by default.
 
     Raises:
         PluginError: ``QC-DEMO-001`` when no plugin brings a tiny checkpoint.
         UsageError: ``QC-DEMO-003`` when none brings that of `architecture`.
         NumericError: ``QC-DEMO-002`` when a station does not show its effect.
     """
-    tell = reporter or Reporter()
+    reporter = reporter or Reporter()
     home = check_target(folder, need_bytes=_BYTES)
     chosen = _architecture(architecture)
     with writing(home):
@@ -87,9 +87,11 @@ def demo(
     chosen.tiny(base)
     with as_file(files("qcore.data").joinpath("demo.jsonl")) as bundled:
         shutil.copyfile(bundled, data)
-    tell.note(f"1/5 a tiny {chosen.name} checkpoint: {base}")
+    reporter.note(f"1/5 a tiny {chosen.name} checkpoint: {base}")
     try:
-        trained = train(str(base), data, home / "adapter", SETTINGS, device="cpu", reporter=tell)
+        trained = train(
+            str(base), data, home / "adapter", SETTINGS, device="cpu", reporter=reporter
+        )
     except Interrupted as stopped:
         raise Interrupted(stopped.code, "the demo was stopped", fix="run it again") from None
     _check(
@@ -98,19 +100,19 @@ def demo(
         f"{trained.first_loss:.3f} -> {trained.last_loss:.3f}",
         f"below {MARGIN:.0%} of its first value",
     )
-    tell.note(f"2/5 trained: loss {trained.first_loss:.3f} -> {trained.last_loss:.3f}")
-    merged = merge(str(base), home / "adapter", home / "merged", reporter=tell)
-    tell.note(f"3/5 merged: {merged.changed} of {merged.tensors} tensors changed")
+    reporter.note(f"2/5 trained: loss {trained.first_loss:.3f} -> {trained.last_loss:.3f}")
+    merged = merge(str(base), home / "adapter", home / "merged", reporter=reporter)
+    reporter.note(f"3/5 merged: {merged.changed} of {merged.tensors} tensors changed")
     for name in ("adapter", "merged"):
         report = verify(home / name)
         _check(report.ok, f"{name} does not verify", str(report.problems[:1]), "no problem")
-    tell.note("4/5 verified: adapter and merged checkpoint hold what their manifests say")
+    reporter.note("4/5 verified: adapter and merged checkpoint hold what their manifests say")
     before = _answer(base, None)
     adapted = _answer(base, home / "adapter")
     after = _answer(home / "merged", None)
     _check(after != before, "the merged checkpoint answers as the base does", after, "a change")
     _check(after == adapted, "the merge answers unlike base + adapter", after, adapted)
-    tell.note("5/5 reloaded: the merged checkpoint answers as base + adapter does")
+    reporter.note("5/5 reloaded: the merged checkpoint answers as base + adapter does")
     return DemoReport(
         folder=home, trained=trained, merged=merged, prompt=PROMPT, before=before, after=after
     )

@@ -157,8 +157,8 @@ def open_adapter(
 ) -> OpenAdapter:
     """Open an adapter to read its deltas.
 
-    The weights of the base are not read, so that they are those that the adapter was trained
-    on is checked by `merge` and `generate`, not here.
+    The weights of the base are not read, so their fingerprint is not compared with the one that
+    training recorded; `merge` and `generate` do that.
 
     Args:
         adapter: the adapter folder.
@@ -169,6 +169,6 @@ def open_adapter(
         QcoreError: the adapter does not fit the base, or is damaged.
     """
     base = (model if isinstance(model, OpenModel) else open_model(model)).identified
-    found = read_adapter(adapter, base.layout, trust_base=trust_base, claims=base.adapter_claims)
+    read = read_adapter(adapter, base.layout, trust_base=trust_base, claims=base.adapter_claims)
     with torch.no_grad():
-        return OpenAdapter(adapter=found, deltas=Deltas(found))
+        return OpenAdapter(adapter=read, deltas=Deltas(read))

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..api.parameters import Kind, Namespace, Part, Table, Tensor
+from ..api.parameters import Kind, Namespace, Part, Table
+from ..api.parameters import Tensor as TableTensor
 from ..checkpoint.checkpoint import Header
 from ..checkpoint.layout import Layout
 from ..errors import InputError, UsageError
@@ -44,7 +45,7 @@ class Pair:
         scaling: factor of the product.
     """
 
-    tensor: Tensor
+    tensor: TableTensor
     a: Header
     b: Header
     r: int
@@ -139,7 +140,7 @@ def namespace_of(part: Part, name: str) -> Namespace | None:
     return next((one for one in part.namespaces if one.name == name), None)
 
 
-def spell(tensor: Tensor, namespace: Namespace) -> str:
+def spell(tensor: TableTensor, namespace: Namespace) -> str:
     """A weight's name in a class, by the prefixes that its own part has there.
 
     One whose part is not in the class is called as it is on the hub.
@@ -148,7 +149,7 @@ def spell(tensor: Tensor, namespace: Namespace) -> str:
     return tensor.name if own is None else own.spell(tensor.name)
 
 
-def stems(tensors: Iterable[Tensor], namespace: Namespace) -> dict[str, str]:
+def stems(tensors: Iterable[TableTensor], namespace: Namespace) -> dict[str, str]:
     """The adapter's name of each weight, by canonical name, less ``.lora_{A,B}.weight``.
 
     Experts' matrices hang on the module that holds the stacks. Where several stacks of one
@@ -156,7 +157,7 @@ def stems(tensors: Iterable[Tensor], namespace: Namespace) -> dict[str, str]:
     is the innermost, each further one puts a ``base_layer`` in the others' names.
     """
     found: dict[str, str] = {}
-    stacks: dict[str, list[Tensor]] = {}
+    stacks: dict[str, list[TableTensor]] = {}
     for tensor in tensors:
         name = spell(tensor, namespace)
         if tensor.row.kind is Kind.EXPERTS:
@@ -169,7 +170,7 @@ def stems(tensors: Iterable[Tensor], namespace: Namespace) -> dict[str, str]:
     return found
 
 
-def peft_shapes(tensor: Tensor, r: int) -> dict[str, tuple[int, int]]:
+def peft_shapes(tensor: TableTensor, r: int) -> dict[str, tuple[int, int]]:
     """Shapes of sides ``A`` and ``B``; of experts, r is each one's."""
     if tensor.row.kind is Kind.EXPERTS:
         experts, out, into = tensor.shape
@@ -178,7 +179,7 @@ def peft_shapes(tensor: Tensor, r: int) -> dict[str, tuple[int, int]]:
     return {"A": (r, into), "B": (out, r)}
 
 
-def target_name(tensor: Tensor, namespace: Namespace) -> str:
+def target_name(tensor: TableTensor, namespace: Namespace) -> str:
     """What PEFT's config calls it: the module of a linear map, else the parameter."""
     name = spell(tensor, namespace)
     return name.removesuffix(".weight") if tensor.row.kind is Kind.LINEAR else name
@@ -299,7 +300,7 @@ class Numbers(Protocol):
         ...
 
 
-def _module_names(modules: list[Tensor], layout: Layout, namespace: Namespace) -> list[str]:
+def _module_names(modules: list[TableTensor], layout: Layout, namespace: Namespace) -> list[str]:
     """Short names where they mean the same modules; else every module by its whole name."""
     wanted = {target_name(tensor, namespace) for tensor in modules}
     suffixes = sorted({name.rpartition(".")[2] for name in wanted})
@@ -311,7 +312,9 @@ def _module_names(modules: list[Tensor], layout: Layout, namespace: Namespace) -
     return suffixes if hit == wanted else sorted(wanted)
 
 
-def _parameter_names(parameters: list[Tensor], layout: Layout, namespace: Namespace) -> list[str]:
+def _parameter_names(
+    parameters: list[TableTensor], layout: Layout, namespace: Namespace
+) -> list[str]:
     """Names below the layer where they mean the same parameters; else every whole name."""
     wanted = {target_name(tensor, namespace) for tensor in parameters}
     shorts = {_short(tensor, namespace) for tensor in parameters}
@@ -325,7 +328,7 @@ def _parameter_names(parameters: list[Tensor], layout: Layout, namespace: Namesp
     return sorted(shorts if hit == wanted else wanted)
 
 
-def _short(tensor: Tensor, namespace: Namespace) -> str:
+def _short(tensor: TableTensor, namespace: Namespace) -> str:
     """A target's name below its layer, which all layers share: ``mlp.experts.down_proj``."""
     words = target_name(tensor, namespace).split(".")
     index = max((n for n, word in enumerate(words) if word.isdigit()), default=-1)
@@ -333,7 +336,7 @@ def _short(tensor: Tensor, namespace: Namespace) -> str:
 
 
 def _pattern(
-    tensors: list[Tensor], namespace: Namespace, values: Mapping[str, float], default: float
+    tensors: list[TableTensor], namespace: Namespace, values: Mapping[str, float], default: float
 ) -> dict[str, float]:
     """Numbers unlike the default by target, short where all of that name share the number."""
     by_name: dict[str, set[float]] = {}

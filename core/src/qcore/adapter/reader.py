@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..api.parameters import Kind, Namespace, Tensor
+from ..api.parameters import Kind, Namespace
+from ..api.parameters import Tensor as TableTensor
 from ..api.records import AdapterClaim
 from ..checkpoint.checkpoint import Header, read_headers, read_json, safe_file
 from ..checkpoint.layout import Layout
@@ -190,7 +191,7 @@ class _Reader:
         self.maps = self._maps(self.namespace)
         self.stems = self._stems(self.namespace)
 
-    def _maps(self, namespace: Namespace) -> list[Tensor]:
+    def _maps(self, namespace: Namespace) -> list[TableTensor]:
         """The maps that are in a class: the text class has no tower."""
         return [t for t in self.every if namespace_of(t.part, namespace.name) is not None]
 
@@ -248,7 +249,7 @@ class _Reader:
             )
         return pairs
 
-    def _pair(self, tensor: Tensor, a: Header, b: Header) -> Pair:
+    def _pair(self, tensor: TableTensor, a: Header, b: Header) -> Pair:
         module = self._module(tensor)
         r = int(self._pattern("rank_pattern", module, self.config["r"]))
         alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
@@ -321,7 +322,7 @@ class _Reader:
                     fix="name the base that the adapter was trained on",
                 )
 
-    def _transformed(self, tensor: Tensor) -> bool:
+    def _transformed(self, tensor: TableTensor) -> bool:
         """PEFT's rule for ``layers_to_transform``: the layer's number, below ``layers_pattern``."""
         given = self.config.get("layers_pattern") or []
         words = [given] if isinstance(given, str) else given
@@ -332,7 +333,7 @@ class _Reader:
             return False
         return tensor.index in layers_of(self.config)
 
-    def _module(self, tensor: Tensor) -> str:
+    def _module(self, tensor: TableTensor) -> str:
         return target_name(tensor, self.namespace)
 
     def _problem(

@@ -54,22 +54,16 @@ STANDARD_INPUTS: Final = frozenset(
 
 
 class Conversation(Protocol):
-    """What `Template.render_rows` reads of a row."""
+    """What `Template.render_rows` needs of a row; `line` is its number, for errors."""
 
     @property
-    def line(self) -> int:
-        """Line in its file, for errors."""
-        ...
+    def line(self) -> int: ...
 
     @property
-    def messages(self) -> Sequence[Mapping[str, Any]]:
-        """JSON values only."""
-        ...
+    def messages(self) -> Sequence[Mapping[str, Any]]: ...
 
     @property
-    def tools(self) -> Sequence[Mapping[str, Any]] | None:
-        """Function descriptions, JSON values only."""
-        ...
+    def tools(self) -> Sequence[Mapping[str, Any]] | None: ...
 
 
 _C = TypeVar("_C", bound=Conversation)

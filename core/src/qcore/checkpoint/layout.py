@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from ..api.parameters import Namespace, Part, Region, Row, Store, Table, Tensor
+from ..api.parameters import Namespace, Part, Region, Row, Store, Table
+from ..api.parameters import Tensor as TableTensor
 from ..errors import InputError, QcoreError, nearest, one_of_each, raise_all
 from .block_scales import BadBlockError, block_size, is_fp8, scale_name, scale_problem
 from .checkpoint import Checkpoint, Header
@@ -56,7 +57,7 @@ class Located:
         tied: the tensor that stands in for it, when it is absent on disk.
     """
 
-    tensor: Tensor
+    tensor: TableTensor
     places: tuple[Place, ...]
     tied: str | None = None
 
@@ -85,7 +86,7 @@ class Layout:
 
     table: Table
     located: Mapping[str, Located]
-    by_disk: Mapping[str, tuple[Tensor, Region]]
+    by_disk: Mapping[str, tuple[TableTensor, Region]]
     namespaces: Mapping[str, Namespace]
     absent: tuple[str, ...] = ()
     carried: Mapping[Header, str] = field(default_factory=dict)
@@ -202,7 +203,7 @@ class _Finder:
         self.checkpoint = checkpoint
         self.headers = checkpoint.headers
         self.located: dict[str, Located] = {}
-        self.by_disk: dict[str, tuple[Tensor, Region]] = {}
+        self.by_disk: dict[str, tuple[TableTensor, Region]] = {}
         self.namespaces: dict[str, Namespace] = {}
         self.absent: list[str] = []
         self.ties: dict[str, str] = {}
@@ -235,7 +236,7 @@ class _Finder:
             for tensor in missing:
                 self._missing(tensor, namespace)
 
-    def _namespace(self, part: Part, tensors: list[Tensor]) -> Namespace:
+    def _namespace(self, part: Part, tensors: list[TableTensor]) -> Namespace:
         def score(namespace: Namespace) -> int:
             return sum(
                 namespace.spell(name) in self.headers
@@ -247,7 +248,7 @@ class _Finder:
             return part.namespaces[0]
         return max(part.namespaces, key=score)
 
-    def _place(self, tensor: Tensor, namespace: Namespace) -> bool:
+    def _place(self, tensor: TableTensor, namespace: Namespace) -> bool:
         """Find `tensor` on disk; ``False`` when nothing of it is there."""
         best: list[str] = []
         for way in tensor.spellings():
@@ -320,7 +321,7 @@ class _Finder:
                 expected=next(iter(dtypes)),
             )
 
-    def _missing(self, tensor: Tensor, namespace: Namespace) -> None:
+    def _missing(self, tensor: TableTensor, namespace: Namespace) -> None:
         name = namespace.spell(tensor.name)
         near = self._nearest(name, (other for other in self.headers if other not in self._wanted))
         found = f"nearest is {near}" if near else None

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 
-from ..api.parameters import Region, Tensor
+from ..api.parameters import Region
+from ..api.parameters import Tensor as TableTensor
 
 
 class TensorDigest:
@@ -23,7 +24,7 @@ class TensorDigest:
 
     __slots__ = ("_numbers", "_parts", "units")
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: TableTensor) -> None:
         self.units: tuple[Region, ...] = tensor.units()
         self._numbers = {_key(unit): number for number, unit in enumerate(self.units)}
         self._parts: dict[int, bytes] = {}

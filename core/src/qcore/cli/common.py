@@ -50,9 +50,9 @@ def fail(error: QcoreError, *, as_json: bool) -> int:
         emit({"error": error.as_json()})
         return error.exit_code
     errors = error.errors if isinstance(error, PreflightError) else (error,)
-    for one in errors:
-        fix = f". Fix: {one.fix}" if one.fix else ""
-        click.echo(f"error[{one.code}] {one.message}{fix}", err=True)
+    for each in errors:
+        fix = f". Fix: {each.fix}" if each.fix else ""
+        click.echo(f"error[{each.code}] {each.message}{fix}", err=True)
     return error.exit_code
 
 

@@ -12,8 +12,10 @@ from .common import debug_option, emit, json_option
 
 
 @click.command("demo")
-@click.option("--output", type=click.Path(path_type=Path), help="Folder to keep; else a temporary.")
-@click.option("--architecture", default="", help="Whose tiny checkpoint; else the first.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder to keep; else a temporary one."
+)
+@click.option("--architecture", default="", help="Of the tiny checkpoint; else the first.")
 @json_option
 @debug_option
 def command(output: Path | None, architecture: str, as_json: bool) -> None:

@@ -22,8 +22,8 @@ def command(kernels: bool, as_json: bool) -> None:
     from ..preflight.checks import as_error
     from ..preflight.environment import findings
 
-    found = list(findings())
-    errors = [as_error(finding) for finding in found if finding.severity is Severity.ERROR]
+    report = list(findings())
+    errors = [as_error(finding) for finding in report if finding.severity is Severity.ERROR]
     if as_json:
         rows = [
             {
@@ -33,11 +33,11 @@ def command(kernels: bool, as_json: bool) -> None:
                 "what": finding.what,
                 "fix": finding.fix,
             }
-            for finding in found
+            for finding in report
         ]
         emit({"ok": not errors, "findings": rows})
         raise click.exceptions.Exit(errors[0].exit_code if errors else 0)
-    for finding in found:
+    for finding in report:
         mark = {"error": "!!", "warning": " !", "note": "  "}[finding.severity.value]
         click.echo(f"{mark} {finding.field:<24} {finding.what}")
     raise_all(errors)
@@ -64,8 +64,8 @@ def _kernels(as_json: bool) -> None:
             }
             for line in lines
         ]
-        told = [problem.as_json() for problem in problems]
-        emit({"ok": not problems, "device": device, "kernels": rows, "problems": told})
+        listed = [problem.as_json() for problem in problems]
+        emit({"ok": not problems, "device": device, "kernels": rows, "problems": listed})
         raise click.exceptions.Exit(problems[0].exit_code if problems else 0)
     click.echo(f"kernels on {device}")
     for line in lines:

@@ -54,7 +54,7 @@ def _option(kind: str) -> click.Option:
 @click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
 @click.option("--max-new-tokens", type=click.IntRange(1, 131072), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, help="0 is greedy.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Of the sampling.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the sampling.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--dtype", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True)
 @click.option(

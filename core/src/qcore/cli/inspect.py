@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @json_option
 @debug_option
 def command(model: str, generation: str, as_json: bool) -> None:
-    """Say what MODEL is, by which evidence, and whether every tensor is accounted for."""
+    """Report what MODEL is, by which evidence, and whether every tensor is accounted for."""
     from ..preflight.inspect import inspect
 
     report = inspect(model, generation=generation)

@@ -17,7 +17,7 @@ from .common import count, debug_option, emit, json_option
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
 @click.option("--generation", default="", help="Take an unproven checkpoint for this generation.")
-@click.option("--dequantize", is_flag=True, help="Write a base in FP8 in bf16, all of it.")
+@click.option("--dequantize", is_flag=True, help="Write a base in FP8 as bf16, all of it.")
 @click.option("--no-proof", is_flag=True, help="Skip the comparison of logits.")
 @json_option
 @debug_option
@@ -62,11 +62,11 @@ def command(
             f"{report.unchanged[0]}: their part of the adapter is too small for the dtype"
         )
     if report.proof is not None:
-        _say_proof(report.proof)
+        _print_proof(report.proof)
 
 
-def _say_proof(proof: Mapping[str, float]) -> None:
-    """What the comparison showed; a tiny effect drowns in float32 and is said to."""
+def _print_proof(proof: Mapping[str, float]) -> None:
+    """Print the result of the comparison; an effect below float32 rounding is noted."""
     difference, effect, rerouted = proof["difference"], proof["effect"], int(proof["rerouted"])
     if rerouted:
         click.echo(
@@ -81,6 +81,6 @@ def _say_proof(proof: Mapping[str, float]) -> None:
         )
     else:
         click.echo(
-            f"note: the adapter's effect on logits ({effect:.1e}) is too small to be told from "
+            f"note: the adapter's effect on logits ({effect:.1e}) is too small to tell from "
             f"rounding ({difference:.1e}); layers and tensors themselves were checked"
         )

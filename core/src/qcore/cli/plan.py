@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 
 @click.command("plan")
 @click.argument("model")
-@click.option("--max-length", type=int, help="Tokens of a row; every row is taken as long.")
+@click.option("--max-length", type=int, help="Tokens of a row; every row is taken to have as many.")
 @click.option("--rows", type=int, help="Rows of a micro-batch; by default the fastest.")
 @click.option(
-    "--media", type=int, metavar="UNITS", help="Units that a tower computes for each row."
+    "--media",
+    type=int,
+    metavar="UNITS",
+    help="Units that the tower reads for each row.",
 )
 @click.option("--r", type=int, help="Rank of the LoRA matrices.")
 @click.option("--groups", help="LoRA groups, comma-separated; by default those that are on.")
-@click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="A card; repeatable.")
+@click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="A GPU; repeatable.")
 @click.option("--budget", default="auto", metavar="GB|auto", help="Memory that may be filled.")
 @click.option("--preset", help="Named settings; see qcore presets list.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="run.yaml")
@@ -47,7 +50,7 @@ def command(
     generation: str | None,
     as_json: bool,
 ) -> None:
-    """Say what training MODEL takes of a card, before a weight is read."""
+    """Predict memory and speed of training MODEL on a GPU, before a weight is read."""
     from ..config.resolve import load_settings
     from ..preflight.plan import plan
 

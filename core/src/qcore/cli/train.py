@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     "--kernels", multiple=True, metavar="OP=BACKEND", help="Backend of one op; repeatable."
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option("--resume", is_flag=True, help="Go on with the run that was stopped.")
-@click.option("--adapter-class", help="Class whose names the adapter carries: text or vl.")
+@click.option("--resume", is_flag=True, help="Continue the run that was stopped.")
+@click.option("--adapter-class", help="Class that the adapter is written for: text or vl.")
 @click.option("--generation", help="Take an unproven checkpoint for this generation.")
 @json_option
 @debug_option
@@ -94,7 +94,7 @@ def command(
 
 
 def _default_model(presets: Presets, preset: str | None, generation: str) -> tuple[str, str]:
-    """The model where --model was not given, and what named it.
+    """The model where --model is missing, and what names it.
 
     Raises:
         UsageError: ``QC-CLI-002`` nothing names one; ``QC-PRESET-001``.

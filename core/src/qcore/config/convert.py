@@ -1,9 +1,9 @@
-"""YAML nodes to values of settings: the type comes from the setting, never from the text's look.
+"""Conversion of YAML nodes to setting values, by the type of the setting.
 
-This file decides how the text of a scalar becomes a number, a word, a list or a mapping, so that
-YAML 1.1's guesses (``2e-4`` as text, ``no`` as false) cannot happen. It leaves to
-`qcore.config.resolve` which source of settings wins, and ranges and choices to
-`qcore.config.spec`.
+This file decides how the text of a scalar becomes a number, a word, a list or a mapping. The type
+comes from the setting and never from the text, so YAML 1.1's surprises (``2e-4`` as text, ``no`` as
+false) cannot happen. `qcore.config.resolve` decides which source of settings wins,
+`qcore.config.spec` checks ranges and choices.
 
 Codes: those of `qcore.config.spec`; ``QC-CONFIG-006`` not a mapping of settings.
 """
@@ -19,7 +19,7 @@ from ..errors import UsageError
 from .frozen_map import Entries, Plain
 from .settings import spec_of
 from .spec import Origin, Spec, Value, check
-from .yaml import Items, Node, Scalar, Table
+from .yaml import MappingNode, Node, ScalarNode, SequenceNode
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]+)?")
@@ -29,10 +29,10 @@ _NULL = frozenset(("", "~", "null"))
 
 
 def settings_of(node: Node | None, source: object) -> dict[str, Value]:
-    """The settings that a YAML mapping gives, checked one by one.
+    """Convert a YAML mapping of settings, checking each value.
 
     Args:
-        node: the mapping; ``None`` gives no settings.
+        node: the mapping; ``None`` means no settings.
         source: the file, for errors.
 
     Raises:
@@ -40,10 +40,10 @@ def settings_of(node: Node | None, source: object) -> dict[str, Value]:
     """
     if node is None:
         return {}
-    if not isinstance(node, Table):
+    if not isinstance(node, MappingNode):
         raise UsageError(
             "QC-CONFIG-006",
-            "does not hold settings",
+            "is not a mapping of settings",
             file=source,
             found=_describe(node),
             expected="lines of the form `key: value`",
@@ -56,20 +56,20 @@ def settings_of(node: Node | None, source: object) -> dict[str, Value]:
 
 
 def convert(spec: Spec, node: Node, origin: Origin) -> Value:
-    """A YAML node as the type of its setting.
+    """Convert a YAML node to the type of its setting.
 
     Raises:
-        UsageError: ``QC-CONFIG-002`` to ``-005``; it says what the node is instead.
+        UsageError: ``QC-CONFIG-002`` to ``-005``.
     """
     if spec.type is tuple:
-        if not isinstance(node, Items):
+        if not isinstance(node, SequenceNode):
             raise _mismatch(spec, node, origin)
         return check(spec, tuple(_name(spec, item, origin) for item in node.items), origin)
     if spec.each is not None:
-        if not isinstance(node, Table):
+        if not isinstance(node, MappingNode):
             raise _mismatch(spec, node, origin)
         return convert_entries(spec, node.entries, origin)
-    if not isinstance(node, Scalar):
+    if not isinstance(node, ScalarNode):
         raise _mismatch(spec, node, origin)
     if spec.type is str:
         return check(spec, _word(spec, node, origin), origin)
@@ -82,7 +82,7 @@ def convert(spec: Spec, node: Node, origin: Origin) -> Value:
 
 
 def convert_entries(spec: Spec, nodes: Mapping[str, Node], origin: Origin) -> Entries[Plain]:
-    """YAML nodes by name as the value of a setting that is a mapping; errors as of `convert`."""
+    """Convert YAML nodes by key to the value of a mapping setting; raises like `convert`."""
     made: dict[str, Plain] = {}
     for name, node in nodes.items():
         line = None if origin.line is None else node.line
@@ -97,12 +97,12 @@ def convert_entries(spec: Spec, nodes: Mapping[str, Node], origin: Origin) -> En
 
 
 def _guess(spec: Spec, node: Node, origin: Origin) -> Plain:
-    """A value whose setting leaves the type to the text.
+    """Convert a value of a setting that allows several types.
 
-    True, false and numbers as JSON has them; anything in quotes and any other word is a text.
-    What YAML readers disagree about (``yes``, ``0x10``, ``1_000``) is refused, not guessed.
+    True, false and numbers are read as in JSON; quoted values and other words are text. Values
+    that YAML readers disagree about (``yes``, ``0x10``, ``1_000``) are refused.
     """
-    if not isinstance(node, Scalar) or (not node.quoted and node.text.lower() in _NULL):
+    if not isinstance(node, ScalarNode) or (not node.quoted and node.text.lower() in _NULL):
         raise _mismatch(spec, node, origin)
     text, word = node.text, node.text.lower()
     if node.quoted:
@@ -114,23 +114,21 @@ def _guess(spec: Spec, node: Node, origin: Origin) -> Plain:
     if text[0].isdigit() or text[0] in "+-." or _NOT_FINITE.fullmatch(text):
         if text[-1].isdigit() and _FLOAT.fullmatch(text):
             return _number(replace(spec, type=float), node, origin)
-        raise _mismatch(spec, node, origin, fix=f'write "{text[:20]}" if it is a text')
+        raise _mismatch(spec, node, origin, fix=f'write "{text[:20]}" for a text')
     return text
 
 
-def _bool(spec: Spec, node: Scalar, origin: Origin) -> bool:
+def _bool(spec: Spec, node: ScalarNode, origin: Origin) -> bool:
     word = node.text.lower()
     if word in ("true", "false"):
         return word == "true"
     fix = None
     if word in _YAML_11_BOOL:
-        fix = (
-            f"write {'true' if word[0] == 'y' or word == 'on' else 'false'}: {word} is only a word"
-        )
+        fix = f"write {'true' if word[0] == 'y' or word == 'on' else 'false'} instead of {word}"
     raise _mismatch(spec, node, origin, fix=fix)
 
 
-def _number(spec: Spec, node: Scalar, origin: Origin) -> int | float:
+def _number(spec: Spec, node: ScalarNode, origin: Origin) -> int | float:
     text = node.text
     if _NOT_FINITE.fullmatch(text):
         raise origin.error("QC-CONFIG-003", "is not finite", found=text, expected=spec.expected)
@@ -143,14 +141,14 @@ def _number(spec: Spec, node: Scalar, origin: Origin) -> int | float:
     return float(text)
 
 
-def _word(spec: Spec, node: Scalar, origin: Origin) -> str:
+def _word(spec: Spec, node: ScalarNode, origin: Origin) -> str:
     if not node.quoted and node.text.lower() in _NULL:
         raise _mismatch(spec, node, origin)
     return node.text
 
 
 def _name(spec: Spec, node: Node, origin: Origin) -> str:
-    if not isinstance(node, Scalar) or (not node.quoted and node.text.lower() in _NULL):
+    if not isinstance(node, ScalarNode) or (not node.quoted and node.text.lower() in _NULL):
         raise _mismatch(spec, node, origin)
     return node.text
 
@@ -166,9 +164,9 @@ def _mismatch(spec: Spec, node: Node, origin: Origin, *, fix: str | None = None)
 
 
 def _describe(node: Node) -> str:
-    if isinstance(node, Items):
+    if isinstance(node, SequenceNode):
         return "a list"
-    if isinstance(node, Table):
+    if isinstance(node, MappingNode):
         return "a mapping"
     if not node.quoted and node.text.lower() in _NULL:
         return "no value"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UsageError
-from .yaml import Items, Node, Scalar, Table, read
+from .yaml import MappingNode, Node, ScalarNode, SequenceNode, read
 
 INTEGER = re.compile(r"-?\d(_?\d)*")
 NUMBER = re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?")
@@ -71,7 +71,7 @@ class Expect:
 
     def keys(self, keys: Sequence[str], *, optional: Sequence[str] = ()) -> dict[str, Expect]:
         """The entries of a mapping that has these keys and no other."""
-        if not isinstance(self.node, Table):
+        if not isinstance(self.node, MappingNode):
             raise self.breach("something else", f"a mapping of {', '.join(keys)}")
         for key in self.node.entries:
             if key not in keys:
@@ -85,7 +85,7 @@ class Expect:
         """The entries of a mapping of any keys; none where the value is absent."""
         if self.node is None:
             return {}
-        if not isinstance(self.node, Table):
+        if not isinstance(self.node, MappingNode):
             raise self.breach("something else", what)
         return {key: self._below(key, node) for key, node in self.node.entries.items()}
 
@@ -93,19 +93,19 @@ class Expect:
         """The items of a list; none where the value is absent."""
         if self.node is None:
             return ()
-        if not isinstance(self.node, Items):
+        if not isinstance(self.node, SequenceNode):
             raise self.breach("something else", "a list")
         return tuple(self._below(str(index), node) for index, node in enumerate(self.node.items))
 
     def text(self) -> str:
         """A text that is not empty, on one line."""
-        if not isinstance(self.node, Scalar) or not self.node.text.strip():
+        if not isinstance(self.node, ScalarNode) or not self.node.text.strip():
             raise self.breach("no text", "text")
         return " ".join(self.node.text.split())
 
     def texts(self) -> tuple[str, ...]:
         """A list of at least one text."""
-        if not isinstance(self.node, Items) or not self.node.items:
+        if not isinstance(self.node, SequenceNode) or not self.node.items:
             raise self.breach("something else", "a list of texts")
         return tuple(replace(self, node=item).text() for item in self.node.items)
 
@@ -125,7 +125,7 @@ class Expect:
     def integer(self) -> int:
         """A whole number, ``_`` between digits allowed, without quotes."""
         text = self.text()
-        if not INTEGER.fullmatch(text) or (isinstance(self.node, Scalar) and self.node.quoted):
+        if not INTEGER.fullmatch(text) or (isinstance(self.node, ScalarNode) and self.node.quoted):
             raise self.breach(repr(text), "a whole number")
         return int(text)
 

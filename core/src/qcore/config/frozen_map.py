@@ -1,7 +1,7 @@
-"""Entries: the value of a setting that is itself a mapping, such as ``group_r``.
+"""A frozen mapping: the value of settings such as ``group_r``.
 
-This file decides only what such a value is: read-only and hashable, as the frozen settings
-that hold it. What its names and values may be is `qcore.config.settings`' business.
+This file decides that the value is read-only and hashable, like the settings that contain it.
+`qcore.config.settings` decides which keys and values are allowed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ V = TypeVar("V", bound=Plain, covariant=True)
 
 
 class Entries(Mapping[str, V]):
-    """A read-only mapping of names to plain values, in the order given.
+    """A read-only mapping of names to plain values, in insertion order.
 
-    Equal to entries of the same names and values in any order. Unlike Python, it keeps
-    ``True`` and ``1`` apart: a template does too.
+    Equality ignores the order. Unlike in Python, ``True`` and ``1`` differ, as they do in a
+    template.
     """
 
     __slots__ = ("_items",)
@@ -49,5 +49,5 @@ class Entries(Mapping[str, V]):
 
 
 def text(value: Plain) -> str:
-    """A value as YAML and ``--set`` take it; a text in quotes."""
+    """Format a value for YAML and ``--set``, with text in quotes."""
     return json.dumps(value, ensure_ascii=False)

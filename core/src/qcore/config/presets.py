@@ -1,15 +1,11 @@
-"""Presets: named settings, kept as data files with a contract.
+"""Presets: named settings in YAML files.
 
-This file decides what a preset file is: YAML with ``schema_version: 1``,
-``default_base_models`` (the model that stands for a generation, by generation; ``{}`` where
-the file names none) and ``presets``, each with ``id``, ``aliases``, ``description``,
-``settings`` and, where it is made for one model, ``model``. Core's file names sizes and
-schedules and no model; plugins bring theirs through the entry-point group ``qcore.presets``
-(name -> package, files ``<package>/presets/*.yaml``), found without importing the plugin.
-
-Discovery never raises: a broken file is listed with its reason. Use never degrades: asking
-for a preset of a broken file, or for a name that two plugins claim, is an error. It leaves
-what a setting may be to `qcore.config.settings`.
+This file decides the format of a preset file: ``schema_version: 1``, ``default_base_models``
+(default model by generation; ``{}`` for none) and ``presets``, each with ``id``, ``aliases``,
+``description``, ``settings`` and, if it is made for one model, ``model``. The file of core has
+schedules and no models. Plugins add files through the entry-point group ``qcore.presets`` (name ->
+package, files ``<package>/presets/*.yaml``), which are found without importing the plugin.
+`qcore.config.registry` decides which preset a name means.
 
 Codes: ``QC-PRESET-001`` unknown preset, ``-002`` preset of a broken file, ``-003`` name
 claimed twice, ``-004`` file that breaks the contract (a reason, raised on use), ``-005`` two
@@ -33,7 +29,7 @@ from .expect import Contract, Expect
 from .registry import Kind, Registry, load
 from .settings import Settings
 from .spec import Value
-from .yaml import Scalar, Table
+from .yaml import MappingNode, ScalarNode
 
 SCHEMA_VERSION = 1
 KIND = Kind(
@@ -62,9 +58,9 @@ class Preset:
         description: one line.
         settings: values by setting, checked.
         base_model: hub id of the model it is made for: its own ``model``, else the default
-            base of its file where that has one for one generation; ``None`` where there is none.
+            base of its file if the file has exactly one; else ``None``.
         origin: ``core``, or the entry point that brought it.
-        file: where it stands.
+        file: the file that contains it.
     """
 
     id: str
@@ -82,7 +78,7 @@ class Preset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DefaultBase:
-    """The model that stands for a generation where none was named.
+    """The default model of a generation.
 
     Attributes:
         generation: as detection names it.
@@ -100,7 +96,7 @@ class Presets(Registry[Preset]):
     """All presets that are installed.
 
     Attributes:
-        bases: default bases by generation, as files give them.
+        bases: default bases of all files.
     """
 
     kind: ClassVar[Kind] = KIND
@@ -108,14 +104,14 @@ class Presets(Registry[Preset]):
     bases: tuple[DefaultBase, ...] = ()
 
     def default_base_models(self) -> dict[str, str]:
-        """Hub id by generation, where the installed files agree on one."""
+        """Hub id by generation; without generations on which files disagree."""
         named: dict[str, set[str]] = {}
         for base in self.bases:
             named.setdefault(base.generation, set()).add(base.model)
         return {generation: min(ids) for generation, ids in named.items() if len(ids) == 1}
 
     def default_base_model(self, generation: str) -> str | None:
-        """Hub id of the model that stands for a generation; ``None`` where none is named.
+        """Hub id of the default model of a generation, or ``None``.
 
         Raises:
             PluginError: ``QC-PRESET-005`` two plugins name different ones.
@@ -150,7 +146,7 @@ def load_presets(plugins: Iterable[EntryPoint] | None = None) -> Presets:
 
 
 def _read(file: Path, origin: str) -> tuple[list[DefaultBase], list[Preset]]:
-    """Default bases and presets of one file.
+    """Read the default bases and presets of one file.
 
     Raises:
         UsageError: the first breach of the contract.
@@ -174,9 +170,11 @@ def _read(file: Path, origin: str) -> tuple[list[DefaultBase], list[Preset]]:
 
 def _preset(entry: Expect, default: str | None, origin: str) -> Preset:
     node = entry.node
-    named = node.entries.get("id") if isinstance(node, Table) else None
+    named = node.entries.get("id") if isinstance(node, MappingNode) else None
     line = 1 if node is None else node.line
-    entry = entry.renamed(named.text if isinstance(named, Scalar) else f"the preset at line {line}")
+    entry = entry.renamed(
+        named.text if isinstance(named, ScalarNode) else f"the preset at line {line}"
+    )
     entries = entry.keys(_PRESET_KEYS, optional=("aliases", "model"))
     ident = entries["id"].text()
     aliases = entries["aliases"].items() if "aliases" in entries else ()
@@ -187,7 +185,7 @@ def _preset(entry: Expect, default: str | None, origin: str) -> Preset:
     own = _model(entries["model"]) if "model" in entries else None
     source = f"{entry.file}: {entry.place}"
     settings = settings_of(entries["settings"].node, source)
-    Settings.from_dict(settings, source=source)  # alone they must make a run too
+    Settings.from_dict(settings, source=source)  # the preset alone must be valid too
     return Preset(
         id=ident,
         aliases=words,
@@ -201,6 +199,6 @@ def _preset(entry: Expect, default: str | None, origin: str) -> Preset:
 
 def _model(entry: Expect) -> str | None:
     node = entry.node
-    if isinstance(node, Scalar) and not node.quoted and node.text in ("", "null", "~"):
+    if isinstance(node, ScalarNode) and not node.quoted and node.text in ("", "null", "~"):
         return None
     return entry.text()

@@ -22,7 +22,7 @@ from ..errors import PluginError, QcoreError, UsageError, nearest
 from ..io.entry_points import Status
 from ..io.entry_points import entries as installed
 from ..io.plugin_data import plugin_files
-from .yaml import Items, Scalar, Table, read
+from .yaml import MappingNode, ScalarNode, SequenceNode, read
 
 CORE = "core"  #: origin of entries that no plugin brought
 _ID_LINE = re.compile(r"^ *- id: *[\"']?([^\s\"']+)", re.MULTILINE)
@@ -261,17 +261,17 @@ def _names_in(file: Path) -> list[str]:
         root = read(file)
     except UsageError:  # it may be no YAML
         return _ids_in_text(file)
-    lists = root.entries.values() if isinstance(root, Table) else ()
+    lists = root.entries.values() if isinstance(root, MappingNode) else ()
     names: list[str] = []
     for listed in lists:
-        for entry in listed.items if isinstance(listed, Items) else ():
-            if isinstance(entry, Table):
+        for entry in listed.items if isinstance(listed, SequenceNode) else ():
+            if isinstance(entry, MappingNode):
                 aliases = entry.entries.get("aliases")
                 nodes = (
                     entry.entries.get("id"),
-                    *(aliases.items if isinstance(aliases, Items) else ()),
+                    *(aliases.items if isinstance(aliases, SequenceNode) else ()),
                 )
-                names += [node.text for node in nodes if isinstance(node, Scalar)]
+                names += [node.text for node in nodes if isinstance(node, ScalarNode)]
     return names
 
 

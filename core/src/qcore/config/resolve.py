@@ -1,10 +1,9 @@
-"""Where settings come from: defaults, a preset, a YAML file, ``--set`` flags.
+"""Merging of settings from defaults, a preset, a YAML file and ``--set`` flags.
 
-This file decides in which order sources win (a flag over a file over a preset over the
-default). Settings that are mappings join entry by entry: a flag for one entry leaves a preset's
-others, an empty mapping drops them all. It leaves how text becomes a value to
-`qcore.config.convert`, what a setting may be to `qcore.config.settings`, and presets to
-`qcore.config.presets`.
+This file decides the precedence: a flag over a file over a preset over the default. Settings that
+are mappings are merged entry by entry: a flag for one entry keeps a preset's other entries, an
+empty mapping removes them all. `qcore.config.convert` turns text into values,
+`qcore.config.settings` lists the settings, `qcore.config.presets` reads presets.
 
 Codes: those of `qcore.config.convert` and `qcore.config.presets`; ``QC-YAML-*``.
 """
@@ -20,7 +19,7 @@ from .frozen_map import Entries, Plain
 from .presets import Presets, load_presets
 from .settings import SPECS, Settings, spec_of
 from .spec import Origin, Spec, Value
-from .yaml import Items, Node, Scalar, Table, parse, read
+from .yaml import MappingNode, Node, ScalarNode, SequenceNode, parse, read
 
 __all__ = ["SPECS", "Settings", "Spec", "load_settings", "parse_entries", "parse_sets"]
 
@@ -33,22 +32,22 @@ def load_settings(
     flags: Mapping[str, tuple[str, str | int | None]] | None = None,
     presets: Presets | None = None,
 ) -> tuple[Settings, dict[str, str]]:
-    """Join all sources of settings: flag over file over preset over default.
+    """Merge all sources of settings: flag over file over preset over default.
 
     Args:
         preset: id or alias of a preset.
         config_file: YAML mapping of settings.
         sets: ``key=value`` each, as ``--set`` takes them.
-        flags: of a flag of its own the setting and the text, ``None`` where it was not given.
-        presets: where ``preset`` is looked up; those installed where it is ``None``.
+        flags: for flags that set one setting: the setting and the text, ``None`` if not passed.
+        presets: where ``preset`` is looked up; by default the installed ones.
 
     Returns:
-        The settings, and for each name where its value came from: ``default``,
-        ``preset NAME``, ``file`` or ``flag``; of a mapping that several gave, all of them.
+        The settings, and the source of each: ``default``, ``preset NAME``, ``file`` or
+        ``flag``; several of them for a merged mapping.
 
     Raises:
-        UsageError: a source that does not hold valid settings, naming source and key.
-        PluginError: the preset stands in a plugin's file that is broken.
+        UsageError: an invalid setting; the error names source and key.
+        PluginError: the preset is in a broken file of a plugin.
     """
     values: dict[str, Value] = {}
     origins = dict.fromkeys(SPECS, "default")
@@ -65,7 +64,7 @@ def load_settings(
 def _join(
     values: dict[str, Value], origins: dict[str, str], given: Mapping[str, Value], source: str
 ) -> None:
-    """Put a later source over the earlier ones."""
+    """Merge one more source over the earlier ones."""
     for name, value in given.items():
         before = values.get(name)
         if isinstance(value, Entries) and isinstance(before, Entries) and value and before:
@@ -78,11 +77,11 @@ def _join(
 def parse_sets(
     sets: Sequence[str], flags: Mapping[str, tuple[str, str | int | None]] | None = None
 ) -> dict[str, Value]:
-    """The settings that ``--set key=value`` gives, by the same rules as the file.
+    """Parse ``--set key=value`` flags, by the same rules as the file.
 
-    A list is ``a,b`` or ``[a, b]``; nothing after ``=`` is the empty name, list or mapping. An
-    entry of a mapping is ``key.name=value``. Flags that give a setting of their own come last, and
-    errors name them.
+    A list is ``a,b`` or ``[a, b]``; nothing after ``=`` means the empty name, list or mapping. An
+    entry of a mapping is ``key.name=value``. Flags that set one setting come last, and errors
+    name them.
 
     Raises:
         UsageError: ``QC-CONFIG-*``; a key given twice is ``QC-CONFIG-005``.
@@ -92,7 +91,7 @@ def parse_sets(
     for flag, key, text in (*_split(sets), *_given(flags or {})):
         origin = Origin(field=flag)
         name, dot, entry = key.partition(".")
-        # Only a mapping has entries; elsewhere the dot makes it a key that nobody knows.
+        # Only mappings have entries; for other settings a key with a dot is unknown.
         spec = spec_of(name if dot and name in SPECS and SPECS[name].each else key, origin)
         whole = values.get(spec.name)
         if key in given or (dot and spec.name in given) or (spec.each and not dot and whole):
@@ -108,7 +107,7 @@ def parse_sets(
 
 
 def _split(sets: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Of each ``--set``: its name in errors, the key, the text."""
+    """Yield for each ``--set``: its name in errors, the key, the text."""
     for item in sets:
         key, equals, text = (part.strip() for part in item.partition("="))
         if not equals:
@@ -121,18 +120,18 @@ def _split(sets: Sequence[str]) -> Iterator[tuple[str, str, str]]:
 def _given(
     flags: Mapping[str, tuple[str, str | int | None]],
 ) -> Iterator[tuple[str, str, str]]:
-    """The same of flags that were given."""
+    """Yield the same for flags that set one setting."""
     for flag, (key, value) in flags.items():
         if value is not None:
             yield flag, key, str(value).strip()
 
 
 def parse_entries(setting: str, items: Sequence[str], *, flag: str) -> Entries[Plain]:
-    """Entries of one setting that a flag of its own gives as ``name=value``, as ``--set`` would.
+    """Parse ``name=value`` arguments of a flag that sets entries of one setting.
 
     Args:
         setting: a setting that is a mapping.
-        items: what the flag was given, once an item.
+        items: the arguments of the flag.
         flag: its name, for errors.
 
     Raises:
@@ -155,12 +154,14 @@ def parse_entries(setting: str, items: Sequence[str], *, flag: str) -> Entries[P
 
 
 def _flag_node(spec: Spec, text: str) -> Node:
-    """What the text after ``--set key=`` is in YAML's terms."""
+    """Convert the text after ``--set key=`` to a YAML node."""
     if spec.each is not None and not text:
-        return Table()
+        return MappingNode()
     if spec.type is tuple and text[:1] != "[":
         names = [part.strip() for part in text.split(",")] if text else []
-        return Items(items=tuple(Scalar(text=n, quoted=False, line=1) for n in names), line=1)
+        return SequenceNode(
+            items=tuple(ScalarNode(text=n, quoted=False, line=1) for n in names), line=1
+        )
     return _scalar_node(spec, text)
 
 
@@ -169,4 +170,4 @@ def _scalar_node(spec: Spec, text: str) -> Node:
         node = parse(text, f"--set {spec.name}")
         assert node is not None  # the text is not empty
         return node
-    return Scalar(text=text, quoted=spec.type is str, line=1)
+    return ScalarNode(text=text, quoted=spec.type is str, line=1)

@@ -1,13 +1,13 @@
 """The settings of a run: names, types, ranges and help.
 
-This file decides which settings there are. It leaves to `qcore.config.spec` how a value is
+This file decides which settings exist. It leaves to `qcore.config.spec` how a value is
 checked, to `qcore.config.resolve` where values come from, and to the verb that reads a setting
 what it does.
 
 Codes: those of `qcore.config.spec`; ``QC-CONFIG-001`` unknown key, ``-007`` settings that
 contradict each other.
-Whether a template reads what ``chat_template_kwargs`` sets is `qcore.data.template_kwargs`'
-business, which backends ``kernels`` may name is `qcore.nn.kernels.registry`'.
+`qcore.data.template_kwargs` checks that a template reads what ``chat_template_kwargs`` sets,
+`qcore.nn.kernels.registry` which backends ``kernels`` may name.
 """
 
 from __future__ import annotations
@@ -30,87 +30,90 @@ def _s(default: Value, help: str, **limits: Any) -> Any:  # `help` as in click a
 class Settings:
     """Every setting of a run, under the names of transformers, peft and trl.
 
-    A value of the wrong type or out of range raises `UsageError`, from whatever source.
+    A value of the wrong type or out of range raises `UsageError`, whatever its source.
     """
 
-    max_steps: int = _s(-1, "optimizer steps; -1: as num_train_epochs says", low=1, also=(-1,))
+    max_steps: int = _s(-1, "optimizer steps; -1: use num_train_epochs", low=1, also=(-1,))
     num_train_epochs: float = _s(
-        1.0, "passes over the data, where max_steps is -1", above=0, high=10000
+        1.0, "passes over the data, if max_steps is -1", above=0, high=10000
     )
-    max_length: int = _s(2048, "most tokens of a row; a longer one is refused", low=2, high=1 << 20)
-    per_device_train_batch_size: int = _s(1, "rows packed into a micro-step", low=1, high=65536)
-    gradient_accumulation_steps: int = _s(8, "micro-steps of an optimizer step", low=1, high=65536)
+    max_length: int = _s(
+        2048, "maximum tokens of a row; a longer row is an error", low=2, high=1 << 20
+    )
+    per_device_train_batch_size: int = _s(1, "rows packed into one micro-step", low=1, high=65536)
+    gradient_accumulation_steps: int = _s(8, "micro-steps per optimizer step", low=1, high=65536)
     learning_rate: float = _s(2e-4, "peak learning rate of AdamW", above=0, high=1)
-    warmup_ratio: float = _s(0.03, "share of the steps that warm up", low=0, below=1)
+    warmup_ratio: float = _s(0.03, "fraction of the steps used for warmup", low=0, below=1)
     weight_decay: float = _s(0.0, "decoupled weight decay of AdamW", low=0, high=1)
-    max_grad_norm: float = _s(1.0, "gradient norm to clip at; 0: no clipping", low=0, high=1e6)
+    max_grad_norm: float = _s(1.0, "maximum gradient norm; 0: no clipping", low=0, high=1e6)
     r: int = _s(16, "rank of the LoRA matrices", low=1, high=4096)
-    lora_alpha: int = _s(32, "LoRA scaling is lora_alpha / r", low=1, high=65536)
-    lora_dropout: float = _s(0.0, "dropout before LoRA's A", low=0, below=1)
+    lora_alpha: int = _s(32, "numerator of the LoRA scaling, lora_alpha / r", low=1, high=65536)
+    lora_dropout: float = _s(0.0, "dropout on the input of LoRA A", low=0, below=1)
     target_groups: tuple[str, ...] = _s(
-        (), "LoRA groups to train; empty: those that the architecture has on"
+        (), "LoRA groups to train; empty: the default groups of the architecture"
     )
-    seed: int = _s(42, "seed of initialisation, order and dropout", low=0, high=2**32 - 1)
+    seed: int = _s(42, "seed for initialization, row order and dropout", low=0, high=2**32 - 1)
     dtype: str = _s(
         "bf16",
         "compute dtype",
         choices=("bf16", "fp32"),
         refused=RefusedWords(
             words=("fp16", "float16", "half"),
-            what="fp16 ends at 65504 and a recurrent state of linear attention goes beyond it",
+            what="fp16 overflows at 65504, which the recurrent state of linear attention exceeds",
             fix="dtype: bf16",
         ),
     )
     quantize_groups: tuple[str, ...] = _s(
-        (), "LoRA groups that are held in 4 bit too, beside those that the architecture has so"
+        (),
+        "additional LoRA groups to store in 4 bit, besides those that always are",
     )
-    quantization: str = _s("nf4", "storage of frozen weights", choices=("nf4", "none"))
+    quantization: str = _s("nf4", "storage format of frozen weights", choices=("nf4", "none"))
     save_steps: int = _s(100, "optimizer steps between checkpoints; 0: none", low=0, high=10**9)
-    save_total_limit: int = _s(2, "checkpoints to keep", low=1, high=10000)
-    logging_steps: int = _s(1, "optimizer steps between rows of metrics", low=1, high=10**9)
-    eval_fraction: float = _s(0.0, "share of the rows held out for evaluation", low=0, high=0.5)
+    save_total_limit: int = _s(2, "number of checkpoints to keep", low=1, high=10000)
+    logging_steps: int = _s(1, "optimizer steps between log entries", low=1, high=10**9)
+    eval_fraction: float = _s(0.0, "fraction of the rows held out for evaluation", low=0, high=0.5)
     eval_steps: int = _s(
         0, "optimizer steps between evaluations; 0: once an epoch and at the end", low=0, high=10**9
     )
     join_micro_batches: bool = _s(
-        True, "on a card, run short micro-batches of a step together where that is faster"
+        True, "on a GPU, run short micro-batches of one step together if that is faster"
     )
-    gradient_checkpointing: bool = _s(
-        True, "recompute layers to save memory; false: recompute none"
-    )
+    gradient_checkpointing: bool = _s(True, "activation checkpointing; false: none")
     recompute: str = _s(
         "auto",
-        "what backward computes again: nothing (none), elementwise ops, full layers, those with "
-        "their inputs offloaded; auto: the fastest that fits the card, full on the CPU",
+        "activation checkpointing policy: none, elementwise (recompute elementwise ops), full "
+        "(recompute whole layers) or offload (full, with layer inputs in host memory); auto: the "
+        "fastest that fits on the GPU, full on the CPU",
         choices=("auto", "none", "elementwise", "full", "offload"),
     )
     media_cache_gb: float = _s(
         4.0,
-        "GB of the host's memory for what a frozen tower made of media, so that it is computed "
-        "once; 0: in every step",
+        "host memory in GB for cached outputs of a frozen tower; 0: recompute them in every step",
         low=0,
         high=1e6,
     )
-    adapter_class: str = _s("", "class whose names the adapter carries; empty: the checkpoint's")
-    generation: str = _s("", "generation to take an unproven checkpoint for; empty: as detected")
+    adapter_class: str = _s(
+        "", "model class that names the adapter's tensors; empty: as in config.json"
+    )
+    generation: str = _s("", "generation, if detection cannot decide; empty: as detected")
     loss_chunk_size: int = _s(
         0,
-        "supervised positions whose logits exist at a time; 0: as many as a fixed budget holds",
+        "supervised positions per chunk of the loss; 0: sized by a fixed memory budget",
         low=0,
         high=1 << 20,
     )
     router_aux_loss_coef: float = _s(
         0.0,
-        "weight of the load-balancing loss of a mixture of experts; 0: off",
+        "weight of the router load-balancing loss in a mixture of experts; 0: off",
         low=0,
         high=1,
     )
     group_r: Entries[int] = _s(  # noqa: RUF009
-        Entries(), "rank of a LoRA group, in place of r", each=int, key="group", low=1, high=1024
+        Entries(), "rank by LoRA group, overriding r", each=int, key="group", low=1, high=1024
     )
     group_lora_alpha: Entries[float] = _s(  # noqa: RUF009
         Entries(),
-        "lora_alpha of a LoRA group, in place of lora_alpha",
+        "lora_alpha by LoRA group, overriding lora_alpha",
         each=float,
         key="group",
         above=0,
@@ -118,13 +121,13 @@ class Settings:
     )
     chat_template_kwargs: Entries[Plain] = _s(  # noqa: RUF009
         Entries(),
-        "variables that the checkpoint's chat template is rendered with",
+        "variables passed to the checkpoint's chat template",
         each=object,
         key="variable",
     )
     kernels: Entries[str] = _s(  # noqa: RUF009
         Entries(),
-        "backend of an op, in place of the best that passes; reference is one of every op",
+        "backend by op, overriding the best verified one; every op has reference",
         each=str,
         key="op",
     )
@@ -136,7 +139,7 @@ class Settings:
         if self.eval_steps and not self.eval_fraction:
             raise UsageError(
                 "QC-CONFIG-007",
-                "acts on held-out rows and none are held out",
+                "needs held-out rows, but none are held out",
                 field="eval_steps",
                 found=f"{self.eval_steps} with eval_fraction 0",
                 fix="set eval_fraction, or leave eval_steps out",
@@ -144,15 +147,15 @@ class Settings:
         if self.recompute not in ("auto", "none") and not self.gradient_checkpointing:
             raise UsageError(
                 "QC-CONFIG-007",
-                "says what is computed again, and gradient_checkpointing that nothing is",
+                "contradicts gradient_checkpointing, which disables activation checkpointing",
                 field="recompute",
                 found=f"{self.recompute} with gradient_checkpointing false",
-                fix="leave one of the two out",
+                fix="remove one of the two",
             )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, source: object | None = None) -> Settings:
-        """Read back what `to_dict` gave, for example from a manifest.
+        """Build settings from the output of `to_dict`, for example in a manifest.
 
         Raises:
             UsageError: an unknown key, or a value that is not allowed.
@@ -175,11 +178,11 @@ SPECS: Mapping[str, Spec] = {
 
 
 def in_bytes(gigabytes: float) -> int:
-    """Bytes of a setting in GB; below one it keeps nothing."""
+    """Convert a setting in GB to whole bytes."""
     return int(gigabytes * 1e9)
 
 
-# Other tools' words for our settings, where spelling alone would not lead there.
+# Names of settings in other tools that are spelled too differently for a suggestion.
 _OTHER_WORDS = {
     "lr": "learning_rate",
     "epochs": "num_train_epochs",
@@ -208,7 +211,7 @@ _OTHER_WORDS = {
 
 
 def spec_of(key: str, origin: Origin) -> Spec:
-    """The spec of a key.
+    """Look up the spec of a setting.
 
     Raises:
         UsageError: ``QC-CONFIG-001``, with the nearest key.
@@ -217,4 +220,4 @@ def spec_of(key: str, origin: Origin) -> Spec:
         return SPECS[key]
     guess = _OTHER_WORDS.get(key) or nearest(key.replace("-", "_").lower(), SPECS)
     fix = f"did you mean {guess}? ({SPECS[guess].help})" if guess else "docs/training.md lists them"
-    raise origin.error("QC-CONFIG-001", "is no setting", fix=fix)
+    raise origin.error("QC-CONFIG-001", "unknown setting", fix=fix)

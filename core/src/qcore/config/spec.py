@@ -1,11 +1,10 @@
-"""What one setting may be, and the check of a value against it.
+"""The spec of a setting: its type, range and choices, and the check of a value against them.
 
-This file decides how types, ranges and choices of a setting are written down and how a value is
-checked and shown. Which settings there are is `qcore.config.settings`' business, how text
-becomes a value `qcore.config.convert`'s.
+This file decides how a value is checked and displayed. `qcore.config.settings` lists the
+settings; `qcore.config.convert` turns text into values.
 
 Codes: ``QC-CONFIG-002`` wrong type, ``-003`` out of range or not one of the choices, ``-004`` a
-word that a setting refuses for a reason of its own (fp16), ``-005`` given twice.
+value that a setting refuses with its own reason (fp16), ``-005`` given twice.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _LONGEST_TEXT = 4096  #: characters of a text in a mapping
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefusedWords:
-    """Words that a setting refuses for a reason of its own (``QC-CONFIG-004``), and the fix."""
+    """Values that a setting refuses with its own reason and fix (``QC-CONFIG-004``)."""
 
     words: tuple[str, ...]
     what: str
@@ -38,23 +37,23 @@ class RefusedWords:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """What one setting may be.
+    """The type, range and help of one setting.
 
     Attributes:
         name: the key in YAML and in ``--set``.
         type: ``int``, ``float``, ``bool``, ``str``, ``tuple`` (of names) or `Entries`.
-        default: the value where nobody gives one.
+        default: the value if no source sets it.
         help: one line for docs and errors.
         low: smallest allowed number.
         high: largest allowed number.
-        above: number that the value must exceed, where ``low`` itself is not allowed.
-        below: number that the value must stay under.
-        also: numbers outside the range that have a meaning of their own.
-        choices: the allowed words; empty where any word is.
+        above: exclusive lower bound.
+        below: exclusive upper bound.
+        also: allowed numbers outside the range.
+        choices: the allowed words; empty if any word is allowed.
         refused: words that are refused with a reason, in lower case.
-        each: of `Entries`: type of every value, whose range the limits above are; ``object``
-            is true, false, a number or a text.
-        key: of `Entries`: what its names are, ``group``, ``variable`` or ``op``.
+        each: for `Entries`: type of every value, to which the limits above apply; ``object``
+            allows true, false, a number or a text.
+        key: for `Entries`: what its keys name, ``group``, ``variable`` or ``op``.
     """
 
     name: str
@@ -73,7 +72,7 @@ class Spec:
 
     @property
     def entry(self) -> Spec:
-        """What one value of `Entries` may be."""
+        """The spec of one value of `Entries`."""
         assert self.each is not None
         return replace(self, type=self.each, each=None)
 
@@ -112,21 +111,21 @@ _TYPE_WORDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where a value stands, for the error."""
+    """Where a value comes from, for the error."""
 
     file: object | None = None
     field: str
     line: int | None = None
 
     def error(self, code: str, what: str, **facts: Any) -> UsageError:
-        where = what if self.line is None else f"line {self.line} {what}"
+        where = what if self.line is None else f"line {self.line}: {what}"
         return UsageError(code, where, file=self.file, field=self.field, **facts)
 
 
 def check(spec: Spec, value: object, origin: Origin) -> Value:
-    """The value, of the right type and in range.
+    """Check the type and range of a value.
 
-    A list becomes a tuple and a whole number a float where the setting wants one.
+    Lists are converted to tuples, and whole numbers to floats if the setting is a float.
 
     Raises:
         UsageError: ``QC-CONFIG-002`` to ``-005``.
@@ -173,7 +172,10 @@ def _checked_word(spec: Spec, value: str, origin: Origin) -> str:
         )
     if not spec.choices and value and not _NAME.fullmatch(value):
         raise origin.error(
-            "QC-CONFIG-003", "is not a name", found=repr(value), expected="letters, digits, _ . - /"
+            "QC-CONFIG-003",
+            "is not a valid name",
+            found=repr(value),
+            expected="letters, digits, _ . - /",
         )
     return value
 
@@ -182,11 +184,14 @@ def _names(spec: Spec, values: tuple[Any, ...], origin: Origin) -> tuple[str, ..
     for value in values:
         if not isinstance(value, str) or not _NAME.fullmatch(value):
             raise origin.error(
-                "QC-CONFIG-002", "holds something else", found=repr(value), expected=spec.expected
+                "QC-CONFIG-002",
+                "contains an invalid entry",
+                found=repr(value),
+                expected=spec.expected,
             )
     if len(set(values)) != len(values):
         twice = next(v for v in values if values.count(v) > 1)
-        raise origin.error("QC-CONFIG-005", "names one twice", found=twice)
+        raise origin.error("QC-CONFIG-005", "contains a duplicate", found=twice)
     return values
 
 
@@ -202,7 +207,7 @@ def _entries(spec: Spec, values: Mapping[Any, Any], origin: Origin) -> Entries[P
 
 
 def _check_key(spec: Spec, name: object, origin: Origin) -> None:
-    """Refuse a name that no entry of this setting can have.
+    """Refuse a key that this setting cannot have.
 
     Raises:
         UsageError: ``QC-CONFIG-003``.
@@ -211,7 +216,7 @@ def _check_key(spec: Spec, name: object, origin: Origin) -> None:
     if not isinstance(name, str) or not pattern.fullmatch(name):
         raise origin.error(
             "QC-CONFIG-003",
-            f"names no {spec.key}",
+            f"is not a valid {spec.key} name",
             found=repr(name)[:60],
             expected=f"{spec.name}.NAME, a name of letters, digits and _",
         )
@@ -224,7 +229,7 @@ def _one(spec: Spec, value: object, origin: Origin) -> Plain:
 
 
 def _plain(spec: Spec, value: object, origin: Origin) -> Plain:
-    """True, false, a number or a text, as a template variable."""
+    """Check a template variable: true, false, a number or a text."""
     if type(value) not in (bool, int, float, str):
         raise origin.error(
             "QC-CONFIG-002",
@@ -237,7 +242,7 @@ def _plain(spec: Spec, value: object, origin: Origin) -> Plain:
         if len(value) > _LONGEST_TEXT or any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
             raise origin.error(
                 "QC-CONFIG-003",
-                "is no text for a template",
+                "is not a valid text for a template",
                 found=f"{len(value)} characters",
                 expected=f"at most {_LONGEST_TEXT}, no NUL and no lone surrogate",
             )
@@ -261,19 +266,19 @@ def _in_range(spec: Spec, value: float) -> bool:
 
 
 def plain(value: Value) -> Any:
-    """A value as JSON has it."""
+    """Convert a value to plain JSON types."""
     if isinstance(value, tuple):
         return list(value)
     return dict(value) if isinstance(value, Entries) else value
 
 
 def line_of(name: str, value: Value) -> str:
-    """A setting as a line of YAML."""
+    """Format a setting as a line of YAML."""
     return f"{name}: {_yaml(plain(value))}"
 
 
 def _yaml(value: Any) -> str:
-    """A value in the form that YAML 1.1, YAML 1.2 and this file read alike."""
+    """Format a value so that YAML 1.1, YAML 1.2 and `qcore.config.yaml` read it alike."""
     if isinstance(value, float):
         text = repr(value)
         mantissa, e, exponent = text.partition("e")

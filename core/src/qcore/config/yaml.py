@@ -1,10 +1,10 @@
-"""YAML without surprises: a tree of text, lists and mappings, and nothing guessed.
+"""A strict YAML reader: a tree of untyped scalars, lists and mappings.
 
-This file decides what YAML may hold here: one document of plain mappings, lists and scalars.
-Refused, each with its line: duplicate keys, tags, anchors and aliases, deep nesting, files
-over one mebibyte, broken encoding. It leaves the type of a scalar to whoever knows the field
-(`qcore.config.resolve`), so that ``2e-4`` is a number, ``3.5`` may be a name, and ``no`` is never
-silently false.
+This file decides which YAML is accepted: one document of plain mappings, lists and scalars.
+Duplicate keys, tags, anchors, aliases, deep nesting, files over 1 MiB and broken encoding are
+refused with their line. Scalars stay text, because only the reader of a field knows its type
+(`qcore.config.convert`): ``2e-4`` is a number, ``3.5`` may be a name, and ``no`` is never silently
+false.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ MAX_DEPTH = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scalar:
-    """The text of a scalar as written, and whether quotes make it a string for certain."""
+class ScalarNode:
+    """A scalar as written; a quoted one is always a string."""
 
     text: str
     quoted: bool
@@ -33,33 +33,33 @@ class Scalar:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Items:
-    """A list."""
+class SequenceNode:
+    """A list of nodes."""
 
     items: tuple[Node, ...]
     line: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
-    """A mapping, keys in the order of the file."""
+class MappingNode:
+    """A mapping of nodes, in the order of the file."""
 
     entries: dict[str, Node] = field(default_factory=dict)
     line: int = 1
 
 
-Node = Scalar | Items | Table
+Node = ScalarNode | SequenceNode | MappingNode
 
 
 def read(path: Path, *, flag: str | None = None) -> Node | None:
-    """Read one YAML file; ``None`` where it holds nothing.
+    """Read one YAML file; ``None`` if it is empty.
 
     Args:
         path: the file.
         flag: flag that named it, for the error.
 
     Raises:
-        UsageError: ``QC-YAML-001`` unreadable, ``QC-YAML-002`` not the YAML described above.
+        UsageError: ``QC-YAML-001`` unreadable, ``QC-YAML-002`` refused YAML.
     """
     try:
         with path.open("rb") as file:
@@ -79,7 +79,7 @@ def read(path: Path, *, flag: str | None = None) -> Node | None:
 
 
 def parse(text: str, source: Path | str) -> Node | None:
-    """Parse one document; ``None`` where it holds nothing.
+    """Parse one document; ``None`` if it is empty.
 
     Raises:
         UsageError: ``QC-YAML-002``, naming ``source`` and the line.
@@ -97,14 +97,14 @@ def parse(text: str, source: Path | str) -> Node | None:
 
 
 class _Reader:
-    """Builds the tree from the parser's events, which come one by one and expand nothing."""
+    """Builds the tree from parser events, so that nothing is expanded."""
 
     def __init__(self, events: Iterator[Event], source: Path | str) -> None:
         self._events = events
         self._source = source
 
     def document(self) -> Node | None:
-        """The only document of the stream."""
+        """Read the only document of the stream."""
         from yaml import events as ev
 
         root: Node | None = None
@@ -115,7 +115,7 @@ class _Reader:
                 if documents > 1:
                     raise self._refuse(event, "a second document", "one document")
                 root = self._node(next(self._events), 1)
-        if isinstance(root, Scalar) and not root.quoted and root.text == "":
+        if isinstance(root, ScalarNode) and not root.quoted and root.text == "":
             return None
         return root
 
@@ -133,9 +133,9 @@ class _Reader:
         if depth > MAX_DEPTH:
             raise self._refuse(event, f"more than {MAX_DEPTH} levels", "fewer")
         if isinstance(event, ev.ScalarEvent):
-            return Scalar(text=event.value, quoted=event.style is not None, line=line)
+            return ScalarNode(text=event.value, quoted=event.style is not None, line=line)
         if isinstance(event, ev.SequenceStartEvent):
-            return Items(items=tuple(self._children(depth)), line=line)
+            return SequenceNode(items=tuple(self._children(depth)), line=line)
         return self._table(line, depth)
 
     def _children(self, depth: int) -> Iterator[Node]:
@@ -144,18 +144,18 @@ class _Reader:
         while not isinstance(event := next(self._events), ev.SequenceEndEvent):
             yield self._node(event, depth + 1)
 
-    def _table(self, line: int, depth: int) -> Table:
+    def _table(self, line: int, depth: int) -> MappingNode:
         from yaml import events as ev
 
         entries: dict[str, Node] = {}
         while not isinstance(event := next(self._events), ev.MappingEndEvent):
             key = self._node(event, depth + 1)
-            if not isinstance(key, Scalar):
+            if not isinstance(key, ScalarNode):
                 raise self._refuse(event, "a list or mapping as a key", "a name")
             if key.text in entries:
                 raise self._refuse(event, f"the key {key.text} twice", "each key once")
             entries[key.text] = self._node(next(self._events), depth + 1)
-        return Table(entries=entries, line=line)
+        return MappingNode(entries=entries, line=line)
 
     def _refuse(self, event: Event, found: str, expected: str) -> UsageError:
         return _refuse(self._source, _line(event), found, expected)

@@ -24,7 +24,7 @@ _NAMES = ("path", "url", "base64", "data")  # what other formats call the bytes
 _TEXT = '{"type": "text", "text": ...}'
 
 
-class Parts:
+class ContentReader:
     """How contents are read.
 
     Args:

@@ -24,7 +24,7 @@ from ..errors import InputError
 from .jsonl import Problems
 from .masking import Example, encode_text
 from .media_files import Finder
-from .rows import Row, read_rows
+from .rows import ChatRow, read_rows
 from .template_check import prove_mask, prove_media
 from .template_kwargs import check_variables, special_tokens
 
@@ -145,36 +145,44 @@ def dataset(
     given = {**special_tokens(checkpoint.tokenizer_config), **(variables or {})}
     digest = hashlib.sha256()
     problems = Problems(path)
-    examples = []
     asked: dict[int, frozenset[tuple[str, str]]] = {}
     with template:
         check_variables(template, variables or {})
         prove_mask(template, chat_format, tokenizer, variables=given)
         good = read_rows(
-            path,
-            chat_format,
-            control=_special(tokenizer),
-            problems=problems,
-            digest=digest,
-            reader=reader,
-            unread=unread,
-        )
+            path, chat_format, control=_special(tokenizer), problems=problems, digest=digest,
+            reader=reader, unread=unread,
+        )  # fmt: skip
         if reader is not None:
             prove = partial(_prove_media, template, chat_format, tokenizer, reader, given)
             good = _seen(good, reader, path, problems, prove, asked)
-        for row, text in template.render_rows(good, **given):
-            if isinstance(text, InputError):
-                problems.add(row.line, _refused(path, row, text))
-                continue
-            try:
-                example = encode_text(text, row, tokenizer, chat_format, max_length, reader=reader)
-            except RowError as bad:
-                problems.add(row.line, bad.error(path, row.line))
-            else:
-                examples.append(example)
+        rendered = template.render_rows(good, **given)
+        encode = partial(
+            encode_text, tokenizer=tokenizer, chat_format=chat_format, max_length=max_length,
+            reader=reader,
+        )  # fmt: skip
+        examples = list(_encoded(rendered, encode, problems))
     problems.stop()
     held = split(examples, eval_fraction, seed, path)
     return _whole(path, digest.hexdigest(), examples, held, asked)
+
+
+def _encoded(
+    rendered: Iterable[tuple[ChatRow, str | InputError]],
+    encode: Callable[[str, ChatRow], Example],
+    problems: Problems,
+) -> Iterator[Example]:
+    """Rendered rows as examples; a row that the template or the mask refuses is a problem."""
+    for row, text in rendered:
+        if isinstance(text, InputError):
+            problems.add(row.line, _refused(problems.path, row, text))
+            continue
+        try:
+            example = encode(text, row)
+        except RowError as bad:
+            problems.add(row.line, bad.error(problems.path, row.line))
+        else:
+            yield example
 
 
 def _counted(media: Sequence[Medium]) -> dict[str, int]:
@@ -249,13 +257,13 @@ def _prove_media(
 
 
 def _seen(
-    rows: Iterable[Row],
+    rows: Iterable[ChatRow],
     reader: MediaReader,
     path: Path,
     problems: Problems,
     prove: Callable[[], None],
     asked: dict[int, frozenset[tuple[str, str]]],
-) -> Iterator[Row]:
+) -> Iterator[ChatRow]:
     """The rows with their media read. What names the bytes is let go: it may be the bytes.
 
     Which keys of their own its parts have, with their kinds, is left in `asked`, by line.
@@ -265,7 +273,7 @@ def _seen(
     finder, proved = Finder(path.parent), False
     alike: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
 
-    def read(row: Row) -> Row | None:
+    def read(row: ChatRow) -> ChatRow | None:
         nonlocal proved
         if row.media and not proved:
             prove()
@@ -283,7 +291,7 @@ def _seen(
     return (row for row in map(read, rows) if row is not None)
 
 
-def _refused(path: Path, row: Row, error: InputError) -> InputError:
+def _refused(path: Path, row: ChatRow, error: InputError) -> InputError:
     """A template's refusal as the row's error."""
     return error.replace(
         what=f"the chat template {error.what}",

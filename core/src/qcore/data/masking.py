@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ..api.media import MediaReader, Medium, Placed
-    from .rows import Row
+    from .rows import ChatRow
 
 IGNORED = -100  #: label of a position without loss, as in transformers
 
@@ -146,7 +146,7 @@ def labels(
 
 def encode_text(
     text: str,
-    row: Row,
+    row: ChatRow,
     tokenizer: Tokenizer,
     chat_format: ChatFormat,
     max_length: int,
@@ -168,27 +168,13 @@ def encode_text(
             ``QC-DATA-011`` too long, ``QC-DATA-012`` nothing to train; or as
             `MediaReader.expand`.
     """
-    text = normalised(text, tokenizer)
     turns = row.turns(chat_format.assistant)
-    trained = spans(text, chat_format, turns)
-    if reader is not None:
-        rendered, inside = text, trained
-        text = reader.expand(rendered, row.seen)
-        trained = spans(text, chat_format, turns)
-        if row.seen:
-            trained = less_media(trained, rendered, inside, row.seen, reader)
+    text, trained = _trained_spans(normalised(text, tokenizer), row, chat_format, turns, reader)
     encoding = tokenizer.encode(text, add_special_tokens=False)
     ids = array("i", encoding.ids)
     _check_length(ids, row, max_length)
     made = labels(ids, encoding.offsets, trained)
-    placed = None
-    if reader is not None:
-        control = frozenset(tokenizer.token_to_id(token) for token in reader.control)
-        for index, id_ in enumerate(ids):
-            if id_ in control:
-                made[index] = IGNORED
-        if row.seen:
-            placed = place(reader, row.seen, ids, control)
+    placed = None if reader is None else _mask_media(made, ids, row, tokenizer, reader)
     supervised = len(made) - 1 - made[1:].count(IGNORED)
     if supervised < 1:
         raise RowError(
@@ -208,7 +194,32 @@ def encode_text(
     )
 
 
-def _check_length(ids: array[int], row: Row, max_length: int) -> None:
+def _trained_spans(
+    text: str, row: ChatRow, chat_format: ChatFormat, turns: int, reader: MediaReader | None
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text with its media expanded, and the character ranges in it that are trained."""
+    trained = spans(text, chat_format, turns)
+    if reader is None:
+        return text, trained
+    expanded = reader.expand(text, row.seen)
+    inside, trained = trained, spans(expanded, chat_format, turns)
+    if row.seen:
+        trained = less_media(trained, text, inside, row.seen, reader)
+    return expanded, trained
+
+
+def _mask_media(
+    made: array[int], ids: array[int], row: ChatRow, tokenizer: Tokenizer, reader: MediaReader
+) -> Placed | None:
+    """Mask in `made` every token that stands for media; where the row's media lie, if any."""
+    control = frozenset(tokenizer.token_to_id(token) for token in reader.control)
+    for index, id_ in enumerate(ids):
+        if id_ in control:
+            made[index] = IGNORED
+    return place(reader, row.seen, ids, control) if row.seen else None
+
+
+def _check_length(ids: array[int], row: ChatRow, max_length: int) -> None:
     if len(ids) > max_length:
         media = sum(medium.tokens for medium in row.seen)
         smaller = ", shorten the row or make its media smaller" if media else " or shorten the row"

@@ -30,7 +30,7 @@ from ..api.media import RowError
 from ..api.records import ChatFormat
 from ..errors import InputError, nearest
 from . import tool_fields as fields
-from .content import Parts, text_of
+from .content import ContentReader, text_of
 from .jsonl import MAX_LINE, Hasher, Problems, lines, parse
 from .tool_fields import kind, known_keys, mapping, without_block, without_nulls, wrong
 
@@ -48,7 +48,7 @@ _OTHER_KEYS = ("role", "content", "name")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class ChatRow:
     """One conversation, normalised.
 
     Attributes:
@@ -79,7 +79,7 @@ def read_rows(
     digest: Hasher | None = None,
     reader: MediaReader | None = None,
     unread: str = "",
-) -> Iterator[Row]:
+) -> Iterator[ChatRow]:
     """Yield the good rows of a JSON Lines file in one pass and constant memory.
 
     Args:
@@ -129,7 +129,7 @@ def thinking_marks(chat_format: ChatFormat) -> tuple[str, str] | None:
 
 
 class RowCheck:
-    """JSON value to `Row`, by the rules of one chat format."""
+    """JSON value to `ChatRow`, by the rules of one chat format."""
 
     def __init__(
         self,
@@ -140,13 +140,13 @@ class RowCheck:
     ) -> None:
         self.format = chat_format
         self.marks = thinking_marks(chat_format)
-        self.parts = Parts(reader, unread)
+        self.parts = ContentReader(reader, unread)
         media = () if reader is None else reader.control
         longest_first = sorted({*chat_format.control, *control, *media}, key=len, reverse=True)
         words = [re.escape(word) for word in longest_first if word]
         self._forbidden = re.compile("|".join([*words, "\0", "[\ud800-\udfff]"]))
 
-    def __call__(self, line: int, value: Any) -> Row:
+    def __call__(self, line: int, value: Any) -> ChatRow:
         """Check and normalise one row.
 
         Raises:
@@ -162,7 +162,7 @@ class RowCheck:
             self._check_message(message, f"messages[{index}]")
         if tools:
             self._check_text(tools, "tools")
-        return Row(line=line, messages=messages, tools=tools, media=tuple(media))
+        return ChatRow(line=line, messages=messages, tools=tools, media=tuple(media))
 
     def _messages(self, row: dict[str, Any], media: list[Reference]) -> Iterator[dict[str, Any]]:
         if any(row.get(key) is not None for key in ("prompt", "response", "completion")):

@@ -128,7 +128,7 @@ class Generator:
     """A model loaded for decoding. Loading is the slow part; `prompt` may be called often.
 
     Prompts are rendered with the template variables that the adapter was trained with;
-    ``chat_template_kwargs`` overrides them one by one. ``media=True`` loads the vision tower.
+    ``chat_template_kwargs`` overrides them one by one. ``media=True`` loads the tower.
 
     Raises:
         InputError: ``QC-GENERATE-001`` when the adapter was trained on another base.

@@ -1,4 +1,4 @@
-"""Media of a prompt: files that the user names become input of the vision tower.
+"""Media of a prompt: files that the user names become input of the tower.
 
 This file decides how a file is read, how the rendered prompt is expanded to the tokens that stand
 for it, and how errors of the modality's reader name the option or the chat template. The reader

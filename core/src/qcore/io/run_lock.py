@@ -116,7 +116,7 @@ class Lock:
 
 
 def boot_id() -> str:
-    """What tells one boot of this machine from another; empty where the system says nothing."""
+    """An id of the current boot of this machine; empty where the system has none."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""

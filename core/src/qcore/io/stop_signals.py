@@ -26,7 +26,7 @@ class StopSignals:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
-        # Python delivers signals to the main thread alone; a run in another one has its own owner.
+        # Python delivers signals to the main thread only; elsewhere the caller handles them.
         if threading.current_thread() is threading.main_thread():
             for number in _WATCHED:
                 self._before[number] = signal.signal(number, self._note)

@@ -7,7 +7,7 @@ is closer on any tensor. Nothing goes through a model class, so tensors that tra
 stay as they are. A base in block FP8 is written in bfloat16, all of it, and only when the user
 asks for that (`plan`): training saw its decoded values.
 
-An adapter is merged into every part that it was trained with: one that changed a vision tower, or
+An adapter is merged into every part that it was trained with: one that changed a tower, or
 was trained on media with the tower frozen, needs a base that has the tower and a plugin that knows
 it.
 

@@ -99,18 +99,18 @@ def plan_merge(checkpoint: Checkpoint, quantized: Quantisation | None = None) ->
     others = [name for name in checkpoint.sidecars if name != MANIFEST]
     if quantized is None:
         shards = {
-            file: Shard(_head(checkpoint, file, found), tuple(TensorPatch(h, h) for h in found))
-            for file, found in by_file.items()
+            file: Shard(_head(checkpoint, file, headers), tuple(TensorPatch(h, h) for h in headers))
+            for file, headers in by_file.items()
         }
         index = (INDEX,) if checkpoint.index is not None else ()
         return MergePlan(shards=shards, copied=(*others, *index), texts={})
     scales = _checked(checkpoint, quantized)
     dropped = {header.name for header in scales.values()}
     shards = {}
-    for file, found in by_file.items():
-        kept = [header for header in found if header.name not in dropped]
+    for file, headers in by_file.items():
+        kept = [header for header in headers if header.name not in dropped]
         if kept:  # a file of nothing but scales is not written: no index would name it
-            shards[file] = _decoded(_metadata(_head(checkpoint, file, found)), kept, scales)
+            shards[file] = _decoded(_metadata(_head(checkpoint, file, headers)), kept, scales)
     path = checkpoint.file(CONFIG)
     with reading(path):
         texts = {CONFIG: without(path.read_text(encoding="utf-8"), SECTION)}

@@ -28,14 +28,14 @@ def routes(layer: nn.Module) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def moved(one: list[Tensor], two: list[Tensor]) -> Tensor | None:
+def moved(first: list[Tensor], second: list[Tensor]) -> Tensor | None:
     """Tokens ``[T]`` whose experts differ between two runs; ``None`` without experts.
 
     Args:
-        one: of ``T`` tokens, by stack.
-        two: of the same tokens, which other tokens may follow.
+        first: of ``T`` tokens, by stack.
+        second: of the same tokens, which other tokens may follow.
     """
-    if not one:
+    if not first:
         return None
-    unlike = [(a != b[: len(a)]).any(1) for a, b in zip(one, two, strict=True)]
+    unlike = [(a != b[: len(a)]).any(1) for a, b in zip(first, second, strict=True)]
     return torch.stack(unlike).any(0)

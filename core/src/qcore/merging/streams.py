@@ -34,13 +34,13 @@ from ..plugins.resolve_model import Identified
 from .disk_rows import blocks, gather, is_rounded, rows_of
 from .routes import moved, routes
 
-_DOCUMENTS, _TOKENS = 8, 5  # longer than a convolution's kernel; time is the weights' more
-_UNITS = 60  # of media, about: no power of two
-#: Of what a layer adds, and of its output: float32, summed in another order.
+_DOCUMENTS, _TOKENS = 8, 5  # longer than a convolution kernel; reading weights takes most time
+_UNITS = 60  # of synthetic media, about: no power of two
+#: Allowed share of what a layer adds, and of its output: float32 summed in another order.
 _ADDED, _OUTPUT = 1e-5, 1e-6
 #: Share of tokens that rounding may send to other experts in a layer; more is a fault.
 _REROUTED = 0.1
-_CUT = 2**26  # bytes of a stack that one thread meets with the files at a time
+_CUT = 2**26  # bytes of a stack that one thread compares with the files at a time
 
 
 class _Inputs(NamedTuple):
@@ -103,11 +103,11 @@ class Streams:
         self.tower_layers = self._named_layers(tower.layers if tower is not None else ())
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Run all layers; returns the head's input: base ``[T / N, H]``, the others ``[T, H]``."""
+        """Run all layers; returns the input of the head, base ``[T / N, H]``, others ``[T, H]``."""
         tower, trunk, batch = self.model.tower, self.model.trunk, self._batch()
-        one = Packed.of([batch.ids[:_TOKENS]])
+        first = Packed.of([batch.ids[:_TOKENS]])
         both = Packed.of(list(batch.ids.view(-1, _TOKENS)) * 2)
-        base, adapted = trunk.embed(one), trunk.embed(batch)
+        base, adapted = trunk.embed(first), trunk.embed(batch)
         x = _Inputs(base, adapted, adapted)
         if tower is not None:
             x = _with_media(x, self._through_tower(tower))
@@ -115,7 +115,7 @@ class Streams:
         def two(layer: nn.Module, adapted: Tensor, merged: Tensor) -> Sequence[Tensor]:
             return cast(Tensor, layer(torch.cat([adapted, merged]), both)).chunk(2)
 
-        x = self._through(self.trunk_layers, x, one, batch, two)
+        x = self._through(self.trunk_layers, x, first, batch, two)
         if self.proved != self.adapter.pairs.keys():
             raise NumericError(
                 "QC-MERGE-004",
@@ -144,7 +144,7 @@ class Streams:
         self,
         layers: Sequence[tuple[str, nn.Module]],
         x: _Inputs,
-        one: Any,
+        first: Any,
         batch: Any,
         two: Callable[[nn.Module, Tensor, Tensor], Sequence[Tensor]],
     ) -> _Inputs:
@@ -153,7 +153,7 @@ class Streams:
         Args:
             layers: name of the module, and the module.
             x: input of the first layer.
-            one: the pack, or the media, of the base's stream.
+            first: the pack of the base's stream, its first document; or the media.
             batch: those of the adapted stream.
             two: runs a layer on two streams, ``(layer, adapted, merged)``.
         """
@@ -166,7 +166,7 @@ class Streams:
                 for module in maps.values():
                     module.lora = None
                 with guard:
-                    base = layer(base, one)
+                    base = layer(base, first)
                 for name, module in maps.items():
                     self._merge(name, module)
                 # The merged weights run on the adapted stream, to compare, and on their own.
@@ -337,11 +337,11 @@ class Streams:
         """
         for name in list(values):
             self._place(name, values.pop(name))
-        mine = {n: m for n, m in self.model.lora_layers.items() if n.startswith(f"{prefix}.")}
-        stacks = {name: module for name, module in mine.items() if isinstance(module, Experts)}
+        holders = {n: m for n, m in self.model.lora_layers.items() if n.startswith(f"{prefix}.")}
+        stacks = {name: module for name, module in holders.items() if isinstance(module, Experts)}
         for name, module in stacks.items():
             module.read_from(self._reader(self.layout.located[name]))
-        adapted = {name: module for name, module in mine.items() if module.lora is not None}
+        adapted = {name: module for name, module in holders.items() if module.lora is not None}
         for name, holder in adapted.items():
             holder.set_lora(*self.deltas.sides(name))
         yield adapted

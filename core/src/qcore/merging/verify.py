@@ -5,7 +5,7 @@ with one layer in memory at a time. From the same input, each layer with the mer
 rounded, must compute what it computes with the adapter as training applies it. (Compared after
 many layers, float32 would drift apart, and a router would pick other experts.) Two more streams
 run to the logits: the merged model on its own outputs, whose difference is reported, and the base,
-which shows the effect of the adapter. Where the adapter changes a vision tower, the layers of the
+which shows the effect of the adapter. Where the adapter changes a tower, the layers of the
 tower run first by the same rule, on synthetic media, and their outputs replace some tokens;
 otherwise no tensor of the tower is read. The written files must hold the merged weights, rounded
 once; the effect of that rounding on logits is expected and not checked.
@@ -50,7 +50,7 @@ def prove_merge(
 
     Raises:
         NumericError: ``QC-MERGE-005`` when a layer differs, or when the adapter has no effect;
-            ``-007`` when a file holds another sum than the one that was proved, ``-004`` when a
+            ``-007`` when a file holds another sum than the verified one, ``-004`` when a
             pair is in no layer.
     """
     streams = Streams(base, adapter, deltas, written, progress or (lambda count: None))

@@ -4,13 +4,13 @@ From the bottom up:
 
     cards     what cards have, and how long an op takes on one
     record    what a plan says
-    pieces    a piece of a step, and a long one told from short ones
-    trace     what a piece allocates and does, seen at the dispatcher
+    segments    a segment of a step, and a long one told from short ones
+    trace     what a segment allocates and does, seen at the dispatcher
     meta      the model on the meta device, held as it will be loaded
-    measure   each piece run once, forwards and backwards
+    measure   each segment run once, forwards and backwards
     packs     which packs of a run's rows are planned
     host      what inputs take that are parked in the host's memory
-    step      pieces put together: the peak and the time under given policies
+    step      segments put together: the peak and the time under given policies
     policies  the policy where no limit is known
     planner   the policies, the micro-batch and the longest row to take
     run       the plan of a run, and what becomes of one that is too big

@@ -1,9 +1,9 @@
-"""What each piece of a step takes, seen by running it once on the meta device.
+"""What each segment of a step takes, seen by running it once on the meta device.
 
-This file decides the pieces: what is there before the first step, what a batch carries, one
-layer of each kind under each policy, and the end of the step (final norm, head, loss). A piece
+This file decides the segments: what is there before the first step, what a batch carries, one
+layer of each kind under each policy, and the end of the step (final norm, head, loss). A segment
 is run forwards and backwards by the code that trains, and its input is handed over as its
-neighbour would (`bench`), so authors of blocks write no cost model. The pieces of a tower are
+neighbour would (`bench`), so authors of blocks write no cost model. The segments of a tower are
 `tower`'s; `step` puts all of them together.
 
 Shapes: T tokens of a pack, W width of the stream between layers.
@@ -25,7 +25,7 @@ from ..nn.model import Model
 from ..nn.recompute import run_layers
 from .report import Lengths
 from .runner import META, Bench, signature
-from .segments import Piece, affine, grows, smaller, stretched
+from .segments import Segment, affine, grows, smaller, stretched
 from .tower import TowerMeasure
 from .trace import Trace
 
@@ -60,7 +60,7 @@ class Measure:
         self._one = {kind: self.layers[self.kinds.index(kind)] for kind in self.kinds}
         self._batches: dict[Any, tuple[Packed, int]] = {}
         self._derived: dict[tuple[Lengths, bool], int] = {}
-        self._pieces: dict[Any, Piece] = {}
+        self._segments: dict[Any, Segment] = {}
         self.width = 0
         first, second = self._warm(_WARM), self._warm(_WARM)
         each = {kind: first[kind] - second[kind] for kind in self._one}
@@ -133,23 +133,23 @@ class Measure:
         packs = smaller(lengths)
         return bool(packs) and grows([self.layer(kind, policy, one) for one in packs[:2]])
 
-    def embedding(self, lengths: Lengths) -> Piece:
-        """The first piece; it has no backward."""
+    def embedding(self, lengths: Lengths) -> Segment:
+        """The first segment; it has no backward."""
         key = ("embedding", lengths)
-        if key not in self._pieces:
+        if key not in self._segments:
             batch = _batch(lengths)
             with self._running() as trace:
                 before = trace.live
                 trace.mark()
                 x = self.model.trunk.embed(batch)
-                self._pieces[key] = Piece(
+                self._segments[key] = Segment(
                     kept=trace.live - before, forward=trace.peak - before, backward=0,
                     forth=tuple(trace.work), back=(),
                 )  # fmt: skip
                 del x
-        return self._pieces[key]
+        return self._segments[key]
 
-    def placing(self, lengths: Lengths, units: int, *, graph: bool) -> Piece:
+    def placing(self, lengths: Lengths, units: int, *, graph: bool) -> Segment:
         """The embedding of tokens, and what the tower made put among them.
 
         Args:
@@ -158,7 +158,7 @@ class Measure:
             graph: whether what the tower made has a gradient.
         """
         key = ("placing", lengths, units, graph)
-        if key not in self._pieces:
+        if key not in self._segments:
             tower, model = self.towered(), self.model
             batch, media = _batch(lengths, media=True), tower.media(units)
 
@@ -166,8 +166,8 @@ class Measure:
                 known = replace(media, features=x.pop(), _memo={}, _kept={})
                 return model.embed(replace(batch, media=known, _memo={}, _kept={}))
 
-            self._pieces[key] = self._bench.both(run, *tower.made(units), graph=graph)
-        return self._pieces[key]
+            self._segments[key] = self._bench.both(run, *tower.made(units), graph=graph)
+        return self._segments[key]
 
     def towered(self) -> TowerMeasure:
         """The tower, of a pack that has media. Raises `ValueError` where none was built."""
@@ -175,19 +175,19 @@ class Measure:
             raise ValueError("this model was built without a tower, and the pack has media")
         return self.tower
 
-    def layer(self, kind: str, policy: str, lengths: Lengths) -> Piece:
+    def layer(self, kind: str, policy: str, lengths: Lengths) -> Segment:
         """One layer; under ``offload`` as under ``full``: meta has no host to park on."""
         key = (kind, policy, lengths)
-        if key not in self._pieces:
+        if key not in self._segments:
             if self.stretches(kind, policy, lengths):
                 packs = smaller(lengths)
-                pieces = [self.layer(kind, policy, one) for one in packs]
-                self._pieces[key] = stretched([sum(one) for one in packs], pieces, sum(lengths))
+                segments = [self.layer(kind, policy, one) for one in packs]
+                self._segments[key] = stretched([sum(one) for one in packs], segments, sum(lengths))
             else:
-                self._pieces[key] = self._layer(kind, policy, lengths)
-        return self._pieces[key]
+                self._segments[key] = self._layer(kind, policy, lengths)
+        return self._segments[key]
 
-    def _layer(self, kind: str, policy: str, lengths: Lengths) -> Piece:
+    def _layer(self, kind: str, policy: str, lengths: Lengths) -> Segment:
         layer, model = self._one[kind], self.model
         # A pack is not walked for one layer because another kind would.
         kinds = (kind,) if self._walked(lengths) else tuple(self._one)
@@ -201,19 +201,19 @@ class Measure:
 
         return self._both(run, lengths)
 
-    def end(self, lengths: Lengths, chunk: int) -> Piece:
+    def end(self, lengths: Lengths, chunk: int) -> Segment:
         """Final norm, head and loss, every position supervised; the head walks its chunks."""
         key = ("end", lengths, chunk)
-        if key not in self._pieces:
+        if key not in self._segments:
             packs = smaller(lengths)
             if packs and grows([self.end(one, chunk) for one in packs[:2]]):
-                pieces = [self.end(one, chunk) for one in packs]
-                self._pieces[key] = stretched([sum(one) for one in packs], pieces, sum(lengths))
+                segments = [self.end(one, chunk) for one in packs]
+                self._segments[key] = stretched([sum(one) for one in packs], segments, sum(lengths))
             else:
-                self._pieces[key] = self._end(lengths, chunk)
-        return self._pieces[key]
+                self._segments[key] = self._end(lengths, chunk)
+        return self._segments[key]
 
-    def _end(self, lengths: Lengths, chunk: int) -> Piece:
+    def _end(self, lengths: Lengths, chunk: int) -> Segment:
         model, batch = self.model, _batch(lengths)
         assert batch.targets is not None
         where, targets = batch.supervised(), batch.targets
@@ -246,7 +246,7 @@ class Measure:
             model._cross_entropy(hidden, model.head, wanted.index_select(0, where), chunk or None)
             return trace.peak - before
 
-    def _both(self, run: Callable[[list[Tensor]], Tensor], lengths: Lengths) -> Piece:
+    def _both(self, run: Callable[[list[Tensor]], Tensor], lengths: Lengths) -> Segment:
         return self._bench.both(run, (sum(lengths), self.width), self.model.dtype)
 
 

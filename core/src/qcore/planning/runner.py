@@ -1,7 +1,7 @@
-"""One piece of a step, run on the meta device between neighbours that hold nothing.
+"""One segment of a step, run on the meta device between neighbours that hold nothing.
 
-This file decides how a piece is run so that what it takes is its own: its input comes from a
-node that nobody else holds, and its output goes to one that saves nothing. What pieces there are
+This file decides how a segment is run so that what it takes is its own: its input comes from a
+node that nobody else holds, and its output goes to one that saves nothing. What segments there are
 is `measure`'s and `tower`'s, how memory is counted `trace`'s.
 """
 
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ..nn.kernels.launch import PlannedDevice, planning
 from ..nn.qlora.lora_layer import LoraLayer
-from .segments import Piece
+from .segments import Segment
 from .trace import Trace
 
 META = torch.device("meta")
 
 
 class Bench:
-    """Where pieces are run.
+    """Where segments are run.
 
     Args:
         device: ``cuda`` or ``cpu``, which meta stands for.
@@ -49,7 +49,7 @@ class Bench:
         dtype: torch.dtype,
         *,
         graph: bool = True,
-    ) -> Piece:
+    ) -> Segment:
         """`run` forwards and, if what it gives has a gradient, backwards.
 
         Args:
@@ -66,7 +66,7 @@ class Bench:
             kept, forward, forth = trace.live - before, trace.peak - before, tuple(trace.work)
             forward_by = _more(trace.peak_by, by)
             if not y.requires_grad:
-                return Piece(
+                return Segment(
                     kept=kept, forward=forward, backward=0, forth=forth, back=(),
                     forward_by=forward_by,
                 )  # fmt: skip
@@ -74,7 +74,7 @@ class Bench:
             del y
             trace.mark()
             torch.autograd.backward(last)
-            return Piece(
+            return Segment(
                 kept=kept, forward=forward, backward=trace.peak - before, forth=forth,
                 back=tuple(trace.work), forward_by=forward_by,
                 backward_by=_more(trace.peak_by, by),
@@ -109,7 +109,7 @@ def _more(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
 
 
 class _Source(torch.autograd.Function):
-    """What a piece reads: given up as soon as nobody saved it, unlike a leaf."""
+    """What a segment reads: given up as soon as nobody saved it, unlike a leaf."""
 
     @staticmethod
     def forward(ctx: Any, spark: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

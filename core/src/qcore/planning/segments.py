@@ -1,4 +1,4 @@
-"""A piece of a step, and how a long one follows from short ones.
+"""A segment of a step, and how a long one follows from short ones.
 
 This file decides how the bytes and the work of a pack are told from those of smaller packs of
 its shape: bytes are affine in the tokens, the operations of products quadratic, because of
@@ -38,7 +38,7 @@ class Work(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class Segment:
     """Bytes over what lay there before, the input included, and the work.
 
     Attributes:
@@ -79,9 +79,9 @@ def _shorter(length: int, share: float) -> int:
     return min(length, TILE * tiles + length % TILE or TILE)
 
 
-def grows(pieces: Sequence[Piece]) -> bool:
+def grows(segments: Sequence[Segment]) -> bool:
     """Whether launches grow with the tokens; of a fused op they are the same, or nearly."""
-    return pieces[1].launches > 1.25 * pieces[0].launches
+    return segments[1].launches > 1.25 * segments[0].launches
 
 
 def affine(tokens: Sequence[int], values: Sequence[int], to: int) -> int:
@@ -90,26 +90,26 @@ def affine(tokens: Sequence[int], values: Sequence[int], to: int) -> int:
     return max(y, round(y + (y - x) * (to - end) / (end - at)))
 
 
-def stretched(tokens: Sequence[int], pieces: Sequence[Piece], to: int) -> Piece:
-    """The piece of a pack of `to` tokens, of the shape of three with fewer.
+def stretched(tokens: Sequence[int], segments: Sequence[Segment], to: int) -> Segment:
+    """The segment of a pack of `to` tokens, of the shape of three with fewer.
 
     Args:
         tokens: of the three, ascending.
-        pieces: theirs.
+        segments: theirs.
         to: more than the last of them.
     """
 
     def by_op(each: Sequence[Mapping[str, int]]) -> dict[str, int]:
         return {op: affine(tokens, [one.get(op, 0) for one in each], to) for op in each[-1]}
 
-    return Piece(
-        kept=affine(tokens, [one.kept for one in pieces], to),
-        forward=affine(tokens, [one.forward for one in pieces], to),
-        backward=affine(tokens, [one.backward for one in pieces], to),
-        forth=_more_work(tokens, [one.forth for one in pieces], to),
-        back=_more_work(tokens, [one.back for one in pieces], to),
-        forward_by=by_op([one.forward_by for one in pieces]),
-        backward_by=by_op([one.backward_by for one in pieces]),
+    return Segment(
+        kept=affine(tokens, [one.kept for one in segments], to),
+        forward=affine(tokens, [one.forward for one in segments], to),
+        backward=affine(tokens, [one.backward for one in segments], to),
+        forth=_more_work(tokens, [one.forth for one in segments], to),
+        back=_more_work(tokens, [one.back for one in segments], to),
+        forward_by=by_op([one.forward_by for one in segments]),
+        backward_by=by_op([one.backward_by for one in segments]),
     )
 
 

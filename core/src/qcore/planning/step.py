@@ -1,6 +1,6 @@
 """A step put together: what a micro-batch takes under given policies, and how long.
 
-This file decides how pieces (`measure`, `tower`) make a step: everything that layers keep is
+This file decides how segments (`measure`, `tower`) make a step: everything that layers keep is
 there when the head's loss is computed, and goes again layer by layer; the peak is the most at any
 of these moments. A tower comes first and goes last; a frozen one leaves only what it made, and
 where that is kept for the next time (`batches`), the pack carries it and no media: it is then
@@ -31,7 +31,7 @@ from .host_memory import pinned
 from .measure import Measure
 from .meta_model import Taken, meta_model, take
 from .report import Lengths, Pack, Plan, units_of
-from .segments import SAMPLES, Piece
+from .segments import SAMPLES, Segment
 from .trace import rounded
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Steps:
         )
         make = partial(_make, found, settings, self.lora, self.taken, self.device)
         self.measure = Measure(make, self.device)
-        self._parks: dict[int, Piece] = {}
+        self._parks: dict[int, Segment] = {}
         self._took: dict[tuple[int, str], tuple[float, float, int]] = {}
         self.static = self._static(found)
 
@@ -226,25 +226,25 @@ class Steps:
         media = tower.carried(units) if self._carries else tower.batch(units)
         return self.measure.batch(plain, media=True) + media
 
-    def _pieces(self, lengths: Lengths, policies: Sequence[str]) -> list[Piece]:
+    def _segments(self, lengths: Lengths, policies: Sequence[str]) -> list[Segment]:
         found, plain = [], tuple(lengths)
         for kind, policy in zip(self.measure.kinds, policies, strict=True):
             parks = policy == "offload" and self.device == "cuda"
-            piece = self.measure.layer(kind, _alike(policy), plain)
-            found.append(self._parked(piece, lengths) if parks else piece)
+            segment = self.measure.layer(kind, _alike(policy), plain)
+            found.append(self._parked(segment, lengths) if parks else segment)
         return found
 
-    def _parked(self, piece: Piece, lengths: Lengths) -> Piece:
+    def _parked(self, segment: Segment, lengths: Lengths) -> Segment:
         """As under ``full``, its input on the host; the next one is on its way meanwhile."""
-        if id(piece) not in self._parks:
+        if id(segment) not in self._parks:
             x = self._input(lengths)
-            self._parks[id(piece)] = replace(
-                piece,
-                kept=piece.kept - x,
-                forward=piece.forward + x,
-                backward=piece.backward + 2 * x,
+            self._parks[id(segment)] = replace(
+                segment,
+                kept=segment.kept - x,
+                forward=segment.forward + x,
+                backward=segment.backward + 2 * x,
             )
-        return self._parks[id(piece)]
+        return self._parks[id(segment)]
 
     def _input(self, lengths: Lengths) -> int:
         """Bytes of what a layer reads."""
@@ -258,14 +258,16 @@ class Steps:
         return pinned(self._input(lengths), policies.count("offload"))
 
     def _moments(self, lengths: Lengths, policies: Sequence[str]) -> Iterable[_Moment]:
-        pieces = self._pieces(lengths, policies)
+        segments = self._segments(lengths, policies)
         end = self.measure.end(tuple(lengths), self.settings.loss_chunk_size)
         before, kept = self._before(lengths, policies, graph=True)
         yield from before
-        for number, piece in enumerate(pieces):
-            yield _Moment(f"forward of layer {number}", kept, piece.forward, piece.forward_by)
-            yield _Moment(f"backward of layer {number}", kept, piece.backward, piece.backward_by)
-            kept += piece.kept
+        for number, segment in enumerate(segments):
+            yield _Moment(f"forward of layer {number}", kept, segment.forward, segment.forward_by)
+            yield _Moment(
+                f"backward of layer {number}", kept, segment.backward, segment.backward_by
+            )
+            kept += segment.kept
         yield _Moment("loss", kept, end.forward, end.forward_by)
         yield _Moment("backward of the loss", kept, end.backward, end.backward_by)
 
@@ -280,14 +282,16 @@ class Steps:
         tower, graph = self.measure.towered(), graph and self.measure.towered().trained
         # A tower that is carried runs before the tokens are embedded, and its media go.
         below, kept = (tower.batch(units), 0) if self._carries else (first.kept, 0)
-        for number, piece in enumerate(tower.pieces(units, _towers(policies), graph=graph)):
+        for number, segment in enumerate(tower.segments(units, _towers(policies), graph=graph)):
             name = f"layer {number - 1} of the tower" if number else "what the tower reads"
             moments.append(
-                _Moment(f"forward of {name}", below + kept, piece.forward, piece.forward_by)
+                _Moment(f"forward of {name}", below + kept, segment.forward, segment.forward_by)
             )
             # The embeddings of tokens are gone when the backward comes so far.
-            moments.append(_Moment(f"backward of {name}", kept, piece.backward, piece.backward_by))
-            kept += piece.kept
+            moments.append(
+                _Moment(f"backward of {name}", kept, segment.backward, segment.backward_by)
+            )
+            kept += segment.kept
         placing = self.measure.placing(tuple(lengths), units, graph=graph)
         kept = 0 if self._carries else kept  # a part of the batch
         moments.append(_Moment("media among the tokens", kept, placing.forward, placing.forward_by))
@@ -298,27 +302,27 @@ class Steps:
         """Seconds of the card and of the host, and launches."""
         plain, units = tuple(lengths), units_of(lengths)
         counted = [
-            *self._pieces(lengths, policies),
+            *self._segments(lengths, policies),
             self.measure.embedding(plain),
             self.measure.end(plain, self.settings.loss_chunk_size),
         ]
         if units:
             tower = self.measure.towered()
-            counted += tower.pieces(units, _towers(policies), graph=tower.trained)
+            counted += tower.segments(units, _towers(policies), graph=tower.trained)
         card = host = 0.0
         launches = 0
-        for piece in counted:
-            took = self._seconds(piece)
+        for segment in counted:
+            took = self._seconds(segment)
             card, host, launches = card + took[0], host + took[1], launches + took[2]
         if self.device == "cuda":  # there and back, beside the layers
             away = 2 * self._input(lengths) * policies.count("offload")
             card = max(card, away / self.card.host_link)
         return card, host, launches
 
-    def _seconds(self, piece: Piece) -> tuple[float, float, int]:
-        key = (id(piece), self.card.name)
+    def _seconds(self, segment: Segment) -> tuple[float, float, int]:
+        key = (id(segment), self.card.name)
         if key not in self._took:
-            work = (*piece.forth, *piece.back)
+            work = (*segment.forth, *segment.back)
             self._took[key] = (*seconds(work, self.card), len(work))
         return self._took[key]
 

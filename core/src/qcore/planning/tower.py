@@ -1,10 +1,10 @@
 """What a tower takes of a step, seen by running it once on the meta device.
 
-This file decides the pieces of a tower: what it reads, one layer of each kind, and what it hands
+This file decides the segments of a tower: what it reads, one layer of each kind, and what it hands
 over. Its media are made up by itself (`Tower.sample`) and it is run by the code that trains, so
 authors of towers write no cost model either. Where in a step it runs is `step`'s.
 
-A layer below all that is trained has no gradient and keeps nothing, so pieces differ by that too.
+A layer below all that is trained has no gradient and keeps nothing, so segments differ by that too.
 Towers are seen at any size: what launches grow with is the number of media, not their units.
 
 Shapes: U units, D the tower's width; n embeddings, H the trunk's width.
@@ -22,14 +22,14 @@ from ..api.blocks import Media, Tower
 from ..nn.model import Model
 from ..nn.recompute import run_layers
 from .runner import META, Bench, signature
-from .segments import Piece
+from .segments import Segment
 from .trace import rounded
 
 _WARM = 64
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class _MediaSample:
     """Media after a layer of each kind has seen them.
 
     Attributes:
@@ -50,7 +50,7 @@ class TowerMeasure:
 
     Args:
         model: on meta, with a tower.
-        bench: where pieces are run.
+        bench: where segments are run.
 
     Attributes:
         trained: whether it has a backward.
@@ -64,8 +64,8 @@ class TowerMeasure:
         self._tower: Tower = tower
         self._kinds = [signature(cast(nn.Module, layer)) for layer in tower.layers]
         self._one = {kind: tower.layers[self._kinds.index(kind)] for kind in self._kinds}
-        self._found: dict[int, _Seen] = {}
-        self._pieces: dict[tuple[int, str, str, bool], Piece] = {}
+        self._found: dict[int, _MediaSample] = {}
+        self._segments: dict[tuple[int, str, str, bool], Segment] = {}
         self.trained = model.trains_tower
         first, second = self._warm(), self._warm()
         each = {kind: first[kind] - second[kind] for kind in first}
@@ -84,7 +84,7 @@ class TowerMeasure:
                 left[kind] = trace.live - before
         return left
 
-    def _seen(self, units: int) -> _Seen:
+    def _seen(self, units: int) -> _MediaSample:
         if units not in self._found:
             with self._bench.running() as trace, torch.no_grad():
                 before = trace.live
@@ -96,7 +96,7 @@ class TowerMeasure:
                         y = self._one[kind](x, media)
                 made = tuple(y.shape), y.dtype
                 del x, y
-                self._found[units] = _Seen(media, trace.live - before, read, made)
+                self._found[units] = _MediaSample(media, trace.live - before, read, made)
         return self._found[units]
 
     def media(self, units: int) -> Media:
@@ -124,7 +124,7 @@ class TowerMeasure:
         shape, dtype = self._seen(units).made
         return rounded(shape[0] * shape[1] * dtype.itemsize)
 
-    def pieces(self, units: int, policy: str, *, graph: bool) -> list[Piece]:
+    def segments(self, units: int, policy: str, *, graph: bool) -> list[Segment]:
         """What it reads, then each layer.
 
         Args:
@@ -132,16 +132,16 @@ class TowerMeasure:
             policy: what backward computes again, of every layer.
             graph: whether there will be a backward; without one nothing is kept.
         """
-        found = [self._piece(units, "", policy, graph=graph, below=False)]
+        found = [self._segment(units, "", policy, graph=graph, below=False)]
         for kind in self._kinds:
             below = bool(found[-1].back)
-            found.append(self._piece(units, kind, policy, graph=graph, below=below))
+            found.append(self._segment(units, kind, policy, graph=graph, below=below))
         return found
 
-    def _piece(self, units: int, kind: str, policy: str, *, graph: bool, below: bool) -> Piece:
+    def _segment(self, units: int, kind: str, policy: str, *, graph: bool, below: bool) -> Segment:
         """One of them; `below`: whether what it reads has a gradient."""
         key = (units, kind, policy if graph else "", below)
-        if key not in self._pieces:
+        if key not in self._segments:
             seen, model = self._seen(units), self._model
             media = seen.media.alone()
 
@@ -157,12 +157,12 @@ class TowerMeasure:
 
             shape, dtype = seen.read
             with torch.set_grad_enabled(graph):
-                self._pieces[key] = (
+                self._segments[key] = (
                     self._bench.both(layer, shape, dtype, graph=below)
                     if kind
                     else self._bench.both(reads, (0,), dtype, graph=False)
                 )
-        return self._pieces[key]
+        return self._segments[key]
 
 
 def _bytes(tensor: Tensor) -> int:

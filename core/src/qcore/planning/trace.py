@@ -1,4 +1,4 @@
-"""What a piece of a step allocates and does, seen at the dispatcher: live bytes, peak, work.
+"""What a segment of a step allocates and does, seen at the dispatcher: live bytes, peak, work.
 
 This file decides how memory is counted (by storage, from the op that made it until the last
 tensor that shows it is gone, rounded up as the caching allocator does) and what an op costs:

@@ -1,6 +1,6 @@
 """`qcore plan`: memory, micro-batch and speed of training, from config and headers alone.
 
-This file decides which GPUs and which micro-batch are planned, whether the vision tower is part
+This file decides which GPUs and which micro-batch are planned, whether the tower is part
 of the plan, and what the report holds. The plan of one step is made in `planning`, which this
 file imports late: names and settings are checked before torch is loaded.
 
@@ -96,7 +96,7 @@ def plan(
             defaults of `Settings`.
         gpus: names of GPUs; by default all that are known.
         budget: memory that may be filled, in GB, or ``auto``.
-        media: units that the vision tower computes for each row; ``None`` for rows of text.
+        media: units that the tower computes for each row; ``None`` for rows of text.
         fixed_rows: plan `per_device_train_batch_size` rows in a micro-batch, not the number
             that is fastest.
 
@@ -127,7 +127,7 @@ def plan(
         media_units=units,
         notes=notes,
         plans=tuple(
-            _gpu_plan(each, found, units) for each, found in zip(planners, plans, strict=True)
+            _gpu_plan(each, best, units) for each, best in zip(planners, plans, strict=True)
         ),
     )
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..api.parameters import Tensor
+from ..api.parameters import Tensor as TableTensor
 from ..checkpoint.checkpoint import text_sections
 from ..checkpoint.layout import Layout
 from .records import Fact, Mark, Plain, Sku
@@ -121,7 +121,7 @@ def part_layouts(layout: Layout) -> dict[str, str]:
     return told | dict.fromkeys(layout.absent, "absent")
 
 
-def _is_stack(tensor: Tensor) -> bool:
+def _is_stack(tensor: TableTensor) -> bool:
     """Whether a spelling has pieces of fewer dimensions: one tensor an expert."""
     return any(len(way[0].shape) < len(tensor.shape) for way in tensor.spellings() if way)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.expect import INTEGER, NUMBER, Contract, Expect
-from ..config.yaml import Items, Scalar, Table
+from ..config.yaml import MappingNode, ScalarNode, SequenceNode
 from .records import SECTIONS, Fact, Mark, Plain, Served, Sku
 
 SCHEMA_VERSION = 1
@@ -42,11 +42,11 @@ _LAYOUTS = ("dense", "fused", "per expert")
 def _json(value: Expect) -> Plain:
     """A value of a JSON file, as JSON would read it; a mapping counts the words of a list."""
     node = value.node
-    if isinstance(node, Items):
+    if isinstance(node, SequenceNode):
         return tuple(_json(item) for item in value.items())
-    if isinstance(node, Table):
+    if isinstance(node, MappingNode):
         return {key: count.integer() for key, count in value.mapping().items()}
-    if not isinstance(node, Scalar):
+    if not isinstance(node, ScalarNode):
         return None
     if node.quoted:
         return node.text
@@ -197,8 +197,8 @@ def _served(entry: Expect, sources: Mapping[str, str]) -> Served:
 
 def _named(entry: Expect) -> Expect:
     """A record, placed by its id instead of its number."""
-    named = entry.node.entries.get("id") if isinstance(entry.node, Table) else None
-    return entry.renamed(named.text) if isinstance(named, Scalar) else entry
+    named = entry.node.entries.get("id") if isinstance(entry.node, MappingNode) else None
+    return entry.renamed(named.text) if isinstance(named, ScalarNode) else entry
 
 
 def _gather(
@@ -251,7 +251,7 @@ def _evidence(entries: Mapping[str, Expect], sources: Mapping[str, str]) -> tupl
     """Mark and source of a group; a source is one key of ``sources``, or several."""
     mark = _mark(entries["mark"].text(), entries["mark"])
     entry = entries["source"]
-    keys = entry.texts() if isinstance(entry.node, Items) else (entry.text(),)
+    keys = entry.texts() if isinstance(entry.node, SequenceNode) else (entry.text(),)
     for key in keys:
         if key not in sources:
             raise entry.breach(key, "a key of sources")

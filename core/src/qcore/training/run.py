@@ -25,7 +25,7 @@ class Run:
     """A run whose settings, rows and model fit each other.
 
     Attributes:
-        model: the base, with a vision tower or the like where the rows need it.
+        model: the base, with its tower where the rows need it.
         data: the rows.
         summary: what manifests record of the rows (`Dataset.summary`).
         settings: the settings.
