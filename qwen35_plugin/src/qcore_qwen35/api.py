@@ -1,7 +1,7 @@
-"""What this plugin offers to plugins of later generations with these blocks.
+"""Public API of qcore-qwen35 for plugins of later Qwen generations.
 
 This file decides which names another plugin may import: everything else in the package may change
-in any version. Names are looked up on first use, so that only those of blocks import torch.
+in any version. Names are imported on first use, so only the blocks import torch.
 
 ======================  ==========================================================================
 claims                  `ARCHITECTURE`, `MOE`, `architecture_of`, `bos_of`,
@@ -12,8 +12,8 @@ chat rules              `QWEN35`, `switch_findings`
 table rows              `parts`, `delta_rows`, `attention_rows`, `mlp_rows`, `moe_rows`, `ROOT`,
                         `GROUPS`, `MOE_GROUPS`, `text_config`, `layer_types`
 preflight checks        `config_findings`
-blocks (torch)          `Attention` (norms and gate as arguments), `GatedDeltaNet` (norm with its
-                        gate as argument), `Mlp`, `Moe`, `RmsNorm`, `GatedNorm`, `Rope`, `Weight`,
+blocks (torch)          `Attention` (norms and gate as arguments), `GatedDeltaNet` (gated norm as
+                        argument), `Mlp`, `Moe`, `RmsNorm`, `GatedNorm`, `Rope`, `Weight`,
                         `Trunk`, `build`, `balance_loss`
 ======================  ==========================================================================
 """
@@ -68,7 +68,7 @@ __all__ = [
     "probe_template", "switch_findings", "text_config",
 ]  # fmt: skip
 
-#: Where names are looked for, in this order; from `attention` on they import torch.
+#: Modules searched for a name, in this order; from `attention` on they import torch.
 _MODULES = (
     "detect", "template_probe", "chat", "table", "guards",
     "attention", "delta", "mlp", "moe", "norm", "rope", "model",

@@ -1,21 +1,21 @@
-"""The parameter table of Qwen 3.5, dense and mixture of experts: rows, dims, axes, namespaces.
+"""Parameter table of Qwen 3.5, dense and mixture of experts: rows, dimensions, axes, namespaces.
 
-This file decides which tensors a checkpoint of these architectures consists of, their groups,
-and how each is held in training. The two differ in the feed-forward rows alone; experts may lie
-fused or one by one, tensor by tensor. It transforms nothing: names and layouts are the hub's, the
-text class's names differ in one prefix.
+This file decides which tensors a checkpoint of these architectures has, their LoRA groups, and how
+each is stored in training. The architectures differ only in the feed-forward rows; each experts
+tensor may be fused or split by expert. Nothing is transformed: names and layouts are those on the
+hub, and the names of the text class differ in one prefix.
 
-What stays out of 4 bit, and why:
+What is not quantized to 4 bit, and why:
 
-- ``in_proj_a``, ``in_proj_b``: one row per value head; they set decay and write strength of
-  the recurrent state, where an error accumulates over the sequence, and they are tiny.
-- ``conv1d``: no linear map; its rounding error reaches every token of q, k and v.
-- ``A_log``, ``dt_bias``: exponentiated state parameters, float32 always.
+- ``in_proj_a``, ``in_proj_b``: one row per value head; they set decay and write strength of the
+  recurrent state, where an error accumulates over the sequence, and they are tiny.
+- ``conv1d``: not a linear layer; its rounding error reaches every token of q, k and v.
+- ``A_log``, ``dt_bias``: exponentiated state parameters, always float32.
 - norms: vectors.
-- embeddings and head: looked up and scored by row; 4 bit costs quality there, and a tied
-  head must be the same numbers as the embedding.
-- the router and the shared expert's gate: their rounding decides which experts a token gets,
-  and they are tiny.
+- embeddings and head: looked up and scored by row; 4 bit costs quality there, and a tied head must
+  have the same values as the embedding.
+- the router and the shared expert's gate: their rounding decides which experts a token gets, and
+  they are tiny.
 - mtp: not loaded in training.
 """
 
@@ -41,10 +41,10 @@ from qcore.errors import InputError
 
 ROOT = "model.language_model"
 EMBED = f"{ROOT}.embed_tokens.weight"
-#: Far above any real model. A table names every tensor, so a count is memory before it is judged.
+#: Far above any real model: a table lists every tensor, so an absurd count would exhaust memory.
 _MAX_LAYERS, _MAX_EXPERTS = 1000, 4096
 
-#: LoRA groups. `gdn_gates` are the two small projections that steer the recurrent state.
+#: LoRA groups. `gdn_gates` are the two small projections that control the recurrent state.
 GROUPS: dict[str, Aim] = {
     "attn": Aim.ON,
     "gdn": Aim.ON,
@@ -62,15 +62,15 @@ MOE_GROUPS: dict[str, Aim] = {
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's section: ``text_config``, or the whole file of a text-only save."""
+    """The language model's section: ``text_config``, or the whole config of a text-only save."""
     section = config.get("text_config")
     return section if isinstance(section, Mapping) else config
 
 
 def rotary_factor(text: Mapping[str, Any]) -> Any:
-    """The share of a head that rotates: in ``rope_parameters``, or beside them, else a quarter.
+    """The rotating share of a head: from ``rope_parameters``, else the outer key, else a quarter.
 
-    Re-saves move it and drop it; transformers falls back in the same order.
+    Re-saves move or drop the key; transformers falls back in the same order.
     """
     rope = text.get("rope_parameters")
     factor = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
@@ -78,16 +78,16 @@ def rotary_factor(text: Mapping[str, Any]) -> Any:
 
 
 def rope_type(text: Mapping[str, Any]) -> Any:
-    """The form of rope: ``rope_type``, or ``type`` as older files spell it, else ``default``."""
+    """The rope type: ``rope_type``, or ``type`` in older files, else ``default``."""
     rope = text.get("rope_parameters")
     return rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else None
 
 
 def prediction_layers(text: Mapping[str, Any]) -> int:
-    """How many multi-token-prediction layers config.json claims; none where it says nothing.
+    """The number of multi-token-prediction layers in config.json; 0 without the key.
 
     Raises:
-        InputError: ``QC-QWEN35-001`` no number of layers.
+        InputError: ``QC-QWEN35-001`` an invalid number of layers.
     """
     value = text.get("mtp_num_hidden_layers")
     if value is None:
@@ -99,14 +99,14 @@ def prediction_layers(text: Mapping[str, Any]) -> int:
 
 
 def parts(config: Mapping[str, Any], *, moe: bool = False) -> Iterator[Part]:
-    """The text part and, where the config claims one, the multi-token-prediction part.
+    """Yield the text part and, if the config declares it, the multi-token-prediction part.
 
     Args:
         config: config.json.
-        moe: whether the feed-forward maps are experts.
+        moe: whether the feed-forward layers are mixtures of experts.
 
     Raises:
-        InputError: ``QC-QWEN35-001`` a dimension that is missing or no positive integer,
+        InputError: ``QC-QWEN35-001`` a dimension that is missing or not a positive integer,
             ``-002`` ``layer_types`` of the wrong length, ``-003`` an unknown layer type.
     """
     text = text_config(config)
@@ -147,7 +147,7 @@ def parts(config: Mapping[str, Any], *, moe: bool = False) -> Iterator[Part]:
 
 
 def _namespaces(kind: str) -> tuple[Namespace, ...]:
-    """The two classes that transformers has for these blocks, and their prefixes."""
+    """The two transformers classes of these blocks, and their prefixes."""
     return (
         Namespace(name="vl", classes=(f"Qwen3_5{kind}ForConditionalGeneration",)),
         Namespace(
@@ -171,7 +171,7 @@ def _text_rows(tied: bool, moe: bool) -> Iterator[Row]:
 
 
 def delta_rows(p: str) -> Iterator[Row]:
-    """The gated delta net below the layer prefix `p`, which has its index axis."""
+    """Rows of the gated delta net below layer prefix `p`, which includes the index axis."""
     m = f"{p}.linear_attn"
     yield Row(f"{m}.in_proj_qkv.weight", "conv hidden", "gdn", NF4, kind=LINEAR)
     yield Row(f"{m}.in_proj_z.weight", "v_heads*v_dim hidden", "gdn", NF4, kind=LINEAR)
@@ -185,7 +185,7 @@ def delta_rows(p: str) -> Iterator[Row]:
 
 
 def attention_rows(p: str, group: str, norm: str) -> Iterator[Row]:
-    """Attention with an output gate below the layer prefix `p`; LoRA group of maps and norms."""
+    """Rows of gated attention below layer prefix `p`; `group` and `norm` are their groups."""
     m = f"{p}.self_attn"
     # Rows of q_proj: query and output gate, interleaved per head.
     yield Row(f"{m}.q_proj.weight", "heads*2*head_dim hidden", group, NF4, kind=LINEAR)
@@ -197,18 +197,18 @@ def attention_rows(p: str, group: str, norm: str) -> Iterator[Row]:
 
 
 def mlp_rows(m: str, ffn: str, group: str) -> Iterator[Row]:
-    """A SwiGLU map named `m`; `ffn` is its width among the dims."""
+    """Rows of a SwiGLU layer named `m`; `ffn` is the name of its width dimension."""
     yield Row(f"{m}.gate_proj.weight", f"{ffn} hidden", group, NF4, kind=LINEAR)
     yield Row(f"{m}.up_proj.weight", f"{ffn} hidden", group, NF4, kind=LINEAR)
     yield Row(f"{m}.down_proj.weight", f"hidden {ffn}", group, NF4, kind=LINEAR)
 
 
 def moe_rows(p: str, mtp: str = "") -> Iterator[Row]:
-    """Router, experts, shared expert and its gate; all in the group `mtp` where that is given."""
+    """Rows of router, experts, shared expert and its gate; `mtp`, if not empty, is their group."""
     m, expert = f"{p}.mlp", f"{p}.mlp.experts.{{expert}}"
     router, experts = mtp or "router", mtp or "experts"
     yield Row(f"{m}.gate.weight", "experts hidden", router, kind=PARAMETER)
-    # Of each expert: the rows of the gate, then those of up.
+    # Per expert: the rows of gate_proj, then those of up_proj.
     separate = stack("expert", cat(f"{expert}.gate_proj.weight", f"{expert}.up_proj.weight"))
     dims = "experts 2*expert_ffn hidden"
     yield Row(f"{m}.experts.gate_up_proj", dims, experts, NF4, kind=EXPERTS, also=separate)
@@ -272,7 +272,7 @@ def layer_types(text: Mapping[str, Any]) -> list[str]:
     """``linear_attention`` or ``full_attention``, per layer.
 
     Raises:
-        InputError: as `parts`.
+        InputError: see `parts`.
     """
     types = text.get("layer_types")
     layers = _size(text, "num_hidden_layers", _MAX_LAYERS if types is None else None)
@@ -294,7 +294,7 @@ def layer_types(text: Mapping[str, Any]) -> list[str]:
 def _config_error(code: str, key: str, value: str, expected: str) -> InputError:
     return InputError(
         code,
-        "does not describe this architecture",
+        "does not describe a model of this architecture",
         file="config.json",
         field=key,
         found=value,
