@@ -28,7 +28,7 @@ CASES: list[tuple[dict[str, int], dict[str, str]]] = [
             "qwen35::delta_step": "heads of size 24, only powers",
         },
     ),
-    ({"linear_value_head_dim": 256}, {"qwen35::delta_rule": "heads of 256"}),
+    ({"linear_value_head_dim": 256}, {"qwen35::delta_rule": "heads of size 256"}),
     ({"linear_conv_kernel_dim": 3}, {"qwen35::delta_inputs": "3 taps, only for 4"}),
 ]
 

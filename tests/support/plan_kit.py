@@ -41,7 +41,7 @@ MOE_35B: dict[str, Any] = _COMMON | {
 @contextmanager
 def shared_measures() -> Iterator[None]:
     """Planners of one model, on one device, with the same adapters share what they measured."""
-    from qcore.plan.measure import Measure
+    from qcore.planning.measure import Measure
 
     made: dict[Any, tuple[Measure, object]] = {}
 
@@ -54,7 +54,7 @@ def shared_measures() -> Iterator[None]:
         return made[key][0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qcore.plan.step.Measure", measure)
+        patch.setattr("qcore.planning.step.Measure", measure)
         yield
 
 
