@@ -162,7 +162,7 @@ def test_tables_start_the_longest_document_first() -> None:
 
 
 def test_what_it_has_no_kernel_for_is_refused() -> None:
-    with pytest.raises(UsageError, match="heads of 24"):
+    with pytest.raises(UsageError, match="heads of size 24"):
         triton_rule.chunked_delta_rule(*inputs(3, dims=(24, 16)), (0, 3))
     with pytest.raises(ValueError, match="float64"):
         triton_rule.chunked_delta_rule(*(x.double() for x in inputs(3)), (0, 3))

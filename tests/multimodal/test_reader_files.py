@@ -163,8 +163,15 @@ def test_what_it_says_of_itself(reader: Any) -> None:
 
 def test_importing_the_plugins_modules_without_torch() -> None:
     """What discovery and the check of rows import stays light."""
-    names = ["plugin", "media_options", "media", "containers", "processor_files", "cache"]
-    names += ["payload_store"]
+    names = [
+        "plugin",
+        "media_options",
+        "media",
+        "containers",
+        "processor_files",
+        "cache",
+        "payload_store",
+    ]
     code = (
         "import sys\n"
         + "".join(f"import qcore_multimodal.{name}\n" for name in names)

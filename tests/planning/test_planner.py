@@ -313,7 +313,7 @@ def test_a_model_that_kernels_have_no_code_for_is_planned_with_references() -> N
     planner = Planner(found_of(sizes), Settings(), H100)
     assert planner.taken.backends["qwen35::delta_rule"] == "reference"
     assert planner.taken.backends["qwen35::rms_norm"] == "triton"
-    with pytest.raises(UsageError, match="no kernel for heads of 96") as caught:
+    with pytest.raises(UsageError, match="no kernel for heads of size 96") as caught:
         Planner(found_of(sizes), Settings(kernels={"delta_rule": "triton"}), H100)
     assert caught.value.code == "QC-KERNEL-003"
 

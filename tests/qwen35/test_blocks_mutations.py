@@ -28,8 +28,6 @@ ALLOWED = 1e-5
 convolve = delta._convolve
 
 MUTATIONS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "output gate dropped": (block, "output_gate", lambda o, gate: o),
-    "output gate by silu": (block, "output_gate", lambda o, g: o * torch.nn.functional.silu(g)),
     "q and k norm dropped": (attention, "head_norm", lambda x, weight, eps: x),
     "norm by w, not 1 + w": (norm, "scale_of", lambda weight, dtype: weight.to(dtype)),
     "convolution reversed in time": (
@@ -105,6 +103,23 @@ def test_changed_fails(
     module, attribute, change = MUTATIONS[name]
     assert hasattr(module, attribute)
     monkeypatch.setattr(module, attribute, change)
+    assert error(pair, wanted) > 100 * ALLOWED
+
+
+#: Other output gates; a gate is an argument of the block, so its default is replaced.
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "dropped": lambda o, gate: o,
+    "by silu": lambda o, gate: o * torch.nn.functional.silu(gate),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_another_output_gate_fails(
+    pair: Twins, wanted: Tensor, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = block.Attention.__init__.__kwdefaults__
+    assert defaults["gate"] == block.OUTPUT_GATE
+    monkeypatch.setitem(defaults, "gate", (block.OUTPUT_GATE[0], GATES[name]))
     assert error(pair, wanted) > 100 * ALLOWED
 
 

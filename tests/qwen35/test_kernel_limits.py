@@ -24,11 +24,11 @@ CASES: list[tuple[dict[str, int], dict[str, str]]] = [
     (
         {"linear_key_head_dim": 24},
         {
-            "qwen35::delta_rule": "heads of 24, only of 16",
-            "qwen35::delta_step": "heads of 24, only of powers",
+            "qwen35::delta_rule": "heads of size 24, only 16",
+            "qwen35::delta_step": "heads of size 24, only powers",
         },
     ),
-    ({"linear_value_head_dim": 256}, {"qwen35::delta_rule": "heads of 256"}),
+    ({"linear_value_head_dim": 256}, {"qwen35::delta_rule": "heads of size 256"}),
     ({"linear_conv_kernel_dim": 3}, {"qwen35::delta_inputs": "3 taps, only for 4"}),
 ]
 
@@ -82,5 +82,5 @@ def test_a_plan_takes_what_a_run_would(capsys: pytest.CaptureFixture[str], tmp_p
     assert ended.code == 2
     line = ended.error("QC-KERNEL-003")
     assert "kernels.qwen35::delta_rule" in line
-    assert "no kernel for heads of 24" in line
+    assert "no kernel for heads of size 24" in line
     assert "ask for qwen35::delta_rule=reference" in line

@@ -119,7 +119,7 @@ def token_findings(config: Mapping[str, object], token_ids: Mapping[str, int]) -
                 what="differs from the tokenizer's id of this token",
                 file="config.json",
                 field=key,
-                found=repr(named) if key in config else f"no such key, which means {default}",
+                found=repr(named) if key in config else f"none, which means {default}",
                 expected=f"{known} ({token} in tokenizer.json)",
                 fix="use the config.json and tokenizer.json that came with the weights",
             )

@@ -1,1 +1,1 @@
-"""Qwen 3.5 for qcore. `plugin` holds the hook implementations; nothing here imports torch."""
+"""qcore-qwen35: Qwen 3.5 for qcore; `plugin` has the hooks. Importing it imports no torch."""

@@ -1,19 +1,19 @@
-"""What this plugin offers to plugins of later generations with these blocks.
+"""Public API of qcore-qwen35 for plugins of later Qwen generations.
 
 This file decides which names another plugin may import: everything else in the package may change
-in any version. Names are looked up on first use, so that only those of blocks import torch.
+in any version. Names are imported on first use, so only the blocks import torch.
 
 ======================  ==========================================================================
 claims                  `ARCHITECTURE`, `MOE`, `architecture_of`, `bos_of`,
                         `as_published_without_bos`, `ENDOFTEXT`
-template probes         `look`, `Shown`, the probe's texts (`EARLIER`, `LATER`, `HEADER`, `THINK`,
-                        `NO_THINK`), `TEMPLATE_INPUTS` of 3.5
+template probes         `probe_template`, `TemplateBehavior`, the probe's texts (`EARLIER`,
+                        `LATER`, `HEADER`, `THINK`, `NO_THINK`), `TEMPLATE_INPUTS` of 3.5
 chat rules              `QWEN35`, `switch_findings`
 table rows              `parts`, `delta_rows`, `attention_rows`, `mlp_rows`, `moe_rows`, `ROOT`,
                         `GROUPS`, `MOE_GROUPS`, `text_config`, `layer_types`
 preflight checks        `config_findings`
-blocks (torch)          `Attention` (norms and gate as arguments), `GatedDeltaNet` (norm with its
-                        gate as argument), `Mlp`, `Moe`, `RmsNorm`, `GatedNorm`, `Rope`, `Weight`,
+blocks (torch)          `Attention` (norms and gate as arguments), `GatedDeltaNet` (gated norm as
+                        argument), `Mlp`, `Moe`, `RmsNorm`, `GatedNorm`, `Rope`, `Weight`,
                         `Trunk`, `build`, `balance_loss`
 ======================  ==========================================================================
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .mlp import Mlp
     from .model import Trunk, build
     from .moe import Moe, balance_loss
-    from .norm import GatedNorm, RmsNorm
+    from .norm import GatedNorm, RmsNorm, Weight
     from .rope import Rope
     from .table import (
         GROUPS,
@@ -53,26 +53,25 @@ if TYPE_CHECKING:
         NO_THINK,
         TEMPLATE_INPUTS,
         THINK,
-        Shown,
+        TemplateBehavior,
         as_published_without_bos,
         bos_of,
-        look,
+        probe_template,
     )
-    from .weight import Weight
 
 __all__ = [
     "ARCHITECTURE", "EARLIER", "ENDOFTEXT", "GROUPS", "HEADER", "LATER", "MOE", "MOE_GROUPS",
     "NO_THINK", "QWEN35", "ROOT", "TEMPLATE_INPUTS", "THINK", "Attention", "GatedDeltaNet",
-    "GatedNorm", "Mlp", "Moe", "RmsNorm", "Rope", "Shown", "Trunk", "Weight",
+    "GatedNorm", "Mlp", "Moe", "RmsNorm", "Rope", "TemplateBehavior", "Trunk", "Weight",
     "architecture_of", "as_published_without_bos", "attention_rows", "balance_loss", "bos_of",
-    "build", "config_findings", "delta_rows", "layer_types", "look", "mlp_rows", "moe_rows",
-    "parts", "switch_findings", "text_config",
+    "build", "config_findings", "delta_rows", "layer_types", "mlp_rows", "moe_rows", "parts",
+    "probe_template", "switch_findings", "text_config",
 ]  # fmt: skip
 
-#: Where names are looked for, in this order; from `attention` on they import torch.
+#: Modules searched for a name, in this order; from `attention` on they import torch.
 _MODULES = (
     "detect", "template_probe", "chat", "table", "guards",
-    "attention", "delta", "mlp", "moe", "norm", "rope", "weight", "model",
+    "attention", "delta", "mlp", "moe", "norm", "rope", "model",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""Gated full attention: per-head norms of q and k, partial rope, an output gate.
+"""Gated full attention of Qwen 3.5: q and k norms, partial rope, attention, output gate.
 
-This file decides what surrounds attention in this family (`ops.attention` computes it);
-attention itself, and its borders between documents, are core's (`qcore.ops`).
+This file decides what surrounds attention in this family (computed by `ops.attention`); attention
+itself and the boundaries between documents are core's (`qcore.ops`).
 
 Shapes: T tokens, Hq query heads, Hkv key heads, D head size.
 """
@@ -25,24 +25,25 @@ from qcore.ops import (
     varlen_attention,
 )
 
+from .norm import Weight
 from .ops.attention.reference import AttentionInputs, attention_inputs, output_gate
 from .rope import Rope
-from .weight import Weight
 
 
 @dataclass(slots=True)
 class KvCache:
-    """Keys and values ``[tokens, Hkv, D]`` of one document, in tensors that stay.
+    """Preallocated keys and values ``[tokens, Hkv, D]`` of one document.
 
-    It grows by `extend`; once it is held, by `put`, of which nothing depends on a number that
-    the host knows: what is captured once may be replayed.
+    `extend` appends tokens. After `hold`, `put` writes one token at a time; it depends on no number
+    on the host, so that a captured CUDA graph can be replayed.
 
     Attributes:
-        k: keys; what is not written is zero.
+        k: keys; zero where nothing was written.
         v: values, likewise.
-        length: tokens written, until it is held.
-        at: ``[1]`` int64 on the device, tokens written while it is held; its owner counts.
-        span: tokens that attention reads while it is held, the first so many.
+        length: number of tokens written before `hold`.
+        at: ``[1]`` int64 on the device, the position of the next token after `hold`; the caller
+            advances it.
+        span: number of leading tokens that attention reads after `hold`.
     """
 
     k: Tensor
@@ -52,10 +53,10 @@ class KvCache:
     span: int = 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ``[S, Hkv, D]`` and return all that is written.
+        """Append ``[S, Hkv, D]`` and return all keys and values written so far.
 
         Raises:
-            ValueError: when the document outgrows the cache.
+            ValueError: the document does not fit in the cache.
         """
         end = self.length + len(k)
         if end > len(self.k):
@@ -66,18 +67,18 @@ class KvCache:
         return self.k[:end], self.v[:end]
 
     def put(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one token ``[1, Hkv, D]`` where `at` says and return the span."""
+        """Write one token ``[1, Hkv, D]`` at position `at` and return the first `span` tokens."""
         self.k.index_copy_(0, at, k)
         self.v.index_copy_(0, at, v)
         return self.k[: self.span], self.v[: self.span]
 
     def hold(self, at: Tensor, span: int) -> None:
-        """From now on one token a call, put at `at`, which reads `span` tokens."""
+        """Switch to one token per call, written at `at`, reading `span` tokens."""
         self.at, self.span = at, span
 
     def reset(self) -> None:
-        """Begin another document."""
-        self.k.zero_()  # a value that is not finite would spoil what it is masked out of
+        """Start a new document."""
+        self.k.zero_()  # a non-finite value would spoil the results even where it is masked out
         self.v.zero_()
         self.length, self.at, self.span = 0, None, 0
 
@@ -92,14 +93,14 @@ class Attention(nn.Module):
     """``[T, H] -> [T, H]``, causal within each document.
 
     Args:
-        ctx: builds its maps.
+        ctx: creates the linear layers and kernels.
         text: the text section of config.json.
-        name: of the block, relative to the trunk.
-        inputs: norms and rope: what q_proj, k_proj and v_proj give, to q, k, v and the gate.
+        name: module name relative to the trunk.
+        inputs: norms and rope: from the outputs of q_proj, k_proj and v_proj to q, k, v and gate.
         gate: ``(output [T, Hq, D], gate) -> [T, Hq, D]``.
     """
 
-    if TYPE_CHECKING:  # nn.Module's own is of any type
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(
             self, x: Tensor, batch: Packed, cache: DecodeCache | None = None
@@ -159,7 +160,7 @@ class Attention(nn.Module):
         return inputs
 
     def new_cache(self, tokens: int, device: torch.device) -> KvCache:
-        """Room for `tokens` tokens."""
+        """An empty cache for `tokens` tokens."""
         shape = (tokens, self.kv_heads, self.head_dim)
         k, v = (torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(2))
         return KvCache(k, v)

@@ -1,10 +1,11 @@
-"""Chat format of Qwen 3.5: turns, thinking, and what inference puts in the prompt.
+"""Chat format of Qwen 3.5: turn markers, prompt tails, thinking switches.
 
-This file decides what is a turn in the rendered text and what is never trained: ``<think>``
-and its newline are in the prompt at inference, and so is a whole empty think block when
-thinking is off. Everything after that, up to ``<|im_end|>`` and with it, is the model's.
+This file decides what delimits a turn in the rendered text and what is never supervised: at
+inference ``<think>`` and its newline are part of the prompt, and so is a complete empty think block
+when thinking is off. Everything after that, up to and including ``<|im_end|>``, is the model's
+output.
 
-Code: ``QC-QWEN35-020`` a switch of the template that is neither true nor false.
+Code: ``QC-QWEN35-020`` a template switch that is neither true nor false.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Iterator, Sequence
 
 from qcore.api import ChatFormat, Finding, PreflightRequest, Severity
 
-#: Tokens that the tokenizer marks special: text that holds one would become a control token.
-#: Those of media are their reader's to name, and any that is marked special is refused with them.
+#: Special tokens of the tokenizer: text that contains them would become control tokens. A media
+#: reader adds its own, and core refuses every other token that the tokenizer marks as special.
 CONTROL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
     "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
@@ -37,22 +38,22 @@ SWITCHES = ("enable_thinking",)
 
 
 def findings(request: PreflightRequest) -> Iterator[Finding]:
-    """What 3.5's chat rules have to say of a run."""
+    """Findings about the template switches of Qwen 3.5."""
     yield from switch_findings(request, SWITCHES, "QC-QWEN35-020")
 
 
 def switch_findings(
     request: PreflightRequest, switches: Sequence[str], code: str
 ) -> Iterator[Finding]:
-    """A switch that is a text or a number: the template would take it for not set."""
-    given = request.template_kwargs
+    """Refuse a switch that is a string or number: the template would treat it as not set."""
+    variables = request.template_kwargs
     for name in switches:
-        if not isinstance(given.get(name, True), bool):
+        if not isinstance(variables.get(name, True), bool):
             yield Finding(
                 code=code,
                 severity=Severity.ERROR,
-                what="has no effect: the chat template asks whether it is true or is false",
+                what="has no effect: the chat template only compares it with true and false",
                 field=f"chat_template_kwargs.{name}",
-                found=repr(given[name]),
+                found=repr(variables[name]),
                 expected="true or false, without quotes",
             )

@@ -1,8 +1,8 @@
-"""The gated delta net: projections, causal convolution, delta rule, gated norm.
+"""The gated delta net of Qwen 3.5: projections, causal convolution, delta rule, gated norm.
 
-This file decides what surrounds the delta rule and how a document's state is carried while
-decoding. The rule is `ops.delta_rule`, what it reads `ops.delta_inputs`: the rule and the
-convolution start anew at every document of a pack.
+This file decides what surrounds the delta rule and how the state of a document is carried during
+decoding. `ops.delta_rule` computes the rule, `ops.delta_inputs` its inputs. Rule and convolution
+restart at every document of a pack.
 
 Shapes: T tokens, Hk key heads of dk, Hv value heads of dv, C = 2 Hk dk + Hv dv channels in
 the order q, k, v, K taps.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qcore.api import BuildContext, DecodeCache, Packed
 from qcore.ops import recomputable
 
-from .norm import GatedNorm
+from .norm import GatedNorm, Weight
 from .ops.delta_inputs.reference import (
     DeltaInputs,
     Documents,
@@ -31,42 +31,41 @@ from .ops.delta_inputs.reference import (
 )
 from .ops.delta_rule import CHUNK, Chunks, chunked_delta_rule
 from .ops.delta_step.reference import delta_step
-from .weight import Weight
 
 
 @dataclass(slots=True)
 class DeltaCache:
-    """What one document leaves behind in one layer; both tensors stay and are advanced in place.
+    """The recurrent state of one document in one layer; both tensors are updated in place.
 
     Attributes:
-        conv: ``[K, C]`` the last inputs of the convolution, zeros before the start.
-        state: ``[1, Hv, dk, dv]`` float32 whatever the run's dtype.
+        conv: ``[K, C]`` last inputs of the convolution, zeros before the start.
+        state: ``[1, Hv, dk, dv]``, float32 for every dtype of the run.
     """
 
     conv: Tensor
     state: Tensor
 
     def reset(self) -> None:
-        """Begin another document."""
+        """Start a new document."""
         self.conv.zero_()
         self.state.zero_()
 
     def hold(self, at: Tensor, span: int) -> None:
-        """Nothing to do: its size does not depend on the tokens before."""
+        """Do nothing: the state has a fixed size."""
 
 
 class GatedDeltaNet(nn.Module):
     """``[T, H] -> [T, H]``, a recurrence within each document.
 
     Args:
-        ctx: builds its maps.
+        ctx: creates the linear layers and kernels.
         text: the text section of config.json.
-        name: of the block, relative to the trunk.
-        norm: ``(context, name, eps) -> module`` of the norm with its gate, called as
+        name: module name relative to the trunk.
+        norm: ``(context, name, eps) -> module`` that creates the gated norm, called as
             ``module(o [T, Hv, dv], z [T, Hv, dv]) -> [T, Hv, dv]``.
     """
 
-    if TYPE_CHECKING:  # nn.Module's own is of any type
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(
             self, x: Tensor, batch: Packed, cache: DecodeCache | None = None
@@ -106,22 +105,25 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, batch: Packed, cache: DecodeCache | None = None) -> Tensor:
         assert cache is None or isinstance(cache, DeltaCache)
         if cache is not None and len(x) == 1:
-            o, z = self._advanced(x, cache)
+            o, z = self._decode_step(x, cache)
         else:
-            inputs = self._trained(x, batch) if cache is None else self._continued(x, batch, cache)
+            if cache is None:
+                inputs = self._training_inputs(x, batch)
+            else:
+                inputs = self._cached_inputs(x, batch, cache)
             o, z = self._scan(inputs, batch, cache), inputs.z
         z = z.unflatten(-1, (self.heads.v_heads, self.heads.v_dim))
         return self.out_proj(self.norm(o, z).flatten(1))
 
     def new_cache(self, tokens: int, device: torch.device) -> DeltaCache:
-        """An empty state; its size does not depend on `tokens`."""
+        """A zero state; its size does not depend on `tokens`."""
         k_heads, k_dim, v_heads, v_dim = self.heads
         channels = 2 * k_heads * k_dim + v_heads * v_dim
         conv = torch.zeros(self.kernel, channels, dtype=self.dtype, device=device)
         state = torch.zeros(1, v_heads, k_dim, v_dim, device=device)
         return DeltaCache(conv, state)
 
-    def _trained(self, x: Tensor, batch: Packed) -> DeltaInputs:
+    def _training_inputs(self, x: Tensor, batch: Packed) -> DeltaInputs:
         documents = batch.memo("documents", lambda: Documents.of(batch.cu_seqlens, x.device))
         frozen = (self.conv1d.weight, self.A_log, self.dt_bias, documents, self.heads)
         args: tuple[Any, ...] = (*self._project(x), *frozen)
@@ -129,11 +131,11 @@ class GatedDeltaNet(nn.Module):
         recomputable(inputs[:-1], lambda *args: self._inputs(*args)[:-1], *args)
         return inputs
 
-    def _continued(self, x: Tensor, batch: Packed, cache: DeltaCache) -> DeltaInputs:
+    def _cached_inputs(self, x: Tensor, batch: Packed, cache: DeltaCache) -> DeltaInputs:
         qkv, z, a, b = self._project(x)
         mixed = causal_conv_silu(qkv, self.conv1d.weight, batch.cu_seqlens, cache.conv)
-        inputs = torch.cat([cache.conv, qkv.detach().to(cache.conv.dtype)])
-        cache.conv.copy_(inputs[-self.kernel :])
+        history = torch.cat([cache.conv, qkv.detach().to(cache.conv.dtype)])
+        cache.conv.copy_(history[-self.kernel :])
         g, beta = log_decay(a, self.A_log, self.dt_bias), torch.sigmoid(b)
         return DeltaInputs(*self.heads.split(mixed), g, beta, z)
 
@@ -147,8 +149,8 @@ class GatedDeltaNet(nn.Module):
         cache.state.copy_(state.detach())
         return o
 
-    def _advanced(self, x: Tensor, cache: DeltaCache) -> tuple[Tensor, Tensor]:
-        """One token: what the rule gives, and z."""
+    def _decode_step(self, x: Tensor, cache: DeltaCache) -> tuple[Tensor, Tensor]:
+        """One token: the output of the rule, and z."""
         qkv, z, a, b = self._project(x)
         frozen = (self.conv1d.weight, self.A_log, self.dt_bias)
         return self._step(qkv, a, b, *frozen, cache.conv, cache.state, self.heads), z

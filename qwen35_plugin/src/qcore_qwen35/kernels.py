@@ -1,8 +1,8 @@
-"""The ops of this family's blocks and their backends, as records that import no torch.
+"""Kernel records of Qwen 3.5: the ops of its blocks and their backends, without importing torch.
 
-This file decides which there are, all in the namespace ``qwen35``. A backend lies in its op's
-folder under `ops`, beside the reference; `ops.verify` decides how far it may be from it,
-`ops.limits` which models it cannot compute.
+This file decides which ops exist, all in the namespace ``qwen35``. A backend is in its op's folder
+under `ops`, next to the reference; `ops.verify` decides how far a backend may deviate from the
+reference, `ops.limits` which models it does not support.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def ops() -> Iterator[Op]:
-    """The ops that these blocks ask for."""
+    """The ops that these blocks use."""
     for op in TRITON:
         yield Op(name=f"qwen35::{op}")
 
 
 def kernels() -> Iterator[Kernel]:
-    """The backends."""
+    """The backends of these ops."""
     for op, (module, function) in TRITON.items():
         yield Kernel(
             op=f"qwen35::{op}",
@@ -42,8 +42,10 @@ def kernels() -> Iterator[Kernel]:
 
 def _load(module: str, function: str) -> Callable[[], Callable[..., Any]]:
     def load() -> Callable[..., Any]:
-        found: Callable[..., Any] = getattr(import_module(f"{__package__}.ops.{module}"), function)
-        return found
+        backend: Callable[..., Any] = getattr(
+            import_module(f"{__package__}.ops.{module}"), function
+        )
+        return backend
 
     return load
 

@@ -1,7 +1,7 @@
-"""The SwiGLU feed-forward map: ``down(silu(gate(x)) * up(x))``.
+"""The SwiGLU feed-forward layer of Qwen 3.5: ``down(silu(gate(x)) * up(x))``.
 
-This file decides that gate and up are one stacked map and that their product is recomputed
-in backward; the product is `ops.swiglu`'s.
+This file decides that gate and up are stacked into one product, and that ``silu(gate) * up``
+(`ops.swiglu`) is recomputed in backward.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .ops.swiglu.reference import swiglu
 class Mlp(nn.Module):
     """``[T, H] -> [T, H]``."""
 
-    if TYPE_CHECKING:  # nn.Module's own is of any type
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(self, x: Tensor) -> Tensor: ...
 

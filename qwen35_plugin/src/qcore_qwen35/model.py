@@ -1,8 +1,8 @@
-"""The trunk of Qwen 3.5: embedding, residual layers, final norm.
+"""The trunk of Qwen 3.5: token embedding, residual decoder layers, final norm.
 
-This file decides the order of blocks and their parameter names (the table's, less its root).
-Head and loss are core's; the blocks are `delta`, `attention`, `mlp` and `moe`. A config that
-they do not compute was refused by `guards` before.
+This file decides the order of blocks and their parameter names (those of the table, without its
+root). Core computes head and loss; the blocks are in `delta`, `attention`, `mlp` and `moe`.
+`guards` has already refused any config that the blocks do not support.
 
 Shapes: T tokens of all documents, H hidden size.
 """
@@ -23,17 +23,16 @@ from .attention import Attention, KvCache
 from .delta import DeltaCache, GatedDeltaNet
 from .mlp import Mlp
 from .moe import Moe, balance_loss
-from .norm import RmsNorm
+from .norm import RmsNorm, Weight
 from .table import layer_types, text_config
-from .weight import Weight
 
 Cache = KvCache | DeltaCache
 
 
 class DecoderLayer(nn.Module):
-    """``x += mixer(norm(x)); x += mlp(norm(x))``, the mixer by the layer's type."""
+    """``x += mixer(norm(x)); x += mlp(norm(x))``; the layer type selects the mixer."""
 
-    if TYPE_CHECKING:  # nn.Module's own is of any type
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(
             self, x: Tensor, batch: Packed, cache: DecodeCache | None = None
@@ -63,15 +62,15 @@ class DecoderLayer(nn.Module):
         return x + (self.mlp(y, batch) if isinstance(self.mlp, Moe) else self.mlp(y))
 
     def new_cache(self, tokens: int, device: torch.device) -> Cache:
-        """State for decoding one document of at most `tokens` tokens."""
+        """A cache for decoding one document of at most `tokens` tokens."""
         return self.mixer.new_cache(tokens, device)
 
 
 class Trunk(nn.Module):
-    """Everything between token ids and what the head reads.
+    """The model between token ids and head.
 
     Attributes:
-        layers: an ``nn.ModuleList``, whose own type does not say of what.
+        layers: an ``nn.ModuleList``, annotated with its element type.
     """
 
     layers: Sequence[DecoderLayer]
@@ -87,18 +86,18 @@ class Trunk(nn.Module):
         self.norm = RmsNorm(ctx, "norm", text["rms_norm_eps"])
 
     def embed(self, batch: Packed) -> Tensor:
-        """``ids [T] -> [T, H]``, not scaled."""
+        """Token embeddings, unscaled: ``ids [T] -> [T, H]``."""
         return F.embedding(batch.ids, self.embed_tokens.weight).to(self.dtype)
 
     def final(self, x: Tensor) -> Tensor:
-        """The last norm: ``[T, H] -> [T, H]``."""
+        """The final norm: ``[T, H] -> [T, H]``."""
         return self.norm(x)
 
     def aux_loss(self, batch: Packed) -> Tensor | None:
-        """How unevenly experts were picked; a dense model has none to balance."""
+        """The load-balancing loss; ``None`` for a dense model."""
         return balance_loss(batch.kept()) if batch.kept() else None
 
 
 def build(ctx: BuildContext) -> TrunkProtocol:
-    """The trunk of the config in `ctx`."""
+    """Build the trunk that the config in `ctx` describes."""
     return Trunk(ctx)

@@ -1,15 +1,15 @@
-"""Mixture of experts: a router, the experts that it picks, and an expert that all tokens share.
+"""The mixture-of-experts layer of Qwen 3.5: router, routed experts, shared expert, balance loss.
 
-This file decides how experts are picked and weighted, and what is left for the load-balancing
-loss. Rows are sorted by expert and multiplied by core (`BuildContext.experts`): the cost is that of
-the routed tokens. What lies between two maps is `ops.moe`'s: a weight multiplies what goes into
-the last map, which is linear, so that what comes out of it need not be kept.
+This file decides how experts are selected and weighted, and what the load-balancing loss reads.
+Core sorts rows by expert and multiplies them (`BuildContext.experts`): the cost is that of the
+routed tokens. `ops.moe` computes what lies between the two linear layers of an expert: the routing
+weight multiplies the input of the last layer, which is linear, so its output need not be saved.
 
 The load-balancing loss is that of Switch Transformers (Fedus et al. 2021, section 2.2) as
 transformers computes it, over the rows of all layers at once: ``E * sum_e f_e P_e`` with f_e
-the share of rows that picked e (k in all) and P_e the mean of its probability.
+the share of rows routed to e (k in total) and P_e the mean of its probability.
 
-Shapes: T tokens, H hidden size, E experts, k picked, I an expert's inner size.
+Shapes: T tokens, H hidden size, E experts, k experts per token, I an expert's inner size.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _KEPT = "router of layer "
 
 
 class Balance(NamedTuple):
-    """What one layer's router leaves: sums over its tokens, ``[E]`` each, and their number."""
+    """Router statistics of one layer for the balance loss: sums over its tokens, ``[E]`` each."""
 
     picked: Tensor
     probability: Tensor
@@ -39,9 +39,9 @@ class Balance(NamedTuple):
 
 
 class Experts(nn.Module):
-    """The two stacks of maps, under the names that the table gives them."""
+    """The routed experts: two stacks of linear layers, named as in the table."""
 
-    if TYPE_CHECKING:  # nn.Module's own is of any type
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(self, x: Tensor, weights: Tensor, routing: Routing) -> Tensor: ...
 
@@ -59,21 +59,21 @@ class Experts(nn.Module):
 
 
 class SharedExpert(Mlp):
-    """The expert of all tokens: ``forward(x)`` is the map alone."""
+    """The shared expert, which all tokens use; ``forward`` applies it without its gate."""
 
     def __init__(self, ctx: BuildContext, name: str) -> None:
         super().__init__(ctx, name)
         self._shared_up = ctx.kernel("qwen35::moe_shared_up", shared_up)
 
     def gated(self, gate: Tensor, up: Tensor, score: Tensor) -> Tensor:
-        """``[T, I], [T, I], [T, 1] -> [T, H]``: from what its first maps gave, weighted."""
+        """Gated output from the first layers' outputs: ``[T, I], [T, I], [T, 1] -> [T, H]``."""
         return self.down_proj(recompute(self._shared_up, gate, up, score))
 
 
 class Moe(nn.Module):
     """``[T, H] -> [T, H]``."""
 
-    if TYPE_CHECKING:  # nn.Module's own is of any type
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(self, x: Tensor, batch: Packed) -> Tensor: ...
 
@@ -100,21 +100,21 @@ class Moe(nn.Module):
 
 
 def router(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`route`, with the probabilities summed over tokens: ``[E]`` float32."""
+    """`route`, with probabilities summed over tokens: ``[E]`` float32."""
     weights, chosen, probabilities = route(scores, k)
     return weights, chosen, probabilities.sum(0)
 
 
 def routing_of(chosen: Tensor, experts: int) -> Routing:
-    """Where rows go, by the experts ``[T, k]`` of each token."""
+    """The `Routing` of the experts ``[T, k]`` selected for each token."""
     return Routing.of(chosen, experts)
 
 
 def route(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Who gets each token, by scores ``[T, E]``.
+    """Select the experts of each token by router scores ``[T, E]``.
 
     Returns:
-        Weights ``[T, k]`` in the dtype of the scores, which sum to one before they are rounded;
+        Weights ``[T, k]`` in the dtype of the scores, which sum to one before rounding;
         experts ``[T, k]``; probabilities ``[T, E]`` float32.
     """
     probabilities = F.softmax(scores, -1, dtype=torch.float32)
@@ -124,7 +124,7 @@ def route(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def balance_loss(kept: Mapping[str, Any]) -> Tensor:
-    """The load-balancing loss of what the layers of a batch left; k when all is even."""
+    """The load-balancing loss of a batch; k for perfectly even routing."""
     return _loss([value for key, value in kept.items() if key.startswith(_KEPT)])
 
 

@@ -1,7 +1,7 @@
-"""The norms as modules: a weight, and the backend of its op.
+"""RMSNorm and gated RMSNorm of Qwen 3.5 as modules, and `Weight`, a module with one parameter.
 
-This file decides what is recomputed in backward (every norm's result); the formulas are
-`ops.norm`'s.
+This file decides what is recomputed in backward (the output of every norm); `ops.norm` has the
+formulas.
 
 Shapes: ``[..., d]``, normalized over d.
 """
@@ -18,10 +18,18 @@ from qcore.ops import recomputable, recompute
 from .ops.norm.reference import add_rms_norm, gated_norm, rms_norm
 
 
-class RmsNorm(nn.Module):
-    """RMSNorm over the last dimension, weight ``[d]`` stored as the distance from one."""
+class Weight(nn.Module):
+    """One parameter named ``weight``: gives it its checkpoint name, as in ``conv1d.weight``."""
 
-    if TYPE_CHECKING:  # nn.Module's own is of any type
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class RmsNorm(nn.Module):
+    """RMSNorm over the last dimension; the stored weight ``[d]`` is an offset from one."""
+
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -36,18 +44,18 @@ class RmsNorm(nn.Module):
         return recompute(self._norm, x, self.weight, self.eps)
 
     def after(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The residual stream ``x + delta`` (x without delta) and its norm.
+        """The residual stream ``x + delta`` (or x without delta) and its norm.
 
-        Go on with the stream that is returned: its gradient and the norm's are then one pass.
+        Continue with the returned stream: its gradient and the norm's then take one pass.
         """
         x, y = self._add_norm(x, delta, self.weight, self.eps)
         return x, recomputable(y, self._norm, x, self.weight, self.eps)
 
 
 class GatedNorm(nn.Module):
-    """RMSNorm and SiLU gate of one value head; the weight ``[dv]`` is shared by all heads."""
+    """RMSNorm with SiLU gate per value head; all heads share the weight ``[dv]``."""
 
-    if TYPE_CHECKING:  # nn.Module's own is of any type
+    if TYPE_CHECKING:  # nn.Module.__call__ returns Any
 
         def __call__(self, o: Tensor, z: Tensor) -> Tensor: ...
 

@@ -1,7 +1,7 @@
-"""The hook implementations of Qwen 3.5, each one line to the module that decides.
+"""Hook implementations of the Qwen 3.5 plugin; each one calls the module that decides.
 
-Importing this file imports no torch: blocks and tiny checkpoints are built by callables that
-import inside.
+Importing this file imports no torch: blocks and tiny checkpoints are built by functions that import
+it when they are called.
 """
 
 from __future__ import annotations
@@ -73,26 +73,26 @@ GENERATION = Generation(
 
 @hookimpl
 def qcore_describe() -> Iterator[Architecture | Generation]:
-    """The dense blocks, the mixture of experts, and the generation."""
+    """The dense architecture, the mixture of experts, and the generation."""
     yield from (DENSE, MOE, GENERATION)
 
 
 @hookimpl
 def qcore_detect(checkpoint: CheckpointView) -> Iterator[Claim]:
-    """The claim of 3.5."""
+    """The claim of Qwen 3.5."""
     yield from detect.claims(checkpoint)
 
 
 @hookimpl
 def qcore_parameters(architecture: str, config: Mapping[str, Any]) -> Iterator[Part]:
-    """Text and multi-token prediction."""
+    """The text model and its multi-token prediction layers."""
     if architecture in (DENSE.name, MOE.name):
         yield from table.parts(config, moe=architecture == MOE.name)
 
 
 @hookimpl
 def qcore_preflight(request: PreflightRequest) -> Iterator[Finding]:
-    """The guards."""
+    """Preflight findings about the config and the template switches."""
     if request.architecture in (DENSE.name, MOE.name):
         yield from guards.findings(request)
     if request.generation == GENERATION.name:
@@ -101,13 +101,13 @@ def qcore_preflight(request: PreflightRequest) -> Iterator[Finding]:
 
 @hookimpl
 def qcore_chat_format(generation: str, checkpoint: CheckpointView) -> Iterator[ChatFormat]:
-    """Turns and thinking of 3.5."""
+    """The chat format of Qwen 3.5."""
     if generation == GENERATION.name:
         yield chat.QWEN35
 
 
 @hookimpl
 def qcore_kernels() -> Iterator[Op | Kernel]:
-    """The ops of these blocks, and their backends."""
+    """The ops of the blocks and their backends."""
     yield from kernels.ops()
     yield from kernels.kernels()

@@ -1,9 +1,9 @@
-"""Rotary positions: tables from the config, the interleaved axes of media, the rotation.
+"""Rotary position embedding of Qwen 3.5: frequencies, YaRN, interleaved media axes, rotation.
 
-This file decides which part of a head rotates (the first ``partial_rotary_factor`` of it),
-which axis drives which frequency, how YaRN stretches the frequencies, and that angles are
-computed in float32 and cosines rounded to the run's dtype before the product. Other scaled
-forms of rope are refused by `guards`.
+This file decides which part of a head rotates (the first ``partial_rotary_factor`` of it), which
+axis drives which frequency, how YaRN scales the frequencies, and that angles are computed in
+float32 and cosines rounded to the run's dtype before the product. `guards` refuses other rope
+scaling.
 
 Shapes: T tokens, D head size, n rotating dimensions, positions ``[T]`` or ``[3, T]`` (time,
 height, width; equal for text).
@@ -26,17 +26,17 @@ from .table import rope_type, rotary_factor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Yarn:
-    """YaRN (Peng et al. 2023, arXiv 2309.00071), in every step as transformers computes it.
+    """YaRN (Peng et al. 2023, arXiv 2309.00071), with the arithmetic of transformers.
 
-    Frequencies that turn often within the trained context stay, those that turn seldom are
-    slowed down by `factor`, those between are blended.
+    Frequencies with many turns within the trained context are unchanged, those with few turns are
+    divided by `factor`, and those in between are blended.
 
     Attributes:
-        factor: how many times longer the context becomes.
+        factor: ratio of extended to trained context.
         original: the trained context in tokens.
-        fast: turns within `original` above which a frequency stays.
-        slow: turns below which it is slowed down by the whole factor.
-        truncate: whether the borders of the blend are rounded outwards to whole frequencies.
+        fast: number of turns within `original` above which a frequency is unchanged.
+        slow: number of turns below which a frequency is divided by the full factor.
+        truncate: whether the bounds of the blend are rounded outward to whole frequencies.
         scaling: multiplies cosines and sines; sharpens attention.
     """
 
@@ -49,7 +49,7 @@ class Yarn:
 
     @staticmethod
     def of(numbers: Mapping[str, Any]) -> Yarn:
-        """Read ``rope_parameters``; 0 and null are what is left out, as for transformers."""
+        """From ``rope_parameters``; 0 and null count as absent, as in transformers."""
         factor = float(numbers["factor"])
         scaling = numbers.get("attention_factor")
         if scaling is None:
@@ -80,7 +80,7 @@ class Yarn:
         return 1.0 / (self.factor * periods) * (1 - stays) + 1.0 / periods * stays
 
     def _index(self, turns: float, theta: float, dim: int) -> float:
-        """Which frequency makes so many turns within the trained context."""
+        """The index of the frequency that makes `turns` turns within the trained context."""
         return dim * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
 
@@ -90,13 +90,13 @@ def _sharpness(factor: float, scale: float = 1) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
-    """The numbers of one model's rotary positions.
+    """Parameters of a model's rotary position embedding.
 
     Attributes:
         theta: base of the frequencies.
-        dim: n, how many dimensions of a head rotate.
+        dim: n, the number of rotating dimensions per head.
         section: frequencies per axis (time, height, width), interleaved.
-        yarn: how the context is extended; ``None`` where it is not.
+        yarn: context extension; ``None`` without one.
     """
 
     theta: float
@@ -106,7 +106,7 @@ class Rope:
 
     @staticmethod
     def of(text: Mapping[str, Any]) -> Rope:
-        """Read the text section of config.json, which `guards` has judged."""
+        """From the text section of config.json, which `guards` has validated."""
         numbers = text["rope_parameters"]
         factor = rotary_factor(text)
         time, height, width = numbers.get("mrope_section") or (11, 11, 10)
@@ -119,7 +119,7 @@ class Rope:
 
     @property
     def scaling(self) -> float:
-        """What cosines and sines are multiplied with."""
+        """Factor on cosines and sines."""
         return 1.0 if self.yarn is None else self.yarn.scaling
 
     def frequencies(self, device: torch.device | None = None) -> Tensor:
@@ -132,7 +132,7 @@ class Rope:
         return plain
 
     def tables(self, batch: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines ``[T, 1, n]`` of a batch, made once for all layers."""
+        """Cosines and sines ``[T, 1, n]`` of a batch, computed once for all layers."""
         return batch.memo(f"rope {self} {dtype}", lambda: self._tables(batch.positions, dtype))
 
     def _tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ class Rope:
 
 
 def interleave(angles: Tensor, section: tuple[int, int, int]) -> Tensor:
-    """``[3, T, n/2] -> [T, n/2]``: frequency j follows axis j % 3 while that axis has any left."""
+    """``[3, T, n/2] -> [T, n/2]``: frequency j uses axis j % 3 within that axis's section."""
     out = angles[0].clone()
     for axis in (1, 2):
         where = slice(axis, section[axis] * 3, 3)

@@ -1,21 +1,21 @@
-"""The parameter table of Qwen 3.5, dense and mixture of experts: rows, dims, axes, namespaces.
+"""Parameter table of Qwen 3.5, dense and mixture of experts: rows, dimensions, axes, namespaces.
 
-This file decides which tensors a checkpoint of these architectures consists of, their groups,
-and how each is held in training. The two differ in the feed-forward rows alone; experts may lie
-fused or one by one, tensor by tensor. It transforms nothing: names and layouts are the hub's, the
-text class's names differ in one prefix.
+This file decides which tensors a checkpoint of these architectures has, their LoRA groups, and how
+each is stored in training. The architectures differ only in the feed-forward rows; each experts
+tensor may be fused or split by expert. Nothing is transformed: names and layouts are those on the
+hub, and the names of the text class differ in one prefix.
 
-What stays out of 4 bit, and why:
+What is not quantized to 4 bit, and why:
 
-- ``in_proj_a``, ``in_proj_b``: one row per value head; they set decay and write strength of
-  the recurrent state, where an error accumulates over the sequence, and they are tiny.
-- ``conv1d``: no linear map; its rounding error reaches every token of q, k and v.
-- ``A_log``, ``dt_bias``: exponentiated state parameters, float32 always.
+- ``in_proj_a``, ``in_proj_b``: one row per value head; they set decay and write strength of the
+  recurrent state, where an error accumulates over the sequence, and they are tiny.
+- ``conv1d``: not a linear layer; its rounding error reaches every token of q, k and v.
+- ``A_log``, ``dt_bias``: exponentiated state parameters, always float32.
 - norms: vectors.
-- embeddings and head: looked up and scored by row; 4 bit costs quality there, and a tied
-  head must be the same numbers as the embedding.
-- the router and the shared expert's gate: their rounding decides which experts a token gets,
-  and they are tiny.
+- embeddings and head: looked up and scored by row; 4 bit costs quality there, and a tied head must
+  have the same values as the embedding.
+- the router and the shared expert's gate: their rounding decides which experts a token gets, and
+  they are tiny.
 - mtp: not loaded in training.
 """
 
@@ -41,10 +41,10 @@ from qcore.errors import InputError
 
 ROOT = "model.language_model"
 EMBED = f"{ROOT}.embed_tokens.weight"
-#: Far above any real model. A table names every tensor, so a count is memory before it is judged.
-_MOST_LAYERS, _MOST_EXPERTS = 1000, 4096
+#: Far above any real model: a table lists every tensor, so an absurd count would exhaust memory.
+_MAX_LAYERS, _MAX_EXPERTS = 1000, 4096
 
-#: LoRA groups. `gdn_gates` are the two small projections that steer the recurrent state.
+#: LoRA groups. `gdn_gates` are the two small projections that control the recurrent state.
 GROUPS: dict[str, Aim] = {
     "attn": Aim.ON,
     "gdn": Aim.ON,
@@ -62,51 +62,51 @@ MOE_GROUPS: dict[str, Aim] = {
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's section: ``text_config``, or the whole file of a text-only save."""
+    """The language model's section: ``text_config``, or the whole config of a text-only save."""
     section = config.get("text_config")
     return section if isinstance(section, Mapping) else config
 
 
 def rotary_factor(text: Mapping[str, Any]) -> Any:
-    """The share of a head that rotates: in ``rope_parameters``, or beside them, else a quarter.
+    """The rotating share of a head: from ``rope_parameters``, else the outer key, else a quarter.
 
-    Re-saves move it and drop it; transformers falls back in the same order.
+    Re-saves move or drop the key; transformers falls back in the same order.
     """
     rope = text.get("rope_parameters")
-    given = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
-    return given if given is not None else text.get("partial_rotary_factor", 0.25)
+    factor = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
+    return factor if factor is not None else text.get("partial_rotary_factor", 0.25)
 
 
 def rope_type(text: Mapping[str, Any]) -> Any:
-    """The form of rope: ``rope_type``, or ``type`` as older files spell it, else ``default``."""
+    """The rope type: ``rope_type``, or ``type`` in older files, else ``default``."""
     rope = text.get("rope_parameters")
     return rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else None
 
 
 def prediction_layers(text: Mapping[str, Any]) -> int:
-    """How many multi-token-prediction layers config.json claims; none where it says nothing.
+    """The number of multi-token-prediction layers in config.json; 0 without the key.
 
     Raises:
-        InputError: ``QC-QWEN35-001`` no number of layers.
+        InputError: ``QC-QWEN35-001`` an invalid number of layers.
     """
     value = text.get("mtp_num_hidden_layers")
     if value is None:
         return 0
-    if type(value) is not int or not 0 <= value <= _MOST_LAYERS:
-        expected = f"a whole number from 0 to {_MOST_LAYERS}"
-        raise _bad("QC-QWEN35-001", "mtp_num_hidden_layers", repr(value), expected)
+    if type(value) is not int or not 0 <= value <= _MAX_LAYERS:
+        expected = f"a whole number from 0 to {_MAX_LAYERS}"
+        raise _config_error("QC-QWEN35-001", "mtp_num_hidden_layers", repr(value), expected)
     return value
 
 
 def parts(config: Mapping[str, Any], *, moe: bool = False) -> Iterator[Part]:
-    """The text part and, where the config claims one, the multi-token-prediction part.
+    """Yield the text part and, if the config declares it, the multi-token-prediction part.
 
     Args:
         config: config.json.
-        moe: whether the feed-forward maps are experts.
+        moe: whether the feed-forward layers are mixtures of experts.
 
     Raises:
-        InputError: ``QC-QWEN35-001`` a dimension that is missing or no positive integer,
+        InputError: ``QC-QWEN35-001`` a dimension that is missing or not a positive integer,
             ``-002`` ``layer_types`` of the wrong length, ``-003`` an unknown layer type.
     """
     text = text_config(config)
@@ -115,7 +115,7 @@ def parts(config: Mapping[str, Any], *, moe: bool = False) -> Iterator[Part]:
     dims = _dims(text) | (_moe_dims(text) if moe else _ffn_dims(text))
     experts = {"expert": tuple(range(dims["experts"]))} if moe else {}
     by_type = {
-        kind: tuple(n for n, found in enumerate(kinds) if found == kind)
+        kind: tuple(n for n, layer_kind in enumerate(kinds) if layer_kind == kind)
         for kind in ("linear_attention", "full_attention")
     }
     tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
@@ -147,7 +147,7 @@ def parts(config: Mapping[str, Any], *, moe: bool = False) -> Iterator[Part]:
 
 
 def _namespaces(kind: str) -> tuple[Namespace, ...]:
-    """The two classes that transformers has for these blocks, and their prefixes."""
+    """The two transformers classes of these blocks, and their prefixes."""
     return (
         Namespace(name="vl", classes=(f"Qwen3_5{kind}ForConditionalGeneration",)),
         Namespace(
@@ -171,7 +171,7 @@ def _text_rows(tied: bool, moe: bool) -> Iterator[Row]:
 
 
 def delta_rows(p: str) -> Iterator[Row]:
-    """The gated delta net below the layer prefix `p`, which has its index axis."""
+    """Rows of the gated delta net below layer prefix `p`, which includes the index axis."""
     m = f"{p}.linear_attn"
     yield Row(f"{m}.in_proj_qkv.weight", "conv hidden", "gdn", NF4, kind=LINEAR)
     yield Row(f"{m}.in_proj_z.weight", "v_heads*v_dim hidden", "gdn", NF4, kind=LINEAR)
@@ -185,7 +185,7 @@ def delta_rows(p: str) -> Iterator[Row]:
 
 
 def attention_rows(p: str, group: str, norm: str) -> Iterator[Row]:
-    """Attention with an output gate below the layer prefix `p`; LoRA group of maps and norms."""
+    """Rows of gated attention below layer prefix `p`; `group` and `norm` are their groups."""
     m = f"{p}.self_attn"
     # Rows of q_proj: query and output gate, interleaved per head.
     yield Row(f"{m}.q_proj.weight", "heads*2*head_dim hidden", group, NF4, kind=LINEAR)
@@ -197,24 +197,24 @@ def attention_rows(p: str, group: str, norm: str) -> Iterator[Row]:
 
 
 def mlp_rows(m: str, ffn: str, group: str) -> Iterator[Row]:
-    """A SwiGLU map named `m`; `ffn` is its width among the dims."""
+    """Rows of a SwiGLU layer named `m`; `ffn` is the name of its width dimension."""
     yield Row(f"{m}.gate_proj.weight", f"{ffn} hidden", group, NF4, kind=LINEAR)
     yield Row(f"{m}.up_proj.weight", f"{ffn} hidden", group, NF4, kind=LINEAR)
     yield Row(f"{m}.down_proj.weight", f"hidden {ffn}", group, NF4, kind=LINEAR)
 
 
 def moe_rows(p: str, mtp: str = "") -> Iterator[Row]:
-    """Router, experts, shared expert and its gate; all in the group `mtp` where that is given."""
-    m, one = f"{p}.mlp", f"{p}.mlp.experts.{{expert}}"
+    """Rows of router, experts, shared expert and its gate; `mtp`, if not empty, is their group."""
+    m, expert = f"{p}.mlp", f"{p}.mlp.experts.{{expert}}"
     router, experts = mtp or "router", mtp or "experts"
     yield Row(f"{m}.gate.weight", "experts hidden", router, kind=PARAMETER)
-    # Of each expert: the rows of the gate, then those of up.
-    apart = stack("expert", cat(f"{one}.gate_proj.weight", f"{one}.up_proj.weight"))
+    # Per expert: the rows of gate_proj, then those of up_proj.
+    separate = stack("expert", cat(f"{expert}.gate_proj.weight", f"{expert}.up_proj.weight"))
     dims = "experts 2*expert_ffn hidden"
-    yield Row(f"{m}.experts.gate_up_proj", dims, experts, NF4, kind=EXPERTS, also=apart)
-    apart = stack("expert", f"{one}.down_proj.weight")
+    yield Row(f"{m}.experts.gate_up_proj", dims, experts, NF4, kind=EXPERTS, also=separate)
+    separate = stack("expert", f"{expert}.down_proj.weight")
     dims = "experts hidden expert_ffn"
-    yield Row(f"{m}.experts.down_proj", dims, experts, NF4, kind=EXPERTS, also=apart)
+    yield Row(f"{m}.experts.down_proj", dims, experts, NF4, kind=EXPERTS, also=separate)
     yield from mlp_rows(f"{m}.shared_expert", "shared_ffn", mtp or "shared_expert")
     yield Row(f"{m}.shared_expert_gate.weight", "1 hidden", router, kind=LINEAR)
 
@@ -254,7 +254,7 @@ def _ffn_dims(text: Mapping[str, Any]) -> dict[str, int]:
 
 def _moe_dims(text: Mapping[str, Any]) -> dict[str, int]:
     return {
-        "experts": _size(text, "num_experts", _MOST_EXPERTS),
+        "experts": _size(text, "num_experts", _MAX_EXPERTS),
         "expert_ffn": _size(text, "moe_intermediate_size"),
         "shared_ffn": _size(text, "shared_expert_intermediate_size"),
     }
@@ -264,7 +264,7 @@ def _size(text: Mapping[str, Any], key: str, most: int | None = None) -> int:
     value = text.get(key)
     if type(value) is not int or not 0 < value <= (most or 2**31 - 1):
         expected = f"a whole number from 1 to {most}" if most else "a positive integer"
-        raise _bad("QC-QWEN35-001", key, repr(value), expected)
+        raise _config_error("QC-QWEN35-001", key, repr(value), expected)
     return value
 
 
@@ -272,32 +272,32 @@ def layer_types(text: Mapping[str, Any]) -> list[str]:
     """``linear_attention`` or ``full_attention``, per layer.
 
     Raises:
-        InputError: as `parts`.
+        InputError: see `parts`.
     """
     types = text.get("layer_types")
-    layers = _size(text, "num_hidden_layers", _MOST_LAYERS if types is None else None)
+    layers = _size(text, "num_hidden_layers", _MAX_LAYERS if types is None else None)
     if types is None:
         # transformers derives them from the interval: every n-th layer is full attention.
         every = _size(text, "full_attention_interval")
         kinds = ("full_attention", "linear_attention")
         return [kinds[bool((n + 1) % every)] for n in range(layers)]
     if not isinstance(types, list) or len(types) != layers:
-        found = f"{len(types)} entries" if isinstance(types, list) else repr(types)
-        raise _bad("QC-QWEN35-002", "layer_types", found, f"{layers} (num_hidden_layers)")
+        value = f"{len(types)} entries" if isinstance(types, list) else repr(types)
+        raise _config_error("QC-QWEN35-002", "layer_types", value, f"{layers} (num_hidden_layers)")
     for number, kind in enumerate(types):
         if kind not in ("linear_attention", "full_attention"):
             expected = "linear_attention or full_attention"
-            raise _bad("QC-QWEN35-003", f"layer_types[{number}]", repr(kind), expected)
+            raise _config_error("QC-QWEN35-003", f"layer_types[{number}]", repr(kind), expected)
     return types
 
 
-def _bad(code: str, key: str, found: str, expected: str) -> InputError:
+def _config_error(code: str, key: str, value: str, expected: str) -> InputError:
     return InputError(
         code,
-        "does not describe this architecture",
+        "does not describe a model of this architecture",
         file="config.json",
         field=key,
-        found=found,
+        found=value,
         expected=expected,
         fix="use the config.json that came with the weights",
     )

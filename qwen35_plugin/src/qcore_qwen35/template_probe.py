@@ -1,9 +1,9 @@
-"""What the chat template of this family shows when it is rendered, for any generation of it.
+"""Renders a probe conversation with a chat template to detect the Qwen generation.
 
-Generations differ in the template and hardly in anything else, so the template is read by what
-it does: one small conversation (`PROBE`) is rendered under each switch, in core's bounded
-worker, and `look` says what was seen. This file decides what is looked at; what it counts for
-is each generation's own business (`qcore_qwen35.detect`, and the plugins of later ones).
+Generations differ in the template and in little else, so the template is examined by what it
+renders: one small conversation (`PROBE`) is rendered under each switch, in core's bounded worker,
+and `probe_template` returns the result. This file decides what is rendered; each generation decides
+what the result means (`qcore_qwen35.detect`, and the plugins of later generations).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .table import text_config
 if TYPE_CHECKING:
     from qcore.api import TemplateView
 
-#: Variables of the published templates of 3.5; later generations add theirs.
+#: Variables of the published 3.5 templates; later generations add more.
 TEMPLATE_INPUTS = published("template_inputs")
 
 EARLIER, LATER = "reasoning-of-an-earlier-turn", "reasoning-of-the-last-turn"
@@ -46,44 +46,44 @@ THINK, NO_THINK = "<think>\n", "<think>\n\n</think>\n\n"
 
 ENDOFTEXT = 248044
 # Trainers of transformers before 5.23 copy the tokenizer's ids into the config: bos becomes null
-# whatever it was, and eos 248046. So a null bos speaks only where eos is still as published.
+# for every model, and eos 248046. A null bos is evidence only if eos is still as published.
 _SHAPE_KEYS = ("linear_conv_kernel_dim", "linear_num_key_heads", "linear_num_value_heads")
 _LATER_KEYS = ("output_gate_type", "language_model_only")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
-    """What a template shows: the probe with a generation prompt, under one switch after another.
+class TemplateBehavior:
+    """The probe rendered with a generation prompt under each template switch.
 
     Attributes:
         plain: no switch set.
-        on: ``enable_thinking`` true; `None` where the template then refuses the probe.
-        off: ``enable_thinking`` false.
-        kept: ``preserve_thinking`` true.
-        dropped: ``preserve_thinking`` false.
-        inputs: variables that it reads, beyond those that any template may.
+        thinking_on: ``enable_thinking`` true; `None` if the template refuses the probe.
+        thinking_off: ``enable_thinking`` false.
+        preserve_on: ``preserve_thinking`` true.
+        preserve_off: ``preserve_thinking`` false.
+        inputs: variables that the template reads, except standard ones.
     """
 
     plain: str
-    on: str | None
-    off: str | None
-    kept: str | None
-    dropped: str | None
+    thinking_on: str | None
+    thinking_off: str | None
+    preserve_on: str | None
+    preserve_off: str | None
     inputs: frozenset[str]
 
     @property
     def opt_in(self) -> bool:
         """Whether earlier reasoning is kept if ``preserve_thinking`` is true."""
-        return self.plain != self.kept
+        return self.plain != self.preserve_on
 
     @property
     def opt_out(self) -> bool:
         """Whether earlier reasoning is kept unless ``preserve_thinking`` is false."""
-        return self.plain != self.dropped
+        return self.plain != self.preserve_off
 
     @property
     def arguments(self) -> str | None:
-        """How scalar tool arguments are rendered; ``None`` for calls in another form."""
+        """``Python`` or ``JSON`` for the form of scalar tool arguments; ``None`` for others."""
         for style, flag, nothing in (("Python", "True", "None"), ("JSON", "true", "null")):
             if all(
                 f"<parameter={name}>\n{value}\n</parameter>" in self.plain
@@ -94,20 +94,22 @@ class Shown:
 
     @property
     def thinking(self) -> bool:
-        """Whether thinking is the family's.
+        """Whether thinking is rendered as in the published templates.
 
-        ``enable_thinking`` switches between the two prompt tails, reasoning before the last
-        user query is stripped and after it kept.
+        ``enable_thinking`` switches between the two prompt tails; reasoning is stripped before the
+        last user query and kept after it.
         """
         last = f"{HEADER}<think>\n{LATER}\n</think>\n\n"
         if EARLIER in self.plain or last not in self.plain:
             return False
-        tails = [text and text.rpartition(HEADER)[2] for text in (self.on, self.off)]
-        return tails == [THINK, NO_THINK] and self.plain in (self.on, self.off)
+        tails = [
+            text and text.rpartition(HEADER)[2] for text in (self.thinking_on, self.thinking_off)
+        ]
+        return tails == [THINK, NO_THINK] and self.plain in (self.thinking_on, self.thinking_off)
 
 
-def look(template: TemplateView) -> Shown | None:
-    """Render the probe under each switch; ``None`` where the template refuses it.
+def probe_template(template: TemplateView) -> TemplateBehavior | None:
+    """Render the probe under each switch; ``None`` if the template refuses the probe.
 
     Raises:
         InputError: the template does not parse.
@@ -118,21 +120,21 @@ def look(template: TemplateView) -> Shown | None:
     inputs = template.inputs()
 
     def under(name: str, value: bool) -> str | None:
-        # A variable that is not read cannot matter.
+        # A variable that the template does not read has no effect.
         return render(template, **{name: value}) if name in inputs else plain
 
-    return Shown(
+    return TemplateBehavior(
         plain=plain,
-        on=under("enable_thinking", True),
-        off=under("enable_thinking", False),
-        kept=under("preserve_thinking", True),
-        dropped=under("preserve_thinking", False),
+        thinking_on=under("enable_thinking", True),
+        thinking_off=under("enable_thinking", False),
+        preserve_on=under("preserve_thinking", True),
+        preserve_off=under("preserve_thinking", False),
         inputs=template.switches(),
     )
 
 
 def render(template: TemplateView, **variables: Any) -> str | None:
-    """The probe rendered, or ``None``: a template that refuses the probe shows nothing."""
+    """The rendered probe, or ``None`` if the template refuses it."""
     try:
         return template.render(PROBE, add_generation_prompt=True, **variables)
     except InputError:
@@ -140,17 +142,17 @@ def render(template: TemplateView, **variables: Any) -> str | None:
 
 
 def bos_of(config: Mapping[str, Any]) -> tuple[str, object]:
-    """Where the begin-of-text id stands in a config, and the id."""
+    """The config key of the begin-of-text id, and the id."""
     text = text_config(config)
     where = "bos_token_id" if text is config else "text_config.bos_token_id"
     return where, text.get("bos_token_id")
 
 
 def as_published_without_bos(config: Mapping[str, Any]) -> bool:
-    """Whether a config has no begin-of-text id and is otherwise as 3.5 was published.
+    """Whether a config has no begin-of-text id and otherwise matches a published 3.5 config.
 
-    False for one that lost its token ids or shape keys, and for one with keys of a later
-    generation: there a missing id says nothing.
+    False if the config lost its token ids or shape keys or has keys of a later generation: then a
+    missing id is not evidence.
     """
     text = text_config(config)
     return (

@@ -1,8 +1,8 @@
-"""A tiny checkpoint of this family, with its own tokenizer and template.
+"""Writes a tiny random Qwen 3.5 checkpoint with its own tokenizer and template.
 
-For the demo and for conformance tests: four layers, random weights from a fixed seed, a
-byte-level BPE trained on the sentences below. It is laid out as the hub lays out the real
-ones (the class with a tower, ``model.language_model.*`` names, ``mtp.*``) without the tower.
+For the demo and for conformance tests: four layers, random weights from a fixed seed, a byte-level
+BPE tokenizer trained on the sentences below. The checkpoint is laid out like those on the hub (the
+vision-language class, ``model.language_model.*`` names, ``mtp.*``), without the tower.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qcore.api import Table, Tensor
 from .data import published
 from .table import parts
 
-#: Tokens that structure text but are not control tokens, as in the real tokenizer.
+#: Tokens that structure text but are not marked as special, as in the real tokenizer.
 MARKS = (
     "<tool_call>",
     "</tool_call>",
@@ -32,7 +32,7 @@ MARKS = (
     "</think>",
 )
 _MERGES = 320
-#: What a mixture of experts has in place of ``intermediate_size``.
+#: Config keys of a mixture of experts, in place of ``intermediate_size``.
 _MOE: dict[str, Any] = {
     "model_type": "qwen3_5_moe_text",
     "moe_intermediate_size": 32,
@@ -55,10 +55,11 @@ def write(folder: Path, *, seed: int = 0, moe: bool = False, **text: Any) -> Non
     """Write config, weights, tokenizer, template and generation config into `folder`.
 
     Args:
-        folder: made when it is not there.
-        seed: of the weights.
-        moe: a mixture of experts, fused as on the hub, its prediction layer one by one.
-        text: overrides keys of ``text_config``.
+        folder: output folder, created if it does not exist.
+        seed: random seed of the weights.
+        moe: write a mixture of experts: experts fused as on the hub, and split by expert in the
+            prediction layer.
+        text: overrides of keys of ``text_config``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
@@ -85,8 +86,8 @@ def write(folder: Path, *, seed: int = 0, moe: bool = False, **text: Any) -> Non
     for tensor in Table(list(parts(config, moe=moe))):
         if tensor.name != tied:
             value = _random(tensor, generator)
-            *_, apart = tensor.spellings()
-            pieces = apart if tensor.part.name == "mtp" else next(tensor.spellings())
+            *_, separate = tensor.spellings()
+            pieces = separate if tensor.part.name == "mtp" else next(tensor.spellings())
             for piece in pieces:
                 tensors[piece.name] = value[piece.region].reshape(piece.shape).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -161,7 +162,7 @@ def _tokenizer() -> Tokenizer:
 
 
 def _random(tensor: Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Values on which every rule of the blocks matters: no norm is left at its initial 0."""
+    """Random values that exercise every rule of the blocks: no norm keeps its initial 0."""
     name, shape = tensor.name, tensor.shape
     noise = torch.randn(shape, generator=generator)
     if name.endswith("A_log"):

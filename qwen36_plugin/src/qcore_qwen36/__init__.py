@@ -1,1 +1,1 @@
-"""Qwen 3.6 for qcore; `plugin` is what qcore loads."""
+"""qcore-qwen36: Qwen 3.6 for qcore; `plugin` has the hooks."""

@@ -1,9 +1,9 @@
-"""Chat format of Qwen 3.6: that of 3.5.
+"""Chat format of Qwen 3.6, which is that of Qwen 3.5 with one more template switch.
 
-What changed between them, JSON in tool arguments and the opt-in ``preserve_thinking``, is the
-template's own doing: it changes which text a turn holds, not where a turn begins, what
-inference puts in the prompt, or what ends it. With ``preserve_thinking`` every assistant turn
-has a think block; an empty one is a prompt tail and is not trained, the reasoning in another is.
+The changes from 3.5, JSON in tool arguments and the opt-in ``preserve_thinking``, are made by the
+template: they change the text of a turn, not where a turn starts, what inference puts in the
+prompt, or what ends a turn. With ``preserve_thinking`` every assistant turn has a think block; an
+empty block is a prompt tail and is not supervised, reasoning in a block is.
 """
 
 from __future__ import annotations

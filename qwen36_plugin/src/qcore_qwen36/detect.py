@@ -1,29 +1,28 @@
-"""Evidence for and against Qwen 3.6: 3.5 came before it, and others came after.
+"""Evidence for and against Qwen 3.6, which shares its architectures with 3.5 and later generations.
 
-3.6 has the architectures of 3.5 unchanged, and later generations carry the same ``model_type``,
-class and shapes again. What counts:
+All of them have the same ``model_type``, class and shapes. What counts:
 
 ================================================  =====================================
-seen                                              counts as
+observation                                       counts as
 ================================================  =====================================
-template hash is the published one                 for; nothing is rendered
+template hash of the published template           for; nothing is rendered
 template renders exactly as the published one     for
-does, under each of its switches
+under each of its switches
 text ``bos_token_id`` 248044                      nothing: later generations have it too
-text ``bos_token_id`` null or absent in a config  against; it is 3.5's
+text ``bos_token_id`` null or absent in a config  against; means 3.5
 that is otherwise as published
 text ``bos_token_id`` anything else               against
-scalar tool arguments as Python's True and None   against; it is 3.5's
+scalar tool arguments as Python's True and None   against; means 3.5
 earlier reasoning kept unless                     against; newer than 3.6
 ``preserve_thinking`` is false
-a variable that 3.6 does not read                 against, by core; newer than 3.6
-no template, or one that shows none of this       nothing
+a variable that 3.6 does not read                 against, added by core; newer than 3.6
+no template, or none of these observations        nothing
 ================================================  =====================================
 
-A training template that keeps all reasoning and has no ``preserve_thinking`` shows JSON
-arguments at most, which later generations have too: no evidence. Such a checkpoint is
-unproven, and ``--generation 3.6`` is accepted for it. The layout of the prediction layers
-(fused here, per expert in 3.5) and the repository's name are not judged.
+A training template that keeps all reasoning and has no ``preserve_thinking`` shows JSON arguments
+at most, which later generations have too, so it is not evidence. The generation of such a
+checkpoint is unproven, and ``--generation 3.6`` is accepted for it. The layout of the prediction
+layers (fused in 3.6, split by expert in 3.5) and the repository's name do not count.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ from qcore_qwen35.api import (
     LATER,
     NO_THINK,
     THINK,
-    Shown,
+    TemplateBehavior,
     architecture_of,
     as_published_without_bos,
     bos_of,
-    look,
+    probe_template,
 )
 from qcore_qwen35.api import TEMPLATE_INPUTS as INPUTS_OF_3_5
 
@@ -59,25 +58,25 @@ _USER, _END = "<|im_start|>user\n", "<|im_end|>\n"
 
 
 def claims(checkpoint: CheckpointView) -> Iterator[Claim]:
-    """The claim of 3.6, with everything that speaks for it alone and against it.
+    """Yield the claim of Qwen 3.6 with its evidence for and against.
 
     Raises:
-        InputError: ``QC-QWEN35-004`` for an MLX export.
+        InputError: ``QC-QWEN35-004``, ``-005`` for tensors of another model.
     """
     if architecture_of(checkpoint) is None:
         return
-    evidence = [*_of_config(checkpoint.config)]
+    evidence = [*_config_evidence(checkpoint.config)]
     template = checkpoint.template
     if template is not None and template.sha256 in TEMPLATE_HASHES:
         evidence.append(
             Evidence(supports=True, field=_WHERE, value=f"sha256 {template.sha256[:12]}, published")
         )
-    elif template is not None and (shown := look(template)) is not None:
-        evidence += _of_template(shown)
+    elif template is not None and (behavior := probe_template(template)) is not None:
+        evidence += _template_evidence(behavior)
     yield Claim(generation=GENERATION, evidence=tuple(evidence))
 
 
-def _of_config(config: Mapping[str, Any]) -> Iterator[Evidence]:
+def _config_evidence(config: Mapping[str, Any]) -> Iterator[Evidence]:
     where, bos = bos_of(config)
     if bos is None and as_published_without_bos(config):
         yield Evidence(supports=False, field=where, value="null or absent", expected=str(ENDOFTEXT))
@@ -85,22 +84,22 @@ def _of_config(config: Mapping[str, Any]) -> Iterator[Evidence]:
         yield Evidence(supports=False, field=where, value=str(bos), expected=str(ENDOFTEXT))
 
 
-def _of_template(shown: Shown) -> Iterator[Evidence]:
-    if shown.arguments == "Python":
+def _template_evidence(behavior: TemplateBehavior) -> Iterator[Evidence]:
+    if behavior.arguments == "Python":
         yield Evidence(
             supports=False,
             field=_WHERE,
             value="scalar tool arguments as Python's True and None",
             expected="JSON true and null",
         )
-    if shown.opt_out:
+    if behavior.opt_out:
         yield Evidence(
             supports=False,
             field=_WHERE,
             value="keeps earlier reasoning unless preserve_thinking is false",
             expected="kept only if preserve_thinking is true",
         )
-    if renders_as_3_6(shown):
+    if renders_as_3_6(behavior):
         yield Evidence(
             supports=True,
             field=_WHERE,
@@ -108,17 +107,20 @@ def _of_template(shown: Shown) -> Iterator[Evidence]:
         )
 
 
-def renders_as_3_6(shown: Shown) -> bool:
-    """Whether the probe comes out as 3.6 has it, to the character."""
+def renders_as_3_6(behavior: TemplateBehavior) -> bool:
+    """Whether the probe is rendered exactly as by the published 3.6 template."""
     return (
-        shown.plain == shown.on == shown.dropped == _rendered(kept=False, tail=THINK)
-        and shown.off == _rendered(kept=False, tail=NO_THINK)
-        and shown.kept == _rendered(kept=True, tail=THINK)
+        behavior.plain
+        == behavior.thinking_on
+        == behavior.preserve_off
+        == _rendered(kept=False, tail=THINK)
+        and behavior.thinking_off == _rendered(kept=False, tail=NO_THINK)
+        and behavior.preserve_on == _rendered(kept=True, tail=THINK)
     )
 
 
 def _rendered(*, kept: bool, tail: str) -> str:
-    """The probe as 3.6 renders it, put together from its rules."""
+    """The probe as the published 3.6 template renders it."""
     earlier = f"<think>\n{EARLIER}\n</think>\n\n" if kept else ""
     call = (
         "<tool_call>\n<function=probe>\n<parameter=flag>\ntrue\n</parameter>\n"

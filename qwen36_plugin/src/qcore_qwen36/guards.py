@@ -1,9 +1,9 @@
-"""Guards of Qwen 3.6, one function a code: what is its own beside those of the blocks.
+"""Preflight checks of Qwen 3.6 beyond those of its architecture; one function per code.
 
-- ``QC-QWEN36-001`` a switch of the template that is neither true nor false.
+- ``QC-QWEN36-001`` a template switch that is neither true nor false.
 
-The guards of the architecture (config values, rotary parameters, prediction layers) are
-qcore-qwen35's, which owns it, and hold for 3.6 as they are.
+qcore-qwen35 owns the architecture, and its checks (config values, rotary parameters, prediction
+layers) apply to 3.6 unchanged.
 """
 
 from __future__ import annotations
@@ -17,5 +17,5 @@ from .chat import SWITCHES
 
 
 def findings(request: PreflightRequest) -> Iterator[Finding]:
-    """All findings of all guards."""
+    """Findings about the template switches of Qwen 3.6."""
     yield from switch_findings(request, SWITCHES, "QC-QWEN36-001")

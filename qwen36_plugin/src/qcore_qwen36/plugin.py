@@ -1,7 +1,7 @@
-"""The hook implementations of Qwen 3.6, each one line to the module that decides.
+"""Hook implementations of the Qwen 3.6 plugin; each one calls the module that decides.
 
-Tables, blocks and tiny checkpoints are those of the architectures, which qcore-qwen35 brings;
-a generation adds what changes without a tensor changing. Importing this file imports no torch.
+qcore-qwen35 provides the architectures with their tables, blocks and tiny checkpoints; a generation
+adds what changes without a change of tensors. Importing this file imports no torch.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ GENERATION = Generation(
 
 @hookimpl
 def qcore_describe() -> Iterator[Generation]:
-    """The generation."""
+    """The generation Qwen 3.6."""
     yield GENERATION
 
 
 @hookimpl
 def qcore_detect(checkpoint: CheckpointView) -> Iterator[Claim]:
-    """The claim of 3.6."""
+    """The claim of Qwen 3.6."""
     yield from detect.claims(checkpoint)
 
 
 @hookimpl
 def qcore_preflight(request: PreflightRequest) -> Iterator[Finding]:
-    """The guards."""
+    """Preflight findings about the template switches."""
     if request.generation == GENERATION.name:
         yield from guards.findings(request)
 
 
 @hookimpl
 def qcore_chat_format(generation: str, checkpoint: CheckpointView) -> Iterator[ChatFormat]:
-    """Turns and thinking of 3.6."""
+    """The chat format of Qwen 3.6."""
     if generation == GENERATION.name:
         yield chat.QWEN36

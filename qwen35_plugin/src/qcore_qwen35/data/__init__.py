@@ -1,6 +1,6 @@
-"""Names that published files of 3.5 hold, each list as it stands there.
+"""Lists copied from published Qwen 3.5 files: template variables and special tokens.
 
-They are data: some name what this plugin does not know, such as the tokens of a modality.
+They are data: some entries mean nothing to this plugin, such as the tokens of images and video.
 """
 
 from __future__ import annotations
@@ -9,6 +9,6 @@ from importlib.resources import files
 
 
 def published(name: str) -> tuple[str, ...]:
-    """The lines of one list: ``template_inputs``, or ``special_tokens`` of the tokenizer."""
+    """The entries of a list: ``template_inputs``, or ``special_tokens`` of the tokenizer."""
     text = files(__name__).joinpath(f"{name}.txt").read_text(encoding="utf-8")
     return tuple(text.split())

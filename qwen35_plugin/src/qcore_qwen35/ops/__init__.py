@@ -1,12 +1,12 @@
-"""Operations of the blocks: a torch reference each, faster backends beside it.
+"""Ops of the Qwen 3.5 blocks: one folder each, with a torch reference and faster backends.
 
-This file decides which ops have a backend in Triton and where it lies; importing it imports
-neither torch nor Triton.
+This file decides which ops have a Triton backend and where it is; importing it imports neither
+torch nor Triton.
 """
 
 from __future__ import annotations
 
-#: Op, without its namespace ``qwen35`` -> (module of this package, its function).
+#: Op name without the namespace ``qwen35`` -> (module of this package, function).
 TRITON = {
     "rms_norm": ("norm.triton", "rms_norm"),
     "add_rms_norm": ("norm.triton", "add_rms_norm"),

@@ -1,7 +1,7 @@
-"""What Triton kernels of this family share: how rows lie, and which dtypes they take.
+"""Helpers shared by this family's Triton kernels: row layout and supported dtypes.
 
-How they are started is core's (`qcore.ops.launch`): not where there are no rows, nor for
-tensors that hold no numbers, under which launches and memory are counted without a GPU.
+Core launches the kernels (`qcore.ops.launch`): it skips launches without rows, and on the meta
+device it only records launches and memory, without a GPU.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ __all__ = ["cdiv", "launch", "next_power_of_2", "rows_of", "supported"]
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """``[..., d] -> [R, d]`` with adjacent columns; a copy only where x does not lie so."""
+    """``[..., d] -> [R, d]`` with contiguous columns; copies only if x has another layout."""
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
 def supported(*tensors: Tensor) -> None:
-    """Refuse what the kernels would compute in fewer digits than it has.
+    """Refuse dtypes whose precision exceeds that of the kernels.
 
     Raises:
-        ValueError: for another dtype than bfloat16, float16 and float32.
+        ValueError: a dtype other than bfloat16, float16 and float32.
     """
-    for one in tensors:
-        if one.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise ValueError(f"no Triton kernel for {one.dtype}: use the reference backend")
+    for tensor in tensors:
+        if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"no Triton kernel for {tensor.dtype}: use the reference backend")

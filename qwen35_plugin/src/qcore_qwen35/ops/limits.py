@@ -1,8 +1,8 @@
-"""Which sizes of a model the Triton kernels of the delta net have no code for.
+"""Head sizes and convolution taps that the Triton kernels of the delta net support.
 
-This file decides it once, without torch. The registry asks before a run, by the config
-(`Kernel.refuse_model`), and takes the reference. An op asks by its arguments, for who calls it
-without the registry.
+This file decides the limits in one place, without torch. Before a run, the registry checks the
+config (`Kernel.refuse_model`) and falls back to the reference. An op checks its arguments, for
+callers that do not use the registry.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from qcore.errors import UsageError
 
 from ..table import text_config
 
-#: Heads of the chunked rule: tiles of its products.
+#: Head sizes of the chunked rule: tile sizes of its products.
 HEADS = (16, 32, 64, 128)
 TAPS = 4
 
 
 def rule_heads(*sizes: int) -> str | None:
-    """Why the chunked rule cannot be computed for heads of these sizes."""
+    """The reason why the chunked rule does not support these head sizes, or ``None``."""
     wrong = [size for size in sizes if size not in HEADS]
     known = ", ".join(map(str, HEADS))
-    return f"it has no kernel for heads of {wrong[0]}, only of {known}" if wrong else None
+    return f"it has no kernel for heads of size {wrong[0]}, only {known}" if wrong else None
 
 
 def step_heads(*sizes: int) -> str | None:
-    """Why a token cannot be computed for heads of these sizes."""
+    """The reason why the decoding step does not support these head sizes, or ``None``."""
     wrong = [size for size in sizes if size & (size - 1)]
-    return f"it has no kernel for heads of {wrong[0]}, only of powers of two" if wrong else None
+    return f"it has no kernel for heads of size {wrong[0]}, only powers of two" if wrong else None
 
 
 def taps(count: int) -> str | None:
-    """Why a convolution of so many taps cannot be computed."""
+    """The reason why the kernels do not support this number of taps, or ``None``."""
     return None if count == TAPS else f"it has no kernel for {count} taps, only for {TAPS}"
 
 
 def check(op: str, reason: str | None) -> None:
-    """Refuse in an op itself.
+    """Raise if an op does not support its arguments.
 
     Raises:
-        UsageError: ``QC-KERNEL-003`` where there is a reason.
+        UsageError: ``QC-KERNEL-003`` if `reason` is not ``None``.
     """
     if reason is not None:
         raise UsageError(
@@ -49,7 +49,7 @@ def check(op: str, reason: str | None) -> None:
             f"cannot run here: {reason}",
             field=f"kernels.{op}",
             found="triton",
-            fix=f"ask for {op}=reference",
+            fix=f"use --kernels {op}=reference",
         )
 
 
@@ -58,7 +58,7 @@ def _heads(config: Mapping[str, Any]) -> tuple[int, int]:
     return text["linear_key_head_dim"], text["linear_value_head_dim"]
 
 
-#: Op, without its namespace -> why a model of this config cannot be computed.
+#: Op name without the namespace -> reason why it does not support a config, or ``None``.
 OF_MODEL: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
     "delta_rule": lambda config: rule_heads(*_heads(config)),
     "delta_step": lambda config: step_heads(*_heads(config)),

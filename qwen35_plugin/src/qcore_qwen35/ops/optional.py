@@ -1,10 +1,10 @@
-"""Other projects' kernels as backends of our ops, where they are installed.
+"""Optional backends from other projects: flash-linear-attention, FlashQLA, causal-conv1d.
 
-This file decides how their functions are called with our arguments: a pack has no batch
-dimension, lengths are on the host, q and k are not yet normalized, the state after each
-document is wanted. Nothing of theirs is imported before `load`; whether they compute what our
-references do is measured like any other backend's (`verify`). They rank below our own Triton:
-each is taken where that one is refused, or where it is asked for.
+This file decides how their functions are called with our arguments: a pack has no batch dimension,
+lengths are on the host, q and k are not yet normalized, and the state after each document is
+returned. The packages are imported by `load` only; their results are verified like those of any
+backend (`verify`). They rank below this plugin's Triton kernels: each is used if that kernel is
+unavailable, or on request.
 
 | op | backend | project |
 |---|---|---|
@@ -40,13 +40,13 @@ _HOPPER = KnownBad(
     issue="https://github.com/fla-org/flash-linear-attention/issues/640",
     unless="tilelang",
 )
-#: What FlashQLA 0.1.3 has kernels for, backward included.
+#: Compute capabilities that FlashQLA 0.1.3 supports, including backward.
 _QLA_CARDS = ((9, 0), (10, 0), (10, 3))
-_CHANNELS = 8  # strides in elements that the convolution wants multiples of
+_CHANNELS = 8  # the convolution needs strides that are multiples of this
 
 
 def kernels() -> Iterator[Kernel]:
-    """The records."""
+    """Records of the optional backends."""
     yield Kernel(
         op="qwen35::delta_rule",
         backend="flash_qla",
@@ -93,7 +93,7 @@ def _qla_refuses(device: torch.device) -> str | None:
     homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
     folders = [os.path.join(home, "bin") for home in homes if home]
     if not any(shutil.which("nvcc", path=path) for path in (None, *folders)):
-        return "it compiles when it runs and nvcc is not installed"
+        return "it compiles at run time and nvcc is not installed"
     return None
 
 
@@ -130,7 +130,7 @@ def _rule(
     initial_state: Tensor | None = None,
     layout: Chunks | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results of `delta_rule.chunked_delta_rule`; the layout is theirs to make."""
+    """Arguments and results of `delta_rule.chunked_delta_rule`; `layout` is ignored."""
     batch = [x.contiguous().unsqueeze(0) for x in (q, k, v, g.float(), beta)]
     first = None if initial_state is None else initial_state.float().contiguous()
     ends = _ends(tuple(cu_seqlens), v.device)
@@ -167,8 +167,8 @@ def _qla_call(
 def _ends(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Cumulative lengths on the device and on the host, int64.
 
-    Both projects remember what they derive from these by the identity of the tensor: every
-    layer of a batch has to give the same one, so the last batch's are kept.
+    Both projects cache derived values by tensor identity, so every layer of a batch must pass the
+    same tensors: the last two batches' are cached.
     """
     import torch
 
@@ -176,7 +176,7 @@ def _ends(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[Tensor, Te
     return host.to(device), host
 
 
-# What the delta rule reads.
+# Inputs of the delta rule.
 
 
 def _causal_conv1d() -> Callable[..., Any]:
@@ -202,13 +202,13 @@ def _inputs(
 
     from .delta_inputs.reference import DeltaInputs, log_decay
 
-    # Its channels-last kernel, the one that knows documents, reads eight channels at a time.
+    # Its channels-last kernel, which supports documents, reads eight channels at a time.
     if qkv.stride(1) != 1 or qkv.stride(0) % _CHANNELS or qkv.storage_offset() % _CHANNELS:
         qkv = qkv.contiguous()
     mixed = function(
         qkv.t().unsqueeze(0),
         conv_weight.squeeze(1).to(qkv.dtype),
-        seq_idx=documents.starts.unsqueeze(0),  # any number that no two documents share
+        seq_idx=documents.starts.unsqueeze(0),  # any number that is unique per document
         activation="silu",
     )
     g, beta = log_decay(a, a_log, dt_bias), torch.sigmoid(b)

@@ -1,8 +1,8 @@
-"""How far each backend may be from its reference, and on what that is measured.
+"""Verification of the backends: test inputs of every op, and allowed deviations from its reference.
 
-This file decides sizes and bounds. Documents are of odd lengths, one of a single token; inputs
-are bfloat16 and column slices of one buffer, as stacked projections give them. A result that is
-rounded once errs by about 1.7e-3, every further rounding adds as much in squares.
+This file decides sizes and bounds. Documents have odd lengths, one of them a single token; inputs
+are bfloat16 and column slices of one buffer, as stacked projections produce them. A result that is
+rounded once has an error of about 1.7e-3; further roundings add in quadrature.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EXPERTS = 16
 
 
 def verify(op: str, device: torch.device, function: Callable[..., Any] | None = None) -> Verdict:
-    """Compare a backend of `op` with its reference on `device`: Triton's, or `function`."""
+    """Compare a backend of `op` (Triton by default) with its reference on `device`."""
     if function is None:
         module, name = TRITON[op]
         function = getattr(import_module(f".{module}", __package__), name)
@@ -65,14 +65,14 @@ class _Draw:
         return values.to(self.device, torch.bfloat16)
 
     def slices(self, *widths: int) -> tuple[Tensor, ...]:
-        """``[T, width]`` each, side by side in one buffer."""
+        """Tensors ``[T, width]`` that are column slices of one buffer."""
         return torch.split(self(T, sum(widths)), list(widths), 1)
 
     def heads(self, count: int, size: int) -> Tensor:
         return torch.unflatten(self.slices(8, count * size, 8)[1], 1, (count, size))
 
 
-#: (reference, its arguments, positions of those whose gradients are compared)
+#: (reference, arguments, indices of the arguments whose gradients are compared)
 _Cases = Iterator[tuple[Callable[..., Any], tuple[Any, ...], tuple[int, ...]]]
 
 
@@ -112,19 +112,19 @@ def _delta_rule(draw: _Draw) -> _Cases:
 def _delta_step(draw: _Draw) -> _Cases:
     heads = Heads(2, 128, 6, 128)
     channels = 2 * 256 + 768
-    qkv, a, b = (one[:1] for one in draw.slices(channels, 6, 6))
+    qkv, a, b = (x[:1] for x in draw.slices(channels, 6, 6))
     frozen = (0.5 * draw(channels, 1, 4), draw(6).float() - 1, draw(6))
     states = (draw(4, channels), draw(1, 6, 128, 128).float())
     yield _with_states(delta_step), (qkv, a, b, *frozen, *states, heads), ()
 
 
 def _with_states(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """What it gives and the states that it advanced, which are copies: inputs serve twice."""
+    """Return the output with copies of the updated states, because inputs are used twice."""
 
     def run(*args: Any) -> tuple[Tensor, ...]:
-        *given, conv, state, heads = args
+        *inputs, conv, state, heads = args
         conv, state = conv.clone(), state.clone()
-        return function(*given, conv, state, heads), conv, state
+        return function(*inputs, conv, state, heads), conv, state
 
     return run
 
@@ -143,7 +143,7 @@ def _output_gate(draw: _Draw) -> _Cases:
 
 def _moe_router(draw: _Draw) -> _Cases:
     for tokens, experts, k in ((517, 256, 8), (1, 60, 4), (37, 7, 1)):
-        # No two alike in a row, in bfloat16 either: of equals either may be picked.
+        # No two equal scores in a row, in bfloat16 either: the choice among equals is undefined.
         ranks = draw(tokens, experts).float().argsort(1).argsort(1)
         yield router, ((ranks / (64 if experts > 64 else 8)).bfloat16(), k), (0,)
 
@@ -176,6 +176,6 @@ CASES: dict[str, Callable[[_Draw], _Cases]] = {
     "moe_shared_up": _moe_shared_up,
 }
 
-#: Most that (outputs, gradients) may err, where products of bfloat16 are summed or roundings
-#: follow each other.
+#: Larger allowed errors of (outputs, gradients) for ops that sum bfloat16 products or round several
+#: times.
 BOUNDS = {"delta_rule": (1e-2, 2e-2), "delta_step": (1e-2, 0.0), "moe_weighted_up": (1e-2, 1e-2)}

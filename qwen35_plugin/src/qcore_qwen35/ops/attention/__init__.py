@@ -1,1 +1,1 @@
-"""What surrounds attention: norms and rope of queries and keys, the output gate."""
+"""Ops around attention: norm and rope of queries and keys, and the output gate."""

@@ -1,7 +1,7 @@
-"""What surrounds attention: norms and rope of queries and keys before it, a gate behind it.
+"""Reference of the ops around attention: norm and rope of queries and keys, output gate.
 
 This file decides that q_proj's rows are, per head, the query and then the gate, and that
-heads are normalized before they are rotated.
+heads are normalized before rotation.
 
 Shapes: T tokens, Hq query heads, Hkv key heads, D head size, n rotating dimensions.
 """
@@ -21,8 +21,8 @@ from ..norm.reference import rms_norm
 class AttentionInputs(NamedTuple):
     """q ``[T, Hq, D]``, k and v ``[T, Hkv, D]``, gate ``[T, Hq, D]``.
 
-    v and gate are the projections' values, passed through so that their gradients can lie
-    beside the others.
+    v and gate are the projections' outputs, passed through so that their gradients share one buffer
+    with the others.
     """
 
     q: Tensor
@@ -41,15 +41,15 @@ def attention_inputs(
     cos: Tensor,
     sin: Tensor,
 ) -> AttentionInputs:
-    """What attention and its gate read, of what the projections gave.
+    """Compute the inputs of attention and its gate from the projections' outputs.
 
     Args:
         qg: ``[T, Hq * 2 * D]``: per head the query, then the gate.
         k: ``[T, Hkv * D]``.
         v: ``[T, Hkv * D]``.
-        q_weight: ``[D]``, of the norm of queries.
-        k_weight: ``[D]``.
-        eps: of both norms.
+        q_weight: ``[D]``, norm weight of queries.
+        k_weight: ``[D]``, norm weight of keys.
+        eps: epsilon of both norms.
         cos: ``[T, 1, n]``.
         sin: ``[T, 1, n]``.
     """

@@ -1,9 +1,9 @@
-"""Norms and rope of queries and keys, and the output gate, in Triton: one launch each way.
+"""Triton kernels of the ops around attention: norm and rope of q and k, output gate.
 
-This file decides that a program takes all heads of a token, reads queries out of q_proj's
-interleaved output where they lie, and backwards writes their gradient between the gates'
-(`qcore.ops.GradBuffers`). Forwards every rounding is `reference`'s; the backward is float32
-throughout. A norm's weight that is trained has its gradient from the reference.
+This file decides that one program handles all heads of a token, reads queries from q_proj's
+interleaved output in place, and in backward writes their gradient between those of the gates
+(`qcore.ops.GradBuffers`). The forward rounds exactly as `reference`; the backward is float32
+throughout. The gradient of a trained norm weight is computed by the reference.
 
 Shapes: T tokens, Hq query heads, Hkv key heads, D head size, n rotating dimensions.
 """
@@ -31,7 +31,7 @@ GATE_BLOCK = 1024
 
 @triton.jit
 def _angles(cos_ptr, sin_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns, each one's partner in the rotation, and cosines; 1 where nothing turns."""
+    """Columns, the rotation partner of each, and cosines (1 for columns that do not rotate)."""
     c = tl.arange(0, BLOCK)[None, :]
     turns = c < N
     partner = tl.where(c < N // 2, c + N // 2, c - N // 2)
@@ -216,7 +216,7 @@ class _Inputs(torch.autograd.Function):
         launch(
             _forward, (tokens,), qg, k, q_weight, k_weight, cos, sin, q_out, k_out,
             qg.stride(0), k.stride(0), q_heads, k_heads, eps, **_shape(qg, k, d, n),
-            enable_fp_fusion=False,  # a product and a sum in one would round once
+            enable_fp_fusion=False,  # a fused multiply-add would round once instead of twice
         )  # fmt: skip
         return q_out, k_out, v.unflatten(-1, (-1, d)), gate
 

@@ -1,1 +1,1 @@
-"""What lies between the projections of the delta net and its rule."""
+"""Op of the delta rule's inputs: causal convolution, decay and write strength."""

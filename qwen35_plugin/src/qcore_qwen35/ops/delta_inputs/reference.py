@@ -1,11 +1,11 @@
-"""What the delta rule reads: convolved q, k, v, log decays, write strengths.
+"""Reference of the delta rule's inputs: convolved q, k, v, log decays, write strengths.
 
-This file decides, of the convolution ``y_t = silu(sum_i w_i u_(t - K + 1 + i))``, that documents
-are laid end to end with ``K - 1`` rows of zeros before each, so that no window crosses a start,
-and convolved as one plane of height T and width 1 on the token-major layout. That is
-``channels_last``, for which the CPU has a kernel some twenty times faster than the
-one-dimensional form on channel-major memory, with the same bits. The convolution rounds to
-the dtype of u before SiLU, as the reference does.
+For the convolution ``y_t = silu(sum_i w_i u_(t - K + 1 + i))`` this file decides that documents are
+concatenated with ``K - 1`` rows of zeros before each, so that no window crosses a document start,
+and convolved as one plane of height T and width 1 in token-major layout. This is
+``channels_last``, for which the CPU kernel is about twenty times faster than the one-dimensional
+form on channel-major memory, with bit-identical results. The convolution rounds to the dtype of u
+before SiLU, as transformers does.
 
 Only u is saved; the backward convolves again. Shapes: T tokens, Hk key heads of dk, Hv value
 heads of dv, C = 2 Hk dk + Hv dv channels in the order q, k, v, kernel K.
@@ -26,11 +26,11 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """Where the documents of a pack begin, for the host and for kernels.
+    """Document boundaries of a pack, for the host and for kernels.
 
     Attributes:
         cu_seqlens: ``N + 1`` cumulative lengths.
-        starts: ``[T]`` int32, the first token of each token's document.
+        starts: ``[T]`` int32, index of the first token of each token's document.
     """
 
     cu_seqlens: tuple[int, ...]
@@ -38,9 +38,9 @@ class Documents:
 
     @staticmethod
     def of(cu_seqlens: Sequence[int], device: torch.device) -> Documents:
-        """Laid out on the host, carried over without waiting for the device.
+        """Compute on the host and copy without waiting for the device.
 
-        On meta it has no numbers, whatever the length: a plan of many tokens takes no memory.
+        On the meta device no numbers are computed: planning for many tokens takes no memory.
         """
         if device.type == "meta":
             starts = torch.empty(cu_seqlens[-1], dtype=torch.int32, device=device)
@@ -53,7 +53,7 @@ class Documents:
 
 
 class Heads(NamedTuple):
-    """How the channels divide: Hk, dk, Hv, dv."""
+    """Division of the channels into heads: Hk, dk, Hv, dv."""
 
     k_heads: int
     k_dim: int
@@ -72,9 +72,9 @@ class Heads(NamedTuple):
 
 
 class DeltaInputs(NamedTuple):
-    """q, k ``[T, Hk, dk]``, v ``[T, Hv, dv]``, g ``[T, Hv]`` float32, beta ``[T, Hv]``, z as given.
+    """q, k ``[T, Hk, dk]``, v ``[T, Hv, dv]``, g ``[T, Hv]`` float32, beta ``[T, Hv]``, and z.
 
-    z is passed through so that its gradient can lie beside the others.
+    z is passed through so that its gradient shares one buffer with the others.
     """
 
     q: Tensor
@@ -96,18 +96,18 @@ def delta_inputs(
     documents: Documents,
     heads: Heads,
 ) -> DeltaInputs:
-    """What the rule reads, of what the projections gave.
+    """Compute the inputs of the delta rule from the projections' outputs.
 
     Args:
         qkv: ``[T, C]`` before the convolution.
-        z: ``[T, Hv * dv]``, the gate of the norm behind the rule.
-        a: ``[T, Hv]``, of the decay.
-        b: ``[T, Hv]``, of the write strength.
+        z: ``[T, Hv * dv]``, the gate of the norm after the rule.
+        a: ``[T, Hv]``, input of the decay.
+        b: ``[T, Hv]``, input of the write strength.
         conv_weight: ``[C, 1, K]``.
         a_log: ``[Hv]``.
         dt_bias: ``[Hv]``.
-        documents: of the pack.
-        heads: how the channels divide.
+        documents: document boundaries of the pack.
+        heads: division of the channels into heads.
     """
     mixed = causal_conv_silu(qkv, conv_weight, documents.cu_seqlens)
     g, beta = log_decay(a, a_log, dt_bias), torch.sigmoid(b)

@@ -1,12 +1,12 @@
-"""What the delta rule reads, in Triton: convolution and gates, one launch each way.
+"""Triton kernels of the delta rule's inputs: convolution and gates, one launch each way.
 
-This file decides that a program goes along the tokens of a strip of channels with the last
-inputs in registers, so that every row is read once, and that backwards the derivative before
-SiLU is computed once for each token and handed to the (up to four) rows that it came from. The
-convolution rounds before SiLU as `reference` does; the backward is float32 throughout.
-Gradients of all projections lie in one buffer (`qcore.ops.GradBuffers`).
+This file decides that a program walks along the tokens of a strip of channels with the last inputs
+in registers, so that every row is read once, and that in backward the derivative before SiLU is
+computed once per token and added to the (up to four) rows it depends on. The convolution rounds
+before SiLU as `reference` does; the backward is float32 throughout. Gradients of all projections
+share one buffer (`qcore.ops.GradBuffers`).
 
-Weights that are trained have their gradients from the reference. Shapes: T tokens, C channels
+The reference computes the gradients of trained weights. Shapes: T tokens, C channels
 in the order q, k, v; four taps.
 """
 
@@ -29,7 +29,7 @@ from ..launch import cdiv, launch, next_power_of_2, supported
 from . import reference
 from .reference import DeltaInputs, Documents, Heads
 
-#: Channels and tokens of a strip, warps of its program.
+#: Channels and tokens per strip, warps per program.
 FORWARD = (256, 32, 1)
 BACKWARD = (256, 61, 1)
 
@@ -70,7 +70,7 @@ def _conv_forward(
     u1 = tl.load(u_ptr - u_row, mask=inside & (first - 1 >= start), other=0.0).to(tl.float32)
     u2 = tl.load(u_ptr - 2 * u_row, mask=inside & (first - 2 >= start), other=0.0).to(tl.float32)
     u3 = tl.load(u_ptr - 3 * u_row, mask=inside & (first - 3 >= start), other=0.0).to(tl.float32)
-    # Four rows are asked for before the first is used: a store keeps later loads from moving up.
+    # Four rows are loaded before the first is used: later loads cannot move above a store.
     for t in tl.range(first, tl.minimum(first + LENGTH, tokens), 4):
         m1, m2, m3 = t + 1 < tokens, t + 2 < tokens, t + 3 < tokens
         x0 = tl.load(u_ptr, mask=inside, other=0.0)
@@ -95,7 +95,7 @@ def _conv_forward(
 
 @triton.jit
 def _taps(w0, w1, w2, w3, x, u1, u2, u3, fresh, half: tl.constexpr):
-    """The rounded sum over the taps, and the last inputs moved on; none before a document."""
+    """The rounded sum over the taps, and the shifted inputs, which are zero before a document."""
     x = x.to(tl.float32)
     u1 = tl.where(fresh, 0.0, u1)
     u2 = tl.where(fresh, 0.0, u2)
@@ -131,7 +131,7 @@ def _conv_backward(
 ):  # fmt: skip
     strip = tl.program_id(0)
     strips = (keys + BLOCK - 1) // BLOCK
-    # Which of q, k, v the strip lies in, where it begins there and among all channels.
+    # Which of q, k, v contains the strip; its start there and among all channels.
     dy_ptr, dy_row, width, local, base = dq_ptr, dq_row, keys, strip, keys * 0
     if strip >= 2 * strips:
         dy_ptr, dy_row, width, local, base = dv_ptr, dv_row, values, strip - 2 * strips, 2 * keys
@@ -152,7 +152,7 @@ def _conv_backward(
     u1 = tl.load(u_ptr - u_row, mask=inside & (first - 1 >= start), other=0.0).to(tl.float32)
     u2 = tl.load(u_ptr - 2 * u_row, mask=inside & (first - 2 >= start), other=0.0).to(tl.float32)
     u3 = tl.load(u_ptr - 3 * u_row, mask=inside & (first - 3 >= start), other=0.0).to(tl.float32)
-    # Sums so far of the gradients of u at t - 1, t - 2, t - 3.
+    # Partial gradients of u at t - 1, t - 2, t - 3.
     s1 = tl.zeros([BLOCK], tl.float32)
     s2 = tl.zeros([BLOCK], tl.float32)
     s3 = tl.zeros([BLOCK], tl.float32)
@@ -190,9 +190,9 @@ def _conv_backward(
 
 @triton.jit
 def _spread(w0, w1, w2, w3, pre, dy, s1, s2, s3, number):
-    """Hand one token's derivative to the rows that it came from; the oldest is then complete.
+    """Add one token's derivative to the rows it depends on; the oldest is then complete.
 
-    `number`: the token's place in its document, which has no rows before the first.
+    `number`: index of the token in its document, which has no rows before the first.
     """
     open_ = tl.sigmoid(pre)
     d = dy.to(tl.float32) * open_ * (1 + pre * (1 - open_))
@@ -262,7 +262,7 @@ def delta_inputs(
     """`reference.delta_inputs`.
 
     Raises:
-        UsageError: ``QC-KERNEL-003`` where the convolution has not four taps.
+        UsageError: ``QC-KERNEL-003`` the convolution does not have four taps.
     """
     supported(qkv)
     limits.check("qwen35::delta_inputs", limits.taps(conv_weight.shape[-1]))
@@ -313,7 +313,7 @@ class _DeltaInputs(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         u, a, b, conv_weight, a_log, dt_bias = ctx.saved_tensors
         du, dz, da, db = ctx.slices.gradients(u, None, dz, None, None)
-        parts = [_flat(one) for one in (dq, dk, dv)]
+        parts = [_flat(x) for x in (dq, dk, dv)]
         keys, values = parts[0].shape[1], parts[2].shape[1]
         dg, dbeta = _rows(dg), _rows(dbeta)
         block, length, warps = BACKWARD
@@ -321,7 +321,7 @@ class _DeltaInputs(torch.autograd.Function):
         launch(
             _backward, (strips + 1, cdiv(len(u), length)), *parts, u, conv_weight,
             ctx.documents.starts, du, dg, dbeta, a, b, a_log, dt_bias, da, db,
-            *(one.stride(0) for one in (*parts, u, du, dg, dbeta, a, b, da, db)),
+            *(x.stride(0) for x in (*parts, u, du, dg, dbeta, a, b, da, db)),
             keys, values, len(u), a.shape[1],
             LENGTH=length, BLOCK=block, HEADS=next_power_of_2(a.shape[1]), num_warps=warps,
         )  # fmt: skip
@@ -330,7 +330,7 @@ class _DeltaInputs(torch.autograd.Function):
 
 
 def _flat(x: Tensor) -> Tensor:
-    """``[T, heads, d] -> [T, heads * d]``; a copy only where heads lie apart."""
+    """``[T, heads, d] -> [T, heads * d]``; copies only if heads are not contiguous."""
     if x.stride(-1) != 1 or x.stride(-2) != x.shape[-1]:
         x = x.contiguous()
     return x.flatten(1)

@@ -1,4 +1,4 @@
-"""The gated delta rule: token by token (`reference`) and in chunks (`chunked`)."""
+"""Op of the gated delta rule: token by token (`reference`) and in chunks (`chunked`)."""
 
 from .chunked import CHUNK, chunked_delta_rule
 from .layout import Chunks

@@ -1,20 +1,20 @@
-"""The gated delta rule in chunks: cost linear in T, forward and backward, on any device.
+"""The gated delta rule in chunks, in torch: cost linear in T, forward and backward, any device.
 
 This file decides the chunked form and its derivative. Within a chunk of C tokens, with
 ``G = cumsum(g)``, ``L_ij = exp(G_i - G_j)`` for i >= j, q and k normalized (`reference`)::
 
     A  = inverse(I + strictly_lower(beta_i k_i.k_j L_ij))
-    Vn = A (beta V - Kb S),   Kb = beta exp(G) K      what is written, S: state before
+    Vn = A (beta V - Kb S),   Kb = beta exp(G) K      what is written, S: prior state
     o  = Qg S + P Vn,         Qg = exp(G) Q,  P = lower(q_i.k_j L_ij)
     S' = exp(G_C) S + Kd^T Vn,                Kd = exp(G_C - G) K
 
-Only ``Vn``, ``o`` and ``S'`` wait for the chunk before; everything else runs over many chunks
-and heads at once. How many is bounded: a tile is some consecutive steps of the scan by some
-heads, sized so that its tensors stay in a CPU's cache (on a GPU a tile is usually everything).
-The function saves its inputs and the states between segments; the backward goes through the
-tiles from the end, runs the forward's scan of each again and then one scan backwards. A
-composition left to autograd would keep some twenty tensors of the size of V, and slicing them
-per chunk makes its backward quadratic in T.
+Only ``Vn``, ``o`` and ``S'`` depend on the previous chunk; everything else is computed for many
+chunks and heads at once. Their number is bounded: a tile is some consecutive steps of the scan by
+some heads, sized so that its tensors fit in a CPU's cache (on a GPU a tile is usually everything).
+The function saves its inputs and the states between segments; the backward iterates over the tiles
+from the end, repeats the forward scan of each and then scans backward. Autograd over the same
+operations would save about twenty tensors of the size of V, and slicing them per chunk would make
+its backward quadratic in T.
 
 `Chunks` decides the order of chunks, `reference` the rule itself.
 
@@ -66,7 +66,7 @@ def chunked_delta_rule(
         beta: ``[T, Hv]`` write strength.
         cu_seqlens: ``N + 1`` cumulative lengths.
         initial_state: ``[N, Hv, dk, dv]``, or zeros.
-        layout: `Chunks` of `cu_seqlens`, where the caller has it already.
+        layout: `Chunks` of `cu_seqlens`, if the caller has them.
 
     Returns:
         o ``[T, Hv, dv]`` in the dtype of v, and the state after each document
@@ -79,7 +79,7 @@ def chunked_delta_rule(
 
 
 class _Prepared:
-    """What does not wait for the scan, for all chunks of a tile at once.
+    """Everything that does not depend on the scan, for all chunks of a tile at once.
 
     Attributes:
         q, k: ``[M, Hk, C, dk]`` normalized, q scaled.
@@ -95,7 +95,7 @@ class _Prepared:
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
-        """Take a tile's own copies ``[M, heads, C, ...]``; q and k are changed in place."""
+        """From copies ``[M, heads, C, ...]`` of a tile; changes q and k in place."""
         self.q_norm, self.k_norm = reference.inverse_norm(q), reference.inverse_norm(k)
         self.q = q.mul_(self.q_norm * reference.query_scale(q.shape[-1]))
         self.k = k.mul_(self.k_norm)
@@ -113,7 +113,7 @@ class _Prepared:
 
     @property
     def repeat(self) -> int:
-        """Value heads of one key head."""
+        """Number of value heads per key head."""
         return self.v.shape[1] // self.k.shape[1]
 
     def grouped(self, x: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class _Prepared:
         system.mul_(self.grouped(self.beta).unsqueeze(-1))
         eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
         system = system.flatten(0, 2)
-        # unitriangular: the diagonal is taken as one whatever is stored there.
+        # unitriangular: the diagonal counts as one, whatever is stored there.
         inverse: Tensor = torch.linalg.solve_triangular(
             system, eye.expand_as(system), upper=False, unitriangular=True
         )
@@ -158,16 +158,16 @@ def _pairwise_decay(total: Tensor) -> Tensor:
 def _scan(
     steps: Sequence[tuple[int, int]], p: _Prepared, state: Tensor, *, outputs: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the states through the chunks of a tile.
+    """Scan: carry the states through the chunks of a tile.
 
     Args:
         steps: (first chunk, number of chunks) of each step.
-        p: what does not wait for the scan.
-        state: ``[N * Hv, dk, dv]``, longest document first; advanced in place to the end.
-        outputs: the caller wants o, otherwise the states before each chunk.
+        p: what does not depend on the scan.
+        state: ``[N * Hv, dk, dv]``, longest document first; updated in place to the end.
+        outputs: return o; otherwise return the states before each chunk.
 
     Returns:
-        Vn ``[B, C, dv]``; o ``[B, C, dv]`` or nothing; S ``[B, dk, dv]`` or nothing.
+        Vn ``[B, C, dv]``; o ``[B, C, dv]`` or empty; S ``[B, dk, dv]`` or empty.
     """
     heads, size = p.v.shape[1:3]
     written = (p.v * p.beta.unsqueeze(-1)).flatten(0, 1)
@@ -193,7 +193,7 @@ def _scan(
 
 
 class _Tile:
-    """Some consecutive steps of the scan by some key heads and their value heads."""
+    """Consecutive steps of the scan by some key heads and their value heads."""
 
     def __init__(self, segment: Segment, first: int, last: int, repeat: int) -> None:
         self.segment = segment
@@ -201,7 +201,7 @@ class _Tile:
         self.value_heads = slice(first * repeat, last * repeat)
 
     def prepare(self, spread: Sequence[Tensor], dtype: torch.dtype) -> _Prepared:
-        """From what `Chunks.spread` made of q, k, v, g and beta."""
+        """Prepare from the results of `Chunks.spread` for q, k, v, g and beta."""
         q, k, v, g, beta = spread
         key, value = self.key_heads, self.value_heads
         return _Prepared(
@@ -315,18 +315,18 @@ def _scan_back(
     before: Tensor,
     dstate: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """From the end: gradients of the inputs; `dstate` becomes that of the first states.
+    """Scan backward: gradients of the inputs; `dstate` becomes that of the first states.
 
     Args:
-        steps: as in `_scan`.
-        p: as in `_scan`.
+        steps: see `_scan`.
+        p: see `_scan`.
         do: ``[M, Hv, C, dv]``.
         new: ``[B, C, dv]`` Vn.
         before: ``[B, dk, dv]`` S.
         dstate: ``[N * Hv, dk, dv]`` gradient of the last states, changed in place.
     """
     heads, size = do.shape[1:3]
-    # Gradients of what was read from S: of o above, of -Kb S below (filled by the scan).
+    # Gradients of the products with S: of o above, of -Kb S below (filled by the scan).
     dread = do.new_empty(len(new), 2 * size, do.shape[-1])
     dread[:, :size] = do.flatten(0, 1)
     after = torch.empty_like(before)  # gradient of S'
@@ -347,8 +347,8 @@ def _collect(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of a tile's inputs from those of its scan, all chunks at once.
 
-    The decay enters everything as exp(G): its gradient is, per token, what each exponential
-    carries times the gradient of what it multiplies.
+    The decay enters all terms as exp(G): its gradient is, per token, the sum over all exponentials
+    of each factor times the gradient of its product.
     """
     size = p.v.shape[2]
     heads = p.v.shape[:2]
@@ -386,11 +386,11 @@ def _collect(
     dq = p.per_key_head(dqg.flatten(0, 2)) + dscores @ p.k
     dk = p.per_key_head(dkb.flatten(0, 2)) + dscores.transpose(-1, -2) @ p.q
     dk += (dsystem + dsystem.transpose(-1, -2)) @ p.k
-    dq = _unnormalise(dq, p.q, p.q_norm, reference.query_scale(q.shape[-1]))
-    return dq, _unnormalise(dk, p.k, p.k_norm, 1.0), dv, dg, dbeta
+    dq = _unnormalize(dq, p.q, p.q_norm, reference.query_scale(q.shape[-1]))
+    return dq, _unnormalize(dk, p.k, p.k_norm, 1.0), dv, dg, dbeta
 
 
-def _unnormalise(dy: Tensor, y: Tensor, norm: Tensor, scale: float) -> Tensor:
+def _unnormalize(dy: Tensor, y: Tensor, norm: Tensor, scale: float) -> Tensor:
     """Gradient of x where ``y = scale * norm * x`` and norm is `reference.inverse_norm`."""
     along = (dy * y).sum(-1, keepdim=True) / scale**2
     return dy.addcmul_(y, along, value=-1).mul_(norm * scale)

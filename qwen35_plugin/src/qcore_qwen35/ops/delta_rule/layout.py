@@ -1,15 +1,15 @@
-"""Where the tokens of a pack lie once every document is cut into chunks.
+"""Chunk layout of the delta rule: how the documents of a pack are cut into chunks and ordered.
 
-This file decides the order of chunks: all first chunks, then all second chunks, and so on,
-longer documents first. Then the chunks that one step of the scan works on lie side by side,
-and the documents still running are a prefix of the states: the scan over chunks is batched
-across documents without an index.
+This file decides the order of chunks: all first chunks, then all second chunks, and so on, longer
+documents first. The chunks of one step of the scan are then contiguous, and the documents that are
+still running are a prefix of the states: the scan over chunks is batched across documents without
+an index.
 
-Shapes: T tokens, N documents, M chunks of C tokens; short chunks are filled with zeros, which
+Shapes: T tokens, N documents, M chunks of C tokens; short chunks are padded with zeros, which
 neither write (k = v = beta = 0) nor decay (g = 0).
 
-Kernels that walk a document in one program need no such order: `Tables` says to them where
-documents and chunks begin, in the order of tokens.
+Kernels that process a document in one program need no such order: `Tables` lists where documents
+and chunks start, in token order.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from qcore.ops import device_type
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """Some consecutive steps of the scan.
+    """Consecutive steps of the scan.
 
     Attributes:
-        chunks: the chunks of all its steps, which lie side by side.
-        running: documents at its first step.
-        steps: per step, (first chunk within the segment, number of chunks).
+        chunks: the chunks of all steps, which are contiguous.
+        running: number of documents at the first step.
+        steps: (first chunk within the segment, number of chunks) of each step.
     """
 
     chunks: slice
@@ -40,7 +40,7 @@ class Segment:
 
     @staticmethod
     def of(steps: Sequence[tuple[int, int]]) -> Segment:
-        """From the (first chunk, number of chunks) of its steps."""
+        """From the (first chunk, number of chunks) of each step."""
         start, (last, count) = steps[0][0], steps[-1]
         return Segment(
             chunks=slice(start, last + count),
@@ -51,13 +51,12 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tables:
-    """A pack as kernels read it; made once, in one copy to the device.
+    """A pack as kernels read it, copied to the device once.
 
     Attributes:
-        documents: ``[N, 4]`` int32, most tokens first, so that the longest walk starts first:
-            first token, token after the last, first chunk, number of the document.
-        chunks: ``[M, 2]`` int32, in the order of tokens: first token, and the token after the
-            last of its document.
+        documents: ``[N, 4]`` int32, longest document first, so that the longest program starts
+            first: first token, end token, first chunk, index of the document.
+        chunks: ``[M, 2]`` int32, in token order: first token, end token of its document.
     """
 
     documents: Tensor
@@ -65,13 +64,13 @@ class Tables:
 
     @staticmethod
     def of(cu_seqlens: Sequence[int], size: int, device: torch.device) -> Tables:
-        """Of the documents of `cu_seqlens`, in chunks of `size` tokens."""
+        """Tables of the documents of `cu_seqlens`, in chunks of `size` tokens."""
         documents: list[tuple[int, int, int, int]] = []
         chunks: list[tuple[int, int]] = []
         for number, (start, end) in enumerate(pairwise(cu_seqlens)):
             documents.append((start, end, len(chunks), number))
             chunks += [(at, end) for at in range(start, end, size)]
-        documents.sort(key=lambda one: one[0] - one[1])
+        documents.sort(key=lambda document: document[0] - document[1])
         flat = torch.tensor([number for row in (*documents, *chunks) for number in row])
         here = flat.to(torch.int32).to(device, non_blocking=True)
         split = 4 * len(documents)
@@ -86,12 +85,12 @@ class Chunks:
         tokens: T.
         size: C.
         total: M.
-        order: documents, most chunks first.
-        steps: per step of the scan, (first chunk, number of chunks).
-        rows: ``[T]`` the place of each token among ``M * C``; ``None`` when it is its index.
-        sorting: `order` and its inverse as indices on the device; ``None`` when they are the
-            identity. Made here, once: an index made from a list makes a GPU wait.
-        tables: the same pack for kernels; ``None`` on CPUs, which run none.
+        order: indices of documents, most chunks first.
+        steps: (first chunk, number of chunks) of each step of the scan.
+        rows: ``[T]`` position of each token among ``M * C``; ``None`` if it equals its index.
+        sorting: `order` and its inverse as indices on the device; ``None`` for the identity.
+            Computed once here, because an index built from a list synchronizes the GPU.
+        tables: the pack for kernels; ``None`` on CPU, which runs none.
     """
 
     tokens: int
@@ -127,7 +126,7 @@ class Chunks:
         )
 
     def segments(self, chunks: int) -> Iterator[Segment]:
-        """Cut the scan into runs of steps that hold about `chunks` chunks each, in order."""
+        """Split the scan into segments of consecutive steps with about `chunks` chunks each."""
         taken: list[tuple[int, int]] = []
         for first, count in self.steps:
             taken.append((first, count))
@@ -138,7 +137,7 @@ class Chunks:
             yield Segment.of(taken)
 
     def spread(self, x: Tensor) -> Tensor:
-        """``[T, heads, ...] -> [M, C, heads, ...]``, zeros on the filling; may be a view of x."""
+        """``[T, heads, ...] -> [M, C, heads, ...]``, padded with zeros; may be a view of x."""
         shape = (self.total * self.size, *x.shape[1:])
         if self.rows is not None:
             x = x.new_zeros(shape).index_copy_(0, self.rows, x)
@@ -147,12 +146,12 @@ class Chunks:
         return x.view(self.total, self.size, *x.shape[1:])
 
     def gather(self, x: Tensor) -> Tensor:
-        """The inverse of `spread`; what lies on the filling is dropped."""
+        """The inverse of `spread`; drops the padding."""
         x = x.flatten(0, 1)
         return x[: self.tokens] if self.rows is None else x.index_select(0, self.rows)
 
     def by_length(self, states: Tensor) -> Tensor:
-        """``[N, ...]`` states in the order of `order`; a copy."""
+        """A copy of states ``[N, ...]`` in the order of `order`."""
         return states.clone() if self.sorting is None else states.index_select(0, self.sorting[0])
 
     def by_document(self, states: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The gated delta rule, one token at a time: what every other form is measured against.
+"""Reference of the gated delta rule: one token at a time, the definition for all other forms.
 
-This file decides the rule itself. Per document and value head, with S ``[dk, dv]`` from zero
-or from a given state (Yang et al. 2024, arXiv:2412.06464)::
+This file decides the rule itself. Per document and value head, with S ``[dk, dv]`` starting at
+zero or at an initial state (Yang et al. 2024, arXiv:2412.06464)::
 
     S <- exp(g_t) S
     S <- S + k_t beta_t (v_t - k_t^T S)
@@ -9,7 +9,7 @@ or from a given state (Yang et al. 2024, arXiv:2412.06464)::
 
 where k is scaled to length one and q to length ``dk ** -0.5``. Everything is computed in
 float32 (float64 for float64 inputs), whatever the dtype of the inputs; o is rounded to the
-dtype of v once. Decoding runs this form; prefill and training run `chunked`.
+dtype of v once. Decoding uses this form; prefill and training use `chunked`.
 
 Shapes: T tokens of N documents, Hk key heads, Hv value heads (a multiple of Hk; value head h
 reads key head ``h // (Hv / Hk)``), key size dk, value size dv.
@@ -27,17 +27,17 @@ EPS = 1e-6
 
 
 def inverse_norm(x: Tensor) -> Tensor:
-    """``[..., d] -> [..., 1]``: the factor to length one; eps is added to the sum of squares."""
+    """The factor that normalizes to length one: ``[..., d] -> [..., 1]``; eps is in the root."""
     return (x * x).sum(-1, keepdim=True).add(EPS).rsqrt()
 
 
 def query_scale(dk: int) -> float:
-    """The length of a query; keys have length one."""
+    """The length of a normalized query; keys have length one."""
     return float(dk**-0.5)
 
 
 def computing(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that an input of `dtype` is computed in."""
+    """The dtype of computation for an input of `dtype`."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -50,7 +50,7 @@ def recurrent_delta_rule(
     cu_seqlens: Sequence[int],
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The rule over every document of a pack.
+    """Apply the rule to every document of a pack.
 
     Args:
         q: ``[T, Hk, dk]``, not yet normalized.

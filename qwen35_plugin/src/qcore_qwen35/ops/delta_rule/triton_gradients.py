@@ -1,12 +1,12 @@
-"""Gradients of the inputs from those of the scan, every chunk by itself: two kernels.
+"""Last two kernels of the Triton delta rule: gradients of q, k, g and beta, per chunk.
 
-This file decides how they are collected. `_pairs` has what goes through two tokens of a chunk,
-and leaves matrices of ``[C, C]`` per key head; `_gradients` has what goes through the states,
-and multiplies those matrices by the chunk's q and k: one program for dq and one for dk. All
-add up over the value heads that read a key head, so nothing is summed between programs; each
-has a part in the gradient of g, and the parts are added afterwards. In one kernel they would
-have more sums than registers, and more instructions than a multiprocessor's cache. The
-formulas are those of `chunked` with D as in `triton_prepare`. Needs Triton at import.
+This file decides how the gradients are accumulated. `_pairs` computes the terms through pairs of
+tokens of a chunk and stores ``[C, C]`` matrices per key head; `_gradients` computes the terms
+through the states and multiplies those matrices by the chunk's q and k: one program for dq and one
+for dk. Each program sums over the value heads of its key head, so no sums cross programs; each
+computes a part of the gradient of g, and the parts are added afterwards. A single kernel would need
+more accumulators than registers and more instructions than a multiprocessor's cache holds. The
+formulas are those of `chunked`, with D as in `triton_prepare`. Importing this file imports Triton.
 
 Four warps: with eight, Triton 3.6 gives products that feed products a layout of 128 rows, and
 half of the GPU computes what the other half does. A tile whose rows are multiplied by a
@@ -43,10 +43,10 @@ from .triton_prepare import (
     tile_of,
 )
 
-#: (columns of v that are multiplied at a time, warps, stages) by kernel.
+#: (columns of v per product, warps, stages) by kernel.
 CONFIG = {"pairs": (64, 4, 1), "gradients": (64, 4, 1)}
 
-#: Matrices that `_pairs` leaves, by their place.
+#: Indices of the matrices that `_pairs` stores.
 TO_Q = tl.constexpr(0)  #: times K is a part of dq
 OF_Q = tl.constexpr(1)  #: transposed, times Q of dk
 TO_K = tl.constexpr(2)  #: times K of dk
@@ -74,9 +74,9 @@ def gradients(
         factors: ``[7, Hv, T]`` of `prepare`.
         do: ``[T, Hv, dv]``, or zeros.
         scanned: D, gradient of v, S, gradient of S'.
-        tables: the pack's.
+        tables: tables of the pack.
     """
-    new, given = scanned[0], do is not None
+    new, has_output = scanned[0], do is not None
     (tokens, k_heads, dk), (v_heads, dv) = k.shape, new.shape[1:]
     dq, dk_, dbeta = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, beta)
@@ -93,7 +93,7 @@ def gradients(
             q, k, factors, do, *scanned, tables.chunks, *made,
             q.stride(0), k.stride(0), do.stride(0), tokens, v_heads,
             GROUP=v_heads // k_heads, DK=dk, DV=dv, BV=min(width, dv), C=CHUNK,
-            OUTPUT=given, PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
+            OUTPUT=has_output, PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return dq, dk_, dg.sum(0).to(g.dtype), dbeta
 
@@ -106,7 +106,7 @@ def _trace(x, SIZE: tl.constexpr):
 
 @triton.jit
 def _total(FACTOR, count, C: tl.constexpr):
-    """G and its last; rows beyond the document take the last: 0 times infinity is none."""
+    """G and its last value; rows beyond the document have the last value, to avoid 0 * inf."""
     i = tl.arange(0, C)
     whole = tl.load(FACTOR + count - 1)
     return tl.where(i < count, tl.load(FACTOR + i, mask=i < count, other=0.0), whole), whole
@@ -119,8 +119,8 @@ def _state(POINTER, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr):
 
 
 @triton.jit
-def _unnormalised(dx, x, norm, length):
-    """Gradient of x from that of ``norm x``, which is `length` long."""
+def _unnormalized(dx, x, norm, length):
+    """Gradient of x from that of ``norm x``, whose length is `length`."""
     x = x.to(tl.float32)
     along = tl.sum(dx * x, 1) * norm * norm / (length * length)
     return (dx - x * along[:, None]) * norm[:, None]
@@ -133,7 +133,7 @@ def _pairs(
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one key head: through pairs of its tokens; beta."""
+    """One chunk of one key head: terms through pairs of tokens, and the gradient of beta."""
     k_head, chunk = tl.program_id(0), tl.program_id(1)
     first, end = tl.load(CHUNKS + 2 * chunk).to(tl.int64), tl.load(CHUNKS + 2 * chunk + 1)
     count = tl.minimum(end - first, C).to(tl.int32)
@@ -197,7 +197,7 @@ def _gradients(
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one key head: even programs q, odd ones k."""
+    """One chunk of one key head: even programs compute dq, odd programs dk."""
     chunk, k_head = tl.program_id(1).to(tl.int64), tl.program_id(0) // 2
     first, end = tl.load(CHUNKS + 2 * chunk).to(tl.int64), tl.load(CHUNKS + 2 * chunk + 1)
     count = tl.minimum(end - first, C).to(tl.int32)
@@ -262,7 +262,7 @@ def _of_queries(
         dq = tl.dot(pairs, k, dq, input_precision=PRECISION)
     factor = FACTOR + k_head.to(tl.int64) * GROUP * tokens
     norm = factor_of(factor, ASKED, count, tokens, v_heads, C, True)
-    return _unnormalised(dq, q, norm, DK**-0.5)
+    return _unnormalized(dq, q, norm, DK**-0.5)
 
 
 @triton.jit
@@ -279,7 +279,7 @@ def _of_keys(
         head = (k_head * GROUP + member).to(tl.int64)
         factor = FACTOR + head * tokens
 
-        # Through what the chunk leaves behind.
+        # Terms through the state after the chunk.
         k = tile_of(K, count, k_stride, C, DK, True)
         through = tl.zeros((C, DK), tl.float32)
         both = tl.zeros((BV, BV), tl.float32)
@@ -288,7 +288,7 @@ def _of_keys(
             after = _state(AFTER + head * DK * DV + block * BV, DK, DV, BV)
             before = _state(BEFORE + head * DK * DV + block * BV, DK, DV, BV)
             through = tl.dot(new, tl.trans(after), through, input_precision=PRECISION)
-            # Its trace is the product of the states: cheaper than element by element.
+            # The trace of this product is the product of the states: cheaper than elementwise.
             both = tl.dot(tl.trans(before), after, both, input_precision=PRECISION)
         total, whole = _total(factor, count, C)
         kept = factor_of(factor, KEPT, count, tokens, v_heads, C, True)
@@ -297,8 +297,8 @@ def _of_keys(
         ending = tl.sum(moved, 0) + tl.exp(whole) * _trace(both, BV)
         dk += through * (strength * tl.exp(whole - total))[:, None]
 
-        # Through what it reads of the state before. Behind a barrier k is fetched anew: what
-        # would be fetched once would be held in registers, in float32.
+        # Terms through the state before the chunk. After the barrier k is loaded again: loaded
+        # once, it would stay in registers, in float32.
         tl.debug_barrier()
         k = tile_of(K, count, k_stride, C, DK, True)
         through = tl.zeros((C, DK), tl.float32)
@@ -322,4 +322,4 @@ def _of_keys(
         dk = tl.dot(pairs, q, dk, input_precision=PRECISION)
     factor = FACTOR + k_head.to(tl.int64) * GROUP * tokens
     norm = factor_of(factor, KEY, count, tokens, v_heads, C, True)
-    return _unnormalised(dk, k, norm, 1.0)
+    return _unnormalized(dk, k, norm, 1.0)

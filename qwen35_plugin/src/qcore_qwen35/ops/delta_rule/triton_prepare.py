@@ -1,24 +1,24 @@
-"""What of a chunk does not wait for the chunk before: one kernel for the whole pack.
+"""First kernel of the Triton delta rule: everything in a chunk that does not depend on the scan.
 
-This file decides how the inverse of a chunk's system is found on a GPU and which factors of a
-token are kept; the formulas are those of `chunked`, what is done with the results is
-`triton_scan`'s and `triton_gradients`'. Needs Triton at import.
+This file decides how the inverse of a chunk's system is computed on a GPU and which factors are
+stored per token. The formulas are those of `chunked`; `triton_scan` and `triton_gradients` use the
+results. Importing this file imports Triton.
 
-With D for what `chunked` calls Vn before it is multiplied by beta, beta belongs to columns::
+With D for Vn of `chunked` before the multiplication by beta, beta scales columns::
 
     A = inverse(I + strictly_lower(k_i.k_j L_ij beta_j)),   D = A (V - exp(G) K S)
     P = lower(q_i.k_j L_ij beta_j),   o = exp(G) Q S + P D,   Kd = beta exp(G_C - G) K
 
 Then the gradient of the residue is that of v, and that of beta is its product with D over beta.
 
-q and k are never stored normalized: their lengths are factors of rows, which go where the
-decays go, into float32 numbers. A token of value head h has seven of them (`Prepared.factors`).
+q and k are never stored normalized: their lengths are row factors, combined with the decays in
+float32. Each token of a value head has seven factors (`Prepared.factors`).
 
-The inverse of a unit lower triangular matrix is put together from halves: with the inverse D
-of the diagonal blocks of size s and the part F of the system beside them, those of size 2 s
-are ``D - D F D``. Powers of the system, which would need fewer products, overflow where keys
-are equal; of the system and of these inverses no element is above one: a step of the rule
-lengthens no key.
+The inverse of a unit lower triangular matrix is built by doubling: with the inverse D of the
+diagonal blocks of size s and the adjacent part F of the system, the inverse blocks of size 2 s are
+``D - D F D``. Powers of the system would need fewer products, but overflow if keys are equal; the
+elements of the system and of these inverses never exceed one, because a step of the rule lengthens
+no key.
 
 Shapes: T tokens, M chunks of C tokens, Hk key heads of dk, Hv value heads of dv.
 """
@@ -38,12 +38,12 @@ from . import reference
 from .layout import Tables
 
 CHUNK = 64
-#: (warps, stages, registers of a thread): with 128, which lets four programs run at a time,
-#: the kernel spills, and that costs more than it gains.
+#: (warps, stages, registers per thread): with 128 registers, which allow four programs at a time,
+#: the kernel spills, which costs more than it gains.
 CONFIG = (4, 1, 255)
 
-#: Write strengths below are taken as this: a gradient is divided by the strength, and what a
-#: strength of 1e-12 writes is nothing.
+#: Lower bound of write strengths: a gradient is divided by the strength, and the effect of a
+#: strength of 1e-12 is negligible.
 WEAKEST = tl.constexpr(1e-12)
 
 TOTAL = tl.constexpr(0)  #: G, the sum of g from the chunk's start
@@ -55,15 +55,15 @@ KEY = tl.constexpr(5)  #: 1 / |k|
 ASKED = tl.constexpr(6)  #: scale / |q|
 FACTORS = 7
 
-#: Numbers of which nothing is assumed: a kernel compiled for one pack and model serves all.
+#: Arguments that Triton must not specialize on: one compiled kernel serves all packs and models.
 SAME = ("tokens", "v_heads", "g_stride", "beta_stride", "given_first", "given_last")
 
 
 class Prepared(NamedTuple):
     """Attributes.
 
-    inverse: ``[Hv, T, C]`` A, a row per token, in the dtype of q; for the forward each row
-        multiplied by what is kept of its token.
+    inverse: ``[Hv, T, C]`` A, a row per token, in the dtype of q; for the forward each row is
+        multiplied by the token's `KEPT` factor.
     scores: ``[Hv, T, C]`` P, likewise; for the forward P A.
     factors: ``[7, Hv, T]`` float32.
     """
@@ -83,8 +83,8 @@ def prepare(
         k: ``[T, Hk, dk]``, likewise.
         g: ``[T, Hv]`` log decay.
         beta: ``[T, Hv]`` write strength.
-        tables: the pack's.
-        forward: D itself is not wanted, only what becomes of it.
+        tables: tables of the pack.
+        forward: prepare for the forward, which does not need D itself.
     """
     tokens, k_heads, dk = k.shape
     v_heads = g.shape[1]
@@ -107,13 +107,13 @@ def prepare(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How the products of `dtype` are computed: three of tf32 make one of float32."""
+    """Precision of the products of `dtype`: three tf32 products for float32."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 @triton.jit
 def tile_of(POINTER, count, stride, C: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    """``[C, WIDTH]``: adjacent rows from a pointer to the first, zeros from row `count` on."""
+    """Load ``[C, WIDTH]`` consecutive rows, zeros from row `count` on."""
     i = tl.arange(0, C)[:, None]
     at = POINTER + i * stride + tl.arange(0, WIDTH)[None, :]
     if MASKED:
@@ -125,7 +125,7 @@ def tile_of(POINTER, count, stride, C: tl.constexpr, WIDTH: tl.constexpr, MASKED
 def factor_of(
     FACTOR, NUMBER: tl.constexpr, count, tokens, v_heads, C: tl.constexpr, MASKED: tl.constexpr
 ):
-    """``[C]``: one of the factors of a chunk, zeros from row `count` on."""
+    """Load one factor of a chunk ``[C]``, zeros from row `count` on."""
     i = tl.arange(0, C)
     at = FACTOR + NUMBER * tokens.to(tl.int64) * v_heads + i
     if MASKED:
@@ -135,7 +135,7 @@ def factor_of(
 
 @triton.jit
 def put(POINTER, x, count, stride, C: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    """Store ``[C, WIDTH]`` where `tile_of` would find it."""
+    """Store ``[C, WIDTH]``: the inverse of `tile_of`."""
     i = tl.arange(0, C)[:, None]
     at = POINTER + i * stride + tl.arange(0, WIDTH)[None, :]
     x = x.to(POINTER.dtype.element_ty)
@@ -162,7 +162,7 @@ def decay(total, C: tl.constexpr):
 
 @triton.jit
 def _product(a, b, EXACT: tl.constexpr):
-    """Of matrices without an element above one, where half precision has as many digits as tf32."""
+    """Product of matrices with elements up to one, where float16 is as precise as tf32."""
     if EXACT:
         return tl.dot(a, b, input_precision="tf32x3")
     return tl.dot(a.to(tl.float16), b.to(tl.float16))
@@ -170,7 +170,7 @@ def _product(a, b, EXACT: tl.constexpr):
 
 @triton.jit
 def _inverse(system, C: tl.constexpr, EXACT: tl.constexpr):
-    """Of ``I + system``, which is zero on and above the diagonal."""
+    """Inverse of ``I + system``; `system` is zero on and above the diagonal."""
     i = tl.arange(0, C)
     apart = i[:, None] ^ i[None, :]
     made = tl.where(apart == 0, 1.0, tl.where(apart == 1, -system, 0.0))
@@ -187,7 +187,7 @@ def _prepare(
     GROUP: tl.constexpr, DK: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr,
     PRECISION: tl.constexpr, EXACT: tl.constexpr, FORWARD: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one value head."""
+    """Prepare one chunk of one value head."""
     v_head, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head = v_head // GROUP
     i = tl.arange(0, C)
@@ -201,7 +201,7 @@ def _prepare(
     q = tile_of(Q + first * q_stride + head * DK, count, q_stride, C, DK, True)
     k_norm, q_norm = inverse_norm(k, EPS), inverse_norm(q, EPS) * scale
     total = tl.cumsum(g, 0)
-    # Summed from the end: a difference of totals loses the digits of a late token's.
+    # Summed from the end: a difference of totals would lose precision for late tokens.
     grow, left = tl.exp(total), tl.exp(tl.cumsum(g, 0, reverse=True) - g)
     heads = tokens.to(tl.int64) * v_heads
     at = FACTOR + v_head * tokens + first + i

@@ -1,12 +1,12 @@
-"""The gated delta rule on a GPU: two launches forwards, three backwards.
+"""The gated delta rule in Triton, for training: two launches forward, three backward.
 
-This file decides what is kept between them: the inputs and nothing else. What the scan needs
-is made again in the backward (`triton_prepare`), the states too, beside their gradients
-(`triton_scan`); the sums are `triton_gradients`'. What is computed is
-`chunked.chunked_delta_rule`, whose signature this has. Needs Triton at import.
+This file decides what is saved for backward: only the inputs. The backward recomputes what the scan
+needs (`triton_prepare`), and the states together with their gradients (`triton_scan`);
+`triton_gradients` computes the gradients of the inputs. Same signature and results as
+`chunked.chunked_delta_rule`. Importing this file imports Triton.
 
-Products of bfloat16 are accumulated in float32, the state is float32 and rounded only as a
-factor of a product; of float32 inputs nothing is rounded.
+Products of bfloat16 are accumulated in float32, the state is float32 and rounded only as
+a factor of a product; with float32 inputs nothing is rounded.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ def chunked_delta_rule(
     """Arguments and results of `chunked.chunked_delta_rule`.
 
     Args:
-        q: ``[T, Hk, dk]``, not yet normalized; tokens may lie any distance apart.
+        q: ``[T, Hk, dk]``, not yet normalized; any stride between tokens.
         k: ``[T, Hk, dk]``, likewise.
         v: ``[T, Hv, dv]``, likewise.
         g: ``[T, Hv]`` log decay, at most 0.
         beta: ``[T, Hv]`` write strength.
         cu_seqlens: ``N + 1`` cumulative lengths.
         initial_state: ``[N, Hv, dk, dv]``, or zeros.
-        layout: `Chunks` of `cu_seqlens`, where the caller has it already.
+        layout: `Chunks` of `cu_seqlens`, if the caller has them.
 
     Raises:
-        UsageError: ``QC-KERNEL-003`` for other heads than `limits.HEADS`.
-        ValueError: for a dtype that is not computed in float32.
+        UsageError: ``QC-KERNEL-003`` head sizes other than `limits.HEADS`.
+        ValueError: an unsupported dtype.
     """
     supported(q, k, v)
     limits.check("qwen35::delta_rule", limits.rule_heads(k.shape[-1], v.shape[-1]))
@@ -86,9 +86,9 @@ class _DeltaRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        *given, initial = ctx.saved_tensors
+        *inputs, initial = ctx.saved_tensors
         tables: Tables = ctx.tables
-        q, k, v, g, beta = (_rows(x) for x in given)
+        q, k, v, g, beta = (_rows(x) for x in inputs)
         do = None if do is None else _rows(do)
         dlast = None if dlast is None else dlast.contiguous()
         first = None if initial is None else initial.contiguous()
@@ -107,7 +107,7 @@ class _DeltaRule(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``[T, ...]`` whose rows are contiguous; a copy only where they are not."""
+    """``[T, ...]`` with contiguous rows; copies only if they are not."""
     expected = 1
     for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:])):
         if size != 1 and stride != expected:

@@ -1,17 +1,17 @@
-"""The states run through the chunks of a pack, forwards and backwards.
+"""Scan kernels of the Triton delta rule: states through the chunks of a pack, forward and backward.
 
-This file decides who walks: one program per document, value head and some columns of v. What
-it computes is rows of tokens by its columns, so a token's factors are a few numbers of a
-thread, and the left side of every product is a tile that was fetched meanwhile. In training's
-backward the states run forwards again while their gradients run from the end, in the same
-launch: neither needs the other, and one alone leaves half of a GPU idle on a single document.
-Needs Triton at import.
+This file decides the parallelism: one program per document, value head and some columns of v. It
+computes rows of tokens by its columns, so a token's factors are a few numbers per thread, and the
+left side of every product is a prefetched tile. In backward the states are recomputed forward while
+their gradients run from the end, in the same launch: they are independent, and either alone leaves
+half of a GPU idle on a single document. Importing this file imports Triton.
 
-A step is written twice: chunks that are full need no masks, which would be a third of what
-they compute; the one that is not ends a document. What is too small to be fetched ahead by
-the compiler is fetched ahead by hand (`whole`).
+A step exists in two versions: full chunks need no masks, which would be a third of their work; only
+the last chunk of a document may be partial. Values that are too small for the compiler to prefetch
+are prefetched by hand (`whole`).
 
-The formulas are those of `triton_prepare`; the forward has D multiplied into its matrices.
+The formulas are those of `triton_prepare`; in the forward, D is multiplied into its matrices.
+
 Shapes: T tokens, M chunks of C tokens, N documents, Hk key heads of dk, Hv value heads of dv.
 """
 
@@ -38,7 +38,7 @@ from .triton_prepare import (
     tile_of,
 )
 
-#: (columns of v of a program, warps, stages) by kernel. With 32 columns one document of 32 heads
+#: (columns of v per program, warps, stages) by kernel. With 32 columns one document of 32 heads
 #: occupies the GPU, and two programs fit on a multiprocessor.
 CONFIG = {"outputs": (32, 4, 2), "states": (32, 4, 2)}
 
@@ -46,7 +46,7 @@ CONFIG = {"outputs": (32, 4, 2), "states": (32, 4, 2)}
 def outputs(
     q: Tensor, k: Tensor, v: Tensor, made: Prepared, initial: Tensor | None, tables: Tables
 ) -> tuple[Tensor, Tensor]:
-    """O ``[T, Hv, dv]`` in the dtype of v and the last states ``[N, Hv, dk, dv]`` in float32."""
+    """Outputs ``[T, Hv, dv]`` in the dtype of v and last states ``[N, Hv, dk, dv]`` in float32."""
     (tokens, k_heads, dk), (v_heads, dv) = k.shape, v.shape[1:]
     documents = len(tables.documents)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
@@ -74,22 +74,22 @@ def states(
     do: Tensor | None,
     dlast: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the gradients are made of.
+    """Backward scan: the tensors from which `triton_gradients` computes the gradients.
 
     Args:
         q: ``[T, Hk, dk]``; k likewise; v: ``[T, Hv, dv]``.
         k: see q.
         v: see q.
-        made: what `prepare` made of them.
+        made: result of `prepare`.
         initial: ``[N, Hv, dk, dv]``, or zeros.
-        tables: the pack's.
+        tables: tables of the pack.
         do: ``[T, Hv, dv]``, or zeros.
         dlast: ``[N, Hv, dk, dv]`` gradient of the last states, or zeros.
 
     Returns:
         In the dtype of v: D and the gradient of v, ``[T, Hv, dv]``; S and the gradient of S',
         ``[M, Hv, dk, dv]``. In float32 the gradient of `initial`
-        (``[N, Hv, dk, dv]``; empty where there is none).
+        (``[N, Hv, dk, dv]``; empty without one).
     """
     (tokens, k_heads, dk), (v_heads, dv) = k.shape, v.shape[1:]
     documents, chunks = len(tables.documents), len(tables.chunks)
@@ -122,7 +122,7 @@ def _outputs(
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The forward: o and the last state."""
+    """Forward scan: outputs and last state."""
     blocks: tl.constexpr = DV // BV
     block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     head, entry = (pair % v_heads).to(tl.int64), pair // v_heads
@@ -159,8 +159,8 @@ def _outputs(
             FACTOR += C
             OUT += C * v_heads * DV
     rest = length - full * C
-    # A loop of one: as a branch, Triton 3.6 gives a wrong last state on Hopper where a program
-    # has 32 columns and more than 16 tokens are left.
+    # A loop of at most one step: as a branch, Triton 3.6 computes a wrong last state on Hopper if a
+    # program has 32 columns and more than 16 tokens are left.
     for _ in range(tl.minimum(rest, 1)):
         state = _output(
             state, Q, K, V, A, P, FACTOR, OUT, tl.load(FACTOR + rest - 1), rest,
@@ -175,7 +175,7 @@ def _output(
     tokens, v_heads, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of the forward; gives the state after it."""
+    """One chunk of the forward scan; returns the state after it."""
     k = tile_of(K, count, k_stride, C, DK, MASKED)
     rounded = state.to(k.dtype)
     residue = _residue(
@@ -212,7 +212,7 @@ def _states(
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Odd programs run the states forwards, even ones their gradients backwards."""
+    """Backward scan: odd programs recompute states, even programs compute their gradients."""
     blocks: tl.constexpr = DV // BV
     forwards, rest = tl.program_id(0) % 2, tl.program_id(0) // 2
     block, pair = rest % blocks, rest // blocks
@@ -257,7 +257,7 @@ def _forwards(
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `_outputs`, keeping S and D instead of o."""
+    """Like `_outputs`, but stores S and D instead of o."""
     full = length // C
     if full > 0:
         whole = tl.load(FACTOR + C - 1)
@@ -288,7 +288,7 @@ def _forward(
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk; gives the state after it."""
+    """One chunk; returns the state after it."""
     k = tile_of(K, count, k_stride, C, DK, MASKED)
     rounded = state.to(k.dtype)
     put(BEFORE, rounded, DK, DV, DK, BV, False)
@@ -311,7 +311,7 @@ def _backwards(
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, OUTPUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of S' of each chunk, of v; gives that of the first state."""
+    """Gradients of S' per chunk and of v; returns the gradient of the first state."""
     full = length // C
     skipped = full.to(tl.int64) * C
     Q += skipped * q_stride
@@ -356,7 +356,7 @@ def _backward(
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BV: tl.constexpr, MASKED: tl.constexpr,
     OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One chunk; gives the gradient of the state before it."""
+    """One chunk; returns the gradient of the state before it."""
     k = tile_of(K, count, k_stride, C, DK, MASKED)
     rounded = dstate.to(k.dtype)
     put(AFTER, rounded, DK, DV, DK, BV, False)

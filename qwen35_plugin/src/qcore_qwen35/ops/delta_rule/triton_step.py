@@ -1,9 +1,9 @@
-"""The gated delta rule token by token on a GPU: decoding, one launch a layer.
+"""The gated delta rule in Triton, for decoding: token by token, one launch per layer.
 
-This file decides that the state is read and written once however many tokens follow, and that
-it is advanced in place: the tensor given is the tensor returned, so that a captured graph
-finds it where it was. What is computed is `reference.recurrent_delta_rule`, whose signature
-this has; it has no backward. Needs Triton at import.
+This file decides that the state is read and written once for any number of tokens, and updated in
+place: the argument is also the result, so that its address stays valid in a captured CUDA graph.
+Same signature and results as `reference.recurrent_delta_rule`, without a backward. Importing this
+file imports Triton.
 
 Shapes: T tokens of N documents, Hk key heads of dk, Hv value heads of dv.
 """
@@ -24,7 +24,7 @@ from ..launch import launch, supported
 from . import reference
 from .layout import Tables
 
-#: (columns of v of a program, warps).
+#: (columns of v per program, warps).
 CONFIG = (32, 4)
 
 
@@ -40,18 +40,18 @@ def recurrent_delta_rule(
     """Arguments and results of `reference.recurrent_delta_rule`.
 
     Args:
-        q: ``[T, Hk, dk]``, not yet normalized; tokens may lie any distance apart.
+        q: ``[T, Hk, dk]``, not yet normalized; any stride between tokens.
         k: ``[T, Hk, dk]``, likewise.
         v: ``[T, Hv, dv]``, likewise.
         g: ``[T, Hv]`` log decay, at most 0.
         beta: ``[T, Hv]`` write strength.
         cu_seqlens: ``N + 1`` cumulative lengths.
-        initial_state: ``[N, Hv, dk, dv]``, or zeros; advanced in place where it is float32
-            and contiguous.
+        initial_state: ``[N, Hv, dk, dv]``, or zeros; updated in place if it is float32 and
+            contiguous.
 
     Raises:
-        UsageError: ``QC-KERNEL-003`` for heads that are no power of two.
-        ValueError: for a dtype that is not computed in float32.
+        UsageError: ``QC-KERNEL-003`` a head size that is not a power of two.
+        ValueError: an unsupported dtype.
     """
     supported(q, k, v)
     (tokens, k_heads, dk), (v_heads, dv) = k.shape, v.shape[1:]
@@ -63,7 +63,7 @@ def recurrent_delta_rule(
         state = initial_state.float().contiguous()
     o = torch.empty(tokens, v_heads, dv, dtype=v.dtype, device=v.device)
     lengths = {end - start for start, end in pairwise(cu_seqlens)}
-    # Documents of one length, as in decoding, need no table and so no copy to the device.
+    # Documents of equal length, as in decoding, need no table and no copy to the device.
     same = len(lengths) == 1
     table = state if same else Tables.of(cu_seqlens, max(tokens, 1), v.device).documents
     width, warps = CONFIG
@@ -80,7 +80,7 @@ def recurrent_delta_rule(
 
 
 @triton.jit
-def _normalised(POINTER, DK: tl.constexpr, EPS: tl.constexpr):
+def _normalized(POINTER, DK: tl.constexpr, EPS: tl.constexpr):
     x = tl.load(POINTER + tl.arange(0, DK)).to(tl.float32)
     return x / tl.sqrt(tl.sum(x * x, 0) + EPS)
 
@@ -92,7 +92,7 @@ def _step(
     GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BV: tl.constexpr,
     EPS: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
-    """All tokens of one document, for some columns of one value head."""
+    """Process all tokens of one document, for some columns of one value head."""
     blocks: tl.constexpr = DV // BV
     block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     head, entry = pair % v_heads, (pair // v_heads).to(tl.int64)
@@ -108,8 +108,8 @@ def _step(
     state = tl.load(at)
     for step in range(length):
         token = start + step
-        q = _normalised(Q + token * q_stride + head // GROUP * DK, DK, EPS) * scale
-        k = _normalised(K + token * k_stride + head // GROUP * DK, DK, EPS)
+        q = _normalized(Q + token * q_stride + head // GROUP * DK, DK, EPS) * scale
+        k = _normalized(K + token * k_stride + head // GROUP * DK, DK, EPS)
         v = tl.load(V + token * v_stride + head * DV + columns).to(tl.float32)
         beta = tl.load(BETA + token * beta_stride + head).to(tl.float32)
         state *= tl.exp(tl.load(G + token * g_stride + head).to(tl.float32))

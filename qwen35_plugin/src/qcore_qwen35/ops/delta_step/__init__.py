@@ -1,1 +1,1 @@
-"""One token of one document through convolution, gates and delta rule; see `reference`."""
+"""Op of one decoding step of the gated delta net: convolution, gates and delta rule."""

@@ -1,8 +1,8 @@
-"""One token through the gated delta net, between its projections and its norm: decoding.
+"""Reference of the decoding step: one token through convolution, gates and delta rule.
 
-This file decides that what a document leaves behind is advanced in place: the tensors given are
-the tensors that the next token finds, so that a captured graph may hold their addresses. The
-formulas are `delta_inputs.reference`'s and `delta_rule.reference`'s.
+This file decides that the state of a document is updated in place: the same tensors are passed for
+the next token, so that a captured CUDA graph may hold their addresses. `delta_inputs.reference` and
+`delta_rule.reference` have the formulas.
 
 Shapes: Hk key heads of dk, Hv value heads of dv, C = 2 Hk dk + Hv dv channels, K taps.
 """
@@ -27,18 +27,18 @@ def delta_step(
     state: Tensor,
     heads: Heads,
 ) -> Tensor:
-    """What the rule gives for one token; there is no backward.
+    """Output of the delta rule for one token, without a backward.
 
     Args:
         qkv: ``[1, C]`` before the convolution.
-        a: ``[1, Hv]``, of the decay.
-        b: ``[1, Hv]``, of the write strength.
+        a: ``[1, Hv]``, input of the decay.
+        b: ``[1, Hv]``, input of the write strength.
         conv_weight: ``[C, 1, K]``.
         a_log: ``[Hv]``.
         dt_bias: ``[Hv]``.
-        conv: ``[K, C]`` the last inputs of the convolution; advanced in place.
-        state: ``[1, Hv, dk, dv]`` float32; advanced in place.
-        heads: how the channels divide.
+        conv: ``[K, C]`` last inputs of the convolution; updated in place.
+        state: ``[1, Hv, dk, dv]`` float32; updated in place.
+        heads: division of the channels into heads.
 
     Returns:
         ``[1, Hv, dv]``.

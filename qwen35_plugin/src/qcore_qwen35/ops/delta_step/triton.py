@@ -1,8 +1,8 @@
-"""One token of decoding in Triton: convolution and gates in one launch, the rule in another.
+"""Triton kernels of the decoding step: convolution and gates in one launch, the rule in another.
 
-This file decides that a program owns the channels whose inputs it moves up, so that none reads
-what another has written: one warp, whose loads come before its stores. Rounding is
-`reference`'s: the convolution rounds before SiLU. The rule is `delta_rule.triton_step`.
+This file decides that a program owns the channels whose inputs it shifts, so that no program reads
+what another has written: one warp, which loads before it stores. Rounding matches `reference`: the
+convolution rounds before SiLU. `delta_rule.triton_step` computes the rule.
 
 Shapes: C channels in the order q, k, v; K taps.
 """
@@ -20,7 +20,7 @@ from ..delta_inputs.reference import Heads
 from ..delta_rule.triton_step import recurrent_delta_rule
 from ..launch import cdiv, launch, next_power_of_2, supported
 
-#: Channels of a program.
+#: Channels per program.
 BLOCK = 256
 
 
@@ -38,14 +38,16 @@ def delta_step(
     """Arguments and result of `reference.delta_step`.
 
     Raises:
-        ValueError: for a state that could not be advanced in place, or what
+        ValueError: a state that cannot be updated in place, or an argument that
             `recurrent_delta_rule` refuses.
     """
     supported(qkv)
     if conv.dtype != qkv.dtype or not conv.is_contiguous():
-        raise ValueError(f"inputs {qkv.dtype} cannot move into a state of {conv.dtype}")
+        raise ValueError(
+            f"a convolution state of {conv.dtype} cannot take inputs of {qkv.dtype} in place"
+        )
     if state.dtype != torch.float32 or not state.is_contiguous():
-        raise ValueError(f"a state of {state.dtype} is not advanced in place")
+        raise ValueError(f"a state of {state.dtype} cannot be updated in place")
     channels, count = qkv.shape[1], a.shape[1]
     mixed = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     g = torch.empty(1, count, dtype=torch.float32, device=qkv.device)
@@ -64,7 +66,7 @@ def _advance(
     u_ptr, w_ptr, conv_ptr, y_ptr, a_ptr, b_ptr, log_ptr, bias_ptr, g_ptr, beta_ptr,
     channels, heads, TAPS: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """A program for some channels each, the last for the gates."""
+    """Each program handles some channels; the last one handles the gates."""
     if tl.program_id(0) * BLOCK < channels:
         c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside = c < channels

@@ -1,1 +1,1 @@
-"""What lies between the products of a mixture of experts: the router, and weighted SwiGLU."""
+"""Ops of the mixture of experts: the router, and SwiGLU with routing weights."""

@@ -1,10 +1,10 @@
-"""SwiGLU with a weight for each row, in torch.
+"""Reference of weighted SwiGLU, for routed experts and the shared expert.
 
-This file decides that an expert's weight multiplies what goes into its last map (which is
-linear): the gradient of the weight then needs nothing that is not kept anyway, and the rows
-that come out are never kept. All is computed in float32 and rounded once.
+This file decides that the routing weight multiplies the input of an expert's last layer (which is
+linear): the gradient of the weight then needs only saved tensors, and the layer's output is never
+saved. Everything is computed in float32 and rounded once.
 
-Shapes: R rows, T tokens, k experts a token, I an expert's inner size.
+Shapes: R rows, T tokens, k experts per token, I an expert's inner size.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def weighted_up(gate_up: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     """``w silu(gate) up``: ``[R, 2 I] -> [R, I]``, rows sorted by expert.
 
     Args:
-        gate_up: the gate, then up.
-        weights: ``[T, k]``, of each token's experts.
-        routing: where the rows of a token lie.
+        gate_up: gate columns, then up columns.
+        weights: ``[T, k]``, routing weights of each token's experts.
+        routing: the rows of each token.
     """
     out: Tensor = _WeightedUp.apply(gate_up, weights, routing)  # type: ignore[no-untyped-call]
     return out
@@ -84,5 +84,5 @@ def _backward(
 
 
 def wide(x: Tensor) -> Tensor:
-    """In float32, or wider where it is."""
+    """Cast to float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

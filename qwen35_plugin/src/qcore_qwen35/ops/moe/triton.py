@@ -1,9 +1,10 @@
-"""The router and weighted SwiGLU in Triton: one kernel a direction each. Needs Triton at import.
+"""Triton kernels of the router and of weighted SwiGLU: one kernel per direction.
 
-This file decides how rows are cut; what is computed is `reference`'s and, of the router,
-`moe.router`'s. The router's forward sums the probabilities of its tokens too, in a fixed order.
+This file decides the block sizes; results are those of `reference` and, for the router, of
+`moe.router`. The router's forward also sums the probabilities of its tokens, in a fixed order.
+Importing this file imports Triton.
 
-Shapes: R rows, T tokens, E experts, k experts a token, I an expert's inner size.
+Shapes: R rows, T tokens, E experts, k experts per token, I an expert's inner size.
 """
 
 # Triton kernels have no types that mypy knows.
@@ -23,7 +24,7 @@ from qcore.ops import GradBuffers, Routing
 
 from ..launch import cdiv, launch, next_power_of_2, rows_of, supported
 
-_TOKENS = 8  # of a program of the router
+_TOKENS = 8  # tokens per program of the router
 
 
 @triton.jit
@@ -71,10 +72,10 @@ def _route_backward(scores, chosen, dweights, dsums, out, T, E, stride, WEIGHTS:
         dw = tl.zeros((BT, BE), dtype=tl.float32)
         for number in tl.static_range(K):
             at = tl.load(chosen + t.to(tl.int64) * K + number, mask=t < T, other=0)
-            given = tl.load(dweights + t.to(tl.int64) * K + number, mask=t < T, other=0.0)
+            dweight = tl.load(dweights + t.to(tl.int64) * K + number, mask=t < T, other=0.0)
             mine = e[None, :] == at[:, None]
             hit = tl.where(mine, 1.0, hit)
-            dw = tl.where(mine, given.to(tl.float32)[:, None], dw)
+            dw = tl.where(mine, dweight.to(tl.float32)[:, None], dw)
         total = tl.sum(hit * p, 1)[:, None]
         mean = tl.sum(dw * p, 1)[:, None] / total
         dp += hit * (dw - mean) / total
@@ -189,7 +190,7 @@ def _backward(
     gate: Tensor, up: Tensor, weight: Tensor, order: Tensor | None, dy: Tensor, dgate: Tensor,
     dup: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Fill `dgate` and `dup`; the weight's gradient."""
+    """Fill `dgate` and `dup`; return the gradient of the weight."""
     rows, inner = gate.shape
     dy = rows_of(dy)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)

@@ -1,1 +1,1 @@
-"""The norms of the family."""
+"""Ops of the norms: RMSNorm, RMSNorm after a residual addition, gated RMSNorm."""

@@ -1,8 +1,8 @@
-"""The norms: RMSNorm with weight ``1 + w``, behind a residual, and gated.
+"""Reference of the norms: RMSNorm with weight ``1 + w``, after a residual addition, and gated.
 
 This file decides their formulas and the order of their roundings (float32 inside, one
-rounding at the end; the gated norm rounds once more before its weight), and that only the
-inputs are saved for backward.
+rounding at the end; the gated norm also rounds before its weight), and that only the inputs are
+saved for backward.
 
 Shapes: ``[..., d]``, normalized over d.
 """
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 
 def scale_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a normalized row is multiplied by: the stored weight is the distance from one."""
+    """The factor on a normalized row: the stored weight is an offset from one."""
     return 1 + weight.to(dtype)
 
 
@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(
     x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """``x + delta`` and its `rms_norm`; without delta x itself, so that one gradient joins both."""
+    """``x + delta`` (or x) and its `rms_norm`, so that both share one gradient."""
     if delta is not None:
         x = x + delta
     return x, rms_norm(x, weight, eps)
@@ -52,7 +52,7 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 
 def _through_rms(dy: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    """Gradient of x where ``unit = x * inverse`` and dy is that of unit; dy is overwritten."""
+    """Gradient of x from dy, the gradient of ``unit = x * inverse``; overwrites dy."""
     along = (dy * unit).mean(-1, keepdim=True)
     return dy.addcmul_(unit, along, value=-1).mul_(inverse)
 

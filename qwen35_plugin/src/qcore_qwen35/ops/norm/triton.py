@@ -1,8 +1,8 @@
-"""The norms in Triton: a row a program, float32 inside, one pass each way.
+"""Triton kernels of the norms: one row per program, float32 inside, one pass each way.
 
-This file decides the blocks. Rounding is `reference`'s: forwards as it has it, backwards in
-float32 throughout. Inputs may be row-strided; z's gradient is laid out as z lies
-(`qcore.ops.GradBuffers`). A weight that is trained has its gradient from the reference's formula.
+This file decides the block sizes. The forward rounds as `reference`, the backward is float32
+throughout. Inputs may be row-strided; the gradient of z has the layout of z
+(`qcore.ops.GradBuffers`). The gradient of a trained weight is computed by the reference's formula.
 
 Shapes: R rows of d.
 """
@@ -23,7 +23,7 @@ from qcore.ops import GradBuffers
 
 from ..launch import cdiv, launch, next_power_of_2, rows_of, supported
 
-#: Elements of a tile of the gated norm, whose rows are short.
+#: Elements per tile of the gated norm, whose rows are short.
 TILE = 2048
 
 
@@ -191,7 +191,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tenso
 
 
 def _by_token(x: Tensor) -> Tensor:
-    """``[..., heads, d] -> [tokens, heads * d]``; a copy only where heads lie apart."""
+    """``[..., heads, d] -> [tokens, heads * d]``; copies only if heads are not contiguous."""
     heads, d = x.shape[-2:]
     if x.stride(-1) != 1 or x.stride(-2) != d:
         x = x.contiguous()
@@ -240,6 +240,6 @@ class _GatedNorm(torch.autograd.Function):
 
 
 def _gated_tile(d: int) -> tuple[int, int, int]:
-    """Columns, rows and warps of a tile of the gated norm."""
+    """Columns, rows and warps per tile of the gated norm."""
     block = next_power_of_2(d)
     return block, max(1, TILE // block), 8

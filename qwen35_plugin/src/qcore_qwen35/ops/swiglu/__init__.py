@@ -1,1 +1,1 @@
-"""The product inside the feed-forward map."""
+"""Op of the SwiGLU feed-forward layer: ``silu(gate) * up``."""

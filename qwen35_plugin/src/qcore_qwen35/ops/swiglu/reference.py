@@ -1,4 +1,4 @@
-"""``silu(gate) * up``: one function that saves gate and up alone.
+"""Reference of SwiGLU: ``silu(gate) * up``, saving only gate and up for backward.
 
 This file decides that SiLU is rounded before the product.
 """

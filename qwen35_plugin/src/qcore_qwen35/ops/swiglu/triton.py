@@ -1,6 +1,6 @@
-"""``silu(gate) * up`` in Triton: one pass forwards, one backwards, both gradients in one buffer.
+"""Triton kernels of SwiGLU: ``silu(gate) * up``, one pass each way, both gradients in one buffer.
 
-This file decides the blocks; SiLU is rounded before the product as in `reference`, the
+This file decides the block sizes. SiLU is rounded before the product as in `reference`; the
 backward is float32 throughout.
 
 Shapes: R rows, I columns; gate and up may be column slices of one ``[R, 2 I]``.
