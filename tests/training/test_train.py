@@ -283,6 +283,7 @@ def test_evaluation_is_the_mean_over_held_out_tokens(small: Path, rows: Path) ->
 # -- the same run, the same bytes
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(rows: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"lora_dropout": 0.2, "dtype": "bf16", "max_steps": 3}
     for name, more in {

@@ -96,6 +96,7 @@ def test_prediction_and_measurement_are_side_by_side(
     assert result["measured"]["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_a_plan_below_the_limit_of_the_cpu_gives_the_same_bytes(
     rows: Path, tmp_path: Path, whole: tuple[Path, TrainReport, Heard]
 ) -> None:
@@ -154,6 +155,7 @@ def test_a_policy_by_hand_is_warned_of_and_runs(rows: Path, tmp_path: Path) -> N
     assert len(heard.said("warning: QC-PLAN-001 ")) == 1
 
 
+@pytest.mark.slow
 def test_a_stopped_run_keeps_its_policy(
     rows: Path, tmp_path: Path, whole: tuple[Path, TrainReport, Heard]
 ) -> None:
@@ -169,6 +171,7 @@ def test_a_stopped_run_keeps_its_policy(
     assert raw(out) == raw(whole[0])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_on_a_smaller_card_says_what_changes(
     rows: Path, tmp_path: Path, whole: tuple[Path, TrainReport, Heard]
 ) -> None:
@@ -185,6 +188,7 @@ def test_a_stopped_run_on_a_smaller_card_says_what_changes(
     assert raw(out) == raw(whole[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then", "told"),
     [
@@ -214,6 +218,7 @@ def test_another_policy_is_no_other_run(
     assert raw(tmp_path / "out") == raw(whole[0])
 
 
+@pytest.mark.slow
 def test_another_run_is_refused_before_anything_else(rows: Path, tmp_path: Path) -> None:
     """Before the plan, before the base; what the stopped run left is as it was."""
     out = tmp_path / "out"
@@ -232,6 +237,7 @@ def test_another_run_is_refused_before_anything_else(rows: Path, tmp_path: Path)
     assert {path: path.read_bytes() for path in (tmp_path / "out.run").rglob("*.*")} == left
 
 
+@pytest.mark.slow
 def test_a_base_that_changed_leaves_the_plan_of_the_run(rows: Path, tmp_path: Path) -> None:
     """That is known only once the base was read, when the new plan has been made."""
     base, out = shutil.copytree(tiny_folder(), tmp_path / "base"), tmp_path / "out"
@@ -247,6 +253,7 @@ def test_a_base_that_changed_leaves_the_plan_of_the_run(rows: Path, tmp_path: Pa
     assert (tmp_path / "out.run" / "plan.json").read_bytes() == plan
 
 
+@pytest.mark.slow
 def test_without_its_plan_a_stopped_run_is_planned_again(
     rows: Path, tmp_path: Path, whole: tuple[Path, TrainReport, Heard]
 ) -> None:
