@@ -228,11 +228,15 @@ def test_inspect_of_every_sku_differs_in_nothing(shared: Path, tmp_path: Path, s
     assert "torch" not in modules
 
 
+def use_records(monkeypatch: pytest.MonkeyPatch, skus: Skus) -> None:
+    """Replace the records under every name by which a verb calls for them."""
+    for module in ("qcore.skus.registry", "qcore.preflight.inspect"):
+        monkeypatch.setattr(f"{module}.load_skus", lambda *a: skus)
+
+
 @pytest.fixture
 def small_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Skus:
     """A record of the small checkpoint of the tests, in place of the installed ones."""
-    import qcore.skus.registry
-
     text = {"linear_num_value_heads": 4, "hidden_size": 24, "num_hidden_layers": 4}
     total = sum(math.prod(shape) for shape in small_shapes().values())
     file = tmp_path / "records" / "small.yaml"
@@ -280,7 +284,7 @@ skus:
     from qcore.skus.file import read_skus
 
     skus = Skus(entries=tuple(replace(sku, origin="test") for sku in read_skus(file)))
-    monkeypatch.setattr(qcore.skus.registry, "load_skus", lambda *a: skus)
+    use_records(monkeypatch, skus)
     return skus
 
 
@@ -422,12 +426,11 @@ def test_no_record_fits(
 def test_a_broken_record_file_does_not_stop_inspect(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import qcore.skus.registry
     from qcore.config.registry import BrokenFile
 
     bad = BrokenFile(origin="plug", file=tmp_path / "a.yaml", reason="breaks the contract")
     unread = Skus(entries=(), broken=(bad,))
-    monkeypatch.setattr(qcore.skus.registry, "load_skus", lambda *a: unread)
+    use_records(monkeypatch, unread)
     folder = write_sparse_checkpoint(tmp_path / "m", small_config(), small_shapes())
     assert inspected(capsys, folder).json["record"]["unread"] == ["plug: breaks the contract"]
     assert (
