@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.model_kit import small_config, small_shapes, write_json, write_sparse
+from support.model_kit import small_config, small_shapes, write_json
 from torch import Tensor, nn
 
 from qcore.adapter.peft_names import (
@@ -36,6 +36,7 @@ from qcore.errors import InputError, PreflightError, UsageError
 from qcore.io.artifact import publish
 from qcore.nn.qlora.lora_layer import Lora
 from qcore.preflight.settings_checks import unsuitable
+from qcore.testing import write_sparse_checkpoint
 from qcore_qwen35.table import parts
 
 ROOT = "model.language_model."
@@ -74,7 +75,9 @@ EYE_SHAPES = {
 
 def layout_of(folder: Path, *towers: Part, sight: bool = True, **config: Any) -> Layout:
     shapes = small_shapes(vision=False) | (EYE_SHAPES if sight else {})
-    write_sparse(folder, small_config(vision=False) | {"eye_config": {}} | config, shapes)
+    write_sparse_checkpoint(
+        folder, small_config(vision=False) | {"eye_config": {}} | config, shapes
+    )
     checkpoint = Checkpoint.open(folder)
     layout = locate(Table([*towers, *parts(checkpoint.config)]), checkpoint)
     return replace(layout, idle=frozenset(tower.name for tower in towers))

@@ -26,6 +26,7 @@ PUBLIC = {
     "qcore.api": False,
     "qcore.errors": False,
     "qcore.ops": True,
+    "qcore.testing": False,
 }  #: module -> whether importing it may import torch
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "qcore_qwen35", "rich", "yaml")
 MAX_FILE, MAX_FUNCTION = 500, 80

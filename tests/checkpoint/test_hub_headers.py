@@ -16,7 +16,10 @@ from typing import Any
 
 import pytest
 from support.hub_server import Client, File, HubServer, Sparse
-from support.model_kit import Shapes, header_bytes, small_config, small_shapes, write_sparse
+from support.model_kit import small_config, small_shapes
+
+from qcore.testing import write_sparse_checkpoint
+from qcore.testing.checkpoints import Shapes, sparse_header
 
 # Prints what each of some models is, one after another, in one line; with WHOLE set, the models
 # are downloaded as every verb but inspect does.
@@ -67,7 +70,7 @@ NEVER: dict[str, File] = {
 
 def weights(shapes: Shapes) -> Sparse:
     """A safetensors file of zeros, of true size."""
-    head, data = header_bytes(shapes)
+    head, data = sparse_header(shapes)
     return Sparse(head, len(head) + data)
 
 
@@ -93,7 +96,7 @@ def expected(shards: Mapping[str, Shapes]) -> dict[str, list[object]]:
     """Where each tensor lies, from shapes alone: bf16, one after another, up to the file's end."""
     places: dict[str, list[object]] = {}
     for shard, shapes in shards.items():
-        at = len(header_bytes(shapes)[0])
+        at = len(sparse_header(shapes)[0])
         for name, shape in shapes.items():
             end = at + 2 * math.prod(shape)
             places[name] = ["BF16", list(shape), shard, at, end]
@@ -473,7 +476,7 @@ def test_many_shards_in_parallel_and_a_bar_after_a_second(ask: Client) -> None:
 
 
 def test_inspect_says_the_same_of_a_hub_id_as_of_a_folder(ask: Client, tmp_path: Path) -> None:
-    folder = write_sparse(tmp_path / "model", small_config(), small_shapes(), shards=2)
+    folder = write_sparse_checkpoint(tmp_path / "model", small_config(), small_shapes(), shards=2)
     commit = ask.hub.add("org/small", folder)
 
     def report(model: str) -> dict[str, Any]:

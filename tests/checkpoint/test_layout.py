@@ -9,19 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.model_kit import (
-    as_text_class,
-    key_list,
-    small_config,
-    small_shapes,
-    write_sparse,
-)
+from support.model_kit import as_text_class, key_list, small_config, small_shapes
 
 from qcore.api.parameters import Namespace, Part, Row, Table, cat, stack
 from qcore.checkpoint.checkpoint import Checkpoint
 from qcore.checkpoint.layout import Layout, faults, locate, survey
 from qcore.errors import InputError, PreflightError
 from qcore.nn.load import read_tensor
+from qcore.testing import write_sparse_checkpoint
 from qcore_qwen35.table import parts
 
 ROOT = "model.language_model"
@@ -55,7 +50,7 @@ def real(shared: Path, sku: str) -> tuple[dict[str, Any], dict[str, tuple[int, .
 def test_every_tensor_of_a_real_checkpoint_is_explained(shared: Path, tmp_path: Path, sku: str):
     total, tensors, visual, mtp = DENSE[sku]
     config, shapes = real(shared, sku)
-    layout, codes, _ = look(write_sparse(tmp_path, config, shapes, shards=3))
+    layout, codes, _ = look(write_sparse_checkpoint(tmp_path, config, shapes, shards=3))
     assert codes == []
     assert layout.parameters == total
     assert layout.carried_roots() == {"model.visual": visual}
@@ -71,7 +66,7 @@ def test_a_text_class_save_of_a_real_checkpoint(shared: Path, tmp_path: Path, sk
     config, shapes = real(shared, sku)
     text = as_text_class(shapes)
     flat = config["text_config"] | {"architectures": ["Qwen3_5ForCausalLM"]}
-    layout, codes, _ = look(write_sparse(tmp_path, flat, text))
+    layout, codes, _ = look(write_sparse_checkpoint(tmp_path, flat, text))
     assert codes == []
     assert layout.namespaces["text"].name == "text"
     assert layout.absent == ("mtp",)
@@ -91,7 +86,7 @@ def test_names_go_to_canonical_and_back(shared: Path, tmp_path: Path, sku: str):
         ("hub", shapes, "vl"),
         ("text", as_text_class(shapes), "text"),
     ):
-        layout, _, _ = look(write_sparse(tmp_path / folder, config, names))
+        layout, _, _ = look(write_sparse_checkpoint(tmp_path / folder, config, names))
         spell = layout.namespaces["text"].spell
         assert layout.namespaces["text"].name == namespace
         for name, (tensor, region) in layout.by_disk.items():
@@ -107,7 +102,7 @@ def test_names_go_to_canonical_and_back(shared: Path, tmp_path: Path, sku: str):
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Path:
-    return write_sparse(tmp_path / "hub", small_config(), small_shapes())
+    return write_sparse_checkpoint(tmp_path / "hub", small_config(), small_shapes())
 
 
 def test_a_small_checkpoint_is_explained(hub: Path):
@@ -137,7 +132,9 @@ def test_groups_count_what_is_on_disk_once(hub: Path):
 @pytest.mark.parametrize("vision_section", [False, True])
 def test_a_text_class_save(tmp_path: Path, vision_section: bool):
     config = small_config(vision=vision_section)
-    layout, codes, _ = look(write_sparse(tmp_path, config, as_text_class(small_shapes())))
+    layout, codes, _ = look(
+        write_sparse_checkpoint(tmp_path, config, as_text_class(small_shapes()))
+    )
     assert codes == []
     assert layout.absent == ("mtp",)
     assert layout.namespaces["text"].name == "text"
@@ -145,7 +142,7 @@ def test_a_text_class_save(tmp_path: Path, vision_section: bool):
 
 def test_a_text_save_that_keeps_the_hubs_names(tmp_path: Path):
     shapes = {n: s for n, s in small_shapes().items() if ".visual." not in n and "mtp." not in n}
-    layout, codes, _ = look(write_sparse(tmp_path, small_config(vision=False), shapes))
+    layout, codes, _ = look(write_sparse_checkpoint(tmp_path, small_config(vision=False), shapes))
     assert codes == []
     assert layout.namespaces["text"].name == "vl"
     assert (layout.absent, layout.carried) == (("mtp",), {})
@@ -154,7 +151,7 @@ def test_a_text_save_that_keeps_the_hubs_names(tmp_path: Path):
 def test_mtp_that_the_config_does_not_claim_is_refused(tmp_path: Path):
     config = small_config(mtp_num_hidden_layers=0)
     tower = {f"model.visual.blocks.{n}.norm1.weight": (8,) for n in range(20)}
-    _, codes, problems = look(write_sparse(tmp_path, config, small_shapes() | tower))
+    _, codes, problems = look(write_sparse_checkpoint(tmp_path, config, small_shapes() | tower))
     # The larger subtree has the one section, as in every real checkpoint; mtp.* has none.
     assert set(codes) == {"QC-KEY-002"}
     assert all(problem.field.startswith("mtp.") for problem in problems)
@@ -163,7 +160,7 @@ def test_mtp_that_the_config_does_not_claim_is_refused(tmp_path: Path):
 def test_mtp_partly_there(tmp_path: Path):
     shapes = small_shapes()
     del shapes["mtp.norm.weight"]
-    _, codes, (problem,) = look(write_sparse(tmp_path, small_config(), shapes))
+    _, codes, (problem,) = look(write_sparse_checkpoint(tmp_path, small_config(), shapes))
     assert codes == ["QC-KEY-005"]
     assert problem.field == "mtp.norm.weight"
     assert "14 of 15" in problem.message
@@ -191,7 +188,9 @@ def test_mtp_partly_there(tmp_path: Path):
 )
 def test_a_stray_tensor_is_refused(tmp_path: Path, stray: str, vision: bool):
     shapes = small_shapes(vision=vision) | {stray: (3,)}
-    layout, codes, problems = look(write_sparse(tmp_path, small_config(vision=vision), shapes))
+    layout, codes, problems = look(
+        write_sparse_checkpoint(tmp_path, small_config(vision=vision), shapes)
+    )
     assert codes == ["QC-KEY-002"]
     assert problems[0].field == stray
     assert problems[0].file.endswith("model.safetensors")
@@ -202,14 +201,14 @@ def test_a_stray_is_refused_even_where_a_section_is_free(tmp_path: Path):
     # The tower is gone, its section is still in config.json: one subtree may be carried, and
     # a single tensor in a subtree of its own is what the rule lets through; two are not.
     shapes = small_shapes(vision=False) | {"model.foo.weight": (3,), "model.bar.weight": (3,)}
-    layout, codes, _ = look(write_sparse(tmp_path, small_config(), shapes))
+    layout, codes, _ = look(write_sparse_checkpoint(tmp_path, small_config(), shapes))
     assert codes == ["QC-KEY-002"]
     assert len(layout.carried) == 1
 
 
 def test_a_subtree_that_no_section_claims_is_refused_whole(tmp_path: Path):
     config = small_config(vision=False)
-    layout, codes, problems = look(write_sparse(tmp_path, config, small_shapes()))
+    layout, codes, problems = look(write_sparse_checkpoint(tmp_path, config, small_shapes()))
     assert codes == ["QC-KEY-002"] * 3
     (fault,) = faults(problems)
     assert "belongs to no part of the model (one of 3)" in fault.message
@@ -222,14 +221,14 @@ def test_a_section_of_another_kind_claims_nothing(tmp_path: Path):
         "audio_config": None,
         "note_config": "text",
     }
-    _, codes, _ = look(write_sparse(tmp_path, config, small_shapes()))
+    _, codes, _ = look(write_sparse_checkpoint(tmp_path, config, small_shapes()))
     assert codes == ["QC-KEY-002"] * 3
 
 
 def test_two_sections_carry_two_subtrees(tmp_path: Path):
     shapes = small_shapes() | {"model.audio.a.weight": (3,), "model.audio.b.weight": (3,)}
     config = small_config() | {"audio_config": {"depth": 1}}
-    layout, codes, _ = look(write_sparse(tmp_path, config, shapes))
+    layout, codes, _ = look(write_sparse_checkpoint(tmp_path, config, shapes))
     assert codes == []
     assert layout.carried_roots() == {"model.visual": 3, "model.audio": 2}
 
@@ -238,7 +237,7 @@ def test_a_misspelt_name_is_both_missing_and_extra_with_the_nearest(tmp_path: Pa
     name = f"{ROOT}.layers.1.mlp.up_proj.weight"
     wrong = f"{ROOT}.layers.1.mlp.upp_proj.weight"
     shapes = {wrong if n == name else n: s for n, s in small_shapes().items()}
-    _, codes, problems = look(write_sparse(tmp_path, small_config(), shapes))
+    _, codes, problems = look(write_sparse_checkpoint(tmp_path, small_config(), shapes))
     assert codes == ["QC-KEY-001", "QC-KEY-002"]
     missing, extra = problems
     assert missing.field == name
@@ -254,7 +253,7 @@ def test_a_misspelt_name_is_both_missing_and_extra_with_the_nearest(tmp_path: Pa
 def test_a_missing_tensor(tmp_path: Path):
     name = f"{ROOT}.layers.2.linear_attn.A_log"
     shapes = {n: s for n, s in small_shapes().items() if n != name}
-    folder = write_sparse(tmp_path, small_config(), shapes)
+    folder = write_sparse_checkpoint(tmp_path, small_config(), shapes)
     _, codes, (problem,) = look(folder)
     assert codes == ["QC-KEY-001"]
     assert problem.field == name
@@ -266,7 +265,7 @@ def test_a_missing_tensor(tmp_path: Path):
 
 def test_many_missing_tensors_are_one_line(tmp_path: Path):
     config = small_config(num_hidden_layers=40, layer_types=["linear_attention"] * 40)
-    layout, codes, problems = look(write_sparse(tmp_path, config, small_shapes()))
+    layout, codes, problems = look(write_sparse_checkpoint(tmp_path, config, small_shapes()))
     assert codes.count("QC-KEY-001") == 37 * 9 + 36 * 5  # layer 3 has its norms and its mlp
     assert layout.namespaces["text"].name == "vl"
     (fault,) = faults(problems)
@@ -278,7 +277,7 @@ def test_many_missing_tensors_are_one_line(tmp_path: Path):
 def test_a_wrong_shape_names_both_shapes(tmp_path: Path):
     name = f"{ROOT}.layers.3.self_attn.q_proj.weight"
     _, codes, (problem,) = look(
-        write_sparse(tmp_path, small_config(), small_shapes() | {name: (64, 24)})
+        write_sparse_checkpoint(tmp_path, small_config(), small_shapes() | {name: (64, 24)})
     )
     assert codes == ["QC-KEY-003"]
     assert problem.field == name
@@ -288,7 +287,7 @@ def test_a_wrong_shape_names_both_shapes(tmp_path: Path):
 def test_swapped_layer_types_name_the_two_layers(tmp_path: Path):
     config = small_config(layer_types=["linear_attention"] * 2 + ["full_attention"] + [
         "linear_attention"])  # fmt: skip
-    _, codes, problems = look(write_sparse(tmp_path, config, small_shapes()))
+    _, codes, problems = look(write_sparse_checkpoint(tmp_path, config, small_shapes()))
     assert set(codes) == {"QC-KEY-001", "QC-KEY-002"}
     assert {problem.field.split(".")[3] for problem in problems} == {"2", "3"}
     (fault,) = faults(problems)
@@ -298,18 +297,20 @@ def test_swapped_layer_types_name_the_two_layers(tmp_path: Path):
 
 def test_a_tied_head_on_disk_is_kept_to_be_compared(tmp_path: Path):
     shapes = small_shapes() | {"lm_head.weight": (96, 24)}
-    layout, codes, _ = look(write_sparse(tmp_path, small_config(), shapes))
+    layout, codes, _ = look(write_sparse_checkpoint(tmp_path, small_config(), shapes))
     assert codes == []
     assert layout.ties == {"lm_head.weight": f"{ROOT}.embed_tokens.weight"}
     assert layout.located["lm_head.weight"].tied is None
 
 
 def test_an_untied_head_must_be_there(tmp_path: Path):
-    _, codes, (problem,) = look(write_sparse(tmp_path, small_config(tied=False), small_shapes()))
+    _, codes, (problem,) = look(
+        write_sparse_checkpoint(tmp_path, small_config(tied=False), small_shapes())
+    )
     assert codes == ["QC-KEY-001"]
     assert problem.field == "lm_head.weight"
     layout, codes, _ = look(
-        write_sparse(tmp_path / "b", small_config(tied=False), small_shapes(tied=False))
+        write_sparse_checkpoint(tmp_path / "b", small_config(tied=False), small_shapes(tied=False))
     )
     assert codes == []
     assert layout.located["lm_head.weight"].places[0].header.shape == (96, 24)
@@ -317,7 +318,7 @@ def test_an_untied_head_must_be_there(tmp_path: Path):
 
 def test_a_name_in_both_namespaces_is_extra(tmp_path: Path):
     shapes = small_shapes() | {"model.norm.weight": (24,)}
-    _, codes, problems = look(write_sparse(tmp_path, small_config(), shapes))
+    _, codes, problems = look(write_sparse_checkpoint(tmp_path, small_config(), shapes))
     assert codes == ["QC-KEY-002"]
     assert problems[0].field == "model.norm.weight"
 
@@ -396,7 +397,7 @@ def test_unknown_tensors_beside_absent_pieces_or_parts_are_one_fault(tmp_path: P
     assert "1 that belong to no part, first m.1.e.2.w3" in error.message
     shapes = small_shapes()
     shapes["mtp.norms.weight"] = shapes.pop("mtp.norm.weight")
-    _, _, problems = look(write_sparse(tmp_path / "b", small_config(), shapes))
+    _, _, problems = look(write_sparse_checkpoint(tmp_path / "b", small_config(), shapes))
     (error,) = faults(problems)
     assert (error.code, error.field) == ("QC-KEY-005", "mtp.norm.weight")
     assert "14 of 15 tensors; 1 that belong to no part, first mtp.norms.weight" in error.message

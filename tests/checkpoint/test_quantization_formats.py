@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import model_kit
 from support.cli_kit import here
 from support.e2e_kit import figure
 from support.fp8_kit import decoded, is_quantised, to_fp8
-from support.model_kit import key_list, small_config, small_shapes, write_json, write_sparse
+from support.model_kit import TEXT, key_list, small_config, small_shapes, write_json
 from support.sku_kit import config_of, derived, shapes_of, write_sku
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -33,8 +32,8 @@ from qcore.nn import fp8
 from qcore.nn.fp8 import dequantize
 from qcore.nn.load import read_tensor
 from qcore.plugins.resolve_model import identify
+from qcore.testing import write_sparse_checkpoint
 
-model_kit._BYTES |= {"I8": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # dtype and shape by name
 
 MAPS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "gate_proj.weight",
@@ -187,7 +186,7 @@ FORMATS: dict[str, tuple[Callable[[str, int, int], Tensors], Format, str]] = {
 
 def checkpoint(tensors: Tensors, config: Mapping[str, Any], folder: Path) -> Checkpoint:
     shapes = {name: shape for name, (_, shape) in tensors.items()}
-    write_sparse(folder, config, shapes, dtype=lambda name: tensors[name][0])
+    write_sparse_checkpoint(folder, config, shapes, dtype=lambda name: tensors[name][0])
     return Checkpoint.open(folder)
 
 
@@ -282,7 +281,7 @@ CONTRADICTIONS: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "block FP8", section("modelopt", quant_algo="NVFP4"), "quant_algo", "expected block FP8"
     ),
     "in the text section": (
-        BF16, {"text_config": model_kit.TEXT | section("fp8")},
+        BF16, {"text_config": TEXT | section("fp8")},
         "text_config.quantization_config.quant_method", "found fp8",
     ),
     "one block size": (
@@ -378,7 +377,7 @@ def test_inspect_names_the_format(tmp_path: Path, case: str, capsys: Any) -> Non
 
 
 def test_inspect_of_plain_weights(tmp_path: Path, capsys: Any) -> None:
-    write_sparse(tmp_path, small_config(), small_shapes())
+    write_sparse_checkpoint(tmp_path, small_config(), small_shapes())
     told = here(capsys, "inspect", tmp_path, "--json").json
     assert told["quantisation"] is None
     assert told["parameters"] > 0
@@ -522,7 +521,7 @@ def test_wider_values_come_first(tmp_path: Path) -> None:
 def test_headers_are_grouped_once(tmp_path: Path) -> None:
     """Time is linear in tensors, not tensors by files."""
     shapes = {f"model.layers.{n}.weight": (2, 2) for n in range(3000)}
-    write_sparse(tmp_path, {"model_type": "x"}, shapes, shards=300)
+    write_sparse_checkpoint(tmp_path, {"model_type": "x"}, shapes, shards=300)
     opened = Checkpoint.open(tmp_path)
     looked = 0
 

@@ -17,17 +17,11 @@ from typing import Any
 import click
 import pytest
 from support.cli_kit import Ended, apart, here, modules_after
-from support.model_kit import (
-    edit_json,
-    key_list,
-    small_config,
-    small_shapes,
-    snapshot,
-    write_sparse,
-)
+from support.model_kit import edit_json, key_list, small_config, small_shapes, snapshot
 
 from qcore.cli.main import VERBS, cli
 from qcore.io.artifact import publish
+from qcore.testing import write_sparse_checkpoint
 
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy", "tokenizers"}
 UNUSED = {"rich", "yaml", "jinja2", "huggingface_hub", "packaging", "accelerate"}
@@ -75,7 +69,7 @@ def test_plugins_list_imports_neither_torch_nor_a_plugin(arguments: tuple[str, .
 
 
 def test_inspect_imports_its_plugin_and_no_torch(tmp_path: Path):
-    folder = write_sparse(tmp_path, small_config(), small_shapes())
+    folder = write_sparse_checkpoint(tmp_path, small_config(), small_shapes())
     ended, modules = modules_after("inspect", folder, "--json")
     assert ended.code == 0
     assert "qcore_qwen35" in modules
@@ -118,7 +112,9 @@ def test_inspect_time_on_the_header_of_27b(shared: Path, tmp_path: Path):
     source = shared / "skus" / "qwen3.5" / "Qwen3.5-27B"
     shapes = key_list(source / "weight_keys.txt")
     folder = tmp_path / "Qwen3.5-27B"
-    write_sparse(folder, json.loads((source / "config.json").read_text()), shapes, shards=11)
+    write_sparse_checkpoint(
+        folder, json.loads((source / "config.json").read_text()), shapes, shards=11
+    )
     (folder / "chat_template.jinja").write_bytes((source / "chat_template.jinja").read_bytes())
     assert median_seconds(SCRIPT, "inspect", folder, "--json") < 5 * 0.5
     ended, modules = modules_after("inspect", folder, "--json")
@@ -228,7 +224,7 @@ def test_the_script_and_the_module_are_the_same():
 
 
 def test_inspect_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    folder = write_sparse(tmp_path / "m", small_config(), small_shapes())
+    folder = write_sparse_checkpoint(tmp_path / "m", small_config(), small_shapes())
     ended = here(capsys, "inspect", folder, "--json")
     assert (ended.code, ended.err) == (0, "")
     told = ended.json
@@ -249,7 +245,10 @@ def test_inspect_tells_a_text_save_that_mtp_is_gone(
 ):
     shapes = {n: s for n, s in small_shapes(vision=False).items() if not n.startswith("mtp.")}
     ended = here(
-        capsys, "inspect", write_sparse(tmp_path, small_config(vision=False), shapes), "--json"
+        capsys,
+        "inspect",
+        write_sparse_checkpoint(tmp_path, small_config(vision=False), shapes),
+        "--json",
     )
     assert ended.code == 0
     (difference,) = ended.json["differences"]
@@ -264,7 +263,7 @@ def test_inspect_json_of_a_checkpoint_that_is_not_whole(
     wrong = "model.language_model.layers.3.self_attn.q_norm.weight"
     del shapes[lost]
     shapes |= {"model.foo.weight": (3,), wrong: (17,)}
-    folder = write_sparse(tmp_path, small_config(vision=False), {
+    folder = write_sparse_checkpoint(tmp_path, small_config(vision=False), {
         n: s for n, s in shapes.items() if ".visual." not in n})  # fmt: skip
     ended = here(capsys, "inspect", folder, "--json")
     assert ended.code == 65
@@ -419,7 +418,7 @@ def test_a_defect_of_ours_is_one_line_too(tmp_path: Path):
 def test_a_closed_pipe_is_no_traceback(tmp_path: Path):
     read, write = os.pipe()
     os.close(read)
-    folder = write_sparse(tmp_path, small_config(), small_shapes())
+    folder = write_sparse_checkpoint(tmp_path, small_config(), small_shapes())
     done = subprocess.run(
         [sys.executable, "-m", "qcore", "inspect", str(folder)],
         stdout=write, stderr=subprocess.PIPE, text=True, check=False,
@@ -429,7 +428,7 @@ def test_a_closed_pipe_is_no_traceback(tmp_path: Path):
 
 
 def test_a_model_type_that_nobody_builds(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    folder = write_sparse(tmp_path, small_config(), small_shapes())
+    folder = write_sparse_checkpoint(tmp_path, small_config(), small_shapes())
     edit_json(folder / "config.json", lambda config: config.update(model_type="nobodys"))
     ended = here(capsys, "inspect", folder)
     assert "'nobodys'" in ended.error("QC-DETECT-001")

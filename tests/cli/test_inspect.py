@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from support.cli_kit import here
-from support.model_kit import small_config, small_shapes, write_sparse
+from support.model_kit import small_config, small_shapes
 
 from qcore.errors import InputError
 from qcore.plugins import resolve_model
+from qcore.testing import write_sparse_checkpoint
 
 
 def test_a_refused_format_is_no_difference_of_a_tensor(
@@ -21,7 +22,7 @@ def test_a_refused_format_is_no_difference_of_a_tensor(
         raise InputError("QC-CKPT-999", "is refused")
 
     monkeypatch.setattr(resolve_model, "recognise", refuse)
-    folder = write_sparse(tmp_path, small_config(), small_shapes())
+    folder = write_sparse_checkpoint(tmp_path, small_config(), small_shapes())
     ended = here(capsys, "inspect", folder, "--json")
     assert ended.code == 65
     assert ended.json["error"]["code"] == "QC-CKPT-999"

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 from support.cli_kit import here, modules_after
-from support.plugin_kit import distribution, good, installed
+from support.plugin_kit import good
 
 from qcore.config.frozen_map import Entries
 from qcore.config.resolve import load_settings
 from qcore.plugins.manager import Plugins
+from qcore.testing import discover_plugins, write_distribution
 
 TRAIN = ("train", "--model", "x", "--data", "x", "--output", "x")
 
@@ -79,9 +80,11 @@ WRONG = (
 def discovered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, name: str = "kernels_of_cli"
 ) -> None:
-    distribution(tmp_path, "toy", module=name, source=good("toy") + source, model_types=("toy",))
+    write_distribution(
+        tmp_path, "toy", module=name, source=good("toy") + source, model_types=("toy",)
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    plugins = installed(tmp_path)
+    plugins = discover_plugins(tmp_path)
     monkeypatch.setattr(Plugins, "discover", classmethod(lambda cls: plugins))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 

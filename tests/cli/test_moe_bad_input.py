@@ -24,11 +24,11 @@ from support.model_kit import (
     small_moe_shapes,
     small_shapes,
     snapshot,
-    write_sparse,
 )
 
 import qcore.training.train
 from qcore.cli.terminal import TerminalSink
+from qcore.testing import write_sparse_checkpoint
 from qcore_qwen35.tiny import write
 
 SIDECARS = (
@@ -72,7 +72,7 @@ def made(
         for name in shapes:
             if name.endswith(("embed_tokens.weight", "lm_head.weight")):
                 shapes[name] = (rows, 24)
-        folder = write_sparse(tmp_path / "base", config, shapes)
+        folder = write_sparse_checkpoint(tmp_path / "base", config, shapes)
         for name in SIDECARS:
             shutil.copyfile(tiny / name, folder / name)
         return folder

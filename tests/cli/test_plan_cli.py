@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from support.cli_kit import here, modules_after
-from support.model_kit import write_sparse
 from support.plan_kit import DENSE_4B
 
 from qcore.api.parameters import Table
 from qcore.planning.gpus import CARDS, named
+from qcore.testing import write_sparse_checkpoint
 from qcore_qwen35.table import parts
 from qcore_qwen35.tiny import tiny_config, write
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config["text_config"]["mtp_num_hidden_layers"] = 0
     table = Table(parts(config, moe=False))
     shapes = {one.name: one.shape for one in table if one.part.loaded and one.row.tie is None}
-    folder = write_sparse(tmp_path_factory.mktemp("model"), config, shapes)
+    folder = write_sparse_checkpoint(tmp_path_factory.mktemp("model"), config, shapes)
     write(tiny := tmp_path_factory.mktemp("tiny"))
     shutil.copy(tiny / "chat_template.jinja", folder)  # by which its generation is known
     return folder

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from support.cli_kit import Ended, apart
-from support.plugin_kit import distribution
+
+from qcore.testing import write_distribution
 
 COMMAND = """
 import click, os, socket, sys
@@ -33,7 +34,7 @@ store.add_command(command, "put")
 def installed(folder: Path, body: str = "pass", *, source: str = COMMAND) -> Path:
     """A folder with the distribution ``acme-tools 1.0``, which brings two commands."""
     points = "[qcore.commands]\nacme-publish = acme_tools\nacme-store = acme_tools:store\n"
-    distribution(
+    write_distribution(
         folder,
         "acme-tools",
         module="acme_tools",

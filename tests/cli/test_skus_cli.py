@@ -12,17 +12,12 @@ from typing import Any
 
 import pytest
 from support.cli_kit import Ended, apart, here, modules_after
-from support.model_kit import (
-    as_text_class,
-    edit_json,
-    small_config,
-    small_shapes,
-    write_sparse,
-)
+from support.model_kit import as_text_class, edit_json, small_config, small_shapes
 from support.sku_kit import DERIVED, derived, folder_of, shapes_of, write_sku
 from support.tiers import fast
 
 from qcore.skus.registry import Skus, load_skus
+from qcore.testing import write_sparse_checkpoint
 
 SCRIPT = Path(sysconfig.get_path("scripts")) / "qcore"
 DENSE = ("Qwen3.5-0.8B", "Qwen3.5-2B", "Qwen3.5-4B", "Qwen3.5-9B", "Qwen3.5-27B", "Qwen3.6-27B")
@@ -158,7 +153,7 @@ def test_a_folder_of_that_name_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_sparse(tmp_path / "qwen3.5-plus", small_config(), small_shapes())
+    write_sparse_checkpoint(tmp_path / "qwen3.5-plus", small_config(), small_shapes())
     ended = here(capsys, "inspect", "qwen3.5-plus", "--json")
     assert (ended.code, ended.json["generation"]) == (0, "3.5")
 
@@ -234,10 +229,15 @@ def test_inspect_of_every_sku_differs_in_nothing(shared: Path, tmp_path: Path, s
     assert "torch" not in modules
 
 
+def use_records(monkeypatch: pytest.MonkeyPatch, skus: Skus) -> None:
+    """Replace the records under every name by which a verb calls for them."""
+    for module in ("qcore.skus.registry", "qcore.preflight.inspect"):
+        monkeypatch.setattr(f"{module}.load_skus", lambda *a: skus)
+
+
 @pytest.fixture
 def small_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Skus:
     """A record of the small checkpoint of the tests, in place of the installed ones."""
-
     text = {"linear_num_value_heads": 4, "hidden_size": 24, "num_hidden_layers": 4}
     total = sum(math.prod(shape) for shape in small_shapes().values())
     file = tmp_path / "records" / "small.yaml"
@@ -285,7 +285,7 @@ skus:
     from qcore.skus.file import read_skus
 
     skus = Skus(entries=tuple(replace(sku, origin="test") for sku in read_skus(file)))
-    monkeypatch.setattr("qcore.preflight.inspect.load_skus", lambda *a: skus)
+    use_records(monkeypatch, skus)
     return skus
 
 
@@ -298,7 +298,7 @@ def inspected(capsys: pytest.CaptureFixture[str], folder: Path) -> Ended:
 def test_the_record_is_found_by_sizes_and_nothing_differs(
     small_record: Skus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_sparse(tmp_path / "any-name", small_config(), small_shapes())
+    folder = write_sparse_checkpoint(tmp_path / "any-name", small_config(), small_shapes())
     assert inspected(capsys, folder).json["record"] == {
         "id": "Org/Small-1B", "note": None, "differences": [], "unread": [],
     }  # fmt: skip
@@ -310,14 +310,14 @@ def test_the_record_is_found_by_sizes_and_nothing_differs(
 def test_a_name_never_decides_and_is_told_where_it_disagrees(
     small_record: Skus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_sparse(tmp_path / "other-2b-tuned", small_config(), small_shapes())
+    folder = write_sparse_checkpoint(tmp_path / "other-2b-tuned", small_config(), small_shapes())
     ended = inspected(capsys, folder)
     assert ended.json["record"]["id"] == "Org/Small-1B"
     found, recorded = differing(ended)["name"]
     assert "which names Org/Other-2B" in found
     assert recorded == "Org/Small-1B"
     for name in ("x-Small-1B-FP8", "another-2b", "other-2bit", "base"):
-        folder = write_sparse(tmp_path / name, small_config(), small_shapes())
+        folder = write_sparse_checkpoint(tmp_path / name, small_config(), small_shapes())
         assert differing(inspected(capsys, folder)) == {}, "names no other SKU"
 
 
@@ -327,7 +327,7 @@ def test_a_text_save_is_told_and_no_error(
     config = small_config(vision=False)
     config = {**config["text_config"], "architectures": ["Qwen3_5ForCausalLM"],
               "tie_word_embeddings": True}  # fmt: skip
-    folder = write_sparse(tmp_path / "m", config, as_text_class(small_shapes()))
+    folder = write_sparse_checkpoint(tmp_path / "m", config, as_text_class(small_shapes()))
     ended = inspected(capsys, folder)
     found = differing(ended)
     shapes = as_text_class(small_shapes())
@@ -354,7 +354,7 @@ def test_a_text_save_is_told_and_no_error(
 def test_config_tokens_and_generation_config_are_compared(
     small_record: Skus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_sparse(tmp_path / "m", small_config(), small_shapes())
+    folder = write_sparse_checkpoint(tmp_path / "m", small_config(), small_shapes())
     (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
     added = {"9": {"content": "<end>"}, "x": {}, "10": None}
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
@@ -378,7 +378,7 @@ def test_a_revision_is_compared_where_it_is_known(
     from qcore.plugins.resolve_model import identify
     from qcore.skus.compare import compare
 
-    folder = write_sparse(tmp_path / "m", small_config(), small_shapes())
+    folder = write_sparse_checkpoint(tmp_path / "m", small_config(), small_shapes())
     checkpoint = Checkpoint.open(folder, source="Org/Small-1B@main", revision=revision)
     layout = identify(str(folder)).layout
     beside = compare(checkpoint, "qwen3_5", "3.5", layout, small_record)
@@ -397,7 +397,7 @@ def test_of_two_records_that_fit_the_one_that_differs_least(
     small = small_record.get("small-1b")
     values = {**small.facts["values"], "class": replace(small.facts["values"]["class"], value="x")}
     twin = replace(small, id="Org/Twin-1B", facts={**small.facts, "values": values})
-    found = identify(str(write_sparse(tmp_path / "m", small_config(), small_shapes())))
+    found = identify(str(write_sparse_checkpoint(tmp_path / "m", small_config(), small_shapes())))
     for skus in (Skus(entries=(small, twin)), Skus(entries=(twin, small))):
         beside = compare(found.checkpoint, "qwen3_5", "3.5", found.layout, skus)
         assert beside.sku is not None
@@ -413,7 +413,7 @@ def test_no_record_fits(
     """One line, with the nearest where it is near; no failure."""
     config = small_config(num_hidden_layers=3, layer_types=["linear_attention"] * 3)
     shapes = {n: s for n, s in small_shapes().items() if "layers.3." not in n}
-    folder = write_sparse(tmp_path / "m", config, shapes)
+    folder = write_sparse_checkpoint(tmp_path / "m", config, shapes)
     record = inspected(capsys, folder).json["record"]
     assert (record["id"], record["differences"]) == (None, [])
     assert record["note"] == (
@@ -431,9 +431,8 @@ def test_a_broken_record_file_does_not_stop_inspect(
 
     bad = BrokenFile(origin="plug", file=tmp_path / "a.yaml", reason="breaks the contract")
     unread = Skus(entries=(), broken=(bad,))
-    for module in ("qcore.preflight.inspect", "qcore.skus.registry"):
-        monkeypatch.setattr(f"{module}.load_skus", lambda *a: unread)
-    folder = write_sparse(tmp_path / "m", small_config(), small_shapes())
+    use_records(monkeypatch, unread)
+    folder = write_sparse_checkpoint(tmp_path / "m", small_config(), small_shapes())
     assert inspected(capsys, folder).json["record"]["unread"] == ["plug: breaks the contract"]
     assert (
         "  record      those of plug: breaks the contract\n" in here(capsys, "inspect", folder).out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import itertools
 import re
 import shlex
@@ -18,7 +19,6 @@ from typing import Any
 import pytest
 from support.cli_kit import apart
 from support.error_list import listed_codes
-from support.plugin_kit import checkpoint, distribution, installed
 
 import qcore.api
 from qcore import errors
@@ -26,6 +26,7 @@ from qcore.api import hookspecs
 from qcore.api.records import PreflightRequest
 from qcore.config.settings import SPECS, Settings
 from qcore.plugins.manager import Plugins
+from qcore.testing import discover_plugins, fake_checkpoint, write_distribution
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -173,11 +174,11 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def load(hook: str) -> Plugins:
         ((_, source),) = BLOCK.findall(hook_sections()[hook][1])
         name = f"docs_example_{hook}"
-        distribution(
+        write_distribution(
             tmp_path, "qcore-acme", module=name, source=source, plugin="acme", model_types=("acme",)
         )
         monkeypatch.syspath_prepend(str(tmp_path))
-        plugins = installed(tmp_path).load_all()
+        plugins = discover_plugins(tmp_path).load_all()
         assert [(info.status.value, info.reason) for info in plugins.infos] == [("loaded", None)]
         return plugins
 
@@ -198,9 +199,9 @@ def test_hook_describe(example: Any) -> None:
 
 def test_hook_detect(example: Any) -> None:
     plugins = example("qcore_detect")
-    ((_, claim),) = plugins.ask("qcore_detect", checkpoint=checkpoint(CONFIG))
+    ((_, claim),) = plugins.ask("qcore_detect", checkpoint=fake_checkpoint(CONFIG))
     assert (claim.supporting[0].value, claim.opposing) == ("10000", ())
-    other = checkpoint({**CONFIG, "rope_theta": 500000})
+    other = fake_checkpoint({**CONFIG, "rope_theta": 500000})
     ((_, claim),) = plugins.ask("qcore_detect", checkpoint=other)
     assert (claim.supporting, claim.opposing[0].pip) == ((), "qcore-acme2")
 
@@ -221,7 +222,7 @@ def test_hook_preflight(example: Any) -> None:
 
     def ask(length: int) -> list[str]:
         request = PreflightRequest(
-            verb="train", checkpoint=checkpoint(CONFIG), architecture="acme",
+            verb="train", checkpoint=fake_checkpoint(CONFIG), architecture="acme",
             generation="acme-1", layout=SimpleNamespace(), settings=Settings(max_length=length),
         )  # type: ignore[arg-type]  # fmt: skip
         return [finding.code for _, finding in plugins.ask("qcore_preflight", request=request)]
@@ -232,7 +233,7 @@ def test_hook_preflight(example: Any) -> None:
 
 def test_hook_chat_format(example: Any) -> None:
     plugins = example("qcore_chat_format")
-    given = {"checkpoint": checkpoint(CONFIG)}
+    given = {"checkpoint": fake_checkpoint(CONFIG)}
     ((_, chat),) = plugins.ask("qcore_chat_format", generation="acme-1", **given)
     assert chat.turn_end == "<|end|>"
     assert plugins.ask("qcore_chat_format", generation="2", **given) == []
@@ -241,7 +242,7 @@ def test_hook_chat_format(example: Any) -> None:
 def test_hook_adapter_layouts(example: Any) -> None:
     plugins = example("qcore_adapter_layouts")
     adapter = {"layers.0.q.lora_down": (4, 12), "layers.0.q.lora_up": (15, 4)}
-    given = {"checkpoint": checkpoint(CONFIG)}
+    given = {"checkpoint": fake_checkpoint(CONFIG)}
     ((_, claim),) = plugins.ask("qcore_adapter_layouts", adapter=adapter, **given)
     assert claim.names["layers.0.q.lora_up"] == ("layers.0.q.weight", "B")
     assert plugins.ask("qcore_adapter_layouts", adapter={"x.lora_A": (4, 4)}, **given) == []
@@ -269,18 +270,24 @@ ACME: dict[str, Any] = {
 }  # fmt: skip
 
 
+def walk_blocks(section: str) -> list[str]:
+    """The code of a section of writing-a-plugin.md, by the start of its heading."""
+    text = (DOCS / "writing-a-plugin.md").read_text(encoding="utf-8")
+    body = text.split(f"\n## {section}")[1].split("\n## ")[0]
+    return [source for _, source in BLOCK.findall(body)]
+
+
 @pytest.fixture
 def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plugins]:
     """The example, installed."""
-    text = (DOCS / "writing-a-plugin.md").read_text(encoding="utf-8")
-    hooks, blocks = (source for _, source in BLOCK.findall(text.split("\n## 8. ")[1]))
+    hooks, blocks = walk_blocks("8. ")
     folder = tmp_path / "site"
-    distribution(
+    write_distribution(
         folder, "qcore-acme", module="acme", source=hooks, plugin="acme", model_types=("acme",)
     )
     (folder / "acme_model.py").write_text(blocks, encoding="utf-8")
     monkeypatch.syspath_prepend(str(folder))
-    yield installed(folder)
+    yield discover_plugins(folder)
     for name in ("acme", "acme_model"):
         sys.modules.pop(name, None)
 
@@ -422,6 +429,20 @@ def test_the_whole_architecture_is_one(acme: Plugins, tmp_path: Path) -> None:
     assert told["target_modules"] == ["mix_proj"]
     expected = ["experts.down_proj", "experts.up_proj", "router.weight"]
     assert told["target_parameters"] == expected
+
+
+@pytest.mark.usefixtures("acme")
+@pytest.mark.parametrize("number", range(3))
+def test_the_tests_of_the_example_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    (source,) = walk_blocks("9. ")
+    example: dict[str, Any] = {}
+    exec(compile(source, "writing-a-plugin.md", "exec"), example)
+    tests = [value for name, value in example.items() if name.startswith("test_")]
+    assert len(tests) == 3
+    given = {"tmp_path": tmp_path / "model", "monkeypatch": monkeypatch}
+    tests[number](**{name: given[name] for name in inspect.signature(tests[number]).parameters})
 
 
 # Links, commands, words.

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.plugin_kit import distribution, process
+from support.plugin_kit import process
 
 from qcore.io.entry_points import GROUPS, INDEX, PLUGINS
+from qcore.testing import write_distribution
 
 OTHERS = [group for group in GROUPS if group not in (PLUGINS, INDEX)]
 LISTING = """
@@ -23,8 +24,9 @@ def written(folder: Path, name: str = "toy-dist", **more: Any) -> None:
     """A distribution with one entry point in every group; importing its module fails."""
     points = "[qcore.plugins]\ntoy = toy_mod\n"
     points += "".join(f"[{group}]\nthing = toy_mod\n" for group in OTHERS)
-    distribution(folder, name, module="toy_mod", source="raise SystemExit", entry_points=points,
-                 **more)  # fmt: skip
+    write_distribution(
+        folder, name, module="toy_mod", source="raise SystemExit", entry_points=points, **more
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_a_name_of_two_distributions_is_used_by_neither_where_it_names_one_thing
 
 def test_a_distribution_that_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
     written(tmp_path)
-    distribution(tmp_path, "broken", module="m", entry_points="[qcore.presets]\nbroken\n")
+    write_distribution(tmp_path, "broken", module="m", entry_points="[qcore.presets]\nbroken\n")
     code = LISTING + f"    show([listed(g)['thing'][0] for g in {OTHERS!r}])"
     assert process(tmp_path, code) == ["available"] * len(OTHERS)
 
@@ -88,8 +90,8 @@ def test_presets_of_an_incompatible_distribution_are_refused_and_those_of_a_disa
     tmp_path: Path,
 ) -> None:
     points = "[qcore.presets]\ntoy = toy_package\n"
-    distribution(tmp_path, "toy-dist", module="toy_package", entry_points=points,
-                 requires="qcore-framework>=9")  # fmt: skip
+    write_distribution(tmp_path, "toy-dist", module="toy_package", entry_points=points,
+                       requires="qcore-framework>=9")  # fmt: skip
     code = """
         from qcore.config.presets import load_presets
         show([b.reason for b in load_presets().broken if b.origin == "toy"])
@@ -101,9 +103,9 @@ def test_presets_of_an_incompatible_distribution_are_refused_and_those_of_a_disa
 
 def test_a_command_that_may_not_be_used_is_refused_with_its_reason(tmp_path: Path) -> None:
     for name in ("toy-a", "toy-b"):
-        distribution(tmp_path, name, module="toy_mod", entry_points="[qcore.commands]\n"
-                     f"{name} = toy_mod:command\ntwice = toy_mod:command\n",
-                     requires="qcore-framework>=9" if name == "toy-a" else None)  # fmt: skip
+        write_distribution(tmp_path, name, module="toy_mod", entry_points="[qcore.commands]\n"
+                           f"{name} = toy_mod:command\ntwice = toy_mod:command\n",
+                           requires="qcore-framework>=9" if name == "toy-a" else None)  # fmt: skip
     code = """
         from qcore.cli.main import cli
         show([error_of(lambda: cli.get_command(None, name)) for name in ("toy-a", "toy-b", "twice")]

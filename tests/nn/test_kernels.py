@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support.cli_kit import here
-from support.plugin_kit import distribution, good, installed
+from support.plugin_kit import good
 from torch import Tensor
 
 from qcore.api.records import Kernel, KnownBad, Op, Verdict
@@ -27,6 +27,7 @@ from qcore.nn.kernels import registry as kernels
 from qcore.nn.kernels.compare import compare, relative_error, worst_verdict
 from qcore.nn.kernels.registry import Chosen, Listed, State, Used, choose, survey
 from qcore.plugins.manager import Plugins
+from qcore.testing import discover_plugins, write_distribution
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda:0")  # named only: no test here touches a card
@@ -505,12 +506,12 @@ OP = """
 
 def plugins_of(tmp_path: Path, patch: pytest.MonkeyPatch, **sources: str) -> Any:
     for name, source in sources.items():
-        distribution(
+        write_distribution(
             tmp_path, name, module=f"kernels_{name}_{tmp_path.name.replace('-', '_')}",
             source=source, model_types=(name,),
         )  # fmt: skip
     patch.syspath_prepend(str(tmp_path))
-    return installed(tmp_path).load_all()
+    return discover_plugins(tmp_path).load_all()
 
 
 def test_plugins_bring_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

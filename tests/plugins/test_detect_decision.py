@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.plugin_kit import checkpoint, distribution, installed
 
 from qcore.checkpoint.chat_template import Template
 from qcore.checkpoint.checkpoint import Checkpoint
 from qcore.errors import InputError, PluginError, QcoreError, UsageError
 from qcore.plugins.detect import Decision, detect
 from qcore.plugins.manager import Plugins
+from qcore.testing import discover_plugins, fake_checkpoint, write_distribution
 
 KNOWN = "{{ messages }} known"
 KNOWN_HASH = Template(KNOWN, "t").sha256
@@ -83,18 +83,18 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             hashes=hashes,
             inputs=inputs,
         )
-        distribution(tmp_path, f"dist-{name}", module=f"dmod_{name}", plugin=f"gen{name}",
-                     source=source, model_types=("toy",))  # fmt: skip
-    distribution(tmp_path, "dist-m", module="dmod_m", plugin="eyes", source=MODALITY,
-                 model_types=("toy",))  # fmt: skip
-    yield lambda: installed(tmp_path)
+        write_distribution(tmp_path, f"dist-{name}", module=f"dmod_{name}", plugin=f"gen{name}",
+                           source=source, model_types=("toy",))  # fmt: skip
+    write_distribution(tmp_path, "dist-m", module="dmod_m", plugin="eyes", source=MODALITY,
+                       model_types=("toy",))  # fmt: skip
+    yield lambda: discover_plugins(tmp_path)
     for name in made:
         sys.modules.pop(name, None)
 
 
 def toy(template: str | None = None, **claims: Any) -> Any:
     config = {"model_type": "toy", "claims": {k[1:]: [v] for k, v in claims.items()}}
-    return checkpoint(config, None if template is None else Template(template, "t"))
+    return fake_checkpoint(config, None if template is None else Template(template, "t"))
 
 
 def refused(call: Any, kind: type[QcoreError], code: str) -> QcoreError:
@@ -220,7 +220,7 @@ def test_a_template_that_does_not_parse_is_refused_as_such(plugins: Any) -> None
 
 def test_unknown_model_type_names_what_is_installed(plugins: Any) -> None:
     error = refused(
-        lambda: detect(checkpoint({"model_type": "novel"}), plugins()),
+        lambda: detect(fake_checkpoint({"model_type": "novel"}), plugins()),
         PluginError,
         "QC-DETECT-001",
     )
@@ -229,11 +229,13 @@ def test_unknown_model_type_names_what_is_installed(plugins: Any) -> None:
     assert error.exit_code == 69
     scope = plugins().for_model_type("novel")  # a scope knows what else is installed
     again = refused(
-        lambda: detect(checkpoint({"model_type": "novel"}), scope), PluginError, "QC-DETECT-001"
+        lambda: detect(fake_checkpoint({"model_type": "novel"}), scope),
+        PluginError,
+        "QC-DETECT-001",
     )
     assert again.message == error.message
     nothing = refused(
-        lambda: detect(checkpoint({"model_type": "novel"}), Plugins.discover([])),
+        lambda: detect(fake_checkpoint({"model_type": "novel"}), Plugins.discover([])),
         PluginError,
         "QC-DETECT-001",
     )
@@ -253,8 +255,8 @@ def test_two_architectures_for_one_model_type(plugins: Any, tmp_path: Path) -> N
         name="4", architecture=ARCHITECTURE.replace('"toy", model', '"toy2", model'), hashes=(),
         inputs=(),
     )  # fmt: skip
-    distribution(tmp_path, "dist-4", module="dmod_4", plugin="gen4", source=source,
-                 model_types=("toy",))  # fmt: skip
+    write_distribution(tmp_path, "dist-4", module="dmod_4", plugin="gen4", source=source,
+                       model_types=("toy",))  # fmt: skip
     error = refused(lambda: detect(toy(_1="sign"), plugins()), PluginError, "QC-DETECT-002")
     assert "'toy' of plugin 'gen1' (dist-1 1.0)" in error.message
     assert "'toy2' of plugin 'gen4' (dist-4 1.0)" in error.message
@@ -278,7 +280,7 @@ def test_a_claim_to_what_is_not_its_own_stops_the_verb(
 
 
 def test_two_claims_for_one_generation_stop_the_verb(plugins: Any) -> None:
-    given = checkpoint({"model_type": "toy", "claims": {"1": ["sign", "none"]}})
+    given = fake_checkpoint({"model_type": "toy", "claims": {"1": ["sign", "none"]}})
     error = refused(lambda: detect(given, plugins()), PluginError, "QC-DETECT-008")
     assert "claims generation '1' twice" in error.message
 

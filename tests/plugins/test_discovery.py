@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.plugin_kit import distribution, good, process
+from support.plugin_kit import good, process
 
 from qcore.io.entry_points import _unmet
+from qcore.testing import write_distribution
 
 CANARY = "open({canary!r}, 'w').close()"
 
 
 def test_discovery_imports_no_plugin_and_no_torch(tmp_path: Path) -> None:
     canary = tmp_path / "imported"
-    distribution(
+    write_distribution(
         tmp_path, "toy", module="toy_mod", source=CANARY.format(canary=str(canary)),
         model_types=("toy",),
     )  # fmt: skip
@@ -35,7 +36,7 @@ def test_discovery_imports_no_plugin_and_no_torch(tmp_path: Path) -> None:
 
 def test_order_is_by_name_whatever_the_path_order(tmp_path: Path) -> None:
     for name in ("zeta", "alpha", "mid"):
-        distribution(tmp_path, f"dist-{name}", module=f"mod_{name}", plugin=name)
+        write_distribution(tmp_path, f"dist-{name}", module=f"mod_{name}", plugin=name)
     assert [
         name
         for name in process(tmp_path, "show([i.name for i in plugins.infos])")
@@ -61,7 +62,7 @@ def test_order_is_by_name_whatever_the_path_order(tmp_path: Path) -> None:
 def test_version_gate(
     tmp_path: Path, requires: str | None, status: str, reason: str | None
 ) -> None:
-    distribution(tmp_path, "toy", module="toy_mod", requires=requires)
+    write_distribution(tmp_path, "toy", module="toy_mod", requires=requires)
     found = process(tmp_path, "show(statuses())")["toy"]
     assert found[0] == status
     assert (reason in found[1]) if reason else found[1] is None
@@ -74,8 +75,8 @@ def test_a_development_version_of_the_framework_counts(monkeypatch: pytest.Monke
 
 
 def test_two_plugins_of_one_name_are_both_listed_and_neither_imported(tmp_path: Path) -> None:
-    distribution(tmp_path, "first", module="mod_a", plugin="toy", source="raise SystemExit")
-    distribution(tmp_path, "second", module="mod_b", plugin="toy", source="raise SystemExit")
+    write_distribution(tmp_path, "first", module="mod_a", plugin="toy", source="raise SystemExit")
+    write_distribution(tmp_path, "second", module="mod_b", plugin="toy", source="raise SystemExit")
     code = """
         plugins.load_all()
         show([[i.distribution, i.status.value, i.reason] for i in plugins.infos if i.name == "toy"])
@@ -90,15 +91,17 @@ def test_two_plugins_of_one_name_are_both_listed_and_neither_imported(tmp_path: 
 
 
 def test_one_module_under_two_names_is_a_duplicate(tmp_path: Path) -> None:
-    distribution(tmp_path, "first", module="mod_a", plugin="a", source=good("toy"))
-    distribution(tmp_path, "second", module="mod_a", plugin="b")
+    write_distribution(tmp_path, "first", module="mod_a", plugin="a", source=good("toy"))
+    write_distribution(tmp_path, "second", module="mod_a", plugin="b")
     found = process(tmp_path, "show(statuses())")
     assert (found["a"][0], found["b"][0]) == ("duplicate", "duplicate")
     assert "module 'mod_a' is also that of plugin 'b' (second 1.0)" in found["a"][1]
 
 
 def test_disabled_plugins_are_not_imported_and_do_not_stop_a_verb(tmp_path: Path) -> None:
-    distribution(tmp_path, "toy", module="toy_mod", source="raise SystemExit", model_types=("toy",))
+    write_distribution(
+        tmp_path, "toy", module="toy_mod", source="raise SystemExit", model_types=("toy",)
+    )
     found = process(
         tmp_path,
         """
@@ -126,8 +129,10 @@ def test_disabled_plugins_are_not_imported_and_do_not_stop_a_verb(tmp_path: Path
 def test_bad_entry_points_are_named(
     tmp_path: Path, entry_points: str, status: str, reason: str
 ) -> None:
-    distribution(tmp_path, "toy", module="toy_mod", entry_points=entry_points)
-    distribution(tmp_path, "fine", module="fine_mod", source=good("fine"), model_types=("fine",))
+    write_distribution(tmp_path, "toy", module="toy_mod", entry_points=entry_points)
+    write_distribution(
+        tmp_path, "fine", module="fine_mod", source=good("fine"), model_types=("fine",)
+    )
     found = process(tmp_path, "plugins.load_all(); show(statuses())")
     assert found["toy"][0] == status
     assert reason in found["toy"][1]
@@ -135,16 +140,20 @@ def test_bad_entry_points_are_named(
 
 
 def test_an_unreadable_foreign_distribution_is_passed_over(tmp_path: Path) -> None:
-    distribution(tmp_path, "other", module="m", entry_points="[console_scripts]\nbroken\n")
-    distribution(tmp_path, "fine", module="fine_mod", source=good("fine"), model_types=("fine",))
+    write_distribution(tmp_path, "other", module="m", entry_points="[console_scripts]\nbroken\n")
+    write_distribution(
+        tmp_path, "fine", module="fine_mod", source=good("fine"), model_types=("fine",)
+    )
     found = process(tmp_path, "show(statuses())")
     assert "other" not in found
     assert found["fine"][0] == "available"
 
 
 def test_a_squatter_cannot_index_a_type_with_anothers_module(tmp_path: Path) -> None:
-    distribution(tmp_path, "fine", module="fine_mod", source=good("fine"), model_types=("fine",))
-    distribution(
+    write_distribution(
+        tmp_path, "fine", module="fine_mod", source=good("fine"), model_types=("fine",)
+    )
+    write_distribution(
         tmp_path, "squat", module="x", entry_points="[qcore.model_types]\nother = fine_mod\n"
     )
     found = process(
@@ -160,7 +169,7 @@ def test_a_squatter_cannot_index_a_type_with_anothers_module(tmp_path: Path) -> 
 
 
 def test_missing_metadata_raises_nothing(tmp_path: Path) -> None:
-    distribution(tmp_path, "toy", module="toy_mod", source=good("toy"), model_types=("toy",))
+    write_distribution(tmp_path, "toy", module="toy_mod", source=good("toy"), model_types=("toy",))
     next(tmp_path.glob("*.dist-info/METADATA")).unlink()
     assert process(tmp_path, "plugins.load_all(); show(statuses())")["toy"][0] == "loaded"
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.plugin_kit import distribution, good, process
+from support.plugin_kit import good, process
 
 from qcore.api import hookspecs
 from qcore.api.parameters import Part
 from qcore.api.records import AdapterClaim, Architecture, ChatFormat, Claim, Generation, Modality
 from qcore.plugins.manager import _yields
 from qcore.plugins.record_check import callable_fields
+from qcore.testing import write_distribution
 
 #: name -> (source, status after loading, what the reason must hold)
 AT_LOAD: dict[str, tuple[str, str, str]] = {
@@ -104,15 +105,15 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, obj
     folder = tmp_path_factory.mktemp("hostile")
     for name, (source, _, _) in AT_LOAD.items():
         kind = f"x_{name}"
-        distribution(folder, f"d-{name}", module=kind, source=source, plugin=name,
-                     model_types=(kind,))  # fmt: skip
-    distribution(folder, "d-incompatible", module="x_inc", plugin="incompatible",
-                 source=good("x_inc"), model_types=("x_inc",),
-                 requires="qcore-framework>=9")  # fmt: skip
+        write_distribution(folder, f"d-{name}", module=kind, source=source, plugin=name,
+                           model_types=(kind,))  # fmt: skip
+    write_distribution(folder, "d-incompatible", module="x_inc", plugin="incompatible",
+                       source=good("x_inc"), model_types=("x_inc",),
+                       requires="qcore-framework>=9")  # fmt: skip
     for number in range(50 - len(AT_LOAD) - 1):
         kind = f"fine{number:02}"
-        distribution(folder, f"d-{kind}", module=kind, source=good(kind), plugin=kind,
-                     model_types=(kind,))  # fmt: skip
+        write_distribution(folder, f"d-{kind}", module=kind, source=good(kind), plugin=kind,
+                           model_types=(kind,))  # fmt: skip
     names = [*AT_LOAD, "inc", "incompatible"]
     result: dict[str, dict[str, object]] = process(
         folder,
@@ -193,11 +194,11 @@ IN_ASK: dict[str, tuple[str, str, str]] = {
 def test_a_plugin_that_fails_when_asked_stops_the_verb_by_name(tmp_path: Path, name: str) -> None:
     body, code, cause = IN_ASK[name]
     source = f"{ASKED}\n@hookimpl\ndef qcore_doctor():\n    {body}\n"
-    distribution(tmp_path, "toy-dist", module="toy_mod", source=source, plugin="toy",
-                 model_types=("toy",))  # fmt: skip
-    distribution(tmp_path, "a", module="a_mod", plugin="a", model_types=("toy",),
-                 source="from qcore import hookimpl\nfrom qcore.api.records import *\n"
-                 f"@hookimpl\ndef qcore_doctor():\n    yield {FINDING}\n")  # fmt: skip
+    write_distribution(tmp_path, "toy-dist", module="toy_mod", source=source, plugin="toy",
+                       model_types=("toy",))  # fmt: skip
+    write_distribution(tmp_path, "a", module="a_mod", plugin="a", model_types=("toy",),
+                       source="from qcore import hookimpl\nfrom qcore.api.records import *\n"
+                       f"@hookimpl\ndef qcore_doctor():\n    yield {FINDING}\n")  # fmt: skip
     error, surveyed = process(
         tmp_path,
         """
@@ -220,7 +221,7 @@ def test_an_error_raised_on_purpose_passes_as_it_is(tmp_path: Path) -> None:
         f"{ASKED}\nfrom qcore.errors import InputError\n@hookimpl\ndef qcore_doctor():\n"
         "    raise InputError('QC-TOY-001', 'bad layer', field='layer_types')\n    yield\n"
     )
-    distribution(tmp_path, "toy", module="toy_mod", source=source, model_types=("toy",))
+    write_distribution(tmp_path, "toy", module="toy_mod", source=source, model_types=("toy",))
     error = process(
         tmp_path,
         "show(error_of(lambda: plugins.for_model_type('toy').ask('qcore_doctor')))",
@@ -230,8 +231,8 @@ def test_an_error_raised_on_purpose_passes_as_it_is(tmp_path: Path) -> None:
 
 def test_a_callable_of_a_record_that_fails_names_its_plugin(tmp_path: Path) -> None:
     source = good("toy").replace("build=", "build=lambda context: 1 / 0 if context else ") + "\n"
-    distribution(tmp_path, "toy-dist", module="toy_mod", source=source, plugin="toy",
-                 model_types=("toy",))  # fmt: skip
+    write_distribution(tmp_path, "toy-dist", module="toy_mod", source=source, plugin="toy",
+                       model_types=("toy",))  # fmt: skip
     error = process(
         tmp_path,
         """
@@ -260,8 +261,8 @@ def qcore_describe():
 
 
 def test_every_callable_of_every_record_is_contained(tmp_path: Path) -> None:
-    distribution(tmp_path, "toy-dist", module="toy_mod", source=EVERY_CALLABLE, plugin="toy",
-                 model_types=("toy",))  # fmt: skip
+    write_distribution(tmp_path, "toy-dist", module="toy_mod", source=EVERY_CALLABLE, plugin="toy",
+                       model_types=("toy",))  # fmt: skip
     errors = process(
         tmp_path,
         """
@@ -306,8 +307,8 @@ def test_callables_are_known_by_the_type_of_their_field() -> None:
 
 
 def test_interrupt_at_import_is_not_swallowed(tmp_path: Path) -> None:
-    distribution(tmp_path, "toy", module="toy_mod", source="raise KeyboardInterrupt",
-                 model_types=("toy",))  # fmt: skip
+    write_distribution(tmp_path, "toy", module="toy_mod", source="raise KeyboardInterrupt",
+                       model_types=("toy",))  # fmt: skip
     assert process(
         tmp_path,
         """
@@ -322,16 +323,16 @@ def test_interrupt_at_import_is_not_swallowed(tmp_path: Path) -> None:
 
 def test_prints_of_a_plugin_do_not_reach_stdout(tmp_path: Path) -> None:
     source = f"print('at import')\n{ASKED}\n@hookimpl\ndef qcore_doctor():\n    print('late')\n"
-    distribution(tmp_path, "toy", module="toy_mod", source=source + "    return []\n",
-                 model_types=("toy",))  # fmt: skip
+    write_distribution(tmp_path, "toy", module="toy_mod", source=source + "    return []\n",
+                       model_types=("toy",))  # fmt: skip
     assert process(tmp_path, "show(plugins.for_model_type('toy').ask('qcore_doctor'))") == []
 
 
 def test_only_indexed_plugins_are_imported_and_answers_come_in_name_order(tmp_path: Path) -> None:
     for name in ("c", "a", "b"):
-        distribution(tmp_path, f"dist-{name}", module=f"mod_{name}", plugin=name,
-                     source=good(name), model_types=(name, "shared"))  # fmt: skip
-    distribution(tmp_path, "far", module="mod_far", source=good("far"), model_types=("far",))
+        write_distribution(tmp_path, f"dist-{name}", module=f"mod_{name}", plugin=name,
+                           source=good(name), model_types=(name, "shared"))  # fmt: skip
+    write_distribution(tmp_path, "far", module="mod_far", source=good("far"), model_types=("far",))
     found = process(
         tmp_path,
         """
@@ -345,7 +346,9 @@ def test_only_indexed_plugins_are_imported_and_answers_come_in_name_order(tmp_pa
 
 
 def test_describe_gives_owners_of_the_scope_and_refuses_one_name_twice(tmp_path: Path) -> None:
-    distribution(tmp_path, "one", module="mod_one", source=good("kind"), model_types=("kind",))
+    write_distribution(
+        tmp_path, "one", module="mod_one", source=good("kind"), model_types=("kind",)
+    )
     vision = (
         "from qcore import hookimpl\nfrom qcore.api.records import Modality\n@hookimpl\n"
         "def qcore_describe():\n"
@@ -353,7 +356,7 @@ def test_describe_gives_owners_of_the_scope_and_refuses_one_name_twice(tmp_path:
         "    yield Modality(name='image', section='eyes_config', architectures=('kind',), **some)\n"
         "    yield Modality(name='audio', section='ears_config', architectures=('no',), **some)\n"
     )
-    distribution(tmp_path, "eyes", module="mod_eyes", source=vision, model_types=("kind",))
+    write_distribution(tmp_path, "eyes", module="mod_eyes", source=vision, model_types=("kind",))
     code = """
         d = plugins.for_model_type("kind").describe()
         show([{k: o.plugin.name for k, o in getattr(d, what).items()}
@@ -361,7 +364,7 @@ def test_describe_gives_owners_of_the_scope_and_refuses_one_name_twice(tmp_path:
     """
     assert process(tmp_path, code) == [{"kind": "one"}, {"1": "one"}, {"image": "eyes"}]
     clash = good("kind").replace('Architecture(name="kind"', 'Architecture(name="kind2"')
-    distribution(tmp_path, "two", module="mod_two", source=clash, model_types=("kind",))
+    write_distribution(tmp_path, "two", module="mod_two", source=clash, model_types=("kind",))
     error = process(tmp_path, "show(error_of(lambda: plugins.for_model_type('kind').describe()))")
     assert error["code"] == "QC-PLUGIN-004"
     assert "generation '1' is brought twice" in error["message"]

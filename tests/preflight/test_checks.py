@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.model_kit import as_text_class, small_config, small_shapes, write_sparse
+from support.model_kit import as_text_class, small_config, small_shapes
 
 import qcore.preflight.checks
 from qcore.api.records import Finding, PreflightRequest, Severity
@@ -16,13 +16,14 @@ from qcore.errors import InputError
 from qcore.plugins.resolve_model import Identified, identify
 from qcore.preflight.checks import preflight
 from qcore.preflight.context_length import beyond, positions
+from qcore.testing import write_sparse_checkpoint
 
 
 def found(folder: Path, **text: Any) -> Identified:
     """A text-only save: the tower and mtp are gone, what config.json says of mtp is not."""
     config = small_config(vision=False, **text)["text_config"]
     config |= {"architectures": ["Qwen3_5ForCausalLM"], "tie_word_embeddings": True}
-    return identify(str(write_sparse(folder, config, as_text_class(small_shapes()))))
+    return identify(str(write_sparse_checkpoint(folder, config, as_text_class(small_shapes()))))
 
 
 @pytest.mark.parametrize("claim", [1, 2])

@@ -15,12 +15,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.plugin_kit import checkpoint, distribution, installed
 
 from qcore.api.records import Claim
 from qcore.checkpoint.chat_template import Template
 from qcore.errors import QcoreError
 from qcore.plugins.detect import detect
+from qcore.testing import discover_plugins, fake_checkpoint, write_distribution
 from qcore_qwen35.detect import NEXT, TEMPLATE_HASHES, architecture_of, claims
 
 PYTHON = "v | tojson if v is mapping or (v is sequence and v is not string) else v | string"
@@ -140,7 +140,7 @@ CASES: dict[str, tuple[Any, Template | None, list[str], list[str], set[str | Non
 
 
 def claim(given: Any, with_template: Template | None) -> Claim:
-    (found,) = claims(checkpoint(given, with_template))
+    (found,) = claims(fake_checkpoint(given, with_template))
     assert found.generation == "3.5"
     return found
 
@@ -166,7 +166,7 @@ def test_signs_and_bars(name: str) -> None:
     ],
 )
 def test_the_architecture_is_the_model_types(model_type: str, architecture: str) -> None:
-    given = checkpoint({**config(), "model_type": model_type})
+    given = fake_checkpoint({**config(), "model_type": model_type})
     (found,) = claims(given)
     assert (architecture_of(given), found.generation) == (architecture, "3.5")
     assert [sign.value for sign in found.supporting] == ["absent"]
@@ -174,7 +174,7 @@ def test_the_architecture_is_the_model_types(model_type: str, architecture: str)
 
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen3_next", "qwen3_vl_moe", "qwen4_exp", None])
 def test_another_family_is_not_claimed(model_type: str | None) -> None:
-    assert list(claims(checkpoint({**config(), "model_type": model_type}))) == []
+    assert list(claims(fake_checkpoint({**config(), "model_type": model_type}))) == []
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_another_family_is_not_claimed(model_type: str | None) -> None:
 )
 @pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
 def test_an_mlx_export_is_refused(model_type: str, name: str, shape: tuple[int, ...]) -> None:
-    given = checkpoint({**config(), "model_type": model_type})
+    given = fake_checkpoint({**config(), "model_type": model_type})
     given.headers = {name: SimpleNamespace(shape=shape)}
     with pytest.raises(QcoreError) as caught:
         list(claims(given))
@@ -256,11 +256,11 @@ def qcore_detect(checkpoint):
 def siblings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """Folders of a fake 3.6 plugin and of one for a later generation."""
     next_, later = tmp_path_factory.mktemp("next"), tmp_path_factory.mktemp("later")
-    distribution(next_, "qcore-qwen36", module="fake_qwen36", plugin="qwen36",
-                 source=FAKE_36.format(hash=OWN_36.sha256),
-                 model_types=("qwen3_5", "qwen3_5_text"))  # fmt: skip
-    distribution(later, "qcore-later", module="fake_later", plugin="later", source=FAKE_LATER,
-                 model_types=("qwen3_5", "qwen3_5_text"))  # fmt: skip
+    write_distribution(next_, "qcore-qwen36", module="fake_qwen36", plugin="qwen36",
+                       source=FAKE_36.format(hash=OWN_36.sha256),
+                       model_types=("qwen3_5", "qwen3_5_text"))  # fmt: skip
+    write_distribution(later, "qcore-later", module="fake_later", plugin="later", source=FAKE_LATER,
+                       model_types=("qwen3_5", "qwen3_5_text"))  # fmt: skip
     sys.path[:0] = [str(next_), str(later)]
     yield next_, later
     sys.path.remove(str(next_))
@@ -269,9 +269,9 @@ def siblings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, P
 
 def outcome(given: Any, with_template: Template | None, *folders: Path) -> str:
     """The generation, or the code of the refusal."""
-    plugins = installed(*folders, real=("qcore-qwen35",))
+    plugins = discover_plugins(*folders, distributions=("qcore-qwen35",))
     try:
-        return detect(checkpoint(given, with_template), plugins).generation.name
+        return detect(fake_checkpoint(given, with_template), plugins).generation.name
     except QcoreError as error:
         return error.code if "\n" not in error.message else "more than one line"
 
@@ -327,10 +327,10 @@ def test_a_published_sibling_is_taken_by_its_own_plugin(siblings: tuple[Path, Pa
 
 
 def test_a_later_checkpoint_is_refused_with_the_plugin_that_takes_it() -> None:
-    plugins = installed(real=("qcore-qwen35",))
+    plugins = discover_plugins(distributions=("qcore-qwen35",))
     for with_template in (None, OWN_36):
         with pytest.raises(QcoreError) as caught:
-            detect(checkpoint(config(248044), with_template), plugins)
+            detect(fake_checkpoint(config(248044), with_template), plugins)
         assert caught.value.exit_code == 69
         assert caught.value.fix == "pip install qcore-qwen36"
         assert "text_config.bos_token_id: 248044, expected null or absent" in caught.value.message
@@ -338,17 +338,20 @@ def test_a_later_checkpoint_is_refused_with_the_plugin_that_takes_it() -> None:
 
 def test_one_newer_than_that_plugin_too_is_not_sent_to_it() -> None:
     with pytest.raises(QcoreError) as caught:
-        detect(checkpoint(config(248044), LATER), installed(real=("qcore-qwen35",)))
+        detect(
+            fake_checkpoint(config(248044), LATER),
+            discover_plugins(distributions=("qcore-qwen35",)),
+        )
     assert caught.value.code == CONTRADICTED
     assert "qwen36" not in caught.value.message + (caught.value.fix or "")
 
 
 def test_generation_may_be_named_where_nothing_is_proven() -> None:
-    plugins = installed(real=("qcore-qwen35",))
-    decision = detect(checkpoint(config(None, 5), Template(CHATML, "t")), plugins, "3.5")
+    plugins = discover_plugins(distributions=("qcore-qwen35",))
+    decision = detect(fake_checkpoint(config(None, 5), Template(CHATML, "t")), plugins, "3.5")
     assert (decision.generation.name, decision.forced) == ("3.5", True)
     with pytest.raises(QcoreError, match="bos_token_id"):
-        detect(checkpoint(config(248044)), plugins, "3.5")
+        detect(fake_checkpoint(config(248044)), plugins, "3.5")
 
 
 def test_the_plugin_and_detection_import_no_torch() -> None:
@@ -419,6 +422,8 @@ def test_published_3_6(shared: Path, siblings: tuple[Path, Path]) -> None:
 
 def test_published_mixture_of_experts_is_another_architecture(shared: Path) -> None:
     given, with_template = published(shared, "qwen3.5/Qwen3.5-35B-A3B")
-    decision = detect(checkpoint(given, with_template), installed(real=("qcore-qwen35",)))
+    decision = detect(
+        fake_checkpoint(given, with_template), discover_plugins(distributions=("qcore-qwen35",))
+    )
     assert decision.architecture.name == "qwen3_5_moe"
     assert decision.generation.name == "3.5"

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.e2e_kit import figure
-from support.model_kit import as_text_class, edit_json, write_json, write_sparse
+from support.model_kit import as_text_class, edit_json, write_json
 from support.moe_kit import as_layout, rewrite, tensors_of
 from support.sku_kit import DERIVED, config_of, shapes_of
 
@@ -29,6 +29,7 @@ from qcore.checkpoint.layout import Layout, survey
 from qcore.errors import InputError
 from qcore.nn.load import read_tensor
 from qcore.plugins.resolve_model import identify
+from qcore.testing import write_sparse_checkpoint
 from qcore_qwen35.table import parts
 from qcore_qwen35.tiny import write
 
@@ -99,7 +100,7 @@ def fused(shapes: Mapping[str, tuple[int, ...]], experts: int) -> Shapes:
 
 def explained(folder: Path, config: Mapping[str, Any], shapes: Shapes, **more: Any) -> Layout:
     """A header-only checkpoint met with the table; no problem is left."""
-    write_sparse(folder, config, shapes, **more)
+    write_sparse_checkpoint(folder, config, shapes, **more)
     table = Table(list(parts(config, moe="num_experts" in config.get("text_config", config))))
     layout, problems = survey(table, Checkpoint.open(folder))
     assert not problems, [error.message for error in problems[:3]]
@@ -259,7 +260,7 @@ def faulty(tmp_path: Path, shared: Path, change: Any) -> list[str]:
     config = config_of(shared, "Qwen3.5-35B-A3B")
     shapes = in_layout(shapes_of(shared, "Qwen3.5-35B-A3B"), "apart")
     change(shapes)
-    write_sparse(tmp_path, config, shapes)
+    write_sparse_checkpoint(tmp_path, config, shapes)
     _, problems = survey(Table(list(parts(config, moe=True))), Checkpoint.open(tmp_path))
     return [f"{error.code} {error.field}" for error in problems]
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from support.chat_kit import own_tokenizer
-from support.model_kit import key_list, small_config, small_shapes, write_json, write_sparse
+from support.model_kit import key_list, small_config, small_shapes, write_json
 from support.template_kit import OWN_35, OWN_35_NO_THINK, OWN_36
 from support.twelve import ROWS, as_served
 from tokenizers import Tokenizer
@@ -29,6 +29,7 @@ from qcore.config.frozen_map import Entries
 from qcore.data.dataset import dataset
 from qcore.data.masking import IGNORED, Example
 from qcore.plugins.resolve_model import Identified, identify
+from qcore.testing import write_sparse_checkpoint
 from qcore_qwen35.chat import CONTROL
 from qcore_qwen35.tiny import MARKS
 
@@ -88,7 +89,7 @@ class Base:
 
 
 def write_base(folder: Path, config: Any, shapes: Any, template: str, tokenizer: Tokenizer) -> Base:
-    write_sparse(folder, config, shapes)
+    write_sparse_checkpoint(folder, config, shapes)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {"eos_token": "<|im_end|>"})

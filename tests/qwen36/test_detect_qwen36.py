@@ -11,15 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.model_kit import (
-    as_text_class,
-    key_list,
-    small_config,
-    small_shapes,
-    write_json,
-    write_sparse,
-)
-from support.plugin_kit import checkpoint, installed
+from support.model_kit import as_text_class, key_list, small_config, small_shapes, write_json
 from support.template_kit import (
     ALWAYS,
     CHATML,
@@ -40,6 +32,7 @@ from qcore.errors import QcoreError
 from qcore.plugins.detect import Decision, detect
 from qcore.plugins.manager import Plugins
 from qcore.plugins.resolve_model import identify
+from qcore.testing import discover_plugins, fake_checkpoint, write_sparse_checkpoint
 from qcore_qwen36 import plugin
 from qcore_qwen36.detect import TEMPLATE_HASHES, claims
 
@@ -139,7 +132,7 @@ CASES: dict[str, tuple[Any, Template | None, list[str], list[str], str, str]] = 
 def decide(
     given: Any, template: Template | None, plugins: Plugins, named: str | None = None
 ) -> Decision:
-    return detect(checkpoint(given, template), plugins, named)
+    return detect(fake_checkpoint(given, template), plugins, named)
 
 
 def refusal(
@@ -154,13 +147,13 @@ def refusal(
 def outcome(given: Any, template: Template | None, *real: str) -> str:
     """The generation, or the code of the refusal."""
     try:
-        return decide(given, template, installed(real=real)).generation.name
+        return decide(given, template, discover_plugins(distributions=real)).generation.name
     except QcoreError as error:
         return error.code if "\n" not in error.message else "more than one line"
 
 
 def claim(given: Any, template: Template | None) -> Claim:
-    (found,) = claims(checkpoint(given, template))
+    (found,) = claims(fake_checkpoint(given, template))
     assert found.generation == "3.6"
     return found
 
@@ -193,12 +186,14 @@ def test_the_mixture_of_experts_is_judged_alike(name: str) -> None:
     for section in (moe, moe.get("text_config", {})):
         if "model_type" in section:
             section["model_type"] = MOE[section["model_type"]]
-    assert list(claims(checkpoint(given, template))) == list(claims(checkpoint(moe, template)))
+    assert list(claims(fake_checkpoint(given, template))) == list(
+        claims(fake_checkpoint(moe, template))
+    )
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen3_next", "qwen3_vl_moe", "qwen4_exp", None])
 def test_another_family_is_not_claimed(model_type: str | None) -> None:
-    assert list(claims(checkpoint({**config(248044), "model_type": model_type}, OWN_36))) == []
+    assert list(claims(fake_checkpoint({**config(248044), "model_type": model_type}, OWN_36))) == []
 
 
 def test_the_published_template_is_known_by_hash_and_not_rendered() -> None:
@@ -214,13 +209,15 @@ def test_the_published_template_is_known_by_hash_and_not_rendered() -> None:
 
 def test_not_installed_gives_the_pip_line() -> None:
     for template in (None, OWN_36):
-        error = refusal(config(248044), template, installed(real=("qcore-qwen35",)))
+        error = refusal(config(248044), template, discover_plugins(distributions=("qcore-qwen35",)))
         assert (error.code, error.exit_code) == (MISSING, 69)
         assert "not installed" in error.message
         assert error.fix == "pip install qcore-qwen36"
         # An override is no substitute for the plugin.
         for named in ("3.5", "3.6"):
-            refusal(config(248044), template, installed(real=("qcore-qwen35",)), named)
+            refusal(
+                config(248044), template, discover_plugins(distributions=("qcore-qwen35",)), named
+            )
 
 
 def test_disabled_says_how_to_enable_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +238,7 @@ def test_without_the_plugin_that_it_stands_on(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_override_fills_a_gap_and_beats_no_contradiction() -> None:
-    both = installed(real=BOTH)
+    both = discover_plugins(distributions=BOTH)
     for template in (None, TRAINING, Template(CHATML, "t")):
         assert "--generation 3.6" in str(refusal(config(248044), template, both).fix)
         taken = decide(config(248044), template, both, "3.6")
@@ -266,14 +263,14 @@ def test_one_newer_than_3_6_is_told_why() -> None:
         (LATER, "unless preserve_thinking is false"),
     ):
         for real in (BOTH, BOTH[:1]):
-            error = refusal(config(248044), template, installed(real=real))
+            error = refusal(config(248044), template, discover_plugins(distributions=real))
             assert error.code == CONTRADICTED
             assert word in error.message or real != BOTH
             assert "pip install" not in (error.fix or "")
 
 
 def test_the_record() -> None:
-    decision = decide(config(248044), OWN_36, installed(real=BOTH))
+    decision = decide(config(248044), OWN_36, discover_plugins(distributions=BOTH))
     assert decision.generation is plugin.GENERATION
     assert (decision.architecture.name, decision.architecture_plugin.name) == ("qwen3_5", "qwen35")
     assert decision.plugin.distribution == "qcore-qwen36"
@@ -283,7 +280,7 @@ def test_the_record() -> None:
 
 
 def folder(path: Path, config: Any, shapes: Any, template: str | None) -> Path:
-    write_sparse(path, config, shapes)
+    write_sparse_checkpoint(path, config, shapes)
     write_json(path / "tokenizer_config.json", {})
     if template is not None:
         (path / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -326,10 +323,10 @@ def test_small_folders(tmp_path: Path) -> None:
 )
 def test_a_switch_that_is_no_boolean_is_refused(given: dict[str, Any], fields: list[str]) -> None:
     """Both templates ask ``is true`` and ``is false``: a text or a number would do nothing."""
-    plugins = installed(real=BOTH)
+    plugins = discover_plugins(distributions=BOTH)
     plugins.for_model_type("qwen3_5") if hasattr(plugins, "for_model_type") else None
     request: Any = PreflightRequest(
-        verb="train", checkpoint=checkpoint(config(248044)), architecture="other",
+        verb="train", checkpoint=fake_checkpoint(config(248044)), architecture="other",
         generation="3.6", layout=None, template_kwargs=given,
     )  # type: ignore[arg-type]  # fmt: skip
     findings = list(plugin.qcore_preflight(request))
@@ -338,7 +335,7 @@ def test_a_switch_that_is_no_boolean_is_refused(given: dict[str, Any], fields: l
     from qcore_qwen35.plugin import qcore_preflight
 
     earlier: Any = PreflightRequest(
-        verb="train", checkpoint=checkpoint(config()), architecture="other",
+        verb="train", checkpoint=fake_checkpoint(config()), architecture="other",
         generation="3.5", layout=None, template_kwargs=given,
     )  # type: ignore[arg-type]  # fmt: skip
     found = list(qcore_preflight(earlier))
@@ -421,7 +418,7 @@ def test_published(
 def test_published_quantised_configs(shared: Path, name: str) -> None:
     """Re-saves by third parties: the config alone proves 3.5 and never 3.6."""
     given = json.loads((shared / "skus" / name / "config.json").read_text())
-    (found,) = claims(checkpoint(given))
+    (found,) = claims(fake_checkpoint(given))
     assert found.supporting == ()
     assert [bar.value for bar in found.opposing] == (["null or absent"] if "3.5" in name else [])
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.model_kit import write_sparse
 from support.sku_kit import DERIVED, config_of, derived, folder_of, shapes_of
 
 import qcore
@@ -23,6 +22,7 @@ from qcore.errors import InputError, PluginError, UsageError
 from qcore.skus.compare import part_layouts, said
 from qcore.skus.records import SECTIONS, Mark
 from qcore.skus.registry import KIND, Skus, load_skus
+from qcore.testing import write_sparse_checkpoint
 
 DENSE = ("0.8B", "2B", "4B", "9B", "27B")
 OPEN = (
@@ -460,7 +460,7 @@ def layouts_of(folder: Path, *layers: dict[str, tuple[int, ...]], mtp: bool) -> 
     shapes = {"m.norm": (4,), "m.cube": (3, 4, 2)} | ({"mtp.w": (4,)} if mtp else {})
     for layer in layers:
         shapes |= layer
-    found = Checkpoint.open(write_sparse(folder, {"model_type": "test"}, shapes))
+    found = Checkpoint.open(write_sparse_checkpoint(folder, {"model_type": "test"}, shapes))
     layout, problems = survey(Table([STACKS, DENSE_PART]), found)
     assert problems == []
     return part_layouts(layout)

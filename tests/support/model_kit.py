@@ -1,16 +1,13 @@
-"""Model folders for tests: sparse ones with true headers, and the tiny one of the plugin."""
+"""Small configs with the tensors that they imply, and JSON files of model folders."""
 
 from __future__ import annotations
 
 import json
-import math
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-Shapes = Mapping[str, tuple[int, ...]]
-_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8, "U8": 1, "F8_E4M3": 1}
+from qcore.testing.checkpoints import Shapes
 
 #: A text section as small as the architecture allows, sizes all different.
 TEXT: dict[str, Any] = {
@@ -171,56 +168,6 @@ def key_list(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a ``weight_keys.txt``: name, tab, JSON list."""
     lines = (line.split("\t") for line in path.read_text().splitlines() if line.strip())
     return {name: tuple(json.loads(shape)) for name, shape in lines}
-
-
-def header_bytes(shapes: Shapes, dtype: str | Callable[[str], str] = "BF16") -> tuple[bytes, int]:
-    """A safetensors header, length word included, and the bytes of data that it promises."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, shape in shapes.items():
-        kind = dtype if isinstance(dtype, str) else dtype(name)
-        end = at + math.prod(shape) * _BYTES[kind]
-        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    raw = json.dumps(entries, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    return struct.pack("<Q", len(raw)) + raw, at
-
-
-def write_sparse(
-    folder: Path,
-    config: Mapping[str, Any],
-    shapes: Shapes,
-    *,
-    dtype: str | Callable[[str], str] = "BF16",
-    shards: int = 1,
-) -> Path:
-    """A model folder with true headers and holes for data: any size takes no disk."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config)
-    names = list(shapes)
-    if shards == 1:
-        write_weights(folder / "model.safetensors", shapes, dtype=dtype)
-        return folder
-    weight_map = {}
-    for number in range(shards):
-        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        mine = names[number::shards]
-        write_weights(folder / file, {name: shapes[name] for name in mine}, dtype=dtype)
-        weight_map |= dict.fromkeys(mine, file)
-    write_index(folder, weight_map)
-    return folder
-
-
-def write_weights(
-    path: Path, shapes: Shapes, *, dtype: str | Callable[[str], str] = "BF16"
-) -> Path:
-    """One sparse safetensors file."""
-    head, size = header_bytes(shapes, dtype)
-    with path.open("wb") as file:
-        file.write(head)
-        file.truncate(len(head) + size)
-    return path
 
 
 def write_index(folder: Path, weight_map: Mapping[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""Fake distributions on disk, a process to look at them in, and checkpoints without files."""
+"""The source of a sound plugin, and a process in which a test looks at installed plugins."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ import os
 import subprocess
 import sys
 import textwrap
-from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-
-from qcore.plugins.manager import Plugins
 
 GOOD = """
 from qcore import hookimpl
@@ -35,35 +31,6 @@ def qcore_detect(checkpoint):
 def good(kind: str) -> str:
     """A sound plugin with an architecture `kind` and a generation that it always signs."""
     return GOOD.format(kind=kind)
-
-
-def distribution(
-    folder: Path,
-    name: str,
-    *,
-    module: str,
-    source: str = "",
-    plugin: str | None = None,
-    model_types: tuple[str, ...] = (),
-    version: str = "1.0",
-    requires: str | None = "qcore-framework>=0.1,<0.2",
-    entry_points: str | None = None,
-) -> None:
-    """Write a distribution as an installer leaves it: modules beside a ``*.dist-info``."""
-    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
-    info.mkdir(parents=True)
-    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-    if requires is not None:
-        metadata += f"Requires-Dist: {requires}\n"
-    (info / "METADATA").write_text(metadata)
-    if entry_points is None:
-        entry_points = f"[qcore.plugins]\n{plugin or name} = {module}\n"
-        if model_types:
-            entry_points += "[qcore.model_types]\n"
-            entry_points += "".join(f"{kind} = {module}\n" for kind in model_types)
-    (info / "entry_points.txt").write_text(entry_points)
-    if source:
-        (folder / f"{module}.py").write_text(textwrap.dedent(source))
 
 
 def process(folder: Path, code: str, **environment: str) -> Any:
@@ -94,17 +61,3 @@ def process(folder: Path, code: str, **environment: str) -> Any:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
-
-
-def installed(*folders: Path, real: tuple[str, ...] = ()) -> Plugins:
-    """The plugins of distributions in `folders`, and of installed ones named in `real`."""
-    found = [*metadata.distributions(path=[str(folder) for folder in folders])]
-    found += [metadata.distribution(name) for name in real]
-    return Plugins.discover(point for dist in found for point in dist.entry_points)
-
-
-def checkpoint(config: dict[str, Any], template: Any = None) -> Any:
-    """What detection looks at of a `Checkpoint`."""
-    return SimpleNamespace(
-        path=Path("model"), source="model", config=config, template=template, headers={}
-    )

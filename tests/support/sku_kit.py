@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from support.model_kit import key_list, write_json, write_sparse
+from support.model_kit import key_list, write_json
+
+from qcore.testing import write_sparse_checkpoint
 
 Shape = tuple[int, ...]
 ROOT = "model.language_model"
@@ -61,7 +63,7 @@ def folder_of(shared: Path, sku: str) -> Path:
 
 def write_sku(shared: Path, folder: Path, sku: str, shapes: Mapping[str, Shape]) -> Path:
     """A header-only checkpoint as the hub has it, under its own name."""
-    write_sparse(folder, config_of(shared, sku), shapes, shards=5)
+    write_sparse_checkpoint(folder, config_of(shared, sku), shapes, shards=5)
     source = folder_of(shared, "Qwen3.5-35B-A3B" if sku in DERIVED else sku)
     (folder / "chat_template.jinja").write_bytes((source / "chat_template.jinja").read_bytes())
     tokenizer = shared / "skus" / "tokenizer" / "tokenizer_config.json"

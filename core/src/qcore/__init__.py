@@ -3,7 +3,7 @@
 The verbs are functions: `inspect`, `plan`, `train`, `merge`, `generate`, `verify`. `open_model` and
 `open_adapter` read tensors, `publish` writes a folder, a `Reporter` receives the events of a verb.
 
-Other public modules: `api`, `errors`, `ops`, and the marker `hookimpl`. Everything
+Other public modules: `api`, `errors`, `ops`, `testing`, and the marker `hookimpl`. Everything
 else is internal and may change in a minor version. Importing qcore imports no torch and no plugin:
 each name is imported on first use.
 """
