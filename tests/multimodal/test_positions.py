@@ -277,4 +277,4 @@ def test_logits_of_a_loaded_model(kind: str, tmp_path: Any) -> None:
         )  # fmt: skip
     gap = relative(found, expected)
     figure(f"{kind}: logits of a loaded model {gap:.1e} relative")
-    assert gap <= 1e-5
+    assert gap <= 2e-5  # the rounding of both sides, each up to 1e-5 off float64

@@ -34,6 +34,11 @@ SAID: list[list[Any]] = [
 ]
 
 
+#: Two float32 computations differ by the rounding of both: on one processor with AVX-512 ours was
+#: 7.3e-6 off float64 and transformers' 6.9e-6, in opposite directions.
+ROUNDING = 2e-5
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a kind, written once."""
@@ -71,8 +76,8 @@ def test_logits(base: Callable[[str], Path], kind: str) -> None:
         together = model.logits(packed(rows, stock.model))
     figure(f"{kind}: logits {gap(together, theirs):.1e} of {float(theirs.abs().max()):.2f}")
     assert 0.3 < float(theirs.abs().max()) < 1
-    assert gap(alone, theirs) <= 1e-5
-    assert gap(together, theirs) <= 1e-5
+    assert gap(alone, theirs) <= ROUNDING
+    assert gap(together, theirs) <= ROUNDING
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,7 +207,7 @@ def test_lora_of_the_model_against_peft(base: Callable[[str], Path], kind: str) 
     expected.backward()
     pack = packed(rows, plain, targets)
     with torch.no_grad():
-        assert gap(model.logits(pack), torch.cat(logits)) <= 1e-5
+        assert gap(model.logits(pack), torch.cat(logits)) <= ROUNDING
     found = model.train().loss(packed(rows, plain, targets), recompute="full")
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)

