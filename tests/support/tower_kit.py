@@ -90,7 +90,8 @@ def stock_vl(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 def with_tower(folder: Path) -> Identified:
     """The base as a run that loads the tower has it."""
     found = identify(str(folder))
-    assert found.modality is VISION
+    assert found.modality is not None
+    assert found.modality.name == VISION.name
     return found.using(found.modality)
 
 
