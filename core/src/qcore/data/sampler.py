@@ -1,7 +1,7 @@
-"""Which rows make up an optimizer step, and its learning rate: pure functions of the step.
+"""Row order and learning-rate schedule, as pure functions of the step.
 
-This file decides order and schedule. Nothing is carried from step to step, so resuming needs
-no sampler state, and the same seed gives the same rows on any machine.
+This file decides which rows form an optimizer step and its learning rate. There is no state, so
+resuming needs none, and the same seed gives the same rows on any machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..config.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The plan of a run over `rows` training rows.
+    """The schedule of a run.
 
     Attributes:
         rows: number of training rows.
@@ -30,13 +30,13 @@ class Schedule:
 
     @property
     def per_step(self) -> int:
-        """Rows of a full optimizer step."""
+        """Rows per full optimizer step."""
         s = self.settings
         return s.per_device_train_batch_size * s.gradient_accumulation_steps
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps that see every row once; the last may be smaller."""
+        """Optimizer steps per epoch; the last one may be smaller."""
         return math.ceil(self.rows / self.per_step)
 
     @property
@@ -47,7 +47,7 @@ class Schedule:
         return max(1, math.ceil(self.settings.num_train_epochs * self.steps_per_epoch))
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """Rows of step `step` (from 0), one list for each micro-batch."""
+        """Rows of step `step` (from 0), one list per micro-batch."""
         epoch, slot = divmod(step, self.steps_per_epoch)
         order = _order(self.rows, seed_of(self.settings.seed, "order", epoch))
         rows = order[slot * self.per_step : (slot + 1) * self.per_step]
@@ -57,8 +57,7 @@ class Schedule:
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine to zero.
 
-        The first step already has a rate: with transformers' schedule it would be zero and
-        train nothing.
+        Unlike transformers' schedule, the rate of the first step is not zero, so it trains.
         """
         s = self.settings
         warmup = math.ceil(s.warmup_ratio * self.total)
@@ -70,7 +69,7 @@ class Schedule:
 
 @lru_cache(maxsize=1)
 def _order(rows: int, seed: int) -> list[int]:
-    """An epoch's permutation; asked for by every step of it."""
+    """The permutation of an epoch, cached for its steps."""
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
