@@ -511,7 +511,7 @@ def test_a_row_that_is_masked_whole(capsys: Any, base: Path, tmp_path: Path, con
     data = write_rows(tmp_path / "rows.jsonl", GOOD, row)
     ended = train(capsys, base, data, tmp_path / "out")
     line = ended.error("QC-DATA-010")
-    assert "line 2, messages[1]: says nothing" in line
+    assert "line 2, messages[1]: is empty" in line
     assert ended.code == 65
     assert not (tmp_path / "out").exists()
 

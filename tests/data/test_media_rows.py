@@ -363,13 +363,13 @@ NAMES: list[tuple[str, str, str]] = [
     ("file:///etc/passwd", "QC-MEDIA-001", "nothing is fetched"),
     ("FILE:a.txt", "QC-MEDIA-001", "nothing is fetched"),
     ("s3://bucket/a.txt", "QC-MEDIA-001", "nothing is fetched"),
-    ("C:\\pics\\a.txt", "QC-MEDIA-001", "no relative path"),
-    ("/etc/passwd", "QC-MEDIA-001", "no relative path"),
-    ("//host/share/a.txt", "QC-MEDIA-001", "no relative path"),
-    ("~/a.txt", "QC-MEDIA-001", "no relative path"),
+    ("C:\\pics\\a.txt", "QC-MEDIA-001", "not a relative path"),
+    ("/etc/passwd", "QC-MEDIA-001", "not a relative path"),
+    ("//host/share/a.txt", "QC-MEDIA-001", "not a relative path"),
+    ("~/a.txt", "QC-MEDIA-001", "not a relative path"),
     ("deep\\b.txt", "QC-MEDIA-001", "backslash"),
-    ("", "QC-MEDIA-001", "names no file"),
-    ("  ", "QC-MEDIA-001", "names no file"),
+    ("", "QC-MEDIA-001", "is empty"),
+    ("  ", "QC-MEDIA-001", "is empty"),
     ("a\0.txt", "QC-MEDIA-001", "character"),
     ("a\ud800.txt", "QC-MEDIA-001", "character"),
     ("data:text/plain,3", "QC-MEDIA-001", "not in base64"),
@@ -469,18 +469,18 @@ def test_a_pipe_put_in_a_files_place_does_not_block(
     os.mkfifo(folder / "pipe")
     monkeypatch.setattr(Path, "lstat", lambda _: status)
     part = Reference(kind="swatch", at="", given="pipe", options={})
-    with at_once(), pytest.raises(RowError, match="no regular file"):
+    with at_once(), pytest.raises(RowError, match="not a regular file"):
         Finder(folder).payload(part)
 
 
 # the part, code, place inside of the part, something that message or fix says
 PARTS: list[tuple[Any, str, str, str]] = [
-    ({"type": "swatch"}, "QC-DATA-006", "", "without its bytes"),
-    ({"type": "swatch", "swatch": None}, "QC-DATA-006", "", "without its bytes"),
+    ({"type": "swatch"}, "QC-DATA-006", "", "no path or data URL"),
+    ({"type": "swatch", "swatch": None}, "QC-DATA-006", "", "no path or data URL"),
     ({"type": "swatch", "swatch": ["a.txt"]}, "QC-DATA-006", ".swatch", "a list"),
     ({"type": "swatch", "swatch": {"url": "a.txt"}}, "QC-DATA-006", ".swatch", "an object"),
     (swatch("a.txt", shadee="red"), "QC-DATA-006", ".shadee", 'did you mean "shade"?'),
-    (swatch("a.txt", text="q"), "QC-DATA-006", ".text", "a part of its own"),
+    (swatch("a.txt", text="q"), "QC-DATA-006", ".text", "a separate part"),
     ({"type": "swatch", "path": "a.txt"}, "QC-DATA-006", ".path", "under the key"),
     (swatch("a.txt", sha256="00"), "QC-DATA-006", ".sha256", "64 hex"),
     (swatch("a.txt", sha256="g" * 64), "QC-DATA-006", ".sha256", "64 hex"),
@@ -489,9 +489,9 @@ PARTS: list[tuple[Any, str, str, str]] = [
      'write {"type": "swatch", "swatch": <path'),
     ({"type": "swach", "swach": "a.txt"}, "QC-DATA-009", "", 'did you mean "swatch"?'),
     ({"type": "image", "image": "a.png"}, "QC-DATA-009", "", "expected text or swatch"),
-    ({"type": "text", "text": "q", "swatch": "a.txt"}, "QC-DATA-006", "", "no text part"),
-    ({"swatch": "a.txt"}, "QC-DATA-006", "", "no text part"),
-    ({"type": ["swatch"], "swatch": "a.txt"}, "QC-DATA-006", "", "no text part"),
+    ({"type": "text", "text": "q", "swatch": "a.txt"}, "QC-DATA-006", "", "not a valid text part"),
+    ({"swatch": "a.txt"}, "QC-DATA-006", "", "not a valid text part"),
+    ({"type": ["swatch"], "swatch": "a.txt"}, "QC-DATA-006", "", "not a valid text part"),
     (text(f"a {DOT} b"), "QC-DATA-008", ".text", repr(DOT)),
     (text(f"{OPEN}"), "QC-DATA-008", ".text", repr(OPEN)),
     (swatch("deep/no.txt"), "QC-SWATCH-001", "", "is no swatch"),
@@ -613,7 +613,7 @@ def test_a_template_that_loses_media_is_one_error(folder: Path, tmp_path: Path) 
         [ask(swatch("a.txt"), text("q"))] * 3, folder, swatch_checkpoint(tmp_path / "m", lost)
     )
     assert [error.code for error in found] == ["QC-MASK-003"]
-    assert "a part of type 'swatch' is lost" in found[0].message
+    assert "a part of type 'swatch' is dropped" in found[0].message
 
 
 def test_a_template_that_refuses_a_kind_refuses_its_rows_alone(

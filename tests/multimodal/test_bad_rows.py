@@ -101,7 +101,7 @@ PARTS: dict[str, tuple[Make, str, str, tuple[str, ...]]] = {
     "a file address": (given("file:///etc/hostname"), "QC-MEDIA-001", AT, ("'file:///etc",)),
     "backslashes": (given("pics\\a.png"), "QC-MEDIA-001", AT, ("backslash",)),
     "a line end in the name": (given("a\nb.png"), "QC-MEDIA-001", AT, (r"'a\nb.png'",)),
-    "an empty name": (given(""), "QC-MEDIA-001", AT, ("names no file",)),
+    "an empty name": (given(""), "QC-MEDIA-001", AT, ("is empty",)),
     "a folder": (a_folder, "QC-MEDIA-003", AT, ("'pics': a folder",)),
     "the folder itself": (given("."), "QC-MEDIA-003", AT, ("'.': a folder",)),
     "a pipe": (a_pipe, "QC-MEDIA-003", AT, ("named pipe",)),
@@ -185,8 +185,8 @@ PARTS: dict[str, tuple[Make, str, str, tuple[str, ...]]] = {
         given("good.png", max_pixel=70000), "QC-DATA-006", f"{AT}.max_pixel",
         ('did you mean "max_pixels"',)),
     "two kinds": (
-        given("good.png", video="a.mp4"), "QC-DATA-006", f"{AT}.video", ("a part of its own",)),
-    "an image without one": (given(None), "QC-DATA-006", AT, ("without its bytes", '"image":')),
+        given("good.png", video="a.mp4"), "QC-DATA-006", f"{AT}.video", ("a separate part",)),
+    "an image without one": (given(None), "QC-DATA-006", AT, ("no path or data URL", '"image":')),
     "a list of images": (given(["good.png"]), "QC-DATA-006", f"{AT}.image", ("relative path",)),
     "an unknown kind": (
         lambda folder: {"type": "audio", "audio": "a.wav"}, "QC-DATA-009", AT,
@@ -256,7 +256,7 @@ AMOUNTS: dict[str, tuple[str, int, Make, str, tuple[str, ...]]] = {
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
     ("number", "says"),
-    [("1e400", "beyond every float"), ("NaN", "that JSON"), ("-Infinity", "that JSON")],
+    [("1e400", "overflows a float"), ("NaN", "that JSON"), ("-Infinity", "that JSON")],
 )
 def test_a_rate_that_is_no_number(capsys: Any, seeing: Path, data: Path, number: str, says: str):
     """JSON's largest become infinite where Python reads them; its grammar knows no NaN."""
@@ -290,7 +290,7 @@ ROWS: dict[str, tuple[dict[str, Any], str, str, tuple[str, ...], tuple[str, ...]
         "QC-DATA-006", "messages[0].content[0]", ("put it into a user message",), ()),
     "alone in an assistant turn": (
         turns(("user", "a"), ("assistant", [image("good.png")])),
-        "QC-DATA-010", "messages[1]", ("says nothing",), ()),
+        "QC-DATA-010", "messages[1]", ("is empty",), ()),
     "missing, in an assistant turn": (
         turns(("user", "a"), ("assistant", [QUESTION, image("gone.png")])),
         "QC-MEDIA-002", "messages[1].content[1]", ("'gone.png'",), ()),

@@ -97,7 +97,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path, Path], object], str, tuple[str, ...
         "QC-VISION-053", ("config.json: image_token_id", "<|image_pad|>")),
     "a template that shows no media": (
         lambda base, blind: shutil.copy(blind / "chat_template.jinja", base), "QC-MASK-003",
-        ("chat_template.jinja", "'image' is lost")),
+        ("chat_template.jinja", "'image' is dropped")),
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""The parts of a message's content: text, and media where the run has a reader for them.
+"""The content of a chat message: text parts, and media parts if the run has a reader for them.
 
-This file decides what a part may hold and its normal form. A template sees of a media part that
-it is one and of which kind, and no more: what names its bytes may be megabytes, and a name could
-hold control strings. It is kept apart, as a `Reference`; `qcore.data.media_files` finds the bytes.
+This file decides which keys a part may have and its normal form. A template sees only the kind of
+a media part, because the path or data URL may be megabytes long or contain control strings. The
+path is kept separately as a `Reference`; `qcore.data.media_files` opens it.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ if TYPE_CHECKING:
     from ..api.media import MediaReader
 
 _SHA256 = re.compile("[0-9a-fA-F]{64}")
-_NAMES = ("path", "url", "base64", "data")  # what other formats call the bytes
+_NAMES = ("path", "url", "base64", "data")  # keys for the bytes in other formats
 _TEXT = '{"type": "text", "text": ...}'
 
 
 class ContentReader:
-    """How contents are read.
+    """Checks and normalizes the content of messages.
 
     Args:
-        reader: whose kinds of media a content may hold; text alone without one.
+        reader: reads the kinds of media that are allowed; without it content is text only.
         unread: why there is no reader, for the error.
 
     Attributes:
-        kinds: of media.
-        row_advice: fixes by key of a row that is not read there.
+        kinds: allowed kinds of media.
+        row_advice: fixes by misplaced key of a row.
     """
 
     def __init__(self, reader: MediaReader | None = None, unread: str = "") -> None:
         self.kinds = () if reader is None else reader.kinds
         self._keys = () if reader is None else reader.keys
         self._unread = unread
-        apart = dict.fromkeys(("text", *self.kinds), "write it as a part of its own")
+        apart = dict.fromkeys(("text", *self.kinds), "write it as a separate part")
         self._key_advice = _ADVICE | apart
         among = {
-            name: f"put it among the parts of a content: {_example(name)}" for name in self.kinds
+            name: f"put it into the content of a message: {_example(name)}" for name in self.kinds
         }
-        #: How to write what stands beside ``messages``; a list of files is others' form of it.
+        #: Fixes for media keys beside ``messages``; other formats put a list of files there.
         self.row_advice = ADVICE | among | {f"{name}s": how for name, how in among.items()}
 
     def content(
         self, value: Any, at: str
     ) -> tuple[str | list[dict[str, str]], tuple[Reference, ...]]:
-        """Text, or parts as a template reads them, and what the media among them refer to.
+        """Normalize a content to text or a list of parts, and collect its media references.
 
         Raises:
-            RowError: ``QC-DATA-006``, or ``-009`` for a part of a type that nothing reads.
+            RowError: ``QC-DATA-006``, or ``-009`` for a part of an unknown type.
         """
         if isinstance(value, str):
             return value, ()
@@ -78,7 +78,7 @@ class ContentReader:
         if isinstance(named, str) and named != "text":
             raise RowError(
                 "QC-DATA-009",
-                "is a part of a type that nothing here reads",
+                "is a part of an unknown type",
                 at=at,
                 found=repr(named)[:80],
                 expected=self._read(),
@@ -87,7 +87,7 @@ class ContentReader:
         if set(part) != {"type", "text"} or not isinstance(part["text"], str):
             raise RowError(
                 "QC-DATA-006",
-                "is no text part",
+                "is not a valid text part",
                 at=at,
                 found=", ".join(f"{key}: {kind(inner)}" for key, inner in part.items())[:120],
                 expected=_TEXT,
@@ -102,16 +102,14 @@ class ContentReader:
         return f"text parts: {self._unread}" if self._unread else "text parts"
 
     def _advice(self, named: str) -> str | None:
-        """How to write what was probably meant."""
+        """The fix for an unknown type of part."""
         for known in self.kinds:
             if known in named:
                 return f"write {_example(known)}"
         meant = nearest(named.lower(), ("text", *self.kinds))
         if meant:
             return f'did you mean "{meant}"?'
-        return (
-            None if self.kinds else "leave the part out, or take a model and a plugin that read it"
-        )
+        return None if self.kinds else "remove the part, or use a model and a plugin that read it"
 
     def _medium(self, part: Mapping[str, Any], at: str) -> Reference:
         named: str = part["type"]
@@ -120,14 +118,17 @@ class ContentReader:
         given, digest = part.get(named), part.get("sha256")
         if given is None:
             raise RowError(
-                "QC-DATA-006", "is a media part without its bytes", at=at, expected=_example(named)
+                "QC-DATA-006",
+                "has no path or data URL",
+                at=at,
+                expected=_example(named),
             )
         if not isinstance(given, str):
             raise wrong(given, f"{at}.{named}", "a relative path or a data URL, as a string")
         if digest is not None and not (isinstance(digest, str) and _SHA256.fullmatch(digest)):
             raise RowError(
                 "QC-DATA-006",
-                "is no SHA-256",
+                "is not a SHA-256 digest",
                 at=f"{at}.sha256",
                 found=kind(digest),
                 expected="64 hexadecimal digits",
@@ -145,11 +146,11 @@ def _example(named: str) -> str:
     return f'{{"type": "{named}", "{named}": <path relative to the data file, or data URL>}}'
 
 
-_ADVICE = dict.fromkeys(_NAMES, "write the path or data URL under the key that the type names")
+_ADVICE = dict.fromkeys(_NAMES, "write the path or data URL under the key named like the type")
 
 
 def text_of(said: Any) -> str:
-    """The text of a checked content, as templates concatenate its parts."""
+    """The text of a checked content, with its parts concatenated as templates do."""
     if isinstance(said, str):
         return said
     return "".join(part["text"] for part in said if part["type"] == "text")

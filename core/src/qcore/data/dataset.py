@@ -1,8 +1,9 @@
-"""A data file to tokenised examples: every row checked, rendered, masked; then split.
+"""Loading a data file: rows are checked, rendered, tokenized, masked and split.
 
-This file decides the order of things and what a data set is to training. One pass, all bad
-rows told at once, nothing cut and nothing skipped. The steps are `schema`, `media`, `render`,
-`mask` and, before them, `mask_proof`. Of media no more bytes are held than those of one row.
+This file decides the order of the steps. It makes one pass, reports all bad rows together, and
+never truncates or skips a row. The steps are `qcore.data.rows`, `qcore.data.media_files`,
+`qcore.checkpoint.chat_template` and `qcore.data.masking`, after `qcore.data.template_check`. The
+bytes of media are held for one row at a time.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """Examples of one file, split.
+    """The examples of one file, split into training and evaluation.
 
     Attributes:
         train: in the order of the file.
-        eval: held out, in the order of the file; empty where none was asked for.
+        eval: held out, in the order of the file; empty without an evaluation split.
         path: the file.
         sha256: hex digest of the file.
         rows: rows in the file.
@@ -49,8 +50,7 @@ class Dataset:
         supervised: positions with a loss, of all rows.
         turns: assistant turns of all rows.
         longest: tokens of the longest row.
-        asked: keys of their own that parts of a kind had in `train`: they ask for other values
-            than the reader makes by default.
+        asked: by kind of media: reader options that parts in `train` set themselves.
     """
 
     train: tuple[Example, ...]
@@ -66,11 +66,11 @@ class Dataset:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Kinds of media that its rows have, sorted; empty for text alone."""
+        """Kinds of media in the rows, sorted; empty for a text-only file."""
         return tuple(self._media().get("media", ()))
 
     def _media(self) -> dict[str, Any]:
-        """Counters of media; nothing where there are none."""
+        """Counts of media for the summary; empty for a text-only file."""
         rows = [e for e in sorted((*self.train, *self.eval), key=lambda e: e.line) if e.media]
         if not rows:
             return {}
@@ -88,10 +88,10 @@ class Dataset:
         }
 
     def summary(self) -> dict[str, Any]:
-        """What a manifest keeps of it; of media only where there are any.
+        """The summary for a manifest; media keys only if there are media.
 
-        The digest of the file does not cover the files that its rows refer to: ``media_sha256``,
-        over the digests of all media in the order of the file, does.
+        ``sha256`` does not cover the files that rows refer to; ``media_sha256`` does: it covers
+        the digests of all media in the order of the file.
         """
         return {
             "file": self.path.name,
@@ -120,19 +120,19 @@ def dataset(
     reader: MediaReader | None = None,
     unread: str = "",
 ) -> Dataset:
-    """Read, check, render and mask a JSON Lines file of conversations.
+    """Load a JSON Lines file of conversations.
 
     Args:
         path: the file.
-        checkpoint: whose template and tokenizer are used.
-        chat_format: how its rendered conversations read.
-        max_length: tokens that a row may have.
-        eval_fraction: part of the rows to hold out, 0 up to but not 1.
-        seed: of the split.
-        tokenizer: from `load_tokenizer`, when the caller has it already.
+        checkpoint: provides the chat template and the tokenizer.
+        chat_format: the format of rendered conversations.
+        max_length: maximum tokens per row.
+        eval_fraction: fraction of the rows to hold out, in [0, 1).
+        seed: seed of the split.
+        tokenizer: from `load_tokenizer`, if the caller already has it.
         variables: inputs of the template, e.g. ``preserve_thinking``.
-        reader: of the media that rows may have; without it rows are text alone.
-        unread: why there is no reader, as the row with media is told.
+        reader: reads media; without it rows must be text only.
+        unread: why there is no reader, for the error of a row with media.
 
     Raises:
         UsageError: a variable that the template does not read; see `check_variables`.
@@ -172,7 +172,7 @@ def _encoded(
     encode: Callable[[str, ChatRow], Example],
     problems: Problems,
 ) -> Iterator[Example]:
-    """Rendered rows as examples; a row that the template or the mask refuses is a problem."""
+    """Encode rendered rows; collect those that the template or the mask refuses."""
     for row, text in rendered:
         if isinstance(text, InputError):
             problems.add(row.line, _refused(problems.path, row, text))
@@ -186,7 +186,7 @@ def _encoded(
 
 
 def _counted(media: Sequence[Medium]) -> dict[str, int]:
-    """How many of each kind."""
+    """Number of media by kind."""
     return dict(sorted(Counter(medium.kind for medium in media).items()))
 
 
@@ -215,12 +215,12 @@ def _whole(
 
 
 def split(examples: list[Example], fraction: float, seed: int, path: Path) -> frozenset[int]:
-    """Lines to hold out: the first by a hash of seed and content, so that order means nothing.
+    """Choose the lines to hold out by a hash of seed and content, independent of the file's order.
 
-    The content is the tokens and, of rows that have media, the digests of those.
+    The hash covers the tokens and the digests of media.
 
     Raises:
-        InputError: ``QC-DATA-015`` when a part would be empty.
+        InputError: ``QC-DATA-015`` if no training row would be left.
     """
     if not fraction:
         return frozenset()
@@ -251,7 +251,7 @@ def _prove_media(
     reader: MediaReader,
     variables: Mapping[str, Any],
 ) -> None:
-    """`prove_media` in a process of its own: the template's is in the middle of the rows."""
+    """Run `prove_media` in a separate process, because `template` is busy with the rows."""
     with template.reopen() as apart:
         prove_media(apart, chat_format, tokenizer, reader, variables=variables)
 
@@ -264,11 +264,10 @@ def _seen(
     prove: Callable[[], None],
     asked: dict[int, frozenset[tuple[str, str]]],
 ) -> Iterator[ChatRow]:
-    """The rows with their media read. What names the bytes is let go: it may be the bytes.
+    """Read the media of each row and drop the references, which may be data URLs.
 
-    Which keys of their own its parts have, with their kinds, is left in `asked`, by line.
-    With the first of them it is proved that the template shows media: rows of text alone need no
-    template that does.
+    Reader options that parts set themselves are recorded in `asked`, by line. The first row with
+    media triggers the check that the template renders media, so text-only files do not need it.
     """
     finder, proved = Finder(path.parent), False
     alike: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
@@ -287,22 +286,22 @@ def _seen(
             asked[row.line] = alike.setdefault(keys, keys)
         return replace(row, media=(), seen=seen) if seen else row
 
-    # Not a loop: its variable would hold the last row's bytes while the next line is parsed.
+    # A loop variable would keep the last row's bytes alive while the next line is parsed.
     return (row for row in map(read, rows) if row is not None)
 
 
 def _refused(path: Path, row: ChatRow, error: InputError) -> InputError:
-    """A template's refusal as the row's error."""
+    """Turn an error of the template into an error of the row."""
     return error.replace(
         what=f"the chat template {error.what}",
         file=path,
         field=f"line {row.line}",
         expected=None,
-        fix="mend the row: the template is the checkpoint's own",
+        fix="fix the row; the template comes with the checkpoint",
     )
 
 
 def _special(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Tokens marked special: in any text they become control tokens, whoever wrote it."""
+    """Special tokens of the tokenizer, which become control tokens in any text."""
     added = tokenizer.get_added_tokens_decoder().values()
     return tuple(token.content for token in added if token.special)

@@ -1,8 +1,7 @@
-"""JSON Lines, strictly: bytes of a file to one JSON value a line.
+"""Strict JSON Lines: one JSON value per line of a file.
 
-This file decides what counts as a line and as JSON: UTF-8, one value a line, no duplicate
-keys, no NaN or infinity, bounded line length and nesting. What a value means is
-`qcore.data.rows`'s business.
+This file decides what counts as a line and as JSON: UTF-8, one value per line, no duplicate keys,
+no NaN or infinity, bounded line length and nesting. `qcore.data.rows` interprets the values.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from ..api.media import RowError
 from ..errors import InputError, PreflightError
 from ..io import strict_json
 
-MAX_LINE = 16 << 20  #: bytes; a longer line is refused without being held in memory
+MAX_LINE = 16 << 20  #: bytes; longer lines are refused without loading them
 MAX_DEPTH = 64
-SHOWN = 20  #: bad rows told one by one; the rest is a number
+SHOWN = 20  #: bad rows that are reported; the others are counted
 
 _BLOCK = 1 << 20
 _MAGIC = {
@@ -35,13 +34,13 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Hasher(Protocol):
-    """What `hashlib.sha256()` gives."""
+    """The part of a `hashlib` object that is used here."""
 
     def update(self, data: bytes, /) -> None: ...
 
 
 class Problems:
-    """The bad rows of one file: all are counted, the first `SHOWN` are kept."""
+    """Collects the bad rows of one file: counts all, keeps the first `SHOWN`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,18 +48,18 @@ class Problems:
         self._kept: list[tuple[int, InputError]] = []
 
     def add(self, line: int, error: InputError) -> None:
-        """Count the error of a line; keep it if it is among the first."""
+        """Record the error of a line."""
         self.count += 1
-        # Schema and mask report out of step by a row or two: keep twice as many, sort at the end.
+        # Schema and mask errors arrive slightly out of order: keep twice as many and sort them.
         if len(self._kept) < 2 * SHOWN:
             self._kept.append((line, error))
 
     def stop(self) -> None:
-        """Raise when there was any: the one error, or a `PreflightError` of what is shown.
+        """Raise the collected errors, if any; a `PreflightError` for several.
 
         Raises:
-            InputError: the only one, or all that are shown and then ``QC-DATA-014`` with the
-                exact number of bad rows when more were found.
+            InputError: the errors, followed by ``QC-DATA-014`` with the exact number of bad rows
+                if there are more than `SHOWN`.
         """
         errors: list[Any] = [error for _, error in sorted(self._kept, key=lambda kept: kept[0])]
         errors = errors[:SHOWN]
@@ -70,7 +69,7 @@ class Problems:
                     "QC-DATA-014",
                     f"{self.count} rows are bad, of which the first {len(errors)} are shown",
                     file=self.path,
-                    fix="mend these and check again",
+                    fix="fix these and run it again",
                 )
             )
         if len(errors) == 1:
@@ -80,17 +79,17 @@ class Problems:
 
 
 def lines(path: Path, digest: Hasher | None = None) -> Iterator[tuple[int, bytes | None]]:
-    """Yield number (from 1) and bytes of every line that holds anything.
+    """Yield number (from 1) and bytes of every line that is not blank.
 
-    A byte order mark of UTF-8 at the start, carriage returns at line ends and blank lines mean
-    nothing and are passed over. A line over `MAX_LINE` is yielded as ``None``.
+    A UTF-8 byte order mark, carriage returns at line ends and blank lines are ignored. A line
+    longer than `MAX_LINE` is yielded as ``None``.
 
     Args:
         path: the file.
         digest: updated with every byte of the file.
 
     Raises:
-        InputError: ``QC-DATA-001`` cannot be read, ``QC-DATA-003`` is plainly another format.
+        InputError: ``QC-DATA-001`` cannot be read, ``QC-DATA-003`` another format.
     """
     try:
         with path.open("rb") as file:
@@ -118,7 +117,7 @@ def lines(path: Path, digest: Hasher | None = None) -> Iterator[tuple[int, bytes
             file=path,
             found=error.strerror or str(error),
             expected="a file of JSON lines",
-            fix="name the .jsonl file that holds the rows",
+            fix="name the .jsonl file with the rows",
         ) from None
 
 
@@ -153,7 +152,7 @@ def _check_format(path: Path, start: bytes) -> None:
 
 
 def parse(raw: bytes | str, *, at: str = "") -> Any:
-    """One JSON value, strictly.
+    """Parse one JSON value strictly.
 
     Args:
         raw: UTF-8 bytes, or text that is already decoded.
@@ -190,7 +189,7 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
     except strict_json.DuplicateKeyError as error:
         raise RowError(
             "QC-DATA-004",
-            "has a key twice in one object",
+            "has a duplicate key",
             at=at,
             found=repr(error.key),
             expected="each key once",
@@ -198,7 +197,7 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
     except strict_json.NonFiniteError as error:
         raise _not_finite(error, at) from None
     except ValueError:  # an integer with more digits than Python converts
-        raise RowError("QC-DATA-004", "has a number of thousands of digits", at=at) from None
+        raise RowError("QC-DATA-004", "has a number with thousands of digits", at=at) from None
     if raw.count("{") + raw.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise _too_deep(at)
     return value
@@ -206,9 +205,9 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
 
 def _not_finite(error: strict_json.NonFiniteError, at: str) -> RowError:
     if error.overflow:
-        what, expected = "has a number beyond every float", "a finite number"
+        what, expected = "has a number that overflows a float", "a finite number"
     else:
-        what, expected = "has a number that JSON does not know", "a finite number or null"
+        what, expected = "has a number that is not JSON", "a finite number or null"
     return RowError("QC-DATA-004", what, at=at, found=error.text[:40], expected=expected)
 
 

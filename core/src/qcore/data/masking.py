@@ -1,12 +1,11 @@
-"""Which tokens are trained: spans of the rendered text, then labels by the tokenizer's offsets.
+"""Loss masking: which tokens of a rendered conversation are supervised.
 
-This file decides supervision. Spans are found in the *rendered* text, because templates trim,
-move and drop what a row holds: of every turn of the trained role the text after what inference
-puts there (the prompt tail), up to and including the mark that ends the turn. So ``<think>``
-in the prompt and an empty think block are context, an answer and its end are trained, prompts,
-tool results and the newline between turns are not. What stands for media is never trained, in
-whoever's turn (`qcore.data.media_spans`). What a row may hold is `qcore.data.rows`'s business;
-`dataset` puts the steps together.
+This file decides the labels. Trained spans are located in the *rendered* text, because templates
+trim, move and drop text: in every assistant turn, from after the prompt tail (what inference
+prefills) through the end-of-turn token. So ``<think>`` in the prompt and an empty think block are
+context; an answer and its end are trained; prompts, tool results and the newline between turns are
+not. Placeholders of media are never trained (`qcore.data.media_spans`). `qcore.data.rows` checks
+rows, `qcore.data.dataset` runs the steps.
 """
 
 from __future__ import annotations
@@ -26,22 +25,21 @@ if TYPE_CHECKING:
     from ..api.media import MediaReader, Medium, Placed
     from .rows import ChatRow
 
-IGNORED = -100  #: label of a position without loss, as in transformers
+IGNORED = -100  #: label of an unsupervised position, as in transformers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One row, tokenised. Arrays of 32-bit integers, of equal length.
+    """One tokenized row. `ids` and `labels` are 32-bit integers of equal length.
 
     Attributes:
         ids: token ids.
-        labels: the same ids where trained, else `IGNORED`; not shifted.
-        line: line of the row in its file.
-        turns: turns of the trained role.
-        supervised: positions with a loss: labels less that of the first token, which nothing
-            predicts.
-        media: what its parts refer to, in order; empty for text.
-        placed: where they lie among the tokens; ``None`` for text.
+        labels: the ids of trained positions, else `IGNORED`; not shifted.
+        line: line number in the file.
+        turns: number of assistant turns.
+        supervised: positions with a loss; the first token has none, because it has no context.
+        media: its media, in order; empty for text.
+        placed: the positions of media among the tokens; ``None`` for text.
     """
 
     ids: array[int]
@@ -54,13 +52,13 @@ class Example:
 
 
 def highest_id(tokenizer: Tokenizer) -> int:
-    """The highest token id that the tokenizer can give."""
+    """The highest token id of the tokenizer."""
     added = tokenizer.get_added_tokens_decoder()
     return max(tokenizer.get_vocab_size(with_added_tokens=False) - 1, *added, -1)
 
 
 def normalised(text: str, tokenizer: Tokenizer) -> str:
-    """`text` composed as the tokenizer composes it, so that its offsets leave no gaps."""
+    """Apply the tokenizer's NFC normalization, so that offsets refer to the returned text."""
     normaliser = tokenizer.normalizer
     if normaliser is None or type(normaliser).__name__ != "NFC" or text.isascii():
         return text
@@ -69,20 +67,20 @@ def normalised(text: str, tokenizer: Tokenizer) -> str:
 
 
 def spans(text: str, chat_format: ChatFormat, expected_turns: int) -> list[tuple[int, int]]:
-    """Character ranges of a rendered conversation that are trained, in order.
+    """Locate the trained character ranges of a rendered conversation, in order.
 
     Args:
         text: the rendered conversation.
-        chat_format: how it reads.
-        expected_turns: turns of the trained role in the row.
+        chat_format: its format.
+        expected_turns: assistant turns of the row.
 
     Returns:
-        ``(start, end)`` per turn: after the header and the longest prompt tail that it begins
-        with, through the mark that ends the turn.
+        ``(start, end)`` per turn: from after the header and the longest matching prompt tail
+        through the end-of-turn token.
 
     Raises:
-        RowError: ``QC-MASK-001`` another number of turns than in the row, ``QC-MASK-002`` a turn
-            that does not end before the next one starts.
+        RowError: ``QC-MASK-001`` the number of turns differs from the row's, ``QC-MASK-002`` a
+            turn does not end before the next one starts.
     """
     header = chat_format.turn_start + chat_format.assistant + chat_format.role_end
     tails = sorted(chat_format.prompt_tails, key=len, reverse=True)
@@ -99,7 +97,7 @@ def spans(text: str, chat_format: ChatFormat, expected_turns: int) -> list[tuple
                 found=repr(text[at : at + 60]),
             )
         tail = next((tail for tail in tails if text.startswith(tail, body)), "")
-        # A tail that reaches past the end would be no tail of this turn.
+        # A tail that reaches past the end does not belong to this turn.
         start = min(body + len(tail), end)
         end += len(chat_format.turn_end)
         found.append((start, end))
@@ -107,7 +105,7 @@ def spans(text: str, chat_format: ChatFormat, expected_turns: int) -> list[tuple
     if len(found) != expected_turns:
         raise RowError(
             "QC-MASK-001",
-            "renders another number of assistant turns than it has",
+            "renders to a different number of assistant turns",
             found=len(found),
             expected=expected_turns,
             fix="check the chat template against the chat format of the plugin",
@@ -120,11 +118,11 @@ def labels(
     offsets: Sequence[tuple[int, int]],
     trained: Sequence[tuple[int, int]],
 ) -> array[int]:
-    """Labels aligned with `ids`: the id where a token starts inside a trained range.
+    """Labels aligned with `ids`: the id if a token starts inside a trained range.
 
-    Tokens that share one character (bytes of it) have the same offsets, so all of them are
-    trained or none. A token that straddles the start of a range is not trained, for part of it
-    is the prompt; one that straddles the end is, for the model has to produce it.
+    Tokens that are bytes of one character share its offsets, so all or none of them are trained.
+    A token that straddles the start of a range is not trained, because part of it is prompt; one
+    that straddles the end is, because the model has to produce it.
 
     Args:
         ids: token ids.
@@ -153,19 +151,19 @@ def encode_text(
     *,
     reader: MediaReader | None = None,
 ) -> Example:
-    """A rendered row to ids and labels.
+    """Tokenize and mask a rendered row.
 
     Args:
-        text: what the template made of the row.
-        row: the row, its media read.
+        text: the rendered row.
+        row: the row, with its media already read.
         tokenizer: from `load_tokenizer`.
-        chat_format: how `text` reads.
-        max_length: tokens that a row may have; a longer one is refused, never cut.
-        reader: of media; without it there are none.
+        chat_format: the format of `text`.
+        max_length: maximum tokens; a longer row is an error and never truncated.
+        reader: reads media; without it the row is text only.
 
     Raises:
         RowError: ``QC-MASK-001``, ``-002`` as in `spans`, ``-004`` as in `place`,
-            ``QC-DATA-011`` too long, ``QC-DATA-012`` nothing to train; or as
+            ``QC-DATA-011`` too long, ``QC-DATA-012`` no supervised tokens; or as
             `MediaReader.expand`.
     """
     turns = row.turns(chat_format.assistant)
@@ -179,9 +177,9 @@ def encode_text(
     if supervised < 1:
         raise RowError(
             "QC-DATA-012",
-            "has no token to train: it is masked whole",
+            "has no supervised tokens (every label is -100)",
             expected="text in at least one assistant turn",
-            fix="leave the row out",
+            fix="remove the row",
         )
     return Example(
         ids=ids,
@@ -197,7 +195,7 @@ def encode_text(
 def _trained_spans(
     text: str, row: ChatRow, chat_format: ChatFormat, turns: int, reader: MediaReader | None
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text with its media expanded, and the character ranges in it that are trained."""
+    """Expand the media of a rendered text and locate its trained ranges."""
     trained = spans(text, chat_format, turns)
     if reader is None:
         return text, trained
@@ -211,7 +209,7 @@ def _trained_spans(
 def _mask_media(
     made: array[int], ids: array[int], row: ChatRow, tokenizer: Tokenizer, reader: MediaReader
 ) -> Placed | None:
-    """Mask in `made` every token that stands for media; where the row's media lie, if any."""
+    """Mask the placeholders of media in `made`; return the positions of the row's media."""
     control = frozenset(tokenizer.token_to_id(token) for token in reader.control)
     for index, id_ in enumerate(ids):
         if id_ in control:
@@ -233,5 +231,5 @@ def _check_length(ids: array[int], row: ChatRow, max_length: int) -> None:
 
 
 def trained_text(text: str, trained: Iterable[tuple[int, int]]) -> str:
-    """What the model learns to write, of a rendered text."""
+    """Concatenate the trained ranges of a rendered text."""
     return "".join(text[start:end] for start, end in trained)

@@ -3,11 +3,11 @@
 This file decides how a content part names its bytes (a path relative to the data file, or a data
 URL: nothing is fetched) and what is checked before anything decodes them: the file is there, lies
 within the data file's folder, is not too large and has the digest that the row states. What the
-bytes mean is decided by the reader (`qcore.api.media.MediaReader`), which a plugin brings with its
-`Modality`; which rows have them, by `qcore.data.content`. It imports no torch.
+bytes mean is the reader's (`MediaReader`), which a plugin brings with its `Modality`;
+`qcore.data.content` finds media in rows. It imports no torch.
 
 Codes: ``QC-MEDIA-001`` neither a relative path nor a data URL, ``-002`` missing or unreadable,
-``-003`` no regular file, ``-004`` outside of the folder, ``-005`` too large, ``-006`` another
+``-003`` not a regular file, ``-004`` outside of the folder, ``-005`` too large, ``-006`` another
 digest than stated.
 """
 
@@ -98,21 +98,21 @@ class Finder:
         if part.sha256 is not None and part.sha256 != digest:
             raise RowError(
                 "QC-MEDIA-006",
-                "has other bytes than its sha256 says",
+                "does not match its sha256",
                 found=digest,
                 expected=part.sha256,
-                fix="restore the file, or state the digest that it has",
+                fix="restore the file, or correct the digest",
             )
         return Payload(kind=part.kind, sha256=digest, path=path, data=data, options=part.options)
 
     def _path(self, given: str) -> Path:
-        """Where a relative path leads, every link followed; nothing is opened."""
+        """Resolve a relative path, following links, without opening anything."""
         _check_form(given)
         real = inside(self._folder, given)
         if real is None:
             raise RowError(
                 "QC-MEDIA-004",
-                "leads outside of the data file's folder",
+                "leads outside the folder of the data file",
                 found=_shown(given),
                 expected="a file in the folder or below it, links followed",
                 fix="put the file there",
@@ -120,7 +120,7 @@ class Finder:
         return real
 
     def _digest(self, path: Path, given: str) -> str:
-        """Digest of a regular file; what is none is not opened, for a pipe would never end."""
+        """Digest of a regular file; other files are not opened, because a pipe may never end."""
         try:
             _check_regular(path.lstat().st_mode, given)
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -152,19 +152,19 @@ class Finder:
 
 
 def _check_form(given: str) -> None:
-    """Refuse what is no relative path, with what it is."""
+    """Refuse anything but a relative path."""
     what, fix = "", "write the relative path of a file"
     if not given.strip():
-        what = "names no file"
+        what = "is empty"
     elif _SCHEME.match(given):
-        what = "is no relative path, and nothing is fetched"
+        what = "is not a relative path; nothing is fetched"
         fix = "put the file beside the data file; before a name with a colon write ./"
     elif given.startswith(("/", "~")):
-        what, fix = "is no relative path", "write it relative to the data file"
+        what, fix = "is not a relative path", "write it relative to the data file"
     elif "\\" in given:
         what, fix = "has a backslash", "write / between folders"
     elif unnameable(given):
-        what = "has a character that no file is named with"
+        what = "has a control character or a lone surrogate"
     if what:
         raise RowError("QC-MEDIA-001", what, found=_shown(given), expected=_WANTED, fix=fix)
 
@@ -181,14 +181,14 @@ def _check_regular(mode: int, given: str) -> None:
     kind = next((name for is_kind, name in kinds if is_kind(mode)), "a device")
     raise RowError(
         "QC-MEDIA-003",
-        "is no regular file",
+        "is not a regular file",
         found=f"{_shown(given)}: {kind}",
         expected="a file that holds the bytes",
     )
 
 
 def _decoded(given: str) -> bytes:
-    """The bytes of a data URL, strictly: a lenient decoder would drop what it does not know."""
+    """Decode a data URL strictly; a lenient decoder would drop invalid characters."""
     head, comma, body = given.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise RowError(

@@ -1,8 +1,8 @@
-"""Where a row's media lie: among the characters that are trained, and among the tokens.
+"""Positions of media in a row: excluded from the trained text, and located among the tokens.
 
-This file decides that nothing which stands for media is trained, and proves a reader's places
-before a model sees them. Which text is trained otherwise is `qcore.data.masking`'s business; what
-stands for a medium is its reader's.
+This file decides that placeholders of media are never trained, and checks the positions that a
+reader returns before a model uses them. `qcore.data.masking` decides what else is trained; the
+reader decides which placeholders it writes.
 """
 
 from __future__ import annotations
@@ -25,21 +25,20 @@ def less_media(
     media: Sequence[Medium],
     reader: MediaReader,
 ) -> list[tuple[int, int]]:
-    """Trained ranges of an expanded text, less what its reader wrote there.
+    """Remove from the trained ranges of an expanded text what the reader inserted.
 
-    A reader may write plain text too, such as the time of a part of a medium, and no token of
-    that is a control token.
+    A reader may insert plain text too, such as a timestamp, which has no control token.
 
     Args:
-        trained: ranges of the expanded text.
-        rendered: the text before it was expanded.
+        trained: ranges in the expanded text.
+        rendered: the text before the expansion.
         inside: the same ranges in `rendered`.
-        media: of the row, in order.
-        reader: which expanded it.
+        media: media of the row, in order.
+        reader: the reader that expanded it.
     """
     control = re.compile(f"(?:{'|'.join(map(re.escape, reader.control))})+")
     if not any(control.search(rendered, start, end) for start, end in inside):
-        return list(trained)  # as nearly every row: a model does not write media
+        return list(trained)  # the usual case: assistant turns contain no media
     left: list[tuple[int, int]] = []
     written = list(_written(rendered, control, media, reader))
     for start, end in trained:
@@ -54,7 +53,7 @@ def less_media(
 def _written(
     rendered: str, control: re.Pattern[str], media: Sequence[Medium], reader: MediaReader
 ) -> Iterator[tuple[int, int]]:
-    """Ranges of the expanded text that its reader wrote, by expanding one prefix after another."""
+    """Locate what the reader inserted, by expanding one prefix after another."""
     count = grown = 0
     for run in control.finditer(rendered):
         while True:
@@ -72,7 +71,7 @@ def _written(
 def place(
     reader: MediaReader, media: Sequence[Medium], ids: array[int], control: frozenset[int | None]
 ) -> Placed:
-    """Where a row's media lie, proved: every output of the tower has its own control token.
+    """Locate a row's media among its tokens; every tower output needs its own control token.
 
     Raises:
         RowError: ``QC-MASK-004``.
@@ -87,7 +86,7 @@ def place(
     ):
         raise RowError(
             "QC-MASK-004",
-            "has other tokens for its media than they need",
+            "has the wrong number of placeholder tokens for its media",
             found=f"{len(placed.where)} of {len(ids)} tokens",
             expected=f"{wanted}, and a position for every token",
             fix="use the tokenizer.json that came with the weights",

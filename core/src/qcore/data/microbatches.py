@@ -1,8 +1,8 @@
-"""Which micro-batches of a step run as one pack, and what a pack takes of kernels' tiles.
+"""Joining of short micro-batches into packs, and the size of a pack in kernel tiles.
 
-This file decides how short micro-batches are put together, and that a unit of media counts as
-much as a token there: less than it takes, but a pack is bounded in both. Which rows a micro-batch
-has is `schedule`'s, how much one pack may take `plan.run`'s. It imports no torch.
+This file decides which micro-batches of a step run together. A media unit counts like a token:
+that understates its cost, but a pack is bounded in both. `qcore.data.sampler` decides the rows of
+a micro-batch, `qcore.planning.run` the size limit of a pack. It imports no torch.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .masking import Example
 
-TILE = 64  #: tokens that a row's last tile may take of a kernel beyond its own
+TILE = 64  #: tokens of a kernel tile; the last tile of a row is padded to it
 
 
 def extent(lengths: Sequence[int], units: int = 0) -> int:
-    """Tokens of a pack and of the tiles that its rows begin and do not fill, and its units."""
+    """Size of a pack: its tokens, the padding of last tiles, and its media units."""
     return sum(lengths) + TILE * len(lengths) + units
 
 
 def units_of_rows(rows: Iterable[Example]) -> tuple[int, ...]:
-    """Units of the media of each row; nothing where no row has any."""
+    """Media units of each row; empty if no row has media."""
     units = tuple(sum(medium.units for medium in row.media) for row in rows)
     return units if any(units) else ()
 
@@ -30,18 +30,17 @@ def units_of_rows(rows: Iterable[Example]) -> tuple[int, ...]:
 def joined(
     batches: list[list[int]], lengths: Sequence[int], most: int, units: Sequence[int] = ()
 ) -> list[list[int]]:
-    """The micro-batches of a step, several as one wherever they are small.
+    """Join small micro-batches of a step.
 
-    A step's loss is the mean over its supervised tokens however they are spread, so this changes
-    no more than the order of sums; but what is drawn for each pack (dropout), or is each
-    micro-batch's own (a load-balancing loss), is another. First fit, the longest first: at most
-    11/9 of the fewest, and one more (Dosa 2007).
+    The loss of a step is the mean over its supervised tokens, so joining only changes the order of
+    summation; random draws per pack (dropout) and losses per micro-batch (load balancing) change.
+    First-fit decreasing: at most 11/9 of the optimal number plus one (Dosa 2007).
 
     Args:
         batches: rows of each micro-batch.
         lengths: tokens of each row of the data set.
-        most: what one may take, as `extent` counts; a batch that takes more stays alone.
-        units: of the media of each row of the data set; none: it is text alone.
+        most: size limit of a pack, as `extent` counts; a larger batch stays alone.
+        units: media units of each row of the data set; empty for text.
     """
     sizes = [
         extent([lengths[row] for row in rows], sum(units[row] for row in rows) if units else 0)

@@ -1,20 +1,19 @@
-"""One chat row: a JSON value to messages and tools as a chat template reads them.
+"""Chat rows: JSON values are checked and normalized to messages and tools for a chat template.
 
-This file decides what a row may hold and normalises what is unambiguous, so that a template
-sees what it would see when serving:
+This file decides which rows are valid and normalizes what is unambiguous, so that a template gets
+the same input as in serving:
 
-- null keys of messages and text parts are dropped; so are those of tools, except ``default``
-  and ``const``, where null is a value (column formats fill them in, templates then render
-  ``None`` or take a text for a medium);
+- null keys of messages, text parts and tools are dropped, except ``default`` and ``const`` of
+  tools, where null is a value (column formats fill in nulls, which templates render as ``None`` or
+  mistake for media);
 - ``thinking`` and ``reasoning`` become ``reasoning_content``;
-- tool arguments given as a JSON string become a mapping; "" and null become ``{}``;
-- ``{"prompt": ..., "response": ...}`` (or ``completion``), both strings, is one exchange;
-- of a media part a template sees the kind; what it refers to is kept beside the messages.
+- tool arguments in a JSON string become a mapping; "" and null become ``{}``;
+- ``{"prompt": ..., "response": ...}`` (or ``completion``), both strings, becomes two messages;
+- a media part keeps only its kind; its path or data URL is kept beside the messages.
 
-Everything else that is not plainly a conversation is refused. A control string of the chat
-format in a row's own text is refused too: it would become a control token. Bytes and JSON are
-`qcore.data.jsonl`'s business, content parts are `qcore.data.content`', rendering is
-`qcore.checkpoint.chat_template`'s.
+Everything else is refused, including control strings of the chat format in a row's text, which
+would become control tokens. `qcore.data.jsonl` parses JSON, `qcore.data.content` checks content
+parts, `qcore.checkpoint.chat_template` renders.
 """
 
 from __future__ import annotations
@@ -49,14 +48,14 @@ _OTHER_KEYS = ("role", "content", "name")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRow:
-    """One conversation, normalised.
+    """One normalized conversation.
 
     Attributes:
         line: line in the file, from 1.
-        messages: as a template reads them; not to be changed.
+        messages: as a template reads them; must not be mutated.
         tools: function descriptions, or ``None``.
-        media: what its media parts refer to, in order; gone once they are read.
-        seen: the same, read.
+        media: references of its media parts, in order; empty once they are read.
+        seen: the media, once they are read.
     """
 
     line: int
@@ -66,7 +65,7 @@ class ChatRow:
     seen: tuple[Medium, ...] = ()
 
     def turns(self, role: str) -> int:
-        """How many messages have this role."""
+        """Number of messages with this role."""
         return sum(message["role"] == role for message in self.messages)
 
 
@@ -80,16 +79,15 @@ def read_rows(
     reader: MediaReader | None = None,
     unread: str = "",
 ) -> Iterator[ChatRow]:
-    """Yield the good rows of a JSON Lines file in one pass and constant memory.
+    """Yield the valid rows of a JSON Lines file, in one pass and constant memory.
 
     Args:
         path: the file.
-        chat_format: whose roles and control strings hold.
-        control: further control strings, such as the tokenizer's special tokens.
-        problems: collects bad rows for the caller; without it they are raised together after
-            the last line.
+        chat_format: provides the roles and the control strings.
+        control: additional control strings, such as the tokenizer's special tokens.
+        problems: collects bad rows; without it they are raised together after the last line.
         digest: updated with every byte of the file.
-        reader: whose kinds of media a row may have; their bytes are not looked at here.
+        reader: reads the kinds of media that rows may have; bytes are not read here.
         unread: why there is no reader.
 
     Raises:
@@ -121,7 +119,7 @@ def read_rows(
 
 
 def thinking_marks(chat_format: ChatFormat) -> tuple[str, str] | None:
-    """What opens and closes a think block, read off the prompt tails; ``None`` if none does."""
+    """The tags of a think block, taken from the prompt tails; ``None`` without one."""
     tails = sorted((tail.strip() for tail in chat_format.prompt_tails if tail.strip()), key=len)
     if len(tails) < 2 or not tails[-1].startswith(tails[0]):
         return None
@@ -129,7 +127,7 @@ def thinking_marks(chat_format: ChatFormat) -> tuple[str, str] | None:
 
 
 class RowCheck:
-    """JSON value to `ChatRow`, by the rules of one chat format."""
+    """Converts JSON values to `ChatRow` by the rules of one chat format."""
 
     def __init__(
         self,
@@ -147,10 +145,10 @@ class RowCheck:
         self._forbidden = re.compile("|".join([*words, "\0", "[\ud800-\udfff]"]))
 
     def __call__(self, line: int, value: Any) -> ChatRow:
-        """Check and normalise one row.
+        """Check and normalize one row.
 
         Raises:
-            RowError: what is wrong with it.
+            RowError: the first problem.
         """
         row = without_nulls(mapping(value, "", "QC-DATA-005", "is not an object"))
         known_keys(row, _ROW_KEYS, "", "QC-DATA-005", self.parts.row_advice)
@@ -174,7 +172,7 @@ class RowCheck:
         if not isinstance(given, list) or not given:
             raise RowError(
                 "QC-DATA-005",
-                "is no list of messages",
+                "is not a list of messages",
                 at="messages",
                 found="an empty list" if given == [] else kind(given),
                 expected="a list of at least one message",
@@ -198,7 +196,7 @@ class RowCheck:
             if found and role == "system":
                 raise RowError(
                     "QC-DATA-006",
-                    "is a media part in a system message, which may hold text alone",
+                    "is a media part in a system message, which allows text only",
                     at=found[0].at,
                     fix="put it into a user message",
                 )
@@ -217,7 +215,7 @@ class RowCheck:
         meant = nearest(str(role).lower(), self.format.roles) or advice
         raise RowError(
             "QC-DATA-006",
-            "is no role of this model" if isinstance(role, str) else "has no role",
+            "unknown role" if isinstance(role, str) else "has no role",
             at=f"{at}.role" if "role" in message else at,
             found=repr(role)[:80] if "role" in message else None,
             expected=" or ".join(self.format.roles),
@@ -232,7 +230,7 @@ class RowCheck:
         if len(set(given.values())) > 1:
             raise RowError(
                 "QC-DATA-016",
-                "gives two different reasonings",
+                "has two different reasonings",
                 at=at,
                 found=" and ".join(given),
                 expected="one of them",
@@ -251,24 +249,24 @@ class RowCheck:
         if not (said or "tool_calls" in message or (reasoned and reasoned.strip())):
             raise RowError(
                 "QC-DATA-010",
-                "says nothing",
+                "is empty",
                 at=at,
                 expected="content or tool_calls",
-                fix="leave the turn out",
+                fix="remove the turn",
             )
         self._check_thinking(said, reasoned, at)
 
     def _check_thinking(self, said: str, reasoned: str | None, at: str) -> None:
-        """Refuse think blocks that a template would double, cut or lose text of."""
+        """Refuse think blocks that a template would duplicate, cut or drop."""
         if self.marks is None:
             return
         opens, closes = self.marks
         if reasoned is not None and (opens in reasoned or closes in reasoned):
-            what, where = f"holds {opens} or {closes}", f"{at}.reasoning_content"
+            what, where = f"contains {opens} or {closes}", f"{at}.reasoning_content"
         elif opens not in said and closes not in said:
             return
         elif reasoned is not None:
-            what, where = f"holds {opens} or {closes} beside reasoning_content", f"{at}.content"
+            what, where = f"contains {opens} or {closes} beside reasoning_content", f"{at}.content"
         elif said.count(closes) != 1 or said.count(opens) > 1:
             what, where = f"has a think block that is not one {opens} and one {closes}", at
         elif opens in said and not said.startswith(opens):
@@ -290,7 +288,7 @@ class RowCheck:
                 "has no assistant turn",
                 at="messages",
                 found=", ".join(dict.fromkeys(roles)),
-                expected="at least one turn to train",
+                expected="at least one assistant turn",
             )
         for index, message in enumerate(messages):
             if message["role"] == "tool" and not (
@@ -299,7 +297,7 @@ class RowCheck:
             ):  # fmt: skip
                 raise RowError(
                     "QC-DATA-006",
-                    "is a tool result that follows no tool call",
+                    "is a tool result without a preceding tool call",
                     at=f"messages[{index}]",
                     fix="put it after the assistant turn with the tool_calls",
                 )
@@ -325,7 +323,7 @@ class RowCheck:
     def _check_string(self, text: str, at: str) -> None:
         if text.isascii():
             hit = self._forbidden.search(text)
-        else:  # the tokenizer composes first; a control string must not appear by that either
+        else:  # The tokenizer applies NFC first, which must not create a control string.
             hit = self._forbidden.search(text)
             hit = hit or self._forbidden.search(unicodedata.normalize("NFC", text))
         if hit is None:
@@ -335,10 +333,10 @@ class RowCheck:
         lone = "\ud800" <= word[0] <= "\udfff"
         raise RowError(
             "QC-DATA-008",
-            "holds text that must not reach the model",
+            "contains text that must not reach the model",
             at=at,
             found=f"lone surrogate \\u{ord(word):04x}" if lone else names.get(word, repr(word)),
-            expected="plain text: control strings of the chat format are the template's own",
+            expected="plain text; only the template writes control strings",
             fix="remove it from the row",
         )
 
@@ -348,7 +346,7 @@ def _pair(row: dict[str, Any]) -> list[dict[str, Any]]:
     if row.get("messages") is not None or row.get("prompt") is None or len(answers) != 1:
         raise RowError(
             "QC-DATA-005",
-            "is neither messages nor one pair",
+            "has neither messages nor one prompt and response",
             found=", ".join(key for key in row if key in _ROW_KEYS),
             expected="messages, or prompt with response",
         )

@@ -1,8 +1,8 @@
-"""Which rows make up an optimizer step: a pure function of the step.
+"""Which rows make up an optimizer step, as a pure function of the step.
 
-This file decides the order of rows and their micro-batches. Nothing is carried from step to
-step, so resuming needs no sampler state, and the same seed gives the same rows on any machine.
-The learning rate of a step is up to `training.lr_schedule`.
+This file decides the order of rows and their micro-batches. There is no state, so resuming needs
+none, and the same seed gives the same rows on any machine. The learning rate is decided by
+`training.lr_schedule`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Schedule:
 
     @property
     def per_step(self) -> int:
-        """Rows of a full optimizer step."""
+        """Rows per full optimizer step."""
         s = self.settings
         return s.per_device_train_batch_size * s.gradient_accumulation_steps
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps that see every row once; the last may be smaller."""
+        """Optimizer steps per epoch; the last one may be smaller."""
         return math.ceil(self.rows / self.per_step)
 
     @property
@@ -46,7 +46,7 @@ class Schedule:
         return max(1, math.ceil(self.settings.num_train_epochs * self.steps_per_epoch))
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """Rows of step `step` (from 0), one list for each micro-batch."""
+        """Rows of step `step` (from 0), one list per micro-batch."""
         epoch, slot = divmod(step, self.steps_per_epoch)
         order = _order(self.rows, seed_of(self.settings.seed, "order", epoch))
         rows = order[slot * self.per_step : (slot + 1) * self.per_step]
@@ -56,7 +56,7 @@ class Schedule:
 
 @lru_cache(maxsize=1)
 def _order(rows: int, seed: int) -> list[int]:
-    """An epoch's permutation, cached because every step of the epoch needs it."""
+    """The permutation of an epoch, cached for its steps."""
     import torch
 
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,9 +1,9 @@
-"""Proof that a template reads as the chat format says, before any row is rendered.
+"""A self-test of chat template and chat format, run before any row is rendered.
 
-This file decides what must hold: of small conversations whose every word is known, exactly
-the assistant's words are trained, and of a media part its control tokens are rendered in the turn
-of its message. It is what makes a wrong chat format, or a template of another generation, an
-error instead of a wrong mask. The mask itself is `qcore.data.masking`'s.
+This file decides which properties are tested: in small known conversations exactly the assistant's
+words are trained, and the control tokens of a media part are rendered in the turn of its message.
+A wrong chat format, or a template of another generation, is an error instead of a wrong mask.
+`qcore.data.masking` makes the mask.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ def prove_mask(
     *,
     variables: Mapping[str, Any] | None = None,
 ) -> None:
-    """Render known conversations and check what is trained of them, and what inference prompts.
+    """Render known conversations and check the trained text and the generation prompt.
 
     Args:
         template: the checkpoint's.
-        chat_format: how its rendered conversations read.
+        chat_format: the expected format of rendered conversations.
         tokenizer: from `load_tokenizer`.
-        variables: what the template is rendered with.
+        variables: variables of the template.
 
     Raises:
-        InputError: ``QC-MASK-003`` the template does not read as the chat format says,
+        InputError: ``QC-MASK-003`` the template does not match the chat format,
             ``QC-PRE-003`` the tokenizer lacks a token; or as `Template.render`.
     """
     _check_tokens(chat_format.stop_tokens, tokenizer, "which ends generation")
     if chat_format.turn_end not in chat_format.stop_tokens:
-        raise _error(template, "what ends a turn does not end generation", chat_format.turn_end,
+        raise _error(template, "the end-of-turn token is not a stop token", chat_format.turn_end,
                      " or ".join(chat_format.stop_tokens))  # fmt: skip
     proof = _Proof(template, chat_format, tokenizer, variables or {})
     assistant = chat_format.assistant
@@ -98,20 +98,20 @@ def prove_media(
     *,
     variables: Mapping[str, Any] | None = None,
 ) -> None:
-    """Render each kind of media and check that something stands for it.
+    """Render each kind of media and check that a placeholder is rendered.
 
     Args:
         template: the checkpoint's.
-        chat_format: how its rendered conversations read.
+        chat_format: the expected format of rendered conversations.
         tokenizer: from `load_tokenizer`.
-        reader: of the media that rows have.
-        variables: what the template is rendered with.
+        reader: reads the media of the rows.
+        variables: variables of the template.
 
     Raises:
-        InputError: ``QC-MASK-003`` the template loses a kind, ``QC-PRE-003`` the tokenizer
-            lacks what stands for media; or as `Template.render`.
+        InputError: ``QC-MASK-003`` the template drops a kind, ``QC-PRE-003`` the tokenizer
+            lacks a placeholder; or as `Template.render`.
     """
-    _check_tokens(reader.control, tokenizer, "which stands for media")
+    _check_tokens(reader.control, tokenizer, "which is a placeholder of media")
     proof = _Proof(template, chat_format, tokenizer, variables or {})
     for kind in reader.kinds:
         proof.medium(kind, reader.control)
@@ -138,7 +138,7 @@ class _Proof:
     def turns(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
     ) -> None:
-        """Each assistant turn is trained: its words whole, nobody else's."""
+        """Check that exactly the text of assistant turns is trained."""
         text = self.template.render(messages, tools, **self.variables)
         said = [message for message in messages if message["role"] == self.format.assistant]
         found = self._spans(text, len(said))
@@ -151,11 +151,11 @@ class _Proof:
         for message in said:
             if message["content"] in outside:
                 raise self._error(
-                    "an assistant's text lies outside of its turn", message["content"]
+                    "the text of an assistant turn is rendered outside of it", message["content"]
                 )
         for word in others:
             if word not in outside:
-                raise self._error("the text of another turn is lost", f"no {word!r}")
+                raise self._error("the text of another turn is dropped", f"no {word!r}")
         self._tokens(text, found)
 
     def _spans(self, text: str, turns: int) -> list[tuple[int, int]]:
@@ -168,8 +168,8 @@ class _Proof:
         content, reasoning = message["content"], message.get("reasoning_content")
         whole = content + self.format.turn_end
         if reasoning is None and "tool_calls" not in message and trained != whole:
-            raise self._error("a plain answer is not what is trained", repr(trained), repr(whole))
-        # Reasoning is first or, in turns before the last question, left out.
+            raise self._error("a plain answer is masked wrongly", repr(trained), repr(whole))
+        # Reasoning comes first; turns before the last question may omit it.
         first = reasoning if reasoning is not None and reasoning in trained else content
         calls = "tool_calls" in message
         if (
@@ -179,7 +179,7 @@ class _Proof:
             or (calls and ("find_river" not in trained or "ginkgo" not in trained))
         ):
             raise self._error(
-                "an answer with reasoning or a tool call is not what is trained", repr(trained)
+                "an answer with reasoning or a tool call is masked wrongly", repr(trained)
             )
         for word in others:
             if word in trained:
@@ -193,10 +193,14 @@ class _Proof:
         decoded = self.tokenizer.decode(kept, skip_special_tokens=False)
         wanted = trained_text(text, found)
         if decoded != wanted:
-            raise self._error("the tokens trained are not the text", repr(decoded), repr(wanted))
+            raise self._error(
+                "the supervised tokens decode to other text",
+                repr(decoded),
+                repr(wanted),
+            )
 
     def medium(self, kind: str, control: Sequence[str]) -> None:
-        """A media part becomes control tokens, between the texts around it."""
+        """Check that a media part becomes control tokens between the texts around it."""
         parts = [
             {"type": "text", "text": "amber"},
             {"type": kind, kind: kind},
@@ -208,23 +212,23 @@ class _Proof:
         except InputError as error:
             if error.code != "QC-TEMPLATE-002":
                 raise
-            return  # it refuses this kind, and each row that has one will be told so
+            return  # the template refuses this kind; rows with it will fail with that error
         self._spans(text, 1)
         _, amber, rest = text.partition("amber")
         between, birch, _ = rest.partition("birch")
         if not amber or not birch or not any(token in between for token in control):
             raise self._error(
-                f"a part of type {kind!r} is lost", repr(text[:120]), " or ".join(control)
+                f"a part of type {kind!r} is dropped", repr(text[:120]), " or ".join(control)
             )
 
     def prompt(self, messages: list[dict[str, Any]]) -> None:
-        """What inference ends its prompt with is a header and a known tail."""
+        """Check that a generation prompt ends in a header and a known tail."""
         text = self.template.render(messages[:-1], add_generation_prompt=True, **self.variables)
         header = self.format.turn_start + self.format.assistant + self.format.role_end
         tail = text[text.rfind(header) + len(header) :] if header in text else None
         if tail is None or tail not in ("", *self.format.prompt_tails):
             raise self._error(
-                "its generation prompt ends in another way",
+                "its generation prompt has an unknown ending",
                 repr(text[-60:]),
                 " or ".join(repr(header + known) for known in self.format.prompt_tails),
             )
@@ -238,7 +242,7 @@ def _error(
 ) -> InputError:
     return InputError(
         "QC-MASK-003",
-        f"does not read as the plugin's chat format says: {what}",
+        f"does not match the plugin's chat format: {what}",
         file=template.source,
         found=found,
         expected=expected,

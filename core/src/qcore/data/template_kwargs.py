@@ -1,12 +1,11 @@
-"""Variables that a chat template is rendered with: which may be set, and those of a run.
+"""Variables of a chat template: which ones a run may set, and which ones an adapter recorded.
 
-This file decides that a variable has to do something: one that the checkpoint's template does
-not read would be set in silence, and one that qcore gives itself (``messages``, ``bos_token``)
-would change what a row is. Training records the variables with the adapter and generation
-renders with them again, so both see the same prompt. What a value may be is
-`qcore.config.settings`' business, and what it means the template's.
+This file decides that a variable must have an effect: one that the template does not read would be
+ignored silently, and one that qcore sets itself (``messages``, ``bos_token``) would change the row.
+Training records the variables with the adapter and generation uses them again, so both see the
+same prompt. `qcore.config.settings` checks the values.
 
-Codes: ``QC-CONFIG-008`` not read by the template, ``-009`` given by qcore itself.
+Codes: ``QC-CONFIG-008`` not read by the template, ``-009`` set by qcore itself.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ SETTING = "chat_template_kwargs"
 
 
 def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    """Named tokens (``bos_token``, ...) that ``apply_chat_template`` gives to a template."""
+    """Special tokens by name (``bos_token``, ...), as ``apply_chat_template`` passes them."""
     found = {}
     for name in TOKEN_NAMES:
         token = tokenizer_config.get(name)
-        if isinstance(token, dict):  # an AddedToken, written out
+        if isinstance(token, dict):  # a serialized AddedToken
             token = token.get("content")
         if isinstance(token, str):
             found[name] = token
@@ -39,11 +38,11 @@ def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_variables(template: Template, variables: Mapping[str, Any]) -> None:
-    """Refuse a variable that would have no effect, or the wrong one.
+    """Refuse variables that have no effect or that qcore sets itself.
 
     Args:
         template: the checkpoint's template; only its text is looked at.
-        variables: what is to be set.
+        variables: the variables to set.
 
     Raises:
         UsageError: ``QC-CONFIG-008`` or ``-009``.
@@ -53,9 +52,9 @@ def check_variables(template: Template, variables: Mapping[str, Any]) -> None:
         if name in STANDARD_INPUTS:
             raise UsageError(
                 "QC-CONFIG-009",
-                "is what qcore itself gives to a chat template",
+                "is set by qcore itself",
                 field=f"{SETTING}.{name}",
-                expected="a switch of the template, such as those in its model card",
+                expected="a variable of the template, such as those in the model card",
                 fix="leave it out",
             )
     if not variables:
@@ -66,23 +65,23 @@ def check_variables(template: Template, variables: Mapping[str, Any]) -> None:
             near = nearest(name, known)
             raise UsageError(
                 "QC-CONFIG-008",
-                "is no variable that the chat template reads: it would do nothing",
+                "is not read by the chat template",
                 file=template.source,
                 field=f"{SETTING}.{name}",
-                expected=" or ".join(known) or "none: this template has no switches",
+                expected=" or ".join(known) or "none: this template has no variables of its own",
                 fix=f"did you mean {near}?" if near else "leave it out",
             )
 
 
 def recorded_variables(meta: Mapping[str, Any], source: object) -> Entries[Plain]:
-    """The variables that an adapter was trained with, from its manifest; none where it has none.
+    """Read the variables that an adapter was trained with from its manifest.
 
     Args:
         meta: the manifest's meta.
         source: the adapter, for errors.
 
     Raises:
-        InputError: ``QC-ADAPTER-008`` what is recorded is no such mapping.
+        InputError: ``QC-ADAPTER-008`` the record is not a valid mapping.
     """
     given: Any = meta
     for key in ("identity", "settings"):
@@ -93,7 +92,7 @@ def recorded_variables(meta: Mapping[str, Any], source: object) -> Entries[Plain
     except UsageError as error:
         raise InputError(
             "QC-ADAPTER-008",
-            "is not what its manifest says",
+            "is not valid in the manifest",
             file=error.file,
             field=error.field,
             found=error.found,

@@ -1,7 +1,7 @@
-"""The fields of a chat row: tool calls, tools; and how a wrong one is told.
+"""Tool calls and tool descriptions of a chat row, and the errors for wrong fields.
 
-This file decides what each field may hold and its normal form. Content is `qcore.data.content`'
-business; which fields a row has, and what they mean together, is `qcore.data.rows`'s.
+This file decides which values these fields may have and their normal form. `qcore.data.content`
+checks content, `qcore.data.rows` the row as a whole.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..errors import nearest
 from .jsonl import parse
 
 ADVICE = {
-    "weight": "a weight per turn is not supported: leave the key out, every turn is trained",
+    "weight": "weights per turn are not supported: remove the key; every turn is trained",
     "function_call": "write it as tool_calls",
     "conversations": 'write {"messages": [{"role": ..., "content": ...}]}',
     "text": "plain text has no turns: write messages",
@@ -22,10 +22,10 @@ ADVICE = {
 
 
 def calls(value: Any, at: str, parse_arguments: bool) -> list[dict[str, Any]]:
-    """Tool calls, OpenAI's nesting or bare, with their arguments in one form.
+    """Normalize tool calls, nested as in OpenAI's format or flat.
 
     Raises:
-        RowError: ``QC-DATA-007``, or ``-004`` for arguments that are no JSON.
+        RowError: ``QC-DATA-007``, or ``-004`` for arguments that are not JSON.
     """
     if not isinstance(value, list):
         raise wrong(value, at, "a list of calls", code="QC-DATA-007")
@@ -47,7 +47,7 @@ def _call(item: Any, at: str, parse_arguments: bool) -> dict[str, Any]:
     if not _name(function.get("name")):
         raise RowError(
             code,
-            "names no function",
+            "has no function name",
             at=at,
             expected='{"type": "function", "function": {"name": ..., "arguments": {...}}}',
         )
@@ -63,7 +63,7 @@ def _arguments(value: Any, at: str, parse_arguments: bool) -> Any:
     if not isinstance(parsed, dict):
         raise RowError(
             "QC-DATA-007",
-            "are no JSON object",
+            "are not a JSON object",
             at=at,
             found=kind(parsed),
             expected='{"name": value} or the same as a JSON string',
@@ -72,10 +72,10 @@ def _arguments(value: Any, at: str, parse_arguments: bool) -> Any:
 
 
 def tools(value: Any) -> tuple[dict[str, Any], ...] | None:
-    """Function descriptions; a JSON string of them too, which keeps a column one type.
+    """Normalize function descriptions, given as a list or as a JSON string.
 
     Raises:
-        RowError: ``QC-DATA-007``, or ``-004`` for a string that is no JSON.
+        RowError: ``QC-DATA-007``, or ``-004`` for a string that is not JSON.
     """
     code = "QC-DATA-007"
     wanted = '{"type": "function", "function": {"name": ...}}'
@@ -84,20 +84,20 @@ def tools(value: Any) -> tuple[dict[str, Any], ...] | None:
     if value is None or value == []:
         return None
     if not isinstance(value, list):
-        raise RowError(code, "is no list", at="tools", found=kind(value), expected=f"[{wanted}]")
+        raise RowError(code, "is not a list", at="tools", found=kind(value), expected=f"[{wanted}]")
     done = []
     for index, item in enumerate(value):
         at = f"tools[{index}]"
         tool: dict[str, Any] = _drop_nulls(mapping(item, at, code, "is not an object"))
         described = tool.get("function", tool)
         if not isinstance(described, dict) or not _name(described.get("name")):
-            raise RowError(code, "describes no function by name", at=at, expected=wanted)
+            raise RowError(code, "has no function name", at=at, expected=wanted)
         done.append(tool)
     return tuple(done)
 
 
 def without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` less the keys that are null."""
+    """Remove the keys that are null."""
     return {key: item for key, item in given.items() if item is not None}
 
 
@@ -114,14 +114,14 @@ def _drop_nulls(value: Any) -> Any:
 
 
 def without_block(said: str, marks: tuple[str, str]) -> str:
-    """`said` less the marks of its think block, of which it has one at most."""
+    """Remove the tags of the think block, if any."""
     for mark in marks:
         said = said.replace(mark, "\n", 1)
     return said
 
 
 def mapping(value: Any, at: str, code: str, what: str) -> dict[str, Any]:
-    """`value`, if it is an object."""
+    """Return `value` if it is an object."""
     if isinstance(value, dict):
         return value
     raise RowError(code, what, at=at, found=kind(value), expected="an object")
@@ -134,14 +134,14 @@ def known_keys(
     code: str,
     advice: Mapping[str, str] = ADVICE,
 ) -> None:
-    """Refuse a key that nothing reads, with the nearest that something does."""
+    """Refuse unknown keys, with a suggestion."""
     for key in given:
         if key in known:
             continue
         meant = nearest(key.lower(), known)
         raise RowError(
             code,
-            "is no key that is read here",
+            "unknown key",
             at=f"{at}.{key}" if at else key,
             expected=", ".join(known),
             fix=advice.get(key) or (f'did you mean "{meant}"?' if meant else "leave it out"),
@@ -153,8 +153,8 @@ def _name(value: Any) -> bool:
 
 
 def wrong(value: Any, at: str, expected: str, code: str = "QC-DATA-006") -> RowError:
-    """The error for a value of another type."""
-    return RowError(code, "is of the wrong type", at=at, found=kind(value), expected=expected)
+    """The error for a value of the wrong type."""
+    return RowError(code, "has the wrong type", at=at, found=kind(value), expected=expected)
 
 
 _KINDS: tuple[tuple[type | tuple[type, ...], Callable[[Any], str]], ...] = (
@@ -167,5 +167,5 @@ _KINDS: tuple[tuple[type | tuple[type, ...], Callable[[Any], str]], ...] = (
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value in words."""
     return next((say(value) for kinds, say in _KINDS if isinstance(value, kinds)), "null")
