@@ -11,7 +11,7 @@ from support.conversations import conversations, write_rows
 from support.toy_draft import add, install
 
 from qcore.config.settings import Settings
-from qcore.merging import verify
+from qcore.merging import streams
 from qcore.merging.merge import merge
 from qcore.training.train import train
 from qcore_qwen35.tiny import write
@@ -42,8 +42,8 @@ def test_names_of_the_trunk_in_a_part_that_is_not_loaded(
 
         return call
 
-    for name in ("read_tensor", "_gather", "_rows"):
-        monkeypatch.setattr(verify, name, reading(getattr(verify, name)))
+    for name in ("read_tensor", "gather", "blocks"):
+        monkeypatch.setattr(streams, name, reading(getattr(streams, name)))
     proof = merge(str(base), tmp_path / "adapter", tmp_path / "out").proof
     assert proof is not None
     assert proof["effect"] > 0
