@@ -256,14 +256,14 @@ AMOUNTS: dict[str, tuple[str, int, Make, str, tuple[str, ...]]] = {
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
     ("number", "says"),
-    [("1e400", "overflows a float"), ("NaN", "that JSON"), ("-Infinity", "that JSON")],
+    [("1e400", "overflows a float"), ("NaN", "is not JSON"), ("-Infinity", "is not JSON")],
 )
 def test_a_rate_that_is_no_number(capsys: Any, seeing: Path, data: Path, number: str, says: str):
     """JSON's largest become infinite where Python reads them; its grammar knows no NaN."""
     bad = json.dumps(conversation(QUESTION, part("video", animated(4), fps=7.25)(data)))
     ended = train(capsys, seeing, data, GOOD, bad.replace("7.25", number))
     told = ended.error("QC-DATA-004")
-    assert f"rows.jsonl: line 2: has a number {says}" in told
+    assert f"rows.jsonl: line 2: has a number that {says}" in told
     assert f"found {number}, expected a finite" in told
 
 
@@ -309,7 +309,7 @@ ROWS: dict[str, tuple[dict[str, Any], str, str, tuple[str, ...], tuple[str, ...]
         "QC-DATA-0", "messages[2]", (), ()),
     "a list of files beside the messages": (
         turns(("user", "a"), ("assistant", "b")) | {"images": ["good.png"]},
-        "QC-DATA-005", "images", ("put it among the parts", '{"type": "image"'), ()),
+        "QC-DATA-005", "images", ("put it into the content of a message", '{"type": "image"'), ()),
     "too many media for max_length": (
         conversation(QUESTION, *LONG), "QC-DATA-011", "",
         ("tokens, 12 of them media, expected at most 32", "make its media smaller"),

@@ -68,8 +68,8 @@ def unlinked(name: str) -> Callable[[Path, Path], object]:
 
 IMAGES, VIDEOS = "preprocessor_config.json", "video_preprocessor_config.json"
 CHECKPOINTS: dict[str, tuple[Callable[[Path, Path], object], str, tuple[str, ...]]] = {
-    "no processor of images": (unlinked(IMAGES), "QC-VISION-020", ("images", IMAGES)),
-    "no processor of videos": (unlinked(VIDEOS), "QC-VISION-020", ("videos", VIDEOS)),
+    "no processor of images": (unlinked(IMAGES), "QC-VISION-020", ("image processor", IMAGES)),
+    "no processor of videos": (unlinked(VIDEOS), "QC-VISION-020", ("video processor", VIDEOS)),
     "a processor that is no JSON": (written(IMAGES, "{"), "QC-CKPT-002", (IMAGES,)),
     "another's processor": (
         edited(IMAGES, image_processor_type="CLIPImageProcessor"), "QC-VISION-021",
@@ -328,7 +328,7 @@ GENERATE: dict[str, tuple[tuple[str, ...], int, str, str]] = {
     "a placeholder and no media": (
         ("--system", "<|video_pad|>"), 2, "QC-GENERATE-006", "--system: holds"),
     "a url": (("--image", "http://127.0.0.1:9/a.png"), 65, "QC-MEDIA-002", "nothing is fetched"),
-    "a still as a video, and how": (("--video", "good.png"), 65, "QC-VISION-037", "as --image"),
+    "a still as a video, and how": (("--video", "good.png"), 65, "QC-VISION-037", "use --image"),
     "a prompt twice": (("--prompt", "a"), 2, "QC-CLI-004", "--prompt: is given twice"),
 }  # fmt: skip
 
