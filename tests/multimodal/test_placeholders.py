@@ -337,7 +337,7 @@ def test_a_config_that_names_none_means_what_transformers_takes() -> None:
     assert list(token_findings({}, ids)) == []
     first, second = token_findings({}, IDS)
     assert (first.field, second.field) == ("image_token_id", "video_token_id")
-    assert first.found == "no such key, which means 248056"
+    assert first.found == "none, which means 248056"
 
 
 @pytest.mark.parametrize(
