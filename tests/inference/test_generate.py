@@ -68,6 +68,6 @@ def test_more_tokens_than_positions_are_a_warning(
     assert said == []
     generator.prompt("Hi", max_new_tokens=4097 - prompt)
     (line,) = said
-    assert line.startswith("warning: --max-new-tokens: is more than the positions")
+    assert line.startswith("warning: --max-new-tokens: exceeds the context length")
     assert f"found {prompt} tokens of the prompt + {4097 - prompt} new ones" in line
     assert "at most 4096 (max_position_embeddings)" in line
