@@ -69,6 +69,6 @@ def test_more_tokens_than_positions_are_a_warning(
     assert heard.notes == []
     generator.prompt("Hi", max_new_tokens=4097 - prompt)
     (line,) = heard.notes
-    assert line.startswith("warning: --max-new-tokens: is more than the positions")
+    assert line.startswith("warning: --max-new-tokens: exceeds the context length")
     assert f"found {prompt} tokens of the prompt + {4097 - prompt} new ones" in line
     assert "at most 4096 (max_position_embeddings)" in line

@@ -131,7 +131,7 @@ def test_a_checkpoint_of_text(capsys: Any, blind: Path, data: Path):
     ended = train(capsys, blind, data, TEXT, GOOD)
     told = ended.error("QC-DATA-009")
     assert "line 2, messages[0].content[1]" in told
-    assert "this checkpoint is of text alone" in told
+    assert "this is a text-only checkpoint" in told
     assert " Fix: " in told
     assert ended.code == 65
 
@@ -355,7 +355,7 @@ def test_generate(
 @pytest.mark.usefixtures("no_weights")
 def test_generate_with_a_checkpoint_of_text(capsys: Any, blind: Path, data: Path):
     ended = generate(capsys, blind, "--image", data / "good.png")
-    assert "this checkpoint is of text alone" in ended.error("QC-GENERATE-005")
+    assert "this is a text-only checkpoint" in ended.error("QC-GENERATE-005")
     assert ended.code == 2
 
 

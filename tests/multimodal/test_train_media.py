@@ -349,7 +349,7 @@ def test_a_run_of_text_is_the_same_without_the_plugin(
     assert "rows are text alone: 33 tensors of part 'vision' are not loaded" in ended.err
     other = run(base, text_rows, without, without=True)
     assert other.code == 0, other.err
-    assert "33 tensors belong to no installed plugin and are kept as they are" in other.err
+    assert "33 tensors belong to no installed plugin and are kept unchanged" in other.err
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (with_ / name).read_bytes() == (without / name).read_bytes()
 
@@ -374,7 +374,7 @@ def test_a_group_of_the_tower_without_the_plugin(
 
 def test_rows_with_media_for_a_model_of_text_are_refused(rows: Path, tmp_path: Path) -> None:
     write(tmp_path / "text")
-    with pytest.raises(InputError, match="this checkpoint is of text alone") as caught:
+    with pytest.raises(InputError, match="this is a text-only checkpoint") as caught:
         start(tmp_path / "text", rows, tmp_path / "out", RUN)
     assert "QC-DATA-009" in str(caught.value) or caught.value.code == "QC-DATA-009"
 

@@ -388,8 +388,12 @@ def test_a_group_of_the_tower_is_trained(capsys: pytest.CaptureFixture[str], fol
 @pytest.mark.parametrize(
     ("words", "code", "start"),
     [
-        (("--groups", "attn,join"), "QC-TRAIN-008", "--groups: is of a tower, which no row"),
-        (("--set", "quantize_groups=[join]"), "QC-LORA-004", "quantize_groups: is of a tower"),
+        (("--groups", "attn,join"), "QC-TRAIN-008", "--groups: trains the vision tower"),
+        (
+            ("--set", "quantize_groups=[join]"),
+            "QC-LORA-004",
+            "quantize_groups: is a group of",
+        ),
     ],
 )
 def test_a_tower_without_media_is_not_planned(
@@ -408,9 +412,9 @@ def test_a_tower_without_media_is_not_planned(
         (-3, "error[QC-PLAN-008] --media: is no number of units: found -3"),
         (4097, "error[QC-PLAN-008] --media: is more than a row can hold: found 4097 units, which "
          "are 257 tokens, expected at most 256 tokens. Fix: pass --max-length 257 or more"),
-        (10**12, "error[QC-PLAN-008] --media: is more than kernels can number in a row: found "
+        (10**12, "error[QC-PLAN-008] --media: is more than kernels can index in a row: found "
          "1000000000000 units beside 256 tokens, expected at most 4193920. Fix: take fewer"),
-        (10**20, "error[QC-PLAN-008] --media: is more than kernels can number in a row"),
+        (10**20, "error[QC-PLAN-008] --media: is more than kernels can index in a row"),
     ],
 )  # fmt: skip
 def test_what_a_row_cannot_hold_is_refused(

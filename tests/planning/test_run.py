@@ -152,7 +152,7 @@ def test_nothing_fits(found: Identified) -> None:
     assert (error.code, error.exit_code) == ("QC-PLAN-001", 65)
     assert "\n" not in error.message
     assert "most of it " in str(error.found)
-    assert error.fix == "take a card with more memory, a smaller model, or fewer target_groups"
+    assert error.fix == "use a GPU with more memory, a smaller model, or fewer target_groups"
 
 
 def check_fixes(found: Identified, error: InputError, room: Room, given: dict[str, Any]) -> None:

@@ -114,7 +114,7 @@ def test_a_row_longer_than_the_positions_is_a_warning_with_both_numbers(tmp_path
     findings = list(qcore.preflight.checks._core(model, request(model, verb, settings)))
     (line,) = [qcore.preflight.checks.line(one) for one in findings if one.field == "max_length"]
     assert line == (
-        "warning: max_length: is more than the positions that the model was made for: "
+        "warning: max_length: exceeds the context length of the model: "
         f"found {most + 1}, expected at most {most} (max_position_embeddings)"
     )
     shorter = qcore.preflight.checks._core(model, request(model, verb, Settings(max_length=most)))

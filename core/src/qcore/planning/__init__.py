@@ -1,22 +1,24 @@
-"""Will it fit: what a training step takes of a card, and of a run with its own rows.
+"""The planner: predicts memory and time of a training step, and of a run with its own rows.
 
 From the bottom up:
 
-    cards     what cards have, and how long an op takes on one
-    record    what a plan says
-    segments    a segment of a step, and a long one told from short ones
-    trace     what a segment allocates and does, seen at the dispatcher
-    meta      the model on the meta device, held as it will be loaded
-    measure   each segment run once, forwards and backwards
-    packs     which packs of a run's rows are planned
-    host      what inputs take that are parked in the host's memory
-    step      segments put together: the peak and the time under given policies
-    policies  the policy where no limit is known
-    planner   the policies, the micro-batch and the longest row to take
-    run       the plan of a run, and what becomes of one that is too big
-    beside    plan and measurement side by side
-    kept      the plan in the run's folder, for a resumed run
-    oom       memory that runs out after all
+    gpus         GPU specifications, and the time of an op
+    report       the plan of a step, for people and programs
+    segments     memory and work of a segment of a step, extrapolated to long packs
+    trace        allocations and work of a segment, recorded at the dispatcher
+    meta_model   the model on the meta device, stored as it will be loaded
+    runner       runs one segment on the meta device
+    measure      runs each segment of the trunk once, forward and backward
+    tower        the same for a vision tower
+    packs        which packs of a run's rows are planned
+    host_memory  pinned host memory for offloaded layer inputs
+    step         segments combined: peak memory and time under given policies
+    policies     the policy if no limit is known
+    planner      chooses the policies, the micro-batch and the longest row
+    run          the plan of a run, and the error if it does not fit
+    compare      plan and measurement compared
+    saved        the plan in the run's folder, for a resumed run
+    oom          the report when memory runs out despite the plan
 
 Importing the package imports no torch; `Planner` does.
 """

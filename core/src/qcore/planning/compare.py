@@ -1,9 +1,8 @@
-"""A run's plan and what was measured of the run, side by side.
+"""Comparison of a run's plan with the measurement of the run.
 
-This file decides what is compared: the peak of what torch allocated, over all steps and
-evaluations, and tokens a second, over all steps but the first, which compiles and warms up. The
-CPU has no count of what torch allocates, only the process's resident memory; that is told, not
-compared. It imports no torch.
+This file decides what is compared: peak memory allocated by torch over all steps and evaluations,
+and tokens per second over all steps but the first, which compiles and warms up. On the CPU only the
+resident memory of the process is known, which is reported but not compared. It imports no torch.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What cards have, as data, and what a card makes of the work of a step.
+"""GPU specifications, and the time that a GPU takes for an op (a roofline model).
 
-This file decides how long an op takes: the larger of its products' operations over the rate of
-the matrix units and its bytes over the memory's rate, and no less than a launch. Rates are
-datasheets' times what an H100 was measured to reach of its own. It imports no torch.
+This file decides how long an op takes: the maximum of FLOPs over the matrix rate, bytes over the
+memory bandwidth, and one launch. Rates are datasheet values times the efficiency measured on an
+H100. It imports no torch.
 
-Codes: ``QC-PLAN-002`` no such card, ``-003`` a budget that is none.
+Codes: ``QC-PLAN-002`` an unknown GPU, ``-003`` an invalid budget.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FRAGMENTS = 0.03  #: share of a card that the allocator cannot hand out
 
 
 class Op(Protocol):
-    """What one op does (`trace.Work`)."""
+    """The work of one op (`qcore.planning.segments.Work`)."""
 
     @property
     def name(self) -> str: ...
@@ -47,13 +47,13 @@ class Card:
     """A GPU type.
 
     Attributes:
-        name: as users say it.
+        name: name for users.
         memory: bytes that torch reports.
         bandwidth: bytes a second, datasheet.
         bf16: operations a second of dense products with float32 sums, datasheet.
         fp32: operations a second in float32, datasheet.
         host_link: bytes a second to pinned memory, one way.
-        words: words by which CUDA's own name of the card is known, all of them.
+        words: words that all occur in CUDA's name of the GPU.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Card:
 
     @property
     def known(self) -> bool:
-        """Whether its rates are its own; of an unknown card only memory is planned."""
+        """Whether its rates are known; for an unknown GPU only memory is planned."""
         return bool(self.words)
 
     @property
@@ -111,19 +111,19 @@ CARDS = (
 
 
 class Seconds(NamedTuple):
-    """Of the card, and of the host that feeds it; they overlap."""
+    """Seconds on the GPU and on the host, which overlap."""
 
     card: float
     host: float
 
     @property
     def both(self) -> float:
-        """What a clock shows."""
+        """Wall-clock seconds."""
         return max(self.card, self.host)
 
 
 def seconds(work: Iterable[Op], card: Card) -> Seconds:
-    """How long `card` takes for `work`."""
+    """Time that `card` takes for `work`."""
     busy = host = 0.0
     for op in work:
         rate = card.fp32 if op.wide else card.bf16 * PRODUCTS
@@ -145,7 +145,7 @@ def card_of(device_name: str, memory: int) -> Card:
 
 
 def named(name: str) -> Card:
-    """The card of a name. Raises ``QC-PLAN-002``."""
+    """Look up a GPU by name. Raises ``QC-PLAN-002``."""
     names = [card.name for card in CARDS]
     alike = [card for card in CARDS if card.name.lower().startswith(name.lower())]
     exact = [card for card in alike if card.name.lower() == name.lower()]
@@ -154,7 +154,7 @@ def named(name: str) -> Card:
     near = nearest(name.upper(), names, cutoff=0.4)
     raise UsageError(
         "QC-PLAN-002",
-        "is no card that is known",
+        "unknown GPU",
         field="--gpu",
         found=name,
         expected="one of " + ", ".join(names),
@@ -173,7 +173,7 @@ def parse_budget(text: str) -> int | None:
     if not 0 < size < 1e6:
         raise UsageError(
             "QC-PLAN-003",
-            "is no size of memory",
+            "is not a size of memory",
             field="--budget",
             found=text,
             expected="gigabytes, a number above 0 and below 1000000 without a unit, or auto",

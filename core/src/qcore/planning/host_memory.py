@@ -1,8 +1,8 @@
-"""What the host has for inputs that layers park in its pinned memory, and what that takes.
+"""Host memory for activation offload: how much is available, and how much pinning takes.
 
-This file decides how pinned memory is counted: torch's allocator of it rounds every block up to
-a power of two and gives none back. And it decides what is there: what the system says that it
-can give without swapping, within the limit of a container. It imports no torch.
+This file decides how pinned memory is counted (torch's allocator rounds every block up to a power
+of two and never returns it), and what is available: the memory that the system can provide without
+swapping, within the limit of a container. It imports no torch.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""What each segment of a step takes, seen by running it once on the meta device.
+"""Memory and work of each segment of the trunk, measured by running it once on the meta device.
 
-This file decides the segments: what is there before the first step, what a batch carries, one
-layer of each kind under each policy, and the end of the step (final norm, head, loss). A segment
-is run forwards and backwards by the code that trains, and its input is handed over as its
-neighbour would (`bench`), so authors of blocks write no cost model. The segments of a tower are
-`tower`'s; `step` puts all of them together.
+This file decides the segments: the state before the first step, a batch, one layer of each kind
+under each policy, and the end of the step (final norm, head, loss). A segment is run forward and
+backward by the training code (`qcore.planning.runner`), so authors of blocks write no cost model.
+`qcore.planning.tower` measures a tower; `qcore.planning.step` combines the segments.
 
 Shapes: T tokens of a pack, W width of the stream between layers.
 """

@@ -1,8 +1,8 @@
-"""A model as it will be loaded, on the meta device: every byte there, no number.
+"""The model on the meta device, with storage exactly as it will be loaded.
 
-This file decides which backends a plan takes where nothing can be verified, and that weights
-are held as `load` holds them, 4-bit ones as bitsandbytes lays them out. What a step of it takes
-is `measure`'s.
+This file decides which backends a plan assumes when none can be verified, and that weights are
+stored as `qcore.nn.load` stores them, 4-bit ones in bitsandbytes' layout. `qcore.planning.measure`
+measures a step of it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""When memory runs out after all: what was planned beside what was there, in one error.
+"""Out of memory despite the plan: one error that compares the plan with the memory in use.
 
-This file decides which exceptions mean it (torch's, cuBLAS', Triton's, that of pinned memory),
-and what the report says: where the run was, what it held and reserved, what was free on the card,
-and the plan's terms.
+This file decides which exceptions mean out of memory (those of torch, cuBLAS, Triton and of pinned
+memory) and what the report contains: where the run was, allocated, reserved and free memory, and
+the terms of the plan.
 
 Codes: ``QC-PLAN-004`` the device, or the host, ran out of memory.
 """

@@ -1,14 +1,14 @@
-"""The packs that a run's rows really make: which may take most memory, which is usual.
+"""Which packs of a run are planned: the largest ones and a typical one.
 
-This file decides which packs are planned. The order of rows is a function of the step
-(`schedule`), so every micro-batch of the run is known beforehand; beyond `DRAWS` rows the longest
-rows are taken to meet in one pack, which is the most that can happen. It also decides how many
-tokens a pack may have at all. It imports no model.
+This file decides which packs are planned. The row order is a function of the step
+(`qcore.data.sampler`), so every micro-batch is known beforehand; beyond `DRAWS` rows the longest
+rows are assumed to meet in one pack, the worst case. It also decides how many tokens a pack may
+have. It imports no model.
 
-Rows may have media. Then one pack may have most tokens and another most units, and one with less
-of each may take more than both: all are planned that no other has at least as much of both of.
+With media the planner keeps the Pareto front of (tokens, media units) and plans every pack on it,
+because a pack with fewer of each may take more memory than the two extremes.
 
-Codes: ``QC-PLAN-005`` a micro-step holds more than kernels can number.
+Codes: ``QC-PLAN-005`` a micro-step has more tokens than kernels can index.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def packs_of(
 
 
 def _front(front: list[Lengths], pack: Lengths) -> list[Lengths]:
-    """The packs that no other has at least as many tokens and units as, with `pack`."""
+    """Add `pack` to the Pareto front of (tokens, units)."""
     tokens, units = sum(pack), units_of(pack)
     if any(sum(one) >= tokens and units_of(one) >= units for one in front):
         return front
@@ -128,7 +128,7 @@ def _front(front: list[Lengths], pack: Lengths) -> list[Lengths]:
 
 
 def may_join(settings: Settings) -> bool:
-    """Whether micro-batches may run as one and compute the same.
+    """Whether joining micro-batches leaves the result unchanged.
 
     The load balance of experts is of a micro-batch's own rows, and dropout is drawn for each.
     """
@@ -137,7 +137,7 @@ def may_join(settings: Settings) -> bool:
 
 
 def holds(pack: Lengths) -> bool:
-    """Whether a micro-step may be of these rows, on whatever card."""
+    """Whether a micro-step of these rows is possible on any GPU."""
     return extent(pack, units_of(pack)) <= MOST
 
 
@@ -153,7 +153,7 @@ def check_pack(pack: Lengths) -> None:
         media = f" and {units} units of media" if units else ""
         raise UsageError(
             "QC-PLAN-005",
-            "is more than kernels can number in a micro-step",
+            "is more than kernels can index in one micro-step",
             field="per_device_train_batch_size",
             found=f"{len(pack)} rows, {sum(pack)} tokens{media} in all",
             expected=f"at most {MOST} tokens, of which each row takes {TILE} more than it has"

@@ -1,10 +1,9 @@
-"""Plan: how a training step fits in a card, before a weight is read.
+"""Choosing activation checkpointing policies, the micro-batch and the longest row for a budget.
 
-This file decides which layers compute what again, so that the step is as fast as the budget
-allows: layers at the bottom give up their results first, because those of the top are gone by
-the time the bottom's backward runs. And it decides the fastest micro-batch and the longest row
-that fits. What one step takes is `step`'s; what a run with its data takes, and what becomes of
-it if it does not fit, is `run`'s.
+This file decides which layers recompute what, so that the step is as fast as the memory budget
+allows. Bottom layers recompute first, because the activations of top layers are freed before the
+backward of the bottom runs. It also decides the fastest micro-batch and the longest row that fits.
+`qcore.planning.step` predicts one step, `qcore.planning.run` plans a run with its data.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ __all__ = ["Plan", "Planner"]
 
 
 class Planner(Steps):
-    """Plans of any micro-batch, and the search for the one to take."""
+    """Plans any micro-batch and searches for the fastest."""
 
     def ladder(self) -> list[tuple[str, ...]]:
-        """Policies from the fastest to those that take least."""
+        """Policies from the fastest to the one that takes least memory."""
         layers = len(self.measure.kinds)
         steps = [("none",) * layers]
         for more, less in pairwise(self.allowed()):
@@ -37,7 +36,7 @@ class Planner(Steps):
         return [one for one in steps if set(one) <= set(allowed)] or [(allowed[0],) * layers]
 
     def allowed(self) -> tuple[str, ...]:
-        """The policies that the settings leave to choose from."""
+        """The policies that the settings allow."""
         settings = self.settings
         if not settings.gradient_checkpointing:
             return ("none",)
@@ -47,11 +46,11 @@ class Planner(Steps):
 
     @property
     def frugal(self) -> str:
-        """The policy that takes least, of those that the settings leave."""
+        """The allowed policy that takes least memory."""
         return self.allowed()[-1]
 
     def fastest(self, *packs: Lengths) -> Plan:
-        """The first of the ladder under which all `packs` fit; the last where none does.
+        """The fastest policies under which all `packs` fit; the most frugal if none does.
 
         Raises:
             UsageError: ``QC-PLAN-005`` a pack is more than any micro-step may be.
@@ -69,7 +68,7 @@ class Planner(Steps):
         return self.worst(packs, steps[low])
 
     def freely(self) -> Self:
-        """The same with every policy to choose from, whatever the settings name."""
+        """The same planner with every policy allowed."""
         other = copy(self)
         other.settings = replace(self.settings, gradient_checkpointing=True, recompute="auto")
         return other

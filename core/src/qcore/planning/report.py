@@ -1,6 +1,6 @@
-"""What a plan says: one step on one card, for people and for programs.
+"""The plan of one step on one GPU, as a record for people and programs.
 
-This file decides its words; `planner` makes it. It imports no torch.
+This file decides the format of a plan; `qcore.planning.step` makes it. It imports no torch.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Plan:
     Attributes:
         card: its name.
         lengths: tokens of each row of a micro-batch; a `Pack` where they have media.
-        policies: what backward computes again, for each layer; `Model.loss` takes it.
+        policies: activation checkpointing policy of each layer; `Model.loss` takes it.
         budget: bytes that may be filled.
         memory: bytes by term, at the peak; they sum to `peak`.
         peak: the most that torch will have allocated.

@@ -1,13 +1,14 @@
-"""The plan of a run: its own packs, the card that it has, and what becomes of one that is too big.
+"""The plan of a run with its own packs and GPU, and the error if it does not fit.
 
-This file decides what a run may fill (`Room`), which policy it takes, and that a run which does
-not fit is refused before a weight is read; where the settings name the policy, that is a warning.
-The step itself is `planner`'s, the packs are `packs`', the words of the result `beside`'s.
+This file decides the memory budget of a run (`Room`), which policy it uses, and that a run that
+does not fit is refused before a weight is read; if the settings name the policy, it is a warning.
+`qcore.planning.planner` plans the step, `qcore.planning.packs` chooses the packs,
+`qcore.planning.compare` formats the result.
 
-On the CPU no limit and no rates are known: the policy is what the settings say without a plan,
-and nothing is claimed about time.
+On the CPU no limit and no rates are known: the settings decide the policy, and time is not
+predicted.
 
-Codes: ``QC-PLAN-001`` the run does not fit, ``-006`` the host has less than it would park.
+Codes: ``QC-PLAN-001`` the run does not fit, ``-006`` the host has less memory than offload needs.
 """
 
 from __future__ import annotations
@@ -248,13 +249,13 @@ def refusal(
     """
     return InputError(
         "QC-PLAN-001",
-        "does not fit in the memory of the card",
+        "does not fit in the memory of the GPU",
         field="max_length",
         found=f"{plan.pack} under recompute {plan.recompute} take {plan.peak / 1e9:.3g} GB "
         f"({plan.moment}), most of it {plan.largest}",
         expected=f"at most {plan.budget / 1e9:.3g} GB",
         fix=" or ".join(_fixes(plan, planner, packs or _own(plan), by_hand))
-        or "take a card with more memory, a smaller model, or fewer target_groups"
+        or "use a GPU with more memory, a smaller model, or fewer target_groups"
         + (", or rows with smaller media" if plan.units else ""),
     )
 
@@ -264,12 +265,12 @@ def _too_much_parked(plan: Plan, planner: Planner, packs: Packs) -> InputError:
     fixes = _fixes(plan, planner, packs, by_hand=planner.settings.recompute != "auto")
     return InputError(
         "QC-PLAN-006",
-        "offload parks more than the host has",
+        "offload needs more host memory than is available",
         field="recompute",
         found=f"{plan.host / 1e9:.3g} GB of pinned memory for {plan.pack}, "
         f"recompute {plan.recompute}",
         expected=f"at most {(plan.host_budget or 0) / 1e9:.3g} GB",
-        fix=" or ".join(fixes) or "take a host with more memory, or a smaller model",
+        fix=" or ".join(fixes) or "use a host with more memory, or a smaller model",
     )
 
 

@@ -1,8 +1,8 @@
-"""One segment of a step, run on the meta device between neighbours that hold nothing.
+"""Runs one segment of a step on the meta device, so that only its own memory is counted.
 
-This file decides how a segment is run so that what it takes is its own: its input comes from a
-node that nobody else holds, and its output goes to one that saves nothing. What segments there are
-is `measure`'s and `tower`'s, how memory is counted `trace`'s.
+This file decides how a segment is run in isolation: its input comes from an autograd node that
+keeps no reference, and its output goes to one that saves nothing. `qcore.planning.measure` and
+`qcore.planning.tower` decide the segments, `qcore.planning.trace` counts memory.
 """
 
 from __future__ import annotations

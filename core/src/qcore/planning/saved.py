@@ -1,8 +1,8 @@
-"""A run's plan in its own folder, so that a resumed run computes as before.
+"""The plan in the folder of a run, so that a resumed run uses the same policies.
 
-This file decides what ``OUTPUT.run/plan.json`` holds: the policy of each layer, and the plan for
-people. It is no part of a checkpoint: all policies compute the same numbers, so a run may go on
-under another one, and says so. It imports no torch.
+This file decides the content of ``OUTPUT.run/plan.json``: the policy of each layer, and the plan
+for people. It is not part of a checkpoint: all policies compute the same numbers, so a run may
+resume under another one, and reports it. It imports no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Before:
-    """What a run computed under before it was stopped.
+    """The policies of a run before it was stopped.
 
     Attributes:
         policies: of each layer; none: not known, or the settings ask for others.

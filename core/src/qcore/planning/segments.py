@@ -1,11 +1,10 @@
-"""A segment of a step, and how a long one follows from short ones.
+"""Memory and work of a segment of a step, and their extrapolation to longer packs.
 
-This file decides how the bytes and the work of a pack are told from those of smaller packs of
-its shape: bytes are affine in the tokens, the operations of products quadratic, because of
-attention. It is needed where a backend walks the tokens on the host, as references do, so that
-seeing a pack takes as long as the pack is.
-
-It overstates what has a bound that the smaller packs do not reach; it imports no torch.
+This file decides how a long pack is extrapolated from smaller packs of its shape: bytes are affine
+in the tokens, FLOPs of matrix products quadratic, because of attention. It is used for backends
+that loop over the tokens on the host, as references do, where measuring takes time proportional to
+the pack. Quantities with a bound that the smaller packs do not reach are overestimated. It imports
+no torch.
 """
 
 from __future__ import annotations

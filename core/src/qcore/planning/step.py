@@ -1,14 +1,14 @@
-"""A step put together: what a micro-batch takes under given policies, and how long.
+"""Peak memory and time of one step under given policies, from measured segments.
 
-This file decides how segments (`measure`, `tower`) make a step: everything that layers keep is
-there when the head's loss is computed, and goes again layer by layer; the peak is the most at any
-of these moments. A tower comes first and goes last; a frozen one leaves only what it made, and
-where that is kept for the next time (`batches`), the pack carries it and no media: it is then
-computed before the pack is there, here all of it at once, which is the most. Which policies there
-should be is `planner`'s.
+This file decides how segments (`qcore.planning.measure`, `qcore.planning.tower`) make a step: what
+layers save accumulates until the loss is computed and is freed layer by layer in backward; the
+peak is the maximum over these moments. A tower runs first, and its backward last. A frozen tower
+leaves only its outputs; if these are cached between steps (`qcore.training.collate`), the pack
+carries them in place of media, and the worst case is that all are computed at once, before the pack
+exists. `qcore.planning.planner` chooses the policies.
 
-Memory is predicted of what torch allocates (``max_memory_allocated``). Time is a model
-(`cards`): expect about 15 % either way.
+The prediction is of ``torch.cuda.max_memory_allocated``. Time is a model (`qcore.planning.gpus`)
+with an error of about 15 %.
 """
 
 from __future__ import annotations
@@ -348,7 +348,7 @@ class Steps:
                 "the tokens one chunk at a time: memory is rather overstated"
             )
         if self.device == "cpu":
-            told.append("of the CPU only torch's tensors are counted, and no time is predicted")
+            told.append("on the CPU only torch's tensors are counted, and time is not predicted")
         elif not self.card.known:
             told.append(f"the rates of {self.card.name} are not known, so no time is predicted")
         return tuple(told)

@@ -1,11 +1,12 @@
-"""What a tower takes of a step, seen by running it once on the meta device.
+"""Memory and work of a vision tower, measured by running it once on the meta device.
 
-This file decides the segments of a tower: what it reads, one layer of each kind, and what it hands
-over. Its media are made up by itself (`Tower.sample`) and it is run by the code that trains, so
-authors of towers write no cost model either. Where in a step it runs is `step`'s.
+This file decides the segments of a tower: its input, one layer of each kind, and its output. The
+tower makes sample media (`Tower.sample`) and is run by the training code, so authors of towers
+write no cost model. `qcore.planning.step` decides where in a step it runs.
 
-A layer below all that is trained has no gradient and keeps nothing, so segments differ by that too.
-Towers are seen at any size: what launches grow with is the number of media, not their units.
+Layers below everything that is trained have no gradient and save nothing, so they are separate
+segments. Towers are measured at full size, because launches grow with the number of media and not
+with their units.
 
 Shapes: U units, D the tower's width; n embeddings, H the trunk's width.
 """

@@ -1,10 +1,9 @@
-"""What a segment of a step allocates and does, seen at the dispatcher: live bytes, peak, work.
+"""A dispatch mode that records live bytes, peak memory and work of a segment.
 
-This file decides how memory is counted (by storage, from the op that made it until the last
-tensor that shows it is gone, rounded up as the caching allocator does) and what an op costs:
-operations of its matrix products and bytes of what it reads and writes. It is the same for meta
-tensors, which stand for a device's, and for real ones, by which it is tested. What a card makes
-of the work is `cards`' business.
+This file decides how memory is counted (by storage, from its allocation until its last tensor is
+freed, rounded up as the caching allocator does) and what an op costs: FLOPs of matrix products and
+bytes read and written. It works alike for meta tensors, which stand for those of a device, and for
+real tensors, with which it is tested. `qcore.planning.gpus` converts work to time.
 """
 
 from __future__ import annotations

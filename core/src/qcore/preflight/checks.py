@@ -1,11 +1,12 @@
-"""Preflight: everything that can be known to be wrong, before a weight is read, all at once.
+"""Preflight guards: all problems that can be found before a weight is read, reported together.
 
-This file decides the guards that hold for any model: the template is there, the tokenizer
-fits the embedding, what turns end with exists, settings suit the model (`suits`). Plugins add
-theirs through ``qcore_preflight``. Errors stop the verb together; warnings and notes are returned.
+This file decides the guards that apply to any model: the checkpoint has a chat template, the
+tokenizer fits the embedding, the chat format's tokens exist, the settings suit the model
+(`qcore.preflight.settings_checks`). Plugins add guards through ``qcore_preflight``. Errors are
+raised together; warnings and notes are returned.
 
-Of a part that config.json claims and the files lack there is one line: the owner's, if one of
-its findings has the part's name as its field, because it knows what follows; else core's.
+A part that config.json describes and the files lack gets one line: that of its owner, if one of
+the owner's findings has the part's name as its field, else core's.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def preflight(
     template_kwargs: Mapping[str, Plain] | None = None,
     token_ids: Mapping[str, int] | None = None,
 ) -> tuple[str, ...]:
-    """Ask core's guards and every plugin's; raise all errors, return the rest as lines.
+    """Run the guards of core and of every plugin; raise all errors, return the rest as lines.
 
     Args:
         found: the model.
@@ -65,7 +66,7 @@ def preflight(
 
 
 def as_error(finding: Finding) -> InputError:
-    """A finding as the error it stands for."""
+    """Convert a finding to an error."""
     return InputError(
         finding.code,
         finding.what,
@@ -78,7 +79,7 @@ def as_error(finding: Finding) -> InputError:
 
 
 def line(finding: Finding) -> str:
-    """A finding as one line."""
+    """Format a finding as one line."""
     warning = "warning: " if finding.severity is Severity.WARNING else ""
     text = warning + as_error(finding).message
     return f"{text}. {finding.fix}" if finding.fix else text
@@ -90,7 +91,7 @@ def _core(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
         yield Finding(
             code="QC-PRE-010",
             severity=Severity.NOTE,
-            what=f"{count} tensors belong to no installed plugin and are kept as they are",
+            what=f"{count} tensors belong to no installed plugin and are kept unchanged",
             field=f"{root}.*",
         )
     if found.quantisation is not None:
@@ -106,7 +107,7 @@ def _core(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
 
 
 def _absent(request: PreflightRequest, told: Sequence[Finding]) -> Iterator[Finding]:
-    """Parts without tensors of which their owner says nothing."""
+    """Notes on absent parts that their owner does not mention."""
     for part in request.layout.absent:
         if part not in [finding.field for finding in told]:
             yield Finding(
@@ -118,7 +119,7 @@ def _absent(request: PreflightRequest, told: Sequence[Finding]) -> Iterator[Find
 
 
 def _text(found: Identified, ids: Mapping[str, int]) -> Iterator[QcoreError]:
-    """What a verb that reads text needs: a template, and a tokenizer that fits the model."""
+    """Errors of verbs that read text: no template, or a tokenizer that does not fit the model."""
     checkpoint, chat = found.checkpoint, found.chat_format()
     try:
         required_template(checkpoint)
@@ -132,7 +133,7 @@ def _text(found: Identified, ids: Mapping[str, int]) -> Iterator[QcoreError]:
 
 
 def _end_of_turn(found: Identified, ids: Mapping[str, int]) -> Iterator[Finding]:
-    """Whether other tools stop where a turn ends."""
+    """Warn if generation_config.json does not stop at the end of a turn."""
     chat = found.chat_format()
     eos = found.checkpoint.generation_config.get("eos_token_id")
     listed = eos if isinstance(eos, list) else [eos]
@@ -140,7 +141,7 @@ def _end_of_turn(found: Identified, ids: Mapping[str, int]) -> Iterator[Finding]
         yield Finding(
             code="QC-PRE-004",
             severity=Severity.WARNING,
-            what="does not hold the token that ends a turn: servers will not stop there",
+            what="lacks the end-of-turn token: servers will not stop there",
             file="generation_config.json",
             field="eos_token_id",
             found=str(listed),

@@ -1,8 +1,8 @@
-"""How many positions a model was made for, and what is said of more.
+"""The context length of a model, and the warning for longer texts.
 
-This file decides that a longer text is a warning: the blocks compute it, but nobody trained
-them to. The number is config.json's ``max_position_embeddings``; where rotary embeddings are
-scaled (``rope_parameters.factor``) it is at least the factor times the original length.
+This file decides that a longer text is a warning, because the model computes it but was not trained
+on such positions. The context length is config.json's ``max_position_embeddings``; with scaled
+rotary embeddings (``rope_parameters.factor``) it is at least the factor times the original length.
 
 Codes: ``QC-PRE-013`` warning: more tokens than positions.
 """
@@ -17,7 +17,7 @@ from ..checkpoint.checkpoint import text_sections
 
 
 def positions(config: Mapping[str, Any]) -> int | None:
-    """Positions of the text model; ``None`` where config.json says no number."""
+    """Context length of the text model; ``None`` if config.json has none."""
     for section in text_sections(config):
         if most := _number(section, "max_position_embeddings"):
             rope = section.get("rope_parameters")
@@ -30,7 +30,7 @@ def _scaled(rope: Mapping[str, Any]) -> float:
 
 
 def _number(section: Mapping[str, Any], key: str) -> float:
-    """The number, or 0 where there is none; plugins' guards judge what is wrong with it."""
+    """A positive number, else 0; guards of plugins report invalid values."""
     value = section.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e15:
         return 0.0
@@ -38,13 +38,13 @@ def _number(section: Mapping[str, Any], key: str) -> float:
 
 
 def beyond(config: Mapping[str, Any], tokens: int, field: str, words: str = "") -> Finding | None:
-    """The warning that `tokens` are, where they are more than positions.
+    """The warning for more tokens than positions, if any.
 
     Args:
         config: config.json.
-        tokens: of a row, or of a prompt and what is to follow.
-        field: the setting or flag that says so.
-        words: how they add up.
+        tokens: of a row, or of a prompt and its completion.
+        field: the setting or flag that asks for them.
+        words: how `tokens` is made up, for the message.
     """
     most = positions(config)
     if most is None or tokens <= most:
@@ -52,7 +52,7 @@ def beyond(config: Mapping[str, Any], tokens: int, field: str, words: str = "") 
     return Finding(
         code="QC-PRE-013",
         severity=Severity.WARNING,
-        what="is more than the positions that the model was made for",
+        what="exceeds the context length of the model",
         field=field,
         found=words or str(tokens),
         expected=f"at most {most} (max_position_embeddings)",

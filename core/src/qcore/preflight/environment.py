@@ -1,8 +1,8 @@
-"""Doctor: what the environment has, and whether the pieces that qcore relies on work.
+"""Checks of the environment for ``qcore doctor``.
 
-This file decides which checks core makes; plugins add theirs through ``qcore_doctor``. Each
-check is run, not looked up: NF4 is quantised and read back, a template is rendered in the
-bounded worker. Nothing here changes anything.
+This file decides the checks of core; plugins add checks through ``qcore_doctor``. Each check runs
+what it checks: NF4 is quantized and decoded, a template is rendered in the bounded worker. Nothing
+is modified.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _PACKAGES = (
     "qcore-framework", "torch", "transformers", "safetensors", "bitsandbytes", "tokenizers",
     "huggingface_hub", "peft", "triton",
 )  # fmt: skip
-_OPTIONAL = ("transformers", "peft", "triton")  # transformers and peft: what reads the results
+_OPTIONAL = ("transformers", "peft", "triton")  # transformers and peft read the results
 
 
 def findings() -> Iterator[Finding]:
-    """Every check's result; errors are what would stop a verb."""
+    """The result of every check; an error would stop a verb."""
     yield _note("python", f"{platform.python_version()} on {platform.platform()}")
     for name in _PACKAGES:
         yield _package(name)
@@ -38,7 +38,7 @@ def findings() -> Iterator[Finding]:
 
 
 def kernel_table() -> tuple[str, list[Line], list[QcoreError]]:
-    """The device of a run, every backend verified on it anew, and what is wrong."""
+    """Verify every kernel backend anew; returns the device, the backends and the problems."""
     import torch
 
     from ..nn.device import pick_device
@@ -83,7 +83,7 @@ def _device() -> Iterator[Finding]:
 
 
 def _nf4() -> Iterator[Finding]:
-    """Quantise and read back on every device: relative error of NF4 on a normal is about 9 %."""
+    """Quantize and decode on every device; the relative error of NF4 is about 9 %."""
     import torch
 
     from ..nn.qlora.nf4 import NF4

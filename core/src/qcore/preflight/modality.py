@@ -1,10 +1,10 @@
-"""Which runs read media, and which load the tower that computes them.
+"""Whether a run loads the vision tower, and whether it can read images and videos.
 
-This file decides that a tower is loaded where rows have media or its maps are trained, that a run
-of text alone says what it leaves aside, and what is said where media cannot be read. It loads
-nothing itself and imports no torch.
+This file decides that a tower is loaded if rows have media or its weights are trained, which note a
+text-only run prints, and the message if media cannot be read. It loads nothing itself and imports
+no torch.
 
-Codes: ``QC-TRAIN-008`` a tower's group is to be trained and no row has media.
+Codes: ``QC-TRAIN-008`` a group of the tower is trained, but no row has media.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def reader_of(found: Identified, tell: Reporter) -> MediaReader | None:
-    """What reads the media of rows for this model; ``None`` where nothing does (`unread`)."""
+    """The media reader of this model; ``None`` if it has none (see `unread`)."""
     modality = found.modality
     return None if modality is None else modality.reader(found.checkpoint, tell.note)
 
 
 def unread(found: Identified) -> str:
-    """Why no media are read for this model, as what is expected of a row."""
+    """Why this model has no media reader, for the error of a row with media."""
     layout = found.layout
     lost = [one.name for one in found.decision.modalities if one.name in layout.absent]
     if lost:
@@ -36,7 +36,7 @@ def unread(found: Identified) -> str:
     sections = unclaimed_sections(found.checkpoint.config, layout.table)
     if sections and layout.carried:
         return f"no installed plugin reads what {sections[0]} describes"
-    return "this checkpoint is of text alone"
+    return "this is a text-only checkpoint"
 
 
 def with_tower(
@@ -46,20 +46,23 @@ def with_tower(
     *,
     quantized: Sequence[str] = (),
     reached: Callable[[], bool] = lambda: True,
-    fix: str = "leave the group out, or train on rows that have media",
+    fix: str = "remove the group, or train on rows with media",
 ) -> tuple[Identified, list[str]]:
-    """The model as a run needs it, and what the user is told of that.
+    """Load the tower if the run needs it.
 
     Args:
-        found: the model, its tower idle.
-        groups: LoRA groups that are asked for.
-        kinds: kinds of media that the rows have, those held out too.
-        quantized: groups that are to be in 4 bit.
-        reached: whether a step of the run has a row with media; asked where it matters.
-        fix: what to do about a tower that is to be trained on text alone.
+        found: the model, with its tower not loaded.
+        groups: LoRA groups to train.
+        kinds: kinds of media in all rows, including held-out ones.
+        quantized: groups to store in 4 bit.
+        reached: whether a training step has a row with media; called only if it matters.
+        fix: the fix for training the tower without media.
+
+    Returns:
+        The model as the run needs it, and notes for the user.
 
     Raises:
-        UsageError: ``QC-TRAIN-008``; ``QC-LORA-004`` a group is to be in 4 bit and is not loaded.
+        UsageError: ``QC-TRAIN-008``; ``QC-LORA-004`` a group in 4 bit that is not loaded.
     """
     modality = found.modality
     if modality is None:
@@ -72,7 +75,7 @@ def with_tower(
     if asked:
         raise UsageError(
             "QC-TRAIN-008",
-            "is of a tower, which no row of a training step reaches: none of them has media",
+            "trains the vision tower, but no training row contains an image or video",
             field="target_groups",
             found=asked[0],
             expected=f"rows with {' or '.join(modality.kinds)} parts",
@@ -82,10 +85,10 @@ def with_tower(
         if group in part.groups:
             raise UsageError(
                 "QC-LORA-004",
-                "is of a tower that rows of text alone do not load",
+                "is a group of the tower, which a text-only run does not load",
                 field="quantize_groups",
                 found=group,
-                fix="leave it out",
+                fix="remove it",
             )
     tensors = sum(one.tensor.part is part for one in found.layout.located.values())
     return found, [

@@ -1,11 +1,11 @@
-"""Whether a run's settings suit the model: what `train` and `plan` refuse alike.
+"""Checks of settings against the model, shared by ``train`` and ``plan``.
 
-This file decides which settings are judged against config, headers and template, before a weight
-is read: the class that an adapter is written for, the load balance of a router that must be
-there, variables that the chat template must read. Which groups have LoRA is `targets`'.
+This file decides which settings are checked against config, headers and template before a weight is
+read: the class of the adapter, the router loss, groups in 4 bit, template variables.
+`qcore.adapter.targets` checks the LoRA groups.
 
-Codes: ``QC-LORA-004`` a group that cannot be put in 4 bit, ``QC-TRAIN-007`` no router to balance;
-those of `adapter.choose_class` and of `data.variables`.
+Codes: ``QC-LORA-004`` a group that cannot be stored in 4 bit, ``QC-TRAIN-007`` no router; those of
+`qcore.adapter.peft_names` and `qcore.data.template_kwargs`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..plugins.resolve_model import Identified, classes_of
 
 
 def unsuitable(found: Identified, settings: Mapping[str, Any]) -> Iterator[QcoreError]:
-    """An error for each setting that the model has no use for.
+    """Yield an error for each setting that does not suit the model.
 
     Args:
         found: the model.
-        settings: the run's settings by name; those that are not there are not judged.
+        settings: the run's settings by name; absent ones are not checked.
     """
     for judge in (_adapter_class, _router, _quantized, _variables):
         try:
@@ -35,7 +35,7 @@ def unsuitable(found: Identified, settings: Mapping[str, Any]) -> Iterator[Qcore
 
 
 def _adapter_class(found: Identified, settings: Mapping[str, Any]) -> None:
-    """The class has every part that the groups lie in; which groups there are is `targets`'."""
+    """Check that the class of the adapter has all parts that are trained."""
     layout, asked = found.layout, settings.get("adapter_class", "")
     groups = set(settings.get("target_groups", ()))
     parts = [p for p in layout.table.parts if groups & p.groups.keys() and p.loaded]
@@ -44,7 +44,7 @@ def _adapter_class(found: Identified, settings: Mapping[str, Any]) -> None:
 
 
 def _router(found: Identified, settings: Mapping[str, Any]) -> None:
-    """What is routed to is experts, and of those the table tells."""
+    """Check that a model trained with a router loss has experts."""
     coefficient = settings.get("router_aux_loss_coef", 0.0)
     routed = any(
         entry.row.kind is Kind.EXPERTS and entry.part.loaded for entry in found.layout.table
@@ -52,16 +52,16 @@ def _router(found: Identified, settings: Mapping[str, Any]) -> None:
     if coefficient and not routed:
         raise UsageError(
             "QC-TRAIN-007",
-            "has no effect: this model has no router to balance",
+            "has no effect: this model has no router",
             field="router_aux_loss_coef",
             found=coefficient,
             expected="0",
-            fix="leave it out",
+            fix="remove it",
         )
 
 
 def _quantized(found: Identified, settings: Mapping[str, Any]) -> None:
-    """Each group that is to be in 4 bit has a map that would not be, in a part that may load."""
+    """Check that each extra group in 4 bit has weights that would be in 16 bit otherwise."""
     groups = settings.get("quantize_groups", ())
     known = {
         entry.row.group: None
@@ -76,11 +76,11 @@ def _quantized(found: Identified, settings: Mapping[str, Any]) -> None:
             off = group in known
             raise UsageError(
                 "QC-LORA-004",
-                "has no effect: nothing is quantised" if off else "is no group held in 16 bit",
+                "has no effect: nothing is quantized" if off else "is not a group in 16 bit",
                 field="quantize_groups",
                 found=group,
                 expected="quantization=nf4" if off else " or ".join(known) or "no group",
-                fix="leave it out",
+                fix="remove it",
             )
 
 
