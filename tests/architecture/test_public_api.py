@@ -17,7 +17,7 @@ import qcore
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(
     path
-    for folder in ("core/src", "qwen35_plugin/src")
+    for folder in ("core/src", "qwen35_plugin/src", "qwen36_plugin/src", "multimodal_plugin/src")
     for path in (ROOT / folder).rglob("*.py")
     if "__pycache__" not in path.parts
 )
@@ -29,7 +29,12 @@ PUBLIC = {
     "qcore.testing": False,
 }  #: module -> whether importing it may import torch
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "qcore_qwen35", "rich", "yaml")
-MAX_FILE, MAX_FUNCTION = 500, 80
+MAX_FILE, MAX_FUNCTION = 400, 60
+#: Functions that are longer, each with its reason.
+LONG = {
+    "_conv_backward": "one Triton kernel, whose registers the parts share",
+    "_pairs": "one Triton kernel, whose registers the parts share",
+}
 
 
 def name_of(path: Path) -> str:
@@ -91,7 +96,8 @@ def oversized(text: str) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
-            if (lines := node.end_lineno - node.lineno + 1) > MAX_FUNCTION:
+            lines = node.end_lineno - node.lineno + 1
+            if lines > MAX_FUNCTION and node.name not in LONG:
                 faults.append(f"{node.name}: {lines} lines")
     return faults
 

@@ -23,6 +23,8 @@ from typing import NamedTuple
 from ..errors import InputError, PluginError
 
 Region = tuple[slice, ...]
+Index = Mapping[str, int | str]  #: index by axis, for the ``{axis}`` of a name
+Axes = Mapping[str, Sequence[int]]  #: index values by axis
 
 
 class Store(str, Enum):
@@ -66,12 +68,7 @@ class Piece(NamedTuple):
 class Spelling:
     """How one canonical tensor is spelt on disk. Built by `at`, `cat` and `stack`."""
 
-    def pieces(
-        self,
-        shape: tuple[int, ...],
-        index: Mapping[str, int | str],
-        axes: Mapping[str, Sequence[int]],
-    ) -> Iterator[Piece]:
+    def pieces(self, shape: tuple[int, ...], index: Index, axes: Axes) -> Iterator[Piece]:
         """Yield the pieces of a tensor of `shape`; regions tile it exactly."""
         raise NotImplementedError
 
@@ -80,12 +77,7 @@ class Spelling:
 class _At(Spelling):
     name: str
 
-    def pieces(
-        self,
-        shape: tuple[int, ...],
-        index: Mapping[str, int | str],
-        axes: Mapping[str, Sequence[int]],
-    ) -> Iterator[Piece]:
+    def pieces(self, shape: tuple[int, ...], index: Index, axes: Axes) -> Iterator[Piece]:
         yield Piece(self.name.format_map(dict(index)), shape, tuple(slice(0, n) for n in shape))
 
 
@@ -94,12 +86,7 @@ class _Cat(Spelling):
     parts: tuple[Spelling, ...]
     dim: int
 
-    def pieces(
-        self,
-        shape: tuple[int, ...],
-        index: Mapping[str, int | str],
-        axes: Mapping[str, Sequence[int]],
-    ) -> Iterator[Piece]:
+    def pieces(self, shape: tuple[int, ...], index: Index, axes: Axes) -> Iterator[Piece]:
         size, rest = divmod(shape[self.dim], len(self.parts))
         if rest:
             raise ValueError(f"{len(self.parts)} equal parts do not tile {shape} in dim {self.dim}")
@@ -117,12 +104,7 @@ class _Stack(Spelling):
     axis: str
     part: Spelling
 
-    def pieces(
-        self,
-        shape: tuple[int, ...],
-        index: Mapping[str, int | str],
-        axes: Mapping[str, Sequence[int]],
-    ) -> Iterator[Piece]:
+    def pieces(self, shape: tuple[int, ...], index: Index, axes: Axes) -> Iterator[Piece]:
         values = axes[self.axis]
         if len(values) != shape[0]:
             raise ValueError(f"axis {self.axis} has {len(values)} values, the stack {shape[0]}")
