@@ -236,12 +236,12 @@ def test_a_text_section_of_another_family(capsys: Any, made: Any):
 
 def test_a_dense_config_with_experts(capsys: Any, made: Any):
     folder = made(small_config(), small_moe_shapes())
-    refused(capsys, folder, "QC-QWEN35-005", "says a dense model", "0.mlp.gate.weight")
+    refused(capsys, folder, "QC-QWEN35-005", "declares a dense model", "0.mlp.gate.weight")
 
 
 def test_a_config_of_experts_with_dense_tensors(capsys: Any, made: Any):
     folder = made(small_moe_config(), small_shapes())
-    refused(capsys, folder, "QC-QWEN35-005", "says a mixture of experts", "mlp.gate_proj.weight")
+    refused(capsys, folder, "QC-QWEN35-005", "declares a mixture of experts", "mlp.gate_proj.weight")
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -252,7 +252,7 @@ def test_another_number_of_experts(capsys: Any, made: Any, fused: bool, says: in
         capsys,
         made(small_moe_config(num_experts=says), shapes),
         "QC-QWEN35-005",
-        f"num_experts: says {says}",
+        f"num_experts: declares {says}",
         f"mlp.gate.weight has {there} rows",
     )
 
@@ -384,7 +384,7 @@ def test_more_prediction_layers_than_the_config_says(capsys: Any, made: Any, den
     )
     refused(
         capsys, made(config, second(shapes)), "QC-QWEN35-005",
-        "mtp_num_hidden_layers: says 1", "found mtp.layers.1.",
+        "mtp_num_hidden_layers: declares 1", "found mtp.layers.1.",
     )  # fmt: skip
 
 

@@ -493,7 +493,8 @@ def test_generate_is_the_stock_class(base: Path, rows: Path) -> None:
         [],
     ]
     for media in asked:
-        seen = made._look(media)
+        reading = made._prompt_media
+        seen = reading.read(media) if reading is not None else []
         answer = made.prompt("What is this?", media=media, max_new_tokens=12)
         text = answer.prompt
         ids = torch.tensor([made.tokenizer.encode(text, add_special_tokens=False).ids])
