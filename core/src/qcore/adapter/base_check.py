@@ -1,4 +1,4 @@
-"""What an adapter depends on beside the trunk: parts that a base may lack, and pairs in them.
+"""Checks that a base has every part, such as a vision tower, that an adapter was trained on.
 
 This file decides what of an adapter's recorded modalities (`Adapter.modalities`) a base must answer
 to: a tower that training changed is there with all of its pairs, and to be merged into, one that

@@ -1,4 +1,4 @@
-"""PEFT's adapter folder: its names and its config.
+"""Names of LoRA tensors in a PEFT adapter, by class; writes adapter_config.json.
 
 This file decides how a canonical weight is called in an adapter (one prefix, that of one
 class) and what ``adapter_config.json`` says of an adapter that qcore trained. `adapter_reader`

@@ -1,4 +1,4 @@
-"""What training touches: which maps carry LoRA, and what is held and trained, group by group.
+"""LoRA targets: which linear layers of which groups have LoRA, and the coverage table.
 
 This file decides which rows of the table get an adapter and with which numbers, and reads off
 the loaded modules, rather than off the plan, what each group holds: the share that is really

@@ -1,4 +1,4 @@
-"""The parameter table: rows, parts, and the three words of its algebra.
+"""The parameter table: rows and parts, and `at`, `cat`, `stack` for other layouts on disk.
 
 This file decides what a table *is* and how it expands to canonical tensors and to the
 pieces of them that may lie on disk. It reads no file and knows no model: plugins write

@@ -1,4 +1,4 @@
-"""SHA-256 of a canonical tensor, however it is cut on disk.
+"""SHA-256 of a canonical tensor, independent of its layout on disk.
 
 This file decides what is hashed: the finest pieces that any spelling of the tensor has, each
 alone, and then their digests in the order of the regions; a tensor that is never cut is its

@@ -1,4 +1,4 @@
-"""The one writer: a folder appears whole under its name, or not at all.
+"""Publishing a result folder atomically: the whole folder appears under its name, or nothing.
 
 This file decides how a result is published: written into a hidden folder beside the target,
 every file hashed as it is written and synced, MANIFEST.json last, then one rename. Whatever

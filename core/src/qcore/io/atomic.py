@@ -1,4 +1,4 @@
-"""The few operating-system calls that write, and what their failures are called.
+"""Writing and renaming single files with fsync, and the errors of these system calls.
 
 This file decides how bytes become durable (whole writes, fsync of files and of folders) and
 which `WriteError` an ``OSError`` is. Every mutation by the modules of this room goes through

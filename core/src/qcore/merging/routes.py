@@ -1,4 +1,4 @@
-"""Which experts a layer picks for each token, seen from outside the layer.
+"""Records which experts a router picks during the verification of a merge.
 
 Rounding may send a token to another expert, so `verify` compares only tokens with the same route.
 """

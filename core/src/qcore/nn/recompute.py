@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a forward pass saves, and what backward recomputes.
+"""Activation checkpointing of a layer: what forward saves and backward recomputes, by policy.
 
 This file decides what is saved under each policy (the setting ``recompute``):
 

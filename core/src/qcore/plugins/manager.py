@@ -1,4 +1,4 @@
-"""Plugins: discover, load, ask. The trust boundary.
+"""Loading plugins and asking their hooks; an exception of a plugin becomes an error with its name.
 
 This file decides what is imported, whether its hooks are sound, and how they are called.
 Discovery never raises: what is wrong with a plugin is its status and reason. Use never

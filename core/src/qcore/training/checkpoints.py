@@ -1,4 +1,4 @@
-"""A run's files: the adapter folder and the checkpoints that a run is resumed from.
+"""Training checkpoints: what a run writes to resume from, and the adapter folder it publishes.
 
 This file decides what the folder and the manifest of a trained adapter hold, and what is
 restored from a checkpoint; whether it is the same run is up to `resume`. State is safetensors

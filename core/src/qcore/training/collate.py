@@ -1,4 +1,4 @@
-"""Collate rows into packs on the device: ids, targets, positions, and the input of a tower.
+"""Packs rows into one batch on the device, and caches outputs of a frozen vision tower.
 
 This file decides how rows lie in a pack and which tower outputs are cached. A frozen tower gives
 the same output for a medium in every step, so outputs are cached in host memory, up to a bound,

@@ -1,4 +1,4 @@
-"""Comparison of a backend with its reference: outputs and gradients, in float32.
+"""Error measures that backends' `verify` functions call: outputs and gradients against float32.
 
 This file decides the measure by which kernels are verified. The backend gets the inputs as they are
 (bf16); the reference gets the same values in float32. Both get the same cotangents. An error is the
