@@ -241,7 +241,9 @@ def test_a_dense_config_with_experts(capsys: Any, made: Any):
 
 def test_a_config_of_experts_with_dense_tensors(capsys: Any, made: Any):
     folder = made(small_moe_config(), small_shapes())
-    refused(capsys, folder, "QC-QWEN35-005", "declares a mixture of experts", "mlp.gate_proj.weight")
+    refused(
+        capsys, folder, "QC-QWEN35-005", "declares a mixture of experts", "mlp.gate_proj.weight"
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])
