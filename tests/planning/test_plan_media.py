@@ -67,7 +67,8 @@ def idle(folder: Path) -> Identified:
 @pytest.fixture(scope="module")
 def found(idle: Identified) -> Identified:
     """For a run of media."""
-    assert idle.modality is TOY
+    assert idle.modality is not None
+    assert idle.modality.name == TOY.name
     return idle.using(TOY)
 
 
