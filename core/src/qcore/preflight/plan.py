@@ -179,7 +179,7 @@ def _units(planner: Planner, settings: Settings, media: int | None) -> int:
     if media > (most := MOST - extent([settings.max_length])):
         raise UsageError(
             "QC-PLAN-008",
-            "is more than kernels can number in a row",
+            "is more than kernels can index in a row",
             field="--media",
             found=f"{media} units beside {settings.max_length} tokens",
             expected=f"at most {max(most, 0)}",
