@@ -205,5 +205,5 @@ def test_an_op_that_is_not_used_is_named_with_those_that_are(
 ) -> None:
     ended = here(capsys, "plan", folder, "--set", "kernels.experts=reference")
     line = ended.error("QC-KERNEL-007")
-    assert "kernels.experts: is not used by this model" in line
+    assert "kernels.experts: is an op that this model does not use" in line
     assert "delta_rule" in line
