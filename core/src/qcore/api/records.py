@@ -7,11 +7,11 @@ type checkers see it and discovery stays light.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .views import CheckpointView, LayoutView, SettingsView
 
@@ -175,6 +175,49 @@ class PreflightRequest:
     token_ids: Mapping[str, int] = field(default_factory=dict)
 
 
+class ParseReply(Protocol):
+    """The inverse of a chat template for one assistant turn; total, without loss of text."""
+
+    def __call__(
+        self,
+        text: str,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        thinking: bool = False,
+    ) -> dict[str, Any]:
+        """Parse what a model generated into a message.
+
+        Args:
+            text: the generated text, decoded with special tokens; the end-of-turn token may be
+                absent where generation was cut.
+            tools: function descriptions; argument values get the types of their schemas.
+            thinking: whether the prompt opened a think block, so that `text` begins inside it.
+
+        Returns:
+            ``{"role": "assistant", "content": str}``, with ``reasoning_content`` and
+            ``tool_calls`` where the text has them. Markup that is not complete stays in
+            ``content`` as it is.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFormat:
+    """A shape of rows that users have, such as ShareGPT, and its conversion to ``messages``.
+
+    Attributes:
+        name: as ``--format`` and reports write it.
+        matches: whether a row with these values has this shape; looks at keys and types of values
+            only, and never raises.
+        convert: the canonical row, ``{"messages": [...], "tools": [...]}`` and so on (see
+            docs/data.md); raises `RowError` for a value that it cannot convert.
+    """
+
+    name: str
+    matches: Callable[[Mapping[str, Any]], bool]
+    convert: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatFormat:
     """How a generation's rendered conversation reads: what is a turn, what is trained.
@@ -193,6 +236,12 @@ class ChatFormat:
         roles: roles that a row may use.
         stop_tokens: tokens that end generation.
         parse_arguments: whether tool arguments given as a JSON string become a mapping.
+        thinking_switch: variable of the template that turns thinking on and off, such as
+            ``enable_thinking``; empty for a format without thinking.
+        splits_content: whether the template moves a think block in ``content`` into the
+            reasoning; ``None``: core renders a probe to find out.
+        parse: the inverse of the template, from the token ids that a model generated after the
+            prompt to the message; ``None`` for a format without a parser.
     """
 
     turn_start: str
@@ -204,6 +253,9 @@ class ChatFormat:
     roles: tuple[str, ...]
     stop_tokens: tuple[str, ...]
     parse_arguments: bool = True
+    thinking_switch: str = ""
+    splits_content: bool | None = None
+    parse: ParseReply | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
