@@ -1,4 +1,4 @@
-r"""The PYTHONPATH under which a checkout runs where it is not installed.
+r"""Makes a checkout runnable without installing it: writes entry points, prints PYTHONPATH.
 
     export PYTHONPATH=$(python benchmarks/checkout.py [--root CHECKOUT] [FOLDER])
     python -m pytest -m gpu

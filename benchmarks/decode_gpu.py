@@ -1,10 +1,10 @@
-"""Decoding on a GPU, batch 1, greedy: time of a token of qcore and of transformers, and the floor.
+"""Times greedy decoding on a GPU, batch 1: qcore, transformers, and the memory-bandwidth bound.
 
     python benchmarks/decode_gpu.py [--shape 4b] [--prompt 128] [--tokens 64] [--peers hf]
 
 Weights are random and bf16. A side decodes a short and a long answer to the same prompt; the time
 of a token is the difference over the difference, so that prefill is not in it, nor what a first
-token prepares, which is told apart. The floor is the time in which the card reads every weight
+token prepares, which is told apart. The floor is the time in which the GPU reads every weight
 once, at the rate of a copy that is measured in the same run. Every side is a process of its own.
 ``--profile`` lists the kernels of qcore's token. ``--device cpu --shape tiny`` shows that it runs.
 The last lines are RESULT and JSON, one a side.

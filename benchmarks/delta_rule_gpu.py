@@ -1,4 +1,4 @@
-"""The Triton delta rule on a card: errors against float32, milliseconds of each kernel.
+"""The Triton delta rule on a GPU: errors against float32, milliseconds of each kernel.
 
 ``python benchmarks/delta_rule_gpu.py [--sweep] [--quick]``. Errors are relative, of bf16 inputs
 against the torch form in float32 on the same numbers; free memory holds NaN. Times are medians of

@@ -1,4 +1,4 @@
-"""Time of each elementwise op on this card, against a copy of as many bytes.
+"""Times each elementwise op on a GPU, against a copy of as many bytes.
 
     python benchmarks/elementwise_gpu.py [--tokens 8192]
 

@@ -1,7 +1,7 @@
-"""One linear map and stacks of them on a GPU: time, rate of the base's product, launches.
+"""Times 4-bit linear layers with LoRA, single and stacked, on a GPU beside the 16-bit product.
 
-Prints the card, the versions, and for each shape milliseconds forward and backward of qcore's
-4-bit map with LoRA, of the bare 16-bit product, and of reading 4 bit. Run from the checkout:
+Prints the GPU, the versions, and for each shape milliseconds forward and backward of qcore's
+4-bit layer with LoRA, of the bare 16-bit product, and of reading 4 bit. Run from the checkout:
 ``python3 benchmarks/linear_gpu.py``.
 """
 

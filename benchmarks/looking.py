@@ -1,4 +1,4 @@
-"""A task that can only be done by looking: generated pictures of shapes, with questions.
+"""Data to prove that image input has an effect: pictures, questions, blank twins, and scoring.
 
 This file decides the pictures, the questions and how an answer is judged; what is trained on them
 is `looking_run`'s. Every answer of a question is right equally often, so one who does not look is

@@ -1,4 +1,4 @@
-r"""A run that can only succeed by looking, on a card: pictures beside blanks, in one command.
+r"""Proves on a GPU that image input has an effect: trains on pictures and blanks, compares.
 
     python benchmarks/looking_gpu.py [--steps 2000] [--rate 7e-4] [--save NAME]
 

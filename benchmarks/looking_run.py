@@ -1,6 +1,6 @@
-"""A model that learns to look, and its twin that is shown blanks.
+"""Runs the proof that image input has an effect: one model sees pictures, its twin blanks.
 
-This file decides the two forms, small for the CPU and large for a card, and the run: a random
+This file decides the two forms, small for the CPU and large for a GPU, and the run: a random
 checkpoint, `qcore.training.train` on rows with pictures and again on their blank twins, and what
 each adapter then answers on pictures that neither saw. Bases are random, so LoRA of high rank in
 tower, merger and text does all the learning; embeddings of patches and of tokens stay as they are

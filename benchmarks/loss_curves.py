@@ -1,4 +1,4 @@
-"""Loss curves: qcore beside transformers + peft + bitsandbytes, step by step on the same batches.
+"""Compares the loss of qcore and of transformers + peft + bitsandbytes, step by step.
 
     python benchmarks/loss_curves.py [--shape 0.8b] [--layers 8] [--steps 300] [--peer hf-fla]
 

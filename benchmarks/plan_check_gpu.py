@@ -1,4 +1,4 @@
-"""Is the plan right: predicted peak and time of a step beside what a card measured.
+"""Compares the peak memory and step time that the planner predicts with those measured on a GPU.
 
     python benchmarks/plan_check_gpu.py [--shapes 0.8b,4b,9b,35b-a3b] [--layers 0] [--save NAME]
 

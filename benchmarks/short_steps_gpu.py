@@ -1,4 +1,4 @@
-"""Short micro-batches: each alone, and together as `train` runs them; in turns, on one card.
+"""Times short micro-batches on a GPU: one by one, and joined into packs as `train` runs them.
 
     python benchmarks/short_steps_gpu.py [--shape 4b] [--rows 8] [--lengths 128,900] [--steps 4]
 

@@ -1,4 +1,4 @@
-r"""A training step of this checkout beside the same step of another one, in turn on one GPU.
+r"""Compares a training step of this checkout with that of another one, in turn on one GPU.
 
     git archive v0.1 | tar -x -C OTHER
     python benchmarks/step_pair_gpu.py --against OTHER --shape 4b --batch 2 --seq 4096

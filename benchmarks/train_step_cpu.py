@@ -1,4 +1,4 @@
-"""One QLoRA training step on the CPU: qcore beside transformers + peft + bitsandbytes.
+"""Times one QLoRA training step on the CPU: qcore and transformers + peft + bitsandbytes.
 
 A four-layer slice of Qwen3.5-0.8B at full width (random weights, full vocabulary), one row of
 1024 tokens, every second position supervised, NF4 with double quantisation, LoRA r=16 on ten

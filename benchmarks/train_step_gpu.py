@@ -1,4 +1,4 @@
-r"""One QLoRA training step on a GPU: qcore beside every peer that is installed, in one run.
+r"""Times one QLoRA training step on a GPU: qcore and every installed peer, in one run.
 
     python benchmarks/train_step_gpu.py --shape 4b --batch 2 --seq 4096 \
         --peers hf,hf-fla,unsloth --policy elementwise [--rounds 2] [--profile]
@@ -8,7 +8,7 @@ rank 16 on the same ten kinds of linear map, NF4 with double quantisation, AdamW
 weights made on the device. ``--policy`` and ``--kernels op=backend`` are qcore's; several
 policies, comma-separated, are several sides. Each round's first process starts with the caches
 of the one before it; the first round's are empty, which is where the time of the first step is
-read. The card's rates are measured before and after.
+read. The GPU's rates are measured before and after.
 
 Prints a table and writes it to ``--save NAME`` under ``benchmarks/results/``. With ``--device
 cpu --shape tiny`` it shows that the harness runs, and no figure of it means anything.

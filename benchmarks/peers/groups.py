@@ -1,4 +1,4 @@
-"""Kernels of a profile, by what they are for; the first pattern that a name has decides."""
+"""Sorts kernel names of a profile by purpose (matmul, attention, LoRA, ...), by patterns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a step is measured, whoever's it is.
+"""Measures a training step of one implementation: seconds, peak memory, kernel launches.
 
 The first step, cold; one more to warm up; then the timed ones, each synchronised; then one under
 the profiler, of which only counts and shares are used, never its time. Memory is what torch's

@@ -1,4 +1,4 @@
-"""qcore's side: its model, its loop and its step, on weights made on the device.
+"""The training step of qcore that benchmarks measure, on random weights made on the GPU.
 
 Nothing here computes: `Model` is built as `train` builds it, filled through the loader's own
 `place`, and `Loop.step` runs, with rows laid so that step n trains on the n-th ids.

@@ -1,4 +1,4 @@
-"""The sizes that are measured, the tokens, and the maps that carry LoRA: the same for every side.
+"""Model sizes, token ids and LoRA targets, the same for every implementation measured.
 
 Sizes are those of the published config.json of each model; values of weights are each side's own
 random ones, which changes no time but that of an uneven router.

@@ -1,6 +1,7 @@
-"""transformers + peft + bitsandbytes, as their documentation has it, on weights made on the device.
+"""The training step of transformers + peft + bitsandbytes that benchmarks measure.
 
-``hf`` computes the delta rule in torch: fla and causal-conv1d are hidden from transformers.
+The step is written as their documentation has it, on random weights made on the GPU. ``hf``
+computes the delta rule in torch: fla and causal-conv1d are hidden from transformers.
 ``hf-fla`` uses flash-linear-attention; on Hopper with Triton before 3.7.1 that needs TileLang.
 """
 

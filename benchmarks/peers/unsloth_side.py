@@ -1,4 +1,4 @@
-"""Unsloth, through its public functions, on a checkpoint with random weights that it reads itself.
+"""The training step of Unsloth that benchmarks measure, on a random checkpoint that it reads.
 
 It reads checkpoints alone, so one is written to a temporary folder (a process of its own, for
 Unsloth must be imported first) and removed with it. Parts of Unsloth are under the AGPL: it is

@@ -1,4 +1,4 @@
-"""The error tree, its stable codes and its exit codes.
+"""Error classes (`QcoreError` and below), stable error codes, and the exit status of each class.
 
 Every failure that a user can cause is one of these classes. An error is one line: where
 (file, field or tensor), what was found, what was expected, and the fix. The command line

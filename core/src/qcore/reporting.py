@@ -1,4 +1,4 @@
-"""Events of a run, and the dispatcher that passes them to sinks.
+"""Events that a running verb reports (steps, notes, progress), and how they reach each sink.
 
 This file decides what verbs report and who receives it. A verb calls one `Reporter`; every
 event reaches each of its sinks: the terminal, a log file, an experiment tracker, a callback.

@@ -1,4 +1,4 @@
-"""Preflight checks of ``vision_config`` and the media tokens; one function per code.
+"""Preflight checks of ``vision_config`` and the media tokens; one function per error code.
 
 - ``QC-VISION-001`` warning: config.json has a ``vision_config`` that does not describe a tower.
 - ``QC-VISION-010`` an activation that the blocks do not support; as a warning, a different kind of

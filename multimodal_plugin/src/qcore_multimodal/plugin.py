@@ -1,4 +1,4 @@
-"""Hook implementations of the image and video plugin; each one calls the module that decides.
+"""Hooks of the image and video plugin (describe, parameters, preflight): calls to other modules.
 
 Importing this file imports neither torch, transformers nor Pillow.
 """

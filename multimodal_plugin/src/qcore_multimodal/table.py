@@ -1,4 +1,4 @@
-"""Parameter table of the vision tower: rows of ``model.visual.*``, for both architectures.
+"""Parameter table (tensor names and shapes) of the vision tower, for dense and MoE text models.
 
 This file decides which tensors a tower has, their LoRA groups, and that none is stored in 4 bit by
 default: a tower is a twentieth of a model or less, and its quantization error reaches every token

@@ -1,4 +1,4 @@
-"""The gated delta net of Qwen 3.5: projections, causal convolution, delta rule, gated norm.
+"""Linear attention of Qwen 3.5 (Gated DeltaNet): projections, convolution, delta rule, norm.
 
 This file decides what surrounds the delta rule and how the state of a document is carried during
 decoding. `ops.delta_rule` computes the rule, `ops.delta_inputs` its inputs. Rule and convolution

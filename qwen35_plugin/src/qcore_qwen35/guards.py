@@ -1,4 +1,4 @@
-"""Preflight checks of Qwen 3.5's config.json beyond tensor shapes; one function per code.
+"""Preflight checks of Qwen 3.5's config.json beyond tensor shapes; one function per error code.
 
 - ``QC-QWEN35-010`` an unsupported value: an activation, gate, bias or router.
 - ``QC-QWEN35-011`` rotary parameters that are unsupported, or that transformers and other libraries

@@ -1,4 +1,4 @@
-"""Refuses a checkpoint whose tensors belong to another model than config.json describes.
+"""Refuses MLX exports and checkpoints whose tensors are of another model than config.json says.
 
 Without these checks, the parameter table would report hundreds of missing, unknown or misshapen
 tensors. A few names that decide the question are checked first:

@@ -1,7 +1,8 @@
-"""RMSNorm and gated RMSNorm of Qwen 3.5 as modules, and `Weight`, a module with one parameter.
+"""RMSNorm and gated RMSNorm modules of Qwen 3.5, recomputed in backward instead of saved.
 
 This file decides what is recomputed in backward (the output of every norm); `ops.norm` has the
-formulas.
+formulas. `Weight` is a module with one parameter, which gives a tensor its checkpoint name
+(``conv1d.weight``).
 
 Shapes: ``[..., d]``, normalized over d.
 """

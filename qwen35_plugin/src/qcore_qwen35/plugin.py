@@ -1,4 +1,4 @@
-"""Hook implementations of the Qwen 3.5 plugin; each one calls the module that decides.
+"""Hooks of the Qwen 3.5 plugin (describe, detect, parameters, ...): calls to other modules.
 
 Importing this file imports no torch: blocks and tiny checkpoints are built by functions that import
 it when they are called.

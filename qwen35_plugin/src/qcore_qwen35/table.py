@@ -1,4 +1,4 @@
-"""Parameter table of Qwen 3.5, dense and mixture of experts: rows, dimensions, axes, namespaces.
+"""Parameter table of Qwen 3.5, dense and MoE: every tensor's name, shape, LoRA group, storage.
 
 This file decides which tensors a checkpoint of these architectures has, their LoRA groups, and how
 each is stored in training. The architectures differ only in the feed-forward rows; each experts

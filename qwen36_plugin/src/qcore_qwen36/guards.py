@@ -1,4 +1,4 @@
-"""Preflight checks of Qwen 3.6 beyond those of its architecture; one function per code.
+"""Preflight checks of Qwen 3.6 beyond those of its architecture; one function per error code.
 
 - ``QC-QWEN36-001`` a template switch that is neither true nor false.
 

@@ -1,4 +1,4 @@
-"""Hook implementations of the Qwen 3.6 plugin; each one calls the module that decides.
+"""Hooks of the Qwen 3.6 plugin (describe, detect, preflight, chat format): calls to other modules.
 
 qcore-qwen35 provides the architectures with their tables, blocks and tiny checkpoints; a generation
 adds what changes without a change of tensors. Importing this file imports no torch.

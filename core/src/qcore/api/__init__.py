@@ -1,4 +1,4 @@
-"""What a plugin sees of core: hooks, records, the parameter table, views, media, blocks.
+"""Public API for plugins: hooks, records, parameter table, and protocols of core's objects.
 
 This file decides which names are public; a plugin imports them from here: ``from qcore.api
 import Claim, Part, Row``. A name is looked up on first use, so that only those of `blocks` import

@@ -1,4 +1,4 @@
-"""The protocols between core and a plugin's blocks, the packed batch and its media.
+"""Protocols of the torch modules that a plugin builds: trunk, layers, tower, and their batch.
 
 This file decides what core requires of a trunk and of a tower, and what it offers to blocks that
 are built. Core owns the loop over layers (activation checkpointing and offload are there, once),

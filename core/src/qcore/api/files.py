@@ -1,4 +1,4 @@
-"""Files that a plugin writes for itself: the user's cache folder, and errors of writing.
+"""Where plugins may write cache files (``~/.cache/qcore``), and errors when writing fails.
 
 This file decides where caches lie (``$XDG_CACHE_HOME/qcore``, else ``~/.cache/qcore``) and that a
 plugin's failure to write is the same `WriteError` as core's. Checkpoints and adapters are written

@@ -1,7 +1,7 @@
-"""The hooks: questions with many answers. One decorated function a hook, nothing else.
+"""Hook specifications for plugins (pluggy): name, arguments and answers of each ``qcore_*`` hook.
 
-This file decides names, arguments and answers of hooks. How they are called is decided by
-`qcore.plugins.manager`.
+This file decides names, arguments and answers of hooks, one decorated function a hook and nothing
+else. How they are called is decided by `qcore.plugins.manager`.
 """
 
 # mypy: disable-error-code="empty-body"

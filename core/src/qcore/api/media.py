@@ -1,4 +1,4 @@
-"""Media in rows, between core and the reader that a modality brings; and the fault of a row.
+"""Protocol of a media reader (images, videos): payloads, positions, and `RowError` for a bad row.
 
 This file decides the protocol: what core hands to a reader (`Payload`), what it gets back
 (`Medium`, `Placed`, the batch of a tower), and how a reader refuses one row (`RowError`). Where

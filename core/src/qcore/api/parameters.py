@@ -1,4 +1,8 @@
-"""The parameter table: rows and parts, and `at`, `cat`, `stack` for other layouts on disk.
+"""The parameter table: name, shape and possible on-disk layouts of every tensor of a model.
+
+A `Row` is every tensor of one kind, such as ``q_proj`` of all layers; a `Part` is the rows that are
+loaded or absent together, such as the text model or a vision tower; `at`, `cat` and `stack`
+describe other layouts on disk.
 
 This file decides what a table *is* and how it expands to canonical tensors and to the
 pieces of them that may lie on disk. It reads no file and knows no model: plugins write

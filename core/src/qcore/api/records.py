@@ -1,4 +1,4 @@
-"""Records that hooks yield: architecture, generation, claim, finding, chat format, kernel.
+"""Dataclasses that hooks yield: architecture, generation, claim, finding, chat format, kernel.
 
 This file decides the vocabulary between core and plugins. It imports no torch: what needs
 torch hangs on a record as a callable that imports inside (`Architecture.build`), so that

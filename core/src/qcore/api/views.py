@@ -1,4 +1,4 @@
-"""What a plugin sees of core's objects: protocols of a checkpoint, its files, a layout, settings.
+"""Protocols of the checkpoint, its files, the tensor layout and the settings that hooks receive.
 
 This file decides which attributes of a checkpoint, a chat template, a tokenizer, a layout and a
 run's settings a hook may use. Core passes its own objects, which have more; what is not here may

@@ -1,4 +1,4 @@
-"""``qcore demo``."""
+"""``qcore demo``: trains, merges and verifies a tiny model; prints answers before and after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``qcore doctor``."""
+"""``qcore doctor``: prints the checks of the environment, and with ``--kernels`` every backend."""
 
 from __future__ import annotations
 

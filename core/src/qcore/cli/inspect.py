@@ -1,4 +1,4 @@
-"""``qcore inspect``: prints the report of `preflight.inspect`."""
+"""``qcore inspect``: prints what a checkpoint is and whether every tensor is known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: the group, and how an error ends a process.
+"""The ``qcore`` command: lists verbs without importing them, turns errors into exit statuses.
 
 This file decides exit statuses and that ``--help`` imports no verb: commands are listed from
 a table, and those of plugins from entry-point metadata. Each verb has a file of its own,

@@ -1,4 +1,4 @@
-"""``qcore merge``."""
+"""``qcore merge``: writes model + adapter as one checkpoint, and prints how it was verified."""
 
 from __future__ import annotations
 

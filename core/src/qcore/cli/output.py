@@ -1,4 +1,4 @@
-"""Standard output and error that cannot be written: a reader that left, a full disk.
+"""Exit status if stdout or stderr cannot be written: broken pipe (141) or full disk (73).
 
 This file decides which failed writes are those of the command line's own output, and the exit
 status of a process that ends by one. It follows Python's note on SIGPIPE: the error is caught, the

@@ -1,4 +1,4 @@
-"""``qcore plan``: prints the report of `preflight.plan`."""
+"""``qcore plan``: prints predicted memory, micro-batch and speed of training for each GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands of plugins: listed by metadata, imported when one is run, contained.
+"""Commands that plugins add to ``qcore``: listed from metadata, imported and contained when run.
 
 This file decides which exceptions of a plugin's command pass (those of click and of qcore) and how
 any other one names the command and its distribution. How an error is printed is left to `main`.

@@ -1,4 +1,4 @@
-"""``qcore plugins``: what is installed, by metadata; nothing is imported.
+"""``qcore plugins``: prints installed plugins and their status from metadata, importing none.
 
 This file decides how plugins and the entry points of other groups are listed. Their status is
 decided by `qcore.plugins.discovery` and `qcore.io.entry_points`.

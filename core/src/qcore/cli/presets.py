@@ -1,4 +1,4 @@
-"""``qcore presets``."""
+"""``qcore presets``: lists the presets of core and plugins, and prints the settings of one."""
 
 from __future__ import annotations
 

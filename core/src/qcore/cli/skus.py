@@ -1,4 +1,4 @@
-"""``qcore skus``: what is known of published models, how well, and from where."""
+"""``qcore skus``: lists records of published models (SKUs), and prints the facts of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``qcore train``."""
+"""``qcore train``: merges settings from flags, file and preset, and picks the default model."""
 
 from __future__ import annotations
 

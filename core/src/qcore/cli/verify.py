@@ -1,4 +1,4 @@
-"""``qcore verify``."""
+"""``qcore verify``: checks the files of an adapter or merged folder against MANIFEST.json."""
 
 from __future__ import annotations
 

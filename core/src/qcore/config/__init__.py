@@ -1,1 +1,1 @@
-"""Settings and presets: what a run may be asked, and from where each value comes."""
+"""Settings of a run and presets: which exist, how YAML is read, which source of a value wins."""

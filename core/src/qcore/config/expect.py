@@ -1,8 +1,9 @@
-"""Expected shapes of YAML data files: one reader for the files that carry a contract.
+"""Schema checks of YAML data files (presets, SKU records): required keys, types, and errors.
 
 This file decides how a file that must have a fixed shape (presets, SKU records) is read: which
-keys a mapping has, what counts as a text, a list, a number, and how a breach is reported. It
-leaves YAML itself to `qcore.config.yaml`, and what a file must hold to the file's own reader.
+keys a mapping has, what counts as a text, a list, a number, and which error (`Contract`) names a
+value that does not fit. It leaves YAML itself to `qcore.config.yaml`, and what a file must hold to
+the file's own reader.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Presets: named settings in YAML files.
+"""Preset files (``presets/*.yaml`` of core and plugins): their format, aliases, default models.
 
 This file decides the format of a preset file: ``schema_version: 1``, ``default_base_models``
 (default model by generation; ``{}`` for none) and ``presets``, each with ``id``, ``aliases``,

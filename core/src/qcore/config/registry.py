@@ -1,8 +1,9 @@
-"""A registry: named entries that core and plugins bring in data files, such as presets.
+"""Name lookup in presets and SKU records: aliases, names that two plugins claim, broken files.
 
-This file decides which entry a name means where several files bring it, and what using a name
-of a broken file is. Discovery never raises: a broken file is listed with its reason. Use never
-degrades: a name of a broken file, or one that two plugins claim, is an error.
+A SKU record holds facts about one published model (`qcore.skus`). This file decides which entry a
+name means where several files bring it, and what using a name of a broken file is. Discovery never
+raises: a broken file is listed with its reason. Use never degrades: a name of a broken file, or one
+that two plugins claim, is an error.
 
 Names are settled so: a name of core stays core's; within one plugin the first entry keeps its
 names; if two plugins claim a name, it means neither entry, and an entry that loses its id this

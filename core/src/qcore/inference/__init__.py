@@ -1,1 +1,1 @@
-"""`qcore generate`: decoding, to see the effect of an adapter."""
+"""`qcore generate`: prompt rendering, decoding with caches, and the choice of each token."""

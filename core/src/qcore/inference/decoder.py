@@ -1,4 +1,4 @@
-"""Decode one document token by token: caches, and the captured step that advances them.
+"""Computes next-token logits: prefill, then steps over caches, replayed as a CUDA graph on a GPU.
 
 This file decides how a token is computed. On a GPU the host would need longer to launch the kernels
 of a token than the GPU to run them, so they are captured once in a CUDA graph and replayed: the

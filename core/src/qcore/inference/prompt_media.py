@@ -1,4 +1,4 @@
-"""Media of a prompt: files that the user names become input of the tower.
+"""Reads the images and videos of a prompt: placeholder tokens, and the vision tower's input.
 
 This file decides how a file is read, how the rendered prompt is expanded to the tokens that stand
 for it, and how errors of the modality's reader name the option or the chat template. The reader

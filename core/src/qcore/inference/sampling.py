@@ -1,7 +1,8 @@
-"""The decoding loop: one prefill, then one token at a time until a stop token.
+"""Chooses each next token (greedy, or sampled with a temperature) in the decoding loop.
 
-This file decides which token follows, the most likely one or a sampled one, and when a document
-ends. How the logits of a token are computed is up to `decoder`.
+This file decides which token follows (temperature 0: the most likely one; above 0: one drawn from
+the softmax; there is no top-k or top-p) and when decoding ends: at a stop token or after
+``max_new_tokens``. How the logits of a token are computed is up to `decoder`.
 """
 
 from __future__ import annotations

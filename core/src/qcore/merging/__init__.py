@@ -1,1 +1,1 @@
-"""`qcore merge`: a base and an adapter to a checkpoint, verified."""
+"""`qcore merge`: writes base + adapter as a checkpoint and proves that it computes the same."""

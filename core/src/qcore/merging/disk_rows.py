@@ -1,4 +1,4 @@
-"""Rows of tensors on disk, as `verify` reads them: some rows, blocks of rows, rounded rows."""
+"""Reads single rows of tensors on disk in float32, and checks rounding, to verify a merge."""
 
 from __future__ import annotations
 

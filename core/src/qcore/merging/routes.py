@@ -1,4 +1,4 @@
-"""Records which experts a router picks during the verification of a merge.
+"""Records which experts a MoE router picks for each token while a merge is verified.
 
 Rounding may send a token to another expert, so `verify` compares only tokens with the same route.
 """

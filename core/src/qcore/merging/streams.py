@@ -1,4 +1,4 @@
-"""Runs base, base + adapter and merged model layer by layer to compare their activations.
+"""Verifies a merge layer by layer: runs base, base + adapter and merged model, and compares them.
 
 This file decides how layers are put into memory one at a time, what each stream runs, and how far
 the outputs of a layer may differ: by float32 summed in another order. Why each layer is compared

@@ -1,1 +1,1 @@
-"""What blocks are built from: protocols, the QLoRA linear map, attention and the loss."""
+"""Torch side of core: QLoRA linear layers, attention, experts, loss, kernel choice, loading."""

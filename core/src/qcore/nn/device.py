@@ -1,4 +1,4 @@
-"""The device that a run computes on, its peak memory, and the errors of one that is full."""
+"""Picks the device of ``--device``, reads peak memory, recognizes out-of-memory errors."""
 
 from __future__ import annotations
 

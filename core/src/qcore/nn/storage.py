@@ -1,4 +1,4 @@
-"""Identity of a tensor's storage: whether two tensors share one block of memory."""
+"""`storage_id`: whether two tensors share memory (4-bit weight storage is in `nn.qlora.nf4`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plugin's blocks and kernels call: attention, routing, recomputation, launches, checks.
+"""Public re-exports of `qcore.nn` for plugins' layers and kernels: attention, routing, launches.
 
 This file decides which functions of `qcore.nn` are public; each is documented where it is
 defined. Importing it imports torch, so a plugin imports it in its blocks and kernels, never in

@@ -1,1 +1,1 @@
-"""Which plugins are installed, what they answer, and which architecture a model is."""
+"""Discovery, loading and hook calls of plugins, and detection of a checkpoint's architecture."""

@@ -1,4 +1,4 @@
-"""What a checkpoint is: claims of plugins, judged into one decision and its reasons.
+"""Decides which architecture and which generation a checkpoint is, from the claims of plugins.
 
 This file decides two axes. The architecture follows from ``model_type`` alone. The generation
 follows from evidence for a generation (this one and no other) and against it (cannot be this

@@ -1,8 +1,10 @@
-"""The installed plugins by metadata alone: met with their index, disabled, de-duplicated, gated.
+"""Lists plugins and the model types that they serve, from metadata: disabled, duplicate, invalid.
 
-This file decides every status of a plugin that can be known without an import. It raises nothing
-for what an environment holds. How entry points are read, and those of the other groups, is
-`qcore.io.entry_points`' business.
+This file decides every status of a plugin that can be known without an import: disabled by the
+user, a name or module that two plugins claim, an index entry (model type -> plugin) that fits no
+plugin, a version that does not match. It raises nothing for what an environment holds.
+`qcore.io.entry_points` reads the entry points, those of all groups; `qcore.plugins.manager` imports
+the plugins.
 """
 
 from __future__ import annotations

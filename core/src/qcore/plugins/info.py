@@ -1,7 +1,8 @@
-"""What is known of a plugin: its status, its identity, and what it brought.
+"""How reports describe a plugin: `PluginInfo` (name, version, status, reason) and its records.
 
-This file decides how plugins are described to the rest of core. Nothing here reads metadata or
-imports a plugin.
+This file decides how plugins are described to the rest of core. The statuses (available, loaded,
+disabled, incompatible, duplicate, broken, invalid) are those of `qcore.io.entry_points.Status`.
+Nothing here reads metadata or imports a plugin.
 """
 
 from __future__ import annotations

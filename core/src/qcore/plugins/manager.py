@@ -1,9 +1,10 @@
-"""Loading plugins and asking their hooks; an exception of a plugin becomes an error with its name.
+"""Imports plugins and calls their hooks: a failed import is a status, a failed hook is an error.
 
 This file decides what is imported, whether its hooks are sound, and how they are called.
-Discovery never raises: what is wrong with a plugin is its status and reason. Use never
-degrades: a plugin that fails in a hook stops the verb with its name, and so does one that is
-unusable and indexes the model type in use.
+Discovery never raises: a plugin that cannot be imported is `Status.BROKEN`, with the exception as
+its reason, and other plugins are used. Use never degrades: a plugin that fails in a hook stops the
+verb with its name, and so does an unusable one that serves the model type in use
+(``QC-PLUGIN-001``).
 
 Every plugin has a manager of its own, so no plugin can wrap, reorder or swallow another's
 answers, and a registration that fails leaves nothing behind. Calls are made by `Plugins.ask`

@@ -1,4 +1,4 @@
-"""Whether a record that a plugin yields holds what its annotations say.
+"""Runtime type check of the records that plugins yield, by the annotations of their fields.
 
 Type checkers see a plugin's own code; core sees what arrives. This file decides the check of
 the fields of a frozen record, nested records included, so that a wrong field is the plugin's

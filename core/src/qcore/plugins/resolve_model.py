@@ -1,4 +1,4 @@
-"""Model name -> checkpoint, decision, layout: what every verb does first.
+"""Resolves ``--model``: finds the checkpoint, detects its architecture, locates every tensor.
 
 This file decides the order (folder, headers, plugins, detection, table, location) and
 nothing else. It reads no weight and imports no torch.

@@ -1,1 +1,1 @@
-"""Checks before a weight is read: every finding of a run at once."""
+"""Checks and reports before a weight is read: `inspect`, `plan`, and the preflight of a run."""

@@ -1,4 +1,4 @@
-"""Preflight guards: all problems that can be found before a weight is read, reported together.
+"""Preflight checks of core (template, tokenizer, settings) and of plugins, reported together.
 
 This file decides the guards that apply to any model: the checkpoint has a chat template, the
 tokenizer fits the embedding, the chat format's tokens exist, the settings suit the model

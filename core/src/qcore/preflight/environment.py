@@ -1,4 +1,4 @@
-"""Checks of the environment for ``qcore doctor``.
+"""Checks for ``qcore doctor``: package versions, GPUs, NF4, template rendering, plugins, kernels.
 
 This file decides the checks of core; plugins add checks through ``qcore_doctor``. Each check runs
 what it checks: NF4 is quantized and decoded, a template is rendered in the bounded worker. Nothing

@@ -1,4 +1,4 @@
-"""Checkpoints for tests: without files, or with true headers and no weights.
+"""Fake model folders for tests of plugins: config and template only, or files without weights.
 
 This file decides what a test writes in place of a model. Sizes come from the table of dtypes that
 `qcore.checkpoint` reads headers with; what a checkpoint must hold is judged there.

@@ -1,4 +1,4 @@
-"""Distributions for tests: written as an installer leaves them, and discovered on their own.
+"""Fake installed distributions for tests of plugins, and discovery limited to them.
 
 This file decides what of an installed distribution is written (metadata, entry points, at most
 one module) and which distributions a test sees. What discovery makes of them is

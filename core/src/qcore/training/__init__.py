@@ -1,1 +1,1 @@
-"""`qcore train`: rows and a base to a PEFT adapter."""
+"""`qcore train`: fine-tunes LoRA over a 4-bit or 16-bit base and writes a PEFT adapter."""

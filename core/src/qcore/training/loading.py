@@ -1,4 +1,4 @@
-"""The base on the device with adapters on it, ready for the first step.
+"""Loads the base onto the device in 4 or 16 bit, and attaches LoRA to the chosen weights.
 
 This file decides which weights carry an adapter and for which class the adapter is written, that
 loading can be interrupted, and that a weight which the table declares 4-bit is held in 4 bit. How

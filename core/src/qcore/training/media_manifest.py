@@ -1,4 +1,4 @@
-"""The media that a run was started on, so that a resumed run can name the one that changed.
+"""Digests of a run's images and videos, by which a resumed run names the one that changed.
 
 This file decides what ``OUTPUT.run/media.txt`` holds: for each medium of the data file, in order,
 the line of its row, its number within the row, and half of its digest. The identity of a run

@@ -1,4 +1,4 @@
-"""Peak memory and speed of the steps of a run.
+"""Measures peak memory and tokens per second over the steps of a run.
 
 This file decides what is measured: the peak over all steps and evaluations, and tokens per
 second over all steps but the first, which compiles kernels and warms up. How a measurement

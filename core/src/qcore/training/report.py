@@ -1,4 +1,4 @@
-"""The report of a training run, and the records that are made of it.
+"""`TrainReport`: what ``qcore train --json`` and the adapter's manifest say of a finished run.
 
 This file decides what ``--json`` and the manifest say about a run.
 """

@@ -1,4 +1,4 @@
-"""Whether a stopped run may be resumed: what makes it the same run, compared key by key.
+"""Decides whether a run may resume: same base, data, template, settings, plugins and versions.
 
 This file decides what a run's identity is, and which settings may change because they compute
 the same numbers: the activation checkpointing policy and the size of the media cache. Everything

@@ -1,6 +1,7 @@
-"""`Run`: all that is known of a training run before a weight is read.
+"""`Run`: the checked model, rows, settings, device and kernels of a run, as `setup` returns them.
 
-`setup` builds it; the stations of `train` take it whole instead of its fields one by one.
+It holds all that is known of a run before a weight is read. `setup` decides the checks that it has
+passed, `train` runs it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Set-up of a run: everything that can be wrong is found before a weight is read.
+"""Prepares a training run: the order of all checks, and the memory plan, before a weight is read.
 
 This file decides the order of the checks (output folder, device, model, preflight, rows, media,
 kernels, and for a resumed run whether it is the same run) and asks the planner whether the run

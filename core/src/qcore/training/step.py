@@ -1,4 +1,4 @@
-"""The optimizer step: micro-batches in, one update out, nothing written.
+"""The optimizer step: loss over its micro-batches, gradient clipping, one AdamW update.
 
 This file decides the loss (mean over the supervised tokens of the step, however they are spread
 over rows and micro-batches, so accumulating 4 x 1 equals 1 x 4), gradient clipping, and that a

@@ -1,4 +1,4 @@
-"""Helpers shared by this family's Triton kernels: row layout and supported dtypes.
+"""Input preparation for the Triton kernels in `ops`: flattening to rows, and a check of dtypes.
 
 Core launches the kernels (`qcore.ops.launch`): it skips launches without rows, and on the meta
 device it only records launches and memory, without a GPU.

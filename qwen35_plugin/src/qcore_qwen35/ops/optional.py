@@ -1,4 +1,4 @@
-"""Optional backends from other projects: flash-linear-attention, FlashQLA, causal-conv1d.
+"""Backends from other installed packages: flash-linear-attention, FlashQLA, causal-conv1d.
 
 This file decides how their functions are called with our arguments: a pack has no batch dimension,
 lengths are on the host, q and k are not yet normalized, and the state after each document is

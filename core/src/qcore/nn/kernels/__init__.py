@@ -1,1 +1,1 @@
-"""Backends of ops: which there are, which may run here, and how one is launched and verified."""
+"""Kernel backends of ops: `registry` chooses them, `judge` verifies them, `launch` runs Triton."""

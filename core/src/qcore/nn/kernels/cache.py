@@ -1,4 +1,4 @@
-"""Cache of verdicts: kernels that passed verification, kept in the user's cache between runs.
+"""Cache of verification results of kernel backends, in the user's cache folder between runs.
 
 This file decides what a verdict is valid for: the GPU and its driver, the versions of torch,
 Triton, CUDA, the plugin and whatever the backend requires, every source file of core and of the

@@ -1,4 +1,4 @@
-"""Verification of kernel backends on this GPU before use: requirements, known bugs, errors.
+"""Verifies whether a backend may run on this GPU: requirements, known bugs, measured errors.
 
 This file decides that a backend passes only if what it requires is installed, it is not known to be
 bad, it refuses neither device nor model, and it has been verified now or before on the same GPU

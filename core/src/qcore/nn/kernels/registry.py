@@ -1,4 +1,4 @@
-"""Registry of kernels: which backend computes each op of a run.
+"""Chooses the backend of each op of a run: by the user's setting, else by priority.
 
 This file decides that every op has a reference in torch, that a backend is taken only if it
 passes its checks (`judge`), and that a backend which the user asks for is taken or the run stops.

@@ -1,1 +1,1 @@
-"""Mixture of experts: routing, grouped linear maps and their Triton kernels."""
+"""Mixture of experts: sorting tokens by expert, expert linear layers, and their Triton kernels."""

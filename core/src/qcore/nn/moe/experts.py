@@ -1,4 +1,4 @@
-"""Experts: rows sorted by the expert that they were routed to, and one linear map for each expert.
+"""`Experts`: one frozen linear layer with LoRA per MoE expert, and its reference in torch.
 
 This file decides that the cost is linear in the rows, how ``y_i = x_i W_e^T + s x_i A_e^T B_e^T``
 is computed with torch alone, and what is saved for its backward: the input as the caller passed it,

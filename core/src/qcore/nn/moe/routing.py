@@ -1,4 +1,4 @@
-"""Routing: the order of each token's k rows when all rows are sorted by expert.
+"""`Routing`: sorts the k expert choices of each token by expert, and maps results back.
 
 This file decides that the order is stable, by (expert, token, choice), that it is saved for
 backward as tensors, and that the host need not know it. The plugin picks the experts, `experts`

@@ -1,4 +1,4 @@
-"""Experts on a GPU: the map of `experts.grouped` and the routing of `Routing.of`, in Triton.
+"""Triton backend of expert layers, forward and backward: which kernels run, with which tiles.
 
 This file decides which kernels run for a map and its gradients and how their tiles are cut: if an
 expert has few rows, its 4-bit weights are read inside the product; otherwise all weights are

@@ -1,4 +1,4 @@
-"""Triton products over rows sorted by expert: the base's maps, and LoRA's thin ones.
+"""Triton matmul kernels over rows sorted by expert: base weights (16-bit or NF4) and LoRA.
 
 This file decides how a tile of rows finds its expert without the host knowing the counts, how
 rows are read through an index (nothing is gathered beforehand), how 4-bit weights are read

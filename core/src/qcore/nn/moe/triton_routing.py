@@ -1,4 +1,4 @@
-"""`Routing.of` in four launches: a stable counting sort of rows by expert, and its tiles.
+"""Triton backend of `Routing.of`: a stable counting sort of rows by expert, in four launches.
 
 This file decides that the order is that of a stable sort and the same in every run: no atomics.
 A block of flat places is counted; an expert's counts are summed over blocks; ends and tiles

@@ -1,4 +1,4 @@
-"""Linear maps of one input as one product on a GPU: base, LoRA, and their gradients.
+"""GPU path of QLoRA linear layers: base and LoRA of layers with one input as one product.
 
 This file decides how ``y_i = x W_i^T + s_i (x A_i^T) B_i^T`` of all members is computed there in
 few launches and without a pass over the wider side for LoRA's sake. `linear` and `stacked_linear`

@@ -1,4 +1,4 @@
-"""The LoRA matrices that a fused product multiplies with, made from the trained factors.
+"""LoRA's A and B of a fused product in the run's dtype, made again after each optimizer step.
 
 This file decides when they are made again. A is ``[R, K]``, all members' below each other; B
 ``[N, R]`` is block-diagonal. Both are made in the run's dtype once per update of the trained

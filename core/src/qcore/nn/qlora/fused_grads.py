@@ -1,4 +1,4 @@
-"""Gradients of the adapters of a product, by torch: added where an optimizer keeps them.
+"""Gradients of LoRA's A and B in a fused product, by torch ops: the default without Triton.
 
 This file decides that each is summed in float32 and not rounded before it is added, and that all
 of A are one product if their gradients lie end to end. `fused_triton` computes the same in one

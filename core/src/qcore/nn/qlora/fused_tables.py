@@ -1,4 +1,4 @@
-"""Tables of addresses by which a GPU program finds its member of a fused product.
+"""Address tables by which a program of a fused Triton kernel finds its linear layer's tensors.
 
 This file decides what a row of a table holds and when a table is out of date: when an address in it
 is no longer that of the tensor. `fused_triton` uses the tables.

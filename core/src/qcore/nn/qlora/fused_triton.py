@@ -1,4 +1,4 @@
-"""Triton kernels around a fused QLoRA product: read weights, thin products, LoRA's gradients.
+"""Triton kernels of the fused QLoRA product: read NF4 weights, apply LoRA, compute its gradients.
 
 This file decides how a program finds its member: by a table of addresses, which is made again when
 one of them changes, so that a stack of four maps costs no more launches than one map. `fused`

@@ -1,4 +1,4 @@
-"""Verification of a backend of ``qlora_linear`` against float32.
+"""Verification of a backend of the op ``qlora_linear`` (the fused product) against float32.
 
 This file decides the cases: a stack that is wider than its input and one that is narrower, of 4-bit
 and 16-bit maps, whose gradients are added where the optimizer keeps them; a number of rows that no

@@ -1,4 +1,4 @@
-"""The linear map that blocks are built from: frozen weight, 16-bit or NF4, plus LoRA.
+"""`Linear`: frozen 16-bit or NF4 weight plus LoRA; torch on CPUs, on GPUs it calls `fused`.
 
 This file decides how ``y = x W^T + s (dropout(x) A^T) B^T`` is computed and what is saved for its
 backward: the input, never the dequantized weight, which is read again. `adapter.targets` decides

@@ -1,4 +1,4 @@
-"""Base class of frozen maps that can carry LoRA, and LoRA's numbers.
+"""`LoraLayer`: base class of frozen layers with LoRA. `Lora`: rank, alpha, dropout and scaling.
 
 This file decides what core may assume of a module that `BuildContext` creates, so that no verb asks
 which class it is: it takes the base's values a few slices at a time, carries two LoRA matrices in

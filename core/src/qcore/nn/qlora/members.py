@@ -1,4 +1,4 @@
-"""The linear maps of one fused product: what each must offer, and the facts about all of them.
+"""Interface and offsets of the linear layers in one fused product; `fused` computes it.
 
 This file decides what a map must offer to be computed in a fused product (`Member`) and the
 sizes that follow from a group of maps (`Members`): where each member's rows and LoRA ranks

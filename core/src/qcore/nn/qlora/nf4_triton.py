@@ -1,4 +1,4 @@
-"""NF4 read back in one launch: both levels of scales and the values, bit for bit bitsandbytes'.
+"""Triton kernel that dequantizes NF4 in one launch, bit for bit as bitsandbytes does.
 
 This file decides how the work is cut. A program takes `_WORDS` words of eight codes; a word's
 scale is its own code times the scale of its 256, plus the slice's offset: rounded after each

@@ -1,4 +1,4 @@
-"""Linear maps that read the same x, computed as one.
+"""`Stacked`: linear layers with the same input (q, k, v), on a GPU as one product by `fused`.
 
 This file decides when the products of a stack are shared: on a GPU, unless a member draws dropout
 (each member draws for itself, so each reads another x). Otherwise members are called one by one.
