@@ -19,6 +19,7 @@ from support.e2e_kit import figure
 from support.fp8_kit import decoded, is_quantised, to_fp8
 from support.model_kit import TEXT, key_list, small_config, small_shapes, write_json
 from support.sku_kit import config_of, derived, shapes_of, write_sku
+from support.tiers import fast
 from transformers.integrations import finegrained_fp8
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -356,7 +357,7 @@ def test_what_it_was_made_from(
 UNREADABLE = [case for case, (_, kind, _) in FORMATS.items() if kind is not Format.BLOCK_FP8]
 
 
-@pytest.mark.parametrize("case", UNREADABLE)
+@pytest.mark.parametrize("case", fast(UNREADABLE, *UNREADABLE[::5]))
 def test_inspect_names_the_format(tmp_path: Path, case: str, capsys: Any) -> None:
     """And not the hundreds of tensors that no table knows."""
     make, kind, method = FORMATS[case]

@@ -59,6 +59,7 @@ def test_json_holds_the_whole_plan(capsys: pytest.CaptureFixture[str], folder: P
     assert ended.json["trained_parameters"] > 0
 
 
+@pytest.mark.slow
 def test_more_rank_is_more_of_what_is_trained(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_the_flag_that_was_typed_is_named(
     assert here(capsys, "plan", folder, *flags).err.startswith(line)
 
 
+@pytest.mark.slow
 def test_the_policy_of_the_longest_row_is_named(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
@@ -168,6 +170,7 @@ def test_all_settings_that_do_not_suit_are_named_at_once(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_more_tokens_than_positions_are_a_warning(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
@@ -187,6 +190,7 @@ def test_a_card_that_is_named_twice_is_planned_once(
     assert [one["card"] for one in plans] == ["H100-80", "H200"]
 
 
+@pytest.mark.slow
 def test_a_budget_above_a_card_is_what_the_card_has(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:

@@ -72,7 +72,7 @@ def measured(folder: Path, settings: Settings, lengths: tuple[int, ...], policy:
 
 
 @pytest.mark.parametrize("policy", fast(["none", "elementwise", "full"], "elementwise"))
-@pytest.mark.parametrize("lengths", [(193,), (64, 31, 97)], ids=str)
+@pytest.mark.parametrize("lengths", fast([(193,), (64, 31, 97)], (64, 31, 97)), ids=str)
 def test_the_peak_is_what_a_step_takes(folder: Path, lengths: tuple[int, ...], policy: str) -> None:
     settings = Settings(r=4)
     planner = Planner(identify(str(folder)), settings, None)
@@ -254,6 +254,7 @@ def walked() -> Planner:
 
 
 @pytest.mark.parametrize("lengths", [(10240,), (9000, 4000, 65, 31)], ids=str)
+@pytest.mark.slow
 def test_a_long_pack_is_told_from_short_ones(walked: Planner, lengths: tuple[int, ...]) -> None:
     measure, kind = walked.measure, walked.measure.kinds[0]
     assert measure.stretches(kind, "full", lengths)

@@ -166,6 +166,7 @@ def check_fixes(found: Identified, error: InputError, room: Room, given: dict[st
         assert planned(found, room, rows, **(given | numbers))[0].worst.fits, fix
 
 
+@pytest.mark.slow
 def test_a_refusal_names_the_largest_term_and_fixes_that_are_true(found: Identified) -> None:
     given = {"per_device_train_batch_size": 4}
     room = Room(budget=peak(found, "full", (500, 500)) + 10_000)
@@ -179,6 +180,7 @@ def test_a_refusal_names_the_largest_term_and_fixes_that_are_true(found: Identif
     check_fixes(found, error, room, given)
 
 
+@pytest.mark.slow
 def test_one_very_long_row_is_what_is_refused(found: Identified) -> None:
     room = Room(budget=peak(found, "full", (600,)))
     rows = [40] * 30 + [1000]
@@ -187,6 +189,7 @@ def test_one_very_long_row_is_what_is_refused(found: Identified) -> None:
     assert planned(found, room, rows, max_steps=1, seed=1)[0].worst.lengths == (40,)
 
 
+@pytest.mark.slow
 def test_a_policy_by_hand_makes_it_a_warning(found: Identified) -> None:
     room = Room(budget=peak(found, "full"))
     for given in ({"gradient_checkpointing": False}, {"recompute": "elementwise"}):
@@ -249,6 +252,7 @@ def test_a_plan_by_itself_parks_no_more_than_the_host_has(four: Identified) -> N
 # -- evaluation
 
 
+@pytest.mark.slow
 def test_a_held_out_row_can_be_the_worst(found: Identified) -> None:
     plan, _ = planned(found, Room(), [64, 64], held_out=(1200, 64))
     assert plan.worst.moment == "evaluation of a held-out row"
