@@ -120,7 +120,7 @@ class Measured:
         }
 
 
-def beside(plan: RunPlan, measured: Measured) -> str:
+def comparison_line(plan: RunPlan, measured: Measured) -> str:
     """Prediction and measurement on one line."""
     planned, took = plan.worst.peak / 1e9, measured.peak / 1e9
     if not measured.peak:

@@ -144,7 +144,7 @@ def card_of(device_name: str, memory: int) -> Card:
     )  # fmt: skip
 
 
-def named(name: str) -> Card:
+def gpu_by_name(name: str) -> Card:
     """Look up a GPU by name. Raises ``QC-PLAN-002``."""
     names = [card.name for card in CARDS]
     alike = [card for card in CARDS if card.name.lower().startswith(name.lower())]
@@ -182,7 +182,7 @@ def parse_budget(text: str) -> int | None:
     return int(size * 1e9)
 
 
-def capped(cards: Sequence[Card], budget: int | None) -> tuple[list[int], list[str]]:
+def cap_budgets(cards: Sequence[Card], budget: int | None) -> tuple[list[int], list[str]]:
     """What of each card may be filled, and a line where that is less than was asked for.
 
     Args:

@@ -24,7 +24,7 @@ from ..nn.model import Model
 from ..nn.recompute import run_layers
 from .report import Lengths
 from .runner import META, Bench, signature
-from .segments import Segment, affine, grows, smaller, stretched
+from .segments import Segment, affine, extrapolated, grows, smaller
 from .tower import TowerMeasure
 from .trace import Trace
 
@@ -43,7 +43,7 @@ class Measure:
         model: on meta.
         kinds: of each layer; layers of one kind take the same.
         optimizer: its moments.
-        held: bytes of weights, adapters, their gradients and moments.
+        state_bytes: bytes of weights, adapters, their gradients and moments.
         width: of the stream between layers, W: what the trunk's embedding returns.
         working: bytes that layers make of their weights at first use, and keep.
         tower: what a tower takes, where the model has one.
@@ -53,16 +53,16 @@ class Measure:
         self._bench = Bench(device)
         with self._running() as trace:
             self.model, self.optimizer = make(trace)
-        self.held = self._bench.trace.live
+        self.state_bytes = self._bench.trace.live
         self.layers = cast("Sequence[Layer]", list(self.model.trunk.layers))
         self.kinds = [signature(cast(nn.Module, layer)) for layer in self.layers]
-        self._one = {kind: self.layers[self.kinds.index(kind)] for kind in self.kinds}
+        self._layer_by_kind = {kind: self.layers[self.kinds.index(kind)] for kind in self.kinds}
         self._batches: dict[Any, tuple[Packed, int]] = {}
         self._derived: dict[tuple[Lengths, bool], int] = {}
         self._segments: dict[Any, Segment] = {}
         self.width = 0
         first, second = self._warm(_WARM), self._warm(_WARM)
-        each = {kind: first[kind] - second[kind] for kind in self._one}
+        each = {kind: first[kind] - second[kind] for kind in self._layer_by_kind}
         self.working = sum(each[kind] for kind in self.kinds)
         has = self.model.tower is not None
         self.tower = TowerMeasure(self.model, self._bench) if has else None
@@ -76,7 +76,7 @@ class Measure:
         """Bytes that are there after a layer of each kind has seen a new batch."""
         with self._running() as trace, torch.no_grad():
             batch, left = _batch(lengths), {}
-            for kind, layer in self._one.items():
+            for kind, layer in self._layer_by_kind.items():
                 before = trace.live
                 self._forward(layer, batch)
                 left[kind] = trace.live - before
@@ -101,10 +101,12 @@ class Measure:
                 along = self._along(lengths, lambda one: self.batch(one, media=media))
                 self._derived[key] = along
             else:
-                self._derived[key] = self._seen(lengths, tuple(self._one), media=media)[1]
+                self._derived[key] = self._batch_after(
+                    lengths, tuple(self._layer_by_kind), media=media
+                )[1]
         return self._derived[key]
 
-    def _seen(
+    def _batch_after(
         self, lengths: Lengths, kinds: tuple[str, ...], *, media: bool = False
     ) -> tuple[Packed, int]:
         """The pack after a layer of each of `kinds` has seen it, and its bytes."""
@@ -114,20 +116,20 @@ class Measure:
                 before = trace.live
                 batch = _batch(lengths, media=media)
                 for kind in kinds:
-                    self._forward(self._one[kind], batch)
+                    self._forward(self._layer_by_kind[kind], batch)
                 self._batches[key] = batch, trace.live - before
         return self._batches[key]
 
     def _walked(self, lengths: Lengths) -> bool:
         """Whether any layer walks a pack that is too long for it."""
-        return any(self.stretches(kind, "full", lengths) for kind in self._one)
+        return any(self.extrapolates(kind, "full", lengths) for kind in self._layer_by_kind)
 
     def _along(self, lengths: Lengths, count: Callable[[Lengths], int]) -> int:
         """What `count` says of smaller packs, carried on to a longer one."""
         packs = smaller(lengths)
         return affine([sum(one) for one in packs], [count(one) for one in packs], sum(lengths))
 
-    def stretches(self, kind: str, policy: str, lengths: Lengths) -> bool:
+    def extrapolates(self, kind: str, policy: str, lengths: Lengths) -> bool:
         """Whether a pack is told from smaller ones: a long one of a layer that walks it."""
         packs = smaller(lengths)
         return bool(packs) and grows([self.layer(kind, policy, one) for one in packs[:2]])
@@ -143,7 +145,7 @@ class Measure:
                 x = self.model.trunk.embed(batch)
                 self._segments[key] = Segment(
                     kept=trace.live - before, forward=trace.peak - before, backward=0,
-                    forth=tuple(trace.work), back=(),
+                    forward_work=tuple(trace.work), backward_work=(),
                 )  # fmt: skip
                 del x
         return self._segments[key]
@@ -158,17 +160,17 @@ class Measure:
         """
         key = ("placing", lengths, units, graph)
         if key not in self._segments:
-            tower, model = self.towered(), self.model
+            tower, model = self.require_tower(), self.model
             batch, media = _batch(lengths, media=True), tower.media(units)
 
             def run(x: list[Tensor]) -> Tensor:
                 known = replace(media, features=x.pop(), _memo={}, _kept={})
                 return model.embed(replace(batch, media=known, _memo={}, _kept={}))
 
-            self._segments[key] = self._bench.both(run, *tower.made(units), graph=graph)
+            self._segments[key] = self._bench.both(run, *tower.output(units), graph=graph)
         return self._segments[key]
 
-    def towered(self) -> TowerMeasure:
+    def require_tower(self) -> TowerMeasure:
         """The tower, of a pack that has media. Raises `ValueError` where none was built."""
         if self.tower is None:
             raise ValueError("this model was built without a tower, and the pack has media")
@@ -178,19 +180,21 @@ class Measure:
         """One layer; under ``offload`` as under ``full``: meta has no host to park on."""
         key = (kind, policy, lengths)
         if key not in self._segments:
-            if self.stretches(kind, policy, lengths):
+            if self.extrapolates(kind, policy, lengths):
                 packs = smaller(lengths)
                 segments = [self.layer(kind, policy, one) for one in packs]
-                self._segments[key] = stretched([sum(one) for one in packs], segments, sum(lengths))
+                self._segments[key] = extrapolated(
+                    [sum(one) for one in packs], segments, sum(lengths)
+                )
             else:
                 self._segments[key] = self._layer(kind, policy, lengths)
         return self._segments[key]
 
     def _layer(self, kind: str, policy: str, lengths: Lengths) -> Segment:
-        layer, model = self._one[kind], self.model
+        layer, model = self._layer_by_kind[kind], self.model
         # A pack is not walked for one layer because another kind would.
-        kinds = (kind,) if self._walked(lengths) else tuple(self._one)
-        batch = self._seen(lengths, kinds)[0].alone()
+        kinds = (kind,) if self._walked(lengths) else tuple(self._layer_by_kind)
+        batch = self._batch_after(lengths, kinds)[0].alone()
 
         def run(x: list[Tensor]) -> Tensor:
             return run_layers(
@@ -207,7 +211,9 @@ class Measure:
             packs = smaller(lengths)
             if packs and grows([self.end(one, chunk) for one in packs[:2]]):
                 segments = [self.end(one, chunk) for one in packs]
-                self._segments[key] = stretched([sum(one) for one in packs], segments, sum(lengths))
+                self._segments[key] = extrapolated(
+                    [sum(one) for one in packs], segments, sum(lengths)
+                )
             else:
                 self._segments[key] = self._end(lengths, chunk)
         return self._segments[key]
@@ -230,13 +236,13 @@ class Measure:
         """The most that a forward to the loss takes where nothing is kept for a backward."""
         if self._walked(lengths):
             return self._along(lengths, lambda one: self.evaluation(one, chunk))
-        model, batch = self.model, self._seen(lengths, tuple(self._one))[0].alone()
+        model, batch = self.model, self._batch_after(lengths, tuple(self._layer_by_kind))[0].alone()
         assert batch.targets is not None
         with self._running() as trace, torch.no_grad():
             before = trace.live
             trace.mark()
             x = model.trunk.embed(batch)
-            for layer in self._one.values():
+            for layer in self._layer_by_kind.values():
                 with model.guard(layer):
                     x = layer(x, batch)
             where = batch.supervised()

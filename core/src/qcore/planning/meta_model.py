@@ -36,29 +36,31 @@ META = torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class PlannedBackends:
     """The backends of a plan: op to backend, and the functions."""
 
     backends: Mapping[str, str]
     functions: Mapping[str, Callable[..., Any]]
     absent: tuple[str, ...]
 
-    def through(self, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Taken:
+    def wrapped(
+        self, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]
+    ) -> PlannedBackends:
         """The same, each function wrapped."""
         functions = {op: wrap(op, function) for op, function in self.functions.items()}
-        return Taken(self.backends, functions, self.absent)
+        return PlannedBackends(self.backends, functions, self.absent)
 
     def get(self, op: str) -> Callable[..., Any] | None:
         """The function, or ``None``: the op's reference."""
         return self.functions.get(op)
 
 
-def take(
+def choose_backends(
     kernels: Sequence[Listed],
     device: str,
     wanted: Mapping[str, str],
     config: Mapping[str, Any] | None = None,
-) -> Taken:
+) -> PlannedBackends:
     """The backends that a run on `device` would take if all of them pass there.
 
     Args:
@@ -93,7 +95,7 @@ def take(
                 continue
             backends[op], functions[op] = kernel.backend, (kernel.plan or kernel.load)()
             break
-    return Taken(backends, functions, tuple(absent))
+    return PlannedBackends(backends, functions, tuple(absent))
 
 
 def _computes(one: Listed, config: Mapping[str, Any] | None, *, asked: bool) -> bool:
@@ -120,7 +122,7 @@ def meta_model(
     found: Identified,
     dtype: torch.dtype,
     lora: Numbers,
-    backends: Taken,
+    backends: PlannedBackends,
     *,
     quantize: bool,
     device: str,

@@ -104,12 +104,14 @@ class Watch:
         limit = f" of {_gb(worst.budget)}" if self._plan.limited else ""
         return InputError(
             "QC-PLAN-004",
-            "the host ran out of memory" if of_host(error) else "the device ran out of memory",
+            "the host ran out of memory"
+            if _is_host_memory(error)
+            else "the device ran out of memory",
             field=self._where,
             found=f"{self._measured()}{_first(error)}",
             expected=f"by the plan {_gb(worst.peak)}{limit} at the most, {worst.pack}, recompute "
             f"{worst.recompute}: {terms or 'nothing of size'}",
-            fix=_HOST if of_host(error) else self._fix(),
+            fix=_HOST if _is_host_memory(error) else self._fix(),
         )
 
     def _measured(self) -> str:
@@ -137,7 +139,7 @@ class Watch:
         )
 
 
-def of_host(error: BaseException) -> bool:
+def _is_host_memory(error: BaseException) -> bool:
     """Whether it is the machine's own memory, pinned or not, that ran out."""
     return isinstance(error, MemoryError) or any(word in str(error) for word in _PINNED)
 

@@ -67,7 +67,7 @@ class Planner(Steps):
                 low = middle + 1
         return self.worst(packs, steps[low])
 
-    def freely(self) -> Self:
+    def with_any_policy(self) -> Self:
         """The same planner with every policy allowed."""
         other = copy(self)
         other.settings = replace(self.settings, gradient_checkpointing=True, recompute="auto")
@@ -132,7 +132,7 @@ class Planner(Steps):
 
     def tokens(self, units: int) -> int:
         """Tokens of a row that media of so many units become."""
-        return self.measure.towered().tokens(units) if units else 0
+        return self.measure.require_tower().tokens(units) if units else 0
 
     def _parking(self, policies: Sequence[str]) -> int:
         """Tokens whose inputs the host can hold, a multiple of 64."""

@@ -94,10 +94,10 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the peak is within the budget, and what is parked within the host's."""
-        return self.peak <= self.budget and self.parks
+        return self.peak <= self.budget and self.fits_host
 
     @property
-    def parks(self) -> bool:
+    def fits_host(self) -> bool:
         """Whether the host has what is parked there."""
         return self.host_budget is None or self.host <= self.host_budget
 

@@ -32,7 +32,7 @@ from .packs import Packs, check_pack, holds
 from .planner import Planner
 from .policies import default_policy
 from .report import Lengths, Pack, Plan, spelled, units_of
-from .saved import Before
+from .saved import PreviousPlan
 from .step import LIBRARIES
 
 TOKENS = 64  #: a row that is shorter is no advice
@@ -93,7 +93,7 @@ def plan_run(
     room: Room,
     *,
     backends: Chosen | None = None,
-    before: Before | None = None,
+    before: PreviousPlan | None = None,
     join: Callable[[int], Packs] | None = None,
 ) -> tuple[RunPlan, list[str]]:
     """The plan of a run, and what the user must be told beside it.
@@ -118,11 +118,11 @@ def plan_run(
         found, settings, room.card, backends=backends, budget=room.budget, host=room.host
     )
     by_hand = settings.recompute != "auto" or not settings.gradient_checkpointing
-    before = before or Before()
+    before = before or PreviousPlan()
     packs, notes = _packs(planner, packs, join, before, room)
     policies, said = _policies(planner, packs, room, before.policies)
     notes += said
-    worst = _whole(planner, packs, policies)
+    worst = _worst_plan(planner, packs, policies)
     plan = RunPlan(
         worst=worst,
         usual=planner.plan(packs.usual, policies, packs.micro_steps),
@@ -131,8 +131,8 @@ def plan_run(
         by_hand=by_hand,
         limited=room.limited,
     )
-    if not worst.parks:
-        raise _too_much_parked(worst, planner, packs)
+    if not worst.fits_host:
+        raise _host_memory_refusal(worst, planner, packs)
     if room.limited and not worst.fits:
         error = refusal(worst, planner, packs, by_hand=by_hand)
         if not by_hand:
@@ -143,7 +143,11 @@ def plan_run(
 
 
 def _packs(
-    planner: Planner, packs: Packs, join: Callable[[int], Packs] | None, before: Before, room: Room
+    planner: Planner,
+    packs: Packs,
+    join: Callable[[int], Packs] | None,
+    before: PreviousPlan,
+    room: Room,
 ) -> tuple[Packs, list[str]]:
     """As many micro-batches together as is fastest; as before the run was stopped, if it fits."""
     if join is None:
@@ -165,9 +169,9 @@ def _packs(
 def _fits(planner: Planner, packs: Packs, policies: tuple[str, ...]) -> bool:
     """Whether these policies, or others that the settings allow, hold these packs."""
     known = len(policies) == len(planner.measure.kinds) and set(policies) <= set(planner.allowed())
-    if known and _whole(planner, packs, policies).fits:
+    if known and _worst_plan(planner, packs, policies).fits:
         return True
-    return _whole(planner, packs, planner.fastest(*packs.largest).policies).fits
+    return _worst_plan(planner, packs, planner.fastest(*packs.largest).policies).fits
 
 
 def _joined(planner: Planner, packs: Packs, join: Callable[[int], Packs]) -> Packs:
@@ -192,7 +196,7 @@ def _joined(planner: Planner, packs: Packs, join: Callable[[int], Packs]) -> Pac
 def _seconds(planner: Planner, packs: Packs) -> float:
     """Of an optimizer step under the fastest policy that fits; without end where none does."""
     policies = planner.fastest(*packs.largest).policies
-    if not _whole(planner, packs, policies).fits:
+    if not _worst_plan(planner, packs, policies).fits:
         return math.inf
     return planner.plan(packs.usual, policies, packs.micro_steps).seconds * packs.micro_steps
 
@@ -203,7 +207,7 @@ def _policies(
     layers = len(planner.measure.kinds)
     if not set(kept) <= set(planner.allowed()):
         kept = ()  # the settings name another
-    if len(kept) == layers and (not room.limited or _whole(planner, packs, kept).fits):
+    if len(kept) == layers and (not room.limited or _worst_plan(planner, packs, kept).fits):
         return kept, [f"recompute as before the run was stopped: {spelled(kept)}"]
     if room.limited:
         chosen = planner.fastest(*packs.largest).policies
@@ -217,7 +221,7 @@ def _policies(
     return chosen, []
 
 
-def _whole(planner: Planner, packs: Packs, policies: tuple[str, ...]) -> Plan:
+def _worst_plan(planner: Planner, packs: Packs, policies: tuple[str, ...]) -> Plan:
     """The worst moment of the run: of a step, or of an evaluation."""
     plan = planner.worst(packs.largest, policies)
     if not packs.held_out:
@@ -254,13 +258,13 @@ def refusal(
         found=f"{plan.pack} under recompute {plan.recompute} take {plan.peak / 1e9:.3g} GB "
         f"({plan.moment}), most of it {plan.largest}",
         expected=f"at most {plan.budget / 1e9:.3g} GB",
-        fix=" or ".join(_fixes(plan, planner, packs or _own(plan), by_hand))
+        fix=" or ".join(_fixes(plan, planner, packs or _packs_of_plan(plan), by_hand))
         or "use a GPU with more memory, a smaller model, or fewer target_groups"
         + (", or rows with smaller media" if plan.units else ""),
     )
 
 
-def _too_much_parked(plan: Plan, planner: Planner, packs: Packs) -> InputError:
+def _host_memory_refusal(plan: Plan, planner: Planner, packs: Packs) -> InputError:
     """Refused also where the policy was named: the system ends a process that pins too much."""
     fixes = _fixes(plan, planner, packs, by_hand=planner.settings.recompute != "auto")
     return InputError(
@@ -274,7 +278,7 @@ def _too_much_parked(plan: Plan, planner: Planner, packs: Packs) -> InputError:
     )
 
 
-def _own(plan: Plan) -> Packs:
+def _packs_of_plan(plan: Plan) -> Packs:
     rows = len(plan.lengths)
     each = -(-plan.units // rows)
     return Packs(
@@ -287,8 +291,8 @@ def _fixes(plan: Plan, planner: Planner, packs: Packs, by_hand: bool) -> list[st
     """What fits, the least change first: each was planned."""
     fixes = []
     if by_hand:
-        freed = planner.freely()
-        other = _whole(freed, packs, freed.fastest(*packs.largest).policies)
+        freed = planner.with_any_policy()
+        other = _worst_plan(freed, packs, freed.fastest(*packs.largest).policies)
         if other.fits:
             fixes.append(f"with recompute=auto ({other.recompute}) it fits")
     if (rows := _rows(planner, packs)) > 0:

@@ -60,24 +60,24 @@ class Bench:
         """
         with self.running() as trace:
             x = [_source(shape, dtype) if graph else torch.empty(shape, dtype=dtype, device=META)]
-            before, by = trace.live, trace.by.copy()
+            before, by = trace.live, trace.live_by_op.copy()
             trace.mark()
             y = run(x)
             kept, forward, forth = trace.live - before, trace.peak - before, tuple(trace.work)
-            forward_by = _more(trace.peak_by, by)
+            forward_by_op = _more(trace.peak_by_op, by)
             if not y.requires_grad:
                 return Segment(
-                    kept=kept, forward=forward, backward=0, forth=forth, back=(),
-                    forward_by=forward_by,
+                    kept=kept, forward=forward, backward=0, forward_work=forth, backward_work=(),
+                    forward_by_op=forward_by_op,
                 )  # fmt: skip
             last = _Sink.apply(y)  # type: ignore[no-untyped-call]
             del y
             trace.mark()
             torch.autograd.backward(last)
             return Segment(
-                kept=kept, forward=forward, backward=trace.peak - before, forth=forth,
-                back=tuple(trace.work), forward_by=forward_by,
-                backward_by=_more(trace.peak_by, by),
+                kept=kept, forward=forward, backward=trace.peak - before, forward_work=forth,
+                backward_work=tuple(trace.work), forward_by_op=forward_by_op,
+                backward_by_op=_more(trace.peak_by_op, by),
             )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ PLAN = "plan.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Before:
+class PreviousPlan:
     """The policies of a run before it was stopped.
 
     Attributes:
@@ -32,7 +32,7 @@ class Before:
     together: int | None = None
 
 
-def keep(folder: Path, plan: RunPlan) -> None:
+def save_plan(folder: Path, plan: RunPlan) -> None:
     """Write the plan, whole or not at all.
 
     Raises:
@@ -44,7 +44,7 @@ def keep(folder: Path, plan: RunPlan) -> None:
     rewrite(folder / PLAN, [(json.dumps(values, indent=1) + "\n").encode()])
 
 
-def kept(folder: Path, known: Collection[str]) -> tuple[Before, list[str]]:
+def load_plan(folder: Path, known: Collection[str]) -> tuple[PreviousPlan, list[str]]:
     """What `keep` wrote, nothing where there is nothing, and what to tell of it.
 
     Args:
@@ -64,7 +64,7 @@ def kept(folder: Path, known: Collection[str]) -> tuple[Before, list[str]]:
                 raise ValueError("no policies")
             if type(together) is not int or together < 0:
                 raise ValueError("no tokens")
-            return Before(policies=tuple(policies), together=together), []
+            return PreviousPlan(policies=tuple(policies), together=together), []
     except (ValueError, AttributeError, TypeError):
-        return Before(), [f"{path} is damaged: recompute is planned again"]
-    return Before(), [f"{path.parent.name} holds no plan: recompute is planned again"]
+        return PreviousPlan(), [f"{path} is damaged: recompute is planned again"]
+    return PreviousPlan(), [f"{path.parent.name} holds no plan: recompute is planned again"]

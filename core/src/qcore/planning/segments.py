@@ -44,24 +44,24 @@ class Segment:
         kept: after the forward; the input is given up where nobody saved it.
         forward: the most during the forward.
         backward: the most during the backward.
-        forth: what the forward does.
-        back: what the backward does.
-        forward_by: what of `forward` is whose, by op.
-        backward_by: the same of `backward`.
+        forward_work: what the forward does.
+        backward_work: what the backward does.
+        forward_by_op: what of `forward` is whose, by op.
+        backward_by_op: the same of `backward`.
     """
 
     kept: int
     forward: int
     backward: int
-    forth: tuple[Work, ...]
-    back: tuple[Work, ...]
-    forward_by: Mapping[str, int] = field(default_factory=dict)
-    backward_by: Mapping[str, int] = field(default_factory=dict)
+    forward_work: tuple[Work, ...]
+    backward_work: tuple[Work, ...]
+    forward_by_op: Mapping[str, int] = field(default_factory=dict)
+    backward_by_op: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def launches(self) -> int:
         """Forwards and backwards."""
-        return len(self.forth) + len(self.back)
+        return len(self.forward_work) + len(self.backward_work)
 
 
 def smaller(lengths: Lengths) -> tuple[Lengths, ...]:
@@ -89,7 +89,7 @@ def affine(tokens: Sequence[int], values: Sequence[int], to: int) -> int:
     return max(y, round(y + (y - x) * (to - end) / (end - at)))
 
 
-def stretched(tokens: Sequence[int], segments: Sequence[Segment], to: int) -> Segment:
+def extrapolated(tokens: Sequence[int], segments: Sequence[Segment], to: int) -> Segment:
     """The segment of a pack of `to` tokens, of the shape of three with fewer.
 
     Args:
@@ -105,10 +105,10 @@ def stretched(tokens: Sequence[int], segments: Sequence[Segment], to: int) -> Se
         kept=affine(tokens, [one.kept for one in segments], to),
         forward=affine(tokens, [one.forward for one in segments], to),
         backward=affine(tokens, [one.backward for one in segments], to),
-        forth=_more_work(tokens, [one.forth for one in segments], to),
-        back=_more_work(tokens, [one.back for one in segments], to),
-        forward_by=by_op([one.forward_by for one in segments]),
-        backward_by=by_op([one.backward_by for one in segments]),
+        forward_work=_more_work(tokens, [one.forward_work for one in segments], to),
+        backward_work=_more_work(tokens, [one.backward_work for one in segments], to),
+        forward_by_op=by_op([one.forward_by_op for one in segments]),
+        backward_by_op=by_op([one.backward_by_op for one in segments]),
     )
 
 

@@ -29,7 +29,7 @@ from ..plugins.resolve_model import Identified
 from .gpus import CARDS, LAUNCH, Card, seconds
 from .host_memory import pinned
 from .measure import Measure
-from .meta_model import Taken, meta_model, take
+from .meta_model import PlannedBackends, choose_backends, meta_model
 from .report import Lengths, Pack, Plan, units_of
 from .segments import SAMPLES, Segment
 from .trace import rounded
@@ -91,7 +91,7 @@ class Steps:
         used = ops_of(architecture, config, found.layout, found.modality).ops
         asked = requested(kernels, settings.kernels, used)
         wanted = asked if backends is None else backends.backends
-        self.taken = take(kernels, self.device, wanted, config)
+        self.taken = choose_backends(kernels, self.device, wanted, config)
         self.backends = {op: name for op, name in self.taken.backends.items() if op in used}
         self.lora = targets(
             found.layout,
@@ -102,8 +102,8 @@ class Steps:
         )
         make = partial(_make, found, settings, self.lora, self.taken, self.device)
         self.measure = Measure(make, self.device)
-        self._parks: dict[int, Segment] = {}
-        self._took: dict[tuple[int, str], tuple[float, float, int]] = {}
+        self._offloaded: dict[int, Segment] = {}
+        self._time_by_segment: dict[tuple[int, str], tuple[float, float, int]] = {}
         self.static = self._static(found)
 
     def _static(self, found: Identified) -> dict[str, int]:
@@ -133,7 +133,7 @@ class Steps:
                 terms["weights fp32" if wide else "weights 16 bit"] += size
         gradients = terms["adapters"]
         # What rounding and the scales' scales leave over is the codes'.
-        terms["weights nf4"] += self.measure.held - sum(terms.values()) - 3 * gradients
+        terms["weights nf4"] += self.measure.state_bytes - sum(terms.values()) - 3 * gradients
         self.trained = trained
         return terms | {
             "adapters in the run's dtype": self.measure.working,
@@ -210,7 +210,7 @@ class Steps:
         return sum(self.static.values()) + self._batch(lengths) + most
 
     @property
-    def _carries(self) -> bool:
+    def _caches_features(self) -> bool:
         """Whether packs carry what a tower made, in place of media."""
         tower = self.measure.tower
         return (
@@ -222,29 +222,29 @@ class Steps:
         plain, units = tuple(lengths), units_of(lengths)
         if not units:
             return self.measure.batch(plain)
-        tower = self.measure.towered()
-        media = tower.carried(units) if self._carries else tower.batch(units)
+        tower = self.measure.require_tower()
+        media = tower.cached_bytes(units) if self._caches_features else tower.media_bytes(units)
         return self.measure.batch(plain, media=True) + media
 
     def _segments(self, lengths: Lengths, policies: Sequence[str]) -> list[Segment]:
         found, plain = [], tuple(lengths)
         for kind, policy in zip(self.measure.kinds, policies, strict=True):
             parks = policy == "offload" and self.device == "cuda"
-            segment = self.measure.layer(kind, _alike(policy), plain)
-            found.append(self._parked(segment, lengths) if parks else segment)
+            segment = self.measure.layer(kind, _measured_policy(policy), plain)
+            found.append(self._offload(segment, lengths) if parks else segment)
         return found
 
-    def _parked(self, segment: Segment, lengths: Lengths) -> Segment:
+    def _offload(self, segment: Segment, lengths: Lengths) -> Segment:
         """As under ``full``, its input on the host; the next one is on its way meanwhile."""
-        if id(segment) not in self._parks:
+        if id(segment) not in self._offloaded:
             x = self._input(lengths)
-            self._parks[id(segment)] = replace(
+            self._offloaded[id(segment)] = replace(
                 segment,
                 kept=segment.kept - x,
                 forward=segment.forward + x,
                 backward=segment.backward + 2 * x,
             )
-        return self._parks[id(segment)]
+        return self._offloaded[id(segment)]
 
     def _input(self, lengths: Lengths) -> int:
         """Bytes of what a layer reads."""
@@ -263,13 +263,15 @@ class Steps:
         before, kept = self._before(lengths, policies, graph=True)
         yield from before
         for number, segment in enumerate(segments):
-            yield _Moment(f"forward of layer {number}", kept, segment.forward, segment.forward_by)
             yield _Moment(
-                f"backward of layer {number}", kept, segment.backward, segment.backward_by
+                f"forward of layer {number}", kept, segment.forward, segment.forward_by_op
+            )
+            yield _Moment(
+                f"backward of layer {number}", kept, segment.backward, segment.backward_by_op
             )
             kept += segment.kept
-        yield _Moment("loss", kept, end.forward, end.forward_by)
-        yield _Moment("backward of the loss", kept, end.backward, end.backward_by)
+        yield _Moment("loss", kept, end.forward, end.forward_by_op)
+        yield _Moment("backward of the loss", kept, end.backward, end.backward_by_op)
 
     def _before(
         self, lengths: Lengths, policies: Sequence[str], *, graph: bool
@@ -279,23 +281,27 @@ class Steps:
         moments = [_Moment("embedding", 0, first.forward, {})]
         if not units:
             return moments, first.kept
-        tower, graph = self.measure.towered(), graph and self.measure.towered().trained
+        tower, graph = self.measure.require_tower(), graph and self.measure.require_tower().trained
         # A tower that is carried runs before the tokens are embedded, and its media go.
-        below, kept = (tower.batch(units), 0) if self._carries else (first.kept, 0)
-        for number, segment in enumerate(tower.segments(units, _towers(policies), graph=graph)):
+        below, kept = (tower.media_bytes(units), 0) if self._caches_features else (first.kept, 0)
+        for number, segment in enumerate(
+            tower.segments(units, _tower_policy(policies), graph=graph)
+        ):
             name = f"layer {number - 1} of the tower" if number else "what the tower reads"
             moments.append(
-                _Moment(f"forward of {name}", below + kept, segment.forward, segment.forward_by)
+                _Moment(f"forward of {name}", below + kept, segment.forward, segment.forward_by_op)
             )
             # The embeddings of tokens are gone when the backward comes so far.
             moments.append(
-                _Moment(f"backward of {name}", kept, segment.backward, segment.backward_by)
+                _Moment(f"backward of {name}", kept, segment.backward, segment.backward_by_op)
             )
             kept += segment.kept
         placing = self.measure.placing(tuple(lengths), units, graph=graph)
-        kept = 0 if self._carries else kept  # a part of the batch
-        moments.append(_Moment("media among the tokens", kept, placing.forward, placing.forward_by))
-        kept += placing.kept + (tower.features(units) if self._carries else 0)
+        kept = 0 if self._caches_features else kept  # a part of the batch
+        moments.append(
+            _Moment("media among the tokens", kept, placing.forward, placing.forward_by_op)
+        )
+        kept += placing.kept + (tower.output_bytes(units) if self._caches_features else 0)
         return moments, kept
 
     def _time(self, lengths: Lengths, policies: Sequence[str]) -> tuple[float, float, int]:
@@ -307,13 +313,13 @@ class Steps:
             self.measure.end(plain, self.settings.loss_chunk_size),
         ]
         if units:
-            tower = self.measure.towered()
-            counted += tower.segments(units, _towers(policies), graph=tower.trained)
+            tower = self.measure.require_tower()
+            counted += tower.segments(units, _tower_policy(policies), graph=tower.trained)
         card = host = 0.0
         launches = 0
         for segment in counted:
-            took = self._seconds(segment)
-            card, host, launches = card + took[0], host + took[1], launches + took[2]
+            times = self._seconds(segment)
+            card, host, launches = card + times[0], host + times[1], launches + times[2]
         if self.device == "cuda":  # there and back, beside the layers
             away = 2 * self._input(lengths) * policies.count("offload")
             card = max(card, away / self.card.host_link)
@@ -321,10 +327,10 @@ class Steps:
 
     def _seconds(self, segment: Segment) -> tuple[float, float, int]:
         key = (id(segment), self.card.name)
-        if key not in self._took:
-            work = (*segment.forth, *segment.back)
-            self._took[key] = (*seconds(work, self.card), len(work))
-        return self._took[key]
+        if key not in self._time_by_segment:
+            work = (*segment.forward_work, *segment.backward_work)
+            self._time_by_segment[key] = (*seconds(work, self.card), len(work))
+        return self._time_by_segment[key]
 
     def _update(self, micro_steps: float | None) -> float:
         """A micro-step's share of the optimizer's update."""
@@ -342,7 +348,10 @@ class Steps:
             )
         layers = dict.fromkeys(zip(self.measure.kinds, policies, strict=True))
         plain = tuple(lengths)
-        if any(self.measure.stretches(kind, _alike(policy), plain) for kind, policy in layers):
+        if any(
+            self.measure.extrapolates(kind, _measured_policy(policy), plain)
+            for kind, policy in layers
+        ):
             told.append(
                 f"told from rows of {SAMPLES[-1]} tokens and fewer, because a reference walks "
                 "the tokens one chunk at a time: memory is rather overstated"
@@ -354,12 +363,12 @@ class Steps:
         return tuple(told)
 
 
-def _alike(policy: str) -> str:
+def _measured_policy(policy: str) -> str:
     """The policy that a layer is measured under: meta has no host to park on."""
     return "full" if policy == "offload" else policy
 
 
-def _towers(policies: Sequence[str]) -> str:
+def _tower_policy(policies: Sequence[str]) -> str:
     """The policy of every layer of a tower, as `Model.hidden` has it."""
     return "none" if set(policies) <= {"none"} else "full"
 
@@ -368,11 +377,11 @@ def _make(
     found: Identified,
     settings: Settings,
     lora: Mapping[str, Lora],
-    taken: Taken,
+    taken: PlannedBackends,
     device: str,
     trace: Trace,
 ) -> tuple[Model, object]:
     return meta_model(
-        found, DTYPES[settings.dtype], lora, taken.through(trace.named),
+        found, DTYPES[settings.dtype], lora, taken.wrapped(trace.named),
         quantize=settings.quantization == "nf4", device=device,
     )  # fmt: skip

@@ -36,14 +36,14 @@ class _MediaSample:
     Attributes:
         media: all that is derived of them is there.
         nbytes: theirs, with what is derived.
-        read: ``[U, D]``, of no storage that counts: what layers read.
-        made: ``[n, H]``, the same of what the last one gives.
+        input: ``[U, D]``, of no storage that counts: what layers read.
+        output: ``[n, H]``, the same of what the last one gives.
     """
 
     media: Media
     nbytes: int
-    read: tuple[tuple[int, ...], torch.dtype]
-    made: tuple[tuple[int, ...], torch.dtype]
+    input: tuple[tuple[int, ...], torch.dtype]
+    output: tuple[tuple[int, ...], torch.dtype]
 
 
 class TowerMeasure:
@@ -64,8 +64,8 @@ class TowerMeasure:
         self._model, self._bench = model, bench
         self._tower: Tower = tower
         self._kinds = [signature(cast(nn.Module, layer)) for layer in tower.layers]
-        self._one = {kind: tower.layers[self._kinds.index(kind)] for kind in self._kinds}
-        self._found: dict[int, _MediaSample] = {}
+        self._layer_by_kind = {kind: tower.layers[self._kinds.index(kind)] for kind in self._kinds}
+        self._samples: dict[int, _MediaSample] = {}
         self._segments: dict[tuple[int, str, str, bool], Segment] = {}
         self.trained = model.trains_tower
         first, second = self._warm(), self._warm()
@@ -78,51 +78,51 @@ class TowerMeasure:
             media, before = self._tower.sample(_WARM, META), trace.live
             x = self._tower.embed(media)
             left = {"": trace.live - before - _bytes(x)}
-            for kind, layer in self._one.items():
+            for kind, layer in self._layer_by_kind.items():
                 before = trace.live
                 with self._model.guard(layer):
                     layer(x, media)
                 left[kind] = trace.live - before
         return left
 
-    def _seen(self, units: int) -> _MediaSample:
-        if units not in self._found:
+    def _sample(self, units: int) -> _MediaSample:
+        if units not in self._samples:
             with self._bench.running() as trace, torch.no_grad():
                 before = trace.live
                 media = self._tower.sample(units, META)
                 x = self._tower.embed(media)
                 read = tuple(x.shape), x.dtype
                 for kind in (*dict.fromkeys(self._kinds), self._kinds[-1]):
-                    with self._model.guard(self._one[kind]):
-                        y = self._one[kind](x, media)
+                    with self._model.guard(self._layer_by_kind[kind]):
+                        y = self._layer_by_kind[kind](x, media)
                 made = tuple(y.shape), y.dtype
                 del x, y
-                self._found[units] = _MediaSample(media, trace.live - before, read, made)
-        return self._found[units]
+                self._samples[units] = _MediaSample(media, trace.live - before, read, made)
+        return self._samples[units]
 
     def media(self, units: int) -> Media:
         """Made-up media of about so many units."""
-        return self._seen(units).media
+        return self._sample(units).media
 
-    def batch(self, units: int) -> int:
+    def media_bytes(self, units: int) -> int:
         """Bytes of media and of what all layers derive from them."""
-        return self._seen(units).nbytes
+        return self._sample(units).nbytes
 
     def tokens(self, units: int) -> int:
         """Embeddings that media of so many units become."""
-        return len(self._seen(units).media.where)
+        return len(self._sample(units).media.where)
 
-    def carried(self, units: int) -> int:
+    def cached_bytes(self, units: int) -> int:
         """Bytes of what a pack carries where the tower's outputs are known: them, and where."""
-        return self.features(units) + rounded(8 * self.tokens(units))
+        return self.output_bytes(units) + rounded(8 * self.tokens(units))
 
-    def made(self, units: int) -> tuple[tuple[int, ...], torch.dtype]:
+    def output(self, units: int) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape ``[n, H]`` and dtype of what the tower gives."""
-        return self._seen(units).made
+        return self._sample(units).output
 
-    def features(self, units: int) -> int:
+    def output_bytes(self, units: int) -> int:
         """Bytes of what the tower gives."""
-        shape, dtype = self._seen(units).made
+        shape, dtype = self._sample(units).output
         return rounded(shape[0] * shape[1] * dtype.itemsize)
 
     def segments(self, units: int, policy: str, *, graph: bool) -> list[Segment]:
@@ -135,7 +135,7 @@ class TowerMeasure:
         """
         found = [self._segment(units, "", policy, graph=graph, below=False)]
         for kind in self._kinds:
-            below = bool(found[-1].back)
+            below = bool(found[-1].backward_work)
             found.append(self._segment(units, kind, policy, graph=graph, below=below))
         return found
 
@@ -143,20 +143,20 @@ class TowerMeasure:
         """One of them; `below`: whether what it reads has a gradient."""
         key = (units, kind, policy if graph else "", below)
         if key not in self._segments:
-            seen, model = self._seen(units), self._model
+            seen, model = self._sample(units), self._model
             media = seen.media.alone()
 
             def reads(_: list[Tensor]) -> Tensor:
                 return self._tower.embed(media)
 
             def layer(x: list[Tensor]) -> Tensor:
-                one = self._one[kind]
+                one = self._layer_by_kind[kind]
                 return run_layers(
                     [one], x.pop(), media, [policy],
                     dropout=model.dropout, guards=model.guards([one]),
                 )  # fmt: skip
 
-            shape, dtype = seen.read
+            shape, dtype = seen.input
             with torch.set_grad_enabled(graph):
                 self._segments[key] = (
                     self._bench.both(layer, shape, dtype, graph=below)

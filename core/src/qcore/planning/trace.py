@@ -54,8 +54,8 @@ class Trace(TorchDispatchMode):
     Attributes:
         live: bytes of storages made under it that are still there.
         peak: the most that `live` was since `mark`.
-        by: what of `live` is whose: by op, as `named` names them; else by no name.
-        peak_by: the same of `peak`.
+        live_by_op: what of `live` is whose: by op, as `named` names them; else by no name.
+        peak_by_op: the same of `peak`.
         work: the ops since `mark`, in order.
     """
 
@@ -64,8 +64,8 @@ class Trace(TorchDispatchMode):
         self.device = device
         self.live = 0
         self.peak = 0
-        self.by: Counter[str] = Counter()
-        self.peak_by: Counter[str] = Counter()
+        self.live_by_op: Counter[str] = Counter()
+        self.peak_by_op: Counter[str] = Counter()
         self.work: list[Work] = []
         self._known: dict[int, weakref.ref[Any]] = {}
         self._op = ""
@@ -73,7 +73,7 @@ class Trace(TorchDispatchMode):
 
     def mark(self) -> None:
         """Start a new measurement of peak and work."""
-        self.peak, self.peak_by = self.live, self.by.copy()
+        self.peak, self.peak_by_op = self.live, self.live_by_op.copy()
         self.work = []
 
     def named(self, op: str, function: _F) -> _F:
@@ -124,9 +124,9 @@ class Trace(TorchDispatchMode):
         op = self._owner()
         self._known[key] = weakref.ref(storage, self._gone(key, size, op))
         self.live += size
-        self.by[op] += size
+        self.live_by_op[op] += size
         if self.live > self.peak:
-            self.peak, self.peak_by = self.live, self.by.copy()
+            self.peak, self.peak_by_op = self.live, self.live_by_op.copy()
 
     def _owner(self) -> str:
         if self._op:
@@ -138,7 +138,7 @@ class Trace(TorchDispatchMode):
         def gone(_: Any) -> None:
             self._known.pop(key, None)
             self.live -= size
-            self.by[op] -= size
+            self.live_by_op[op] -= size
 
         return gone
 
