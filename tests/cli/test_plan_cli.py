@@ -198,7 +198,7 @@ def test_a_budget_above_a_card_is_what_the_card_has(
         gpu_by_name("rtx-4090").budget,
     )
     (line,) = ended.json["notes"]
-    assert line == ("note: --budget 60 is more GB than a plan may fill; taken are 23.8 of RTX-4090")
+    assert line == ("note: --budget 60 is more than a plan may use; using 23.8 GB on RTX-4090")
     assert line in here(capsys, *flags, "--budget", 60).err.splitlines()
     assert "a plan may fill" not in here(capsys, *flags, "--budget", 23).err
 

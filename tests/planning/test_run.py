@@ -359,7 +359,7 @@ def test_on_the_cpu_nothing_is_compared(found: Identified) -> None:
     assert "no step ran" in comparison_line(plan, meter.measured("cpu"))
     meter.step(100, 2.0, 10**9)
     line = comparison_line(plan, meter.measured("cpu"))
-    assert "1.00 GB the whole process resident; no time planned, 50 tokens/s measured" in line
+    assert "1.00 GB resident in the process; no time planned, 50 tokens/s measured" in line
     assert "%" not in line
 
 
@@ -408,7 +408,7 @@ def test_the_plans_terms_stand_beside_the_measured(four: Identified) -> None:
 def test_who_is_to_blame(four: Identified) -> None:
     plan = card_plan(four)
     taken = Usage(10**9, 10**9, 10**9, 10**9)
-    assert "something else took memory" in str(report(plan, OOM, taken).fix)
+    assert "another process took memory" in str(report(plan, OOM, taken).fix)
     small = replace(plan, worst=replace(plan.worst, budget=10**9))
     assert "leave recompute at auto" in str(report(small, OOM, taken).fix)
 
