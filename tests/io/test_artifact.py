@@ -137,7 +137,7 @@ def test_only_an_artifact_is_overwritten(tmp_path: Path) -> None:
     assert verify(target).meta == {"word": "new"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     (target / MANIFEST).unlink()
-    with pytest.raises(WriteError, match="not ours"):
+    with pytest.raises(WriteError, match="qcore does not replace it"):
         make(target, overwrite=True)
 
 

@@ -98,7 +98,7 @@ def test_a_resumed_run_that_no_longer_fits_says_that_sums_change(four: Identifie
     plan, notes = planned(four, LONG_AND_SHORT, tightest(four), before)
     assert plan.together < roomy.together
     assert any(
-        f"together up to {roomy.together} tokens before" in one and "in another order" in one
+        f"joined up to {roomy.together} tokens before" in one and "in another order" in one
         for one in notes
     )
 

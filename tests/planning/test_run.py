@@ -211,7 +211,7 @@ def test_offload_states_what_it_parks(four: Identified) -> None:
     plan, notes = planned(four, Room(card=CARDS[0]), [4096], recompute="offload")
     assert plan.worst.host == 8 * BLOCK
     assert plan.as_json()["host_bytes"] == 8 * BLOCK
-    assert f"{8 * BLOCK / 1e9:.1f} GB of the host's memory" in " ".join(notes)
+    assert f"{8 * BLOCK / 1e9:.1f} GB of host memory" in " ".join(notes)
     none, _ = planned(four, Room(card=CARDS[0]), [4096], recompute="full")
     assert none.worst.host == 0
 

@@ -114,9 +114,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
     for field, value in config.items():
         off = value in (None, False, [], {}, "none", "LORA")
         if field not in _DESCRIPTIVE | _ACTIVE and not off:
-            problems.append(
-                problem(field, "changes what the adapter computes and is not supported", "off")
-            )
+            problems.append(problem(field, "changes the adapter and is not supported", "off"))
     return problems
 
 

@@ -20,12 +20,12 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreviousPlan:
-    """The policies of a run before it was stopped.
+    """What the plan of a run decided before the run was stopped.
 
     Attributes:
-        policies: of each layer; none: not known, or the settings ask for others.
-        together: what micro-batches ran together up to, 0 where each ran alone; ``None``: not
-            known.
+        policies: policy of each layer; empty if unknown, or if the settings ask for others.
+        together: the most tokens of joined micro-batches, 0 if none were joined; ``None`` if
+            unknown.
     """
 
     policies: tuple[str, ...] = ()
@@ -33,10 +33,14 @@ class PreviousPlan:
 
 
 def save_plan(folder: Path, plan: RunPlan) -> None:
-    """Write the plan, whole or not at all.
+    """Write the plan atomically.
+
+    Args:
+        folder: the run folder.
+        plan: the plan of the run.
 
     Raises:
-        WriteError: ``QC-WRITE-003`` to ``-006``.
+        WriteError: ``QC-WRITE-003`` to ``-006`` the system refused the write.
     """
     values = {
         "policies": list(plan.policies), "together": plan.together, "plan": plan.as_json(),
@@ -45,14 +49,17 @@ def save_plan(folder: Path, plan: RunPlan) -> None:
 
 
 def load_plan(folder: Path, known: Collection[str]) -> tuple[PreviousPlan, list[str]]:
-    """What `keep` wrote, nothing where there is nothing, and what to tell of it.
+    """Read the plan that `save_plan` wrote.
 
     Args:
-        folder: the run's.
-        known: the policies that there are; a plan that names another is damaged.
+        folder: the run folder.
+        known: names of all policies; a plan that names another is damaged.
+
+    Returns:
+        The plan, empty if it is missing or damaged, and lines for the user about that.
 
     Raises:
-        InputError: ``QC-READ-001``.
+        InputError: ``QC-READ-001`` the file cannot be read.
     """
     path = folder / PLAN
     try:
@@ -61,10 +68,10 @@ def load_plan(folder: Path, known: Collection[str]) -> tuple[PreviousPlan, list[
         policies, together = values.get("policies", []), values.get("together", 0)
         if policies:
             if not isinstance(policies, list) or not set(policies) <= set(known):
-                raise ValueError("no policies")
+                raise ValueError("not policies")
             if type(together) is not int or together < 0:
-                raise ValueError("no tokens")
+                raise ValueError("not a number of tokens")
             return PreviousPlan(policies=tuple(policies), together=together), []
     except (ValueError, AttributeError, TypeError):
         return PreviousPlan(), [f"{path} is damaged: recompute is planned again"]
-    return PreviousPlan(), [f"{path.parent.name} holds no plan: recompute is planned again"]
+    return PreviousPlan(), [f"{path.parent.name} has no plan: recompute is planned again"]
