@@ -402,7 +402,7 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
     "r is another": (setting(r=8), "007", "expected [8, 24]"),
     "alpha is missing": (without("lora_alpha"), "004", "lora_alpha: is not a number"),
     "alpha is 0": (setting(lora_alpha=0), "004", "lora_alpha: switches the adapter off"),
-    "a broken expression": (setting(target_modules="("), "004", "target_modules: is no regular"),
+    "a broken expression": (setting(target_modules="("), "004", "target_modules: is not a valid"),
     "what is excluded is there": (setting(exclude_modules=["q_proj"]), "006", "is not a declared"),
     "a layer beyond those named": (setting(layers_to_transform=[99]), "006", "is not a declared"),
     "alpha is null": (setting(lora_alpha=None), "004", "lora_alpha"),

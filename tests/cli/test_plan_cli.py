@@ -200,7 +200,7 @@ def test_a_budget_above_a_card_is_what_the_card_has(
     (line,) = ended.json["notes"]
     assert line == ("note: --budget 60 is more than a plan may use; using 23.8 GB on RTX-4090")
     assert line in here(capsys, *flags, "--budget", 60).err.splitlines()
-    assert "a plan may fill" not in here(capsys, *flags, "--budget", 23).err
+    assert "a plan may use" not in here(capsys, *flags, "--budget", 23).err
 
 
 def test_an_op_that_is_not_used_is_named_with_those_that_are(

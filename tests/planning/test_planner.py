@@ -272,7 +272,7 @@ def test_a_long_pack_is_told_from_short_ones(walked: Planner, lengths: tuple[int
     _, whole = measure._batch_after(lengths, tuple(measure._layer_by_kind))
     assert measure.batch(lengths) == pytest.approx(whole, rel=0.02)
     policies = all_of(walked, "full")
-    assert any("a reference walks" in note for note in walked.plan(lengths, policies).notes)
+    assert any("a reference loops" in note for note in walked.plan(lengths, policies).notes)
 
 
 def test_attention_is_quadratic_in_what_is_told(walked: Planner) -> None:

@@ -295,13 +295,15 @@ class Steps:
         below, kept = (tower.media_bytes(units), 0) if self._caches_features else (first.kept, 0)
         segments = tower.segments(units, _tower_policy(policies), graph=graph)
         for number, segment in enumerate(segments):
-            name = f"layer {number - 1} of the tower" if number else "the tower's input"
+            name = f"layer {number - 1} of the tower" if number else "what the tower reads"
             # The token embeddings are freed before the backward reaches the tower.
             moments += _passes(name, below + kept, kept, segment)
             kept += segment.kept
         placing = self.measure.placing(tuple(lengths), units, graph=graph)
         kept = 0 if self._caches_features else kept  # counted in the batch
-        moments.append(_Moment("placement of media", kept, placing.forward, placing.forward_by_op))
+        moments.append(
+            _Moment("media among the tokens", kept, placing.forward, placing.forward_by_op)
+        )
         kept += placing.kept + (tower.output_bytes(units) if self._caches_features else 0)
         return moments, kept
 
