@@ -17,13 +17,13 @@ from qcore.errors import InputError
 from qcore.nn.device import is_out_of_memory
 from qcore.nn.recompute import POLICIES
 from qcore.planning import Planner
-from qcore.planning.compare import RunPlan, beside
+from qcore.planning.compare import RunPlan, comparison_line
 from qcore.planning.gpus import CARDS, card_of
 from qcore.planning.host_memory import available
 from qcore.planning.oom import Usage, Watch
 from qcore.planning.packs import packs_of
 from qcore.planning.run import Room, plan_run, room_of
-from qcore.planning.saved import PLAN, Before, keep, kept
+from qcore.planning.saved import PLAN, PreviousPlan, load_plan, save_plan
 from qcore.planning.trace import Trace
 from qcore.plugins.resolve_model import Identified, identify
 from qcore.training.meter import Meter
@@ -67,7 +67,7 @@ def planned(
     **given: Any,
 ) -> tuple[RunPlan, list[str]]:
     chosen = settings(**given)
-    before = Before(policies=kept)
+    before = PreviousPlan(policies=kept)
     return plan_run(found, chosen, packs_of(rows, held_out, chosen), room, before=before)
 
 
@@ -214,7 +214,7 @@ def test_offload_states_what_it_parks(four: Identified) -> None:
     plan, notes = planned(four, Room(card=CARDS[0]), [4096], recompute="offload")
     assert plan.worst.host == 8 * BLOCK
     assert plan.as_json()["host_bytes"] == 8 * BLOCK
-    assert f"{8 * BLOCK / 1e9:.1f} GB of the host's memory" in " ".join(notes)
+    assert f"{8 * BLOCK / 1e9:.1f} GB of host memory" in " ".join(notes)
     none, _ = planned(four, Room(card=CARDS[0]), [4096], recompute="full")
     assert none.worst.host == 0
 
@@ -315,12 +315,12 @@ def test_another_policy_is_said(found: Identified) -> None:
 
 def test_policies_are_written_and_read(found: Identified, tmp_path: Path) -> None:
     plan, _ = planned(found, Room())
-    assert kept(tmp_path, POLICIES)[0] == Before()
+    assert load_plan(tmp_path, POLICIES)[0] == PreviousPlan()
     (tmp_path / f"{PLAN}.new").write_text("half")
-    keep(tmp_path, plan)
-    assert kept(tmp_path, POLICIES) == (Before(policies=plan.policies, together=0), [])
-    keep(tmp_path, replace(plan, together=4096))
-    assert kept(tmp_path, POLICIES)[0].together == 4096
+    save_plan(tmp_path, plan)
+    assert load_plan(tmp_path, POLICIES) == (PreviousPlan(policies=plan.policies, together=0), [])
+    save_plan(tmp_path, replace(plan, together=4096))
+    assert load_plan(tmp_path, POLICIES)[0].together == 4096
     assert [path.name for path in tmp_path.iterdir()] == [PLAN]
 
 
@@ -332,8 +332,8 @@ DAMAGED += ['{"policies": "full"}', '{"policies": ["full", "bogus"]}', '{"polici
 @pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_plan_is_said(tmp_path: Path, text: str) -> None:
     (tmp_path / PLAN).write_text(text)
-    before, (line,) = kept(tmp_path, POLICIES)
-    assert before == Before()
+    before, (line,) = load_plan(tmp_path, POLICIES)
+    assert before == PreviousPlan()
     assert "recompute is planned again" in line
 
 
@@ -350,7 +350,7 @@ def test_prediction_beside_measurement(four: Identified) -> None:
     meter.step(1024, 0.1, 2 * plan.worst.peak)
     meter.step(1024, 0.1, plan.worst.peak)
     meter.saw(plan.worst.peak)
-    line = beside(plan, meter.measured("cuda"))
+    line = comparison_line(plan, meter.measured("cuda"))
     assert "(plan -50.0%)" in line
     assert "10,240 tokens/s measured" in line
     assert meter.measured("cuda").as_json() == {
@@ -360,10 +360,10 @@ def test_prediction_beside_measurement(four: Identified) -> None:
 
 def test_on_the_cpu_nothing_is_compared(found: Identified) -> None:
     plan, meter = planned(found, Room())[0], Meter()
-    assert "no step ran" in beside(plan, meter.measured("cpu"))
+    assert "no step ran" in comparison_line(plan, meter.measured("cpu"))
     meter.step(100, 2.0, 10**9)
-    line = beside(plan, meter.measured("cpu"))
-    assert "1.00 GB the whole process resident; no time planned, 50 tokens/s measured" in line
+    line = comparison_line(plan, meter.measured("cpu"))
+    assert "1.00 GB resident in the process; no time planned, 50 tokens/s measured" in line
     assert "%" not in line
 
 
@@ -412,7 +412,7 @@ def test_the_plans_terms_stand_beside_the_measured(four: Identified) -> None:
 def test_who_is_to_blame(four: Identified) -> None:
     plan = card_plan(four)
     taken = Usage(10**9, 10**9, 10**9, 10**9)
-    assert "something else took memory" in str(report(plan, OOM, taken).fix)
+    assert "another process took memory" in str(report(plan, OOM, taken).fix)
     small = replace(plan, worst=replace(plan.worst, budget=10**9))
     assert "leave recompute at auto" in str(report(small, OOM, taken).fix)
 

@@ -263,7 +263,7 @@ def test_without_its_plan_a_stopped_run_is_planned_again(
     (tmp_path / "out.run" / "plan.json").unlink()
     heard = Heard()
     run(rows, tmp_path / "out", heard, resume=True)
-    assert heard.said("out.run holds no plan")
+    assert heard.said("out.run has no plan")
     assert raw(tmp_path / "out") == raw(whole[0])
 
 

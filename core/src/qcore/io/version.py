@@ -1,4 +1,4 @@
-"""The version of this distribution, where every room can read it without importing `qcore`."""
+"""The version of this distribution, readable from every package without importing `qcore`."""
 
 from __future__ import annotations
 
