@@ -473,7 +473,8 @@ def test_the_tests_of_the_example_pass(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("acme")
 def test_the_example_trains_and_merges(tmp_path: Path) -> None:
-    done = apart("demo", "--architecture", "acme", "--output", tmp_path / "demo", "--json")
+    chosen = ("--architecture", "acme", "--output", tmp_path / "demo")
+    done = apart("demo", *chosen, "--json", timeout=600)
     assert done.code == 0, done.err
     told = done.json
     assert told["last_loss"] < told["first_loss"] / 2
