@@ -94,7 +94,7 @@ class RemoteWeights:
             if shard not in self._sizes:
                 raise InputError(
                     "QC-CKPT-006",
-                    "is named but is not there",
+                    "is referenced but does not exist",
                     file=self.where(shard[:200]),
                     fix="name a revision that has it, or report it to the repository",
                 )
