@@ -370,7 +370,7 @@ def test_a_link_inside_the_folder_is_fine(sharded: Path):
 def test_a_link_to_nothing(sharded: Path):
     (sharded / "one.safetensors").unlink()
     (sharded / "one.safetensors").symlink_to("gone")
-    refused(sharded, "QC-CKPT-006", "is not there")
+    refused(sharded, "QC-CKPT-006", "does not exist")
 
 
 def test_a_link_to_itself(sharded: Path):
