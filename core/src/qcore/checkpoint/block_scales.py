@@ -35,7 +35,7 @@ class BadBlockError(ValueError):
         self.found = value
 
 
-def sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def quantization_sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield every non-empty ``quantization_config`` of config.json, with its dotted path.
 
     The section may be at the top level or in a section of it, such as ``text_config``.
@@ -52,7 +52,7 @@ def block_size(config: Mapping[str, Any]) -> tuple[int, int]:
     Raises:
         BadBlockError: ``weight_block_size`` is not two positive integers.
     """
-    for path, section in sections(config):
+    for path, section in quantization_sections(config):
         block = section.get("weight_block_size", list(_DEFAULT)) if hasattr(section, "get") else 0
         if (
             isinstance(block, list)
