@@ -22,7 +22,7 @@ class TensorDigest:
         units: the regions that are hashed separately, in order.
     """
 
-    __slots__ = ("_numbers", "_digests", "units")
+    __slots__ = ("_digests", "_numbers", "units")
 
     def __init__(self, tensor: TableTensor) -> None:
         self.units: tuple[Region, ...] = tensor.units()
