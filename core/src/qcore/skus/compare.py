@@ -50,8 +50,10 @@ class Difference:
 
     def line(self) -> str:
         """Return one line for the terminal."""
-        found, recorded = format_value(self.found), format_value(self.recorded)
-        return f"{self.field}: found {found}, recorded {recorded}"
+        return (
+            f"{self.field}: found {format_value(self.found)}, "
+            f"recorded {format_value(self.recorded)}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
