@@ -26,13 +26,13 @@ class BadBlockError(ValueError):
 
     Attributes:
         field: dotted path of the key in config.json.
-        found: its value.
+        value: its value.
     """
 
     def __init__(self, field: str, value: object) -> None:
         super().__init__(f"{field}: {value!r}")
         self.field = field
-        self.found = value
+        self.value = value
 
 
 def quantization_sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

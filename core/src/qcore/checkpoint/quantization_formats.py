@@ -307,7 +307,7 @@ def _block(checkpoint: Checkpoint) -> tuple[int, int]:
             "contradicts the safetensors files, which contain FP8 with block scales",
             file=checkpoint.path / "config.json",
             field=error.field,
-            found=repr(error.found)[:80],
+            found=repr(error.value)[:80],
             expected="rows and columns, two positive integers",
             fix="use the config.json that came with the weights",
         ) from None
