@@ -301,11 +301,11 @@ TENSORS: dict[str, tuple[dict[str, Any], Callable[[Shapes], object], str, tuple[
     "one expert missing": (
         {"fused": False},
         lambda s: [s.pop(f"{ONE}.{m}_proj.weight") for m in ("gate", "up", "down")],
-        "QC-KEY-004", (f"{ONE}.gate_proj.weight", "2 of 8 pieces are absent"),
+        "QC-KEY-004", (f"{ONE}.gate_proj.weight", "2 of 8 pieces are missing"),
     ),
     "one matrix of an expert missing": (
         {"fused": False}, lambda s: s.pop(f"{ONE}.up_proj.weight"), "QC-KEY-004",
-        (f"{ONE}.up_proj.weight", "1 of 8 pieces are absent"),
+        (f"{ONE}.up_proj.weight", "1 of 8 pieces are missing"),
     ),
     "one matrix of an expert renamed": (
         {"fused": False},

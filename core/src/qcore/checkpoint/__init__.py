@@ -1,1 +1,1 @@
-"""A model folder: its files, headers, layout against the parameter table, and chat template."""
+"""Model folders: their files, safetensors headers, on-disk layout, tokenizer and chat template."""

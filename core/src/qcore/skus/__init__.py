@@ -1,1 +1,1 @@
-"""Records of published models: what is known of them, and how a checkpoint compares."""
+"""SKU records: known facts about published models, and their comparison with a checkpoint."""
