@@ -1,4 +1,4 @@
-"""Checks that a base has every part, such as a vision tower, that an adapter was trained on.
+"""Checks that a base has the parts, such as a vision tower, that an adapter was trained with.
 
 This file decides what a base must have for the modalities that an adapter records
 (`Adapter.modalities`): every tower that training changed, with all of its pairs, and, for a merge,

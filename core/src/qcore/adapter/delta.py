@@ -1,4 +1,4 @@
-"""LoRA deltas: reads an adapter's matrices and computes ``W + scaling * B A``.
+"""Computes ``W + scaling * B A`` in float64, in blocks of rows; merges add LoRA nowhere else.
 
 This file decides the arithmetic of a merge: float64, a block of rows at a time, so that the
 sum is rounded once, to the dtype of the file, and no temporary has the size of a weight.

@@ -1,4 +1,4 @@
-"""Open a model or an adapter from a script: tensors and LoRA deltas by canonical name.
+"""`open_model` and `open_adapter` for scripts: tensors and LoRA deltas by canonical name.
 
 This file decides the public, read-only view of both: mappings that read a tensor on access. Names
 are canonical, independent of the layout of the files; experts are one stack. It writes nothing;

@@ -1,4 +1,4 @@
-"""Names of LoRA tensors in a PEFT adapter, by class, and the content of adapter_config.json.
+"""PEFT's names for LoRA tensors, by model class, and the adapter_config.json that training writes.
 
 This file decides the name of a canonical weight in an adapter (all names have the prefix of one
 model class) and what ``adapter_config.json`` contains for an adapter that qcore trained.

@@ -1,4 +1,4 @@
-"""Reads an adapter folder and matches its tensors with the weights of a base.
+"""Reads an adapter folder and checks it against its base: every tensor used, every target hit.
 
 This file decides that every adapter tensor is used exactly once, that every declared target has
 tensors, and that an adapter without a fingerprint of its base needs consent.

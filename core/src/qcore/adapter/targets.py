@@ -1,4 +1,4 @@
-"""LoRA targets: which linear layers of which groups have LoRA, and the coverage table.
+"""LoRA targets: which linear layers get LoRA with which rank, and the table of what is trained.
 
 This file decides which rows of the parameter table get LoRA, and with which rank and alpha. It
 builds the coverage table from the loaded modules, not from the plan, so the 4-bit share is the

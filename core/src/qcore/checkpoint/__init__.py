@@ -1,1 +1,1 @@
-"""Model folders: their files, safetensors headers, on-disk layout, tokenizer and chat template."""
+"""Model folders: hub download, safetensors headers, tensor layout, tokenizer, chat template."""

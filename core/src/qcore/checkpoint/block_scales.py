@@ -1,4 +1,4 @@
-"""Block FP8 on disk: which tensor holds a weight's scales, and which shape they must have.
+"""Block FP8 on disk: the name and shape of the scale tensor that belongs to each FP8 weight.
 
 This file decides that the scales of ``NAME`` are ``NAME_scale_inv``, with one value per block,
 that config.json sets the block size, and which error a weight without matching scales raises.

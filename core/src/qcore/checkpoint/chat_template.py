@@ -1,4 +1,4 @@
-"""Chat templates: time limits and error codes of rendering in a sandboxed worker process.
+"""Renders chat templates in a subprocess with limits on time and memory, and reports failures.
 
 This file decides how long a template may run and which error each of its failures raises. A
 template is untrusted code that comes with a checkpoint. It runs in a separate process

@@ -1,4 +1,4 @@
-"""The worker process that renders chat templates in a Jinja sandbox.
+"""The subprocess that renders chat templates in a jinja2 sandbox, as transformers would.
 
 This file decides what a template may see and which resources it may use. It runs as a script by
 its path and imports only jinja2 and the standard library. The Jinja environment is that of

@@ -1,4 +1,4 @@
-"""A checkpoint: a model folder's config, index, safetensors headers, tokenizer and template.
+"""`Checkpoint`: an opened model folder: config.json, tokenizer files, safetensors headers, index.
 
 This file decides what makes a folder a checkpoint, before any weight is read. The safetensors
 files may still be on the hub (`Weights`): their headers get the same checks, but no tensor can be

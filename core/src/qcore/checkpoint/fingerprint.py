@@ -1,4 +1,4 @@
-"""Fingerprints of a base checkpoint: one SHA-256 per part, over its canonical tensors.
+"""Fingerprint of a base: one SHA-256 per part (text, tower), recorded by the adapters of the base.
 
 A fingerprint binds an adapter to its base. This file decides what it covers: (canonical name,
 dtype, shape, SHA-256 of the bytes) of every tensor of the part, sorted by name. It does not

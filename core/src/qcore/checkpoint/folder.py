@@ -1,4 +1,4 @@
-"""Access to a model folder: which files may be opened, and how its JSON files are read.
+"""Safe file access in a model folder: refuses paths that leave it; reads config.json and index.
 
 This file decides that no file outside the folder is ever opened. A file name must be a single
 path component whose real path lies in the folder, or in the ``blobs`` folder of the same hub cache

@@ -1,4 +1,4 @@
-"""Model resolution: a local folder or a hub id, and which files of a repository are downloaded.
+"""Resolves ``--model`` to a folder: a local path or ``ORG/NAME@REVISION``, and what is downloaded.
 
 This file decides which values ``--model`` accepts: an existing folder, else ``ORG/NAME`` or
 ``ORG/NAME@REVISION``. It also decides which files are downloaded: config, tokenizer, chat

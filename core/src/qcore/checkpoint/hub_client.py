@@ -1,4 +1,4 @@
-"""Requests to the hub: downloads, the file listing, safetensors headers, and their failures.
+"""Calls huggingface_hub: downloads, range requests for headers, and an error for each failure.
 
 This file decides how huggingface_hub is called and which error each failure raises. The client
 downloads, with its own cache, token, endpoint and offline variables. Headers of safetensors files

@@ -1,4 +1,4 @@
-"""On-disk layout: which tensors of a checkpoint hold each canonical tensor of the table.
+"""Finds each tensor of the parameter table in a checkpoint's headers; checks shapes and dtypes.
 
 This file decides totality, in both directions. Every tensor of the parameter table is on disk in
 one of its spellings, is tied, or belongs to an optional part that is entirely absent. Every tensor

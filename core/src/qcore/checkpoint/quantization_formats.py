@@ -1,4 +1,4 @@
-"""Quantization formats: detects the format of a checkpoint's weights from safetensors headers.
+"""Detects how a checkpoint is quantized (FP8, NVFP4, GPTQ, AWQ, ...) and refuses all but block FP8.
 
 This file decides how to recognize a format (by names, dtypes and shapes of tensors) and which
 formats can be used: only FP8 with block scales, which is decoded to bfloat16. A checkpoint in any

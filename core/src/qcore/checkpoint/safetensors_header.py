@@ -1,4 +1,4 @@
-"""Safetensors headers: parsed, and checked against the size of the file.
+"""Reads a safetensors header: names, dtypes, shapes, offsets, all checked with the file size.
 
 This file decides which headers are valid. The bytes may come from a local file or from the first
 bytes of a file on the hub. No tensor is read.

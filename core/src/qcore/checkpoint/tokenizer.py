@@ -1,4 +1,4 @@
-"""Tokenizer loading: from tokenizer.json only, without truncation and padding.
+"""Loads the tokenizer from tokenizer.json alone, with truncation and padding switched off.
 
 This file decides which file defines the tokenizer and which of its settings are disabled. It does
 not check whether the token ids fit the embedding.

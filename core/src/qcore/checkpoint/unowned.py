@@ -1,4 +1,4 @@
-"""Tensors that no part of the table owns: which are carried untouched, and which are errors.
+"""Tensors on disk that the parameter table does not name: copied unchanged, or refused as unknown.
 
 This file decides that a tensor outside every root of the table is carried, in at most as many
 subtrees as config.json has ``*_config`` sections that no part claims. Any other unowned tensor is

@@ -1,1 +1,1 @@
-"""Files: atomic publishing, manifests, run locks, metrics logs, strict JSON, entry points."""
+"""Files and packages: atomic result folders, manifests, locks, logs, strict JSON, entry points."""

@@ -1,4 +1,4 @@
-"""Entry points of qcore's groups, listed from metadata with a status; nothing is imported.
+"""Reads all of qcore's entry-point groups from package metadata: disabled, duplicate, incompatible.
 
 This file decides every status of an entry point that is known without an import (disabled,
 incompatible, duplicate, broken), with the same rules for every group. It never raises for the

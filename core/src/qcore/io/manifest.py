@@ -1,4 +1,4 @@
-"""MANIFEST.json: the list of an artifact's files, and the check of a folder against it.
+"""MANIFEST.json: size and SHA-256 of each file in a result folder, and `verify` against them.
 
 This file decides the manifest's format (version 1) and what `verify` reports as a problem: a
 missing or extra file, a different size or content, a link, a name that leaves the folder, a changed

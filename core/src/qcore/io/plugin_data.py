@@ -1,4 +1,4 @@
-"""Locates the data files of a plugin through its entry point, without importing the plugin.
+"""Finds YAML files that plugins ship (presets, SKU records) without importing the plugin.
 
 This file decides the location: an entry point names a package, and the files are
 ``<package>/<folder>/*.yaml``. `qcore.config.presets` and `qcore.skus` decide their content.

@@ -1,4 +1,4 @@
-"""Safe paths: which file names from untrusted files (index, manifest, data) may be opened.
+"""Checks relative paths from untrusted files: absolute paths, ``..`` and links out of the folder.
 
 This file decides which relative names are safe, and whether a path stays in its folder after links
 are followed. The caller decides the error for an unsafe name, and which links are allowed.

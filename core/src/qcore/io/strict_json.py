@@ -1,4 +1,4 @@
-"""Strict JSON: the parser for all JSON text that qcore did not write itself.
+"""Strict JSON: refuses duplicate keys and, on request, NaN and infinity in JSON text.
 
 This file decides which JSON documents are refused as ambiguous: objects with duplicate keys and,
 on request, numbers that are not finite. The caller handles encoding, size limits, nesting limits

@@ -1,4 +1,4 @@
-"""Comparison of a run's plan with the measurement of the run.
+"""Compares the memory and speed that were predicted for a run with those measured.
 
 This file decides what is compared: peak memory allocated by torch over all steps and evaluations,
 and tokens per second over all steps but the first, which compiles and warms up. On the CPU only the

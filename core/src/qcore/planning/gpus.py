@@ -1,4 +1,4 @@
-"""GPU specifications, and the time that a GPU takes for an op (a roofline model).
+"""GPU specifications (memory, rates), and the time that an op takes on one (a roofline model).
 
 This file decides how long an op takes: the maximum of FLOPs over the matrix rate, bytes over the
 memory bandwidth, and one launch. Rates are datasheet values times the efficiency measured on an

@@ -1,4 +1,4 @@
-"""Memory and work of each segment of the trunk, measured by running it once on the meta device.
+"""Splits a training step into segments (batch, each kind of layer, loss) and measures each on meta.
 
 This file decides the segments: the state before the first step, a batch, one layer of each kind
 under each policy, and the end of the step (final norm, head, loss). A segment is run forward and

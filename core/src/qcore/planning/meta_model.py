@@ -1,4 +1,4 @@
-"""The model on the meta device, with storage exactly as it will be loaded.
+"""Builds the model to plan on the meta device, with the backends and 4-bit storage of a real run.
 
 This file decides which backends a plan assumes when none can be verified, and that weights are
 stored as `qcore.nn.load` stores them, 4-bit ones in bitsandbytes' layout. `qcore.planning.measure`

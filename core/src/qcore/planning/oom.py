@@ -1,4 +1,4 @@
-"""Out of memory despite the plan: one error that compares the plan with the memory in use.
+"""The error when memory runs out despite the plan: the plan beside the memory in use.
 
 This file decides which exceptions mean out of memory (those of torch, cuBLAS, Triton and of pinned
 memory) and what the report contains: where the run was, allocated, reserved and free memory, and

@@ -1,4 +1,4 @@
-"""Which packs of a run are planned: the largest ones and a typical one.
+"""Chooses which packs (rows laid end to end) of a run are planned: the largest and a typical one.
 
 This file decides which packs are planned. The row order is a function of the step
 (`qcore.data.sampler`), so every micro-batch is known beforehand; beyond `DRAWS` rows the longest

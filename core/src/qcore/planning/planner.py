@@ -1,4 +1,4 @@
-"""Choosing activation checkpointing policies, the micro-batch and the longest row for a budget.
+"""Searches the fastest checkpointing policies, micro-batch and longest row for a memory budget.
 
 This file decides which layers recompute what, so that the step is as fast as the memory budget
 allows. Bottom layers recompute first, because the activations of top layers are freed before the

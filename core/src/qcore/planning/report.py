@@ -1,4 +1,4 @@
-"""The plan of one step on one GPU, as a record for people and programs.
+"""`Plan`: the predicted memory and time of one step on one GPU, as a record and as JSON.
 
 This file decides the format of a plan; `qcore.planning.step` makes it. It imports no torch.
 """

@@ -1,4 +1,4 @@
-"""The plan of a run with its own packs and GPU, and the error if it does not fit.
+"""Plans a run before training: its memory budget and policies, and the error if it does not fit.
 
 This file decides the memory budget of a run (`Room`), which policy it uses, and that a run that
 does not fit is refused before a weight is read; if the settings name the policy, it is a warning.

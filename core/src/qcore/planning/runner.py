@@ -1,4 +1,4 @@
-"""Runs one segment of a step on the meta device, so that only its own memory is counted.
+"""Runs a single segment (a layer, or the loss) on the meta device, so that only its memory counts.
 
 This file decides how a segment is run in isolation: its input comes from an autograd node that
 keeps no reference, and its output goes to one that saves nothing. `qcore.planning.measure` and

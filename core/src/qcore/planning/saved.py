@@ -1,4 +1,4 @@
-"""The plan in the folder of a run, so that a resumed run uses the same policies.
+"""Stores a run's plan in ``OUTPUT.run/plan.json``, from which a resumed run takes its policies.
 
 This file decides the content of ``OUTPUT.run/plan.json``: the policy of each layer, and the plan
 for people. It is not part of a checkpoint: all policies compute the same numbers, so a run may

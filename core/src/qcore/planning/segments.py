@@ -1,4 +1,4 @@
-"""Memory and work of a segment of a step, and their extrapolation to longer packs.
+"""`Segment`: bytes and ops of a layer or the loss, and their extrapolation to longer packs.
 
 This file decides how a long pack is extrapolated from smaller packs of its shape: bytes are affine
 in the tokens, FLOPs of matrix products quadratic, because of attention. It is used for backends

@@ -1,4 +1,4 @@
-"""Peak memory and time of one step under given policies, from measured segments.
+"""Predicts peak memory and time of a training step from measured segments; runs no step itself.
 
 This file decides how segments (`qcore.planning.measure`, `qcore.planning.tower`) make a step: what
 layers save accumulates until the loss is computed and is freed layer by layer in backward; the

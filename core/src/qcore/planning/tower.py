@@ -1,4 +1,4 @@
-"""Memory and work of a vision tower, measured by running it once on the meta device.
+"""Measures a vision tower's memory, FLOPs and bytes moved by running it once on the meta device.
 
 This file decides the segments of a tower: its input, one layer of each kind, and its output. The
 tower makes sample media (`Tower.sample`) and is run by the training code, so authors of towers

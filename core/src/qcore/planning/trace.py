@@ -1,4 +1,4 @@
-"""A dispatch mode that records live bytes, peak memory and work of a segment.
+"""Dispatch mode that counts live bytes, peak memory, FLOPs and bytes moved by every torch op.
 
 This file decides how memory is counted (by storage, from its allocation until its last tensor is
 freed, rounded up as the caching allocator does) and what an op costs: FLOPs of matrix products and

@@ -1,1 +1,1 @@
-"""SKU records: known facts about published models, and their comparison with a checkpoint."""
+"""SKU records: facts about published models, their sources, comparison with a checkpoint."""

@@ -1,4 +1,4 @@
-"""Comparison of a checkpoint with its SKU record: which record matches, and what differs.
+"""Compares a checkpoint with the SKU record (facts about a published model) that fits it.
 
 This file decides which record matches: one with the detected generation and architecture, and
 with the ``shape`` of config.json. The name of the checkpoint does not matter; a name of another

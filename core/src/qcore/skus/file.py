@@ -1,4 +1,4 @@
-"""The format of ``skus/*.yaml``: reads and checks one file of SKU records.
+"""Reads SKU files (``skus/*.yaml``, facts about published models) and checks their format.
 
 This file decides how a record is written. Facts are grouped by mark and source, so that a reader
 sees how well each value is known. Groups that several SKUs share are written once, under

@@ -1,4 +1,4 @@
-"""SKU records: the known facts about a published model, each with a mark and a source.
+"""Dataclasses of a SKU record: facts about one published model, each with certainty and source.
 
 This file defines the records. A SKU is a model as published: open weights on the hub, or served
 by API only. Every value is a `Fact`: the value, a mark for how well it is known, and its source.

@@ -1,4 +1,4 @@
-"""The installed SKU records: read from plugins and looked up by name.
+"""Looks up installed SKU records (facts about published models) by name, alias or hub id.
 
 Plugins provide records through the entry-point group ``qcore.skus`` (name -> package, files
 ``<package>/skus/*.yaml``), which is read without importing the plugin. This file decides that
