@@ -22,7 +22,7 @@ from support.cli_kit import Ended, apart, here
 from support.model_kit import edit_json, snapshot, write_index, write_json
 from support.tiers import fast
 
-import qcore.merging.streams  # a merge compares weights: it keeps the reader that `no_weights` breaks
+import qcore.merging.streams  # imported before `no_weights` breaks the reader: a merge compares
 import qcore.nn.load
 from qcore_qwen35.tiny import write
 
