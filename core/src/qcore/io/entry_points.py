@@ -30,6 +30,7 @@ COMMANDS: Final = "qcore.commands"
 PRESETS: Final = "qcore.presets"
 SKUS: Final = "qcore.skus"
 KINDS: Final = "qcore.media_kinds"
+DATA_FORMATS: Final = "qcore.data_formats"
 #: group -> what the name and the value of an entry point stand for, as ``name -> value``.
 GROUPS: Final[Mapping[str, str]] = {
     PLUGINS: "plugin -> module with its hooks",
@@ -38,7 +39,7 @@ GROUPS: Final[Mapping[str, str]] = {
     PRESETS: "plugin -> package with presets/*.yaml",
     SKUS: "plugin -> package with skus/*.yaml",
     KINDS: "type of a content part -> module",
-    "qcore.data_formats": "format of rows -> module",
+    DATA_FORMATS: "format of rows -> module",
     "qcore.export_targets": "target -> module",
     "qcore.trackers": "tracker -> module",
     "qcore.providers": "provider -> module",
