@@ -70,7 +70,9 @@ def sharegpt(row: dict[str, Any], reading: Reading) -> dict[str, Any]:
 def anthropic(row: dict[str, Any], reading: Reading) -> dict[str, Any]:
     """Convert messages of content blocks."""
     items = decoded(row.get("messages"), "messages")
-    split = [one for at, item in numbered(items, "messages") for one in _unblocked(item, at, reading)]
+    split = [
+        one for at, item in numbered(items, "messages") for one in _unblocked(item, at, reading)
+    ]
     return _finished(row, "messages", read_turns(split, reading), reading)
 
 
