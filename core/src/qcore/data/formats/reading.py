@@ -93,6 +93,9 @@ class Reading:
         if not columns:
             return kept
         taken = {ours: kept.pop(theirs) for ours, theirs in columns.items() if theirs in kept}
+        if self.fields.only:
+            self.ignored += [key for key, value in kept.items() if value not in (None, "", [], {})]
+            return taken
         # A column that has the name of a mapped one is another column: it is not read.
         others = {key: value for key, value in kept.items() if key not in columns}
         self.ignored += [key for key in kept if key in columns]

@@ -57,9 +57,8 @@ def check_row(row: Mapping[str, Any], read: Collection[str], reading: Reading) -
     for key, value in row.items():
         if key in read or key in _NOTHING or meaningless(value):
             continue
-        if not reading.fields.only:
-            _check_meaning(key, value, read)
-            _check_values(key, value, key)
+        _check_meaning(key, read)
+        _check_values(key, value, key)
         reading.ignored.append(key)
 
 
@@ -88,7 +87,7 @@ def check_message(
         reading.ignored.append(column)
 
 
-def _check_meaning(key: str, value: Any, read: Collection[str]) -> None:
+def _check_meaning(key: str, read: Collection[str]) -> None:
     """Refuse a row's key whose name says that it changes the input."""
     answered = "messages" in read or "conversations" in read
     if key in _HEARD or key in _OBJECTS:
