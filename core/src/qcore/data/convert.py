@@ -30,6 +30,7 @@ from .source import Record
 
 ROWS = "rows.jsonl"
 _ROLES = ("system", "user", "assistant", "tool")
+_UNSAFE = re.compile("[\ud800-\udfff\u0085\u2028\u2029]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 Refuse = Callable[[Record, RowError], None]
@@ -124,10 +125,11 @@ def _line(record: Record, formats: Formats, report: ConvertReport, folders: set[
     )
     _check(read.row)
     row = _with_absolute_media(read.row, record.path.parent, folders)
-    try:
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate: only an escape can hold it
-        line = json.dumps(row, allow_nan=False).encode("ascii")
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    if not text.isascii():
+        # Lone surrogates are not UTF-8, and some readers end a line at these three separators.
+        text = _UNSAFE.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
+    line = text.encode("utf-8")
     report.formats[read.format] += 1
     report.ignored.update(set(read.ignored))
     return line + b"\n"
