@@ -236,7 +236,7 @@ def ms_swift_pair(row: Row, rng: random.Random) -> Row:
     history = pair["history"]
     return {
         query: last, response: pair["output"], **system,
-        "history": json.dumps(history) if rng.random() < 0.3 else history,
+        "history": json.dumps(history, ensure_ascii=False) if rng.random() < 0.3 else history,
     }  # fmt: skip
 
 
