@@ -467,6 +467,7 @@ def test_columns_are_counted_once_a_row() -> None:
     for number in range(3):
         formats.convert({"messages": [{**user("q"), "id": "m"}, bot("a", id="n")], "n": number})
     assert formats.ignored == {"messages[].id": 3, "n": 3}
+    assert formats.notes()[1] == ("n", "n is not read (3 rows)")
 
 
 def test_media_without_a_plugin_are_refused() -> None:

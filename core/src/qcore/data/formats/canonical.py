@@ -146,10 +146,10 @@ def _tool(item: Any, at: str) -> Any:
         return item
     tool = {key: value for key, value in item.items() if key != "cache_control"}
     named = tool.get("type")
-    function = tool.get("function")
-    if not isinstance(function, dict):
-        if function is not None or "name" not in tool:
-            return tool
+    function = tool.get("function", tool)
+    if not isinstance(function, dict) or "name" not in function:
+        return tool
+    if function is tool:
         if not isinstance(named, str) or named in ("function", "custom"):
             tool.pop("type", None)
         elif "parameters" not in tool and "input_schema" not in tool:
@@ -161,7 +161,7 @@ def _tool(item: Any, at: str) -> Any:
                 expected="a function with its parameters",
                 fix="describe it as a function: name, description, parameters",
             )
-        function = tool
+        tool = {"type": "function", "function": function}
     if "input_schema" in function:
         function = {
             "parameters" if key == "input_schema" else key: inner for key, inner in function.items()
@@ -169,7 +169,7 @@ def _tool(item: Any, at: str) -> Any:
     if isinstance(function.get("parameters"), str) and function["parameters"]:
         parameters = parse(function["parameters"], at=f"{at}.parameters")
         function = {**function, "parameters": parameters}
-    return {"type": "function", "function": function}
+    return {**tool, "function": function}
 
 
 def _check_parallel(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> None:

@@ -179,7 +179,7 @@ def _factory(value: Mapping[str, Any], kinds: Iterable[str]) -> Fields:
         else:
             expected = ", ".join(("role_tag", "content_tag", *_TAGS))
             raise _wrong(f"tags.{key}", "unknown tag", expected=expected)
-    ranked = bool(value.get("ranking")) or "kto_tag" in columns
+    ranked = str(value.get("ranking")).lower() == "true" or "kto_tag" in columns
     return Fields(
         format=str(formatting), columns=columns, message=message, roles=roles, only=True,
         ranked=ranked,

@@ -5,9 +5,9 @@ of each row, core's formats first; a plugin's format is imported only for a row 
 reads, or by name. A broken plugin does not disturb rows that core reads; a row that it might have
 read names it.
 
-Codes: ``QC-DATA-005`` a row that is not an object, ``-023`` no format reads the row,
-``-027`` an unknown format; ``QC-PLUGIN-001`` to ``-003`` a plugin's format that is unusable,
-raises, or returns something else than a row.
+Codes: ``QC-DATA-005`` a row that is not an object, ``-023`` no format reads the row, ``-027`` an
+unknown format, ``-029`` (a note) columns that are not read; ``QC-PLUGIN-001`` to ``-003`` a
+plugin's format that is unusable, raises, or returns something else than a row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import EntryPoint
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from ...api.media import RowError
 from ...api.records import DataFormat
@@ -35,6 +35,7 @@ class _Builtin(NamedTuple):
     convert: Convert
 
 
+IGNORED: Final = "QC-DATA-029"
 #: In the order of detection.
 _BUILTIN: Mapping[str, _Builtin] = {
     "anthropic": _Builtin(chat.is_anthropic, chat.anthropic),
@@ -179,6 +180,13 @@ class Formats:
         if fields is not self._parsed[0]:
             self._parsed = (fields, parse_fields(fields, self._kinds))
         return self._parsed[1]
+
+    def notes(self) -> list[tuple[str, str]]:
+        """Each key that was left out, with a statement for the report (code `IGNORED`)."""
+        return [
+            (key, f"{key} is not read ({count} row{'s' if count > 1 else ''})")
+            for key, count in sorted(self.ignored.items())
+        ]
 
     # Formats of plugins.
 

@@ -124,8 +124,7 @@ def _turn(item: Any, at: str, reading: Reading) -> tuple[dict[str, Any], bool]:
         trained, content = mark_of_parts(content, trained, role, f"{at}.{key}")
     turn: dict[str, Any] = {"role": "assistant" if is_call else role}
     if is_call:
-        text, turn["tool_calls"] = _calls_of(content, f"{at}.{key}")
-        turn["content"] = text
+        turn["content"], turn["tool_calls"] = _calls_of(content, f"{at}.{key}")
     else:
         _content(turn, content, f"{at}.{key}", reading)
     if turn["role"] == "assistant":
