@@ -11,7 +11,7 @@ of Anthropic's API that messages cannot hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from ...api.media import RowError
@@ -78,9 +78,10 @@ def anthropic(row: dict[str, Any], reading: Reading) -> dict[str, Any]:
 
 def _conversation(row: dict[str, Any], key: str, reading: Reading) -> dict[str, Any]:
     items = numbered(decoded(row.get(key), key), key)
-    first = items[0][1]
-    if isinstance(first, dict) and not {"role", "from"} & first.keys() and not reading.fields.roles:
-        items = [one for at, item in items for one in _by_role(item, at)]
+    names = {*reading.fields.message, "role", "from"}
+    if isinstance(items[0][1], dict) and not names & items[0][1].keys():
+        roles = {*ROLES, *reading.fields.roles}
+        items = [one for at, item in items for one in _by_role(item, at, roles)]
     return _finished(row, key, read_turns(items, reading), reading)
 
 
@@ -121,10 +122,10 @@ def _holds_messages(value: Any) -> bool:
     return isinstance(value, list) and isinstance(value[0], dict)
 
 
-def _by_role(item: Any, at: str) -> Iterator[tuple[str, Any]]:
+def _by_role(item: Any, at: str, roles: Set[str]) -> Iterator[tuple[str, Any]]:
     """The turns of an item such as ``{"human": ..., "assistant": ...}``."""
     given = tool_fields.mapping(item, at, "QC-DATA-006", "is not a message")
-    named = [key for key in given if key.lower() in ROLES and not meaningless(given[key])]
+    named = [key for key in given if {key, key.lower()} & roles and not meaningless(given[key])]
     if not named:
         yield at, item
         return

@@ -96,7 +96,8 @@ def _pair(
     if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], str):
         answer = answer[0]
     prompt = _prompt(row, query, more, reading)
-    said = _side(answer, response, "assistant", reading)
+    calls = _calls(answer, response) if not meaningless(row.get("tools")) else None
+    said = calls or _side(answer, response, "assistant", reading)
     thoughts = [key for key in _REASONING if not meaningless(row.get(key))]
     if thoughts:
         said = _with_reasoning(said, [(key, row[key]) for key in thoughts])
@@ -132,6 +133,22 @@ def _side(value: Any, at: str, role: str, reading: Reading) -> list[dict[str, An
             return read_turns([(at, {"role": role, "content": value})], reading)
         return read_turns(numbered(value, at), reading)
     raise _not_text(value, at)
+
+
+def _calls(value: Any, at: str) -> list[dict[str, Any]] | None:
+    """The turn of an answer that is a JSON list of calls, as in xLAM's data; else ``None``."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = parse(value, at=at)
+        except RowError:
+            return None
+    items = value if isinstance(value, list) else [value]
+    if not items or not all(
+        isinstance(item, dict) and {"name"} < item.keys() <= {"name", "arguments", "parameters"}
+        for item in items
+    ):
+        return None
+    return read_turns([(at, {"role": "tool_call", "content": items})], Reading())
 
 
 def _history(value: Any, reading: Reading) -> list[dict[str, Any]]:

@@ -270,7 +270,9 @@ class Formats:
 
 def _rename_fix(row: Mapping[str, Any]) -> str:
     """A mapping that would make the row readable, or the closest key."""
-    for key in row:
+    for key, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return f"fields: {{messages: {key}}} in a mix file"
         if (meant := nearest(key.lower(), ("messages", "conversations"), cutoff=0.75)) is not None:
             return f"fields: {{{meant}: {key}}} in a mix file"
     return "name the columns in a mix file: fields: {prompt: <key>, completion: <key>}"

@@ -45,6 +45,8 @@ _READ = (
     "role", "from", "content", "value", *_REASONING, "tool_calls", "function_call",
     "tool_call_id", "name", "refusal", *MARKS, *DETAILS,
 )  # fmt: skip
+_FUNCTION = ("name", "arguments")
+_CALL = ("id", "type", "function", "index", *_FUNCTION)
 _THOUGHT_END = "</think>"  # of a call in LLaMA-Factory's form, where text stands before the JSON
 
 
@@ -65,7 +67,8 @@ def read_turns(items: Iterable[tuple[str, Any]], reading: Reading) -> list[dict[
             not custom
             and type(item) is dict
             and len(item) == 2
-            and item.get("role") in _PLAIN
+            and type(item.get("role")) is str
+            and item["role"] in _PLAIN
             and type(item.get("content")) is str
         ):
             turns.append(item)
@@ -128,7 +131,7 @@ def _turn(item: Any, at: str, reading: Reading) -> tuple[dict[str, Any], bool]:
     else:
         _content(turn, content, f"{at}.{key}", reading)
     if turn["role"] == "assistant":
-        _assistant(turn, given, at)
+        _assistant(turn, given, at, reading)
     for name in ("tool_call_id", "name"):
         if not meaningless(given.get(name)):
             turn[name] = given[name]
@@ -174,9 +177,9 @@ def _content(turn: dict[str, Any], content: Any, at: str, reading: Reading) -> N
         results = turn["role"] == "tool" and not all(
             isinstance(part, dict) and isinstance(part.get("type"), str) for part in content
         )
-        content = _json_text(content) if results else read_parts(content, at, reading)
+        content = _json_text(content, at) if results else read_parts(content, at, reading)
     elif turn["role"] == "tool" and isinstance(content, dict | bool | int | float):
-        content = _json_text(content)
+        content = _json_text(content, at)
     elif content is None and turn["role"] == "assistant":
         content = ""
     turn["content"] = content
@@ -184,22 +187,29 @@ def _content(turn: dict[str, Any], content: Any, at: str, reading: Reading) -> N
         del turn["content"]
 
 
-def _json_text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _json_text(value: Any, at: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError:  # bytes, which column formats have
+        raise RowError(
+            "QC-DATA-006", "holds bytes", at=at, expected="text, or values that JSON has"
+        ) from None
 
 
-def _assistant(turn: dict[str, Any], given: Mapping[str, Any], at: str) -> None:
+def _assistant(turn: dict[str, Any], given: Mapping[str, Any], at: str, reading: Reading) -> None:
     """Add reasoning, calls and a refusal."""
     thoughts = {key: given[key] for key in _REASONING if not meaningless(given.get(key))}
-    if len({json.dumps(text, sort_keys=True) for text in thoughts.values()}) == 1:
-        turn["reasoning_content"] = next(iter(thoughts.values()))
+    first = next(iter(thoughts.values()), None)
+    if thoughts and all(text == first for text in thoughts.values()):
+        turn["reasoning_content"] = first
     else:  # two different ones: the row's check refuses them
         turn.update(thoughts)
     calls = given.get("tool_calls")
     if isinstance(calls, str) and calls:
         calls = parse(calls, at=f"{at}.tool_calls")
     if not meaningless(calls):
-        read = tool_fields.calls(calls, f"{at}.tool_calls", True)
+        known = _known_calls(calls, f"{at}.tool_calls", reading)
+        read = tool_fields.calls(known, f"{at}.tool_calls", True)
         turn["tool_calls"] = [*turn.get("tool_calls", ()), *map(_nested, read)]
     if not meaningless(given.get("function_call")):
         call = given["function_call"]
@@ -223,6 +233,23 @@ def _assistant(turn: dict[str, Any], given: Mapping[str, Any], at: str) -> None:
                 fix="write the text that the assistant said as content",
             )
         turn["content"] = said
+
+
+def _known_calls(calls: Any, at: str, reading: Reading) -> Any:
+    """Calls without the metadata that clients write beside name and arguments."""
+    if not isinstance(calls, list):
+        return calls
+    known = []
+    for index, call in enumerate(calls):
+        if isinstance(call, dict):
+            check_message(call, _CALL, f"{at}[{index}]", reading)
+            call = {key: value for key, value in call.items() if key in _CALL}
+            function = call.get("function")
+            if isinstance(function, dict):
+                check_message(function, _FUNCTION, f"{at}[{index}].function", reading)
+                call["function"] = {key: function[key] for key in function if key in _FUNCTION}
+        known.append(call)
+    return known
 
 
 def _calls_of(value: Any, at: str) -> tuple[str, list[dict[str, Any]]]:
