@@ -16,7 +16,7 @@ from ...api.media import RowError
 from ..jsonl import parse
 from ..tool_fields import kind
 from .marks import flag
-from .parts import place_media
+from .parts import media_names, place_media
 from .reading import Reading
 from .turns import decoded
 from .unread import check_row, meaningless
@@ -53,8 +53,10 @@ def finished(
     messages = list(turns)
     if row.keys() == {"messages"}:
         return {"messages": messages}
-    media = [name for one in reading.kinds for name in (one, f"{one}s")]
-    messages = place_media(_with_system(row, messages), row, "", reading)
+    media = media_names(reading.kinds)
+    messages = _with_system(row, messages)
+    if row.keys() & media:
+        messages = place_media(messages, row, "", reading)
     done: dict[str, Any] = {"messages": messages}
     if (tools := _tools(row)) is not None:
         done["tools"] = tools

@@ -102,7 +102,9 @@ def _finished(
             )
     answered = turns[-1]["role"] == "assistant"
     for other in (*_ECHOES, *_ANSWERS):
-        value = row.get(other)
+        if other not in row:
+            continue
+        value = row[other]
         if meaningless(value) or (isinstance(value, str) and (answered or other in _ECHOES)):
             continue
         if isinstance(value, str) or _holds_messages(value):

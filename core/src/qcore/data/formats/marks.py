@@ -21,28 +21,29 @@ from .unread import meaningless
 MARKS = ("train", "training", "weight", "loss", "loss_scale")
 DETAILS = ("train_detail", "training_detail")
 _FLAGS = ("train", "training")
+_ALL = frozenset((*MARKS, *DETAILS))
 
 
-def mark_of(given: Mapping[str, Any], detail: Any, content: Any, role: str, at: str) -> bool | None:
+def mark_of(given: Mapping[str, Any], content: Any, role: str, at: str) -> bool | None:
     """What the marks of a message say; ``None`` without one.
 
     Args:
-        given: the message.
-        detail: spans of its content with a mark each, or ``None``.
-        content: the content that `detail` is about.
+        given: the message, without keys that mean nothing.
+        content: its content, which spans with a mark of their own are about.
         role: canonical role.
         at: place of the message in the row.
 
     Raises:
         RowError: ``QC-DATA-022``.
     """
-    values = {
-        key: flag(given[key], f"{at}.{key}") for key in MARKS if not meaningless(given.get(key))
-    }
-    if detail is not None:
-        values["train_detail"] = _spans(detail, content, f"{at}.train_detail")
+    if not given.keys() & _ALL:
+        return None
+    values = {key: flag(given[key], f"{at}.{key}") for key in MARKS if key in given}
+    for key in DETAILS:
+        if key in given:
+            values[key] = _spans(given[key], content, f"{at}.{key}")
     if role not in ("assistant", CALL):
-        for key in (*_FLAGS, "train_detail"):
+        for key in (*_FLAGS, *DETAILS):
             if values.get(key):
                 raise _unkept(
                     f"{at}.{key}", f"marks a turn of the {role} for training",

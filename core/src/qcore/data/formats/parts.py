@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from ...api.media import RowError
@@ -23,6 +24,12 @@ _TEXTS = ("text", "input_text", "output_text")
 _SOURCES = ("path", "url", "base64", "data", "bytes", "source")
 _UNKNOWN = "application/octet-stream"
 _MAGIC = {"iVBOR": "png", "/9j/": "jpeg", "R0lGO": "gif", "UklGR": "webp"}  # of base64
+
+
+@lru_cache(maxsize=64)
+def media_names(kinds: tuple[str, ...]) -> frozenset[str]:
+    """Names of columns that hold media: each kind and its plural."""
+    return frozenset(name for kind in kinds for name in (kind, f"{kind}s"))
 
 
 def read_parts(parts: Sequence[Any], at: str, reading: Reading) -> list[dict[str, Any]]:

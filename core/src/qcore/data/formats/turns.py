@@ -23,7 +23,7 @@ from .. import tool_fields
 from ..jsonl import parse
 from ..tool_fields import kind
 from .marks import DETAILS, MARKS, mark_of, mark_of_parts
-from .parts import place_media, read_parts
+from .parts import media_names, place_media, read_parts
 from .reading import CALL, Reading
 from .unread import check_message, meaningless
 
@@ -41,10 +41,11 @@ ROLES = {
 }  # fmt: skip
 _PLAIN = frozenset(("system", "user", "assistant", "tool"))
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_READ = (
-    "role", "from", "content", "value", *_REASONING, "tool_calls", "function_call",
-    "tool_call_id", "name", "refusal", *MARKS, *DETAILS,
-)  # fmt: skip
+#: Keys of an assistant turn beside its content.
+_SAID = frozenset((*_REASONING, "tool_calls", "function_call", "refusal"))
+_READ = _SAID | {
+    "role", "from", "content", "value", "tool_call_id", "name", *MARKS, *DETAILS,
+}  # fmt: skip
 _FUNCTION = ("name", "arguments")
 _CALL = ("id", "type", "function", "index", *_FUNCTION)
 _THOUGHT_END = "</think>"  # of a call in LLaMA-Factory's form, where text stands before the JSON
@@ -112,17 +113,17 @@ def _continues(before: Mapping[str, Any], turn: Mapping[str, Any]) -> bool:
 
 
 def _turn(item: Any, at: str, reading: Reading) -> tuple[dict[str, Any], bool]:
-    given = tool_fields.mapping(item, at, "QC-DATA-006", "is not a message")
-    renames = reading.fields.message
-    if renames:
-        given = {renames.get(key, key): value for key, value in given.items()}
-    media = [name for one in reading.kinds for name in (one, f"{one}s")]
-    role = _role(given, at, reading)
-    check_message(given, (*_READ, *media), at, reading)
-    key = "content" if "content" in given else "value"
-    content, is_call = given.get(key), role == CALL
-    detail = next((given[name] for name in DETAILS if not meaningless(given.get(name))), None)
-    trained = mark_of(given, detail, content, role, at)
+    raw = tool_fields.mapping(item, at, "QC-DATA-006", "is not a message")
+    if renames := reading.fields.message:
+        raw = {renames.get(key, key): value for key, value in raw.items()}
+    given = {key: value for key, value in raw.items() if not meaningless(value)}
+    media = media_names(reading.kinds)
+    role = _role(raw, at, reading)
+    if not given.keys() <= _READ:
+        check_message(given, _READ | media, at, reading)
+    key = "content" if "content" in raw else "value"
+    content, is_call = raw.get(key), role == CALL
+    trained = mark_of(given, content, role, at)
     if isinstance(content, list) and not is_call:
         trained, content = mark_of_parts(content, trained, role, f"{at}.{key}")
     turn: dict[str, Any] = {"role": "assistant" if is_call else role}
@@ -130,14 +131,14 @@ def _turn(item: Any, at: str, reading: Reading) -> tuple[dict[str, Any], bool]:
         turn["content"], turn["tool_calls"] = _calls_of(content, f"{at}.{key}")
     else:
         _content(turn, content, f"{at}.{key}", reading)
-    if turn["role"] == "assistant":
+    if turn["role"] == "assistant" and given.keys() & _SAID:
         _assistant(turn, given, at, reading)
     for name in ("tool_call_id", "name"):
-        if not meaningless(given.get(name)):
+        if name in given:
             turn[name] = given[name]
     if trained is not None:
         turn["train"] = trained
-    if any(not meaningless(given.get(name)) for name in media):
+    if given.keys() & media:
         turn = place_media([turn], given, at, reading)[0]
     return turn, is_call
 
@@ -153,8 +154,8 @@ def _role(given: Mapping[str, Any], at: str, reading: Reading) -> str:
             found=", ".join(given)[:80] or None,
             expected="role and content, or from and value",
         )
-    custom = reading.fields.roles.get(role)
-    known = custom or ROLES.get(role.strip().lower().replace("-", "_").replace(" ", "_"))
+    known = reading.fields.roles.get(role) or ROLES.get(role)
+    known = known or ROLES.get(role.strip().lower().replace("-", "_").replace(" ", "_"))
     if known is not None:
         return known
     meant = nearest(role.lower(), ROLES)
@@ -198,20 +199,20 @@ def _json_text(value: Any, at: str) -> str:
 
 def _assistant(turn: dict[str, Any], given: Mapping[str, Any], at: str, reading: Reading) -> None:
     """Add reasoning, calls and a refusal."""
-    thoughts = {key: given[key] for key in _REASONING if not meaningless(given.get(key))}
+    thoughts = {key: given[key] for key in _REASONING if key in given}
     first = next(iter(thoughts.values()), None)
     if thoughts and all(text == first for text in thoughts.values()):
         turn["reasoning_content"] = first
     else:  # two different ones: the row's check refuses them
         turn.update(thoughts)
     calls = given.get("tool_calls")
-    if isinstance(calls, str) and calls:
+    if isinstance(calls, str):
         calls = parse(calls, at=f"{at}.tool_calls")
     if not meaningless(calls):
         known = _known_calls(calls, f"{at}.tool_calls", reading)
         read = tool_fields.calls(known, f"{at}.tool_calls", True)
         turn["tool_calls"] = [*turn.get("tool_calls", ()), *map(_nested, read)]
-    if not meaningless(given.get("function_call")):
+    if "function_call" in given:
         call = given["function_call"]
         more = tool_fields.calls([call], f"{at}.function_call", True)
         if not meaningless(calls) and [_nested(one) for one in more] != turn["tool_calls"]:
@@ -222,8 +223,7 @@ def _assistant(turn: dict[str, Any], given: Mapping[str, Any], at: str, reading:
                 expected="one of function_call and tool_calls",
             )
         turn["tool_calls"] = [_nested(one) for one in more]
-    said = given.get("refusal")
-    if not meaningless(said):
+    if said := given.get("refusal"):
         if turn["content"] not in ("", said):
             raise RowError(
                 "QC-DATA-024",

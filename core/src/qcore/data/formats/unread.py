@@ -39,13 +39,13 @@ _FILE = re.compile(
 
 def meaningless(value: Any) -> bool:
     """Whether a value is null or empty, or holds nothing but such values."""
-    if value is None:
-        return True
     if isinstance(value, str):
         return not value
+    if value is None:
+        return True
     if isinstance(value, dict):
-        return all(meaningless(item) for item in value.values())
-    return isinstance(value, list) and all(meaningless(item) for item in value)
+        return all(map(meaningless, value.values()))
+    return isinstance(value, list) and all(map(meaningless, value))
 
 
 def check_row(row: Mapping[str, Any], read: Collection[str], reading: Reading) -> None:
