@@ -75,7 +75,9 @@ def test_relative_media_become_absolute(tmp_path: Path) -> None:
 
 def test_nothing_is_written_if_a_row_is_refused(tmp_path: Path) -> None:
     bad = RowError("QC-DATA-004", "is not JSON")
-    rows = records(tmp_path, SHAREGPT, {"text": "x"}, bad, {"messages": [{"role": "user"}]})
+    rows = records(
+        tmp_path, SHAREGPT, {"text": "x"}, bad, {"messages": [{"role": "user", "content": None}]}
+    )
     with pytest.raises(PreflightError) as caught:
         convert(rows, tmp_path / "out", Formats())
     assert [(error.code, error.field) for error in caught.value.errors] == [

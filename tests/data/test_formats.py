@@ -199,6 +199,8 @@ READ: list[tuple[Row, str, Row, set[str]]] = [
      {"messages": CALLED[:2]}, {"messages[].status"}),
     ({"messages": [user("q"), bot(None, refusal="I cannot.")]}, "openai",
      {"messages": [user("q"), bot("I cannot.")]}, set()),
+    ({"messages": [user("q"), bot([{"type": "refusal", "refusal": "No."}])], "tools": "null"},
+     "openai", {"messages": [user("q"), bot([text("No.")])]}, set()),
     ({"messages": [user("q"), bot("a", tool_calls="[]", thinking="hm")]}, "openai",
      {"messages": [user("q"), bot("a", reasoning_content="hm")]}, set()),
     ({"messages": QA, "tools": [{"name": "f", "parameters": {"type": "object"}}]}, "openai",
@@ -303,6 +305,10 @@ REFUSED: list[tuple[Any, str, str, str]] = [
     ({"messages": "[}"}, "QC-DATA-004", "messages", "not JSON"),
     ({"messages": ["q"]}, "QC-DATA-006", "messages[0]", "not a message"),
     ({"messages": [{"content": "q"}]}, "QC-DATA-006", "messages[0]", "has no role"),
+    ({"messages": [{"role": "user", "text": "q"}]}, "QC-DATA-006", "messages[0]",
+     "fields: {content: text}"),
+    ({"messages": [user("q"), bot("a", thought="hm")]}, "QC-DATA-024", "messages[1].thought",
+     "fields: {reasoning_content: thought}"),
     ({"conversations": [{"from": "gtp", "value": "x"}]}, "QC-DATA-006", "conversations[0].from",
      'write "assistant"'),
     ({"messages": [{"role": "narrator", "content": "x"}]}, "QC-DATA-006", "messages[0].role",
@@ -315,6 +321,9 @@ REFUSED: list[tuple[Any, str, str, str]] = [
      "ignore_columns: [rejected_response]"),
     ({"messages": QA, "rejected_messages": QA}, "QC-DATA-020", "rejected_messages", "preference"),
     ({"prompt": "q", "completion": "a", "label": True}, "QC-DATA-020", "label", "label is true"),
+    ({"input": {"messages": [user("q")]}, "preferred_output": [bot("a")],
+      "non_preferred_output": [bot("b")]}, "QC-DATA-020", "non_preferred_output",
+     "of preferred_output as one list"),
     ({"messages": QA, "kto_tag": False}, "QC-DATA-020", "kto_tag", "KTO"),
     ({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"},
       "rejected": {"from": "gpt", "value": "b"}}, "QC-DATA-020", "rejected", "DPO"),
@@ -463,6 +472,10 @@ def test_refused(row: Row, code: str, at: str, says: str) -> None:
          {"messages": "says", "role": "who", "content": "what",
           "roles": {"user": "me", "assistant": ["you", "it"]}}, [], QA),
         ({"conversations": [user("x")], "other": QA}, {"conversations": "other"}, [], QA),
+        ({"messages": [{"role": "user", "text": "q"}, {"role": "bot", "text": "a"}]},
+         {"content": "text"}, [], QA),
+        ({"messages": [user("q"), bot("a", thought="hm")]}, {"reasoning_content": "thought"}, [],
+         [user("q"), bot("a", reasoning_content="hm")]),
         ({"conversation": [{"input": "q", "output": "a"}]},
          {"roles": {"user": "input", "assistant": "output"}}, [], QA),
         ({"texts": [{"user": "q", "assistant": "a", "source": "x"}], "images": ["a.png"]},
@@ -503,11 +516,16 @@ def test_a_forced_format_that_does_not_fit_is_refused() -> None:
         assert caught.value.code in ("QC-DATA-005", "QC-DATA-023")
 
 
-def test_an_unknown_format_is_a_usage_error() -> None:
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [("share-gpt", "did you mean sharegpt?"), ("chatml", "did you mean openai?"),
+     ("LlamaFactory", "with fields in a mix file"), ("x", "detected by its keys")],
+)  # fmt: skip
+def test_an_unknown_format_is_a_usage_error(name: str, fix: str) -> None:
     with pytest.raises(UsageError) as caught:
-        FORMATS.read({"messages": QA}, forced="share-gpt")
+        FORMATS.read({"messages": QA}, forced=name)
     assert caught.value.code == "QC-DATA-027"
-    assert caught.value.fix == "did you mean sharegpt?"
+    assert fix in str(caught.value.fix)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def _tool_list(value: Any, at: str) -> list[Any]:
     elif isinstance(value, str):
         value = parse(value, at=at)
         value = [value] if isinstance(value, dict) else value
-    if value == []:
+    if meaningless(value):
         return []
     items = decoded(value, at, "tools")
     return [_tool(item, f"{at}[{index}]") for index, item in enumerate(items)]

@@ -99,6 +99,7 @@ def flag(value: Any, at: str) -> bool:
         "is not a mark of training",
         found=kind(value),
         expected="true, false, 1 or 0: a turn is trained or not",
+        fix="write 1 to train it, 0 to keep it as context",
     )
 
 

@@ -53,6 +53,8 @@ def _part(part: Any, at: str, reading: Reading) -> dict[str, Any]:
     if named in _TEXTS:
         check_message(part, ("type", "text"), f"{at}", reading)
         return {"type": "text", "text": part.get("text")}
+    if named == "refusal" and isinstance(part.get("refusal"), str):
+        return {"type": "text", "text": part["refusal"]}
     for kind in reading.kinds:
         if named in (kind, f"{kind}_url", f"input_{kind}"):
             return _medium(part, kind, at, reading)

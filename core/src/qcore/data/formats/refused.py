@@ -16,7 +16,10 @@ from ...api.media import RowError
 from .reading import Reading
 from .unread import meaningless
 
-_REJECTED = ("rejected", "rejected_response", "rejected_messages", "negative_messages")
+_REJECTED = (
+    "rejected", "rejected_response", "rejected_messages", "negative_messages",
+    "non_preferred_output",
+)  # fmt: skip
 _KTO = ("label", "kto_tag")
 _SCOPE = "qcore trains supervised rows only"
 
@@ -67,6 +70,9 @@ def refuse_text(row: Mapping[str, Any]) -> None:
 
 def _chosen_fix(row: Mapping[str, Any], rejected: str) -> str:
     """A mix file's entry that trains the chosen answer alone."""
+    if rejected == "non_preferred_output":
+        preferred = "the messages of input and of preferred_output as one list of messages"
+        return f"to train the preferred answer alone, write {preferred}"
     passed = f"ignore_columns: [{rejected}]" if rejected else ""
     if meaningless(row.get("chosen")):
         fields = ""

@@ -46,6 +46,15 @@ _BUILTIN: Mapping[str, _Builtin] = {
     "ms-swift": _Builtin(pairs.is_ms_swift, pairs.ms_swift),
 }
 BUILTIN_NAMES = tuple(_BUILTIN)
+_MAPPED = "name no format: its rows are read by their keys, or with fields in a mix file"
+#: What a format is called elsewhere.
+_OTHER_NAMES = {
+    **dict.fromkeys(("chat", "chatml", "messages", "chat_template", "oai"), "openai"),
+    **dict.fromkeys(("swift", "modelscope", "pairs"), "ms-swift"),
+    **dict.fromkeys(("prompt-completion", "prompt_completion"), "trl"),
+    **dict.fromkeys(("claude", "blocks"), "anthropic"),
+    **dict.fromkeys(("axolotl", "llama-factory", "llamafactory", "dataset_info"), _MAPPED),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +115,18 @@ class Formats:
         """
         self._fields(fields or {})
         if forced and forced not in self.names:
-            meant = nearest(forced, self.names)
+            meant = _OTHER_NAMES.get(forced.lower()) or nearest(forced, self.names)
             raise UsageError(
                 "QC-DATA-027",
                 "unknown row format",
                 field="format",
                 found=forced,
                 expected=", ".join(self.names),
-                fix=f"did you mean {meant}?" if meant else "leave it out to detect the format",
+                fix=_MAPPED
+                if meant == _MAPPED
+                else f"did you mean {meant}?"
+                if meant
+                else "name no format: each row's is detected by its keys",
             )
         if forced in self._plugins:
             self._plugin(forced)

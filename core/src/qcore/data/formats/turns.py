@@ -122,6 +122,8 @@ def _turn(item: Any, at: str, reading: Reading) -> tuple[dict[str, Any], bool]:
     if not given.keys() <= _READ:
         check_message(given, _READ | media, at, reading)
     key = "content" if "content" in raw else "value"
+    if key not in raw and not given.keys() & _SAID:
+        raise _no_content(given, at)
     content, is_call = raw.get(key), role == CALL
     trained = mark_of(given, content, role, at)
     if isinstance(content, list) and not is_call:
@@ -167,6 +169,18 @@ def _role(given: Mapping[str, Any], at: str, reading: Reading) -> str:
         found=repr(role)[:80],
         expected="system, user, assistant or tool",
         fix=f'write "{ROLES[meant]}"' if meant and ROLES[meant] != CALL else advice,
+    )
+
+
+def _no_content(given: Mapping[str, Any], at: str) -> RowError:
+    texts = [key for key, text in given.items() if key not in _READ and isinstance(text, str)]
+    return RowError(
+        "QC-DATA-006",
+        "has no content",
+        at=at,
+        found=", ".join(given)[:80],
+        expected="content or value",
+        fix=f"fields: {{content: {texts[0]}}} in a mix file" if texts else None,
     )
 
 

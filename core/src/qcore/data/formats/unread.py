@@ -25,7 +25,10 @@ from .reading import Reading
 
 #: Keys of other tools that change the input; the format that reads one lists it as read.
 _CONTEXT = ("context", "contexts", "passage", "document", "documents", "choices", "options", "hint")
-_THOUGHTS = ("rationale", "cot", "chain_of_thought", "scratchpad")
+_THOUGHTS = (
+    "rationale", "cot", "chain_of_thought", "scratchpad", "thought", "thoughts", "think",
+    "analysis",
+)  # fmt: skip
 _OBJECTS = ("objects",)
 _HEARD = ("audio", "audios")
 #: Lists and objects in messages that are metadata.
@@ -76,6 +79,8 @@ def check_message(
         column = f"messages[].{key}"
         if column not in reading.ignore:
             _check_typing(key, read, f"{at}.{key}", column)
+            if key in _THOUGHTS and isinstance(value, str):
+                raise _thoughts(key, f"{at}.{key}")
             if isinstance(value, list | dict) and key not in _META:
                 _check_values(key, value, f"{at}.{key}")
                 raise _refusal(
@@ -96,9 +101,13 @@ def _check_meaning(key: str, read: Collection[str]) -> None:
         fix = f"fields: {{input: {key}}} in a mix file appends it to the prompt"
         raise _refusal(key, "is not read, and it changes the prompt", fix=fix)
     if key in _THOUGHTS and not answered:
-        fix = f"fields: {{reasoning_content: {key}}} in a mix file makes it the reasoning"
-        raise _refusal(key, "is not read, and it is part of the answer", fix=fix)
+        raise _thoughts(key, key)
     _check_typing(key, read, key, key)
+
+
+def _thoughts(key: str, at: str) -> RowError:
+    fix = f"fields: {{reasoning_content: {key}}} in a mix file makes it the reasoning"
+    return _refusal(at, "is not read, and it is part of the answer", fix=fix)
 
 
 def _check_typing(key: str, read: Collection[str], at: str, column: str) -> None:
