@@ -90,6 +90,19 @@ def test_any_row_under_any_format(forced: str) -> None:
                 continue
 
 
+def test_long_rows_are_read_in_linear_time() -> None:
+    """Quadratic reading of these would take minutes."""
+    call = {"from": "function_call", "value": '{"name": "f"}'}
+    items = [{"from": "human", "value": "q"}, *[call] * 30_000]
+    _, row = FORMATS.convert({"conversations": items})
+    assert len(row["messages"][1]["tool_calls"]) == 30_000
+    media = {"messages": [{"role": "user", "content": "<image>" * 30_000}],
+             "images": ["a.png"] * 30_000}  # fmt: skip
+    assert len(FORMATS.convert(media)[1]["messages"][0]["content"]) == 30_000
+    keys = {"messages": [{"role": "user", "content": "q", **{f"k{i}": i for i in range(30_000)}}]}
+    assert len(FORMATS.read(keys).ignored) == 30_000
+
+
 def test_values_that_are_not_rows() -> None:
     for value in JUNK:
         try:

@@ -29,7 +29,7 @@ from qcore.data.formats import Formats
 pytestmark = pytest.mark.slow
 
 FORMATS = Formats(kinds=("image", "video"))
-PINS = {"trl": "1.16.0", "ms-swift": "4.6.0", "llamafactory": "0.9.5"}
+PINS = {"trl": "1.16.0", "ms-swift": "4.6.0", "llamafactory": "0.9.5", "axolotl": "0.19.0"}
 ROUNDS = 50
 
 
@@ -217,6 +217,39 @@ def test_ms_swift_reads_the_same_turns(peer: Any, kind: str, write: Any, feature
         ours = flat(FORMATS.convert(written)[1]["messages"], names)
         assert folded(swift_turns(theirs(written))) == folded(ours)
     assert compared >= 10
+
+
+# Axolotl.
+
+
+def test_axolotl_reads_the_same_turns(peer: Any) -> None:
+    made = run(
+        peer("axolotl", "axolotl/prompt_strategies/chat_template.py"), {"ChatTemplateStrategy"},
+        PromptTokenizingStrategy=object, LOG=SimpleNamespace(debug=lambda *_: None),
+    )  # fmt: skip
+    entry = foreign.AXOLOTL
+    theirs = made.ChatTemplateStrategy.__new__(made.ChatTemplateStrategy)
+    theirs.split_thinking = False
+    theirs.prompter = SimpleNamespace(
+        message_property_mappings={
+            **entry["message_property_mappings"], "reasoning_content": entry["field_thinking"],
+        },
+        roles={"doctor": "assistant", "nurse": "assistant", "patient": "user", "rules": "system"},
+        field_messages=entry["field_messages"], field_system="system",
+        field_tools=entry["field_tools"], template_thinking_key="reasoning_content",
+        message_field_training=entry["message_field_training"], message_field_training_detail=None,
+        chat_template_msg_variables={"tool_calls"}, drop_system_message=False,
+    )  # fmt: skip
+    rng = random.Random(4)
+    for _ in range(ROUNDS):
+        row = foreign.conversation(rng, calls=2, reasoning=True, train=True)
+        written = foreign.axolotl(row, rng)
+        _, ours = FORMATS.convert(written, fields=entry)
+        turns = [{**m, **({"training": m["train"]} if "train" in m else {})}
+                 for m in ours["messages"]]  # fmt: skip
+        read = theirs.get_conversation_thread(copy.deepcopy(written))
+        assert read == [{k: v for k, v in turn.items() if k != "train"} for turn in turns]
+        assert theirs._get_tools(copy.deepcopy(written)) == ours.get("tools")
 
 
 # TRL.

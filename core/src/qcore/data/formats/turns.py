@@ -76,8 +76,9 @@ def read_turns(items: Iterable[tuple[str, Any]], reading: Reading) -> list[dict[
             continue
         turn, is_call = _turn(item, at, reading)
         if is_call and turns and _continues(turns[-1], turn):
-            calls = [*turns[-1].get("tool_calls", ()), *turn["tool_calls"]]
-            turns[-1] = {**turns[-1], "tool_calls": calls}
+            if "tool_calls" not in turns[-1]:  # it may be the row's own object
+                turns[-1] = {**turns[-1], "tool_calls": []}
+            turns[-1]["tool_calls"] += turn["tool_calls"]
         else:
             turns.append(turn)
     return turns

@@ -161,15 +161,18 @@ def _refusal(at: str, what: str, *, fix: str) -> RowError:
 def _misspelled(key: str, known: frozenset[str]) -> str | None:
     """The known key that differs from `key` by one edit or a swap of two letters."""
     lower = key.lower()
-    for word in sorted(known):
-        if len(word) > 3 and word != key and _one_edit(lower, word):
-            return word
-    return None
+    near = [
+        word
+        for word in known
+        if len(word) > 3
+        and abs(len(word) - len(key)) < 2
+        and word != key
+        and _one_edit(lower, word)
+    ]
+    return min(near, default=None)
 
 
 def _one_edit(left: str, right: str) -> bool:
-    if abs(len(left) - len(right)) > 1:
-        return False
     start = 0
     while start < min(len(left), len(right)) and left[start] == right[start]:
         start += 1
