@@ -98,6 +98,14 @@ def test_many_refused_rows_are_counted(tmp_path: Path) -> None:
     assert one.value.code == "QC-DATA-021"
 
 
+def test_values_that_json_does_not_have_are_refused(tmp_path: Path) -> None:
+    for value in (b"x", float("nan")):
+        rows = records(tmp_path, {"messages": QA, "metadata": {"a": value}})
+        with pytest.raises(InputError) as caught:
+            convert(rows, tmp_path / "out", Formats())
+        assert caught.value.code == "QC-DATA-006"
+
+
 def test_refused_rows_can_be_left_out(tmp_path: Path) -> None:
     seen: list[int] = []
     report = convert(

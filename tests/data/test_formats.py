@@ -389,7 +389,8 @@ REFUSED: list[tuple[Any, str, str, str]] = [
      "QC-DATA-025", "images", "2 media, 1 of <image>"),
     ({"messages": [bot("a")], "images": ["a.png"]}, "QC-DATA-025", "images", "no user turn"),
     ({"messages": QA, "audios": ["a.wav"]}, "QC-DATA-009", "audios", "no installed plugin"),
-    ({"messages": QA, "files": ["a.PNG"]}, "QC-DATA-009", "files", "no installed plugin"),
+    ({"messages": QA, "files": ["a.PNG"]}, "QC-DATA-009", "files", "fields: {image: files}"),
+    ({"messages": QA, "jpg": b"\xff\xd8"}, "QC-DATA-009", "jpg", "fields: {image: jpg}"),
     ({"messages": QA, "objects": {"bbox": [[1, 2, 3, 4]]}}, "QC-DATA-009", "objects", "media"),
     # blocks without a counterpart
     ({"messages": [user("q"), bot([{"type": "redacted_thinking", "data": "x"}, text("a")])]},
@@ -472,6 +473,8 @@ def test_refused(row: Row, code: str, at: str, says: str) -> None:
          {"messages": "says", "role": "who", "content": "what",
           "roles": {"user": "me", "assistant": ["you", "it"]}}, [], QA),
         ({"conversations": [user("x")], "other": QA}, {"conversations": "other"}, [], QA),
+        ({"messages": QA, "jpg": b"\xff\xd8\xff"}, {"image": "jpg"}, [],
+         [user([image("data:image/jpeg;base64,/9j/"), text("q")]), bot("a")]),
         ({"messages": [{"role": "user", "text": "q"}, {"role": "bot", "text": "a"}]},
          {"content": "text"}, [], QA),
         ({"messages": [user("q"), bot("a", thought="hm")]}, {"reasoning_content": "thought"}, [],
@@ -519,7 +522,7 @@ def test_a_forced_format_that_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "fix"),
     [("share-gpt", "did you mean sharegpt?"), ("chatml", "did you mean openai?"),
-     ("LlamaFactory", "with fields in a mix file"), ("x", "detected by its keys")],
+     ("LlamaFactory", "with fields in a mix file"), ("x", "read by their keys")],
 )  # fmt: skip
 def test_an_unknown_format_is_a_usage_error(name: str, fix: str) -> None:
     with pytest.raises(UsageError) as caught:

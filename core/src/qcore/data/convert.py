@@ -125,7 +125,12 @@ def _line(record: Record, formats: Formats, report: ConvertReport, folders: set[
     )
     _check(read.row)
     row = _with_absolute_media(read.row, record.path.parent, folders)
-    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    try:
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:  # bytes or NaN, which column formats have
+        raise RowError(
+            "QC-DATA-006", "holds a value that JSON does not have", found=error
+        ) from None
     if not text.isascii():
         # Lone surrogates are not UTF-8, and some readers end a line at these three separators.
         text = _UNSAFE.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
@@ -140,7 +145,9 @@ def _check(row: Mapping[str, Any]) -> None:
     for index, message in enumerate(row["messages"]):
         at = f"messages[{index}]"
         if message.get("role") not in _ROLES:
-            raise RowError("QC-DATA-006", "unknown role", at=f"{at}.role", expected=str(_ROLES))
+            raise RowError(
+                "QC-DATA-006", "unknown role", at=f"{at}.role", expected=", ".join(_ROLES)
+            )
         content = message.get("content")
         if not isinstance(content, str | list):
             raise RowError(

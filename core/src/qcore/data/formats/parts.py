@@ -96,6 +96,8 @@ def reference(value: Any, kind: str) -> Any:
     """A path, URL or data URL of a medium; a list for frames; another value as it is."""
     if isinstance(value, list):
         return [reference(item, kind) for item in value]
+    if isinstance(value, bytes | bytearray):
+        return data_url(value, kind)
     if not isinstance(value, dict):
         return value
     if not meaningless(value.get("bytes")):

@@ -46,14 +46,13 @@ _BUILTIN: Mapping[str, _Builtin] = {
     "ms-swift": _Builtin(pairs.is_ms_swift, pairs.ms_swift),
 }
 BUILTIN_NAMES = tuple(_BUILTIN)
-_MAPPED = "name no format: its rows are read by their keys, or with fields in a mix file"
+_MAPPED = ("axolotl", "llama-factory", "llamafactory", "llama_factory", "dataset_info")
 #: What a format is called elsewhere.
 _OTHER_NAMES = {
     **dict.fromkeys(("chat", "chatml", "messages", "chat_template", "oai"), "openai"),
     **dict.fromkeys(("swift", "modelscope", "pairs"), "ms-swift"),
     **dict.fromkeys(("prompt-completion", "prompt_completion"), "trl"),
     **dict.fromkeys(("claude", "blocks"), "anthropic"),
-    **dict.fromkeys(("axolotl", "llama-factory", "llamafactory", "dataset_info"), _MAPPED),
 }
 
 
@@ -115,18 +114,13 @@ class Formats:
         """
         self._fields(fields or {})
         if forced and forced not in self.names:
-            meant = _OTHER_NAMES.get(forced.lower()) or nearest(forced, self.names)
             raise UsageError(
                 "QC-DATA-027",
                 "unknown row format",
                 field="format",
                 found=forced,
                 expected=", ".join(self.names),
-                fix=_MAPPED
-                if meant == _MAPPED
-                else f"did you mean {meant}?"
-                if meant
-                else "name no format: each row's is detected by its keys",
+                fix=_name_fix(forced, self.names),
             )
         if forced in self._plugins:
             self._plugin(forced)
@@ -279,6 +273,14 @@ class Formats:
             found=found,
             fix=_remedy(self._plugins[name]),
         ) from found.error
+
+
+def _name_fix(name: str, known: Collection[str]) -> str:
+    """What to write in place of an unknown format."""
+    if name.lower() in _MAPPED:
+        return "name no format: its rows are read by their keys, or with fields in a mix file"
+    meant = _OTHER_NAMES.get(name.lower()) or nearest(name, known)
+    return f"did you mean {meant}?" if meant else "name no format: rows are read by their keys"
 
 
 def _rename_fix(row: Mapping[str, Any]) -> str:

@@ -60,8 +60,8 @@ def check_row(row: Mapping[str, Any], read: Collection[str], reading: Reading) -
     for key, value in row.items():
         if key in read or key in _NOTHING or meaningless(value):
             continue
-        _check_meaning(key, read)
-        _check_values(key, value, key)
+        _check_meaning(key, read, reading)
+        _check_values(key, value, key, reading)
         reading.ignored.append(key)
 
 
@@ -82,7 +82,7 @@ def check_message(
             if key in _THOUGHTS and isinstance(value, str):
                 raise _thoughts(key, f"{at}.{key}")
             if isinstance(value, list | dict) and key not in _META:
-                _check_values(key, value, f"{at}.{key}")
+                _check_values(key, value, f"{at}.{key}", reading)
                 raise _refusal(
                     f"{at}.{key}",
                     "is not read, and its meaning is unknown",
@@ -92,11 +92,11 @@ def check_message(
         reading.ignored.append(column)
 
 
-def _check_meaning(key: str, read: Collection[str]) -> None:
+def _check_meaning(key: str, read: Collection[str], reading: Reading) -> None:
     """Refuse a row's key whose name says that it changes the input."""
     answered = "messages" in read or "conversations" in read
     if key in _HEARD or key in _OBJECTS:
-        raise _media(key)
+        raise _media(key, key, reading)
     if key in _CONTEXT and not answered:
         fix = f"fields: {{input: {key}}} in a mix file appends it to the prompt"
         raise _refusal(key, "is not read, and it changes the prompt", fix=fix)
@@ -118,7 +118,7 @@ def _check_typing(key: str, read: Collection[str], at: str, column: str) -> None
         )
 
 
-def _check_values(key: str, value: Any, at: str) -> None:
+def _check_values(key: str, value: Any, at: str, reading: Reading) -> None:
     """Refuse lists and objects that hold messages, functions or media."""
     items = value if isinstance(value, list) else [value]
     first = next((item for item in items if item is not None), None)
@@ -139,18 +139,21 @@ def _check_values(key: str, value: Any, at: str) -> None:
                 fix=f"fields: {{tools: {key}}} in a mix file",
             )
         if {"bytes", "path"} & first.keys():
-            raise _media(at)
-    elif isinstance(value, list) and isinstance(first, str) and _FILE.search(first):
-        raise _media(at)
+            raise _media(at, key, reading)
+    elif isinstance(first, bytes | bytearray) or (
+        isinstance(value, list) and isinstance(first, str) and _FILE.search(first)
+    ):
+        raise _media(at, key, reading)
 
 
-def _media(at: str) -> RowError:
-    return RowError(
-        "QC-DATA-009",
-        "holds media that no installed plugin reads",
-        at=at,
-        fix="use a model and a plugin that read them, or take rows without media",
-    )
+def _media(at: str, key: str, reading: Reading) -> RowError:
+    if not reading.kinds or key in _HEARD or key in _OBJECTS:
+        what = "holds media that no installed plugin reads"
+        fix = "use a model and a plugin that read them, or take rows without media"
+    else:
+        what = "holds media that are not read"
+        fix = f"fields: {{{reading.kinds[0]}: {key}}} in a mix file reads them"
+    return RowError("QC-DATA-009", what, at=at, fix=fix)
 
 
 def _refusal(at: str, what: str, *, fix: str) -> RowError:
