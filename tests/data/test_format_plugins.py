@@ -152,6 +152,16 @@ def test_a_name_of_core_stays_cores(formats: Any) -> None:
     assert made.names.count("trl") == 1
 
 
+def test_the_example_of_the_page_reads_its_rows(formats: Any) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/plugins.md").read_text("utf-8")
+    section = page.partition("### Row formats\n")[2]
+    source = section.partition("```python\n")[2].partition("```")[0]
+    made = formats(source=source)
+    assert made.convert(ROW) == ("faq", {"messages": QA})
+    with pytest.raises(RowError, match="has no answer"):
+        made.read({"ask": "q"})
+
+
 def test_plugins_list_shows_formats(tmp_path: Path) -> None:
     points = "[qcore.data_formats]\nfaq = acme_faq\ntrl = acme_faq\n"
     write_distribution(tmp_path, "acme-faq", module="acme_faq", entry_points=points)
