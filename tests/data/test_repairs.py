@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -547,3 +548,43 @@ def test_a_repaired_row_passes_the_check_and_renders(shared: Path) -> None:
                 turn.pop("train", None)  # a key that the check of rows learns elsewhere
             row = RowCheck(QWEN35)(1, made)
             assert template.render(row.messages, row.tools)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_row_raises_anything_else(seed: int) -> None:
+    rng = random.Random(seed)
+    keys = (
+        "role", "content", "tool_calls", "function", "name", "arguments", "type", "text", "id",
+        "tool_call_id", "reasoning_content", "train", "parameters", "properties", "required",
+        "enum", "anyOf", "nullable", "f", "x",
+    )  # fmt: skip
+    texts = (
+        "user", "assistant", "tool", "system", "f", "x", "", "text", "image", "object", "null",
+        JSON_CALL, XML_CALL, "<tool_call>", "<tool_response>a</tool_response>", "<image>",
+        "<think>a</think>b",
+    )  # fmt: skip
+
+    def value(depth: int) -> Any:
+        kind = rng.randrange(8 if depth else 4)
+        if kind < 4:
+            return rng.choice((None, True, 1, 2.5, *texts))
+        if kind < 6:
+            return [value(depth - 1) for _ in range(rng.randrange(3))]
+        return {rng.choice(keys): value(depth - 1) for _ in range(rng.randrange(4))}
+
+    refused: list[RowError] = []
+    for _ in range(4000):
+        messages = []
+        for _ in range(rng.randrange(5)):
+            message = {rng.choice(keys): value(4) for _ in range(3)}
+            message["role"] = rng.choice(("user", "assistant", "tool", "system", value(1)))
+            if rng.random() < 0.5:
+                message["tool_calls"] = [call("f", x=value(2))]
+            messages.append(message)
+        tools = [tool("f", x=value(3))] if rng.random() < 0.5 else value(3)
+        try:
+            repair({"messages": messages, "tools": tools}, CONTEXT, raw=value(4))
+        except RowError as bad:
+            refused.append(bad)
+    assert len(refused) > 100
+    assert all(bad.code.startswith("QC-DATA-05") and bad.at for bad in refused)

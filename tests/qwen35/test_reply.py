@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from support.chat_rows import Writer, canonical
+from support.template_branches import unreached
 from support.template_kit import JSON, PYTHON, family_template
 
 from qcore.api import ChatFormat
@@ -83,7 +84,7 @@ def stock(path: Path) -> Render:
 
 def sweep(shared: Path, sku: str, count: int, seed: int) -> None:
     render = stock(shared / "skus" / sku / "chat_template.jinja")
-    writer = Writer(seed)
+    writer = Writer(seed, media=True)
     turns = sum(check_row(writer.row(), render, REAL[sku]) for _ in range(count))
     assert turns > count
 
@@ -91,6 +92,25 @@ def sweep(shared: Path, sku: str, count: int, seed: int) -> None:
 @pytest.mark.parametrize("sku", REAL)
 def test_a_rendered_message_is_parsed(shared: Path, sku: str) -> None:
     sweep(shared, sku, 60, seed=1)
+
+
+@pytest.mark.parametrize("sku", REAL)
+def test_the_rows_reach_every_branch_of_a_template(shared: Path, sku: str) -> None:
+    """What is left are the refusals of the template, and checks that jinja2 writes itself."""
+    text = (shared / "skus" / sku / "chat_template.jinja").read_text(encoding="utf-8")
+    writer = Writer(1, media=True)
+    prompts: list[dict[str, Any]] = [{"enable_thinking": on} for on in (True, False)]
+    variants = [
+        {"preserve_thinking": True, "add_vision_id": True},
+        *({"add_generation_prompt": True, **more} for more in ({}, *prompts)),
+    ]
+    calls = [
+        {"messages": row["messages"], "tools": row.get("tools"), **more}
+        for row in (writer.row() for _ in range(100))
+        for more in variants
+    ]
+    left = [line for line in unreached(text, calls) if "raise_exception" not in line]
+    assert left == []
 
 
 @pytest.mark.slow

@@ -3,13 +3,14 @@
 The branches of a template, and what reaches them here:
 
 ===========================  ====================================================================
-content                      text, a list of text parts, absent or null beside calls
+content                      text, a list of text parts, absent or null beside calls; with
+                             `media`, pictures and videos in user turns
 system                       absent, first, empty beside tools
 tools                        absent, nested under ``function``, flat
 user                         a question; a question of the form of a tool result
 assistant before the last    with and without reasoning, with and without calls
 question, and after it
-reasoning                    absent, empty, in ``reasoning_content``
+reasoning                    absent, empty, in ``reasoning_content``, as a block in content
 calls                        nested, flat; one, several; beside content, alone; without arguments
 arguments                    text, number, boolean, null, list, object
 tool results                 one, several in a row, last in the row
@@ -129,8 +130,9 @@ def _said(rng: Rng, said: str) -> str | list[dict[str, Any]]:
 class Writer:
     """Writes one conversation after another; the same seed writes the same ones."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, *, media: bool = False) -> None:
         self.rng = random.Random(seed)
+        self.media = media
 
     def row(self) -> dict[str, Any]:
         """``{"messages": [...]}``, with ``tools`` in some."""
@@ -148,12 +150,18 @@ class Writer:
                 messages.append({"role": "user", "content": _said(rng, "First of all.")})
                 messages.append(self._answer({}, False))
                 asked = f"<tool_response>\n{asked}\n</tool_response>"
-            messages.append({"role": "user", "content": _said(rng, asked)})
+            messages.append({"role": "user", "content": self._with_media(_said(rng, asked))})
             messages += self._turns(calls)
         row: dict[str, Any] = {"messages": messages}
         if made:
             row["tools"] = [one for one, _ in made]
         return row
+
+    def _with_media(self, said: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+        if not self.media or isinstance(said, str):
+            return said
+        named = self.rng.choice(("image", "video"))
+        return [*said, {"type": named, named: named}]
 
     def _turns(self, calls: dict[str, Callable[[Rng], dict[str, Any]]]) -> list[dict[str, Any]]:
         rng, turns = self.rng, []
@@ -174,9 +182,11 @@ class Writer:
             turn["content"] = _said(rng, trimmed(rng))
         elif rng.random() < 0.6:
             turn["content"] = rng.choice(("", None))
-        kind = rng.randrange(3)
-        if kind:
-            turn["reasoning_content"] = trimmed(rng) if kind == 1 else ""
+        kind = rng.choice(("none", "none", "apart", "apart", "empty", "block"))
+        if kind == "block" and isinstance(turn.get("content"), str) and turn["content"]:
+            turn["content"] = f"<think>\n{trimmed(rng)}\n</think>\n\n{turn['content']}"
+        elif kind in ("apart", "empty"):
+            turn["reasoning_content"] = trimmed(rng) if kind == "apart" else ""
         if call:
             turn["tool_calls"] = []
             for name in rng.choices(sorted(calls), k=rng.randrange(1, 4)):
@@ -196,6 +206,9 @@ def canonical(message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(said, str):
         said = "".join(part["text"] for part in said)
     made: dict[str, Any] = {"role": "assistant", "content": said}
+    if said.startswith("<think>") and "reasoning_content" not in message:
+        head, made["content"] = said.split("\n</think>\n\n")
+        made["reasoning_content"] = head.removeprefix("<think>\n")
     if message.get("reasoning_content"):
         made["reasoning_content"] = message["reasoning_content"]
     if message.get("tool_calls"):

@@ -212,7 +212,7 @@ def check_marks(turns: Sequence[Placed]) -> None:
             continue
         content = turn.message.get("content")
         parts = content if isinstance(content, list) else [content]
-        kinds = {part.get("type") for part in parts if isinstance(part, dict)}
+        kinds = [part.get("type") for part in parts if isinstance(part, dict)]
         for part in parts:
             text = part.get("text") if isinstance(part, dict) else part
             mark = _MARK.search(text) if isinstance(text, str) else None
