@@ -245,6 +245,36 @@ def test_nulls_by_the_schema(tools: Any, given: Any, wanted: Any) -> None:
     assert ("QC-DATA-053" in [code for code, _, _ in found]) == (wanted != given)
 
 
+POINT = {"type": "object", "properties": {"lat": {"type": "number"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "given", "wanted"),
+    [
+        (POINT, {"lat": 1.5, "city": None}, {"lat": 1.5}),
+        (POINT, {"lat": None}, {}),
+        ({"type": "array", "items": POINT}, [{"lat": 1, "x": None}, {"lat": 2}],
+         [{"lat": 1}, {"lat": 2}]),
+        ({"type": "array"}, [None, 1], [None, 1]),
+        ({"type": "object"}, {"any": None}, {"any": None}),
+        ({**POINT, "additionalProperties": True}, {"any": None}, {"any": None}),
+        ({}, {"any": None}, {"any": None}),
+    ],
+)  # fmt: skip
+def test_nulls_inside_arguments(schema: Any, given: Any, wanted: Any) -> None:
+    made, found = fixed(*calling(call("f", at=given)), tools=[tool("f", at=schema)])
+    assert arguments(made) == [{"at": wanted}]
+    assert ("QC-DATA-053" in [code for code, _, _ in found]) == (wanted != given)
+
+
+def test_nulls_inside_arguments_of_a_padded_row() -> None:
+    tools = [tool("f", at={"type": "object"}), tool("g", unit=None)]
+    made, _ = fixed(*calling(call("f", at={"any": None, "x": 1})), tools=tools)
+    assert arguments(made) == [{"at": {"x": 1}}]
+    error = refusal(*calling(call("f", at=[{"any": None}])))
+    assert error.at == "messages[1].tool_calls[0].at[0].any"
+
+
 def test_nulls_by_the_row() -> None:
     """Rows of `datasets`, without tools: messages have nulls where others have a value."""
     given = calling(call("rain", city="Lima", room=None, level=None))
@@ -404,6 +434,10 @@ def test_think_blocks_where_the_template_does_not_split_them() -> None:
 # Marks, empty turns, functions.
 
 
+def test_a_mark_beside_a_word_in_backticks() -> None:
+    assert refusal(user("`<image>` and <image>"), bot("Red.")).code == "QC-DATA-055"
+
+
 @pytest.mark.parametrize("mark", ["image", "video", "audio"])
 def test_marks_without_media(mark: str) -> None:
     error = refusal(user(f"<{mark}>\nWhich colour?"), bot("Red."))
@@ -418,7 +452,8 @@ def test_marks_without_media(mark: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", ["The `<image>` tag?", "<image><url>x</url></image>", "<images>", "image"]
+    "said",
+    ["The `<image>` tag?", "`a <image> b`", "<image><url>x</url></image>", "<images>", "image"],
 )
 def test_words_that_are_no_marks(said: str) -> None:
     assert fixed(user(said), bot("Yes.")) == ([user(said), bot("Yes.")], [])

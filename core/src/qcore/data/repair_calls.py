@@ -45,31 +45,27 @@ def drop_padding(turns: list[Placed], tools: Any, raw: Any, notes: Notes) -> lis
     Raises:
         RowError: ``QC-DATA-053`` a null that may be padding or a value.
     """
-    calls = [(turn, n, call) for turn in turns for n, call in enumerate(turn.calls)]
-    if not any(None in _arguments(call).values() for _, _, call in calls):
+    calls = [function for turn in turns for call in turn.calls if (function := function_of(call))]
+    if not any(_has_null(_arguments(function)) for function in calls):
         return turns
     written = _written(raw)
     if written and all(isinstance(value, str) for value in written):
         return turns  # arguments as JSON strings: a null in them was written on purpose
-    padding = _Padding(
-        functions_of(tools),
-        [function for _, _, call in calls if (function := function_of(call)) is not None],
-        _has_null_keys(raw) and not any(isinstance(value, str) for value in written),
+    declared = functions_of(tools)
+    shown = (_has_null_keys(raw) and not any(isinstance(value, str) for value in written)) or any(
+        None in _properties(one.get("parameters")).values() for one in declared.values()
     )
-    made, dropped = [], 0
+    padding = _Padding(declared, shown or _same_keys(calls))
+    made, first = [], ""
     for turn in turns:
-        kept = [padding.less(call, f"{turn.at}.tool_calls[{n}]") for n, call in
-                enumerate(turn.calls)]  # fmt: skip
-        lost = sum(len(_arguments(a)) - len(_arguments(b)) for a, b in zip(turn.calls, kept))
-        made.append(turn.but(tool_calls=kept) if lost else turn)
-        if lost and not dropped:
-            first = turn
-        dropped += lost
-    if dropped:
-        keys = "argument is" if dropped == 1 else "arguments are"
-        notes.note(
-            PADDING, f"{first.at}.tool_calls", f"{dropped} null {keys} column padding: dropped"
-        )
+        before = padding.dropped
+        kept = [padding.less(call, f"{turn.at}.tool_calls[{number}]")
+                for number, call in enumerate(turn.calls)]  # fmt: skip
+        made.append(turn if padding.dropped == before else turn.but(tool_calls=kept))
+        first = first or (turn.at if padding.dropped else "")
+    if count := padding.dropped:
+        keys = "argument is" if count == 1 else "arguments are"
+        notes.note(PADDING, f"{first}.tool_calls", f"{count} null {keys} column padding: dropped")
     return made
 
 
@@ -78,54 +74,71 @@ class _Padding:
 
     Args:
         declared: descriptions of functions by name.
-        calls: all calls of the row.
         shown: whether the row shows padding elsewhere.
+
+    Attributes:
+        dropped: number of nulls that were dropped.
     """
 
-    def __init__(
-        self,
-        declared: Mapping[str, Mapping[str, Any]],
-        calls: Sequence[Mapping[str, Any]],
-        shown: bool,
-    ) -> None:
+    def __init__(self, declared: Mapping[str, Mapping[str, Any]], shown: bool) -> None:
         self.declared = declared
-        self.shown = shown or _same_keys(calls)
+        self.shown = shown
+        self.dropped = 0
 
     def less(self, call: Any, at: str) -> Any:
         """The call without its padding."""
         function = function_of(call)
         given = _arguments(call)
-        if function is None or None not in given.values():
+        if function is None or not _has_null(given):
             return call
-        kept = {
-            key: value
-            for key, value in given.items()
-            if value is not None or not self._is_padding(function["name"], key, f"{at}.{key}")
-        }
-        if len(kept) == len(given):
-            return call
+        described = self.declared.get(function["name"])
+        schema = None
+        if described is not None:  # a function without properties takes no arguments
+            parameters = described.get("parameters")
+            schema = {"properties": {}, **(parameters if isinstance(parameters, dict) else {})}
+        kept = self._object(given, schema, at, function["name"])
         less = {**function, "arguments": kept}
         return {**call, "function": less} if "function" in call else less
 
-    def _is_padding(self, name: str, key: str, at: str) -> bool:
-        described = self.declared.get(name)
-        parameters = described.get("parameters") if described else None
-        properties = parameters.get("properties") if isinstance(parameters, dict) else None
-        if isinstance(parameters, dict) and isinstance(properties, dict):
-            required = parameters.get("required")
+    def _object(self, given: Mapping[str, Any], schema: Any, at: str, name: str) -> dict[str, Any]:
+        kept = {}
+        for key, value in given.items():
+            if value is None and self._is_padding(key, schema, f"{at}.{key}", name):
+                self.dropped += 1
+            else:
+                inner = None if schema is None else _properties(schema).get(key) or {}
+                kept[key] = self._inner(value, inner, f"{at}.{key}", name)
+        return kept
+
+    def _inner(self, value: Any, schema: Any, at: str, name: str) -> Any:
+        """A value without padding in the objects inside it; nulls in lists are values."""
+        if isinstance(value, dict) and _has_null(value):
+            return self._object(value, schema, at, name)
+        if isinstance(value, list) and _has_null(value):
+            items = schema.get("items") or {} if isinstance(schema, dict) else schema
+            return [
+                self._inner(item, items, f"{at}[{number}]", name)
+                for number, item in enumerate(value)
+            ]
+        return value
+
+    def _is_padding(self, key: str, schema: Any, at: str, name: str) -> bool:
+        """Whether a null is padding; `schema` is that of the object, ``None`` without tools."""
+        properties = _properties(schema)
+        if schema is None and not self.shown:
+            problem = "null, and nothing shows whether it is a value or padding of a column format"
+        elif not _lists(schema, key):
+            return self.shown
+        else:
+            required = schema.get("required")
             needed = isinstance(required, list) and key in required
-            schema = properties.get(key)
-            if schema is None:
+            if properties.get(key) is None:
                 return True
-            if _allows_null(schema):
+            if _allows_null(properties[key]):
                 return self.shown and not needed
             if not needed:
                 return True
             problem = f"null, which the schema of {name} does not allow for a required argument"
-        elif self.shown:
-            return True
-        else:
-            problem = "null, and nothing shows whether it is a value or padding of a column format"
         raise RowError(
             PADDING,
             f"is {problem}",
@@ -133,9 +146,29 @@ class _Padding:
             expected="a value, or no such argument",
             fix=f"declare {name} in tools: a null of a property that it does not have, or that "
             "allows no null, is dropped; or write arguments as a JSON string: its nulls are kept"
-            if described is None
+            if schema is None
             else "write the value that the call had",
         )
+
+
+def _properties(schema: Any) -> Mapping[str, Any]:
+    """The properties that the schema of an object lists."""
+    found = schema.get("properties") if isinstance(schema, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _lists(schema: Any, key: str) -> bool:
+    """Whether the schema of an object shows if the object may have a property."""
+    if not isinstance(schema, dict) or "properties" not in schema:
+        return False
+    return key in _properties(schema) or not schema.get("additionalProperties")
+
+
+def _has_null(value: Any) -> bool:
+    """Whether an object anywhere in a value has a null."""
+    if isinstance(value, dict):
+        return any(item is None or _has_null(item) for item in value.values())
+    return isinstance(value, list) and any(map(_has_null, value))
 
 
 def _arguments(call: Any) -> Mapping[str, Any]:

@@ -28,7 +28,7 @@ _RESULTS = re.compile(
     r"\s*(?:<tool_response>(?:(?!</?tool_response>).)*</tool_response>\s*)+", re.DOTALL
 )
 _RESULT = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
-_MARK = re.compile(r"<(image|video|audio)>(?![^`\n]*`)")
+_MARK = re.compile(r"`[^`\n]*`|<(image|video|audio)>")  # in backticks it is a word
 
 
 def read_text_calls(
@@ -215,10 +215,11 @@ def check_marks(turns: Sequence[Placed]) -> None:
         kinds = [part.get("type") for part in parts if isinstance(part, dict)]
         for part in parts:
             text = part.get("text") if isinstance(part, dict) else part
-            mark = _MARK.search(text) if isinstance(text, str) else None
-            if mark is None or f"</{mark[1]}>" in str(text):
+            marks = _MARK.findall(text) if isinstance(text, str) else ()
+            kind = next((one for one in marks if one and f"</{one}>" not in str(text)), None)
+            if kind is None:
                 continue
-            kind, beside = mark[1], mark[1] in kinds
+            beside = kind in kinds
             example = f'{{"type": "{kind}", "{kind}": <path>}}'
             advice = (
                 f"take the mark out of the text: the {kind} part stands for it"
