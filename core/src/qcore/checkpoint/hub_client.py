@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cached_property
+from glob import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -65,6 +66,70 @@ def download(name: str, revision: str | None, source: str, patterns: Sequence[st
             **_CLIENT,
         )
     return Path(found)
+
+
+def list_dataset(name: str, revision: str | None, source: str) -> tuple[str, tuple[str, ...]]:
+    """The commit and the file names of a dataset repository.
+
+    Offline, they are those of the cached snapshot, which may lack files of the repository.
+
+    Args:
+        name: ``ORG/NAME``.
+        revision: branch, tag or commit; ``None`` for the default branch.
+        source: the id that the user passed, for errors.
+
+    Raises:
+        InputError: ``QC-HUB-*``.
+        TrustError: ``QC-HUB-004``.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    with _told(source, "dataset"):
+        try:
+            info = HfApi(**_CLIENT).dataset_info(
+                name, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+            )
+        except OfflineModeIsEnabled as error:
+            try:
+                folder = Path(
+                    snapshot_download(
+                        name, repo_type="dataset", revision=revision, local_files_only=True
+                    )
+                )
+            except OSError:  # not cached
+                raise error from None
+            files = (path for path in folder.rglob("*") if path.is_file())
+            return folder.name, tuple(sorted(str(path.relative_to(folder)) for path in files))
+    return str(info.sha), tuple(sorted(file.rfilename for file in info.siblings or ()))
+
+
+def download_dataset(name: str, commit: str, source: str, names: Sequence[str]) -> Path:
+    """Download files of a dataset repository and return the snapshot folder.
+
+    Args:
+        name: ``ORG/NAME``.
+        commit: the commit.
+        source: the id that the user passed, for errors.
+        names: paths in the repository.
+
+    Raises:
+        InputError: ``QC-HUB-*``.
+        TrustError: ``QC-HUB-004``.
+        WriteError: the hub's cache cannot be written.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _told(source, "dataset"):
+        folder = snapshot_download(
+            name,
+            repo_type="dataset",
+            revision=commit,
+            allow_patterns=[escape(each) for each in names],
+            tqdm_class=_bar(),
+            **_CLIENT,
+        )
+    return Path(folder)
 
 
 class RemoteWeights:
@@ -209,7 +274,7 @@ def _take(response: Any, data: bytearray, *, at: int, want: int) -> None:
 
 
 @contextmanager
-def _told(source: str) -> Iterator[None]:
+def _told(source: str, kind: str = "model") -> Iterator[None]:
     """What fails inside becomes the error that a user is told, and the client warns of nothing."""
     from huggingface_hub import constants, errors
 
@@ -217,9 +282,9 @@ def _told(source: str) -> Iterator[None]:
         with _quiet():
             yield
     except (errors.HTTPError, errors.HFValidationError) as error:
-        raise _refused(error, source, constants.ENDPOINT) from error
+        raise _refused(error, source, constants.ENDPOINT, kind) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise _not_cached(error, source, constants.ENDPOINT) from error
+        raise _not_cached(error, source, constants.ENDPOINT, kind) from error
     except OSError as error:
         if error.errno is not None:
             raise write_error(error, Path(error.filename or constants.HF_HUB_CACHE)) from error
@@ -256,26 +321,27 @@ def _bar() -> Any:
     return Silent
 
 
-def _refused(error: Exception, source: str, endpoint: str) -> QcoreError:
+def _refused(error: Exception, source: str, endpoint: str, kind: str) -> QcoreError:
     """What an answer of the hub, or the lack of one, means for the user."""
     from huggingface_hub import errors
 
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
+    page = ("datasets/" if kind == "dataset" else "") + source.partition("@")[0]
     if isinstance(error, errors.GatedRepoError) or status == 403:
         return TrustError(
             "QC-HUB-004",
             f"{endpoint} gives this token no access",
             file=source,
-            fix=f"accept the licence at {endpoint}/{source.partition('@')[0]} and set HF_TOKEN",
+            fix=f"accept the licence at {endpoint}/{page} and set HF_TOKEN",
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return InputError(
             "QC-HUB-003",
-            f"is no folder, and {endpoint} has no public model of that name",
+            f"is no folder, and {endpoint} has no public {kind} of that name",
             file=source,
             fix=near(source, Path(source))
-            or "check the name; for a private model set HF_TOKEN or run: hf auth login",
+            or f"check the name; for a private {kind} set HF_TOKEN or run: hf auth login",
         )
     if status == 401:
         return TrustError(
@@ -285,7 +351,7 @@ def _refused(error: Exception, source: str, endpoint: str) -> QcoreError:
             fix="set a valid HF_TOKEN, or run: hf auth login",
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        what = f"{endpoint} has the model but not this revision"
+        what = f"{endpoint} has the {kind} but not this revision"
         fix = "name a branch, tag or commit, or leave @REVISION out"
         return InputError("QC-HUB-005", what, file=source, fix=fix)
     if isinstance(error, errors.HFValidationError):
@@ -297,7 +363,7 @@ def _refused(error: Exception, source: str, endpoint: str) -> QcoreError:
     )
 
 
-def _not_cached(error: Exception, source: str, endpoint: str) -> QcoreError:
+def _not_cached(error: Exception, source: str, endpoint: str, kind: str) -> QcoreError:
     """Why the hub was not asked, where the cache could not serve instead."""
     from huggingface_hub import errors
 
@@ -310,7 +376,7 @@ def _not_cached(error: Exception, source: str, endpoint: str) -> QcoreError:
             fix="unset HF_HUB_OFFLINE once, or name a folder",
         )
     if getattr(cause, "response", None) is not None:
-        return _refused(cause if isinstance(cause, Exception) else error, source, endpoint)
+        return _refused(cause if isinstance(cause, Exception) else error, source, endpoint, kind)
     return _unreachable(cause, source, endpoint)
 
 
