@@ -68,10 +68,10 @@ def download(name: str, revision: str | None, source: str, patterns: Sequence[st
     return Path(found)
 
 
-def list_dataset(name: str, revision: str | None, source: str) -> tuple[str, tuple[str, ...]]:
-    """The commit and the file names of a dataset repository.
+def list_dataset(name: str, revision: str | None, source: str) -> tuple[Path, tuple[str, ...]]:
+    """The snapshot folder of a dataset repository, with its card, and its file names.
 
-    Offline, they are those of the cached snapshot, which may lack files of the repository.
+    Offline, they are the names in the cached snapshot, which may lack files of the repository.
 
     Args:
         name: ``ORG/NAME``.
@@ -81,35 +81,30 @@ def list_dataset(name: str, revision: str | None, source: str) -> tuple[str, tup
     Raises:
         InputError: ``QC-HUB-*``.
         TrustError: ``QC-HUB-004``.
+        WriteError: the hub's cache cannot be written.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import OfflineModeIsEnabled
 
+    # This names the commit in the cache, so that the revision is known offline.
+    folder = download_dataset(name, revision, source, ["README.md"])
     with _told(source, "dataset"):
         try:
             info = HfApi(**_CLIENT).dataset_info(
-                name, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+                name, revision=folder.name, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
             )
-        except OfflineModeIsEnabled as error:
-            try:
-                folder = Path(
-                    snapshot_download(
-                        name, repo_type="dataset", revision=revision, local_files_only=True
-                    )
-                )
-            except OSError:  # not cached
-                raise error from None
+        except OfflineModeIsEnabled:
             files = (path for path in folder.rglob("*") if path.is_file())
-            return folder.name, tuple(sorted(str(path.relative_to(folder)) for path in files))
-    return str(info.sha), tuple(sorted(file.rfilename for file in info.siblings or ()))
+            return folder, tuple(sorted(path.relative_to(folder).as_posix() for path in files))
+    return folder, tuple(sorted(file.rfilename for file in info.siblings or ()))
 
 
-def download_dataset(name: str, commit: str, source: str, names: Sequence[str]) -> Path:
+def download_dataset(name: str, revision: str | None, source: str, names: Sequence[str]) -> Path:
     """Download files of a dataset repository and return the snapshot folder.
 
     Args:
         name: ``ORG/NAME``.
-        commit: the commit.
+        revision: branch, tag or commit; ``None`` for the default branch.
         source: the id that the user passed, for errors.
         names: paths in the repository.
 
@@ -124,7 +119,7 @@ def download_dataset(name: str, commit: str, source: str, names: Sequence[str]) 
         folder = snapshot_download(
             name,
             repo_type="dataset",
-            revision=commit,
+            revision=revision,
             allow_patterns=[escape(each) for each in names],
             tqdm_class=_bar(),
             **_CLIENT,

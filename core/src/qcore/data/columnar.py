@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from ..api.media import RowError
 from ..errors import InputError
-from .jsonl import MAX_DEPTH, MAX_LINE, parse
+from .jsonl import MAX_DEPTH, MAX_LINE, parse, too_long
 from .streams import Damaged, not_installed, opened
 
 _BATCH_BYTES: Final = 4 << 20
@@ -125,7 +125,7 @@ def _rows(batch: Any, decoders: dict[str, Decoder | None]) -> Iterator[Any]:
 
 def _one(row: Any) -> Any:
     if row.nbytes > MAX_LINE:
-        raise RowError("QC-DATA-004", "is too long", expected=f"at most {MAX_LINE} bytes")
+        raise too_long()
     for name in row.schema.names:
         try:
             row.select([name]).to_pylist(maps_as_pydicts="strict")
@@ -139,7 +139,11 @@ def _one(row: Any) -> Any:
             ) from None
         except (ValueError, KeyError) as error:
             raise RowError(
-                "QC-DATA-004", "cannot be read", at=name, found=" ".join(str(error).split())[:100]
+                "QC-DATA-004",
+                "cannot be read",
+                at=name,
+                found=" ".join(str(error).split())[:100],
+                fix="write the value again",
             ) from None
     return row.to_pylist(maps_as_pydicts="strict")[0]
 

@@ -17,7 +17,7 @@ from ..errors import InputError
 from . import columnar, csv_rows
 from .file_kinds import FileKind, damaged, file_kind
 from .json_array import elements
-from .jsonl import MAX_LINE, Hasher, parse, raw_lines
+from .jsonl import Hasher, parse, raw_lines, too_long
 from .source import Record, Source
 from .streams import Damaged, decompressed, opened
 
@@ -79,7 +79,7 @@ def _values(
 
 def _value(raw: bytes | None) -> dict[str, Any] | RowError:
     if raw is None:
-        return RowError("QC-DATA-004", "is too long", expected=f"at most {MAX_LINE} bytes")
+        return too_long()
     try:
         value = parse(raw)
     except RowError as bad:

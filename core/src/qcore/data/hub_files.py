@@ -11,6 +11,7 @@ import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
 from typing import Any, Final
 
@@ -64,23 +65,21 @@ def hub_files(
     except ImportError:
         raise not_installed(source, "datasets", "a hub dataset") from None
     del datasets
-    commit, names = list_dataset(name, revision or None, source)
-    card: dict[str, Any] = {}
-    if _CARD in names:
-        card = _read_card(download_dataset(name, commit, source, [_CARD]) / _CARD, source)
+    folder, names = list_dataset(name, revision or None, source)
+    card = _read_card(folder / _CARD, source) if _CARD in names else {}
     splits = _splits(card, names, config, source)
     wanted = _wanted(splits, split or "train", names, source)
     _check_shards(wanted, source)
     read = [each for each in wanted if is_data_name(Path(each))]
     if not read:
         raise _no_files(names, wanted, source)
-    folder = download_dataset(name, commit, source, read)
+    folder = download_dataset(name, folder.name, source, read)
     missing = [each for each in read if not (folder / each).is_file()]
     if missing:
         raise _refused(source, "files are missing", missing[0], "all files of the split")
     other = [each for each in wanted if each not in read]
     note = f"{len(other)} files of the split are not read: {', '.join(other[:5])}" if other else ""
-    return HubFiles(files=tuple(folder / each for each in read), revision=commit, note=note)
+    return HubFiles(files=tuple(folder / each for each in read), revision=folder.name, note=note)
 
 
 def _read_card(path: Path, source: str) -> dict[str, Any]:
@@ -146,11 +145,16 @@ def _resolve(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[s
         by_split = get_data_patterns(base) if patterns is None else sanitize_patterns(patterns)
         splits: dict[str, list[str]] = {}
         for split, some in by_split.items():
-            matches = (path for each in some for path in resolve_pattern(_relative(each), base))
-            splits[str(split)] = list(
-                dict.fromkeys(path.partition(f"{root}/")[2] for path in matches)
-            )
-        return splits
+            names_of = splits.setdefault(str(split), [])
+            for pattern in some:
+                try:
+                    matches = resolve_pattern(_relative(pattern), base)
+                except FileNotFoundError:
+                    if has_magic(pattern):  # as in datasets: only a name must exist
+                        continue
+                    raise
+                names_of.extend(path.partition(f"{root}/")[2] for path in matches)
+        return {split: list(dict.fromkeys(some)) for split, some in splits.items() if some}
     finally:
         if system.exists(root):
             system.rm(root, recursive=True)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, Final
 
+from .file_kinds import HEAD
 from .jsonl import MAX_LINE, MAX_SKIPPED
 from .streams import Damaged
 
@@ -29,11 +30,10 @@ def elements(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
         Damaged: the document ends inside of the array, or text follows it.
     """
     scan = _Scan()
-    block = file.read(_BLOCK).removeprefix(_BOM).lstrip(_SPACE)
-    block = block.removeprefix(b"[")
-    while block:
+    first = file.read(HEAD)  # `file_kind` has found the bracket in it
+    yield from scan.feed(first.removeprefix(_BOM).lstrip(_SPACE).removeprefix(b"["))
+    while block := file.read(_BLOCK):
         yield from scan.feed(block)
-        block = file.read(_BLOCK)
     if not scan.closed:
         raise Damaged("the file ends inside of the JSON array")
 

@@ -95,26 +95,31 @@ def raw_lines(
     number = 0
     while raw := file.readline(_BLOCK):
         number += 1
-        whole = raw
+        if digest is not None:
+            digest.update(raw)
+        whole: bytes | None = raw
         if number == 1:
             if check is not None:
                 check(raw)
             whole = raw.removeprefix(_BOM)
+        if len(raw) == _BLOCK and not raw.endswith(b"\n"):
+            whole = _rest(file, path, number, raw, digest)
+        yield number, whole
+
+
+def _rest(
+    file: BinaryIO, path: Path, number: int, first: bytes, digest: Hasher | None
+) -> bytes | None:
+    """The whole line that begins with `first`; ``None`` if it is too long."""
+    parts, length = [first.removeprefix(_BOM) if number == 1 else first], len(first)
+    while not first.endswith(b"\n") and (first := file.readline(_BLOCK)):
         if digest is not None:
-            digest.update(raw)
-        length = len(raw)
-        parts = [whole]
-        while not raw.endswith(b"\n") and (raw := file.readline(_BLOCK)):
-            if digest is not None:
-                digest.update(raw)
-            length += len(raw)
-            if length <= MAX_LINE:
-                parts.append(raw)
-            else:
-                parts.clear()
-            if length > MAX_SKIPPED:
-                raise _endless(path, number)
-        yield number, b"".join(parts) if length <= MAX_LINE else None
+            digest.update(first)
+        length += len(first)
+        parts = [*parts, first] if length <= MAX_LINE else []
+        if length > MAX_SKIPPED:
+            raise _endless(path, number)
+    return b"".join(parts) if length <= MAX_LINE else None
 
 
 def _endless(path: Path, line: int) -> InputError:
@@ -195,11 +200,17 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
             at=at,
             found=repr(error.key),
             expected="each key once",
+            fix="keep one of the two",
         ) from None
     except strict_json.NonFiniteError as error:
         raise _not_finite(error, at) from None
     except ValueError:  # an integer with more digits than Python converts
-        raise RowError("QC-DATA-004", "has a number with thousands of digits", at=at) from None
+        raise RowError(
+            "QC-DATA-004",
+            "has a number with thousands of digits",
+            at=at,
+            fix="write it as a string",
+        ) from None
     if raw.count("{") + raw.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise _too_deep(at)
     return value
@@ -207,15 +218,36 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
 
 def _not_finite(error: strict_json.NonFiniteError, at: str) -> RowError:
     if error.overflow:
-        what, expected = "has a number that overflows a float", "a finite number"
+        what, expected, fix = "has a number that overflows a float", "a finite number", "a string"
     else:
-        what, expected = "has a number that is not JSON", "a finite number or null"
-    return RowError("QC-DATA-004", what, at=at, found=error.text[:40], expected=expected)
+        what, expected, fix = "has a number that is not JSON", "a finite number or null", "null"
+    return RowError(
+        "QC-DATA-004",
+        what,
+        at=at,
+        found=error.text[:40],
+        expected=expected,
+        fix=f"write it as {fix}",
+    )
 
 
 def _too_deep(at: str) -> RowError:
     return RowError(
-        "QC-DATA-004", "is nested too deep", at=at, expected=f"at most {MAX_DEPTH} levels"
+        "QC-DATA-004",
+        "is nested too deep",
+        at=at,
+        expected=f"at most {MAX_DEPTH} levels",
+        fix="write the inner levels as a JSON string",
+    )
+
+
+def too_long() -> RowError:
+    """The error of a row longer than `MAX_LINE`."""
+    return RowError(
+        "QC-DATA-004",
+        "is too long",
+        expected=f"at most {MAX_LINE} bytes",
+        fix="split the conversation, and name media files instead of embedding them",
     )
 
 

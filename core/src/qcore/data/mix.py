@@ -43,6 +43,13 @@ _KEYS: Final = (
     "path", "hub", *_HUB, "format", "weight", "count", "fields", "ignore_columns", "media_root",
     *_CHOICES, "train", "seed",
 )  # fmt: skip
+_EXAMPLES: Final = {
+    "path": "rows.jsonl", "hub": "ORG/NAME", "revision": "main", "config": "default",
+    "split": "train", "format": "sharegpt", "weight": "0.5", "count": "1000",
+    "fields": "{messages: conversations}", "ignore_columns": "[source, score]",
+    "media_root": "images", **{key: choices[0] for key, choices in _CHOICES.items()},
+    "train": "false", "seed": "0", "messages": "conversations",
+}  # fmt: skip
 _MAX_SOURCES: Final = 1000
 _MAX_SEED: Final = 2**63 - 1
 
@@ -79,13 +86,25 @@ def read_mix(path: Path) -> tuple[Entry, ...]:
     Raises:
         UsageError: ``QC-YAML-*`` not YAML; ``QC-DATA-035`` not a mix.
     """
+    try:
+        return _read(path)
+    except UsageError as error:
+        key = (error.field or "").replace(" ", ".").rpartition(".")[2]
+        if error.code != _CONTRACT.code or error.fix or key not in _EXAMPLES:
+            raise
+        raise error.replace(fix=f"write it as in `{key}: {_EXAMPLES[key]}`") from None
+
+
+def _read(path: Path) -> tuple[Entry, ...]:
     whole = Expect.of_file(path, _CONTRACT)
     top = _mapping(whole, _TOP, "a mapping with the key sources")
     if not isinstance(top.get("sources", whole).node, SequenceNode) or not top["sources"].items():
         raise _breach(top.get("sources", whole), "no sources", "a list of sources", _EXAMPLE)
     sources = top["sources"].items()
     if len(sources) > _MAX_SOURCES:
-        raise _breach(top["sources"], f"{len(sources)} sources", f"at most {_MAX_SOURCES}")
+        raise _breach(
+            top["sources"], f"{len(sources)} sources", f"at most {_MAX_SOURCES}", "name a folder"
+        )
     entries = [_entry(source, path.parent) for source in sources]
     if "seed" in top:
         seed = _integer(top["seed"], 0, _MAX_SEED)

@@ -17,6 +17,7 @@ from ..io.atomic import writing
 
 SHOWN: Final = 20  #: bad rows that are reported; the others are counted
 REJECTED: Final = "rejected.jsonl"  #: usual name of the file with all bad rows
+_ENCODE: Final = json.JSONEncoder(ensure_ascii=False).encode
 _PLACE: Final = re.compile(r"line (\d+)(?:, )?")
 
 
@@ -106,7 +107,7 @@ class Problems:
         with writing(path):
             if self._file is None:
                 self._file = path.open("a", encoding="utf-8", errors="backslashreplace")
-            self._file.write(json.dumps(entry(line, error), ensure_ascii=False) + "\n")
+            self._file.write(_ENCODE(entry(line, error)) + "\n")
 
 
 def entry(line: int, error: InputError) -> dict[str, Any]:

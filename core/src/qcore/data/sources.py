@@ -8,6 +8,7 @@ before the first row is read, so that a missing or foreign file is reported at o
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,9 +21,10 @@ from .file_kinds import COLUMN_SUFFIXES, COMPRESSED, TEXT_SUFFIXES, file_kind, i
 from .hub_files import ID, REVISION, hub_files
 from .mix import SUFFIXES, Entry, read_mix
 from .source import Source
-from .streams import unreadable
+from .streams import opened, unreadable
 
 _MAX_FILES: Final = 100_000
+_MISSING: Final = os.strerror(errno.ENOENT)
 _NAMED: Final = 5  # files that a note names
 # What `save_to_disk`, LLaMA-Factory and the hub write beside the rows.
 _NOT_ROWS: Final = frozenset(
@@ -78,15 +80,32 @@ def _entries(word: str, command: str) -> tuple[Path | None, tuple[Entry, ...]]:
     """The mix file, if it is one, and the entries that a word names."""
     path = Path(word).expanduser()
     if "\0" in word or not word.strip():
-        raise InputError("QC-DATA-030", "is not a path", field=command, found=repr(word[:40]))
-    if os.path.lexists(path):
+        raise UsageError(
+            "QC-DATA-030",
+            "is not a path",
+            field=command,
+            found=repr(word[:40]),
+            fix="name a file, a folder, a hub id or a mix file",
+        )
+    if (reason := _unreachable(path)) is None:
         if path.suffix.lower() in SUFFIXES and not path.is_dir():
-            return path, read_mix(path)
+            with opened(path):  # a pipe or a device would block the YAML reader
+                return path, read_mix(path)
         return None, (Entry(place="", path=path),)
     name, at, revision = word.partition("@")
-    if _names_a_file(word) or not ID.fullmatch(name) or (at and not REVISION.fullmatch(revision)):
-        raise unreadable(path, "No such file or directory", _near(path))
+    is_id = ID.fullmatch(name) and (not at or REVISION.fullmatch(revision))
+    if reason != _MISSING or _names_a_file(word) or not is_id:
+        raise unreadable(path, reason, _near(path) if reason == _MISSING else None)
     return None, (Entry(place="", hub=name, revision=revision),)
+
+
+def _unreachable(path: Path) -> str | None:
+    """Why a path cannot be reached; ``None`` if something is there."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _names_a_file(word: str) -> bool:
@@ -116,13 +135,13 @@ def _source(entry: Entry, mix: Path | None) -> Source:
     if entry.path is None:
         return _hub_source(entry)
     path = entry.path
-    if mix is not None and not os.path.lexists(path):
+    if mix is not None and (reason := _unreachable(path)) is not None:
         raise InputError(
             "QC-DATA-030",
             "names a source that does not exist",
             file=mix,
             field=f"{entry.place}.path",
-            found=path,
+            found=f"{path}: {reason}",
             fix=_near(path) or "name a file or folder; paths are relative to the mix file",
         )
     notes: list[str] = []
