@@ -178,7 +178,7 @@ def test_repositories_without_rows(ask: Client, files: dict[str, bytes], words: 
 def test_patterns_stay_in_the_repository(path: str) -> None:
     entry = {"data_files": path}
     with pytest.raises(ValueError, match="is not in the repository"):
-        hub_files._resolve(entry, ["a.jsonl"])
+        hub_files._resolve(entry, ["a.jsonl"], "train")
 
 
 TREES = {
@@ -205,8 +205,8 @@ def test_splits_are_those_of_datasets(tree: str, tmp_path: Path) -> None:
         str(split): sorted(str(Path(path).relative_to(tmp_path)) for path in paths)
         for split, paths in by_split.items()
     }
-    found = hub_files._resolve({}, TREES[tree])
-    assert {split: sorted(names) for split, names in found.items()} == expected
+    for split, names in expected.items():
+        assert sorted(hub_files._resolve({}, TREES[tree], split)) == names
 
 
 def test_the_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,8 +91,8 @@ PATHS = {
         "state.json", None),
     "folder with a broken link": Bad(_folder("a.jsonl", broken="b.jsonl"), "QC-DATA-001",
         "No such file", None, "b.jsonl"),
-    "nothing": Bad(word(" "), "QC-DATA-030", "not a path", "--data", "-"),
-    "NUL": Bad(word("a\0b"), "QC-DATA-030", "not a path", "--data", "-"),
+    "nothing": Bad(word(" "), "QC-DATA-038", "not a path", "--data", "-"),
+    "NUL": Bad(word("a\0b"), "QC-DATA-038", "not a path", "--data", "-"),
 }  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cached_property
-from glob import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -66,65 +65,6 @@ def download(name: str, revision: str | None, source: str, patterns: Sequence[st
             **_CLIENT,
         )
     return Path(found)
-
-
-def list_dataset(name: str, revision: str | None, source: str) -> tuple[Path, tuple[str, ...]]:
-    """The snapshot folder of a dataset repository, with its card, and its file names.
-
-    Offline, they are the names in the cached snapshot, which may lack files of the repository.
-
-    Args:
-        name: ``ORG/NAME``.
-        revision: branch, tag or commit; ``None`` for the default branch.
-        source: the id that the user passed, for errors.
-
-    Raises:
-        InputError: ``QC-HUB-*``.
-        TrustError: ``QC-HUB-004``.
-        WriteError: the hub's cache cannot be written.
-    """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    # This names the commit in the cache, so that the revision is known offline.
-    folder = download_dataset(name, revision, source, ["README.md"])
-    with _told(source, "dataset"):
-        try:
-            info = HfApi(**_CLIENT).dataset_info(
-                name, revision=folder.name, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-            )
-        except OfflineModeIsEnabled:
-            files = (path for path in folder.rglob("*") if path.is_file())
-            return folder, tuple(sorted(path.relative_to(folder).as_posix() for path in files))
-    return folder, tuple(sorted(file.rfilename for file in info.siblings or ()))
-
-
-def download_dataset(name: str, revision: str | None, source: str, names: Sequence[str]) -> Path:
-    """Download files of a dataset repository and return the snapshot folder.
-
-    Args:
-        name: ``ORG/NAME``.
-        revision: branch, tag or commit; ``None`` for the default branch.
-        source: the id that the user passed, for errors.
-        names: paths in the repository.
-
-    Raises:
-        InputError: ``QC-HUB-*``.
-        TrustError: ``QC-HUB-004``.
-        WriteError: the hub's cache cannot be written.
-    """
-    from huggingface_hub import snapshot_download
-
-    with _told(source, "dataset"):
-        folder = snapshot_download(
-            name,
-            repo_type="dataset",
-            revision=revision,
-            allow_patterns=[escape(each) for each in names],
-            tqdm_class=_bar(),
-            **_CLIENT,
-        )
-    return Path(folder)
 
 
 class RemoteWeights:

@@ -15,7 +15,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any, Final
 
-from ..checkpoint.hub_client import download_dataset, list_dataset
+from ..checkpoint.hub_datasets import download_dataset, list_dataset
 from ..errors import Failure, InputError, contained, nearest
 from .file_kinds import is_data_name
 from .streams import not_installed
@@ -67,8 +67,7 @@ def hub_files(
     del datasets
     folder, names = list_dataset(name, revision or None, source)
     card = _read_card(folder / _CARD, source) if _CARD in names else {}
-    splits = _splits(card, names, config, source)
-    wanted = _wanted(splits, split or "train", names, source)
+    wanted = _wanted(card, names, config, split or "train", source)
     _check_shards(wanted, source)
     read = [each for each in wanted if is_data_name(Path(each))]
     if not read:
@@ -91,10 +90,10 @@ def _read_card(path: Path, source: str) -> dict[str, Any]:
     return card or {}
 
 
-def _splits(
-    card: Mapping[str, Any], names: Sequence[str], config: str, source: str
-) -> dict[str, list[str]]:
-    """File names by split, of one configuration."""
+def _wanted(
+    card: Mapping[str, Any], names: Sequence[str], config: str, split: str, source: str
+) -> list[str]:
+    """File names of one split of one configuration."""
     configs = contained(lambda: _configs(card))
     if isinstance(configs, Failure):
         raise _refused(source, f"the configurations in {_CARD} cannot be read", configs, "YAML")
@@ -112,12 +111,14 @@ def _splits(
             fix=f"did you mean {near}?" if near else "name one as `config:` in a mix file",
         )
     entry = entries.get(chosen, {})
-    splits = contained(lambda: _resolve(entry, names))
-    if isinstance(splits, Failure):
-        if isinstance(splits.error, FileNotFoundError):
-            raise _no_files(names, (), source)
-        raise _refused(source, f"the files in {_CARD} cannot be resolved", splits, "file patterns")
-    return splits
+    wanted = contained(lambda: _resolve(entry, names, split))
+    if not isinstance(wanted, Failure):
+        return wanted
+    if isinstance(wanted.error, FileNotFoundError):
+        raise _no_files(names, (), source)
+    if isinstance(wanted.error, InputError):
+        raise wanted.error.replace(file=source)
+    raise _refused(source, f"the files in {_CARD} cannot be resolved", wanted, "file patterns")
 
 
 def _configs(card: Mapping[str, Any]) -> tuple[str | None, dict[str, Mapping[str, Any]]]:
@@ -129,7 +130,7 @@ def _configs(card: Mapping[str, Any]) -> tuple[str | None, dict[str, Mapping[str
     return configs.get_default_config_name(), dict(configs)
 
 
-def _resolve(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[str]]:
+def _resolve(entry: Mapping[str, Any], names: Sequence[str], split: str) -> list[str]:
     """Resolve patterns over a file system in memory that has the names and no content."""
     from datasets.data_files import get_data_patterns, resolve_pattern, sanitize_patterns
     from fsspec.implementations.memory import MemoryFileSystem
@@ -143,21 +144,33 @@ def _resolve(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[s
             system.pipe_file(f"{root}/{name}", b"")
         patterns = entry.get("data_files")
         by_split = get_data_patterns(base) if patterns is None else sanitize_patterns(patterns)
-        splits: dict[str, list[str]] = {}
-        for split, some in by_split.items():
-            names_of = splits.setdefault(str(split), [])
-            for pattern in some:
-                try:
-                    matches = resolve_pattern(_relative(pattern), base)
-                except FileNotFoundError:
-                    if has_magic(pattern):  # as in datasets: only a name must exist
-                        continue
-                    raise
-                names_of.extend(path.partition(f"{root}/")[2] for path in matches)
-        return {split: list(dict.fromkeys(some)) for split, some in splits.items() if some}
+        wanted: dict[str, None] = {}
+        for pattern in _of_split({str(key): some for key, some in by_split.items()}, split):
+            try:
+                matches = resolve_pattern(_relative(pattern), base)
+            except FileNotFoundError:
+                if has_magic(pattern):  # as in datasets: only a name must exist
+                    continue
+                raise
+            wanted |= dict.fromkeys(path.partition(f"{root}/")[2] for path in matches)
+        return list(wanted)
     finally:
         if system.exists(root):
             system.rm(root, recursive=True)
+
+
+def _of_split(splits: Mapping[str, list[str]], split: str) -> list[str]:
+    if split in splits:
+        return splits[split]
+    near = nearest(split, splits)
+    raise InputError(
+        "QC-DATA-037",
+        "has no split of that name",
+        field="split",
+        found=split,
+        expected=", ".join(sorted(splits)[:20]),
+        fix=f"did you mean {near}?" if near else f"set split: {min(splits)} in a mix file",
+    )
 
 
 def _relative(pattern: str) -> str:
@@ -169,25 +182,6 @@ def _relative(pattern: str) -> str:
     if ":" in pattern or pattern.startswith(("/", "~")) or ".." in pattern.split("/"):
         raise ValueError(f"{pattern[:100]} is not in the repository")
     return pattern
-
-
-def _wanted(
-    splits: Mapping[str, list[str]], split: str, names: Sequence[str], source: str
-) -> list[str]:
-    if split in splits:
-        return splits[split]
-    if not splits:
-        raise _no_files(names, (), source)
-    near = nearest(split, splits)
-    raise InputError(
-        "QC-DATA-037",
-        "has no split of that name",
-        file=source,
-        field="split",
-        found=split,
-        expected=", ".join(sorted(splits)[:20]),
-        fix=f"did you mean {near}?" if near else f"set split: {min(splits)} in a mix file",
-    )
 
 
 def _check_shards(names: Sequence[str], source: str) -> None:

@@ -47,7 +47,7 @@ _EXAMPLES: Final = {
     "path": "rows.jsonl", "hub": "ORG/NAME", "revision": "main", "config": "default",
     "split": "train", "format": "sharegpt", "weight": "0.5", "count": "1000",
     "fields": "{messages: conversations}", "ignore_columns": "[source, score]",
-    "media_root": "images", **{key: choices[0] for key, choices in _CHOICES.items()},
+    "media_root": "media", **{key: choices[0] for key, choices in _CHOICES.items()},
     "train": "false", "seed": "0", "messages": "conversations",
 }  # fmt: skip
 _MAX_SOURCES: Final = 1000

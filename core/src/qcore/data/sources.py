@@ -48,13 +48,13 @@ def read_sources(
         command: the flag, for errors.
 
     Raises:
-        UsageError: ``QC-DATA-030`` nothing is named; ``QC-DATA-035`` and ``QC-YAML-*`` a mix
+        UsageError: ``QC-DATA-038`` nothing is named; ``QC-DATA-035`` and ``QC-YAML-*`` a mix
             file.
         InputError: ``QC-DATA-001`` to ``-003``, ``-030``, ``-031``, ``-033``, ``-037`` and
             ``QC-HUB-*``; a `PreflightError` for several.
     """
     if not data:
-        raise UsageError("QC-DATA-030", "names no data", field=command, fix="name a .jsonl file")
+        raise UsageError("QC-DATA-038", "names no data", field=command, fix="name a .jsonl file")
     sources: list[Source] = []
     problems: list[QcoreError] = []
     for word in data:
@@ -81,7 +81,7 @@ def _entries(word: str, command: str) -> tuple[Path | None, tuple[Entry, ...]]:
     path = Path(word).expanduser()
     if "\0" in word or not word.strip():
         raise UsageError(
-            "QC-DATA-030",
+            "QC-DATA-038",
             "is not a path",
             field=command,
             found=repr(word[:40]),
