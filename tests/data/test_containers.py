@@ -25,6 +25,7 @@ from qcore.api.media import RowError
 from qcore.data import columnar, json_array, streams
 from qcore.data.containers import records
 from qcore.data.file_kinds import file_kind
+from qcore.data.selection import choose
 from qcore.data.source import Record, Source
 from qcore.errors import InputError
 
@@ -263,6 +264,36 @@ def test_a_list_of_messages_is_not_mistaken_for_rows(tmp_path: Path) -> None:
     assert values(write(tmp_path / "a.jsonl", lines([row]))) == [row]
     row = {"conversations": [{"id": "1", "from": "human", "value": "a"}]}
     assert values(write(tmp_path / "a.json", lines([row]))) == [row]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", lines(PAIRS).replace(b"}\n", b"}\n\n")),
+        ("a.json.gz", gzip.compress(array(PAIRS))),
+        ("a.csv", table(",")),
+        ("a.parquet", parquet(PAIRS, row_group_size=4)),
+        ("a.arrow", ipc(PAIRS, pa.ipc.new_file)),
+        ("b.arrow", ipc(PAIRS, pa.ipc.new_stream)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_share_of_the_records(name: str, data: bytes, tmp_path: Path) -> None:
+    """The same records of every container, and the digest of all bytes."""
+    path = write(tmp_path / name, data)
+    other = write(tmp_path / "rows.jsonl", lines(PAIRS))
+    whole = [record.value for _ in range(2) for record in read(other)]
+    for options in ({"count": 17}, {"weight": 0.25}, {"count": 60}, {"count": 5, "seed": 3}):
+        source = Source(name="a", files=(path, other), **options)  # type: ignore[arg-type]
+        digest = hashlib.sha256()
+        chosen = choose(60, source, 8)
+        found = list(records(source, digest, seed=8))
+        assert [record.value for record in found] == [whole[index] for index in chosen]
+        assert [record.path for record in found] == [(path, other)[index > 29] for index in chosen]
+        assert digest.hexdigest() == hashlib.sha256(data + lines(PAIRS)).hexdigest()
+    with pytest.raises(InputError) as caught:
+        list(records(Source(name="a", files=(path, other), count=61)))
+    assert caught.value.code == "QC-DATA-036"
 
 
 def large(path: Path, name: str) -> Path:

@@ -87,6 +87,8 @@ PARQUET = {
         "QC-DATA-031", "is damaged or cut"),
     "noise in a page": pq_(_flipped, "QC-DATA-031", "is damaged or cut"),
     "no rows": pq_(lambda: _parquet(_table().slice(0, 0)), "QC-DATA-002", "no rows", ""),
+    "name not UTF-8": pq_(lambda: _parquet().replace(b"response", b"respo\xffse"), "QC-DATA-031",
+        "is damaged", "line 1"),
     "no columns": pq_(lambda: _parquet(_table().select([])), "QC-DATA-034", "no columns", ""),
     "column twice": pq_(lambda: _parquet(_twice()), "QC-DATA-034", "two columns", "prompt"),
     "duration": pq_(lambda: _parquet(_of_type("duration", [1])), "QC-DATA-034", "duration", "x"),
@@ -126,6 +128,14 @@ def arrow(make: Callable[[], bytes], code: str, words: str, field: str = "line 1
     return named("rows.arrow", make, code, words, field)
 
 
+def _out_of_bounds() -> bytes:
+    """Offsets of a text column, of which the middle one leads far out of the file."""
+    data = _ipc(_table(prompt=["seven..", "thirteen....."]))
+    before, after = (b"".join(n.to_bytes(4, "little") for n in (0, at, 20)) for at in (7, 2**30))
+    assert data.count(before) == 1
+    return data.replace(before, after)
+
+
 ARROW = {
     "file: only the magic": arrow(lambda: b"ARROW1\0\0", "QC-DATA-031", "is damaged or cut"),
     "file: cut": arrow(lambda: _ipc()[:300], "QC-DATA-031", "is damaged or cut"),
@@ -144,8 +154,8 @@ ARROW = {
     "file: column twice": arrow(lambda: _ipc(_twice()), "QC-DATA-034", "two columns", "prompt"),
     "file: NaN": arrow(lambda: _ipc(_table(x=[float("nan")])), "QC-DATA-004", "found nan",
         "line 1, x"),
-    "file: not UTF-8": arrow(lambda: _ipc(_invalid_text()), "QC-DATA-003", "0xff at byte 2",
-        "line 2, prompt"),
+    "file: not UTF-8": arrow(lambda: _ipc(_invalid_text()), "QC-DATA-031", "UTF8", "line 2"),
+    "file: offset out of bounds": arrow(_out_of_bounds, "QC-DATA-031", "is damaged"),
     "stream: cut": arrow(lambda: _ipc(stream=True)[:300], "QC-DATA-031", "is damaged or cut"),
     "stream: not closed": arrow(lambda: _ipc(stream=True, close=False), "QC-DATA-031", "no end",
         "line 3"),

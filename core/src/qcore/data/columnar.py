@@ -40,13 +40,7 @@ def rows(path: Path, container: str, ignore: Collection[str] = ()) -> Iterator[A
             read.
         Damaged: the file is cut or corrupt.
     """
-    try:
-        import pyarrow as pa
-    except ImportError:
-        what = "Parquet" if container == "parquet" else "Arrow"
-        raise not_installed(path, "pyarrow", what) from None
-    with opened(path):  # a folder, a pipe or a device is refused before Arrow opens it
-        pass
+    pa = _pyarrow(path, container)
     read = _parquet if container == "parquet" else _arrow
     decoders: dict[str, Decoder | None] | None = None
     try:
@@ -55,8 +49,36 @@ def rows(path: Path, container: str, ignore: Collection[str] = ()) -> Iterator[A
                 decoders = _decoders(pa, schema, path, ignore)
             if batch is not None:
                 yield from _rows(batch.select(list(decoders)), decoders)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names, not UTF-8
         raise Damaged(str(error)) from error
+
+
+def count_rows(path: Path, container: str) -> int:
+    """The number of rows of a file, from its metadata where it has them; raises like `rows`."""
+    pa = _pyarrow(path, container)
+    try:
+        if container == "parquet":
+            import pyarrow.parquet as pq
+
+            return int(pq.read_metadata(path).num_rows)
+        with pa.memory_map(str(path)) as mapped:
+            if container == "arrow_stream":
+                return sum(batch.num_rows for batch in pa.ipc.open_stream(mapped))
+            file = pa.ipc.open_file(mapped)
+            return sum(file.get_batch(at).num_rows for at in range(file.num_record_batches))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise Damaged(str(error)) from error
+
+
+def _pyarrow(path: Path, container: str) -> Any:
+    try:
+        import pyarrow as pa
+    except ImportError:
+        what = "Parquet" if container == "parquet" else "Arrow"
+        raise not_installed(path, "pyarrow", what) from None
+    with opened(path):  # a folder, a pipe or a device is refused before Arrow opens it
+        pass
+    return pa
 
 
 def _parquet(
@@ -88,13 +110,27 @@ def _arrow(
             batches = iter(file)
         yield file.schema, None
         for batch in batches:
-            batch.validate()
-            per_row = max(1, batch.nbytes // max(1, batch.num_rows))
-            count = min(_BATCH_ROWS, max(1, _BATCH_BYTES // per_row))
-            for start in range(0, batch.num_rows, count):
-                yield file.schema, batch.slice(start, count)
+            for part in _validated(pa, batch):
+                yield file.schema, part
         if container == "arrow_stream" and not _ended(mapped):
             raise Damaged("the stream has no end")
+
+
+def _validated(pa: Any, batch: Any) -> Iterator[Any]:
+    """Parts of a batch of which all offsets are in bounds; reading others would crash."""
+    count = 1
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid:  # up to the row at fault, which raises again
+        pass
+    else:
+        per_row = max(1, batch.nbytes // max(1, batch.num_rows))
+        count = min(_BATCH_ROWS, max(1, _BATCH_BYTES // per_row))
+    for start in range(0, batch.num_rows, count):
+        part = batch.slice(start, count)
+        if count == 1:
+            part.validate(full=True)
+        yield part
 
 
 def _ended(mapped: Any) -> bool:

@@ -22,7 +22,7 @@ def choose(rows: int, source: Source, seed: int) -> list[int]:
     `count` or `weight` are among those of a larger one. All rows are chosen if neither is set.
 
     Args:
-        rows: rows that can be used, refused ones left out.
+        rows: records of the source, bad ones included.
         source: the source; its `seed` is used if it is set.
         seed: the run's seed.
 
