@@ -218,7 +218,7 @@ def _append_bytes(response: Any, data: bytearray, *, skip: int, size: int) -> No
 
 
 @contextmanager
-def _client_errors(source: str) -> Iterator[None]:
+def _client_errors(source: str, kind: str = "model") -> Iterator[None]:
     """Convert the client's exceptions to qcore errors and silence its warnings."""
     from huggingface_hub import constants, errors
 
@@ -226,9 +226,9 @@ def _client_errors(source: str) -> Iterator[None]:
         with _without_warnings():
             yield
     except (errors.HTTPError, errors.HFValidationError) as error:
-        raise _refused(error, source, constants.ENDPOINT) from error
+        raise _refused(error, source, constants.ENDPOINT, kind) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise _not_cached(error, source, constants.ENDPOINT) from error
+        raise _not_cached(error, source, constants.ENDPOINT, kind) from error
     except OSError as error:
         if error.errno is not None:
             raise write_error(error, Path(error.filename or constants.HF_HUB_CACHE)) from error
@@ -265,26 +265,27 @@ def _progress_bar() -> Any:
     return Silent
 
 
-def _refused(error: Exception, source: str, endpoint: str) -> QcoreError:
+def _refused(error: Exception, source: str, endpoint: str, kind: str) -> QcoreError:
     """Return the error for an HTTP failure: an error response, or no response at all."""
     from huggingface_hub import errors
 
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
+    page = ("datasets/" if kind == "dataset" else "") + source.partition("@")[0]
     if isinstance(error, errors.GatedRepoError) or status == 403:
         return TrustError(
             "QC-HUB-004",
-            f"{endpoint} denies access to this model",
+            f"{endpoint} denies access to this {kind}",
             file=source,
-            fix=f"accept the license at {endpoint}/{source.partition('@')[0]} and set HF_TOKEN",
+            fix=f"accept the license at {endpoint}/{page} and set HF_TOKEN",
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return InputError(
             "QC-HUB-003",
-            f"is not a folder, and {endpoint} has no public model of that name",
+            f"is not a folder, and {endpoint} has no public {kind} of that name",
             file=source,
             fix=suggest_model(source, Path(source))
-            or "check the name; for a private model set HF_TOKEN or run: hf auth login",
+            or f"check the name; for a private {kind} set HF_TOKEN or run: hf auth login",
         )
     if status == 401:
         return TrustError(
@@ -294,7 +295,7 @@ def _refused(error: Exception, source: str, endpoint: str) -> QcoreError:
             fix="set a valid HF_TOKEN, or run: hf auth login",
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        what = f"{endpoint} has the model but not this revision"
+        what = f"{endpoint} has the {kind} but not this revision"
         fix = "name a branch, tag or commit, or leave @REVISION out"
         return InputError("QC-HUB-005", what, file=source, fix=fix)
     if isinstance(error, errors.HFValidationError):
@@ -309,7 +310,7 @@ def _refused(error: Exception, source: str, endpoint: str) -> QcoreError:
     )
 
 
-def _not_cached(error: Exception, source: str, endpoint: str) -> QcoreError:
+def _not_cached(error: Exception, source: str, endpoint: str, kind: str) -> QcoreError:
     """Return the error for files that are not cached while the hub is offline or unreachable."""
     from huggingface_hub import errors
 
@@ -322,7 +323,7 @@ def _not_cached(error: Exception, source: str, endpoint: str) -> QcoreError:
             fix="unset HF_HUB_OFFLINE, or name a folder",
         )
     if getattr(cause, "response", None) is not None:
-        return _refused(cause if isinstance(cause, Exception) else error, source, endpoint)
+        return _refused(cause if isinstance(cause, Exception) else error, source, endpoint, kind)
     return _unreachable(cause, source, endpoint)
 
 

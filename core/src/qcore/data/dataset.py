@@ -290,7 +290,7 @@ def _seen(
     return (row for row in map(read, rows) if row is not None)
 
 
-def _refused(path: Path, row: ChatRow, error: InputError) -> InputError:
+def _refused(path: Path | None, row: ChatRow, error: InputError) -> InputError:
     """Turn an error of the template into an error of the row."""
     return error.replace(
         what=f"the chat template {error.what}",
