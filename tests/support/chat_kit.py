@@ -12,8 +12,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from qcore.api import RowError
 from qcore.api.records import ChatFormat
 from qcore.checkpoint.chat_template import Template
-from qcore.data.masking import Example, encode_text
+from qcore.data.fitting import fitted
+from qcore.data.masking import Example, encode_sample
+from qcore.data.policies import Policies
+from qcore.data.row_plan import plan_row
 from qcore.data.rows import ChatRow
+from qcore.data.samples import drafts
 
 FORMAT = ChatFormat(
     turn_start="<|im_start|>",
@@ -93,12 +97,16 @@ def encode_row(
     *,
     variables: Mapping[str, Any] | None = None,
 ) -> Example:
-    """One row of text to ids and labels: what `dataset` does, a row at a time."""
-    text = template.render(row.messages, row.tools, **(variables or {}))
+    """One row of text in one rendering to ids and labels: what `dataset` does, a row at a time."""
     try:
-        return encode_text(text, row, tokenizer, chat_format, max_length)
+        plan = plan_row(row, Policies(history="as_rendered"), chat_format, "", False)
+        text = template.render(row.messages, row.tools, **(variables or {}))
+        (draft,) = drafts(plan, [text], chat_format)
+        encoded = encode_sample(draft, plan, tokenizer, chat_format)
+        (kept,) = fitted([encoded], max_length, "refuse", tokenizer)
     except RowError as bad:
         raise bad.error(None, row.line) from None
+    return kept.example
 
 
 class FakeCheckpoint:

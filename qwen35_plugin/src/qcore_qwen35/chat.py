@@ -31,6 +31,7 @@ QWEN35 = ChatFormat(
     control=CONTROL,
     roles=("system", "user", "assistant", "tool"),
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
+    thinking_switch="enable_thinking",
 )
 
 #: Variables that the template compares with ``is true`` or ``is false``.

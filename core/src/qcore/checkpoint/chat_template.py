@@ -17,6 +17,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Final, Protocol, TypeVar
@@ -54,7 +55,7 @@ STANDARD_INPUTS: Final = frozenset(
 
 
 class Conversation(Protocol):
-    """What `Template.render_rows` needs of a row; `line` is its number, for errors."""
+    """What `Template.render_prefixes` needs of a row; `line` is its number, for errors."""
 
     @property
     def line(self) -> int: ...
@@ -67,6 +68,25 @@ class Conversation(Protocol):
 
 
 _C = TypeVar("_C", bound=Conversation)
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A rendering of the first messages of a conversation.
+
+    Attributes:
+        count: number of messages.
+        prompt: whether the generation prompt follows, as in serving.
+        variables: variables of the template, over those of all rows.
+    """
+
+    count: int
+    prompt: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    def wire(self) -> list[Any]:
+        """The prefix as the worker reads it."""
+        return [self.count, self.prompt, dict(self.variables)]
 
 
 class Template:
@@ -153,36 +173,41 @@ class Template:
         except _Failure as failure:
             raise self._error(failure) from None
 
-    def render_rows(
-        self, rows: Iterable[_C], **variables: Any
-    ) -> Iterator[tuple[_C, str | InputError]]:
-        """Render many rows; the next one renders while the caller works on the last.
+    def render_prefixes(
+        self, rows: Iterable[tuple[_C, Sequence[Prefix]]], **variables: Any
+    ) -> Iterator[tuple[_C, list[str | InputError]]]:
+        """Render prefixes of many conversations, one request for all prefixes of a row.
 
-        Yields each row with its text, or with the error when the row can be its cause.
+        The next row renders while the caller works on the last. Yields each row with a text for
+        each of its prefixes, or with the error when the row can be its cause.
 
         Raises:
             InputError: one that no other row would escape (syntax, time, memory).
         """
         worker: _Worker | None = None
-        before: _C | None = None
+        before: tuple[_C, int] | None = None
         try:
-            for row in rows:
-                done = None if before is None or worker is None else self._finish(worker, before)
+            for row, prefixes in rows:
+                done = None if before is None or worker is None else self._finish(worker, *before)
                 if worker is None:
                     worker = self._start()
-                worker.send(_request(row.messages, row.tools, False, variables))
-                before, last = row, before
+                request = _request(row.messages, row.tools, False, variables)
+                worker.send(request | {"prefixes": [prefix.wire() for prefix in prefixes]})
+                (before, last) = (row, len(prefixes)), before
                 if done is not None and last is not None:
-                    yield last, done
+                    yield last[0], done
             if before is not None and worker is not None:
-                yield before, self._finish(worker, before)
+                yield before[0], self._finish(worker, *before)
         except _Failure as failure:
             raise self._error(failure) from None
         finally:
             if worker is not None:
                 worker.close()
 
-    def _finish(self, worker: _Worker, row: Conversation) -> str | InputError:
+    def _finish(self, worker: _Worker, row: Conversation, count: int) -> list[str | InputError]:
+        return [self._text(worker, row) for _ in range(count)]
+
+    def _text(self, worker: _Worker, row: Conversation) -> str | InputError:
         try:
             return worker.text()
         except _Failure as failure:

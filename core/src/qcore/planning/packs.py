@@ -63,21 +63,23 @@ def packs_of(
     *,
     units: Sequence[int] = (),
     held_out_units: Sequence[int] = (),
+    sizes: Sequence[int] = (),
     together: int = 0,
     draws: int = DRAWS,
 ) -> Packs:
-    """The packs of rows of these lengths.
+    """The packs of samples of these lengths.
 
     Args:
-        train: tokens of each training row, in the order of the data set.
-        held_out: tokens of each held-out row.
+        train: tokens of each training sample, in the order of the data set.
+        held_out: tokens of each held-out sample.
         settings: batch, seed and how long the run is.
-        units: of the media of each training row; none: they are text alone.
-        held_out_units: of each held-out row.
+        units: of the media of each training sample; none: they are text alone.
+        held_out_units: of each held-out sample.
+        sizes: samples of each training row; empty: one each.
         together: as `Packs` has it.
         draws: rows that are looked at one by one.
     """
-    schedule = Schedule(len(train), settings)
+    schedule = Schedule(sizes or len(train), settings)
     by_tokens: dict[int, Lengths] = {}
     size = settings.per_device_train_batch_size
     longest_rows = _sorted(sorted(train)[-size:])
