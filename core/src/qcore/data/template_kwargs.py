@@ -85,12 +85,10 @@ def recorded_variables(meta: Mapping[str, Any], source: object) -> Entries[Plain
     Raises:
         InputError: ``QC-ADAPTER-008`` the record is not a valid mapping.
     """
-    given = _inner(meta, "chat", "kwargs")
-    if given is None:
-        given = _inner(meta, "identity", "settings", SETTING)
+    settings = _inner(meta, {}, "identity", "settings", SETTING)
+    given = _inner(meta, settings, "chat", "kwargs")
     try:
-        checked = check(SPECS[SETTING], {} if given is None else given,
-                        Origin(file=source, field=SETTING))  # fmt: skip
+        checked = check(SPECS[SETTING], given, Origin(file=source, field=SETTING))
     except UsageError as error:
         raise InputError(
             "QC-ADAPTER-008",
@@ -110,7 +108,7 @@ def mixed_modes(meta: Mapping[str, Any]) -> str:
 
     Empty where one mode was trained, or where the manifest does not say.
     """
-    some, none = (_inner(meta, "chat", key) for key in ("turns_with_reasoning", "turns_without"))
+    some, none = (_inner(meta, 0, "chat", key) for key in ("turns_with_reasoning", "turns_without"))
     if not (isinstance(some, int) and isinstance(none, int) and some and none):
         return ""
     return (
@@ -119,10 +117,10 @@ def mixed_modes(meta: Mapping[str, Any]) -> str:
     )
 
 
-def _inner(meta: Any, *keys: str) -> Any:
-    """A value of nested mappings; ``None`` where there is none."""
+def _inner(meta: Any, default: Any, *keys: str) -> Any:
+    """A value of nested mappings; `default` where a key is absent."""
     for key in keys:
         if not isinstance(meta, Mapping) or key not in meta:
-            return None
+            return default
         meta = meta[key]
     return meta
