@@ -74,9 +74,7 @@ def test_equals_row_by_row(tmp_path: Path, checkpoint: FakeCheckpoint) -> None:
     tokenizer = own_tokenizer()
     with own_template() as template:
         for given, example in zip(rows(20), found.train, strict=True):
-            row = ChatRow(
-                line=example.line, row=example.row, messages=tuple(given["messages"])
-            )
+            row = ChatRow(line=example.line, row=example.row, messages=tuple(given["messages"]))
             assert encode_row(row, template, tokenizer, FORMAT, 1000) == example
 
 
