@@ -16,7 +16,7 @@ import pytest
 from support.chat_kit import TEMPLATE, own_template, own_tokenizer
 
 from qcore.checkpoint import chat_template_worker as render_worker
-from qcore.checkpoint.chat_template import Template
+from qcore.checkpoint.chat_template import Prefix, Template
 from qcore.data.rows import ChatRow
 from qcore.errors import InputError
 
@@ -306,16 +306,35 @@ def test_many_rows_keep_order_and_only_their_own_errors() -> None:
 
     text = "{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}{{ v }}"
     with own_template(text + "{{ messages[0].content }}") as template:
-        for number, (row, made) in enumerate(template.render_rows(rows(), v="v ")):
+        asked = ((row, [Prefix(1)]) for row in rows())
+        for number, (row, (made,)) in enumerate(template.render_prefixes(asked, v="v ")):
             assert row.line == number
             if number % 50 == 7:
                 assert isinstance(made, InputError)
                 assert made.code == "QC-TEMPLATE-002"
             else:
                 assert made == f"v {number} é"
-        assert list(template.render_rows([])) == []
-        first = next(iter(template.render_rows(rows())))  # left in the middle
-        assert first[1] == "0 é"
+        assert list(template.render_prefixes([])) == []
+        asked = ((row, [Prefix(1)]) for row in rows())
+        first = next(iter(template.render_prefixes(asked)))  # left in the middle
+        assert first[1] == ["0 é"]
+
+
+def test_prefixes_of_a_row_are_rendered_in_one_request() -> None:
+    text = (
+        "{% for m in messages %}{{ m.content }}{% if m.content == 'c' %}"
+        "{{ raise_exception('no') }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}>{{ mode }}{% endif %}"
+    )
+    row = ChatRow(line=1, messages=tuple({"role": "user", "content": c} for c in "abcd"))
+    prefixes = [
+        Prefix(2), Prefix(1, prompt=True), Prefix(1, True, {"mode": "off"}), Prefix(3), Prefix(0),
+    ]  # fmt: skip
+    with own_template(text) as template:
+        ((_, texts),) = template.render_prefixes([(row, prefixes)], mode="on")
+        assert [t if isinstance(t, str) else t.code for t in texts] == [
+            "ab", "a>on", "a>off", "QC-TEMPLATE-002", "",
+        ]  # fmt: skip
 
 
 @pytest.mark.timing
@@ -324,7 +343,7 @@ def test_a_row_that_hangs_stops_the_rows_and_is_named() -> None:
     rows = [ChatRow(line=n, messages=({"role": "user", "content": str(n)},)) for n in range(5)]
     start = time.monotonic()
     with pytest.raises(InputError) as caught, own_template(text) as template:
-        list(template.render_rows(rows))
+        list(template.render_prefixes((row, [Prefix(1)]) for row in rows))
     assert caught.value.code == "QC-TEMPLATE-004"
     assert "line 2" in caught.value.message
     assert time.monotonic() - start < 4

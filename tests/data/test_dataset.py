@@ -22,6 +22,7 @@ from support.chat_kit import (  # fmt: skip
 )
 
 from qcore.data.dataset import Dataset, dataset, special_tokens
+from qcore.data.policies import Policies
 from qcore.data.rows import ChatRow
 from qcore.errors import InputError, PreflightError
 
@@ -52,7 +53,11 @@ def test_counts_digest_and_arrays(tmp_path: Path, checkpoint: FakeCheckpoint) ->
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (found.rows, found.turns) == (30, 60)
     assert found.eval == ()
-    assert [e.line for e in found.train] == list(range(1, 31))
+    # The own template drops the think block of the first turn, so each turn has its own sample.
+    assert [(e.line, e.row, e.sample) for e in found.train] == [
+        (n, n, sample) for n in range(1, 31) for sample in (1, 2)
+    ]
+    assert (found.samples, found.train_sizes) == (60, (2,) * 30)
     assert all(isinstance(e.ids, array) and e.ids.itemsize == 4 for e in found.train)
     assert found.tokens == sum(len(e.ids) for e in found.train)
     assert found.longest == max(len(e.ids) for e in found.train)
@@ -64,11 +69,12 @@ def test_counts_digest_and_arrays(tmp_path: Path, checkpoint: FakeCheckpoint) ->
 
 
 def test_equals_row_by_row(tmp_path: Path, checkpoint: FakeCheckpoint) -> None:
-    found = load(write_rows(tmp_path / "rows.jsonl", rows(20)), checkpoint)
+    path = write_rows(tmp_path / "rows.jsonl", rows(20))
+    found = load(path, checkpoint, policies=Policies(history="as_rendered"))
     tokenizer = own_tokenizer()
     with own_template() as template:
         for given, example in zip(rows(20), found.train, strict=True):
-            row = ChatRow(line=example.line, messages=tuple(given["messages"]))
+            row = ChatRow(line=example.line, row=example.row, messages=tuple(given["messages"]))
             assert encode_row(row, template, tokenizer, FORMAT, 1000) == example
 
 
@@ -80,8 +86,8 @@ def test_split_is_fixed_by_seed_and_by_text_not_by_order(
 
     def held(where: Path, seed: int) -> set[tuple[int, ...]]:
         found = load(where, checkpoint, eval_fraction=0.25, seed=seed)
-        assert (len(found.train), len(found.eval)) == (30, 10)
-        assert not {e.line for e in found.train} & {e.line for e in found.eval}
+        assert (len(found.train_sizes), len({e.row for e in found.eval})) == (30, 10)
+        assert not {e.row for e in found.train} & {e.row for e in found.eval}
         return {tuple(e.ids) for e in found.eval}
 
     assert held(path, 1) == held(path, 1) == held(back, 1)
@@ -144,7 +150,7 @@ def test_tools_and_string_arguments(tmp_path: Path, checkpoint: FakeCheckpoint) 
     messages = [user("q"), called, {"role": "tool", "content": "r"}, bot("done")]
     tools = [{"type": "function", "function": {"name": "find"}}]
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": messages, "tools": tools}])
-    (example,) = load(path, checkpoint).train
+    (example,) = load(path, checkpoint).train  # nothing in it depends on what follows
     tokenizer = own_tokenizer()
     kept = [label for label in example.labels if label != -100]
     assert tokenizer.decode(kept, skip_special_tokens=False) == (

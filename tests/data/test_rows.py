@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.chat_kit import FORMAT, bot, call, user, write_rows
+from support.chat_kit import FORMAT, bot, call, read_file, user, write_rows
 
-from qcore.data.jsonl import MAX_LINE, SHOWN, Problems
-from qcore.data.rows import ChatRow, read_rows, thinking_marks
+from qcore.data.jsonl import MAX_LINE
+from qcore.data.reading import SourceCount
+from qcore.data.rejects import SHOWN, Rejects
+from qcore.data.rows import ChatRow, thinking_marks
 from qcore.errors import InputError, PreflightError
 
 GOOD = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
@@ -154,7 +156,7 @@ BAD: list[tuple[bytes, str, str, str]] = [
 
 
 def read(path: Path, **more: Any) -> list[ChatRow]:
-    return list(read_rows(path, FORMAT, **more))
+    return list(read_file(path, **more))
 
 
 @pytest.mark.parametrize(("raw", "code", "field", "says"), BAD, ids=range(len(BAD)))
@@ -166,7 +168,7 @@ def test_bad_row_is_one_line_with_file_line_and_field(
     path.write_bytes(good + b"\n\n" + good + b"\n" + raw + b"\n" + good + b"\n")
     seen = []
     with pytest.raises(InputError) as caught:
-        seen.extend(read_rows(path, FORMAT))
+        seen.extend(read_file(path))
     error = caught.value
     assert (error.code, error.exit_code) == (code, 65)
     assert error.field == (f"line 4, {field}" if field else "line 4")
@@ -178,11 +180,11 @@ def test_bad_row_is_one_line_with_file_line_and_field(
 def test_the_rows_around_a_bad_one_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{GOOD}\n{{\n{GOOD}\nnull\n{GOOD}\n")
-    problems = Problems(path)
-    assert [r.line for r in read_rows(path, FORMAT, problems=problems)] == [1, 3, 5]
-    assert problems.count == 2
+    rejects = Rejects()
+    assert [r.line for r in read_file(path, rejects)] == [1, 3, 5]
+    assert rejects.count == 2
     with pytest.raises(PreflightError) as caught:
-        problems.stop()
+        rejects.stop(5)
     assert [e.field for e in caught.value.errors] == ["line 2", "line 4"]
 
 
@@ -235,16 +237,16 @@ def test_a_huge_line_is_refused_without_being_held(tmp_path: Path) -> None:
         for _ in range(4 * MAX_LINE >> 20):
             file.write(b"x" * (1 << 20))
         file.write(b"\n" + GOOD.encode())
-    problems = Problems(path)
-    digest = hashlib.sha256()
+    rejects = Rejects()
+    counts: list[SourceCount] = []
     tracemalloc.start()
-    rows = list(read_rows(path, FORMAT, problems=problems, digest=digest))
+    rows = list(read_file(path, rejects, counts=counts))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [r.line for r in rows] == [1, 3]
-    assert problems.count == 1
+    assert rejects.count == 1
     assert peak < 3 * MAX_LINE
-    assert digest.hexdigest() == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert counts[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_byte_order_mark_and_windows_line_ends_mean_nothing(tmp_path: Path) -> None:
@@ -356,10 +358,10 @@ def test_think_marks_may_be_control_strings_and_an_inline_block_still_allowed(
         {"messages": [user("what is <think>?"), bot("a")]},
     ]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    problems = Problems(path)
-    assert [r.line for r in read_rows(path, FORMAT, control=control, problems=problems)] == [1]
+    rejects = Rejects()
+    assert [r.line for r in read_file(path, rejects, control=control)] == [1]
     with pytest.raises(InputError, match=r"line 2, messages\[0\].content"):
-        problems.stop()
+        rejects.stop(5)
 
 
 def test_control_strings_that_composition_makes_are_refused(tmp_path: Path) -> None:

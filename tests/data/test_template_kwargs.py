@@ -20,6 +20,7 @@ from qcore.checkpoint.chat_template import STANDARD_INPUTS, Template
 from qcore.config.frozen_map import Entries
 from qcore.config.resolve import parse_entries
 from qcore.data.dataset import Dataset, dataset
+from qcore.data.policies import Policies
 from qcore.data.template_kwargs import check_variables, recorded_variables
 from qcore.errors import InputError, UsageError
 
@@ -37,6 +38,7 @@ def encoded(folder: Path, **variables: Any) -> tuple[Dataset, str]:
         FORMAT,
         512,
         variables=Entries(variables),
+        policies=Policies(history="as_rendered"),
     )
     return made, own_tokenizer().decode(list(made.train[0].ids), skip_special_tokens=False)
 

@@ -28,6 +28,7 @@ from qcore.checkpoint.tokenizer import load_tokenizer
 from qcore.config.frozen_map import Entries
 from qcore.data.dataset import dataset
 from qcore.data.masking import IGNORED, Example
+from qcore.data.policies import Policies
 from qcore.plugins.resolve_model import Identified, identify
 from qcore.testing import write_sparse_checkpoint
 from qcore_qwen35.chat import CONTROL
@@ -73,6 +74,7 @@ class Base:
         if given not in self.made:
             self.made[given] = dataset(
                 self.rows, self.found.checkpoint, self.found.chat_format(), 4096,
+                policies=Policies(history="as_rendered"),
                 tokenizer=self.tokenizer, variables=given,
             ).train  # fmt: skip
         return self.made[given]

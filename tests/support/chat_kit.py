@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from qcore.api import RowError
 from qcore.api.records import ChatFormat
 from qcore.checkpoint.chat_template import Template
-from qcore.data.masking import Example, encode_text
-from qcore.data.rows import ChatRow
+from qcore.data.fitting import fitted
+from qcore.data.masking import Example, encode_sample
+from qcore.data.policies import Policies
+from qcore.data.reading import SourceCount, read_rows
+from qcore.data.rejects import Rejects
+from qcore.data.row_plan import plan_row
+from qcore.data.rows import ChatRow, RowCheck
+from qcore.data.samples import drafts
+from qcore.data.source import Source
 
 FORMAT = ChatFormat(
     turn_start="<|im_start|>",
@@ -93,12 +100,31 @@ def encode_row(
     *,
     variables: Mapping[str, Any] | None = None,
 ) -> Example:
-    """One row of text to ids and labels: what `dataset` does, a row at a time."""
-    text = template.render(row.messages, row.tools, **(variables or {}))
+    """One row of text in one rendering to ids and labels: what `dataset` does, a row at a time."""
     try:
-        return encode_text(text, row, tokenizer, chat_format, max_length)
+        plan = plan_row(row, Policies(history="as_rendered"), chat_format, "", False)
+        text = template.render(row.messages, row.tools, **(variables or {}))
+        (draft,) = drafts(plan, [text], chat_format)
+        encoded = encode_sample(draft, plan, tokenizer, chat_format)
+        (kept,) = fitted([encoded], max_length, "refuse", tokenizer)
     except RowError as bad:
         raise bad.error(None, row.line) from None
+    return kept.example
+
+
+def read_file(
+    path: Path,
+    rejects: Rejects | None = None,
+    *,
+    control: Sequence[str] = (),
+    counts: list[SourceCount] | None = None,
+) -> Iterator[ChatRow]:
+    """The valid rows of one file; without `rejects` the bad ones are raised at the end."""
+    found, counts = rejects or Rejects(), [] if counts is None else counts
+    source = Source(name=str(path), files=(path,))
+    yield from read_rows([source], RowCheck(FORMAT, control), found, counts)
+    if rejects is None:
+        found.stop(counts[0].rows)
 
 
 class FakeCheckpoint:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from .views import CheckpointView, LayoutView, SettingsView
 
@@ -175,6 +175,7 @@ class PreflightRequest:
     token_ids: Mapping[str, int] = field(default_factory=dict)
 
 
+@runtime_checkable
 class ParseReply(Protocol):
     """The inverse of a chat template for one assistant turn; total, without loss of text."""
 

@@ -18,6 +18,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Final, Protocol, TypeVar
@@ -56,7 +57,7 @@ STANDARD_INPUTS: Final = frozenset(
 
 
 class Conversation(Protocol):
-    """The fields of a row that `Template.render_rows` reads; `line` is for errors."""
+    """The fields of a row that `Template.render_prefixes` reads; `line` is for errors."""
 
     @property
     def line(self) -> int: ...
@@ -69,6 +70,25 @@ class Conversation(Protocol):
 
 
 _C = TypeVar("_C", bound=Conversation)
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A rendering of the first messages of a conversation.
+
+    Attributes:
+        count: number of messages.
+        prompt: whether the generation prompt follows, as in serving.
+        variables: variables of the template, over those of all rows.
+    """
+
+    count: int
+    prompt: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    def wire(self) -> list[Any]:
+        """The prefix as the worker reads it."""
+        return [self.count, self.prompt, dict(self.variables)]
 
 
 class Template:
@@ -155,39 +175,46 @@ class Template:
         except _Failure as failure:
             raise self._error(failure) from None
 
-    def render_rows(
-        self, rows: Iterable[_C], **variables: Any
-    ) -> Iterator[tuple[_C, str | InputError]]:
-        """Render many rows; the next row renders while the caller processes the current one.
+    def render_prefixes(
+        self, rows: Iterable[tuple[_C, Sequence[Prefix]]], **variables: Any
+    ) -> Iterator[tuple[_C, list[str | InputError]]]:
+        """Render prefixes of many conversations, one request for all prefixes of a row.
+
+        The next row renders while the caller processes the current one.
 
         Yields:
-            Each row with its text, or with the error if the row can cause it.
+            Each row with a text for each of its prefixes, or with the error if the row can cause
+            it.
 
         Raises:
             InputError: an error that every row would hit (syntax, time or memory limit).
         """
         worker: _Worker | None = None
-        previous: _C | None = None
+        previous: tuple[_C, int] | None = None
         try:
-            for row in rows:
+            for row, prefixes in rows:
                 finished = (
-                    None if previous is None or worker is None else self._finish(worker, previous)
+                    None if previous is None or worker is None else self._finish(worker, *previous)
                 )
                 if worker is None:
                     worker = self._start()
-                worker.send(_request(row.messages, row.tools, False, variables))
-                previous, rendered = row, previous
+                request = _request(row.messages, row.tools, False, variables)
+                worker.send(request | {"prefixes": [prefix.wire() for prefix in prefixes]})
+                (previous, rendered) = (row, len(prefixes)), previous
                 if finished is not None and rendered is not None:
-                    yield rendered, finished
+                    yield rendered[0], finished
             if previous is not None and worker is not None:
-                yield previous, self._finish(worker, previous)
+                yield previous[0], self._finish(worker, *previous)
         except _Failure as failure:
             raise self._error(failure) from None
         finally:
             if worker is not None:
                 worker.close()
 
-    def _finish(self, worker: _Worker, row: Conversation) -> str | InputError:
+    def _finish(self, worker: _Worker, row: Conversation, count: int) -> list[str | InputError]:
+        return [self._text(worker, row) for _ in range(count)]
+
+    def _text(self, worker: _Worker, row: Conversation) -> str | InputError:
         try:
             return worker.text()
         except _Failure as failure:

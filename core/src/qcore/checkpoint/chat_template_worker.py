@@ -191,15 +191,30 @@ def conversation(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return prepared
 
 
-def render(template: jinja2.Template, request: dict[str, Any]) -> dict[str, Any]:
+def renderings(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The inputs of each rendering of a request.
+
+    A request with ``prefixes`` asks for several renderings of one conversation: the number of
+    messages, whether a generation prompt follows, and variables over those of the request.
+    """
+    prefixes = request.pop("prefixes", None)
+    messages = conversation(request.pop("messages"))
+    if prefixes is None:
+        yield {**request, "messages": messages}
+        return
+    for count, prompt, variables in prefixes:
+        own = {"messages": messages[:count], "add_generation_prompt": prompt}
+        yield {**request, **variables, **own}
+
+
+def render(template: jinja2.Template, values: dict[str, Any]) -> dict[str, Any]:
     """Render one conversation.
 
     Raises:
         TooMuch: the output is longer than `OUTPUT` characters.
     """
-    request["messages"] = conversation(request["messages"])
     blocks, length = [], 0
-    for block in template.generate(**request):
+    for block in template.generate(**values):
         length += len(block)
         if length > OUTPUT:
             raise TooMuch
@@ -269,17 +284,33 @@ def main() -> None:
     _send(sys.stdout.buffer, {"ready": True})
     template: jinja2.Template | None = None
     while (request := _receive(sys.stdin.buffer)) is not None:
-        signal.alarm(ALARM)
-        try:
-            if template is None:
-                template = env.from_string(request["template"])
-                answer: dict[str, Any] = {"inputs": sorted(inputs(env, request["template"]))}
-            else:
-                answer = render(template, request)
-        except (*RAISED, TooMuch) as error:
-            answer = failure(error)
+        if template is None:
+            template, answer = _open(env, request["template"])
+            _send(sys.stdout.buffer, answer)
+            continue
+        # Each rendering is answered on its own, so that the limit on time holds for each.
+        for values in renderings(request):
+            _send(sys.stdout.buffer, _bounded(template, values))
+
+
+def _open(env: jinja2.Environment, text: str) -> tuple[jinja2.Template | None, dict[str, Any]]:
+    signal.alarm(ALARM)
+    try:
+        return env.from_string(text), {"inputs": sorted(inputs(env, text))}
+    except (*RAISED, TooMuch) as error:
+        return None, failure(error)
+    finally:
         signal.alarm(0)
-        _send(sys.stdout.buffer, answer)
+
+
+def _bounded(template: jinja2.Template, values: dict[str, Any]) -> dict[str, Any]:
+    signal.alarm(ALARM)
+    try:
+        return render(template, values)
+    except (*RAISED, TooMuch) as error:
+        return failure(error)
+    finally:
+        signal.alarm(0)
 
 
 if __name__ == "__main__":

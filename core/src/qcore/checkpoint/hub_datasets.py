@@ -11,8 +11,8 @@ from glob import escape
 from pathlib import Path
 
 from .hub_client import _CLIENT as CLIENT
-from .hub_client import _bar as bar
-from .hub_client import _told as told
+from .hub_client import _client_errors as told
+from .hub_client import _progress_bar as bar
 
 
 def list_dataset(name: str, revision: str | None, source: str) -> tuple[Path, tuple[str, ...]]:

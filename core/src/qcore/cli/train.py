@@ -18,7 +18,20 @@ if TYPE_CHECKING:
 @click.option(
     "--model", help="Folder or hub id; by default the preset's, else the default of --generation."
 )
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Chat JSONL.")
+@click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    metavar="DATA",
+    help="Rows to train on: a file, folder or hub id; repeatable.",
+)
+@click.option(
+    "--eval-data", multiple=True, metavar="DATA", help="Rows to evaluate on alone; repeatable."
+)
+@click.option("--format", "data_format", help="Row format; by default found by its keys.")
+@click.option(
+    "--media-root", type=click.Path(path_type=Path), help="Folder with absolute media paths."
+)
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Adapter folder.")
 @click.option("--preset", help="Named settings; see qcore presets list.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="run.yaml")
@@ -34,7 +47,10 @@ if TYPE_CHECKING:
 @debug_option
 def command(
     model: str | None,
-    data: Path,
+    data: tuple[str, ...],
+    eval_data: tuple[str, ...],
+    data_format: str | None,
+    media_root: Path | None,
     output: Path,
     preset: str | None,
     config_file: Path | None,
@@ -80,8 +96,10 @@ def command(
 
     with spoken(flags):
         report = train(
-            model, data, output, settings, device=device, resume=resume, reporter=reporter
-        )
+            model, data, output, settings,
+            eval_data=eval_data, data_format=data_format or "", media_root=media_root,
+            device=device, resume=resume, reporter=reporter,
+        )  # fmt: skip
     if as_json:
         emit(report.as_json())
         return

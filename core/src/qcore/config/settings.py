@@ -38,7 +38,37 @@ class Settings:
         1.0, "passes over the data, if max_steps is -1", above=0, high=10000
     )
     max_length: int = _s(
-        2048, "maximum tokens of a row; a longer row is an error", low=2, high=1 << 20
+        2048, "maximum tokens of a sample; long_rows decides on longer ones", low=2, high=1 << 20
+    )
+    long_rows: str = _s(
+        "refuse",
+        "rows longer than max_length: refuse (an error), drop, truncate_turns (cut after the last "
+        "trained turn that fits) or truncate_tokens (cut at max_length)",
+        choices=("refuse", "drop", "truncate_turns", "truncate_tokens"),
+    )
+    bad_rows: str = _s(
+        "refuse",
+        "rows that cannot be trained: refuse (an error) or skip, up to bad_rows_limit",
+        choices=("refuse", "skip"),
+    )
+    bad_rows_limit: float = _s(
+        0.1, "largest fraction of the rows that bad_rows: skip may leave out", low=0, high=1
+    )
+    turns: str = _s(
+        "all",
+        "assistant turns to train: all or the last one; a train mark in a row goes before it",
+        choices=("all", "last"),
+    )
+    reasoning: str = _s(
+        "train",
+        "reasoning of assistant turns: train, mask (context without a loss) or drop (remove it)",
+        choices=("train", "mask", "drop"),
+    )
+    history: str = _s(
+        "as_served",
+        "context of a turn: as_served (as the template renders it at serving, which may take "
+        "several samples a row) or as_rendered (one rendering of the row)",
+        choices=("as_served", "as_rendered"),
     )
     per_device_train_batch_size: int = _s(1, "rows packed into one micro-step", low=1, high=65536)
     gradient_accumulation_steps: int = _s(8, "micro-steps per optimizer step", low=1, high=65536)
@@ -136,14 +166,6 @@ class Settings:
         for name, spec in SPECS.items():
             value = check(spec, getattr(self, name), Origin(field=name))
             object.__setattr__(self, name, value)
-        if self.eval_steps and not self.eval_fraction:
-            raise UsageError(
-                "QC-CONFIG-007",
-                "needs held-out rows, but none are held out",
-                field="eval_steps",
-                found=f"{self.eval_steps} with eval_fraction 0",
-                fix="set eval_fraction, or leave eval_steps out",
-            )
         if self.recompute not in ("auto", "none") and not self.gradient_checkpointing:
             raise UsageError(
                 "QC-CONFIG-007",

@@ -1,9 +1,9 @@
-"""Loading a data file: rows are checked, rendered, tokenized, masked and split.
+"""Loading the rows of a run: they are read, checked, rendered, tokenized, masked, fitted and split.
 
-This file decides the order of the steps. It makes one pass, reports all bad rows together, and
-never truncates or skips a row. The steps are `qcore.data.rows`, `qcore.data.media_files`,
-`qcore.checkpoint.chat_template` and `qcore.data.masking`, after `qcore.data.template_check`. The
-bytes of media are held for one row at a time.
+This file decides the order of the steps. It makes one pass and reports all bad rows together. The
+steps are `qcore.data.reading`, `qcore.data.media_files`, `qcore.data.samples` with
+`qcore.checkpoint.chat_template`, `qcore.data.masking` and `qcore.data.fitting`, after
+`qcore.data.template_check`. The bytes of media are held for one row at a time.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..api.media import RowError
 from ..api.records import ChatFormat
-from ..checkpoint.chat_template import Template
 from ..checkpoint.checkpoint import required_template
 from ..checkpoint.tokenizer import load_tokenizer
 from ..errors import InputError
-from .jsonl import Problems
-from .masking import Example, encode_text
-from .media_files import Finder
-from .rows import ChatRow, read_rows
-from .template_check import prove_mask, prove_media
-from .template_kwargs import check_variables, special_tokens
+from .chat_record import ChatRecord
+from .findings import Findings
+from .masking import Example
+from .policies import Policies
+from .reading import SourceCount
+from .rejects import Rejects
+from .rendering import Options, Renderer
+from .source import Source
+from .template_kwargs import special_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,21 +36,33 @@ if TYPE_CHECKING:
     from ..api.media import MediaReader, Medium
     from ..checkpoint.checkpoint import Checkpoint
 
+__all__ = ["Dataset", "dataset", "special_tokens", "split"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """The examples of one file, split into training and evaluation.
+    """The samples of a run, split into training and evaluation.
+
+    All samples of a row are on one side, one after the other.
 
     Attributes:
-        train: in the order of the file.
-        eval: held out, in the order of the file; empty without an evaluation split.
-        path: the file.
-        sha256: hex digest of the file.
-        rows: rows in the file.
-        tokens: tokens of all rows.
-        supervised: positions with a loss, of all rows.
-        turns: assistant turns of all rows.
-        longest: tokens of the longest row.
+        train: in the order of the rows.
+        eval: held out, in the order of the rows; empty without evaluation.
+        path: the file with the rows; with several the first one.
+        sha256: hex digest of the file; with several of the digests of all sources.
+        rows: rows with samples.
+        samples: samples of all rows.
+        tokens: tokens of all samples.
+        rendered: tokens of all rows if each was rendered once.
+        supervised: positions with a loss, of all samples.
+        turns: trained turns of all rows.
+        longest: tokens of the longest sample.
+        chat: how the turns were rendered.
+        sources: what came from where.
+        findings: what the readers have to say.
+        rejects: rows that were refused.
+        dropped: rows that ``long_rows`` left out.
+        truncated: rows that ``long_rows`` cut.
         asked: by kind of media: reader options that parts in `train` set themselves.
     """
 
@@ -58,10 +71,19 @@ class Dataset:
     path: Path
     sha256: str
     rows: int
+    samples: int
     tokens: int
+    rendered: int
     supervised: int
     turns: int
     longest: int
+    chat: ChatRecord
+    sources: tuple[SourceCount, ...]
+    eval_sources: tuple[SourceCount, ...] = ()
+    findings: Findings = field(default_factory=Findings)
+    rejects: Rejects = field(default_factory=Rejects)
+    dropped: int = 0
+    truncated: int = 0
     asked: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
@@ -69,120 +91,174 @@ class Dataset:
         """Kinds of media in the rows, sorted; empty for a text-only file."""
         return tuple(self._media().get("media", ()))
 
+    @property
+    def train_sizes(self) -> tuple[int, ...]:
+        """Samples of each training row."""
+        return sizes_of(self.train)
+
+    @property
+    def factor(self) -> float:
+        """Tokens of all samples over tokens of the rows if each was rendered once."""
+        return self.tokens / self.rendered
+
+    def place(self, examples: Iterable[Example]) -> tuple[Path | None, str]:
+        """The file and the lines of some samples; with several files the numbers of rows."""
+        one = len(self.sources) == 1 and len(self.sources[0].source.files) == 1
+        one = one and not self.eval_sources
+        numbers = sorted({e.line if one else e.row for e in examples})
+        shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+        return self.path if one else None, f"{'lines' if one else 'rows'} {shown}"
+
+    def rows_with_media(self) -> list[Example]:
+        """For each row with media the sample with all of them, in the order of the rows."""
+        rows = sorted((*self.train, *self.eval), key=lambda e: (e.row, len(e.media)))
+        last = [list(samples)[-1] for _, samples in groupby(rows, key=lambda e: e.row)]
+        return [example for example in last if example.media]
+
     def _media(self) -> dict[str, Any]:
         """Counts of media for the summary; empty for a text-only file."""
-        rows = [e for e in sorted((*self.train, *self.eval), key=lambda e: e.line) if e.media]
+        rows = self.rows_with_media()
         if not rows:
             return {}
         media = [medium for example in rows for medium in example.media]
+        trained = {example.row for example in self.train}
         digest = hashlib.sha256()
         for medium in media:
             digest.update(f"{medium.kind}:{medium.digest}\n".encode())
         return {
             "media": _counted(media),
-            "train_media": _counted([medium for row in self.train for medium in row.media]),
+            "train_media": _counted([m for row in rows if row.row in trained for m in row.media]),
             "media_rows": len(rows),
             "media_tokens": sum(medium.tokens for medium in media),
             "media_sha256": digest.hexdigest(),
             "media_keys": {kind: sorted(keys) for kind, keys in sorted(self.asked.items())},
         }
 
+    def lines(self) -> Iterator[str]:
+        """What the report says of the rows before the first step."""
+        yield (
+            f"{self.rows} rows, {self.tokens} tokens, {self.supervised} of them supervised "
+            f"({100 * self.supervised / self.tokens:.0f} %), longest row {self.longest} tokens"
+        )
+        if len(self.sources) > 1 or self.eval_sources:
+            for count in self.sources:
+                yield f"{count.source.name}: {count.rows} rows"
+            for count in self.eval_sources:
+                yield f"{count.source.name}: {count.rows} rows, evaluated only"
+        yield from self.findings.lines()
+
     def summary(self) -> dict[str, Any]:
         """The summary for a manifest; media keys only if there are media.
 
         ``sha256`` does not cover the files that rows refer to; ``media_sha256`` does: it covers
-        the digests of all media in the order of the file.
+        the digests of all media in the order of the rows.
         """
         return {
             "file": self.path.name,
             "sha256": self.sha256,
             "rows": self.rows,
-            "train_rows": len(self.train),
-            "eval_rows": len(self.eval),
+            "train_rows": len(self.train_sizes),
+            "eval_rows": len(sizes_of(self.eval)),
+            "samples": self.samples,
             "tokens": self.tokens,
             "supervised_tokens": self.supervised,
             "assistant_turns": self.turns,
             "longest_row": self.longest,
+            "rejected_rows": self.rejects.count,
+            "dropped_rows": self.dropped,
+            "truncated_rows": self.truncated,
+            "sources": [count.summary() for count in self.sources],
+            "eval_sources": [count.summary() for count in self.eval_sources],
+            "findings": self.findings.summary(),
             **self._media(),
         }
 
 
 def dataset(
-    path: str | Path,
+    data: str | Path | Sequence[Source],
     checkpoint: Checkpoint,
     chat_format: ChatFormat,
     max_length: int,
     eval_fraction: float = 0.0,
     seed: int = 0,
     *,
+    eval_data: Sequence[Source] = (),
+    policies: Policies | None = None,
     tokenizer: Tokenizer | None = None,
     variables: Mapping[str, Any] | None = None,
     reader: MediaReader | None = None,
     unread: str = "",
+    refused: Callable[[Rejects], None] | None = None,
 ) -> Dataset:
-    """Load a JSON Lines file of conversations.
+    """Load the rows of some sources.
 
     Args:
-        path: the file.
+        data: the sources, or one file.
         checkpoint: provides the chat template and the tokenizer.
         chat_format: the format of rendered conversations.
-        max_length: maximum tokens per row.
+        max_length: maximum tokens per sample.
         eval_fraction: fraction of the rows to hold out, in [0, 1).
         seed: seed of the split.
+        eval_data: sources whose rows are only evaluated.
+        policies: which turns are trained and what may be left out; by default the defaults.
         tokenizer: from `load_tokenizer`, if the caller already has it.
         variables: inputs of the template, e.g. ``preserve_thinking``.
         reader: reads media; without it rows must be text only.
         unread: why there is no reader, for the error of a row with media.
+        refused: called with the refused rows before they stop the run.
 
     Raises:
         UsageError: a variable that the template does not read; see `check_variables`.
-        InputError: see `read_rows`, `Finder`, `encode_text`, `prove_mask` and `Template.render`;
-            ``QC-PRE-001`` no chat template, ``QC-DATA-015`` too few rows to split.
+        InputError: see `Rejects.stop` and `Renderer`; ``QC-PRE-001`` no chat template,
+            ``QC-DATA-015`` too few rows to split.
     """
-    path = Path(path)
-    template = required_template(checkpoint).reopen()  # a process of its own, closed here
+    sources = _sources(data)
+    policies = policies or Policies()
+    options = Options(
+        policies=policies,
+        max_length=max_length,
+        variables=dict(variables or {}),
+        special=special_tokens(checkpoint.tokenizer_config),
+        reader=reader,
+        unread=unread,
+    )
     tokenizer = tokenizer or load_tokenizer(checkpoint)
-    given = {**special_tokens(checkpoint.tokenizer_config), **(variables or {})}
-    digest = hashlib.sha256()
-    problems = Problems(path)
-    asked: dict[int, frozenset[tuple[str, str]]] = {}
+    rejects = Rejects(policies)
+    template = required_template(checkpoint).reopen()  # a process of its own, closed here
     with template:
-        check_variables(template, variables or {})
-        prove_mask(template, chat_format, tokenizer, variables=given)
-        good = read_rows(
-            path, chat_format, control=_special(tokenizer), problems=problems, digest=digest,
-            reader=reader, unread=unread,
-        )  # fmt: skip
-        if reader is not None:
-            prove = partial(_prove_media, template, chat_format, tokenizer, reader, given)
-            good = _seen(good, reader, path, problems, prove, asked)
-        rendered = template.render_rows(good, **given)
-        encode = partial(
-            encode_text, tokenizer=tokenizer, chat_format=chat_format, max_length=max_length,
-            reader=reader,
-        )  # fmt: skip
-        examples = list(_encoded(rendered, encode, problems))
-    problems.stop()
-    held = split(examples, eval_fraction, seed, path)
-    return _whole(path, digest.hexdigest(), examples, held, asked)
+        renderer = Renderer(template, chat_format, tokenizer, options, rejects)
+        renderer.prove()
+        train = list(renderer.examples(sources))
+        evaluated = list(renderer.examples(eval_data))
+        renderer.close()
+    try:
+        rejects.stop(renderer.rows)
+    except InputError:
+        if refused is not None:
+            refused(rejects)
+        raise
+    path = sources[0].files[0]
+    if not train:
+        raise InputError(
+            "QC-DATA-015",
+            "has no row left to train",
+            file=path,
+            found=f"{renderer.rows} rows, {rejects.count} refused, {renderer.dropped} too long",
+            fix="raise max_length, or add rows",
+        )
+    held = split(train, eval_fraction, seed, path)
+    return _whole(renderer, sources, train, evaluated, held)
 
 
-def _encoded(
-    rendered: Iterable[tuple[ChatRow, str | InputError]],
-    encode: Callable[[str, ChatRow], Example],
-    problems: Problems,
-) -> Iterator[Example]:
-    """Encode rendered rows; collect those that the template or the mask refuses."""
-    for row, text in rendered:
-        if isinstance(text, InputError):
-            problems.add(row.line, _refused(problems.path, row, text))
-            continue
-        try:
-            example = encode(text, row)
-        except RowError as bad:
-            problems.add(row.line, bad.error(problems.path, row.line))
-        else:
-            yield example
+def _sources(data: str | Path | Sequence[Source]) -> tuple[Source, ...]:
+    if isinstance(data, str | Path):
+        return (Source(name=str(data), files=(Path(data),)),)
+    return tuple(data)
+
+
+def sizes_of(examples: Iterable[Example]) -> tuple[int, ...]:
+    """Samples of each row."""
+    return tuple(sum(1 for _ in samples) for _, samples in groupby(examples, lambda e: e.row))
 
 
 def _counted(media: Sequence[Medium]) -> dict[str, int]:
@@ -191,50 +267,80 @@ def _counted(media: Sequence[Medium]) -> dict[str, int]:
 
 
 def _whole(
-    path: Path,
-    sha256: str,
-    examples: list[Example],
+    renderer: Renderer,
+    sources: Sequence[Source],
+    train: list[Example],
+    evaluated: list[Example],
     held: frozenset[int],
-    asked: Mapping[int, frozenset[tuple[str, str]]],
 ) -> Dataset:
     keys: dict[str, frozenset[str]] = {}
-    for kind, key in {pair for line, some in asked.items() if line not in held for pair in some}:
+    asked = renderer.asked
+    trained = {example.row for example in train if example.row not in held}
+    for kind, key in {pair for row, some in asked.items() if row in trained for pair in some}:
         keys[kind] = keys.get(kind, frozenset()) | {key}
+    every = [*train, *evaluated]
+    counts, eval_counts = renderer.counts[: len(sources)], renderer.counts[len(sources) :]
     return Dataset(
-        train=tuple(example for example in examples if example.line not in held),
-        eval=tuple(example for example in examples if example.line in held),
-        path=path,
-        sha256=sha256,
-        rows=len(examples),
-        tokens=sum(len(example.ids) for example in examples),
-        supervised=sum(example.supervised for example in examples),
-        turns=sum(example.turns for example in examples),
-        longest=max(len(example.ids) for example in examples),
+        train=tuple(example for example in train if example.row not in held),
+        eval=(*(example for example in train if example.row in held), *evaluated),
+        path=sources[0].files[0],
+        sha256=_digest([count.sha256 for count in renderer.counts]),
+        rows=len(sizes_of(every)),
+        samples=len(every),
+        tokens=sum(len(example.ids) for example in every),
+        rendered=sum(_longest(every)),
+        supervised=sum(example.supervised for example in every),
+        turns=sum(example.turns for example in every),
+        longest=max(len(example.ids) for example in every),
+        chat=renderer.chat(example for example in train if example.row in trained),
+        sources=tuple(counts),
+        eval_sources=tuple(eval_counts),
+        findings=renderer.findings,
+        rejects=renderer.rejects,
+        dropped=renderer.dropped,
+        truncated=renderer.truncated,
         asked=keys,
     )
 
 
-def split(examples: list[Example], fraction: float, seed: int, path: Path) -> frozenset[int]:
-    """Choose the lines to hold out by a hash of seed and content, independent of the file's order.
+def _longest(examples: Iterable[Example]) -> Iterator[int]:
+    """Tokens of the longest sample of each row."""
+    for _, samples in groupby(examples, lambda e: e.row):
+        yield max(len(example.ids) for example in samples)
 
-    The hash covers the tokens and the digests of media.
+
+def _digest(digests: Sequence[str]) -> str:
+    """The digest of one source, or of the digests of several."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def split(examples: Sequence[Example], fraction: float, seed: int, path: Path) -> frozenset[int]:
+    """Choose the rows to hold out by a hash of seed and content, independent of the file's order.
+
+    The hash covers the tokens and the digests of media of a row's last sample.
+
+    Returns:
+        The numbers of the rows.
 
     Raises:
         InputError: ``QC-DATA-015`` if no training row would be left.
     """
     if not fraction:
         return frozenset()
-    count = max(1, round(len(examples) * fraction))
-    if count >= len(examples):
+    last = {example.row: example for example in examples}
+    count = max(1, round(len(last) * fraction))
+    if count >= len(last):
         raise InputError(
             "QC-DATA-015",
             "has too few rows to hold some out",
             file=path,
-            found=f"{len(examples)} rows, eval_fraction {fraction}",
+            found=f"{len(last)} rows, eval_fraction {fraction}",
             fix="set eval_fraction=0 or add rows",
         )
-    ranked = sorted((_rank(example, seed), example.line) for example in examples)
-    return frozenset(line for _, line in ranked[:count])
+    ranked = sorted((_rank(example, seed), row) for row, example in last.items())
+    return frozenset(row for _, row in ranked[:count])
 
 
 def _rank(example: Example, seed: int) -> bytes:
@@ -242,66 +348,3 @@ def _rank(example: Example, seed: int) -> bytes:
     for medium in example.media:
         content.update(f":{medium.digest}".encode())
     return content.digest()
-
-
-def _prove_media(
-    template: Template,
-    chat_format: ChatFormat,
-    tokenizer: Tokenizer,
-    reader: MediaReader,
-    variables: Mapping[str, Any],
-) -> None:
-    """Run `prove_media` in a separate process, because `template` is busy with the rows."""
-    with template.reopen() as apart:
-        prove_media(apart, chat_format, tokenizer, reader, variables=variables)
-
-
-def _seen(
-    rows: Iterable[ChatRow],
-    reader: MediaReader,
-    path: Path,
-    problems: Problems,
-    prove: Callable[[], None],
-    asked: dict[int, frozenset[tuple[str, str]]],
-) -> Iterator[ChatRow]:
-    """Read the media of each row and drop the references, which may be data URLs.
-
-    Reader options that parts set themselves are recorded in `asked`, by line. The first row with
-    media triggers the check that the template renders media, so text-only files do not need it.
-    """
-    finder, proved = Finder(path.parent), False
-    alike: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
-
-    def read(row: ChatRow) -> ChatRow | None:
-        nonlocal proved
-        if row.media and not proved:
-            prove()
-            proved = True
-        try:
-            seen = tuple(finder.read(part, reader) for part in row.media)
-        except RowError as bad:
-            problems.add(row.line, bad.error(path, row.line))
-            return None
-        if keys := frozenset((part.kind, key) for part in row.media for key in part.options):
-            asked[row.line] = alike.setdefault(keys, keys)
-        return replace(row, media=(), seen=seen) if seen else row
-
-    # A loop variable would keep the last row's bytes alive while the next line is parsed.
-    return (row for row in map(read, rows) if row is not None)
-
-
-def _refused(path: Path | None, row: ChatRow, error: InputError) -> InputError:
-    """Turn an error of the template into an error of the row."""
-    return error.replace(
-        what=f"the chat template {error.what}",
-        file=path,
-        field=f"line {row.line}",
-        expected=None,
-        fix="fix the row; the template comes with the checkpoint",
-    )
-
-
-def _special(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Special tokens of the tokenizer, which become control tokens in any text."""
-    added = tokenizer.get_added_tokens_decoder().values()
-    return tuple(token.content for token in added if token.special)

@@ -1,45 +1,50 @@
-"""Loss masking: which tokens of a rendered conversation are supervised.
+"""Loss masking: which tokens of a sample are supervised.
 
-This file decides the labels. Trained spans are located in the *rendered* text, because templates
-trim, move and drop text: in every assistant turn, from after the prompt tail (what inference
-prefills) through the end-of-turn token. So ``<think>`` in the prompt and an empty think block are
-context; an answer and its end are trained; prompts, tool results and the newline between turns are
-not. Placeholders of media are never trained (`qcore.data.media_spans`). `qcore.data.rows` checks
-rows, `qcore.data.dataset` runs the steps.
+This file decides the labels. Trained spans are characters of the *rendered* text
+(`qcore.data.samples`), because templates trim, move and drop text; a token is trained if it starts
+in a trained span. Placeholders of media are never trained (`qcore.data.media_spans`).
+`qcore.data.rows` checks rows, `qcore.data.dataset` runs the steps.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..api.media import RowError
 from ..api.records import ChatFormat
 from .media_spans import less_media, place
+from .row_plan import RowPlan
+from .samples import END_OF_TURN, Draft, Sample, Span, lay_out
+from .turns import assistant_turns
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ..api.media import MediaReader, Medium, Placed
-    from .rows import ChatRow
 
 IGNORED = -100  #: label of an unsupervised position, as in transformers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One tokenized row. `ids` and `labels` are 32-bit integers of equal length.
+    """One tokenized sample. `ids` and `labels` are 32-bit integers of equal length.
 
     Attributes:
         ids: token ids.
         labels: the ids of trained positions, else `IGNORED`; not shifted.
-        line: line number in the file.
-        turns: number of assistant turns.
+        line: line of its row in the file.
+        turns: number of trained turns.
         supervised: positions with a loss; the first token has none, because it has no context.
         media: its media, in order; empty for text.
         placed: the positions of media among the tokens; ``None`` for text.
+        row: number of its row over all sources, from 1.
+        sample: number within the row, from 1.
+        reasoned: number of trained turns with reasoning.
+        spans: consecutive ranges of its tokens with the reason of each; empty unless asked for.
     """
 
     ids: array[int]
@@ -49,6 +54,10 @@ class Example:
     supervised: int
     media: tuple[Medium, ...] = ()
     placed: Placed | None = None
+    row: int = 0
+    sample: int = 1
+    reasoned: int = 0
+    spans: tuple[Span, ...] = ()
 
 
 def highest_id(tokenizer: Tokenizer) -> int:
@@ -82,35 +91,8 @@ def spans(text: str, chat_format: ChatFormat, expected_turns: int) -> list[tuple
         RowError: ``QC-MASK-001`` the number of turns differs from the row's, ``QC-MASK-002`` a
             turn does not end before the next one starts.
     """
-    header = chat_format.turn_start + chat_format.assistant + chat_format.role_end
-    tails = sorted(chat_format.prompt_tails, key=len, reverse=True)
-    found: list[tuple[int, int]] = []
-    at = text.find(header)
-    while at >= 0:
-        body = at + len(header)
-        end = text.find(chat_format.turn_end, body)
-        following = text.find(chat_format.turn_start, body)
-        if end < 0 or 0 <= following < end:
-            raise RowError(
-                "QC-MASK-002",
-                f"renders an assistant turn without {chat_format.turn_end!r}",
-                found=repr(text[at : at + 60]),
-            )
-        tail = next((tail for tail in tails if text.startswith(tail, body)), "")
-        # A tail that reaches past the end does not belong to this turn.
-        start = min(body + len(tail), end)
-        end += len(chat_format.turn_end)
-        found.append((start, end))
-        at = text.find(header, end)
-    if len(found) != expected_turns:
-        raise RowError(
-            "QC-MASK-001",
-            "renders to a different number of assistant turns",
-            found=len(found),
-            expected=expected_turns,
-            fix="check the chat template against the chat format of the plugin",
-        )
-    return found
+    turns = assistant_turns(text, chat_format, expected_turns)
+    return [(turn.reply, turn.end) for turn in turns]
 
 
 def labels(
@@ -142,92 +124,164 @@ def labels(
     return made
 
 
-def encode_text(
-    text: str,
-    row: ChatRow,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """A sample as tokens, before it is made to fit.
+
+    Attributes:
+        example: the whole sample.
+        sample: the final text and its spans in characters.
+        ends: for each trained turn, the number of tokens through its end.
+        reasoned: for each trained turn, whether it has reasoning.
+    """
+
+    example: Example
+    sample: Sample
+    ends: tuple[int, ...]
+    reasoned: tuple[bool, ...]
+
+
+def encode_sample(
+    draft: Draft,
+    plan: RowPlan,
     tokenizer: Tokenizer,
     chat_format: ChatFormat,
-    max_length: int,
     *,
     reader: MediaReader | None = None,
-) -> Example:
-    """Tokenize and mask a rendered row.
+    explain: bool = False,
+) -> Encoded:
+    """Tokenize and mask a sample.
 
     Args:
-        text: the rendered row.
-        row: the row, with its media already read.
+        draft: the sample.
+        plan: of its row, whose media are already read.
         tokenizer: from `load_tokenizer`.
-        chat_format: the format of `text`.
-        max_length: maximum tokens; a longer row is an error and never truncated.
+        chat_format: the format of the sample's text.
         reader: reads media; without it the row is text only.
+        explain: whether the example keeps its spans.
 
     Raises:
-        RowError: ``QC-MASK-001``, ``-002`` as in `spans`, ``-004`` as in `place`,
-            ``QC-DATA-011`` too long, ``QC-DATA-012`` no supervised tokens; or as
-            `MediaReader.expand`.
+        RowError: ``QC-MASK-001``, ``-002`` as in `assistant_turns`, ``-004`` as in `place`,
+            ``QC-DATA-012`` no supervised tokens; or as `MediaReader.expand`.
     """
-    turns = row.turns(chat_format.assistant)
-    text, trained = _trained_spans(normalised(text, tokenizer), row, chat_format, turns, reader)
+    media = tuple(
+        medium
+        for at, medium in zip(plan.row.media_at, plan.row.seen, strict=True)
+        if at < draft.count
+    )
+    text = normalised(draft.text, tokenizer)
+    spans_ = lay_out(draft, text, plan, chat_format)
+    trained = _ranges(spans_)
+    if reader is not None:
+        inside, rendered = trained, text
+        text = reader.expand(rendered, media)
+        spans_ = lay_out(draft, text, plan, chat_format)
+        trained = _ranges(spans_)
+        if media:
+            trained = less_media(trained, rendered, inside, media, reader)
     encoding = tokenizer.encode(text, add_special_tokens=False)
     ids = array("i", encoding.ids)
-    _check_length(ids, row, max_length)
     made = labels(ids, encoding.offsets, trained)
-    placed = None if reader is None else _mask_media(made, ids, row, tokenizer, reader)
-    supervised = len(made) - 1 - made[1:].count(IGNORED)
-    if supervised < 1:
+    placed = None if reader is None else _mask_media(made, ids, media, tokenizer, reader)
+    reasoned = tuple(turn.reasoned for turn in plan.turns if turn.index in draft.turns)
+    example = Example(
+        ids=ids,
+        labels=made,
+        line=plan.row.line,
+        turns=len(draft.turns),
+        supervised=_supervised(made),
+        media=media,
+        placed=placed,
+        row=plan.row.row,
+        sample=draft.sample,
+        reasoned=sum(reasoned),
+        spans=tuple(token_spans(spans_, encoding.offsets, made)) if explain else (),
+    )
+    sample = Sample(sample=draft.sample, text=text, spans=spans_, turns=draft.turns)
+    starts = [start for start, _ in encoding.offsets]
+    ends = [span.end for span in spans_ if span.trained and span.why == END_OF_TURN]
+    # The token that ends a turn is the last one that starts before the end.
+    return Encoded(
+        example=_checked(example),
+        sample=sample,
+        ends=tuple(bisect_right(starts, end - 1) for end in ends),
+        reasoned=reasoned,
+    )
+
+
+def _ranges(spans_: Iterable[Span]) -> list[tuple[int, int]]:
+    """The trained ranges of some spans; neighbors are joined."""
+    found: list[tuple[int, int]] = []
+    for span in spans_:
+        if not span.trained:
+            continue
+        if found and found[-1][1] == span.start:
+            found[-1] = found[-1][0], span.end
+        else:
+            found.append((span.start, span.end))
+    return found
+
+
+def _supervised(made: array[int]) -> int:
+    return len(made) - 1 - made[1:].count(IGNORED)
+
+
+def _checked(example: Example) -> Example:
+    if example.supervised < 1:
         raise RowError(
             "QC-DATA-012",
             "has no supervised tokens (every label is -100)",
             expected="text in at least one assistant turn",
             fix="remove the row",
         )
-    return Example(
-        ids=ids,
-        labels=made,
-        line=row.line,
-        turns=turns,
-        supervised=supervised,
-        media=row.seen,
-        placed=placed,
-    )
+    return example
 
 
-def _trained_spans(
-    text: str, row: ChatRow, chat_format: ChatFormat, turns: int, reader: MediaReader | None
-) -> tuple[str, list[tuple[int, int]]]:
-    """Expand the media of a rendered text and locate its trained ranges."""
-    trained = spans(text, chat_format, turns)
-    if reader is None:
-        return text, trained
-    expanded = reader.expand(text, row.seen)
-    inside, trained = trained, spans(expanded, chat_format, turns)
-    if row.seen:
-        trained = less_media(trained, text, inside, row.seen, reader)
-    return expanded, trained
+def token_spans(
+    spans_: Sequence[Span], offsets: Sequence[tuple[int, int]], made: Sequence[int]
+) -> Iterator[Span]:
+    """The spans of a sample in tokens, consecutive and covering all of them.
+
+    A token belongs to the span in which it starts; one that is not trained although its span is
+    (a placeholder of media, a token that straddles the start) is a span of its own.
+
+    Args:
+        spans_: spans in characters.
+        offsets: characters of each token.
+        made: labels of the tokens.
+    """
+    starts = [span.start for span in spans_]
+    runs: list[Span] = []
+    for at, (start, _) in enumerate(offsets):
+        span = spans_[max(0, bisect_right(starts, start) - 1)]
+        trained = made[at] != IGNORED
+        why = span.why if trained == span.trained else "media or part of the prompt"
+        last = runs[-1] if runs else None
+        if last is not None and (last.why, last.trained) == (why, trained):
+            runs[-1] = replace(last, end=at + 1)
+        else:
+            runs.append(Span(start=at, end=at + 1, why=why, trained=trained))
+    return iter(runs)
 
 
 def _mask_media(
-    made: array[int], ids: array[int], row: ChatRow, tokenizer: Tokenizer, reader: MediaReader
+    made: array[int],
+    ids: array[int],
+    media: tuple[Medium, ...],
+    tokenizer: Tokenizer,
+    reader: MediaReader,
 ) -> Placed | None:
-    """Mask the placeholders of media in `made`; return the positions of the row's media."""
-    control = frozenset(tokenizer.token_to_id(token) for token in reader.control)
+    """Mask the placeholders of media in `made`; return the positions of the media."""
+    control = control_ids(tokenizer, reader)
     for index, id_ in enumerate(ids):
         if id_ in control:
             made[index] = IGNORED
-    return place(reader, row.seen, ids, control) if row.seen else None
+    return place(reader, media, ids, control) if media else None
 
 
-def _check_length(ids: array[int], row: ChatRow, max_length: int) -> None:
-    if len(ids) > max_length:
-        media = sum(medium.tokens for medium in row.seen)
-        smaller = ", shorten the row or make its media smaller" if media else " or shorten the row"
-        raise RowError(
-            "QC-DATA-011",
-            "is longer than max_length",
-            found=f"{len(ids)} tokens" + (f", {media} of them media" if media else ""),
-            expected=f"at most {max_length}",
-            fix=f"raise max_length{smaller}",
-        )
+def control_ids(tokenizer: Tokenizer, reader: MediaReader) -> frozenset[int | None]:
+    """Token ids of the placeholders that a reader writes."""
+    return frozenset(tokenizer.token_to_id(token) for token in reader.control)
 
 
 def trained_text(text: str, trained: Iterable[tuple[int, int]]) -> str:

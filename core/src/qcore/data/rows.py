@@ -9,11 +9,12 @@ the same input as in serving:
 - ``thinking`` and ``reasoning`` become ``reasoning_content``;
 - tool arguments in a JSON string become a mapping; "" and null become ``{}``;
 - ``{"prompt": ..., "response": ...}`` (or ``completion``), both strings, becomes two messages;
-- a media part keeps only its kind; its path or data URL is kept beside the messages.
+- a media part keeps only its kind; its path or data URL is kept beside the messages;
+- ``train`` marks are kept beside the messages too, which a template renders.
 
 Everything else is refused, including control strings of the chat format in a row's text, which
-would become control tokens. `qcore.data.jsonl` parses JSON, `qcore.data.content` checks content
-parts, `qcore.checkpoint.chat_template` renders.
+would become control tokens. `qcore.data.reading` reads records, `qcore.data.content` checks
+content parts, `qcore.checkpoint.chat_template` renders.
 """
 
 from __future__ import annotations
@@ -21,29 +22,33 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..api.media import RowError
 from ..api.records import ChatFormat
-from ..errors import InputError, nearest
+from ..checkpoint.chat_template import STANDARD_INPUTS
+from ..errors import nearest
 from . import tool_fields as fields
 from .content import ContentReader, text_of
-from .jsonl import MAX_LINE, Hasher, Problems, lines, parse
 from .tool_fields import kind, known_keys, mapping, without_block, without_nulls, wrong
 
 if TYPE_CHECKING:
     from ..api.media import MediaReader, Medium
     from .media_files import Reference
+    from .source import Source
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_ROW_KEYS = ("messages", "tools", "prompt", "response", "completion", "id", "metadata")
+_ROW_KEYS = (
+    "messages", "tools", "prompt", "response", "completion", "id", "metadata", "train",
+    "chat_template_kwargs",
+)  # fmt: skip
 _KEYS = {
-    "assistant": ("role", "content", "name", "tool_calls", *_REASONING),
-    "tool": ("role", "content", "name", "tool_call_id"),
+    "assistant": ("role", "content", "name", "tool_calls", "train", *_REASONING),
+    "tool": ("role", "content", "name", "tool_call_id", "train"),
 }
-_OTHER_KEYS = ("role", "content", "name")
+_OTHER_KEYS = ("role", "content", "name", "train")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,67 +60,32 @@ class ChatRow:
         messages: as a template reads them; must not be mutated.
         tools: function descriptions, or ``None``.
         media: references of its media parts, in order; empty once they are read.
+        media_at: for each medium, the index of its message.
         seen: the media, once they are read.
+        train: for each message, the ``train`` mark that it has; empty: no message has one.
+        trained: the ``train`` mark of the row.
+        variables: the row's own ``chat_template_kwargs``.
+        row: number over all sources, from 1.
+        path: the file.
+        source: where the row comes from.
     """
 
     line: int
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] | None = None
     media: tuple[Reference, ...] = ()
+    media_at: tuple[int, ...] = ()
     seen: tuple[Medium, ...] = ()
+    train: tuple[bool | None, ...] = ()
+    trained: bool | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    row: int = 0
+    path: Path | None = None
+    source: Source | None = None
 
     def turns(self, role: str) -> int:
         """Number of messages with this role."""
         return sum(message["role"] == role for message in self.messages)
-
-
-def read_rows(
-    path: Path,
-    chat_format: ChatFormat,
-    *,
-    control: Sequence[str] = (),
-    problems: Problems | None = None,
-    digest: Hasher | None = None,
-    reader: MediaReader | None = None,
-    unread: str = "",
-) -> Iterator[ChatRow]:
-    """Yield the valid rows of a JSON Lines file, in one pass and constant memory.
-
-    Args:
-        path: the file.
-        chat_format: provides the roles and the control strings.
-        control: additional control strings, such as the tokenizer's special tokens.
-        problems: collects bad rows; without it they are raised together after the last line.
-        digest: updated with every byte of the file.
-        reader: reads the kinds of media that rows may have; bytes are not read here.
-        unread: why there is no reader.
-
-    Raises:
-        InputError: ``QC-DATA-001`` to ``-010`` and ``-016``, one for every bad row.
-    """
-    collected = problems or Problems(path)
-    check = RowCheck(chat_format, control, reader, unread)
-    found = False
-    for number, raw in lines(path, digest):
-        found = True
-        try:
-            if raw is None:
-                raise RowError("QC-DATA-004", "is too long", expected=f"at most {MAX_LINE} bytes")
-            row = check(number, parse(raw))
-        except RowError as bad:
-            collected.add(number, bad.error(path, number))
-        else:
-            yield row
-    if not found:
-        raise InputError(
-            "QC-DATA-002",
-            "has no rows",
-            file=path,
-            expected='one {"messages": [...]} a line',
-            fix="name the file that holds the conversations",
-        )
-    if problems is None:
-        collected.stop()
 
 
 def thinking_marks(chat_format: ChatFormat) -> tuple[str, str] | None:
@@ -154,13 +124,43 @@ class RowCheck:
         known_keys(row, _ROW_KEYS, "", "QC-DATA-005", self.parts.row_advice)
         tools = fields.tools(row.get("tools"))
         media: list[Reference] = []
-        messages = tuple(self._messages(row, media))
+        media_at: list[int] = []
+        messages = []
+        for index, message in enumerate(self._messages(row, media)):
+            messages.append(message)
+            media_at += [index] * (len(media) - len(media_at))
+        marks = tuple(self._mark(m, f"messages[{n}]") for n, m in enumerate(messages))
         self._check_order(messages)
         for index, message in enumerate(messages):
             self._check_message(message, f"messages[{index}]")
         if tools:
             self._check_text(tools, "tools")
-        return ChatRow(line=line, messages=messages, tools=tools, media=tuple(media))
+        variables = _variables(row.get("chat_template_kwargs", {}))
+        self._check_text(variables, "chat_template_kwargs")
+        return ChatRow(
+            line=line,
+            messages=tuple(messages),
+            tools=tools,
+            media=tuple(media),
+            media_at=tuple(media_at),
+            train=marks if any(mark is not None for mark in marks) else (),
+            trained=_boolean(row, ""),
+            variables=variables,
+        )
+
+    def _mark(self, message: dict[str, Any], at: str) -> bool | None:
+        """Take the ``train`` mark out of a message, which a template must not see."""
+        mark = _boolean(message, at)
+        message.pop("train", None)
+        if mark and message["role"] != self.format.assistant:
+            raise RowError(
+                "QC-DATA-006",
+                "marks a turn that is not the assistant's as trained",
+                at=f"{at}.train",
+                expected=f"false, or the role {self.format.assistant}",
+                fix="leave the mark out: only assistant turns are trained",
+            )
+        return mark
 
     def _messages(self, row: dict[str, Any], media: list[Reference]) -> Iterator[dict[str, Any]]:
         if any(row.get(key) is not None for key in ("prompt", "response", "completion")):
@@ -339,6 +339,27 @@ class RowCheck:
             expected="plain text; only the template writes control strings",
             fix="remove it from the row",
         )
+
+
+def _boolean(given: Mapping[str, Any], at: str) -> bool | None:
+    mark = given.get("train")
+    if mark is None or isinstance(mark, bool):
+        return mark
+    raise wrong(mark, f"{at}.train" if at else "train", "true or false")
+
+
+def _variables(value: Any) -> dict[str, Any]:
+    """The row's own template variables."""
+    given = mapping(value, "chat_template_kwargs", "QC-DATA-049", "is not an object")
+    for name in given:
+        if name in STANDARD_INPUTS:
+            raise RowError(
+                "QC-DATA-049",
+                "is set by qcore itself",
+                at=f"chat_template_kwargs.{name}",
+                fix="leave it out",
+            )
+    return without_nulls(given)
 
 
 def _pair(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,42 +1,50 @@
-"""Which rows make up an optimizer step, as a pure function of the step.
+"""Which samples make up an optimizer step, as a pure function of the step.
 
-This file decides the order of rows and their micro-batches. There is no state, so resuming needs
-none, and the same seed gives the same rows on any machine. The learning rate is decided by
-`training.lr_schedule`.
+This file decides the order of samples and their micro-batches. A step is a fixed number of
+samples. An epoch is a permutation of the rows, and a row's samples follow each other, so that each
+row is trained exactly once an epoch. There is no state, so resuming needs none, and the same seed
+gives the same samples on any machine. The learning rate is decided by `training.lr_schedule`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from itertools import accumulate
 
 from ..config.settings import Settings
 
 
-@dataclass(frozen=True, slots=True)
 class Schedule:
-    """The steps of a run over `rows` training rows.
+    """The steps of a run.
+
+    Args:
+        rows: samples of each training row; an integer: so many rows of one sample.
+        settings: batch sizes, epochs or steps, seed.
 
     Attributes:
-        rows: number of training rows.
-        settings: batch sizes, epochs or steps, seed.
+        samples: number of training samples.
     """
 
-    rows: int
-    settings: Settings
+    def __init__(self, rows: int | Sequence[int], settings: Settings) -> None:
+        self.settings = settings
+        sizes = None if isinstance(rows, int) or all(size == 1 for size in rows) else tuple(rows)
+        self._rows = rows if isinstance(rows, int) else len(rows)
+        self._starts = None if sizes is None else list(accumulate(sizes, initial=0))
+        self.samples = self._rows if self._starts is None else self._starts[-1]
+        self._epoch: tuple[int, list[int]] = (-1, [])
 
     @property
     def per_step(self) -> int:
-        """Rows per full optimizer step."""
+        """Samples per full optimizer step."""
         s = self.settings
         return s.per_device_train_batch_size * s.gradient_accumulation_steps
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch; the last one may be smaller."""
-        return math.ceil(self.rows / self.per_step)
+        return math.ceil(self.samples / self.per_step)
 
     @property
     def total(self) -> int:
@@ -46,17 +54,25 @@ class Schedule:
         return max(1, math.ceil(self.settings.num_train_epochs * self.steps_per_epoch))
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """Rows of step `step` (from 0), one list per micro-batch."""
+        """Samples of step `step` (from 0), one list per micro-batch."""
         epoch, slot = divmod(step, self.steps_per_epoch)
-        order = _order(self.rows, seed_of(self.settings.seed, "order", epoch))
-        rows = order[slot * self.per_step : (slot + 1) * self.per_step]
+        order = self._order(epoch)
+        samples = order[slot * self.per_step : (slot + 1) * self.per_step]
         size = self.settings.per_device_train_batch_size
-        return [rows[at : at + size] for at in range(0, len(rows), size)]
+        return [samples[at : at + size] for at in range(0, len(samples), size)]
+
+    def _order(self, epoch: int) -> list[int]:
+        """The samples of an epoch in order, kept for its steps."""
+        if self._epoch[0] != epoch:
+            rows = _permutation(self._rows, seed_of(self.settings.seed, "order", epoch))
+            starts = self._starts
+            if starts is not None:
+                rows = [n for row in rows for n in range(starts[row], starts[row + 1])]
+            self._epoch = epoch, rows
+        return self._epoch[1]
 
 
-@lru_cache(maxsize=1)
-def _order(rows: int, seed: int) -> list[int]:
-    """The permutation of an epoch, cached for its steps."""
+def _permutation(rows: int, seed: int) -> list[int]:
     import torch
 
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()

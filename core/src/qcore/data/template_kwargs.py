@@ -74,19 +74,19 @@ def check_variables(template: Template, variables: Mapping[str, Any]) -> None:
 
 
 def recorded_variables(meta: Mapping[str, Any], source: object) -> Entries[Plain]:
-    """Read the variables that an adapter was trained with from its manifest.
+    """Read the variables that give the trained prompts from the manifest of an adapter or a merge.
+
+    They are those of ``meta.chat``; manifests of earlier versions have those of the settings.
 
     Args:
         meta: the manifest's meta.
-        source: the adapter, for errors.
+        source: the folder, for errors.
 
     Raises:
         InputError: ``QC-ADAPTER-008`` the record is not a valid mapping.
     """
-    given: Any = meta
-    for key in ("identity", "settings"):
-        given = given.get(key) if isinstance(given, Mapping) else None
-    given = given.get(SETTING, {}) if isinstance(given, Mapping) else {}
+    settings = _inner(meta, {}, "identity", "settings", SETTING)
+    given = _inner(meta, settings, "chat", "kwargs")
     try:
         checked = check(SPECS[SETTING], given, Origin(file=source, field=SETTING))
     except UsageError as error:
@@ -101,3 +101,26 @@ def recorded_variables(meta: Mapping[str, Any], source: object) -> Entries[Plain
         ) from None
     assert isinstance(checked, Entries)  # the setting is a mapping
     return checked
+
+
+def mixed_modes(meta: Mapping[str, Any]) -> str:
+    """What a manifest says of turns that were trained both with and without reasoning.
+
+    Empty where one mode was trained, or where the manifest does not say.
+    """
+    some, none = (_inner(meta, 0, "chat", key) for key in ("turns_with_reasoning", "turns_without"))
+    if not (isinstance(some, int) and isinstance(none, int) and some and none):
+        return ""
+    return (
+        f"{some} turns were trained with reasoning and {none} without: the chat template's "
+        "default decides whether a prompt opens with thinking"
+    )
+
+
+def _inner(meta: Any, default: Any, *keys: str) -> Any:
+    """A value of nested mappings; `default` where a key is absent."""
+    for key in keys:
+        if not isinstance(meta, Mapping) or key not in meta:
+            return default
+        meta = meta[key]
+    return meta

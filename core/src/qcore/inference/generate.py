@@ -20,7 +20,7 @@ from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.tokenizer import load_tokenizer
 from ..config.frozen_map import Entries, Plain
 from ..data.masking import highest_id
-from ..data.template_kwargs import check_variables, recorded_variables, special_tokens
+from ..data.template_kwargs import special_tokens
 from ..errors import InputError, UsageError
 from ..nn.device import DTYPES, pick_device
 from ..nn.kernels.registry import Chosen, choose, installed
@@ -32,6 +32,7 @@ from ..preflight.checks import line, preflight
 from ..preflight.context_length import beyond
 from ..preflight.modality import reader_of, unread
 from ..reporting import Finished, Reporter, RunStarted
+from .chat_variables import chat_record
 from .decoder import Decoder, way_of
 from .prompt_media import PromptMedia
 from .sampling import decode
@@ -127,8 +128,9 @@ def generate(
 class Generator:
     """A model loaded for decoding. Loading is the slow part; `prompt` may be called often.
 
-    Prompts are rendered with the template variables that the adapter was trained with;
-    ``chat_template_kwargs`` overrides them one by one. ``media=True`` loads the tower.
+    Prompts are rendered with the template variables that the manifest of the adapter or of the
+    merged checkpoint records; ``chat_template_kwargs`` overrides them one by one. ``media=True``
+    loads the tower.
 
     Raises:
         InputError: ``QC-GENERATE-001`` when the adapter was trained on another base.
@@ -195,28 +197,10 @@ class Generator:
             self.base = self.base.using(modality)
 
     def _template_variables(self, overrides: Mapping[str, Plain]) -> Entries[Plain]:
-        """The variables that the adapter was trained with, under those of the user."""
-        template, adapter = self.base.checkpoint.template, self.adapter
-        recorded = Entries() if adapter is None else recorded_variables(adapter.meta, adapter.path)
-        if template is not None:
-            check_variables(template, overrides)
-            try:
-                check_variables(template, recorded)
-            except UsageError as error:
-                raise InputError(
-                    "QC-GENERATE-004",
-                    "was trained with a variable that this chat template does not read",
-                    file=None if adapter is None else adapter.path,
-                    field=error.field,
-                    expected=error.expected,
-                    fix="name the base that it was trained on",
-                ) from None
-        variables = Entries({**recorded, **overrides})
-        if variables:
-            source = "--chat-template-kwargs" if overrides else "as the adapter was trained"
-            if overrides and recorded:
-                source += ", over what the adapter was trained with"
-            self.reporter.note(f"the chat template is rendered with {variables} ({source})")
+        """The variables that training recorded, under those of the user."""
+        record = chat_record(self.base.checkpoint, self.adapter)
+        variables, notes = record.variables(self.base.checkpoint.template, overrides)
+        self.reporter.lines(notes)
         return variables
 
     def _kernels(self) -> Chosen:

@@ -36,6 +36,7 @@ from ..adapter.reader import read_adapter
 from ..checkpoint.checkpoint import Checkpoint, read_headers
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.quantization_formats import Format
+from ..data.template_kwargs import mixed_modes, recorded_variables
 from ..errors import InputError, NumericError, UsageError
 from ..io.artifact import MANIFEST, Writer, check_target, publish, read_manifest
 from ..plugins.resolve_model import Identified, identify
@@ -191,10 +192,14 @@ def _template_notes(base: Identified, adapter: Adapter) -> Iterator[str]:
             f"the adapter was trained under another chat template (sha256 {before[:12]}) than "
             f"this base has ({str(now)[:12]}): rows render differently"
         )
-    variables = identity.get("settings", {}).get("chat_template_kwargs") or {}
+    variables = recorded_variables(adapter.meta, adapter.path)
     if variables:
-        values = ", ".join(f"{name}={json.dumps(value)}" for name, value in variables.items())
-        yield f"the adapter was trained with {values}: what serves the merge must render with them"
+        yield (
+            "what serves the merge must render its chat template with chat_template_kwargs "
+            f"{json.dumps(dict(variables))}: the adapter was trained so"
+        )
+    if note := mixed_modes(adapter.meta):
+        yield note
 
 
 def _check_dtype(base: Identified, dequantize: bool) -> None:
@@ -262,6 +267,7 @@ def _meta(
                 "tensors_unchanged": merger.unchanged,
             },
         ],
+        **({"chat": chat} if (chat := adapter.meta.get("chat")) else {}),
         "proof": dict(proof) if proof is not None else None,
         "decoded": {"from": Format.BLOCK_FP8.value, "to": "bf16", "tensors": merger.plan.decoded}
         if merger.plan.decoded

@@ -66,21 +66,23 @@ def packs_of(
     *,
     units: Sequence[int] = (),
     held_out_units: Sequence[int] = (),
+    sizes: Sequence[int] = (),
     together: int = 0,
     draws: int = DRAWS,
 ) -> Packs:
-    """Choose the packs of a run to plan, from the lengths of its rows.
+    """Choose the packs of a run to plan, from the lengths of its samples.
 
     Args:
-        train: tokens of each training row, in the order of the data set.
-        held_out: tokens of each held-out row.
+        train: tokens of each training sample, in the order of the data set.
+        held_out: tokens of each held-out sample.
         settings: batch size, seed and duration of the run.
-        units: media units of each training row; empty if all rows are text.
-        held_out_units: media units of each held-out row.
+        units: media units of each training sample; empty if all samples are text.
+        held_out_units: media units of each held-out sample.
+        sizes: samples of each training row; empty: one each.
         together: the most tokens of joined micro-batches; 0 joins none.
         draws: rows whose packs are enumerated; beyond it the worst case is assumed.
     """
-    schedule = Schedule(len(train), settings)
+    schedule = Schedule(sizes or len(train), settings)
     by_tokens: dict[int, Lengths] = {}
     size = settings.per_device_train_batch_size
     longest_rows = _sorted(sorted(train)[-size:])

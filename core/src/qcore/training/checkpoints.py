@@ -26,6 +26,7 @@ from torch import Tensor
 from ..adapter.peft_names import CONFIG, LAYOUT, WEIGHTS, peft_config, stems
 from ..api.parameters import Namespace
 from ..checkpoint.fingerprint import fingerprints
+from ..data.rejects import REJECTED
 from ..errors import InputError, UsageError
 from ..io.artifact import Writer, publish, verify
 from ..io.atomic import make_folders, remove_tree, writing
@@ -182,6 +183,8 @@ class RunFiles:
         with publish(target, kind="adapter") as out:
             self._adapter(out)
             out.copy(METRICS, metrics)
+            if self.run.data.rejects.count:
+                out.copy(REJECTED, metrics.with_name(REJECTED))
             out.meta["result"] = dict(result)
 
     def _modalities(self) -> dict[str, dict[str, Any]]:
@@ -240,6 +243,7 @@ class RunFiles:
             modalities=self._modalities(),
             tensors=dict(self.digests),
             data=dict(self.run.summary),
+            chat=self.run.data.chat.as_json(),
             identity=self.identity(),
             coverage=[dict(line) for line in self.coverage],
         )

@@ -1,7 +1,7 @@
 """Digests of a run's images and videos, by which a resumed run names the one that changed.
 
-This file decides what ``OUTPUT.run/media.txt`` holds: for each medium of the data file, in order,
-the line of its row, its number within the row, and half of its digest. The identity of a run
+This file decides what ``OUTPUT.run/media.txt`` holds: for each medium, in the order of the rows,
+the number of its row, its number within the row, and half of its digest. The identity of a run
 (`resume`) holds one digest of all media and not this list; a run can be resumed without it.
 """
 
@@ -39,12 +39,12 @@ def first_changed(folder: Path, rows: Dataset) -> str | None:
     with reading(path), path.open(encoding="utf-8", errors="replace") as file:
         for was, now in zip_longest((line.rstrip("\n") for line in file), _lines(rows)):
             if was != now:
-                line, _, rest = (now or was or "").partition(" ")
-                return f"line {line}, medium {rest.partition(' ')[0]}"
+                row, _, rest = (now or was or "").partition(" ")
+                return f"row {row}, medium {rest.partition(' ')[0]}"
     return None
 
 
 def _lines(rows: Dataset) -> Iterator[str]:
-    for row in sorted((*rows.train, *rows.eval), key=lambda row: row.line):
+    for row in rows.rows_with_media():
         for number, medium in enumerate(row.media, 1):
-            yield f"{row.line} {number} {medium.digest[:32]}"
+            yield f"{row.row} {number} {medium.digest[:32]}"

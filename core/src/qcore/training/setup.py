@@ -7,7 +7,7 @@ fits in memory. What each check says is in its own file.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,15 @@ from ..checkpoint.tokenizer import load_tokenizer
 from ..config.settings import Settings
 from ..data.dataset import Dataset, dataset
 from ..data.microbatches import units_of_rows
+from ..data.policies import Policies
+from ..data.rejects import REJECTED, Rejects
 from ..data.sampler import Schedule
-from ..errors import InputError
+from ..data.source import Source
+from ..data.sources import read_sources
+from ..errors import InputError, UsageError
 from ..io.artifact import check_target
+from ..io.atomic import make_folders, writing
+from ..io.run_lock import Lock
 from ..nn.device import pick_device
 from ..nn.kernels.registry import Chosen, choose, installed, requested
 from ..nn.model import ops_of
@@ -43,6 +49,43 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+Words = str | Path | Sequence[str | Path]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataWords:
+    """What a user says of the rows of a run.
+
+    Attributes:
+        data: what to train on: files, folders, hub ids.
+        eval_data: what to evaluate on alone.
+        format: row format of all sources; empty: detected.
+        media_root: folder below which absolute media paths may lie.
+    """
+
+    data: Words
+    eval_data: Words = ()
+    format: str = ""
+    media_root: str | Path | None = None
+
+    def sources(self) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+        """The sources to train on, and those to evaluate on.
+
+        Raises:
+            QcoreError: as `read_sources`.
+        """
+        root = None if self.media_root is None else Path(self.media_root)
+        train, held_out = (
+            read_sources(_listed(words), format=self.format, media_root=root, command=command)
+            for words, command in ((self.data, "--data"), (self.eval_data, "--eval-data"))
+        )
+        return train, held_out
+
+
+def _listed(words: Words) -> Sequence[str | Path]:
+    return (words,) if isinstance(words, str | Path) else words
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Base:
     """A model and what reads rows for it."""
@@ -56,7 +99,7 @@ class _Base:
 
 def prepare(
     model: str,
-    data: str | Path,
+    data: DataWords,
     output: str | Path,
     settings: Settings,
     *,
@@ -68,7 +111,7 @@ def prepare(
 
     Args:
         model: a folder or a hub id.
-        data: chat JSONL.
+        data: what ``--data`` and the options beside it say.
         output: the adapter folder to publish; absent or empty.
         settings: everything else.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -91,7 +134,7 @@ def prepare(
         reporter=reporter,
     )
     reported = _preflight(base)
-    rows = _read_rows(base, data)
+    rows = _read_rows(base, data, folder)
     base = _with_tower(base, rows, reported)
     return Run(
         model=base.model,
@@ -118,26 +161,51 @@ def _preflight(base: _Base, reported: Collection[str] = ()) -> list[str]:
     return lines
 
 
-def _read_rows(base: _Base, data: str | Path) -> Dataset:
+def _read_rows(base: _Base, data: DataWords, folder: Path) -> Dataset:
     """The rows, with every fault in them found."""
     settings = base.settings
+    sources, eval_sources = data.sources()
+    if eval_sources and settings.eval_fraction:
+        raise UsageError(
+            "QC-CONFIG-007",
+            "holds out rows of --data, and --eval-data names the rows to evaluate",
+            field="eval_fraction",
+            found=f"{settings.eval_fraction} with --eval-data",
+            fix="set eval_fraction=0, or leave --eval-data out",
+        )
     rows = dataset(
-        data,
+        sources,
         base.model.checkpoint,
         base.model.chat_format(),
         settings.max_length,
         settings.eval_fraction,
         settings.seed,
+        eval_data=eval_sources,
+        policies=Policies.of(settings),
         tokenizer=base.tokenizer,
         variables=settings.chat_template_kwargs,
         reader=base.reader,
         unread="" if base.reader is not None else unread(base.model),
+        refused=partial(_write_rejects, folder),
     )
-    base.reporter.note(
-        f"{rows.rows} rows, {rows.tokens} tokens, {rows.supervised} of them supervised "
-        f"({100 * rows.supervised / rows.tokens:.0f} %), longest row {rows.longest} tokens"
-    )
+    if settings.eval_steps and not rows.eval:
+        raise UsageError(
+            "QC-CONFIG-007",
+            "needs held-out rows, but none are held out",
+            field="eval_steps",
+            found=f"{settings.eval_steps} with eval_fraction 0",
+            fix="set eval_fraction, pass --eval-data, or leave eval_steps out",
+        )
+    base.reporter.lines(rows.lines())
     return rows
+
+
+def _write_rejects(folder: Path, rejects: Rejects) -> None:
+    """Write ``rejected.jsonl`` to the folder of a run that does not start."""
+    with writing(folder):
+        make_folders(folder)
+        with Lock(folder):
+            rejects.write(folder / REJECTED)
 
 
 def _with_tower(base: _Base, rows: Dataset, reported: Collection[str]) -> _Base:
@@ -157,7 +225,7 @@ def _with_tower(base: _Base, rows: Dataset, reported: Collection[str]) -> _Base:
 
 def _reaches_media(rows: Dataset, settings: Settings) -> bool:
     """Whether any step of the run has a row with media."""
-    schedule = Schedule(len(rows.train), settings)
+    schedule = Schedule(rows.train_sizes, settings)
     return any(
         rows.train[row].media
         for step in range(schedule.total)
@@ -217,6 +285,7 @@ def plan_memory(run: Run, room: Room, before: PreviousPlan | None) -> RunPlan:
     pack = partial(
         packs_of, train, held_out, settings,
         units=units_of_rows(data.train), held_out_units=units_of_rows(data.eval),
+        sizes=data.train_sizes,
     )  # fmt: skip
     plan, notes = plan_run(
         run.model, settings, pack(), room, backends=run.kernels, before=before,

@@ -64,7 +64,7 @@ class Loop:
         self._tower_alone = model.trains_tower and not model.trains_trunk
         keep = in_bytes(settings.media_cache_gb)
         self.batches = Batches(model, device, reader, keep)
-        self.schedule = Schedule(len(data.train), settings)
+        self.schedule = Schedule(data.train_sizes, settings)
         self.together = together
         self._lengths = [len(example.ids) for example in data.train]
         self._units = units_of_rows(data.train)
@@ -183,13 +183,12 @@ class Loop:
     def _not_finite(
         self, step: int, batches: Sequence[Sequence[Example]], loss: float, norm: float
     ) -> NumericError:
-        lines = sorted(example.line for batch in batches for example in batch)
-        shown = ", ".join(map(str, lines[:8])) + (", ..." if len(lines) > 8 else "")
+        path, where = self.data.place(example for batch in batches for example in batch)
         return NumericError(
             "QC-TRAIN-003",
             f"the loss or its gradient is not finite at step {step + 1}",
-            file=self.data.path,
-            field=f"lines {shown}",
+            file=path,
+            field=where,
             found=f"loss {loss}, gradient norm {norm}",
             fix="lower learning_rate, or look at these rows; the last checkpoint is intact",
         )

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..adapter.targets import Coverage
 from ..config.settings import Settings
+from ..data.rejects import REJECTED
 from ..errors import Interrupted
 from ..io.metrics_log import MetricsLog
 from ..io.stop_signals import StopSignals
@@ -33,7 +34,7 @@ from .media_manifest import note_media
 from .metrics_sink import MetricsSink
 from .report import TrainReport, first_loss
 from .run import Run
-from .setup import before_the_stop, plan_memory, prepare
+from .setup import DataWords, Words, before_the_stop, plan_memory, prepare
 from .step import Loop
 
 __all__ = ["TrainReport", "train"]
@@ -41,10 +42,13 @@ __all__ = ["TrainReport", "train"]
 
 def train(
     model: str,
-    data: str | Path,
+    data: Words,
     output: str | Path,
     settings: Settings | None = None,
     *,
+    eval_data: Words = (),
+    data_format: str = "",
+    media_root: str | Path | None = None,
     device: str = "auto",
     resume: bool = False,
     reporter: Reporter | None = None,
@@ -54,9 +58,12 @@ def train(
 
     Args:
         model: a folder or a hub id.
-        data: chat JSONL.
+        data: files, folders or hub ids with the rows to train on.
         output: the adapter folder to publish; absent or empty.
         settings: everything else; by default the defaults of `Settings`.
+        eval_data: the same, with rows that are only evaluated.
+        data_format: row format of all of them; empty: detected.
+        media_root: folder below which absolute media paths may lie.
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: continue the run that was stopped.
         reporter: receives events; silent by default.
@@ -66,8 +73,9 @@ def train(
         QcoreError: see docs/errors.md; nothing is published unless the run succeeded.
     """
     reporter = reporter or Reporter()
+    words = DataWords(data=data, eval_data=eval_data, format=data_format, media_root=media_root)
     run = prepare(
-        model, data, output, settings or Settings(),
+        model, words, output, settings or Settings(),
         device=device, resume=resume, reporter=reporter,
     )  # fmt: skip
     plan = plan_memory(run, room or room_of(run.device), before_the_stop(run) if resume else None)
@@ -87,6 +95,7 @@ def train(
             start = _restore(session) if resume else 0
             save_plan(run.folder, plan)
             note_media(run.folder, run.data, resume=resume)
+            run.data.rejects.write(run.folder / REJECTED)
             outcome = _train(session, start)
             report = _report(session, base.coverage, outcome)
             watch.at("publishing the adapter")

@@ -1,0 +1,71 @@
+"""Policies of a run's rows: which turns are trained, under which history, and what may be left out.
+
+This file decides which policies exist and that a source's own value goes before the run's setting.
+`qcore.data.samples` applies those on turns, `qcore.data.fitting` those on length and
+`qcore.data.rejects` those on bad rows. The settings have the same names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..config.settings import Settings
+    from .source import Source
+
+ALL, LAST = "all", "last"
+TRAIN, MASK, DROP = "train", "mask", "drop"
+AS_SERVED, AS_RENDERED = "as_served", "as_rendered"
+REFUSE, SKIP = "refuse", "skip"
+TRUNCATE_TURNS, TRUNCATE_TOKENS = "truncate_turns", "truncate_tokens"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policies:
+    """The policies in force for a row.
+
+    Attributes:
+        turns: ``all`` assistant turns are trained, or the ``last`` one.
+        reasoning: ``train`` it, ``mask`` it or ``drop`` it from the row.
+        history: ``as_served``: a turn is trained in the context that serving gives it;
+            ``as_rendered``: in one rendering of the row.
+        long_rows: ``refuse``, ``drop``, ``truncate_turns`` or ``truncate_tokens``.
+        bad_rows: ``refuse`` or ``skip``.
+        bad_rows_limit: the largest fraction of the rows that may be skipped.
+        train: whether turns without a mark of their own are trained.
+    """
+
+    turns: str = ALL
+    reasoning: str = TRAIN
+    history: str = AS_SERVED
+    long_rows: str = REFUSE
+    bad_rows: str = REFUSE
+    bad_rows_limit: float = 0.1
+    train: bool = True
+
+    @classmethod
+    def of(cls, settings: Settings) -> Policies:
+        """The policies that the settings of a run name."""
+        return cls(
+            turns=settings.turns,
+            reasoning=settings.reasoning,
+            history=settings.history,
+            long_rows=settings.long_rows,
+            bad_rows=settings.bad_rows,
+            bad_rows_limit=settings.bad_rows_limit,
+        )
+
+    def over(self, source: Source | None) -> Policies:
+        """The policies for the rows of a source."""
+        if source is None:
+            return self
+        return replace(
+            self,
+            turns=source.turns or self.turns,
+            reasoning=source.reasoning or self.reasoning,
+            history=source.history or self.history,
+            long_rows=source.long_rows or self.long_rows,
+            bad_rows=source.bad_rows or self.bad_rows,
+            train=source.train,
+        )

@@ -1,0 +1,361 @@
+"""Rendering of rows: from the rows of sources to tokenized samples, with what there is to say.
+
+This file decides the way of one row: its media are read, its trained turns are chosen, the template
+renders the prefixes that they need in one request, samples are made of the renderings, tokenized,
+masked and made to fit. `qcore.data.dataset` collects the samples.
+
+Codes: ``QC-DATA-046`` rows that ``long_rows`` changed, ``-047`` rows that ``bad_rows`` left out,
+``-048`` rows that became several samples, ``-049`` a variable of a row that the template does not
+read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..api.media import RowError
+from ..api.records import ChatFormat
+from ..errors import InputError, nearest
+from .chat_record import ChatRecord, chat_record
+from .findings import NOTE, WARNING, DataFinding, Findings
+from .fitting import fitted
+from .losses import Losses
+from .masking import Encoded, Example, encode_sample
+from .media_files import Finder
+from .policies import Policies
+from .reading import SourceCount, read_rows
+from .row_plan import RowPlan, plan_row
+from .rows import ChatRow, RowCheck
+from .samples import drafts
+from .template_check import prove_mask, prove_media
+from .template_kwargs import check_variables
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from ..api.media import MediaReader
+    from ..checkpoint.chat_template import Template
+    from .rejects import Rejects
+    from .source import Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a run asks of its rows.
+
+    Attributes:
+        policies: which turns are trained and what may be left out.
+        max_length: maximum tokens of a sample.
+        variables: inputs of the template that the user set.
+        special: special tokens by name, as templates read them.
+        reader: reads media; without it rows must be text only.
+        unread: why there is no reader.
+        explain: whether samples keep the reason of each token.
+    """
+
+    policies: Policies = field(default_factory=Policies)
+    max_length: int = 1 << 20
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    special: Mapping[str, str] = field(default_factory=dict)
+    reader: MediaReader | None = None
+    unread: str = ""
+    explain: bool = False
+
+
+class Renderer:
+    """Turns the rows of sources into samples and counts what happens to them.
+
+    Args:
+        template: of the checkpoint; the caller closes it.
+        chat_format: the format of rendered conversations.
+        tokenizer: from `load_tokenizer`.
+        options: what the run asks of its rows.
+        rejects: collects refused rows.
+
+    Attributes:
+        rows: rows so far, refused ones included.
+        counts: what came from each source.
+        findings: what there is to say of the rows.
+        dropped: rows that ``long_rows`` left out.
+        truncated: rows that ``long_rows`` cut.
+        asked: by number of a row: reader options that its parts set themselves.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        chat_format: ChatFormat,
+        tokenizer: Tokenizer,
+        options: Options,
+        rejects: Rejects,
+    ) -> None:
+        self.template = template
+        self.format = chat_format
+        self.tokenizer = tokenizer
+        self.options = options
+        self.rejects = rejects
+        self.findings = Findings()
+        self.counts: list[SourceCount] = []
+        self.dropped = self.truncated = 0
+        self.asked: dict[int, frozenset[tuple[str, str]]] = {}
+        self._alike: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
+        self._given = {**options.special, **options.variables}
+        self._switch = ""
+        self._names: tuple[str, ...] = ()
+        self._media_proved = False
+        self._finders: dict[Path, Finder] = {}
+        self._losses = Losses(chat_format, tokenizer, self.findings)
+        self._own_variables: set[str] = set()
+        self._samples = self._rendered = self._tokens = 0
+        self._split = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows so far, refused ones included."""
+        return sum(count.rows for count in self.counts)
+
+    def prove(self) -> None:
+        """Check variables, template and chat format against each other.
+
+        Raises:
+            UsageError: as `check_variables`.
+            InputError: as `prove_mask`.
+        """
+        check_variables(self.template, self.options.variables)
+        prove_mask(self.template, self.format, self.tokenizer, variables=self._given)
+        self._names = tuple(sorted(self.template.switches()))
+        if self.format.thinking_switch in self._names:
+            self._switch = self.format.thinking_switch
+        if self._switch in self.options.variables:
+            self._losses.prompt_advice = (
+                f"leave {self._switch} out of chat_template_kwargs: each row is then rendered in "
+                "its own mode"
+            )
+
+    def examples(self, sources: Sequence[Source]) -> Iterator[Example]:
+        """Yield the samples of some sources, all samples of a row together.
+
+        Raises:
+            InputError: as `read_rows` and `Template.render_prefixes`.
+        """
+        for _, encoded in self.encoded(sources):
+            for one in encoded:
+                yield one.example
+
+    def encoded(self, sources: Sequence[Source]) -> Iterator[tuple[RowPlan, list[Encoded]]]:
+        """Yield each row that is left with its samples.
+
+        Raises:
+            InputError: as `examples`.
+        """
+        if not sources:
+            return
+        control = _special(self.tokenizer)
+        check = RowCheck(self.format, control, self.options.reader, self.options.unread)
+        rows = read_rows(sources, check, self.rejects, self.counts, first=self.rows + 1)
+        plans = self._planned(self._seen(rows))
+        asked = ((plan, plan.prefixes()) for plan in plans)
+        for plan, texts in self.template.render_prefixes(asked, **self._given):
+            made = self._made(plan, texts)
+            if made:
+                yield plan, made
+
+    def _planned(self, rows: Iterable[ChatRow]) -> Iterator[RowPlan]:
+        fixed = self._switch in self.options.variables
+        # A loop variable would keep the last row's bytes alive while the next line is parsed.
+        plans = (self._plan(row, fixed) for row in rows)
+        return (plan for plan in plans if plan is not None)
+
+    def _plan(self, row: ChatRow, fixed: bool) -> RowPlan | None:
+        policies = self.options.policies.over(row.source)
+        try:
+            self._check_variables(row)
+            return plan_row(row, policies, self.format, self._switch, fixed)
+        except RowError as bad:
+            self.rejects.add(row, bad)
+            return None
+
+    def _check_variables(self, row: ChatRow) -> None:
+        for name in row.variables:
+            if name not in self._names:
+                near = nearest(name, self._names)
+                raise RowError(
+                    "QC-DATA-049",
+                    "is not read by the chat template",
+                    at=f"chat_template_kwargs.{name}",
+                    expected=" or ".join(self._names) or "none: this template has no variables",
+                    fix=f"did you mean {near}?" if near else "leave it out",
+                )
+        self._own_variables.add(json.dumps(row.variables, sort_keys=True))
+
+    def _seen(self, rows: Iterable[ChatRow]) -> Iterator[ChatRow]:
+        """Read the media of each row and drop the references, which may be data URLs.
+
+        The first row with media triggers the check that the template renders media, so text-only
+        files do not need it.
+        """
+        reader = self.options.reader
+        if reader is None:
+            return iter(rows)
+        # A loop variable would keep the last row's bytes alive while the next line is parsed.
+        read = (self._with_media(row, reader) for row in rows)
+        return (row for row in read if row is not None)
+
+    def _with_media(self, row: ChatRow, reader: MediaReader) -> ChatRow | None:
+        if row.media and not self._media_proved:
+            with self.template.reopen() as apart:  # the template is busy with the rows
+                prove_media(apart, self.format, self.tokenizer, reader, variables=self._given)
+            self._media_proved = True
+        assert row.path is not None, "rows are read from files"
+        folder = row.path.parent
+        finder = self._finders.setdefault(folder, Finder(folder))
+        try:
+            seen = tuple(finder.read(part, reader) for part in row.media)
+        except RowError as bad:
+            self.rejects.add(row, bad)
+            return None
+        if keys := frozenset((part.kind, key) for part in row.media for key in part.options):
+            self.asked[row.row] = self._alike.setdefault(keys, keys)
+        return replace(row, media=(), seen=seen) if seen else row
+
+    def _made(self, plan: RowPlan, texts: Sequence[str | InputError]) -> list[Encoded]:
+        """The samples of a row; none if it is refused or left out."""
+        row, policy = plan.row, plan.policies.long_rows
+        try:
+            found = drafts(plan, texts, self.format)
+            encoded = [
+                encode_sample(
+                    draft, plan, self.tokenizer, self.format,
+                    reader=self.options.reader, explain=self.options.explain,
+                )
+                for draft in found
+            ]  # fmt: skip
+        except InputError as error:
+            self.rejects.add(row, _refused(row, error))
+            return []
+        except RowError as bad:
+            self.rejects.add(row, bad)
+            return []
+        try:
+            kept = fitted(
+                encoded, self.options.max_length, policy, self.tokenizer, self.options.reader
+            )
+        except RowError as bad:
+            longest = max(len(one.example.ids) for one in encoded)
+            self.rejects.add_too_long(row, longest, bad)
+            return []
+        for draft in found if kept else ():
+            self._losses.look(plan, draft)
+        self._count(encoded, kept)
+        return kept
+
+    def _count(self, encoded: Sequence[Encoded], kept: Sequence[Encoded]) -> None:
+        if not kept:
+            self.dropped += 1
+            return
+        self.truncated += len(kept) < len(encoded) or any(
+            len(a.example.ids) != len(b.example.ids) for a, b in zip(encoded, kept, strict=True)
+        )
+        lengths = [len(one.example.ids) for one in kept]
+        self._split += len(kept) > 1
+        self._samples += len(kept)
+        self._tokens += sum(lengths)
+        self._rendered += max(lengths)
+
+    def close(self) -> None:
+        """Make the findings on all rows; after the last row, while the template is open."""
+        if self._losses.lost:
+            self._losses.advice = self._keep_reasoning()
+        self._losses.close()
+        policies, rows = self.options.policies, self.rows
+        if self._split:
+            left = rows - self.rejects.count - self.dropped
+            self._add(
+                "QC-DATA-048",
+                NOTE,
+                f"{left} rows became {self._samples} samples with "
+                f"{self._tokens / self._rendered:.2f} times the tokens, because the template "
+                "renders earlier turns of a conversation unlike it served them "
+                "(history=as_served; as_rendered trains each row in one rendering)",
+            )
+        for count, what in ((self.dropped, "left out"), (self.truncated, "cut")):
+            if count:
+                self._add(
+                    "QC-DATA-046",
+                    WARNING,
+                    f"{count} of {rows} rows are longer than max_length={self.options.max_length} "
+                    f"and were {what} (long_rows={policies.long_rows})",
+                )
+        if self.rejects.skipped:
+            self._add(
+                "QC-DATA-047",
+                WARNING,
+                f"{self.rejects.skipped} of {rows} rows are bad and were left out "
+                f"(bad_rows=skip); rejected.jsonl lists them",
+            )
+
+    def _keep_reasoning(self) -> str:
+        """How to train reasoning that is lost: a variable is named if a probe keeps it."""
+        said, word = {"role": self.format.assistant, "content": "birch"}, "amber"
+        probe = [
+            {"role": "user", "content": "cedar"},
+            {**said, "reasoning_content": word},
+            {"role": "user", "content": "dahlia"},
+            said,
+        ]
+        keeps = []
+        for name in self._names:
+            try:
+                text = self.template.render(probe, None, False, **{**self._given, name: True})
+            except InputError:
+                continue
+            if word in text:
+                keeps.append(f"chat_template_kwargs.{name}=true")
+        return " or ".join(["set history=as_served", *keeps])
+
+    def _add(self, code: str, severity: str, message: str) -> None:
+        self.findings.add(
+            DataFinding(code=code, severity=severity, row=0, field="", message=message)
+        )
+
+    def chat(self, examples: Iterable[Example]) -> ChatRecord:
+        """How the turns of some samples were rendered; adds what there is to say of it.
+
+        Args:
+            examples: the training samples.
+        """
+        turns = reasoned = 0
+        for example in examples:
+            turns += example.turns
+            reasoned += example.reasoned
+        alike = len(self._own_variables) == 1
+        own = json.loads(next(iter(self._own_variables))) if alike else {}
+        record = chat_record(
+            self.template.sha256,
+            {**self.options.variables, **own},
+            self._switch,
+            (reasoned, turns - reasoned),
+        )
+        self.findings.extend(record.findings())
+        return record
+
+
+def _refused(row: ChatRow, error: InputError) -> InputError:
+    """Turn an error of the template into an error of the row."""
+    return error.replace(
+        what=f"the chat template {error.what}",
+        file=row.path,
+        field=f"line {row.line}",
+        expected=None,
+        fix="fix the row; the template comes with the checkpoint",
+    )
+
+
+def _special(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Special tokens of the tokenizer, which become control tokens in any text."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    return tuple(token.content for token in added if token.special)

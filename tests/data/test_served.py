@@ -1,0 +1,116 @@
+"""Samples against a slow oracle: every trained token is what serving produces, in its context."""
+
+from __future__ import annotations
+
+import json
+import random
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.chat_kit import FORMAT, FakeCheckpoint, write_rows
+from support.served import Oracle, Served, conversation
+from tokenizers import Tokenizer
+
+from qcore.checkpoint.chat_template import Template
+from qcore.checkpoint.tokenizer import load_tokenizer
+from qcore.data.dataset import Dataset, dataset
+from qcore.data.masking import IGNORED, Example
+from qcore_qwen35.chat import QWEN35
+
+SKUS = {
+    "3.5": "qwen3.5/Qwen3.5-4B",
+    "3.5 no-think": "qwen3.5/Qwen3.5-0.8B",
+    "3.5 moe": "qwen3.5/Qwen3.5-35B-A3B",
+    "3.6": "qwen3.6/Qwen3.6-27B",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(shared: Path) -> Tokenizer:
+    return load_tokenizer(FakeCheckpoint(shared / "skus" / "tokenizer", None))  # type: ignore[arg-type]
+
+
+def encoded(
+    shared: Path, tmp_path: Path, sku: str, rows: list[Any], tokenizer: Tokenizer, **variables: Any
+) -> tuple[Dataset, Oracle]:
+    text = (shared / "skus" / SKUS[sku] / "chat_template.jinja").read_text(encoding="utf-8")
+    folder = shared / "skus" / "tokenizer"
+    checkpoint: Any = FakeCheckpoint(folder, Template(text, sku))
+    found = dataset(
+        write_rows(tmp_path / "rows.jsonl", rows), checkpoint, QWEN35, 1 << 16,
+        tokenizer=tokenizer, variables=variables,
+    )  # fmt: skip
+    return found, Oracle(folder / "tokenizer.json", text)
+
+
+def trained(example: Example) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The context and the ids of every trained run."""
+    runs, at = [], 0
+    for label, group in groupby(example.labels, lambda label: label != IGNORED):
+        length = len(list(group))
+        if label:
+            runs.append((tuple(example.ids[:at]), tuple(example.ids[at : at + length])))
+        at += length
+    return runs
+
+
+def compare(found: Dataset, rows: list[Any], oracle: Oracle, **variables: Any) -> int:
+    """Each trained turn of each row is in exactly one sample, in its served context."""
+    by_row = {row: list(some) for row, some in groupby(found.train, lambda e: e.row)}
+    turns = 0
+    for number, row in enumerate(rows, 1):
+        wanted = {(t.prompt, t.reply) for t in oracle.turns(row, **variables)}
+        got = [run for example in by_row[number] for run in trained(example)]
+        assert len(got) == len(set(got)), json.dumps(row)
+        assert set(got) == wanted, json.dumps(row)
+        turns += len(wanted)
+    assert found.turns == turns
+    return turns
+
+
+@pytest.mark.parametrize("sku", SKUS)
+def test_what_is_trained_is_what_serving_produces(
+    shared: Path, tmp_path: Path, sku: str, tokenizer: Tokenizer
+) -> None:
+    rng = random.Random(sku)
+    rows = [conversation(rng) for _ in range(12)]
+    found, oracle = encoded(shared, tmp_path, sku, rows, tokenizer)
+    assert compare(found, rows, oracle) > 15
+    assert found.samples > found.rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sku", SKUS)
+def test_five_hundred_conversations(
+    shared: Path, tmp_path: Path, sku: str, tokenizer: Tokenizer
+) -> None:
+    rng = random.Random(f"slow {sku}")
+    rows = [conversation(rng) for _ in range(500)]
+    found, oracle = encoded(shared, tmp_path, sku, rows, tokenizer)
+    assert compare(found, rows, oracle) > 1000
+
+
+@pytest.mark.slow
+def test_preserved_thinking_shares_samples(
+    shared: Path, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    rng = random.Random(36)
+    rows = [conversation(rng) for _ in range(200)]
+    found, oracle = encoded(shared, tmp_path, "3.6", rows, tokenizer, preserve_thinking=True)
+    compare(found, rows, oracle, preserve_thinking=True)
+    split, _ = encoded(shared, tmp_path, "3.6", rows, tokenizer)
+    assert found.samples < split.samples
+
+
+def test_the_oracle_could_fail(shared: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows: list[Any] = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    ]
+    found, oracle = encoded(shared, tmp_path, "3.5", rows, tokenizer)
+    (turn,) = oracle.turns(rows[0])
+    assert trained(found.train[0]) == [(turn.prompt, turn.reply)]
+    other = Served(1, turn.prompt[:-1], turn.reply)
+    assert (other.prompt, other.reply) not in trained(found.train[0])
+    assert FORMAT.assistant == QWEN35.assistant
