@@ -145,6 +145,8 @@ class Dataset:
                 yield f"{count.source.name}: {count.rows} rows"
             for count in self.eval_sources:
                 yield f"{count.source.name}: {count.rows} rows, evaluated only"
+        for count in (*self.sources, *self.eval_sources):
+            yield from (f"{count.source.name}: {note}" for note in count.source.notes)
         yield from self.findings.lines()
 
     def summary(self) -> dict[str, Any]:
@@ -221,6 +223,7 @@ def dataset(
         special=special_tokens(checkpoint.tokenizer_config),
         reader=reader,
         unread=unread,
+        seed=seed,
     )
     tokenizer = tokenizer or load_tokenizer(checkpoint)
     rejects = Rejects(policies)

@@ -1,7 +1,8 @@
-"""Reading the rows of sources: records become canonical rows, and those become checked rows.
+"""Reads the rows of sources: a record is converted to the canonical form, repaired and checked.
 
 This file decides the order of these steps and the numbers of rows: from 1 over all sources, with
-refused rows counted. `qcore.data.containers` reads records, `qcore.data.rows` checks rows.
+refused rows counted. `qcore.data.containers` reads records, `qcore.data.formats` converts them,
+`qcore.data.repairs` repairs rows, `qcore.data.rows` checks them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from typing import TYPE_CHECKING
 from ..api.media import RowError
 from ..errors import InputError
 from .containers import records
+from .findings import Findings
+from .formats import Formats
+from .repair_notes import RepairContext
+from .repairs import repair
 from .rows import ChatRow, RowCheck
 
 if TYPE_CHECKING:
@@ -61,22 +66,63 @@ class _Place:
     source: Source | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowReader:
+    """Makes a checked row of a record.
+
+    Attributes:
+        formats: the row formats that are installed.
+        check: the rules of one chat format.
+        context: what repairs know of the run.
+        findings: receives what was repaired.
+    """
+
+    formats: Formats
+    check: RowCheck
+    context: RepairContext
+    findings: Findings
+
+    def __call__(self, record: Record, number: int) -> tuple[str, ChatRow]:
+        """The name of the record's format, and the row.
+
+        Raises:
+            RowError: the row is refused.
+            UsageError: as `Formats.convert`.
+            PluginError: as `Formats.convert`.
+        """
+        if isinstance(record.value, RowError):
+            raise record.value
+        source = record.source
+        name, canonical = self.formats.convert(
+            record.value,
+            forced=source.format,
+            fields=source.fields,
+            ignore=source.ignore_columns,
+        )
+        repaired, notes = repair(canonical, self.context, number=number, raw=record.value)
+        row = self.check(record.line, repaired)
+        self.findings.extend(notes)
+        return name, row
+
+
 def read_rows(
     sources: Sequence[Source],
-    check: RowCheck,
+    reader: RowReader,
     rejects: Rejects,
     counts: list[SourceCount] | None = None,
     *,
     first: int = 1,
+    seed: int = 0,
 ) -> Iterator[ChatRow]:
     """Yield the valid rows of some sources, in one pass and constant memory.
 
     Args:
         sources: where the rows come from, in order.
-        check: the rules of one chat format.
+        reader: makes rows of records.
         rejects: collects bad rows.
         counts: receives what came from each source.
         first: number of the first row.
+        seed: chooses the rows of a source with a weight or count and no seed of its own.
 
     Raises:
         InputError: as `records`; ``QC-DATA-002`` a source has no rows.
@@ -87,15 +133,16 @@ def read_rows(
         if counts is not None:
             counts.append(count)
         digest = hashlib.sha256()
-        for record in records(source, digest):
+        for record in records(source, digest, seed=seed):
             number += 1
             count.rows += 1
             try:
-                row = _row(record, check, count)
+                name, row = reader(record, number)
             except RowError as bad:
                 rejects.add(_Place(number, record.line, record.path, source), bad)
             else:
-                yield replace(row, row=number, path=record.path, source=source)
+                count.formats[name] += 1
+                yield replace(row, row=number, path=record.path, source=source, format=name)
         count.sha256 = digest.hexdigest()
         if not count.rows:
             raise InputError(
@@ -105,11 +152,3 @@ def read_rows(
                 expected='one {"messages": [...]} a line',
                 fix="name the file that holds the conversations",
             )
-
-
-def _row(record: Record, check: RowCheck, count: SourceCount) -> ChatRow:
-    if isinstance(record.value, RowError):
-        raise record.value
-    row = check(record.line, record.value)
-    count.formats["messages"] += 1
-    return row

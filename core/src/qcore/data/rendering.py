@@ -23,11 +23,13 @@ from ..errors import InputError, nearest
 from .chat_record import ChatRecord, chat_record
 from .findings import NOTE, WARNING, DataFinding, Findings
 from .fitting import fitted
+from .formats import IGNORED, load_formats
 from .losses import Losses
 from .masking import Encoded, Example, encode_sample
 from .media_files import Finder
 from .policies import Policies
-from .reading import SourceCount, read_rows
+from .reading import RowReader, SourceCount, read_rows
+from .repairs import repair_context
 from .row_plan import RowPlan, plan_row
 from .rows import ChatRow, RowCheck
 from .samples import drafts
@@ -55,6 +57,7 @@ class Options:
         reader: reads media; without it rows must be text only.
         unread: why there is no reader.
         explain: whether samples keep the reason of each token.
+        seed: chooses rows of sources with a weight or count.
     """
 
     policies: Policies = field(default_factory=Policies)
@@ -64,6 +67,7 @@ class Options:
     reader: MediaReader | None = None
     unread: str = ""
     explain: bool = False
+    seed: int = 0
 
 
 class Renderer:
@@ -110,6 +114,7 @@ class Renderer:
         self._finders: dict[Path, Finder] = {}
         self._losses = Losses(chat_format, tokenizer, self.findings)
         self._own_variables: set[str] = set()
+        self._formats = load_formats()
         self._samples = self._rendered = self._tokens = 0
         self._split = 0
 
@@ -155,8 +160,16 @@ class Renderer:
         if not sources:
             return
         control = _special(self.tokenizer)
-        check = RowCheck(self.format, control, self.options.reader, self.options.unread)
-        rows = read_rows(sources, check, self.rejects, self.counts, first=self.rows + 1)
+        reader = RowReader(
+            formats=self._formats,
+            check=RowCheck(self.format, control, self.options.reader, self.options.unread),
+            context=repair_context(self.template, self.format, self._given),
+            findings=self.findings,
+        )
+        rows = read_rows(
+            sources, reader, self.rejects, self.counts,
+            first=self.rows + 1, seed=self.options.seed,
+        )  # fmt: skip
         plans = self._planned(self._seen(rows))
         asked = ((plan, plan.prefixes()) for plan in plans)
         for plan, texts in self.template.render_prefixes(asked, **self._given):
@@ -272,6 +285,10 @@ class Renderer:
             self._losses.advice = self._keep_reasoning()
         self._losses.close()
         policies, rows = self.options.policies, self.rows
+        for key, message in self._formats.notes():
+            self.findings.add(
+                DataFinding(code=IGNORED, severity=NOTE, row=0, field=key, message=message)
+            )
         if self._split:
             left = rows - self.rejects.count - self.dropped
             self._add(

@@ -75,11 +75,12 @@ class DataWords:
             QcoreError: as `read_sources`.
         """
         root = None if self.media_root is None else Path(self.media_root)
-        train, held_out = (
-            read_sources(_listed(words), format=self.format, media_root=root, command=command)
-            for words, command in ((self.data, "--data"), (self.eval_data, "--eval-data"))
+        read = partial(read_sources, format=self.format, media_root=root)
+        held_out = _listed(self.eval_data)
+        return (
+            read(_listed(self.data), command="--data"),
+            read(held_out, command="--eval-data") if held_out else (),
         )
-        return train, held_out
 
 
 def _listed(words: Words) -> Sequence[str | Path]:
