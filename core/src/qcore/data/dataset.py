@@ -80,8 +80,8 @@ class Dataset:
     chat: ChatRecord
     sources: tuple[SourceCount, ...]
     eval_sources: tuple[SourceCount, ...] = ()
-    findings: Findings = field(default_factory=Findings)
-    rejects: Rejects = field(default_factory=Rejects)
+    findings: Findings = field(default_factory=Findings, compare=False)
+    rejects: Rejects = field(default_factory=Rejects, compare=False)
     dropped: int = 0
     truncated: int = 0
     asked: Mapping[str, frozenset[str]] = field(default_factory=dict)
