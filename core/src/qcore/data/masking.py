@@ -172,16 +172,7 @@ def encode_sample(
         for at, medium in zip(plan.row.media_at, plan.row.seen, strict=True)
         if at < draft.count
     )
-    text = normalised(draft.text, tokenizer)
-    spans_ = lay_out(draft, text, plan, chat_format)
-    trained = _ranges(spans_)
-    if reader is not None:
-        inside, rendered = trained, text
-        text = reader.expand(rendered, media)
-        spans_ = lay_out(draft, text, plan, chat_format)
-        trained = _ranges(spans_)
-        if media:
-            trained = less_media(trained, rendered, inside, media, reader)
+    text, spans_, trained = _laid_out(draft, plan, tokenizer, chat_format, media, reader)
     found, offsets = encode_whole(tokenizer, text) if pieces is None else pieces.encode(text)
     ids = array("i", found)
     made = labels(ids, offsets, trained)
@@ -210,6 +201,28 @@ def encode_sample(
         ends=tuple(bisect_right(starts, end - 1) for end in ends),
         reasoned=reasoned,
     )
+
+
+def _laid_out(
+    draft: Draft,
+    plan: RowPlan,
+    tokenizer: Tokenizer,
+    chat_format: ChatFormat,
+    media: tuple[Medium, ...],
+    reader: MediaReader | None,
+) -> tuple[str, tuple[Span, ...], list[tuple[int, int]]]:
+    """The final text of a sample, its spans, and its trained ranges without media."""
+    text = normalised(draft.text, tokenizer)
+    spans_ = lay_out(draft, text, plan, chat_format)
+    trained = _ranges(spans_)
+    if reader is None:
+        return text, spans_, trained
+    inside, expanded = trained, reader.expand(text, media)
+    spans_ = lay_out(draft, expanded, plan, chat_format)
+    trained = _ranges(spans_)
+    if media:
+        trained = less_media(trained, text, inside, media, reader)
+    return expanded, spans_, trained
 
 
 def _ranges(spans_: Iterable[Span]) -> list[tuple[int, int]]:

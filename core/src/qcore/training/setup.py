@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 Words = str | Path | Sequence[str | Path]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class DataWords:
     """What a user says of the rows of a run.
 
