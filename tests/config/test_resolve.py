@@ -158,7 +158,6 @@ BAD: list[tuple[str, str, tuple[str, ...]]] = [
     ("chat_template_kwargs: {a: [1]}", "QC-CONFIG-002", ("found a list",)),
     ("chat_template_kwargs: {a-b: 1}", "QC-CONFIG-003", ("not a valid variable name",)),
     ("adapter_class: ../../x y", "QC-CONFIG-003", ("not a valid name",)),
-    ("eval_steps: 5", "QC-CONFIG-007", ("eval_fraction",)),
     (
         "recompute: full\ngradient_checkpointing: false",
         "QC-CONFIG-007",

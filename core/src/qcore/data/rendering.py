@@ -27,6 +27,7 @@ from .formats import IGNORED, load_formats
 from .losses import Losses
 from .masking import Encoded, Example, encode_sample
 from .media_files import Finder
+from .pieces import PieceEncoder
 from .policies import Policies
 from .reading import RowReader, SourceCount, read_rows
 from .repairs import repair_context
@@ -112,6 +113,7 @@ class Renderer:
         self._names: tuple[str, ...] = ()
         self._media_proved = False
         self._finders: dict[Path, Finder] = {}
+        self._pieces = PieceEncoder(tokenizer, chat_format.turn_start)
         self._losses = Losses(chat_format, tokenizer, self.findings)
         self._own_variables: set[str] = set()
         self._formats = load_formats()
@@ -240,10 +242,13 @@ class Renderer:
         row, policy = plan.row, plan.policies.long_rows
         try:
             found = drafts(plan, texts, self.format)
+            several = len(found) > 1
+            self._pieces.forget()
             encoded = [
                 encode_sample(
                     draft, plan, self.tokenizer, self.format,
                     reader=self.options.reader, explain=self.options.explain,
+                    pieces=self._pieces if several else None,
                 )
                 for draft in found
             ]  # fmt: skip
