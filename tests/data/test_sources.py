@@ -16,7 +16,7 @@ from qcore.data.identity import digest_of, identities, identity
 from qcore.data.selection import choose
 from qcore.data.source import Source
 from qcore.data.sources import read_sources
-from qcore.errors import InputError, PreflightError
+from qcore.errors import InputError, PreflightError, UsageError
 
 EVERY_KEY = """
 seed: 7
@@ -96,6 +96,31 @@ def test_a_mix(rows: Path) -> None:
     )
     assert (second.count, second.weight, second.seed, second.format) == (10, None, 7, "alpaca")
     assert len(second.files) == 2
+
+
+INFO = {
+    "chats": {"file_name": "a.jsonl"},
+    "other": {
+        "file_name": "more",
+        "formatting": "sharegpt",
+        "columns": {"messages": "turns"},
+        "num_samples": 4,
+    },
+}
+
+
+def test_a_dataset_info(rows: Path) -> None:
+    """The list of data sets that LLaMA-Factory keeps beside them."""
+    path = rows / "dataset_info.json"
+    path.write_text(json.dumps(INFO))
+    first, second = read_sources([path])
+    assert (first.files, first.fields) == ((rows / "a.jsonl",), {"formatting": "alpaca"})
+    assert (len(second.files), second.count) == (2, 4)
+    assert second.fields == {"formatting": "sharegpt", "columns": {"messages": "turns"}}
+    assert read_sources([f"{path}:other,chats"]) == (second, first)
+    with pytest.raises(UsageError) as caught:
+        read_sources([f"{path}:othr"])
+    assert (caught.value.code, caught.value.fix) == ("QC-DATA-035", "did you mean other?")
 
 
 def test_a_mix_lies_anywhere(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
