@@ -75,6 +75,10 @@ def test_files_and_folders(rows: Path) -> None:
     )
 
 
+def test_no_words_are_no_sources() -> None:
+    assert read_sources([], command="--eval-data") == ()
+
+
 def test_a_mix(rows: Path) -> None:
     (rows / "mix.yaml").write_text(EVERY_KEY)
     first, second = read_sources([rows / "mix.yaml"], format="alpaca")
@@ -186,6 +190,12 @@ def test_the_seed_decides() -> None:
     assert one == choose(1000, source(count=100), 0) != two
     assert choose(1000, source(count=100, seed=1), 0) == two
     assert choose(1000, source(count=100, seed=2**63 - 1), 0)
+
+
+def test_a_source_without_a_share_needs_no_seed() -> None:
+    assert source().seeded(4) == source()
+    assert source(count=3).seeded(4) == source(count=3, seed=4)
+    assert source(weight=0.5, seed=0).seeded(4).seed == 0
 
 
 def test_every_row_is_as_likely() -> None:

@@ -50,13 +50,11 @@ def read_sources(
         command: the flag, for errors.
 
     Raises:
-        UsageError: ``QC-DATA-038`` nothing is named; ``QC-DATA-035`` and ``QC-YAML-*`` a mix
+        UsageError: ``QC-DATA-038`` a word cannot be a path; ``QC-DATA-035`` and ``QC-YAML-*`` a mix
             file.
         InputError: ``QC-DATA-001`` to ``-003``, ``-030``, ``-031``, ``-033``, ``-037`` and
             ``QC-HUB-*``; a `PreflightError` for several.
     """
-    if not data:
-        raise UsageError("QC-DATA-038", "names no data", field=command, fix="name a .jsonl file")
     sources: list[Source] = []
     problems: list[QcoreError] = []
     for word in data:
