@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from support.conversations import conversations, write_rows
 
+from qcore.data import sources
+from qcore.data.hub_files import HubFiles
 from qcore.data.identity import digest_of, identities, identity
 from qcore.data.selection import choose
 from qcore.data.source import Source
@@ -125,6 +127,25 @@ def test_a_dataset_info(rows: Path) -> None:
     with pytest.raises(UsageError) as caught:
         read_sources([f"{path}:othr"])
     assert (caught.value.code, caught.value.fix) == ("QC-DATA-035", "did you mean other?")
+
+
+def test_the_mix_of_the_documentation(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    (rows / "mix.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    (rows / "a.jsonl").rename(rows / "chats.jsonl")
+    asked: list[object] = []
+
+    def resolve(name: str, revision: str, **more: str) -> HubFiles:
+        asked.append((name, revision, more["config"], more["split"]))
+        return HubFiles(files=(rows / "chats.jsonl",), revision="0" * 40)
+
+    monkeypatch.setattr(sources, "hub_files", resolve)
+    one, two, three = read_sources([rows / "mix.yaml"])
+    assert (one.weight, two.count, two.bad_rows, three.revision) == (0.5, 1000, "skip", "0" * 40)
+    assert two.fields == {"messages": "dialog"}
+    assert asked == [("ORG/NAME", "main", "default", "train")]
 
 
 def test_a_mix_lies_anywhere(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
