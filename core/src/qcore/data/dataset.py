@@ -200,7 +200,7 @@ def dataset(
         chat_format: the format of rendered conversations.
         max_length: maximum tokens per sample.
         eval_fraction: fraction of the rows to hold out, in [0, 1).
-        seed: seed of the split.
+        seed: seed of the split, and of the choice of rows in sources without a seed.
         eval_data: sources whose rows are only evaluated.
         policies: which turns are trained and what may be left out; by default the defaults.
         tokenizer: from `load_tokenizer`, if the caller already has it.
@@ -214,7 +214,7 @@ def dataset(
         InputError: see `Rejects.stop` and `Renderer`; ``QC-PRE-001`` no chat template,
             ``QC-DATA-015`` too few rows to split.
     """
-    sources = _sources(data)
+    sources = _sources(data, seed)
     policies = policies or Policies()
     options = Options(
         policies=policies,
@@ -231,7 +231,7 @@ def dataset(
         renderer = Renderer(template, chat_format, tokenizer, options, Rejects(policies))
         renderer.prove()
         train = list(renderer.examples(sources))
-        evaluated = list(renderer.examples(eval_data))
+        evaluated = list(renderer.examples(_sources(eval_data, seed)))
         renderer.close()
     _check_rows(renderer, train, sources[0].files[0], refused)
     held = split(train, eval_fraction, seed, sources[0].files[0])
@@ -262,10 +262,10 @@ def _check_rows(
         )
 
 
-def _sources(data: str | Path | Sequence[Source]) -> tuple[Source, ...]:
+def _sources(data: str | Path | Sequence[Source], seed: int) -> tuple[Source, ...]:
     if isinstance(data, str | Path):
         return (Source(name=str(data), files=(Path(data),)),)
-    return tuple(data)
+    return tuple(source.seeded(seed) for source in data)
 
 
 def sizes_of(examples: Iterable[Example]) -> tuple[int, ...]:
