@@ -20,7 +20,7 @@ from qcore.data.rejects import Rejects
 from qcore.data.row_plan import plan_row
 from qcore.data.rows import ChatRow, RowCheck
 from qcore.data.samples import drafts
-from qcore.data.source import Source
+from qcore.data.source import Record, Source
 
 FORMAT = ChatFormat(
     turn_start="<|im_start|>",
@@ -122,7 +122,14 @@ def read_file(
     """The valid rows of one file; without `rejects` the bad ones are raised at the end."""
     found, counts = rejects or Rejects(), [] if counts is None else counts
     source = Source(name=str(path), files=(path,))
-    yield from read_rows([source], RowCheck(FORMAT, control), found, counts)
+    check = RowCheck(FORMAT, control)
+
+    def read(record: Record, number: int) -> tuple[str, ChatRow]:
+        if isinstance(record.value, RowError):
+            raise record.value
+        return "openai", check(record.line, record.value)
+
+    yield from read_rows([source], read, found, counts)
     if rejects is None:
         found.stop(counts[0].rows)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,7 +111,7 @@ class RowReader:
 
 def read_rows(
     sources: Sequence[Source],
-    reader: RowReader,
+    reader: Callable[[Record, int], tuple[str, ChatRow]],
     rejects: Rejects,
     counts: list[SourceCount] | None = None,
     *,
@@ -122,7 +122,7 @@ def read_rows(
 
     Args:
         sources: where the rows come from, in order.
-        reader: makes rows of records.
+        reader: makes a row of a record and its number; a `RowReader`.
         rejects: collects bad rows.
         counts: receives what came from each source.
         first: number of the first row.
