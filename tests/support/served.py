@@ -33,7 +33,8 @@ TOOLS = [
         "function": {
             "name": "find",
             "description": "Finds <things>",
-            "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
+            # Of any type: a null of a property that a function does not have is padding.
+            "parameters": {"type": "object", "properties": {"key_0": {}, "key_1": {}}},
         },
     },
     {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}},
