@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.unowned import unclaimed_sections
 from ..errors import UsageError
+from ..plugins.manager import owner_of
+from .media_reader import ContainedReader
 
 if TYPE_CHECKING:
     from ..api.media import MediaReader
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
 def reader_of(found: Identified, tell: Reporter) -> MediaReader | None:
     """The media reader of this model; ``None`` if it has none (see `unread`)."""
     modality = found.modality
-    return None if modality is None else modality.reader(found.checkpoint, tell.note)
+    if modality is None:
+        return None
+    reader = modality.reader(found.checkpoint, tell.note)
+    return ContainedReader(reader, owner_of(modality.reader))
 
 
 def unread(found: Identified) -> str:
