@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +19,12 @@ from .containers import records
 from .rows import ChatRow, RowCheck
 
 if TYPE_CHECKING:
+    from .jsonl import Hasher
     from .rejects import Rejects
     from .source import Record, Source
+
+
+_REPORTED = 1 << 18  #: bytes between two reports of progress
 
 
 @dataclass(slots=True)
@@ -61,6 +65,26 @@ class _Place:
     source: Source | None
 
 
+@dataclass(slots=True)
+class _Counted:
+    """A hash that reports how many bytes it has seen."""
+
+    digest: Hasher
+    advance: Callable[[int], None]
+    pending: int = 0
+
+    def update(self, data: bytes, /) -> None:
+        self.digest.update(data)
+        self.pending += len(data)
+        if self.pending > _REPORTED:
+            self.report()
+
+    def report(self) -> None:
+        """Report the bytes since the last report."""
+        self.advance(self.pending)
+        self.pending = 0
+
+
 def read_rows(
     sources: Sequence[Source],
     check: RowCheck,
@@ -68,6 +92,8 @@ def read_rows(
     counts: list[SourceCount] | None = None,
     *,
     first: int = 1,
+    only: Collection[int] = (),
+    advance: Callable[[int], None] | None = None,
 ) -> Iterator[ChatRow]:
     """Yield the valid rows of some sources, in one pass and constant memory.
 
@@ -77,6 +103,8 @@ def read_rows(
         rejects: collects bad rows.
         counts: receives what came from each source.
         first: number of the first row.
+        only: numbers of rows; the others are passed over unchecked. Empty: all rows.
+        advance: called with the number of bytes read since the last call.
 
     Raises:
         InputError: as `records`; ``QC-DATA-002`` a source has no rows.
@@ -87,15 +115,20 @@ def read_rows(
         if counts is not None:
             counts.append(count)
         digest = hashlib.sha256()
-        for record in records(source, digest):
+        seen = digest if advance is None else _Counted(digest, advance)
+        for record in records(source, seen):
             number += 1
             count.rows += 1
+            if only and number not in only:
+                continue
             try:
                 row = _row(record, check, count)
             except RowError as bad:
                 rejects.add(_Place(number, record.line, record.path, source), bad)
             else:
                 yield replace(row, row=number, path=record.path, source=source)
+        if isinstance(seen, _Counted):
+            seen.report()
         count.sha256 = digest.hexdigest()
         if not count.rows:
             raise InputError(

@@ -12,7 +12,7 @@ read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,9 @@ class Options:
         special: special tokens by name, as templates read them.
         reader: reads media; without it rows must be text only.
         unread: why there is no reader.
-        explain: whether samples keep the reason of each token.
+        explain: whether samples keep the reason of each token, and rows the references of media.
+        only: numbers of the rows to render; empty: all rows.
+        advance: called with the number of bytes read since the last call.
     """
 
     policies: Policies = field(default_factory=Policies)
@@ -64,6 +66,8 @@ class Options:
     reader: MediaReader | None = None
     unread: str = ""
     explain: bool = False
+    only: frozenset[int] = frozenset()
+    advance: Callable[[int], None] | None = None
 
 
 class Renderer:
@@ -156,7 +160,10 @@ class Renderer:
             return
         control = _special(self.tokenizer)
         check = RowCheck(self.format, control, self.options.reader, self.options.unread)
-        rows = read_rows(sources, check, self.rejects, self.counts, first=self.rows + 1)
+        rows = read_rows(
+            sources, check, self.rejects, self.counts,
+            first=self.rows + 1, only=self.options.only, advance=self.options.advance,
+        )  # fmt: skip
         plans = self._planned(self._seen(rows))
         asked = ((plan, plan.prefixes()) for plan in plans)
         for plan, texts in self.template.render_prefixes(asked, **self._given):
@@ -220,7 +227,8 @@ class Renderer:
             return None
         if keys := frozenset((part.kind, key) for part in row.media for key in part.options):
             self.asked[row.row] = self._alike.setdefault(keys, keys)
-        return replace(row, media=(), seen=seen) if seen else row
+        kept = row.media if self.options.explain else ()
+        return replace(row, media=kept, seen=seen) if seen else row
 
     def _made(self, plan: RowPlan, texts: Sequence[str | InputError]) -> list[Encoded]:
         """The samples of a row; none if it is refused or left out."""
@@ -332,6 +340,10 @@ class Renderer:
         for example in examples:
             turns += example.turns
             reasoned += example.reasoned
+        return self.record(turns, reasoned)
+
+    def record(self, turns: int, reasoned: int) -> ChatRecord:
+        """As `chat`, from the number of trained turns and of those with reasoning."""
         alike = len(self._own_variables) == 1
         own = json.loads(next(iter(self._own_variables))) if alike else {}
         record = chat_record(

@@ -68,6 +68,7 @@ class ChatRow:
         row: number over all sources, from 1.
         path: the file.
         source: where the row comes from.
+        format: its row format.
     """
 
     line: int
@@ -82,6 +83,7 @@ class ChatRow:
     row: int = 0
     path: Path | None = None
     source: Source | None = None
+    format: str = "messages"
 
     def turns(self, role: str) -> int:
         """Number of messages with this role."""
