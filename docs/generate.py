@@ -1,4 +1,4 @@
-"""What the documentation derives from the source: settings, presets, help of the verbs.
+"""Regenerates the settings table, presets and ``--help`` texts in docs/*.md from the source.
 
 Each derived piece stands in a Markdown file between ``<!-- generated: NAME -->`` and
 ``<!-- end -->``. ``python docs/generate.py`` rewrites the pieces; a test fails when one is

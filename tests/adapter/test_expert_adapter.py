@@ -440,7 +440,7 @@ def swapped(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 FAULTS: dict[str, tuple[Change, str, str]] = {
     "a parameter that is not there": (
         setting(target_parameters=[*BOTH, "mlp.experts.gate_proj"]), "006",
-        "target_parameters: mlp.experts.gate_proj: is a declared target that hits nothing",
+        "target_parameters: mlp.experts.gate_proj: is a declared target that matches no weight",
     ),
     "the module instead of its parameters": (
         setting(target_parameters=["mlp.experts"]), "005", "target_parameters: mlp.experts: is a"
@@ -449,13 +449,13 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
         setting(target_parameters=[*BOTH, "mlp.gate.weight"]), "006",
         "model.layers.0.mlp.gate.weight: is a declared target without tensors",
     ),
-    "nothing is declared": (setting(target_parameters=None), "005", "fits no weight"),
+    "nothing is declared": (setting(target_parameters=None), "005", "matches no weight"),
     "one of two is declared": (
-        setting(target_parameters=BOTH[:1]), "007", "base_layer.lora_A.weight: fits no weight"
+        setting(target_parameters=BOTH[:1]), "007", "base_layer.lora_A.weight: matches no weight"
     ),
     "declared as modules": (
         setting(target_parameters=None, target_modules=["gate_up_proj", "down_proj"]), "005",
-        "target_modules: gate_up_proj: is a declared target that hits nothing",
+        "target_modules: gate_up_proj: is a declared target that matches no weight",
     ),
     "A of the inner is missing": (without(INNER.format("A")), "006", "base_layer.lora_A.weight"),
     "B of the outer is missing": (without(OUTER.format("B")), "006", "experts.lora_B.weight"),

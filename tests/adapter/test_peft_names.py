@@ -359,7 +359,7 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
         renamed("layers.3.mlp", "layers.4.mlp"), "005", "layers.4.mlp"
     ),
     "renamed": (renamed("q_proj", "query"), "005", "self_attn.query.lora_"),
-    "no prefix": (renamed("base_model.model.", ""), "005", "fits no weight of this base"),
+    "no prefix": (renamed("base_model.model.", ""), "005", "matches no weight of this base"),
     "another prefix for some": (
         renamed("model.model.layers.0.", "model.model.language_model.layers.0."),
         "005", "language_model.layers.0",
@@ -402,9 +402,9 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
     "r is another": (setting(r=8), "007", "expected [8, 24]"),
     "alpha is missing": (without("lora_alpha"), "004", "lora_alpha: is not a number"),
     "alpha is 0": (setting(lora_alpha=0), "004", "lora_alpha: switches the adapter off"),
-    "a broken expression": (setting(target_modules="("), "004", "target_modules: is no regular"),
-    "what is excluded is there": (setting(exclude_modules=["q_proj"]), "006", "is no declared"),
-    "a layer beyond those named": (setting(layers_to_transform=[99]), "006", "is no declared"),
+    "a broken expression": (setting(target_modules="("), "004", "target_modules: is not a valid"),
+    "what is excluded is there": (setting(exclude_modules=["q_proj"]), "006", "is not a declared"),
+    "a layer beyond those named": (setting(layers_to_transform=[99]), "006", "is not a declared"),
     "alpha is null": (setting(lora_alpha=None), "004", "lora_alpha"),
     "alpha is not finite": (setting(lora_alpha=float("inf")), "004", "lora_alpha"),
     "alpha is NaN": (setting(lora_alpha=float("nan")), "004", "lora_alpha"),
@@ -421,10 +421,10 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
     "layers repeated": (setting(layer_replication=[[0, 2], [1, 3]]), "004", "layer_replication"),
     "a parameter that is not there": (
         setting(target_parameters=["mlp.experts.down_proj"]), "006",
-        "target_parameters: mlp.experts.down_proj: is a declared target that hits nothing",
+        "target_parameters: mlp.experts.down_proj: is a declared target that matches no weight",
     ),
     "a parameter of no list": (
-        setting(target_parameters="experts"), "004", "target_parameters: is no list of names"
+        setting(target_parameters="experts"), "004", "target_parameters: is not a list of names"
     ),
     "a parameter that is no name": (setting(target_parameters=[3]), "004", "target_parameters"),
     "activated by tokens": (setting(alora_invocation_tokens=[1]), "004", "alora_invocation_tokens"),

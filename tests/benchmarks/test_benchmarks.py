@@ -34,6 +34,7 @@ def _run(script: str, *arguments: str, status: int = 0) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_training_step_is_measured_beside_a_peer() -> None:
     text = _run(
         "train_step_gpu.py", "--packed", "3x33", "--peers", "hf,unsloth", "--policy", "full",

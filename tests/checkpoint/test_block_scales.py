@@ -43,7 +43,7 @@ def test_the_block_is_read_at_the_top_or_one_below(where: tuple[str, ...]) -> No
     for wrong in ([64], [64, 0], [64, True], "64", None):
         with pytest.raises(BadBlockError) as caught:
             block_size(config({"weight_block_size": wrong}))
-        assert caught.value.found == wrong
+        assert caught.value.value == wrong
         assert caught.value.field.endswith("quantization_config.weight_block_size")
     with pytest.raises(BadBlockError):
         block_size(config("fp8"))

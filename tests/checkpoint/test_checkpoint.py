@@ -194,9 +194,9 @@ CONFIGS = {
     "nested objects": (_text('{"a":' * 200_000), "cannot be read as a JSON object"),
     "duplicate key": (_text('{"model_type": "a", "model_type": "b"}'), "'model_type' stands twice"),
     "duplicate key below": (_text('{"model_type": "a", "s": {"n": 1, "n": 2}}'), "'n' stands"),
-    "no model_type": (_text("{}"), "model_type: is not the name of a model type"),
+    "no model_type": (_text("{}"), "model_type: is not a valid model type"),
     "model_type a number": (_text('{"model_type": 3}'), "found 3"),
-    "model_type a list": (_text('{"model_type": ["x"]}'), "is not the name of a model type"),
+    "model_type a list": (_text('{"model_type": ["x"]}'), "is not a valid model type"),
     "a huge number": (_text('{"model_type": "x", "n": ' + "9" * 10_000 + "}"), "cannot be read"),
 }
 
@@ -307,7 +307,7 @@ def test_a_very_long_shard_name(sharded: Path):
 
 def test_an_index_that_names_a_missing_shard(sharded: Path):
     (sharded / "two.safetensors").unlink()
-    error = refused(sharded, "QC-CKPT-006", "is named but is not there")
+    error = refused(sharded, "QC-CKPT-006", "is referenced but does not exist")
     assert error.file == str(sharded / "two.safetensors")
 
 
@@ -370,7 +370,7 @@ def test_a_link_inside_the_folder_is_fine(sharded: Path):
 def test_a_link_to_nothing(sharded: Path):
     (sharded / "one.safetensors").unlink()
     (sharded / "one.safetensors").symlink_to("gone")
-    refused(sharded, "QC-CKPT-006", "is not there")
+    refused(sharded, "QC-CKPT-006", "does not exist")
 
 
 def test_a_link_to_itself(sharded: Path):

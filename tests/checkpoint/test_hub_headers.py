@@ -305,7 +305,7 @@ DAMAGED: dict[str, tuple[File, str]] = {
 #: Files beside the small ones, the code, what is said.
 DISAGREE: dict[str, tuple[dict[str, File], str, str]] = {
     "no such shard": (
-        {k: v for k, v in sharded(TWO).items() if k != B}, "QC-CKPT-006", "is not there"
+        {k: v for k, v in sharded(TWO).items() if k != B}, "QC-CKPT-006", "does not exist"
     ),
     "nested": (
         sharded({f"sub/{A}": TWO[A]}), "QC-CKPT-003", "leaves the model folder"

@@ -386,7 +386,7 @@ def test_one_expert_missing_is_one_line(tmp_path: Path):
     _, problems = survey(experts(), written(tmp_path, tensors))
     (problem,) = problems
     assert (problem.code, problem.field) == ("QC-KEY-004", "m.1.e.2.up")
-    assert "1 of 6 pieces are absent" in problem.message
+    assert "1 of 6 pieces are missing" in problem.message
 
 
 def test_unknown_tensors_beside_absent_pieces_or_parts_are_one_fault(tmp_path: Path):
@@ -408,7 +408,7 @@ def test_config_says_more_experts_than_the_files_have(tmp_path: Path):
     tensors, _ = mixed()
     _, problems = survey(experts(4), written(tmp_path, tensors))
     assert [problem.code for problem in problems] == ["QC-KEY-003", "QC-KEY-004"]
-    assert "2 of 8 pieces are absent" in problems[1].message
+    assert "2 of 8 pieces are missing" in problems[1].message
 
 
 def test_pieces_of_unlike_dtype(tmp_path: Path):

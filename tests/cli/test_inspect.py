@@ -21,7 +21,7 @@ def test_a_refused_format_is_no_difference_of_a_tensor(
     def refuse(checkpoint: object) -> None:
         raise InputError("QC-CKPT-999", "is refused")
 
-    monkeypatch.setattr(resolve_model, "recognise", refuse)
+    monkeypatch.setattr(resolve_model, "detect_quantization", refuse)
     folder = write_sparse_checkpoint(tmp_path, small_config(), small_shapes())
     ended = here(capsys, "inspect", folder, "--json")
     assert ended.code == 65

@@ -25,6 +25,7 @@ from support.model_kit import (
     small_shapes,
     snapshot,
 )
+from support.tiers import fast
 
 import qcore.training.train
 from qcore.cli.terminal import TerminalSink
@@ -151,6 +152,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
+@pytest.mark.slow
 def test_every_layout_of_trunk_and_mtp(capsys: Any, made: Any, case: str):
     how, trunk, mtp = LAYOUTS[case]
     shapes = small_moe_shapes(**how)
@@ -177,6 +179,7 @@ def test_a_layout_that_changes_within_the_trunk(capsys: Any, made: Any):
 
 
 @pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.slow
 def test_a_text_only_save(capsys: Any, made: Any, fused: bool):
     config = small_moe_config()["text_config"]
     config = {**config, "architectures": ["Qwen3_5MoeForCausalLM"], "tie_word_embeddings": True}
@@ -204,6 +207,7 @@ def test_a_vision_section_as_transformers_saves_it(capsys: Any, made: Any):
 
 
 @pytest.mark.parametrize("value", [0, None])
+@pytest.mark.slow
 def test_no_mtp_and_no_claim_is_no_line(capsys: Any, made: Any, value: int | None):
     shapes = {n: s for n, s in small_moe_shapes().items() if "mtp." not in n}
     report, told = accepted(capsys, made(small_moe_config(mtp_num_hidden_layers=value), shapes))
@@ -297,11 +301,11 @@ TENSORS: dict[str, tuple[dict[str, Any], Callable[[Shapes], object], str, tuple[
     "one expert missing": (
         {"fused": False},
         lambda s: [s.pop(f"{ONE}.{m}_proj.weight") for m in ("gate", "up", "down")],
-        "QC-KEY-004", (f"{ONE}.gate_proj.weight", "2 of 8 pieces are absent"),
+        "QC-KEY-004", (f"{ONE}.gate_proj.weight", "2 of 8 pieces are missing"),
     ),
     "one matrix of an expert missing": (
         {"fused": False}, lambda s: s.pop(f"{ONE}.up_proj.weight"), "QC-KEY-004",
-        (f"{ONE}.up_proj.weight", "1 of 8 pieces are absent"),
+        (f"{ONE}.up_proj.weight", "1 of 8 pieces are missing"),
     ),
     "one matrix of an expert renamed": (
         {"fused": False},
@@ -362,7 +366,7 @@ TENSORS: dict[str, tuple[dict[str, Any], Callable[[Shapes], object], str, tuple[
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", TENSORS)
+@pytest.mark.parametrize("case", fast(TENSORS, *[*TENSORS][::5]))
 def test_tensors_of_experts(capsys: Any, made: Any, case: str):
     how, change, code, says = TENSORS[case]
     shapes = small_moe_shapes(**how)
@@ -451,8 +455,8 @@ NUMBERS: dict[str, tuple[dict[str, Any], str, bool]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", NUMBERS)
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("case", fast(NUMBERS, *[*NUMBERS][::5]))
+@pytest.mark.parametrize("fused", fast([True, False]))
 def test_a_value_of_the_config(capsys: Any, made: Any, case: str, fused: bool):
     change, code, by_headers = NUMBERS[case]
     folder = made(small_moe_config(), small_moe_shapes(fused=fused))

@@ -10,7 +10,7 @@ from support.cli_kit import here, modules_after
 from support.plan_kit import DENSE_4B
 
 from qcore.api.parameters import Table
-from qcore.planning.gpus import CARDS, named
+from qcore.planning.gpus import CARDS, gpu_by_name
 from qcore.testing import write_sparse_checkpoint
 from qcore_qwen35.table import parts
 from qcore_qwen35.tiny import tiny_config, write
@@ -59,6 +59,7 @@ def test_json_holds_the_whole_plan(capsys: pytest.CaptureFixture[str], folder: P
     assert ended.json["trained_parameters"] > 0
 
 
+@pytest.mark.slow
 def test_more_rank_is_more_of_what_is_trained(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_the_flag_that_was_typed_is_named(
     assert here(capsys, "plan", folder, *flags).err.startswith(line)
 
 
+@pytest.mark.slow
 def test_the_policy_of_the_longest_row_is_named(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
@@ -168,6 +170,7 @@ def test_all_settings_that_do_not_suit_are_named_at_once(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_more_tokens_than_positions_are_a_warning(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
@@ -187,17 +190,21 @@ def test_a_card_that_is_named_twice_is_planned_once(
     assert [one["card"] for one in plans] == ["H100-80", "H200"]
 
 
+@pytest.mark.slow
 def test_a_budget_above_a_card_is_what_the_card_has(
     capsys: pytest.CaptureFixture[str], folder: Path
 ) -> None:
     flags = ("plan", folder, "--max-length", 64, "--rows", 1, "--gpu", "h200", "--gpu", "rtx-4090")
     ended = here(capsys, *flags, "--budget", 60, "--json")
     large, small = ended.json["plans"]
-    assert (large["budget_bytes"], small["budget_bytes"]) == (60 * 10**9, named("rtx-4090").budget)
+    assert (large["budget_bytes"], small["budget_bytes"]) == (
+        60 * 10**9,
+        gpu_by_name("rtx-4090").budget,
+    )
     (line,) = ended.json["notes"]
-    assert line == ("note: --budget 60 is more GB than a plan may fill; taken are 23.8 of RTX-4090")
+    assert line == ("note: --budget 60 is more than a plan may use; using 23.8 GB on RTX-4090")
     assert line in here(capsys, *flags, "--budget", 60).err.splitlines()
-    assert "a plan may fill" not in here(capsys, *flags, "--budget", 23).err
+    assert "a plan may use" not in here(capsys, *flags, "--budget", 23).err
 
 
 def test_an_op_that_is_not_used_is_named_with_those_that_are(

@@ -28,6 +28,7 @@ from support.swatch_kit import (  # fmt: skip
     swatch_tokenizer,
     text,
 )
+from support.tiers import fast
 
 from qcore.api.media import Placed, RowError
 from qcore.checkpoint.chat_template import Template
@@ -241,6 +242,7 @@ def test_counters(folder: Path, checkpoint: FakeCheckpoint) -> None:
     assert again["media_sha256"] != told["media_sha256"]
 
 
+@pytest.mark.slow
 def test_keys_of_their_own_are_those_of_trained_rows(
     folder: Path, checkpoint: FakeCheckpoint
 ) -> None:
@@ -400,7 +402,9 @@ NAMES: list[tuple[str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "code", "says"), NAMES, ids=range(len(NAMES)))
+@pytest.mark.parametrize(
+    ("given", "code", "says"), fast(NAMES, *NAMES[::5], names=3), ids=range(len(NAMES))
+)
 def test_what_names_no_bytes_is_one_line(
     folder: Path, checkpoint: FakeCheckpoint, given: str, code: str, says: str
 ) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import inspect
 import itertools
 import re
 import shlex
 import shutil
+import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -187,7 +188,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 CONFIG: dict[str, Any] = {
     "model_type": "acme", "vocab_size": 40, "hidden_size": 12, "num_attention_heads": 3,
-    "head_dim": 5, "num_hidden_layers": 2, "rope_theta": 10000, "max_position_embeddings": 128,
+    "head_dim": 5, "num_hidden_layers": 2, "rope_theta": 10000, "sliding_window": 128,
 }  # fmt: skip
 
 
@@ -270,26 +271,54 @@ ACME: dict[str, Any] = {
 }  # fmt: skip
 
 
-def walk_blocks(section: str) -> list[str]:
-    """The code of a section of writing-a-plugin.md, by the start of its heading."""
-    text = (DOCS / "writing-a-plugin.md").read_text(encoding="utf-8")
-    body = text.split(f"\n## {section}")[1].split("\n## ")[0]
-    return [source for _, source in BLOCK.findall(body)]
+FILE = re.compile(r"^`([\w./-]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def walk_files() -> dict[str, str]:
+    """The files that writing-a-plugin.md builds, by path."""
+    return dict(FILE.findall((DOCS / "writing-a-plugin.md").read_text(encoding="utf-8")))
+
+
+def install_acme(folder: Path) -> None:
+    """Install the example as pip would."""
+    made = walk_files()
+    project = tomllib.loads(made["pyproject.toml"])["project"]
+    groups = project["entry-points"].items()
+    write_distribution(
+        folder, project["name"], module="qcore_acme.plugin", version=project["version"],
+        requires=project["dependencies"][0],
+        entry_points="".join(
+            f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
+            for group, points in groups
+        ),
+    )  # fmt: skip
+    for name, text in made.items():
+        if name.startswith("src/"):
+            path = folder / name.removeprefix("src/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
 
 
 @pytest.fixture
 def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plugins]:
-    """The example, installed."""
-    hooks, blocks = walk_blocks("8. ")
+    """The example, installed, in this process and in processes of its own."""
     folder = tmp_path / "site"
-    write_distribution(
-        folder, "qcore-acme", module="acme", source=hooks, plugin="acme", model_types=("acme",)
-    )
-    (folder / "acme_model.py").write_text(blocks, encoding="utf-8")
+    install_acme(folder)
     monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
     yield discover_plugins(folder)
-    for name in ("acme", "acme_model"):
-        sys.modules.pop(name, None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "qcore_acme"]:
+        del sys.modules[name]
+
+
+def test_the_files_of_the_example_are_those_of_its_layout() -> None:
+    text = (DOCS / "writing-a-plugin.md").read_text(encoding="utf-8")
+    layout = text.partition("```text\n")[2].partition("```")[0]
+    made = walk_files()
+    for name in made:
+        path = Path(name)
+        assert path.name in layout or f"{path.parent.name}/" in layout, name
+    assert set(re.findall(r"\w+\.(?:py|toml)", layout)) <= {Path(name).name for name in made}
 
 
 def acme_tensors() -> dict[str, Any]:
@@ -432,17 +461,31 @@ def test_the_whole_architecture_is_one(acme: Plugins, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("acme")
-@pytest.mark.parametrize("number", range(3))
-def test_the_tests_of_the_example_pass(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    (source,) = walk_blocks("9. ")
-    example: dict[str, Any] = {}
-    exec(compile(source, "writing-a-plugin.md", "exec"), example)
-    tests = [value for name, value in example.items() if name.startswith("test_")]
-    assert len(tests) == 3
-    given = {"tmp_path": tmp_path / "model", "monkeypatch": monkeypatch}
-    tests[number](**{name: given[name] for name in inspect.signature(tests[number]).parameters})
+def test_the_tests_of_the_example_pass(tmp_path: Path) -> None:
+    file = tmp_path / "test_acme.py"
+    file.write_text(walk_files()["tests/test_acme.py"], encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file.name]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^8 passed", done.stdout, re.MULTILINE), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("acme")
+def test_the_example_trains_and_merges(tmp_path: Path) -> None:
+    chosen = ("--architecture", "acme", "--output", tmp_path / "demo")
+    done = apart("demo", *chosen, "--json", timeout=600)
+    assert done.code == 0, done.err
+    told = done.json
+    assert told["last_loss"] < told["first_loss"] / 2
+    assert told["after"] != told["before"]
+    seen = apart("inspect", "demo/base", cwd=tmp_path)
+    assert f"```text\n{seen.out}```" in (DOCS / "writing-a-plugin.md").read_text(encoding="utf-8")
+    kernels = apart("doctor", "--kernels", "--json").json["kernels"]
+    (fused,) = [line for line in kernels if line["backend"] == "fused" and line["owner"] != "qcore"]
+    assert (fused["op"], fused["state"]) == ("acme::norm", "available")
+    assert apart("presets", "show", "acme-2b").code == 0
+    assert apart("skus", "show", "acme/Acme-2B").code == 0
 
 
 # Links, commands, words.

@@ -74,6 +74,7 @@ def test_in_float32_both_sides_agree(pair: tuple[Slice, Twin], case: str) -> Non
         assert prove("", ours.gradients(CASES[case], forced), found, found).lines[0].error < 1e-5
 
 
+@pytest.mark.slow
 def test_after_training_both_sides_agree(pair: tuple[Slice, Twin]) -> None:
     ours, theirs = pair
     ours.set_decay("usual")
@@ -147,6 +148,7 @@ def _peft_name(name: str, side: str) -> str:
     return f"{path}.lora_{side}.default.weight"
 
 
+@pytest.mark.slow
 def test_bfloat16_errs_as_transformers_does(trio: tuple[Slice, Twin, Twin]) -> None:
     """The references in torch; with the experts of the float32 run where there are any."""
     ours, theirs, reference = trio

@@ -130,14 +130,14 @@ def test_an_empty_folder_is_a_target_and_a_full_one_is_not(tmp_path: Path) -> No
     assert tree(tmp_path) == before
 
 
-def test_only_an_artefact_is_overwritten(tmp_path: Path) -> None:
+def test_only_an_artifact_is_overwritten(tmp_path: Path) -> None:
     target = tmp_path / "out"
     make(target, "old")
     make(target, "new", overwrite=True)
     assert verify(target).meta == {"word": "new"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     (target / MANIFEST).unlink()
-    with pytest.raises(WriteError, match="not ours"):
+    with pytest.raises(WriteError, match="qcore does not replace it"):
         make(target, overwrite=True)
 
 
@@ -437,7 +437,7 @@ def _grow(folder: Path) -> None:
         (_pipe, "note.txt: not a plain file"),
         (_grow, "note.txt: 8 bytes, expected"),
         (lambda f: (f / "sub" / "b.bin").write_bytes(b"1"), "sub/b.bin: 1 bytes, expected 0"),
-        (lambda f: (f / MANIFEST).unlink(), "holds no MANIFEST.json"),
+        (lambda f: (f / MANIFEST).unlink(), "has no MANIFEST.json"),
         (lambda f: (f / MANIFEST).write_bytes(b""), "is not JSON"),
         (lambda f: (f / MANIFEST).write_bytes(b"[" * 100_000), "is not JSON"),
         (lambda f: (f / MANIFEST).write_bytes(b"[]"), "is not a mapping"),

@@ -29,6 +29,7 @@ def test_every_kernel_compiles_for_hopper():
     assert "0" not in counts.values(), counts
 
 
+@pytest.mark.slow
 def test_a_kernel_that_no_check_launches_is_named():
     done = compiled("qwen35::swiglu")
     assert done.returncode > 0

@@ -112,6 +112,7 @@ def test_derivatives_of_the_references() -> None:
 
 
 @pytest.mark.parametrize("op", fast([op for op in CASES if op.startswith("moe_")], "moe_router"))
+@pytest.mark.slow
 def test_the_checks_pass_and_can_fail(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     verdict = verify(op, torch.device("cpu"))
     assert verdict.output < 1e-2  # the interpreter cuts where a card rounds

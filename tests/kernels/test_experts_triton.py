@@ -136,6 +136,7 @@ def test_gradients_are_added_where_that_is_wanted(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(one, two)
 
 
+@pytest.mark.slow
 def test_the_check_passes_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(experts_triton, "tile_rows", lambda rows, experts: 16)
@@ -170,6 +171,7 @@ def test_rows_are_sorted_as_by_a_stable_sort(case: str) -> None:
     assert torch.equal(found.tiles, experts_triton.tiles_of(wanted))
 
 
+@pytest.mark.slow
 def test_many_rows_and_experts_are_sorted() -> None:
     verdict = experts_triton_routing.verify(torch.device("cpu"))
     assert verdict.good

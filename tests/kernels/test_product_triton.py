@@ -140,6 +140,7 @@ def test_gradients_of_a_that_do_not_lie_together():
 
 
 @pytest.mark.parametrize("case", ["wide", "narrow"])
+@pytest.mark.slow
 def test_an_update_is_seen(case: str):
     maps = members(case)
     optimizer = FlatAdamW(maps, lr=0.5, weight_decay=0.0)
@@ -156,6 +157,7 @@ def test_an_update_is_seen(case: str):
 
 
 @pytest.mark.parametrize("case", ["wide", "narrow"])
+@pytest.mark.slow
 def test_another_scaling_and_another_adapter_are_seen(case: str):
     """Where the masters lie does not tell: the numbers may change, or a rank in the same place."""
     maps = members(case)
@@ -239,6 +241,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch):
         counted.clear()
 
 
+@pytest.mark.slow
 def test_the_check_passes_and_sees_faults(monkeypatch: pytest.MonkeyPatch):
     from qcore.nn.qlora import fused_verify as product_verify
 

@@ -26,6 +26,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", fast(SIZES, "dense"))
+@pytest.mark.slow
 def test_forty_layers_are_proved(kind: str, tmp_path: Path) -> None:
     write(tmp_path / "base", num_hidden_layers=40, hidden_size=64, **SIZES[kind])
     rows = write_rows(tmp_path / "rows.jsonl", conversations(4))

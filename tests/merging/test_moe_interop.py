@@ -111,6 +111,7 @@ def test_trained_by_us_and_loaded_by_stock_peft(
         loaded_adapter(stock(base, OTHER[kind], moe=True), out)
 
 
+@pytest.mark.slow
 def test_experts_in_another_order_would_show(
     bases: dict[str, Path], rows: Path, tmp_path: Path
 ) -> None:
@@ -228,7 +229,10 @@ def made_by_peft(base: Path, kind: str, folder: Path, recipe: dict[str, Any]) ->
     return model
 
 
-@pytest.mark.parametrize(("kind", "recipe"), pairs(["vl", "text"], [*RECIPES]))
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    fast(pairs(["vl", "text"], [*RECIPES]), *pairs(["vl", "text"], [*RECIPES])[::4], names=2),
+)
 def test_made_by_stock_peft_and_merged_by_us(
     bases: dict[str, Path], tmp_path: Path, kind: str, recipe: str
 ) -> None:

@@ -102,7 +102,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path, Path], object], str, tuple[str, ...
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("case", CHECKPOINTS)
+@pytest.mark.parametrize("case", fast(CHECKPOINTS, *[*CHECKPOINTS][::4]))
 def test_a_checkpoint(capsys: Any, base: Path, blind: Path, data: Path, case: str):
     change, code, says = CHECKPOINTS[case]
     change(base, blind)
@@ -333,7 +333,7 @@ GENERATE: dict[str, tuple[tuple[str, ...], int, str, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", GENERATE)
+@pytest.mark.parametrize("case", fast(GENERATE, *[*GENERATE][::4]))
 def test_generate(
     capsys: Any, seeing: Path, data: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ):

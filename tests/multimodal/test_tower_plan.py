@@ -13,7 +13,7 @@ from qcore.api.blocks import Media, Tower
 from qcore.nn.kernels.launch import PlannedDevice, planning
 from qcore.nn.model import Model
 from qcore.nn.qlora.lora_layer import Lora
-from qcore.planning.meta_model import Taken, meta_model
+from qcore.planning.meta_model import PlannedBackends, meta_model
 from qcore.planning.trace import Trace
 from qcore.plugins.resolve_model import identify
 from qcore_multimodal.media_batch import PixelBatch
@@ -33,7 +33,7 @@ def planned_model(folder: Path, groups: tuple[str, ...] = GROUPS) -> Model:
     assert found.modality is not None
     found = found.using(found.modality)
     model, _ = meta_model(
-        found, torch.bfloat16, targets(found.layout, groups, LORA), Taken({}, {}, ()),
+        found, torch.bfloat16, targets(found.layout, groups, LORA), PlannedBackends({}, {}, ()),
         quantize=True, device="cuda",
     )  # fmt: skip
     return model

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from support.cli_kit import apart
 from support.e2e_kit import CPU, random_b
 from support.run_kit import SHORT, raw, start, stop_at
+from support.tiers import fast
 
 from qcore.adapter.targets import targets
 from qcore.config.settings import Settings
@@ -266,7 +267,7 @@ def test_a_trained_tower_is_not_cached(base: Path, rows: Path, embeds: list[bool
 # -- the verb
 
 
-@pytest.mark.parametrize("groups", [TEXT, ALL], ids=["frozen", "trained"])
+@pytest.mark.parametrize("groups", fast([TEXT, ALL], ALL), ids=["frozen", "trained"])
 def test_a_stopped_run_goes_on_bit_for_bit(
     base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: Sequence[str]
 ) -> None:
@@ -281,6 +282,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert raw(tmp_path / "out") == raw(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_how_much_is_kept_may_change_but_not_whether(
     base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +300,7 @@ def test_how_much_is_kept_may_change_but_not_whether(
     assert raw(tmp_path / "out") == raw(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_other_pictures_are_another_run(
     base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +343,7 @@ def run(base: Path, rows: Path, out: Path, *more: str, without: bool = False) ->
     return apart("train", "--model", base, "--data", rows, "--output", out, *flags, env=env)
 
 
+@pytest.mark.slow
 def test_a_run_of_text_is_the_same_without_the_plugin(
     base: Path, text_rows: Path, tmp_path: Path
 ) -> None:
@@ -364,6 +368,7 @@ def test_rows_with_media_without_the_plugin_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_group_of_the_tower_without_the_plugin(
     base: Path, text_rows: Path, tmp_path: Path
 ) -> None:
@@ -381,6 +386,7 @@ def test_rows_with_media_for_a_model_of_text_are_refused(rows: Path, tmp_path: P
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("groups", [("merger",), ("vision", "merger")], ids=len)
+@pytest.mark.slow
 def test_a_tower_alone_is_trained_on_mixed_rows(
     base: Path, rows: Path, tmp_path: Path, groups: tuple[str, ...], recompute: str
 ) -> None:
@@ -411,6 +417,7 @@ def test_a_towers_group_without_media_is_refused(
     assert caught.value.found == "vision"
 
 
+@pytest.mark.slow
 def test_a_towers_group_that_no_step_reaches_is_refused(
     base: Path, rows: Path, text_rows: Path, tmp_path: Path
 ) -> None:
@@ -440,6 +447,7 @@ def test_a_tower_that_is_not_loaded_is_not_put_in_4_bit(
     assert caught.value.code == "QC-LORA-004"
 
 
+@pytest.mark.slow
 def test_a_run_of_text_imports_neither_pillow_nor_transformers(
     base: Path, text_rows: Path, tmp_path: Path
 ) -> None:
@@ -453,6 +461,7 @@ def test_a_run_of_text_imports_neither_pillow_nor_transformers(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_tower_in_4_bit_when_asked(base: Path, rows: Path, tmp_path: Path) -> None:
     options = RUN | {"quantization": "nf4", "quantize_groups": ("vision", "merger")}
     report = start(base, rows, tmp_path / "out", options | {"target_groups": ALL})
@@ -514,6 +523,7 @@ def test_generate_is_the_stock_class(base: Path, rows: Path) -> None:
         assert answer.prompt_tokens == ids.shape[1]
 
 
+@pytest.mark.slow
 def test_an_adapter_of_text_is_told_that_media_are_new(
     base: Path, text_rows: Path, rows: Path, tmp_path: Path
 ) -> None:
@@ -527,6 +537,7 @@ def test_an_adapter_of_text_is_told_that_media_are_new(
     assert "of their own" not in ended.err
 
 
+@pytest.mark.slow
 def test_an_adapter_is_told_that_its_media_were_of_other_sizes(base: Path, tmp_path: Path) -> None:
     drawn(tmp_path / "0.png", 0, 96, 96)
     small = part("image", "0.png") | {"max_pixels": 2048}

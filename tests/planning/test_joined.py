@@ -14,7 +14,7 @@ from qcore.planning.compare import RunPlan
 from qcore.planning.gpus import CARDS
 from qcore.planning.packs import may_join, packs_of
 from qcore.planning.run import Room, plan_run
-from qcore.planning.saved import Before
+from qcore.planning.saved import PreviousPlan
 from qcore.plugins.resolve_model import Identified
 
 LONG_AND_SHORT = [2000] * 8 + [200] * 56
@@ -35,7 +35,7 @@ def planned(
     found: Identified,
     rows: list[int],
     budget: int = CARDS[0].budget,
-    before: Before | None = None,
+    before: PreviousPlan | None = None,
     **given: Any,
 ) -> tuple[RunPlan, list[str]]:
     """The plan of these rows, eight micro-batches a step, on an H100."""
@@ -80,7 +80,7 @@ def test_what_costs_memory_that_there_is_not_is_not_joined(four: Identified) -> 
 
 @pytest.mark.parametrize("together", [0, 2064, 4096])
 def test_a_resumed_run_joins_as_before(four: Identified, together: int) -> None:
-    before = Before(policies=("full",) * 4, together=together)
+    before = PreviousPlan(policies=("full",) * 4, together=together)
     plan, notes = planned(four, LONG_AND_SHORT, before=before)
     assert (plan.together, plan.policies) == (together, before.policies)
     (note,) = [one for one in notes if "before the run was stopped" in one]
@@ -88,17 +88,17 @@ def test_a_resumed_run_joins_as_before(four: Identified, together: int) -> None:
 
 
 def test_under_another_policy_a_resumed_run_joins_as_before(four: Identified) -> None:
-    plan, _ = planned(four, LONG_AND_SHORT, before=Before(together=4096), recompute="full")
+    plan, _ = planned(four, LONG_AND_SHORT, before=PreviousPlan(together=4096), recompute="full")
     assert (plan.together, set(plan.policies)) == (4096, {"full"})
 
 
 def test_a_resumed_run_that_no_longer_fits_says_that_sums_change(four: Identified) -> None:
     roomy, _ = planned(four, LONG_AND_SHORT)
-    before = Before(policies=roomy.policies, together=roomy.together)
+    before = PreviousPlan(policies=roomy.policies, together=roomy.together)
     plan, notes = planned(four, LONG_AND_SHORT, tightest(four), before)
     assert plan.together < roomy.together
     assert any(
-        f"together up to {roomy.together} tokens before" in one and "in another order" in one
+        f"joined up to {roomy.together} tokens before" in one and "in another order" in one
         for one in notes
     )
 

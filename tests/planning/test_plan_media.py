@@ -345,6 +345,7 @@ def test_more_units_than_can_be_numbered_are_refused() -> None:
         check_pack(Pack((64,), MOST))
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_its_units(found: Identified) -> None:
     chosen = settings(target_groups=GROUPS["trained"], per_device_train_batch_size=2)
     packs = packs_of([300, 300], [], chosen, units=[2400, 2400])
@@ -363,6 +364,7 @@ def plan(capsys: pytest.CaptureFixture[str], folder: Path, *flags: object) -> An
     return here(capsys, "plan", folder, *common, *flags).json
 
 
+@pytest.mark.slow
 def test_the_command_counts_media(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     text = plan(capsys, folder)["plans"][0]
     assert "tower" not in text["memory_bytes"]

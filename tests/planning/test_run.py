@@ -17,13 +17,13 @@ from qcore.errors import InputError
 from qcore.nn.device import is_out_of_memory
 from qcore.nn.recompute import POLICIES
 from qcore.planning import Planner
-from qcore.planning.compare import RunPlan, beside
+from qcore.planning.compare import RunPlan, comparison_line
 from qcore.planning.gpus import CARDS, card_of
 from qcore.planning.host_memory import available
 from qcore.planning.oom import Usage, Watch
 from qcore.planning.packs import packs_of
 from qcore.planning.run import Room, plan_run, room_of
-from qcore.planning.saved import PLAN, Before, keep, kept
+from qcore.planning.saved import PLAN, PreviousPlan, load_plan, save_plan
 from qcore.planning.trace import Trace
 from qcore.plugins.resolve_model import Identified, identify
 from qcore.training.meter import Meter
@@ -67,7 +67,7 @@ def planned(
     **given: Any,
 ) -> tuple[RunPlan, list[str]]:
     chosen = settings(**given)
-    before = Before(policies=kept)
+    before = PreviousPlan(policies=kept)
     return plan_run(found, chosen, packs_of(rows, held_out, chosen), room, before=before)
 
 
@@ -166,6 +166,7 @@ def check_fixes(found: Identified, error: InputError, room: Room, given: dict[st
         assert planned(found, room, rows, **(given | numbers))[0].worst.fits, fix
 
 
+@pytest.mark.slow
 def test_a_refusal_names_the_largest_term_and_fixes_that_are_true(found: Identified) -> None:
     given = {"per_device_train_batch_size": 4}
     room = Room(budget=peak(found, "full", (500, 500)) + 10_000)
@@ -179,6 +180,7 @@ def test_a_refusal_names_the_largest_term_and_fixes_that_are_true(found: Identif
     check_fixes(found, error, room, given)
 
 
+@pytest.mark.slow
 def test_one_very_long_row_is_what_is_refused(found: Identified) -> None:
     room = Room(budget=peak(found, "full", (600,)))
     rows = [40] * 30 + [1000]
@@ -187,6 +189,7 @@ def test_one_very_long_row_is_what_is_refused(found: Identified) -> None:
     assert planned(found, room, rows, max_steps=1, seed=1)[0].worst.lengths == (40,)
 
 
+@pytest.mark.slow
 def test_a_policy_by_hand_makes_it_a_warning(found: Identified) -> None:
     room = Room(budget=peak(found, "full"))
     for given in ({"gradient_checkpointing": False}, {"recompute": "elementwise"}):
@@ -211,7 +214,7 @@ def test_offload_states_what_it_parks(four: Identified) -> None:
     plan, notes = planned(four, Room(card=CARDS[0]), [4096], recompute="offload")
     assert plan.worst.host == 8 * BLOCK
     assert plan.as_json()["host_bytes"] == 8 * BLOCK
-    assert f"{8 * BLOCK / 1e9:.1f} GB of the host's memory" in " ".join(notes)
+    assert f"{8 * BLOCK / 1e9:.1f} GB of host memory" in " ".join(notes)
     none, _ = planned(four, Room(card=CARDS[0]), [4096], recompute="full")
     assert none.worst.host == 0
 
@@ -249,6 +252,7 @@ def test_a_plan_by_itself_parks_no_more_than_the_host_has(four: Identified) -> N
 # -- evaluation
 
 
+@pytest.mark.slow
 def test_a_held_out_row_can_be_the_worst(found: Identified) -> None:
     plan, _ = planned(found, Room(), [64, 64], held_out=(1200, 64))
     assert plan.worst.moment == "evaluation of a held-out row"
@@ -311,12 +315,12 @@ def test_another_policy_is_said(found: Identified) -> None:
 
 def test_policies_are_written_and_read(found: Identified, tmp_path: Path) -> None:
     plan, _ = planned(found, Room())
-    assert kept(tmp_path, POLICIES)[0] == Before()
+    assert load_plan(tmp_path, POLICIES)[0] == PreviousPlan()
     (tmp_path / f"{PLAN}.new").write_text("half")
-    keep(tmp_path, plan)
-    assert kept(tmp_path, POLICIES) == (Before(policies=plan.policies, together=0), [])
-    keep(tmp_path, replace(plan, together=4096))
-    assert kept(tmp_path, POLICIES)[0].together == 4096
+    save_plan(tmp_path, plan)
+    assert load_plan(tmp_path, POLICIES) == (PreviousPlan(policies=plan.policies, together=0), [])
+    save_plan(tmp_path, replace(plan, together=4096))
+    assert load_plan(tmp_path, POLICIES)[0].together == 4096
     assert [path.name for path in tmp_path.iterdir()] == [PLAN]
 
 
@@ -328,8 +332,8 @@ DAMAGED += ['{"policies": "full"}', '{"policies": ["full", "bogus"]}', '{"polici
 @pytest.mark.parametrize("text", DAMAGED)
 def test_a_damaged_plan_is_said(tmp_path: Path, text: str) -> None:
     (tmp_path / PLAN).write_text(text)
-    before, (line,) = kept(tmp_path, POLICIES)
-    assert before == Before()
+    before, (line,) = load_plan(tmp_path, POLICIES)
+    assert before == PreviousPlan()
     assert "recompute is planned again" in line
 
 
@@ -346,7 +350,7 @@ def test_prediction_beside_measurement(four: Identified) -> None:
     meter.step(1024, 0.1, 2 * plan.worst.peak)
     meter.step(1024, 0.1, plan.worst.peak)
     meter.saw(plan.worst.peak)
-    line = beside(plan, meter.measured("cuda"))
+    line = comparison_line(plan, meter.measured("cuda"))
     assert "(plan -50.0%)" in line
     assert "10,240 tokens/s measured" in line
     assert meter.measured("cuda").as_json() == {
@@ -356,10 +360,10 @@ def test_prediction_beside_measurement(four: Identified) -> None:
 
 def test_on_the_cpu_nothing_is_compared(found: Identified) -> None:
     plan, meter = planned(found, Room())[0], Meter()
-    assert "no step ran" in beside(plan, meter.measured("cpu"))
+    assert "no step ran" in comparison_line(plan, meter.measured("cpu"))
     meter.step(100, 2.0, 10**9)
-    line = beside(plan, meter.measured("cpu"))
-    assert "1.00 GB the whole process resident; no time planned, 50 tokens/s measured" in line
+    line = comparison_line(plan, meter.measured("cpu"))
+    assert "1.00 GB resident in the process; no time planned, 50 tokens/s measured" in line
     assert "%" not in line
 
 
@@ -408,7 +412,7 @@ def test_the_plans_terms_stand_beside_the_measured(four: Identified) -> None:
 def test_who_is_to_blame(four: Identified) -> None:
     plan = card_plan(four)
     taken = Usage(10**9, 10**9, 10**9, 10**9)
-    assert "something else took memory" in str(report(plan, OOM, taken).fix)
+    assert "another process took memory" in str(report(plan, OOM, taken).fix)
     small = replace(plan, worst=replace(plan.worst, budget=10**9))
     assert "leave recompute at auto" in str(report(small, OOM, taken).fix)
 

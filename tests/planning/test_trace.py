@@ -92,7 +92,7 @@ def test_allocations_have_owners_backwards_too() -> None:
     with Trace("meta") as trace:
         x = torch.empty(KB, device="meta", requires_grad=True)
         y = trace.named("double", Double.apply)(x)
-        assert trace.by["double"] == 4 * KB
+        assert trace.live_by_op["double"] == 4 * KB
         trace.mark()
         y.backward(torch.empty(KB, device="meta"))
-        assert trace.peak_by["double"] == 8 * KB
+        assert trace.peak_by_op["double"] == 8 * KB

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.plugin_kit import good, process
@@ -12,8 +14,9 @@ from support.plugin_kit import good, process
 from qcore.api import hookspecs
 from qcore.api.parameters import Part
 from qcore.api.records import AdapterClaim, Architecture, ChatFormat, Claim, Generation, Modality
-from qcore.plugins.manager import _yields
-from qcore.plugins.record_check import callable_fields
+from qcore.errors import PluginError
+from qcore.plugins.manager import _guarded, _yields
+from qcore.plugins.record_check import callable_fields, problem
 from qcore.testing import write_distribution
 
 #: name -> (source, status after loading, what the reason must hold)
@@ -304,6 +307,34 @@ def test_callables_are_known_by_the_type_of_their_field() -> None:
     assert callable_fields(Modality) == ("build", "reader")
     assert callable_fields(Architecture) == ("build", "tiny")
     assert callable_fields(Generation) == ()
+    assert callable_fields(ChatFormat) == ("parse",)
+
+
+@pytest.mark.parametrize(
+    ("parse", "wanted"), [(None, None), (print, None), (5, "ChatFormat whose parse is int")]
+)
+def test_a_protocol_with_call_is_a_function(parse: Any, wanted: str | None) -> None:
+    given = ChatFormat(
+        turn_start="<s>", role_end="\n", turn_end="</s>", assistant="bot", prompt_tails=(),
+        control=(), roles=("user", "bot"), stop_tokens=("</s>",), parse=parse,
+    )  # fmt: skip
+    assert problem(given) == wanted
+
+
+def test_a_parser_that_fails_names_its_plugin() -> None:
+    def parse(text: str, tools: object = None, *, thinking: bool = False) -> dict[str, Any]:
+        raise KeyError(text)
+
+    given = ChatFormat(
+        turn_start="<s>", role_end="\n", turn_end="</s>", assistant="bot", prompt_tails=(),
+        control=(), roles=("user", "bot"), stop_tokens=("</s>",), parse=parse,
+    )  # fmt: skip
+    plugin: Any = SimpleNamespace(
+        info="plugin 'toy'", name="toy", identity=SimpleNamespace(distribution="toy")
+    )
+    with pytest.raises(PluginError, match="failed in parse of ChatFormat") as caught:
+        _guarded(plugin, given).parse("hi", thinking=True)
+    assert caught.value.code == "QC-PLUGIN-002"
 
 
 def test_interrupt_at_import_is_not_swallowed(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from qcore.api.parameters import Part, Row, Table, cat, stack
 from qcore.checkpoint.checkpoint import Checkpoint
 from qcore.checkpoint.layout import survey
 from qcore.errors import InputError, PluginError, UsageError
-from qcore.skus.compare import part_layouts, said
+from qcore.skus.compare import format_value, part_layouts
 from qcore.skus.records import SECTIONS, Mark
 from qcore.skus.registry import KIND, Skus, load_skus
 from qcore.testing import write_sparse_checkpoint
@@ -482,9 +482,9 @@ def test_layouts_are_told_from_the_tensors(tmp_path: Path) -> None:
 
 
 def test_values_read_as_people_read_them() -> None:
-    assert said(None) == "none"
-    assert said(True) == "true"
-    assert said(248044) == "248044"
-    assert said(873_438_784) == "873,438,784"
-    assert said((1, "a")) == "1, a"
-    assert said({"full": 2}) == "2 full"
+    assert format_value(None) == "none"
+    assert format_value(True) == "true"
+    assert format_value(248044) == "248044"
+    assert format_value(873_438_784) == "873,438,784"
+    assert format_value((1, "a")) == "1, a"
+    assert format_value({"full": 2}) == "2 full"

@@ -3,7 +3,8 @@
 It serves ``/api/models/{id}[/revision/{rev}]``, ``/api/models/{id}/tree/{rev}`` and
 ``/{id}/resolve/{rev}/{file}`` (HEAD, GET, Range; ETag, X-Repo-Commit). Safetensors are "LFS":
 they answer with a redirect and X-Linked-Etag, as on the real hub. Every request is recorded,
-every byte of a body counted. A `Sparse` file has any size and costs no memory.
+every byte of a body counted. A `Sparse` file has any size and costs no memory. The id of a
+dataset begins with ``datasets/``.
 
     with HubServer() as hub:
         commit = hub.add("org/tiny", {"config.json": b"{}", "model.safetensors": data})
@@ -27,6 +28,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 _CHUNK = 1 << 16
+_API = r"/api/(?:models/|(?=datasets/))((?:datasets/)?[^/]+/[^/]+)"
 
 
 @dataclass(frozen=True)
@@ -201,14 +203,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(self.record)
         if self.hub.fail_with is not None:
             return self._send(self.hub.fail_with, b"")
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+        if match := re.fullmatch(_API + r"(?:/revision/(.+))?", path):
             sizes = "blobs" in parse_qs(urlsplit(self.path).query)
             return self._info(match[1], match[2] or "main", sizes)
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/?", path):
+        if match := re.fullmatch(_API + r"/tree/([^/]+)/?", path):
             return self._tree(match[1], match[2])
-        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        if match := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._resolve(match[1], match[2], match[3])
-        if match := re.fullmatch(r"/lfs/([^/]+/[^/]+)/([^/]+)/(.+)", path):
+        if match := re.fullmatch(r"/lfs/((?:datasets/)?[^/]+/[^/]+)/([^/]+)/(.+)", path):
             time.sleep(self.hub.delay)
             return self._file(self.hub.repos[match[1]].commits[match[2]][match[3]], {})
         return self._error(404, "EntryNotFound")

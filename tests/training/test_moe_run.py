@@ -105,6 +105,7 @@ def test_the_load_balancing_coefficient_acts(base: Path, rows: Path, tmp_path: P
     assert any(not torch.equal(off[name], on[name]) for name in off)
 
 
+@pytest.mark.slow
 def test_every_verb_on_the_command_line(base: Path, rows: Path, tmp_path: Path) -> None:
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     sets = {**BASE, "group_r.experts": 2, "router_aux_loss_coef": 0.001}

@@ -162,6 +162,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert raw(tmp_path / "out") == raw(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_only_the_newest_checkpoints_are_kept(
     rows: Path, tmp_path: Path, stop: Callable[..., None]
 ) -> None:
@@ -229,7 +230,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object] | None, dict[str, Any], str]] 
 }
 
 
-@pytest.mark.parametrize("changed", CHANGES)
+@pytest.mark.parametrize("changed", fast(CHANGES, *[*CHANGES][::4]))
 def test_what_changed_is_named(halted: Path, tmp_path: Path, changed: str) -> None:
     home = shutil.copytree(halted, tmp_path / "home")
     edit, settings, field = CHANGES[changed]

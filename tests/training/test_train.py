@@ -117,6 +117,7 @@ def test_a_run_leaves_no_model_in_memory(
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.slow
 def test_every_kind_of_row_trains_every_adapter(rows: Path, tmp_path: Path) -> None:
     heard = Heard()
     report = run(

@@ -147,6 +147,7 @@ def test_settings_that_do_not_suit_the_model_are_refused_first(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_policy_by_hand_is_warned_of_and_runs(rows: Path, tmp_path: Path) -> None:
     heard = Heard()
     report = run(rows, tmp_path / "out", heard, Room(budget=10**6), recompute="elementwise")
@@ -262,7 +263,7 @@ def test_without_its_plan_a_stopped_run_is_planned_again(
     (tmp_path / "out.run" / "plan.json").unlink()
     heard = Heard()
     run(rows, tmp_path / "out", heard, resume=True)
-    assert heard.said("out.run holds no plan")
+    assert heard.said("out.run has no plan")
     assert raw(tmp_path / "out") == raw(whole[0])
 
 
@@ -290,6 +291,7 @@ def test_memory_that_runs_out_after_all_is_an_error(
     assert verify(tmp_path / "out.run" / "checkpoint-2").ok
 
 
+@pytest.mark.slow
 def test_json_has_the_plan_and_what_was_measured(
     capsys: pytest.CaptureFixture[str], rows: Path, tmp_path: Path
 ) -> None:

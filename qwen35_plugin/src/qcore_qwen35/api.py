@@ -8,7 +8,7 @@ claims                  `ARCHITECTURE`, `MOE`, `architecture_of`, `bos_of`,
                         `as_published_without_bos`, `ENDOFTEXT`
 template probes         `probe_template`, `TemplateBehavior`, the probe's texts (`EARLIER`,
                         `LATER`, `HEADER`, `THINK`, `NO_THINK`), `TEMPLATE_INPUTS` of 3.5
-chat rules              `QWEN35`, `switch_findings`
+chat rules              `QWEN35`, `switch_findings`, `ReplyParser`, `parse_reply`
 table rows              `parts`, `delta_rows`, `attention_rows`, `mlp_rows`, `moe_rows`, `ROOT`,
                         `GROUPS`, `MOE_GROUPS`, `text_config`, `layer_types`
 preflight checks        `config_findings`
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .model import Trunk, build
     from .moe import Moe, balance_loss
     from .norm import GatedNorm, RmsNorm, Weight
+    from .reply import ReplyParser, parse_reply
     from .rope import Rope
     from .table import (
         GROUPS,
@@ -62,15 +63,15 @@ if TYPE_CHECKING:
 __all__ = [
     "ARCHITECTURE", "EARLIER", "ENDOFTEXT", "GROUPS", "HEADER", "LATER", "MOE", "MOE_GROUPS",
     "NO_THINK", "QWEN35", "ROOT", "TEMPLATE_INPUTS", "THINK", "Attention", "GatedDeltaNet",
-    "GatedNorm", "Mlp", "Moe", "RmsNorm", "Rope", "TemplateBehavior", "Trunk", "Weight",
-    "architecture_of", "as_published_without_bos", "attention_rows", "balance_loss", "bos_of",
-    "build", "config_findings", "delta_rows", "layer_types", "mlp_rows", "moe_rows", "parts",
-    "probe_template", "switch_findings", "text_config",
+    "GatedNorm", "Mlp", "Moe", "ReplyParser", "RmsNorm", "Rope", "TemplateBehavior", "Trunk",
+    "Weight", "architecture_of", "as_published_without_bos", "attention_rows", "balance_loss",
+    "bos_of", "build", "config_findings", "delta_rows", "layer_types", "mlp_rows", "moe_rows",
+    "parse_reply", "parts", "probe_template", "switch_findings", "text_config",
 ]  # fmt: skip
 
 #: Modules searched for a name, in this order; from `attention` on they import torch.
 _MODULES = (
-    "detect", "template_probe", "chat", "table", "guards",
+    "detect", "template_probe", "reply", "chat", "table", "guards",
     "attention", "delta", "mlp", "moe", "norm", "rope", "model",
 )  # fmt: skip
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 
 from qcore.api import ChatFormat, Finding, PreflightRequest, Severity
 
+from .reply import parse_reply
+
 #: Special tokens of the tokenizer: text that contains them would become control tokens. A media
 #: reader adds its own, and core refuses every other token that the tokenizer marks as special.
 CONTROL = (
@@ -32,6 +34,7 @@ QWEN35 = ChatFormat(
     roles=("system", "user", "assistant", "tool"),
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     thinking_switch="enable_thinking",
+    parse=parse_reply,
 )
 
 #: Variables that the template compares with ``is true`` or ``is false``.

@@ -1,1 +1,1 @@
-"""LoRA adapters in PEFT's layout: names, configuration, reading, deltas."""
+"""LoRA adapters in PEFT's format: adapter_config.json, tensor names, targets, deltas."""

@@ -1,10 +1,10 @@
-"""Checks that a base has every part, such as a vision tower, that an adapter was trained on.
+"""Checks that a base has the parts, such as a vision tower, that an adapter was trained with.
 
-This file decides what of an adapter's recorded modalities (`Adapter.modalities`) a base must answer
-to: a tower that training changed is there with all of its pairs, and to be merged into, one that
-training loaded is there at all. Which pairs there are is `adapter_reader`'s.
+This file decides what a base must have for the modalities that an adapter records
+(`Adapter.modalities`): every tower that training changed, with all of its pairs, and, for a merge,
+every part that training loaded. `qcore.adapter.reader` decides which pairs an adapter has.
 
-Codes: ``QC-ADAPTER-012`` a part that is not here, ``-013`` another number of pairs than trained.
+Codes: ``QC-ADAPTER-012`` the base lacks a part, ``-013`` the number of pairs differs from training.
 """
 
 from __future__ import annotations
@@ -21,43 +21,51 @@ from .peft_names import Adapter, Pair, flags
 def check_complete(
     folder: Path, meta: Mapping[str, Any], pairs: Mapping[str, Pair], layout: Layout
 ) -> None:
-    """Every tower that training changed is here, with all of its pairs.
+    """Check that the base has every tower that training changed, with all of its pairs.
+
+    Args:
+        folder: the adapter folder, for errors.
+        meta: the manifest's meta mapping.
+        pairs: the pairs read from the folder, by canonical name of the weight.
+        layout: the base.
 
     Raises:
-        InputError: ``QC-ADAPTER-012``, ``-013``.
+        InputError: ``QC-ADAPTER-012`` the base lacks the tower, ``-013`` pairs are missing.
     """
-    for name, one in flags(meta).items():
-        trained = one.get("pairs")
+    for name, record in flags(meta).items():
+        trained = record.get("pairs")
         if type(trained) is not int or trained < 1:
             continue
         if not _has_part(layout, name):
-            raise _no_part(folder, name, one.get("plugin"), f"{trained} pairs in part '{name}'")
-        here = sum(pair.tensor.part.name == name for pair in pairs.values())
-        if here != trained:
+            raise _missing_part(
+                folder, name, record.get("plugin"), f"{trained} pairs in part '{name}'"
+            )
+        present = sum(pair.tensor.part.name == name for pair in pairs.values())
+        if present != trained:
             raise InputError(
                 "QC-ADAPTER-013",
-                f"does not hold what training changed in part '{name}'",
+                f"has a different number of LoRA pairs in part '{name}' than training recorded",
                 file=folder,
                 field=f"modalities.{name}.pairs",
-                found=here,
+                found=present,
                 expected=trained,
                 fix="train or export again, or restore the folder",
             )
 
 
 def _has_part(layout: Layout, name: str) -> bool:
-    """Whether a table has that part, and the checkpoint its tensors."""
+    """Whether the table has the part and the checkpoint has its tensors."""
     return name not in layout.absent and any(part.name == name for part in layout.table.parts)
 
 
-def _no_part(adapter: Path, name: str, plugin: object, found: str) -> InputError:
-    """``QC-ADAPTER-012``: a base without a part that an adapter depends on.
+def _missing_part(adapter: Path, name: str, plugin: object, dependency: str) -> InputError:
+    """Return ``QC-ADAPTER-012``: the base lacks a part that the adapter depends on.
 
     Args:
-        adapter: its folder.
-        name: of the part.
-        plugin: the distribution that owned it in training, as recorded.
-        found: what depends on it.
+        adapter: the adapter folder.
+        name: name of the part.
+        plugin: distribution that owned the part in training, as recorded.
+        dependency: what in the adapter depends on the part.
     """
     installed = f"install {plugin}, or " if isinstance(plugin, str) and plugin else ""
     return InputError(
@@ -65,26 +73,26 @@ def _no_part(adapter: Path, name: str, plugin: object, found: str) -> InputError
         "depends on a part that this base lacks, or that no installed plugin knows",
         file=adapter,
         field=f"part '{name}'",
-        found=found,
+        found=dependency,
         fix=f"{installed}name the base that the adapter was trained on",
     )
 
 
 def refuse_parts(layout: Layout, adapter: Adapter) -> None:
-    """Refuse a base without a part that training loaded, before anything is read.
+    """Refuse a base that lacks a part that training loaded, before any weight is read.
 
     Raises:
-        InputError: ``QC-ADAPTER-012``.
+        InputError: ``QC-ADAPTER-012`` the base lacks the part.
     """
     for name in adapter.fingerprints:
         if not _has_part(layout, name):
             plugin = adapter.modalities.get(name, {}).get("plugin")
-            raise _no_part(adapter.path, name, plugin, "it was trained with that part loaded")
+            raise _missing_part(adapter.path, name, plugin, "it was trained with that part loaded")
 
 
 def media_notes(adapter: Adapter) -> Iterator[str]:
-    """What of the adapter is not text."""
-    for name, one in adapter.modalities.items():
-        kinds = " and ".join(map(str, one.get("kinds") or [])) or "no media that it tells of"
-        changed = f"{one['pairs']} pairs change" if one.get("pairs") else "no pair changes"
+    """Yield one line for each modality that the adapter was trained with."""
+    for name, record in adapter.modalities.items():
+        kinds = " and ".join(map(str, record.get("kinds") or [])) or "media of unrecorded kinds"
+        changed = f"{record['pairs']} pairs change" if record.get("pairs") else "no pair changes"
         yield f"the adapter was trained on {kinds}; {changed} the part '{name}'"

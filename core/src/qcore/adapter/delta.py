@@ -1,8 +1,10 @@
-"""The adapter's matrices, and ``W + scaling * B A``: the one place where a delta is added.
+"""Computes ``W + scaling * B A`` in float64, in blocks of rows; merges add LoRA nowhere else.
 
 This file decides the arithmetic of a merge: float64, a block of rows at a time, so that the
-sum is rounded once, to the dtype of the file, and nothing of the size of a weight is made
-beside it. `merge` writes the sums, `prove` compares them with what training computes.
+sum is rounded once, to the dtype of the file, and no temporary has the size of a weight.
+`qcore.merging` writes the sums and compares them with the forward of training.
+
+Shapes: E experts, r rank of one LoRA pair.
 """
 
 from __future__ import annotations
@@ -19,16 +21,17 @@ from ..errors import NumericError
 from ..nn.load import DTYPES, as_bytes, read_exact
 from .peft_names import WEIGHTS, Adapter
 
-#: Threads that add up: one core is left to the thread that hashes and writes.
+#: Threads that add deltas; one core is left for the thread that hashes and writes.
 WORKERS = min(6, max(2, (os.cpu_count() or 2) - 1))
-BLOCK = 2**18  #: elements of a weight that are in float64 at a time: they stay in the cache
+BLOCK = 2**18  #: elements of a weight converted to float64 at a time; they fit in the CPU cache
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Arithmetic of torch on one core: on blocks this small threads wait more than they add.
+    """Run torch on one thread inside the block.
 
-    On a machine that has other work, the waiting is most of the time; and another core hashes.
+    On blocks this small, threads spend more time waiting than adding, above all on a busy machine,
+    and another core hashes meanwhile.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -39,15 +42,21 @@ def one_thread() -> Iterator[None]:
 
 
 def single() -> None:
-    """A worker of the merge computes on its own core alone."""
+    """Limit torch to one thread; the initializer of a merge worker."""
     torch.set_num_threads(1)
 
 
 class Deltas:
-    """The adapter's matrices and ``W + scaling * B A`` by region.
+    """The matrices of an adapter, in memory, and ``W + scaling * B A`` for a region of a weight.
+
+    Args:
+        adapter: the adapter; all of its matrices are read.
+
+    Attributes:
+        pairs: the adapter's pairs, by canonical name of the weight.
 
     Raises:
-        NumericError: ``QC-MERGE-003`` for a NaN or an infinity in the adapter.
+        NumericError: ``QC-MERGE-003`` the adapter contains a NaN or an infinity.
     """
 
     def __init__(self, adapter: Adapter) -> None:
@@ -64,7 +73,7 @@ class Deltas:
                     if not bool(torch.isfinite(value).all()):
                         raise NumericError(
                             "QC-MERGE-003",
-                            "holds a value that is not finite",
+                            "contains a value that is not finite",
                             file=self._path,
                             field=header.name,
                             fix="train again",
@@ -73,19 +82,20 @@ class Deltas:
                 self._values[name] = (sides[0], sides[1])
 
     def sides(self, name: str) -> tuple[Tensor, Tensor]:
-        """A and B of a weight in PEFT's layout, float32."""
+        """Return A and B of a weight, float32, in PEFT's layout (shapes: see `Pair`)."""
         return self._values[name]
 
     def add(self, name: str, weight: Tensor, region: Region) -> Iterator[tuple[Tensor, Tensor]]:
-        """``weight + scaling * B A`` in float64, where `weight` is ``tensor[region]``.
+        """Compute ``weight + scaling * B A`` in float64, where `weight` is ``tensor[region]``.
 
         Args:
             name: canonical name of the tensor.
-            weight: contiguous, of the region's values in any shape.
-            region: of the canonical tensor.
+            weight: the values of the region, contiguous, in any shape.
+            region: slices of the canonical tensor, one for each dimension.
 
         Yields:
-            A view of some rows of `weight`, and their sum; the view may be written meanwhile.
+            A view of some rows of `weight`, and the float64 sum for them. The caller may write
+            to the view before it takes the next one.
         """
         *stack, rows, columns = region
         weight = weight.view([part.stop - part.start for part in region])
@@ -102,7 +112,7 @@ class Deltas:
                 yield view, total
 
     def _slice(self, name: str, number: int | None) -> tuple[Tensor, Tensor]:
-        """``A [r, in]`` and ``B [out, r]`` of a weight, or of one expert of a stack."""
+        """Return ``A [r, in]`` and ``B [out, r]`` of a weight, or of one expert of a stack."""
         a, b = self._values[name]
         if number is None:
             return a, b

@@ -1,8 +1,8 @@
-"""Open a model or an adapter from a script: tensors and LoRA deltas by canonical name.
+"""`open_model` and `open_adapter` for scripts: tensors and LoRA deltas by canonical name.
 
-This file decides the public view of both: read-only mappings that read a tensor when it is asked
-for. Names are canonical, whatever the layout of the files; experts are one stack. It changes and
-writes nothing: `publish` does.
+This file decides the public, read-only view of both: mappings that read a tensor on access. Names
+are canonical, independent of the layout of the files; experts are one stack. It writes nothing;
+`publish` does.
 
 Shapes: E experts, r rank of one LoRA pair.
 """
@@ -27,15 +27,15 @@ from .reader import read_adapter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenModel(Mapping[str, Tensor]):
-    """The tensors of a model that a plugin knows, by canonical name.
+    """The tensors of a model, by canonical name.
 
-    ``model[name]`` reads a tensor from disk, on the CPU in its dtype on disk; block FP8 is
-    decoded to bfloat16. It raises KeyError for an unknown name and a `QcoreError` where the
-    file cannot be read. Optional parts without tensors have no names, and tied tensors that are
-    not on disk read the tensor that they are tied to.
+    ``model[name]`` reads a tensor from disk to the CPU, in its dtype on disk; block FP8 is
+    decoded to bfloat16. It raises `KeyError` for an unknown name and a `QcoreError` if the
+    file cannot be read. Optional parts that the checkpoint lacks have no names. A tied tensor
+    that is not on disk reads the tensor that it is tied to.
 
     Attributes:
-        identified: checkpoint, plugins, decision and layout.
+        identified: the checkpoint, its plugins, the architecture decision and the layout.
     """
 
     identified: Identified
@@ -57,11 +57,11 @@ class OpenModel(Mapping[str, Tensor]):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """config.json."""
+        """The content of config.json."""
         return self.identified.checkpoint.config
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, which is not read."""
+        """Return the shape of a tensor without reading it."""
         return self.identified.layout.located[name].tensor.shape
 
     def __getitem__(self, name: str) -> Tensor:
@@ -79,13 +79,13 @@ class OpenModel(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraDelta:
-    """What an adapter adds to one weight: ``scaling * b @ a``.
+    """The LoRA delta of one weight: ``scaling * b @ a``.
 
     Attributes:
         name: canonical name of the weight.
-        a: ``[r, in]`` float32; of a stack of experts ``[E, r, in]``.
-        b: ``[out, r]`` float32; of a stack of experts ``[E, out, r]``.
-        r: rank, of experts that of each one.
+        a: ``[r, in]`` float32; for a stack of experts ``[E, r, in]``.
+        b: ``[out, r]`` float32; for a stack of experts ``[E, out, r]``.
+        r: rank; for experts, the rank of each expert.
         scaling: factor of the product.
     """
 
@@ -96,7 +96,7 @@ class LoraDelta:
     scaling: float
 
     def dense(self) -> Tensor:
-        """The delta in the shape of the weight, float32, computed in float64."""
+        """Return the delta in the shape of the weight, float32, computed in float64."""
         return (self.scaling * (self.b.double() @ self.a.double())).float()
 
 
@@ -105,9 +105,9 @@ class OpenAdapter(Mapping[str, LoraDelta]):
     """The LoRA deltas of an adapter, by canonical name of the weight that they change.
 
     Attributes:
-        adapter: the folder, explained by the layout of its base; `adapter.meta` is what qcore
-            recorded in the manifest.
-        deltas: the matrices.
+        adapter: the adapter's pairs, matched with the layout of its base; `adapter.meta` is what
+            qcore recorded in the manifest.
+        deltas: the matrices, in memory.
     """
 
     adapter: Adapter
@@ -131,7 +131,7 @@ class OpenAdapter(Mapping[str, LoraDelta]):
 
 
 def _by_expert(pair: Pair, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """PEFT's matrices with the experts of a stack as dim 0; see `Pair` for how they interleave."""
+    """Move the experts of a stack to dim 0; `Pair` describes how PEFT interleaves them."""
     if pair.tensor.row.kind is not Kind.EXPERTS:
         return a, b
     experts = pair.tensor.shape[0]
@@ -144,10 +144,14 @@ def open_model(model: str | Path, *, generation: str = "") -> OpenModel:
 
     Args:
         model: a folder or a hub id.
-        generation: accepted only where evidence is missing, never against it.
+        generation: generation to assume if the checkpoint has no evidence of it; it never
+            overrides evidence.
+
+    Returns:
+        The model; no weight has been read.
 
     Raises:
-        QcoreError: no plugin claims it, or not every tensor is accounted for.
+        QcoreError: no plugin claims the model, or not every tensor is accounted for.
     """
     return OpenModel(identified=identify(str(model), generation=generation))
 
@@ -158,17 +162,20 @@ def open_adapter(
     """Open an adapter to read its deltas.
 
     The weights of the base are not read, so their fingerprint is not compared with the one that
-    training recorded; `merge` and `generate` do that.
+    training recorded; `merge` and `generate` compare it.
 
     Args:
         adapter: the adapter folder.
-        model: its base.
+        model: the base of the adapter.
         trust_base: accept an adapter without a fingerprint of its base.
+
+    Returns:
+        The adapter; its matrices are in memory.
 
     Raises:
         QcoreError: the adapter does not fit the base, or is damaged.
     """
     base = (model if isinstance(model, OpenModel) else open_model(model)).identified
-    read = read_adapter(adapter, base.layout, trust_base=trust_base, claims=base.adapter_claims)
+    matched = read_adapter(adapter, base.layout, trust_base=trust_base, claims=base.adapter_claims)
     with torch.no_grad():
-        return OpenAdapter(adapter=read, deltas=Deltas(read))
+        return OpenAdapter(adapter=matched, deltas=Deltas(matched))

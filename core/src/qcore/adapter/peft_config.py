@@ -1,8 +1,8 @@
 """``adapter_config.json``: which fields qcore acts on, and which it refuses.
 
-This file decides that a field which would change what an adapter computes is acted on or refused,
-never passed over, and that r and alpha have no default. What the tensors must be is
-`adapter_reader`'s. It needs no torch.
+This file decides that a field which would change what an adapter computes is either applied or
+refused, never ignored, and that r and lora_alpha have no default. `qcore.adapter.reader` checks the
+tensors. It imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import InputError, QcoreError
 
-#: Fields that describe and do not act; any value is accepted.
+#: Fields without an effect on what the adapter computes; any value is accepted.
 _DESCRIPTIVE = frozenset(
     (
         "auto_mapping",
@@ -33,10 +33,10 @@ _DESCRIPTIVE = frozenset(
         "runtime_config",
         "velora_config",
         "qalora_group_size",
-        "megatron_core",  # the name of a module, in every config; megatron_config would act
+        "megatron_core",  # a module name, in every config; only megatron_config has an effect
     )
 )
-#: Fields that qcore acts on.
+#: Fields that qcore applies.
 _ACTIVE = frozenset(
     (
         "peft_type",
@@ -53,12 +53,20 @@ _ACTIVE = frozenset(
         "init_lora_weights",
     )
 )
-#: Initialisations that leave the base as it is; the others (pissa, olora, ...) change it.
+#: Initializations that leave the base unchanged; the others (pissa, olora, ...) change it.
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
-    """Every field is acted on, descriptive, or switched off; r and alpha have no default."""
+    """Check that every field is applied, descriptive, or off; r and lora_alpha are required.
+
+    Args:
+        path: path of the file, for errors.
+        config: its content.
+
+    Returns:
+        One ``QC-ADAPTER-004`` error for each field that is missing or not supported.
+    """
 
     def problem(field: str, what: str, expected: str) -> QcoreError:
         return InputError(
@@ -82,9 +90,13 @@ def check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
         problems.append(problem("lora_alpha", "switches the adapter off", "a number other than 0"))
     for field in ("target_modules", "exclude_modules"):
         if isinstance(config.get(field), str) and not _compiles(config[field]):
-            problems.append(problem(field, "is no regular expression", "names, or one that is"))
+            problems.append(
+                problem(
+                    field, "is not a valid regular expression", "a list of names or an expression"
+                )
+            )
     if not isinstance(config.get("use_rslora", False), bool):
-        problems.append(problem("use_rslora", "is no switch", "true or false"))
+        problems.append(problem("use_rslora", "is not a boolean", "true or false"))
     if config.get("init_lora_weights", True) not in _INITS:
         problems.append(problem("init_lora_weights", "changes the base", "true"))
     for field, kinds in (("rank_pattern", int), ("alpha_pattern", int | float)):
@@ -96,13 +108,13 @@ def check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
             problems.append(problem(field, "is not supported", "module names and numbers"))
     parameters = config.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(n, str) for n in parameters):
-        problems.append(problem("target_parameters", "is no list of names", "parameter names"))
+        problems.append(problem("target_parameters", "is not a list of names", "parameter names"))
     if not all(type(layer) is int for layer in layers_of(config)):
         problems.append(problem("layers_to_transform", "is not supported", "a list of numbers"))
     for field, value in config.items():
         off = value in (None, False, [], {}, "none", "LORA")
         if field not in _DESCRIPTIVE | _ACTIVE and not off:
-            problems.append(problem(field, "changes the adapter in a way not supported", "off"))
+            problems.append(problem(field, "changes the adapter and is not supported", "off"))
     return problems
 
 
@@ -115,12 +127,12 @@ def _compiles(pattern: str) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """A number that is finite, also once it is a float; NaN compares as false."""
+    """Whether a value is a number that stays finite as a float; NaN compares as false."""
     whole = isinstance(value, int | float) and not isinstance(value, bool)
     return whole and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
 def layers_of(config: Mapping[str, Any]) -> list[Any]:
-    """``layers_to_transform`` as a list; empty means all layers."""
+    """Return ``layers_to_transform`` as a list; empty means all layers."""
     layers = config.get("layers_to_transform")
     return layers if isinstance(layers, list) else [] if layers is None else [layers]

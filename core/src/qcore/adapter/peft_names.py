@@ -1,15 +1,16 @@
-"""Names of LoRA tensors in a PEFT adapter, by class; writes adapter_config.json.
+"""PEFT's names for LoRA tensors, by model class, and the adapter_config.json that training writes.
 
-This file decides how a canonical weight is called in an adapter (one prefix, that of one
-class) and what ``adapter_config.json`` says of an adapter that qcore trained. `adapter_reader`
-meets a folder with a base; `state` writes the tensors and `merge` reads them. It needs no
-torch.
+This file decides the name of a canonical weight in an adapter (all names have the prefix of one
+model class) and what ``adapter_config.json`` contains for an adapter that qcore trained.
+`qcore.adapter.reader` matches an adapter folder with a base. It imports no torch.
 
-Names: ``base_model.model.<module path in the class>.lora_{A,B}.weight``. Several parts may be
-touched (the trunk, a tower): the class is then one that each of them knows, and each spells its
-own weights by its own prefixes of that class. A row's kind decides the rest: which module that
-is, the shapes, and whether the config lists it among ``target_modules`` or ``target_parameters``
-(PEFT 0.21, ``tuners/lora/layer.py``, ``ParamWrapper``).
+Names: ``base_model.model.<module path in the class>.lora_{A,B}.weight``. If LoRA is applied to
+several parts (the trunk, a tower), each of them must have the class, and each spells its weights
+with its own prefixes of that class. The kind of a row decides the rest: the module, the shapes,
+and whether the config lists the weight in ``target_modules`` or ``target_parameters`` (PEFT 0.21,
+``tuners/lora/layer.py``, ``ParamWrapper``).
+
+Shapes: E experts, r rank of one LoRA pair.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from ..errors import InputError, UsageError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-#: How qcore's adapters are laid out, as their manifest records it: names and shapes as PEFT
-#: 0.21 has them, A of experts expert-major, B rank-major, the first stack innermost.
+#: Layout of qcore's adapters, recorded in their manifest: names and shapes of PEFT 0.21; for
+#: experts, A is expert-major and B rank-major, and the first stack of a module is innermost.
 LAYOUT = "peft-0.21"
 _PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """The two matrices that change one weight: ``W + scaling * B A``; of a stack, each slice.
+    """Headers of the two matrices that change one weight to ``W + scaling * B A``.
 
     Attributes:
-        tensor: the weight.
-        a: ``[r, in]``; of experts ``[E r, in]``, row ``e r + k`` is expert e's.
-        b: ``[out, r]``; of experts ``[out, r E]``, column ``k E + e`` is expert e's.
-        r: rank, of experts each one's.
+        tensor: the weight; for a stack of experts, the formula holds for each expert.
+        a: ``[r, in]``; for experts ``[E r, in]``, where row ``e r + k`` belongs to expert e.
+        b: ``[out, r]``; for experts ``[out, r E]``, where column ``k E + e`` belongs to expert e.
+        r: rank; for experts, the rank of each expert.
         scaling: factor of the product.
     """
 
@@ -54,15 +55,15 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """An adapter folder explained by a base's layout.
+    """An adapter folder, matched with the layout of its base.
 
     Attributes:
         path: the folder.
-        pairs: by canonical name of the weight.
-        namespace: the class prefix that it is written in.
-        meta: what qcore recorded in its manifest; empty for a foreign adapter.
-        layout: ``peft``, or the foreign layout that a plugin read it as.
-        trunk: name of the base's part that is no tower.
+        pairs: the pairs, by canonical name of the weight.
+        namespace: the class whose prefix the tensor names have.
+        meta: what qcore recorded in the manifest; empty for an adapter of another program.
+        layout: ``peft``, or the name of the layout that a plugin recognized.
+        trunk: name of the trunk's part; all other parts are towers.
     """
 
     path: Path
@@ -74,104 +75,119 @@ class Adapter:
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
-        """The base's fingerprint by part, as recorded in training."""
-        found = self.meta.get("fingerprints")
-        return found if isinstance(found, dict) else {}
+        """Fingerprints of the base by part, as recorded in training."""
+        fingerprints = self.meta.get("fingerprints")
+        return fingerprints if isinstance(fingerprints, dict) else {}
 
     @property
     def parts(self) -> frozenset[str]:
-        """Names of the parts that its pairs change."""
+        """Names of the parts that the pairs change."""
         return frozenset(pair.tensor.part.name for pair in self.pairs.values())
 
     def binding(self, layout: Layout) -> dict[str, str]:
-        """Recorded fingerprints of the parts that a run computes with: loaded ones, and its own.
+        """Return the recorded fingerprints that the base of a run must match.
 
-        A tower that was frozen in training and that the run leaves idle binds nothing.
+        These are the fingerprints of the parts that the run loads and of the parts that the pairs
+        change. A tower that was frozen in training and is not loaded now is not compared.
+
+        Args:
+            layout: the base of the run.
         """
         mine = self.parts | {part.name for part in layout.table.parts if layout.loads(part)}
         return {part: sha256 for part, sha256 in self.fingerprints.items() if part in mine}
 
     @property
     def modalities(self) -> dict[str, dict[str, Any]]:
-        """Which towers it was trained with, as recorded; of a foreign adapter, as its pairs tell.
+        """The towers that the adapter was trained with, as recorded or derived from its pairs.
 
-        By part: ``kinds`` of media that its rows had, ``keys`` of their own that parts of a kind
-        had, ``tower_changed``, ``pairs`` in the tower, and the ``plugin`` that owns it.
+        By part: ``kinds`` of media in the rows, ``keys`` of media by kind that change how media
+        are read, ``tower_changed``, the number of ``pairs`` in the tower, and the ``plugin`` that
+        owns it. They are derived from the pairs if the manifest does not record them.
         """
         if "modalities" in self.meta:
             return flags(self.meta)
-        found: dict[str, dict[str, Any]] = {}
+        modalities: dict[str, dict[str, Any]] = {}
         for pair in self.pairs.values():
             part = pair.tensor.part
             if part.name != self.trunk:
-                one = {
+                modality = {
                     "kinds": [], "keys": {}, "tower_changed": True, "pairs": 0,
                     "plugin": part.owner,
                 }  # fmt: skip
-                found.setdefault(part.name, one)["pairs"] += 1
-        return found
+                modalities.setdefault(part.name, modality)["pairs"] += 1
+        return modalities
 
     def keys_of(self, kind: str) -> list[str]:
-        """Keys that media of a kind had in training, by which they were read otherwise."""
-        found: set[str] = set()
-        for one in self.modalities.values():
-            keys = one.get("keys")
+        """Return the keys that media of a kind had in training and that change how they are read.
+
+        Args:
+            kind: kind of media, such as ``image``.
+        """
+        names: set[str] = set()
+        for modality in self.modalities.values():
+            keys = modality.get("keys")
             of_kind = keys.get(kind) if isinstance(keys, dict) else None
-            found |= {str(key) for key in of_kind} if isinstance(of_kind, list) else set()
-        return sorted(found)
+            names |= {str(key) for key in of_kind} if isinstance(of_kind, list) else set()
+        return sorted(names)
 
 
 def flags(meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a manifest records of modalities, as far as it has their form."""
-    found = meta.get("modalities")
-    if not isinstance(found, dict):
+    """Return the modalities that a manifest records; malformed entries are left out."""
+    modalities = meta.get("modalities")
+    if not isinstance(modalities, dict):
         return {}
-    return {name: dict(one) for name, one in found.items() if isinstance(one, dict)}
+    return {
+        name: dict(modality) for name, modality in modalities.items() if isinstance(modality, dict)
+    }
 
 
 def trunk_part(table: Table) -> Part:
-    """The part that owns the head; of a table without one, the first that may be loaded."""
+    """Return the part that owns the head; without a head, the first part that can be loaded."""
     heads = (tensor.part for tensor in table if tensor.row.group == "head")
     return next(heads, next((part for part in table.parts if part.loaded), table.parts[0]))
 
 
 def namespace_of(part: Part, name: str) -> Namespace | None:
-    """A part's own namespace of that name; ``None``: its modules are not in that class."""
-    return next((one for one in part.namespaces if one.name == name), None)
+    """Return the namespace of a part by name; ``None`` if the class does not have the part."""
+    return next((namespace for namespace in part.namespaces if namespace.name == name), None)
 
 
 def spell(tensor: TableTensor, namespace: Namespace) -> str:
-    """A weight's name in a class, by the prefixes that its own part has there.
+    """Return the name of a weight in a class, with the prefix that its part has there.
 
-    One whose part is not in the class is called as it is on the hub.
+    A weight whose part is not in the class keeps its canonical name.
     """
     own = namespace_of(tensor.part, namespace.name)
     return tensor.name if own is None else own.spell(tensor.name)
 
 
 def stems(tensors: Iterable[TableTensor], namespace: Namespace) -> dict[str, str]:
-    """The adapter's name of each weight, by canonical name, less ``.lora_{A,B}.weight``.
+    """Return the adapter names of weights without ``.lora_{A,B}.weight``, by canonical name.
 
-    Experts' matrices hang on the module that holds the stacks. Where several stacks of one
-    module are adapted, PEFT wraps it once for each, in the order of its parameters: the first
-    is the innermost, each further one puts a ``base_layer`` in the others' names.
+    The matrices of experts belong to the module that holds the stacks. If several stacks of a
+    module have LoRA, PEFT wraps the module once for each, in the order of its parameters: the
+    first is innermost, and each further wrapper adds a ``base_layer`` to the names of the others.
+
+    Args:
+        tensors: all weights that have LoRA; the names of stacks depend on each other.
+        namespace: the class that the adapter is written for.
     """
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     stacks: dict[str, list[TableTensor]] = {}
     for tensor in tensors:
         name = spell(tensor, namespace)
         if tensor.row.kind is Kind.EXPERTS:
             stacks.setdefault(name.rpartition(".")[0], []).append(tensor)
         else:
-            found[tensor.name] = _PREFIX + name.removesuffix(".weight")
-    for module, mine in stacks.items():
-        for depth, tensor in enumerate(reversed(mine)):
-            found[tensor.name] = _PREFIX + module + ".base_layer" * depth
-    return found
+            names[tensor.name] = _PREFIX + name.removesuffix(".weight")
+    for module, tensors_of_module in stacks.items():
+        for depth, tensor in enumerate(reversed(tensors_of_module)):
+            names[tensor.name] = _PREFIX + module + ".base_layer" * depth
+    return names
 
 
 def peft_shapes(tensor: TableTensor, r: int) -> dict[str, tuple[int, int]]:
-    """Shapes of sides ``A`` and ``B``; of experts, r is each one's."""
+    """Return the shapes of sides ``A`` and ``B``; for experts, r is the rank of each expert."""
     if tensor.row.kind is Kind.EXPERTS:
         experts, out, into = tensor.shape
         return {"A": (experts * r, into), "B": (out, r * experts)}
@@ -180,7 +196,7 @@ def peft_shapes(tensor: TableTensor, r: int) -> dict[str, tuple[int, int]]:
 
 
 def target_name(tensor: TableTensor, namespace: Namespace) -> str:
-    """What PEFT's config calls it: the module of a linear map, else the parameter."""
+    """Return the name of a weight in PEFT's config: a linear layer's module, else the parameter."""
     name = spell(tensor, namespace)
     return name.removesuffix(".weight") if tensor.row.kind is Kind.LINEAR else name
 
@@ -188,33 +204,40 @@ def target_name(tensor: TableTensor, namespace: Namespace) -> str:
 def choose_class(
     layout: Layout, touched: Collection[str], classes: Sequence[str], asked: str
 ) -> Namespace:
-    """The trunk's namespace that an adapter is written in: asked for, else the checkpoint's class.
+    """Choose the class that an adapter is written for: the requested one, else the checkpoint's.
 
     Args:
         layout: the base.
-        touched: names of the parts that LoRA hits; each must be in the class.
+        touched: names of the parts that LoRA is applied to; the class must have each of them.
         classes: ``architectures`` of config.json.
-        asked: a namespace's name; empty: the one of `classes`.
+        asked: name of the requested namespace; empty for the one of `classes`.
+
+    Returns:
+        The trunk's namespace of that class.
 
     Raises:
-        UsageError: ``QC-ADAPTER-001`` for an unknown name, or for a class without a touched part.
-        InputError: ``QC-ADAPTER-002`` when config.json names no class that the model knows.
+        UsageError: ``QC-ADAPTER-001`` the name is unknown, or the class lacks a part in `touched`.
+        InputError: ``QC-ADAPTER-002`` config.json names no class of the model.
     """
     table = layout.table
     parts = [part for part in table.parts if part.name in touched]
     every = trunk_part(table).namespaces
-    known = [one for one in every if all(namespace_of(part, one.name) for part in parts)]
+    known = [
+        namespace
+        for namespace in every
+        if all(namespace_of(part, namespace.name) for part in parts)
+    ]
     names = ", ".join(namespace.name for namespace in known)
     if asked:
         for namespace in known:
             if namespace.name == asked:
                 return namespace
         without = [part.name for part in parts if namespace_of(part, asked) is None]
-        there = any(one.name == asked for one in every)
+        exists = any(namespace.name == asked for namespace in every)
         raise UsageError(
             "QC-ADAPTER-001",
             f"has no part '{without[0]}', which this run trains"
-            if there
+            if exists
             else "is not a class of this model",
             field="adapter_class",
             found=asked,
@@ -247,16 +270,16 @@ def peft_config(
     revision: str | None,
     namespace: Namespace,
 ) -> dict[str, Any]:
-    """``adapter_config.json`` for an adapter, as PEFT 0.21 reads it.
+    """Return the content of ``adapter_config.json``, as PEFT 0.21 reads it.
 
     Args:
-        chosen: the numbers of each adapted weight, by canonical name.
+        chosen: rank and alpha of each weight that has LoRA, by canonical name.
         layout: the base.
-        r: rank of the weights that have none of their own.
-        lora_alpha: alpha of the weights that have none of their own.
-        lora_dropout: of all.
-        base: what the user named.
-        revision: its commit on the hub.
+        r: default rank; other ranks go into ``rank_pattern``.
+        lora_alpha: default alpha; other values go into ``alpha_pattern``.
+        lora_dropout: dropout of all weights.
+        base: the base as the user named it.
+        revision: commit of the base on the hub; ``None`` for a folder.
         namespace: the class that the adapter is written for.
     """
     tensors = [layout.table[name] for name in chosen]
@@ -287,7 +310,7 @@ def peft_config(
 
 
 class Numbers(Protocol):
-    """What a config says of one adapted weight."""
+    """Rank and alpha of one weight that has LoRA."""
 
     @property
     def r(self) -> int:
@@ -301,10 +324,10 @@ class Numbers(Protocol):
 
 
 def _module_names(modules: list[TableTensor], layout: Layout, namespace: Namespace) -> list[str]:
-    """Short names where they mean the same modules; else every module by its whole name."""
+    """Return short names if they match exactly the wanted modules, else the full names."""
     wanted = {target_name(tensor, namespace) for tensor in modules}
     suffixes = sorted({name.rpartition(".")[2] for name in wanted})
-    # PEFT looks at every module, a tower's convolution too, whoever owns it and trained or not.
+    # PEFT matches every module, trained or not, including a tower's convolution.
     every = [spell(tensor, namespace) for tensor in layout.table if tensor.part.loaded]
     every += [header.name for header in layout.carried]
     there = (name.removesuffix(".weight") for name in every if name.endswith(".weight"))
@@ -315,7 +338,7 @@ def _module_names(modules: list[TableTensor], layout: Layout, namespace: Namespa
 def _parameter_names(
     parameters: list[TableTensor], layout: Layout, namespace: Namespace
 ) -> list[str]:
-    """Names below the layer where they mean the same parameters; else every whole name."""
+    """Return names below the layer if they match exactly the wanted ones, else full names."""
     wanted = {target_name(tensor, namespace) for tensor in parameters}
     shorts = {_short(tensor, namespace) for tensor in parameters}
     hit = {
@@ -329,7 +352,7 @@ def _parameter_names(
 
 
 def _short(tensor: TableTensor, namespace: Namespace) -> str:
-    """A target's name below its layer, which all layers share: ``mlp.experts.down_proj``."""
+    """Return a target's name below its layer, such as ``mlp.experts.down_proj``."""
     words = target_name(tensor, namespace).split(".")
     index = max((n for n, word in enumerate(words) if word.isdigit()), default=-1)
     return ".".join(words[index + 1 :])
@@ -338,14 +361,17 @@ def _short(tensor: TableTensor, namespace: Namespace) -> str:
 def _pattern(
     tensors: list[TableTensor], namespace: Namespace, values: Mapping[str, float], default: float
 ) -> dict[str, float]:
-    """Numbers unlike the default by target, short where all of that name share the number."""
+    """Return the values that differ from the default, by target.
+
+    A short name is used if all targets with that short name have the same value.
+    """
     by_name: dict[str, set[float]] = {}
     for tensor in tensors:
         by_name.setdefault(_short(tensor, namespace), set()).add(values[tensor.name])
-    found = {}
+    pattern = {}
     for tensor in tensors:
         short = _short(tensor, namespace)
         name = short if len(by_name[short]) == 1 else target_name(tensor, namespace)
         if values[tensor.name] != default or name != short:
-            found[name] = values[tensor.name]
-    return found
+            pattern[name] = values[tensor.name]
+    return pattern

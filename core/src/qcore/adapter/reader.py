@@ -1,9 +1,9 @@
-"""An adapter folder met with a base: what it holds, what it must hold, what is refused.
+"""Reads an adapter folder and checks it against its base: every tensor used, every target hit.
 
-This file decides that every adapter tensor is used exactly once and every declared target is hit,
-that a tower's pairs are as many as training recorded, and that an adapter without a fingerprint of
-its base needs consent. Which fields of its config act is `adapter_config`'s. It reads headers, not
-values, and needs no torch.
+This file decides that every adapter tensor is used exactly once, that every declared target has
+tensors, and that an adapter without a fingerprint of its base needs consent.
+`qcore.adapter.peft_config` decides which config fields are supported. This file reads headers, not
+values, and imports no torch.
 """
 
 from __future__ import annotations
@@ -36,30 +36,34 @@ from .peft_names import (
     trunk_part,
 )
 
-#: Shapes by tensor name -> what plugins claim of them.
+#: Shapes by tensor name -> the claims of plugins that recognize the layout.
 Claims = Callable[[Mapping[str, tuple[int, ...]]], Sequence[AdapterClaim]]
 
 
 def read_adapter(
     path: str | Path, layout: Layout, *, trust_base: bool = False, claims: Claims | None = None
 ) -> Adapter:
-    """Read the headers of an adapter folder and meet them with a base.
+    """Read the headers of an adapter folder and match them with the weights of a base.
 
     Args:
-        path: the folder.
-        layout: the base, explained.
+        path: the adapter folder.
+        layout: the layout of the base.
         trust_base: accept an adapter without a fingerprint of its base.
-        claims: asks plugins whether the tensors are in a layout of theirs.
+        claims: asks the plugins whether they recognize the tensors' layout; ``None`` for PEFT's
+            layout alone.
+
+    Returns:
+        The adapter; no values have been read.
 
     Raises:
-        InputError: ``QC-ADAPTER-003`` no adapter folder, ``-004`` a config field that is
-            missing or that qcore does not act on, ``-005`` a tensor that fits no weight,
-            ``-006`` a declared target without tensors, ``-007`` a wrong shape,
-            ``-008`` a folder that is not what its manifest says, ``-011`` one whose layout a
-            later version wrote, ``-010`` a foreign layout
-            that several plugins claim or that names a weight which is not there, ``-012`` pairs
-            of a part that is not here, ``-013`` fewer pairs of a part than were trained.
-        TrustError: ``QC-ADAPTER-009`` no base fingerprint and no consent.
+        InputError: ``QC-ADAPTER-003`` not an adapter folder, ``-004`` a config field is missing or
+            not supported, ``-005`` a tensor matches no weight, ``-006`` a declared target has no
+            tensors, ``-007`` a shape or dtype is wrong, ``-008`` the folder differs from its
+            manifest, ``-010`` several plugins claim the layout, or a claim names a weight that
+            does not exist, ``-011`` a later version wrote the layout, ``-012`` the base lacks a
+            part that has pairs, ``-013`` the number of pairs of a part differs from training.
+        TrustError: ``QC-ADAPTER-009`` the adapter has no fingerprint of its base, and
+            `trust_base` is not set.
     """
     folder = Path(path)
     for name in (CONFIG, WEIGHTS):
@@ -76,11 +80,11 @@ def read_adapter(
     problems = check_config(folder / CONFIG, config)
     raise_all(problems)
     headers = {header.name: header for header in read_headers(safe_file(folder, WEIGHTS))}
-    found = claims({name: h.shape for name, h in headers.items()}) if claims else []
+    recognized = claims({name: h.shape for name, h in headers.items()}) if claims else []
     claimed: set[str] = set()
-    if found:
-        headers = _translated(folder / WEIGHTS, headers, found, layout)
-        claimed = {weight for weight, _ in found[0].names.values()}
+    if recognized:
+        headers = _translated(folder / WEIGHTS, headers, recognized, layout)
+        claimed = {weight for weight, _ in recognized[0].names.values()}
     reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed)
     pairs = reader.pairs()
     check_complete(folder, meta, pairs, layout)
@@ -90,7 +94,7 @@ def read_adapter(
         pairs=pairs,
         namespace=reader.namespace,
         meta=meta,
-        layout=found[0].layout if found else "peft",
+        layout=recognized[0].layout if recognized else "peft",
         trunk=trunk_part(layout.table).name,
     )
 
@@ -98,7 +102,12 @@ def read_adapter(
 def _translated(
     path: Path, headers: Mapping[str, Header], claims: Sequence[AdapterClaim], layout: Layout
 ) -> dict[str, Header]:
-    """The tensors of a foreign layout under PEFT's names, by the one claim that there is."""
+    """Rename the tensors of another layout to PEFT's names, as the only claim maps them.
+
+    Raises:
+        InputError: ``QC-ADAPTER-010`` several plugins claim the layout, or the claim names a
+            weight or tensor that does not exist.
+    """
     names = ", ".join(claim.layout for claim in claims)
     if len(claims) > 1:
         raise InputError(
@@ -111,20 +120,20 @@ def _translated(
         )
     translated, table = dict(headers), layout.table
     claimed = {weight for weight, _ in claims[0].names.values()}
-    # Together: a stack's name depends on which others of its module are adapted.
-    named = stems((t for t in table if t.name in claimed), trunk_part(table).namespaces[0])
+    # All at once: the name of a stack depends on which stacks of its module have LoRA.
+    peft_names = stems((t for t in table if t.name in claimed), trunk_part(table).namespaces[0])
     for name, (weight, side) in claims[0].names.items():
-        if weight not in named or side not in ("A", "B") or name not in headers:
+        if weight not in peft_names or side not in ("A", "B") or name not in headers:
             raise InputError(
                 "QC-ADAPTER-010",
-                f"is read as layout '{names}' to a weight that is not there",
+                f"the plugin that claims layout '{names}' maps it to a weight that does not exist",
                 file=path,
                 field=name,
                 found=f"{weight} ({side})",
                 expected="a weight of this base, side A or B",
                 fix="report this to the plugin's author",
             )
-        translated[f"{named[weight]}.lora_{side}.weight"] = translated.pop(name)
+        translated[f"{peft_names[weight]}.lora_{side}.weight"] = translated.pop(name)
     return translated
 
 
@@ -134,7 +143,7 @@ def _manifest(folder: Path, trust_base: bool) -> Mapping[str, Any]:
         if not report.ok:
             raise InputError(
                 "QC-ADAPTER-008",
-                "is not what its manifest says",
+                "differs from its manifest",
                 file=folder,
                 found=report.problems[0],
                 fix="train again, or restore the folder",
@@ -143,7 +152,7 @@ def _manifest(folder: Path, trust_base: bool) -> Mapping[str, Any]:
         if meta.get("layout", LAYOUT) != LAYOUT:
             raise InputError(
                 "QC-ADAPTER-011",
-                "is laid out in a way that this version does not read",
+                "has a layout that this version does not read",
                 file=folder,
                 field="layout",
                 found=meta["layout"],
@@ -163,7 +172,10 @@ def _manifest(folder: Path, trust_base: bool) -> Mapping[str, Any]:
 
 
 class _Reader:
-    """One adapter's tensors met with the maps of a layout."""
+    """Matches the tensors of one adapter with the weights of a layout that can have LoRA.
+
+    Errors are collected in `problems`, so that all of them can be reported at once.
+    """
 
     def __init__(
         self,
@@ -185,21 +197,21 @@ class _Reader:
             and tensor.part.loaded
             and tensor.part.name not in layout.absent
         ]
-        # One class for all parts, the trunk's. Equal fits are told apart by class: which prefix
-        # it is never changes what is merged.
+        # All parts share the trunk's class. If several classes match equally many tensors, the
+        # first is used: the prefix does not change what is merged.
         self.namespace = max(trunk_part(layout.table).namespaces, key=self._fits)
         self.maps = self._maps(self.namespace)
         self.stems = self._stems(self.namespace)
 
     def _maps(self, namespace: Namespace) -> list[TableTensor]:
-        """The maps that are in a class: the text class has no tower."""
+        """Return the weights whose part is in a class; a text class has no tower."""
         return [t for t in self.every if namespace_of(t.part, namespace.name) is not None]
 
     def _stems(self, namespace: Namespace) -> dict[str, str]:
-        """The names that weights have under this config.
+        """Return the adapter names of the weights that this config can have LoRA on.
 
-        A stack's depends on which others of its module are adapted, so one that neither the
-        config declares nor a plugin claims has none.
+        The name of a stack depends on which stacks of its module have LoRA. A stack that neither
+        the config declares nor a plugin claims has no name.
         """
         declared = self.config.get("target_parameters")
         return stems(
@@ -223,18 +235,18 @@ class _Reader:
             if tensor.name not in self.stems:
                 continue
             names = {side: f"{self.stems[tensor.name]}.lora_{side}.weight" for side in "AB"}
-            here = [name for name in names.values() if name in self.headers]
-            if len(here) == 1:
-                lost = next(name for name in names.values() if name not in here)
-                self._problem("QC-ADAPTER-006", "is missing", lost, fix="train or export again")
-            used.update(here)
-            if len(here) == 2:
+            present = [name for name in names.values() if name in self.headers]
+            if len(present) == 1:
+                missing = next(name for name in names.values() if name not in present)
+                self._problem("QC-ADAPTER-006", "is missing", missing, fix="train or export again")
+            used.update(present)
+            if len(present) == 2:
                 a, b = self.headers[names["A"]], self.headers[names["B"]]
                 pairs[tensor.name] = self._pair(tensor, a, b)
         for name in [name for name in self.headers if name not in used]:
             self._problem(
                 "QC-ADAPTER-005",
-                "fits no weight of this base",
+                "matches no weight of this base",
                 name,
                 fix="name the base that the adapter was trained on",
             )
@@ -283,22 +295,22 @@ class _Reader:
         return default
 
     def _check_targets(self, field: str, pairs: Mapping[str, Pair]) -> None:
-        """Every target that the config declares has its two tensors, and no other has."""
+        """Check that exactly the targets that the config declares have tensors."""
         declared = self.config.get(field)
         linear = field == "target_modules"
         if declared is None and self.claimed:
-            return  # not PEFT's to declare
-        # An expression is a stranger's code and not evaluated: what it hits is taken as told.
-        told = isinstance(declared, list) or declared is None
+            return  # the layout is not PEFT's, so its config declares no targets
+        # An expression from a downloaded file is not evaluated: every match is accepted.
+        is_list = isinstance(declared, list) or declared is None
         declared = declared if isinstance(declared, list) else []
-        # PEFT narrows down modules alone.
+        # PEFT applies exclude_modules to modules only.
         excluded = (self.config.get("exclude_modules") or []) if linear else []
         layers = linear and bool(layers_of(self.config))
-        mine = [tensor for tensor in self.maps if (tensor.row.kind is Kind.LINEAR) == linear]
-        for tensor in mine:
+        of_field = [tensor for tensor in self.maps if (tensor.row.kind is Kind.LINEAR) == linear]
+        for tensor in of_field:
             module = self._module(tensor)
-            out = _named(module, excluded) or (layers and not self._transformed(tensor))
-            wanted = _named(module, declared) and isinstance(excluded, list) and not out
+            is_excluded = _named(module, excluded) or (layers and not self._transformed(tensor))
+            wanted = _named(module, declared) and isinstance(excluded, list) and not is_excluded
             if wanted and tensor.name not in pairs:
                 self._problem(
                     "QC-ADAPTER-006",
@@ -306,30 +318,30 @@ class _Reader:
                     self._module(tensor),
                     fix="train or export again",
                 )
-            if tensor.name in pairs and (out or (told and not _named(module, declared))):
+            if tensor.name in pairs and (is_excluded or (is_list and not _named(module, declared))):
                 self._problem(
                     "QC-ADAPTER-006",
-                    "has tensors and is no declared target",
+                    "has tensors and is not a declared target",
                     self._module(tensor),
                     fix=f"declare it in {field}, or export again",
                 )
         for name in declared:
-            if not any(_named(self._module(tensor), [name]) for tensor in mine):
+            if not any(_named(self._module(tensor), [name]) for tensor in of_field):
                 self._problem(
                     "QC-ADAPTER-006",
-                    "is a declared target that hits nothing",
+                    "is a declared target that matches no weight",
                     f"{field}: {name}",
                     fix="name the base that the adapter was trained on",
                 )
 
     def _transformed(self, tensor: TableTensor) -> bool:
-        """PEFT's rule for ``layers_to_transform``: the layer's number, below ``layers_pattern``."""
-        given = self.config.get("layers_pattern") or []
-        words = [given] if isinstance(given, str) else given
-        # An expression is a stranger's code: what it hits is taken as told.
+        """Whether PEFT's ``layers_to_transform`` and ``layers_pattern`` select the weight."""
+        pattern = self.config.get("layers_pattern") or []
+        words = [pattern] if isinstance(pattern, str) else pattern
+        # An expression from a downloaded file is not evaluated: every layer is accepted.
         plain = isinstance(words, list) and all(re.fullmatch(r"[\w.]+", str(w)) for w in words)
-        below = [f".{word}.{tensor.index}." for word in words] if plain else []
-        if below and not any(path in self._module(tensor) for path in below):
+        paths = [f".{word}.{tensor.index}." for word in words] if plain else []
+        if paths and not any(path in self._module(tensor) for path in paths):
             return False
         return tensor.index in layers_of(self.config)
 
@@ -348,7 +360,7 @@ class _Reader:
 
 
 def _named(module: str, names: object) -> bool:
-    """PEFT's rule for lists: the module's name, or its end at a dot."""
+    """Whether a name in the list equals the module's name or its end after a dot (PEFT's rule)."""
     return isinstance(names, list) and any(
         isinstance(name, str) and (module == name or module.endswith(f".{name}")) for name in names
     )

@@ -1,8 +1,11 @@
-"""LoRA targets: which linear layers of which groups have LoRA, and the coverage table.
+"""LoRA targets: which linear layers get LoRA with which rank, and the table of what is trained.
 
-This file decides which rows of the table get an adapter and with which numbers, and reads off
-the loaded modules, rather than off the plan, what each group holds: the share that is really
-4-bit is counted tensor by tensor.
+This file decides which rows of the parameter table get LoRA, and with which rank and alpha. It
+builds the coverage table from the loaded modules, not from the plan, so the 4-bit share is the
+share that is really stored in 4 bits.
+
+Codes: ``QC-LORA-001`` not a LoRA group of this model or run, ``-002`` a group has no linear layer,
+``-003`` dropout on weights for which PEFT has none.
 """
 
 from __future__ import annotations
@@ -25,19 +28,23 @@ def targets(
     group_r: Mapping[str, int] | None = None,
     group_lora_alpha: Mapping[str, float] | None = None,
 ) -> dict[str, Lora]:
-    """Which weights get LoRA, and its numbers: every map of the groups that are on or asked.
+    """Choose the weights that get LoRA, and the rank, alpha and dropout of each.
 
     Args:
         layout: the base.
-        asked: LoRA groups; empty for those that are on.
-        lora: the numbers of a map whose group has none of its own.
-        group_r: rank by group; of experts it is each one's.
+        asked: the requested LoRA groups; empty for the groups that are on by default.
+        lora: rank, alpha and dropout of weights whose group has no values of its own.
+        group_r: rank by group; for experts, the rank of each expert.
         group_lora_alpha: alpha by group.
 
+    Returns:
+        The LoRA settings of each weight, by canonical name.
+
     Raises:
-        UsageError: ``QC-LORA-001`` for a group that the model does not have or never trains,
-            or that has numbers and is not trained, ``-002`` for one without a map, ``-003``
-            for dropout on what PEFT drops no input of.
+        UsageError: ``QC-LORA-001`` the model does not have the group or never trains it, or
+            `group_r` or `group_lora_alpha` names a group that is not trained; ``-002`` the group
+            has no linear layer in this model; ``-003`` dropout is set for weights on which PEFT
+            does not support it.
     """
     table = layout.table
     allowed = [name for name, aim in table.groups.items() if aim is not Aim.NEVER]
@@ -60,7 +67,7 @@ def targets(
     for name in sorted((groups if not chosen else {*asked}) - hit):
         raise UsageError(
             "QC-LORA-002",
-            "has no linear map in this model",
+            "has no linear layer in this model",
             field="target_groups",
             found=name,
             fix="leave the group out",
@@ -87,13 +94,13 @@ def _check_names(
 
 
 def _check_dropout(chosen: Mapping[str, Lora], table: Table) -> None:
-    """PEFT refuses dropout in an adapter that targets parameters, also for its other modules."""
+    """Refuse dropout if any target is a parameter: PEFT refuses it for the whole adapter."""
     for name, lora in chosen.items():
         if lora.lora_dropout and table[name].row.kind is not Kind.LINEAR:
             group = table[name].row.group
             raise UsageError(
                 "QC-LORA-003",
-                f"does not go with LoRA on '{group}', where PEFT knows none",
+                f"is not supported with LoRA on '{group}': PEFT has no dropout there",
                 field="lora_dropout",
                 found=lora.lora_dropout,
                 expected=0,
@@ -103,16 +110,16 @@ def _check_dropout(chosen: Mapping[str, Lora], table: Table) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coverage:
-    """One line of the coverage table: a group, what LoRA hits in it, how it is stored.
+    """One line of the coverage table: a group, its LoRA and its storage.
 
     Attributes:
-        group: its name.
-        modules: tensors of the base.
-        hit: how many of them carry LoRA.
-        parameters: of the base.
+        group: name of the group.
+        modules: number of tensors of the base.
+        hit: number of tensors that have LoRA.
+        parameters: parameters of the base.
         trained: parameters of the adapters.
-        four_bit: parameters of the base that are held in 4 bit.
-        bits: a parameter, scales included.
+        four_bit: parameters of the base that are stored in 4 bits.
+        bits: bits per parameter of the base, scales included.
     """
 
     group: str
@@ -125,7 +132,12 @@ class Coverage:
 
 
 def coverage(model: Model, layout: Layout) -> list[Coverage]:
-    """What training will touch, a line a group, in the order of the table."""
+    """Return the coverage table, one line per group, in the order of the parameter table.
+
+    Args:
+        model: the loaded model.
+        layout: the layout that it was loaded from.
+    """
     entries = [
         item.tensor
         for item in layout.located.values()
@@ -135,28 +147,28 @@ def coverage(model: Model, layout: Layout) -> list[Coverage]:
     ]
     lines = []
     for group in dict.fromkeys(entry.row.group for entry in entries):
-        mine = [entry for entry in entries if entry.row.group == group]
-        held = {entry.name: model.lora_layers.get(entry.name) for entry in mine}
-        adapted = [m for m in held.values() if m is not None and m.lora is not None]
-        numel = sum(entry.numel for entry in mine)
+        of_group = [entry for entry in entries if entry.row.group == group]
+        layers = {entry.name: model.lora_layers.get(entry.name) for entry in of_group}
+        with_lora = [m for m in layers.values() if m is not None and m.lora is not None]
+        numel = sum(entry.numel for entry in of_group)
         stored = sum(
-            holder.stored_bytes if holder is not None else model.get_parameter(name).nbytes
-            for name, holder in held.items()
+            layer.stored_bytes if layer is not None else model.get_parameter(name).nbytes
+            for name, layer in layers.items()
         )
         lines.append(
             Coverage(
                 group=group,
-                modules=len(mine),
-                hit=len(adapted),
+                modules=len(of_group),
+                hit=len(with_lora),
                 parameters=numel,
                 trained=sum(
-                    p.numel() for m in adapted for p in (m.lora_A, m.lora_B) if p is not None
+                    p.numel() for m in with_lora for p in (m.lora_A, m.lora_B) if p is not None
                 ),
                 four_bit=sum(
                     entry.numel
-                    for entry in mine
-                    for holder in [held[entry.name]]
-                    if holder is not None and holder.four_bit
+                    for entry in of_group
+                    for layer in [layers[entry.name]]
+                    if layer is not None and layer.four_bit
                 ),
                 bits=8 * stored / numel,
             )

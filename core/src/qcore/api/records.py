@@ -241,8 +241,8 @@ class ChatFormat:
             ``enable_thinking``; empty for a format without thinking.
         splits_content: whether the template moves a think block in ``content`` into the
             reasoning; ``None``: core renders a probe to find out.
-        parse: the inverse of the template, from the token ids that a model generated after the
-            prompt to the message; ``None`` for a format without a parser.
+        parse: the inverse of the template, from the text that a model generated after the prompt
+            to the message; ``None`` for a format without a parser.
     """
 
     turn_start: str

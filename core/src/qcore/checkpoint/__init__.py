@@ -1,1 +1,1 @@
-"""A model folder: its files, headers, layout against the parameter table, and chat template."""
+"""Model folders: hub download, safetensors headers, tensor layout, tokenizer, chat template."""

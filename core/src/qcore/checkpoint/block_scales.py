@@ -1,11 +1,11 @@
-"""Block FP8 on disk: where the scales of a weight lie, and which shape they must have.
+"""Block FP8 on disk: the name and shape of the scale tensor that belongs to each FP8 weight.
 
-This file decides that the scales of ``NAME`` are ``NAME_scale_inv``, one for each block of rows
-and columns that config.json names, and what a weight without such scales is called. Which formats
-a checkpoint holds is `qcore.checkpoint.quantization_formats`' business, decoding is
-`qcore.nn.fp8`'s.
+This file decides that the scales of ``NAME`` are ``NAME_scale_inv``, with one value per block,
+that config.json sets the block size, and which error a weight without matching scales raises.
+`qcore.checkpoint.quantization_formats` detects which formats a checkpoint uses, and
+`qcore.nn.fp8` decodes the weights.
 
-Code: ``QC-KEY-007`` FP8 without block scales that fit.
+Code: ``QC-KEY-007`` FP8 without matching block scales.
 """
 
 from __future__ import annotations
@@ -22,16 +22,24 @@ _DEFAULT: Final = (128, 128)
 
 
 class BadBlockError(ValueError):
-    """config.json names no block size: `field` says where, `found` what stands there."""
+    """config.json has an invalid block size.
 
-    def __init__(self, field: str, found: object) -> None:
-        super().__init__(f"{field}: {found!r}")
+    Attributes:
+        field: dotted path of the key in config.json.
+        value: its value.
+    """
+
+    def __init__(self, field: str, value: object) -> None:
+        super().__init__(f"{field}: {value!r}")
         self.field = field
-        self.found = found
+        self.value = value
 
 
-def sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every ``quantization_config`` that says something, with its path: at the top or one below."""
+def quantization_sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield every non-empty ``quantization_config`` of config.json, with its dotted path.
+
+    The section may be at the top level or in a section of it, such as ``text_config``.
+    """
     for prefix, where in (("", config), *((f"{k}.", v) for k, v in config.items())):
         value = where.get(SECTION) if isinstance(where, Mapping) else None
         if value:
@@ -39,12 +47,12 @@ def sections(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def block_size(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns that share a scale; 128 each where config.json does not say.
+    """Return the rows and columns that share a scale: (128, 128) unless config.json sets it.
 
     Raises:
-        BadBlockError: what it says is not two positive integers.
+        BadBlockError: ``weight_block_size`` is not two positive integers.
     """
-    for path, section in sections(config):
+    for path, section in quantization_sections(config):
         block = section.get("weight_block_size", list(_DEFAULT)) if hasattr(section, "get") else 0
         if (
             isinstance(block, list)
@@ -57,25 +65,29 @@ def block_size(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def is_fp8(header: Header) -> bool:
-    """Whether a tensor on disk is of 8-bit floats."""
+    """Return whether a tensor on disk has an 8-bit float dtype."""
     return header.dtype.startswith("F8_")
 
 
 def scale_name(weight: str) -> str:
-    """The tensor on disk that holds a weight's scales."""
+    """Return the name on disk of the tensor that holds a weight's scales."""
     return f"{weight}_scale_inv"
 
 
 def scale_problem(
     weight: Header, scale: Header | None, block: tuple[int, int], folder: Path
 ) -> InputError | None:
-    """The error for a weight in FP8 whose scales are absent or of another shape.
+    """Return the error for an FP8 weight whose scales are missing or have the wrong shape.
 
     Args:
-        weight: ``[..., out, in]``; a vector counts as one row.
-        scale: its scales; they must be ``[..., ceil(out/rows), ceil(in/columns)]``.
-        block: rows and columns that share a scale.
+        weight: header of shape ``[..., out, in]``; a vector counts as one row.
+        scale: header of its scales, which must have shape
+            ``[..., ceil(out / rows), ceil(in / columns)]``; ``None`` if there is none.
+        block: (rows, columns) that share a scale.
         folder: the checkpoint, for the error.
+
+    Returns:
+        ``QC-KEY-007``, or ``None`` if the scales match.
     """
     rows, columns = block
     *stack, out, into = weight.shape if len(weight.shape) > 1 else (1, *weight.shape)
@@ -84,7 +96,7 @@ def scale_problem(
         return None
     return InputError(
         "QC-KEY-007",
-        "is in FP8 without block scales that fit",
+        "is FP8 but has no block scales of the expected shape",
         file=folder / weight.file,
         field=weight.name,
         found=list(scale.shape) if scale is not None else "none",

@@ -1,9 +1,10 @@
-"""Chat templates, rendered in a bounded process of their own.
+"""Renders chat templates in a subprocess with limits on time and memory, and reports failures.
 
-This file decides how long a template may take and how its failures are told. A template comes
-with a checkpoint and is code: it runs in `qcore.checkpoint.chat_template_worker`, a process with a
-sandbox, a memory limit and nothing of this one's environment, killed when it is late. What the
-template sees is decided there; which text is trained is `qcore.data.masking`'s business.
+This file decides how long a template may run and which error each of its failures raises. A
+template is untrusted code that comes with a checkpoint. It runs in a separate process
+(`qcore.checkpoint.chat_template_worker`) with a sandbox, a memory limit and an almost empty
+environment, which is killed when it exceeds its time limit. The worker decides what the template
+sees; `qcore.data.masking` decides which text is trained.
 """
 
 from __future__ import annotations
@@ -25,27 +26,28 @@ from typing import IO, Any, Final, Protocol, TypeVar
 from ..errors import InputError
 
 SECONDS = 2.0  #: wall time of one render, or of reading the template
-START_SECONDS = 20.0  #: wall time until the process is up
+START_SECONDS = 20.0  #: wall time until the process is ready
 _WORKER = Path(__file__).with_name("chat_template_worker.py")
-_KEPT = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  #: of the environment
+#: Environment variables that the worker inherits.
+_INHERITED = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
-#: Failure by what the worker calls it: code, statement, whether a row can be its cause.
+#: Failure kind, as the worker names it -> (code, statement, whether a row can cause it).
 _FAILURES: Mapping[str, tuple[str, str, bool]] = {
-    "syntax": ("QC-TEMPLATE-001", "is not a template that parses", False),
+    "syntax": ("QC-TEMPLATE-001", "cannot be parsed as a Jinja template", False),
     "raised": ("QC-TEMPLATE-002", "refuses the conversation", True),
     "runtime": ("QC-TEMPLATE-003", "fails on the conversation", True),
-    "security": ("QC-TEMPLATE-003", "does what the sandbox forbids", True),
-    "recursion": ("QC-TEMPLATE-003", "recurses without end", True),
+    "security": ("QC-TEMPLATE-003", "uses a feature that the sandbox forbids", True),
+    "recursion": ("QC-TEMPLATE-003", "exceeds the recursion limit", True),
     "timeout": ("QC-TEMPLATE-004", f"takes longer than {SECONDS:.0f} s", False),
-    "memory": ("QC-TEMPLATE-005", "takes more memory than a template may", False),
-    "output": ("QC-TEMPLATE-006", "renders more text than any context holds", True),
-    "died": ("QC-TEMPLATE-007", "ends the process that renders it", False),
+    "memory": ("QC-TEMPLATE-005", "exceeds the memory limit for templates", False),
+    "output": ("QC-TEMPLATE-006", "renders more text than fits into any context", True),
+    "died": ("QC-TEMPLATE-007", "crashes the process that renders it", False),
 }
-#: Special tokens of tokenizer_config.json that ``apply_chat_template`` gives by these names.
+#: Special tokens of tokenizer_config.json that ``apply_chat_template`` passes by these names.
 TOKEN_NAMES: Final = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
-#: Variables that transformers gives to every template; that one is read says nothing.
+#: Variables that transformers passes to every template, so they are not the template's own.
 STANDARD_INPUTS: Final = frozenset(
     {
         "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
@@ -55,7 +57,7 @@ STANDARD_INPUTS: Final = frozenset(
 
 
 class Conversation(Protocol):
-    """What `Template.render_prefixes` needs of a row; `line` is its number, for errors."""
+    """The fields of a row that `Template.render_prefixes` reads; `line` is for errors."""
 
     @property
     def line(self) -> int: ...
@@ -90,14 +92,14 @@ class Prefix:
 
 
 class Template:
-    """A chat template and the process that renders it, started on first use.
+    """A chat template and its worker process, which starts on first use.
 
-    The code that creates it closes it, by ``with`` or `close`. The template of a `Checkpoint`
-    belongs to the checkpoint; `reopen` gives another one with a process of its own.
+    The code that creates a template must close it, by ``with`` or `close`. A `Checkpoint` closes
+    its own template; `reopen` returns a copy with a separate process.
 
     Args:
         text: the template.
-        source: the file it came from, for errors.
+        source: the file that the template was read from, for errors.
     """
 
     def __init__(self, text: str, source: str) -> None:
@@ -112,25 +114,25 @@ class Template:
         self.close()
 
     def close(self) -> None:
-        """End the process; another use starts a new one."""
+        """End the process. The next use starts a new one."""
         if self._worker is not None:
             self._worker.close()
             self._worker = None
 
     def reopen(self) -> Template:
-        """The same template with a process of its own, which the caller closes."""
+        """Return the same template with a separate process, which the caller must close."""
         return Template(self.text, self.source)
 
     @cached_property
     def sha256(self) -> str:
-        """Hex digest of the text without trailing newlines, which files gain and lose."""
+        """Hex digest of the text without trailing newlines, which tools add and remove."""
         return hashlib.sha256(self.text.rstrip("\n").encode("utf-8", "surrogatepass")).hexdigest()
 
     def inputs(self) -> frozenset[str]:
-        """Variables that the template reads from its caller.
+        """Return the variables that the template reads from its caller.
 
         Raises:
-            InputError: ``QC-TEMPLATE-001`` and the limits, as in `render`.
+            InputError: ``QC-TEMPLATE-001`` or a limit, as in `render`.
         """
         try:
             return self._open().inputs
@@ -138,7 +140,7 @@ class Template:
             raise self._error(failure) from None
 
     def switches(self) -> frozenset[str]:
-        """Variables of its own that the template reads: `inputs` without `STANDARD_INPUTS`.
+        """Return the template-specific variables: `inputs` without `STANDARD_INPUTS`.
 
         Raises:
             InputError: as `inputs`.
@@ -152,18 +154,18 @@ class Template:
         add_generation_prompt: bool = False,
         **variables: Any,
     ) -> str:
-        """The conversation as text, exactly as transformers' ``apply_chat_template`` gives it.
+        """Render a conversation, exactly as transformers' ``apply_chat_template`` does.
 
         Args:
-            messages: JSON values only.
+            messages: messages in the format of ``apply_chat_template``, JSON values only.
             tools: function descriptions, JSON values only.
-            add_generation_prompt: end with what opens the assistant's next turn.
+            add_generation_prompt: end with the text that opens the assistant's next turn.
             variables: further inputs of the template, e.g. ``enable_thinking``.
 
         Raises:
-            InputError: ``QC-TEMPLATE-001`` does not parse, ``-002`` the template raised, ``-003``
-                it failed, ``-004`` too slow, ``-005`` too much memory, ``-006`` too much text,
-                ``-007`` the process died.
+            InputError: ``QC-TEMPLATE-001`` the template does not parse, ``-002`` it called
+                ``raise_exception``, ``-003`` it failed, ``-004`` it exceeded the time limit,
+                ``-005`` the memory limit or ``-006`` the output limit, ``-007`` its process died.
         """
         request = _request(messages, tools, add_generation_prompt, variables)
         try:
@@ -178,26 +180,31 @@ class Template:
     ) -> Iterator[tuple[_C, list[str | InputError]]]:
         """Render prefixes of many conversations, one request for all prefixes of a row.
 
-        The next row renders while the caller works on the last. Yields each row with a text for
-        each of its prefixes, or with the error when the row can be its cause.
+        The next row renders while the caller processes the current one.
+
+        Yields:
+            Each row with a text for each of its prefixes, or with the error if the row can cause
+            it.
 
         Raises:
-            InputError: one that no other row would escape (syntax, time, memory).
+            InputError: an error that every row would hit (syntax, time or memory limit).
         """
         worker: _Worker | None = None
-        before: tuple[_C, int] | None = None
+        previous: tuple[_C, int] | None = None
         try:
             for row, prefixes in rows:
-                done = None if before is None or worker is None else self._finish(worker, *before)
+                finished = (
+                    None if previous is None or worker is None else self._finish(worker, *previous)
+                )
                 if worker is None:
                     worker = self._start()
                 request = _request(row.messages, row.tools, False, variables)
                 worker.send(request | {"prefixes": [prefix.wire() for prefix in prefixes]})
-                (before, last) = (row, len(prefixes)), before
-                if done is not None and last is not None:
-                    yield last[0], done
-            if before is not None and worker is not None:
-                yield before[0], self._finish(worker, *before)
+                (previous, rendered) = (row, len(prefixes)), previous
+                if finished is not None and rendered is not None:
+                    yield rendered[0], finished
+            if previous is not None and worker is not None:
+                yield previous[0], self._finish(worker, *previous)
         except _Failure as failure:
             raise self._error(failure) from None
         finally:
@@ -213,7 +220,7 @@ class Template:
         except _Failure as failure:
             if _FAILURES[failure.kind][2]:
                 return self._error(failure)
-            raise self._error(failure, f" at the row of line {row.line}") from None
+            raise self._error(failure, f" on the row at line {row.line}") from None
 
     def _open(self) -> _Worker:
         if self._worker is None or self._worker.dead:
@@ -241,7 +248,7 @@ class Template:
 
 
 class _Failure(Exception):
-    """What the worker says, or what became of it."""
+    """A failure that the worker reported, or the end of the worker itself."""
 
     def __init__(self, kind: str, text: str = "", line: int | None = None) -> None:
         super().__init__(kind)
@@ -251,7 +258,7 @@ class _Failure(Exception):
 
 
 class _Worker:
-    """One process of `render_worker` and the frames to and from it."""
+    """One process of `chat_template_worker` and its message pipes."""
 
     def __init__(self) -> None:
         self.inputs: frozenset[str] = frozenset()
@@ -262,17 +269,17 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd="/",
-            env={name: os.environ[name] for name in _KEPT if name in os.environ},
+            env={name: os.environ[name] for name in _INHERITED if name in os.environ},
         )
 
     def open(self, template: str) -> None:
-        """Wait until the process is up and has read the template."""
+        """Wait until the process is ready and has parsed the template."""
         self._answer(START_SECONDS)
         self.send({"template": template})
         self.inputs = frozenset(self._answer(SECONDS)["inputs"])
 
     def send(self, request: dict[str, Any]) -> None:
-        """Write one request; the process is idle, so it reads it."""
+        """Write one request. The process must be idle, so that the write does not block."""
         body = json.dumps(request).encode("ascii")
         try:
             stream = _pipe(self._process.stdin)
@@ -282,7 +289,7 @@ class _Worker:
             raise self._lost() from None
 
     def text(self) -> str:
-        """The text that answers the last request."""
+        """Return the text that answers the last request."""
         text: str = self._answer(SECONDS)["text"]
         return text
 
@@ -295,7 +302,7 @@ class _Worker:
             if stream is not None and not stream.closed:
                 try:
                     stream.close()
-                except OSError:  # what was buffered has nobody left to read it
+                except OSError:  # buffered bytes cannot be flushed: the reader is gone
                     continue
 
     def _answer(self, seconds: float) -> dict[str, Any]:
@@ -308,18 +315,18 @@ class _Worker:
 
     def _read(self, size: int, deadline: float) -> bytes:
         descriptor = _pipe(self._process.stdout).fileno()
-        parts: list[bytes] = []
+        chunks: list[bytes] = []
         while size:
-            left = max(0.0, deadline - time.monotonic())
-            if not select.select([descriptor], [], [], left)[0]:
+            remaining = max(0.0, deadline - time.monotonic())
+            if not select.select([descriptor], [], [], remaining)[0]:
                 self.close()
                 raise _Failure("timeout")
-            part = os.read(descriptor, min(size, 1 << 20))
-            if not part:
+            chunk = os.read(descriptor, min(size, 1 << 20))
+            if not chunk:
                 raise self._lost()
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+            chunks.append(chunk)
+            size -= len(chunk)
+        return b"".join(chunks)
 
     def _lost(self) -> _Failure:
         self.close()

@@ -1,15 +1,16 @@
-"""The process that renders chat templates; run by its path, imports jinja2 and json only.
+"""The subprocess that renders chat templates in a jinja2 sandbox, as transformers would.
 
-This file decides what a template may see and use up. Its environment is the one of
+This file decides what a template may see and which resources it may use. It runs as a script by
+its path and imports only jinja2 and the standard library. The Jinja environment is that of
 transformers' ``apply_chat_template`` (chat_template_utils.py of 5.23): immutable sandbox,
 trimmed blocks, loop controls, ``tojson`` without HTML escapes, ``raise_exception``,
-``strftime_now``, guarded ``dict`` and ``namespace``, the ``generation`` tag. Memory is limited
-by the kernel, a run-away render by an alarm; `qcore.checkpoint.chat_template` kills it earlier than
-that.
+``strftime_now``, guarded ``dict`` and ``namespace``, the ``generation`` tag. The kernel limits
+memory and an alarm limits time; `qcore.checkpoint.chat_template` kills the process before the
+alarm does.
 
-Messages on stdin and stdout: eight bytes of length, little endian, then JSON. ``{"ready": true}``
-from here; ``{"template": ...}``, answered by ``{"inputs": [...]}``; then the variables of one
-render after another, each answered by ``{"text": ...}``. Any answer may instead be
+Messages on stdin and stdout are eight bytes of length, little endian, then JSON. The worker sends
+``{"ready": true}``. It answers ``{"template": ...}`` with ``{"inputs": [...]}``, and then the
+variables of each render with ``{"text": ...}``. Any answer may instead be
 ``{"error": kind, "text": ..., "type": ..., "line": ...}``.
 """
 
@@ -33,9 +34,9 @@ import jinja2.sandbox
 
 MEMORY = 512 << 20  #: bytes of address space
 OUTPUT = 8 << 20  #: characters of one rendered conversation
-ALARM = 5  #: seconds after which a render ends even if nobody is there to end it
+ALARM = 5  #: seconds after which a render ends, even if the parent process has died
 
-#: Whatever a template can make Python raise; anything else is a fault of this file.
+#: Every exception that a template can cause; any other exception is a bug in this file.
 RAISED = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -53,7 +54,7 @@ RAISED = (
 
 
 class TooMuch(Exception):
-    """The output passed its limit."""
+    """The output exceeded its limit."""
 
 
 class Raised(jinja2.TemplateError):
@@ -61,7 +62,7 @@ class Raised(jinja2.TemplateError):
 
 
 class Generation(jinja2.ext.Extension):
-    """``{% generation %}``: renders its body, as if the tag were not there."""
+    """``{% generation %}``: renders its body and has no other effect."""
 
     tags = {"generation"}  # noqa: RUF012, jinja2's own declaration
 
@@ -76,7 +77,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class Dict:
-    """``dict`` without the type's own attributes."""
+    """``dict`` without the attributes of the type, which could escape the sandbox."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -86,10 +87,10 @@ class Dict:
 
 
 class Namespace(jinja2.utils.Namespace):
-    """``namespace`` that holds no name with a leading underscore."""
+    """``namespace`` that rejects names with a leading underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
-        # `self` is no parameter, so that a template may set namespace(self=...).
+        # `self` is not a named parameter, so that a template may call namespace(self=...).
         self, args = args[0], args[1:]
         attributes = dict(*args, **kwargs)
         for name in attributes:
@@ -103,11 +104,15 @@ class Namespace(jinja2.utils.Namespace):
 
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"{name!r} is no name for a namespace")
+        raise jinja2.exceptions.SecurityError(f"{name!r} is not allowed in a namespace")
 
 
 def raise_exception(message: Any) -> None:
-    """What templates call to refuse a conversation."""
+    """Refuse the conversation; templates call this.
+
+    Raises:
+        Raised: always.
+    """
     raise Raised(message)
 
 
@@ -118,39 +123,40 @@ def tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as transformers writes it: no HTML escapes, no sorting."""
+    """Return JSON as transformers writes it, without HTML escapes."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 def strftime_now(pattern: str) -> str:
-    """The local time."""
+    """Return the local time, formatted by `pattern`."""
     return datetime.datetime.now().strftime(pattern)
 
 
 def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """The environment of ``apply_chat_template``."""
-    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    """Build the Jinja environment of ``apply_chat_template``."""
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
-    made.filters["tojson"] = tojson
-    made.globals["raise_exception"] = raise_exception
-    made.globals["strftime_now"] = strftime_now
-    made.globals["dict"] = Dict()
-    made.globals["namespace"] = Namespace
-    return made
+    env.filters["tojson"] = tojson
+    env.globals["raise_exception"] = raise_exception
+    env.globals["strftime_now"] = strftime_now
+    env.globals["dict"] = Dict()
+    env.globals["namespace"] = Namespace
+    return env
 
 
 def inputs(env: jinja2.Environment, text: str) -> set[str]:
-    """Variables that a template reads from its caller: loads less stores.
+    """Return the variables that a template reads from its caller: loads minus stores.
 
-    jinja's own ``find_undeclared_variables`` counts names that a branch sets. A name that the
-    template sets only where the caller did not (``is defined``, ``default``) is an input too.
+    Jinja's own ``find_undeclared_variables`` also counts names that only a branch sets. A name
+    that the template sets only if the caller did not (``is defined``, ``default``) is an input
+    too.
     """
     tree = env.parse(text)
     loads: set[str] = set()
-    asked: set[str] = set()
+    optional: set[str] = set()
     stores = {"loop", "caller", "varargs", "kwargs", "self", "super"}
     for name in tree.find_all(jinja2.nodes.Name):
         (loads if name.ctx == "load" else stores).add(name.name)
@@ -159,9 +165,9 @@ def inputs(env: jinja2.Environment, text: str) -> set[str]:
         tested = isinstance(node, jinja2.nodes.Test) and node.name in ("defined", "undefined")
         filled = isinstance(node, jinja2.nodes.Filter) and node.name in ("default", "d")
         if (tested or filled) and isinstance(node.node, jinja2.nodes.Name):  # type: ignore[attr-defined]
-            asked.add(node.node.name)  # type: ignore[attr-defined]
+            optional.add(node.node.name)  # type: ignore[attr-defined]
     undeclared = jinja2.meta.find_undeclared_variables(tree)
-    return (loads - stores - set(env.globals)) | (asked & undeclared)
+    return (loads - stores - set(env.globals)) | (optional & undeclared)
 
 
 def _outside_macros(node: jinja2.nodes.Node) -> Iterator[jinja2.nodes.Node]:
@@ -172,17 +178,17 @@ def _outside_macros(node: jinja2.nodes.Node) -> Iterator[jinja2.nodes.Node]:
 
 
 def conversation(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What transformers does before a template sees messages: no nulls, one name for reasoning."""
-    done = []
-    for given in messages:
-        message = {key: value for key, value in given.items() if value is not None}
+    """Prepare messages as transformers does: drop nulls, unify the names of reasoning."""
+    prepared = []
+    for original in messages:
+        message = {key: value for key, value in original.items() if value is not None}
         for key in ("reasoning_content", "thinking", "reasoning"):
             if key in message:
                 reasoning = message[key]
                 message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
                 break
-        done.append(message)
-    return done
+        prepared.append(message)
+    return prepared
 
 
 def renderings(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -202,10 +208,10 @@ def renderings(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def render(template: jinja2.Template, values: dict[str, Any]) -> dict[str, Any]:
-    """One rendered conversation.
+    """Render one conversation.
 
     Raises:
-        TooMuch: the output is over `OUTPUT`.
+        TooMuch: the output is longer than `OUTPUT` characters.
     """
     blocks, length = [], 0
     for block in template.generate(**values):
@@ -214,12 +220,12 @@ def render(template: jinja2.Template, values: dict[str, Any]) -> dict[str, Any]:
             raise TooMuch
         blocks.append(block)
     text = "".join(blocks)
-    text.encode("utf-8")  # a lone surrogate has no bytes
+    text.encode("utf-8")  # raises for a lone surrogate
     return {"text": text}
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """What is told of an error: kind, text, line of the template."""
+    """Describe an error for the parent process: kind, text, type and line of the template."""
     kind = "runtime"
     for name, types in (
         ("raised", Raised),
@@ -242,7 +248,7 @@ def failure(error: BaseException) -> dict[str, Any]:
 
 
 def limit() -> None:
-    """Give up what a template never needs: memory, files, core dumps."""
+    """Limit memory, and disable file writes and core dumps, which a template never needs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     for what, value in (
         (resource.RLIMIT_AS, MEMORY),
@@ -251,7 +257,7 @@ def limit() -> None:
     ):
         try:
             resource.setrlimit(what, (value, value))
-        except (ValueError, OSError):  # macOS knows RLIMIT_AS and refuses it
+        except (ValueError, OSError):  # macOS defines RLIMIT_AS but rejects it
             continue
 
 
@@ -264,7 +270,7 @@ def _receive(stream: BinaryIO) -> dict[str, Any] | None:
 
 
 def _send(stream: BinaryIO, answer: dict[str, Any]) -> None:
-    # A lone surrogate in an error's text becomes its JSON escape.
+    # A lone surrogate in an error message becomes its JSON escape.
     body = json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace")
     stream.write(len(body).to_bytes(8, "little") + body)
     stream.flush()
@@ -273,7 +279,7 @@ def _send(stream: BinaryIO, answer: dict[str, Any]) -> None:
 def main() -> None:
     """Answer requests until stdin ends."""
     env = environment()
-    env.from_string("{{ messages | tojson }}").render(messages=[])  # imports what jinja defers
+    env.from_string("{{ messages | tojson }}").render(messages=[])  # trigger jinja's lazy imports
     limit()
     _send(sys.stdout.buffer, {"ready": True})
     template: jinja2.Template | None = None

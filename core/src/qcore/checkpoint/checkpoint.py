@@ -1,11 +1,10 @@
-"""A model folder: config, template, tokenizer files, safetensors headers and index.
+"""`Checkpoint`: an opened model folder: config.json, tokenizer files, safetensors headers, index.
 
-This file decides what a checkpoint is before any weight is read. The safetensors files may
-still be on a hub (`Weights`); then their headers are judged as those of files here are, and
-no tensor can be read. It needs no torch and judges nothing else: which files may be opened is
-`qcore.checkpoint.folder`'s business, what a sound header is
-`qcore.checkpoint.safetensors_header`'s, whether the tensors are the right ones
-`qcore.checkpoint.layout`'s.
+This file decides what makes a folder a checkpoint, before any weight is read. The safetensors
+files may still be on the hub (`Weights`): their headers get the same checks, but no tensor can be
+read. It does not import torch. `qcore.checkpoint.folder` decides which files may be opened,
+`qcore.checkpoint.safetensors_header` which headers are valid, and `qcore.checkpoint.layout`
+whether the tensors match the parameter table.
 """
 
 from __future__ import annotations
@@ -32,21 +31,25 @@ __all__ = [
 ]  # fmt: skip
 
 SINGLE = "model.safetensors"
-#: Weights in formats that qcore neither reads nor writes.
+#: Suffixes of weight files that qcore neither reads nor writes.
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 class Weights(Protocol):
-    """Where the safetensors files of a checkpoint are: in its folder, or still on a hub."""
+    """The source of a checkpoint's safetensors files: its folder or the hub."""
 
     def names(self) -> Collection[str]:
-        """Every file there."""
+        """Return the names of all files."""
 
     def where(self, name: str) -> object:
-        """A file, as an error names it."""
+        """Return the location of a file, for errors."""
 
     def headers(self, shards: Sequence[str]) -> Iterable[list[Header]]:
-        """The tensors of each of these files. Raises ``QC-CKPT-003``, ``-005``, ``-006``."""
+        """Return the headers of each shard.
+
+        Raises:
+            InputError: ``QC-CKPT-003``, ``-005``, ``-006``.
+        """
 
 
 class Checkpoint:
@@ -54,15 +57,16 @@ class Checkpoint:
 
     Attributes:
         path: the folder.
-        source: what the user named: a folder or a hub id.
+        source: the folder or hub id that the user passed.
         revision: commit that a hub id resolved to.
-        config: config.json.
-        headers: tensors by name on disk, over all shards.
-        shards: safetensors files, in order of first use.
-        index: the index file's content, or ``None`` for a single file.
-        sidecars: every other regular file of the folder, by name.
-        copies: files that hold the weights in another format; never read, never copied.
-        headers_only: whether the safetensors files are not here; then `file` refuses them.
+        config: content of config.json.
+        headers: tensors of all shards, by name on disk.
+        shards: names of the safetensors files, in order of first use.
+        index: content of the index file; ``None`` for a single safetensors file.
+        sidecars: names of all other regular files of the folder.
+        copies: names of files with the weights in another format; never read, never copied.
+        headers_only: whether the safetensors files were not downloaded; if so, `file` refuses
+            them.
     """
 
     def __init__(
@@ -98,35 +102,35 @@ class Checkpoint:
         revision: str | None = None,
         remote: Weights | None = None,
     ) -> Checkpoint:
-        """Read config and headers of a model folder.
+        """Read the config and the headers of a model folder.
 
         Args:
             path: the folder.
-            source: what the user named, where it is not the folder.
+            source: the hub id that the user passed; defaults to `path`.
             revision: commit that a hub id resolved to.
-            remote: where the safetensors files are, unless all of them are in the folder.
+            remote: source of the safetensors files, used if the folder lacks any of them.
 
         Raises:
-            InputError: ``QC-CKPT-001`` no folder or no config.json, ``-002`` JSON that does not
-                parse, ``-003`` an unsafe path, ``-004`` no weights, ``-005`` a damaged
-                safetensors file, ``-006`` index and shards disagree, ``-007`` pickled weights;
-                ``QC-READ-001`` a file that cannot be read.
+            InputError: ``QC-CKPT-001`` no folder or no config.json, ``-002`` invalid JSON,
+                ``-003`` an unsafe path, ``-004`` no weights, ``-005`` a damaged safetensors
+                file, ``-006`` index and shards disagree, ``-007`` pickled weights;
+                ``QC-READ-001`` a file cannot be read.
         """
         folder = Path(path)
         config = read_config(folder)
-        here = Folder(folder)
-        index = read_index(here)
+        local = Folder(folder)
+        index = read_index(local)
         shards = (SINGLE,) if index is None else tuple(dict.fromkeys(index["weight_map"].values()))
         for shard in shards:
             check_name(folder, shard)
-        weights = here if remote is None or here.names() >= {*shards} else remote
+        weights = local if remote is None or local.names() >= {*shards} else remote
         if index is None and SINGLE not in weights.names():
             raise _no_weights(folder, weights)
         headers = _collect(weights, shards)
         if index is not None:
             _check_index(folder, index, headers, weights)
         _refuse_strays(weights, shards)
-        others = sorted(here.names() - {INDEX, *shards})
+        others = sorted(local.names() - {INDEX, *shards})
         return cls(
             folder,
             source if source is not None else str(path),
@@ -137,7 +141,7 @@ class Checkpoint:
             index,
             sidecars=tuple(name for name in others if not name.endswith(_WEIGHTS)),
             copies=tuple(name for name in others if name.endswith(_WEIGHTS)),
-            headers_only=weights is not here,
+            headers_only=weights is not local,
         )
 
     @classmethod
@@ -175,11 +179,11 @@ class Checkpoint:
         )
 
     def file(self, name: str) -> Path:
-        """A file of the folder, proved to lie inside it.
+        """Return the path of a file, after checking that it lies inside the folder.
 
         Raises:
             InputError: ``QC-CKPT-003`` an unsafe path, ``-006`` no such file, ``-009`` a
-                safetensors file of which only the header was fetched.
+                safetensors file of which only the header was downloaded.
         """
         if self.headers_only and name in self.shards:
             raise InputError(
@@ -193,27 +197,27 @@ class Checkpoint:
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:
-        """tokenizer_config.json, or empty."""
+        """Content of tokenizer_config.json; empty if there is no such file."""
         return self._optional_json("tokenizer_config.json")
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """generation_config.json, or empty."""
+        """Content of generation_config.json; empty if there is no such file."""
         return self._optional_json("generation_config.json")
 
     def _optional_json(self, name: str) -> dict[str, Any]:
         return read_json(self.file(name)) if name in self.sidecars else {}
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON object from a file of the folder; duplicate keys are refused.
+        """Read a JSON object from a file of the folder. Duplicate keys are errors.
 
         Raises:
-            InputError: as `file`; ``QC-CKPT-002`` not one JSON object.
+            InputError: as `file`; ``QC-CKPT-002`` the file is not a JSON object.
         """
         return read_json(self.file(name))
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer of tokenizer.json; reads the file at each call.
+        """Load the tokenizer from tokenizer.json. Every call reads the file again.
 
         Raises:
             InputError: ``QC-TOKENIZER-001``.
@@ -223,17 +227,18 @@ class Checkpoint:
         return load_tokenizer(self)
 
     def close(self) -> None:
-        """End the process that renders `template`, if one runs; another use starts it again."""
-        template = vars(self).get("template")  # without reading the file for it
+        """End the process that renders `template`, if any. The next render starts it again."""
+        template = vars(self).get("template")  # does not trigger the cached property
         if template is not None:
             template.close()
 
     @cached_property
     def template(self) -> Template | None:
-        """The chat template: chat_template.jinja, else the one in tokenizer_config.json.
+        """The chat template, or ``None`` if the checkpoint has none.
 
-        The checkpoint owns it and ends its process in `close`; use `Template.reopen` for one
-        to close yourself.
+        It is read from chat_template.jinja, then tokenizer_config.json, then chat_template.json.
+        The checkpoint owns it and ends its process in `close`; `Template.reopen` returns a copy
+        that the caller closes.
         """
         from .chat_template import Template
 
@@ -255,15 +260,15 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Size of all tensors on disk, in bytes."""
         return sum(header.end - header.start for header in self.headers.values())
 
 
 def required_template(checkpoint: Checkpoint) -> Template:
-    """The chat template of a checkpoint that must have one.
+    """Return the chat template of a checkpoint.
 
     Raises:
-        InputError: ``QC-PRE-001`` it has none.
+        InputError: ``QC-PRE-001`` the checkpoint has no chat template.
     """
     template = checkpoint.template
     if template is None:
@@ -278,7 +283,7 @@ def required_template(checkpoint: Checkpoint) -> Template:
 
 
 def text_sections(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """Where config.json describes the text model: its text section, if any, then its top level."""
+    """Return the sections that describe the text model: ``text_config``, if any, then the top."""
     text = config.get("text_config")
     return (text, config) if isinstance(text, Mapping) else (config,)
 
@@ -303,12 +308,12 @@ def _no_weights(folder: Path, weights: Weights) -> InputError:
 
 
 def _collect(weights: Weights, shards: Sequence[str]) -> dict[str, Header]:
-    """The tensors of all shards by name, each in one of them."""
+    """Return the headers of all shards by name; a tensor in two shards is an error."""
     headers: dict[str, Header] = {}
-    for shard, found in zip(shards, weights.headers(shards), strict=True):
-        more = {header.name: header for header in found}
-        if not headers.keys().isdisjoint(more):
-            name = next(name for name in more if name in headers)
+    for shard, shard_headers in zip(shards, weights.headers(shards), strict=True):
+        by_name = {header.name: header for header in shard_headers}
+        if not headers.keys().isdisjoint(by_name):
+            name = next(name for name in by_name if name in headers)
             raise InputError(
                 "QC-CKPT-006",
                 "is in two shards",
@@ -317,20 +322,20 @@ def _collect(weights: Weights, shards: Sequence[str]) -> dict[str, Header]:
                 found=f"{headers[name].file} and {shard}",
                 fix="download the checkpoint again",
             )
-        headers |= more
+        headers |= by_name
     return headers
 
 
 def _refuse_strays(weights: Weights, shards: Sequence[str]) -> None:
-    """Refuse safetensors that are no shard: a loader may prefer them to the index."""
+    """Refuse safetensors files that are not shards: some loaders prefer them to the index."""
     for name in sorted({*weights.names()} - {*shards}):
         if name.endswith(".safetensors"):
             raise InputError(
                 "QC-CKPT-006",
-                "is beside the checkpoint's own files, and some loaders would take it instead",
+                "is not one of the checkpoint's shards, but some loaders would load it instead",
                 file=weights.where(name),
                 expected=f"only the files that {INDEX} names, or {SINGLE} alone",
-                fix="delete it if it is left over, or move it to a folder of its own",
+                fix="move it to another folder",
             )
 
 
@@ -341,23 +346,23 @@ def _check_index(
     if weight_map == {name: header.file for name, header in headers.items()}:
         return
     for name, shard in weight_map.items():
-        found = headers.get(name)
-        if found is None or found.file != shard:
+        header = headers.get(name)
+        if header is None or header.file != shard:
             raise InputError(
                 "QC-CKPT-006",
                 "is not in the shard that the index names",
                 file=folder / INDEX,
                 field=name,
-                found=found.file if found else "no shard has it",
+                found=header.file if header else "no shard has it",
                 expected=shard,
                 fix="download the checkpoint again",
             )
-    for name, header in headers.items():
+    for name, unlisted in headers.items():
         if name not in weight_map:
             raise InputError(
                 "QC-CKPT-006",
                 "is in a shard but not in the index",
-                file=weights.where(header.file),
+                file=weights.where(unlisted.file),
                 field=name,
                 fix="download the checkpoint again",
             )

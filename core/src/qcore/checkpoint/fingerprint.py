@@ -1,8 +1,9 @@
-"""What binds an adapter to its base: one SHA-256 per part, over canonical names.
+"""Fingerprint of a base: one SHA-256 per part (text, tower), recorded by the adapters of the base.
 
-This file decides what is in it: (canonical name, dtype, shape, SHA-256 of the bytes) of every
-tensor of the part, sorted by name. Sharding, prefixes and fused or per-expert files do not
-change it, and a re-save that drops another part does not either.
+A fingerprint binds an adapter to its base. This file decides what it covers: (canonical name,
+dtype, shape, SHA-256 of the bytes) of every tensor of the part, sorted by name. It does not
+depend on sharding, on name prefixes or on whether experts are fused, nor on any other part, so a
+re-save that drops another part does not change it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from .layout import Layout
 
 
 def fingerprints(layout: Layout, digests: Mapping[str, str]) -> dict[str, str]:
-    """SHA-256 by part, for the parts of which every tensor has a digest.
+    """Compute the fingerprint of every part whose tensors all have a digest.
 
     Args:
-        layout: the checkpoint explained.
-        digests: SHA-256 of each canonical tensor's bytes, by name.
+        layout: layout of the checkpoint.
+        digests: canonical tensor name -> SHA-256 of its bytes, in hex.
+
+    Returns:
+        Part name -> SHA-256 in hex. Tied tensors are not covered.
     """
     lines: dict[str, list[str]] = {}
     partial: set[str] = set()
@@ -34,7 +38,7 @@ def fingerprints(layout: Layout, digests: Mapping[str, str]) -> dict[str, str]:
             f"{tensor.name} {item.dtype} {shape} {digests[tensor.name]}"
         )
     return {
-        part: hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()
-        for part, found in lines.items()
+        part: hashlib.sha256("\n".join(sorted(entries)).encode()).hexdigest()
+        for part, entries in lines.items()
         if part not in partial
     }

@@ -1,12 +1,12 @@
-"""The files of a model folder: which may be opened, and how its JSON is read.
+"""Safe file access in a model folder: refuses paths that leave it; reads config.json and index.
 
-This file decides that nothing outside the folder is ever opened: a file is one path component
-whose real path lies in the folder, or in the ``blobs`` folder of the same hub cache entry. It
-reads config.json and the index; what a checkpoint is made of is `qcore.checkpoint.checkpoint`'s
-business.
+This file decides that no file outside the folder is ever opened. A file name must be a single
+path component whose real path lies in the folder, or in the ``blobs`` folder of the same hub cache
+entry. It reads config.json and the index; `qcore.checkpoint.checkpoint` decides what else a
+checkpoint needs.
 
-Codes: ``QC-CKPT-001`` no folder or no config.json, ``-002`` JSON that does not parse, ``-003`` an
-unsafe path, ``-006`` a file that is named and absent; ``QC-READ-001``.
+Codes: ``QC-CKPT-001`` no folder or no config.json, ``-002`` invalid JSON, ``-003`` an unsafe path,
+``-006`` a referenced file does not exist; ``QC-READ-001`` a file cannot be read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_JSON: Final = 64 * 2**20
 
 
 class Folder:
-    """`qcore.checkpoint.checkpoint.Weights` in the checkpoint's own folder."""
+    """The files of a local folder; implements `qcore.checkpoint.checkpoint.Weights`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -36,26 +36,33 @@ class Folder:
             self._names = {entry.name for entry in os.scandir(folder) if entry.is_file()}
 
     def names(self) -> set[str]:
+        """Return the names of all files."""
         return self._names
 
     def where(self, name: str) -> Path:
+        """Return the path of a file, for errors."""
         return self._folder / name
 
     def headers(self, shards: Sequence[str]) -> Iterator[list[Header]]:
+        """Read the headers of each shard.
+
+        Raises:
+            InputError: ``QC-CKPT-003``, ``-005``, ``-006``.
+        """
         return (read_headers(safe_file(self._folder, shard)) for shard in shards)
 
 
 def safe_file(folder: Path, name: str) -> Path:
-    """`name` inside `folder`, refused unless its real path stays there.
+    """Return the path of `name` in `folder`, after checking that it lies inside.
 
     Raises:
-        InputError: ``QC-CKPT-003`` for a separator, a drive, a NUL, a link out of the folder,
-            or something that is no regular file.
+        InputError: ``QC-CKPT-003`` the name has a separator, a drive or a NUL, or the file is a
+            link out of the folder or not a regular file; ``-006`` the file does not exist.
     """
     check_name(folder, name)
     path = folder / name
     if stat.S_ISREG(_mode(path, links=False)):
-        return path  # no link, so its real path is the folder's
+        return path  # not a link, so its real path is in the folder
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     # A hub cache keeps snapshots/<commit>/<file> as links into its own blobs/.
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
@@ -65,7 +72,7 @@ def safe_file(folder: Path, name: str) -> Path:
     if not mode:
         raise InputError(
             "QC-CKPT-006",
-            "is named but is not there",
+            "is referenced but does not exist",
             file=path,
             fix="download the checkpoint again",
         )
@@ -75,7 +82,11 @@ def safe_file(folder: Path, name: str) -> Path:
 
 
 def check_name(folder: Path, name: str) -> None:
-    """Refuse what is not one plain component of a path (``QC-CKPT-003``)."""
+    """Check that a file name is a single plain path component.
+
+    Raises:
+        InputError: ``QC-CKPT-003``.
+    """
     if name_problem(name) is not None:
         raise _unsafe(folder, name)
 
@@ -86,13 +97,13 @@ def _unsafe(folder: Path, name: str) -> InputError:
         "leaves the model folder",
         file=folder,
         field=repr(name[:100]),
-        expected="a plain file name of a file inside the folder",
+        expected="the plain name of a file inside the folder",
         fix="do not use this checkpoint unless you know who wrote it",
     )
 
 
 def _mode(path: Path, *, links: bool = True) -> int:
-    """The mode of a file, or 0 where there is none."""
+    """Return the mode of a file, or 0 if there is no such file."""
     try:
         return (os.stat if links else os.lstat)(path).st_mode
     except OSError:
@@ -100,7 +111,12 @@ def _mode(path: Path, *, links: bool = True) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size, duplicate keys refused (``QC-CKPT-002``)."""
+    """Read a JSON object from a file.
+
+    Raises:
+        InputError: ``QC-CKPT-002`` the file is too large, is not one JSON object or has duplicate
+            keys; ``QC-READ-001`` it cannot be read.
+    """
     try:
         with reading(path):
             if path.stat().st_size > _MAX_JSON:
@@ -121,10 +137,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder that has one.
+    """Read config.json of a model folder.
 
     Raises:
-        InputError: ``QC-CKPT-001``, ``-002``, ``-003``.
+        InputError: ``QC-CKPT-001`` no folder or no config.json, ``-002`` invalid JSON or
+            ``model_type``, ``-003`` an unsafe path.
     """
     if not folder.is_dir():
         raise InputError(
@@ -142,7 +159,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str):
         raise InputError(
             "QC-CKPT-002",
-            "is not the name of a model type",
+            "is not a valid model type",
             file=folder / "config.json",
             field="model_type",
             found=repr(config.get("model_type")),
@@ -152,13 +169,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_index(here: Folder) -> dict[str, Any] | None:
-    """The index, when there is one.
+def read_index(folder: Folder) -> dict[str, Any] | None:
+    """Read the index file; ``None`` if the folder has none.
 
     Raises:
-        InputError: ``QC-CKPT-002``, ``-003``.
+        InputError: ``QC-CKPT-002`` invalid JSON or ``weight_map``, ``-003`` an unsafe path.
     """
-    path = here.where(INDEX)
+    path = folder.where(INDEX)
     if not path.exists():
         return None
     index = read_json(safe_file(path.parent, INDEX))

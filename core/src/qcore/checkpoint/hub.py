@@ -1,15 +1,16 @@
-"""Where a model comes from: a folder, or an id on the hub.
+"""Resolves ``--model`` to a folder: a local path or ``ORG/NAME@REVISION``, and what is downloaded.
 
-This file decides what ``--model`` may say (a folder that exists, else ``ORG/NAME`` or
-``ORG/NAME@REVISION``) and which files are fetched: config, tokenizer, chat template, processor,
-generation config, safetensors and its index; never a pickle; and of the safetensors only the
-headers where no tensor will be read. It leaves the fetching and its failures to
-`qcore.checkpoint.hub_client`, what a folder must hold to `qcore.checkpoint.checkpoint`.
+This file decides which values ``--model`` accepts: an existing folder, else ``ORG/NAME`` or
+``ORG/NAME@REVISION``. It also decides which files are downloaded: config, tokenizer, chat
+template, processor, generation config, safetensors and their index, but never a pickle. If the
+caller reads no tensor, the safetensors files are not downloaded, only their headers.
+`qcore.checkpoint.hub_client` downloads and reports failures; `qcore.checkpoint.checkpoint` checks
+what a folder must contain.
 
 Codes: ``QC-HUB-001`` neither a folder nor an id, ``-002`` a file, ``-003`` not on the hub,
 ``-004`` no access, ``-005`` no such revision, ``-006`` offline and not cached, ``-007`` the
-hub cannot be reached, ``-008`` the download failed, ``-009`` nothing that qcore reads;
-``QC-WRITE-*`` where the cache cannot be written.
+hub cannot be reached, ``-008`` the download failed, ``-009`` no file that qcore reads;
+``QC-WRITE-*`` the cache cannot be written.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import InputError
-from .hub_client import RemoteWeights, download, near
+from .hub_client import RemoteWeights, download, suggest_model
 
 _SMALL: Final = (
     "config.json",
@@ -44,13 +45,13 @@ _REVISION: Final = re.compile(r"[A-Za-z0-9_](?!.*\.\.)[\w./+-]*", re.ASCII)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedModel:
-    """A model's folder on this machine.
+    """The local folder of a model.
 
     Attributes:
         path: the folder.
-        source: what the user named.
-        revision: the commit on the hub; ``None`` for a folder of the user's.
-        remote: where the safetensors files are; ``None`` where they are in the folder.
+        source: the folder or hub id that the user passed.
+        revision: the commit on the hub; ``None`` for a local folder.
+        remote: source of the safetensors files; ``None`` if they are in the folder.
     """
 
     path: Path
@@ -60,15 +61,15 @@ class ResolvedModel:
 
 
 def resolve_model(model: str | Path, *, headers_only: bool = False) -> ResolvedModel:
-    """The folder of a model, fetched from the hub where it is not one already.
+    """Return the folder of a model, downloading it from the hub if it is not local.
 
     Args:
-        model: a folder, or ``ORG/NAME[@REVISION]``; a folder of that name wins.
-        headers_only: leave the safetensors files of a hub id where they are.
+        model: a folder, or ``ORG/NAME[@REVISION]``. A local folder of that name takes precedence.
+        headers_only: do not download the safetensors files of a hub id.
 
     Raises:
         InputError: ``QC-HUB-*``.
-        TrustError: ``QC-HUB-004``, when the hub wants a token or an accepted licence.
+        TrustError: ``QC-HUB-004``, if the hub requires a token or an accepted license.
         WriteError: the hub's cache cannot be written.
     """
     source = str(model)
@@ -78,24 +79,22 @@ def resolve_model(model: str | Path, *, headers_only: bool = False) -> ResolvedM
     if os.path.lexists(path):
         fix = f"name the folder: {path.parent}"
         raise InputError("QC-HUB-002", "is not a folder", file=source, fix=fix)
-    name, at, revision = source.partition("@")
-    if not _ID.fullmatch(name) or (at and not _REVISION.fullmatch(revision)):
+    name, separator, revision = source.partition("@")
+    if not _ID.fullmatch(name) or (separator and not _REVISION.fullmatch(revision)):
         raise InputError(
             "QC-HUB-001",
             "is neither a folder nor a hub id",
             file=source,
             expected="a folder, or ORG/NAME[@REVISION]",
-            fix=near(source, path) or "name a folder that exists",
+            fix=suggest_model(source, path) or "name a folder that exists",
         )
     folder = download(name, revision or None, source, _SMALL if headers_only else FILES)
     if not folder.is_dir():
-        read = (
-            "config and no tokenizer file"
-            if headers_only
-            else "config, tokenizer or safetensors file"
+        files = (
+            "config or tokenizer file" if headers_only else "config, tokenizer or safetensors file"
         )
         raise InputError(
-            "QC-HUB-009", f"holds no {read}", file=source, fix="name a model repository"
+            "QC-HUB-009", f"contains no {files}", file=source, fix="name a model repository"
         )
     remote = RemoteWeights(name, folder.name, source) if headers_only else None
     return ResolvedModel(path=folder, source=source, revision=folder.name, remote=remote)

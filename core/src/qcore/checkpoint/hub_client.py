@@ -1,15 +1,15 @@
-"""The conversation with the hub: files, a listing, the first bytes of a file, failures.
+"""Calls huggingface_hub: downloads, range requests for headers, and an error for each failure.
 
-This file decides how huggingface_hub is asked and what each failure is called. Downloading is
-the client's, with its own cache, token, endpoint and offline variables. Headers of safetensors
-files come by range requests, one a file for most of them; no answer is read further than what
-was asked for, also where a server ignores the range. It leaves to `qcore.checkpoint.hub` what a
-user may name, and to `qcore.checkpoint.safetensors_header` whether a header is sound.
+This file decides how huggingface_hub is called and which error each failure raises. The client
+downloads, with its own cache, token, endpoint and offline variables. Headers of safetensors files
+are read by range requests, for most files a single one. A response is never read beyond the
+requested bytes, even if the server ignores the range. `qcore.checkpoint.hub` decides which ids are
+valid, and `qcore.checkpoint.safetensors_header` which headers are.
 
-Headers are not read by ``HfApi.parse_safetensors_file_metadata``: it reads a whole file from a
-server that ignores ranges, does not ask again when an answer breaks off, multiplies out shapes of
-any rank, and keeps back the header's length, without which a file that was cut looks sound (a
-test shows it, so that we notice when it changes).
+``HfApi.parse_safetensors_file_metadata`` is not used, because it reads the whole file from a
+server that ignores ranges, does not retry an incomplete response, multiplies shapes of any rank,
+and does not return the header's length, without which a truncated file looks valid. A test fails
+when this changes.
 
 Codes: ``QC-HUB-003`` to ``-009``, see `qcore.checkpoint.hub`.
 """
@@ -32,21 +32,21 @@ from ..io.atomic import write_error
 from ..io.version import __version__
 from .safetensors_header import PREFIX, Header, header_length, parse_headers
 
-_FIRST: Final = 100_000  # holds nearly every header, length included (the client's figure)
+_FIRST: Final = 100_000  # bytes; contains nearly every header with its length (the client's value)
 _WORKERS: Final = 16
-_TRIES: Final = 3  # answers that may break off before a file is given up
-_BAR_DELAY: Final = 1.0  # seconds without a bar
+_TRIES: Final = 3  # attempts per range
+_BAR_DELAY: Final = 1.0  # seconds until the progress bar appears
 _CLIENT: Final = {"library_name": "qcore", "library_version": __version__}
 
 
 def download(name: str, revision: str | None, source: str, patterns: Sequence[str]) -> Path:
-    """The snapshot folder of a model, with the files of its top folder that match.
+    """Download the matching top-level files of a repository and return the snapshot folder.
 
     Args:
         name: ``ORG/NAME``.
         revision: branch, tag or commit; ``None`` for the default branch.
-        source: what the user named, for errors.
-        patterns: file names, ``*`` allowed.
+        source: the id that the user passed, for errors.
+        patterns: file names, which may contain ``*``.
 
     Raises:
         InputError: ``QC-HUB-*``.
@@ -55,20 +55,20 @@ def download(name: str, revision: str | None, source: str, patterns: Sequence[st
     """
     from huggingface_hub import snapshot_download
 
-    with _told(source):
-        found = snapshot_download(
+    with _client_errors(source):
+        folder = snapshot_download(
             name,
             revision=revision,
             allow_patterns=list(patterns),
-            ignore_patterns=["*/*"],  # a pattern's * takes folders too
-            tqdm_class=_bar(),
+            ignore_patterns=["*/*"],  # a * in a pattern also matches folders
+            tqdm_class=_progress_bar(),
             **_CLIENT,
         )
-    return Path(found)
+    return Path(folder)
 
 
 class RemoteWeights:
-    """The files of one commit that stay on the hub; `qcore.checkpoint.checkpoint.Weights`."""
+    """Files of one commit that are not downloaded; implements `checkpoint.Weights`."""
 
     def __init__(self, name: str, commit: str, source: str) -> None:
         self._name = name
@@ -76,15 +76,15 @@ class RemoteWeights:
         self._source = source
 
     def names(self) -> set[str]:
-        """Every file of the top folder, by one listing."""
+        """Return the names of all top-level files, from one listing."""
         return set(self._sizes)
 
     def where(self, name: str) -> str:
-        """A file, as an error names it."""
+        """Return the location of a file, for errors."""
         return f"{self._source}: {name}"
 
     def headers(self, shards: Sequence[str]) -> list[list[Header]]:
-        """The tensors of each of these files, by parallel range requests.
+        """Read the headers of each shard by parallel range requests.
 
         Raises:
             InputError: ``QC-CKPT-005`` a damaged header, ``-006`` no such file; ``QC-HUB-*``.
@@ -94,17 +94,18 @@ class RemoteWeights:
             if shard not in self._sizes:
                 raise InputError(
                     "QC-CKPT-006",
-                    "is named but is not there",
+                    "is referenced but does not exist",
                     file=self.where(shard[:200]),
-                    fix="name a revision that has it, or report it to the repository",
+                    fix="name a revision that has it",
                 )
-        with _told(self._source):
+        with _client_errors(self._source):
             return self._fetch(shards)
 
     def _fetch(self, shards: Sequence[str]) -> list[list[Header]]:
         from huggingface_hub.utils import tqdm
 
-        bar = (_bar() or tqdm)(total=len(shards), desc="Reading headers", delay=_BAR_DELAY)
+        bar_class = _progress_bar() or tqdm
+        bar = bar_class(total=len(shards), desc="Reading headers", delay=_BAR_DELAY)
         pool = ThreadPoolExecutor(min(_WORKERS, len(shards)))
         try:
             jobs = [pool.submit(self._header, shard) for shard in shards]
@@ -113,15 +114,16 @@ class RemoteWeights:
                 bar.update(1)
             return [job.result() for job in jobs]
         finally:
-            # After a failure or Ctrl-C nothing more is asked, and nobody waits for an answer.
+            # After a failure or Ctrl-C, cancel pending requests and do not wait for running ones.
             pool.shutdown(wait=False, cancel_futures=True)
             bar.close()
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
+        """Sizes in bytes of the top-level files, by name."""
         from huggingface_hub import HfApi, constants
 
-        with _told(self._source):
+        with _client_errors(self._source):
             info = HfApi(**_CLIENT).model_info(
                 self._name,
                 revision=self._commit,
@@ -140,86 +142,93 @@ class RemoteWeights:
         return parse_headers(first[PREFIX:stop], size, shard, where)
 
     def _read(self, shard: str, start: int, stop: int) -> bytes:
-        """Bytes ``start`` to ``stop`` of a file; an answer that breaks off is asked on."""
+        """Read bytes ``start`` to ``stop`` of a file; continue an incomplete response."""
         from huggingface_hub import constants, errors, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
         url = hf_hub_url(self._name, shard, revision=self._commit)
         data = bytearray()
-        broken: Exception | None = None
+        interruption: Exception | None = None
         for _ in range(_TRIES):
-            at = start + len(data)
-            if at >= stop:
+            position = start + len(data)
+            if position >= stop:
                 break
-            asked = {"Range": f"bytes={at}-{stop - 1}", "Accept-Encoding": "identity"}
+            range_headers = {
+                "Range": f"bytes={position}-{stop - 1}",
+                "Accept-Encoding": "identity",
+            }
             with http_stream_backoff(
                 "GET",
                 url,
-                headers=build_hf_headers(**_CLIENT) | asked,
+                headers=build_hf_headers(**_CLIENT) | range_headers,
                 max_retries=_TRIES,
                 timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             ) as response:
                 hf_raise_for_status(response)
-                self._check_answer(response, shard, at)
+                self._check_response(response, shard, position)
                 try:
-                    _take(
+                    _append_bytes(
                         response,
                         data,
-                        at=at if response.status_code == 200 else 0,
-                        want=stop - start,
+                        skip=position if response.status_code == 200 else 0,
+                        size=stop - start,
                     )
-                except errors.HTTPError as error:  # the client would repeat it, and cannot here
-                    broken = error
+                except errors.HTTPError as error:  # the client retries requests, not streams
+                    interruption = error
         if start + len(data) < stop:
-            raise self._wrong(shard, "an answer that breaks off", f"{stop} bytes") from broken
+            raise self._bad_response(
+                shard, "an incomplete response", f"{stop} bytes"
+            ) from interruption
         return bytes(data)
 
-    def _check_answer(self, response: Any, shard: str, at: int) -> None:
-        """Refuse bytes of another place or of another file than the listing promised."""
+    def _check_response(self, response: Any, shard: str, start: int) -> None:
+        """Refuse a response with the wrong offset, or from a file of another size than listed."""
         size = self._sizes[shard]
         if response.status_code == 206:
-            found, expected = response.headers.get("content-range", ""), f"bytes {at}-"
-            told = found.rpartition("/")[2]
-            sound = found.startswith(expected) and told in (str(size), "*")
+            content, expected = response.headers.get("content-range", ""), f"bytes {start}-"
+            total = content.rpartition("/")[2]
+            valid = content.startswith(expected) and total in (str(size), "*")
             expected = f"{expected}.../{size}"
-        else:  # a server that knows no ranges begins at the start
-            found, expected = response.headers.get("content-length", str(size)), str(size)
-            sound = response.status_code == 200 and found == expected
-        if not sound:
-            raise self._wrong(shard, f"status {response.status_code}, {found[:100]}", expected)
+        else:  # a server without range support sends the file from its start
+            content, expected = response.headers.get("content-length", str(size)), str(size)
+            valid = response.status_code == 200 and content == expected
+        if not valid:
+            raise self._bad_response(
+                shard, f"status {response.status_code}, {content[:100]}", expected
+            )
 
-    def _wrong(self, shard: str, found: str, expected: str) -> InputError:
+    def _bad_response(self, shard: str, found: str, expected: str) -> InputError:
         return InputError(
             "QC-HUB-008",
-            "the header cannot be fetched",
+            "the header cannot be downloaded",
             file=self.where(shard),
             found=found,
             expected=expected,
-            fix="run it again, or download the model and name its folder",
+            fix="run the command again, or download the model and name its folder",
         )
 
 
-def _take(response: Any, data: bytearray, *, at: int, want: int) -> None:
-    """Add an answer's bytes from ``at`` on to ``data`` until it has ``want``; then stop reading."""
+def _append_bytes(response: Any, data: bytearray, *, skip: int, size: int) -> None:
+    """Append a response's bytes, without its first ``skip``, until ``data`` has ``size`` bytes."""
     for chunk in response.iter_raw():
-        data += chunk[at:][: want - len(data)]
-        at = max(0, at - len(chunk))
-        if len(data) >= want:
+        data += chunk[skip:][: size - len(data)]
+        skip = max(0, skip - len(chunk))
+        if len(data) >= size:
             return
 
 
 @contextmanager
-def _told(source: str) -> Iterator[None]:
-    """What fails inside becomes the error that a user is told, and the client warns of nothing."""
+def _client_errors(source: str, kind: str = "model") -> Iterator[None]:
+    """Convert the client's exceptions to qcore errors and silence its warnings."""
     from huggingface_hub import constants, errors
 
     try:
-        with _quiet():
+        with _without_warnings():
             yield
     except (errors.HTTPError, errors.HFValidationError) as error:
-        raise _refused(error, source, constants.ENDPOINT) from error
+        raise _refused(error, source, constants.ENDPOINT, kind) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise _not_cached(error, source, constants.ENDPOINT) from error
+        raise _not_cached(error, source, constants.ENDPOINT, kind) from error
     except OSError as error:
         if error.errno is not None:
             raise write_error(error, Path(error.filename or constants.HF_HUB_CACHE)) from error
@@ -229,26 +238,26 @@ def _told(source: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave the client's warnings out, where the user asked for none: we say what failed."""
+def _without_warnings() -> Iterator[None]:
+    """Silence the client's warnings, unless the user set its verbosity: our errors cover them."""
     logger = logging.getLogger("huggingface_hub")
-    before = logger.level
+    level = logger.level
     if "HF_HUB_VERBOSITY" not in os.environ and "HF_DEBUG" not in os.environ:
         logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
 
 
-def _bar() -> Any:
-    """The client's own progress bar, silent where nobody looks at it."""
+def _progress_bar() -> Any:
+    """Return a silent progress bar class, or ``None`` for the client's own on a terminal."""
     if sys.stderr is not None and sys.stderr.isatty():
         return None
     from huggingface_hub.utils import tqdm
 
-    class Silent(tqdm):  # type: ignore[misc]  # the client is not followed by mypy
-        """A bar that draws nothing."""
+    class Silent(tqdm):  # type: ignore[misc]  # mypy does not follow imports of the client
+        """A progress bar that draws nothing."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **(kwargs | {"disable": True}))
@@ -256,87 +265,103 @@ def _bar() -> Any:
     return Silent
 
 
-def _refused(error: Exception, source: str, endpoint: str) -> QcoreError:
-    """What an answer of the hub, or the lack of one, means for the user."""
+def _refused(error: Exception, source: str, endpoint: str, kind: str) -> QcoreError:
+    """Return the error for an HTTP failure: an error response, or no response at all."""
     from huggingface_hub import errors
 
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
+    page = ("datasets/" if kind == "dataset" else "") + source.partition("@")[0]
     if isinstance(error, errors.GatedRepoError) or status == 403:
         return TrustError(
             "QC-HUB-004",
-            f"{endpoint} gives this token no access",
+            f"{endpoint} denies access to this {kind}",
             file=source,
-            fix=f"accept the licence at {endpoint}/{source.partition('@')[0]} and set HF_TOKEN",
+            fix=f"accept the license at {endpoint}/{page} and set HF_TOKEN",
         )
     if isinstance(error, errors.RepositoryNotFoundError):
         return InputError(
             "QC-HUB-003",
-            f"is no folder, and {endpoint} has no public model of that name",
+            f"is not a folder, and {endpoint} has no public {kind} of that name",
             file=source,
-            fix=near(source, Path(source))
-            or "check the name; for a private model set HF_TOKEN or run: hf auth login",
+            fix=suggest_model(source, Path(source))
+            or f"check the name; for a private {kind} set HF_TOKEN or run: hf auth login",
         )
     if status == 401:
         return TrustError(
             "QC-HUB-004",
-            f"{endpoint} does not take this token",
+            f"{endpoint} rejects this token",
             file=source,
             fix="set a valid HF_TOKEN, or run: hf auth login",
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        what = f"{endpoint} has the model but not this revision"
+        what = f"{endpoint} has the {kind} but not this revision"
         fix = "name a branch, tag or commit, or leave @REVISION out"
         return InputError("QC-HUB-005", what, file=source, fix=fix)
     if isinstance(error, errors.HFValidationError):
-        return InputError("QC-HUB-001", "is no hub id", file=source, expected="ORG/NAME")
+        return InputError("QC-HUB-001", "is not a valid hub id", file=source, expected="ORG/NAME")
     if status is None:
         return _unreachable(error, source, endpoint)
     return InputError(
-        "QC-HUB-008", f"{endpoint} answers with status {status}", file=source, fix="try again later"
+        "QC-HUB-008",
+        f"{endpoint} responds with status {status}",
+        file=source,
+        fix="try again later",
     )
 
 
-def _not_cached(error: Exception, source: str, endpoint: str) -> QcoreError:
-    """Why the hub was not asked, where the cache could not serve instead."""
+def _not_cached(error: Exception, source: str, endpoint: str, kind: str) -> QcoreError:
+    """Return the error for files that are not cached while the hub is offline or unreachable."""
     from huggingface_hub import errors
 
     cause = error.__cause__ or error
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return InputError(
             "QC-HUB-006",
-            "is no folder, is not (wholly) in the cache, and HF_HUB_OFFLINE is set",
+            "is not a folder, is not fully cached, and HF_HUB_OFFLINE is set",
             file=source,
-            fix="unset HF_HUB_OFFLINE once, or name a folder",
+            fix="unset HF_HUB_OFFLINE, or name a folder",
         )
     if getattr(cause, "response", None) is not None:
-        return _refused(cause if isinstance(cause, Exception) else error, source, endpoint)
+        return _refused(cause if isinstance(cause, Exception) else error, source, endpoint, kind)
     return _unreachable(cause, source, endpoint)
 
 
 def _unreachable(error: BaseException, source: str, endpoint: str) -> QcoreError:
     return InputError(
         "QC-HUB-007",
-        f"is no folder, is not in the cache, and {endpoint} cannot be reached",
+        f"is not a folder, is not fully cached, and {endpoint} cannot be reached",
         file=source,
-        found=_line(error),
+        found=_one_line(error),
         fix="check the network and HF_ENDPOINT, or name a folder",
     )
 
 
 def _failed(error: Exception, source: str) -> QcoreError:
     return InputError(
-        "QC-HUB-008", "the download failed", file=source, found=_line(error), fix="run it again"
+        "QC-HUB-008",
+        "the download failed",
+        file=source,
+        found=_one_line(error),
+        fix="run the command again",
     )
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:200]
 
 
-def near(source: str, path: Path) -> str | None:
-    """What a mistyped model was probably meant to be."""
+def suggest_model(source: str, path: Path) -> str | None:
+    """Return a hint for a mistyped model: the id in a URL, or the nearest local folder.
+
+    Args:
+        source: the value that the user passed.
+        path: the same as a path, with ``~`` expanded.
+
+    Returns:
+        ``did you mean NAME?``, or ``None`` if nothing is similar.
+    """
     if "://" in source:
         tail = source.partition("://")[2].split("/")[1:3]
         return f"did you mean {'/'.join(tail)}?" if len(tail) == 2 else None

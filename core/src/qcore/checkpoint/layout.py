@@ -1,12 +1,12 @@
-"""The table met with a checkpoint's headers: where every canonical tensor lies.
+"""Finds each tensor of the parameter table in a checkpoint's headers; checks shapes and dtypes.
 
-This file decides totality, both ways: every tensor of the table is on disk in one of its
-spellings, or is tied, or belongs to an optional part that is absent as a whole; every tensor
-on disk belongs to the table or is carried untouched (`qcore.checkpoint.unowned`). Anything else
-is an error that names the tensor. All problems are collected before one is raised.
+This file decides totality, in both directions. Every tensor of the parameter table is on disk in
+one of its spellings, is tied, or belongs to an optional part that is entirely absent. Every tensor
+on disk belongs to the table or is carried untouched (`qcore.checkpoint.unowned`). Anything else is
+an error that names the tensor. All problems are collected before any is raised.
 
-Each tensor picks its own spelling, so mixed layouts need no mode. The namespace is picked
-per part, by the most names that match.
+Each tensor selects its own spelling, so a checkpoint may mix layouts. The namespace is selected
+per part: the one that matches the most names.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from .safetensors_header import without_gc
 from .unowned import carried_and_strays
 
 _SUGGESTED = 3
-#: What an unknown tensor beside it explains: a tensor, a piece or the rest of a part is absent.
-_ABSENT = ("QC-KEY-001", "QC-KEY-004", "QC-KEY-005")
+#: Codes for missing tensors; unknown tensors in the same checkpoint are reported with them.
+_MISSING = ("QC-KEY-001", "QC-KEY-004", "QC-KEY-005")
 
 
 class Place(NamedTuple):
-    """One tensor on disk and the region of the canonical tensor that it is.
+    """A tensor on disk and the region of the canonical tensor that it holds.
 
     Attributes:
         header: the tensor on disk.
-        region: ``canonical[region]``.
-        scale: its block scales, when it lies in FP8.
-        block: rows and columns that share a scale.
+        region: slices such that the tensor on disk is ``canonical[region]``.
+        scale: its block scales, if it is stored in FP8.
+        block: (rows, columns) that share a scale, if it is stored in FP8.
     """
 
     header: Header
@@ -49,12 +49,12 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A canonical tensor and where it lies.
+    """A canonical tensor and the tensors on disk that hold it.
 
     Attributes:
         tensor: the canonical tensor.
-        places: the tensors on disk that tile it; empty when `tied`.
-        tied: the tensor that stands in for it, when it is absent on disk.
+        places: the tensors on disk that tile it; empty if it is `tied`.
+        tied: name of the canonical tensor whose values it shares, if it is not on disk.
     """
 
     tensor: TableTensor
@@ -63,25 +63,26 @@ class Located:
 
     @property
     def dtype(self) -> str:
-        """Safetensors name of the dtype that its values have; of block FP8, once decoded."""
+        """Safetensors name of the dtype of its values; for block FP8, after decoding."""
         return "BF16" if self.places[0].scale is not None else self.places[0].header.dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A checkpoint explained by a table.
+    """Where the tensors of a parameter table are in a checkpoint.
 
     Attributes:
-        table: the table.
-        located: by canonical name; absent optional parts are not in it.
+        table: the parameter table.
+        located: canonical name -> tensors on disk; absent optional parts are left out.
         by_disk: name on disk -> (canonical tensor, region).
-        namespaces: the namespace found, by part.
-        absent: optional parts of which the checkpoint has no tensor.
-        carried: tensors that no part owns and that are carried untouched, with their subtree.
-        ties: tied tensors that are on disk all the same; loading proves them equal.
-        scales: block scales on disk, with the tensor on disk that each belongs to.
-        idle: parts that this run does not load, though it might: towers that nothing uses.
-        in_nf4: groups whose linear maps this run holds in 4 bit, beside those of the table.
+        namespaces: part name -> the namespace of its names on disk.
+        absent: names of the optional parts that have no tensor in the checkpoint.
+        carried: tensors that no part owns and that are carried untouched -> their subtree.
+        ties: tied tensors that are on disk nevertheless -> the tensor that each is tied to;
+            loading checks that both are equal.
+        scales: name on disk of a block scale -> name on disk of its weight.
+        idle: names of loadable parts that this run does not need, such as an unused tower.
+        in_nf4: groups whose linear weights this run stores in NF4, in addition to the table's.
     """
 
     table: Table
@@ -96,30 +97,30 @@ class Layout:
     in_nf4: frozenset[str] = frozenset()
 
     def store(self, row: Row) -> Store:
-        """How this run holds a row in training."""
+        """Return how this run stores a row's weights in training."""
         return Store.NF4 if row.kind is not None and row.group in self.in_nf4 else row.store
 
     def loads(self, part: Part) -> bool:
-        """Whether this run holds the part's tensors in memory."""
+        """Return whether this run loads the part's tensors into memory."""
         return part.loaded and part.name not in self.idle and part.name not in self.absent
 
     def using(self, part: str) -> Layout:
-        """The same for a run that loads `part` too."""
+        """Return the layout of a run that also loads `part`."""
         return replace(self, idle=self.idle - {part})
 
     @property
     def parameters(self) -> int:
-        """Parameters on disk, carried ones included; a tied tensor counts once."""
+        """Number of parameters on disk, carried ones included; a tied tensor counts once."""
         places = itertools.chain.from_iterable(item.places for item in self.located.values())
         owned = sum([math.prod(place.header.shape) for place in places])
         return owned + sum(header.numel for header in self.carried)
 
     def carried_roots(self) -> dict[str, int]:
-        """Number of carried tensors by subtree."""
+        """Return the number of carried tensors by subtree."""
         return dict(Counter(self.carried.values()))
 
     def groups(self) -> dict[str, tuple[int, int]]:
-        """(tensors, parameters) by group, over what is on disk."""
+        """Return (number of tensors, number of parameters) on disk by group."""
         totals: dict[str, tuple[int, int]] = {}
         for item in self.located.values():
             if item.tied is None:
@@ -131,42 +132,48 @@ class Layout:
 def survey(
     table: Table, checkpoint: Checkpoint, *, suggest: bool = True
 ) -> tuple[Layout, list[QcoreError]]:
-    """Explain what `table` can of `checkpoint`, and everything that is wrong with the rest.
+    """Match `table` with the tensors of `checkpoint` and collect all problems.
 
     Args:
-        table: the table.
-        checkpoint: config and headers are looked at.
-        suggest: name the nearest spelling of the first few names; it takes seconds where tens
-            of thousands are unknown.
+        table: the parameter table.
+        checkpoint: only its config and headers are read.
+        suggest: suggest the nearest name for the first few unknown names, which takes seconds if
+            there are tens of thousands.
 
-    The problems are ``QC-KEY-001`` a missing tensor, ``-002`` an extra one, ``-003`` a wrong
-    shape, ``-004`` pieces of a stack missing, ``-005`` an optional part that is partly there,
-    ``-006`` pieces of unlike dtypes, ``-007`` FP8 without block scales that fit; each an
-    `InputError`.
+    Returns:
+        The layout of all tensors that match, and the problems, each an `InputError`:
+        ``QC-KEY-001`` a missing tensor, ``-002`` an extra tensor, ``-003`` a wrong shape,
+        ``-004`` missing pieces of a stack, ``-005`` an incomplete optional part, ``-006`` pieces
+        of different dtypes, ``-007`` FP8 without matching block scales.
     """
-    finder = _Finder(table, checkpoint, _SUGGESTED if suggest else 0)
+    state = _Survey(table, checkpoint, _SUGGESTED if suggest else 0)
     with without_gc():
         for part in table.parts:
-            finder.part(part)
-        carried = finder.rest()
+            state.add_part(part)
+        carried = state.carry_unowned()
     layout = Layout(
         table=table,
-        located=finder.located,
-        by_disk=finder.by_disk,
-        namespaces=finder.namespaces,
-        absent=tuple(finder.absent),
+        located=state.located,
+        by_disk=state.by_disk,
+        namespaces=state.namespaces,
+        absent=tuple(state.absent),
         carried=carried,
-        ties=finder.ties,
-        scales=finder.scales,
+        ties=state.ties,
+        scales=state.scales,
     )
-    return layout, finder.problems
+    return layout, state.problems
 
 
 def locate(table: Table, checkpoint: Checkpoint) -> Layout:
-    """Explain every tensor of `checkpoint` by `table`.
+    """Match every tensor of `checkpoint` with `table`.
+
+    Args:
+        table: the parameter table.
+        checkpoint: only its config and headers are read.
 
     Raises:
-        InputError: the fault that `survey` found; a `PreflightError` for several.
+        InputError: the only problem, as in `survey`.
+        PreflightError: several problems.
     """
     layout, problems = survey(table, checkpoint)
     raise_all(faults(problems))
@@ -174,28 +181,28 @@ def locate(table: Table, checkpoint: Checkpoint) -> Layout:
 
 
 def faults(problems: Sequence[QcoreError]) -> list[QcoreError]:
-    """Problems as people are told them: one line a kind.
+    """Summarize the problems of `survey` for the user: one error per code.
 
-    Tensors that nobody knows beside tensors that are missing are one fault: a name misspelt,
-    layers swapped, another layout.
+    If tensors are missing and others are unknown, both are one error: a misspelled name, swapped
+    layers or another layout causes both.
     """
-    told: dict[str, QcoreError] = {}
+    by_code: dict[str, QcoreError] = {}
     for error in one_of_each(problems):
-        told.setdefault(error.code, error)
-    missing = next((told[code] for code in _ABSENT if code in told), None)
-    if missing is None or "QC-KEY-002" not in told:
-        return list(told.values())
-    del told["QC-KEY-002"]
+        by_code.setdefault(error.code, error)
+    missing = next((by_code[code] for code in _MISSING if code in by_code), None)
+    if missing is None or "QC-KEY-002" not in by_code:
+        return list(by_code.values())
+    del by_code["QC-KEY-002"]
     names = [error.field for error in problems if error.code == "QC-KEY-002"]
-    others = f"{len(names)} that belong to no part, first {names[0]}"
-    told[missing.code] = missing.replace(
-        found=f"{missing.found}; {others}" if missing.found else others
+    unknown = f"{len(names)} that belong to no part, first {names[0]}"
+    by_code[missing.code] = missing.replace(
+        found=f"{missing.found}; {unknown}" if missing.found else unknown
     )
-    return list(told.values())
+    return list(by_code.values())
 
 
-class _Finder:
-    """The state of one `locate`: what was found, and what is wrong."""
+class _Survey:
+    """The state of one `survey`: tensors located so far, and problems."""
 
     def __init__(self, table: Table, checkpoint: Checkpoint, suggested: int) -> None:
         self.table = table
@@ -210,12 +217,13 @@ class _Finder:
         self.scales: dict[str, str] = {}
         try:
             self.block = block_size(checkpoint.config)
-        except BadBlockError:  # `recognise` says so
+        except BadBlockError:  # `detect_quantization` reports it
             self.block = block_size({})
         self.problems: list[QcoreError] = []
-        self._wanted: set[str] = set()
+        self._expected: set[str] = set()
 
-    def part(self, part: Part) -> None:
+    def add_part(self, part: Part) -> None:
+        """Locate every tensor of a part, or record it as absent or as a problem."""
         tensors = [tensor for tensor in self.table if tensor.part is part]
         namespace = self._namespace(part, tensors)
         self.namespaces[part.name] = namespace
@@ -227,7 +235,7 @@ class _Finder:
         elif part.optional:
             self._problem(
                 "QC-KEY-005",
-                f"part '{part.name}' is there only in part",
+                f"part '{part.name}' is incomplete",
                 namespace.spell(missing[0].name),
                 found=f"{len(tensors) - len(missing)} of {len(tensors)} tensors",
                 expected="all of them, or none",
@@ -249,15 +257,14 @@ class _Finder:
         return max(part.namespaces, key=score)
 
     def _place(self, tensor: TableTensor, namespace: Namespace) -> bool:
-        """Find `tensor` on disk; ``False`` when nothing of it is there."""
-        best: list[str] = []
-        for way in tensor.spellings():
-            names = namespace.spell_all([piece.name for piece in way])
+        """Locate `tensor` on disk; return ``False`` if no piece of it is there."""
+        for pieces in tensor.spellings():
+            names = namespace.spell_all([piece.name for piece in pieces])
             present = [name for name in names if name in self.headers]
-            self._wanted.update(names)
+            self._expected.update(names)
             if len(present) == len(names):
                 places = []
-                for name, piece in zip(names, way, strict=True):
+                for name, piece in zip(names, pieces, strict=True):
                     header = self.headers[name]
                     if header.shape != piece.shape:
                         self._wrong_shape(header, piece.shape)
@@ -269,14 +276,14 @@ class _Finder:
                     self.ties[tensor.name] = tensor.row.tie
                 return True
             if present:
-                best = [name for name in names if name not in self.headers]
-                for name, piece in zip(names, way, strict=True):
+                missing = [name for name in names if name not in self.headers]
+                for name, piece in zip(names, pieces, strict=True):
                     if name in self.headers:
                         self.by_disk[name] = (tensor, piece.region)
                 self._problem(
                     "QC-KEY-004",
-                    f"{len(best)} of {len(names)} pieces are absent",
-                    best[0],
+                    f"{len(missing)} of {len(names)} pieces are missing",
+                    missing[0],
                     expected="every piece of the stack",
                 )
                 return True
@@ -286,7 +293,7 @@ class _Finder:
         return False
 
     def _as_place(self, header: Header, region: Region) -> Place:
-        """With its block scales, when it lies in FP8."""
+        """Return the place of a tensor, with its block scales if it is stored in FP8."""
         if not is_fp8(header):
             return Place(header, region)
         name = scale_name(header.name)
@@ -315,7 +322,7 @@ class _Finder:
             header = next(reversed(dtypes.values()))
             self._problem(
                 "QC-KEY-006",
-                "has another dtype than the other pieces of its tensor",
+                "has a different dtype than the other pieces of its tensor",
                 header.name,
                 found=header.dtype,
                 expected=next(iter(dtypes)),
@@ -323,32 +330,33 @@ class _Finder:
 
     def _missing(self, tensor: TableTensor, namespace: Namespace) -> None:
         name = namespace.spell(tensor.name)
-        near = self._nearest(name, (other for other in self.headers if other not in self._wanted))
-        found = f"nearest is {near}" if near else None
-        self._problem("QC-KEY-001", "is missing", name, found=found)
+        unexpected = (other for other in self.headers if other not in self._expected)
+        suggestion = self._nearest(name, unexpected)
+        hint = f"nearest is {suggestion}" if suggestion else None
+        self._problem("QC-KEY-001", "is missing", name, found=hint)
 
-    def rest(self) -> dict[Header, str]:
-        """What the table does not own: carried, or a problem."""
+    def carry_unowned(self) -> dict[Header, str]:
+        """Return the unowned tensors that are carried; record all others as problems."""
         owned, scales = self.by_disk, self.scales
         extra = [h for name, h in self.headers.items() if name not in owned and name not in scales]
         carried, strays = carried_and_strays(
             extra, self.table, self.namespaces, self.checkpoint.config
         )
-        absent = self._wanted - self.headers.keys()
+        missing = self._expected - self.headers.keys()
         for header in strays:
-            near = self._nearest(header.name, absent)
+            suggestion = self._nearest(header.name, missing)
             self._problem(
                 "QC-KEY-002",
                 "belongs to no part of the model",
                 header.name,
-                found=f"nearest expected name is {near}" if near else None,
+                found=f"nearest expected name is {suggestion}" if suggestion else None,
                 file=header.file,
-                fix="remove it, or install the plugin that knows it",
+                fix="install the plugin that supports it, or use the original checkpoint",
             )
         return carried
 
     def _nearest(self, name: str, among: Iterable[str]) -> str | None:
-        """The closest spelling; asked only for the first few problems, it is slow."""
+        """Return the closest name, only for the first few problems, because it is slow."""
         if len(self.problems) >= self.suggested:
             return None
         return nearest(name, among, cutoff=0.8)
@@ -362,7 +370,7 @@ class _Finder:
         found: object | None = None,
         expected: object | None = None,
         file: str | None = None,
-        fix: str = "download the checkpoint again, or name the one it was made from",
+        fix: str = "download the checkpoint again, or name the checkpoint it was made from",
     ) -> None:
         path = self.checkpoint.path / file if file else self.checkpoint.path
         self.problems.append(

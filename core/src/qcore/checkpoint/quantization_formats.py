@@ -1,50 +1,55 @@
-"""Which format a checkpoint's weights were quantised to, told from its safetensors headers.
+"""Detects how a checkpoint is quantized (FP8, NVFP4, GPTQ, AWQ, ...) and refuses all but block FP8.
 
-This file decides what a format looks like (names, dtypes, shapes of the tensors that lie
-together) and which can be used: FP8 with block scales, whose values are decoded to bfloat16.
-All others are named, and refused with what to use instead. config.json and hf_quant_config.json
-are a second witness: the files win, and a witness that contradicts them is an error, because
-whoever loads the checkpoint next believes one or the other. It reads no tensor; how block FP8
-is decoded says `nn.fp8`, whether its scales fit the table's tensors `locate`.
+This file decides how to recognize a format (by names, dtypes and shapes of tensors) and which
+formats can be used: only FP8 with block scales, which is decoded to bfloat16. A checkpoint in any
+other format is refused with an error that names the format and what to use instead. config.json
+and hf_quant_config.json also declare a format. The tensors take precedence, but a declaration that
+contradicts them is an error, because other tools may rely on it. No tensor is read.
+`qcore.nn.fp8` decodes block FP8; `qcore.checkpoint.layout` checks that its scales match.
 
-    block FP8            F8_E4M3 NAME, and NAME_scale_inv with one scale a block
-    per-tensor FP8       F8_* NAME, and NAME_scale or a NAME_scale_inv that is no grid
+    block FP8            F8_E4M3 NAME, and NAME_scale_inv with one scale per block
+    per-tensor FP8       F8_* NAME, and NAME_scale or a NAME_scale_inv that is not a grid
     NVFP4                U8 NAME, F8_E4M3 NAME_scale, NAME_scale_2
-    GPTQ                 I32 qweight [in / n, out], scales [groups, out], mostly g_idx
+    GPTQ                 I32 qweight [in / n, out], scales [groups, out], usually g_idx
     AWQ                  I32 qweight [in, out / n], scales [groups, out], no g_idx
-    bitsandbytes         U8 NAME, NAME.absmax, NAME.quant_map; or I8 NAME beside SCB
+    bitsandbytes         U8 NAME, NAME.absmax, NAME.quant_map; or I8 NAME and SCB
     compressed-tensors   NAME_packed; or I8 NAME and NAME_scale
     MXFP4                U8 NAME and U8 or F8_E8M0 NAME_scale; or NAME_blocks and NAME_scales
     packed integers      U8 NAME and NAME_scale in floats
 
-Codes: ``QC-CKPT-008`` a format that cannot be used, ``-010`` a witness that contradicts the files.
+Codes: ``QC-CKPT-008`` an unsupported format, ``-010`` a declaration that contradicts the tensors.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from ..errors import InputError
-from .block_scales import SECTION, BadBlockError, block_size, sections
+from .block_scales import SECTION, BadBlockError, block_size, quantization_sections, scale_name
 from .checkpoint import Checkpoint, Header, read_json
 
-_WITNESS = "hf_quant_config.json"
-#: Files that some tools write beside config.json, and that describe quantised weights alone.
-SIDECARS = (_WITNESS, "quant_config.json", "quantization_config.json", "quantize_config.json")
+_MODELOPT_CONFIG = "hf_quant_config.json"
+#: Files that some tools write next to config.json and that only describe quantized weights.
+SIDECARS = (
+    _MODELOPT_CONFIG,
+    "quant_config.json",
+    "quantization_config.json",
+    "quantize_config.json",
+)
 
 _PLAIN = ("BF16", "F32", "F16", "F64")
-_NO_WEIGHT = ("BOOL", "I64", "U64")
+_NOT_WEIGHTS = ("BOOL", "I64", "U64")
 _CARD_BYTES = 2**16
 _CARD_BASE = re.compile(r"^base_model:\s*(?:\n\s*)?(?:-\s*)?[\"']?([\w.-]+/[\w.-]+)", re.MULTILINE)
 
 
 class Format(str, Enum):
-    """How quantised weights are stored; the value is what people call it."""
+    """How quantized weights are stored; the value is the name in reports and errors."""
 
     BLOCK_FP8 = "block FP8"
     E5M2 = "FP8 in e5m2"
@@ -63,7 +68,7 @@ class Format(str, Enum):
 
 _FP8 = (Format.BLOCK_FP8, Format.E5M2, Format.EXPONENTS, Format.STATIC_FP8, Format.TENSOR_FP8)
 _ANY = tuple(Format)
-#: The formats that a ``quant_method`` of config.json may stand for.
+#: ``quant_method`` of config.json -> the formats that it may mean.
 _METHODS: Mapping[str, tuple[Format, ...]] = {
     "fp8": _FP8,
     "fbgemm_fp8": (Format.TENSOR_FP8,),
@@ -79,15 +84,15 @@ _METHODS: Mapping[str, tuple[Format, ...]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quantisation:
-    """The quantised weights of a checkpoint.
+class Quantization:
+    """The quantized weights of a checkpoint.
 
     Attributes:
-        formats: number of weights by format, the most frequent first.
-        first: a weight of the most frequent format, by its name on disk.
-        block: rows and columns that share a scale, of block FP8.
-        base: the checkpoint that it was made from, where one is recorded.
-        scales: of block FP8: the scales on disk, by the weight's name on disk.
+        formats: format -> number of weights, the most frequent first.
+        first: header of the first weight of the most frequent format.
+        block: (rows, columns) that share a scale, for block FP8.
+        base: hub id of the checkpoint that it was made from, if recorded.
+        scales: name on disk of a block FP8 weight -> header of its scales.
     """
 
     formats: Mapping[Format, int]
@@ -103,18 +108,18 @@ class Quantisation:
 
     @property
     def name(self) -> str:
-        """The format, or the formats."""
+        """The format, or all formats joined by "and"."""
         return " and ".join(self.formats)
 
     def line(self) -> str:
-        """For people."""
+        """Return one line for the terminal."""
         text = ", ".join(f"{count} weights in {kind.value}" for kind, count in self.formats.items())
         if self.block is not None:
             text += f" of {self.block[0]} x {self.block[1]}"
         return text + (f", made from {self.base}" if self.base else "")
 
     def as_json(self) -> dict[str, Any]:
-        """For ``--json`` and manifests."""
+        """Return the record for ``--json`` and manifests."""
         return {
             "format": self.name,
             "weights": {kind.value: count for kind, count in self.formats.items()},
@@ -124,10 +129,10 @@ class Quantisation:
         }
 
     def refusal(self, checkpoint: Checkpoint) -> InputError:
-        """Why it cannot be used, and what can; only where it is not `readable`."""
+        """Return the error for a format that is not `readable`."""
         return InputError(
             "QC-CKPT-008",
-            "is already quantised, to a format that cannot be trained from or merged into",
+            "is already quantized, in a format that qcore cannot train on or merge into",
             file=checkpoint.path / self.first.file,
             field=self.first.name,
             found=", ".join(f"{count} x {kind.value}" for kind, count in self.formats.items()),
@@ -136,45 +141,42 @@ class Quantisation:
         )
 
     def instead(self) -> str:
-        """What to use in place of it."""
+        """Return the fix: which checkpoint to use instead."""
         if self.base is not None:
             return f"name {self.base}, the bf16 checkpoint that it was made from"
         return "name the bf16 checkpoint that it was made from"
 
 
-def recognise(checkpoint: Checkpoint) -> Quantisation | None:
-    """The quantised weights of a checkpoint, or ``None`` where all are plain.
+def detect_quantization(checkpoint: Checkpoint) -> Quantization | None:
+    """Detect the quantized weights of a checkpoint; ``None`` if there are none.
 
     Raises:
-        InputError: ``QC-CKPT-010`` where config.json or hf_quant_config.json says otherwise.
+        InputError: ``QC-CKPT-010`` config.json or hf_quant_config.json contradicts the tensors.
     """
-    found = dict(_weights(checkpoint.headers))
-    claims = list(_claims(checkpoint))
-    if claims and not found:
-        found = dict(_unknown(checkpoint.headers))
-    formats = Counter(found.values())
-    for file, name, value in claims:
-        _check(checkpoint, formats, file, name, value)
-    if not found:
+    by_name = dict(_quantized_weights(checkpoint.headers))
+    declarations = list(_declarations(checkpoint))
+    if declarations and not by_name:
+        by_name = dict(_undetected(checkpoint.headers))
+    formats = Counter(by_name.values())
+    for file, field_path, value in declarations:
+        _check_declaration(checkpoint, formats, file, field_path, value)
+    if not by_name:
         return None
     ordered = dict(formats.most_common())
-    first = next(name for name, kind in found.items() if kind is next(iter(ordered)))
-    blocks = [name for name, kind in found.items() if kind is Format.BLOCK_FP8]
-    beside = ((name, checkpoint.headers.get(f"{name}_scale_inv")) for name in blocks)
-    return Quantisation(
+    first = next(name for name, kind in by_name.items() if kind is next(iter(ordered)))
+    blocks = [name for name, kind in by_name.items() if kind is Format.BLOCK_FP8]
+    scales = ((name, checkpoint.headers.get(scale_name(name))) for name in blocks)
+    return Quantization(
         formats=ordered,
         first=checkpoint.headers[first],
         block=_block(checkpoint) if blocks else None,
         base=_base(checkpoint),
-        scales={name: scale for name, scale in beside if scale is not None},
+        scales={name: scale for name, scale in scales if scale is not None},
     )
 
 
-# -- the files
-
-
-def _weights(headers: Mapping[str, Header]) -> Iterator[tuple[str, Format]]:
-    """Quantised weights by name; scales and other companions are passed over."""
+def _quantized_weights(headers: Mapping[str, Header]) -> Iterator[tuple[str, Format]]:
+    """Yield the quantized weights with their format; skip scales and other companions."""
     for name, header in headers.items():
         if header.dtype not in _PLAIN:
             kind = _format(name, header, headers)
@@ -182,15 +184,18 @@ def _weights(headers: Mapping[str, Header]) -> Iterator[tuple[str, Format]]:
                 yield name, kind
 
 
-def _unknown(headers: Mapping[str, Header]) -> Iterator[tuple[str, Format]]:
-    """Where only config.json speaks of a quantisation: all tensors that could be quantised."""
+def _undetected(headers: Mapping[str, Header]) -> Iterator[tuple[str, Format]]:
+    """Yield all tensors that may be quantized, for a format that only config.json declares."""
     for name, header in headers.items():
-        if header.dtype not in (*_PLAIN, *_NO_WEIGHT):
+        if header.dtype not in (*_PLAIN, *_NOT_WEIGHTS):
             yield name, Format.OTHER
 
 
 def _format(name: str, header: Header, headers: Mapping[str, Header]) -> Format | None:
-    """The format of one tensor that is no plain float; ``None``: no weight, or unknown."""
+    """Return the format of a tensor that is not a plain float.
+
+    ``None`` if it is not a weight, or if the format is unknown.
+    """
     stem, _, leaf = name.rpartition(".")
     if header.dtype.startswith("F8_"):
         return _fp8(name, header, headers)
@@ -224,7 +229,7 @@ def _fp8(name: str, header: Header, headers: Mapping[str, Header]) -> Format | N
         return Format.TENSOR_FP8
     scale = headers.get(f"{name}_scale_inv")
     if scale is None:
-        return Format.BLOCK_FP8  # `locate` says that its scales are absent
+        return Format.BLOCK_FP8  # `locate` reports the missing scales
     if len(scale.shape) < max(2, len(header.shape)):
         return Format.TENSOR_FP8
     if header.dtype != "F8_E4M3":
@@ -232,24 +237,21 @@ def _fp8(name: str, header: Header, headers: Mapping[str, Header]) -> Format | N
     if scale.dtype not in _PLAIN:
         return Format.EXPONENTS
     stem = name.removesuffix(".weight")
-    static = any(f"{stem}.{one}" in headers for one in ("activation_scale", "input_scale"))
+    static = any(f"{stem}.{leaf}" in headers for leaf in ("activation_scale", "input_scale"))
     return Format.STATIC_FP8 if static else Format.BLOCK_FP8
 
 
 def _packed_ints(stem: str, weight: Header, headers: Mapping[str, Header]) -> Format:
-    """GPTQ packs along the inputs, AWQ along the outputs; the scales have every output."""
+    """Distinguish by shape: GPTQ packs inputs, AWQ packs outputs, scales cover all outputs."""
     scales = headers.get(f"{stem}.scales")
     if f"{stem}.g_idx" in headers or scales is None:
         return Format.GPTQ
     return Format.GPTQ if weight.shape[-1:] == scales.shape[-1:] else Format.AWQ
 
 
-# -- the second witness
-
-
-def _claims(checkpoint: Checkpoint) -> Iterator[tuple[str, str, str]]:
-    """(file, field, value) of everything that says how the weights are stored."""
-    for path, value in sections(checkpoint.config):
+def _declarations(checkpoint: Checkpoint) -> Iterator[tuple[str, str, str]]:
+    """Yield (file, field, value) of every declared quantization format."""
+    for path, value in quantization_sections(checkpoint.config):
         if not isinstance(value, Mapping):
             yield "config.json", path, repr(value)
             continue
@@ -257,15 +259,15 @@ def _claims(checkpoint: Checkpoint) -> Iterator[tuple[str, str, str]]:
             yield "config.json", f"{path}.quant_method", str(value.get("quant_method"))
         if "quant_algo" in value:
             yield "config.json", f"{path}.quant_algo", str(value["quant_algo"])
-    if _WITNESS in checkpoint.sidecars:
-        told = read_json(checkpoint.file(_WITNESS)).get("quantization")
-        if isinstance(told, Mapping) and told.get("quant_algo"):
-            yield _WITNESS, "quantization.quant_algo", str(told["quant_algo"])
+    if _MODELOPT_CONFIG in checkpoint.sidecars:
+        section = read_json(checkpoint.file(_MODELOPT_CONFIG)).get("quantization")
+        if isinstance(section, Mapping) and section.get("quant_algo"):
+            yield _MODELOPT_CONFIG, "quantization.quant_algo", str(section["quant_algo"])
 
 
-def _admits(name: str, value: str) -> tuple[Format, ...]:
-    """The formats that a value stands for; what is unknown may be any."""
-    if not name.endswith("quant_algo"):
+def _declared_formats(field_path: str, value: str) -> tuple[Format, ...]:
+    """Return the formats that a declared value may mean; an unknown value may mean any."""
+    if not field_path.endswith("quant_algo"):
         return _METHODS.get(value, _ANY)
     algo = value.upper()
     if "NVFP4" in algo:
@@ -275,47 +277,47 @@ def _admits(name: str, value: str) -> tuple[Format, ...]:
     return _FP8 if algo.startswith("FP8") else _ANY
 
 
-def _check(
-    checkpoint: Checkpoint, formats: Mapping[Format, int], file: str, name: str, value: str
+def _check_declaration(
+    checkpoint: Checkpoint, formats: Mapping[Format, int], file: str, field_path: str, value: str
 ) -> None:
-    """Raise ``QC-CKPT-010`` unless the files hold something that the claim stands for."""
-    if Format.OTHER in formats or any(kind in formats for kind in _admits(name, value)):
+    """Raise ``QC-CKPT-010`` unless a weight has one of the declared formats."""
+    declared = _declared_formats(field_path, value)
+    if Format.OTHER in formats or any(kind in formats for kind in declared):
         return
-    claim = f"this {SECTION}" if file == "config.json" else file
-    plain = f"; or remove {claim}, if these are the weights of a 16-bit model"
+    section = f"this {SECTION}" if file == "config.json" else file
+    plain = f"; or remove {section}, if these are the weights of a 16-bit model"
     raise InputError(
         "QC-CKPT-010",
         "contradicts the safetensors files",
         file=checkpoint.path / file,
-        field=name,
+        field=field_path,
         found=value,
-        expected=" and ".join(formats) or "nothing: no tensor is quantised",
-        fix="use the files that belong together" + ("" if formats else plain),
+        expected=" and ".join(formats) or "nothing: no tensor is quantized",
+        fix=f"use the {file} that came with the weights" + ("" if formats else plain),
     )
 
 
 def _block(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Rows and columns that share a scale, as config.json says; 128 each where it is silent."""
+    """Return the (rows, columns) that share a scale, with an invalid size as ``QC-CKPT-010``."""
     try:
         return block_size(checkpoint.config)
     except BadBlockError as error:
         raise InputError(
             "QC-CKPT-010",
-            "contradicts the safetensors files, which hold FP8 with block scales",
+            "contradicts the safetensors files, which contain FP8 with block scales",
             file=checkpoint.path / "config.json",
             field=error.field,
-            found=repr(error.found)[:80],
+            found=repr(error.value)[:80],
             expected="rows and columns, two positive integers",
             fix="use the config.json that came with the weights",
         ) from None
 
 
 def _base(checkpoint: Checkpoint) -> str | None:
-    """The hub id that the quantisation says it was made from, or else the model card."""
-    told: Iterable[Any] = (value for _, value in sections(checkpoint.config))
-    for value in told:
+    """Return the hub id of the base model, from the quantization config or the model card."""
+    for _, section in quantization_sections(checkpoint.config):
         for key in ("base_model", "base_model_name_or_path"):
-            name = value.get(key)
+            name = section.get(key)
             if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
                 return name
     if "README.md" not in checkpoint.sidecars:
@@ -323,5 +325,5 @@ def _base(checkpoint: Checkpoint) -> str | None:
     with checkpoint.file("README.md").open("rb") as file:
         text = file.read(_CARD_BYTES).decode("utf-8", "replace")
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    named = _CARD_BASE.search(head[1]) if head else None
-    return named[1] if named else None
+    match = _CARD_BASE.search(head[1]) if head else None
+    return match[1] if match else None

@@ -1,7 +1,7 @@
-"""The header of a safetensors file: which tensors lie where, proved against the file's size.
+"""Reads a safetensors header: names, dtypes, shapes, offsets, all checked with the file size.
 
-This file decides what a sound header is, wherever its bytes come from: a file here, or the
-first bytes of a file on a hub. It reads no tensor and knows no folder.
+This file decides which headers are valid. The bytes may come from a local file or from the first
+bytes of a file on the hub. No tensor is read.
 
 Codes: ``QC-CKPT-005`` a damaged file; ``QC-READ-001`` a file that cannot be read.
 """
@@ -30,17 +30,26 @@ DTYPE_BITS = {
     "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "F4": 4,
 }  # fmt: skip
 
-PREFIX: Final = 8  # bytes of the length that a header starts with
+PREFIX: Final = 8  # bytes of the length field before the header
 _MAX_HEADER: Final = 100_000_000  # the limit of the safetensors format itself
 _MAX_TENSORS: Final = 1_000_000
 _MAX_SIZE: Final = 2**63
-_MAX_RANK: Final = 64  # torch's; a product of millions of sizes would take hours
+_MAX_RANK: Final = 64  # torch's limit; a product of millions of sizes would take hours
 _ORDER: Final = attrgetter("start", "end")
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """One tensor of a safetensors file; `start` and `end` are byte offsets in the file."""
+    """The header entry of one tensor in a safetensors file.
+
+    Attributes:
+        name: name on disk.
+        dtype: safetensors name of the dtype.
+        shape: shape on disk.
+        file: name of the file.
+        start: offset of the first byte in the file.
+        end: offset after the last byte in the file.
+    """
 
     name: str
     dtype: str
@@ -51,15 +60,16 @@ class Header:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 def read_headers(path: Path) -> list[Header]:
-    """The tensors of one safetensors file, in the order of their bytes.
+    """Read the headers of the tensors in a safetensors file, in the order of their bytes.
 
     Raises:
-        InputError: ``QC-CKPT-005`` for a truncated file, overlapping or missing bytes,
-            an unknown dtype, a size that is not that of the shape; ``QC-READ-001``.
+        InputError: ``QC-CKPT-005`` the file is truncated, bytes overlap or are missing, a dtype
+            is unknown or a size does not match the shape; ``QC-READ-001``.
     """
     with reading(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -69,15 +79,15 @@ def read_headers(path: Path) -> list[Header]:
 
 
 def header_length(prefix: bytes, size: int, where: object) -> int:
-    """Bytes of the header that follow the prefix.
+    """Return the length in bytes of the header that follows the prefix.
 
     Args:
-        prefix: the file's first `PREFIX` bytes, or all of them where it has fewer.
-        size: bytes of the whole file.
-        where: the file, as an error names it.
+        prefix: the first `PREFIX` bytes of the file, or all bytes if it has fewer.
+        size: size of the whole file in bytes.
+        where: location of the file, for errors.
 
     Raises:
-        InputError: ``QC-CKPT-005`` for more than the file, or the format, allows.
+        InputError: ``QC-CKPT-005`` the length exceeds the file or the limit of the format.
     """
     if len(prefix) < PREFIX:
         raise _damaged(where, f"{size} bytes, less than a header")
@@ -88,33 +98,33 @@ def header_length(prefix: bytes, size: int, where: object) -> int:
 
 
 def parse_headers(raw: bytes, size: int, file: str, where: object) -> list[Header]:
-    """The tensors that a header names, in the order of their bytes.
+    """Parse a header into the headers of its tensors, in the order of their bytes.
 
     Args:
-        raw: the header, without its prefix.
-        size: bytes of the whole file, all of which the tensors must account for.
-        file: the file's name, for `Header.file`.
-        where: the file, as an error names it.
+        raw: the header without its prefix.
+        size: size of the whole file in bytes; the tensors must cover it without gaps.
+        file: name of the file, for `Header.file`.
+        where: location of the file, for errors.
 
     Raises:
-        InputError: ``QC-CKPT-005``.
+        InputError: ``QC-CKPT-005`` the file is damaged, as in `read_headers`.
     """
     with without_gc():
         headers = _parse(raw, file, where)
     headers.sort(key=_ORDER)
-    at = PREFIX + len(raw)
+    position = PREFIX + len(raw)
     for header in headers:
-        if header.start != at:
+        if header.start != position:
             raise _damaged(where, "bytes that overlap or belong to no tensor", header.name)
-        at = header.end
-    if at != size:
-        raise _damaged(where, f"{size} bytes where the header accounts for {at}")
+        position = header.end
+    if position != size:
+        raise _damaged(where, f"{size} bytes where the header accounts for {position}")
     return headers
 
 
 @contextmanager
 def without_gc() -> Iterator[None]:
-    """Python's search for cycles, of which there are none, was a third of the time."""
+    """Disable garbage collection: the search for cycles took a third of the parsing time."""
     if not gc.isenabled():
         yield
         return
@@ -138,7 +148,7 @@ def _parse(raw: bytes, file: str, where: object) -> list[Header]:
 
 
 def _header(where: object, file: str, name: str, entry: Any, base: int) -> Header:
-    """One entry, checked. A checkpoint has up to 100,000, so this is one flat function."""
+    """Check one entry. A checkpoint may have 100,000 entries, so this function is flat."""
     if type(entry) is not dict:
         raise _damaged(where, "an entry that is not a tensor", name)
     dtype: Any = entry.get("dtype")

@@ -1,9 +1,9 @@
 """SHA-256 of a canonical tensor, independent of its layout on disk.
 
-This file decides what is hashed: the finest pieces that any spelling of the tensor has, each
-alone, and then their digests in the order of the regions; a tensor that is never cut is its
-bytes. So fused and per-expert files have one digest, no piece is read twice for it, and pieces
-may come in any order. It needs no torch and reads nothing.
+This file decides what is hashed: each of the smallest pieces in any spelling of the tensor, and
+then the digests of the pieces in the order of their regions. A tensor that no spelling splits is
+hashed as its bytes. Fused and per-expert files therefore have the same digest, no piece is read
+twice, and pieces may come in any order. This file imports no torch and reads no file.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from ..api.parameters import Tensor as TableTensor
 
 
 class TensorDigest:
-    """The digest of one canonical tensor in the making.
+    """Incremental digest of one canonical tensor.
 
     Attributes:
-        units: regions that are hashed alone, in order.
+        units: the regions that are hashed separately, in order.
     """
 
-    __slots__ = ("_numbers", "_parts", "units")
+    __slots__ = ("_digests", "_numbers", "units")
 
     def __init__(self, tensor: TableTensor) -> None:
         self.units: tuple[Region, ...] = tensor.units()
         self._numbers = {_key(unit): number for number, unit in enumerate(self.units)}
-        self._parts: dict[int, bytes] = {}
+        self._digests: dict[int, bytes] = {}
 
     def inside(self, region: Region) -> list[tuple[int, Region]]:
-        """Numbers of the units within `region`, and where in it they are, in order."""
-        alone = self._numbers.get(_key(region))
-        if alone is not None:
-            return [(alone, tuple(slice(0, r.stop - r.start) for r in region))]
+        """Return (number, region relative to `region`) of each unit within `region`, in order."""
+        number = self._numbers.get(_key(region))
+        if number is not None:
+            return [(number, tuple(slice(0, r.stop - r.start) for r in region))]
         return [
             (
                 number,
@@ -44,33 +44,38 @@ class TensorDigest:
         ]
 
     def put(self, number: int, sha256: bytes) -> None:
-        """Take a unit's digest."""
-        self._parts[number] = sha256
+        """Set the digest of a unit.
+
+        Args:
+            number: index in `units`.
+            sha256: raw digest of its bytes, in row-major order.
+        """
+        self._digests[number] = sha256
 
     @property
     def hex(self) -> str | None:
-        """The tensor's digest, once every unit has its own."""
-        if len(self._parts) != len(self.units):
+        """The tensor's digest in hex; ``None`` until every unit has one."""
+        if len(self._digests) != len(self.units):
             return None
         if len(self.units) == 1:
-            return self._parts[0].hex()
-        joined = b"".join(self._parts[number] for number in range(len(self.units)))
+            return self._digests[0].hex()
+        joined = b"".join(self._digests[number] for number in range(len(self.units)))
         return hashlib.sha256(joined).hexdigest()
 
 
 def _key(region: Region) -> tuple[tuple[int, int], ...]:
-    """A region as a key: slices have no hash before Python 3.12."""
-    return tuple((part.start, part.stop) for part in region)
+    """Return a region as a dict key: slices are not hashable before Python 3.12."""
+    return tuple((span.start, span.stop) for span in region)
 
 
 def in_one_run(unit: Region, shape: tuple[int, ...]) -> bool:
-    """Whether a region of a row-major tensor of `shape` is one run of its memory."""
-    extents = [part.stop - part.start for part in unit]
-    cut = [number for number, (n, whole) in enumerate(zip(extents, shape)) if n != whole]
-    # Before the last dimension that is cut, one value each.
-    return not cut or all(n == 1 for n in extents[: cut[-1]])
+    """Return whether a region of a row-major tensor of `shape` is contiguous in memory."""
+    extents = [span.stop - span.start for span in unit]
+    partial = [dim for dim, (n, size) in enumerate(zip(extents, shape)) if n != size]
+    # All dimensions before the last partial one must have extent 1.
+    return not partial or all(n == 1 for n in extents[: partial[-1]])
 
 
 def numel(region: Region) -> int:
-    """Values in a region."""
-    return math.prod(part.stop - part.start for part in region)
+    """Return the number of elements in a region."""
+    return math.prod(span.stop - span.start for span in region)

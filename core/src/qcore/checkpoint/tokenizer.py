@@ -1,9 +1,9 @@
-"""The tokenizer of a checkpoint: tokenizer.json alone, read as it is written there.
+"""Loads the tokenizer from tokenizer.json alone, with truncation and padding switched off.
 
-This file decides which file makes the tokenizer and what is switched off in it. Whether its ids
-fit the embedding is judged elsewhere.
+This file decides which file defines the tokenizer and which of its settings are disabled. It does
+not check whether the token ids fit the embedding.
 
-Code: ``QC-TOKENIZER-001`` no tokenizer.json, or one that does not load.
+Code: ``QC-TOKENIZER-001`` no tokenizer.json, or an invalid one.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(checkpoint: CheckpointView) -> Tokenizer:
-    """The tokenizer of tokenizer.json, as it is written there.
+    """Load the tokenizer from tokenizer.json, exactly as the file defines it.
 
-    Not ``AutoTokenizer``: it chooses another pre-tokenizer by what lies beside the file.
-    Truncation and padding that a re-save left in the file are switched off.
+    ``AutoTokenizer`` is not used, because other files in the folder change its pre-tokenizer.
+    Truncation and padding, which a re-save may leave in the file, are disabled.
 
     Raises:
-        InputError: ``QC-TOKENIZER-001`` no tokenizer.json, or none that loads.
+        InputError: ``QC-TOKENIZER-001`` no tokenizer.json, or an invalid one.
     """
     from tokenizers import Tokenizer
 
-    wanted = "the tokenizer.json that came with the weights"
+    original = "the tokenizer.json that came with the weights"
     if "tokenizer.json" not in checkpoint.sidecars:
         raise InputError(
             "QC-TOKENIZER-001",
             "has no tokenizer.json",
             file=checkpoint.path,
-            fix=f"add {wanted}",
+            fix=f"add {original}",
         )
     path = checkpoint.file("tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:
-        if type(error) is not Exception:  # the library raises the bare class, nothing else does
+        if type(error) is not Exception:  # only the tokenizers library raises the bare class
             raise
         raise InputError(
             "QC-TOKENIZER-001",
-            "is no tokenizer that loads",
+            "cannot be loaded as a tokenizer",
             file=path,
             found=str(error)[:200],
-            fix=f"use {wanted}",
+            fix=f"use {original}",
         ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -1,9 +1,9 @@
-"""Tensors that no part of the table owns: which are carried untouched, and which are errors.
+"""Tensors on disk that the parameter table does not name: copied unchanged, or refused as unknown.
 
-This file decides that a tensor outside every root of the table is carried, in no more subtrees
-than config.json has ``*_config`` sections that no part claims; any other is a stray. So text
-trains without the plugin of a vision tower, and a misspelled tensor is refused. What a stray is
-called is `qcore.checkpoint.layout`'s business.
+This file decides that a tensor outside every root of the table is carried, in at most as many
+subtrees as config.json has ``*_config`` sections that no part claims. Any other unowned tensor is
+a stray. Text training therefore works without the plugin of a vision tower, but a misspelled
+tensor is an error. `qcore.checkpoint.layout` reports the strays.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .safetensors_header import Header
 
 
 def unclaimed_sections(config: Mapping[str, Any], table: Table) -> list[str]:
-    """Sections of config.json that describe a part which no installed plugin brings."""
+    """Return the ``*_config`` sections of config.json that no part of `table` claims."""
     claimed = {part.section for part in table.parts}
     return [
         key
@@ -37,16 +37,16 @@ def carried_and_strays(
     namespaces: Mapping[str, Namespace],
     config: Mapping[str, Any],
 ) -> tuple[dict[Header, str], list[Header]]:
-    """Sort tensors that the table does not own.
+    """Split tensors that the table does not own into carried ones and strays.
 
     Args:
-        headers: these tensors.
-        table: the table.
-        namespaces: how each part's names are spelled on disk.
-        config: config.json.
+        headers: the unowned tensors.
+        table: the parameter table.
+        namespaces: part name -> the namespace of its names on disk.
+        config: content of config.json.
 
     Returns:
-        The carried tensors with their subtree, and the strays.
+        Carried tensor -> its subtree, and the strays.
     """
     roots = _roots(table, namespaces)
     homes = {header: _subtree(header.name, roots) for header in headers}
@@ -55,7 +55,7 @@ def carried_and_strays(
     subtrees = Counter(outside.values())
     sections = unclaimed_sections(config, table)
     if len(subtrees) > len(sections):
-        # The smallest subtrees are the strays: a whole tower is never one tensor.
+        # The smallest subtrees are the strays: a whole tower has many tensors.
         allowed = {name for name, _ in subtrees.most_common(len(sections))}
         strays += [header for header, home in outside.items() if home not in allowed]
         outside = {header: home for header, home in outside.items() if home in allowed}
@@ -63,7 +63,7 @@ def carried_and_strays(
 
 
 def _roots(table: Table, namespaces: Mapping[str, Namespace]) -> set[str]:
-    """The prefixes below which every name is a part's, as spelled on disk."""
+    """Return the prefixes on disk below which every name belongs to a part."""
     roots: set[str] = set()
     for part in table.parts:
         spell = namespaces[part.name].spell
@@ -76,15 +76,15 @@ def _roots(table: Table, namespaces: Mapping[str, Namespace]) -> set[str]:
 
 
 def _shared(names: list[list[str]]) -> list[str]:
-    """The words that all names begin with."""
+    """Return the leading words that all names have in common."""
     columns = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*names, strict=False))
     return [words[0] for words in columns]
 
 
 def _subtree(name: str, roots: set[str]) -> str | None:
-    """The tree that a foreign name belongs to: its shortest prefix that leads to no root.
+    """Return the subtree of an unowned name: its shortest prefix that leads to no root.
 
-    ``None`` when the name lies below a root.
+    ``None`` if the name is below a root.
     """
     words = name.split(".")
     for count in range(1, len(words) + 1):

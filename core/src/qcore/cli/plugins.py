@@ -60,7 +60,8 @@ def list_plugins(as_json: bool) -> None:
 
 def _others() -> list[dict[str, str | None]]:
     """The entry points of every group but those of plugins and their index, which are above."""
-    from ..io.entry_points import COMMANDS, GROUPS, INDEX, PLUGINS, Status, entries
+    from ..data.formats import BUILTIN_NAMES
+    from ..io.entry_points import COMMANDS, DATA_FORMATS, GROUPS, INDEX, PLUGINS, Status, entries
     from .main import VERBS
 
     rows: list[dict[str, str | None]] = []
@@ -71,6 +72,8 @@ def _others() -> list[dict[str, str | None]]:
             status, reason = entry.status, entry.reason
             if group == COMMANDS and entry.name in VERBS:
                 status, reason = Status.INVALID, "is a command of core"
+            if group == DATA_FORMATS and entry.name in BUILTIN_NAMES:
+                status, reason = Status.INVALID, "is a row format of core"
             rows.append(
                 {
                     "group": group,

@@ -106,7 +106,7 @@ def show_sku(ident: str, as_json: bool) -> None:
 
 def _print(sku: Sku) -> None:
     """Values in the order of the sections; sources as numbers, listed below."""
-    from ..skus.compare import said
+    from ..skus.compare import format_value
 
     kind = "served by API only" if sku.hosted else f"architecture {sku.architecture}"
     click.echo(f"{sku.id}: generation {sku.generation}, {kind} (from {sku.origin})")
@@ -116,7 +116,7 @@ def _print(sku: Sku) -> None:
         for key, fact in facts.items():
             number = sources.setdefault(fact.source, len(sources) + 1)
             name = key if section in ("values", "shape") else f"{section}.{key}"
-            rows.append((name, said(fact.value), fact.mark.value, number))
+            rows.append((name, format_value(fact.value), fact.mark.value, number))
     width = max(len(row[0]) for row in rows)
     for name, value, mark, number in rows:
         click.echo(f"  {name:<{width}}  {value}  ({mark} [{number}])")

@@ -7,17 +7,21 @@ no NaN or infinity, bounded line length and nesting. `qcore.data.rows` interpret
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from ..api.media import RowError
-from ..errors import InputError, PreflightError
+from ..errors import InputError
 from ..io import strict_json
+from .problems import SHOWN, Problems
+
+__all__ = ["MAX_DEPTH", "MAX_LINE", "SHOWN", "Hasher", "Problems", "lines", "parse", "raw_lines"]
 
 MAX_LINE = 16 << 20  #: bytes; longer lines are refused without loading them
 MAX_DEPTH = 64
-SHOWN = 20  #: bad rows that are reported; the others are counted
+MAX_SKIPPED = 1 << 30  #: bytes; a longer line is not skipped either, its file is refused
 
 _BLOCK = 1 << 20
 _MAGIC = {
@@ -39,45 +43,6 @@ class Hasher(Protocol):
     def update(self, data: bytes, /) -> None: ...
 
 
-class Problems:
-    """Collects the bad rows of one file: counts all, keeps the first `SHOWN`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.count = 0
-        self._kept: list[tuple[int, InputError]] = []
-
-    def add(self, line: int, error: InputError) -> None:
-        """Record the error of a line."""
-        self.count += 1
-        # Schema and mask errors arrive slightly out of order: keep twice as many and sort them.
-        if len(self._kept) < 2 * SHOWN:
-            self._kept.append((line, error))
-
-    def stop(self) -> None:
-        """Raise the collected errors, if any; a `PreflightError` for several.
-
-        Raises:
-            InputError: the errors, followed by ``QC-DATA-014`` with the exact number of bad rows
-                if there are more than `SHOWN`.
-        """
-        errors: list[Any] = [error for _, error in sorted(self._kept, key=lambda kept: kept[0])]
-        errors = errors[:SHOWN]
-        if self.count > len(errors):
-            errors.append(
-                InputError(
-                    "QC-DATA-014",
-                    f"{self.count} rows are bad, of which the first {len(errors)} are shown",
-                    file=self.path,
-                    fix="fix these and run it again",
-                )
-            )
-        if len(errors) == 1:
-            raise errors[0]
-        if errors:
-            raise PreflightError(errors)
-
-
 def lines(path: Path, digest: Hasher | None = None) -> Iterator[tuple[int, bytes | None]]:
     """Yield number (from 1) and bytes of every line that is not blank.
 
@@ -93,22 +58,9 @@ def lines(path: Path, digest: Hasher | None = None) -> Iterator[tuple[int, bytes
     """
     try:
         with path.open("rb") as file:
-            number = 0
-            while raw := file.readline(_BLOCK):
-                number += 1
-                whole: bytes | None = raw
-                if number == 1:
-                    _check_format(path, raw)
-                    whole = raw.removeprefix(_BOM)
-                if digest is not None:
-                    digest.update(raw)
-                while not raw.endswith(b"\n") and (raw := file.readline(_BLOCK)):
-                    if digest is not None:
-                        digest.update(raw)
-                    whole = _join(whole, raw)
-                if whole is None:
-                    yield number, None
-                elif whole := whole.strip(b" \t\r\n"):
+            check = partial(_check_format, path)
+            for number, whole in raw_lines(file, path, digest, check):
+                if whole is None or (whole := whole.strip(b" \t\r\n")):
                     yield number, whole
     except OSError as error:
         raise InputError(
@@ -121,10 +73,65 @@ def lines(path: Path, digest: Hasher | None = None) -> Iterator[tuple[int, bytes
         ) from None
 
 
-def _join(before: bytes | None, more: bytes) -> bytes | None:
-    if before is None or len(before) + len(more) > MAX_LINE:
-        return None
-    return before + more
+def raw_lines(
+    file: BinaryIO,
+    path: Path,
+    digest: Hasher | None = None,
+    check: Callable[[bytes], None] | None = None,
+) -> Iterator[tuple[int, bytes | None]]:
+    """Yield number (from 1) and bytes of every line, in constant memory.
+
+    A UTF-8 byte order mark is removed. A line longer than `MAX_LINE` is yielded as ``None``.
+
+    Args:
+        file: the bytes.
+        path: the file that they come from, for errors.
+        digest: updated with every byte.
+        check: called with the first bytes.
+
+    Raises:
+        InputError: ``QC-DATA-031`` a line longer than `MAX_SKIPPED`.
+    """
+    number = 0
+    while raw := file.readline(_BLOCK):
+        number += 1
+        if digest is not None:
+            digest.update(raw)
+        whole: bytes | None = raw
+        if number == 1:
+            if check is not None:
+                check(raw)
+            whole = raw.removeprefix(_BOM)
+        if len(raw) == _BLOCK and not raw.endswith(b"\n"):
+            whole = _rest(file, path, number, raw, digest)
+        yield number, whole
+
+
+def _rest(
+    file: BinaryIO, path: Path, number: int, first: bytes, digest: Hasher | None
+) -> bytes | None:
+    """The whole line that begins with `first`; ``None`` if it is too long."""
+    parts, length = [first.removeprefix(_BOM) if number == 1 else first], len(first)
+    while not first.endswith(b"\n") and (first := file.readline(_BLOCK)):
+        if digest is not None:
+            digest.update(first)
+        length += len(first)
+        parts = [*parts, first] if length <= MAX_LINE else []
+        if length > MAX_SKIPPED:
+            raise _endless(path, number)
+    return b"".join(parts) if length <= MAX_LINE else None
+
+
+def _endless(path: Path, line: int) -> InputError:
+    return InputError(
+        "QC-DATA-031",
+        "has a line that does not end",
+        file=path,
+        field=f"line {line}",
+        found=f"more than {MAX_SKIPPED >> 30} GiB without a line break",
+        expected=f"at most {MAX_LINE} bytes",
+        fix="write one JSON object a line",
+    )
 
 
 def _check_format(path: Path, start: bytes) -> None:
@@ -193,11 +200,17 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
             at=at,
             found=repr(error.key),
             expected="each key once",
+            fix="keep one of the two",
         ) from None
     except strict_json.NonFiniteError as error:
         raise _not_finite(error, at) from None
     except ValueError:  # an integer with more digits than Python converts
-        raise RowError("QC-DATA-004", "has a number with thousands of digits", at=at) from None
+        raise RowError(
+            "QC-DATA-004",
+            "has a number with thousands of digits",
+            at=at,
+            fix="write it as a string",
+        ) from None
     if raw.count("{") + raw.count("[") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise _too_deep(at)
     return value
@@ -205,15 +218,36 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
 
 def _not_finite(error: strict_json.NonFiniteError, at: str) -> RowError:
     if error.overflow:
-        what, expected = "has a number that overflows a float", "a finite number"
+        what, expected, fix = "has a number that overflows a float", "a finite number", "a string"
     else:
-        what, expected = "has a number that is not JSON", "a finite number or null"
-    return RowError("QC-DATA-004", what, at=at, found=error.text[:40], expected=expected)
+        what, expected, fix = "has a number that is not JSON", "a finite number or null", "null"
+    return RowError(
+        "QC-DATA-004",
+        what,
+        at=at,
+        found=error.text[:40],
+        expected=expected,
+        fix=f"write it as {fix}",
+    )
 
 
 def _too_deep(at: str) -> RowError:
     return RowError(
-        "QC-DATA-004", "is nested too deep", at=at, expected=f"at most {MAX_DEPTH} levels"
+        "QC-DATA-004",
+        "is nested too deep",
+        at=at,
+        expected=f"at most {MAX_DEPTH} levels",
+        fix="write the inner levels as a JSON string",
+    )
+
+
+def too_long() -> RowError:
+    """The error of a row longer than `MAX_LINE`."""
+    return RowError(
+        "QC-DATA-004",
+        "is too long",
+        expected=f"at most {MAX_LINE} bytes",
+        fix="split the conversation, and name media files instead of embedding them",
     )
 
 

@@ -38,6 +38,8 @@ class Source:
         long_rows: ``refuse``, ``drop``, ``truncate_turns`` or ``truncate_tokens``.
         bad_rows: ``refuse`` or ``skip``.
         train: whether rows of this source are trained; false: all of it is context.
+        notes: what a report says of it: files that are not read, a name that does not fit the
+            content.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Source:
     long_rows: str = ""
     bad_rows: str = ""
     train: bool = True
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

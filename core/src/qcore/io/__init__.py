@@ -1,1 +1,1 @@
-"""The one writer of results, and what keeps a folder or a file whole: locks, logs, strict JSON."""
+"""Files and packages: atomic result folders, manifests, locks, logs, strict JSON, entry points."""

@@ -1,15 +1,15 @@
-"""Publishing a result folder atomically: the whole folder appears under its name, or nothing.
+"""Publishes a result folder atomically: the complete folder appears under its name, or nothing.
 
-This file decides how a result is published: written into a hidden folder beside the target,
-every file hashed as it is written and synced, MANIFEST.json last, then one rename. Whatever
-fails or is killed before the rename leaves the target as it was. It leaves the manifest's
-format and `verify` to `qcore.io.manifest`, and run folders, which grow while training, to
-`qcore.io.run_lock`.
+This file decides how a result is published: it is written into a hidden folder next to the target,
+every file is hashed while it is written and then synced, MANIFEST.json comes last, and one rename
+gives the folder its name. A failure or kill before the rename leaves the target unchanged.
+`qcore.io.manifest` decides the manifest's format and `verify`; `qcore.io.run_lock` handles run
+folders, which grow during training.
 
-Codes: ``QC-WRITE-001`` target not empty, ``-002`` target that cannot become a folder,
-``-003`` to ``-006`` from `qcore.io.atomic`, ``-007`` too little free space, ``-008`` a file
-name that an artefact may not hold, ``-009`` a name written twice, ``-010`` a run folder that
-is in use (`qcore.io.run_lock`).
+Codes: ``QC-WRITE-001`` the target is not empty, ``-002`` the target cannot become a folder,
+``-003`` to ``-006`` from `qcore.io.atomic`, ``-007`` too little free space, ``-008`` an invalid
+file name, ``-009`` a file is written twice, ``-010`` the run folder is in use
+(`qcore.io.run_lock`).
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ __all__ = [
     "verify",
 ]
 
-_LARGE = 1 << 20  # bytes from which a thread is worth its start
+_LARGE = 1 << 20  # bytes from which hashing in a thread is faster
 
 
 class Stream:
-    """A file of an artefact that is being written and hashed.
+    """A file of an artifact that is being written and hashed.
 
     Attributes:
         size: bytes written so far.
@@ -73,13 +73,19 @@ class Stream:
         self.size = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Write all of ``data`` (C-contiguous, of any item type); returns its bytes.
+        """Write all of ``data``.
+
+        Args:
+            data: a C-contiguous buffer of any item type.
+
+        Returns:
+            The number of bytes written.
 
         Raises:
-            WriteError: ``QC-WRITE-003`` to ``-006``.
+            WriteError: ``QC-WRITE-003`` to ``-006`` the system refused the write.
         """
         view = memoryview(data).cast("B")
-        # Hashing a large piece takes as long as writing it, and both let other threads run.
+        # Hashing a large buffer takes as long as writing it, and both release the GIL.
         hashing = threading.Thread(target=self._digest.update, args=(view,))
         hashing.start() if len(view) > _LARGE else self._digest.update(view)
         try:
@@ -92,16 +98,16 @@ class Stream:
         return len(view)
 
     def entry(self) -> FileEntry:
-        """What the manifest says of the bytes so far."""
+        """Return the manifest entry for the bytes written so far."""
         return FileEntry(size=self.size, sha256=self._digest.hexdigest())
 
 
 class Writer:
-    """Writes the files of one artefact; `publish` makes it.
+    """Writes the files of one artifact; `publish` yields it.
 
     Attributes:
-        meta: what the manifest carries beside the files; must be JSON.
-        files: the files written so far.
+        meta: the manifest's meta mapping; its values must be JSON.
+        files: the manifest entries of the files written so far, by name.
     """
 
     def __init__(self, folder: Path, target: Path) -> None:
@@ -112,23 +118,27 @@ class Writer:
 
     @property
     def folder(self) -> Path:
-        """Where the files lie until they are published, for checks that read them back."""
+        """The temporary folder of the files, for checks that read them before publishing."""
         return self._folder
 
     @contextmanager
     def stream(self, name: str) -> Iterator[Stream]:
-        """A file to write piece by piece; listed once the block ends without an error.
+        """Open a file to write in pieces; it is listed if the block ends without an error.
 
         Args:
             name: ``file`` or ``folder/file``.
 
+        Yields:
+            The open file.
+
         Raises:
-            WriteError: ``QC-WRITE-003`` to ``-006``, ``-008``, ``-009``.
+            WriteError: ``QC-WRITE-003`` to ``-006`` the system refused the write, ``-008`` the
+                name is invalid, ``-009`` the file was already written.
         """
         shown = self._target / name
         if (reason := unsafe(name)) is not None:
             raise WriteError(
-                "QC-WRITE-008", f"cannot be a file of an artefact: {reason}", file=name
+                "QC-WRITE-008", f"cannot be a file of an artifact: {reason}", file=name
             )
         path = self._folder / name
         with writing(shown):
@@ -158,19 +168,27 @@ class Writer:
             out.write(data)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file of UTF-8 text, as it is."""
+        """Write text as UTF-8, without newline translation."""
         self.write_bytes(name, text.encode("utf-8"))
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write JSON, indented by two, keys in their order; NaN and infinity are refused."""
+        """Write JSON, indented by two spaces, keys in insertion order.
+
+        Raises:
+            ValueError: the value contains a NaN or an infinity.
+        """
         self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
     def copy(self, name: str, source: Path) -> None:
-        """Copy a file (links followed), read once and hashed on the way.
+        """Copy a file; it is read once and hashed while it is copied.
+
+        Args:
+            name: ``file`` or ``folder/file``.
+            source: the file to copy; links are followed.
 
         Raises:
-            InputError: ``QC-READ-001`` when the source cannot be read.
-            WriteError: as `stream`.
+            InputError: ``QC-READ-001`` the source cannot be read.
+            WriteError: see `stream`.
         """
         with reading(source), open(_open_plain(source), "rb", buffering=0) as file:
             buffer = memoryview(bytearray(min(CHUNK, max(os.fstat(file.fileno()).st_size, 1))))
@@ -180,7 +198,7 @@ class Writer:
 
 
 def _open_plain(path: Path) -> int:
-    """A descriptor of a plain file; a pipe does not block and a folder is an error."""
+    """Open a regular file for reading; a pipe or a folder raises ``OSError`` without blocking."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -189,18 +207,22 @@ def _open_plain(path: Path) -> int:
 
 
 def check_target(path: Path | str, *, overwrite: bool = False, need_bytes: int = 0) -> Path:
-    """Whether an artefact could be published here; changes nothing, so call it early.
+    """Check that an artifact can be published at a path, without changing anything.
+
+    Call it before expensive work.
 
     Args:
-        path: the target, absent or an empty folder.
-        overwrite: also accept a folder that holds an artefact of ours.
-        need_bytes: free space that must be there.
+        path: the target; it must not exist or be an empty folder.
+        overwrite: also accept a folder with an artifact that qcore wrote.
+        need_bytes: required free space in bytes.
 
     Returns:
         The target with links resolved.
 
     Raises:
-        WriteError: ``QC-WRITE-001``, ``-002``, ``-005``, ``-007``.
+        WriteError: ``QC-WRITE-001`` the folder is not empty, ``-002`` the target is a file, a
+            mount point or below a file, ``-005`` the folder is not writable, ``-007`` there is too
+            little free space.
     """
     shown, target = Path(path), Path(os.path.realpath(path))
     with writing(shown):
@@ -239,7 +261,7 @@ def _check_folder(shown: Path, target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise WriteError("QC-WRITE-001", "is not empty", file=shown, fix=fix)
     if not (target / MANIFEST).is_file():
-        what = f"is not empty and holds no {MANIFEST}, so it is not ours to replace"
+        what = f"is not empty and has no {MANIFEST}, so qcore does not replace it"
         raise WriteError("QC-WRITE-001", what, file=shown, fix=fix)
 
 
@@ -247,51 +269,52 @@ def _check_folder(shown: Path, target: Path, overwrite: bool) -> None:
 def publish(
     path: Path | str, kind: str = "adapter", overwrite: bool = False, *, need_bytes: int = 0
 ) -> Iterator[Writer]:
-    """Write an artefact: the target appears, complete and durable, when the block ends.
+    """Write an artifact; the target appears, complete and durable, when the block ends.
 
     Args:
-        path: the target: absent (missing parents are made) or an empty folder.
-        kind: what the manifest calls it.
-        overwrite: replace an artefact of ours that stands there. A kill between the two
-            renames leaves the target absent and the old one beside it, as ``.NAME.old-*``.
-        need_bytes: free space to ask for before anything is written.
+        path: the target; it must not exist (missing parents are created) or be an empty folder.
+        kind: the kind recorded in the manifest.
+        overwrite: replace an existing artifact that qcore wrote. A kill between the two renames
+            leaves the target absent and the old artifact next to it, as ``.NAME.old-*``.
+        need_bytes: required free space in bytes, checked before anything is written.
 
     Yields:
-        The `Writer`.
+        The writer of the artifact's files.
 
     Raises:
-        WriteError: ``QC-WRITE-*``. After this or any other exception the target is as before.
+        WriteError: ``QC-WRITE-*`` (see the module). After this or any other exception the target
+            is unchanged.
     """
     shown = Path(path)
     target = check_target(path, overwrite=overwrite, need_bytes=need_bytes)
     with writing(shown.parent):
         made = make_folders(target.parent)
     temporary = target.parent / f".{target.name[:100]}.partial-{secrets.token_hex(8)}"
-    held = -1
-    done = False
+    lock_fd = -1
+    published = False
     try:
         with writing(shown):
             _sweep(target)
             os.mkdir(temporary)
-            held = _hold(temporary)
+            lock_fd = _lock_folder(temporary)
         writer = Writer(temporary, shown)
         yield writer
         _finish(writer, temporary, kind, shown)
         _install(temporary, target, shown, overwrite)
-        done = True
-        with suppress(OSError):  # the new one stands; what is left is swept by the next publish
+        published = True
+        with suppress(OSError):  # the target is published; the next publish deletes what is left
             _sweep(target)
     finally:
-        if held >= 0:
-            os.close(held)
-        if not done:
+        if lock_fd >= 0:
+            os.close(lock_fd)
+        if not published:
             with suppress(OSError):
                 delete(temporary)
             drop_folders(made)
 
 
 def _finish(writer: Writer, temporary: Path, kind: str, shown: Path) -> None:
-    """Write the manifest, make all names durable."""
+    """Write the manifest and sync all folders."""
     manifest = Manifest(
         kind=kind,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -314,7 +337,7 @@ def _finish(writer: Writer, temporary: Path, kind: str, shown: Path) -> None:
 
 
 def _install(temporary: Path, target: Path, shown: Path, overwrite: bool) -> None:
-    """Give the finished folder its name; on failure the target is as it was."""
+    """Rename the finished folder to the target; on failure the target is unchanged."""
     aside: Path | None = None
     was_empty_folder = False
     renamed = False
@@ -324,7 +347,7 @@ def _install(temporary: Path, target: Path, shown: Path, overwrite: bool) -> Non
             os.rename(target, aside)
         else:
             was_empty_folder = target.is_dir()
-        os.rename(temporary, target)  # replaces an empty folder; a full one is ENOTEMPTY
+        os.rename(temporary, target)  # replaces an empty folder; any other raises ENOTEMPTY
         renamed = True
         sync_folder(target.parent)
     except OSError as error:
@@ -336,28 +359,29 @@ def _install(temporary: Path, target: Path, shown: Path, overwrite: bool) -> Non
             elif renamed and was_empty_folder:
                 os.mkdir(target)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            what = "was filled by someone else meanwhile"
+            what = "was filled by another process meanwhile"
             raise WriteError("QC-WRITE-001", what, file=shown, fix="name a new folder") from error
         raise write_error(error, shown) from error
 
 
-def _hold(folder: Path) -> int:
-    """Lock a folder of ours for as long as this process lives, so that nobody sweeps it."""
+def _lock_folder(folder: Path) -> int:
+    """Lock a temporary folder while this process lives, so that no other process deletes it."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    with suppress(OSError):  # a file system without locks: then nothing is swept either
+    with suppress(OSError):  # no locks on this file system: then `_sweep` deletes nothing either
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return fd
 
 
 def _sweep(target: Path) -> None:
-    """Delete what killed runs, and the one just replaced, left beside the target.
+    """Delete folders next to the target that killed runs left, and the replaced artifact.
 
-    What still has an owner stays, and so does an old one while no new one stands.
+    A folder that a living process has locked stays. A replaced artifact stays as long as the
+    target does not exist.
     """
     stem = f".{target.name[:100]}."
     for entry in list(os.scandir(target.parent)):
-        old = entry.name.startswith(f"{stem}old-") and (target / MANIFEST).is_file()
-        if not (entry.name.startswith(f"{stem}partial-") or old) or entry.is_symlink():
+        is_replaced = entry.name.startswith(f"{stem}old-") and (target / MANIFEST).is_file()
+        if not (entry.name.startswith(f"{stem}partial-") or is_replaced) or entry.is_symlink():
             continue
         with suppress(OSError):
             fd = os.open(entry.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

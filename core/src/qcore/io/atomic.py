@@ -1,12 +1,11 @@
-"""Writing and renaming single files with fsync, and the errors of these system calls.
+"""Durable writes and renames of single files, and the errors of the system calls.
 
-This file decides how bytes become durable (whole writes, fsync of files and of folders) and
-which `WriteError` an ``OSError`` is. Every mutation by the modules of this room goes through
-``os.*`` here or there, one call at a time, so that a test can make each of them fail. POSIX
-only, as is the rest of qcore.
+This file decides how bytes become durable (complete writes, fsync of files and folders) and which
+`WriteError` an ``OSError`` becomes. All modules of this package change the disk through single
+``os.*`` calls, so that a test can make each of them fail. POSIX only, like the rest of qcore.
 
-Codes: ``QC-WRITE-003`` disk full, ``-004`` input/output error, ``-005`` not permitted,
-``-006`` any other failure to write; ``QC-READ-001`` a source that cannot be read.
+Codes: ``QC-WRITE-003`` the disk is full, ``-004`` input/output error, ``-005`` not permitted,
+``-006`` any other failed write; ``QC-READ-001`` a file that cannot be read.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ CHUNK: Final = 4 << 20  # bytes read and hashed at a time
 _WRITE_CODES: Final = {
     errno.ENOSPC: ("QC-WRITE-003", "the disk is full", "free space or name another disk"),
     errno.EDQUOT: ("QC-WRITE-003", "the quota is used up", "free space or name another disk"),
-    errno.EFBIG: ("QC-WRITE-003", "the file system takes no file so large", None),
+    errno.EFBIG: ("QC-WRITE-003", "the file system does not allow a file of this size", None),
     errno.EIO: ("QC-WRITE-004", "the disk reports an input/output error", "name another disk"),
     errno.EACCES: ("QC-WRITE-005", "is not writable", "check its permissions"),
     errno.EPERM: ("QC-WRITE-005", "is not writable", "check its permissions"),
@@ -36,7 +35,12 @@ _WRITE_CODES: Final = {
 
 
 def write_error(error: OSError, path: Path) -> WriteError:
-    """The `WriteError` that this failure to write ``path`` is."""
+    """Return the `WriteError` for a failed write.
+
+    Args:
+        error: the error of the system call.
+        path: the file or folder to name in the message.
+    """
     reason = error.strerror or type(error).__name__
     code, what, fix = _WRITE_CODES.get(
         error.errno or 0, ("QC-WRITE-006", f"cannot be written: {reason}", None)
@@ -46,7 +50,11 @@ def write_error(error: OSError, path: Path) -> WriteError:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Any ``OSError`` inside becomes the `WriteError` that names ``path``."""
+    """Convert an ``OSError`` inside the block to a `WriteError` that names ``path``.
+
+    Raises:
+        WriteError: ``QC-WRITE-003`` to ``-006``.
+    """
     try:
         yield
     except OSError as error:
@@ -55,7 +63,11 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Any ``OSError`` inside becomes the `InputError` that names ``path``."""
+    """Convert an ``OSError`` inside the block to an `InputError` that names ``path``.
+
+    Raises:
+        InputError: ``QC-READ-001``.
+    """
     try:
         yield
     except OSError as error:
@@ -64,26 +76,34 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def write_all(fd: int, data: memoryview) -> None:
-    """Write every byte; ``os.write`` may take only some (a nearly full disk, 2 GiB at most)."""
+    """Write every byte; one ``os.write`` may write less (at most 2 GiB, or on a full disk)."""
     while data:
         data = data[os.write(fd, data) :]
 
 
 def create(path: Path) -> int:
-    """A descriptor of a new file; an existing one, link or not, is an error."""
+    """Create a file and return its descriptor.
+
+    Raises:
+        FileExistsError: the path exists, also as a link.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(path, flags, 0o666)
 
 
 def rewrite(path: Path, chunks: Iterable[bytes]) -> None:
-    """Put a file in place of what is there, whole or not at all.
+    """Replace a file atomically.
+
+    Args:
+        path: the file; it need not exist.
+        chunks: the new content.
 
     Raises:
-        WriteError: ``QC-WRITE-003`` to ``-006``.
+        WriteError: ``QC-WRITE-003`` to ``-006``; the file is unchanged.
     """
     fresh = path.with_name(f"{path.name}.new")
     with writing(path):
-        if fresh.exists():  # of a run that died here
+        if fresh.exists():  # left by a run that was killed here
             os.unlink(fresh)
         fd = create(fresh)
         try:
@@ -97,7 +117,7 @@ def rewrite(path: Path, chunks: Iterable[bytes]) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names inside a folder durable."""
+    """Sync a folder, which makes the names inside it durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -106,26 +126,30 @@ def sync_folder(path: Path) -> None:
 
 
 def make_folders(path: Path) -> list[Path]:
-    """Create a folder and its missing parents; returns those created, outermost first."""
+    """Create a folder and its missing parents.
+
+    Returns:
+        The folders that were created, outermost first.
+    """
     missing: list[Path] = []
     while not path.is_dir():
         missing.append(path)
         path = path.parent
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         for folder in reversed(missing):
             os.mkdir(folder)
-            made.append(folder)
+            created.append(folder)
             sync_folder(folder.parent)
     except OSError:
-        drop_folders(made)
+        drop_folders(created)
         raise
-    return made
+    return created
 
 
-def drop_folders(made: list[Path]) -> None:
-    """Take back what `make_folders` created, as far as it is still empty."""
-    for folder in reversed(made):
+def drop_folders(created: list[Path]) -> None:
+    """Delete the folders that `make_folders` created, as far as they are empty."""
+    for folder in reversed(created):
         try:
             os.rmdir(folder)
         except OSError:
@@ -133,9 +157,10 @@ def drop_folders(made: list[Path]) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a tree without following links; what cannot be deleted raises at the end.
+    """Delete a tree without following links.
 
-    Goes on after a failure, so that as much space as possible is freed.
+    It continues after a failure, to free as much space as possible, and raises the first error at
+    the end.
     """
     failed: OSError | None = None
     try:
@@ -156,10 +181,10 @@ def delete(path: Path) -> None:
 
 
 def remove_tree(path: Path | str) -> None:
-    """Delete a folder that is no longer needed; under its name it is whole or gone.
+    """Delete a folder; under its name it is either complete or gone at any time.
 
     Raises:
-        WriteError: ``QC-WRITE-004`` to ``-006``.
+        WriteError: ``QC-WRITE-004`` to ``-006`` it cannot be renamed or deleted.
     """
     path = Path(path)
     trash = path.with_name(f".{path.name[:100]}.trash-{secrets.token_hex(8)}")

@@ -1,12 +1,12 @@
-"""Entry points of qcore's groups: found by metadata, disabled, version-gated; nothing is imported.
+"""Reads all of qcore's entry-point groups from package metadata: disabled, duplicate, incompatible.
 
-This file decides every status of an entry point that can be known without an import, for every
-group alike. It raises nothing for what an environment holds: what cannot be read becomes a status
-with a reason. What an entry point stands for (a plugin's module, a package with data files, a
-command) is the business of who asks for its group.
+This file decides every status of an entry point that is known without an import (disabled,
+incompatible, duplicate, broken), with the same rules for every group. It never raises for the
+content of an environment: unreadable metadata becomes a status with a reason. The caller decides
+what to do with an entry point (a plugin's module, a package with data files, a command).
 
-The version gate imports packaging, which ``qcore --help`` must not pay for: a caller that only
-lists names leaves it out.
+The version gate imports packaging, which is too slow for ``qcore --help``; a caller that only lists
+names switches it off.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ COMMANDS: Final = "qcore.commands"
 PRESETS: Final = "qcore.presets"
 SKUS: Final = "qcore.skus"
 KINDS: Final = "qcore.media_kinds"
-#: group -> what the value of an entry point names; the name is what is in front.
+DATA_FORMATS: Final = "qcore.data_formats"
+#: group -> what the name and the value of an entry point stand for, as ``name -> value``.
 GROUPS: Final[Mapping[str, str]] = {
     PLUGINS: "plugin -> module with its hooks",
     INDEX: "model_type -> module of a plugin",
@@ -38,12 +39,12 @@ GROUPS: Final[Mapping[str, str]] = {
     PRESETS: "plugin -> package with presets/*.yaml",
     SKUS: "plugin -> package with skus/*.yaml",
     KINDS: "type of a content part -> module",
-    "qcore.data_formats": "format of rows -> module",
+    DATA_FORMATS: "format of rows -> module",
     "qcore.export_targets": "target -> module",
     "qcore.trackers": "tracker -> module",
     "qcore.providers": "provider -> module",
 }
-#: Groups whose names must be unique: which of two is meant would be a guess.
+#: Groups whose names must be unique; of two entry points with one name, neither is used.
 _UNIQUE: Final = frozenset(GROUPS) - {PLUGINS, INDEX, PRESETS, SKUS, KINDS}
 
 FRAMEWORK: Final = "qcore-framework"
@@ -51,19 +52,19 @@ DISABLE: Final = "QCORE_DISABLE_PLUGINS"
 
 
 class Status(str, Enum):
-    """What became of a plugin or of another entry point. Only `LOADED` plugins are asked."""
+    """Status of a plugin or another entry point. Only hooks of `LOADED` plugins are called."""
 
     AVAILABLE = "available"  #: installed and compatible; not imported yet
-    LOADED = "loaded"  #: imported, and its hooks are sound
+    LOADED = "loaded"  #: imported, and its hooks are valid
     DISABLED = "disabled"  #: named in QCORE_DISABLE_PLUGINS
     INCOMPATIBLE = "incompatible"  #: requires another version of qcore-framework
-    DUPLICATE = "duplicate"  #: its name or its module is claimed twice; none of them is used
-    BROKEN = "broken"  #: its metadata, its import or its description raises
-    INVALID = "invalid"  #: it breaks the contract of hooks, records or index
+    DUPLICATE = "duplicate"  #: another plugin has the same name or module; neither is used
+    BROKEN = "broken"  #: reading its metadata, importing it or describing it raises
+    INVALID = "invalid"  #: it violates the contract of hooks, records or index
 
 
 class Identity(NamedTuple):
-    """Whose entry point it is, and what its distribution requires."""
+    """The distribution of an entry point: its name, version and requirements."""
 
     distribution: str = "(unnamed)"
     version: str = "(no version)"
@@ -75,13 +76,13 @@ class Entry:
     """An entry point of one of `GROUPS`.
 
     Attributes:
-        group: its group.
-        name: what it names.
-        value: the module, package or attribute that it stands for.
+        group: name of the group.
+        name: name of the entry point.
+        value: the module, package or attribute that it refers to.
         identity: its distribution.
-        point: the entry point itself; ``None`` where the metadata could not be read.
+        point: the entry point; ``None`` if the metadata could not be read.
         status: `AVAILABLE`, or why it is not used.
-        reason: one line; ``None`` where there is nothing to say.
+        reason: an explanation of the status in one line; ``None`` without one.
     """
 
     group: str
@@ -96,13 +97,13 @@ class Entry:
 def entries(
     group: str, points: Iterable[EntryPoint] | None = None, *, gated: bool = True
 ) -> list[Entry]:
-    """The entry points of one group in the order of their names, each with its status.
+    """Return the entry points of one group, sorted by name, each with its status.
 
     Args:
-        group: one of `GROUPS`, but not `PLUGINS` and not `INDEX`, which
-            `qcore.plugins.discovery` judges together.
-        points: used instead of the environment's.
-        gated: compare each requirement on the framework with the version that runs.
+        group: one of `GROUPS`, except `PLUGINS` and `INDEX`, which `qcore.plugins.discovery`
+            checks together.
+        points: entry points to use instead of the environment's.
+        gated: compare each requirement on the framework with the running version.
     """
     if points is None:
         points, _ = read_points((group, PLUGINS) if disabled_names() else (group,))
@@ -113,15 +114,15 @@ def entries(
         if point.group == PLUGINS:
             plugins.setdefault(identities[point], set()).add(normal(point.name))
     own = [point for point in points if point.group == group]
-    found = [_judged(point, identities[point], plugins, gated) for point in own]
-    found.sort(key=lambda entry: (entry.name, entry.identity.distribution, entry.value))
-    return _without_duplicates(found) if group in _UNIQUE else found
+    judged = [_judged(point, identities[point], plugins, gated) for point in own]
+    judged.sort(key=lambda entry: (entry.name, entry.identity.distribution, entry.value))
+    return _without_duplicates(judged) if group in _UNIQUE else judged
 
 
 def usable(
     group: str, points: Iterable[EntryPoint] | None = None, *, gated: bool = True
 ) -> list[Entry]:
-    """Those of `entries` that are available."""
+    """Return the available entry points of one group; see `entries`."""
     judged = entries(group, points, gated=gated)
     return [entry for entry in judged if entry.status is Status.AVAILABLE]
 
@@ -141,14 +142,14 @@ def _judged(
     )  # fmt: skip
 
 
-def _without_duplicates(found: list[Entry]) -> list[Entry]:
+def _without_duplicates(judged: list[Entry]) -> list[Entry]:
     from dataclasses import replace
 
     result = []
-    for entry in found:
+    for entry in judged:
         twins = [
             f"{twin.identity.distribution} {twin.identity.version}"
-            for twin in found
+            for twin in judged
             if twin is not entry and twin.name == entry.name and twin.status is Status.AVAILABLE
         ]
         if twins and entry.status is Status.AVAILABLE:
@@ -159,14 +160,14 @@ def _without_duplicates(found: list[Entry]) -> list[Entry]:
 
 
 def read_points(groups: Iterable[str]) -> tuple[list[EntryPoint], list[Entry]]:
-    """Entry points of the environment, and distributions whose entry points cannot be read."""
+    """Return the environment's entry points, and entries for unreadable distributions."""
     from importlib import metadata
 
     groups = tuple(groups)
     every = contained(metadata.entry_points)
     if not isinstance(every, Failure):
         return [point for group in groups for point in every.select(group=group)], []
-    # One unreadable distribution spoils the common call: read each alone, to name the culprit.
+    # One unreadable distribution fails the whole call: read each alone, to name the one at fault.
     points: list[EntryPoint] = []
     unreadable: list[Entry] = []
     seen: set[str] = set()
@@ -195,7 +196,7 @@ def _entry_points(dist: Distribution) -> list[EntryPoint]:
 
 
 class Identities:
-    """Identities by entry point, each distribution's metadata parsed once."""
+    """Identities by entry point; the metadata of each distribution are parsed once."""
 
     def __init__(self) -> None:
         self._known: dict[int, Identity] = {}
@@ -208,37 +209,37 @@ class Identities:
 
 
 def identity_of(dist: Distribution | None) -> Identity:
-    """Identity of a distribution, whatever state its metadata is in."""
+    """Return the identity of a distribution; unreadable metadata give the default identity."""
     if dist is None:
         return Identity()
 
     def read() -> Identity:
-        fields = dist.metadata  # parsed anew at every access
+        fields = dist.metadata  # parsed again at every access
         return Identity(
             str(fields["Name"] or Identity().distribution),
             str(fields["Version"] or Identity().version),
             tuple(fields.get_all("Requires-Dist") or ()),
         )
 
-    found = contained(read)
-    return Identity() if isinstance(found, Failure) else found
+    identity = contained(read)
+    return Identity() if isinstance(identity, Failure) else identity
 
 
 def normal(name: str) -> str:
-    """A distribution's name as indexes compare it."""
+    """Return a distribution's name in normalized form, as package indexes compare it."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 def disabled_names() -> set[str]:
-    """What `DISABLE` names: plugins or distributions, as `normal` spells them."""
+    """Return the normalized names of plugins or distributions in `DISABLE`."""
     return {normal(name) for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
 
 
 def gate(identity: Identity) -> tuple[Status, str | None]:
-    """Compare a distribution's requirement on the framework with the version that runs.
+    """Compare a distribution's requirement on the framework with the running version.
 
     Returns:
-        `AVAILABLE`, perhaps with a remark; or `INVALID` or `INCOMPATIBLE` with the reason.
+        `AVAILABLE`, possibly with a remark; or `INVALID` or `INCOMPATIBLE` with the reason.
     """
     ours = [
         line

@@ -1,15 +1,15 @@
-"""MANIFEST.json: what an artefact holds, and whether it still does.
+"""MANIFEST.json: size and SHA-256 of each file in a result folder, and `verify` against them.
 
-This file decides the manifest's format (version 1) and what `verify` calls a problem: a file
-missing, extra, of another size or content, a link, a name that leaves the folder, a manifest
-that was changed. It writes nothing.
+This file decides the manifest's format (version 1) and what `verify` reports as a problem: a
+missing or extra file, a different size or content, a link, a name that leaves the folder, a changed
+manifest. It writes nothing.
 
 Format: ``format_version``, ``kind``, ``created`` (UTC), ``qcore`` (version), ``files``
-(name -> ``size``, ``sha256``), ``meta`` (the writer's own mapping) and ``manifest_sha256``,
-which is the SHA-256 of the file's own bytes with that value set to 64 zeros.
+(name -> ``size``, ``sha256``), ``meta`` (a mapping of the writer) and ``manifest_sha256``, the
+SHA-256 of the file's bytes with that value set to 64 zeros.
 
-Codes: ``QC-MANIFEST-001`` no artefact folder, ``-002`` no manifest, ``-003`` manifest broken
-or changed, ``-004`` a later format.
+Codes: ``QC-MANIFEST-001`` not a folder, ``-002`` no manifest, ``-003`` the manifest is broken or
+was changed, ``-004`` a later format.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What MANIFEST.json says.
+    """The content of MANIFEST.json.
 
     Attributes:
         kind: ``adapter``, ``model``, ``checkpoint``, ...
-        created: UTC time, ISO 8601.
-        qcore: version that wrote it.
-        files: by name, ``/`` between folder and file.
-        meta: what the writer added.
+        created: UTC time in ISO 8601.
+        qcore: version of qcore that wrote the artifact.
+        files: the files by name, with ``/`` between folder and file.
+        meta: values that the writer added.
     """
 
     kind: str
@@ -66,7 +66,7 @@ class Manifest:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """The file's bytes, its own digest included."""
+        """Return the bytes of the file, including its own digest."""
         payload = {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,
@@ -87,15 +87,15 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
-        ok: no problem.
-        kind: the manifest's kind; empty where it cannot be read.
-        files: how many files the manifest names.
-        size: their bytes.
-        problems: one line each.
-        meta: the manifest's meta.
+        ok: whether there are no problems.
+        kind: the manifest's kind; empty if the manifest cannot be read.
+        files: number of files in the manifest.
+        size: their total size in bytes.
+        problems: one line for each problem.
+        meta: the manifest's meta mapping.
     """
 
     ok: bool
@@ -106,23 +106,27 @@ class Report:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """The payload of ``qcore verify --json``."""
+        """Return the payload of ``qcore verify --json``."""
         return {"ok": self.ok, "files": self.files, "problems": self.problems}
 
 
 def unsafe(name: str) -> str | None:
-    """Why a file of this name may not be part of an artefact; ``None`` where it may.
+    """Return why a name is not allowed in an artifact; ``None`` if it is allowed.
 
-    Allowed: ``file`` and ``folder/file``, names that every file system takes.
+    Allowed are ``file`` and ``folder/file``, with names that every file system supports.
     """
     return "the manifest's own name" if name == MANIFEST else name_problem(name, depth=2)
 
 
 def read_manifest(path: Path | str) -> Manifest:
-    """Read the manifest of an artefact folder; does not look at the other files.
+    """Read the manifest of an artifact folder, without checking the other files.
+
+    Args:
+        path: the artifact folder.
 
     Raises:
-        InputError: ``QC-MANIFEST-*``.
+        InputError: ``QC-MANIFEST-001`` not a folder, ``-002`` no manifest, ``-003`` the manifest
+            is broken or was changed, ``-004`` a later format.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -130,7 +134,7 @@ def read_manifest(path: Path | str) -> Manifest:
     file = folder / MANIFEST
     if not os.path.lexists(file):
         fix = "name a folder that qcore wrote"
-        raise InputError("QC-MANIFEST-002", f"holds no {MANIFEST}", file=folder, fix=fix)
+        raise InputError("QC-MANIFEST-002", f"has no {MANIFEST}", file=folder, fix=fix)
     if file.is_symlink() or not file.is_file():
         raise InputError("QC-MANIFEST-003", "is not a plain file", file=file)
     with reading(file), file.open("rb") as stream:
@@ -151,7 +155,7 @@ def _parse(data: bytes, file: Path) -> Manifest:
     if type(version) is int and version > FORMAT_VERSION:
         raise InputError(
             "QC-MANIFEST-004",
-            "is of a later format",
+            "has a later format",
             file=file,
             found=version,
             expected=FORMAT_VERSION,
@@ -199,15 +203,17 @@ def _broken(file: Path, what: str) -> InputError:
 
 
 def verify(path: Path | str, *, progress: Callable[[int, int], None] | None = None) -> Report:
-    """Check a folder against its manifest, byte by byte.
+    """Check every byte of a folder against its manifest.
 
     Args:
-        path: the artefact folder.
-        progress: called with bytes read so far and bytes in all.
+        path: the artifact folder.
+        progress: called with the bytes read so far and the total bytes.
+
+    Returns:
+        The report; every fault but the one below is a problem in it.
 
     Raises:
-        InputError: ``QC-MANIFEST-001`` when there is no such folder. Everything else is a
-            problem in the report.
+        InputError: ``QC-MANIFEST-001`` the path is not a folder.
     """
     folder = Path(path)
     try:
@@ -217,7 +223,7 @@ def verify(path: Path | str, *, progress: Callable[[int, int], None] | None = No
             raise
         return Report(ok=False, kind="", files=0, size=0, problems=[error.message])
     problems: list[str] = []
-    found = dict(_walk(folder, "", problems))
+    sizes = dict(_walk(folder, "", problems))
     total = sum(entry.size for entry in manifest.files.values())
     done = 0
 
@@ -228,13 +234,13 @@ def verify(path: Path | str, *, progress: Callable[[int, int], None] | None = No
             progress(done, total)
 
     for name, entry in sorted(manifest.files.items()):
-        if name not in found:
+        if name not in sizes:
             problems.append(f"{name}: missing")
-        elif found[name] != entry.size:
-            problems.append(f"{name}: {found[name]} bytes, expected {entry.size}")
+        elif sizes[name] != entry.size:
+            problems.append(f"{name}: {sizes[name]} bytes, expected {entry.size}")
         else:
             problems += _content(folder / name, name, entry, tick)
-    problems += [f"{name}: not in the manifest" for name in sorted(found.keys() - manifest.files)]
+    problems += [f"{name}: not in the manifest" for name in sorted(sizes.keys() - manifest.files)]
     return Report(
         ok=not problems,
         kind=manifest.kind,
@@ -246,7 +252,7 @@ def verify(path: Path | str, *, progress: Callable[[int, int], None] | None = No
 
 
 def _walk(folder: Path, prefix: str, problems: list[str]) -> Iterator[tuple[str, int]]:
-    """Name and size of every plain file; links, pipes and empty folders are problems."""
+    """Yield name and size of every regular file; add links, pipes and empty folders to problems."""
     try:
         entries = sorted(os.scandir(folder), key=lambda e: e.name)
     except OSError as error:
@@ -267,7 +273,7 @@ def _walk(folder: Path, prefix: str, problems: list[str]) -> Iterator[tuple[str,
 
 
 def _content(path: Path, name: str, entry: FileEntry, tick: Callable[[int], None]) -> list[str]:
-    """Problems with the content of one file whose size is right."""
+    """Return the problems with the content of a file that has the right size."""
     digest = hashlib.sha256()
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,9 +1,9 @@
-"""``metrics.jsonl`` of a run: rows appended one by one, cut back when a run is resumed.
+"""``metrics.jsonl`` of a run: rows are appended one by one and truncated when a run is resumed.
 
-This file decides how a row reaches the disk, and what becomes of a line that a kill left
-incomplete. Which steps have a row is up to `training.metrics_sink`.
+This file decides how a row reaches the disk, and that a line which a kill left incomplete is
+dropped. `qcore.training.metrics_sink` decides which steps have a row.
 
-Codes: ``QC-WRITE-003`` to ``-006`` from `io.atomic`.
+Codes: ``QC-WRITE-003`` to ``-006`` from `qcore.io.atomic`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,17 @@ from .atomic import create, reading, sync_folder, write_all, writing
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON object a line, on disk when `write` returns.
+    """``metrics.jsonl``: one JSON object per line.
 
-    A line that a kill tore is dropped when the log is opened again. The file survives the
-    death of the process at once; it is synced when closed, not at every line.
+    A written line survives the death of the process, because it is passed to the system at once.
+    The file is synced when it is closed, not at every line. An incomplete last line is dropped when
+    the log is opened again.
+
+    Args:
+        path: path of the file; it need not exist.
+
+    Attributes:
+        path: path of the file.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -32,10 +39,13 @@ class MetricsLog:
         self._fd = -1
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Add a row; NaN and infinities are written as the strings that name them.
+        """Append a row.
+
+        Args:
+            row: the values; NaN and infinities are written as strings, such as ``"NaN"``.
 
         Raises:
-            WriteError: ``QC-WRITE-003`` to ``-006``.
+            WriteError: ``QC-WRITE-003`` to ``-006`` the system refused the write.
         """
         line = json.dumps(plain(row), allow_nan=False).encode("ascii") + b"\n"
         with writing(self.path):
@@ -46,21 +56,25 @@ class MetricsLog:
     def truncate_after(self, step: int) -> None:
         """Drop the rows after ``step``, which a resumed run writes again.
 
-        Rows without a ``step`` stay; a line that is not JSON goes. The file is replaced in
-        one rename.
+        Rows without a ``step`` stay; lines that are not JSON are dropped. The file is replaced
+        atomically.
+
+        Raises:
+            WriteError: ``QC-WRITE-003`` to ``-006`` the system refused the write.
+            InputError: ``QC-READ-001`` the file cannot be read.
         """
         self.close()
         if not self.path.exists():
             return
         with reading(self.path):
             lines = self.path.read_bytes().splitlines(keepends=True)
-        kept = b"".join(line for line in lines if _up_to(line, step))
+        content = b"".join(line for line in lines if _belongs_up_to(line, step))
         fresh = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
         with writing(self.path):
             try:
                 fd = create(fresh)
                 try:
-                    write_all(fd, memoryview(kept))
+                    write_all(fd, memoryview(content))
                     os.fsync(fd)
                 finally:
                     os.close(fd)
@@ -72,7 +86,7 @@ class MetricsLog:
             sync_folder(self.path.parent)
 
     def close(self) -> None:
-        """Sync and close; a later `write` opens it again."""
+        """Sync and close the file; a later `write` opens it again."""
         if self._fd < 0:
             return
         fd, self._fd = self._fd, -1
@@ -103,7 +117,8 @@ class MetricsLog:
         self._fd = fd
 
 
-def _up_to(line: bytes, step: int) -> bool:
+def _belongs_up_to(line: bytes, step: int) -> bool:
+    """Whether a line is a complete row without a step, or with a step up to `step`."""
     try:
         row = json.loads(line)
     except ValueError:

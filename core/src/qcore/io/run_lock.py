@@ -1,10 +1,10 @@
 """The lock of a run folder: one process at a time writes into it.
 
-This file decides who may write into a run folder. Unlike an artifact (`io.artifact`) a run
-folder grows while the run goes on, so it has no manifest; what must be complete inside it is
-published there.
+This file decides which process may write into a run folder. Unlike an artifact
+(`qcore.io.artifact`), a run folder grows during the run, so it has no manifest; anything inside it
+that must be complete is published there as an artifact.
 
-Codes: ``QC-WRITE-003`` to ``-006`` from `io.atomic`, ``-010`` the folder is in use.
+Codes: ``QC-WRITE-003`` to ``-006`` from `qcore.io.atomic`, ``-010`` the folder is in use.
 """
 
 from __future__ import annotations
@@ -29,9 +29,13 @@ _NO_LOCKS: Final = frozenset((errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.E
 class Lock:
     """Exclusive use of a run folder, as a context manager.
 
-    The kernel's lock decides, and it ends with the process, however that ends; the owner
-    (pid, boot id, host) in the file is for the message, and decides where a file system has
-    no locks: an owner of another boot, or whose process is gone, is stale.
+    The lock is a kernel lock, which ends with the process. The owner (pid, boot id, host) in the
+    file is for the error message. On a file system without locks the owner decides: the lock is
+    stale if the owner ran in an earlier boot or its process is gone.
+
+    Args:
+        folder: the run folder; it must exist.
+        name: name of the lock file.
     """
 
     def __init__(self, folder: Path | str, name: str = LOCK) -> None:
@@ -40,10 +44,11 @@ class Lock:
         self._pid = 0
 
     def acquire(self) -> Self:
-        """Take the lock; the folder must exist.
+        """Take the lock.
 
         Raises:
-            WriteError: ``QC-WRITE-010`` when another run holds it.
+            WriteError: ``QC-WRITE-010`` another run has the lock, ``-003`` to ``-006`` the lock
+                file cannot be written.
         """
         with writing(self._path):
             while self._fd < 0:
@@ -65,12 +70,12 @@ class Lock:
         return self
 
     def release(self) -> None:
-        """Give the lock back; does nothing where it is not held."""
+        """Release the lock; does nothing if it was not acquired."""
         if self._fd < 0:
             return
-        if self._pid == os.getpid():  # a forked child gives back nothing of its parent's
+        if self._pid == os.getpid():  # a forked child must not release its parent's lock
             with suppress(OSError):
-                os.unlink(self._path)  # first the name, so that a waiter sees that it is gone
+                os.unlink(self._path)  # before the lock, so that a waiter notices (`_still_named`)
         os.close(self._fd)
         self._fd = -1
 
@@ -87,15 +92,15 @@ class Lock:
             if error.errno in _NO_LOCKS:
                 owner = _read_owner(fd)
                 if owner is not None and _alive(owner):
-                    raise self._held(owner) from error
+                    raise self._in_use(owner) from error
                 return True
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise self._held(_read_owner(fd)) from error
+                raise self._in_use(_read_owner(fd)) from error
             raise
         return True
 
     def _still_named(self, fd: int) -> bool:
-        """Whether the file that we locked is still the one under the name."""
+        """Whether the path still names the locked file, which its owner may have deleted."""
         try:
             named = os.stat(self._path, follow_symlinks=False)
         except FileNotFoundError:
@@ -103,20 +108,20 @@ class Lock:
         ours = os.fstat(fd)
         return (named.st_ino, named.st_dev) == (ours.st_ino, ours.st_dev)
 
-    def _held(self, owner: Mapping[str, Any] | None) -> WriteError:
-        who = "another run"
+    def _in_use(self, owner: Mapping[str, Any] | None) -> WriteError:
+        user = "another run"
         if owner is not None:
-            who = f"process {owner.get('pid')} on {owner.get('host')}"
+            user = f"process {owner.get('pid')} on {owner.get('host')}"
         return WriteError(
             "QC-WRITE-010",
-            f"is in use by {who}",
+            f"is in use by {user}",
             file=self._path.parent,
             fix="wait for that run, or name another folder",
         )
 
 
 def boot_id() -> str:
-    """An id of the current boot of this machine; empty where the system has none."""
+    """Return an id of the current boot of this machine; empty if the system has none."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
@@ -135,7 +140,7 @@ def _read_owner(fd: int) -> dict[str, Any] | None:
 
 
 def _alive(owner: Mapping[str, Any]) -> bool:
-    """Whether a recorded owner may still run; another host's cannot be asked, so it may."""
+    """Whether a recorded owner may still run; assumed for an owner on another host."""
     if owner.get("host") != socket.gethostname():
         return True
     if owner.get("boot_id") != boot_id():

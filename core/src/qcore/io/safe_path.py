@@ -1,8 +1,7 @@
-"""Safe paths: which names from a file that somebody else wrote may be opened.
+"""Checks relative paths from untrusted files: absolute paths, ``..`` and links out of the folder.
 
-This file decides what a plain relative name is, for every place that takes one from a model's
-index, a manifest or a data file, and whether a path stays in its folder once links are followed.
-What is said of an unsafe one, and which links are allowed, is left to the caller.
+This file decides which relative names are safe, and whether a path stays in its folder after links
+are followed. The caller decides the error for an unsafe name, and which links are allowed.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ import re
 from pathlib import Path
 from typing import Final
 
-LONGEST: Final = 255  #: bytes of one name
+LONGEST: Final = 255  #: bytes of one path component
 _UNNAMEABLE: Final = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
 
 
 def name_problem(name: str, *, depth: int = 1) -> str | None:
-    """Why a relative name is unsafe, in words for an error; ``None`` where it is plain.
+    """Return why a relative name is unsafe, in words for an error; ``None`` if it is safe.
 
     Args:
-        name: the name, ``/`` between folder and file.
-        depth: components that it may have.
+        name: the name, with ``/`` between folder and file.
+        depth: the most path components allowed.
     """
     components = name.split("/")
     if name.startswith("/") or "\\" in name or ":" in name:
@@ -38,17 +37,22 @@ def name_problem(name: str, *, depth: int = 1) -> str | None:
 
 
 def unnameable(name: str) -> bool:
-    """Whether a name has a character that no file is named with."""
+    """Whether a name has control characters or surrogates, which no file name may have."""
     return _UNNAMEABLE.search(name) is not None
 
 
 def inside(folder: str | Path, name: str) -> Path | None:
-    """Where a relative path leads, every link followed; ``None`` outside of the folder.
+    """Resolve a relative path, including all links.
+
+    A path whose spelling leaves the folder is rejected without touching the disk, so the result
+    reveals nothing about files outside.
 
     Args:
         folder: the folder; links that lead to it are followed too.
-        name: a relative path. One that leaves the folder by its spelling is not looked at on
-            disk, so its answer says nothing about what is there.
+        name: a relative path.
+
+    Returns:
+        The resolved path; ``None`` if it is outside the folder.
     """
     if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == "..":
         return None

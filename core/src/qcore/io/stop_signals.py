@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM: the first asks a run to stop after its step, the second ends it.
 
-`importing` holds SIGINT back while a heavy module is imported.
+This file decides how signals are handled: `StopSignals` notes the first one during a run, and
+`importing` delays SIGINT while torch is imported. The training loop decides when to stop.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ _WATCHED = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """While entered, notes the first signal instead of dying of it.
+    """A context manager that notes the first signal instead of ending the process.
+
+    A second signal raises `KeyboardInterrupt`.
 
     Attributes:
-        asked: name of the signal that came, or ``""``.
+        asked: name of the first signal, or ``""``.
     """
 
     def __init__(self) -> None:
@@ -26,7 +29,7 @@ class StopSignals:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
-        # Python delivers signals to the main thread only; elsewhere the caller handles them.
+        # Python allows handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             for number in _WATCHED:
                 self._before[number] = signal.signal(number, self._note)
@@ -45,19 +48,19 @@ class StopSignals:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Hold SIGINT back while torch is imported, because its import swallows KeyboardInterrupt.
+    """Delay SIGINT while torch is imported, because its import swallows `KeyboardInterrupt`.
 
     Raises:
-        KeyboardInterrupt: after the block, if the signal came meanwhile.
+        KeyboardInterrupt: after the block, if SIGINT arrived during it.
     """
-    came: list[int] = []
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if came:
+    if received:
         raise KeyboardInterrupt

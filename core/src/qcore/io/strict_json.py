@@ -1,8 +1,8 @@
-"""Strict JSON: the one reader of JSON text that somebody else wrote.
+"""Strict JSON: refuses duplicate keys and, on request, NaN and infinity in JSON text.
 
-This file decides which JSON documents are ambiguous and refuses them: a key that an object
-holds twice and, on request, numbers that are not finite. Encoding, size limits, nesting limits
-and the user's error are left to the caller, who knows what the document is.
+This file decides which JSON documents are refused as ambiguous: objects with duplicate keys and,
+on request, numbers that are not finite. The caller handles encoding, size limits, nesting limits
+and the user's error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from typing import Any, NoReturn
 
 
 class DuplicateKeyError(ValueError):
-    """An object holds one key twice; `key` is that key."""
+    """An object has a duplicate key.
+
+    Attributes:
+        key: the duplicate key.
+    """
 
     def __init__(self, key: str) -> None:
         super().__init__(f"key '{key[:100]}' stands twice")
@@ -22,9 +26,10 @@ class DuplicateKeyError(ValueError):
 
 
 class NonFiniteError(ValueError):
-    """A number is not finite; `text` is the number as written.
+    """A number is not finite.
 
     Attributes:
+        text: the number as written.
         overflow: whether the text is a valid JSON number too large for a float; otherwise it
             is ``NaN`` or ``Infinity``, which JSON does not have.
     """
@@ -43,7 +48,7 @@ def loads(text: str, *, finite: bool = False) -> Any:
         finite: refuse ``NaN``, ``Infinity`` and numbers that overflow a float.
 
     Raises:
-        DuplicateKeyError: an object holds a key twice.
+        DuplicateKeyError: an object has a duplicate key.
         NonFiniteError: `finite` is set and a number is not finite.
         ValueError: the text is not JSON (`json.JSONDecodeError`), or an integer has more digits
             than Python converts.
@@ -53,7 +58,7 @@ def loads(text: str, *, finite: bool = False) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object; a safetensors header has 100,000 of them, so the check is one comparison."""
+    """Build an object; a safetensors header can have 100,000, so the check must be cheap."""
     entries = dict(pairs)
     if len(entries) != len(pairs):
         counts = Counter(key for key, _ in pairs)

@@ -1,4 +1,4 @@
-"""The version of this distribution, where every room can read it without importing `qcore`."""
+"""The version of the qcore distribution, for modules that must not import `qcore`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..checkpoint.block_scales import SECTION, is_fp8, scale_problem
 from ..checkpoint.checkpoint import DTYPE_BITS, INDEX, Checkpoint, Header
-from ..checkpoint.quantization_formats import SIDECARS, Quantisation
+from ..checkpoint.quantization_formats import SIDECARS, Quantization
 from ..checkpoint.safetensors_header import PREFIX
 from ..errors import InputError
 from ..io.atomic import reading
@@ -82,7 +82,7 @@ class MergePlan:
         return sum(patch.scale is not None for patch in self.patches())
 
 
-def plan_merge(checkpoint: Checkpoint, quantized: Quantisation | None = None) -> MergePlan:
+def plan_merge(checkpoint: Checkpoint, quantized: Quantization | None = None) -> MergePlan:
     """What is written for a base.
 
     Args:
@@ -124,7 +124,7 @@ def plan_merge(checkpoint: Checkpoint, quantized: Quantisation | None = None) ->
     )
 
 
-def _checked(checkpoint: Checkpoint, quantized: Quantisation) -> Mapping[str, Header]:
+def _checked(checkpoint: Checkpoint, quantized: Quantization) -> Mapping[str, Header]:
     """The scales by weight; those of carried tensors, which no table met, fit as well."""
     scales = {header.name for header in quantized.scales.values()}
     for name, header in checkpoint.headers.items():

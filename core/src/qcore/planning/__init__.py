@@ -1,6 +1,6 @@
 """The planner: predicts memory and time of a training step, and of a run with its own rows.
 
-From the bottom up:
+Modules, from the bottom up:
 
     gpus         GPU specifications, and the time of an op
     report       the plan of a step, for people and programs

@@ -1,4 +1,4 @@
-"""Comparison of a run's plan with the measurement of the run.
+"""Compares the memory and speed that were predicted for a run with those measured.
 
 This file decides what is compared: peak memory allocated by torch over all steps and evaluations,
 and tokens per second over all steps but the first, which compiles and warms up. On the CPU only the
@@ -16,15 +16,15 @@ from .report import Plan, spelled
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """What a run will take.
+    """The plan of a run: predicted memory and time.
 
     Attributes:
-        worst: the plan of the pack, or of the held-out row, that takes most memory.
-        usual: of the pack whose tokens are nearest to the mean: its time.
-        micro_steps: of an optimizer step, in the mean.
-        together: what micro-batches may take that run as one; 0: each runs alone.
+        worst: plan of the pack, or of the held-out row, that takes the most memory.
+        usual: plan of the pack whose token count is nearest to the mean; predicts the time.
+        micro_steps: mean number of micro-steps per optimizer step.
         by_hand: whether the settings name the policy.
-        limited: whether a budget is known.
+        limited: whether a memory budget is known.
+        together: the most tokens of micro-batches that are joined into one; 0 if none are joined.
     """
 
     worst: Plan
@@ -36,29 +36,29 @@ class RunPlan:
 
     @property
     def policies(self) -> tuple[str, ...]:
-        """What backward computes again, for each layer."""
+        """The activation checkpointing policy of each layer."""
         return self.usual.policies
 
     @property
     def parked(self) -> int:
-        """Bytes of the host's block that a layer's input is parked in, of the largest pack."""
+        """Bytes of a pinned host block for one offloaded layer input of the largest pack."""
         parks = self.policies.count("offload")
         return self.worst.host // parks if parks else 0
 
     @property
     def tokens_per_second(self) -> float | None:
-        """``None`` where no time is predicted."""
+        """Predicted throughput; ``None`` if no time is predicted."""
         return self.usual.tokens_per_second if self.usual.timed else None
 
     @property
     def seconds(self) -> float | None:
-        """Of an optimizer step of usual packs; ``None`` where no time is predicted."""
+        """Predicted time of an optimizer step; ``None`` if no time is predicted."""
         return self.usual.seconds * self.micro_steps if self.usual.timed else None
 
     def line(self) -> str:
-        """The plan for the log of a run."""
+        """Return the plan as one line for the log of a run."""
         worst, rate = self.worst, self.tokens_per_second
-        room = f" of {worst.budget / 1e9:.1f} GB" if self.limited else ", no limit known"
+        limit = f" of {worst.budget / 1e9:.1f} GB" if self.limited else ", no limit known"
         time = (
             "no time predicted"
             if rate is None
@@ -70,12 +70,12 @@ class RunPlan:
                 f"{self.micro_steps:.3g} micro-steps a step"
             )
         return (
-            f"plan: recompute {spelled(self.policies)}, peak {worst.peak / 1e9:.2f} GB{room} "
+            f"plan: recompute {spelled(self.policies)}, peak {worst.peak / 1e9:.2f} GB{limit} "
             f"({worst.moment}, {worst.pack}), {time}, on {worst.card}"
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, for manifests and ``--json``."""
+        """Return plain values for manifests and ``--json``."""
         seconds, rate = self.seconds, self.tokens_per_second
         return {
             "card": self.worst.card,
@@ -98,11 +98,11 @@ class RunPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What was measured of a run, in this process.
+    """The measurement of a run in this process.
 
     Attributes:
         device: type of the device.
-        peak: bytes: on a GPU the most that torch allocated, on the CPU the resident set.
+        peak: bytes; on a GPU the peak that torch allocated, on the CPU the resident set.
         tokens_per_second: over all steps but the first; ``None`` before the first step.
     """
 
@@ -111,7 +111,7 @@ class Measured:
     tokens_per_second: float | None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, as `RunPlan.as_json` has those of the plan."""
+        """Return plain values, the counterpart of `RunPlan.as_json`."""
         rate = self.tokens_per_second
         return {
             "memory": "allocated" if self.device == "cuda" else "resident",
@@ -120,25 +120,26 @@ class Measured:
         }
 
 
-def beside(plan: RunPlan, measured: Measured) -> str:
-    """Prediction and measurement on one line."""
-    planned, took = plan.worst.peak / 1e9, measured.peak / 1e9
+def comparison_line(plan: RunPlan, measured: Measured) -> str:
+    """Return prediction and measurement as one line for the log."""
+    planned, actual = plan.worst.peak / 1e9, measured.peak / 1e9
     if not measured.peak:
         memory = f"peak {planned:.2f} GB planned, no step ran"
     elif measured.device == "cuda":
-        memory = f"peak {planned:.2f} GB planned, {took:.2f} GB measured ({_off(planned, took)})"
+        deviation = _deviation(planned, actual)
+        memory = f"peak {planned:.2f} GB planned, {actual:.2f} GB measured ({deviation})"
     else:
         memory = (
-            f"peak {planned:.2f} GB of tensors planned, {took:.2f} GB the whole process resident"
+            f"peak {planned:.2f} GB of tensors planned, {actual:.2f} GB resident in the process"
         )
     expected, rate = plan.tokens_per_second, measured.tokens_per_second
     rates: Sequence[str] = (
         f"{expected:,.0f} tokens/s planned" if expected else "no time planned",
         f"{rate:,.0f} tokens/s measured" if rate else "none measured",
     )
-    off = f" ({_off(expected, rate)})" if expected and rate else ""
-    return f"plan and measurement: {memory}; {', '.join(rates)}{off}"
+    deviation = f" ({_deviation(expected, rate)})" if expected and rate else ""
+    return f"plan and measurement: {memory}; {', '.join(rates)}{deviation}"
 
 
-def _off(planned: float, measured: float) -> str:
+def _deviation(planned: float, measured: float) -> str:
     return f"plan {planned / measured - 1:+.1%}"

@@ -1,4 +1,4 @@
-"""GPU specifications, and the time that a GPU takes for an op (a roofline model).
+"""GPU specifications (memory, rates), and the time that an op takes on one (a roofline model).
 
 This file decides how long an op takes: the maximum of FLOPs over the matrix rate, bytes over the
 memory bandwidth, and one launch. Rates are datasheet values times the efficiency measured on an
@@ -17,16 +17,16 @@ from ..errors import UsageError, nearest
 
 GIB = 2**30
 
-#: Of the datasheets' rates, as measured on an H100 80GB HBM3: products of a layer reach about
-#: 690 of 989 TFLOP/s (one of 8192^3 807), a copy 3.02 of 3.35 TB/s, elementwise kernels less.
+#: Shares of the datasheet rates, measured on an H100 80GB HBM3: products of a layer reach about
+#: 690 of 989 TFLOP/s (8192^3 reaches 807), a copy 3.02 of 3.35 TB/s, elementwise kernels less.
 PRODUCTS, BYTES = 0.70, 0.78
-LAUNCH = 2.5e-6  #: seconds that the shortest kernel takes
-GAPS = 1.04  #: of the kernels' time, what a clock shows
-#: Seconds of the host for one op with all that leads to it, as seen beside an H100: a short step
-#: is bound by it. It is the host's, not the card's, and differs by as much as hosts do.
+LAUNCH = 2.5e-6  #: seconds of the shortest kernel
+GAPS = 1.04  #: wall-clock time divided by the sum of kernel times
+#: Seconds that the host takes to dispatch one op, measured on the host of an H100; short steps are
+#: bound by it. It depends on the host, not on the GPU.
 HOST = 120e-6
-CONTEXT = 700_000_000  #: bytes that the CUDA context and its libraries take beside torch's
-FRAGMENTS = 0.03  #: share of a card that the allocator cannot hand out
+CONTEXT = 700_000_000  #: bytes of the CUDA context and its libraries, outside torch's allocator
+FRAGMENTS = 0.03  #: share of GPU memory lost to fragmentation
 
 
 class Op(Protocol):
@@ -49,11 +49,11 @@ class Card:
     Attributes:
         name: name for users.
         memory: bytes that torch reports.
-        bandwidth: bytes a second, datasheet.
-        bf16: operations a second of dense products with float32 sums, datasheet.
-        fp32: operations a second in float32, datasheet.
-        host_link: bytes a second to pinned memory, one way.
-        words: words that all occur in CUDA's name of the GPU.
+        bandwidth: memory bandwidth in bytes per second, datasheet.
+        bf16: FLOP/s of dense bf16 products with float32 accumulation, datasheet.
+        fp32: FLOP/s in float32, datasheet.
+        host_link: bytes per second to or from pinned memory, one direction.
+        words: words that all occur in CUDA's name of the GPU; empty for an unknown GPU.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Card:
 
     @property
     def budget(self) -> int:
-        """Bytes that a plan may fill."""
+        """Bytes that a plan may use."""
         return int(self.memory * (1 - FRAGMENTS)) - CONTEXT
 
 
@@ -123,7 +123,7 @@ class Seconds(NamedTuple):
 
 
 def seconds(work: Iterable[Op], card: Card) -> Seconds:
-    """Time that `card` takes for `work`."""
+    """Return the time that a GPU takes for `work`."""
     busy = host = 0.0
     for op in work:
         rate = card.fp32 if op.wide else card.bf16 * PRODUCTS
@@ -133,7 +133,15 @@ def seconds(work: Iterable[Op], card: Card) -> Seconds:
 
 
 def card_of(device_name: str, memory: int) -> Card:
-    """The card that CUDA calls so; of unknown ones the memory is theirs, the rates an A100's."""
+    """Look up a GPU by the name that CUDA reports.
+
+    Args:
+        device_name: name that CUDA reports.
+        memory: bytes of memory, used for an unknown GPU.
+
+    Returns:
+        The GPU; an unknown GPU has the rates of an A100, and its time is not predicted.
+    """
     for card in CARDS:
         if all(word in device_name for word in card.words):
             return card
@@ -144,26 +152,36 @@ def card_of(device_name: str, memory: int) -> Card:
     )  # fmt: skip
 
 
-def named(name: str) -> Card:
-    """Look up a GPU by name. Raises ``QC-PLAN-002``."""
+def gpu_by_name(name: str) -> Card:
+    """Look up a GPU by its name for users, or by the unique start of one, in any case.
+
+    Raises:
+        UsageError: ``QC-PLAN-002`` the name is unknown or ambiguous.
+    """
     names = [card.name for card in CARDS]
-    alike = [card for card in CARDS if card.name.lower().startswith(name.lower())]
-    exact = [card for card in alike if card.name.lower() == name.lower()]
-    if len(exact or alike) == 1:
-        return (exact or alike)[0]
-    near = nearest(name.upper(), names, cutoff=0.4)
+    matches = [card for card in CARDS if card.name.lower().startswith(name.lower())]
+    exact = [card for card in matches if card.name.lower() == name.lower()]
+    if len(exact or matches) == 1:
+        return (exact or matches)[0]
+    suggestion = nearest(name.upper(), names, cutoff=0.4)
     raise UsageError(
         "QC-PLAN-002",
         "unknown GPU",
         field="--gpu",
         found=name,
         expected="one of " + ", ".join(names),
-        fix=f"did you mean {near}?" if near else "give the nearest, and --budget",
+        fix=f"did you mean {suggestion}?"
+        if suggestion
+        else "name the most similar GPU and pass --budget",
     )
 
 
 def parse_budget(text: str) -> int | None:
-    """Bytes of ``--budget``; ``None`` for ``auto``. Raises ``QC-PLAN-003``."""
+    """Convert ``--budget`` (GB) to bytes; ``None`` for ``auto``.
+
+    Raises:
+        UsageError: ``QC-PLAN-003`` the value is not a number in range.
+    """
     if text == "auto":
         return None
     try:
@@ -173,7 +191,7 @@ def parse_budget(text: str) -> int | None:
     if not 0 < size < 1e6:
         raise UsageError(
             "QC-PLAN-003",
-            "is not a size of memory",
+            "is not a memory size",
             field="--budget",
             found=text,
             expected="gigabytes, a number above 0 and below 1000000 without a unit, or auto",
@@ -182,16 +200,19 @@ def parse_budget(text: str) -> int | None:
     return int(size * 1e9)
 
 
-def capped(cards: Sequence[Card], budget: int | None) -> tuple[list[int], list[str]]:
-    """What of each card may be filled, and a line where that is less than was asked for.
+def cap_budgets(cards: Sequence[Card], budget: int | None) -> tuple[list[int], list[str]]:
+    """Limit the memory budget of each GPU to what a plan may use.
 
     Args:
-        cards: the plan's.
-        budget: of ``--budget``; ``None``: all that a plan may fill.
+        cards: the GPUs of the plan.
+        budget: bytes of ``--budget``; ``None`` for all that a plan may use.
+
+    Returns:
+        The budget of each GPU in bytes, and a line if any is lower than `budget`.
     """
     if budget is None:
         return [card.budget for card in cards], []
-    small = [f"{card.budget / 1e9:.1f} of {card.name}" for card in cards if card.budget < budget]
-    told = f"--budget {budget / 1e9:g} is more GB than a plan may fill; taken are "
-    lines = [told + ", ".join(small)] if small else []
+    small = [f"{card.budget / 1e9:.1f} GB on {card.name}" for card in cards if card.budget < budget]
+    line = f"--budget {budget / 1e9:g} is more than a plan may use; using {', '.join(small)}"
+    lines = [line] if small else []
     return [min(card.budget, budget) for card in cards], lines

@@ -17,45 +17,45 @@ _OWN = Path("/proc/self/cgroup")
 
 
 def pinned(size: int, count: int) -> int:
-    """Bytes that `count` blocks of `size` bytes take."""
+    """Return the bytes that `count` pinned blocks of `size` bytes take."""
     return count * (1 << (size - 1).bit_length()) if size and count else 0
 
 
 def most_pinned(room: int, count: int) -> int:
-    """Bytes of a block of which `count` fit in `room`; 0: none."""
+    """Return the largest block in bytes of which `count` fit in `room` bytes; 0 for none."""
     each = room // count
     return 1 << (each.bit_length() - 1) if each else 0
 
 
 def available(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP, own: Path = _OWN) -> int | None:
-    """Bytes that the host can give now; ``None`` where the system does not say.
+    """Return the bytes of host memory available now; ``None`` if the system does not report it.
 
     Args:
-        meminfo: Linux's table of memory.
-        cgroup: where the limits of groups of processes stand (version 2).
-        own: which group this process is in; a limit of any group above it holds too.
+        meminfo: the system's memory table.
+        cgroup: root of the control groups (version 2), which limit containers.
+        own: file that names the control group of this process; limits of its parents apply too.
     """
-    found = None
+    free = None
     with suppress(OSError, ValueError, IndexError):
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                found = int(line.split()[1]) * 1024
+                free = int(line.split()[1]) * 1024
     limits = [_left(group) for group in _groups(cgroup, own)]
-    return min((size for size in (found, *limits) if size is not None), default=None)
+    return min((size for size in (free, *limits) if size is not None), default=None)
 
 
 def _groups(cgroup: Path, own: Path) -> Iterator[Path]:
-    """The group that this process is in, and all above it."""
-    below = "/"
+    """Yield the control group of this process and all of its parents."""
+    path = "/"
     with suppress(OSError, ValueError):
-        below = next(x[3:] for x in own.read_text().splitlines() if x.startswith("0::"))
-    inner = cgroup / below.strip("/")
-    yield from (one for one in (inner, *inner.parents) if one.is_relative_to(cgroup))
+        path = next(x[3:] for x in own.read_text().splitlines() if x.startswith("0::"))
+    inner = cgroup / path.strip("/")
+    yield from (group for group in (inner, *inner.parents) if group.is_relative_to(cgroup))
 
 
 def _left(group: Path) -> int | None:
-    """Bytes up to the limit of a group; its cache of files is given up when memory is asked for."""
-    with suppress(OSError, ValueError):  # no number: no limit
+    """Return the bytes up to the limit of a group; its file cache counts as free."""
+    with suppress(OSError, ValueError):  # not a number: no limit
         most = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
         with suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The model on the meta device, with storage exactly as it will be loaded.
+"""Builds the model to plan on the meta device, with the backends and 4-bit storage of a real run.
 
 This file decides which backends a plan assumes when none can be verified, and that weights are
 stored as `qcore.nn.load` stores them, 4-bit ones in bitsandbytes' layout. `qcore.planning.measure`
@@ -36,75 +36,82 @@ META = torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """The backends of a plan: op to backend, and the functions."""
+class PlannedBackends:
+    """The kernel backends that a plan assumes.
+
+    Attributes:
+        backends: op -> name of the backend.
+        functions: op -> function; ops that use the reference are left out.
+        absent: ``op=backend`` for backends whose requirements are not installed here.
+    """
 
     backends: Mapping[str, str]
     functions: Mapping[str, Callable[..., Any]]
     absent: tuple[str, ...]
 
-    def through(self, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Taken:
-        """The same, each function wrapped."""
+    def wrapped(
+        self, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]
+    ) -> PlannedBackends:
+        """Return the same backends with each function wrapped; `wrap` gets op and function."""
         functions = {op: wrap(op, function) for op, function in self.functions.items()}
-        return Taken(self.backends, functions, self.absent)
+        return PlannedBackends(self.backends, functions, self.absent)
 
     def get(self, op: str) -> Callable[..., Any] | None:
-        """The function, or ``None``: the op's reference."""
+        """Return the function of an op; ``None`` for the reference."""
         return self.functions.get(op)
 
 
-def take(
+def choose_backends(
     kernels: Sequence[Listed],
     device: str,
-    wanted: Mapping[str, str],
+    requested: Mapping[str, str],
     config: Mapping[str, Any] | None = None,
-) -> Taken:
-    """The backends that a run on `device` would take if all of them pass there.
+) -> PlannedBackends:
+    """Choose the backends that a run on `device` would use if all of them pass verification.
 
     Args:
-        kernels: what `kernels.installed` gave.
+        kernels: the installed kernels.
         device: ``cuda`` or ``cpu``.
-        wanted: full name of an op to backend, as asked for or as a run has chosen.
-        config: config.json of the model; a backend that cannot compute it is not taken.
+        requested: op -> backend, from the settings or as a run has chosen.
+        config: config.json of the model; a backend that cannot compute the model is skipped.
 
     Raises:
-        UsageError: ``QC-KERNEL-003`` for a backend that was asked for and cannot compute the
-            model.
-        PluginError: ``QC-KERNEL-005`` for one that fails when it is asked.
+        UsageError: ``QC-KERNEL-003`` a requested backend cannot compute the model.
+        PluginError: ``QC-KERNEL-005`` a backend raises when it is asked whether it can.
     """
     backends: dict[str, str] = {}
     functions: dict[str, Callable[..., Any]] = {}
     absent = []
-    for op in dict.fromkeys(one.kernel.op for one in kernels):
+    for op in dict.fromkeys(listed.kernel.op for listed in kernels):
         backends[op] = REFERENCE
-        for one in kernels:
-            kernel = one.kernel
+        for listed in kernels:
+            kernel = listed.kernel
             if kernel.op != op:
                 continue
-            asked = wanted.get(op)
+            asked = requested.get(op)
             if asked is None and (device == "cpu" or kernel.priority <= 0):
                 continue
             if asked is not None and asked != kernel.backend:
                 continue
-            if not _computes(one, config, asked=asked is not None):
+            if not _computes(listed, config, asked=asked is not None):
                 continue
             if kernel.plan is None and not all(_installed(text) for text in kernel.requires):
                 absent.append(f"{op}={kernel.backend}")
                 continue
             backends[op], functions[op] = kernel.backend, (kernel.plan or kernel.load)()
             break
-    return Taken(backends, functions, tuple(absent))
+    return PlannedBackends(backends, functions, tuple(absent))
 
 
-def _computes(one: Listed, config: Mapping[str, Any] | None, *, asked: bool) -> bool:
-    """Whether a backend has code for this model, as it says itself."""
-    reason = None if config is None else contained(partial(one.kernel.refuse_model, config))
+def _computes(listed: Listed, config: Mapping[str, Any] | None, *, asked: bool) -> bool:
+    """Whether a backend supports the model, according to its `refuse_model`."""
+    reason = None if config is None else contained(partial(listed.kernel.refuse_model, config))
     if reason is None:
         return True
     if isinstance(reason, Failure):
-        raise raised(one, reason)
+        raise raised(listed, reason)
     if asked:
-        raise cannot_run(one, reason)
+        raise cannot_run(listed, reason)
     return False
 
 
@@ -117,24 +124,41 @@ def _installed(text: str) -> bool:
 
 
 def meta_model(
-    found: Identified,
+    identified: Identified,
     dtype: torch.dtype,
     lora: Numbers,
-    backends: Taken,
+    backends: PlannedBackends,
     *,
     quantize: bool,
     device: str,
 ) -> tuple[Model, object]:
-    """The model, filled, and its optimizer as `loop` makes it; adapters have gradients."""
-    layout = found.layout
+    """Build the model on the meta device, with weights, gradients and optimizer state.
+
+    Args:
+        identified: the model; its headers are enough.
+        dtype: compute dtype.
+        lora: LoRA settings of each weight, by canonical name.
+        backends: the kernel backends.
+        quantize: whether weights that can be are stored in 4 bits.
+        device: ``cuda`` or ``cpu``; decides which optimizer state the run would have.
+
+    Returns:
+        The model and its optimizer state.
+    """
+    layout = identified.layout
     model = Model(
-        found.decision.architecture, found.checkpoint.config, layout, dtype, lora, backends,
-        modality=found.modality,
-    )  # fmt: skip
+        identified.decision.architecture,
+        identified.checkpoint.config,
+        layout,
+        dtype,
+        lora,
+        backends,
+        modality=identified.modality,
+    )
     modules = dict(model.named_modules())
     for item in layout.located.values():
-        here = layout.loads(item.tensor.part) and item.tied is None
-        if here and item.tensor.name not in layout.ties:
+        is_stored = layout.loads(item.tensor.part) and item.tied is None
+        if is_stored and item.tensor.name not in layout.ties:
             _fill(model, modules, item, quantize and layout.store(item.tensor.row) is Store.NF4)
     adapters = [module for _, module in model.adapters()]
     for module in adapters:
@@ -146,36 +170,36 @@ def meta_model(
         return model, FlatAdamW(adapters, lr=0.0, weight_decay=0.0)
     moments = []
     for _, parameter in model.trainable():
-        parameter.grad, *both = (torch.empty(parameter.shape, device=META) for _ in range(3))
-        moments.append(both)
+        parameter.grad, *pair = (torch.empty(parameter.shape, device=META) for _ in range(3))
+        moments.append(pair)
     return model, moments
 
 
 def _fill(model: Model, modules: Mapping[str, nn.Module], item: Located, quantize: bool) -> None:
     entry = item.tensor
-    holder = model.lora_layers.get(entry.name)
-    if holder is not None and quantize:
-        _hold_codes(holder, model.dtype)
+    layer = model.lora_layers.get(entry.name)
+    if layer is not None and quantize:
+        _set_empty_codes(layer, model.dtype)
         return
-    dtype = STORED.get(item.dtype, torch.bfloat16)  # block FP8 is decoded to it
+    dtype = STORED.get(item.dtype, torch.bfloat16)  # block FP8 is decoded to bfloat16
     value = torch.empty(entry.shape, dtype=dtype, device=META)
     place(model, modules, item, slice(0, entry.shape[0]), value, quantize=False)
 
 
-def _hold_codes(holder: LoraLayer, dtype: torch.dtype) -> None:
-    """4-bit codes and scales of no value."""
-    if isinstance(holder, Experts):
-        shape = cast(tuple[int, int, int], holder.shape)
-        stack = NF4Stack(shape, dtype, META, holder.dequantize)
+def _set_empty_codes(layer: LoraLayer, dtype: torch.dtype) -> None:
+    """Store 4-bit codes and scales without values, in bitsandbytes' layout."""
+    if isinstance(layer, Experts):
+        shape = cast(tuple[int, int, int], layer.shape)
+        stack = NF4Stack(shape, dtype, META, layer.dequantize)
         stack.code2 = torch.empty(256, device=META)
-        holder.nf4, holder.weight, holder._taken = stack, None, shape[0]
+        layer.nf4, layer.weight, layer._taken = stack, None, shape[0]
         return
-    assert isinstance(holder, Linear)
+    assert isinstance(layer, Linear)
     functional = _functional()
-    size = math.prod(holder.shape)
+    size = math.prod(layer.shape)
     blocks = math.ceil(size / BLOCK)
     codes = NF4.__new__(NF4)
-    codes.shape, codes.read = holder.shape, holder.dequantize
+    codes.shape, codes.read = layer.shape, layer.dequantize
     codes.packed = torch.empty(math.ceil(size / 2), 1, dtype=torch.uint8, device=META)
     scales = functional.QuantState(
         absmax=torch.empty(math.ceil(blocks / BLOCK2), device=META),
@@ -185,7 +209,7 @@ def _hold_codes(holder: LoraLayer, dtype: torch.dtype) -> None:
     )
     codes.state = functional.QuantState(
         absmax=torch.empty(blocks, dtype=torch.uint8, device=META),
-        shape=torch.Size(holder.shape),
+        shape=torch.Size(layer.shape),
         code=torch.empty(16, device=META),
         blocksize=BLOCK,
         quant_type="nf4",
@@ -193,4 +217,4 @@ def _hold_codes(holder: LoraLayer, dtype: torch.dtype) -> None:
         offset=torch.empty((), device=META),
         state2=scales,
     )
-    holder.nf4, holder.weight = codes, None
+    layer.nf4, layer.weight = codes, None

@@ -1,4 +1,4 @@
-"""Out of memory despite the plan: one error that compares the plan with the memory in use.
+"""The error when memory runs out despite the plan: the plan beside the memory in use.
 
 This file decides which exceptions mean out of memory (those of torch, cuBLAS, Triton and of pinned
 memory) and what the report contains: where the run was, allocated, reserved and free memory, and
@@ -21,19 +21,19 @@ from .compare import RunPlan
 
 _PINNED = ("pin_memory", "pinned", "cudaHostAlloc", "not enough memory: you tried to allocate")
 _HOST = (
-    "end what else takes memory of this machine, or train with recompute=full, which parks "
-    "nothing in it"
+    "end other processes that use memory of this machine, or train with recompute=full, which "
+    "offloads nothing"
 )
 
 
 class Usage(NamedTuple):
-    """Bytes of a device.
+    """Memory use of a device in bytes.
 
     Attributes:
-        allocated: by torch, now.
-        peak: of `allocated`, since the step began.
-        reserved: by torch's allocator.
-        free: for anyone.
+        allocated: allocated by torch now.
+        peak: maximum of `allocated` since the step began.
+        reserved: reserved by torch's allocator.
+        free: free for any process.
     """
 
     allocated: int
@@ -43,7 +43,7 @@ class Usage(NamedTuple):
 
 
 def usage_of(device: torch.device) -> Usage | None:
-    """What is allocated and free now; ``None`` on the CPU, where nobody counts."""
+    """Return the memory use of a device now; ``None`` on the CPU, where it is not counted."""
     if device.type != "cuda":
         return None
     return Usage(
@@ -55,12 +55,12 @@ def usage_of(device: torch.device) -> Usage | None:
 
 
 class Watch:
-    """A context under which running out of memory is an error that explains itself.
+    """A context manager that turns out-of-memory exceptions into ``QC-PLAN-004``.
 
     Args:
-        plan: the run's.
-        device: whose memory it is.
-        usage: how that is read.
+        plan: the plan of the run.
+        device: the device of the run.
+        usage: reads the memory use of a device.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class Watch:
         self._loaded: Usage | None = None
 
     def at(self, where: str) -> None:
-        """Where the run is from now on."""
+        """Set the current place in the run, for the error."""
         self._where = where
 
     def loaded(self) -> None:
-        """Remember what lies there before the first step."""
+        """Record the memory use after loading, before the first step."""
         self._loaded = self._usage(self._device)
 
     def __enter__(self) -> Self:
@@ -96,20 +96,26 @@ class Watch:
             raise self.report(error) from error
 
     def report(self, error: Exception) -> InputError:
-        """The error in a line; the plan's terms beside the measured ones."""
+        """Return the error, which compares the plan's terms with the measured memory.
+
+        Args:
+            error: the out-of-memory exception.
+        """
         worst, by_size = self._plan.worst, sorted(
-            self._plan.worst.memory.items(), key=lambda one: -one[1]
+            self._plan.worst.memory.items(), key=lambda term: -term[1]
         )  # fmt: skip
         terms = ", ".join(f"{term} {_gb(size)}" for term, size in by_size if size >= 5e6)
         limit = f" of {_gb(worst.budget)}" if self._plan.limited else ""
         return InputError(
             "QC-PLAN-004",
-            "the host ran out of memory" if of_host(error) else "the device ran out of memory",
+            "the host ran out of memory"
+            if _is_host_memory(error)
+            else "the device ran out of memory",
             field=self._where,
             found=f"{self._measured()}{_first(error)}",
             expected=f"by the plan {_gb(worst.peak)}{limit} at the most, {worst.pack}, recompute "
             f"{worst.recompute}: {terms or 'nothing of size'}",
-            fix=_HOST if of_host(error) else self._fix(),
+            fix=_HOST if _is_host_memory(error) else self._fix(),
         )
 
     def _measured(self) -> str:
@@ -127,7 +133,7 @@ class Watch:
         if not worst.fits:
             return "leave recompute at auto, or lower max_length or per_device_train_batch_size"
         if now is not None and now.free + now.reserved < worst.budget:
-            return "something else took memory of this card meanwhile: end it, or use another card"
+            return "another process took memory of this GPU: end it, or use another GPU"
         smaller = "a smaller per_device_train_batch_size"
         if self._plan.together:
             smaller = "join_micro_batches=false"
@@ -137,8 +143,8 @@ class Watch:
         )
 
 
-def of_host(error: BaseException) -> bool:
-    """Whether it is the machine's own memory, pinned or not, that ran out."""
+def _is_host_memory(error: BaseException) -> bool:
+    """Whether the host ran out of memory, pinned or not, and not the device."""
     return isinstance(error, MemoryError) or any(word in str(error) for word in _PINNED)
 
 
@@ -147,6 +153,6 @@ def _gb(size: int) -> str:
 
 
 def _first(error: Exception) -> str:
-    """What the exception says first; the rest is advice on the allocator."""
+    """Return the first sentences of the exception; the rest is advice on the allocator."""
     text = str(error).strip().split("\n")[0]
     return ". ".join(text.split(". ")[:2]).rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Which packs of a run are planned: the largest ones and a typical one.
+"""Chooses which packs (rows laid end to end) of a run are planned: the largest and a typical one.
 
 This file decides which packs are planned. The row order is a function of the step
 (`qcore.data.sampler`), so every micro-batch is known beforehand; beyond `DRAWS` rows the longest
@@ -22,28 +22,31 @@ from ..data.sampler import Schedule
 from ..errors import UsageError
 from .report import Lengths, Pack, units_of
 
-DRAWS = 1 << 20  #: rows, over all epochs, whose packs are looked at one by one
-#: Tokens of a pack, `TILE` more for each row: kernels number chunks of 64 tokens along the second
-#: axis of a CUDA grid, which ends at 65535. All that counts rows of tensors in 32 bits ends later.
+DRAWS = 1 << 20  #: rows, over all epochs, whose packs are enumerated
+#: The most tokens of a pack, counting `TILE` extra for each row: kernels index chunks of 64 tokens
+#: with the second axis of a CUDA grid, which is limited to 65535. Limits of 32-bit indices are
+#: higher.
 MOST = TILE * 65535
-FRONT = 16  #: packs that are planned because of their units; where there are more, bounds of them
+FRONT = 16  #: the most packs on the Pareto front; above it, neighbors are merged to their bound
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packs:
-    """Of a run.
+    """The packs of a run that are planned.
 
     Attributes:
-        largest: the pack with most tokens, and the one with most tokens and tiles if another;
-            with media also those with most units for their tokens.
-        longest_rows: as many as a micro-batch has, whether they meet in one or not.
-        usual: the pack whose tokens are nearest to the mean; its units are the mean.
-        micro_steps: of an optimizer step, in the mean.
+        largest: the pack with the most tokens, and the pack with the most tokens and tiles if it
+            is another; with media, the Pareto front of tokens and units.
+        longest_rows: lengths of the longest rows, as many as a micro-batch has, whether or not
+            they occur in one micro-batch.
+        usual: the pack whose token count is nearest to the mean; its units are the mean.
+        micro_steps: mean number of micro-steps per optimizer step.
         held_out: tokens of the longest held-out row, which is evaluated alone; 0 without any.
-        together: what micro-batches may take that run as one (`packing.joined`); 0: none do.
-        most_units: of the media of as many rows as a micro-batch has, those with most; none: the
-            rows are text.
-        held_out_units: the most of a held-out row, which need not be the longest.
+        together: the most tokens of micro-batches that are joined into one
+            (`qcore.data.microbatches.joined`); 0 if none are joined.
+        most_units: units of the rows with the most media, as many as a micro-batch has; empty if
+            the rows are text.
+        held_out_units: the most units of a held-out row, which need not be the longest row.
     """
 
     largest: tuple[Lengths, ...]
@@ -67,17 +70,17 @@ def packs_of(
     together: int = 0,
     draws: int = DRAWS,
 ) -> Packs:
-    """The packs of samples of these lengths.
+    """Choose the packs of a run to plan, from the lengths of its samples.
 
     Args:
         train: tokens of each training sample, in the order of the data set.
         held_out: tokens of each held-out sample.
-        settings: batch, seed and how long the run is.
-        units: of the media of each training sample; none: they are text alone.
-        held_out_units: of each held-out sample.
+        settings: batch size, seed and duration of the run.
+        units: media units of each training sample; empty if all samples are text.
+        held_out_units: media units of each held-out sample.
         sizes: samples of each training row; empty: one each.
-        together: as `Packs` has it.
-        draws: rows that are looked at one by one.
+        together: the most tokens of joined micro-batches; 0 joins none.
+        draws: rows whose packs are enumerated; beyond it the worst case is assumed.
     """
     schedule = Schedule(sizes or len(train), settings)
     by_tokens: dict[int, Lengths] = {}
@@ -119,47 +122,48 @@ def packs_of(
 def _front(front: list[Lengths], pack: Lengths) -> list[Lengths]:
     """Add `pack` to the Pareto front of (tokens, units)."""
     tokens, units = sum(pack), units_of(pack)
-    if any(sum(one) >= tokens and units_of(one) >= units for one in front):
+    if any(sum(other) >= tokens and units_of(other) >= units for other in front):
         return front
-    left = [one for one in front if sum(one) > tokens or units_of(one) > units]
-    left = sorted([*left, pack], key=sum, reverse=True)  # and so by units, ascending
-    if len(left) <= FRONT:
-        return left
-    # In place of each two neighbours a pack that neither takes more than.
-    return [Pack(left[n], units_of(left[min(n + 1, FRONT)])) for n in range(0, FRONT + 1, 2)]
+    merged = [other for other in front if sum(other) > tokens or units_of(other) > units]
+    merged = sorted([*merged, pack], key=sum, reverse=True)  # which sorts units in ascending order
+    if len(merged) <= FRONT:
+        return merged
+    # Replace every two neighbors by their bound, a pack with the maximum of tokens and units.
+    return [Pack(merged[n], units_of(merged[min(n + 1, FRONT)])) for n in range(0, FRONT + 1, 2)]
 
 
 def may_join(settings: Settings) -> bool:
-    """Whether joining micro-batches leaves the result unchanged.
+    """Whether micro-batches may be joined without changing the result.
 
-    The load balance of experts is of a micro-batch's own rows, and dropout is drawn for each.
+    They may not if the router loss, which is computed per micro-batch, or dropout, which is drawn
+    per micro-batch, is on.
     """
     own = settings.router_aux_loss_coef or settings.lora_dropout
     return settings.join_micro_batches and not own
 
 
 def holds(pack: Lengths) -> bool:
-    """Whether a micro-step of these rows is possible on any GPU."""
+    """Whether kernels can index a micro-step of these rows."""
     return extent(pack, units_of(pack)) <= MOST
 
 
 def check_pack(pack: Lengths) -> None:
-    """Refuse a micro-step that nothing can compute, before it is planned.
+    """Refuse a micro-step that no kernel can index, before it is planned.
 
     Raises:
-        UsageError: ``QC-PLAN-005``.
+        UsageError: ``QC-PLAN-005`` the micro-step has too many tokens.
     """
     if not holds(pack):
         units = units_of(pack)
-        fit = MOST // (max(pack) + TILE + units)  # whichever row has them
+        fit = MOST // (max(pack) + TILE + units)  # any row may have all units
         media = f" and {units} units of media" if units else ""
         raise UsageError(
             "QC-PLAN-005",
             "is more than kernels can index in one micro-step",
             field="per_device_train_batch_size",
             found=f"{len(pack)} rows, {sum(pack)} tokens{media} in all",
-            expected=f"at most {MOST} tokens, of which each row takes {TILE} more than it has"
-            + (" and each unit one" if units else ""),
+            expected=f"at most {MOST} tokens, counting {TILE} extra for each row"
+            + (" and one for each unit" if units else ""),
             fix=f"lower it to {fit}, and raise gradient_accumulation_steps instead",
         )
 
@@ -169,7 +173,7 @@ def _sorted(lengths: list[int]) -> Lengths:
 
 
 def _bound(longest_rows: Lengths, units: int, together: int) -> Lengths:
-    """A pack that no other takes more than, without a look at each."""
+    """Return an upper bound for all packs, without enumerating them."""
     pack = longest_rows
     while extent(pack) < together:
         pack = (*pack, min(pack[0], together - extent(pack)))

@@ -1,4 +1,4 @@
-"""Choosing activation checkpointing policies, the micro-batch and the longest row for a budget.
+"""Searches the fastest checkpointing policies, micro-batch and longest row for a memory budget.
 
 This file decides which layers recompute what, so that the step is as fast as the memory budget
 allows. Bottom layers recompute first, because the activations of top layers are freed before the
@@ -24,19 +24,21 @@ __all__ = ["Plan", "Planner"]
 
 
 class Planner(Steps):
-    """Plans any micro-batch and searches for the fastest."""
+    """Plans any micro-batch and searches for the fastest policies, micro-batch or longest row."""
 
     def ladder(self) -> list[tuple[str, ...]]:
-        """Policies from the fastest to the one that takes least memory."""
+        """Return policies for all layers, from the fastest to those that take the least memory."""
         layers = len(self.measure.kinds)
         steps = [("none",) * layers]
         for more, less in pairwise(self.allowed()):
             steps += [(less,) * n + (more,) * (layers - n) for n in range(1, layers + 1)]
         allowed = self.allowed()
-        return [one for one in steps if set(one) <= set(allowed)] or [(allowed[0],) * layers]
+        return [policies for policies in steps if set(policies) <= set(allowed)] or [
+            (allowed[0],) * layers
+        ]
 
     def allowed(self) -> tuple[str, ...]:
-        """The policies that the settings allow."""
+        """Return the policies that the settings allow, the fastest first."""
         settings = self.settings
         if not settings.gradient_checkpointing:
             return ("none",)
@@ -46,14 +48,21 @@ class Planner(Steps):
 
     @property
     def frugal(self) -> str:
-        """The allowed policy that takes least memory."""
+        """The allowed policy that takes the least memory."""
         return self.allowed()[-1]
 
     def fastest(self, *packs: Lengths) -> Plan:
-        """The fastest policies under which all `packs` fit; the most frugal if none does.
+        """Plan the fastest policies under which all packs fit.
+
+        Args:
+            *packs: tokens of each row, for each pack.
+
+        Returns:
+            The plan of the pack with the highest peak; under the policies that take the least
+            memory if not all packs fit.
 
         Raises:
-            UsageError: ``QC-PLAN-005`` a pack is more than any micro-step may be.
+            UsageError: ``QC-PLAN-005`` a pack has more tokens than kernels can index.
         """
         for pack in packs:
             check_pack(pack)
@@ -61,25 +70,28 @@ class Planner(Steps):
         low, high = 0, len(steps) - 1
         while low < high:
             middle = (low + high) // 2
-            if max(self.peak(one, steps[middle]) for one in packs) <= self.budget:
+            if max(self.peak(pack, steps[middle]) for pack in packs) <= self.budget:
                 high = middle
             else:
                 low = middle + 1
         return self.worst(packs, steps[low])
 
-    def freely(self) -> Self:
-        """The same planner with every policy allowed."""
+    def with_any_policy(self) -> Self:
+        """Return the same planner with every policy allowed."""
         other = copy(self)
         other.settings = replace(self.settings, gradient_checkpointing=True, recompute="auto")
         return other
 
     def best(self, length: int, rows: int, units: int = 0) -> Plan:
-        """The fastest micro-batch of rows of one length: any that divides `rows`.
+        """Plan the fastest micro-batch of rows of one length.
 
         Args:
             length: tokens of each row.
-            rows: of an update.
-            units: of the media of each row.
+            rows: rows of an optimizer step; the micro-batch size divides them.
+            units: media units of each row.
+
+        Returns:
+            The plan of the fastest micro-batch that fits; of one row if none fits.
         """
         sizes = [n for n in range(1, min(rows, 64) + 1) if rows % n == 0]
         packs = [Pack((length,) * n, units * n) for n in sizes]
@@ -90,18 +102,21 @@ class Planner(Steps):
         return max(fitting, key=lambda plan: plan.tokens_per_second)
 
     def longest(self, policy: str | None = None, limit: int = 1 << 20, units: int = 0) -> int:
-        """Tokens of the longest single row that fits, a multiple of 64; 0: not even 64.
+        """Return the tokens of the longest single row that fits.
 
         Args:
-            policy: of all layers; by default `frugal`.
-            limit: more than that is not asked for.
-            units: of its media, whose tokens are among them.
+            policy: policy of all layers; by default `frugal`.
+            limit: upper bound of the result.
+            units: units of the row's media; their tokens are included in the result.
+
+        Returns:
+            Tokens, a multiple of 64; 0 if not even the shortest row fits.
         """
         if policy is None and self.host is not None and len(self.allowed()) > 1:
-            # What takes least of the card may take more than the host has.
-            return max(self.longest(one, limit, units) for one in self.allowed()[-2:])
+            # The policy that takes the least GPU memory may need more host memory than there is.
+            return max(self.longest(other, limit, units) for other in self.allowed()[-2:])
         policies = (policy or self.frugal,) * len(self.measure.kinds)
-        limit = min(limit, self._parking(policies))
+        limit = min(limit, self._offload_limit(policies))
         least = max(64, -(-self.tokens(units) // 64) * 64)
         if limit < least:
             return 0
@@ -117,8 +132,8 @@ class Planner(Steps):
             if high >= limit:
                 return high
             low, at_low, high = high, at_high, min(4 * high, limit)
-        # A peak is affine in the tokens but for tiles and for which moment it is: the secant
-        # rule is nearly right at once; halves, where it is not, make an end of it.
+        # The peak is nearly affine in the tokens (tiles and the moment of the peak change it), so
+        # secant steps converge fast; bisection steps in between guarantee termination.
         secant = True
         while high - low > 64:
             share = (self.budget - at_low) / (at_high - at_low) if secant else 0.5
@@ -131,13 +146,13 @@ class Planner(Steps):
         return low
 
     def tokens(self, units: int) -> int:
-        """Tokens of a row that media of so many units become."""
-        return self.measure.towered().tokens(units) if units else 0
+        """Return the number of tokens that `units` units of media become."""
+        return self.measure.require_tower().tokens(units) if units else 0
 
-    def _parking(self, policies: Sequence[str]) -> int:
-        """Tokens whose inputs the host can hold, a multiple of 64."""
-        parked = policies.count("offload") if self.device == "cuda" else 0
-        if not parked or self.host is None:
+    def _offload_limit(self, policies: Sequence[str]) -> int:
+        """Return the most tokens, a multiple of 64, whose offloaded inputs fit in host memory."""
+        offloaded = policies.count("offload") if self.device == "cuda" else 0
+        if not offloaded or self.host is None:
             return 1 << 62
         width = self.measure.width * self.measure.model.dtype.itemsize
-        return most_pinned(self.host, parked) // int(width) // 64 * 64
+        return most_pinned(self.host, offloaded) // int(width) // 64 * 64

@@ -1,4 +1,4 @@
-"""The default activation checkpointing policy of a run without a memory plan.
+"""The activation checkpointing policy where no memory limit is known; `planner` searches others.
 
 This file decides what the settings mean where no memory limit is known: on the CPU, and in a
 training loop without a plan. A policy that fits a limit is chosen by `planner`.

@@ -1,4 +1,4 @@
-"""The plan of one step on one GPU, as a record for people and programs.
+"""`Plan`: the predicted memory and time of one step on one GPU, as a record and as JSON.
 
 This file decides the format of a plan; `qcore.planning.step` makes it. It imports no torch.
 """
@@ -9,23 +9,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-Lengths = tuple[int, ...]  #: of the rows of a pack
+Lengths = tuple[int, ...]  #: tokens of each row of a pack
 
 
 class Pack(tuple[int, ...]):
-    """`Lengths` of rows that have media; without units it is, and equals, the plain tuple.
+    """The lengths of rows that may have media; without units it equals the plain tuple.
+
+    Args:
+        lengths: tokens of each row.
+        units: media units of all rows together.
 
     Attributes:
-        units: what a tower computes of all rows' media.
+        units: media units of all rows together, which the tower computes.
     """
 
     units: int
 
     def __new__(cls, lengths: Iterable[int], units: int = 0) -> Self:
-        """A pack of rows of these lengths."""
-        made = super().__new__(cls, lengths)
-        made.units = units
-        return made
+        """Create a pack of rows."""
+        pack = super().__new__(cls, lengths)
+        pack.units = units
+        return pack
 
     def __eq__(self, other: object) -> bool:
         return tuple.__eq__(self, other) is True and self.units == units_of(other)
@@ -41,12 +45,12 @@ class Pack(tuple[int, ...]):
 
 
 def units_of(pack: object) -> int:
-    """Units of a pack's media; of plain lengths none."""
+    """Return the media units of a pack; 0 for a plain tuple of lengths."""
     return pack.units if isinstance(pack, Pack) else 0
 
 
 def spelled(policies: Sequence[str]) -> str:
-    """Policies of the layers for people: ``full``, or ``8 full, 24 elementwise``."""
+    """Format the policies of all layers: ``full``, or ``8 full, 24 elementwise``."""
     counts = [(policy, policies.count(policy)) for policy in dict.fromkeys(policies)]
     if len(counts) == 1:
         return counts[0][0]
@@ -55,24 +59,24 @@ def spelled(policies: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One step on one card.
+    """The plan of one step on one GPU.
 
     Attributes:
-        card: its name.
-        lengths: tokens of each row of a micro-batch; a `Pack` where they have media.
-        policies: activation checkpointing policy of each layer; `Model.loss` takes it.
-        budget: bytes that may be filled.
-        memory: bytes by term, at the peak; they sum to `peak`.
-        peak: the most that torch will have allocated.
-        moment: when that is.
-        ops: bytes of the peak's activations and workspace by op, as far as an op made them.
-        seconds: of a micro-step and its share of the update.
+        card: name of the GPU.
+        lengths: tokens of each row of a micro-batch; a `Pack` if the rows have media.
+        policies: activation checkpointing policy of each layer, as `Model.loss` takes it.
+        budget: memory budget in bytes.
+        memory: bytes by term at the peak; they sum to `peak`.
+        peak: predicted peak of the memory that torch allocates, in bytes.
+        moment: the moment of the step at which the peak occurs.
+        ops: bytes of activations and workspace at the peak, by the op that allocated them.
+        seconds: time of a micro-step and its share of the optimizer update.
         launches: kernels and device operations of a micro-step.
-        backends: op to backend.
-        notes: what the reader must know to trust it.
-        host: bytes of the host's memory that are pinned for inputs of layers.
-        host_budget: bytes that the host has; ``None``: not known.
-        timed: whether `seconds` is a prediction; not on the CPU nor on a card of unknown rates.
+        backends: op -> backend.
+        notes: assumptions that limit the accuracy of the plan, one line each.
+        host: bytes of pinned host memory for offloaded layer inputs.
+        host_budget: bytes of available host memory; ``None`` if unknown.
+        timed: whether `seconds` is a prediction; false on the CPU and on an unknown GPU.
     """
 
     card: str
@@ -93,37 +97,37 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the budget, and what is parked within the host's."""
-        return self.peak <= self.budget and self.parks
+        """Whether both the peak and the offloaded inputs are within their budgets."""
+        return self.peak <= self.budget and self.fits_host
 
     @property
-    def parks(self) -> bool:
-        """Whether the host has what is parked there."""
+    def fits_host(self) -> bool:
+        """Whether the offloaded inputs fit in host memory."""
         return self.host_budget is None or self.host <= self.host_budget
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
+        """Tokens of a micro-batch."""
         return sum(self.lengths)
 
     @property
     def units(self) -> int:
-        """Units of media of a micro-batch."""
+        """Media units of a micro-batch."""
         return units_of(self.lengths)
 
     @property
     def tokens_per_second(self) -> float:
-        """All tokens, supervised or not."""
+        """Throughput of all tokens, supervised or not."""
         return self.tokens / self.seconds
 
     @property
     def recompute(self) -> str:
-        """``elementwise``, or ``8 full, 24 elementwise``."""
+        """The policies: ``elementwise``, or ``8 full, 24 elementwise``."""
         return spelled(self.policies)
 
     @property
     def pack(self) -> str:
-        """``2 x 4096 tokens``, or ``3 rows of 812 tokens`` where they differ; and their media."""
+        """The rows: ``2 x 4096 tokens``, or ``3 rows of 812 tokens`` in all, and their media."""
         media = f" and {self.units:,} units of media" if self.units else ""
         if len(set(self.lengths)) == 1:
             return f"{len(self.lengths)} x {self.lengths[0]} tokens{media}"
@@ -131,12 +135,12 @@ class Plan:
 
     @property
     def largest(self) -> str:
-        """The term that takes most: ``activations 8.1 GB``."""
-        term, size = max(self.memory.items(), key=lambda one: one[1])
+        """The largest memory term: ``activations 8.1 GB``."""
+        term, size = max(self.memory.items(), key=lambda item: item[1])
         return f"{term} {size / 1e9:.3g} GB"
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values for ``--json``."""
         return {
             "card": self.card,
             "rows": len(self.lengths),

@@ -1,4 +1,4 @@
-"""The plan of a run with its own packs and GPU, and the error if it does not fit.
+"""Plans a run before training: its memory budget and policies, and the error if it does not fit.
 
 This file decides the memory budget of a run (`Room`), which policy it uses, and that a run that
 does not fit is refused before a weight is read; if the settings name the policy, it is a warning.
@@ -32,23 +32,23 @@ from .packs import Packs, check_pack, holds
 from .planner import Planner
 from .policies import default_policy
 from .report import Lengths, Pack, Plan, spelled, units_of
-from .saved import Before
+from .saved import PreviousPlan
 from .step import LIBRARIES
 
-TOKENS = 64  #: a row that is shorter is no advice
-#: What micro-batches that run as one may take: beyond it a card gains nothing.
+TOKENS = 64  #: the shortest `max_length` that an error suggests
+#: Candidate limits in tokens for joined micro-batches; larger ones do not speed up any GPU.
 TOGETHER = (4096, 8192, 16384)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What a run may fill.
+    """The memory that a run may use.
 
     Attributes:
-        card: whose memory and rates they are; ``None``: the CPU.
-        budget: bytes that the run's tensors may take; ``None``: of a card all that a plan may
-            fill, on the CPU no limit is known.
-        host: bytes of the host that inputs of layers may be parked in; ``None``: not known.
+        card: the GPU; ``None`` for the CPU.
+        budget: bytes that the tensors of the run may take; ``None`` for all that a plan may use
+            on a GPU, and for no limit on the CPU.
+        host: bytes of host memory for offloaded layer inputs; ``None`` if unknown.
     """
 
     card: Card | None = None
@@ -57,12 +57,12 @@ class Room:
 
     @property
     def limited(self) -> bool:
-        """Whether anything can be too big."""
+        """Whether there is a memory limit."""
         return self.card is not None or self.budget is not None
 
 
 def room_of(device: torch.device) -> Room:
-    """What is free on `device` now; blocks that torch holds and does not use are free."""
+    """Return the memory that is free on a device now, including unused blocks of torch."""
     if device.type != "cuda":
         return Room()
     properties = torch.cuda.get_device_properties(device)
@@ -72,57 +72,61 @@ def room_of(device: torch.device) -> Room:
     free, _ = torch.cuda.mem_get_info(device)
     allocated = torch.cuda.memory_allocated(device)
     free += torch.cuda.memory_reserved(device) - allocated
-    # What libraries hold already is a term of the plan; what else is allocated stays.
+    # Memory of libraries is a term of the plan; other allocated memory is not free.
     return Room(
         card=card,
         budget=min(card.budget, int(free * (1 - FRAGMENTS)) + min(allocated, LIBRARIES)),
-        host=_host(device),
+        host=_host_budget(device),
     )
 
 
-def _host(device: torch.device) -> int | None:
-    """What the host can give, and what an earlier run of this process holds there for `device`."""
+def _host_budget(device: torch.device) -> int | None:
+    """Return available host memory, including blocks that this process has pinned already."""
     free = available()
     return None if free is None else free + OffloadedInput.pool(device).nbytes
 
 
 def plan_run(
-    found: Identified,
+    identified: Identified,
     settings: Settings,
     packs: Packs,
     room: Room,
     *,
     backends: Chosen | None = None,
-    before: Before | None = None,
+    before: PreviousPlan | None = None,
     join: Callable[[int], Packs] | None = None,
 ) -> tuple[RunPlan, list[str]]:
-    """The plan of a run, and what the user must be told beside it.
+    """Plan a run and choose its policies.
 
     Args:
-        found: the model; its headers are enough.
-        settings: the run's; where they name a policy it is taken.
-        packs: what its rows make.
-        room: what may be filled.
-        backends: what the run has chosen.
-        before: what the run had before it was stopped; taken again if it fits.
-        join: the packs of the same rows where micro-batches run as one; by default none may.
+        identified: the model; its headers are enough.
+        settings: settings of the run; a policy that they name is used.
+        packs: the packs of the run's rows.
+        room: the memory that the run may use.
+        backends: the kernel backends that the run has chosen.
+        before: the plan before the run was stopped; it is used again if it fits.
+        join: returns the packs if micro-batches are joined up to a number of tokens; by default
+            none are joined.
+
+    Returns:
+        The plan, and notes for the user, one line each.
 
     Raises:
-        InputError: ``QC-PLAN-001`` it does not fit, and the settings leave the policy to the plan;
-            ``-006`` it parks more than the host has.
-        UsageError: ``QC-PLAN-005`` a pack is more than any micro-step may be.
+        InputError: ``QC-PLAN-001`` the run does not fit, and the settings do not name a policy;
+            ``-006`` offload needs more host memory than is available.
+        UsageError: ``QC-PLAN-005`` a pack has more tokens than kernels can index.
     """
     for pack in packs.largest:
         check_pack(pack)
     planner = Planner(
-        found, settings, room.card, backends=backends, budget=room.budget, host=room.host
+        identified, settings, room.card, backends=backends, budget=room.budget, host=room.host
     )
     by_hand = settings.recompute != "auto" or not settings.gradient_checkpointing
-    before = before or Before()
+    before = before or PreviousPlan()
     packs, notes = _packs(planner, packs, join, before, room)
-    policies, said = _policies(planner, packs, room, before.policies)
-    notes += said
-    worst = _whole(planner, packs, policies)
+    policies, more_notes = _policies(planner, packs, room, before.policies)
+    notes += more_notes
+    worst = _worst_plan(planner, packs, policies)
     plan = RunPlan(
         worst=worst,
         usual=planner.plan(packs.usual, policies, packs.micro_steps),
@@ -131,21 +135,25 @@ def plan_run(
         by_hand=by_hand,
         limited=room.limited,
     )
-    if not worst.parks:
-        raise _too_much_parked(worst, planner, packs)
+    if not worst.fits_host:
+        raise _host_memory_refusal(worst, planner, packs)
     if room.limited and not worst.fits:
         error = refusal(worst, planner, packs, by_hand=by_hand)
         if not by_hand:
             raise error
         notes.append(f"warning: {error.code} {error.message}; {error.fix}")
-    # Of torch's tensors on the CPU the line itself says all that its note does.
+    # On the CPU the plan's line already contains what its notes say.
     return plan, [*notes, *(() if room.card is None else worst.notes)]
 
 
 def _packs(
-    planner: Planner, packs: Packs, join: Callable[[int], Packs] | None, before: Before, room: Room
+    planner: Planner,
+    packs: Packs,
+    join: Callable[[int], Packs] | None,
+    before: PreviousPlan,
+    room: Room,
 ) -> tuple[Packs, list[str]]:
-    """As many micro-batches together as is fastest; as before the run was stopped, if it fits."""
+    """Choose how micro-batches are joined: as before the stop if it fits, else the fastest."""
     if join is None:
         return packs, []
     if before.together is not None:
@@ -153,27 +161,28 @@ def _packs(
         policies = before.policies or planner.fastest(*same.largest).policies
         if not room.limited or _fits(planner, same, policies):
             return same, []
-    found = _joined(planner, packs, join) if planner.timed else packs
-    if before.together is None or before.together == found.together:
-        return found, []
-    return found, [
-        f"micro-batches ran together up to {before.together} tokens before the run was stopped, "
-        f"which does not fit now: up to {found.together} from here on, which adds in another order"
+    joined = _joined(planner, packs, join) if planner.timed else packs
+    if before.together is None or before.together == joined.together:
+        return joined, []
+    return joined, [
+        f"micro-batches were joined up to {before.together} tokens before the run was stopped, "
+        f"which does not fit now: up to {joined.together} from here on, which sums in another order"
     ]
 
 
 def _fits(planner: Planner, packs: Packs, policies: tuple[str, ...]) -> bool:
-    """Whether these policies, or others that the settings allow, hold these packs."""
+    """Whether the packs fit under these policies or others that the settings allow."""
     known = len(policies) == len(planner.measure.kinds) and set(policies) <= set(planner.allowed())
-    if known and _whole(planner, packs, policies).fits:
+    if known and _worst_plan(planner, packs, policies).fits:
         return True
-    return _whole(planner, packs, planner.fastest(*packs.largest).policies).fits
+    return _worst_plan(planner, packs, planner.fastest(*packs.largest).policies).fits
 
 
 def _joined(planner: Planner, packs: Packs, join: Callable[[int], Packs]) -> Packs:
-    """The packs whose steps are fastest: a short micro-step waits for the host.
+    """Return the packs whose optimizer steps are fastest; short micro-steps wait for the host.
 
-    What is as large as the largest micro-batch costs no memory; more may, and is tried.
+    Joining up to the size of the largest micro-batch takes no more memory; larger limits may and
+    are tried too.
     """
     free = max(extent(pack, units_of(pack)) for pack in packs.largest)
     best, least = packs, _seconds(planner, packs)
@@ -190,35 +199,36 @@ def _joined(planner: Planner, packs: Packs, join: Callable[[int], Packs]) -> Pac
 
 
 def _seconds(planner: Planner, packs: Packs) -> float:
-    """Of an optimizer step under the fastest policy that fits; without end where none does."""
+    """Return the time of an optimizer step under the fastest policies that fit, else infinity."""
     policies = planner.fastest(*packs.largest).policies
-    if not _whole(planner, packs, policies).fits:
+    if not _worst_plan(planner, packs, policies).fits:
         return math.inf
     return planner.plan(packs.usual, policies, packs.micro_steps).seconds * packs.micro_steps
 
 
 def _policies(
-    planner: Planner, packs: Packs, room: Room, kept: tuple[str, ...]
+    planner: Planner, packs: Packs, room: Room, previous: tuple[str, ...]
 ) -> tuple[tuple[str, ...], list[str]]:
+    """Choose the policy of each layer: those before the stop if they fit, else the fastest."""
     layers = len(planner.measure.kinds)
-    if not set(kept) <= set(planner.allowed()):
-        kept = ()  # the settings name another
-    if len(kept) == layers and (not room.limited or _whole(planner, packs, kept).fits):
-        return kept, [f"recompute as before the run was stopped: {spelled(kept)}"]
+    if not set(previous) <= set(planner.allowed()):
+        previous = ()  # the settings name another policy
+    if len(previous) == layers and (not room.limited or _worst_plan(planner, packs, previous).fits):
+        return previous, [f"recompute as before the run was stopped: {spelled(previous)}"]
     if room.limited:
         chosen = planner.fastest(*packs.largest).policies
     else:
         chosen = (default_policy(planner.settings),) * layers
-    if kept and kept != chosen:
+    if previous and previous != chosen:
         return chosen, [
-            f"recompute was {spelled(kept)} before the run was stopped, which does not fit now: "
-            f"{spelled(chosen)} from here on, which computes the same numbers"
+            f"recompute was {spelled(previous)} before the run was stopped, which does not fit "
+            f"now: {spelled(chosen)} from here on, which computes the same numbers"
         ]
     return chosen, []
 
 
-def _whole(planner: Planner, packs: Packs, policies: tuple[str, ...]) -> Plan:
-    """The worst moment of the run: of a step, or of an evaluation."""
+def _worst_plan(planner: Planner, packs: Packs, policies: tuple[str, ...]) -> Plan:
+    """Return the plan of the run's peak, which may be in a step or in an evaluation."""
     plan = planner.worst(packs.largest, policies)
     if not packs.held_out:
         return plan
@@ -239,12 +249,12 @@ def _held_out(packs: Packs) -> Lengths:
 def refusal(
     plan: Plan, planner: Planner, packs: Packs | None = None, *, by_hand: bool = False
 ) -> InputError:
-    """The error that a plan is which does not fit, with what would.
+    """Return ``QC-PLAN-001`` for a plan that does not fit, with changes that would make it fit.
 
     Args:
-        plan: what does not fit.
-        planner: who made it.
-        packs: of the run; by default the plan's own.
+        plan: the plan that does not fit.
+        planner: the planner that made it.
+        packs: the packs of the run; by default the pack of the plan.
         by_hand: whether the settings name the policy, so that another may fit.
     """
     return InputError(
@@ -254,14 +264,14 @@ def refusal(
         found=f"{plan.pack} under recompute {plan.recompute} take {plan.peak / 1e9:.3g} GB "
         f"({plan.moment}), most of it {plan.largest}",
         expected=f"at most {plan.budget / 1e9:.3g} GB",
-        fix=" or ".join(_fixes(plan, planner, packs or _own(plan), by_hand))
+        fix=" or ".join(_fixes(plan, planner, packs or _packs_of_plan(plan), by_hand))
         or "use a GPU with more memory, a smaller model, or fewer target_groups"
         + (", or rows with smaller media" if plan.units else ""),
     )
 
 
-def _too_much_parked(plan: Plan, planner: Planner, packs: Packs) -> InputError:
-    """Refused also where the policy was named: the system ends a process that pins too much."""
+def _host_memory_refusal(plan: Plan, planner: Planner, packs: Packs) -> InputError:
+    """Return ``QC-PLAN-006``, also if the settings name the policy: pinning too much is fatal."""
     fixes = _fixes(plan, planner, packs, by_hand=planner.settings.recompute != "auto")
     return InputError(
         "QC-PLAN-006",
@@ -274,7 +284,7 @@ def _too_much_parked(plan: Plan, planner: Planner, packs: Packs) -> InputError:
     )
 
 
-def _own(plan: Plan) -> Packs:
+def _packs_of_plan(plan: Plan) -> Packs:
     rows = len(plan.lengths)
     each = -(-plan.units // rows)
     return Packs(
@@ -284,11 +294,11 @@ def _own(plan: Plan) -> Packs:
 
 
 def _fixes(plan: Plan, planner: Planner, packs: Packs, by_hand: bool) -> list[str]:
-    """What fits, the least change first: each was planned."""
+    """Return changes that make the run fit, the smallest first; each of them was planned."""
     fixes = []
     if by_hand:
-        freed = planner.freely()
-        other = _whole(freed, packs, freed.fastest(*packs.largest).policies)
+        any_policy = planner.with_any_policy()
+        other = _worst_plan(any_policy, packs, any_policy.fastest(*packs.largest).policies)
         if other.fits:
             fixes.append(f"with recompute=auto ({other.recompute}) it fits")
     if (rows := _rows(planner, packs)) > 0:
@@ -296,13 +306,13 @@ def _fixes(plan: Plan, planner: Planner, packs: Packs, by_hand: bool) -> list[st
     units = max((packs.held_out_units, *packs.most_units))
     longest = max(*packs.longest_rows, packs.held_out)
     if TOKENS <= (tokens := planner.longest(units=units)) < longest:
-        one = "per_device_train_batch_size 1 and " if len(packs.longest_rows) > 1 else ""
-        fixes.append(f"with {one}max_length {tokens} it fits")
+        batch_size = "per_device_train_batch_size 1 and " if len(packs.longest_rows) > 1 else ""
+        fixes.append(f"with {batch_size}max_length {tokens} it fits")
     return fixes
 
 
 def _rows(planner: Planner, packs: Packs) -> int:
-    """How many rows fit, whichever meet, if less than there are; 0: not even one."""
+    """Return the largest smaller micro-batch that fits with any rows; 0 if none does."""
     if packs.held_out:
         memory = planner.evaluation(packs.held_out, packs.held_out_units)
         if sum(memory.values()) > planner.budget:

@@ -1,4 +1,4 @@
-"""Runs one segment of a step on the meta device, so that only its own memory is counted.
+"""Runs a single segment (a layer, or the loss) on the meta device, so that only its memory counts.
 
 This file decides how a segment is run in isolation: its input comes from an autograd node that
 keeps no reference, and its output goes to one that saves nothing. `qcore.planning.measure` and
@@ -23,13 +23,13 @@ META = torch.device("meta")
 
 
 class Bench:
-    """Where segments are run.
+    """Runs segments on the meta device.
 
     Args:
-        device: ``cuda`` or ``cpu``, which meta stands for.
+        device: ``cuda`` or ``cpu``, the device that meta stands for.
 
     Attributes:
-        trace: what is counted.
+        trace: counts memory and work.
     """
 
     def __init__(self, device: str) -> None:
@@ -38,7 +38,7 @@ class Bench:
 
     @contextmanager
     def running(self) -> Iterator[Trace]:
-        """Under it kernels are not started but told of, and memory is counted."""
+        """Count memory inside the block, and record kernels instead of launching them."""
         with planning(self._planned), self.trace:
             yield self.trace
 
@@ -50,44 +50,55 @@ class Bench:
         *,
         graph: bool = True,
     ) -> Segment:
-        """`run` forwards and, if what it gives has a gradient, backwards.
+        """Run a segment forward and, if its output requires a gradient, backward.
 
         Args:
-            run: pops its input off a list, so that nobody holds it.
-            shape: of the input.
-            dtype: of the input.
-            graph: whether the input has a gradient.
+            run: the segment; it pops its input off a list, so that no reference keeps it alive.
+            shape: shape of the input.
+            dtype: dtype of the input.
+            graph: whether the input requires a gradient.
+
+        Returns:
+            The measured segment.
         """
         with self.running() as trace:
             x = [_source(shape, dtype) if graph else torch.empty(shape, dtype=dtype, device=META)]
-            before, by = trace.live, trace.by.copy()
+            before, by_op = trace.live, trace.live_by_op.copy()
             trace.mark()
             y = run(x)
-            kept, forward, forth = trace.live - before, trace.peak - before, tuple(trace.work)
-            forward_by = _more(trace.peak_by, by)
+            kept, forward, forward_work = (
+                trace.live - before,
+                trace.peak - before,
+                tuple(trace.work),
+            )
+            forward_by_op = _more(trace.peak_by_op, by_op)
             if not y.requires_grad:
                 return Segment(
-                    kept=kept, forward=forward, backward=0, forth=forth, back=(),
-                    forward_by=forward_by,
-                )  # fmt: skip
+                    kept=kept,
+                    forward=forward,
+                    backward=0,
+                    forward_work=forward_work,
+                    backward_work=(),
+                    forward_by_op=forward_by_op,
+                )
             last = _Sink.apply(y)  # type: ignore[no-untyped-call]
             del y
             trace.mark()
             torch.autograd.backward(last)
             return Segment(
-                kept=kept, forward=forward, backward=trace.peak - before, forth=forth,
-                back=tuple(trace.work), forward_by=forward_by,
-                backward_by=_more(trace.peak_by, by),
+                kept=kept, forward=forward, backward=trace.peak - before, forward_work=forward_work,
+                backward_work=tuple(trace.work), forward_by_op=forward_by_op,
+                backward_by_op=_more(trace.peak_by_op, by_op),
             )  # fmt: skip
 
 
 def signature(layer: nn.Module) -> str:
-    """Equal for layers that are made of the same modules with the same numbers."""
+    """Return a string that is equal for layers with the same modules, shapes and numbers."""
     parts = []
     for name, module in layer.named_modules():
         tensors = [
-            (leaf, tuple(one.shape), one.dtype, one.requires_grad)
-            for leaf, one in module.named_parameters(recurse=False)
+            (name_in_module, tuple(parameter.shape), parameter.dtype, parameter.requires_grad)
+            for name_in_module, parameter in module.named_parameters(recurse=False)
         ]
         numbers = [
             (key, value)
@@ -100,8 +111,8 @@ def signature(layer: nn.Module) -> str:
 
 
 def _source(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    spark = torch.empty(0, device=META, requires_grad=True)
-    return cast(Tensor, _Source.apply(spark, shape, dtype))  # type: ignore[no-untyped-call]
+    anchor = torch.empty(0, device=META, requires_grad=True)
+    return cast(Tensor, _Source.apply(anchor, shape, dtype))  # type: ignore[no-untyped-call]
 
 
 def _more(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
@@ -109,10 +120,10 @@ def _more(now: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int]:
 
 
 class _Source(torch.autograd.Function):
-    """What a segment reads: given up as soon as nobody saved it, unlike a leaf."""
+    """Makes the input of a segment; unlike a leaf, it is freed if the segment does not save it."""
 
     @staticmethod
-    def forward(ctx: Any, spark: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=META)
 
     @staticmethod
@@ -121,7 +132,7 @@ class _Source(torch.autograd.Function):
 
 
 class _Sink(torch.autograd.Function):
-    """What comes after: it holds nothing, and its backward makes a gradient."""
+    """Takes the output of a segment; it saves nothing, and its backward makes a gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The plan in the folder of a run, so that a resumed run uses the same policies.
+"""Stores a run's plan in ``OUTPUT.run/plan.json``, from which a resumed run takes its policies.
 
 This file decides the content of ``OUTPUT.run/plan.json``: the policy of each layer, and the plan
 for people. It is not part of a checkpoint: all policies compute the same numbers, so a run may
@@ -19,24 +19,28 @@ PLAN = "plan.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Before:
-    """The policies of a run before it was stopped.
+class PreviousPlan:
+    """What the plan of a run decided before the run was stopped.
 
     Attributes:
-        policies: of each layer; none: not known, or the settings ask for others.
-        together: what micro-batches ran together up to, 0 where each ran alone; ``None``: not
-            known.
+        policies: policy of each layer; empty if unknown, or if the settings ask for others.
+        together: the most tokens of joined micro-batches, 0 if none were joined; ``None`` if
+            unknown.
     """
 
     policies: tuple[str, ...] = ()
     together: int | None = None
 
 
-def keep(folder: Path, plan: RunPlan) -> None:
-    """Write the plan, whole or not at all.
+def save_plan(folder: Path, plan: RunPlan) -> None:
+    """Write the plan atomically.
+
+    Args:
+        folder: the run folder.
+        plan: the plan of the run.
 
     Raises:
-        WriteError: ``QC-WRITE-003`` to ``-006``.
+        WriteError: ``QC-WRITE-003`` to ``-006`` the system refused the write.
     """
     values = {
         "policies": list(plan.policies), "together": plan.together, "plan": plan.as_json(),
@@ -44,15 +48,18 @@ def keep(folder: Path, plan: RunPlan) -> None:
     rewrite(folder / PLAN, [(json.dumps(values, indent=1) + "\n").encode()])
 
 
-def kept(folder: Path, known: Collection[str]) -> tuple[Before, list[str]]:
-    """What `keep` wrote, nothing where there is nothing, and what to tell of it.
+def load_plan(folder: Path, known: Collection[str]) -> tuple[PreviousPlan, list[str]]:
+    """Read the plan that `save_plan` wrote.
 
     Args:
-        folder: the run's.
-        known: the policies that there are; a plan that names another is damaged.
+        folder: the run folder.
+        known: names of all policies; a plan that names another is damaged.
+
+    Returns:
+        The plan, empty if it is missing or damaged, and lines for the user about that.
 
     Raises:
-        InputError: ``QC-READ-001``.
+        InputError: ``QC-READ-001`` the file cannot be read.
     """
     path = folder / PLAN
     try:
@@ -61,10 +68,10 @@ def kept(folder: Path, known: Collection[str]) -> tuple[Before, list[str]]:
         policies, together = values.get("policies", []), values.get("together", 0)
         if policies:
             if not isinstance(policies, list) or not set(policies) <= set(known):
-                raise ValueError("no policies")
+                raise ValueError("not policies")
             if type(together) is not int or together < 0:
-                raise ValueError("no tokens")
-            return Before(policies=tuple(policies), together=together), []
+                raise ValueError("not a number of tokens")
+            return PreviousPlan(policies=tuple(policies), together=together), []
     except (ValueError, AttributeError, TypeError):
-        return Before(), [f"{path} is damaged: recompute is planned again"]
-    return Before(), [f"{path.parent.name} holds no plan: recompute is planned again"]
+        return PreviousPlan(), [f"{path} is damaged: recompute is planned again"]
+    return PreviousPlan(), [f"{path.parent.name} has no plan: recompute is planned again"]

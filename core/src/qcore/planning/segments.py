@@ -1,4 +1,4 @@
-"""Memory and work of a segment of a step, and their extrapolation to longer packs.
+"""`Segment`: bytes and ops of a layer or the loss, and their extrapolation to longer packs.
 
 This file decides how a long pack is extrapolated from smaller packs of its shape: bytes are affine
 in the tokens, FLOPs of matrix products quadratic, because of attention. It is used for backends
@@ -16,18 +16,18 @@ from typing import NamedTuple
 from ..data.microbatches import TILE
 from .report import Lengths
 
-#: Tokens of the longest row of the packs that a longer one is told from.
+#: Tokens of the longest row in the packs that longer packs are extrapolated from.
 SAMPLES = (2048, 4096, 8192)
 
 
 class Work(NamedTuple):
-    """One op: what it is, its matrix products' operations, bytes read and written.
+    """The work of one op or kernel.
 
     Attributes:
-        name: the op's or kernel's.
-        flops: operations of products.
-        nbytes: of all tensors that it was given or made.
-        wide: whether its products are of float32.
+        name: name of the op or kernel.
+        flops: floating-point operations of its matrix products.
+        nbytes: bytes of all tensors that it reads or writes.
+        wide: whether its products are in float32.
     """
 
     name: str
@@ -38,96 +38,102 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """Bytes over what lay there before, the input included, and the work.
+    """Memory in bytes and work of a segment; memory allocated before its input is not counted.
 
     Attributes:
-        kept: after the forward; the input is given up where nobody saved it.
-        forward: the most during the forward.
-        backward: the most during the backward.
-        forth: what the forward does.
-        back: what the backward does.
-        forward_by: what of `forward` is whose, by op.
-        backward_by: the same of `backward`.
+        kept: bytes after the forward; the input is included if the segment saves it.
+        forward: peak bytes during the forward, the input included.
+        backward: peak bytes during the backward, the input included.
+        forward_work: ops of the forward.
+        backward_work: ops of the backward.
+        forward_by_op: bytes of `forward` by the op that allocated them.
+        backward_by_op: bytes of `backward` by the op that allocated them.
     """
 
     kept: int
     forward: int
     backward: int
-    forth: tuple[Work, ...]
-    back: tuple[Work, ...]
-    forward_by: Mapping[str, int] = field(default_factory=dict)
-    backward_by: Mapping[str, int] = field(default_factory=dict)
+    forward_work: tuple[Work, ...]
+    backward_work: tuple[Work, ...]
+    forward_by_op: Mapping[str, int] = field(default_factory=dict)
+    backward_by_op: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def launches(self) -> int:
-        """Forwards and backwards."""
-        return len(self.forth) + len(self.back)
+        """Number of ops in forward and backward."""
+        return len(self.forward_work) + len(self.backward_work)
 
 
 def smaller(lengths: Lengths) -> tuple[Lengths, ...]:
-    """Packs of as many rows, every row shorter in the same proportion; none for a short pack."""
+    """Return packs with the same number of rows, all shortened alike; none for a short pack."""
     longest = max(lengths)
-    if longest < SAMPLES[-1] + TILE:  # as long as the longest that others are told from
+    if longest < SAMPLES[-1] + TILE:  # no longer than the largest sample
         return ()
-    return tuple(tuple(_shorter(one, size / longest) for one in lengths) for size in SAMPLES)
+    return tuple(tuple(_shorter(length, size / longest) for length in lengths) for size in SAMPLES)
 
 
-def _shorter(length: int, share: float) -> int:
-    # What is left over by a tile stays, so that last tiles are as full as they were.
-    tiles = round(length // TILE * share)
+def _shorter(length: int, ratio: float) -> int:
+    # The remainder of a tile stays, so that the last tile is as full as in the long pack.
+    tiles = round(length // TILE * ratio)
     return min(length, TILE * tiles + length % TILE or TILE)
 
 
 def grows(segments: Sequence[Segment]) -> bool:
-    """Whether launches grow with the tokens; of a fused op they are the same, or nearly."""
+    """Whether launches grow with the tokens, as in an op that loops; fused ops launch as many."""
     return segments[1].launches > 1.25 * segments[0].launches
 
 
 def affine(tokens: Sequence[int], values: Sequence[int], to: int) -> int:
-    """The line through the last two, at `to`; no less than the last."""
+    """Extrapolate linearly through the last two points; the result is at least the last value.
+
+    Args:
+        tokens: tokens of each point, ascending.
+        values: value at each point.
+        to: tokens to extrapolate to.
+    """
     (x, at), (y, end) = list(zip(values, tokens, strict=True))[-2:]
     return max(y, round(y + (y - x) * (to - end) / (end - at)))
 
 
-def stretched(tokens: Sequence[int], segments: Sequence[Segment], to: int) -> Segment:
-    """The segment of a pack of `to` tokens, of the shape of three with fewer.
+def extrapolated(tokens: Sequence[int], segments: Sequence[Segment], to: int) -> Segment:
+    """Extrapolate a segment from the segments of three smaller packs of the same shape.
 
     Args:
-        tokens: of the three, ascending.
-        segments: theirs.
-        to: more than the last of them.
+        tokens: tokens of the smaller packs, ascending.
+        segments: segments of the smaller packs.
+        to: tokens of the large pack.
     """
 
     def by_op(each: Sequence[Mapping[str, int]]) -> dict[str, int]:
-        return {op: affine(tokens, [one.get(op, 0) for one in each], to) for op in each[-1]}
+        return {op: affine(tokens, [sizes.get(op, 0) for sizes in each], to) for op in each[-1]}
 
     return Segment(
-        kept=affine(tokens, [one.kept for one in segments], to),
-        forward=affine(tokens, [one.forward for one in segments], to),
-        backward=affine(tokens, [one.backward for one in segments], to),
-        forth=_more_work(tokens, [one.forth for one in segments], to),
-        back=_more_work(tokens, [one.back for one in segments], to),
-        forward_by=by_op([one.forward_by for one in segments]),
-        backward_by=by_op([one.backward_by for one in segments]),
+        kept=affine(tokens, [segment.kept for segment in segments], to),
+        forward=affine(tokens, [segment.forward for segment in segments], to),
+        backward=affine(tokens, [segment.backward for segment in segments], to),
+        forward_work=_more_work(tokens, [segment.forward_work for segment in segments], to),
+        backward_work=_more_work(tokens, [segment.backward_work for segment in segments], to),
+        forward_by_op=by_op([segment.forward_by_op for segment in segments]),
+        backward_by_op=by_op([segment.backward_by_op for segment in segments]),
     )
 
 
 def _more_work(
     tokens: Sequence[int], works: Sequence[tuple[Work, ...]], to: int
 ) -> tuple[Work, ...]:
-    """The ops of each name, as many as there will be, each of the mean size."""
+    """Extrapolate the count and total size of ops by name; each op gets the mean size."""
     more: list[Work] = []
-    for name, wide in dict.fromkeys((one.name, one.wide) for one in works[-1]):
-        each = [[one for one in work if (one.name, one.wide) == (name, wide)] for work in works]
+    for name, wide in dict.fromkeys((op.name, op.wide) for op in works[-1]):
+        each = [[op for op in work if (op.name, op.wide) == (name, wide)] for work in works]
         count = affine(tokens, [len(ops) for ops in each], to)
-        flops = _quadratic(tokens, [sum(one.flops for one in ops) for ops in each], to)
-        nbytes = affine(tokens, [sum(one.nbytes for one in ops) for ops in each], to)
+        flops = _quadratic(tokens, [sum(op.flops for op in ops) for ops in each], to)
+        nbytes = affine(tokens, [sum(op.nbytes for op in ops) for ops in each], to)
         more += [Work(name, flops / count, nbytes // count, wide)] * count
     return tuple(more)
 
 
 def _quadratic(tokens: Sequence[int], values: Sequence[float], to: int) -> float:
-    """Lagrange's parabola through three points, at `to`; no less than the last."""
+    """Extrapolate with the parabola through three points; at least the last value."""
     total = 0.0
     for number, value in enumerate(values):
         share = 1.0

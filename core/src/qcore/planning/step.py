@@ -1,4 +1,4 @@
-"""Peak memory and time of one step under given policies, from measured segments.
+"""Predicts peak memory and time of a training step from measured segments; runs no step itself.
 
 This file decides how segments (`qcore.planning.measure`, `qcore.planning.tower`) make a step: what
 layers save accumulates until the loss is computed and is freed layer by layer in backward; the
@@ -7,8 +7,8 @@ leaves only its outputs; if these are cached between steps (`qcore.training.coll
 carries them in place of media, and the worst case is that all are computed at once, before the pack
 exists. `qcore.planning.planner` chooses the policies.
 
-The prediction is of ``torch.cuda.max_memory_allocated``. Time is a model (`qcore.planning.gpus`)
-with an error of about 15 %.
+The peak predicts ``torch.cuda.max_memory_allocated``. Time is a model (`qcore.planning.gpus`) with
+an error of about 15 %.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..plugins.resolve_model import Identified
 from .gpus import CARDS, LAUNCH, Card, seconds
 from .host_memory import pinned
 from .measure import Measure
-from .meta_model import Taken, meta_model, take
+from .meta_model import PlannedBackends, choose_backends, meta_model
 from .report import Lengths, Pack, Plan, units_of
 from .segments import SAMPLES, Segment
 from .trace import rounded
@@ -38,18 +38,25 @@ if TYPE_CHECKING:
     from ..nn.model import Model
     from .trace import Trace
 
-#: What torch's cuBLAS keeps for the forward's thread and the backward's, 32 MiB each on a card
-#: of Hopper's kind, and what cuDNN's attention asks for beside.
+#: cuBLAS workspaces of the forward and the backward thread, 32 MiB each on Hopper, and the
+#: workspace of cuDNN's attention.
 LIBRARIES = 2 * 32 * 2**20 + 2**20
-#: Bytes a trained number is moved through memory by one update: four read and three written in
-#: float32, the norm's reading, and the copies in the run's dtype.
+#: Bytes of memory traffic per trained parameter in one update: four reads and three writes in
+#: float32, one read for the norm, and the copies in the compute dtype.
 UPDATE = 36
-TOWER = "tower"  #: the term of its weights
+TOWER = "tower"  #: memory term of a tower's weights
 
 
 @dataclass(frozen=True, slots=True)
 class _Moment:
-    """Bytes at one moment of a step, over what is always there."""
+    """Bytes at one moment of a step, without the static terms.
+
+    Attributes:
+        name: the moment, for users.
+        kept: bytes that earlier segments have saved for backward.
+        workspace: peak bytes of the running segment.
+        ops: `workspace` by op.
+    """
 
     name: str
     kept: int
@@ -58,20 +65,21 @@ class _Moment:
 
 
 class Steps:
-    """One model and its settings: steps of any micro-batch on cards of one kind.
+    """Predicts steps of any micro-batch, for one model, its settings and one GPU.
 
     Args:
-        found: the model, identified; its headers are enough.
-        settings: the run's.
-        card: where it will run; ``None``: on the CPU, which has no budget.
-        backends: what the run has chosen; by default what it would if all backends pass.
-        budget: bytes of the card that may be filled; by default all that a plan may.
-        host: bytes of the host that inputs may be parked in; ``None``: not known.
+        identified: the model; its headers are enough.
+        settings: settings of the run.
+        card: the GPU; ``None`` for the CPU, which has no budget.
+        backends: the backends that the run has chosen; by default those that it would choose if
+            all backends pass verification.
+        budget: memory budget in bytes; by default all that a plan may use.
+        host: bytes of host memory for offloaded layer inputs; ``None`` if unknown.
     """
 
     def __init__(
         self,
-        found: Identified,
+        identified: Identified,
         settings: Settings,
         card: Card | None,
         *,
@@ -85,46 +93,46 @@ class Steps:
         self.device = "cpu" if card is None else "cuda"
         whole = 1 << 62 if card is None else card.budget
         self.budget = whole if budget is None else budget
-        config = found.checkpoint.config
-        kernels = installed(found.plugins)
-        architecture = found.decision.architecture
-        used = ops_of(architecture, config, found.layout, found.modality).ops
+        config = identified.checkpoint.config
+        kernels = installed(identified.plugins)
+        architecture = identified.decision.architecture
+        used = ops_of(architecture, config, identified.layout, identified.modality).ops
         asked = requested(kernels, settings.kernels, used)
         wanted = asked if backends is None else backends.backends
-        self.taken = take(kernels, self.device, wanted, config)
+        self.taken = choose_backends(kernels, self.device, wanted, config)
         self.backends = {op: name for op, name in self.taken.backends.items() if op in used}
         self.lora = targets(
-            found.layout,
+            identified.layout,
             settings.target_groups,
             Lora(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout),
             group_r={name: int(r) for name, r in settings.group_r.items()},
             group_lora_alpha={name: float(x) for name, x in settings.group_lora_alpha.items()},
         )
-        make = partial(_make, found, settings, self.lora, self.taken, self.device)
+        make = partial(_make, identified, settings, self.lora, self.taken, self.device)
         self.measure = Measure(make, self.device)
-        self._parks: dict[int, Segment] = {}
-        self._took: dict[tuple[int, str], tuple[float, float, int]] = {}
-        self.static = self._static(found)
+        self._offloaded: dict[int, Segment] = {}
+        self._time_by_segment: dict[tuple[int, str], tuple[float, float, int]] = {}
+        self.static = self._static(identified)
 
-    def _static(self, found: Identified) -> dict[str, int]:
-        """What is there all the time, by term; what of it is trained is a tower's, too."""
+    def _static(self, identified: Identified) -> dict[str, int]:
+        """Return the bytes that are always allocated, by term; LoRA terms include a tower's."""
         model = self.measure.model
-        entries = {entry.name: entry for entry in found.layout.table}
+        entries = {entry.name: entry for entry in identified.layout.table}
         names = ["weights nf4", "weights 16 bit", "weights fp32", "embeddings", "adapters"]
         names += [TOWER] if self.measure.tower is not None else []
         terms = dict.fromkeys(names, 0)
-        towers = found.modality.name if found.modality is not None else None
-        for name, holder in model.lora_layers.items():
-            if holder.four_bit:
+        tower_part = identified.modality.name if identified.modality is not None else None
+        for name, layer in model.lora_layers.items():
+            if layer.four_bit:
                 part = entries[name].part.name
-                terms[TOWER if part == towers else "weights nf4"] += holder.stored_bytes
+                terms[TOWER if part == tower_part else "weights nf4"] += layer.stored_bytes
         trained = 0
         for name, parameter in model.named_parameters():
             size = rounded(parameter.numel() * parameter.element_size())
             if parameter.requires_grad:
                 terms["adapters"] += size
                 trained += parameter.numel()
-            elif name in entries and entries[name].part.name == towers:
+            elif name in entries and entries[name].part.name == tower_part:
                 terms[TOWER] += size
             elif name in entries and entries[name].row.group in ("embed", "head"):
                 terms["embeddings"] += size
@@ -132,8 +140,8 @@ class Steps:
                 wide = parameter.element_size() == 4
                 terms["weights fp32" if wide else "weights 16 bit"] += size
         gradients = terms["adapters"]
-        # What rounding and the scales' scales leave over is the codes'.
-        terms["weights nf4"] += self.measure.held - sum(terms.values()) - 3 * gradients
+        # Rounding and the scales of scales belong to the 4-bit weights.
+        terms["weights nf4"] += self.measure.state_bytes - sum(terms.values()) - 3 * gradients
         self.trained = trained
         return terms | {
             "adapters in the run's dtype": self.measure.working,
@@ -143,7 +151,7 @@ class Steps:
         }
 
     def on(self, card: Card, budget: int | None = None) -> Self:
-        """The same on another card: what was measured is shared."""
+        """Return the same for another GPU and budget (bytes); the measurements are shared."""
         other = copy(self)
         other.card, other.budget = card, card.budget if budget is None else budget
         return other
@@ -156,12 +164,15 @@ class Steps:
     def plan(
         self, lengths: Lengths, policies: Sequence[str], micro_steps: float | None = None
     ) -> Plan:
-        """The step of one pack, each layer under its own policy.
+        """Predict the step of one pack.
 
         Args:
-            lengths: tokens of each row; a `Pack` where they have media.
-            policies: of each layer.
-            micro_steps: of an optimizer step, by default as the settings have them.
+            lengths: tokens of each row; a `Pack` if the rows have media.
+            policies: policy of each layer.
+            micro_steps: micro-steps per optimizer step; by default as in the settings.
+
+        Returns:
+            The plan of a micro-step.
         """
         static = self.static | {"batch": self._batch(lengths)}
         top = max(self._moments(lengths, policies), key=lambda m: m.kept + m.workspace)
@@ -186,11 +197,14 @@ class Steps:
         )
 
     def evaluation(self, length: int, units: int = 0) -> dict[str, int]:
-        """Bytes by term, at the peak of a held-out row's loss: alone in its pack, no gradients.
+        """Predict the peak of the evaluation of one held-out row, which has no gradients.
 
         Args:
-            length: its tokens.
-            units: of its media.
+            length: tokens of the row.
+            units: units of its media.
+
+        Returns:
+            Bytes by term.
         """
         lengths = Pack((length,), units)
         most = self.measure.evaluation((length,), self.settings.loss_chunk_size)
@@ -200,59 +214,59 @@ class Steps:
         return self.static | {"batch": self._batch(lengths), "workspace": most}
 
     def worst(self, packs: Sequence[Lengths], policies: Sequence[str]) -> Plan:
-        """The plan of that one of `packs` that takes most."""
-        plan = self.plan(max(packs, key=lambda one: self.peak(one, policies)), policies)
-        return replace(plan, host=max(self._host(one, policies) for one in packs))
+        """Plan the pack that takes the most memory, with the maximum `Plan.host` of all packs."""
+        plan = self.plan(max(packs, key=lambda pack: self.peak(pack, policies)), policies)
+        return replace(plan, host=max(self._host(pack, policies) for pack in packs))
 
     def peak(self, lengths: Lengths, policies: Sequence[str]) -> int:
-        """Bytes at the worst moment, as `plan` has them."""
+        """Return the peak in bytes, without the rest of the plan."""
         most = max(m.kept + m.workspace for m in self._moments(lengths, policies))
         return sum(self.static.values()) + self._batch(lengths) + most
 
     @property
-    def _carries(self) -> bool:
-        """Whether packs carry what a tower made, in place of media."""
+    def _caches_features(self) -> bool:
+        """Whether packs carry cached outputs of a frozen tower in place of media."""
         tower = self.measure.tower
         return (
             tower is not None and not tower.trained and in_bytes(self.settings.media_cache_gb) > 0
         )
 
     def _batch(self, lengths: Lengths) -> int:
-        """Bytes of a pack and its media, and of what is derived from them."""
+        """Return the bytes of a pack and its media, and of what is derived from them."""
         plain, units = tuple(lengths), units_of(lengths)
         if not units:
             return self.measure.batch(plain)
-        tower = self.measure.towered()
-        media = tower.carried(units) if self._carries else tower.batch(units)
+        tower = self.measure.require_tower()
+        media = tower.cached_bytes(units) if self._caches_features else tower.media_bytes(units)
         return self.measure.batch(plain, media=True) + media
 
     def _segments(self, lengths: Lengths, policies: Sequence[str]) -> list[Segment]:
-        found, plain = [], tuple(lengths)
+        segments, plain = [], tuple(lengths)
         for kind, policy in zip(self.measure.kinds, policies, strict=True):
-            parks = policy == "offload" and self.device == "cuda"
-            segment = self.measure.layer(kind, _alike(policy), plain)
-            found.append(self._parked(segment, lengths) if parks else segment)
-        return found
+            offloads = policy == "offload" and self.device == "cuda"
+            segment = self.measure.layer(kind, _measured_policy(policy), plain)
+            segments.append(self._offload(segment, lengths) if offloads else segment)
+        return segments
 
-    def _parked(self, segment: Segment, lengths: Lengths) -> Segment:
-        """As under ``full``, its input on the host; the next one is on its way meanwhile."""
-        if id(segment) not in self._parks:
+    def _offload(self, segment: Segment, lengths: Lengths) -> Segment:
+        """Move the input of a ``full`` segment to the host; one more input is in flight."""
+        if id(segment) not in self._offloaded:
             x = self._input(lengths)
-            self._parks[id(segment)] = replace(
+            self._offloaded[id(segment)] = replace(
                 segment,
                 kept=segment.kept - x,
                 forward=segment.forward + x,
                 backward=segment.backward + 2 * x,
             )
-        return self._parks[id(segment)]
+        return self._offloaded[id(segment)]
 
     def _input(self, lengths: Lengths) -> int:
-        """Bytes of what a layer reads."""
+        """Return the bytes of the input of a layer."""
         width = self.measure.width * self.measure.model.dtype.itemsize
         return rounded(sum(lengths) * width)
 
     def _host(self, lengths: Lengths, policies: Sequence[str]) -> int:
-        """Bytes of the host that parked inputs take."""
+        """Return the bytes of pinned host memory for offloaded inputs."""
         if self.device != "cuda":
             return 0
         return pinned(self._input(lengths), policies.count("offload"))
@@ -263,43 +277,38 @@ class Steps:
         before, kept = self._before(lengths, policies, graph=True)
         yield from before
         for number, segment in enumerate(segments):
-            yield _Moment(f"forward of layer {number}", kept, segment.forward, segment.forward_by)
-            yield _Moment(
-                f"backward of layer {number}", kept, segment.backward, segment.backward_by
-            )
+            yield from _passes(f"layer {number}", kept, kept, segment)
             kept += segment.kept
-        yield _Moment("loss", kept, end.forward, end.forward_by)
-        yield _Moment("backward of the loss", kept, end.backward, end.backward_by)
+        yield _Moment("loss", kept, end.forward, end.forward_by_op)
+        yield _Moment("backward of the loss", kept, end.backward, end.backward_by_op)
 
     def _before(
         self, lengths: Lengths, policies: Sequence[str], *, graph: bool
     ) -> tuple[list[_Moment], int]:
-        """The moments of what the first layer reads, and the bytes that are then there."""
+        """Return the moments before the first layer, and the bytes that they leave behind."""
         first, units = self.measure.embedding(tuple(lengths)), units_of(lengths)
         moments = [_Moment("embedding", 0, first.forward, {})]
         if not units:
             return moments, first.kept
-        tower, graph = self.measure.towered(), graph and self.measure.towered().trained
-        # A tower that is carried runs before the tokens are embedded, and its media go.
-        below, kept = (tower.batch(units), 0) if self._carries else (first.kept, 0)
-        for number, segment in enumerate(tower.segments(units, _towers(policies), graph=graph)):
+        tower, graph = self.measure.require_tower(), graph and self.measure.require_tower().trained
+        # A tower with cached outputs runs before the tokens are embedded, and its media are freed.
+        below, kept = (tower.media_bytes(units), 0) if self._caches_features else (first.kept, 0)
+        segments = tower.segments(units, _tower_policy(policies), graph=graph)
+        for number, segment in enumerate(segments):
             name = f"layer {number - 1} of the tower" if number else "what the tower reads"
-            moments.append(
-                _Moment(f"forward of {name}", below + kept, segment.forward, segment.forward_by)
-            )
-            # The embeddings of tokens are gone when the backward comes so far.
-            moments.append(
-                _Moment(f"backward of {name}", kept, segment.backward, segment.backward_by)
-            )
+            # The token embeddings are freed before the backward reaches the tower.
+            moments += _passes(name, below + kept, kept, segment)
             kept += segment.kept
         placing = self.measure.placing(tuple(lengths), units, graph=graph)
-        kept = 0 if self._carries else kept  # a part of the batch
-        moments.append(_Moment("media among the tokens", kept, placing.forward, placing.forward_by))
-        kept += placing.kept + (tower.features(units) if self._carries else 0)
+        kept = 0 if self._caches_features else kept  # counted in the batch
+        moments.append(
+            _Moment("media among the tokens", kept, placing.forward, placing.forward_by_op)
+        )
+        kept += placing.kept + (tower.output_bytes(units) if self._caches_features else 0)
         return moments, kept
 
     def _time(self, lengths: Lengths, policies: Sequence[str]) -> tuple[float, float, int]:
-        """Seconds of the card and of the host, and launches."""
+        """Return the seconds of the GPU and of the host, and the launches of a micro-step."""
         plain, units = tuple(lengths), units_of(lengths)
         counted = [
             *self._segments(lengths, policies),
@@ -307,72 +316,85 @@ class Steps:
             self.measure.end(plain, self.settings.loss_chunk_size),
         ]
         if units:
-            tower = self.measure.towered()
-            counted += tower.segments(units, _towers(policies), graph=tower.trained)
+            tower = self.measure.require_tower()
+            counted += tower.segments(units, _tower_policy(policies), graph=tower.trained)
         card = host = 0.0
         launches = 0
         for segment in counted:
-            took = self._seconds(segment)
-            card, host, launches = card + took[0], host + took[1], launches + took[2]
-        if self.device == "cuda":  # there and back, beside the layers
-            away = 2 * self._input(lengths) * policies.count("offload")
-            card = max(card, away / self.card.host_link)
+            times = self._seconds(segment)
+            card, host, launches = card + times[0], host + times[1], launches + times[2]
+        if self.device == "cuda":  # to the host and back, overlapping with the layers
+            transferred = 2 * self._input(lengths) * policies.count("offload")
+            card = max(card, transferred / self.card.host_link)
         return card, host, launches
 
     def _seconds(self, segment: Segment) -> tuple[float, float, int]:
         key = (id(segment), self.card.name)
-        if key not in self._took:
-            work = (*segment.forth, *segment.back)
-            self._took[key] = (*seconds(work, self.card), len(work))
-        return self._took[key]
+        if key not in self._time_by_segment:
+            work = (*segment.forward_work, *segment.backward_work)
+            self._time_by_segment[key] = (*seconds(work, self.card), len(work))
+        return self._time_by_segment[key]
 
     def _update(self, micro_steps: float | None) -> float:
-        """A micro-step's share of the optimizer's update."""
+        """Return a micro-step's share of the time of the optimizer update, in seconds."""
         whole = self.trained * UPDATE / self.card.bandwidth + 20 * LAUNCH
         return whole / (micro_steps or self.settings.gradient_accumulation_steps)
 
     def _notes(self, lengths: Lengths, policies: Sequence[str]) -> tuple[str, ...]:
-        told = []
-        if (parked := self._host(lengths, policies)) >= 5e7:
-            told.append(f"offload pins {parked / 1e9:.1f} GB of the host's memory")
+        notes = []
+        if (pinned_bytes := self._host(lengths, policies)) >= 5e7:
+            notes.append(f"offload pins {pinned_bytes / 1e9:.1f} GB of host memory")
         if self.taken.absent:
-            told.append(
-                "not installed here, so references are counted, which take more memory and time: "
-                + ", ".join(self.taken.absent)
+            notes.append(
+                "not installed here, so the plan assumes references, which take more memory and "
+                "time: " + ", ".join(self.taken.absent)
             )
         layers = dict.fromkeys(zip(self.measure.kinds, policies, strict=True))
         plain = tuple(lengths)
-        if any(self.measure.stretches(kind, _alike(policy), plain) for kind, policy in layers):
-            told.append(
-                f"told from rows of {SAMPLES[-1]} tokens and fewer, because a reference walks "
-                "the tokens one chunk at a time: memory is rather overstated"
+        if any(
+            self.measure.extrapolates(kind, _measured_policy(policy), plain)
+            for kind, policy in layers
+        ):
+            notes.append(
+                f"extrapolated from rows of at most {SAMPLES[-1]} tokens, because a reference "
+                "loops over the tokens one chunk at a time: memory is rather overestimated"
             )
         if self.device == "cpu":
-            told.append("on the CPU only torch's tensors are counted, and time is not predicted")
+            notes.append(
+                "on the CPU the plan covers only torch's tensors, and time is not predicted"
+            )
         elif not self.card.known:
-            told.append(f"the rates of {self.card.name} are not known, so no time is predicted")
-        return tuple(told)
+            notes.append(f"the rates of {self.card.name} are not known, so no time is predicted")
+        return tuple(notes)
 
 
-def _alike(policy: str) -> str:
-    """The policy that a layer is measured under: meta has no host to park on."""
+def _passes(name: str, forward: int, backward: int, segment: Segment) -> tuple[_Moment, _Moment]:
+    """Return forward and backward of a segment, with the bytes saved before each of them."""
+    return (
+        _Moment(f"forward of {name}", forward, segment.forward, segment.forward_by_op),
+        _Moment(f"backward of {name}", backward, segment.backward, segment.backward_by_op),
+    )
+
+
+def _measured_policy(policy: str) -> str:
+    """Return the policy that a layer is measured under; the meta device has no host memory."""
     return "full" if policy == "offload" else policy
 
 
-def _towers(policies: Sequence[str]) -> str:
-    """The policy of every layer of a tower, as `Model.hidden` has it."""
+def _tower_policy(policies: Sequence[str]) -> str:
+    """Return the policy of every layer of a tower, the same as in `Model.hidden`."""
     return "none" if set(policies) <= {"none"} else "full"
 
 
 def _make(
-    found: Identified,
+    identified: Identified,
     settings: Settings,
     lora: Mapping[str, Lora],
-    taken: Taken,
+    taken: PlannedBackends,
     device: str,
     trace: Trace,
 ) -> tuple[Model, object]:
     return meta_model(
-        found, DTYPES[settings.dtype], lora, taken.through(trace.named),
+        identified, DTYPES[settings.dtype], lora, taken.wrapped(trace.named),
         quantize=settings.quantization == "nf4", device=device,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Memory and work of a vision tower, measured by running it once on the meta device.
+"""Measures a vision tower's memory, FLOPs and bytes moved by running it once on the meta device.
 
 This file decides the segments of a tower: its input, one layer of each kind, and its output. The
 tower makes sample media (`Tower.sample`) and is run by the training code, so authors of towers
@@ -31,31 +31,31 @@ _WARM = 64
 
 @dataclass(frozen=True, slots=True)
 class _MediaSample:
-    """Media after a layer of each kind has seen them.
+    """Sample media on which a layer of each kind has run.
 
     Attributes:
-        media: all that is derived of them is there.
-        nbytes: theirs, with what is derived.
-        read: ``[U, D]``, of no storage that counts: what layers read.
-        made: ``[n, H]``, the same of what the last one gives.
+        media: the media, with all that layers derive from them.
+        nbytes: bytes of the media, with all that layers derive from them.
+        input: shape ``[U, D]`` and dtype of the input of a layer.
+        output: shape ``[n, H]`` and dtype of the output of the last layer.
     """
 
     media: Media
     nbytes: int
-    read: tuple[tuple[int, ...], torch.dtype]
-    made: tuple[tuple[int, ...], torch.dtype]
+    input: tuple[tuple[int, ...], torch.dtype]
+    output: tuple[tuple[int, ...], torch.dtype]
 
 
 class TowerMeasure:
-    """A model's tower on the meta device and what was seen of it.
+    """The tower of a model on the meta device and the measurements of its segments.
 
     Args:
-        model: on meta, with a tower.
-        bench: where segments are run.
+        model: a model with a tower, on the meta device.
+        bench: runs the segments.
 
     Attributes:
-        trained: whether it has a backward.
-        working: bytes that it makes of its weights at first use, and keeps.
+        trained: whether the tower has a backward.
+        working: bytes that the tower derives from its weights at first use and keeps.
     """
 
     def __init__(self, model: Model, bench: Bench) -> None:
@@ -64,8 +64,8 @@ class TowerMeasure:
         self._model, self._bench = model, bench
         self._tower: Tower = tower
         self._kinds = [signature(cast(nn.Module, layer)) for layer in tower.layers]
-        self._one = {kind: tower.layers[self._kinds.index(kind)] for kind in self._kinds}
-        self._found: dict[int, _MediaSample] = {}
+        self._layer_by_kind = {kind: tower.layers[self._kinds.index(kind)] for kind in self._kinds}
+        self._samples: dict[int, _MediaSample] = {}
         self._segments: dict[tuple[int, str, str, bool], Segment] = {}
         self.trained = model.trains_tower
         first, second = self._warm(), self._warm()
@@ -73,95 +73,100 @@ class TowerMeasure:
         self.working = each[""] + sum(each[kind] for kind in self._kinds)
 
     def _warm(self) -> dict[str, int]:
-        """Bytes that are there after a layer of each kind has seen new media; "": its reading."""
+        """Return the bytes that a layer of each kind, and the embedding (""), leaves behind."""
         with self._bench.running() as trace, torch.no_grad():
             media, before = self._tower.sample(_WARM, META), trace.live
             x = self._tower.embed(media)
-            left = {"": trace.live - before - _bytes(x)}
-            for kind, layer in self._one.items():
+            derived = {"": trace.live - before - _bytes(x)}
+            for kind, layer in self._layer_by_kind.items():
                 before = trace.live
                 with self._model.guard(layer):
                     layer(x, media)
-                left[kind] = trace.live - before
-        return left
+                derived[kind] = trace.live - before
+        return derived
 
-    def _seen(self, units: int) -> _MediaSample:
-        if units not in self._found:
+    def _sample(self, units: int) -> _MediaSample:
+        if units not in self._samples:
             with self._bench.running() as trace, torch.no_grad():
                 before = trace.live
                 media = self._tower.sample(units, META)
                 x = self._tower.embed(media)
-                read = tuple(x.shape), x.dtype
+                input_meta = tuple(x.shape), x.dtype
                 for kind in (*dict.fromkeys(self._kinds), self._kinds[-1]):
-                    with self._model.guard(self._one[kind]):
-                        y = self._one[kind](x, media)
-                made = tuple(y.shape), y.dtype
+                    with self._model.guard(self._layer_by_kind[kind]):
+                        y = self._layer_by_kind[kind](x, media)
+                output_meta = tuple(y.shape), y.dtype
                 del x, y
-                self._found[units] = _MediaSample(media, trace.live - before, read, made)
-        return self._found[units]
+                self._samples[units] = _MediaSample(
+                    media, trace.live - before, input_meta, output_meta
+                )
+        return self._samples[units]
 
     def media(self, units: int) -> Media:
-        """Made-up media of about so many units."""
-        return self._seen(units).media
+        """Return sample media of about `units` units."""
+        return self._sample(units).media
 
-    def batch(self, units: int) -> int:
-        """Bytes of media and of what all layers derive from them."""
-        return self._seen(units).nbytes
+    def media_bytes(self, units: int) -> int:
+        """Return the bytes of media and of what all layers derive from them."""
+        return self._sample(units).nbytes
 
     def tokens(self, units: int) -> int:
-        """Embeddings that media of so many units become."""
-        return len(self._seen(units).media.where)
+        """Return the number of embeddings that `units` units of media become."""
+        return len(self._sample(units).media.where)
 
-    def carried(self, units: int) -> int:
-        """Bytes of what a pack carries where the tower's outputs are known: them, and where."""
-        return self.features(units) + rounded(8 * self.tokens(units))
+    def cached_bytes(self, units: int) -> int:
+        """Return the bytes of cached outputs in a pack, with their positions."""
+        return self.output_bytes(units) + rounded(8 * self.tokens(units))
 
-    def made(self, units: int) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape ``[n, H]`` and dtype of what the tower gives."""
-        return self._seen(units).made
+    def output(self, units: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return shape ``[n, H]`` and dtype of the tower's output."""
+        return self._sample(units).output
 
-    def features(self, units: int) -> int:
-        """Bytes of what the tower gives."""
-        shape, dtype = self._seen(units).made
+    def output_bytes(self, units: int) -> int:
+        """Return the bytes of the tower's output."""
+        shape, dtype = self._sample(units).output
         return rounded(shape[0] * shape[1] * dtype.itemsize)
 
     def segments(self, units: int, policy: str, *, graph: bool) -> list[Segment]:
-        """What it reads, then each layer.
+        """Measure the embedding of media, then each layer.
 
         Args:
-            units: of all media.
-            policy: what backward computes again, of every layer.
-            graph: whether there will be a backward; without one nothing is kept.
+            units: units of all media.
+            policy: activation checkpointing policy of every layer.
+            graph: whether there is a backward; without one nothing is saved.
+
+        Returns:
+            The segment of the embedding, then one for each layer.
         """
-        found = [self._segment(units, "", policy, graph=graph, below=False)]
+        segments = [self._segment(units, "", policy, graph=graph, below=False)]
         for kind in self._kinds:
-            below = bool(found[-1].back)
-            found.append(self._segment(units, kind, policy, graph=graph, below=below))
-        return found
+            below = bool(segments[-1].backward_work)
+            segments.append(self._segment(units, kind, policy, graph=graph, below=below))
+        return segments
 
     def _segment(self, units: int, kind: str, policy: str, *, graph: bool, below: bool) -> Segment:
-        """One of them; `below`: whether what it reads has a gradient."""
+        """Measure one segment; `below` says whether its input requires a gradient."""
         key = (units, kind, policy if graph else "", below)
         if key not in self._segments:
-            seen, model = self._seen(units), self._model
-            media = seen.media.alone()
+            sample, model = self._sample(units), self._model
+            media = sample.media.alone()
 
-            def reads(_: list[Tensor]) -> Tensor:
+            def embed(_: list[Tensor]) -> Tensor:
                 return self._tower.embed(media)
 
             def layer(x: list[Tensor]) -> Tensor:
-                one = self._one[kind]
+                module = self._layer_by_kind[kind]
                 return run_layers(
-                    [one], x.pop(), media, [policy],
-                    dropout=model.dropout, guards=model.guards([one]),
+                    [module], x.pop(), media, [policy],
+                    dropout=model.dropout, guards=model.guards([module]),
                 )  # fmt: skip
 
-            shape, dtype = seen.read
+            shape, dtype = sample.input
             with torch.set_grad_enabled(graph):
                 self._segments[key] = (
                     self._bench.both(layer, shape, dtype, graph=below)
                     if kind
-                    else self._bench.both(reads, (0,), dtype, graph=False)
+                    else self._bench.both(embed, (0,), dtype, graph=False)
                 )
         return self._segments[key]
 

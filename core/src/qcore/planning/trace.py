@@ -1,4 +1,4 @@
-"""A dispatch mode that records live bytes, peak memory and work of a segment.
+"""Dispatch mode that counts live bytes, peak memory, FLOPs and bytes moved by every torch op.
 
 This file decides how memory is counted (by storage, from its allocation until its last tensor is
 freed, rounded up as the caching allocator does) and what an op costs: FLOPs of matrix products and
@@ -23,12 +23,12 @@ from ..nn.storage import storage_id
 from .segments import Work
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_BLOCK = 512  # the allocator's unit
-#: Ops that make a tensor and write nothing.
+_BLOCK = 512  # allocation granularity of torch's caching allocator, in bytes
+#: Ops that allocate a tensor and write nothing.
 _EMPTY = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
-#: Ops that are given a tensor and read none of it.
+#: Ops that take a tensor but do not read its values.
 _LIKE = {"new_zeros", "new_full", "new_ones", "zeros_like", "ones_like", "full_like"}
-#: Products, and which argument is their left side.
+#: Matrix products, and the index of their left argument.
 _PRODUCTS = {
     "mm": 0,
     "bmm": 0,
@@ -41,21 +41,21 @@ _PRODUCTS = {
 
 
 def rounded(nbytes: int) -> int:
-    """As the allocator rounds."""
+    """Round a size in bytes up as the caching allocator does."""
     return -(-nbytes // _BLOCK) * _BLOCK
 
 
 class Trace(TorchDispatchMode):
-    """Counts what tensors of one device take while it is entered.
+    """Counts the memory and work of tensors of one device while it is active.
 
     Args:
-        device: type of the device whose memory is counted: ``meta``, ``cpu``, ``cuda``.
+        device: type of the device to count: ``meta``, ``cpu`` or ``cuda``.
 
     Attributes:
-        live: bytes of storages made under it that are still there.
-        peak: the most that `live` was since `mark`.
-        by: what of `live` is whose: by op, as `named` names them; else by no name.
-        peak_by: the same of `peak`.
+        live: bytes of live storages that were allocated under the trace.
+        peak: maximum of `live` since `mark`.
+        live_by_op: `live` by op (see `named`); allocations outside an op have the name "".
+        peak_by_op: `live_by_op` at the time of the peak.
         work: the ops since `mark`, in order.
     """
 
@@ -64,8 +64,8 @@ class Trace(TorchDispatchMode):
         self.device = device
         self.live = 0
         self.peak = 0
-        self.by: Counter[str] = Counter()
-        self.peak_by: Counter[str] = Counter()
+        self.live_by_op: Counter[str] = Counter()
+        self.peak_by_op: Counter[str] = Counter()
         self.work: list[Work] = []
         self._known: dict[int, weakref.ref[Any]] = {}
         self._op = ""
@@ -73,11 +73,16 @@ class Trace(TorchDispatchMode):
 
     def mark(self) -> None:
         """Start a new measurement of peak and work."""
-        self.peak, self.peak_by = self.live, self.by.copy()
+        self.peak, self.peak_by_op = self.live, self.live_by_op.copy()
         self.work = []
 
     def named(self, op: str, function: _F) -> _F:
-        """`function`, whose allocations are `op`'s, its backward's too."""
+        """Wrap a function so that its allocations, also in backward, are counted for `op`.
+
+        Args:
+            op: name of the op.
+            function: the implementation of the op.
+        """
 
         def call(*args: Any, **kwargs: Any) -> Any:
             before, self._op = self._op, op
@@ -85,17 +90,23 @@ class Trace(TorchDispatchMode):
                 out = function(*args, **kwargs)
             finally:
                 self._op = before
-            for one in tree_leaves(out):
-                if isinstance(one, Tensor) and one.grad_fn is not None:
-                    self._nodes.setdefault(one.grad_fn.name(), op)
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                    self._nodes.setdefault(tensor.grad_fn.name(), op)
             return out
 
         return cast(_F, call)
 
     def record(self, name: str, args: Iterable[Any], flops: float) -> None:
-        """Take a kernel that the dispatcher does not see."""
-        tensors = {id(one): one for one in args if isinstance(one, Tensor)}.values()
-        wide = any(one.dtype == torch.float32 for one in list(tensors)[:1])
+        """Add the work of a kernel that bypasses the dispatcher.
+
+        Args:
+            name: name of the kernel.
+            args: its arguments; each tensor among them counts as read or written once.
+            flops: floating-point operations of its matrix products.
+        """
+        tensors = {id(tensor): tensor for tensor in args if isinstance(tensor, Tensor)}.values()
+        wide = any(tensor.dtype == torch.float32 for tensor in list(tensors)[:1])
         self.work.append(Work(name, flops, sum(map(_bytes, tensors)), wide))
 
     def __torch_dispatch__(
@@ -103,17 +114,17 @@ class Trace(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        lying = {storage_id(x) for x in given}
-        fresh = False
-        for tensor in made:
-            if storage_id(tensor) not in lying and tensor.device.type == self.device:
-                fresh = True
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        known = {storage_id(x) for x in inputs}
+        allocates = False
+        for tensor in outputs:
+            if storage_id(tensor) not in known and tensor.device.type == self.device:
+                allocates = True
                 self._see(tensor)
         name = func.overloadpacket.__name__
-        if (fresh or func._schema.is_mutable) and name not in _EMPTY:
-            self._count(func, name, args, kwargs, out, given, made)
+        if (allocates or func._schema.is_mutable) and name not in _EMPTY:
+            self._count(func, name, args, kwargs, out, inputs, outputs)
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -122,11 +133,11 @@ class Trace(TorchDispatchMode):
         if key in self._known:
             return
         op = self._owner()
-        self._known[key] = weakref.ref(storage, self._gone(key, size, op))
+        self._known[key] = weakref.ref(storage, self._on_free(key, size, op))
         self.live += size
-        self.by[op] += size
+        self.live_by_op[op] += size
         if self.live > self.peak:
-            self.peak, self.peak_by = self.live, self.by.copy()
+            self.peak, self.peak_by_op = self.live, self.live_by_op.copy()
 
     def _owner(self) -> str:
         if self._op:
@@ -134,13 +145,13 @@ class Trace(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         return "" if node is None else self._nodes.get(node.name(), "")
 
-    def _gone(self, key: int, size: int, op: str) -> Callable[[Any], None]:
-        def gone(_: Any) -> None:
+    def _on_free(self, key: int, size: int, op: str) -> Callable[[Any], None]:
+        def freed(_: Any) -> None:
             self._known.pop(key, None)
             self.live -= size
-            self.by[op] -= size
+            self.live_by_op[op] -= size
 
-        return gone
+        return freed
 
     def _count(
         self,
@@ -149,17 +160,19 @@ class Trace(TorchDispatchMode):
         args: tuple[Any, ...],
         kwargs: Any,
         out: Any,
-        given: list[Tensor],
-        made: list[Tensor],
+        inputs: list[Tensor],
+        outputs: list[Tensor],
     ) -> None:
-        here = [x for x in given + made if x.device.type == self.device]
-        if not here or not made:
+        counted = [x for x in inputs + outputs if x.device.type == self.device]
+        if not counted or not outputs:
             return
         if func.overloadpacket in flop_registry or name in _PRODUCTS or func._schema.is_mutable:
             pass
         elif not any(isinstance(x, Tensor) for x in args) or name in _LIKE:
-            here = [x for x in made if x.device.type == self.device]  # `like` is not read
-        tensors = {id(x): x for x in here}.values()
+            counted = [
+                x for x in outputs if x.device.type == self.device
+            ]  # the argument of a `like` op is not read
+        tensors = {id(x): x for x in counted}.values()
         flops, wide = 0.0, False
         if name in _PRODUCTS:
             left, right = args[_PRODUCTS[name] : _PRODUCTS[name] + 2]

@@ -370,7 +370,7 @@ def _guarded(plugin: Candidate, record: Any) -> Any:
 
     kind: Any = type(record)
     guarded = {
-        name: _Guarded(function, f"{name} of {record.name}", plugin)
+        name: _Guarded(function, f"{name} of {getattr(record, 'name', kind.__name__)}", plugin)
         for name in callable_fields(kind)
         if (function := getattr(record, name)) is not None
     }

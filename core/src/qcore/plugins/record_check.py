@@ -44,6 +44,8 @@ def callable_fields(kind: Any) -> tuple[str, ...]:
 def _is_callable(hint: Any) -> bool:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return any(map(_is_callable, typing.get_args(hint)))
+    if getattr(hint, "_is_protocol", False):
+        return "__call__" in vars(hint)
     return typing.get_origin(hint) is collections.abc.Callable
 
 
@@ -79,7 +81,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, collections.abc.Mapping) and all(
             _fits(key, arguments[0]) and _fits(item, arguments[1]) for key, item in value.items()
         )
-    if origin is collections.abc.Callable:
+    if _is_callable(hint):
         return callable(value)
     if hint is None or hint is types.NoneType:
         return value is None

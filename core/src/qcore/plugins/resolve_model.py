@@ -15,7 +15,7 @@ from ..api.records import AdapterClaim, ChatFormat, Modality
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.hub import resolve_model
 from ..checkpoint.layout import Layout, faults, survey
-from ..checkpoint.quantization_formats import Quantisation, recognise
+from ..checkpoint.quantization_formats import Quantization, detect_quantization
 from ..errors import InputError, PluginError, QcoreError, raise_all
 from ..skus.registry import refuse_hosted
 from .detect import Decision, detect
@@ -41,7 +41,7 @@ class Identified:
     decision: Decision
     layout: Layout
     problems: tuple[QcoreError, ...] = ()
-    quantisation: Quantisation | None = None
+    quantisation: Quantization | None = None
     refused: QcoreError | None = None
 
     @property
@@ -222,10 +222,10 @@ def _explained(checkpoint: Checkpoint, generation: str) -> tuple[Plugins, Decisi
     return plugins, decision, Table(parts)
 
 
-def _quantisation(checkpoint: Checkpoint) -> tuple[Quantisation | None, QcoreError | None]:
+def _quantisation(checkpoint: Checkpoint) -> tuple[Quantization | None, QcoreError | None]:
     """How the weights were quantised, and why they cannot be used, where that is so."""
     try:
-        found = recognise(checkpoint)
+        found = detect_quantization(checkpoint)
     except InputError as error:
         return None, error
     if found is None or found.readable:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.settings import Settings
 from ..errors import UsageError
 from ..io.stop_signals import importing
-from ..planning.gpus import CARDS, capped, named, parse_budget
+from ..planning.gpus import CARDS, cap_budgets, gpu_by_name, parse_budget
 from ..planning.report import Pack, Plan
 from ..plugins.resolve_model import Identified, identify
 from .checks import preflight
@@ -105,8 +105,8 @@ def plan(
         QcoreError: see docs/errors.md.
     """
     settings = settings or Settings()
-    cards = list(dict.fromkeys(map(named, gpus))) or list(CARDS)
-    budgets, capping = capped(cards, parse_budget(budget))
+    cards = list(dict.fromkeys(map(gpu_by_name, gpus))) or list(CARDS)
+    budgets, capping = cap_budgets(cards, parse_budget(budget))
     identified = identify(model, generation=settings.generation, headers_only=True)
     identified = identified.quantizing(settings.quantize_groups)
     identified = _with_media(identified, settings, media)

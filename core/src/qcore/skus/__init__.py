@@ -1,1 +1,1 @@
-"""Records of published models: what is known of them, and how a checkpoint compares."""
+"""SKU records: facts about published models, their sources, comparison with a checkpoint."""

@@ -1,12 +1,12 @@
-"""A checkpoint compared with the record of its SKU: which record fits, and what differs.
+"""Compares a checkpoint with the SKU record (facts about a published model) that fits it.
 
-This file decides what fits: a record of the generation and the architecture that detection
-decided, whose ``shape`` is that of config.json. A name never decides; one that names another
-SKU is a difference like any other. Whatever else differs is told, not judged: a re-save
-without prediction layers, a quantised variant, a patched template and a later revision are all
-sound checkpoints, and what they are is the reader's to conclude.
+This file decides which record matches: one with the detected generation and architecture, and
+with the ``shape`` of config.json. The name of the checkpoint does not matter; a name of another
+SKU is a difference like any other. Differences are reported without a verdict: a re-save without
+prediction layers, a quantized variant, a patched template and a later revision are all valid
+checkpoints.
 
-No weight is read. Codes: none; nothing here is an error.
+No weight is read. A difference is never an error, so this file has no error codes.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
     from .registry import Skus
 
-_NEAR = 2  # sizes that may differ for a record to be named as the nearest
+_NEAR = 2  # at most this many sizes may differ for a record to be reported as the nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """One value of the checkpoint that is not the record's.
+    """One value that differs between a checkpoint and its record.
 
     Attributes:
-        field: what differs.
-        found: in the checkpoint.
-        recorded: in the record.
-        mark: how well the record knows it.
-        source: where the record has it from.
+        field: dotted name of the value.
+        found: the value in the checkpoint.
+        recorded: the value in the record.
+        mark: how well the recorded value is known.
+        source: where the recorded value comes from.
     """
 
     field: str
@@ -49,18 +49,21 @@ class Difference:
     source: str
 
     def line(self) -> str:
-        """For people."""
-        return f"{self.field}: found {said(self.found)}, recorded {said(self.recorded)}"
+        """Return one line for the terminal."""
+        return (
+            f"{self.field}: found {format_value(self.found)}, "
+            f"recorded {format_value(self.recorded)}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A checkpoint beside its record.
+    """The result of `compare`.
 
     Attributes:
-        sku: the record that fits; ``None`` where none does.
-        note: one line where none does, or where several do.
-        differences: values that are not the record's.
+        sku: the record that matches; ``None`` if there is none.
+        note: one line if no record or several records match.
+        differences: values that differ from the record.
     """
 
     sku: Sku | None
@@ -71,27 +74,29 @@ class Comparison:
 def compare(
     checkpoint: Checkpoint, architecture: str, generation: str, layout: Layout, skus: Skus
 ) -> Comparison:
-    """Find the record that fits a checkpoint, and what differs from it.
+    """Select the record that matches a checkpoint and list the differences.
+
+    If several records match, the one with the fewest differences is selected.
 
     Args:
-        checkpoint: config, template and headers are looked at.
-        architecture: name that detection decided.
-        generation: name that detection decided.
-        layout: the table met with the headers.
-        skus: the records that are installed.
+        checkpoint: only its config, template, tokenizer config and headers are read.
+        architecture: name of the detected architecture.
+        generation: name of the detected generation.
+        layout: on-disk layout of the checkpoint.
+        skus: the installed records.
     """
     records = [
         sku
         for sku in skus
         if sku.architecture == architecture and sku.generation == generation and not sku.hosted
     ]
-    wrong = {sku.id: list(_config_differences(checkpoint, sku, "shape")) for sku in records}
-    fitting = [sku for sku in records if not wrong[sku.id]]
-    if not fitting:
-        return Comparison(sku=None, note=_no_record(generation, wrong))
-    found = [(sku, tuple(_differences(checkpoint, layout, sku, skus))) for sku in fitting]
-    sku, differences = min(found, key=lambda pair: len(pair[1]))
-    others = ", ".join(other.id for other in fitting if other is not sku)
+    by_id = {sku.id: list(_config_differences(checkpoint, sku, "shape")) for sku in records}
+    matches = [sku for sku in records if not by_id[sku.id]]
+    if not matches:
+        return Comparison(sku=None, note=_no_record(generation, by_id))
+    compared = [(sku, tuple(_differences(checkpoint, layout, sku, skus))) for sku in matches]
+    sku, differences = min(compared, key=lambda pair: len(pair[1]))
+    others = ", ".join(other.id for other in matches if other is not sku)
     return Comparison(
         sku=sku,
         note=f"{others} has the same sizes; {sku.id} differs least" if others else None,
@@ -100,10 +105,10 @@ def compare(
 
 
 def part_layouts(layout: Layout) -> dict[str, str]:
-    """How the experts of each part lie: ``dense``, ``fused``, ``per expert`` or a mixture.
+    """Return how the experts of each part are stored, by part name.
 
-    A part of which the checkpoint has no tensor is ``absent``. Told from where the tensors were
-    found: a stack that lies in more than one place is stored per expert.
+    The value is ``dense``, ``fused``, ``per expert``, a mixture with counts, or ``absent`` for a
+    part without tensors. A stack that is made of several tensors on disk is stored per expert.
     """
     stacks: dict[str, Counter[str]] = {part.name: Counter() for part in layout.table.parts}
     is_stack: dict[str, bool] = {}
@@ -112,29 +117,28 @@ def part_layouts(layout: Layout) -> dict[str, str]:
         if row.name not in is_stack:
             is_stack[row.name] = _is_stack(located.tensor)
         if is_stack[row.name] and located.places:
-            way = "fused" if len(located.places) == 1 else "per expert"
-            stacks[located.tensor.part.name][way] += 1
-    told = {}
-    for part, ways in stacks.items():
-        mixed = ", ".join(f"{number} {way}" for way, number in sorted(ways.items()))
-        told[part] = "dense" if not ways else next(iter(ways)) if len(ways) == 1 else mixed
-    return told | dict.fromkeys(layout.absent, "absent")
+            storage = "fused" if len(located.places) == 1 else "per expert"
+            stacks[located.tensor.part.name][storage] += 1
+    layouts = {}
+    for part, counts in stacks.items():
+        mixed = ", ".join(f"{count} {storage}" for storage, count in sorted(counts.items()))
+        layouts[part] = "dense" if not counts else next(iter(counts)) if len(counts) == 1 else mixed
+    return layouts | dict.fromkeys(layout.absent, "absent")
 
 
 def _is_stack(tensor: TableTensor) -> bool:
-    """Whether a spelling has pieces of fewer dimensions: one tensor an expert."""
-    return any(len(way[0].shape) < len(tensor.shape) for way in tensor.spellings() if way)
+    """Return whether a spelling has pieces of fewer dimensions: one tensor per expert."""
+    return any(len(pieces[0].shape) < len(tensor.shape) for pieces in tensor.spellings() if pieces)
 
 
-def _no_record(generation: str, wrong: Mapping[str, list[Difference]]) -> str:
-    nearest = min(wrong, key=lambda name: len(wrong[name]), default=None)
+def _no_record(generation: str, by_id: Mapping[str, list[Difference]]) -> str:
+    """Return the note if no record matches; `by_id` has the sizes that differ per record."""
+    nearest = min(by_id, key=lambda name: len(by_id[name]), default=None)
     note = f"none of generation {generation} has these sizes"
-    if nearest is not None and len(wrong[nearest]) <= _NEAR:
-        note += f"; nearest is {nearest}: " + ", ".join(one.line() for one in wrong[nearest])
+    if nearest is not None and len(by_id[nearest]) <= _NEAR:
+        lines = ", ".join(difference.line() for difference in by_id[nearest])
+        note += f"; nearest is {nearest}: {lines}"
     return note
-
-
-# -- what differs
 
 
 def _differences(
@@ -150,15 +154,15 @@ def _differences(
 
 
 def _name(source: str, sku: Sku, skus: Skus) -> Iterator[Difference]:
-    """A name that names another SKU; the longest that it holds counts."""
+    """A source that contains the name of another SKU; the longest name in it counts."""
     name = Path(source.partition("@")[0]).name.lower()
-    named = [
+    mentioned = [
         (len(known), other)
         for other in skus
         for known in other.names()
         if "/" not in known and re.search(rf"(?<![a-z0-9]){re.escape(known)}(?![a-z0-9])", name)
     ]
-    if named and (other := max(named, key=lambda pair: pair[0])[1]) is not sku:
+    if mentioned and (other := max(mentioned, key=lambda pair: pair[0])[1]) is not sku:
         fact = _fact(sku, "values", "link")
         yield Difference(
             field="name", found=f"{source}, which names {other.id}", recorded=sku.id,
@@ -167,29 +171,30 @@ def _name(source: str, sku: Sku, skus: Skus) -> Iterator[Difference]:
 
 
 def _identity(checkpoint: Checkpoint, sku: Sku) -> Iterator[Difference]:
+    """The revision, class and model types that differ from the record."""
     config = checkpoint.config
     classes = config.get("architectures")
-    found = {
+    identity = {
         "class": classes[0] if isinstance(classes, list) and classes else None,
         "model_type": config.get("model_type"),
         "text_model_type": text_sections(config)[0].get("model_type"),
     }
     revisions = sku.facts["values"].get("revisions")
     if revisions is not None and checkpoint.revision is not None:
-        yield from _unless_in("revision", checkpoint.revision, revisions)
-    for key, value in found.items():
+        yield from _unless_listed("revision", checkpoint.revision, revisions)
+    for key, value in identity.items():
         if (fact := sku.facts["values"].get(key)) is not None and value != fact.value:
             yield _difference(key, value, fact)
 
 
 def _config_differences(checkpoint: Checkpoint, sku: Sku, section: str) -> Iterator[Difference]:
-    """Keys of config.json; a section that is not there is one difference, not one a key."""
-    gone: set[str] = set()
+    """Keys of config.json that differ; a missing section is one difference, not one per key."""
+    missing: set[str] = set()
     for key, fact in sku.facts[section].items():
         top, dot, _ = key.partition(".")
         if dot and not isinstance(_lookup(checkpoint, top), Mapping):
-            if top not in gone and fact.value is not None:
-                gone.add(top)
+            if top not in missing and fact.value is not None:
+                missing.add(top)
                 yield Difference(
                     field=top, found=None, recorded="a section", mark=fact.mark,
                     source=fact.source,
@@ -197,7 +202,7 @@ def _config_differences(checkpoint: Checkpoint, sku: Sku, section: str) -> Itera
             continue
         value = _lookup(checkpoint, key)
         if isinstance(fact.value, Mapping):
-            # layer_types may be left to be derived from an interval; the table checks those.
+            # config.json may give an interval instead of layer_types; the table checks those.
             if value is not None and _counts(value) != fact.value:
                 yield _difference(f"config.{key}", _counts(value), fact)
         elif not _same(value, fact.value):
@@ -205,7 +210,7 @@ def _config_differences(checkpoint: Checkpoint, sku: Sku, section: str) -> Itera
 
 
 def _lookup(checkpoint: Checkpoint, key: str) -> Any:
-    """A key of the text section, else of config.json itself; ``a.b`` goes into ``a``."""
+    """Look up a dotted key in the text section, then at the top level of config.json."""
     for section in text_sections(checkpoint.config):
         value: Any = section
         for word in key.split("."):
@@ -227,12 +232,12 @@ def _template(checkpoint: Checkpoint, sku: Sku) -> Iterator[Difference]:
     fact = sku.facts["values"].get("template_sha256")
     if fact is not None:
         template = checkpoint.template
-        found = None if template is None else template.sha256
-        yield from _unless_in("template_sha256", found, fact)
+        sha256 = None if template is None else template.sha256
+        yield from _unless_listed("template_sha256", sha256, fact)
 
 
 def _tokens(checkpoint: Checkpoint, sku: Sku) -> Iterator[Difference]:
-    """Ids as tokenizer_config.json lists them; tokenizer.json is too large to read for this."""
+    """Token ids in tokenizer_config.json that differ; tokenizer.json is too large to read here."""
     listed = checkpoint.tokenizer_config.get("added_tokens_decoder")
     if not isinstance(listed, Mapping):
         return
@@ -247,58 +252,60 @@ def _tokens(checkpoint: Checkpoint, sku: Sku) -> Iterator[Difference]:
 
 
 def _tensors(checkpoint: Checkpoint, layout: Layout, sku: Sku) -> Iterator[Difference]:
+    """Numbers of parameters and tensors and layouts of experts that differ from the record."""
     fact = _fact(sku, "values", "parameters")
     if layout.parameters != fact.value:
         yield _difference("parameters", layout.parameters, fact)
     for key, fact in sku.facts["tensors"].items():
         names: Iterable[str] = checkpoint.headers
-        found = sum(key == "total" or name.startswith(f"{key}.") for name in names)
-        if found != fact.value:
-            yield _difference(f"tensors.{key}", found, fact)
-    ways = part_layouts(layout)
+        count = sum(key == "total" or name.startswith(f"{key}.") for name in names)
+        if count != fact.value:
+            yield _difference(f"tensors.{key}", count, fact)
+    layouts = part_layouts(layout)
     for part, fact in sku.facts["layout"].items():
-        way = ways.get(part, "absent")
-        if way != fact.value:
-            yield _difference(f"layout.{part}", way, fact)
+        storage = layouts.get(part, "absent")
+        if storage != fact.value:
+            yield _difference(f"layout.{part}", storage, fact)
 
 
-def _unless_in(field: str, value: str | None, fact: Fact) -> Iterator[Difference]:
-    """A difference unless the record lists the value."""
+def _unless_listed(field: str, value: str | None, fact: Fact) -> Iterator[Difference]:
+    """Yield a difference unless the record lists the value."""
     if not isinstance(fact.value, tuple) or value not in fact.value:
         yield _difference(field, value, fact)
 
 
-def _difference(field: str, found: Any, fact: Fact) -> Difference:
+def _difference(field: str, value: Any, fact: Fact) -> Difference:
     return Difference(
-        field=field, found=found, recorded=fact.value, mark=fact.mark, source=fact.source
+        field=field, found=value, recorded=fact.value, mark=fact.mark, source=fact.source
     )
 
 
 def _fact(sku: Sku, section: str, key: str) -> Fact:
-    return sku.facts[section][key]  # the contract requires those that are asked for here
+    return sku.facts[section][key]  # callers only pass keys that the file contract requires
 
 
-def _same(found: Any, recorded: Plain) -> bool:
-    """Equal as JSON has it: a list is a tuple, 1 is not true, 1 is 1.0."""
-    if isinstance(found, list):
-        found = tuple(found)
-    return bool(found == recorded) and isinstance(found, bool) == isinstance(recorded, bool)
+def _same(value: Any, recorded: Plain) -> bool:
+    """Compare as JSON values: a list equals a tuple, 1 equals 1.0 but not true."""
+    if isinstance(value, list):
+        value = tuple(value)
+    return bool(value == recorded) and isinstance(value, bool) == isinstance(recorded, bool)
 
 
 def _counts(value: Any) -> Any:
+    """Count the words of a list such as ``layer_types``."""
     words = value if isinstance(value, list) else [value]
     return dict(Counter(map(str, words)))
 
 
 def _brief(value: Any) -> Any:
-    """A section told by its kind: all of a quantization_config would fill a screen."""
+    """Shorten a section to its ``quant_method``: a quantization_config would fill a screen."""
     if isinstance(value, Mapping):
         return value.get("quant_method") or "a section"
     return value
 
 
-def said(value: Any) -> str:
-    """A value as people read it."""
+def format_value(value: Any) -> str:
+    """Format a value of a record or a checkpoint for the terminal."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -306,7 +313,7 @@ def said(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}" if value >= 10**7 else str(value)
     if isinstance(value, tuple | list):
-        return ", ".join(map(said, value))
+        return ", ".join(map(format_value, value))
     if isinstance(value, Mapping):
         return ", ".join(f"{number} {word}" for word, number in value.items())
     return str(value)

@@ -1,12 +1,12 @@
-"""The contract of ``skus/*.yaml``: one file of SKU records, read and checked.
+"""Reads SKU files (``skus/*.yaml``, facts about published models) and checks their format.
 
-This file decides how a record is written down. Facts stand in groups of one mark and one
-source, so that a person sees what is known how well; groups that several SKUs share stand
-once, under ``shared``, and sources once, under ``sources``. A value without a mark or a source
-is a breach, and so is one that is given twice.
+This file decides how a record is written. Facts are grouped by mark and source, so that a reader
+sees how well each value is known. Groups that several SKUs share are written once, under
+``shared``, and sources once, under ``sources``. A value without a mark or a source is an error,
+and so is a value that occurs twice.
 
-It leaves finding files and choosing a record to `qcore.skus.registry`, the reading of shapes to
-`qcore.config.expect`, and the comparison with a checkpoint to `qcore.skus.compare`.
+`qcore.skus.registry` finds the files and selects a record, `qcore.config.expect` reads values, and
+`qcore.skus.compare` compares a record with a checkpoint.
 
 Code: ``QC-SKU-004`` a file that breaks the contract.
 """
@@ -36,11 +36,8 @@ _REQUIRED_HOSTED = ("release_date", "context_native", "modalities")
 _LAYOUTS = ("dense", "fused", "per expert")
 
 
-# -- values
-
-
 def _json(value: Expect) -> Plain:
-    """A value of a JSON file, as JSON would read it; a mapping counts the words of a list."""
+    """Read a value of a JSON file by JSON's rules; a mapping counts the words of a list."""
     node = value.node
     if isinstance(node, SequenceNode):
         return tuple(_json(item) for item in value.items())
@@ -64,7 +61,7 @@ def _layout(value: Expect) -> Plain:
 
 _Read = Callable[[Expect], Plain]
 
-#: What ``values`` may hold.
+#: Keys of the section ``values`` and how each is read.
 VALUES: Mapping[str, _Read] = {
     "link": Expect.text,
     "revisions": Expect.texts,
@@ -92,17 +89,14 @@ _READERS: Mapping[str, _Read | Mapping[str, _Read]] = {
 }
 
 
-# -- one file
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Context:
-    """What all records of a file share.
+    """Data that all records of a file share.
 
     Attributes:
-        generation: of every record.
-        sources: texts by key.
-        shared: groups of facts by name; each fact with section and key.
+        generation: generation of every record.
+        sources: key -> text of the source.
+        shared: name of a group -> its facts, as (section, key, fact).
     """
 
     generation: str
@@ -111,12 +105,12 @@ class _Context:
 
 
 def read_skus(file: Path) -> list[Sku]:
-    """All records of one file.
+    """Read all records of one file.
 
-    The entry point that brought the file is not known here: `Sku.origin` is empty.
+    `Sku.origin` is empty, because the entry point of the file is not known here.
 
     Raises:
-        UsageError: ``QC-SKU-004`` the first breach of the contract; ``QC-YAML-*``.
+        UsageError: ``QC-SKU-004`` the first breach of the contract; ``QC-YAML-*`` invalid YAML.
     """
     root = Expect.of_file(file, _CONTRACT)
     entries = root.keys(_FILE_KEYS, optional=("shared", "skus", "hosted"))
@@ -130,25 +124,26 @@ def read_skus(file: Path) -> list[Sku]:
         shared={name: tuple(_facts(group, sources)) for name, group in shared.items()},
     )
     skus = [
-        make(entry, context)
-        for section, make in (("skus", _sku), ("hosted", _hosted))
+        read(entry, context)
+        for section, read in (("skus", _sku), ("hosted", _hosted))
         if section in entries
         for entry in entries[section].items()
     ]
     seen: set[str] = set()
     for sku in skus:
-        if twice := seen & sku.names():
-            raise root.renamed(sku.id).breach(f"{sorted(twice)[0]} twice", "each name once")
+        if duplicates := seen & sku.names():
+            raise root.renamed(sku.id).breach(f"{sorted(duplicates)[0]} twice", "each name once")
         seen |= sku.names()
     return skus
 
 
 def _sku(entry: Expect, context: _Context) -> Sku:
-    entry = _named(entry)
+    """Read a record of open weights."""
+    entry = _renamed_to_id(entry)
     entries = entry.keys(_SKU_KEYS, optional=("shared",))
     facts = _gather(entry, entries, context, _REQUIRED)
     if not facts["shape"]:
-        raise entry.breach("no shape", "the sizes that config.json gives")
+        raise entry.breach("no shape", "the sizes in config.json")
     return Sku(
         id=entries["id"].text(),
         generation=context.generation,
@@ -160,7 +155,8 @@ def _sku(entry: Expect, context: _Context) -> Sku:
 
 
 def _hosted(entry: Expect, context: _Context) -> Sku:
-    entry = _named(entry)
+    """Read a record of a model that is served by API only."""
+    entry = _renamed_to_id(entry)
     entries = entry.keys(_HOSTED_KEYS, optional=("aliases", "shared"))
     facts = _gather(entry, entries, context, _REQUIRED_HOSTED)
     served = tuple(_served(offer, context.sources) for offer in entries["served"].items())
@@ -181,7 +177,7 @@ def _hosted(entry: Expect, context: _Context) -> Sku:
 
 def _served(entry: Expect, sources: Mapping[str, str]) -> Served:
     entries = entry.keys(_SERVED_KEYS, optional=("note", "context", "output"))
-    mark, source = _evidence(entries, sources)
+    mark, source = _mark_and_source(entries, sources)
     prices = entries["prices"].keys(_PRICES, optional=_PRICES)
     return Served(
         provider=entries["provider"].text(),
@@ -195,21 +191,21 @@ def _served(entry: Expect, sources: Mapping[str, str]) -> Served:
     )
 
 
-def _named(entry: Expect) -> Expect:
-    """A record, placed by its id instead of its number."""
-    named = entry.node.entries.get("id") if isinstance(entry.node, MappingNode) else None
-    return entry.renamed(named.text) if isinstance(named, ScalarNode) else entry
+def _renamed_to_id(entry: Expect) -> Expect:
+    """Return a record whose errors name its id instead of its index."""
+    node = entry.node.entries.get("id") if isinstance(entry.node, MappingNode) else None
+    return entry.renamed(node.text) if isinstance(node, ScalarNode) else entry
 
 
 def _gather(
     entry: Expect, entries: Mapping[str, Expect], context: _Context, required: tuple[str, ...]
 ) -> dict[str, dict[str, Fact]]:
-    """The facts of one SKU: its own and the shared ones that it names."""
+    """Return the facts of one SKU, its own and the shared ones, by section and key."""
     gathered: dict[str, dict[str, Fact]] = {section: {} for section in SECTIONS}
     facts = list(_facts(entries["facts"], context.sources))
     if "shared" in entries:
         for name in entries["shared"].texts():
-            facts += _borrowed(name, context, entries["shared"])
+            facts += _shared_facts(name, context, entries["shared"])
     for section, key, fact in facts:
         if key in gathered[section]:
             place = f"{entry.place}.{section}.{key}"
@@ -221,8 +217,8 @@ def _gather(
     return gathered
 
 
-def _borrowed(name: str, context: _Context, entry: Expect) -> Iterator[tuple[str, str, Fact]]:
-    """Shared facts; ``NAME as MARK`` takes them for no better known than that."""
+def _shared_facts(name: str, context: _Context, entry: Expect) -> Iterator[tuple[str, str, Fact]]:
+    """Yield a group of shared facts; ``NAME as MARK`` lowers stronger marks to MARK."""
     name, _, word = name.partition(" as ")
     if name not in context.shared:
         raise entry.breach(name, ", ".join(context.shared) or "no shared facts")
@@ -234,21 +230,22 @@ def _borrowed(name: str, context: _Context, entry: Expect) -> Iterator[tuple[str
 
 
 def _facts(entry: Expect, sources: Mapping[str, str]) -> Iterator[tuple[str, str, Fact]]:
+    """Yield (section, key, fact) of every value in a list of groups."""
     for group in entry.items():
         entries = group.keys(("mark", "source", *SECTIONS), optional=SECTIONS)
-        mark, source = _evidence(entries, sources)
-        for section, how in _READERS.items():
+        mark, source = _mark_and_source(entries, sources)
+        for section, readers in _READERS.items():
             if section not in entries:
                 continue
             for key, value in entries[section].mapping().items():
-                reader = how if callable(how) else how.get(key)
+                reader = readers if callable(readers) else readers.get(key)
                 if reader is None:
                     raise entries[section].breach(f"the key {key}", ", ".join(VALUES))
                 yield section, key, Fact(reader(value), mark, source)
 
 
-def _evidence(entries: Mapping[str, Expect], sources: Mapping[str, str]) -> tuple[Mark, str]:
-    """Mark and source of a group; a source is one key of ``sources``, or several."""
+def _mark_and_source(entries: Mapping[str, Expect], sources: Mapping[str, str]) -> tuple[Mark, str]:
+    """Return the mark and the source of a group; ``source`` is one or several keys."""
     mark = _mark(entries["mark"].text(), entries["mark"])
     entry = entries["source"]
     keys = entry.texts() if isinstance(entry.node, SequenceNode) else (entry.text(),)

@@ -1,8 +1,8 @@
-"""SKU records: what is known of a published checkpoint, and how well.
+"""Dataclasses of a SKU record: facts about one published model, each with certainty and source.
 
-This file decides what a record is. A SKU is a model as it is published: open weights on the
-hub, or served by API only. Every value is a `Fact`: the value, a mark that says how well it is
-known, and where it is from. How a record is written down is `qcore.skus.file`'s business.
+This file defines the records. A SKU is a model as published: open weights on the hub, or served
+by API only. Every value is a `Fact`: the value, a mark for how well it is known, and its source.
+`qcore.skus.file` decides how a record is written.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-#: A value as JSON has it; a mapping counts the words of a list.
+#: A JSON value; a mapping counts the words of a list.
 Plain = None | bool | int | float | str | tuple["Plain", ...] | Mapping[str, int]
 #: Groups of values, in the order of the report.
 SECTIONS = ("values", "shape", "config", "generation_config", "tokens", "tensors", "layout")
 
 
 def spellings(name: str) -> tuple[str, str]:
-    """The forms of a name that mean one record: in lower case, with and without organisation."""
+    """Return the spellings of a name that match it: lower case, with and without organization."""
     lower = name.lower()
     return lower, lower.rpartition("/")[2]
 
@@ -27,15 +27,15 @@ def spellings(name: str) -> tuple[str, str]:
 class Mark(str, Enum):
     """How well a value is known."""
 
-    VERIFIED = "verified"  #: read in the publisher's own file or page, or a verbatim copy of it
-    TESTED = "tested"  #: computed or run, and it came out so
-    RECONSTRUCTED = "reconstructed"  #: from second-hand sources; agrees with everything seen
-    HYPOTHESIS = "hypothesis"  #: a guess, still to be seen
+    VERIFIED = "verified"  #: read in the publisher's own file or page, or in a verbatim copy
+    TESTED = "tested"  #: computed, or confirmed by a run
+    RECONSTRUCTED = "reconstructed"  #: from second-hand sources, without a contradiction
+    HYPOTHESIS = "hypothesis"  #: a guess, not yet confirmed
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One value, how well it is known, and where it is from."""
+    """One value, how well it is known, and where it comes from."""
 
     value: Plain
     mark: Mark
@@ -47,14 +47,14 @@ class Served:
     """One provider's offer of a model.
 
     Attributes:
-        provider: who serves it.
-        id: name of the model there.
-        prices: per million tokens, by kind; those of a higher tier are in `note`.
-        context: window in tokens there.
-        output: most tokens of an answer there.
-        note: anything else, one line.
-        mark: how well this is known.
-        source: catalogue and date.
+        provider: name of the provider.
+        id: the provider's name for the model.
+        prices: kind -> price per million tokens; prices of higher tiers are in `note`.
+        mark: how well the offer is known.
+        source: catalog and date.
+        context: context window in tokens.
+        output: maximum number of output tokens.
+        note: anything else, on one line.
     """
 
     provider: str
@@ -72,19 +72,20 @@ class Sku:
     """One published model.
 
     Attributes:
-        id: hub id; of a hosted one, the provider's name for it.
-        generation: as detection names it.
-        architecture: as detection names it; ``None`` of a hosted one.
-        facts: by section (`SECTIONS`), then key: ``values`` are those that `qcore.skus.file`
-            names; ``shape`` are the keys of config.json's text section that make the sizes;
-            ``config`` other keys of config.json, dotted where nested; ``generation_config``
-            its keys; ``tokens`` ids by token; ``tensors`` numbers of tensors, ``total`` and by
-            prefix of their names; ``layout`` how each part's experts lie.
+        id: hub id; for a hosted model, the provider's name for it.
+        generation: name of the generation, as in detection.
+        architecture: name of the architecture, as in detection; ``None`` for a hosted model.
+        facts: section (`SECTIONS`) -> key -> fact. ``values`` has the keys that
+            `qcore.skus.file` lists; ``shape`` the keys of config.json's text section that set
+            the sizes; ``config`` other keys of config.json, dotted if nested;
+            ``generation_config`` its keys; ``tokens`` the id of each token; ``tensors`` the
+            number of tensors, ``total`` and by prefix; ``layout`` how each part's experts are
+            stored.
         aliases: other names.
-        instead: of a hosted one, the open models of its generation to name instead.
-        served: of a hosted one, who serves it.
-        origin: entry point that brought it.
-        file: where it stands.
+        instead: for a hosted model, the open models of its generation to use instead.
+        served: for a hosted model, the offers of its providers.
+        origin: entry point that provides the record.
+        file: file that contains the record.
     """
 
     id: str
@@ -99,15 +100,15 @@ class Sku:
 
     @property
     def hosted(self) -> bool:
-        """Whether it is served by API only."""
+        """Whether the model is served by API only."""
         return bool(self.served)
 
     def names(self) -> frozenset[str]:
-        """Every name it goes by, in lower case, with and without the organisation."""
+        """Return all names of the model, in lower case, with and without the organization."""
         full = {self.id, *self.aliases, *(offer.id for offer in self.served)}
-        return frozenset(form for name in full for form in spellings(name))
+        return frozenset(spelling for name in full for spelling in spellings(name))
 
     def value(self, key: str) -> Plain:
-        """A value of the section ``values``; ``None`` where the record has none."""
+        """Return a value of the section ``values``; ``None`` if the record has none."""
         fact = self.facts["values"].get(key)
         return None if fact is None else fact.value

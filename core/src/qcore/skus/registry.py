@@ -1,12 +1,10 @@
-"""The SKU records that are installed, and which of them a name or a model means.
+"""Looks up installed SKU records (facts about published models) by name, alias or hub id.
 
-Plugins bring records through the entry-point group ``qcore.skus`` (name -> package, files
-``<package>/skus/*.yaml``), found without importing the plugin. Names are taken in any case, with
-or without the organisation; which record a name means where two plugins bring it is
-`qcore.config.registry`'s business.
-
-A model that is served by API only has a record too, so that a verb that needs weights can say
-so instead of looking for it on the hub. What a record is stands in `qcore.skus.records`.
+Plugins provide records through the entry-point group ``qcore.skus`` (name -> package, files
+``<package>/skus/*.yaml``), which is read without importing the plugin. This file decides that
+names match in any case, with or without the organization, and that a model that is served by API
+only is refused before it is searched on the hub. `qcore.config.registry` decides what happens if
+two plugins provide the same name; `qcore.skus.records` defines a record.
 
 Codes: ``QC-SKU-001`` no record of that name, ``-002`` a record of a broken file, ``-003`` a
 name that two plugins claim, ``-005`` a model without weights.
@@ -42,7 +40,7 @@ KIND = Kind(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skus(Registry[Sku]):
-    """All records that are installed."""
+    """All installed records."""
 
     kind: ClassVar[Kind] = KIND
 
@@ -50,7 +48,8 @@ class Skus(Registry[Sku]):
         """Refuse a model that is served by API only.
 
         Args:
-            model: what the user named; ``@REVISION`` and a provider's ``:VARIANT`` are left out.
+            model: the name that the user passed; ``@REVISION`` and a provider's ``:VARIANT`` are
+                ignored.
 
         Raises:
             InputError: ``QC-SKU-005``.
@@ -58,22 +57,22 @@ class Skus(Registry[Sku]):
         sku = self.find(re.split("[@:]", model)[0])
         if sku is None or not sku.hosted:
             return
-        providers = ", ".join(dict.fromkeys(one.provider for one in sku.served))
+        providers = ", ".join(dict.fromkeys(offer.provider for offer in sku.served))
         raise InputError(
             "QC-SKU-005",
             f"is served by API only ({providers}): there are no weights to inspect, train, merge "
             "or generate with",
             file=model,
             expected=f"an open model of generation {sku.generation}",
-            fix=f"name {' or '.join(sku.instead)}; qcore skus show {sku.id} tells what is known",
+            fix=f"name {' or '.join(sku.instead)}; for details run: qcore skus show {sku.id}",
         )
 
 
 def load_skus(plugins: Iterable[EntryPoint] | None = None) -> Skus:
-    """Read the records of installed plugins; imports no plugin.
+    """Read the records of installed plugins, without importing a plugin.
 
     Args:
-        plugins: entry points to read in place of the installed ones.
+        plugins: entry points to read instead of the installed ones.
     """
 
     def read_file(file: Path, origin: str) -> list[Sku]:
@@ -84,7 +83,7 @@ def load_skus(plugins: Iterable[EntryPoint] | None = None) -> Skus:
 
 
 def refuse_hosted(model: str | Path) -> None:
-    """Refuse a model that is served by API only; a folder of that name is what it is.
+    """Refuse a model that is served by API only, unless a local path of that name exists.
 
     Raises:
         InputError: ``QC-SKU-005``.

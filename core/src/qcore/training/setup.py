@@ -34,7 +34,7 @@ from ..nn.recompute import POLICIES
 from ..planning.compare import RunPlan
 from ..planning.packs import may_join, packs_of
 from ..planning.run import Room, plan_run
-from ..planning.saved import Before, kept
+from ..planning.saved import PreviousPlan, load_plan
 from ..plugins.resolve_model import Identified, identify
 from ..preflight.checks import preflight
 from ..preflight.modality import reader_of, unread, with_tower
@@ -247,7 +247,7 @@ def _kernels(base: _Base, device: torch.device) -> Chosen:
     return kernels
 
 
-def before_the_stop(run: Run) -> Before:
+def before_the_stop(run: Run) -> PreviousPlan:
     """What a resumed run computed under before it was stopped.
 
     Raises:
@@ -262,14 +262,14 @@ def before_the_stop(run: Run) -> Before:
             if error.field == "media" and (which := first_changed(run.folder, run.data)):
                 error = error.replace(file=run.data.path, field=which, found=None, expected=None)
             raise error from None
-    before, lines = kept(run.folder, POLICIES)
+    before, lines = load_plan(run.folder, POLICIES)
     if not changed.keys().isdisjoint(SAME_NUMBERS):  # the settings ask for other policies
         before, lines = replace(before, policies=()), []
     run.reporter.lines((*changed.values(), *lines))
     return before
 
 
-def plan_memory(run: Run, room: Room, before: Before | None) -> RunPlan:
+def plan_memory(run: Run, room: Room, before: PreviousPlan | None) -> RunPlan:
     """What the rows take of the device; a resumed run keeps its policies where they fit.
 
     Args:

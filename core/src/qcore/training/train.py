@@ -23,10 +23,10 @@ from ..errors import Interrupted
 from ..io.metrics_log import MetricsLog
 from ..io.stop_signals import StopSignals
 from ..nn.offload import OffloadedInput
-from ..planning.compare import RunPlan, beside
+from ..planning.compare import RunPlan, comparison_line
 from ..planning.oom import Watch
 from ..planning.run import Room, room_of
-from ..planning.saved import keep
+from ..planning.saved import save_plan
 from ..reporting import CheckpointSaved, Evaluation, Finished, Reporter, RunStarted, Step
 from .checkpoints import METRICS, RunFiles, locked, newest
 from .loading import load_base
@@ -93,7 +93,7 @@ def train(
                 run=run, plan=plan, files=base.files, loop=loop, stop=stop, watch=watch
             )
             start = _restore(session) if resume else 0
-            keep(run.folder, plan)
+            save_plan(run.folder, plan)
             note_media(run.folder, run.data, resume=resume)
             run.data.rejects.write(run.folder / REJECTED)
             outcome = _train(session, start)
@@ -226,7 +226,7 @@ def _report(session: _Session, lines: tuple[Coverage, ...], outcome: _Outcome) -
     """The report, and a note that compares what was measured with the plan."""
     run, plan, loop = session.run, session.plan, session.loop
     measured = loop.meter.measured(run.device.type)
-    run.reporter.note(beside(plan, measured))
+    run.reporter.note(comparison_line(plan, measured))
     return TrainReport(
         output=run.target,
         steps=loop.schedule.total,

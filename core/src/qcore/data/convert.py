@@ -1,0 +1,212 @@
+"""Writing canonical rows: records of any format become one JSON Lines file in a published folder.
+
+This file decides what the folder of ``qcore data convert`` holds: ``rows.jsonl`` with a canonical
+row a line, and a manifest with the schema's version, the formats and the columns that were left
+out. Relative paths of media become absolute, because the file moves; the report names the folder
+that ``--media-root`` must allow. Whether a template and a model accept the rows is left to
+``qcore data check``.
+
+Codes: those of the row formats, ``QC-DATA-006`` a canonical row that the schema does not allow,
+``-014`` the number of refused rows beyond those that are shown.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..api.media import RowError
+from ..errors import InputError, QcoreError, raise_all
+from ..io.artifact import publish
+from .formats import SCHEMA_VERSION, Formats
+from .jsonl import SHOWN
+from .source import Record
+
+ROWS = "rows.jsonl"
+_ROLES = ("system", "user", "assistant", "tool")
+_UNSAFE = re.compile("[\ud800-\udfff\u0085\u2028\u2029]")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+
+Refuse = Callable[[Record, RowError], None]
+
+
+@dataclass(slots=True, kw_only=True)
+class ConvertReport:
+    """What was converted.
+
+    Attributes:
+        output: the published folder.
+        rows: rows that were written.
+        rejected: rows that were refused.
+        formats: rows by format.
+        ignored: rows by column that was left out.
+        media_root: the folder below which all media of relative paths lie; ``None`` without any.
+    """
+
+    output: Path
+    rows: int = 0
+    rejected: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
+    media_root: Path | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as ``--json`` prints it."""
+        return {
+            "output": str(self.output),
+            "rows": self.rows,
+            "rejected": self.rejected,
+            "formats": dict(self.formats),
+            "ignored_columns": dict(self.ignored),
+            "media_root": None if self.media_root is None else str(self.media_root),
+        }
+
+
+def convert(
+    records: Iterable[Record],
+    output: Path,
+    formats: Formats,
+    *,
+    overwrite: bool = False,
+    refuse: Refuse | None = None,
+) -> ConvertReport:
+    """Convert records and publish the folder `output`.
+
+    Args:
+        records: from `qcore.data.containers`; each source's format, field mapping and ignored
+            columns are used.
+        output: the folder; absent or empty.
+        formats: the row formats.
+        overwrite: replace a folder that qcore has written.
+        refuse: called for every refused row, which is left out. Without it nothing is written if
+            a row is refused.
+
+    Raises:
+        QcoreError: the first refused rows and ``QC-DATA-014`` with their number.
+        WriteError: ``QC-WRITE-*``.
+    """
+    report = ConvertReport(output=output)
+    refused = _Refused()
+    folders: set[str] = set()
+    with publish(output, "rows", overwrite) as writer:
+        with writer.stream(ROWS) as stream:
+            for record in records:
+                try:
+                    line = _line(record, formats, report, folders)
+                except RowError as bad:
+                    report.rejected += 1
+                    (refuse or refused.add)(record, bad)
+                else:
+                    report.rows += 1
+                    stream.write(line)
+        refused.stop()
+        report.media_root = Path(os.path.commonpath(folders)) if folders else None
+        writer.meta.update(
+            {
+                "schema_version": SCHEMA_VERSION,
+                **{key: value for key, value in report.as_json().items() if key != "output"},
+            }
+        )
+    return report
+
+
+def _line(record: Record, formats: Formats, report: ConvertReport, folders: set[str]) -> bytes:
+    if isinstance(record.value, RowError):
+        raise record.value
+    source = record.source
+    read = formats.read(
+        record.value, forced=source.format, fields=source.fields, ignore=source.ignore_columns
+    )
+    _check(read.row)
+    row = _with_absolute_media(read.row, record.path.parent, folders)
+    try:
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:  # bytes or NaN, which column formats have
+        raise RowError(
+            "QC-DATA-006", "holds a value that JSON does not have", found=error
+        ) from None
+    if not text.isascii():
+        # Lone surrogates are not UTF-8, and some readers end a line at these three separators.
+        text = _UNSAFE.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
+    line = text.encode("utf-8")
+    report.formats[read.format] += 1
+    report.ignored.update(set(read.ignored))
+    return line + b"\n"
+
+
+def _check(row: Mapping[str, Any]) -> None:
+    """Refuse messages that are not canonical, which `qcore.data.rows` would refuse in training."""
+    for index, message in enumerate(row["messages"]):
+        at = f"messages[{index}]"
+        if message.get("role") not in _ROLES:
+            raise RowError(
+                "QC-DATA-006", "unknown role", at=f"{at}.role", expected=", ".join(_ROLES)
+            )
+        content = message.get("content")
+        if not isinstance(content, str | list):
+            raise RowError(
+                "QC-DATA-006", "is missing or has the wrong type", at=f"{at}.content",
+                expected="text, or a list of parts",
+            )  # fmt: skip
+        for place, part in enumerate(content if isinstance(content, list) else ()):
+            named = part.get("type") if isinstance(part, dict) else None
+            if not isinstance(named, str) or part.get(named) is None:
+                raise RowError(
+                    "QC-DATA-006", "is not a part", at=f"{at}.content[{place}]",
+                    expected='{"type": "text", "text": ...}',
+                )  # fmt: skip
+
+
+def _with_absolute_media(row: dict[str, Any], folder: Path, folders: set[str]) -> dict[str, Any]:
+    """The row with every relative path of a medium made absolute; `folders` collects the base."""
+    if all(isinstance(message["content"], str) for message in row["messages"]):
+        return row
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(item) for item in value]
+        if not isinstance(value, str) or _SCHEME.match(value) or os.path.isabs(value):
+            return value
+        base = folder.resolve()
+        folders.add(str(base))
+        return str(base / value)
+
+    def part(given: dict[str, Any]) -> dict[str, Any]:
+        named = given["type"]
+        return given if named == "text" else {**given, named: absolute(given[named])}
+
+    messages = [
+        {**message, "content": [part(item) for item in message["content"]]}
+        if isinstance(message["content"], list)
+        else message
+        for message in row["messages"]
+    ]
+    return {**row, "messages": messages}
+
+
+class _Refused:
+    """Collects the first refused rows and counts all of them."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._kept: list[QcoreError] = []
+        self._path: Path | None = None
+
+    def add(self, record: Record, bad: RowError) -> None:
+        self._count += 1
+        self._path = record.path
+        if len(self._kept) < SHOWN:
+            self._kept.append(bad.error(record.path, record.line))
+
+    def stop(self) -> None:
+        if self._count > len(self._kept):
+            more = f"{self._count} rows are refused, of which the first {SHOWN} are shown"
+            fix = "fix these, or leave refused rows out with bad_rows=skip"
+            self._kept.append(InputError("QC-DATA-014", more, file=self._path, fix=fix))
+        raise_all(self._kept)

@@ -1,0 +1,185 @@
+"""Keys that a format does not read: which pass, which are reported, and which are refused.
+
+This file decides by the meaning of a key and its value:
+
+- an empty or null value means nothing and passes, at any depth (Arrow pads with nulls);
+- a column of metadata (a string, a number, a list of tags) is left out and reported once;
+- a key that could change what a model reads or learns is refused: an answer under a second name,
+  a list of messages, functions or media that no format reads, a known key with a typing error.
+
+Which keys a format reads is decided by its converter.
+
+Codes: ``QC-DATA-009`` media that no installed plugin reads, ``-024`` a key that could change the
+input.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from typing import Any
+
+from ...api.media import RowError
+from .reading import Reading
+
+#: Keys of other tools that change the input; the format that reads one lists it as read.
+_CONTEXT = ("context", "contexts", "passage", "document", "documents", "choices", "options", "hint")
+_THOUGHTS = (
+    "rationale", "cot", "chain_of_thought", "scratchpad", "thought", "thoughts", "think",
+    "analysis",
+)  # fmt: skip
+_OBJECTS = ("objects",)
+_HEARD = ("audio", "audios")
+#: Lists and objects in messages that are metadata.
+_META = ("annotations", "logprobs", "metadata", "usage", "header", "citations")
+#: Keys that only tell a server how to cache.
+_NOTHING = ("cache_control",)
+_FILE = re.compile(
+    r"(?i)^data:[a-z]+/|\.(png|jpe?g|gif|webp|bmp|tiff?|mp4|mov|avi|mkv|webm|wav|mp3|flac|ogg)$"
+)
+
+
+def meaningless(value: Any) -> bool:
+    """Whether a value is null or empty, or holds nothing but such values."""
+    if isinstance(value, str):
+        return not value
+    if value is None:
+        return True
+    if isinstance(value, dict):
+        return all(map(meaningless, value.values()))
+    return isinstance(value, list) and all(map(meaningless, value))
+
+
+def check_row(row: Mapping[str, Any], read: Collection[str], reading: Reading) -> None:
+    """Report or refuse the keys of a row that are not in `read`.
+
+    Raises:
+        RowError: ``QC-DATA-009`` or ``-024``.
+    """
+    for key, value in row.items():
+        if key in read or key in _NOTHING or meaningless(value):
+            continue
+        _check_meaning(key, read, reading)
+        _check_values(key, value, key, reading)
+        reading.ignored.append(key)
+
+
+def check_message(
+    message: Mapping[str, Any], read: Collection[str], at: str, reading: Reading
+) -> None:
+    """Report or refuse the keys of a message that are not in `read`.
+
+    Raises:
+        RowError: ``QC-DATA-009`` or ``-024``.
+    """
+    for key, value in message.items():
+        if key in read or key in _NOTHING or meaningless(value):
+            continue
+        column = f"messages[].{key}"
+        if column not in reading.ignore:
+            _check_typing(key, read, f"{at}.{key}", column)
+            if key in _THOUGHTS and isinstance(value, str):
+                raise _thoughts(key, f"{at}.{key}")
+            if isinstance(value, list | dict) and key not in _META:
+                _check_values(key, value, f"{at}.{key}", reading)
+                raise _refusal(
+                    f"{at}.{key}",
+                    "is not read, and its meaning is unknown",
+                    fix=f"write it as part of the content, or, if it is metadata, "
+                    f"ignore_columns: [{column}] in a mix file",
+                )
+        reading.ignored.append(column)
+
+
+def _check_meaning(key: str, read: Collection[str], reading: Reading) -> None:
+    """Refuse a row's key whose name says that it changes the input."""
+    answered = "messages" in read or "conversations" in read
+    if key in _HEARD or key in _OBJECTS:
+        raise _media(key, key, reading)
+    if key in _CONTEXT and not answered:
+        fix = f"fields: {{input: {key}}} in a mix file appends it to the prompt"
+        raise _refusal(key, "is not read, and it changes the prompt", fix=fix)
+    if key in _THOUGHTS and not answered:
+        raise _thoughts(key, key)
+    _check_typing(key, read, key, key)
+
+
+def _thoughts(key: str, at: str) -> RowError:
+    fix = f"fields: {{reasoning_content: {key}}} in a mix file makes it the reasoning"
+    return _refusal(at, "is not read, and it is part of the answer", fix=fix)
+
+
+def _check_typing(key: str, read: Collection[str], at: str, column: str) -> None:
+    if (meant := _misspelled(key, frozenset(read))) is not None:
+        passed = f"ignore_columns: [{column}] in a mix file"
+        raise _refusal(
+            at, "unknown key", fix=f'did you mean "{meant}"? If it is metadata: {passed}'
+        )
+
+
+def _check_values(key: str, value: Any, at: str, reading: Reading) -> None:
+    """Refuse lists and objects that hold messages, functions or media."""
+    items = value if isinstance(value, list) else [value]
+    first = next((item for item in items if item is not None), None)
+    if isinstance(first, list):
+        first = next((item for item in first if item is not None), None)
+    if isinstance(first, dict):
+        if {"role", "from"} & first.keys() and {"content", "value"} & first.keys():
+            raise _refusal(
+                at,
+                "holds messages that are not read",
+                fix=f"fields: {{messages: {key}}} in a mix file reads them; "
+                f"ignore_columns: [{key}] passes over them",
+            )
+        if "function" in first or {"name", "parameters"} <= first.keys():
+            raise _refusal(
+                at,
+                "holds functions that are not read",
+                fix=f"fields: {{tools: {key}}} in a mix file",
+            )
+        if {"bytes", "path"} & first.keys():
+            raise _media(at, key, reading)
+    elif isinstance(first, bytes | bytearray) or (
+        isinstance(value, list) and isinstance(first, str) and _FILE.search(first)
+    ):
+        raise _media(at, key, reading)
+
+
+def _media(at: str, key: str, reading: Reading) -> RowError:
+    if not reading.kinds or key in _HEARD or key in _OBJECTS:
+        what = "holds media that no installed plugin reads"
+        fix = "use a model and a plugin that read them, or take rows without media"
+    else:
+        what = "holds media that are not read"
+        fix = f"fields: {{{reading.kinds[0]}: {key}}} in a mix file reads them"
+    return RowError("QC-DATA-009", what, at=at, fix=fix)
+
+
+def _refusal(at: str, what: str, *, fix: str) -> RowError:
+    return RowError("QC-DATA-024", what, at=at, fix=fix)
+
+
+@lru_cache(maxsize=4096)
+def _misspelled(key: str, known: frozenset[str]) -> str | None:
+    """The known key that differs from `key` by one edit or a swap of two letters."""
+    lower = key.lower()
+    near = [
+        word
+        for word in known
+        if len(word) > 3
+        and abs(len(word) - len(key)) < 2
+        and word != key
+        and _one_edit(lower, word)
+    ]
+    return min(near, default=None)
+
+
+def _one_edit(left: str, right: str) -> bool:
+    start = 0
+    while start < min(len(left), len(right)) and left[start] == right[start]:
+        start += 1
+    one, two = left[start:], right[start:]
+    if one[1:] == two[1:] or one[1:] == two or one == two[1:]:
+        return True
+    return one[:2] == two[1::-1] and one[2:] == two[2:]

@@ -1,0 +1,142 @@
+"""`convert`: canonical rows in a published folder, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcore.api.media import RowError
+from qcore.data.convert import ROWS, convert
+from qcore.data.formats import SCHEMA_VERSION, Formats, schema
+from qcore.data.source import Record, Source
+from qcore.errors import InputError, PreflightError, WriteError
+from qcore.io.manifest import read_manifest, verify
+
+QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SHAREGPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+
+
+def records(folder: Path, *values: Any, **policies: Any) -> list[Record]:
+    path = folder / "in" / "rows.jsonl"
+    source = Source(name="rows", files=(path,), **policies)
+    return [Record(source, path, line, value) for line, value in enumerate(values, 1)]
+
+
+def written(folder: Path) -> list[Any]:
+    return [json.loads(line) for line in (folder / ROWS).read_text("utf-8").splitlines()]
+
+
+def test_rows_of_several_formats_are_written(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    alpaca = {"instruction": "q", "output": "a ü \u2028", "source": "x"}
+    report = convert(records(tmp_path, SHAREGPT, alpaca, {"messages": QA}), out, Formats())
+    ended = [QA[0], {"role": "assistant", "content": "a ü \u2028"}]
+    assert written(out) == [{"messages": QA}, {"messages": ended}, {"messages": QA}]
+    assert report.as_json() == {
+        "output": str(out), "rows": 3, "rejected": 0,
+        "formats": {"sharegpt": 1, "alpaca": 1, "openai": 1},
+        "ignored_columns": {"source": 1}, "media_root": None,
+    }  # fmt: skip
+    assert verify(out).ok
+    manifest = read_manifest(out)
+    assert (manifest.kind, manifest.meta["schema_version"]) == ("rows", SCHEMA_VERSION)
+    assert manifest.meta["formats"] == report.as_json()["formats"]
+
+
+def test_the_sources_policies_are_used(tmp_path: Path) -> None:
+    rows = records(
+        tmp_path, {"says": SHAREGPT["conversations"], "messages": "x", "tool": 1},
+        fields={"conversations": "says"}, ignore_columns=("tool", "messages"), format="sharegpt",
+    )  # fmt: skip
+    convert(rows, tmp_path / "out", Formats())
+    assert written(tmp_path / "out") == [{"messages": QA}]
+
+
+def test_relative_media_become_absolute(tmp_path: Path) -> None:
+    formats = Formats(kinds=("image", "video"))
+    row = {"messages": [{"role": "user", "content": "<image><video>q"}, QA[1]],
+           "images": ["b/a.png"], "videos": [["f0.png", "data:image/png;base64,AA=="]]}  # fmt: skip
+    absolute = {"messages": [{"role": "user", "content": [{"type": "image", "image": "/x/a.png"}]}]}
+    out = tmp_path / "out"
+    report = convert(records(tmp_path, row, absolute), out, formats)
+    folder = (tmp_path / "in").resolve()
+    first, second = written(out)
+    assert first["messages"][0]["content"] == [
+        {"type": "image", "image": str(folder / "b/a.png")},
+        {"type": "video", "video": [str(folder / "f0.png"), "data:image/png;base64,AA=="]},
+        {"type": "text", "text": "q"},
+    ]
+    assert second == absolute
+    assert report.media_root == folder
+
+
+def test_nothing_is_written_if_a_row_is_refused(tmp_path: Path) -> None:
+    bad = RowError("QC-DATA-004", "is not JSON")
+    rows = records(
+        tmp_path, SHAREGPT, {"text": "x"}, bad, {"messages": [{"role": "user", "content": None}]}
+    )
+    with pytest.raises(PreflightError) as caught:
+        convert(rows, tmp_path / "out", Formats())
+    assert [(error.code, error.field) for error in caught.value.errors] == [
+        ("QC-DATA-021", "line 2, text"), ("QC-DATA-004", "line 3"),
+        ("QC-DATA-006", "line 4, messages[0].content"),
+    ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_refused_rows_are_counted(tmp_path: Path) -> None:
+    with pytest.raises(PreflightError) as caught:
+        convert(records(tmp_path, *[{"text": "x"}] * 30), tmp_path / "out", Formats())
+    assert len(caught.value.errors) == 21
+    assert caught.value.errors[-1].code == "QC-DATA-014"
+    assert "30 rows" in caught.value.errors[-1].what
+    with pytest.raises(InputError) as one:
+        convert(records(tmp_path, {"text": "x"}), tmp_path / "out", Formats())
+    assert one.value.code == "QC-DATA-021"
+
+
+def test_values_that_json_does_not_have_are_refused(tmp_path: Path) -> None:
+    for value in (b"x", float("nan")):
+        rows = records(tmp_path, {"messages": QA, "metadata": {"a": value}})
+        with pytest.raises(InputError) as caught:
+            convert(rows, tmp_path / "out", Formats())
+        assert caught.value.code == "QC-DATA-006"
+
+
+def test_refused_rows_can_be_left_out(tmp_path: Path) -> None:
+    seen: list[int] = []
+    report = convert(
+        records(
+            tmp_path, {"text": "x"}, SHAREGPT, {"messages": [{"role": "user", "content": [3]}]}
+        ),
+        tmp_path / "out",
+        Formats(),
+        refuse=lambda record, bad: seen.append(record.line),
+    )
+    assert (report.rows, report.rejected, seen) == (1, 2, [1, 3])
+    assert written(tmp_path / "out") == [{"messages": QA}]
+
+
+def test_the_target_is_checked(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(records(tmp_path, SHAREGPT), out, Formats())
+    with pytest.raises(WriteError, match="is not empty"):
+        convert(records(tmp_path, SHAREGPT), out, Formats())
+    convert(records(tmp_path, SHAREGPT, SHAREGPT), out, Formats(), overwrite=True)
+    assert len(written(out)) == 2
+
+
+def test_the_result_is_read_again_unchanged(tmp_path: Path) -> None:
+    formats = Formats()
+    lone = {"messages": [{"role": "user", "content": "\ud800"}, QA[1]]}
+    convert(records(tmp_path, SHAREGPT, lone), tmp_path / "one", formats)
+    convert(records(tmp_path, *written(tmp_path / "one")), tmp_path / "two", formats)
+    assert (tmp_path / "one" / ROWS).read_bytes() == (tmp_path / "two" / ROWS).read_bytes()
+
+
+def test_the_schema_has_the_version(tmp_path: Path) -> None:
+    assert schema()["version"] == SCHEMA_VERSION
+    assert schema()["$id"].endswith(f":{SCHEMA_VERSION}")

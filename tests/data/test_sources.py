@@ -1,0 +1,206 @@
+"""What a user may name as data: files, folders, mix files; and which rows of a source are used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from support.conversations import conversations, write_rows
+
+from qcore.data.identity import digest_of, identities, identity
+from qcore.data.selection import choose
+from qcore.data.source import Source
+from qcore.data.sources import read_sources
+from qcore.errors import InputError, PreflightError
+
+EVERY_KEY = """
+seed: 7
+sources:
+  - path: a.jsonl
+    format: openai
+    weight: 0.25
+    fields:
+      messages: turns
+      roles: {user: [human, prompter]}
+    ignore_columns: [score, source]
+    media_root: images
+    turns: last
+    reasoning: mask
+    history: as_rendered
+    long_rows: drop
+    bad_rows: skip
+    train: false
+    seed: 1_000
+  - path: more      # a folder
+    count: 10
+"""
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """A file, and a folder with two files and other things."""
+    write_rows(tmp_path / "a.jsonl", conversations(3))
+    more = tmp_path / "more"
+    (more / "images").mkdir(parents=True)
+    write_rows(more / "c.json", conversations(3))
+    write_rows(more / "b.jsonl", conversations(3))
+    for name in ("README.md", "dataset_info.json", ".hidden.jsonl", "z.png"):
+        (more / name).write_text("{}")
+    return tmp_path
+
+
+def test_files_and_folders(rows: Path) -> None:
+    first, second = read_sources(
+        [rows / "a.jsonl", str(rows / "more")], format="sharegpt", media_root=rows
+    )
+    assert first == Source(
+        name=str(rows / "a.jsonl"),
+        files=(rows / "a.jsonl",),
+        format="sharegpt",
+        media_root=rows,
+    )
+    assert second.files == (rows / "more" / "b.jsonl", rows / "more" / "c.json")
+    assert (
+        second.notes
+        == (
+            "3 files are not read: README.md, dataset_info.json, z.png",
+            "1 subfolders are not read: images",
+            "c.json contains JSON lines, although its name ends in .json",
+        )[:2]
+    )
+
+
+def test_a_mix(rows: Path) -> None:
+    (rows / "mix.yaml").write_text(EVERY_KEY)
+    first, second = read_sources([rows / "mix.yaml"], format="alpaca")
+    assert first == Source(
+        name=str(rows / "a.jsonl"),
+        files=(rows / "a.jsonl",),
+        format="openai",
+        fields={"messages": "turns", "roles": {"user": ["human", "prompter"]}},
+        ignore_columns=("score", "source"),
+        media_root=rows / "images",
+        weight=0.25,
+        seed=1000,
+        turns="last",
+        reasoning="mask",
+        history="as_rendered",
+        long_rows="drop",
+        bad_rows="skip",
+        train=False,
+    )
+    assert (second.count, second.weight, second.seed, second.format) == (10, None, 7, "alpaca")
+    assert len(second.files) == 2
+
+
+def test_a_mix_lies_anywhere(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixes = rows / "mixes"
+    mixes.mkdir()
+    absolute = json.dumps(str(rows / "more" / "b.jsonl"))
+    (mixes / "m.yml").write_text(f"sources:\n  - path: ../a.jsonl\n  - path: {absolute}\n")
+    monkeypatch.chdir(rows)
+    first, second = read_sources(["mixes/m.yml"])
+    assert first.files[0].resolve() == rows / "a.jsonl"
+    assert second.files == (rows / "more" / "b.jsonl",)
+
+
+def test_all_faults_are_reported_together(rows: Path) -> None:
+    (rows / "mix.yaml").write_text("sources:\n  - path: a.json\n  - path: nowhere\n")
+    (rows / "bad.jsonl").write_bytes(b"PK\x03\x04")
+    with pytest.raises(PreflightError) as caught:
+        read_sources([rows / "mix.yaml", rows / "bad.jsonl", rows / "a.jsonI"])
+    assert [(error.code, error.field) for error in caught.value.errors] == [
+        ("QC-DATA-030", "line 2, sources.0.path"),
+        ("QC-DATA-030", "line 3, sources.1.path"),
+        ("QC-DATA-003", "line 1"),
+        ("QC-DATA-001", None),
+    ]
+    assert caught.value.errors[0].fix == f"did you mean {rows / 'a.jsonl'}?"
+    assert caught.value.errors[3].fix == f"did you mean {rows / 'a.jsonl'}?"
+
+
+def test_a_file_that_is_read_twice_is_noted(rows: Path) -> None:
+    (rows / "link.jsonl").symlink_to("a.jsonl")
+    first, second = read_sources([rows / "a.jsonl", rows / "link.jsonl"])
+    assert first.notes == ()
+    assert second.notes == ("1 files are read a second time: link.jsonl",)
+
+
+def source(**options: object) -> Source:
+    return Source(name="s", files=(), **options)  # type: ignore[arg-type]
+
+
+def test_all_rows_are_chosen_without_a_share() -> None:
+    assert choose(5, source(), 0) == [0, 1, 2, 3, 4]
+    assert choose(5, source(weight=1.0), 0) == [0, 1, 2, 3, 4]
+    assert choose(0, source(weight=0.5), 0) == []
+
+
+@pytest.mark.parametrize("rows", [1, 2, 10, 999, 100_000])
+@pytest.mark.parametrize("weight", [0.001, 0.1, 0.5, 0.999])
+def test_a_weight_chooses_its_share(rows: int, weight: float) -> None:
+    chosen = choose(rows, source(weight=weight), 3)
+    assert len(chosen) == max(1, round(rows * weight))
+    assert chosen == sorted(set(chosen))
+    assert set(chosen) <= set(range(rows))
+
+
+def test_smaller_choices_are_part_of_larger_ones() -> None:
+    chosen = [set(choose(1000, source(count=count), 5)) for count in (10, 11, 500, 1000)]
+    assert all(small < large for small, large in pairwise(chosen))
+    assert set(choose(1000, source(weight=0.5), 5)) == chosen[2]
+
+
+def test_the_seed_decides() -> None:
+    one, two = (choose(1000, source(count=100), seed) for seed in (0, 1))
+    assert one == choose(1000, source(count=100), 0) != two
+    assert choose(1000, source(count=100, seed=1), 0) == two
+    assert choose(1000, source(count=100, seed=2**63 - 1), 0)
+
+
+def test_every_row_is_as_likely() -> None:
+    seeds = 400
+    counts = Counter(index for seed in range(seeds) for index in choose(50, source(count=10), seed))
+    assert len(counts) == 50
+    # Binomial(400, 0.2): mean 80, standard deviation 8; five of them.
+    assert all(abs(count - 80) < 40 for count in counts.values())
+    pairs = Counter(tuple(choose(6, source(count=2), seed)) for seed in range(600))
+    assert len(pairs) == 15  # every pair of six
+
+
+def test_too_few_rows() -> None:
+    with pytest.raises(InputError) as caught:
+        choose(9, source(count=10), 0)
+    assert (caught.value.code, caught.value.fix) == (
+        "QC-DATA-036",
+        "set count: 9 or leave it out",
+    )
+
+
+def test_the_identity_of_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"one")
+    other = tmp_path / "b.jsonl"
+    other.write_bytes(b"two")
+    before = identities([source(), Source(name="s", files=(path, other))])
+    one, two = (hashlib.sha256(data).hexdigest() for data in (b"one", b"two"))
+    assert [each.sha256 for each in before] == [one, two]
+    assert digest_of(before[:1]) == one
+    assert digest_of(before) == hashlib.sha256(f"{one}\n{two}\n".encode()).hexdigest()
+    assert digest_of(before) != digest_of(before[::-1])
+    assert before[0].as_json()["size"] == 3
+    # A file that looks the same is not hashed again, unless that is asked for.
+    status = path.stat()
+    path.write_bytes(b"ONE")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    again = [Source(name="s", files=(path, other))]
+    assert identities(again, before) == before
+    assert identities(again, before, verify=True)[0].sha256 == hashlib.sha256(b"ONE").hexdigest()
+    path.write_bytes(b"four")
+    assert not identity(path, hashed=False).looks_like(before[0])
+    assert identities(again, before)[0].sha256 == hashlib.sha256(b"four").hexdigest()
