@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,9 +29,7 @@ if TYPE_CHECKING:
 @setting_options
 @json_option
 @debug_option
-def show(
-    model: str, rows: tuple[int, ...], search: str, as_json: bool, **options: Any
-) -> None:
+def show(model: str, rows: tuple[int, ...], search: str, as_json: bool, **options: Any) -> None:
     """Show the samples of FILES as training with MODEL sees them: which tokens are trained."""
     from ..data.show import shown_samples
     from ..errors import QcoreError
@@ -104,4 +100,5 @@ def _print_json(samples: Iterable[ShownSample]) -> None:
             json.dump(sample.as_json(), spool, ensure_ascii=False)
         spool.write("]}\n")
         spool.seek(0)
-        shutil.copyfileobj(spool, click.get_text_stream("stdout"), 1 << 20)
+        while piece := spool.read(1 << 20):
+            click.echo(piece, nl=False)

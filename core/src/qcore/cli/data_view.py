@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -81,7 +82,7 @@ class SampleView:
             self.console.print(head)
             for span, text in zip(sample.spans, texts, strict=True):
                 mark = "+" if span.trained else "-"
-                said = json.dumps(self.shortened(visible(text)), ensure_ascii=False)
+                said = visible(json.dumps(self.shortened(text), ensure_ascii=False))
                 self.console.print(f"  {mark} {span.start}:{span.end} {span.why}: {said}")
             return
         self.console.print(head, style="bold")
@@ -95,7 +96,7 @@ class SampleView:
         """The text with runs of one media token written as a product."""
         for token in self.media:
             run = re.compile(f"(?:{re.escape(token)}){{2,}}")
-            text = run.sub(lambda m, one=token: f"{one}×{len(m.group()) // len(one)}", text)  # noqa: RUF001
+            text = run.sub(partial(_product, token), text)
         return text
 
     def _pieces(self, text: str, style: str) -> Iterator[tuple[str, str]]:
@@ -115,6 +116,10 @@ class SampleView:
             at = found.end()
         if at < len(text):
             yield text[at:], style
+
+
+def _product(token: str, run: re.Match[str]) -> str:
+    return f"{token} x {len(run.group()) // len(token)}"
 
 
 def print_findings(rows: Sequence[Mapping[str, Any]]) -> None:

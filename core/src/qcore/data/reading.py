@@ -144,5 +144,5 @@ def _row(record: Record, check: RowCheck, count: SourceCount) -> ChatRow:
     if isinstance(record.value, RowError):
         raise record.value
     row = check(record.line, record.value)
-    count.formats["messages"] += 1
+    count.formats[row.format] += 1
     return row
