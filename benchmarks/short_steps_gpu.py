@@ -20,6 +20,7 @@ from peers.qcore_side import adapted, backends
 from peers.shapes import ALPHA, RANK, SHAPES, Job
 
 from qcore.config.settings import Settings
+from qcore.data.chat_record import ChatRecord
 from qcore.data.dataset import Dataset
 from qcore.data.masking import Example
 from qcore.training.step import Loop
@@ -29,13 +30,14 @@ def data(lengths: list[int], vocabulary: int) -> Dataset:
     """Random rows, all supervised."""
     draw = torch.Generator().manual_seed(0)
     rows = []
-    for line, n in enumerate(lengths):
+    for line, n in enumerate(lengths, 1):
         ids = array("i", torch.randint(0, vocabulary - 320, (n,), generator=draw).tolist())
-        rows.append(Example(ids=ids, labels=ids, line=line, turns=1, supervised=n - 1))
+        rows.append(Example(ids=ids, labels=ids, line=line, turns=1, supervised=n - 1, row=line))
     total = sum(lengths)
     return Dataset(
         train=tuple(rows), eval=(), path=Path("random"), sha256="", rows=len(rows), tokens=total,
         supervised=total - len(rows), turns=len(rows), longest=max(lengths),
+        samples=len(rows), rendered=total, chat=ChatRecord(template_sha256=""), sources=(),
     )  # fmt: skip
 
 

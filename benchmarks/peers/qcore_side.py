@@ -19,6 +19,7 @@ from qcore.api.records import Architecture
 from qcore.checkpoint.checkpoint import Header
 from qcore.checkpoint.layout import Layout, Located, Place
 from qcore.config.settings import Settings
+from qcore.data.chat_record import ChatRecord
 from qcore.data.dataset import Dataset
 from qcore.data.masking import Example
 from qcore.data.sampler import Schedule
@@ -132,7 +133,7 @@ def rows(ids: torch.Tensor, settings: Settings) -> Dataset:
         for row, number in zip(ids[step], numbers, strict=True):
             values = array("i", row.tolist())
             train[number] = Example(
-                ids=values, labels=values, line=number, turns=1, supervised=seq - 1
+                ids=values, labels=values, line=number, turns=1, supervised=seq - 1, row=number + 1
             )
     examples = tuple(one for one in train if one is not None)
     assert len(examples) == steps * batch
@@ -140,4 +141,5 @@ def rows(ids: torch.Tensor, settings: Settings) -> Dataset:
     return Dataset(
         train=examples, eval=(), path=Path("random"), sha256="", rows=steps * batch,
         tokens=total, supervised=total - steps * batch, turns=steps * batch, longest=seq,
+        samples=steps * batch, rendered=total, chat=ChatRecord(template_sha256=""), sources=(),
     )  # fmt: skip

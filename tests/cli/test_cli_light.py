@@ -136,8 +136,9 @@ OPTIONS: dict[str, list[str]] = {
         "--max-length", "--media", "--preset", "--r", "--rows", "--set",
     ],
     "train": [
-        "--adapter-class", "--config", "--data", "--debug", "--device", "--generation", "--json",
-        "--kernels", "--model", "--output", "--preset", "--resume", "--set",
+        "--adapter-class", "--config", "--data", "--debug", "--device", "--eval-data", "--format",
+        "--generation", "--json", "--kernels", "--media-root", "--model", "--output", "--preset",
+        "--resume", "--set",
     ],
     "merge": [
         "--adapter", "--debug", "--dequantize", "--generation", "--json", "--model", "--no-proof",

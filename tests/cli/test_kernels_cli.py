@@ -11,7 +11,9 @@ from support.cli_kit import here, modules_after
 from support.plugin_kit import good
 
 from qcore.config.frozen_map import Entries
-from qcore.config.resolve import load_settings
+from qcore.config.resolve import load_settings, parse_entries
+from qcore.config.settings import Settings
+from qcore.errors import UsageError
 from qcore.plugins.manager import Plugins
 from qcore.testing import discover_plugins, write_distribution
 
@@ -25,6 +27,32 @@ def test_the_flag_is_shorthand_for_entries_of_the_setting(tmp_path: Path) -> Non
     )
     assert settings.kernels == Entries({"norm": "reference", "conv": "triton"})
     assert origins["kernels"] == "file, flag"
+
+
+def test_every_source_of_settings_takes_the_full_name_of_an_op(tmp_path: Path) -> None:
+    wanted = Entries({"acme::norm": "fused"})
+    (tmp_path / "run.yaml").write_text("kernels:\n  acme::norm: fused\n")
+    assert load_settings(config_file=tmp_path / "run.yaml")[0].kernels == wanted
+    assert load_settings(sets=["kernels.acme::norm=fused"])[0].kernels == wanted
+    assert parse_entries("kernels", ["acme::norm=fused"], flag="--kernels") == wanted
+    settings = Settings(kernels=Entries(wanted))
+    assert settings.kernels == wanted
+    assert Settings.from_dict({"kernels": {"acme::norm": "fused"}}) == settings
+
+
+def test_the_flag_takes_the_full_name_of_an_op(capsys: pytest.CaptureFixture[str]) -> None:
+    ended = here(capsys, *TRAIN, "--kernels", "acme::norm=fused")
+    ended.error("QC-HUB-001")  # the flag is accepted; the model "x" is not
+
+
+@pytest.mark.parametrize(
+    "name", ["::norm", "acme::", "acme:norm", "acme:::norm", "a b::norm", "::"]
+)
+def test_a_malformed_name_of_an_op_is_a_usage_error(name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Settings(kernels=Entries({name: "fused"}))
+    assert caught.value.code == "QC-CONFIG-003"
+    assert "NAMESPACE::NAME" in caught.value.message
 
 
 @pytest.mark.parametrize(

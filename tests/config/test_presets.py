@@ -115,7 +115,7 @@ def test_a_plugins_file(plugin) -> None:
         ("r: 4", "rank: 4", "rank"),
         ("r: 4", "r: 4.5", "4.5"),
         ("r: 4", "dtype: fp16", "65504"),
-        ("r: 4", "eval_steps: 4", "eval_fraction"),
+        ("r: 4", "gradient_checkpointing: false, recompute: full", "recompute"),
         ("settings: {}", "settings: []", "a list"),
         ("settings: {}", "settings: {r: 4, r: 5}", "twice"),
         ("2e-4}", "2e-4", "line"),

@@ -13,9 +13,8 @@ from support.bad_files import BAD, Bad
 
 from qcore.api.media import RowError
 from qcore.data.containers import records
-from qcore.data.problems import Problems
 from qcore.data.sources import read_sources
-from qcore.errors import PreflightError, QcoreError
+from qcore.errors import PreflightError, QcoreError, raise_all
 
 SECONDS = 20
 PER_GROUP = 3  # cases of each group that run in the fast tier
@@ -65,12 +64,12 @@ def error_of(word: str) -> QcoreError:
 
 
 def read(word: str) -> None:
-    problems = Problems()
+    problems: list[QcoreError] = []
     for source in read_sources([word]):
         for record in records(source):
             if isinstance(record.value, RowError):
-                problems.add(record.line, record.value.error(record.path, record.line))
-    problems.stop()
+                problems.append(record.value.error(record.path, record.line))
+    raise_all(problems)
 
 
 @pytest.mark.parametrize("bad", list(sampled()))

@@ -115,6 +115,7 @@ def test_several_configurations_without_a_default(ask: Client) -> None:
     assert "several configurations: expected main, other" in str(told["message"])
 
 
+@pytest.mark.slow
 def test_offline(ask: Client) -> None:
     commit = ask.hub.add(f"datasets/{NAME}", FILES)
     told = ask(NAME, HF_HUB_OFFLINE="1")

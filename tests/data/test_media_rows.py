@@ -35,6 +35,7 @@ from qcore.checkpoint.chat_template import Template
 from qcore.data import media_files as media_module
 from qcore.data.dataset import Dataset, dataset
 from qcore.data.media_files import LARGEST, Finder, Reference
+from qcore.data.policies import Policies
 from qcore.errors import InputError, PreflightError
 
 END = "<|im_end|>"
@@ -138,7 +139,9 @@ def test_no_label_on_what_a_reader_writes_beside_its_tokens(
         user("more"),
         bot("plain"),
     ]
-    (example,) = load([{"messages": messages}], folder, checkpoint, reader=Timed()).train
+    rendered = Policies(history="as_rendered")
+    rows = [{"messages": messages}]
+    (example,) = load(rows, folder, checkpoint, reader=Timed(), policies=rendered).train
     assert read_back(example.ids).count("<0.5 s>") == 6
     kept = [label for label in example.labels if label != -100]
     assert read_back(kept) == "<0.5 s>x yz " + END + "plain" + END

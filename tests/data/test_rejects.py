@@ -45,7 +45,6 @@ def test_a_long_row_is_refused_with_the_length_that_would_do(
         assert error.code == "QC-DATA-011"
         assert f"max_length={enough}, which fits every row" in str(error.fix)
         assert "long_rows=drop" in str(error.fix)
-        assert "bad_rows=skip" in str(error.fix)
     assert load(checkpoint, path, limit=enough).rows == 4
 
 

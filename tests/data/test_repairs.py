@@ -174,8 +174,6 @@ def test_results_at_the_end_are_left_out() -> None:
         ([user("a"), result("x"), bot("c")], 1, "without a preceding"),
         ([result("x"), user("a"), bot("c")], 0, "without a preceding"),
         ([user("a"), bot("b"), result("x"), bot("c")], 2, "without a preceding"),
-        ([user("a"), bot(tool_calls=[call("f")]), result("x"), result("y"), bot("c")], 3,
-         "result 2 of 1 calls"),
         ([user("a"), bot(tool_calls=[{**call("f"), "id": "1"}]), result("x", tool_call_id="2"),
           bot("c")], 2, "does not make"),
     ],
@@ -224,8 +222,9 @@ def arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     [
         # The schema has no such property.
         ([tool("rain", **CITY)], {"city": "Lima", "room": None}, {"city": "Lima"}),
-        # The property allows no null and may be absent.
-        ([tool("rain", **CITY, **ROOM)], {"city": "Lima", "room": None}, {"city": "Lima"}),
+        # The function has the property, and nothing shows padding.
+        ([tool("rain", **CITY, **ROOM)], {"city": "Lima", "room": None},
+         {"city": "Lima", "room": None}),
         # The property itself is padding of the schema's column.
         ([tool("rain", **CITY, room=None)], {"city": "Lima", "room": None}, {"city": "Lima"}),
         # The property allows null.
@@ -252,7 +251,7 @@ POINT = {"type": "object", "properties": {"lat": {"type": "number"}}}
     ("schema", "given", "wanted"),
     [
         (POINT, {"lat": 1.5, "city": None}, {"lat": 1.5}),
-        (POINT, {"lat": None}, {}),
+        (POINT, {"lat": None}, {"lat": None}),
         ({"type": "array", "items": POINT}, [{"lat": 1, "x": None}, {"lat": 2}],
          [{"lat": 1}, {"lat": 2}]),
         ({"type": "array"}, [None, 1], [None, 1]),
@@ -291,12 +290,21 @@ def test_nulls_by_other_calls() -> None:
     assert arguments(made) == [{"city": "Lima"}, {"room": "hall"}]
 
 
-def test_a_null_that_the_schema_allows_in_a_padded_row() -> None:
+def test_nulls_of_known_properties_in_a_padded_row() -> None:
     tools = [tool("rain", ("level",), **CITY, **LEVEL)]
     given = calling(call("rain", city=None, level=None))
     raw = {"messages": [{"tool_calls": None, **turn} for turn in given]}
     made, _ = fixed(*given, raw=raw, tools=tools)
     assert arguments(made) == [{"level": None}]
+    error = refusal(*given, raw=raw, tools=[tool("rain", ("city",), **CITY, **LEVEL)])
+    assert (error.code, error.at) == ("QC-DATA-053", "messages[1].tool_calls[0].city")
+    assert error.fix == "write the value that the call had"
+
+
+def test_a_null_that_does_not_fit_is_kept_and_reported() -> None:
+    made, found = fixed(*calling(call("rain", city=None)), tools=[tool("rain", **CITY)])
+    assert arguments(made) == [{"city": None}]
+    assert found == [("QC-DATA-058", "warning", "messages[1].tool_calls[0].city")]
 
 
 def test_nulls_in_json_strings_are_values() -> None:
@@ -308,9 +316,7 @@ def test_nulls_in_json_strings_are_values() -> None:
     assert [code for code, _, _ in found] == ["QC-DATA-057"]
 
 
-@pytest.mark.parametrize(
-    "tools", [None, [tool("lamp", **ROOM)], [tool("rain", ("room",), **CITY, **ROOM)]]
-)
+@pytest.mark.parametrize("tools", [None, [tool("lamp", **ROOM)]])
 def test_nulls_that_may_be_values(tools: Any) -> None:
     error = refusal(*calling(call("rain", city="Lima", room=None)), tools=tools)
     assert (error.code, error.at) == ("QC-DATA-053", "messages[1].tool_calls[0].room")

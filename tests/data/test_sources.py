@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from support.conversations import conversations, write_rows
 
+from qcore.data import sources
+from qcore.data.hub_files import HubFiles
 from qcore.data.identity import digest_of, identities, identity
 from qcore.data.selection import choose
 from qcore.data.source import Source
 from qcore.data.sources import read_sources
-from qcore.errors import InputError, PreflightError
+from qcore.errors import InputError, PreflightError, UsageError
 
 EVERY_KEY = """
 seed: 7
@@ -75,6 +77,10 @@ def test_files_and_folders(rows: Path) -> None:
     )
 
 
+def test_no_words_are_no_sources() -> None:
+    assert read_sources([], command="--eval-data") == ()
+
+
 def test_a_mix(rows: Path) -> None:
     (rows / "mix.yaml").write_text(EVERY_KEY)
     first, second = read_sources([rows / "mix.yaml"], format="alpaca")
@@ -96,6 +102,50 @@ def test_a_mix(rows: Path) -> None:
     )
     assert (second.count, second.weight, second.seed, second.format) == (10, None, 7, "alpaca")
     assert len(second.files) == 2
+
+
+INFO = {
+    "chats": {"file_name": "a.jsonl"},
+    "other": {
+        "file_name": "more",
+        "formatting": "sharegpt",
+        "columns": {"messages": "turns"},
+        "num_samples": 4,
+    },
+}
+
+
+def test_a_dataset_info(rows: Path) -> None:
+    """The list of data sets that LLaMA-Factory keeps beside them."""
+    path = rows / "dataset_info.json"
+    path.write_text(json.dumps(INFO))
+    first, second = read_sources([path])
+    assert (first.files, first.fields) == ((rows / "a.jsonl",), {"formatting": "alpaca"})
+    assert (len(second.files), second.count) == (2, 4)
+    assert second.fields == {"formatting": "sharegpt", "columns": {"messages": "turns"}}
+    assert read_sources([f"{path}:other,chats"]) == (second, first)
+    with pytest.raises(UsageError) as caught:
+        read_sources([f"{path}:othr"])
+    assert (caught.value.code, caught.value.fix) == ("QC-DATA-035", "did you mean other?")
+
+
+def test_the_mix_of_the_documentation(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    (rows / "mix.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    (rows / "a.jsonl").rename(rows / "chats.jsonl")
+    asked: list[object] = []
+
+    def resolve(name: str, revision: str, **more: str) -> HubFiles:
+        asked.append((name, revision, more["config"], more["split"]))
+        return HubFiles(files=(rows / "chats.jsonl",), revision="0" * 40)
+
+    monkeypatch.setattr(sources, "hub_files", resolve)
+    one, two, three = read_sources([rows / "mix.yaml"])
+    assert (one.weight, two.count, two.bad_rows, three.revision) == (0.5, 1000, "skip", "0" * 40)
+    assert two.fields == {"messages": "dialog"}
+    assert asked == [("ORG/NAME", "main", "default", "train")]
 
 
 def test_a_mix_lies_anywhere(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +211,12 @@ def test_the_seed_decides() -> None:
     assert one == choose(1000, source(count=100), 0) != two
     assert choose(1000, source(count=100, seed=1), 0) == two
     assert choose(1000, source(count=100, seed=2**63 - 1), 0)
+
+
+def test_a_source_without_a_share_needs_no_seed() -> None:
+    assert source().seeded(4) == source()
+    assert source(count=3).seeded(4) == source(count=3, seed=4)
+    assert source(weight=0.5, seed=0).seeded(4).seed == 0
 
 
 def test_every_row_is_as_likely() -> None:

@@ -76,6 +76,14 @@ def _flipped() -> bytes:
     return bytes(data)
 
 
+def _changed() -> bytes:
+    """A letter that has changed since the page's checksum was computed."""
+    options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    data = _parquet(_table(prompt=["a good word", "another"]), write_statistics=False, **options)
+    assert data.count(b"a good word") == 1
+    return data.replace(b"a good word", b"a food word")
+
+
 PARQUET = {
     "only the magic": pq_(lambda: b"PAR1", "QC-DATA-031", "is damaged or cut"),
     "cut in the middle": pq_(lambda: _parquet()[:200], "QC-DATA-031", "is damaged or cut"),
@@ -87,6 +95,7 @@ PARQUET = {
         "QC-DATA-031", "is damaged or cut"),
     "noise in a page": pq_(_flipped, "QC-DATA-031", "is damaged or cut"),
     "no rows": pq_(lambda: _parquet(_table().slice(0, 0)), "QC-DATA-002", "no rows", ""),
+    "checksum of a page": pq_(_changed, "QC-DATA-031", "CRC", "line 1"),
     "name not UTF-8": pq_(lambda: _parquet().replace(b"response", b"respo\xffse"), "QC-DATA-031",
         "is damaged", "line 1"),
     "no columns": pq_(lambda: _parquet(_table().select([])), "QC-DATA-034", "no columns", ""),

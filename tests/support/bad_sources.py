@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from support.bad_file_kit import MIB, TWO, Bad
+from support.bad_file_kit import MIB, TWO, Bad, of
 
 
 def _pipe(folder: Path, name: str = "rows.jsonl") -> str:
@@ -184,3 +184,23 @@ MIXES["key twice"] = Bad(MIXES["key twice"].make, "QC-YAML-002", "twice", None)
 MIXES["an empty folder"] = Bad(
     MIXES["an empty folder"].make, "QC-DATA-030", "an empty", None, "empty"
 )
+
+
+def info(text: str, words: str, field: str | None, code: str = "QC-DATA-035") -> Bad:
+    return Bad(of("dataset_info.json", text.encode()), code, words, field)
+
+
+INFOS = {
+    "empty": info("", "is not JSON", None),
+    "a list": info("[]", "is not a dataset_info.json", None),
+    "no entries": info("{}", "is not a dataset_info.json", None),
+    "of datasets": info('{"features": {"a": {"dtype": "string"}}}', "is not a dataset_info", None),
+    "entry twice": info('{"a": {"file_name": "a"}, "a": {"file_name": "b"}}', "duplicate", None),
+    "missing file": info('{"a": {"file_name": "a.json"}}', "not exist", "a.file_", "QC-DATA-030"),
+    "number as a file": info('{"a": {"file_name": 7}}', "is not a name", "a.file_name"),
+    "script": info('{"a": {"script_url": "x"}}', "cannot be read", "a.script_url"),
+    "hub folder": info('{"a": {"hf_hub_url": "a/b", "folder": "c"}}', "cannot", "a.folder"),
+    "not a hub id": info('{"a": {"hf_hub_url": "https://a/b"}}', "hub id", "a.hf_hub_url"),
+    "no samples": info('{"a": {"file_name": "a", "num_samples": 0}}', "number", "a.num_samples"),
+    "pipe": Bad(lambda folder: _pipe(folder, "dataset_info.json"), "QC-DATA-001", "a pipe", None),
+}

@@ -187,7 +187,7 @@ ARRAYS = {
     "two commas": array(b"[" + _G + b",," + _G + b"]", "QC-DATA-004", "not JSON", "line 2"),
     "leading comma": array(b"[," + _G + b"]", "QC-DATA-004", "not JSON"),
     "no comma": array(b"[" + _G + b"\n" + _G + b"]", "QC-DATA-004", "Extra data"),
-    "a number": array(b"[" + _G + b", 7]", "QC-DATA-005", "not an object: found 7", "line 2"),
+    "a number": array(b"[" + _G + b", 7]", "QC-DATA-005", "not an object", "line 2"),
     "a string": array(b'["a, ] b", ' + _G + b"]", "QC-DATA-005", "not an object"),
     "null": array(b"[" + _G + b",null]", "QC-DATA-005", "not an object", "line 2"),
     "a list": array(b"[" + _G + b",[" + _G + b"]]", "QC-DATA-005", "not an object", "line 2"),

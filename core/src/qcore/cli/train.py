@@ -12,6 +12,7 @@ from .common import debug_option, emit, json_option, spoken
 
 if TYPE_CHECKING:
     from ..config.presets import Presets
+    from ..training.report import TrainReport
 
 
 @click.command("train")
@@ -103,11 +104,14 @@ def command(
     if as_json:
         emit(report.as_json())
         return
-    click.echo(
+    click.echo(_summary(report))
+
+
+def _summary(report: TrainReport) -> str:
+    held_out = f", eval {report.eval_loss:.4f}" if report.eval_loss is not None else ""
+    return (
         f"{report.output}: {report.steps} steps, loss {report.first_loss:.4f} -> "
-        f"{report.last_loss:.4f}"
-        + (f", eval {report.eval_loss:.4f}" if report.eval_loss is not None else "")
-        + f"; adapter for class '{report.adapter_class}'"
+        f"{report.last_loss:.4f}{held_out}; adapter for class '{report.adapter_class}'"
     )
 
 

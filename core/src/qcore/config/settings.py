@@ -1,4 +1,4 @@
-"""The settings of a run: names, types, ranges and help.
+"""The settings of a run: names, types, defaults, ranges and help.
 
 This file decides which settings exist. It leaves to `qcore.config.spec` how a value is
 checked, to `qcore.config.resolve` where values come from, and to the verb that reads a setting

@@ -23,6 +23,7 @@ Value = int | float | bool | str | tuple[str, ...] | Entries[Any]
 _Type = type  # `Spec` has a field of that name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OP = re.compile(rf"{_NAME.pattern}(?:::{_NAME.pattern})*")
 _LONGEST_TEXT = 4096  #: characters of a text in a mapping
 
 
@@ -212,13 +213,14 @@ def _check_key(spec: Spec, name: object, origin: Origin) -> None:
     Raises:
         UsageError: ``QC-CONFIG-003``.
     """
-    pattern = _VARIABLE if spec.key == "variable" else _NAME
+    pattern = {"variable": _VARIABLE, "op": _OP}.get(spec.key, _NAME)
     if not isinstance(name, str) or not pattern.fullmatch(name):
+        full = f" or {spec.name}.NAMESPACE::NAME" if pattern is _OP else ""
         raise origin.error(
             "QC-CONFIG-003",
             f"is not a valid {spec.key} name",
             found=repr(name)[:60],
-            expected=f"{spec.name}.NAME, a name of letters, digits and _",
+            expected=f"{spec.name}.NAME{full}, a name of letters, digits and _",
         )
 
 

@@ -1,1 +1,1 @@
-"""One data row's way: schema, render, mask, pack."""
+"""Rows to labelled tokens: sources, formats, repairs, checks, samples, masks, packs."""

@@ -87,7 +87,9 @@ def _parquet(
     import pyarrow.parquet as pq
 
     # Without a buffer size, and with pre-buffering, a whole column chunk is read at once.
-    with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+    with pq.ParquetFile(
+        path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
+    ) as file:
         schema, meta = file.schema_arrow, file.metadata
         yield schema, None
         size = sum(meta.row_group(group).total_byte_size for group in range(meta.num_row_groups))

@@ -21,6 +21,7 @@ from .jsonl import Hasher, parse, raw_lines, too_long
 from .selection import choose
 from .source import Record, Source
 from .streams import Damaged, decompressed, opened
+from .tool_fields import kind
 
 _BLOCK: Final = 1 << 20
 _COLUMNAR: Final = ("parquet", "arrow", "arrow_stream")
@@ -60,12 +61,12 @@ def count_records(source: Source) -> int:
     """The number of records of all files, bad ones included; raises like `records`."""
     count = 0
     for path in source.files:
-        kind = file_kind(path)
-        if kind.container in _COLUMNAR:
+        container = file_kind(path).container
+        if container in _COLUMNAR:
             try:
-                count += columnar.count_rows(path, kind.container)
+                count += columnar.count_rows(path, container)
             except Damaged as error:
-                raise damaged(path, 1, error, kind.container) from None
+                raise damaged(path, 1, error, container) from None
         else:
             count += sum(1 for record in _raw_records(path, source, None))
     return count
@@ -73,14 +74,15 @@ def count_records(source: Source) -> int:
 
 def _raw_records(path: Path, source: Source, digest: Hasher | None) -> Iterator[tuple[int, Any]]:
     """Number and value of each record of a file; bytes are JSON, ``None`` is too long."""
-    kind = file_kind(path)
+    as_file = file_kind(path)
     number, found = 0, False
     try:
-        for number, raw in _contents(path, kind, source, digest):
+        for number, raw in _contents(path, as_file, source, digest):
             found = True
             yield number, raw
     except Damaged as error:
-        raise damaged(path, number + 1, error, kind.compression or kind.container) from None
+        what = as_file.compression or as_file.container
+        raise damaged(path, number + 1, error, what) from None
     if not found:
         raise InputError(
             "QC-DATA-002",
@@ -92,18 +94,18 @@ def _raw_records(path: Path, source: Source, digest: Hasher | None) -> Iterator[
 
 
 def _contents(
-    path: Path, kind: FileKind, source: Source, digest: Hasher | None
+    path: Path, as_file: FileKind, source: Source, digest: Hasher | None
 ) -> Iterator[tuple[int, Any]]:
-    if kind.container in _COLUMNAR:
+    if as_file.container in _COLUMNAR:
         if digest is not None:
             _hash(path, digest)
-        yield from enumerate(columnar.rows(path, kind.container, source.ignore_columns), 1)
+        yield from enumerate(columnar.rows(path, as_file.container, source.ignore_columns), 1)
         return
-    with decompressed(path, kind.compression, digest) as file:
-        if kind.container in csv_rows.DELIMITERS:
-            yield from enumerate(csv_rows.rows(file, path, kind.container), 1)
+    with decompressed(path, as_file.compression, digest) as file:
+        if as_file.container in csv_rows.DELIMITERS:
+            yield from enumerate(csv_rows.rows(file, path, as_file.container), 1)
             return
-        array = kind.container == "json"
+        array = as_file.container == "json"
         for number, raw in elements(file) if array else raw_lines(file, path):
             if raw is None or array or (raw := raw.strip(b" \t\r\n")):
                 yield number, raw
@@ -122,7 +124,7 @@ def _value(raw: bytes | dict[str, Any] | RowError | None) -> dict[str, Any] | Ro
         return RowError(
             "QC-DATA-005",
             "is not an object",
-            found=raw[:40].decode("utf-8", "replace"),
+            found=kind(value),
             expected='{"messages": [...]}',
             fix="write each conversation as one JSON object",
         )

@@ -25,7 +25,7 @@ from ..api.media import RowError
 from ..errors import InputError, QcoreError, raise_all
 from ..io.artifact import publish
 from .formats import SCHEMA_VERSION, Formats
-from .jsonl import SHOWN
+from .rejects import SHOWN
 from .source import Record
 
 ROWS = "rows.jsonl"

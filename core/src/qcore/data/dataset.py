@@ -80,8 +80,8 @@ class Dataset:
     chat: ChatRecord
     sources: tuple[SourceCount, ...]
     eval_sources: tuple[SourceCount, ...] = ()
-    findings: Findings = field(default_factory=Findings)
-    rejects: Rejects = field(default_factory=Rejects)
+    findings: Findings = field(default_factory=Findings, compare=False)
+    rejects: Rejects = field(default_factory=Rejects, compare=False)
     dropped: int = 0
     truncated: int = 0
     asked: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -145,6 +145,8 @@ class Dataset:
                 yield f"{count.source.name}: {count.rows} rows"
             for count in self.eval_sources:
                 yield f"{count.source.name}: {count.rows} rows, evaluated only"
+        for count in (*self.sources, *self.eval_sources):
+            yield from (f"{count.source.name}: {note}" for note in count.source.notes)
         yield from self.findings.lines()
 
     def summary(self) -> dict[str, Any]:
@@ -198,7 +200,7 @@ def dataset(
         chat_format: the format of rendered conversations.
         max_length: maximum tokens per sample.
         eval_fraction: fraction of the rows to hold out, in [0, 1).
-        seed: seed of the split.
+        seed: seed of the split, and of the choice of rows in sources without a seed.
         eval_data: sources whose rows are only evaluated.
         policies: which turns are trained and what may be left out; by default the defaults.
         tokenizer: from `load_tokenizer`, if the caller already has it.
@@ -212,7 +214,7 @@ def dataset(
         InputError: see `Rejects.stop` and `Renderer`; ``QC-PRE-001`` no chat template,
             ``QC-DATA-015`` too few rows to split.
     """
-    sources = _sources(data)
+    sources = _sources(data, seed)
     policies = policies or Policies()
     options = Options(
         policies=policies,
@@ -221,44 +223,55 @@ def dataset(
         special=special_tokens(checkpoint.tokenizer_config),
         reader=reader,
         unread=unread,
+        seed=seed,
     )
     tokenizer = tokenizer or load_tokenizer(checkpoint)
-    rejects = Rejects(policies)
     template = required_template(checkpoint).reopen()  # a process of its own, closed here
     with template:
-        renderer = Renderer(template, chat_format, tokenizer, options, rejects)
+        renderer = Renderer(template, chat_format, tokenizer, options, Rejects(policies))
         renderer.prove()
         train = list(renderer.examples(sources))
-        evaluated = list(renderer.examples(eval_data))
+        evaluated = list(renderer.examples(_sources(eval_data, seed)))
         renderer.close()
+    _check_rows(renderer, train, sources[0].files[0], refused)
+    held = split(train, eval_fraction, seed, sources[0].files[0])
+    return _whole(renderer, sources, train, evaluated, held)
+
+
+def _check_rows(
+    renderer: Renderer,
+    train: Sequence[Example],
+    path: Path,
+    refused: Callable[[Rejects], None] | None,
+) -> None:
+    """Raise the errors of refused rows, and that no row is left."""
     try:
-        rejects.stop(renderer.rows)
+        renderer.rejects.stop(renderer.rows)
     except InputError:
         if refused is not None:
-            refused(rejects)
+            refused(renderer.rejects)
         raise
-    path = sources[0].files[0]
     if not train:
         raise InputError(
             "QC-DATA-015",
             "has no row left to train",
             file=path,
-            found=f"{renderer.rows} rows, {rejects.count} refused, {renderer.dropped} too long",
+            found=f"{renderer.rows} rows, {renderer.rejects.count} refused, "
+            f"{renderer.dropped} too long",
             fix="raise max_length, or add rows",
         )
-    held = split(train, eval_fraction, seed, path)
-    return _whole(renderer, sources, train, evaluated, held)
 
 
-def _sources(data: str | Path | Sequence[Source]) -> tuple[Source, ...]:
+def _sources(data: str | Path | Sequence[Source], seed: int) -> tuple[Source, ...]:
     if isinstance(data, str | Path):
         return (Source(name=str(data), files=(Path(data),)),)
-    return tuple(data)
+    return tuple(source.seeded(seed) for source in data)
 
 
 def sizes_of(examples: Iterable[Example]) -> tuple[int, ...]:
-    """Samples of each row."""
-    return tuple(sum(1 for _ in samples) for _, samples in groupby(examples, lambda e: e.row))
+    """Samples of each row; a sample without the number of a row is a row of its own."""
+    keys = (example.row or -at for at, example in enumerate(examples, 1))
+    return tuple(sum(1 for _ in samples) for _, samples in groupby(keys))
 
 
 def _counted(media: Sequence[Medium]) -> dict[str, int]:

@@ -99,7 +99,8 @@ class Findings:
                 where = f" (row {first.row}{', ' + first.field if first.field else ''})"
             message, fix = self._totals.get(key, (first.message, first.fix))
             fix = f". Fix: {fix}" if fix else ""
-            yield f"{first.severity}: {first.code}: {message}{where}{fix}"
+            severity = "" if first.severity == NOTE else f"{first.severity}: "
+            yield f"{severity}{first.code}: {message}{where}{fix}"
 
     def summary(self) -> list[dict[str, Any]]:
         """For a manifest: each code with its count, rows and first message."""

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 def too_long(encoded: Sequence[Encoded], max_length: int) -> RowError:
-    """The error of a row whose longest sample has more than `max_length` tokens."""
+    """The error of a row whose longest sample has more than `max_length` tokens.
+
+    `Rejects.add_too_long` completes the fix once all rows are known.
+    """
     longest = max((one.example for one in encoded), key=lambda example: len(example.ids))
     media = sum(medium.tokens for medium in longest.media)
     many = f", sample {longest.sample}" if len(encoded) > 1 else ""
@@ -34,8 +37,7 @@ def too_long(encoded: Sequence[Encoded], max_length: int) -> RowError:
         "is longer than max_length",
         found=f"{len(longest.ids)} tokens" + (f", {media} of them media" if media else "") + many,
         expected=f"at most {max_length}",
-        fix=f"set max_length={len(longest.ids)}, or long_rows=drop, truncate_turns or "
-        "truncate_tokens" + (", or make its media smaller" if media else ""),
+        fix="make its media smaller" if media else None,
     )
 
 

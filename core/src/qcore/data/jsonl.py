@@ -7,33 +7,19 @@ no NaN or infinity, bounded line length and nesting. `qcore.data.rows` interpret
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from ..api.media import RowError
 from ..errors import InputError
 from ..io import strict_json
-from .problems import SHOWN, Problems
-
-__all__ = ["MAX_DEPTH", "MAX_LINE", "SHOWN", "Hasher", "Problems", "lines", "parse", "raw_lines"]
 
 MAX_LINE = 16 << 20  #: bytes; longer lines are refused without loading them
 MAX_DEPTH = 64
 MAX_SKIPPED = 1 << 30  #: bytes; a longer line is not skipped either, its file is refused
 
 _BLOCK = 1 << 20
-_MAGIC = {
-    b"\x1f\x8b": "gzip",
-    b"PK\x03\x04": "zip",
-    b"PAR1": "Parquet",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"BZh": "bzip2",
-    b"ARROW1": "Arrow",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-}
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -43,42 +29,7 @@ class Hasher(Protocol):
     def update(self, data: bytes, /) -> None: ...
 
 
-def lines(path: Path, digest: Hasher | None = None) -> Iterator[tuple[int, bytes | None]]:
-    """Yield number (from 1) and bytes of every line that is not blank.
-
-    A UTF-8 byte order mark, carriage returns at line ends and blank lines are ignored. A line
-    longer than `MAX_LINE` is yielded as ``None``.
-
-    Args:
-        path: the file.
-        digest: updated with every byte of the file.
-
-    Raises:
-        InputError: ``QC-DATA-001`` cannot be read, ``QC-DATA-003`` another format.
-    """
-    try:
-        with path.open("rb") as file:
-            check = partial(_check_format, path)
-            for number, whole in raw_lines(file, path, digest, check):
-                if whole is None or (whole := whole.strip(b" \t\r\n")):
-                    yield number, whole
-    except OSError as error:
-        raise InputError(
-            "QC-DATA-001",
-            "cannot be read",
-            file=path,
-            found=error.strerror or str(error),
-            expected="a file of JSON lines",
-            fix="name the .jsonl file with the rows",
-        ) from None
-
-
-def raw_lines(
-    file: BinaryIO,
-    path: Path,
-    digest: Hasher | None = None,
-    check: Callable[[bytes], None] | None = None,
-) -> Iterator[tuple[int, bytes | None]]:
+def raw_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes | None]]:
     """Yield number (from 1) and bytes of every line, in constant memory.
 
     A UTF-8 byte order mark is removed. A line longer than `MAX_LINE` is yielded as ``None``.
@@ -86,8 +37,6 @@ def raw_lines(
     Args:
         file: the bytes.
         path: the file that they come from, for errors.
-        digest: updated with every byte.
-        check: called with the first bytes.
 
     Raises:
         InputError: ``QC-DATA-031`` a line longer than `MAX_SKIPPED`.
@@ -95,26 +44,16 @@ def raw_lines(
     number = 0
     while raw := file.readline(_BLOCK):
         number += 1
-        if digest is not None:
-            digest.update(raw)
-        whole: bytes | None = raw
-        if number == 1:
-            if check is not None:
-                check(raw)
-            whole = raw.removeprefix(_BOM)
+        whole: bytes | None = raw.removeprefix(_BOM) if number == 1 else raw
         if len(raw) == _BLOCK and not raw.endswith(b"\n"):
-            whole = _rest(file, path, number, raw, digest)
+            whole = _rest(file, path, number, raw)
         yield number, whole
 
 
-def _rest(
-    file: BinaryIO, path: Path, number: int, first: bytes, digest: Hasher | None
-) -> bytes | None:
+def _rest(file: BinaryIO, path: Path, number: int, first: bytes) -> bytes | None:
     """The whole line that begins with `first`; ``None`` if it is too long."""
     parts, length = [first.removeprefix(_BOM) if number == 1 else first], len(first)
     while not first.endswith(b"\n") and (first := file.readline(_BLOCK)):
-        if digest is not None:
-            digest.update(first)
         length += len(first)
         parts = [*parts, first] if length <= MAX_LINE else []
         if length > MAX_SKIPPED:
@@ -132,30 +71,6 @@ def _endless(path: Path, line: int) -> InputError:
         expected=f"at most {MAX_LINE} bytes",
         fix="write one JSON object a line",
     )
-
-
-def _check_format(path: Path, start: bytes) -> None:
-    for magic, name in _MAGIC.items():
-        if start.startswith(magic):
-            raise InputError(
-                "QC-DATA-003",
-                f"is {name}, not JSON lines",
-                file=path,
-                field="line 1",
-                expected="UTF-8 text with one JSON object a line",
-                fix="convert it to .jsonl",
-            )
-    text = start.removeprefix(_BOM).strip(b" \t\r\n")
-    every = "." if text == b"{" else "'.[]'"
-    if text == b"{" or text.startswith(b"["):
-        raise InputError(
-            "QC-DATA-003",
-            "is one JSON document, not JSON lines",
-            file=path,
-            field="line 1",
-            expected="one JSON object a line",
-            fix=f"jq -c {every} {path.name} > rows.jsonl",
-        )
 
 
 def parse(raw: bytes | str, *, at: str = "") -> Any:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ..api.media import RowError
 from ..api.records import ChatFormat
 from .media_spans import less_media, place
+from .pieces import PieceEncoder, encode_whole
 from .row_plan import RowPlan
 from .samples import END_OF_TURN, Draft, Sample, Span, lay_out
 from .turns import assistant_turns
@@ -149,6 +150,7 @@ def encode_sample(
     *,
     reader: MediaReader | None = None,
     explain: bool = False,
+    pieces: PieceEncoder | None = None,
 ) -> Encoded:
     """Tokenize and mask a sample.
 
@@ -159,6 +161,7 @@ def encode_sample(
         chat_format: the format of the sample's text.
         reader: reads media; without it the row is text only.
         explain: whether the example keeps its spans.
+        pieces: encodes the samples of a row that has several.
 
     Raises:
         RowError: ``QC-MASK-001``, ``-002`` as in `assistant_turns`, ``-004`` as in `place`,
@@ -169,19 +172,10 @@ def encode_sample(
         for at, medium in zip(plan.row.media_at, plan.row.seen, strict=True)
         if at < draft.count
     )
-    text = normalised(draft.text, tokenizer)
-    spans_ = lay_out(draft, text, plan, chat_format)
-    trained = _ranges(spans_)
-    if reader is not None:
-        inside, rendered = trained, text
-        text = reader.expand(rendered, media)
-        spans_ = lay_out(draft, text, plan, chat_format)
-        trained = _ranges(spans_)
-        if media:
-            trained = less_media(trained, rendered, inside, media, reader)
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    ids = array("i", encoding.ids)
-    made = labels(ids, encoding.offsets, trained)
+    text, spans_, trained = _laid_out(draft, plan, tokenizer, chat_format, media, reader)
+    found, offsets = encode_whole(tokenizer, text) if pieces is None else pieces.encode(text)
+    ids = array("i", found)
+    made = labels(ids, offsets, trained)
     placed = None if reader is None else _mask_media(made, ids, media, tokenizer, reader)
     reasoned = tuple(turn.reasoned for turn in plan.turns if turn.index in draft.turns)
     example = Example(
@@ -195,10 +189,10 @@ def encode_sample(
         row=plan.row.row,
         sample=draft.sample,
         reasoned=sum(reasoned),
-        spans=tuple(token_spans(spans_, encoding.offsets, made)) if explain else (),
+        spans=tuple(token_spans(spans_, offsets, made)) if explain else (),
     )
     sample = Sample(sample=draft.sample, text=text, spans=spans_, turns=draft.turns)
-    starts = [start for start, _ in encoding.offsets]
+    starts = [start for start, _ in offsets]
     ends = [span.end for span in spans_ if span.trained and span.why == END_OF_TURN]
     # The token that ends a turn is the last one that starts before the end.
     return Encoded(
@@ -207,6 +201,28 @@ def encode_sample(
         ends=tuple(bisect_right(starts, end - 1) for end in ends),
         reasoned=reasoned,
     )
+
+
+def _laid_out(
+    draft: Draft,
+    plan: RowPlan,
+    tokenizer: Tokenizer,
+    chat_format: ChatFormat,
+    media: tuple[Medium, ...],
+    reader: MediaReader | None,
+) -> tuple[str, tuple[Span, ...], list[tuple[int, int]]]:
+    """The final text of a sample, its spans, and its trained ranges without media."""
+    text = normalised(draft.text, tokenizer)
+    spans_ = lay_out(draft, text, plan, chat_format)
+    trained = _ranges(spans_)
+    if reader is None:
+        return text, spans_, trained
+    inside, expanded = trained, reader.expand(text, media)
+    spans_ = lay_out(draft, expanded, plan, chat_format)
+    trained = _ranges(spans_)
+    if media:
+        trained = less_media(trained, text, inside, media, reader)
+    return expanded, spans_, trained
 
 
 def _ranges(spans_: Iterable[Span]) -> list[tuple[int, int]]:

@@ -1,7 +1,8 @@
-"""Reading the rows of sources: records become canonical rows, and those become checked rows.
+"""Reads the rows of sources: a record is converted to the canonical form, repaired and checked.
 
 This file decides the order of these steps and the numbers of rows: from 1 over all sources, with
-refused rows counted. `qcore.data.containers` reads records, `qcore.data.rows` checks rows.
+refused rows counted. `qcore.data.containers` reads records, `qcore.data.formats` converts them,
+`qcore.data.repairs` repairs rows, `qcore.data.rows` checks them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from typing import TYPE_CHECKING
 from ..api.media import RowError
 from ..errors import InputError
 from .containers import records
+from .findings import Findings
+from .formats import Formats
+from .repair_notes import RepairContext
+from .repairs import repair
 from .rows import ChatRow, RowCheck
 
 if TYPE_CHECKING:
@@ -50,6 +55,10 @@ class SourceCount:
         return {
             "name": source.name,
             **({"revision": source.revision} if source.revision else {}),
+            **({"weight": source.weight} if source.weight is not None else {}),
+            **({"count": source.count} if source.count is not None else {}),
+            **({"seed": source.seed} if source.seed is not None else {}),
+            **({"notes": list(source.notes)} if source.notes else {}),
             "files": [path.name for path in source.files],
             "sha256": self.sha256,
             "rows": self.rows,
@@ -63,6 +72,45 @@ class _Place:
     line: int
     path: Path | None
     source: Source | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowReader:
+    """Makes a checked row of a record.
+
+    Attributes:
+        formats: the row formats that are installed.
+        check: the rules of one chat format.
+        context: what repairs know of the run.
+        findings: receives what was repaired.
+    """
+
+    formats: Formats
+    check: RowCheck
+    context: RepairContext
+    findings: Findings
+
+    def __call__(self, record: Record, number: int) -> tuple[str, ChatRow]:
+        """The name of the record's format, and the row.
+
+        Raises:
+            RowError: the row is refused.
+            UsageError: as `Formats.convert`.
+            PluginError: as `Formats.convert`.
+        """
+        if isinstance(record.value, RowError):
+            raise record.value
+        source = record.source
+        name, canonical = self.formats.convert(
+            record.value,
+            forced=source.format,
+            fields=source.fields,
+            ignore=source.ignore_columns,
+        )
+        repaired, notes = repair(canonical, self.context, number=number, raw=record.value)
+        row = self.check(record.line, repaired)
+        self.findings.extend(notes)
+        return name, row
 
 
 @dataclass(slots=True)
@@ -87,11 +135,12 @@ class _Counted:
 
 def read_rows(
     sources: Sequence[Source],
-    check: RowCheck,
+    reader: RowReader,
     rejects: Rejects,
     counts: list[SourceCount] | None = None,
     *,
     first: int = 1,
+    seed: int = 0,
     only: Collection[int] = (),
     advance: Callable[[int], None] | None = None,
 ) -> Iterator[ChatRow]:
@@ -99,10 +148,11 @@ def read_rows(
 
     Args:
         sources: where the rows come from, in order.
-        check: the rules of one chat format.
+        reader: makes rows of records.
         rejects: collects bad rows.
         counts: receives what came from each source.
         first: number of the first row.
+        seed: chooses the rows of a source with a weight or count and no seed of its own.
         only: numbers of rows; the others are passed over unchecked. Empty: all rows.
         advance: called with the number of bytes read since the last call.
 
@@ -116,17 +166,18 @@ def read_rows(
             counts.append(count)
         digest = hashlib.sha256()
         seen = digest if advance is None else _Counted(digest, advance)
-        for record in records(source, seen):
+        for record in records(source, seen, seed=seed):
             number += 1
             count.rows += 1
             if only and number not in only:
                 continue
             try:
-                row = _row(record, check, count)
+                name, row = reader(record, number)
             except RowError as bad:
                 rejects.add(_Place(number, record.line, record.path, source), bad)
             else:
-                yield replace(row, row=number, path=record.path, source=source)
+                count.formats[name] += 1
+                yield replace(row, row=number, path=record.path, source=source, format=name)
         if isinstance(seen, _Counted):
             seen.report()
         count.sha256 = digest.hexdigest()
@@ -138,11 +189,3 @@ def read_rows(
                 expected='one {"messages": [...]} a line',
                 fix="name the file that holds the conversations",
             )
-
-
-def _row(record: Record, check: RowCheck, count: SourceCount) -> ChatRow:
-    if isinstance(record.value, RowError):
-        raise record.value
-    row = check(record.line, record.value)
-    count.formats[row.format] += 1
-    return row

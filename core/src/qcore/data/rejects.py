@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SHOWN = 20  #: bad rows that an error shows; the others are counted
 REJECTED = "rejected.jsonl"
-_CODE_TOO_LONG = "QC-DATA-011"
+MOST = 1 << 20  #: the largest max_length
 
 
 class Place(Protocol):
@@ -88,12 +88,13 @@ class Rejects:
             self.skipped += 1
         # Errors arrive slightly out of order: keep twice as many and sort them.
         elif len(self._kept) < 2 * SHOWN:
-            fix = "or set bad_rows=skip to leave such rows out"
-            error = error.replace(fix=f"{error.fix}, {fix}" if error.fix else fix[3:])
+            if error.code != "QC-DATA-011":  # whose fix names long_rows
+                fix = "or set bad_rows=skip to leave such rows out"
+                error = error.replace(fix=f"{error.fix}, {fix}" if error.fix else fix[3:])
             self._kept.append((place.row, error))
 
     def add_too_long(self, place: Place, tokens: int, error: RowError) -> None:
-        """Record a row that is too long; all of them get the fix that fits every row."""
+        """Record a row that is too long; its fix names the length that fits every row."""
         self._too_long.append(
             _TooLong(
                 row=place.row, line=place.line, path=place.path, source=place.source,
@@ -106,10 +107,9 @@ class Rejects:
             return
         enough = max(row.tokens for row in self._too_long)
         for row in self._too_long:
-            row.error.fix = (
-                f"set max_length={enough}, which fits every row, or long_rows=drop, "
-                "truncate_turns or truncate_tokens"
-            )
+            more = f", or {row.error.fix}" if row.error.fix else ""
+            length = f"max_length={enough}, which fits every row, or " if enough <= MOST else ""
+            row.error.fix = f"set {length}long_rows=drop, truncate_turns or truncate_tokens{more}"
             self.add(row, row.error)
         self._too_long = []
 

@@ -23,11 +23,14 @@ from ..errors import InputError, nearest
 from .chat_record import ChatRecord, chat_record
 from .findings import NOTE, WARNING, DataFinding, Findings
 from .fitting import fitted
+from .formats import IGNORED, load_formats
 from .losses import Losses
 from .masking import Encoded, Example, encode_sample
 from .media_files import Finder
+from .pieces import PieceEncoder
 from .policies import Policies
-from .reading import SourceCount, read_rows
+from .reading import RowReader, SourceCount, read_rows
+from .repairs import repair_context
 from .row_plan import RowPlan, plan_row
 from .rows import ChatRow, RowCheck
 from .samples import drafts
@@ -55,6 +58,7 @@ class Options:
         reader: reads media; without it rows must be text only.
         unread: why there is no reader.
         explain: whether samples keep the reason of each token, and rows the references of media.
+        seed: chooses rows of sources with a weight or count.
         only: numbers of the rows to render; empty: all rows.
         advance: called with the number of bytes read since the last call.
     """
@@ -66,6 +70,7 @@ class Options:
     reader: MediaReader | None = None
     unread: str = ""
     explain: bool = False
+    seed: int = 0
     only: frozenset[int] = frozenset()
     advance: Callable[[int], None] | None = None
 
@@ -112,8 +117,10 @@ class Renderer:
         self._names: tuple[str, ...] = ()
         self._media_proved = False
         self._finders: dict[Path, Finder] = {}
+        self._pieces = PieceEncoder(tokenizer, chat_format.turn_start)
         self._losses = Losses(chat_format, tokenizer, self.findings)
         self._own_variables: set[str] = set()
+        self._formats = load_formats()
         self._samples = self._rendered = self._tokens = 0
         self._split = 0
 
@@ -159,10 +166,16 @@ class Renderer:
         if not sources:
             return
         control = _special(self.tokenizer)
-        check = RowCheck(self.format, control, self.options.reader, self.options.unread)
+        reader = RowReader(
+            formats=self._formats,
+            check=RowCheck(self.format, control, self.options.reader, self.options.unread),
+            context=repair_context(self.template, self.format, self._given),
+            findings=self.findings,
+        )
         rows = read_rows(
-            sources, check, self.rejects, self.counts,
-            first=self.rows + 1, only=self.options.only, advance=self.options.advance,
+            sources, reader, self.rejects, self.counts,
+            first=self.rows + 1, seed=self.options.seed,
+            only=self.options.only, advance=self.options.advance,
         )  # fmt: skip
         plans = self._planned(self._seen(rows))
         asked = ((plan, plan.prefixes()) for plan in plans)
@@ -235,10 +248,13 @@ class Renderer:
         row, policy = plan.row, plan.policies.long_rows
         try:
             found = drafts(plan, texts, self.format)
+            several = len(found) > 1
+            self._pieces.forget()
             encoded = [
                 encode_sample(
                     draft, plan, self.tokenizer, self.format,
                     reader=self.options.reader, explain=self.options.explain,
+                    pieces=self._pieces if several else None,
                 )
                 for draft in found
             ]  # fmt: skip
@@ -280,6 +296,10 @@ class Renderer:
             self._losses.advice = self._keep_reasoning()
         self._losses.close()
         policies, rows = self.options.policies, self.rows
+        for key, message in self._formats.notes():
+            self.findings.add(
+                DataFinding(code=IGNORED, severity=NOTE, row=0, field=key, message=message)
+            )
         if self._split:
             left = rows - self.rejects.count - self.dropped
             self._add(

@@ -3,12 +3,15 @@
 This file decides which null in a call's arguments is padding. Arrow gives all calls of a column
 the same keys and fills in null; a template would render it as a value. A null is
 
-- kept, if the function's schema allows it and nothing shows padding, or if the arguments were
-  written as a JSON string, which is never padded;
-- dropped, if the function has no such property, if the property allows no null and is not
-  required, or if the row shows padding: nulls in place of absent keys of messages, or the same
-  keys in calls of different functions;
-- refused otherwise.
+- dropped, if the function has no such property, or if the row shows padding (nulls in place of
+  absent keys of messages, the same keys in calls of different functions, null as the schema of a
+  property) and the property is not required;
+- kept, if the function has the property and nothing shows padding, if a required property allows
+  null, or if the arguments were written as a JSON string, which is never padded;
+- refused otherwise: without a description of the function or a sign of padding, both are possible.
+
+Objects inside arguments are padded, too; a null in a list is a value. An object whose schema lists
+no properties may have any, so that a null in it is a value unless the row shows padding.
 
 Codes: ``QC-DATA-053`` null padding, ``-057`` functions that `tools` does not declare or that are
 not called, ``-058`` a value that does not fit its schema.
@@ -129,26 +132,32 @@ class _Padding:
             problem = "null, and nothing shows whether it is a value or padding of a column format"
         elif not _lists(schema, key):
             return self.shown
+        elif properties.get(key) is None:
+            return True
+        elif not self.shown:
+            return False  # a value, even one that does not fit: `check_calls` reports it
+        elif key not in _required(schema):
+            return True
+        elif _allows_null(properties[key]):
+            return False
         else:
-            required = schema.get("required")
-            needed = isinstance(required, list) and key in required
-            if properties.get(key) is None:
-                return True
-            if _allows_null(properties[key]):
-                return self.shown and not needed
-            if not needed:
-                return True
-            problem = f"null, which the schema of {name} does not allow for a required argument"
+            problem = f"null in a padded row, and the schema of {name} requires a value"
         raise RowError(
             PADDING,
             f"is {problem}",
             at=at,
             expected="a value, or no such argument",
-            fix=f"declare {name} in tools: a null of a property that it does not have, or that "
-            "allows no null, is dropped; or write arguments as a JSON string: its nulls are kept"
+            fix=f"declare {name} in tools: a null of a property that it does not have is dropped, "
+            "any other one is kept; or write arguments as a JSON string: its nulls are kept"
             if schema is None
             else "write the value that the call had",
         )
+
+
+def _required(schema: Any) -> Sequence[Any]:
+    """The properties that an object must have."""
+    found = schema.get("required") if isinstance(schema, dict) else None
+    return found if isinstance(found, list) else ()
 
 
 def _properties(schema: Any) -> Mapping[str, Any]:

@@ -68,7 +68,7 @@ class ChatRow:
         row: number over all sources, from 1.
         path: the file.
         source: where the row comes from.
-        format: its row format.
+        format: name of the row format that has read it.
     """
 
     line: int
@@ -83,7 +83,7 @@ class ChatRow:
     row: int = 0
     path: Path | None = None
     source: Source | None = None
-    format: str = "messages"
+    format: str = ""
 
     def turns(self, role: str) -> int:
         """Number of messages with this role."""

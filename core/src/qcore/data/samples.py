@@ -5,7 +5,7 @@ This file decides how many samples a row becomes and which of their characters a
 With ``history=as_served`` a turn is trained in the context that serving gives it: the prompt that
 the template renders of the messages before it. A turn whose context is the beginning of a sample
 of a later turn is trained in that sample; the others get a sample of their own, because templates
-change the history (Qwen 3.5 drops the reasoning of earlier turns). With ``history=as_rendered`` a
+change the history and drop the reasoning of earlier turns. With ``history=as_rendered`` a
 row is one sample, whatever the template makes of its history.
 
 Trained is, in every trained turn, what follows the prompt (`Turn.reply`), through the end-of-turn

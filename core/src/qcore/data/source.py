@@ -8,7 +8,7 @@ opened. `qcore.data.sources` makes sources of paths, folders, hub ids and mix fi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,12 @@ class Source:
     bad_rows: str = ""
     train: bool = True
     notes: tuple[str, ...] = ()
+
+    def seeded(self, seed: int) -> Source:
+        """This source with the run's seed, if it takes a share of its rows without one."""
+        if self.seed is not None or (self.weight is None and self.count is None):
+            return self
+        return replace(self, seed=seed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """The sources of rows: files, folders, hub datasets and mix files, as a user names them.
 
-This file decides what a word of ``--data`` means: a path that exists (a YAML file is a mix), else
-``ORG/NAME[@REVISION]`` on the hub; and which files of a folder are read. Every file is looked at
-before the first row is read, so that a missing or foreign file is reported at once.
-`qcore.data.mix` reads mix files, `qcore.data.hub_files` resolves hub datasets.
+This file decides what a word of ``--data`` means: a path that exists (a YAML file is a mix,
+``dataset_info.json[:NAME,...]`` a list of data sets), else ``ORG/NAME[@REVISION]`` on the hub; and
+which files of a folder are read. Every file is looked at before the first row is read, so that a
+missing or foreign file is reported at once. `qcore.data.mix` and `qcore.data.dataset_info` read
+lists of sources, `qcore.data.hub_files` resolves hub datasets.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import InputError, QcoreError, UsageError, nearest, raise_all
+from .dataset_info import NAME, read_dataset_info, split_word
 from .file_kinds import COLUMN_SUFFIXES, COMPRESSED, TEXT_SUFFIXES, file_kind, is_data_name
 from .hub_files import ID, REVISION, hub_files
 from .mix import SUFFIXES, Entry, read_mix
@@ -28,7 +30,7 @@ _MISSING: Final = os.strerror(errno.ENOENT)
 _NAMED: Final = 5  # files that a note names
 # What `save_to_disk`, LLaMA-Factory and the hub write beside the rows.
 _NOT_ROWS: Final = frozenset(
-    ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+    (NAME, "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 )
 
 
@@ -48,13 +50,11 @@ def read_sources(
         command: the flag, for errors.
 
     Raises:
-        UsageError: ``QC-DATA-038`` nothing is named; ``QC-DATA-035`` and ``QC-YAML-*`` a mix
+        UsageError: ``QC-DATA-038`` a word cannot be a path; ``QC-DATA-035`` and ``QC-YAML-*`` a mix
             file.
         InputError: ``QC-DATA-001`` to ``-003``, ``-030``, ``-031``, ``-033``, ``-037`` and
             ``QC-HUB-*``; a `PreflightError` for several.
     """
-    if not data:
-        raise UsageError("QC-DATA-038", "names no data", field=command, fix="name a .jsonl file")
     sources: list[Source] = []
     problems: list[QcoreError] = []
     for word in data:
@@ -87,6 +87,8 @@ def _entries(word: str, command: str) -> tuple[Path | None, tuple[Entry, ...]]:
             found=repr(word[:40]),
             fix="name a file, a folder, a hub id or a mix file",
         )
+    if (info := split_word(word)) is not None:
+        return info[0], read_dataset_info(*info)
     if (reason := _unreachable(path)) is None:
         if path.suffix.lower() in SUFFIXES and not path.is_dir():
             with opened(path):  # a pipe or a device would block the YAML reader
@@ -140,7 +142,7 @@ def _source(entry: Entry, mix: Path | None) -> Source:
             "QC-DATA-030",
             "names a source that does not exist",
             file=mix,
-            field=f"{entry.place}.path",
+            field=f"{entry.place}.{'file_name' if mix.name == NAME else 'path'}",
             found=f"{path}: {reason}",
             fix=_near(path) or "name a file or folder; paths are relative to the mix file",
         )

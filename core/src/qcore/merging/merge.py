@@ -194,9 +194,10 @@ def _template_notes(base: Identified, adapter: Adapter) -> Iterator[str]:
         )
     variables = recorded_variables(adapter.meta, adapter.path)
     if variables:
+        values = ", ".join(f"{name}={json.dumps(value)}" for name, value in variables.items())
         yield (
-            "what serves the merge must render its chat template with chat_template_kwargs "
-            f"{json.dumps(dict(variables))}: the adapter was trained so"
+            f"the adapter was trained with {values}: what serves the merge must pass "
+            f"chat_template_kwargs {json.dumps(dict(variables))}"
         )
     if note := mixed_modes(adapter.meta):
         yield note

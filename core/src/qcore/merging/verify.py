@@ -1,4 +1,4 @@
-"""Decides what proves that merged weights compute what base + adapter computes (`prove_merge`).
+"""Proves that a merge computes what base + adapter computes (`prove_merge`).
 
 This file decides what is compared, on random tokens through the plugin's own blocks, in float32
 with one layer in memory at a time. From the same input, each layer with the merged weights, not

@@ -1,4 +1,4 @@
-"""Block FP8: a weight in 8-bit floats and one scale for each block of it.
+"""Decodes block FP8 weights: 8-bit floats times one scale for each block of the weight.
 
 This file decides how such a weight is read: ``W = W8 * scale`` by block, in float32, rounded
 once. It is the format that transformers calls ``fp8`` with ``weight_block_size``: scales lie

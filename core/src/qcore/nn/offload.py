@@ -1,4 +1,4 @@
-"""Activation offload to pinned host memory: a layer's input waits there from forward to backward.
+"""Keeps inputs of layers in host memory until backward; `planning.planner` decides whether.
 
 This file decides where the input waits and when it is copied. Pinned memory is allocated once and
 kept (`PinnedPool`): the driver takes ten milliseconds to pin as much as one layer's input. All

@@ -1,4 +1,4 @@
-"""`storage_id`: whether two tensors share memory (4-bit weight storage is in `nn.qlora.nf4`)."""
+"""`storage_id`: a number for the memory of a tensor, to tell whether two tensors share it."""
 
 from __future__ import annotations
 

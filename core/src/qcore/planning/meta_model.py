@@ -21,7 +21,7 @@ from ..checkpoint.layout import Located
 from ..errors import Failure, contained
 from ..nn.kernels.cache import version_of
 from ..nn.kernels.judge import cannot_run, raised
-from ..nn.kernels.registry import REFERENCE, Listed
+from ..nn.kernels.registry import REFERENCE, Listed, Used
 from ..nn.load import DTYPES as STORED
 from ..nn.load import place
 from ..nn.model import Model, Numbers
@@ -65,7 +65,7 @@ def choose_backends(
     kernels: Sequence[Listed],
     device: str,
     requested: Mapping[str, str],
-    config: Mapping[str, Any] | None = None,
+    used: Used,
 ) -> PlannedBackends:
     """Choose the backends that a run on `device` would use if all of them pass verification.
 
@@ -73,16 +73,20 @@ def choose_backends(
         kernels: the installed kernels.
         device: ``cuda`` or ``cpu``.
         requested: op -> backend, from the settings or as a run has chosen.
-        config: config.json of the model; a backend that cannot compute the model is skipped.
+        used: the model; ops that it does not use are left out, and a backend that cannot compute it
+            is skipped.
 
     Raises:
         UsageError: ``QC-KERNEL-003`` a requested backend cannot compute the model.
-        PluginError: ``QC-KERNEL-005`` a backend raises when it is asked whether it can.
+        PluginError: ``QC-KERNEL-005`` a backend raises when it is asked whether it can, or when
+            its function is loaded.
     """
     backends: dict[str, str] = {}
     functions: dict[str, Callable[..., Any]] = {}
     absent = []
     for op in dict.fromkeys(listed.kernel.op for listed in kernels):
+        if op not in used.ops:
+            continue
         backends[op] = REFERENCE
         for listed in kernels:
             kernel = listed.kernel
@@ -93,19 +97,19 @@ def choose_backends(
                 continue
             if asked is not None and asked != kernel.backend:
                 continue
-            if not _computes(listed, config, asked=asked is not None):
+            if not _computes(listed, used.config, asked=asked is not None):
                 continue
             if kernel.plan is None and not all(_installed(text) for text in kernel.requires):
                 absent.append(f"{op}={kernel.backend}")
                 continue
-            backends[op], functions[op] = kernel.backend, (kernel.plan or kernel.load)()
+            backends[op], functions[op] = kernel.backend, _function(listed)
             break
     return PlannedBackends(backends, functions, tuple(absent))
 
 
-def _computes(listed: Listed, config: Mapping[str, Any] | None, *, asked: bool) -> bool:
+def _computes(listed: Listed, config: Mapping[str, Any], *, asked: bool) -> bool:
     """Whether a backend supports the model, according to its `refuse_model`."""
-    reason = None if config is None else contained(partial(listed.kernel.refuse_model, config))
+    reason = contained(partial(listed.kernel.refuse_model, config))
     if reason is None:
         return True
     if isinstance(reason, Failure):
@@ -113,6 +117,14 @@ def _computes(listed: Listed, config: Mapping[str, Any] | None, *, asked: bool) 
     if asked:
         raise cannot_run(listed, reason)
     return False
+
+
+def _function(listed: Listed) -> Callable[..., Any]:
+    """The function that a plan runs on meta tensors in place of the backend's."""
+    function = contained(listed.kernel.plan or listed.kernel.load)
+    if isinstance(function, Failure):
+        raise raised(listed, function)
+    return function
 
 
 def _installed(text: str) -> bool:

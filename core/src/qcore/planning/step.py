@@ -96,11 +96,11 @@ class Steps:
         config = identified.checkpoint.config
         kernels = installed(identified.plugins)
         architecture = identified.decision.architecture
-        used = ops_of(architecture, config, identified.layout, identified.modality).ops
-        asked = requested(kernels, settings.kernels, used)
+        used = ops_of(architecture, config, identified.layout, identified.modality)
+        asked = requested(kernels, settings.kernels, used.ops)
         wanted = asked if backends is None else backends.backends
-        self.taken = choose_backends(kernels, self.device, wanted, config)
-        self.backends = {op: name for op, name in self.taken.backends.items() if op in used}
+        self.taken = choose_backends(kernels, self.device, wanted, used)
+        self.backends = dict(self.taken.backends)
         self.lora = targets(
             identified.layout,
             settings.target_groups,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -137,7 +138,8 @@ def _plugins() -> Iterator[Finding]:
         )
     for info, found in plugins.survey("qcore_doctor"):
         if not isinstance(found, QcoreError):
-            yield from found
+            # Every line of the report has a subject.
+            yield from (replace(f, field=f.field or f"plugin {info.name}") for f in found)
             continue
         yield Finding(
             code=found.code,

@@ -77,6 +77,7 @@ class RowModel:
             reader=self.reader,
             unread="" if self.reader is not None else unread(self.model),
             explain=explain,
+            seed=settings.seed,
             only=frozenset(only),
             advance=advance,
         )

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 Words = str | Path | Sequence[str | Path]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class DataWords:
     """What a user says of the rows of a run.
 
@@ -75,11 +75,12 @@ class DataWords:
             QcoreError: as `read_sources`.
         """
         root = None if self.media_root is None else Path(self.media_root)
-        train, held_out = (
-            read_sources(_listed(words), format=self.format, media_root=root, command=command)
-            for words, command in ((self.data, "--data"), (self.eval_data, "--eval-data"))
+        read = partial(read_sources, format=self.format, media_root=root)
+        held_out = _listed(self.eval_data)
+        return (
+            read(_listed(self.data), command="--data"),
+            read(held_out, command="--eval-data") if held_out else (),
         )
-        return train, held_out
 
 
 def _listed(words: Words) -> Sequence[str | Path]:
@@ -173,6 +174,14 @@ def _read_rows(base: _Base, data: DataWords, folder: Path) -> Dataset:
             found=f"{settings.eval_fraction} with --eval-data",
             fix="set eval_fraction=0, or leave --eval-data out",
         )
+    if settings.eval_steps and not (settings.eval_fraction or eval_sources):
+        raise UsageError(
+            "QC-CONFIG-007",
+            "needs held-out rows, but none are held out",
+            field="eval_steps",
+            found=f"{settings.eval_steps} with eval_fraction 0",
+            fix="set eval_fraction, pass --eval-data, or leave eval_steps out",
+        )
     rows = dataset(
         sources,
         base.model.checkpoint,
@@ -188,14 +197,6 @@ def _read_rows(base: _Base, data: DataWords, folder: Path) -> Dataset:
         unread="" if base.reader is not None else unread(base.model),
         refused=partial(_write_rejects, folder),
     )
-    if settings.eval_steps and not rows.eval:
-        raise UsageError(
-            "QC-CONFIG-007",
-            "needs held-out rows, but none are held out",
-            field="eval_steps",
-            found=f"{settings.eval_steps} with eval_fraction 0",
-            fix="set eval_fraction, pass --eval-data, or leave eval_steps out",
-        )
     base.reporter.lines(rows.lines())
     return rows
 

@@ -20,6 +20,7 @@ from ..adapter.targets import Coverage
 from ..config.settings import Settings
 from ..data.rejects import REJECTED
 from ..errors import Interrupted
+from ..io.atomic import writing
 from ..io.metrics_log import MetricsLog
 from ..io.stop_signals import StopSignals
 from ..nn.offload import OffloadedInput
@@ -62,8 +63,8 @@ def train(
         output: the adapter folder to publish; absent or empty.
         settings: everything else; by default the defaults of `Settings`.
         eval_data: the same, with rows that are only evaluated.
-        data_format: row format of all of them; empty: detected.
-        media_root: folder below which absolute media paths may lie.
+        data_format: row format; empty: detected.
+        media_root: folder of absolute media paths.
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: continue the run that was stopped.
         reporter: receives events; silent by default.
@@ -73,9 +74,8 @@ def train(
         QcoreError: see docs/errors.md; nothing is published unless the run succeeded.
     """
     reporter = reporter or Reporter()
-    words = DataWords(data=data, eval_data=eval_data, format=data_format, media_root=media_root)
     run = prepare(
-        model, words, output, settings or Settings(),
+        model, DataWords(data, eval_data, data_format, media_root), output, settings or Settings(),
         device=device, resume=resume, reporter=reporter,
     )  # fmt: skip
     plan = plan_memory(run, room or room_of(run.device), before_the_stop(run) if resume else None)
@@ -94,13 +94,9 @@ def train(
             )
             start = _restore(session) if resume else 0
             save_plan(run.folder, plan)
-            note_media(run.folder, run.data, resume=resume)
-            run.data.rejects.write(run.folder / REJECTED)
+            _note_rows(run, resume=resume)
             outcome = _train(session, start)
-            report = _report(session, base.coverage, outcome)
-            watch.at("publishing the adapter")
-            result = report.result() | {"maps_moved": list(outcome.moved)}
-            base.files.publish(run.target, run.folder / METRICS, result)
+            report = _publish(session, base.coverage, outcome)
     reporter.emit(Finished(verb="train", output=report.output, result=report.as_json()))
     return report
 
@@ -125,6 +121,13 @@ class _Outcome:
     last_loss: float
     eval_loss: float | None
     moved: tuple[int, int]
+
+
+def _note_rows(run: Run, *, resume: bool) -> None:
+    """Write to the run folder which media the rows have and which rows were refused."""
+    note_media(run.folder, run.data, resume=resume)
+    with writing(run.folder / REJECTED):
+        run.data.rejects.write(run.folder / REJECTED)
 
 
 @contextmanager
@@ -220,6 +223,14 @@ def _check_moved(session: _Session) -> tuple[int, int]:
             "router never picked stay as they were"
         )
     return moved, maps
+
+
+def _publish(session: _Session, lines: tuple[Coverage, ...], outcome: _Outcome) -> TrainReport:
+    report = _report(session, lines, outcome)
+    session.watch.at("publishing the adapter")
+    result = report.result() | {"maps_moved": list(outcome.moved)}
+    session.files.publish(session.run.target, session.run.folder / METRICS, result)
+    return report
 
 
 def _report(session: _Session, lines: tuple[Coverage, ...], outcome: _Outcome) -> TrainReport:

@@ -1,0 +1,48 @@
+"""Encoding by pieces gives the ids and the offsets of the whole text."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from support.chat_kit import FORMAT, FakeCheckpoint, own_tokenizer
+from tokenizers import AddedToken, Tokenizer
+
+from qcore.checkpoint.tokenizer import load_tokenizer
+from qcore.data.pieces import PieceEncoder, encode_whole
+
+START = FORMAT.turn_start
+PARTS = (
+    START, "<|im_end|>", "user\n", "\n", "\n\n", " ", "  x", "<think>\n", "हिन्दी", "e\u0301",
+    "\u0301", "👩🏽‍🚀", "word " * 3, "<|im_st", "art|>", "मُ",
+)  # fmt: skip
+
+
+def agree(tokenizer: Tokenizer) -> None:
+    rng, encoder = random.Random(4), PieceEncoder(tokenizer, START)
+    for number in range(300):
+        text = "".join(rng.choice(PARTS) for _ in range(rng.randrange(1, 30)))
+        if number % 3 == 0:
+            encoder.forget()
+        assert encoder.encode(text) == encode_whole(tokenizer, text), repr(text)
+
+
+def test_pieces_are_encoded_as_the_whole_is() -> None:
+    agree(own_tokenizer())
+    assert PieceEncoder(own_tokenizer(), START)._boundary == START
+
+
+def test_pieces_of_the_real_tokenizer(shared: Path) -> None:
+    tokenizer = load_tokenizer(FakeCheckpoint(shared / "skus" / "tokenizer", None))  # type: ignore[arg-type]
+    agree(tokenizer)
+    assert PieceEncoder(tokenizer, START)._boundary == START
+
+
+@pytest.mark.parametrize("odd", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_a_token_that_takes_what_is_around_it_is_not_a_boundary(odd: str) -> None:
+    tokenizer = own_tokenizer()
+    token = "<|turn|>"
+    assert PieceEncoder(tokenizer, token)._boundary == ""
+    tokenizer.add_special_tokens([AddedToken(token, special=True, **{odd: True})])
+    assert PieceEncoder(tokenizer, token)._boundary == ""
