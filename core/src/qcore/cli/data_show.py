@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,26 +24,53 @@ if TYPE_CHECKING:
 @click.command("show")
 @source_options
 @model_option
-@click.option("--row", "rows", type=click.IntRange(min=1), multiple=True, metavar="N",
-              help="Show this row alone; repeatable.")  # fmt: skip
+@click.option(
+    "--row",
+    "rows",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="N",
+    help="Show this row alone; repeatable.",
+)
 @click.option("--search", default="", metavar="TEXT", help="Show samples that contain TEXT.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="OUT",
+    help="Write one page for a browser.",
+)
 @setting_options
 @json_option
 @debug_option
-def show(model: str, rows: tuple[int, ...], search: str, as_json: bool, **options: Any) -> None:
+def show(
+    model: str,
+    rows: tuple[int, ...],
+    search: str,
+    html: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Show the samples of FILES as training with MODEL sees them: which tokens are trained."""
+    from ..data.page import check_page
     from ..data.show import shown_samples
     from ..errors import QcoreError
     from .terminal import terminal_reporter
 
+    if html is not None:
+        check_page(html)
     wanted = RowOptions(**options)
     opened = wanted.open(model, terminal_reporter(quiet=as_json))
     sources = wanted.sources()
     error: QcoreError | None = None
     with opened.renderer(explain=True, only=rows) as renderer:
         found = _searched(shown_samples(renderer, sources), opened.tokenizer, search)
+        if html is not None:
+            found = _write_page(html, found, opened, renderer)
         if as_json:
             _print_json(found)
+        elif html is not None:
+            count = sum(1 for _ in found)
+            click.echo(f"{html}: {count:,} samples of {renderer.rows:,} rows")
         else:
             _print(found, opened)
         try:
@@ -51,6 +79,27 @@ def show(model: str, rows: tuple[int, ...], search: str, as_json: bool, **option
         except QcoreError as stopped:
             error = stopped
     end(error)
+
+
+def _write_page(
+    path: Path, samples: Iterable[ShownSample], opened: RowModel, renderer: Renderer
+) -> Iterator[ShownSample]:
+    """Pass samples on, and write the page after the last one."""
+    from ..data.page import Page
+    from ..data.show import images_of
+
+    page = Page(opened.tokenizer, opened.reader.control if opened.reader else ())
+    for sample in samples:
+        page.add(sample, images_of(sample, renderer))
+        yield sample
+    page.write(
+        path,
+        model=opened.name,
+        rows=renderer.rows,
+        refused=renderer.rejects.entries(),
+        findings=renderer.findings,
+        rejected=renderer.rejects.count,
+    )
 
 
 def _searched(

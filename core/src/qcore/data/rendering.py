@@ -231,8 +231,7 @@ class Renderer:
                 prove_media(apart, self.format, self.tokenizer, reader, variables=self._given)
             self._media_proved = True
         assert row.path is not None, "rows are read from files"
-        folder = row.path.parent
-        finder = self._finders.setdefault(folder, Finder(folder))
+        finder = self.finder(row.path.parent)
         try:
             seen = tuple(finder.read(part, reader) for part in row.media)
         except RowError as bad:
@@ -242,6 +241,10 @@ class Renderer:
             self.asked[row.row] = self._alike.setdefault(keys, keys)
         kept = row.media if self.options.explain else ()
         return replace(row, media=kept, seen=seen) if seen else row
+
+    def finder(self, folder: Path) -> Finder:
+        """What finds the media of the data files in a folder."""
+        return self._finders.setdefault(folder, Finder(folder))
 
     def _made(self, plan: RowPlan, texts: Sequence[str | InputError]) -> list[Encoded]:
         """The samples of a row; none if it is refused or left out."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..api.media import RowError
 from .masking import IGNORED
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from .samples import Span
     from .source import Source
 
+IMAGE = "image"  #: kind of the media that have thumbnails
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownSample:
@@ -32,6 +36,7 @@ class ShownSample:
         sample: number within the row, from 1.
         source: name of the source, as the user wrote it.
         format: row format.
+        path: the file of the row.
         line: line of the row in its file.
         token_ids: token ids.
         trained: for each token, whether it has a label.
@@ -43,6 +48,7 @@ class ShownSample:
     sample: int
     source: str
     format: str
+    path: Path
     line: int
     token_ids: Sequence[int]
     trained: Sequence[bool]
@@ -76,6 +82,29 @@ class ShownSample:
         ]
 
 
+def images_of(sample: ShownSample, renderer: Renderer) -> list[tuple[str, bytes | Path | None]]:
+    """For each medium of a sample a caption, and the bytes or the file of an image.
+
+    Args:
+        sample: the sample.
+        renderer: that has rendered it.
+    """
+    images: list[tuple[str, bytes | Path | None]] = []
+    for part in sample.media:
+        name = part.given if isinstance(part.given, str) else ""
+        caption = f"{part.kind} {'' if name[:5].lower() == 'data:' else name}".strip()
+        image: bytes | Path | None = None
+        if part.kind == IMAGE:
+            try:
+                payload = renderer.finder(sample.path.parent).payload(part)
+            except RowError:  # the file has changed since it was read
+                payload = None
+            if payload is not None:
+                image = payload.path if payload.path is not None else payload.data
+        images.append((caption[:200], image))
+    return images
+
+
 def shown_samples(renderer: Renderer, sources: Sequence[Source]) -> Iterator[ShownSample]:
     """Yield the samples of some sources, all samples of a row together.
 
@@ -93,11 +122,13 @@ def shown_samples(renderer: Renderer, sources: Sequence[Source]) -> Iterator[Sho
 
 def _shown(plan: RowPlan, example: Example) -> ShownSample:
     row = plan.row
+    assert row.path is not None, "rows are read from files"
     return ShownSample(
         row=example.row,
         sample=example.sample,
         source=row.source.name if row.source is not None else str(row.path),
         format=row.format,
+        path=row.path,
         line=row.line,
         token_ids=example.ids,
         trained=[label != IGNORED for label in example.labels],
