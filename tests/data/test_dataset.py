@@ -121,7 +121,7 @@ def test_all_bad_rows_of_every_kind_in_the_order_of_the_file(
         load(path, checkpoint, max_length=400)
     got = [(e.code, e.field, e.file) for e in caught.value.errors]
     assert got == [
-        ("QC-TEMPLATE-002", "line 3", str(path)),
+        ("QC-DATA-051", "line 3, messages[1]", str(path)),
         ("QC-DATA-011", "line 4", str(path)),
         ("QC-DATA-010", "line 5, messages", str(path)),
         ("QC-DATA-008", "line 7, messages[1].content", str(path)),

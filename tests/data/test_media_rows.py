@@ -552,7 +552,7 @@ def test_control_in_text_is_refused_wherever_it_stands(
     assert [(e.code, e.field) for e in found] == [
         ("QC-DATA-008", "line 1, messages[0].content"),
         ("QC-DATA-008", "line 2, messages[1].content"),
-        ("QC-DATA-008", "line 3, tools[0].description"),
+        ("QC-DATA-008", "line 3, tools[0].function.description"),
     ]
 
 
@@ -593,7 +593,7 @@ def test_all_bad_rows_of_every_step_in_the_order_of_the_file(
     )
     assert [(e.code, e.field) for e in found] == [
         ("QC-MEDIA-002", "line 2, messages[0].content[0]"),
-        ("QC-TEMPLATE-002", "line 3"),
+        ("QC-DATA-051", "line 3, messages[1]"),
         ("QC-DATA-011", "line 4"),
         ("QC-MEDIA-006", "line 5, messages[0].content[0]"),
         ("QC-MEDIA-004", "line 6, messages[0].content[0]"),

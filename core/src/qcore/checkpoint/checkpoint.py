@@ -144,6 +144,40 @@ class Checkpoint:
             headers_only=weights is not local,
         )
 
+    @classmethod
+    def open_files(
+        cls, path: str | Path, *, source: str | None = None, revision: str | None = None
+    ) -> Checkpoint:
+        """Read the config of a model folder; weights and their index may be absent or damaged.
+
+        The checkpoint has no headers, and `file` refuses its weights.
+
+        Args:
+            path: the folder.
+            source: what the user named, if it is not the folder.
+            revision: commit that a hub id resolved to.
+
+        Raises:
+            InputError: ``QC-CKPT-001``, ``-002`` and ``QC-READ-001``, as `open`.
+        """
+        folder = Path(path)
+        config = read_config(folder)
+        names = sorted(Folder(folder).names())
+        weights = tuple(name for name in names if name.endswith(".safetensors"))
+        others = tuple(name for name in names if not name.endswith((".safetensors", INDEX)))
+        return cls(
+            folder,
+            source if source is not None else str(path),
+            revision,
+            config,
+            headers={},
+            shards=weights,
+            index=None,
+            sidecars=tuple(name for name in others if not name.endswith(_WEIGHTS)),
+            copies=tuple(name for name in others if name.endswith(_WEIGHTS)),
+            headers_only=True,
+        )
+
     def file(self, name: str) -> Path:
         """Return the path of a file, after checking that it lies inside the folder.
 

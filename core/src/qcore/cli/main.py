@@ -24,6 +24,7 @@ from .plugin_command import PluginCommand, find, listed
 VERBS = {
     "inspect": ("inspect", "What a model is, by which evidence, and whether it is whole."),
     "plan": ("plan", "Will it fit: memory by term, micro-batch, recompute, time."),
+    "data": ("data", "See rows as a run trains them: findings, tokens, conversion."),
     "train": ("train", "Fine-tune a model with QLoRA and write a PEFT adapter."),
     "merge": ("merge", "Write base + adapter as a drop-in checkpoint."),
     "generate": ("generate", "Answer a prompt, with or without an adapter."),

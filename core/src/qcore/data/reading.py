@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +24,12 @@ from .repairs import repair
 from .rows import ChatRow, RowCheck
 
 if TYPE_CHECKING:
+    from .jsonl import Hasher
     from .rejects import Rejects
     from .source import Record, Source
+
+
+_REPORTED = 1 << 18  #: bytes between two reports of progress
 
 
 @dataclass(slots=True)
@@ -109,6 +113,26 @@ class RowReader:
         return name, row
 
 
+@dataclass(slots=True)
+class _Counted:
+    """A hash that reports how many bytes it has seen."""
+
+    digest: Hasher
+    advance: Callable[[int], None]
+    pending: int = 0
+
+    def update(self, data: bytes, /) -> None:
+        self.digest.update(data)
+        self.pending += len(data)
+        if self.pending > _REPORTED:
+            self.report()
+
+    def report(self) -> None:
+        """Report the bytes since the last report."""
+        self.advance(self.pending)
+        self.pending = 0
+
+
 def read_rows(
     sources: Sequence[Source],
     reader: Callable[[Record, int], tuple[str, ChatRow]],
@@ -117,6 +141,8 @@ def read_rows(
     *,
     first: int = 1,
     seed: int = 0,
+    only: Collection[int] = (),
+    advance: Callable[[int], None] | None = None,
 ) -> Iterator[ChatRow]:
     """Yield the valid rows of some sources, in one pass and constant memory.
 
@@ -127,6 +153,8 @@ def read_rows(
         counts: receives what came from each source.
         first: number of the first row.
         seed: chooses the rows of a source with a weight or count and no seed of its own.
+        only: numbers of rows; the others are passed over unchecked. Empty: all rows.
+        advance: called with the number of bytes read since the last call.
 
     Raises:
         InputError: as `records`; ``QC-DATA-002`` a source has no rows.
@@ -137,9 +165,12 @@ def read_rows(
         if counts is not None:
             counts.append(count)
         digest = hashlib.sha256()
-        for record in records(source, digest, seed=seed):
+        seen = digest if advance is None else _Counted(digest, advance)
+        for record in records(source, seen, seed=seed):
             number += 1
             count.rows += 1
+            if only and number not in only:
+                continue
             try:
                 name, row = reader(record, number)
             except RowError as bad:
@@ -147,6 +178,8 @@ def read_rows(
             else:
                 count.formats[name] += 1
                 yield replace(row, row=number, path=record.path, source=source, format=name)
+        if isinstance(seen, _Counted):
+            seen.report()
         count.sha256 = digest.hexdigest()
         if not count.rows:
             raise InputError(

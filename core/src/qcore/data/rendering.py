@@ -12,7 +12,7 @@ read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,8 +57,10 @@ class Options:
         special: special tokens by name, as templates read them.
         reader: reads media; without it rows must be text only.
         unread: why there is no reader.
-        explain: whether samples keep the reason of each token.
+        explain: whether samples keep the reason of each token, and rows the references of media.
         seed: chooses rows of sources with a weight or count.
+        only: numbers of the rows to render; empty: all rows.
+        advance: called with the number of bytes read since the last call.
     """
 
     policies: Policies = field(default_factory=Policies)
@@ -69,6 +71,8 @@ class Options:
     unread: str = ""
     explain: bool = False
     seed: int = 0
+    only: frozenset[int] = frozenset()
+    advance: Callable[[int], None] | None = None
 
 
 class Renderer:
@@ -171,6 +175,7 @@ class Renderer:
         rows = read_rows(
             sources, reader, self.rejects, self.counts,
             first=self.rows + 1, seed=self.options.seed,
+            only=self.options.only, advance=self.options.advance,
         )  # fmt: skip
         plans = self._planned(self._seen(rows))
         asked = ((plan, plan.prefixes()) for plan in plans)
@@ -226,8 +231,7 @@ class Renderer:
                 prove_media(apart, self.format, self.tokenizer, reader, variables=self._given)
             self._media_proved = True
         assert row.path is not None, "rows are read from files"
-        folder = row.path.parent
-        finder = self._finders.setdefault(folder, Finder(folder))
+        finder = self.finder(row.path.parent)
         try:
             seen = tuple(finder.read(part, reader) for part in row.media)
         except RowError as bad:
@@ -235,7 +239,12 @@ class Renderer:
             return None
         if keys := frozenset((part.kind, key) for part in row.media for key in part.options):
             self.asked[row.row] = self._alike.setdefault(keys, keys)
-        return replace(row, media=(), seen=seen) if seen else row
+        kept = row.media if self.options.explain else ()
+        return replace(row, media=kept, seen=seen) if seen else row
+
+    def finder(self, folder: Path) -> Finder:
+        """What finds the media of the data files in a folder."""
+        return self._finders.setdefault(folder, Finder(folder))
 
     def _made(self, plan: RowPlan, texts: Sequence[str | InputError]) -> list[Encoded]:
         """The samples of a row; none if it is refused or left out."""
@@ -354,6 +363,10 @@ class Renderer:
         for example in examples:
             turns += example.turns
             reasoned += example.reasoned
+        return self.record(turns, reasoned)
+
+    def record(self, turns: int, reasoned: int) -> ChatRecord:
+        """As `chat`, from the number of trained turns and of those with reasoning."""
         alike = len(self._own_variables) == 1
         own = json.loads(next(iter(self._own_variables))) if alike else {}
         record = chat_record(

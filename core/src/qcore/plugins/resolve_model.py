@@ -158,22 +158,9 @@ def identify(
     checkpoint = Checkpoint.open(
         where.path, source=where.source, revision=where.revision, remote=where.remote
     )
-    plugins = Plugins.discover().for_model_type(checkpoint.config["model_type"])
-    try:
-        decision = detect(checkpoint, plugins, generation=generation or None)
-    finally:
-        checkpoint.close()  # of the process in which detection rendered the template
-    answers = plugins.ask(
-        "qcore_parameters",
-        architecture=decision.architecture.name,
-        config=checkpoint.config,
-    )
-    # The architecture's own parts first, whatever the plugins are called.
-    own = decision.architecture_plugin.name
-    answers.sort(key=lambda answer: answer[0].name != own)
-    parts = [replace(part, owner=info.distribution) for info, part in answers]
+    plugins, decision, table = _explained(checkpoint, generation)
     quantisation, refused = _quantisation(checkpoint)
-    layout, problems = survey(Table(parts), checkpoint, suggest=refused is None)
+    layout, problems = survey(table, checkpoint, suggest=refused is None)
     layout = replace(layout, idle=frozenset(one.name for one in decision.modalities))
     if refused is not None:
         problems = [refused]  # what the table misses and does not know is a consequence
@@ -188,6 +175,51 @@ def identify(
         quantisation=quantisation,
         refused=refused,
     )
+
+
+def identify_files(model: str, *, generation: str = "") -> Identified:
+    """Find and explain a model by its config, tokenizer and chat template alone.
+
+    Its weights may be absent, and are not looked at: the layout locates no tensor.
+
+    Args:
+        model: a folder or a hub id; the weights of a hub id stay on the hub.
+        generation: accepted only where evidence is missing, never against it.
+
+    Raises:
+        QcoreError: as `identify`, except for what concerns tensors.
+    """
+    refuse_hosted(model)
+    where = resolve_model(model, headers_only=True)
+    checkpoint = Checkpoint.open_files(where.path, source=where.source, revision=where.revision)
+    plugins, decision, table = _explained(checkpoint, generation)
+    layout = Layout(
+        table=table,
+        located={},
+        by_disk={},
+        namespaces={},
+        idle=frozenset(one.name for one in decision.modalities),
+    )
+    return Identified(checkpoint=checkpoint, plugins=plugins, decision=decision, layout=layout)
+
+
+def _explained(checkpoint: Checkpoint, generation: str) -> tuple[Plugins, Decision, Table]:
+    """The plugins of a checkpoint, what it is, and the table of its parameters."""
+    plugins = Plugins.discover().for_model_type(checkpoint.config["model_type"])
+    try:
+        decision = detect(checkpoint, plugins, generation=generation or None)
+    finally:
+        checkpoint.close()  # of the process in which detection rendered the template
+    answers = plugins.ask(
+        "qcore_parameters",
+        architecture=decision.architecture.name,
+        config=checkpoint.config,
+    )
+    # The architecture's own parts first, whatever the plugins are called.
+    own = decision.architecture_plugin.name
+    answers.sort(key=lambda answer: answer[0].name != own)
+    parts = [replace(part, owner=info.distribution) for info, part in answers]
+    return plugins, decision, Table(parts)
 
 
 def _quantisation(checkpoint: Checkpoint) -> tuple[Quantization | None, QcoreError | None]:
