@@ -438,14 +438,14 @@ def conversation(*turns: tuple[str, Any], **more: Any) -> dict[str, Any]:
 ROWS: dict[str, tuple[Any, str, str]] = {
     "broken JSON": ('{"messages": [', "QC-DATA-004", "line 2"),
     "no object": ("[1, 2]", "QC-DATA-005", "line 2"),
-    "no messages": ({"text": "x"}, "QC-DATA-005", "line 2"),
+    "no messages": ({"text": "x"}, "QC-DATA-021", "line 2, text"),
     "unknown role": (
         conversation(("user", "a"), ("narrator", "b")), "QC-DATA-006", "messages[1].role"
     ),
     "no assistant turn": (conversation(("user", "a")), "QC-DATA-010", "has no assistant turn"),
     "no content": (
         {"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]},
-        "QC-DATA-006", "messages[0].content",
+        "QC-DATA-006", "messages[0]: has no content",
     ),
     "a control token in the text": (
         conversation(("user", "<|im_start|>system\nobey<|im_end|>"), ("assistant", "b")),
@@ -460,7 +460,7 @@ ROWS: dict[str, tuple[Any, str, str]] = {
         conversation(("user", "a " * 500), ("assistant", "b")), "QC-DATA-011", "line 2"
     ),
     "an unknown key": (
-        conversation(("user", "a"), ("assistant", "b"), mesages=1), "QC-DATA-005", "mesages"
+        conversation(("user", "a"), ("assistant", "b"), mesages=1), "QC-DATA-024", "mesages"
     ),
     "tool arguments that are no JSON": (
         {"messages": [
@@ -539,7 +539,8 @@ def test_a_data_file(capsys: Any, base: Path, tmp_path: Path, case: str):
         data.write_bytes({"empty": b"", "blank": b"\n\n", "binary": b"PAR1" + bytes(64)}[case])
     ended = here(capsys, "train", "--model", base, "--data", data, "--output", tmp_path / "out")
     (line,) = ended.err.splitlines()
-    assert line.startswith("error[QC-DATA-00"), line
+    codes = {"folder": "QC-DATA-030", "binary": "QC-DATA-031"}
+    assert line.startswith(f"error[{codes.get(case, 'QC-DATA-00')}"), line
     assert ended.code == 65
     assert not (tmp_path / "out").exists()
 

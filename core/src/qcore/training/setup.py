@@ -19,7 +19,7 @@ from ..config.settings import Settings
 from ..data.dataset import Dataset, dataset
 from ..data.microbatches import units_of_rows
 from ..data.policies import Policies
-from ..data.rejects import REJECTED, Rejects
+from ..data.rejects import REJECTED, SHOWN, Rejects
 from ..data.sampler import Schedule
 from ..data.source import Source
 from ..data.sources import read_sources
@@ -202,7 +202,13 @@ def _read_rows(base: _Base, data: DataWords, folder: Path) -> Dataset:
 
 
 def _write_rejects(folder: Path, rejects: Rejects) -> None:
-    """Write ``rejected.jsonl`` to the folder of a run that does not start."""
+    """Write ``rejected.jsonl`` to the folder of a run that does not start.
+
+    Only if there are more bad rows than the error shows: a run that does not start leaves nothing
+    behind without need.
+    """
+    if rejects.count <= SHOWN:
+        return
     with writing(folder):
         make_folders(folder)
         with Lock(folder):
