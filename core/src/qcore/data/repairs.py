@@ -32,6 +32,7 @@ def repair_context(
     template: Renderer,
     chat_format: ChatFormat,
     variables: Mapping[str, Any] | None = None,
+    kinds: Collection[str] = (),
     refused: Collection[str] = (),
 ) -> RepairContext:
     """What `repair` knows of a run; renders some probes.
@@ -40,6 +41,7 @@ def repair_context(
         template: the checkpoint's.
         chat_format: the format of rendered conversations.
         variables: variables of the template.
+        kinds: kinds of media of all installed readers, also of those that the run does not use.
         refused: codes whose warnings refuse the row instead.
 
     Raises:
@@ -50,6 +52,7 @@ def repair_context(
         marks=thinking_marks(chat_format),
         parse=chat_format.parse,
         abilities=probe_abilities(template, chat_format, variables),
+        kinds=tuple(kinds),
         refused=frozenset(refused),
     )
 
@@ -83,7 +86,7 @@ def repair(
     turns = drop_padding(turns, tools, row if raw is None else raw, notes)
     _check_empty(turns, notes)
     turns = repair_order(turns, context, notes)
-    check_marks(turns)
+    check_marks(turns, context.kinds)
     check_calls(turns, tools, notes)
     return {**row, "messages": [dict(turn.message) for turn in turns]}, tuple(notes.found)
 

@@ -38,7 +38,7 @@ class Abilities:
     Attributes:
         splits_content: a think block in ``content`` becomes the turn's reasoning.
         reads_reasoning: ``reasoning_content`` is rendered.
-        calls: how ``tool_calls`` are rendered: ``json`` as Hermes and Qwen 3 write them,
+        calls: how ``tool_calls`` are rendered: ``json`` as Hermes writes them,
             ``other`` in another way, empty: not at all.
         wraps_results: a tool result is put between ``<tool_response>`` tags.
         late_system: a system turn after a user turn is rendered.
