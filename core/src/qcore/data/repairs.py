@@ -17,19 +17,20 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..api.records import ChatFormat
+from ..api.views import TemplateView
 from .findings import DataFinding
 from .repair_calls import check_calls, drop_padding
 from .repair_notes import Notes, Placed, RepairContext, text_only
 from .repair_text import check_marks, move_thinking, read_text_calls
 from .repair_turns import repair_order
 from .rows import thinking_marks
-from .template_probes import Renderer, probe_abilities
+from .template_probes import probe_abilities
 
 EMPTY = "QC-DATA-056"
 
 
 def repair_context(
-    template: Renderer,
+    template: TemplateView,
     chat_format: ChatFormat,
     variables: Mapping[str, Any] | None = None,
     kinds: Collection[str] = (),
