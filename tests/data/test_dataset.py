@@ -127,7 +127,32 @@ def test_all_bad_rows_of_every_kind_in_the_order_of_the_file(
         ("QC-DATA-008", "line 7, messages[1].content", str(path)),
         ("QC-DATA-004", "line 8", str(path)),
     ]
-    assert "System message must be first." in caught.value.errors[0].message
+    assert "which the chat template refuses" in caught.value.errors[0].message
+
+
+def test_rows_are_repaired_and_the_repairs_reported(
+    tmp_path: Path, checkpoint: FakeCheckpoint
+) -> None:
+    given = [
+        {"messages": [user("a"), user("b"), bot("c"), user("d")]},
+        {"messages": [user(""), bot("x")]},
+        {"messages": [user("a"), bot("x", tool_calls=[call("f", {})])]},
+    ]
+    found = load(write_rows(tmp_path / "rows.jsonl", given), checkpoint)
+    repairs = [one for one in found.findings if one.code.startswith("QC-DATA-05")]
+    assert [(one.code, one.severity, one.row, one.field) for one in repairs] == [
+        ("QC-DATA-050", "note", 1, "messages[1]"),
+        ("QC-DATA-052", "warning", 1, "messages[3]"),
+        ("QC-DATA-056", "warning", 2, "messages[0].content"),
+        ("QC-DATA-057", "warning", 3, "messages[1].tool_calls[0]"),
+    ]
+
+
+def test_a_mark_of_a_medium_in_text_is_refused(tmp_path: Path, checkpoint: FakeCheckpoint) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": [user("<image>Hi"), bot("x")]}])
+    with pytest.raises(InputError) as caught:
+        load(path, checkpoint)
+    assert caught.value.code == "QC-DATA-055"
 
 
 def test_special_tokens_of_the_tokenizer_are_refused_in_text(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.chat_kit import FakeCheckpoint, own_tokenizer
+from support.chat_kit import FakeCheckpoint, own_tokenizer, write_rows
 from support.chat_rows import Writer
 from support.template_kit import family_template
 from tokenizers import Tokenizer
@@ -17,7 +17,10 @@ from qcore.api import ChatFormat
 from qcore.checkpoint.chat_template import Template
 from qcore.checkpoint.tokenizer import load_tokenizer
 from qcore.data.parity import Difference, parity
+from qcore.data.rejects import Rejects
+from qcore.data.rendering import Options, Renderer
 from qcore.data.samples import Sample
+from qcore.data.source import Source
 from qcore_qwen35.chat import QWEN35
 from qcore_qwen36.chat import QWEN36
 
@@ -113,6 +116,41 @@ def test_five_hundred_conversations_as_they_are_served(
     path = shared / "skus" / sku / "chat_template.jinja"
     with Template(path.read_text(encoding="utf-8"), sku) as template:
         sweep(template, REAL[sku], real, 500)
+
+
+@pytest.mark.parametrize("sku", REAL)
+def test_samples_of_a_run_are_what_is_served(
+    shared: Path, tmp_path: Path, sku: str, real: Tokenizer
+) -> None:
+    assert run(shared, tmp_path, sku, real, 15) > 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sku", REAL)
+def test_samples_of_five_hundred_rows_are_what_is_served(
+    shared: Path, tmp_path: Path, sku: str, real: Tokenizer
+) -> None:
+    assert run(shared, tmp_path, sku, real, 500) > 500
+
+
+def run(shared: Path, tmp_path: Path, sku: str, tokenizer: Tokenizer, count: int) -> int:
+    """Read rows as a run does, with repairs and shared samples; the number of trained turns."""
+    writer = Writer(12)
+    path = write_rows(tmp_path / "rows.jsonl", [writer.row() for _ in range(count)])
+    text = (shared / "skus" / sku / "chat_template.jinja").read_text(encoding="utf-8")
+    rejects, turns = Rejects(), 0
+    with Template(text, sku) as template, Template(text, sku) as other:
+        renderer = Renderer(template, REAL[sku], tokenizer, Options(), rejects)
+        renderer.prove()
+        for plan, encoded in renderer.encoded([Source(name="rows", files=(path,))]):
+            found = parity(
+                plan.row.messages, plan.row.tools, [one.sample for one in encoded], REAL[sku],
+                other, tokenizer=tokenizer,
+            )  # fmt: skip
+            assert found == (), (found, plan.row)
+            turns += sum(len(one.sample.turns) for one in encoded)
+    rejects.stop(renderer.rows)
+    return turns
 
 
 # Prompts.

@@ -21,7 +21,9 @@ from qcore.data.template_probes import Abilities, probe_abilities
 from qcore_qwen35.chat import QWEN35
 from qcore_qwen36.chat import QWEN36
 
-CONTEXT = RepairContext(marks=("<think>", "</think>"), parse=QWEN35.parse)
+CONTEXT = RepairContext(
+    marks=("<think>", "</think>"), parse=QWEN35.parse, kinds=("image", "video", "audio")
+)
 REAL = {
     "qwen3.5/Qwen3.5-4B": QWEN35,
     "qwen3.5/Qwen3.5-0.8B": QWEN35,
@@ -463,6 +465,11 @@ def test_marks_without_media(mark: str) -> None:
 )
 def test_words_that_are_no_marks(said: str) -> None:
     assert fixed(user(said), bot("Yes.")) == ([user(said), bot("Yes.")], [])
+
+
+def test_marks_of_unknown_kinds_are_text() -> None:
+    context = replace(CONTEXT, kinds=())
+    assert fixed(user("<image>"), bot("Red."), context=context)[1] == []
 
 
 def test_marks_in_answers_are_text() -> None:

@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..api.records import ChatFormat
+from ..api.views import TemplateView
 from ..errors import InputError
 from .findings import NOTE, WARNING, DataFinding
 from .masking import normalised
 from .repair_notes import functions_of, text_only
 from .repair_text import split_thinking
 from .rows import thinking_marks
-from .template_probes import Renderer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -86,7 +86,7 @@ def parity(
     tools: Sequence[Mapping[str, Any]] | None,
     samples: Iterable[Sample],
     chat_format: ChatFormat,
-    template: Renderer,
+    template: TemplateView,
     *,
     tokenizer: Tokenizer | None = None,
     variables: Mapping[str, Any] | None = None,
@@ -121,7 +121,7 @@ class _Parity:
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None
     format: ChatFormat
-    template: Renderer
+    template: TemplateView
     tokenizer: Tokenizer | None
     variables: Mapping[str, Any]
     expand: Expand | None

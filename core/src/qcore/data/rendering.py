@@ -169,7 +169,9 @@ class Renderer:
         reader = RowReader(
             formats=self._formats,
             check=RowCheck(self.format, control, self.options.reader, self.options.unread),
-            context=repair_context(self.template, self.format, self._given),
+            context=repair_context(
+                self.template, self.format, self._given, kinds=self._formats.kinds
+            ),
             findings=self.findings,
         )
         rows = read_rows(

@@ -25,6 +25,7 @@ class RepairContext:
         marks: the tags of a think block; ``None`` for a format without thinking.
         parse: the inverse of the template; ``None`` without one.
         abilities: what the chat template renders.
+        kinds: kinds of media of the installed readers; ``<kind>`` is the mark of one.
         refused: codes whose warnings refuse the row instead.
     """
 
@@ -32,6 +33,7 @@ class RepairContext:
     marks: tuple[str, str] | None = None
     parse: ParseReply | None = None
     abilities: Abilities = field(default_factory=Abilities)
+    kinds: tuple[str, ...] = ()
     refused: Collection[str] = ()
 
 

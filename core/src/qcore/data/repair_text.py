@@ -1,13 +1,14 @@
 """Markup that a row writes as text: tool calls, tool results, think blocks, marks of media.
 
-This file decides what is converted. A call as JSON in an assistant's text (Hermes, Qwen 3) under a
+This file decides what is converted. A call as JSON in an assistant's text (Hermes) under a
 template that writes calls in another way contradicts the prompt of its own row, and no server
 would read it as a call: it becomes a call if `tools` declares its function, else the row is
 refused. Text after a call is refused, because a template writes calls last. A mention of the tags
 is left alone.
 
 Codes: ``QC-DATA-050`` a think block moved to ``reasoning_content``, ``-054`` calls and results as
-text, ``-055`` a mark of a medium without the medium.
+text, ``-055`` a mark of a medium
+as text.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from ..api.media import RowError
@@ -28,7 +30,6 @@ _RESULTS = re.compile(
     r"\s*(?:<tool_response>(?:(?!</?tool_response>).)*</tool_response>\s*)+", re.DOTALL
 )
 _RESULT = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
-_MARK = re.compile(r"`[^`\n]*`|<(image|video|audio)>")  # in backticks it is a word
 
 
 def read_text_calls(
@@ -201,25 +202,35 @@ def split_thinking(text: str, marks: tuple[str, str]) -> tuple[str, str] | None:
     return head.lstrip().removeprefix(opens).strip("\n"), rest.lstrip("\n")
 
 
-def check_marks(turns: Sequence[Placed]) -> None:
+@cache
+def _marks_of(kinds: tuple[str, ...]) -> re.Pattern[str]:
+    """Marks of media; in backticks, a mark is a word."""
+    return re.compile(r"`[^`\n]*`|<(" + "|".join(map(re.escape, kinds)) + ")>")
+
+
+def check_marks(turns: Sequence[Placed], kinds: tuple[str, ...]) -> None:
     """Refuse marks of media in user turns: the model would be trained on the word.
+
+    Args:
+        turns: the row's turns.
+        kinds: kinds of media that rows may have.
 
     Raises:
         RowError: ``QC-DATA-055``.
     """
-    for turn in turns:
+    for turn in turns if kinds else ():
         if turn.role != "user":
             continue
         content = turn.message.get("content")
         parts = content if isinstance(content, list) else [content]
-        kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+        types = [part.get("type") for part in parts if isinstance(part, dict)]
         for part in parts:
             text = part.get("text") if isinstance(part, dict) else part
-            marks = _MARK.findall(text) if isinstance(text, str) else ()
+            marks = _marks_of(kinds).findall(text) if isinstance(text, str) else ()
             kind = next((one for one in marks if one and f"</{one}>" not in str(text)), None)
             if kind is None:
                 continue
-            beside = kind in kinds
+            beside = kind in types
             example = f'{{"type": "{kind}", "{kind}": <path>}}'
             advice = (
                 f"take the mark out of the text: the {kind} part stands for it"

@@ -17,21 +17,23 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..api.records import ChatFormat
+from ..api.views import TemplateView
 from .findings import DataFinding
 from .repair_calls import check_calls, drop_padding
 from .repair_notes import Notes, Placed, RepairContext, text_only
 from .repair_text import check_marks, move_thinking, read_text_calls
 from .repair_turns import repair_order
 from .rows import thinking_marks
-from .template_probes import Renderer, probe_abilities
+from .template_probes import probe_abilities
 
 EMPTY = "QC-DATA-056"
 
 
 def repair_context(
-    template: Renderer,
+    template: TemplateView,
     chat_format: ChatFormat,
     variables: Mapping[str, Any] | None = None,
+    kinds: Collection[str] = (),
     refused: Collection[str] = (),
 ) -> RepairContext:
     """What `repair` knows of a run; renders some probes.
@@ -40,6 +42,7 @@ def repair_context(
         template: the checkpoint's.
         chat_format: the format of rendered conversations.
         variables: variables of the template.
+        kinds: kinds of media of all installed readers, also of those that the run does not use.
         refused: codes whose warnings refuse the row instead.
 
     Raises:
@@ -50,6 +53,7 @@ def repair_context(
         marks=thinking_marks(chat_format),
         parse=chat_format.parse,
         abilities=probe_abilities(template, chat_format, variables),
+        kinds=tuple(kinds),
         refused=frozenset(refused),
     )
 
@@ -83,7 +87,7 @@ def repair(
     turns = drop_padding(turns, tools, row if raw is None else raw, notes)
     _check_empty(turns, notes)
     turns = repair_order(turns, context, notes)
-    check_marks(turns)
+    check_marks(turns, context.kinds)
     check_calls(turns, tools, notes)
     return {**row, "messages": [dict(turn.message) for turn in turns]}, tuple(notes.found)
 

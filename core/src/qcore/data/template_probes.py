@@ -9,26 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ..api.records import ChatFormat
+from ..api.views import TemplateView
 from ..errors import InputError
 from .rows import thinking_marks
 
 _REFUSALS = ("QC-TEMPLATE-002", "QC-TEMPLATE-003")  #: of the conversation, not of the template
-
-
-class Renderer(Protocol):
-    """The method of `Template` that probes need."""
-
-    def render(
-        self,
-        messages: Any,
-        tools: Any = None,
-        add_generation_prompt: bool = False,
-        **variables: Any,
-    ) -> str:
-        """Render a conversation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +42,7 @@ class Abilities:
 
 
 def probe_abilities(
-    template: Renderer, chat_format: ChatFormat, variables: Mapping[str, Any] | None = None
+    template: TemplateView, chat_format: ChatFormat, variables: Mapping[str, Any] | None = None
 ) -> Abilities:
     """Render small conversations and look for what became of them.
 
@@ -83,7 +71,7 @@ def probe_abilities(
 
 class _Probe:
     def __init__(
-        self, template: Renderer, chat_format: ChatFormat, variables: Mapping[str, Any]
+        self, template: TemplateView, chat_format: ChatFormat, variables: Mapping[str, Any]
     ) -> None:
         self.template = template
         self.format = chat_format

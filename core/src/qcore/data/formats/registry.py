@@ -91,6 +91,7 @@ class Formats:
 
     Attributes:
         names: the formats that ``--format`` accepts, in the order of detection.
+        kinds: types of media parts that installed plugins read.
         ignored: how many rows had each key that was left out.
     """
 
@@ -100,7 +101,7 @@ class Formats:
             if entry.name not in _BUILTIN and entry.status is not Status.DISABLED
         }  # fmt: skip
         self._loaded: dict[str, DataFormat | PluginError] = {}
-        self._kinds = tuple(kinds)
+        self.kinds = tuple(kinds)
         self._parsed: tuple[Mapping[str, Any], Fields] = ({}, Fields())
         self.names = (*_BUILTIN, *sorted(self._plugins))
         self.ignored: Counter[str] = Counter()
@@ -164,7 +165,7 @@ class Formats:
             self.check(forced, fields)
         row = mapping(value, "", "QC-DATA-005", "is not an object")
         parsed = self._fields(fields) if fields else Fields()
-        reading = Reading(kinds=self._kinds, fields=parsed, ignore=frozenset(ignore))
+        reading = Reading(kinds=self.kinds, fields=parsed, ignore=frozenset(ignore))
         if parsed.columns or ignore:
             row = reading.renamed(row)
         name = forced or parsed.format
@@ -185,7 +186,7 @@ class Formats:
     def _fields(self, fields: Mapping[str, Any]) -> Fields:
         """The parsed mapping; all rows of a source hand over the same object."""
         if fields is not self._parsed[0]:
-            self._parsed = (fields, parse_fields(fields, self._kinds))
+            self._parsed = (fields, parse_fields(fields, self.kinds))
         return self._parsed[1]
 
     def notes(self) -> list[tuple[str, str]]:
