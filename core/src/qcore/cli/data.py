@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 
 from .data_check import check
+from .data_compare import diff, parity
+from .data_convert import convert, schema
 from .data_show import show
 
 
@@ -13,5 +15,5 @@ def command() -> None:
     """See rows as a run trains them: findings, tokens, conversion. No weights are needed."""
 
 
-command.add_command(check)
-command.add_command(show)
+for verb in (check, show, diff, parity, convert, schema):
+    command.add_command(verb)

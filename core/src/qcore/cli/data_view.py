@@ -141,3 +141,20 @@ def print_findings(rows: Sequence[Mapping[str, Any]]) -> None:
         fix = Text(f"\n{row['fix']}", "dim") if row["fix"] else Text()
         table.add_row(title, row["rows"], Text(row["message"]).append_text(fix))
     console.print(table)
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table: folded on a terminal, a line for each row in a pipe."""
+    if not rows:
+        return
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 100_000
+        console.print(as_table("", rows))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for key in rows[0]:
+        table.add_column(key, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(value)) for value in row.values()))
+    console.print(table)

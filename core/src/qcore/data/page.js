@@ -75,7 +75,8 @@
         document.createTextNode(Math.round(e.share) + " %"));
     } else share.append(document.createTextNode("refused"));
     head.append(share);
-    const spans = e.spans, from = spans.find((s) => s[3]) || spans[0];
+    const spans = e.spans;
+    const from = spans.find((s) => s[3] && whys[s[2]] === "answer") || spans.find((s) => s[3]) || spans[0];
     const said = from ? from[0] : (findings.get(e.row) || [{ message: "" }])[0].message;
     node.append(head, make("div", "start", visible(said.slice(0, 120).replace(/\s+/g, " "))));
     node.addEventListener("click", () => select(n));
@@ -129,12 +130,7 @@
         (e.format >= 0 ? " · " + formats[e.format] : "") +
         (e.sample ? " · " + number(e.tokens) + " tokens, " + number(e.trained) + " trained (" +
           Math.round(e.share) + " %)" : "")));
-    for (const f of findings.get(e.row) || []) {
-      const li = make("li", f.severity);
-      li.append(make("code", "", f.code), document.createTextNode(" " + (f.field ? visible(f.field) + ": " : "") + visible(f.message)));
-      if (f.fix) li.append(make("span", "fix", ". Fix: " + visible(f.fix)));
-      $("notes").append(li);
-    }
+    for (const f of findings.get(e.row) || []) $("notes").append(finding(f));
     for (const [name, thumb] of e.media) {
       const figure = make("figure");
       if (thumb >= 0) {
@@ -160,6 +156,14 @@
       node.addEventListener("click", () => pick(e, n));
       $("text").append(node);
     });
+  }
+
+  function finding(f) {
+    const li = make("li", f.severity);
+    li.append(make("code", "", f.code),
+      document.createTextNode(" " + (f.field ? visible(f.field) + ": " : "") + visible(f.message)));
+    if (f.fix) li.append(make("span", "fix", ". Fix: " + visible(f.fix)));
+    return li;
   }
 
   function pick(e, n) {
@@ -230,16 +234,19 @@
     ...[...codes].map(([code, n]) => [code, code + " (" + number(n) + ")"])]);
 
   const summary = $("summary");
-  const fact = (n, unit) => summary.append(make("b", "", number(n)), document.createTextNode(" " + unit + "   "));
-  summary.append(make("b", "", visible(meta.model)), document.createTextNode("   "));
+  const fact = (n, unit) => summary.append(make("b", "", number(n)), document.createTextNode(" " + unit + " · "));
+  summary.append(make("b", "", visible(meta.model)), document.createTextNode(" · "));
   fact(meta.rows, "rows");
   if (meta.rejected) fact(meta.rejected, "refused");
   fact(samples.length, "samples");
   fact(meta.tokens, "tokens");
   summary.append(make("b", "", (meta.tokens ? Math.round((100 * meta.supervised) / meta.tokens) : 0) + " %"),
-    document.createTextNode(" trained" + (meta.left ? "   " + meta.left : "")));
+    document.createTextNode(" trained" + (meta.left ? " · " + meta.left : "")));
   const general = findings.get(0) || [];
-  if (general.length) summary.title = general.map((f) => f.code + ": " + f.message).join("\n");
+  $("general").hidden = !general.length;
+  $("general").firstElementChild.textContent =
+    general.length + (general.length > 1 ? " findings" : " finding") + " on all rows";
+  general.forEach((f) => $("all").append(finding(f)));
 
   let wait = 0;
   const later = () => { clearTimeout(wait); wait = setTimeout(filter, 120); };
@@ -258,6 +265,7 @@
       if (event.key === "Escape") { event.target.blur(); $("list").focus(); }
       return;
     }
+    if (event.target instanceof Element && event.target.matches("summary, button") && event.key.length > 1) return;
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const page = Math.max(1, Math.floor($("list").clientHeight / HEIGHT) - 1);
     const moves = { j: 1, ArrowDown: 1, k: -1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -1e9, End: 1e9 };
