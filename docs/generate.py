@@ -26,7 +26,7 @@ def settings() -> str:
         default = (
             "empty"
             if not spec.default and isinstance(spec.default, str | tuple | Mapping)
-            else f"`{spec.default}`".replace("T", "t")
+            else f"`{spec.default}`".lower()
         )
         rows.append(f"| `{name}` | {default} | {spec.expected} | {spec.help} |")
     return "\n".join(rows).replace('or ""', "or empty") + "\n"

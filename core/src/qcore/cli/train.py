@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
+from ..errors import UsageError
 from ..io.stop_signals import importing
 from .common import debug_option, emit, json_option, spoken
 
 if TYPE_CHECKING:
     from ..config.presets import Presets
+    from ..config.settings import Settings
     from ..training.report import TrainReport
 
 
@@ -42,6 +48,14 @@ if TYPE_CHECKING:
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--resume", is_flag=True, help="Continue the run that was stopped.")
+@click.option(
+    "--init-adapter",
+    "--adapter",
+    "init_adapter",
+    type=click.Path(path_type=Path),
+    help="Adapter folder to start from; it sets rank, alpha and LoRA groups.",
+)
+@click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
 @click.option("--adapter-class", help="Class that the adapter is written for: text or vl.")
 @click.option("--generation", help="Take an unproven checkpoint for this generation.")
 @json_option
@@ -59,31 +73,22 @@ def command(
     kernels: tuple[str, ...],
     device: str,
     resume: bool,
+    init_adapter: Path | None,
+    trust_base: bool,
     adapter_class: str | None,
     generation: str | None,
     as_json: bool,
 ) -> None:
     """Fine-tune MODEL on DATA with QLoRA and publish a PEFT adapter in OUTPUT."""
     from ..config.presets import load_presets
-    from ..config.resolve import load_settings, parse_entries
     from .terminal import terminal_reporter
 
     presets = load_presets()
-    backends = parse_entries("kernels", kernels, flag="--kernels")
     flags: dict[str, tuple[str, str | int | None]] = {
         "--adapter-class": ("adapter_class", adapter_class or None),
         "--generation": ("generation", generation or None),
     }
-    settings, origins = load_settings(
-        preset=preset,
-        config_file=config_file,
-        sets=[
-            *sets,
-            *(f"kernels.{op}={backend}" for op, backend in backends.items()),
-        ],
-        flags=flags,
-        presets=presets,
-    )
+    settings, origins = _settings(preset, config_file, sets, kernels, flags, presets)
     reporter = terminal_reporter(quiet=as_json)
     if model is None:
         model, origin = _default_model(presets, preset, settings.generation)
@@ -95,11 +100,12 @@ def command(
     with importing():
         from ..training.train import train
 
-    with spoken(flags):
+    with spoken(flags), _finished_run(output):
         report = train(
             model, data, output, settings,
             eval_data=eval_data, data_format=data_format or "", media_root=media_root,
-            device=device, resume=resume, reporter=reporter,
+            device=device, resume=resume, init_adapter=init_adapter, trust_base=trust_base,
+            origins=origins, reporter=reporter,
         )  # fmt: skip
     if as_json:
         emit(report.as_json())
@@ -107,12 +113,75 @@ def command(
     click.echo(_summary(report))
 
 
+def _settings(
+    preset: str | None,
+    config_file: Path | None,
+    sets: tuple[str, ...],
+    kernels: tuple[str, ...],
+    flags: Mapping[str, tuple[str, str | int | None]],
+    presets: Presets,
+) -> tuple[Settings, dict[str, str]]:
+    """The settings and the source of each, with ``--kernels`` as entries of its setting."""
+    from ..config.resolve import load_settings, parse_entries
+
+    backends = parse_entries("kernels", kernels, flag="--kernels")
+    return load_settings(
+        preset=preset,
+        config_file=config_file,
+        sets=[*sets, *(f"kernels.{op}={backend}" for op, backend in backends.items())],
+        flags=flags,
+        presets=presets,
+    )
+
+
 def _summary(report: TrainReport) -> str:
     held_out = f", eval {report.eval_loss:.4f}" if report.eval_loss is not None else ""
     return (
         f"{report.output}: {report.steps} steps, loss {report.first_loss:.4f} -> "
-        f"{report.last_loss:.4f}{held_out}; adapter for class '{report.adapter_class}'"
+        f"{report.last_loss:.4f}{held_out}{_best(report)}; "
+        f"adapter for class '{report.adapter_class}'"
     )
+
+
+def _best(report: TrainReport) -> str:
+    """The best evaluation, where it is not that of the last step."""
+    best = report.best_evaluation
+    if best is None or best["step"] == report.steps:
+        return ""
+    published = ", which is published" if report.published_step == best["step"] else ""
+    return f", lowest eval {best['eval_loss']:.4f} after step {best['step']}{published}"
+
+
+@contextmanager
+def _finished_run(output: Path) -> Iterator[None]:
+    """Where ``--resume`` meets a finished run, the fix is the command that trains on from it."""
+    try:
+        yield
+    except UsageError as error:
+        if error.code != "QC-RESUME-005":
+            raise
+        from ..training.resume import free_name
+
+        dropped = ("resume", "output", "init_adapter", "trust_base", "as_json")
+        more = ["--init-adapter", str(output), "--output", str(free_name(output))]
+        command = shlex.join(["qcore", "train", *_typed(dropped), *more])
+        fix = f"to train longer, start a new run from it, whose steps count from 0: {command}"
+        raise error.replace(fix=fix) from None
+
+
+def _typed(dropped: Collection[str]) -> Iterator[str]:
+    """The options of the command line that is run, but for those in `dropped`."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        name = option.name or ""
+        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE or name in dropped:
+            continue
+        flag, value = max(option.opts, key=len), context.params[name]
+        if isinstance(option, click.Option) and option.is_flag:
+            yield flag
+            continue
+        for word in value if option.multiple else (value,):
+            yield from (flag, str(word))
 
 
 def _default_model(presets: Presets, preset: str | None, generation: str) -> tuple[str, str]:
@@ -122,8 +191,6 @@ def _default_model(presets: Presets, preset: str | None, generation: str) -> tup
         UsageError: ``QC-CLI-002`` nothing names one; ``QC-PRESET-001``.
         PluginError: ``QC-PRESET-002``, ``-003`` or ``-005``.
     """
-    from ..errors import UsageError
-
     if preset is not None and (model := presets.get(preset).base_model) is not None:
         return model, f"preset {presets.get(preset).id}"
     if generation and (model := presets.default_base_model(generation)) is not None:

@@ -105,6 +105,9 @@ class Settings:
     eval_steps: int = _s(
         0, "optimizer steps between evaluations; 0: once an epoch and at the end", low=0, high=10**9
     )
+    load_best_at_end: bool = _s(
+        False, "publish the checkpoint with the lowest eval_loss, not the last step"
+    )
     join_micro_batches: bool = _s(
         True, "on a GPU, run short micro-batches of one step together if that is faster"
     )
@@ -228,6 +231,7 @@ _OTHER_WORDS = {
     "precision": "dtype",
     "warmup_steps": "warmup_ratio",
     "val_set_size": "eval_fraction",
+    "load_best_model_at_end": "load_best_at_end",
     "clip_grad": "max_grad_norm",
 }
 

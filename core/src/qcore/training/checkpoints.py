@@ -27,11 +27,12 @@ from ..adapter.peft_names import CONFIG, LAYOUT, WEIGHTS, peft_config, stems
 from ..api.parameters import Namespace
 from ..checkpoint.fingerprint import fingerprints
 from ..data.rejects import REJECTED
-from ..errors import InputError, UsageError
-from ..io.artifact import Writer, publish, verify
+from ..errors import InputError, NumericError, UsageError
+from ..io.artifact import Writer, publish, read_manifest, verify
 from ..io.atomic import make_folders, remove_tree, writing
 from ..io.run_lock import Lock
 from ..nn.model import Model
+from .best import Evaluated
 from .resume import compare, identity
 from .run import Run
 
@@ -119,6 +120,42 @@ def locked(folder: Path) -> Iterator[Path]:
                         parent.rmdir()
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The checkpoint after a step."""
+    return folder / f"checkpoint-{step}"
+
+
+def check_best(path: Path) -> None:
+    """Check that the checkpoint of the best evaluation can be published.
+
+    Raises:
+        InputError: ``QC-RESUME-006``.
+    """
+    report = verify(path) if path.is_dir() else None
+    if report is None or not report.ok:
+        raise InputError(
+            "QC-RESUME-006",
+            "is the checkpoint of the best evaluation, which load_best_at_end publishes",
+            file=path,
+            found="no such folder" if report is None else report.problems[0],
+            fix="restore it, or delete the run folder to start again",
+        )
+
+
+def _check_same(out: Writer, checkpoint: Path) -> None:
+    """Compare the tensors' file that was written with that of a checkpoint."""
+    written, recorded = out.files[WEIGHTS], read_manifest(checkpoint).files[WEIGHTS]
+    if written != recorded:
+        raise NumericError(
+            "QC-TRAIN-013",
+            "does not hold the tensors of the best checkpoint",
+            file=WEIGHTS,
+            found=written.sha256[:12],
+            expected=f"{recorded.sha256[:12]} of {checkpoint.name}",
+            fix=f"use {checkpoint}, which is intact",
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
     """Reads and writes the files of one run.
@@ -141,9 +178,22 @@ class RunFiles:
         """What makes a run the same run, with the fingerprints of its base."""
         return identity(self.run, fingerprints(self.run.model.layout, self.digests))
 
-    def save(self, folder: Path, step: int, optimizer: torch.optim.Optimizer) -> Path:
-        """Publish ``checkpoint-STEP``, then delete the oldest beyond ``save_total_limit``."""
-        path = folder / f"checkpoint-{step}"
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        best: Evaluated | None = None,
+    ) -> Path:
+        """Publish ``checkpoint-STEP``, then delete the oldest beyond ``save_total_limit``.
+
+        Args:
+            folder: the run folder.
+            step: optimizer steps that are done.
+            optimizer: AdamW.
+            best: the best evaluation so far, whose checkpoint is kept.
+        """
+        path = checkpoint_path(folder, step)
         with publish(path, kind="checkpoint", overwrite=True) as out:
             self._adapter(out)
             moments: dict[str, Tensor] = {}
@@ -152,36 +202,70 @@ class RunFiles:
                     moments[f"{name}:{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
             out.write_bytes(OPTIMIZER, save(moments))
             out.meta["step"] = step
+            out.meta["best_evaluation"] = None if best is None else best.as_json()
         # Only now is the new one durable. Checkpoints of later steps were left by the run that
         # was resumed from an earlier one; they belong to steps that are computed again.
         earlier = [old for number, old in checkpoints(folder) if number <= step]
         later = [old for number, old in checkpoints(folder) if number > step]
+        kept = None if best is None else checkpoint_path(folder, best.step)
         for old in [*later, *earlier[: -self.run.settings.save_total_limit]]:
-            remove_tree(old)
+            if old != kept:
+                remove_tree(old)
         return path
 
-    def restore(self, path: Path, optimizer: torch.optim.Optimizer) -> None:
-        """Restore the adapter and the moments of a checkpoint.
+    def restore(self, path: Path, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+        """Restore the adapter and the moments of a checkpoint; returns its ``meta``.
 
         Raises:
             InputError: ``QC-RESUME-002`` naming the first thing that changed.
         """
         compare(path, self.identity())
-        weights, moments = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
-        names = self._names()
+        self._load_weights(path)
+        moments = load_file(path / OPTIMIZER)
         for name, parameter in self.model.trainable():
-            with torch.no_grad():
-                parameter.copy_(weights[names[name]])
             state = optimizer.state[parameter]
             for key in ("exp_avg", "exp_avg_sq", "step"):
                 # AdamW keeps its step counter on the CPU unless it is fused.
                 on_device = key != "step" or optimizer.defaults.get("fused")
                 state[key] = moments[f"{name}:{key}"].to(parameter.device if on_device else "cpu")
 
-    def publish(self, target: Path, metrics: Path, result: Mapping[str, Any]) -> None:
-        """The adapter folder: PEFT's two files, the run's metrics, the manifest."""
+        return read_manifest(path).meta
+
+    def load_best(self, folder: Path, step: int) -> Path:
+        """Restore the adapter of the best evaluation; returns its checkpoint.
+
+        Raises:
+            InputError: ``QC-RESUME-006`` the checkpoint is missing or damaged.
+        """
+        path = checkpoint_path(folder, step)
+        check_best(path)
+        self._load_weights(path)
+        return path
+
+    def _load_weights(self, path: Path) -> None:
+        weights, names = load_file(path / WEIGHTS), self._names()
+        with torch.no_grad():
+            for name, parameter in self.model.trainable():
+                parameter.copy_(weights[names[name]])
+
+    def publish(
+        self, target: Path, metrics: Path, result: Mapping[str, Any], same: Path | None = None
+    ) -> None:
+        """The adapter folder: PEFT's two files, the run's metrics, the manifest.
+
+        Args:
+            target: the folder.
+            metrics: the log of the run.
+            result: for the manifest.
+            same: checkpoint whose tensors are published.
+
+        Raises:
+            NumericError: ``QC-TRAIN-013`` the tensors are not those of `same`, byte for byte.
+        """
         with publish(target, kind="adapter") as out:
             self._adapter(out)
+            if same is not None:
+                _check_same(out, same)
             out.copy(METRICS, metrics)
             if self.run.data.rejects.count:
                 out.copy(REJECTED, metrics.with_name(REJECTED))
@@ -189,6 +273,10 @@ class RunFiles:
 
     def _modalities(self) -> dict[str, dict[str, Any]]:
         """Kinds of media in trained rows, and what changed in a tower; empty for text alone."""
+        now, initial = self._modality_now(), self.run.initial
+        return now if initial is None else initial.modalities(now)
+
+    def _modality_now(self) -> dict[str, dict[str, Any]]:
         modality, layout = self.run.model.modality, self.run.model.layout
         if modality is None or self.model.tower is None:
             return {}
@@ -234,12 +322,15 @@ class RunFiles:
             namespace=self.namespace,
         )
         out.write_json(CONFIG, config)
+        initial, present = self.run.initial, fingerprints(base.layout, self.digests)
+        if initial is not None:
+            out.meta["init_adapter"] = initial.as_json()
         out.meta.update(
             verb="train",
             model=base.provenance(),
             layout=LAYOUT,
             adapter_class={"name": self.namespace.name, "classes": list(self.namespace.classes)},
-            fingerprints=fingerprints(base.layout, self.digests),
+            fingerprints=present if initial is None else initial.fingerprints(present),
             modalities=self._modalities(),
             tensors=dict(self.digests),
             data=dict(self.run.summary),

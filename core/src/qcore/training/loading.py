@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
+from torch import Tensor
+
 from ..adapter.peft_names import choose_class
 from ..adapter.targets import Coverage, coverage, targets
 from ..api.parameters import Namespace, Store
+from ..checkpoint.fingerprint import fingerprints
 from ..errors import Interrupted, NumericError
 from ..io.stop_signals import StopSignals
 from ..nn.device import DTYPES
@@ -34,11 +37,13 @@ class Loaded:
         model: with adapters.
         files: writes and reads what the run keeps.
         coverage: what will be trained, by group.
+        start: B of each weight in the initial adapter; ``None``: B starts at zero.
     """
 
     model: Model
     files: RunFiles
     coverage: tuple[Coverage, ...]
+    start: Mapping[str, Tensor] | None
 
 
 def load_base(run: Run, stop: StopSignals) -> Loaded:
@@ -47,6 +52,7 @@ def load_base(run: Run, stop: StopSignals) -> Loaded:
     Raises:
         Interrupted: ``QC-TRAIN-006`` a signal came while the base was loading.
         NumericError: ``QC-TRAIN-005`` a weight that is declared 4-bit is not.
+        InputError: ``QC-TRAIN-009`` or ``-010``, the initial adapter is not for this run or base.
     """
     chosen, namespace = _targets(run)
     model = Model(
@@ -54,8 +60,7 @@ def load_base(run: Run, stop: StopSignals) -> Loaded:
         DTYPES[run.settings.dtype], chosen, run.kernels, modality=run.model.modality,
     )  # fmt: skip
     digests = _stream(run, model, stop)
-    for name, module in model.adapters():
-        module.reset_lora(name, run.settings.seed, run.device)
+    start = _start(run, model, digests)
     lines = coverage(model, run.model.layout)
     run.reporter.table("what will be trained", [coverage_row(line) for line in lines])
     if _quantizes(run):
@@ -67,7 +72,17 @@ def load_base(run: Run, stop: StopSignals) -> Loaded:
         digests=digests,
         coverage=[asdict(line) for line in lines],
     )
-    return Loaded(model=model, files=files, coverage=tuple(lines))
+    return Loaded(model=model, files=files, coverage=tuple(lines), start=start)
+
+
+def _start(run: Run, model: Model, digests: Mapping[str, str]) -> Mapping[str, Tensor] | None:
+    """Set the matrices that the run starts with; returns B of the initial adapter."""
+    if run.initial is None:
+        for name, module in model.adapters():
+            module.reset_lora(name, run.settings.seed, run.device)
+        return None
+    run.initial.check_base(run.model, fingerprints(run.model.layout, digests))
+    return run.initial.load_into(model, run.device)
 
 
 def _targets(run: Run) -> tuple[Mapping[str, Lora], Namespace]:

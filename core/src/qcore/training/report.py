@@ -25,6 +25,8 @@ class TrainReport:
         first_loss: mean loss per supervised token of the first step.
         last_loss: of the last step; NaN where a resumed run had no step left.
         eval_loss: of the held-out rows at the end; ``None`` where none are held out.
+        best_evaluation: step and eval_loss of the lowest finite evaluation; ``None`` without any.
+        published_step: the step whose adapter is published.
         adapter_class: the class that the adapter is written for.
         coverage: what was trained, by group.
         plan: bytes, seconds and tokens per second that were planned (`RunPlan.as_json`).
@@ -36,6 +38,8 @@ class TrainReport:
     first_loss: float
     last_loss: float
     eval_loss: float | None
+    best_evaluation: Mapping[str, Any] | None
+    published_step: int
     adapter_class: str
     coverage: tuple[Coverage, ...]
     plan: Mapping[str, Any]
@@ -50,7 +54,10 @@ class TrainReport:
         losses = {"first_loss": self.first_loss, "last_loss": self.last_loss}
         known = {key: value if math.isfinite(value) else None for key, value in losses.items()}
         plan = {"plan": dict(self.plan), "measured": dict(self.measured)}
-        return {"steps": self.steps, **known, "eval_loss": self.eval_loss, **plan}
+        best = {
+            "best_evaluation": self.best_evaluation, "published_step": self.published_step,
+        }  # fmt: skip
+        return {"steps": self.steps, **known, "eval_loss": self.eval_loss, **best, **plan}
 
 
 def first_loss(metrics: Path) -> float:

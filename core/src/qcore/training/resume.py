@@ -5,20 +5,21 @@ the same numbers: the activation checkpointing policy and the size of the media 
 but the bytes of the base is known, and compared, before a weight is read; the base is compared
 once it has been read.
 
-Codes: ``QC-RESUME-002`` something changed since the run was stopped.
+Codes: ``QC-RESUME-002`` something changed since the run was stopped, ``-005`` the run is finished.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from ..config.settings import in_bytes
-from ..errors import InputError
-from ..io.artifact import read_manifest
+from ..errors import InputError, QcoreError, UsageError
+from ..io.artifact import MANIFEST, read_manifest
 from ..io.version import __version__
 from .run import Run
 
@@ -26,6 +27,8 @@ from .run import Run
 SAME_NUMBERS: Final = ("settings.gradient_checkpointing", "settings.recompute")
 #: Sizes: any value above 0 computes the same numbers.
 HOW_MUCH: Final = ("settings.media_cache_gb",)
+#: What ends the learning rate schedule.
+_LENGTH: Final = ("settings.max_steps", "settings.num_train_epochs")
 
 
 def identity(run: Run, base: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -41,6 +44,7 @@ def identity(run: Run, base: Mapping[str, str] | None = None) -> dict[str, Any]:
         "plugins": provenance["plugins"],
         "data": data["sha256"],
         **({"media": data["media_sha256"]} if data.get("media_sha256") else {}),
+        "init_adapter": run.initial.sha256 if run.initial is not None else None,
         "settings": run.settings.to_dict(),
         "device": run.device.type,
         "kernels": run.kernels.backends,
@@ -76,7 +80,7 @@ def compare(checkpoint: Path, present: Mapping[str, Any]) -> dict[str, str]:
                 field=key,
                 found=_word(value),
                 expected=_word(was),
-                fix="restore it, or start a new run with another --output",
+                fix=_fix(key, checkpoint),
             )
         name = key.removeprefix("settings.")
         allowed[key] = (
@@ -84,6 +88,49 @@ def compare(checkpoint: Path, present: Mapping[str, Any]) -> dict[str, str]:
             "computes the same numbers"
         )
     return allowed
+
+
+def _fix(key: str, checkpoint: Path) -> str:
+    """The fix for a change that is not allowed."""
+    if key in _LENGTH:
+        return (
+            "restore it and resume, or start a new run from this checkpoint with "
+            f"--init-adapter {checkpoint} and another --output"
+        )
+    restore = "pass the --init-adapter of that run" if key == "init_adapter" else "restore it"
+    return f"{restore}, or start a new run with another --output"
+
+
+def refuse_finished(output: Path) -> None:
+    """Refuse to resume a run that has published its adapter.
+
+    Raises:
+        UsageError: ``QC-RESUME-005``.
+    """
+    if not (output / MANIFEST).is_file():
+        return
+    try:
+        meta = read_manifest(output).meta
+    except QcoreError:  # it is not an adapter of a run, so `check_target` says what it is
+        return
+    if meta.get("verb") != "train":
+        return
+    steps = (meta.get("result") or {}).get("steps")
+    raise UsageError(
+        "QC-RESUME-005",
+        f"is the adapter of a finished run: its learning rate schedule ended with step {steps}",
+        file=output,
+        field="--resume",
+        fix=f"start a new run from it: --init-adapter {output} --output {free_name(output)}",
+    )
+
+
+def free_name(output: Path) -> Path:
+    """``OUTPUT-2``, or the first such name that is free."""
+    names = (output.with_name(f"{output.name}-{number}") for number in count(2))
+    return next(
+        path for path in names if not (path.exists() or path.with_name(path.name + ".run").exists())
+    )
 
 
 def _some(gigabytes: Any) -> bool:

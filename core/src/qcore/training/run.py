@@ -19,6 +19,7 @@ from ..data.dataset import Dataset
 from ..nn.kernels.registry import Chosen
 from ..plugins.resolve_model import Identified
 from ..reporting import Reporter
+from .initial_adapter import InitialAdapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class Run:
         target: the adapter folder that will be published.
         folder: the run folder, ``OUTPUT.run``.
         reporter: receives events.
+        initial: the adapter that the run starts from; ``None``: the base alone.
     """
 
     model: Identified
@@ -48,3 +50,4 @@ class Run:
     target: Path
     folder: Path
     reporter: Reporter
+    initial: InitialAdapter | None = None

@@ -39,9 +39,11 @@ from ..plugins.resolve_model import Identified, identify
 from ..preflight.checks import preflight
 from ..preflight.modality import reader_of, unread, with_tower
 from ..reporting import Reporter
+from .best import check_evaluates
 from .checkpoints import newest, run_folder
+from .initial_adapter import AdapterWords, InitialAdapter, start_from
 from .media_manifest import first_changed
-from .resume import SAME_NUMBERS, compare, identity
+from .resume import SAME_NUMBERS, compare, identity, refuse_finished
 from .run import Run
 
 if TYPE_CHECKING:
@@ -107,6 +109,7 @@ def prepare(
     device: str,
     resume: bool,
     reporter: Reporter,
+    start: AdapterWords | None = None,
 ) -> Run:
     """Check everything that needs no weight.
 
@@ -118,15 +121,20 @@ def prepare(
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: continue the run that was stopped.
         reporter: receives events.
+        start: what the user says of the adapter to start from.
 
     Raises:
         QcoreError: see docs/errors.md.
     """
+    if resume:
+        refuse_finished(Path(output))
     target = check_target(output)
     folder = run_folder(target, resume=resume)
     chosen = pick_device(device)
     identified = identify(model, generation=settings.generation)
     identified = identified.quantizing(settings.quantize_groups)
+    initial, settings, lines = start_from(start or AdapterWords(), identified, settings)
+    reporter.lines(lines)
     base = _Base(
         model=identified,
         settings=settings,
@@ -136,7 +144,9 @@ def prepare(
     )
     reported = _preflight(base)
     rows = _read_rows(base, data, folder)
-    base = _with_tower(base, rows, reported)
+    check_evaluates(settings.load_best_at_end, len(rows.eval))
+    reporter.lines(initial.other_variables(rows.chat.kwargs) if initial else ())
+    base = _with_tower(base, rows, reported, initial)
     return Run(
         model=base.model,
         data=rows,
@@ -148,6 +158,7 @@ def prepare(
         target=target,
         folder=folder,
         reporter=reporter,
+        initial=initial,
     )
 
 
@@ -215,12 +226,16 @@ def _write_rejects(folder: Path, rejects: Rejects) -> None:
             rejects.write(folder / REJECTED)
 
 
-def _with_tower(base: _Base, rows: Dataset, reported: Collection[str]) -> _Base:
+def _with_tower(
+    base: _Base, rows: Dataset, reported: Collection[str], initial: InitialAdapter | None
+) -> _Base:
     """The model as these rows need it; preflight runs again where a tower is loaded."""
     settings = base.settings
+    fix = "remove the group, or " if initial is None else ""
     model, lines = with_tower(
         base.model, settings.target_groups, rows.kinds,
         quantized=settings.quantize_groups, reached=partial(_reaches_media, rows, settings),
+        fix=f"{fix}train on rows with media",
     )  # fmt: skip
     base.reporter.lines(lines)
     if model is base.model:

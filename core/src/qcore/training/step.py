@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ..errors import NumericError, PluginError
 from ..nn.device import peak_bytes, reset_peak
 from ..nn.model import Model
 from ..nn.optim import FlatAdamW
+from ..nn.qlora.lora_layer import LoraLayer
 from ..planning.policies import default_policy
 from .collate import Batches
 from .lr_schedule import learning_rate
@@ -211,8 +212,11 @@ class Loop:
         self.meter.saw(peak_bytes(self.device))
         return total / count
 
-    def prove_moved(self) -> tuple[int, int]:
-        """Check that every adapter's B moved away from zero: training had an effect on it.
+    def prove_moved(self, start: Mapping[str, Tensor] | None = None) -> tuple[int, int]:
+        """Check that every adapter's B moved from where it started: training had an effect on it.
+
+        Args:
+            start: B of each weight in the initial adapter; ``None``: zero.
 
         Returns:
             How many linear maps moved, and of how many. Of a stack of experts, one that no token
@@ -221,17 +225,32 @@ class Loop:
         Raises:
             NumericError: ``QC-TRAIN-004``.
         """
-        moved = {name: module.moved for name, module in self.model.adapters()}
+        moved = {
+            name: module.moved if start is None else self._moved_from(start[name], module)
+            for name, module in self.model.adapters()
+        }
         still = [name for name, (count, _) in moved.items() if not count]
         if still:
             raise NumericError(
                 "QC-TRAIN-004",
                 f"{len(still)} adapters never moved",
                 field=still[0],
-                found="lora_B all zero",
+                found="lora_B all zero" if start is None else "lora_B as in the initial adapter",
                 fix="raise learning_rate or max_steps, or leave the group out of target_groups",
             )
         return sum(count for count, _ in moved.values()), sum(n for _, n in moved.values())
+
+    def _moved_from(self, start: Tensor, module: LoraLayer) -> tuple[int, int]:
+        """How many linear maps moved away from `start`, and of how many.
+
+        Weight decay moves a B that is not zero without any gradient, so its second moment must
+        show that there was one.
+        """
+        assert module.lora_B is not None
+        b = module.lora_B.detach()
+        squares = self.optimizer.state[module.lora_B]["exp_avg_sq"]
+        moved = module.touched(b != start.to(b.device)) & module.touched(squares)
+        return int(moved.sum()), len(moved)
 
 
 def _supervised(batches: Sequence[Sequence[Example]]) -> int:

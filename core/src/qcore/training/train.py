@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..adapter.targets import Coverage
 from ..config.settings import Settings
 from ..data.rejects import REJECTED
-from ..errors import Interrupted
+from ..errors import Interrupted, NumericError
 from ..io.atomic import writing
 from ..io.metrics_log import MetricsLog
 from ..io.stop_signals import StopSignals
@@ -29,7 +31,9 @@ from ..planning.oom import Watch
 from ..planning.run import Room, room_of
 from ..planning.saved import save_plan
 from ..reporting import CheckpointSaved, Evaluation, Finished, Reporter, RunStarted, Step
-from .checkpoints import METRICS, RunFiles, locked, newest
+from .best import BestSoFar
+from .checkpoints import METRICS, RunFiles, check_best, checkpoint_path, locked, newest
+from .initial_adapter import AdapterWords
 from .loading import load_base
 from .media_manifest import note_media
 from .metrics_sink import MetricsSink
@@ -52,6 +56,9 @@ def train(
     media_root: str | Path | None = None,
     device: str = "auto",
     resume: bool = False,
+    init_adapter: str | Path | None = None,
+    trust_base: bool = False,
+    origins: Mapping[str, str] | None = None,
     reporter: Reporter | None = None,
     room: Room | None = None,
 ) -> TrainReport:
@@ -67,6 +74,11 @@ def train(
         media_root: folder of absolute media paths.
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: continue the run that was stopped.
+        init_adapter: adapter folder to start from. It sets rank, alpha, LoRA groups and class;
+            the optimizer starts fresh.
+        trust_base: accept an `init_adapter` without a fingerprint of its base.
+        origins: source of each setting, as `load_settings` returns it: settings from a file or a
+            flag must agree with `init_adapter`. ``None``: those that differ from their default.
         reporter: receives events; silent by default.
         room: memory that may be filled; by default what is free on the device.
 
@@ -74,12 +86,18 @@ def train(
         QcoreError: see docs/errors.md; nothing is published unless the run succeeded.
     """
     reporter = reporter or Reporter()
+    start = AdapterWords(init_adapter=init_adapter, trust_base=trust_base, origins=origins)
     run = prepare(
         model, DataWords(data, eval_data, data_format, media_root), output, settings or Settings(),
-        device=device, resume=resume, reporter=reporter,
+        device=device, resume=resume, reporter=reporter, start=start,
     )  # fmt: skip
     plan = plan_memory(run, room or room_of(run.device), before_the_stop(run) if resume else None)
     reporter.emit(RunStarted(verb="train", model=model, output=run.target))
+    return _execute(run, plan, resume=resume)
+
+
+def _execute(run: Run, plan: RunPlan, *, resume: bool) -> TrainReport:
+    """Load the base, run the steps and publish."""
     with locked(run.folder), StopSignals() as stop, Watch(plan, run.device) as watch:
         watch.at("loading the base")
         base = load_base(run, stop)
@@ -90,20 +108,21 @@ def train(
                 plan.policies, plan.together, run.reader,
             )  # fmt: skip
             session = _Session(
-                run=run, plan=plan, files=base.files, loop=loop, stop=stop, watch=watch
-            )
-            start = _restore(session) if resume else 0
+                run=run, plan=plan, files=base.files, loop=loop, stop=stop, watch=watch,
+                best=BestSoFar(), start=base.start,
+            )  # fmt: skip
+            done = _restore(session) if resume else 0
             save_plan(run.folder, plan)
             _note_rows(run, resume=resume)
-            outcome = _train(session, start)
+            outcome = _train(session, done)
             report = _publish(session, base.coverage, outcome)
-    reporter.emit(Finished(verb="train", output=report.output, result=report.as_json()))
+    run.reporter.emit(Finished(verb="train", output=report.output, result=report.as_json()))
     return report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Session:
-    """A run whose base is loaded."""
+    """A run whose base is loaded; `start` is B of the initial adapter."""
 
     run: Run
     plan: RunPlan
@@ -111,16 +130,27 @@ class _Session:
     loop: Loop
     stop: StopSignals
     watch: Watch
+    best: BestSoFar
+    start: Mapping[str, Tensor] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Outcome:
-    """What the steps led to; `moved` is how many adapted linear maps changed, and of how many."""
+    """What the steps led to.
+
+    Attributes:
+        first_loss: of step 1.
+        last_loss: of the last step.
+        eval_loss: at the end.
+        moved: how many adapted linear maps changed, and of how many.
+        published: the best checkpoint, where it is published in place of the last step.
+    """
 
     first_loss: float
     last_loss: float
     eval_loss: float | None
     moved: tuple[int, int]
+    published: Path | None
 
 
 def _note_rows(run: Run, *, resume: bool) -> None:
@@ -152,7 +182,9 @@ def _restore(session: _Session) -> int:
         run.reporter.note("no checkpoint was written before the run stopped: starting at step 1")
         return 0
     step, path = last
-    session.files.restore(path, loop.optimizer)
+    session.best.restore(session.files.restore(path, loop.optimizer))
+    if run.settings.load_best_at_end and session.best.best is not None:
+        check_best(checkpoint_path(run.folder, session.best.best.step))
     run.reporter.note(f"resuming after step {step} of {loop.schedule.total}")
     return step
 
@@ -174,7 +206,47 @@ def _train(session: _Session, start: int) -> _Outcome:
             if eval_loss is not None:
                 done = loop.schedule.total
                 run.reporter.emit(Evaluation(step=done, eval_loss=eval_loss, final=True))
-    return _Outcome(first_loss=first, last_loss=last, eval_loss=eval_loss, moved=moved)
+                session.best.see(done, eval_loss)
+    published = _load_best(session)
+    if published is not None:
+        moved = session.loop.prove_moved(session.start)
+    return _Outcome(
+        first_loss=first, last_loss=last, eval_loss=eval_loss, moved=moved, published=published
+    )
+
+
+def _load_best(session: _Session) -> Path | None:
+    """Name the best evaluation; restore its adapter where ``load_best_at_end`` asks for it.
+
+    Returns:
+        The checkpoint that is published; ``None`` for the tensors of the last step.
+
+    Raises:
+        NumericError: ``QC-TRAIN-012`` no evaluation was finite.
+        InputError: ``QC-RESUME-006`` the best checkpoint was removed or damaged meanwhile.
+    """
+    run, best, total = session.run, session.best.best, session.loop.schedule.total
+    wanted = run.settings.load_best_at_end
+    if best is None:
+        if wanted:
+            raise NumericError(
+                "QC-TRAIN-012",
+                "every eval_loss is NaN or infinite, so no checkpoint is the best",
+                field="load_best_at_end",
+                fix="look at the held-out rows and the last checkpoint, or lower learning_rate",
+            )
+        return None
+    line = f"lowest eval_loss {best.eval_loss:.4f} after step {best.step} of {total}"
+    path = checkpoint_path(run.folder, best.step)
+    if best.step == total:
+        run.reporter.note(f"{line}: it is the last step, which is published")
+        return None
+    if wanted:
+        run.reporter.note(f"{line}: {path.name} is published")
+        return session.files.load_best(run.folder, best.step)
+    kept = f"kept in {path}" if path.is_dir() else "load_best_at_end publishes it"
+    run.reporter.note(f"{line}; the last step is published ({kept})")
+    return None
 
 
 def _steps(session: _Session, start: int) -> Iterator[Step]:
@@ -191,9 +263,11 @@ def _steps(session: _Session, start: int) -> Iterator[Step]:
             done = number + 1
             session.watch.at(f"step {done}")
             metrics: dict[str, Any] = loop.step(number)
+            improved = False
             if loop.due(done):
                 session.watch.at(f"the evaluation after step {done}")
                 metrics["eval_loss"] = loop.evaluate()
+                improved = session.best.see(done, metrics["eval_loss"])
             advance(1)
             step = Step(total=total, **metrics)
             reporter.emit(step)
@@ -202,8 +276,9 @@ def _steps(session: _Session, start: int) -> Iterator[Step]:
             yield step
             if done == total:
                 return
-            if stop.asked or (every and done % every == 0):
-                path = session.files.save(run.folder, done, loop.optimizer)
+            best = improved and run.settings.load_best_at_end
+            if stop.asked or best or (every and done % every == 0):
+                path = session.files.save(run.folder, done, loop.optimizer, session.best.best)
                 reporter.emit(CheckpointSaved(step=done, folder=path))
             if stop.asked:
                 raise Interrupted(
@@ -216,7 +291,7 @@ def _steps(session: _Session, start: int) -> Iterator[Step]:
 
 def _check_moved(session: _Session) -> tuple[int, int]:
     """How many adapted linear maps moved, and of how many; a note says why not all did."""
-    moved, maps = session.loop.prove_moved()
+    moved, maps = session.loop.prove_moved(session.start)
     if moved < maps:
         session.run.reporter.note(
             f"{maps - moved} of {maps} adapted linear maps saw no token: experts that the "
@@ -229,13 +304,14 @@ def _publish(session: _Session, lines: tuple[Coverage, ...], outcome: _Outcome) 
     report = _report(session, lines, outcome)
     session.watch.at("publishing the adapter")
     result = report.result() | {"maps_moved": list(outcome.moved)}
-    session.files.publish(session.run.target, session.run.folder / METRICS, result)
+    run, files = session.run, session.files
+    files.publish(run.target, run.folder / METRICS, result, outcome.published)
     return report
 
 
 def _report(session: _Session, lines: tuple[Coverage, ...], outcome: _Outcome) -> TrainReport:
     """The report, and a note that compares what was measured with the plan."""
-    run, plan, loop = session.run, session.plan, session.loop
+    run, plan, loop, best = session.run, session.plan, session.loop, session.best.best
     measured = loop.meter.measured(run.device.type)
     run.reporter.note(comparison_line(plan, measured))
     return TrainReport(
@@ -244,6 +320,8 @@ def _report(session: _Session, lines: tuple[Coverage, ...], outcome: _Outcome) -
         first_loss=outcome.first_loss,
         last_loss=outcome.last_loss,
         eval_loss=outcome.eval_loss,
+        best_evaluation=None if best is None else best.as_json(),
+        published_step=best.step if outcome.published and best else loop.schedule.total,
         adapter_class=session.files.namespace.name,
         coverage=lines,
         plan=plan.as_json(),

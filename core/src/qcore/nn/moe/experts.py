@@ -110,10 +110,14 @@ class Experts(LoraLayer):
     @property
     def moved(self) -> tuple[int, int]:
         """How many experts' B left zero: those that rows were routed to."""
-        experts, out, _ = self.shape
         if self.lora_B is None:
-            return 0, experts
-        return int(self.lora_B.detach().view(out, -1, experts).any(0).any(0).sum()), experts
+            return 0, self.shape[0]
+        return int(self.touched(self.lora_B.detach()).sum()), self.shape[0]
+
+    def touched(self, values: Tensor) -> Tensor:
+        """Experts for which a value ``[out, r E]`` is not zero."""
+        experts, out, _ = self.shape
+        return values.view(out, -1, experts).any(0).any(0)
 
     def dense_slice(self, expert: int) -> Tensor:
         """The weight ``[out, in]`` of one expert in the run's dtype."""

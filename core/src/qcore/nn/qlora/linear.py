@@ -77,6 +77,10 @@ class Linear(LoraLayer):
         """Whether B left zero: 1 of 1, or 0."""
         return int(self.lora_B is not None and bool(self.lora_B.any())), 1
 
+    def touched(self, values: Tensor) -> Tensor:
+        """Whether a value ``[out, r]`` is not zero: one map."""
+        return values.any()[None]
+
     def dense(self) -> Tensor:
         """The weight ``[out, in]`` in the run's dtype."""
         if self.nf4 is not None:

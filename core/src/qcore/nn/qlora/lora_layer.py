@@ -108,6 +108,14 @@ class LoraLayer(nn.Module):
         """How many of its linear maps have an adapter with an effect, and of how many."""
         raise NotImplementedError
 
+    def touched(self, values: Tensor) -> Tensor:
+        """For which of its linear maps `values` has one that is not zero: bool ``[maps]``.
+
+        Args:
+            values: of the shape of ``lora_B``.
+        """
+        raise NotImplementedError
+
     def set_lora(self, a: Tensor, b: Tensor, *, trained: bool = False) -> None:
         """Set the adapter's matrices."""
         self.lora_A = nn.Parameter(a, requires_grad=trained)
