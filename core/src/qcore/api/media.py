@@ -81,10 +81,11 @@ class Payload:
     """The bytes of one part of a row, found and checked.
 
     Attributes:
-        kind: the part's type.
-        sha256: hex digest of the bytes.
-        path: the file, every link followed; ``None`` where the row holds the bytes.
-        data: the bytes; ``None`` where a file holds them.
+        kind: kind of media.
+        sha256: hex digest of the bytes; of a list of frames, a digest of theirs.
+        path: the file, every link followed; ``None`` if the row holds the bytes.
+        data: the bytes; ``None`` if a file holds them.
+        frames: the frames of a part that lists several files, instead of `path` and `data`.
         options: the part's other keys.
     """
 
@@ -92,10 +93,24 @@ class Payload:
     sha256: str
     path: Path | None = None
     data: bytes | None = None
+    frames: tuple[Payload, ...] = ()
     options: Mapping[str, Any]
 
     def open(self) -> BinaryIO:
-        """The bytes, to be read."""
+        """Open the bytes for reading.
+
+        Raises:
+            RowError: ``QC-DATA-006``: the part lists several files, and the reader wants one.
+        """
+        if self.frames:
+            raise RowError(
+                "QC-DATA-006",
+                f"is a list of files, but a part of type {self.kind} has one file",
+                at=self.kind,
+                found=f"a list of {len(self.frames)}",
+                expected="one path or data URL",
+                fix="write a part for each file",
+            )
         if self.path is None:
             return io.BytesIO(self.data or b"")
         return self.path.open("rb")
