@@ -302,6 +302,8 @@ OPTIONS: list[tuple[str, dict[str, Any], str, str]] = [
     ("video", {"max_frames": 769}, "QC-VISION-025", "2 to 768"),
     ("video", {"max_frames": 2.5}, "QC-VISION-025", "max_frames"),
     ("video", {"num_frames": 8}, "QC-VISION-026", "num_frames"),
+    ("video", {"sample_fps": 2}, "QC-VISION-026", "write fps"),
+    ("image", {"sample_fps": 2}, "QC-VISION-026", "write fps"),
 ]
 
 

@@ -187,13 +187,19 @@ PARTS: dict[str, tuple[Make, str, str, tuple[str, ...]]] = {
     "two kinds": (
         given("good.png", video="a.mp4"), "QC-DATA-006", f"{AT}.video", ("a separate part",)),
     "an image without one": (given(None), "QC-DATA-006", AT, ("no path or data URL", '"image":')),
-    "a list of images": (given(["good.png"]), "QC-DATA-006", f"{AT}.image", ("relative path",)),
+    "a list of images": (
+        given(["good.png"]), "QC-DATA-006", f"{AT}.image", ("a list of 1", "for each file")),
+    "a frame that is missing": (
+        given(["good.png", "gone.png"], "video"), "QC-MEDIA-002", f"{AT}.video[1]", ("gone.png",)),
+    "a frame that is no picture": (
+        given(["good.png", "rows.jsonl"], "video"), "QC-VISION-027", f"{AT}.video[1]",
+        ("'rows.jsonl': ", "PNG, JPEG")),
     "an unknown kind": (
         lambda folder: {"type": "audio", "audio": "a.wav"}, "QC-DATA-009", AT,
         ("'audio'", "text or image or video")),
     "an address as OpenAI has it": (
-        lambda folder: {"type": "image_url", "image_url": {"url": "good.png"}}, "QC-DATA-009", AT,
-        ("'image_url'", '{"type": "image", "image":')),
+        lambda folder: {"type": "image_url", "image_url": {"url": "https://x.org/a.png"}},
+        "QC-MEDIA-001", AT, ("'https://x.org/a.png'", "download it first")),
     "a kind nearly known": (
         lambda folder: {"type": "imgae", "imgae": "good.png"}, "QC-DATA-009", AT, ('"image"',)),
     "a bare string": (lambda folder: "good.png", "QC-DATA-006", AT, ("is not a part",)),

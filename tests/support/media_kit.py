@@ -53,6 +53,16 @@ def file_payload(path: Path, kind: str = "image", **options: Any) -> Payload:
     return Payload(kind=kind, sha256=digest, path=path, options=options)
 
 
+def list_payload(files: Sequence[Path | bytes], **options: Any) -> Payload:
+    """What core found for a video that is a list of frames."""
+    frames = tuple(
+        payload(one, "video") if isinstance(one, bytes) else file_payload(one, "video")
+        for one in files
+    )
+    digest = hashlib.sha256("".join(one.sha256 for one in frames).encode()).hexdigest()
+    return Payload(kind="video", sha256=digest, frames=frames, options=options)
+
+
 def settings(shared: Path, kind: str) -> dict[str, Any]:
     """What the real processor file of a kind says, less the names of classes."""
     name = FILES[kind == "video"]

@@ -185,7 +185,9 @@ class Reader:
             return parse_limits("image", payload.options, self._images.bounds, None)
         max_frames = self._videos.max_frames or 0
         frames = (self._videos.temporal, max_frames)
-        return parse_limits("video", payload.options, self._videos.bounds, frames)
+        return parse_limits(
+            "video", payload.options, self._videos.bounds, frames, listed=bool(payload.frames)
+        )
 
     def _digest(self, payload: Payload, limits: Limits) -> str:
         """The cache key of a payload's values: a hash of everything they depend on."""
@@ -209,24 +211,26 @@ class Reader:
         from . import videos
 
         timestamps: tuple[float, ...] = ()
-        with _open_payload(payload) as file:
-            if payload.kind == "image":
-                merge = self._images.merge
-                grid, values = self._image(file, payload, limits)
-            else:
-                merge = self._videos.merge
-                with _unchanged(file, payload):
-                    grid, timestamps, values = videos.process(file, self._videos, limits)
+        if payload.kind == "video" and payload.frames:
+            merge = self._videos.merge
+            grid, timestamps, values = videos.process_frames(
+                _frames(payload), len(payload.frames), self._videos, limits
+            )
+        else:
+            with _open_payload(payload) as file:
+                if payload.kind == "image":
+                    merge = self._images.merge
+                    grid, values = self._image(file, payload, limits)
+                else:
+                    merge = self._videos.merge
+                    with _unchanged(file, payload):
+                        grid, timestamps, values = videos.process(file, self._videos, limits)
         metadata = {"grid": grid, "merge": merge, "seconds": timestamps}
         self._cache.put(digest, metadata, values)
         return metadata, values
 
     def _image(self, file: BinaryIO, payload: Payload, limits: Limits) -> tuple[Grid, Bytes]:
-        from . import images
-
-        data = images.read_bounded(file)
-        _check_digest(payload, hashlib.sha256(data).hexdigest())
-        picture = images.decode(data)
+        picture = _picture(file, payload)
         try:
             return self._images.patches(picture, limits)
         except ValueError as error:
@@ -277,6 +281,28 @@ class Reader:
         if what not in self._reported:
             self._reported.add(what)
             self._report(what)
+
+
+def _picture(file: BinaryIO, payload: Payload) -> Bytes:
+    """Decode the image of a payload, whose bytes must be those that core checked."""
+    from . import images
+
+    data = images.read_bounded(file)
+    _check_digest(payload, hashlib.sha256(data).hexdigest())
+    return images.decode(data)
+
+
+def _frames(payload: Payload) -> Iterator[Bytes]:
+    """Decode the frames of a payload one by one; an error names the frame and its file."""
+    for index, frame in enumerate(payload.frames):
+        try:
+            with _open_payload(frame) as file:
+                yield _picture(file, frame)
+        except RowError as error:
+            if frame.path is not None:
+                reason = "" if error.found is None else f": {error.found}"
+                error.found = f"{frame.path.name!r}{reason}"
+            raise error.within(f"{payload.kind}[{index}]") from None
 
 
 @contextmanager

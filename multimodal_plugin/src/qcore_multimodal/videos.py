@@ -18,7 +18,7 @@ containers are opened.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
 
@@ -99,6 +99,31 @@ def process(
         return _process(_VideoFile(file, name), processor, limits)
 
 
+def process_frames(
+    frames: Iterable[Bytes], count: int, processor: VideoProcessor, limits: Limits
+) -> tuple[Grid, tuple[float, ...], Bytes]:
+    """Resize a list of frames and split it into patches, without sampling, as transformers does.
+
+    Args:
+        frames: pixels ``[H, W, 3]`` of each frame, decoded one by one.
+        count: number of frames.
+        processor: the video processor.
+        limits: processing limits of the content part; `Limits.fps` is the rate of the frames.
+
+    Returns:
+        Grid, timestamps of the temporal patches in seconds, and values ``[U, F]``.
+
+    Raises:
+        RowError: ``QC-VISION-030``, ``-031``, ``-037``, ``-038``.
+    """
+    _check_enough(count, processor)
+    indices = range(count)
+    kept, _ = _resized(frames, indices, processor, limits, "scale all frames to one size")
+    assert kept is not None
+    grid, values = processor.patches(kept)
+    return grid, processor.timestamps(indices, limits.fps or processor.rate), values
+
+
 def _process(
     source: _FrameSource, processor: VideoProcessor, limits: Limits
 ) -> tuple[Grid, tuple[float, ...], Bytes]:
@@ -120,20 +145,48 @@ def _sample_frames(
     source: _FrameSource, processor: VideoProcessor, limits: Limits
 ) -> tuple[list[int], Tensor]:
     """Indices of the sampled frames, and the resized frames ``[T, C, H, W]``."""
-    if source.count < processor.temporal:
+    _check_enough(source.count, processor)
+    indices = processor.sample(source.count, source.rate, limits)
+    source.select(indices)
+    fix = "encode the video again at one size"
+    kept, count = _resized(source.frames(), indices, processor, limits, fix)
+    if count != source.count:
+        raise _FrameCountChanged(count)
+    assert kept is not None
+    return indices, kept
+
+
+def _check_enough(count: int, processor: VideoProcessor) -> None:
+    if count < processor.temporal:
         raise RowError(
             "QC-VISION-037",
             "has too few frames",
-            found=source.count,
+            found=count,
             expected=f"at least {processor.temporal}",
             fix='use {"type": "image"} for a still image',
         )
-    indices = processor.sample(source.count, source.rate, limits)
-    source.select(indices)
+
+
+def _resized(
+    frames: Iterable[Bytes | None],
+    indices: Sequence[int],
+    processor: VideoProcessor,
+    limits: Limits,
+    fix: str,
+) -> tuple[Tensor | None, int]:
+    """The resized frames ``[T, C, H, W]``, and the number of all frames.
+
+    Args:
+        frames: pixels of the selected frames in order; ``None`` for each other frame.
+        indices: of the selected frames.
+        processor: the video processor.
+        limits: processing limits of the content part.
+        fix: for frames of different sizes.
+    """
     kept: Tensor | None = None
     size, shape = (0, 0), (0, 0)
     count = place = 0
-    for frame in source.frames():
+    for frame in frames:
         if frame is not None and place < len(indices):
             if kept is None:
                 shape = frame.shape[:2]
@@ -145,15 +198,12 @@ def _sample_frames(
                     "has frames of different sizes",
                     found=f"{frame.shape[1]} x {frame.shape[0]} at frame {count}",
                     expected=f"{shape[1]} x {shape[0]}, as in the first sampled frame",
-                    fix="encode the video again at one size",
+                    fix=fix,
                 )
             kept[place] = processor.resize(frame, size)
             place += 1
         count += 1
-    if count != source.count:
-        raise _FrameCountChanged(count)
-    assert kept is not None
-    return indices, kept
+    return kept, count
 
 
 def _size(
