@@ -96,6 +96,31 @@ def test_a_video_url(seeing: Path, data: Path) -> None:
     assert len({tuple(example.ids) for example in made.train}) == 1
 
 
+def test_evicted_values_are_made_again_of_their_rows(seeing: Path, data: Path) -> None:
+    """Of data URLs and bytes, and refused by file and line once the row has changed."""
+    from qcore.errors import InputError
+
+    rows = [
+        conversation({"type": "image_url", "image_url": {"url": URL}}, QUESTION),
+        conversation({"type": "video", "video": [URL, {"bytes": ENCODED}]}, QUESTION),
+    ]
+    made, reader = load(seeing, data, *rows)
+    media = [example.media[0] for example in made.train]
+    values = reader.batch(media, torch.arange(1)).values
+    cache = data.parent / "cache/qcore/media"
+    for entry in cache.glob("*.media"):
+        entry.unlink()
+    assert torch.equal(reader.batch(media, torch.arange(1)).values, values)
+    for entry in cache.glob("*.media"):
+        entry.unlink()
+    (data / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n{}\n")
+    reader.batch(media[:1], torch.arange(1))
+    with pytest.raises(InputError, match="changed after its row was read") as caught:
+        reader.batch(media, torch.arange(1))
+    assert caught.value.code == "QC-MEDIA-008"
+    assert f"line 2 of {data}/rows.jsonl" in caught.value.message
+
+
 CASES = ("one_bad_image", "vqa_absolute", "vqa_openai")
 
 

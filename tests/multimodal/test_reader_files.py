@@ -170,7 +170,6 @@ def test_importing_the_plugins_modules_without_torch() -> None:
         "containers",
         "processor_files",
         "cache",
-        "payload_store",
     ]
     code = (
         "import sys\n"

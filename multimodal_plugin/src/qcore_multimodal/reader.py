@@ -4,11 +4,13 @@ This file decides when a file is decoded (once, while the rows are checked), the
 entry (a hash of its bytes, the processor's settings, the versions of the decoding and resizing
 packages, and this file's layout), and what happens when an entry disappears during a run: the
 values are processed again, which is reported once, because it costs the time that the cache should
-save. `images` and `videos` decode bytes to pixels; `media_options` parses the options of a part;
-`processor` computes patches.
+save. They are read from their source: the file, whose digest must be the same, or the row of the
+data file that holds the bytes. `images` and `videos` decode bytes to pixels; `media_options` parses
+the options of a part; `processor` computes patches.
 
 - ``QC-VISION-042`` a file changed or disappeared after core checked it.
-- ``QC-VISION-043`` cached values disappeared, and this process did not read the row with the bytes.
+- ``QC-VISION-043`` cached values disappeared, and the bytes of the row cannot be read again.
+- ``QC-VISION-045`` the media in rows of a file without access by row exceed the cache.
 """
 
 from __future__ import annotations
@@ -27,13 +29,12 @@ import torch
 from torch import Tensor
 
 from qcore.api import RowError
-from qcore.errors import InputError
+from qcore.errors import InputError, UsageError
 
 from .cache import SIZE_VARIABLE, Cache
 from .media import KINDS, ProcessedMedium
 from .media_batch import PixelBatch
 from .media_options import KEYS, Limits, parse_limits
-from .payload_store import PayloadStore
 from .processor_files import load
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Reader:
         self._checkpoint = checkpoint
         self._tables: dict[str, Tensor] = {}
         self._bytes = 0  # size of all values that this process has read
+        self._counted: set[bytes] = set()
         self._reported: set[str] = set()
 
     # Created on first use: a text-only run reads no processor file and imports no transformers.
@@ -62,10 +64,6 @@ class Reader:
     @cached_property
     def _cache(self) -> Cache:
         return Cache.of_user()
-
-    @cached_property
-    def _payloads(self) -> PayloadStore:
-        return PayloadStore()
 
     @cached_property
     def _images(self) -> ImageProcessor:
@@ -92,7 +90,7 @@ class Reader:
         Raises:
             RowError: ``QC-VISION-025`` to ``-039``.
             InputError: ``QC-VISION-020`` to ``-023``, on the first medium of a kind.
-            UsageError: ``QC-VISION-040``, ``-041``, on the first medium.
+            UsageError: ``QC-VISION-040``, ``-041``, on the first medium; ``QC-VISION-045``.
             WriteError: the cache cannot be written.
         """
         limits = self._limits(payload)
@@ -106,8 +104,9 @@ class Reader:
             grid=_grid(metadata["grid"]),
             merge=metadata["merge"],
             timestamps=tuple(metadata["seconds"]),
+            source=payload.without_data(),
         )
-        self._remember_payload(digest, payload, medium)
+        self._count(medium, payload)
         return medium
 
     def expand(self, text: str, media: Sequence[Medium]) -> str:
@@ -238,27 +237,43 @@ class Reader:
                 "QC-VISION-031", "the processor refuses the aspect ratio", found=str(error)
             ) from None
 
-    def _remember_payload(self, digest: str, payload: Payload, medium: ProcessedMedium) -> None:
-        """Store the payload, so that its values can be processed again after eviction."""
-        if not self._payloads.add(digest, payload):
+    def _count(self, medium: ProcessedMedium, payload: Payload) -> None:
+        """Compare the size of all values with the limit of the cache.
+
+        Raises:
+            UsageError: ``QC-VISION-045``.
+        """
+        digest = bytes.fromhex(medium.digest)
+        if digest in self._counted:
             return
+        self._counted.add(digest)
         sizes = self._processor(medium.kind)
         self._bytes += medium.units * 3 * sizes.patch**2 * (
             1 if medium.kind == "image" else sizes.temporal
         )  # fmt: skip
-        if self._bytes > self._cache.bound:
-            bound = f"{self._cache.bound / 1e9:g}"
-            self._report_once(
-                f"the media of these rows exceed the cache of {bound} GB and are decoded again in "
-                f"every epoch, which is slow; raise {SIZE_VARIABLE} above {bound} to cache more"
-            )
+        if self._bytes <= self._cache.bound:
+            return
+        bound = f"{self._cache.bound / 1e9:g}"
+        if not payload.lasting:
+            raise UsageError(
+                "QC-VISION-045",
+                "the media of these rows exceed the cache and cannot be read again: the data file "
+                "has no access by row",
+                field=SIZE_VARIABLE, found=f"more than {bound} GB",
+                fix=f"raise {SIZE_VARIABLE} above {bound}, or convert the file to JSON Lines "
+                "without compression or to Parquet",
+            )  # fmt: skip
+        self._report_once(
+            f"the media of these rows exceed the cache of {bound} GB and are decoded again in "
+            f"every epoch, which is slow; raise {SIZE_VARIABLE} above {bound} to cache more"
+        )
 
     def _values(self, medium: ProcessedMedium) -> Bytes:
         values = self._cache.values(medium.digest)
         if values is not None:
             return values
-        payload = self._payloads.find(medium.digest)
-        if payload is None:
+        payload = medium.source
+        if payload is None or not payload.lasting:
             raise InputError(
                 "QC-VISION-043", f"the cached values of a {medium.kind} are missing",
                 file=self._cache.folder, found=f"no valid {medium.digest}.media",

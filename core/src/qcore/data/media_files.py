@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..api.media import MediaReader, Medium, Payload, RowError
+from ..api.media import BytesSource, MediaReader, Medium, Payload, RowError
 from .jsonl import MAX_LINE
 from .media_paths import WANTED, Folders, shown
 
@@ -63,14 +63,21 @@ class Finder:
         self._folders = Folders(folder, media_root)
         self._digests: dict[tuple[str, int, int, int], str] = {}
 
-    def read(self, part: Reference, reader: MediaReader) -> Medium:
+    def read(
+        self, part: Reference, reader: MediaReader, origin: BytesSource | None = None
+    ) -> Medium:
         """Find the bytes of a part and have them read.
+
+        Args:
+            part: the part.
+            reader: the reader of its kind.
+            origin: where to read bytes in the row again, as `qcore.data.row_bytes` has it.
 
         Raises:
             RowError: as `payload` and `MediaReader.read`, with the part's place and its file.
         """
         try:
-            payload = self.payload(part)
+            payload = self.payload(part, origin)
             try:
                 return reader.read(payload)
             except RowError as bad:
@@ -81,15 +88,19 @@ class Finder:
         except RowError as bad:
             raise bad.within(part.at) from None
 
-    def payload(self, part: Reference) -> Payload:
+    def payload(self, part: Reference, origin: BytesSource | None = None) -> Payload:
         """The bytes of a part, found and checked in constant memory.
+
+        Args:
+            part: the part.
+            origin: where to read bytes in the row again.
 
         Raises:
             RowError: ``QC-MEDIA-001`` to ``-006``.
         """
         if isinstance(part.given, tuple):
-            return self._listed(part, part.given)
-        payload = self._single(part.kind, part.given, part.options)
+            return self._listed(part, part.given, origin)
+        payload = self._single(part.kind, part.given, part.options, origin)
         if part.sha256 is not None and part.sha256 != payload.sha256:
             raise RowError(
                 "QC-MEDIA-006",
@@ -100,12 +111,14 @@ class Finder:
             )
         return payload
 
-    def _listed(self, part: Reference, given: tuple[str | bytes, ...]) -> Payload:
+    def _listed(
+        self, part: Reference, given: tuple[str | bytes, ...], origin: BytesSource | None
+    ) -> Payload:
         """A medium of several files; its digest covers theirs, in order."""
         frames: list[Payload] = []
         for index, one in enumerate(given):
             try:
-                frames.append(self._single(part.kind, one, {}))
+                frames.append(self._single(part.kind, one, {}, origin))
             except RowError as bad:
                 raise bad.within(f"{part.kind}[{index}]") from None
         digest = hashlib.sha256(b"frames\n")
@@ -118,7 +131,13 @@ class Finder:
             options=part.options,
         )
 
-    def _single(self, kind: str, given: str | bytes, options: Mapping[str, Any]) -> Payload:
+    def _single(
+        self,
+        kind: str,
+        given: str | bytes,
+        options: Mapping[str, Any],
+        origin: BytesSource | None,
+    ) -> Payload:
         """One file, data URL, or the bytes of a row."""
         path = data = None
         if isinstance(given, bytes):
@@ -131,7 +150,10 @@ class Finder:
             assert isinstance(given, str)
             path = self._folders.find(given)
             digest = self._digest(path, given)
-        return Payload(kind=kind, sha256=digest, path=path, data=data, options=options)
+            origin = None
+        return Payload(
+            kind=kind, sha256=digest, path=path, data=data, origin=origin, options=options
+        )
 
     def _digest(self, path: Path, given: str) -> str:
         """Digest of a regular file; other files are not opened, because a pipe may never end."""
