@@ -34,6 +34,8 @@ from support.cli_kit import Ended
 from support.media_kit import animated, bare_png, picture, saved, sound
 from support.tiers import fast
 
+from qcore_multimodal.video_frames import Bounds
+
 AT = "messages[0].content[1]"
 
 
@@ -237,24 +239,29 @@ def test_a_part(capsys: Any, seeing: Path, data: Path, case: str):
 
 
 #: What no file of a test is large enough for: the bound, a smaller one, and the line.
-AMOUNTS: dict[str, tuple[str, int, Make, str, tuple[str, ...]]] = {
+AMOUNTS: dict[str, tuple[str, int | Bounds, Make, str, tuple[str, ...]]] = {
     "bytes of a picture": (
         "images.MAX_BYTES", 500, given("good.png"), "QC-VISION-030",
         ("': more than 500, expected at most 500",)),
     "bytes of an animation": (
-        "images.MAX_BYTES", 500, part("video", animated(4)), "QC-VISION-030",
+        "video_decoder.BOUNDS", Bounds(animated_bytes=500),
+        part("video", animated(4)), "QC-VISION-030",
         ("': more than 500, expected at most 500",)),
     "frames of an animation": (
-        "videos.MAX_ANIMATED_FRAMES", 3, part("video", animated(4)), "QC-VISION-039",
+        "video_decoder.BOUNDS", Bounds(animated_frames=3),
+        part("video", animated(4)), "QC-VISION-039",
         ("': 4, expected at most 3", "convert it to MP4")),
     "pixels of an animation": (
-        "videos.MAX_ANIMATED_PIXELS", 4 * 40 * 30 - 1, part("video", animated(4)), "QC-VISION-030",
+        "video_decoder.BOUNDS", Bounds(animated_pixels=4 * 40 * 30 - 1),
+        part("video", animated(4)), "QC-VISION-030",
         ("': 4 frames of 40 x 30, expected at most 4799",)),
     "frames of a film": (
-        "videos.MAX_VIDEO_FRAMES", 11, part("video", mp4()), "QC-VISION-039",
+        "video_decoder.BOUNDS", Bounds(video_frames=11),
+        part("video", mp4()), "QC-VISION-039",
         ("': 12, expected at most 11", "cut it")),
     "pixels of a film": (
-        "videos.MAX_VIDEO_PIXELS", 12 * 64 * 48 - 1, part("video", mp4()), "QC-VISION-030",
+        "video_decoder.BOUNDS", Bounds(video_pixels=12 * 64 * 48 - 1),
+        part("video", mp4()), "QC-VISION-030",
         ("': 12 frames of 64 x 48, expected at most 36863",)),
 }  # fmt: skip
 

@@ -5,10 +5,9 @@ entry (a hash of its bytes, the processor's settings, the versions of the decodi
 packages, and this file's layout), and what happens when an entry disappears during a run: the
 values are processed again, which is reported once, because it costs the time that the cache should
 save. They are read from their source: the file, whose digest must be the same, or the row of the
-data file that holds the bytes. `images` and `videos` decode bytes to pixels; `media_options` parses
-the options of a part; `processor` computes patches.
+data file that holds the bytes. `checked_bytes` reads payloads; `images` and `videos` decode bytes
+to pixels; `media_options` parses the options of a part; `processor` computes patches.
 
-- ``QC-VISION-042`` a file changed or disappeared after core checked it.
 - ``QC-VISION-043`` cached values disappeared, and the bytes of the row cannot be read again.
 - ``QC-VISION-045`` the media in rows of a file without access by row exceed the cache.
 """
@@ -17,9 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
@@ -32,6 +29,7 @@ from qcore.api import RowError
 from qcore.errors import InputError, UsageError
 
 from .cache import SIZE_VARIABLE, Cache
+from .checked_bytes import decoded_frames, decoded_image, open_payload, unchanged
 from .media import KINDS, ProcessedMedium
 from .media_batch import PixelBatch
 from .media_options import KEYS, Limits, parse_limits
@@ -41,6 +39,7 @@ if TYPE_CHECKING:
     from qcore.api import CheckpointView, Medium, Payload, Placed
 
     from .processor import Bytes, Grid, ImageProcessor, VideoProcessor
+    from .video_decoder import Decoder
 
 _LAYOUT: Final = 1  # version of the cache entries and of the decoding code
 
@@ -64,6 +63,12 @@ class Reader:
     @cached_property
     def _cache(self) -> Cache:
         return Cache.of_user()
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        from .video_decoder import Decoder
+
+        return Decoder()
 
     @cached_property
     def _images(self) -> ImageProcessor:
@@ -213,23 +218,25 @@ class Reader:
         if payload.kind == "video" and payload.frames:
             merge = self._videos.merge
             grid, timestamps, values = videos.process_frames(
-                _frames(payload), len(payload.frames), self._videos, limits
+                decoded_frames(payload), len(payload.frames), self._videos, limits
             )
         else:
-            with _open_payload(payload) as file:
+            with open_payload(payload) as file:
                 if payload.kind == "image":
                     merge = self._images.merge
                     grid, values = self._image(file, payload, limits)
                 else:
                     merge = self._videos.merge
-                    with _unchanged(file, payload):
-                        grid, timestamps, values = videos.process(file, self._videos, limits)
+                    with unchanged(file, payload):
+                        grid, timestamps, values = videos.process(
+                            file, self._videos, limits, self._decoder
+                        )
         metadata = {"grid": grid, "merge": merge, "seconds": timestamps}
         self._cache.put(digest, metadata, values)
         return metadata, values
 
     def _image(self, file: BinaryIO, payload: Payload, limits: Limits) -> tuple[Grid, Bytes]:
-        picture = _picture(file, payload)
+        picture = decoded_image(file, payload)
         try:
             return self._images.patches(picture, limits)
         except ValueError as error:
@@ -296,85 +303,6 @@ class Reader:
         if what not in self._reported:
             self._reported.add(what)
             self._report(what)
-
-
-def _picture(file: BinaryIO, payload: Payload) -> Bytes:
-    """Decode the image of a payload, whose bytes must be those that core checked."""
-    from . import images
-
-    data = images.read_bounded(file)
-    _check_digest(payload, hashlib.sha256(data).hexdigest())
-    return images.decode(data)
-
-
-def _frames(payload: Payload) -> Iterator[Bytes]:
-    """Decode the frames of a payload one by one; an error names the frame and its file."""
-    for index, frame in enumerate(payload.frames):
-        try:
-            with _open_payload(frame) as file:
-                yield _picture(file, frame)
-        except RowError as error:
-            if frame.path is not None:
-                reason = "" if error.found is None else f": {error.found}"
-                error.found = f"{frame.path.name!r}{reason}"
-            raise error.within(f"{payload.kind}[{index}]") from None
-
-
-@contextmanager
-def _open_payload(payload: Payload) -> Iterator[BinaryIO]:
-    """Open a payload, whose file existed when core checked the row."""
-    try:
-        with payload.open() as file:
-            yield file
-    except OSError as error:
-        raise RowError(
-            "QC-VISION-042", "can no longer be read", found=error.strerror or str(error)
-        ) from None
-
-
-@contextmanager
-def _unchanged(file: BinaryIO, payload: Payload) -> Iterator[None]:
-    """Verify that a file has the payload's digest and does not change inside the context."""
-    before = _stamp(file, payload)
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    _check_digest(payload, digest.hexdigest())
-    file.seek(0)
-    try:
-        yield
-    except RowError:
-        _check_stamp(file, payload, before)  # the error may come from a mix of two versions
-        raise
-    _check_stamp(file, payload, before)
-
-
-def _check_stamp(file: BinaryIO, payload: Payload, before: tuple[int, int]) -> None:
-    if (after := _stamp(file, payload)) != before:
-        raise _changed(
-            f"{after[0]} bytes", f"{before[0]} bytes, unchanged while it is decoded"
-        ) from None
-
-
-def _stamp(file: BinaryIO, payload: Payload) -> tuple[int, int]:
-    """Size and modification time of a file; zeros for bytes in the row."""
-    if payload.path is None:
-        return 0, 0
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
-
-
-def _check_digest(payload: Payload, sha256: str) -> None:
-    """Refuse bytes with a different digest than when the row was checked."""
-    if sha256 != payload.sha256:
-        raise _changed(sha256, f"sha256 {payload.sha256}")
-
-
-def _changed(actual: str, expected: str) -> RowError:
-    return RowError(
-        "QC-VISION-042", "changed after its row was checked", found=actual,
-        expected=expected, fix="do not modify media files during a run",
-    )  # fmt: skip
 
 
 def _grid(numbers: Sequence[int]) -> Grid:
