@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,27 @@ def test_a_process_that_crashes_costs_one_row(reader: Any) -> None:
     assert reader.read(payload(film(seed=1), "video")).grid[0] == 5
 
 
+def test_threads_and_forks_do_not_share_a_video(reader: Any) -> None:
+    films = [film(seed=seed) for seed in range(4)]
+    wanted = [reader.read(payload(data, "video")) for data in films]
+    for entry in reader._cache.folder.glob("*.media"):
+        entry.unlink()
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(lambda data: reader.read(payload(data, "video")), films)] == wanted
+    first = reader._decoder._process
+    child = os.fork()
+    if not child:  # only the decoder: torch's threads do not survive a fork
+        status = 1
+        try:
+            with reader._decoder.open(io.BytesIO(film(seed=9))) as opened:
+                status = len([*opened.frames([0, 8])]) - 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert reader.read(payload(film(seed=5), "video")).grid[0] == 5
+    assert reader._decoder._process is first
+
+
 def test_a_process_without_memory() -> None:
     """In a process of its own: the limit is this process's."""
     code = f"""
@@ -83,9 +106,11 @@ import json, tempfile
 video_worker.OPENING = video_worker.DECODING = 1 << 20  # less than the process has
 ours, theirs = socket.socketpair()
 with tempfile.TemporaryFile() as file:
-    file.write(video(frames(9, 64, 48), 2)); file.flush()
+    file.write(video(frames(3, 1600, 1200), 2)); file.flush()
     body = json.dumps({{"bounds": {{}}, "seconds": 60}}).encode()
     socket.send_fds(ours, [len(body).to_bytes(8, "little") + body], [file.fileno()])
+    body = json.dumps({{"indices": [0, 1, 2], "seconds": 60}}).encode()
+    ours.sendall(len(body).to_bytes(8, "little") + body)
     ours.shutdown(socket.SHUT_WR)
     video_worker.main(theirs)
 theirs.close()

@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -51,10 +52,11 @@ _ENVIRONMENT: Final = {"MALLOC_ARENA_MAX": "2", "OPENBLAS_NUM_THREADS": "1", "OM
 
 
 class Decoder:
-    """Decodes videos in a process that is started on first use."""
+    """Decodes videos in a process that is started on first use; threads take turns."""
 
     def __init__(self) -> None:
         self._process: _Process | None = None
+        self._turn = threading.Lock()
 
     @contextmanager
     def open(self, file: BinaryIO) -> Iterator[Video]:
@@ -64,21 +66,23 @@ class Decoder:
             RowError: ``QC-VISION-028``, ``-030``, ``-031``, ``-033`` to ``-036``, ``-039``,
                 ``-046``.
         """
-        if self._process is None or self._process.dead:
+        with self._turn, _descriptor(file) as descriptor:
+            process = self._started()
+            seconds = SECONDS + os.fstat(descriptor).st_size / BYTES_PER_SECOND
+            process.send({"bounds": asdict(BOUNDS), "seconds": seconds}, seconds, descriptor)
+            video = Video(process, process.answer())
+            try:
+                yield video
+            except BaseException:
+                process.close()  # frames may be left in the socket
+                raise
+            process.send({}, SECONDS)
+
+    def _started(self) -> _Process:
+        if self._process is None or not self._process.usable:
             self._process = _Process()
             weakref.finalize(self, self._process.close)
-        process = self._process
-        with _descriptor(file) as descriptor:
-            size = os.fstat(descriptor).st_size
-            seconds = SECONDS + size / BYTES_PER_SECOND
-            process.send({"bounds": asdict(BOUNDS), "seconds": seconds}, seconds, descriptor)
-        video = Video(process, process.answer())
-        try:
-            yield video
-        except BaseException:
-            process.close()  # frames may be left in the socket
-            raise
-        process.send({}, SECONDS)
+        return self._process
 
 
 class Video:
@@ -114,7 +118,8 @@ class _Process:
     """One process of `video_worker` and the socket to it."""
 
     def __init__(self) -> None:
-        self.dead = False
+        self._dead = False
+        self._owner = os.getpid()
         self._seconds = _START_SECONDS
         self._deadline = time.monotonic() + self._seconds
         self._channel, other = socket.socketpair()
@@ -128,6 +133,11 @@ class _Process:
                 env={**_ENVIRONMENT, **{n: os.environ[n] for n in _KEPT if n in os.environ}},
             )
         self.answer()
+
+    @property
+    def usable(self) -> bool:
+        """Whether it runs and was started by this process, and not by one that forked since."""
+        return not self._dead and self._owner == os.getpid()
 
     def send(self, request: dict[str, Any], seconds: float, descriptor: int | None = None) -> None:
         """Send a request; its answers must arrive within `seconds`."""
@@ -168,10 +178,11 @@ class _Process:
         return np.frombuffer(self._read(height * width * 3), np.uint8).reshape(height, width, 3)
 
     def close(self) -> None:
-        """End the process."""
-        self.dead = True
-        self._process.kill()
-        self._process.wait()
+        """End the process, unless this is a fork of the process that started it."""
+        self._dead = True
+        if self._owner == os.getpid():
+            self._process.kill()
+            self._process.wait()
         self._channel.close()
 
     def _read(self, size: int) -> bytearray:
