@@ -16,6 +16,7 @@ from support.bad_media_kit import PNG, conversation
 from support.media_kit import frames, picture, saved
 
 from qcore.data.dataset import Dataset, dataset
+from qcore.data.source import Source
 from qcore.plugins.resolve_model import identify
 
 QUESTION = {"type": "text", "text": "Which color?"}
@@ -23,13 +24,14 @@ ENCODED = base64.b64encode(PNG).decode()
 URL = f"data:image/png;base64,{ENCODED}"
 
 
-def load(base: Path, data: Path, *rows: Any, **more: Any) -> tuple[Dataset, Any]:
+def load(base: Path, data: Path, *rows: Any, media_root: Path | None = None) -> tuple[Dataset, Any]:
     path = data / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = identify(str(base))
     assert found.modality is not None
     reader = found.modality.reader(found.checkpoint, lambda line: None)
-    made = dataset(path, found.checkpoint, found.chat_format(), 512, reader=reader, **more)
+    source = Source(name="rows", files=(path,), media_root=media_root)
+    made = dataset([source], found.checkpoint, found.chat_format(), 512, reader=reader)
     return made, reader
 
 

@@ -31,6 +31,7 @@ from .pieces import PieceEncoder
 from .policies import Policies
 from .reading import RowReader, SourceCount, read_rows
 from .repairs import repair_context
+from .row_bytes import row_bytes
 from .row_plan import RowPlan, plan_row
 from .rows import ChatRow, RowCheck
 from .samples import drafts
@@ -116,7 +117,7 @@ class Renderer:
         self._switch = ""
         self._names: tuple[str, ...] = ()
         self._media_proved = False
-        self._finders: dict[Path, Finder] = {}
+        self._finders: dict[tuple[Path, Path | None], Finder] = {}
         self._pieces = PieceEncoder(tokenizer, chat_format.turn_start)
         self._losses = Losses(chat_format, tokenizer, self.findings)
         self._own_variables: set[str] = set()
@@ -233,7 +234,7 @@ class Renderer:
         assert row.path is not None, "rows are read from files"
         finder = self.finder(row.path.parent)
         try:
-            seen = tuple(finder.read(part, reader) for part in row.media)
+            seen = tuple(finder.read(part, reader, origin) for part in row.media)
         except RowError as bad:
             self.rejects.add(row, bad)
             return None

@@ -24,9 +24,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..api.media import RowError
+from ..errors import InputError
+from . import columnar
+from .file_kinds import file_kind
 from .jsonl import parse
+from .streams import Damaged
 
 _BOM: Final = b"\xef\xbb\xbf"
+_BY_ROW: Final = ("jsonl", *columnar.CONTAINERS)
 _SHORTEST: Final = 16  # characters of base64; no image or video is smaller
 
 
@@ -50,7 +55,7 @@ class RowBytes:
         """
         try:
             value = _row(self.path, self.line)
-        except (OSError, ValueError, LookupError, RowError) as error:
+        except (OSError, ValueError, LookupError, RowError, InputError, Damaged) as error:
             raise self._gone(str(error) or type(error).__name__) from None
         for data in _held(value):
             if hashlib.sha256(data).hexdigest() == sha256:
@@ -69,32 +74,20 @@ class RowBytes:
 
 def row_bytes(path: Path, line: int) -> RowBytes | None:
     """Where to read the bytes of a row again; ``None`` if the file has no access by row."""
-    return None if _container(path) is None else RowBytes(path, line)
+    return RowBytes(path, line) if _container(path) else None
 
 
 @lru_cache(maxsize=1024)
-def _container(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            start = file.read(512)
-    except OSError:
-        return None
-    if start.startswith(b"PAR1"):
-        return "parquet"
-    if start.startswith(b"ARROW1"):
-        return "arrow"
-    text = start.removeprefix(_BOM).lstrip(b" \t\r\n")
-    return "jsonl" if text.startswith(b"{") else None
+def _container(path: Path) -> str:
+    """The container of a file with access by row; empty for other files."""
+    kind = file_kind(path)
+    return "" if kind.compression or kind.container not in _BY_ROW else kind.container
 
 
 def _row(path: Path, line: int) -> Any:
     container = _container(path)
-    if container == "jsonl":
-        return _json_line(path, line)
-    return _parquet_row(path, line) if container == "parquet" else _arrow_row(path, line)
-
-
-def _json_line(path: Path, line: int) -> Any:
+    if container in columnar.CONTAINERS:
+        return columnar.row(path, container, line)
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         starts = _line_starts(path, status.st_ino, status.st_mtime_ns, status.st_size)
@@ -111,36 +104,6 @@ def _line_starts(path: Path, *version: int) -> array[int]:
             starts.append(at)
             at += len(raw)
     return starts
-
-
-def _parquet_row(path: Path, line: int) -> Any:
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as file:
-        left = line - 1
-        for group in range(file.num_row_groups):
-            count = file.metadata.row_group(group).num_rows
-            if left < count:
-                for batch in file.iter_batches(batch_size=64, row_groups=[group]):
-                    if left < batch.num_rows:
-                        return batch.slice(left, 1).to_pylist()[0]
-                    left -= batch.num_rows
-            left -= count
-    raise IndexError(f"the file has fewer than {line} rows")
-
-
-def _arrow_row(path: Path, line: int) -> Any:
-    import pyarrow
-
-    with pyarrow.memory_map(str(path)) as source:
-        file = pyarrow.ipc.open_file(source)
-        left = line - 1
-        for number in range(file.num_record_batches):
-            batch = file.get_batch(number)
-            if left < batch.num_rows:
-                return batch.slice(left, 1).to_pylist()[0]
-            left -= batch.num_rows
-    raise IndexError(f"the file has fewer than {line} rows")
 
 
 def _held(value: Any) -> Iterator[bytes]:
