@@ -325,7 +325,7 @@ ROWS: dict[str, tuple[dict[str, Any], str, str, tuple[str, ...], tuple[str, ...]
         "QC-DATA-005", "images", ("put it into the content of a message", '{"type": "image"'), ()),
     "too many media for max_length": (
         conversation(QUESTION, *LONG), "QC-DATA-011", "",
-        ("tokens, 12 of them media, expected at most 32", "make its media smaller"),
+        ("tokens, 12 of them media, expected at most 32", "set max_length=43"),
         ("--set", "max_length=32")),
 }  # fmt: skip
 

@@ -16,7 +16,6 @@ from support.bad_media_kit import PNG, conversation
 from support.media_kit import frames, picture, saved
 
 from qcore.data.dataset import Dataset, dataset
-from qcore.data.formats import load_formats
 from qcore.data.source import Source
 from qcore.plugins.resolve_model import identify
 
@@ -126,7 +125,6 @@ def test_evicted_values_are_made_again_of_their_rows(seeing: Path, data: Path) -
 
 def test_media_columns_through_the_converters(seeing: Path, data: Path) -> None:
     """What converters make of columns is the same medium, list of frames included."""
-    formats = load_formats()
     said = [
         {"role": "user", "content": "<image>Which color?"},
         {"role": "assistant", "content": "r"},
@@ -138,13 +136,13 @@ def test_media_columns_through_the_converters(seeing: Path, data: Path) -> None:
     film = [{"role": "user", "content": "<video>Which color?"}, said[1]]
     rows = [
         {"messages": said, "images": ["good.png"]},
-        {"messages": said, "images": [{"bytes": PNG, "path": None}]},
+        {"messages": said, "images": [{"bytes": ENCODED, "path": None}]},
         {"messages": bare, "images": [{"bytes": ENCODED, "path": "gone.png"}]},
         {"messages": bare, "images": [URL]},
         {"messages": film, "videos": [["good.png", URL]]},
         {"messages": film, "videos": [["./good.png", "good.png"]]},
     ]
-    made, _ = load(seeing, data, *(formats.convert(row)[1] for row in rows))
+    made, _ = load(seeing, data, *rows)
     assert len({tuple(example.ids) for example in made.train}) == 2
     digests = [example.media[0].digest for example in made.train]
     assert (len(set(digests[:4])), len(set(digests[4:]))) == (1, 1)
@@ -168,8 +166,6 @@ def test_cases(shared: Path, seeing: Path, data: Path, name: str) -> None:
     for file in folder.glob("*.png"):
         for target in (data, data / "cases" / name):
             (target / file.name).write_bytes(file.read_bytes())
-    formats = load_formats()
-    rows = [formats.convert(row)[1] for row in rows]
     if name == "one_bad_image":
         with pytest.raises(InputError) as caught:
             load(seeing, data, *rows)
