@@ -37,7 +37,8 @@ from qcore.data import media_files as media_module
 from qcore.data.dataset import Dataset, dataset
 from qcore.data.media_files import LARGEST, Finder, Reference
 from qcore.data.policies import Policies
-from qcore.errors import InputError, PreflightError
+from qcore.data.sources import read_sources
+from qcore.errors import InputError, PreflightError, UsageError
 
 END = "<|im_end|>"
 CONTROL = (OPEN, DOT, CLOSE)
@@ -374,6 +375,16 @@ def test_without_a_media_root_the_fix_names_it(folder: Path, root: Path) -> None
         with pytest.raises(RowError) as caught:
             find(folder, None, given)
         assert "--media-root" in str(caught.value.fix)
+
+
+def test_a_media_root_that_is_no_folder(folder: Path, root: Path) -> None:
+    path = write_rows(folder / "rows.jsonl", [ask(text("q"))])
+    (source,) = read_sources([path], media_root=root)
+    assert source.media_root == root
+    for wrong in (root / "r.txt", root / "gone"):
+        with pytest.raises(UsageError) as caught:
+            read_sources([path], media_root=wrong)
+        assert (caught.value.code, str(wrong) in caught.value.message) == ("QC-DATA-060", True)
 
 
 # What a data set is.

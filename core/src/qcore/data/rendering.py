@@ -232,7 +232,8 @@ class Renderer:
                 prove_media(apart, self.format, self.tokenizer, reader, variables=self._given)
             self._media_proved = True
         assert row.path is not None, "rows are read from files"
-        finder = self.finder(row.path.parent)
+        finder = self.finder(row.path.parent, row.source and row.source.media_root)
+        origin = row_bytes(row.path, row.line) if row.media else None
         try:
             seen = tuple(finder.read(part, reader, origin) for part in row.media)
         except RowError as bad:
@@ -243,9 +244,10 @@ class Renderer:
         kept = row.media if self.options.explain else ()
         return replace(row, media=kept, seen=seen) if seen else row
 
-    def finder(self, folder: Path) -> Finder:
+    def finder(self, folder: Path, media_root: Path | None) -> Finder:
         """What finds the media of the data files in a folder."""
-        return self._finders.setdefault(folder, Finder(folder))
+        key = folder, media_root
+        return self._finders.get(key) or self._finders.setdefault(key, Finder(*key))
 
     def _made(self, plan: RowPlan, texts: Sequence[str | InputError]) -> list[Encoded]:
         """The samples of a row; none if it is refused or left out."""

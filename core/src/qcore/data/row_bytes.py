@@ -74,7 +74,7 @@ class RowBytes:
 
 def row_bytes(path: Path, line: int) -> RowBytes | None:
     """Where to read the bytes of a row again; ``None`` if the file has no access by row."""
-    return RowBytes(path, line) if _container(path) else None
+    return RowBytes(path.absolute(), line) if _container(path) else None
 
 
 @lru_cache(maxsize=1024)
