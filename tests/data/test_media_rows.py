@@ -10,6 +10,7 @@ import signal
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +37,8 @@ from qcore.data import media_files as media_module
 from qcore.data.dataset import Dataset, dataset
 from qcore.data.media_files import LARGEST, Finder, Reference
 from qcore.data.policies import Policies
-from qcore.errors import InputError, PreflightError
+from qcore.data.sources import read_sources
+from qcore.errors import InputError, PreflightError, UsageError
 
 END = "<|im_end|>"
 CONTROL = (OPEN, DOT, CLOSE)
@@ -220,6 +222,171 @@ def test_nulls_that_column_formats_fill_in_are_dropped(
     assert read_back(example.ids).startswith(f"<|im_start|>user\n{OPEN}{DOT * 3}{CLOSE}q{END}")
 
 
+# Parts as other tools write them.
+
+ENCODED = base64.b64encode(b"3 5 7").decode()
+SAME: list[Any] = [
+    {"type": "swatch_url", "swatch_url": {"url": data_url(b"3 5 7"), "detail": "high"}},
+    {"type": "swatch_url", "swatch_url": {"url": "a.txt", "detail": None}},
+    {"type": "swatch_url", "swatch_url": data_url(b"3 5 7")},
+    {"type": "swatch_url", "swatch_url": "deep/../a.txt", "detail": "low"},
+    {"type": "swatch_url", "swatch_url": {"url": "file://a.txt"}},
+    {"type": "swatch", "swatch": {"url": "./a.txt"}},
+    {"type": "swatch", "swatch": {"bytes": b"3 5 7", "path": "gone/a.txt"}},
+    {"type": "swatch", "swatch": {"bytes": ENCODED, "path": None}},
+    {"type": "swatch", "swatch": {"bytes": None, "path": "a.txt"}},
+    {"type": "swatch", "swatch": b"3 5 7"},
+    {"type": "swatch", "path": "a.txt"},
+    {"type": "swatch", "url": "a.txt"},
+    {"type": "swatch", "base64": ENCODED},
+    {"type": "swatch", "base64": data_url(b"3 5 7")},
+    swatch("a.txt", cache_control={"type": "ephemeral"}),
+    swatch("file://a%2Etxt"),
+]
+
+
+@pytest.mark.parametrize("part", SAME, ids=range(len(SAME)))
+def test_a_part_of_another_tool_is_the_same_medium(folder: Path, part: Any) -> None:
+    from qcore.data.content import ContentReader
+
+    reader = SwatchReader()
+    parts, (medium,) = ContentReader(reader).content([text("q"), part], "content")
+    assert parts == [text("q"), {"type": "swatch", "swatch": "swatch"}]
+    read = Finder(folder).read(medium, reader)
+    assert read == Finder(folder).read(
+        Reference(kind="swatch", at="", given="a.txt", options={}), reader
+    )
+
+
+def test_text_parts_of_other_tools(folder: Path, checkpoint: FakeCheckpoint) -> None:
+    parts = [
+        {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}},
+        {"type": "text", "text": "b", "annotations": [], "citations": None, "name": ""},
+    ]
+    (example,) = load([ask(*parts)], folder, checkpoint).train
+    assert read_back(example.ids).startswith(f"<|im_start|>user\nab{END}")
+
+
+class FilmReader(SwatchReader):
+    """Reads a list as the numbers of all its files."""
+
+    def read(self, payload: Any) -> Any:
+        if not payload.frames:
+            return super().read(payload)
+        made = [super(FilmReader, self).read(frame) for frame in payload.frames]
+        return replace(
+            made[0],
+            digest=payload.sha256,
+            numbers=tuple(number for one in made for number in one.numbers),
+            options=dict(payload.options),
+        )
+
+
+def test_frames_are_one_medium(folder: Path, checkpoint: FakeCheckpoint) -> None:
+    files = ["a.txt", data_url(b"8 9"), {"bytes": b"4", "path": None}, {"url": "deep/b.txt"}]
+    rows = [
+        ask({"type": "swatch", "swatch": files, "shade": "red"}, text("q")),
+        ask({"type": "swatch_url", "swatch_url": files}, text("q")),
+        ask({"type": "swatch", "swatch": files[::-1]}, text("q")),
+        ask({"type": "swatch", "swatch": ["a.txt"]}, text("q")),
+        ask(swatch("a.txt"), text("q")),
+    ]
+    path = folder / "rows.jsonl"
+    path.write_text("")
+    from qcore.data.rows import RowCheck
+
+    check, finder = RowCheck(FORMAT, (), FilmReader()), Finder(folder)
+    media = [finder.read(check(1, row).media[0], FilmReader()) for row in rows]
+    assert media[0].numbers == (3, 5, 7, 8, 9, 4, 1, 2, 3, 4)
+    assert media[0].options == {"shade": "red"}
+    assert media[0].digest == media[1].digest
+    assert len({medium.digest for medium in media}) == 4  # order counts, and a list is no file
+
+
+# A declared media root.
+
+
+@pytest.fixture
+def root(folder: Path) -> Path:
+    made = folder.with_name("pictures")
+    (made / "sub").mkdir(parents=True)
+    (made / "r.txt").write_text("3 5 7")
+    (made / "sub/a b.txt").write_text("9")
+    return made
+
+
+def find(folder: Path, root: Path | None, given: str) -> Any:
+    part = Reference(kind="swatch", at="", given=given, options={})
+    return Finder(folder, root).payload(part)
+
+
+def test_absolute_paths_below_the_media_root(folder: Path, root: Path) -> None:
+    (folder.parent / "link").symlink_to(root)
+    (root / "inner.txt").symlink_to("sub/a b.txt")
+    (folder / "into.txt").symlink_to(root / "r.txt")
+    same = [
+        f"{root}/r.txt", f"{root}/sub/../r.txt", f"//{root}/r.txt"[1:], f"file://{root}/r.txt",
+        f"FILE://localhost{root}/r.txt", f"file:{root}/r.txt", "r.txt", "./sub/../r.txt",
+        "into.txt", "../pictures/r.txt", f"{folder}/into.txt",
+    ]  # fmt: skip
+    found = [find(folder, root, given) for given in same]
+    assert {one.path for one in found} == {root / "r.txt"}
+    assert len({one.sha256 for one in found}) == 1
+    through = find(folder, folder.parent / "link", f"{folder.parent}/link/r.txt")
+    assert through.path == root / "r.txt"
+    assert find(folder, folder.parent / "link", f"{root}/r.txt").path == root / "r.txt"
+    for given in (f"{root}/sub/a b.txt", f"file://{root}/sub/a%20b.txt", f"{root}/inner.txt"):
+        assert find(folder, root, given).path == root / "sub/a b.txt"
+    # The data file's folder comes first, and stays allowed.
+    (root / "a.txt").write_text("another")
+    assert find(folder, root, "a.txt").path == folder / "a.txt"
+    assert find(folder, root, f"{folder}/a.txt").path == folder / "a.txt"
+
+
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        ("/etc/passwd", "QC-MEDIA-004"), ("file:///etc/passwd", "QC-MEDIA-004"),
+        ("{root}/../out.txt", "QC-MEDIA-004"), ("{root}/sub/../../out.txt", "QC-MEDIA-004"),
+        ("{root}2/a.txt", "QC-MEDIA-004"), ("{root}/out", "QC-MEDIA-004"),
+        ("{root}/up/out.txt", "QC-MEDIA-004"), ("../out.txt", "QC-MEDIA-004"),
+        ("file://{root}/%2e%2e/out.txt", "QC-MEDIA-002"), ("{root}/device", "QC-MEDIA-004"),
+        ("{root}/gone.txt", "QC-MEDIA-002"), ("gone.txt", "QC-MEDIA-002"),
+        ("{root}/sub", "QC-MEDIA-003"), ("{root}", "QC-MEDIA-003"), ("~/a.txt", "QC-MEDIA-001"),
+        ("https://x.org/a.txt", "QC-MEDIA-001"), ("{root}/a\0b", "QC-MEDIA-001"),
+    ],
+)  # fmt: skip
+def test_what_the_media_root_does_not_open(folder: Path, root: Path, given: str, code: str) -> None:
+    (root / "out").symlink_to("../out.txt")
+    (root / "up").symlink_to("..")
+    (root / "device").symlink_to("/dev/zero")
+    beside = root.with_name("pictures2")
+    beside.mkdir()
+    (beside / "a.txt").write_text("1")
+    with at_once(), pytest.raises(RowError) as caught:
+        find(folder, root, given.format(root=root))
+    assert caught.value.code == code
+    if code == "QC-MEDIA-004":
+        assert "--media-root" in str(caught.value.fix)
+
+
+def test_without_a_media_root_the_fix_names_it(folder: Path, root: Path) -> None:
+    for given in (f"{root}/r.txt", f"file://{root}/r.txt", "../pictures/r.txt"):
+        with pytest.raises(RowError) as caught:
+            find(folder, None, given)
+        assert "--media-root" in str(caught.value.fix)
+
+
+def test_a_media_root_that_is_no_folder(folder: Path, root: Path) -> None:
+    path = write_rows(folder / "rows.jsonl", [ask(text("q"))])
+    (source,) = read_sources([path], media_root=root)
+    assert source.media_root == root
+    for wrong in (root / "r.txt", root / "gone"):
+        with pytest.raises(UsageError) as caught:
+            read_sources([path], media_root=wrong)
+        assert (caught.value.code, str(wrong) in caught.value.message) == ("QC-DATA-060", True)
+
+
 # What a data set is.
 
 
@@ -363,13 +530,18 @@ def at_once() -> Iterator[None]:
 
 # what the part names, code, something that the message says
 NAMES: list[tuple[str, str, str]] = [
-    ("http://127.0.0.1/a.txt", "QC-MEDIA-001", "nothing is fetched"),
-    ("https://example.org/a.txt", "QC-MEDIA-001", "nothing is fetched"),
-    ("file:///etc/passwd", "QC-MEDIA-001", "nothing is fetched"),
+    ("http://127.0.0.1/a.txt", "QC-MEDIA-001", "a URL; nothing is fetched"),
+    ("HTTPS://example.org/a.txt", "QC-MEDIA-001", "a URL; nothing is fetched"),
+    ("file:///etc/passwd", "QC-MEDIA-001", "no media root is declared"),
+    ("file://localhost/etc/passwd", "QC-MEDIA-001", "no media root is declared"),
+    ("file://a%00.txt", "QC-MEDIA-001", "control character"),
+    ("file://../out.txt", "QC-MEDIA-004", "outside"),
+    ("file://%2e%2e/out.txt", "QC-MEDIA-002", "not there"),
+    ("file://", "QC-MEDIA-001", "is empty"),
     ("FILE:a.txt", "QC-MEDIA-001", "nothing is fetched"),
     ("s3://bucket/a.txt", "QC-MEDIA-001", "nothing is fetched"),
     ("C:\\pics\\a.txt", "QC-MEDIA-001", "not a relative path"),
-    ("/etc/passwd", "QC-MEDIA-001", "not a relative path"),
+    ("/etc/passwd", "QC-MEDIA-001", "no media root is declared"),
     ("//host/share/a.txt", "QC-MEDIA-001", "not a relative path"),
     ("~/a.txt", "QC-MEDIA-001", "not a relative path"),
     ("deep\\b.txt", "QC-MEDIA-001", "backslash"),
@@ -484,19 +656,42 @@ def test_a_pipe_put_in_a_files_place_does_not_block(
 PARTS: list[tuple[Any, str, str, str]] = [
     ({"type": "swatch"}, "QC-DATA-006", "", "no path or data URL"),
     ({"type": "swatch", "swatch": None}, "QC-DATA-006", "", "no path or data URL"),
-    ({"type": "swatch", "swatch": ["a.txt"]}, "QC-DATA-006", ".swatch", "a list"),
-    ({"type": "swatch", "swatch": {"url": "a.txt"}}, "QC-DATA-006", ".swatch", "an object"),
+    ({"type": "swatch", "swatch": ["a.txt"]}, "QC-DATA-006", ".swatch", "a list of 1"),
+    ({"type": "swatch", "swatch": []}, "QC-DATA-006", ".swatch", "an empty list"),
+    ({"type": "swatch", "swatch": ["a.txt", ["a.txt"]]}, "QC-DATA-006", ".swatch[1]", "a list"),
+    ({"type": "swatch", "swatch": ["a.txt", 3]}, "QC-DATA-006", ".swatch[1]", "number 3"),
+    ({"type": "swatch", "swatch": ["a.txt", "no"]}, "QC-MEDIA-002", ".swatch[1]", "not there"),
+    ({"type": "swatch", "swatch": ["a.txt"], "sha256": "0" * 64}, "QC-DATA-006", ".sha256",
+     "lists several"),
+    ({"type": "swatch", "swatch": 3}, "QC-DATA-006", ".swatch", "number 3"),
+    ({"type": "swatch", "swatch": {}}, "QC-DATA-006", ".swatch", "names no file"),
+    ({"type": "swatch", "swatch": {"bytes": None, "path": None}}, "QC-DATA-006", ".swatch",
+     "names no file"),
+    ({"type": "swatch", "swatch": {"bytes": [3, 5]}}, "QC-DATA-006", ".swatch.bytes", "base64"),
+    ({"type": "swatch", "swatch": {"bytes": "a.txt"}}, "QC-MEDIA-001", "", "does not decode"),
+    ({"type": "swatch", "swatch": {"url": "a.txt", "shade": "red"}}, "QC-DATA-006",
+     ".swatch.shade", "unknown key"),
+    ({"type": "swatch", "swatch": "a.txt", "path": "a.txt"}, "QC-DATA-006", "",
+     "several sources: found swatch and path"),
+    ({"type": "swatch_url"}, "QC-DATA-006", "", "no path or data URL"),
+    ({"type": "swatch_url", "swatch_url": {"url": "https://x.org/a.txt", "detail": "low"}},
+     "QC-MEDIA-001", "", "download it first"),
     (swatch("a.txt", shadee="red"), "QC-DATA-006", ".shadee", 'did you mean "shade"?'),
     (swatch("a.txt", text="q"), "QC-DATA-006", ".text", "a separate part"),
-    ({"type": "swatch", "path": "a.txt"}, "QC-DATA-006", ".path", "under the key"),
+    ({"type": "swatch", "data": "a.txt"}, "QC-DATA-006", ".data", "under base64"),
     (swatch("a.txt", sha256="00"), "QC-DATA-006", ".sha256", "64 hex"),
     (swatch("a.txt", sha256="g" * 64), "QC-DATA-006", ".sha256", "64 hex"),
     (swatch("a.txt", sha256=0), "QC-DATA-006", ".sha256", "the number 0"),
-    ({"type": "swatch_url", "swatch_url": {"url": "a.txt"}}, "QC-DATA-009", "",
+    ({"type": "input_swatch", "swatch_url": "a.txt"}, "QC-DATA-009", "",
      'write {"type": "swatch", "swatch": <path'),
     ({"type": "swach", "swach": "a.txt"}, "QC-DATA-009", "", 'did you mean "swatch"?'),
     ({"type": "image", "image": "a.png"}, "QC-DATA-009", "", "expected text or swatch"),
-    ({"type": "text", "text": "q", "swatch": "a.txt"}, "QC-DATA-006", "", "not a valid text part"),
+    ({"type": "text", "text": "q", "swatch": "a.txt"}, "QC-DATA-006", ".swatch",
+     "as a separate part"),
+    ({"type": "text", "text": "q", "citations": [{"url": "x"}]}, "QC-DATA-006", ".citations",
+     "unknown key of a text part"),
+    ({"type": "text", "cache_control": {"type": "ephemeral"}}, "QC-DATA-006", "",
+     "not a valid text part"),
     ({"swatch": "a.txt"}, "QC-DATA-006", "", "not a valid text part"),
     ({"type": ["swatch"], "swatch": "a.txt"}, "QC-DATA-006", "", "not a valid text part"),
     (text(f"a {DOT} b"), "QC-DATA-008", ".text", repr(DOT)),

@@ -34,6 +34,8 @@ from support.cli_kit import Ended
 from support.media_kit import animated, bare_png, picture, saved, sound
 from support.tiers import fast
 
+from qcore_multimodal.video_frames import Bounds
+
 AT = "messages[0].content[1]"
 
 
@@ -187,13 +189,19 @@ PARTS: dict[str, tuple[Make, str, str, tuple[str, ...]]] = {
     "two kinds": (
         given("good.png", video="a.mp4"), "QC-DATA-006", f"{AT}.video", ("a separate part",)),
     "an image without one": (given(None), "QC-DATA-006", AT, ("no path or data URL", '"image":')),
-    "a list of images": (given(["good.png"]), "QC-DATA-006", f"{AT}.image", ("relative path",)),
+    "a list of images": (
+        given(["good.png"]), "QC-DATA-006", f"{AT}.image", ("a list of 1", "for each file")),
+    "a frame that is missing": (
+        given(["good.png", "gone.png"], "video"), "QC-MEDIA-002", f"{AT}.video[1]", ("gone.png",)),
+    "a frame that is no picture": (
+        given(["good.png", "rows.jsonl"], "video"), "QC-VISION-027", f"{AT}.video[1]",
+        ("'rows.jsonl': ", "PNG, JPEG")),
     "an unknown kind": (
         lambda folder: {"type": "audio", "audio": "a.wav"}, "QC-DATA-009", AT,
         ("'audio'", "text or image or video")),
     "an address as OpenAI has it": (
-        lambda folder: {"type": "image_url", "image_url": {"url": "good.png"}}, "QC-DATA-009", AT,
-        ("'image_url'", '{"type": "image", "image":')),
+        lambda folder: {"type": "image_url", "image_url": {"url": "https://x.org/a.png"}},
+        "QC-MEDIA-001", AT, ("'https://x.org/a.png'", "download it first")),
     "a kind nearly known": (
         lambda folder: {"type": "imgae", "imgae": "good.png"}, "QC-DATA-009", AT, ('"image"',)),
     "a bare string": (lambda folder: "good.png", "QC-DATA-006", AT, ("is not a part",)),
@@ -231,24 +239,29 @@ def test_a_part(capsys: Any, seeing: Path, data: Path, case: str):
 
 
 #: What no file of a test is large enough for: the bound, a smaller one, and the line.
-AMOUNTS: dict[str, tuple[str, int, Make, str, tuple[str, ...]]] = {
+AMOUNTS: dict[str, tuple[str, int | Bounds, Make, str, tuple[str, ...]]] = {
     "bytes of a picture": (
         "images.MAX_BYTES", 500, given("good.png"), "QC-VISION-030",
         ("': more than 500, expected at most 500",)),
     "bytes of an animation": (
-        "images.MAX_BYTES", 500, part("video", animated(4)), "QC-VISION-030",
+        "video_decoder.BOUNDS", Bounds(animated_bytes=500),
+        part("video", animated(4)), "QC-VISION-030",
         ("': more than 500, expected at most 500",)),
     "frames of an animation": (
-        "videos.MAX_ANIMATED_FRAMES", 3, part("video", animated(4)), "QC-VISION-039",
+        "video_decoder.BOUNDS", Bounds(animated_frames=3),
+        part("video", animated(4)), "QC-VISION-039",
         ("': 4, expected at most 3", "convert it to MP4")),
     "pixels of an animation": (
-        "videos.MAX_ANIMATED_PIXELS", 4 * 40 * 30 - 1, part("video", animated(4)), "QC-VISION-030",
+        "video_decoder.BOUNDS", Bounds(animated_pixels=4 * 40 * 30 - 1),
+        part("video", animated(4)), "QC-VISION-030",
         ("': 4 frames of 40 x 30, expected at most 4799",)),
     "frames of a film": (
-        "videos.MAX_VIDEO_FRAMES", 11, part("video", mp4()), "QC-VISION-039",
+        "video_decoder.BOUNDS", Bounds(video_frames=11),
+        part("video", mp4()), "QC-VISION-039",
         ("': 12, expected at most 11", "cut it")),
     "pixels of a film": (
-        "videos.MAX_VIDEO_PIXELS", 12 * 64 * 48 - 1, part("video", mp4()), "QC-VISION-030",
+        "video_decoder.BOUNDS", Bounds(video_pixels=12 * 64 * 48 - 1),
+        part("video", mp4()), "QC-VISION-030",
         ("': 12 frames of 64 x 48, expected at most 36863",)),
 }  # fmt: skip
 
@@ -312,7 +325,7 @@ ROWS: dict[str, tuple[dict[str, Any], str, str, tuple[str, ...], tuple[str, ...]
         "QC-DATA-005", "images", ("put it into the content of a message", '{"type": "image"'), ()),
     "too many media for max_length": (
         conversation(QUESTION, *LONG), "QC-DATA-011", "",
-        ("tokens, 12 of them media, expected at most 32", "make its media smaller"),
+        ("tokens, 12 of them media, expected at most 32", "set max_length=43"),
         ("--set", "max_length=32")),
 }  # fmt: skip
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -184,18 +184,19 @@ def test_a_film_whose_frames_come_and_go(
     reader: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another number of them at every reading, by what is written to it meanwhile."""
-    from qcore_multimodal import videos
+    from qcore_multimodal.video_decoder import Video
 
     path = tmp_path / "a.mkv"
     path.write_bytes(video(frames(9, 64, 64), 2))
-    real, passes, part = videos._VideoFile.frames, iter((7, 5)), file_payload(path, "video")
+    real, passes, part = Video.frames, iter((7, 5)), file_payload(path, "video")
 
-    def frames_of(film: Any) -> Any:
+    def frames_of(film: Any, indices: Any) -> Any:
         with path.open("ab") as file:
             file.write(b"x")
-        return itertools.islice(real(film), next(passes))
+        yield from real(film, indices)
+        film.count = next(passes)
 
-    monkeypatch.setattr(videos._VideoFile, "frames", frames_of)
+    monkeypatch.setattr(Video, "frames", frames_of)
     with pytest.raises(RowError, match="changed after its row was checked"):
         reader.read(part)
 
@@ -282,7 +283,7 @@ def test_a_file_that_changes_in_the_middle_of_a_run(
 
 
 def test_values_that_nobody_can_make_again(new_reader: Callable[[], Any], cache_home: Path) -> None:
-    seen = new_reader().read(payload(png()))
+    seen = new_reader().read(replace(payload(png()), origin=None))
     for entry in cache_home.glob("*.media"):
         entry.unlink()
     with pytest.raises(InputError) as caught:
@@ -333,112 +334,60 @@ def test_one_medium_larger_than_all_may_be(
     assert "QCORE_MEDIA_CACHE_GB" in (caught.value.fix or "")
 
 
-_KEEP = """
-import resource, sys
-from pathlib import Path
-from qcore.api.media import Payload
-from qcore_multimodal.payload_store import PayloadStore
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-origins, before = PayloadStore(), peak()
-for number in range(40_000):
-    name = f"{number:064}"
-    path = Path(f"/data/pictures/part-{number // 1000}/{name}.png")
-    assert origins.add(name, Payload(kind="image", sha256=name, path=path, options={}))
-for number in range(100):
-    name, data = f"x{number}", bytes([number]) * 1_000_000
-    assert origins.add(name, Payload(kind="image", sha256=name, data=data, options={"a": 1}))
-assert not origins.add(name, Payload(kind="image", sha256=name, data=data, options={"a": 1}))
-assert origins.find(f"{7:064}").path.name == f"{7:064}.png"
-assert origins.find("x7").data == bytes([7]) * 1_000_000
-assert origins.find("x7").options == {"a": 1}
-assert origins.find("x") is None
-print(peak() - before)
-"""
+def test_a_medium_holds_no_bytes_of_its_row(new_reader: Callable[[], Any]) -> None:
+    """What a run keeps of each medium is small, can be pickled, and is enough in any process."""
+    import pickle
+
+    from support.media_kit import list_payload
+
+    data, reader = png(side=600), new_reader()
+    part = replace(payload(data), origin=Row(0))
+    frame = replace(payload(png(), "video"), origin=Row(1))
+    film = replace(list_payload([png(), png()]), frames=(frame, frame))
+    media = [reader.read(part), reader.read(film)]
+    kept = pickle.dumps(media)
+    assert len(kept) < 2000 < len(data)
+    values = reader.batch(media, WHERE).values
+    for entry in reader._cache.folder.glob("*.media"):
+        entry.unlink()
+    Row.rows = [data, png()]
+    assert torch.equal(new_reader().batch(pickle.loads(kept), WHERE).values, values)
 
 
-def test_what_media_were_made_of_is_not_in_memory(tmp_path: Path) -> None:
-    """Some 25 MB of names and 100 MB that rows hold; nothing is left on disk."""
-    done = subprocess.run(
-        [sys.executable, "-c", _KEEP],
-        capture_output=True, text=True, check=True, env={**os.environ, "TMPDIR": str(tmp_path)},
-    )  # fmt: skip
-    assert int(done.stdout) < 12
-    assert list(tmp_path.iterdir()) == []
+@dataclass(frozen=True)
+class Row:
+    """A row by its number."""
+
+    number: int
+    rows: ClassVar[list[bytes]] = []
+
+    def read(self, sha256: str) -> bytes:
+        return self.rows[self.number]
 
 
-def test_a_disk_too_full_for_what_rows_hold(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader.read(payload(png()))
-    reader._payloads._base.execute("PRAGMA max_page_count = 20")
-    with pytest.raises(WriteError, match="disk is full") as caught:
-        reader.read(payload(png(1)))
-    assert caught.value.code == "QC-WRITE-003"
-    assert "\n" not in caught.value.message
+def test_bytes_of_a_row_that_changed(reader: Any, cache_home: Path) -> None:
+    seen = reader.read(replace(payload(png()), origin=Row(0)))
+    for entry in cache_home.glob("*.media"):
+        entry.unlink()
+    Row.rows = [png(1)]
+    with pytest.raises(InputError, match="changed after its row was checked") as caught:
+        reader.batch([seen], WHERE)
+    assert caught.value.code == "QC-VISION-042"
 
 
-_NOWHERE = """
-import sys
-from pathlib import Path
-from qcore.api.media import Payload
-from qcore.errors import WriteError
-from qcore_multimodal.payload_store import PayloadStore
-try:
-    origins = PayloadStore()
-    for number in range(8):
-        name = str(number)
-        origins.add(name, Payload(kind="image", sha256=name, data=bytes(10**6), options={}))
-except WriteError as error:
-    print(error.code, error.message, "|", error.fix)
-"""
-
-
-def test_no_folder_for_temporary_files() -> None:
-    """No file can be opened any more, as root may write in every folder that SQLite would take."""
-    limit = "import sqlite3, resource; resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))"
-    code = _NOWHERE.replace("try:", f"{limit}\ntry:")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("QC-WRITE-005 ")
-    assert "unable to open database file" in done.stdout
-    assert "TMPDIR" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("error", "number", "code"),
-    [("OperationalError", "SQLITE_IOERR_WRITE", "QC-WRITE-004"),
-     ("OperationalError", "SQLITE_IOERR_GETTEMPPATH", "QC-WRITE-005"),
-     ("OperationalError", "SQLITE_READONLY_DBMOVED", "QC-WRITE-005"),
-     ("OperationalError", "SQLITE_PERM", "QC-WRITE-005"),
-     ("DatabaseError", "SQLITE_CORRUPT", "QC-WRITE-006"),
-     ("ProgrammingError", None, "QC-WRITE-006")],
-)  # fmt: skip
-def test_what_sqlite_raises(error: str, number: str | None, code: str) -> None:
-    import sqlite3
-
-    from qcore_multimodal import payload_store as origins
-
-    raised = getattr(sqlite3, error)("its own words")
-    if number is not None:
-        raised.sqlite_errorcode = getattr(sqlite3, number)
-    with pytest.raises(WriteError, match="its own words") as caught, origins._write_errors():
-        raise raised
-    assert caught.value.code == code
-    assert "TMPDIR" in (caught.value.fix or "")
-
-
-def test_the_file_is_closed_with_its_reader() -> None:
-    import sqlite3
-
-    from qcore_multimodal.payload_store import PayloadStore
-
-    origins = PayloadStore()
-    base = origins._base
-    del origins
-    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
-        base.execute("SELECT 1")
-
-
-def test_a_run_of_text_needs_no_sqlite() -> None:
-    code = "import sys, qcore_multimodal.reader; sys.exit('sqlite3' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_rows_that_cannot_be_read_again_must_fit(
+    new_reader: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused while the rows are checked, not in the middle of the run."""
+    monkeypatch.setenv("QCORE_MEDIA_CACHE_GB", str(3 * 197_500 / 1e9))
+    reader = new_reader()
+    parts = [replace(payload(png(seed)), origin=None) for seed in range(4)]
+    for part in [*parts[:3], *parts[:3]]:
+        reader.read(part)
+    with pytest.raises(UsageError) as caught:
+        reader.read(parts[3])
+    assert caught.value.code == "QC-VISION-045"
+    assert "raise QCORE_MEDIA_CACHE_GB" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("value", ["", "many", "0", "-1", "nan", "inf"])

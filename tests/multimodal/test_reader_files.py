@@ -158,7 +158,7 @@ def test_what_it_says_of_itself(reader: Any) -> None:
     assert reader.kinds == VISION.kinds == ("image", "video")
     # Each of these says something of every kind, in this order.
     assert all([*one] == [*reader.kinds] for one in (CLASSES, _FILES, _CLASSES, PADS))
-    assert reader.keys == ("min_pixels", "max_pixels", "fps", "max_frames")
+    assert reader.keys == ("min_pixels", "max_pixels", "fps", "max_frames", "sample_fps")
 
 
 def test_importing_the_plugins_modules_without_torch() -> None:
@@ -170,7 +170,6 @@ def test_importing_the_plugins_modules_without_torch() -> None:
         "containers",
         "processor_files",
         "cache",
-        "payload_store",
     ]
     code = (
         "import sys\n"

@@ -200,11 +200,14 @@ def test_a_phones_rotation_is_applied(reader: Any, turn: int, k: int) -> None:
 def test_a_count_that_the_packets_do_not_tell(
     reader: Any, monkeypatch: pytest.MonkeyPatch, shared: Path
 ) -> None:
-    from qcore_multimodal import videos
+    from qcore_multimodal.video_decoder import Video
 
-    pixels = frames(40, 48, 32)
-    scan = videos._VideoFile._scan
-    monkeypatch.setattr(videos._VideoFile, "_scan", lambda self: (50, scan(self)[1] * 50 / 40))
+    pixels, init = frames(40, 48, 32), Video.__init__
+
+    def counted(film: Any, process: Any, about: dict[str, Any]) -> None:
+        init(film, process, {**about, "count": 50, "rate": about["rate"] * 50 / 40})
+
+    monkeypatch.setattr(Video, "__init__", counted)
     check(reader, stock_videos(shared, monkeypatch), video(pixels), pixels, 30)
 
 

@@ -49,10 +49,13 @@ def train(capsys: Any, base: Path, data: Path, *rows: Any, flags: tuple[str, ...
 
 
 def untouched(data: Path) -> list[str]:
-    """Paths beside the data's folder and in it; of the cache only what is half written."""
+    """Paths beside the data's folder and in it; of the cache only what is half written.
+
+    The list of refused rows is meant to be written.
+    """
     return [
         path for path in snapshot(data.parent)
-        if not path.startswith("cache") or path.endswith(".tmp")
+        if not path.startswith(("cache", "out.run")) or path.endswith(".tmp")
     ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import json
 import struct
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,16 +42,37 @@ def checkpoint(folder: Path, config: dict[str, Any] | None = None) -> Checkpoint
     return Checkpoint(folder, str(folder), None, config, {}, (), None, names)
 
 
+@dataclass(frozen=True)
+class Held:
+    """Where bytes of a row are read again."""
+
+    data: bytes
+
+    def read(self, sha256: str) -> bytes:
+        assert sha256 == hashlib.sha256(self.data).hexdigest()
+        return self.data
+
+
 def payload(data: bytes, kind: str = "image", **options: Any) -> Payload:
     """What core found for a part that holds its bytes."""
     digest = hashlib.sha256(data).hexdigest()
-    return Payload(kind=kind, sha256=digest, data=data, options=options)
+    return Payload(kind=kind, sha256=digest, data=data, origin=Held(data), options=options)
 
 
 def file_payload(path: Path, kind: str = "image", **options: Any) -> Payload:
     """What core found for a part that names a file."""
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Payload(kind=kind, sha256=digest, path=path, options=options)
+
+
+def list_payload(files: Sequence[Path | bytes], **options: Any) -> Payload:
+    """What core found for a video that is a list of frames."""
+    frames = tuple(
+        payload(one, "video") if isinstance(one, bytes) else file_payload(one, "video")
+        for one in files
+    )
+    digest = hashlib.sha256("".join(one.sha256 for one in frames).encode()).hexdigest()
+    return Payload(kind="video", sha256=digest, frames=frames, options=options)
 
 
 def settings(shared: Path, kind: str) -> dict[str, Any]:

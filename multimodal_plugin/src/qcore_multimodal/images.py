@@ -51,19 +51,24 @@ _DECODER_ERRORS: Final = (
 )  # fmt: skip
 
 
-def read_bounded(file: BinaryIO) -> bytes:
+def read_bounded(file: BinaryIO, most: int | None = None) -> bytes:
     """All bytes of an image file.
 
+    Args:
+        file: the file.
+        most: bytes that it may have; ``None`` for `MAX_BYTES`.
+
     Raises:
-        RowError: ``QC-VISION-030`` the file is larger than `MAX_BYTES`.
+        RowError: ``QC-VISION-030`` the file is larger.
     """
-    data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
+    most = MAX_BYTES if most is None else most
+    data = file.read(most + 1)
+    if len(data) > most:
         raise RowError(
             "QC-VISION-030",
             "has too many bytes",
-            found=f"more than {MAX_BYTES}",
-            expected=f"at most {MAX_BYTES}",
+            found=f"more than {most}",
+            expected=f"at most {most}",
             fix="save the image compressed or smaller",
         )
     return data

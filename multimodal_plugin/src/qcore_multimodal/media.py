@@ -7,8 +7,10 @@ embedding.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
+
+from qcore.api import Payload
 
 KINDS: Final = ("image", "video")  #: types of content parts that the reader supports
 
@@ -23,6 +25,7 @@ class ProcessedMedium:
         grid: patches in time, height and width.
         merge: patches along each side of the block that becomes one embedding.
         timestamps: time of each temporal patch of a video in seconds; empty for an image.
+        source: the payload without the bytes of a row, to process it again after eviction.
     """
 
     kind: str
@@ -30,6 +33,7 @@ class ProcessedMedium:
     grid: tuple[int, int, int]
     merge: int
     timestamps: tuple[float, ...] = ()
+    source: Payload | None = field(default=None, compare=False, repr=False)
 
     @property
     def units(self) -> int:

@@ -134,6 +134,11 @@ class ImageProcessor(Processor):
 class VideoProcessor(Processor):
     """The video processor."""
 
+    @property
+    def rate(self) -> float:
+        """Frames per second at which videos are sampled by default."""
+        return float(self._stock.fps)
+
     def sample(self, count: int, rate: float, limits: Limits) -> list[int]:
         """Indices of the sampled frames; `rate` is the video's frames per second."""
         stock = self._stock

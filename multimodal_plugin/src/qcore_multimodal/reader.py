@@ -4,20 +4,19 @@ This file decides when a file is decoded (once, while the rows are checked), the
 entry (a hash of its bytes, the processor's settings, the versions of the decoding and resizing
 packages, and this file's layout), and what happens when an entry disappears during a run: the
 values are processed again, which is reported once, because it costs the time that the cache should
-save. `images` and `videos` decode bytes to pixels; `media_options` parses the options of a part;
-`processor` computes patches.
+save. They are read from their source: the file, whose digest must be the same, or the row of the
+data file that holds the bytes. `checked_bytes` reads payloads; `images` and `videos` decode bytes
+to pixels; `media_options` parses the options of a part; `processor` computes patches.
 
-- ``QC-VISION-042`` a file changed or disappeared after core checked it.
-- ``QC-VISION-043`` cached values disappeared, and this process did not read the row with the bytes.
+- ``QC-VISION-043`` cached values disappeared, and the bytes of the row cannot be read again.
+- ``QC-VISION-045`` the media in rows of a file without access by row exceed the cache.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
@@ -27,19 +26,20 @@ import torch
 from torch import Tensor
 
 from qcore.api import RowError
-from qcore.errors import InputError
+from qcore.errors import InputError, UsageError
 
 from .cache import SIZE_VARIABLE, Cache
+from .checked_bytes import decoded_frames, decoded_image, open_payload, unchanged
 from .media import KINDS, ProcessedMedium
 from .media_batch import PixelBatch
 from .media_options import KEYS, Limits, parse_limits
-from .payload_store import PayloadStore
 from .processor_files import load
 
 if TYPE_CHECKING:
     from qcore.api import CheckpointView, Medium, Payload, Placed
 
     from .processor import Bytes, Grid, ImageProcessor, VideoProcessor
+    from .video_decoder import Decoder
 
 _LAYOUT: Final = 1  # version of the cache entries and of the decoding code
 
@@ -55,6 +55,7 @@ class Reader:
         self._checkpoint = checkpoint
         self._tables: dict[str, Tensor] = {}
         self._bytes = 0  # size of all values that this process has read
+        self._counted: set[bytes] = set()
         self._reported: set[str] = set()
 
     # Created on first use: a text-only run reads no processor file and imports no transformers.
@@ -64,8 +65,10 @@ class Reader:
         return Cache.of_user()
 
     @cached_property
-    def _payloads(self) -> PayloadStore:
-        return PayloadStore()
+    def _decoder(self) -> Decoder:
+        from .video_decoder import Decoder
+
+        return Decoder()
 
     @cached_property
     def _images(self) -> ImageProcessor:
@@ -92,7 +95,7 @@ class Reader:
         Raises:
             RowError: ``QC-VISION-025`` to ``-039``.
             InputError: ``QC-VISION-020`` to ``-023``, on the first medium of a kind.
-            UsageError: ``QC-VISION-040``, ``-041``, on the first medium.
+            UsageError: ``QC-VISION-040``, ``-041``, on the first medium; ``QC-VISION-045``.
             WriteError: the cache cannot be written.
         """
         limits = self._limits(payload)
@@ -106,8 +109,9 @@ class Reader:
             grid=_grid(metadata["grid"]),
             merge=metadata["merge"],
             timestamps=tuple(metadata["seconds"]),
+            source=payload.without_data(),
         )
-        self._remember_payload(digest, payload, medium)
+        self._count(medium, payload)
         return medium
 
     def expand(self, text: str, media: Sequence[Medium]) -> str:
@@ -185,7 +189,9 @@ class Reader:
             return parse_limits("image", payload.options, self._images.bounds, None)
         max_frames = self._videos.max_frames or 0
         frames = (self._videos.temporal, max_frames)
-        return parse_limits("video", payload.options, self._videos.bounds, frames)
+        return parse_limits(
+            "video", payload.options, self._videos.bounds, frames, listed=bool(payload.frames)
+        )
 
     def _digest(self, payload: Payload, limits: Limits) -> str:
         """The cache key of a payload's values: a hash of everything they depend on."""
@@ -209,24 +215,28 @@ class Reader:
         from . import videos
 
         timestamps: tuple[float, ...] = ()
-        with _open_payload(payload) as file:
-            if payload.kind == "image":
-                merge = self._images.merge
-                grid, values = self._image(file, payload, limits)
-            else:
-                merge = self._videos.merge
-                with _unchanged(file, payload):
-                    grid, timestamps, values = videos.process(file, self._videos, limits)
+        if payload.kind == "video" and payload.frames:
+            merge = self._videos.merge
+            grid, timestamps, values = videos.process_frames(
+                decoded_frames(payload), len(payload.frames), self._videos, limits
+            )
+        else:
+            with open_payload(payload) as file:
+                if payload.kind == "image":
+                    merge = self._images.merge
+                    grid, values = self._image(file, payload, limits)
+                else:
+                    merge = self._videos.merge
+                    with unchanged(file, payload):
+                        grid, timestamps, values = videos.process(
+                            file, self._videos, limits, self._decoder
+                        )
         metadata = {"grid": grid, "merge": merge, "seconds": timestamps}
         self._cache.put(digest, metadata, values)
         return metadata, values
 
     def _image(self, file: BinaryIO, payload: Payload, limits: Limits) -> tuple[Grid, Bytes]:
-        from . import images
-
-        data = images.read_bounded(file)
-        _check_digest(payload, hashlib.sha256(data).hexdigest())
-        picture = images.decode(data)
+        picture = decoded_image(file, payload)
         try:
             return self._images.patches(picture, limits)
         except ValueError as error:
@@ -234,27 +244,43 @@ class Reader:
                 "QC-VISION-031", "the processor refuses the aspect ratio", found=str(error)
             ) from None
 
-    def _remember_payload(self, digest: str, payload: Payload, medium: ProcessedMedium) -> None:
-        """Store the payload, so that its values can be processed again after eviction."""
-        if not self._payloads.add(digest, payload):
+    def _count(self, medium: ProcessedMedium, payload: Payload) -> None:
+        """Compare the size of all values with the limit of the cache.
+
+        Raises:
+            UsageError: ``QC-VISION-045``.
+        """
+        digest = bytes.fromhex(medium.digest)
+        if digest in self._counted:
             return
+        self._counted.add(digest)
         sizes = self._processor(medium.kind)
         self._bytes += medium.units * 3 * sizes.patch**2 * (
             1 if medium.kind == "image" else sizes.temporal
         )  # fmt: skip
-        if self._bytes > self._cache.bound:
-            bound = f"{self._cache.bound / 1e9:g}"
-            self._report_once(
-                f"the media of these rows exceed the cache of {bound} GB and are decoded again in "
-                f"every epoch, which is slow; raise {SIZE_VARIABLE} above {bound} to cache more"
-            )
+        if self._bytes <= self._cache.bound:
+            return
+        bound = f"{self._cache.bound / 1e9:g}"
+        if not payload.lasting:
+            raise UsageError(
+                "QC-VISION-045",
+                "the media of these rows exceed the cache and cannot be read again: the data file "
+                "has no access by row",
+                field=SIZE_VARIABLE, found=f"more than {bound} GB",
+                fix=f"raise {SIZE_VARIABLE} above {bound}, or convert the file to JSON Lines "
+                "without compression or to Parquet",
+            )  # fmt: skip
+        self._report_once(
+            f"the media of these rows exceed the cache of {bound} GB and are decoded again in "
+            f"every epoch, which is slow; raise {SIZE_VARIABLE} above {bound} to cache more"
+        )
 
     def _values(self, medium: ProcessedMedium) -> Bytes:
         values = self._cache.values(medium.digest)
         if values is not None:
             return values
-        payload = self._payloads.find(medium.digest)
-        if payload is None:
+        payload = medium.source
+        if payload is None or not payload.lasting:
             raise InputError(
                 "QC-VISION-043", f"the cached values of a {medium.kind} are missing",
                 file=self._cache.folder, found=f"no valid {medium.digest}.media",
@@ -277,63 +303,6 @@ class Reader:
         if what not in self._reported:
             self._reported.add(what)
             self._report(what)
-
-
-@contextmanager
-def _open_payload(payload: Payload) -> Iterator[BinaryIO]:
-    """Open a payload, whose file existed when core checked the row."""
-    try:
-        with payload.open() as file:
-            yield file
-    except OSError as error:
-        raise RowError(
-            "QC-VISION-042", "can no longer be read", found=error.strerror or str(error)
-        ) from None
-
-
-@contextmanager
-def _unchanged(file: BinaryIO, payload: Payload) -> Iterator[None]:
-    """Verify that a file has the payload's digest and does not change inside the context."""
-    before = _stamp(file, payload)
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    _check_digest(payload, digest.hexdigest())
-    file.seek(0)
-    try:
-        yield
-    except RowError:
-        _check_stamp(file, payload, before)  # the error may come from a mix of two versions
-        raise
-    _check_stamp(file, payload, before)
-
-
-def _check_stamp(file: BinaryIO, payload: Payload, before: tuple[int, int]) -> None:
-    if (after := _stamp(file, payload)) != before:
-        raise _changed(
-            f"{after[0]} bytes", f"{before[0]} bytes, unchanged while it is decoded"
-        ) from None
-
-
-def _stamp(file: BinaryIO, payload: Payload) -> tuple[int, int]:
-    """Size and modification time of a file; zeros for bytes in the row."""
-    if payload.path is None:
-        return 0, 0
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
-
-
-def _check_digest(payload: Payload, sha256: str) -> None:
-    """Refuse bytes with a different digest than when the row was checked."""
-    if sha256 != payload.sha256:
-        raise _changed(sha256, f"sha256 {payload.sha256}")
-
-
-def _changed(actual: str, expected: str) -> RowError:
-    return RowError(
-        "QC-VISION-042", "changed after its row was checked", found=actual,
-        expected=expected, fix="do not modify media files during a run",
-    )  # fmt: skip
 
 
 def _grid(numbers: Sequence[int]) -> Grid:

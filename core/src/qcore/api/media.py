@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -76,15 +76,28 @@ class RowError(Exception):
         )
 
 
+class BytesSource(Protocol):
+    """Where the bytes of a row can be read again; it can be pickled."""
+
+    def read(self, sha256: str) -> bytes:
+        """The bytes with this digest. Raises `RowError` if they are no longer there."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Payload:
     """The bytes of one part of a row, found and checked.
 
+    A reader that may need the bytes again keeps `without_data`, which is small.
+
     Attributes:
-        kind: the part's type.
-        sha256: hex digest of the bytes.
-        path: the file, every link followed; ``None`` where the row holds the bytes.
-        data: the bytes; ``None`` where a file holds them.
+        kind: kind of media.
+        sha256: hex digest of the bytes; of a list of frames, a digest of theirs.
+        path: the file, every link followed; ``None`` if the row holds the bytes.
+        data: the bytes; ``None`` if a file holds them, or after `without_data`.
+        origin: where to read `data` again; ``None`` if a file holds the bytes, or if the data file
+            has no access by row.
+        frames: the frames of a part that lists several files, instead of `path` and `data`.
         options: the part's other keys.
     """
 
@@ -92,17 +105,55 @@ class Payload:
     sha256: str
     path: Path | None = None
     data: bytes | None = None
+    origin: BytesSource | None = None
+    frames: tuple[Payload, ...] = ()
     options: Mapping[str, Any]
 
     def open(self) -> BinaryIO:
-        """The bytes, to be read."""
-        if self.path is None:
-            return io.BytesIO(self.data or b"")
-        return self.path.open("rb")
+        """Open the bytes for reading.
+
+        Raises:
+            OSError: the file cannot be opened, or `without_data` left nothing to read.
+            RowError: ``QC-DATA-006``: the part lists several files, and the reader wants one; or
+                the error of `origin`.
+        """
+        if self.frames:
+            raise RowError(
+                "QC-DATA-006",
+                f"is a list of files, but a part of type {self.kind} has one file",
+                at=self.kind,
+                found=f"a list of {len(self.frames)}",
+                expected="one path or data URL",
+                fix="write a part for each file",
+            )
+        if self.path is not None:
+            return self.path.open("rb")
+        if self.data is not None:
+            return io.BytesIO(self.data)
+        if self.origin is None:
+            raise FileNotFoundError("the bytes of a row, which cannot be read again")
+        return io.BytesIO(self.origin.read(self.sha256))
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the bytes can be read after `without_data`."""
+        if self.frames:
+            return all(frame.lasting for frame in self.frames)
+        return self.path is not None or self.origin is not None
+
+    def without_data(self) -> Payload:
+        """The same payload without the bytes of the row, which `open` then reads again."""
+        if self.data is None and not self.frames:
+            return self
+        frames = tuple(frame.without_data() for frame in self.frames)
+        return replace(self, data=None, frames=frames)
 
 
 class Medium(Protocol):
-    """One payload, processed: small itself, its values wait in a cache."""
+    """One payload, processed: small itself, its values are in a cache.
+
+    It can be pickled, and holds what `MediaReader.batch` needs to process the payload again.
+    """
 
     @property
     def kind(self) -> str:

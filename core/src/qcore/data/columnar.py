@@ -20,6 +20,7 @@ from ..errors import InputError
 from .jsonl import MAX_DEPTH, MAX_LINE, parse, too_long
 from .streams import Damaged, not_installed, opened
 
+CONTAINERS: Final = ("parquet", "arrow", "arrow_stream")
 _BATCH_BYTES: Final = 4 << 20
 _BATCH_ROWS: Final = 512
 _BUFFER: Final = 1 << 20  # bytes of a Parquet column chunk that are read at a time
@@ -51,6 +52,58 @@ def rows(path: Path, container: str, ignore: Collection[str] = ()) -> Iterator[A
                 yield from _rows(batch.select(list(decoders)), decoders)
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names, not UTF-8
         raise Damaged(str(error)) from error
+
+
+def row(path: Path, container: str, number: int) -> dict[str, Any]:
+    """One row by its number, from 1, with the values as Arrow has them; raises like `rows`.
+
+    Raises:
+        IndexError: the file has fewer rows.
+    """
+    pa, left = _pyarrow(path, container), number - 1
+    read = _parquet_from if container == "parquet" else _arrow_batches
+    try:
+        for skipped, batches in read(pa, path, container, left):
+            left -= skipped
+            for batch in batches:
+                if left < batch.num_rows:
+                    one = batch.slice(left, 1)
+                    one.validate(full=True)
+                    found: dict[str, Any] = one.to_pylist()[0]
+                    return found
+                left -= batch.num_rows
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise Damaged(str(error)) from error
+    raise IndexError(f"the file has fewer than {number} rows")
+
+
+def _parquet_from(
+    pa: Any, path: Path, container: str, left: int
+) -> Iterator[tuple[int, Iterator[Any]]]:
+    """The row group that holds a row, and how many rows are before it."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+        before = 0
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if left < before + count:
+                batches = file.iter_batches(batch_size=64, row_groups=[group], use_threads=False)
+                yield before, batches
+                return
+            before += count
+
+
+def _arrow_batches(
+    pa: Any, path: Path, container: str, left: int
+) -> Iterator[tuple[int, Iterator[Any]]]:
+    """All batches of a mapped file, which are not read until a row is taken."""
+    with pa.memory_map(str(path)) as mapped:
+        if container == "arrow_stream":
+            yield 0, iter(pa.ipc.open_stream(mapped))
+        else:
+            file = pa.ipc.open_file(mapped)
+            yield 0, map(file.get_batch, range(file.num_record_batches))
 
 
 def count_rows(path: Path, container: str) -> int:

@@ -1,14 +1,14 @@
-"""Media in rows: where their bytes may lie, and what a modality's reader makes of them.
+"""Media in rows: where their bytes are, and what a modality's reader makes of them.
 
-This file decides how a content part names its bytes (a path relative to the data file, or a data
-URL: nothing is fetched) and what is checked before anything decodes them: the file is there, lies
-within the data file's folder, is not too large and has the digest that the row states. What the
-bytes mean is the reader's (`MediaReader`), which a plugin brings with its `Modality`;
-`qcore.data.content` finds media in rows. It imports no torch.
+This file decides how a content part names its bytes (a path, a data URL, or the bytes themselves:
+nothing is fetched) and what is checked before they are decoded: the file exists, is not too large
+and has the digest that the row states. `qcore.data.media_paths` decides where a file may lie. The
+`MediaReader` that a plugin provides with its `Modality` decodes the bytes; `qcore.data.content`
+finds media in rows. It imports no torch.
 
-Codes: ``QC-MEDIA-001`` neither a relative path nor a data URL, ``-002`` missing or unreadable,
-``-003`` not a regular file, ``-004`` outside of the folder, ``-005`` too large, ``-006`` another
-digest than stated.
+Codes: ``QC-MEDIA-001`` neither a path nor a data URL, ``-002`` missing or unreadable, ``-003`` not
+a regular file, ``-004`` outside of the folders, ``-005`` too large, ``-006`` another digest than
+stated.
 """
 
 from __future__ import annotations
@@ -16,39 +16,37 @@ from __future__ import annotations
 import binascii
 import hashlib
 import os
-import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from ..api.media import MediaReader, Medium, Payload, RowError
-from ..io.safe_path import inside, unnameable
+from ..api.media import BytesSource, MediaReader, Medium, Payload, RowError
 from .jsonl import MAX_LINE
+from .media_paths import WANTED, Folders, shown
 
 LARGEST = 2 << 30  #: bytes of one file; a data URL is bounded by its line
 _BLOCK = 1 << 20
-#: A scheme, as RFC 3986 has it; a file that is called so is named with ``./`` before it.
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-_WANTED = "a path relative to the data file, or data:TYPE;base64,..."
+#: A path or data URL, the bytes themselves, or the frames of one medium.
+Given: TypeAlias = str | bytes | tuple[str | bytes, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """A part of a row that names its bytes, not looked at yet.
+    """A part of a row that names its bytes, before they are looked at.
 
     Attributes:
-        kind: the part's type.
+        kind: kind of media.
         at: its place in the row, ``messages[1].content[0]``.
-        given: a path, or a data URL with the bytes themselves.
+        given: a path, a data URL, the bytes themselves, or a list of them: the frames.
         sha256: lower-case hex digest that the row states.
         options: its other keys, which are the reader's.
     """
 
     kind: str
     at: str
-    given: str
+    given: Given
     sha256: str | None = None
     options: Mapping[str, Any]
 
@@ -57,67 +55,105 @@ class Finder:
     """The bytes that rows of one data file refer to; each file is read for its digest once.
 
     Args:
-        folder: of the data file; nothing outside of it is opened.
+        folder: of the data file.
+        media_root: folder declared by the user, below which absolute paths may lie.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._digests: dict[tuple[str, int, int], str] = {}
+    def __init__(self, folder: Path, media_root: Path | None = None) -> None:
+        self._folders = Folders(folder, media_root)
+        self._digests: dict[tuple[str, int, int, int], str] = {}
 
-    def read(self, part: Reference, reader: MediaReader) -> Medium:
+    def read(
+        self, part: Reference, reader: MediaReader, origin: BytesSource | None = None
+    ) -> Medium:
         """Find the bytes of a part and have them read.
+
+        Args:
+            part: the part.
+            reader: the reader of its kind.
+            origin: where to read bytes in the row again, as `qcore.data.row_bytes` has it.
 
         Raises:
             RowError: as `payload` and `MediaReader.read`, with the part's place and its file.
         """
         try:
-            payload = self.payload(part)
+            payload = self.payload(part, origin)
             try:
                 return reader.read(payload)
             except RowError as bad:
-                if payload.path is not None and not bad.at:  # it is about the bytes
-                    told = "" if bad.found is None else f": {bad.found}"
-                    bad.found = f"{_shown(part.given)}{told}"
+                if isinstance(part.given, str) and payload.path is not None and not bad.at:
+                    reason = "" if bad.found is None else f": {bad.found}"
+                    bad.found = f"{shown(part.given)}{reason}"  # it is about the bytes
                 raise
         except RowError as bad:
             raise bad.within(part.at) from None
 
-    def payload(self, part: Reference) -> Payload:
+    def payload(self, part: Reference, origin: BytesSource | None = None) -> Payload:
         """The bytes of a part, found and checked in constant memory.
+
+        Args:
+            part: the part.
+            origin: where to read bytes in the row again.
 
         Raises:
             RowError: ``QC-MEDIA-001`` to ``-006``.
         """
-        path = data = None
-        if part.given[:5].lower() == "data:":
-            data = _decoded(part.given)
-            digest = hashlib.sha256(data).hexdigest()
-        else:
-            path = self._path(part.given)
-            digest = self._digest(path, part.given)
-        if part.sha256 is not None and part.sha256 != digest:
+        if isinstance(part.given, tuple):
+            return self._listed(part, part.given, origin)
+        payload = self._single(part.kind, part.given, part.options, origin)
+        if part.sha256 is not None and part.sha256 != payload.sha256:
             raise RowError(
                 "QC-MEDIA-006",
                 "does not match its sha256",
-                found=digest,
+                found=payload.sha256,
                 expected=part.sha256,
                 fix="restore the file, or correct the digest",
             )
-        return Payload(kind=part.kind, sha256=digest, path=path, data=data, options=part.options)
+        return payload
 
-    def _path(self, given: str) -> Path:
-        """Resolve a relative path, following links, without opening anything."""
-        _check_form(given)
-        real = inside(self._folder, given)
-        if real is None:
-            raise RowError(
-                "QC-MEDIA-004",
-                "leads outside the folder of the data file",
-                found=_shown(given),
-                expected="a file in the folder or below it, links followed",
-                fix="put the file there",
-            )
-        return real
+    def _listed(
+        self, part: Reference, given: tuple[str | bytes, ...], origin: BytesSource | None
+    ) -> Payload:
+        """A medium of several files; its digest covers theirs, in order."""
+        frames: list[Payload] = []
+        for index, one in enumerate(given):
+            try:
+                frames.append(self._single(part.kind, one, {}, origin))
+            except RowError as bad:
+                raise bad.within(f"{part.kind}[{index}]") from None
+        digest = hashlib.sha256(b"frames\n")
+        for frame in frames:
+            digest.update(f"{frame.sha256}\n".encode())
+        return Payload(
+            kind=part.kind,
+            sha256=digest.hexdigest(),
+            frames=tuple(frames),
+            options=part.options,
+        )
+
+    def _single(
+        self,
+        kind: str,
+        given: str | bytes,
+        options: Mapping[str, Any],
+        origin: BytesSource | None,
+    ) -> Payload:
+        """One file, data URL, or the bytes of a row."""
+        path = data = None
+        if isinstance(given, bytes):
+            data = given
+        elif given[:5].lower() == "data:":
+            data = _decoded(given)
+        if data is not None:
+            digest = hashlib.sha256(data).hexdigest()
+        else:
+            assert isinstance(given, str)
+            path = self._folders.find(given)
+            digest = self._digest(path, given)
+            origin = None
+        return Payload(
+            kind=kind, sha256=digest, path=path, data=data, origin=origin, options=options
+        )
 
     def _digest(self, path: Path, given: str) -> str:
         """Digest of a regular file; other files are not opened, because a pipe may never end."""
@@ -131,10 +167,10 @@ class Finder:
                     raise RowError(
                         "QC-MEDIA-005",
                         "is too large",
-                        found=f"{_shown(given)} of {status.st_size} bytes",
+                        found=f"{shown(given)} of {status.st_size} bytes",
                         expected=f"at most {LARGEST}",
                     )
-                key = (str(path), status.st_mtime_ns, status.st_size)
+                key = (str(path), status.st_ino, status.st_mtime_ns, status.st_size)
                 if key not in self._digests:
                     digest = hashlib.sha256()
                     while block := file.read(_BLOCK):
@@ -146,27 +182,9 @@ class Finder:
             raise RowError(
                 "QC-MEDIA-002",
                 "is not there" if missing else "cannot be read",
-                found=f"{_shown(given)}: {error.strerror or error}",
+                found=f"{shown(given)}: {error.strerror or error}",
                 expected="a file, by its path relative to the data file",
             ) from None
-
-
-def _check_form(given: str) -> None:
-    """Refuse anything but a relative path."""
-    what, fix = "", "write the relative path of a file"
-    if not given.strip():
-        what = "is empty"
-    elif _SCHEME.match(given):
-        what = "is not a relative path; nothing is fetched"
-        fix = "put the file beside the data file; before a name with a colon write ./"
-    elif given.startswith(("/", "~")):
-        what, fix = "is not a relative path", "write it relative to the data file"
-    elif "\\" in given:
-        what, fix = "has a backslash", "write / between folders"
-    elif unnameable(given):
-        what = "has a control character or a lone surrogate"
-    if what:
-        raise RowError("QC-MEDIA-001", what, found=_shown(given), expected=_WANTED, fix=fix)
 
 
 def _check_regular(mode: int, given: str) -> None:
@@ -182,7 +200,7 @@ def _check_regular(mode: int, given: str) -> None:
     raise RowError(
         "QC-MEDIA-003",
         "is not a regular file",
-        found=f"{_shown(given)}: {kind}",
+        found=f"{shown(given)}: {kind}",
         expected="a file that holds the bytes",
     )
 
@@ -194,8 +212,8 @@ def _decoded(given: str) -> bytes:
         raise RowError(
             "QC-MEDIA-001",
             "is a data URL that is not in base64",
-            found=_shown(given),
-            expected=_WANTED,
+            found=shown(given),
+            expected=WANTED,
         )
     try:
         return binascii.a2b_base64(body, strict_mode=True)
@@ -203,11 +221,7 @@ def _decoded(given: str) -> bytes:
         raise RowError(
             "QC-MEDIA-001",
             "is a data URL that does not decode",
-            found=f"{_shown(given)}: {error}",
-            expected=_WANTED,
+            found=f"{shown(given)}: {error}",
+            expected=WANTED,
             fix=f"write all of it, or a file's path when it is beyond a line's {MAX_LINE} bytes",
         ) from None
-
-
-def _shown(given: str) -> str:
-    return repr(given if len(given) <= 80 else f"{given[:77]}...")

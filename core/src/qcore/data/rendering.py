@@ -31,6 +31,7 @@ from .pieces import PieceEncoder
 from .policies import Policies
 from .reading import RowReader, SourceCount, read_rows
 from .repairs import repair_context
+from .row_bytes import row_bytes
 from .row_plan import RowPlan, plan_row
 from .rows import ChatRow, RowCheck
 from .samples import drafts
@@ -116,7 +117,7 @@ class Renderer:
         self._switch = ""
         self._names: tuple[str, ...] = ()
         self._media_proved = False
-        self._finders: dict[Path, Finder] = {}
+        self._finders: dict[tuple[Path, Path | None], Finder] = {}
         self._pieces = PieceEncoder(tokenizer, chat_format.turn_start)
         self._losses = Losses(chat_format, tokenizer, self.findings)
         self._own_variables: set[str] = set()
@@ -233,9 +234,10 @@ class Renderer:
                 prove_media(apart, self.format, self.tokenizer, reader, variables=self._given)
             self._media_proved = True
         assert row.path is not None, "rows are read from files"
-        finder = self.finder(row.path.parent)
+        finder = self.finder(row.path.parent, row.source and row.source.media_root)
+        origin = row_bytes(row.path, row.line) if row.media else None
         try:
-            seen = tuple(finder.read(part, reader) for part in row.media)
+            seen = tuple(finder.read(part, reader, origin) for part in row.media)
         except RowError as bad:
             self.rejects.add(row, bad)
             return None
@@ -244,9 +246,10 @@ class Renderer:
         kept = row.media if self.options.explain else ()
         return replace(row, media=kept, seen=seen) if seen else row
 
-    def finder(self, folder: Path) -> Finder:
+    def finder(self, folder: Path, media_root: Path | None) -> Finder:
         """What finds the media of the data files in a folder."""
-        return self._finders.setdefault(folder, Finder(folder))
+        key = folder, media_root
+        return self._finders.get(key) or self._finders.setdefault(key, Finder(*key))
 
     def _made(self, plan: RowPlan, texts: Sequence[str | InputError]) -> list[Encoded]:
         """The samples of a row; none if it is refused or left out."""

@@ -90,13 +90,15 @@ def images_of(sample: ShownSample, renderer: Renderer) -> list[tuple[str, bytes 
         renderer: that has rendered it.
     """
     images: list[tuple[str, bytes | Path | None]] = []
+    sources = (count.source for count in renderer.counts)
+    root = next((one.media_root for one in sources if sample.path in one.files), None)
     for part in sample.media:
         name = part.given if isinstance(part.given, str) else ""
         caption = f"{part.kind} {'' if name[:5].lower() == 'data:' else name}".strip()
         image: bytes | Path | None = None
         if part.kind == IMAGE:
             try:
-                payload = renderer.finder(sample.path.parent).payload(part)
+                payload = renderer.finder(sample.path.parent, root).payload(part)
             except RowError:  # the file has changed since it was read
                 payload = None
             if payload is not None:

@@ -51,7 +51,7 @@ def read_sources(
 
     Raises:
         UsageError: ``QC-DATA-038`` a word cannot be a path; ``QC-DATA-035`` and ``QC-YAML-*`` a mix
-            file.
+            file; ``QC-DATA-060`` a media root that is not a folder.
         InputError: ``QC-DATA-001`` to ``-003``, ``-030``, ``-031``, ``-033``, ``-037`` and
             ``QC-HUB-*``; a `PreflightError` for several.
     """
@@ -73,7 +73,21 @@ def read_sources(
         replace(each, format=each.format or format, media_root=each.media_root or media_root)
         for each in sources
     ]
+    _check_roots(sources)
     return tuple(_note_repeated(sources))
+
+
+def _check_roots(sources: Sequence[Source]) -> None:
+    """Refuse a media root that is not a folder, before a row is read (``QC-DATA-060``)."""
+    for root in dict.fromkeys(source.media_root for source in sources):
+        if root is not None and not os.path.isdir(root):
+            raise UsageError(
+                "QC-DATA-060",
+                "the media root is not a folder",
+                field="--media-root",
+                found=str(root),
+                fix="name the folder that holds the images and videos",
+            )
 
 
 def _entries(word: str, command: str) -> tuple[Path | None, tuple[Entry, ...]]:
