@@ -37,6 +37,7 @@ from .rows import ChatRow, RowCheck
 from .samples import drafts
 from .template_check import prove_mask, prove_media
 from .template_kwargs import check_variables
+from .tokenizer_check import special_texts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -166,7 +167,7 @@ class Renderer:
         """
         if not sources:
             return
-        control = _special(self.tokenizer)
+        control = special_texts(self.tokenizer)
         reader = RowReader(
             formats=self._formats,
             check=RowCheck(self.format, control, self.options.reader, self.options.unread),
@@ -234,7 +235,8 @@ class Renderer:
                 prove_media(apart, self.format, self.tokenizer, reader, variables=self._given)
             self._media_proved = True
         assert row.path is not None, "rows are read from files"
-        finder = self.finder(row.path.parent, row.source and row.source.media_root)
+        root = None if row.source is None else row.source.media_root
+        finder = self.finder(row.path.parent, root)
         origin = row_bytes(row.path, row.line) if row.media else None
         try:
             seen = tuple(finder.read(part, reader, origin) for part in row.media)
@@ -393,9 +395,3 @@ def _refused(row: ChatRow, error: InputError) -> InputError:
         expected=None,
         fix="fix the row; the template comes with the checkpoint",
     )
-
-
-def _special(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Special tokens of the tokenizer, which become control tokens in any text."""
-    added = tokenizer.get_added_tokens_decoder().values()
-    return tuple(token.content for token in added if token.special)

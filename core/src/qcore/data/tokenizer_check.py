@@ -11,8 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
 _FIX = "use the tokenizer that came with the weights"
@@ -65,3 +69,9 @@ def unknown_tokens(
                 expected=f"one token, {purpose}",
                 fix=_FIX,
             )
+
+
+def special_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Special tokens of the tokenizer, which become control tokens in any text."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    return tuple(token.content for token in added if token.special)
