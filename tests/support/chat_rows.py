@@ -34,9 +34,10 @@ _WORDS = (
 )  # fmt: skip
 _PLAIN = ("rain", "Oslo", "naïve", "हिन्दी", "مُحَمَّد", "x < y", "</parameter>", "<tool_call>", "\\n")
 
-#: Beginnings of a call, and ends of a value as a template writes them.
+#: Beginnings of a call, in the template's markup or as JSON, and ends of a value as a template
+#: writes them.
 _NOT_RECOVERED = re.compile(
-    r"<tool_call>\s*(?=<function=)|</parameter>\n(?=<parameter=[^>\n]*>|</function>\n)"
+    r"<tool_call>\s*(?=<function=|\{)|</parameter>\n(?=<parameter=[^>\n]*>|</function>\n)"
 )
 
 Rng = random.Random
