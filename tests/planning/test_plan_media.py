@@ -193,7 +193,8 @@ def test_a_held_out_row_has_no_backward(found: Identified, groups: str) -> None:
 def test_weights_are_what_loading_holds(found: Identified) -> None:
     chosen = settings(target_groups=GROUPS["trained"])
     planner, model = Planner(found, chosen, None), loaded(found, chosen)
-    tower: Any = model.tower
+    assert model.tower is not None
+    tower: Any = model.tower.module
     join = tower.layers[2].map
     assert join.four_bit
     held = join.stored_bytes

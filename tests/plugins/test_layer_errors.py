@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ from support.cli_kit import Ended, here
 from support.run_kit import SHORT, start, words
 from torch import Tensor
 
-from qcore.errors import NumericError
+from qcore.errors import NumericError, PluginError
+from qcore.nn.layer_errors import GuardedTrunk
+from qcore.plugins.manager import Owner
 
 LAYER = "model.layers.1"
 _FORWARD = wide_arch.Layer.forward
@@ -140,3 +142,49 @@ def test_an_interrupt_passes(
     break_layers(monkeypatch, WHEN[verb], KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         start(folder, rows, tmp_path / "out", SHORT | {"max_steps": 1, "recompute": "full"})
+
+
+@pytest.mark.parametrize("method", ["embed", "final"])
+@pytest.mark.parametrize("verb", ["plan", "train", "generate", "merge"])
+def test_the_plugin_and_the_method_of_the_trunk_are_named(
+    run: Callable[[str], Ended], monkeypatch: pytest.MonkeyPatch, verb: str, method: str
+) -> None:
+    whole = getattr(wide_arch.Trunk, method)
+
+    def fail(self: Any, x: Any) -> Tensor:
+        out: Tensor = whole(self, x)
+        if out.is_meta == (verb == "plan"):
+            raise KeyError("no such thing")
+        return out
+
+    monkeypatch.setattr(wide_arch.Trunk, method, fail)
+    ended = run(verb)
+    line = ended.err.splitlines()[-1]
+    assert ended.code == 69, ended.err
+    assert line.startswith("error[QC-PLUGIN-002] model: "), line
+    assert f"plugin 'wide' (qcore-wide 1.0) failed in Trunk.{method}" in line
+    assert "Traceback" not in ended.err
+
+
+def test_memory_that_runs_out_in_the_trunk_is_not_the_plugin_s_fault(
+    run: Callable[[str], Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = wide_arch.Trunk.final
+
+    def fail(self: Any, x: Tensor) -> Tensor:
+        if not x.is_meta:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, x)
+
+    monkeypatch.setattr(wide_arch.Trunk, "final", fail)
+    assert "error[QC-PLAN-004]" in run("train").err
+
+
+def test_the_load_balance_loss_of_a_trunk_is_named() -> None:
+    class Trunk(torch.nn.Module):
+        def aux_loss(self, batch: Any) -> Any:
+            raise KeyError("no such thing")
+
+    trunk = GuardedTrunk(cast(Any, Trunk()), Owner("plugin 'wide'"), "model")
+    with pytest.raises(PluginError, match=r"model: plugin 'wide' failed in Trunk\.aux_loss"):
+        trunk.aux_loss(cast(Any, None))

@@ -135,7 +135,9 @@ class Decoder:
         if self.way is not Way.PLAIN:
             self._room = span_of(room)
         layers = self.model.trunk.layers
-        self._caches = [layer.new_cache(self._room, self.device) for layer in layers]
+        for layer in layers:
+            with self.model.guard(layer):
+                self._caches.append(layer.new_cache(self._room, self.device))
         if not all(isinstance(cache, DecodeCache) for cache in self._caches):
             self.way = Way.PLAIN
         if self.way is not Way.PLAIN:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..api.blocks import LinearLayer, Media, Packed, Tower, Trunk
+from ..api.blocks import LinearLayer, Media, Packed
 from ..api.parameters import Kind
 from ..api.parameters import Tensor as Entry
 from ..api.records import Architecture, Modality
@@ -23,7 +23,7 @@ from ..checkpoint.layout import Layout
 from ..errors import PluginError
 from ..plugins.manager import Owner, owner_of
 from .kernels.registry import Used
-from .layer_errors import LayerGuard
+from .layer_errors import GuardedTower, GuardedTrunk, LayerGuard
 from .loss import cross_entropy_sum
 from .moe.experts import Experts, grouped
 from .qlora.fused import reference
@@ -152,8 +152,8 @@ class Model(nn.Module):
         modality: its tower is built if the layout loads its part.
     """
 
-    trunk: Trunk
-    tower: Tower | None
+    trunk: GuardedTrunk
+    tower: GuardedTower | None
 
     def __init__(
         self,
@@ -176,7 +176,8 @@ class Model(nn.Module):
         self.dropout = any(numbers.lora_dropout > 0 for numbers in lora.values())
         self._cross_entropy = context.kernel("cross_entropy", cross_entropy_sum)
         # Not through nn.Module, which would register the trunk a second time, as "trunk".
-        object.__setattr__(self, "trunk", trunk)
+        owner = owner_of(architecture.build)
+        object.__setattr__(self, "trunk", GuardedTrunk(trunk, owner, architecture.root))
         head = next((entry for entry in layout.table if entry.row.group == "head"), None)
         if head is None:
             raise PluginError(
@@ -192,13 +193,14 @@ class Model(nn.Module):
             meta = torch.empty(head.shape, device="meta")
             holder.register_parameter("weight", nn.Parameter(meta, requires_grad=False))
             _mount(self, head.name.removesuffix(".weight"), holder)
-        tower: Tower | None = None
+        guarded: GuardedTower | None = None
         if modality is not None and layout.loads(layout.table.part(modality.name)):
             tower = modality.build(context.below(modality.root))
             _mount(self, modality.root, cast(nn.Module, tower))
-        object.__setattr__(self, "tower", tower)  # as the trunk
+            guarded = GuardedTower(tower, owner_of(modality.build), modality.root)
+        object.__setattr__(self, "tower", guarded)  # as the trunk
         _prove_total(layout, context.used | {head.name})
-        self._unnamed = LayerGuard(owner_of(architecture.build), architecture.name)
+        self._unnamed = LayerGuard(owner, architecture.name)
         self._guards = self._layer_guards(architecture, modality)
 
     def _layer_guards(
@@ -239,7 +241,7 @@ class Model(nn.Module):
         return any(module not in of_tower for _, module in self.adapters())
 
     def _of_tower(self) -> Iterable[nn.Module]:
-        return () if self.tower is None else cast(nn.Module, self.tower).modules()
+        return () if self.tower is None else self.tower.module.modules()
 
     @property
     def head(self) -> Tensor:

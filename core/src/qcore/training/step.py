@@ -175,7 +175,7 @@ class Loop:
             raise PluginError(
                 "QC-PLUGIN-003",
                 "aux_loss of the trunk returned None",
-                field=type(self.model.trunk).__name__,
+                field=type(self.model.trunk.module).__name__,
                 expected="the load balance of the routers, a scalar",
                 fix="update the plugin of this architecture, or set router_aux_loss_coef=0",
             )
