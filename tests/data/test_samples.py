@@ -18,12 +18,14 @@ from support.chat_kit import (
     write_rows,
 )
 
+from qcore.api.media import RowError
 from qcore.checkpoint.chat_template import Template
 from qcore.data.dataset import Dataset, dataset
 from qcore.data.masking import IGNORED, Example
 from qcore.data.policies import Policies
 from qcore.data.rejects import Rejects
 from qcore.data.rendering import Options, Renderer
+from qcore.data.rows import RowCheck
 from qcore.data.source import Source
 from qcore.errors import InputError
 
@@ -203,6 +205,22 @@ def test_marks_that_train_nothing_or_mean_nothing_are_refused(
         load(folder, tmp_path, row)
     assert caught.value.code == code
     assert caught.value.field == (f"line 1, {field}" if field else "line 1")
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "field"),
+    [
+        ({"messages": [user("q") | {"train": True}, A]}, "QC-DATA-006", "messages[0].train"),
+        ({"messages": [user("q"), A | {"train": 1}]}, "QC-DATA-006", "messages[1].train"),
+        ({"messages": [user("q"), A], "train": "yes"}, "QC-DATA-006", "train"),
+        ({"messages": [user("q"), A], "chat_template_kwargs": []}, "QC-DATA-049",
+         "chat_template_kwargs"),
+    ],
+)  # fmt: skip
+def test_a_canonical_row_has_marks_of_true_and_false(row: Any, code: str, field: str) -> None:
+    with pytest.raises(RowError) as caught:
+        RowCheck(FORMAT)(1, row)
+    assert (caught.value.code, caught.value.at) == (code, field)
 
 
 @pytest.mark.parametrize(
