@@ -34,6 +34,7 @@ from support.tiers import fast
 from qcore.api.media import Placed, RowError
 from qcore.checkpoint.chat_template import Template
 from qcore.data import media_files as media_module
+from qcore.data.content import ContentReader
 from qcore.data.dataset import Dataset, dataset
 from qcore.data.media_files import LARGEST, Finder, Reference
 from qcore.data.policies import Policies
@@ -247,8 +248,6 @@ SAME: list[Any] = [
 
 @pytest.mark.parametrize("part", SAME, ids=range(len(SAME)))
 def test_a_part_of_another_tool_is_the_same_medium(folder: Path, part: Any) -> None:
-    from qcore.data.content import ContentReader
-
     reader = SwatchReader()
     parts, (medium,) = ContentReader(reader).content([text("q"), part], "content")
     assert parts == [text("q"), {"type": "swatch", "swatch": "swatch"}]
@@ -686,10 +685,6 @@ PARTS: list[tuple[Any, str, str, str]] = [
      'write {"type": "swatch", "swatch": <path'),
     ({"type": "swach", "swach": "a.txt"}, "QC-DATA-009", "", 'did you mean "swatch"?'),
     ({"type": "image", "image": "a.png"}, "QC-DATA-009", "", "expected text or swatch"),
-    ({"type": "text", "text": "q", "swatch": "a.txt"}, "QC-DATA-006", ".swatch",
-     "as a separate part"),
-    ({"type": "text", "text": "q", "citations": [{"url": "x"}]}, "QC-DATA-006", ".citations",
-     "unknown key of a text part"),
     ({"type": "text", "cache_control": {"type": "ephemeral"}}, "QC-DATA-006", "",
      "not a valid text part"),
     ({"swatch": "a.txt"}, "QC-DATA-006", "", "not a valid text part"),
@@ -709,6 +704,19 @@ def test_a_bad_part_is_one_line_with_its_place(
     (error,) = bad([ask(text("q"), part)], folder, checkpoint)
     assert (error.code, error.field) == (code, f"line 1, messages[0].content[1]{at}")
     assert says in f"{error.message} {error.fix}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [("swatch", "a.txt", "as a separate part"), ("citations", [{"url": "x"}], "to metadata")],
+)
+def test_an_unknown_key_of_a_text_part(key: str, value: Any, says: str) -> None:
+    with pytest.raises(RowError, match="unknown key of a text part") as caught:
+        ContentReader(SwatchReader()).content(
+            [{"type": "text", "text": "q", key: value}], "content"
+        )
+    assert (caught.value.code, caught.value.at) == ("QC-DATA-006", f"content[0].{key}")
+    assert says in str(caught.value.fix)
 
 
 def test_media_in_a_system_message(folder: Path, checkpoint: FakeCheckpoint) -> None:

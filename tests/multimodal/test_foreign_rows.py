@@ -148,6 +148,15 @@ def test_media_columns_through_the_converters(seeing: Path, data: Path) -> None:
     assert (len(set(digests[:4])), len(set(digests[4:]))) == (1, 1)
 
 
+def test_an_image_in_a_text_part_is_not_lost(seeing: Path, data: Path) -> None:
+    from qcore.errors import InputError
+
+    with pytest.raises(InputError) as caught:
+        load(seeing, data, conversation({**QUESTION, "image": "good.png"}))
+    assert caught.value.field == "line 1, messages[0].content[0].image"
+    assert "a separate part" in str(caught.value.fix)
+
+
 CASES = ("one_bad_image", "vqa_absolute", "vqa_images_list", "vqa_openai", "vqa_trl")
 
 

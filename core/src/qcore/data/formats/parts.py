@@ -50,6 +50,9 @@ def _part(part: Any, at: str, reading: Reading) -> dict[str, Any]:
     if named is None:
         held = [key for key in ("text", *reading.kinds) if not meaningless(part.get(key))]
         named = held[0] if len(held) == 1 else None
+    media = (key for kind in reading.kinds for key in (kind, f"{kind}_url"))
+    if named == "text" and any(not meaningless(part.get(key)) for key in media):
+        return part  # refused by the row's check, which names the key
     if named in _TEXTS:
         check_message(part, ("type", "text"), f"{at}", reading)
         return {"type": "text", "text": part.get("text")}
