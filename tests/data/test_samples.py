@@ -194,7 +194,7 @@ def test_which_turns_are_trained(
         ({"messages": [user("q"), A], "train": False}, "QC-DATA-012", ""),
         ([user("q") | {"train": True}, A], "QC-DATA-022", "messages[0].train"),
         ([user("q"), A | {"train": 0.5}], "QC-DATA-022", "messages[1].train"),
-        ({"messages": [user("q"), A], "chat_template_kwargs": [1]}, "QC-DATA-049",
+        ({"messages": [user("q"), A], "chat_template_kwargs": [1]}, "QC-DATA-006",
          "chat_template_kwargs"),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ from support.e2e_kit import tiny_folder
 from support.run_kit import SHORT, start
 from support.sinks import Heard
 
-from qcore.errors import InputError, UsageError
+from qcore.errors import InputError, PreflightError, UsageError
 from qcore.io.artifact import read_manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,12 +66,16 @@ def test_evaluation_without_rows_or_with_two_kinds_is_refused(
     assert (caught.value.code, caught.value.field) == ("QC-CONFIG-007", field)
 
 
-def test_refused_rows_are_listed_in_the_run_folder(tmp_path: Path) -> None:
+def test_refused_rows_are_listed_in_the_run_folder_if_not_all_are_shown(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [*ROWS, BAD])
     with pytest.raises(InputError, match="no assistant turn"):
         start(tiny_folder(), rows, tmp_path / "out", SHORT)
-    (entry,) = (tmp_path / "out.run" / "rejected.jsonl").read_text().splitlines()
-    assert json.loads(entry)["line"] == 5
+    assert not (tmp_path / "out.run").exists()
+    write_rows(rows, [*ROWS, *[BAD] * 25])
+    with pytest.raises(PreflightError):
+        start(tiny_folder(), rows, tmp_path / "out", SHORT)
+    entries = (tmp_path / "out.run" / "rejected.jsonl").read_text().splitlines()
+    assert [json.loads(entry)["line"] for entry in entries] == list(range(5, 30))
     assert not (tmp_path / "out").exists()
 
 
