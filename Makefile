@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 # Workers take contiguous halves of the files, so that a module's fixtures are made once.
 PARALLEL := -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-all test-gpu test-versions lint docs dev clean
+.PHONY: demo test test-slow test-all test-gpu test-pages test-versions lint docs dev clean
 
 demo: $(STAMP)  ## train, merge and verify a tiny checkpoint
 	$(BIN)/qcore demo
@@ -26,6 +26,12 @@ test-all: test test-slow  ## all tests that need no GPU
 
 test-gpu: $(STAMP)  ## all tests that need a CUDA device
 	$(BIN)/pytest -m gpu
+
+test-pages: $(STAMP)  ## the page of `qcore data show --html` in headless Chromium, which is installed
+	$(BIN)/pip install -q --disable-pip-version-check playwright
+	command -v chromium >/dev/null || $(BIN)/playwright install --with-deps chromium \
+		|| { apt-get update && apt-get install -y --no-install-recommends chromium; }
+	QCORE_PAGES=1 $(PYTEST) -n 0 tests/pages
 
 test-versions:  ## interop tests at the oldest and newest transformers, peft, safetensors, bitsandbytes
 	PYTHON=$(PYTHON) tests/versions/run.sh oldest newest core

@@ -1,0 +1,90 @@
+"""The page of samples: safe against the text of rows, self-contained, never over another file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from support.page_kit import HOSTILE, write_page
+
+from qcore.data.page import check_page, embedded, thumbnail
+from qcore.errors import UsageError
+
+
+class _Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_text_of_rows_is_data_alone(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    write_page(path, 60)
+    parser = _Tags()
+    parser.feed(path.read_text(encoding="utf-8"))
+    assert [tag for tag, _ in parser.tags].count("script") == 2
+    assert not [tag for tag, _ in parser.tags if tag in ("img", "link", "iframe", "object")]
+    assert not [attrs for _, attrs in parser.tags if "src" in attrs or "href" in attrs]
+    (text,) = [one for one in parser.texts if one.lstrip().startswith('{"samples"')]
+    data = json.loads(text)
+    assert data["meta"]["model"] == HOSTILE
+    assert data["samples"][16][7][2][0] == HOSTILE
+    assert data["findings"][0]["message"] == HOSTILE
+
+
+def test_the_policy_allows_the_own_script_and_style_alone(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    write_page(path, 1)
+    html = path.read_text(encoding="utf-8")
+    (policy,) = re.findall(r'Security-Policy" content="([^"]*)"', html)
+    assert policy.startswith("default-src 'none'; img-src data:; ")
+    for tag in ("style", "script"):
+        (inline,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "unsafe" not in policy
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|fetch\(", html)
+
+
+@pytest.mark.parametrize("text", ["<", "</script>", "&lt;", "\u2028\u2029", "\ud800", "]]>"])
+def test_embedded_json_has_no_markup_and_reads_back(text: str) -> None:
+    made = embedded({text: [text]})
+    assert not set(made) & set("<>&\u2028\u2029\ud800")
+    assert json.loads(made) == {text: [text]}
+
+
+def test_another_file_is_not_overwritten_and_an_own_page_is(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": []}\n')
+    with pytest.raises(UsageError, match="is not a page"):
+        check_page(path)
+    page = tmp_path / "page.html"
+    check_page(page)
+    write_page(page, 1)
+    check_page(page)
+    write_page(page, 2)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["page.html", "rows.jsonl"]
+
+
+def test_a_thumbnail_is_small_and_a_broken_image_has_none() -> None:
+    image = pytest.importorskip("PIL.Image")
+    stream = io.BytesIO()
+    image.new("RGBA", (2000, 900), (200, 30, 30, 120)).save(stream, "PNG")
+    url = thumbnail(stream.getvalue())
+    assert url.startswith("data:image/jpeg;base64,")
+    with image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as small:
+        assert small.size == (160, 72)
+    assert thumbnail(b"no image") == ""
