@@ -129,6 +129,10 @@ def test_inspect_time_on_the_header_of_27b(shared: Path, tmp_path: Path):
 
 # -- the surface
 
+#: What verbs on rows share.
+ROWS = ["--config", "--debug", "--format", "--generation", "--json", "--media-root", "--preset",
+        "--set"]  # fmt: skip
+
 OPTIONS: dict[str, list[str]] = {
     "inspect": ["MODEL", "--debug", "--generation", "--json"],
     "plan": [
@@ -155,6 +159,12 @@ OPTIONS: dict[str, list[str]] = {
     "presets show": ["NAME", "--debug", "--json"],
     "skus list": ["--debug", "--json"],
     "skus show": ["ID", "--debug", "--json"],
+    "data check": ["FILES", *sorted([*ROWS, "--model"])],
+    "data show": ["FILES", *sorted([*ROWS, "--model", "--row", "--search", "--html"])],
+    "data diff": ["FILES", *sorted([*ROWS, "--model"])],
+    "data parity": ["FILES", *sorted([*ROWS, "--model"])],
+    "data convert": ["FILES", "--debug", "--format", "--json", "--media-root", "--output", "--set"],
+    "data schema": ["--debug"],
     "doctor": ["--debug", "--json", "--kernels"],
     "demo": ["--architecture", "--debug", "--json", "--output"],
 }  # fmt: skip
@@ -168,6 +178,8 @@ PROMISED = {
     "inspect": {"MODEL", "--json"},
     "verify": {"FOLDER", "--json"},
     "demo": {"--architecture", "--output"},
+    "data show": {"FILES", "--model", "--json"},
+    "data check": {"FILES", "--model", "--json"},
 }  # fmt: skip
 
 
@@ -305,7 +317,7 @@ def test_verify_json(result: Path, capsys: pytest.CaptureFixture[str]):
     ended = here(capsys, "verify", result, "--json")
     assert ended.code == 65
     assert ended.json["ok"] is False
-    assert ended.json["files"] == 2
+    assert ended.json["FILES"] == 2
     (problem,) = ended.json["problems"]
     assert "b.bin" in problem
 

@@ -216,3 +216,55 @@ def test_neither_torch_nor_transformers_is_imported(model: Path, tmp_path: Path)
 def test_a_process_of_its_own_prints_one_object(model: Path, tmp_path: Path) -> None:
     ended = apart("data", "show", rows_file(tmp_path, PLAIN), "--model", model, "--json")
     assert (ended.code, len(ended.json["rows"])) == (0, 1)
+
+
+def test_a_page_is_written_with_every_sample(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    ended = show(capsys, model, rows_file(tmp_path, TALK, BAD), "--html", page)
+    assert ended.code == 65
+    assert ended.out == f"{page}: 2 samples of 2 rows\n"
+    assert "unknown role" in page.read_text(encoding="utf-8")
+    other = show(capsys, model, rows_file(tmp_path, TALK), "--html", tmp_path / "rows.jsonl")
+    other.error("QC-DATA-070")
+
+
+def test_diff_lists_what_another_template_renders_otherwise(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    path = rows_file(tmp_path, PLAIN, TALK)
+    both = ("data", "diff", path, "--model", model, "--model", model)
+    assert here(capsys, *both, "--json").json["differences"] == []
+    here(capsys, *both[:5]).error("QC-CLI-009")
+
+
+def test_parity_counts_turns(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    path = rows_file(tmp_path, PLAIN, TALK)
+    ended = here(capsys, "data", "parity", path, "--model", model, "--json")
+    assert ended.code == 0
+    assert ended.json == {"rows": 2, "turns": 3, "differing": 0, "differences": []}
+    spaced = rows_file(tmp_path, [PLAIN[0], {"role": "assistant", "content": "  ho"}])
+    ended = here(capsys, "data", "parity", spaced, "--model", model, "--json")
+    assert ended.code == 65
+    (found,) = ended.json["differences"]
+    assert (found["row"], found["turn"], found["cause"]) == (1, 1, "the template trims whitespace")
+    assert "QC-DATA-059" in ended.err
+
+
+def test_convert_writes_canonical_rows_within_the_bound(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    alpaca = '{"instruction": "Add.", "input": "2+2", "output": "4"}'
+    path = rows_file(tmp_path, alpaca, "{", name="alpaca.jsonl")
+    refused = here(capsys, "data", "convert", path, "--output", tmp_path / "out", "--json")
+    assert refused.code == 65
+    assert not (tmp_path / "out").exists()
+    half = ("--set", "bad_rows=skip", "--set", "bad_rows_limit=0.5")
+    ended = here(capsys, "data", "convert", path, "--output", tmp_path / "out", "--json", *half)
+    assert (ended.code, ended.json["rows"], ended.json["rejected"]) == (0, 1, 1)
+    (line,) = (tmp_path / "out" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [m["role"] for m in json.loads(line)["messages"]] == ["user", "assistant"]
+    assert here(capsys, "data", "schema").json["title"] == "qcore canonical row"
