@@ -93,7 +93,7 @@ BAD: list[tuple[bytes, str, str, str]] = [
     (row('{"role": "user", "content": [{"type": "file", "file": "a.pdf"}]}'), "QC-DATA-009",
      "messages[1].content[0]", "of an unknown type"),
     (row('{"role": "user", "content": [{"type": "text", "text": "a", "image": "a.png"}]}'),
-     "QC-DATA-006", "messages[1].content[0]", "not a valid text part"),
+     "QC-DATA-006", "messages[1].content[0].image", ""),
     (row('{"role": "user", "content": "a", "contnet": "b"}'), "QC-DATA-006",
      "messages[1].contnet", "unknown key"),
     (answer('"weight": 0'), "QC-DATA-006", "messages[1].weight", "unknown key"),

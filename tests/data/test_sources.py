@@ -83,6 +83,7 @@ def test_no_words_are_no_sources() -> None:
 
 def test_a_mix(rows: Path) -> None:
     (rows / "mix.yaml").write_text(EVERY_KEY)
+    (rows / "images").mkdir()
     first, second = read_sources([rows / "mix.yaml"], format="alpaca")
     assert first == Source(
         name=str(rows / "a.jsonl"),

@@ -134,7 +134,7 @@ _CHEAP: tuple[tuple[str, str, str], ...] = (
         for name, more, code in (
             ("empty", "", "QC-DATA-002"),
             ("not-json", "", "QC-DATA-004"),
-            ("no-messages", "", "QC-DATA-005"),
+            ("no-messages", "", "QC-DATA-023"),
             ("wrong-role", "", "QC-DATA-006"),
             ("no-answer", "", "QC-DATA-010"),
             ("control-string", "", "QC-DATA-008"),

@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from qcore.adapter.peft_names import choose_class
 from qcore.adapter.targets import targets
 from qcore.api.blocks import Media, Packed
 from qcore.config.settings import Settings
+from qcore.data.chat_record import ChatRecord
 from qcore.nn.kernels.registry import Chosen
 from qcore.nn.load import load
 from qcore.nn.model import Model
@@ -119,7 +121,7 @@ def adapted(
     files = RunFiles(
         run=Run(
             model=found,
-            data=cast(Any, None),
+            data=cast(Any, SimpleNamespace(chat=ChatRecord(template_sha256="2" * 64))),
             summary={
                 "sha256": "0" * 64,
                 "media": dict(media or {}),

@@ -86,11 +86,11 @@ def _write_page(
 ) -> Iterator[ShownSample]:
     """Pass samples on, and write the page after the last one."""
     from ..data.page import Page
-    from ..data.show import images_of
+    from ..data.show import thumbnail_sources
 
     page = Page(opened.tokenizer, opened.reader.control if opened.reader else ())
     for sample in samples:
-        page.add(sample, images_of(sample, renderer))
+        page.add(sample, thumbnail_sources(sample, renderer))
         yield sample
     page.write(
         path,

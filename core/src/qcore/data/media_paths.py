@@ -120,7 +120,7 @@ def _names(given: str) -> list[str]:
     if head is None:
         return [given]
     name = given[head.end() :]
-    # Qwen's loader takes what follows file:// as it is; other writers encode it as RFC 8089 has it.
+    # Some loaders take what follows file:// as it is; other writers encode it as RFC 8089 has it.
     return [name, unquote(name)] if "%" in name else [name]
 
 

@@ -35,7 +35,7 @@ _MARKER = '<meta name="generator" content="qcore data show">'
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 THUMBNAIL = 160  #: pixels of the longer side
 THUMBNAILS = 24 << 20  #: characters of all thumbnails
-PIXELS = 64 << 20  #: of an image that gets a thumbnail
+LARGEST = 64 << 20  #: of an image that gets a thumbnail
 
 
 def check_page(path: Path) -> None:
@@ -93,13 +93,13 @@ class Page:
         self._samples = self._tokens = self._supervised = 0
 
     def add(
-        self, sample: ShownSample, images: Sequence[tuple[str, bytes | Path | None]] = ()
+        self, sample: ShownSample, media: Sequence[tuple[str, bytes | Path | None]] = ()
     ) -> None:
         """Add a sample.
 
         Args:
             sample: the sample.
-            images: for each of its media: a caption, and the image; ``None`` for other kinds.
+            media: for each of its media: a caption, and the image; ``None`` for other kinds.
         """
         texts = sample.texts(self._tokenizer)
         spans = [
@@ -121,7 +121,7 @@ class Page:
             len(sample.token_ids),
             supervised,
             spans,
-            [[caption, self._thumbnail(image)] for caption, image in images],
+            [[caption, self._thumbnail(data)] for caption, data in media],
         ]
         self._spool.write(",\n" if self._samples else "")
         self._spool.write(embedded(entry))
@@ -190,11 +190,11 @@ class Page:
             text = run.sub(partial(_product, token), text)
         return text
 
-    def _thumbnail(self, image: bytes | Path | None) -> int:
+    def _thumbnail(self, data: bytes | Path | None) -> int:
         """The number of a thumbnail; -1 without one."""
-        if image is None or self._size >= THUMBNAILS:
+        if data is None or self._size >= THUMBNAILS:
             return -1
-        url = thumbnail(image)
+        url = thumbnail(data)
         if not url:
             return -1
         if url not in self._thumbs:
@@ -202,7 +202,7 @@ class Page:
         return _number(self._thumbs, url)
 
 
-def thumbnail(image: bytes | Path) -> str:
+def thumbnail(data: bytes | Path) -> str:
     """A data URL of a small copy of an image; empty if it cannot be made."""
     try:
         from PIL import Image
@@ -210,8 +210,8 @@ def thumbnail(image: bytes | Path) -> str:
         return ""
     made = io.BytesIO()
     try:
-        with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as picture:
-            if picture.width * picture.height > PIXELS:
+        with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as picture:
+            if picture.width * picture.height > LARGEST:
                 return ""
             picture.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
             small = picture.convert("RGB")

@@ -198,3 +198,14 @@ def _reason(error: InputError) -> str:
 def _above(fraction: float) -> str:
     """The fraction rounded up to a value that is easy to read."""
     return f"{min(1.0, -(-fraction * 100 // 1) / 100):g}"
+
+
+def template_refusal(place: Place, error: InputError) -> InputError:
+    """Turn an error of the chat template into an error of the row."""
+    return error.replace(
+        what=f"the chat template {error.what}",
+        file=place.path,
+        field=f"line {place.line}",
+        expected=None,
+        fix="fix the row; the template comes with the checkpoint",
+    )

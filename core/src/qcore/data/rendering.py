@@ -30,6 +30,7 @@ from .media_files import Finder
 from .pieces import PieceEncoder
 from .policies import Policies
 from .reading import RowReader, SourceCount, read_rows
+from .rejects import template_refusal
 from .repairs import repair_context
 from .row_bytes import row_bytes
 from .row_plan import RowPlan, plan_row
@@ -258,6 +259,13 @@ class Renderer:
         row, policy = plan.row, plan.policies.long_rows
         try:
             found = drafts(plan, texts, self.format)
+        except InputError as error:  # of the template; any other one is not the row's
+            self.rejects.add(row, template_refusal(row, error))
+            return []
+        except RowError as bad:
+            self.rejects.add(row, bad)
+            return []
+        try:
             several = len(found) > 1
             self._pieces.forget()
             encoded = [
@@ -268,9 +276,6 @@ class Renderer:
                 )
                 for draft in found
             ]  # fmt: skip
-        except InputError as error:
-            self.rejects.add(row, _refused(row, error))
-            return []
         except RowError as bad:
             self.rejects.add(row, bad)
             return []
@@ -384,14 +389,3 @@ class Renderer:
         )
         self.findings.extend(record.findings())
         return record
-
-
-def _refused(row: ChatRow, error: InputError) -> InputError:
-    """Turn an error of the template into an error of the row."""
-    return error.replace(
-        what=f"the chat template {error.what}",
-        file=row.path,
-        field=f"line {row.line}",
-        expected=None,
-        fix="fix the row; the template comes with the checkpoint",
-    )

@@ -82,7 +82,9 @@ class ShownSample:
         ]
 
 
-def images_of(sample: ShownSample, renderer: Renderer) -> list[tuple[str, bytes | Path | None]]:
+def thumbnail_sources(
+    sample: ShownSample, renderer: Renderer
+) -> list[tuple[str, bytes | Path | None]]:
     """For each medium of a sample a caption, and the bytes or the file of an image.
 
     Args:
