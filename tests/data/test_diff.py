@@ -15,11 +15,11 @@ TOKENIZER = own_tokenizer()
 
 
 def sample(row: int, text: str, number: int = 1, **facts: Any) -> ShownSample:
-    ids = TOKENIZER.encode(text, add_special_tokens=False).ids
+    ids = facts.pop("ids", None) or TOKENIZER.encode(text, add_special_tokens=False).ids
     spans = (Span(start=0, end=len(ids), why=facts.pop("why", "answer"), trained=True),)
     return ShownSample(
         row=row, sample=number, source="a", format="openai", path=Path("a"), line=row,
-        token_ids=facts.pop("ids", ids), trained=facts.pop("trained", [True] * len(ids)),
+        token_ids=ids, trained=facts.pop("trained", [True] * len(ids)),
         spans=spans,
     )  # fmt: skip
 

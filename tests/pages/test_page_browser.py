@@ -15,7 +15,7 @@ from support.page_kit import write_page
 if os.environ.get("QCORE_PAGES") != "1":
     pytest.skip("needs a browser; run `make test-pages`", allow_module_level=True)
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 SLOW = 120_000  # ms, for a machine that does other things
 
@@ -74,7 +74,7 @@ def test_text_of_rows_does_not_act(browser: Any, pages: Path) -> None:
     logs: list[str] = []
     page = open_page(browser, pages / "100.html", logs)
     page.fill("#search", "window.pwned")
-    page.wait_for_function("document.querySelector('#count').textContent.startsWith('7 ')")
+    expect(page.locator("#count")).to_have_text("7 of 100", timeout=SLOW)
     text = page.inner_text("#text")
     assert "</script><script>window.pwned=1</script>" in text
     assert "\\u001b" in text
@@ -97,16 +97,17 @@ def test_keys_search_and_filters(browser: Any, pages: Path) -> None:
     assert page.inner_text("#head").startswith("Row 10000, refused")
     page.keyboard.press("/")
     page.keyboard.type("question 9876?")
-    page.wait_for_function("document.querySelector('#count').textContent === '1 of 10,000'")
+    expect(page.locator("#count")).to_have_text("1 of 10,000", timeout=SLOW)
     assert page.inner_text("#head").startswith("Row 9876, sample 1")
     page.keyboard.press("Escape")
     page.fill("#search", "")
     page.select_option("#finding", "QC-DATA-006")
-    page.wait_for_function("document.querySelector('#count').textContent === '200 of 10,000'")
+    expect(page.locator("#count")).to_have_text("200 of 10,000", timeout=SLOW)
     page.select_option("#finding", "")
     page.select_option("#format", label="openai")
     page.fill("#low", "90")
-    page.wait_for_function("!document.querySelector('#count').textContent.startsWith('200 ')")
+    expect(page.locator("#count")).not_to_have_text("200 of 10,000", timeout=SLOW)
+    page.wait_for_timeout(500)
     shares = page.locator(".item .share").all_inner_texts()
     assert all(int(share.split()[-2]) >= 90 for share in shares)
     page.context.close()
