@@ -140,9 +140,9 @@ OPTIONS: dict[str, list[str]] = {
         "--max-length", "--media", "--preset", "--r", "--rows", "--set",
     ],
     "train": [
-        "--adapter-class", "--config", "--data", "--debug", "--device", "--eval-data", "--format",
-        "--generation", "--json", "--kernels", "--media-root", "--model", "--output", "--preset",
-        "--resume", "--set",
+        "--adapter", "--adapter-class", "--config", "--data", "--debug", "--device",
+        "--eval-data", "--format", "--generation", "--init-adapter", "--json", "--kernels",
+        "--media-root", "--model", "--output", "--preset", "--resume", "--set", "--trust-base",
     ],
     "merge": [
         "--adapter", "--debug", "--dequantize", "--generation", "--json", "--model", "--no-proof",
@@ -317,7 +317,7 @@ def test_verify_json(result: Path, capsys: pytest.CaptureFixture[str]):
     ended = here(capsys, "verify", result, "--json")
     assert ended.code == 65
     assert ended.json["ok"] is False
-    assert ended.json["FILES"] == 2
+    assert ended.json["files"] == 2
     (problem,) = ended.json["problems"]
     assert "b.bin" in problem
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import re
 from html.parser import HTMLParser
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.page_kit import HOSTILE, write_page
 
-from qcore.data.page import check_page, embedded, thumbnail
+from qcore.data.page import check_page, embedded
 from qcore.errors import UsageError
 
 
@@ -77,14 +76,3 @@ def test_another_file_is_not_overwritten_and_an_own_page_is(tmp_path: Path) -> N
     check_page(page)
     write_page(page, 2)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["page.html", "rows.jsonl"]
-
-
-def test_a_thumbnail_is_small_and_a_broken_image_has_none() -> None:
-    image = pytest.importorskip("PIL.Image")
-    stream = io.BytesIO()
-    image.new("RGBA", (2000, 900), (200, 30, 30, 120)).save(stream, "PNG")
-    url = thumbnail(stream.getvalue())
-    assert url.startswith("data:image/jpeg;base64,")
-    with image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as small:
-        assert small.size == (160, 72)
-    assert thumbnail(b"no image") == ""

@@ -19,6 +19,7 @@ from qcore.adapter.targets import targets
 from qcore.api.blocks import Media, Packed
 from qcore.config.settings import Settings
 from qcore.data.chat_record import ChatRecord
+from qcore.data.rejects import Rejects
 from qcore.nn.kernels.registry import Chosen
 from qcore.nn.load import load
 from qcore.nn.model import Model
@@ -121,7 +122,9 @@ def adapted(
     files = RunFiles(
         run=Run(
             model=found,
-            data=cast(Any, SimpleNamespace(chat=ChatRecord(template_sha256="2" * 64))),
+            data=cast(
+                Any, SimpleNamespace(chat=ChatRecord(template_sha256="2" * 64), rejects=Rejects())
+            ),
             summary={
                 "sha256": "0" * 64,
                 "media": dict(media or {}),

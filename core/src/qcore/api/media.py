@@ -231,3 +231,12 @@ class MediaReader(Protocol):
             where: ``[n]`` int64, as `Media.where`.
         """
         ...
+
+    def preview(self, payload: Payload, size: int) -> str:
+        """A small picture of a payload for people, as a data URL; empty where there is none.
+
+        Args:
+            payload: its bytes; a fault in them gives an empty string.
+            size: pixels of the longer side.
+        """
+        ...

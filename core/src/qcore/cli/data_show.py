@@ -85,12 +85,12 @@ def _write_page(
     path: Path, samples: Iterable[ShownSample], opened: RowModel, renderer: Renderer
 ) -> Iterator[ShownSample]:
     """Pass samples on, and write the page after the last one."""
-    from ..data.page import Page
-    from ..data.show import thumbnail_sources
+    from ..data.page import THUMBNAIL, Page
+    from ..data.show import previews
 
     page = Page(opened.tokenizer, opened.reader.control if opened.reader else ())
     for sample in samples:
-        page.add(sample, thumbnail_sources(sample, renderer))
+        page.add(sample, previews(sample, renderer, THUMBNAIL))
         yield sample
     page.write(
         path,

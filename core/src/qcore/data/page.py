@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import re
 import tempfile
@@ -35,7 +34,6 @@ _MARKER = '<meta name="generator" content="qcore data show">'
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 THUMBNAIL = 160  #: pixels of the longer side
 THUMBNAILS = 24 << 20  #: characters of all thumbnails
-LARGEST = 64 << 20  #: of an image that gets a thumbnail
 
 
 def check_page(path: Path) -> None:
@@ -92,14 +90,12 @@ class Page:
         self._size = 0
         self._samples = self._tokens = self._supervised = 0
 
-    def add(
-        self, sample: ShownSample, media: Sequence[tuple[str, bytes | Path | None]] = ()
-    ) -> None:
+    def add(self, sample: ShownSample, media: Sequence[tuple[str, str]] = ()) -> None:
         """Add a sample.
 
         Args:
             sample: the sample.
-            media: for each of its media: a caption, and the image; ``None`` for other kinds.
+            media: for each of its media: a caption, and a data URL of a picture or nothing.
         """
         texts = sample.texts(self._tokenizer)
         spans = [
@@ -121,7 +117,7 @@ class Page:
             len(sample.token_ids),
             supervised,
             spans,
-            [[caption, self._thumbnail(data)] for caption, data in media],
+            [[caption, self._thumbnail(url)] for caption, url in media],
         ]
         self._spool.write(",\n" if self._samples else "")
         self._spool.write(embedded(entry))
@@ -190,36 +186,13 @@ class Page:
             text = run.sub(partial(_product, token), text)
         return text
 
-    def _thumbnail(self, data: bytes | Path | None) -> int:
+    def _thumbnail(self, url: str) -> int:
         """The number of a thumbnail; -1 without one."""
-        if data is None or self._size >= THUMBNAILS:
-            return -1
-        url = thumbnail(data)
-        if not url:
+        if not url or self._size >= THUMBNAILS:
             return -1
         if url not in self._thumbs:
             self._size += len(url)
         return _number(self._thumbs, url)
-
-
-def thumbnail(data: bytes | Path) -> str:
-    """A data URL of a small copy of an image; empty if it cannot be made."""
-    try:
-        from PIL import Image
-    except ImportError:  # the plugin that reads images brings it
-        return ""
-    made = io.BytesIO()
-    try:
-        with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as picture:
-            if picture.width * picture.height > LARGEST:
-                return ""
-            picture.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
-            small = picture.convert("RGB")
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-            small.save(made, "JPEG", quality=70)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return ""
-    return "data:image/jpeg;base64," + base64.b64encode(made.getvalue()).decode("ascii")
 
 
 def _frame() -> tuple[str, str]:

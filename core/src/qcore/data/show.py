@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from .samples import Span
     from .source import Source
 
-IMAGE = "image"  #: kind of the media that have thumbnails
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownSample:
@@ -82,31 +80,30 @@ class ShownSample:
         ]
 
 
-def thumbnail_sources(
-    sample: ShownSample, renderer: Renderer
-) -> list[tuple[str, bytes | Path | None]]:
-    """For each medium of a sample a caption, and the bytes or the file of an image.
+def previews(sample: ShownSample, renderer: Renderer, size: int) -> list[tuple[str, str]]:
+    """For each medium of a sample a caption, and a data URL of a small picture or an empty string.
 
     Args:
         sample: the sample.
         renderer: that has rendered it.
+        size: pixels of the longer side.
     """
-    images: list[tuple[str, bytes | Path | None]] = []
+    reader = renderer.options.reader
     sources = (count.source for count in renderer.counts)
     root = next((one.media_root for one in sources if sample.path in one.files), None)
+    shown: list[tuple[str, str]] = []
     for part in sample.media:
         name = part.given if isinstance(part.given, str) else ""
         caption = f"{part.kind} {'' if name[:5].lower() == 'data:' else name}".strip()
-        image: bytes | Path | None = None
-        if part.kind == IMAGE:
+        url = ""
+        if reader is not None:
             try:
                 payload = renderer.finder(sample.path.parent, root).payload(part)
             except RowError:  # the file has changed since it was read
                 payload = None
-            if payload is not None:
-                image = payload.path if payload.path is not None else payload.data
-        images.append((caption[:200], image))
-    return images
+            url = "" if payload is None else reader.preview(payload, size)
+        shown.append((caption[:200], url))
+    return shown
 
 
 def shown_samples(renderer: Renderer, sources: Sequence[Source]) -> Iterator[ShownSample]:

@@ -61,6 +61,10 @@ class ContainedReader:
         """See `MediaReader.batch`."""
         return self._call("batch", partial(self._reader.batch, media, where))
 
+    def preview(self, payload: Payload, size: int) -> str:
+        """See `MediaReader.preview`."""
+        return self._call("preview", partial(self._reader.preview, payload, size))
+
     def _call(self, name: str, call: Callable[[], _T]) -> _T:
         result = contained(call)
         if not isinstance(result, Failure):
