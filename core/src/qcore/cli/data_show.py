@@ -92,6 +92,7 @@ def _write_page(
     for sample in samples:
         page.add(sample, previews(sample, renderer, THUMBNAIL))
         yield sample
+    renderer.close()  # makes the findings on all rows
     page.write(
         path,
         model=opened.name,

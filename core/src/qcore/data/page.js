@@ -234,7 +234,7 @@
     ...[...codes].map(([code, n]) => [code, code + " (" + number(n) + ")"])]);
 
   const summary = $("summary");
-  const fact = (n, unit) => summary.append(make("b", "", number(n)), document.createTextNode(" " + unit + " · "));
+  const fact = (n, unit) => summary.append(make("b", "", number(n)), document.createTextNode(" " + (n === 1 ? unit.replace(/s$/, "") : unit) + " · "));
   summary.append(make("b", "", visible(meta.model)), document.createTextNode(" · "));
   fact(meta.rows, "rows");
   if (meta.rejected) fact(meta.rejected, "refused");
