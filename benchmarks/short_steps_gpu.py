@@ -35,6 +35,7 @@ def data(lengths: list[int], vocabulary: int) -> Dataset:
         rows.append(Example(ids=ids, labels=ids, line=line, turns=1, supervised=n - 1, row=line))
     total = sum(lengths)
     return Dataset(
+        samples_sha256="",
         train=tuple(rows), eval=(), path=Path("random"), sha256="", rows=len(rows), tokens=total,
         supervised=total - len(rows), turns=len(rows), longest=max(lengths),
         samples=len(rows), rendered=total, chat=ChatRecord(template_sha256=""), sources=(),

@@ -139,6 +139,7 @@ def rows(ids: torch.Tensor, settings: Settings) -> Dataset:
     assert len(examples) == steps * batch
     total = steps * batch * seq
     return Dataset(
+        samples_sha256="",
         train=examples, eval=(), path=Path("random"), sha256="", rows=steps * batch,
         tokens=total, supervised=total - steps * batch, turns=steps * batch, longest=seq,
         samples=steps * batch, rendered=total, chat=ChatRecord(template_sha256=""), sources=(),

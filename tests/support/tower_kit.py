@@ -127,6 +127,7 @@ def adapted(
             ),
             summary={
                 "sha256": "0" * 64,
+                "samples_sha256": "3" * 64,
                 "media": dict(media or {}),
                 "train_media": dict(media or {}),
                 "media_sha256": "1" * 64,

@@ -206,10 +206,19 @@ def change_template(home: Path) -> None:
     path.write_text(path.read_text() + "{#- the same text, another template -#}\n")
 
 
+def change_tokenizer(home: Path) -> None:
+    """The same tokens, other merges: a row becomes other ids."""
+    path = home / "base" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:10]
+    path.write_text(json.dumps(tokenizer))
+
+
 CHANGES: dict[str, tuple[Callable[[Path], object] | None, dict[str, Any], str]] = {
     "data": (change_rows, {}, "data"),
     "base": (change_base, {}, "base.text"),
     "template": (change_template, {}, "template"),
+    "tokenizer": (change_tokenizer, {}, "samples"),
     "learning rate": (None, {"learning_rate": 4e-3}, "settings.learning_rate"),
     "length of the run": (None, {"max_steps": 3}, "settings.max_steps"),
     "seed": (None, {"seed": 1}, "settings.seed"),

@@ -50,6 +50,7 @@ class Dataset:
         eval: held out, in the order of the rows; empty without evaluation.
         path: the file with the rows; with several the first one.
         sha256: hex digest of the file; with several of the digests of all sources.
+        samples_sha256: hex digest of the tokens and labels of all samples, in order.
         rows: rows with samples.
         samples: samples of all rows.
         tokens: tokens of all samples.
@@ -70,6 +71,7 @@ class Dataset:
     eval: tuple[Example, ...]
     path: Path
     sha256: str
+    samples_sha256: str
     rows: int
     samples: int
     tokens: int
@@ -158,6 +160,7 @@ class Dataset:
         return {
             "file": self.path.name,
             "sha256": self.sha256,
+            "samples_sha256": self.samples_sha256,
             "rows": self.rows,
             "train_rows": len(self.train_sizes),
             "eval_rows": len(sizes_of(self.eval)),
@@ -298,6 +301,7 @@ def _whole(
         eval=(*(example for example in train if example.row in held), *evaluated),
         path=sources[0].files[0],
         sha256=_digest([count.sha256 for count in renderer.counts]),
+        samples_sha256=_digest_of_samples(every),
         rows=len(sizes_of(every)),
         samples=len(every),
         tokens=sum(len(example.ids) for example in every),
@@ -320,6 +324,16 @@ def _longest(examples: Iterable[Example]) -> Iterator[int]:
     """Tokens of the longest sample of each row."""
     for _, samples in groupby(examples, lambda e: e.row):
         yield max(len(example.ids) for example in samples)
+
+
+def _digest_of_samples(examples: Iterable[Example]) -> str:
+    """What is trained: it changes with the template, the tokenizer, the format and the policies."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(len(example.ids).to_bytes(8, "little"))
+        digest.update(example.ids.tobytes())
+        digest.update(example.labels.tobytes())
+    return digest.hexdigest()
 
 
 def _digest(digests: Sequence[str]) -> str:
