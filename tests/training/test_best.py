@@ -111,6 +111,7 @@ def test_the_best_checkpoint_is_published(
     assert [json.loads(line).get("eval_loss") for line in logged] == [3.0, 1.5, 2.0, None, 1.75]
 
 
+@pytest.mark.slow
 def test_the_last_step_is_the_best(
     base: Path, rows: Path, tmp_path: Path, losses: Callable[..., None]
 ) -> None:
@@ -136,6 +137,7 @@ def test_without_the_setting_it_is_named_and_kept(
     assert "checkpoint-1" in said[0]
 
 
+@pytest.mark.slow
 def test_no_evaluation_is_finite(
     base: Path, rows: Path, tmp_path: Path, losses: Callable[..., None]
 ) -> None:
@@ -146,6 +148,7 @@ def test_no_evaluation_is_finite(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_other_bytes_than_the_checkpoints_are_refused(
     base: Path, rows: Path, tmp_path: Path, losses: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,

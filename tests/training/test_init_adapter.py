@@ -20,7 +20,6 @@ from support.sinks import Heard
 from support.tiers import fast
 
 from qcore.config.settings import Settings
-from qcore.data.sampler import Schedule
 from qcore.errors import InputError, Interrupted, NumericError, QcoreError, TrustError, UsageError
 from qcore.io.artifact import read_manifest
 from qcore.nn.moe.experts import Experts
@@ -89,7 +88,7 @@ def test_it_starts_where_the_adapter_is(home: Path, rows: Path, tmp_path: Path) 
     assert {float(state["step"]) for state in seen[0].optimizer.state.values()} == {2.0}
     # The first loss is that of the stock class with the adapter on it.
     held = seen[0].data.train
-    chosen_rows = Schedule(len(held), Settings(**REST)).micro_batches(0)[0]
+    chosen_rows = seen[0].schedule.micro_batches(0)[0]
     reference, total, count = loaded_adapter(stock(home / "base", "vl"), home / "first"), 0.0, 0
     for row in chosen_rows:
         ids, labels = torch.tensor(held[row].ids), torch.tensor(held[row].labels)
@@ -306,6 +305,7 @@ def test_experts_are_counted_one_by_one() -> None:
 # -- resumed, and finished
 
 
+@pytest.mark.slow
 def test_a_run_from_an_adapter_is_resumed(home: Path, rows: Path, tmp_path: Path) -> None:
     options = REST | {"max_steps": 3}
     more = {"init_adapter": home / "first"}
