@@ -15,6 +15,7 @@ from support.cli_kit import here
 from support.conversations import conversations, write_rows
 from support.e2e_kit import tiny_folder
 from support.sinks import Heard
+from support.tiers import fast
 
 import qcore
 from qcore.adapter.open import LoraDelta
@@ -48,7 +49,7 @@ def test_importing_qcore_imports_no_torch_and_no_room() -> None:
     assert set(process(code)) == {"qcore", "qcore.io", "qcore.io.version"}
 
 
-@pytest.mark.parametrize("rooms", ["before", "after", "between"])
+@pytest.mark.parametrize("rooms", fast(["before", "after", "between"], "between"))
 def test_verbs_are_callables_before_and_after_their_rooms(rooms: str) -> None:
     names = ", ".join(FUNCTIONS)
     take = f"from qcore import {names}"

@@ -459,6 +459,7 @@ def shown(hub: HubServer, home: Path, model: str) -> bytes:
         return text
 
 
+@pytest.mark.slow
 def test_many_shards_in_parallel_and_a_bar_after_a_second(ask: Client) -> None:
     shards = {shard: {f"{shard}.w": (GIB // 2**15, 2**14)} for shard in names(94)}
     ask.hub.add("org/many", SMALL | sharded(shards))

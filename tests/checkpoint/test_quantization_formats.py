@@ -576,6 +576,7 @@ def test_one_key_less_of_the_real_files(shared: Path) -> None:
         ("Qwen3.5-35B-A3B", 35_951_822_704, 41 * (256 * 3 + 3) + 11 * 4 + 30 * 3),
     ],
 )
+@pytest.mark.slow
 def test_published_sizes_in_fp8(
     shared: Path, tmp_path: Path, sku: str, total: int, maps: int
 ) -> None:

@@ -745,6 +745,7 @@ def test_an_adapter_of_another_base(capsys: Any, base: Path, trained: Path):
     assert snapshot(base.parent) == before
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_size(capsys: Any, base: Path, tmp_path: Path, trained: Path):
     def shorter(config: dict[str, Any]) -> None:
         config["text_config"]["intermediate_size"] = 192

@@ -110,6 +110,7 @@ def test_what_is_refused(
     assert code in here(capsys, "plan", folder, *flags).error(code)
 
 
+@pytest.mark.slow
 def test_no_weight_is_read(folder: Path) -> None:
     """The files are holes: reading one would give zeros, and take as long as they are large."""
     ended, modules = modules_after("plan", folder, "--gpu", "H200", "--max-length", 64)

@@ -29,6 +29,7 @@ from support.e2e_kit import (
 )
 from support.fp8_kit import decoded, is_quantised, write_bf16, write_fp8
 from support.moe_kit import INDEX, exact, rewrite, tensors_of
+from support.tiers import fast
 from torch import Tensor
 
 import qcore.merging.merge
@@ -160,6 +161,7 @@ def test_experts_in_every_layout_are_one_base(tmp_path: Path) -> None:
 # -- trained on, merged
 
 
+@pytest.mark.slow
 def test_merge_asks(base: Path, adapter: Path, plain: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         merge(str(base), adapter, tmp_path / "out")
@@ -275,7 +277,7 @@ def test_scales_in_a_file_of_their_own(
     assert again.quantisation is None
 
 
-@pytest.mark.parametrize("cut", [2**26, 1])
+@pytest.mark.parametrize("cut", fast([2**26, 1]))
 def test_experts_train_and_merge(
     rows: Path, tmp_path: Path, cut: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

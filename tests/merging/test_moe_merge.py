@@ -450,6 +450,7 @@ def test_experts_computed_by_another_s_weights_are_caught(
 # -- the router
 
 
+@pytest.mark.slow
 def test_a_router_s_adapter_is_merged_and_proved(
     bases: dict[str, Path], rows: Path, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from support.conversations import conversations, write_rows
+from support.tiers import fast
 from support.toy_draft import add, install
 
 from qcore.config.settings import Settings
@@ -19,7 +20,7 @@ from qcore_qwen35.tiny import write
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", fast([True, False]))
 def test_names_of_the_trunk_in_a_part_that_is_not_loaded(
     tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

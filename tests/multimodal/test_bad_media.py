@@ -326,7 +326,7 @@ def test_bad_videos(reader: Any, cache_home: Path, name: str) -> None:
     assert not cache_home.exists()
 
 
-@pytest.mark.parametrize("name", HUGE)
+@pytest.mark.parametrize("name", fast(HUGE, *[*HUGE][::4]))
 def test_tables_of_any_size_cost_one_row(reader: Any, name: str) -> None:
     """Refused or read, in seconds and without a gigabyte; the next video is read."""
     make, frames_read = HUGE[name]
@@ -466,6 +466,7 @@ def test_every_cut_of_every_format_is_told(reader: Any) -> None:
     assert told > 250
 
 
+@pytest.mark.slow
 def test_every_flip_is_told_or_read(reader: Any) -> None:
     rng = np.random.default_rng(5)
     files = [
@@ -536,6 +537,7 @@ _MEASURE = """
 import resource, sys
 from pathlib import Path
 from support.media_kit import bare_png, checkpoint, file_payload
+from support.tiers import fast
 from qcore.api.media import RowError
 from qcore_multimodal.reader import Reader
 from PIL import Image

@@ -227,7 +227,7 @@ def one_line(ended: Ended, code: str, line: int, at: str, *says: str) -> str:
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("case", fast(PARTS, *[*PARTS][::4]))
+@pytest.mark.parametrize("case", fast(PARTS, *[*PARTS][::8]))
 def test_a_part(capsys: Any, seeing: Path, data: Path, case: str):
     make, code, at, says = PARTS[case]
     bad = conversation(QUESTION, make(data))

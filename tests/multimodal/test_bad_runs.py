@@ -222,6 +222,7 @@ def test_a_file_that_changes_behind_the_check(
 
 
 @pytest.mark.parametrize("cut", fast([0, 1, 200], 200))
+@pytest.mark.slow
 def test_a_damaged_cache_is_made_anew(
     capsys: Any, seeing: Path, data: Path, monkeypatch: pytest.MonkeyPatch, cut: int
 ):

@@ -447,6 +447,7 @@ print(total)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_folder_too_small_for_both(
     cache_home: Path, shared: Path, tmp_path: Path
 ) -> None:

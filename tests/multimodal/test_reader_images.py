@@ -81,6 +81,7 @@ def test_pixels_that_a_part_asks_for(reader: Any, shared: Path, options: dict[st
     check(reader, stock_images(shared), saved(picture("RGB", 401, 333), "PNG"), **options)
 
 
+@pytest.mark.slow
 def test_more_pixels_than_the_processor_takes_are_scaled_down(reader: Any, shared: Path) -> None:
     seen = check(reader, stock_images(shared), saved(picture("L", 5003, 3999), "BMP"))
     assert 0.95 * 16_777_216 < seen.units * 256 <= 16_777_216

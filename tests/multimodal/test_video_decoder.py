@@ -95,6 +95,7 @@ def test_threads_and_forks_do_not_share_a_video(reader: Any) -> None:
     assert reader._decoder._process is first
 
 
+@pytest.mark.slow
 def test_a_process_without_memory() -> None:
     """In a process of its own: the limit is this process's."""
     code = f"""

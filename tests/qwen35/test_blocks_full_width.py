@@ -39,6 +39,7 @@ def slice_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("sku", SKUS)
+@pytest.mark.slow
 def test_four_layers_at_full_width(shared: Path, sku: str) -> None:
     config = json.loads((shared / "skus" / sku / "config.json").read_text(encoding="utf-8"))
     pair = twins(slice_of(config), attention="sdpa")

@@ -70,6 +70,7 @@ def test_a_run_takes_the_reference_and_says_why(
     assert told.endswith("128; reference computes it")
 
 
+@pytest.mark.slow
 def test_a_plan_takes_what_a_run_would(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Of a card that is not at hand no backend is verified, but each is asked for the model."""
     pytest.importorskip("triton")

@@ -22,6 +22,7 @@ from support.e2e_kit import figure
 from support.model_kit import as_text_class, edit_json, write_json
 from support.moe_kit import as_layout, rewrite, tensors_of
 from support.sku_kit import DERIVED, config_of, shapes_of
+from support.tiers import fast
 
 from qcore.api.parameters import Table
 from qcore.checkpoint.checkpoint import Checkpoint
@@ -168,7 +169,7 @@ def test_dense(shared: Path, tmp_path: Path, sku: str, namespace: str) -> None:
     row(sku, namespace, layout, shapes)
 
 
-@pytest.mark.parametrize("sku", MOE)
+@pytest.mark.parametrize("sku", fast(MOE))
 @pytest.mark.parametrize(
     ("namespace", "layout"),  # a save of the text class has no prediction layer
     [*(("vl", layout) for layout in LAYOUTS), ("text", "fused"), ("text", "apart")],

@@ -187,6 +187,7 @@ def test_rotation_keeps_the_best(
     assert read_manifest(path).meta["best_evaluation"] == {"step": best, "eval_loss": 0.5}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_publishes_the_same(
     base: Path, rows: Path, tmp_path: Path, losses: Callable[..., None]
 ) -> None:

@@ -153,6 +153,7 @@ def four_bit_share(base: Path) -> float:
     return four / sum(loaded.values())
 
 
+@pytest.mark.slow
 def test_cached_decoding_with_an_expert_adapter(base: Path, rows: Path, tmp_path: Path) -> None:
     run(base, rows, tmp_path / "a", max_steps=3, learning_rate=5e-2)
     told = Generator(str(base), adapter=tmp_path / "a", device="cpu", dtype="fp32")
