@@ -538,6 +538,7 @@ import resource, sys
 from pathlib import Path
 from support.media_kit import bare_png, checkpoint, file_payload
 from support.tiers import fast
+from support.tiers import fast
 from qcore.api.media import RowError
 from qcore_multimodal.reader import Reader
 from PIL import Image
