@@ -29,6 +29,7 @@ from support.media_kit import (
     sound,
     video,
 )  # fmt: skip
+from support.tiers import fast
 
 from qcore.api.media import Payload, RowError
 
@@ -37,7 +38,6 @@ Make = Callable[[], bytes]
 
 def png(mode: str = "RGB", width: int = 60, height: int = 50) -> bytes:
     return saved(picture(mode, width, height), "PNG")
-from support.tiers import fast
 
 
 def mp4(count: int = 30) -> bytes:
@@ -538,7 +538,6 @@ _MEASURE = """
 import resource, sys
 from pathlib import Path
 from support.media_kit import bare_png, checkpoint, file_payload
-from support.tiers import fast
 from qcore.api.media import RowError
 from qcore_multimodal.reader import Reader
 from PIL import Image
