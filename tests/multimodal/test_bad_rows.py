@@ -181,7 +181,7 @@ PARTS: dict[str, tuple[Make, str, str, tuple[str, ...]]] = {
     "one frame at most": (
         part("video", animated(4), max_frames=1), "QC-VISION-025", f"{AT}.max_frames", ("2 to",)),
     # What a part is.
-    "an unknown key": (given("good.png", detail="high"), "QC-DATA-006", f"{AT}.detail",
+    "an unknown key": (given("good.png", quality="high"), "QC-DATA-006", f"{AT}.quality",
         ("max_pixels",)),
     "a key nearly known": (
         given("good.png", max_pixel=70000), "QC-DATA-006", f"{AT}.max_pixel",
@@ -204,8 +204,8 @@ PARTS: dict[str, tuple[Make, str, str, tuple[str, ...]]] = {
         "QC-MEDIA-001", AT, ("'https://x.org/a.png'", "download it first")),
     "a kind nearly known": (
         lambda folder: {"type": "imgae", "imgae": "good.png"}, "QC-DATA-009", AT, ('"image"',)),
-    "a bare string": (lambda folder: "good.png", "QC-DATA-006", AT, ("is not a part",)),
-    "no type": (lambda folder: {"image": "good.png"}, "QC-DATA-006", AT, ('"type": "image"',)),
+    "a bare number": (lambda folder: 3, "QC-DATA-006", AT, ("is not a part",)),
+    "no type": (lambda folder: {"picture": "good.png"}, "QC-DATA-006", AT, ("text part",)),
     "a placeholder in the text": (
         lambda folder: {"type": "text", "text": "<|image_pad|>"}, "QC-DATA-008",
         f"{AT}.text", ("'<|image_pad|>'", "plain text")),
@@ -320,9 +320,9 @@ ROWS: dict[str, tuple[dict[str, Any], str, str, tuple[str, ...], tuple[str, ...]
     "a placeholder in a tool's answer": (
         turns(("user", "a"), ("assistant", "b"), ("tool", "<|video_pad|>"), ("assistant", "c")),
         "QC-DATA-0", "messages[2]", (), ()),
-    "a list of files beside the messages": (
-        turns(("user", "a"), ("assistant", "b")) | {"images": ["good.png"]},
-        "QC-DATA-005", "images", ("put it into the content of a message", '{"type": "image"'), ()),
+    "fewer files beside the messages than marks": (
+        turns(("user", "<image><image>a"), ("assistant", "b")) | {"images": ["good.png"]},
+        "QC-DATA-025", "images", ("1", "2"), ()),
     "too many media for max_length": (
         conversation(QUESTION, *LONG), "QC-DATA-011", "",
         ("tokens, 12 of them media, expected at most 32", "set max_length=43"),
