@@ -103,7 +103,7 @@ PARTS: dict[str, tuple[Make, str, str, tuple[str, ...]]] = {
     "a file address": (given("file:///etc/hostname"), "QC-MEDIA-001", AT, ("'file:///etc",)),
     "backslashes": (given("pics\\a.png"), "QC-MEDIA-001", AT, ("backslash",)),
     "a line end in the name": (given("a\nb.png"), "QC-MEDIA-001", AT, (r"'a\nb.png'",)),
-    "an empty name": (given(""), "QC-MEDIA-001", AT, ("is empty",)),
+    "an empty name": (given(""), "QC-DATA-006", AT, ("no path or data URL",)),
     "a folder": (a_folder, "QC-MEDIA-003", AT, ("'pics': a folder",)),
     "the folder itself": (given("."), "QC-MEDIA-003", AT, ("'.': a folder",)),
     "a pipe": (a_pipe, "QC-MEDIA-003", AT, ("named pipe",)),

@@ -316,12 +316,12 @@ def test_other_pictures_are_another_run(
     with pytest.raises(InputError) as caught:
         start(base, mine / "rows.jsonl", tmp_path / "out", RUN, resume=True)
     assert caught.value.code == "QC-RESUME-002"
-    assert caught.value.field == "line 2, medium 1"
+    assert caught.value.field == "row 2, medium 1"
     assert caught.value.file == str(mine / "rows.jsonl")
     (tmp_path / "out.run" / "media.txt").write_text("2 1")  # damaged, or of another hand
     with pytest.raises(InputError) as caught:
         start(base, mine / "rows.jsonl", tmp_path / "out", RUN, resume=True)
-    assert caught.value.field == "line 2, medium 1"
+    assert caught.value.field == "row 2, medium 1"
     (tmp_path / "out.run" / "media.txt").unlink()
     with pytest.raises(InputError) as caught:
         start(base, mine / "rows.jsonl", tmp_path / "out", RUN, resume=True)

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from qcore.api import Payload, RowError
 
-from . import images
-
 if TYPE_CHECKING:
     from .processor import Bytes
 
 
 def decoded_image(file: BinaryIO, payload: Payload) -> Bytes:
     """Decode the image of a payload, whose bytes must be those that core checked."""
+    from . import images  # imports Pillow, which a run of text does not need
+
     data = images.read_bounded(file)
     _check_digest(payload, hashlib.sha256(data).hexdigest())
     return images.decode(data)
