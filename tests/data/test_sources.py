@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +12,6 @@ from support.conversations import conversations, write_rows
 
 from qcore.data import sources
 from qcore.data.hub_files import HubFiles
-from qcore.data.identity import digest_of, identities, identity
 from qcore.data.selection import choose
 from qcore.data.source import Source
 from qcore.data.sources import read_sources
@@ -237,27 +234,3 @@ def test_too_few_rows() -> None:
         "QC-DATA-036",
         "set count: 9 or leave it out",
     )
-
-
-def test_the_identity_of_files(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"one")
-    other = tmp_path / "b.jsonl"
-    other.write_bytes(b"two")
-    before = identities([source(), Source(name="s", files=(path, other))])
-    one, two = (hashlib.sha256(data).hexdigest() for data in (b"one", b"two"))
-    assert [each.sha256 for each in before] == [one, two]
-    assert digest_of(before[:1]) == one
-    assert digest_of(before) == hashlib.sha256(f"{one}\n{two}\n".encode()).hexdigest()
-    assert digest_of(before) != digest_of(before[::-1])
-    assert before[0].as_json()["size"] == 3
-    # A file that looks the same is not hashed again, unless that is asked for.
-    status = path.stat()
-    path.write_bytes(b"ONE")
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    again = [Source(name="s", files=(path, other))]
-    assert identities(again, before) == before
-    assert identities(again, before, verify=True)[0].sha256 == hashlib.sha256(b"ONE").hexdigest()
-    path.write_bytes(b"four")
-    assert not identity(path, hashed=False).looks_like(before[0])
-    assert identities(again, before)[0].sha256 == hashlib.sha256(b"four").hexdigest()
