@@ -14,7 +14,7 @@ from qcore.data import sources
 from qcore.data.hub_files import HubFiles
 from qcore.data.selection import choose
 from qcore.data.source import Source
-from qcore.data.sources import read_sources
+from qcore.data.sources import read_sources, refuse_shared
 from qcore.errors import InputError, PreflightError, UsageError
 
 EVERY_KEY = """
@@ -177,6 +177,47 @@ def test_a_file_that_is_read_twice_is_noted(rows: Path) -> None:
     first, second = read_sources([rows / "a.jsonl", rows / "link.jsonl"])
     assert first.notes == ()
     assert second.notes == ("1 files are read a second time: link.jsonl",)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (("train.jsonl", "test.jsonl"), "test.jsonl, train.jsonl"),
+        (("train-00000-of-2.jsonl", "train-00001-of-2.jsonl", "chat_DEV.json"),
+         "chat_DEV.json, train-00000-of-2.jsonl"),
+        (("a.jsonl", "a.json"), "a.json, a.jsonl"),
+        (("a.jsonl", "a.csv.gz", "b.csv"), "a.csv.gz, a.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_not_one_set_of_rows(
+    tmp_path: Path, names: tuple[str, ...], found: str
+) -> None:
+    for name in names:
+        write_rows(tmp_path / name, conversations(1))
+    with pytest.raises(InputError) as caught:
+        read_sources([tmp_path])
+    assert (caught.value.code, caught.value.found) == ("QC-DATA-039", found)
+    assert caught.value.file == str(tmp_path)
+
+
+def test_a_folder_of_one_split(tmp_path: Path) -> None:
+    for name in ("train-0.jsonl", "train-1.jsonl", "latest.jsonl", "my_test_notes.jsonl"):
+        write_rows(tmp_path / name, conversations(1))
+    (found,) = read_sources([tmp_path])
+    assert len(found.files) == 4
+
+
+def test_a_file_that_is_trained_and_evaluated_on(rows: Path) -> None:
+    (rows / "link.jsonl").symlink_to("a.jsonl")
+    train, other = read_sources([rows / "a.jsonl"]), read_sources([rows / "more"])
+    refuse_shared(train, other)
+    refuse_shared(train, ())
+    with pytest.raises(InputError) as caught:
+        refuse_shared(train, (*other, *read_sources([rows / "link.jsonl"])))
+    assert (caught.value.code, caught.value.file) == (
+        "QC-DATA-039",
+        str(rows / "link.jsonl"),
+    )
 
 
 def source(**options: object) -> Source:
