@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from qcore.api.media import RowError
 from qcore.checkpoint.chat_template import Template
 from qcore.checkpoint.tokenizer import load_tokenizer
-from qcore.data.masking import highest_id, labels, normalised, spans
+from qcore.data.masking import highest_id, labels, normalized, spans
 from qcore.data.rows import ChatRow, RowCheck
 from qcore.data.template_check import prove_mask
 from qcore.errors import InputError
@@ -199,14 +199,14 @@ def test_characters_of_several_tokens_are_trained_whole(tokenizer: Tokenizer, te
     said = f"{text} b {text}{text}"
     with own_template() as template:
         (got,) = trained(template, tokenizer, [user(text), bot(said)])
-    assert got == normalised(said, tokenizer) + END
+    assert got == normalized(said, tokenizer) + END
 
 
 def test_text_is_composed_as_the_tokenizer_does(tokenizer: Tokenizer) -> None:
-    assert normalised("e\u0301", tokenizer) == "é"
+    assert normalized("e\u0301", tokenizer) == "é"
     plain = own_tokenizer()
     plain.normalizer = None
-    assert normalised("e\u0301", plain) == "e\u0301"
+    assert normalized("e\u0301", plain) == "e\u0301"
     with own_template() as template:
         assert trained(template, plain, [user("q"), bot("e\u0301")]) == ["e\u0301" + END]
 

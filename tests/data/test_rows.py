@@ -1,4 +1,4 @@
-"""Rows: what is read and normalised, and every bad row with its exact line and field."""
+"""Rows: what is read and normalized, and every bad row with its exact line and field."""
 
 from __future__ import annotations
 

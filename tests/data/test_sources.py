@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +12,9 @@ from support.conversations import conversations, write_rows
 
 from qcore.data import sources
 from qcore.data.hub_files import HubFiles
-from qcore.data.identity import digest_of, identities, identity
 from qcore.data.selection import choose
 from qcore.data.source import Source
-from qcore.data.sources import read_sources
+from qcore.data.sources import read_sources, refuse_shared
 from qcore.errors import InputError, PreflightError, UsageError
 
 EVERY_KEY = """
@@ -182,6 +179,47 @@ def test_a_file_that_is_read_twice_is_noted(rows: Path) -> None:
     assert second.notes == ("1 files are read a second time: link.jsonl",)
 
 
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (("train.jsonl", "test.jsonl"), "test.jsonl, train.jsonl"),
+        (("train-00000-of-2.jsonl", "train-00001-of-2.jsonl", "chat_DEV.json"),
+         "chat_DEV.json, train-00000-of-2.jsonl"),
+        (("a.jsonl", "a.json"), "a.json, a.jsonl"),
+        (("a.jsonl", "a.csv.gz", "b.csv"), "a.csv.gz, a.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_not_one_set_of_rows(
+    tmp_path: Path, names: tuple[str, ...], found: str
+) -> None:
+    for name in names:
+        write_rows(tmp_path / name, conversations(1))
+    with pytest.raises(InputError) as caught:
+        read_sources([tmp_path])
+    assert (caught.value.code, caught.value.found) == ("QC-DATA-039", found)
+    assert caught.value.file == str(tmp_path)
+
+
+def test_a_folder_of_one_split(tmp_path: Path) -> None:
+    for name in ("train-0.jsonl", "train-1.jsonl", "latest.jsonl", "my_test_notes.jsonl"):
+        write_rows(tmp_path / name, conversations(1))
+    (found,) = read_sources([tmp_path])
+    assert len(found.files) == 4
+
+
+def test_a_file_that_is_trained_and_evaluated_on(rows: Path) -> None:
+    (rows / "link.jsonl").symlink_to("a.jsonl")
+    train, other = read_sources([rows / "a.jsonl"]), read_sources([rows / "more"])
+    refuse_shared(train, other)
+    refuse_shared(train, ())
+    with pytest.raises(InputError) as caught:
+        refuse_shared(train, (*other, *read_sources([rows / "link.jsonl"])))
+    assert (caught.value.code, caught.value.file) == (
+        "QC-DATA-039",
+        str(rows / "link.jsonl"),
+    )
+
+
 def source(**options: object) -> Source:
     return Source(name="s", files=(), **options)  # type: ignore[arg-type]
 
@@ -237,27 +275,3 @@ def test_too_few_rows() -> None:
         "QC-DATA-036",
         "set count: 9 or leave it out",
     )
-
-
-def test_the_identity_of_files(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"one")
-    other = tmp_path / "b.jsonl"
-    other.write_bytes(b"two")
-    before = identities([source(), Source(name="s", files=(path, other))])
-    one, two = (hashlib.sha256(data).hexdigest() for data in (b"one", b"two"))
-    assert [each.sha256 for each in before] == [one, two]
-    assert digest_of(before[:1]) == one
-    assert digest_of(before) == hashlib.sha256(f"{one}\n{two}\n".encode()).hexdigest()
-    assert digest_of(before) != digest_of(before[::-1])
-    assert before[0].as_json()["size"] == 3
-    # A file that looks the same is not hashed again, unless that is asked for.
-    status = path.stat()
-    path.write_bytes(b"ONE")
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    again = [Source(name="s", files=(path, other))]
-    assert identities(again, before) == before
-    assert identities(again, before, verify=True)[0].sha256 == hashlib.sha256(b"ONE").hexdigest()
-    path.write_bytes(b"four")
-    assert not identity(path, hashed=False).looks_like(before[0])
-    assert identities(again, before)[0].sha256 == hashlib.sha256(b"four").hexdigest()

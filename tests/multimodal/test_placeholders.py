@@ -33,7 +33,7 @@ from transformers.video_utils import VideoMetadata
 from qcore.api.media import RowError
 from qcore.api.records import Severity
 from qcore.checkpoint.chat_template import Template
-from qcore.data.masking import normalised
+from qcore.data.masking import normalized
 from qcore_multimodal.media import ProcessedMedium
 from qcore_multimodal.placeholders import CONTROL, END, IMAGE, START, VIDEO, expand, token_findings
 from qcore_multimodal.positions import place
@@ -218,7 +218,7 @@ def test_ids_and_positions(
         made = sample.reference(processor, theirs)
         media = sample.media(made)
         text = expand(template.render(sample.messages), media)
-        ids = tokenizer.encode(normalised(text, tokenizer), add_special_tokens=False).ids
+        ids = tokenizer.encode(normalized(text, tokenizer), add_special_tokens=False).ids
         assert ids == list(made["input_ids"][0]), seed
         positions, _ = whole_model().get_rope_index(
             torch.tensor([ids]),

@@ -95,6 +95,19 @@ def test_threads_and_forks_do_not_share_a_video(reader: Any) -> None:
     assert reader._decoder._process is first
 
 
+@pytest.mark.parametrize("sent", [b"", b"\x40\0", (64).to_bytes(8, "little") + b'{"bou'])
+def test_it_ends_when_its_reader_goes_inside_a_message(sent: bytes) -> None:
+    code = f"""
+import socket
+from qcore_multimodal import video_worker
+ours, theirs = socket.socketpair()
+ours.sendall({sent!r})
+ours.shutdown(socket.SHUT_WR)
+video_worker.main(theirs)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
 @pytest.mark.slow
 def test_a_process_without_memory() -> None:
     """In a process of its own: the limit is this process's."""

@@ -118,16 +118,25 @@ def _set(what: int, soft: int, hard: int) -> None:
 def _receive(channel: socket.socket) -> tuple[dict[str, Any], int | None] | None:
     """A request and its file descriptor; ``None`` when the parent has gone."""
     head, descriptors, _, _ = socket.recv_fds(channel, _HEAD, 1)
-    while head and len(head) < _HEAD:
-        head += channel.recv(_HEAD - len(head))
-    if not head:
+    rest = _exactly(channel, _HEAD - len(head)) if head else None
+    if rest is None:
         return None
-    body = bytearray()
-    size = int.from_bytes(head, "little")
-    while len(body) < size:
-        body += channel.recv(size - len(body))
+    body = _exactly(channel, int.from_bytes(head + rest, "little"))
+    if body is None:
+        return None
     request: dict[str, Any] = json.loads(body)
     return request, descriptors[0] if descriptors else None
+
+
+def _exactly(channel: socket.socket, size: int) -> bytes | None:
+    """The next `size` bytes; ``None`` if the socket ends before them."""
+    received = bytearray()
+    while len(received) < size:
+        piece = channel.recv(size - len(received))
+        if not piece:
+            return None
+        received += piece
+    return bytes(received)
 
 
 def _send(channel: socket.socket, answer: dict[str, Any]) -> None:

@@ -67,12 +67,12 @@ def highest_id(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab_size(with_added_tokens=False) - 1, *added, -1)
 
 
-def normalised(text: str, tokenizer: Tokenizer) -> str:
+def normalized(text: str, tokenizer: Tokenizer) -> str:
     """Apply the tokenizer's NFC normalization, so that offsets refer to the returned text."""
-    normaliser = tokenizer.normalizer
-    if normaliser is None or type(normaliser).__name__ != "NFC" or text.isascii():
+    normalizer = tokenizer.normalizer
+    if normalizer is None or type(normalizer).__name__ != "NFC" or text.isascii():
         return text
-    done: str = normaliser.normalize_str(text)
+    done: str = normalizer.normalize_str(text)
     return done
 
 
@@ -212,7 +212,7 @@ def _laid_out(
     reader: MediaReader | None,
 ) -> tuple[str, tuple[Span, ...], list[tuple[int, int]]]:
     """The final text of a sample, its spans, and its trained ranges without media."""
-    text = normalised(draft.text, tokenizer)
+    text = normalized(draft.text, tokenizer)
     spans_ = lay_out(draft, text, plan, chat_format)
     trained = _ranges(spans_)
     if reader is None:

@@ -25,7 +25,7 @@ from ..api.records import ChatFormat
 from ..api.views import TemplateView
 from ..errors import InputError
 from .findings import NOTE, WARNING, DataFinding
-from .masking import normalised
+from .masking import normalized
 from .repair_notes import functions_of, text_only
 from .repair_text import split_thinking
 from .rows import thinking_marks
@@ -132,7 +132,7 @@ class _Parity:
 
     def sample(self, sample: Sample) -> Iterator[Difference]:
         """The differences of one sample."""
-        text = sample.text if self.tokenizer is None else normalised(sample.text, self.tokenizer)
+        text = sample.text if self.tokenizer is None else normalized(sample.text, self.tokenizer)
         bodies = list(self._bodies(text))
         said = [n for n, m in enumerate(self.messages) if m["role"] == self.format.assistant]
         places = dict(zip(said, bodies, strict=False))
@@ -180,7 +180,7 @@ class _Parity:
             **{**own, **self.variables},
         )
         text = text if self.expand is None else self.expand(text, index)
-        return text if self.tokenizer is None else normalised(text, self.tokenizer)
+        return text if self.tokenizer is None else normalized(text, self.tokenizer)
 
     def _reasons(self, index: int) -> bool:
         """Whether the turn has reasoning, so that it is served with thinking."""
@@ -248,7 +248,7 @@ class _Parity:
         yield from self._calls(wanted, found, index)
 
     def _composed(self, text: str) -> str:
-        return text if self.tokenizer is None else normalised(text, self.tokenizer)
+        return text if self.tokenizer is None else normalized(text, self.tokenizer)
 
     def _text_cause(self, name: str, said: str, got: str, found: Mapping[str, Any]) -> str:
         if said.strip() == got.strip():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -19,7 +20,14 @@ from typing import Final
 
 from ..errors import InputError, QcoreError, UsageError, nearest, raise_all
 from .dataset_info import NAME, read_dataset_info, split_word
-from .file_kinds import COLUMN_SUFFIXES, COMPRESSED, TEXT_SUFFIXES, file_kind, is_data_name
+from .file_kinds import (
+    COLUMN_SUFFIXES,
+    COMPRESSED,
+    TEXT_SUFFIXES,
+    file_kind,
+    is_data_name,
+    suffixes,
+)
 from .hub_files import ID, REVISION, hub_files
 from .mix import SUFFIXES, Entry, read_mix
 from .source import Source
@@ -32,6 +40,8 @@ _NAMED: Final = 5  # files that a note names
 _NOT_ROWS: Final = frozenset(
     (NAME, "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 )
+_SPLITS: Final = frozenset(("train", "test", "validation", "valid", "val", "dev", "eval"))
+_WORD_ENDS: Final = re.compile(r"[-_. ]+")
 
 
 def read_sources(
@@ -52,8 +62,8 @@ def read_sources(
     Raises:
         UsageError: ``QC-DATA-038`` a word cannot be a path; ``QC-DATA-035`` and ``QC-YAML-*`` a mix
             file; ``QC-DATA-060`` a media root that is not a folder.
-        InputError: ``QC-DATA-001`` to ``-003``, ``-030``, ``-031``, ``-033``, ``-037`` and
-            ``QC-HUB-*``; a `PreflightError` for several.
+        InputError: ``QC-DATA-001`` to ``-003``, ``-030``, ``-031``, ``-033``, ``-037``, ``-039`` a
+            folder of several splits, and ``QC-HUB-*``; a `PreflightError` for several.
     """
     sources: list[Source] = []
     problems: list[QcoreError] = []
@@ -232,10 +242,68 @@ def _folder(folder: Path, notes: list[str]) -> tuple[Path, ...]:
             expected=", ".join((*TEXT_SUFFIXES, *COLUMN_SUFFIXES)),
             fix=f"name a folder below it: {folder / folders[0]}" if folders else "name the file",
         )
+    _check_folder(folder, files)
     for what, some in (("files", others), ("subfolders", folders)):
         if some:
             notes.append(f"{len(some)} {what} are not read: {_listed(some)}")
     return tuple(files)
+
+
+def _check_folder(folder: Path, files: Sequence[Path]) -> None:
+    """Refuse a folder that is not one set of rows (``QC-DATA-039``).
+
+    Reading all of it would train on the rows of an evaluation, or on the same rows twice.
+    """
+    splits: dict[str, str] = {}
+    stems: dict[str, list[str]] = {}
+    for path in files:
+        stem = path.name.lower().removesuffix("".join(suffixes(path)))
+        stems.setdefault(stem, []).append(path.name)
+        words = _WORD_ENDS.split(stem)
+        for word in (words[0], words[-1]):
+            if word in _SPLITS:
+                splits.setdefault(word, path.name)
+    if len(splits) > 1:
+        raise InputError(
+            "QC-DATA-039",
+            "has files of several splits",
+            file=folder,
+            found=_listed(list(dict.fromkeys(splits.values()))),
+            expected="files of one split",
+            fix="name the files to train on, and pass those to evaluate on with --eval-data",
+        )
+    for names in stems.values():
+        if len(names) > 1:
+            raise InputError(
+                "QC-DATA-039",
+                "has files of one name in several containers, which may hold the same rows",
+                file=folder,
+                found=_listed(names),
+                expected="one of them",
+                fix=f"name the files to read, such as {folder / names[0]}",
+            )
+
+
+def refuse_shared(train: Sequence[Source], evaluated: Sequence[Source]) -> None:
+    """Refuse files that are trained and evaluated on.
+
+    Args:
+        train: the sources of ``--data``.
+        evaluated: the sources of ``--eval-data``.
+
+    Raises:
+        InputError: ``QC-DATA-039``.
+    """
+    trained = {path.resolve() for source in train for path in source.files}
+    shared = [p for source in evaluated for p in source.files if p.resolve() in trained]
+    if shared:
+        raise InputError(
+            "QC-DATA-039",
+            "is in --data and in --eval-data",
+            file=shared[0],
+            found=_listed([path.name for path in shared]) if len(shared) > 1 else None,
+            fix="name it once; eval_fraction holds out rows of --data for the evaluation",
+        )
 
 
 def _is_other_type(path: Path) -> bool:

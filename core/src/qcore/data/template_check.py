@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..api.media import RowError
 from ..api.records import ChatFormat
 from ..errors import InputError
-from .masking import IGNORED, labels, normalised, spans, trained_text
+from .masking import IGNORED, labels, normalized, spans, trained_text
 from .tokenizer_check import unknown_tokens
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class _Proof:
                 raise self._error("the text of another turn is trained", repr(word))
 
     def _tokens(self, text: str, found: list[tuple[int, int]]) -> None:
-        text = normalised(text, self.tokenizer)
+        text = normalized(text, self.tokenizer)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         made = labels(encoding.ids, encoding.offsets, found)
         kept = [label for label in made if label != IGNORED]

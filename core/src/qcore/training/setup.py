@@ -22,7 +22,7 @@ from ..data.policies import Policies
 from ..data.rejects import REJECTED, SHOWN, Rejects
 from ..data.sampler import Schedule
 from ..data.source import Source
-from ..data.sources import read_sources
+from ..data.sources import read_sources, refuse_shared
 from ..errors import InputError, UsageError
 from ..io.artifact import check_target
 from ..io.atomic import make_folders, writing
@@ -74,15 +74,15 @@ class DataWords:
         """The sources to train on, and those to evaluate on.
 
         Raises:
-            QcoreError: as `read_sources`.
+            QcoreError: as `read_sources` and `refuse_shared`.
         """
         root = None if self.media_root is None else Path(self.media_root)
         read = partial(read_sources, format=self.format, media_root=root)
         held_out = _listed(self.eval_data)
-        return (
-            read(_listed(self.data), command="--data"),
-            read(held_out, command="--eval-data") if held_out else (),
-        )
+        train = read(_listed(self.data), command="--data")
+        evaluated = read(held_out, command="--eval-data") if held_out else ()
+        refuse_shared(train, evaluated)
+        return train, evaluated
 
 
 def _listed(words: Words) -> Sequence[str | Path]:
