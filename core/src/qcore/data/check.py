@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QcoreError
+from .chat_record import TrainedTurns
 from .findings import ERROR, WARNING, DataFinding
 from .policies import SKIP
 
@@ -92,8 +93,7 @@ class _Sums:
     tokens: int = 0
     supervised: int = 0
     longest: int = 0
-    turns: int = 0
-    reasoned: int = 0
+    trained: TrainedTurns = field(default_factory=TrainedTurns)
 
 
 def check_rows(renderer: Renderer, sources: Sequence[Source]) -> CheckReport:
@@ -112,11 +112,10 @@ def check_rows(renderer: Renderer, sources: Sequence[Source]) -> CheckReport:
         sums.tokens += len(example.ids)
         sums.supervised += example.supervised
         sums.longest = max(sums.longest, len(example.ids))
-        sums.turns += example.turns
-        sums.reasoned += example.reasoned
+        sums.trained.add(example)
     renderer.close()
-    if sums.turns:
-        renderer.record(sums.turns, sums.reasoned)
+    if sums.trained.turns:
+        renderer.record(sums.trained)
     error: QcoreError | None = None
     try:
         renderer.rejects.stop(renderer.rows)
