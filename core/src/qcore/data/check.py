@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QcoreError
@@ -25,7 +25,7 @@ _NAMED = 5  #: rows that a line of the report names
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FindingLine:
-    """All findings of one code and severity.
+    """All findings of one code and severity that state the same; refused rows: of one code.
 
     Attributes:
         severity: ``error``, ``warning`` or ``note``.
@@ -160,14 +160,9 @@ def _lines(refused: Sequence[DataFinding], renderer: Renderer) -> Iterator[Findi
         by_code.setdefault((finding.code, finding.severity), []).append(finding)
     for (code, severity), found in by_code.items():
         yield _line(code, severity, found, len(found))
-    for entry in renderer.findings.summary():
-        code, severity = entry["code"], entry["severity"]
-        kept = [f for f in renderer.findings if (f.code, f.severity) == (code, severity)]
-        line = _line(code, severity, kept, entry["count"])
-        yield FindingLine(
-            severity=severity, code=code, count=line.count, rows=line.rows,
-            message=entry["message"], fix=line.fix, field=line.field,
-        )  # fmt: skip
+    for group in renderer.findings.groups():
+        line = _line(group.first.code, group.first.severity, group.kept, group.count)
+        yield replace(line, message=group.message)
 
 
 def _line(code: str, severity: str, found: Sequence[DataFinding], count: int) -> FindingLine:
