@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("model")
     own_tokenizer().save(str(folder / "tokenizer.json"))
     return FakeCheckpoint(folder, own_template())
+
+
+def file_digest(source: Source) -> str:
+    return hashlib.sha256(source.files[0].read_bytes()).hexdigest()
 
 
 def load(checkpoint: Any, path: Path, limit: int = 60, **policies: Any) -> Dataset:
@@ -168,9 +173,40 @@ def test_rows_of_another_file_are_only_evaluated(tmp_path: Path, checkpoint: Any
     assert (summary["train_rows"], summary["eval_rows"]) == (2, 3)
     assert [s["name"] for s in summary["eval_sources"]] == ["e"]
     assert found.chat.turns_without == 2
-    alone = dataset([train], checkpoint, FORMAT, 60)
-    assert alone.sha256 != found.sha256
+    alone = dataset([train], checkpoint, FORMAT, 60).summary()
+    assert "eval_sha256" not in alone
+    assert (summary["sha256"], summary["eval_sha256"]) == (alone["sha256"], file_digest(held))
     assert any("e: 3 rows, evaluated only" in line for line in found.lines())
+
+
+def test_evaluated_rows_have_digests_of_their_own(tmp_path: Path, checkpoint: Any) -> None:
+    """The same rows in the same order, trained or evaluated: digests that differ."""
+    a = Source(name="a", files=(write(tmp_path / "a.jsonl", [GOOD] * 2),))
+    b = Source(name="b", files=(write(tmp_path / "b.jsonl", [GOOD, TALK]),))
+    both = dataset([a, b], checkpoint, FORMAT, 1000).summary()
+    apart = dataset([a], checkpoint, FORMAT, 1000, eval_data=[b]).summary()
+    assert both["sha256"] != apart["sha256"]
+    assert both["samples_sha256"] != apart["samples_sha256"]
+    assert "eval_samples_sha256" not in both
+    other = dataset([a], checkpoint, FORMAT, 1000, eval_data=[a]).summary()
+    assert other["samples_sha256"] == apart["samples_sha256"]
+    assert other["eval_samples_sha256"] != apart["eval_samples_sha256"]
+
+
+def test_the_grouping_of_samples_into_rows_is_part_of_the_digest(
+    tmp_path: Path, checkpoint: Any
+) -> None:
+    """Two samples of one row, and the same two samples of two rows."""
+    talk = [user("q"), bot("a"), user("r"), bot("b")]
+    parts = [talk[:2], [user("q"), bot("a") | {"train": False}, *talk[2:]]]
+    one = load(checkpoint, write(tmp_path / "one.jsonl", [{"messages": talk}]), 100)
+    two = load(
+        checkpoint, write(tmp_path / "two.jsonl", [{"messages": part} for part in parts]), 100
+    )
+    assert [e.ids for e in one.train] == [e.ids for e in two.train]
+    assert [e.labels for e in one.train] == [e.labels for e in two.train]
+    assert (one.train_sizes, two.train_sizes) == ((2,), (1, 1))
+    assert one.samples_sha256 != two.samples_sha256
 
 
 def test_all_samples_of_a_row_are_on_one_side(tmp_path: Path, checkpoint: Any) -> None:

@@ -153,6 +153,40 @@ def test_a_rows_own_variables_are_used_and_checked(folder: Path, tmp_path: Path)
         assert says in str(caught.value.fix)
 
 
+def test_variables_are_recorded_from_trained_rows_only(folder: Path, tmp_path: Path) -> None:
+    """An evaluated, a dropped and a refused row without them change nothing."""
+    kept = {"messages": TALK, "chat_template_kwargs": {"keep_thinking": True}}
+    long = {"messages": [user("q"), bot("word " * 400)]}
+    paths = [
+        write_rows(tmp_path / name, rows)
+        for name, rows in (
+            ("train", [kept, kept, long, {"messages": [user("q")]}]),
+            ("eval", [{"messages": MIXED}]),
+        )
+    ]
+    train, held = (Source(name=path.name, files=(path,)) for path in paths)
+    checkpoint: Any = FakeCheckpoint(folder, own_template(SWITCHED))
+    found = dataset(
+        [train], checkpoint, THINKING, 200, eval_data=[held],
+        policies=Policies(long_rows="drop", bad_rows="skip", bad_rows_limit=0.5),
+    )  # fmt: skip
+    assert (found.dropped, found.rejects.count, len(found.eval)) == (1, 1, 2)
+    assert found.chat.as_json()["kwargs"] == {"keep_thinking": True, "enable_thinking": True}
+
+
+def test_variables_that_differ_between_trained_rows_are_named(folder: Path, tmp_path: Path) -> None:
+    kept = {"messages": TALK, "chat_template_kwargs": {"keep_thinking": True}}
+    found = load(folder, tmp_path, kept, kept, TALK)
+    assert found.chat.as_json()["kwargs"] == {"enable_thinking": True}
+    (line,) = (line for line in found.lines() if "keep_thinking" in line)
+    assert line.startswith("warning: QC-DATA-045: keep_thinking differs between the trained rows")
+    assert "(true in 2, unset in 1)" in line
+    # The user's own value is that of the rows without one.
+    same = load(folder, tmp_path, kept, TALK, variables={"keep_thinking": True})
+    assert same.chat.as_json()["kwargs"] == {"keep_thinking": True, "enable_thinking": True}
+    assert not any("differs" in line for line in same.lines())
+
+
 A, B = bot("one"), bot("two")
 
 

@@ -21,7 +21,7 @@ from qcore.config.frozen_map import Entries
 from qcore.config.resolve import parse_entries
 from qcore.data.dataset import Dataset, dataset
 from qcore.data.policies import Policies
-from qcore.data.template_kwargs import check_variables, recorded_variables
+from qcore.data.template_kwargs import check_variables, other_template, recorded_variables
 from qcore.errors import InputError, UsageError
 
 ROWS = [
@@ -96,6 +96,19 @@ def test_what_an_adapter_was_trained_with() -> None:
     assert recorded({"enable_thinking": False}) == Entries({"enable_thinking": False})
     for meta in ({}, {"identity": {}}, {"identity": {"settings": {}}}, {"identity": 3}):
         assert recorded_variables(meta, "adapter") == Entries()
+
+
+def test_a_template_other_than_the_recorded_one_is_named() -> None:
+    template = own_template()
+    same, other = template.sha256, "0" * 64
+    for meta in ({}, {"chat": {"template_sha256": same}}, {"identity": {"template": same}}):
+        assert other_template(meta, template, "the adapter") == ""
+    both = {"chat": {"template_sha256": other}, "identity": {"template": same}}
+    for meta in (both, {"identity": {"template": other}}):
+        warning = other_template(meta, template, "the adapter")
+        assert warning.startswith("the adapter was trained under another chat template")
+        assert same[:12] in warning
+        assert "(none)" in other_template(meta, None, "the adapter")
 
 
 @pytest.mark.parametrize("given", [None, [], "x", {"a": None}, {"a": [1]}, {"a-b": 1}, {"a": "\0"}])

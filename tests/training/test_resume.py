@@ -254,6 +254,18 @@ def test_what_changed_is_named(halted: Path, tmp_path: Path, changed: str) -> No
     assert folders(home / "out.run") == ["checkpoint-1"]
 
 
+def test_rows_that_were_not_evaluated_before_are_named(halted: Path, tmp_path: Path) -> None:
+    home = shutil.copytree(halted, tmp_path / "home")
+    with pytest.raises(InputError) as error:
+        start(
+            home / "base", home / "rows.jsonl", home / "out",
+            BASE | {"save_steps": 1, "max_steps": 2}, resume=True,
+            eval_data=[home / "rows.jsonl"],
+        )  # fmt: skip
+    assert (error.value.code, error.value.field) == ("QC-RESUME-002", "eval_data")
+    assert error.value.expected == "unset"
+
+
 def test_nothing_changed(halted: Path, tmp_path: Path) -> None:
     home = shutil.copytree(halted, tmp_path / "home")
     run(home / "rows.jsonl", home / "out", model=home / "base", resume=True, save_steps=1,

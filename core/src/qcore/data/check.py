@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QcoreError
+from .chat_record import TrainedTurns
 from .findings import ERROR, WARNING, DataFinding
 from .policies import SKIP
 
@@ -24,7 +25,7 @@ _NAMED = 5  #: rows that a line of the report names
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FindingLine:
-    """All findings of one code and severity.
+    """All findings of one code and severity that state the same; refused rows: of one code.
 
     Attributes:
         severity: ``error``, ``warning`` or ``note``.
@@ -92,8 +93,7 @@ class _Sums:
     tokens: int = 0
     supervised: int = 0
     longest: int = 0
-    turns: int = 0
-    reasoned: int = 0
+    trained: TrainedTurns = field(default_factory=TrainedTurns)
 
 
 def check_rows(renderer: Renderer, sources: Sequence[Source]) -> CheckReport:
@@ -112,11 +112,10 @@ def check_rows(renderer: Renderer, sources: Sequence[Source]) -> CheckReport:
         sums.tokens += len(example.ids)
         sums.supervised += example.supervised
         sums.longest = max(sums.longest, len(example.ids))
-        sums.turns += example.turns
-        sums.reasoned += example.reasoned
+        sums.trained.add(example)
     renderer.close()
-    if sums.turns:
-        renderer.record(sums.turns, sums.reasoned)
+    if sums.trained.turns:
+        renderer.record(sums.trained)
     error: QcoreError | None = None
     try:
         renderer.rejects.stop(renderer.rows)
@@ -161,14 +160,9 @@ def _lines(refused: Sequence[DataFinding], renderer: Renderer) -> Iterator[Findi
         by_code.setdefault((finding.code, finding.severity), []).append(finding)
     for (code, severity), found in by_code.items():
         yield _line(code, severity, found, len(found))
-    for entry in renderer.findings.summary():
-        code, severity = entry["code"], entry["severity"]
-        kept = [f for f in renderer.findings if (f.code, f.severity) == (code, severity)]
-        line = _line(code, severity, kept, entry["count"])
-        yield FindingLine(
-            severity=severity, code=code, count=line.count, rows=line.rows,
-            message=entry["message"], fix=line.fix, field=line.field,
-        )  # fmt: skip
+    for group in renderer.findings.groups():
+        line = _line(group.first.code, group.first.severity, group.kept, group.count)
+        yield replace(line, message=group.message)
 
 
 def _line(code: str, severity: str, found: Sequence[DataFinding], count: int) -> FindingLine:

@@ -49,8 +49,9 @@ class Dataset:
         train: in the order of the rows.
         eval: held out, in the order of the rows; empty without evaluation.
         path: the file with the rows; with several the first one.
-        sha256: hex digest of the file; with several of the digests of all sources.
-        samples_sha256: hex digest of the tokens and labels of all samples, in order.
+        sha256: hex digest of the file; with several of the digests of all training sources.
+        samples_sha256: hex digest of the tokens and labels of the training samples, in order, and
+            of the number of samples of each row.
         rows: rows with samples.
         samples: samples of all rows.
         tokens: tokens of all samples.
@@ -60,6 +61,9 @@ class Dataset:
         longest: tokens of the longest sample.
         chat: how the turns were rendered.
         sources: what came from where.
+        eval_sources: what came from where, of the rows that are only evaluated.
+        eval_sha256: as `sha256`, of `eval_sources`; empty without them.
+        eval_samples_sha256: as `samples_sha256`, of `eval`; empty without evaluation.
         findings: what the readers have to say.
         rejects: rows that were refused.
         dropped: rows that ``long_rows`` left out.
@@ -82,6 +86,8 @@ class Dataset:
     chat: ChatRecord
     sources: tuple[SourceCount, ...]
     eval_sources: tuple[SourceCount, ...] = ()
+    eval_sha256: str = ""
+    eval_samples_sha256: str = ""
     findings: Findings = field(default_factory=Findings, compare=False)
     rejects: Rejects = field(default_factory=Rejects, compare=False)
     dropped: int = 0
@@ -160,7 +166,9 @@ class Dataset:
         return {
             "file": self.path.name,
             "sha256": self.sha256,
+            **({"eval_sha256": self.eval_sha256} if self.eval_sha256 else {}),
             "samples_sha256": self.samples_sha256,
+            **({"eval_samples_sha256": self.eval_samples_sha256} if self.eval else {}),
             "rows": self.rows,
             "train_rows": len(self.train_sizes),
             "eval_rows": len(sizes_of(self.eval)),
@@ -291,17 +299,19 @@ def _whole(
 ) -> Dataset:
     keys: dict[str, frozenset[str]] = {}
     asked = renderer.asked
-    trained = {example.row for example in train if example.row not in held}
-    for kind, key in {pair for row, some in asked.items() if row in trained for pair in some}:
-        keys[kind] = keys.get(kind, frozenset()) | {key}
     every = [*train, *evaluated]
     counts, eval_counts = renderer.counts[: len(sources)], renderer.counts[len(sources) :]
+    kept = tuple(example for example in train if example.row not in held)
+    out = (*(example for example in train if example.row in held), *evaluated)
+    trained = {example.row for example in kept}
+    for kind, key in {pair for row, some in asked.items() if row in trained for pair in some}:
+        keys[kind] = keys.get(kind, frozenset()) | {key}
     return Dataset(
-        train=tuple(example for example in train if example.row not in held),
-        eval=(*(example for example in train if example.row in held), *evaluated),
+        train=kept,
+        eval=out,
         path=sources[0].files[0],
-        sha256=_digest([count.sha256 for count in renderer.counts]),
-        samples_sha256=_digest_of_samples(every),
+        sha256=_digest([count.sha256 for count in counts]),
+        samples_sha256=_digest_of_samples(kept),
         rows=len(sizes_of(every)),
         samples=len(every),
         tokens=sum(len(example.ids) for example in every),
@@ -309,9 +319,11 @@ def _whole(
         supervised=sum(example.supervised for example in every),
         turns=sum(example.turns for example in every),
         longest=max(len(example.ids) for example in every),
-        chat=renderer.chat(example for example in train if example.row in trained),
+        chat=renderer.chat(kept),
         sources=tuple(counts),
         eval_sources=tuple(eval_counts),
+        eval_sha256=_digest([count.sha256 for count in eval_counts]) if eval_counts else "",
+        eval_samples_sha256=_digest_of_samples(out) if out else "",
         findings=renderer.findings,
         rejects=renderer.rejects,
         dropped=renderer.dropped,
@@ -326,9 +338,13 @@ def _longest(examples: Iterable[Example]) -> Iterator[int]:
         yield max(len(example.ids) for example in samples)
 
 
-def _digest_of_samples(examples: Iterable[Example]) -> str:
-    """What is trained: it changes with the template, the tokenizer, the format and the policies."""
-    digest = hashlib.sha256()
+def _digest_of_samples(examples: Sequence[Example]) -> str:
+    """The tokens, the labels and the grouping into rows of samples, in order.
+
+    The digest changes with the template, the tokenizer, the format and the policies. The grouping
+    is part of it because all samples of a row are trained one after the other.
+    """
+    digest = hashlib.sha256(" ".join(map(str, sizes_of(examples))).encode())
     for example in examples:
         digest.update(len(example.ids).to_bytes(8, "little"))
         digest.update(example.ids.tobytes())

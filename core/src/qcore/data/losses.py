@@ -138,4 +138,5 @@ class Losses:
             row=row,
             field=f"{at}.content",
             message=f"the chat template does not render {what} ({lost} characters)",
+            what="changed text",
         )

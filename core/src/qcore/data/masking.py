@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..api.media import RowError
 from ..api.records import ChatFormat
+from .chat_record import own_variables
 from .media_spans import less_media, place
 from .pieces import PieceEncoder, encode_whole
 from .row_plan import RowPlan
@@ -45,6 +46,7 @@ class Example:
         row: number of its row over all sources, from 1.
         sample: number within the row, from 1.
         reasoned: number of trained turns with reasoning.
+        variables: its row's own ``chat_template_kwargs`` as JSON; empty without them.
         spans: consecutive ranges of its tokens with the reason of each; empty unless asked for.
     """
 
@@ -58,6 +60,7 @@ class Example:
     row: int = 0
     sample: int = 1
     reasoned: int = 0
+    variables: str = ""
     spans: tuple[Span, ...] = ()
 
 
@@ -189,6 +192,7 @@ def encode_sample(
         row=plan.row.row,
         sample=draft.sample,
         reasoned=sum(reasoned),
+        variables=own_variables(plan.row.variables),
         spans=tuple(token_spans(spans_, offsets, made)) if explain else (),
     )
     sample = Sample(sample=draft.sample, text=text, spans=spans_, turns=draft.turns)

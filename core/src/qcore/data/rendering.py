@@ -11,7 +11,6 @@ read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..api.media import RowError
 from ..api.records import ChatFormat
 from ..errors import InputError, nearest
-from .chat_record import ChatRecord, chat_record
+from .chat_record import ChatRecord, TrainedTurns, chat_record
 from .findings import NOTE, WARNING, DataFinding, Findings
 from .fitting import fitted
 from .formats import IGNORED, load_formats
@@ -122,7 +121,6 @@ class Renderer:
         self._finders: dict[tuple[Path, Path | None], Finder] = {}
         self._pieces = PieceEncoder(tokenizer, chat_format.turn_start)
         self._losses = Losses(chat_format, tokenizer, self.findings)
-        self._own_variables: set[str] = set()
         self._formats = load_formats()
         self._samples = self._rendered = self._tokens = 0
         self._split = 0
@@ -215,7 +213,6 @@ class Renderer:
                     expected=" or ".join(self._names) or "none: this template has no variables",
                     fix=f"did you mean {near}?" if near else "leave it out",
                 )
-        self._own_variables.add(json.dumps(row.variables, sort_keys=True))
 
     def _seen(self, rows: Iterable[ChatRow]) -> Iterator[ChatRow]:
         """Read the media of each row and drop the references, which may be data URLs.
@@ -371,21 +368,13 @@ class Renderer:
         Args:
             examples: the training samples.
         """
-        turns = reasoned = 0
+        trained = TrainedTurns()
         for example in examples:
-            turns += example.turns
-            reasoned += example.reasoned
-        return self.record(turns, reasoned)
+            trained.add(example)
+        return self.record(trained)
 
-    def record(self, turns: int, reasoned: int) -> ChatRecord:
-        """As `chat`, from the number of trained turns and of those with reasoning."""
-        alike = len(self._own_variables) == 1
-        own = json.loads(next(iter(self._own_variables))) if alike else {}
-        record = chat_record(
-            self.template.sha256,
-            {**self.options.variables, **own},
-            self._switch,
-            (reasoned, turns - reasoned),
-        )
+    def record(self, trained: TrainedTurns) -> ChatRecord:
+        """As `chat`, from the trained turns."""
+        record = chat_record(self.template.sha256, self.options.variables, self._switch, trained)
         self.findings.extend(record.findings())
         return record

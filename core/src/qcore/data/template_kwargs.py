@@ -103,6 +103,33 @@ def recorded_variables(meta: Mapping[str, Any], source: object) -> Entries[Plain
     return checked
 
 
+def recorded_template(meta: Mapping[str, Any]) -> str:
+    """SHA-256 of the chat template in the manifest of an adapter or a merge; empty without one.
+
+    It is that of ``meta.chat``; manifests of earlier versions have that of the run's identity.
+    """
+    sha256 = _inner(meta, None, "chat", "template_sha256")
+    sha256 = sha256 or _inner(meta, None, "identity", "template")
+    return sha256 if isinstance(sha256, str) else ""
+
+
+def other_template(meta: Mapping[str, Any], template: Template | None, name: str) -> str:
+    """A warning that a manifest records another chat template than a checkpoint has; or empty.
+
+    Args:
+        meta: the manifest's meta.
+        template: of the checkpoint.
+        name: what was trained.
+    """
+    before, now = recorded_template(meta), template.sha256 if template is not None else ""
+    if not before or before == now:
+        return ""
+    return (
+        f"{name} was trained under another chat template (sha256 {before[:12]}) than the "
+        f"checkpoint has ({now[:12] or 'none'}): conversations render differently"
+    )
+
+
 def mixed_modes(meta: Mapping[str, Any]) -> str:
     """What a manifest says of turns that were trained both with and without reasoning.
 

@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.frozen_map import Entries, Plain
-from ..data.template_kwargs import check_variables, mixed_modes, recorded_variables
+from ..data.template_kwargs import (
+    check_variables,
+    mixed_modes,
+    other_template,
+    recorded_variables,
+)
 from ..errors import InputError, UsageError
 from ..io.artifact import MANIFEST, read_manifest
 
@@ -37,6 +42,10 @@ class Recorded:
     meta: Mapping[str, Any]
     source: Path | None
     name: str
+
+    def warning(self, template: Template | None) -> str:
+        """That the checkpoint has another chat template than the record names; empty if not."""
+        return other_template(self.meta, template, self.name)
 
     def variables(
         self, template: Template | None, overrides: Mapping[str, Plain]

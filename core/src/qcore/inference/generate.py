@@ -201,6 +201,8 @@ class Generator:
         record = chat_record(self.base.checkpoint, self.adapter)
         variables, notes = record.variables(self.base.checkpoint.template, overrides)
         self.reporter.lines(notes)
+        if warning := record.warning(self.base.checkpoint.template):
+            self.reporter.warning(warning)
         return variables
 
     def _kernels(self) -> Chosen:

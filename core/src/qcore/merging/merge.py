@@ -36,7 +36,7 @@ from ..adapter.reader import read_adapter
 from ..checkpoint.checkpoint import Checkpoint, read_headers
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.quantization_formats import Format
-from ..data.template_kwargs import mixed_modes, recorded_variables
+from ..data.template_kwargs import mixed_modes, other_template, recorded_variables
 from ..errors import InputError, NumericError, UsageError
 from ..io.artifact import MANIFEST, Writer, check_target, publish, read_manifest
 from ..plugins.resolve_model import Identified, identify
@@ -184,14 +184,8 @@ def _prove(merger: MergePass, written: Path, reporter: Reporter) -> dict[str, fl
 
 def _template_notes(base: Identified, adapter: Adapter) -> Iterator[str]:
     """How the rows of the adapter were rendered, where that differs from the checkpoint's own."""
-    identity = adapter.meta.get("identity", {})
-    template = base.checkpoint.template
-    before, now = identity.get("template"), template.sha256 if template else None
-    if before is not None and before != now:
-        yield (
-            f"the adapter was trained under another chat template (sha256 {before[:12]}) than "
-            f"this base has ({str(now)[:12]}): rows render differently"
-        )
+    if warning := other_template(adapter.meta, base.checkpoint.template, "the adapter"):
+        yield warning
     variables = recorded_variables(adapter.meta, adapter.path)
     if variables:
         values = ", ".join(f"{name}={json.dumps(value)}" for name, value in variables.items())

@@ -26,7 +26,7 @@ from ..adapter.delta import Deltas
 from ..adapter.peft_names import CONFIG, WEIGHTS, Adapter
 from ..adapter.reader import read_adapter
 from ..config.settings import SPECS, Settings
-from ..data.template_kwargs import recorded_variables
+from ..data.template_kwargs import recorded_template, recorded_variables
 from ..errors import InputError, UsageError
 from ..io.atomic import reading
 from ..nn.model import Model
@@ -257,7 +257,7 @@ def _differences(initial: InitialAdapter, model: Identified, now: Settings) -> I
             f"warning: the initial adapter is for class '{adapter.namespace.name}', and this run "
             f"writes one for class '{now.adapter_class}'"
         )
-    before, template = _recorded_template(adapter.meta), model.checkpoint.template
+    before, template = recorded_template(adapter.meta), model.checkpoint.template
     sha256 = template.sha256 if template else ""
     if before and before != sha256:
         yield (
@@ -269,14 +269,6 @@ def _differences(initial: InitialAdapter, model: Identified, now: Settings) -> I
         was, value = recorded.get(key), now.to_dict()[key]
         if was is not None and was != value:
             yield f"{what} with {key} {was or 'empty'}, and it is {value or 'empty'} now"
-
-
-def _recorded_template(meta: Mapping[str, Any]) -> str:
-    """SHA-256 of the chat template in a manifest; empty if it records none."""
-    sha256 = _mapping(meta, "chat").get("template_sha256") or _mapping(meta, "identity").get(
-        "template"
-    )
-    return sha256 if isinstance(sha256, str) else ""
 
 
 def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:

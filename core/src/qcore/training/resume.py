@@ -43,11 +43,13 @@ def identity(run: Run, base: Mapping[str, str] | None = None) -> dict[str, Any]:
         "template": provenance["template_sha256"],
         "plugins": provenance["plugins"],
         "data": data["sha256"],
+        "eval_data": data.get("eval_sha256"),
         **({"media": data["media_sha256"]} if data.get("media_sha256") else {}),
         "init_adapter": run.initial.sha256 if run.initial is not None else None,
         "settings": run.settings.to_dict(),
         # After what decides the rows, so that a changed template or setting is named by its name.
         "samples": data["samples_sha256"],
+        "eval_samples": data.get("eval_samples_sha256"),
         "device": run.device.type,
         "kernels": run.kernels.backends,
         "torch": torch.__version__,
