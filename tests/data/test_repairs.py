@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from dataclasses import replace
 from itertools import pairwise
@@ -516,7 +517,7 @@ def test_tools_that_no_turn_calls() -> None:
 @pytest.mark.parametrize(
     ("schema", "good", "bad"),
     [
-        ({"type": "integer"}, [1, 2.0], ["1", True, 1.5]),
+        ({"type": "integer"}, [1], ["1", True, 1.5, 2.0**60]),
         ({"type": "number"}, [1, 2.5], ["1", True]),
         ({"type": "string"}, ["1"], [1, True, {}, []]),
         ({"type": "boolean"}, [True], ["true", 1]),
@@ -532,6 +533,28 @@ def test_types_of_arguments(schema: Any, good: list[Any], bad: list[Any]) -> Non
         for value in values:
             _, found = fixed(*calling(call("f", x=value)), tools=[tool("f", x=schema)])
             assert found == findings, value
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "made"),
+    [
+        ({"type": "integer"}, 3.0, 3),
+        ({"type": ["integer", "null"]}, -2.0, -2),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, 3.0, 3),
+        ({"type": "array", "items": {"type": "integer"}}, [1.0, 2.0], [1, 2]),
+        ({"type": "object", "properties": {"a": {"type": "integer"}}}, {"a": 0.0, "b": 1.0},
+         {"a": 0, "b": 1.0}),
+        ({"type": "number"}, 3.0, 3.0),
+        ({"type": ["integer", "number"]}, 3.0, 3.0),
+        ({}, 3.0, 3.0),
+    ],
+)  # fmt: skip
+def test_doubles_of_column_formats_become_integers(schema: Any, value: Any, made: Any) -> None:
+    messages, found = fixed(*calling(call("f", x=value)), tools=[tool("f", x=schema)])
+    argument = messages[1]["tool_calls"][0]["function"]["arguments"]["x"]
+    assert json.dumps(argument) == json.dumps(made)
+    wanted = [("QC-DATA-058", "note", "messages[1].tool_calls")]
+    assert found == ([] if json.dumps(value) == json.dumps(made) else wanted)
 
 
 # Probes.
