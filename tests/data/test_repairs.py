@@ -470,7 +470,7 @@ def test_words_that_are_no_marks(said: str) -> None:
 
 def test_marks_of_unknown_kinds_are_text() -> None:
     context = replace(CONTEXT, kinds=())
-    assert fixed(user("<image>"), bot("Red."), context=context)[1] == []
+    assert fixed(user("<table>"), bot("Red."), context=context)[1] == []
 
 
 def test_marks_in_answers_are_text() -> None:
@@ -555,6 +555,29 @@ def test_doubles_of_column_formats_become_integers(schema: Any, value: Any, made
     assert json.dumps(argument) == json.dumps(made)
     wanted = [("QC-DATA-058", "note", "messages[1].tool_calls")]
     assert found == ([] if json.dumps(value) == json.dumps(made) else wanted)
+
+
+@pytest.mark.parametrize(
+    ("messages", "more"),
+    [
+        ([user("<image>What color?"), bot("Red.")], {}),
+        ([user("Hear this: <audio>"), bot("Red.")], {}),
+        ([user("In <image> it is?"), bot("Red.")], {"image": "red.png"}),
+        ([user("q"), bot("See <image>.")], {"picture": "red.png"}),
+        ([system("Look at <video>."), user("q"), bot("a")], {"videos": ["a.mp4"]}),
+    ],
+)
+def test_marks_without_a_reader_are_refused(messages: Any, more: Any) -> None:
+    with pytest.raises(RowError) as caught:
+        repair({"messages": messages, **more}, replace(CONTEXT, kinds=()), raw={**more})
+    assert caught.value.code == "QC-DATA-055"
+    assert "install a plugin" in str(caught.value.fix)
+
+
+def test_markup_without_media_passes() -> None:
+    for messages in ([user("What is <audio> for?"), bot("<audio> plays.")],):
+        _, found = repair({"messages": messages}, replace(CONTEXT, kinds=()))
+        assert found == ()
 
 
 # Probes.

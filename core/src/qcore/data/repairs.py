@@ -88,7 +88,7 @@ def repair(
     turns = write_whole_numbers(turns, tools, notes)
     _check_empty(turns, notes)
     turns = repair_order(turns, context, notes)
-    check_marks(turns, context.kinds)
+    check_marks(turns, context.kinds, raw)
     check_calls(turns, tools, notes)
     return {**row, "messages": [dict(turn.message) for turn in turns]}, tuple(notes.found)
 
