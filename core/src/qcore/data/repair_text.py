@@ -237,7 +237,9 @@ def check_marks(turns: Sequence[Placed], kinds: tuple[str, ...], raw: Any = None
         types = [part.get("type") for part in parts if isinstance(part, dict)]
         for part in parts:
             text = part.get("text") if isinstance(part, dict) else part
-            for kind in pattern.findall(text) if isinstance(text, str) and "<" in text else ():
+            if not isinstance(text, str) or "<" not in text:
+                continue
+            for kind in pattern.findall(text):
                 if not kind or f"</{kind}>" in text:
                     continue
                 mark, user = f"<{kind}>", turn.role == "user"
