@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import gzip
 import hashlib
 import io
@@ -31,6 +32,7 @@ from qcore.errors import InputError
 
 ROWS = [{"id": str(i), "messages": row["messages"]} for i, row in enumerate(conversations(40))]
 PAIRS = [{"prompt": f'Qu\u00e9 {i},\n"{i}"?', "response": f"{i};\t'"} for i in range(30)]
+TIME = datetime.datetime(2024, 5, 1)
 LZ4 = pa.ipc.IpcWriteOptions(compression="lz4")
 BOM = b"\xef\xbb\xbf"
 
@@ -156,7 +158,6 @@ def test_columns(name: str, data: bytes, tmp_path: Path) -> None:
 
 
 def test_values_of_columns_become_json(tmp_path: Path) -> None:
-    import datetime
     import decimal
 
     day = datetime.date(2026, 1, 2)
@@ -187,6 +188,49 @@ def test_values_of_columns_become_json(tmp_path: Path) -> None:
         "calls": [{"x": 1, "y": None}, {"x": None, "y": 2}],
     }
     assert second["json"] is second["nested"] is second["image"] is None
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "fields"),
+    [
+        ({"messages": [{"role": "user", "content": TIME}]}, "messages.content", {}),
+        ({"messages": [{"tool_calls": [{"function": {"arguments": {"date": TIME}}}]}]},
+         "messages.tool_calls.function.arguments.date", {}),
+        ({"prompt": "a", "completion": TIME}, "completion", {}),
+        ({"prompt": "a", "tools": [{"parameters": {"since": TIME}}]},
+         "tools.parameters.since", {}),
+        ({"dialog": [{"utterance": TIME}]}, "dialog.utterance",
+         {"messages": "dialog", "content": "utterance"}),
+        ({"prompt": datetime.time(8, 30)}, "prompt", {}),
+        ({"said": TIME}, "said", {"prompt": "said"}),
+    ],
+)  # fmt: skip
+def test_times_in_place_of_text_are_refused(
+    row: Any, field: str, fields: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    with pytest.raises(InputError) as caught:
+        list(records(Source(name="a", files=(path,), fields=fields)))
+    assert (caught.value.code, caught.value.field) == ("QC-DATA-034", field)
+    column = field.partition(".")[0]
+    assert f"ignore_columns: [{column}]" in str(caught.value.fix)
+
+
+def test_dates_and_times_of_metadata_pass(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    row = {
+        "prompt": TIME.date(),
+        "created": TIME,
+        "metadata": {"value": TIME},
+        "messages": [{"role": "user", "content": "a", "timestamp": TIME}],
+    }
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    at = "2024-05-01T00:00:00"
+    assert values(path) == [{
+        "prompt": "2024-05-01", "created": at, "metadata": {"value": at},
+        "messages": [{"role": "user", "content": "a", "timestamp": at}],
+    }]  # fmt: skip
 
 
 def test_a_file_that_datasets_wrote(tmp_path: Path) -> None:

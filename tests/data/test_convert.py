@@ -38,7 +38,7 @@ def test_rows_of_several_formats_are_written(tmp_path: Path) -> None:
     assert report.as_json() == {
         "output": str(out), "rows": 3, "rejected": 0,
         "formats": {"sharegpt": 1, "alpaca": 1, "openai": 1},
-        "ignored_columns": {"source": 1}, "media_root": None,
+        "ignored_columns": {"source": 1}, "findings": [], "media_root": None,
     }  # fmt: skip
     assert verify(out).ok
     manifest = read_manifest(out)
@@ -71,6 +71,63 @@ def test_relative_media_become_absolute(tmp_path: Path) -> None:
     ]
     assert second == absolute
     assert report.media_root == folder
+
+
+def test_relative_media_are_looked_up_in_the_media_root(tmp_path: Path) -> None:
+    root = tmp_path / "media"
+    root.mkdir()
+    (root / "a.png").write_bytes(b"x")
+    content = [{"type": "image", "image": "a.png"}]
+    rows = records(
+        tmp_path, {"messages": [{"role": "user", "content": content}, QA[1]]}, media_root=root
+    )
+    report = convert(rows, tmp_path / "out", Formats(kinds=("image",)))
+    (row,) = written(tmp_path / "out")
+    assert row["messages"][0]["content"] == [{"type": "image", "image": str(root / "a.png")}]
+    assert report.media_root == root
+    content[0]["image"] = "../../a.png"
+    with pytest.raises(InputError) as caught:
+        convert(rows, tmp_path / "other", Formats(kinds=("image",)))
+    assert caught.value.code == "QC-MEDIA-004"
+    assert caught.value.field == "line 1, messages[0].content[0]"
+
+
+def test_null_padding_is_dropped_as_in_training(tmp_path: Path) -> None:
+    # Hand-written as `datasets` returns such rows: all calls have the keys of all functions.
+    def schema(name: str, **types: Any) -> dict[str, Any]:
+        properties = {key: {"type": kind} for key, kind in types.items()}
+        parameters = {"type": "object", "properties": properties}
+        return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+    call = {"type": "function", "function": {"name": "weather",
+            "arguments": {"city": "Lima", "room": None}}}  # fmt: skip
+    empty = {"tool_calls": None, "name": None}
+    row = {
+        "messages": [
+            {"role": "user", "content": "q", **empty},
+            {"role": "assistant", "content": "", "name": None, "tool_calls": [call]},
+            {"role": "tool", "content": "r", "tool_calls": None, "name": "weather"},
+            {"role": "assistant", "content": "a", **empty},
+        ],
+        "tools": json.dumps([schema("weather", city="string", room=["string", "null"])]),
+    }
+    report = convert(records(tmp_path, row), tmp_path / "out", Formats())
+    (made,) = written(tmp_path / "out")
+    calls = made["messages"][1]["tool_calls"]
+    assert calls[0]["function"]["arguments"] == {"city": "Lima"}
+    assert [entry["code"] for entry in report.as_json()["findings"]] == ["QC-DATA-053"]
+
+
+def test_what_repairs_refuse_is_refused(tmp_path: Path) -> None:
+    orphan = [QA[0], {"role": "tool", "content": "r"}, QA[1]]
+    with pytest.raises(InputError) as caught:
+        convert(records(tmp_path, {"messages": orphan}), tmp_path / "out", Formats())
+    assert caught.value.code == "QC-DATA-051"
+
+
+def test_rows_of_an_untrained_source_say_so(tmp_path: Path) -> None:
+    convert(records(tmp_path, SHAREGPT, train=False), tmp_path / "out", Formats())
+    assert written(tmp_path / "out") == [{"messages": QA, "train": False}]
 
 
 def test_nothing_is_written_if_a_row_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from dataclasses import replace
 from itertools import pairwise
@@ -469,7 +470,7 @@ def test_words_that_are_no_marks(said: str) -> None:
 
 def test_marks_of_unknown_kinds_are_text() -> None:
     context = replace(CONTEXT, kinds=())
-    assert fixed(user("<image>"), bot("Red."), context=context)[1] == []
+    assert fixed(user("<table>"), bot("Red."), context=context)[1] == []
 
 
 def test_marks_in_answers_are_text() -> None:
@@ -516,7 +517,7 @@ def test_tools_that_no_turn_calls() -> None:
 @pytest.mark.parametrize(
     ("schema", "good", "bad"),
     [
-        ({"type": "integer"}, [1, 2.0], ["1", True, 1.5]),
+        ({"type": "integer"}, [1], ["1", True, 1.5, 2.0**60]),
         ({"type": "number"}, [1, 2.5], ["1", True]),
         ({"type": "string"}, ["1"], [1, True, {}, []]),
         ({"type": "boolean"}, [True], ["true", 1]),
@@ -532,6 +533,51 @@ def test_types_of_arguments(schema: Any, good: list[Any], bad: list[Any]) -> Non
         for value in values:
             _, found = fixed(*calling(call("f", x=value)), tools=[tool("f", x=schema)])
             assert found == findings, value
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "made"),
+    [
+        ({"type": "integer"}, 3.0, 3),
+        ({"type": ["integer", "null"]}, -2.0, -2),
+        ({"anyOf": [{"type": "integer"}, {"type": "null"}]}, 3.0, 3),
+        ({"type": "array", "items": {"type": "integer"}}, [1.0, 2.0], [1, 2]),
+        ({"type": "object", "properties": {"a": {"type": "integer"}}}, {"a": 0.0, "b": 1.0},
+         {"a": 0, "b": 1.0}),
+        ({"type": "number"}, 3.0, 3.0),
+        ({"type": ["integer", "number"]}, 3.0, 3.0),
+        ({}, 3.0, 3.0),
+    ],
+)  # fmt: skip
+def test_doubles_of_column_formats_become_integers(schema: Any, value: Any, made: Any) -> None:
+    messages, found = fixed(*calling(call("f", x=value)), tools=[tool("f", x=schema)])
+    argument = messages[1]["tool_calls"][0]["function"]["arguments"]["x"]
+    assert json.dumps(argument) == json.dumps(made)
+    wanted = [("QC-DATA-058", "note", "messages[1].tool_calls")]
+    assert found == ([] if json.dumps(value) == json.dumps(made) else wanted)
+
+
+@pytest.mark.parametrize(
+    ("messages", "more"),
+    [
+        ([user("<image>What color?"), bot("Red.")], {}),
+        ([user("Hear this: <audio>"), bot("Red.")], {}),
+        ([user("In <image> it is?"), bot("Red.")], {"image": "red.png"}),
+        ([user("q"), bot("See <image>.")], {"picture": "red.png"}),
+        ([system("Look at <video>."), user("q"), bot("a")], {"videos": ["a.mp4"]}),
+    ],
+)
+def test_marks_without_a_reader_are_refused(messages: Any, more: Any) -> None:
+    with pytest.raises(RowError) as caught:
+        repair({"messages": messages, **more}, replace(CONTEXT, kinds=()), raw={**more})
+    assert caught.value.code == "QC-DATA-055"
+    assert "install a plugin" in str(caught.value.fix)
+
+
+def test_markup_without_media_passes() -> None:
+    for messages in ([user("What is <audio> for?"), bot("<audio> plays.")],):
+        _, found = repair({"messages": messages}, replace(CONTEXT, kinds=()))
+        assert found == ()
 
 
 # Probes.

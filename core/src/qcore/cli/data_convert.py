@@ -47,6 +47,8 @@ def convert(output: Path, sets: tuple[str, ...], as_json: bool, **options: Any) 
         click.echo(f"{report.rejected:,} rows were left out (bad_rows=skip)")
     for name, count in sorted(report.ignored.items()):
         click.echo(f"left out: {name} of {count:,} rows")
+    for line in report.findings.lines():
+        click.echo(line)
     if report.media_root is not None:
         click.echo(f"paths of media are absolute: pass --media-root {report.media_root}")
 

@@ -2,9 +2,10 @@
 
 This file decides how Arrow values become JSON values: numbers, strings, lists and objects as they
 are, columns of type JSON parsed, dates and times in ISO 8601, decimals as strings, binary as
-bytes (media columns hold them). Nulls stay, also those that Arrow adds to make the keys of all
-rows equal; `qcore.data.repairs` decides about them. Only a batch is in memory. `pyarrow` is
-imported here, and nowhere else.
+bytes (media columns hold them). A time where a conversation has text is refused: Arrow infers times
+from strings, and the string cannot be restored. A date has one spelling and stays text. Nulls
+stay, also those that Arrow adds to make the keys of all rows equal; `qcore.data.repairs` decides
+about them. Only a batch is in memory. `pyarrow` is imported here, and nowhere else.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Final
 
 from ..api.media import RowError
 from ..errors import InputError
+from .column_times import check_times, is_list
 from .jsonl import MAX_DEPTH, MAX_LINE, parse, too_long
 from .streams import Damaged, not_installed, opened
 
@@ -28,17 +30,20 @@ _BUFFER: Final = 1 << 20  # bytes of a Parquet column chunk that are read at a t
 Decoder = Callable[[Any, str], Any]
 
 
-def rows(path: Path, container: str, ignore: Collection[str] = ()) -> Iterator[Any]:
+def rows(
+    path: Path, container: str, ignore: Collection[str] = (), texts: Collection[str] = ()
+) -> Iterator[Any]:
     """Yield the rows of a file as objects, or a `RowError` in place of one.
 
     Args:
         path: the file.
         container: ``parquet``, ``arrow`` or ``arrow_stream``.
         ignore: columns that are not read.
+        texts: further columns and keys of messages that are text, as a field mapping names them.
 
     Raises:
         InputError: ``QC-DATA-033`` `pyarrow` is not installed, ``-034`` a column that cannot be
-            read.
+            read, or that has times in place of text.
         Damaged: the file is cut or corrupt.
     """
     pa = _pyarrow(path, container)
@@ -48,6 +53,7 @@ def rows(path: Path, container: str, ignore: Collection[str] = ()) -> Iterator[A
         for schema, batch in read(pa, path, container, ignore):
             if decoders is None:
                 decoders = _decoders(pa, schema, path, ignore)
+                check_times(pa, schema, path, ignore, frozenset(texts))
             if batch is not None:
                 yield from _rows(batch.select(list(decoders)), decoders)
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names, not UTF-8
@@ -280,7 +286,7 @@ def _decoder(pa: Any, type_: Any, depth: int) -> Decoder | None:
         if not (kinds.is_string(type_.key_type) or kinds.is_large_string(type_.key_type)):
             raise _UnsupportedType(f"{str(type_)[:80]}, with keys that are not strings")
         return _map(_decoder(pa, type_.item_type, depth + 1))
-    if _is_list(kinds, type_):
+    if is_list(kinds, type_):
         return _list(_decoder(pa, type_.value_type, depth + 1))
     if kinds.is_floating(type_):
         return _finite
@@ -296,16 +302,6 @@ def _decoder(pa: Any, type_: Any, depth: int) -> Decoder | None:
     if any(is_kind(type_) for is_kind in plain):
         return None
     raise _UnsupportedType(str(type_)[:80])
-
-
-def _is_list(kinds: Any, type_: Any) -> bool:
-    return bool(
-        kinds.is_list(type_)
-        or kinds.is_large_list(type_)
-        or kinds.is_fixed_size_list(type_)
-        or kinds.is_list_view(type_)
-        or kinds.is_large_list_view(type_)
-    )
 
 
 def _struct(fields: dict[str, Decoder | None]) -> Decoder | None:

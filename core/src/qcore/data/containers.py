@@ -8,7 +8,7 @@ because nobody knows what it should have held, so that no policy may skip it. Me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -99,7 +99,10 @@ def _contents(
     if as_file.container in _COLUMNAR:
         if digest is not None:
             _hash(path, digest)
-        yield from enumerate(columnar.rows(path, as_file.container, source.ignore_columns), 1)
+        texts = _names(source.fields)
+        yield from enumerate(
+            columnar.rows(path, as_file.container, source.ignore_columns, texts), 1
+        )
         return
     with decompressed(path, as_file.compression, digest) as file:
         if as_file.container in csv_rows.DELIMITERS:
@@ -109,6 +112,17 @@ def _contents(
         for number, raw in elements(file) if array else raw_lines(file, path):
             if raw is None or array or (raw := raw.strip(b" \t\r\n")):
                 yield number, raw
+
+
+def _names(fields: Mapping[str, Any]) -> set[str]:
+    """Columns and keys that a field mapping names as part of a conversation."""
+    names: set[str] = set()
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            names |= _names(value)
+        elif isinstance(value, str) and key not in ("id", "metadata"):
+            names.add(value.removeprefix("messages[]."))
+    return names
 
 
 def _value(raw: bytes | dict[str, Any] | RowError | None) -> dict[str, Any] | RowError:

@@ -2,12 +2,14 @@
 
 This file decides what the folder of ``qcore data convert`` holds: ``rows.jsonl`` with a canonical
 row a line, and a manifest with the schema's version, the formats and the columns that were left
-out. Relative paths of media become absolute, because the file moves; the report names the folder
-that ``--media-root`` must allow. Whether a template and a model accept the rows is left to
-``qcore data check``.
+out. Rows are repaired before they are written, because some repairs need the row as it was before
+the conversion (null padding); those that depend on a chat template are left to training. The rows
+of a source with ``train: false`` say so themselves. Relative paths of media become absolute,
+because the file moves; the report names the folder that ``--media-root`` must allow. Whether a
+template and a model accept the rows is left to ``qcore data check``.
 
-Codes: those of the row formats, ``QC-DATA-006`` a canonical row that the schema does not allow,
-``-014`` the number of refused rows beyond those that are shown.
+Codes: those of the row formats, of the repairs and of media paths, ``QC-DATA-006`` a canonical row
+that the schema does not allow, ``-014`` the number of refused rows beyond those that are shown.
 """
 
 from __future__ import annotations
@@ -24,14 +26,21 @@ from typing import Any
 from ..api.media import RowError
 from ..errors import InputError, QcoreError, raise_all
 from ..io.artifact import publish
+from .findings import Findings
 from .formats import SCHEMA_VERSION, Formats
+from .media_paths import Folders
 from .rejects import SHOWN
+from .repair_notes import RepairContext
+from .repairs import repair
 from .source import Record
+from .template_probes import Abilities
 
 ROWS = "rows.jsonl"
 _ROLES = ("system", "user", "assistant", "tool")
 _UNSAFE = re.compile("[\ud800-\udfff\u0085\u2028\u2029]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+#: A template that needs no repair: training repairs what its own template does not render.
+_ANY_TEMPLATE = Abilities(calls="json", wraps_results=False, late_system=True, answers_first=True)
 
 Refuse = Callable[[Record, RowError], None]
 
@@ -46,6 +55,7 @@ class ConvertReport:
         rejected: rows that were refused.
         formats: rows by format.
         ignored: rows by column that was left out.
+        findings: what was repaired or noticed.
         media_root: the folder below which all media of relative paths lie; ``None`` without any.
     """
 
@@ -54,6 +64,7 @@ class ConvertReport:
     rejected: int = 0
     formats: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
+    findings: Findings = field(default_factory=Findings)
     media_root: Path | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -64,6 +75,7 @@ class ConvertReport:
             "rejected": self.rejected,
             "formats": dict(self.formats),
             "ignored_columns": dict(self.ignored),
+            "findings": self.findings.summary(),
             "media_root": None if self.media_root is None else str(self.media_root),
         }
 
@@ -93,12 +105,12 @@ def convert(
     """
     report = ConvertReport(output=output)
     refused = _Refused()
-    folders: set[str] = set()
+    made = _Lines(formats, report)
     with publish(output, "rows", overwrite) as writer:
         with writer.stream(ROWS) as stream:
             for record in records:
                 try:
-                    line = _line(record, formats, report, folders)
+                    line = made.line(record)
                 except RowError as bad:
                     report.rejected += 1
                     (refuse or refused.add)(record, bad)
@@ -106,7 +118,8 @@ def convert(
                     report.rows += 1
                     stream.write(line)
         refused.stop()
-        report.media_root = Path(os.path.commonpath(folders)) if folders else None
+        bases = made.bases
+        report.media_root = Path(os.path.commonpath(bases)) if bases else None
         writer.meta.update(
             {
                 "schema_version": SCHEMA_VERSION,
@@ -116,15 +129,94 @@ def convert(
     return report
 
 
-def _line(record: Record, formats: Formats, report: ConvertReport, folders: set[str]) -> bytes:
-    if isinstance(record.value, RowError):
-        raise record.value
-    source = record.source
-    read = formats.read(
-        record.value, forced=source.format, fields=source.fields, ignore=source.ignore_columns
-    )
-    _check(read.row)
-    row = _with_absolute_media(read.row, record.path.parent, folders)
+class _Lines:
+    """Makes the canonical line of each record.
+
+    Args:
+        formats: the row formats.
+        report: receives the counts.
+
+    Attributes:
+        bases: the folders below which media of relative paths lie.
+    """
+
+    def __init__(self, formats: Formats, report: ConvertReport) -> None:
+        self._formats = formats
+        self._report = report
+        self._context = RepairContext(abilities=_ANY_TEMPLATE, kinds=formats.kinds)
+        self._folders: dict[tuple[Path, Path | None], Folders] = {}
+        self._number = 0
+        self.bases: set[str] = set()
+
+    def line(self, record: Record) -> bytes:
+        """The row as one line of JSON.
+
+        Raises:
+            RowError: the row is refused.
+        """
+        self._number += 1
+        if isinstance(record.value, RowError):
+            raise record.value
+        source = record.source
+        read = self._formats.read(
+            record.value, forced=source.format, fields=source.fields, ignore=source.ignore_columns
+        )
+        _check(read.row)
+        row, notes = repair(read.row, self._context, number=self._number, raw=record.value)
+        if not source.train:
+            row["train"] = False
+        line = _json(self._with_absolute_media(row, record))
+        self._report.formats[read.format] += 1
+        self._report.ignored.update(set(read.ignored))
+        self._report.findings.extend(notes)
+        return line + b"\n"
+
+    def _with_absolute_media(self, row: dict[str, Any], record: Record) -> dict[str, Any]:
+        """The row with every relative path of a medium made absolute."""
+        if all(isinstance(message["content"], str) for message in row["messages"]):
+            return row
+
+        def part(value: dict[str, Any], at: str) -> dict[str, Any]:
+            named = value["type"]
+            if named == "text":
+                return value
+            return {**value, named: self._absolute(value[named], record, at)}
+
+        messages = [
+            {
+                **message,
+                "content": [
+                    part(item, f"messages[{index}].content[{place}]")
+                    for place, item in enumerate(message["content"])
+                ],
+            }
+            if isinstance(message["content"], list)
+            else message
+            for index, message in enumerate(row["messages"])
+        ]
+        return {**row, "messages": messages}
+
+    def _absolute(self, value: Any, record: Record, at: str) -> Any:
+        if isinstance(value, list):
+            return [self._absolute(item, record, at) for item in value]
+        if not isinstance(value, str) or _SCHEME.match(value) or os.path.isabs(value):
+            return value
+        key = record.path.parent, record.source.media_root
+        folders = self._folders.setdefault(key, Folders(*key))
+        try:
+            path = folders.find(value)
+        except RowError as bad:
+            raise bad.within(at) from None
+        base = next(
+            folder
+            for folder in (root.resolve() for root in key if root is not None)
+            if path.is_relative_to(folder)
+        )
+        self.bases.add(str(base))
+        return str(path)
+
+
+def _json(row: Mapping[str, Any]) -> bytes:
     try:
         text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:  # bytes or NaN, which column formats have
@@ -134,10 +226,7 @@ def _line(record: Record, formats: Formats, report: ConvertReport, folders: set[
     if not text.isascii():
         # Lone surrogates are not UTF-8, and some readers end a line at these three separators.
         text = _UNSAFE.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
-    line = text.encode("utf-8")
-    report.formats[read.format] += 1
-    report.ignored.update(set(read.ignored))
-    return line + b"\n"
+    return text.encode("utf-8")
 
 
 def _check(row: Mapping[str, Any]) -> None:
@@ -161,33 +250,6 @@ def _check(row: Mapping[str, Any]) -> None:
                     "QC-DATA-006", "is not a part", at=f"{at}.content[{place}]",
                     expected='{"type": "text", "text": ...}',
                 )  # fmt: skip
-
-
-def _with_absolute_media(row: dict[str, Any], folder: Path, folders: set[str]) -> dict[str, Any]:
-    """The row with every relative path of a medium made absolute; `folders` collects the base."""
-    if all(isinstance(message["content"], str) for message in row["messages"]):
-        return row
-
-    def absolute(value: Any) -> Any:
-        if isinstance(value, list):
-            return [absolute(item) for item in value]
-        if not isinstance(value, str) or _SCHEME.match(value) or os.path.isabs(value):
-            return value
-        base = folder.resolve()
-        folders.add(str(base))
-        return str(base / value)
-
-    def part(given: dict[str, Any]) -> dict[str, Any]:
-        named = given["type"]
-        return given if named == "text" else {**given, named: absolute(given[named])}
-
-    messages = [
-        {**message, "content": [part(item) for item in message["content"]]}
-        if isinstance(message["content"], list)
-        else message
-        for message in row["messages"]
-    ]
-    return {**row, "messages": messages}
 
 
 class _Refused:

@@ -13,8 +13,11 @@ the same keys and fills in null; a template would render it as a value. A null i
 Objects inside arguments are padded, too; a null in a list is a value. An object whose schema lists
 no properties may have any, so that a null in it is a value unless the row shows padding.
 
+A column format also writes integers as doubles where another row has a fraction: they become
+integers again where the schema says so.
+
 Codes: ``QC-DATA-053`` null padding, ``-057`` functions that `tools` does not declare or that are
-not called, ``-058`` a value that does not fit its schema.
+not called, ``-058`` a value that does not fit its schema, or a double that became an integer.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from ..api.media import RowError
 from .repair_notes import Notes, Placed, function_of, functions_of
 
 PADDING, UNDECLARED, MISFIT = "QC-DATA-053", "QC-DATA-057", "QC-DATA-058"
+_EXACT = 2**53  #: up to here every integer is a double
 _MESSAGE_KEYS = (
     "tool_calls", "function_call", "tool_call_id", "name", "reasoning_content", "reasoning",
     "thinking",
@@ -70,6 +74,76 @@ def drop_padding(turns: list[Placed], tools: Any, raw: Any, notes: Notes) -> lis
         keys = "argument is" if count == 1 else "arguments are"
         notes.note(PADDING, f"{first}.tool_calls", f"{count} null {keys} column padding: dropped")
     return made
+
+
+def write_whole_numbers(turns: list[Placed], tools: Any, notes: Notes) -> list[Placed]:
+    """Make integers of doubles that are whole numbers where the schema says integer.
+
+    Column formats write a column of integers and fractions as doubles. A double beyond 2**53 may
+    be another number than was written and is left as it is.
+
+    Args:
+        turns: the row's turns.
+        tools: its function descriptions.
+        notes: receives the findings.
+    """
+    declared = functions_of(tools)
+    made = []
+    for turn in turns:
+        calls = [_with_integers(call, declared) for call in turn.calls]
+        if all(call is before for call, before in zip(calls, turn.calls)):
+            made.append(turn)
+            continue
+        notes.note(MISFIT, f"{turn.at}.tool_calls", "whole numbers written as doubles: integers")
+        made.append(turn.but(tool_calls=calls))
+    return made
+
+
+def _with_integers(call: Any, declared: Mapping[str, Mapping[str, Any]]) -> Any:
+    function = function_of(call)
+    described = declared.get(function["name"]) if function is not None else None
+    if function is None or described is None:
+        return call
+    given = function.get("arguments")
+    arguments = _integers(given, described.get("parameters"))
+    if arguments is given:
+        return call
+    changed = {**function, "arguments": arguments}
+    return {**call, "function": changed} if "function" in call else changed
+
+
+def _integers(value: Any, schema: Any) -> Any:
+    """A value with integers where its schema says so; the same object if nothing changes."""
+    if isinstance(value, float):
+        whole = value.is_integer() and abs(value) <= _EXACT and _says_integer(schema)
+        return int(value) if whole else value
+    made: Any = value
+    if isinstance(value, dict):
+        properties = _properties(schema)
+        made = {key: _integers(item, properties.get(key)) for key, item in value.items()}
+        same = all(made[key] is item for key, item in value.items())
+    elif isinstance(value, list):
+        items = schema.get("items") if isinstance(schema, dict) else None
+        made = [_integers(item, items) for item in value]
+        same = all(item is before for item, before in zip(made, value))
+    else:
+        same = True
+    return value if same else made
+
+
+def _says_integer(schema: Any) -> bool:
+    """Whether a schema allows integers and no other numbers."""
+    if not isinstance(schema, dict):
+        return False
+    named = schema.get("type")
+    types = [named] if isinstance(named, str) else named
+    if isinstance(types, list):
+        return "integer" in types and "number" not in types
+    choices = next(
+        (schema[key] for key in ("anyOf", "oneOf") if isinstance(schema.get(key), list)), ()
+    )
+    kinds = [one.get("type") for one in choices if isinstance(one, dict)]
+    return "integer" in kinds and "number" not in kinds
 
 
 class _Padding:
@@ -309,7 +383,7 @@ def _is_kind(value: Any, named: Any) -> bool:
     if isinstance(value, bool):
         return bool(named == "boolean")
     if named == "integer" and isinstance(value, float):
-        return bool(value.is_integer())
+        return value.is_integer() and abs(value) <= _EXACT
     return isinstance(value, kinds)
 
 

@@ -202,46 +202,78 @@ def split_thinking(text: str, marks: tuple[str, str]) -> tuple[str, str] | None:
     return head.lstrip().removeprefix(opens).strip("\n"), rest.lstrip("\n")
 
 
+_MEDIA = ("image", "video", "audio")
+_MEDIA_COLUMNS = frozenset(name for kind in _MEDIA for name in (kind, f"{kind}s")) | {
+    "picture", "pictures", "photo", "photos",
+}  # fmt: skip
+
+
 @cache
 def _marks_of(kinds: tuple[str, ...]) -> re.Pattern[str]:
     """Marks of media; in backticks, a mark is a word."""
     return re.compile(r"`[^`\n]*`|<(" + "|".join(map(re.escape, kinds)) + ")>")
 
 
-def check_marks(turns: Sequence[Placed], kinds: tuple[str, ...]) -> None:
-    """Refuse marks of media in user turns: the model would be trained on the word.
+def check_marks(turns: Sequence[Placed], kinds: tuple[str, ...], raw: Any = None) -> None:
+    """Refuse marks of media: the model would be trained on the word.
+
+    In a user turn every mark of an installed kind is refused. Other marks may be about markup: in
+    any turn they are refused if the row has a column or a part of media, and in a user turn also
+    at the start or end of the text, where no sentence has them.
 
     Args:
         turns: the row's turns.
         kinds: kinds of media that rows may have.
+        raw: the row before it was converted, whose columns may be media.
 
     Raises:
         RowError: ``QC-DATA-055``.
     """
-    for turn in turns if kinds else ():
-        if turn.role != "user":
-            continue
+    pattern = _marks_of(tuple(dict.fromkeys((*kinds, *_MEDIA))))
+    media = _has_media(turns, raw)
+    for turn in turns:
         content = turn.message.get("content")
         parts = content if isinstance(content, list) else [content]
         types = [part.get("type") for part in parts if isinstance(part, dict)]
         for part in parts:
             text = part.get("text") if isinstance(part, dict) else part
-            marks = _marks_of(kinds).findall(text) if isinstance(text, str) else ()
-            kind = next((one for one in marks if one and f"</{one}>" not in str(text)), None)
-            if kind is None:
+            if not isinstance(text, str) or "<" not in text:
                 continue
-            beside = kind in types
-            example = f'{{"type": "{kind}", "{kind}": <path>}}'
-            advice = (
-                f"take the mark out of the text: the {kind} part stands for it"
-                if beside
-                else f"write the part {example} in its place, or list the files under {kind}s "
-                "beside messages"
-            )
-            raise RowError(
-                NO_MEDIUM,
-                f"contains the mark <{kind}> as text",
-                at=f"{turn.at}.content",
-                expected=f"parts of type {kind} without marks",
-                fix=f"{advice}; write `<{kind}>` in backticks if the word itself is meant",
-            )
+            for kind in pattern.findall(text):
+                if not kind or f"</{kind}>" in text:
+                    continue
+                mark, user = f"<{kind}>", turn.role == "user"
+                edge = text.strip().startswith(mark) or text.strip().endswith(mark)
+                if media or (user and (edge or kind in kinds)):
+                    raise _no_medium(turn, kind, kind in kinds, kind in types)
+
+
+def _has_media(turns: Sequence[Placed], raw: Any) -> bool:
+    """Whether a row has a column or a part of media."""
+    columns = raw if isinstance(raw, dict) else {}
+    return any(columns.get(key) for key in _MEDIA_COLUMNS & columns.keys()) or any(
+        isinstance(part, dict) and part.get("type") in _MEDIA
+        for turn in turns
+        for content in [turn.message.get("content")]
+        for part in (content if isinstance(content, list) else ())
+    )
+
+
+def _no_medium(turn: Placed, kind: str, readable: bool, beside: bool) -> RowError:
+    example = f'{{"type": "{kind}", "{kind}": <path>}}'
+    if not readable:
+        advice = f"install a plugin that reads {kind} parts, or take rows without them"
+    elif beside:
+        advice = f"take the mark out of the text: the {kind} part stands for it"
+    else:
+        advice = (
+            f"write the part {example} in its place, or list the files under {kind}s "
+            "beside messages"
+        )
+    return RowError(
+        NO_MEDIUM,
+        f"contains the mark <{kind}> as text",
+        at=f"{turn.at}.content",
+        expected=f"parts of type {kind} without marks",
+        fix=f"{advice}; write `<{kind}>` in backticks if the word itself is meant",
+    )

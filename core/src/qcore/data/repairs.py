@@ -19,7 +19,7 @@ from typing import Any
 from ..api.records import ChatFormat
 from ..api.views import TemplateView
 from .findings import DataFinding
-from .repair_calls import check_calls, drop_padding
+from .repair_calls import check_calls, drop_padding, write_whole_numbers
 from .repair_notes import Notes, Placed, RepairContext, text_only
 from .repair_text import check_marks, move_thinking, read_text_calls
 from .repair_turns import repair_order
@@ -85,9 +85,10 @@ def repair(
     turns = read_text_calls(turns, tools, context, notes)
     turns = move_thinking(turns, context, notes)
     turns = drop_padding(turns, tools, row if raw is None else raw, notes)
+    turns = write_whole_numbers(turns, tools, notes)
     _check_empty(turns, notes)
     turns = repair_order(turns, context, notes)
-    check_marks(turns, context.kinds)
+    check_marks(turns, context.kinds, raw)
     check_calls(turns, tools, notes)
     return {**row, "messages": [dict(turn.message) for turn in turns]}, tuple(notes.found)
 

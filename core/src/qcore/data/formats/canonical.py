@@ -76,7 +76,7 @@ def finished(
         shared.discard("train")  # the name of a split
     if not isinstance(row.get("weight"), int | float):
         shared.discard("weight")
-    check_row(row, {*shared, *media, *read}, reading)
+    check_row(row, {*shared, *media, *read}, reading, turns)
     return done
 
 

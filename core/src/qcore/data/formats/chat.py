@@ -1,9 +1,9 @@
 """Formats whose rows hold a list of messages: OpenAI's chat, ShareGPT, Anthropic's blocks.
 
 This file decides which list a row is read from and what stands beside it. `turns` converts the
-messages themselves. A ``prompt`` or an answer beside a whole conversation repeats it (as in
-UltraChat) and is left out; beside a conversation without its answer it is refused, because the
-answer would be lost.
+messages themselves. A ``prompt`` or an answer beside a whole conversation that repeats a part of
+it (as in UltraChat) is left out; another one is refused, and so is an answer beside a conversation
+that lacks it, because the text would be lost.
 
 Codes: ``QC-DATA-024`` two conversations, or an answer beside one that lacks it, ``-026`` a block
 of Anthropic's API that messages cannot hold.
@@ -20,7 +20,7 @@ from .canonical import finished
 from .parts import reference
 from .reading import Reading
 from .turns import ROLES, decoded, numbered, read_turns
-from .unread import check_message, meaningless
+from .unread import check_message, meaningless, repeated
 
 _LISTS = ("messages", "conversations", "conversation")
 #: Strings that repeat a part of the conversation beside them.
@@ -105,8 +105,21 @@ def _finished(
         if other not in row:
             continue
         value = row[other]
-        if meaningless(value) or (isinstance(value, str) and (answered or other in _ECHOES)):
+        repeats = turns if other in _ECHOES else turns[-1:] if answered else []
+        if meaningless(value) or (isinstance(value, str) and repeated(value, repeats)):
             continue
+        if isinstance(value, str) and other in _ECHOES:
+            makes = "fields: {system: instruction} in a mix file makes it the system prompt"
+            raise RowError(
+                "QC-DATA-024",
+                f"stands beside {key}, whose turns do not repeat it",
+                at=other,
+                expected=f"the whole conversation in {key}",
+                fix=makes
+                if other == "instruction"
+                else f"write it into {key} as a turn; if it is metadata, "
+                f"ignore_columns: [{other}] in a mix file",
+            )
         if isinstance(value, str) or _holds_messages(value):
             raise RowError(
                 "QC-DATA-024",

@@ -1,9 +1,9 @@
 """Training marks of messages: which turns a row trains, in the spellings of other tools.
 
-This file decides what ``train``, ``training``, ``weight``, ``loss``, ``loss_scale``,
-``train_detail`` and ``training_detail`` say of one turn: true, false, or nothing. A turn is
-trained or not; a mark that trains a part of a turn, a fraction, or a turn of another role is
-refused, because ignoring it would train what the row excludes.
+This file decides what ``train``, ``training``, ``trainable``, ``weight``, ``loss``, ``loss_mask``,
+``loss_scale``, ``train_detail`` and ``training_detail`` say of one turn: true, false, or nothing.
+A turn is trained or not; a mark that trains a part of a turn, a fraction, or a turn of another role
+is refused, because ignoring it would train what the row excludes.
 
 Code: ``QC-DATA-022``.
 """
@@ -18,9 +18,9 @@ from ..tool_fields import kind
 from .reading import CALL
 from .unread import meaningless
 
-MARKS = ("train", "training", "weight", "loss", "loss_scale")
+MARKS = ("train", "training", "trainable", "weight", "loss", "loss_mask", "loss_scale")
 DETAILS = ("train_detail", "training_detail")
-_FLAGS = ("train", "training")
+_FLAGS = ("train", "training", "trainable", "loss_mask")
 _ALL = frozenset((*MARKS, *DETAILS))
 
 

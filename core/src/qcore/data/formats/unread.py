@@ -5,18 +5,20 @@ This file decides by the meaning of a key and its value:
 - an empty or null value means nothing and passes, at any depth (Arrow pads with nulls);
 - a column of metadata (a string, a number, a list of tags) is left out and reported once;
 - a key that could change what a model reads or learns is refused: an answer under a second name,
-  a list of messages, functions or media that no format reads, a known key with a typing error.
+  a list of messages, functions or media that no format reads, a known key with a typing error;
+- a key that changes the input (``context``, ``persona``) is left out where the messages have its
+  text, and refused otherwise.
 
 Which keys a format reads is decided by its converter.
 
-Codes: ``QC-DATA-009`` media that no installed plugin reads, ``-024`` a key that could change the
-input.
+Codes: ``QC-DATA-009`` media that no installed plugin reads, ``-022`` a mark that may mean either to
+train a turn or not to, ``-024`` a key that could change the input.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +27,12 @@ from .reading import Reading
 
 #: Keys of other tools that change the input; the format that reads one lists it as read.
 _CONTEXT = ("context", "contexts", "passage", "document", "documents", "choices", "options", "hint")
+#: Keys of other tools that are system prompts.
+_SYSTEM = (
+    "system_message", "system_instruction", "system_instructions", "instructions", "persona",
+)  # fmt: skip
+#: Keys of messages that mean trained in some tools and not trained in others.
+_UNCLEAR_MARKS = ("mask", "masked")
 _THOUGHTS = (
     "rationale", "cot", "chain_of_thought", "scratchpad", "thought", "thoughts", "think",
     "analysis",
@@ -51,8 +59,19 @@ def meaningless(value: Any) -> bool:
     return isinstance(value, list) and all(map(meaningless, value))
 
 
-def check_row(row: Mapping[str, Any], read: Collection[str], reading: Reading) -> None:
+def check_row(
+    row: Mapping[str, Any],
+    read: Collection[str],
+    reading: Reading,
+    messages: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Report or refuse the keys of a row that are not in `read`.
+
+    Args:
+        row: the foreign row.
+        read: the keys that the format reads.
+        reading: the row's state.
+        messages: the canonical messages, which may repeat the text of a key.
 
     Raises:
         RowError: ``QC-DATA-009`` or ``-024``.
@@ -60,6 +79,7 @@ def check_row(row: Mapping[str, Any], read: Collection[str], reading: Reading) -
     for key, value in row.items():
         if key in read or key in _NOTHING or meaningless(value):
             continue
+        _check_input(key, value, read, messages)
         _check_meaning(key, read, reading)
         _check_values(key, value, key, reading)
         reading.ignored.append(key)
@@ -78,6 +98,15 @@ def check_message(
             continue
         column = f"messages[].{key}"
         if column not in reading.ignore:
+            if key in _UNCLEAR_MARKS:
+                raise RowError(
+                    "QC-DATA-022",
+                    "may mean that the turn is trained, or that it is not",
+                    at=f"{at}.{key}",
+                    expected="train: true or false",
+                    fix=f"fields: {{train: {key}}} in a mix file, if 1 or true means trained; "
+                    "else write train with the other value",
+                )
             _check_typing(key, read, f"{at}.{key}", column)
             if key in _THOUGHTS and isinstance(value, str):
                 raise _thoughts(key, f"{at}.{key}")
@@ -92,14 +121,47 @@ def check_message(
         reading.ignored.append(column)
 
 
+def _check_input(
+    key: str, value: Any, read: Collection[str], messages: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuse a row's key that changes the input, unless the messages repeat it."""
+    if key not in (*_CONTEXT, *_SYSTEM) or repeated(value, messages):
+        return
+    if key in _SYSTEM:
+        fix = f"fields: {{system: {key}}} in a mix file makes it the system prompt"
+    elif {"messages", "conversations", "conversation"} & set(read):
+        fix = "write it into the turn that it belongs to; if it is metadata, "
+        fix += f"ignore_columns: [{key}] in a mix file"
+    else:
+        fix = f"fields: {{input: {key}}} in a mix file appends it to the prompt"
+    raise _refusal(key, "is not read, and it changes the prompt", fix=fix)
+
+
+def repeated(value: Any, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every text in a value occurs in a message, blanks and line ends aside."""
+    spoken = [_plain(text) for message in messages for text in _texts(message.get("content"))]
+    return all(
+        any(text in other for other in spoken) for text in map(_plain, _texts(value)) if text
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _check_meaning(key: str, read: Collection[str], reading: Reading) -> None:
     """Refuse a row's key whose name says that it changes the input."""
     answered = "messages" in read or "conversations" in read
     if key in _HEARD or key in _OBJECTS:
         raise _media(key, key, reading)
-    if key in _CONTEXT and not answered:
-        fix = f"fields: {{input: {key}}} in a mix file appends it to the prompt"
-        raise _refusal(key, "is not read, and it changes the prompt", fix=fix)
     if key in _THOUGHTS and not answered:
         raise _thoughts(key, key)
     _check_typing(key, read, key, key)
