@@ -5,8 +5,8 @@ its path and imports only jinja2 and the standard library. The Jinja environment
 transformers' ``apply_chat_template`` (chat_template_utils.py of 5.23): immutable sandbox,
 trimmed blocks, loop controls, ``tojson`` without HTML escapes, ``raise_exception``,
 ``strftime_now``, guarded ``dict`` and ``namespace``, the ``generation`` tag. The kernel limits
-memory and an alarm limits time; `qcore.checkpoint.chat_template` kills the process before the
-alarm does.
+memory and the processor time of a render, so that a loaded machine refuses no template; an alarm
+ends a process whose parent has died.
 
 Messages on stdin and stdout are eight bytes of length, little endian, then JSON. The worker sends
 ``{"ready": true}``. It answers ``{"template": ...}`` with ``{"inputs": [...]}``, and then the
@@ -34,7 +34,8 @@ import jinja2.sandbox
 
 MEMORY = 512 << 20  #: bytes of address space
 OUTPUT = 8 << 20  #: characters of one rendered conversation
-ALARM = 5  #: seconds after which a render ends, even if the parent process has died
+CPU_SECONDS = 2.0  #: processor time of one render; wall time would depend on the machine's load
+ALARM = 60  #: seconds after which a render ends, even if the parent process has died
 
 #: Every exception that a template can cause; any other exception is a bug in this file.
 RAISED = (
@@ -293,24 +294,35 @@ def main() -> None:
             _send(sys.stdout.buffer, _bounded(template, values))
 
 
-def _open(env: jinja2.Environment, text: str) -> tuple[jinja2.Template | None, dict[str, Any]]:
+def _start_clock() -> None:
+    """Let a signal end this process when a render is late, in whatever code it is."""
     signal.alarm(ALARM)
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+
+
+def _stop_clock() -> None:
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.alarm(0)
+
+
+def _open(env: jinja2.Environment, text: str) -> tuple[jinja2.Template | None, dict[str, Any]]:
+    _start_clock()
     try:
         return env.from_string(text), {"inputs": sorted(inputs(env, text))}
     except (*RAISED, TooMuch) as error:
         return None, failure(error)
     finally:
-        signal.alarm(0)
+        _stop_clock()
 
 
 def _bounded(template: jinja2.Template, values: dict[str, Any]) -> dict[str, Any]:
-    signal.alarm(ALARM)
+    _start_clock()
     try:
         return render(template, values)
     except (*RAISED, TooMuch) as error:
         return failure(error)
     finally:
-        signal.alarm(0)
+        _stop_clock()
 
 
 if __name__ == "__main__":

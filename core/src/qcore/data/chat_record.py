@@ -12,7 +12,6 @@ between the trained rows.
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -148,11 +147,6 @@ class TrainedTurns:
             if len(values) > 1:
                 found[name] = dict(values.most_common())
         return found
-
-
-def own_variables(variables: Mapping[str, Any]) -> str:
-    """The variables of a row as `Example.variables`; rows with the same ones share the string."""
-    return sys.intern(json.dumps(variables, sort_keys=True)) if variables else ""
 
 
 def chat_record(

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING
 
 from ..api.media import RowError
 from ..api.records import ChatFormat
-from .chat_record import own_variables
 from .media_spans import less_media, place
 from .pieces import PieceEncoder, encode_whole
-from .row_plan import RowPlan
+from .row_plan import RowPlan, own_variables
 from .samples import END_OF_TURN, Draft, Sample, Span, lay_out
 from .turns import assistant_turns
 

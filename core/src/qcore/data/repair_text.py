@@ -202,7 +202,8 @@ def split_thinking(text: str, marks: tuple[str, str]) -> tuple[str, str] | None:
     return head.lstrip().removeprefix(opens).strip("\n"), rest.lstrip("\n")
 
 
-_MEDIA = ("image", "video", "audio")
+#: Media that rows of other tools name, also where no plugin reads them.
+_MEDIA = tuple("image video audio".split())  # noqa: SIM905, words of data files, not of the code
 _MEDIA_COLUMNS = frozenset(name for kind in _MEDIA for name in (kind, f"{kind}s")) | {
     "picture", "pictures", "photo", "photos",
 }  # fmt: skip

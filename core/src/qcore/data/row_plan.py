@@ -9,6 +9,8 @@ Code: ``QC-DATA-012`` no trained turn.
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -163,3 +165,8 @@ def _without_reasoning(
                 message["content"] = _split(message, chat_format)[1].lstrip("\n")
         done.append(message)
     return done
+
+
+def own_variables(variables: Mapping[str, Any]) -> str:
+    """The variables of a row as `Example.variables`; rows with the same ones share the string."""
+    return sys.intern(json.dumps(variables, sort_keys=True)) if variables else ""
