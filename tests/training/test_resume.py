@@ -256,11 +256,12 @@ def test_what_changed_is_named(halted: Path, tmp_path: Path, changed: str) -> No
 
 def test_rows_that_were_not_evaluated_before_are_named(halted: Path, tmp_path: Path) -> None:
     home = shutil.copytree(halted, tmp_path / "home")
+    shutil.copyfile(home / "rows.jsonl", home / "held-out.jsonl")
     with pytest.raises(InputError) as error:
         start(
             home / "base", home / "rows.jsonl", home / "out",
             BASE | {"save_steps": 1, "max_steps": 2}, resume=True,
-            eval_data=[home / "rows.jsonl"],
+            eval_data=[home / "held-out.jsonl"],
         )  # fmt: skip
     assert (error.value.code, error.value.field) == ("QC-RESUME-002", "eval_data")
     assert error.value.expected == "unset"

@@ -273,7 +273,6 @@ def test_evaluation_is_the_mean_over_held_out_tokens(small: Path, rows: Path) ->
     loop = loop_of(small, rows)
     held = loop.data.train[:3]
     loop.data = Dataset(
-        samples_sha256="",
         **{name: getattr(loop.data, name) for name in loop.data.__slots__ if name != "eval"},
         eval=held,
     )
