@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from _pytest.mark.expression import Expression
+from support.child import in_child
 from support.tiers import fast, pairs
 
 MARKS = ("gpu", "slow", "timing")
@@ -68,3 +69,9 @@ def test_a_folder_that_was_not_finished_is_made_anew(once: Callable[..., Path]) 
         once("test-tiers-half", breaks)
     folder = once("test-tiers-half", lambda home: (home / "whole").touch())
     assert [path.name for path in folder.iterdir()] == ["whole"]
+
+
+def test_what_a_child_raises_fails_the_test() -> None:
+    assert in_child(int)("3") is None
+    with pytest.raises(AssertionError, match="ValueError: invalid literal"):
+        in_child(int)("three")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from support.child import in_child
 from support.media_kit import payload, picture, saved, stock_images
 
 SIZES = [(1, 1), (3, 500), (31, 33), (47, 300), (256, 256), (257, 255), (640, 481), (1000, 17)]
@@ -82,6 +83,7 @@ def test_pixels_that_a_part_asks_for(reader: Any, shared: Path, options: dict[st
 
 
 @pytest.mark.slow
+@in_child
 def test_more_pixels_than_the_processor_takes_are_scaled_down(reader: Any, shared: Path) -> None:
     seen = check(reader, stock_images(shared), saved(picture("L", 5003, 3999), "BMP"))
     assert 0.95 * 16_777_216 < seen.units * 256 <= 16_777_216

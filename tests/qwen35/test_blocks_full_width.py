@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.blocks_kit import documents, relative, twins
+from support.child import in_child
 
 from qcore.api.blocks import Packed
 
@@ -22,8 +23,8 @@ SKUS = [
     "qwen3.5/Qwen3.5-0.8B",
     "qwen3.5/Qwen3.5-2B",
     "qwen3.5/Qwen3.5-4B",
-    pytest.param("qwen3.5/Qwen3.5-9B", marks=pytest.mark.slow),
-    pytest.param("qwen3.5/Qwen3.5-27B", marks=pytest.mark.slow),
+    "qwen3.5/Qwen3.5-9B",
+    "qwen3.5/Qwen3.5-27B",
 ]
 
 
@@ -40,6 +41,7 @@ def slice_of(config: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("sku", SKUS)
 @pytest.mark.slow
+@in_child
 def test_four_layers_at_full_width(shared: Path, sku: str) -> None:
     config = json.loads((shared / "skus" / sku / "config.json").read_text(encoding="utf-8"))
     pair = twins(slice_of(config), attention="sdpa")

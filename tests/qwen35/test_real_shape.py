@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.child import in_child
 from support.e2e_kit import LINEARS, ROOT, command, figure, one_thread
 from support.real_shapes import write_real
 from torch import Tensor
@@ -65,7 +66,7 @@ print(json.dumps({"peak": peak(), "seconds": took}))
 
 @pytest.fixture(scope="module")
 def base(shared: Path, once: Callable[..., Path]) -> Path:
-    return once("real-shape", lambda home: write_real(shared, home / "base")) / "base"
+    return once("real-shape", lambda home: in_child(write_real)(shared, home / "base")) / "base"
 
 
 def headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
