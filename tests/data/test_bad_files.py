@@ -44,7 +44,7 @@ def bounded() -> Iterator[None]:
 
 
 @contextmanager
-def nobody(lower: bool) -> Iterator[None]:
+def as_unprivileged_user(lower: bool) -> Iterator[None]:
     """Give up root's right to read everything, where a case is about permissions."""
     root = lower and os.geteuid() == 0
     if root:
@@ -75,7 +75,7 @@ def read(word: str) -> None:
 @pytest.mark.parametrize("bad", list(sampled()))
 def test_it_is_refused(bad: Bad, tmp_path: Path) -> None:
     word = bad.make(tmp_path)
-    with nobody("Permission" in bad.words):
+    with as_unprivileged_user("Permission" in bad.words):
         error = error_of(word)
     assert not isinstance(error, PreflightError), [str(each) for each in error.errors]
     assert (error.code, bad.words in error.message) == (bad.code, True), error.message

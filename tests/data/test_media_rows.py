@@ -299,7 +299,8 @@ def test_frames_are_one_medium(folder: Path, checkpoint: FakeCheckpoint) -> None
     assert media[0].numbers == (3, 5, 7, 8, 9, 4, 1, 2, 3, 4)
     assert media[0].options == {"shade": "red"}
     assert media[0].digest == media[1].digest
-    assert len({medium.digest for medium in media}) == 4  # order counts, and a list is no file
+    # The order counts, and a list of one frame differs from a file.
+    assert len({medium.digest for medium in media}) == 4
 
 
 # A declared media root.

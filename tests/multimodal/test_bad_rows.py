@@ -193,7 +193,7 @@ PARTS: dict[str, tuple[Make, str, str, tuple[str, ...]]] = {
         given(["good.png"]), "QC-DATA-006", f"{AT}.image", ("a list of 1", "for each file")),
     "a frame that is missing": (
         given(["good.png", "gone.png"], "video"), "QC-MEDIA-002", f"{AT}.video[1]", ("gone.png",)),
-    "a frame that is no picture": (
+    "a frame that cannot be decoded": (
         given(["good.png", "rows.jsonl"], "video"), "QC-VISION-027", f"{AT}.video[1]",
         ("'rows.jsonl': ", "PNG, JPEG")),
     "an unknown kind": (

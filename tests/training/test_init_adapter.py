@@ -274,7 +274,7 @@ def test_one_that_settings_cannot_express(
 
 
 def test_moved_is_measured_from_the_adapter(home: Path, rows: Path, tmp_path: Path) -> None:
-    """Weight decay changes B without any gradient, which is no training."""
+    """Weight decay changes B without any gradient, which does not count as training."""
     options = REST | {"learning_rate": 1e-60, "max_steps": 1}
     with pytest.raises(NumericError, match="never moved") as error:
         start(home / "base", rows, tmp_path / "out", options, init_adapter=home / "first")

@@ -62,14 +62,6 @@ def schema() -> None:
     click.echo(json.dumps(canonical(), indent=2, ensure_ascii=False))
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    row: int
-    line: int
-    path: Path | None
-    source: Source | None
-
-
 @dataclass(slots=True)
 class _Counted:
     """Numbers the records of sources, and stops the conversion as ``bad_rows`` says."""
@@ -90,5 +82,7 @@ class _Counted:
 
     def refuse(self, record: Record, error: RowError) -> None:
         """Count a refused row."""
-        place = _Place(self.rows, record.line, record.path, record.source)
+        from ..data.rejects import RecordPlace
+
+        place = RecordPlace(self.rows, record.line, record.path, record.source)
         self.rejects.add(place, error)

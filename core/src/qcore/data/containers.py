@@ -2,7 +2,7 @@
 
 This file decides how records are numbered and which faults end a file: a record that cannot be
 read becomes a `RowError` and reading goes on; a file that is cut or damaged raises an error,
-because nobody knows what it should have held, so that no policy may skip it. Memory is constant.
+because what it should have held is unknown, so that no policy may skip it. Memory is constant.
 `qcore.data.file_kinds` decides what a file is, `qcore.data.formats` what a record means.
 """
 

@@ -11,7 +11,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..api.media import RowError
@@ -19,6 +18,7 @@ from ..errors import InputError
 from .containers import records
 from .findings import Findings
 from .formats import Formats
+from .rejects import RecordPlace
 from .repair_notes import RepairContext
 from .repairs import repair
 from .rows import ChatRow, RowCheck
@@ -64,14 +64,6 @@ class SourceCount:
             "rows": self.rows,
             "formats": dict(sorted(self.formats.items())),
         }
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    row: int
-    line: int
-    path: Path | None
-    source: Source | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +166,7 @@ def read_rows(
             try:
                 name, row = reader(record, number)
             except RowError as bad:
-                rejects.add(_Place(number, record.line, record.path, source), bad)
+                rejects.add(RecordPlace(number, record.line, record.path, source), bad)
             else:
                 count.formats[name] += 1
                 yield replace(row, row=number, path=record.path, source=source, format=name)

@@ -45,6 +45,23 @@ class Place(Protocol):
     def source(self) -> Source | None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class RecordPlace:
+    """The place of a record that did not become a row.
+
+    Attributes:
+        row: number over all sources, from 1.
+        line: line in the file, or number of the record.
+        path: the file.
+        source: its source.
+    """
+
+    row: int
+    line: int
+    path: Path | None
+    source: Source | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TooLong:
     row: int
