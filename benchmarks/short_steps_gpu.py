@@ -20,9 +20,9 @@ from peers.qcore_side import adapted, backends
 from peers.shapes import ALPHA, RANK, SHAPES, Job
 
 from qcore.config.settings import Settings
-from qcore.data.chat_record import ChatRecord
 from qcore.data.dataset import Dataset
-from qcore.data.masking import Example
+from qcore.data.rendering.chat_record import ChatRecord
+from qcore.data.rendering.masking import Example
 from qcore.training.step import Loop
 
 

@@ -19,9 +19,9 @@ from qcore.api.records import Architecture
 from qcore.checkpoint.checkpoint import Header
 from qcore.checkpoint.layout import Layout, Located, Place
 from qcore.config.settings import Settings
-from qcore.data.chat_record import ChatRecord
 from qcore.data.dataset import Dataset
-from qcore.data.masking import Example
+from qcore.data.rendering.chat_record import ChatRecord
+from qcore.data.rendering.masking import Example
 from qcore.data.sampler import Schedule
 from qcore.nn.kernels.registry import Chosen, choose, installed
 from qcore.nn.load import place, slabs

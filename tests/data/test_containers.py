@@ -23,11 +23,11 @@ import zstandard
 from support.conversations import conversations
 
 from qcore.api.media import RowError
-from qcore.data import columnar, json_array, streams
-from qcore.data.containers import records
-from qcore.data.file_kinds import file_kind
-from qcore.data.selection import choose
-from qcore.data.source import Record, Source
+from qcore.data.sources import columnar, json_array, streams
+from qcore.data.sources.containers import records
+from qcore.data.sources.file_kinds import file_kind
+from qcore.data.sources.selection import choose
+from qcore.data.sources.source import Record, Source
 from qcore.errors import InputError
 
 ROWS = [{"id": str(i), "messages": row["messages"]} for i, row in enumerate(conversations(40))]
@@ -417,8 +417,8 @@ def test_nothing_optional_is_imported_for_json(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl.gz", ALL["rows.jsonl.gz"])
     code = (
         "import sys, qcore.cli.main\n"
-        "from qcore.data.sources import read_sources\n"
-        "from qcore.data.containers import records\n"
+        "from qcore.data.sources.read import read_sources\n"
+        "from qcore.data.sources.containers import records\n"
         "print(sum(1 for s in read_sources(sys.argv[1:]) for _ in records(s)))\n"
         "print(sorted({'pyarrow', 'datasets', 'zstandard', 'pandas'} & set(sys.modules)))\n"
     )

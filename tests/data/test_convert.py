@@ -11,7 +11,7 @@ import pytest
 from qcore.api.media import RowError
 from qcore.data.convert import ROWS, convert
 from qcore.data.formats import SCHEMA_VERSION, Formats, schema
-from qcore.data.source import Record, Source
+from qcore.data.sources.source import Record, Source
 from qcore.errors import InputError, PreflightError, WriteError
 from qcore.io.manifest import read_manifest, verify
 

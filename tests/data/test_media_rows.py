@@ -33,12 +33,12 @@ from support.tiers import fast
 
 from qcore.api.media import Placed, RowError
 from qcore.checkpoint.chat_template import Template
-from qcore.data import media_files as media_module
 from qcore.data.content import ContentReader
 from qcore.data.dataset import Dataset, dataset
-from qcore.data.media_files import LARGEST, Finder, Reference
+from qcore.data.media import files as media_module
+from qcore.data.media.files import LARGEST, Finder, Reference
 from qcore.data.policies import Policies
-from qcore.data.sources import read_sources
+from qcore.data.sources.read import read_sources
 from qcore.errors import InputError, PreflightError, UsageError
 
 END = "<|im_end|>"

@@ -12,10 +12,10 @@ from support.chat_kit import FORMAT, FakeCheckpoint, bot, own_template, own_toke
 from support.chat_kit import write_rows as write
 
 from qcore.data.dataset import Dataset, dataset
-from qcore.data.masking import IGNORED
 from qcore.data.policies import Policies
 from qcore.data.rejects import Rejects
-from qcore.data.source import Source
+from qcore.data.rendering.masking import IGNORED
+from qcore.data.sources.source import Source
 from qcore.errors import InputError, PreflightError
 
 GOOD = {"messages": [user("q"), bot("a")]}

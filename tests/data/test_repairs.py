@@ -16,9 +16,9 @@ from support.template_kit import family_template
 
 from qcore.api.media import RowError
 from qcore.checkpoint.chat_template import Template
-from qcore.data.repairs import RepairContext, repair, repair_context
+from qcore.data.repairs.repair import RepairContext, repair, repair_context
+from qcore.data.repairs.template_probes import Abilities, probe_abilities
 from qcore.data.rows import RowCheck
-from qcore.data.template_probes import Abilities, probe_abilities
 from qcore_qwen35.chat import QWEN35
 from qcore_qwen36.chat import QWEN36
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from support.chat_kit import FORMAT, bot, call, read_file, user, write_rows
 
-from qcore.data.jsonl import MAX_LINE
 from qcore.data.reading import SourceCount
 from qcore.data.rejects import SHOWN, Rejects
 from qcore.data.rows import ChatRow, thinking_marks
+from qcore.data.sources.jsonl import MAX_LINE
 from qcore.errors import InputError, PreflightError
 
 GOOD = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'

@@ -21,12 +21,12 @@ from support.chat_kit import (
 from qcore.api.media import RowError
 from qcore.checkpoint.chat_template import Template
 from qcore.data.dataset import Dataset, dataset
-from qcore.data.masking import IGNORED, Example
 from qcore.data.policies import Policies
 from qcore.data.rejects import Rejects
-from qcore.data.rendering import Options, Renderer
+from qcore.data.rendering.masking import IGNORED, Example
+from qcore.data.rendering.renderer import Options, Renderer
 from qcore.data.rows import RowCheck
-from qcore.data.source import Source
+from qcore.data.sources.source import Source
 from qcore.errors import InputError
 
 END = "<|im_end|>"

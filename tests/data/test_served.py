@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from qcore.checkpoint.chat_template import Template
 from qcore.checkpoint.tokenizer import load_tokenizer
 from qcore.data.dataset import Dataset, dataset
-from qcore.data.masking import IGNORED, Example
+from qcore.data.rendering.masking import IGNORED, Example
 from qcore_qwen35.chat import QWEN35
 
 SKUS = {

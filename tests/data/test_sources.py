@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from support.conversations import conversations, write_rows
 
-from qcore.data import sources
-from qcore.data.hub_files import HubFiles
-from qcore.data.selection import choose
-from qcore.data.source import Source
-from qcore.data.sources import read_sources, refuse_shared
+from qcore.data.sources import read as sources
+from qcore.data.sources.hub_files import HubFiles
+from qcore.data.sources.read import read_sources, refuse_shared
+from qcore.data.sources.selection import choose
+from qcore.data.sources.source import Source
 from qcore.errors import InputError, PreflightError, UsageError
 
 EVERY_KEY = """

@@ -12,15 +12,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from qcore.api import RowError
 from qcore.api.records import ChatFormat
 from qcore.checkpoint.chat_template import Template
-from qcore.data.fitting import fitted
-from qcore.data.masking import Example, encode_sample
 from qcore.data.policies import Policies
 from qcore.data.reading import SourceCount, read_rows
 from qcore.data.rejects import Rejects
-from qcore.data.row_plan import plan_row
+from qcore.data.rendering.fitting import fitted
+from qcore.data.rendering.masking import Example, encode_sample
+from qcore.data.rendering.row_plan import plan_row
+from qcore.data.rendering.samples import drafts
 from qcore.data.rows import ChatRow, RowCheck
-from qcore.data.samples import drafts
-from qcore.data.source import Record, Source
+from qcore.data.sources.source import Record, Source
 
 FORMAT = ChatFormat(
     turn_start="<|im_start|>",

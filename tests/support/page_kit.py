@@ -7,9 +7,9 @@ from pathlib import Path
 from support.chat_kit import own_tokenizer
 
 from qcore.data.findings import DataFinding
-from qcore.data.page import Page
-from qcore.data.samples import Span
-from qcore.data.show import ShownSample
+from qcore.data.rendering.samples import Span
+from qcore.data.views.page import Page
+from qcore.data.views.show import ShownSample
 
 HOSTILE = (
     '</script><script>window.pwned=1</script><img src=x onerror="window.pwned=1">'

@@ -3,7 +3,7 @@
 This file decides the protocol: what core hands to a reader (`Payload`), what it gets back
 (`Medium`, `Placed`, the batch of a tower), and how a reader refuses one row (`RowError`). Where
 the bytes of a row may lie and what is checked before they are read is decided by
-`qcore.data.media_files`; what the bytes mean, by the reader. It imports no torch.
+`qcore.data.media.files`; what the bytes mean, by the reader. It imports no torch.
 
 Shapes: n embeddings that the tower makes of the media of one pack.
 """

@@ -4,7 +4,7 @@ This file decides how long a template may run and which error each of its failur
 template is untrusted code that comes with a checkpoint. It runs in a separate process
 (`qcore.checkpoint.chat_template_worker`) with a sandbox, a memory limit and an almost empty
 environment, which is killed when it exceeds its time limit. The worker decides what the template
-sees; `qcore.data.masking` decides which text is trained.
+sees; `qcore.data.rendering.masking` decides which text is trained.
 """
 
 from __future__ import annotations

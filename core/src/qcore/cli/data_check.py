@@ -10,7 +10,7 @@ from .common import debug_option, emit, json_option
 from .data_options import RowOptions, end, model_option, setting_options, source_options
 
 if TYPE_CHECKING:
-    from ..data.check import CheckReport, FindingLine
+    from ..data.views.check import CheckReport, FindingLine
 
 _ROWS = 5  #: rows that a line names
 
@@ -23,7 +23,7 @@ _ROWS = 5  #: rows that a line names
 @debug_option
 def check(model: str, as_json: bool, **options: Any) -> None:
     """Check FILES as training with MODEL would read them, and report all findings."""
-    from ..data.check import check_rows
+    from ..data.views.check import check_rows
     from .terminal import terminal_reporter
 
     rows = RowOptions(**options)

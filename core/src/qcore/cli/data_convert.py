@@ -16,7 +16,7 @@ from .data_options import RowOptions, source_options
 if TYPE_CHECKING:
     from ..api.media import RowError
     from ..data.rejects import Rejects
-    from ..data.source import Record, Source
+    from ..data.sources.source import Record, Source
 
 
 @click.command("convert")
@@ -71,7 +71,7 @@ class _Counted:
 
     def records(self, sources: tuple[Source, ...], seed: int) -> Iterator[Record]:
         """The records; after the last one an error if too many were refused."""
-        from ..data.containers import records
+        from ..data.sources.containers import records
 
         for source in sources:
             for record in records(source, seed=seed):

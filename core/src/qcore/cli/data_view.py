@@ -24,7 +24,7 @@ from .terminal import as_table
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from ..data.show import ShownSample
+    from ..data.views.show import ShownSample
 
 _TRAINED, _CONTEXT, _SPECIAL, _MEDIA = "bold green", "dim", "cyan", "magenta"
 _LEGEND = (("trained", _TRAINED), ("context", _CONTEXT), ("special", _SPECIAL), ("media", _MEDIA))

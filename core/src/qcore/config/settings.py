@@ -6,8 +6,8 @@ what it does.
 
 Codes: those of `qcore.config.spec`; ``QC-CONFIG-001`` unknown key, ``-007`` settings that
 contradict each other.
-`qcore.data.template_kwargs` checks that a template reads what ``chat_template_kwargs`` sets,
-`qcore.nn.kernels.registry` which backends ``kernels`` may name.
+`qcore.data.rendering.template_kwargs` checks that a template reads what ``chat_template_kwargs``
+sets, `qcore.nn.kernels.registry` which backends ``kernels`` may name.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Loading the rows of a run: they are read, checked, rendered, tokenized, masked, fitted and split.
 
 This file decides the order of the steps. It makes one pass and reports all bad rows together. The
-steps are `qcore.data.reading`, `qcore.data.media_files`, `qcore.data.samples` with
-`qcore.checkpoint.chat_template`, `qcore.data.masking` and `qcore.data.fitting`, after
-`qcore.data.template_check`. The bytes of media are held for one row at a time.
+steps are `qcore.data.reading`, `qcore.data.media.files`, `qcore.data.rendering.samples` with
+`qcore.checkpoint.chat_template`, `qcore.data.rendering.masking` and `qcore.data.rendering.fitting`,
+after `qcore.data.rendering.template_check`. The bytes of media are held for one row at a time.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ..api.records import ChatFormat
 from ..checkpoint.checkpoint import required_template
 from ..checkpoint.tokenizer import load_tokenizer
 from ..errors import InputError
-from .chat_record import ChatRecord
 from .findings import Findings
-from .masking import Example
 from .policies import Policies
 from .reading import SourceCount
 from .rejects import Rejects
-from .rendering import Options, Renderer
-from .source import Source
-from .template_kwargs import special_tokens
+from .rendering.chat_record import ChatRecord
+from .rendering.masking import Example
+from .rendering.renderer import Options, Renderer
+from .rendering.template_kwargs import special_tokens
+from .sources.source import Source
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .masking import Example
+    from .rendering.masking import Example
 
 TILE = 64  #: tokens of a kernel tile; the last tile of a row is padded to it
 

@@ -1,8 +1,8 @@
 """Policies of a run's rows: which turns are trained, under which history, and what may be left out.
 
 This file decides which policies exist and that a source's own value goes before the run's setting.
-`qcore.data.samples` applies those on turns, `qcore.data.fitting` those on length and
-`qcore.data.rejects` those on bad rows. The settings have the same names.
+`qcore.data.rendering.samples` applies those on turns, `qcore.data.rendering.fitting` those on
+length and `qcore.data.rejects` those on bad rows. The settings have the same names.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..config.settings import Settings
-    from .source import Source
+    from .sources.source import Source
 
 ALL, LAST = "all", "last"
 TRAIN, MASK, DROP = "train", "mask", "drop"

@@ -1,8 +1,8 @@
 """Reads the rows of sources: a record is converted to the canonical form, repaired and checked.
 
 This file decides the order of these steps and the numbers of rows: from 1 over all sources, with
-refused rows counted. `qcore.data.containers` reads records, `qcore.data.formats` converts them,
-`qcore.data.repairs` repairs rows, `qcore.data.rows` checks them.
+refused rows counted. `qcore.data.sources.containers` reads records, `qcore.data.formats` converts
+them, `qcore.data.repairs.repair` repairs rows, `qcore.data.rows` checks them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING
 
 from ..api.media import RowError
 from ..errors import InputError
-from .containers import records
 from .findings import Findings
 from .formats import Formats
 from .rejects import RecordPlace
-from .repair_notes import RepairContext
-from .repairs import repair
+from .repairs.notes import RepairContext
+from .repairs.repair import repair
 from .rows import ChatRow, RowCheck
+from .sources.containers import records
 
 if TYPE_CHECKING:
-    from .jsonl import Hasher
     from .rejects import Rejects
-    from .source import Record, Source
+    from .sources.jsonl import Hasher
+    from .sources.source import Record, Source
 
 
 _REPORTED = 1 << 18  #: bytes between two reports of progress

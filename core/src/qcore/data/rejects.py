@@ -22,7 +22,7 @@ from ..errors import InputError, PreflightError
 from .policies import SKIP, Policies
 
 if TYPE_CHECKING:
-    from .source import Source
+    from .sources.source import Source
 
 SHOWN = 20  #: bad rows that an error shows; the others are counted
 REJECTED = "rejected.jsonl"

@@ -36,8 +36,8 @@ from .tool_fields import kind, known_keys, mapping, without_block, without_nulls
 
 if TYPE_CHECKING:
     from ..api.media import MediaReader, Medium
-    from .media_files import Reference
-    from .source import Source
+    from .media.files import Reference
+    from .sources.source import Source
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _ROW_KEYS = (

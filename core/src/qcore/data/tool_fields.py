@@ -11,7 +11,7 @@ from typing import Any
 
 from ..api.media import RowError
 from ..errors import nearest
-from .jsonl import parse
+from .sources.jsonl import parse
 
 ADVICE = {
     "weight": "weights per turn are not supported: remove the key; every turn is trained",

@@ -19,8 +19,8 @@ from ..api.media import MediaReader, Medium
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.tokenizer import load_tokenizer
 from ..config.frozen_map import Entries, Plain
-from ..data.masking import highest_id
-from ..data.template_kwargs import special_tokens
+from ..data.rendering.masking import highest_id
+from ..data.rendering.template_kwargs import special_tokens
 from ..errors import InputError, UsageError
 from ..nn.device import DTYPES, pick_device
 from ..nn.kernels.registry import Chosen, choose, installed

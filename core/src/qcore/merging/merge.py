@@ -36,7 +36,7 @@ from ..adapter.reader import read_adapter
 from ..checkpoint.checkpoint import Checkpoint, read_headers
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.quantization_formats import Format
-from ..data.template_kwargs import mixed_modes, other_template, recorded_variables
+from ..data.rendering.template_kwargs import mixed_modes, other_template, recorded_variables
 from ..errors import InputError, NumericError, UsageError
 from ..io.artifact import MANIFEST, Writer, check_target, publish, read_manifest
 from ..plugins.resolve_model import Identified, identify

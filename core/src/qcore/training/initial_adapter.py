@@ -26,7 +26,7 @@ from ..adapter.delta import Deltas
 from ..adapter.peft_names import CONFIG, WEIGHTS, Adapter
 from ..adapter.reader import read_adapter
 from ..config.settings import SPECS, Settings
-from ..data.template_kwargs import recorded_template, recorded_variables
+from ..data.rendering.template_kwargs import recorded_template, recorded_variables
 from ..errors import InputError, UsageError
 from ..io.atomic import reading
 from ..nn.model import Model

@@ -21,8 +21,8 @@ from ..data.microbatches import units_of_rows
 from ..data.policies import Policies
 from ..data.rejects import REJECTED, SHOWN, Rejects
 from ..data.sampler import Schedule
-from ..data.source import Source
-from ..data.sources import read_sources, refuse_shared
+from ..data.sources.read import read_sources, refuse_shared
+from ..data.sources.source import Source
 from ..errors import InputError, UsageError
 from ..io.artifact import check_target
 from ..io.atomic import make_folders, writing

@@ -20,8 +20,8 @@ from torch import Tensor
 from ..api.media import MediaReader
 from ..config.settings import Settings, in_bytes
 from ..data.dataset import Dataset
-from ..data.masking import Example
 from ..data.microbatches import joined, units_of_rows
+from ..data.rendering.masking import Example
 from ..data.sampler import Schedule, seed_of
 from ..errors import NumericError, PluginError
 from ..nn.device import peak_bytes, reset_peak

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...api.media import RowError
-from ..jsonl import parse
+from ..sources.jsonl import parse
 from ..tool_fields import kind
 from .canonical import finished
 from .reading import Reading

@@ -3,7 +3,8 @@
 This file decides how a field mapping is written: with qcore's names (``messages``, ``role``,
 ``content``, ...), with the keys of an Axolotl dataset (``field_messages``,
 ``message_property_mappings``, ...) or as an entry of LLaMA-Factory's dataset_info.json
-(``formatting``, ``columns``, ``tags``). `qcore.data.sources` decides where a mapping is written.
+(``formatting``, ``columns``, ``tags``). `qcore.data.sources.read` decides where a mapping is
+written.
 
 Code: ``QC-DATA-028`` a field mapping that cannot be read.
 """

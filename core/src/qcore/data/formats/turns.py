@@ -20,7 +20,7 @@ from typing import Any
 from ...api.media import RowError
 from ...errors import nearest
 from .. import tool_fields
-from ..jsonl import parse
+from ..sources.jsonl import parse
 from ..tool_fields import kind
 from .marks import DETAILS, MARKS, mark_of, mark_of_parts
 from .parts import media_names, place_media, read_parts
