@@ -24,7 +24,7 @@ def agree(tokenizer: Tokenizer) -> None:
     for number in range(300):
         text = "".join(rng.choice(PARTS) for _ in range(rng.randrange(1, 30)))
         if number % 3 == 0:
-            encoder.forget()
+            encoder.begin_row()
         assert encoder.encode(text) == encode_whole(tokenizer, text), repr(text)
 
 

@@ -36,7 +36,6 @@ class Losses:
         tokenizer: counts the tokens of lost reasoning.
         findings: receives a finding for each turn.
         advice: what to do about lost reasoning.
-        prompt_advice: what to do about turns that serving prompts otherwise.
         lost: lost reasonings so far.
         turns: trained turns so far.
         reasonings: reasonings of trained turns so far.
@@ -46,10 +45,10 @@ class Losses:
     tokenizer: Tokenizer
     findings: Findings
     advice: str = ""
-    prompt_advice: str = ""
     turns: int = 0
     reasonings: int = 0
     lost: int = 0
+    _other_prompts: int = 0
     _lost_tokens: int = 0
     _changed: int = 0
     _characters: int = 0
@@ -60,12 +59,20 @@ class Losses:
         said = [n for n, m in enumerate(messages) if m["role"] == self.chat_format.assistant]
         turns = assistant_turns(draft.text, self.chat_format, len(said))
         for index, turn in zip(said, turns, strict=True):
-            if index in draft.turns:
+            if index in draft.tails:
                 self.turns += 1
                 self.findings.extend(self._turn(plan, draft, index, turn))
 
     def close(self) -> None:
         """Put totals into the lines of the report."""
+        if self._other_prompts:
+            self.findings.total(
+                "QC-DATA-042",
+                WARNING,
+                f"{self._other_prompts} of {self.turns} trained turns are trained after another "
+                "prompt than serving shows (history=as_rendered)",
+                fix="set history=as_served",
+            )
         if self.lost:
             self.findings.total(
                 "QC-DATA-043",
@@ -84,15 +91,18 @@ class Losses:
 
     def _turn(self, plan: RowPlan, draft: Draft, index: int, turn: Turn) -> Iterator[DataFinding]:
         row, message = plan.row.row, plan.row.messages[index]
-        rendered, at = draft.text[turn.reply : turn.end], f"messages[{index}]"
+        rendered, at = (
+            draft.text[turn.body + len(draft.tails[index]) : turn.end],
+            f"messages[{index}]",
+        )
         if index in draft.other_prompt:
+            self._other_prompts += 1
             yield DataFinding(
                 code="QC-DATA-042",
                 severity=WARNING,
                 row=row,
                 field=at,
                 message="the turn is trained after another prompt than serving shows",
-                fix=self.prompt_advice,
             )
         reasoning = reasoning_of(message, self.chat_format).strip()
         if reasoning:

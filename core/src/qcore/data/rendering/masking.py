@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 from ...api.media import RowError
 from ...api.records import ChatFormat
 from ..media.spans import less_media, place
-from .pieces import PieceEncoder, encode_whole
+from ..policies import AS_RENDERED
+from .pieces import PieceEncoder, encode_whole, normalized
 from .row_plan import RowPlan, own_variables
-from .samples import END_OF_TURN, Draft, Sample, Span, lay_out
+from .samples import END_OF_TURN, PROMPT, Draft, Sample, Span, lay_out
 from .turns import assistant_turns
 
 if TYPE_CHECKING:
@@ -67,15 +68,6 @@ def highest_id(tokenizer: Tokenizer) -> int:
     """The highest token id of the tokenizer."""
     added = tokenizer.get_added_tokens_decoder()
     return max(tokenizer.get_vocab_size(with_added_tokens=False) - 1, *added, -1)
-
-
-def normalized(text: str, tokenizer: Tokenizer) -> str:
-    """Apply the tokenizer's NFC normalization, so that offsets refer to the returned text."""
-    normalizer = tokenizer.normalizer
-    if normalizer is None or type(normalizer).__name__ != "NFC" or text.isascii():
-        return text
-    done: str = normalizer.normalize_str(text)
-    return done
 
 
 def spans(text: str, chat_format: ChatFormat, expected_turns: int) -> list[tuple[int, int]]:
@@ -163,7 +155,7 @@ def encode_sample(
         chat_format: the format of the sample's text.
         reader: reads media; without it the row is text only.
         explain: whether the example keeps its spans.
-        pieces: encodes the samples of a row that has several.
+        pieces: encodes the samples of a row; without it, the text is tokenized as a whole.
 
     Raises:
         RowError: ``QC-MASK-001``, ``-002`` as in `assistant_turns`, ``-004`` as in `place`,
@@ -175,7 +167,13 @@ def encode_sample(
         if at < draft.count
     )
     text, spans_, trained = _laid_out(draft, plan, tokenizer, chat_format, media, reader)
-    found, offsets = encode_whole(tokenizer, text) if pieces is None else pieces.encode(text)
+    if pieces is None:
+        found, offsets = encode_whole(tokenizer, text)
+    elif plan.policies.history == AS_RENDERED:
+        found, offsets = pieces.encode(text)
+    else:
+        last = next(span for span in reversed(spans_) if span.why == PROMPT)
+        found, offsets = pieces.encode_reply(text, last.start, last.end)
     ids = array("i", found)
     made = labels(ids, offsets, trained)
     placed = None if reader is None else _mask_media(made, ids, media, tokenizer, reader)

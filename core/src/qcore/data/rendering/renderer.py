@@ -142,11 +142,6 @@ class Renderer:
         self._names = tuple(sorted(self.template.switches()))
         if self.format.thinking_switch in self._names:
             self._switch = self.format.thinking_switch
-        if self._switch in self.options.variables:
-            self._losses.prompt_advice = (
-                f"leave {self._switch} out of chat_template_kwargs: each row is then rendered in "
-                "its own mode"
-            )
 
     def examples(self, sources: Sequence[Source]) -> Iterator[Example]:
         """Yield the samples of some sources, all samples of a row together.
@@ -254,8 +249,9 @@ class Renderer:
     def _made(self, plan: RowPlan, texts: Sequence[str | InputError]) -> list[Encoded]:
         """The samples of a row; none if it is refused or left out."""
         row, policy = plan.row, plan.policies.long_rows
+        self._pieces.begin_row(shared=len(plan.turns) > 1)
         try:
-            found = drafts(plan, texts, self.format)
+            found = drafts(plan, texts, self.format, self._pieces)
         except InputError as error:  # of the template; any other one is not the row's
             self.rejects.add(row, template_refusal(row, error))
             return []
@@ -263,13 +259,10 @@ class Renderer:
             self.rejects.add(row, bad)
             return []
         try:
-            several = len(found) > 1
-            self._pieces.forget()
             encoded = [
                 encode_sample(
                     draft, plan, self.tokenizer, self.format,
-                    reader=self.options.reader, explain=self.options.explain,
-                    pieces=self._pieces if several else None,
+                    reader=self.options.reader, explain=self.options.explain, pieces=self._pieces,
                 )
                 for draft in found
             ]  # fmt: skip

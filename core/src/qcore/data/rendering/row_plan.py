@@ -24,6 +24,8 @@ from ..rows import thinking_marks
 if TYPE_CHECKING:
     from ..rows import ChatRow
 
+ROW, RUN = "row", "run"  #: who sets the mode of thinking for all turns
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedTurn:
@@ -49,12 +51,16 @@ class RowPlan:
         policies: in force for it.
         turns: the trained turns, in order.
         untrained: by index of the other assistant messages: why they are not trained.
+        switch: variable of the template that turns thinking on and off; empty: there is none.
+        fixed: who set `switch` for all turns: ``row``, ``run`` or empty.
     """
 
     row: ChatRow
     policies: Policies
     turns: tuple[TrainedTurn, ...]
     untrained: Mapping[int, str]
+    switch: str = ""
+    fixed: str = ""
 
     @property
     def line(self) -> int:
@@ -73,16 +79,29 @@ class RowPlan:
 
     def prefixes(self) -> list[Prefix]:
         """The renderings that `drafts` needs, in its order."""
+        prompts = [Prefix(turn.index, prompt=True, variables=turn.variables) for turn in self.turns]
         if self.policies.history == AS_RENDERED:
-            return [Prefix(len(self.row.messages), variables=self.turns[-1].variables)]
+            whole = Prefix(len(self.row.messages), variables=self.turns[-1].variables)
+            return [whole, *prompts]
         return [
             prefix
-            for turn in self.turns
-            for prefix in (
-                Prefix(turn.index + 1, variables=turn.variables),
-                Prefix(turn.index, prompt=True, variables=turn.variables),
-            )
+            for turn, prompt in zip(self.turns, prompts, strict=True)
+            for prefix in (Prefix(turn.index + 1, variables=turn.variables), prompt)
         ]
+
+    def mode_advice(self, turn: TrainedTurn) -> str:
+        """What to do about a turn that is not rendered in the mode that its prompt asks for."""
+        rendered = "set history=as_rendered to train the row as the template renders it"
+        if not self.fixed:
+            return rendered
+        where = "the row's" if self.fixed == ROW else "the setting"
+        ways = [
+            f"leave {self.switch} out of {where} chat_template_kwargs, so that each turn is "
+            "rendered in its own mode"
+        ]
+        if turn.reasoned:
+            ways.append("set reasoning=drop")
+        return ", or ".join([*ways, rendered])
 
 
 def plan_row(
@@ -113,7 +132,8 @@ def plan_row(
             expected="at least one assistant turn that is trained",
             fix='remove the row, or mark a turn with "train": true',
         )
-    free = bool(switch) and not fixed and switch not in row.variables
+    by = "" if not switch else ROW if switch in row.variables else RUN if fixed else ""
+    free = bool(switch) and not by
     turns = []
     for index in trained:
         reasoned = bool(reasoning_of(row.messages[index], chat_format).strip())
@@ -121,7 +141,10 @@ def plan_row(
         turns.append(
             TrainedTurn(index=index, reasoned=reasoned, variables={**row.variables, **own})
         )
-    return RowPlan(row=row, policies=policies, turns=tuple(turns), untrained=untrained)
+    return RowPlan(
+        row=row, policies=policies, turns=tuple(turns), untrained=untrained,
+        switch=switch, fixed=by,
+    )  # fmt: skip
 
 
 def _why_not(row: ChatRow, index: int, said: Sequence[int], policies: Policies) -> str:

@@ -25,7 +25,7 @@ from ...api.records import ChatFormat
 from ...api.views import TemplateView
 from ...errors import InputError
 from ..findings import NOTE, WARNING, DataFinding
-from ..rendering.masking import normalized
+from ..rendering.pieces import normalized
 from ..repairs.notes import functions_of, text_only
 from ..repairs.text import split_thinking
 from ..rows import thinking_marks
