@@ -18,7 +18,7 @@ from ...api.media import RowError
 from ...api.records import ChatFormat
 from ..media.spans import less_media, place
 from ..policies import AS_RENDERED
-from .pieces import PieceEncoder, encode_whole, normalized
+from .pieces import Encoding, PieceEncoder, encode_whole, normalized
 from .row_plan import RowPlan, own_variables
 from .samples import END_OF_TURN, PROMPT, Draft, Sample, Span, lay_out
 from .turns import assistant_turns
@@ -169,11 +169,8 @@ def encode_sample(
     text, spans_, trained = _laid_out(draft, plan, tokenizer, chat_format, media, reader)
     if pieces is None:
         found, offsets = encode_whole(tokenizer, text)
-    elif plan.policies.history == AS_RENDERED:
-        found, offsets = pieces.encode(text)
     else:
-        last = next(span for span in reversed(spans_) if span.why == PROMPT)
-        found, offsets = pieces.encode_reply(text, last.start, last.end)
+        found, offsets = _encoded(text, spans_, plan.policies.history, pieces)
     ids = array("i", found)
     made = labels(ids, offsets, trained)
     placed = None if reader is None else _mask_media(made, ids, media, tokenizer, reader)
@@ -202,6 +199,14 @@ def encode_sample(
         ends=tuple(bisect_right(starts, end - 1) for end in ends),
         reasoned=reasoned,
     )
+
+
+def _encoded(text: str, spans_: Sequence[Span], history: str, pieces: PieceEncoder) -> Encoding:
+    """Ids and offsets of a sample: of the whole text, or of its last prompt and its last reply."""
+    if history == AS_RENDERED:
+        return pieces.encode(text)
+    prompt = next(span for span in reversed(spans_) if span.why == PROMPT)
+    return pieces.encode_reply(text, prompt.start, prompt.end)
 
 
 def _laid_out(
