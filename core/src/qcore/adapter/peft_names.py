@@ -31,6 +31,8 @@ WEIGHTS = "adapter_model.safetensors"
 #: Layout of qcore's adapters, recorded in their manifest: names and shapes of PEFT 0.21; for
 #: experts, A is expert-major and B rank-major, and the first stack of a module is innermost.
 LAYOUT = "peft-0.21"
+#: Version of PEFT in adapter_config.json: it decides how the matrices of experts are read.
+PEFT_VERSION = "0.21.0"
 _PREFIX = "base_model.model."
 
 
@@ -44,6 +46,8 @@ class Pair:
         b: ``[out, r]``; for experts ``[out, r E]``, where column ``k E + e`` belongs to expert e.
         r: rank; for experts, the rank of each expert.
         scaling: factor of the product.
+        older: whether the file has the layout of PEFT before 0.19.1 for this stack of experts: a is
+            ``[E r, out]`` and b ``[in, r E]``, and the delta of an expert ``A^T B^T``.
     """
 
     tensor: TableTensor
@@ -51,6 +55,7 @@ class Pair:
     b: Header
     r: int
     scaling: float
+    older: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +69,7 @@ class Adapter:
         meta: what qcore recorded in the manifest; empty for an adapter of another program.
         layout: ``peft``, or the name of the layout that a plugin recognized.
         trunk: name of the trunk's part; all other parts are towers.
+        notes: lines for the report about how the files were read.
     """
 
     path: Path
@@ -72,6 +78,7 @@ class Adapter:
     meta: Mapping[str, Any]
     layout: str = "peft"
     trunk: str = "text"
+    notes: tuple[str, ...] = ()
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
@@ -186,10 +193,18 @@ def stems(tensors: Iterable[TableTensor], namespace: Namespace) -> dict[str, str
     return names
 
 
-def peft_shapes(tensor: TableTensor, r: int) -> dict[str, tuple[int, int]]:
-    """Return the shapes of sides ``A`` and ``B``; for experts, r is the rank of each expert."""
+def peft_shapes(tensor: TableTensor, r: int, *, older: bool = False) -> dict[str, tuple[int, int]]:
+    """Return the shapes of sides ``A`` and ``B``; for experts, r is the rank of each expert.
+
+    Args:
+        tensor: the weight.
+        r: rank.
+        older: for experts, the layout of PEFT before 0.19.1.
+    """
     if tensor.row.kind is Kind.EXPERTS:
         experts, out, into = tensor.shape
+        if older:
+            out, into = into, out
         return {"A": (experts * r, into), "B": (out, r * experts)}
     out, into = tensor.shape
     return {"A": (r, into), "B": (out, r)}
@@ -289,6 +304,7 @@ def peft_config(
     alphas = {tensor.name: chosen[tensor.name].lora_alpha for tensor in tensors}
     return {
         "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": revision,

@@ -22,6 +22,7 @@ from ..checkpoint.layout import Layout
 from ..errors import InputError, QcoreError, TrustError, one_of_each, raise_all
 from ..io.artifact import MANIFEST, read_manifest, verify
 from .base_check import check_complete
+from .expert_layout import NEWER, ExpertLayout, Stack, Statement, expert_layout, statements
 from .peft_config import check_config, layers_of
 from .peft_names import (
     CONFIG,
@@ -61,7 +62,8 @@ def read_adapter(
             tensors, ``-007`` a shape or dtype is wrong, ``-008`` the folder differs from its
             manifest, ``-010`` several plugins claim the layout, or a claim names a weight that
             does not exist, ``-011`` a later version wrote the layout, ``-012`` the base lacks a
-            part that has pairs, ``-013`` the number of pairs of a part differs from training.
+            part that has pairs, ``-013`` the number of pairs of a part differs from training,
+            ``-014`` the layout of experts is not certain.
         TrustError: ``QC-ADAPTER-009`` the adapter has no fingerprint of its base, and
             `trust_base` is not set.
     """
@@ -85,7 +87,8 @@ def read_adapter(
     if recognized:
         headers = _translated(folder / WEIGHTS, headers, recognized, layout)
         claimed = {weight for weight, _ in recognized[0].names.values()}
-    reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed)
+    said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
+    reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed, said)
     pairs = reader.pairs()
     check_complete(folder, meta, pairs, layout)
     raise_all(one_of_each(reader.problems))
@@ -96,6 +99,7 @@ def read_adapter(
         meta=meta,
         layout=recognized[0].layout if recognized else "peft",
         trunk=trunk_part(layout.table).name,
+        notes=tuple(reader.notes),
     )
 
 
@@ -184,8 +188,11 @@ class _Reader:
         headers: dict[str, Header],
         layout: Layout,
         claimed: Collection[str] = (),
+        said: Sequence[Statement] = (),
     ) -> None:
         self.path = path
+        self.said = said
+        self.notes: list[str] = []
         self.config = config
         self.headers = headers
         self.claimed = claimed
@@ -231,6 +238,7 @@ class _Reader:
 
     def pairs(self) -> dict[str, Pair]:
         pairs, used = {}, set()
+        older = self._older_experts()
         for tensor in self.maps:
             if tensor.name not in self.stems:
                 continue
@@ -242,7 +250,7 @@ class _Reader:
             used.update(present)
             if len(present) == 2:
                 a, b = self.headers[names["A"]], self.headers[names["B"]]
-                pairs[tensor.name] = self._pair(tensor, a, b)
+                pairs[tensor.name] = self._pair(tensor, a, b, tensor.name in older)
         for name in [name for name in self.headers if name not in used]:
             self._problem(
                 "QC-ADAPTER-005",
@@ -261,11 +269,32 @@ class _Reader:
             )
         return pairs
 
-    def _pair(self, tensor: TableTensor, a: Header, b: Header) -> Pair:
+    def _older_experts(self) -> set[str]:
+        """Return the stacks whose matrices have the layout of PEFT before 0.19.1."""
+        stacks = []
+        for tensor in self.maps:
+            stem = self.stems.get(tensor.name)
+            names = [f"{stem}.lora_{side}.weight" for side in "AB"]
+            if (
+                tensor.row.kind is Kind.EXPERTS
+                and tensor.name not in self.claimed
+                and all(name in self.headers for name in names)
+            ):
+                a, b = (self.headers[name] for name in names)
+                stacks.append(Stack(tensor, a, b))
+        decided = expert_layout(self.path, stacks, self.said)
+        if not isinstance(decided, ExpertLayout):
+            self.problems.append(decided)
+            return set()
+        if decided.note:
+            self.notes.append(decided.note)
+        return {stack.tensor.name for stack in stacks} if decided.older else set()
+
+    def _pair(self, tensor: TableTensor, a: Header, b: Header, older: bool) -> Pair:
         module = self._module(tensor)
         r = int(self._pattern("rank_pattern", module, self.config["r"]))
         alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
-        shapes = peft_shapes(tensor, r)
+        shapes = peft_shapes(tensor, r, older=older)
         for header, shape in ((a, shapes["A"]), (b, shapes["B"])):
             if header.shape != shape:
                 self._problem(
@@ -286,7 +315,7 @@ class _Reader:
                     fix="export the adapter again",
                 )
         scaling = alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
-        return Pair(tensor=tensor, a=a, b=b, r=r, scaling=scaling)
+        return Pair(tensor=tensor, a=a, b=b, r=r, scaling=scaling, older=older)
 
     def _pattern(self, field: str, module: str, default: float) -> float:
         for key, value in (self.config.get(field) or {}).items():

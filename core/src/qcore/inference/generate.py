@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.delta import Deltas
+from ..adapter.evidence import evidence_lines
 from ..adapter.peft_names import Adapter
 from ..adapter.reader import read_adapter
 from ..api.media import MediaReader, Medium
@@ -160,6 +161,8 @@ class Generator:
         self.adapter = self._read_adapter(adapter, trust_base) if adapter else None
         self._reads_media = media
         self._select_parts()
+        if self.adapter is not None:
+            self.reporter.lines(evidence_lines(self.base, self.adapter))
         self.variables = self._template_variables(chat_template_kwargs or {})
         lines = preflight(
             self.base, verb="generate", template_kwargs=self.variables,

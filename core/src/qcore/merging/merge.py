@@ -31,6 +31,8 @@ from typing import Any
 
 from ..adapter.base_check import media_notes, refuse_parts
 from ..adapter.delta import one_thread
+from ..adapter.evidence import evidence_lines
+from ..adapter.expert_layout import OLDER
 from ..adapter.peft_names import WEIGHTS, Adapter
 from ..adapter.reader import read_adapter
 from ..checkpoint.checkpoint import Checkpoint, read_headers
@@ -124,6 +126,7 @@ def merge(
     earlier = _refuse_twice(base.checkpoint, read)
     warnings = (
         *preflight(base, verb="merge"),
+        *evidence_lines(base, read),
         *_template_notes(base, read),
         *media_notes(read),
     )
@@ -257,6 +260,9 @@ def _meta(
                 "sha256": _digest(adapter.path / WEIGHTS),
                 "trusted_without_fingerprint": not adapter.fingerprints,
                 "pairs": len(adapter.pairs),
+                **(
+                    {"expert_layout": OLDER} if any(p.older for p in adapter.pairs.values()) else {}
+                ),
                 "modalities": adapter.modalities,
                 "tensors_changed": merger.changed,
                 "tensors_unchanged": merger.unchanged,

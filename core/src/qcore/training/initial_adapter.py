@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..adapter.base_check import refuse_parts
 from ..adapter.delta import Deltas
+from ..adapter.evidence import evidence_lines
 from ..adapter.peft_names import CONFIG, WEIGHTS, Adapter
 from ..adapter.reader import read_adapter
 from ..config.settings import SPECS, Settings
@@ -246,6 +247,7 @@ def _digest(path: Path) -> str:
 def _differences(initial: InitialAdapter, model: Identified, now: Settings) -> Iterator[str]:
     """Warn about what differs from the training of the adapter and does not stop the run."""
     adapter = initial.adapter
+    yield from evidence_lines(model, adapter)
     what = "warning: the initial adapter was trained"
     if not adapter.fingerprints:
         yield (
