@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ..adapter.peft_config import DESCRIPTIVE
 from ..adapter.peft_names import CONFIG, LAYOUT, WEIGHTS, peft_config, stems
 from ..api.parameters import Namespace
 from ..checkpoint.fingerprint import fingerprints
@@ -355,7 +356,7 @@ class RunFiles:
             namespace=self.namespace,
             classes=classes_of(base.checkpoint.config),
         )
-        out.write_json(CONFIG, config)
+        out.write_json(CONFIG, config, editable=DESCRIPTIVE)
         initial, present = self.run.initial, fingerprints(base.layout, self.digests)
         if initial is not None:
             out.meta["init_adapter"] = initial.as_json()
