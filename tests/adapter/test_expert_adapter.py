@@ -337,8 +337,9 @@ def test_what_the_config_says_of_ours(tmp_path: Path, layout: Layout):
     write_ours(tmp_path, layout, "text", SUBSETS["everything"], OWN)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     expected = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate.weight"]
-    assert config["target_parameters"] == expected
-    assert "down_proj" in config["target_modules"]
+    layers = [f"model.layers.{n}" for n in range(LAYERS)]
+    assert config["target_parameters"] == [f"{p}.{name}" for p in layers for name in expected]
+    assert "model.layers.0.mlp.shared_expert.down_proj" in config["target_modules"]
     assert config["rank_pattern"] == {
         "mlp.experts.gate_up_proj": 2, "mlp.experts.down_proj": 2, "mlp.gate.weight": 1,
         "mlp.shared_expert_gate": 1,

@@ -284,8 +284,13 @@ def peft_config(
     base: str,
     revision: str | None,
     namespace: Namespace,
+    classes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the content of ``adapter_config.json``, as PEFT 0.21 reads it.
+
+    PEFT only warns about tensors that fit no module of the model, but raises if no target is in
+    the model. So targets are full module names, which the other class of a model does not have,
+    and ``auto_mapping`` names the class. PEFT ignores it where ``task_type`` is set.
 
     Args:
         chosen: rank and alpha of each weight that has LoRA, by canonical name.
@@ -296,6 +301,7 @@ def peft_config(
         base: the base as the user named it.
         revision: commit of the base on the hub; ``None`` for a folder.
         namespace: the class that the adapter is written for.
+        classes: ``architectures`` of config.json.
     """
     tensors = [layout.table[name] for name in chosen]
     modules = [tensor for tensor in tensors if tensor.row.kind is Kind.LINEAR]
@@ -305,7 +311,7 @@ def peft_config(
     return {
         "peft_type": "LORA",
         "peft_version": PEFT_VERSION,
-        "task_type": "CAUSAL_LM",
+        **_auto_class(namespace, classes),
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
@@ -320,9 +326,19 @@ def peft_config(
         "modules_to_save": None,
         "rank_pattern": _pattern(tensors, namespace, ranks, r),
         "alpha_pattern": _pattern(tensors, namespace, alphas, lora_alpha),
-        "target_modules": _module_names(modules, layout, namespace),
-        "target_parameters": _parameter_names(parameters, layout, namespace) or None,
+        "target_modules": sorted(target_name(tensor, namespace) for tensor in modules),
+        "target_parameters": sorted(target_name(tensor, namespace) for tensor in parameters)
+        or None,
     }
+
+
+def _auto_class(namespace: Namespace, classes: Sequence[str]) -> dict[str, Any]:
+    """Return the fields from which PEFT's Auto classes pick the class of the base."""
+    own = [name for name in classes if name in namespace.classes] or list(namespace.classes)
+    if not own:
+        return {"task_type": "CAUSAL_LM", "auto_mapping": None}
+    mapping = {"base_model_class": own[0], "parent_library": "transformers"}
+    return {"task_type": None, "auto_mapping": mapping}
 
 
 class Numbers(Protocol):
@@ -337,34 +353,6 @@ class Numbers(Protocol):
     def lora_alpha(self) -> float:
         """Alpha."""
         ...
-
-
-def _module_names(modules: list[TableTensor], layout: Layout, namespace: Namespace) -> list[str]:
-    """Return short names if they match exactly the wanted modules, else the full names."""
-    wanted = {target_name(tensor, namespace) for tensor in modules}
-    suffixes = sorted({name.rpartition(".")[2] for name in wanted})
-    # PEFT matches every module, trained or not, including a tower's convolution.
-    every = [spell(tensor, namespace) for tensor in layout.table if tensor.part.loaded]
-    every += [header.name for header in layout.carried]
-    there = (name.removesuffix(".weight") for name in every if name.endswith(".weight"))
-    hit = {name for name in there if name.rpartition(".")[2] in suffixes}
-    return suffixes if hit == wanted else sorted(wanted)
-
-
-def _parameter_names(
-    parameters: list[TableTensor], layout: Layout, namespace: Namespace
-) -> list[str]:
-    """Return names below the layer if they match exactly the wanted ones, else full names."""
-    wanted = {target_name(tensor, namespace) for tensor in parameters}
-    shorts = {_short(tensor, namespace) for tensor in parameters}
-    hit = {
-        name
-        for tensor in layout.table
-        if tensor.row.kind is not None and tensor.part.loaded
-        for name in [spell(tensor, namespace)]
-        if any(name == short or name.endswith(f".{short}") for short in shorts)
-    }
-    return sorted(shorts if hit == wanted else wanted)
 
 
 def _short(tensor: TableTensor, namespace: Namespace) -> str:

@@ -24,9 +24,8 @@ from typing import Final
 from ..errors import InputError
 from .hub_client import RemoteWeights, download, suggest_model
 
-_SMALL: Final = (
-    "config.json",
-    "generation_config.json",
+#: Patterns of the files of a tokenizer and its chat template.
+TOKENIZER_FILES: Final = (
     "tokenizer*.json",
     "tokenizer.model",
     "vocab.json",
@@ -35,6 +34,11 @@ _SMALL: Final = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+)
+_SMALL: Final = (
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
     "*processor_config.json",
     "*.safetensors.index.json",
 )
@@ -98,3 +102,30 @@ def resolve_model(model: str | Path, *, headers_only: bool = False) -> ResolvedM
         )
     remote = RemoteWeights(name, folder.name, source) if headers_only else None
     return ResolvedModel(path=folder, source=source, revision=folder.name, remote=remote)
+
+
+def public_source(source: str, path: Path, revision: str | None) -> tuple[str, str | None]:
+    """Return the name under which others find a base, and its commit on the hub.
+
+    Args:
+        source: the folder or hub id that the user passed.
+        path: the folder.
+        revision: commit that the hub id resolved to; ``None`` for a folder.
+
+    Returns:
+        A hub id and a commit, also for a folder of the hub's cache; else the absolute path and
+        ``None``.
+    """
+    if revision is not None:
+        return source.partition("@")[0], revision
+    return _cached_id(path) or (str(path.expanduser().absolute()), None)
+
+
+def _cached_id(path: Path) -> tuple[str, str] | None:
+    """Return hub id and commit of a snapshot folder in the hub's cache; ``None`` for another."""
+    snapshot = Path(os.path.abspath(path.expanduser()))
+    entry = snapshot.parent.parent.name.split("--")
+    if snapshot.parent.name != "snapshots" or entry[0] != "models" or len(entry) < 3:
+        return None
+    name = f"{entry[1]}/{'--'.join(entry[2:])}"
+    return (name, snapshot.name) if _ID.fullmatch(name) else None
