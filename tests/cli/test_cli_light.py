@@ -150,8 +150,9 @@ OPTIONS: dict[str, list[str]] = {
     ],
     "generate": [
         "MODEL", "--adapter", "--chat-template-kwargs", "--debug", "--device", "--dtype",
-        "--generation", "--json", "--max-new-tokens", "--prompt", "--quantization", "--seed",
-        "--system", "--temperature", "--trust-base",
+        "--frequency-penalty", "--generation", "--json", "--max-new-tokens", "--min-p",
+        "--presence-penalty", "--prompt", "--quantization", "--repetition-penalty", "--seed",
+        "--system", "--temperature", "--top-k", "--top-p", "--trust-base",
     ],
     "verify": ["FOLDER", "--debug", "--json"],
     "plugins list": ["--debug", "--json"],
