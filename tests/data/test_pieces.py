@@ -24,7 +24,7 @@ def agree(tokenizer: Tokenizer) -> None:
     for number in range(300):
         text = "".join(rng.choice(PARTS) for _ in range(rng.randrange(1, 30)))
         if number % 3 == 0:
-            encoder.begin_row()
+            encoder.forget()
         assert encoder.encode(text) == encode_whole(tokenizer, text), repr(text)
 
 
@@ -46,3 +46,21 @@ def test_a_token_that_takes_what_is_around_it_is_not_a_boundary(odd: str) -> Non
     assert PieceEncoder(tokenizer, token)._boundary == ""
     tokenizer.add_special_tokens([AddedToken(token, special=True, **{odd: True})])
     assert PieceEncoder(tokenizer, token)._boundary == ""
+
+
+@pytest.mark.parametrize("boundary", [START, "no token"])
+def test_a_prompt_has_the_tokens_that_it_has_alone(shared: Path, boundary: str) -> None:
+    tokenizer = load_tokenizer(FakeCheckpoint(shared / "skus" / "tokenizer", None))  # type: ignore[arg-type]
+    encoder = PieceEncoder(tokenizer, boundary)
+    before, header = f"{START}user\nहि<|im_end|>\n", f"{START}assistant\n<think>\n"
+    for reply, splits in (("because", True), ("\n</think>\n\nyes", False)):
+        text = f"{before}{header}{reply}<|im_end|>\n{before}"
+        turn = len(before), len(before + header)
+        assert encoder.splits(text, turn) == splits
+        ids, offsets = encoder.encode(text, turn)
+        prompt = encode_whole(tokenizer, before + header)[0]
+        rest = encode_whole(tokenizer, text[turn[1] :])[0]
+        assert ids == prompt + rest
+        assert offsets[len(prompt)][0] == turn[1]
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+        assert (ids == encode_whole(tokenizer, text)[0]) == splits

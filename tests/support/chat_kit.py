@@ -115,7 +115,7 @@ def encode_row(
                 texts.append(error)
         pieces = PieceEncoder(tokenizer, chat_format.turn_start)
         (draft,) = drafts(plan, texts, chat_format, pieces)
-        encoded = encode_sample(draft, plan, tokenizer, chat_format)
+        encoded = encode_sample(draft, plan, tokenizer, chat_format, pieces=pieces)
         (kept,) = fitted([encoded], max_length, "refuse", tokenizer)
     except RowError as bad:
         raise bad.error(None, row.line) from None

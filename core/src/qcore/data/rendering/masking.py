@@ -18,7 +18,7 @@ from ...api.media import RowError
 from ...api.records import ChatFormat
 from ..media.spans import less_media, place
 from ..policies import AS_RENDERED
-from .pieces import Encoding, PieceEncoder, encode_whole, normalized
+from .pieces import Encoding, PieceEncoder, normalized
 from .row_plan import RowPlan, own_variables
 from .samples import END_OF_TURN, PROMPT, Draft, Sample, Span, lay_out
 from .turns import assistant_turns
@@ -142,9 +142,9 @@ def encode_sample(
     tokenizer: Tokenizer,
     chat_format: ChatFormat,
     *,
+    pieces: PieceEncoder,
     reader: MediaReader | None = None,
     explain: bool = False,
-    pieces: PieceEncoder | None = None,
 ) -> Encoded:
     """Tokenize and mask a sample.
 
@@ -153,9 +153,9 @@ def encode_sample(
         plan: of its row, whose media are already read.
         tokenizer: from `load_tokenizer`.
         chat_format: the format of the sample's text.
+        pieces: encodes the text.
         reader: reads media; without it the row is text only.
         explain: whether the example keeps its spans.
-        pieces: encodes the samples of a row; without it, the text is tokenized as a whole.
 
     Raises:
         RowError: ``QC-MASK-001``, ``-002`` as in `assistant_turns`, ``-004`` as in `place`,
@@ -167,10 +167,7 @@ def encode_sample(
         if at < draft.count
     )
     text, spans_, trained = _laid_out(draft, plan, tokenizer, chat_format, media, reader)
-    if pieces is None:
-        found, offsets = encode_whole(tokenizer, text)
-    else:
-        found, offsets = _encoded(text, spans_, plan.policies.history, pieces)
+    found, offsets = _encoded(text, spans_, plan.policies.history, pieces)
     ids = array("i", found)
     made = labels(ids, offsets, trained)
     placed = None if reader is None else _mask_media(made, ids, media, tokenizer, reader)
@@ -202,11 +199,11 @@ def encode_sample(
 
 
 def _encoded(text: str, spans_: Sequence[Span], history: str, pieces: PieceEncoder) -> Encoding:
-    """Ids and offsets of a sample: of the whole text, or of its last prompt and its last reply."""
+    """Ids and offsets of a sample, whose last prompt is tokenized as it is served."""
     if history == AS_RENDERED:
         return pieces.encode(text)
     prompt = next(span for span in reversed(spans_) if span.why == PROMPT)
-    return pieces.encode_reply(text, prompt.start, prompt.end)
+    return pieces.encode(text, (prompt.start, prompt.end))
 
 
 def _laid_out(

@@ -11,7 +11,6 @@ tokenized apart from the reply.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -44,70 +43,45 @@ class PieceEncoder:
         self._boundary = boundary if _splits(tokenizer, boundary) else ""
         self._known: dict[str, Encoding] = {}
         self._headers: dict[str, list[int]] = {}
-        self._shared = True
 
-    def begin_row(self, *, shared: bool = True) -> None:
-        """Drop the pieces: the next row shares nothing with the last one.
+    def forget(self) -> None:
+        """Drop the pieces: the next row shares nothing with the last one."""
+        self._known = {}
+
+    def encode(self, text: str, turn: tuple[int, int] | None = None) -> Encoding:
+        """Token ids of a text and the characters of each token.
 
         Args:
-            shared: whether the row may have several samples, so that its pieces are remembered.
+            text: the text, normalized.
+            turn: where a turn begins and where its prompt ends: the tokens of the prompt are those
+                that it has alone.
         """
-        self._known, self._shared = {}, shared
-
-    def encode(self, text: str) -> Encoding:
-        """Token ids of a text and the characters of each token."""
-        if not self._boundary or not self._shared:
-            return encode_whole(self._tokenizer, text)
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         start = 0
-        for piece in self._pieces(text):
+        for piece in self._pieces(text, turn):
             found, places = self._piece(piece)
             ids += found
             offsets += [(start + first, start + last) for first, last in places]
             start += len(piece)
         return ids, offsets
 
-    def encode_reply(self, text: str, start: int, reply: int) -> Encoding:
-        """As `encode`, with the tokens of the prompt as the prompt alone has them.
-
-        Args:
-            text: the text, normalized.
-            start: where the turn of the reply begins.
-            reply: where the prompt ends.
-        """
-        ids, offsets = self.encode(text)
-        start, end = self._turn(text, start, reply)
-        starts = [first for first, _ in offsets]
-        first, after = bisect_left(starts, start), bisect_left(starts, end)
-        header = self._header(text[start:reply])
-        if ids[first : first + len(header)] == header:
-            return ids, offsets
-        parts = [(start, *encode_whole(self._tokenizer, text[start:reply]))]
-        parts.append((reply, *encode_whole(self._tokenizer, text[reply:end])))
-        made = [id_ for _, some, _ in parts for id_ in some]
-        places = [(at + a, at + b) for at, _, some in parts for a, b in some]
-        return ids[:first] + made + ids[after:], offsets[:first] + places + offsets[after:]
-
-    def splits(self, text: str, start: int, reply: int) -> bool:
+    def splits(self, text: str, turn: tuple[int, int]) -> bool:
         """Whether the prompt of a turn has the same tokens alone as in a text.
 
         Args:
             text: the text, which need not be normalized.
-            start: where the turn begins.
-            reply: where the prompt ends.
+            turn: where the turn begins and where its prompt ends.
         """
-        start, end = self._turn(text, start, reply)
-        turn, prompt = (normalized(text[start:to], self._tokenizer) for to in (end, reply))
-        header = self._header(prompt)
-        return turn.startswith(prompt) and self._piece(turn)[0][: len(header)] == header
-
-    def _turn(self, text: str, start: int, reply: int) -> tuple[int, int]:
-        """Where a turn may be cut out of a text."""
+        start, reply = turn
         if not self._boundary:
-            return 0, len(text)
-        end = text.find(self._boundary, reply)
-        return start, len(text) if end < 0 else end
+            start, end = 0, len(text)
+        else:
+            end = text.find(self._boundary, reply)
+        whole = normalized(text[start : end if end >= 0 else None], self._tokenizer)
+        prompt = normalized(text[start:reply], self._tokenizer)
+        header = self._header(prompt)
+        return whole.startswith(prompt) and self._piece(whole)[0][: len(header)] == header
 
     def _header(self, text: str) -> list[int]:
         """Ids of the header of a turn with the tail of its prompt; there are few of them."""
@@ -124,12 +98,16 @@ class PieceEncoder:
             self._known[piece] = encode_whole(self._tokenizer, piece)
         return self._known[piece]
 
-    def _pieces(self, text: str) -> Iterator[str]:
+    def _pieces(self, text: str, turn: tuple[int, int] | None) -> Iterator[str]:
+        reply = -1 if turn is None or self.splits(text, turn) else turn[1]
         start = 0
-        while (end := text.find(self._boundary, start + 1)) >= 0:
+        while start < len(text):
+            end = text.find(self._boundary, start + 1) if self._boundary else -1
+            end = len(text) if end < 0 else end
+            if start < reply < end:
+                end = reply
             yield text[start:end]
             start = end
-        yield text[start:]
 
 
 def encode_whole(tokenizer: Tokenizer, text: str) -> Encoding:

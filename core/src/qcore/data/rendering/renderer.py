@@ -249,7 +249,7 @@ class Renderer:
     def _made(self, plan: RowPlan, texts: Sequence[str | InputError]) -> list[Encoded]:
         """The samples of a row; none if it is refused or left out."""
         row, policy = plan.row, plan.policies.long_rows
-        self._pieces.begin_row(shared=len(plan.turns) > 1)
+        self._pieces.forget()
         try:
             found = drafts(plan, texts, self.format, self._pieces)
         except InputError as error:  # of the template; any other one is not the row's

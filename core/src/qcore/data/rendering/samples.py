@@ -122,7 +122,7 @@ def drafts(
     plan: RowPlan,
     texts: Sequence[str | InputError],
     chat_format: ChatFormat,
-    pieces: PieceEncoder | None = None,
+    pieces: PieceEncoder,
 ) -> list[Draft]:
     """The samples of a row, from the renderings that its plan asks for.
 
@@ -131,7 +131,7 @@ def drafts(
         texts: one for each of `RowPlan.prefixes`.
         chat_format: the format of `texts`.
         pieces: shows which prompts have other tokens alone than before their reply, so that no
-            other sample may contain the turn; without it, none has.
+            other sample may contain the turn.
 
     Raises:
         RowError: ``QC-MASK-001``, ``-002`` as in `assistant_turns`, ``QC-DATA-040``, ``-041``.
@@ -167,7 +167,7 @@ def _one_rendering(
     plan: RowPlan,
     texts: Sequence[str | InputError],
     chat_format: ChatFormat,
-    pieces: PieceEncoder | None,
+    pieces: PieceEncoder,
 ) -> Draft:
     """The sample of a row whose history is trained as it is rendered."""
     text, *prompts = texts
@@ -193,9 +193,9 @@ def _one_rendering(
     )  # fmt: skip
 
 
-def _splits(text: str, place: Turn, reply: int, pieces: PieceEncoder | None) -> bool:
+def _splits(text: str, place: Turn, reply: int, pieces: PieceEncoder) -> bool:
     """Whether no token is half prompt and half reply."""
-    return pieces is None or pieces.splits(text, place.start, reply)
+    return pieces.splits(text, (place.start, reply))
 
 
 def _places(plan: RowPlan, text: str, chat_format: ChatFormat, count: int) -> dict[int, Turn]:
