@@ -277,13 +277,13 @@ def test_a_repetition_penalty_acts_on_greedy_decoding_as_in_transformers(folder:
 
     made = generator_of(folder)
     ids = made.tokenizer.encode("Name a city in Peru.", add_special_tokens=False).ids
-    new, _ = made.decode(list(ids), 16, Sampling(repetition_penalty=5.0), 0)
+    new, _ = made.decode(list(ids), 16, Sampling(repetition_penalty=0.1), 0)
     stock = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     out = stock.generate(
         input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False,
-        max_new_tokens=16, repetition_penalty=5.0,
+        max_new_tokens=16, repetition_penalty=0.1,
         suppress_tokens=[*range(highest_id(made.tokenizer) + 1, stock.config.vocab_size)],
     )  # fmt: skip
     assert out[0, len(ids) :].tolist()[: len(new)] == new
