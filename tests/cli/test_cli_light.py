@@ -143,15 +143,16 @@ OPTIONS: dict[str, list[str]] = {
         "--adapter", "--adapter-class", "--config", "--data", "--debug", "--device",
         "--eval-data", "--format", "--generation", "--init-adapter", "--json", "--kernels",
         "--media-root", "--model", "--output", "--preset", "--resume", "--set", "--trust-base",
+        "--trust-generation",
     ],
     "merge": [
         "--adapter", "--debug", "--dequantize", "--generation", "--json", "--model", "--no-proof",
-        "--output", "--trust-base",
+        "--output", "--trust-base", "--trust-generation",
     ],
     "generate": [
         "MODEL", "--adapter", "--chat-template-kwargs", "--debug", "--device", "--dtype",
         "--generation", "--json", "--max-new-tokens", "--prompt", "--quantization", "--seed",
-        "--system", "--temperature", "--trust-base",
+        "--system", "--temperature", "--trust-base", "--trust-generation",
     ],
     "verify": ["FOLDER", "--debug", "--json"],
     "plugins list": ["--debug", "--json"],
