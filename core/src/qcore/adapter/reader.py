@@ -19,10 +19,11 @@ from ..api.parameters import Tensor as TableTensor
 from ..api.records import AdapterClaim
 from ..checkpoint.checkpoint import Header, read_headers, read_json, safe_file
 from ..checkpoint.layout import Layout
-from ..errors import InputError, QcoreError, TrustError, one_of_each, raise_all
+from ..errors import InputError, QcoreError, one_of_each, raise_all
 from ..io.artifact import MANIFEST, read_manifest, verify
 from .base_check import check_complete
 from .expert_layout import NEWER, ExpertLayout, Stack, Statement, expert_layout, statements
+from .named_base import Base, check_consent, check_generation
 from .peft_config import check_config, layers_of
 from .peft_names import (
     CONFIG,
@@ -42,7 +43,13 @@ Claims = Callable[[Mapping[str, tuple[int, ...]]], Sequence[AdapterClaim]]
 
 
 def read_adapter(
-    path: str | Path, layout: Layout, *, trust_base: bool = False, claims: Claims | None = None
+    path: str | Path,
+    layout: Layout,
+    *,
+    trust_base: bool = False,
+    trust_generation: bool = False,
+    base: Base | None = None,
+    claims: Claims | None = None,
 ) -> Adapter:
     """Read the headers of an adapter folder and match them with the weights of a base.
 
@@ -50,6 +57,8 @@ def read_adapter(
         path: the adapter folder.
         layout: the layout of the base.
         trust_base: accept an adapter without a fingerprint of its base.
+        trust_generation: accept such an adapter if it names a base of another generation.
+        base: generation and source of the base; ``None`` to accept any generation.
         claims: asks the plugins whether they recognize the tensors' layout; ``None`` for PEFT's
             layout alone.
 
@@ -65,7 +74,8 @@ def read_adapter(
             part that has pairs, ``-013`` the number of pairs of a part differs from training,
             ``-014`` the layout of experts is not certain.
         TrustError: ``QC-ADAPTER-009`` the adapter has no fingerprint of its base, and
-            `trust_base` is not set.
+            `trust_base` is not set; ``-015`` it names a base of another generation, and
+            `trust_generation` is not set.
     """
     folder = Path(path)
     for name in (CONFIG, WEIGHTS):
@@ -77,10 +87,13 @@ def read_adapter(
                 expected="a PEFT adapter folder",
                 fix="name the folder that training wrote",
             )
-    meta = _manifest(folder, trust_base)
     config = read_json(safe_file(folder, CONFIG))
+    meta = _manifest(folder)
+    if not meta:
+        check_consent(folder, config, base, trust_base)
     problems = check_config(folder / CONFIG, config)
     raise_all(problems)
+    notes = check_generation(folder, config, base, trust_generation) if base and not meta else []
     headers = {header.name: header for header in read_headers(safe_file(folder, WEIGHTS))}
     recognized = claims({name: h.shape for name, h in headers.items()}) if claims else []
     claimed: set[str] = set()
@@ -99,7 +112,7 @@ def read_adapter(
         meta=meta,
         layout=recognized[0].layout if recognized else "peft",
         trunk=trunk_part(layout.table).name,
-        notes=tuple(reader.notes),
+        notes=(*notes, *reader.notes),
     )
 
 
@@ -141,7 +154,8 @@ def _translated(
     return translated
 
 
-def _manifest(folder: Path, trust_base: bool) -> Mapping[str, Any]:
+def _manifest(folder: Path) -> Mapping[str, Any]:
+    """Return what the manifest records; empty without a fingerprint of the base."""
     if (folder / MANIFEST).exists():
         report = verify(folder)
         if not report.ok:
@@ -165,13 +179,6 @@ def _manifest(folder: Path, trust_base: bool) -> Mapping[str, Any]:
             )
         if meta.get("fingerprints"):
             return meta
-    if not trust_base:
-        raise TrustError(
-            "QC-ADAPTER-009",
-            "carries no fingerprint of the base that it was trained on",
-            file=folder,
-            fix="pass --trust-base if you know that this is its base",
-        )
     return {}
 
 
