@@ -64,6 +64,8 @@ class Adapter:
         meta: what qcore recorded in the manifest; empty for an adapter of another program.
         layout: ``peft``, or the name of the layout that a plugin recognized.
         trunk: name of the trunk's part; all other parts are towers.
+        source: the folder or hub id that the user passed.
+        revision: the commit on the hub; ``None`` for a local folder.
     """
 
     path: Path
@@ -72,6 +74,8 @@ class Adapter:
     meta: Mapping[str, Any]
     layout: str = "peft"
     trunk: str = "text"
+    source: str = ""
+    revision: str | None = None
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
