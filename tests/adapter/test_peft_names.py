@@ -505,7 +505,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str, int]] = {
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "QC-ADAPTER-003", 65),
     "a pickle": (
         lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
-        "QC-ADAPTER-003", 65,
+        "QC-CKPT-007", 65,
     ),
     "config is not JSON": (
         lambda f: (f / "adapter_config.json").write_text("{"), "QC-CKPT-002", 65

@@ -70,6 +70,8 @@ class Adapter:
         layout: ``peft``, or the name of the layout that a plugin recognized.
         trunk: name of the trunk's part; all other parts are towers.
         notes: lines for the report about how the files were read.
+        source: the folder or hub id that the user passed.
+        revision: the commit on the hub; ``None`` for a local folder.
     """
 
     path: Path
@@ -79,6 +81,8 @@ class Adapter:
     layout: str = "peft"
     trunk: str = "text"
     notes: tuple[str, ...] = ()
+    source: str = ""
+    revision: str | None = None
 
     @property
     def fingerprints(self) -> Mapping[str, str]:

@@ -21,8 +21,10 @@ from ..checkpoint.checkpoint import Header, read_headers, read_json, safe_file
 from ..checkpoint.layout import Layout
 from ..errors import InputError, QcoreError, one_of_each, raise_all
 from ..io.artifact import MANIFEST, read_manifest, verify
+from ..io.folder_check import ADAPTER_FILES
 from .base_check import check_complete
 from .expert_layout import NEWER, ExpertLayout, Stack, Statement, expert_layout, statements
+from .locate import locate_adapter
 from .named_base import Base, check_consent, check_generation
 from .peft_config import check_config, layers_of
 from .peft_names import (
@@ -54,7 +56,7 @@ def read_adapter(
     """Read the headers of an adapter folder and match them with the weights of a base.
 
     Args:
-        path: the adapter folder.
+        path: the adapter folder, or its hub id (`qcore.adapter.locate`).
         layout: the layout of the base.
         trust_base: accept an adapter without a fingerprint of its base.
         trust_generation: accept such an adapter if it names a base of another generation.
@@ -66,7 +68,7 @@ def read_adapter(
         The adapter; no values have been read.
 
     Raises:
-        InputError: ``QC-ADAPTER-003`` not an adapter folder, ``-004`` a config field is missing or
+        InputError: as `locate_adapter`; ``QC-ADAPTER-004`` a config field is missing or
             not supported, ``-005`` a tensor matches no weight, ``-006`` a declared target has no
             tensors, ``-007`` a shape or dtype is wrong, ``-008`` the folder differs from its
             manifest, ``-010`` several plugins claim the layout, or a claim names a weight that
@@ -77,16 +79,8 @@ def read_adapter(
             `trust_base` is not set; ``-015`` it names a base of another generation, and
             `trust_generation` is not set.
     """
-    folder = Path(path)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise InputError(
-                "QC-ADAPTER-003",
-                f"has no {name}",
-                file=folder,
-                expected="a PEFT adapter folder",
-                fix="name the folder that training wrote",
-            )
+    located = locate_adapter(path)
+    folder = located.path
     config = read_json(safe_file(folder, CONFIG))
     meta = _manifest(folder)
     if not meta:
@@ -107,6 +101,8 @@ def read_adapter(
     raise_all(one_of_each(reader.problems))
     return Adapter(
         path=folder,
+        source=located.source,
+        revision=located.revision,
         pairs=pairs,
         namespace=reader.namespace,
         meta=meta,
@@ -157,14 +153,14 @@ def _translated(
 def _manifest(folder: Path) -> Mapping[str, Any]:
     """Return what the manifest records; empty without a fingerprint of the base."""
     if (folder / MANIFEST).exists():
-        report = verify(folder)
+        report = verify(folder, acting=ADAPTER_FILES)
         if not report.ok:
             raise InputError(
                 "QC-ADAPTER-008",
                 "differs from its manifest",
                 file=folder,
                 found=report.problems[0],
-                fix="train again, or restore the folder",
+                fix="restore the file from the folder that training wrote or from its copy",
             )
         meta = read_manifest(folder).meta
         if meta.get("layout", LAYOUT) != LAYOUT:

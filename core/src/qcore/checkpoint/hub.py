@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import InputError
-from .hub_client import RemoteWeights, download, suggest_model
+from ..io.safe_path import name_problem
+from .hub_client import RemoteWeights, download
+from .suggest import suggest_folder
 
 #: Patterns of the files of a tokenizer and its chat template.
 TOKENIZER_FILES: Final = (
@@ -43,6 +45,7 @@ _SMALL: Final = (
     "*.safetensors.index.json",
 )
 FILES: Final = (*_SMALL, "*.safetensors")
+_DEEPEST: Final = 16  # folders in a hub id
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION: Final = re.compile(r"[A-Za-z0-9_](?!.*\.\.)[\w./+-]*", re.ASCII)
 
@@ -62,6 +65,34 @@ class ResolvedModel:
     source: str
     revision: str | None = None
     remote: RemoteWeights | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubId:
+    """A place on the hub: ``ORG/NAME[/FOLDER][@REVISION]``.
+
+    Attributes:
+        name: ``ORG/NAME``.
+        folder: path in the repository; empty for the top.
+        revision: branch, tag or commit; ``None`` for the default branch.
+    """
+
+    name: str
+    folder: str
+    revision: str | None
+
+
+def parse_id(source: str) -> HubId | None:
+    """Split a hub id, which may name a folder; ``None`` if the value is not one."""
+    path, separator, revision = source.partition("@")
+    org, _, rest = path.partition("/")
+    name, _, folder = rest.partition("/")
+    if not _ID.fullmatch(f"{org}/{name}") or (separator and not _REVISION.fullmatch(revision)):
+        return None
+    folder = folder.rstrip("/")
+    if folder and name_problem(folder, depth=_DEEPEST) is not None:
+        return None
+    return HubId(name=f"{org}/{name}", folder=folder, revision=revision or None)
 
 
 def resolve_model(model: str | Path, *, headers_only: bool = False) -> ResolvedModel:
@@ -90,7 +121,7 @@ def resolve_model(model: str | Path, *, headers_only: bool = False) -> ResolvedM
             "is neither a folder nor a hub id",
             file=source,
             expected="a folder, or ORG/NAME[@REVISION]",
-            fix=suggest_model(source, path) or "name a folder that exists",
+            fix=suggest_folder(source, path) or "name a folder that exists",
         )
     folder = download(name, revision or None, source, _SMALL if headers_only else FILES)
     if not folder.is_dir():
