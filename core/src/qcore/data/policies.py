@@ -32,7 +32,7 @@ class Policies:
             ``as_rendered``: in one rendering of the row.
         long_rows: ``refuse``, ``drop``, ``truncate_turns`` or ``truncate_tokens``.
         bad_rows: ``refuse`` or ``skip``.
-        bad_rows_limit: the largest fraction of the rows that may be skipped.
+        bad_rows_limit: the largest fraction of the rows of a source that may be skipped.
         train: whether turns without a mark of their own are trained.
     """
 
@@ -67,5 +67,8 @@ class Policies:
             history=source.history or self.history,
             long_rows=source.long_rows or self.long_rows,
             bad_rows=source.bad_rows or self.bad_rows,
+            bad_rows_limit=self.bad_rows_limit
+            if source.bad_rows_limit is None
+            else source.bad_rows_limit,
             train=source.train,
         )

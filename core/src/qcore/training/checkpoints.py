@@ -267,7 +267,7 @@ class RunFiles:
             if same is not None:
                 _check_same(out, same)
             out.copy(METRICS, metrics)
-            if self.run.data.rejects.count:
+            if self.run.data.rejects.listed:
                 out.copy(REJECTED, metrics.with_name(REJECTED))
             out.meta["result"] = dict(result)
 

@@ -41,14 +41,14 @@ _CHOICES: Final = {
 }
 _KEYS: Final = (
     "path", "hub", *_HUB, "format", "weight", "count", "fields", "ignore_columns", "media_root",
-    *_CHOICES, "train", "seed",
+    *_CHOICES, "bad_rows_limit", "train", "seed",
 )  # fmt: skip
 _EXAMPLES: Final = {
     "path": "rows.jsonl", "hub": "ORG/NAME", "revision": "main", "config": "default",
     "split": "train", "format": "sharegpt", "weight": "0.5", "count": "1000",
     "fields": "{messages: conversations}", "ignore_columns": "[source, score]",
     "media_root": "media", **{key: choices[0] for key, choices in _CHOICES.items()},
-    "train": "false", "seed": "0", "messages": "conversations",
+    "bad_rows_limit": "0.1", "train": "false", "seed": "0", "messages": "conversations",
 }  # fmt: skip
 _MAX_SOURCES: Final = 1000
 _MAX_SEED: Final = 2**63 - 1
@@ -157,6 +157,8 @@ def _options(keys: Mapping[str, Expect], folder: Path) -> dict[str, Any]:
     for key, choices in _CHOICES.items():
         if key in keys:
             options[key] = _choice(keys[key], choices)
+    if "bad_rows_limit" in keys:
+        options["bad_rows_limit"] = _fraction(keys["bad_rows_limit"])
     if "train" in keys:
         options["train"] = _choice(keys["train"], ("true", "false")) == "true"
     if "seed" in keys:
@@ -199,6 +201,13 @@ def _share(value: Expect) -> float:
         fix = "leave the source out" if weight <= 0 else "lower the weights of the other sources"
         raise _breach(value, f"{weight:g}", "more than 0 and at most 1", fix)
     return weight
+
+
+def _fraction(value: Expect) -> float:
+    number = _at(value).number()
+    if not 0 <= number <= 1:
+        raise _breach(value, f"{number:g}", "0 to 1")
+    return number
 
 
 def _integer(value: Expect, low: int, high: int) -> int:

@@ -37,6 +37,7 @@ class Source:
         history: ``as_served`` or ``as_rendered``.
         long_rows: ``refuse``, ``drop``, ``truncate_turns`` or ``truncate_tokens``.
         bad_rows: ``refuse`` or ``skip``.
+        bad_rows_limit: the largest fraction of its rows that may be skipped.
         train: whether rows of this source are trained; false: all of it is context.
         notes: what a report says of it: files that are not read, a name that does not fit the
             content.
@@ -57,6 +58,7 @@ class Source:
     history: str = ""
     long_rows: str = ""
     bad_rows: str = ""
+    bad_rows_limit: float | None = None
     train: bool = True
     notes: tuple[str, ...] = ()
 
