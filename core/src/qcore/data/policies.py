@@ -8,17 +8,22 @@ length and `qcore.data.rejects` those on bad rows. The settings have the same na
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from ..config.settings import SPECS
 
 if TYPE_CHECKING:
     from ..config.settings import Settings
     from .sources.source import Source
 
-ALL, LAST = "all", "last"
-TRAIN, MASK, DROP = "train", "mask", "drop"
-AS_SERVED, AS_RENDERED = "as_served", "as_rendered"
-REFUSE, SKIP = "refuse", "skip"
-TRUNCATE_TURNS, TRUNCATE_TOKENS = "truncate_turns", "truncate_tokens"
+#: Policies with a choice of values, which a source may set itself.
+POLICY_KEYS: Final = ("turns", "reasoning", "history", "long_rows", "bad_rows")
+# The settings list the choices; a new one must get a name here.
+ALL, LAST = SPECS["turns"].choices
+TRAIN, MASK, DROP = SPECS["reasoning"].choices
+AS_SERVED, AS_RENDERED = SPECS["history"].choices
+REFUSE, _, TRUNCATE_TURNS, TRUNCATE_TOKENS = SPECS["long_rows"].choices
+_, SKIP = SPECS["bad_rows"].choices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,21 +24,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...config.expect import Contract, Expect
+from ...config.settings import SPECS
 from ...config.yaml import MappingNode, Node, ScalarNode, SequenceNode
 from ...errors import UsageError, nearest
+from ..policies import POLICY_KEYS
 from .hub_files import ID, REVISION
 
 SUFFIXES: Final = (".yaml", ".yml")
 _CONTRACT: Final = Contract("QC-DATA-035", "is not a valid mix file")
 _TOP: Final = ("sources", "seed")
 _HUB: Final = ("revision", "config", "split")
-_CHOICES: Final = {
-    "turns": ("all", "last"),
-    "reasoning": ("train", "mask", "drop"),
-    "history": ("as_served", "as_rendered"),
-    "long_rows": ("refuse", "drop", "truncate_turns", "truncate_tokens"),
-    "bad_rows": ("refuse", "skip"),
-}
+_CHOICES: Final = {key: SPECS[key].choices for key in POLICY_KEYS}
 _KEYS: Final = (
     "path", "hub", *_HUB, "format", "weight", "count", "fields", "ignore_columns", "media_root",
     *_CHOICES, "bad_rows_limit", "train", "seed",
