@@ -60,15 +60,9 @@ class SourceCount:
 
     def summary(self) -> dict[str, object]:
         """For a manifest."""
-        source = self.source
         return {
-            "name": source.name,
-            **({"revision": source.revision} if source.revision else {}),
-            **({"weight": source.weight} if source.weight is not None else {}),
-            **({"count": source.count} if source.count is not None else {}),
-            **({"seed": source.seed} if source.seed is not None else {}),
-            **({"notes": list(source.notes)} if source.notes else {}),
-            "files": [path.name for path in source.files],
+            **self.source.summary(),
+            "files": [path.name for path in self.source.files],
             "sha256": self.sha256,
             "rows": self.rows,
             "rejected_rows": self.refused,
