@@ -149,7 +149,7 @@ def run(shared: Path, tmp_path: Path, sku: str, tokenizer: Tokenizer, count: int
             )  # fmt: skip
             assert found == (), (found, plan.row)
             turns += sum(len(one.sample.turns) for one in encoded)
-    rejects.stop(renderer.rows)
+    rejects.stop(renderer.counts)
     return turns
 
 

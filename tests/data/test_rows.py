@@ -181,10 +181,11 @@ def test_the_rows_around_a_bad_one_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{GOOD}\n{{\n{GOOD}\nnull\n{GOOD}\n")
     rejects = Rejects()
-    assert [r.line for r in read_file(path, rejects)] == [1, 3, 5]
+    counts: list[SourceCount] = []
+    assert [r.line for r in read_file(path, rejects, counts=counts)] == [1, 3, 5]
     assert rejects.count == 2
     with pytest.raises(PreflightError) as caught:
-        rejects.stop(5)
+        rejects.stop(counts)
     assert [e.field for e in caught.value.errors] == ["line 2", "line 4"]
 
 
@@ -358,9 +359,10 @@ def test_think_marks_may_be_control_strings_and_an_inline_block_still_allowed(
     ]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     rejects = Rejects()
-    assert [r.line for r in read_file(path, rejects, control=control)] == [1]
+    counts: list[SourceCount] = []
+    assert [r.line for r in read_file(path, rejects, control=control, counts=counts)] == [1]
     with pytest.raises(InputError, match=r"line 2, messages\[0\].content"):
-        rejects.stop(5)
+        rejects.stop(counts)
 
 
 def test_control_strings_that_composition_makes_are_refused(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def read_file(
 
     yield from read_rows([source], read, found, counts)
     if rejects is None:
-        found.stop(counts[0].rows)
+        found.stop(counts)
 
 
 class FakeCheckpoint:

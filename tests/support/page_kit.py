@@ -26,7 +26,8 @@ def write_page(path: Path, count: int, image: bytes | None = None) -> None:
         if row % 50 == 0:
             refused.append(
                 {"row": row, "file": f"{HOSTILE}.jsonl", "line": row, "code": "QC-DATA-006",
-                 "field": "messages[0].role", "reason": HOSTILE, "fix": "write user"}
+                 "field": "messages[0].role", "reason": HOSTILE, "fix": "write user",
+                 "action": "refused"}
             )  # fmt: skip
             continue
         said = HOSTILE if row % 17 == 0 else f"Answer number {row}. " * (1 + row % 30)

@@ -52,7 +52,7 @@ class Settings:
         choices=("refuse", "skip"),
     )
     bad_rows_limit: float = _s(
-        0.1, "largest fraction of the rows that bad_rows: skip may leave out", low=0, high=1
+        0.1, "largest fraction of a source's rows that bad_rows: skip may leave out", low=0, high=1
     )
     turns: str = _s(
         "all",

@@ -23,7 +23,7 @@ from ..errors import InputError
 from .findings import Findings
 from .policies import Policies
 from .reading import SourceCount
-from .rejects import Rejects
+from .rejects import REJECTED, Rejects
 from .rendering.chat_record import ChatRecord
 from .rendering.masking import Example
 from .rendering.renderer import Options, Renderer
@@ -150,9 +150,9 @@ class Dataset:
         )
         if len(self.sources) > 1 or self.eval_sources:
             for count in self.sources:
-                yield f"{count.source.name}: {count.rows} rows"
+                yield count.line()
             for count in self.eval_sources:
-                yield f"{count.source.name}: {count.rows} rows, evaluated only"
+                yield f"{count.line()}, evaluated only"
         for count in (*self.sources, *self.eval_sources):
             yield from (f"{count.source.name}: {note}" for note in count.source.notes)
         yield from self.findings.lines()
@@ -239,38 +239,20 @@ def dataset(
     tokenizer = tokenizer or load_tokenizer(checkpoint)
     template = required_template(checkpoint).reopen()  # a process of its own, closed here
     with template:
-        renderer = Renderer(template, chat_format, tokenizer, options, Rejects(policies))
+        rejects = Rejects(policies, listing=REJECTED)
+        renderer = Renderer(template, chat_format, tokenizer, options, rejects)
         renderer.prove()
         train = list(renderer.examples(sources))
         evaluated = list(renderer.examples(_sources(eval_data, seed)))
         renderer.close()
-    _check_rows(renderer, train, sources[0].files[0], refused)
-    held = split(train, eval_fraction, seed, sources[0].files[0])
-    return _whole(renderer, sources, train, evaluated, held)
-
-
-def _check_rows(
-    renderer: Renderer,
-    train: Sequence[Example],
-    path: Path,
-    refused: Callable[[Rejects], None] | None,
-) -> None:
-    """Raise the errors of refused rows, and that no row is left."""
     try:
-        renderer.rejects.stop(renderer.rows)
+        rejects.stop(renderer.counts)
     except InputError:
         if refused is not None:
-            refused(renderer.rejects)
+            refused(rejects)
         raise
-    if not train:
-        raise InputError(
-            "QC-DATA-015",
-            "has no row left to train",
-            file=path,
-            found=f"{renderer.rows} rows, {renderer.rejects.count} refused, "
-            f"{renderer.dropped} too long",
-            fix="raise max_length, or add rows",
-        )
+    held = split(train, eval_fraction, seed, sources[0].files[0])
+    return _whole(renderer, sources, train, evaluated, held)
 
 
 def _sources(data: str | Path | Sequence[Source], seed: int) -> tuple[Source, ...]:

@@ -38,32 +38,48 @@ class SourceCount:
 
     Attributes:
         source: the source.
+        first: number of its first row.
         sha256: hex digest of its files.
         rows: its rows, refused ones included.
-        refused: rows that are refused.
+        refused: rows that are refused, skipped ones included; `Rejects.stop` sets these four.
+        skipped: those of them that ``bad_rows=skip`` leaves out.
+        dropped: rows that ``long_rows`` leaves out.
+        truncated: rows that ``long_rows`` cuts.
         formats: rows by row format.
     """
 
     source: Source
+    first: int = 1
     sha256: str = ""
     rows: int = 0
+    refused: int = 0
+    skipped: int = 0
+    dropped: int = 0
+    truncated: int = 0
     formats: Counter[str] = field(default_factory=Counter)
 
     def summary(self) -> dict[str, object]:
         """For a manifest."""
-        source = self.source
         return {
-            "name": source.name,
-            **({"revision": source.revision} if source.revision else {}),
-            **({"weight": source.weight} if source.weight is not None else {}),
-            **({"count": source.count} if source.count is not None else {}),
-            **({"seed": source.seed} if source.seed is not None else {}),
-            **({"notes": list(source.notes)} if source.notes else {}),
-            "files": [path.name for path in source.files],
+            **self.source.summary(),
+            "files": [path.name for path in self.source.files],
             "sha256": self.sha256,
             "rows": self.rows,
+            "rejected_rows": self.refused,
+            "dropped_rows": self.dropped,
+            "truncated_rows": self.truncated,
             "formats": dict(sorted(self.formats.items())),
         }
+
+    def line(self) -> str:
+        """What the report states of the source."""
+        losses = (
+            (self.refused, "refused"),
+            (self.dropped, "too long and left out"),
+            (self.truncated, "cut"),
+        )
+        more = "".join(f", {count} {what}" for count, what in losses if count)
+        return f"{self.source.name}: {self.rows} rows{more}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +169,7 @@ def read_rows(
     """
     number = first - 1
     for source in sources:
-        count = SourceCount(source)
+        count = SourceCount(source, first=number + 1)
         if counts is not None:
             counts.append(count)
         digest = hashlib.sha256()

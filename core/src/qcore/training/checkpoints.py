@@ -276,7 +276,7 @@ class RunFiles:
             for name in self._tokenizer_files():
                 out.copy(name, self.run.model.checkpoint.file(name))
             out.copy(METRICS, metrics)
-            if self.run.data.rejects.count:
+            if self.run.data.rejects.listed:
                 out.copy(REJECTED, metrics.with_name(REJECTED))
             out.meta["result"] = dict(result)
 

@@ -24,7 +24,7 @@ from ..formats import IGNORED, load_formats
 from ..media.files import Finder
 from ..policies import Policies
 from ..reading import RowReader, SourceCount, read_rows
-from ..rejects import template_refusal
+from ..rejects import CUT, LONG, template_refusal
 from ..repairs.repair import repair_context
 from ..rows import ChatRow, RowCheck
 from ..sources.row_bytes import row_bytes
@@ -279,16 +279,20 @@ class Renderer:
             return []
         for draft in found if kept else ():
             self._losses.look(plan, draft)
-        self._count(encoded, kept)
+        self._count(row, encoded, kept)
         return kept
 
-    def _count(self, encoded: Sequence[Encoded], kept: Sequence[Encoded]) -> None:
+    def _count(self, row: ChatRow, encoded: Sequence[Encoded], kept: Sequence[Encoded]) -> None:
+        cut = len(kept) < len(encoded) or any(
+            len(a.example.ids) != len(b.example.ids) for a, b in zip(encoded, kept, strict=True)
+        )
+        if cut:
+            longest = max(len(one.example.ids) for one in encoded)
+            self.rejects.add_long(row, longest, self.options.max_length, cut=bool(kept))
         if not kept:
             self.dropped += 1
             return
-        self.truncated += len(kept) < len(encoded) or any(
-            len(a.example.ids) != len(b.example.ids) for a, b in zip(encoded, kept, strict=True)
-        )
+        self.truncated += cut
         lengths = [len(one.example.ids) for one in kept]
         self._split += len(kept) > 1
         self._samples += len(kept)
@@ -300,13 +304,12 @@ class Renderer:
         if self._losses.lost:
             self._losses.advice = self._keep_reasoning()
         self._losses.close()
-        policies, rows = self.options.policies, self.rows
         for key, message in self._formats.notes():
             self.findings.add(
                 DataFinding(code=IGNORED, severity=NOTE, row=0, field=key, message=message)
             )
         if self._split:
-            left = rows - self.rejects.count - self.dropped
+            left = self.rows - self.rejects.count - self.dropped
             self._add(
                 "QC-DATA-048",
                 NOTE,
@@ -315,20 +318,25 @@ class Renderer:
                 "renders earlier turns of a conversation unlike it served them "
                 "(history=as_served; as_rendered trains each row in one rendering)",
             )
-        for count, what in ((self.dropped, "left out"), (self.truncated, "cut")):
-            if count:
-                self._add(
-                    "QC-DATA-046",
-                    WARNING,
-                    f"{count} of {rows} rows are longer than max_length={self.options.max_length} "
-                    f"and were {what} (long_rows={policies.long_rows})",
-                )
-        if self.rejects.skipped:
+        self._report_losses()
+
+    def _report_losses(self) -> None:
+        rejects, rows = self.rejects, self.rows
+        listed = f"; {rejects.listing} lists them" if rejects.listing else ""
+        for (action, policy), count in sorted(rejects.long.items()):
+            what = "cut" if action == CUT else "left out"
+            self._add(
+                LONG,
+                WARNING,
+                f"{count} of {rows} rows are longer than max_length={self.options.max_length} "
+                f"and were {what} (long_rows={policy}){listed}",
+            )
+        if rejects.skipped:
             self._add(
                 "QC-DATA-047",
                 WARNING,
-                f"{self.rejects.skipped} of {rows} rows are bad and were left out "
-                f"(bad_rows=skip); rejected.jsonl lists them",
+                f"{rejects.skipped} of {rows} rows are bad and were left out "
+                f"(bad_rows=skip){listed}",
             )
 
     def _keep_reasoning(self) -> str:

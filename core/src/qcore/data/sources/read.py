@@ -11,6 +11,7 @@ datasets.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -74,9 +75,10 @@ def read_sources(
         except QcoreError as error:
             problems.append(error)
             continue
+        listed = None if mix is None else (mix, _sha256(mix))
         for entry in entries:
             try:
-                sources.append(_source(entry, mix))
+                sources.append(replace(_source(entry, mix), mix=listed))
             except QcoreError as error:
                 problems.extend(getattr(error, "errors", (error,)))
     raise_all(problems)
@@ -124,6 +126,11 @@ def _entries(word: str, command: str) -> tuple[Path | None, tuple[Entry, ...]]:
     if reason != _MISSING or _names_a_file(word) or not is_id:
         raise unreadable(path, reason, _near(path) if reason == _MISSING else None)
     return None, (Entry(place="", hub=name, revision=revision),)
+
+
+def _sha256(path: Path) -> str:
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unreachable(path: Path) -> str | None:
@@ -192,6 +199,8 @@ def _hub_source(entry: Entry) -> Source:
         name=name,
         files=found.files,
         revision=found.revision,
+        config=entry.config,
+        split=entry.split,
         notes=(found.note,) if found.note else (),
         **entry.options,
     )

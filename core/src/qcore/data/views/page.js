@@ -73,7 +73,7 @@
       meter.append(fill);
       share.append(document.createTextNode(number(e.tokens) + " tokens"), meter,
         document.createTextNode(Math.round(e.share) + " %"));
-    } else share.append(document.createTextNode("refused"));
+    } else share.append(document.createTextNode("left out"));
     head.append(share);
     const spans = e.spans;
     const from = spans.find((s) => s[3] && whys[s[2]] === "answer") || spans.find((s) => s[3]) || spans[0];
@@ -125,7 +125,7 @@
     why(null);
     $("detail").scrollTop = 0;
     if (!e) return;
-    $("head").append(make("b", "", "Row " + e.row + (e.sample ? ", sample " + e.sample : ", refused")),
+    $("head").append(make("b", "", "Row " + e.row + (e.sample ? ", sample " + e.sample : ", left out")),
       document.createTextNode(" · " + visible(sources[e.source] || "") + " line " + e.line +
         (e.format >= 0 ? " · " + formats[e.format] : "") +
         (e.sample ? " · " + number(e.tokens) + " tokens, " + number(e.trained) + " trained (" +
