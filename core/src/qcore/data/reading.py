@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from ..api.media import RowError
 from ..errors import InputError
@@ -57,6 +57,19 @@ class SourceCount:
     dropped: int = 0
     truncated: int = 0
     formats: Counter[str] = field(default_factory=Counter)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the source."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source"}
+        return {k: dict(v) if isinstance(v, Counter) else v for k, v in values.items()}
+
+    @classmethod
+    def of(cls, source: Source, value: Mapping[str, Any]) -> SourceCount:
+        """The count of a source of its `as_json`."""
+        values: dict[str, Any] = {
+            k: Counter(v) if isinstance(v, dict) else v for k, v in value.items()
+        }
+        return cls(source, **values)
 
     def summary(self) -> dict[str, object]:
         """For a manifest."""

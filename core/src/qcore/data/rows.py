@@ -35,7 +35,7 @@ from .content import ContentReader, text_of
 from .tool_fields import kind, known_keys, mapping, without_block, without_nulls, wrong
 
 if TYPE_CHECKING:
-    from ..api.media import MediaReader, Medium
+    from ..api.media import MediaReader, Medium, Payload
     from .media.files import Reference
     from .sources.source import Source
 
@@ -62,6 +62,7 @@ class ChatRow:
         media: references of its media parts, in order; empty once they are read.
         media_at: for each medium, the index of its message.
         seen: the media, once they are read.
+        payloads: where to read each of `seen` again.
         train: for each message, the ``train`` mark that it has; empty: no message has one.
         trained: the ``train`` mark of the row.
         variables: the row's own ``chat_template_kwargs``.
@@ -77,6 +78,7 @@ class ChatRow:
     media: tuple[Reference, ...] = ()
     media_at: tuple[int, ...] = ()
     seen: tuple[Medium, ...] = ()
+    payloads: tuple[Payload, ...] = ()
     train: tuple[bool | None, ...] = ()
     trained: bool | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)

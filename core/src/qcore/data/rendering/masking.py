@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ...api.media import RowError
@@ -26,7 +26,7 @@ from .turns import assistant_turns
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from ...api.media import MediaReader, Medium, Placed
+    from ...api.media import MediaReader, Medium, Payload, Placed
 
 IGNORED = -100  #: label of an unsupervised position, as in transformers
 
@@ -48,6 +48,7 @@ class Example:
         reasoned: number of trained turns with reasoning.
         variables: its row's own ``chat_template_kwargs`` as JSON; empty without them.
         spans: consecutive ranges of its tokens with the reason of each; empty unless asked for.
+        payloads: where to read each of `media` again, without the bytes of rows.
     """
 
     ids: array[int]
@@ -62,6 +63,7 @@ class Example:
     reasoned: int = 0
     variables: str = ""
     spans: tuple[Span, ...] = ()
+    payloads: tuple[Payload, ...] = field(default=(), compare=False)
 
 
 def highest_id(tokenizer: Tokenizer) -> int:
@@ -161,11 +163,8 @@ def encode_sample(
         RowError: ``QC-MASK-001``, ``-002`` as in `assistant_turns`, ``-004`` as in `place`,
             ``QC-DATA-012`` no supervised tokens; or as `MediaReader.expand`.
     """
-    media = tuple(
-        medium
-        for at, medium in zip(plan.row.media_at, plan.row.seen, strict=True)
-        if at < draft.count
-    )
+    seen = zip(plan.row.media_at, plan.row.seen, strict=True)
+    media = tuple(medium for at, medium in seen if at < draft.count)
     text, spans_, trained = _laid_out(draft, plan, tokenizer, chat_format, media, reader)
     found, offsets = _encoded(text, spans_, plan.policies.history, pieces)
     ids = array("i", found)
@@ -185,6 +184,7 @@ def encode_sample(
         reasoned=sum(reasoned),
         variables=own_variables(plan.row.variables),
         spans=tuple(token_spans(spans_, offsets, made)) if explain else (),
+        payloads=plan.row.payloads[: len(media)],
     )
     sample = Sample(sample=draft.sample, text=text, spans=spans_, turns=draft.turns)
     starts = [start for start, _ in offsets]

@@ -130,6 +130,11 @@ class Renderer:
         """Rows so far, refused ones included."""
         return sum(count.rows for count in self.counts)
 
+    @property
+    def switch(self) -> str:
+        """Variable that turns thinking on and off; empty: the template has none."""
+        return self._switch
+
     def prove(self) -> None:
         """Check variables, template and chat format against each other.
 
@@ -232,14 +237,17 @@ class Renderer:
         finder = self.finder(row.path.parent, root)
         origin = row_bytes(row.path, row.line) if row.media else None
         try:
-            seen = tuple(finder.read(part, reader, origin) for part in row.media)
+            read = [finder.read_payload(part, reader, origin) for part in row.media]
         except RowError as bad:
             self.rejects.add(row, bad)
             return None
         if keys := frozenset((part.kind, key) for part in row.media for key in part.options):
             self.asked[row.row] = self._alike.setdefault(keys, keys)
         kept = row.media if self.options.explain else ()
-        return replace(row, media=kept, seen=seen) if seen else row
+        if not read:
+            return row
+        seen, payloads = zip(*read, strict=True)
+        return replace(row, media=kept, seen=seen, payloads=payloads)
 
     def finder(self, folder: Path, media_root: Path | None) -> Finder:
         """What finds the media of the data files in a folder."""
