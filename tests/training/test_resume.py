@@ -228,7 +228,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object] | None, dict[str, Any], str]] 
     "storage": (None, {"quantization": "none"}, "settings.quantization"),
     "template variable": (
         None,
-        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"chat_template_kwargs": {"enable_thinking": False}, "history": "as_rendered"},
         "settings.chat_template_kwargs.enable_thinking",
     ),
     "template variable gone": (
