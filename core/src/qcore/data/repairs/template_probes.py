@@ -14,7 +14,7 @@ from typing import Any
 from ...api.records import ChatFormat
 from ...api.views import TemplateView
 from ...errors import InputError
-from ..rows import thinking_marks
+from ..think_block import thinking_marks
 
 _REFUSALS = ("QC-TEMPLATE-002", "QC-TEMPLATE-003")  #: of the conversation, not of the template
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from ...api.media import RowError
 from ..sources.jsonl import parse as parse_json
+from ..think_block import split_block
 from .notes import Notes, Placed, RepairContext, functions_of, text_only
 
 MOVED, AS_TEXT, NO_MEDIUM = "QC-DATA-050", "QC-DATA-054", "QC-DATA-055"
@@ -182,24 +183,13 @@ def move_thinking(turns: list[Placed], context: RepairContext, notes: Notes) -> 
     made = []
     for turn in turns:
         text = text_only(turn.message.get("content"))
-        split = split_thinking(text, marks) if text is not None else None
+        split = split_block(text, marks) if text is not None else None
         if turn.role != context.assistant or split is None or "reasoning_content" in turn.message:
             made.append(turn)
             continue
         notes.note(MOVED, f"{turn.at}.content", "think block moved to reasoning_content")
         made.append(turn.but(reasoning_content=split[0], content=split[1]))
     return made
-
-
-def split_thinking(text: str, marks: tuple[str, str]) -> tuple[str, str] | None:
-    """Reasoning and the rest of a text that begins with one think block; else ``None``."""
-    opens, closes = marks
-    if text.count(closes) != 1 or text.count(opens) > 1:
-        return None
-    head, _, rest = text.partition(closes)
-    if opens in head and not head.lstrip().startswith(opens):
-        return None
-    return head.lstrip().removeprefix(opens).strip("\n"), rest.lstrip("\n")
 
 
 #: Media that rows of other tools name, also where no plugin reads them.
