@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.chat_kit import FORMAT, bot, call, read_file, user, write_rows
+from support.chat_kit import bot, call, read_file, user, write_rows
 
 from qcore.data.reading import SourceCount
 from qcore.data.rejects import SHOWN, Rejects

@@ -51,6 +51,8 @@ def repair_context(
     return RepairContext(
         assistant=chat_format.assistant,
         marks=thinking_marks(chat_format),
+        call_tags=chat_format.call_tags,
+        result_tags=chat_format.result_tags,
         parse=chat_format.parse,
         abilities=probe_abilities(template, chat_format, variables),
         kinds=tuple(kinds),
