@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.chat_kit import FORMAT, bot, call, read_file, user, write_rows
+from support.chat_kit import bot, call, read_file, user, write_rows
 
 from qcore.data.reading import SourceCount
 from qcore.data.rejects import SHOWN, Rejects
-from qcore.data.rows import ChatRow, thinking_marks
+from qcore.data.rows import ChatRow
 from qcore.data.sources.jsonl import MAX_LINE
 from qcore.errors import InputError, PreflightError
 
@@ -147,9 +147,9 @@ BAD: list[tuple[bytes, str, str, str]] = [
     (row('{"role": "assistant", "content": "<think>x</think>a", "reasoning_content": ""}'),
      "QC-DATA-016", "messages[1].content", "beside"),
     (row('{"role": "assistant", "content": "<think>x and no end"}'), "QC-DATA-016",
-     "messages[1]", "think block"),
+     "messages[1].content", "think block"),
     (row('{"role": "assistant", "content": "<think>x</think>a<think>y</think>b"}'),
-     "QC-DATA-016", "messages[1]", "think block"),
+     "QC-DATA-016", "messages[1].content", "think block"),
     (row('{"role": "assistant", "content": "lost <think>x</think>a"}'), "QC-DATA-016",
      "messages[1].content", "drops"),
 ]  # fmt: skip
@@ -370,10 +370,6 @@ def test_control_strings_that_composition_makes_are_refused(tmp_path: Path) -> N
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": [user("<|\u212aEY|>"), bot("a")]}])
     with pytest.raises(InputError, match="must not reach the model"):
         read(path, control=("<|KEY|>",))
-
-
-def test_think_marks_are_read_off_the_prompt_tails() -> None:
-    assert thinking_marks(FORMAT) == ("<think>", "</think>")
 
 
 def test_text_keeps_its_characters(tmp_path: Path) -> None:

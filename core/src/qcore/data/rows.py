@@ -32,7 +32,8 @@ from ..checkpoint.chat_template import STANDARD_INPUTS
 from ..errors import nearest
 from . import tool_fields as fields
 from .content import ContentReader, text_of
-from .tool_fields import kind, known_keys, mapping, without_block, without_nulls, wrong
+from .think_block import block_fault, has_marks, thinking_marks, without_tags
+from .tool_fields import kind, known_keys, mapping, without_nulls, wrong
 
 if TYPE_CHECKING:
     from ..api.media import MediaReader, Medium, Payload
@@ -90,14 +91,6 @@ class ChatRow:
     def turns(self, role: str) -> int:
         """Number of messages with this role."""
         return sum(message["role"] == role for message in self.messages)
-
-
-def thinking_marks(chat_format: ChatFormat) -> tuple[str, str] | None:
-    """The tags of a think block, taken from the prompt tails; ``None`` without one."""
-    tails = sorted((tail.strip() for tail in chat_format.prompt_tails if tail.strip()), key=len)
-    if len(tails) < 2 or not tails[-1].startswith(tails[0]):
-        return None
-    return tails[0], tails[-1].removeprefix(tails[0]).strip()
 
 
 class RowCheck:
@@ -265,18 +258,17 @@ class RowCheck:
         if self.marks is None:
             return
         opens, closes = self.marks
-        if reasoned is not None and (opens in reasoned or closes in reasoned):
+        where = f"{at}.content"
+        if reasoned is not None and has_marks(reasoned, self.marks):
             what, where = f"contains {opens} or {closes}", f"{at}.reasoning_content"
-        elif opens not in said and closes not in said:
+        elif not has_marks(said, self.marks):
             return
         elif reasoned is not None:
-            what, where = f"contains {opens} or {closes} beside reasoning_content", f"{at}.content"
-        elif said.count(closes) != 1 or said.count(opens) > 1:
-            what, where = f"has a think block that is not one {opens} and one {closes}", at
-        elif opens in said and not said.startswith(opens):
-            what, where = f"has text before {opens}, which the template drops", f"{at}.content"
+            what = f"contains {opens} or {closes} beside reasoning_content"
         else:
-            return
+            what = block_fault(said, self.marks)
+            if not what:
+                return
         raise RowError(
             "QC-DATA-016",
             what,
@@ -308,7 +300,7 @@ class RowCheck:
 
     def _check_message(self, message: dict[str, Any], at: str) -> None:
         if self.marks is not None and message["role"] == self.format.assistant:
-            said = without_block(text_of(message.get("content", "")), self.marks)
+            said = without_tags(text_of(message.get("content", "")), self.marks)
             message = {**message, "content": said}
         self._check_text(message, at)
 

@@ -47,7 +47,8 @@ _READ = _SAID | {
 }  # fmt: skip
 _FUNCTION = ("name", "arguments")
 _CALL = ("id", "type", "function", "index", *_FUNCTION)
-_THOUGHT_END = "</think>"  # of a call in LLaMA-Factory's form, where text stands before the JSON
+#: In LLaMA-Factory's form of a call, ends the text before the JSON, whatever the model's tags are.
+_THOUGHT_END = "</think>"
 
 
 def read_turns(items: Iterable[tuple[str, Any]], reading: Reading) -> list[dict[str, Any]]:

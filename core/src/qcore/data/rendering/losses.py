@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ...api.records import ChatFormat
 from ..content import text_of
 from ..findings import WARNING, DataFinding, Findings
-from ..rows import thinking_marks
-from .row_plan import RowPlan, reasoning_of
+from ..think_block import has_marks, reasoning_of, thinking_marks
+from .row_plan import RowPlan
 from .samples import Draft
 from .turns import Turn, assistant_turns
 
@@ -134,7 +134,7 @@ class Losses:
                 return None
             content = text_of(content)
         marks = thinking_marks(self.chat_format)
-        has_block = marks is not None and marks[1] in content  # templates move it
+        has_block = marks is not None and has_marks(content, marks)  # templates move it
         if content in rendered or has_block:
             return None
         bare = content.strip()

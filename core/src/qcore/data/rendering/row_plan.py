@@ -19,7 +19,7 @@ from ...api.media import RowError
 from ...api.records import ChatFormat
 from ...checkpoint.chat_template import Prefix
 from ..policies import AS_RENDERED, DROP, LAST, Policies
-from ..rows import thinking_marks
+from ..think_block import reasoning_of, without_reasoning
 
 if TYPE_CHECKING:
     from ..rows import ChatRow
@@ -120,7 +120,13 @@ def plan_row(
         RowError: ``QC-DATA-012`` no trained turn.
     """
     if policies.reasoning == DROP:
-        row = replace(row, messages=tuple(_without_reasoning(row.messages, chat_format)))
+        row = replace(
+            row,
+            messages=tuple(
+                without_reasoning(m, chat_format) if m["role"] == chat_format.assistant else m
+                for m in row.messages
+            ),
+        )
     said = [n for n, m in enumerate(row.messages) if m["role"] == chat_format.assistant]
     untrained = {n: why for n in said if (why := _why_not(row, n, said, policies))}
     trained = [n for n in said if n not in untrained]
@@ -158,36 +164,6 @@ def _why_not(row: ChatRow, index: int, said: Sequence[int], policies: Policies) 
     elif not policies.train:
         return "source with train: false"
     return "turns=last" if policies.turns == LAST and index != said[-1] else ""
-
-
-def reasoning_of(message: Mapping[str, Any], chat_format: ChatFormat) -> str:
-    """The reasoning of an assistant message, as a key or as a think block in its content."""
-    reasoning = message.get("reasoning_content")
-    if reasoning is not None:
-        return str(reasoning)
-    return _split(message, chat_format)[0]
-
-
-def _split(message: Mapping[str, Any], chat_format: ChatFormat) -> tuple[str, str]:
-    """Reasoning and answer of a content with a think block."""
-    marks, content = thinking_marks(chat_format), message.get("content")
-    if marks is None or not isinstance(content, str) or marks[1] not in content:
-        return "", content if isinstance(content, str) else ""
-    before, _, after = content.partition(marks[1])
-    return before.rpartition(marks[0])[2], after
-
-
-def _without_reasoning(
-    messages: Sequence[dict[str, Any]], chat_format: ChatFormat
-) -> list[dict[str, Any]]:
-    done = []
-    for message in messages:
-        if message["role"] == chat_format.assistant:
-            message = {key: value for key, value in message.items() if key != "reasoning_content"}
-            if reasoning_of(message, chat_format):
-                message["content"] = _split(message, chat_format)[1].lstrip("\n")
-        done.append(message)
-    return done
 
 
 def own_variables(variables: Mapping[str, Any]) -> str:

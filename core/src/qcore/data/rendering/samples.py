@@ -27,7 +27,7 @@ from ...api.media import RowError
 from ...api.records import ChatFormat
 from ...errors import InputError
 from ..policies import AS_RENDERED, MASK
-from ..rows import thinking_marks
+from ..think_block import block_end
 from .row_plan import RowPlan, TrainedTurn
 from .turns import Turn, assistant_turns, turns_of
 
@@ -307,7 +307,7 @@ def lay_out(draft: Draft, text: str, plan: RowPlan, chat_format: ChatFormat) -> 
         if reasoned[index]:
             mask = plan.policies.reasoning == MASK
             put(
-                _after_reasoning(text, reply, turn.end, chat_format),
+                block_end(text, reply, turn.end, chat_format),
                 "reasoning, not trained: reasoning=mask" if mask else "reasoning",
                 trained=not mask,
             )
@@ -315,18 +315,3 @@ def lay_out(draft: Draft, text: str, plan: RowPlan, chat_format: ChatFormat) -> 
         put(turn.end, END_OF_TURN, trained=True)
     put(len(text), "template")
     return tuple(spans)
-
-
-def _after_reasoning(text: str, reply: int, end: int, chat_format: ChatFormat) -> int:
-    """Position after the think block of a turn; its reply where the block is not rendered."""
-    marks = thinking_marks(chat_format)
-    if marks is None:
-        return reply
-    closes = text.find(marks[1], reply, end)
-    if closes < 0:
-        return reply
-    # What separates the block from the answer is in the tail of an empty block.
-    longest = max(chat_format.prompt_tails, key=len)
-    gap = longest.partition(marks[1])[2]
-    after = closes + len(marks[1])
-    return after + len(gap) if text.startswith(gap, after) else after
