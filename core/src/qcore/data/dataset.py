@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +29,7 @@ from .rendering.chat_record import ChatRecord
 from .rendering.masking import Example
 from .rendering.renderer import Options, Renderer
 from .rendering.template_kwargs import special_tokens
+from .sources.file_kinds import file_kind, unit_of
 from .sources.source import Source
 
 if TYPE_CHECKING:
@@ -110,12 +112,16 @@ class Dataset:
         return self.tokens / self.rendered
 
     def place(self, examples: Iterable[Example]) -> tuple[Path | None, str]:
-        """The file and the lines of some samples; with several files the numbers of rows."""
+        """The file and the places of some samples; with several files the numbers of rows."""
+        unit = "row"
         one = len(self.sources) == 1 and len(self.sources[0].source.files) == 1
         one = one and not self.eval_sources
+        if one:
+            with suppress(InputError):  # the file may be gone by now
+                unit = unit_of(file_kind(self.path).container)
         numbers = sorted({e.line if one else e.row for e in examples})
         shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-        return self.path if one else None, f"{'lines' if one else 'rows'} {shown}"
+        return self.path if one else None, f"{unit}s {shown}"
 
     def rows_with_media(self) -> list[Example]:
         """For each row with media the sample with all of them, in the order of the rows."""
