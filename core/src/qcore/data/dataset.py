@@ -106,11 +106,6 @@ class Dataset:
         """Samples of each training row."""
         return sizes_of(self.train)
 
-    @property
-    def factor(self) -> float:
-        """Tokens of all samples over tokens of the rows if each was rendered once."""
-        return self.tokens / self.rendered
-
     def place(self, examples: Iterable[Example]) -> tuple[Path | None, str]:
         """The file and the places of some samples; with several files the numbers of rows."""
         unit = "row"
