@@ -184,3 +184,13 @@ def test_a_hundred_thousand_bad_rows_are_checked_in_constant_memory(tmp_path: Pa
         return most
 
     assert peak(100_000) < peak(1_000) + (1 << 20)
+
+
+def test_findings_can_refuse_rows(checkpoint: Any, source: Any) -> None:
+    call = {"type": "function", "function": {"name": "find", "arguments": {}}}
+    undeclared = {"messages": [user("q"), bot("a") | {"tool_calls": [call]}]}
+    rows = source("one", *[GOOD] * 20, undeclared)
+    assert load(checkpoint, rows).rejects.count == 0
+    found = load(checkpoint, rows, refuse_findings=("QC-DATA-057",), bad_rows="skip")
+    ((row, code),) = [(entry["row"], entry["code"]) for entry in found.rejects.entries()]
+    assert (row, code) == (21, "QC-DATA-057")

@@ -337,3 +337,22 @@ def test_a_mix_takes_the_choices_of_the_settings(tmp_path: Path, key: str) -> No
         (source,) = read_sources([tmp_path / "mix.yaml"])
         assert getattr(source, key) == choice
         assert replace(Policies(), **{key: choice}) == Policies().over(source)
+
+
+def test_formats_and_fields_are_checked_with_the_sources(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": []}\n')
+    with pytest.raises(UsageError) as caught:
+        read_sources([rows], format="sharegpd")
+    assert (caught.value.code, caught.value.field) == ("QC-DATA-027", "format")
+    assert "did you mean sharegpt?" in str(caught.value.fix)
+    mix = tmp_path / "mix.yaml"
+    for line, code, field in (
+        ("format: sharegpd", "QC-DATA-027", "line 2, sources.0.format"),
+        ("fields: {massages: x}", "QC-DATA-028", "line 2, sources.0.fields.massages"),
+    ):
+        mix.write_text(f"sources:\n  - path: rows.jsonl\n    {line}\n")
+        with pytest.raises(UsageError) as caught:
+            read_sources([mix])
+        error = caught.value
+        assert (error.code, error.file, error.field) == (code, str(mix), field)

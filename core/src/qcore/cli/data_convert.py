@@ -90,5 +90,5 @@ class _Counted:
         """Count a refused row."""
         from ..data.rejects import RecordPlace
 
-        place = RecordPlace(self.rows, record.line, record.path, record.source)
+        place = RecordPlace(self.rows, record.line, record.path, record.source, record.unit)
         self.rejects.add(place, error)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from .rendering.chat_record import ChatRecord, TrainedTurns, chat_record
 from .rendering.masking import Example
 from .rendering.renderer import Options, Renderer
 from .rendering.template_kwargs import special_tokens
+from .sources.file_kinds import file_kind, unit_of
 from .sources.source import Source
 from .split import held_out
 from .store.records import StoredMedium
@@ -111,18 +113,17 @@ class Dataset:
         """Samples of each training row."""
         return self.train.sizes
 
-    @property
-    def factor(self) -> float:
-        """Tokens of all samples over tokens of the rows if each was rendered once."""
-        return self.tokens / self.rendered
-
     def place(self, examples: Iterable[Example]) -> tuple[Path | None, str]:
-        """The file and the lines of some samples; with several files the numbers of rows."""
+        """The file and the places of some samples; with several files the numbers of rows."""
+        unit = "row"
         one = len(self.sources) == 1 and len(self.sources[0].source.files) == 1
         one = one and not self.eval_sources
+        if one:
+            with suppress(InputError):  # the file may be gone by now
+                unit = unit_of(file_kind(self.path).container)
         numbers = sorted({e.line if one else e.row for e in examples})
         shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-        return self.path if one else None, f"{'lines' if one else 'rows'} {shown}"
+        return self.path if one else None, f"{unit}s {shown}"
 
     def rows_with_media(self) -> Iterator[tuple[int, list[StoredMedium]]]:
         """Number and media of each row with media, in the order of the rows."""

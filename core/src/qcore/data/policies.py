@@ -39,6 +39,7 @@ class Policies:
         bad_rows: ``refuse`` or ``skip``.
         bad_rows_limit: the largest fraction of the rows of a source that may be skipped.
         train: whether turns without a mark of their own are trained.
+        refuse_findings: codes of warnings that refuse a row instead.
     """
 
     turns: str = ALL
@@ -48,6 +49,7 @@ class Policies:
     bad_rows: str = REFUSE
     bad_rows_limit: float = 0.1
     train: bool = True
+    refuse_findings: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, settings: Settings) -> Policies:
@@ -59,6 +61,7 @@ class Policies:
             long_rows=settings.long_rows,
             bad_rows=settings.bad_rows,
             bad_rows_limit=settings.bad_rows_limit,
+            refuse_findings=settings.refuse_findings,
         )
 
     def over(self, source: Source | None) -> Policies:

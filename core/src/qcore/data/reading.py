@@ -195,10 +195,13 @@ def read_rows(
             try:
                 name, row = reader(record, number)
             except RowError as bad:
-                rejects.add(RecordPlace(number, record.line, record.path, source), bad)
+                place = RecordPlace(number, record.line, record.path, source, record.unit)
+                rejects.add(place, bad)
             else:
                 count.formats[name] += 1
-                yield replace(row, row=number, path=record.path, source=source, format=name)
+                yield replace(
+                    row, row=number, path=record.path, unit=record.unit, source=source, format=name
+                )
         if isinstance(seen, _Counted):
             seen.report()
         count.sha256 = digest.hexdigest()

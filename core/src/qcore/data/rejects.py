@@ -54,6 +54,9 @@ class Place(Protocol):
     @property
     def source(self) -> Source | None: ...
 
+    @property
+    def unit(self) -> str: ...
+
 
 @dataclass(frozen=True, slots=True)
 class RecordPlace:
@@ -64,12 +67,14 @@ class RecordPlace:
         line: line in the file, or number of the record.
         path: the file.
         source: its source.
+        unit: what `line` counts; see `Record.unit`.
     """
 
     row: int
     line: int
     path: Path | None
     source: Source | None
+    unit: str = "line"
 
 
 class Rejects:
@@ -123,7 +128,7 @@ class Rejects:
     def _add(self, place: Place, error: RowError | InputError, tokens: int = 0) -> None:
         self.count += 1
         if isinstance(error, RowError):
-            at, error = error.at, error.error(place.path, place.line)
+            at, error = error.at, error.error(place.path, place.line, place.unit)
         else:
             at = ""
             error = error.replace(file=error.file or place.path)
@@ -147,6 +152,7 @@ class Rejects:
             "row": place.row,
             "file": str(place.path) if place.path is not None else None,
             "line": place.line,
+            "place": place_of(place),
             "code": error.code,
             "field": at,
             "reason": _reason(error),
@@ -227,7 +233,7 @@ class Rejects:
                 f"{count.skipped} of {rows} rows{of} are bad, more than bad_rows=skip may leave "
                 "out",
                 file=first["file"],
-                field=f"line {first['line']}, the first of them",
+                field=f"{first['place']}, the first of them",
                 found=first["reason"],
                 expected=f"at most {limit:.0%} of the rows (bad_rows_limit={limit:g})",
                 fix=f"fix the rows, or set bad_rows_limit={_above(count.skipped / rows)}",
@@ -296,12 +302,17 @@ def _above(fraction: float) -> str:
     return f"{min(1.0, -(-fraction * 100 // 1) / 100):g}"
 
 
+def place_of(place: Place) -> str:
+    """The place of a row in its file: ``line 3``."""
+    return f"{place.unit} {place.line}"
+
+
 def template_refusal(place: Place, error: InputError) -> InputError:
     """Turn an error of the chat template into an error of the row."""
     return error.replace(
         what=f"the chat template {error.what}",
         file=place.path,
-        field=f"line {place.line}",
+        field=place_of(place),
         expected=None,
         fix="fix the row; the template comes with the checkpoint",
     )

@@ -57,7 +57,8 @@ class ChatRow:
     """One normalized conversation.
 
     Attributes:
-        line: line in the file, from 1.
+        line: line in the file, or number of the record, from 1.
+        unit: what `line` counts; see `Record.unit`.
         messages: as a template reads them; must not be mutated.
         tools: function descriptions, or ``None``.
         media: references of its media parts, in order; empty once they are read.
@@ -74,6 +75,7 @@ class ChatRow:
     """
 
     line: int
+    unit: str = "line"
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] | None = None
     media: tuple[Reference, ...] = ()

@@ -171,7 +171,11 @@ class Renderer:
             formats=self._formats,
             check=RowCheck(self.format, control, self.options.reader, self.options.unread),
             context=repair_context(
-                self.template, self.format, self._given, kinds=self._formats.kinds
+                self.template,
+                self.format,
+                self._given,
+                kinds=self._formats.kinds,
+                refused=self.options.policies.refuse_findings,
             ),
             findings=self.findings,
         )

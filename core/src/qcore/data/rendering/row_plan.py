@@ -64,8 +64,13 @@ class RowPlan:
 
     @property
     def line(self) -> int:
-        """Line of the row, for errors of the template."""
+        """Number of the row in its file, for errors of the template."""
         return self.row.line
+
+    @property
+    def unit(self) -> str:
+        """What `line` counts."""
+        return self.row.unit
 
     @property
     def messages(self) -> Sequence[Mapping[str, Any]]:

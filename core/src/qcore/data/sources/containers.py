@@ -16,7 +16,7 @@ from ...api.media import RowError
 from ...errors import InputError
 from ..tool_fields import kind
 from . import columnar, csv_rows
-from .file_kinds import FileKind, damaged, file_kind
+from .file_kinds import FileKind, damaged, file_kind, unit_of
 from .json_array import elements
 from .jsonl import Hasher, parse, raw_lines, too_long
 from .selection import choose
@@ -50,11 +50,12 @@ def records(source: Source, digest: Hasher | None = None, *, seed: int = 0) -> I
     chosen = iter(() if every else choose(count_records(source), source, seed))
     wanted, index = next(chosen, None), -1
     for path in source.files:
+        unit = unit_of(file_kind(path).container)
         for number, raw in _raw_records(path, source, digest):
             index += 1
             if every or index == wanted:
                 wanted = next(chosen, None)
-                yield Record(source, path, number, _value(raw))
+                yield Record(source, path, number, _value(raw), unit)
 
 
 def count_records(source: Source) -> int:
@@ -66,7 +67,7 @@ def count_records(source: Source) -> int:
             try:
                 count += columnar.count_rows(path, container)
             except Damaged as error:
-                raise damaged(path, 1, error, container) from None
+                raise damaged(path, 1, error, container, "row") from None
         else:
             count += sum(1 for record in _raw_records(path, source, None))
     return count
@@ -82,7 +83,8 @@ def _raw_records(path: Path, source: Source, digest: Hasher | None) -> Iterator[
             yield number, raw
     except Damaged as error:
         what = as_file.compression or as_file.container
-        raise damaged(path, number + 1, error, what) from None
+        unit = unit_of(as_file.container)
+        raise damaged(path, number + 1, error, what, unit) from None
     if not found:
         raise InputError(
             "QC-DATA-002",
@@ -106,7 +108,7 @@ def _contents(
         return
     with decompressed(path, as_file.compression, digest) as file:
         if as_file.container in csv_rows.DELIMITERS:
-            yield from enumerate(csv_rows.rows(file, path, as_file.container), 1)
+            yield from csv_rows.rows(file, path, as_file.container)
             return
         array = as_file.container == "json"
         for number, raw in elements(file) if array else raw_lines(file, path):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from ...errors import InputError, QcoreError, UsageError, nearest, raise_all
+from ..formats import Formats, load_formats
 from .dataset_info import NAME, read_dataset_info, split_word
 from .file_kinds import (
     COLUMN_SUFFIXES,
@@ -63,12 +64,14 @@ def read_sources(
 
     Raises:
         UsageError: ``QC-DATA-038`` a word cannot be a path; ``QC-DATA-035`` and ``QC-YAML-*`` a mix
-            file; ``QC-DATA-060`` a media root that is not a folder.
+            file; ``QC-DATA-060`` a media root that is not a folder; ``-027`` an unknown
+            format; ``-028`` an invalid field mapping.
         InputError: ``QC-DATA-001`` to ``-003``, ``-030``, ``-031``, ``-033``, ``-037``, ``-039`` a
             folder of several splits, and ``QC-HUB-*``; a `PreflightError` for several.
     """
     sources: list[Source] = []
     problems: list[QcoreError] = []
+    formats = load_formats()
     for word in data:
         try:
             mix, entries = _entries(str(word), command)
@@ -79,8 +82,11 @@ def read_sources(
         for entry in entries:
             try:
                 sources.append(replace(_source(entry, mix), mix=listed))
+                _check_format(entry, mix, formats)
             except QcoreError as error:
                 problems.extend(getattr(error, "errors", (error,)))
+    if format and data:
+        formats.check(format)
     raise_all(problems)
     sources = [
         replace(each, format=each.format or format, media_root=each.media_root or media_root)
@@ -88,6 +94,14 @@ def read_sources(
     ]
     _check_roots(sources)
     return tuple(_note_repeated(sources))
+
+
+def _check_format(entry: Entry, mix: Path | None, formats: Formats) -> None:
+    """Refuse an unknown format and a wrong field mapping before anything is opened for the rows."""
+    try:
+        formats.check(entry.options.get("format", ""), entry.options.get("fields"))
+    except QcoreError as error:
+        raise error.replace(file=mix, field=f"{entry.place}.{error.field}") from None
 
 
 def _check_roots(sources: Sequence[Source]) -> None:

@@ -102,11 +102,13 @@ class Record:
     Attributes:
         source: where it comes from.
         path: the file.
-        line: line of a JSONL file, else the number of the record, from 1.
+        line: line of a text file, else the number of the record, from 1.
         value: the JSON value; a `RowError` if the record cannot be read.
+        unit: what `line` counts: ``line``, ``element`` of a JSON array, ``row`` of a table.
     """
 
     source: Source
     path: Path
     line: int
     value: Any | RowError
+    unit: str = "line"

@@ -14,13 +14,13 @@
 
   // An entry of the list: a sample, or a refused row, which has none.
   const entries = samples.map((s) => ({
-    row: s[0], sample: s[1], source: s[2], format: s[3], line: s[4], tokens: s[5], trained: s[6],
+    row: s[0], sample: s[1], source: s[2], format: s[3], place: s[4], tokens: s[5], trained: s[6],
     spans: s[7], media: s[8], share: s[5] ? (100 * s[6]) / s[5] : 0, text: null,
   }));
   const shown = new Set(entries.map((e) => e.row));
   for (const [row, list] of findings) {
     if (row && !shown.has(row) && list.some((f) => f.refused)) {
-      entries.push({ row, sample: 0, source: list[0].source, format: -1, line: list[0].line,
+      entries.push({ row, sample: 0, source: list[0].source, format: -1, place: list[0].place,
         tokens: 0, trained: 0, spans: [], media: [], share: 0, text: null });
     }
   }
@@ -126,7 +126,7 @@
     $("detail").scrollTop = 0;
     if (!e) return;
     $("head").append(make("b", "", "Row " + e.row + (e.sample ? ", sample " + e.sample : ", left out")),
-      document.createTextNode(" · " + visible(sources[e.source] || "") + " line " + e.line +
+      document.createTextNode(" · " + visible(sources[e.source] || "") + " " + e.place +
         (e.format >= 0 ? " · " + formats[e.format] : "") +
         (e.sample ? " · " + number(e.tokens) + " tokens, " + number(e.trained) + " trained (" +
           Math.round(e.share) + " %)" : "")));

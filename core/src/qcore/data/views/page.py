@@ -115,7 +115,7 @@ class Page:
             sample.sample,
             _number(self._sources, sample.source),
             _number(self._formats, sample.format),
-            sample.line,
+            sample.place,
             len(sample.token_ids),
             supervised,
             spans,
@@ -191,7 +191,7 @@ class Page:
             "message": entry["reason"],
             "fix": entry["fix"],
             "refused": entry["action"] != CUT,
-            "line": entry["line"],
+            "place": entry["place"],
             "source": _number(self._sources, str(entry["file"])),
         }
 
