@@ -133,6 +133,6 @@ def _shown(plan: RowPlan, example: Example) -> ShownSample:
         line=row.line,
         token_ids=example.ids,
         trained=[label != IGNORED for label in example.labels],
-        spans=example.spans,
+        spans=example.token_spans,
         media=row.media[: len(example.media)],
     )
