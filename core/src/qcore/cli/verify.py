@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from .common import debug_option, emit, json_option
 
 
 @click.command("verify")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder")
 @json_option
 @debug_option
-def command(folder: Path, as_json: bool) -> None:
-    """Check that FOLDER holds what its manifest says, file by file."""
+def command(folder: str, as_json: bool) -> None:
+    """Check that FOLDER, or a hub id, holds what its manifest says, file by file."""
+    from ..adapter.locate import locate_folder
     from ..errors import InputError
     from ..io.artifact import verify
 
-    report = verify(folder)
+    report = verify(locate_folder(folder))
     if as_json and report.ok:
         emit(report.as_json())
         return
     if report.ok:
         click.echo(f"{folder}: {report.kind}, {report.files} files as the manifest says")
+        for note in report.notes:
+            click.echo(f"  note: {note}")
         return
     count = len(report.problems)
     error = InputError(
