@@ -28,7 +28,7 @@ from torch import Tensor
 from qcore.adapter.targets import targets
 from qcore.api.blocks import Media
 from qcore.api.media import Placed
-from qcore.data.masking import IGNORED, Example
+from qcore.data.rendering.masking import IGNORED, Example
 from qcore.nn.kernels.registry import choose, installed
 from qcore.nn.load import load
 from qcore.nn.model import Model, ops_of

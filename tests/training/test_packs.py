@@ -35,7 +35,7 @@ from support.tiers import fast
 from support.vision_kit import tiny_vl
 
 from qcore.api.blocks import Packed
-from qcore.data.masking import Example
+from qcore.data.rendering.masking import Example
 from qcore.training.collate import Batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")

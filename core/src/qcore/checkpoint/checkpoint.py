@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import InputError
-from ..io.atomic import reading
 from .folder import INDEX, Folder, check_name, read_config, read_index, read_json, safe_file
 from .safetensors_header import DTYPE_BITS, Header, read_headers
 
@@ -242,23 +241,9 @@ class Checkpoint:
         The checkpoint owns it and ends its process in `close`; `Template.reopen` returns a copy
         that the caller closes.
         """
-        from .chat_template import Template
+        from .tokenizer_files import read_template
 
-        if "chat_template.jinja" in self.sidecars:
-            path = self.file("chat_template.jinja")
-            try:
-                with reading(path):
-                    return Template(path.read_text(encoding="utf-8"), str(path))
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    "QC-CKPT-002", "is not UTF-8", file=path, found=error.reason,
-                    fix="use the template that came with the weights",
-                ) from None  # fmt: skip
-        for name in ("tokenizer_config.json", "chat_template.json"):
-            text = self._optional_json(name).get("chat_template")
-            if isinstance(text, str):
-                return Template(text, str(self.path / name))
-        return None
+        return read_template(self)
 
     @property
     def total_bytes(self) -> int:

@@ -23,6 +23,11 @@ from .common import count, debug_option, emit, json_option
 )
 @click.option("--generation", default="", help="Take an unproven checkpoint for this generation.")
 @click.option("--dequantize", is_flag=True, help="Write a base in FP8 as bf16, all of it.")
+@click.option(
+    "--take-tokenizer",
+    is_flag=True,
+    help="Write the tokenizer and chat template that the adapter brings, not the base's.",
+)
 @click.option("--no-proof", is_flag=True, help="Skip the comparison of logits.")
 @json_option
 @debug_option
@@ -34,6 +39,7 @@ def command(
     trust_generation: bool,
     generation: str,
     dequantize: bool,
+    take_tokenizer: bool,
     no_proof: bool,
     as_json: bool,
 ) -> None:
@@ -51,6 +57,7 @@ def command(
         generation=generation,
         prove=not no_proof,
         dequantize=dequantize,
+        take_tokenizer=take_tokenizer,
         reporter=terminal_reporter(quiet=as_json),
     )
     if as_json:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.delta import Deltas
-from ..adapter.evidence import evidence_lines, read_for
+from ..adapter.evidence import brings_template, evidence_lines, read_for
 from ..adapter.peft_names import Adapter
 from ..api.media import MediaReader, Medium
 from ..checkpoint.fingerprint import fingerprints
@@ -122,18 +122,10 @@ def generate(
     reporter = reporter or Reporter()
     reporter.emit(RunStarted(verb="generate", model=model))
     generator = Generator(
-        model,
-        adapter=adapter,
-        trust_base=trust_base,
-        trust_generation=trust_generation,
-        device=device,
-        dtype=dtype,
-        quantization=quantization,
-        generation=generation,
-        chat_template_kwargs=chat_template_kwargs,
-        media=bool(media),
-        reporter=reporter,
-    )
+        model, adapter=adapter, trust_base=trust_base, trust_generation=trust_generation,
+        device=device, dtype=dtype, quantization=quantization, generation=generation,
+        chat_template_kwargs=chat_template_kwargs, media=bool(media), reporter=reporter,
+    )  # fmt: skip
     answer = generator.prompt(
         prompt, media=media, system=system, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
@@ -223,7 +215,8 @@ class Generator:
         record = chat_record(self.base.checkpoint, self.adapter)
         variables, notes = record.variables(self.base.checkpoint.template, overrides)
         self.reporter.lines(notes)
-        if warning := record.warning(self.base.checkpoint.template):
+        compared = self.adapter is not None and brings_template(self.adapter)
+        if not compared and (warning := record.warning(self.base.checkpoint.template)):
             self.reporter.warning(warning)
         return variables
 
