@@ -28,17 +28,15 @@ from ..api.records import AdapterClaim
 from ..checkpoint.checkpoint import Header, read_headers, read_json, safe_file
 from ..checkpoint.layout import Layout
 from ..errors import InputError, QcoreError, one_of_each, raise_all
-from ..io.artifact import MANIFEST, read_manifest, verify
-from ..io.folder_check import ADAPTER_FILES, Report
 from .base_check import check_complete
 from .claimed_layout import translated
 from .expert_layout import NEWER, ExpertLayout, Stack, Statement, expert_layout, statements
 from .locate import locate_adapter
+from .manifest_check import read_recorded
 from .named_base import Base, check_consent, check_generation
 from .peft_config import check_config, layers_of
 from .peft_names import (
     CONFIG,
-    LAYOUT,
     WEIGHTS,
     Adapter,
     Pair,
@@ -86,17 +84,12 @@ def read_adapter(
     located = locate_adapter(path)
     folder = located.path
     config = read_json(safe_file(folder, CONFIG))
-    meta = _manifest(folder)
+    meta, edits = read_recorded(folder)
     if not meta:
         check_consent(folder, config, base, trust_base)
     raise_all(check_config(folder / CONFIG, config))
     notes = check_generation(folder, config, base, trust_generation) if base and not meta else []
-    headers = {header.name: header for header in read_headers(safe_file(folder, WEIGHTS))}
-    recognized = claims({name: h.shape for name, h in headers.items()}) if claims else []
-    claimed: set[str] = set()
-    if recognized:
-        headers = translated(folder / WEIGHTS, headers, recognized, layout)
-        claimed = {weight for weight, _ in recognized[0].names.values()}
+    headers, recognized, claimed = _headers(folder, layout, claims)
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
     reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed, said)
     pairs = reader.pairs()
@@ -111,50 +104,20 @@ def read_adapter(
         meta=meta,
         layout=recognized[0].layout if recognized else "peft",
         trunk=trunk_part(layout.table).name,
-        notes=(*notes, *reader.notes),
+        notes=(*edits, *notes, *reader.notes),
     )
 
 
-def _manifest(folder: Path) -> Mapping[str, Any]:
-    """Return what the manifest records; empty without a fingerprint of the base."""
-    if (folder / MANIFEST).exists():
-        report = verify(folder, acting=ADAPTER_FILES)
-        if not report.ok:
-            raise _differs(folder, report)
-        meta = read_manifest(folder).meta
-        if meta.get("layout", LAYOUT) != LAYOUT:
-            raise InputError(
-                "QC-ADAPTER-011",
-                "has a layout that this version does not read",
-                file=folder,
-                field="layout",
-                found=meta["layout"],
-                expected=LAYOUT,
-                fix="upgrade qcore-framework",
-            )
-        if meta.get("fingerprints"):
-            return meta
-    return {}
-
-
-def _differs(folder: Path, report: Report) -> InputError:
-    """Return ``QC-ADAPTER-008``: a file that acts, or a field of the config, was changed."""
-    fix = "restore it from the folder that training wrote or from a copy of that"
-    if not (report.faults and report.faults[0].field):
-        found = report.problems[0]
-        return InputError(
-            "QC-ADAPTER-008", "differs from its manifest", file=folder, found=found, fix=fix
-        )
-    fault = report.faults[0]
-    return InputError(
-        "QC-ADAPTER-008",
-        "was changed after training",
-        file=folder / fault.file,
-        field=fault.field,
-        found=fault.found,
-        expected=fault.expected,
-        fix=fix,
-    )
+def _headers(
+    folder: Path, layout: Layout, claims: Claims | None
+) -> tuple[dict[str, Header], Sequence[AdapterClaim], set[str]]:
+    """Return the headers by PEFT's names, the claim of a plugin, and the weights it claims."""
+    headers = {header.name: header for header in read_headers(safe_file(folder, WEIGHTS))}
+    recognized = claims({name: h.shape for name, h in headers.items()}) if claims else []
+    if not recognized:
+        return headers, recognized, set()
+    claimed = {weight for weight, _ in recognized[0].names.values()}
+    return translated(folder / WEIGHTS, headers, recognized, layout), recognized, claimed
 
 
 class _Reader:

@@ -217,15 +217,19 @@ class _Check:
             return [Fault(name, "cannot be read as JSON")]
         if not isinstance(values, dict):
             return [Fault(name, "is not a JSON object")]
-        recorded = entry.fields or {}
-        found = [
+        recorded: Mapping[str, Any] = entry.fields or {}
+        keys = dict.fromkeys((*recorded, *values))
+        edited = [
             Fault(name, "differs", key, _shown(values.get(key)), _shown(recorded.get(key)))
-            for key in dict.fromkeys((*recorded, *values))
-            if key not in entry.editable and not _same(recorded.get(key), values.get(key))
+            for key in keys
+            if not _same(recorded.get(key), values.get(key))
         ]
-        if not found:
-            self.notes.append(f"{name}: edited in fields that do not act")
-        return found
+        allowed = [fault for fault in edited if fault.field in entry.editable]
+        self.notes += [
+            f"{name}: {fault.field} was edited to {fault.found}, from {fault.expected}"
+            for fault in allowed
+        ]
+        return [fault for fault in edited if fault not in allowed]
 
     def unlisted(self) -> None:
         """Note files that the manifest does not list; those that loaders read are problems."""
@@ -293,7 +297,7 @@ def _same(recorded: object, value: object) -> bool:
     if isinstance(recorded, list) and isinstance(value, list):
         names = all(isinstance(one, str) for one in (*recorded, *value))
         return set(recorded) == set(value) if names else recorded == value
-    off = (None, False, [], {}, "none")
+    off: tuple[object, ...] = (None, False, [], {}, "none")
     return recorded == value or (recorded in off and value in off)
 
 
