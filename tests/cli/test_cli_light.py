@@ -154,7 +154,10 @@ OPTIONS: dict[str, list[str]] = {
         "--presence-penalty", "--prompt", "--quantization", "--repetition-penalty", "--seed",
         "--system", "--temperature", "--top-k", "--top-p", "--trust-base",
     ],
-    "verify": ["FOLDER", "--debug", "--json"],
+    "verify": [
+        "FOLDER", "--adapter", "--against", "--debug", "--generation", "--json", "--model",
+        "--prompts", "--stock-class",
+    ],
     "plugins list": ["--debug", "--json"],
     "presets list": ["--debug", "--json"],
     "presets show": ["NAME", "--debug", "--json"],
