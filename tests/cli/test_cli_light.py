@@ -143,16 +143,18 @@ OPTIONS: dict[str, list[str]] = {
         "--adapter", "--adapter-class", "--config", "--data", "--debug", "--device",
         "--eval-data", "--format", "--generation", "--init-adapter", "--json", "--kernels",
         "--media-root", "--model", "--output", "--preset", "--resume", "--set", "--trust-base",
+        "--trust-generation",
     ],
     "merge": [
         "--adapter", "--debug", "--dequantize", "--generation", "--json", "--model", "--no-proof",
-        "--output", "--trust-base",
+        "--output", "--trust-base", "--trust-generation",
     ],
     "generate": [
         "MODEL", "--adapter", "--chat-template-kwargs", "--debug", "--device", "--dtype",
         "--frequency-penalty", "--generation", "--json", "--max-new-tokens", "--min-p",
         "--presence-penalty", "--prompt", "--quantization", "--repetition-penalty", "--seed",
         "--system", "--temperature", "--top-k", "--top-p", "--trust-base",
+        "--trust-generation",
     ],
     "verify": [
         "FOLDER", "--adapter", "--against", "--debug", "--generation", "--json", "--model",

@@ -12,8 +12,8 @@ import pytest
 from support.bad_files import BAD, Bad
 
 from qcore.api.media import RowError
-from qcore.data.containers import records
-from qcore.data.sources import read_sources
+from qcore.data.sources.containers import records
+from qcore.data.sources.read import read_sources
 from qcore.errors import PreflightError, QcoreError, raise_all
 
 SECONDS = 20

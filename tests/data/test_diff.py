@@ -7,9 +7,9 @@ from typing import Any
 
 from support.chat_kit import own_tokenizer
 
-from qcore.data.diff import differences
-from qcore.data.samples import Span
-from qcore.data.show import ShownSample
+from qcore.data.rendering.samples import Span
+from qcore.data.views.diff import differences
+from qcore.data.views.show import ShownSample
 
 TOKENIZER = own_tokenizer()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.hub_server import Client, HubServer
 
-from qcore.data import hub_files
+from qcore.data.sources import hub_files
 from qcore.errors import InputError
 
 datasets = pytest.importorskip("datasets")
@@ -18,8 +18,8 @@ ROW = b'{"prompt": "a", "response": "b"}\n'
 NAME = "org/chat"
 CODE = """
 import json, sys
-from qcore.data.containers import records
-from qcore.data.sources import read_sources
+from qcore.data.sources.containers import records
+from qcore.data.sources.read import read_sources
 from qcore.errors import QcoreError
 try:
     out = {"sources": []}

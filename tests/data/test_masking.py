@@ -23,9 +23,10 @@ from tokenizers import Tokenizer
 from qcore.api.media import RowError
 from qcore.checkpoint.chat_template import Template
 from qcore.checkpoint.tokenizer import load_tokenizer
-from qcore.data.masking import highest_id, labels, normalized, spans
+from qcore.data.rendering.masking import highest_id, labels, spans
+from qcore.data.rendering.pieces import normalized
+from qcore.data.rendering.template_check import prove_mask
 from qcore.data.rows import ChatRow, RowCheck
-from qcore.data.template_check import prove_mask
 from qcore.errors import InputError
 
 THINK = "qwen3.5/Qwen3.5-4B"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.page_kit import HOSTILE, write_page
 
-from qcore.data.page import check_page, embedded
+from qcore.data.views.page import check_page, embedded
 from qcore.errors import UsageError
 
 

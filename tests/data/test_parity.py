@@ -16,11 +16,11 @@ from tokenizers import Tokenizer
 from qcore.api import ChatFormat
 from qcore.checkpoint.chat_template import Template
 from qcore.checkpoint.tokenizer import load_tokenizer
-from qcore.data.parity import Difference, parity
 from qcore.data.rejects import Rejects
-from qcore.data.rendering import Options, Renderer
-from qcore.data.samples import Sample
-from qcore.data.source import Source
+from qcore.data.rendering.renderer import Options, Renderer
+from qcore.data.rendering.samples import Sample
+from qcore.data.sources.source import Source
+from qcore.data.views.parity import Difference, parity
 from qcore_qwen35.chat import QWEN35
 from qcore_qwen36.chat import QWEN36
 
@@ -149,7 +149,7 @@ def run(shared: Path, tmp_path: Path, sku: str, tokenizer: Tokenizer, count: int
             )  # fmt: skip
             assert found == (), (found, plan.row)
             turns += sum(len(one.sample.turns) for one in encoded)
-    rejects.stop(renderer.rows)
+    rejects.stop(renderer.counts)
     return turns
 
 

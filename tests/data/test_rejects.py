@@ -12,10 +12,10 @@ from support.chat_kit import FORMAT, FakeCheckpoint, bot, own_template, own_toke
 from support.chat_kit import write_rows as write
 
 from qcore.data.dataset import Dataset, dataset
-from qcore.data.masking import IGNORED
 from qcore.data.policies import Policies
 from qcore.data.rejects import Rejects
-from qcore.data.source import Source
+from qcore.data.rendering.masking import IGNORED
+from qcore.data.sources.source import Source
 from qcore.errors import InputError, PreflightError
 
 GOOD = {"messages": [user("q"), bot("a")]}
@@ -117,10 +117,10 @@ def test_the_setting_is_named_where_a_row_is_refused(tmp_path: Path, checkpoint:
 def test_a_source_has_its_own_policy(tmp_path: Path, checkpoint: Any) -> None:
     bad = {"messages": [user("q")]}
     good = Source(name="good", files=(write(tmp_path / "good.jsonl", [GOOD] * 20),))
-    loose = write(tmp_path / "loose.jsonl", [bad, GOOD])
+    loose = write(tmp_path / "loose.jsonl", [bad, *[GOOD] * 9])
     made = Source(name="loose", files=(loose,), bad_rows="skip")
     found = dataset([good, made], checkpoint, FORMAT, 60)
-    assert [example.row for example in found.train] == [*range(1, 21), 22]
+    assert [example.row for example in found.train] == [*range(1, 21), *range(22, 31)]
     with pytest.raises(InputError) as caught:
         dataset([good, Source(name="loose", files=(loose,))], checkpoint, FORMAT, 60)
     assert caught.value.file == str(loose)

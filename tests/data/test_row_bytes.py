@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qcore.api.media import RowError
-from qcore.data.row_bytes import RowBytes, row_bytes
+from qcore.data.sources.row_bytes import RowBytes, row_bytes
 
 DATA = [bytes([number]) * (100 + number) for number in range(200)]
 

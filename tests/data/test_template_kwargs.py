@@ -21,7 +21,7 @@ from qcore.config.frozen_map import Entries
 from qcore.config.resolve import parse_entries
 from qcore.data.dataset import Dataset, dataset
 from qcore.data.policies import Policies
-from qcore.data.template_kwargs import check_variables, other_template, recorded_variables
+from qcore.data.rendering.template_kwargs import check_variables, other_template, recorded_variables
 from qcore.errors import InputError, UsageError
 
 ROWS = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qcore.data.tokenizer_check import id_beyond, unknown_tokens
+from qcore.data.rendering.tokenizer_check import id_beyond, unknown_tokens
 
 IDS = {"a": 0, "<end>": 5, "b": 4}
 CORE = Path(__file__).parents[2] / "core/src/qcore"

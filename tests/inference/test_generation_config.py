@@ -23,7 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from qcore.data.masking import highest_id
+from qcore.data.rendering.masking import highest_id
 from qcore.errors import InputError, UsageError
 from qcore.inference.generate import Generator
 from qcore.inference.generation_config import Sampling, choose_sampling, stop_ids

@@ -16,7 +16,7 @@ from support.bad_media_kit import PNG, conversation
 from support.media_kit import frames, picture, saved
 
 from qcore.data.dataset import Dataset, dataset
-from qcore.data.source import Source
+from qcore.data.sources.source import Source
 from qcore.plugins.resolve_model import identify
 
 QUESTION = {"type": "text", "text": "Which color?"}

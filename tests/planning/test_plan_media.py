@@ -19,8 +19,8 @@ from support.toy_tower import MERGE, TOY, Reader, Thing, add, install
 from qcore.adapter.targets import targets
 from qcore.api.media import Placed
 from qcore.config.settings import Settings
-from qcore.data.masking import Example
 from qcore.data.microbatches import extent, joined, units_of_rows
+from qcore.data.rendering.masking import Example
 from qcore.data.sampler import Schedule
 from qcore.errors import UsageError
 from qcore.nn.device import DTYPES

@@ -132,7 +132,7 @@ def test_a_rendered_message_is_parsed_without_real_files(
 @pytest.mark.parametrize("sku", REAL)
 def test_every_turn_of_a_rendered_row_is_parsed(shared: Path, sku: str) -> None:
     """Also earlier turns, whose reasoning the template leaves out."""
-    from qcore.data.masking import spans
+    from qcore.data.rendering.masking import spans
 
     render = stock(shared / "skus" / sku / "chat_template.jinja")
     chat_format, writer = REAL[sku], Writer(4)

@@ -27,8 +27,8 @@ from tokenizers import Tokenizer
 from qcore.checkpoint.tokenizer import load_tokenizer
 from qcore.config.frozen_map import Entries
 from qcore.data.dataset import dataset
-from qcore.data.masking import IGNORED, Example
 from qcore.data.policies import Policies
+from qcore.data.rendering.masking import IGNORED, Example
 from qcore.plugins.resolve_model import Identified, identify
 from qcore.testing import write_sparse_checkpoint
 from qcore_qwen35.chat import CONTROL

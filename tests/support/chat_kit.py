@@ -12,15 +12,17 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from qcore.api import RowError
 from qcore.api.records import ChatFormat
 from qcore.checkpoint.chat_template import Template
-from qcore.data.fitting import fitted
-from qcore.data.masking import Example, encode_sample
 from qcore.data.policies import Policies
 from qcore.data.reading import SourceCount, read_rows
 from qcore.data.rejects import Rejects
-from qcore.data.row_plan import plan_row
+from qcore.data.rendering.fitting import fitted
+from qcore.data.rendering.masking import Example, encode_sample
+from qcore.data.rendering.pieces import PieceEncoder
+from qcore.data.rendering.row_plan import plan_row
+from qcore.data.rendering.samples import drafts
 from qcore.data.rows import ChatRow, RowCheck
-from qcore.data.samples import drafts
-from qcore.data.source import Record, Source
+from qcore.data.sources.source import Record, Source
+from qcore.errors import InputError
 
 FORMAT = ChatFormat(
     turn_start="<|im_start|>",
@@ -103,9 +105,17 @@ def encode_row(
     """One row of text in one rendering to ids and labels: what `dataset` does, a row at a time."""
     try:
         plan = plan_row(row, Policies(history="as_rendered"), chat_format, "", False)
-        text = template.render(row.messages, row.tools, **(variables or {}))
-        (draft,) = drafts(plan, [text], chat_format)
-        encoded = encode_sample(draft, plan, tokenizer, chat_format)
+        texts: list[str | InputError] = []
+        for prefix in plan.prefixes():
+            shown = {**(variables or {}), **prefix.variables}
+            try:
+                messages = row.messages[: prefix.count]
+                texts.append(template.render(messages, row.tools, prefix.prompt, **shown))
+            except InputError as error:
+                texts.append(error)
+        pieces = PieceEncoder(tokenizer, chat_format.turn_start)
+        (draft,) = drafts(plan, texts, chat_format, pieces)
+        encoded = encode_sample(draft, plan, tokenizer, chat_format, pieces=pieces)
         (kept,) = fitted([encoded], max_length, "refuse", tokenizer)
     except RowError as bad:
         raise bad.error(None, row.line) from None
@@ -131,7 +141,7 @@ def read_file(
 
     yield from read_rows([source], read, found, counts)
     if rejects is None:
-        found.stop(counts[0].rows)
+        found.stop(counts)
 
 
 class FakeCheckpoint:

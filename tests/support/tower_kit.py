@@ -18,8 +18,8 @@ from qcore.adapter.peft_names import choose_class
 from qcore.adapter.targets import targets
 from qcore.api.blocks import Media, Packed
 from qcore.config.settings import Settings
-from qcore.data.chat_record import ChatRecord
 from qcore.data.rejects import Rejects
+from qcore.data.rendering.chat_record import ChatRecord
 from qcore.nn.kernels.registry import Chosen
 from qcore.nn.load import load
 from qcore.nn.model import Model

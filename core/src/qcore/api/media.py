@@ -3,7 +3,7 @@
 This file decides the protocol: what core hands to a reader (`Payload`), what it gets back
 (`Medium`, `Placed`, the batch of a tower), and how a reader refuses one row (`RowError`). Where
 the bytes of a row may lie and what is checked before they are read is decided by
-`qcore.data.media_files`; what the bytes mean, by the reader. It imports no torch.
+`qcore.data.media.files`; what the bytes mean, by the reader. It imports no torch.
 
 Shapes: n embeddings that the tower makes of the media of one pack.
 """
@@ -63,13 +63,20 @@ class RowError(Exception):
         self.at = f"{at}.{self.at}" if self.at else at
         return self
 
-    def error(self, path: Path | None, line: int) -> InputError:
-        """The user's error: file, line and field."""
+    def error(self, path: Path | None, line: int, unit: str = "line") -> InputError:
+        """The user's error: file, place and field.
+
+        Args:
+            path: the data file.
+            line: number of the line, or of another unit.
+            unit: what is counted: ``line``, ``element`` of a JSON array, ``row``.
+        """
+        place = f"{unit} {line}"
         return InputError(
             self.code,
             self.what,
             file=path,
-            field=f"line {line}, {self.at}" if self.at else f"line {line}",
+            field=f"{place}, {self.at}" if self.at else place,
             found=self.found,
             expected=self.expected,
             fix=self.fix,

@@ -4,7 +4,7 @@ This file decides how long a template may run and which error each of its failur
 template is untrusted code that comes with a checkpoint. It runs in a separate process
 (`qcore.checkpoint.chat_template_worker`) with a sandbox, a memory limit and an almost empty
 environment, which is killed when it exceeds its time limit. The worker decides what the template
-sees; `qcore.data.masking` decides which text is trained.
+sees; `qcore.data.rendering.masking` decides which text is trained.
 """
 
 from __future__ import annotations
@@ -58,10 +58,13 @@ STANDARD_INPUTS: Final = frozenset(
 
 
 class Conversation(Protocol):
-    """The fields of a row that `Template.render_prefixes` reads; `line` is for errors."""
+    """The fields of a row that `Template.render_prefixes` reads; errors use `line` and `unit`."""
 
     @property
     def line(self) -> int: ...
+
+    @property
+    def unit(self) -> str: ...
 
     @property
     def messages(self) -> Sequence[Mapping[str, Any]]: ...
@@ -221,7 +224,7 @@ class Template:
         except _Failure as failure:
             if _FAILURES[failure.kind][2]:
                 return self._error(failure)
-            raise self._error(failure, f" on the row at line {row.line}") from None
+            raise self._error(failure, f" on the row at {row.unit} {row.line}") from None
 
     def _open(self) -> _Worker:
         if self._worker is None or self._worker.dead:

@@ -1,7 +1,7 @@
 """Files of dataset repositories on the hub: their names, and the download of some of them.
 
 This file decides how the snapshot of a dataset is found, online and offline. Errors are those of
-`qcore.checkpoint.hub_client`; `qcore.data.hub_files` decides which files are needed.
+`qcore.checkpoint.hub_client`; `qcore.data.sources.hub_files` decides which files are needed.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import debug_option, emit, json_option
+from .common import debug_option, emit_list, json_option
 from .data_options import RowOptions, end, model_option, setting_options, source_options
 
 if TYPE_CHECKING:
-    from ..data.check import CheckReport, FindingLine
+    from ..data.views.check import CheckReport, FindingLine
 
 _ROWS = 5  #: rows that a line names
 
@@ -23,7 +23,7 @@ _ROWS = 5  #: rows that a line names
 @debug_option
 def check(model: str, as_json: bool, **options: Any) -> None:
     """Check FILES as training with MODEL would read them, and report all findings."""
-    from ..data.check import check_rows
+    from ..data.views.check import check_rows
     from .terminal import terminal_reporter
 
     rows = RowOptions(**options)
@@ -37,7 +37,7 @@ def check(model: str, as_json: bool, **options: Any) -> None:
     ):
         report = check_rows(renderer, sources)
     if as_json:
-        emit(report.as_json())
+        emit_list(report.as_json(), "findings", (f.as_json() for f in report.findings()))
     else:
         _print(report)
     end(report.error)

@@ -11,7 +11,7 @@ from .common import debug_option, emit, json_option
 from .data_options import RowOptions, end, model_option, setting_options, source_options
 
 if TYPE_CHECKING:
-    from ..data.rendering import Renderer
+    from ..data.rendering.renderer import Renderer
     from ..errors import QcoreError
 
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 @debug_option
 def diff(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Report the rows of FILES that two models render, tokenize or train differently."""
-    from ..data.diff import differences
-    from ..data.show import shown_samples
+    from ..data.views.diff import differences
+    from ..data.views.show import shown_samples
     from ..errors import UsageError
     from .data_view import print_rows, visible
     from .terminal import terminal_reporter
@@ -63,7 +63,7 @@ def diff(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
 @debug_option
 def parity(model: str, as_json: bool, **options: Any) -> None:
     """Compare every trained turn of FILES with the prompt that serving MODEL shows."""
-    from ..data.serving import compare_with_serving
+    from ..data.views.serving import compare_with_serving
     from ..errors import InputError
     from .data_view import print_rows, visible
     from .terminal import terminal_reporter
@@ -104,7 +104,7 @@ def _stopped(renderer: Renderer) -> QcoreError | None:
     from ..errors import QcoreError
 
     try:
-        renderer.rejects.stop(renderer.rows)
+        renderer.rejects.stop(renderer.counts)
     except QcoreError as error:
         return error
     return None

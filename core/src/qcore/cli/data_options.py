@@ -16,7 +16,7 @@ import click
 from .common import fail
 
 if TYPE_CHECKING:
-    from ..data.source import Source
+    from ..data.sources.source import Source
     from ..errors import QcoreError
     from ..preflight.rows import RowModel
     from ..reporting import Reporter
@@ -52,7 +52,7 @@ class RowOptions:
         Raises:
             QcoreError: as `read_sources`.
         """
-        from ..data.sources import read_sources
+        from ..data.sources.read import read_sources
 
         return read_sources(
             self.files,

@@ -16,8 +16,8 @@ from .data_options import RowOptions, end, model_option, setting_options, source
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from ..data.rendering import Renderer
-    from ..data.show import ShownSample
+    from ..data.rendering.renderer import Renderer
+    from ..data.views.show import ShownSample
     from ..preflight.rows import RowModel
 
 
@@ -51,8 +51,8 @@ def show(
     **options: Any,
 ) -> None:
     """Show the samples of FILES as training with MODEL sees them: which tokens are trained."""
-    from ..data.page import check_page
-    from ..data.show import shown_samples
+    from ..data.views.page import check_page
+    from ..data.views.show import shown_samples
     from ..errors import QcoreError
     from .terminal import terminal_reporter
 
@@ -74,7 +74,7 @@ def show(
         else:
             _print(found, opened)
         try:
-            renderer.rejects.stop(renderer.rows)
+            renderer.rejects.stop(renderer.counts)
             _check_rows(rows, renderer)
         except QcoreError as stopped:
             error = stopped
@@ -85,8 +85,8 @@ def _write_page(
     path: Path, samples: Iterable[ShownSample], opened: RowModel, renderer: Renderer
 ) -> Iterator[ShownSample]:
     """Pass samples on, and write the page after the last one."""
-    from ..data.page import THUMBNAIL, Page
-    from ..data.show import previews
+    from ..data.views.page import THUMBNAIL, Page
+    from ..data.views.show import previews
 
     page = Page(opened.tokenizer, opened.reader.control if opened.reader else ())
     for sample in samples:

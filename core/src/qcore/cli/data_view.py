@@ -24,7 +24,7 @@ from .terminal import as_table
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from ..data.show import ShownSample
+    from ..data.views.show import ShownSample
 
 _TRAINED, _CONTEXT, _SPECIAL, _MEDIA = "bold green", "dim", "cyan", "magenta"
 _LEGEND = (("trained", _TRAINED), ("context", _CONTEXT), ("special", _SPECIAL), ("media", _MEDIA))
@@ -74,7 +74,7 @@ class SampleView:
         """Print one sample."""
         head = (
             f"row {sample.row}, sample {sample.sample}: {visible(sample.source)} "
-            f"line {sample.line} ({sample.format}), {len(sample.token_ids):,} tokens, "
+            f"{sample.place} ({sample.format}), {len(sample.token_ids):,} tokens, "
             f"{sample.supervised:,} trained"
         )
         texts = sample.texts(self.tokenizer)

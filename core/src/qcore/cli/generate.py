@@ -52,6 +52,11 @@ def _option(kind: str) -> click.Option:
 @click.option("--system", default="", help="The system turn.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder to apply.")
 @click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
+@click.option(
+    "--trust-generation",
+    is_flag=True,
+    help="With --trust-base: accept an adapter that names a base of another generation.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(1, 131072), default=256, show_default=True)
 @click.option(
     "--temperature",
@@ -98,6 +103,7 @@ def command(
     system: str,
     adapter: Path | None,
     trust_base: bool,
+    trust_generation: bool,
     max_new_tokens: int,
     temperature: float | None,
     top_p: float | None,
@@ -131,6 +137,7 @@ def command(
         prompt,
         adapter=adapter,
         trust_base=trust_base,
+        trust_generation=trust_generation,
         device=device,
         dtype=dtype,
         quantization=quantization,

@@ -2,7 +2,7 @@
 
 This file decides which keys a part may have and its normal form. A template sees only the kind of
 a media part, because the path or data URL may be megabytes long or contain control strings. The
-path is kept separately as a `Reference`; `qcore.data.media_files` opens it.
+path is kept separately as a `Reference`; `qcore.data.media.files` opens it.
 
 Besides ``{"type": "image", "image": ...}``, a part may name its file as other tools do:
 ``{"type": "image_url", "image_url": {"url": ...}}`` (OpenAI; ``detail`` has no meaning for a local
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..api.media import RowError
 from ..errors import nearest
-from .media_files import Given, Reference
+from .media.files import Given, Reference
 from .tool_fields import ADVICE, kind, known_keys, mapping, without_nulls, wrong
 
 if TYPE_CHECKING:

@@ -28,12 +28,12 @@ from ..errors import InputError, QcoreError, raise_all
 from ..io.artifact import publish
 from .findings import Findings
 from .formats import SCHEMA_VERSION, Formats
-from .media_paths import Folders
+from .media.paths import Folders
 from .rejects import SHOWN
-from .repair_notes import RepairContext
-from .repairs import repair
-from .source import Record
-from .template_probes import Abilities
+from .repairs.notes import RepairContext
+from .repairs.repair import repair
+from .repairs.template_probes import Abilities
+from .sources.source import Record
 
 ROWS = "rows.jsonl"
 _ROLES = ("system", "user", "assistant", "tool")
@@ -91,8 +91,8 @@ def convert(
     """Convert records and publish the folder `output`.
 
     Args:
-        records: from `qcore.data.containers`; each source's format, field mapping and ignored
-            columns are used.
+        records: from `qcore.data.sources.containers`; each source's format, field mapping and
+            ignored columns are used.
         output: the folder; absent or empty.
         formats: the row formats.
         overwrite: replace a folder that qcore has written.
@@ -264,7 +264,7 @@ class _Refused:
         self._count += 1
         self._path = record.path
         if len(self._kept) < SHOWN:
-            self._kept.append(bad.error(record.path, record.line))
+            self._kept.append(bad.error(record.path, record.line, record.unit))
 
     def stop(self) -> None:
         if self._count > len(self._kept):

@@ -1,7 +1,8 @@
 """Findings on the rows of a run: what was repaired, dropped or left out, and what it means.
 
 This file decides the record of one finding and how the findings of many rows are put together.
-What is looked for is up to `qcore.data.repairs`, `qcore.data.samples` and the other readers.
+What is looked for is up to `qcore.data.repairs.repair`, `qcore.data.rendering.samples` and the
+other readers.
 """
 
 from __future__ import annotations

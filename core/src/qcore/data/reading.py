@@ -1,32 +1,32 @@
 """Reads the rows of sources: a record is converted to the canonical form, repaired and checked.
 
 This file decides the order of these steps and the numbers of rows: from 1 over all sources, with
-refused rows counted. `qcore.data.containers` reads records, `qcore.data.formats` converts them,
-`qcore.data.repairs` repairs rows, `qcore.data.rows` checks them.
+refused rows counted. `qcore.data.sources.containers` reads records, `qcore.data.formats` converts
+them, `qcore.data.repairs.repair` repairs rows, `qcore.data.rows` checks them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from ..api.media import RowError
 from ..errors import InputError
-from .containers import records
 from .findings import Findings
 from .formats import Formats
 from .rejects import RecordPlace
-from .repair_notes import RepairContext
-from .repairs import repair
+from .repairs.notes import RepairContext
+from .repairs.repair import repair
 from .rows import ChatRow, RowCheck
+from .sources.containers import records
 
 if TYPE_CHECKING:
-    from .jsonl import Hasher
     from .rejects import Rejects
-    from .source import Record, Source
+    from .sources.jsonl import Hasher
+    from .sources.source import Record, Source
 
 
 _REPORTED = 1 << 18  #: bytes between two reports of progress
@@ -38,32 +38,61 @@ class SourceCount:
 
     Attributes:
         source: the source.
+        first: number of its first row.
         sha256: hex digest of its files.
         rows: its rows, refused ones included.
-        refused: rows that are refused.
+        refused: rows that are refused, skipped ones included; `Rejects.stop` sets these four.
+        skipped: those of them that ``bad_rows=skip`` leaves out.
+        dropped: rows that ``long_rows`` leaves out.
+        truncated: rows that ``long_rows`` cuts.
         formats: rows by row format.
     """
 
     source: Source
+    first: int = 1
     sha256: str = ""
     rows: int = 0
+    refused: int = 0
+    skipped: int = 0
+    dropped: int = 0
+    truncated: int = 0
     formats: Counter[str] = field(default_factory=Counter)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the source."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source"}
+        return {k: dict(v) if isinstance(v, Counter) else v for k, v in values.items()}
+
+    @classmethod
+    def of(cls, source: Source, value: Mapping[str, Any]) -> SourceCount:
+        """The count of a source of its `as_json`."""
+        values: dict[str, Any] = {
+            k: Counter(v) if isinstance(v, dict) else v for k, v in value.items()
+        }
+        return cls(source, **values)
 
     def summary(self) -> dict[str, object]:
         """For a manifest."""
-        source = self.source
         return {
-            "name": source.name,
-            **({"revision": source.revision} if source.revision else {}),
-            **({"weight": source.weight} if source.weight is not None else {}),
-            **({"count": source.count} if source.count is not None else {}),
-            **({"seed": source.seed} if source.seed is not None else {}),
-            **({"notes": list(source.notes)} if source.notes else {}),
-            "files": [path.name for path in source.files],
+            **self.source.summary(),
+            "files": [path.name for path in self.source.files],
             "sha256": self.sha256,
             "rows": self.rows,
+            "rejected_rows": self.refused,
+            "dropped_rows": self.dropped,
+            "truncated_rows": self.truncated,
             "formats": dict(sorted(self.formats.items())),
         }
+
+    def line(self) -> str:
+        """What the report states of the source."""
+        losses = (
+            (self.refused, "refused"),
+            (self.dropped, "too long and left out"),
+            (self.truncated, "cut"),
+        )
+        more = "".join(f", {count} {what}" for count, what in losses if count)
+        return f"{self.source.name}: {self.rows} rows{more}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +182,7 @@ def read_rows(
     """
     number = first - 1
     for source in sources:
-        count = SourceCount(source)
+        count = SourceCount(source, first=number + 1)
         if counts is not None:
             counts.append(count)
         digest = hashlib.sha256()
@@ -166,10 +195,13 @@ def read_rows(
             try:
                 name, row = reader(record, number)
             except RowError as bad:
-                rejects.add(RecordPlace(number, record.line, record.path, source), bad)
+                place = RecordPlace(number, record.line, record.path, source, record.unit)
+                rejects.add(place, bad)
             else:
                 count.formats[name] += 1
-                yield replace(row, row=number, path=record.path, source=source, format=name)
+                yield replace(
+                    row, row=number, path=record.path, unit=record.unit, source=source, format=name
+                )
         if isinstance(seen, _Counted):
             seen.report()
         count.sha256 = digest.hexdigest()

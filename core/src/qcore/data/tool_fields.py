@@ -11,7 +11,7 @@ from typing import Any
 
 from ..api.media import RowError
 from ..errors import nearest
-from .jsonl import parse
+from .sources.jsonl import parse
 
 ADVICE = {
     "weight": "weights per turn are not supported: remove the key; every turn is trained",
@@ -111,13 +111,6 @@ def _drop_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_drop_nulls(item) for item in value]
     return value
-
-
-def without_block(said: str, marks: tuple[str, str]) -> str:
-    """Remove the tags of the think block, if any."""
-    for mark in marks:
-        said = said.replace(mark, "\n", 1)
-    return said
 
 
 def mapping(value: Any, at: str, code: str, what: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Variables of the chat template for a prompt: what training recorded, under what the user sets.
 
 This file decides whose record is used: an adapter's in place of that of a merged base, because the
-adapter was trained last. `qcore.data.template_kwargs` reads a record and checks variables.
+adapter was trained last. `qcore.data.rendering.template_kwargs` reads a record and checks
+variables.
 
 Code: ``QC-GENERATE-004`` a recorded variable that the chat template does not read.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.frozen_map import Entries, Plain
-from ..data.template_kwargs import (
+from ..data.rendering.template_kwargs import (
     check_variables,
     mixed_modes,
     other_template,

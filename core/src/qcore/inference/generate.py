@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.delta import Deltas
+from ..adapter.evidence import evidence_lines, read_for
 from ..adapter.peft_names import Adapter
-from ..adapter.reader import read_adapter
 from ..api.media import MediaReader, Medium
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.tokenizer import load_tokenizer
 from ..config.frozen_map import Entries, Plain
-from ..data.masking import highest_id
-from ..data.template_kwargs import special_tokens
+from ..data.rendering.masking import highest_id
+from ..data.rendering.template_kwargs import special_tokens
 from ..errors import InputError, UsageError
 from ..nn.device import DTYPES, pick_device
 from ..nn.kernels.registry import Chosen, choose, installed
@@ -70,6 +70,7 @@ def generate(
     *,
     adapter: str | Path | None = None,
     trust_base: bool = False,
+    trust_generation: bool = False,
     media: Sequence[tuple[str, Path]] = (),
     system: str = "",
     max_new_tokens: int = 256,
@@ -95,6 +96,7 @@ def generate(
         prompt: what the user says.
         adapter: an adapter folder to apply.
         trust_base: accept an adapter without a fingerprint of its base.
+        trust_generation: accept such an adapter if it names a base of another generation.
         media: kind and file of each medium that comes before the prompt.
         system: the system turn, none when empty.
         max_new_tokens: the most tokens to add.
@@ -123,6 +125,7 @@ def generate(
         model,
         adapter=adapter,
         trust_base=trust_base,
+        trust_generation=trust_generation,
         device=device,
         dtype=dtype,
         quantization=quantization,
@@ -159,6 +162,7 @@ class Generator:
         *,
         adapter: str | Path | None = None,
         trust_base: bool = False,
+        trust_generation: bool = False,
         device: str = "auto",
         dtype: str = "bf16",
         quantization: str = "none",
@@ -173,9 +177,15 @@ class Generator:
         self.reader = self._media_reader(required=media)
         self.chat = self.base.chat_format()
         self.tokenizer = load_tokenizer(self.base.checkpoint)
-        self.adapter = self._read_adapter(adapter, trust_base) if adapter else None
+        self.adapter = (
+            read_for(self.base, adapter, trust_base=trust_base, trust_generation=trust_generation)
+            if adapter
+            else None
+        )
         self._reads_media = media
         self._select_parts()
+        if self.adapter is not None:
+            self.reporter.lines(evidence_lines(self.base, self.adapter))
         self.variables = self._template_variables(chat_template_kwargs or {})
         lines = preflight(
             self.base, verb="generate", template_kwargs=self.variables,
@@ -200,10 +210,6 @@ class Generator:
                 fix="leave the files out, or install the plugin that reads them",
             )
         return reader
-
-    def _read_adapter(self, adapter: str | Path, trust_base: bool) -> Adapter:
-        claims = self.base.adapter_claims
-        return read_adapter(adapter, self.base.layout, trust_base=trust_base, claims=claims)
 
     def _select_parts(self) -> None:
         """Load the parts that the adapter changes, and the tower where media are read."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..api.blocks import Media
 from ..api.media import MediaReader, Medium, RowError
-from ..data.media_files import Finder, Reference
+from ..data.media.files import Finder, Reference
 from ..errors import InputError, UsageError
 
 _T = TypeVar("_T")

@@ -17,7 +17,7 @@ from ..api.records import Finding, PreflightRequest, Severity
 from ..checkpoint.checkpoint import required_template
 from ..config.frozen_map import Plain
 from ..config.settings import Settings
-from ..data.tokenizer_check import TOKENIZER, id_beyond, unknown_tokens
+from ..data.rendering.tokenizer_check import TOKENIZER, id_beyond, unknown_tokens
 from ..errors import InputError, QcoreError, raise_all
 from ..plugins.resolve_model import Identified
 from .context_length import beyond

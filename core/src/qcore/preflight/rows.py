@@ -1,7 +1,7 @@
 """Opening of a model for its rows alone: config, tokenizer and chat template, no weights.
 
 This file decides what ``qcore data`` needs of a model, and that its rows are read as those of a
-training run with the same settings. `qcore.data.rendering` renders them.
+training run with the same settings. `qcore.data.rendering.renderer` renders them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ..checkpoint.checkpoint import required_template
 from ..checkpoint.tokenizer import load_tokenizer
 from ..data.policies import Policies
 from ..data.rejects import Rejects
-from ..data.rendering import Options, Renderer
-from ..data.template_kwargs import special_tokens
+from ..data.rendering.renderer import Options, Renderer
+from ..data.rendering.template_kwargs import special_tokens
 from ..plugins.resolve_model import Identified, identify_files
 from .modality import reader_of, unread
 

@@ -5,7 +5,7 @@ read: the class of the adapter, the router loss, groups in 4 bit, template varia
 `qcore.adapter.targets` checks the LoRA groups.
 
 Codes: ``QC-LORA-004`` a group that cannot be stored in 4 bit, ``QC-TRAIN-007`` no router; those of
-`qcore.adapter.peft_names` and `qcore.data.template_kwargs`.
+`qcore.adapter.peft_names` and `qcore.data.rendering.template_kwargs`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from ..adapter.peft_names import choose_class
 from ..api.parameters import Kind, Store
-from ..data.template_kwargs import SETTING, check_variables
+from ..data.rendering.template_kwargs import SETTING, check_variables
 from ..errors import QcoreError, UsageError
 from ..plugins.resolve_model import Identified, classes_of
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..api.blocks import Media, Packed
 from ..api.media import MediaReader, Medium
-from ..data.masking import Example
+from ..data.rendering.masking import Example
 from ..nn.model import Model
 
 

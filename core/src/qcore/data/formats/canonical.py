@@ -13,7 +13,7 @@ from importlib.resources import files
 from typing import Any, Final
 
 from ...api.media import RowError
-from ..jsonl import parse
+from ..sources.jsonl import parse
 from ..tool_fields import kind
 from .marks import flag
 from .parts import media_names, place_media
@@ -31,7 +31,7 @@ _SHARED = (
 
 def schema() -> dict[str, Any]:
     """JSON Schema of the canonical row, of version `SCHEMA_VERSION`."""
-    text = files("qcore.data").joinpath("canonical.schema.json").read_text(encoding="utf-8")
+    text = files(__package__).joinpath("canonical.schema.json").read_text(encoding="utf-8")
     loaded: dict[str, Any] = json.loads(text)
     return loaded
 

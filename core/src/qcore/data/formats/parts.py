@@ -4,7 +4,7 @@ This file decides the canonical form of parts that other APIs write (``{kind}_ur
 ``source``, ``bytes`` of Arrow, ``path``, ``url``, ``base64``) and puts the media of a column where
 the row has a mark ``<{kind}>`` or a part without media, else before the text of the first user
 turn, as TRL does. The kinds are those of installed plugins; which bytes may be read is decided by
-`qcore.data.media_files`.
+`qcore.data.media.files`.
 
 Code: ``QC-DATA-025`` another number of media than of places.
 """

@@ -1,0 +1,1 @@
+"""A checked row to labeled tokens: what is rendered, which tokens are trained, what fits."""

@@ -1,0 +1,152 @@
+"""What a template does to supervised text: reasoning and whitespace that it does not render.
+
+This file decides what is compared. A trained turn is compared with its rendering, because what a
+template drops is not trained although the row asks for it.
+
+Codes: ``QC-DATA-042`` a turn is trained after another prompt than serving shows, ``-043``
+reasoning is not rendered, ``-044`` text is not rendered as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...api.records import ChatFormat
+from ..content import text_of
+from ..findings import WARNING, DataFinding, Findings
+from ..think_block import has_marks, reasoning_of, thinking_marks
+from .row_plan import RowPlan
+from .samples import Draft
+from .turns import Turn, assistant_turns
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tokenizers import Tokenizer
+
+
+@dataclass(slots=True)
+class Losses:
+    """Counts what the template of a run does not render.
+
+    Attributes:
+        chat_format: the format of rendered conversations.
+        tokenizer: counts the tokens of lost reasoning.
+        findings: receives a finding for each turn.
+        advice: what to do about lost reasoning.
+        lost: lost reasonings so far.
+        turns: trained turns so far.
+        reasonings: reasonings of trained turns so far.
+    """
+
+    chat_format: ChatFormat
+    tokenizer: Tokenizer
+    findings: Findings
+    advice: str = ""
+    turns: int = 0
+    reasonings: int = 0
+    lost: int = 0
+    _other_prompts: int = 0
+    _lost_tokens: int = 0
+    _changed: int = 0
+    _characters: int = 0
+
+    def look(self, plan: RowPlan, draft: Draft) -> None:
+        """Compare the trained turns of a sample with their messages."""
+        messages = plan.row.messages[: draft.count]
+        said = [n for n, m in enumerate(messages) if m["role"] == self.chat_format.assistant]
+        turns = assistant_turns(draft.text, self.chat_format, len(said))
+        for index, turn in zip(said, turns, strict=True):
+            if index in draft.tails:
+                self.turns += 1
+                self.findings.extend(self._turn(plan, draft, index, turn))
+
+    def close(self) -> None:
+        """Put totals into the lines of the report."""
+        if self._other_prompts:
+            self.findings.total(
+                "QC-DATA-042",
+                WARNING,
+                f"{self._other_prompts} of {self.turns} trained turns are trained after another "
+                "prompt than serving shows (history=as_rendered)",
+                fix="set history=as_served",
+            )
+        if self.lost:
+            self.findings.total(
+                "QC-DATA-043",
+                WARNING,
+                f"{self.lost} of {self.reasonings} reasonings ({self._lost_tokens} tokens) are "
+                "not in the rendered text",
+                fix=self.advice,
+            )
+        if self._changed:
+            self.findings.total(
+                "QC-DATA-044",
+                WARNING,
+                f"the chat template does not render the text of {self._changed} of {self.turns} "
+                f"trained turns as it is ({self._characters} characters are dropped)",
+            )
+
+    def _turn(self, plan: RowPlan, draft: Draft, index: int, turn: Turn) -> Iterator[DataFinding]:
+        row, message = plan.row.row, plan.row.messages[index]
+        rendered, at = (
+            draft.text[turn.body + len(draft.tails[index]) : turn.end],
+            f"messages[{index}]",
+        )
+        if index in draft.other_prompt:
+            self._other_prompts += 1
+            yield DataFinding(
+                code="QC-DATA-042",
+                severity=WARNING,
+                row=row,
+                field=at,
+                message="the turn is trained after another prompt than serving shows",
+            )
+        reasoning = reasoning_of(message, self.chat_format).strip()
+        if reasoning:
+            self.reasonings += 1
+            if reasoning not in rendered:
+                yield self._lost_reasoning(row, at, reasoning)
+        finding = self._changed_text(row, at, message, rendered)
+        if finding is not None:
+            yield finding
+
+    def _lost_reasoning(self, row: int, at: str, reasoning: str) -> DataFinding:
+        tokens = len(self.tokenizer.encode(reasoning, add_special_tokens=False).ids)
+        self.lost += 1
+        self._lost_tokens += tokens
+        return DataFinding(
+            code="QC-DATA-043",
+            severity=WARNING,
+            row=row,
+            field=f"{at}.reasoning_content",
+            message=f"the reasoning ({tokens} tokens) is not in the rendered text",
+        )
+
+    def _changed_text(
+        self, row: int, at: str, message: Mapping[str, Any], rendered: str
+    ) -> DataFinding | None:
+        content = message.get("content", "")
+        if not isinstance(content, str):
+            if any(part["type"] != "text" for part in content):
+                return None
+            content = text_of(content)
+        marks = thinking_marks(self.chat_format)
+        has_block = marks is not None and has_marks(content, marks)  # templates move it
+        if content in rendered or has_block:
+            return None
+        bare = content.strip()
+        lost = len(content) - len(bare) if bare in rendered else len(content)
+        self._changed += 1
+        self._characters += lost
+        what = "whitespace at its start or end" if bare in rendered else "the text as it is"
+        return DataFinding(
+            code="QC-DATA-044",
+            severity=WARNING,
+            row=row,
+            field=f"{at}.content",
+            message=f"the chat template does not render {what} ({lost} characters)",
+            what="changed text",
+        )

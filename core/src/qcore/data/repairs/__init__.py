@@ -1,0 +1,1 @@
+"""Repairs of a canonical row: turns, calls and text that serving cannot produce."""

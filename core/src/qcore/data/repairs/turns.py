@@ -1,0 +1,182 @@
+"""Order of turns: what serving cannot produce is joined or trimmed, else refused.
+
+This file decides what becomes of turns that no served conversation has:
+
+- system turns at the start are joined; a later one is refused if the template refuses it;
+- user turns in a row are joined by an empty line, and so are assistant turns whose parts keep
+  their order: reasoning, text, calls;
+- an answer before the first user turn becomes context, because there is no prompt for it;
+- turns after the last answer are removed, because nothing of them is trained;
+- a tool result that belongs to no call is refused.
+
+Codes: ``QC-DATA-050`` rewritten without loss, ``-051`` refused, ``-052`` a turn without a prompt or
+an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...api.media import RowError
+from .notes import Notes, Placed, RepairContext, text_only
+
+JOINED, REFUSED, UNANSWERED = "QC-DATA-050", "QC-DATA-051", "QC-DATA-052"
+_GAP = "\n\n"
+
+
+def repair_order(turns: list[Placed], context: RepairContext, notes: Notes) -> list[Placed]:
+    """The turns in an order that serving can produce.
+
+    Raises:
+        RowError: ``QC-DATA-051``; ``-052`` if its warnings refuse a row.
+    """
+    made: list[Placed] = []
+    for turn in turns:
+        before = made[-1] if made else None
+        if before is not None and before.role == turn.role in ("user", context.assistant):
+            made[-1] = _joined(before, turn, context)
+            notes.note(JOINED, turn.at, f"{turn.role} turns in a row were joined")
+        elif turn.role == "system" and made and not context.abilities.late_system:
+            made[-1] = _system(made, turn)
+            notes.note(JOINED, turn.at, "system turns in a row were joined")
+        else:
+            made.append(turn)
+    _check_results(made)
+    return _trimmed(_unprompted(made, context, notes), context, notes)
+
+
+def _joined(first: Placed, second: Placed, context: RepairContext) -> Placed:
+    """Two turns of one role as one."""
+    changed: dict[str, Any] = {}
+    if first.role == context.assistant:
+        _check_joined(first, second)
+        thoughts = [
+            text for turn in (first, second)
+            for text in [turn.message.get("reasoning_content")] if text
+        ]  # fmt: skip
+        if thoughts:
+            changed["reasoning_content"] = thoughts[0]
+        if second.calls:
+            changed["tool_calls"] = [*first.calls, *second.calls]
+    if first.message.get("name") != second.message.get("name"):
+        changed["name"] = None
+    content = _content(first.message.get("content"), second.message.get("content"))
+    return first.but(content=content, **changed)
+
+
+def _check_joined(first: Placed, second: Placed) -> None:
+    said = {turn.index: text_only(turn.message.get("content")) != "" for turn in (first, second)}
+    thought = {turn.index: bool(turn.message.get("reasoning_content")) for turn in (first, second)}
+    train = [turn.message.get("train") for turn in (first, second)]
+    if first.calls and said[second.index]:
+        what = "follows an assistant turn whose calls have no result"
+        fix = "put the results of the calls between the turns, as turns of role tool"
+    elif thought[second.index] and (thought[first.index] or said[first.index] or first.calls):
+        what = "is an assistant turn with reasoning right after another assistant turn"
+        fix = "put the user turn or the tool results between them"
+    elif train[0] != train[1]:
+        what = "is marked for training unlike the assistant turn before it"
+        fix = "give both turns the same mark, or put the user turn between them"
+    else:
+        return
+    raise RowError(
+        REFUSED,
+        what,
+        at=second.at,
+        found=f"two assistant turns, messages {first.index} and {second.index}",
+        expected="a turn that serving can produce",
+        fix=fix,
+    )
+
+
+def _content(first: Any, second: Any) -> Any:
+    """Two contents, an empty line between them."""
+    if first in (None, "", []):
+        return "" if second is None else second
+    if second in (None, "", []):
+        return first
+    if isinstance(first, str) and isinstance(second, str):
+        return f"{first}{_GAP}{second}"
+    return [*_parts(first), {"type": "text", "text": _GAP}, *_parts(second)]
+
+
+def _parts(content: Any) -> list[Any]:
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def _system(made: list[Placed], turn: Placed) -> Placed:
+    """The system turn that a further one is joined to."""
+    if made[-1].role == "system" and len(made) == 1:
+        content = _content(made[-1].message.get("content"), turn.message.get("content"))
+        return made[-1].but(content=content)
+    raise RowError(
+        REFUSED,
+        "is a system turn that is not the first turn, which the chat template refuses",
+        at=turn.at,
+        expected="one system turn at the start",
+        fix="write its text into the first system turn, or into the user turn that it belongs to",
+    )
+
+
+def _check_results(turns: list[Placed]) -> None:
+    """Refuse results that belong to no call of the assistant turn before them."""
+    calls: list[Any] = []
+    for turn in turns:
+        if turn.role != "tool":
+            calls = list(turn.calls)
+            continue
+        if not calls:
+            _orphan(turn, "is a tool result without a preceding tool call",
+                    "put it after the assistant turn with the tool_calls")  # fmt: skip
+        ids = [call.get("id") if isinstance(call, Mapping) else None for call in calls]
+        named = turn.message.get("tool_call_id")
+        if named and all(ids) and named not in ids:
+            _orphan(turn, "is the result of a call that the turn before it does not make",
+                    f"tool_call_id is one of: {', '.join(map(str, ids))[:80]}")  # fmt: skip
+
+
+def _orphan(turn: Placed, what: str, fix: str) -> None:
+    named = turn.message.get("tool_call_id")
+    found = None if named is None else f"tool_call_id {named!r}"[:80]
+    raise RowError(REFUSED, what, at=turn.at, found=found, fix=fix)
+
+
+def _unprompted(turns: list[Placed], context: RepairContext, notes: Notes) -> list[Placed]:
+    """Make answers before the first user turn context."""
+    if context.abilities.answers_first:
+        return turns
+    made = list(turns)
+    for place, turn in enumerate(turns):
+        if turn.role == "user":
+            break
+        if turn.role == context.assistant and turn.message.get("train") is not False:
+            made[place] = turn.but(train=False)
+            notes.warn(
+                UNANSWERED,
+                turn.at,
+                "answers no user turn: the template renders no prompt for it, so it is context "
+                "and is not trained",
+                "put the user turn before it",
+            )
+    return made
+
+
+def _trimmed(turns: list[Placed], context: RepairContext, notes: Notes) -> list[Placed]:
+    """Remove the turns after the last answer."""
+    last = max((n for n, turn in enumerate(turns) if turn.role == context.assistant), default=-1)
+    rest = turns[last + 1 :]
+    if last < 0 or not rest:
+        return turns
+    notes.warn(
+        UNANSWERED,
+        rest[0].at,
+        f"{_count(rest)} at the end without an answer: left out, because nothing in it is trained",
+        "add the answer",
+    )
+    return turns[: last + 1]
+
+
+def _count(turns: list[Placed]) -> str:
+    roles = " and ".join(dict.fromkeys(turn.role for turn in turns))
+    return f"{len(turns)} {roles} turn{'s' if len(turns) > 1 else ''}"

@@ -1,0 +1,381 @@
+"""The rows of Parquet and Arrow files, batch by batch.
+
+This file decides how Arrow values become JSON values: numbers, strings, lists and objects as they
+are, columns of type JSON parsed, dates and times in ISO 8601, decimals as strings, binary as
+bytes (media columns hold them). A time where a conversation has text is refused: Arrow infers times
+from strings, and the string cannot be restored. A date has one spelling and stays text. Nulls
+stay, also those that Arrow adds to make the keys of all rows equal; `qcore.data.repairs.repair`
+decides about them. Only a batch is in memory. `pyarrow` is imported here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from ...api.media import RowError
+from ...errors import InputError
+from .column_times import check_times, is_list
+from .jsonl import MAX_DEPTH, MAX_LINE, parse, too_long
+from .streams import Damaged, not_installed, opened
+
+CONTAINERS: Final = ("parquet", "arrow", "arrow_stream")
+_BATCH_BYTES: Final = 4 << 20
+_BATCH_ROWS: Final = 512
+_BUFFER: Final = 1 << 20  # bytes of a Parquet column chunk that are read at a time
+
+Decoder = Callable[[Any, str], Any]
+
+
+def rows(
+    path: Path, container: str, ignore: Collection[str] = (), texts: Collection[str] = ()
+) -> Iterator[Any]:
+    """Yield the rows of a file as objects, or a `RowError` in place of one.
+
+    Args:
+        path: the file.
+        container: ``parquet``, ``arrow`` or ``arrow_stream``.
+        ignore: columns that are not read.
+        texts: further columns and keys of messages that are text, as a field mapping names them.
+
+    Raises:
+        InputError: ``QC-DATA-033`` `pyarrow` is not installed, ``-034`` a column that cannot be
+            read, or that has times in place of text.
+        Damaged: the file is cut or corrupt.
+    """
+    pa = _pyarrow(path, container)
+    read = _parquet if container == "parquet" else _arrow
+    decoders: dict[str, Decoder | None] | None = None
+    try:
+        for schema, batch in read(pa, path, container, ignore):
+            if decoders is None:
+                decoders = _decoders(pa, schema, path, ignore)
+                check_times(pa, schema, path, ignore, frozenset(texts))
+            if batch is not None:
+                yield from _rows(batch.select(list(decoders)), decoders)
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names, not UTF-8
+        raise Damaged(str(error)) from error
+
+
+def row(path: Path, container: str, number: int) -> dict[str, Any]:
+    """One row by its number, from 1, with the values as Arrow has them; raises like `rows`.
+
+    Raises:
+        IndexError: the file has fewer rows.
+    """
+    pa, left = _pyarrow(path, container), number - 1
+    read = _parquet_from if container == "parquet" else _arrow_batches
+    try:
+        for skipped, batches in read(pa, path, container, left):
+            left -= skipped
+            for batch in batches:
+                if left < batch.num_rows:
+                    one = batch.slice(left, 1)
+                    one.validate(full=True)
+                    found: dict[str, Any] = one.to_pylist()[0]
+                    return found
+                left -= batch.num_rows
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise Damaged(str(error)) from error
+    raise IndexError(f"the file has fewer than {number} rows")
+
+
+def _parquet_from(
+    pa: Any, path: Path, container: str, left: int
+) -> Iterator[tuple[int, Iterator[Any]]]:
+    """The row group that holds a row, and how many rows are before it."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+        before = 0
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if left < before + count:
+                batches = file.iter_batches(batch_size=64, row_groups=[group], use_threads=False)
+                yield before, batches
+                return
+            before += count
+
+
+def _arrow_batches(
+    pa: Any, path: Path, container: str, left: int
+) -> Iterator[tuple[int, Iterator[Any]]]:
+    """All batches of a mapped file, which are not read until a row is taken."""
+    with pa.memory_map(str(path)) as mapped:
+        if container == "arrow_stream":
+            yield 0, iter(pa.ipc.open_stream(mapped))
+        else:
+            file = pa.ipc.open_file(mapped)
+            yield 0, map(file.get_batch, range(file.num_record_batches))
+
+
+def count_rows(path: Path, container: str) -> int:
+    """The number of rows of a file, from its metadata where it has them; raises like `rows`."""
+    pa = _pyarrow(path, container)
+    try:
+        if container == "parquet":
+            import pyarrow.parquet as pq
+
+            return int(pq.read_metadata(path).num_rows)
+        with pa.memory_map(str(path)) as mapped:
+            if container == "arrow_stream":
+                return sum(batch.num_rows for batch in pa.ipc.open_stream(mapped))
+            file = pa.ipc.open_file(mapped)
+            return sum(file.get_batch(at).num_rows for at in range(file.num_record_batches))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise Damaged(str(error)) from error
+
+
+def _pyarrow(path: Path, container: str) -> Any:
+    try:
+        import pyarrow as pa
+    except ImportError:
+        what = "Parquet" if container == "parquet" else "Arrow"
+        raise not_installed(path, "pyarrow", what) from None
+    with opened(path):  # a folder, a pipe or a device is refused before Arrow opens it
+        pass
+    return pa
+
+
+def _parquet(
+    pa: Any, path: Path, container: str, ignore: Collection[str]
+) -> Iterator[tuple[Any, Any]]:
+    import pyarrow.parquet as pq
+
+    # Without a buffer size, and with pre-buffering, a whole column chunk is read at once.
+    with pq.ParquetFile(
+        path, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True
+    ) as file:
+        schema, meta = file.schema_arrow, file.metadata
+        yield schema, None
+        size = sum(meta.row_group(group).total_byte_size for group in range(meta.num_row_groups))
+        count = min(_BATCH_ROWS, max(1, _BATCH_BYTES * max(1, meta.num_rows) // max(1, size)))
+        columns = [name for name in schema.names if name not in ignore]
+        for batch in file.iter_batches(batch_size=count, columns=columns, use_threads=False):
+            yield schema, batch
+
+
+def _arrow(
+    pa: Any, path: Path, container: str, ignore: Collection[str]
+) -> Iterator[tuple[Any, Any]]:
+    # Mapped, because writers may put all rows into one batch.
+    with pa.memory_map(str(path)) as mapped:
+        if container == "arrow":
+            file = pa.ipc.open_file(mapped)
+            batches = map(file.get_batch, range(file.num_record_batches))
+        else:
+            file = pa.ipc.open_stream(mapped)
+            batches = iter(file)
+        yield file.schema, None
+        for batch in batches:
+            for part in _validated(pa, batch):
+                yield file.schema, part
+        if container == "arrow_stream" and not _ended(mapped):
+            raise Damaged("the stream has no end")
+
+
+def _validated(pa: Any, batch: Any) -> Iterator[Any]:
+    """Parts of a batch of which all offsets are in bounds; reading others would crash."""
+    count = 1
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid:  # up to the row at fault, which raises again
+        pass
+    else:
+        per_row = max(1, batch.nbytes // max(1, batch.num_rows))
+        count = min(_BATCH_ROWS, max(1, _BATCH_BYTES // per_row))
+    for start in range(0, batch.num_rows, count):
+        part = batch.slice(start, count)
+        if count == 1:
+            part.validate(full=True)
+        yield part
+
+
+def _ended(mapped: Any) -> bool:
+    """Whether a stream ends with the marker that its writer adds when it is closed."""
+    mapped.seek(max(0, mapped.size() - 8))
+    return bool(mapped.read(8) == b"\xff\xff\xff\xff\0\0\0\0")
+
+
+def _rows(batch: Any, decoders: dict[str, Decoder | None]) -> Iterator[Any]:
+    whole = batch.nbytes <= MAX_LINE
+    values: list[Any] | None = None
+    if whole:
+        try:
+            values = batch.to_pylist(maps_as_pydicts="strict")
+        except (ValueError, KeyError):  # one of them is not UTF-8 or has a duplicate key
+            values = None
+    for index in range(batch.num_rows):
+        try:
+            value = _one(batch.slice(index, 1)) if values is None else values[index]
+            for name, decode in decoders.items():
+                if decode is not None and value[name] is not None:
+                    value[name] = decode(value[name], name)
+        except RowError as bad:
+            yield bad
+        else:
+            yield value
+
+
+def _one(row: Any) -> Any:
+    if row.nbytes > MAX_LINE:
+        raise too_long()
+    for name in row.schema.names:
+        try:
+            row.select([name]).to_pylist(maps_as_pydicts="strict")
+        except UnicodeDecodeError as error:
+            raise RowError(
+                "QC-DATA-003",
+                "is not UTF-8",
+                at=name,
+                found=f"0x{error.object[error.start]:02x} at byte {error.start + 1}",
+                fix="write strings as UTF-8",
+            ) from None
+        except (ValueError, KeyError) as error:
+            raise RowError(
+                "QC-DATA-004",
+                "cannot be read",
+                at=name,
+                found=" ".join(str(error).split())[:100],
+                fix="write the value again",
+            ) from None
+    return row.to_pylist(maps_as_pydicts="strict")[0]
+
+
+def _decoders(
+    pa: Any, schema: Any, path: Path, ignore: Collection[str]
+) -> dict[str, Decoder | None]:
+    """By column: what makes a JSON value of its values; ``None`` if they already are."""
+    twice = [name for name, count in Counter(schema.names).items() if count > 1]
+    if twice:
+        raise _bad_column(path, twice[0], "two columns of that name", "each name once")
+    found: dict[str, Decoder | None] = {}
+    for column in schema:
+        if column.name in ignore:
+            continue
+        try:
+            found[column.name] = _decoder(pa, column.type, 1)
+        except _UnsupportedType as error:
+            raise _bad_column(path, column.name, f"type {error}", "a type that JSON has") from None
+    if not found:
+        raise _bad_column(path, "", "no columns", "columns with the conversations")
+    return found
+
+
+class _UnsupportedType(Exception):
+    """A type that has no JSON value."""
+
+
+def _decoder(pa: Any, type_: Any, depth: int) -> Decoder | None:
+    kinds = pa.types
+    if depth > MAX_DEPTH:
+        raise _UnsupportedType(f"nested deeper than {MAX_DEPTH} levels")
+    if isinstance(type_, pa.JsonType):
+        return _json
+    if kinds.is_dictionary(type_) or kinds.is_run_end_encoded(type_):
+        return _decoder(pa, type_.value_type, depth)
+    if kinds.is_struct(type_):
+        fields = [type_.field(index) for index in range(type_.num_fields)]
+        if len({field.name for field in fields}) < len(fields):
+            raise _UnsupportedType(f"{str(type_)[:80]}, with a field twice")
+        return _struct({field.name: _decoder(pa, field.type, depth + 1) for field in fields})
+    if kinds.is_map(type_):
+        if not (kinds.is_string(type_.key_type) or kinds.is_large_string(type_.key_type)):
+            raise _UnsupportedType(f"{str(type_)[:80]}, with keys that are not strings")
+        return _map(_decoder(pa, type_.item_type, depth + 1))
+    if is_list(kinds, type_):
+        return _list(_decoder(pa, type_.value_type, depth + 1))
+    if kinds.is_floating(type_):
+        return _finite
+    if kinds.is_temporal(type_) and not (kinds.is_duration(type_) or kinds.is_interval(type_)):
+        return _iso
+    if kinds.is_decimal(type_):
+        return _text
+    plain = (
+        kinds.is_null, kinds.is_boolean, kinds.is_integer, kinds.is_string, kinds.is_large_string,
+        kinds.is_string_view, kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view,
+        kinds.is_fixed_size_binary,
+    )  # fmt: skip
+    if any(is_kind(type_) for is_kind in plain):
+        return None
+    raise _UnsupportedType(str(type_)[:80])
+
+
+def _struct(fields: dict[str, Decoder | None]) -> Decoder | None:
+    some = {name: decode for name, decode in fields.items() if decode is not None}
+    if not some:
+        return None
+
+    def decode_struct(value: Any, at: str) -> Any:
+        for name, decode in some.items():
+            if value[name] is not None:
+                value[name] = decode(value[name], f"{at}.{name}")
+        return value
+
+    return decode_struct
+
+
+def _list(decode: Decoder | None) -> Decoder | None:
+    if decode is None:
+        return None
+
+    def decode_list(value: Any, at: str) -> Any:
+        return [
+            None if item is None else decode(item, f"{at}[{index}]")
+            for index, item in enumerate(value)
+        ]
+
+    return decode_list
+
+
+def _map(decode: Decoder | None) -> Decoder | None:
+    if decode is None:
+        return None
+
+    def decode_map(value: Any, at: str) -> Any:
+        return {
+            key: None if item is None else decode(item, f"{at}.{key}")
+            for key, item in value.items()
+        }
+
+    return decode_map
+
+
+def _json(value: Any, at: str) -> Any:
+    return parse(value, at=at)
+
+
+def _finite(value: Any, at: str) -> Any:
+    if not math.isfinite(value):
+        raise RowError(
+            "QC-DATA-004",
+            "has a number that is not JSON",
+            at=at,
+            found=value,
+            expected="a finite number or null",
+            fix=f"fix it, or list the column {at.partition('.')[0]} under ignore_columns of a mix",
+        )
+    return value
+
+
+def _iso(value: Any, at: str) -> str:
+    return str(value.isoformat())
+
+
+def _text(value: Any, at: str) -> str:
+    return str(value)
+
+
+def _bad_column(path: Path, name: str, found: str, expected: str) -> InputError:
+    return InputError(
+        "QC-DATA-034",
+        "has a column that cannot be read",
+        file=path,
+        field=name or None,
+        found=found,
+        expected=expected,
+        fix="list it under ignore_columns of a mix file, or write the file without it",
+    )

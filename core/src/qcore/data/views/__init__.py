@@ -1,0 +1,1 @@
+"""What `qcore data` shows of rows: check, show, diff, parity and the page."""
