@@ -22,7 +22,7 @@ from torch import Tensor
 from ..adapter.peft_names import CONFIG, WEIGHTS, Adapter
 from ..adapter.reader import read_adapter
 from ..checkpoint.checkpoint import read_headers, read_json
-from ..data.template_kwargs import recorded_variables
+from ..data.rendering.template_kwargs import recorded_variables
 from ..errors import InputError, NumericError, QcoreError, UsageError
 from ..io.artifact import MANIFEST, read_manifest, verify
 from ..nn.load import DTYPES

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..data.template_kwargs import special_tokens
+from ..data.rendering.template_kwargs import special_tokens
 from ..errors import InputError, NumericError, QcoreError
 from ..io import strict_json
 from ..io.atomic import reading
