@@ -21,7 +21,7 @@ from support.tiers import fast
 from torch import Tensor
 
 from qcore.config.settings import Settings
-from qcore.errors import InputError, NumericError, QcoreError, UsageError
+from qcore.errors import InputError, QcoreError, UsageError
 from qcore.io.artifact import MANIFEST, read_manifest
 from qcore.io.manifest import FileEntry
 from qcore.merging.against_stock import verify_against_stock
@@ -285,13 +285,21 @@ def test_a_changed_file_is_found_beside_what_was_computed(dense: Made, tmp_path:
     assert codes(report) == {"QC-VERIFY-001"}
 
 
-def test_a_parameter_that_stays_random_is_an_error(dense: Made) -> None:
-    for whole in (True, False):
-        with pytest.raises(NumericError) as caught:
-            verify_against_stock(
-                dense.base, stock_class="AutoModelForSequenceClassification", whole=whole
-            )
-        assert caught.value.code == "QC-STOCK-009"
+@pytest.mark.parametrize(("whole", "code"), [(True, "QC-STOCK-009"), (False, "QC-STOCK-004")])
+def test_a_class_that_does_not_fit_the_folder(dense: Made, whole: bool, code: str) -> None:
+    """Its own head would stay at random values."""
+    with pytest.raises(QcoreError) as caught:
+        verify_against_stock(
+            dense.base, stock_class="AutoModelForSequenceClassification", whole=whole
+        )
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("name", ["AutoModelForImageClassification", "NoSuchClass"])
+def test_a_class_that_is_none(dense: Made, name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        verify_against_stock(dense.base, stock_class=name)
+    assert (caught.value.code, caught.value.found) == ("QC-STOCK-004", name)
 
 
 # -- prompts, options, the command line

@@ -105,9 +105,10 @@ class _Job:
                 fix="name the base that the adapter was trained on",
             )
         named = None if model is None else identify(model, generation=generation)
-        self.mine = named if self.is_adapter and named else identify(
-            str(path), generation=generation
-        )  # fmt: skip
+        if named is not None and self.is_adapter:
+            self.mine = named
+        else:
+            self.mine = _identify(path, generation, named)
         self.base = named if named is not None else self.mine
         self.meta = self._meta()
         self.merged = not self.is_adapter and bool(self.meta.get("merged"))
@@ -350,6 +351,16 @@ class _Job:
                 fix="restore the folder, or make it again",
             )
         )
+
+
+def _identify(path: Path, generation: str, base: Identified | None) -> Identified:
+    """Identify a folder; one without evidence, as with a changed template, like its base."""
+    try:
+        return identify(str(path), generation=generation)
+    except InputError:
+        if base is None or generation:
+            raise
+    return identify(str(path), generation=base.decision.generation.name)
 
 
 def _refuse_quantized(found: Identified) -> None:

@@ -107,9 +107,15 @@ class StockModel:
             self.model = self._whole() if whole else self._skeleton()
             self.peft = None if adapter is None else self._peft(adapter)
         self.model.eval()
-        self.trunk = next(
-            m for m in self.model.modules() if hasattr(m, "layers") and hasattr(m, "embed_tokens")
-        )
+        trunks = [m for m in self.model.modules() if hasattr(m, "layers") and hasattr(m, "norm")]
+        if not trunks or self.model.get_output_embeddings() is None:
+            raise InputError(
+                "QC-STOCK-004",
+                f"is loaded as {self.cls.__name__}, which is no language model",
+                file=checkpoint.path,
+                fix="name another class with --stock-class",
+            )
+        self.trunk = trunks[0]
 
     def _whole(self) -> Any:
         model, info = self.cls.from_pretrained(
