@@ -318,7 +318,7 @@ def result(tmp_path: Path) -> Path:
 def test_verify_json(result: Path, capsys: pytest.CaptureFixture[str]):
     ended = here(capsys, "verify", result, "--json")
     assert ended.code == 0
-    assert ended.json == {"ok": True, "files": 2, "problems": []}
+    assert ended.json == {"ok": True, "files": 2, "problems": [], "notes": []}
     (result / "b.bin").write_bytes(b"xyZ")
     ended = here(capsys, "verify", result, "--json")
     assert ended.code == 65

@@ -23,9 +23,10 @@ import zstandard
 from support.conversations import conversations
 
 from qcore.api.media import RowError
-from qcore.data.reading import SourceCount, read_rows
+from qcore.data.reading import read_rows
 from qcore.data.rejects import Rejects
 from qcore.data.rows import ChatRow
+from qcore.data.source_counts import SourceCount
 from qcore.data.sources import columnar, json_array, streams
 from qcore.data.sources.containers import records
 from qcore.data.sources.file_kinds import file_kind

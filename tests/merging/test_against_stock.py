@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.child import in_child
 from support.cli_kit import here
-from support.e2e_kit import write_stock
+from support.e2e_kit import STOCK, stock, wrapped, write_stock
 from support.moe_kit import rewrite
 from support.tiers import fast
 from torch import Tensor
 
 from qcore.config.settings import Settings
-from qcore.errors import InputError, QcoreError, UsageError
+from qcore.errors import InputError, NumericError, QcoreError, UsageError
 from qcore.io.artifact import MANIFEST, read_manifest
 from qcore.io.manifest import FileEntry
 from qcore.merging.against_stock import verify_against_stock
@@ -137,10 +137,7 @@ def test_a_base(tmp_path: Path, kind: str, mixture: bool, layout: str, whole: bo
 )
 def test_an_adapter(request: pytest.FixtureRequest, model: str, kind: str, whole: bool) -> None:
     made: Made = request.getfixturevalue(model)
-    report = verify_against_stock(
-        made.adapter(kind), model=str(made.base), whole=whole,
-        stock_class=VL if kind == "vl" else None,
-    )  # fmt: skip
+    report = verify_against_stock(made.adapter(kind), model=str(made.base), whole=whole)
     agrees(report)
     assert report.kind == "adapter"
     assert ("ForCausalLM" in report.stock_class) == (kind == "text")
@@ -258,24 +255,42 @@ def test_another_template_is_caught(dense: Made, tmp_path: Path) -> None:
     assert "the base" in report.problems[0].message
 
 
+def foreign(made: Made, to: Path) -> Path:
+    """An adapter of the vision-language class as stock PEFT leaves it, for ``CAUSAL_LM``."""
+    model = wrapped(
+        stock(made.base, "vl"), r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )  # fmt: skip
+    model.save_pretrained(to)
+    return to
+
+
 def test_the_wrong_class_is_caught(dense: Made, tmp_path: Path) -> None:
-    """Tensors named for the other class: the commonest call of PEFT binds none of them."""
-    folder = dense.copy(dense.adapter(), tmp_path / "a")
-
-    def rename(tensors: dict[str, Tensor]) -> None:
-        for name in list(tensors):
-            tensors[name.replace(".model.layers.", f".{TRUNK}")] = tensors.pop(name)
-
-    edit(folder, rename)
+    """The commonest call of PEFT takes the text class, and binds nothing without an error."""
+    folder = foreign(dense, tmp_path / "a")
     report = verify_against_stock(folder, model=str(dense.base))
     assert codes(report) >= {"QC-STOCK-007"}
     problem = report.problems[0]
-    assert problem.code == "QC-STOCK-007"
+    assert (problem.code, problem.found) == ("QC-STOCK-007", "6 of 6")
     assert problem.field is not None
     assert problem.field.startswith(f"base_model.model.{TRUNK}0.")
     assert all(prompt.effect_ratio is None for prompt in report.prompts)  # no effect there
     # The fix works.
     assert verify_against_stock(folder, model=str(dense.base), stock_class=VL).ok
+
+
+def test_a_class_that_the_adapter_is_not_for_is_caught(dense: Made, tmp_path: Path) -> None:
+    """Our own adapter, whose config names the other class: PEFT refuses it."""
+    folder = dense.copy(dense.adapter(), tmp_path / "a")
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["auto_mapping"]["base_model_class"] = STOCK["vl"].__name__
+    path.write_text(json.dumps(config))
+    sign(folder)
+    with pytest.raises(NumericError) as caught:
+        verify_against_stock(folder, model=str(dense.base))
+    assert caught.value.code == "QC-STOCK-007"
+    assert "Target modules" in str(caught.value.found)
 
 
 def test_a_changed_file_is_found_beside_what_was_computed(dense: Made, tmp_path: Path) -> None:
@@ -330,12 +345,7 @@ def test_the_prompts_of_the_user(dense: Made, tmp_path: Path, capsys: Any) -> No
 
 
 def test_status_76_and_one_line_of_each_problem(dense: Made, tmp_path: Path, capsys: Any) -> None:
-    folder = dense.copy(dense.adapter(), tmp_path / "a")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(
-        json.dumps(config | {"task_type": None, "auto_mapping": _mapping("vl")})
-    )
-    sign(folder)
+    folder = foreign(dense, tmp_path / "a")
     arguments = ("verify", folder, "--against", "stock", "--model", dense.base)
     ended = here(capsys, *arguments)
     assert ended.code == 76
@@ -345,12 +355,6 @@ def test_status_76_and_one_line_of_each_problem(dense: Made, tmp_path: Path, cap
     report = json.loads(ended.out)
     assert report["error"]["code"] == "QC-STOCK-007"
     assert not report["ok"]
-
-
-def _mapping(kind: str) -> dict[str, str]:
-    from support.e2e_kit import STOCK
-
-    return {"base_model_class": STOCK[kind].__name__, "parent_library": "transformers"}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from ..checkpoint.checkpoint import Header, read_headers, read_json, safe_file
 from ..checkpoint.layout import Layout
 from ..errors import InputError, QcoreError, one_of_each, raise_all
 from ..io.artifact import MANIFEST, read_manifest, verify
-from ..io.folder_check import ADAPTER_FILES
+from ..io.folder_check import ADAPTER_FILES, Report
 from .base_check import check_complete
 from .expert_layout import NEWER, ExpertLayout, Stack, Statement, expert_layout, statements
 from .locate import locate_adapter
@@ -155,13 +155,7 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
     if (folder / MANIFEST).exists():
         report = verify(folder, acting=ADAPTER_FILES)
         if not report.ok:
-            raise InputError(
-                "QC-ADAPTER-008",
-                "differs from its manifest",
-                file=folder,
-                found=report.problems[0],
-                fix="restore the file from the folder that training wrote or from its copy",
-            )
+            raise _differs(folder, report)
         meta = read_manifest(folder).meta
         if meta.get("layout", LAYOUT) != LAYOUT:
             raise InputError(
@@ -176,6 +170,26 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
         if meta.get("fingerprints"):
             return meta
     return {}
+
+
+def _differs(folder: Path, report: Report) -> InputError:
+    """Return ``QC-ADAPTER-008``: a file that acts, or a field of the config, was changed."""
+    fix = "restore it from the folder that training wrote or from a copy of that"
+    if not (report.faults and report.faults[0].field):
+        found = report.problems[0]
+        return InputError(
+            "QC-ADAPTER-008", "differs from its manifest", file=folder, found=found, fix=fix
+        )
+    fault = report.faults[0]
+    return InputError(
+        "QC-ADAPTER-008",
+        "was changed after training",
+        file=folder / fault.file,
+        field=fault.field,
+        found=fault.found,
+        expected=fault.expected,
+        fix=fix,
+    )
 
 
 class _Reader:

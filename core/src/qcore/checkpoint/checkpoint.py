@@ -9,6 +9,7 @@ whether the tensors match the parameter table.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 SINGLE = "model.safetensors"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 #: Suffixes of weight files that qcore neither reads nor writes.
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -289,6 +291,9 @@ def text_sections(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def _no_weights(folder: Path, weights: Weights) -> InputError:
+    shards = sorted(name for name in weights.names() if _SHARD.fullmatch(name))
+    if shards:
+        return _no_index(folder, shards)
     for name in sorted(weights.names()):
         if name.endswith((".bin", ".pt", ".pth", ".ckpt")):
             return InputError(
@@ -304,6 +309,23 @@ def _no_weights(folder: Path, weights: Weights) -> InputError:
         file=folder,
         expected=f"{SINGLE} or {INDEX}",
         fix="download the safetensors files",
+    )
+
+
+def _no_index(folder: Path, shards: Sequence[str]) -> InputError:
+    """Return the error for shards without their index; it names the shards that lack, too."""
+    there, total = {int(name[6:11]) for name in shards}, int(shards[0][-17:-12])
+    lacking = [f"{shards[0][:6]}{n:05d}{shards[0][11:]}" for n in range(1, total + 1)
+               if n not in there]  # fmt: skip
+    also = f", and {len(lacking)} of {total} shards are absent" if lacking else ""
+    found = f"{len(there)} of {total} shards"
+    return InputError(
+        "QC-CKPT-004",
+        f"has shards but no {INDEX}{also}",
+        file=folder,
+        found=f"{found}; first absent {lacking[0]}" if lacking else found,
+        expected=INDEX,
+        fix=f"download {' and '.join([INDEX, *lacking[:3]])}",
     )
 
 

@@ -51,7 +51,7 @@ def _option(kind: str) -> click.Option:
 @click.argument("model")
 @click.option("--prompt", required=True, help="What the user says.")
 @click.option("--system", default="", help="The system turn.")
-@click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder to apply.")
+@click.option("--adapter", help="Adapter to apply: a folder or a hub id.")
 @click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
 @click.option(
     "--trust-generation",
@@ -102,7 +102,7 @@ def command(
     model: str,
     prompt: str,
     system: str,
-    adapter: Path | None,
+    adapter: str | None,
     trust_base: bool,
     trust_generation: bool,
     max_new_tokens: int,

@@ -13,7 +13,7 @@ from .common import count, debug_option, emit, json_option
 
 @click.command("merge")
 @click.option("--model", required=True, help="The base: a folder or a hub id.")
-@click.option("--adapter", required=True, type=click.Path(path_type=Path), help="Adapter folder.")
+@click.option("--adapter", required=True, help="The adapter: a folder or a hub id.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
 @click.option(
@@ -28,7 +28,7 @@ from .common import count, debug_option, emit, json_option
 @debug_option
 def command(
     model: str,
-    adapter: Path,
+    adapter: str,
     output: Path,
     trust_base: bool,
     trust_generation: bool,

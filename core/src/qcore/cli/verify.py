@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @click.command("verify")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder")
 @click.option(
     "--against",
     type=click.Choice(["stock"]),
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 @click.option("--model", help="The base of an adapter or of a merged checkpoint.")
 @click.option(
     "--adapter",
-    type=click.Path(path_type=Path),
     help="The adapter of a merged checkpoint; by default the one that its manifest records.",
 )
 @click.option(
@@ -43,16 +42,16 @@ if TYPE_CHECKING:
 @json_option
 @debug_option
 def command(
-    folder: Path,
+    folder: str,
     against: str | None,
     model: str | None,
-    adapter: Path | None,
+    adapter: str | None,
     prompts: Path | None,
     stock_class: str | None,
     generation: str,
     as_json: bool,
 ) -> None:
-    """Check that FOLDER holds what its manifest says, file by file."""
+    """Check that FOLDER, or a hub id, holds what its manifest says, file by file."""
     options = {
         "model": model, "adapter": adapter, "prompts": prompts, "stock_class": stock_class,
         "generation": generation,
@@ -77,16 +76,19 @@ def _refuse_unused(options: dict[str, Any]) -> None:
             )
 
 
-def _manifest(folder: Path, as_json: bool) -> None:
+def _manifest(folder: str, as_json: bool) -> None:
+    from ..adapter.locate import locate_folder
     from ..errors import InputError
     from ..io.artifact import verify
 
-    report = verify(folder)
+    report = verify(locate_folder(folder))
     if as_json and report.ok:
         emit(report.as_json())
         return
     if report.ok:
         click.echo(f"{folder}: {report.kind}, {report.files} files as the manifest says")
+        for note in report.notes:
+            click.echo(f"  note: {note}")
         return
     count = len(report.problems)
     error = InputError(
@@ -104,14 +106,16 @@ def _manifest(folder: Path, as_json: bool) -> None:
     raise error
 
 
-def _stock(folder: Path, options: dict[str, Any], as_json: bool) -> None:
+def _stock(folder: str, options: dict[str, Any], as_json: bool) -> None:
+    from ..adapter.locate import locate_folder
     from ..errors import PreflightError, raise_all
     from ..io.stop_signals import importing
     from .terminal import terminal_reporter
 
     with importing():
         from ..merging.against_stock import verify_against_stock
-    report = verify_against_stock(folder, **options, reporter=terminal_reporter(quiet=as_json))
+    where = locate_folder(folder)
+    report = verify_against_stock(where, **options, reporter=terminal_reporter(quiet=as_json))
     if not as_json:
         for line in _lines(report):
             click.echo(line)

@@ -149,8 +149,8 @@ class _Job:
             return self._read(self.path)
         if named is None and self.merged:
             merges = self.meta["merged"]
-            if len(merges) == 1 and Path(merges[0].get("adapter", "")).is_dir():
-                named = merges[0]["adapter"]
+            if len(merges) == 1 and Path(str(merges[0].get("adapter"))).is_dir():
+                named = str(merges[0]["adapter"])
         if self.base is self.mine:
             if self.merged:
                 self.notes.append("the effect of the merge is not compared: pass --model BASE")
@@ -158,10 +158,11 @@ class _Job:
         if named is None:
             self.notes.append("PEFT on the base is not compared: pass --adapter")
             return None
-        return self._read(Path(named))
+        return self._read(named)
 
-    def _read(self, path: Path) -> Adapter:
+    def _read(self, path: str | Path) -> Adapter:
         base = self.base
+        # Nothing is written, so that an adapter without a fingerprint needs no consent.
         read = read_adapter(path, base.layout, trust_base=True, claims=base.adapter_claims)
         if others := sorted(read.parts - {read.trunk}):
             self.notes.append(

@@ -256,7 +256,8 @@ def _meta(
         "merged": [
             *earlier,
             {
-                "adapter": str(adapter.path),
+                "adapter": adapter.source,
+                "revision": adapter.revision,
                 "layout": adapter.layout,
                 "sha256": _digest(adapter.path / WEIGHTS),
                 "trusted_without_fingerprint": not adapter.fingerprints,

@@ -26,7 +26,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..checkpoint.checkpoint import Checkpoint
+from ..adapter.peft_names import WEIGHTS
+from ..checkpoint.checkpoint import Checkpoint, read_headers
 from ..errors import InputError, NumericError
 from .stock_class import quiet, refusals, stock_class
 
@@ -162,6 +163,7 @@ class StockModel:
                 "QC-STOCK-007",
                 f"is refused by stock PEFT under {self.cls.__name__}",
                 file=adapter,
+                field=min(header.name for header in read_headers(adapter / WEIGHTS)),
                 found=str(error)[:300],
                 fix="name the class that the adapter was trained on with --stock-class",
             ) from error

@@ -23,10 +23,11 @@ from ..findings import NOTE, WARNING, DataFinding, Findings
 from ..formats import IGNORED, load_formats
 from ..media.files import Finder
 from ..policies import Policies
-from ..reading import RowReader, SourceCount, read_rows
+from ..reading import RowReader, read_rows
 from ..rejects import CUT, LONG, template_refusal
 from ..repairs.repair import repair_context
 from ..rows import ChatRow, RowCheck
+from ..source_counts import SourceCount
 from ..sources.row_bytes import row_bytes
 from .chat_record import ChatRecord, TrainedTurns, chat_record
 from .fitting import fitted
