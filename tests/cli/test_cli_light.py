@@ -156,7 +156,10 @@ OPTIONS: dict[str, list[str]] = {
         "--system", "--temperature", "--top-k", "--top-p", "--trust-base",
         "--trust-generation",
     ],
-    "verify": ["FOLDER", "--debug", "--json"],
+    "verify": [
+        "FOLDER", "--adapter", "--against", "--debug", "--generation", "--json", "--model",
+        "--prompts", "--stock-class",
+    ],
     "plugins list": ["--debug", "--json"],
     "presets list": ["--debug", "--json"],
     "presets show": ["NAME", "--debug", "--json"],
