@@ -32,7 +32,7 @@ from ..checkpoint.tokenizer_files import (
     read_tokens,
 )
 from ..data.rendering.template_kwargs import special_tokens
-from ..data.tokenizer_check import id_beyond, unknown_tokens
+from ..data.rendering.tokenizer_check import id_beyond, unknown_tokens
 from ..errors import InputError, QcoreError, UsageError, raise_all
 from ..io.manifest import MANIFEST
 from ..plugins.resolve_model import Identified, identify_files
