@@ -94,18 +94,21 @@ def agrees(report: StockReport) -> None:
 # -- what agrees
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by layer"])
 @pytest.mark.parametrize(
-    ("kind", "mixture", "layout"),
+    ("kind", "mixture", "layout", "whole"),
     fast(
         [
-            ("vl", False, ""),
-            ("text", False, ""),
-            ("vl", True, "fused"),
-            ("text", True, "apart"),
-            ("vl", True, "apart"),
+            (*case, whole)
+            for case in (
+                ("vl", False, ""),
+                ("text", False, ""),
+                ("vl", True, "fused"),
+                ("text", True, "apart"),
+                ("vl", True, "apart"),
+            )
+            for whole in (True, False)
         ],
-        names=3,
+        names=4,
     ),
 )
 def test_a_base(tmp_path: Path, kind: str, mixture: bool, layout: str, whole: bool) -> None:
@@ -131,7 +134,6 @@ def test_a_base(tmp_path: Path, kind: str, mixture: bool, layout: str, whole: bo
             for whole in (True, False)
         ],
         ("dense", "text", False),
-        ("moe", "vl", True),
         names=3,
     ),
 )
@@ -147,8 +149,9 @@ def test_an_adapter(request: pytest.FixtureRequest, model: str, kind: str, whole
         assert prompt.effect_ratio == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by layer"])
-@pytest.mark.parametrize("model", fast(["dense", "moe"]))
+@pytest.mark.parametrize(
+    ("model", "whole"), fast([(m, w) for m in ("dense", "moe") for w in (True, False)], names=2)
+)
 def test_a_merge(request: pytest.FixtureRequest, model: str, whole: bool) -> None:
     """Against PEFT on the base: equal but for the rounding of the merged weights."""
     made: Made = request.getfixturevalue(model)
@@ -160,6 +163,7 @@ def test_a_merge(request: pytest.FixtureRequest, model: str, whole: bool) -> Non
         assert prompt.effect_ratio == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_merge_without_its_base_is_compared_with_itself(dense: Made) -> None:
     report = verify_against_stock(dense.merged)
     agrees(report)
@@ -229,6 +233,7 @@ def test_a_swapped_projection_is_caught(dense: Made, tmp_path: Path) -> None:
     assert codes(report) >= {"QC-STOCK-005", "QC-STOCK-006"}
 
 
+@pytest.mark.slow
 def test_a_dropped_expert_is_caught(moe: Made, tmp_path: Path) -> None:
     """The delta of one of six experts is missing in one stack of one layer."""
     folder = moe.copy(moe.merged, tmp_path / "m")
@@ -259,8 +264,11 @@ def foreign(made: Made, to: Path) -> Path:
     """An adapter of the vision-language class as stock PEFT leaves it, for ``CAUSAL_LM``."""
     model = wrapped(
         stock(made.base, "vl"), r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM",
-        init_lora_weights=False,
     )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
     model.save_pretrained(to)
     return to
 
@@ -293,6 +301,7 @@ def test_a_class_that_the_adapter_is_not_for_is_caught(dense: Made, tmp_path: Pa
     assert "Target modules" in str(caught.value.found)
 
 
+@pytest.mark.slow
 def test_a_changed_file_is_found_beside_what_was_computed(dense: Made, tmp_path: Path) -> None:
     folder = dense.copy(dense.merged, tmp_path / "m")
     (folder / "generation_config.json").write_text("{}")
@@ -328,33 +337,34 @@ def test_the_prompts_of_the_user(dense: Made, tmp_path: Path, capsys: Any) -> No
     ]
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in rows))
-    arguments = (
-        "verify", dense.adapter(), "--against", "stock", "--model", dense.base, "--prompts",
+    ended = here(
+        capsys, "verify", dense.adapter(), "--against", "stock", "--model", dense.base,
+        "--prompts", file, "--json",
     )  # fmt: skip
-    ended = here(capsys, *arguments, file, "--json")
     assert ended.code == 0, ended.err
     report = json.loads(ended.out)
     assert (report["ok"], report["kind"], report["dtype"]) == (True, "adapter", "float32")
     assert [prompt["name"] for prompt in report["prompts"]] == ["line 1", "line 2", "line 3"]
-    plain = tmp_path / "prompts.txt"
-    plain.write_text("It was a dark\n\nand stormy night.\n")
-    ended = here(capsys, *arguments, plain)
-    assert ended.code == 0, ended.err
-    assert "the same as stock" in ended.out
-    assert "effect ratio" in ended.out
 
 
-def test_status_76_and_one_line_of_each_problem(dense: Made, tmp_path: Path, capsys: Any) -> None:
+def test_status_76_and_each_problem_in_json(dense: Made, tmp_path: Path, capsys: Any) -> None:
     folder = foreign(dense, tmp_path / "a")
-    arguments = ("verify", folder, "--against", "stock", "--model", dense.base)
-    ended = here(capsys, *arguments)
-    assert ended.code == 76
-    assert "error[QC-STOCK-007]" in ended.err
-    ended = here(capsys, *arguments, "--json")
+    ended = here(capsys, "verify", folder, "--against", "stock", "--model", dense.base, "--json")
     assert ended.code == 76
     report = json.loads(ended.out)
     assert report["error"]["code"] == "QC-STOCK-007"
     assert not report["ok"]
+
+
+def test_plain_text_and_a_table(dense: Made, tmp_path: Path, capsys: Any) -> None:
+    plain = tmp_path / "prompts.txt"
+    plain.write_text("It was a dark\n\nand stormy night.\n")
+    ended = here(capsys, "verify", dense.base, "--against", "stock", "--prompts", plain)
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert lines[1].split()[:3] == ["prompt", "tokens", "difference"]
+    assert [line.split()[:2] for line in lines[2:4]] == [["line", "1"], ["line", "3"]]
+    assert lines[-1] == "the same as stock"
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,8 @@ def _stock(folder: str, options: dict[str, Any], as_json: bool) -> None:
 
     with importing():
         from ..merging.against_stock import verify_against_stock
-    where = locate_folder(folder)
+    # A local base has no manifest, which `locate_folder` would ask for.
+    where = Path(folder) if Path(folder).is_dir() else locate_folder(folder)
     report = verify_against_stock(where, **options, reporter=terminal_reporter(quiet=as_json))
     if not as_json:
         for line in _lines(report):
