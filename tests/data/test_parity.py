@@ -141,7 +141,6 @@ def run(shared: Path, tmp_path: Path, sku: str, tokenizer: Tokenizer, count: int
     rejects, turns = Rejects(), 0
     with Template(text, sku) as template, Template(text, sku) as other:
         renderer = Renderer(template, REAL[sku], tokenizer, Options(), rejects)
-        renderer.prove()
         for plan, encoded in renderer.encoded([Source(name="rows", files=(path,))]):
             found = parity(
                 plan.row.messages, plan.row.tools, [one.sample for one in encoded], REAL[sku],

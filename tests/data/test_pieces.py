@@ -10,7 +10,7 @@ from support.chat_kit import FORMAT, FakeCheckpoint, own_tokenizer
 from tokenizers import AddedToken, Tokenizer
 
 from qcore.checkpoint.tokenizer import load_tokenizer
-from qcore.data.rendering.pieces import PieceEncoder, encode_whole
+from qcore.data.rendering.pieces import PieceEncoder, encode
 
 START = FORMAT.turn_start
 PARTS = (
@@ -24,8 +24,12 @@ def agree(tokenizer: Tokenizer) -> None:
     for number in range(300):
         text = "".join(rng.choice(PARTS) for _ in range(rng.randrange(1, 30)))
         if number % 3 == 0:
-            encoder.forget()
-        assert encoder.encode(text) == encode_whole(tokenizer, text), repr(text)
+            encoder.prepare([text])
+        pieces, whole = encoder.encode(text), encode(tokenizer, text)
+        assert (list(pieces.ids), pieces.offsets()) == (whole.ids, whole.offsets), repr(text)
+        starts = [start for start, _ in whole.offsets]
+        for place in range(len(text) + 1):
+            assert pieces.index(place) == sum(start < place for start in starts), (text, place)
 
 
 def test_pieces_are_encoded_as_the_whole_is() -> None:

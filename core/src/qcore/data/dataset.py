@@ -240,10 +240,9 @@ def dataset(
     template = required_template(checkpoint).reopen()  # a process of its own, closed here
     with template:
         renderer = Renderer(template, chat_format, tokenizer, options, Rejects(policies))
-        renderer.prove()
-        train = list(renderer.examples(sources))
-        evaluated = list(renderer.examples(_sources(eval_data, seed)))
-        renderer.close()
+        with renderer.notes:
+            train = list(renderer.examples(sources))
+            evaluated = list(renderer.examples(_sources(eval_data, seed)))
     _check_rows(renderer, train, sources[0].files[0], refused)
     held = split(train, eval_fraction, seed, sources[0].files[0])
     return _whole(renderer, sources, train, evaluated, held)
@@ -268,7 +267,7 @@ def _check_rows(
             "has no row left to train",
             file=path,
             found=f"{renderer.rows} rows, {renderer.rejects.count} refused, "
-            f"{renderer.dropped} too long",
+            f"{renderer.notes.dropped} too long",
             fix="raise max_length, or add rows",
         )
 
@@ -298,9 +297,10 @@ def _whole(
     held: frozenset[int],
 ) -> Dataset:
     keys: dict[str, frozenset[str]] = {}
-    asked = renderer.asked
+    notes = renderer.notes
+    asked = notes.asked
     every = [*train, *evaluated]
-    counts, eval_counts = renderer.counts[: len(sources)], renderer.counts[len(sources) :]
+    counts, eval_counts = notes.counts[: len(sources)], notes.counts[len(sources) :]
     kept = tuple(example for example in train if example.row not in held)
     out = (*(example for example in train if example.row in held), *evaluated)
     trained = {example.row for example in kept}
@@ -324,10 +324,10 @@ def _whole(
         eval_sources=tuple(eval_counts),
         eval_sha256=_digest([count.sha256 for count in eval_counts]) if eval_counts else "",
         eval_samples_sha256=_digest_of_samples(out) if out else "",
-        findings=renderer.findings,
-        rejects=renderer.rejects,
-        dropped=renderer.dropped,
-        truncated=renderer.truncated,
+        findings=notes.findings,
+        rejects=notes.rejects,
+        dropped=notes.dropped,
+        truncated=notes.truncated,
         asked=keys,
     )
 

@@ -65,7 +65,7 @@ class RowModel:
             advance: called with the number of bytes read since the last call.
 
         Raises:
-            QcoreError: as `Renderer.prove`; ``QC-PRE-001`` no chat template.
+            QcoreError: as `Renderer`; ``QC-PRE-001`` no chat template.
         """
         settings, checkpoint = self.settings, self.model.checkpoint
         policies = Policies.of(settings)
@@ -82,11 +82,7 @@ class RowModel:
             advance=advance,
         )
         with required_template(checkpoint).reopen() as template:
-            renderer = Renderer(
-                template, self.chat_format, self.tokenizer, options, Rejects(policies)
-            )
-            renderer.prove()
-            yield renderer
+            yield Renderer(template, self.chat_format, self.tokenizer, options, Rejects(policies))
 
 
 def open_row_model(name: str, settings: Settings, reporter: Reporter) -> RowModel:

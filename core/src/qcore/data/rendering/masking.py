@@ -9,15 +9,15 @@ it starts in a trained span. Placeholders of media are never trained (`qcore.dat
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...api.media import RowError
 from ...api.records import ChatFormat
 from ..media.spans import less_media, place
-from .pieces import PieceEncoder, encode_whole
+from .pieces import PieceEncoder
 from .row_plan import RowPlan, own_variables
 from .samples import END_OF_TURN, Draft, Sample, Span, lay_out
 from .turns import assistant_turns
@@ -114,16 +114,18 @@ def labels(
         offsets: ``(start, end)`` in characters, one per token, not decreasing.
         trained: ranges in order, from `spans`.
     """
+    starts = [start for start, _ in offsets]
+    return _marked(array("i", ids), trained, lambda at: bisect_left(starts, at))
+
+
+def _marked(
+    ids: array[int], trained: Iterable[tuple[int, int]], index: Callable[[int], int]
+) -> array[int]:
+    """As `labels`; `index` gives the number of tokens that start before a character."""
     made = array("i", [IGNORED]) * len(ids)
-    ranges = iter(trained)
-    current = next(ranges, None)
-    for index, (start, _) in enumerate(offsets):
-        while current is not None and start >= current[1]:
-            current = next(ranges, None)
-        if current is None:
-            break
-        if start >= current[0]:
-            made[index] = ids[index]
+    for start, end in trained:
+        first, last = index(start), index(end)
+        made[first:last] = ids[first:last]
     return made
 
 
@@ -149,10 +151,10 @@ def encode_sample(
     plan: RowPlan,
     tokenizer: Tokenizer,
     chat_format: ChatFormat,
+    pieces: PieceEncoder,
     *,
     reader: MediaReader | None = None,
     explain: bool = False,
-    pieces: PieceEncoder | None = None,
 ) -> Encoded:
     """Tokenize and mask a sample.
 
@@ -161,9 +163,9 @@ def encode_sample(
         plan: of its row, whose media are already read.
         tokenizer: from `load_tokenizer`.
         chat_format: the format of the sample's text.
+        pieces: encodes the text.
         reader: reads media; without it the row is text only.
         explain: whether the example keeps its spans.
-        pieces: encodes the samples of a row that has several.
 
     Raises:
         RowError: ``QC-MASK-001``, ``-002`` as in `assistant_turns`, ``-004`` as in `place`,
@@ -175,9 +177,9 @@ def encode_sample(
         if at < draft.count
     )
     text, spans_, trained = _laid_out(draft, plan, tokenizer, chat_format, media, reader)
-    found, offsets = encode_whole(tokenizer, text) if pieces is None else pieces.encode(text)
-    ids = array("i", found)
-    made = labels(ids, offsets, trained)
+    tokens = pieces.encode(text)
+    ids = tokens.ids
+    made = _marked(ids, trained, tokens.index)
     placed = None if reader is None else _mask_media(made, ids, media, tokenizer, reader)
     reasoned = tuple(turn.reasoned for turn in plan.turns if turn.index in draft.turns)
     example = Example(
@@ -192,16 +194,15 @@ def encode_sample(
         sample=draft.sample,
         reasoned=sum(reasoned),
         variables=own_variables(plan.row.variables),
-        spans=tuple(token_spans(spans_, offsets, made)) if explain else (),
+        spans=tuple(token_spans(spans_, tokens.offsets(), made)) if explain else (),
     )
     sample = Sample(sample=draft.sample, text=text, spans=spans_, turns=draft.turns)
-    starts = [start for start, _ in offsets]
     ends = [span.end for span in spans_ if span.trained and span.why == END_OF_TURN]
     # The token that ends a turn is the last one that starts before the end.
     return Encoded(
         example=_checked(example),
         sample=sample,
-        ends=tuple(bisect_right(starts, end - 1) for end in ends),
+        ends=tuple(map(tokens.index, ends)),
         reasoned=reasoned,
     )
 
@@ -221,8 +222,9 @@ def _laid_out(
     if reader is None:
         return text, spans_, trained
     inside, expanded = trained, reader.expand(text, media)
-    spans_ = lay_out(draft, expanded, plan, chat_format)
-    trained = _ranges(spans_)
+    if expanded != text:
+        spans_ = lay_out(draft, expanded, plan, chat_format)
+        trained = _ranges(spans_)
     if media:
         trained = less_media(trained, text, inside, media, reader)
     return expanded, spans_, trained
@@ -292,9 +294,10 @@ def _mask_media(
 ) -> Placed | None:
     """Mask the placeholders of media in `made`; return the positions of the media."""
     control = control_ids(tokenizer, reader)
-    for index, id_ in enumerate(ids):
-        if id_ in control:
-            made[index] = IGNORED
+    if not control.isdisjoint(ids):
+        for index, id_ in enumerate(ids):
+            if id_ in control:
+                made[index] = IGNORED
     return place(reader, media, ids, control) if media else None
 
 

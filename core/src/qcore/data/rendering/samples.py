@@ -27,7 +27,7 @@ from ...errors import InputError
 from ..policies import AS_RENDERED, MASK
 from ..rows import thinking_marks
 from .row_plan import RowPlan, TrainedTurn
-from .turns import Turn, assistant_turns, turns_of
+from .turns import Turn, assistant_turns, check_count, turns_of
 
 END_OF_TURN = "end of turn"  #: `Span.why` of the token that ends a trained turn
 
@@ -215,7 +215,8 @@ def lay_out(draft: Draft, text: str, plan: RowPlan, chat_format: ChatFormat) -> 
     """
     messages = plan.row.messages[: draft.count]
     said = [n for n, m in enumerate(messages) if m["role"] == chat_format.assistant]
-    assistant_turns(text, chat_format, len(said))
+    turns = list(turns_of(text, chat_format))
+    check_count(turns, chat_format, len(said))
     spans: list[Span] = []
     indexes, at = iter(said), 0
 
@@ -226,7 +227,7 @@ def lay_out(draft: Draft, text: str, plan: RowPlan, chat_format: ChatFormat) -> 
             at = end
 
     reasoned = {turn.index: turn.reasoned for turn in plan.turns}
-    for turn in turns_of(text, chat_format):
+    for turn in turns:
         put(turn.start, "template")
         if turn.role != chat_format.assistant:
             put(turn.end, f"{turn.role} turn" if turn.role else "turn")

@@ -107,13 +107,13 @@ def check_rows(renderer: Renderer, sources: Sequence[Source]) -> CheckReport:
         InputError: as `Renderer.examples`. Refused rows are not raised: see `CheckReport.error`.
     """
     sums = _Sums()
-    for example in renderer.examples(sources):
-        sums.samples += 1
-        sums.tokens += len(example.ids)
-        sums.supervised += example.supervised
-        sums.longest = max(sums.longest, len(example.ids))
-        sums.trained.add(example)
-    renderer.close()
+    with renderer.notes:
+        for example in renderer.examples(sources):
+            sums.samples += 1
+            sums.tokens += len(example.ids)
+            sums.supervised += example.supervised
+            sums.longest = max(sums.longest, len(example.ids))
+            sums.trained.add(example)
     if sums.trained.turns:
         renderer.record(sums.trained)
     error: QcoreError | None = None
@@ -123,9 +123,9 @@ def check_rows(renderer: Renderer, sources: Sequence[Source]) -> CheckReport:
         error = stopped
     refused = list(_refused(renderer))
     formats: Counter[str] = Counter()
-    for count in renderer.counts:
+    for count in renderer.notes.counts:
         formats.update(count.formats)
-    findings = (*refused, *renderer.findings)
+    findings = (*refused, *renderer.notes.findings)
     return CheckReport(
         rows=renderer.rows,
         samples=sums.samples,
@@ -160,7 +160,7 @@ def _lines(refused: Sequence[DataFinding], renderer: Renderer) -> Iterator[Findi
         by_code.setdefault((finding.code, finding.severity), []).append(finding)
     for (code, severity), found in by_code.items():
         yield _line(code, severity, found, len(found))
-    for group in renderer.findings.groups():
+    for group in renderer.notes.findings.groups():
         line = _line(group.first.code, group.first.severity, group.kept, group.count)
         yield replace(line, message=group.message)
 
