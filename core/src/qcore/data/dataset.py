@@ -201,6 +201,7 @@ def dataset(
     variables: Mapping[str, Any] | None = None,
     reader: MediaReader | None = None,
     unread: str = "",
+    workers: int = 1,
     refused: Callable[[Rejects], None] | None = None,
 ) -> Dataset:
     """Load the rows of some sources.
@@ -218,6 +219,7 @@ def dataset(
         variables: inputs of the template, e.g. ``preserve_thinking``.
         reader: reads media; without it rows must be text only.
         unread: why there is no reader, for the error of a row with media.
+        workers: as the setting ``dataset_num_proc``.
         refused: called with the refused rows before they stop the run.
 
     Raises:
@@ -235,6 +237,7 @@ def dataset(
         reader=reader,
         unread=unread,
         seed=seed,
+        workers=workers,
     )
     tokenizer = tokenizer or load_tokenizer(checkpoint)
     template = required_template(checkpoint).reopen()  # a process of its own, closed here

@@ -78,6 +78,7 @@ class RowModel:
             unread="" if self.reader is not None else unread(self.model),
             explain=explain,
             seed=settings.seed,
+            workers=settings.dataset_num_proc,
             only=frozenset(only),
             advance=advance,
         )

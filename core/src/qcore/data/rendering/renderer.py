@@ -7,6 +7,7 @@ together before a row is read. `qcore.data.rendering.row_renderer` renders the r
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,12 @@ from ...errors import InputError
 from ..formats import load_formats
 from ..media.files import Finder
 from ..policies import Policies
-from ..reading import Chunk, Numbered, chunks, read_records
+from ..reading import Chunk, chunks, read_records
 from ..repairs.repair import repair_context
 from .chat_record import ChatRecord, TrainedTurns, chat_record
 from .masking import Encoded, Example
 from .row_plan import RowPlan
+from .row_pool import RowPool, packed, worker_count
 from .row_renderer import RowOutcome, RowRenderer, RowSetup
 from .run_notes import RunNotes
 from .template_check import prove_mask
@@ -50,6 +52,8 @@ class Options:
         unread: why there is no reader.
         explain: whether samples keep the reason of each token, and rows the references of media.
         seed: chooses rows of sources with a weight or count.
+        workers: as the setting ``dataset_num_proc``; rows with reasons (`explain`) or by number
+            (`only`) are rendered in this process.
         only: numbers of the rows to render; empty: all rows.
         advance: called with the number of bytes read since the last call.
     """
@@ -62,6 +66,7 @@ class Options:
     unread: str = ""
     explain: bool = False
     seed: int = 0
+    workers: int = 1
     only: frozenset[int] = frozenset()
     advance: Callable[[int], None] | None = None
 
@@ -174,24 +179,44 @@ class Renderer:
             sources, self.notes.counts,
             first=self.rows + 1, seed=options.seed, only=options.only, advance=options.advance,
         )  # fmt: skip
-        for chunk, outcomes in self._rendered(chunks(records)):
-            # A fatal error ends a chunk early; `add` raises it.
-            for numbered, outcome in zip(chunk, outcomes, strict=False):
-                self.notes.add(numbered, outcome)
-                yield outcome
+        count = 1
+        if not (options.explain or options.only):
+            count = worker_count(options.workers, sources)
+        setup = packed(self._setup, self.template) if count > 1 else None
+        read = chunks(records)
+        with self._rows:
+            made = self._here(read) if setup is None else self._apart(read, setup, count)
+            for chunk, outcomes in made:
+                # A fatal error ends a chunk early; `add` raises it.
+                for numbered, outcome in zip(chunk, outcomes, strict=False):
+                    self.notes.add(numbered, outcome)
+                    yield outcome
 
-    def _rendered(self, read: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[RowOutcome]]]:
-        """Yield each chunk with what became of its rows."""
-        waiting: list[Sequence[Numbered]] = []
+    def _here(self, read: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[RowOutcome]]]:
+        """Yield each chunk with what became of its rows, which this process renders."""
+        waiting: deque[Chunk] = deque()
 
         def noted() -> Iterator[Chunk]:
             for chunk in read:
                 waiting.append(chunk)
                 yield chunk
 
-        with self._rows as rows:
-            for outcomes in rows.outcomes(noted()):
-                yield waiting.pop(0), outcomes
+        for outcomes in self._rows.outcomes(noted()):
+            yield waiting.popleft(), outcomes
+
+    def _apart(
+        self, read: Iterable[Chunk], setup: bytes, count: int
+    ) -> Iterator[tuple[Chunk, list[RowOutcome]]]:
+        """As `_here`, but other processes render the rows without media."""
+        with RowPool(setup, count) as pool:
+            for chunk, outcomes in pool.outcomes(read):
+                pairs = zip(chunk, outcomes, strict=False)
+                left = [numbered for numbered, outcome in pairs if outcome.deferred]
+                if left:
+                    (mine,) = self._rows.outcomes([left])
+                    ours = iter(mine)
+                    outcomes = [next(ours) if one.deferred else one for one in outcomes]
+                yield chunk, outcomes
 
     def _keep_reasoning(self) -> str:
         """How to train reasoning that is lost: a variable is named if a probe keeps it."""

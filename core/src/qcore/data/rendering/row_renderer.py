@@ -34,6 +34,7 @@ from .masking import Encoded, Example, encode_sample, normalized
 from .pieces import PieceEncoder
 from .row_plan import RowPlan, plan_row
 from .row_work import work_of
+from .row_worker import DeferredRow, TextReader
 from .samples import Draft, drafts
 from .template_check import prove_media
 
@@ -48,7 +49,7 @@ _REQUEST: Final = 4 << 20  # work, in characters, that the template renders in o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowSetup:
-    """How rows are rendered; it can be pickled unless it has a reader of media.
+    """How rows are rendered; it can be pickled with a `TextReader` in place of a reader of media.
 
     Attributes:
         chat_format: the format of rendered conversations.
@@ -96,7 +97,9 @@ class RowOutcome:
         tokens: of its longest sample, if it is refused because of its length.
         fatal: an error that ends the run.
         asked: reader options that its parts set themselves, by kind of media.
-        samples: its samples; empty if it is refused or left out.
+        deferred: whether only the parent can render it, because it has media.
+        examples: its samples; empty if it is refused or left out.
+        samples: the same with their texts; another process does not send them.
         cut: whether ``long_rows`` cut a sample or left one out.
         plan: what was rendered of it.
     """
@@ -109,14 +112,11 @@ class RowOutcome:
     tokens: int = 0
     fatal: QcoreError | None = None
     asked: frozenset[tuple[str, str]] = frozenset()
+    deferred: bool = False
+    examples: tuple[Example, ...] = ()
     samples: tuple[Encoded, ...] = ()
     cut: bool = False
     plan: RowPlan | None = None
-
-    @property
-    def examples(self) -> list[Example]:
-        """The tokenized samples."""
-        return [encoded.example for encoded in self.samples]
 
 
 @dataclass(slots=True)
@@ -233,6 +233,8 @@ class RowRenderer:
             return plan_row(row, policies, setup.chat_format, setup.switch, setup.fixed)
         except RowError as bad:
             outcome.error = bad
+        except DeferredRow:
+            outcome.deferred = True
         except QcoreError as error:
             outcome.fatal = error
         return None
@@ -260,6 +262,8 @@ class RowRenderer:
         assert setup.reader is not None
         if not row.media:
             return row
+        if isinstance(setup.reader, TextReader):
+            raise DeferredRow
         if not self._media_proved:
             with self._template.reopen() as apart:  # the template is busy with the rows
                 prove_media(
@@ -297,6 +301,8 @@ class RowRenderer:
                 self._encode(outcome, plan, found)
             except RowError as bad:
                 outcome.error = bad
+            except DeferredRow:
+                outcome.deferred = True
             except QcoreError as error:  # of the reader of media
                 outcome.fatal = error
 
@@ -326,6 +332,7 @@ class RowRenderer:
         outcome.findings += losses.findings
         outcome.plan = plan
         outcome.samples = tuple(kept)
+        outcome.examples = tuple(one.example for one in kept)
         outcome.cut = len(kept) < len(encoded) or any(
             len(a.example.ids) != len(b.example.ids) for a, b in zip(encoded, kept, strict=True)
         )
