@@ -23,6 +23,7 @@ from qcore.config.settings import Settings
 from qcore.data.dataset import Dataset
 from qcore.data.rendering.chat_record import ChatRecord
 from qcore.data.rendering.masking import Example
+from qcore.data.store.write import store_of
 from qcore.training.step import Loop
 
 
@@ -36,7 +37,8 @@ def data(lengths: list[int], vocabulary: int) -> Dataset:
     total = sum(lengths)
     return Dataset(
         samples_sha256="",
-        train=tuple(rows), eval=(), path=Path("random"), sha256="", rows=len(rows), tokens=total,
+        train=store_of(rows).samples(), eval=store_of(()).samples(),
+        path=Path("random"), sha256="", rows=len(rows), tokens=total,
         supervised=total - len(rows), turns=len(rows), longest=max(lengths),
         samples=len(rows), rendered=total, chat=ChatRecord(template_sha256=""), sources=(),
     )  # fmt: skip

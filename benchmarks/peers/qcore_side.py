@@ -23,6 +23,7 @@ from qcore.data.dataset import Dataset
 from qcore.data.rendering.chat_record import ChatRecord
 from qcore.data.rendering.masking import Example
 from qcore.data.sampler import Schedule
+from qcore.data.store.write import store_of
 from qcore.nn.kernels.registry import Chosen, choose, installed
 from qcore.nn.load import place, slabs
 from qcore.nn.model import Model, ops_of
@@ -140,7 +141,8 @@ def rows(ids: torch.Tensor, settings: Settings) -> Dataset:
     total = steps * batch * seq
     return Dataset(
         samples_sha256="",
-        train=examples, eval=(), path=Path("random"), sha256="", rows=steps * batch,
+        train=store_of(examples).samples(), eval=store_of(()).samples(),
+        path=Path("random"), sha256="", rows=steps * batch,
         tokens=total, supervised=total - steps * batch, turns=steps * batch, longest=seq,
         samples=steps * batch, rendered=total, chat=ChatRecord(template_sha256=""), sources=(),
     )  # fmt: skip

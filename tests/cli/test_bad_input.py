@@ -257,17 +257,42 @@ def test_a_nan_in_the_base(capsys: Any, base: Path, rows: Path):
     assert not (base.parent / "out.run").exists()
 
 
-def test_a_tied_head_that_differs(capsys: Any, base: Path, rows: Path):
-    change_weights(
-        base,
-        lambda t: t.update({"lm_head.weight": t[f"{ROOT}.embed_tokens.weight"].clone() + 1}),
-    )
-    output = base.parent / "out"
-    ended = here(capsys, "train", "--model", base, "--data", rows, "--output", output)
+HEAD, EMBED = "lm_head.weight", f"{ROOT}.embed_tokens.weight"
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("verb", ["train", "inspect", "merge", "generate", "plan"])
+def test_a_tied_head_that_differs(capsys: Any, base: Path, rows: Path, verb: str):
+    change_weights(base, lambda t: t.update({HEAD: t[EMBED].clone() + 1}))
+    if verb == "train":
+        refuse(capsys, base, rows, "QC-LOAD-002", HEAD, EMBED)
+        return
+    before = snapshot(base.parent)
+    more: dict[str, tuple[object, ...]] = {
+        "inspect": (base,),
+        "plan": (base,),
+        "generate": (base, "--prompt", "hi"),
+        "merge": ("--model", base, "--adapter", base, "--output", base.parent / "out"),
+    }
+    ended = here(capsys, verb, *more[verb])
     assert ended.code == 65
     assert "error[QC-LOAD-002]" in ended.err.splitlines()[-1]
-    assert not output.exists()
-    assert not (base.parent / "out.run").exists()
+    assert "every tensor is accounted for" not in ended.out
+    assert snapshot(base.parent) == before
+
+
+def test_the_fix_of_a_tied_head_that_differs(capsys: Any, base: Path):
+    change_weights(base, lambda t: t.update({HEAD: t[EMBED].clone() + 1}))
+    edit_top(tie_word_embeddings=False)(base)
+    edit_text(tie_word_embeddings=False)(base)
+    assert here(capsys, "inspect", base).code == 0
+
+
+def test_a_tied_head_that_is_a_duplicate(capsys: Any, base: Path, rows: Path):
+    change_weights(base, lambda t: t.update({HEAD: t[EMBED].clone()}))
+    assert here(capsys, "inspect", base).code == 0
+    ended = here(capsys, "generate", base, "--prompt", "hi", "--max-new-tokens", 1)
+    assert ended.code == 0, ended.err
 
 
 def mlx(tensors: dict[str, torch.Tensor], *, rename: bool) -> None:

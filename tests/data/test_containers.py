@@ -23,6 +23,8 @@ import zstandard
 from support.conversations import conversations
 
 from qcore.api.media import RowError
+from qcore.data.reading import SourceCount, read_records
+from qcore.data.rejects import Rejects
 from qcore.data.sources import columnar, json_array, streams
 from qcore.data.sources.containers import records
 from qcore.data.sources.file_kinds import file_kind
@@ -432,3 +434,37 @@ def test_only_one_module_imports_pyarrow() -> None:
     home = Path(columnar.__file__).parent
     found = [path.name for path in home.rglob("*.py") if "import pyarrow" in path.read_text()]
     assert found == ["columnar.py"]
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.csv", "r.parquet", "r.arrow"])
+def test_a_bad_row_is_named_by_its_place_in_the_file(tmp_path: Path, name: str) -> None:
+    """Lines of a text file, elements of a JSON array, rows of a column format."""
+    good = {"prompt": "a\n\nb", "completion": "c"}
+    bad = {"prompt": "a", "completion": ""}
+    path = tmp_path / name
+    if name.endswith(".csv"):
+        path.write_text('prompt,completion\n"a\n\nb",c\n\na,""\n')
+    elif name.endswith(".json"):
+        path.write_text(json.dumps([good, bad], indent=1))
+    elif name.endswith(".jsonl"):
+        path.write_text(f"{json.dumps(good)}\n\n{json.dumps(bad)}\n")
+    else:
+        table = pa.Table.from_pylist([good, bad])
+        if name.endswith(".parquet"):
+            pq.write_table(table, path)
+        else:
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+                writer.write(table)
+    rejects, counts = Rejects(), list[SourceCount]()
+    source = Source(name=name, files=(path,))
+
+    first, second = read_records([source], counts)
+    assert first.record.parse().value["completion"] == "c"
+    rejects.add(second, RowError("QC-DATA-010", "is empty", at="completion"))
+    places = {"r.jsonl": "line 3", "r.json": "element 2", "r.csv": "line 6"}
+    place = places.get(name, "row 2")
+    with pytest.raises(InputError) as caught:
+        rejects.stop(counts)
+    assert caught.value.field == f"{place}, completion"
+    (entry,) = rejects.entries()
+    assert entry["place"] == place

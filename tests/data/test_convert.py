@@ -13,7 +13,7 @@ from qcore.data.convert import ROWS, convert
 from qcore.data.formats import SCHEMA_VERSION, Formats, schema
 from qcore.data.sources.source import Record, Source
 from qcore.errors import InputError, PreflightError, WriteError
-from qcore.io.manifest import read_manifest, verify
+from qcore.io.artifact import read_manifest, verify
 
 QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 SHAREGPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}

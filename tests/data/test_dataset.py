@@ -175,13 +175,14 @@ def test_tools_and_string_arguments(tmp_path: Path, checkpoint: FakeCheckpoint) 
     messages = [user("q"), called, {"role": "tool", "content": "r"}, bot("done")]
     tools = [{"type": "function", "function": {"name": "find"}}]
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": messages, "tools": tools}])
-    (example,) = load(path, checkpoint).train  # nothing in it depends on what follows
     tokenizer = own_tokenizer()
-    kept = [label for label in example.labels if label != -100]
-    assert tokenizer.decode(kept, skip_special_tokens=False) == (
-        '<tool_call>find{"a": "é"}</tool_call>' + END + "done" + END
-    )
-    assert '"find"}' in tokenizer.decode(list(example.ids), skip_special_tokens=False)
+    # The prompt of every turn opens thinking, and a turn without reasoning closes it itself. In the
+    # history the block is other tokens, so that the turns do not share a sample.
+    first, second = load(path, checkpoint).train
+    for example, text in ((first, '<tool_call>find{"a": "é"}</tool_call>'), (second, "done")):
+        kept = [label for label in example.labels if label != -100]
+        assert tokenizer.decode(kept, skip_special_tokens=False) == f"\n</think>\n\n{text}{END}"
+        assert '"find"}' in tokenizer.decode(list(example.ids), skip_special_tokens=False)
 
 
 @pytest.mark.parametrize(

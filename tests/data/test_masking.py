@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 from qcore.api.media import RowError
 from qcore.checkpoint.chat_template import Template
 from qcore.checkpoint.tokenizer import load_tokenizer
-from qcore.data.rendering.masking import highest_id, labels, normalized, spans
+from qcore.data.rendering.masking import highest_id, labels, spans
+from qcore.data.rendering.pieces import normalized
 from qcore.data.rendering.template_check import prove_mask
 from qcore.data.rows import ChatRow, RowCheck
 from qcore.errors import InputError

@@ -50,6 +50,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> FakeCheckpoint:
     return swatch_checkpoint(tmp_path_factory.mktemp("model"))
 
 
+#: What a model answers after a prompt that opens a think block, if it does not reason.
+NO_REASONING = "\n</think>\n\n"
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A data file's folder with two swatches, and one outside of it."""
@@ -100,7 +104,7 @@ def test_ids_labels_and_places(folder: Path, checkpoint: FakeCheckpoint) -> None
         f"<|im_start|>assistant\n<think>\n\n</think>\n\nParis{END}\n"
     )
     kept = [label for label in example.labels if label != -100]
-    assert read_back(kept) == "Paris" + END
+    assert read_back(kept) == NO_REASONING + "Paris" + END
     dot = swatch_tokenizer().token_to_id(DOT)
     assert [medium.numbers for medium in example.media] == [(3, 5, 7), (8, 9)]
     assert example.placed is not None
@@ -120,7 +124,7 @@ def test_no_label_on_control_tokens_in_an_assistants_turn(
     assert sum(id_ in control for id_ in example.ids) == 5
     kept = [label for label in example.labels if label != -100]
     assert not control & set(kept)
-    assert read_back(kept) == "here  it is" + END
+    assert read_back(kept) == NO_REASONING + "here  it is" + END
     assert example.supervised == len(kept)
 
 
@@ -159,7 +163,7 @@ def test_media_may_stand_in_a_tools_answer(folder: Path, checkpoint: FakeCheckpo
         {"role": "tool", "content": [swatch("a.txt"), text("done")]},
         bot("seen"),
     ]
-    (example,) = load([{"messages": messages}], folder, checkpoint).train
+    *_, example = load([{"messages": messages}], folder, checkpoint).train
     assert f"<tool_response>{OPEN}{DOT * 3}{CLOSE}done" in read_back(example.ids)
 
 

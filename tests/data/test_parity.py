@@ -148,7 +148,7 @@ def run(shared: Path, tmp_path: Path, sku: str, tokenizer: Tokenizer, count: int
             )  # fmt: skip
             assert found == (), (found, plan.row)
             turns += sum(len(one.sample.turns) for one in encoded)
-    rejects.stop(renderer.rows)
+    rejects.stop(renderer.notes.counts)
     return turns
 
 

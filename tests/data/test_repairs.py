@@ -23,8 +23,9 @@ from qcore_qwen35.chat import QWEN35
 from qcore_qwen36.chat import QWEN36
 
 CONTEXT = RepairContext(
-    marks=("<think>", "</think>"), parse=QWEN35.parse, kinds=("image", "video", "audio")
-)
+    marks=("<think>", "</think>"), call_tags=QWEN35.call_tags, result_tags=QWEN35.result_tags,
+    parse=QWEN35.parse, kinds=("image", "video", "audio"),
+)  # fmt: skip
 REAL = {
     "qwen3.5/Qwen3.5-4B": QWEN35,
     "qwen3.5/Qwen3.5-0.8B": QWEN35,
@@ -406,6 +407,18 @@ def test_calls_as_text_that_cannot_be_converted(said: str, tools: Any, what: str
 )
 def test_a_mention_is_left_alone(said: str) -> None:
     assert fixed(user("q"), bot(said))[0] == [user("q"), bot(said)]
+
+
+def test_the_tags_are_those_of_the_chat_format() -> None:
+    said = '[CALL]{"name": "ls", "arguments": {"path": "shed"}}[/CALL]'
+    row = [user("q"), bot(said), user("[OUT]rake[/OUT]"), bot("A rake.")]
+    other = replace(CONTEXT, call_tags=("[CALL]", "[/CALL]"), result_tags=("[OUT]", "[/OUT]"))
+    made, _ = fixed(*row, tools=LS, context=other)
+    assert made[1:3] == [bot("", tool_calls=[call("ls", path="shed")]), result("rake")]
+    assert fixed(*row, tools=LS)[0] == row
+    plain = replace(CONTEXT, call_tags=None, result_tags=None)
+    row = [user("q"), bot(JSON_CALL), user("<tool_response>a</tool_response>"), bot("x")]
+    assert fixed(*row, tools=LS, context=plain)[0] == row
 
 
 def test_a_template_that_writes_json_gets_text_as_it_is() -> None:

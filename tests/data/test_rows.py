@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.chat_kit import FORMAT, bot, call, read_file, user, write_rows
+from support.chat_kit import bot, call, read_file, user, write_rows
 
 from qcore.data.reading import SourceCount
 from qcore.data.rejects import SHOWN, Rejects
-from qcore.data.rows import ChatRow, thinking_marks
+from qcore.data.rows import ChatRow
 from qcore.data.sources.jsonl import MAX_LINE
 from qcore.errors import InputError, PreflightError
 
@@ -147,9 +147,9 @@ BAD: list[tuple[bytes, str, str, str]] = [
     (row('{"role": "assistant", "content": "<think>x</think>a", "reasoning_content": ""}'),
      "QC-DATA-016", "messages[1].content", "beside"),
     (row('{"role": "assistant", "content": "<think>x and no end"}'), "QC-DATA-016",
-     "messages[1]", "think block"),
+     "messages[1].content", "think block"),
     (row('{"role": "assistant", "content": "<think>x</think>a<think>y</think>b"}'),
-     "QC-DATA-016", "messages[1]", "think block"),
+     "QC-DATA-016", "messages[1].content", "think block"),
     (row('{"role": "assistant", "content": "lost <think>x</think>a"}'), "QC-DATA-016",
      "messages[1].content", "drops"),
 ]  # fmt: skip
@@ -181,10 +181,11 @@ def test_the_rows_around_a_bad_one_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{GOOD}\n{{\n{GOOD}\nnull\n{GOOD}\n")
     rejects = Rejects()
-    assert [r.line for r in read_file(path, rejects)] == [1, 3, 5]
+    counts: list[SourceCount] = []
+    assert [r.line for r in read_file(path, rejects, counts=counts)] == [1, 3, 5]
     assert rejects.count == 2
     with pytest.raises(PreflightError) as caught:
-        rejects.stop(5)
+        rejects.stop(counts)
     assert [e.field for e in caught.value.errors] == ["line 2", "line 4"]
 
 
@@ -358,9 +359,10 @@ def test_think_marks_may_be_control_strings_and_an_inline_block_still_allowed(
     ]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     rejects = Rejects()
-    assert [r.line for r in read_file(path, rejects, control=control)] == [1]
+    counts: list[SourceCount] = []
+    assert [r.line for r in read_file(path, rejects, control=control, counts=counts)] == [1]
     with pytest.raises(InputError, match=r"line 2, messages\[0\].content"):
-        rejects.stop(5)
+        rejects.stop(counts)
 
 
 def test_control_strings_that_composition_makes_are_refused(tmp_path: Path) -> None:
@@ -368,10 +370,6 @@ def test_control_strings_that_composition_makes_are_refused(tmp_path: Path) -> N
     path = write_rows(tmp_path / "rows.jsonl", [{"messages": [user("<|\u212aEY|>"), bot("a")]}])
     with pytest.raises(InputError, match="must not reach the model"):
         read(path, control=("<|KEY|>",))
-
-
-def test_think_marks_are_read_off_the_prompt_tails() -> None:
-    assert thinking_marks(FORMAT) == ("<think>", "</think>")
 
 
 def test_text_keeps_its_characters(tmp_path: Path) -> None:

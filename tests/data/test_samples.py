@@ -133,9 +133,98 @@ def test_the_users_own_mode_is_honored_and_said(folder: Path, tmp_path: Path) ->
     found = load(folder, tmp_path, [user("a"), bot("b")], variables={"enable_thinking": True})
     assert found.chat.as_json()["kwargs"] == {"enable_thinking": True}
     assert any("enable_thinking=true as you set it" in line for line in found.lines())
-    (finding,) = (f for f in found.findings if f.code == "QC-DATA-042")
-    assert finding.severity == "warning"
-    assert "leave enable_thinking out" in finding.fix
+    # Serving opens the block, and the model has to close it.
+    assert shown(found.train[0]) == "user/a#/assistant/<think>/[/</think>//b#]/"
+    assert not [f for f in found.findings if f.code == "QC-DATA-042"]
+
+
+OFF = {"enable_thinking": False}
+REASONED = [user("2+2?"), bot("4", reasoning_content="pair")]
+
+
+@pytest.mark.parametrize(
+    ("row", "variables", "where"),
+    [
+        (REASONED, OFF, "the setting chat_template_kwargs"),
+        ({"messages": REASONED, "chat_template_kwargs": OFF}, {}, "the row's chat_template_kwargs"),
+    ],
+)
+def test_reasoning_after_a_prompt_without_thinking_is_refused(
+    folder: Path, tmp_path: Path, row: Any, variables: Any, where: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        load(folder, tmp_path, row, variables=variables)
+    error = caught.value
+    assert (error.code, error.field) == ("QC-DATA-041", "line 1, messages[1]")
+    assert "in another mode of thinking" in error.what
+    assert "</think>" in str(error.expected)
+    assert f"leave enable_thinking out of {where}" in str(error.fix)
+    assert "reasoning=drop" in str(error.fix)
+    # Each of the three ways works.
+    dropped = load(folder, tmp_path, row, variables=variables, reasoning="drop")
+    assert shown(dropped.train[0]) == "user/2+2?#/assistant/<think>//</think>//[4#]/"
+    own = load(folder, tmp_path, REASONED)
+    assert shown(own.train[0]) == "user/2+2?#/assistant/<think>/[pair/</think>//4#]/"
+    load(folder, tmp_path, row, variables=variables, history="as_rendered")
+
+
+def test_a_template_with_one_mode_of_thinking(folder: Path, tmp_path: Path) -> None:
+    """The own template always opens thinking; a variant of it never does."""
+    plain = [user("a"), bot("b")]
+    found = load(folder, tmp_path, plain, REASONED, template=TEMPLATE)
+    assert [shown(example) for example in found.train] == [
+        "user/a#/assistant/<think>/[/</think>//b#]/",
+        "user/2+2?#/assistant/<think>/[pair/</think>//4#]/",
+    ]
+    bare = TEMPLATE.replace("assistant\\n<think>\\n' }}{% endif %}", "assistant\\n' }}{% endif %}")
+    found = load(folder, tmp_path, plain, REASONED, template=bare)
+    assert [shown(example) for example in found.train] == [
+        "user/a#/assistant/[<think>//</think>//b#]/",
+        "user/2+2?#/assistant/[<think>/pair/</think>//4#]/",
+    ]
+    closed = TEMPLATE.replace(
+        "assistant\\n<think>\\n' }}{%", "assistant\\n<think>\\n\\n</think>\\n\\n' }}{%"
+    )
+    with pytest.raises(InputError) as caught:
+        load(folder, tmp_path, REASONED, template=closed)
+    assert caught.value.code == "QC-DATA-041"
+    assert str(caught.value.fix).startswith("set history=as_rendered")
+
+
+def test_prompts_within_a_token_of_the_rendering_do_not_share_a_sample(
+    folder: Path, tmp_path: Path
+) -> None:
+    """A think block that a turn closes itself is other tokens in the history of the next turn."""
+    rows = [user("a"), bot("b"), user("c"), bot("d")]
+    fixed = {"keep_thinking": True, "enable_thinking": True}
+    assert load(folder, tmp_path, TALK, variables=fixed).samples == 1
+    found = load(folder, tmp_path, rows, variables=fixed)
+    assert [shown(example) for example in found.train] == [
+        "user/a#/assistant/<think>/[/</think>//b#]/",
+        "user/a#/assistant/<think>//</think>//b#/user/c#/assistant/<think>/[/</think>//d#]/",
+    ]
+    tokenizer = own_tokenizer()
+    for example in found.train:
+        start = next(n for n, label in enumerate(example.labels) if label != IGNORED)
+        text = tokenizer.decode(list(example.ids[:start]), skip_special_tokens=False)
+        assert list(example.ids[:start]) == tokenizer.encode(text).ids
+
+
+def test_turns_that_one_rendering_trains_after_another_prompt_are_counted(
+    folder: Path, tmp_path: Path
+) -> None:
+    """The header of an earlier turn is bare, and the mode is that of the last turn for all."""
+    found = load(folder, tmp_path, TALK, MIXED, REASONED, history="as_rendered")
+    counted = [(f.row, f.field) for f in found.findings if f.code == "QC-DATA-042"]
+    assert counted == [(1, "messages[1]"), (2, "messages[1]")]
+    (line,) = (line for line in found.lines() if "QC-DATA-042" in line)
+    assert "2 of 5 trained turns are trained after another prompt than serving shows" in line
+    assert "Fix: set history=as_served" in line
+    kept = load(folder, tmp_path, TALK, variables={"keep_thinking": True}, history="as_rendered")
+    assert not [f for f in kept.findings if f.code == "QC-DATA-042"]
+    # Reasoning that a fixed mode does not prompt for is trained as it is rendered, and counted.
+    off = load(folder, tmp_path, REASONED, variables=OFF, history="as_rendered")
+    assert [f.row for f in off.findings if f.code == "QC-DATA-042"] == [1]
 
 
 def test_a_rows_own_variables_are_used_and_checked(folder: Path, tmp_path: Path) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from support.conversations import conversations, write_rows
 
+from qcore.config.settings import SPECS
+from qcore.data.policies import POLICY_KEYS, Policies
+from qcore.data.reading import SourceCount
 from qcore.data.sources import read as sources
 from qcore.data.sources.hub_files import HubFiles
 from qcore.data.sources.read import read_sources, refuse_shared
@@ -97,6 +102,7 @@ def test_a_mix(rows: Path) -> None:
         long_rows="drop",
         bad_rows="skip",
         train=False,
+        mix=(rows / "mix.yaml", hashlib.sha256(EVERY_KEY.encode()).hexdigest()),
     )
     assert (second.count, second.weight, second.seed, second.format) == (10, None, 7, "alpaca")
     assert len(second.files) == 2
@@ -275,3 +281,78 @@ def test_too_few_rows() -> None:
         "QC-DATA-036",
         "set count: 9 or leave it out",
     )
+
+
+def test_the_manifest_states_what_a_source_sets(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(
+        "seed: 3\nsources:\n  - path: rows.jsonl\n    format: openai\n    count: 1\n"
+        "    fields: {messages: turns}\n    ignore_columns: [score]\n    media_root: .\n"
+        "    turns: last\n    bad_rows: skip\n    bad_rows_limit: 0.2\n    train: false\n"
+        "  - path: rows.jsonl\n"
+    )
+    first, second = read_sources([mix])
+    summary = SourceCount(first).summary()
+    assert {
+        "format": "openai",
+        "count": 1,
+        "seed": 3,
+        "fields": {"messages": "turns"},
+        "ignore_columns": ["score"],
+        "media_root": str(tmp_path),
+        "turns": "last",
+        "bad_rows": "skip",
+        "bad_rows_limit": 0.2,
+        "train": False,
+        "mix": {"file": "mix.yaml", "sha256": hashlib.sha256(mix.read_bytes()).hexdigest()},
+    }.items() <= summary.items()
+    json.dumps(summary)
+    plain = SourceCount(second).summary()
+    assert not {"format", "fields", "train", "turns", "config"} & plain.keys()
+    assert plain["mix"] == summary["mix"]
+    (alone,) = read_sources([tmp_path / "rows.jsonl"])
+    assert "mix" not in SourceCount(alone).summary()
+
+
+def test_the_manifest_names_configuration_and_split_of_a_hub_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": []}\n')
+    found = HubFiles(files=(path,), revision="c0ffee", note="")
+    monkeypatch.setattr("qcore.data.sources.read.hub_files", lambda *_, **__: found)
+    mix = tmp_path / "mix.yaml"
+    mix.write_text("sources:\n  - hub: a/b\n    config: main\n    split: test\n")
+    (source,) = read_sources([mix])
+    summary = SourceCount(source).summary()
+    assert (summary["config"], summary["split"], summary["revision"]) == ("main", "test", "c0ffee")
+
+
+@pytest.mark.parametrize("key", POLICY_KEYS)
+def test_a_mix_takes_the_choices_of_the_settings(tmp_path: Path, key: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
+    for choice in SPECS[key].choices:
+        (tmp_path / "mix.yaml").write_text(f"sources:\n  - path: rows.jsonl\n    {key}: {choice}\n")
+        (source,) = read_sources([tmp_path / "mix.yaml"])
+        assert getattr(source, key) == choice
+        assert replace(Policies(), **{key: choice}) == Policies().over(source)
+
+
+def test_formats_and_fields_are_checked_with_the_sources(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": []}\n')
+    with pytest.raises(UsageError) as caught:
+        read_sources([rows], format="sharegpd")
+    assert (caught.value.code, caught.value.field) == ("QC-DATA-027", "format")
+    assert "did you mean sharegpt?" in str(caught.value.fix)
+    mix = tmp_path / "mix.yaml"
+    for line, code, field in (
+        ("format: sharegpd", "QC-DATA-027", "line 2, sources.0.format"),
+        ("fields: {massages: x}", "QC-DATA-028", "line 2, sources.0.fields.massages"),
+    ):
+        mix.write_text(f"sources:\n  - path: rows.jsonl\n    {line}\n")
+        with pytest.raises(UsageError) as caught:
+            read_sources([mix])
+        error = caught.value
+        assert (error.code, error.file, error.field) == (code, str(mix), field)

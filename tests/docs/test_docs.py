@@ -455,9 +455,10 @@ def test_the_whole_architecture_is_one(acme: Plugins, tmp_path: Path) -> None:
         chosen, layout, r=2, lora_alpha=4, lora_dropout=0, base="b", revision=None,
         namespace=namespace,
     )  # fmt: skip
-    assert told["target_modules"] == ["mix_proj"]
-    expected = ["experts.down_proj", "experts.up_proj", "router.weight"]
-    assert told["target_parameters"] == expected
+    layers = [f"model.layers.{n}" for n in range(2)]
+    assert told["target_modules"] == [f"{layer}.mix_proj" for layer in layers]
+    names = ("experts.down_proj", "experts.up_proj", "router.weight")
+    assert told["target_parameters"] == [f"{layer}.{name}" for layer in layers for name in names]
 
 
 @pytest.mark.usefixtures("acme")

@@ -17,6 +17,7 @@ from qcore.adapter.targets import targets
 from qcore.inference import decoder as decoding
 from qcore.inference.decoder import Decoder, Way, way_of
 from qcore.inference.generate import Generator
+from qcore.inference.generation_config import Sampling
 from qcore.nn.device import DTYPES
 from qcore.nn.kernels.registry import choose, installed
 from qcore.nn.load import load
@@ -157,9 +158,11 @@ def test_generate_gives_the_tokens_of_the_step(base: Path, temperature: float) -
     generator = Generator(str(base), device="cuda", dtype="bf16")
     assert generator.decoder.way is Way.CAPTURED
     ids = generator.tokenizer.encode("Name a city in Peru.", add_special_tokens=False).ids
-    found = [generator.decode(list(ids), 24, temperature, 5) for _ in range(2)]
+    found = [
+        generator.decode(list(ids), 24, Sampling(temperature=temperature), 5) for _ in range(2)
+    ]
     generator.decoder = Decoder(generator.model, CUDA, Way.HELD)
-    expected = generator.decode(list(ids), 24, temperature, 5)
+    expected = generator.decode(list(ids), 24, Sampling(temperature=temperature), 5)
     assert found == [expected, expected]
 
 

@@ -13,6 +13,7 @@ from support.sinks import Heard
 from qcore.api.blocks import Packed
 from qcore.errors import NumericError
 from qcore.inference.generate import Generator
+from qcore.inference.generation_config import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def generator() -> Generator:
 
 def test_cached_decoding_gives_the_tokens_of_full_forwards(generator: Generator) -> None:
     ids = generator.tokenizer.encode("Name a city in Peru.", add_special_tokens=False).ids
-    new, _ = generator.decode(list(ids), 8, 0.0, 0)
+    new, _ = generator.decode(list(ids), 8, Sampling(), 0)
     known = list(ids)
     for token in new:
         with torch.no_grad():

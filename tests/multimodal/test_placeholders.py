@@ -33,7 +33,7 @@ from transformers.video_utils import VideoMetadata
 from qcore.api.media import RowError
 from qcore.api.records import Severity
 from qcore.checkpoint.chat_template import Template
-from qcore.data.rendering.masking import normalized
+from qcore.data.rendering.pieces import normalized
 from qcore_multimodal.media import ProcessedMedium
 from qcore_multimodal.placeholders import CONTROL, END, IMAGE, START, VIDEO, expand, token_findings
 from qcore_multimodal.positions import place

@@ -23,6 +23,7 @@ from qcore.data.rendering.row_plan import plan_row
 from qcore.data.rendering.samples import drafts
 from qcore.data.rows import ChatRow, RowCheck
 from qcore.data.sources.source import Source
+from qcore.errors import InputError
 
 FORMAT = ChatFormat(
     turn_start="<|im_start|>",
@@ -105,10 +106,17 @@ def encode_row(
     """One row of text in one rendering to ids and labels: what `dataset` does, a row at a time."""
     try:
         plan = plan_row(row, Policies(history="as_rendered"), chat_format, "", False)
-        text = template.render(row.messages, row.tools, **(variables or {}))
-        (draft,) = drafts(plan, [text], chat_format)
+        texts: list[str | InputError] = []
+        for prefix in plan.prefixes():
+            shown = {**(variables or {}), **prefix.variables}
+            try:
+                messages = row.messages[: prefix.count]
+                texts.append(template.render(messages, row.tools, prefix.prompt, **shown))
+            except InputError as error:
+                texts.append(error)
         pieces = PieceEncoder(tokenizer, chat_format.turn_start)
-        encoded = encode_sample(draft, plan, tokenizer, chat_format, pieces)
+        (draft,) = drafts(plan, texts, chat_format, pieces)
+        encoded = encode_sample(draft, plan, tokenizer, chat_format, pieces=pieces)
         (kept,) = fitted([encoded], max_length, "refuse", tokenizer)
     except RowError as bad:
         raise bad.error(None, row.line) from None
@@ -138,7 +146,7 @@ def read_file(
         else:
             yield replace(row, row=numbered.row, path=path, source=source, format="openai")
     if rejects is None:
-        found.stop(counts[0].rows)
+        found.stop(counts)
 
 
 class FakeCheckpoint:

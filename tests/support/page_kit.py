@@ -25,8 +25,9 @@ def write_page(path: Path, count: int, image: bytes | None = None) -> None:
     for row in range(1, count + 1):
         if row % 50 == 0:
             refused.append(
-                {"row": row, "file": f"{HOSTILE}.jsonl", "line": row, "code": "QC-DATA-006",
-                 "field": "messages[0].role", "reason": HOSTILE, "fix": "write user"}
+                {"row": row, "file": f"{HOSTILE}.jsonl", "place": f"line {row}",
+                 "code": "QC-DATA-006", "field": "messages[0].role", "reason": HOSTILE,
+                 "fix": "write user", "action": "refused"}
             )  # fmt: skip
             continue
         said = HOSTILE if row % 17 == 0 else f"Answer number {row}. " * (1 + row % 30)
@@ -46,7 +47,7 @@ def write_page(path: Path, count: int, image: bytes | None = None) -> None:
             trained += [on] * len(more)
         sample = ShownSample(
             row=row, sample=1, source="rows.jsonl", format="trl" if row % 3 else "openai",
-            path=path, line=row, token_ids=ids, trained=trained, spans=tuple(spans),
+            path=path, place=f"line {row}", token_ids=ids, trained=trained, spans=tuple(spans),
         )  # fmt: skip
         page.add(sample, [("image cat.png", image)] if image is not None and row == 1 else ())
     note = DataFinding(code="QC-DATA-045", severity="note", row=0, field="", message=HOSTILE)

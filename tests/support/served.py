@@ -7,10 +7,13 @@ prompt that serving gives it and the conversation through it. It shares no code 
 from __future__ import annotations
 
 import random
+import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+END = "<|im_end|>"
 _TEXTS = (
     "Where is Oslo?", "In Norway.", "  indented\n", "naïve e\u0301tude 👍🏽", "हिन्दी में उत्तर",
     "مُحَمَّد كتب", "line one\n\nline two", "x", "`code`\n    return 1\n", "7", "<b>bold</b>",
@@ -97,6 +100,7 @@ class Served:
     """A turn as serving has it: the prompt's ids, and those that the model has to produce."""
 
     index: int
+    thinking: bool
     prompt: tuple[int, ...]
     reply: tuple[int, ...]
 
@@ -110,29 +114,56 @@ class Oracle:
         self._tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer))
         self._template = template
 
-    def ids(self, messages: Any, tools: Any, **variables: Any) -> tuple[int, ...]:
+    def text(self, messages: Any, tools: Any, **variables: Any) -> str:
+        """The rendering, in the composed form that the tokenizer reads."""
+        made: str = self._tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=self._template, tokenize=False, **variables
+        )
+        return unicodedata.normalize("NFC", made)
+
+    def ids(self, text: str) -> tuple[int, ...]:
+        """Ids as ``apply_chat_template(tokenize=True)`` gives them of a rendering."""
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def template_ids(self, row: dict[str, Any], count: int, **variables: Any) -> tuple[int, ...]:
+        """Ids of the first messages of a row."""
+        clean = [{k: v for k, v in m.items() if k != "train"} for m in row["messages"][:count]]
         made = self._tokenizer.apply_chat_template(
-            messages, tools=tools, chat_template=self._template, tokenize=True,
+            clean, tools=row.get("tools"), chat_template=self._template, tokenize=True,
             return_dict=False, **variables,
         )  # fmt: skip
         return tuple(made)
 
-    def turns(self, row: dict[str, Any], **variables: Any) -> list[Served]:
-        """What serving shows and produces for every assistant turn that is not marked."""
-        made = []
-        end = self._tokenizer.convert_tokens_to_ids("<|im_end|>")
+    def rendered(self, row: dict[str, Any], **variables: Any) -> Iterator[tuple[int, str, str]]:
+        """Index, prompt and rendering of every assistant turn that is not marked."""
         tools = row.get("tools")
+        # Serving gets no marks of training.
+        clean = [{k: v for k, v in m.items() if k != "train"} for m in row["messages"]]
         for index, message in enumerate(row["messages"]):
             if message["role"] != "assistant" or message.get("train") is False:
                 continue
             given = {"enable_thinking": reasoned(message), **variables}
-            # Serving gets no marks of training.
-            clean = [{k: v for k, v in m.items() if k != "train"} for m in row["messages"]]
-            prompt = self.ids(clean[:index], tools, add_generation_prompt=True, **given)
-            whole = self.ids(clean[: index + 1], tools, **given)
-            assert whole[: len(prompt)] == prompt, "the template itself is not consistent"
-            last = len(whole) - whole[::-1].index(end)
-            made.append(Served(index, prompt, whole[len(prompt) : last]))
+            prompt = self.text(clean[:index], tools, add_generation_prompt=True, **given)
+            yield index, prompt, self.text(clean[: index + 1], tools, **given)
+
+    def unserved(self, row: dict[str, Any], **variables: Any) -> int | None:
+        """The first turn whose rendering does not begin with the prompt that serving shows."""
+        turns = self.rendered(row, **variables)
+        return next((n for n, prompt, whole in turns if not whole.startswith(prompt)), None)
+
+    def turns(self, row: dict[str, Any], **variables: Any) -> list[Served]:
+        """What serving shows and produces for every assistant turn that is not marked.
+
+        The model reads the tokens of the prompt and then produces its own, so that no token is
+        half prompt and half reply.
+        """
+        made = []
+        for index, prompt, whole in self.rendered(row, **variables):
+            assert whole.startswith(prompt), "the template itself is not consistent"
+            end = whole.rindex(END) + len(END)
+            reply = self.ids(whole[len(prompt) : end])
+            thinking = reasoned(row["messages"][index])
+            made.append(Served(index, thinking, self.ids(prompt), reply))
         return made
 
 

@@ -20,6 +20,7 @@ from support.tiers import fast
 from qcore.api.blocks import Packed
 from qcore.errors import Interrupted
 from qcore.inference.generate import Generator
+from qcore.inference.generation_config import Sampling
 from qcore.io.artifact import verify
 from qcore.nn.qlora.lora_layer import Lora
 from qcore.plugins.resolve_model import identify
@@ -159,7 +160,7 @@ def test_cached_decoding_with_an_expert_adapter(base: Path, rows: Path, tmp_path
     told = Generator(str(base), adapter=tmp_path / "a", device="cpu", dtype="fp32")
     plain = Generator(str(base), device="cpu", dtype="fp32")
     ids = told.tokenizer.encode("Name a city in Peru.", add_special_tokens=False).ids
-    new, _ = told.decode(list(ids), 8, 0.0, 0)
+    new, _ = told.decode(list(ids), 8, Sampling(), 0)
     known = list(ids)
     for token in new:
         with torch.no_grad():

@@ -226,11 +226,6 @@ CHANGES: dict[str, tuple[Callable[[Path], object] | None, dict[str, Any], str]] 
     "groups": (None, {"target_groups": ("attn",)}, "settings.target_groups"),
     "dtype": (None, {"dtype": "bf16"}, "settings.dtype"),
     "storage": (None, {"quantization": "none"}, "settings.quantization"),
-    "template variable": (
-        None,
-        {"chat_template_kwargs": {"enable_thinking": False}},
-        "settings.chat_template_kwargs.enable_thinking",
-    ),
     "template variable gone": (
         None,
         {"chat_template_kwargs": {}},

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .api.hookspecs import hookimpl
     from .inference.generate import generate
     from .io.artifact import publish
-    from .io.manifest import verify
+    from .io.folder_check import verify
     from .merging.merge import merge
     from .preflight.inspect import inspect
     from .preflight.plan import plan
@@ -53,7 +53,7 @@ _MODULES = {
     "plan": "preflight.plan",
     "publish": "io.artifact",
     "train": "training.train",
-    "verify": "io.manifest",
+    "verify": "io.folder_check",
 }
 
 

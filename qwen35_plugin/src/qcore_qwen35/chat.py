@@ -34,6 +34,8 @@ QWEN35 = ChatFormat(
     roles=("system", "user", "assistant", "tool"),
     stop_tokens=("<|im_end|>", "<|endoftext|>"),
     thinking_switch="enable_thinking",
+    call_tags=("<tool_call>", "</tool_call>"),
+    result_tags=("<tool_response>", "</tool_response>"),
     parse=parse_reply,
 )
 

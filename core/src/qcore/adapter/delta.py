@@ -19,7 +19,7 @@ from torch import Tensor
 from ..api.parameters import Region
 from ..errors import NumericError
 from ..nn.load import DTYPES, as_bytes, read_exact
-from .peft_names import WEIGHTS, Adapter
+from .peft_names import WEIGHTS, Adapter, Pair
 
 #: Threads that add deltas; one core is left for the thread that hashes and writes.
 WORKERS = min(6, max(2, (os.cpu_count() or 2) - 1))
@@ -79,10 +79,11 @@ class Deltas:
                             fix="train again",
                         )
                     sides.append(value.float())
-                self._values[name] = (sides[0], sides[1])
+                a, b = sides
+                self._values[name] = _as_newer(pair, a, b) if pair.older else (a, b)
 
     def sides(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return A and B of a weight, float32, in PEFT's layout (shapes: see `Pair`)."""
+        """Return A and B of a weight, float32, in the layout of PEFT 0.21 (see `Pair`)."""
         return self._values[name]
 
     def add(self, name: str, weight: Tensor, region: Region) -> Iterator[tuple[Tensor, Tensor]]:
@@ -119,3 +120,20 @@ class Deltas:
         pair = self.pairs[name]
         experts = pair.tensor.shape[0]
         return a[number * pair.r : (number + 1) * pair.r], b[:, number::experts]
+
+
+def _as_newer(pair: Pair, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Rearrange expert matrices from the layout of PEFT before 0.19.1 to that of `Pair`.
+
+    The delta of expert e is ``A_e^T B_e^T``, so its ``B^T`` is today's A and its ``A^T`` is today's
+    B.
+
+    Args:
+        pair: the pair of a stack of experts.
+        a: ``[E r, out]``, row ``e r + k`` of expert e.
+        b: ``[in, r E]``, column ``k E + e`` of expert e.
+    """
+    experts = pair.tensor.shape[0]
+    by_expert = b.view(b.shape[0], pair.r, experts).permute(2, 1, 0)
+    by_rank = a.view(experts, pair.r, a.shape[1]).permute(2, 1, 0)
+    return by_expert.reshape(experts * pair.r, -1), by_rank.reshape(-1, pair.r * experts)

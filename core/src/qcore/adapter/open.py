@@ -21,8 +21,8 @@ from ..api.parameters import Kind
 from ..nn.load import read_tensor
 from ..plugins.resolve_model import Identified, identify
 from .delta import Deltas
+from .evidence import read_for
 from .peft_names import Adapter, Pair
-from .reader import read_adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +157,11 @@ def open_model(model: str | Path, *, generation: str = "") -> OpenModel:
 
 
 def open_adapter(
-    adapter: str | Path, model: OpenModel | str | Path, *, trust_base: bool = False
+    adapter: str | Path,
+    model: OpenModel | str | Path,
+    *,
+    trust_base: bool = False,
+    trust_generation: bool = False,
 ) -> OpenAdapter:
     """Open an adapter to read its deltas.
 
@@ -168,6 +172,7 @@ def open_adapter(
         adapter: the adapter folder.
         model: the base of the adapter.
         trust_base: accept an adapter without a fingerprint of its base.
+        trust_generation: accept such an adapter if it names a base of another generation.
 
     Returns:
         The adapter; its matrices are in memory.
@@ -176,6 +181,6 @@ def open_adapter(
         QcoreError: the adapter does not fit the base, or is damaged.
     """
     base = (model if isinstance(model, OpenModel) else open_model(model)).identified
-    matched = read_adapter(adapter, base.layout, trust_base=trust_base, claims=base.adapter_claims)
+    matched = read_for(base, adapter, trust_base=trust_base, trust_generation=trust_generation)
     with torch.no_grad():
         return OpenAdapter(adapter=matched, deltas=Deltas(matched))

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import InputError, QcoreError
 
 #: Fields without an effect on what the adapter computes; any value is accepted.
-_DESCRIPTIVE = frozenset(
+DESCRIPTIVE = frozenset(
     (
         "auto_mapping",
         "base_model_name_or_path",
@@ -113,7 +113,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
         problems.append(problem("layers_to_transform", "is not supported", "a list of numbers"))
     for field, value in config.items():
         off = value in (None, False, [], {}, "none", "LORA")
-        if field not in _DESCRIPTIVE | _ACTIVE and not off:
+        if field not in DESCRIPTIVE | _ACTIVE and not off:
             problems.append(problem(field, "changes the adapter and is not supported", "off"))
     return problems
 

@@ -31,6 +31,8 @@ WEIGHTS = "adapter_model.safetensors"
 #: Layout of qcore's adapters, recorded in their manifest: names and shapes of PEFT 0.21; for
 #: experts, A is expert-major and B rank-major, and the first stack of a module is innermost.
 LAYOUT = "peft-0.21"
+#: Version of PEFT in adapter_config.json: it decides how the matrices of experts are read.
+PEFT_VERSION = "0.21.0"
 _PREFIX = "base_model.model."
 
 
@@ -44,6 +46,8 @@ class Pair:
         b: ``[out, r]``; for experts ``[out, r E]``, where column ``k E + e`` belongs to expert e.
         r: rank; for experts, the rank of each expert.
         scaling: factor of the product.
+        older: whether the file has the layout of PEFT before 0.19.1 for this stack of experts: a is
+            ``[E r, out]`` and b ``[in, r E]``, and the delta of an expert ``A^T B^T``.
     """
 
     tensor: TableTensor
@@ -51,6 +55,7 @@ class Pair:
     b: Header
     r: int
     scaling: float
+    older: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +69,9 @@ class Adapter:
         meta: what qcore recorded in the manifest; empty for an adapter of another program.
         layout: ``peft``, or the name of the layout that a plugin recognized.
         trunk: name of the trunk's part; all other parts are towers.
+        notes: lines for the report about how the files were read.
+        source: the folder or hub id that the user passed.
+        revision: the commit on the hub; ``None`` for a local folder.
     """
 
     path: Path
@@ -72,6 +80,9 @@ class Adapter:
     meta: Mapping[str, Any]
     layout: str = "peft"
     trunk: str = "text"
+    notes: tuple[str, ...] = ()
+    source: str = ""
+    revision: str | None = None
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
@@ -186,10 +197,18 @@ def stems(tensors: Iterable[TableTensor], namespace: Namespace) -> dict[str, str
     return names
 
 
-def peft_shapes(tensor: TableTensor, r: int) -> dict[str, tuple[int, int]]:
-    """Return the shapes of sides ``A`` and ``B``; for experts, r is the rank of each expert."""
+def peft_shapes(tensor: TableTensor, r: int, *, older: bool = False) -> dict[str, tuple[int, int]]:
+    """Return the shapes of sides ``A`` and ``B``; for experts, r is the rank of each expert.
+
+    Args:
+        tensor: the weight.
+        r: rank.
+        older: for experts, the layout of PEFT before 0.19.1.
+    """
     if tensor.row.kind is Kind.EXPERTS:
         experts, out, into = tensor.shape
+        if older:
+            out, into = into, out
         return {"A": (experts * r, into), "B": (out, r * experts)}
     out, into = tensor.shape
     return {"A": (r, into), "B": (out, r)}
@@ -269,8 +288,13 @@ def peft_config(
     base: str,
     revision: str | None,
     namespace: Namespace,
+    classes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the content of ``adapter_config.json``, as PEFT 0.21 reads it.
+
+    PEFT only warns about tensors that fit no module of the model, but raises if no target is in
+    the model. So targets are full module names, which the other class of a model does not have,
+    and ``auto_mapping`` names the class. PEFT ignores it where ``task_type`` is set.
 
     Args:
         chosen: rank and alpha of each weight that has LoRA, by canonical name.
@@ -281,6 +305,7 @@ def peft_config(
         base: the base as the user named it.
         revision: commit of the base on the hub; ``None`` for a folder.
         namespace: the class that the adapter is written for.
+        classes: ``architectures`` of config.json.
     """
     tensors = [layout.table[name] for name in chosen]
     modules = [tensor for tensor in tensors if tensor.row.kind is Kind.LINEAR]
@@ -289,7 +314,8 @@ def peft_config(
     alphas = {tensor.name: chosen[tensor.name].lora_alpha for tensor in tensors}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "peft_version": PEFT_VERSION,
+        **_auto_class(namespace, classes),
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
@@ -304,9 +330,19 @@ def peft_config(
         "modules_to_save": None,
         "rank_pattern": _pattern(tensors, namespace, ranks, r),
         "alpha_pattern": _pattern(tensors, namespace, alphas, lora_alpha),
-        "target_modules": _module_names(modules, layout, namespace),
-        "target_parameters": _parameter_names(parameters, layout, namespace) or None,
+        "target_modules": sorted(target_name(tensor, namespace) for tensor in modules),
+        "target_parameters": sorted(target_name(tensor, namespace) for tensor in parameters)
+        or None,
     }
+
+
+def _auto_class(namespace: Namespace, classes: Sequence[str]) -> dict[str, Any]:
+    """Return the fields from which PEFT's Auto classes pick the class of the base."""
+    own = [name for name in classes if name in namespace.classes] or list(namespace.classes)
+    if not own:
+        return {"task_type": "CAUSAL_LM", "auto_mapping": None}
+    mapping = {"base_model_class": own[0], "parent_library": "transformers"}
+    return {"task_type": None, "auto_mapping": mapping}
 
 
 class Numbers(Protocol):
@@ -321,34 +357,6 @@ class Numbers(Protocol):
     def lora_alpha(self) -> float:
         """Alpha."""
         ...
-
-
-def _module_names(modules: list[TableTensor], layout: Layout, namespace: Namespace) -> list[str]:
-    """Return short names if they match exactly the wanted modules, else the full names."""
-    wanted = {target_name(tensor, namespace) for tensor in modules}
-    suffixes = sorted({name.rpartition(".")[2] for name in wanted})
-    # PEFT matches every module, trained or not, including a tower's convolution.
-    every = [spell(tensor, namespace) for tensor in layout.table if tensor.part.loaded]
-    every += [header.name for header in layout.carried]
-    there = (name.removesuffix(".weight") for name in every if name.endswith(".weight"))
-    hit = {name for name in there if name.rpartition(".")[2] in suffixes}
-    return suffixes if hit == wanted else sorted(wanted)
-
-
-def _parameter_names(
-    parameters: list[TableTensor], layout: Layout, namespace: Namespace
-) -> list[str]:
-    """Return names below the layer if they match exactly the wanted ones, else full names."""
-    wanted = {target_name(tensor, namespace) for tensor in parameters}
-    shorts = {_short(tensor, namespace) for tensor in parameters}
-    hit = {
-        name
-        for tensor in layout.table
-        if tensor.row.kind is not None and tensor.part.loaded
-        for name in [spell(tensor, namespace)]
-        if any(name == short or name.endswith(f".{short}") for short in shorts)
-    }
-    return sorted(shorts if hit == wanted else wanted)
 
 
 def _short(tensor: TableTensor, namespace: Namespace) -> str:

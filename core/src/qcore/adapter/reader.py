@@ -19,9 +19,13 @@ from ..api.parameters import Tensor as TableTensor
 from ..api.records import AdapterClaim
 from ..checkpoint.checkpoint import Header, read_headers, read_json, safe_file
 from ..checkpoint.layout import Layout
-from ..errors import InputError, QcoreError, TrustError, one_of_each, raise_all
+from ..errors import InputError, QcoreError, one_of_each, raise_all
 from ..io.artifact import MANIFEST, read_manifest, verify
+from ..io.folder_check import ADAPTER_FILES
 from .base_check import check_complete
+from .expert_layout import NEWER, ExpertLayout, Stack, Statement, expert_layout, statements
+from .locate import locate_adapter
+from .named_base import Base, check_consent, check_generation
 from .peft_config import check_config, layers_of
 from .peft_names import (
     CONFIG,
@@ -41,14 +45,22 @@ Claims = Callable[[Mapping[str, tuple[int, ...]]], Sequence[AdapterClaim]]
 
 
 def read_adapter(
-    path: str | Path, layout: Layout, *, trust_base: bool = False, claims: Claims | None = None
+    path: str | Path,
+    layout: Layout,
+    *,
+    trust_base: bool = False,
+    trust_generation: bool = False,
+    base: Base | None = None,
+    claims: Claims | None = None,
 ) -> Adapter:
     """Read the headers of an adapter folder and match them with the weights of a base.
 
     Args:
-        path: the adapter folder.
+        path: the adapter folder, or its hub id (`qcore.adapter.locate`).
         layout: the layout of the base.
         trust_base: accept an adapter without a fingerprint of its base.
+        trust_generation: accept such an adapter if it names a base of another generation.
+        base: generation and source of the base; ``None`` to accept any generation.
         claims: asks the plugins whether they recognize the tensors' layout; ``None`` for PEFT's
             layout alone.
 
@@ -56,46 +68,47 @@ def read_adapter(
         The adapter; no values have been read.
 
     Raises:
-        InputError: ``QC-ADAPTER-003`` not an adapter folder, ``-004`` a config field is missing or
+        InputError: as `locate_adapter`; ``QC-ADAPTER-004`` a config field is missing or
             not supported, ``-005`` a tensor matches no weight, ``-006`` a declared target has no
             tensors, ``-007`` a shape or dtype is wrong, ``-008`` the folder differs from its
             manifest, ``-010`` several plugins claim the layout, or a claim names a weight that
             does not exist, ``-011`` a later version wrote the layout, ``-012`` the base lacks a
-            part that has pairs, ``-013`` the number of pairs of a part differs from training.
+            part that has pairs, ``-013`` the number of pairs of a part differs from training,
+            ``-014`` the layout of experts is not certain.
         TrustError: ``QC-ADAPTER-009`` the adapter has no fingerprint of its base, and
-            `trust_base` is not set.
+            `trust_base` is not set; ``-015`` it names a base of another generation, and
+            `trust_generation` is not set.
     """
-    folder = Path(path)
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise InputError(
-                "QC-ADAPTER-003",
-                f"has no {name}",
-                file=folder,
-                expected="a PEFT adapter folder",
-                fix="name the folder that training wrote",
-            )
-    meta = _manifest(folder, trust_base)
+    located = locate_adapter(path)
+    folder = located.path
     config = read_json(safe_file(folder, CONFIG))
+    meta = _manifest(folder)
+    if not meta:
+        check_consent(folder, config, base, trust_base)
     problems = check_config(folder / CONFIG, config)
     raise_all(problems)
+    notes = check_generation(folder, config, base, trust_generation) if base and not meta else []
     headers = {header.name: header for header in read_headers(safe_file(folder, WEIGHTS))}
     recognized = claims({name: h.shape for name, h in headers.items()}) if claims else []
     claimed: set[str] = set()
     if recognized:
         headers = _translated(folder / WEIGHTS, headers, recognized, layout)
         claimed = {weight for weight, _ in recognized[0].names.values()}
-    reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed)
+    said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
+    reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed, said)
     pairs = reader.pairs()
     check_complete(folder, meta, pairs, layout)
     raise_all(one_of_each(reader.problems))
     return Adapter(
         path=folder,
+        source=located.source,
+        revision=located.revision,
         pairs=pairs,
         namespace=reader.namespace,
         meta=meta,
         layout=recognized[0].layout if recognized else "peft",
         trunk=trunk_part(layout.table).name,
+        notes=(*notes, *reader.notes),
     )
 
 
@@ -137,16 +150,17 @@ def _translated(
     return translated
 
 
-def _manifest(folder: Path, trust_base: bool) -> Mapping[str, Any]:
+def _manifest(folder: Path) -> Mapping[str, Any]:
+    """Return what the manifest records; empty without a fingerprint of the base."""
     if (folder / MANIFEST).exists():
-        report = verify(folder)
+        report = verify(folder, acting=ADAPTER_FILES)
         if not report.ok:
             raise InputError(
                 "QC-ADAPTER-008",
                 "differs from its manifest",
                 file=folder,
                 found=report.problems[0],
-                fix="train again, or restore the folder",
+                fix="restore the file from the folder that training wrote or from its copy",
             )
         meta = read_manifest(folder).meta
         if meta.get("layout", LAYOUT) != LAYOUT:
@@ -161,13 +175,6 @@ def _manifest(folder: Path, trust_base: bool) -> Mapping[str, Any]:
             )
         if meta.get("fingerprints"):
             return meta
-    if not trust_base:
-        raise TrustError(
-            "QC-ADAPTER-009",
-            "carries no fingerprint of the base that it was trained on",
-            file=folder,
-            fix="pass --trust-base if you know that this is its base",
-        )
     return {}
 
 
@@ -184,8 +191,11 @@ class _Reader:
         headers: dict[str, Header],
         layout: Layout,
         claimed: Collection[str] = (),
+        said: Sequence[Statement] = (),
     ) -> None:
         self.path = path
+        self.said = said
+        self.notes: list[str] = []
         self.config = config
         self.headers = headers
         self.claimed = claimed
@@ -231,6 +241,7 @@ class _Reader:
 
     def pairs(self) -> dict[str, Pair]:
         pairs, used = {}, set()
+        older = self._older_experts()
         for tensor in self.maps:
             if tensor.name not in self.stems:
                 continue
@@ -242,7 +253,7 @@ class _Reader:
             used.update(present)
             if len(present) == 2:
                 a, b = self.headers[names["A"]], self.headers[names["B"]]
-                pairs[tensor.name] = self._pair(tensor, a, b)
+                pairs[tensor.name] = self._pair(tensor, a, b, tensor.name in older)
         for name in [name for name in self.headers if name not in used]:
             self._problem(
                 "QC-ADAPTER-005",
@@ -261,11 +272,32 @@ class _Reader:
             )
         return pairs
 
-    def _pair(self, tensor: TableTensor, a: Header, b: Header) -> Pair:
+    def _older_experts(self) -> set[str]:
+        """Return the stacks whose matrices have the layout of PEFT before 0.19.1."""
+        stacks = []
+        for tensor in self.maps:
+            stem = self.stems.get(tensor.name)
+            names = [f"{stem}.lora_{side}.weight" for side in "AB"]
+            if (
+                tensor.row.kind is Kind.EXPERTS
+                and tensor.name not in self.claimed
+                and all(name in self.headers for name in names)
+            ):
+                a, b = (self.headers[name] for name in names)
+                stacks.append(Stack(tensor, a, b))
+        decided = expert_layout(self.path, stacks, self.said)
+        if not isinstance(decided, ExpertLayout):
+            self.problems.append(decided)
+            return set()
+        if decided.note:
+            self.notes.append(decided.note)
+        return {stack.tensor.name for stack in stacks} if decided.older else set()
+
+    def _pair(self, tensor: TableTensor, a: Header, b: Header, older: bool) -> Pair:
         module = self._module(tensor)
         r = int(self._pattern("rank_pattern", module, self.config["r"]))
         alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
-        shapes = peft_shapes(tensor, r)
+        shapes = peft_shapes(tensor, r, older=older)
         for header, shape in ((a, shapes["A"]), (b, shapes["B"])):
             if header.shape != shape:
                 self._problem(
@@ -286,7 +318,7 @@ class _Reader:
                     fix="export the adapter again",
                 )
         scaling = alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
-        return Pair(tensor=tensor, a=a, b=b, r=r, scaling=scaling)
+        return Pair(tensor=tensor, a=a, b=b, r=r, scaling=scaling, older=older)
 
     def _pattern(self, field: str, module: str, default: float) -> float:
         for key, value in (self.config.get(field) or {}).items():

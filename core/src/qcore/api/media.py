@@ -66,13 +66,20 @@ class RowError(Exception):
         self.at = f"{at}.{self.at}" if self.at else at
         return self
 
-    def error(self, path: Path | None, line: int) -> InputError:
-        """The user's error: file, line and field."""
+    def error(self, path: Path | None, line: int, unit: str = "line") -> InputError:
+        """The user's error: file, place and field.
+
+        Args:
+            path: the data file.
+            line: number of the line, or of another unit.
+            unit: what is counted: ``line``, ``element`` of a JSON array, ``row``.
+        """
+        place = f"{unit} {line}"
         return InputError(
             self.code,
             self.what,
             file=path,
-            field=f"line {line}, {self.at}" if self.at else f"line {line}",
+            field=f"{place}, {self.at}" if self.at else place,
             found=self.found,
             expected=self.expected,
             fix=self.fix,

@@ -241,6 +241,8 @@ class ChatFormat:
             ``enable_thinking``; empty for a format without thinking.
         splits_content: whether the template moves a think block in ``content`` into the
             reasoning; ``None``: core renders a probe to find out.
+        call_tags: what the template puts around a tool call; rows may write it as text, too.
+        result_tags: the same around the result of a tool.
         parse: the inverse of the template, from the text that a model generated after the prompt
             to the message; ``None`` for a format without a parser.
     """
@@ -256,6 +258,8 @@ class ChatFormat:
     parse_arguments: bool = True
     thinking_switch: str = ""
     splits_content: bool | None = None
+    call_tags: tuple[str, str] | None = None
+    result_tags: tuple[str, str] | None = None
     parse: ParseReply | None = None
 
 

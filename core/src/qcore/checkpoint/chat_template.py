@@ -161,7 +161,7 @@ class Template:
         """
         if _FAILURES[failure.kind][2]:
             return self._error(failure)
-        raise self._error(failure, f" on the row at line {row.line}") from None
+        raise self._error(failure, f" on the row at {row.unit} {row.line}") from None
 
     def _error(self, failure: RenderFailure, where: str = "") -> InputError:
         code, what, _ = _FAILURES[failure.kind]
@@ -182,6 +182,7 @@ class _Row:
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None
     line: int = 0
+    unit: str = "line"
 
 
 class PrefixBatches:
@@ -268,4 +269,4 @@ class PrefixBatches:
             return self._taken(row, prefixes)
         except RenderFailure as failure:
             self.close()
-            raise self._template._error(failure, f" on the row at line {row.line}") from None
+            raise self._template._error(failure, f" on the row at {row.unit} {row.line}") from None

@@ -20,7 +20,7 @@ from typing import Any, Final
 from ..errors import InputError
 from ..io import strict_json
 from ..io.atomic import reading
-from ..io.safe_path import name_problem
+from ..io.safe_path import cache_blobs, name_problem
 from .safetensors_header import Header, read_headers
 
 INDEX: Final = "model.safetensors.index.json"
@@ -64,9 +64,7 @@ def safe_file(folder: Path, name: str) -> Path:
     if stat.S_ISREG(_mode(path, links=False)):
         return path  # not a link, so its real path is in the folder
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    # A hub cache keeps snapshots/<commit>/<file> as links into its own blobs/.
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
-    if real.parent not in (home, blobs):
+    if real.parent not in (home, cache_blobs(home)):
         raise _unsafe(folder, name)
     mode = _mode(real)
     if not mode:

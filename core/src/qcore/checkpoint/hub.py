@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import InputError
-from .hub_client import RemoteWeights, download, suggest_model
+from ..io.safe_path import name_problem
+from .hub_client import RemoteWeights, download
+from .suggest import suggest_folder
 
-_SMALL: Final = (
-    "config.json",
-    "generation_config.json",
+#: Patterns of the files of a tokenizer and its chat template.
+TOKENIZER_FILES: Final = (
     "tokenizer*.json",
     "tokenizer.model",
     "vocab.json",
@@ -35,10 +36,16 @@ _SMALL: Final = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+)
+_SMALL: Final = (
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
     "*processor_config.json",
     "*.safetensors.index.json",
 )
 FILES: Final = (*_SMALL, "*.safetensors")
+_DEEPEST: Final = 16  # folders in a hub id
 _ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION: Final = re.compile(r"[A-Za-z0-9_](?!.*\.\.)[\w./+-]*", re.ASCII)
 
@@ -58,6 +65,34 @@ class ResolvedModel:
     source: str
     revision: str | None = None
     remote: RemoteWeights | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubId:
+    """A place on the hub: ``ORG/NAME[/FOLDER][@REVISION]``.
+
+    Attributes:
+        name: ``ORG/NAME``.
+        folder: path in the repository; empty for the top.
+        revision: branch, tag or commit; ``None`` for the default branch.
+    """
+
+    name: str
+    folder: str
+    revision: str | None
+
+
+def parse_id(source: str) -> HubId | None:
+    """Split a hub id, which may name a folder; ``None`` if the value is not one."""
+    path, separator, revision = source.partition("@")
+    org, _, rest = path.partition("/")
+    name, _, folder = rest.partition("/")
+    if not _ID.fullmatch(f"{org}/{name}") or (separator and not _REVISION.fullmatch(revision)):
+        return None
+    folder = folder.rstrip("/")
+    if folder and name_problem(folder, depth=_DEEPEST) is not None:
+        return None
+    return HubId(name=f"{org}/{name}", folder=folder, revision=revision or None)
 
 
 def resolve_model(model: str | Path, *, headers_only: bool = False) -> ResolvedModel:
@@ -86,7 +121,7 @@ def resolve_model(model: str | Path, *, headers_only: bool = False) -> ResolvedM
             "is neither a folder nor a hub id",
             file=source,
             expected="a folder, or ORG/NAME[@REVISION]",
-            fix=suggest_model(source, path) or "name a folder that exists",
+            fix=suggest_folder(source, path) or "name a folder that exists",
         )
     folder = download(name, revision or None, source, _SMALL if headers_only else FILES)
     if not folder.is_dir():
@@ -98,3 +133,30 @@ def resolve_model(model: str | Path, *, headers_only: bool = False) -> ResolvedM
         )
     remote = RemoteWeights(name, folder.name, source) if headers_only else None
     return ResolvedModel(path=folder, source=source, revision=folder.name, remote=remote)
+
+
+def public_source(source: str, path: Path, revision: str | None) -> tuple[str, str | None]:
+    """Return the name under which others find a base, and its commit on the hub.
+
+    Args:
+        source: the folder or hub id that the user passed.
+        path: the folder.
+        revision: commit that the hub id resolved to; ``None`` for a folder.
+
+    Returns:
+        A hub id and a commit, also for a folder of the hub's cache; else the absolute path and
+        ``None``.
+    """
+    if revision is not None:
+        return source.partition("@")[0], revision
+    return _cached_id(path) or (str(path.expanduser().absolute()), None)
+
+
+def _cached_id(path: Path) -> tuple[str, str] | None:
+    """Return hub id and commit of a snapshot folder in the hub's cache; ``None`` for another."""
+    snapshot = Path(os.path.abspath(path.expanduser()))
+    entry = snapshot.parent.parent.name.split("--")
+    if snapshot.parent.name != "snapshots" or entry[0] != "models" or len(entry) < 3:
+        return None
+    name = f"{entry[1]}/{'--'.join(entry[2:])}"
+    return (name, snapshot.name) if _ID.fullmatch(name) else None

@@ -23,14 +23,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import islice
+from glob import escape
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import InputError, QcoreError, TrustError, nearest
+from ..errors import InputError, QcoreError, TrustError
 from ..io.atomic import write_error
 from ..io.version import __version__
 from .safetensors_header import PREFIX, Header, header_length, parse_headers
+from .suggest import suggest_folder
 
 _FIRST: Final = 100_000  # bytes; contains nearly every header with its length (the client's value)
 _WORKERS: Final = 16
@@ -39,14 +40,17 @@ _BAR_DELAY: Final = 1.0  # seconds until the progress bar appears
 _CLIENT: Final = {"library_name": "qcore", "library_version": __version__}
 
 
-def download(name: str, revision: str | None, source: str, patterns: Sequence[str]) -> Path:
-    """Download the matching top-level files of a repository and return the snapshot folder.
+def download(
+    name: str, revision: str | None, source: str, patterns: Sequence[str], *, folder: str = ""
+) -> Path:
+    """Download the matching files of a folder of a repository and return the snapshot folder.
 
     Args:
         name: ``ORG/NAME``.
         revision: branch, tag or commit; ``None`` for the default branch.
         source: the id that the user passed, for errors.
         patterns: file names, which may contain ``*``.
+        folder: folder of the files in the repository; empty for the top.
 
     Raises:
         InputError: ``QC-HUB-*``.
@@ -55,16 +59,44 @@ def download(name: str, revision: str | None, source: str, patterns: Sequence[st
     """
     from huggingface_hub import snapshot_download
 
+    below = f"{escape(folder)}/" if folder else ""
     with _client_errors(source):
-        folder = snapshot_download(
+        snapshot = snapshot_download(
             name,
             revision=revision,
-            allow_patterns=list(patterns),
-            ignore_patterns=["*/*"],  # a * in a pattern also matches folders
+            allow_patterns=[below + pattern for pattern in patterns],
+            ignore_patterns=[f"{below}*/*"],  # a * in a pattern also matches folders
             tqdm_class=_progress_bar(),
             **_CLIENT,
         )
-    return Path(folder)
+    return Path(snapshot)
+
+
+def list_files(name: str, commit: str, source: str) -> set[str]:
+    """Return the names of all files of a commit, with ``/`` between folder and file.
+
+    Offline the names are unknown and the set is empty.
+
+    Args:
+        name: ``ORG/NAME``.
+        commit: the commit.
+        source: the id that the user passed, for errors.
+
+    Raises:
+        InputError: ``QC-HUB-*``.
+        TrustError: ``QC-HUB-004``.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    with _client_errors(source):
+        try:
+            info = HfApi(**_CLIENT).model_info(
+                name, revision=commit, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+            )
+        except OfflineModeIsEnabled:
+            return set()
+        return {file.rfilename for file in info.siblings or ()}
 
 
 class RemoteWeights:
@@ -284,7 +316,7 @@ def _refused(error: Exception, source: str, endpoint: str, kind: str) -> QcoreEr
             "QC-HUB-003",
             f"is not a folder, and {endpoint} has no public {kind} of that name",
             file=source,
-            fix=suggest_model(source, Path(source))
+            fix=suggest_folder(source, Path(source))
             or f"check the name; for a private {kind} set HF_TOKEN or run: hf auth login",
         )
     if status == 401:
@@ -297,6 +329,8 @@ def _refused(error: Exception, source: str, endpoint: str, kind: str) -> QcoreEr
     if isinstance(error, errors.RevisionNotFoundError):
         what = f"{endpoint} has the {kind} but not this revision"
         fix = "name a branch, tag or commit, or leave @REVISION out"
+        if "/" in source.partition("@")[2]:
+            fix += "; a folder comes before it: ORG/NAME/FOLDER@REVISION"
         return InputError("QC-HUB-005", what, file=source, fix=fix)
     if isinstance(error, errors.HFValidationError):
         return InputError("QC-HUB-001", "is not a valid hub id", file=source, expected="ORG/NAME")
@@ -350,32 +384,3 @@ def _failed(error: Exception, source: str) -> QcoreError:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:200]
-
-
-def suggest_model(source: str, path: Path) -> str | None:
-    """Return a hint for a mistyped model: the id in a URL, or the nearest local folder.
-
-    Args:
-        source: the value that the user passed.
-        path: the same as a path, with ``~`` expanded.
-
-    Returns:
-        ``did you mean NAME?``, or ``None`` if nothing is similar.
-    """
-    if "://" in source:
-        tail = source.partition("://")[2].split("/")[1:3]
-        return f"did you mean {'/'.join(tail)}?" if len(tail) == 2 else None
-    missing = path
-    while not missing.parent.is_dir():
-        missing = missing.parent
-    try:
-        with os.scandir(missing.parent) as entries:
-            names = [entry.name for entry in islice(entries, 10_000) if entry.is_dir()]
-    except OSError:
-        return None
-    name = nearest(missing.name, names)
-    if name is None:
-        return None
-    guess = missing.with_name(name)
-    rest = path.relative_to(missing)
-    return f"did you mean {guess / rest if (guess / rest).is_dir() else guess}?"

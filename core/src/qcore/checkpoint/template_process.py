@@ -30,10 +30,13 @@ _FAILED: Final = (1 << 64) - 1  # in place of the shared characters
 
 
 class Conversation(Protocol):
-    """The fields of a row that are rendered; `line` is for errors."""
+    """The fields of a row that are rendered; errors use `line` and `unit`."""
 
     @property
     def line(self) -> int: ...
+
+    @property
+    def unit(self) -> str: ...
 
     @property
     def messages(self) -> Sequence[Mapping[str, Any]]: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -42,6 +42,16 @@ def emit(value: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout."""
     people = sys.stdout is not None and sys.stdout.isatty()  # None: closed before we began
     click.echo(json.dumps(value, indent=2 if people else None, ensure_ascii=False))
+
+
+def emit_list(value: Mapping[str, Any], key: str, items: Iterable[Mapping[str, Any]]) -> None:
+    """As `emit`, with a last key whose list is too long to be held: an item a line."""
+    click.echo(f'{json.dumps(value, ensure_ascii=False)[:-1]}, "{key}": [', nl=False)
+    separator = "\n"
+    for item in items:
+        click.echo(separator + json.dumps(item, ensure_ascii=False), nl=False)
+        separator = ",\n"
+    click.echo("]}")
 
 
 def fail(error: QcoreError, *, as_json: bool) -> int:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import debug_option, emit, json_option
+from .common import debug_option, emit_list, json_option
 from .data_options import RowOptions, end, model_option, setting_options, source_options
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def check(model: str, as_json: bool, **options: Any) -> None:
     ):
         report = check_rows(renderer, sources)
     if as_json:
-        emit(report.as_json())
+        emit_list(report.as_json(), "findings", (f.as_json() for f in report.findings()))
     else:
         _print(report)
     end(report.error)

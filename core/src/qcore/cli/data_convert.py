@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from .data_options import RowOptions, source_options
 
 if TYPE_CHECKING:
     from ..api.media import RowError
+    from ..data.reading import SourceCount
     from ..data.rejects import Rejects
     from ..data.sources.source import Record, Source
 
@@ -68,21 +69,26 @@ class _Counted:
 
     rejects: Rejects
     rows: int = 0
+    counts: list[SourceCount] = field(default_factory=list)
 
     def records(self, sources: tuple[Source, ...], seed: int) -> Iterator[Record]:
         """The records; after the last one an error if too many were refused."""
+        from ..data.reading import SourceCount
         from ..data.sources.containers import records
 
         for source in sources:
+            count = SourceCount(source, first=self.rows + 1)
+            self.counts.append(count)
             for record in records(source, seed=seed):
                 self.rows += 1
+                count.rows += 1
                 yield record
         # Raised while the output is still being written, so that it is not published.
-        self.rejects.stop(self.rows)
+        self.rejects.stop(self.counts)
 
     def refuse(self, record: Record, error: RowError) -> None:
         """Count a refused row."""
         from ..data.rejects import RecordPlace
 
-        place = RecordPlace(self.rows, record.line, record.path, record.source)
+        place = RecordPlace(self.rows, record.line, record.path, record.source, record.unit)
         self.rejects.add(place, error)

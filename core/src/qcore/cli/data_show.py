@@ -74,7 +74,7 @@ def show(
         else:
             _print(found, opened)
         try:
-            renderer.rejects.stop(renderer.rows)
+            renderer.rejects.stop(renderer.notes.counts)
             _check_rows(rows, renderer)
         except QcoreError as stopped:
             error = stopped

@@ -74,7 +74,7 @@ class SampleView:
         """Print one sample."""
         head = (
             f"row {sample.row}, sample {sample.sample}: {visible(sample.source)} "
-            f"line {sample.line} ({sample.format}), {len(sample.token_ids):,} tokens, "
+            f"{sample.place} ({sample.format}), {len(sample.token_ids):,} tokens, "
             f"{sample.supervised:,} trained"
         )
         texts = sample.texts(self.tokenizer)

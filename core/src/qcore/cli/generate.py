@@ -52,8 +52,36 @@ def _option(kind: str) -> click.Option:
 @click.option("--system", default="", help="The system turn.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder to apply.")
 @click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
+@click.option(
+    "--trust-generation",
+    is_flag=True,
+    help="With --trust-base: accept an adapter that names a base of another generation.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(1, 131072), default=256, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, help="0 is greedy.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 100),
+    help="0 is greedy. This and the next six: by default as generation_config.json says, else "
+    "greedy.",
+)
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling.")
+@click.option("--top-k", type=click.IntRange(0), help="Tokens to draw from; 0: all.")
+@click.option(
+    "--min-p", type=click.FloatRange(0, 1), help="Least share of the top token's probability."
+)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(0, min_open=True),
+    help="Of tokens of prompt and answer; 1: none.",
+)
+@click.option(
+    "--presence-penalty", type=click.FloatRange(-2, 2), help="Of tokens of the answer; 0: none."
+)
+@click.option(
+    "--frequency-penalty",
+    type=click.FloatRange(-2, 2),
+    help="Of each occurrence in the answer; 0: none.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the sampling.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--dtype", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True)
@@ -75,8 +103,15 @@ def command(
     system: str,
     adapter: Path | None,
     trust_base: bool,
+    trust_generation: bool,
     max_new_tokens: int,
-    temperature: float,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    presence_penalty: float | None,
+    frequency_penalty: float | None,
     seed: int,
     device: str,
     dtype: str,
@@ -102,6 +137,7 @@ def command(
         prompt,
         adapter=adapter,
         trust_base=trust_base,
+        trust_generation=trust_generation,
         device=device,
         dtype=dtype,
         quantization=quantization,
@@ -111,6 +147,12 @@ def command(
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         seed=seed,
         reporter=terminal_reporter(quiet=as_json),
     )

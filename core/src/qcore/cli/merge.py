@@ -16,6 +16,11 @@ from .common import count, debug_option, emit, json_option
 @click.option("--adapter", required=True, type=click.Path(path_type=Path), help="Adapter folder.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
+@click.option(
+    "--trust-generation",
+    is_flag=True,
+    help="With --trust-base: accept an adapter that names a base of another generation.",
+)
 @click.option("--generation", default="", help="Take an unproven checkpoint for this generation.")
 @click.option("--dequantize", is_flag=True, help="Write a base in FP8 as bf16, all of it.")
 @click.option("--no-proof", is_flag=True, help="Skip the comparison of logits.")
@@ -26,6 +31,7 @@ def command(
     adapter: Path,
     output: Path,
     trust_base: bool,
+    trust_generation: bool,
     generation: str,
     dequantize: bool,
     no_proof: bool,
@@ -41,6 +47,7 @@ def command(
         adapter,
         output,
         trust_base=trust_base,
+        trust_generation=trust_generation,
         generation=generation,
         prove=not no_proof,
         dequantize=dequantize,

@@ -56,6 +56,11 @@ if TYPE_CHECKING:
     help="Adapter folder to start from; it sets rank, alpha and LoRA groups.",
 )
 @click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
+@click.option(
+    "--trust-generation",
+    is_flag=True,
+    help="With --trust-base: accept an adapter that names a base of another generation.",
+)
 @click.option("--adapter-class", help="Class that the adapter is written for: text or vl.")
 @click.option("--generation", help="Take an unproven checkpoint for this generation.")
 @json_option
@@ -75,6 +80,7 @@ def command(
     resume: bool,
     init_adapter: Path | None,
     trust_base: bool,
+    trust_generation: bool,
     adapter_class: str | None,
     generation: str | None,
     as_json: bool,
@@ -105,7 +111,7 @@ def command(
             model, data, output, settings,
             eval_data=eval_data, data_format=data_format or "", media_root=media_root,
             device=device, resume=resume, init_adapter=init_adapter, trust_base=trust_base,
-            origins=origins, reporter=reporter,
+            trust_generation=trust_generation, origins=origins, reporter=reporter,
         )  # fmt: skip
     if as_json:
         emit(report.as_json())
@@ -162,7 +168,7 @@ def _finished_run(output: Path) -> Iterator[None]:
             raise
         from ..training.resume import free_name
 
-        dropped = ("resume", "output", "init_adapter", "trust_base", "as_json")
+        dropped = ("resume", "output", "init_adapter", "trust_base", "trust_generation", "as_json")
         more = ["--init-adapter", str(output), "--output", str(free_name(output))]
         command = shlex.join(["qcore", "train", *_typed(dropped), *more])
         fix = f"to train longer, start a new run from it, whose steps count from 0: {command}"

@@ -52,7 +52,14 @@ class Settings:
         choices=("refuse", "skip"),
     )
     bad_rows_limit: float = _s(
-        0.1, "largest fraction of the rows that bad_rows: skip may leave out", low=0, high=1
+        0.1, "largest fraction of a source's rows that bad_rows: skip may leave out", low=0, high=1
+    )
+    refuse_findings: tuple[str, ...] = _s(
+        (),
+        "warnings on a row that refuse it instead: QC-DATA-052 a turn without prompt or answer, "
+        "-056 an empty user turn, -057 a call of an undeclared function, -058 an argument of "
+        "another type than its schema",
+        choices=("QC-DATA-052", "QC-DATA-056", "QC-DATA-057", "QC-DATA-058"),
     )
     turns: str = _s(
         "all",

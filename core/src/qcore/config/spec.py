@@ -82,6 +82,8 @@ class Spec:
         """Type and range in words: ``a whole number from 1 to 1024``."""
         if self.each is not None:
             return f"a mapping of {self.key} to {self.entry.expected}"
+        if self.choices and self.type is tuple:
+            return f"a list of {', '.join(self.choices)}"
         if self.choices:
             return " or ".join(choice or '""' for choice in self.choices)
         words = [_TYPE_WORDS[self.type]]
@@ -190,6 +192,8 @@ def _names(spec: Spec, values: tuple[Any, ...], origin: Origin) -> tuple[str, ..
                 found=repr(value),
                 expected=spec.expected,
             )
+        if spec.choices:
+            _checked_word(spec, value, origin)
     if len(set(values)) != len(values):
         twice = next(v for v in values if values.count(v) > 1)
         raise origin.error("QC-CONFIG-005", "contains a duplicate", found=twice)

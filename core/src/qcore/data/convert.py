@@ -264,7 +264,7 @@ class _Refused:
         self._count += 1
         self._path = record.path
         if len(self._kept) < SHOWN:
-            self._kept.append(bad.error(record.path, record.line))
+            self._kept.append(bad.error(record.path, record.line, record.unit))
 
     def stop(self) -> None:
         if self._count > len(self._kept):

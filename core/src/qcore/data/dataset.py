@@ -3,7 +3,8 @@
 This file decides the order of the steps. It makes one pass and reports all bad rows together. The
 steps are `qcore.data.reading`, `qcore.data.media.files`, `qcore.data.rendering.samples` with
 `qcore.checkpoint.chat_template`, `qcore.data.rendering.masking` and `qcore.data.rendering.fitting`,
-after `qcore.data.rendering.template_check`. The bytes of media are held for one row at a time.
+after `qcore.data.rendering.template_check`. The samples are written to a store on disk
+(`qcore.data.store`) and read from it one by one, so that memory does not grow with the rows.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..api.records import ChatFormat
 from ..checkpoint.checkpoint import required_template
@@ -23,20 +26,26 @@ from ..errors import InputError
 from .findings import Findings
 from .policies import Policies
 from .reading import SourceCount
-from .rejects import Rejects
-from .rendering.chat_record import ChatRecord
+from .rejects import REJECTED, Rejects
+from .rendering.chat_record import ChatRecord, TrainedTurns, chat_record
 from .rendering.masking import Example
 from .rendering.renderer import Options, Renderer
 from .rendering.template_kwargs import special_tokens
+from .sources.file_kinds import file_kind, unit_of
 from .sources.source import Source
+from .split import held_out
+from .store.records import StoredMedium
+from .store.rendered import Rendered
+from .store.samples import Samples, TokenStore
+from .store.write import AnonymousStore, StoreWriter
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from ..api.media import MediaReader, Medium
+    from ..api.media import MediaReader
     from ..checkpoint.checkpoint import Checkpoint
 
-__all__ = ["Dataset", "dataset", "special_tokens", "split"]
+__all__ = ["Dataset", "dataset", "special_tokens"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,11 +77,11 @@ class Dataset:
         rejects: rows that were refused.
         dropped: rows that ``long_rows`` left out.
         truncated: rows that ``long_rows`` cut.
-        asked: by kind of media: reader options that parts in `train` set themselves.
+        media: counts and digest of the media for the summary; empty for a text-only file.
     """
 
-    train: tuple[Example, ...]
-    eval: tuple[Example, ...]
+    train: Samples
+    eval: Samples
     path: Path
     sha256: str
     samples_sha256: str
@@ -92,55 +101,33 @@ class Dataset:
     rejects: Rejects = field(default_factory=Rejects, compare=False)
     dropped: int = 0
     truncated: int = 0
-    asked: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    media: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of media in the rows, sorted; empty for a text-only file."""
-        return tuple(self._media().get("media", ()))
+        return tuple(self.media.get("media", ()))
 
     @property
     def train_sizes(self) -> tuple[int, ...]:
         """Samples of each training row."""
-        return sizes_of(self.train)
-
-    @property
-    def factor(self) -> float:
-        """Tokens of all samples over tokens of the rows if each was rendered once."""
-        return self.tokens / self.rendered
+        return self.train.sizes
 
     def place(self, examples: Iterable[Example]) -> tuple[Path | None, str]:
-        """The file and the lines of some samples; with several files the numbers of rows."""
+        """The file and the places of some samples; with several files the numbers of rows."""
+        unit = "row"
         one = len(self.sources) == 1 and len(self.sources[0].source.files) == 1
         one = one and not self.eval_sources
+        if one:
+            with suppress(InputError):  # the file may be gone by now
+                unit = unit_of(file_kind(self.path).container)
         numbers = sorted({e.line if one else e.row for e in examples})
         shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-        return self.path if one else None, f"{'lines' if one else 'rows'} {shown}"
+        return self.path if one else None, f"{unit}s {shown}"
 
-    def rows_with_media(self) -> list[Example]:
-        """For each row with media the sample with all of them, in the order of the rows."""
-        rows = sorted((*self.train, *self.eval), key=lambda e: (e.row, len(e.media)))
-        last = [list(samples)[-1] for _, samples in groupby(rows, key=lambda e: e.row)]
-        return [example for example in last if example.media]
-
-    def _media(self) -> dict[str, Any]:
-        """Counts of media for the summary; empty for a text-only file."""
-        rows = self.rows_with_media()
-        if not rows:
-            return {}
-        media = [medium for example in rows for medium in example.media]
-        trained = {example.row for example in self.train}
-        digest = hashlib.sha256()
-        for medium in media:
-            digest.update(f"{medium.kind}:{medium.digest}\n".encode())
-        return {
-            "media": _counted(media),
-            "train_media": _counted([m for row in rows if row.row in trained for m in row.media]),
-            "media_rows": len(rows),
-            "media_tokens": sum(medium.tokens for medium in media),
-            "media_sha256": digest.hexdigest(),
-            "media_keys": {kind: sorted(keys) for kind, keys in sorted(self.asked.items())},
-        }
+    def rows_with_media(self) -> Iterator[tuple[int, list[StoredMedium]]]:
+        """Number and media of each row with media, in the order of the rows."""
+        return self.train.store.samples().with_media()
 
     def lines(self) -> Iterator[str]:
         """What the report says of the rows before the first step."""
@@ -150,9 +137,9 @@ class Dataset:
         )
         if len(self.sources) > 1 or self.eval_sources:
             for count in self.sources:
-                yield f"{count.source.name}: {count.rows} rows"
+                yield count.line()
             for count in self.eval_sources:
-                yield f"{count.source.name}: {count.rows} rows, evaluated only"
+                yield f"{count.line()}, evaluated only"
         for count in (*self.sources, *self.eval_sources):
             yield from (f"{count.source.name}: {note}" for note in count.source.notes)
         yield from self.findings.lines()
@@ -171,7 +158,7 @@ class Dataset:
             **({"eval_samples_sha256": self.eval_samples_sha256} if self.eval else {}),
             "rows": self.rows,
             "train_rows": len(self.train_sizes),
-            "eval_rows": len(sizes_of(self.eval)),
+            "eval_rows": len(self.eval.sizes),
             "samples": self.samples,
             "tokens": self.tokens,
             "supervised_tokens": self.supervised,
@@ -183,7 +170,7 @@ class Dataset:
             "sources": [count.summary() for count in self.sources],
             "eval_sources": [count.summary() for count in self.eval_sources],
             "findings": self.findings.summary(),
-            **self._media(),
+            **self.media,
         }
 
 
@@ -239,40 +226,49 @@ def dataset(
         seed=seed,
         workers=workers,
     )
+    evaluated = _sources(eval_data, seed)
     tokenizer = tokenizer or load_tokenizer(checkpoint)
     template = required_template(checkpoint).reopen()  # a process of its own, closed here
-    with template:
-        renderer = Renderer(template, chat_format, tokenizer, options, Rejects(policies))
-        with renderer.notes:
-            train = list(renderer.examples(sources))
-            evaluated = list(renderer.examples(_sources(eval_data, seed)))
-    _check_rows(renderer, train, sources[0].files[0], refused)
-    held = split(train, eval_fraction, seed, sources[0].files[0])
-    return _whole(renderer, sources, train, evaluated, held)
+    store = AnonymousStore()
+    with template, store.writer() as out:
+        renderer = Renderer(
+            template, chat_format, tokenizer, options, Rejects(policies, listing=REJECTED)
+        )
+        rendered = _rendered(renderer, sources, evaluated, out, refused)
+    return _whole(store.open(reader), rendered, options, eval_fraction)
 
 
-def _check_rows(
+def _rendered(
     renderer: Renderer,
-    train: Sequence[Example],
-    path: Path,
+    sources: Sequence[Source],
+    eval_sources: Sequence[Source],
+    out: StoreWriter,
     refused: Callable[[Rejects], None] | None,
-) -> None:
-    """Raise the errors of refused rows, and that no row is left."""
+) -> Rendered:
+    """Render all rows and write their samples."""
+    notes = renderer.notes
+    with notes:
+        out.extend(renderer.examples(sources))
+        train = out.count
+        out.extend(renderer.examples(eval_sources))
     try:
-        renderer.rejects.stop(renderer.rows)
+        notes.rejects.stop(notes.counts)
     except InputError:
         if refused is not None:
-            refused(renderer.rejects)
+            refused(notes.rejects)
         raise
-    if not train:
-        raise InputError(
-            "QC-DATA-015",
-            "has no row left to train",
-            file=path,
-            found=f"{renderer.rows} rows, {renderer.rejects.count} refused, "
-            f"{renderer.notes.dropped} too long",
-            fix="raise max_length, or add rows",
-        )
+    return Rendered(
+        train=train,
+        counts=tuple(notes.counts[: len(sources)]),
+        eval_counts=tuple(notes.counts[len(sources) :]),
+        findings=notes.findings,
+        rejects=notes.rejects,
+        dropped=notes.dropped,
+        truncated=notes.truncated,
+        asked=notes.asked,
+        template_sha256=renderer.template.sha256,
+        switch=renderer.switch,
+    )
 
 
 def _sources(data: str | Path | Sequence[Source], seed: int) -> tuple[Source, ...]:
@@ -281,78 +277,95 @@ def _sources(data: str | Path | Sequence[Source], seed: int) -> tuple[Source, ..
     return tuple(source.seeded(seed) for source in data)
 
 
-def sizes_of(examples: Iterable[Example]) -> tuple[int, ...]:
-    """Samples of each row; a sample without the number of a row is a row of its own."""
-    keys = (example.row or -at for at, example in enumerate(examples, 1))
-    return tuple(sum(1 for _ in samples) for _, samples in groupby(keys))
-
-
-def _counted(media: Sequence[Medium]) -> dict[str, int]:
-    """Number of media by kind."""
-    return dict(sorted(Counter(medium.kind for medium in media).items()))
-
-
 def _whole(
-    renderer: Renderer,
-    sources: Sequence[Source],
-    train: list[Example],
-    evaluated: list[Example],
-    held: frozenset[int],
+    store: TokenStore, rendered: Rendered, options: Options, eval_fraction: float
 ) -> Dataset:
-    keys: dict[str, frozenset[str]] = {}
-    notes = renderer.notes
-    asked = notes.asked
-    every = [*train, *evaluated]
-    counts, eval_counts = notes.counts[: len(sources)], notes.counts[len(sources) :]
-    kept = tuple(example for example in train if example.row not in held)
-    out = (*(example for example in train if example.row in held), *evaluated)
-    trained = {example.row for example in kept}
-    for kind, key in {pair for row, some in asked.items() if row in trained for pair in some}:
-        keys[kind] = keys.get(kind, frozenset()) | {key}
+    """Split the rows, and count both sides."""
+    path = rendered.counts[0].source.files[0]
+    every = store.samples()
+    trained = np.arange(store.count) < rendered.train
+    rows, turns = every.column("row"), every.column("turns")
+    held = held_out(every, rendered.train, eval_fraction, options.seed, path)
+    kept = trained & ~np.isin(rows, held)
+    # Held-out rows come before those that are only evaluated, as they lie in the store.
+    train, evaluated = Samples(store, np.flatnonzero(kept)), Samples(store, np.flatnonzero(~kept))
+    chat = _chat_record(train, rendered, options)
+    findings = rendered.findings
+    findings.extend(chat.findings())
+    lengths, starts = every.column("tokens"), every.starts()
+    eval_counts = rendered.eval_counts
     return Dataset(
-        train=kept,
-        eval=out,
-        path=sources[0].files[0],
-        sha256=_digest([count.sha256 for count in counts]),
-        samples_sha256=_digest_of_samples(kept),
-        rows=len(sizes_of(every)),
-        samples=len(every),
-        tokens=sum(len(example.ids) for example in every),
-        rendered=sum(_longest(every)),
-        supervised=sum(example.supervised for example in every),
-        turns=sum(example.turns for example in every),
-        longest=max(len(example.ids) for example in every),
-        chat=renderer.chat(kept),
-        sources=tuple(counts),
-        eval_sources=tuple(eval_counts),
+        train=train,
+        eval=evaluated,
+        path=path,
+        sha256=_digest([count.sha256 for count in rendered.counts]),
+        samples_sha256=train.digest(),
+        rows=int(starts.sum()),
+        samples=store.count,
+        tokens=int(lengths.sum(dtype=np.int64)),
+        rendered=int(np.maximum.reduceat(lengths, np.flatnonzero(starts)).sum(dtype=np.int64)),
+        supervised=int(every.column("supervised").sum(dtype=np.int64)),
+        turns=int(turns.sum(dtype=np.int64)),
+        longest=int(lengths.max()),
+        chat=chat,
+        sources=rendered.counts,
+        eval_sources=eval_counts,
         eval_sha256=_digest([count.sha256 for count in eval_counts]) if eval_counts else "",
-        eval_samples_sha256=_digest_of_samples(out) if out else "",
-        findings=notes.findings,
-        rejects=notes.rejects,
-        dropped=notes.dropped,
-        truncated=notes.truncated,
-        asked=keys,
+        eval_samples_sha256=evaluated.digest() if len(evaluated) else "",
+        findings=findings,
+        rejects=rendered.rejects,
+        dropped=rendered.dropped,
+        truncated=rendered.truncated,
+        media=_media(every, frozenset(rows[kept].tolist()), rendered.asked),
     )
 
 
-def _longest(examples: Iterable[Example]) -> Iterator[int]:
-    """Tokens of the longest sample of each row."""
-    for _, samples in groupby(examples, lambda e: e.row):
-        yield max(len(example.ids) for example in samples)
+def _chat_record(train: Samples, rendered: Rendered, options: Options) -> ChatRecord:
+    """How the turns of the training samples were rendered."""
+    starts, codes = train.starts(), train.column("variables")
+    trained = TrainedTurns(
+        turns=int(train.column("turns").sum(dtype=np.int64)),
+        reasoned=int(train.column("reasoned").sum(dtype=np.int64)),
+    )
+    values, first, counts = np.unique(codes[starts], return_index=True, return_counts=True)
+    for at in np.argsort(first).tolist():  # in the order in which the rows have them
+        trained.add_rows(train.store.variables[values[at]], int(counts[at]))
+    return chat_record(rendered.template_sha256, options.variables, rendered.switch, trained)
 
 
-def _digest_of_samples(examples: Sequence[Example]) -> str:
-    """The tokens, the labels and the grouping into rows of samples, in order.
+def _media(
+    every: Samples, trained: frozenset[int], asked: Mapping[int, frozenset[tuple[str, str]]]
+) -> dict[str, Any]:
+    """Counts of media for the summary; empty for a text-only file.
 
-    The digest changes with the template, the tokenizer, the format and the policies. The grouping
-    is part of it because all samples of a row are trained one after the other.
+    Args:
+        every: all samples.
+        trained: numbers of the training rows.
+        asked: as `Rendered.asked`.
     """
-    digest = hashlib.sha256(" ".join(map(str, sizes_of(examples))).encode())
-    for example in examples:
-        digest.update(len(example.ids).to_bytes(8, "little"))
-        digest.update(example.ids.tobytes())
-        digest.update(example.labels.tobytes())
-    return digest.hexdigest()
+    media, train_media = Counter[str](), Counter[str]()
+    rows = tokens = 0
+    digest = hashlib.sha256()
+    for row, some in every.with_media():
+        rows += 1
+        for medium in some:
+            media[medium.kind] += 1
+            train_media[medium.kind] += row in trained
+            tokens += medium.tokens
+            digest.update(f"{medium.kind}:{medium.digest}\n".encode())
+    if not rows:
+        return {}
+    keys: dict[str, set[str]] = {}
+    for kind, key in {pair for row, pairs in asked.items() if row in trained for pair in pairs}:
+        keys.setdefault(kind, set()).add(key)
+    return {
+        "media": dict(sorted(media.items())),
+        "train_media": dict(sorted((+train_media).items())),
+        "media_rows": rows,
+        "media_tokens": tokens,
+        "media_sha256": digest.hexdigest(),
+        "media_keys": {kind: sorted(some) for kind, some in sorted(keys.items())},
+    }
 
 
 def _digest(digests: Sequence[str]) -> str:
@@ -360,37 +373,3 @@ def _digest(digests: Sequence[str]) -> str:
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def split(examples: Sequence[Example], fraction: float, seed: int, path: Path) -> frozenset[int]:
-    """Choose the rows to hold out by a hash of seed and content, independent of the file's order.
-
-    The hash covers the tokens and the digests of media of a row's last sample.
-
-    Returns:
-        The numbers of the rows.
-
-    Raises:
-        InputError: ``QC-DATA-015`` if no training row would be left.
-    """
-    if not fraction:
-        return frozenset()
-    last = {example.row: example for example in examples}
-    count = max(1, round(len(last) * fraction))
-    if count >= len(last):
-        raise InputError(
-            "QC-DATA-015",
-            "has too few rows to hold some out",
-            file=path,
-            found=f"{len(last)} rows, eval_fraction {fraction}",
-            fix="set eval_fraction=0 or add rows",
-        )
-    ranked = sorted((_rank(example, seed), row) for row, example in last.items())
-    return frozenset(row for _, row in ranked[:count])
-
-
-def _rank(example: Example, seed: int) -> bytes:
-    content = hashlib.sha256(f"{seed}:".encode() + example.ids.tobytes())
-    for medium in example.media:
-        content.update(f":{medium.digest}".encode())
-    return content.digest()

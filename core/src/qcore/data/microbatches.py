@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from .store.samples import Samples
+
 if TYPE_CHECKING:
     from .rendering.masking import Example
 
@@ -21,8 +23,10 @@ def extent(lengths: Sequence[int], units: int = 0) -> int:
     return sum(lengths) + TILE * len(lengths) + units
 
 
-def units_of_rows(rows: Iterable[Example]) -> tuple[int, ...]:
+def units_of_rows(rows: Iterable[Example]) -> Sequence[int]:
     """Media units of each row; empty if no row has media."""
+    if isinstance(rows, Samples):
+        return rows.units
     units = tuple(sum(medium.units for medium in row.media) for row in rows)
     return units if any(units) else ()
 

@@ -8,17 +8,22 @@ length and `qcore.data.rejects` those on bad rows. The settings have the same na
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+from ..config.settings import SPECS
 
 if TYPE_CHECKING:
     from ..config.settings import Settings
     from .sources.source import Source
 
-ALL, LAST = "all", "last"
-TRAIN, MASK, DROP = "train", "mask", "drop"
-AS_SERVED, AS_RENDERED = "as_served", "as_rendered"
-REFUSE, SKIP = "refuse", "skip"
-TRUNCATE_TURNS, TRUNCATE_TOKENS = "truncate_turns", "truncate_tokens"
+#: Policies with a choice of values, which a source may set itself.
+POLICY_KEYS: Final = ("turns", "reasoning", "history", "long_rows", "bad_rows")
+# The settings list the choices; a new one must get a name here.
+ALL, LAST = SPECS["turns"].choices
+TRAIN, MASK, DROP = SPECS["reasoning"].choices
+AS_SERVED, AS_RENDERED = SPECS["history"].choices
+REFUSE, _, TRUNCATE_TURNS, TRUNCATE_TOKENS = SPECS["long_rows"].choices
+_, SKIP = SPECS["bad_rows"].choices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +37,9 @@ class Policies:
             ``as_rendered``: in one rendering of the row.
         long_rows: ``refuse``, ``drop``, ``truncate_turns`` or ``truncate_tokens``.
         bad_rows: ``refuse`` or ``skip``.
-        bad_rows_limit: the largest fraction of the rows that may be skipped.
+        bad_rows_limit: the largest fraction of the rows of a source that may be skipped.
         train: whether turns without a mark of their own are trained.
+        refuse_findings: codes of warnings that refuse a row instead.
     """
 
     turns: str = ALL
@@ -43,6 +49,7 @@ class Policies:
     bad_rows: str = REFUSE
     bad_rows_limit: float = 0.1
     train: bool = True
+    refuse_findings: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, settings: Settings) -> Policies:
@@ -54,6 +61,7 @@ class Policies:
             long_rows=settings.long_rows,
             bad_rows=settings.bad_rows,
             bad_rows_limit=settings.bad_rows_limit,
+            refuse_findings=settings.refuse_findings,
         )
 
     def over(self, source: Source | None) -> Policies:
@@ -67,5 +75,8 @@ class Policies:
             history=source.history or self.history,
             long_rows=source.long_rows or self.long_rows,
             bad_rows=source.bad_rows or self.bad_rows,
+            bad_rows_limit=self.bad_rows_limit
+            if source.bad_rows_limit is None
+            else source.bad_rows_limit,
             train=source.train,
         )

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..api.media import RowError
 from ..errors import InputError
@@ -39,32 +39,61 @@ class SourceCount:
 
     Attributes:
         source: the source.
+        first: number of its first row.
         sha256: hex digest of its files.
         rows: its rows, refused ones included.
-        refused: rows that are refused.
+        refused: rows that are refused, skipped ones included; `Rejects.stop` sets these four.
+        skipped: those of them that ``bad_rows=skip`` leaves out.
+        dropped: rows that ``long_rows`` leaves out.
+        truncated: rows that ``long_rows`` cuts.
         formats: rows by row format.
     """
 
     source: Source
+    first: int = 1
     sha256: str = ""
     rows: int = 0
+    refused: int = 0
+    skipped: int = 0
+    dropped: int = 0
+    truncated: int = 0
     formats: Counter[str] = field(default_factory=Counter)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the source."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source"}
+        return {k: dict(v) if isinstance(v, Counter) else v for k, v in values.items()}
+
+    @classmethod
+    def of(cls, source: Source, value: Mapping[str, Any]) -> SourceCount:
+        """The count of a source of its `as_json`."""
+        values: dict[str, Any] = {
+            k: Counter(v) if isinstance(v, dict) else v for k, v in value.items()
+        }
+        return cls(source, **values)
 
     def summary(self) -> dict[str, object]:
         """For a manifest."""
-        source = self.source
         return {
-            "name": source.name,
-            **({"revision": source.revision} if source.revision else {}),
-            **({"weight": source.weight} if source.weight is not None else {}),
-            **({"count": source.count} if source.count is not None else {}),
-            **({"seed": source.seed} if source.seed is not None else {}),
-            **({"notes": list(source.notes)} if source.notes else {}),
-            "files": [path.name for path in source.files],
+            **self.source.summary(),
+            "files": [path.name for path in self.source.files],
             "sha256": self.sha256,
             "rows": self.rows,
+            "rejected_rows": self.refused,
+            "dropped_rows": self.dropped,
+            "truncated_rows": self.truncated,
             "formats": dict(sorted(self.formats.items())),
         }
+
+    def line(self) -> str:
+        """What the report states of the source."""
+        losses = (
+            (self.refused, "refused"),
+            (self.dropped, "too long and left out"),
+            (self.truncated, "cut"),
+        )
+        more = "".join(f", {count} {what}" for count, what in losses if count)
+        return f"{self.source.name}: {self.rows} rows{more}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +124,11 @@ class Numbered:
     def source(self) -> Source | None:
         """Its source."""
         return self.record.source
+
+    @property
+    def unit(self) -> str:
+        """What `line` counts."""
+        return self.record.unit
 
 
 Chunk = Sequence[Numbered]  #: records that are rendered together
@@ -149,7 +183,14 @@ class RowReader:
         )
         repaired, notes = repair(read.row, self.context, number=numbered.row, raw=record.value)
         row = self.check(record.line, repaired)
-        row = replace(row, row=numbered.row, path=record.path, source=source, format=read.format)
+        row = replace(
+            row,
+            row=numbered.row,
+            path=record.path,
+            unit=record.unit,
+            source=source,
+            format=read.format,
+        )
         return ReadRow(row=row, ignored=tuple(dict.fromkeys(read.ignored)), findings=notes)
 
 
@@ -197,7 +238,7 @@ def read_records(
     """
     number = first - 1
     for source in sources:
-        count = SourceCount(source)
+        count = SourceCount(source, first=number + 1)
         at = len(counts)
         counts.append(count)
         digest = hashlib.sha256()

@@ -32,10 +32,11 @@ from ..checkpoint.chat_template import STANDARD_INPUTS
 from ..errors import nearest
 from . import tool_fields as fields
 from .content import ContentReader, text_of
-from .tool_fields import kind, known_keys, mapping, without_block, without_nulls, wrong
+from .think_block import block_fault, has_marks, thinking_marks, without_tags
+from .tool_fields import kind, known_keys, mapping, without_nulls, wrong
 
 if TYPE_CHECKING:
-    from ..api.media import MediaReader, Medium
+    from ..api.media import MediaReader, Medium, Payload
     from .media.files import Reference
     from .sources.source import Source
 
@@ -56,12 +57,14 @@ class ChatRow:
     """One normalized conversation.
 
     Attributes:
-        line: line in the file, from 1.
+        line: line in the file, or number of the record, from 1.
+        unit: what `line` counts; see `Record.unit`.
         messages: as a template reads them; must not be mutated.
         tools: function descriptions, or ``None``.
         media: references of its media parts, in order; empty once they are read.
         media_at: for each medium, the index of its message.
         seen: the media, once they are read.
+        payloads: where to read each of `seen` again.
         train: for each message, the ``train`` mark that it has; empty: no message has one.
         trained: the ``train`` mark of the row.
         variables: the row's own ``chat_template_kwargs``.
@@ -72,11 +75,13 @@ class ChatRow:
     """
 
     line: int
+    unit: str = "line"
     messages: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] | None = None
     media: tuple[Reference, ...] = ()
     media_at: tuple[int, ...] = ()
     seen: tuple[Medium, ...] = ()
+    payloads: tuple[Payload, ...] = ()
     train: tuple[bool | None, ...] = ()
     trained: bool | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -88,14 +93,6 @@ class ChatRow:
     def turns(self, role: str) -> int:
         """Number of messages with this role."""
         return sum(message["role"] == role for message in self.messages)
-
-
-def thinking_marks(chat_format: ChatFormat) -> tuple[str, str] | None:
-    """The tags of a think block, taken from the prompt tails; ``None`` without one."""
-    tails = sorted((tail.strip() for tail in chat_format.prompt_tails if tail.strip()), key=len)
-    if len(tails) < 2 or not tails[-1].startswith(tails[0]):
-        return None
-    return tails[0], tails[-1].removeprefix(tails[0]).strip()
 
 
 class RowCheck:
@@ -263,18 +260,17 @@ class RowCheck:
         if self.marks is None:
             return
         opens, closes = self.marks
-        if reasoned is not None and (opens in reasoned or closes in reasoned):
+        where = f"{at}.content"
+        if reasoned is not None and has_marks(reasoned, self.marks):
             what, where = f"contains {opens} or {closes}", f"{at}.reasoning_content"
-        elif opens not in said and closes not in said:
+        elif not has_marks(said, self.marks):
             return
         elif reasoned is not None:
-            what, where = f"contains {opens} or {closes} beside reasoning_content", f"{at}.content"
-        elif said.count(closes) != 1 or said.count(opens) > 1:
-            what, where = f"has a think block that is not one {opens} and one {closes}", at
-        elif opens in said and not said.startswith(opens):
-            what, where = f"has text before {opens}, which the template drops", f"{at}.content"
+            what = f"contains {opens} or {closes} beside reasoning_content"
         else:
-            return
+            what = block_fault(said, self.marks)
+            if not what:
+                return
         raise RowError(
             "QC-DATA-016",
             what,
@@ -306,7 +302,7 @@ class RowCheck:
 
     def _check_message(self, message: dict[str, Any], at: str) -> None:
         if self.marks is not None and message["role"] == self.format.assistant:
-            said = without_block(text_of(message.get("content", "")), self.marks)
+            said = without_tags(text_of(message.get("content", "")), self.marks)
             message = {**message, "content": said}
         self._check_text(message, at)
 

@@ -113,13 +113,6 @@ def _drop_nulls(value: Any) -> Any:
     return value
 
 
-def without_block(said: str, marks: tuple[str, str]) -> str:
-    """Remove the tags of the think block, if any."""
-    for mark in marks:
-        said = said.replace(mark, "\n", 1)
-    return said
-
-
 def mapping(value: Any, at: str, code: str, what: str) -> dict[str, Any]:
     """Return `value` if it is an object."""
     if isinstance(value, dict):

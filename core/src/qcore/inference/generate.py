@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.delta import Deltas
+from ..adapter.evidence import evidence_lines, read_for
 from ..adapter.peft_names import Adapter
-from ..adapter.reader import read_adapter
 from ..api.media import MediaReader, Medium
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.tokenizer import load_tokenizer
@@ -34,6 +34,7 @@ from ..preflight.modality import reader_of, unread
 from ..reporting import Finished, Reporter, RunStarted
 from .chat_variables import chat_record
 from .decoder import Decoder, way_of
+from .generation_config import NAMES, Sampling, choose_sampling, stop_ids
 from .prompt_media import PromptMedia
 from .sampling import decode
 
@@ -69,10 +70,17 @@ def generate(
     *,
     adapter: str | Path | None = None,
     trust_base: bool = False,
+    trust_generation: bool = False,
     media: Sequence[tuple[str, Path]] = (),
     system: str = "",
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "bf16",
@@ -88,10 +96,18 @@ def generate(
         prompt: what the user says.
         adapter: an adapter folder to apply.
         trust_base: accept an adapter without a fingerprint of its base.
+        trust_generation: accept such an adapter if it names a base of another generation.
         media: kind and file of each medium that comes before the prompt.
         system: the system turn, none when empty.
         max_new_tokens: the most tokens to add.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; ``None``, here and below: as generation_config.json says, else
+            greedy and without penalties.
+        top_p: see `Sampling`.
+        top_k: see `Sampling`.
+        min_p: see `Sampling`.
+        repetition_penalty: see `Sampling`.
+        presence_penalty: see `Sampling`.
+        frequency_penalty: see `Sampling`.
         seed: of the sampling.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: ``bf16`` or ``fp32``.
@@ -109,6 +125,7 @@ def generate(
         model,
         adapter=adapter,
         trust_base=trust_base,
+        trust_generation=trust_generation,
         device=device,
         dtype=dtype,
         quantization=quantization,
@@ -119,7 +136,9 @@ def generate(
     )
     answer = generator.prompt(
         prompt, media=media, system=system, max_new_tokens=max_new_tokens,
-        temperature=temperature, seed=seed,
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty, seed=seed,
     )  # fmt: skip
     reporter.emit(Finished(verb="generate", output=None, result=answer.as_json()))
     return answer
@@ -143,6 +162,7 @@ class Generator:
         *,
         adapter: str | Path | None = None,
         trust_base: bool = False,
+        trust_generation: bool = False,
         device: str = "auto",
         dtype: str = "bf16",
         quantization: str = "none",
@@ -157,9 +177,15 @@ class Generator:
         self.reader = self._media_reader(required=media)
         self.chat = self.base.chat_format()
         self.tokenizer = load_tokenizer(self.base.checkpoint)
-        self.adapter = self._read_adapter(adapter, trust_base) if adapter else None
+        self.adapter = (
+            read_for(self.base, adapter, trust_base=trust_base, trust_generation=trust_generation)
+            if adapter
+            else None
+        )
         self._reads_media = media
         self._select_parts()
+        if self.adapter is not None:
+            self.reporter.lines(evidence_lines(self.base, self.adapter))
         self.variables = self._template_variables(chat_template_kwargs or {})
         lines = preflight(
             self.base, verb="generate", template_kwargs=self.variables,
@@ -184,10 +210,6 @@ class Generator:
                 fix="leave the files out, or install the plugin that reads them",
             )
         return reader
-
-    def _read_adapter(self, adapter: str | Path, trust_base: bool) -> Adapter:
-        claims = self.base.adapter_claims
-        return read_adapter(adapter, self.base.layout, trust_base=trust_base, claims=claims)
 
     def _select_parts(self) -> None:
         """Load the parts that the adapter changes, and the tower where media are read."""
@@ -261,8 +283,8 @@ class Generator:
         media: Sequence[tuple[str, Path]] = (),
         system: str = "",
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
         seed: int = 0,
+        **options: float | None,
     ) -> Generated:
         """Answer one user turn.
 
@@ -272,29 +294,28 @@ class Generator:
                 with ``media=True``.
             system: the system turn, none when empty.
             max_new_tokens: the most tokens to add.
-            temperature: 0 is greedy.
             seed: of the sampling.
+            options: fields of `Sampling` by name; ``None`` or absent: as generation_config.json
+                says, else greedy.
 
         Raises:
             ValueError: media for a Generator that was not made for them.
+            TypeError: an option that `Sampling` does not have.
             QcoreError: see docs/errors.md.
         """
-        if temperature and not 0.01 <= temperature <= 100:
-            raise UsageError(
-                "QC-GENERATE-003",
-                "invalid temperature",
-                field="--temperature",
-                found=temperature,
-                expected="0 for greedy, or 0.01 to 100",
-            )
+        if unknown := options.keys() - {*NAMES}:
+            raise TypeError(f"prompt() got an unexpected keyword argument {min(unknown)!r}")
+        config, folder = self.base.checkpoint.generation_config, self.base.checkpoint.path
+        sampling, lines = choose_sampling(config, options, folder)
         if media and not self._reads_media:
             raise ValueError("media need a Generator that was made with media=True")
         if self._prompt_media is not None:
             self._prompt_media.check_text({"--prompt": text, "--system": system})
+        self.reporter.lines(lines)
         rendered, inputs = self._render(text, media, system)
         ids: list[int] = self.tokenizer.encode(rendered, add_special_tokens=False).ids
         self._warn_of_length(len(ids), max_new_tokens)
-        new, stopped = self.decode(ids, max_new_tokens, temperature, seed, inputs)
+        new, stopped = self.decode(ids, max_new_tokens, sampling, seed, inputs)
         return Generated(
             text=self.tokenizer.decode(new, skip_special_tokens=True),
             prompt=rendered,
@@ -358,7 +379,7 @@ class Generator:
         self,
         ids: list[int],
         max_new_tokens: int,
-        temperature: float,
+        sampling: Sampling,
         seed: int,
         media: Sequence[Medium] = (),
     ) -> tuple[list[int], bool]:
@@ -374,8 +395,14 @@ class Generator:
             positions=positions,
             media=inputs,
             known=highest_id(self.tokenizer) + 1,
-            stop={self.tokenizer.token_to_id(token) for token in self.chat.stop_tokens},
-            temperature=temperature,
+            stop=self._stop_ids(),
+            sampling=sampling,
             seed=seed,
             source=self.base.checkpoint.path,
         )
+
+    def _stop_ids(self) -> set[int | None]:
+        """The stop tokens of the generation, and those of generation_config.json."""
+        checkpoint = self.base.checkpoint
+        named = {self.tokenizer.token_to_id(token) for token in self.chat.stop_tokens}
+        return named | stop_ids(checkpoint.generation_config, checkpoint.path)

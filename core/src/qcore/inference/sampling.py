@@ -1,8 +1,8 @@
-"""Chooses each next token (greedy, or sampled with a temperature) in the decoding loop.
+"""Chooses each next token (greedy, or sampled) in the decoding loop.
 
 This file decides which token follows (temperature 0: the most likely one; above 0: one drawn from
-the softmax; there is no top-k or top-p) and when decoding ends: at a stop token or after
-``max_new_tokens``. How the logits of a token are computed is up to `decoder`.
+the softmax) and when decoding ends: at a stop token or after ``max_new_tokens``. How logits are
+changed before is decided in `processors`, how they are computed in `decoder`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..api.blocks import Media
 from ..errors import NumericError
 from .decoder import Decoder
+from .generation_config import Sampling
+from .processors import Penalties, warp
+
+_GREEDY = Sampling()
 
 
 @torch.inference_mode()
@@ -28,7 +31,7 @@ def decode(
     positions: Tensor | None = None,
     media: Media | None = None,
     stop: Collection[int | None] = (),
-    temperature: float = 0.0,
+    sampling: Sampling = _GREEDY,
     seed: int = 0,
     source: object | None = None,
 ) -> tuple[list[int], bool]:
@@ -42,7 +45,7 @@ def decode(
         positions: of the prompt, as for `Decoder.start`.
         media: what the tower reads for the prompt.
         stop: ids that end the document; ``None`` stands for a token that is not in the tokenizer.
-        temperature: 0 is greedy.
+        sampling: how a token follows from logits; greedy by default.
         seed: of the sampling.
         source: the model, for an error.
 
@@ -53,6 +56,7 @@ def decode(
         NumericError: ``QC-GENERATE-002`` for logits that are not finite.
     """
     sampler = torch.Generator(decoder.device).manual_seed(seed)
+    penalties: Penalties | None = None
     new: list[int] = []
     fresh = torch.tensor(ids, device=decoder.device)
     while len(new) < max_new_tokens:
@@ -62,7 +66,13 @@ def decode(
             room = len(ids) + max_new_tokens
             logits = decoder.start(fresh, room, positions, media)[:known]
         finite = logits.isfinite().all()
-        fresh = _pick(logits, finite, temperature, sampler)
+        if sampling.penalizes:
+            if penalties is None:
+                penalties = Penalties(sampling, ids, len(logits), decoder.device)
+            logits = penalties(logits)
+        fresh = _pick(logits, finite, sampling, sampler)
+        if penalties is not None:
+            penalties.add(fresh)
         # The only synchronization of a token.
         token, good = torch.stack((fresh[0], finite.long())).tolist()
         if not good:
@@ -78,10 +88,10 @@ def decode(
     return new, False
 
 
-def _pick(logits: Tensor, finite: Tensor, temperature: float, sampler: torch.Generator) -> Tensor:
+def _pick(logits: Tensor, finite: Tensor, sampling: Sampling, sampler: torch.Generator) -> Tensor:
     """A token ``[1]``: the most likely, or sampled; any token where logits are not finite."""
-    if temperature > 0:
+    if sampling.temperature > 0:
         # multinomial would end the process with a device assertion on NaN.
-        scores = torch.where(finite, logits, 0.0)
-        return torch.multinomial(F.softmax(scores / temperature, -1), 1, generator=sampler)
+        scores = warp(torch.where(finite, logits, 0.0), sampling)
+        return torch.multinomial(scores.softmax(-1), 1, generator=sampler)
     return logits.argmax().reshape(1)

@@ -3,8 +3,8 @@
 This file decides how a result is published: it is written into a hidden folder next to the target,
 every file is hashed while it is written and then synced, MANIFEST.json comes last, and one rename
 gives the folder its name. A failure or kill before the rename leaves the target unchanged.
-`qcore.io.manifest` decides the manifest's format and `verify`; `qcore.io.run_lock` handles run
-folders, which grow during training.
+`qcore.io.manifest` decides the manifest's format and `qcore.io.folder_check` what `verify`
+compares; `qcore.io.run_lock` handles run folders, which grow during training.
 
 Codes: ``QC-WRITE-001`` the target is not empty, ``-002`` the target cannot become a folder,
 ``-003`` to ``-006`` from `qcore.io.atomic`, ``-007`` too little free space, ``-008`` an invalid
@@ -23,8 +23,9 @@ import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ from .atomic import (
     write_error,
     writing,
 )
-from .manifest import MANIFEST, FileEntry, Manifest, Report, read_manifest, unsafe, verify
+from .folder_check import Report, verify
+from .manifest import MANIFEST, FileEntry, Manifest, read_manifest, unsafe
 from .version import __version__
 
 __all__ = [
@@ -171,13 +173,24 @@ class Writer:
         """Write text as UTF-8, without newline translation."""
         self.write_bytes(name, text.encode("utf-8"))
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: Any, *, editable: Collection[str] | None = None) -> None:
         """Write JSON, indented by two spaces, keys in insertion order.
+
+        Args:
+            name: ``file`` or ``folder/file``.
+            value: the content.
+            editable: fields of a mapping that people may edit later without a problem in
+                `verify`, which then compares the other fields; ``None``: the bytes decide.
 
         Raises:
             ValueError: the value contains a NaN or an infinity.
         """
         self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+        if editable is not None:
+            fields = {key: one for key, one in value.items() if key not in editable}
+            self.files[name] = replace(
+                self.files[name], fields=fields, editable=tuple(sorted(editable))
+            )
 
     def copy(self, name: str, source: Path) -> None:
         """Copy a file; it is read once and hashed while it is copied.

@@ -1,12 +1,12 @@
-"""MANIFEST.json: size and SHA-256 of each file in a result folder, and `verify` against them.
+r"""MANIFEST.json: size and SHA-256 of each file in a result folder.
 
-This file decides the manifest's format (version 1) and what `verify` reports as a problem: a
-missing or extra file, a different size or content, a link, a name that leaves the folder, a changed
-manifest. It writes nothing.
+This file decides the manifest's format (version 1). `qcore.io.folder_check` decides what is a fault
+of a folder. It writes nothing.
 
 Format: ``format_version``, ``kind``, ``created`` (UTC), ``qcore`` (version), ``files``
-(name -> ``size``, ``sha256``), ``meta`` (a mapping of the writer) and ``manifest_sha256``, the
-SHA-256 of the file's bytes with that value set to 64 zeros.
+(name -> ``size``, ``sha256``, and for a JSON file that people edit ``fields`` and ``editable``),
+``meta`` (a mapping of the writer) and ``manifest_sha256``, the SHA-256 of the file's bytes with
+that value set to 64 zeros. Line ends that git rewrote (``\r\n``) are read as ``\n``.
 
 Codes: ``QC-MANIFEST-001`` not a folder, ``-002`` no manifest, ``-003`` the manifest is broken or
 was changed, ``-004`` a later format.
@@ -18,16 +18,15 @@ import hashlib
 import json
 import os
 import re
-import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import InputError
 from . import strict_json
-from .atomic import CHUNK, reading
-from .safe_path import name_problem
+from .atomic import reading
+from .safe_path import dangling_target, name_problem, stored_file
 
 MANIFEST: Final = "MANIFEST.json"
 FORMAT_VERSION: Final = 1
@@ -41,10 +40,27 @@ _KEYS: Final = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """Size in bytes and SHA-256 of one file."""
+    """Size in bytes and SHA-256 of one file.
+
+    Attributes:
+        size: in bytes.
+        sha256: of its bytes.
+        fields: content of a JSON file whose fields decide instead of its bytes, without the
+            fields in `editable`; ``None`` for a file whose bytes decide.
+        editable: names of fields that may be edited or added.
+    """
 
     size: int
     sha256: str
+    fields: Mapping[str, Any] | None = None
+    editable: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the entry as the manifest holds it."""
+        entry: dict[str, Any] = {"size": self.size, "sha256": self.sha256}
+        if self.fields is not None:
+            entry |= {"fields": dict(self.fields), "editable": list(self.editable)}
+        return entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +88,7 @@ class Manifest:
             "kind": self.kind,
             "created": self.created,
             "qcore": self.qcore,
-            "files": {
-                name: {"size": entry.size, "sha256": entry.sha256}
-                for name, entry in sorted(self.files.items())
-            },
+            "files": {name: entry.as_json() for name, entry in sorted(self.files.items())},
             "meta": self.meta,
             "manifest_sha256": _ZEROS,
         }
@@ -83,31 +96,6 @@ class Manifest:
         head, _, tail = text.rpartition(_ZEROS)
         digest = hashlib.sha256(text.encode("ascii")).hexdigest()
         return f"{head}{digest}{tail}".encode("ascii")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """The result of `verify`.
-
-    Attributes:
-        ok: whether there are no problems.
-        kind: the manifest's kind; empty if the manifest cannot be read.
-        files: number of files in the manifest.
-        size: their total size in bytes.
-        problems: one line for each problem.
-        meta: the manifest's meta mapping.
-    """
-
-    ok: bool
-    kind: str
-    files: int
-    size: int
-    problems: list[str]
-    meta: Mapping[str, Any] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the payload of ``qcore verify --json``."""
-        return {"ok": self.ok, "files": self.files, "problems": self.problems}
 
 
 def unsafe(name: str) -> str | None:
@@ -135,13 +123,18 @@ def read_manifest(path: Path | str) -> Manifest:
     if not os.path.lexists(file):
         fix = "name a folder that qcore wrote"
         raise InputError("QC-MANIFEST-002", f"has no {MANIFEST}", file=folder, fix=fix)
-    if file.is_symlink() or not file.is_file():
-        raise InputError("QC-MANIFEST-003", "is not a plain file", file=file)
-    with reading(file), file.open("rb") as stream:
+    real = stored_file(folder, MANIFEST)
+    if real is None or not real.is_file():
+        target = dangling_target(file)
+        what = (
+            "is not a plain file" if target is None else f"is a link to {target}, which is absent"
+        )
+        raise InputError("QC-MANIFEST-003", what, file=file)
+    with reading(file), real.open("rb") as stream:
         data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise _broken(file, "is larger than 64 MiB")
-    return _parse(data, file)
+    return _parse(data.replace(b"\r\n", b"\n"), file)
 
 
 def _parse(data: bytes, file: Path) -> Manifest:
@@ -194,96 +187,14 @@ def _entries(files: object, file: Path) -> dict[str, FileEntry]:
             raise _broken(file, f"has no size or digest for {name}")
         if not _SHA256.fullmatch(sha256):
             raise _broken(file, f"has no digest for {name}")
-        entries[name] = FileEntry(size=size, sha256=sha256)
+        fields, editable = entry.get("fields"), entry.get("editable", [])
+        if not isinstance(fields, dict | None) or not isinstance(editable, list):
+            raise _broken(file, f"has a value of the wrong type for {name}")
+        entries[name] = FileEntry(
+            size=size, sha256=sha256, fields=fields, editable=tuple(map(str, editable))
+        )
     return entries
 
 
 def _broken(file: Path, what: str) -> InputError:
     return InputError("QC-MANIFEST-003", what, file=file, fix="restore the folder from its source")
-
-
-def verify(path: Path | str, *, progress: Callable[[int, int], None] | None = None) -> Report:
-    """Check every byte of a folder against its manifest.
-
-    Args:
-        path: the artifact folder.
-        progress: called with the bytes read so far and the total bytes.
-
-    Returns:
-        The report; every fault but the one below is a problem in it.
-
-    Raises:
-        InputError: ``QC-MANIFEST-001`` the path is not a folder.
-    """
-    folder = Path(path)
-    try:
-        manifest = read_manifest(folder)
-    except InputError as error:
-        if error.code == "QC-MANIFEST-001":
-            raise
-        return Report(ok=False, kind="", files=0, size=0, problems=[error.message])
-    problems: list[str] = []
-    sizes = dict(_walk(folder, "", problems))
-    total = sum(entry.size for entry in manifest.files.values())
-    done = 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
-    for name, entry in sorted(manifest.files.items()):
-        if name not in sizes:
-            problems.append(f"{name}: missing")
-        elif sizes[name] != entry.size:
-            problems.append(f"{name}: {sizes[name]} bytes, expected {entry.size}")
-        else:
-            problems += _content(folder / name, name, entry, tick)
-    problems += [f"{name}: not in the manifest" for name in sorted(sizes.keys() - manifest.files)]
-    return Report(
-        ok=not problems,
-        kind=manifest.kind,
-        files=len(manifest.files),
-        size=total,
-        problems=problems,
-        meta=manifest.meta,
-    )
-
-
-def _walk(folder: Path, prefix: str, problems: list[str]) -> Iterator[tuple[str, int]]:
-    """Yield name and size of every regular file; add links, pipes and empty folders to problems."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda e: e.name)
-    except OSError as error:
-        problems.append(f"{prefix or folder}: cannot be read: {error.strerror}")
-        return
-    if prefix and not entries:
-        problems.append(f"{prefix}: an empty folder that is not in the manifest")
-    for entry in entries:
-        name = prefix + entry.name
-        if entry.is_symlink():
-            problems.append(f"{name}: a symbolic link")
-        elif entry.is_dir(follow_symlinks=False):
-            yield from _walk(folder / entry.name, f"{name}/", problems)
-        elif not entry.is_file(follow_symlinks=False):
-            problems.append(f"{name}: not a plain file")
-        elif name != MANIFEST:
-            yield name, entry.stat(follow_symlinks=False).st_size
-
-
-def _content(path: Path, name: str, entry: FileEntry, tick: Callable[[int], None]) -> list[str]:
-    """Return the problems with the content of a file that has the right size."""
-    digest = hashlib.sha256()
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, "rb", buffering=0) as stream:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                return [f"{name}: not a plain file"]
-            buffer = memoryview(bytearray(min(CHUNK, max(entry.size, 1))))
-            while count := stream.readinto(buffer):
-                digest.update(buffer[:count])
-                tick(count)
-    except OSError as error:
-        return [f"{name}: cannot be read: {error.strerror}"]
-    return [] if digest.hexdigest() == entry.sha256 else [f"{name}: content differs (sha256)"]

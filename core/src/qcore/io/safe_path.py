@@ -59,3 +59,41 @@ def inside(folder: str | Path, name: str) -> Path | None:
     root = os.path.realpath(folder)
     real = os.path.realpath(os.path.join(root, name))
     return Path(real) if os.path.commonpath([root, real]) == root else None
+
+
+def cache_blobs(folder: str | Path) -> Path | None:
+    """Return the ``blobs`` folder of the hub cache entry that a folder belongs to, if any.
+
+    The hub's cache keeps ``snapshots/<commit>/[<folder>/]<file>`` as links into ``blobs``.
+    """
+    for parent in Path(os.path.realpath(folder)).parents:
+        if parent.name == "snapshots":
+            return parent.parent / "blobs"
+    return None
+
+
+def stored_file(folder: str | Path, name: str) -> Path | None:
+    """Resolve a file of a folder that was copied, published or cached, including all links.
+
+    Args:
+        folder: the folder; links that lead to it are followed too.
+        name: a relative path.
+
+    Returns:
+        The resolved path, in the folder or in the blobs of the same hub cache entry; ``None`` if
+        it is outside both. The file need not exist.
+    """
+    real = inside(folder, name)
+    if real is not None:
+        return real
+    if name_problem(name, depth=LONGEST) is not None:
+        return None
+    real = Path(os.path.realpath(os.path.join(folder, name)))
+    return real if real.parent == cache_blobs(folder) else None
+
+
+def dangling_target(path: str | Path) -> str | None:
+    """Return where a link points that leads to no file; ``None`` for anything else."""
+    if not os.path.islink(path) or os.path.exists(path):
+        return None
+    return os.readlink(path)

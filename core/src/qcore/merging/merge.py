@@ -31,8 +31,9 @@ from typing import Any
 
 from ..adapter.base_check import media_notes, refuse_parts
 from ..adapter.delta import one_thread
+from ..adapter.evidence import evidence_lines, read_for
+from ..adapter.expert_layout import OLDER
 from ..adapter.peft_names import WEIGHTS, Adapter
-from ..adapter.reader import read_adapter
 from ..checkpoint.checkpoint import Checkpoint, read_headers
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.quantization_formats import Format
@@ -86,6 +87,7 @@ def merge(
     output: str | Path,
     *,
     trust_base: bool = False,
+    trust_generation: bool = False,
     generation: str = "",
     prove: bool = True,
     dequantize: bool = False,
@@ -98,6 +100,7 @@ def merge(
         adapter: the adapter's folder.
         output: the folder to publish; absent or empty.
         trust_base: accept an adapter without a fingerprint of its base.
+        trust_generation: accept such an adapter if it names a base of another generation.
         generation: accepted only where evidence is missing, never against it.
         prove: compare logits and the files with what training computes.
         dequantize: write a base in block FP8 in bfloat16: all of it, not what changes alone.
@@ -118,12 +121,13 @@ def merge(
     target = check_target(output)
     base = identify(model, generation=generation)
     _check_dtype(base, dequantize)
-    read = read_adapter(adapter, base.layout, trust_base=trust_base, claims=base.adapter_claims)
+    read = read_for(base, adapter, trust_base=trust_base, trust_generation=trust_generation)
     refuse_parts(base.layout, read)
     base = base.using_parts(read.parts)  # verification computes them, so preflight checks them
     earlier = _refuse_twice(base.checkpoint, read)
     warnings = (
         *preflight(base, verb="merge"),
+        *evidence_lines(base, read),
         *_template_notes(base, read),
         *media_notes(read),
     )
@@ -257,6 +261,9 @@ def _meta(
                 "sha256": _digest(adapter.path / WEIGHTS),
                 "trusted_without_fingerprint": not adapter.fingerprints,
                 "pairs": len(adapter.pairs),
+                **(
+                    {"expert_layout": OLDER} if any(p.older for p in adapter.pairs.values()) else {}
+                ),
                 "modalities": adapter.modalities,
                 "tensors_changed": merger.changed,
                 "tensors_unchanged": merger.unchanged,

@@ -1,7 +1,8 @@
 """Resolves ``--model``: finds the checkpoint, detects its architecture, locates every tensor.
 
-This file decides the order (folder, headers, plugins, detection, table, location) and
-nothing else. It reads no weight and imports no torch.
+This file decides the order (folder, headers, plugins, detection, table, location, ties) and
+nothing else. It reads no weight, except one that config.json ties and the files hold nevertheless,
+and imports no torch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.hub import resolve_model
 from ..checkpoint.layout import Layout, faults, survey
 from ..checkpoint.quantization_formats import Quantization, detect_quantization
+from ..checkpoint.ties import tie_problems
 from ..errors import InputError, PluginError, QcoreError, raise_all
 from ..skus.registry import refuse_hosted
 from .detect import Decision, detect
@@ -164,6 +166,8 @@ def identify(
     layout = replace(layout, idle=frozenset(one.name for one in decision.modalities))
     if refused is not None:
         problems = [refused]  # what the table misses and does not know is a consequence
+    else:
+        problems += tie_problems(layout, checkpoint)
     if not tolerant:
         raise_all(faults(problems))
     return Identified(

@@ -61,7 +61,7 @@ class InspectReport:
         quantisation: the format of quantized weights; ``None`` for plain ones.
         tensors: in the files.
         unaccounted: tensors that are absent, or that no part owns.
-        differences: other faults of tensors, and parts without tensors.
+        differences: other faults of tensors, parts without tensors, ties that were not compared.
         carried: tensors outside every part, by root: merge keeps them as they are.
         namespaces: prefixes of each part on disk, by the name of their class.
         layouts: how the experts of each part are stored.
@@ -152,6 +152,11 @@ def _report(model: str, identified: Identified) -> InspectReport:
         f"part '{part}' is claimed by config.json and absent from the files"
         for part in layout.absent
     ]
+    unread = [
+        f"{name} is tied to {tie} and in the files too: its values are on the hub and not compared"
+        for name, tie in layout.ties.items()
+        if identified.checkpoint.headers_only
+    ]
     kinds = (kind for modality in identified.modalities for kind in modality.kinds)
     quantized = identified.quantisation
     unreadable = quantized is not None and not quantized.readable
@@ -166,7 +171,7 @@ def _report(model: str, identified: Identified) -> InspectReport:
         quantisation=quantized.as_json() | {"line": quantized.line()} if quantized else None,
         tensors=len(identified.checkpoint.headers),
         unaccounted=tuple(error.field for error in problems if error.code in _BY_NAME),
-        differences=(*(e.message for e in problems if e.code not in _BY_NAME), *absent),
+        differences=(*(e.message for e in problems if e.code not in _BY_NAME), *absent, *unread),
         carried=layout.carried_roots(),
         namespaces={part: namespace.name for part, namespace in layout.namespaces.items()},
         layouts=part_layouts(layout),

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,26 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ..adapter.peft_config import DESCRIPTIVE
 from ..adapter.peft_names import CONFIG, LAYOUT, WEIGHTS, peft_config, stems
 from ..api.parameters import Namespace
 from ..checkpoint.fingerprint import fingerprints
+from ..checkpoint.hub import TOKENIZER_FILES, public_source
 from ..data.rejects import REJECTED
 from ..errors import InputError, NumericError, UsageError
 from ..io.artifact import Writer, publish, read_manifest, verify
 from ..io.atomic import make_folders, remove_tree, writing
 from ..io.run_lock import Lock
 from ..nn.model import Model
+from ..plugins.resolve_model import classes_of
 from .best import Evaluated
+from .model_card import Card, model_card
 from .resume import compare, identity
 from .run import Run
 
 OPTIMIZER = "optimizer.safetensors"
 METRICS = "metrics.jsonl"
+CARD = "README.md"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -251,7 +257,7 @@ class RunFiles:
     def publish(
         self, target: Path, metrics: Path, result: Mapping[str, Any], same: Path | None = None
     ) -> None:
-        """The adapter folder: PEFT's two files, the run's metrics, the manifest.
+        """The adapter folder: PEFT's two files, a card, tokenizer, metrics, the manifest.
 
         Args:
             target: the folder.
@@ -263,11 +269,14 @@ class RunFiles:
             NumericError: ``QC-TRAIN-013`` the tensors are not those of `same`, byte for byte.
         """
         with publish(target, kind="adapter") as out:
-            self._adapter(out)
+            config = self._adapter(out)
             if same is not None:
                 _check_same(out, same)
+            out.write_text(CARD, self._card(config))
+            for name in self._tokenizer_files():
+                out.copy(name, self.run.model.checkpoint.file(name))
             out.copy(METRICS, metrics)
-            if self.run.data.rejects.count:
+            if self.run.data.rejects.listed:
                 out.copy(REJECTED, metrics.with_name(REJECTED))
             out.meta["result"] = dict(result)
 
@@ -304,24 +313,50 @@ class RunFiles:
             for side in "AB"
         }
 
-    def _adapter(self, out: Writer) -> None:
+    def _base(self) -> tuple[str, str | None]:
+        """The name of the base under which others find it, and its commit on the hub."""
+        checkpoint = self.run.model.checkpoint
+        return public_source(checkpoint.source, checkpoint.path, checkpoint.revision)
+
+    def _tokenizer_files(self) -> list[str]:
+        """Names of the base's tokenizer and chat template, which the adapter was trained with."""
+        names = self.run.model.checkpoint.sidecars
+        return [name for name in names if any(fnmatch(name, each) for each in TOKENIZER_FILES)]
+
+    def _card(self, config: Mapping[str, Any]) -> str:
+        base, revision = self._base()
+        pairs = [module.lora.r for _, module in self.model.adapters() if module.lora]
+        card = Card(
+            base=base,
+            revision=revision,
+            class_name=(config["auto_mapping"] or {}).get("base_model_class", ""),
+            ranks=frozenset(pairs),
+            groups={line["group"]: line["hit"] for line in self.coverage if line["hit"]},
+            variables=self.run.data.chat.kwargs,
+            tokenizer="tokenizer_config.json" in self._tokenizer_files(),
+        )
+        return model_card(card)
+
+    def _adapter(self, out: Writer) -> dict[str, Any]:
         base, settings, names = self.run.model, self.run.settings, self._names()
         tensors = {
             names[name]: parameter.detach().to("cpu", torch.float32).contiguous()
             for name, parameter in self.model.trainable()
         }
         out.write_bytes(WEIGHTS, save(tensors, metadata={"format": "pt"}))
+        source, revision = self._base()
         config = peft_config(
             {name: module.lora for name, module in self.model.adapters() if module.lora},
             base.layout,
             r=settings.r,
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
-            base=base.checkpoint.source,
-            revision=base.checkpoint.revision,
+            base=source,
+            revision=revision,
             namespace=self.namespace,
+            classes=classes_of(base.checkpoint.config),
         )
-        out.write_json(CONFIG, config)
+        out.write_json(CONFIG, config, editable=DESCRIPTIVE)
         initial, present = self.run.initial, fingerprints(base.layout, self.digests)
         if initial is not None:
             out.meta["init_adapter"] = initial.as_json()
@@ -338,3 +373,4 @@ class RunFiles:
             identity=self.identity(),
             coverage=[dict(line) for line in self.coverage],
         )
+        return config

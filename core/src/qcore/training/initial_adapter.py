@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..adapter.base_check import refuse_parts
 from ..adapter.delta import Deltas
+from ..adapter.evidence import evidence_lines, read_for
 from ..adapter.peft_names import CONFIG, WEIGHTS, Adapter
-from ..adapter.reader import read_adapter
 from ..config.settings import SPECS, Settings
 from ..data.rendering.template_kwargs import recorded_template, recorded_variables
 from ..errors import InputError, UsageError
@@ -41,12 +41,14 @@ class AdapterWords:
     Attributes:
         init_adapter: its folder; ``None``: the run starts from the base alone.
         trust_base: accept an adapter without a fingerprint of its base.
+        trust_generation: accept such an adapter if it names a base of another generation.
         origins: source of each setting, as `qcore.config.resolve.load_settings` returns it;
             ``None``: a setting that differs from its default was set explicitly.
     """
 
     init_adapter: str | Path | None = None
     trust_base: bool = False
+    trust_generation: bool = False
     origins: Mapping[str, str] | None = None
 
     def explicit(self, settings: Settings) -> frozenset[str]:
@@ -206,19 +208,23 @@ def start_from(
         UsageError: ``QC-TRAIN-011`` a setting contradicts the adapter.
         InputError: ``QC-TRAIN-009``; the folder does not fit the base (`read_adapter`), or the
             base lacks a part that it was trained with.
-        TrustError: ``QC-ADAPTER-009`` it has no fingerprint, and `trust_base` is not set.
+        TrustError: ``QC-ADAPTER-009`` it has no fingerprint, and `trust_base` is not set;
+            ``-015`` it names a base of another generation.
     """
     if words.init_adapter is None:
-        if words.trust_base:
+        if words.trust_base or words.trust_generation:
             raise UsageError(
                 "QC-TRAIN-011",
                 "has no effect without an adapter to start from",
-                field="--trust-base",
+                field="--trust-base" if words.trust_base else "--trust-generation",
                 fix="pass --init-adapter, or leave it out",
             )
         return None, settings, []
-    adapter = read_adapter(
-        words.init_adapter, model.layout, trust_base=words.trust_base, claims=model.adapter_claims
+    adapter = read_for(
+        model,
+        words.init_adapter,
+        trust_base=words.trust_base,
+        trust_generation=words.trust_generation,
     )
     refuse_parts(model.layout, adapter)
     initial = InitialAdapter(
@@ -246,6 +252,7 @@ def _digest(path: Path) -> str:
 def _differences(initial: InitialAdapter, model: Identified, now: Settings) -> Iterator[str]:
     """Warn about what differs from the training of the adapter and does not stop the run."""
     adapter = initial.adapter
+    yield from evidence_lines(model, adapter)
     what = "warning: the initial adapter was trained"
     if not adapter.fingerprints:
         yield (

@@ -45,6 +45,6 @@ def first_changed(folder: Path, rows: Dataset) -> str | None:
 
 
 def _lines(rows: Dataset) -> Iterator[str]:
-    for row in rows.rows_with_media():
-        for number, medium in enumerate(row.media, 1):
-            yield f"{row.row} {number} {medium.digest[:32]}"
+    for row, media in rows.rows_with_media():
+        for number, medium in enumerate(media, 1):
+            yield f"{row} {number} {medium.digest[:32]}"

@@ -73,7 +73,10 @@ def compare(checkpoint: Path, present: Mapping[str, Any]) -> dict[str, str]:
     if "base" not in present:
         before = {key: value for key, value in before.items() if not key.startswith("base.")}
     allowed = {}
-    for key in (*now, *(key for key in before if key not in now)):
+    # Section by section, so that a setting that is gone is named before what it changes.
+    sections = list(dict.fromkeys(key.partition(".")[0] for key in (*now, *before)))
+    keys = dict.fromkeys((*now, *before))
+    for key in sorted(keys, key=lambda name: sections.index(name.partition(".")[0])):
         value, was = now.get(key), before.get(key)
         # In Python True equals 1; in a chat template it does not.
         if was == value and isinstance(was, bool) == isinstance(value, bool):

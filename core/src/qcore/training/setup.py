@@ -17,7 +17,6 @@ from ..api.media import MediaReader
 from ..checkpoint.tokenizer import load_tokenizer
 from ..config.settings import Settings
 from ..data.dataset import Dataset, dataset
-from ..data.microbatches import units_of_rows
 from ..data.policies import Policies
 from ..data.rejects import REJECTED, SHOWN, Rejects
 from ..data.sampler import Schedule
@@ -249,8 +248,9 @@ def _with_tower(
 def _reaches_media(rows: Dataset, settings: Settings) -> bool:
     """Whether any step of the run has a row with media."""
     schedule = Schedule(rows.train_sizes, settings)
-    return any(
-        rows.train[row].media
+    units = rows.train.units
+    return bool(units) and any(
+        units[row]
         for step in range(schedule.total)
         for batch in schedule.micro_batches(step)
         for row in batch
@@ -304,10 +304,9 @@ def plan_memory(run: Run, room: Room, before: PreviousPlan | None) -> RunPlan:
         InputError: ``QC-PLAN-001`` or ``-006``, the run does not fit.
     """
     data, settings = run.data, run.settings
-    train, held_out = ([len(row.ids) for row in part] for part in (data.train, data.eval))
     pack = partial(
-        packs_of, train, held_out, settings,
-        units=units_of_rows(data.train), held_out_units=units_of_rows(data.eval),
+        packs_of, data.train.lengths, data.eval.lengths, settings,
+        units=data.train.units, held_out_units=data.eval.units,
         sizes=data.train_sizes,
     )  # fmt: skip
     plan, notes = plan_run(

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..api.media import MediaReader
 from ..config.settings import Settings, in_bytes
 from ..data.dataset import Dataset
-from ..data.microbatches import joined, units_of_rows
+from ..data.microbatches import joined
 from ..data.rendering.masking import Example
 from ..data.sampler import Schedule, seed_of
 from ..errors import NumericError, PluginError
@@ -67,8 +67,8 @@ class Loop:
         self.batches = Batches(model, device, reader, keep)
         self.schedule = Schedule(data.train_sizes, settings)
         self.together = together
-        self._lengths = [len(example.ids) for example in data.train]
-        self._units = units_of_rows(data.train)
+        self._lengths = data.train.lengths
+        self._units = data.train.units
         # Loaded objects live to the end: garbage collection must not walk them in a step.
         gc.freeze()
         self.parameters = [parameter for _, parameter in model.trainable()]

@@ -58,6 +58,7 @@ def train(
     resume: bool = False,
     init_adapter: str | Path | None = None,
     trust_base: bool = False,
+    trust_generation: bool = False,
     origins: Mapping[str, str] | None = None,
     reporter: Reporter | None = None,
     room: Room | None = None,
@@ -77,6 +78,7 @@ def train(
         init_adapter: adapter folder to start from. It sets rank, alpha, LoRA groups and class;
             the optimizer starts fresh.
         trust_base: accept an `init_adapter` without a fingerprint of its base.
+        trust_generation: accept such an adapter if it names a base of another generation.
         origins: source of each setting, as `load_settings` returns it: settings from a file or a
             flag must agree with `init_adapter`. ``None``: those that differ from their default.
         reporter: receives events; silent by default.
@@ -86,7 +88,10 @@ def train(
         QcoreError: see docs/errors.md; nothing is published unless the run succeeded.
     """
     reporter = reporter or Reporter()
-    start = AdapterWords(init_adapter=init_adapter, trust_base=trust_base, origins=origins)
+    start = AdapterWords(
+        init_adapter=init_adapter, trust_base=trust_base, trust_generation=trust_generation,
+        origins=origins,
+    )  # fmt: skip
     run = prepare(
         model, DataWords(data, eval_data, data_format, media_root), output, settings or Settings(),
         device=device, resume=resume, reporter=reporter, start=start,

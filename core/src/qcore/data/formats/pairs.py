@@ -15,7 +15,7 @@ from ...api.media import RowError
 from ..sources.jsonl import parse
 from ..tool_fields import kind
 from .canonical import finished
-from .reading import Reading
+from .reading import REASONING, Reading
 from .turns import numbered, read_turns
 from .unread import meaningless
 
@@ -25,7 +25,6 @@ RESPONSES = (
     "response", "completion", "answer", "output", "targets", "target", "answer_key", "answers",
     "solution", "content",
 )  # fmt: skip
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def is_trl(row: Mapping[str, Any]) -> bool:
@@ -98,7 +97,7 @@ def _pair(
     prompt = _prompt(row, query, more, reading)
     calls = _calls(answer, response) if not meaningless(row.get("tools")) else None
     said = calls or _side(answer, response, "assistant", reading)
-    thoughts = [key for key in _REASONING if not meaningless(row.get(key))]
+    thoughts = [key for key in REASONING if not meaningless(row.get(key))]
     if thoughts:
         said = _with_reasoning(said, [(key, row[key]) for key in thoughts])
     turns = [*_history(row.get("history"), reading), *prompt, *said]

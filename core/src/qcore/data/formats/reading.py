@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import UsageError, nearest
+from ..sources.dataset_info import PLACES
 
+#: Keys of an assistant turn, or of a row, that hold its reasoning.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 #: Role of an item that is a tool call and nothing else; it becomes part of an assistant turn.
 CALL = "call"
 
@@ -38,11 +41,6 @@ _AXOLOTL = {
     "message_field_training_detail": "train_detail",
 }
 _FACTORY = ("formatting", "columns", "tags", "ranking")
-#: Keys of a dataset_info.json entry that say where the rows lie, which a source says here.
-_PLACES = (
-    "file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name",
-    "subset", "split", "folder", "num_samples",
-)  # fmt: skip
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
 _TAGS = {
     "user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool",
@@ -111,7 +109,7 @@ def parse_fields(value: Mapping[str, Any], kinds: Iterable[str] = ()) -> Fields:
     """
     if not value:
         return Fields()
-    if any(key in value for key in (*_FACTORY, *_PLACES)):
+    if any(key in value for key in (*_FACTORY, *PLACES)):
         return _factory(value, kinds)
     columns: dict[str, str] = {}
     message: dict[str, str] = {}
@@ -145,7 +143,7 @@ def parse_fields(value: Mapping[str, Any], kinds: Iterable[str] = ()) -> Fields:
 
 def _factory(value: Mapping[str, Any], kinds: Iterable[str]) -> Fields:
     """An entry of dataset_info.json; columns that it does not name are left out, as there."""
-    unknown = [key for key in value if key not in (*_FACTORY, *_PLACES)]
+    unknown = [key for key in value if key not in (*_FACTORY, *PLACES)]
     if unknown:
         raise _wrong(unknown[0], "unknown key of a dataset_info.json entry", expected=str(_FACTORY))
     formatting = value.get("formatting", "alpaca")

@@ -24,7 +24,7 @@ from ..sources.jsonl import parse
 from ..tool_fields import kind
 from .marks import DETAILS, MARKS, mark_of, mark_of_parts
 from .parts import media_names, place_media, read_parts
-from .reading import CALL, Reading
+from .reading import CALL, REASONING, Reading
 from .unread import check_message, meaningless
 
 #: Role as written, in lower case with ``_`` for ``-`` and blanks -> canonical role.
@@ -40,15 +40,15 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), CALL),
 }  # fmt: skip
 _PLAIN = frozenset(("system", "user", "assistant", "tool"))
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 #: Keys of an assistant turn beside its content.
-_SAID = frozenset((*_REASONING, "tool_calls", "function_call", "refusal"))
+_SAID = frozenset((*REASONING, "tool_calls", "function_call", "refusal"))
 _READ = _SAID | {
     "role", "from", "content", "value", "tool_call_id", "name", *MARKS, *DETAILS,
 }  # fmt: skip
 _FUNCTION = ("name", "arguments")
 _CALL = ("id", "type", "function", "index", *_FUNCTION)
-_THOUGHT_END = "</think>"  # of a call in LLaMA-Factory's form, where text stands before the JSON
+#: In LLaMA-Factory's form of a call, ends the text before the JSON, whatever the model's tags are.
+_THOUGHT_END = "</think>"
 
 
 def read_turns(items: Iterable[tuple[str, Any]], reading: Reading) -> list[dict[str, Any]]:
@@ -214,7 +214,7 @@ def _json_text(value: Any, at: str) -> str:
 
 def _assistant(turn: dict[str, Any], given: Mapping[str, Any], at: str, reading: Reading) -> None:
     """Add reasoning, calls and a refusal."""
-    thoughts = {key: given[key] for key in _REASONING if key in given}
+    thoughts = {key: given[key] for key in REASONING if key in given}
     first = next(iter(thoughts.values()), None)
     if thoughts and all(text == first for text in thoughts.values()):
         turn["reasoning_content"] = first

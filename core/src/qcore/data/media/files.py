@@ -66,6 +66,12 @@ class Finder:
     def read(
         self, part: Reference, reader: MediaReader, origin: BytesSource | None = None
     ) -> Medium:
+        """Find the bytes of a part and have them read; see `read_payload`."""
+        return self.read_payload(part, reader, origin)[0]
+
+    def read_payload(
+        self, part: Reference, reader: MediaReader, origin: BytesSource | None = None
+    ) -> tuple[Medium, Payload]:
         """Find the bytes of a part and have them read.
 
         Args:
@@ -73,13 +79,16 @@ class Finder:
             reader: the reader of its kind.
             origin: where to read bytes in the row again, as `qcore.data.sources.row_bytes` has it.
 
+        Returns:
+            What the reader made of them, and the payload without the bytes of the row.
+
         Raises:
             RowError: as `payload` and `MediaReader.read`, with the part's place and its file.
         """
         try:
             payload = self.payload(part, origin)
             try:
-                return reader.read(payload)
+                return reader.read(payload), payload.without_data()
             except RowError as bad:
                 if isinstance(part.given, str) and payload.path is not None and not bad.at:
                     reason = "" if bad.found is None else f": {bad.found}"

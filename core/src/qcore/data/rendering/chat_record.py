@@ -114,10 +114,20 @@ class TrainedTurns:
         self.reasoned += example.reasoned
         if self.rows and example.row == self._row:
             return
-        self.rows, self._row = self.rows + 1, example.row
-        for name, value in json.loads(example.variables or "{}").items():
+        self._row = example.row
+        self.add_rows(example.variables, 1)
+
+    def add_rows(self, variables: str, rows: int) -> None:
+        """Count rows with the same variables of their own.
+
+        Args:
+            variables: ``chat_template_kwargs`` as JSON; empty without them.
+            rows: how many.
+        """
+        self.rows += rows
+        for name, value in json.loads(variables or "{}").items():
             values, text = self._own.setdefault(name, Counter()), json.dumps(value, sort_keys=True)
-            values[text if text in values or len(values) < _VALUES else _OTHERS] += 1
+            values[text if text in values or len(values) < _VALUES else _OTHERS] += rows
 
     def shared(self, variables: Mapping[str, Any], switch: str) -> dict[str, Any]:
         """The variables of rows that have one value in all trained rows."""

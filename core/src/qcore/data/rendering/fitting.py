@@ -108,6 +108,7 @@ def _cut(
         reasoned=sum(one.reasoned[: max(1, whole)]),
         media=media,
         placed=placed,
+        payloads=example.payloads[: len(media)],
         spans=tuple(
             replace(span, end=min(span.end, length))
             for span in example.spans

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ...api.records import ChatFormat
 from ..content import text_of
 from ..findings import WARNING, DataFinding, Findings
-from ..rows import thinking_marks
-from .row_plan import RowPlan, reasoning_of
+from ..think_block import has_marks, reasoning_of, thinking_marks
+from .row_plan import RowPlan
 from .samples import Draft
 from .turns import Turn, assistant_turns
 
@@ -33,6 +33,7 @@ class LossCounts:
 
     Attributes:
         turns: trained turns.
+        other_prompts: trained turns that serving shows another prompt.
         reasonings: reasonings of trained turns.
         lost: lost reasonings.
         lost_tokens: their tokens.
@@ -41,6 +42,7 @@ class LossCounts:
     """
 
     turns: int = 0
+    other_prompts: int = 0
     reasonings: int = 0
     lost: int = 0
     lost_tokens: int = 0
@@ -50,6 +52,7 @@ class LossCounts:
     def add(self, other: LossCounts) -> None:
         """Add those of other rows."""
         self.turns += other.turns
+        self.other_prompts += other.other_prompts
         self.reasonings += other.reasonings
         self.lost += other.lost
         self.lost_tokens += other.lost_tokens
@@ -63,6 +66,14 @@ class LossCounts:
             findings: of all rows.
             advice: what to do about lost reasoning.
         """
+        if self.other_prompts:
+            findings.total(
+                "QC-DATA-042",
+                WARNING,
+                f"{self.other_prompts} of {self.turns} trained turns are trained after another "
+                "prompt than serving shows (history=as_rendered)",
+                fix="set history=as_served",
+            )
         if self.lost:
             findings.total(
                 "QC-DATA-043",
@@ -87,14 +98,12 @@ class Losses:
     Attributes:
         chat_format: the format of rendered conversations.
         tokenizer: counts the tokens of lost reasoning.
-        prompt_advice: what to do about turns that serving prompts otherwise.
         counts: what is lost so far.
         findings: a finding for each turn that loses something.
     """
 
     chat_format: ChatFormat
     tokenizer: Tokenizer
-    prompt_advice: str = ""
     counts: LossCounts = field(default_factory=LossCounts)
     findings: list[DataFinding] = field(default_factory=list)
 
@@ -104,21 +113,24 @@ class Losses:
         said = [n for n, m in enumerate(messages) if m["role"] == self.chat_format.assistant]
         turns = assistant_turns(draft.text, self.chat_format, len(said))
         for index, turn in zip(said, turns, strict=True):
-            if index in draft.turns:
+            if index in draft.tails:
                 self.counts.turns += 1
                 self.findings.extend(self._turn(plan, draft, index, turn))
 
     def _turn(self, plan: RowPlan, draft: Draft, index: int, turn: Turn) -> Iterator[DataFinding]:
         row, message = plan.row.row, plan.row.messages[index]
-        rendered, at = draft.text[turn.reply : turn.end], f"messages[{index}]"
+        rendered, at = (
+            draft.text[turn.body + len(draft.tails[index]) : turn.end],
+            f"messages[{index}]",
+        )
         if index in draft.other_prompt:
+            self.counts.other_prompts += 1
             yield DataFinding(
                 code="QC-DATA-042",
                 severity=WARNING,
                 row=row,
                 field=at,
                 message="the turn is trained after another prompt than serving shows",
-                fix=self.prompt_advice,
             )
         reasoning = reasoning_of(message, self.chat_format).strip()
         if reasoning:
@@ -150,7 +162,7 @@ class Losses:
                 return None
             content = text_of(content)
         marks = thinking_marks(self.chat_format)
-        has_block = marks is not None and marks[1] in content  # templates move it
+        has_block = marks is not None and has_marks(content, marks)  # templates move it
         if content in rendered or has_block:
             return None
         bare = content.strip()

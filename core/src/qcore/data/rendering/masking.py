@@ -11,21 +11,22 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ...api.media import RowError
 from ...api.records import ChatFormat
 from ..media.spans import less_media, place
-from .pieces import PieceEncoder
+from ..policies import AS_RENDERED
+from .pieces import PieceEncoder, Tokens, normalized
 from .row_plan import RowPlan, own_variables
-from .samples import END_OF_TURN, Draft, Sample, Span, lay_out
+from .samples import END_OF_TURN, PROMPT, Draft, Sample, Span, lay_out
 from .turns import assistant_turns
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from ...api.media import MediaReader, Medium, Placed
+    from ...api.media import MediaReader, Medium, Payload, Placed
 
 IGNORED = -100  #: label of an unsupervised position, as in transformers
 
@@ -47,6 +48,7 @@ class Example:
         reasoned: number of trained turns with reasoning.
         variables: its row's own ``chat_template_kwargs`` as JSON; empty without them.
         spans: consecutive ranges of its tokens with the reason of each; empty unless asked for.
+        payloads: where to read each of `media` again, without the bytes of rows.
     """
 
     ids: array[int]
@@ -61,21 +63,13 @@ class Example:
     reasoned: int = 0
     variables: str = ""
     spans: tuple[Span, ...] = ()
+    payloads: tuple[Payload, ...] = field(default=(), compare=False)
 
 
 def highest_id(tokenizer: Tokenizer) -> int:
     """The highest token id of the tokenizer."""
     added = tokenizer.get_added_tokens_decoder()
     return max(tokenizer.get_vocab_size(with_added_tokens=False) - 1, *added, -1)
-
-
-def normalized(text: str, tokenizer: Tokenizer) -> str:
-    """Apply the tokenizer's NFC normalization, so that offsets refer to the returned text."""
-    normalizer = tokenizer.normalizer
-    if normalizer is None or type(normalizer).__name__ != "NFC" or text.isascii():
-        return text
-    done: str = normalizer.normalize_str(text)
-    return done
 
 
 def spans(text: str, chat_format: ChatFormat, expected_turns: int) -> list[tuple[int, int]]:
@@ -151,8 +145,8 @@ def encode_sample(
     plan: RowPlan,
     tokenizer: Tokenizer,
     chat_format: ChatFormat,
-    pieces: PieceEncoder,
     *,
+    pieces: PieceEncoder,
     reader: MediaReader | None = None,
     explain: bool = False,
 ) -> Encoded:
@@ -171,13 +165,10 @@ def encode_sample(
         RowError: ``QC-MASK-001``, ``-002`` as in `assistant_turns`, ``-004`` as in `place`,
             ``QC-DATA-012`` no supervised tokens; or as `MediaReader.expand`.
     """
-    media = tuple(
-        medium
-        for at, medium in zip(plan.row.media_at, plan.row.seen, strict=True)
-        if at < draft.count
-    )
+    seen = zip(plan.row.media_at, plan.row.seen, strict=True)
+    media = tuple(medium for at, medium in seen if at < draft.count)
     text, spans_, trained = _laid_out(draft, plan, tokenizer, chat_format, media, reader)
-    tokens = pieces.encode(text)
+    tokens = _encoded(text, spans_, plan.policies.history, pieces)
     ids = tokens.ids
     made = _marked(ids, trained, tokens.index)
     placed = None if reader is None else _mask_media(made, ids, media, tokenizer, reader)
@@ -195,6 +186,7 @@ def encode_sample(
         reasoned=sum(reasoned),
         variables=own_variables(plan.row.variables),
         spans=tuple(token_spans(spans_, tokens.offsets(), made)) if explain else (),
+        payloads=plan.row.payloads[: len(media)],
     )
     sample = Sample(sample=draft.sample, text=text, spans=spans_, turns=draft.turns)
     ends = [span.end for span in spans_ if span.trained and span.why == END_OF_TURN]
@@ -205,6 +197,14 @@ def encode_sample(
         ends=tuple(map(tokens.index, ends)),
         reasoned=reasoned,
     )
+
+
+def _encoded(text: str, spans_: Sequence[Span], history: str, pieces: PieceEncoder) -> Tokens:
+    """The tokens of a sample, whose last prompt is tokenized as it is served."""
+    if history == AS_RENDERED:
+        return pieces.encode(text)
+    prompt = next(span for span in reversed(spans_) if span.why == PROMPT)
+    return pieces.encode(text, (prompt.start, prompt.end))
 
 
 def _laid_out(

@@ -1,22 +1,39 @@
-"""Encoding of texts in pieces: what several texts share is tokenized once.
+"""Encoding of samples: text that the samples of a row share is tokenized once, prompts as served.
 
 This file decides where a text may be cut so that its pieces are tokenized as the whole is: before
 the token that opens a turn, if that is a special token of the tokenizer. A tokenizer splits a text
 at its special tokens before it does anything else, so that no other token spans them. The samples
 of a row share most of their turns, and rows share their system prompts and tools.
+
+A model reads the tokens of its prompt and then produces its own. Where the tokenizer merges the end
+of the prompt with the reply (``<think>`` and two newlines), the prompt of a sample is therefore
+tokenized apart from the reply.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
+_HEADERS: Final = 64  # headers of turns that are remembered
 _KEPT: Final = 1 << 17  # tokens of pieces that are remembered; about 100 bytes each
+
+
+def normalized(text: str, tokenizer: Tokenizer) -> str:
+    """Apply the tokenizer's NFC normalization, so that offsets refer to the returned text."""
+    normalizer = tokenizer.normalizer
+    if normalizer is None or type(normalizer).__name__ != "NFC":
+        return text
+    if text.isascii() or unicodedata.is_normalized("NFC", text):
+        return text
+    done: str = normalizer.normalize_str(text)
+    return done
 
 
 class Tokens:
@@ -45,6 +62,8 @@ class Tokens:
     def index(self, position: int) -> int:
         """Number of tokens that start before a character of the text."""
         at = bisect_right(self._characters, position) - 1
+        if at < 0:  # no text
+            return 0
         return self._tokens[at] + _index(self._pieces[at], position - self._characters[at])
 
     def offsets(self) -> list[tuple[int, int]]:
@@ -63,7 +82,7 @@ def _index(encoding: Encoding, position: int) -> int:
     """
     token = encoding.char_to_token(position)
     if token is None:  # between two tokens, or at the end
-        return bisect_right([start for start, _ in encoding.offsets], position - 1)
+        return bisect_left([start for start, _ in encoding.offsets], position)
     while token < len(encoding) and _start(encoding, token) < position:
         token += 1
     return token
@@ -88,14 +107,23 @@ class PieceEncoder:
         self._boundary = boundary if _splits(tokenizer, boundary) else ""
         self._known: dict[str, Encoding] = {}
         self._tokens = 0
+        self._headers: dict[str, list[int]] = {}
 
     def prepare(self, texts: Iterable[str]) -> None:
-        """Encode the pieces of some texts together, which takes less time than one by one."""
-        wanted = dict.fromkeys(piece for text in texts for piece in self._split(text))
+        """Encode the pieces of some texts together, which takes less time than one by one.
+
+        Args:
+            texts: the texts, which need not be normalized.
+        """
+        wanted = dict.fromkeys(
+            piece
+            for text in texts
+            for piece in self._pieces(normalized(text, self._tokenizer), None)
+        )
         known = {piece: self._known.pop(piece) for piece in wanted if piece in self._known}
-        new = [piece for piece in wanted if piece not in known]
         self._forget()
         self._known |= known  # used last
+        new = [piece for piece in wanted if piece not in known]
         encodings = self._tokenizer.encode_batch(new, add_special_tokens=False) if new else ()
         for piece, encoding in zip(new, encodings, strict=True):
             self._known[piece] = encoding
@@ -108,26 +136,63 @@ class PieceEncoder:
                 return
             self._tokens -= len(self._known.pop(piece))
 
-    def encode(self, text: str) -> Tokens:
-        """Token ids of a text, and where its characters are among them."""
-        return Tokens((piece, self._encoding(piece)) for piece in self._split(text))
+    def encode(self, text: str, turn: tuple[int, int] | None = None) -> Tokens:
+        """Token ids of a text, and where its characters are among them.
 
-    def _encoding(self, piece: str) -> Encoding:
+        Args:
+            text: the text, normalized.
+            turn: where a turn begins and where its prompt ends: the tokens of the prompt are those
+                that it has alone.
+        """
+        return Tokens((piece, self._piece(piece)) for piece in self._pieces(text, turn))
+
+    def splits(self, text: str, turn: tuple[int, int]) -> bool:
+        """Whether the prompt of a turn has the same tokens alone as in a text.
+
+        Args:
+            text: the text, which need not be normalized.
+            turn: where the turn begins and where its prompt ends.
+        """
+        start, reply = turn
+        if not self._boundary:
+            start, end = 0, len(text)
+        else:
+            end = text.find(self._boundary, reply)
+        whole = normalized(text[start : end if end >= 0 else None], self._tokenizer)
+        prompt = normalized(text[start:reply], self._tokenizer)
+        header = self._header(prompt)
+        return whole.startswith(prompt) and self._piece(whole).ids[: len(header)] == header
+
+    def _header(self, text: str) -> list[int]:
+        """Ids of the header of a turn with the tail of its prompt; there are few of them."""
+        if not self._boundary:  # a whole prompt
+            return encode_whole(self._tokenizer, text).ids
+        if text not in self._headers:
+            if len(self._headers) >= _HEADERS:
+                self._headers.clear()
+            self._headers[text] = encode_whole(self._tokenizer, text).ids
+        return self._headers[text]
+
+    def _piece(self, piece: str) -> Encoding:
         known = self._known.get(piece)
         if known is None:
-            known = self._known[piece] = encode(self._tokenizer, piece)
+            known = self._known[piece] = encode_whole(self._tokenizer, piece)
             self._tokens += len(known)
         return known
 
-    def _split(self, text: str) -> Iterator[str]:
+    def _pieces(self, text: str, turn: tuple[int, int] | None) -> Iterator[str]:
+        reply = -1 if turn is None or self.splits(text, turn) else turn[1]
         start = 0
-        while self._boundary and (end := text.find(self._boundary, start + 1)) >= 0:
+        while start < len(text):
+            end = text.find(self._boundary, start + 1) if self._boundary else -1
+            end = len(text) if end < 0 else end
+            if start < reply < end:
+                end = reply
             yield text[start:end]
             start = end
-        yield text[start:]
 
 
-def encode(tokenizer: Tokenizer, text: str) -> Encoding:
+def encode_whole(tokenizer: Tokenizer, text: str) -> Encoding:
     """Encode a text as it is."""
     return tokenizer.encode(text, add_special_tokens=False)
 

@@ -107,9 +107,7 @@ class Renderer:
         self._formats = load_formats()
         self._setup = self._prepared()
         self._rows = RowRenderer(self._setup, template, self._formats)
-        self.notes = RunNotes(
-            rejects, self._formats, options.policies, options.max_length, self._keep_reasoning
-        )
+        self.notes = RunNotes(rejects, self._formats, options.max_length, self._keep_reasoning)
 
     def _prepared(self) -> RowSetup:
         options, template, chat_format = self.options, self.template, self.format
@@ -118,7 +116,6 @@ class Renderer:
         prove_mask(template, chat_format, self.tokenizer, variables=variables)
         names = tuple(sorted(template.switches()))
         switch = chat_format.thinking_switch if chat_format.thinking_switch in names else ""
-        fixed = switch in options.variables
         return RowSetup(
             chat_format=chat_format,
             tokenizer=self.tokenizer,
@@ -126,23 +123,30 @@ class Renderer:
             max_length=options.max_length,
             variables=variables,
             switch=switch,
-            fixed=fixed,
+            fixed=switch in options.variables,
             names=names,
             control=special_texts(self.tokenizer),
-            context=repair_context(template, chat_format, variables, kinds=self._formats.kinds),
+            context=repair_context(
+                template,
+                chat_format,
+                variables,
+                kinds=self._formats.kinds,
+                refused=options.policies.refuse_findings,
+            ),
             reader=options.reader,
             unread=options.unread,
             explain=options.explain,
-            prompt_advice=f"leave {switch} out of chat_template_kwargs: each row is then rendered "
-            "in its own mode"
-            if fixed
-            else "",
         )
 
     @property
     def rejects(self) -> Rejects:
         """The refused rows."""
         return self.notes.rejects
+
+    @property
+    def switch(self) -> str:
+        """Variable that turns thinking on and off; empty: the template has none."""
+        return self._setup.switch
 
     @property
     def rows(self) -> int:
@@ -239,19 +243,12 @@ class Renderer:
                 keeps.append(f"chat_template_kwargs.{name}=true")
         return " or ".join(["set history=as_served", *keeps])
 
-    def chat(self, examples: Iterable[Example]) -> ChatRecord:
-        """How the turns of some samples were rendered; adds what there is to say of it.
+    def record(self, trained: TrainedTurns) -> ChatRecord:
+        """How some turns were rendered; adds what there is to say of it.
 
         Args:
-            examples: the training samples.
+            trained: the turns of the training samples.
         """
-        trained = TrainedTurns()
-        for example in examples:
-            trained.add(example)
-        return self.record(trained)
-
-    def record(self, trained: TrainedTurns) -> ChatRecord:
-        """As `chat`, from the trained turns."""
         setup = self._setup
         record = chat_record(self.template.sha256, self.options.variables, setup.switch, trained)
         self.notes.findings.extend(record.findings())

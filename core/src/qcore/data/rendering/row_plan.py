@@ -19,10 +19,12 @@ from ...api.media import RowError
 from ...api.records import ChatFormat
 from ...checkpoint.chat_template import Prefix
 from ..policies import AS_RENDERED, DROP, LAST, Policies
-from ..rows import thinking_marks
+from ..think_block import reasoning_of, without_reasoning
 
 if TYPE_CHECKING:
     from ..rows import ChatRow
+
+ROW, RUN = "row", "run"  #: who sets the mode of thinking for all turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,17 +51,26 @@ class RowPlan:
         policies: in force for it.
         turns: the trained turns, in order.
         untrained: by index of the other assistant messages: why they are not trained.
+        switch: variable of the template that turns thinking on and off; empty: there is none.
+        fixed: who set `switch` for all turns: ``row``, ``run`` or empty.
     """
 
     row: ChatRow
     policies: Policies
     turns: tuple[TrainedTurn, ...]
     untrained: Mapping[int, str]
+    switch: str = ""
+    fixed: str = ""
 
     @property
     def line(self) -> int:
-        """Line of the row, for errors of the template."""
+        """Number of the row in its file, for errors of the template."""
         return self.row.line
+
+    @property
+    def unit(self) -> str:
+        """What `line` counts."""
+        return self.row.unit
 
     @property
     def messages(self) -> Sequence[Mapping[str, Any]]:
@@ -73,16 +84,29 @@ class RowPlan:
 
     def prefixes(self) -> list[Prefix]:
         """The renderings that `drafts` needs, in its order."""
+        prompts = [Prefix(turn.index, prompt=True, variables=turn.variables) for turn in self.turns]
         if self.policies.history == AS_RENDERED:
-            return [Prefix(len(self.row.messages), variables=self.turns[-1].variables)]
+            whole = Prefix(len(self.row.messages), variables=self.turns[-1].variables)
+            return [whole, *prompts]
         return [
             prefix
-            for turn in self.turns
-            for prefix in (
-                Prefix(turn.index + 1, variables=turn.variables),
-                Prefix(turn.index, prompt=True, variables=turn.variables),
-            )
+            for turn, prompt in zip(self.turns, prompts, strict=True)
+            for prefix in (Prefix(turn.index + 1, variables=turn.variables), prompt)
         ]
+
+    def mode_advice(self, turn: TrainedTurn) -> str:
+        """What to do about a turn that is not rendered in the mode that its prompt asks for."""
+        rendered = "set history=as_rendered to train the row as the template renders it"
+        if not self.fixed:
+            return rendered
+        where = "the row's" if self.fixed == ROW else "the setting"
+        ways = [
+            f"leave {self.switch} out of {where} chat_template_kwargs, so that each turn is "
+            "rendered in its own mode"
+        ]
+        if turn.reasoned:
+            ways.append("set reasoning=drop")
+        return ", or ".join([*ways, rendered])
 
 
 def plan_row(
@@ -101,7 +125,13 @@ def plan_row(
         RowError: ``QC-DATA-012`` no trained turn.
     """
     if policies.reasoning == DROP:
-        row = replace(row, messages=tuple(_without_reasoning(row.messages, chat_format)))
+        row = replace(
+            row,
+            messages=tuple(
+                without_reasoning(m, chat_format) if m["role"] == chat_format.assistant else m
+                for m in row.messages
+            ),
+        )
     said = [n for n, m in enumerate(row.messages) if m["role"] == chat_format.assistant]
     untrained = {n: why for n in said if (why := _why_not(row, n, said, policies))}
     trained = [n for n in said if n not in untrained]
@@ -113,7 +143,8 @@ def plan_row(
             expected="at least one assistant turn that is trained",
             fix='remove the row, or mark a turn with "train": true',
         )
-    free = bool(switch) and not fixed and switch not in row.variables
+    by = "" if not switch else ROW if switch in row.variables else RUN if fixed else ""
+    free = bool(switch) and not by
     turns = []
     for index in trained:
         reasoned = bool(reasoning_of(row.messages[index], chat_format).strip())
@@ -121,7 +152,10 @@ def plan_row(
         turns.append(
             TrainedTurn(index=index, reasoned=reasoned, variables={**row.variables, **own})
         )
-    return RowPlan(row=row, policies=policies, turns=tuple(turns), untrained=untrained)
+    return RowPlan(
+        row=row, policies=policies, turns=tuple(turns), untrained=untrained,
+        switch=switch, fixed=by,
+    )  # fmt: skip
 
 
 def _why_not(row: ChatRow, index: int, said: Sequence[int], policies: Policies) -> str:
@@ -135,36 +169,6 @@ def _why_not(row: ChatRow, index: int, said: Sequence[int], policies: Policies) 
     elif not policies.train:
         return "source with train: false"
     return "turns=last" if policies.turns == LAST and index != said[-1] else ""
-
-
-def reasoning_of(message: Mapping[str, Any], chat_format: ChatFormat) -> str:
-    """The reasoning of an assistant message, as a key or as a think block in its content."""
-    reasoning = message.get("reasoning_content")
-    if reasoning is not None:
-        return str(reasoning)
-    return _split(message, chat_format)[0]
-
-
-def _split(message: Mapping[str, Any], chat_format: ChatFormat) -> tuple[str, str]:
-    """Reasoning and answer of a content with a think block."""
-    marks, content = thinking_marks(chat_format), message.get("content")
-    if marks is None or not isinstance(content, str) or marks[1] not in content:
-        return "", content if isinstance(content, str) else ""
-    before, _, after = content.partition(marks[1])
-    return before.rpartition(marks[0])[2], after
-
-
-def _without_reasoning(
-    messages: Sequence[dict[str, Any]], chat_format: ChatFormat
-) -> list[dict[str, Any]]:
-    done = []
-    for message in messages:
-        if message["role"] == chat_format.assistant:
-            message = {key: value for key, value in message.items() if key != "reasoning_content"}
-            if reasoning_of(message, chat_format):
-                message["content"] = _split(message, chat_format)[1].lstrip("\n")
-        done.append(message)
-    return done
 
 
 def own_variables(variables: Mapping[str, Any]) -> str:

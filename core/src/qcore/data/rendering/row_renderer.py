@@ -30,7 +30,7 @@ from ..rows import ChatRow, RowCheck
 from ..sources.row_bytes import row_bytes
 from .fitting import fitted
 from .losses import LossCounts, Losses
-from .masking import Encoded, Example, encode_sample, normalized
+from .masking import Encoded, Example, encode_sample
 from .pieces import PieceEncoder
 from .row_plan import RowPlan, plan_row
 from .row_work import work_of
@@ -65,7 +65,6 @@ class RowSetup:
         reader: reads media; without it rows must be text only.
         unread: why there is no reader.
         explain: whether samples keep the reason of each token, and rows the references of media.
-        prompt_advice: what to do about turns that serving prompts otherwise.
     """
 
     chat_format: ChatFormat
@@ -81,7 +80,6 @@ class RowSetup:
     reader: MediaReader | None = None
     unread: str = ""
     explain: bool = False
-    prompt_advice: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,7 +92,7 @@ class RowOutcome:
         findings: what there is to say of it.
         losses: what the template did not render of it.
         error: why it is refused.
-        tokens: of its longest sample, if it is refused because of its length.
+        tokens: of its longest sample, if that is too long.
         fatal: an error that ends the run.
         asked: reader options that its parts set themselves, by kind of media.
         deferred: whether only the parent can render it, because it has media.
@@ -117,6 +115,14 @@ class RowOutcome:
     samples: tuple[Encoded, ...] = ()
     cut: bool = False
     plan: RowPlan | None = None
+
+
+class _Refused(Exception):
+    """The template refuses a row."""
+
+    def __init__(self, error: InputError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 @dataclass(slots=True)
@@ -275,9 +281,11 @@ class RowRenderer:
         root = None if row.source is None else row.source.media_root
         finder = self.finder(row.path.parent, root)
         origin = row_bytes(row.path, row.line)
-        seen = tuple(finder.read(part, setup.reader, origin) for part in row.media)
+        read = [finder.read_payload(part, setup.reader, origin) for part in row.media]
         outcome.asked = frozenset((part.kind, key) for part in row.media for key in part.options)
-        return replace(row, media=row.media if setup.explain else (), seen=seen)
+        seen, payloads = zip(*read, strict=True)
+        kept = row.media if setup.explain else ()
+        return replace(row, media=kept, seen=seen, payloads=payloads)
 
     def _finish(
         self,
@@ -285,34 +293,38 @@ class RowRenderer:
         texts: Sequence[Sequence[str | InputError]],
     ) -> None:
         """Make samples of the renderings of some rows."""
-        made = []
+        self._pieces.prepare(
+            text
+            for (_, plan), some in zip(rows, texts, strict=True)
+            for prefix, text in zip(plan.prefixes(), some, strict=True)
+            if isinstance(text, str) and not prefix.prompt
+        )
         for (outcome, plan), some in zip(rows, texts, strict=True):
             try:
-                made.append((outcome, plan, drafts(plan, some, self._setup.chat_format)))
-            except InputError as error:  # of the template; any other one is not the row's
-                outcome.error = template_refusal(plan.row, error)
-            except RowError as bad:
-                outcome.error = bad
-        self._pieces.prepare(
-            normalized(draft.text, self._setup.tokenizer) for *_, found in made for draft in found
-        )
-        for outcome, plan, found in made:
-            try:
-                self._encode(outcome, plan, found)
+                self._encode(outcome, plan, self._drafts(plan, some))
             except RowError as bad:
                 outcome.error = bad
             except DeferredRow:
                 outcome.deferred = True
+            except _Refused as refused:
+                outcome.error = refused.error
             except QcoreError as error:  # of the reader of media
                 outcome.fatal = error
+
+    def _drafts(self, plan: RowPlan, texts: Sequence[str | InputError]) -> list[Draft]:
+        """The samples of a row before they are tokenized."""
+        try:
+            return drafts(plan, texts, self._setup.chat_format, self._pieces)
+        except InputError as error:  # of the template; any other one is not the row's
+            raise _Refused(template_refusal(plan.row, error)) from None
 
     def _encode(self, outcome: RowOutcome, plan: RowPlan, found: Sequence[Draft]) -> None:
         """Tokenize and mask the samples of a row, and make them fit."""
         setup = self._setup
         encoded = [
             encode_sample(
-                draft, plan, setup.tokenizer, setup.chat_format, self._pieces,
-                reader=setup.reader, explain=setup.explain,
+                draft, plan, setup.tokenizer, setup.chat_format,
+                pieces=self._pieces, reader=setup.reader, explain=setup.explain,
             )
             for draft in found
         ]  # fmt: skip
@@ -323,9 +335,14 @@ class RowRenderer:
         except RowError:
             outcome.tokens = max(len(one.example.ids) for one in encoded)
             raise
+        outcome.cut = len(kept) < len(encoded) or any(
+            len(a.example.ids) != len(b.example.ids) for a, b in zip(encoded, kept, strict=True)
+        )
+        if outcome.cut:
+            outcome.tokens = max(len(one.example.ids) for one in encoded)
         if not kept:
             return
-        losses = Losses(setup.chat_format, setup.tokenizer, setup.prompt_advice)
+        losses = Losses(setup.chat_format, setup.tokenizer)
         for draft in found:
             losses.look(plan, draft)
         outcome.losses = losses.counts
@@ -333,6 +350,3 @@ class RowRenderer:
         outcome.plan = plan
         outcome.samples = tuple(kept)
         outcome.examples = tuple(one.example for one in kept)
-        outcome.cut = len(kept) < len(encoded) or any(
-            len(a.example.ids) != len(b.example.ids) for a, b in zip(encoded, kept, strict=True)
-        )

@@ -16,13 +16,13 @@ from ...api.media import RowError
 from ..findings import NOTE, WARNING, DataFinding, Findings
 from ..formats import IGNORED
 from ..reading import SourceCount
+from ..rejects import CUT, LONG
 from .losses import LossCounts
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from ..formats import Formats
-    from ..policies import Policies
     from ..reading import Numbered
     from ..rejects import Rejects
     from .row_renderer import RowOutcome
@@ -42,7 +42,6 @@ class RunNotes:
     Args:
         rejects: collects refused rows.
         formats: the row formats.
-        policies: of the run.
         max_length: maximum tokens of a sample.
         keep_reasoning: says how to train reasoning that the template does not render.
 
@@ -58,7 +57,6 @@ class RunNotes:
         self,
         rejects: Rejects,
         formats: Formats,
-        policies: Policies,
         max_length: int,
         keep_reasoning: Callable[[], str],
     ) -> None:
@@ -69,7 +67,6 @@ class RunNotes:
         self.asked: dict[int, frozenset[tuple[str, str]]] = {}
         self._alike: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
         self._formats = formats
-        self._policies = policies
         self._max_length = max_length
         self._keep_reasoning = keep_reasoning
         self._losses = LossCounts()
@@ -101,6 +98,8 @@ class RunNotes:
                 self.rejects.add(numbered, outcome.error)
             return
         lengths = [len(example.ids) for example in outcome.examples]
+        if outcome.cut:
+            self.rejects.add_long(numbered, outcome.tokens, self._max_length, cut=bool(lengths))
         if not lengths:
             self.dropped += 1
             return
@@ -126,7 +125,7 @@ class RunNotes:
     def _conclude(self) -> None:
         """Make the findings on all rows."""
         self._losses.total(self.findings, self._keep_reasoning() if self._losses.lost else "")
-        rows, left = self.rows, self.rows - self.rejects.count - self.dropped
+        left = self.rows - self.rejects.count - self.dropped
         for key, message in self._formats.notes():
             self._add(IGNORED, NOTE, message, field=key)
         if self._split:
@@ -136,20 +135,25 @@ class RunNotes:
                 f"{left} rows became {self._samples} samples with "
                 f"{self._tokens / self._rendered:.2f} times the tokens, {_AS_SERVED}",
             )
-        for count, what in ((self.dropped, "left out"), (self.truncated, "cut")):
-            if count:
-                self._add(
-                    "QC-DATA-046",
-                    WARNING,
-                    f"{count} of {rows} rows are longer than max_length={self._max_length} "
-                    f"and were {what} (long_rows={self._policies.long_rows})",
-                )
-        if self.rejects.skipped:
+        self._report_losses()
+
+    def _report_losses(self) -> None:
+        rejects, rows = self.rejects, self.rows
+        listed = f"; {rejects.listing} lists them" if rejects.listing else ""
+        for (action, policy), count in sorted(rejects.long.items()):
+            what = "cut" if action == CUT else "left out"
+            self._add(
+                LONG,
+                WARNING,
+                f"{count} of {rows} rows are longer than max_length={self._max_length} "
+                f"and were {what} (long_rows={policy}){listed}",
+            )
+        if rejects.skipped:
             self._add(
                 "QC-DATA-047",
                 WARNING,
-                f"{self.rejects.skipped} of {rows} rows are bad and were left out "
-                f"(bad_rows=skip); rejected.jsonl lists them",
+                f"{rejects.skipped} of {rows} rows are bad and were left out "
+                f"(bad_rows=skip){listed}",
             )
 
     def _add(self, code: str, severity: str, message: str, field: str = "") -> None:

@@ -8,27 +8,33 @@ of a later turn is trained in that sample; the others get a sample of their own,
 change the history and drop the reasoning of earlier turns. With ``history=as_rendered`` a
 row is one sample, whatever the template makes of its history.
 
-Trained is, in every trained turn, what follows the prompt (`Turn.reply`), through the end-of-turn
-token. `qcore.data.rendering.row_plan` chooses the trained turns, `qcore.checkpoint.chat_template`
-renders, `qcore.data.rendering.masking` turns characters into tokens.
+Trained is, in every trained turn, what follows the prompt that serving shows, through the
+end-of-turn token. `qcore.data.rendering.row_plan` chooses the trained turns,
+`qcore.checkpoint.chat_template` renders, `qcore.data.rendering.masking` turns characters into
+tokens.
 
 Codes: ``QC-DATA-040`` a turn that the template cannot serve, ``-041`` a turn that serving shows in
-another context.
+another context or asks for in another mode of thinking.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ...api.media import RowError
 from ...api.records import ChatFormat
 from ...errors import InputError
 from ..policies import AS_RENDERED, MASK
-from ..rows import thinking_marks
+from ..think_block import block_end
 from .row_plan import RowPlan, TrainedTurn
 from .turns import Turn, assistant_turns, check_count, turns_of
 
+if TYPE_CHECKING:
+    from .pieces import PieceEncoder
+
+PROMPT = "prompt"  #: `Span.why` of the header of a trained turn and of what serving adds to it
 END_OF_TURN = "end of turn"  #: `Span.why` of the token that ends a trained turn
 
 
@@ -77,21 +83,46 @@ class Draft:
         sample: number within the row, from 1.
         text: as the template rendered it.
         count: number of messages in it.
-        turns: indexes of the messages that are trained.
+        tails: by index of each trained message: what its prompt has after the header of the turn.
         whys: by index of an assistant message that is not trained here: the reason.
-        other_prompt: indexes of trained messages that serving prompts with another tail.
+        other_prompt: indexes of trained messages that serving shows another prompt.
     """
 
     sample: int
     text: str
     count: int
-    turns: tuple[int, ...]
+    tails: Mapping[int, str]
     other_prompt: tuple[int, ...] = ()
     whys: Mapping[int, str] = field(default_factory=dict)
 
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """Indexes of the messages that are trained."""
+        return tuple(self.tails)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ServedTurn:
+    """A trained turn as serving has it.
+
+    Attributes:
+        index: of the message.
+        text: the rendering of the conversation through it.
+        place: of the turn in `text`.
+        reply: where the prompt ends.
+    """
+
+    index: int
+    text: str
+    place: Turn
+    reply: int
+
 
 def drafts(
-    plan: RowPlan, texts: Sequence[str | InputError], chat_format: ChatFormat
+    plan: RowPlan,
+    texts: Sequence[str | InputError],
+    chat_format: ChatFormat,
+    pieces: PieceEncoder,
 ) -> list[Draft]:
     """The samples of a row, from the renderings that its plan asks for.
 
@@ -99,66 +130,101 @@ def drafts(
         plan: of the row.
         texts: one for each of `RowPlan.prefixes`.
         chat_format: the format of `texts`.
+        pieces: shows which prompts have other tokens alone than before their reply, so that no
+            other sample may contain the turn.
 
     Raises:
         RowError: ``QC-MASK-001``, ``-002`` as in `assistant_turns`, ``QC-DATA-040``, ``-041``.
         InputError: the template refuses the row.
     """
     if plan.policies.history == AS_RENDERED:
-        (text,) = texts
-        if isinstance(text, InputError):
-            raise text
-        turns = tuple(turn.index for turn in plan.turns)
-        count = len(plan.row.messages)
-        return [Draft(sample=1, text=text, count=count, turns=turns, whys=plan.untrained)]
-    other: set[int] = set()
-    served = _served(plan, texts, chat_format, other)
-    groups: list[tuple[str, list[int]]] = []
-    for turn, text in zip(reversed(plan.turns), reversed(served), strict=True):
-        whole = text[: text.rfind(chat_format.turn_end) + len(chat_format.turn_end)]
-        mine = next((found for full, found in groups if full.startswith(whole)), None)
-        if mine is None:
-            groups.append((text, [turn.index]))
+        return [_one_rendering(plan, texts, chat_format, pieces)]
+    groups: list[tuple[str, list[_ServedTurn]]] = []
+    for turn in reversed(list(_served(plan, texts, chat_format))):
+        end = turn.text.rfind(chat_format.turn_end) + len(chat_format.turn_end)
+        whole = turn.text[:end]
+        mine = next((some for text, some in groups if text.startswith(whole)), None)
+        if mine is None or not _splits(turn.text, turn.place, turn.reply, pieces):
+            groups.append((turn.text, [turn]))
         else:
-            mine.insert(0, turn.index)
+            mine.insert(0, turn)
     groups.reverse()
-    number = {index: at for at, (_, found) in enumerate(groups, 1) for index in found}
+    number = {turn.index: at for at, (_, some) in enumerate(groups, 1) for turn in some}
     return [
         Draft(
             sample=at,
             text=text,
-            count=found[-1] + 1,
-            turns=tuple(found),
-            other_prompt=tuple(n for n in found if n in other),
+            count=some[-1].index + 1,
+            tails={turn.index: turn.text[turn.place.body : turn.reply] for turn in some},
             whys={n: f"history, trained in sample {k}" for n, k in number.items() if k != at}
             | dict(plan.untrained),
         )
-        for at, (text, found) in enumerate(groups, 1)
+        for at, (text, some) in enumerate(groups, 1)
     ]
 
 
-def _served(
+def _one_rendering(
     plan: RowPlan,
     texts: Sequence[str | InputError],
     chat_format: ChatFormat,
-    other: set[int],
-) -> list[str]:
-    """The rendering of each trained turn, proved to begin with its served prompt.
+    pieces: PieceEncoder,
+) -> Draft:
+    """The sample of a row whose history is trained as it is rendered."""
+    text, *prompts = texts
+    if isinstance(text, InputError):
+        raise text
+    count = len(plan.row.messages)
+    places = _places(plan, text, chat_format, count)
+    tails, other = {}, []
+    for turn, prompt in zip(plan.turns, prompts, strict=True):
+        place = places[turn.index]
+        tails[turn.index] = text[place.body : place.reply]
+        if isinstance(prompt, str):
+            tail = _tail(prompt, chat_format)
+            reply = place.body + len(tail)
+            if text.startswith(tail, place.body) and _splits(text, place, reply, pieces):
+                tails[turn.index] = tail
+                if text.startswith(prompt) and len(prompt) == reply:
+                    continue
+        other.append(turn.index)
+    return Draft(
+        sample=1, text=text, count=count, tails=tails, other_prompt=tuple(other),
+        whys=plan.untrained,
+    )  # fmt: skip
 
-    Adds to `other` the turns whose prompt ends in another tail.
-    """
-    served = []
-    for at, turn in enumerate(plan.turns):
-        text, prompt = texts[2 * at], texts[2 * at + 1]
+
+def _splits(text: str, place: Turn, reply: int, pieces: PieceEncoder) -> bool:
+    """Whether no token is half prompt and half reply."""
+    return pieces.splits(text, (place.start, reply))
+
+
+def _places(plan: RowPlan, text: str, chat_format: ChatFormat, count: int) -> dict[int, Turn]:
+    """The assistant's turns of a rendering by the index of their message."""
+    messages = plan.row.messages[:count]
+    indexes = [n for n, m in enumerate(messages) if m["role"] == chat_format.assistant]
+    return dict(zip(indexes, assistant_turns(text, chat_format, len(indexes)), strict=True))
+
+
+def _tail(prompt: str, chat_format: ChatFormat) -> str:
+    """What a prompt has after the header of the turn that is asked for."""
+    header = chat_format.turn_start + chat_format.assistant + chat_format.role_end
+    return prompt.rpartition(header)[2] if header in prompt else ""
+
+
+def _served(
+    plan: RowPlan, texts: Sequence[str | InputError], chat_format: ChatFormat
+) -> Iterator[_ServedTurn]:
+    """The rendering of each trained turn, proved to begin with its served prompt."""
+    for turn, text, prompt in zip(plan.turns, texts[::2], texts[1::2], strict=True):
         for made in (text, prompt):
             if isinstance(made, InputError):
                 raise _not_served(plan, turn, made)
         assert isinstance(text, str)
         assert isinstance(prompt, str)
-        if not _begins_with(plan, turn, text, prompt, chat_format):
-            other.add(turn.index)
-        served.append(text)
-    return served
+        place = _places(plan, text, chat_format, turn.index + 1)[turn.index]
+        if not text.startswith(prompt) or len(prompt) < place.body:
+            raise _other_context(plan, turn, text, prompt, place)
+        yield _ServedTurn(index=turn.index, text=text, place=place, reply=len(prompt))
 
 
 def _not_served(plan: RowPlan, turn: TrainedTurn, error: InputError) -> RowError | InputError:
@@ -174,31 +240,32 @@ def _not_served(plan: RowPlan, turn: TrainedTurn, error: InputError) -> RowError
     )
 
 
-def _begins_with(
-    plan: RowPlan, turn: TrainedTurn, text: str, prompt: str, chat_format: ChatFormat
-) -> bool:
-    """Whether a turn's rendering begins with the prompt that serving shows.
-
-    False where only the prompt's tail differs: the user set the thinking mode, or the template has
-    one mode only.
-
-    Raises:
-        RowError: ``QC-DATA-041`` what precedes the turn differs.
-    """
-    said = sum(m["role"] == chat_format.assistant for m in plan.row.messages[: turn.index + 1])
-    place = assistant_turns(text, chat_format, said)[-1]
-    head = text[: place.body]
-    if prompt.startswith(head) and prompt[len(head) :] in ("", *chat_format.prompt_tails):
-        return len(prompt) == place.reply
-    at = next((n for n, (a, b) in enumerate(zip(head, prompt, strict=False)) if a != b), len(head))
-    raise RowError(
+def _other_context(
+    plan: RowPlan, turn: TrainedTurn, text: str, prompt: str, place: Turn
+) -> RowError:
+    """The error of a turn whose rendering does not begin with the prompt that serving shows."""
+    what, fix = "is rendered in another context than serving shows", (
+        "set history=as_rendered to train the row as the template renders it"
+    )  # fmt: skip
+    at = first_difference(text, prompt)
+    if at >= place.body:
+        what = "is rendered in another mode of thinking than serving prompts for"
+        fix = plan.mode_advice(turn)
+        at = place.body
+    return RowError(
         "QC-DATA-041",
-        "is rendered in another context than serving shows",
+        what,
         at=f"messages[{turn.index}]",
-        found=repr(head[max(0, at - 20) : at + 20]),
+        found=repr(text[max(0, at - 20) : at + 20]),
         expected=repr(prompt[max(0, at - 20) : at + 20]),
-        fix="set history=as_rendered to train the row as the template renders it",
+        fix=fix,
     )
+
+
+def first_difference(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Where two sequences begin to differ: the length of the shorter one if it begins the other."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def lay_out(draft: Draft, text: str, plan: RowPlan, chat_format: ChatFormat) -> tuple[Span, ...]:
@@ -233,14 +300,15 @@ def lay_out(draft: Draft, text: str, plan: RowPlan, chat_format: ChatFormat) -> 
             put(turn.end, f"{turn.role} turn" if turn.role else "turn")
             continue
         index = next(indexes)
-        if index not in draft.turns:
+        if index not in draft.tails:
             put(turn.end, f"assistant turn, not trained: {draft.whys[index]}")
             continue
-        put(turn.reply, "prompt")
+        reply = min(turn.body + len(draft.tails[index]), turn.end)
+        put(reply, PROMPT)
         if reasoned[index]:
             mask = plan.policies.reasoning == MASK
             put(
-                _after_reasoning(text, turn, chat_format),
+                block_end(text, reply, turn.end, chat_format),
                 "reasoning, not trained: reasoning=mask" if mask else "reasoning",
                 trained=not mask,
             )
@@ -248,18 +316,3 @@ def lay_out(draft: Draft, text: str, plan: RowPlan, chat_format: ChatFormat) -> 
         put(turn.end, END_OF_TURN, trained=True)
     put(len(text), "template")
     return tuple(spans)
-
-
-def _after_reasoning(text: str, turn: Turn, chat_format: ChatFormat) -> int:
-    """Position after the think block of a turn; its reply where the block is not rendered."""
-    marks = thinking_marks(chat_format)
-    if marks is None:
-        return turn.reply
-    closes = text.find(marks[1], turn.reply, turn.end)
-    if closes < 0:
-        return turn.reply
-    # What separates the block from the answer is in the tail of an empty block.
-    longest = max(chat_format.prompt_tails, key=len)
-    gap = longest.partition(marks[1])[2]
-    after = closes + len(marks[1])
-    return after + len(gap) if text.startswith(gap, after) else after

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ...api.media import RowError
 from ...api.records import ChatFormat
 from ...errors import InputError
-from .masking import IGNORED, labels, normalized, spans, trained_text
+from .masking import IGNORED, labels, spans, trained_text
+from .pieces import normalized
 from .tokenizer_check import unknown_tokens
 
 if TYPE_CHECKING:

@@ -23,6 +23,8 @@ class RepairContext:
     Attributes:
         assistant: name of the role that is trained.
         marks: the tags of a think block; ``None`` for a format without thinking.
+        call_tags: those of a tool call; ``None`` for a format without them.
+        result_tags: those of a tool result; ``None`` for a format without them.
         parse: the inverse of the template; ``None`` without one.
         abilities: what the chat template renders.
         kinds: kinds of media of the installed readers; ``<kind>`` is the mark of one.
@@ -31,6 +33,8 @@ class RepairContext:
 
     assistant: str = "assistant"
     marks: tuple[str, str] | None = None
+    call_tags: tuple[str, str] | None = None
+    result_tags: tuple[str, str] | None = None
     parse: ParseReply | None = None
     abilities: Abilities = field(default_factory=Abilities)
     kinds: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ from typing import Any
 from ...api.records import ChatFormat
 from ...api.views import TemplateView
 from ..findings import DataFinding
-from ..rows import thinking_marks
+from ..think_block import thinking_marks
 from .calls import check_calls, drop_padding, write_whole_numbers
 from .notes import Notes, Placed, RepairContext, text_only
 from .template_probes import probe_abilities
@@ -51,6 +51,8 @@ def repair_context(
     return RepairContext(
         assistant=chat_format.assistant,
         marks=thinking_marks(chat_format),
+        call_tags=chat_format.call_tags,
+        result_tags=chat_format.result_tags,
         parse=chat_format.parse,
         abilities=probe_abilities(template, chat_format, variables),
         kinds=tuple(kinds),

@@ -14,7 +14,7 @@ from typing import Any
 from ...api.records import ChatFormat
 from ...api.views import TemplateView
 from ...errors import InputError
-from ..rows import thinking_marks
+from ..think_block import thinking_marks
 
 _REFUSALS = ("QC-TEMPLATE-002", "QC-TEMPLATE-003")  #: of the conversation, not of the template
 
@@ -28,7 +28,7 @@ class Abilities:
         reads_reasoning: ``reasoning_content`` is rendered.
         calls: how ``tool_calls`` are rendered: ``json`` as Hermes writes them,
             ``other`` in another way, empty: not at all.
-        wraps_results: a tool result is put between ``<tool_response>`` tags.
+        wraps_results: a tool result is put between the tags of the chat format.
         late_system: a system turn after a user turn is rendered.
         answers_first: a prompt without a user turn is rendered.
     """
@@ -124,11 +124,13 @@ class _Probe:
 
     def wraps_results(self) -> bool:
         """Whether results are put between tags."""
+        tags = self.format.result_tags
+        if tags is None:
+            return False
         _, text = self._called()
         before, result, after = text.partition("juniper")
-        return bool(result) and before.rstrip().endswith("<tool_response>") and (
-            after.lstrip().startswith("</tool_response>")
-        )  # fmt: skip
+        inside = before.rstrip().endswith(tags[0]) and after.lstrip().startswith(tags[1])
+        return bool(result) and inside
 
     def late_system(self) -> bool:
         """Whether a system turn may follow a user turn."""

@@ -21,15 +21,19 @@ from typing import Any
 
 from ...api.media import RowError
 from ..sources.jsonl import parse as parse_json
+from ..think_block import split_block
 from .notes import Notes, Placed, RepairContext, functions_of, text_only
 
 MOVED, AS_TEXT, NO_MEDIUM = "QC-DATA-050", "QC-DATA-054", "QC-DATA-055"
-_CALL = "<tool_call>"
-_SPACE, _CALL_END = re.compile(r"\s*"), re.compile(r"\s*</tool_call>")
-_RESULTS = re.compile(
-    r"\s*(?:<tool_response>(?:(?!</?tool_response>).)*</tool_response>\s*)+", re.DOTALL
-)
-_RESULT = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
+_SPACE = re.compile(r"\s*")
+
+
+@cache
+def _result_patterns(tags: tuple[str, str]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """A text that is nothing but results, and one of them."""
+    opens, closes = map(re.escape, tags)
+    whole = rf"\s*(?:{opens}(?:(?!{opens}|{closes}).)*{closes}\s*)+"
+    return re.compile(whole, re.DOTALL), re.compile(rf"{opens}\n?(.*?)\n?{closes}", re.DOTALL)
 
 
 def read_text_calls(
@@ -56,9 +60,10 @@ def read_text_calls(
 def _with_calls(turn: Placed, tools: Any, context: RepairContext, notes: Notes) -> Placed:
     """An assistant turn whose text holds calls, with `tool_calls`."""
     text = text_only(turn.message.get("content"))
-    if not text or _CALL not in text or context.abilities.calls != "other":
+    tags = context.call_tags
+    if not text or tags is None or tags[0] not in text or context.abilities.calls != "other":
         return turn
-    head, calls = _json_calls(text, turn.at)
+    head, calls = _json_calls(text, tags, turn.at)
     form = "JSON"
     if not calls:
         head, calls = _parsed_calls(text, tools, context, turn.at)
@@ -87,17 +92,17 @@ def _names(calls: Sequence[Mapping[str, Any]]) -> list[str]:
     return [call["function"]["name"] for call in calls]
 
 
-def _json_calls(text: str, at: str) -> tuple[str, list[dict[str, Any]]]:
+def _json_calls(text: str, tags: tuple[str, str], at: str) -> tuple[str, list[dict[str, Any]]]:
     """The text before the first call as JSON, and the calls."""
-    first = re.search(r"<tool_call>\s*\{", text)
+    first = re.search(re.escape(tags[0]) + r"\s*\{", text)
     if first is None:
         return text, []
     calls = []
     place = first.start()
     while place < len(text):
-        if not text.startswith(_CALL, place):
+        if not text.startswith(tags[0], place):
             _refuse_after(text[place:], at)
-        call, place = _json_call(text, _after_space(text, place + len(_CALL)), at)
+        call, place = _json_call(text, _after_space(text, place + len(tags[0])), tags, at)
         calls.append(call)
         place = _after_space(text, place)
     return text[: first.start()].rstrip(), calls
@@ -108,22 +113,22 @@ def _after_space(text: str, place: int) -> int:
     return found.end() if found is not None else place
 
 
-def _json_call(text: str, start: int, at: str) -> tuple[dict[str, Any], int]:
+def _json_call(text: str, start: int, tags: tuple[str, str], at: str) -> tuple[dict[str, Any], int]:
     try:
         _, end = json.JSONDecoder().raw_decode(text, start)
         value = parse_json(text[start:end], at=at)
-        closed = _CALL_END.match(text, end)
+        close = _after_space(text, end)
         arguments = value.get("arguments", {})
         if isinstance(arguments, str):
             arguments = parse_json(arguments, at=at)
         if (
-            closed is not None
+            text.startswith(tags[1], close)
             and isinstance(value.get("name"), str)
             and not value.keys() - {"name", "arguments", "id"}
             and isinstance(arguments, dict)
         ):
             function = {"name": value["name"], "arguments": arguments}
-            return {"type": "function", "function": function}, closed.end()
+            return {"type": "function", "function": function}, close + len(tags[1])
     except (ValueError, RecursionError, AttributeError, RowError):
         pass
     raise RowError(
@@ -131,7 +136,7 @@ def _json_call(text: str, start: int, at: str) -> tuple[dict[str, Any], int]:
         "is a tool call as text that cannot be read",
         at=f"{at}.content",
         found=repr(text[start : start + 60]),
-        expected='<tool_call>{"name": ..., "arguments": {...}}</tool_call>',
+        expected=f'{tags[0]}{{"name": ..., "arguments": {{...}}}}{tags[1]}',
         fix="write the call as tool_calls",
     )
 
@@ -140,7 +145,7 @@ def _parsed_calls(
     text: str, tools: Any, context: RepairContext, at: str
 ) -> tuple[str, list[dict[str, Any]]]:
     """The text before the first call in the template's own markup, and the calls."""
-    if context.parse is None:
+    if context.parse is None or context.call_tags is None:
         return text, []
     shown = tools if isinstance(tools, list | tuple) else ()
     parsed = context.parse(text, [tool for tool in shown if isinstance(tool, dict)])
@@ -148,7 +153,7 @@ def _parsed_calls(
     if not calls or "reasoning_content" in parsed:
         return text, []
     head = parsed["content"]
-    if not (text.startswith(head) and text[len(head) :].lstrip().startswith(_CALL)):
+    if not (text.startswith(head) and text[len(head) :].lstrip().startswith(context.call_tags[0])):
         _refuse_after(head, at)
     return head, calls
 
@@ -167,11 +172,14 @@ def _refuse_after(text: str, at: str) -> None:
 def _results(turn: Placed, context: RepairContext, notes: Notes) -> list[Placed]:
     """Tool turns of a turn that writes the tags of results itself."""
     text = text_only(turn.message.get("content"))
-    if text is None or not context.abilities.wraps_results or not _RESULTS.fullmatch(text):
+    if text is None or context.result_tags is None or not context.abilities.wraps_results:
+        return [turn]
+    whole, one = _result_patterns(context.result_tags)
+    if not whole.fullmatch(text):
         return [turn]
     what = "turn" if turn.role == "user" else "turn with tags of its own"
     notes.note(AS_TEXT, turn.at, f"{turn.role} {what} converted to tool results")
-    return [turn.but(role="tool", content=result) for result in _RESULT.findall(text)]
+    return [turn.but(role="tool", content=result) for result in one.findall(text)]
 
 
 def move_thinking(turns: list[Placed], context: RepairContext, notes: Notes) -> list[Placed]:
@@ -182,24 +190,13 @@ def move_thinking(turns: list[Placed], context: RepairContext, notes: Notes) -> 
     made = []
     for turn in turns:
         text = text_only(turn.message.get("content"))
-        split = split_thinking(text, marks) if text is not None else None
+        split = split_block(text, marks) if text is not None else None
         if turn.role != context.assistant or split is None or "reasoning_content" in turn.message:
             made.append(turn)
             continue
         notes.note(MOVED, f"{turn.at}.content", "think block moved to reasoning_content")
         made.append(turn.but(reasoning_content=split[0], content=split[1]))
     return made
-
-
-def split_thinking(text: str, marks: tuple[str, str]) -> tuple[str, str] | None:
-    """Reasoning and the rest of a text that begins with one think block; else ``None``."""
-    opens, closes = marks
-    if text.count(closes) != 1 or text.count(opens) > 1:
-        return None
-    head, _, rest = text.partition(closes)
-    if opens in head and not head.lstrip().startswith(opens):
-        return None
-    return head.lstrip().removeprefix(opens).strip("\n"), rest.lstrip("\n")
 
 
 #: Media that rows of other tools name, also where no plugin reads them.

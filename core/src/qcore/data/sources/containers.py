@@ -17,7 +17,7 @@ from ...api.media import RowError
 from ...errors import InputError
 from ..tool_fields import kind
 from . import columnar, csv_rows
-from .file_kinds import FileKind, damaged, file_kind
+from .file_kinds import FileKind, damaged, file_kind, unit_of
 from .json_array import elements
 from .jsonl import Hasher, parse, raw_lines, too_long
 from .selection import choose
@@ -39,12 +39,14 @@ class RawRecord:
         line: line of a JSONL file, else the number of the record, from 1.
         raw: its JSON text; a parsed object; a row of a column format; a `RowError` if it cannot be
             read; ``None`` if it is too long.
+        unit: what `line` counts; see `Record.unit`.
     """
 
     source: Source
     path: Path
     line: int
     raw: bytes | dict[str, Any] | columnar.BatchRow | RowError | None
+    unit: str = "line"
 
     def parse(self) -> Record:
         """The record with its JSON value.
@@ -58,8 +60,8 @@ class RawRecord:
                 raw = raw.value()
             except Damaged as error:
                 kind = file_kind(self.path).container
-                raise damaged(self.path, self.line, error, kind) from None
-        return Record(self.source, self.path, self.line, _value(raw))
+                raise damaged(self.path, self.line, error, kind, self.unit) from None
+        return Record(self.source, self.path, self.line, _value(raw), self.unit)
 
     @property
     def size(self) -> int:
@@ -99,11 +101,12 @@ def raw_records(
     chosen = iter(() if every else choose(count_records(source), source, seed))
     wanted, index = next(chosen, None), -1
     for path in source.files:
+        unit = unit_of(file_kind(path).container)
         for number, raw in _raw_records(path, source, digest):
             index += 1
             if every or index == wanted:
                 wanted = next(chosen, None)
-                yield RawRecord(source, path, number, raw)
+                yield RawRecord(source, path, number, raw, unit)
 
 
 def count_records(source: Source) -> int:
@@ -115,7 +118,7 @@ def count_records(source: Source) -> int:
             try:
                 count += columnar.count_rows(path, container)
             except Damaged as error:
-                raise damaged(path, 1, error, container) from None
+                raise damaged(path, 1, error, container, "row") from None
         else:
             count += sum(1 for record in _raw_records(path, source, None))
     return count
@@ -131,7 +134,8 @@ def _raw_records(path: Path, source: Source, digest: Hasher | None) -> Iterator[
             yield number, raw
     except Damaged as error:
         what = as_file.compression or as_file.container
-        raise damaged(path, number + 1, error, what) from None
+        unit = unit_of(as_file.container)
+        raise damaged(path, number + 1, error, what, unit) from None
     if not found:
         raise InputError(
             "QC-DATA-002",
@@ -155,7 +159,7 @@ def _contents(
         return
     with decompressed(path, as_file.compression, digest) as file:
         if as_file.container in csv_rows.DELIMITERS:
-            yield from enumerate(csv_rows.rows(file, path, as_file.container), 1)
+            yield from csv_rows.rows(file, path, as_file.container)
             return
         array = as_file.container == "json"
         for number, raw in elements(file) if array else raw_lines(file, path):

@@ -21,8 +21,10 @@ DELIMITERS: Final = {"csv": ",", "tsv": "\t"}
 _LONE: Final = range(0xDC80, 0xDD00)  # what `surrogateescape` makes of bytes that are not UTF-8
 
 
-def rows(file: BinaryIO, path: Path, container: str) -> Iterator[dict[str, str] | RowError]:
-    """Yield the records of a file.
+def rows(
+    file: BinaryIO, path: Path, container: str
+) -> Iterator[tuple[int, dict[str, str] | RowError]]:
+    """Yield the line where a record begins, and the record, for all of a file.
 
     Args:
         file: the bytes.
@@ -37,9 +39,11 @@ def rows(file: BinaryIO, path: Path, container: str) -> Iterator[dict[str, str] 
     reader = csv.reader(_text(file, path), strict=True, delimiter=DELIMITERS[container])
     try:
         header = _header(next(reader, None), path, container)
+        start = reader.line_num + 1
         for cells in reader:
             if cells:  # a blank line has none
-                yield _row(header, cells)
+                yield start, _row(header, cells)
+            start = reader.line_num + 1
     except csv.Error as error:
         raise InputError(
             "QC-DATA-032",

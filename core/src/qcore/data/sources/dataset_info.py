@@ -20,7 +20,8 @@ from .streams import opened
 
 NAME: Final = "dataset_info.json"
 _MAX_BYTES: Final = 4 << 20
-_PLACES: Final = (
+#: Keys of an entry that state where its rows lie.
+PLACES: Final = (
     "file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name",
     "subset", "split", "folder", "num_samples",
 )  # fmt: skip
@@ -69,11 +70,11 @@ def read_dataset_info(path: Path, names: tuple[str, ...] = ()) -> tuple[Entry, .
 
 
 def _is_entry(value: Any) -> bool:
-    return isinstance(value, dict) and any(key in value for key in _PLACES)
+    return isinstance(value, dict) and any(key in value for key in PLACES)
 
 
 def _entry(path: Path, name: str, value: Mapping[str, Any]) -> Entry:
-    fields = {key: entry for key, entry in value.items() if key not in _PLACES}
+    fields = {key: entry for key, entry in value.items() if key not in PLACES}
     options: dict[str, Any] = {"fields": fields or {"formatting": "alpaca"}}
     if (count := value.get("num_samples")) is not None:
         if type(count) is not int or count < 1:
@@ -92,7 +93,7 @@ def _entry(path: Path, name: str, value: Mapping[str, Any]) -> Entry:
         )  # fmt: skip
     file = _word(path, name, value, "file_name")
     if not file:
-        key = next(key for key in _PLACES if key in value)
+        key = next(key for key in PLACES if key in value)
         raise _wrong(
             path, f"{name}.{key}", "cannot be read", expected="file_name or hf_hub_url",
             fix="download the rows and set file_name",

@@ -148,13 +148,18 @@ def _salvaged(path: Path, compression: str, error: Damaged) -> bytes:
     raise damaged(path, 1, error, compression) from None
 
 
-def damaged(path: Path, line: int, error: Damaged, what: str) -> InputError:
+def unit_of(container: str) -> str:
+    """What the numbers of records count; see `Record.unit`."""
+    return {"json": "element", "jsonl": "line", "csv": "line", "tsv": "line"}.get(container, "row")
+
+
+def damaged(path: Path, line: int, error: Damaged, what: str, unit: str) -> InputError:
     """The error of a file that cannot be read on."""
     return InputError(
         "QC-DATA-031",
         "is damaged or cut",
         file=path,
-        field=f"line {line}",
+        field=f"{unit} {line}",
         found=" ".join(str(error).split())[:200],
         expected=f"a whole {what} file",
         fix="download or write it again",

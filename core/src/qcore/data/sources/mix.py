@@ -24,31 +24,27 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...config.expect import Contract, Expect
+from ...config.settings import SPECS
 from ...config.yaml import MappingNode, Node, ScalarNode, SequenceNode
 from ...errors import UsageError, nearest
+from ..policies import POLICY_KEYS
 from .hub_files import ID, REVISION
 
 SUFFIXES: Final = (".yaml", ".yml")
 _CONTRACT: Final = Contract("QC-DATA-035", "is not a valid mix file")
 _TOP: Final = ("sources", "seed")
 _HUB: Final = ("revision", "config", "split")
-_CHOICES: Final = {
-    "turns": ("all", "last"),
-    "reasoning": ("train", "mask", "drop"),
-    "history": ("as_served", "as_rendered"),
-    "long_rows": ("refuse", "drop", "truncate_turns", "truncate_tokens"),
-    "bad_rows": ("refuse", "skip"),
-}
+_CHOICES: Final = {key: SPECS[key].choices for key in POLICY_KEYS}
 _KEYS: Final = (
     "path", "hub", *_HUB, "format", "weight", "count", "fields", "ignore_columns", "media_root",
-    *_CHOICES, "train", "seed",
+    *_CHOICES, "bad_rows_limit", "train", "seed",
 )  # fmt: skip
 _EXAMPLES: Final = {
     "path": "rows.jsonl", "hub": "ORG/NAME", "revision": "main", "config": "default",
     "split": "train", "format": "sharegpt", "weight": "0.5", "count": "1000",
     "fields": "{messages: conversations}", "ignore_columns": "[source, score]",
     "media_root": "media", **{key: choices[0] for key, choices in _CHOICES.items()},
-    "train": "false", "seed": "0", "messages": "conversations",
+    "bad_rows_limit": "0.1", "train": "false", "seed": "0", "messages": "conversations",
 }  # fmt: skip
 _MAX_SOURCES: Final = 1000
 _MAX_SEED: Final = 2**63 - 1
@@ -157,6 +153,8 @@ def _options(keys: Mapping[str, Expect], folder: Path) -> dict[str, Any]:
     for key, choices in _CHOICES.items():
         if key in keys:
             options[key] = _choice(keys[key], choices)
+    if "bad_rows_limit" in keys:
+        options["bad_rows_limit"] = _fraction(keys["bad_rows_limit"])
     if "train" in keys:
         options["train"] = _choice(keys["train"], ("true", "false")) == "true"
     if "seed" in keys:
@@ -199,6 +197,13 @@ def _share(value: Expect) -> float:
         fix = "leave the source out" if weight <= 0 else "lower the weights of the other sources"
         raise _breach(value, f"{weight:g}", "more than 0 and at most 1", fix)
     return weight
+
+
+def _fraction(value: Expect) -> float:
+    number = _at(value).number()
+    if not 0 <= number <= 1:
+        raise _breach(value, f"{number:g}", "0 to 1")
+    return number
 
 
 def _integer(value: Expect, low: int, high: int) -> int:

@@ -11,6 +11,7 @@ datasets.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from ...errors import InputError, QcoreError, UsageError, nearest, raise_all
+from ..formats import Formats, load_formats
 from .dataset_info import NAME, read_dataset_info, split_word
 from .file_kinds import (
     COLUMN_SUFFIXES,
@@ -62,23 +64,29 @@ def read_sources(
 
     Raises:
         UsageError: ``QC-DATA-038`` a word cannot be a path; ``QC-DATA-035`` and ``QC-YAML-*`` a mix
-            file; ``QC-DATA-060`` a media root that is not a folder.
+            file; ``QC-DATA-060`` a media root that is not a folder; ``-027`` an unknown
+            format; ``-028`` an invalid field mapping.
         InputError: ``QC-DATA-001`` to ``-003``, ``-030``, ``-031``, ``-033``, ``-037``, ``-039`` a
             folder of several splits, and ``QC-HUB-*``; a `PreflightError` for several.
     """
     sources: list[Source] = []
     problems: list[QcoreError] = []
+    formats = load_formats()
     for word in data:
         try:
             mix, entries = _entries(str(word), command)
         except QcoreError as error:
             problems.append(error)
             continue
+        listed = None if mix is None else (mix, _sha256(mix))
         for entry in entries:
             try:
-                sources.append(_source(entry, mix))
+                sources.append(replace(_source(entry, mix), mix=listed))
+                _check_format(entry, mix, formats)
             except QcoreError as error:
                 problems.extend(getattr(error, "errors", (error,)))
+    if format and data:
+        formats.check(format)
     raise_all(problems)
     sources = [
         replace(each, format=each.format or format, media_root=each.media_root or media_root)
@@ -86,6 +94,14 @@ def read_sources(
     ]
     _check_roots(sources)
     return tuple(_note_repeated(sources))
+
+
+def _check_format(entry: Entry, mix: Path | None, formats: Formats) -> None:
+    """Refuse an unknown format and a wrong field mapping before anything is opened for the rows."""
+    try:
+        formats.check(entry.options.get("format", ""), entry.options.get("fields"))
+    except QcoreError as error:
+        raise error.replace(file=mix, field=f"{entry.place}.{error.field}") from None
 
 
 def _check_roots(sources: Sequence[Source]) -> None:
@@ -124,6 +140,11 @@ def _entries(word: str, command: str) -> tuple[Path | None, tuple[Entry, ...]]:
     if reason != _MISSING or _names_a_file(word) or not is_id:
         raise unreadable(path, reason, _near(path) if reason == _MISSING else None)
     return None, (Entry(place="", hub=name, revision=revision),)
+
+
+def _sha256(path: Path) -> str:
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unreachable(path: Path) -> str | None:
@@ -192,6 +213,8 @@ def _hub_source(entry: Entry) -> Source:
         name=name,
         files=found.files,
         revision=found.revision,
+        config=entry.config,
+        split=entry.split,
         notes=(found.note,) if found.note else (),
         **entry.options,
     )

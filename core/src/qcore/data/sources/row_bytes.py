@@ -26,7 +26,7 @@ from typing import Any, Final
 from ...api.media import RowError
 from ...errors import InputError
 from . import columnar
-from .file_kinds import file_kind
+from .file_kinds import COLUMN_SUFFIXES, file_kind
 from .jsonl import parse
 from .streams import Damaged
 
@@ -63,10 +63,11 @@ class RowBytes:
         raise self._gone("other content")
 
     def _gone(self, found: str) -> RowError:
+        unit = "row" if self.path.suffix in COLUMN_SUFFIXES else "line"
         return RowError(
             "QC-MEDIA-008",
             "changed after its row was read",
-            found=f"line {self.line} of {self.path}: {found[:200]}",
+            found=f"{unit} {self.line} of {self.path}: {found[:200]}",
             expected="the bytes that the row held",
             fix="do not modify data files during a run",
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...api.media import RowError
+from ..policies import POLICY_KEYS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,9 @@ class Source:
         name: as the user wrote it: a path or a hub id; reports name it.
         files: files in the order in which they are read; those of a hub id lie in its cache.
         revision: commit of a hub dataset; empty for files.
+        config: configuration of a hub dataset that the user named.
+        split: split of a hub dataset that the user named.
+        mix: the file that lists the source, if any, and its SHA-256.
         format: forced row format; empty: each row's is detected by its keys.
         fields: field mapping: canonical key -> key in the rows of this source.
         ignore_columns: keys of rows that are passed over.
@@ -37,6 +41,7 @@ class Source:
         history: ``as_served`` or ``as_rendered``.
         long_rows: ``refuse``, ``drop``, ``truncate_turns`` or ``truncate_tokens``.
         bad_rows: ``refuse`` or ``skip``.
+        bad_rows_limit: the largest fraction of its rows that may be skipped.
         train: whether rows of this source are trained; false: all of it is context.
         notes: what a report says of it: files that are not read, a name that does not fit the
             content.
@@ -45,6 +50,9 @@ class Source:
     name: str
     files: tuple[Path, ...]
     revision: str = ""
+    config: str = ""
+    split: str = ""
+    mix: tuple[Path, str] | None = None
     format: str = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
     ignore_columns: tuple[str, ...] = ()
@@ -57,8 +65,28 @@ class Source:
     history: str = ""
     long_rows: str = ""
     bad_rows: str = ""
+    bad_rows_limit: float | None = None
     train: bool = True
     notes: tuple[str, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """For a manifest: the source, and what it sets itself."""
+        keys = (
+            "revision", "config", "split", "format", "fields", "ignore_columns", "weight", "count",
+            "seed", *POLICY_KEYS, "bad_rows_limit", "notes",
+        )  # fmt: skip
+        values = {key: getattr(self, key) for key in keys}
+        mix = None if self.mix is None else {"file": self.mix[0].name, "sha256": self.mix[1]}
+        root = None if self.media_root is None else str(self.media_root)
+        values |= {"media_root": root, "train": None if self.train else False, "mix": mix}
+        return {
+            "name": self.name,
+            **{
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in values.items()
+                if value is not None and value not in ("", (), {})
+            },
+        }
 
     def seeded(self, seed: int) -> Source:
         """This source with the run's seed, if it takes a share of its rows without one."""
@@ -74,11 +102,13 @@ class Record:
     Attributes:
         source: where it comes from.
         path: the file.
-        line: line of a JSONL file, else the number of the record, from 1.
+        line: line of a text file, else the number of the record, from 1.
         value: the JSON value; a `RowError` if the record cannot be read.
+        unit: what `line` counts: ``line``, ``element`` of a JSON array, ``row`` of a table.
     """
 
     source: Source
     path: Path
     line: int
     value: Any | RowError
+    unit: str = "line"

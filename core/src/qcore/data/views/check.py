@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...errors import QcoreError
-from ..findings import ERROR, WARNING, DataFinding
-from ..policies import SKIP
+from ..findings import DataFinding
 from ..rendering.chat_record import TrainedTurns
 
 if TYPE_CHECKING:
+    from ..findings import Findings
+    from ..rejects import Rejects
     from ..rendering.renderer import Renderer
     from ..sources.source import Source
 
@@ -57,9 +58,10 @@ class CheckReport:
         tokens: tokens of all samples.
         supervised: trained tokens of all samples.
         formats: rows by format.
-        findings: refused rows first, in the order of their detection.
         lines: findings by code.
         longest: tokens of the longest sample.
+        listed: the rows that are refused, skipped, dropped or cut.
+        noted: the findings on the other rows and on all of them.
         error: why training would stop; ``None`` if it would not.
     """
 
@@ -69,13 +71,19 @@ class CheckReport:
     tokens: int
     supervised: int
     formats: dict[str, int]
-    findings: tuple[DataFinding, ...]
     lines: tuple[FindingLine, ...]
     longest: int
+    listed: Rejects
+    noted: Findings
     error: QcoreError | None = None
 
+    def findings(self) -> Iterator[DataFinding]:
+        """The findings; refused, dropped and cut rows first, in the order of their detection."""
+        yield from self.listed.findings()
+        yield from self.noted
+
     def as_json(self) -> dict[str, Any]:
-        """The payload of ``qcore data check --json``."""
+        """The payload of ``qcore data check --json``, but for its ``findings``."""
         return {
             "rows": self.rows,
             "samples": self.samples,
@@ -83,7 +91,6 @@ class CheckReport:
             "tokens": self.tokens,
             "supervised": self.supervised,
             "formats": self.formats,
-            "findings": [finding.as_json() for finding in self.findings],
         }
 
 
@@ -118,14 +125,12 @@ def check_rows(renderer: Renderer, sources: Sequence[Source]) -> CheckReport:
         renderer.record(sums.trained)
     error: QcoreError | None = None
     try:
-        renderer.rejects.stop(renderer.rows)
+        renderer.rejects.stop(renderer.notes.counts)
     except QcoreError as stopped:
         error = stopped
-    refused = list(_refused(renderer))
     formats: Counter[str] = Counter()
     for count in renderer.notes.counts:
         formats.update(count.formats)
-    findings = (*refused, *renderer.notes.findings)
     return CheckReport(
         rows=renderer.rows,
         samples=sums.samples,
@@ -133,42 +138,40 @@ def check_rows(renderer: Renderer, sources: Sequence[Source]) -> CheckReport:
         tokens=sums.tokens,
         supervised=sums.supervised,
         formats=dict(sorted(formats.items())),
-        findings=findings,
-        lines=tuple(_lines(refused, renderer)),
+        lines=tuple(_lines(renderer)),
         longest=sums.longest,
+        listed=renderer.rejects,
+        noted=renderer.notes.findings,
         error=error,
     )
 
 
-def _refused(renderer: Renderer) -> Iterator[DataFinding]:
-    """A finding for each refused row; a warning if ``bad_rows=skip`` leaves it out."""
-    skip = renderer.options.policies.bad_rows == SKIP
-    for entry in renderer.rejects.entries():
-        yield DataFinding(
-            code=entry["code"],
-            severity=WARNING if skip else ERROR,
-            row=entry["row"],
-            field=entry["field"],
-            message=entry["reason"],
-            fix=entry["fix"],
-        )
-
-
-def _lines(refused: Sequence[DataFinding], renderer: Renderer) -> Iterator[FindingLine]:
-    by_code: dict[tuple[str, str], list[DataFinding]] = {}
-    for finding in refused:
-        by_code.setdefault((finding.code, finding.severity), []).append(finding)
-    for (code, severity), found in by_code.items():
-        yield _line(code, severity, found, len(found))
+def _lines(renderer: Renderer) -> Iterator[FindingLine]:
+    """The lines of the report: rows of the list by code and severity, then the other findings."""
+    listed: dict[tuple[str, str], _Listed] = {}
+    for finding in renderer.rejects.findings():
+        listed.setdefault((finding.code, finding.severity), _Listed(finding)).add(finding)
+    for one in listed.values():
+        yield _line(one.first, one.rows, one.count, one.first.message)
     for group in renderer.notes.findings.groups():
-        line = _line(group.first.code, group.first.severity, group.kept, group.count)
-        yield replace(line, message=group.message)
+        rows = list(dict.fromkeys(finding.row for finding in group.kept if finding.row))
+        yield _line(group.first, rows, group.count, group.message)
 
 
-def _line(code: str, severity: str, found: Sequence[DataFinding], count: int) -> FindingLine:
-    first = found[0]
-    rows = tuple(dict.fromkeys(finding.row for finding in found if finding.row))
+@dataclass(slots=True)
+class _Listed:
+    first: DataFinding
+    count: int = 0
+    rows: list[int] = field(default_factory=list)
+
+    def add(self, finding: DataFinding) -> None:
+        self.count += 1
+        if len(self.rows) <= _NAMED:
+            self.rows.append(finding.row)
+
+
+def _line(first: DataFinding, rows: Sequence[int], count: int, message: str) -> FindingLine:
     return FindingLine(
-        severity=severity, code=code, count=count, rows=rows[: _NAMED + 1],
-        message=first.message, fix=first.fix, field=first.field,
+        severity=first.severity, code=first.code, count=count, rows=tuple(rows[: _NAMED + 1]),
+        message=message, fix=first.fix, field=first.field,
     )  # fmt: skip

@@ -14,13 +14,13 @@
 
   // An entry of the list: a sample, or a refused row, which has none.
   const entries = samples.map((s) => ({
-    row: s[0], sample: s[1], source: s[2], format: s[3], line: s[4], tokens: s[5], trained: s[6],
+    row: s[0], sample: s[1], source: s[2], format: s[3], place: s[4], tokens: s[5], trained: s[6],
     spans: s[7], media: s[8], share: s[5] ? (100 * s[6]) / s[5] : 0, text: null,
   }));
   const shown = new Set(entries.map((e) => e.row));
   for (const [row, list] of findings) {
     if (row && !shown.has(row) && list.some((f) => f.refused)) {
-      entries.push({ row, sample: 0, source: list[0].source, format: -1, line: list[0].line,
+      entries.push({ row, sample: 0, source: list[0].source, format: -1, place: list[0].place,
         tokens: 0, trained: 0, spans: [], media: [], share: 0, text: null });
     }
   }
@@ -73,7 +73,7 @@
       meter.append(fill);
       share.append(document.createTextNode(number(e.tokens) + " tokens"), meter,
         document.createTextNode(Math.round(e.share) + " %"));
-    } else share.append(document.createTextNode("refused"));
+    } else share.append(document.createTextNode("left out"));
     head.append(share);
     const spans = e.spans;
     const from = spans.find((s) => s[3] && whys[s[2]] === "answer") || spans.find((s) => s[3]) || spans[0];
@@ -125,8 +125,8 @@
     why(null);
     $("detail").scrollTop = 0;
     if (!e) return;
-    $("head").append(make("b", "", "Row " + e.row + (e.sample ? ", sample " + e.sample : ", refused")),
-      document.createTextNode(" · " + visible(sources[e.source] || "") + " line " + e.line +
+    $("head").append(make("b", "", "Row " + e.row + (e.sample ? ", sample " + e.sample : ", left out")),
+      document.createTextNode(" · " + visible(sources[e.source] || "") + " " + e.place +
         (e.format >= 0 ? " · " + formats[e.format] : "") +
         (e.sample ? " · " + number(e.tokens) + " tokens, " + number(e.trained) + " trained (" +
           Math.round(e.share) + " %)" : "")));

@@ -18,12 +18,14 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ...errors import UsageError
 from ...io.atomic import writing
 from ..findings import DataFinding
+from ..rejects import CUT, REFUSED
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -113,7 +115,7 @@ class Page:
             sample.sample,
             _number(self._sources, sample.source),
             _number(self._formats, sample.format),
-            sample.line,
+            sample.place,
             len(sample.token_ids),
             supervised,
             spans,
@@ -141,31 +143,21 @@ class Page:
             path: the file; a page that is there is replaced.
             model: as the user named it.
             rows: rows of all sources.
-            refused: entries of `Rejects.entries`.
+            refused: entries of `Rejects.entries`, read once.
             findings: what else there is to say.
             rejected: number of refused rows.
 
         Raises:
             WriteError: ``QC-WRITE-*``.
         """
-        listed = [
-            {
-                "code": entry["code"], "severity": "error", "row": entry["row"],
-                "field": entry["field"], "message": entry["reason"], "fix": entry["fix"],
-                "refused": True, "line": entry["line"],
-                "source": _number(self._sources, str(entry["file"])),
-            }
-            for entry in refused
-        ]  # fmt: skip
-        listed += [finding.as_json() for finding in findings]
+        listed = chain(
+            (self._refused(entry) for entry in refused),
+            (finding.as_json() for finding in findings),
+        )
         meta = {
             "model": model, "rows": rows, "rejected": rejected, "tokens": self._tokens,
             "supervised": self._supervised, "special": self._special, "media": list(self._media),
             "left": "" if self._size < THUMBNAILS else "thumbnails are left out beyond 24 MB",
-        }  # fmt: skip
-        rest = {
-            "findings": listed, "whys": list(self._whys), "sources": list(self._sources),
-            "formats": list(self._formats), "thumbs": list(self._thumbs), "meta": meta,
         }  # fmt: skip
         before, after = _frame()
         with writing(path):
@@ -176,10 +168,32 @@ class Page:
                     self._spool.seek(0)
                     for piece in iter(partial(self._spool.read, 1 << 20), ""):
                         file.write(piece)
+                    file.write('],\n"findings":[')
+                    for number, finding in enumerate(listed):
+                        file.write(("," if number else "") + embedded(finding))
+                    # After the findings, which name further sources.
+                    rest = {
+                        "whys": list(self._whys), "sources": list(self._sources),
+                        "formats": list(self._formats), "thumbs": list(self._thumbs), "meta": meta,
+                    }  # fmt: skip
                     file.write("],\n" + embedded(rest)[1:] + after)
                 part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
+
+    def _refused(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """The finding of a row that is refused, skipped, dropped or cut."""
+        return {
+            "code": entry["code"],
+            "severity": "error" if entry["action"] == REFUSED else "warning",
+            "row": entry["row"],
+            "field": entry["field"],
+            "message": entry["reason"],
+            "fix": entry["fix"],
+            "refused": entry["action"] != CUT,
+            "place": entry["place"],
+            "source": _number(self._sources, str(entry["file"])),
+        }
 
     def _shortened(self, text: str) -> str:
         for token, run in zip(self._media, self._runs, strict=True):

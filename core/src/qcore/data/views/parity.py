@@ -25,10 +25,9 @@ from ...api.records import ChatFormat
 from ...api.views import TemplateView
 from ...errors import InputError
 from ..findings import NOTE, WARNING, DataFinding
-from ..rendering.masking import normalized
+from ..rendering.pieces import normalized
 from ..repairs.notes import functions_of, text_only
-from ..repairs.text import split_thinking
-from ..rows import thinking_marks
+from ..think_block import split_block, thinking_marks
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -323,7 +322,7 @@ def _canonical(message: Mapping[str, Any], marks: tuple[str, str] | None) -> dic
     reasoning = message.get("reasoning_content")
     if isinstance(reasoning, str):
         made["reasoning_content"] = reasoning
-    elif content is not None and marks is not None and (split := split_thinking(content, marks)):
+    elif content is not None and (split := split_block(content, marks)):
         made["reasoning_content"], made["content"] = split
     made["tool_calls"] = _pairs(message.get("tool_calls") or ())
     return made

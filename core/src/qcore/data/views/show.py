@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...api.media import RowError
+from ..rejects import place_of
 from ..rendering.masking import IGNORED
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class ShownSample:
         source: name of the source, as the user wrote it.
         format: row format.
         path: the file of the row.
-        line: line of the row in its file.
+        place: place of the row in its file: ``line 3``.
         token_ids: token ids.
         trained: for each token, whether it has a label.
         spans: consecutive ranges of tokens that cover the sample.
@@ -47,7 +48,7 @@ class ShownSample:
     source: str
     format: str
     path: Path
-    line: int
+    place: str
     token_ids: Sequence[int]
     trained: Sequence[bool]
     spans: tuple[Span, ...]
@@ -130,7 +131,7 @@ def _shown(plan: RowPlan, example: Example) -> ShownSample:
         source=row.source.name if row.source is not None else str(row.path),
         format=row.format,
         path=row.path,
-        line=row.line,
+        place=place_of(row),
         token_ids=example.ids,
         trained=[label != IGNORED for label in example.labels],
         spans=example.spans,
