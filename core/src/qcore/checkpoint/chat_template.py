@@ -29,6 +29,7 @@ _FAILURES: Mapping[str, tuple[str, str, bool]] = {
     "security": ("QC-TEMPLATE-003", "uses a feature that the sandbox forbids", True),
     "recursion": ("QC-TEMPLATE-003", "exceeds the recursion limit", True),
     "timeout": ("QC-TEMPLATE-004", "takes more than 2 s of processor time", False),
+    "slow": ("QC-TEMPLATE-004", "takes more than 30 s for all turns of the conversation", True),
     "memory": ("QC-TEMPLATE-005", "exceeds the memory limit for templates", False),
     "output": ("QC-TEMPLATE-006", "renders more text than fits into any context", True),
     "died": ("QC-TEMPLATE-007", "crashes the process that renders it", False),

@@ -41,9 +41,11 @@ import jinja2.sandbox
 MEMORY = 512 << 20  #: bytes of address space
 OUTPUT = 8 << 20  #: characters of one rendered conversation
 CPU_SECONDS = 2.0  #: processor time of one render; wall time would depend on the machine's load
+ROW_SECONDS = 30.0  #: processor time of all renderings of one row
 ALARM = 60  #: seconds after which a render ends, even if the parent process has died
-FLUSH_SECONDS = 0.5  #: of rendering, after which finished rows are sent
+FLUSH_SECONDS = 0.5  #: after which finished renderings are sent
 FAILED = (1 << 64) - 1  #: in place of the number of shared characters
+_SLOW: dict[str, Any] = {"error": "slow", "text": "", "type": "", "line": None}
 
 #: Every exception that a template can cause; any other exception is a bug in this file.
 RAISED = (
@@ -331,19 +333,20 @@ def _answer(stream: BinaryIO, template: jinja2.Template, request: dict[str, Any]
     """Send the renderings of all rows of a request."""
     flushed = time.monotonic()
     for row in request["rows"]:
-        last = ""
-        # The limit on time holds for each rendering.
+        last, until = "", time.process_time() + ROW_SECONDS
+        # The limit on time holds for each rendering, so that a slow template is found at once.
         for values in renderings(request["variables"], row):
-            made = _bounded(template, values)
+            late = time.process_time() > until
+            made = _SLOW if late else _bounded(template, values)
             if isinstance(made, str):
                 shared = shared_length(last, made)
                 _part(stream, shared, made[shared:].encode())
                 last = made
             else:
                 _part(stream, FAILED, _json(made))
-        if time.monotonic() - flushed > FLUSH_SECONDS:
-            stream.flush()
-            flushed = time.monotonic()
+            if time.monotonic() - flushed > FLUSH_SECONDS:
+                stream.flush()
+                flushed = time.monotonic()
     stream.flush()
 
 

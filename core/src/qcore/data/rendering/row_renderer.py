@@ -6,7 +6,8 @@ masked and made to fit. The result of each row is a `RowOutcome`, which depends 
 `RowSetup` alone, so that rows can be rendered by any number of processes.
 `qcore.data.rendering.run_notes` puts the outcomes together.
 
-Codes: ``QC-DATA-049`` a variable of a row that the template does not read.
+Codes: ``QC-DATA-049`` a variable of a row that the template does not read, ``-078`` a row with too
+many turns.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from ...errors import InputError, QcoreError, nearest
 from ..findings import DataFinding
 from ..formats import Formats
 from ..media.files import Finder
-from ..policies import Policies
+from ..policies import DROP, REFUSE, Policies
 from ..reading import Chunk, Numbered, RowReader
 from ..rejects import template_refusal
 from ..repairs.notes import RepairContext
 from ..rows import ChatRow, RowCheck
 from ..sources.row_bytes import row_bytes
-from .fitting import fitted
+from .fitting import fitted, too_long
 from .losses import LossCounts, Losses
 from .masking import Encoded, Example, encode_sample
 from .pieces import PieceEncoder
 from .row_plan import RowPlan, plan_row
-from .row_work import work_of
+from .row_work import FEW, MOST_WORK, first_turns, too_many_turns, with_turns, work_of
 from .row_worker import DeferredRow, TextReader
 from .samples import Draft, drafts
 from .template_check import prove_media
@@ -148,6 +149,7 @@ class RowRenderer:
         self._setup = setup
         self._template = template
         self._batches = template.batches(**setup.variables)
+        self._probes = template.batches(**setup.variables)
         self._pieces = PieceEncoder(setup.tokenizer, setup.chat_format.turn_start)
         self._read = RowReader(
             formats=formats,
@@ -162,6 +164,7 @@ class RowRenderer:
 
     def __exit__(self, *_: object) -> None:
         self._batches.close()
+        self._probes.close()
 
     def outcomes(self, chunks: Iterable[Chunk | None]) -> Iterator[list[RowOutcome]]:
         """Yield what became of the rows of each chunk, in order.
@@ -236,14 +239,43 @@ class RowRenderer:
             row = read.row if setup.reader is None else self._with_media(read.row, outcome)
             self._check_variables(row)
             policies = setup.policies.over(row.source)
-            return plan_row(row, policies, setup.chat_format, setup.switch, setup.fixed)
+            plan = plan_row(row, policies, setup.chat_format, setup.switch, setup.fixed)
+            return self._bounded(plan, outcome)
         except RowError as bad:
             outcome.error = bad
+        except _Refused as refused:
+            outcome.error = refused.error
         except DeferredRow:
             outcome.deferred = True
         except QcoreError as error:
             outcome.fatal = error
         return None
+
+    def _bounded(self, plan: RowPlan, outcome: RowOutcome) -> RowPlan | None:
+        """The plan, if its renderings end in time; else ``long_rows`` decides on a row too long.
+
+        The time grows with the square of the number of turns, that of the last turn alone does not.
+        """
+        if len(plan.turns) <= FEW:
+            return plan
+        works = work_of(plan, plan.prefixes())
+        if sum(works) <= MOST_WORK:
+            return plan
+        setup, policy = self._setup, plan.policies.long_rows
+        last = with_turns(plan, plan.turns[-1:], "not rendered")
+        self._probes.ask([(last, last.prefixes())])
+        (texts,) = self._probes.answers()
+        encoded = self._encoded(last, self._drafts(last, texts))
+        longest = max(len(one.example.ids) for one in encoded)
+        if longest <= setup.max_length:
+            raise too_many_turns(plan)
+        outcome.tokens = longest
+        if policy == REFUSE:
+            raise too_long(encoded, setup.max_length)
+        outcome.cut = True
+        if policy == DROP:
+            return None
+        return with_turns(plan, first_turns(plan, works), "longer than max_length")
 
     def _check_variables(self, row: ChatRow) -> None:
         names = self._setup.names
@@ -318,16 +350,21 @@ class RowRenderer:
         except InputError as error:  # of the template; any other one is not the row's
             raise _Refused(template_refusal(plan.row, error)) from None
 
-    def _encode(self, outcome: RowOutcome, plan: RowPlan, found: Sequence[Draft]) -> None:
-        """Tokenize and mask the samples of a row, and make them fit."""
+    def _encoded(self, plan: RowPlan, found: Sequence[Draft]) -> list[Encoded]:
+        """Tokenize and mask the samples of a row."""
         setup = self._setup
-        encoded = [
+        return [
             encode_sample(
                 draft, plan, setup.tokenizer, setup.chat_format,
                 pieces=self._pieces, reader=setup.reader, explain=setup.explain,
             )
             for draft in found
         ]  # fmt: skip
+
+    def _encode(self, outcome: RowOutcome, plan: RowPlan, found: Sequence[Draft]) -> None:
+        """Tokenize and mask the samples of a row, and make them fit."""
+        setup = self._setup
+        encoded = self._encoded(plan, found)
         try:
             kept = fitted(
                 encoded, setup.max_length, plan.policies.long_rows, setup.tokenizer, setup.reader
@@ -335,11 +372,12 @@ class RowRenderer:
         except RowError:
             outcome.tokens = max(len(one.example.ids) for one in encoded)
             raise
-        outcome.cut = len(kept) < len(encoded) or any(
+        if len(kept) < len(encoded) or any(
             len(a.example.ids) != len(b.example.ids) for a, b in zip(encoded, kept, strict=True)
-        )
-        if outcome.cut:
-            outcome.tokens = max(len(one.example.ids) for one in encoded)
+        ):
+            outcome.cut = True
+            longest = max(len(one.example.ids) for one in encoded)
+            outcome.tokens = max(outcome.tokens, longest)
         if not kept:
             return
         losses = Losses(setup.chat_format, setup.tokenizer)
