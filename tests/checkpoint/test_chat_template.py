@@ -299,55 +299,94 @@ def test_goes_on_after_a_failure_and_after_a_kill() -> None:
                 assert template.render(message) == said
 
 
-def test_many_rows_keep_order_and_only_their_own_errors() -> None:
-    def rows() -> Any:
-        for number in range(200):
-            said = "no" if number % 50 == 7 else f"{number} é"
-            yield ChatRow(line=number, messages=({"role": "user", "content": said},))
+def said(words: Any) -> list[ChatRow]:
+    return [
+        ChatRow(line=n, messages=({"role": "user", "content": w},)) for n, w in enumerate(words)
+    ]
 
+
+def test_many_rows_keep_order_and_only_their_own_errors() -> None:
+    rows = said("no" if number % 50 == 7 else f"{number} é" for number in range(200))
     text = "{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}{{ v }}"
-    with own_template(text + "{{ messages[0].content }}") as template:
-        asked = ((row, [Prefix(1)]) for row in rows())
-        for number, (row, (made,)) in enumerate(template.render_prefixes(asked, v="v ")):
-            assert row.line == number
+    with (
+        own_template(text + "{{ messages[0].content }}") as template,
+        template.batches(v="v ") as batches,
+    ):
+        made: list[Any] = []
+        for start in range(0, 200, 64):
+            batches.ask([(row, [Prefix(1)]) for row in rows[start : start + 64]])
+            made += batches.answers()
+        for number, (text,) in enumerate(made):
             if number % 50 == 7:
-                assert isinstance(made, InputError)
-                assert made.code == "QC-TEMPLATE-002"
+                assert isinstance(text, InputError)
+                assert text.code == "QC-TEMPLATE-002"
             else:
-                assert made == f"v {number} é"
-        assert list(template.render_prefixes([])) == []
-        asked = ((row, [Prefix(1)]) for row in rows())
-        first = next(iter(template.render_prefixes(asked)))  # left in the middle
-        assert first[1] == ["0 é"]
+                assert text == f"v {number} é"
+        assert batches.answers() == []
+        batches.ask([])
+        assert batches.answers() == []
+        batches.ask([(rows[0], [Prefix(1)])])  # left in the middle
+
+
+PARTS = (
+    "{% for m in messages %}{{ m.content }}{% if m.content == 'c' %}"
+    "{{ raise_exception('no') }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}>{{ mode }}{% endif %}"
+)
 
 
 def test_prefixes_of_a_row_are_rendered_in_one_request() -> None:
-    text = (
-        "{% for m in messages %}{{ m.content }}{% if m.content == 'c' %}"
-        "{{ raise_exception('no') }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}>{{ mode }}{% endif %}"
-    )
     row = ChatRow(line=1, messages=tuple({"role": "user", "content": c} for c in "abcd"))
     prefixes = [
         Prefix(2), Prefix(1, prompt=True), Prefix(1, True, {"mode": "off"}), Prefix(3), Prefix(0),
     ]  # fmt: skip
-    with own_template(text) as template:
-        ((_, texts),) = template.render_prefixes([(row, prefixes)], mode="on")
+    with own_template(PARTS) as template, template.batches(mode="on") as batches:
+        batches.ask([(row, prefixes)])
+        (texts,) = batches.answers()
         assert [t if isinstance(t, str) else t.code for t in texts] == [
             "ab", "a>on", "a>off", "QC-TEMPLATE-002", "",
         ]  # fmt: skip
 
 
+def test_texts_are_whole_whatever_they_share() -> None:
+    """Only what differs from the last text of a row is sent."""
+    rng = random.Random(5)
+    words = [rng.choice(["é", "ab", "a", "👍🏽", "", "x" * 9]) for _ in range(40)]
+    row = ChatRow(line=1, messages=tuple({"role": "user", "content": c} for c in words))
+    prefixes = [
+        Prefix(rng.randrange(41), rng.random() < 0.5, {"mode": rng.choice(words)})
+        for _ in range(200)
+    ]
+    with own_template(PARTS) as template, template.batches() as batches:
+        batches.ask([(row, prefixes)])
+        (texts,) = batches.answers()
+        for prefix, text in zip(prefixes, texts, strict=True):
+            tail = f">{prefix.variables['mode']}" if prefix.prompt else ""
+            assert text == "".join(words[: prefix.count]) + tail
+
+
+def test_a_process_that_ends_between_batches_is_started_again() -> None:
+    rows = said("abc")
+    with own_template("{{ messages[0].content }}") as template, template.batches() as batches:
+        for row in rows:
+            batches.ask([(row, [Prefix(1)])])
+            assert batches.answers() == [[row.messages[0]["content"]]]
+            assert batches._process is not None
+            batches._process._process.kill()
+            batches._process._process.wait()
+
+
 @pytest.mark.timing
 def test_a_row_that_hangs_stops_the_rows_and_is_named() -> None:
     text = "{% if messages[0].content == '2' %}" + LOOP * 3 + "{% endfor %}" * 3 + "{% endif %}x"
-    rows = [ChatRow(line=n, messages=({"role": "user", "content": str(n)},)) for n in range(5)]
     start = time.monotonic()
-    with pytest.raises(InputError) as caught, own_template(text) as template:
-        list(template.render_prefixes((row, [Prefix(1)]) for row in rows))
+    with own_template(text) as template, template.batches() as batches:
+        batches.ask([(row, [Prefix(1)]) for row in said("01234")])
+        with pytest.raises(InputError) as caught:
+            batches.answers()
     assert caught.value.code == "QC-TEMPLATE-004"
     assert "line 2" in caught.value.message
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 7  # the row alone again, to find it
 
 
 def test_inputs_are_what_the_caller_may_set(shared: Path) -> None:

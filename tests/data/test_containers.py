@@ -23,9 +23,8 @@ import zstandard
 from support.conversations import conversations
 
 from qcore.api.media import RowError
-from qcore.data.reading import read_rows
+from qcore.data.reading import read_records
 from qcore.data.rejects import Rejects
-from qcore.data.rows import ChatRow
 from qcore.data.source_counts import SourceCount
 from qcore.data.sources import columnar, json_array, streams
 from qcore.data.sources.containers import records
@@ -460,12 +459,9 @@ def test_a_bad_row_is_named_by_its_place_in_the_file(tmp_path: Path, name: str) 
     rejects, counts = Rejects(), list[SourceCount]()
     source = Source(name=name, files=(path,))
 
-    def read(record: Record, number: int) -> Any:
-        if record.value["completion"] == "c":
-            return "trl", ChatRow(line=record.line, messages=())
-        raise RowError("QC-DATA-010", "is empty", at="completion")
-
-    assert len(list(read_rows([source], read, rejects, counts))) == 1
+    first, second = read_records([source], counts)
+    assert first.record.parse().value["completion"] == "c"
+    rejects.add(second, RowError("QC-DATA-010", "is empty", at="completion"))
     places = {"r.jsonl": "line 3", "r.json": "element 2", "r.csv": "line 6"}
     place = places.get(name, "row 2")
     with pytest.raises(InputError) as caught:

@@ -24,8 +24,12 @@ def agree(tokenizer: Tokenizer) -> None:
     for number in range(300):
         text = "".join(rng.choice(PARTS) for _ in range(rng.randrange(1, 30)))
         if number % 3 == 0:
-            encoder.forget()
-        assert encoder.encode(text) == encode_whole(tokenizer, text), repr(text)
+            encoder.prepare([text])
+        pieces, whole = encoder.encode(text), encode_whole(tokenizer, text)
+        assert (list(pieces.ids), pieces.offsets()) == (whole.ids, whole.offsets), repr(text)
+        starts = [start for start, _ in whole.offsets]
+        for place in range(len(text) + 1):
+            assert pieces.index(place) == sum(start < place for start in starts), (text, place)
 
 
 def test_pieces_are_encoded_as_the_whole_is() -> None:
@@ -57,10 +61,11 @@ def test_a_prompt_has_the_tokens_that_it_has_alone(shared: Path, boundary: str) 
         text = f"{before}{header}{reply}<|im_end|>\n{before}"
         turn = len(before), len(before + header)
         assert encoder.splits(text, turn) == splits
-        ids, offsets = encoder.encode(text, turn)
-        prompt = encode_whole(tokenizer, before + header)[0]
-        rest = encode_whole(tokenizer, text[turn[1] :])[0]
+        tokens = encoder.encode(text, turn)
+        ids, offsets = list(tokens.ids), tokens.offsets()
+        prompt = encode_whole(tokenizer, before + header).ids
+        rest = encode_whole(tokenizer, text[turn[1] :]).ids
         assert ids == prompt + rest
         assert offsets[len(prompt)][0] == turn[1]
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
-        assert (ids == encode_whole(tokenizer, text)[0]) == splits
+        assert (ids == encode_whole(tokenizer, text).ids) == splits

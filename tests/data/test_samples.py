@@ -394,7 +394,6 @@ def test_every_character_has_a_reason(folder: Path) -> None:
     rejects = Rejects()
     with Template(SWITCHED, "own.jinja") as template:
         renderer = Renderer(template, THINKING, own_tokenizer(), options, rejects)
-        renderer.prove()
         ((_, (first, last)),) = renderer.encoded([Source(name="r", files=(rows,))])
     for one in (first, last):
         ends = [span.end for span in one.char_spans]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from qcore.api import RowError
 from qcore.api.records import ChatFormat
 from qcore.checkpoint.chat_template import Template
 from qcore.data.policies import Policies
-from qcore.data.reading import read_rows
+from qcore.data.reading import read_records
 from qcore.data.rejects import Rejects
 from qcore.data.rendering.fitting import fitted
 from qcore.data.rendering.masking import Example, encode_sample
@@ -22,7 +23,7 @@ from qcore.data.rendering.row_plan import plan_row
 from qcore.data.rendering.samples import drafts
 from qcore.data.rows import ChatRow, RowCheck
 from qcore.data.source_counts import SourceCount
-from qcore.data.sources.source import Record, Source
+from qcore.data.sources.source import Source
 from qcore.errors import InputError
 
 FORMAT = ChatFormat(
@@ -135,12 +136,16 @@ def read_file(
     source = Source(name=str(path), files=(path,))
     check = RowCheck(FORMAT, control)
 
-    def read(record: Record, number: int) -> tuple[str, ChatRow]:
-        if isinstance(record.value, RowError):
-            raise record.value
-        return "openai", check(record.line, record.value)
-
-    yield from read_rows([source], read, found, counts)
+    for numbered in read_records([source], counts):
+        record = numbered.record.parse()
+        try:
+            if isinstance(record.value, RowError):
+                raise record.value
+            row = check(record.line, record.value)
+        except RowError as bad:
+            found.add(numbered, bad)
+        else:
+            yield replace(row, row=numbered.row, path=path, source=source, format="openai")
     if rejects is None:
         found.stop(counts)
 

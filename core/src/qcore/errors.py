@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self, TypeVar
 
 _T = TypeVar("_T")
+_E = TypeVar("_E", bound=BaseException)
 
 
 class QcoreError(Exception):
@@ -97,6 +98,9 @@ class QcoreError(Exception):
         }
         return type(self)(self.code, **(facts | changes))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restored, (type(self), self.args, self.__dict__)
+
     def as_json(self) -> dict[str, Any]:
         """The payload of ``{"error": ...}`` that ``--json`` prints."""
         return {
@@ -106,6 +110,13 @@ class QcoreError(Exception):
             "field": self.field,
             "fix": self.fix,
         }
+
+
+def restored(kind: type[_E], args: tuple[Any, ...], state: dict[str, Any]) -> _E:
+    """Build an exception that another process has pickled, without its constructor."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class UsageError(QcoreError):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from ..errors import InputError
+from ..errors import InputError, restored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +57,9 @@ class RowError(Exception):
         self.found = found
         self.expected = expected
         self.fix = fix
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restored, (type(self), self.args, self.__dict__)
 
     def within(self, at: str) -> RowError:
         """The same, of something that lies at `at` in the row."""

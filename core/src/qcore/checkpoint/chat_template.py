@@ -10,27 +10,16 @@ sees; `qcore.data.rendering.masking` decides which text is trained.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import select
-import signal
-import subprocess
-import sys
-import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import IO, Any, Final, Protocol, TypeVar
+from typing import Any, Final
 
 from ..errors import InputError
+from .template_process import Asked, Conversation, Prefix, RenderFailure, TemplateProcess
 
-SECONDS = 30.0  #: wall time of one render; the worker itself bounds processor time
-START_SECONDS = 20.0  #: wall time until the process is ready
-_WORKER = Path(__file__).with_name("chat_template_worker.py")
-#: Environment variables that the worker inherits.
-_INHERITED = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+__all__ = ["STANDARD_INPUTS", "TOKEN_NAMES", "Prefix", "PrefixBatches", "Template"]
 
 #: Failure kind, as the worker names it -> (code, statement, whether a row can cause it).
 _FAILURES: Mapping[str, tuple[str, str, bool]] = {
@@ -40,6 +29,7 @@ _FAILURES: Mapping[str, tuple[str, str, bool]] = {
     "security": ("QC-TEMPLATE-003", "uses a feature that the sandbox forbids", True),
     "recursion": ("QC-TEMPLATE-003", "exceeds the recursion limit", True),
     "timeout": ("QC-TEMPLATE-004", "takes more than 2 s of processor time", False),
+    "slow": ("QC-TEMPLATE-004", "takes more than 30 s for all turns of the conversation", True),
     "memory": ("QC-TEMPLATE-005", "exceeds the memory limit for templates", False),
     "output": ("QC-TEMPLATE-006", "renders more text than fits into any context", True),
     "died": ("QC-TEMPLATE-007", "crashes the process that renders it", False),
@@ -57,44 +47,6 @@ STANDARD_INPUTS: Final = frozenset(
 )  # fmt: skip
 
 
-class Conversation(Protocol):
-    """The fields of a row that `Template.render_prefixes` reads; errors use `line` and `unit`."""
-
-    @property
-    def line(self) -> int: ...
-
-    @property
-    def unit(self) -> str: ...
-
-    @property
-    def messages(self) -> Sequence[Mapping[str, Any]]: ...
-
-    @property
-    def tools(self) -> Sequence[Mapping[str, Any]] | None: ...
-
-
-_C = TypeVar("_C", bound=Conversation)
-
-
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """A rendering of the first messages of a conversation.
-
-    Attributes:
-        count: number of messages.
-        prompt: whether the generation prompt follows, as in serving.
-        variables: variables of the template, over those of all rows.
-    """
-
-    count: int
-    prompt: bool = False
-    variables: Mapping[str, Any] = field(default_factory=dict)
-
-    def wire(self) -> list[Any]:
-        """The prefix as the worker reads it."""
-        return [self.count, self.prompt, dict(self.variables)]
-
-
 class Template:
     """A chat template and its worker process, which starts on first use.
 
@@ -109,7 +61,7 @@ class Template:
     def __init__(self, text: str, source: str) -> None:
         self.text = text
         self.source = source
-        self._worker: _Worker | None = None
+        self._worker: TemplateProcess | None = None
 
     def __enter__(self) -> Template:
         return self
@@ -140,7 +92,7 @@ class Template:
         """
         try:
             return self._open().inputs
-        except _Failure as failure:
+        except RenderFailure as failure:
             raise self._error(failure) from None
 
     def switches(self) -> frozenset[str]:
@@ -171,73 +123,48 @@ class Template:
                 ``raise_exception``, ``-003`` it failed, ``-004`` it exceeded the time limit,
                 ``-005`` the memory limit or ``-006`` the output limit, ``-007`` its process died.
         """
-        request = _request(messages, tools, add_generation_prompt, variables)
+        row = _Row(messages, tools)
+        asked = [(row, [Prefix(len(messages), add_generation_prompt)])]
         try:
-            worker = self._open()
-            worker.send(request)
-            return worker.text()
-        except _Failure as failure:
+            process = self._open()
+            process.ask(asked, variables)
+            (text,) = process.texts(1)
+        except RenderFailure as failure:
             raise self._error(failure) from None
+        if isinstance(text, RenderFailure):
+            raise self._error(text)
+        return text
 
-    def render_prefixes(
-        self, rows: Iterable[tuple[_C, Sequence[Prefix]]], **variables: Any
-    ) -> Iterator[tuple[_C, list[str | InputError]]]:
-        """Render prefixes of many conversations, one request for all prefixes of a row.
+    def batches(self, **variables: Any) -> PrefixBatches:
+        """Renders prefixes of many conversations in a process of its own; the caller closes it.
 
-        The next row renders while the caller processes the current one.
-
-        Yields:
-            Each row with a text for each of its prefixes, or with the error if the row can cause
-            it.
-
-        Raises:
-            InputError: an error that every row would hit (syntax, time or memory limit).
+        Args:
+            variables: further inputs of the template, for all rows.
         """
-        worker: _Worker | None = None
-        previous: tuple[_C, int] | None = None
-        try:
-            for row, prefixes in rows:
-                finished = (
-                    None if previous is None or worker is None else self._finish(worker, *previous)
-                )
-                if worker is None:
-                    worker = self._start()
-                request = _request(row.messages, row.tools, False, variables)
-                worker.send(request | {"prefixes": [prefix.wire() for prefix in prefixes]})
-                (previous, rendered) = (row, len(prefixes)), previous
-                if finished is not None and rendered is not None:
-                    yield rendered[0], finished
-            if previous is not None and worker is not None:
-                yield previous[0], self._finish(worker, *previous)
-        except _Failure as failure:
-            raise self._error(failure) from None
-        finally:
-            if worker is not None:
-                worker.close()
+        return PrefixBatches(self, variables)
 
-    def _finish(self, worker: _Worker, row: Conversation, count: int) -> list[str | InputError]:
-        return [self._text(worker, row) for _ in range(count)]
-
-    def _text(self, worker: _Worker, row: Conversation) -> str | InputError:
-        try:
-            return worker.text()
-        except _Failure as failure:
-            if _FAILURES[failure.kind][2]:
-                return self._error(failure)
-            raise self._error(failure, f" on the row at {row.unit} {row.line}") from None
-
-    def _open(self) -> _Worker:
+    def _open(self) -> TemplateProcess:
         if self._worker is None or self._worker.dead:
             self._worker = self._start()
         return self._worker
 
-    def _start(self) -> _Worker:
-        worker = _Worker()
+    def _start(self) -> TemplateProcess:
+        worker = TemplateProcess()
         weakref.finalize(self, worker.close)
         worker.open(self.text)
         return worker
 
-    def _error(self, failure: _Failure, where: str = "") -> InputError:
+    def _refusal(self, failure: RenderFailure, row: Conversation) -> InputError:
+        """The error of a row, if a row can cause it.
+
+        Raises:
+            InputError: every row would hit it.
+        """
+        if _FAILURES[failure.kind][2]:
+            return self._error(failure)
+        raise self._error(failure, f" on the row at {row.unit} {row.line}") from None
+
+    def _error(self, failure: RenderFailure, where: str = "") -> InputError:
         code, what, _ = _FAILURES[failure.kind]
         return InputError(
             code,
@@ -251,110 +178,96 @@ class Template:
         )
 
 
-class _Failure(Exception):
-    """A failure that the worker reported, or the end of the worker itself."""
-
-    def __init__(self, kind: str, text: str = "", line: int | None = None) -> None:
-        super().__init__(kind)
-        self.kind = kind
-        self.text = text
-        self.line = line
+@dataclass(frozen=True, slots=True)
+class _Row:
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None
+    line: int = 0
+    unit: str = "line"
 
 
-class _Worker:
-    """One process of `chat_template_worker` and its message pipes."""
+class PrefixBatches:
+    """Renders prefixes of conversations, many rows in one request.
 
-    def __init__(self) -> None:
-        self.inputs: frozenset[str] = frozenset()
-        self.dead = False
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", str(_WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            env={name: os.environ[name] for name in _INHERITED if name in os.environ},
-        )
+    A batch renders while the caller processes the one before it: `ask` for it, then process the
+    answers of the last one. Answers must be taken before the next batch is asked for.
 
-    def open(self, template: str) -> None:
-        """Wait until the process is ready and has parsed the template."""
-        self._answer(START_SECONDS)
-        self.send({"template": template})
-        self.inputs = frozenset(self._answer(SECONDS)["inputs"])
+    Args:
+        template: what renders.
+        variables: inputs of the template, for all rows.
+    """
 
-    def send(self, request: dict[str, Any]) -> None:
-        """Write one request. The process must be idle, so that the write does not block."""
-        body = json.dumps(request).encode("ascii")
-        try:
-            stream = _pipe(self._process.stdin)
-            stream.write(len(body).to_bytes(8, "little") + body)
-            stream.flush()
-        except OSError:
-            raise self._lost() from None
+    def __init__(self, template: Template, variables: Mapping[str, Any]) -> None:
+        self._template = template
+        self._variables = variables
+        self._process: TemplateProcess | None = None
+        self._asked: Sequence[Asked] = ()
 
-    def text(self) -> str:
-        """Return the text that answers the last request."""
-        text: str = self._answer(SECONDS)["text"]
-        return text
+    def __enter__(self) -> PrefixBatches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the process."""
-        self.dead = True
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None and not stream.closed:
-                try:
-                    stream.close()
-                except OSError:  # buffered bytes cannot be flushed: the reader is gone
-                    continue
+        if self._process is not None:
+            self._process.close()
+            self._process = None
 
-    def _answer(self, seconds: float) -> dict[str, Any]:
-        deadline = time.monotonic() + seconds
-        size = int.from_bytes(self._read(8, deadline), "little")
-        answer: dict[str, Any] = json.loads(self._read(size, deadline))
-        if "error" in answer:
-            raise _Failure(answer["error"], answer["text"], answer["line"])
-        return answer
+    def ask(self, rows: Sequence[Asked]) -> None:
+        """Start to render the prefixes of some rows.
 
-    def _read(self, size: int, deadline: float) -> bytes:
-        descriptor = _pipe(self._process.stdout).fileno()
-        chunks: list[bytes] = []
-        while size:
-            remaining = max(0.0, deadline - time.monotonic())
-            if not select.select([descriptor], [], [], remaining)[0]:
+        Raises:
+            InputError: as `answers`.
+        """
+        assert not self._asked, "the answers of the last batch were not taken"
+        self._asked = rows
+        if rows:
+            try:
+                self._send(rows)
+            except RenderFailure:  # `answers` finds the row
                 self.close()
-                raise _Failure("timeout")
-            chunk = os.read(descriptor, min(size, 1 << 20))
-            if not chunk:
-                raise self._lost()
-            chunks.append(chunk)
-            size -= len(chunk)
-        return b"".join(chunks)
 
-    def _lost(self) -> _Failure:
-        self.close()
-        status = self._process.returncode
-        if status in (-signal.SIGPROF, -signal.SIGALRM):  # the worker's own limits on time
-            return _Failure("timeout")
-        return _Failure("died", f"exit status {status}")
+    def answers(self) -> list[list[str | InputError]]:
+        """The texts of the rows that were asked for, one for each prefix.
 
+        An error that the row can cause takes the place of the text.
 
-def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
-    assert stream is not None, "the process was started with pipes"
-    return stream
+        Raises:
+            InputError: an error that every row would hit (syntax, time or memory limit); it names
+                the row at which it occurred.
+        """
+        rows, self._asked = self._asked, ()
+        done: list[list[str | InputError]] = []
+        try:
+            for row, prefixes in rows:
+                done.append(self._taken(row, prefixes))
+        except RenderFailure:
+            # Answers are buffered, so that those of rows before the one at fault may be lost.
+            done = [self._alone(row, prefixes) for row, prefixes in rows]
+        return done
 
+    def _send(self, rows: Sequence[Asked]) -> None:
+        if self._process is None:
+            self._process = self._template._start()
+        self._process.ask(rows, self._variables)
 
-def _request(
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None,
-    add_generation_prompt: bool,
-    variables: Mapping[str, Any],
-) -> dict[str, Any]:
-    return {
-        **variables,
-        "messages": list(messages),
-        "tools": None if tools is None else list(tools),
-        "documents": None,
-        "add_generation_prompt": add_generation_prompt,
-    }
+    def _taken(self, row: Conversation, prefixes: Sequence[Prefix]) -> list[str | InputError]:
+        if self._process is None:
+            raise RenderFailure("died")
+        return [
+            self._template._refusal(made, row) if isinstance(made, RenderFailure) else made
+            for made in self._process.texts(len(prefixes))
+        ]
+
+    def _alone(self, row: Conversation, prefixes: Sequence[Prefix]) -> list[str | InputError]:
+        """Render one row by itself, after a process ended that rendered several."""
+        if self._process is not None and self._process.dead:
+            self.close()
+        try:
+            self._send([(row, prefixes)])
+            return self._taken(row, prefixes)
+        except RenderFailure as failure:
+            self.close()
+            raise self._template._error(failure, f" on the row at {row.unit} {row.line}") from None

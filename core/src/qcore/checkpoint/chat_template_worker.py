@@ -9,9 +9,14 @@ memory and the processor time of a render, so that a loaded machine refuses no t
 ends a process whose parent has died.
 
 Messages on stdin and stdout are eight bytes of length, little endian, then JSON. The worker sends
-``{"ready": true}``. It answers ``{"template": ...}`` with ``{"inputs": [...]}``, and then the
-variables of each render with ``{"text": ...}``. Any answer may instead be
-``{"error": kind, "text": ..., "type": ..., "line": ...}``.
+``{"ready": true}`` and answers ``{"template": ...}`` with ``{"inputs": [...]}``. A request
+``{"variables": {...}, "rows": [[messages, tools, [[count, prompt, variables], ...]], ...]}`` asks
+for the renderings of the first `count` messages of each row. Each rendering is answered by a part:
+eight bytes with the number of characters that it shares with the beginning of the last text of its
+row, eight bytes with the length of what follows, and the rest of the text in UTF-8. Prefixes of a
+conversation share most of their text, so that little of it is copied. A failure has 2**64 - 1 in
+place of the first number, and ``{"error": kind, "text": ..., "type": ..., "line": ...}`` as text;
+the other two answers may be such an object too.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import json
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -35,7 +41,11 @@ import jinja2.sandbox
 MEMORY = 512 << 20  #: bytes of address space
 OUTPUT = 8 << 20  #: characters of one rendered conversation
 CPU_SECONDS = 2.0  #: processor time of one render; wall time would depend on the machine's load
+ROW_SECONDS = 30.0  #: processor time of all renderings of one row
 ALARM = 60  #: seconds after which a render ends, even if the parent process has died
+FLUSH_SECONDS = 0.5  #: after which finished renderings are sent
+FAILED = (1 << 64) - 1  #: in place of the number of shared characters
+_SLOW: dict[str, Any] = {"error": "slow", "text": "", "type": "", "line": None}
 
 #: Every exception that a template can cause; any other exception is a bug in this file.
 RAISED = (
@@ -192,27 +202,49 @@ def conversation(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return prepared
 
 
-def renderings(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The inputs of each rendering of a request.
+def renderings(
+    variables: dict[str, Any], row: tuple[list[dict[str, Any]], Any, list[Any]]
+) -> Iterator[dict[str, Any]]:
+    """The inputs of each rendering of a row.
 
-    A request with ``prefixes`` asks for several renderings of one conversation: the number of
-    messages, whether a generation prompt follows, and variables over those of the request.
+    Args:
+        variables: inputs of all rows.
+        row: its messages, its tools, and its prefixes: the number of messages, whether a
+            generation prompt follows, and variables over those of all rows.
     """
-    prefixes = request.pop("prefixes", None)
-    messages = conversation(request.pop("messages"))
-    if prefixes is None:
-        yield {**request, "messages": messages}
-        return
-    for count, prompt, variables in prefixes:
-        own = {"messages": messages[:count], "add_generation_prompt": prompt}
-        yield {**request, **variables, **own}
+    messages, tools, prefixes = row
+    messages = conversation(messages)
+    for count, prompt, own in prefixes:
+        yield {
+            **variables,
+            **own,
+            "messages": messages[:count],
+            "tools": tools,
+            "add_generation_prompt": prompt,
+        }
 
 
-def render(template: jinja2.Template, values: dict[str, Any]) -> dict[str, Any]:
+def shared_length(one: str, other: str) -> int:
+    """Number of characters at the beginning that two texts have in common."""
+    most = min(len(one), len(other))
+    if one[:most] == other[:most]:
+        return most
+    least = 0
+    while most - least > 1:  # one[:least] is common, one[:most] is not
+        middle = (least + most) // 2
+        if one[least:middle] == other[least:middle]:
+            least = middle
+        else:
+            most = middle
+    return least
+
+
+def render(template: jinja2.Template, values: dict[str, Any]) -> str:
     """Render one conversation.
 
     Raises:
         TooMuch: the output is longer than `OUTPUT` characters.
+        UnicodeEncodeError: it has a lone surrogate.
     """
     blocks, length = [], 0
     for block in template.generate(**values):
@@ -221,8 +253,9 @@ def render(template: jinja2.Template, values: dict[str, Any]) -> dict[str, Any]:
             raise TooMuch
         blocks.append(block)
     text = "".join(blocks)
-    text.encode("utf-8")  # raises for a lone surrogate
-    return {"text": text}
+    if not text.isascii():
+        text.encode("utf-8")  # raises for a lone surrogate
+    return text
 
 
 def failure(error: BaseException) -> dict[str, Any]:
@@ -270,9 +303,13 @@ def _receive(stream: BinaryIO) -> dict[str, Any] | None:
     return request
 
 
-def _send(stream: BinaryIO, answer: dict[str, Any]) -> None:
+def _json(answer: dict[str, Any]) -> bytes:
     # A lone surrogate in an error message becomes its JSON escape.
-    body = json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return json.dumps(answer, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def _send(stream: BinaryIO, answer: dict[str, Any]) -> None:
+    body = _json(answer)
     stream.write(len(body).to_bytes(8, "little") + body)
     stream.flush()
 
@@ -289,9 +326,32 @@ def main() -> None:
             template, answer = _open(env, request["template"])
             _send(sys.stdout.buffer, answer)
             continue
-        # Each rendering is answered on its own, so that the limit on time holds for each.
-        for values in renderings(request):
-            _send(sys.stdout.buffer, _bounded(template, values))
+        _answer(sys.stdout.buffer, template, request)
+
+
+def _answer(stream: BinaryIO, template: jinja2.Template, request: dict[str, Any]) -> None:
+    """Send the renderings of all rows of a request."""
+    flushed = time.monotonic()
+    for row in request["rows"]:
+        last, until = "", time.process_time() + ROW_SECONDS
+        # The limit on time holds for each rendering, so that a slow template is found at once.
+        for values in renderings(request["variables"], row):
+            late = time.process_time() > until
+            made = _SLOW if late else _bounded(template, values)
+            if isinstance(made, str):
+                shared = shared_length(last, made)
+                _part(stream, shared, made[shared:].encode())
+                last = made
+            else:
+                _part(stream, FAILED, _json(made))
+            if time.monotonic() - flushed > FLUSH_SECONDS:
+                stream.flush()
+                flushed = time.monotonic()
+    stream.flush()
+
+
+def _part(stream: BinaryIO, shared: int, body: bytes) -> None:
+    stream.write(shared.to_bytes(8, "little") + len(body).to_bytes(8, "little") + body)
 
 
 def _start_clock() -> None:
@@ -315,7 +375,7 @@ def _open(env: jinja2.Environment, text: str) -> tuple[jinja2.Template | None, d
         _stop_clock()
 
 
-def _bounded(template: jinja2.Template, values: dict[str, Any]) -> dict[str, Any]:
+def _bounded(template: jinja2.Template, values: dict[str, Any]) -> str | dict[str, Any]:
     _start_clock()
     try:
         return render(template, values)

@@ -108,7 +108,7 @@ def _stopped(renderer: Renderer) -> QcoreError | None:
     from ..errors import QcoreError
 
     try:
-        renderer.rejects.stop(renderer.counts)
+        renderer.rejects.stop(renderer.notes.counts)
     except QcoreError as error:
         return error
     return None

@@ -74,7 +74,7 @@ def show(
         else:
             _print(found, opened)
         try:
-            renderer.rejects.stop(renderer.counts)
+            renderer.rejects.stop(renderer.notes.counts)
             _check_rows(rows, renderer)
         except QcoreError as stopped:
             error = stopped
@@ -89,16 +89,16 @@ def _write_page(
     from ..data.views.show import previews
 
     page = Page(opened.tokenizer, opened.reader.control if opened.reader else ())
-    for sample in samples:
-        page.add(sample, previews(sample, renderer, THUMBNAIL))
-        yield sample
-    renderer.close()  # makes the findings on all rows
+    with renderer.notes:
+        for sample in samples:
+            page.add(sample, previews(sample, renderer, THUMBNAIL))
+            yield sample
     page.write(
         path,
         model=opened.name,
         rows=renderer.rows,
         refused=renderer.rejects.entries(),
-        findings=renderer.findings,
+        findings=renderer.notes.findings,
         rejected=renderer.rejects.count,
     )
 

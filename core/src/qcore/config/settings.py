@@ -77,6 +77,14 @@ class Settings:
         "several samples a row) or as_rendered (one rendering of the row)",
         choices=("as_served", "as_rendered"),
     )
+    dataset_num_proc: int = _s(
+        -1,
+        "processes that render and tokenize rows; -1: one for each core, or this process alone if "
+        "there are few rows; 0 or 1: this process alone",
+        low=0,
+        high=1024,
+        also=(-1,),
+    )
     per_device_train_batch_size: int = _s(1, "rows packed into one micro-step", low=1, high=65536)
     gradient_accumulation_steps: int = _s(8, "micro-steps per optimizer step", low=1, high=65536)
     learning_rate: float = _s(2e-4, "peak learning rate of AdamW", above=0, high=1)
@@ -217,6 +225,9 @@ def in_bytes(gigabytes: float) -> int:
 # Names of settings in other tools that are spelled too differently for a suggestion.
 _OTHER_WORDS = {
     "lr": "learning_rate",
+    "num_proc": "dataset_num_proc",
+    "preprocessing_num_workers": "dataset_num_proc",
+    "data_workers": "dataset_num_proc",
     "epochs": "num_train_epochs",
     "steps": "max_steps",
     "seq_len": "max_length",

@@ -188,6 +188,7 @@ def dataset(
     variables: Mapping[str, Any] | None = None,
     reader: MediaReader | None = None,
     unread: str = "",
+    workers: int = 1,
     refused: Callable[[Rejects], None] | None = None,
 ) -> Dataset:
     """Load the rows of some sources.
@@ -205,6 +206,7 @@ def dataset(
         variables: inputs of the template, e.g. ``preserve_thinking``.
         reader: reads media; without it rows must be text only.
         unread: why there is no reader, for the error of a row with media.
+        workers: as the setting ``dataset_num_proc``.
         refused: called with the refused rows before they stop the run.
 
     Raises:
@@ -222,6 +224,7 @@ def dataset(
         reader=reader,
         unread=unread,
         seed=seed,
+        workers=workers,
     )
     evaluated = _sources(eval_data, seed)
     tokenizer = tokenizer or load_tokenizer(checkpoint)
@@ -243,26 +246,26 @@ def _rendered(
     refused: Callable[[Rejects], None] | None,
 ) -> Rendered:
     """Render all rows and write their samples."""
-    renderer.prove()
-    out.extend(renderer.examples(sources))
-    train = out.count
-    out.extend(renderer.examples(eval_sources))
-    renderer.close()
+    notes = renderer.notes
+    with notes:
+        out.extend(renderer.examples(sources))
+        train = out.count
+        out.extend(renderer.examples(eval_sources))
     try:
-        renderer.rejects.stop(renderer.counts)
+        notes.rejects.stop(notes.counts)
     except InputError:
         if refused is not None:
-            refused(renderer.rejects)
+            refused(notes.rejects)
         raise
     return Rendered(
         train=train,
-        counts=tuple(renderer.counts[: len(sources)]),
-        eval_counts=tuple(renderer.counts[len(sources) :]),
-        findings=renderer.findings,
-        rejects=renderer.rejects,
-        dropped=renderer.dropped,
-        truncated=renderer.truncated,
-        asked=renderer.asked,
+        counts=tuple(notes.counts[: len(sources)]),
+        eval_counts=tuple(notes.counts[len(sources) :]),
+        findings=notes.findings,
+        rejects=notes.rejects,
+        dropped=notes.dropped,
+        truncated=notes.truncated,
+        asked=notes.asked,
         template_sha256=renderer.template.sha256,
         switch=renderer.switch,
     )

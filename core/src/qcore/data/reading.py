@@ -8,28 +8,82 @@ them, `qcore.data.repairs.repair` repairs rows, `qcore.data.rows` checks them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..api.media import RowError
 from ..errors import InputError
-from .findings import Findings
+from .findings import DataFinding
 from .formats import Formats
-from .rejects import RecordPlace
 from .repairs.notes import RepairContext
 from .repairs.repair import repair
 from .rows import ChatRow, RowCheck
 from .source_counts import SourceCount
-from .sources.containers import records
+from .sources.columnar import BatchRow
+from .sources.containers import RawRecord, raw_records
 
 if TYPE_CHECKING:
-    from .rejects import Rejects
     from .sources.jsonl import Hasher
-    from .sources.source import Record, Source
-
+    from .sources.source import Source
 
 _REPORTED = 1 << 18  #: bytes between two reports of progress
+_CHUNK_ROWS = 64
+_CHUNK_BYTES = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """A record and its place among those of all sources.
+
+    Attributes:
+        row: number over all sources, from 1.
+        at: index of its source's `SourceCount`.
+        record: the record.
+    """
+
+    row: int
+    at: int
+    record: RawRecord
+
+    @property
+    def line(self) -> int:
+        """Line in the file, or number of the record."""
+        return self.record.line
+
+    @property
+    def path(self) -> Path | None:
+        """The file."""
+        return self.record.path
+
+    @property
+    def source(self) -> Source | None:
+        """Its source."""
+        return self.record.source
+
+    @property
+    def unit(self) -> str:
+        """What `line` counts."""
+        return self.record.unit
+
+
+Chunk = Sequence[Numbered]  #: records that are rendered together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadRow:
+    """A checked row, and what there is to say of it.
+
+    Attributes:
+        row: the row.
+        ignored: keys that its format left out.
+        findings: what was repaired and noticed.
+    """
+
+    row: ChatRow
+    ignored: tuple[str, ...]
+    findings: tuple[DataFinding, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,35 +94,41 @@ class RowReader:
         formats: the row formats that are installed.
         check: the rules of one chat format.
         context: what repairs know of the run.
-        findings: receives what was repaired.
     """
 
     formats: Formats
     check: RowCheck
     context: RepairContext
-    findings: Findings
 
-    def __call__(self, record: Record, number: int) -> tuple[str, ChatRow]:
-        """The name of the record's format, and the row.
+    def __call__(self, numbered: Numbered) -> ReadRow:
+        """Convert, repair and check one record.
 
         Raises:
             RowError: the row is refused.
-            UsageError: as `Formats.convert`.
-            PluginError: as `Formats.convert`.
+            UsageError: as `Formats.read`.
+            PluginError: as `Formats.read`.
         """
+        record = numbered.record.parse()
         if isinstance(record.value, RowError):
             raise record.value
         source = record.source
-        name, canonical = self.formats.convert(
+        read = self.formats.read(
             record.value,
             forced=source.format,
             fields=source.fields,
             ignore=source.ignore_columns,
         )
-        repaired, notes = repair(canonical, self.context, number=number, raw=record.value)
+        repaired, notes = repair(read.row, self.context, number=numbered.row, raw=record.value)
         row = self.check(record.line, repaired)
-        self.findings.extend(notes)
-        return name, row
+        row = replace(
+            row,
+            row=numbered.row,
+            path=record.path,
+            unit=record.unit,
+            source=source,
+            format=read.format,
+        )
+        return ReadRow(row=row, ignored=tuple(dict.fromkeys(read.ignored)), findings=notes)
 
 
 @dataclass(slots=True)
@@ -91,54 +151,40 @@ class _Counted:
         self.pending = 0
 
 
-def read_rows(
+def read_records(
     sources: Sequence[Source],
-    reader: Callable[[Record, int], tuple[str, ChatRow]],
-    rejects: Rejects,
-    counts: list[SourceCount] | None = None,
+    counts: list[SourceCount],
     *,
     first: int = 1,
     seed: int = 0,
     only: Collection[int] = (),
     advance: Callable[[int], None] | None = None,
-) -> Iterator[ChatRow]:
-    """Yield the valid rows of some sources, in one pass and constant memory.
+) -> Iterator[Numbered]:
+    """Yield the records of some sources, in one pass and constant memory.
 
     Args:
         sources: where the rows come from, in order.
-        reader: makes a row of a record and its number; a `RowReader`.
-        rejects: collects bad rows.
         counts: receives what came from each source.
         first: number of the first row.
         seed: chooses the rows of a source with a weight or count and no seed of its own.
-        only: numbers of rows; the others are passed over unchecked. Empty: all rows.
+        only: numbers of rows; the others are passed over. Empty: all rows.
         advance: called with the number of bytes read since the last call.
 
     Raises:
-        InputError: as `records`; ``QC-DATA-002`` a source has no rows.
+        InputError: as `raw_records`; ``QC-DATA-002`` a source has no rows.
     """
     number = first - 1
     for source in sources:
         count = SourceCount(source, first=number + 1)
-        if counts is not None:
-            counts.append(count)
+        at = len(counts)
+        counts.append(count)
         digest = hashlib.sha256()
         seen = digest if advance is None else _Counted(digest, advance)
-        for record in records(source, seen, seed=seed):
+        for record in raw_records(source, seen, seed=seed):
             number += 1
             count.rows += 1
-            if only and number not in only:
-                continue
-            try:
-                name, row = reader(record, number)
-            except RowError as bad:
-                place = RecordPlace(number, record.line, record.path, source, record.unit)
-                rejects.add(place, bad)
-            else:
-                count.formats[name] += 1
-                yield replace(
-                    row, row=number, path=record.path, unit=record.unit, source=source, format=name
-                )
+            if not only or number in only:
+                yield Numbered(number, at, record)
         if isinstance(seen, _Counted):
             seen.report()
         count.sha256 = digest.hexdigest()
@@ -150,3 +196,29 @@ def read_rows(
                 expected='one {"messages": [...]} a line',
                 fix="name the file that holds the conversations",
             )
+
+
+def chunks(records: Iterable[Numbered]) -> Iterator[Chunk]:
+    """Yield the records in chunks of bounded size; the same ones in every run.
+
+    A batch of a column format is not divided.
+    """
+    chunk: list[Numbered] = []
+    size = 0
+    for numbered in records:
+        record = numbered.record
+        if chunk and (
+            len(chunk) >= _CHUNK_ROWS
+            or size + record.size > _CHUNK_BYTES
+            or _batch(record) is not _batch(chunk[-1].record)
+        ):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(numbered)
+        size += record.size
+    if chunk:
+        yield chunk
+
+
+def _batch(record: RawRecord) -> object:
+    return record.raw.batch if isinstance(record.raw, BatchRow) else None

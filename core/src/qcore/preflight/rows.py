@@ -65,7 +65,7 @@ class RowModel:
             advance: called with the number of bytes read since the last call.
 
         Raises:
-            QcoreError: as `Renderer.prove`; ``QC-PRE-001`` no chat template.
+            QcoreError: as `Renderer`; ``QC-PRE-001`` no chat template.
         """
         settings, checkpoint = self.settings, self.model.checkpoint
         policies = Policies.of(settings)
@@ -78,15 +78,12 @@ class RowModel:
             unread="" if self.reader is not None else unread(self.model),
             explain=explain,
             seed=settings.seed,
+            workers=settings.dataset_num_proc,
             only=frozenset(only),
             advance=advance,
         )
         with required_template(checkpoint).reopen() as template:
-            renderer = Renderer(
-                template, self.chat_format, self.tokenizer, options, Rejects(policies)
-            )
-            renderer.prove()
-            yield renderer
+            yield Renderer(template, self.chat_format, self.tokenizer, options, Rejects(policies))
 
 
 def open_row_model(name: str, settings: Settings, reporter: Reporter) -> RowModel:

@@ -24,7 +24,9 @@ from ..io.version import __version__
 from .run import Run
 
 #: Settings that may change, since every policy computes the same numbers.
-SAME_NUMBERS: Final = ("settings.gradient_checkpointing", "settings.recompute")
+SAME_NUMBERS: Final = (
+    "settings.gradient_checkpointing", "settings.recompute", "settings.dataset_num_proc",
+)  # fmt: skip
 #: Sizes: any value above 0 computes the same numbers.
 HOW_MUCH: Final = ("settings.media_cache_gb",)
 #: What ends the learning rate schedule.

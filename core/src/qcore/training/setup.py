@@ -205,6 +205,7 @@ def _read_rows(base: _Base, data: DataWords, folder: Path) -> Dataset:
         variables=settings.chat_template_kwargs,
         reader=base.reader,
         unread="" if base.reader is not None else unread(base.model),
+        workers=settings.dataset_num_proc,
         refused=partial(_write_rejects, folder),
     )
     base.reporter.lines(rows.lines())

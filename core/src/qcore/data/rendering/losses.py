@@ -10,7 +10,7 @@ reasoning is not rendered, ``-044`` text is not rendered as it is.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...api.records import ChatFormat
@@ -28,30 +28,84 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
+class LossCounts:
+    """What the template did not render, in numbers.
+
+    Attributes:
+        turns: trained turns.
+        other_prompts: trained turns that serving shows another prompt.
+        reasonings: reasonings of trained turns.
+        lost: lost reasonings.
+        lost_tokens: their tokens.
+        changed: turns whose text is not rendered as it is.
+        characters: characters of them that are dropped.
+    """
+
+    turns: int = 0
+    other_prompts: int = 0
+    reasonings: int = 0
+    lost: int = 0
+    lost_tokens: int = 0
+    changed: int = 0
+    characters: int = 0
+
+    def add(self, other: LossCounts) -> None:
+        """Add those of other rows."""
+        self.turns += other.turns
+        self.other_prompts += other.other_prompts
+        self.reasonings += other.reasonings
+        self.lost += other.lost
+        self.lost_tokens += other.lost_tokens
+        self.changed += other.changed
+        self.characters += other.characters
+
+    def total(self, findings: Findings, advice: str) -> None:
+        """Put the totals into the lines of the report.
+
+        Args:
+            findings: of all rows.
+            advice: what to do about lost reasoning.
+        """
+        if self.other_prompts:
+            findings.total(
+                "QC-DATA-042",
+                WARNING,
+                f"{self.other_prompts} of {self.turns} trained turns are trained after another "
+                "prompt than serving shows (history=as_rendered)",
+                fix="set history=as_served",
+            )
+        if self.lost:
+            findings.total(
+                "QC-DATA-043",
+                WARNING,
+                f"{self.lost} of {self.reasonings} reasonings ({self.lost_tokens} tokens) are "
+                "not in the rendered text",
+                fix=advice,
+            )
+        if self.changed:
+            findings.total(
+                "QC-DATA-044",
+                WARNING,
+                f"the chat template does not render the text of {self.changed} of {self.turns} "
+                f"trained turns as it is ({self.characters} characters are dropped)",
+            )
+
+
+@dataclass(slots=True)
 class Losses:
-    """Counts what the template of a run does not render.
+    """Compares the trained turns of one row with their renderings.
 
     Attributes:
         chat_format: the format of rendered conversations.
         tokenizer: counts the tokens of lost reasoning.
-        findings: receives a finding for each turn.
-        advice: what to do about lost reasoning.
-        lost: lost reasonings so far.
-        turns: trained turns so far.
-        reasonings: reasonings of trained turns so far.
+        counts: what is lost so far.
+        findings: a finding for each turn that loses something.
     """
 
     chat_format: ChatFormat
     tokenizer: Tokenizer
-    findings: Findings
-    advice: str = ""
-    turns: int = 0
-    reasonings: int = 0
-    lost: int = 0
-    _other_prompts: int = 0
-    _lost_tokens: int = 0
-    _changed: int = 0
-    _characters: int = 0
+    counts: LossCounts = field(default_factory=LossCounts)
+    findings: list[DataFinding] = field(default_factory=list)
 
     def look(self, plan: RowPlan, draft: Draft) -> None:
         """Compare the trained turns of a sample with their messages."""
@@ -60,34 +114,8 @@ class Losses:
         turns = assistant_turns(draft.text, self.chat_format, len(said))
         for index, turn in zip(said, turns, strict=True):
             if index in draft.tails:
-                self.turns += 1
+                self.counts.turns += 1
                 self.findings.extend(self._turn(plan, draft, index, turn))
-
-    def close(self) -> None:
-        """Put totals into the lines of the report."""
-        if self._other_prompts:
-            self.findings.total(
-                "QC-DATA-042",
-                WARNING,
-                f"{self._other_prompts} of {self.turns} trained turns are trained after another "
-                "prompt than serving shows (history=as_rendered)",
-                fix="set history=as_served",
-            )
-        if self.lost:
-            self.findings.total(
-                "QC-DATA-043",
-                WARNING,
-                f"{self.lost} of {self.reasonings} reasonings ({self._lost_tokens} tokens) are "
-                "not in the rendered text",
-                fix=self.advice,
-            )
-        if self._changed:
-            self.findings.total(
-                "QC-DATA-044",
-                WARNING,
-                f"the chat template does not render the text of {self._changed} of {self.turns} "
-                f"trained turns as it is ({self._characters} characters are dropped)",
-            )
 
     def _turn(self, plan: RowPlan, draft: Draft, index: int, turn: Turn) -> Iterator[DataFinding]:
         row, message = plan.row.row, plan.row.messages[index]
@@ -96,7 +124,7 @@ class Losses:
             f"messages[{index}]",
         )
         if index in draft.other_prompt:
-            self._other_prompts += 1
+            self.counts.other_prompts += 1
             yield DataFinding(
                 code="QC-DATA-042",
                 severity=WARNING,
@@ -106,7 +134,7 @@ class Losses:
             )
         reasoning = reasoning_of(message, self.chat_format).strip()
         if reasoning:
-            self.reasonings += 1
+            self.counts.reasonings += 1
             if reasoning not in rendered:
                 yield self._lost_reasoning(row, at, reasoning)
         finding = self._changed_text(row, at, message, rendered)
@@ -115,8 +143,8 @@ class Losses:
 
     def _lost_reasoning(self, row: int, at: str, reasoning: str) -> DataFinding:
         tokens = len(self.tokenizer.encode(reasoning, add_special_tokens=False).ids)
-        self.lost += 1
-        self._lost_tokens += tokens
+        self.counts.lost += 1
+        self.counts.lost_tokens += tokens
         return DataFinding(
             code="QC-DATA-043",
             severity=WARNING,
@@ -139,8 +167,8 @@ class Losses:
             return None
         bare = content.strip()
         lost = len(content) - len(bare) if bare in rendered else len(content)
-        self._changed += 1
-        self._characters += lost
+        self.counts.changed += 1
+        self.counts.characters += lost
         what = "whitespace at its start or end" if bare in rendered else "the text as it is"
         return DataFinding(
             code="QC-DATA-044",

@@ -9,8 +9,8 @@ it starts in a trained span. Placeholders of media are never trained (`qcore.dat
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from ...api.media import RowError
 from ...api.records import ChatFormat
 from ..media.spans import less_media, place
 from ..policies import AS_RENDERED
-from .pieces import Encoding, PieceEncoder, normalized
+from .pieces import PieceEncoder, Tokens, normalized
 from .row_plan import RowPlan, own_variables
 from .samples import END_OF_TURN, PROMPT, Draft, Span, lay_out
 from .turns import assistant_turns
@@ -109,16 +109,18 @@ def labels(
         offsets: ``(start, end)`` in characters, one per token, not decreasing.
         trained: ranges in order, from `spans`.
     """
+    starts = [start for start, _ in offsets]
+    return _marked(array("i", ids), trained, lambda at: bisect_left(starts, at))
+
+
+def _marked(
+    ids: array[int], trained: Iterable[tuple[int, int]], index: Callable[[int], int]
+) -> array[int]:
+    """As `labels`; `index` gives the number of tokens that start before a character."""
     made = array("i", [IGNORED]) * len(ids)
-    ranges = iter(trained)
-    current = next(ranges, None)
-    for index, (start, _) in enumerate(offsets):
-        while current is not None and start >= current[1]:
-            current = next(ranges, None)
-        if current is None:
-            break
-        if start >= current[0]:
-            made[index] = ids[index]
+    for start, end in trained:
+        first, last = index(start), index(end)
+        made[first:last] = ids[first:last]
     return made
 
 
@@ -171,9 +173,9 @@ def encode_sample(
     seen = zip(plan.row.media_at, plan.row.seen, strict=True)
     media = tuple(medium for at, medium in seen if at < draft.count)
     text, spans_, trained = _laid_out(draft, plan, tokenizer, chat_format, media, reader)
-    found, offsets = _encoded(text, spans_, plan.policies.history, pieces)
-    ids = array("i", found)
-    made = labels(ids, offsets, trained)
+    tokens = _encoded(text, spans_, plan.policies.history, pieces)
+    ids = tokens.ids
+    made = _marked(ids, trained, tokens.index)
     placed = None if reader is None else _mask_media(made, ids, media, tokenizer, reader)
     reasoned = tuple(turn.reasoned for turn in plan.turns if turn.index in draft.turns)
     example = Example(
@@ -188,10 +190,9 @@ def encode_sample(
         sample=draft.sample,
         reasoned=sum(reasoned),
         variables=own_variables(plan.row.variables),
-        token_spans=tuple(token_spans(spans_, offsets, made)) if explain else (),
+        token_spans=tuple(token_spans(spans_, tokens.offsets(), made)) if explain else (),
         payloads=plan.row.payloads[: len(media)],
     )
-    starts = [start for start, _ in offsets]
     ends = [span.end for span in spans_ if span.trained and span.why == END_OF_TURN]
     # The token that ends a turn is the last one that starts before the end.
     return Encoded(
@@ -199,13 +200,13 @@ def encode_sample(
         text=text,
         char_spans=spans_,
         turns=draft.turns,
-        ends=tuple(bisect_right(starts, end - 1) for end in ends),
+        ends=tuple(map(tokens.index, ends)),
         reasoned=reasoned,
     )
 
 
-def _encoded(text: str, spans_: Sequence[Span], history: str, pieces: PieceEncoder) -> Encoding:
-    """Ids and offsets of a sample, whose last prompt is tokenized as it is served."""
+def _encoded(text: str, spans_: Sequence[Span], history: str, pieces: PieceEncoder) -> Tokens:
+    """The tokens of a sample, whose last prompt is tokenized as it is served."""
     if history == AS_RENDERED:
         return pieces.encode(text)
     prompt = next(span for span in reversed(spans_) if span.why == PROMPT)
@@ -227,8 +228,9 @@ def _laid_out(
     if reader is None:
         return text, spans_, trained
     inside, expanded = trained, reader.expand(text, media)
-    spans_ = lay_out(draft, expanded, plan, chat_format)
-    trained = _ranges(spans_)
+    if expanded != text:
+        spans_ = lay_out(draft, expanded, plan, chat_format)
+        trained = _ranges(spans_)
     if media:
         trained = less_media(trained, text, inside, media, reader)
     return expanded, spans_, trained
@@ -298,9 +300,10 @@ def _mask_media(
 ) -> Placed | None:
     """Mask the placeholders of media in `made`; return the positions of the media."""
     control = control_ids(tokenizer, reader)
-    for index, id_ in enumerate(ids):
-        if id_ in control:
-            made[index] = IGNORED
+    if not control.isdisjoint(ids):
+        for index, id_ in enumerate(ids):
+            if id_ in control:
+                made[index] = IGNORED
     return place(reader, media, ids, control) if media else None
 
 

@@ -29,7 +29,7 @@ from ...errors import InputError
 from ..policies import AS_RENDERED, MASK
 from ..think_block import block_end
 from .row_plan import RowPlan, TrainedTurn
-from .turns import Turn, assistant_turns, turns_of
+from .turns import Turn, assistant_turns, check_count, turns_of
 
 if TYPE_CHECKING:
     from .pieces import PieceEncoder
@@ -265,7 +265,8 @@ def lay_out(draft: Draft, text: str, plan: RowPlan, chat_format: ChatFormat) -> 
     """
     messages = plan.row.messages[: draft.count]
     said = [n for n, m in enumerate(messages) if m["role"] == chat_format.assistant]
-    assistant_turns(text, chat_format, len(said))
+    turns = list(turns_of(text, chat_format))
+    check_count(turns, chat_format, len(said))
     spans: list[Span] = []
     indexes, at = iter(said), 0
 
@@ -276,7 +277,7 @@ def lay_out(draft: Draft, text: str, plan: RowPlan, chat_format: ChatFormat) -> 
             at = end
 
     reasoned = {turn.index: turn.reasoned for turn in plan.turns}
-    for turn in turns_of(text, chat_format):
+    for turn in turns:
         put(turn.start, "template")
         if turn.role != chat_format.assistant:
             put(turn.end, f"{turn.role} turn" if turn.role else "turn")

@@ -7,7 +7,7 @@ template. `qcore.data.rendering.samples` decides which turns are trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ...api.media import RowError
@@ -74,7 +74,16 @@ def assistant_turns(text: str, chat_format: ChatFormat, expected: int) -> list[T
     Raises:
         RowError: ``QC-MASK-001`` not as many as expected; as `turns_of`.
     """
-    found = [turn for turn in turns_of(text, chat_format) if turn.role == chat_format.assistant]
+    return check_count(turns_of(text, chat_format), chat_format, expected)
+
+
+def check_count(turns: Iterable[Turn], chat_format: ChatFormat, expected: int) -> list[Turn]:
+    """The assistant's turns among some turns.
+
+    Raises:
+        RowError: ``QC-MASK-001`` not as many as expected.
+    """
+    found = [turn for turn in turns if turn.role == chat_format.assistant]
     if len(found) != expected:
         raise RowError(
             "QC-MASK-001",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,17 +24,90 @@ from .jsonl import MAX_DEPTH, MAX_LINE, parse, too_long
 from .streams import Damaged, not_installed, opened
 
 CONTAINERS: Final = ("parquet", "arrow", "arrow_stream")
-_BATCH_BYTES: Final = 4 << 20
-_BATCH_ROWS: Final = 512
+# Those of a `qcore.data.reading.Chunk`, because a batch goes to one process as a whole.
+_BATCH_BYTES: Final = 1 << 18
+_BATCH_ROWS: Final = 64
 _BUFFER: Final = 1 << 20  # bytes of a Parquet column chunk that are read at a time
 
 Decoder = Callable[[Any, str], Any]
 
 
+class SharedBatch:
+    """A batch of rows, which become objects together on first use.
+
+    Args:
+        batch: the rows, an Arrow record batch.
+        path: their file, for errors.
+        decoders: by column; ``None``: made of the batch's schema.
+
+    Attributes:
+        size: bytes of a row, on average.
+    """
+
+    def __init__(
+        self, batch: Any, path: Path, decoders: dict[str, Decoder | None] | None = None
+    ) -> None:
+        self._batch = batch
+        self._path = path
+        self._decoders = decoders
+        self._values: list[Any] | None = None
+        self.size: int = batch.nbytes // max(1, batch.num_rows)
+
+    def value(self, index: int) -> Any:
+        """A row as an object; a `RowError` if it cannot be read.
+
+        Raises:
+            Damaged: the batch is corrupt.
+        """
+        if self._values is None:
+            import pyarrow as pa
+
+            if self._decoders is None:
+                self._decoders = _decoders(pa, self._batch.schema, self._path, ())
+            try:
+                self._values = list(_rows(self._batch, self._decoders))
+            except (pa.ArrowException, OSError) as error:
+                raise Damaged(str(error)) from error
+        return self._values[index]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Arrow pickles all of the buffers that a slice lies in; a message has the slice alone.
+        batch = self._batch
+        return _received, (batch.schema.serialize(), batch.serialize(), self._path)
+
+
+def _received(schema: Any, batch: Any, path: Path) -> SharedBatch:
+    import pyarrow as pa
+
+    return SharedBatch(pa.ipc.read_record_batch(batch, pa.ipc.read_schema(schema)), path)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """A row of a batch.
+
+    Attributes:
+        batch: the batch.
+        index: position in the batch.
+    """
+
+    batch: SharedBatch
+    index: int
+
+    def value(self) -> Any:
+        """The row as an object; a `RowError` if it cannot be read."""
+        return self.batch.value(self.index)
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it has."""
+        return self.batch.size
+
+
 def rows(
     path: Path, container: str, ignore: Collection[str] = (), texts: Collection[str] = ()
-) -> Iterator[Any]:
-    """Yield the rows of a file as objects, or a `RowError` in place of one.
+) -> Iterator[BatchRow]:
+    """Yield the rows of a file, which are made objects where they are used.
 
     Args:
         path: the file.
@@ -55,7 +129,8 @@ def rows(
                 decoders = _decoders(pa, schema, path, ignore)
                 check_times(pa, schema, path, ignore, frozenset(texts))
             if batch is not None:
-                yield from _rows(batch.select(list(decoders)), decoders)
+                shared = SharedBatch(batch.select(list(decoders)), path, decoders)
+                yield from (BatchRow(shared, index) for index in range(batch.num_rows))
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names, not UTF-8
         raise Damaged(str(error)) from error
 

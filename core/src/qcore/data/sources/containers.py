@@ -9,6 +9,7 @@ because what it should have held is unknown, so that no policy may skip it. Memo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,10 +25,60 @@ from .source import Record, Source
 from .streams import Damaged, decompressed, opened
 
 _BLOCK: Final = 1 << 20
+_OTHER_SIZE: Final = 4096  # bytes of a record of unknown size
 _COLUMNAR: Final = ("parquet", "arrow", "arrow_stream")
 
 
+@dataclass(frozen=True, slots=True)
+class RawRecord:
+    """One record of a file before it is parsed; it can be pickled.
+
+    Attributes:
+        source: where it comes from.
+        path: the file.
+        line: line of a JSONL file, else the number of the record, from 1.
+        raw: its JSON text; a parsed object; a row of a column format; a `RowError` if it cannot be
+            read; ``None`` if it is too long.
+        unit: what `line` counts; see `Record.unit`.
+    """
+
+    source: Source
+    path: Path
+    line: int
+    raw: bytes | dict[str, Any] | columnar.BatchRow | RowError | None
+    unit: str = "line"
+
+    def parse(self) -> Record:
+        """The record with its JSON value.
+
+        Raises:
+            InputError: ``QC-DATA-031`` the file is damaged.
+        """
+        raw = self.raw
+        if isinstance(raw, columnar.BatchRow):
+            try:
+                raw = raw.value()
+            except Damaged as error:
+                kind = file_kind(self.path).container
+                raise damaged(self.path, self.line, error, kind, self.unit) from None
+        return Record(self.source, self.path, self.line, _value(raw), self.unit)
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it has."""
+        if isinstance(self.raw, bytes):
+            return len(self.raw)
+        return self.raw.size if isinstance(self.raw, columnar.BatchRow) else _OTHER_SIZE
+
+
 def records(source: Source, digest: Hasher | None = None, *, seed: int = 0) -> Iterator[Record]:
+    """Yield the records of all files of a source, parsed; see `raw_records`."""
+    return (record.parse() for record in raw_records(source, digest, seed=seed))
+
+
+def raw_records(
+    source: Source, digest: Hasher | None = None, *, seed: int = 0
+) -> Iterator[RawRecord]:
     """Yield the records of all files of a source, in order.
 
     If the source has a `weight` or `count`, only the records that `selection.choose` takes are
@@ -55,7 +106,7 @@ def records(source: Source, digest: Hasher | None = None, *, seed: int = 0) -> I
             index += 1
             if every or index == wanted:
                 wanted = next(chosen, None)
-                yield Record(source, path, number, _value(raw), unit)
+                yield RawRecord(source, path, number, raw, unit)
 
 
 def count_records(source: Source) -> int:

@@ -114,22 +114,22 @@ def check_rows(renderer: Renderer, sources: Sequence[Source]) -> CheckReport:
         InputError: as `Renderer.examples`. Refused rows are not raised: see `CheckReport.error`.
     """
     sums = _Sums()
-    for example in renderer.examples(sources):
-        sums.samples += 1
-        sums.tokens += len(example.ids)
-        sums.supervised += example.supervised
-        sums.longest = max(sums.longest, len(example.ids))
-        sums.trained.add(example)
-    renderer.close()
+    with renderer.notes:
+        for example in renderer.examples(sources):
+            sums.samples += 1
+            sums.tokens += len(example.ids)
+            sums.supervised += example.supervised
+            sums.longest = max(sums.longest, len(example.ids))
+            sums.trained.add(example)
     if sums.trained.turns:
         renderer.record(sums.trained)
     error: QcoreError | None = None
     try:
-        renderer.rejects.stop(renderer.counts)
+        renderer.rejects.stop(renderer.notes.counts)
     except QcoreError as stopped:
         error = stopped
     formats: Counter[str] = Counter()
-    for count in renderer.counts:
+    for count in renderer.notes.counts:
         formats.update(count.formats)
     return CheckReport(
         rows=renderer.rows,
@@ -141,7 +141,7 @@ def check_rows(renderer: Renderer, sources: Sequence[Source]) -> CheckReport:
         lines=tuple(_lines(renderer)),
         longest=sums.longest,
         listed=renderer.rejects,
-        noted=renderer.findings,
+        noted=renderer.notes.findings,
         error=error,
     )
 
@@ -153,7 +153,7 @@ def _lines(renderer: Renderer) -> Iterator[FindingLine]:
         listed.setdefault((finding.code, finding.severity), _Listed(finding)).add(finding)
     for one in listed.values():
         yield _line(one.first, one.rows, one.count, one.first.message)
-    for group in renderer.findings.groups():
+    for group in renderer.notes.findings.groups():
         rows = list(dict.fromkeys(finding.row for finding in group.kept if finding.row))
         yield _line(group.first, rows, group.count, group.message)
 

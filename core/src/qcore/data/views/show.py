@@ -90,7 +90,7 @@ def previews(sample: ShownSample, renderer: Renderer, size: int) -> list[tuple[s
         size: pixels of the longer side.
     """
     reader = renderer.options.reader
-    sources = (count.source for count in renderer.counts)
+    sources = (count.source for count in renderer.notes.counts)
     root = next((one.media_root for one in sources if sample.path in one.files), None)
     shown: list[tuple[str, str]] = []
     for part in sample.media:

@@ -1,0 +1,150 @@
+"""A process that renders rows for `qcore.data.rendering.row_pool`: its end of the pipes.
+
+This file decides how records become outcomes in another process. It is started as a program, and
+not forked, because the libraries of the parent have threads. Messages are eight bytes of length,
+little endian, then a pickle: the setup and the template, then a chunk of records each. Each chunk
+is answered with its outcomes, in order. The process ends with its stdin, so that it never outlives
+its parent.
+
+A worker reads no media: a row that has some is left to the parent, whose reader holds the cache
+and decodes in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ...errors import Failure, contained
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...api.blocks import Media
+    from ...api.media import Medium, Payload, Placed
+    from ..reading import Chunk
+    from .row_renderer import RowOutcome
+
+
+class DeferredRow(Exception):
+    """A row that only the parent can render, because it has media."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextReader:
+    """Stands for a reader of media in a worker: it knows what media are, and reads none.
+
+    Attributes:
+        kinds: as `MediaReader.kinds`.
+        keys: as `MediaReader.keys`.
+        control: as `MediaReader.control`.
+    """
+
+    kinds: tuple[str, ...]
+    keys: tuple[str, ...]
+    control: tuple[str, ...]
+
+    def read(self, payload: Payload) -> Medium:
+        """Leave the row to the parent."""
+        raise DeferredRow
+
+    def expand(self, text: str, media: Sequence[Medium]) -> str:
+        """The text itself, if it has no placeholder."""
+        if any(token in text for token in self.control):
+            raise DeferredRow
+        return text
+
+    def place(self, ids: Sequence[int], media: Sequence[Medium]) -> Placed:
+        """Leave the row to the parent."""
+        raise DeferredRow
+
+    def batch(self, media: Sequence[Medium], where: Tensor) -> Media:
+        """Leave the row to the parent."""
+        raise DeferredRow
+
+    def preview(self, payload: Payload, size: int) -> str:
+        """Leave the row to the parent."""
+        raise DeferredRow
+
+
+def send(stream: BinaryIO, body: bytes) -> None:
+    """Write one message."""
+    stream.write(len(body).to_bytes(8, "little"))
+    stream.write(body)
+    stream.flush()
+
+
+def _receive(stream: BinaryIO, inbox: SimpleQueue[bytes]) -> None:
+    """Put messages into a queue, so that the parent never waits to write; end with the parent."""
+    while True:
+        head = stream.read(8)
+        size = int.from_bytes(head, "little")
+        body = stream.read(size) if len(head) == 8 else b""
+        if len(head) < 8 or len(body) < size:
+            os._exit(0)
+        inbox.put(body)
+
+
+def _serve(inbox: SimpleQueue[bytes], out: BinaryIO) -> None:
+    """Answer chunks until the process ends."""
+    from ...checkpoint.chat_template import Template
+    from ..formats import load_formats
+    from .row_renderer import RowRenderer
+
+    setup, text, source = pickle.loads(inbox.get())
+    pending: deque[Chunk] = deque()
+
+    def chunks() -> Iterator[Chunk | None]:
+        while True:
+            try:
+                body = inbox.get_nowait() if pending else inbox.get()
+            except Empty:
+                yield None  # finish what there is: the parent waits for it
+                continue
+            chunk = pickle.loads(body)
+            pending.append(chunk)
+            yield chunk
+
+    with Template(text, source) as template, RowRenderer(setup, template, load_formats()) as rows:
+        for outcomes in rows.outcomes(chunks()):
+            pending.popleft()
+            send(out, pickle.dumps([_bare(one) for one in outcomes], protocol=5))
+
+
+def _bare(outcome: RowOutcome) -> RowOutcome:
+    """An outcome without what the parent does not need; of a deferred row nothing is left."""
+    if outcome.deferred:
+        return replace(outcome, plan=None, findings=[], ignored=(), format="")
+    return replace(outcome, plan=None, samples=())
+
+
+def _error(failure: Failure) -> bytes:
+    """The answer to a chunk that failed for another reason than its rows."""
+    made: Any = contained(lambda: pickle.dumps(failure.error))
+    return pickle.dumps(str(failure)) if isinstance(made, Failure) else made
+
+
+def main() -> None:
+    """Serve the parent on stdin and stdout."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a plugin prints must not get between the answers
+    inbox: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_receive, args=(sys.stdin.buffer, inbox), daemon=True).start()
+    failure = contained(lambda: _serve(inbox, out))
+    if isinstance(failure, Failure):
+        send(out, _error(failure))
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
