@@ -21,6 +21,7 @@ from qcore.errors import QcoreError, UsageError
 from qcore.inference.generate import Generator
 from qcore.io.artifact import read_manifest, verify
 from qcore.merging.merge import MergeReport, merge
+from qcore.plugins.resolve_model import identify
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -196,6 +197,25 @@ def test_an_eos_token_that_generation_does_not_stop_at(base: Path, adapter: Path
     report = merged(base, adapter, tmp_path / "out")
     (line,) = (line for line in report.warnings if "generation_config.json stops at" in line)
     assert "<doc_ids>" in line
+
+
+def test_the_recorded_generation_is_that_of_the_published_config(
+    base: Path, adapter: Path, tmp_path: Path
+):
+    """A folder that was changed, or whose manifest is gone, has no record."""
+    merged(base, adapter, tmp_path / "out")
+    assert identify(str(tmp_path / "out")).decision.generation.name == "3.5"
+    for name, change in {
+        "config": lambda folder: edit_json(folder / "config.json", lambda c: c.update(note=1)),
+        "manifest": lambda folder: (folder / "MANIFEST.json").unlink(),
+        "broken": lambda folder: (folder / "MANIFEST.json").write_text("{}"),
+    }.items():
+        copy = Path(shutil.copytree(tmp_path / "out", tmp_path / name))
+        change(copy)
+        with pytest.raises(QcoreError) as caught:
+            identify(str(copy))
+        assert caught.value.code == "QC-DETECT-003"
+        assert identify(str(copy), generation="3.5").decision.forced
 
 
 # -- what is refused, before anything is written

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _CONVOLUTION = ".linear_attn.conv1d.weight"
 _NORM = ".input_layernorm.weight"
-_NORMS = 16  #: norms that are read, of as many layers
+_NORMS = 8  #: norms that are read, of as many layers
 #: Published norms are around 0 and half of their values are negative; of an export they are
 #: around 1 and almost none is (mlx-swift-lm pull request 598: mean 0.97).
 _MEAN, _NEGATIVE = 0.5, 0.02

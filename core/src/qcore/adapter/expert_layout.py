@@ -138,14 +138,14 @@ def expert_layout(
         )
     proved = next(iter(shown), None)
     claimed = {statement.layout for statement in said} - {None}
-    sources = " and ".join(statement.source for statement in said) or "no peft_version"
+    sources = [statement.source for statement in said]
     if square is None:
         if proved is not None and claimed - {proved}:
-            return ExpertLayout(older=proved == OLDER, note=_against(proved, sources))
+            return ExpertLayout(older=proved == OLDER, note=_against(proved, " and ".join(sources)))
         return _decided(proved, "by their shapes")
     if proved is not None:
         claimed.add(proved)
-        sources += " and the shapes of the other experts"
+        sources.append("the shapes of the other experts")
     if len(claimed) != 1:
         return _uncertain(
             path,
@@ -154,9 +154,9 @@ def expert_layout(
             "other evidence contradicts itself"
             if claimed
             else "is square, so its shape does not show which version of PEFT laid it out",
-            found=sources,
+            found=" and ".join(sources) or "no peft_version",
         )
-    return _decided(claimed.pop(), f"by {sources}")
+    return _decided(claimed.pop(), f"by {' and '.join(sources)}")
 
 
 def _decided(layout: str | None, sources: str) -> ExpertLayout:

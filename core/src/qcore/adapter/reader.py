@@ -229,8 +229,7 @@ class _Reader:
                 stacks.append(Stack(tensor, a, b))
         decided = expert_layout(self.path, stacks, self.said)
         if not isinstance(decided, ExpertLayout):
-            self.problems.append(decided)
-            return set()
+            raise decided  # without the layout, every further problem may be a consequence
         if decided.note:
             self.notes.append(decided.note)
         return {stack.tensor.name for stack in stacks} if decided.older else set()
