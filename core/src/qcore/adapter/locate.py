@@ -17,14 +17,15 @@ import re
 import shlex
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Final
 
-from ..checkpoint.hub import TOKENIZER_FILES, HubId, parse_id, resolve_model
+from ..checkpoint.hub import TOKENIZER_FILES, HubId, parse_id
 from ..checkpoint.hub_client import download, list_files
 from ..checkpoint.suggest import suggest_folder
 from ..errors import InputError
-from ..io.manifest import MANIFEST
+from ..io.manifest import MANIFEST, read_manifest
 from ..io.safe_path import dangling_target
 from .peft_names import CONFIG, WEIGHTS
 
@@ -88,13 +89,14 @@ def locate_adapter(adapter: str | Path) -> LocatedAdapter:
 
 
 def locate_folder(folder: str | Path) -> Path:
-    """Return the folder of a result for `verify`, downloading an adapter or a model of the hub.
+    """Return the folder of a result for `verify`; of one on the hub, every listed file is there.
 
     Args:
         folder: a folder, or ``ORG/NAME[/FOLDER][@REVISION]``.
 
     Raises:
-        InputError: ``QC-MANIFEST-001`` neither, ``-002`` it has no manifest; as `locate_adapter`.
+        InputError: ``QC-MANIFEST-001`` neither, ``-002`` it has no manifest and a folder below
+            has one, or it is on the hub; as `read_manifest`; ``QC-HUB-*``.
     """
     source = str(folder)
     path = Path(source).expanduser()
@@ -111,16 +113,17 @@ def locate_folder(folder: str | Path) -> Path:
         if others and not os.path.lexists(path / MANIFEST):
             raise _no_manifest(source, did_you_mean([str(path / name) for name in others]))
         return path
-    first = (CONFIG, "config.json", MANIFEST)
-    found = download(parsed.name, parsed.revision, source, first, folder=parsed.folder)
-    found /= parsed.folder
-    is_model = (found / "config.json").is_file() and not (found / CONFIG).is_file()
-    if (found / CONFIG).is_file() or is_model:
-        if not (found / MANIFEST).is_file():
-            raise _no_manifest(source, "name a repository or a folder that qcore wrote")
-        if is_model and not parsed.folder:
-            return resolve_model(source).path
-    return locate_adapter(source).path
+    root = download(parsed.name, parsed.revision, source, [MANIFEST], folder=parsed.folder)
+    if not (root / parsed.folder / MANIFEST).is_file():
+        names, below = list_files(parsed.name, root.name, source), parsed.folder
+        revision = f"@{parsed.revision}" if parsed.revision else ""
+        inside = [n for n in folders_with(names, MANIFEST) if n.startswith(below and f"{below}/")]
+        places = [f"{parsed.name}/{name}{revision}" for name in inside]
+        fix = did_you_mean(places) if places else "name a repository or a folder that qcore wrote"
+        raise _no_manifest(source, fix)
+    listed = map(escape, read_manifest(root / parsed.folder).files)
+    download(parsed.name, root.name, source, [MANIFEST, *listed], folder=parsed.folder)
+    return root / parsed.folder
 
 
 def _no_manifest(source: str, fix: str) -> InputError:
@@ -237,10 +240,14 @@ def _fault(
             fix=download_first + _convert(local(pickled[0]), local(WEIGHTS)),
         )
     if WEIGHTS not in names and CONFIG in names and shards:
-        what, fix = f"has its weights in {len(shards)} files", download_first
-        fix += _join([local(name) for name in shards], local(WEIGHTS))
-    else:
-        what, fix = _words(names, where, place)
+        return InputError(
+            "QC-ADAPTER-003",
+            f"has its weights in {len(shards)} files",
+            file=where,
+            expected=f"one, {WEIGHTS}",
+            fix=download_first + _join([local(name) for name in shards], local(WEIGHTS)),
+        )
+    what, fix = _words(names, where, place)
     return InputError("QC-ADAPTER-003", what, file=where, expected="a PEFT adapter folder", fix=fix)
 
 

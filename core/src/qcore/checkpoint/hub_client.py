@@ -49,7 +49,8 @@ def download(
         name: ``ORG/NAME``.
         revision: branch, tag or commit; ``None`` for the default branch.
         source: the id that the user passed, for errors.
-        patterns: file names, which may contain ``*``.
+        patterns: file names, which may contain ``*``; if one has a ``/``, a ``*`` of the others
+            also matches folders.
         folder: folder of the files in the repository; empty for the top.
 
     Raises:
@@ -65,7 +66,8 @@ def download(
             name,
             revision=revision,
             allow_patterns=[below + pattern for pattern in patterns],
-            ignore_patterns=[f"{below}*/*"],  # a * in a pattern also matches folders
+            # A * in a pattern also matches folders.
+            ignore_patterns=None if any("/" in p for p in patterns) else [f"{below}*/*"],
             tqdm_class=_progress_bar(),
             **_CLIENT,
         )
