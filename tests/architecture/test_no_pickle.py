@@ -23,6 +23,16 @@ NAMES = {
     "from_pretrained", "save_pretrained", "trust_remote_code", "apply_chat_template",
 }  # fmt: skip
 TORCH = {"load", "save", "compile_pickle"}
+#: `qcore verify --against stock` asks transformers itself, which is its purpose. These files may
+#: say these words and no others: weights are read from safetensors alone, and a folder that names
+#: code of its own is refused before transformers sees it (tests/merging/test_against_stock.py).
+STOCK = {
+    "core/src/qcore/merging/stock_class.py": {"AutoConfig", "from_pretrained"},
+    "core/src/qcore/merging/stock_model.py": {"from_pretrained"},
+    "core/src/qcore/merging/stock_prompts.py": {
+        "AutoTokenizer", "apply_chat_template", "from_pretrained",
+    },
+}  # fmt: skip
 
 
 def offences(tree: ast.AST) -> Iterator[str]:
@@ -52,10 +62,13 @@ def offences(tree: ast.AST) -> Iterator[str]:
 
 def test_no_way_to_run_what_was_downloaded() -> None:
     assert len(FILES) > 150
-    hits = {
-        str(path.relative_to(ROOT)): list(offences(ast.parse(path.read_text(encoding="utf-8"))))
-        for path in FILES
-    }
+    hits: dict[str, list[str]] = {}
+    for path in FILES:
+        name = str(path.relative_to(ROOT))
+        lines = list(offences(ast.parse(path.read_text(encoding="utf-8"))))
+        allowed = STOCK.get(name, set())
+        assert allowed <= {line.rpartition(" ")[2] for line in lines}, "allowed and not said"
+        hits[name] = [line for line in lines if line.rpartition(" ")[2] not in allowed]
     assert {name: lines for name, lines in hits.items() if lines} == {}
 
 

@@ -326,6 +326,30 @@ def test_a_class_that_is_none(dense: Made, name: str) -> None:
     assert (caught.value.code, caught.value.found) == ("QC-STOCK-004", name)
 
 
+# -- what is never run
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_folder_that_names_code_is_refused(dense: Made, tmp_path: Path, name: str) -> None:
+    folder, ran = dense.copy(dense.base, tmp_path / "m"), tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    path = folder / name
+    classes = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C", "AutoTokenizer": "evil.C"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": classes}))
+    with pytest.raises(InputError) as caught:
+        verify_against_stock(folder)
+    assert (caught.value.code, caught.value.field) == ("QC-STOCK-004", "auto_map")
+    assert not ran.exists()
+
+
+def test_pickled_weights_of_an_adapter_are_refused(dense: Made, tmp_path: Path) -> None:
+    folder = foreign(dense, tmp_path / "a")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(InputError) as caught:
+        verify_against_stock(folder, model=str(dense.base))
+    assert caught.value.code in ("QC-CKPT-007", "QC-ADAPTER-003")
+
+
 # -- prompts, options, the command line
 
 

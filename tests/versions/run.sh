@@ -9,7 +9,8 @@ export OMP_NUM_THREADS=1
 interop=(
     tests/adapter/test_base_check.py tests/adapter/test_expert_adapter.py
     tests/adapter/test_peft_names.py tests/checkpoint/test_quantization_formats.py
-    tests/merging/test_interop.py tests/merging/test_moe_interop.py
+    tests/merging/test_against_stock.py tests/merging/test_interop.py
+    tests/merging/test_moe_interop.py
     tests/multimodal/test_positions.py tests/multimodal/test_reader_files.py
     tests/multimodal/test_tower_model.py
     tests/nn/test_linear.py tests/nn/test_nf4_stack.py

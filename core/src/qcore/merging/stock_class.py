@@ -14,8 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.checkpoint import read_json, safe_file
 from ..errors import InputError, UsageError
 
+#: Files that may name code in ``auto_map``.
+_WITH_CODE = (
+    "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
+    "adapter_config.json",
+)  # fmt: skip
 INSTALL = 'pip install "qcore-framework[interop]"'
 
 
@@ -34,6 +40,23 @@ def require_interop() -> None:
             found=f"no {', no '.join(missing)}",
             fix=INSTALL,
         )
+
+
+def refuse_code(folder: Path) -> None:
+    """Refuse a folder that names Python code of its own, which transformers could run.
+
+    Raises:
+        InputError: ``QC-STOCK-004``.
+    """
+    for name in _WITH_CODE:
+        if (folder / name).is_file() and read_json(safe_file(folder, name)).get("auto_map"):
+            raise InputError(
+                "QC-STOCK-004",
+                "names code of its own, which is never run",
+                file=folder / name,
+                field="auto_map",
+                fix="use a checkpoint of a class that transformers has",
+            )
 
 
 def stock_class(folder: Path, name: str | None) -> tuple[Any, Any]:

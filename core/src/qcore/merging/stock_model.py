@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from ..adapter.peft_names import WEIGHTS
 from ..checkpoint.checkpoint import Checkpoint, read_headers
 from ..errors import InputError, NumericError
-from .stock_class import quiet, refusals, stock_class
+from .stock_class import quiet, refusals, refuse_code, stock_class
 
 
 class OtherOrder(TorchFunctionMode):
@@ -103,6 +103,7 @@ class StockModel:
         whole: bool = True,
     ) -> None:
         self.checkpoint, self.whole, self._layers = checkpoint, whole, layers
+        refuse_code(checkpoint.path)
         with quiet(), refusals(checkpoint.path):
             self.cls, self.config = stock_class(checkpoint.path, name)
             self.model = self._whole() if whole else self._skeleton()
@@ -156,6 +157,7 @@ class StockModel:
     def _peft(self, adapter: Path) -> Any:
         import peft
 
+        refuse_code(adapter)
         try:
             return peft.PeftModel.from_pretrained(self.model, str(adapter))
         except ValueError as error:

@@ -21,7 +21,7 @@ from ..data.rendering.template_kwargs import special_tokens
 from ..errors import InputError, NumericError, QcoreError
 from ..io import strict_json
 from ..io.atomic import reading
-from .stock_class import quiet, refusals
+from .stock_class import quiet, refusals, refuse_code
 
 MOST, LONGEST = 32, 512  #: prompts of a file, and tokens of each, that are compared
 _LENGTHS = (33, 7, 70, 18)  # of random prompts: shorter and longer than a chunk of 64
@@ -182,6 +182,7 @@ def template_problems(
     import transformers
 
     asked = [p for p in prompts if not p.ids] + [Prompt(name="a conversation", messages=_SPEAK)]
+    refuse_code(folder)
     ours = {prompt.name: renderer.ids(prompt) for prompt in asked}  # in the bounded worker
     with quiet(), refusals(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
