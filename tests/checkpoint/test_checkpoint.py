@@ -373,6 +373,54 @@ def test_a_link_to_nothing(sharded: Path):
     refused(sharded, "QC-CKPT-006", "does not exist")
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "chat_template.jinja", "tokenizer.json"]
+)
+def test_the_target_of_a_dangling_link_is_named(single: Path, name: str):
+    """Without its target a file counted as absent: another template was read in its place."""
+    write_json(single / "tokenizer_config.json", {"chat_template": "other"})
+    (single / name).unlink(missing_ok=True)
+    (single / name).symlink_to("../../blobs/0123abcd")
+    refused(single, "QC-CKPT-006", f"{name}: is a link to ../../blobs/0123abcd, which does not")
+
+
+def test_a_dangling_link_that_is_not_read(single: Path):
+    (single / "README.md").symlink_to("../../blobs/0123abcd")
+    read_all(single)
+
+
+def test_the_index_and_the_shards_that_lack_are_named(single: Path):
+    whole = (single / "model.safetensors").read_bytes()
+    (single / "model.safetensors").unlink()
+    for n in (1, 3):
+        (single / f"model-{n:05d}-of-00004.safetensors").write_bytes(whole)
+    error = refused(
+        single, "QC-CKPT-004", "has shards but no model.safetensors.index.json",
+        "2 of 4 shards are absent", "first absent model-00002-of-00004.safetensors",
+    )  # fmt: skip
+    assert error.fix == (
+        "download model.safetensors.index.json and model-00002-of-00004.safetensors and "
+        "model-00004-of-00004.safetensors"
+    )
+    for n in (2, 4):
+        (single / f"model-{n:05d}-of-00004.safetensors").write_bytes(whole)
+    error = refused(single, "QC-CKPT-004", "has shards but no", "4 of 4 shards")
+    assert error.fix == "download model.safetensors.index.json"
+
+
+def test_a_pointer_of_git_lfs(single: Path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 300\n"
+    (single / "model.safetensors").write_bytes(pointer)
+    error = refused(single, "QC-CKPT-005", "a Git LFS pointer, not the file")
+    assert "git lfs pull" in (error.fix or "")
+
+
+def test_an_adapter_that_is_named_as_a_model(single: Path):
+    (single / "config.json").rename(single / "adapter_config.json")
+    error = refused(single, "QC-CKPT-001", "is an adapter, not a model")
+    assert "--adapter" in (error.fix or "")
+
+
 def test_a_link_to_itself(sharded: Path):
     (sharded / "one.safetensors").unlink()
     (sharded / "one.safetensors").symlink_to("one.safetensors")
@@ -503,7 +551,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "a hole": (raw({"a": entry(0, 2), "b": entry(3, 5)}, bytes(5)), "overlap or belong"),
     "a hole at the start": (raw({"a": entry(2, 4)}, bytes(4)), "overlap or belong"),
     "a zip": (b"PK\x03\x04" + bytes(60), "a header of"),
-    "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a header of"),
+    "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
 }  # fmt: skip
 
 

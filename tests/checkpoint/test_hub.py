@@ -46,6 +46,7 @@ MODEL = {
     "video_preprocessor_config.json": b"{}",
     "processor_config.json": b"{}",
     "model.safetensors.index.json": b"{}",
+    "MANIFEST.json": b"{}",
     **SHARDS,
 }
 NEVER = {

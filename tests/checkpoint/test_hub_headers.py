@@ -294,7 +294,7 @@ DAMAGED: dict[str, tuple[File, str]] = {
     "cut in the header": (Sparse(weights(LONG).head, 120_000), "in a file of 120000"),
     "longer than the format allows": (raw({}, GIB, length=GIB // 2), "a header of 536870912"),
     "longer than the file": (raw({}, GIB, length=2**63), "a header of"),
-    "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a header of"),
+    "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
     "no json": (Sparse(struct.pack("<Q", 200_000), GIB), "does not parse"),
     "overlap": (raw({"a": entry(0, 4), "b": entry(2, 6)}, 6), "overlap or belong to no tensor"),
     "hole": (raw({"a": entry(0, 2), "b": entry(3, 5)}, 5), "overlap or belong to no tensor"),

@@ -295,12 +295,13 @@ def test_a_tied_head_that_is_a_duplicate(capsys: Any, base: Path, rows: Path):
     assert ended.code == 0, ended.err
 
 
-def mlx(tensors: dict[str, torch.Tensor], *, rename: bool) -> None:
+def mlx(tensors: dict[str, torch.Tensor], *, rename: bool, turn: bool = True) -> None:
+    """What mlx-lm writes; with the convolutions as they were unless `turn`."""
     for name in [name for name in tensors if name.startswith("mtp.")]:
         del tensors[name]
     for name in list(tensors):
         value = tensors.pop(name)
-        if name.endswith("conv1d.weight"):
+        if name.endswith("conv1d.weight") and turn:
             value = value.movedim(2, 1)
         elif value.ndim == 1 and "norm" in name and ".linear_attn." not in name:
             value = value + 1
@@ -309,10 +310,11 @@ def mlx(tensors: dict[str, torch.Tensor], *, rename: bool) -> None:
 
 
 @pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("turn", [True, False], ids=["as written", "convolutions turned back"])
 @pytest.mark.parametrize("rename", [True, False], ids=["its names", "the hub's names"])
 @pytest.mark.parametrize("verb", ["train", "inspect", "merge"])
-def test_an_mlx_export(capsys: Any, base: Path, rows: Path, rename: bool, verb: str):
-    change_weights(base, lambda tensors: mlx(tensors, rename=rename))
+def test_an_mlx_export(capsys: Any, base: Path, rows: Path, rename: bool, turn: bool, verb: str):
+    change_weights(base, lambda tensors: mlx(tensors, rename=rename, turn=turn))
     if verb == "train":
         refuse(capsys, base, rows, "QC-QWEN35-004", "is an MLX export")
         return

@@ -147,7 +147,7 @@ OPTIONS: dict[str, list[str]] = {
     ],
     "merge": [
         "--adapter", "--debug", "--dequantize", "--generation", "--json", "--model", "--no-proof",
-        "--output", "--trust-base", "--trust-generation",
+        "--output", "--take-tokenizer", "--trust-base", "--trust-generation",
     ],
     "generate": [
         "MODEL", "--adapter", "--chat-template-kwargs", "--debug", "--device", "--dtype",
@@ -156,7 +156,10 @@ OPTIONS: dict[str, list[str]] = {
         "--system", "--temperature", "--top-k", "--top-p", "--trust-base",
         "--trust-generation",
     ],
-    "verify": ["FOLDER", "--debug", "--json"],
+    "verify": [
+        "FOLDER", "--adapter", "--against", "--debug", "--generation", "--json", "--model",
+        "--prompts", "--stock-class",
+    ],
     "plugins list": ["--debug", "--json"],
     "presets list": ["--debug", "--json"],
     "presets show": ["NAME", "--debug", "--json"],
@@ -315,7 +318,7 @@ def result(tmp_path: Path) -> Path:
 def test_verify_json(result: Path, capsys: pytest.CaptureFixture[str]):
     ended = here(capsys, "verify", result, "--json")
     assert ended.code == 0
-    assert ended.json == {"ok": True, "files": 2, "problems": []}
+    assert ended.json == {"ok": True, "files": 2, "problems": [], "notes": []}
     (result / "b.bin").write_bytes(b"xyZ")
     ended = here(capsys, "verify", result, "--json")
     assert ended.code == 65

@@ -245,12 +245,21 @@ def test_parity_counts_turns(
     path = rows_file(tmp_path, PLAIN, TALK)
     ended = here(capsys, "data", "parity", path, "--model", model, "--json")
     assert ended.code == 0
-    assert ended.json == {"rows": 2, "turns": 3, "differing": 0, "differences": []}
+    assert ended.json == {
+        "rows": 2, "turns": 3, "differing": 0, "differences": [], "notes": [],
+    }  # fmt: skip
     spaced = rows_file(tmp_path, [PLAIN[0], {"role": "assistant", "content": "  ho"}])
     ended = here(capsys, "data", "parity", spaced, "--model", model, "--json")
-    assert ended.code == 65
-    (found,) = ended.json["differences"]
+    assert (ended.code, ended.json["differing"], ended.json["differences"]) == (0, 0, [])
+    (found,) = ended.json["notes"]
     assert (found["row"], found["turn"], found["cause"]) == (1, 1, "the template trims whitespace")
+    ended = here(capsys, "data", "parity", spaced, "--model", model)
+    assert "Messages that are not trained as their row has them" in ended.out
+    assert "row 1, messages[1].content" in ended.out
+    rendered = ("--set", "history=as_rendered")
+    ended = here(capsys, "data", "parity", path, "--model", model, "--json", *rendered)
+    assert ended.code == 65
+    assert {found["kind"] for found in ended.json["differences"]} == {"prompt"}
     assert "QC-DATA-059" in ended.err
 
 

@@ -23,8 +23,9 @@ import zstandard
 from support.conversations import conversations
 
 from qcore.api.media import RowError
-from qcore.data.reading import SourceCount, read_records
+from qcore.data.reading import read_records
 from qcore.data.rejects import Rejects
+from qcore.data.source_counts import SourceCount
 from qcore.data.sources import columnar, json_array, streams
 from qcore.data.sources.containers import records
 from qcore.data.sources.file_kinds import file_kind

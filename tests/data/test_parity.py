@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +13,19 @@ import pytest
 from support.chat_kit import FakeCheckpoint, own_tokenizer, write_rows
 from support.chat_rows import Writer
 from support.template_kit import family_template
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from qcore.api import ChatFormat
 from qcore.checkpoint.chat_template import Template
 from qcore.checkpoint.tokenizer import load_tokenizer
+from qcore.data.policies import Policies
 from qcore.data.rejects import Rejects
+from qcore.data.rendering.masking import IGNORED, Encoded, Example
+from qcore.data.rendering.pieces import normalized
 from qcore.data.rendering.renderer import Options, Renderer
-from qcore.data.rendering.samples import Sample
 from qcore.data.sources.source import Source
 from qcore.data.views.parity import Difference, parity
+from qcore.data.views.serving import ParityReport, compare_with_serving
 from qcore_qwen35.chat import QWEN35
 from qcore_qwen36.chat import QWEN36
 
@@ -60,45 +65,82 @@ def tool(name: str, **properties: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-def sample(text: str, *turns: int) -> Sample:
-    return Sample(sample=1, text=text, spans=(), turns=turns)
+def splitting_tokenizer() -> Tokenizer:
+    """The own tokenizer with newlines apart from what follows them, as Qwen's has them."""
+    made = own_tokenizer()
+    pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+")
+    made.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(pattern, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    return made
 
 
-def served(row: dict[str, Any], template: Template) -> list[Sample]:
+PLAIN = splitting_tokenizer()
+
+
+def sample(
+    messages: list[dict[str, Any]], text: str, *turns: int, tokenizer: Tokenizer = PLAIN
+) -> Encoded:
+    """A sample of a rendering, masked by scanning its text: `turns` are the trained messages."""
+    tokenizer, text = tokenizer, normalized(text, tokenizer)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    header, close = "<|im_start|>assistant\n", "<|im_end|>"
+    starts = [at.end() for at in re.finditer(re.escape(header), text)]
+    answers = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
+    labels, ends = [IGNORED] * len(encoding.ids), []
+    for start in (starts[answers.index(n)] for n in turns if answers.index(n) < len(starts)):
+        for tail in QWEN35.prompt_tails:
+            if text.startswith(tail, start):
+                start += len(tail)
+                break
+        end = text.index(close, start) + len(close)
+        for n, (a, _) in enumerate(encoding.offsets):
+            if start <= a < end:
+                labels[n] = encoding.ids[n]
+        ends.append(sum(a < end for a, _ in encoding.offsets))
+    ends += [len(labels)] * (len(turns) - len(ends))
+    example = Example(
+        ids=array("i", encoding.ids), labels=array("i", labels), line=1, turns=len(turns),
+        supervised=len(labels) - labels.count(IGNORED),
+    )  # fmt: skip
+    return Encoded(
+        example=example, text=text, char_spans=(), turns=turns, ends=tuple(ends), reasoned=()
+    )
+
+
+def served(row: dict[str, Any], template: Template, tokenizer: Tokenizer = PLAIN) -> list[Encoded]:
     """A sample for each assistant turn, as it is when it is served."""
     messages, tools = row["messages"], row.get("tools")
     return [
-        sample(template.render(messages[: index + 1], tools), index)
+        sample(messages, template.render(messages[: index + 1], tools), index, tokenizer=tokenizer)
         for index, message in enumerate(messages)
         if message["role"] == "assistant"
     ]
 
 
 def compared(
-    template: Template, *messages: dict[str, Any], tools: Any = None, **more: Any
+    template: Template, *messages: dict[str, Any], tools: Any = None, tokenizer: Tokenizer = PLAIN
 ) -> list[tuple[int, str, str, str]]:
     row = {"messages": list(messages), "tools": tools}
-    found = parity(row["messages"], tools, served(row, template), QWEN35, template, **more)
+    samples = served(row, template, tokenizer)
+    found = parity(row["messages"], tools, samples, QWEN35, template, tokenizer)
     return [(one.turn, one.kind, one.field, one.cause) for one in found]
 
 
-def sweep(
-    template: Template, chat_format: ChatFormat, tokenizer: Tokenizer | None, count: int
-) -> int:
+def sweep(template: Template, chat_format: ChatFormat, tokenizer: Tokenizer, count: int) -> int:
     writer, turns = Writer(11), 0
     for _ in range(count):
         row = writer.row()
-        samples = served(row, template)
-        found = parity(
-            row["messages"], row.get("tools"), samples, chat_format, template, tokenizer=tokenizer
-        )
+        samples = served(row, template, tokenizer)
+        found = parity(row["messages"], row.get("tools"), samples, chat_format, template, tokenizer)
         assert found == (), (found, row)
         turns += len(samples)
     return turns
 
 
 def test_turns_as_they_are_served(template: Template) -> None:
-    assert sweep(template, QWEN35, None, 20) > 20
+    assert sweep(template, QWEN35, PLAIN, 20) > 20
 
 
 @pytest.mark.parametrize("sku", REAL)
@@ -122,7 +164,7 @@ def test_five_hundred_conversations_as_they_are_served(
 def test_samples_of_a_run_are_what_is_served(
     shared: Path, tmp_path: Path, sku: str, real: Tokenizer
 ) -> None:
-    assert run(shared, tmp_path, sku, real, 15) > 15
+    assert run(shared, tmp_path, sku, real, 6) > 15
 
 
 @pytest.mark.slow
@@ -135,21 +177,34 @@ def test_samples_of_five_hundred_rows_are_what_is_served(
 
 def run(shared: Path, tmp_path: Path, sku: str, tokenizer: Tokenizer, count: int) -> int:
     """Read rows as a run does, with repairs and shared samples; the number of trained turns."""
-    writer = Writer(12)
-    path = write_rows(tmp_path / "rows.jsonl", [writer.row() for _ in range(count)])
-    text = (shared / "skus" / sku / "chat_template.jinja").read_text(encoding="utf-8")
-    rejects, turns = Rejects(), 0
-    with Template(text, sku) as template, Template(text, sku) as other:
-        renderer = Renderer(template, REAL[sku], tokenizer, Options(), rejects)
-        for plan, encoded in renderer.encoded([Source(name="rows", files=(path,))]):
-            found = parity(
-                plan.row.messages, plan.row.tools, [one.sample for one in encoded], REAL[sku],
-                other, tokenizer=tokenizer,
-            )  # fmt: skip
-            assert found == (), (found, plan.row)
-            turns += sum(len(one.sample.turns) for one in encoded)
-    rejects.stop(renderer.notes.counts)
+    rows, turns = [Writer(12).row() for _ in range(count)], 0
+    for mode in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+        options = Options(variables=mode, policies=Policies(bad_rows="skip", bad_rows_limit=1.0))
+        report, rejects = reported(shared, tmp_path, sku, tokenizer, rows, options)
+        assert (report.differing, report.differences, report.notes) == (0, (), ()), report
+        # A turn with reasoning cannot be served without thinking.
+        assert {entry["code"] for entry in rejects.entries()} <= {"QC-DATA-041"}
+        assert bool(rejects.count) == (mode == {"enable_thinking": False})
+        turns += report.turns
     return turns
+
+
+def reported(
+    shared: Path, tmp_path: Path, sku: str, tokenizer: Tokenizer, rows: Any, options: Options
+) -> tuple[ParityReport, Rejects]:
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    text = (shared / "skus" / sku / "chat_template.jinja").read_text(encoding="utf-8")
+    with Template(text, sku) as template:
+        return report_of(template, REAL[sku], tokenizer, path, options)
+
+
+def report_of(
+    template: Template, chat_format: ChatFormat, tokenizer: Tokenizer, path: Path, options: Options
+) -> tuple[ParityReport, Rejects]:
+    rejects = Rejects()
+    renderer = Renderer(template, chat_format, tokenizer, options, rejects)
+    renderer.prove()
+    return compare_with_serving(renderer, [Source(name="rows", files=(path,))]), rejects
 
 
 # Prompts.
@@ -158,7 +213,8 @@ def run(shared: Path, tmp_path: Path, sku: str, tokenizer: Tokenizer, count: int
 def one(
     messages: list[dict[str, Any]], text: str, turn: int, template: Template, **more: Any
 ) -> Difference:
-    (found,) = parity(messages, None, [sample(text, turn)], QWEN35, template, **more)
+    made = sample(messages, text, turn)
+    (found,) = parity(messages, None, [made], QWEN35, template, PLAIN, **more)
     return found
 
 
@@ -166,7 +222,7 @@ def test_history_that_serving_shows_otherwise(template: Template) -> None:
     """The rendering of the whole row leaves out the think block of the first answer."""
     messages = [user("a"), bot("b", reasoning_content="r"), user("c"), bot("d")]
     text = template.render(messages)
-    found = parity(messages, None, [sample(text, 1, 3)], QWEN35, template)
+    found = parity(messages, None, [sample(messages, text, 1, 3)], QWEN35, template, PLAIN)
     assert [(one.turn, one.kind) for one in found] == [(1, "prompt"), (1, "message")]
     assert found[0].cause == "serving prompts for this turn with thinking"
     assert found[1].cause == "the template leaves the reasoning out"
@@ -181,11 +237,16 @@ def test_history_that_training_shows_otherwise() -> None:
 
 
 def test_the_other_mode_of_thinking(template: Template) -> None:
+    messages = [user("a"), bot("b", reasoning_content="r")]
+    found = one(messages, template.render(messages), 1, template,
+                variables={"enable_thinking": False})  # fmt: skip
+    assert found.kind == "prompt"
+    assert found.cause == "serving prompts for this turn without thinking"
+    # The turn has to close the block that its prompt opens: no token may hold both.
     messages = [user("a"), bot("b")]
     found = one(messages, template.render(messages), 1, template,
                 variables={"enable_thinking": True})  # fmt: skip
-    assert found.kind == "prompt"
-    assert found.cause.startswith("serving prompts for this turn with")
+    assert found.kind == "tokens"
 
 
 def test_text_before_the_first_answer(template: Template) -> None:
@@ -222,10 +283,17 @@ def test_a_token_of_prompt_and_reply() -> None:
     with Template(text.replace("]", "] th"), "t") as template:
         chat_format = replace(chat_format, role_end="] th")
         messages = [user("a"), bot("e user")]
-        whole = template.render(messages)
-        found = parity(
-            messages, None, [sample(whole, 1)], chat_format, template, tokenizer=tokenizer
-        )
+        text = template.render(messages)
+        encoding = tokenizer.encode(text)
+        example = Example(
+            ids=array("i", encoding.ids), labels=array("i", encoding.ids), line=1, turns=1,
+            supervised=1,
+        )  # fmt: skip
+        made = Encoded(
+            example=example, text=text, char_spans=(), turns=(1,), ends=(len(encoding.ids),),
+            reasoned=(),
+        )  # fmt: skip
+        found = parity(messages, None, [made], chat_format, template, tokenizer)
     assert [(one.kind, one.turn) for one in found] == [("tokens", 1)]
     assert "merges" in found[0].finding(1).message
 
@@ -234,6 +302,95 @@ def test_a_tokenizer_that_cuts_newlines_by_what_follows(template: Template) -> N
     """GPT-2's pre-tokenizer, unlike Qwen's: two newlines before a word are two tokens."""
     found = compared(template, user("q"), bot("x"), tokenizer=own_tokenizer())
     assert [(turn, kind) for turn, kind, _, _ in found] == [(1, "tokens")]
+
+
+# Labels.
+
+
+def kinds(template: Template, messages: list[dict[str, Any]], made: Encoded) -> list[str]:
+    found = parity(messages, None, [made], QWEN35, template, PLAIN)
+    assert all(one.finding(1).message for one in found)
+    return [f"{one.kind}: {one.cause}" for one in found]
+
+
+def test_labels_that_are_not_the_reply(template: Template) -> None:
+    messages = [user("a"), bot("b c"), user("d"), bot("e f")]
+    made = sample(messages, template.render(messages), 3)
+    first = next(n for n, label in enumerate(made.example.labels) if label != IGNORED)
+    last = made.ends[0] - 1
+    assert kinds(template, messages, made) == []
+    prompt = "labels: a token of the prompt is trained"
+    masked = f"labels: a token of the reply has the label {IGNORED}"
+    for at, label, says in (
+        (first - 1, 5, prompt),
+        (2, 5, prompt),
+        (first, IGNORED, masked),
+        (last, IGNORED, masked),
+        (first + 1, 7, "labels: a token of the reply has the label 7"),
+        (last + 1, 5, "labels: a token after the turn is trained"),
+    ):
+        labels = array("i", made.example.labels)
+        labels[at] = label
+        wrong = replace(made, example=replace(made.example, labels=labels))
+        assert kinds(template, messages, wrong) == [says], at
+
+
+def test_ids_that_are_not_the_text(template: Template) -> None:
+    messages = [user("a"), bot("b c")]
+    made = sample(messages, template.render(messages), 1)
+    first = next(n for n, label in enumerate(made.example.labels) if label != IGNORED)
+    for at, says in (
+        (2, "tokens: the tokens of the prompt are not those of its text"),
+        (first - 1, "tokens: the tokenizer merges the end of the prompt with the reply"),
+        (first, "tokens: the tokens of the reply are not those of its text"),
+    ):
+        ids, labels = array("i", made.example.ids), array("i", made.example.labels)
+        ids[at] = 350
+        if labels[at] != IGNORED:
+            labels[at] = 350
+        wrong = replace(made, example=replace(made.example, ids=ids, labels=labels))
+        assert kinds(template, messages, wrong) == [says], at
+    ids, labels = made.example.ids[:-2], made.example.labels[:-2]
+    wrong = replace(made, example=replace(made.example, ids=ids, labels=labels), ends=(len(ids),))
+    assert kinds(template, messages, wrong) == ["labels: the turn does not end"]
+
+
+LONG = [
+    user("2+2?"), bot("4 " * 30, reasoning_content="pair"), user("and 3?"), bot("7 " * 30),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reasoning", ["train", "mask", "drop"])
+@pytest.mark.parametrize("policy", ["truncate_turns", "truncate_tokens"])
+def test_rows_that_are_cut(tmp_path: Path, policy: str, reasoning: str) -> None:
+    path, turns = write_rows(tmp_path / "rows.jsonl", [{"messages": LONG}]), []
+    with family_template(keep="true") as template:
+        for limit in (60, 100, 150, 1000):
+            policies = Policies(long_rows=policy, reasoning=reasoning)
+            options = Options(max_length=limit, policies=policies)
+            report, _ = report_of(template, QWEN35, PLAIN, path, options)
+            assert report.differences == ()
+            turns.append(report.turns)
+    assert turns == sorted(turns)
+    assert {1, 2} <= {*turns}
+
+
+def test_notes_are_apart(shared: Path, tmp_path: Path, real: Tokenizer) -> None:
+    rows = [{"messages": [user("q"), bot(text)]} for text in (" x", "y", "z\n")]
+    report, _ = reported(shared, tmp_path, "qwen3.5/Qwen3.5-4B", real, rows, Options())
+    assert (report.turns, report.differing, report.differences) == (3, 0, ())
+    assert [row for row, _ in report.notes] == [1, 3]
+    assert report.noted() == [
+        {"cause": "the template trims whitespace", "turns": 2,
+         "first": "row 1, messages[1].content", "trained": "'x'", "row": "' x'"}
+    ]  # fmt: skip
+    assert len(report.as_json()["notes"]) == 2
+    options = Options(policies=Policies(history="as_rendered"))
+    report, _ = reported(
+        shared, tmp_path, "qwen3.5/Qwen3.5-4B", real, [{"messages": LONG}], options
+    )
+    assert [one.kind for _, one in report.differences] == ["prompt"]
+    assert report.differing == 1
 
 
 # Messages.
@@ -322,10 +479,12 @@ def test_placeholders_are_expanded_in_both(template: Template) -> None:
         return text.replace("PIC", "PICPIC")
 
     text = template.render(messages).replace("PIC", "PICPIC")
-    assert parity(messages, None, [sample(text, 1)], QWEN35, template, expand=expand) == ()
+    made = sample(messages, text, 1)
+    assert parity(messages, None, [made], QWEN35, template, PLAIN, expand=expand) == ()
 
 
 def test_without_a_parser_messages_are_not_compared(template: Template) -> None:
     messages = [user("q"), bot(" x")]
     plain = replace(QWEN35, parse=None)
-    assert parity(messages, None, [sample(template.render(messages), 1)], plain, template) == ()
+    made = sample(messages, template.render(messages), 1)
+    assert parity(messages, None, [made], plain, template, PLAIN) == ()

@@ -123,7 +123,6 @@ def test_malformed_rows_are_left_to_the_check(row: dict[str, Any]) -> None:
         ([user("a"), user([{"type": "text", "text": "b"}]), bot("c")],
          [user([{"type": "text", "text": text} for text in ("a", "\n\n", "b")]), bot("c")],
          ["050"]),
-        ([user("a", name="x"), user("b", name="y"), bot("c")], [user("a\n\nb"), bot("c")], ["050"]),
         ([user("a", name="x"), user("b", name="x"), bot("c")],
          [user("a\n\nb", name="x"), bot("c")], ["050"]),
         ([user("a"), bot("b"), bot("c")], [user("a"), bot("b\n\nc")], ["050"]),

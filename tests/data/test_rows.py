@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from support.chat_kit import bot, call, read_file, user, write_rows
 
-from qcore.data.reading import SourceCount
 from qcore.data.rejects import SHOWN, Rejects
 from qcore.data.rows import ChatRow
+from qcore.data.source_counts import SourceCount
 from qcore.data.sources.jsonl import MAX_LINE
 from qcore.errors import InputError, PreflightError
 

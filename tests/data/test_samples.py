@@ -396,16 +396,16 @@ def test_every_character_has_a_reason(folder: Path) -> None:
         renderer = Renderer(template, THINKING, own_tokenizer(), options, rejects)
         ((_, (first, last)),) = renderer.encoded([Source(name="r", files=(rows,))])
     for one in (first, last):
-        ends = [span.end for span in one.sample.spans]
-        assert [span.start for span in one.sample.spans] == [0, *ends[:-1]]
-        assert ends[-1] == len(one.sample.text)
-        tokens = one.example.spans
+        ends = [span.end for span in one.char_spans]
+        assert [span.start for span in one.char_spans] == [0, *ends[:-1]]
+        assert ends[-1] == len(one.text)
+        tokens = one.example.token_spans
         assert [span.start for span in tokens] == [0, *(span.end for span in tokens[:-1])]
         assert tokens[-1].end == len(one.example.ids)
         for span in tokens:
             labels = one.example.labels[span.start : span.end]
             assert all((label != IGNORED) == span.trained for label in labels)
-    assert [(span.why, span.trained) for span in last.sample.spans] == [
+    assert [(span.why, span.trained) for span in last.char_spans] == [
         ("user turn", False),
         ("template", False),
         ("assistant turn, not trained: history, trained in sample 1", False),

@@ -14,7 +14,7 @@ from support.conversations import conversations, write_rows
 
 from qcore.config.settings import SPECS
 from qcore.data.policies import POLICY_KEYS, Policies
-from qcore.data.reading import SourceCount
+from qcore.data.source_counts import SourceCount
 from qcore.data.sources import read as sources
 from qcore.data.sources.hub_files import HubFiles
 from qcore.data.sources.read import read_sources, refuse_shared

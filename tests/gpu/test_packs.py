@@ -38,7 +38,7 @@ from qcore_qwen35.tiny import write as write_tiny
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 BLOCK = 50  #: packs of one test
-MOST = 5e-4  #: relative error in float32, as on the CPU
+MOST, MEDIAN = 2e-3, 2e-5  #: relative error in float32, as on the CPU
 #: Head sizes of the published models, few of everything else.
 TEXT: dict[str, Any] = {
     "hidden_size": 512, "head_dim": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -135,5 +135,6 @@ def test_a_pack_is_its_rows_alone(models: Models, first: int) -> None:
         assert pack.pack.gradients <= 1.25 * pack.rows.gradients, message
         assert pack.pack_to_rows.logits <= pack.rows.logits, message
         assert pack.pack_to_rows.gradients <= pack.rows.gradients, message
+    assert max(medians["float32"].token, medians["float32"].worst) <= MEDIAN
     assert medians["pack"].logits <= 1.02 * medians["rows"].logits
     assert medians["pack"].gradients <= 1.02 * medians["rows"].gradients

@@ -148,7 +148,11 @@ def test_the_base_may_be_renamed(adapter: Path) -> None:
     edited(adapter, base_model_name_or_path="org/base", task_type="CAUSAL_LM")
     report = verify(adapter)
     assert report.ok, report.problems
-    assert report.notes == ["adapter_config.json: edited in fields that do not act"]
+    name = "adapter_config.json"
+    assert report.notes == [
+        f"{name}: base_model_name_or_path was edited to 'org/base', from '/home/me/base'",
+        f"{name}: task_type was edited to 'CAUSAL_LM', from absent",
+    ]
 
 
 def test_a_config_that_peft_wrote_again_is_the_same(adapter: Path) -> None:

@@ -412,7 +412,7 @@ def test_a_file_that_is_cut_after_it_was_opened(
             load(model, found.layout, found.checkpoint, device=CPU, quantize=False)
         assert error.value.code == "QC-CKPT-005"
         monkeypatch.setattr(qcore.merging.merge, "identify", lambda *a, f=found, **k: f)
-        monkeypatch.setattr(qcore.merging.merge, "read_adapter", lambda *a, t=told, **k: t)
+        monkeypatch.setattr(qcore.merging.merge, "read_for", lambda *a, t=told, **k: t)
         with pytest.raises(InputError) as error:
             merge(str(copy), adapter, tmp_path / "out", dequantize=kind == "fp8")
         assert error.value.code == "QC-CKPT-005"

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,24 +174,6 @@ def test_the_architecture_is_the_model_types(model_type: str, architecture: str)
 @pytest.mark.parametrize("model_type", ["qwen3", "qwen3_next", "qwen3_vl_moe", "qwen4_exp", None])
 def test_another_family_is_not_claimed(model_type: str | None) -> None:
     assert list(claims(fake_checkpoint({**config(), "model_type": model_type}))) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("language_model.model.layers.0.mlp.gate.weight", (256, 2048)),
-        ("model.layers.0.mlp.switch_mlp.gate_proj.weight", (256, 512, 2048)),
-        ("model.language_model.layers.0.linear_attn.conv1d.weight", (8192, 4, 1)),
-    ],
-)
-@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
-def test_an_mlx_export_is_refused(model_type: str, name: str, shape: tuple[int, ...]) -> None:
-    given = fake_checkpoint({**config(), "model_type": model_type})
-    given.headers = {name: SimpleNamespace(shape=shape)}
-    with pytest.raises(QcoreError) as caught:
-        list(claims(given))
-    assert caught.value.code == "QC-QWEN35-004"
-    assert name in caught.value.message
 
 
 def test_a_published_template_is_known_by_hash_and_not_rendered() -> None:

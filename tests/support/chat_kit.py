@@ -14,7 +14,7 @@ from qcore.api import RowError
 from qcore.api.records import ChatFormat
 from qcore.checkpoint.chat_template import Template
 from qcore.data.policies import Policies
-from qcore.data.reading import SourceCount, read_records
+from qcore.data.reading import read_records
 from qcore.data.rejects import Rejects
 from qcore.data.rendering.fitting import fitted
 from qcore.data.rendering.masking import Example, encode_sample
@@ -22,6 +22,7 @@ from qcore.data.rendering.pieces import PieceEncoder
 from qcore.data.rendering.row_plan import plan_row
 from qcore.data.rendering.samples import drafts
 from qcore.data.rows import ChatRow, RowCheck
+from qcore.data.source_counts import SourceCount
 from qcore.data.sources.source import Source
 from qcore.errors import InputError
 

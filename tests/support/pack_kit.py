@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qcore.data.masking import IGNORED, Example
 from support.gradient_cases import Routes
 from support.gradient_slices import routed
 from support.vision_kit import Grid, media_of
@@ -29,6 +28,7 @@ from torch import Tensor
 from qcore.adapter.targets import targets
 from qcore.api.blocks import Media
 from qcore.api.media import Placed
+from qcore.data.rendering.masking import IGNORED, Example
 from qcore.nn.kernels.registry import choose, installed
 from qcore.nn.load import load
 from qcore.nn.model import Model, ops_of

@@ -4,9 +4,10 @@
 tower is trained too. `tests/gpu/test_packs.py` runs the same packs on a GPU.
 
 The bounds are rounding errors. The delta rule normalizes the output of a head. At the first tokens
-of a row this output can be nearly zero, and the normalization amplifies rounding errors: changing
-the adapter by 2e-7 changes the logits of such a token of a row alone by 1e-4. A lost boundary
-changes logits by more than 1e-2.
+of a row this output can be nearly zero, and the normalization amplifies rounding errors: scaling
+the adapter's values by ``1 + 2e-7 randn`` changes the gradients of the rows of pack 144, each
+alone, by up to 7e-4. In the median pack the error is below 1e-5. A lost boundary changes logits by
+more than 1e-2.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from statistics import median
 
 import pytest
 import torch
-from qcore.data.masking import Example
 from support.gradient_cases import Routes
 from support.pack_kit import (
     GROUPS,
@@ -36,12 +36,13 @@ from support.tiers import fast
 from support.vision_kit import tiny_vl
 
 from qcore.api.blocks import Packed
+from qcore.data.rendering.masking import Example
 from qcore.training.collate import Batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 BLOCK = 5  #: packs of one test
-MOST, MEDIAN = 5e-4, 2e-5  #: relative error of any pack, and of the median pack
+MOST, MEDIAN = 2e-3, 2e-5  #: relative error of any pack, and of the median pack
 LEAK = 1e-2  #: least relative error if a row reads another row
 
 
@@ -98,7 +99,7 @@ def test_packs_cover_rows_of_every_kind() -> None:
     rows = [row for pack in packs for row in pack]
     lengths = [len(row.ids) for row in rows]
     assert sum(length == 1 for length in lengths) > 100
-    assert sum(length > 250 for length in lengths) > 40
+    assert sum(length > 250 for length in lengths) > 30
     assert {63, 64, 65, 127, 128, 129} <= set(lengths)
     assert sum(len(pack) >= 12 for pack in packs) >= PACKS // 5
     assert sum(any(row.media for row in pack) for pack in packs) > PACKS // 4

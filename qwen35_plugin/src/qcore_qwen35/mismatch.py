@@ -1,11 +1,9 @@
 """Refuses MLX exports and checkpoints whose tensors are of another model than config.json says.
 
 Without these checks, the parameter table would report hundreds of missing, unknown or misshapen
-tensors. A few names that decide the question are checked first:
+tensors. A few tensors that decide the question are checked first:
 
-- ``QC-QWEN35-004`` an MLX export. It differs in more than names: its convolutions are
-  ``[C, 4, 1]``, and one is added to its zero-centered norms, so that renamed tensors would load and
-  compute ``1 + (1 + w)``.
+- ``QC-QWEN35-004`` an MLX export, which `mlx_export` recognizes by its values.
 - ``QC-QWEN35-005`` config.json and tensors of two models: dense and mixture of experts, two numbers
   of experts, or more prediction layers than config.json declares.
 
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from qcore.errors import InputError
 
+from . import mlx_export
 from .table import prediction_layers, text_config
 
 if TYPE_CHECKING:
@@ -36,26 +35,9 @@ def refuse(checkpoint: CheckpointView, *, moe: bool) -> None:
     Raises:
         InputError: the codes above, and ``QC-QWEN35-001`` an invalid number of layers.
     """
-    _mlx(checkpoint)
+    mlx_export.refuse(checkpoint)
     _feed_forward(checkpoint, moe)
     _prediction(checkpoint)
-
-
-def _mlx(checkpoint: CheckpointView) -> None:
-    """Refuse MLX names, and MLX convolutions with hub names."""
-    for name, header in checkpoint.headers.items():
-        transposed = name.endswith(".linear_attn.conv1d.weight") and header.shape[2:] == (1,)
-        renamed = name.startswith("language_model.model.") or ".mlp.switch_mlp." in name
-        if transposed or renamed:
-            raise InputError(
-                "QC-QWEN35-004",
-                "is an MLX export, with shifted norms and transposed convolutions",
-                file=checkpoint.source,
-                field=name,
-                found=list(header.shape),
-                expected="the names and layouts of the original checkpoint",
-                fix="use the checkpoint that it was converted from",
-            )
 
 
 def _feed_forward(checkpoint: CheckpointView, moe: bool) -> None:

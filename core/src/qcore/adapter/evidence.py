@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..checkpoint.tokenizer_files import TokenizerFiles
+from ..errors import InputError
 from ..plugins.resolve_model import Identified
 from .named_base import Base
 from .peft_names import Adapter
 from .reader import read_adapter
+from .tokenizer_evidence import compare_tokenizers
 
 
 def read_for(
@@ -47,11 +50,27 @@ def read_for(
     )
 
 
-def evidence_lines(base: Identified, adapter: Adapter) -> Iterator[str]:
+def evidence_lines(base: Identified, adapter: Adapter, *, taken: bool = False) -> Iterator[str]:
     """Yield what the user must know of an adapter on a base; warnings begin with ``warning:``.
 
     Args:
         base: the base of the run.
         adapter: the adapter, read for that base.
+        taken: whether the run uses the adapter's tokenizer and template where it brings them.
     """
     yield from adapter.notes
+    difference = compare_tokenizers(adapter.path, base.checkpoint.path)
+    if difference is not None and taken:
+        yield from (line.removeprefix("warning: ") for line in difference.lines())
+    elif difference is not None:
+        yield from difference.lines()
+        if difference.tokens or difference.template:
+            yield "to merge with the adapter's tokenizer and template: qcore merge --take-tokenizer"
+
+
+def brings_template(adapter: Adapter) -> bool:
+    """Whether the adapter folder has a chat template, which `evidence_lines` compares."""
+    try:
+        return TokenizerFiles.of(adapter.path).template is not None
+    except InputError:  # `evidence_lines` reports it
+        return False

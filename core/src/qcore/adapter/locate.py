@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ..checkpoint.hub import TOKENIZER_FILES, HubId, parse_id
+from ..checkpoint.hub import TOKENIZER_FILES, HubId, parse_id, resolve_model
 from ..checkpoint.hub_client import download, list_files
 from ..checkpoint.suggest import suggest_folder
 from ..errors import InputError
@@ -85,6 +85,46 @@ def locate_adapter(adapter: str | Path) -> LocatedAdapter:
     if not ((folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()):
         raise _hub_fault(parsed, list_files(parsed.name, root.name, source), source)
     return LocatedAdapter(path=folder, source=source, revision=root.name)
+
+
+def locate_folder(folder: str | Path) -> Path:
+    """Return the folder of a result for `verify`, downloading an adapter or a model of the hub.
+
+    Args:
+        folder: a folder, or ``ORG/NAME[/FOLDER][@REVISION]``.
+
+    Raises:
+        InputError: ``QC-MANIFEST-001`` neither, ``-002`` it has no manifest; as `locate_adapter`.
+    """
+    source = str(folder)
+    path = Path(source).expanduser()
+    parsed = None if os.path.lexists(path) else parse_id(source)
+    if parsed is None:
+        if not path.is_dir():
+            raise InputError(
+                "QC-MANIFEST-001",
+                "is not a folder",
+                file=source,
+                fix=suggest_folder(source, path) if not os.path.lexists(path) else None,
+            )
+        others = folders_with(names_below(path), MANIFEST)
+        if others and not os.path.lexists(path / MANIFEST):
+            raise _no_manifest(source, did_you_mean([str(path / name) for name in others]))
+        return path
+    first = (CONFIG, "config.json", MANIFEST)
+    found = download(parsed.name, parsed.revision, source, first, folder=parsed.folder)
+    found /= parsed.folder
+    is_model = (found / "config.json").is_file() and not (found / CONFIG).is_file()
+    if (found / CONFIG).is_file() or is_model:
+        if not (found / MANIFEST).is_file():
+            raise _no_manifest(source, "name a repository or a folder that qcore wrote")
+        if is_model and not parsed.folder:
+            return resolve_model(source).path
+    return locate_adapter(source).path
+
+
+def _no_manifest(source: str, fix: str) -> InputError:
+    return InputError("QC-MANIFEST-002", f"has no {MANIFEST}", file=source, fix=fix)
 
 
 def _hub_fault(parsed: HubId, names: Collection[str], source: str) -> InputError:

@@ -2,8 +2,16 @@
 
 This file decides that every adapter tensor is used exactly once, that every declared target has
 tensors, and that an adapter without a fingerprint of its base needs consent.
-`qcore.adapter.peft_config` decides which config fields are supported. This file reads headers, not
-values, and imports no torch.
+`qcore.adapter.peft_config` decides which config fields are supported, `qcore.adapter.expert_layout`
+how experts are laid out, `qcore.adapter.named_base` whether the base is the one that the adapter
+names. This file reads headers, not values, and imports no torch.
+
+Codes: ``QC-ADAPTER-003`` not an adapter folder, ``-004`` a config field is missing or unsupported,
+``-005`` a tensor matches no weight, ``-006`` a declared target has no tensors, ``-007`` a shape or
+dtype is wrong, ``-008`` the folder differs from its manifest, ``-010`` several plugins claim the
+layout, or a claim names a weight that does not exist, ``-011`` a later version wrote the layout,
+``-012`` the base lacks a part that has pairs, ``-013`` the number of pairs of a part differs from
+training, ``-014`` the layout of experts is not certain.
 """
 
 from __future__ import annotations
@@ -20,16 +28,15 @@ from ..api.records import AdapterClaim
 from ..checkpoint.checkpoint import Header, read_headers, read_json, safe_file
 from ..checkpoint.layout import Layout
 from ..errors import InputError, QcoreError, one_of_each, raise_all
-from ..io.artifact import MANIFEST, read_manifest, verify
-from ..io.folder_check import ADAPTER_FILES
 from .base_check import check_complete
+from .claimed_layout import translated
 from .expert_layout import NEWER, ExpertLayout, Stack, Statement, expert_layout, statements
 from .locate import locate_adapter
+from .manifest_check import read_recorded
 from .named_base import Base, check_consent, check_generation
 from .peft_config import check_config, layers_of
 from .peft_names import (
     CONFIG,
-    LAYOUT,
     WEIGHTS,
     Adapter,
     Pair,
@@ -68,13 +75,8 @@ def read_adapter(
         The adapter; no values have been read.
 
     Raises:
-        InputError: as `locate_adapter`; ``QC-ADAPTER-004`` a config field is missing or
-            not supported, ``-005`` a tensor matches no weight, ``-006`` a declared target has no
-            tensors, ``-007`` a shape or dtype is wrong, ``-008`` the folder differs from its
-            manifest, ``-010`` several plugins claim the layout, or a claim names a weight that
-            does not exist, ``-011`` a later version wrote the layout, ``-012`` the base lacks a
-            part that has pairs, ``-013`` the number of pairs of a part differs from training,
-            ``-014`` the layout of experts is not certain.
+        InputError: as `locate_adapter`; or the folder is not an adapter of this base: see the
+            codes of this module.
         TrustError: ``QC-ADAPTER-009`` the adapter has no fingerprint of its base, and
             `trust_base` is not set; ``-015`` it names a base of another generation, and
             `trust_generation` is not set.
@@ -82,18 +84,12 @@ def read_adapter(
     located = locate_adapter(path)
     folder = located.path
     config = read_json(safe_file(folder, CONFIG))
-    meta = _manifest(folder)
+    meta, edits = read_recorded(folder)
     if not meta:
         check_consent(folder, config, base, trust_base)
-    problems = check_config(folder / CONFIG, config)
-    raise_all(problems)
+    raise_all(check_config(folder / CONFIG, config))
     notes = check_generation(folder, config, base, trust_generation) if base and not meta else []
-    headers = {header.name: header for header in read_headers(safe_file(folder, WEIGHTS))}
-    recognized = claims({name: h.shape for name, h in headers.items()}) if claims else []
-    claimed: set[str] = set()
-    if recognized:
-        headers = _translated(folder / WEIGHTS, headers, recognized, layout)
-        claimed = {weight for weight, _ in recognized[0].names.values()}
+    headers, recognized, claimed = _headers(folder, layout, claims)
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
     reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed, said)
     pairs = reader.pairs()
@@ -108,74 +104,20 @@ def read_adapter(
         meta=meta,
         layout=recognized[0].layout if recognized else "peft",
         trunk=trunk_part(layout.table).name,
-        notes=(*notes, *reader.notes),
+        notes=(*edits, *notes, *reader.notes),
     )
 
 
-def _translated(
-    path: Path, headers: Mapping[str, Header], claims: Sequence[AdapterClaim], layout: Layout
-) -> dict[str, Header]:
-    """Rename the tensors of another layout to PEFT's names, as the only claim maps them.
-
-    Raises:
-        InputError: ``QC-ADAPTER-010`` several plugins claim the layout, or the claim names a
-            weight or tensor that does not exist.
-    """
-    names = ", ".join(claim.layout for claim in claims)
-    if len(claims) > 1:
-        raise InputError(
-            "QC-ADAPTER-010",
-            "is in a layout that several plugins claim",
-            file=path,
-            found=names,
-            expected="one",
-            fix="uninstall the plugin that does not belong",
-        )
-    translated, table = dict(headers), layout.table
-    claimed = {weight for weight, _ in claims[0].names.values()}
-    # All at once: the name of a stack depends on which stacks of its module have LoRA.
-    peft_names = stems((t for t in table if t.name in claimed), trunk_part(table).namespaces[0])
-    for name, (weight, side) in claims[0].names.items():
-        if weight not in peft_names or side not in ("A", "B") or name not in headers:
-            raise InputError(
-                "QC-ADAPTER-010",
-                f"the plugin that claims layout '{names}' maps it to a weight that does not exist",
-                file=path,
-                field=name,
-                found=f"{weight} ({side})",
-                expected="a weight of this base, side A or B",
-                fix="report this to the plugin's author",
-            )
-        translated[f"{peft_names[weight]}.lora_{side}.weight"] = translated.pop(name)
-    return translated
-
-
-def _manifest(folder: Path) -> Mapping[str, Any]:
-    """Return what the manifest records; empty without a fingerprint of the base."""
-    if (folder / MANIFEST).exists():
-        report = verify(folder, acting=ADAPTER_FILES)
-        if not report.ok:
-            raise InputError(
-                "QC-ADAPTER-008",
-                "differs from its manifest",
-                file=folder,
-                found=report.problems[0],
-                fix="restore the file from the folder that training wrote or from its copy",
-            )
-        meta = read_manifest(folder).meta
-        if meta.get("layout", LAYOUT) != LAYOUT:
-            raise InputError(
-                "QC-ADAPTER-011",
-                "has a layout that this version does not read",
-                file=folder,
-                field="layout",
-                found=meta["layout"],
-                expected=LAYOUT,
-                fix="upgrade qcore-framework",
-            )
-        if meta.get("fingerprints"):
-            return meta
-    return {}
+def _headers(
+    folder: Path, layout: Layout, claims: Claims | None
+) -> tuple[dict[str, Header], Sequence[AdapterClaim], set[str]]:
+    """Return the headers by PEFT's names, the claim of a plugin, and the weights it claims."""
+    headers = {header.name: header for header in read_headers(safe_file(folder, WEIGHTS))}
+    recognized = claims({name: h.shape for name, h in headers.items()}) if claims else []
+    if not recognized:
+        return headers, recognized, set()
+    claimed = {weight for weight, _ in recognized[0].names.values()}
+    return translated(folder / WEIGHTS, headers, recognized, layout), recognized, claimed
 
 
 class _Reader:

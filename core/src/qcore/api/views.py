@@ -46,6 +46,16 @@ class Header(Protocol):
         """Number of elements."""
         ...
 
+    @property
+    def start(self) -> int:
+        """Offset of its first byte in the file."""
+        ...
+
+    @property
+    def end(self) -> int:
+        """Offset after its last byte in the file."""
+        ...
+
 
 class TemplateView(Protocol):
     """A chat template. It runs in a bounded process that core starts and ends."""

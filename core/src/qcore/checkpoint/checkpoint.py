@@ -9,13 +9,13 @@ whether the tensors match the parameter table.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import InputError
-from ..io.atomic import reading
 from .folder import INDEX, Folder, check_name, read_config, read_index, read_json, safe_file
 from .safetensors_header import DTYPE_BITS, Header, read_headers
 
@@ -31,6 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 SINGLE = "model.safetensors"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 #: Suffixes of weight files that qcore neither reads nor writes.
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -240,23 +241,9 @@ class Checkpoint:
         The checkpoint owns it and ends its process in `close`; `Template.reopen` returns a copy
         that the caller closes.
         """
-        from .chat_template import Template
+        from .tokenizer_files import read_template
 
-        if "chat_template.jinja" in self.sidecars:
-            path = self.file("chat_template.jinja")
-            try:
-                with reading(path):
-                    return Template(path.read_text(encoding="utf-8"), str(path))
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    "QC-CKPT-002", "is not UTF-8", file=path, found=error.reason,
-                    fix="use the template that came with the weights",
-                ) from None  # fmt: skip
-        for name in ("tokenizer_config.json", "chat_template.json"):
-            text = self._optional_json(name).get("chat_template")
-            if isinstance(text, str):
-                return Template(text, str(self.path / name))
-        return None
+        return read_template(self)
 
     @property
     def total_bytes(self) -> int:
@@ -289,6 +276,9 @@ def text_sections(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def _no_weights(folder: Path, weights: Weights) -> InputError:
+    shards = sorted(name for name in weights.names() if _SHARD.fullmatch(name))
+    if shards:
+        return _no_index(folder, shards)
     for name in sorted(weights.names()):
         if name.endswith((".bin", ".pt", ".pth", ".ckpt")):
             return InputError(
@@ -304,6 +294,23 @@ def _no_weights(folder: Path, weights: Weights) -> InputError:
         file=folder,
         expected=f"{SINGLE} or {INDEX}",
         fix="download the safetensors files",
+    )
+
+
+def _no_index(folder: Path, shards: Sequence[str]) -> InputError:
+    """Return the error for shards without their index; it names the shards that lack, too."""
+    there, total = {int(name[6:11]) for name in shards}, int(shards[0][-17:-12])
+    lacking = [f"{shards[0][:6]}{n:05d}{shards[0][11:]}" for n in range(1, total + 1)
+               if n not in there]  # fmt: skip
+    also = f", and {len(lacking)} of {total} shards are absent" if lacking else ""
+    found = f"{len(there)} of {total} shards"
+    return InputError(
+        "QC-CKPT-004",
+        f"has shards but no {INDEX}{also}",
+        file=folder,
+        found=f"{found}; first absent {lacking[0]}" if lacking else found,
+        expected=INDEX,
+        fix=f"download {' and '.join([INDEX, *lacking[:3]])}",
     )
 
 

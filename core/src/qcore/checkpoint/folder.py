@@ -20,10 +20,12 @@ from typing import Any, Final
 from ..errors import InputError
 from ..io import strict_json
 from ..io.atomic import reading
-from ..io.safe_path import cache_blobs, name_problem
+from ..io.safe_path import cache_blobs, dangling_target, name_problem
 from .safetensors_header import Header, read_headers
 
 INDEX: Final = "model.safetensors.index.json"
+#: Suffixes of the files that a checkpoint consists of.
+_READ: Final = (".json", ".jinja", ".model", ".txt", ".safetensors")
 _MAX_JSON: Final = 64 * 2**20
 
 
@@ -33,7 +35,12 @@ class Folder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         with reading(folder):
-            self._names = {entry.name for entry in os.scandir(folder) if entry.is_file()}
+            entries = list(os.scandir(folder))
+            self._names = {entry.name for entry in entries if entry.is_file()}
+        # Without its target a file would count as absent, and another would be read in its place.
+        for name in sorted(entry.name for entry in entries if entry.is_symlink()):
+            if name not in self._names and name.endswith(_READ):
+                refuse_dangling(folder / name)
 
     def names(self) -> set[str]:
         """Return the names of all files."""
@@ -77,6 +84,22 @@ def safe_file(folder: Path, name: str) -> Path:
     if not stat.S_ISREG(mode):
         raise _unsafe(folder, name)
     return path
+
+
+def refuse_dangling(path: Path) -> None:
+    """Refuse a link to a file that does not exist.
+
+    Raises:
+        InputError: ``QC-CKPT-006``.
+    """
+    if (target := dangling_target(path)) is not None:
+        raise InputError(
+            "QC-CKPT-006",
+            f"is a link to {target}, which does not exist",
+            file=path,
+            fix="copy the folder again with the files that its links lead to (cp -rL), or "
+            "download it again",
+        )
 
 
 def check_name(folder: Path, name: str) -> None:
@@ -144,6 +167,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(
             "QC-CKPT-001", "is not a model folder", file=folder, fix="name a folder or a hub id"
+        )
+    refuse_dangling(folder / "config.json")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise InputError(
+            "QC-CKPT-001",
+            "is an adapter, not a model",
+            file=folder,
+            expected="a Hugging Face model folder",
+            fix="name the base as the model and pass this folder as --adapter; qcore verify "
+            "checks an adapter",
         )
     if not (folder / "config.json").exists():
         raise InputError(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import InputError
+from ..io.manifest import MANIFEST
 from ..io.safe_path import name_problem
 from .hub_client import RemoteWeights, download
 from .suggest import suggest_folder
@@ -43,6 +44,7 @@ _SMALL: Final = (
     *TOKENIZER_FILES,
     "*processor_config.json",
     "*.safetensors.index.json",
+    MANIFEST,
 )
 FILES: Final = (*_SMALL, "*.safetensors")
 _DEEPEST: Final = 16  # folders in a hub id

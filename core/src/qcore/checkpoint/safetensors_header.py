@@ -31,6 +31,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 PREFIX: Final = 8  # bytes of the length field before the header
+_LFS: Final = b"version "  # "version https://git-lfs.github.com/spec/v1"
 _MAX_HEADER: Final = 100_000_000  # the limit of the safetensors format itself
 _MAX_TENSORS: Final = 1_000_000
 _MAX_SIZE: Final = 2**63
@@ -91,6 +92,9 @@ def header_length(prefix: bytes, size: int, where: object) -> int:
     """
     if len(prefix) < PREFIX:
         raise _damaged(where, f"{size} bytes, less than a header")
+    if prefix == _LFS:
+        fix = "run git lfs pull in the folder, or download the file"
+        raise _damaged(where, "a Git LFS pointer, not the file", fix=fix)
     length: int = struct.unpack("<Q", prefix)[0]
     if length > min(size - PREFIX, _MAX_HEADER):
         raise _damaged(where, f"a header of {length} bytes in a file of {size}")
@@ -169,12 +173,14 @@ def _header(where: object, file: str, name: str, entry: Any, base: int) -> Heade
     return Header(name, dtype, tuple(shape), file, base + start, base + end)
 
 
-def _damaged(where: object, found: str, field: str | None = None) -> InputError:
+def _damaged(
+    where: object, found: str, field: str | None = None, fix: str = "download the file again"
+) -> InputError:
     return InputError(
         "QC-CKPT-005",
         "is damaged",
         file=where,
         field=field and field[:200],
         found=found[:200],
-        fix="download the file again",
+        fix=fix,
     )

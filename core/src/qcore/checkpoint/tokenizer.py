@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..api.views import CheckpointView
 from ..errors import InputError
+from .tokenizer_files import TOKENIZER, Files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-def load_tokenizer(checkpoint: CheckpointView) -> Tokenizer:
+def load_tokenizer(checkpoint: Files) -> Tokenizer:
     """Load the tokenizer from tokenizer.json, exactly as the file defines it.
 
     ``AutoTokenizer`` is not used, because other files in the folder change its pre-tokenizer.
@@ -29,14 +29,14 @@ def load_tokenizer(checkpoint: CheckpointView) -> Tokenizer:
     from tokenizers import Tokenizer
 
     original = "the tokenizer.json that came with the weights"
-    if "tokenizer.json" not in checkpoint.sidecars:
+    if TOKENIZER not in checkpoint.sidecars:
         raise InputError(
             "QC-TOKENIZER-001",
             "has no tokenizer.json",
             file=checkpoint.path,
             fix=f"add {original}",
         )
-    path = checkpoint.file("tokenizer.json")
+    path = checkpoint.file(TOKENIZER)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:

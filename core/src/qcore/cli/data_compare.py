@@ -86,6 +86,10 @@ def parity(model: str, as_json: bool, **options: Any) -> None:
                 for entry in report.as_json()["differences"]
             ]
         )  # fmt: skip
+        if report.notes:
+            click.echo("Messages that are not trained as their row has them:")
+            print_rows([{key: visible(v) if isinstance(v, str) else v for key, v in note.items()}
+                        for note in report.noted()])  # fmt: skip
     end(_stopped(renderer))
     if report.differing:
         row, first = report.differences[0]

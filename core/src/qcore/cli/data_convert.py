@@ -15,8 +15,8 @@ from .data_options import RowOptions, source_options
 
 if TYPE_CHECKING:
     from ..api.media import RowError
-    from ..data.reading import SourceCount
     from ..data.rejects import Rejects
+    from ..data.source_counts import SourceCount
     from ..data.sources.source import Record, Source
 
 
@@ -73,7 +73,7 @@ class _Counted:
 
     def records(self, sources: tuple[Source, ...], seed: int) -> Iterator[Record]:
         """The records; after the last one an error if too many were refused."""
-        from ..data.reading import SourceCount
+        from ..data.source_counts import SourceCount
         from ..data.sources.containers import records
 
         for source in sources:

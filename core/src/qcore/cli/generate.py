@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -50,7 +51,7 @@ def _option(kind: str) -> click.Option:
 @click.argument("model")
 @click.option("--prompt", required=True, help="What the user says.")
 @click.option("--system", default="", help="The system turn.")
-@click.option("--adapter", type=click.Path(path_type=Path), help="Adapter folder to apply.")
+@click.option("--adapter", help="Adapter to apply: a folder or a hub id.")
 @click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
 @click.option(
     "--trust-generation",
@@ -101,17 +102,10 @@ def command(
     model: str,
     prompt: str,
     system: str,
-    adapter: Path | None,
+    adapter: str | None,
     trust_base: bool,
     trust_generation: bool,
     max_new_tokens: int,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-    presence_penalty: float | None,
-    frequency_penalty: float | None,
     seed: int,
     device: str,
     dtype: str,
@@ -119,10 +113,17 @@ def command(
     generation: str,
     chat_template_kwargs: tuple[str, ...],
     as_json: bool,
-    **files: tuple[Path, ...],
+    **others: Any,
 ) -> None:
     """Answer one prompt with MODEL, so that the effect of an adapter can be seen."""
-    media = [(name.removeprefix("media_"), path) for name in sorted(files) for path in files[name]]
+    media = [
+        (name.removeprefix("media_"), path)
+        for name in sorted(others)
+        if name.startswith("media_")
+        for path in others[name]
+    ]
+    # The options of sampling, named as `Sampling` names them.
+    sampling = {name: value for name, value in others.items() if not name.startswith("media_")}
     from ..config.resolve import parse_entries
     from .terminal import terminal_reporter
 
@@ -146,15 +147,9 @@ def command(
         media=media,
         system=system,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
         seed=seed,
         reporter=terminal_reporter(quiet=as_json),
+        **sampling,
     )
     if as_json:
         emit(answer.as_json())

@@ -13,7 +13,7 @@ from .common import count, debug_option, emit, json_option
 
 @click.command("merge")
 @click.option("--model", required=True, help="The base: a folder or a hub id.")
-@click.option("--adapter", required=True, type=click.Path(path_type=Path), help="Adapter folder.")
+@click.option("--adapter", required=True, help="The adapter: a folder or a hub id.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
 @click.option(
@@ -23,17 +23,23 @@ from .common import count, debug_option, emit, json_option
 )
 @click.option("--generation", default="", help="Take an unproven checkpoint for this generation.")
 @click.option("--dequantize", is_flag=True, help="Write a base in FP8 as bf16, all of it.")
+@click.option(
+    "--take-tokenizer",
+    is_flag=True,
+    help="Write the tokenizer and chat template that the adapter brings, not the base's.",
+)
 @click.option("--no-proof", is_flag=True, help="Skip the comparison of logits.")
 @json_option
 @debug_option
 def command(
     model: str,
-    adapter: Path,
+    adapter: str,
     output: Path,
     trust_base: bool,
     trust_generation: bool,
     generation: str,
     dequantize: bool,
+    take_tokenizer: bool,
     no_proof: bool,
     as_json: bool,
 ) -> None:
@@ -51,6 +57,7 @@ def command(
         generation=generation,
         prove=not no_proof,
         dequantize=dequantize,
+        take_tokenizer=take_tokenizer,
         reporter=terminal_reporter(quiet=as_json),
     )
     if as_json:

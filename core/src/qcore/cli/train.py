@@ -52,8 +52,7 @@ if TYPE_CHECKING:
     "--init-adapter",
     "--adapter",
     "init_adapter",
-    type=click.Path(path_type=Path),
-    help="Adapter folder to start from; it sets rank, alpha and LoRA groups.",
+    help="Adapter to start from, a folder or a hub id; it sets rank, alpha and LoRA groups.",
 )
 @click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
 @click.option(
@@ -78,7 +77,7 @@ def command(
     kernels: tuple[str, ...],
     device: str,
     resume: bool,
-    init_adapter: Path | None,
+    init_adapter: str | None,
     trust_base: bool,
     trust_generation: bool,
     adapter_class: str | None,

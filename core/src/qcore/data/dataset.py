@@ -25,12 +25,12 @@ from ..checkpoint.tokenizer import load_tokenizer
 from ..errors import InputError
 from .findings import Findings
 from .policies import Policies
-from .reading import SourceCount
 from .rejects import REJECTED, Rejects
 from .rendering.chat_record import ChatRecord, TrainedTurns, chat_record
 from .rendering.masking import Example
 from .rendering.renderer import Options, Renderer
 from .rendering.template_kwargs import special_tokens
+from .source_counts import SourceCount
 from .sources.file_kinds import file_kind, unit_of
 from .sources.source import Source
 from .split import held_out

@@ -8,11 +8,10 @@ them, `qcore.data.repairs.repair` repairs rows, `qcore.data.rows` checks them.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..api.media import RowError
 from ..errors import InputError
@@ -21,6 +20,7 @@ from .formats import Formats
 from .repairs.notes import RepairContext
 from .repairs.repair import repair
 from .rows import ChatRow, RowCheck
+from .source_counts import SourceCount
 from .sources.columnar import BatchRow
 from .sources.containers import RawRecord, raw_records
 
@@ -31,69 +31,6 @@ if TYPE_CHECKING:
 _REPORTED = 1 << 18  #: bytes between two reports of progress
 _CHUNK_ROWS = 64
 _CHUNK_BYTES = 1 << 18
-
-
-@dataclass(slots=True)
-class SourceCount:
-    """What came from one source; complete once its rows are read.
-
-    Attributes:
-        source: the source.
-        first: number of its first row.
-        sha256: hex digest of its files.
-        rows: its rows, refused ones included.
-        refused: rows that are refused, skipped ones included; `Rejects.stop` sets these four.
-        skipped: those of them that ``bad_rows=skip`` leaves out.
-        dropped: rows that ``long_rows`` leaves out.
-        truncated: rows that ``long_rows`` cuts.
-        formats: rows by row format.
-    """
-
-    source: Source
-    first: int = 1
-    sha256: str = ""
-    rows: int = 0
-    refused: int = 0
-    skipped: int = 0
-    dropped: int = 0
-    truncated: int = 0
-    formats: Counter[str] = field(default_factory=Counter)
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything but the source."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source"}
-        return {k: dict(v) if isinstance(v, Counter) else v for k, v in values.items()}
-
-    @classmethod
-    def of(cls, source: Source, value: Mapping[str, Any]) -> SourceCount:
-        """The count of a source of its `as_json`."""
-        values: dict[str, Any] = {
-            k: Counter(v) if isinstance(v, dict) else v for k, v in value.items()
-        }
-        return cls(source, **values)
-
-    def summary(self) -> dict[str, object]:
-        """For a manifest."""
-        return {
-            **self.source.summary(),
-            "files": [path.name for path in self.source.files],
-            "sha256": self.sha256,
-            "rows": self.rows,
-            "rejected_rows": self.refused,
-            "dropped_rows": self.dropped,
-            "truncated_rows": self.truncated,
-            "formats": dict(sorted(self.formats.items())),
-        }
-
-    def line(self) -> str:
-        """What the report states of the source."""
-        losses = (
-            (self.refused, "refused"),
-            (self.dropped, "too long and left out"),
-            (self.truncated, "cut"),
-        )
-        more = "".join(f", {count} {what}" for count, what in losses if count)
-        return f"{self.source.name}: {self.rows} rows{more}"
 
 
 @dataclass(frozen=True, slots=True)

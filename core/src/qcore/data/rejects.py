@@ -26,7 +26,7 @@ from .findings import ERROR, WARNING, DataFinding
 from .policies import SKIP, Policies
 
 if TYPE_CHECKING:
-    from .reading import SourceCount
+    from .source_counts import SourceCount
     from .sources.source import Source
 
 SHOWN = 20  #: bad rows that an error shows; the others are counted

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from ..adapter.delta import Deltas
-from ..adapter.evidence import evidence_lines, read_for
+from ..adapter.evidence import brings_template, evidence_lines, read_for
 from ..adapter.peft_names import Adapter
 from ..api.media import MediaReader, Medium
 from ..checkpoint.fingerprint import fingerprints
@@ -34,7 +34,7 @@ from ..preflight.modality import reader_of, unread
 from ..reporting import Finished, Reporter, RunStarted
 from .chat_variables import chat_record
 from .decoder import Decoder, way_of
-from .generation_config import NAMES, Sampling, choose_sampling, stop_ids
+from .generation_config import Sampling, SamplingOptions, choose_sampling, stop_ids
 from .prompt_media import PromptMedia
 from .sampling import decode
 
@@ -74,13 +74,6 @@ def generate(
     media: Sequence[tuple[str, Path]] = (),
     system: str = "",
     max_new_tokens: int = 256,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    presence_penalty: float | None = None,
-    frequency_penalty: float | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "bf16",
@@ -88,6 +81,7 @@ def generate(
     generation: str = "",
     chat_template_kwargs: Mapping[str, Plain] | None = None,
     reporter: Reporter | None = None,
+    **sampling: Unpack[SamplingOptions],
 ) -> Generated:
     """Load a model and answer one prompt; a `Generator` answers several.
 
@@ -100,14 +94,6 @@ def generate(
         media: kind and file of each medium that comes before the prompt.
         system: the system turn, none when empty.
         max_new_tokens: the most tokens to add.
-        temperature: 0 is greedy; ``None``, here and below: as generation_config.json says, else
-            greedy and without penalties.
-        top_p: see `Sampling`.
-        top_k: see `Sampling`.
-        min_p: see `Sampling`.
-        repetition_penalty: see `Sampling`.
-        presence_penalty: see `Sampling`.
-        frequency_penalty: see `Sampling`.
         seed: of the sampling.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: ``bf16`` or ``fp32``.
@@ -115,31 +101,19 @@ def generate(
         generation: accepted only where evidence is missing, never against it.
         chat_template_kwargs: variables of the chat template, over those of the adapter.
         reporter: receives events; silent by default.
+        sampling: as for `Generator.prompt`.
 
     Raises:
         QcoreError: see docs/errors.md.
     """
-    reporter = reporter or Reporter()
-    reporter.emit(RunStarted(verb="generate", model=model))
+    (reporter := reporter or Reporter()).emit(RunStarted(verb="generate", model=model))
     generator = Generator(
-        model,
-        adapter=adapter,
-        trust_base=trust_base,
-        trust_generation=trust_generation,
-        device=device,
-        dtype=dtype,
-        quantization=quantization,
-        generation=generation,
-        chat_template_kwargs=chat_template_kwargs,
-        media=bool(media),
-        reporter=reporter,
-    )
-    answer = generator.prompt(
-        prompt, media=media, system=system, max_new_tokens=max_new_tokens,
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty, seed=seed,
+        model, adapter=adapter, trust_base=trust_base, trust_generation=trust_generation,
+        device=device, dtype=dtype, quantization=quantization, generation=generation,
+        chat_template_kwargs=chat_template_kwargs, media=bool(media), reporter=reporter,
     )  # fmt: skip
+    turn: Any = {"media": media, "system": system, "max_new_tokens": max_new_tokens, "seed": seed}
+    answer = generator.prompt(prompt, **turn, **sampling)
     reporter.emit(Finished(verb="generate", output=None, result=answer.as_json()))
     return answer
 
@@ -223,7 +197,8 @@ class Generator:
         record = chat_record(self.base.checkpoint, self.adapter)
         variables, notes = record.variables(self.base.checkpoint.template, overrides)
         self.reporter.lines(notes)
-        if warning := record.warning(self.base.checkpoint.template):
+        compared = self.adapter is not None and brings_template(self.adapter)
+        if not compared and (warning := record.warning(self.base.checkpoint.template)):
             self.reporter.warning(warning)
         return variables
 
@@ -284,7 +259,7 @@ class Generator:
         system: str = "",
         max_new_tokens: int = 256,
         seed: int = 0,
-        **options: float | None,
+        **sampling: Unpack[SamplingOptions],
     ) -> Generated:
         """Answer one user turn.
 
@@ -295,18 +270,15 @@ class Generator:
             system: the system turn, none when empty.
             max_new_tokens: the most tokens to add.
             seed: of the sampling.
-            options: fields of `Sampling` by name; ``None`` or absent: as generation_config.json
-                says, else greedy.
+            sampling: fields of `Sampling` by name, such as ``temperature``; ``None`` or absent:
+                as generation_config.json says, else greedy and without penalties.
 
         Raises:
             ValueError: media for a Generator that was not made for them.
-            TypeError: an option that `Sampling` does not have.
             QcoreError: see docs/errors.md.
         """
-        if unknown := options.keys() - {*NAMES}:
-            raise TypeError(f"prompt() got an unexpected keyword argument {min(unknown)!r}")
         config, folder = self.base.checkpoint.generation_config, self.base.checkpoint.path
-        sampling, lines = choose_sampling(config, options, folder)
+        chosen, lines = choose_sampling(config, sampling, folder)
         if media and not self._reads_media:
             raise ValueError("media need a Generator that was made with media=True")
         if self._prompt_media is not None:
@@ -315,7 +287,7 @@ class Generator:
         rendered, inputs = self._render(text, media, system)
         ids: list[int] = self.tokenizer.encode(rendered, add_special_tokens=False).ids
         self._warn_of_length(len(ids), max_new_tokens)
-        new, stopped = self.decode(ids, max_new_tokens, sampling, seed, inputs)
+        new, stopped = self.decode(ids, max_new_tokens, chosen, seed, inputs)
         return Generated(
             text=self.tokenizer.decode(new, skip_special_tokens=True),
             prompt=rendered,

@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict, cast
 
 from ..errors import InputError, UsageError
 
@@ -78,11 +78,23 @@ class Sampling:
         return penalties != (1.0, 0.0, 0.0)
 
 
+class SamplingOptions(TypedDict, total=False):
+    """Fields of `Sampling` as keyword arguments; ``None`` or absent: see `choose_sampling`."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+
+
 NAMES: Final = tuple(field.name for field in fields(Sampling))
 
 
 def choose_sampling(
-    config: Mapping[str, Any], options: Mapping[str, float | None], folder: Path
+    config: Mapping[str, Any], options: SamplingOptions, folder: Path
 ) -> tuple[Sampling, list[str]]:
     """How tokens are chosen, and lines that state what the file decided.
 
@@ -92,10 +104,14 @@ def choose_sampling(
         folder: the model, for errors.
 
     Raises:
+        TypeError: an option that `Sampling` does not have.
         UsageError: ``QC-GENERATE-003``, ``-008``.
         InputError: ``QC-GENERATE-007``.
     """
-    asked = {name: _option(name, value) for name, value in options.items() if value is not None}
+    given = cast(Mapping[str, float | None], options)
+    if unknown := given.keys() - {*NAMES}:
+        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
+    asked = {name: _option(name, value) for name, value in given.items() if value is not None}
     there = {name: config[name] for name in NAMES if config.get(name) is not None}
     samples = _do_sample(config, folder)
     if samples:

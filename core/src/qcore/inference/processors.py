@@ -21,7 +21,7 @@ from .generation_config import Sampling
 class Penalties:
     """The tokens that a document holds so far, and what they cost.
 
-    Nothing here waits for the device.
+    Nothing here waits for the device, and without penalties nothing is computed.
 
     Args:
         sampling: the penalties.
@@ -34,12 +34,16 @@ class Penalties:
         self, sampling: Sampling, prompt: Sequence[int], size: int, device: torch.device
     ) -> None:
         self.sampling = sampling
+        if not sampling.penalizes:
+            return
         self.there = torch.zeros(size, dtype=torch.bool, device=device)
         self.there[torch.tensor([*prompt], dtype=torch.int64, device=device)] = True
         self.counts = torch.zeros(size, device=device)
 
     def add(self, token: Tensor) -> None:
         """Count a token ``[1]`` of the answer."""
+        if not self.sampling.penalizes:
+            return
         self.there.index_fill_(0, token, True)
         self.counts.index_add_(0, token, self.counts.new_ones(1))
 

@@ -56,23 +56,17 @@ def decode(
         NumericError: ``QC-GENERATE-002`` for logits that are not finite.
     """
     sampler = torch.Generator(decoder.device).manual_seed(seed)
-    penalties: Penalties | None = None
+    penalties = Penalties(sampling, ids, min(known, len(decoder.model.head)), decoder.device)
     new: list[int] = []
     fresh = torch.tensor(ids, device=decoder.device)
     while len(new) < max_new_tokens:
         if new:
             logits = decoder.next(fresh)[:known]
         else:
-            room = len(ids) + max_new_tokens
-            logits = decoder.start(fresh, room, positions, media)[:known]
+            logits = decoder.start(fresh, len(ids) + max_new_tokens, positions, media)[:known]
         finite = logits.isfinite().all()
-        if sampling.penalizes:
-            if penalties is None:
-                penalties = Penalties(sampling, ids, len(logits), decoder.device)
-            logits = penalties(logits)
-        fresh = _pick(logits, finite, sampling, sampler)
-        if penalties is not None:
-            penalties.add(fresh)
+        fresh = _pick(penalties(logits), finite, sampling, sampler)
+        penalties.add(fresh)
         # The only synchronization of a token.
         token, good = torch.stack((fresh[0], finite.long())).tolist()
         if not good:

@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import secrets
 import shutil
 import stat
-import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -45,6 +43,7 @@ from .atomic import (
 )
 from .folder_check import Report, verify
 from .manifest import MANIFEST, FileEntry, Manifest, read_manifest, unsafe
+from .stream import Stream
 from .version import __version__
 
 __all__ = [
@@ -57,51 +56,6 @@ __all__ = [
     "read_manifest",
     "verify",
 ]
-
-_LARGE = 1 << 20  # bytes from which hashing in a thread is faster
-
-
-class Stream:
-    """A file of an artifact that is being written and hashed.
-
-    Attributes:
-        size: bytes written so far.
-    """
-
-    def __init__(self, fd: int, shown: Path) -> None:
-        self._fd = fd
-        self._shown = shown
-        self._digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Write all of ``data``.
-
-        Args:
-            data: a C-contiguous buffer of any item type.
-
-        Returns:
-            The number of bytes written.
-
-        Raises:
-            WriteError: ``QC-WRITE-003`` to ``-006`` the system refused the write.
-        """
-        view = memoryview(data).cast("B")
-        # Hashing a large buffer takes as long as writing it, and both release the GIL.
-        hashing = threading.Thread(target=self._digest.update, args=(view,))
-        hashing.start() if len(view) > _LARGE else self._digest.update(view)
-        try:
-            with writing(self._shown):
-                write_all(self._fd, view)
-        finally:
-            if len(view) > _LARGE:
-                hashing.join()
-        self.size += len(view)
-        return len(view)
-
-    def entry(self) -> FileEntry:
-        """Return the manifest entry for the bytes written so far."""
-        return FileEntry(size=self.size, sha256=self._digest.hexdigest())
 
 
 class Writer:
@@ -187,9 +141,8 @@ class Writer:
         """
         self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
         if editable is not None:
-            fields = {key: one for key, one in value.items() if key not in editable}
             self.files[name] = replace(
-                self.files[name], fields=fields, editable=tuple(sorted(editable))
+                self.files[name], fields=value, editable=tuple(sorted(editable))
             )
 
     def copy(self, name: str, source: Path) -> None:

@@ -42,6 +42,31 @@ _LFS: Final = b"version https://git-lfs.github.com/spec/"
 _MOST_NAMES: Final = 1000  # unlisted files that are noted
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong with one file of a folder, or with a field of it.
+
+    Attributes:
+        file: name of the file.
+        what: what is wrong.
+        field: field of a JSON file; ``None`` for the file itself.
+        found: value of the field.
+        expected: value of the field in the manifest.
+    """
+
+    file: str
+    what: str
+    field: str | None = None
+    found: str | None = None
+    expected: str | None = None
+
+    def line(self) -> str:
+        """Return the fault in one line."""
+        if self.field is None:
+            return f"{self.file}: {self.what}"
+        return f"{self.file}: {self.field} is {self.found}, expected {self.expected}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """The result of `verify`.
@@ -54,6 +79,7 @@ class Report:
         problems: one line for each problem.
         notes: one line for each change that has no effect on what the folder does.
         meta: the manifest's meta mapping.
+        faults: the problems of files, in the same order; empty if the manifest cannot be read.
     """
 
     ok: bool
@@ -63,6 +89,7 @@ class Report:
     problems: list[str]
     notes: list[str] = field(default_factory=list)
     meta: Mapping[str, Any] = field(default_factory=dict)
+    faults: tuple[Fault, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the payload of ``qcore verify --json``."""
@@ -103,18 +130,19 @@ def verify(
         check.listed(name, entry)
     check.unlisted()
     return Report(
-        ok=not check.problems,
+        ok=not check.faults,
         kind=manifest.kind,
         files=len(manifest.files),
         size=sum(entry.size for entry in manifest.files.values()),
-        problems=check.problems,
+        problems=[fault.line() for fault in check.faults],
         notes=check.notes,
         meta=manifest.meta,
+        faults=tuple(check.faults),
     )
 
 
 class _Check:
-    """The comparison of one folder; collects `problems` and `notes`."""
+    """The comparison of one folder; collects `faults` and `notes`."""
 
     def __init__(
         self,
@@ -125,7 +153,7 @@ class _Check:
     ) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.problems: list[str] = []
+        self.faults: list[Fault] = []
         self.notes: list[str] = []
         is_adapter = manifest.kind == "adapter" and set(ADAPTER_FILES) <= manifest.files.keys()
         self._acting = tuple(acting) or (ADAPTER_FILES if is_adapter else ())
@@ -147,61 +175,69 @@ class _Check:
         """Compare a file that the manifest lists."""
         acts = self._acts(name)
         found = self._compare(name, entry, self._tick if acts else lambda count: None)
-        (self.problems if acts else self.notes).extend(found)
+        if acts:
+            self.faults += found
+        else:
+            self.notes += [fault.line() for fault in found]
 
     def _tick(self, count: int) -> None:
         self._done += count
         if self._progress is not None:
             self._progress(self._done, self._total)
 
-    def _compare(self, name: str, entry: FileEntry, tick: Callable[[int], None]) -> list[str]:
+    def _compare(self, name: str, entry: FileEntry, tick: Callable[[int], None]) -> list[Fault]:
         path = self.folder / name
         if not os.path.lexists(path):
-            return [f"{name}: missing"]
+            return [Fault(name, "missing")]
         real = stored_file(self.folder, name)
         if real is None:
-            return [f"{name}: a link that leaves the folder"]
+            return [Fault(name, "a link that leaves the folder")]
         if (target := dangling_target(path)) is not None:
-            return [f"{name}: a link to {target}, which does not exist"]
+            return [Fault(name, f"a link to {target}, which does not exist")]
         try:
             status = os.stat(real)
         except OSError as error:
-            return [f"{name}: cannot be read: {error.strerror}"]
+            return [Fault(name, f"cannot be read: {error.strerror}")]
         if not stat.S_ISREG(status.st_mode):
-            return [f"{name}: not a plain file"]
+            return [Fault(name, "not a plain file")]
         if status.st_size == entry.size:
             found = _content(real, name, entry, tick)
         elif _starts_with(real, _LFS):
-            return [f"{name}: a Git LFS pointer; run git lfs pull"]
+            return [Fault(name, "a Git LFS pointer; run git lfs pull")]
         else:
-            found = [f"{name}: {status.st_size} bytes, expected {entry.size}"]
+            found = [Fault(name, f"{status.st_size} bytes, expected {entry.size}")]
         return self._fields(real, name, entry) if found and entry.fields is not None else found
 
-    def _fields(self, path: Path, name: str, entry: FileEntry) -> list[str]:
+    def _fields(self, path: Path, name: str, entry: FileEntry) -> list[Fault]:
         """Return the fields that differ in a JSON file; those that may be edited are notes."""
         try:
             with path.open("rb") as stream:
                 values = strict_json.loads(stream.read(MAX_BYTES).decode("utf-8"))
         except (OSError, ValueError, RecursionError):
-            return [f"{name}: cannot be read as JSON"]
+            return [Fault(name, "cannot be read as JSON")]
         if not isinstance(values, dict):
-            return [f"{name}: is not a JSON object"]
-        recorded = entry.fields or {}
-        found = [
-            f"{name}: {key} is {_shown(values.get(key))}, expected {_shown(recorded.get(key))}"
-            for key in dict.fromkeys((*recorded, *values))
-            if key not in entry.editable and not _same(recorded.get(key), values.get(key))
+            return [Fault(name, "is not a JSON object")]
+        recorded: Mapping[str, Any] = entry.fields or {}
+        keys = dict.fromkeys((*recorded, *values))
+        edited = [
+            Fault(name, "differs", key, _shown(values.get(key)), _shown(recorded.get(key)))
+            for key in keys
+            if not _same(recorded.get(key), values.get(key))
         ]
-        if not found:
-            self.notes.append(f"{name}: edited in fields that do not act")
-        return found
+        allowed = [fault for fault in edited if fault.field in entry.editable]
+        self.notes += [
+            f"{name}: {fault.field} was edited to {fault.found}, from {fault.expected}"
+            for fault in allowed
+        ]
+        return [fault for fault in edited if fault not in allowed]
 
     def unlisted(self) -> None:
         """Note files that the manifest does not list; those that loaders read are problems."""
         names = []
         for name in _walk(self.folder, "", self.manifest.files):
             if self._is_model and _is_read(name):
-                self.problems.append(f"{name}: not in the manifest, and loaders would read it")
+                what = "not in the manifest, and loaders would read it"
+                self.faults.append(Fault(name, what))
             else:
                 names.append(name)
             if len(names) >= _MOST_NAMES:
@@ -231,21 +267,21 @@ def _walk(folder: Path, prefix: str, listed: Mapping[str, FileEntry]) -> Iterato
             yield f"{name}/" if is_folder else name
 
 
-def _content(path: Path, name: str, entry: FileEntry, tick: Callable[[int], None]) -> list[str]:
+def _content(path: Path, name: str, entry: FileEntry, tick: Callable[[int], None]) -> list[Fault]:
     """Return the problems with the content of a file that has the right size."""
     digest = hashlib.sha256()
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb", buffering=0) as stream:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                return [f"{name}: not a plain file"]
+                return [Fault(name, "not a plain file")]
             buffer = memoryview(bytearray(min(CHUNK, max(entry.size, 1))))
             while count := stream.readinto(buffer):
                 digest.update(buffer[:count])
                 tick(count)
     except OSError as error:
-        return [f"{name}: cannot be read: {error.strerror}"]
-    return [] if digest.hexdigest() == entry.sha256 else [f"{name}: content differs (sha256)"]
+        return [Fault(name, f"cannot be read: {error.strerror}")]
+    return [] if digest.hexdigest() == entry.sha256 else [Fault(name, "content differs (sha256)")]
 
 
 def _starts_with(path: Path, head: bytes) -> bool:
@@ -261,7 +297,7 @@ def _same(recorded: object, value: object) -> bool:
     if isinstance(recorded, list) and isinstance(value, list):
         names = all(isinstance(one, str) for one in (*recorded, *value))
         return set(recorded) == set(value) if names else recorded == value
-    off = (None, False, [], {}, "none")
+    off: tuple[object, ...] = (None, False, [], {}, "none")
     return recorded == value or (recorded in off and value in off)
 
 

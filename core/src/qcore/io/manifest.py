@@ -45,8 +45,8 @@ class FileEntry:
     Attributes:
         size: in bytes.
         sha256: of its bytes.
-        fields: content of a JSON file whose fields decide instead of its bytes, without the
-            fields in `editable`; ``None`` for a file whose bytes decide.
+        fields: content of a JSON file whose fields decide instead of its bytes; ``None`` for a
+            file whose bytes decide.
         editable: names of fields that may be edited or added.
     """
 

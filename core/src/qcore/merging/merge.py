@@ -31,12 +31,14 @@ from typing import Any
 
 from ..adapter.base_check import media_notes, refuse_parts
 from ..adapter.delta import one_thread
-from ..adapter.evidence import evidence_lines, read_for
+from ..adapter.evidence import brings_template, evidence_lines, read_for
 from ..adapter.expert_layout import OLDER
 from ..adapter.peft_names import WEIGHTS, Adapter
+from ..checkpoint.chat_template import Template
 from ..checkpoint.checkpoint import Checkpoint, read_headers
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.quantization_formats import Format
+from ..checkpoint.tokenizer_files import TokenizerFiles
 from ..data.rendering.template_kwargs import mixed_modes, other_template, recorded_variables
 from ..errors import InputError, NumericError, UsageError
 from ..io.artifact import MANIFEST, Writer, check_target, publish, read_manifest
@@ -45,6 +47,7 @@ from ..preflight.checks import preflight
 from ..reporting import Finished, Reporter, RunStarted
 from .plan import MergePlan
 from .rewrite import MergePass
+from .take_tokenizer import TakenTokenizer, plan_tokenizer, taken_lines
 from .verify import prove_merge
 
 
@@ -91,6 +94,7 @@ def merge(
     generation: str = "",
     prove: bool = True,
     dequantize: bool = False,
+    take_tokenizer: bool = False,
     reporter: Reporter | None = None,
 ) -> MergeReport:
     """Write ``base + adapter`` to `output`.
@@ -104,14 +108,14 @@ def merge(
         generation: accepted only where evidence is missing, never against it.
         prove: compare logits and the files with what training computes.
         dequantize: write a base in block FP8 in bfloat16: all of it, not what changes alone.
+        take_tokenizer: write the tokenizer and template that the adapter brings, not the base's.
         reporter: receives events; silent by default.
 
     Raises:
-        UsageError: ``QC-MERGE-009`` `dequantize`, and the base is not quantized.
+        UsageError: ``QC-MERGE-009`` and ``-010``: `dequantize` or `take_tokenizer` without effect.
         InputError: the adapter is not for this base (``QC-MERGE-001``), is already in it
             (``-002``), the base is in FP8 and `dequantize` is not set (``-008``), it depends on
-            a part that is not there (``QC-ADAPTER-012``), or its folder or the base's are not
-            as they must be.
+            a part that is not there (``QC-ADAPTER-012``), or a folder is not as it must be.
         NumericError: ``QC-MERGE-003`` a value that is not finite, ``-004`` nothing changed,
             ``-005`` logits of the merge differ from base + adapter, ``-006`` and ``-007`` the
             files do not hold what they should.
@@ -125,15 +129,11 @@ def merge(
     refuse_parts(base.layout, read)
     base = base.using_parts(read.parts)  # verification computes them, so preflight checks them
     earlier = _refuse_twice(base.checkpoint, read)
-    warnings = (
-        *preflight(base, verb="merge"),
-        *evidence_lines(base, read),
-        *_template_notes(base, read),
-        *media_notes(read),
-    )
+    taken = plan_tokenizer(base, read.path) if take_tokenizer else None
+    warnings = (*preflight(base, verb="merge"), *_notes(base, read, taken))
     reporter.lines((*base.decision.evidence, *warnings))
     reporter.emit(RunStarted(verb="merge", model=model, output=target))
-    merger = MergePass(base, read, dequantize)
+    merger = MergePass(base, read, dequantize, taken)
     plan = merger.plan
     with publish(target, kind="model", need_bytes=plan.size) as out:
         _write(merger, out, reporter)
@@ -176,6 +176,8 @@ def _write(merger: MergePass, out: Writer, reporter: Reporter) -> None:
                     file.write(chunk)
     for name in plan.copied:
         out.copy(name, merger.base.checkpoint.file(name))
+    for name, source in plan.taken.items():
+        out.copy(name, source)
     for name, text in plan.texts.items():
         out.write_text(name, text)
 
@@ -186,11 +188,31 @@ def _prove(merger: MergePass, written: Path, reporter: Reporter) -> dict[str, fl
         return prove_merge(merger.base, merger.adapter, merger.deltas, written, advance)
 
 
-def _template_notes(base: Identified, adapter: Adapter) -> Iterator[str]:
-    """How the rows of the adapter were rendered, where that differs from the checkpoint's own."""
-    if warning := other_template(adapter.meta, base.checkpoint.template, "the adapter"):
+def _notes(base: Identified, adapter: Adapter, taken: TakenTokenizer | None) -> Iterator[str]:
+    """What the user must know of the adapter and of the output's tokenizer and template."""
+    yield from evidence_lines(base, adapter, taken=taken is not None)
+    template = base.checkpoint.template
+    if taken is not None:
+        yield from taken_lines(base, taken)
+        template = taken.template
+    yield from _template_notes(adapter, template)
+    yield from media_notes(adapter)
+
+
+def _template_notes(adapter: Adapter, template: Template | None) -> Iterator[str]:
+    """How the rows of the adapter were rendered, where that differs from the output's template."""
+    warning = other_template(adapter.meta, template, "the adapter")
+    if warning and not brings_template(adapter):
         yield warning
     variables = recorded_variables(adapter.meta, adapter.path)
+    if variables and template is not None:
+        with template.reopen() as own:
+            unread = ", ".join(sorted({*variables} - own.switches()))
+        if unread:
+            yield (
+                f"warning: the adapter was trained with {unread}, which the chat template of the "
+                "output does not read"
+            )
     if variables:
         values = ", ".join(f"{name}={json.dumps(value)}" for name, value in variables.items())
         yield (
@@ -245,7 +267,9 @@ def _digest(path: Path) -> str:
 
 
 def _meta(
-    merger: MergePass, earlier: list[dict[str, Any]], proof: Mapping[str, float] | None
+    merger: MergePass,
+    earlier: list[dict[str, Any]],
+    proof: Mapping[str, float] | None,
 ) -> dict[str, Any]:
     """What the manifest records of the merge."""
     base, adapter = merger.base, merger.adapter
@@ -256,7 +280,8 @@ def _meta(
         "merged": [
             *earlier,
             {
-                "adapter": str(adapter.path),
+                "adapter": adapter.source,
+                "revision": adapter.revision,
                 "layout": adapter.layout,
                 "sha256": _digest(adapter.path / WEIGHTS),
                 "trusted_without_fingerprint": not adapter.fingerprints,
@@ -264,17 +289,27 @@ def _meta(
                 **(
                     {"expert_layout": OLDER} if any(p.older for p in adapter.pairs.values()) else {}
                 ),
+                **({"tokenizer": merger.taken.as_json()} if merger.taken is not None else {}),
                 "modalities": adapter.modalities,
                 "tensors_changed": merger.changed,
                 "tensors_unchanged": merger.unchanged,
             },
         ],
-        **({"chat": chat} if (chat := adapter.meta.get("chat")) else {}),
+        **({"chat": chat} if (chat := _chat(adapter)) else {}),
         "proof": dict(proof) if proof is not None else None,
         "decoded": {"from": Format.BLOCK_FP8.value, "to": "bf16", "tensors": merger.plan.decoded}
         if merger.plan.decoded
         else None,
     }
+
+
+def _chat(adapter: Adapter) -> Mapping[str, Any] | None:
+    """How the rows of the adapter were rendered, as it records it or as its files show it."""
+    recorded: Mapping[str, Any] | None = adapter.meta.get("chat")
+    if not recorded and brings_template(adapter):
+        template = TokenizerFiles.of(adapter.path).template
+        return {"template_sha256": template.sha256} if template is not None else None
+    return recorded
 
 
 def _check_headers(plan: MergePlan, folder: Path) -> None:

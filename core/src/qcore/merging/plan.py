@@ -13,7 +13,8 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from ..checkpoint.block_scales import SECTION, is_fp8, scale_problem
@@ -59,12 +60,14 @@ class MergePlan:
         shards: its safetensors files by name.
         copied: other files that are the base's.
         texts: files that are written anew, by name.
+        taken: files that come from another folder than the base's, by name.
         block: rows and columns that share a scale, when something is decoded.
     """
 
     shards: Mapping[str, Shard]
     copied: tuple[str, ...]
     texts: Mapping[str, str]
+    taken: Mapping[str, Path] = field(default_factory=dict)
     block: tuple[int, int] | None = None
 
     def patches(self) -> Iterator[TensorPatch]:

@@ -33,6 +33,7 @@ from ..nn.load import DTYPES, as_bytes, hash_units, read_exact, read_fp8
 from ..plugins.resolve_model import Identified
 from ..reporting import Advance
 from .plan import MergePlan, TensorPatch, plan_merge
+from .take_tokenizer import TakenTokenizer
 
 _AHEAD = WORKERS + 2  # cuts in flight
 _COPY = 8 * 2**20  # bytes in flight when a tensor is only copied
@@ -73,6 +74,7 @@ class MergePass:
         base: the base.
         adapter: the adapter.
         dequantize: write a base in block FP8 in bfloat16.
+        taken: the tokenizer files that the output takes from the adapter.
         plan: what is written.
         digests: SHA-256 of the base's tensors, by canonical name.
         done: canonical names of the tensors that a pair was added to.
@@ -85,6 +87,7 @@ class MergePass:
     base: Identified
     adapter: Adapter
     dequantize: bool = False
+    taken: TakenTokenizer | None = None
     plan: MergePlan = field(init=False)
     deltas: Deltas = field(init=False)
     digests: dict[str, str] = field(default_factory=dict)
@@ -98,6 +101,8 @@ class MergePass:
     def __post_init__(self) -> None:
         quantized = self.base.quantisation if self.dequantize else None
         self.plan = plan_merge(self.base.checkpoint, quantized)
+        if self.taken is not None:
+            self.plan = self.taken.apply(self.plan)
         self.deltas = Deltas(self.adapter)
 
     def shard(self, name: str, progress: Advance) -> Iterator[memoryview]:

@@ -64,7 +64,13 @@ class _Case:
         return self.generation.record.name
 
 
-def detect(checkpoint: Checkpoint, plugins: Plugins, generation: str | None = None) -> Decision:
+def detect(
+    checkpoint: Checkpoint,
+    plugins: Plugins,
+    generation: str | None = None,
+    *,
+    named_by: str = "named by --generation",
+) -> Decision:
     """Decide architecture and generation of a checkpoint.
 
     Args:
@@ -73,6 +79,7 @@ def detect(checkpoint: Checkpoint, plugins: Plugins, generation: str | None = No
             it are imported.
         generation: what the user named with ``--generation``; accepted only where the
             evidence leaves it open.
+        named_by: who named `generation`, for the evidence.
 
     Raises:
         PluginError: ``QC-DETECT-001`` no architecture for the model type, ``-002`` two,
@@ -99,7 +106,7 @@ def detect(checkpoint: Checkpoint, plugins: Plugins, generation: str | None = No
         evidence=(
             f"architecture {architecture.record.name}: model_type {model_type}, "
             f"{architecture.plugin}",
-            *_lines(chosen, cases, forced),
+            *_lines(chosen, cases, named_by if forced else ""),
         ),
         forced=forced,
     )
@@ -302,11 +309,11 @@ def _line(item: Evidence) -> str:
     return f"{item.field}: {item.value}{expected}"
 
 
-def _lines(chosen: _Case, cases: list[_Case], forced: bool) -> list[str]:
+def _lines(chosen: _Case, cases: list[_Case], named_by: str) -> list[str]:
     name = f"generation {chosen.name}"
     lines = [f"{name}: {_line(item)}" for item in chosen.supporting]
-    if forced:
-        lines.append(f"{name}: named by --generation; nothing proves or bars it")
+    if named_by:
+        lines.append(f"{name}: {named_by}; nothing proves or bars it")
     return lines + _barred(cases)
 
 

@@ -20,8 +20,9 @@ from ..checkpoint.quantization_formats import Quantization, detect_quantization
 from ..checkpoint.ties import tie_problems
 from ..errors import InputError, PluginError, QcoreError, raise_all
 from ..skus.registry import refuse_hosted
-from .detect import Decision, detect
+from .detect import Decision
 from .manager import Plugins
+from .recorded_generation import decide
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +212,7 @@ def _explained(checkpoint: Checkpoint, generation: str) -> tuple[Plugins, Decisi
     """The plugins of a checkpoint, what it is, and the table of its parameters."""
     plugins = Plugins.discover().for_model_type(checkpoint.config["model_type"])
     try:
-        decision = detect(checkpoint, plugins, generation=generation or None)
+        decision = decide(checkpoint, plugins, generation)
     finally:
         checkpoint.close()  # of the process in which detection rendered the template
     answers = plugins.ask(

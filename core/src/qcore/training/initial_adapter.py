@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..adapter.base_check import refuse_parts
 from ..adapter.delta import Deltas
-from ..adapter.evidence import evidence_lines, read_for
+from ..adapter.evidence import brings_template, evidence_lines, read_for
 from ..adapter.peft_names import CONFIG, WEIGHTS, Adapter
 from ..config.settings import SPECS, Settings
 from ..data.rendering.template_kwargs import recorded_template, recorded_variables
@@ -266,7 +266,7 @@ def _differences(initial: InitialAdapter, model: Identified, now: Settings) -> I
         )
     before, template = recorded_template(adapter.meta), model.checkpoint.template
     sha256 = template.sha256 if template else ""
-    if before and before != sha256:
+    if before and before != sha256 and not brings_template(adapter):
         yield (
             f"{what} under another chat template (sha256 {before[:12]}, now {sha256[:12]}): rows "
             "render differently"

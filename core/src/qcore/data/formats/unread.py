@@ -5,7 +5,8 @@ This file decides by the meaning of a key and its value:
 - an empty or null value means nothing and passes, at any depth (Arrow pads with nulls);
 - a column of metadata (a string, a number, a list of tags) is left out and reported once;
 - a key that could change what a model reads or learns is refused: an answer under a second name,
-  a list of messages, functions or media that no format reads, a known key with a typing error;
+  a list of messages, functions or media that no format reads, a single file of media, a known key
+  with a typing error;
 - a key that changes the input (``context``, ``persona``) is left out where the messages have its
   text, and refused otherwise.
 
@@ -38,11 +39,17 @@ _THOUGHTS = (
     "analysis",
 )  # fmt: skip
 _OBJECTS = ("objects",)
+#: Media that rows of other tools name, also where no plugin reads them.
+MEDIA = tuple("image video audio".split())  # noqa: SIM905, words of data files, not of the code
+MEDIA_COLUMNS = frozenset(name for kind in MEDIA for name in (kind, f"{kind}s")) | {
+    "picture", "pictures", "photo", "photos",
+}  # fmt: skip
 _HEARD = ("audio", "audios")
 #: Lists and objects in messages that are metadata.
 _META = ("annotations", "logprobs", "metadata", "usage", "header", "citations")
 #: Keys that only tell a server how to cache.
 _NOTHING = ("cache_control",)
+_SENTENCE = re.compile(r"\n|\w+ \w+ ")  #: three words
 _FILE = re.compile(
     r"(?i)^data:[a-z]+/|\.(png|jpe?g|gif|webp|bmp|tiff?|mp4|mov|avi|mkv|webm|wav|mp3|flac|ogg)$"
 )
@@ -110,8 +117,9 @@ def check_message(
             _check_typing(key, read, f"{at}.{key}", column)
             if key in _THOUGHTS and isinstance(value, str):
                 raise _thoughts(key, f"{at}.{key}")
-            if isinstance(value, list | dict) and key not in _META:
+            if key not in _META:
                 _check_values(key, value, f"{at}.{key}", reading)
+            if isinstance(value, list | dict) and key not in _META:
                 raise _refusal(
                     f"{at}.{key}",
                     "is not read, and its meaning is unknown",
@@ -203,9 +211,14 @@ def _check_values(key: str, value: Any, at: str, reading: Reading) -> None:
         if {"bytes", "path"} & first.keys():
             raise _media(at, key, reading)
     elif isinstance(first, bytes | bytearray) or (
-        isinstance(value, list) and isinstance(first, str) and _FILE.search(first)
+        isinstance(first, str) and (key in MEDIA_COLUMNS or _is_file(first, value))
     ):
         raise _media(at, key, reading)
+
+
+def _is_file(text: str, value: Any) -> bool:
+    """Whether a text names a file of media; a sentence may end with such a name."""
+    return bool(_FILE.search(text)) and (isinstance(value, list) or not _SENTENCE.search(text))
 
 
 def _media(at: str, key: str, reading: Reading) -> RowError:
@@ -215,7 +228,9 @@ def _media(at: str, key: str, reading: Reading) -> RowError:
     else:
         what = "holds media that are not read"
         fix = f"fields: {{{reading.kinds[0]}: {key}}} in a mix file reads them"
-    return RowError("QC-DATA-009", what, at=at, fix=fix)
+    column = f"messages[].{key}" if "[" in at else key
+    passed = f"ignore_columns: [{column}] in a mix file"
+    return RowError("QC-DATA-009", what, at=at, fix=f"{fix}; if it is metadata: {passed}")
 
 
 def _refusal(at: str, what: str, *, fix: str) -> RowError:

@@ -109,9 +109,9 @@ def _cut(
         media=media,
         placed=placed,
         payloads=example.payloads[: len(media)],
-        spans=tuple(
+        token_spans=tuple(
             replace(span, end=min(span.end, length))
-            for span in example.spans
+            for span in example.token_spans
             if span.start < length
         ),
     )

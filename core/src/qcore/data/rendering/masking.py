@@ -20,7 +20,7 @@ from ..media.spans import less_media, place
 from ..policies import AS_RENDERED
 from .pieces import PieceEncoder, Tokens, normalized
 from .row_plan import RowPlan, own_variables
-from .samples import END_OF_TURN, PROMPT, Draft, Sample, Span, lay_out
+from .samples import END_OF_TURN, PROMPT, Draft, Span, lay_out
 from .turns import assistant_turns
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class Example:
         sample: number within the row, from 1.
         reasoned: number of trained turns with reasoning.
         variables: its row's own ``chat_template_kwargs`` as JSON; empty without them.
-        spans: consecutive ranges of its tokens with the reason of each; empty unless asked for.
+        token_spans: consecutive ranges of its tokens with the reason of each; empty unless
+            `encode_sample` is asked to explain.
         payloads: where to read each of `media` again, without the bytes of rows.
     """
 
@@ -62,7 +63,7 @@ class Example:
     sample: int = 1
     reasoned: int = 0
     variables: str = ""
-    spans: tuple[Span, ...] = ()
+    token_spans: tuple[Span, ...] = ()
     payloads: tuple[Payload, ...] = field(default=(), compare=False)
 
 
@@ -129,13 +130,17 @@ class Encoded:
 
     Attributes:
         example: the whole sample.
-        sample: the final text and its spans in characters.
+        text: the final text.
+        char_spans: consecutive ranges of its characters with the reason of each.
+        turns: indexes of the messages that are trained.
         ends: for each trained turn, the number of tokens through its end.
         reasoned: for each trained turn, whether it has reasoning.
     """
 
     example: Example
-    sample: Sample
+    text: str
+    char_spans: tuple[Span, ...]
+    turns: tuple[int, ...]
     ends: tuple[int, ...]
     reasoned: tuple[bool, ...]
 
@@ -185,15 +190,16 @@ def encode_sample(
         sample=draft.sample,
         reasoned=sum(reasoned),
         variables=own_variables(plan.row.variables),
-        spans=tuple(token_spans(spans_, tokens.offsets(), made)) if explain else (),
+        token_spans=tuple(token_spans(spans_, tokens.offsets(), made)) if explain else (),
         payloads=plan.row.payloads[: len(media)],
     )
-    sample = Sample(sample=draft.sample, text=text, spans=spans_, turns=draft.turns)
     ends = [span.end for span in spans_ if span.trained and span.why == END_OF_TURN]
     # The token that ends a turn is the last one that starts before the end.
     return Encoded(
         example=_checked(example),
-        sample=sample,
+        text=text,
+        char_spans=spans_,
+        turns=draft.turns,
         ends=tuple(map(tokens.index, ends)),
         reasoned=reasoned,
     )

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 from ...api.media import RowError
 from ..findings import NOTE, WARNING, DataFinding, Findings
 from ..formats import IGNORED
-from ..reading import SourceCount
 from ..rejects import CUT, LONG
+from ..source_counts import SourceCount
 from .losses import LossCounts
 
 if TYPE_CHECKING:

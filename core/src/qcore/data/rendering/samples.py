@@ -59,23 +59,6 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One rendering of a row.
-
-    Attributes:
-        sample: number within the row, from 1.
-        text: the rendered conversation.
-        spans: consecutive ranges that cover `text`.
-        turns: indexes of the messages that are trained.
-    """
-
-    sample: int
-    text: str
-    spans: tuple[Span, ...]
-    turns: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
     """A sample before its text is final: media are expanded and spans laid out later.
 

@@ -6,7 +6,8 @@ it does not understand: `qcore.data.rows`, which runs after it, refuses malforme
 
 - `qcore.data.repairs.text`: calls, results and think blocks as text, marks of media;
 - `qcore.data.repairs.calls`: null padding, undeclared functions, values of other types;
-- `qcore.data.repairs.turns`: order of turns.
+- `qcore.data.repairs.turns`: order of turns;
+- `qcore.data.repairs.results`: results in the order of their calls.
 
 Code: ``QC-DATA-056`` an empty user turn.
 """

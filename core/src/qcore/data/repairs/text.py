@@ -3,8 +3,8 @@
 This file decides what is converted. A call as JSON in an assistant's text (Hermes) under a
 template that writes calls in another way contradicts the prompt of its own row, and no server
 would read it as a call: it becomes a call if `tools` declares its function, else the row is
-refused. Text after a call is refused, because a template writes calls last. A mention of the tags
-is left alone.
+refused. Text after a call is refused, because a template writes calls last; so are a call in the
+reasoning, and one beside `tool_calls` that is not among them. A mention of the tags is left alone.
 
 Codes: ``QC-DATA-050`` a think block moved to ``reasoning_content``, ``-054`` calls and results as
 text, ``-055`` a mark of a medium
@@ -16,13 +16,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 from ...api.media import RowError
+from ..formats.unread import MEDIA, MEDIA_COLUMNS
 from ..sources.jsonl import parse as parse_json
 from ..think_block import split_block
-from .notes import Notes, Placed, RepairContext, functions_of, text_only
+from .notes import Notes, Placed, RepairContext, function_of, functions_of, text_only
 
 MOVED, AS_TEXT, NO_MEDIUM = "QC-DATA-050", "QC-DATA-054", "QC-DATA-055"
 _SPACE = re.compile(r"\s*")
@@ -48,8 +50,10 @@ def read_text_calls(
     for turn in turns:
         before = made[-1] if made else None
         calling = before is not None and (before.role == "tool" or bool(before.calls))
-        if turn.role == context.assistant and not turn.calls:
-            made.append(_with_calls(turn, tools, context, notes))
+        if turn.role == context.assistant:
+            _check_reasoning(turn, context)
+            one = _with_calls if not turn.calls else _without_repeated
+            made.append(one(turn, tools, context, notes))
         elif turn.role == "tool" or (turn.role == "user" and calling):
             made += _results(turn, context, notes)
         else:
@@ -88,13 +92,73 @@ def _with_calls(turn: Placed, tools: Any, context: RepairContext, notes: Notes) 
     return turn.but(content=head, tool_calls=calls)
 
 
+def _without_repeated(turn: Placed, tools: Any, context: RepairContext, notes: Notes) -> Placed:
+    """An assistant turn with `tool_calls` without the same calls in its text."""
+    text = text_only(turn.message.get("content"))
+    tags = context.call_tags
+    if not text or tags is None or tags[0] not in text or context.abilities.calls != "other":
+        return turn
+    head, calls = _json_calls(text, tags, turn.at)
+    if not calls:
+        head, calls = _parsed_calls(text, tools, context, turn.at)
+    if not calls:
+        return turn
+    if [_plain(call) for call in calls] != [_plain(call) for call in turn.calls]:
+        raise RowError(
+            AS_TEXT,
+            "has a tool call as text beside tool_calls",
+            at=f"{turn.at}.content",
+            found=", ".join(_names(calls))[:80],
+            expected="all calls in tool_calls",
+            fix="write the call into tool_calls, and take its text out of content",
+        )
+    notes.note(AS_TEXT, f"{turn.at}.content", "calls as text that tool_calls repeats: text dropped")
+    return turn.but(content=head)
+
+
+def _plain(call: Any) -> tuple[Any, Any]:
+    """Name and arguments of a call."""
+    function = function_of(call) or {}
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with suppress(RowError):
+            arguments = parse_json(arguments)
+    return function.get("name"), arguments or {}
+
+
+def _check_reasoning(turn: Placed, context: RepairContext) -> None:
+    """Refuse a call in the reasoning, where no server reads it as a call."""
+    text, tags = turn.message.get("reasoning_content"), context.call_tags
+    if not isinstance(text, str) or tags is None or context.abilities.calls != "other":
+        return
+    for found in _call_start(tags).finditer(text):
+        try:
+            _json_call(text, found.end() - 1, tags, turn.at)
+        except RowError:  # a mention of the tag
+            continue
+        raise RowError(
+            AS_TEXT,
+            "has a tool call in the reasoning, where no server reads it as a call",
+            at=f"{turn.at}.reasoning_content",
+            found=repr(text[found.start() : found.start() + 60]),
+            expected="calls in tool_calls",
+            fix="write the call into tool_calls",
+        )
+
+
 def _names(calls: Sequence[Mapping[str, Any]]) -> list[str]:
     return [call["function"]["name"] for call in calls]
 
 
+@cache
+def _call_start(tags: tuple[str, str]) -> re.Pattern[str]:
+    """The opening tag of a call as JSON."""
+    return re.compile(re.escape(tags[0]) + r"\s*\{")
+
+
 def _json_calls(text: str, tags: tuple[str, str], at: str) -> tuple[str, list[dict[str, Any]]]:
     """The text before the first call as JSON, and the calls."""
-    first = re.search(re.escape(tags[0]) + r"\s*\{", text)
+    first = _call_start(tags).search(text)
     if first is None:
         return text, []
     calls = []
@@ -199,13 +263,6 @@ def move_thinking(turns: list[Placed], context: RepairContext, notes: Notes) -> 
     return made
 
 
-#: Media that rows of other tools name, also where no plugin reads them.
-_MEDIA = tuple("image video audio".split())  # noqa: SIM905, words of data files, not of the code
-_MEDIA_COLUMNS = frozenset(name for kind in _MEDIA for name in (kind, f"{kind}s")) | {
-    "picture", "pictures", "photo", "photos",
-}  # fmt: skip
-
-
 @cache
 def _marks_of(kinds: tuple[str, ...]) -> re.Pattern[str]:
     """Marks of media; in backticks, a mark is a word."""
@@ -227,7 +284,7 @@ def check_marks(turns: Sequence[Placed], kinds: tuple[str, ...], raw: Any = None
     Raises:
         RowError: ``QC-DATA-055``.
     """
-    pattern = _marks_of(tuple(dict.fromkeys((*kinds, *_MEDIA))))
+    pattern = _marks_of(tuple(dict.fromkeys((*kinds, *MEDIA))))
     media = _has_media(turns, raw)
     for turn in turns:
         content = turn.message.get("content")
@@ -249,8 +306,8 @@ def check_marks(turns: Sequence[Placed], kinds: tuple[str, ...], raw: Any = None
 def _has_media(turns: Sequence[Placed], raw: Any) -> bool:
     """Whether a row has a column or a part of media."""
     columns = raw if isinstance(raw, dict) else {}
-    return any(columns.get(key) for key in _MEDIA_COLUMNS & columns.keys()) or any(
-        isinstance(part, dict) and part.get("type") in _MEDIA
+    return any(columns.get(key) for key in MEDIA_COLUMNS & columns.keys()) or any(
+        isinstance(part, dict) and part.get("type") in MEDIA
         for turn in turns
         for content in [turn.message.get("content")]
         for part in (content if isinstance(content, list) else ())

@@ -7,7 +7,9 @@ This file decides what becomes of turns that no served conversation has:
   their order: reasoning, text, calls;
 - an answer before the first user turn becomes context, because there is no prompt for it;
 - turns after the last answer are removed, because nothing of them is trained;
-- a tool result that belongs to no call is refused.
+- user or assistant turns in a row of different names are refused, because a name would be lost.
+
+`qcore.data.repairs.results` pairs tool results with their calls.
 
 Codes: ``QC-DATA-050`` rewritten without loss, ``-051`` refused, ``-052`` a turn without a prompt or
 an answer.
@@ -15,11 +17,11 @@ an answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ...api.media import RowError
 from .notes import Notes, Placed, RepairContext, text_only
+from .results import pair_results
 
 JOINED, REFUSED, UNANSWERED = "QC-DATA-050", "QC-DATA-051", "QC-DATA-052"
 _GAP = "\n\n"
@@ -42,13 +44,14 @@ def repair_order(turns: list[Placed], context: RepairContext, notes: Notes) -> l
             notes.note(JOINED, turn.at, "system turns in a row were joined")
         else:
             made.append(turn)
-    _check_results(made)
+    made = pair_results(made, notes)
     return _trimmed(_unprompted(made, context, notes), context, notes)
 
 
 def _joined(first: Placed, second: Placed, context: RepairContext) -> Placed:
     """Two turns of one role as one."""
     changed: dict[str, Any] = {}
+    _check_names(first, second)
     if first.role == context.assistant:
         _check_joined(first, second)
         thoughts = [
@@ -59,10 +62,21 @@ def _joined(first: Placed, second: Placed, context: RepairContext) -> Placed:
             changed["reasoning_content"] = thoughts[0]
         if second.calls:
             changed["tool_calls"] = [*first.calls, *second.calls]
-    if first.message.get("name") != second.message.get("name"):
-        changed["name"] = None
     content = _content(first.message.get("content"), second.message.get("content"))
     return first.but(content=content, **changed)
+
+
+def _check_names(first: Placed, second: Placed) -> None:
+    names = [turn.message.get("name") for turn in (first, second)]
+    if names[0] != names[1]:
+        raise RowError(
+            REFUSED,
+            f"differs from the name of the {second.role} turn before it",
+            at=f"{second.at}.name",
+            found=" and ".join("no name" if name is None else repr(name) for name in names)[:80],
+            expected="one speaker in turns of one role in a row",
+            fix="write who speaks into the content of both turns, and leave name out",
+        )
 
 
 def _check_joined(first: Placed, second: Placed) -> None:
@@ -117,29 +131,6 @@ def _system(made: list[Placed], turn: Placed) -> Placed:
         expected="one system turn at the start",
         fix="write its text into the first system turn, or into the user turn that it belongs to",
     )
-
-
-def _check_results(turns: list[Placed]) -> None:
-    """Refuse results that belong to no call of the assistant turn before them."""
-    calls: list[Any] = []
-    for turn in turns:
-        if turn.role != "tool":
-            calls = list(turn.calls)
-            continue
-        if not calls:
-            _orphan(turn, "is a tool result without a preceding tool call",
-                    "put it after the assistant turn with the tool_calls")  # fmt: skip
-        ids = [call.get("id") if isinstance(call, Mapping) else None for call in calls]
-        named = turn.message.get("tool_call_id")
-        if named and all(ids) and named not in ids:
-            _orphan(turn, "is the result of a call that the turn before it does not make",
-                    f"tool_call_id is one of: {', '.join(map(str, ids))[:80]}")  # fmt: skip
-
-
-def _orphan(turn: Placed, what: str, fix: str) -> None:
-    named = turn.message.get("tool_call_id")
-    found = None if named is None else f"tool_call_id {named!r}"[:80]
-    raise RowError(REFUSED, what, at=turn.at, found=found, fix=fix)
 
 
 def _unprompted(turns: list[Placed], context: RepairContext, notes: Notes) -> list[Placed]:

@@ -153,7 +153,7 @@ def unit_of(container: str) -> str:
     return {"json": "element", "jsonl": "line", "csv": "line", "tsv": "line"}.get(container, "row")
 
 
-def damaged(path: Path, line: int, error: Damaged, what: str, unit: str) -> InputError:
+def damaged(path: Path, line: int, error: Damaged, what: str, unit: str = "line") -> InputError:
     """The error of a file that cannot be read on."""
     return InputError(
         "QC-DATA-031",

@@ -144,7 +144,7 @@ def _entries(word: str, command: str) -> tuple[Path | None, tuple[Entry, ...]]:
 
 def _sha256(path: Path) -> str:
     with opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def _unreachable(path: Path) -> str | None:

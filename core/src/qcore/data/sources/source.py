@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ...api.media import RowError
-from ..policies import POLICY_KEYS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,25 +67,6 @@ class Source:
     bad_rows_limit: float | None = None
     train: bool = True
     notes: tuple[str, ...] = ()
-
-    def summary(self) -> dict[str, Any]:
-        """For a manifest: the source, and what it sets itself."""
-        keys = (
-            "revision", "config", "split", "format", "fields", "ignore_columns", "weight", "count",
-            "seed", *POLICY_KEYS, "bad_rows_limit", "notes",
-        )  # fmt: skip
-        values = {key: getattr(self, key) for key in keys}
-        mix = None if self.mix is None else {"file": self.mix[0].name, "sha256": self.mix[1]}
-        root = None if self.media_root is None else str(self.media_root)
-        values |= {"media_root": root, "train": None if self.train else False, "mix": mix}
-        return {
-            "name": self.name,
-            **{
-                key: list(value) if isinstance(value, tuple) else value
-                for key, value in values.items()
-                if value is not None and value not in ("", (), {})
-            },
-        }
 
     def seeded(self, seed: int) -> Source:
         """This source with the run's seed, if it takes a share of its rows without one."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..findings import Findings
-from ..reading import SourceCount
 from ..rejects import Rejects
+from ..source_counts import SourceCount
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

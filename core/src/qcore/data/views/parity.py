@@ -1,22 +1,25 @@
 """Parity of training and serving: each trained turn against the prompt that serving shows.
 
-This file decides what is compared, for each trained assistant turn:
+This file decides what is compared, for each trained assistant turn of a sample:
 
-- prompt: the sample's text up to the reply is the prompt that the template renders of the messages
-  before it, in the mode of thinking of the turn;
-- tokens: the sample's tokens up to the reply are the tokens of that prompt alone, so that no token
-  is half prompt and half reply;
-- message: the reply, parsed as a server parses it, is the message of the row.
+- prompt: the sample's text begins with the prompt that the template renders of the messages before
+  the turn, in the mode of thinking of the turn;
+- tokens: the sample's token ids begin with the ids of that prompt alone, and those after it are the
+  reply;
+- labels: the reply is trained from its first token through the token that ends the turn, and
+  nothing between the turns is. With ``reasoning=mask`` it is trained from its answer on;
+- message: the reply, parsed as a server parses it, is the message of the row
+  (`qcore.data.views.reply_message`).
 
-A difference is reported with its cause. A difference of the message means that the model is trained
-to say something else than the row; the tokens are those of serving all the same.
+Prompt, tokens and labels together mean: the served prompt and what is trained are the sample, token
+for token. A difference of the message is a note: the tokens are those of serving all the same. A
+reply that ``long_rows`` cuts is compared as far as it goes.
 
 Code: ``QC-DATA-059``.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,17 +28,25 @@ from ...api.records import ChatFormat
 from ...api.views import TemplateView
 from ...errors import InputError
 from ..findings import NOTE, WARNING, DataFinding
+from ..rendering.masking import IGNORED
 from ..rendering.pieces import normalized
-from ..repairs.notes import functions_of, text_only
-from ..think_block import split_block, thinking_marks
+from ..rendering.samples import first_difference
+from ..rendering.turns import Turn, turns_of
+from ..think_block import thinking_marks
+from .reply_message import ReplyComparison
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from ..rendering.samples import Sample
+    from ..rendering.masking import Encoded
 
-PROMPT, TOKENS, MESSAGE = "prompt", "tokens", "message"
-TRIMMED = "the template trims whitespace"
+PROMPT, TOKENS, LABELS, MESSAGE = "prompt", "tokens", "labels", "message"
+_WHAT = {
+    PROMPT: "is trained after another prompt than serving shows",
+    TOKENS: "is trained on other tokens than serving has",
+    LABELS: "is not trained from its first token through the end of the turn",
+    MESSAGE: "is not trained as the row has it",
+}
 _CODE = "QC-DATA-059"
 _SHOWN = 60  #: characters of a text in a report
 
@@ -49,11 +60,11 @@ class Difference:
 
     Attributes:
         turn: index of the message.
-        kind: ``prompt``, ``tokens`` or ``message``.
-        field: the part of the message, ``content`` or ``tool_calls[0].city``; empty for a prompt.
+        kind: ``prompt``, ``tokens``, ``labels`` or ``message``.
+        field: the part of the message, ``content`` or ``tool_calls[0].city``; else empty.
         cause: why they differ.
         trained: what is trained, or shown before it; shortened.
-        served: what serving shows, or what the row says; shortened.
+        served: what serving shows, or what the row has; shortened.
     """
 
     turn: int
@@ -65,31 +76,29 @@ class Difference:
 
     def finding(self, row: int) -> DataFinding:
         """The finding on a row; a note where the tokens of serving are trained."""
-        at = f"messages[{self.turn}]" + (f".{self.field}" if self.field else "")
-        what = "is not trained as the row has it" if self.kind == MESSAGE else (
-            f"is trained after other {self.kind} than serving shows" if self.kind == TOKENS
-            else "is trained after another prompt than serving shows"
-        )  # fmt: skip
+        noted = self.kind == MESSAGE
         return DataFinding(
             code=_CODE,
-            severity=NOTE if self.kind == MESSAGE else WARNING,
+            severity=NOTE if noted else WARNING,
             row=row,
-            field=at,
-            message=f"the turn {what}: {self.cause} (trained {self.trained}, "
-            f"{'row' if self.kind == MESSAGE else 'served'} {self.served})",
+            field=f"messages[{self.turn}]" + (f".{self.field}" if self.field else ""),
+            message=f"the turn {_WHAT[self.kind]}: {self.cause} (trained {self.trained}, "
+            f"{'row' if noted else 'served'} {self.served})",
         )
 
 
 def parity(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,
-    samples: Iterable[Sample],
+    samples: Iterable[Encoded],
     chat_format: ChatFormat,
     template: TemplateView,
+    tokenizer: Tokenizer,
     *,
-    tokenizer: Tokenizer | None = None,
     variables: Mapping[str, Any] | None = None,
     expand: Expand | None = None,
+    untrained: frozenset[int | None] = frozenset(),
+    masked_reasoning: bool = False,
 ) -> tuple[Difference, ...]:
     """Compare the trained turns of a row with serving.
 
@@ -100,10 +109,12 @@ def parity(
         chat_format: the format of rendered conversations; without a parser, messages are not
             compared.
         template: the checkpoint's.
-        tokenizer: without it, tokens are not compared.
+        tokenizer: the checkpoint's.
         variables: variables of the template; the mode of thinking, if among them, is that of all
             turns.
         expand: expands the placeholders of media in a rendered text.
+        untrained: ids of the placeholders of media.
+        masked_reasoning: whether the row was rendered with ``reasoning=mask``.
 
     Returns:
         The differences, by sample and turn; empty if there are none.
@@ -111,7 +122,10 @@ def parity(
     Raises:
         InputError: as `Template.render`, except that the template refuses a conversation.
     """
-    check = _Parity(messages, tools, chat_format, template, tokenizer, variables or {}, expand)
+    check = _Parity(
+        messages, tools, chat_format, template, tokenizer, variables or {}, expand, untrained,
+        masked_reasoning,
+    )  # fmt: skip
     return tuple(found for sample in samples for found in check.sample(sample))
 
 
@@ -121,53 +135,110 @@ class _Parity:
     tools: Sequence[Mapping[str, Any]] | None
     format: ChatFormat
     template: TemplateView
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer
     variables: Mapping[str, Any]
     expand: Expand | None
+    untrained: frozenset[int | None]
+    masked: bool
+    reply: ReplyComparison = field(init=False)
+    header: str = field(init=False)
     marks: tuple[str, str] | None = field(init=False)
 
     def __post_init__(self) -> None:
+        self.reply = ReplyComparison(self.tools, self.format, self._composed)
+        self.header = self.format.turn_start + self.format.assistant + self.format.role_end
         self.marks = thinking_marks(self.format)
 
-    def sample(self, sample: Sample) -> Iterator[Difference]:
+    def sample(self, sample: Encoded) -> Iterator[Difference]:
         """The differences of one sample."""
-        text = sample.text if self.tokenizer is None else normalized(sample.text, self.tokenizer)
-        bodies = list(self._bodies(text))
-        said = [n for n, m in enumerate(self.messages) if m["role"] == self.format.assistant]
-        places = dict(zip(said, bodies, strict=False))
-        ids: list[int] = []
-        starts: list[int] = []
-        if self.tokenizer is not None:
-            encoding = self.tokenizer.encode(text, add_special_tokens=False)
-            ids, starts = encoding.ids, [start for start, _ in encoding.offsets]
-        for index in sample.turns:
+        turns = [t for t in turns_of(sample.text, self.format) if t.role == self.format.assistant]
+        places = dict(zip(self._answers(), turns, strict=False))
+        done = 0  # tokens whose labels are compared
+        for index, end in zip(sample.turns, sample.ends, strict=True):
             if index not in places:
-                yield self._differs(index, PROMPT, "the sample does not contain the turn", "", "")
+                yield self._differs(index, PROMPT, "the sample does not contain the turn")
                 continue
-            start = self._tail(text, places[index])
-            prompt = yield from self._prompt(text, start, index)
-            if prompt is not None and self.tokenizer is not None:
-                served = self.tokenizer.encode(prompt, add_special_tokens=False).ids
-                yield from self._tokens(ids[: bisect_left(starts, start)], served, index)
-            end = text.find(self.format.turn_end, start)
-            reply = text[start : len(text) if end < 0 else end + len(self.format.turn_end)]
-            yield from self._message(reply, self._opens(text[:start]), index)
+            place = places[index]
+            prompt = yield from self._prompt(sample.text, place, index)
+            if prompt is None:
+                shown, reply = sample.text[: place.reply], sample.text[place.reply : place.end]
+                yield from self._message(reply, shown, index)
+                done = end
+                continue
+            done = yield from self._turn(sample, place, prompt, index, done, end)
+        trained = _first(sample.example.labels, done, lambda label: label != IGNORED)
+        if trained < len(sample.example.labels):
+            yield self._labels(
+                sample, sample.turns[-1], "a token after the turn is trained", trained
+            )
 
-    def _bodies(self, text: str) -> Iterator[int]:
-        """Where the assistant turns of a text begin, after their headers."""
-        header = self.format.turn_start + self.format.assistant + self.format.role_end
-        at = text.find(header)
-        while at >= 0:
-            yield at + len(header)
-            at = text.find(header, at + len(header))
+    def _answers(self) -> list[int]:
+        return [n for n, m in enumerate(self.messages) if m["role"] == self.format.assistant]
 
-    def _tail(self, text: str, body: int) -> int:
-        """Where the reply begins, after the prompt tail."""
-        tails = sorted(self.format.prompt_tails, key=len, reverse=True)
-        return body + len(next((tail for tail in tails if text.startswith(tail, body)), ""))
+    def _turn(
+        self, sample: Encoded, place: Turn, prompt: str, index: int, done: int, end: int
+    ) -> Generator[Difference, None, int]:
+        """Compare the tokens and labels of a turn; how many tokens of the sample are compared."""
+        ids = list(sample.example.ids)
+        served = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        start = len(served)
+        if ids[:start] != served:
+            if ids == served[: len(ids)]:
+                return len(ids)  # `long_rows` cut the turn off
+            at = first_difference(ids, served)
+            cause = "the tokenizer merges the end of the prompt with the reply"
+            if at < start - 4:
+                cause = "the tokens of the prompt are not those of its text"
+            yield self._differs(index, TOKENS, cause, ids[at : at + 4], served[at : at + 4])
+            return end
+        closes = self.tokenizer.encode(self.format.turn_end, add_special_tokens=False).ids
+        stop = _find(ids, closes, start)
+        cut = stop < 0 and end > len(ids)
+        if stop < 0 and not cut:
+            yield self._labels(sample, index, "the turn does not end", len(ids) - 1)
+            return end
+        stop = len(ids) if cut else stop + len(closes)
+        yield from self._trained(sample, index, done, start, stop)
+        text = sample.text[len(prompt) : place.end]
+        got = self.tokenizer.decode(ids[start:stop], skip_special_tokens=False)
+        if not cut:
+            if got != text and self._decodes(text):
+                cause = "the tokens of the reply are not those of its text"
+                yield self._differs(index, TOKENS, cause, got, text)
+            yield from self._message(text, prompt, index)
+        return stop
 
-    def _opens(self, prompt: str) -> bool:
-        return self.marks is not None and prompt.rstrip().endswith(self.marks[0])
+    def _decodes(self, text: str) -> bool:
+        """Whether the tokenizer gives a text back as it is."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return bool(self.tokenizer.decode(ids, skip_special_tokens=False) == text)
+
+    def _trained(
+        self, sample: Encoded, index: int, done: int, start: int, stop: int
+    ) -> Iterator[Difference]:
+        """Compare the labels from the last turn through this one."""
+        labels, ids = sample.example.labels, sample.example.ids
+        early = _first(labels, done, lambda label: label != IGNORED)
+        if early < start:
+            yield self._labels(sample, index, "a token of the prompt is trained", early)
+        first = start
+        if self.masked and self.marks is not None and self.reply.reasons(self.messages[index]):
+            first = min(_first(labels, start, lambda label: label != IGNORED), stop)
+            block = self.tokenizer.decode(list(ids[start:first]), skip_special_tokens=False)
+            if not block.rstrip().endswith(self.marks[1]) and first < len(ids):
+                cause = "the answer is not trained from its first token"
+                yield self._labels(sample, index, cause, first)
+                return
+        for at in range(first, stop):
+            if labels[at] != ids[at] and ids[at] not in self.untrained:
+                cause = f"a token of the reply has the label {labels[at]}"
+                yield self._labels(sample, index, cause, at)
+                return
+
+    def _labels(self, sample: Encoded, index: int, cause: str, at: int) -> Difference:
+        ids = list(sample.example.ids[at : at + 4])
+        shown = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return self._differs(index, LABELS, cause, list(sample.example.labels[at : at + 4]), shown)
 
     def _served(self, index: int, thinking: bool) -> str:
         switch = self.format.thinking_switch
@@ -178,131 +249,54 @@ class _Parity:
             add_generation_prompt=True,
             **{**own, **self.variables},
         )
-        text = text if self.expand is None else self.expand(text, index)
-        return text if self.tokenizer is None else normalized(text, self.tokenizer)
+        return self._composed(text if self.expand is None else self.expand(text, index))
 
-    def _reasons(self, index: int) -> bool:
-        """Whether the turn has reasoning, so that it is served with thinking."""
-        wanted = _canonical(self.messages[index], self.marks)
-        return bool(wanted.get("reasoning_content", "").strip())
+    def _composed(self, text: str) -> str:
+        return normalized(text, self.tokenizer)
 
-    def _prompt(self, text: str, start: int, index: int) -> Generator[Difference, None, str | None]:
-        """Compare a prompt; the served one if they are equal."""
-        thinking = self._reasons(index)
+    def _prompt(
+        self, text: str, place: Turn, index: int
+    ) -> Generator[Difference, None, str | None]:
+        """Compare the beginning of a text with the served prompt, which is returned if equal."""
+        thinking = self.reply.reasons(self.messages[index])
         try:
             served = self._served(index, thinking)
         except InputError as error:
             if error.code not in ("QC-TEMPLATE-002", "QC-TEMPLATE-003"):
                 raise
             why = f"the template renders no prompt for it: {error.found or error.what}"
-            yield self._differs(index, PROMPT, why, text[:start][-_SHOWN:], "no prompt")
+            shown = text[: place.reply][-_SHOWN:]
+            yield self._differs(index, PROMPT, why, shown, "no prompt")
             return None
-        shown = text[:start]
-        if shown == served:
+        if text.startswith(served) and place.body <= len(served) < place.end:
             return served
-        place = next(
-            (n for n, (a, b) in enumerate(zip(shown, served, strict=False)) if a != b),
-            min(len(shown), len(served)),
-        )
-        cause = self._cause(shown, served, place, index, thinking)
-        yield self._differs(
-            index, PROMPT, cause, shown[place : place + _SHOWN], served[place : place + _SHOWN]
-        )
+        at = first_difference(text[: place.end], served)
+        cause = self._cause(served, at, index, thinking)
+        yield self._differs(index, PROMPT, cause, text[at : at + _SHOWN], served[at : at + _SHOWN])
         return None
 
-    def _cause(self, shown: str, served: str, place: int, index: int, thinking: bool) -> str:
-        """Why two prompts differ from `place` on."""
-        header = self.format.turn_start + self.format.assistant + self.format.role_end
-        last = served.rfind(header) + len(header)
-        if place >= last:
-            mode = "with" if thinking else "without"
+    def _cause(self, served: str, at: int, index: int, thinking: bool) -> str:
+        """Why a text differs from a served prompt from a character on."""
+        if at >= served.rfind(self.header) + len(self.header):
+            fixed = self.variables.get(self.format.thinking_switch, thinking)
+            mode = "with" if fixed else "without"
             return f"serving prompts for this turn {mode} thinking"
-        earlier = served.count(header, 0, place)
-        said = [n for n, m in enumerate(self.messages) if m["role"] == self.format.assistant]
-        if earlier and said[earlier - 1] < index:
+        earlier = served.count(self.header, 0, at)
+        answers = self._answers()
+        if earlier and answers[earlier - 1] < index:
             return (
-                f"the template renders message {said[earlier - 1]} otherwise in the history of "
+                f"the template renders message {answers[earlier - 1]} otherwise in the history of "
                 "this turn"
             )
         return "the template renders the text before the first answer otherwise"
 
-    def _tokens(self, trained: list[int], served: list[int], index: int) -> Iterator[Difference]:
-        if trained == served:
-            return
-        yield self._differs(
-            index, TOKENS, "the tokenizer merges the end of the prompt with the reply",
-            str(trained[-4:]), str(served[-4:]),
-        )  # fmt: skip
-
-    def _message(self, reply: str, thinking: bool, index: int) -> Iterator[Difference]:
-        if self.format.parse is None:
-            return
-        wanted = _canonical(self.messages[index], self.marks)
-        found = self.format.parse(reply, self.tools, thinking=thinking)
-        for name in ("reasoning_content", "content"):
-            said, got = wanted.get(name, ""), found.get(name, "")
-            if said is not None and self._composed(said) != got:
-                cause = self._text_cause(name, self._composed(said), got, found)
-                yield self._differs(index, MESSAGE, cause, got, said, name)
-        yield from self._calls(wanted, found, index)
-
-    def _composed(self, text: str) -> str:
-        return text if self.tokenizer is None else normalized(text, self.tokenizer)
-
-    def _text_cause(self, name: str, said: str, got: str, found: Mapping[str, Any]) -> str:
-        if said.strip() == got.strip():
-            return TRIMMED
-        if self.marks is not None and any(mark in said for mark in self.marks):
-            return "the text contains markup of reasoning"
-        if name == "reasoning_content":
-            return "the template leaves the reasoning out"
-        return "the text contains markup of calls" if "tool_calls" in found else (
-            "the template changes the text"
-        )  # fmt: skip
-
-    def _calls(
-        self, wanted: Mapping[str, Any], found: Mapping[str, Any], index: int
-    ) -> Iterator[Difference]:
-        said, got = wanted.get("tool_calls", []), found.get("tool_calls", [])
-        names = [[name for name, _ in calls] for calls in (said, _pairs(got))]
-        if names[0] != names[1]:
-            yield self._differs(index, MESSAGE, "a name, a value or the text contains markup",
-                                ", ".join(names[1]), ", ".join(names[0]), "tool_calls")  # fmt: skip
-            return
-        for number, ((name, ours), (_, theirs)) in enumerate(zip(said, _pairs(got), strict=True)):
-            for key in {**ours, **theirs}:
-                if key in ours and key in theirs and _same(self._value(ours[key]), theirs[key]):
-                    continue
-                one, other = ours.get(key, "(absent)"), theirs.get(key, "(absent)")
-                cause = self._value_cause(name, key, key in ours and key in theirs, one, other)
-                yield self._differs(
-                    index, MESSAGE, cause, other, one, f"tool_calls[{number}].{key}"
-                )
-
-    def _value(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self._composed(value)
-        if isinstance(value, Mapping):
-            return {self._composed(key): self._value(item) for key, item in value.items()}
-        return [self._value(item) for item in value] if isinstance(value, list) else value
-
-    def _value_cause(self, name: str, key: str, both: bool, said: Any, got: Any) -> str:
-        if not both:
-            return "a value or the name contains markup"
-        if type(said) is type(got):
-            return "the value contains markup"
-        tools = self.tools if self.tools is not None else ()
-        described = functions_of(list(tools)).get(name)
-        if described is None:
-            return "tools does not declare the function, so that every value is a string"
-        parameters = described.get("parameters")
-        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        if not isinstance(properties, Mapping) or key not in properties:
-            return "the function has no such property, so that the value is a string"
-        return "the value does not have the one type that the schema gives to its text"
+    def _message(self, reply: str, prompt: str, index: int) -> Iterator[Difference]:
+        opens = self.marks is not None and prompt.rstrip().endswith(self.marks[0])
+        for one in self.reply.differences(self.messages[index], reply, thinking=opens):
+            yield self._differs(index, MESSAGE, one.cause, one.trained, one.row, one.field)
 
     def _differs(
-        self, index: int, kind: str, cause: str, trained: Any, served: Any, at: str = ""
+        self, index: int, kind: str, cause: str, trained: Any = "", served: Any = "", at: str = ""
     ) -> Difference:
         return Difference(
             turn=index, kind=kind, field=at, cause=cause, trained=_short(trained),
@@ -315,33 +309,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _canonical(message: Mapping[str, Any], marks: tuple[str, str] | None) -> dict[str, Any]:
-    """Reasoning, text and calls of a message; `None` for content with media."""
-    content = text_only(message.get("content"))
-    made: dict[str, Any] = {"content": content}
-    reasoning = message.get("reasoning_content")
-    if isinstance(reasoning, str):
-        made["reasoning_content"] = reasoning
-    elif content is not None and (split := split_block(content, marks)):
-        made["reasoning_content"], made["content"] = split
-    made["tool_calls"] = _pairs(message.get("tool_calls") or ())
-    return made
+def _first(values: Sequence[int], start: int, wanted: Callable[[int], bool]) -> int:
+    """Position of the first wanted value from `start` on; the length without one."""
+    return next((n for n in range(start, len(values)) if wanted(values[n])), len(values))
 
 
-def _pairs(calls: Iterable[Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Name and arguments of calls, nested or flat."""
-    functions = [call.get("function", call) for call in calls]
-    return [(one["name"], one.get("arguments") or {}) for one in functions]
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equal values of equal types; an integer is the number of the same value."""
-    if isinstance(one, bool) or isinstance(other, bool) or one is None or other is None:
-        return one is other
-    if isinstance(one, int | float) and isinstance(other, int | float):
-        return one == other
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return list(one) == list(other) and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return type(one) is type(other) and bool(one == other)
+def _find(ids: Sequence[int], part: Sequence[int], start: int) -> int:
+    """Where `part` begins in `ids` from `start` on; -1 if nowhere."""
+    size = len(part)
+    places = range(start, len(ids) - size + 1)
+    return next((n for n in places if ids[n : n + size] == part), -1)

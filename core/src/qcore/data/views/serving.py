@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .parity import Difference, parity
+from ..policies import MASK
+from ..rendering.masking import control_ids
+from .parity import MESSAGE, Difference, parity
 
 if TYPE_CHECKING:
     from ...api.media import MediaReader
@@ -28,13 +30,15 @@ class ParityReport:
         rows: rows of all sources, refused ones included.
         turns: trained turns.
         differing: trained turns with a difference.
-        differences: number of the row, and the difference.
+        differences: number of the row, and the difference, of prompts, tokens and labels.
+        notes: the same of messages, whose tokens are those of serving.
     """
 
     rows: int
     turns: int
     differing: int
     differences: tuple[tuple[int, Difference], ...]
+    notes: tuple[tuple[int, Difference], ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The payload of ``qcore data parity --json``."""
@@ -42,8 +46,21 @@ class ParityReport:
             "rows": self.rows,
             "turns": self.turns,
             "differing": self.differing,
-            "differences": [{"row": row, **asdict(found)} for row, found in self.differences],
+            "differences": [{"row": row, **asdict(one)} for row, one in self.differences],
+            "notes": [{"row": row, **asdict(one)} for row, one in self.notes],
         }
+
+    def noted(self) -> list[dict[str, Any]]:
+        """The notes by cause, with their number and the place of the first one."""
+        causes: dict[str, list[tuple[int, Difference]]] = {}
+        for note in self.notes:
+            causes.setdefault(note[1].cause, []).append(note)
+        return [
+            {"cause": cause, "turns": len({(row, one.turn) for row, one in notes}),
+             "first": f"row {notes[0][0]}, messages[{notes[0][1].turn}].{notes[0][1].field}",
+             "trained": notes[0][1].trained, "row": notes[0][1].served}
+            for cause, notes in causes.items()
+        ]  # fmt: skip
 
 
 def compare_with_serving(renderer: Renderer, sources: Sequence[Source]) -> ParityReport:
@@ -57,26 +74,32 @@ def compare_with_serving(renderer: Renderer, sources: Sequence[Source]) -> Parit
         InputError: as `Renderer.examples` and `parity`.
     """
     turns = differing = 0
-    found: list[tuple[int, Difference]] = []
-    options = renderer.options
+    differences: list[tuple[int, Difference]] = []
+    notes: list[tuple[int, Difference]] = []
+    options, tokenizer = renderer.options, renderer.tokenizer
+    reader = options.reader
     for plan, encoded in renderer.encoded(sources):
         row = plan.row
-        turns += sum(len(one.sample.turns) for one in encoded)
+        turns += sum(one.example.turns for one in encoded)
         made = parity(
             plan.messages,
             plan.tools,
-            [one.sample for one in encoded],
+            encoded,
             renderer.format,
             renderer.template,
-            tokenizer=renderer.tokenizer,
+            tokenizer,
             variables={**options.special, **options.variables, **row.variables},
-            expand=None if options.reader is None else partial(_expanded, options.reader, row),
+            expand=None if reader is None else partial(_expanded, reader, row),
+            untrained=frozenset() if reader is None else control_ids(tokenizer, reader),
+            masked_reasoning=plan.policies.reasoning == MASK,
         )
-        differing += len({one.turn for one in made})
-        found += [(row.row, one) for one in made]
+        differing += len({one.turn for one in made if one.kind != MESSAGE})
+        for one in made:
+            (notes if one.kind == MESSAGE else differences).append((row.row, one))
     return ParityReport(
-        rows=renderer.rows, turns=turns, differing=differing, differences=tuple(found)
-    )
+        rows=renderer.rows, turns=turns, differing=differing, differences=tuple(differences),
+        notes=tuple(notes),
+    )  # fmt: skip
 
 
 def _expanded(reader: MediaReader, row: ChatRow, text: str, count: int) -> str:

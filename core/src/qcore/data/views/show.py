@@ -134,6 +134,6 @@ def _shown(plan: RowPlan, example: Example) -> ShownSample:
         place=place_of(row),
         token_ids=example.ids,
         trained=[label != IGNORED for label in example.labels],
-        spans=example.spans,
+        spans=example.token_spans,
         media=row.media[: len(example.media)],
     )
