@@ -115,8 +115,8 @@ class Spec:
             example = f", such as {self.default}" if self.default else ""
             return f"write a name of letters, digits, _ . - /{example}"
         values = [v for v in (self.default, self.low, 1, self.high) if type(v) in (int, float)]
-        example = next(v for v in values if isinstance(v, int | float) and _in_range(self, v))
-        return f"write {self.expected}, such as {example}"
+        number = next(v for v in values if isinstance(v, int | float) and _in_range(self, v))
+        return f"write {self.expected}, such as {number}"
 
 
 _TYPE_WORDS = {
