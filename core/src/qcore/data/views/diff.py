@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .show import ShownSample
 
-REFUSED, SAMPLES, TEXT, TOKENS, TRAINED = "refused", "samples", "text", "tokens", "trained"
+MISSING, SAMPLES, TEXT, TOKENS, TRAINED = "refused", "samples", "text", "tokens", "trained"
 _SHOWN = 60  #: characters on each side
 
 
@@ -65,7 +65,7 @@ def differences(
         if not left or not right:
             here = [f"{len(side)} samples" if side else "refused or left out"
                     for side in (left, right)]  # fmt: skip
-            yield RowDifference(row=row, sample=0, kind=REFUSED, token=-1, a=here[0], b=here[1])
+            yield RowDifference(row=row, sample=0, kind=MISSING, token=-1, a=here[0], b=here[1])
             continue
         if len(left) != len(right):
             sizes = f"{len(left)} samples", f"{len(right)} samples"
