@@ -256,7 +256,7 @@ def test_parity_counts_turns(
     ended = here(capsys, "data", "parity", spaced, "--model", model)
     assert "Messages that are not trained as their row has them" in ended.out
     assert "row 1, messages[1].content" in ended.out
-    rendered = ("--set", "history=as_rendered")
+    path, rendered = rows_file(tmp_path, TALK), ("--set", "history=as_rendered")
     ended = here(capsys, "data", "parity", path, "--model", model, "--json", *rendered)
     assert ended.code == 65
     assert {found["kind"] for found in ended.json["differences"]} == {"prompt"}

@@ -438,3 +438,45 @@ def test_the_room_has_no_import_circle() -> None:
 def test_no_setting_is_special_by_its_name() -> None:
     spec = Spec(name="dtype", type=str, default="half", help="", choices=("half", "fp16"))
     assert check(spec, "fp16", Origin(field="dtype")) == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("turns", ("first", "", "1", "null")),
+        ("reasoning", ("keep", "")),
+        ("history", ("full", "yes")),
+        ("long_rows", ("skip", "2")),
+        ("bad_rows", ("drop", "ignore")),
+        ("bad_rows_limit", ("2", "-0.1", "ten", "10%", "nan", "")),
+        ("max_length", ("1", "-5", "2k", "2.5", "9999999999", "true")),
+        ("eval_fraction", ("0.9", "half")),
+        ("eval_steps", ("-1", "1.5")),
+        ("load_best_at_end", ("1", "maybe", "")),
+        ("seed", ("-1", "x")),
+    ],
+)
+def test_a_wrong_value_of_a_data_setting_has_a_fix_that_works(
+    tmp_path: Path, name: str, wrong: tuple[str, ...]
+) -> None:
+    file = tmp_path / "run.yaml"
+    for value in wrong:
+        file.write_text(f"{name}: {value}\n", encoding="utf-8")
+        for given in ({"sets": (f"{name}={value}",)}, {"config_file": file}):
+            with pytest.raises(UsageError) as caught:
+                load_settings(**given)
+            error = caught.value
+            assert "\n" not in str(error)
+            assert error.fix is not None
+            assert error.fix.startswith("write ")
+            words = error.fix.removeprefix("write ")
+            choices = words.split(" or ") if SPECS[name].choices else [words.split()[-1]]
+            for choice in choices:
+                load_settings(sets=(f"{name}={choice}",))
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.name)
+def test_every_setting_has_advice(spec: Spec) -> None:
+    for each in (spec, spec.entry) if spec.each is not None else (spec,):
+        assert each.advice.startswith("write ")
+        assert "None" not in each.advice

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 from typing import Any
 
 from support.chat_kit import own_tokenizer
 
+from qcore.data.rendering.masking import IGNORED, Example
 from qcore.data.rendering.samples import Span
+from qcore.data.rows import ChatRow
 from qcore.data.views.diff import differences
 from qcore.data.views.show import ShownSample
 
@@ -17,11 +20,13 @@ TOKENIZER = own_tokenizer()
 def sample(row: int, text: str, number: int = 1, **facts: Any) -> ShownSample:
     ids = facts.pop("ids", None) or TOKENIZER.encode(text, add_special_tokens=False).ids
     spans = (Span(start=0, end=len(ids), why=facts.pop("why", "answer"), trained=True),)
-    return ShownSample(
-        row=row, sample=number, source="a", format="openai", path=Path("a"), line=row,
-        token_ids=ids, trained=facts.pop("trained", [True] * len(ids)),
-        spans=spans,
+    trained = facts.pop("trained", [True] * len(ids))
+    labels = [id_ if on else IGNORED for id_, on in zip(ids, trained, strict=True)]
+    example = Example(
+        ids=array("i", ids), labels=array("i", labels), line=row, turns=1, supervised=len(ids),
+        row=row, sample=number, token_spans=spans,
     )  # fmt: skip
+    return ShownSample(origin=ChatRow(line=row, messages=(), path=Path("a")), example=example)
 
 
 def kinds(a: list[ShownSample], b: list[ShownSample]) -> list[tuple[int, int, str, int]]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 
 from support.chat_kit import own_tokenizer
 
 from qcore.data.findings import DataFinding
+from qcore.data.rendering.masking import IGNORED, Example
 from qcore.data.rendering.samples import Span
+from qcore.data.rows import ChatRow
+from qcore.data.sources.source import Source
 from qcore.data.views.page import Page
 from qcore.data.views.show import ShownSample
 
@@ -45,10 +49,16 @@ def write_page(path: Path, count: int, image: bytes | None = None) -> None:
             spans.append(Span(start=len(ids), end=len(ids) + len(more), why=why, trained=on))
             ids += more
             trained += [on] * len(more)
-        sample = ShownSample(
-            row=row, sample=1, source="rows.jsonl", format="trl" if row % 3 else "openai",
-            path=path, place=f"line {row}", token_ids=ids, trained=trained, spans=tuple(spans),
+        labels = [id_ if on else IGNORED for id_, on in zip(ids, trained, strict=True)]
+        example = Example(
+            ids=array("i", ids), labels=array("i", labels), line=row, turns=1,
+            supervised=sum(trained), row=row, token_spans=tuple(spans),
         )  # fmt: skip
+        origin = ChatRow(
+            line=row, messages=(), path=path, format="trl" if row % 3 else "openai",
+            source=Source(name="rows.jsonl", files=(path,)),
+        )  # fmt: skip
+        sample = ShownSample(origin=origin, example=example)
         page.add(sample, [("image cat.png", image)] if image is not None and row == 1 else ())
     note = DataFinding(code="QC-DATA-045", severity="note", row=0, field="", message=HOSTILE)
     dropped = DataFinding(

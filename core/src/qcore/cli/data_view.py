@@ -72,22 +72,23 @@ class SampleView:
 
     def print(self, sample: ShownSample) -> None:
         """Print one sample."""
+        origin, example = sample.origin, sample.example
         head = (
-            f"row {sample.row}, sample {sample.sample}: {visible(sample.source)} "
-            f"{sample.place} ({sample.format}), {len(sample.token_ids):,} tokens, "
+            f"row {example.row}, sample {example.sample}: {visible(sample.source)} "
+            f"{sample.place} ({origin.format}), {len(example.ids):,} tokens, "
             f"{sample.supervised:,} trained"
         )
         texts = sample.texts(self.tokenizer)
         if not self.console.is_terminal:
             self.console.print(head)
-            for span, text in zip(sample.spans, texts, strict=True):
+            for span, text in zip(example.token_spans, texts, strict=True):
                 mark = "+" if span.trained else "-"
                 said = visible(json.dumps(self.shortened(text), ensure_ascii=False))
                 self.console.print(f"  {mark} {span.start}:{span.end} {span.why}: {said}")
             return
         self.console.print(head, style="bold")
         whole = Text()
-        for span, text in zip(sample.spans, texts, strict=True):
+        for span, text in zip(example.token_spans, texts, strict=True):
             for piece, style in self._pieces(text, _TRAINED if span.trained else _CONTEXT):
                 whole.append(visible(piece), style)
         self.console.print(whole)

@@ -131,7 +131,10 @@ def _bool(spec: Spec, node: ScalarNode, origin: Origin) -> bool:
 def _number(spec: Spec, node: ScalarNode, origin: Origin) -> int | float:
     text = node.text
     if _NOT_FINITE.fullmatch(text):
-        raise origin.error("QC-CONFIG-003", "is not finite", found=text, expected=spec.expected)
+        raise origin.error(
+            "QC-CONFIG-003", "is not finite",
+            found=text, expected=spec.expected, fix=spec.advice,
+        )  # fmt: skip
     if spec.type is int:
         if not _INT.fullmatch(text) or len(text) > 20:
             raise _mismatch(spec, node, origin)
@@ -159,7 +162,7 @@ def _mismatch(spec: Spec, node: Node, origin: Origin, *, fix: str | None = None)
         "has the wrong type",
         found=_describe(node),
         expected=f"{spec.expected} ({spec.help})",
-        fix=fix,
+        fix=fix or spec.advice,
     )
 
 

@@ -101,6 +101,23 @@ class Spec:
             words.append(f"and below {self.below:g}" if len(words) > 1 else f"below {self.below:g}")
         return " ".join(words) + "".join(f", or {value}" for value in self.also)
 
+    @property
+    def advice(self) -> str:
+        """The fix for a value that is not `expected`, with a value that is."""
+        if self.each is not None:
+            return f"write --set {self.name}.NAME=VALUE, or a mapping in the file"
+        if self.choices or self.type in (bool, object):
+            return f"write {self.expected}"
+        if self.type is tuple:
+            names = self.default if isinstance(self.default, tuple) else ()
+            return f"write names with commas, such as {','.join(names) or 'a,b'}"
+        if self.type is str:
+            example = f", such as {self.default}" if self.default else ""
+            return f"write a name of letters, digits, _ . - /{example}"
+        values = [v for v in (self.default, self.low, 1, self.high) if type(v) in (int, float)]
+        number = next(v for v in values if isinstance(v, int | float) and _in_range(self, v))
+        return f"write {self.expected}, such as {number}"
+
 
 _TYPE_WORDS = {
     int: "a whole number",
@@ -141,15 +158,17 @@ def check(spec: Spec, value: object, origin: Origin) -> Value:
         value = float(value)
     if type(value) is not spec.type:
         raise origin.error(
-            "QC-CONFIG-002", "has the wrong type", found=repr(value), expected=spec.expected
-        )
+            "QC-CONFIG-002", "has the wrong type",
+            found=repr(value), expected=spec.expected, fix=spec.advice,
+        )  # fmt: skip
     if isinstance(value, str):
         return _checked_word(spec, value, origin)
     assert isinstance(value, bool | int | float)
     if type(value) is not bool and not _in_range(spec, value):
         raise origin.error(
-            "QC-CONFIG-003", "is out of range", found=str(value)[:40], expected=spec.expected
-        )
+            "QC-CONFIG-003", "is out of range",
+            found=str(value)[:40], expected=spec.expected, fix=spec.advice,
+        )  # fmt: skip
     return value
 
 
@@ -165,11 +184,11 @@ def _checked_word(spec: Spec, value: str, origin: Origin) -> str:
         )
     if spec.choices and value not in spec.choices:
         near = nearest(value.lower(), spec.choices)
-        fix = f"did you mean {near}?" if near else None
+        fix = f"did you mean {near}?" if near else spec.advice
         raise origin.error(
             "QC-CONFIG-003",
             "is not one of the choices",
-            found=value,
+            found=value or "no value",
             expected=spec.expected,
             fix=fix,
         )
@@ -179,6 +198,7 @@ def _checked_word(spec: Spec, value: str, origin: Origin) -> str:
             "is not a valid name",
             found=repr(value),
             expected="letters, digits, _ . - /",
+            fix=spec.advice,
         )
     return value
 
@@ -191,12 +211,13 @@ def _names(spec: Spec, values: tuple[Any, ...], origin: Origin) -> tuple[str, ..
                 "contains an invalid entry",
                 found=repr(value),
                 expected=spec.expected,
+                fix=spec.advice,
             )
         if spec.choices:
             _checked_word(spec, value, origin)
     if len(set(values)) != len(values):
         twice = next(v for v in values if values.count(v) > 1)
-        raise origin.error("QC-CONFIG-005", "contains a duplicate", found=twice)
+        raise origin.error("QC-CONFIG-005", "contains a duplicate", found=twice, fix="name it once")
     return values
 
 
@@ -225,6 +246,7 @@ def _check_key(spec: Spec, name: object, origin: Origin) -> None:
             f"is not a valid {spec.key} name",
             found=repr(name)[:60],
             expected=f"{spec.name}.NAME{full}, a name of letters, digits and _",
+            fix=f"write {spec.name}.NAME=VALUE with the name of a {spec.key}",
         )
 
 
@@ -242,6 +264,7 @@ def _plain(spec: Spec, value: object, origin: Origin) -> Plain:
             "has the wrong type",
             found=repr(value)[:60],
             expected=spec.expected,
+            fix=spec.advice,
         )
     assert isinstance(value, bool | int | float | str)
     if isinstance(value, str):
@@ -251,11 +274,13 @@ def _plain(spec: Spec, value: object, origin: Origin) -> Plain:
                 "is not a valid text for a template",
                 found=f"{len(value)} characters",
                 expected=f"at most {_LONGEST_TEXT}, no NUL and no lone surrogate",
+                fix="write a shorter text without these characters",
             )
     elif abs(value) >= 1 << 53 or not math.isfinite(value):
         raise origin.error(
-            "QC-CONFIG-003", "is out of range", found=str(value)[:40], expected="below 2**53"
-        )
+            "QC-CONFIG-003", "is out of range",
+            found=str(value)[:40], expected="below 2**53", fix="write a smaller number",
+        )  # fmt: skip
     return value
 
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 POLICY_KEYS: Final = ("turns", "reasoning", "history", "long_rows", "bad_rows")
 # The settings list the choices; a new one must get a name here.
 ALL, LAST = SPECS["turns"].choices
-TRAIN, MASK, DROP = SPECS["reasoning"].choices
+TRAIN, MASK, DROP_REASONING = SPECS["reasoning"].choices
 AS_SERVED, AS_RENDERED = SPECS["history"].choices
-REFUSE, _, TRUNCATE_TURNS, TRUNCATE_TOKENS = SPECS["long_rows"].choices
+REFUSE, DROP_ROWS, TRUNCATE_TURNS, TRUNCATE_TOKENS = SPECS["long_rows"].choices
 _, SKIP = SPECS["bad_rows"].choices
 
 

@@ -87,7 +87,7 @@ class Recorded:
         return variables, notes
 
 
-def chat_record(checkpoint: Checkpoint, adapter: Adapter | None) -> Recorded:
+def recorded_chat(checkpoint: Checkpoint, adapter: Adapter | None) -> Recorded:
     """The record of an adapter, else of a merged checkpoint.
 
     Raises:

@@ -32,7 +32,7 @@ from ..preflight.checks import line, preflight
 from ..preflight.context_length import beyond
 from ..preflight.modality import reader_of, unread
 from ..reporting import Finished, Reporter, RunStarted
-from .chat_variables import chat_record
+from .chat_variables import recorded_chat
 from .decoder import Decoder, way_of
 from .generation_config import Sampling, SamplingOptions, choose_sampling, stop_ids
 from .prompt_media import PromptMedia
@@ -194,7 +194,7 @@ class Generator:
 
     def _template_variables(self, overrides: Mapping[str, Plain]) -> Entries[Plain]:
         """The variables that training recorded, under those of the user."""
-        record = chat_record(self.base.checkpoint, self.adapter)
+        record = recorded_chat(self.base.checkpoint, self.adapter)
         variables, notes = record.variables(self.base.checkpoint.template, overrides)
         self.reporter.lines(notes)
         compared = self.adapter is not None and brings_template(self.adapter)

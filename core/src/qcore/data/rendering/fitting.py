@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ...api.media import RowError
 from ..media.spans import place
-from ..policies import DROP, REFUSE, TRUNCATE_TURNS
+from ..policies import DROP_ROWS, REFUSE, TRUNCATE_TURNS
 from .masking import IGNORED, Encoded, Example, control_ids
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def fitted(
         return list(encoded)
     if policy == REFUSE:
         raise too_long(encoded, max_length)
-    if policy == DROP:
+    if policy == DROP_ROWS:
         return []
     kept = []
     for one in encoded:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ...api.media import RowError
 from ...api.records import ChatFormat
 from ...checkpoint.chat_template import Prefix
-from ..policies import AS_RENDERED, DROP, LAST, Policies
+from ..policies import AS_RENDERED, DROP_REASONING, LAST, Policies
 from ..think_block import reasoning_of, without_reasoning
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def plan_row(
     Raises:
         RowError: ``QC-DATA-012`` no trained turn.
     """
-    if policies.reasoning == DROP:
+    if policies.reasoning == DROP_REASONING:
         row = replace(
             row,
             messages=tuple(

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...api.media import RowError
-from .notes import Notes, Placed, function_of, functions_of
+from .notes import Notes, PlacedMessage, function_of, functions_of
 
 PADDING, UNDECLARED, MISFIT = "QC-DATA-053", "QC-DATA-057", "QC-DATA-058"
 _EXACT = 2**53  #: up to here every integer is a double
@@ -40,7 +40,9 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 
 
-def drop_padding(turns: list[Placed], tools: Any, raw: Any, notes: Notes) -> list[Placed]:
+def drop_padding(
+    turns: list[PlacedMessage], tools: Any, raw: Any, notes: Notes
+) -> list[PlacedMessage]:
     """Remove null arguments that are padding of a column format.
 
     Args:
@@ -76,7 +78,9 @@ def drop_padding(turns: list[Placed], tools: Any, raw: Any, notes: Notes) -> lis
     return made
 
 
-def write_whole_numbers(turns: list[Placed], tools: Any, notes: Notes) -> list[Placed]:
+def write_whole_numbers(
+    turns: list[PlacedMessage], tools: Any, notes: Notes
+) -> list[PlacedMessage]:
     """Make integers of doubles that are whole numbers where the schema says integer.
 
     Column formats write a column of integers and fractions as doubles. A double beyond 2**53 may
@@ -321,7 +325,7 @@ def _written(raw: Any) -> list[Any]:
     return found
 
 
-def check_calls(turns: Sequence[Placed], tools: Any, notes: Notes) -> None:
+def check_calls(turns: Sequence[PlacedMessage], tools: Any, notes: Notes) -> None:
     """Report functions that are called and not declared, or declared and not called.
 
     Raises:

@@ -42,7 +42,7 @@ class RepairContext:
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class PlacedMessage:
     """A message and its place in the row as it was written.
 
     Attributes:
@@ -70,10 +70,10 @@ class Placed:
         calls = self.message.get("tool_calls")
         return calls if isinstance(calls, list) else ()
 
-    def but(self, **changed: Any) -> Placed:
+    def but(self, **changed: Any) -> PlacedMessage:
         """The message with other values; ``None`` removes a key."""
         message = {**self.message, **changed}
-        return Placed(self.index, {k: v for k, v in message.items() if v is not None})
+        return PlacedMessage(self.index, {k: v for k, v in message.items() if v is not None})
 
 
 @dataclass(slots=True)

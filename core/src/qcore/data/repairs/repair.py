@@ -22,7 +22,7 @@ from ...api.views import TemplateView
 from ..findings import DataFinding
 from ..think_block import thinking_marks
 from .calls import check_calls, drop_padding, write_whole_numbers
-from .notes import Notes, Placed, RepairContext, text_only
+from .notes import Notes, PlacedMessage, RepairContext, text_only
 from .template_probes import probe_abilities
 from .text import check_marks, move_thinking, read_text_calls
 from .turns import repair_order
@@ -84,7 +84,7 @@ def repair(
         return dict(row), ()
     notes = Notes(number, context.refused)
     tools = row.get("tools")
-    turns = [Placed(index, message) for index, message in enumerate(messages)]
+    turns = [PlacedMessage(index, message) for index, message in enumerate(messages)]
     turns = read_text_calls(turns, tools, context, notes)
     turns = move_thinking(turns, context, notes)
     turns = drop_padding(turns, tools, row if raw is None else raw, notes)
@@ -96,7 +96,7 @@ def repair(
     return {**row, "messages": [dict(turn.message) for turn in turns]}, tuple(notes.found)
 
 
-def _check_empty(turns: Sequence[Placed], notes: Notes) -> None:
+def _check_empty(turns: Sequence[PlacedMessage], notes: Notes) -> None:
     for turn in turns:
         text = text_only(turn.message.get("content"))
         if turn.role == "user" and text is not None and not text.strip():

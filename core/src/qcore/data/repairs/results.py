@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...api.media import RowError
-from .notes import Notes, Placed
+from .notes import Notes, PlacedMessage
 
 _REORDERED, _REFUSED, _FEWER = "QC-DATA-050", "QC-DATA-051", "QC-DATA-052"
 
 
-def pair_results(turns: list[Placed], notes: Notes) -> list[Placed]:
+def pair_results(turns: list[PlacedMessage], notes: Notes) -> list[PlacedMessage]:
     """The turns with the results of each turn in the order of its calls.
 
     Args:
@@ -32,7 +32,7 @@ def pair_results(turns: list[Placed], notes: Notes) -> list[Placed]:
     Raises:
         RowError: ``QC-DATA-051``; ``-052`` if its warnings refuse a row.
     """
-    made: list[Placed] = []
+    made: list[PlacedMessage] = []
     place = 0
     while place < len(turns):
         turn = turns[place]
@@ -50,8 +50,8 @@ def pair_results(turns: list[Placed], notes: Notes) -> list[Placed]:
 
 
 def _paired(
-    turn: Placed, results: Sequence[Placed], goes_on: bool, notes: Notes
-) -> Sequence[Placed]:
+    turn: PlacedMessage, results: Sequence[PlacedMessage], goes_on: bool, notes: Notes
+) -> Sequence[PlacedMessage]:
     """The results of one turn in the order of its calls."""
     ids = [call.get("id") if isinstance(call, Mapping) else None for call in turn.calls]
     named = [result.message.get("tool_call_id") for result in results]
@@ -72,7 +72,7 @@ def _paired(
     return order
 
 
-def _check_ids(results: Sequence[Placed], ids: Sequence[Any]) -> None:
+def _check_ids(results: Sequence[PlacedMessage], ids: Sequence[Any]) -> None:
     """Refuse results that name no call of the turn, or one that has a result already."""
     seen: set[Any] = set()
     for result in results:
@@ -90,7 +90,7 @@ def _check_ids(results: Sequence[Placed], ids: Sequence[Any]) -> None:
 
 
 def _check_missing(
-    turn: Placed, ids: Sequence[Any], named: Sequence[Any], distinct: bool, notes: Notes
+    turn: PlacedMessage, ids: Sequence[Any], named: Sequence[Any], distinct: bool, notes: Notes
 ) -> None:
     """Refuse or report calls without a result before another turn."""
     if len(named) == len(ids):
@@ -113,7 +113,7 @@ def _check_missing(
     )
 
 
-def _orphan(turn: Placed, what: str, fix: str) -> None:
+def _orphan(turn: PlacedMessage, what: str, fix: str) -> None:
     named = turn.message.get("tool_call_id")
     found = None if named is None else f"tool_call_id {named!r}"[:80]
     raise RowError(_REFUSED, what, at=turn.at, found=found, fix=fix)

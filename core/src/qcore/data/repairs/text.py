@@ -24,7 +24,7 @@ from ...api.media import RowError
 from ..formats.unread import MEDIA, MEDIA_COLUMNS
 from ..sources.jsonl import parse as parse_json
 from ..think_block import split_block
-from .notes import Notes, Placed, RepairContext, function_of, functions_of, text_only
+from .notes import Notes, PlacedMessage, RepairContext, function_of, functions_of, text_only
 
 MOVED, AS_TEXT, NO_MEDIUM = "QC-DATA-050", "QC-DATA-054", "QC-DATA-055"
 _SPACE = re.compile(r"\s*")
@@ -39,14 +39,14 @@ def _result_patterns(tags: tuple[str, str]) -> tuple[re.Pattern[str], re.Pattern
 
 
 def read_text_calls(
-    turns: list[Placed], tools: Any, context: RepairContext, notes: Notes
-) -> list[Placed]:
+    turns: list[PlacedMessage], tools: Any, context: RepairContext, notes: Notes
+) -> list[PlacedMessage]:
     """Convert calls and results that are written as text.
 
     Raises:
         RowError: ``QC-DATA-054`` a call that cannot be converted.
     """
-    made: list[Placed] = []
+    made: list[PlacedMessage] = []
     for turn in turns:
         before = made[-1] if made else None
         calling = before is not None and (before.role == "tool" or bool(before.calls))
@@ -61,7 +61,9 @@ def read_text_calls(
     return made
 
 
-def _with_calls(turn: Placed, tools: Any, context: RepairContext, notes: Notes) -> Placed:
+def _with_calls(
+    turn: PlacedMessage, tools: Any, context: RepairContext, notes: Notes
+) -> PlacedMessage:
     """An assistant turn whose text holds calls, with `tool_calls`."""
     text = text_only(turn.message.get("content"))
     tags = context.call_tags
@@ -92,7 +94,9 @@ def _with_calls(turn: Placed, tools: Any, context: RepairContext, notes: Notes) 
     return turn.but(content=head, tool_calls=calls)
 
 
-def _without_repeated(turn: Placed, tools: Any, context: RepairContext, notes: Notes) -> Placed:
+def _without_repeated(
+    turn: PlacedMessage, tools: Any, context: RepairContext, notes: Notes
+) -> PlacedMessage:
     """An assistant turn with `tool_calls` without the same calls in its text."""
     text = text_only(turn.message.get("content"))
     tags = context.call_tags
@@ -126,7 +130,7 @@ def _plain(call: Any) -> tuple[Any, Any]:
     return function.get("name"), arguments or {}
 
 
-def _check_reasoning(turn: Placed, context: RepairContext) -> None:
+def _check_reasoning(turn: PlacedMessage, context: RepairContext) -> None:
     """Refuse a call in the reasoning, where no server reads it as a call."""
     text, tags = turn.message.get("reasoning_content"), context.call_tags
     if not isinstance(text, str) or tags is None or context.abilities.calls != "other":
@@ -233,7 +237,7 @@ def _refuse_after(text: str, at: str) -> None:
     )
 
 
-def _results(turn: Placed, context: RepairContext, notes: Notes) -> list[Placed]:
+def _results(turn: PlacedMessage, context: RepairContext, notes: Notes) -> list[PlacedMessage]:
     """Tool turns of a turn that writes the tags of results itself."""
     text = text_only(turn.message.get("content"))
     if text is None or context.result_tags is None or not context.abilities.wraps_results:
@@ -246,7 +250,9 @@ def _results(turn: Placed, context: RepairContext, notes: Notes) -> list[Placed]
     return [turn.but(role="tool", content=result) for result in one.findall(text)]
 
 
-def move_thinking(turns: list[Placed], context: RepairContext, notes: Notes) -> list[Placed]:
+def move_thinking(
+    turns: list[PlacedMessage], context: RepairContext, notes: Notes
+) -> list[PlacedMessage]:
     """Move think blocks into ``reasoning_content``, where the template does not do it itself."""
     able, marks = context.abilities, context.marks
     if marks is None or able.splits_content or not able.reads_reasoning:
@@ -269,7 +275,7 @@ def _marks_of(kinds: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(r"`[^`\n]*`|<(" + "|".join(map(re.escape, kinds)) + ")>")
 
 
-def check_marks(turns: Sequence[Placed], kinds: tuple[str, ...], raw: Any = None) -> None:
+def check_marks(turns: Sequence[PlacedMessage], kinds: tuple[str, ...], raw: Any = None) -> None:
     """Refuse marks of media: the model would be trained on the word.
 
     In a user turn every mark of an installed kind is refused. Other marks may be about markup: in
@@ -303,7 +309,7 @@ def check_marks(turns: Sequence[Placed], kinds: tuple[str, ...], raw: Any = None
                     raise _no_medium(turn, kind, kind in kinds, kind in types)
 
 
-def _has_media(turns: Sequence[Placed], raw: Any) -> bool:
+def _has_media(turns: Sequence[PlacedMessage], raw: Any) -> bool:
     """Whether a row has a column or a part of media."""
     columns = raw if isinstance(raw, dict) else {}
     return any(columns.get(key) for key in MEDIA_COLUMNS & columns.keys()) or any(
@@ -314,7 +320,7 @@ def _has_media(turns: Sequence[Placed], raw: Any) -> bool:
     )
 
 
-def _no_medium(turn: Placed, kind: str, readable: bool, beside: bool) -> RowError:
+def _no_medium(turn: PlacedMessage, kind: str, readable: bool, beside: bool) -> RowError:
     example = f'{{"type": "{kind}", "{kind}": <path>}}'
     if not readable:
         advice = f"install a plugin that reads {kind} parts, or take rows without them"

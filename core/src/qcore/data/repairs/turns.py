@@ -20,20 +20,22 @@ from __future__ import annotations
 from typing import Any
 
 from ...api.media import RowError
-from .notes import Notes, Placed, RepairContext, text_only
+from .notes import Notes, PlacedMessage, RepairContext, text_only
 from .results import pair_results
 
-JOINED, REFUSED, UNANSWERED = "QC-DATA-050", "QC-DATA-051", "QC-DATA-052"
+JOINED, ORDER, UNANSWERED = "QC-DATA-050", "QC-DATA-051", "QC-DATA-052"
 _GAP = "\n\n"
 
 
-def repair_order(turns: list[Placed], context: RepairContext, notes: Notes) -> list[Placed]:
+def repair_order(
+    turns: list[PlacedMessage], context: RepairContext, notes: Notes
+) -> list[PlacedMessage]:
     """The turns in an order that serving can produce.
 
     Raises:
         RowError: ``QC-DATA-051``; ``-052`` if its warnings refuse a row.
     """
-    made: list[Placed] = []
+    made: list[PlacedMessage] = []
     for turn in turns:
         before = made[-1] if made else None
         if before is not None and before.role == turn.role in ("user", context.assistant):
@@ -48,7 +50,7 @@ def repair_order(turns: list[Placed], context: RepairContext, notes: Notes) -> l
     return _trimmed(_unprompted(made, context, notes), context, notes)
 
 
-def _joined(first: Placed, second: Placed, context: RepairContext) -> Placed:
+def _joined(first: PlacedMessage, second: PlacedMessage, context: RepairContext) -> PlacedMessage:
     """Two turns of one role as one."""
     changed: dict[str, Any] = {}
     _check_names(first, second)
@@ -66,11 +68,11 @@ def _joined(first: Placed, second: Placed, context: RepairContext) -> Placed:
     return first.but(content=content, **changed)
 
 
-def _check_names(first: Placed, second: Placed) -> None:
+def _check_names(first: PlacedMessage, second: PlacedMessage) -> None:
     names = [turn.message.get("name") for turn in (first, second)]
     if names[0] != names[1]:
         raise RowError(
-            REFUSED,
+            ORDER,
             f"differs from the name of the {second.role} turn before it",
             at=f"{second.at}.name",
             found=" and ".join("no name" if name is None else repr(name) for name in names)[:80],
@@ -79,7 +81,7 @@ def _check_names(first: Placed, second: Placed) -> None:
         )
 
 
-def _check_joined(first: Placed, second: Placed) -> None:
+def _check_joined(first: PlacedMessage, second: PlacedMessage) -> None:
     said = {turn.index: text_only(turn.message.get("content")) != "" for turn in (first, second)}
     thought = {turn.index: bool(turn.message.get("reasoning_content")) for turn in (first, second)}
     train = [turn.message.get("train") for turn in (first, second)]
@@ -95,7 +97,7 @@ def _check_joined(first: Placed, second: Placed) -> None:
     else:
         return
     raise RowError(
-        REFUSED,
+        ORDER,
         what,
         at=second.at,
         found=f"two assistant turns, messages {first.index} and {second.index}",
@@ -119,13 +121,13 @@ def _parts(content: Any) -> list[Any]:
     return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
-def _system(made: list[Placed], turn: Placed) -> Placed:
+def _system(made: list[PlacedMessage], turn: PlacedMessage) -> PlacedMessage:
     """The system turn that a further one is joined to."""
     if made[-1].role == "system" and len(made) == 1:
         content = _content(made[-1].message.get("content"), turn.message.get("content"))
         return made[-1].but(content=content)
     raise RowError(
-        REFUSED,
+        ORDER,
         "is a system turn that is not the first turn, which the chat template refuses",
         at=turn.at,
         expected="one system turn at the start",
@@ -133,7 +135,9 @@ def _system(made: list[Placed], turn: Placed) -> Placed:
     )
 
 
-def _unprompted(turns: list[Placed], context: RepairContext, notes: Notes) -> list[Placed]:
+def _unprompted(
+    turns: list[PlacedMessage], context: RepairContext, notes: Notes
+) -> list[PlacedMessage]:
     """Make answers before the first user turn context."""
     if context.abilities.answers_first:
         return turns
@@ -153,7 +157,9 @@ def _unprompted(turns: list[Placed], context: RepairContext, notes: Notes) -> li
     return made
 
 
-def _trimmed(turns: list[Placed], context: RepairContext, notes: Notes) -> list[Placed]:
+def _trimmed(
+    turns: list[PlacedMessage], context: RepairContext, notes: Notes
+) -> list[PlacedMessage]:
     """Remove the turns after the last answer."""
     last = max((n for n, turn in enumerate(turns) if turn.role == context.assistant), default=-1)
     rest = turns[last + 1 :]
@@ -168,6 +174,6 @@ def _trimmed(turns: list[Placed], context: RepairContext, notes: Notes) -> list[
     return turns[: last + 1]
 
 
-def _count(turns: list[Placed]) -> str:
+def _count(turns: list[PlacedMessage]) -> str:
     roles = " and ".join(dict.fromkeys(turn.role for turn in turns))
     return f"{len(turns)} {roles} turn{'s' if len(turns) > 1 else ''}"

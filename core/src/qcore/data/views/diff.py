@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from ..rendering.samples import first_difference
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from .show import ShownSample
 
-REFUSED, SAMPLES, TEXT, TOKENS, TRAINED = "refused", "samples", "text", "tokens", "trained"
+MISSING, SAMPLES, TEXT, TOKENS, TRAINED = "refused", "samples", "text", "tokens", "trained"
 _SHOWN = 60  #: characters on each side
 
 
@@ -63,7 +65,7 @@ def differences(
         if not left or not right:
             here = [f"{len(side)} samples" if side else "refused or left out"
                     for side in (left, right)]  # fmt: skip
-            yield RowDifference(row=row, sample=0, kind=REFUSED, token=-1, a=here[0], b=here[1])
+            yield RowDifference(row=row, sample=0, kind=MISSING, token=-1, a=here[0], b=here[1])
             continue
         if len(left) != len(right):
             sizes = f"{len(left)} samples", f"{len(right)} samples"
@@ -78,8 +80,8 @@ def _paired(
     a: Iterable[ShownSample], b: Iterable[ShownSample]
 ) -> Iterator[tuple[int, list[ShownSample], list[ShownSample]]]:
     """The samples of each row that one of the models has."""
-    lefts = ((row, list(samples)) for row, samples in groupby(a, lambda s: s.row))
-    rights = ((row, list(samples)) for row, samples in groupby(b, lambda s: s.row))
+    lefts = ((row, list(samples)) for row, samples in groupby(a, lambda s: s.example.row))
+    rights = ((row, list(samples)) for row, samples in groupby(b, lambda s: s.example.row))
     left, right = next(lefts, None), next(rights, None)
     while left is not None or right is not None:
         row = min(side[0] for side in (left, right) if side is not None)
@@ -93,37 +95,24 @@ def _paired(
 def _difference(
     one: ShownSample, other: ShownSample, tokenizers: tuple[Tokenizer, Tokenizer]
 ) -> RowDifference | None:
-    ids, theirs = list(one.token_ids), list(other.token_ids)
+    ids, theirs = list(one.example.ids), list(other.example.ids)
     texts = "".join(one.texts(tokenizers[0])), "".join(other.texts(tokenizers[1]))
-    pairs = list(zip(ids, theirs, strict=False))
-    at = next((n for n, (x, y) in enumerate(pairs) if x != y), len(pairs))
+    at = first_difference(ids, theirs)
     if texts[0] != texts[1]:
-        place = _first(*texts)
-        before = max(0, place - 20)
-        shown = [text[before : place + _SHOWN] for text in texts]
-        return RowDifference(
-            row=one.row, sample=one.sample, kind=TEXT, token=at, a=shown[0], b=shown[1]
-        )
+        place = first_difference(*texts)
+        shown = [text[max(0, place - 20) : place + _SHOWN] for text in texts]
+        return _differs(one, TEXT, at, shown[0], shown[1])
     if ids != theirs:
-        return RowDifference(
-            row=one.row, sample=one.sample, kind=TOKENS, token=at,
-            a=str(ids[at : at + 4]), b=str(theirs[at : at + 4]),
-        )  # fmt: skip
-    marks = list(zip(one.trained, other.trained, strict=True))
-    at = next((n for n, (x, y) in enumerate(marks) if x != y), -1)
-    if at < 0:
-        return None
-    return RowDifference(
-        row=one.row, sample=one.sample, kind=TRAINED, token=at,
-        a=_why(one, at), b=_why(other, at),
-    )  # fmt: skip
+        return _differs(one, TOKENS, at, str(ids[at : at + 4]), str(theirs[at : at + 4]))
+    at = first_difference(one.trained, other.trained)
+    return None if at == len(ids) else _differs(one, TRAINED, at, _why(one, at), _why(other, at))
 
 
-def _first(a: str, b: str) -> int:
-    """Where two texts begin to differ."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((n for n, (x, y) in pairs if x != y), min(len(a), len(b)))
+def _differs(sample: ShownSample, kind: str, at: int, a: str, b: str) -> RowDifference:
+    example = sample.example
+    return RowDifference(row=example.row, sample=example.sample, kind=kind, token=at, a=a, b=b)
 
 
 def _why(sample: ShownSample, at: int) -> str:
-    return next((span.why for span in sample.spans if span.start <= at < span.end), "")
+    spans = sample.example.token_spans
+    return next((span.why for span in spans if span.start <= at < span.end), "")

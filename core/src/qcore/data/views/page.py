@@ -107,16 +107,16 @@ class Page:
                 _number(self._whys, span.why),
                 int(span.trained),
             ]
-            for span, text in zip(sample.spans, texts, strict=True)
+            for span, text in zip(sample.example.token_spans, texts, strict=True)
         ]
         supervised = sample.supervised
         entry = [
-            sample.row,
-            sample.sample,
+            sample.example.row,
+            sample.example.sample,
             _number(self._sources, sample.source),
-            _number(self._formats, sample.format),
+            _number(self._formats, sample.origin.format),
             sample.place,
-            len(sample.token_ids),
+            len(sample.example.ids),
             supervised,
             spans,
             [[caption, self._thumbnail(url)] for caption, url in media],
@@ -124,7 +124,7 @@ class Page:
         self._spool.write(",\n" if self._samples else "")
         self._spool.write(embedded(entry))
         self._samples += 1
-        self._tokens += len(sample.token_ids)
+        self._tokens += len(sample.example.ids)
         self._supervised += supervised
 
     def write(

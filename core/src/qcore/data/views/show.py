@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...api.media import RowError
@@ -18,66 +17,66 @@ from ..rendering.masking import IGNORED
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from ..media.files import Reference
     from ..rendering.masking import Example
     from ..rendering.renderer import Renderer
-    from ..rendering.row_plan import RowPlan
-    from ..rendering.samples import Span
+    from ..rows import ChatRow
     from ..sources.source import Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownSample:
-    """A sample with the origin of its row.
+    """A sample and the row that it comes from.
 
     Attributes:
-        row: number of the row over all sources, from 1.
-        sample: number within the row, from 1.
-        source: name of the source, as the user wrote it.
-        format: row format.
-        path: the file of the row.
-        place: place of the row in its file: ``line 3``.
-        token_ids: token ids.
-        trained: for each token, whether it has a label.
-        spans: consecutive ranges of tokens that cover the sample.
-        media: media parts of the row that the sample contains, in order.
+        origin: the row; its `media` are references.
+        example: the sample, with the reason of each token.
     """
 
-    row: int
-    sample: int
-    source: str
-    format: str
-    path: Path
-    place: str
-    token_ids: Sequence[int]
-    trained: Sequence[bool]
-    spans: tuple[Span, ...]
-    media: tuple[Reference, ...] = ()
+    origin: ChatRow
+    example: Example
+
+    @property
+    def source(self) -> str:
+        """Name of the source, as the user wrote it."""
+        row = self.origin
+        return row.source.name if row.source is not None else str(row.path)
+
+    @property
+    def place(self) -> str:
+        """Place of the row in its file: ``line 3``."""
+        return place_of(self.origin)
+
+    @property
+    def trained(self) -> list[bool]:
+        """For each token, whether it has a label."""
+        return [label != IGNORED for label in self.example.labels]
 
     @property
     def supervised(self) -> int:
         """Number of trained tokens."""
-        return sum(self.trained)
+        return len(self.example.labels) - self.example.labels.count(IGNORED)
 
     def as_json(self) -> dict[str, Any]:
         """The entry of ``qcore data show --json``."""
         return {
-            "row": self.row,
-            "sample": self.sample,
+            "row": self.example.row,
+            "sample": self.example.sample,
             "source": self.source,
-            "format": self.format,
-            "token_ids": list(self.token_ids),
-            "trained": list(self.trained),
+            "format": self.origin.format,
+            "token_ids": list(self.example.ids),
+            "trained": self.trained,
             "spans": [
-                {"start": span.start, "end": span.end, "why": span.why} for span in self.spans
+                {"start": span.start, "end": span.end, "why": span.why}
+                for span in self.example.token_spans
             ],
         }
 
     def texts(self, tokenizer: Tokenizer) -> list[str]:
         """The text of each span."""
+        ids = list(self.example.ids)
         return [
-            tokenizer.decode(list(self.token_ids[span.start : span.end]), skip_special_tokens=False)
-            for span in self.spans
+            tokenizer.decode(ids[span.start : span.end], skip_special_tokens=False)
+            for span in self.example.token_spans
         ]
 
 
@@ -89,17 +88,18 @@ def previews(sample: ShownSample, renderer: Renderer, size: int) -> list[tuple[s
         renderer: that has rendered it.
         size: pixels of the longer side.
     """
-    reader = renderer.options.reader
+    reader, path = renderer.options.reader, sample.origin.path
+    assert path is not None, "rows are read from files"
     sources = (count.source for count in renderer.notes.counts)
-    root = next((one.media_root for one in sources if sample.path in one.files), None)
+    root = next((one.media_root for one in sources if path in one.files), None)
     shown: list[tuple[str, str]] = []
-    for part in sample.media:
+    for part in sample.origin.media[: len(sample.example.media)]:
         name = part.given if isinstance(part.given, str) else ""
         caption = f"{part.kind} {'' if name[:5].lower() == 'data:' else name}".strip()
         url = ""
         if reader is not None:
             try:
-                payload = renderer.finder(sample.path.parent, root).payload(part)
+                payload = renderer.finder(path.parent, root).payload(part)
             except RowError:  # the file has changed since it was read
                 payload = None
             url = "" if payload is None else reader.preview(payload, size)
@@ -119,21 +119,4 @@ def shown_samples(renderer: Renderer, sources: Sequence[Source]) -> Iterator[Sho
     """
     for plan, encoded in renderer.encoded(sources):
         for one in encoded:
-            yield _shown(plan, one.example)
-
-
-def _shown(plan: RowPlan, example: Example) -> ShownSample:
-    row = plan.row
-    assert row.path is not None, "rows are read from files"
-    return ShownSample(
-        row=example.row,
-        sample=example.sample,
-        source=row.source.name if row.source is not None else str(row.path),
-        format=row.format,
-        path=row.path,
-        place=place_of(row),
-        token_ids=example.ids,
-        trained=[label != IGNORED for label in example.labels],
-        spans=example.token_spans,
-        media=row.media[: len(example.media)],
-    )
+            yield ShownSample(origin=plan.row, example=one.example)
