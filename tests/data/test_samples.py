@@ -432,8 +432,8 @@ def test_whitespace_that_the_template_drops_is_counted(folder: Path, tmp_path: P
 def test_the_factor_is_reported_before_the_run(folder: Path, tmp_path: Path) -> None:
     found = load(folder, tmp_path, TALK, TALK, [user("q"), bot("a")])
     longest = [max(len(e.ids) for e in found.train if e.row == n) for n in (1, 2, 3)]
-    assert found.factor == sum(len(e.ids) for e in found.train) / sum(longest)
+    factor = sum(len(e.ids) for e in found.train) / sum(longest)
     (line,) = (line for line in found.lines() if "QC-DATA-048" in line)
-    assert f"3 rows became 5 samples with {found.factor:.2f} times the tokens" in line
+    assert f"3 rows became 5 samples with {factor:.2f} times the tokens" in line
     assert "history=as_served" in line
     assert found.summary()["samples"] == 5

@@ -80,3 +80,11 @@ def test_a_column_that_is_part_of_the_prompt_is_refused(key: str) -> None:
     with pytest.raises(RowError) as caught:
         Formats().convert({"messages": TALK, key: "The ball is red."})
     assert (caught.value.code, caught.value.at) == ("QC-DATA-024", key)
+
+
+def test_two_reasonings_of_a_turn_are_refused() -> None:
+    turns = [TALK[0], {**TALK[1], "thinking": "x", "reasoning": "y"}]
+    with pytest.raises(RowError) as caught:
+        Formats().convert({"messages": turns})
+    assert (caught.value.code, caught.value.at) == ("QC-DATA-016", "messages[1]")
+    assert caught.value.found == "thinking and reasoning"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..api.media import RowError
 from ..errors import nearest
 from .media.files import Given, Reference
-from .tool_fields import ADVICE, kind, known_keys, mapping, without_nulls, wrong
+from .tool_fields import kind, known_keys, mapping, without_nulls, wrong
 
 if TYPE_CHECKING:
     from ..api.media import MediaReader
@@ -58,7 +58,7 @@ class ContentReader:
             name: f"put it into the content of a message: {_example(name)}" for name in self.kinds
         }
         #: Fixes for media keys beside ``messages``; other formats put a list of files there.
-        self.row_advice = ADVICE | among | {f"{name}s": how for name, how in among.items()}
+        self.row_advice = among | {f"{name}s": how for name, how in among.items()}
 
     def content(
         self, value: Any, at: str
