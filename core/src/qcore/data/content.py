@@ -14,7 +14,7 @@ model and is dropped), ``path``, ``url`` or ``base64`` (transformers), ``{"bytes
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..api.media import RowError
@@ -40,15 +40,18 @@ class ContentReader:
     Args:
         reader: reads the kinds of media that are allowed; without it content is text only.
         unread: why there is no reader, for the error.
+        kinds: without a reader: kinds that parts may have; their options are not checked.
 
     Attributes:
         kinds: allowed kinds of media.
         row_advice: fixes by misplaced key of a row.
     """
 
-    def __init__(self, reader: MediaReader | None = None, unread: str = "") -> None:
-        self.kinds = () if reader is None else reader.kinds
-        self._keys = () if reader is None else reader.keys
+    def __init__(
+        self, reader: MediaReader | None = None, unread: str = "", kinds: Sequence[str] = ()
+    ) -> None:
+        self.kinds = tuple(kinds) if reader is None else reader.kinds
+        self._keys = None if reader is None else reader.keys
         self._unread = unread
         self._types = {name: name for name in self.kinds}
         self._types |= {f"{name}_url": name for name in self.kinds}
@@ -142,8 +145,11 @@ class ContentReader:
         if named != name:
             part = {key: inner for key, inner in part.items() if key != _DETAIL}
         sources = (named, name, *_SOURCES)
-        known = ("type", *dict.fromkeys(sources), "sha256", *self._keys)
-        known_keys(part, known, at, "QC-DATA-006", self._key_advice)
+        known = ("type", *dict.fromkeys(sources), "sha256")
+        keys = self._keys
+        if keys is None:
+            keys = tuple(key for key in part if key not in known)
+        known_keys(part, (*known, *keys), at, "QC-DATA-006", self._key_advice)
         stated = [key for key in dict.fromkeys(sources) if key in part]
         if len(stated) != 1:
             raise RowError(
@@ -160,7 +166,7 @@ class ContentReader:
             at=at,
             given=given,
             sha256=_digest(part.get("sha256"), given, at),
-            options={key: part[key] for key in self._keys if key in part},
+            options={key: part[key] for key in keys if key in part},
         )
 
 

@@ -91,7 +91,15 @@ class ChatRow:
 
 
 class RowCheck:
-    """Converts JSON values to `ChatRow` by the rules of one chat format."""
+    """Converts canonical rows to `ChatRow` by the rules of one chat format.
+
+    Args:
+        chat_format: the format of rendered conversations.
+        control: further strings that a row's text must not hold.
+        reader: reads media; without it rows must be text only.
+        unread: why there is no reader.
+        kinds: without a reader: kinds of media parts that rows may have all the same.
+    """
 
     def __init__(
         self,
@@ -99,10 +107,11 @@ class RowCheck:
         control: Sequence[str] = (),
         reader: MediaReader | None = None,
         unread: str = "",
+        kinds: Sequence[str] = (),
     ) -> None:
         self.format = chat_format
         self.marks = thinking_marks(chat_format)
-        self.parts = ContentReader(reader, unread)
+        self.parts = ContentReader(reader, unread, kinds)
         media = () if reader is None else reader.control
         longest_first = sorted({*chat_format.control, *control, *media}, key=len, reverse=True)
         words = [re.escape(word) for word in longest_first if word]
