@@ -217,10 +217,10 @@ def errors() -> None:
 
 
 def few(name: str) -> None:
-    """4-bit weights read inside the product against dequantised ones, by rows an expert."""
+    """4-bit weights read inside the product against dequantized ones, by rows an expert."""
     module = Build(0, fast=True).experts(name)
     assert isinstance(module, Experts)
-    print(f"{name}: dequantise all {median(lambda: module.dense_slices(slice(0, E))):.3f} ms")
+    print(f"{name}: dequantize all {median(lambda: module.dense_slices(slice(0, E))):.3f} ms")
     for tokens in (1, 8, 32, 128, 256, 512, 1024):
         print(
             f"  {tokens} tokens, {tokens * K / E:.1f} rows an expert: {both_ways(module, tokens)}"
@@ -239,7 +239,7 @@ def both_ways(module: Experts, tokens: int) -> str:
         experts_triton.FEW = threshold
         forward = median(lambda: product.base(x, turned=True, spread=True, lora=None))
         backward = median(lambda: product.base(dy, turned=False, spread=False, lora=None))
-        how = "read inside" if threshold else "dequantised"
+        how = "read inside" if threshold else "dequantized"
         told.append(f"{how} {forward:.3f} / {backward:.3f} ms")
     experts_triton.FEW = FEW
     return "; ".join(told)

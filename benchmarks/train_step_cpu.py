@@ -1,7 +1,7 @@
 """Times one QLoRA training step on the CPU: qcore and transformers + peft + bitsandbytes.
 
 A four-layer slice of Qwen3.5-0.8B at full width (random weights, full vocabulary), one row of
-1024 tokens, every second position supervised, NF4 with double quantisation, LoRA r=16 on ten
+1024 tokens, every second position supervised, NF4 with double quantization, LoRA r=16 on ten
 kinds of linear map, AdamW. Both sides load the same checkpoint and train on the same tokens,
 each in a process of its own, in turn (A B A B), so that the machine's drift hits both.
 

@@ -4,7 +4,7 @@ r"""Times one QLoRA training step on a GPU: qcore and every installed peer, in o
         --peers hf,hf-fla,unsloth --policy elementwise [--rounds 2] [--profile]
 
 Every side runs in processes of its own, in turn (A B A B), on the same token ids, with LoRA of
-rank 16 on the same ten kinds of linear map, NF4 with double quantisation, AdamW and random
+rank 16 on the same ten kinds of linear map, NF4 with double quantization, AdamW and random
 weights made on the device. ``--policy`` and ``--kernels op=backend`` are qcore's; several
 policies, comma-separated, are several sides. Each round's first process starts with the caches
 of the one before it; the first round's are empty, which is where the time of the first step is

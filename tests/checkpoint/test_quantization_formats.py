@@ -1,4 +1,4 @@
-"""Formats of quantised weights told from headers; what config.json may say beside them; FP8."""
+"""Formats of quantized weights told from headers; what config.json may say beside them; FP8."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from support.cli_kit import here
 from support.e2e_kit import figure
-from support.fp8_kit import decoded, is_quantised, to_fp8
+from support.fp8_kit import decoded, is_quantized, to_fp8
 from support.model_kit import TEXT, key_list, small_config, small_shapes, write_json
 from support.sku_kit import config_of, derived, shapes_of, write_sku
 from support.tiers import fast
@@ -191,7 +191,7 @@ def checkpoint(tensors: Tensors, config: Mapping[str, Any], folder: Path) -> Che
     return Checkpoint.open(folder)
 
 
-def quantised(
+def quantized(
     make: Callable[[str, int, int], Tensors], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Tensors, int]:
     """The maps of a model in a format, all else in bf16; and how many maps there are."""
@@ -216,7 +216,7 @@ def section(method: str, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("case", FORMATS)
 def test_a_format_by_its_tensors(tmp_path: Path, case: str) -> None:
     make, kind, method = FORMATS[case]
-    tensors, count = quantised(make, small_shapes())
+    tensors, count = quantized(make, small_shapes())
     said = small_config() | section(method)
     for number, config in enumerate((said, small_config())):  # with the witness, and without
         found = detect_quantization(checkpoint(tensors, config, tmp_path / str(number)))
@@ -299,7 +299,7 @@ def test_a_contradiction(tmp_path: Path, case: str, capsys: Any) -> None:
     files, config, field, says = CONTRADICTIONS[case]
     tensors: Tensors = {name: ("BF16", shape) for name, shape in small_shapes().items()}
     if files != BF16:
-        tensors, _ = quantised(FORMATS[files][0], small_shapes())
+        tensors, _ = quantized(FORMATS[files][0], small_shapes())
     with pytest.raises(InputError) as error:
         detect_quantization(checkpoint(tensors, small_config() | config, tmp_path))
     assert error.value.code == "QC-CKPT-010"
@@ -310,7 +310,7 @@ def test_a_contradiction(tmp_path: Path, case: str, capsys: Any) -> None:
 
 
 def test_a_contradiction_of_the_other_file(tmp_path: Path) -> None:
-    tensors, _ = quantised(block_fp8, small_shapes())
+    tensors, _ = quantized(block_fp8, small_shapes())
     write_json(tmp_path / "hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}})
     with pytest.raises(InputError, match=r"hf_quant_config.json: .*found NVFP4") as error:
         detect_quantization(checkpoint(tensors, small_config() | section("fp8"), tmp_path))
@@ -318,7 +318,7 @@ def test_a_contradiction_of_the_other_file(tmp_path: Path) -> None:
 
 
 def test_a_method_that_is_unknown_here(tmp_path: Path) -> None:
-    tensors, _ = quantised(lambda name, *shape: {f"{name}_W_q": ("U8", shape)}, small_shapes())
+    tensors, _ = quantized(lambda name, *shape: {f"{name}_W_q": ("U8", shape)}, small_shapes())
     found = detect_quantization(checkpoint(tensors, small_config() | section("hqq"), tmp_path))
     assert found is not None
     assert list(found.formats) == [Format.OTHER]
@@ -340,7 +340,7 @@ def test_a_method_that_is_unknown_here(tmp_path: Path) -> None:
 def test_what_it_was_made_from(
     tmp_path: Path, card: str, config: dict[str, Any], base: str | None
 ) -> None:
-    tensors, _ = quantised(gptq, small_shapes())
+    tensors, _ = quantized(gptq, small_shapes())
     (tmp_path / "README.md").write_text(card)
     opened = checkpoint(tensors, small_config() | config, tmp_path)
     found = detect_quantization(opened)
@@ -361,11 +361,11 @@ UNREADABLE = [case for case, (_, kind, _) in FORMATS.items() if kind is not Form
 def test_inspect_names_the_format(tmp_path: Path, case: str, capsys: Any) -> None:
     """And not the hundreds of tensors that no table knows."""
     make, kind, method = FORMATS[case]
-    tensors, count = quantised(make, small_shapes())
+    tensors, count = quantized(make, small_shapes())
     checkpoint(tensors, small_config() | section(method), tmp_path)
     ended = here(capsys, "inspect", tmp_path)
     assert ended.code == 65
-    assert f"  quantised   {count} weights in {kind.value}" in ended.out
+    assert f"  quantized   {count} weights in {kind.value}" in ended.out
     assert "accounted" not in ended.out
     assert len(ended.out.splitlines()) < 20
     (line,) = ended.err.splitlines()
@@ -386,7 +386,7 @@ def test_inspect_of_plain_weights(tmp_path: Path, capsys: Any) -> None:
 
 @pytest.mark.parametrize("verb", ["train", "merge", "generate"])
 def test_a_verb_says_what_to_use_instead(tmp_path: Path, verb: str, capsys: Any) -> None:
-    tensors, count = quantised(gptq, small_shapes())
+    tensors, count = quantized(gptq, small_shapes())
     base, out = tmp_path / "base", tmp_path / "out"
     checkpoint(tensors, small_config() | section("gptq"), base)
     (base / "README.md").write_text("---\nbase_model: some-org/its-base\n---\n")
@@ -587,7 +587,7 @@ def test_published_sizes_in_fp8(
         shapes = derived(config, mtp_fused=False, fused=False)
     tensors: Tensors = {}
     for name, shape in shapes.items():
-        quant = is_quantised(name)
+        quant = is_quantized(name)
         tensors |= block_fp8(name, *shape) if quant else {name: ("BF16", shape)}
     for file in write_sku(shared, tmp_path, sku, {}).glob("*.safetensors*"):
         file.unlink()  # template and tokenizer stay
@@ -597,11 +597,11 @@ def test_published_sizes_in_fp8(
     wrote = time.perf_counter()
     found = identify(str(tmp_path))
     known = time.perf_counter()
-    assert found.quantisation is not None
-    assert found.quantisation.formats == {Format.BLOCK_FP8: maps}
+    assert found.quantization is not None
+    assert found.quantization.formats == {Format.BLOCK_FP8: maps}
     assert found.layout.parameters == total
     assert len(found.layout.scales) == maps
-    plan = plan_merge(found.checkpoint, found.quantisation)
+    plan = plan_merge(found.checkpoint, found.quantization)
     planned = time.perf_counter()
     assert plan.decoded == maps
     assert plan.size == 2 * total  # all of it in bf16

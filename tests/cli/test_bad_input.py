@@ -172,7 +172,7 @@ CONFIGS: dict[str, tuple[Callable[[Path], object], int, str, str]] = {
         edit_text(rope_scaling={"type": "yarn", "factor": 4.0}), 65, "QC-QWEN35-011",
         "rope_scaling",
     ),
-    "already quantised": (
+    "already quantized": (
         edit_top(quantization_config={"quant_method": "fp8"}), 65, "QC-CKPT-010", "found fp8"
     ),
     "no class is named": (edit_top(architectures=[]), 65, "QC-ADAPTER-002", "architectures"),

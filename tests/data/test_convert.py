@@ -11,6 +11,8 @@ import pytest
 from qcore.api.media import RowError
 from qcore.data.convert import ROWS, convert
 from qcore.data.formats import SCHEMA_VERSION, Formats, schema
+from qcore.data.policies import Policies
+from qcore.data.rejects import Rejects
 from qcore.data.sources.source import Record, Source
 from qcore.errors import InputError, PreflightError, WriteError
 from qcore.io.artifact import read_manifest, verify
@@ -59,7 +61,8 @@ def test_relative_media_become_absolute(tmp_path: Path) -> None:
     formats = Formats(kinds=("image", "video"))
     row = {"messages": [{"role": "user", "content": "<image><video>q"}, QA[1]],
            "images": ["b/a.png"], "videos": [["f0.png", "data:image/png;base64,AA=="]]}  # fmt: skip
-    absolute = {"messages": [{"role": "user", "content": [{"type": "image", "image": "/x/a.png"}]}]}
+    part = {"type": "image", "image": "/x/a.png", "min_pixels": 4}
+    absolute = {"messages": [{"role": "user", "content": [part]}, QA[1]]}
     out = tmp_path / "out"
     report = convert(records(tmp_path, row, absolute), out, formats)
     folder = (tmp_path / "in").resolve()
@@ -164,17 +167,33 @@ def test_values_that_json_does_not_have_are_refused(tmp_path: Path) -> None:
 
 
 def test_refused_rows_can_be_left_out(tmp_path: Path) -> None:
-    seen: list[int] = []
-    report = convert(
-        records(
-            tmp_path, {"text": "x"}, SHAREGPT, {"messages": [{"role": "user", "content": [3]}]}
-        ),
-        tmp_path / "out",
-        Formats(),
-        refuse=lambda record, bad: seen.append(record.line),
+    rows = records(
+        tmp_path, {"text": "x"}, SHAREGPT, {"messages": [{"role": "user", "content": [3]}]}
     )
-    assert (report.rows, report.rejected, seen) == (1, 2, [1, 3])
+    rejects = Rejects(Policies(bad_rows="skip", bad_rows_limit=0.7))
+    report = convert(rows, tmp_path / "out", Formats(), rejects=rejects)
+    assert (report.rows, report.rejected) == (1, 2)
+    assert [(e["line"], e["action"]) for e in rejects.entries()] == [(1, "skipped"), (3, "skipped")]
     assert written(tmp_path / "out") == [{"messages": QA}]
+    with pytest.raises(InputError) as caught:
+        convert(rows, tmp_path / "b", Formats(), rejects=Rejects(Policies(bad_rows="skip")))
+    assert caught.value.code == "QC-DATA-047"
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        ({"messages": [QA[0]]}, "QC-DATA-010"),
+        ({"messages": [QA[0], {"role": "assistant", "content": ""}]}, "QC-DATA-010"),
+        ({"messages": [{"role": "user", "content": "a\ud800"}, QA[1]]}, "QC-DATA-008"),
+        ({"messages": QA, "tools": [{"type": "function", "function": {}}]}, "QC-DATA-007"),
+    ],
+)
+def test_what_no_model_could_train_on_is_refused(tmp_path: Path, row: Any, code: str) -> None:
+    with pytest.raises(InputError) as caught:
+        convert(records(tmp_path, row), tmp_path / "out", Formats())
+    assert caught.value.code == code
 
 
 def test_the_target_is_checked(tmp_path: Path) -> None:
@@ -188,8 +207,8 @@ def test_the_target_is_checked(tmp_path: Path) -> None:
 
 def test_the_result_is_read_again_unchanged(tmp_path: Path) -> None:
     formats = Formats()
-    lone = {"messages": [{"role": "user", "content": "\ud800"}, QA[1]]}
-    convert(records(tmp_path, SHAREGPT, lone), tmp_path / "one", formats)
+    odd = {"messages": [{"role": "user", "content": "a\u2028\u0085b"}, QA[1]]}
+    convert(records(tmp_path, SHAREGPT, odd), tmp_path / "one", formats)
     convert(records(tmp_path, *written(tmp_path / "one")), tmp_path / "two", formats)
     assert (tmp_path / "one" / ROWS).read_bytes() == (tmp_path / "two" / ROWS).read_bytes()
 

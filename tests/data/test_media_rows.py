@@ -35,6 +35,7 @@ from qcore.api.media import Placed, RowError
 from qcore.checkpoint.chat_template import Template
 from qcore.data.content import ContentReader
 from qcore.data.dataset import Dataset, dataset
+from qcore.data.formats import Formats
 from qcore.data.media import files as media_module
 from qcore.data.media.files import LARGEST, Finder, Reference
 from qcore.data.policies import Policies
@@ -253,7 +254,9 @@ SAME: list[Any] = [
 @pytest.mark.parametrize("part", SAME, ids=range(len(SAME)))
 def test_a_part_of_another_tool_is_the_same_medium(folder: Path, part: Any) -> None:
     reader = SwatchReader()
-    parts, (medium,) = ContentReader(reader).content([text("q"), part], "content")
+    _, row = Formats(kinds=reader.kinds).convert(ask(text("q"), part))
+    content = row["messages"][0]["content"]
+    parts, (medium,) = ContentReader(reader).content(content, "content")
     assert parts == [text("q"), {"type": "swatch", "swatch": "swatch"}]
     read = Finder(folder).read(medium, reader)
     assert read == Finder(folder).read(
@@ -299,7 +302,9 @@ def test_frames_are_one_medium(folder: Path, checkpoint: FakeCheckpoint) -> None
     from qcore.data.rows import RowCheck
 
     check, finder = RowCheck(FORMAT, (), FilmReader()), Finder(folder)
-    media = [finder.read(check(1, row).media[0], FilmReader()) for row in rows]
+    formats = Formats(kinds=("swatch",))
+    checked = [check(1, formats.convert(row)[1]) for row in rows]
+    media = [finder.read(row.media[0], FilmReader()) for row in checked]
     assert media[0].numbers == (3, 5, 7, 8, 9, 4, 1, 2, 3, 4)
     assert media[0].options == {"shade": "red"}
     assert media[0].digest == media[1].digest
@@ -549,7 +554,7 @@ NAMES: list[tuple[str, str, str]] = [
     ("//host/share/a.txt", "QC-MEDIA-001", "not a relative path"),
     ("~/a.txt", "QC-MEDIA-001", "not a relative path"),
     ("deep\\b.txt", "QC-MEDIA-001", "backslash"),
-    ("", "QC-MEDIA-001", "is empty"),
+    ("", "QC-DATA-006", "no path or data URL"),
     ("  ", "QC-MEDIA-001", "is empty"),
     ("a\0.txt", "QC-MEDIA-001", "character"),
     ("a\ud800.txt", "QC-MEDIA-001", "character"),
@@ -661,38 +666,37 @@ PARTS: list[tuple[Any, str, str, str]] = [
     ({"type": "swatch"}, "QC-DATA-006", "", "no path or data URL"),
     ({"type": "swatch", "swatch": None}, "QC-DATA-006", "", "no path or data URL"),
     ({"type": "swatch", "swatch": ["a.txt"]}, "QC-DATA-006", ".swatch", "a list of 1"),
-    ({"type": "swatch", "swatch": []}, "QC-DATA-006", ".swatch", "an empty list"),
+    ({"type": "swatch", "swatch": []}, "QC-DATA-006", "", "no path or data URL"),
     ({"type": "swatch", "swatch": ["a.txt", ["a.txt"]]}, "QC-DATA-006", ".swatch[1]", "a list"),
     ({"type": "swatch", "swatch": ["a.txt", 3]}, "QC-DATA-006", ".swatch[1]", "number 3"),
     ({"type": "swatch", "swatch": ["a.txt", "no"]}, "QC-MEDIA-002", ".swatch[1]", "not there"),
     ({"type": "swatch", "swatch": ["a.txt"], "sha256": "0" * 64}, "QC-DATA-006", ".sha256",
      "lists several"),
     ({"type": "swatch", "swatch": 3}, "QC-DATA-006", ".swatch", "number 3"),
-    ({"type": "swatch", "swatch": {}}, "QC-DATA-006", ".swatch", "names no file"),
-    ({"type": "swatch", "swatch": {"bytes": None, "path": None}}, "QC-DATA-006", ".swatch",
-     "names no file"),
-    ({"type": "swatch", "swatch": {"bytes": [3, 5]}}, "QC-DATA-006", ".swatch.bytes", "base64"),
+    ({"type": "swatch", "swatch": {}}, "QC-DATA-006", "", "no path or data URL"),
+    ({"type": "swatch", "swatch": {"bytes": None, "path": None}}, "QC-DATA-006", "",
+     "no path or data URL"),
+    ({"type": "swatch", "swatch": {"bytes": [3, 5]}}, "QC-DATA-006", ".swatch[0]", "number 3"),
     ({"type": "swatch", "swatch": {"bytes": "a.txt"}}, "QC-MEDIA-001", "", "does not decode"),
-    ({"type": "swatch", "swatch": {"url": "a.txt", "shade": "red"}}, "QC-DATA-006",
+    ({"type": "swatch", "swatch": {"url": "a.txt", "shade": "red"}}, "QC-DATA-024",
      ".swatch.shade", "unknown key"),
-    ({"type": "swatch", "swatch": "a.txt", "path": "a.txt"}, "QC-DATA-006", "",
-     "several sources: found swatch and path"),
+    ({"type": "swatch", "swatch": "a.txt", "path": "a.txt"}, "QC-DATA-024", "",
+     "twice: found swatch, path"),
     ({"type": "swatch_url"}, "QC-DATA-006", "", "no path or data URL"),
     ({"type": "swatch_url", "swatch_url": {"url": "https://x.org/a.txt", "detail": "low"}},
      "QC-MEDIA-001", "", "download it first"),
     (swatch("a.txt", shadee="red"), "QC-DATA-006", ".shadee", 'did you mean "shade"?'),
     (swatch("a.txt", text="q"), "QC-DATA-006", ".text", "a separate part"),
-    ({"type": "swatch", "data": "a.txt"}, "QC-DATA-006", ".data", "under base64"),
+    ({"type": "swatch", "data": "a.txt"}, "QC-MEDIA-001", "", "does not decode"),
     (swatch("a.txt", sha256="00"), "QC-DATA-006", ".sha256", "64 hex"),
     (swatch("a.txt", sha256="g" * 64), "QC-DATA-006", ".sha256", "64 hex"),
     (swatch("a.txt", sha256=0), "QC-DATA-006", ".sha256", "the number 0"),
-    ({"type": "input_swatch", "swatch_url": "a.txt"}, "QC-DATA-009", "",
+    ({"type": "my_swatch", "swatch_url": "a.txt"}, "QC-DATA-009", "",
      'write {"type": "swatch", "swatch": <path'),
     ({"type": "swach", "swach": "a.txt"}, "QC-DATA-009", "", 'did you mean "swatch"?'),
     ({"type": "image", "image": "a.png"}, "QC-DATA-009", "", "expected text or swatch"),
     ({"type": "text", "cache_control": {"type": "ephemeral"}}, "QC-DATA-006", "",
      "not a valid text part"),
-    ({"swatch": "a.txt"}, "QC-DATA-006", "", "not a valid text part"),
     ({"type": ["swatch"], "swatch": "a.txt"}, "QC-DATA-006", "", "not a valid text part"),
     (text(f"a {DOT} b"), "QC-DATA-008", ".text", repr(DOT)),
     (text(f"{OPEN}"), "QC-DATA-008", ".text", repr(OPEN)),

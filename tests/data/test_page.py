@@ -10,9 +10,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from support.chat_kit import own_tokenizer
 from support.page_kit import HOSTILE, write_page
 
-from qcore.data.views.page import check_page, embedded
+from qcore.data.views.page import THUMBNAILS, Page, check_page, embedded
 from qcore.errors import UsageError
 
 
@@ -76,3 +77,18 @@ def test_another_file_is_not_overwritten_and_an_own_page_is(tmp_path: Path) -> N
     check_page(page)
     write_page(page, 2)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["page.html", "rows.jsonl"]
+
+
+def test_thumbnails_of_ten_thousand_media_are_small_and_bounded(tmp_path: Path) -> None:
+    """The later ones are smaller, so that all of them fit."""
+    page = Page(own_tokenizer())
+    sizes = []
+    for n in range(10_000):
+        sizes.append(page.thumbnail)
+        # What a JPEG of a photo takes: a head, and bytes that grow with the pixels.
+        url = f"data:image/jpeg;base64,{n:08d}" + "A" * (800 + page.thumbnail**2 // 5)
+        assert page._thumbnail(url) == n
+    assert sizes[0] == 160
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] >= 40
+    assert page._size < THUMBNAILS

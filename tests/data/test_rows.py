@@ -64,10 +64,9 @@ BAD: list[tuple[bytes, str, str, str]] = [
     (b'{"messages": []}', "QC-DATA-005", "messages", "empty list"),
     (b'{"messages": {"role": "user"}}', "QC-DATA-005", "messages", "an object"),
     (b'{"messages": "hello"}', "QC-DATA-005", "messages", "hello"),
-    (b'{"prompt": "q"}', "QC-DATA-005", "", "neither"),
-    (b'{"prompt": "q", "response": "a", "completion": "b"}', "QC-DATA-005", "", "neither"),
-    (b'{"prompt": ["q"], "response": "a"}', "QC-DATA-005", "prompt", "a list"),
-    (ending('"prompt": "q"'), "QC-DATA-005", "", "neither"),
+    (b'{"prompt": "q", "response": "a"}', "QC-DATA-005", "prompt", "unknown key"),
+    (ending('"prompt": "q"'), "QC-DATA-005", "prompt", "unknown key"),
+    (ending('"tools": "[]"'), "QC-DATA-007", "tools", "the string"),
     (row('"text"'), "QC-DATA-006", "messages[1]", "not an object"),
     (row('{"content": "a"}'), "QC-DATA-006", "messages[1]", "no role"),
     (row('{"role": null, "content": "a"}'), "QC-DATA-006", "messages[1].role", "no role"),
@@ -99,7 +98,9 @@ BAD: list[tuple[bytes, str, str, str]] = [
     (answer('"weight": 0'), "QC-DATA-006", "messages[1].weight", "unknown key"),
     (answer('"name": 3'), "QC-DATA-006", "messages[1].name", "number 3"),
     (answer('"function_call": {}'), "QC-DATA-006", "messages[1].function_call", "unknown key"),
-    (answer('"thinking": ["x"]'), "QC-DATA-006", "messages[1].thinking", "a list"),
+    (answer('"thinking": "x"'), "QC-DATA-006", "messages[1].thinking", "unknown key"),
+    (answer('"reasoning_content": ["x"]'), "QC-DATA-006", "messages[1].reasoning_content",
+     "a list"),
     (answer('"tool_calls": {"name": "f"}'), "QC-DATA-007", "messages[1].tool_calls", "an object"),
     (answer('"tool_calls": ["f"]'), "QC-DATA-007", "messages[1].tool_calls[0]", "not a call"),
     (answer('"tool_calls": [{"function": {}}]'), "QC-DATA-007",
@@ -122,14 +123,14 @@ BAD: list[tuple[bytes, str, str, str]] = [
      "QC-DATA-006", "messages[1]", "without a preceding tool call"),
     (ending('"tools": {"name": "f"}'), "QC-DATA-007", "tools", "an object"),
     (ending('"tools": [{"type": "function"}]'), "QC-DATA-007", "tools[0]", "function name"),
-    (ending('"tools": "[oops"'), "QC-DATA-004", "tools", "not JSON"),
+    (ending('"tools": "[oops"'), "QC-DATA-007", "tools", "not a list"),
     (ending('"tools": [3]'), "QC-DATA-007", "tools[0]", "number 3"),
     (row(USER), "QC-DATA-010", "messages", "no assistant turn"),
     (row('{"role": "assistant", "content": " \\n"}'), "QC-DATA-010", "messages[1]", "is empty"),
     (row('{"role": "assistant"}'), "QC-DATA-010", "messages[1]", "is empty"),
     (row('{"role": "assistant", "content": "a<|im_end|>b"}'), "QC-DATA-008",
      "messages[1].content", "'<|im_end|>'"),
-    (answer('"reasoning": "<|im_start|>"'), "QC-DATA-008",
+    (answer('"reasoning_content": "<|im_start|>"'), "QC-DATA-008",
      "messages[1].reasoning_content", "'<|im_start|>'"),
     (answer('"tool_calls": [{"name": "f", "arguments": {"k": ["<|im_end|>"]}}]'), "QC-DATA-008",
      "messages[1].tool_calls[0].arguments.k[0]", "'<|im_end|>'"),
@@ -141,8 +142,7 @@ BAD: list[tuple[bytes, str, str, str]] = [
      "messages[1].content", "NUL"),
     (row('{"role": "assistant", "content": "a\\ud83d"}'), "QC-DATA-008",
      "messages[1].content", "\\ud83d"),
-    (answer('"thinking": "x", "reasoning": "y"'), "QC-DATA-016", "messages[1]", "two different"),
-    (answer('"thinking": "x</think>y"'), "QC-DATA-016",
+    (answer('"reasoning_content": "x</think>y"'), "QC-DATA-016",
      "messages[1].reasoning_content", "</think>"),
     (row('{"role": "assistant", "content": "<think>x</think>a", "reasoning_content": ""}'),
      "QC-DATA-016", "messages[1].content", "beside"),
@@ -260,13 +260,6 @@ def one(tmp_path: Path, value: object) -> ChatRow:
     return found
 
 
-@pytest.mark.parametrize("answer_key", ["response", "completion"])
-def test_a_pair_is_one_exchange(tmp_path: Path, answer_key: str) -> None:
-    found = one(tmp_path, {"prompt": "q", answer_key: "a", "id": 3, "messages": None})
-    assert found.messages == (user("q"), bot("a"))
-    assert found.tools is None
-
-
 def test_nulls_that_column_formats_fill_in_are_dropped(tmp_path: Path) -> None:
     part = {"type": "text", "text": "q", "image": None, "video": None}
     found = one(
@@ -306,12 +299,6 @@ def test_nulls_that_column_formats_fill_in_are_dropped(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("key", ["thinking", "reasoning", "reasoning_content"])
-def test_reasoning_has_one_name(tmp_path: Path, key: str) -> None:
-    found = one(tmp_path, {"messages": [user("q"), bot("a", **{key: "r"})]})
-    assert found.messages[1] == bot("a", reasoning_content="r")
-
-
 @pytest.mark.parametrize(
     ("given", "read_as"),
     [
@@ -335,10 +322,8 @@ def test_string_arguments_are_parsed(
     assert list(arguments) == list(read_as)
 
 
-def test_tools_may_be_a_json_string(tmp_path: Path) -> None:
-    tools = [{"type": "function", "function": {"name": "f"}}]
+def test_an_empty_list_of_tools_is_none(tmp_path: Path) -> None:
     exchange = [user("q"), bot("a")]
-    assert one(tmp_path, {"messages": exchange, "tools": json.dumps(tools)}).tools == tuple(tools)
     assert one(tmp_path, {"messages": exchange, "tools": []}).tools is None
 
 

@@ -84,7 +84,7 @@ def test_the_map_and_its_gradients(case: str, lora: str, tokens: Tokens) -> None
 
 
 @pytest.mark.parametrize("size", fast([(40, 50), (64, 128), (48, 96)], (48, 96)), ids=str)
-@pytest.mark.parametrize("few", [True, False], ids=["read in the product", "dequantised"])
+@pytest.mark.parametrize("few", [True, False], ids=["read in the product", "dequantized"])
 def test_four_bit_weights(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], few: bool
 ) -> None:
@@ -95,7 +95,7 @@ def test_four_bit_weights(
     compare(CHOSEN["odd rows"], "out", module, 1e-6)
 
 
-def test_weights_dequantised_a_few_experts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_dequantized_a_few_experts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts_triton, "FEW", 0)
     monkeypatch.setattr(experts_triton, "TOGETHER", 4 * 4 * 64 * 96)
     module = made(LORAS["r=3"], 64, 96, quantize=True, dtype=torch.float32)

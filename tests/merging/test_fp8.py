@@ -27,7 +27,7 @@ from support.e2e_kit import (
     stock_logits,
     write_stock,
 )
-from support.fp8_kit import decoded, is_quantised, write_bf16, write_fp8
+from support.fp8_kit import decoded, is_quantized, write_bf16, write_fp8
 from support.moe_kit import INDEX, exact, rewrite, tensors_of
 from support.tiers import fast
 from torch import Tensor
@@ -130,7 +130,7 @@ def test_read_as_transformers_reads_it(plain: Path, tmp_path: Path, scale: torch
     mine = our_logits(ours(folder), docs)
     apart = float((mine - stock_logits(model.float(), docs)).abs().max())
     rounding = float((mine - our_logits(ours(plain), docs)).abs().max())
-    figure(f"FP8 {scale}: {apart:.1e} off transformers; quantisation moved logits {rounding:.2f}")
+    figure(f"FP8 {scale}: {apart:.1e} off transformers; quantization moved logits {rounding:.2f}")
     assert apart <= 1e-4
     assert rounding > 0.1
 
@@ -188,9 +188,9 @@ def test_every_tensor_of_the_merge(
         assert torch.equal(new[name], wanted), name
     assert new.keys() == {name for name in old if not name.endswith("_scale_inv")}
     assert not any(value.dtype == torch.float8_e4m3fn for value in new.values())
-    count = sum(map(is_quantised, new))
+    count = sum(map(is_quantized, new))
     assert (report.decoded, report.changed, report.tensors) == (count, 25, len(new))
-    assert any(name.startswith("mtp.") and is_quantised(name) for name in new)
+    assert any(name.startswith("mtp.") and is_quantized(name) for name in new)
     assert report.proof is not None
     figure(f"{count} tensors decoded; proof {dict(report.proof)}")
     assert report.proof["difference"] <= 1e-4
@@ -202,7 +202,7 @@ def test_the_files_of_the_merge(base: Path, merged: tuple[Path, MergeReport]) ->
     assert verify(out).ok
     meta = read_manifest(out).meta
     assert meta["decoded"] == {"from": "block FP8", "to": "bf16", "tensors": report.decoded}
-    assert meta["model"]["quantisation"]["block"] == list(BLOCK)
+    assert meta["model"]["quantization"]["block"] == list(BLOCK)
     names = {path.name for path in out.iterdir()}
     kept = {path.name for path in base.iterdir()} - {"hf_quant_config.json"}
     assert names == kept | {"MANIFEST.json"}
@@ -274,7 +274,7 @@ def test_scales_in_a_file_of_their_own(
     one, two = tensors_of(tmp_path / "out"), tensors_of(merged[0])
     assert all(torch.equal(one[name], two[name]) for name in two)
     again = identify(str(tmp_path / "out"))
-    assert again.quantisation is None
+    assert again.quantization is None
 
 
 @pytest.mark.parametrize("cut", fast([2**26, 1]))
@@ -294,7 +294,7 @@ def test_experts_train_and_merge(
             trained(fp8, rows, tmp_path / "adapter", quantization="nf4", max_steps=2)
         out = tmp_path / f"{layout}-out"
         report = merge(str(fp8), tmp_path / "adapter", out, dequantize=True)
-        assert report.decoded == sum(map(is_quantised, tensors_of(out)))
+        assert report.decoded == sum(map(is_quantized, tensors_of(out)))
         by_hand = write_bf16(fp8, tmp_path / f"{layout}-bf16", (8, 8))
         again = merge(str(by_hand), tmp_path / "adapter", tmp_path / f"{layout}-again")
         assert (again.changed, again.unchanged) == (report.changed, report.unchanged)
@@ -442,5 +442,5 @@ def test_the_command_line(base: Path, plain: Path, adapter: Path, tmp_path: Path
     assert told["unaccounted"] == []
     ended = here(capsys, "inspect", base)
     assert ended.code == 0
-    assert "  quantised   32 weights in block FP8 of 16 x 16" in ended.out
+    assert "  quantized   32 weights in block FP8 of 16 x 16" in ended.out
     assert "every tensor is accounted for" in ended.out

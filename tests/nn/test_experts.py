@@ -495,7 +495,7 @@ def test_a_reader_is_asked_for_experts_that_have_rows():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_over_nf4_it_is_over_what_nf4_holds(dtype: torch.dtype):
-    """Outputs and gradients have the bits of the dequantised base."""
+    """Outputs and gradients have the bits of the dequantized base."""
     four = made(LORAS["rank 3"], dtype=dtype, quantize=True)
     plain = made(LORAS["rank 3"], dtype=dtype)
     assert not torch.equal(weights_of(four), weights_of(plain))

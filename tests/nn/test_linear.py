@@ -115,7 +115,7 @@ def test_nf4_is_bitsandbytes_bit_for_bit(shape: tuple[int, int], dtype: torch.dt
     assert mine.dense().shape == shape
     assert torch.equal(mine.dense(), reference)
     assert torch.equal(mine.packed, layer.weight.data)
-    assert not torch.equal(mine.dense(), value.to(dtype))  # it is quantised
+    assert not torch.equal(mine.dense(), value.to(dtype))  # it is quantized
 
 
 def test_nf4_of_a_view_is_that_of_its_copy():

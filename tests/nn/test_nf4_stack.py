@@ -65,7 +65,7 @@ def test_every_slice_is_what_bitsandbytes_makes_of_it(
         assert reference.dtype == mine.dense_slice(number).dtype == dtype
         assert torch.equal(mine.dense_slice(number), reference)
         assert torch.equal(NF4(weight, dtype).dense(), reference)
-    assert shape == (1, 1, 1) or not torch.equal(mine.dense(), value)  # it is quantised
+    assert shape == (1, 1, 1) or not torch.equal(mine.dense(), value)  # it is quantized
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -263,7 +263,7 @@ def test_without_the_term_the_gradient_is_another(base: Bases) -> None:
 
 
 def in_four_bit(model: nn.Module) -> nn.Module:
-    """What training holds in NF4, quantised and read back by bitsandbytes, slice by slice."""
+    """What training holds in NF4, quantized and read back by bitsandbytes, slice by slice."""
     with torch.no_grad():
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear) and path.rpartition(".")[2] in MODULES:
@@ -320,7 +320,7 @@ def test_neighbours_read_back_together_are_each_alone(tmp_path: Path, dtype: tor
 
 
 def test_gradients_under_four_bit(base: Bases) -> None:
-    """The whole model, against a reference on dequantised weights."""
+    """The whole model, against a reference on dequantized weights."""
     folder = base("text", False, "fused")
     docs = documents(LENGTHS)
     targets = wanted(docs)
@@ -333,14 +333,14 @@ def test_gradients_under_four_bit(base: Bases) -> None:
     (model.train().loss(batch) / len(batch.supervised())).backward()
     stock_loss(peer, docs, targets).backward()
     worst, experts = worst_gradient(model, theirs)
-    figure(f"NF4: gradients {worst:.1e} off dequantised weights', experts' {experts:.1e}")
+    figure(f"NF4: gradients {worst:.1e} off dequantized weights', experts' {experts:.1e}")
     assert worst <= 1e-4
 
 
 def test_gradients_of_one_block_under_four_bit(tmp_path: Path) -> None:
     """The same rows through one block: no other layer's rounding and no routing that flips.
 
-    Of dequantised weights exactly, which here can be 1e-5. Of the original weights as those are
+    Of dequantized weights exactly, which here can be 1e-5. Of the original weights as those are
     off: a gradient of A goes through two maps and SiLU between them, one of B through one, so
     it is off by at most three times what the weights are.
 
@@ -375,13 +375,13 @@ def test_gradients_of_one_block_under_four_bit(tmp_path: Path) -> None:
             name = f"{ROOT}layers.{number}.{stack}"
             module = model.lora_layers[name]
             for n, (side, mine) in enumerate((("A", module.lora_A), ("B", module.lora_B))):
-                dequantised, original = (found[name][n].grad for found in theirs)
-                largest = float(dequantised.abs().max())
+                dequantized, original = (found[name][n].grad for found in theirs)
+                largest = float(dequantized.abs().max())
                 assert largest > 0.01
-                worst = max(worst, gap(mine.grad, dequantised) / largest)
+                worst = max(worst, gap(mine.grad, dequantized) / largest)
                 off[side] = max(off[side], float((mine.grad - original).norm() / original.norm()))
     figure(
-        f"NF4, one block: weights off by {error:.1%}; gradients {worst:.1e} off the dequantised "
+        f"NF4, one block: weights off by {error:.1%}; gradients {worst:.1e} off the dequantized "
         f"reference, of the original's A {off['A']:.1%}, B {off['B']:.1%} at most"
     )
     assert worst <= 1e-5

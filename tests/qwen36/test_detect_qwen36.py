@@ -415,7 +415,7 @@ def test_published(
 @pytest.mark.parametrize(
     "name", ["qwen3.6/nvidia--Qwen3.6-27B-NVFP4", "qwen3.5/nvidia--Qwen3.5-122B-A10B-NVFP4"]
 )
-def test_published_quantised_configs(shared: Path, name: str) -> None:
+def test_published_quantized_configs(shared: Path, name: str) -> None:
     """Re-saves by third parties: the config alone proves 3.5 and never 3.6."""
     given = json.loads((shared / "skus" / name / "config.json").read_text())
     (found,) = claims(fake_checkpoint(given))

@@ -1,4 +1,4 @@
-"""Checkpoints in block FP8, quantised here by the definition and read by nobody else's code."""
+"""Checkpoints in block FP8, quantized here by the definition and read by nobody else's code."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from safetensors.torch import save_file
 from support.moe_kit import INDEX, tensors_of
 from torch import Tensor
 
-#: What the published repositories quantise; embeddings, head, norms, router and gates they keep.
-_QUANTISED = re.compile(
+#: What the published repositories quantize; embeddings, head, norms, router and gates they keep.
+_QUANTIZED = re.compile(
     r"(model\.|model\.language_model\.|mtp\.)layers\.\d+\..*"
     r"((q|k|v|o|gate|up|down|out)_proj(\.weight)?|in_proj_(qkv|z)\.weight|gate_up_proj)$"
 )
 
 
-def is_quantised(name: str) -> bool:
-    return _QUANTISED.match(name) is not None
+def is_quantized(name: str) -> bool:
+    return _QUANTIZED.match(name) is not None
 
 
 def to_fp8(
@@ -60,7 +60,7 @@ def write_fp8(
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", INDEX))
     tensors: dict[str, Tensor] = {}
     for name, value in tensors_of(source).items():
-        if is_quantised(name):
+        if is_quantized(name):
             tensors[name], tensors[f"{name}_scale_inv"] = to_fp8(value, block, scale_dtype)
         else:
             tensors[name] = value

@@ -33,7 +33,7 @@ from .checked_bytes import decoded_frames, decoded_image, open_payload, unchange
 from .media import KINDS, ProcessedMedium
 from .media_batch import PixelBatch
 from .media_options import KEYS, Limits, parse_limits
-from .preview import preview
+from .preview import preview, video_preview
 from .processor_files import load
 
 if TYPE_CHECKING:
@@ -150,8 +150,10 @@ class Reader:
             )  # fmt: skip
 
     def preview(self, payload: Payload, size: int) -> str:
-        """A small copy of an image as a data URL; empty for a video."""
-        return preview(payload, size) if payload.kind == "image" else ""
+        """A small copy of an image, or of a video's first frame, as a data URL."""
+        if payload.kind == "image":
+            return preview(payload, size)
+        return video_preview(payload, size, self._decoder)
 
     def batch(self, media: Sequence[Medium], where: Tensor) -> PixelBatch:
         """Pixels of the patches of a pack, with the lookup tables of their values.

@@ -90,12 +90,13 @@ class Video:
 
     Attributes:
         count: number of frames.
+        pixels: of one frame.
         rate: mean frames per second.
     """
 
     def __init__(self, process: _Process, about: dict[str, Any]) -> None:
         self._process = process
-        self._pixels = math.prod(about["size"])
+        self.pixels: int = math.prod(about["size"])
         self.count: int = about["count"]
         self.rate: float = about["rate"]
 
@@ -107,7 +108,7 @@ class Video:
         Raises:
             RowError: as `Decoder.open`.
         """
-        seconds = SECONDS + self.count * self._pixels / PIXELS_PER_SECOND
+        seconds = SECONDS + self.count * self.pixels / PIXELS_PER_SECOND
         self._process.send({"indices": list(indices), "seconds": seconds}, seconds)
         while "count" not in (answer := self._process.answer()):
             yield self._process.pixels(answer["height"], answer["width"])

@@ -34,7 +34,7 @@ Axes = Mapping[str, Sequence[int]]  #: index values by axis
 class Store(str, Enum):
     """How a tensor is held while training."""
 
-    NF4 = "nf4"  #: 4-bit NormalFloat with double quantisation, when quantisation is on
+    NF4 = "nf4"  #: 4-bit NormalFloat with double quantization, when quantization is on
     BASE = "base"  #: the dtype of the file, computed in the run's dtype
     FP32 = "fp32"  #: always float32: state parameters that rounding would change
 

@@ -85,13 +85,13 @@ def _write_page(
     path: Path, samples: Iterable[ShownSample], opened: RowModel, renderer: Renderer
 ) -> Iterator[ShownSample]:
     """Pass samples on, and write the page after the last one."""
-    from ..data.views.page import THUMBNAIL, Page
+    from ..data.views.page import Page
     from ..data.views.show import previews
 
     page = Page(opened.tokenizer, opened.reader.control if opened.reader else ())
     with renderer.notes:
         for sample in samples:
-            page.add(sample, previews(sample, renderer, THUMBNAIL))
+            page.add(sample, previews(sample, renderer, page.thumbnail))
             yield sample
     page.write(
         path,

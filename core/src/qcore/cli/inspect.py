@@ -39,8 +39,8 @@ def _print(report: InspectReport) -> None:
     for line in report.evidence:
         click.echo(f"  evidence    {line}")
     click.echo(f"  modalities  {', '.join(report.modalities)}")
-    if report.quantisation:
-        click.echo(f"  quantised   {report.quantisation['line']}")
+    if report.quantization:
+        click.echo(f"  quantized   {report.quantization['line']}")
     if report.parameters is not None:
         _print_tensors(report)
     for line in report.differences:

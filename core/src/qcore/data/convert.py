@@ -6,10 +6,10 @@ out. Rows are repaired before they are written, because some repairs need the ro
 the conversion (null padding); those that depend on a chat template are left to training. The rows
 of a source with ``train: false`` say so themselves. Relative paths of media become absolute,
 because the file moves; the report names the folder that ``--media-root`` must allow. Whether a
-template and a model accept the rows is left to ``qcore data check``.
+template and a model accept the rows is left to ``qcore data check``; a row that no model could
+train on is refused as in training (`qcore.data.rows`, `qcore.data.rejects`).
 
-Codes: those of the row formats, of the repairs and of media paths, ``QC-DATA-006`` a canonical row
-that the schema does not allow, ``-014`` the number of refused rows beyond those that are shown.
+Codes: those of the row formats, of the repairs, of media paths, of `RowCheck` and of `Rejects`.
 """
 
 from __future__ import annotations
@@ -18,31 +18,41 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..api.media import RowError
-from ..errors import InputError, QcoreError, raise_all
+from ..api.records import ChatFormat
 from ..io.artifact import publish
 from .findings import Findings
 from .formats import SCHEMA_VERSION, Formats
 from .media.paths import Folders
-from .rejects import SHOWN
+from .rejects import RecordPlace, Rejects
 from .repairs.notes import RepairContext
 from .repairs.repair import repair
 from .repairs.template_probes import Abilities
+from .rows import RowCheck
+from .source_counts import SourceCount
 from .sources.source import Record
 
 ROWS = "rows.jsonl"
-_ROLES = ("system", "user", "assistant", "tool")
 _UNSAFE = re.compile("[\ud800-\udfff\u0085\u2028\u2029]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 #: A template that needs no repair: training repairs what its own template does not render.
 _ANY_TEMPLATE = Abilities(calls="json", wraps_results=False, late_system=True, answers_first=True)
-
-Refuse = Callable[[Record, RowError], None]
+#: A format that writes nothing of its own: what a model's format forbids is left to training.
+_ANY_FORMAT = ChatFormat(
+    turn_start="",
+    role_end="",
+    turn_end="",
+    assistant="assistant",
+    prompt_tails=(),
+    control=(),
+    roles=("system", "user", "assistant", "tool"),
+    stop_tokens=(),
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,7 +96,7 @@ def convert(
     formats: Formats,
     *,
     overwrite: bool = False,
-    refuse: Refuse | None = None,
+    rejects: Rejects | None = None,
 ) -> ConvertReport:
     """Convert records and publish the folder `output`.
 
@@ -96,28 +106,35 @@ def convert(
         output: the folder; absent or empty.
         formats: the row formats.
         overwrite: replace a folder that qcore has written.
-        refuse: called for every refused row, which is left out. Without it nothing is written if
-            a row is refused.
+        rejects: collects refused rows and decides whether they stop the conversion, so that
+            nothing is written; by default they do.
 
     Raises:
-        QcoreError: the first refused rows and ``QC-DATA-014`` with their number.
+        QcoreError: as `Rejects.stop`.
         WriteError: ``QC-WRITE-*``.
     """
     report = ConvertReport(output=output)
-    refused = _Refused()
+    rejects = rejects or Rejects()
+    counts: list[SourceCount] = []
     made = _Lines(formats, report)
     with publish(output, "rows", overwrite) as writer:
         with writer.stream(ROWS) as stream:
-            for record in records:
+            for number, record in enumerate(records, 1):
+                if not counts or counts[-1].source is not record.source:
+                    counts.append(SourceCount(record.source, first=number))
+                counts[-1].rows += 1
                 try:
-                    line = made.line(record)
+                    line = made.line(record, number)
                 except RowError as bad:
-                    report.rejected += 1
-                    (refuse or refused.add)(record, bad)
+                    place = RecordPlace(
+                        number, record.line, record.path, record.source, record.unit
+                    )
+                    rejects.add(place, bad)
                 else:
                     report.rows += 1
                     stream.write(line)
-        refused.stop()
+        rejects.stop(counts)
+        report.rejected = rejects.count
         bases = made.bases
         report.media_root = Path(os.path.commonpath(bases)) if bases else None
         writer.meta.update(
@@ -145,24 +162,27 @@ class _Lines:
         self._report = report
         self._context = RepairContext(abilities=_ANY_TEMPLATE, kinds=formats.kinds)
         self._folders: dict[tuple[Path, Path | None], Folders] = {}
-        self._number = 0
+        self._check = RowCheck(_ANY_FORMAT, kinds=formats.kinds)
         self.bases: set[str] = set()
 
-    def line(self, record: Record) -> bytes:
+    def line(self, record: Record, number: int) -> bytes:
         """The row as one line of JSON.
+
+        Args:
+            record: the record.
+            number: of the row, for findings.
 
         Raises:
             RowError: the row is refused.
         """
-        self._number += 1
         if isinstance(record.value, RowError):
             raise record.value
         source = record.source
         read = self._formats.read(
             record.value, forced=source.format, fields=source.fields, ignore=source.ignore_columns
         )
-        _check(read.row)
-        row, notes = repair(read.row, self._context, number=self._number, raw=record.value)
+        row, notes = repair(read.row, self._context, number=number, raw=record.value)
+        self._check(record.line, row)
         if not source.train:
             row["train"] = False
         line = _json(self._with_absolute_media(row, record))
@@ -227,48 +247,3 @@ def _json(row: Mapping[str, Any]) -> bytes:
         # Lone surrogates are not UTF-8, and some readers end a line at these three separators.
         text = _UNSAFE.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
     return text.encode("utf-8")
-
-
-def _check(row: Mapping[str, Any]) -> None:
-    """Refuse messages that are not canonical, which `qcore.data.rows` would refuse in training."""
-    for index, message in enumerate(row["messages"]):
-        at = f"messages[{index}]"
-        if message.get("role") not in _ROLES:
-            raise RowError(
-                "QC-DATA-006", "unknown role", at=f"{at}.role", expected=", ".join(_ROLES)
-            )
-        content = message.get("content")
-        if not isinstance(content, str | list):
-            raise RowError(
-                "QC-DATA-006", "is missing or has the wrong type", at=f"{at}.content",
-                expected="text, or a list of parts",
-            )  # fmt: skip
-        for place, part in enumerate(content if isinstance(content, list) else ()):
-            named = part.get("type") if isinstance(part, dict) else None
-            if not isinstance(named, str) or part.get(named) is None:
-                raise RowError(
-                    "QC-DATA-006", "is not a part", at=f"{at}.content[{place}]",
-                    expected='{"type": "text", "text": ...}',
-                )  # fmt: skip
-
-
-class _Refused:
-    """Collects the first refused rows and counts all of them."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._kept: list[QcoreError] = []
-        self._path: Path | None = None
-
-    def add(self, record: Record, bad: RowError) -> None:
-        self._count += 1
-        self._path = record.path
-        if len(self._kept) < SHOWN:
-            self._kept.append(bad.error(record.path, record.line, record.unit))
-
-    def stop(self) -> None:
-        if self._count > len(self._kept):
-            more = f"{self._count} rows are refused, of which the first {SHOWN} are shown"
-            fix = "fix these, or leave refused rows out with bad_rows=skip"
-            self._kept.append(InputError("QC-DATA-014", more, file=self._path, fix=fix))
-        raise_all(self._kept)

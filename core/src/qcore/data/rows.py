@@ -1,18 +1,17 @@
-"""Chat rows: JSON values are checked and normalized to messages and tools for a chat template.
+"""Chat rows: canonical rows are checked and normalized to messages and tools for a template.
 
-This file decides which rows are valid and normalizes what is unambiguous, so that a template gets
-the same input as in serving:
+This file decides which canonical rows are valid, and normalizes them so that a template gets the
+same input as in serving:
 
 - null keys of messages, text parts and tools are dropped, except ``default`` and ``const`` of
   tools, where null is a value (column formats fill in nulls, which templates render as ``None`` or
   mistake for media);
-- ``thinking`` and ``reasoning`` become ``reasoning_content``;
 - tool arguments in a JSON string become a mapping; "" and null become ``{}``;
-- ``{"prompt": ..., "response": ...}`` (or ``completion``), both strings, becomes two messages;
 - a media part keeps only its kind; its path or data URL is kept beside the messages;
 - ``train`` marks are kept beside the messages too, which a template renders.
 
-Everything else is refused, including control strings of the chat format in a row's text, which
+Everything else is refused: other spellings are read by `qcore.data.formats`, which makes the
+canonical row. So are control strings of the chat format in a row's text, which
 would become control tokens. `qcore.data.reading` reads records, `qcore.data.content` checks
 content parts, `qcore.checkpoint.chat_template` renders.
 """
@@ -40,13 +39,9 @@ if TYPE_CHECKING:
     from .media.files import Reference
     from .sources.source import Source
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-_ROW_KEYS = (
-    "messages", "tools", "prompt", "response", "completion", "id", "metadata", "train",
-    "chat_template_kwargs",
-)  # fmt: skip
+_ROW_KEYS = ("messages", "tools", "id", "metadata", "train", "chat_template_kwargs")
 _KEYS = {
-    "assistant": ("role", "content", "name", "tool_calls", "train", *_REASONING),
+    "assistant": ("role", "content", "name", "tool_calls", "train", "reasoning_content"),
     "tool": ("role", "content", "name", "tool_call_id", "train"),
 }
 _OTHER_KEYS = ("role", "content", "name", "train")
@@ -96,7 +91,15 @@ class ChatRow:
 
 
 class RowCheck:
-    """Converts JSON values to `ChatRow` by the rules of one chat format."""
+    """Converts canonical rows to `ChatRow` by the rules of one chat format.
+
+    Args:
+        chat_format: the format of rendered conversations.
+        control: further strings that a row's text must not hold.
+        reader: reads media; without it rows must be text only.
+        unread: why there is no reader.
+        kinds: without a reader: kinds of media parts that rows may have all the same.
+    """
 
     def __init__(
         self,
@@ -104,10 +107,11 @@ class RowCheck:
         control: Sequence[str] = (),
         reader: MediaReader | None = None,
         unread: str = "",
+        kinds: Sequence[str] = (),
     ) -> None:
         self.format = chat_format
         self.marks = thinking_marks(chat_format)
-        self.parts = ContentReader(reader, unread)
+        self.parts = ContentReader(reader, unread, kinds)
         media = () if reader is None else reader.control
         longest_first = sorted({*chat_format.control, *control, *media}, key=len, reverse=True)
         words = [re.escape(word) for word in longest_first if word]
@@ -162,12 +166,9 @@ class RowCheck:
         return mark
 
     def _messages(self, row: dict[str, Any], media: list[Reference]) -> Iterator[dict[str, Any]]:
-        if any(row.get(key) is not None for key in ("prompt", "response", "completion")):
-            given: Any = _pair(row)
-        elif "messages" not in row:
+        if "messages" not in row:
             raise RowError("QC-DATA-005", "has no messages", expected='{"messages": [...]}')
-        else:
-            given = row["messages"]
+        given = row["messages"]
         if not isinstance(given, list) or not given:
             raise RowError(
                 "QC-DATA-005",
@@ -222,20 +223,9 @@ class RowCheck:
         )
 
     def _assistant(self, message: dict[str, Any], at: str) -> None:
-        given = {key: message.pop(key) for key in _REASONING if key in message}
-        for key, text in given.items():
-            if not isinstance(text, str):
-                raise wrong(text, f"{at}.{key}", "a string")
-        if len(set(given.values())) > 1:
-            raise RowError(
-                "QC-DATA-016",
-                "has two different reasonings",
-                at=at,
-                found=" and ".join(given),
-                expected="one of them",
-            )
-        if given:
-            message["reasoning_content"] = next(iter(given.values()))
+        if not isinstance(message.get("reasoning_content", ""), str):
+            at = f"{at}.reasoning_content"
+            raise wrong(message["reasoning_content"], at, "a string")
         if "tool_calls" in message:
             calls = fields.calls(
                 message["tool_calls"], f"{at}.tool_calls", self.format.parse_arguments
@@ -358,27 +348,3 @@ def _variables(value: Any) -> dict[str, Any]:
                 fix="leave it out",
             )
     return without_nulls(given)
-
-
-def _pair(row: dict[str, Any]) -> list[dict[str, Any]]:
-    answers = [key for key in ("response", "completion") if row.get(key) is not None]
-    if row.get("messages") is not None or row.get("prompt") is None or len(answers) != 1:
-        raise RowError(
-            "QC-DATA-005",
-            "has neither messages nor one prompt and response",
-            found=", ".join(key for key in row if key in _ROW_KEYS),
-            expected="messages, or prompt with response",
-        )
-    for key in ("prompt", answers[0]):
-        if not isinstance(row[key], str):
-            raise RowError(
-                "QC-DATA-005",
-                "is not a string",
-                at=key,
-                found=kind(row[key]),
-                fix="write the conversation as messages",
-            )
-    return [
-        {"role": "user", "content": row["prompt"]},
-        {"role": "assistant", "content": row[answers[0]]},
-    ]

@@ -7,18 +7,12 @@ checks content, `qcore.data.rows` the row as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ..api.media import RowError
 from ..errors import nearest
 from .sources.jsonl import parse
-
-ADVICE = {
-    "weight": "weights per turn are not supported: remove the key; every turn is trained",
-    "function_call": "write it as tool_calls",
-    "conversations": 'write {"messages": [{"role": ..., "content": ...}]}',
-    "text": "plain text has no turns: write messages",
-}
 
 
 def calls(value: Any, at: str, parse_arguments: bool) -> list[dict[str, Any]]:
@@ -72,15 +66,13 @@ def _arguments(value: Any, at: str, parse_arguments: bool) -> Any:
 
 
 def tools(value: Any) -> tuple[dict[str, Any], ...] | None:
-    """Normalize function descriptions, given as a list or as a JSON string.
+    """Normalize function descriptions.
 
     Raises:
-        RowError: ``QC-DATA-007``, or ``-004`` for a string that is not JSON.
+        RowError: ``QC-DATA-007``.
     """
     code = "QC-DATA-007"
     wanted = '{"type": "function", "function": {"name": ...}}'
-    if isinstance(value, str):
-        value = parse(value, at="tools")
     if value is None or value == []:
         return None
     if not isinstance(value, list):
@@ -125,7 +117,7 @@ def known_keys(
     known: Sequence[str],
     at: str,
     code: str,
-    advice: Mapping[str, str] = ADVICE,
+    advice: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Refuse unknown keys, with a suggestion."""
     for key in given:
@@ -137,7 +129,8 @@ def known_keys(
             "unknown key",
             at=f"{at}.{key}" if at else key,
             expected=", ".join(known),
-            fix=advice.get(key) or (f'did you mean "{meant}"?' if meant else "leave it out"),
+            fix=advice.get(key)
+            or (f'did you mean "{meant}"?' if meant else "move it to metadata of the row"),
         )
 
 

@@ -365,12 +365,12 @@ def _identify(path: Path, generation: str, base: Identified | None) -> Identifie
 
 
 def _refuse_quantized(found: Identified) -> None:
-    if found.quantisation is not None:
+    if found.quantization is not None:
         raise InputError(
             "QC-STOCK-004",
             "is quantized, so that stock transformers computes from other values",
             file=found.checkpoint.path,
-            found=found.quantisation.line(),
+            found=found.quantization.line(),
             fix="verify the checkpoint that qcore merge --dequantize writes",
         )
 

@@ -225,7 +225,7 @@ def _template_notes(adapter: Adapter, template: Template | None) -> Iterator[str
 
 def _check_dtype(base: Identified, dequantize: bool) -> None:
     """Refuse a base in FP8 without `dequantize`, and `dequantize` for any other base."""
-    quantized = base.quantisation
+    quantized = base.quantization
     if quantized is None and dequantize:
         raise UsageError(
             "QC-MERGE-009",

@@ -99,7 +99,7 @@ class MergePass:
     _open: dict[str, TensorDigest] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        quantized = self.base.quantisation if self.dequantize else None
+        quantized = self.base.quantization if self.dequantize else None
         self.plan = plan_merge(self.base.checkpoint, quantized)
         if self.taken is not None:
             self.plan = self.taken.apply(self.plan)

@@ -35,7 +35,7 @@ class Identified:
         decision: architecture, generation, and the evidence.
         layout: every tensor explained, or as many as could be.
         problems: what could not be explained; empty unless asked to tolerate it.
-        quantisation: how the weights were quantised already; ``None`` where they are plain.
+        quantization: how the weights were quantized already; ``None`` where they are plain.
         refused: why that format cannot be used; then it is the only problem.
     """
 
@@ -44,7 +44,7 @@ class Identified:
     decision: Decision
     layout: Layout
     problems: tuple[QcoreError, ...] = ()
-    quantisation: Quantization | None = None
+    quantization: Quantization | None = None
     refused: QcoreError | None = None
 
     @property
@@ -127,7 +127,7 @@ class Identified:
             "evidence": list(decision.evidence),
             "classes": classes_of(checkpoint.config),
             "template_sha256": template.sha256 if template is not None else None,
-            "quantisation": self.quantisation.as_json() if self.quantisation else None,
+            "quantization": self.quantization.as_json() if self.quantization else None,
             "plugins": {
                 info.distribution: info.version
                 for info in self.plugins.infos
@@ -162,7 +162,7 @@ def identify(
         where.path, source=where.source, revision=where.revision, remote=where.remote
     )
     plugins, decision, table = _explained(checkpoint, generation)
-    quantisation, refused = _quantisation(checkpoint)
+    quantization, refused = _quantization(checkpoint)
     layout, problems = survey(table, checkpoint, suggest=refused is None)
     layout = replace(layout, idle=frozenset(one.name for one in decision.modalities))
     if refused is not None:
@@ -177,7 +177,7 @@ def identify(
         decision=decision,
         layout=layout,
         problems=tuple(problems),
-        quantisation=quantisation,
+        quantization=quantization,
         refused=refused,
     )
 
@@ -227,8 +227,8 @@ def _explained(checkpoint: Checkpoint, generation: str) -> tuple[Plugins, Decisi
     return plugins, decision, Table(parts)
 
 
-def _quantisation(checkpoint: Checkpoint) -> tuple[Quantization | None, QcoreError | None]:
-    """How the weights were quantised, and why they cannot be used, where that is so."""
+def _quantization(checkpoint: Checkpoint) -> tuple[Quantization | None, QcoreError | None]:
+    """How the weights were quantized, and why they cannot be used, where that is so."""
     try:
         found = detect_quantization(checkpoint)
     except InputError as error:

@@ -94,11 +94,11 @@ def _core(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
             what=f"{count} tensors belong to no installed plugin and are kept unchanged",
             field=f"{root}.*",
         )
-    if found.quantisation is not None:
+    if found.quantization is not None:
         yield Finding(
             code="QC-PRE-012",
             severity=Severity.NOTE,
-            what=f"{found.quantisation.line()}: they are decoded to bf16",
+            what=f"{found.quantization.line()}: they are decoded to bf16",
             file=str(checkpoint.path),
         )
     length = 0 if request.settings is None else request.settings.max_length

@@ -58,7 +58,7 @@ class InspectReport:
         evidence: a line for each piece of evidence.
         modalities: ``text`` and the kinds of media.
         parameters: in all; ``None`` where the quantization format cannot be read.
-        quantisation: the format of quantized weights; ``None`` for plain ones.
+        quantization: the format of quantized weights; ``None`` for plain ones.
         tensors: in the files.
         unaccounted: tensors that are absent, or that no part owns.
         differences: other faults of tensors, parts without tensors, ties that were not compared.
@@ -78,7 +78,7 @@ class InspectReport:
     evidence: tuple[str, ...]
     modalities: tuple[str, ...]
     parameters: int | None
-    quantisation: Mapping[str, Any] | None
+    quantization: Mapping[str, Any] | None
     tensors: int
     unaccounted: tuple[str | None, ...]
     differences: tuple[str, ...]
@@ -99,7 +99,8 @@ class InspectReport:
             "evidence": list(self.evidence),
             "modalities": list(self.modalities),
             "parameters": self.parameters,
-            "quantisation": None if self.quantisation is None else dict(self.quantisation),
+            # The spelling of the first version, which scripts read.
+            "quantisation": None if self.quantization is None else dict(self.quantization),
             "tensors": self.tensors,
             "unaccounted": list(self.unaccounted),
             "differences": list(self.differences),
@@ -158,7 +159,7 @@ def _report(model: str, identified: Identified) -> InspectReport:
         if identified.checkpoint.headers_only
     ]
     kinds = (kind for modality in identified.modalities for kind in modality.kinds)
-    quantized = identified.quantisation
+    quantized = identified.quantization
     unreadable = quantized is not None and not quantized.readable
     return InspectReport(
         model=model,
@@ -168,7 +169,7 @@ def _report(model: str, identified: Identified) -> InspectReport:
         evidence=tuple(decision.evidence),
         modalities=("text", *kinds),
         parameters=None if unreadable else layout.parameters,
-        quantisation=quantized.as_json() | {"line": quantized.line()} if quantized else None,
+        quantization=quantized.as_json() | {"line": quantized.line()} if quantized else None,
         tensors=len(identified.checkpoint.headers),
         unaccounted=tuple(error.field for error in problems if error.code in _BY_NAME),
         differences=(*(e.message for e in problems if e.code not in _BY_NAME), *absent, *unread),

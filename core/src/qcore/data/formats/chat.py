@@ -170,7 +170,7 @@ def _unblocked(item: Any, at: str, reading: Reading) -> Iterator[tuple[str, Any]
                 said = []
             yield here, _result(block, here, reading)
         else:
-            said.append(_media_block(block))
+            said.append(_media_block(block, here))
     if said:
         yield at, {**rest, "content": _plain(said)}
 
@@ -179,7 +179,9 @@ def _result(block: Mapping[str, Any], at: str, reading: Reading) -> dict[str, An
     check_message(block, ("type", "tool_use_id", "content"), at, reading)
     content = block.get("content")
     if isinstance(content, list):
-        content = _plain([_media_block(part) for part in content])
+        content = _plain(
+            [_media_block(part, f"{at}.content[{n}]") for n, part in enumerate(content)]
+        )
     result = {"role": "tool", "content": "" if meaningless(content) else content}
     return {**result, "tool_call_id": block.get("tool_use_id")}
 
@@ -215,7 +217,7 @@ def _assistant(blocks: list[tuple[str, Any]], reading: Reading) -> dict[str, Any
             function = {"name": block.get("name"), "arguments": block.get("input")}
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         else:
-            said.append(_media_block(block))
+            said.append(_media_block(block, at))
     return {"content": _plain(said), "reasoning_content": "\n".join(thoughts), "tool_calls": calls}
 
 
@@ -226,12 +228,12 @@ def _thought(block: Mapping[str, Any], at: str) -> str:
     raise tool_fields.wrong(text, f"{at}.thinking", "a string")
 
 
-def _media_block(block: Any) -> Any:
+def _media_block(block: Any, at: str) -> Any:
     """A block whose bytes stand under ``source``, with their data URL in its place."""
     if not isinstance(block, dict) or not isinstance(block.get("source"), dict):
         return block
     named = str(block.get("type"))
-    return {**block, "source": reference(block["source"], named)}
+    return {**block, "source": reference(block["source"], named, f"{at}.source")}
 
 
 def _plain(parts: list[Any]) -> Any:

@@ -22,6 +22,8 @@ from .unread import check_message, meaningless
 
 _TEXTS = ("text", "input_text", "output_text")
 _SOURCES = ("path", "url", "base64", "data", "bytes", "source")
+#: Keys of an object that is a medium: of OpenAI, of datasets, of Anthropic.
+_OBJECT = ("url", "path", "bytes", "detail", "type", "data", "media_type", "file_id", "format")
 _UNKNOWN = "application/octet-stream"
 _MAGIC = {"iVBOR": "png", "/9j/": "jpeg", "R0lGO": "gif", "UklGR": "webp"}  # of base64
 
@@ -75,15 +77,15 @@ def _medium(part: Mapping[str, Any], kind: str, at: str, reading: Reading) -> di
     }
     detail = part.get("detail")
     key, value = given[0] if given else ("", None)
-    if isinstance(value, dict) and key == f"{kind}_url":
-        detail, value = value.get("detail", detail), value.get("url")
+    if isinstance(value, dict):
+        detail = value.get("detail", detail)
     if not meaningless(detail) and detail != "auto":
         reading.ignored.append("messages[].content[].detail")
     medium = {"type": kind}
     if len(given) == 1 or {name for name, _ in given} == {"bytes", "path"}:
         if key in ("base64", "data", "bytes"):
             value = data_url(value, kind)
-        medium[kind] = reference(value, kind)
+        medium[kind] = reference(value, kind, f"{at}.{key}")
     elif given:
         raise RowError(
             "QC-DATA-024",
@@ -95,14 +97,27 @@ def _medium(part: Mapping[str, Any], kind: str, at: str, reading: Reading) -> di
     return {**medium, **options}
 
 
-def reference(value: Any, kind: str) -> Any:
-    """A path, URL or data URL of a medium; a list for frames; another value as it is."""
+def reference(value: Any, kind: str, at: str) -> Any:
+    """A path, URL or data URL of a medium; a list for frames; another value as it is.
+
+    Raises:
+        RowError: ``QC-DATA-024`` for a key of an object whose meaning is unknown.
+    """
     if isinstance(value, list):
-        return [reference(item, kind) for item in value]
+        return [reference(item, kind, f"{at}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, bytes | bytearray):
         return data_url(value, kind)
     if not isinstance(value, dict):
         return value
+    for key in value:
+        if key not in _OBJECT and not meaningless(value[key]):
+            raise RowError(
+                "QC-DATA-024",
+                "unknown key of a medium",
+                at=f"{at}.{key}",
+                expected=", ".join(_OBJECT[:4]),
+                fix=f"write options beside the medium: {{{kind!r}: ..., {key!r}: ...}}",
+            )
     if not meaningless(value.get("bytes")):
         return data_url(value["bytes"], kind)
     if value.get("type") == "base64" and isinstance(value.get("data"), str):
@@ -148,7 +163,12 @@ def place_media(
             )  # fmt: skip
         value = row[columns[0]]
         values = value if isinstance(value, list) else [value]
-        placed = _fill(placed, [reference(item, kind) for item in values], kind, where)
+        placed = _fill(
+            placed,
+            [reference(item, kind, f"{where}[{n}]") for n, item in enumerate(values)],
+            kind,
+            where,
+        )
     return placed
 
 

@@ -71,15 +71,18 @@ class Converted:
     ignored: tuple[str, ...] = ()
 
 
-def load_formats(points: Iterable[EntryPoint] | None = None) -> Formats:
+def load_formats(
+    points: Iterable[EntryPoint] | None = None, kinds: Collection[str] = ()
+) -> Formats:
     """The formats of core and of the installed plugins; no plugin is imported yet.
 
     Args:
         points: entry points that are used instead of the environment's.
+        kinds: types of media parts that the run reads, beside those of installed plugins.
     """
     found = None if points is None else list(points)
-    kinds = sorted({entry.name for entry in usable(KINDS, found, gated=False)})
-    return Formats(entries(DATA_FORMATS, found), kinds)
+    installed = {entry.name for entry in usable(KINDS, found, gated=False)}
+    return Formats(entries(DATA_FORMATS, found), sorted({*installed, *kinds}))
 
 
 class Formats:

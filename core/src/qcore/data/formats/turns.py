@@ -7,8 +7,8 @@ objects, marks of what is trained (``train``, ``training``, ``weight``, ``loss``
 ``train_detail``). `parts` converts parts of a content; the order of turns and the types of
 values are checked by `qcore.data.rows`.
 
-Codes: ``QC-DATA-006`` an item that is not a message, an unknown role, ``-022`` a mark that
-cannot be kept.
+Codes: ``QC-DATA-006`` an item that is not a message, an unknown role, ``-016`` two reasonings,
+``-022`` a mark that cannot be kept.
 """
 
 from __future__ import annotations
@@ -216,10 +216,17 @@ def _assistant(turn: dict[str, Any], given: Mapping[str, Any], at: str, reading:
     """Add reasoning, calls and a refusal."""
     thoughts = {key: given[key] for key in REASONING if key in given}
     first = next(iter(thoughts.values()), None)
-    if thoughts and all(text == first for text in thoughts.values()):
+    if not all(text == first for text in thoughts.values()):
+        raise RowError(
+            "QC-DATA-016",
+            "has two different reasonings",
+            at=at,
+            found=" and ".join(thoughts),
+            expected="one of them",
+            fix="write the reasoning of the turn as reasoning_content",
+        )
+    if thoughts:
         turn["reasoning_content"] = first
-    else:  # two different ones: the row's check refuses them
-        turn.update(thoughts)
     calls = given.get("tool_calls")
     if isinstance(calls, str):
         calls = parse(calls, at=f"{at}.tool_calls")

@@ -27,13 +27,26 @@ from ...api.media import RowError
 from .reading import Reading
 
 #: Keys of other tools that change the input; the format that reads one lists it as read.
-_CONTEXT = ("context", "contexts", "passage", "document", "documents", "choices", "options", "hint")
+_CONTEXT = (
+    "context",
+    "contexts",
+    "passage",
+    "document",
+    "documents",
+    "choices",
+    "options",
+    "hint",
+    "background",
+    "knowledge",
+)
 #: Keys of other tools that are system prompts.
 _SYSTEM = (
     "system_message", "system_instruction", "system_instructions", "instructions", "persona",
+    "sys", "sys_prompt", "system_content", "preamble",
 )  # fmt: skip
-#: Keys of messages that mean trained in some tools and not trained in others.
-_UNCLEAR_MARKS = ("mask", "masked")
+#: Switches of messages that mean trained in some tools and not trained in others.
+_UNCLEAR_MARKS = re.compile("(?i)train|loss|mask|ignore|skip|learn|supervis")
+_SWITCH = (0, 1, "true", "false", "True", "False", "0", "1")  # true is 1, false is 0
 _THOUGHTS = (
     "rationale", "cot", "chain_of_thought", "scratchpad", "thought", "thoughts", "think",
     "analysis",
@@ -105,7 +118,7 @@ def check_message(
             continue
         column = f"messages[].{key}"
         if column not in reading.ignore:
-            if key in _UNCLEAR_MARKS:
+            if _UNCLEAR_MARKS.search(key) and value in _SWITCH:
                 raise RowError(
                     "QC-DATA-022",
                     "may mean that the turn is trained, or that it is not",

@@ -104,7 +104,7 @@ class Renderer:
         self.format = chat_format
         self.tokenizer = tokenizer
         self.options = options
-        self._formats = load_formats()
+        self._formats = load_formats(kinds=options.reader.kinds if options.reader else ())
         self._setup = self._prepared()
         self._rows = RowRenderer(self._setup, template, self._formats)
         self.notes = RunNotes(rejects, self._formats, options.max_length, self._keep_reasoning)

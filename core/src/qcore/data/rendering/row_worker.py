@@ -113,7 +113,8 @@ def _serve(inbox: SimpleQueue[bytes], out: BinaryIO) -> None:
             pending.append(chunk)
             yield chunk
 
-    with Template(text, source) as template, RowRenderer(setup, template, load_formats()) as rows:
+    formats = load_formats(kinds=setup.context.kinds)
+    with Template(text, source) as template, RowRenderer(setup, template, formats) as rows:
         for outcomes in rows.outcomes(chunks()):
             pending.popleft()
             send(out, pickle.dumps([_bare(one) for one in outcomes], protocol=5))

@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 _MARKER = '<meta name="generator" content="qcore data show">'
 _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
-THUMBNAIL = 160  #: pixels of the longer side
+THUMBNAIL = 160  #: pixels of the longer side of the first thumbnails
 THUMBNAILS = 24 << 20  #: characters of all thumbnails
+#: Once this share of `THUMBNAILS` is used, further ones have so many pixels: 10,000 photos fit.
+_SMALLER = ((0.25, 80), (0.6, 48))
 
 
 def check_page(path: Path) -> None:
@@ -199,6 +201,12 @@ class Page:
         for token, run in zip(self._media, self._runs, strict=True):
             text = run.sub(partial(_product, token), text)
         return text
+
+    @property
+    def thumbnail(self) -> int:
+        """Pixels of the longer side of the next thumbnail."""
+        sizes = (size for share, size in _SMALLER if self._size >= share * THUMBNAILS)
+        return min(sizes, default=THUMBNAIL)
 
     def _thumbnail(self, url: str) -> int:
         """The number of a thumbnail; -1 without one."""

@@ -1,4 +1,4 @@
-"""Media columns and keys that no format reads: never left out in silence."""
+"""Media, marks and parts of a prompt in keys that no format reads: never left out in silence."""
 
 from __future__ import annotations
 
@@ -58,3 +58,33 @@ def test_a_column_under_another_name_is_refused_with_a_plugin() -> None:
 def test_metadata_passes(key: str, value: Any) -> None:
     _, done = Formats().convert({"messages": TALK, key: value})
     assert done == {"messages": TALK}
+
+
+@pytest.mark.parametrize("key", ["ignore", "is_train", "no_loss", "skip_turn", "masked", "learned"])
+@pytest.mark.parametrize("value", [True, False, 0, 1, 1.0])
+def test_a_switch_of_a_message_that_may_mark_training_is_refused(key: str, value: Any) -> None:
+    turns = [TALK[0], {**TALK[1], key: value}]
+    with pytest.raises(RowError) as caught:
+        Formats().convert({"messages": turns})
+    assert (caught.value.code, caught.value.at) == ("QC-DATA-022", f"messages[1].{key}")
+
+
+@pytest.mark.parametrize(("key", "value"), [("train_id", "a1"), ("losses", 0.53), ("edited", True)])
+def test_other_keys_of_a_message_are_metadata(key: str, value: Any) -> None:
+    _, done = Formats().convert({"messages": [TALK[0], {**TALK[1], key: value}]})
+    assert done == {"messages": TALK}
+
+
+@pytest.mark.parametrize("key", ["sys_prompt", "preamble", "background", "knowledge"])
+def test_a_column_that_is_part_of_the_prompt_is_refused(key: str) -> None:
+    with pytest.raises(RowError) as caught:
+        Formats().convert({"messages": TALK, key: "The ball is red."})
+    assert (caught.value.code, caught.value.at) == ("QC-DATA-024", key)
+
+
+def test_two_reasonings_of_a_turn_are_refused() -> None:
+    turns = [TALK[0], {**TALK[1], "thinking": "x", "reasoning": "y"}]
+    with pytest.raises(RowError) as caught:
+        Formats().convert({"messages": turns})
+    assert (caught.value.code, caught.value.at) == ("QC-DATA-016", "messages[1]")
+    assert caught.value.found == "thinking and reasoning"
