@@ -250,7 +250,7 @@ def _with_tower(
 
 def _reaches_media(rows: Dataset, settings: Settings) -> bool:
     """Whether any step of the run has a row with media."""
-    schedule = Schedule(rows.train_sizes, settings)
+    schedule = Schedule(rows.train_sizes, settings, rows.train.lengths)
     units = rows.train.units
     return bool(units) and any(
         units[row]
