@@ -171,7 +171,8 @@ class StoreCache:
         except QcoreError as error:
             self._why = error.what
         except (OSError, ValueError, LookupError, TypeError) as error:
-            self._why = f"{type(error).__name__}: {error}"
+            if entry.is_dir():  # else another run has evicted it meanwhile
+                self._why = f"{type(error).__name__}: {error}"
         return None
 
     def _render(self, entry: Path, request: Request) -> Loaded:
