@@ -18,6 +18,9 @@ if not list(Path("/dev").glob("nvidia[0-9]*")):
     # import, which any test may cause (bitsandbytes imports it), so it is set before them all.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# No test reads the tokens that another one has kept; those of the store name a folder of their own.
+os.environ["QCORE_DATA_CACHE_GB"] = "0"
+
 #: Peak resident memory that a worker of the tests without a GPU may reach.
 WORKER_GIB = 4.0
 _GIB = 2**20  # in the unit of ru_maxrss, KiB

@@ -143,7 +143,7 @@ OPTIONS: dict[str, list[str]] = {
         "--adapter", "--adapter-class", "--config", "--data", "--debug", "--device",
         "--eval-data", "--format", "--generation", "--init-adapter", "--json", "--kernels",
         "--media-root", "--model", "--output", "--preset", "--resume", "--set", "--trust-base",
-        "--trust-generation",
+        "--trust-generation", "--verify-data",
     ],
     "merge": [
         "--adapter", "--debug", "--dequantize", "--generation", "--json", "--model", "--no-proof",

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 @click.option(
     "--media-root", type=click.Path(path_type=Path), help="Folder with absolute media paths."
 )
+@click.option(
+    "--verify-data", is_flag=True, help="Hash data files, also those that seem unchanged."
+)
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Adapter folder.")
 @click.option("--preset", help="Named settings; see qcore presets list.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="run.yaml")
@@ -70,6 +73,7 @@ def command(
     eval_data: tuple[str, ...],
     data_format: str | None,
     media_root: Path | None,
+    verify_data: bool,
     output: Path,
     preset: str | None,
     config_file: Path | None,
@@ -109,8 +113,9 @@ def command(
         report = train(
             model, data, output, settings,
             eval_data=eval_data, data_format=data_format or "", media_root=media_root,
-            device=device, resume=resume, init_adapter=init_adapter, trust_base=trust_base,
-            trust_generation=trust_generation, origins=origins, reporter=reporter,
+            verify_data=verify_data, device=device, resume=resume, init_adapter=init_adapter,
+            trust_base=trust_base, trust_generation=trust_generation, origins=origins,
+            reporter=reporter,
         )  # fmt: skip
     if as_json:
         emit(report.as_json())

@@ -87,6 +87,12 @@ class Settings:
     )
     per_device_train_batch_size: int = _s(1, "rows packed into one micro-step", low=1, high=65536)
     gradient_accumulation_steps: int = _s(8, "micro-steps per optimizer step", low=1, high=65536)
+    tokens_per_step: int = _s(
+        0,
+        "tokens of an optimizer step, on average; 0: gradient_accumulation_steps micro-steps, "
+        "which has no effect otherwise",
+        low=0, high=1 << 30,
+    )  # fmt: skip
     learning_rate: float = _s(2e-4, "peak learning rate of AdamW", above=0, high=1)
     warmup_ratio: float = _s(0.03, "fraction of the steps used for warmup", low=0, below=1)
     weight_decay: float = _s(0.0, "decoupled weight decay of AdamW", low=0, high=1)

@@ -10,7 +10,6 @@ after `qcore.data.rendering.template_check`. The samples are written to a store 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,10 +22,12 @@ from ..api.records import ChatFormat
 from ..checkpoint.checkpoint import required_template
 from ..checkpoint.tokenizer import load_tokenizer
 from ..errors import InputError
+from ..reporting import Reporter
 from .findings import Findings
+from .identity import Identity, data_identity
 from .policies import Policies
 from .rejects import REJECTED, Rejects
-from .rendering.chat_record import ChatRecord, TrainedTurns, chat_record
+from .rendering.chat_record import ChatRecord
 from .rendering.masking import Example
 from .rendering.renderer import Options, Renderer
 from .rendering.template_kwargs import special_tokens
@@ -34,10 +35,14 @@ from .source_counts import SourceCount
 from .sources.file_kinds import file_kind, unit_of
 from .sources.source import Source
 from .split import held_out
+from .store.cache import StoreCache
+from .store.entry import Loaded, Request
 from .store.records import StoredMedium
 from .store.rendered import Rendered
-from .store.samples import Samples, TokenStore
-from .store.write import AnonymousStore, StoreWriter
+from .store.samples import Samples
+from .store.stamps import Changed, Stamp, rechecked
+from .store.totals import media_totals, trained_chat
+from .store.write import StoreWriter
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -78,6 +83,7 @@ class Dataset:
         dropped: rows that ``long_rows`` left out.
         truncated: rows that ``long_rows`` cut.
         media: counts and digest of the media for the summary; empty for a text-only file.
+        files: the data files as they were read.
     """
 
     train: Samples
@@ -102,6 +108,7 @@ class Dataset:
     dropped: int = 0
     truncated: int = 0
     media: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[Stamp, ...] = field(default=(), compare=False)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -128,6 +135,20 @@ class Dataset:
     def rows_with_media(self) -> Iterator[tuple[int, list[StoredMedium]]]:
         """Number and media of each row with media, in the order of the rows."""
         return self.train.store.samples().with_media()
+
+    def check_files(self, reporter: Reporter) -> None:
+        """Hash the data files again.
+
+        Args:
+            reporter: receives progress where that takes over a second.
+
+        Raises:
+            InputError: ``QC-DATA-081`` a file changed after its rows were read.
+        """
+        try:
+            rechecked(self.files, reporter, content=True)
+        except Changed as changed:
+            raise changed.error("restore the file") from None
 
     def lines(self) -> Iterator[str]:
         """What the report says of the rows before the first step."""
@@ -190,6 +211,7 @@ def dataset(
     unread: str = "",
     workers: int = 1,
     refused: Callable[[Rejects], None] | None = None,
+    cache: StoreCache | None = None,
 ) -> Dataset:
     """Load the rows of some sources.
 
@@ -208,67 +230,81 @@ def dataset(
         unread: why there is no reader, for the error of a row with media.
         workers: as the setting ``dataset_num_proc``.
         refused: called with the refused rows before they stop the run.
+        cache: keeps the tokens for the next run; without it they are rendered each time.
 
     Raises:
         UsageError: a variable that the template does not read; see `check_variables`.
-        InputError: see `Rejects.stop` and `Renderer`; ``QC-PRE-001`` no chat template,
-            ``QC-DATA-015`` too few rows to split.
+        InputError: see `Rejects.stop`, `Renderer` and `StoreCache`; ``QC-PRE-001`` no chat
+            template, ``QC-DATA-015`` too few rows to split.
+        WriteError: ``QC-WRITE-003`` to ``-006`` the tokens cannot be written.
     """
-    sources = _sources(data, seed)
+    sources, evaluated = _sources(data, seed), _sources(eval_data, seed)
     policies = policies or Policies()
     options = Options(
-        policies=policies,
-        max_length=max_length,
-        variables=dict(variables or {}),
-        special=special_tokens(checkpoint.tokenizer_config),
-        reader=reader,
-        unread=unread,
-        seed=seed,
+        policies=policies, max_length=max_length, variables=dict(variables or {}), seed=seed,
+        special=special_tokens(checkpoint.tokenizer_config), reader=reader, unread=unread,
         workers=workers,
-    )
-    evaluated = _sources(eval_data, seed)
-    tokenizer = tokenizer or load_tokenizer(checkpoint)
-    template = required_template(checkpoint).reopen()  # a process of its own, closed here
-    store = AnonymousStore()
-    with template, store.writer() as out:
-        renderer = Renderer(
-            template, chat_format, tokenizer, options, Rejects(policies, listing=REJECTED)
+    )  # fmt: skip
+    rendering = _Rendering(
+        sources=sources, eval_sources=evaluated, checkpoint=checkpoint, chat_format=chat_format,
+        tokenizer=tokenizer, options=options, refused=refused,
+    )  # fmt: skip
+    request = Request(
+        sources=sources, eval_sources=evaluated, policies=policies, reader=reader,
+        render=rendering.render,
+    )  # fmt: skip
+    loaded = (cache or StoreCache(None, 0)).load(request, rendering.identity)
+    return _whole(loaded, options, eval_fraction)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rendering:
+    """The rows of a run and what renders them."""
+
+    sources: Sequence[Source]
+    eval_sources: Sequence[Source]
+    checkpoint: Checkpoint
+    chat_format: ChatFormat
+    tokenizer: Tokenizer | None
+    options: Options
+    refused: Callable[[Rejects], None] | None
+
+    def identity(self) -> Identity | None:
+        """The identity of the tokens."""
+        template = required_template(self.checkpoint)
+        return data_identity(
+            self.sources, self.eval_sources, self.checkpoint, template, self.chat_format,
+            self.options,
+        )  # fmt: skip
+
+    def render(self, out: StoreWriter) -> Rendered:
+        """Render all rows and write their samples."""
+        words = self.tokenizer or load_tokenizer(self.checkpoint)
+        rejects = Rejects(self.options.policies, listing=REJECTED)
+        with required_template(self.checkpoint).reopen() as template:
+            renderer = Renderer(template, self.chat_format, words, self.options, rejects)
+            with renderer.notes as notes:
+                out.extend(renderer.examples(self.sources))
+                train = out.count
+                out.extend(renderer.examples(self.eval_sources))
+        try:
+            rejects.stop(notes.counts)
+        except InputError:
+            if self.refused is not None:
+                self.refused(rejects)
+            raise
+        return Rendered(
+            train=train,
+            counts=tuple(notes.counts[: len(self.sources)]),
+            eval_counts=tuple(notes.counts[len(self.sources) :]),
+            findings=notes.findings,
+            rejects=notes.rejects,
+            dropped=notes.dropped,
+            truncated=notes.truncated,
+            asked=notes.asked,
+            template_sha256=template.sha256,
+            switch=renderer.switch,
         )
-        rendered = _rendered(renderer, sources, evaluated, out, refused)
-    return _whole(store.open(reader), rendered, options, eval_fraction)
-
-
-def _rendered(
-    renderer: Renderer,
-    sources: Sequence[Source],
-    eval_sources: Sequence[Source],
-    out: StoreWriter,
-    refused: Callable[[Rejects], None] | None,
-) -> Rendered:
-    """Render all rows and write their samples."""
-    notes = renderer.notes
-    with notes:
-        out.extend(renderer.examples(sources))
-        train = out.count
-        out.extend(renderer.examples(eval_sources))
-    try:
-        notes.rejects.stop(notes.counts)
-    except InputError:
-        if refused is not None:
-            refused(notes.rejects)
-        raise
-    return Rendered(
-        train=train,
-        counts=tuple(notes.counts[: len(sources)]),
-        eval_counts=tuple(notes.counts[len(sources) :]),
-        findings=notes.findings,
-        rejects=notes.rejects,
-        dropped=notes.dropped,
-        truncated=notes.truncated,
-        asked=notes.asked,
-        template_sha256=renderer.template.sha256,
-        switch=renderer.switch,
-    )
 
 
 def _sources(data: str | Path | Sequence[Source], seed: int) -> tuple[Source, ...]:
@@ -277,10 +313,9 @@ def _sources(data: str | Path | Sequence[Source], seed: int) -> tuple[Source, ..
     return tuple(source.seeded(seed) for source in data)
 
 
-def _whole(
-    store: TokenStore, rendered: Rendered, options: Options, eval_fraction: float
-) -> Dataset:
+def _whole(loaded: Loaded, options: Options, eval_fraction: float) -> Dataset:
     """Split the rows, and count both sides."""
+    store, rendered = loaded.store, loaded.rendered
     path = rendered.counts[0].source.files[0]
     every = store.samples()
     trained = np.arange(store.count) < rendered.train
@@ -289,7 +324,7 @@ def _whole(
     kept = trained & ~np.isin(rows, held)
     # Held-out rows come before those that are only evaluated, as they lie in the store.
     train, evaluated = Samples(store, np.flatnonzero(kept)), Samples(store, np.flatnonzero(~kept))
-    chat = _chat_record(train, rendered, options)
+    chat = trained_chat(train, rendered, options.variables)
     findings = rendered.findings
     findings.extend(chat.findings())
     lengths, starts = every.column("tokens"), every.starts()
@@ -316,56 +351,9 @@ def _whole(
         rejects=rendered.rejects,
         dropped=rendered.dropped,
         truncated=rendered.truncated,
-        media=_media(every, frozenset(rows[kept].tolist()), rendered.asked),
+        files=loaded.files,
+        media=media_totals(every, frozenset(rows[kept].tolist()), rendered.asked),
     )
-
-
-def _chat_record(train: Samples, rendered: Rendered, options: Options) -> ChatRecord:
-    """How the turns of the training samples were rendered."""
-    starts, codes = train.starts(), train.column("variables")
-    trained = TrainedTurns(
-        turns=int(train.column("turns").sum(dtype=np.int64)),
-        reasoned=int(train.column("reasoned").sum(dtype=np.int64)),
-    )
-    values, first, counts = np.unique(codes[starts], return_index=True, return_counts=True)
-    for at in np.argsort(first).tolist():  # in the order in which the rows have them
-        trained.add_rows(train.store.variables[values[at]], int(counts[at]))
-    return chat_record(rendered.template_sha256, options.variables, rendered.switch, trained)
-
-
-def _media(
-    every: Samples, trained: frozenset[int], asked: Mapping[int, frozenset[tuple[str, str]]]
-) -> dict[str, Any]:
-    """Counts of media for the summary; empty for a text-only file.
-
-    Args:
-        every: all samples.
-        trained: numbers of the training rows.
-        asked: as `Rendered.asked`.
-    """
-    media, train_media = Counter[str](), Counter[str]()
-    rows = tokens = 0
-    digest = hashlib.sha256()
-    for row, some in every.with_media():
-        rows += 1
-        for medium in some:
-            media[medium.kind] += 1
-            train_media[medium.kind] += row in trained
-            tokens += medium.tokens
-            digest.update(f"{medium.kind}:{medium.digest}\n".encode())
-    if not rows:
-        return {}
-    keys: dict[str, set[str]] = {}
-    for kind, key in {pair for row, pairs in asked.items() if row in trained for pair in pairs}:
-        keys.setdefault(kind, set()).add(key)
-    return {
-        "media": dict(sorted(media.items())),
-        "train_media": dict(sorted((+train_media).items())),
-        "media_rows": rows,
-        "media_tokens": tokens,
-        "media_sha256": digest.hexdigest(),
-        "media_keys": {kind: sorted(some) for kind, some in sorted(keys.items())},
-    }
 
 
 def _digest(digests: Sequence[str]) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
@@ -164,6 +164,27 @@ class Findings:
         for (*of, _), group in self._groups.items():
             if of == [code, severity]:
                 group.total = message, fix
+
+    def state(self) -> list[dict[str, Any]]:
+        """Everything that was collected, as JSON."""
+        return [{"key": list(key), **asdict(group)} for key, group in self._groups.items()]
+
+    @classmethod
+    def of(cls, state: Iterable[Mapping[str, Any]]) -> Findings:
+        """The findings of a `state`."""
+        found = cls()
+        for values in state:
+            code, severity, kind = values["key"]
+            total = values["total"]
+            group = {
+                **{name: value for name, value in values.items() if name != "key"},
+                "first": DataFinding(**values["first"]),
+                "kept": [DataFinding(**finding) for finding in values["kept"]],
+                "total": None if total is None else tuple(total),
+            }
+            found._groups[code, severity, kind] = FindingGroup(**group)
+            found._kinds[code, severity] += 1
+        return found
 
     def groups(self) -> Iterator[FindingGroup]:
         """The findings by code, severity and kind of statement."""

@@ -7,8 +7,9 @@ a micro-batch, `qcore.planning.run` the size limit of a pack. It imports no torc
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from .store.samples import Samples
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from .rendering.masking import Example
 
 TILE = 64  #: tokens of a kernel tile; the last tile of a row is padded to it
+_SLACK: Final = 0.03  #: share of the packs above the lower bound that is accepted
+_STEPS: Final = 1024  #: parts of a pack in which sums of sizes are counted
 
 
 def extent(lengths: Sequence[int], units: int = 0) -> int:
@@ -38,7 +41,10 @@ def joined(
 
     The loss of a step is the mean over its supervised tokens, so joining only changes the order of
     summation; random draws per pack (dropout) and losses per micro-batch (load balancing) change.
-    First-fit decreasing: at most 11/9 of the optimal number plus one (Dosa 2007).
+
+    Best-fit decreasing makes as few packs as possible unless few batches fit into one. Where it
+    misses the lower bound by more than `_SLACK`, packs are filled one by one as far as possible,
+    and the fewer packs are taken.
 
     Args:
         batches: rows of each micro-batch.
@@ -50,15 +56,59 @@ def joined(
         extent([lengths[row] for row in rows], sum(units[row] for row in rows) if units else 0)
         for rows in batches
     ]
-    found: list[list[int]] = []
-    taken: list[int] = []
-    for number in sorted(range(len(batches)), key=lambda n: -sizes[n]):
-        size = sizes[number]
-        place = next((n for n, used in enumerate(taken) if used + size <= most), None)
-        if place is None:
-            found.append([])
-            taken.append(0)
-            place = len(found) - 1
-        found[place] += batches[number]
-        taken[place] += size
-    return found
+    order = sorted(range(len(batches)), key=lambda n: -sizes[n])
+    alone = [[n] for n in order if sizes[n] > most]
+    small = order[len(alone) :]
+    packs = _best_fit(small, sizes, most)
+    bound = -(-sum(sizes[n] for n in small) // most)
+    if bound < (1 - _SLACK) * len(packs):
+        packs = min(packs, _filled(small, sizes, most), key=len)
+    return [[row for n in pack for row in batches[n]] for pack in (*alone, *packs)]
+
+
+def _best_fit(order: Sequence[int], sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Put each batch, the largest first, where it leaves the least room."""
+    packs: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # room and number of each pack, ascending
+    for n in order:
+        at = bisect_left(rooms, (sizes[n], -1))
+        if at == len(rooms):
+            rooms.append((most, len(packs)))
+            packs.append([])
+        room, pack = rooms.pop(at)
+        packs[pack].append(n)
+        insort(rooms, (room - sizes[n], pack))
+    return packs
+
+
+def _filled(order: Sequence[int], sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Fill one pack after another: with the largest batch left, and the best sum beside it.
+
+    The sums are those of sizes rounded up to a `_STEPS`-th of a pack.
+    """
+    unit = -(-most // _STEPS)
+    rounded = [-(-size // unit) for size in sizes]
+    room, left, packs = most // unit, list(order), []
+    while left:
+        first, *rest = left
+        chosen = _best_sum([rounded[n] for n in rest], room - rounded[first])
+        packs.append([first, *(rest[at] for at in sorted(chosen))])
+        left = [n for at, n in enumerate(rest) if at not in chosen]
+    return packs
+
+
+def _best_sum(values: Sequence[int], most: int) -> set[int]:
+    """Indices of values whose sum is as large as possible, but at most `most`."""
+    if most <= 0:
+        return set()
+    sums, below = [1], (1 << most + 1) - 1  # bit s is set where some of the values sum to s
+    for value in values:
+        sums.append((sums[-1] | sums[-1] << value) & below)
+        if sums[-1] >> most:
+            break
+    total, chosen = sums[-1].bit_length() - 1, set()
+    for at in range(len(sums) - 2, -1, -1):
+        if not sums[at] >> total & 1:
+            chosen.add(at)
+            total -= values[at]
+    return chosen

@@ -15,7 +15,7 @@ import json
 import tempfile
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
@@ -100,6 +100,7 @@ class Rejects:
         self._enough = 0  # tokens of the longest refused row
         # A file, because a hundred thousand refused rows must not be held in memory.
         self._list: BinaryIO | None = None
+        self._final = False  # whether the fixes of the list name the length that fits every row
 
     @property
     def listed(self) -> int:
@@ -247,6 +248,31 @@ class Rejects:
             )
         return None
 
+    def state(self) -> dict[str, Any]:
+        """The counts, as JSON; the list is apart."""
+        return {
+            "count": self.count,
+            "skipped": self.skipped,
+            "long": [[*key, count] for key, count in self.long.items()],
+        }
+
+    @classmethod
+    def of(cls, policies: Policies, state: Mapping[str, Any], listed: Path) -> Rejects:
+        """The rows of an earlier rendering, of which none stopped the run.
+
+        Args:
+            policies: of the run.
+            state: as `state` has it.
+            listed: the entries, one a line.
+        """
+        rejects = cls(policies, listing=REJECTED)
+        rejects.count, rejects.skipped = state["count"], state["skipped"]
+        rejects.long = Counter({(action, rule): n for action, rule, n in state["long"]})
+        rejects._final = True
+        if rejects.listed:
+            rejects._list = listed.open("rb")
+        return rejects
+
     def entries(self) -> Iterator[dict[str, Any]]:
         """The entries of ``rejected.jsonl``, in the order of their detection."""
         if self._list is None:
@@ -254,7 +280,7 @@ class Rejects:
         self._list.seek(0)
         for line in self._list:
             entry = json.loads(line)
-            if entry["code"] == TOO_LONG:
+            if entry["code"] == TOO_LONG and not self._final:
                 entry["fix"] = self._length_fix(entry["fix"])
             yield entry
         self._list.seek(0, 2)

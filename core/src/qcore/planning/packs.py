@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 
 from ..config.settings import Settings
 from ..data.microbatches import TILE, extent, joined
@@ -82,11 +83,11 @@ def packs_of(
         together: the most tokens of joined micro-batches; 0 joins none.
         draws: rows whose packs are enumerated; beyond it the worst case is assumed.
     """
-    schedule = Schedule(sizes or len(train), settings)
+    schedule = Schedule(sizes or len(train), settings, train)
     by_tokens: dict[int, Lengths] = {}
     size = settings.per_device_train_batch_size
-    longest_rows = _sorted(sorted(train)[-size:])
-    most_units = tuple(sorted(units, reverse=True)[:size])
+    longest_rows = _sorted(nlargest(size, train))
+    most_units = tuple(nlargest(size, units))
     front: list[Lengths] = []
     widest: Lengths = ()
     drawn = tokens = media = micro_steps = steps = 0

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config.settings import Settings
+from ..data.sampler import rows_per_step
 from ..errors import UsageError
 from ..io.stop_signals import importing
 from ..planning.gpus import CARDS, cap_budgets, gpu_by_name, parse_budget
@@ -201,7 +202,7 @@ def _best(planner: Planner, settings: Settings, units: int, *, fixed: bool) -> P
     size = settings.per_device_train_batch_size
     if fixed:
         return planner.fastest(Pack((settings.max_length,) * size, units * size))
-    return planner.best(settings.max_length, size * settings.gradient_accumulation_steps, units)
+    return planner.best(settings.max_length, rows_per_step(settings), units)
 
 
 def _gpu_plan(planner: Planner, plan: Plan, units: int) -> GpuPlan:

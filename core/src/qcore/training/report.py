@@ -69,6 +69,16 @@ def first_loss(metrics: Path) -> float:
     return float(row["loss"]) if row.get("step") == 1 else math.nan
 
 
+def last_loss(metrics: Path) -> float:
+    """The loss of the last step of a run that is resumed after it; NaN without any."""
+    last = math.nan
+    if metrics.exists():
+        with metrics.open(encoding="utf-8") as file:
+            for line in file:
+                last = float(json.loads(line).get("loss", last))
+    return last
+
+
 def coverage_row(line: Coverage) -> dict[str, Any]:
     """A row of the table "what will be trained"."""
     return {

@@ -22,6 +22,7 @@ from ..data.rejects import REJECTED, SHOWN, Rejects
 from ..data.sampler import Schedule
 from ..data.sources.read import read_sources, refuse_shared
 from ..data.sources.source import Source
+from ..data.store.cache import StoreCache
 from ..errors import InputError, UsageError
 from ..io.artifact import check_target
 from ..io.atomic import make_folders, writing
@@ -62,12 +63,14 @@ class DataWords:
         eval_data: what to evaluate on alone.
         format: row format of all sources; empty: detected.
         media_root: folder below which absolute media paths may lie.
+        verify: hash the data and media files, also those that are recognized as unchanged.
     """
 
     data: Words
     eval_data: Words = ()
     format: str = ""
     media_root: str | Path | None = None
+    verify: bool = False
 
     def sources(self) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
         """The sources to train on, and those to evaluate on.
@@ -207,6 +210,7 @@ def _read_rows(base: _Base, data: DataWords, folder: Path) -> Dataset:
         unread="" if base.reader is not None else unread(base.model),
         workers=settings.dataset_num_proc,
         refused=partial(_write_rejects, folder),
+        cache=StoreCache.of_user(base.reporter, verify=data.verify),
     )
     base.reporter.lines(rows.lines())
     return rows
@@ -247,7 +251,7 @@ def _with_tower(
 
 def _reaches_media(rows: Dataset, settings: Settings) -> bool:
     """Whether any step of the run has a row with media."""
-    schedule = Schedule(rows.train_sizes, settings)
+    schedule = Schedule(rows.train_sizes, settings, rows.train.lengths)
     units = rows.train.units
     return bool(units) and any(
         units[row]

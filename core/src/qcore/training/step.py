@@ -65,7 +65,7 @@ class Loop:
         self._tower_alone = model.trains_tower and not model.trains_trunk
         keep = in_bytes(settings.media_cache_gb)
         self.batches = Batches(model, device, reader, keep)
-        self.schedule = Schedule(data.train_sizes, settings)
+        self.schedule = Schedule(data.train_sizes, settings, data.train.lengths)
         self.together = together
         self._lengths = data.train.lengths
         self._units = data.train.units

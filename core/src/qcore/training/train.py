@@ -21,7 +21,7 @@ from torch import Tensor
 from ..adapter.targets import Coverage
 from ..config.settings import Settings
 from ..data.rejects import REJECTED
-from ..errors import Interrupted, NumericError
+from ..errors import InputError, Interrupted, NumericError
 from ..io.atomic import writing
 from ..io.metrics_log import MetricsLog
 from ..io.stop_signals import StopSignals
@@ -37,7 +37,7 @@ from .initial_adapter import AdapterWords
 from .loading import load_base
 from .media_manifest import note_media
 from .metrics_sink import MetricsSink
-from .report import TrainReport, first_loss
+from .report import TrainReport, first_loss, last_loss
 from .run import Run
 from .setup import DataWords, Words, before_the_stop, plan_memory, prepare
 from .step import Loop
@@ -54,6 +54,7 @@ def train(
     eval_data: Words = (),
     data_format: str = "",
     media_root: str | Path | None = None,
+    verify_data: bool = False,
     device: str = "auto",
     resume: bool = False,
     init_adapter: str | Path | None = None,
@@ -73,6 +74,8 @@ def train(
         eval_data: the same, with rows that are only evaluated.
         data_format: row format; empty: detected.
         media_root: folder of absolute media paths.
+        verify_data: hash the data and media files, also those that are recognized as unchanged
+            since their rows were rendered.
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: continue the run that was stopped.
         init_adapter: adapter folder to start from. It sets rank, alpha, LoRA groups and class;
@@ -93,7 +96,8 @@ def train(
         origins=origins,
     )  # fmt: skip
     run = prepare(
-        model, DataWords(data, eval_data, data_format, media_root), output, settings or Settings(),
+        model, DataWords(data, eval_data, data_format, media_root, verify_data), output,
+        settings or Settings(),
         device=device, resume=resume, reporter=reporter, start=start,
     )  # fmt: skip
     plan = plan_memory(run, room or room_of(run.device), before_the_stop(run) if resume else None)
@@ -206,6 +210,8 @@ def _train(session: _Session, start: int) -> _Outcome:
             for step in _steps(session, start):
                 first, last = (step.loss if math.isnan(first) else first), step.loss
             moved = _check_moved(session)
+            last = last_loss(metrics) if math.isnan(last) else last
+            _check_data(session)
             session.watch.at("the last evaluation")
             eval_loss = loop.evaluate()
             if eval_loss is not None:
@@ -303,6 +309,26 @@ def _check_moved(session: _Session) -> tuple[int, int]:
             "router never picked stay as they were"
         )
     return moved, maps
+
+
+def _check_data(session: _Session) -> None:
+    """Check that the data files are still those whose digests the manifest records.
+
+    The steps are done; a checkpoint keeps them, so that restoring the file is enough.
+
+    Raises:
+        InputError: ``QC-DATA-081``.
+    """
+    run, best = session.run, session.best.best
+    session.watch.at("hashing the data files")
+    try:
+        run.data.check_files(run.reporter)
+    except InputError as error:
+        optimizer, done = session.loop.optimizer, session.loop.schedule.total
+        path = session.files.save(run.folder, done, optimizer, best)
+        run.reporter.emit(CheckpointSaved(step=done, folder=path))
+        fix = f"restore the file and run the same command with --resume; {path} holds all steps"
+        raise error.replace(fix=fix) from None
 
 
 def _publish(session: _Session, lines: tuple[Coverage, ...], outcome: _Outcome) -> TrainReport:

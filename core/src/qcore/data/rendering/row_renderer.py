@@ -23,7 +23,7 @@ from ...errors import InputError, QcoreError, nearest
 from ..findings import DataFinding
 from ..formats import Formats
 from ..media.files import Finder
-from ..policies import DROP, REFUSE, Policies
+from ..policies import DROP_ROWS, REFUSE, Policies
 from ..reading import Chunk, Numbered, RowReader
 from ..rejects import template_refusal
 from ..repairs.notes import RepairContext
@@ -273,7 +273,7 @@ class RowRenderer:
         if policy == REFUSE:
             raise too_long(encoded, setup.max_length)
         outcome.cut = True
-        if policy == DROP:
+        if policy == DROP_ROWS:
             return None
         return with_turns(plan, first_turns(plan, works), "longer than max_length")
 

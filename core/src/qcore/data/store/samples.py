@@ -14,7 +14,8 @@ import mmap
 import os
 import weakref
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -23,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...api.media import RowError
-from ...errors import InputError
+from ...errors import InputError, WriteError
+from ...io.atomic import remove_tree
 from ..rendering.masking import Example
 from .records import (
     RECORD,
@@ -52,8 +54,7 @@ class TokenStore:
         variables: the rows' own variables, by their codes in the index.
         reader: reads media.
         held: by number of a sample: payloads that the store does not have.
-        folder: of a store that is kept, for errors.
-        drop: removes a store that is damaged.
+        folder: of a store that is kept; it is deleted when its tokens turn out to be damaged.
     """
 
     def __init__(
@@ -66,12 +67,11 @@ class TokenStore:
         reader: MediaReader | None = None,
         held: Mapping[int, tuple[Payload, ...]] | None = None,
         folder: Path | None = None,
-        drop: Callable[[], None] | None = None,
     ) -> None:
         self._tokens, self._media = tokens, media
         self.variables = list(variables)
         self.folder = folder
-        self._reader, self._held, self._drop = reader, held or {}, drop
+        self._reader, self._held = reader, held or {}
         size = os.fstat(index).st_size
         self._map = mmap.mmap(index, size, prot=mmap.PROT_READ) if size else None
         os.close(index)
@@ -137,8 +137,9 @@ class TokenStore:
         tokens = os.pread(self._tokens, token_size(n["tokens"]), n["at"])
         media = os.pread(self._media, n["more_bytes"], n["more"]) if n["media"] else b""
         if checksum(tokens, media) != record.check:
-            if self._drop is not None:
-                self._drop()
+            if self.folder is not None:
+                with suppress(WriteError):
+                    remove_tree(self.folder)
             raise InputError(
                 "QC-DATA-080",
                 "holds damaged tokens",

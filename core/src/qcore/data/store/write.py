@@ -51,7 +51,7 @@ class StoreWriter:
     Attributes:
         count: samples so far.
         variables: the rows' own variables as JSON; the first one is empty.
-        paths: files that media were read from.
+        paths: files that media were read from, with their digests.
         held: by number of a sample: payloads that cannot be stored.
     """
 
@@ -61,7 +61,7 @@ class StoreWriter:
         self._sizes = dict.fromkeys(FILES, 0)
         self._codes = {"": 0}
         self.count = 0
-        self.paths: dict[Path, None] = {}
+        self.paths: dict[Path, str] = {}
         self.held: dict[int, tuple[Payload, ...]] = {}
 
     @property
@@ -106,7 +106,7 @@ class StoreWriter:
         for payload in payloads:
             for one in payload.frames or (payload,):
                 if one.path is not None:
-                    self.paths[one.path] = None
+                    self.paths[one.path] = one.sha256
 
     def _append(self, name: str, data: bytes) -> int:
         """Append bytes to a file; returns where they start."""

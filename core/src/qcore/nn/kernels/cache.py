@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...api.files import user_cache
 from ...api.records import Kernel, Verdict
+from ...io.source_digest import package_digest
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +46,9 @@ def version_of(distribution: str) -> str | None:
 def key(kernel: Kernel, owner: str, device: torch.device) -> Key | None:
     """Everything that a verdict depends on; ``None`` if part of it is unknown."""
     sources = [
-        _sources("qcore"),
-        _sources(_package(kernel.load)),
-        _sources(_package(kernel.verify)),
+        package_digest("qcore"),
+        package_digest(_package(kernel.load)),
+        package_digest(_package(kernel.verify)),
     ]
     card = _card(device)
     if None in sources or card is None:
@@ -154,26 +155,3 @@ def _package(function: Callable[..., Any]) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     return (getattr(function, "__module__", None) or "").partition(".")[0]
-
-
-@functools.cache
-def _sources(package: str) -> str | None:
-    """Digest of the names and contents of a package's Python files; ``None`` if not found."""
-    module = sys.modules.get(package)
-    if module is None or package == "__main__":
-        return None
-    folders = [Path(path) for path in getattr(module, "__path__", ())]
-    digest = hashlib.sha256()
-    try:
-        if folders:
-            files = [(f, p) for f in folders for p in sorted(f.rglob("*.py"))]
-        else:
-            path = Path(str(module.__file__))
-            files = [(path.parent, path)]
-        for root, path in files:
-            content = path.read_bytes()
-            digest.update(f"{path.relative_to(root)}\0{len(content)}\0".encode())
-            digest.update(content)
-    except OSError:
-        return None
-    return digest.hexdigest() if files else None
