@@ -338,7 +338,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "torch": lambda s: s.versions.update(torch="2.12.0"),
     "triton": lambda s: s.versions.update(triton="3.7.1"),
     "a requirement": lambda s: s.versions.update(acme="2.1"),
-    "sources": lambda s: s.patch.setattr(kernel_cache, "_sources", lambda package: "other"),
+    "sources": lambda s: s.patch.setattr(kernel_cache, "package_digest", lambda package: "other"),
     "environment": lambda s: s.patch.setenv("TRITON_DEFAULT_FP_FUSION", "0"),
 }
 
@@ -439,11 +439,11 @@ def test_the_digest_is_of_every_source_of_the_package(
 
     module = importlib.import_module("acme_ops")
     assert kernel_cache._package(module.load) == "acme_ops"
-    before = kernel_cache._sources("acme_ops")
-    kernel_cache._sources.cache_clear()
+    before = kernel_cache.package_digest("acme_ops")
+    kernel_cache.package_digest.cache_clear()
     (package / "inner" / "deep.py").write_text("x = 2\n")
-    assert before != kernel_cache._sources("acme_ops") is not None
-    assert kernel_cache._sources("no_such_package") is None
+    assert before != kernel_cache.package_digest("acme_ops") is not None
+    assert kernel_cache.package_digest("no_such_package") is None
 
 
 def test_cpus_have_no_card_and_keep_nothing() -> None:
