@@ -132,7 +132,7 @@ SKIP = Policies(bad_rows="skip", bad_rows_limit=1.0)
 def test_a_mode_that_the_user_fixed(
     shared: Path, tmp_path: Path, sku: str, thinking: bool, tokenizer: Tokenizer
 ) -> None:
-    fixed_mode(shared, tmp_path, sku, thinking, tokenizer, 12)
+    fixed_mode(shared, tmp_path, sku, thinking, tokenizer, 24)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import threading
 import time
 from array import array
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ class QuickRenderer:
     def rows(self) -> int:
         return sum(count.rows for count in self.counts)
 
-    def prove(self) -> None: ...
+    @property
+    def notes(self) -> Any:
+        return closing(self)
 
     def close(self) -> None: ...
 
