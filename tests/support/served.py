@@ -53,10 +53,9 @@ def conversation(rng: random.Random) -> dict[str, Any]:
     for _ in range(rng.randrange(1, 5)):
         messages.append({"role": "user", "content": _content(rng)})
         for _ in range(rng.randrange(0, 3) if tools else 0):
-            calls = rng.randrange(1, 4)
+            calls = rng.randrange(1, 4)  # each of them has a result
             messages.append(_assistant(rng, calls=calls))
-            for _ in range(calls):
-                messages.append({"role": "tool", "content": _content(rng)})
+            messages += [{"role": "tool", "content": _content(rng)} for _ in range(calls)]
         messages.append(_assistant(rng))
     if rng.random() < 0.2:
         rng.choice([m for m in messages if m["role"] == "assistant"][:-1] or [{}])["train"] = False

@@ -132,9 +132,9 @@ def plan_row(
                 for m in row.messages
             ),
         )
-    said = [n for n, m in enumerate(row.messages) if m["role"] == chat_format.assistant]
-    untrained = {n: why for n in said if (why := _why_not(row, n, said, policies))}
-    trained = [n for n in said if n not in untrained]
+    answers = [n for n, m in enumerate(row.messages) if m["role"] == chat_format.assistant]
+    untrained = {n: why for n in answers if (why := _why_not(row, n, answers, policies))}
+    trained = [n for n in answers if n not in untrained]
     if not trained:
         raise RowError(
             "QC-DATA-012",
@@ -158,7 +158,7 @@ def plan_row(
     )  # fmt: skip
 
 
-def _why_not(row: ChatRow, index: int, said: Sequence[int], policies: Policies) -> str:
+def _why_not(row: ChatRow, index: int, answers: Sequence[int], policies: Policies) -> str:
     """Why an assistant message is not trained; empty if it is."""
     marked = row.train[index] if row.train else None
     if marked is not None:
@@ -168,7 +168,7 @@ def _why_not(row: ChatRow, index: int, said: Sequence[int], policies: Policies) 
             return "row marked train: false"
     elif not policies.train:
         return "source with train: false"
-    return "turns=last" if policies.turns == LAST and index != said[-1] else ""
+    return "turns=last" if policies.turns == LAST and index != answers[-1] else ""
 
 
 def own_variables(variables: Mapping[str, Any]) -> str:

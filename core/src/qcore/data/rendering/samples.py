@@ -126,11 +126,11 @@ def drafts(
     for turn in reversed(list(_served(plan, texts, chat_format))):
         end = turn.text.rfind(chat_format.turn_end) + len(chat_format.turn_end)
         whole = turn.text[:end]
-        mine = next((some for text, some in groups if text.startswith(whole)), None)
-        if mine is None or not _splits(turn.text, turn.place, turn.reply, pieces):
+        shared = next((some for text, some in groups if text.startswith(whole)), None)
+        if shared is None or not _splits(turn.text, turn.place, turn.reply, pieces):
             groups.append((turn.text, [turn]))
         else:
-            mine.insert(0, turn)
+            shared.insert(0, turn)
     groups.reverse()
     number = {turn.index: at for at, (_, some) in enumerate(groups, 1) for turn in some}
     return [
@@ -264,11 +264,11 @@ def lay_out(draft: Draft, text: str, plan: RowPlan, chat_format: ChatFormat) -> 
         RowError: as `assistant_turns`.
     """
     messages = plan.row.messages[: draft.count]
-    said = [n for n, m in enumerate(messages) if m["role"] == chat_format.assistant]
+    answers = [n for n, m in enumerate(messages) if m["role"] == chat_format.assistant]
     turns = list(turns_of(text, chat_format))
-    check_count(turns, chat_format, len(said))
+    check_count(turns, chat_format, len(answers))
     spans: list[Span] = []
-    indexes, at = iter(said), 0
+    indexes, at = iter(answers), 0
 
     def put(end: int, why: str, trained: bool = False) -> None:
         nonlocal at

@@ -71,9 +71,9 @@ def differences(
             sizes = f"{len(left)} samples", f"{len(right)} samples"
             yield RowDifference(row=row, sample=0, kind=SAMPLES, token=-1, a=sizes[0], b=sizes[1])
         for one, other in zip(left, right, strict=False):
-            found = _difference(one, other, tokenizers)
-            if found is not None:
-                yield found
+            difference = _difference(one, other, tokenizers)
+            if difference is not None:
+                yield difference
 
 
 def _paired(

@@ -126,7 +126,7 @@ def parity(
         messages, tools, chat_format, template, tokenizer, variables or {}, expand, untrained,
         masked_reasoning,
     )  # fmt: skip
-    return tuple(found for sample in samples for found in check.sample(sample))
+    return tuple(one for sample in samples for one in check.sample(sample))
 
 
 @dataclass(slots=True)
