@@ -203,7 +203,6 @@ def report_of(
 ) -> tuple[ParityReport, Rejects]:
     rejects = Rejects()
     renderer = Renderer(template, chat_format, tokenizer, options, rejects)
-    renderer.prove()
     return compare_with_serving(renderer, [Source(name="rows", files=(path,))]), rejects
 
 

@@ -214,7 +214,7 @@ def dataset(
         InputError: see `Rejects.stop` and `Renderer`; ``QC-PRE-001`` no chat template,
             ``QC-DATA-015`` too few rows to split.
     """
-    sources = _sources(data, seed)
+    sources, evaluated = _sources(data, seed), _sources(eval_data, seed)
     policies = policies or Policies()
     options = Options(
         policies=policies,
@@ -226,14 +226,12 @@ def dataset(
         seed=seed,
         workers=workers,
     )
-    evaluated = _sources(eval_data, seed)
     tokenizer = tokenizer or load_tokenizer(checkpoint)
     template = required_template(checkpoint).reopen()  # a process of its own, closed here
     store = AnonymousStore()
+    rejects = Rejects(policies, listing=REJECTED)
     with template, store.writer() as out:
-        renderer = Renderer(
-            template, chat_format, tokenizer, options, Rejects(policies, listing=REJECTED)
-        )
+        renderer = Renderer(template, chat_format, tokenizer, options, rejects)
         rendered = _rendered(renderer, sources, evaluated, out, refused)
     return _whole(store.open(reader), rendered, options, eval_fraction)
 
