@@ -11,8 +11,9 @@ and maps ``apply_chat_template(tokenize=True)`` over it: one rendering a row, no
         [--containers jsonl,parquet] [--rounds 1] [--work FOLDER]
 
 FOLDER holds config.json, the tokenizer's files and chat_template.jinja. Prints rows/s, the ratio,
-the CPU time of both sides (which a machine with other work changes less), and for each process its peak resident memory, and the median in the second quarter and in the last
-one of its run: equal where memory is flat.
+the CPU time of both sides (which other work on the machine changes less), and for each process its
+peak resident memory, and the median in the second quarter and in the last one of its run: equal
+where memory is flat.
 """
 
 from __future__ import annotations
@@ -256,8 +257,9 @@ def compare(arguments: argparse.Namespace) -> None:
                 times[side], cpu[side], lines = timed(side, arguments, path)
                 print(*lines, sep="\n")
             mine, other = times["qcore"], times["datasets"]
-            print(f"    CPU time: qcore {cpu['qcore']:.1f} s, datasets.map {cpu['datasets']:.1f} s, "
-                  f"ratio {cpu['datasets'] / cpu['qcore']:.2f}")  # fmt: skip
+            spent, theirs = cpu["qcore"], cpu["datasets"]
+            print(f"    CPU time: qcore {spent:.1f} s, datasets.map {theirs:.1f} s, "
+                  f"ratio {theirs / spent:.2f}")  # fmt: skip
             print(f"{container} round {number + 1}: qcore {mine:.1f} s, {count / mine:.0f} rows/s; "
                   f"datasets.map {other:.1f} s, {count / other:.0f} rows/s; "
                   f"ratio {other / mine:.2f}", flush=True)  # fmt: skip

@@ -21,7 +21,7 @@ from .repairs.notes import RepairContext
 from .repairs.repair import repair
 from .rows import ChatRow, RowCheck
 from .source_counts import SourceCount
-from .sources.columnar import BatchRow
+from .sources.column_values import BatchRow
 from .sources.containers import RawRecord, raw_records
 
 if TYPE_CHECKING:

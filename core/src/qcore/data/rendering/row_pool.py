@@ -10,7 +10,6 @@ Code: ``QC-DATA-079`` a process that renders rows ended.
 from __future__ import annotations
 
 import os
-import pickle
 import selectors
 import signal
 import subprocess
@@ -23,7 +22,8 @@ from typing import IO, TYPE_CHECKING, BinaryIO, Final, cast
 
 from ...errors import Failure, InputError, QcoreError, contained
 from ...io.cores import available_cores
-from .row_worker import TextReader, send
+from .row_messages import pack, send, unpack
+from .text_reader import TextReader
 
 if TYPE_CHECKING:
     from ...checkpoint.chat_template import Template
@@ -60,7 +60,7 @@ def packed(setup: RowSetup, template: Template) -> bytes | None:
     if reader is not None:
         stand_in = TextReader(tuple(reader.kinds), tuple(reader.keys), tuple(reader.control))
         setup = replace(setup, reader=stand_in)
-    made = contained(lambda: pickle.dumps((setup, template.text, template.source), protocol=5))
+    made = contained(lambda: pack((setup, template.text, template.source)))
     return None if isinstance(made, Failure) else made
 
 
@@ -130,7 +130,7 @@ class RowPool:
 
 
 def _unpacked(answer: bytes) -> list[RowOutcome]:
-    made = pickle.loads(answer)
+    made = unpack(answer)
     if isinstance(made, list):
         return made
     raise made if isinstance(made, BaseException) else RuntimeError(made)
@@ -169,7 +169,7 @@ class _Worker:
     def ask(self, chunk: _Chunk) -> None:
         """Send a chunk."""
         self.waiting.append(chunk)
-        self.send(pickle.dumps(chunk.chunk, protocol=5))
+        self.send(pack(chunk.chunk))
 
     def receive(self) -> None:
         """Take what the process has answered; called when there is something to read.

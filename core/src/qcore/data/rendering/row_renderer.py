@@ -35,9 +35,9 @@ from .masking import Encoded, Example, encode_sample
 from .pieces import PieceEncoder
 from .row_plan import RowPlan, plan_row
 from .row_work import FEW, MOST_WORK, first_turns, too_many_turns, with_turns, work_of
-from .row_worker import DeferredRow, TextReader
 from .samples import Draft, drafts
 from .template_check import prove_media
+from .text_reader import DeferredRow, TextReader
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

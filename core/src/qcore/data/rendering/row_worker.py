@@ -13,73 +13,21 @@ and decodes in a process of its own.
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ...errors import Failure, contained
+from .row_messages import pack, send, unpack
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ...api.blocks import Media
-    from ...api.media import Medium, Payload, Placed
     from ..reading import Chunk
     from .row_renderer import RowOutcome
-
-
-class DeferredRow(Exception):
-    """A row that only the parent can render, because it has media."""
-
-
-@dataclass(frozen=True, slots=True)
-class TextReader:
-    """Stands for a reader of media in a worker: it knows what media are, and reads none.
-
-    Attributes:
-        kinds: as `MediaReader.kinds`.
-        keys: as `MediaReader.keys`.
-        control: as `MediaReader.control`.
-    """
-
-    kinds: tuple[str, ...]
-    keys: tuple[str, ...]
-    control: tuple[str, ...]
-
-    def read(self, payload: Payload) -> Medium:
-        """Leave the row to the parent."""
-        raise DeferredRow
-
-    def expand(self, text: str, media: Sequence[Medium]) -> str:
-        """The text itself, if it has no placeholder."""
-        if any(token in text for token in self.control):
-            raise DeferredRow
-        return text
-
-    def place(self, ids: Sequence[int], media: Sequence[Medium]) -> Placed:
-        """Leave the row to the parent."""
-        raise DeferredRow
-
-    def batch(self, media: Sequence[Medium], where: Tensor) -> Media:
-        """Leave the row to the parent."""
-        raise DeferredRow
-
-    def preview(self, payload: Payload, size: int) -> str:
-        """Leave the row to the parent."""
-        raise DeferredRow
-
-
-def send(stream: BinaryIO, body: bytes) -> None:
-    """Write one message."""
-    stream.write(len(body).to_bytes(8, "little"))
-    stream.write(body)
-    stream.flush()
 
 
 def _receive(stream: BinaryIO, inbox: SimpleQueue[bytes]) -> None:
@@ -99,7 +47,7 @@ def _serve(inbox: SimpleQueue[bytes], out: BinaryIO) -> None:
     from ..formats import load_formats
     from .row_renderer import RowRenderer
 
-    setup, text, source = pickle.loads(inbox.get())
+    setup, text, source = unpack(inbox.get())
     pending: deque[Chunk] = deque()
 
     def chunks() -> Iterator[Chunk | None]:
@@ -109,7 +57,7 @@ def _serve(inbox: SimpleQueue[bytes], out: BinaryIO) -> None:
             except Empty:
                 yield None  # finish what there is: the parent waits for it
                 continue
-            chunk = pickle.loads(body)
+            chunk = unpack(body)
             pending.append(chunk)
             yield chunk
 
@@ -117,7 +65,7 @@ def _serve(inbox: SimpleQueue[bytes], out: BinaryIO) -> None:
     with Template(text, source) as template, RowRenderer(setup, template, formats) as rows:
         for outcomes in rows.outcomes(chunks()):
             pending.popleft()
-            send(out, pickle.dumps([_bare(one) for one in outcomes], protocol=5))
+            send(out, pack([_bare(one) for one in outcomes]))
 
 
 def _bare(outcome: RowOutcome) -> RowOutcome:
@@ -129,8 +77,8 @@ def _bare(outcome: RowOutcome) -> RowOutcome:
 
 def _error(failure: Failure) -> bytes:
     """The answer to a chunk that failed for another reason than its rows."""
-    made: Any = contained(lambda: pickle.dumps(failure.error))
-    return pickle.dumps(str(failure)) if isinstance(made, Failure) else made
+    made: Any = contained(lambda: pack(failure.error))
+    return pack(str(failure)) if isinstance(made, Failure) else made
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from ...api.media import RowError
 from ...errors import InputError
 from ..tool_fields import kind
 from . import columnar, csv_rows
+from .column_values import BatchRow
 from .file_kinds import FileKind, damaged, file_kind, unit_of
 from .json_array import elements
 from .jsonl import Hasher, parse, raw_lines, too_long
@@ -45,7 +46,7 @@ class RawRecord:
     source: Source
     path: Path
     line: int
-    raw: bytes | dict[str, Any] | columnar.BatchRow | RowError | None
+    raw: bytes | dict[str, Any] | BatchRow | RowError | None
     unit: str = "line"
 
     def parse(self) -> Record:
@@ -55,7 +56,7 @@ class RawRecord:
             InputError: ``QC-DATA-031`` the file is damaged.
         """
         raw = self.raw
-        if isinstance(raw, columnar.BatchRow):
+        if isinstance(raw, BatchRow):
             try:
                 raw = raw.value()
             except Damaged as error:
@@ -68,7 +69,7 @@ class RawRecord:
         """About how many bytes it has."""
         if isinstance(self.raw, bytes):
             return len(self.raw)
-        return self.raw.size if isinstance(self.raw, columnar.BatchRow) else _OTHER_SIZE
+        return self.raw.size if isinstance(self.raw, BatchRow) else _OTHER_SIZE
 
 
 def records(source: Source, digest: Hasher | None = None, *, seed: int = 0) -> Iterator[Record]:
