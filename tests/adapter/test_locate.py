@@ -181,6 +181,7 @@ def test_a_pickle_is_never_opened_and_its_conversion_works(tmp_path: Path) -> No
     assert all(torch.equal(converted[name], value) for name, value in TENSORS.items())
 
 
+@pytest.mark.slow
 def test_weights_in_several_files_and_how_to_join_them(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "ada")
     (folder / WEIGHTS).unlink()
@@ -243,7 +244,9 @@ def test_an_adapter_on_the_hub(ask: Client) -> None:
     assert ask("org/ada", HF_HUB_OFFLINE="1") == found
 
 
-@pytest.mark.parametrize("folder", ["checkpoint-1000", "runs/last [1]"])
+@pytest.mark.parametrize(
+    "folder", ["checkpoint-1000", pytest.param("runs/last [1]", marks=pytest.mark.slow)]
+)
 def test_a_folder_and_a_revision(ask: Client, folder: str) -> None:
     old = ask.hub.add("org/ada", below(folder, FILES | NEVER), refs=("v1", "refs/pr/1"))
     ask.hub.add("org/ada", below(folder, FILES | {CONFIG: b'{"r": 2}'}) | FILES)
