@@ -167,7 +167,18 @@ def obeyed(fix: str | None, words: str) -> None:
     subprocess.run([sys.executable, *command[1:]], check=True, timeout=120)
 
 
-def test_a_pickle_is_never_opened_and_its_conversion_works(tmp_path: Path) -> None:
+def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "ada")
+    (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    assert locate_adapter(folder).path == folder, "safetensors come first"
+    (folder / WEIGHTS).unlink()
+    error = refused(folder)
+    assert error.code == "QC-CKPT-007"
+    assert (error.fix or "").startswith("convert it: python -c ")
+
+
+@pytest.mark.slow
+def test_the_conversion_of_a_pickle_works(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "ada's")
     torch.save(TENSORS, folder / "adapter_model.bin")
     assert locate_adapter(folder).path == folder, "safetensors come first"
