@@ -108,10 +108,10 @@ def choose_sampling(
         UsageError: ``QC-GENERATE-003``, ``-008``.
         InputError: ``QC-GENERATE-007``.
     """
-    given = cast(Mapping[str, float | None], options)
-    if unknown := given.keys() - {*NAMES}:
+    by_name = cast(Mapping[str, float | None], options)
+    if unknown := by_name.keys() - {*NAMES}:
         raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
-    asked = {name: _option(name, value) for name, value in given.items() if value is not None}
+    asked = {name: _option(name, value) for name, value in by_name.items() if value is not None}
     there = {name: config[name] for name in NAMES if config.get(name) is not None}
     samples = _do_sample(config, folder)
     if samples:
@@ -139,7 +139,7 @@ def stop_ids(config: Mapping[str, Any], folder: Path) -> frozenset[int]:
     """
     value = config.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in ids):
         raise _wrong("eos_token_id", value, "a token id, or a list of token ids", folder)
     return frozenset(ids)
 

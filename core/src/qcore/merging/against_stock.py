@@ -114,8 +114,8 @@ class _Job:
         self.merged = not self.is_adapter and bool(self.meta.get("merged"))
         self.adapter = self._adapter(adapter)
         self.class_name = stock_class or self._auto_class()
-        for found in (self.mine, self.base):
-            _refuse_quantized(found)
+        for model_folder in (self.mine, self.base):
+            _refuse_quantized(model_folder)
         self.whole = self._fits() if whole is None else whole
 
     @property
@@ -188,8 +188,8 @@ class _Job:
         """Whether the stock model fits as a whole in the free memory, in float32."""
         room = available()
         needed = max(
-            sum(_elements(header.shape) for header in found.checkpoint.headers.values()) * 4
-            for found in (self.mine, self.base)
+            sum(_elements(header.shape) for header in model.checkpoint.headers.values()) * 4
+            for model in (self.mine, self.base)
         )
         return room is not None and needed < room * _ROOM
 
@@ -225,11 +225,11 @@ class _Job:
             problems=tuple(sorted(self.problems, key=lambda p: not isinstance(p, NumericError))),
         )
 
-    def _renderer(self, found: Identified) -> Renderer:
+    def _renderer(self, model: Identified) -> Renderer:
         meta, source = self.meta, self.path
         if self.adapter is not None and not self.is_adapter:
             meta, source = self.adapter.meta or self.meta, self.adapter.path
-        return Renderer(found.checkpoint, recorded_variables(meta, source))
+        return Renderer(model.checkpoint, recorded_variables(meta, source))
 
     def _compare_templates(self, prompts: Sequence[Any], renderer: Renderer) -> None:
         """Compare what both sides render; an adapter folder may bring a tokenizer of its own."""
@@ -309,6 +309,7 @@ class _Job:
                 self._layer_problem(done, what)
         if main.worst > 1:
             self._layer_problem(main, "")
+        small = 0
         for number, result in enumerate(results):
             if result.rerouted:
                 continue
@@ -324,8 +325,9 @@ class _Job:
             if not (off := float(effect.abs().max())) <= bound:
                 self._logits_problem(result, off, bound, "the adapter's effect differs")
                 return
-            if result.effect is not None and result.effect <= bound:
-                self.notes.append(f"{result.name}: the effect is too small to tell from rounding")
+            small += result.effect is not None and result.effect <= bound
+        if small:
+            self.notes.append(f"the effect on {small} prompts is too small to tell from rounding")
 
     def _layer_problem(self, done: Pass, what: str) -> None:
         self.problems.append(
@@ -334,7 +336,7 @@ class _Job:
                 f"computes other values than the stock class{what}",
                 file=self.path,
                 field=done.layer,
-                found=f"{done.found:.2e}",
+                found=f"{done.difference:.2e}",
                 expected=f"<= {done.allowed:.1e} (float32 in another order)",
                 fix="restore the folder, or make it again",
             )
@@ -355,7 +357,7 @@ class _Job:
 
 
 def _identify(path: Path, generation: str, base: Identified | None) -> Identified:
-    """Identify a folder; one without evidence, as with a changed template, like its base."""
+    """Identify a folder; without evidence, as with a changed template, like its base."""
     try:
         return identify(str(path), generation=generation)
     except InputError:
@@ -364,13 +366,13 @@ def _identify(path: Path, generation: str, base: Identified | None) -> Identifie
     return identify(str(path), generation=base.decision.generation.name)
 
 
-def _refuse_quantized(found: Identified) -> None:
-    if found.quantization is not None:
+def _refuse_quantized(model: Identified) -> None:
+    if model.quantization is not None:
         raise InputError(
             "QC-STOCK-004",
             "is quantized, so that stock transformers computes from other values",
-            file=found.checkpoint.path,
-            found=found.quantization.line(),
+            file=model.checkpoint.path,
+            found=model.quantization.line(),
             fix="verify the checkpoint that qcore merge --dequantize writes",
         )
 

@@ -46,7 +46,7 @@ class Pass:
         rerouted: documents in which our own stream took another expert.
         worst: the largest difference of a layer, as a share of what is allowed.
         layer: the layer of `worst`.
-        found: its difference.
+        difference: the difference there.
         allowed: what is allowed there.
         unstable: tokens that were not compared in a layer.
     """
@@ -57,7 +57,7 @@ class Pass:
     rerouted: list[bool] = field(default_factory=list)
     worst: float = 0.0
     layer: str = ""
-    found: float = 0.0
+    difference: float = 0.0
     allowed: float = 0.0
     unstable: int = 0
 
@@ -80,7 +80,7 @@ class _Lockstep:
 
     @torch.no_grad()
     def observe(self, call: Call) -> None:
-        """Compare a layer, and move our stream and the one in another order through it."""
+        """Compare a layer, and move our stream and the reordered stream through it."""
         x, out = call.x[self.there], call.out[self.there]
         if self.other is None:
             exact = torch.zeros(len(x)) + x.abs().max() * _FLOOR
@@ -125,7 +125,7 @@ class _Lockstep:
         share = float(off[at] / allowed[at].clamp_min(1e-30))
         if share > self.result.worst:
             self.result.worst, self.result.layer = share, name
-            self.result.found, self.result.allowed = float(off[at]), float(allowed[at])
+            self.result.difference, self.result.allowed = float(off[at]), float(allowed[at])
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Prompts for a comparison with stock transformers, and how both sides render and tokenize them.
 
-This file decides what is compared where the user names no prompts (random ordinary tokens, and one
+This file decides what is compared where the user names no prompts (random ordinary tokens, and a
 conversation for the chat template), how a file of prompts is read, and when two chat templates
 count as the same: when they give the same tokens. The template is first rendered in the bounded
 worker; only then by transformers, in this process.
@@ -53,7 +53,7 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read prompts: JSON Lines of ``messages`` or ``text``, or plain text with one on each line.
+    """Read prompts: JSON Lines of ``messages`` or ``text``, or lines of plain text.
 
     Raises:
         InputError: ``QC-STOCK-003`` a line that is neither; ``QC-READ-001`` an unreadable file.
@@ -158,8 +158,8 @@ def _opens(prompt: Prompt) -> bool:
 
 def documents(prompts: Sequence[Prompt], renderer: Renderer) -> list[tuple[str, Tensor]]:
     """Name and tokens of each prompt, cut to `LONGEST` tokens."""
-    found = [(prompt.name, renderer.ids(prompt)[:LONGEST]) for prompt in prompts]
-    return [(name, torch.tensor(ids)) for name, ids in found if ids]
+    tokens = [(prompt.name, renderer.ids(prompt)[:LONGEST]) for prompt in prompts]
+    return [(name, torch.tensor(ids)) for name, ids in tokens if ids]
 
 
 def template_problems(
