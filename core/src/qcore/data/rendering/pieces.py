@@ -36,6 +36,16 @@ def normalized(text: str, tokenizer: Tokenizer) -> str:
     return done
 
 
+class _Piece:
+    """A piece of a text: its encoding, and its ids, which the encoding copies at every use."""
+
+    __slots__ = ("encoding", "ids")
+
+    def __init__(self, encoding: Encoding) -> None:
+        self.encoding = encoding
+        self.ids = array("i", encoding.ids)
+
+
 class Tokens:
     """The token ids of a text, and where its characters are among them.
 
@@ -46,17 +56,17 @@ class Tokens:
         ids: token ids.
     """
 
-    def __init__(self, pieces: Iterable[tuple[str, Encoding]]) -> None:
+    def __init__(self, pieces: Iterable[tuple[str, _Piece]]) -> None:
         self.ids = array("i")
         self._pieces: list[Encoding] = []
         self._characters: list[int] = []  # of the text before each piece
         self._tokens: list[int] = []  # before each piece
         at = 0
-        for text, encoding in pieces:
-            self._pieces.append(encoding)
+        for text, piece in pieces:
+            self._pieces.append(piece.encoding)
             self._characters.append(at)
             self._tokens.append(len(self.ids))
-            self.ids.extend(encoding.ids)
+            self.ids += piece.ids
             at += len(text)
 
     def index(self, position: int) -> int:
@@ -105,9 +115,9 @@ class PieceEncoder:
     def __init__(self, tokenizer: Tokenizer, boundary: str) -> None:
         self._tokenizer = tokenizer
         self._boundary = boundary if _splits(tokenizer, boundary) else ""
-        self._known: dict[str, Encoding] = {}
+        self._known: dict[str, _Piece] = {}
         self._tokens = 0
-        self._headers: dict[str, list[int]] = {}
+        self._headers: dict[str, array[int]] = {}
 
     def prepare(self, texts: Iterable[str]) -> None:
         """Encode the pieces of some texts together, which takes less time than one by one.
@@ -126,7 +136,7 @@ class PieceEncoder:
         new = [piece for piece in wanted if piece not in known]
         encodings = self._tokenizer.encode_batch(new, add_special_tokens=False) if new else ()
         for piece, encoding in zip(new, encodings, strict=True):
-            self._known[piece] = encoding
+            self._known[piece] = _Piece(encoding)
             self._tokens += len(encoding)
 
     def _forget(self) -> None:
@@ -134,7 +144,7 @@ class PieceEncoder:
         for piece in list(self._known):
             if self._tokens <= _KEPT:
                 return
-            self._tokens -= len(self._known.pop(piece))
+            self._tokens -= len(self._known.pop(piece).ids)
 
     def encode(self, text: str, turn: tuple[int, int] | None = None) -> Tokens:
         """Token ids of a text, and where its characters are among them.
@@ -163,21 +173,21 @@ class PieceEncoder:
         header = self._header(prompt)
         return whole.startswith(prompt) and self._piece(whole).ids[: len(header)] == header
 
-    def _header(self, text: str) -> list[int]:
+    def _header(self, text: str) -> array[int]:
         """Ids of the header of a turn with the tail of its prompt; there are few of them."""
         if not self._boundary:  # a whole prompt
-            return encode_whole(self._tokenizer, text).ids
+            return _Piece(encode_whole(self._tokenizer, text)).ids
         if text not in self._headers:
             if len(self._headers) >= _HEADERS:
                 self._headers.clear()
-            self._headers[text] = encode_whole(self._tokenizer, text).ids
+            self._headers[text] = _Piece(encode_whole(self._tokenizer, text)).ids
         return self._headers[text]
 
-    def _piece(self, piece: str) -> Encoding:
+    def _piece(self, piece: str) -> _Piece:
         known = self._known.get(piece)
         if known is None:
-            known = self._known[piece] = encode_whole(self._tokenizer, piece)
-            self._tokens += len(known)
+            known = self._known[piece] = _Piece(encode_whole(self._tokenizer, piece))
+            self._tokens += len(known.ids)
         return known
 
     def _pieces(self, text: str, turn: tuple[int, int] | None) -> Iterator[str]:
