@@ -35,7 +35,7 @@ class _Builtin(NamedTuple):
     convert: Convert
 
 
-IGNORED: Final = "QC-DATA-029"
+IGNORED_COLUMN: Final = "QC-DATA-029"
 #: In the order of detection.
 _BUILTIN: Mapping[str, _Builtin] = {
     "anthropic": _Builtin(chat.is_anthropic, chat.anthropic),
@@ -193,7 +193,7 @@ class Formats:
         return self._parsed[1]
 
     def notes(self) -> list[tuple[str, str]]:
-        """Each key that was left out, with a statement for the report (code `IGNORED`)."""
+        """Each key that was left out, with a statement for the report (code `IGNORED_COLUMN`)."""
         return [
             (key, f"{key} is not read ({count} row{'s' if count > 1 else ''})")
             for key, count in sorted(self.ignored.items())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from ...api.media import RowError
 from ..findings import NOTE, WARNING, DataFinding, Findings
-from ..formats import IGNORED
+from ..formats import IGNORED_COLUMN
 from ..rejects import CUT, LONG
 from ..source_counts import SourceCount
 from .losses import LossCounts
@@ -127,7 +127,7 @@ class RunNotes:
         self._losses.total(self.findings, self._keep_reasoning() if self._losses.lost else "")
         left = self.rows - self.rejects.count - self.dropped
         for key, message in self._formats.notes():
-            self._add(IGNORED, NOTE, message, field=key)
+            self._add(IGNORED_COLUMN, NOTE, message, field=key)
         if self._split:
             self._add(
                 "QC-DATA-048",
