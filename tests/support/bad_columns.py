@@ -66,7 +66,7 @@ def _twice() -> Any:
     return pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
 
 
-def pq_(make: Callable[[], bytes], code: str, words: str, field: str = "line 1") -> Bad:
+def pq_(make: Callable[[], bytes], code: str, words: str, field: str = "row 1") -> Bad:
     return named("rows.parquet", make, code, words, field)
 
 
@@ -95,28 +95,28 @@ PARQUET = {
         "QC-DATA-031", "is damaged or cut"),
     "noise in a page": pq_(_flipped, "QC-DATA-031", "is damaged or cut"),
     "no rows": pq_(lambda: _parquet(_table().slice(0, 0)), "QC-DATA-002", "no rows", ""),
-    "checksum of a page": pq_(_changed, "QC-DATA-031", "CRC", "line 1"),
+    "checksum of a page": pq_(_changed, "QC-DATA-031", "CRC", "row 1"),
     "name not UTF-8": pq_(lambda: _parquet().replace(b"response", b"respo\xffse"), "QC-DATA-031",
-        "is damaged", "line 1"),
+        "is damaged", "row 1"),
     "no columns": pq_(lambda: _parquet(_table().select([])), "QC-DATA-034", "no columns", ""),
     "column twice": pq_(lambda: _parquet(_twice()), "QC-DATA-034", "two columns", "prompt"),
     "duration": pq_(lambda: _parquet(_of_type("duration", [1])), "QC-DATA-034", "duration", "x"),
     "map with numbers": pq_(lambda: _parquet(_of_type("int map", [[(1, "a")]])), "QC-DATA-034",
         "map", "x"),
     "NaN": pq_(lambda: _parquet(_table(x=[0.5, float("nan")])), "QC-DATA-004", "found nan",
-        "line 2, x"),
+        "row 2, x"),
     "infinity below": pq_(lambda: _parquet(_of_type("floats", [[0.5, float("inf")]])),
-        "QC-DATA-004", "found inf", "line 1, x[1]"),
+        "QC-DATA-004", "found inf", "row 1, x[1]"),
     "not UTF-8": pq_(lambda: _parquet(_invalid_text()), "QC-DATA-003", "0xff at byte 2",
-        "line 2, prompt"),
+        "row 2, prompt"),
     "bad JSON": pq_(lambda: _parquet(_of_type("json", ["{}", "{"])), "QC-DATA-004", "not JSON",
-        "line 2, x"),
+        "row 2, x"),
     "JSON with a duplicate key": pq_(lambda: _parquet(_of_type("json", ['{"a": 1, "a": 2}'])),
-        "QC-DATA-004", "duplicate key", "line 1, x"),
+        "QC-DATA-004", "duplicate key", "row 1, x"),
     "map with a key twice": pq_(lambda: _parquet(_of_type("map", [[("a", 1), ("a", 2)]])),
-        "QC-DATA-004", "cannot be read", "line 1, x"),
+        "QC-DATA-004", "cannot be read", "row 1, x"),
     "17 MiB": pq_(lambda: _parquet(_table(prompt=["a", "x" * (17 * MIB)])), "QC-DATA-004",
-        "too long", "line 2"),
+        "too long", "row 2"),
     "empty file": named("rows.parquet", b"", "QC-DATA-002", "no rows", ""),
 }  # fmt: skip
 
@@ -133,7 +133,7 @@ def _ipc(table: Any = None, *, stream: bool = False, close: bool = True) -> byte
     return file.getvalue()
 
 
-def arrow(make: Callable[[], bytes], code: str, words: str, field: str = "line 1") -> Bad:
+def arrow(make: Callable[[], bytes], code: str, words: str, field: str = "row 1") -> Bad:
     return named("rows.arrow", make, code, words, field)
 
 
@@ -162,12 +162,12 @@ ARROW = {
     "file: field twice": arrow(lambda: _ipc(_of_type("twice", [])), "QC-DATA-034", "twice", "x"),
     "file: column twice": arrow(lambda: _ipc(_twice()), "QC-DATA-034", "two columns", "prompt"),
     "file: NaN": arrow(lambda: _ipc(_table(x=[float("nan")])), "QC-DATA-004", "found nan",
-        "line 1, x"),
-    "file: not UTF-8": arrow(lambda: _ipc(_invalid_text()), "QC-DATA-031", "UTF8", "line 2"),
+        "row 1, x"),
+    "file: not UTF-8": arrow(lambda: _ipc(_invalid_text()), "QC-DATA-031", "UTF8", "row 2"),
     "file: offset out of bounds": arrow(_out_of_bounds, "QC-DATA-031", "is damaged"),
     "stream: cut": arrow(lambda: _ipc(stream=True)[:300], "QC-DATA-031", "is damaged or cut"),
     "stream: not closed": arrow(lambda: _ipc(stream=True, close=False), "QC-DATA-031", "no end",
-        "line 3"),
+        "row 3"),
     "stream: noise": arrow(lambda: b"\xff\xff\xff\xff" + b"\x10" * 60, "QC-DATA-031",
         "is damaged or cut"),
     "stream: no rows": arrow(lambda: _ipc(_table().slice(0, 0), stream=True), "QC-DATA-002",

@@ -165,46 +165,49 @@ FILES |= {
 _G = GOOD
 
 
-def array(data: bytes | Callable[[], bytes], code: str, words: str, field: str = "line 1") -> Bad:
+def array(
+    data: bytes | Callable[[], bytes], code: str, words: str, field: str = "element 1"
+) -> Bad:
     return named("rows.json", data, code, words, field)
 
 
 ARRAYS = {
     "cut in an element": array(b"[" + _G + b", " + _G[:20], "QC-DATA-031", "ends inside of",
-        "line 2"),
-    "cut in a string": array(b"[" + _G + b', {"a": "x', "QC-DATA-031", "ends inside of", "line 2"),
+        "element 2"),
+    "cut in a string": array(b"[" + _G + b', {"a": "x', "QC-DATA-031", "ends inside of",
+        "element 2"),
     "cut in an escape": array(b"[" + _G + b', {"a": "x\\', "QC-DATA-031", "ends inside of",
-        "line 2"),
-    "cut after a comma": array(b"[" + _G + b", ", "QC-DATA-031", "ends inside of", "line 2"),
+        "element 2"),
+    "cut after a comma": array(b"[" + _G + b", ", "QC-DATA-031", "ends inside of", "element 2"),
     "cut after an element": array(b"[" + _G, "QC-DATA-031", "ends inside of"),
     "cut after [": array(b"[", "QC-DATA-031", "ends inside of"),
     "cut, with a mark": array(b"\xef\xbb\xbf[\n", "QC-DATA-031", "ends inside of"),
-    "trailing text": array(b"[" + _G + b"] x", "QC-DATA-031", "text follows", "line 2"),
+    "trailing text": array(b"[" + _G + b"] x", "QC-DATA-031", "text follows", "element 2"),
     "a second array": array(b"[" + _G + b"]\n[" + _G + b"]\n", "QC-DATA-031", "text follows",
-        "line 2"),
-    "a bracket too many": array(b"[" + _G + b"]]", "QC-DATA-031", "text follows", "line 2"),
-    "trailing comma": array(b"[" + _G + b",]", "QC-DATA-004", "not JSON", "line 2"),
-    "two commas": array(b"[" + _G + b",," + _G + b"]", "QC-DATA-004", "not JSON", "line 2"),
+        "element 2"),
+    "a bracket too many": array(b"[" + _G + b"]]", "QC-DATA-031", "text follows", "element 2"),
+    "trailing comma": array(b"[" + _G + b",]", "QC-DATA-004", "not JSON", "element 2"),
+    "two commas": array(b"[" + _G + b",," + _G + b"]", "QC-DATA-004", "not JSON", "element 2"),
     "leading comma": array(b"[," + _G + b"]", "QC-DATA-004", "not JSON"),
     "no comma": array(b"[" + _G + b"\n" + _G + b"]", "QC-DATA-004", "Extra data"),
-    "a number": array(b"[" + _G + b", 7]", "QC-DATA-005", "not an object", "line 2"),
+    "a number": array(b"[" + _G + b", 7]", "QC-DATA-005", "not an object", "element 2"),
     "a string": array(b'["a, ] b", ' + _G + b"]", "QC-DATA-005", "not an object"),
-    "null": array(b"[" + _G + b",null]", "QC-DATA-005", "not an object", "line 2"),
-    "a list": array(b"[" + _G + b",[" + _G + b"]]", "QC-DATA-005", "not an object", "line 2"),
+    "null": array(b"[" + _G + b",null]", "QC-DATA-005", "not an object", "element 2"),
+    "a list": array(b"[" + _G + b",[" + _G + b"]]", "QC-DATA-005", "not an object", "element 2"),
     "an element that is not JSON": array(b"[" + _G + b",{'a': 1}," + _G + b"]", "QC-DATA-004",
-        "not JSON", "line 2"),
+        "not JSON", "element 2"),
     "a wrong bracket": array(b'[{"a": [1}], ' + _G + b"]", "QC-DATA-004", "not JSON"),
     "duplicate key": array(b'[{"a": 1, "a": 2}, ' + _G + b"]", "QC-DATA-004", "duplicate key"),
-    "NaN": array(b"[" + _G + b', {"a": NaN}]', "QC-DATA-004", "found NaN", "line 2"),
-    "not UTF-8": array(b"[" + _G + b', {"a": "\xff"}]', "QC-DATA-003", "not UTF-8", "line 2"),
+    "NaN": array(b"[" + _G + b', {"a": NaN}]', "QC-DATA-004", "found NaN", "element 2"),
+    "not UTF-8": array(b"[" + _G + b', {"a": "\xff"}]', "QC-DATA-003", "not UTF-8", "element 2"),
     "too deep": array(b"[" + _G + b"," + with_value("[" * 70 + "]" * 70) + b"]", "QC-DATA-004",
-        "too deep", "line 2"),
+        "too deep", "element 2"),
     "100000 open": array(b"[" * 100_000, "QC-DATA-031", "ends inside of"),
     "17 MiB": array(b"[" + _G + b', {"a": "' + b"x" * (17 * MIB) + b'"}, ' + _G + b"]",
-        "QC-DATA-004", "too long", "line 2"),
+        "QC-DATA-004", "too long", "element 2"),
     "the only element has 17 MiB": array(b'[{"a": "' + b"x" * (17 * MIB) + b'"}]', "QC-DATA-004",
         "too long"),
     "empty": array(b"[]", "QC-DATA-002", "no rows", ""),
     "empty, with blanks": array(b"\n[ \n ]\n", "QC-DATA-002", "no rows", ""),
-    "lines of arrays": array(b"[1]\n[2]\n", "QC-DATA-031", "text follows", "line 2"),
+    "lines of arrays": array(b"[1]\n[2]\n", "QC-DATA-031", "text follows", "element 2"),
 }  # fmt: skip

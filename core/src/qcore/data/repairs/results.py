@@ -3,11 +3,11 @@
 This file decides what becomes of results that do not pair with the calls of the assistant turn
 before them. A template renders results in the order of the row and most render no ids, so that the
 order pairs them: results get the order of their calls. A result that belongs to no call, a second
-one of a call, and a call without one before another turn are refused. Fewer results than calls
-without ids are reported alone: one of them may hold several.
+one of a call, and a call without one before another turn are refused. Another number of results
+than of calls without ids is reported alone: one may hold several, or several one.
 
-Codes: ``QC-DATA-050`` results in another order, ``-051`` refused, ``-052`` fewer results than
-calls.
+Codes: ``QC-DATA-050`` results in another order, ``-051`` refused, ``-052`` another
+number of results than of calls.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from ...api.media import RowError
 from .notes import Notes, PlacedMessage
 
-_REORDERED, _REFUSED, _FEWER = "QC-DATA-050", "QC-DATA-051", "QC-DATA-052"
+_REORDERED, _REFUSED, _UNPAIRED = "QC-DATA-050", "QC-DATA-051", "QC-DATA-052"
 
 
 def pair_results(turns: list[PlacedMessage], notes: Notes) -> list[PlacedMessage]:
@@ -55,10 +55,6 @@ def _paired(
     """The results of one turn in the order of its calls."""
     ids = [call.get("id") if isinstance(call, Mapping) else None for call in turn.calls]
     named = [result.message.get("tool_call_id") for result in results]
-    if len(results) > len(ids):
-        _orphan(results[len(ids)], "is one of more results than the turn before has calls",
-                f"{len(ids)} calls have {len(results)} results: leave out those that belong to "
-                "none")  # fmt: skip
     distinct = all(ids) and len(set(ids)) == len(ids)
     if distinct:
         _check_ids(results, ids)
@@ -106,10 +102,10 @@ def _check_missing(
             fix="put the result after the turn, as a turn of role tool",
         )
     notes.warn(
-        _FEWER,
+        _UNPAIRED,
         f"{turn.at}.tool_calls",
         f"{len(ids)} calls have {len(named)} result{'s' if len(named) > 1 else ''}",
-        "write a tool turn for each call, unless one of them holds several results",
+        "write a tool turn for each call",
     )
 
 
