@@ -411,7 +411,8 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
     "rslora is text": (setting(use_rslora="yes"), "004", "use_rslora"),
     "another method": (setting(peft_type="IA3"), "004", "found 'IA3', expected LORA"),
     "no method": (without("peft_type"), "004", "peft_type"),
-    "dora": (setting(use_dora=True), "004", "use_dora"),
+    "dora without magnitudes": (setting(use_dora=True), "006", "use_dora is true"),
+    "dora is text": (setting(use_dora="yes"), "004", "use_dora"),
     "bias": (setting(bias="lora_only"), "004", "bias"),
     "a bias on B": (setting(lora_bias=True), "004", "lora_bias"),
     "modules_to_save": (setting(modules_to_save=["lm_head"]), "004", "modules_to_save"),
@@ -494,9 +495,9 @@ def test_a_fault_is_refused(adapter: Path, layouts: dict[str, Layout], fault: st
 
 
 def test_problems_are_told_together_and_in_order(adapter: Path, layouts: dict[str, Layout]):
-    edit_json(adapter / "adapter_config.json", lambda c: c.update(r=0, use_dora=True))
+    edit_json(adapter / "adapter_config.json", lambda c: c.update(r=0, bias="all"))
     error = refused(adapter, layouts["text"])
-    assert {one.field for one in error.errors} == {"r", "use_dora"}  # type: ignore[attr-defined]
+    assert {one.field for one in error.errors} == {"r", "bias"}  # type: ignore[attr-defined]
 
 
 FOLDERS: dict[str, tuple[Callable[[Path], object], str, int]] = {

@@ -15,18 +15,19 @@ from typing import Any
 
 from ..checkpoint.layout import Layout
 from ..errors import InputError
-from .peft_names import Adapter, Pair, flags
+from .changes import Change
+from .peft_names import Adapter, flags
 
 
 def check_complete(
-    folder: Path, meta: Mapping[str, Any], pairs: Mapping[str, Pair], layout: Layout
+    folder: Path, meta: Mapping[str, Any], changes: Mapping[str, Change], layout: Layout
 ) -> None:
     """Check that the base has every tower that training changed, with all of its pairs.
 
     Args:
         folder: the adapter folder, for errors.
         meta: the manifest's meta mapping.
-        pairs: the pairs read from the folder, by canonical name of the weight.
+        changes: what the folder changes, by canonical name of the weight.
         layout: the base.
 
     Raises:
@@ -40,7 +41,7 @@ def check_complete(
             raise _missing_part(
                 folder, name, record.get("plugin"), f"{trained} pairs in part '{name}'"
             )
-        present = sum(pair.tensor.part.name == name for pair in pairs.values())
+        present = sum(change.tensor.part.name == name for change in changes.values())
         if present != trained:
             raise InputError(
                 "QC-ADAPTER-013",

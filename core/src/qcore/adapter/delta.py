@@ -1,7 +1,9 @@
-"""Computes ``W + scaling * B A`` in float64, in blocks of rows; merges add LoRA nowhere else.
+"""Computes a changed weight in float64, in blocks of rows; merges change weights nowhere else.
 
-This file decides the arithmetic of a merge: float64, a block of rows at a time, so that the
-sum is rounded once, to the dtype of the file, and no temporary has the size of a weight.
+This file decides the arithmetic of a merge: ``W + scaling * B A``, and with DoRA each row of
+that sum scaled to its magnitude, ``m / ||row|| * row``. It is computed in float64, a block of rows
+at a time, so that the result is rounded once, to the dtype of the file, and no temporary has the
+size of a weight.
 `qcore.merging` writes the sums and compares them with the forward of training.
 
 Shapes: E experts, r rank of one LoRA pair.
@@ -17,9 +19,11 @@ import torch
 from torch import Tensor
 
 from ..api.parameters import Region
-from ..errors import NumericError
+from ..checkpoint.checkpoint import Header
+from ..errors import InputError, NumericError
 from ..nn.load import DTYPES, as_bytes, read_exact
-from .peft_names import WEIGHTS, Adapter, Pair
+from .changes import Pair
+from .peft_names import Adapter
 
 #: Threads that add deltas; one core is left for the thread that hashes and writes.
 WORKERS = min(6, max(2, (os.cpu_count() or 2) - 1))
@@ -47,13 +51,14 @@ def single() -> None:
 
 
 class Deltas:
-    """The matrices of an adapter, in memory, and ``W + scaling * B A`` for a region of a weight.
+    """The matrices of an adapter, in memory, and the changed values for a region of a weight.
 
     Args:
         adapter: the adapter; all of its matrices are read.
 
     Attributes:
         pairs: the adapter's pairs, by canonical name of the weight.
+        folded: names of the weights whose change is added to the weight before it is used.
 
     Raises:
         NumericError: ``QC-MERGE-003`` the adapter contains a NaN or an infinity.
@@ -61,33 +66,59 @@ class Deltas:
 
     def __init__(self, adapter: Adapter) -> None:
         self.pairs = adapter.pairs
-        self._path = adapter.path / WEIGHTS
+        self.folded = adapter.folded
+        self._path = adapter.path
         self._values: dict[str, tuple[Tensor, Tensor]] = {}
-        with one_thread(), self._path.open("rb") as file:
-            for name, pair in adapter.pairs.items():
-                sides = []
-                for header in (pair.a, pair.b):
-                    file.seek(header.start)
-                    value = torch.empty(header.shape, dtype=DTYPES[header.dtype])
-                    read_exact(file, as_bytes(value), header)
-                    if not bool(torch.isfinite(value).all()):
-                        raise NumericError(
-                            "QC-MERGE-003",
-                            "contains a value that is not finite",
-                            file=self._path,
-                            field=header.name,
-                            fix="train again",
-                        )
-                    sides.append(value.float())
-                a, b = sides
+        self._magnitudes: dict[str, Tensor] = {}
+        with one_thread():
+            for name, pair in self.pairs.items():
+                a, b = self._read(pair.a), self._read(pair.b)
                 self._values[name] = _as_newer(pair, a, b) if pair.older else (a, b)
+                if pair.magnitude is not None:
+                    self._magnitudes[name] = self._read(pair.magnitude)
+
+    def _read(self, header: Header) -> Tensor:
+        """Read a tensor of the adapter, float32."""
+        value = torch.empty(header.shape, dtype=DTYPES[header.dtype])
+        with (self._path / header.file).open("rb") as file:
+            file.seek(header.start)
+            read_exact(file, as_bytes(value), header)
+        if not bool(torch.isfinite(value).all()):
+            raise NumericError(
+                "QC-MERGE-003",
+                "contains a value that is not finite",
+                file=self._path / header.file,
+                field=header.name,
+                fix="train again",
+            )
+        return value.float()
 
     def sides(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A and B of a weight, float32, in the layout of PEFT 0.21 (see `Pair`)."""
         return self._values[name]
 
+    def magnitude(self, name: str) -> Tensor | None:
+        """Return DoRA's m ``[out]`` of a weight, float32; ``None`` for plain LoRA."""
+        return self._magnitudes.get(name)
+
+    def folded_into(self, name: str, value: Tensor, region: Region, dtype: torch.dtype) -> Tensor:
+        """Return `value`, which is ``tensor[region]``, with its change if the weight is `folded`.
+
+        Args:
+            name: canonical name of the tensor.
+            value: the values, contiguous; they are not modified.
+            region: slices of the canonical tensor, one for each dimension.
+            dtype: of the run; the result has it if it is wider than that of `value`.
+        """
+        if name not in self.folded:
+            return value
+        changed = value.to(torch.promote_types(value.dtype, dtype), copy=True)
+        for view, total in self.add(name, changed, region):
+            view.copy_(total)
+        return changed
+
     def add(self, name: str, weight: Tensor, region: Region) -> Iterator[tuple[Tensor, Tensor]]:
-        """Compute ``weight + scaling * B A`` in float64, where `weight` is ``tensor[region]``.
+        """Compute the changed values in float64, where `weight` is ``tensor[region]``.
 
         Args:
             name: canonical name of the tensor.
@@ -95,12 +126,16 @@ class Deltas:
             region: slices of the canonical tensor, one for each dimension.
 
         Yields:
-            A view of some rows of `weight`, and the float64 sum for them. The caller may write
+            A view of some rows of `weight`, and the float64 result for them. The caller may write
             to the view before it takes the next one.
+
+        Raises:
+            InputError: ``QC-MERGE-012`` the region cuts the rows of a weight with DoRA.
         """
         *stack, rows, columns = region
         weight = weight.view([part.stop - part.start for part in region])
         slices = range(stack[0].start, stack[0].stop) if stack else [None]
+        magnitude = self._magnitude(name, rows, columns)
         for values, number in zip(weight if stack else [weight], slices, strict=True):
             a, b = self._slice(name, number)
             a, b = a[:, columns].double(), b[rows].double()
@@ -110,7 +145,28 @@ class Deltas:
                 total = torch.addmm(
                     view.double(), b[at : at + step], a, alpha=self.pairs[name].scaling
                 )
+                if magnitude is not None:
+                    norm = torch.linalg.vector_norm(total, dim=1, keepdim=True)
+                    total *= magnitude[at : at + step] / norm
                 yield view, total
+
+    def _magnitude(self, name: str, rows: slice, columns: slice) -> Tensor | None:
+        """Return ``m[rows]`` as a float64 column; DoRA needs whole rows for their norms."""
+        magnitude = self._magnitudes.get(name)
+        if magnitude is None:
+            return None
+        width = self.pairs[name].tensor.shape[-1]
+        if (columns.start, columns.stop) != (0, width):
+            raise InputError(
+                "QC-MERGE-012",
+                "has DoRA, which needs whole rows, and the base stores parts of its rows",
+                file=self._path,
+                field=name,
+                found=f"columns {columns.start} to {columns.stop}",
+                expected=f"{width} columns in one tensor",
+                fix="save the base with whole weights, with transformers' save_pretrained",
+            )
+        return magnitude[rows].double()[:, None]
 
     def _slice(self, name: str, number: int | None) -> tuple[Tensor, Tensor]:
         """Return ``A [r, in]`` and ``B [out, r]`` of a weight, or of one expert of a stack."""

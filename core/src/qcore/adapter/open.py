@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from ..api.parameters import Kind
+from ..errors import InputError
 from ..nn.load import read_tensor
 from ..plugins.resolve_model import Identified, identify
+from .changes import Pair
 from .delta import Deltas
 from .evidence import read_for
-from .peft_names import Adapter, Pair
+from .peft_names import Adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,5 +184,15 @@ def open_adapter(
     """
     base = (model if isinstance(model, OpenModel) else open_model(model)).identified
     matched = read_for(base, adapter, trust_base=trust_base, trust_generation=trust_generation)
+    if matched.folded:
+        raise InputError(
+            "QC-ADAPTER-016",
+            "has changes that are not LoRA deltas",
+            file=matched.path,
+            field=min(matched.folded),
+            found=f"DoRA or saved weights at {len(matched.folded)} weights",
+            expected="plain LoRA",
+            fix="merge the adapter, and compare the tensors of the merge with those of the base",
+        )
     with torch.no_grad():
         return OpenAdapter(adapter=matched, deltas=Deltas(matched))

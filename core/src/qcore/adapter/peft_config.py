@@ -43,6 +43,7 @@ _ACTIVE = frozenset(
         "r",
         "lora_alpha",
         "use_rslora",
+        "use_dora",
         "rank_pattern",
         "alpha_pattern",
         "target_modules",
@@ -76,7 +77,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
             field=field,
             found=repr(config.get(field, "nothing")),
             expected=expected,
-            fix="export the adapter as plain LoRA with PEFT",
+            fix="merge it with PEFT (PeftModel.from_pretrained, then merge_and_unload)",
         )
 
     problems = []
@@ -95,8 +96,9 @@ def check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
                     field, "is not a valid regular expression", "a list of names or an expression"
                 )
             )
-    if not isinstance(config.get("use_rslora", False), bool):
-        problems.append(problem("use_rslora", "is not a boolean", "true or false"))
+    for field in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(field, False), bool):
+            problems.append(problem(field, "is not a boolean", "true or false"))
     if config.get("init_lora_weights", True) not in _INITS:
         problems.append(problem("init_lora_weights", "changes the base", "true"))
     for field, kinds in (("rank_pattern", int), ("alpha_pattern", int | float)):

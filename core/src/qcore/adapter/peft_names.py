@@ -22,9 +22,9 @@ from typing import Any, Protocol
 
 from ..api.parameters import Kind, Namespace, Part, Table
 from ..api.parameters import Tensor as TableTensor
-from ..checkpoint.checkpoint import Header
 from ..checkpoint.layout import Layout
 from ..errors import InputError, UsageError
+from .changes import Change, Pair
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -37,34 +37,12 @@ _PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """Headers of the two matrices that change one weight to ``W + scaling * B A``.
-
-    Attributes:
-        tensor: the weight; for a stack of experts, the formula holds for each expert.
-        a: ``[r, in]``; for experts ``[E r, in]``, where row ``e r + k`` belongs to expert e.
-        b: ``[out, r]``; for experts ``[out, r E]``, where column ``k E + e`` belongs to expert e.
-        r: rank; for experts, the rank of each expert.
-        scaling: factor of the product.
-        older: whether the file has the layout of PEFT before 0.19.1 for this stack of experts: a is
-            ``[E r, out]`` and b ``[in, r E]``, and the delta of an expert ``A^T B^T``.
-    """
-
-    tensor: TableTensor
-    a: Header
-    b: Header
-    r: int
-    scaling: float
-    older: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
     """An adapter folder, matched with the layout of its base.
 
     Attributes:
         path: the folder.
-        pairs: the pairs, by canonical name of the weight.
+        changes: what the adapter changes, by canonical name of the weight.
         namespace: the class whose prefix the tensor names have.
         meta: what qcore recorded in the manifest; empty for an adapter of another program.
         layout: ``peft``, or the name of the layout that a plugin recognized.
@@ -75,7 +53,7 @@ class Adapter:
     """
 
     path: Path
-    pairs: Mapping[str, Pair]
+    changes: Mapping[str, Change]
     namespace: Namespace
     meta: Mapping[str, Any]
     layout: str = "peft"
@@ -85,6 +63,21 @@ class Adapter:
     revision: str | None = None
 
     @property
+    def pairs(self) -> Mapping[str, Pair]:
+        """The LoRA pairs, by canonical name of the weight."""
+        return {name: c for name, c in self.changes.items() if isinstance(c, Pair)}
+
+    @property
+    def lora(self) -> Mapping[str, Pair]:
+        """The pairs that are computed beside the frozen weight, as in training."""
+        return {name: pair for name, pair in self.pairs.items() if pair.is_lora}
+
+    @property
+    def folded(self) -> frozenset[str]:
+        """Names of the weights whose change is added to the weight before it is used."""
+        return frozenset(self.changes.keys() - self.lora.keys())
+
+    @property
     def fingerprints(self) -> Mapping[str, str]:
         """Fingerprints of the base by part, as recorded in training."""
         fingerprints = self.meta.get("fingerprints")
@@ -92,8 +85,8 @@ class Adapter:
 
     @property
     def parts(self) -> frozenset[str]:
-        """Names of the parts that the pairs change."""
-        return frozenset(pair.tensor.part.name for pair in self.pairs.values())
+        """Names of the parts that the adapter changes."""
+        return frozenset(change.tensor.part.name for change in self.changes.values())
 
     def binding(self, layout: Layout) -> dict[str, str]:
         """Return the recorded fingerprints that the base of a run must match.

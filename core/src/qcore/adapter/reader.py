@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..checkpoint.checkpoint import Header, read_headers, read_json, safe_file
 from ..checkpoint.layout import Layout
 from ..errors import InputError, QcoreError, one_of_each, raise_all
 from .base_check import check_complete
+from .changes import Change, Pair
 from .claimed_layout import translated
 from .expert_layout import NEWER, ExpertLayout, Stack, Statement, expert_layout, statements
 from .locate import locate_adapter
@@ -39,7 +41,6 @@ from .peft_names import (
     CONFIG,
     WEIGHTS,
     Adapter,
-    Pair,
     namespace_of,
     peft_shapes,
     stems,
@@ -92,14 +93,14 @@ def read_adapter(
     headers, recognized, claimed = _headers(folder, layout, claims)
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
     reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed, said)
-    pairs = reader.pairs()
-    check_complete(folder, meta, pairs, layout)
+    changes = reader.changes()
+    check_complete(folder, meta, changes, layout)
     raise_all(one_of_each(reader.problems))
     return Adapter(
         path=folder,
         source=located.source,
         revision=located.revision,
-        pairs=pairs,
+        changes=changes,
         namespace=reader.namespace,
         meta=meta,
         layout=recognized[0].layout if recognized else "peft",
@@ -181,8 +182,9 @@ class _Reader:
         known = self._stems(namespace).values()
         return sum(f"{stem}.lora_A.weight" in self.headers for stem in known)
 
-    def pairs(self) -> dict[str, Pair]:
-        pairs, used = {}, set()
+    def changes(self) -> dict[str, Change]:
+        pairs: dict[str, Pair] = {}
+        used: set[str] = set()
         older = self._older_experts()
         for tensor in self.maps:
             if tensor.name not in self.stems:
@@ -195,7 +197,16 @@ class _Reader:
             used.update(present)
             if len(present) == 2:
                 a, b = self.headers[names["A"]], self.headers[names["B"]]
-                pairs[tensor.name] = self._pair(tensor, a, b, tensor.name in older)
+                pair = self._pair(tensor, a, b, tensor.name in older)
+                pairs[tensor.name] = pair = self._with_magnitude(pair, self.stems[tensor.name])
+                used.update(header.name for header in pair.headers)
+        if not self.config.get("use_dora"):
+            for name in [name for name in self.headers if ".lora_magnitude_vector" in name]:
+                used.add(name)
+                self._problem(
+                    "QC-ADAPTER-005", "is a magnitude of DoRA, and use_dora is false", name,
+                    fix=f"set use_dora to true in {CONFIG}",
+                )  # fmt: skip
         for name in [name for name in self.headers if name not in used]:
             self._problem(
                 "QC-ADAPTER-005",
@@ -212,7 +223,7 @@ class _Reader:
                 "target_modules",
                 fix="name the base that the adapter was trained on",
             )
-        return pairs
+        return dict(pairs)
 
     def _older_experts(self) -> set[str]:
         """Return the stacks whose matrices have the layout of PEFT before 0.19.1."""
@@ -239,27 +250,46 @@ class _Reader:
         r = int(self._pattern("rank_pattern", module, self.config["r"]))
         alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
         shapes = peft_shapes(tensor, r, older=older)
-        for header, shape in ((a, shapes["A"]), (b, shapes["B"])):
-            if header.shape != shape:
-                self._problem(
-                    "QC-ADAPTER-007",
-                    "has the wrong shape",
-                    header.name,
-                    found=list(header.shape),
-                    expected=list(shape),
-                    fix="name the base that the adapter was trained on",
-                )
-            if header.dtype not in ("F32", "F16", "BF16", "F64"):
-                self._problem(
-                    "QC-ADAPTER-007",
-                    "is not floating point",
-                    header.name,
-                    found=header.dtype,
-                    expected="F32",
-                    fix="export the adapter again",
-                )
+        self._check_header(a, shapes["A"])
+        self._check_header(b, shapes["B"])
         scaling = alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
         return Pair(tensor=tensor, a=a, b=b, r=r, scaling=scaling, older=older)
+
+    def _check_header(self, header: Header, shape: tuple[int, ...]) -> None:
+        """Check the shape and dtype of a tensor of the adapter."""
+        if header.shape != shape:
+            self._problem(
+                "QC-ADAPTER-007",
+                "has the wrong shape",
+                header.name,
+                found=list(header.shape),
+                expected=list(shape),
+                fix="name the base that the adapter was trained on",
+            )
+        if header.dtype not in ("F32", "F16", "BF16", "F64"):
+            self._problem(
+                "QC-ADAPTER-007",
+                "is not floating point",
+                header.name,
+                found=header.dtype,
+                expected="F32",
+                fix="export the adapter again",
+            )
+
+    def _with_magnitude(self, pair: Pair, stem: str) -> Pair:
+        """Add DoRA's magnitude to a pair of a linear layer, where the config has DoRA."""
+        if not self.config.get("use_dora") or pair.tensor.row.kind is not Kind.LINEAR:
+            return pair
+        names = (f"{stem}.lora_magnitude_vector", f"{stem}.lora_magnitude_vector.weight")
+        header = next((self.headers[name] for name in names if name in self.headers), None)
+        if header is None:
+            self._problem(
+                "QC-ADAPTER-006", "is missing, and use_dora is true", names[0],
+                fix="train or export again",
+            )  # fmt: skip
+            return pair
+        self._check_header(header, pair.tensor.shape[:1])
+        return replace(pair, magnitude=header)
 
     def _pattern(self, field: str, module: str, default: float) -> float:
         for key, value in (self.config.get(field) or {}).items():

@@ -7,8 +7,9 @@ effect of an adapter, not for serving. The decoding loop is in `sampling`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -118,6 +119,15 @@ def generate(
     return answer
 
 
+def _folded_lines(adapter: Adapter) -> Iterator[str]:
+    """Say which weights hold their change, so that NF4 quantizes the changed weight."""
+    if adapter.folded:
+        yield (
+            f"the changes of {len(adapter.folded)} weights that are not plain LoRA are merged into "
+            "the weights as they load"
+        )
+
+
 class Generator:
     """A model loaded for decoding. Loading is the slow part; `prompt` may be called often.
 
@@ -160,6 +170,7 @@ class Generator:
         self._select_parts()
         if self.adapter is not None:
             self.reporter.lines(evidence_lines(self.base, self.adapter))
+            self.reporter.lines(_folded_lines(self.adapter))
         self.variables = self._template_variables(chat_template_kwargs or {})
         lines = preflight(
             self.base, verb="generate", template_kwargs=self.variables,
@@ -215,7 +226,8 @@ class Generator:
     def _load(self, dtype: str, quantization: str, kernels: Chosen) -> Model:
         """The model on the device, with the adapter on it."""
         base, checkpoint = self.base, self.base.checkpoint
-        pairs = self.adapter.pairs if self.adapter else {}
+        pairs = self.adapter.lora if self.adapter else {}
+        deltas = Deltas(self.adapter) if self.adapter else None
         lora = {
             name: Lora(r=pair.r, lora_alpha=pair.scaling * pair.r) for name, pair in pairs.items()
         }
@@ -228,10 +240,10 @@ class Generator:
             digests = load(
                 model, base.layout, checkpoint, device=self.device,
                 quantize=quantization == "nf4", progress=advance,
+                change=None if deltas is None else partial(deltas.folded_into, dtype=model.dtype),
             )  # fmt: skip
-        if self.adapter is not None:
+        if self.adapter is not None and deltas is not None:
             self._check_base(self.adapter, fingerprints(base.layout, digests))
-            deltas = Deltas(self.adapter)
             for name, module in model.adapters():
                 a, b = deltas.sides(name)
                 module.set_lora(a.to(self.device), b.to(self.device))

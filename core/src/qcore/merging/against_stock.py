@@ -277,7 +277,7 @@ class _Job:
     def _dtype(self) -> torch.dtype:
         """The dtype of the merged weights."""
         assert self.adapter is not None
-        name = min(self.adapter.pairs)
+        name = min(self.adapter.changes)
         return DTYPES.get(self.mine.layout.located[name].dtype, torch.bfloat16)
 
     def _check_bound(self, stock: StockModel) -> None:

@@ -25,7 +25,7 @@ from ..nn.model import Model
 from ..nn.moe.experts import Experts
 from ..nn.qlora.lora_layer import Lora
 from ..plugins.resolve_model import Identified
-from .disk_rows import blocks, gather
+from .disk_rows import blocks, gather, rows_of
 
 
 class LayerStream:
@@ -41,7 +41,7 @@ class LayerStream:
 
     def __init__(self, base: Identified, adapter: Adapter | None = None) -> None:
         self.base, self.checkpoint = base, base.checkpoint
-        pairs = adapter.pairs if adapter is not None else {}
+        pairs = adapter.lora if adapter is not None else {}
         self._deltas = None if adapter is None else Deltas(adapter)
         lora = {
             name: Lora(r=pair.r, lora_alpha=pair.scaling * pair.r) for name, pair in pairs.items()
@@ -112,7 +112,7 @@ class LayerStream:
         layer: Any = self.model.trunk.layers[number]
         for name, item in self.located.items():
             if name.startswith(f"{prefix}.") and item.tensor.row.kind is not Kind.EXPERTS:
-                self._place(name, item)
+                self._place(name, item, adapted=adapted)
         for name, module in self.model.lora_layers.items():
             if not name.startswith(f"{prefix}."):
                 continue
@@ -149,6 +149,9 @@ class LayerStream:
     def _expert(self, item: Located) -> Callable[[int], Tensor]:
         return lambda n: read_tensor(self.checkpoint, item, slice(n, n + 1))[0].float()
 
-    def _place(self, name: str, item: Located) -> None:
+    def _place(self, name: str, item: Located, *, adapted: bool = False) -> None:
         value = read_tensor(self.checkpoint, item).float()
+        if adapted and self._deltas is not None:
+            every = rows_of(item, slice(0, len(value)))
+            value = self._deltas.folded_into(name, value, every, torch.float32)
         place(self.model, self.modules, item, slice(0, len(value)), value, quantize=False)

@@ -137,7 +137,7 @@ class MergePass:
 
     def _touched(self, header: Header) -> bool:
         entry = self._entry(header)
-        return entry is not None and entry.name in self.adapter.pairs
+        return entry is not None and entry.name in self.adapter.changes
 
     def _entry(self, header: Header) -> Entry | None:
         return self.base.layout.by_disk.get(header.name, (None, ()))[0]
@@ -286,7 +286,7 @@ class MergePass:
 
     def check(self) -> None:
         """Check that every pair was used, a tensor changed, and the base is the recorded one."""
-        unused = self.adapter.pairs.keys() - self.done
+        unused = self.adapter.changes.keys() - self.done
         if unused:
             raise NumericError(
                 "QC-MERGE-004",
@@ -300,7 +300,7 @@ class MergePass:
                 "QC-MERGE-004",
                 "changes no weight of the base",
                 file=self.adapter.path,
-                found=f"{len(self.adapter.pairs)} pairs, largest change 0",
+                found=f"{len(self.adapter.changes)} changes, largest 0",
                 fix="train longer, or with a higher learning_rate",
             )
         now = fingerprints(self.base.layout, self.digests)

@@ -32,6 +32,7 @@ from ..nn.moe.experts import Experts
 from ..nn.qlora.lora_layer import Lora, LoraLayer
 from ..plugins.resolve_model import Identified
 from .disk_rows import blocks, gather, is_rounded, rows_of
+from .folds import Folds
 from .routes import moved, routes
 
 _DOCUMENTS, _TOKENS = 8, 5  # longer than a convolution kernel; reading weights takes most time
@@ -91,12 +92,14 @@ class Streams:
         lora = {
             name: Lora(r=pair.r, lora_alpha=pair.scaling * pair.r)
             for name, pair in adapter.pairs.items()
+            if pair.tensor.row.kind is not None
         }
         architecture = base.decision.architecture
         config = base.checkpoint.config
         self.model = Model(
             architecture, config, base.layout, torch.float32, lora, modality=modality
         ).eval()
+        self.folds = Folds(self.model, adapter, deltas)
         self.modules = dict(self.model.named_modules())
         tower = self.model.tower
         self.trunk_layers = self._named_layers(self.model.trunk.layers)
@@ -116,12 +119,12 @@ class Streams:
             return cast(Tensor, layer(torch.cat([adapted, merged]), both)).chunk(2)
 
         x = self._through(self.trunk_layers, x, first, batch, two)
-        if self.proved != self.adapter.pairs.keys():
+        if self.proved != self.adapter.changes.keys():
             raise NumericError(
                 "QC-MERGE-004",
                 "is in no layer, so that its effect is not proved",
                 file=self.adapter.path,
-                field=min(self.adapter.pairs.keys() - self.proved),
+                field=min(self.adapter.changes.keys() - self.proved),
                 fix="report this to the plugin's author",
             )
         self._place_rest()
@@ -161,8 +164,10 @@ class Streams:
         for prefix, layer, values in self._layers(layers):
             with self._real(prefix, layer, values) as maps:
                 guard = self.model.guard(layer)
+                self.folds.put(f"{prefix}.")
                 with routes(layer) as picked, guard:
                     after = layer(adapted, batch)
+                self.folds.restore()
                 for module in maps.values():
                     module.lora = None
                 with guard:

@@ -35,6 +35,8 @@ DTYPES = {
 SLAB = 2**28  #: bytes of a stack of experts that are in memory at a time
 
 Progress = Callable[[int], None]  #: called with the bytes read since the last call
+#: Returns the values to hold for ``(canonical name, tensor[region], region)``.
+Change = Callable[[str, Tensor, Region], Tensor]
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -176,6 +178,11 @@ class _Slab:
     value: Tensor
     digest: str | None
 
+    @property
+    def region(self) -> Region:
+        """Slices of the canonical tensor that `value` holds."""
+        return (self.rows, *(slice(0, n) for n in self.item.tensor.shape[1:]))
+
 
 def load(
     model: Model,
@@ -185,8 +192,11 @@ def load(
     device: torch.device,
     quantize: bool,
     progress: Progress | None = None,
+    change: Change | None = None,
 ) -> dict[str, str]:
     """Fill a model on meta; returns the digests of what was read, by canonical name.
+
+    With `change`, other values are held than those that were read and hashed.
 
     A tied tensor that is on disk nevertheless is not read: `qcore.checkpoint.ties` has compared it.
 
@@ -209,6 +219,8 @@ def load(
             digests[name] = slab.digest
         if progress is not None:
             progress(value.nbytes)
+        if change is not None:
+            value = change(name, value, slab.region)
         value = value.to(device)
         if not _finite(value):
             raise NumericError(

@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from ..adapter.peft_names import Adapter, Pair
+from ..adapter.changes import Pair
+from ..adapter.peft_names import Adapter
 from ..api.parameters import Aim
 from ..checkpoint.layout import Layout
 from ..config.frozen_map import Entries
@@ -46,6 +47,14 @@ def adapter_settings(
             or alphas in one, or values that settings do not allow.
         UsageError: ``QC-TRAIN-011`` an explicit setting contradicts the adapter.
     """
+    if adapter.folded:
+        raise _unfit(
+            adapter,
+            "has changes that training cannot continue",
+            field=min(adapter.folded),
+            found=f"DoRA or saved weights at {len(adapter.folded)} weights",
+            expected="plain LoRA",
+        )
     groups = _groups(adapter, layout)
     by_default = {
         name

@@ -1,0 +1,54 @@
+"""What an adapter changes: one record for each weight, from headers alone.
+
+This file decides the kinds of change: a LoRA pair, also with the magnitude of DoRA, and values that
+replace a weight or some of its rows. `qcore.adapter.reader` matches the tensors of an adapter with
+these records, and `qcore.adapter.delta` computes them. It imports no torch.
+
+DoRA: Liu et al. 2024. Shapes: E experts, r rank of one LoRA pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..api.parameters import Tensor as TableTensor
+from ..checkpoint.checkpoint import Header
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Headers of the two matrices that change one weight to ``W + scaling * B A``.
+
+    Attributes:
+        tensor: the weight; for a stack of experts, the formula holds for each expert.
+        a: ``[r, in]``; for experts ``[E r, in]``, where row ``e r + k`` belongs to expert e.
+        b: ``[out, r]``; for experts ``[out, r E]``, where column ``k E + e`` belongs to expert e.
+        r: rank; for experts, the rank of each expert.
+        scaling: factor of the product.
+        older: whether the file has the layout of PEFT before 0.19.1 for this stack of experts: a is
+            ``[E r, out]`` and b ``[in, r E]``, and the delta of an expert ``A^T B^T``.
+        magnitude: DoRA's vector m ``[out]``: each row of the sum is scaled to this length; ``None``
+            for plain LoRA.
+    """
+
+    tensor: TableTensor
+    a: Header
+    b: Header
+    r: int
+    scaling: float
+    older: bool = False
+    magnitude: Header | None = None
+
+    @property
+    def headers(self) -> tuple[Header, ...]:
+        """The tensors of the adapter that make this change."""
+        own = (self.a, self.b)
+        return own if self.magnitude is None else (*own, self.magnitude)
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether `qcore.nn.qlora` computes the change beside the frozen weight, as in training."""
+        return self.magnitude is None and self.tensor.row.kind is not None
+
+
+Change = Pair
