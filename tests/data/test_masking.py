@@ -71,16 +71,16 @@ def xml(name: str, **arguments: str) -> str:
 MULTI = [
     {"role": "system", "content": "S"},
     user("first " + HINDI),
-    bot(" " + HINDI + "\n", thinking="old thought"),
+    bot(" " + HINDI + "\n", reasoning_content="old thought"),
     user("second"),
     bot(ARABIC),
     user("third"),
-    bot("naïve e\u0301tude 👍🏽", reasoning=f"because {ARABIC}"),
+    bot("naïve e\u0301tude 👍🏽", reasoning_content=f"because {ARABIC}"),
 ]
 LAST_THOUGHT = f"because {ARABIC}\n</think>\n\nnaïve étude 👍🏽" + END
 TOOLS = [
     user("weather?"),
-    bot("Let me look.", thinking="need it", tool_calls=[call("find", '{"town": "Paris"}')]),
+    bot("Let me look.", reasoning_content="need it", tool_calls=[call("find", {"town": "Paris"})]),
     {"role": "tool", "content": "sunny"},
     {"role": "tool", "content": "windy"},
     bot(None, tool_calls=[call("find", {}), call("find", {"x": "1"})]),
@@ -103,7 +103,7 @@ class TestReal:
         assert trained(template, real, MULTI) == [HINDI + END, ARABIC + END, LAST_THOUGHT]
 
     def test_empty_think_block_is_context(self, template: Template, real: Tokenizer) -> None:
-        for more in ({}, {"thinking": ""}, {"thinking": " \n"}):
+        for more in ({}, {"reasoning_content": ""}, {"reasoning_content": " \n"}):
             assert trained(template, real, [user("q"), bot("a", **more)]) == ["a" + END]
 
     def test_inline_think_block(self, template: Template, real: Tokenizer) -> None:
@@ -125,7 +125,7 @@ class TestReal:
 
     def test_prompt_is_never_trained(self, template: Template, real: Tokenizer) -> None:
         """What inference sees before an answer is exactly what is masked before it."""
-        for more, thinking in (({"thinking": "R"}, True), ({}, False)):
+        for more, thinking in (({"reasoning_content": "R"}, True), ({}, False)):
             messages = [user("q"), bot("a", **more)]
             row = RowCheck(FORMAT)(1, {"messages": messages})
             example = encode_row(row, template, real, FORMAT, 100)
@@ -173,7 +173,7 @@ def test_empty_think_block_is_context(tokenizer: Tokenizer) -> None:
     with own_template() as template:
         assert trained(template, tokenizer, [user("q"), bot("a")]) == ["a" + END]
         no_block = own_template(TEMPLATE.replace("loop.index0 > ns.last", "false"))
-        assert trained(no_block, tokenizer, [user("q"), bot("a", thinking="R")]) == ["a" + END]
+        assert trained(no_block, tokenizer, [user("q"), bot("a", reasoning_content="R")]) == ["a" + END]
         no_block.close()
 
 
