@@ -390,10 +390,6 @@ def swapped(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 
 FAULTS: dict[str, tuple[Change, str, str]] = {
-    "a parameter that is not there": (
-        setting(target_parameters=[*BOTH, "mlp.experts.gate_proj"]), "006",
-        "target_parameters: mlp.experts.gate_proj: is a declared target that matches no weight",
-    ),
     "the module instead of its parameters": (
         setting(target_parameters=["mlp.experts"]), "005", "target_parameters: mlp.experts: is a"
     ),

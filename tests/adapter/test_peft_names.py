@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from support.peer_kit import CLASSES, VOCAB, adapted, layers, logits, saved, sto
 from torch import Tensor
 
 from qcore.adapter.delta import Deltas
+from qcore.adapter.peft_config import ACTIVE, DESCRIPTIVE, REFUSED
 from qcore.adapter.peft_names import Adapter, choose_class, peft_config, stems
 from qcore.adapter.reader import read_adapter
 from qcore.api.parameters import Table
@@ -174,6 +176,44 @@ def test_adapters_in_other_float_dtypes(
     assert a.dtype == b.dtype == torch.float32
     name = "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"
     assert torch.equal(a, tensors[name].float())
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(peft.LoraConfig)])
+def test_every_field_of_lora_config_is_applied_ignored_or_refused(field: str):
+    """A new field of PEFT fails here until someone decides what qcore does with it."""
+    assert (field in ACTIVE) + (field in DESCRIPTIVE) + (field in REFUSED) == 1
+
+
+def test_no_field_is_known_that_peft_does_not_have():
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    assert (ACTIVE | DESCRIPTIVE | REFUSED) - fields == set()
+
+
+@pytest.mark.parametrize("pattern", [
+    {r".*layers\.[0-1]\..*": 2, "up_proj": 3}, {r"mlp\.(up|gate)_proj": 7}, {"^q_proj": 5},
+    {r"layers\.\d\.mlp\.\w+": 2, "q_proj": 5}, {"q_proj|up_proj": 6}, {"self.attn.q_proj": 3},
+])  # fmt: skip
+@pytest.mark.parametrize("rslora", [False, True])
+def test_patterns_match_as_in_peft(
+    tmp_path: Path, layouts: dict[str, Layout], pattern: dict[str, int], rslora: bool
+):
+    wrapped = adapted(
+        stock("vl"), target_modules=["q_proj", "up_proj", "gate_proj"], rank_pattern=pattern,
+        alpha_pattern={key: value * 3 for key, value in pattern.items()}, use_rslora=rslora,
+    )  # fmt: skip
+    told = read(saved(tmp_path, wrapped), layouts["vl"])
+    peer: dict[str, Any] = dict(layers(wrapped))
+    numbers = {name.removesuffix(".weight"): p for name, p in told.pairs.items()}
+    assert numbers.keys() == peer.keys()
+    for name, layer in peer.items():
+        assert numbers[name].r == layer.r["default"]
+        assert numbers[name].scaling == pytest.approx(layer.scaling["default"], rel=1e-12)
+
+
+def test_a_target_that_matches_nothing_is_a_warning(tmp_path: Path, layouts: dict[str, Layout]):
+    folder = saved(tmp_path, adapted(stock("vl"), target_modules=["q_proj", "absent_proj"]))
+    notes = read(folder, layouts["vl"]).notes
+    assert "warning: target_modules: absent_proj matches no weight of this base" in notes
 
 
 def test_every_field_of_a_stock_config_is_known(layouts: dict[str, Layout], tmp_path: Path):
@@ -342,12 +382,6 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
         without(*(f"{GATE.format(n)}.lora_{s}.weight" for n in (1, 3) for s in "AB")),
         "006", "layers.1.mlp.gate_proj: is a declared target without tensors",
     ),
-    "a declared name hits nothing": (
-        setting(target_modules=["q_proj", "gate_proj", "w_pack"]), "006", "target_modules: w_pack"
-    ),
-    "a target that is no name": (
-        setting(target_modules=["q_proj", "gate_proj", 3]), "006", "target_modules: 3"
-    ),
     "no tensors at all": (lambda config, tensors: tensors.clear(), "006", "without tensors"),
     "no tensors and an expression": (
         lambda config, tensors: (tensors.clear(), config.update(target_modules=".*q_proj")),
@@ -415,14 +449,10 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
     "dora is text": (setting(use_dora="yes"), "004", "use_dora"),
     "bias": (setting(bias="lora_only"), "004", "bias"),
     "a bias on B": (setting(lora_bias=True), "004", "lora_bias"),
-    "modules_to_save": (setting(modules_to_save=["lm_head"]), "004", "modules_to_save"),
-    "trained tokens": (setting(trainable_token_indices=[1, 2]), "004", "trainable_token_indices"),
+    "modules_to_save": (setting(modules_to_save=["lm_head"]), "006", "lm_head: is declared"),
+    "trained tokens": (setting(trainable_token_indices=[1, 2]), "006", "tokens"),
     "transposed weights": (setting(fan_in_fan_out=True), "004", "fan_in_fan_out"),
     "layers repeated": (setting(layer_replication=[[0, 2], [1, 3]]), "004", "layer_replication"),
-    "a parameter that is not there": (
-        setting(target_parameters=["mlp.experts.down_proj"]), "006",
-        "target_parameters: mlp.experts.down_proj: is a declared target that matches no weight",
-    ),
     "a parameter of no list": (
         setting(target_parameters="experts"), "004", "target_parameters: is not a list of names"
     ),
@@ -436,9 +466,13 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
     "an init that is a list": (setting(init_lora_weights=["x"]), "004", "init_lora_weights"),
     "a field of a later PEFT": (setting(use_the_next_idea=True), "004", "use_the_next_idea"),
     "rank by expression": (
-        setting(rank_pattern={r".*layers\.[0-2]\..*": 8}), "004", "rank_pattern"
+        setting(rank_pattern={r".*layers\.[0-2]\..*": 8}), "007", "expected [8, 24]"
     ),
-    "alpha by expression": (setting(alpha_pattern={"^q_proj": 8}), "004", "alpha_pattern"),
+    "a broken expression for ranks": (setting(rank_pattern={"q_(": 8}), "004", "rank_pattern"),
+    "a long expression": (setting(alpha_pattern={"q" * 501: 8}), "004", "alpha_pattern"),
+    "an expression in exponential time": (
+        setting(alpha_pattern={r"((\w|\.)*)*!": 8}), "004", "takes too long to match"
+    ),
     "rank pattern a list": (setting(rank_pattern=["q_proj"]), "004", "rank_pattern"),
     "rank pattern of text": (setting(rank_pattern={"q_proj": "4"}), "004", "rank_pattern"),
     "rank pattern of nothing": (setting(rank_pattern={"q_proj": 0}), "004", "rank_pattern"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..checkpoint.tokenizer_files import TokenizerFiles
 from ..errors import InputError
 from ..plugins.resolve_model import Identified
+from .equal_values import equal_values
 from .named_base import Base
 from .peft_names import Adapter
 from .reader import read_adapter
@@ -47,6 +48,9 @@ def read_for(
             source=str(base.checkpoint.source),
         ),
         claims=base.adapter_claims,
+        equal=lambda path, header, name: equal_values(
+            path, header, base.checkpoint, base.layout, name
+        ),
     )
 
 

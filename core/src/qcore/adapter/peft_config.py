@@ -37,7 +37,7 @@ DESCRIPTIVE = frozenset(
     )
 )
 #: Fields that qcore applies.
-_ACTIVE = frozenset(
+ACTIVE = frozenset(
     (
         "peft_type",
         "r",
@@ -52,10 +52,23 @@ _ACTIVE = frozenset(
         "layers_to_transform",
         "layers_pattern",
         "init_lora_weights",
+        "modules_to_save",
+        "trainable_token_indices",
     )
 )
+#: Fields that change the adapter and must be off.
+REFUSED = frozenset(
+    (
+        "alora_invocation_tokens", "bias", "fan_in_fan_out", "kasa_config", "layer_replication",
+        "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config", "use_bdlora",
+        "use_qalora",
+    )
+)  # fmt: skip
 #: Initializations that leave the base unchanged; the others (pissa, olora, ...) change it.
 _INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+_LONGEST = 500  # characters of a key of a pattern
 
 
 def check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
@@ -104,10 +117,15 @@ def check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
     for field, kinds in (("rank_pattern", int), ("alpha_pattern", int | float)):
         pattern = config.get(field) or {}
         if not isinstance(pattern, dict) or not all(
-            re.fullmatch(r"[\w.]+", key) and isinstance(n, kinds) and _is_number(n) and n > 0
+            _is_key(key) and isinstance(n, kinds) and _is_number(n) and n > 0
             for key, n in pattern.items()
         ):
-            problems.append(problem(field, "is not supported", "module names and numbers"))
+            problems.append(problem(field, "is not supported", "names or expressions, and numbers"))
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(n, str) for n in saved):
+        problems.append(problem("modules_to_save", "is not a list of names", "module names"))
+    if not isinstance(config.get("trainable_token_indices") or [], list | dict):
+        problems.append(problem("trainable_token_indices", "is not supported", "lists of ids"))
     parameters = config.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(n, str) for n in parameters):
         problems.append(problem("target_parameters", "is not a list of names", "parameter names"))
@@ -115,7 +133,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
         problems.append(problem("layers_to_transform", "is not supported", "a list of numbers"))
     for field, value in config.items():
         off = value in (None, False, [], {}, "none", "LORA")
-        if field not in DESCRIPTIVE | _ACTIVE and not off:
+        if field not in DESCRIPTIVE | ACTIVE and not off:
             problems.append(problem(field, "changes the adapter and is not supported", "off"))
     return problems
 
@@ -126,6 +144,11 @@ def _compiles(pattern: str) -> bool:
     except (re.error, RecursionError, OverflowError):
         return False
     return True
+
+
+def _is_key(key: str) -> bool:
+    """Whether a key of a pattern is a regular expression of a length that PEFT's users write."""
+    return 0 < len(key) <= _LONGEST and _compiles(rf"(.*\.)?({key})$")
 
 
 def _is_number(value: object) -> bool:

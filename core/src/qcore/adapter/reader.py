@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from .expert_layout import NEWER, ExpertLayout, Stack, Statement, expert_layout,
 from .locate import locate_adapter
 from .manifest_check import read_recorded
 from .named_base import Base, check_consent, check_generation
+from .number_patterns import NumberPatterns
 from .peft_config import check_config, layers_of
 from .peft_names import (
     CONFIG,
@@ -47,6 +49,7 @@ from .peft_names import (
     target_name,
     trunk_part,
 )
+from .whole_weights import Equal, whole_of
 
 #: Shapes by tensor name -> the claims of plugins that recognize the layout.
 Claims = Callable[[Mapping[str, tuple[int, ...]]], Sequence[AdapterClaim]]
@@ -60,6 +63,7 @@ def read_adapter(
     trust_generation: bool = False,
     base: Base | None = None,
     claims: Claims | None = None,
+    equal: Callable[[Path, Header, str], bool] | None = None,
 ) -> Adapter:
     """Read the headers of an adapter folder and match them with the weights of a base.
 
@@ -71,6 +75,8 @@ def read_adapter(
         base: generation and source of the base; ``None`` to accept any generation.
         claims: asks the plugins whether they recognize the tensors' layout; ``None`` for PEFT's
             layout alone.
+        equal: whether a tensor of the folder has the values of a weight of the base; ``None``
+            refuses every saved weight.
 
     Returns:
         The adapter; no values have been read.
@@ -92,7 +98,8 @@ def read_adapter(
     notes = check_generation(folder, config, base, trust_generation) if base and not meta else []
     headers, recognized, claimed = _headers(folder, layout, claims)
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
-    reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed, said)
+    same = None if equal is None else partial(equal, folder)
+    reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed, said, same)
     changes = reader.changes()
     check_complete(folder, meta, changes, layout)
     raise_all(one_of_each(reader.problems))
@@ -135,8 +142,10 @@ class _Reader:
         layout: Layout,
         claimed: Collection[str] = (),
         said: Sequence[Statement] = (),
+        equal: Equal | None = None,
     ) -> None:
         self.path = path
+        self.layout, self.equal = layout, equal
         self.said = said
         self.notes: list[str] = []
         self.config = config
@@ -155,6 +164,8 @@ class _Reader:
         self.namespace = max(trunk_part(layout.table).namespaces, key=self._fits)
         self.maps = self._maps(self.namespace)
         self.stems = self._stems(self.namespace)
+        modules = [self._module(tensor) for tensor in self.maps]
+        self.numbers = NumberPatterns(path.parent / CONFIG, config, modules)
 
     def _maps(self, namespace: Namespace) -> list[TableTensor]:
         """Return the weights whose part is in a class; a text class has no tower."""
@@ -207,15 +218,11 @@ class _Reader:
                     "QC-ADAPTER-005", "is a magnitude of DoRA, and use_dora is false", name,
                     fix=f"set use_dora to true in {CONFIG}",
                 )  # fmt: skip
-        for name in [name for name in self.headers if name not in used]:
-            self._problem(
-                "QC-ADAPTER-005",
-                "matches no weight of this base",
-                name,
-                fix="name the base that the adapter was trained on",
-            )
+        for header in [header for name, header in self.headers.items() if name not in used]:
+            self._unmatched(header)
         for field in ("target_modules", "target_parameters"):
             self._check_targets(field, pairs)
+        self._check_saved()
         if not (pairs or self.problems):
             self._problem(
                 "QC-ADAPTER-006",
@@ -224,6 +231,20 @@ class _Reader:
                 fix="name the base that the adapter was trained on",
             )
         return dict(pairs)
+
+    def _unmatched(self, header: Header) -> None:
+        """Ignore a saved copy of a weight of the base, and refuse any other tensor."""
+        whole = whole_of(header.name, self.layout.table, self.namespace)
+        if whole is None:
+            self._problem(
+                "QC-ADAPTER-005", "matches no weight of this base", header.name,
+                fix="name the base that the adapter was trained on",
+            )  # fmt: skip
+        elif whole.is_copy and self.equal is not None and self.equal(header, whole.tensor.name):
+            self.notes.append(f"{header.name} has the values of the base: it is ignored")
+        else:
+            fix = whole.fix(header, any(t.row.tie is not None for t in self.layout.table))
+            self._problem("QC-ADAPTER-005", whole.cause(header), header.name, fix=fix)
 
     def _older_experts(self) -> set[str]:
         """Return the stacks whose matrices have the layout of PEFT before 0.19.1."""
@@ -247,8 +268,8 @@ class _Reader:
 
     def _pair(self, tensor: TableTensor, a: Header, b: Header, older: bool) -> Pair:
         module = self._module(tensor)
-        r = int(self._pattern("rank_pattern", module, self.config["r"]))
-        alpha = self._pattern("alpha_pattern", module, self.config["lora_alpha"])
+        r = int(self.numbers.value("rank_pattern", module, self.config["r"]))
+        alpha = self.numbers.value("alpha_pattern", module, self.config["lora_alpha"])
         shapes = peft_shapes(tensor, r, older=older)
         self._check_header(a, shapes["A"])
         self._check_header(b, shapes["B"])
@@ -291,12 +312,6 @@ class _Reader:
         self._check_header(header, pair.tensor.shape[:1])
         return replace(pair, magnitude=header)
 
-    def _pattern(self, field: str, module: str, default: float) -> float:
-        for key, value in (self.config.get(field) or {}).items():
-            if module == key or module.endswith(f".{key}"):
-                return float(value)
-        return default
-
     def _check_targets(self, field: str, pairs: Mapping[str, Pair]) -> None:
         """Check that exactly the targets that the config declares have tensors."""
         declared = self.config.get(field)
@@ -330,6 +345,9 @@ class _Reader:
                 )
         for name in declared:
             if not any(_named(self._module(tensor), [name]) for tensor in of_field):
+                if pairs and not self.problems:
+                    self.notes.append(f"warning: {field}: {name} matches no weight of this base")
+                    continue
                 self._problem(
                     "QC-ADAPTER-006",
                     "is a declared target that matches no weight",
@@ -337,11 +355,23 @@ class _Reader:
                     fix="name the base that the adapter was trained on",
                 )
 
+    def _check_saved(self) -> None:
+        """Check that what modules_to_save and trainable_token_indices name has tensors."""
+        ends = [f".{name}." for name in self.config.get("modules_to_save") or []]
+        if self.config.get("trainable_token_indices"):
+            ends.append(".trainable_tokens_delta")
+        for end in ends:
+            if not any(end in header for header in self.headers):
+                what = (
+                    "is declared in modules_to_save or trainable_token_indices and has no tensors"
+                )
+                self._problem("QC-ADAPTER-006", what, end.strip("."), fix="train or export again")
+
     def _transformed(self, tensor: TableTensor) -> bool:
         """Whether PEFT's ``layers_to_transform`` and ``layers_pattern`` select the weight."""
         pattern = self.config.get("layers_pattern") or []
         words = [pattern] if isinstance(pattern, str) else pattern
-        # An expression from a downloaded file is not evaluated: every layer is accepted.
+        # A downloaded expression is not evaluated: every layer is accepted.
         plain = isinstance(words, list) and all(re.fullmatch(r"[\w.]+", str(w)) for w in words)
         paths = [f".{word}.{tensor.index}." for word in words] if plain else []
         if paths and not any(path in self._module(tensor) for path in paths):

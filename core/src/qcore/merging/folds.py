@@ -51,5 +51,5 @@ class Folds:
         norm = torch.linalg.norm(weight + pair.scaling * (b @ a), dim=1)
         factor = (magnitude / norm)[:, None]
         self.model.lora_layers[name].set_lora(a, factor * b)
-        changed: Tensor = factor * weight
-        return changed
+        scaled: Tensor = factor * weight
+        return scaled
