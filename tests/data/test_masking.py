@@ -173,7 +173,9 @@ def test_empty_think_block_is_context(tokenizer: Tokenizer) -> None:
     with own_template() as template:
         assert trained(template, tokenizer, [user("q"), bot("a")]) == ["a" + END]
         no_block = own_template(TEMPLATE.replace("loop.index0 > ns.last", "false"))
-        assert trained(no_block, tokenizer, [user("q"), bot("a", reasoning_content="R")]) == ["a" + END]
+        assert trained(no_block, tokenizer, [user("q"), bot("a", reasoning_content="R")]) == [
+            "a" + END
+        ]
         no_block.close()
 
 

@@ -11,7 +11,8 @@ Codes: ``QC-ADAPTER-003`` not an adapter folder, ``-004`` a config field is miss
 dtype is wrong, ``-008`` the folder differs from its manifest, ``-010`` several plugins claim the
 layout, or a claim names a weight that does not exist, ``-011`` a later version wrote the layout,
 ``-012`` the base lacks a part that has pairs, ``-013`` the number of pairs of a part differs from
-training, ``-014`` the layout of experts is not certain.
+training, ``-014`` the layout of experts is not certain, ``-017`` two tensors have one name without
+their wrappers.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from .peft_names import (
     trunk_part,
 )
 from .whole_weights import Equal, whole_of
+from .wrapped_names import without_wrappers
 
 #: Shapes by tensor name -> the claims of plugins that recognize the layout.
 Claims = Callable[[Mapping[str, tuple[int, ...]]], Sequence[AdapterClaim]]
@@ -96,7 +98,7 @@ def read_adapter(
         check_consent(folder, config, base, trust_base)
     raise_all(check_config(folder / CONFIG, config))
     notes = check_generation(folder, config, base, trust_generation) if base and not meta else []
-    headers, recognized, claimed = _headers(folder, layout, claims)
+    headers, recognized, claimed, renamed = _headers(folder, layout, claims)
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
     same = None if equal is None else partial(equal, folder)
     reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed, said, same)
@@ -112,20 +114,21 @@ def read_adapter(
         meta=meta,
         layout=recognized[0].layout if recognized else "peft",
         trunk=trunk_part(layout.table).name,
-        notes=(*edits, *notes, *reader.notes),
+        notes=(*edits, *notes, *renamed, *reader.notes),
     )
 
 
 def _headers(
     folder: Path, layout: Layout, claims: Claims | None
-) -> tuple[dict[str, Header], Sequence[AdapterClaim], set[str]]:
-    """Return the headers by PEFT's names, the claim of a plugin, and the weights it claims."""
+) -> tuple[dict[str, Header], Sequence[AdapterClaim], set[str], list[str]]:
+    """Return the headers by PEFT's names, a plugin's claim, the weights it claims, and notes."""
     headers = {header.name: header for header in read_headers(safe_file(folder, WEIGHTS))}
     recognized = claims({name: h.shape for name, h in headers.items()}) if claims else []
     if not recognized:
-        return headers, recognized, set()
+        plain, notes = without_wrappers(folder / WEIGHTS, headers, layout)
+        return plain, recognized, set(), notes
     claimed = {weight for weight, _ in recognized[0].names.values()}
-    return translated(folder / WEIGHTS, headers, recognized, layout), recognized, claimed
+    return translated(folder / WEIGHTS, headers, recognized, layout), recognized, claimed, []
 
 
 class _Reader:
