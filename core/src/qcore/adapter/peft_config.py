@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,49 +93,49 @@ def check_config(path: Path, config: Mapping[str, Any]) -> list[QcoreError]:
             fix="merge it with PEFT (PeftModel.from_pretrained, then merge_and_unload)",
         )
 
-    problems = []
+    problems = [problem(*fault) for fault in _faults(config)]
+    for field, value in config.items():
+        off = value in (None, False, [], {}, "none", "LORA")
+        if field not in DESCRIPTIVE | ACTIVE and not off:
+            problems.append(problem(field, "changes the adapter and is not supported", "off"))
+    return problems
+
+
+def _faults(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield each field that cannot be applied, what is wrong with it and what is expected."""
     if config.get("peft_type") != "LORA":
-        problems.append(problem("peft_type", "is not supported", "LORA"))
+        yield "peft_type", "is not supported", "LORA"
     if type(config.get("r")) is not int or config["r"] < 1:
-        problems.append(problem("r", "is not a rank", "a positive integer"))
+        yield "r", "is not a rank", "a positive integer"
     if not _is_number(config.get("lora_alpha")):
-        problems.append(problem("lora_alpha", "is not a number", "a finite number"))
+        yield "lora_alpha", "is not a number", "a finite number"
     elif config["lora_alpha"] == 0:
-        problems.append(problem("lora_alpha", "switches the adapter off", "a number other than 0"))
+        yield "lora_alpha", "switches the adapter off", "a number other than 0"
     for field in ("target_modules", "exclude_modules"):
         if isinstance(config.get(field), str) and not _compiles(config[field]):
-            problems.append(
-                problem(
-                    field, "is not a valid regular expression", "a list of names or an expression"
-                )
-            )
+            yield field, "is not a valid regular expression", "a list of names or an expression"
     for field in ("use_rslora", "use_dora"):
         if not isinstance(config.get(field, False), bool):
-            problems.append(problem(field, "is not a boolean", "true or false"))
+            yield field, "is not a boolean", "true or false"
     if config.get("init_lora_weights", True) not in _INITS:
-        problems.append(problem("init_lora_weights", "changes the base", "true"))
+        yield "init_lora_weights", "changes the base", "true"
     for field, kinds in (("rank_pattern", int), ("alpha_pattern", int | float)):
         pattern = config.get(field) or {}
         if not isinstance(pattern, dict) or not all(
             _is_key(key) and isinstance(n, kinds) and _is_number(n) and n > 0
             for key, n in pattern.items()
         ):
-            problems.append(problem(field, "is not supported", "names or expressions, and numbers"))
+            yield field, "is not supported", "names or expressions, and numbers"
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(n, str) for n in saved):
-        problems.append(problem("modules_to_save", "is not a list of names", "module names"))
+        yield "modules_to_save", "is not a list of names", "module names"
     if not isinstance(config.get("trainable_token_indices") or [], list | dict):
-        problems.append(problem("trainable_token_indices", "is not supported", "lists of ids"))
+        yield "trainable_token_indices", "is not supported", "lists of ids"
     parameters = config.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(n, str) for n in parameters):
-        problems.append(problem("target_parameters", "is not a list of names", "parameter names"))
+        yield "target_parameters", "is not a list of names", "parameter names"
     if not all(type(layer) is int for layer in layers_of(config)):
-        problems.append(problem("layers_to_transform", "is not supported", "a list of numbers"))
-    for field, value in config.items():
-        off = value in (None, False, [], {}, "none", "LORA")
-        if field not in DESCRIPTIVE | ACTIVE and not off:
-            problems.append(problem(field, "changes the adapter and is not supported", "off"))
-    return problems
+        yield "layers_to_transform", "is not supported", "a list of numbers"
 
 
 def _compiles(pattern: str) -> bool:

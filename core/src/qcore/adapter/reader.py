@@ -365,9 +365,7 @@ class _Reader:
             ends.append(".trainable_tokens_delta")
         for end in ends:
             if not any(end in header for header in self.headers):
-                what = (
-                    "is declared in modules_to_save or trainable_token_indices and has no tensors"
-                )
+                what = "is declared (saved modules, trainable tokens) and has no tensors"
                 self._problem("QC-ADAPTER-006", what, end.strip("."), fix="train or export again")
 
     def _transformed(self, tensor: TableTensor) -> bool:
