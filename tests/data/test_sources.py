@@ -21,6 +21,7 @@ from qcore.data.sources.read import read_sources, refuse_shared
 from qcore.data.sources.selection import choose
 from qcore.data.sources.source import Source
 from qcore.errors import InputError, PreflightError, UsageError
+from qcore.io.artifact import publish
 
 EVERY_KEY = """
 seed: 7
@@ -77,6 +78,15 @@ def test_files_and_folders(rows: Path) -> None:
             "c.json contains JSON lines, although its name ends in .json",
         )[:2]
     )
+
+
+def test_the_folder_of_converted_rows(tmp_path: Path) -> None:
+    """The manifest that `qcore data convert` writes beside the rows is not read as rows."""
+    with publish(tmp_path / "converted", "rows") as writer:
+        writer.write_text("rows.jsonl", '{"messages": []}\n')
+    (source,) = read_sources([tmp_path / "converted"])
+    assert source.files == (tmp_path / "converted" / "rows.jsonl",)
+    assert source.notes == ("1 files are not read: MANIFEST.json",)
 
 
 def test_no_words_are_no_sources() -> None:

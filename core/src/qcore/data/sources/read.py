@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from ...errors import InputError, QcoreError, UsageError, nearest, raise_all
+from ...io.artifact import MANIFEST
 from ..formats import Formats, load_formats
 from .dataset_info import NAME, read_dataset_info, split_word
 from .file_kinds import (
@@ -39,9 +40,9 @@ from .streams import opened, unreadable
 _MAX_FILES: Final = 100_000
 _MISSING: Final = os.strerror(errno.ENOENT)
 _NAMED: Final = 5  # files that a note names
-# What `save_to_disk`, LLaMA-Factory and the hub write beside the rows.
+# What `convert`, `save_to_disk`, LLaMA-Factory and the hub write beside the rows.
 _NOT_ROWS: Final = frozenset(
-    (NAME, "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+    (MANIFEST, NAME, "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 )
 _SPLITS: Final = frozenset(("train", "test", "validation", "valid", "val", "dev", "eval"))
 _WORD_ENDS: Final = re.compile(r"[-_. ]+")
