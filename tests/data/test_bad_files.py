@@ -68,7 +68,7 @@ def read(word: str) -> None:
     for source in read_sources([word]):
         for record in records(source):
             if isinstance(record.value, RowError):
-                problems.append(record.value.error(record.path, record.line))
+                problems.append(record.value.error(record.path, record.line, record.unit))
     raise_all(problems)
 
 

@@ -430,8 +430,8 @@ def test_without_the_extra_one_line_says_how_to_install_it(
 
 
 @pytest.mark.slow
-def test_memory_stays_within_five_of_the_largest_layer(tmp_path: Path) -> None:
-    """A model of 16 layers of which five would not fit; the whole of it is read once or more."""
+def test_memory_stays_within_eight_of_the_largest_layer(tmp_path: Path) -> None:
+    """A model of 16 layers of which eight would not fit; the whole of it is read once or more."""
     base = write_stock(
         tmp_path / "base", "text", tied=True, dtype=torch.bfloat16, num_hidden_layers=16,
         layer_types=["linear_attention", "full_attention"] * 8, hidden_size=512,
@@ -451,7 +451,7 @@ def _bounded(base: Path, small: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _memory("VmRSS")
     assert verify_against_stock(base, whole=False).ok
-    assert _memory("VmHWM") - before < 5 * stream.largest()
+    assert _memory("VmHWM") - before < 8 * stream.largest()
 
 
 def _memory(field: str) -> int:

@@ -33,11 +33,11 @@ GZIP = {
     "of Parquet": gz(gzip.compress(b"PAR1xxxxPAR1"), "QC-DATA-003", "gzip of Parquet"),
     "of UTF-16": gz(gzip.compress(TWO.decode().encode("utf-16")), "QC-DATA-003", "UTF-16"),
     "of a bad line": gz(gzip.compress(TWO + b"x\n"), "QC-DATA-004", "not JSON", "line 3"),
-    "of a cut array": gz(gzip.compress(b"[" + GOOD), "QC-DATA-031", "ends inside of"),
+    "of a cut array": gz(gzip.compress(b"[" + GOOD), "QC-DATA-031", "ends inside of", "element 1"),
     "of CSV": gz(gzip.compress(b"prompt,response\n"), "QC-DATA-003", "looks like CSV"),
     "of text": gz(b"hello", "QC-DATA-004", "not JSON"),
     "of short CSV": named("rows.csv.gz", gzip.compress(b"a,b\n1\n"), "QC-DATA-032",
-        "number of cells", "line 1"),
+        "number of cells", "line 2"),
 }  # fmt: skip
 
 
@@ -95,11 +95,11 @@ CSV = {
     "column twice": csv(b"prompt,prompt\na,b\n", "QC-DATA-032", "'prompt' twice"),
     "column twice, with blanks": csv(b"prompt, prompt\na,b\n", "QC-DATA-032", "'prompt' twice"),
     "column without a name": csv(b"prompt,,response\na,b,c\n", "QC-DATA-032", "column 2"),
-    "short record": csv(_H + b"a,b\nc\n", "QC-DATA-032", "found 1, expected 2", "line 2"),
-    "long record": csv(_H + b"a,b,c\n", "QC-DATA-032", "found 3, expected 2", "line 1"),
+    "short record": csv(_H + b"a,b\nc\n", "QC-DATA-032", "found 1, expected 2", "line 3"),
+    "long record": csv(_H + b"a,b,c\n", "QC-DATA-032", "found 3, expected 2", "line 2"),
     "open quote": csv(_H + b'a,"b\nc,d\n', "QC-DATA-032", "unexpected end", "line"),
     "text after a quote": csv(_H + b'"a"b,c\n', "QC-DATA-032", "expected after", "line 2"),
-    "latin-1": csv(_H + b"a,b\ncaf\xe9,d\n", "QC-DATA-003", "0xe9", "line 2, prompt"),
+    "latin-1": csv(_H + b"a,b\ncaf\xe9,d\n", "QC-DATA-003", "0xe9", "line 3, prompt"),
     "latin-1 header": csv(b"pr\xe9mice,response\na,b\n", "QC-DATA-032", "not UTF-8"),
     "UTF-16": csv((_H + b"a,b\n").decode().encode("utf-16"), "QC-DATA-003", "UTF-16"),
     "semicolons": csv(b"prompt;response\na;b\n", "QC-DATA-032", "semicolons"),
@@ -110,6 +110,6 @@ CSV = {
     "a cell of 17 MiB": csv(_H + b'a,"' + (b"x" * 65535 + b"\n") * 272 + b'"\n', "QC-DATA-032",
         "field limit", "line"),
     "short record, .tsv": csv(b"prompt\tresponse\na,b\n", "QC-DATA-032", "found 1, expected 2",
-        name="rows.tsv"),
+        field="line 2", name="rows.tsv"),
     "NUL": csv(b"\0\0\0\0", "QC-DATA-003", "NUL"),
 }  # fmt: skip
