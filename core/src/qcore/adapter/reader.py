@@ -347,16 +347,16 @@ class _Reader:
                     fix=f"declare it in {field}, or export again",
                 )
         for name in declared:
-            if not any(_named(self._module(tensor), [name]) for tensor in of_field):
-                if pairs and not self.problems:
-                    self.notes.append(f"warning: {field}: {name} matches no weight of this base")
-                    continue
-                self._problem(
-                    "QC-ADAPTER-006",
-                    "is a declared target that matches no weight",
-                    f"{field}: {name}",
-                    fix="name the base that the adapter was trained on",
-                )
+            hits = any(_named(self._module(tensor), [name]) for tensor in of_field)
+            if hits or any(f".{name}.lora_" in key for key in self.headers):  # refused by name
+                continue
+            if pairs and not self.problems:
+                self.notes.append(f"warning: {field}: {name} matches no weight of this base")
+                continue
+            self._problem(
+                "QC-ADAPTER-006", "is a declared target that matches no weight",
+                f"{field}: {name}", fix="name the base that the adapter was trained on",
+            )  # fmt: skip
 
     def _check_saved(self) -> None:
         """Check that what modules_to_save and trainable_token_indices name has tensors."""
