@@ -348,7 +348,7 @@ class _Reader:
                 )
         for name in declared:
             hits = any(_named(self._module(tensor), [name]) for tensor in of_field)
-            if hits or any(f".{name}.lora_" in key for key in self.headers):  # refused by name
+            if hits or (linear and any(f".{name}.lora_" in key for key in self.headers)):
                 continue
             if pairs and not self.problems:
                 self.notes.append(f"warning: {field}: {name} matches no weight of this base")
