@@ -93,7 +93,7 @@ class TokenizerFiles:
 
 
 def optional_json(files: Files, name: str) -> dict[str, Any]:
-    """Return the content of a JSON file; empty if there is no such file."""
+    """Return the content of a JSON file; empty if the file does not exist."""
     return read_json(files.file(name)) if name in files.sidecars else {}
 
 

@@ -97,7 +97,7 @@ class RowCheck:
         chat_format: the format of rendered conversations.
         control: further strings that a row's text must not hold.
         reader: reads media; without it rows must be text only.
-        unread: why there is no reader.
+        unread: why rows with media cannot be read.
         kinds: without a reader: kinds of media parts that rows may have all the same.
     """
 

@@ -3,7 +3,7 @@
 This file decides the order of samples and their micro-batches. An epoch is a permutation of the
 rows, and a row's samples follow each other, so that each row is trained exactly once an epoch. A
 step is a fixed number of samples or, with ``tokens_per_step``, of whole rows with about so many
-tokens. There is no state, so resuming needs none, and the same seed gives the same samples on any
+tokens. It keeps no state, so resuming needs none, and the same seed gives the same samples on any
 machine. The learning rate is decided by `training.lr_schedule`.
 """
 

@@ -113,7 +113,7 @@ class StockModel:
         if not trunks or self.model.get_output_embeddings() is None:
             raise InputError(
                 "QC-STOCK-004",
-                f"is loaded as {self.cls.__name__}, which is no language model",
+                f"is loaded as {self.cls.__name__}, which is not a language model",
                 file=checkpoint.path,
                 fix="name another class with --stock-class",
             )

@@ -49,7 +49,7 @@ class Options:
         variables: inputs of the template that the user set.
         special: special tokens by name, as templates read them.
         reader: reads media; without it rows must be text only.
-        unread: why there is no reader.
+        unread: why rows with media cannot be read.
         explain: whether samples keep the reason of each token, and rows the references of media.
         seed: chooses rows of sources with a weight or count.
         workers: as the setting ``dataset_num_proc``; rows with reasons (`explain`) or by number

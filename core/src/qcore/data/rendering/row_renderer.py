@@ -64,7 +64,7 @@ class RowSetup:
         control: special tokens, which no text of a row may hold.
         context: what repairs know of the run.
         reader: reads media; without it rows must be text only.
-        unread: why there is no reader.
+        unread: why rows with media cannot be read.
         explain: whether samples keep the reason of each token, and rows the references of media.
     """
 

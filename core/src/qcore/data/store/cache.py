@@ -89,7 +89,7 @@ class StoreCache:
         folder: Path | None
         try:
             folder = Path(named).expanduser().absolute() if named else user_cache("data")
-        except RuntimeError:  # there is no home folder
+        except RuntimeError:  # the home folder is unknown
             folder = None
         return cls(folder, most, reporter, verify=verify)
 

@@ -57,7 +57,7 @@ class Stamp:
         """The stamp of a file now.
 
         Raises:
-            OSError: there is no such file.
+            OSError: the file does not exist.
         """
         now, file = time.time_ns(), os.stat(path)
         return cls(path, file.st_size, file.st_mtime_ns, file.st_ino, file.st_ctime_ns, now, sha256)
