@@ -1,4 +1,4 @@
-"""Checkpoints in block FP8, quantized here by the definition and read by no other library's code."""
+"""Checkpoints in block FP8, quantized here by the definition and read by no other code."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from .notes import Notes, PlacedMessage, RepairContext, function_of, functions_o
 
 MOVED, AS_TEXT, NO_MEDIUM = "QC-DATA-050", "QC-DATA-054", "QC-DATA-055"
 _SPACE = re.compile(r"\s*")
+_JSON = "JSON"  #: form of calls in text
 
 
 @cache
@@ -61,20 +62,29 @@ def read_text_calls(
     return made
 
 
+def _calls_in_text(
+    turn: PlacedMessage, tools: Any, context: RepairContext
+) -> tuple[str, list[dict[str, Any]], str]:
+    """The text before the calls in the text of a turn, the calls, and their form; else no calls."""
+    text = text_only(turn.message.get("content"))
+    tags = context.call_tags
+    if not text or tags is None or tags[0] not in text or context.abilities.calls != "other":
+        return text or "", [], ""
+    head, calls = _json_calls(text, tags, turn.at)
+    if calls:
+        return head, calls, _JSON
+    head, calls = _parsed_calls(text, tools, context, turn.at)
+    return head, calls, "the template's markup"
+
+
 def _with_calls(
     turn: PlacedMessage, tools: Any, context: RepairContext, notes: Notes
 ) -> PlacedMessage:
     """An assistant turn whose text holds calls, with `tool_calls`."""
-    text = text_only(turn.message.get("content"))
-    tags = context.call_tags
-    if not text or tags is None or tags[0] not in text or context.abilities.calls != "other":
-        return turn
-    head, calls = _json_calls(text, tags, turn.at)
-    form = "JSON"
-    if not calls:
-        head, calls = _parsed_calls(text, tools, context, turn.at)
-        form = "the template's markup"
-    elif missing := [name for name in _names(calls) if name not in functions_of(tools)]:
+    head, calls, form = _calls_in_text(turn, tools, context)
+    if form == _JSON and (
+        missing := [name for name in _names(calls) if name not in functions_of(tools)]
+    ):
         raise RowError(
             AS_TEXT,
             "is a tool call as JSON text, in a format that the chat template does not write, of a "
@@ -98,13 +108,7 @@ def _without_repeated(
     turn: PlacedMessage, tools: Any, context: RepairContext, notes: Notes
 ) -> PlacedMessage:
     """An assistant turn with `tool_calls` without the same calls in its text."""
-    text = text_only(turn.message.get("content"))
-    tags = context.call_tags
-    if not text or tags is None or tags[0] not in text or context.abilities.calls != "other":
-        return turn
-    head, calls = _json_calls(text, tags, turn.at)
-    if not calls:
-        head, calls = _parsed_calls(text, tools, context, turn.at)
+    head, calls, _ = _calls_in_text(turn, tools, context)
     if not calls:
         return turn
     if [_plain(call) for call in calls] != [_plain(call) for call in turn.calls]:
