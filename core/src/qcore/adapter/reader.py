@@ -50,7 +50,8 @@ from .peft_names import (
     target_name,
     trunk_part,
 )
-from .whole_weights import Equal, whole_of
+from .tied_head import Same, settle_tie
+from .whole_weights import Equal, WholeWeights
 from .wrapped_names import without_wrappers
 
 #: Shapes by tensor name -> the claims of plugins that recognize the layout.
@@ -66,6 +67,7 @@ def read_adapter(
     base: Base | None = None,
     claims: Claims | None = None,
     equal: Callable[[Path, Header, str], bool] | None = None,
+    same: Callable[[Path, Change, Change], bool] | None = None,
 ) -> Adapter:
     """Read the headers of an adapter folder and match them with the weights of a base.
 
@@ -100,9 +102,9 @@ def read_adapter(
     notes = check_generation(folder, config, base, trust_generation) if base and not meta else []
     headers, recognized, claimed, renamed = _headers(folder, layout, claims)
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
-    same = None if equal is None else partial(equal, folder)
-    reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed, said, same)
-    changes = reader.changes()
+    own = None if equal is None else partial(equal, folder)
+    reader = _Reader(folder / WEIGHTS, config, headers, layout, claimed, said, own)
+    changes, untied = reader.changes(None if same is None else partial(same, folder))
     check_complete(folder, meta, changes, layout)
     raise_all(one_of_each(reader.problems))
     return Adapter(
@@ -115,6 +117,7 @@ def read_adapter(
         layout=recognized[0].layout if recognized else "peft",
         trunk=trunk_part(layout.table).name,
         notes=(*edits, *notes, *renamed, *reader.notes),
+        untied=untied,
     )
 
 
@@ -167,12 +170,16 @@ class _Reader:
         self.namespace = max(trunk_part(layout.table).namespaces, key=self._fits)
         self.maps = self._maps(self.namespace)
         self.stems = self._stems(self.namespace)
-        modules = [self._module(tensor) for tensor in self.maps]
+        modules = [self._module(tensor) for tensor in (*self.maps, *self._vocabulary())]
         self.numbers = NumberPatterns(path.parent / CONFIG, config, modules)
 
     def _maps(self, namespace: Namespace) -> list[TableTensor]:
         """Return the weights whose part is in a class; a text class has no tower."""
         return [t for t in self.every if namespace_of(t.part, namespace.name) is not None]
+
+    def _vocabulary(self) -> list[TableTensor]:
+        """Return the embedding and the head."""
+        return [t for t in self.layout.table if t.row.group in ("embed", "head")]
 
     def _stems(self, namespace: Namespace) -> dict[str, str]:
         """Return the adapter names of the weights that this config can have LoRA on.
@@ -196,7 +203,8 @@ class _Reader:
         known = self._stems(namespace).values()
         return sum(f"{stem}.lora_A.weight" in self.headers for stem in known)
 
-    def changes(self) -> dict[str, Change]:
+    def changes(self, same: Same | None) -> tuple[dict[str, Change], bool]:
+        """Return what the adapter changes, and whether a tied head gets values of its own."""
         pairs: dict[str, Pair] = {}
         used: set[str] = set()
         older = self._older_experts()
@@ -221,33 +229,43 @@ class _Reader:
                     "QC-ADAPTER-005", "is a magnitude of DoRA, and use_dora is false", name,
                     fix=f"set use_dora to true in {CONFIG}",
                 )  # fmt: skip
-        for header in [header for name, header in self.headers.items() if name not in used]:
-            self._unmatched(header)
+        whole = self._whole_weights(used, pairs)
         for field in ("target_modules", "target_parameters"):
             self._check_targets(field, pairs)
         self._check_saved()
-        if not (pairs or self.problems):
+        settled = settle_tie({**pairs, **whole}, self.layout, same)
+        if settled.contradiction is not None:
+            self._problem(
+                "QC-ADAPTER-005",
+                "is a saved copy of a tied head, and the embedding has trained rows",
+                settled.contradiction.headers[0].name,
+                fix="train again with one of the two",
+            )
+        if not (settled.changes or self.problems):
             self._problem(
                 "QC-ADAPTER-006",
                 "has no tensor for this base",
                 "target_modules",
                 fix="name the base that the adapter was trained on",
             )
-        return dict(pairs)
+        return dict(settled.changes), settled.untied
 
-    def _unmatched(self, header: Header) -> None:
-        """Ignore a saved copy of a weight of the base, and refuse any other tensor."""
-        whole = whole_of(header.name, self.layout.table, self.namespace)
-        if whole is None:
+    def _whole_weights(
+        self, used: Collection[str], pairs: Mapping[str, Pair]
+    ) -> Mapping[str, Change]:
+        """Return the changes by tensors that no pair uses, and refuse those that match nothing."""
+        weights = WholeWeights(
+            self.path, self.config, self.layout, self.namespace, self._rank_and_scaling, self.equal
+        )
+        rest = [header for name, header in self.headers.items() if name not in used]
+        for header in weights.match(rest, pairs):
             self._problem(
                 "QC-ADAPTER-005", "matches no weight of this base", header.name,
                 fix="name the base that the adapter was trained on",
             )  # fmt: skip
-        elif whole.is_copy and self.equal is not None and self.equal(header, whole.tensor.name):
-            self.notes.append(f"{header.name} has the values of the base: it is ignored")
-        else:
-            fix = whole.fix(header, any(t.row.tie is not None for t in self.layout.table))
-            self._problem("QC-ADAPTER-005", whole.cause(header), header.name, fix=fix)
+        self.problems += weights.problems
+        self.notes += weights.notes
+        return weights.changes
 
     def _older_experts(self) -> set[str]:
         """Return the stacks whose matrices have the layout of PEFT before 0.19.1."""
@@ -271,13 +289,16 @@ class _Reader:
 
     def _pair(self, tensor: TableTensor, a: Header, b: Header, older: bool) -> Pair:
         module = self._module(tensor)
-        r = int(self.numbers.value("rank_pattern", module, self.config["r"]))
-        alpha = self.numbers.value("alpha_pattern", module, self.config["lora_alpha"])
+        r, scaling = self._rank_and_scaling(module)
         shapes = peft_shapes(tensor, r, older=older)
         self._check_header(a, shapes["A"])
         self._check_header(b, shapes["B"])
-        scaling = alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
         return Pair(tensor=tensor, a=a, b=b, r=r, scaling=scaling, older=older)
+
+    def _rank_and_scaling(self, module: str) -> tuple[int, float]:
+        r = int(self.numbers.value("rank_pattern", module, self.config["r"]))
+        alpha = self.numbers.value("alpha_pattern", module, self.config["lora_alpha"])
+        return r, alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
 
     def _check_header(self, header: Header, shape: tuple[int, ...]) -> None:
         """Check the shape and dtype of a tensor of the adapter."""
@@ -350,12 +371,17 @@ class _Reader:
             hits = any(_named(self._module(tensor), [name]) for tensor in of_field)
             if hits or (linear and any(f".{name}.lora_" in key for key in self.headers)):
                 continue
-            if pairs and not self.problems:
+            own = [t for t in self._vocabulary() if linear and _named(self._module(t), [name])]
+            if pairs and not self.problems and not own:
                 self.notes.append(f"warning: {field}: {name} matches no weight of this base")
                 continue
             self._problem(
-                "QC-ADAPTER-006", "is a declared target that matches no weight",
-                f"{field}: {name}", fix="name the base that the adapter was trained on",
+                "QC-ADAPTER-006",
+                "is a declared target without tensors" if own
+                else "is a declared target that matches no weight",
+                f"{field}: {name}",
+                fix="train or export again" if own
+                else "name the base that the adapter was trained on",
             )  # fmt: skip
 
     def _check_saved(self) -> None:
