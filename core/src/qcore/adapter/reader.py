@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from ..api.records import AdapterClaim
-from ..checkpoint.checkpoint import Header, read_headers, read_json, safe_file
+from ..checkpoint.checkpoint import Header, read_json, safe_file
 from ..checkpoint.layout import Layout
 from ..errors import one_of_each, raise_all
 from .base_check import check_complete
@@ -35,7 +35,8 @@ from .manifest_check import read_recorded
 from .matching import Matcher
 from .named_base import Base, check_consent, check_generation
 from .peft_config import check_config
-from .peft_names import CONFIG, WEIGHTS, Adapter, trunk_part
+from .peft_names import CONFIG, Adapter, trunk_part
+from .weight_files import adapter_headers, weights_place
 from .wrapped_names import without_wrappers
 
 #: Shapes by tensor name -> the claims of plugins that recognize the layout.
@@ -86,7 +87,7 @@ def read_adapter(
     headers, recognized, claimed, renamed = _headers(folder, layout, claims)
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
     same = None if equal is None else partial(equal, folder)
-    findings = Findings(folder / WEIGHTS)
+    findings = Findings(weights_place(folder))
     matcher = Matcher(findings, config, headers, layout, claimed, said, same)
     changes = matcher.changes()
     check_complete(folder, meta, changes, layout)
@@ -108,10 +109,11 @@ def _headers(
     folder: Path, layout: Layout, claims: Claims | None
 ) -> tuple[dict[str, Header], Sequence[AdapterClaim], set[str], list[str]]:
     """Return the headers by PEFT's names, a plugin's claim, the weights it claims, and notes."""
-    headers = {header.name: header for header in read_headers(safe_file(folder, WEIGHTS))}
+    where = weights_place(folder)
+    headers = {header.name: header for header in adapter_headers(folder)}
     recognized = claims({name: h.shape for name, h in headers.items()}) if claims else []
     if not recognized:
-        plain, notes = without_wrappers(folder / WEIGHTS, headers, layout)
+        plain, notes = without_wrappers(where, headers, layout)
         return plain, recognized, set(), notes
     claimed = {weight for weight, _ in recognized[0].names.values()}
-    return translated(folder / WEIGHTS, headers, recognized, layout), recognized, claimed, []
+    return translated(where, headers, recognized, layout), recognized, claimed, []
