@@ -66,9 +66,8 @@ def same_change(folder: Path, one: Change, other: Change) -> bool:
         return False
     if (one.under is None) != (other.under is None) or one.magnitude or other.magnitude:
         return False
-    if one.under is not None and other.under is not None:
-        if not same_change(folder, one.under, other.under):
-            return False
+    if one.under and other.under and not same_change(folder, one.under, other.under):
+        return False
     mine, theirs = ((_read(folder, pair.a), _read(folder, pair.b)) for pair in (one, other))
     if one.embedding != other.embedding:
         theirs = theirs[1].t(), theirs[0].t()

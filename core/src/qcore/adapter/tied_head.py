@@ -18,6 +18,7 @@ from typing import NamedTuple
 from ..api.parameters import Tensor as TableTensor
 from ..checkpoint.layout import Layout
 from .changes import Change, Pair, Replacement
+from .findings import Findings
 
 #: Whether two changes have the same effect on weights with the same values.
 Same = Callable[[Change, Change], bool]
@@ -29,21 +30,22 @@ class Settled(NamedTuple):
     Attributes:
         changes: by canonical name; of a head that stays tied there is none.
         untied: whether the head gets values of its own.
-        contradiction: the change of the head that cannot be combined with the embedding's.
     """
 
     changes: Mapping[str, Change]
     untied: bool = False
-    contradiction: Change | None = None
 
 
-def settle_tie(changes: Mapping[str, Change], layout: Layout, same: Same | None) -> Settled:
+def settle_tie(
+    changes: Mapping[str, Change], layout: Layout, same: Same | None, findings: Findings
+) -> Settled:
     """Decide what the changes of an adapter do to a tied head.
 
     Args:
         changes: what the adapter changes, by canonical name.
         layout: the base.
         same: compares two changes; ``None``: they are taken to differ.
+        findings: receives the error.
     """
     head = next((t for t in layout.table if t.row.group == "head" and t.row.tie), None)
     if head is None or head.row.tie is None:
@@ -57,7 +59,13 @@ def settle_tie(changes: Mapping[str, Change], layout: Layout, same: Same | None)
             return Settled(changes)  # PEFT gives the rows to both
         mine = _with_rows(head, mine, rows)
     elif rows is not None and isinstance(mine, Replacement) and mine.rows is None:
-        return Settled(changes, contradiction=mine)
+        findings.problem(
+            "QC-ADAPTER-005",
+            "is a saved copy of a tied head, and the embedding has trained rows",
+            mine.values.name,
+            fix="train again with one of the two",
+        )
+        return Settled(changes)
     if mine is not None and embedding is not None and same is not None and same(embedding, mine):
         return Settled({name: c for name, c in changes.items() if name != head.name})
     return Settled({**changes, **({} if mine is None else {head.name: mine})}, untied=True)

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..api.parameters import Namespace
 from ..api.parameters import Tensor as TableTensor
 from ..checkpoint.checkpoint import Header
 from ..checkpoint.layout import Layout
-from ..errors import InputError, QcoreError
 from .changes import Change, Pair, Replacement
+from .findings import Findings
 from .peft_names import namespace_of, spell
 
 #: Whether a tensor of the adapter has the values of a weight of the base, by canonical name.
@@ -69,7 +68,7 @@ class WholeWeights:
     """Matches the tensors of one adapter that are no LoRA on a linear map of a layer.
 
     Args:
-        path: the file of tensors, for errors.
+        findings: receives the errors and notes.
         config: adapter_config.json.
         layout: the base.
         namespace: the class that the adapter is written for.
@@ -78,25 +77,21 @@ class WholeWeights:
 
     Attributes:
         changes: what the tensors change, by canonical name.
-        notes: lines for the report.
-        problems: what is refused.
     """
 
     def __init__(
         self,
-        path: Path,
+        findings: Findings,
         config: Mapping[str, Any],
         layout: Layout,
         namespace: Namespace,
         numbers: Numbers,
         equal: Equal | None,
     ) -> None:
-        self.path, self.config, self.namespace = path, config, namespace
+        self._findings, self.config, self.namespace = findings, config, namespace
         self.numbers, self.equal = numbers, equal
         self.tied = any(tensor.row.tie is not None for tensor in layout.table)
         self.changes: dict[str, Change] = {}
-        self.notes: list[str] = []
-        self.problems: list[QcoreError] = []
         self._unloaded = {*layout.absent} | {p.name for p in layout.table.parts if not p.loaded}
         self._by_name = {
             spell(tensor, namespace): tensor
@@ -171,7 +166,7 @@ class WholeWeights:
     def _is_base(self, header: Header, tensor: TableTensor) -> bool:
         same = self.equal is not None and self.equal(header, tensor.name)
         if same:
-            self.notes.append(f"{header.name} has the values of the base: it is ignored")
+            self._findings.notes.append(f"{header.name} has the values of the base: it is ignored")
         return same
 
     def _whole(self, tensor: TableTensor, header: Header) -> Replacement | None:
@@ -196,14 +191,14 @@ class WholeWeights:
         """Return the trained rows of an embedding or a head."""
         rows = self._token_ids(tensor)
         if rows is None:
-            self._problem(
+            self._findings.problem(
                 "QC-ADAPTER-004", "names no rows for a tensor of trained rows",
                 "trainable_token_indices", found=self.config.get("trainable_token_indices"),
                 expected=f"ids for {header.name}", fix="train or export again",
             )  # fmt: skip
             return None
         if len({*rows}) != len(rows) or not all(0 <= row < tensor.shape[0] for row in rows):
-            self._problem(
+            self._findings.problem(
                 "QC-ADAPTER-004", f"is not a list of different rows of {tensor.name}",
                 "trainable_token_indices", found=str(list(rows))[:100],
                 expected=f"ids below {tensor.shape[0]}", fix=_ANOTHER,
@@ -237,7 +232,7 @@ class WholeWeights:
             module = _PREFIX + self._module(tensor)
             end = f"lora_embedding_{missing[0]}" if embedding else f"lora_{missing[0]}.weight"
             fix = "train or export again"
-            self._problem("QC-ADAPTER-006", "is missing", f"{module}.{end}", fix=fix)
+            self._findings.problem("QC-ADAPTER-006", "is missing", f"{module}.{end}", fix=fix)
             return None
         a, b = (own[what].header for what in names)
         r, scaling = self.numbers(self._module(tensor))
@@ -255,7 +250,7 @@ class WholeWeights:
             return pair  # the reader refuses magnitudes then
         if magnitude is None:
             what, fix = "has no magnitude, and use_dora is true", "train or export again"
-            self._problem("QC-ADAPTER-006", what, pair.a.name, fix=fix)
+            self._findings.problem("QC-ADAPTER-006", what, pair.a.name, fix=fix)
             return None
         if pair.embedding or own.keys() & {"rows", "copy", "base"}:
             what = "the columns of the embedding" if pair.embedding else "saved values"
@@ -272,12 +267,12 @@ class WholeWeights:
         """Whether a tensor has a shape, and floating-point values."""
         right = (header.shape == shape, header.dtype in _FLOATS)
         if not right[0]:
-            self._problem(
+            self._findings.problem(
                 "QC-ADAPTER-007", "has the wrong shape", header.name,
                 found=list(header.shape), expected=list(shape), fix=_ANOTHER,
             )  # fmt: skip
         if not right[1]:
-            self._problem(
+            self._findings.problem(
                 "QC-ADAPTER-007", "is not floating point", header.name,
                 found=header.dtype, expected="F32", fix="export the adapter again",
             )  # fmt: skip
@@ -286,14 +281,4 @@ class WholeWeights:
     def _refuse(self, header: Header, cause: str, fix: str | None) -> None:
         """Record a tensor that is not merged; by default, PEFT merges it, on an untied base."""
         own = _UNTIE + _WITH_PEFT if self.tied and header.shape[:1] else _WITH_PEFT
-        self._problem("QC-ADAPTER-005", cause, header.name, fix=fix or own)
-
-    def _problem(
-        self, code: str, what: str, field: str, *, fix: str,
-        found: object | None = None, expected: object | None = None,
-    ) -> None:  # fmt: skip
-        self.problems.append(
-            InputError(
-                code, what, file=self.path, field=field, found=found, expected=expected, fix=fix
-            )
-        )
+        self._findings.problem("QC-ADAPTER-005", cause, header.name, fix=fix or own)

@@ -22,7 +22,6 @@ logits of the unrounded merge equal those of base + adapter, and the files hold 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -33,7 +32,8 @@ from ..adapter.base_check import media_notes, refuse_parts
 from ..adapter.delta import one_thread
 from ..adapter.evidence import brings_template, evidence_lines, read_for
 from ..adapter.expert_layout import OLDER
-from ..adapter.peft_names import WEIGHTS, Adapter
+from ..adapter.peft_names import Adapter
+from ..adapter.weight_files import weights_digest
 from ..checkpoint.chat_template import Template
 from ..checkpoint.checkpoint import Checkpoint, read_headers
 from ..checkpoint.fingerprint import fingerprints
@@ -48,6 +48,7 @@ from ..reporting import Finished, Reporter, RunStarted
 from .plan import MergePlan
 from .rewrite import MergePass
 from .take_tokenizer import TakenTokenizer, plan_tokenizer, taken_lines
+from .untied_output import untied_lines
 from .verify import prove_merge
 
 
@@ -128,6 +129,7 @@ def merge(
     read = read_for(base, adapter, trust_base=trust_base, trust_generation=trust_generation)
     refuse_parts(base.layout, read)
     base = base.using_parts(read.parts)  # verification computes them, so preflight checks them
+    base = base.untying() if read.untied else base
     earlier = _refuse_twice(base.checkpoint, read)
     taken = plan_tokenizer(base, read.path) if take_tokenizer else None
     warnings = (*preflight(base, verb="merge"), *_notes(base, read, taken))
@@ -191,6 +193,7 @@ def _prove(merger: MergePass, written: Path, reporter: Reporter) -> dict[str, fl
 def _notes(base: Identified, adapter: Adapter, taken: TakenTokenizer | None) -> Iterator[str]:
     """What the user must know of the adapter and of the output's tokenizer and template."""
     yield from evidence_lines(base, adapter, taken=taken is not None)
+    yield from untied_lines(base.layout)
     template = base.checkpoint.template
     if taken is not None:
         yield from taken_lines(base, taken)
@@ -249,7 +252,7 @@ def _refuse_twice(checkpoint: Checkpoint, adapter: Adapter) -> list[dict[str, An
     if MANIFEST not in checkpoint.sidecars:
         return []
     earlier: list[dict[str, Any]] = list(read_manifest(checkpoint.path).meta.get("merged", []))
-    sha256 = _digest(adapter.path / WEIGHTS)
+    sha256 = weights_digest(adapter.path)
     if any(entry.get("sha256") == sha256 for entry in earlier):
         raise InputError(
             "QC-MERGE-002",
@@ -259,11 +262,6 @@ def _refuse_twice(checkpoint: Checkpoint, adapter: Adapter) -> list[dict[str, An
             fix="merge into the original base",
         )
     return earlier
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _meta(
@@ -283,7 +281,7 @@ def _meta(
                 "adapter": adapter.source,
                 "revision": adapter.revision,
                 "layout": adapter.layout,
-                "sha256": _digest(adapter.path / WEIGHTS),
+                "sha256": weights_digest(adapter.path),
                 "trusted_without_fingerprint": not adapter.fingerprints,
                 "pairs": len(adapter.pairs),
                 **(
