@@ -20,7 +20,8 @@ from ..errors import UsageError
 from ..nn.model import Model
 from ..nn.qlora.lora_layer import Lora
 from .number_patterns import NumberPatterns
-from .peft_names import choose_class, target_name
+from .peft_names import target_name
+from .written_config import choose_class
 
 
 def lora_targets(layout: Layout, settings: Settings, classes: Sequence[str]) -> dict[str, Lora]:
