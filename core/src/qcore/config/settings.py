@@ -102,6 +102,9 @@ class Settings:
     r: int = _s(16, "rank of the LoRA matrices", low=1, high=4096)
     lora_alpha: int = _s(32, "numerator of the LoRA scaling, lora_alpha / r", low=1, high=65536)
     use_rslora: bool = _s(False, "rank-stabilized LoRA: the scaling is lora_alpha / sqrt(r)")
+    use_dora: bool = _s(
+        False, "DoRA: also train the norm of each row of base + LoRA; not for experts and routers"
+    )
     lora_dropout: float = _s(0.0, "dropout on the input of LoRA A", low=0, below=1)
     target_groups: tuple[str, ...] = _s(
         (), "LoRA groups to train; empty: the default groups of the architecture"
@@ -263,6 +266,7 @@ _OTHER_WORDS = {
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
     "rslora": "use_rslora",
+    "dora": "use_dora",
     "target_modules": "target_groups",
     "load_in_4bit": "quantization",
     "bf16": "dtype",
