@@ -93,6 +93,8 @@ class Layout:
             qcore does not decode, their scales, and scales of a key-value cache.
         idle: names of loadable parts that this run does not need, such as an unused tower.
         in_nf4: groups whose linear weights this run stores in NF4, in addition to the table's.
+        untied: heads that config.json ties and that get values of their own
+            (`qcore.checkpoint.untied`).
     """
 
     table: Table
@@ -106,6 +108,7 @@ class Layout:
     packed: frozenset[str] = frozenset()
     idle: frozenset[str] = frozenset()
     in_nf4: frozenset[str] = frozenset()
+    untied: frozenset[str] = frozenset()
 
     def store(self, row: Row) -> Store:
         """Return how this run stores a row's weights in training."""

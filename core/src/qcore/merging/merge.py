@@ -23,7 +23,6 @@ logits of the unrounded merge equal those of base + adapter, and the files hold 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -34,7 +33,8 @@ from ..adapter.base_check import media_notes, refuse_parts
 from ..adapter.delta import one_thread
 from ..adapter.evidence import brings_template, evidence_lines, read_for
 from ..adapter.expert_layout import OLDER
-from ..adapter.peft_names import WEIGHTS, Adapter
+from ..adapter.peft_names import Adapter
+from ..adapter.weight_files import weights_digest
 from ..checkpoint.chat_template import Template
 from ..checkpoint.checkpoint import Checkpoint, read_headers
 from ..checkpoint.fingerprint import fingerprints
@@ -50,6 +50,7 @@ from .plan import MergePlan
 from .quantized_base import check_options, notes, refuse_targets
 from .rewrite import MergePass
 from .take_tokenizer import TakenTokenizer, plan_tokenizer, taken_lines
+from .untied_output import untied_lines
 from .verify import prove_merge
 
 
@@ -133,6 +134,7 @@ def merge(
     refuse_targets(base, read, dequantize)
     refuse_parts(base.layout, read)
     base = base.using_parts(read.parts)  # verification computes them, so preflight checks them
+    base = base.untying() if read.untied else base
     earlier = _refuse_twice(base.checkpoint, read)
     taken = plan_tokenizer(base, read.path) if take_tokenizer else None
     warnings = (*preflight(base, verb="merge"), *_notes(base, read, taken, dequantize))
@@ -199,6 +201,7 @@ def _notes(
     """What the user must know of the adapter and of the output's tokenizer and template."""
     yield from notes(base, adapter, dequantize)
     yield from evidence_lines(base, adapter, taken=taken is not None)
+    yield from untied_lines(base.layout)
     template = base.checkpoint.template
     if taken is not None:
         yield from taken_lines(base, taken)
@@ -236,7 +239,7 @@ def _refuse_twice(checkpoint: Checkpoint, adapter: Adapter) -> list[dict[str, An
     if MANIFEST not in checkpoint.sidecars:
         return []
     earlier: list[dict[str, Any]] = list(read_manifest(checkpoint.path).meta.get("merged", []))
-    sha256 = _digest(adapter.path / WEIGHTS)
+    sha256 = weights_digest(adapter.path)
     if any(entry.get("sha256") == sha256 for entry in earlier):
         raise InputError(
             "QC-MERGE-002",
@@ -246,11 +249,6 @@ def _refuse_twice(checkpoint: Checkpoint, adapter: Adapter) -> list[dict[str, An
             fix="merge into the original base",
         )
     return earlier
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _meta(
@@ -270,7 +268,7 @@ def _meta(
                 "adapter": adapter.source,
                 "revision": adapter.revision,
                 "layout": adapter.layout,
-                "sha256": _digest(adapter.path / WEIGHTS),
+                "sha256": weights_digest(adapter.path),
                 "trusted_without_fingerprint": not adapter.fingerprints,
                 "pairs": len(adapter.pairs),
                 **(
