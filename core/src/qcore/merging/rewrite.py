@@ -174,7 +174,7 @@ class MergePass:
         if entry is None:
             yield from _stream(file, header, size, None)
             return
-        scale = self._carried_scale(header)
+        scale = self._carried_scale(name)
         if scale is not None:
             yield from _stream(file, header, size, None)
             self._hash_decoded(TensorPatch(header, header, scale))
@@ -193,19 +193,19 @@ class MergePass:
             yield from _stream(file, header, numel(unit) * each, digest)
             self._note(name, [(number, digest.digest())])
 
-    def _carried_scale(self, header: Header) -> Header | None:
+    def _carried_scale(self, name: str) -> Header | None:
         """The scales of a tensor in block FP8 that is copied as it is."""
         quantized = self.base.quantization
-        return None if quantized is None else quantized.scales.get(header.name)
+        return None if quantized is None else quantized.scales.get(name)
 
     def _hash_decoded(self, patch: TensorPatch) -> None:
         """Hash the decoded values of a tensor in block FP8: the fingerprint covers those."""
-        header = patch.source
-        entry = self._entry(header)
+        name = patch.written.name
+        entry = self._entry(name)
         assert entry is not None
         for cut in self._cuts(patch):
-            weight = self._read(self.base.checkpoint.file(header.file), cut)
-            self._note(header, list(hash_units(self._digest(entry), cut.region, weight)))
+            weight = self._read(self.base.checkpoint.file(patch.source.file), cut)
+            self._note(name, list(hash_units(self._digest(entry), cut.region, weight)))
 
     def _change(self, path: Path, cut: _Cut) -> _Changed:
         """Read one cut, hash it, and add its delta; runs in a worker thread."""
@@ -300,7 +300,7 @@ class MergePass:
         del self._open[entry.name]
         self.digests[entry.name] = whole
         recorded = self.adapter.meta.get("tensors", {}).get(entry.name)
-        carried = self._carried_scale(header) is not None and not self.dequantize
+        carried = self._carried_scale(name) is not None and not self.dequantize
         if carried and entry.part.name in self._incomparable:
             return
         if recorded is not None and recorded != whole:
