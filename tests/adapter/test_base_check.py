@@ -20,15 +20,9 @@ from safetensors.torch import load_file, save_file
 from support.model_kit import small_config, small_shapes, write_json
 from torch import Tensor, nn
 
-from qcore.adapter.peft_names import (
-    Adapter,
-    choose_class,
-    peft_config,
-    stems,
-    target_name,
-    trunk_part,
-)
+from qcore.adapter.peft_names import Adapter, stems, target_name, trunk_part
 from qcore.adapter.reader import read_adapter
+from qcore.adapter.written_config import choose_class, peft_config
 from qcore.api.parameters import LINEAR, Aim, Namespace, Part, Row, Table
 from qcore.checkpoint.checkpoint import Checkpoint
 from qcore.checkpoint.layout import Layout, locate

@@ -32,8 +32,9 @@ from support.peer_kit import adapted, logits, saved
 from torch import Tensor
 
 from qcore.adapter.delta import Deltas
-from qcore.adapter.peft_names import Adapter, peft_config, stems
+from qcore.adapter.peft_names import Adapter, stems
 from qcore.adapter.reader import read_adapter
+from qcore.adapter.written_config import peft_config
 from qcore.api.parameters import Kind, Region
 from qcore.checkpoint.layout import Layout
 from qcore.errors import QcoreError

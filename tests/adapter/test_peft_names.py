@@ -21,8 +21,9 @@ from torch import Tensor
 from qcore.adapter import number_patterns
 from qcore.adapter.delta import Deltas
 from qcore.adapter.peft_config import ACTIVE, DESCRIPTIVE, REFUSED
-from qcore.adapter.peft_names import Adapter, choose_class, peft_config, stems
+from qcore.adapter.peft_names import Adapter, stems
 from qcore.adapter.reader import read_adapter
+from qcore.adapter.written_config import choose_class, peft_config
 from qcore.api.parameters import Table
 from qcore.checkpoint.checkpoint import Checkpoint
 from qcore.checkpoint.layout import Layout, locate

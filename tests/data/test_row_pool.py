@@ -209,6 +209,16 @@ def _lives(pid: int) -> bool:
         return False
 
 
+def test_a_chat_format_that_cannot_be_sent_is_noted(checkpoint: Any, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": TALK}])
+    kept = replace(FORMAT, parse=lambda text, tools: {"role": "assistant", "content": text})
+    source = Source(name="rows", files=(path,))
+    found = dataset([source], checkpoint, kept, 200, workers=2)
+    assert [one.severity for one in found.findings if one.code == "QC-DATA-083"] == ["note"]
+    alone = dataset([source], checkpoint, kept, 200, workers=1)
+    assert not [one for one in alone.findings if one.code == "QC-DATA-083"]
+
+
 def test_errors_can_be_pickled() -> None:
     for error in (
         UsageError("QC-A-001", "is wrong", file="f", field="x", found=3, expected="y", fix="z"),

@@ -376,8 +376,9 @@ def test_the_whole_architecture_is_one(acme: Plugins, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from qcore.adapter.peft_names import choose_class, peft_config, stems
+    from qcore.adapter.peft_names import stems
     from qcore.adapter.targets import coverage, targets
+    from qcore.adapter.written_config import choose_class, peft_config
     from qcore.api.blocks import Packed
     from qcore.api.parameters import Table
     from qcore.checkpoint.checkpoint import Checkpoint

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from support.e2e_kit import CPU, MOE_STOCK, STOCK, random_b
 from torch import Tensor
 
-from qcore.adapter.peft_names import choose_class
 from qcore.adapter.targets import targets
+from qcore.adapter.written_config import choose_class
 from qcore.api.blocks import Media, Packed
 from qcore.config.settings import Settings
 from qcore.data.rejects import Rejects

@@ -1,11 +1,12 @@
 """`qcore verify --against stock`: the same files under stock transformers and PEFT, and under ours.
 
-This file decides which models of a folder are compared, which stock class is judged, and what is a
-fault. A base is compared with itself; an adapter with PEFT's on the base, and without it; a merged
-checkpoint with itself, and, where its base is named, with PEFT's adapter on that base. The effect
-of an adapter is the difference of logits with and without it. The class is that which PEFT's Auto
-classes take for the adapter's config, because users call them; ``--stock-class`` names another. How
-far numbers may differ is decided in `stock_compare`, how the stock side is loaded in `stock_model`.
+This file decides which models of a folder are compared and which stock class is judged. A base is
+compared with itself; an adapter with PEFT's on the base, and without it; a merged checkpoint with
+itself, and, where its base is named, with PEFT's adapter on that base. The effect of an adapter is
+the difference of logits with and without it. The class is that which PEFT's Auto classes take for
+the adapter's config, because users call them; ``--stock-class`` names another. `stock_compare`
+decides how far numbers may differ, `stock_judge` which difference is a fault, `stock_model` how the
+stock side is loaded.
 
 Codes: see ``QC-STOCK-*`` in docs/errors.md.
 """
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ..adapter.evidence import evidence_lines, read_for
-from ..adapter.peft_names import CONFIG, WEIGHTS, Adapter
-from ..checkpoint.checkpoint import read_headers, read_json
+from ..adapter.peft_names import CONFIG, Adapter
+from ..adapter.weight_files import adapter_headers
+from ..checkpoint.checkpoint import read_json
 from ..checkpoint.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG, TokenizerFiles
 from ..data.rendering.template_kwargs import recorded_variables
 from ..errors import InputError, NumericError, QcoreError, UsageError
@@ -33,6 +35,7 @@ from ..reporting import Reporter
 from .layer_stream import LayerStream
 from .stock_class import require_interop
 from .stock_compare import Pass, lockstep
+from .stock_judge import Judge
 from .stock_model import StockModel
 from .stock_prompts import (
     Renderer,
@@ -41,7 +44,7 @@ from .stock_prompts import (
     read_prompts,
     template_problems,
 )
-from .stock_report import PromptResult, StockReport, prompt_result, versions
+from .stock_report import StockReport, prompt_result, versions
 
 _ROOM = 0.7  #: share of the free memory that a whole stock model may take
 
@@ -207,13 +210,12 @@ class _Job:
             prompt_result(name, ids, main, without, number)
             for number, (name, ids) in enumerate(docs)
         ]
-        self._judge(main, without, results)
+        judge = Judge(self.path)
+        judge.layers(main, self.own, without)
+        judge.prompts(main, without, results)
+        self.problems += judge.problems
+        self.notes += judge.notes
         worst = max((p for p in (main, without, self.own) if p), key=lambda p: p.worst)
-        if main.skipped:
-            self.notes.append(
-                f"{len(main.skipped)} layers are not compared, such as {main.skipped[0]}: rounding "
-                "sends every token to other experts"
-            )
         return StockReport(
             folder=self.path,
             kind=self.kind,
@@ -296,7 +298,7 @@ class _Job:
         assert self.adapter is not None
         if self.adapter.layout != "peft":
             return
-        names = {header.name for header in read_headers(self.adapter.path / WEIGHTS)}
+        names = {header.name for header in adapter_headers(self.adapter.path)}
         if loose := sorted(names - stock.bound()):
             classes = " or ".join(self.adapter.namespace.classes)
             self.problems.append(
@@ -312,59 +314,6 @@ class _Job:
                     "--adapter-class",
                 )
             )
-
-    def _judge(self, main: Pass, without: Pass | None, results: Sequence[PromptResult]) -> None:
-        """Turn differences beyond their bounds into problems; the first layer names the place."""
-        for what, done in (("", self.own), ("", main), (" without the adapter", without)):
-            if done is not None and done is not main and done.worst > 1:
-                self._layer_problem(done, what)
-        if main.worst > 1:
-            self._layer_problem(main, "")
-        small = 0
-        for number, result in enumerate(results):
-            if result.rerouted:
-                continue
-            if not result.difference <= result.bound:
-                self._logits_problem(result, result.difference, result.bound, "logits differ")
-                return
-            if without is None:
-                continue
-            effect = (main.ours[number] - without.ours[number]) - (
-                main.stock[number] - without.stock[number]
-            )
-            bound = result.bound + without.bounds[number]
-            if not (off := float(effect.abs().max())) <= bound:
-                self._logits_problem(result, off, bound, "the adapter's effect differs")
-                return
-            small += result.effect is not None and result.effect <= bound
-        if small:
-            self.notes.append(f"the effect on {small} prompts is too small to tell from rounding")
-
-    def _layer_problem(self, done: Pass, what: str) -> None:
-        self.problems.append(
-            NumericError(
-                "QC-STOCK-005",
-                f"computes other values than the stock class{what}",
-                file=self.path,
-                field=done.layer,
-                found=f"{done.difference:.2e}",
-                expected=f"<= {done.allowed:.1e} (float32 in another order)",
-                fix="restore the folder, or make it again",
-            )
-        )
-
-    def _logits_problem(self, result: PromptResult, off: float, bound: float, what: str) -> None:
-        self.problems.append(
-            NumericError(
-                "QC-STOCK-006",
-                f"{what} from those of stock transformers and PEFT",
-                file=self.path,
-                field=result.name,
-                found=f"{off:.2e}",
-                expected=f"<= {bound:.1e} (float32 in another order)",
-                fix="restore the folder, or make it again",
-            )
-        )
 
 
 def _identify(path: Path, generation: str, base: Identified | None) -> Identified:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..adapter.peft_names import choose_class
+from ..adapter.written_config import choose_class
 from ..api.parameters import Kind, Store
 from ..data.rendering.template_kwargs import SETTING, check_variables
 from ..errors import QcoreError, UsageError

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..adapter.peft_config import DESCRIPTIVE
-from ..adapter.peft_names import CONFIG, LAYOUT, WEIGHTS, peft_config, stems
+from ..adapter.peft_names import CONFIG, LAYOUT, WEIGHTS, stems
+from ..adapter.written_config import peft_config
 from ..api.parameters import Namespace
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.hub import TOKENIZER_FILES, public_source

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from ..adapter.peft_names import choose_class
 from ..adapter.targets import Coverage, coverage, targets
+from ..adapter.written_config import choose_class
 from ..api.parameters import Namespace, Store
 from ..checkpoint.fingerprint import fingerprints
 from ..errors import Interrupted, NumericError
