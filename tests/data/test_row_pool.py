@@ -25,6 +25,7 @@ from support.chat_kit import (
     user,
     write_rows,
 )
+from support.tiers import fast
 
 from qcore.api.media import RowError
 from qcore.data.dataset import Dataset, dataset
@@ -167,7 +168,7 @@ dataset([Source(name="r", files=(folder / "rows.jsonl",))], checkpoint, FORMAT, 
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", fast([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
 def test_nothing_is_left_when_the_parent_ends(
     checkpoint: Any, tmp_path: Path, number: signal.Signals
 ) -> None:
