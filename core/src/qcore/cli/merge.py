@@ -22,7 +22,7 @@ from .common import count, debug_option, emit, json_option
     help="With --trust-base: accept an adapter that names a base of another generation.",
 )
 @click.option("--generation", default="", help="Take an unproven checkpoint for this generation.")
-@click.option("--dequantize", is_flag=True, help="Write a base in FP8 as bf16, all of it.")
+@click.option("--dequantize", is_flag=True, help="Write a quantized base in 16 bits, all of it.")
 @click.option(
     "--take-tokenizer",
     is_flag=True,
@@ -69,7 +69,7 @@ def command(
         f"largest change {report.largest_change:.3g}"
     )
     if report.decoded:
-        click.echo(f"the output is in bf16: {report.decoded} tensors of the base were in FP8")
+        click.echo(f"the output is in 16 bits: {report.decoded} tensors of the base were quantized")
     if report.unchanged:
         click.echo(
             f"note: {len(report.unchanged)} tensors round back to the base's, first "

@@ -4,9 +4,9 @@ This file decides that a merged checkpoint is its base, file by file: the same s
 same headers in the same order, and the same other files. Only tensors that the adapter touches
 change: ``W + scaling * (B A)[region]`` is computed in float64 and rounded once, so that no merge
 is closer on any tensor. Nothing goes through a model class, so tensors that training did not load
-stay as they are. So do the quantized weights of a base (`quantized_base`). A base in block FP8 is
-written in bfloat16, all of it, when the user asks for that (`plan`): training saw its decoded
-values.
+stay as they are. So do the quantized weights of a base (`quantized_base`). A base in block FP8
+or in 4 bits of bitsandbytes is written in 16 bits, all of it, when the user asks for that (`plan`):
+training saw its decoded values.
 
 An adapter is merged into every part that it was trained with: one that changed a tower, or
 was trained on media with the tower frozen, needs a base that has the tower and a plugin that knows
@@ -38,7 +38,6 @@ from ..adapter.weight_files import weights_digest
 from ..checkpoint.chat_template import Template
 from ..checkpoint.checkpoint import Checkpoint, read_headers
 from ..checkpoint.fingerprint import fingerprints
-from ..checkpoint.quantization_formats import Format
 from ..checkpoint.tokenizer_files import TokenizerFiles
 from ..data.rendering.template_kwargs import mixed_modes, other_template, recorded_variables
 from ..errors import InputError, NumericError
@@ -47,7 +46,7 @@ from ..plugins.resolve_model import Identified, identify
 from ..preflight.checks import preflight
 from ..reporting import Finished, Reporter, RunStarted
 from .plan import MergePlan
-from .quantized_base import check_options, notes, refuse_targets
+from .quantized_base import check_options, decoded_record, notes, refuse_targets
 from .rewrite import MergePass
 from .take_tokenizer import TakenTokenizer, plan_tokenizer, taken_lines
 from .untied_output import untied_lines
@@ -66,7 +65,7 @@ class MergeReport:
         pairs: LoRA pairs, each applied once.
         parameters: parameters of the changed tensors.
         largest_change: largest absolute change of one value.
-        decoded: tensors that are FP8 in the base and bfloat16 in the output.
+        decoded: tensors that are quantized in the base and in 16 bits in the output.
         warnings: what preflight reported.
         proof: the comparison with base + adapter; ``None`` where it was switched off.
     """
@@ -110,17 +109,15 @@ def merge(
         trust_generation: accept such an adapter if it names a base of another generation.
         generation: accepted only where evidence is missing, never against it.
         prove: compare logits and the files with what training computes.
-        dequantize: write a base in block FP8 in bfloat16, all of it; by default quantized weights
-            are copied.
+        dequantize: write a base in block FP8 or in 4 bits in 16 bits, all of it.
         take_tokenizer: write the tokenizer and template that the adapter brings, not the base's.
         reporter: receives events; silent by default.
 
     Raises:
         UsageError: ``QC-MERGE-009`` and ``-010``: `dequantize` or `take_tokenizer` without effect.
         InputError: the adapter is not for this base (``QC-MERGE-001``), is already in it
-            (``-002``), it changes a quantized weight and `dequantize` is not set (``-008``, or
-            ``QC-CKPT-008`` where qcore cannot decode the weight), it depends on a part that is
-            not there (``QC-ADAPTER-012``), or a folder is not as it must be.
+            (``-002``), it changes a quantized weight (``-008``, ``QC-CKPT-008``), it depends on
+            a part that is not there (``QC-ADAPTER-012``), or a folder is not as it must be.
         NumericError: ``QC-MERGE-003`` a value that is not finite, ``-004`` nothing changed,
             ``-005`` logits of the merge differ from base + adapter, ``-006`` and ``-007`` the
             files do not hold what they should.
@@ -133,24 +130,28 @@ def merge(
     read = read_for(base, adapter, trust_base=trust_base, trust_generation=trust_generation)
     refuse_targets(base, read, dequantize)
     refuse_parts(base.layout, read)
-    base = base.using_parts(read.parts)  # verification computes them, so preflight checks them
-    base = base.untying() if read.untied else base
+    base = _as_verified(base, read)
     earlier = _refuse_twice(base.checkpoint, read)
     taken = plan_tokenizer(base, read.path) if take_tokenizer else None
     warnings = (*preflight(base, verb="merge"), *_notes(base, read, taken, dequantize))
     reporter.lines((*base.decision.evidence, *warnings))
     reporter.emit(RunStarted(verb="merge", model=model, output=target))
     merger = MergePass(base, read, dequantize, taken)
-    plan = merger.plan
-    with publish(target, kind="model", need_bytes=plan.size) as out:
+    with publish(target, kind="model", need_bytes=merger.plan.size) as out:
         _write(merger, out, reporter)
         merger.check()
-        _check_headers(plan, out.folder)
+        _check_headers(merger.plan, out.folder)
         proof = _prove(merger, out.folder, reporter) if prove else None
         out.meta.update(_meta(merger, earlier, proof))
     report = _report(merger, target, warnings, proof)
     reporter.emit(Finished(verb="merge", output=target, result=report.as_json()))
     return report
+
+
+def _as_verified(base: Identified, read: Adapter) -> Identified:
+    """The base with the parts that verification computes, so that preflight checks them."""
+    base = base.using_parts(read.parts)
+    return base.untying() if read.untied else base
 
 
 def _report(
@@ -282,9 +283,7 @@ def _meta(
         ],
         **({"chat": chat} if (chat := _chat(adapter)) else {}),
         "proof": dict(proof) if proof is not None else None,
-        "decoded": {"from": Format.BLOCK_FP8.value, "to": "bf16", "tensors": merger.plan.decoded}
-        if merger.plan.decoded
-        else None,
+        "decoded": decoded_record(base, merger.plan),
     }
 
 

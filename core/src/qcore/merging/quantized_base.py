@@ -12,12 +12,14 @@ Codes: ``QC-MERGE-008`` the adapter changes weights that ``--dequantize`` decode
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from ..adapter.peft_names import Adapter
 from ..checkpoint.layout import Located, Place
 from ..checkpoint.quantization_formats import Quantization
 from ..errors import InputError, UsageError
 from ..plugins.resolve_model import Identified
+from .plan import MergePlan
 
 
 def check_options(base: Identified, dequantize: bool) -> None:
@@ -59,7 +61,7 @@ def refuse_targets(base: Identified, adapter: Adapter, dequantize: bool) -> None
 
 def quantized_place(item: Located) -> Place | None:
     """Return the first place of a weight that is quantized; ``None`` if it is plain."""
-    return next((p for p in item.places if p.packed is not None or p.scale is not None), None)
+    return next((p for p in item.places if p.packed or p.scale or p.four_bit), None)
 
 
 def _refused(
@@ -80,12 +82,18 @@ def _refused(
         )
     return InputError(
         "QC-MERGE-008",
-        "is a target of the adapter, and is in FP8, which is too coarse to hold its changes",
+        f"is a target of the adapter, and is in {first_format(first)}, which is too coarse to hold "
+        "its changes",
         file=file,
         field=first.header.name,
         found=f"{quantized.line()}{others}",
-        fix=f"pass --dequantize to write all of it in bf16, or {quantized.instead()}",
+        fix=f"pass --dequantize to write all of it in 16 bits, or {quantized.instead()}",
     )
+
+
+def first_format(place: Place) -> str:
+    """Return the name of the format of a weight that can be decoded."""
+    return "FP8" if place.four_bit is None else "4 bits"
 
 
 def notes(base: Identified, adapter: Adapter, dequantize: bool) -> Iterator[str]:
@@ -93,7 +101,7 @@ def notes(base: Identified, adapter: Adapter, dequantize: bool) -> Iterator[str]
     quantized = base.quantization
     if quantized is None:
         return
-    what = "decoded to bf16" if dequantize else "kept as they are, byte for byte"
+    what = "decoded to 16 bits" if dequantize else "kept as they are, byte for byte"
     yield f"{base.checkpoint.path}: {quantized.line()}: they are {what}"
     if not dequantize and (parts := incomparable_parts(base, adapter)):
         yield (
@@ -114,3 +122,13 @@ def incomparable_parts(base: Identified, adapter: Adapter) -> set[str]:
     located = base.layout.located.values()
     parts = {item.tensor.part.name for item in located if quantized_place(item) is not None}
     return parts & adapter.fingerprints.keys()
+
+
+def decoded_record(base: Identified, plan: MergePlan) -> dict[str, Any] | None:
+    """Return what the manifest records of decoded weights; ``None`` where there are none."""
+    quantized = base.quantization
+    if quantized is None or not plan.decoded:
+        return None
+    dtypes = {patch.written.dtype for patch in plan.patches() if patch.decoded}
+    to = " and ".join(sorted(dtype.lower() for dtype in dtypes))
+    return {"from": quantized.name, "to": to, "tensors": plan.decoded}

@@ -27,8 +27,10 @@ from ..api.parameters import Region
 from ..api.parameters import Tensor as Entry
 from ..checkpoint.checkpoint import Header
 from ..checkpoint.fingerprint import fingerprints
+from ..checkpoint.four_bit import FourBit
 from ..checkpoint.tensor_hash import TensorDigest, in_one_run, numel
 from ..errors import InputError, NumericError
+from ..nn.four_bit import read_four_bit
 from ..nn.load import DTYPES, as_bytes, hash_units, read_exact, read_fp8
 from ..plugins.resolve_model import Identified
 from ..reporting import Advance
@@ -49,6 +51,7 @@ class _Cut(NamedTuple):
         name: of the tensor that is written.
         header: of the tensor that is read.
         scale: its block scales, where it is decoded from FP8.
+        four_bit: its scales and state, where it is decoded from 4 bits.
         rows: of dim 0 of the tensor on disk; ``None`` for all of it, which may be one expert.
         each: bytes of one row.
         region: of the canonical tensor.
@@ -60,6 +63,7 @@ class _Cut(NamedTuple):
     rows: slice | None
     each: int
     region: Region
+    four_bit: FourBit | None = None
 
 
 class _Changed(NamedTuple):
@@ -119,7 +123,7 @@ class MergePass:
         cuts = {
             patch.written.name: self._cuts(patch)
             for patch in shard.patches
-            if patch.scale is not None or self._touched(patch.written.name)
+            if patch.decoded or self._touched(patch.written.name)
         }
         with path.open("rb") as file, ThreadPoolExecutor(WORKERS, initializer=single) as pool:
             yield memoryview(shard.head)
@@ -154,8 +158,10 @@ class MergePass:
     def _cuts(self, patch: TensorPatch) -> list[_Cut]:
         """A stack in cuts of some experts, any other tensor in one."""
         header, name = patch.source, patch.written.name
-        every = tuple(slice(0, n) for n in header.shape)
+        every = tuple(slice(0, n) for n in patch.written.shape)
         _, region = self.base.layout.by_disk.get(name, (None, every))
+        if patch.four_bit is not None:
+            return [_Cut(name, header, None, None, 0, region, patch.four_bit)]
         first, count = region[0].start, region[0].stop - region[0].start
         each = (header.end - header.start) // count
         step = max(1, _CUT // each) if len(region) > 2 else count
@@ -174,10 +180,10 @@ class MergePass:
         if entry is None:
             yield from _stream(file, header, size, None)
             return
-        scale = self._carried_scale(name)
-        if scale is not None:
+        patch = self._carried(header, name)
+        if patch is not None:
             yield from _stream(file, header, size, None)
-            self._hash_decoded(TensorPatch(header, header, scale))
+            self._hash_decoded(patch)
             return
         shape = tuple(part.stop - part.start for part in region)
         units = self._digest(entry).inside(region)
@@ -193,13 +199,21 @@ class MergePass:
             yield from _stream(file, header, numel(unit) * each, digest)
             self._note(name, [(number, digest.digest())])
 
-    def _carried_scale(self, name: str) -> Header | None:
-        """The scales of a tensor in block FP8 that is copied as it is."""
+    def _carried(self, header: Header, name: str) -> TensorPatch | None:
+        """How a quantized tensor that is copied as it is would be decoded; ``None`` for others."""
         quantized = self.base.quantization
-        return None if quantized is None else quantized.scales.get(name)
+        if quantized is None or self.dequantize:
+            return None
+        scale, four_bit = quantized.scales.get(name), quantized.four_bit.get(name)
+        patch = TensorPatch(header, header, scale, four_bit)
+        return patch if patch.decoded else None
+
+    def _carries(self, name: str) -> bool:
+        quantized = self.base.quantization
+        return quantized is not None and (name in quantized.scales or name in quantized.four_bit)
 
     def _hash_decoded(self, patch: TensorPatch) -> None:
-        """Hash the decoded values of a tensor in block FP8: the fingerprint covers those."""
+        """Hash the decoded values of a tensor: the fingerprint covers those."""
         name = patch.written.name
         entry = self._entry(name)
         assert entry is not None
@@ -234,8 +248,10 @@ class MergePass:
         return _Changed(weight, moved, units)
 
     def _read(self, path: Path, cut: _Cut) -> Tensor:
-        """The values of a cut, in the shape of its region; block FP8 is decoded."""
+        """The values of a cut, in the shape of its region; quantized ones are decoded."""
         header, shape = cut.header, [part.stop - part.start for part in cut.region]
+        if cut.four_bit is not None:
+            return read_four_bit(self.base.checkpoint, cut.four_bit).view(shape)
         if cut.scale is not None:
             quantized = self.base.quantization
             assert quantized is not None
@@ -300,8 +316,7 @@ class MergePass:
         del self._open[entry.name]
         self.digests[entry.name] = whole
         recorded = self.adapter.meta.get("tensors", {}).get(entry.name)
-        carried = self._carried_scale(name) is not None and not self.dequantize
-        if carried and entry.part.name in self._incomparable:
+        if entry.part.name in self._incomparable and self._carries(name):
             return
         if recorded is not None and recorded != whole:
             raise self._other_base(name, f"sha256 {whole[:12]}", f"{recorded[:12]}")
