@@ -77,11 +77,11 @@ def test_wrapped_names_are_those_weights(
     expected = read_adapter(adapter, layout, trust_base=True)
     read = read_adapter(_renamed(adapter, tmp_path, rename), layout, trust_base=True)
     # The order of tensors in the two files differs, so values are compared by name in the file.
-    assert {name: rename(pair.a.name) for name, pair in expected.pairs.items()} == {
-        name: pair.a.name for name, pair in read.pairs.items()
+    assert {name: rename(pair.pieces[0].a.name) for name, pair in expected.pairs.items()} == {
+        name: pair.pieces[0].a.name for name, pair in read.pairs.items()
     }
-    assert {name: rename(pair.b.name) for name, pair in expected.pairs.items()} == {
-        name: pair.b.name for name, pair in read.pairs.items()
+    assert {name: rename(pair.pieces[0].b.name) for name, pair in expected.pairs.items()} == {
+        name: pair.pieces[0].b.name for name, pair in read.pairs.items()
     }
     assert any("without wrappers" in note for note in read.notes)
     assert not any("without wrappers" in note for note in expected.notes)
@@ -109,8 +109,8 @@ def test_experts_keep_their_nesting(tmp_path: Path) -> None:
     for number, rename in enumerate(WRAPPED.values()):
         foreign = _renamed(tmp_path / "adapter", tmp_path / str(number), rename)
         read = read_adapter(foreign, layout, trust_base=True)
-        assert {name: rename(pair.a.name) for name, pair in expected.pairs.items()} == {
-            name: pair.a.name for name, pair in read.pairs.items()
+        assert {name: rename(pair.pieces[0].a.name) for name, pair in expected.pairs.items()} == {
+            name: pair.pieces[0].a.name for name, pair in read.pairs.items()
         }
 
 

@@ -19,7 +19,7 @@ from .peft_names import spell
 Equal = Callable[[Header, str], bool]
 
 _PREFIX = "base_model.model."
-_WITH_PEFT = (
+WITH_PEFT = (
     "merge it with stock transformers and PEFT (PeftModel.from_pretrained, merge_and_unload, "
     "save_pretrained)"
 )
@@ -75,11 +75,11 @@ class Whole:
         if self.is_copy and header.shape[0] > self.tensor.shape[0]:
             return (
                 f"add the rows to the base (model.resize_token_embeddings({header.shape[0]}) of "
-                f"stock transformers), and {_WITH_PEFT}"
+                f"stock transformers), and {WITH_PEFT}"
             )
         if tied and self.tensor.row.group in ("head", "embed"):
-            return _UNTIE + _WITH_PEFT
-        return _WITH_PEFT
+            return _UNTIE + WITH_PEFT
+        return WITH_PEFT
 
 
 def whole_of(name: str, tensors: Iterable[TableTensor], namespace: Namespace) -> Whole | None:
