@@ -192,20 +192,6 @@ def test_the_conversion_of_a_pickle_works(tmp_path: Path) -> None:
     assert all(torch.equal(converted[name], value) for name, value in TENSORS.items())
 
 
-@pytest.mark.slow
-def test_weights_in_several_files_and_how_to_join_them(tmp_path: Path) -> None:
-    folder = adapter(tmp_path / "ada")
-    (folder / WEIGHTS).unlink()
-    names = sorted(TENSORS)
-    for n, part in enumerate((names[:2], names[2:])):
-        file = folder / f"adapter_model-0000{n + 1}-of-00002.safetensors"
-        save_file({name: TENSORS[name] for name in part}, file)
-    error = refused(folder)
-    assert (error.code, "has its weights in 2 files" in error.message) == ("QC-ADAPTER-003", True)
-    obeyed(error.fix, "join them")
-    assert load_file(folder / WEIGHTS).keys() == TENSORS.keys()
-
-
 # -- hub ids
 
 CODE = """

@@ -6,7 +6,8 @@ have modules for a part of a weight, for one expert, or for several weights at o
 `qcore.adapter.matching` matches the tensors of an adapter with these records, and
 `qcore.adapter.delta` computes them. It imports no torch.
 
-DoRA: Liu et al. 2024. Shapes: E experts, r rank of one LoRA pair, n rows.
+DoRA: Liu et al. 2024. Shapes: E experts, r rank of one LoRA pair, n rows, V vocabulary, H hidden
+size.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Piece:
             ``[E r, out]`` and b ``[in, r E]``, and the delta of an expert ``A^T B^T``.
         magnitude: DoRA's vector m ``[n]``: each row of the sum is scaled to this length; ``None``
             for plain LoRA. It has the rows of b.
+        embedding: whether the file has the layout of PEFT's LoRA on an embedding ``[V, H]``: a is
+            ``[r, V]`` and b ``[H, r]``, and the delta ``A^T B^T``.
     """
 
     a: Header
@@ -51,6 +54,7 @@ class Piece:
     expert: int | None = None
     older: bool = False
     magnitude: Header | None = None
+    embedding: bool = False
 
     @property
     def headers(self) -> tuple[Header, ...]:
@@ -123,4 +127,31 @@ class Pair:
         return not self.has_magnitude and self.tensor.row.kind is not None
 
 
-Change = Pair
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replacement:
+    """Values that take the place of a weight, or of some of its rows.
+
+    PEFT writes them for ``modules_to_save`` and ``trainable_token_indices``.
+
+    Attributes:
+        tensor: the weight.
+        values: the new values: in the shape of the weight, or ``[n, ...]`` for n rows.
+        rows: the row of the weight that each row of `values` replaces; ``None``: all of them.
+    """
+
+    tensor: TableTensor
+    values: Header
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def headers(self) -> tuple[Header, ...]:
+        """The tensors of the adapter that make this change."""
+        return (self.values,)
+
+    @property
+    def is_lora(self) -> bool:
+        """Never: the values are put into the weight before it is used."""
+        return False
+
+
+Change = Pair | Replacement

@@ -3,7 +3,8 @@
 This file decides the arithmetic of a merge: ``W + scaling * B A``, and with DoRA each row of
 that sum scaled to its magnitude, ``m / ||row|| * row``. It is computed in float64, a block of rows
 at a time, so that the result is rounded once, to the dtype of the file, and no temporary has the
-size of a weight. Matrices for parts of a weight are assembled to one pair when it is used.
+size of a weight. Matrices for parts of a weight are assembled to one pair when it is used. Values
+that replace a weight or some rows are read by `replaced_values`.
 `qcore.merging` writes the sums and compares them with the forward of training.
 
 Shapes: E experts, r rank of one LoRA pair.
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from ..api.parameters import Kind, Region
 from ..checkpoint.checkpoint import Header
-from ..errors import InputError, NumericError
+from ..errors import InputError
 from ..nn.load import DTYPES, as_bytes, read_exact
-from .changes import Pair, Piece
+from .changes import Pair, Piece, Replacement
 from .peft_names import Adapter
+from .replaced_values import ReplacedValues, check_finite
 
 #: Threads that add deltas; one core is left for the thread that hashes and writes.
 WORKERS = min(6, max(2, (os.cpu_count() or 2) - 1))
@@ -55,7 +57,7 @@ class Deltas:
     """The matrices of an adapter, in memory, and the changed values for a region of a weight.
 
     Args:
-        adapter: the adapter; all of its matrices are read.
+        adapter: the adapter; all of its matrices are read, and saved values when they are used.
 
     Attributes:
         pairs: the adapter's pairs, by canonical name of the weight.
@@ -83,6 +85,15 @@ class Deltas:
                         a, b = self._values[piece.a], self._values[piece.b]
                         newer = _as_newer(pair.tensor.shape[0], piece.r, a, b)
                         self._values[piece.a], self._values[piece.b] = newer
+                    if piece.embedding:
+                        a, b = self._values[piece.a], self._values[piece.b]
+                        turned = b.t().contiguous(), a.t().contiguous()
+                        self._values[piece.a], self._values[piece.b] = turned
+        self._replaced = {
+            name: ReplacedValues(self._path, change)
+            for name, change in adapter.changes.items()
+            if isinstance(change, Replacement)
+        }
 
     def _read(self, header: Header) -> Tensor:
         """Read a tensor of the adapter, float32."""
@@ -90,14 +101,7 @@ class Deltas:
         with (self._path / header.file).open("rb") as file:
             file.seek(header.start)
             read_exact(file, as_bytes(value), header)
-        if not bool(torch.isfinite(value).all()):
-            raise NumericError(
-                "QC-MERGE-003",
-                "contains a value that is not finite",
-                file=self._path / header.file,
-                field=header.name,
-                fix="train again",
-            )
+        check_finite(value, self._path, header)
         return value.float()
 
     def sides(self, name: str) -> tuple[Tensor, Tensor]:
@@ -160,8 +164,11 @@ class Deltas:
         Raises:
             InputError: ``QC-MERGE-012`` the region cuts the rows of a weight with DoRA.
         """
-        *stack, rows, columns = region
         weight = weight.view([part.stop - part.start for part in region])
+        if name in self._replaced:
+            yield from self._replaced[name].over(weight, region)
+            return
+        *stack, rows, columns = region
         slices = range(stack[0].start, stack[0].stop) if stack else [None]
         magnitude = self._magnitude(name, rows, columns)
         for values, number in zip(weight if stack else [weight], slices, strict=True):

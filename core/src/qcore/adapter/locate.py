@@ -3,7 +3,7 @@
 This file decides which values an adapter option accepts: an existing folder, else
 ``ORG/NAME[/FOLDER][@REVISION]``, where FOLDER is the path of the adapter in the repository, such as
 ``checkpoint-1000``. It also decides what a wrong place is called: a file, the folder above the
-adapter, a run folder, a model, pickled or sharded weights. `qcore.checkpoint.hub_client` downloads;
+adapter, a run folder, a model, pickled weights. `qcore.checkpoint.hub_client` downloads;
 `qcore.adapter.reader` reads the folder.
 
 Codes: ``QC-ADAPTER-003`` not an adapter folder; ``QC-CKPT-006`` a link to a file that is absent,
@@ -28,11 +28,11 @@ from ..errors import InputError
 from ..io.manifest import MANIFEST, read_manifest
 from ..io.safe_path import dangling_target
 from .peft_names import CONFIG, WEIGHTS
+from .weight_files import INDEX, has_weights, shards, weight_files
 
 #: Patterns of the files of an adapter that are downloaded.
-_FILES: Final = (CONFIG, "adapter_model*.safetensors", MANIFEST, *TOKENIZER_FILES)
+_FILES: Final = (CONFIG, "adapter_model*.safetensors", INDEX, MANIFEST, *TOKENIZER_FILES)
 _PICKLES: Final = (".bin", ".pt", ".pth")
-_SHARD: Final = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
 _STEP: Final = re.compile(r"(?:.*/)?checkpoint-(\d+)")
 _DEPTH: Final = 3  # folders below the wrong one that are searched
 _MOST: Final = 5000  # files that are looked at
@@ -83,8 +83,9 @@ def locate_adapter(adapter: str | Path) -> LocatedAdapter:
         )
     root = download(parsed.name, parsed.revision, source, _FILES, folder=parsed.folder)
     folder = root / parsed.folder
-    if not ((folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()):
+    if not ((folder / CONFIG).is_file() and has_weights(folder)):
         raise _hub_fault(parsed, list_files(parsed.name, root.name, source), source)
+    weight_files(folder)
     return LocatedAdapter(path=folder, source=source, revision=root.name)
 
 
@@ -167,12 +168,12 @@ def _not_a_folder(path: Path) -> InputError:
 
 
 def _check_local(folder: Path) -> None:
-    """Check that a folder has the two files of an adapter.
+    """Check that a folder has the config of an adapter and all of its weights.
 
     Raises:
         InputError: ``QC-ADAPTER-003``, ``QC-CKPT-006``, ``-007``.
     """
-    for name in (CONFIG, WEIGHTS):
+    for name in (CONFIG, WEIGHTS, INDEX, *shards({path.name for path in folder.iterdir()})):
         if (target := dangling_target(folder / name)) is not None:
             raise InputError(
                 "QC-CKPT-006",
@@ -180,8 +181,9 @@ def _check_local(folder: Path) -> None:
                 file=folder / name,
                 fix="copy the folder again with the files that its links lead to (cp -rL)",
             )
-    if not ((folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()):
+    if not ((folder / CONFIG).is_file() and has_weights(folder)):
         raise _fault(names_below(folder), folder, lambda name: str(folder / name))
+    weight_files(folder)
 
 
 def names_below(folder: Path) -> set[str]:
@@ -230,7 +232,6 @@ def _fault(
     """
     local = (lambda name: f"FOLDER/{name}") if download_first else place
     pickled = sorted(name for name in names if _is_pickle(name))
-    shards = sorted(name for name in names if _SHARD.fullmatch(name))
     if WEIGHTS not in names and pickled:
         return InputError(
             "QC-CKPT-007",
@@ -238,14 +239,6 @@ def _fault(
             file=place(pickled[0]),
             expected=WEIGHTS,
             fix=download_first + _convert(local(pickled[0]), local(WEIGHTS)),
-        )
-    if WEIGHTS not in names and CONFIG in names and shards:
-        return InputError(
-            "QC-ADAPTER-003",
-            f"has its weights in {len(shards)} files",
-            file=where,
-            expected=f"one, {WEIGHTS}",
-            fix=download_first + _join([local(name) for name in shards], local(WEIGHTS)),
         )
     what, fix = _words(names, where, place)
     return InputError("QC-ADAPTER-003", what, file=where, expected="a PEFT adapter folder", fix=fix)
@@ -285,12 +278,3 @@ def _convert(path: str, target: str) -> str:
         "s.save_file({k: v.contiguous() for k, v in t.items()}, sys.argv[2], {'format': 'pt'})"
     )
     return f'convert it: python -c "{code}" {shlex.quote(path)} {shlex.quote(target)}'
-
-
-def _join(files: list[str], target: str) -> str:
-    """Return the command that joins the files of an adapter."""
-    code = (
-        "import sys, safetensors.torch as s; *f, out = sys.argv[1:]; "
-        "s.save_file({k: v for p in f for k, v in s.load_file(p).items()}, out, {'format': 'pt'})"
-    )
-    return f'join them: python -c "{code}" {" ".join(map(shlex.quote, [*files, target]))}'

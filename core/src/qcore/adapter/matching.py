@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from ..api.parameters import Kind, Namespace
@@ -27,8 +26,8 @@ from .declared_targets import DeclaredTargets, named
 from .expert_layout import ExpertLayout, Stack, Statement, expert_layout
 from .findings import Findings
 from .number_patterns import NumberPatterns
-from .piece_names import check_pieces, expert_modules, modules_of, part_shapes
 from .peft_names import CONFIG, namespace_of, peft_shapes, stems, target_name, trunk_part
+from .piece_names import check_pieces, expert_modules, modules_of, part_shapes
 from .whole_weights import WITH_PEFT, Equal, whole_of
 
 _PREFIX = "base_model.model."

@@ -103,14 +103,15 @@ class Adapter:
         """The towers that the adapter was trained with, as recorded or derived from its pairs.
 
         By part: ``kinds`` of media in the rows, ``keys`` of media by kind that change how media
-        are read, ``tower_changed``, the number of ``pairs`` in the tower, and the ``plugin`` that
-        owns it. They are derived from the pairs if the manifest does not record them.
+        are read, ``tower_changed``, the number of ``pairs`` (and saved weights) in the tower, and
+        the ``plugin`` that owns it. They are derived from the changes if the manifest does not
+        record them.
         """
         if "modalities" in self.meta:
             return flags(self.meta)
         modalities: dict[str, dict[str, Any]] = {}
-        for pair in self.pairs.values():
-            part = pair.tensor.part
+        for change in self.changes.values():
+            part = change.tensor.part
             if part.name != self.trunk:
                 modality = {
                     "kinds": [], "keys": {}, "tower_changed": True, "pairs": 0,

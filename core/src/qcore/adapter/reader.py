@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from ..api.records import AdapterClaim
-from ..checkpoint.checkpoint import Header, read_headers, read_json, safe_file
+from ..checkpoint.checkpoint import Header, read_json, safe_file
 from ..checkpoint.layout import Layout
 from ..errors import one_of_each, raise_all
 from .base_check import check_complete
@@ -35,7 +35,8 @@ from .manifest_check import read_recorded
 from .matching import Matcher
 from .named_base import Base, check_consent, check_generation
 from .peft_config import check_config
-from .peft_names import CONFIG, WEIGHTS, Adapter, trunk_part
+from .peft_names import CONFIG, Adapter, trunk_part
+from .weight_files import adapter_headers, weights_place
 from .wrapped_names import without_wrappers
 
 #: Shapes by tensor name -> the claims of plugins that recognize the layout.
@@ -86,7 +87,7 @@ def read_adapter(
     headers, claim, renamed = _headers(folder, layout, claims)
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
     same = None if equal is None else partial(equal, folder)
-    findings = Findings(folder / WEIGHTS)
+    findings = Findings(weights_place(folder))
     claimed = {weight for weight, _ in claim.names.values()} if claim else ()
     pieces = claim.pieces if claim else ()
     matcher = Matcher(findings, config, headers, layout, claimed, pieces, said, same)
@@ -110,9 +111,10 @@ def _headers(
     folder: Path, layout: Layout, claims: Claims | None
 ) -> tuple[dict[str, Header], AdapterClaim | None, list[str]]:
     """Return the headers by PEFT's names, a plugin's claim, and notes."""
-    headers = {header.name: header for header in read_headers(safe_file(folder, WEIGHTS))}
-    plain, notes = without_wrappers(folder / WEIGHTS, headers, layout)
+    where = weights_place(folder)
+    headers = {header.name: header for header in adapter_headers(folder)}
+    plain, notes = without_wrappers(where, headers, layout)
     recognized = claims({name: h.shape for name, h in plain.items()}) if claims else []
     if not recognized:
         return plain, None, notes
-    return translated(folder / WEIGHTS, plain, recognized, layout), recognized[0], notes
+    return translated(where, plain, recognized, layout), recognized[0], notes

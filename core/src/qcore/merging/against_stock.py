@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter.peft_names import CONFIG, WEIGHTS, Adapter
+from ..adapter.peft_names import CONFIG, Adapter
 from ..adapter.reader import read_adapter
-from ..checkpoint.checkpoint import read_headers, read_json
+from ..adapter.weight_files import adapter_headers
+from ..checkpoint.checkpoint import read_json
 from ..data.rendering.template_kwargs import recorded_variables
 from ..errors import InputError, NumericError, QcoreError, UsageError
 from ..io.artifact import MANIFEST, read_manifest, verify
@@ -291,7 +292,7 @@ class _Job:
         assert self.adapter is not None
         if self.adapter.layout != "peft":
             return
-        names = {header.name for header in read_headers(self.adapter.path / WEIGHTS)}
+        names = {header.name for header in adapter_headers(self.adapter.path)}
         if loose := sorted(names - stock.bound()):
             classes = " or ".join(self.adapter.namespace.classes)
             self.problems.append(

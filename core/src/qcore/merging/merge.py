@@ -22,7 +22,6 @@ logits of the unrounded merge equal those of base + adapter, and the files hold 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -33,7 +32,8 @@ from ..adapter.base_check import media_notes, refuse_parts
 from ..adapter.delta import one_thread
 from ..adapter.evidence import brings_template, evidence_lines, read_for
 from ..adapter.expert_layout import OLDER
-from ..adapter.peft_names import WEIGHTS, Adapter
+from ..adapter.peft_names import Adapter
+from ..adapter.weight_files import weights_digest
 from ..checkpoint.chat_template import Template
 from ..checkpoint.checkpoint import Checkpoint, read_headers
 from ..checkpoint.fingerprint import fingerprints
@@ -249,7 +249,7 @@ def _refuse_twice(checkpoint: Checkpoint, adapter: Adapter) -> list[dict[str, An
     if MANIFEST not in checkpoint.sidecars:
         return []
     earlier: list[dict[str, Any]] = list(read_manifest(checkpoint.path).meta.get("merged", []))
-    sha256 = _digest(adapter.path / WEIGHTS)
+    sha256 = weights_digest(adapter.path)
     if any(entry.get("sha256") == sha256 for entry in earlier):
         raise InputError(
             "QC-MERGE-002",
@@ -259,11 +259,6 @@ def _refuse_twice(checkpoint: Checkpoint, adapter: Adapter) -> list[dict[str, An
             fix="merge into the original base",
         )
     return earlier
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _meta(
@@ -283,7 +278,7 @@ def _meta(
                 "adapter": adapter.source,
                 "revision": adapter.revision,
                 "layout": adapter.layout,
-                "sha256": _digest(adapter.path / WEIGHTS),
+                "sha256": weights_digest(adapter.path),
                 "trusted_without_fingerprint": not adapter.fingerprints,
                 "pairs": len(adapter.pairs),
                 **(

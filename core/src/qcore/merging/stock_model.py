@@ -26,8 +26,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..adapter.peft_names import WEIGHTS
-from ..checkpoint.checkpoint import Checkpoint, read_headers
+from ..adapter.weight_files import adapter_headers, join_command, weight_files
+from ..checkpoint.checkpoint import Checkpoint
 from ..errors import InputError, NumericError
 from .stock_class import quiet, refusals, refuse_code, stock_class
 
@@ -158,6 +158,14 @@ class StockModel:
         import peft
 
         refuse_code(adapter)
+        if len(files := weight_files(adapter)) > 1:
+            raise InputError(
+                "QC-STOCK-004",
+                "has its weights in several files, of which stock PEFT reads none",
+                file=adapter,
+                found=f"{len(files)} files",
+                fix=join_command(files),
+            )
         try:
             return peft.PeftModel.from_pretrained(self.model, str(adapter))
         except ValueError as error:
@@ -165,7 +173,7 @@ class StockModel:
                 "QC-STOCK-007",
                 f"is refused by stock PEFT under {self.cls.__name__}",
                 file=adapter,
-                field=min(header.name for header in read_headers(adapter / WEIGHTS)),
+                field=min(header.name for header in adapter_headers(adapter)),
                 found=str(error)[:300],
                 fix="name the class that the adapter was trained on with --stock-class",
             ) from error

@@ -24,7 +24,8 @@ from torch import Tensor
 from ..adapter.base_check import refuse_parts
 from ..adapter.delta import Deltas
 from ..adapter.evidence import brings_template, evidence_lines, read_for
-from ..adapter.peft_names import CONFIG, WEIGHTS, Adapter
+from ..adapter.peft_names import CONFIG, Adapter
+from ..adapter.weight_files import weights_digest
 from ..config.settings import SPECS, Settings
 from ..data.rendering.template_kwargs import recorded_template, recorded_variables
 from ..errors import InputError, UsageError
@@ -230,7 +231,7 @@ def start_from(
     initial = InitialAdapter(
         adapter=adapter,
         source=str(words.init_adapter),
-        sha256=_digest(adapter.path / WEIGHTS),
+        sha256=weights_digest(adapter.path),
         config_sha256=_digest(adapter.path / CONFIG),
     )
     explicit = words.explicit(settings)
