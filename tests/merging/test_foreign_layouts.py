@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from support.change_kit import assert_merged, step, written
 from support.e2e_kit import write_stock
 from support.model_kit import edit_json
 from support.moe_kit import rewrite
-from support.tiers import fast, pairs
+from support.tiers import fast
 from torch import Tensor
 
 from qcore.adapter.delta import Deltas
@@ -170,7 +171,7 @@ def foreign(adapter: Path, folder: Path, convert: Layout, base: Path, **config: 
 
 @pytest.mark.parametrize(
     ("layout", "kind"),
-    fast(pairs(DENSE, ["LoRA", "DoRA"]), ("Tinker", "LoRA"), ("wrapped", "DoRA")),
+    fast(product(DENSE, ["LoRA", "DoRA"]), ("Tinker", "LoRA"), ("wrapped", "DoRA"), names=2),
 )
 def test_split_projections(dense: Path, tmp_path: Path, layout: str, kind: str) -> None:
     peer = written(dense, tmp_path / "peft", LINEAR | {"use_dora": kind == "DoRA"})
@@ -201,8 +202,8 @@ def test_fused_projections(dense: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "kind"),
     fast(
-        pairs(MOE, ["fused", "apart"]),
-        ("per expert", "fused"), ("w1, w2, w3", "apart"), ("stacked", "fused"),
+        product(MOE, ["fused", "apart"]),
+        ("per expert", "fused"), ("w1, w2, w3", "apart"), ("stacked", "fused"), names=2,
     ),
 )  # fmt: skip
 def test_experts(moe: dict[str, Path], tmp_path: Path, layout: str, kind: str) -> None:
