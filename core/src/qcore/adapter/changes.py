@@ -22,6 +22,33 @@ from ..checkpoint.checkpoint import Header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Replacement:
+    """Values that take the place of a weight, or of some of its rows.
+
+    PEFT writes them for ``modules_to_save`` and ``trainable_token_indices``.
+
+    Attributes:
+        tensor: the weight.
+        values: the new values: in the shape of the weight, or ``[n, ...]`` for n rows.
+        rows: the row of the weight that each row of `values` replaces; ``None``: all of them.
+    """
+
+    tensor: TableTensor
+    values: Header
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def headers(self) -> tuple[Header, ...]:
+        """The tensors of the adapter that make this change."""
+        return (self.values,)
+
+    @property
+    def is_lora(self) -> bool:
+        """Never: the values are put into the weight before it is used."""
+        return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """Headers of two matrices that add ``scaling * B A`` to some rows of a weight.
 
@@ -77,10 +104,12 @@ class Pair:
         tensor: the weight; for a stack of experts, the formula holds for each expert.
         pieces: at least one. A of the pair has the rows of each A, and B has each B in the rows and
             columns where it acts.
+        under: values that replace the weight, or rows of it, before the product is added.
     """
 
     tensor: TableTensor
     pieces: tuple[Piece, ...]
+    under: Replacement | None = None
 
     @property
     def r(self) -> int:
@@ -119,39 +148,14 @@ class Pair:
     @property
     def headers(self) -> Iterator[Header]:
         """The tensors of the adapter that make this change."""
-        return (header for piece in self.pieces for header in piece.headers)
+        yield from (header for piece in self.pieces for header in piece.headers)
+        yield from () if self.under is None else self.under.headers
 
     @property
     def is_lora(self) -> bool:
         """Whether `qcore.nn.qlora` computes the change beside the frozen weight, as in training."""
-        return not self.has_magnitude and self.tensor.row.kind is not None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replacement:
-    """Values that take the place of a weight, or of some of its rows.
-
-    PEFT writes them for ``modules_to_save`` and ``trainable_token_indices``.
-
-    Attributes:
-        tensor: the weight.
-        values: the new values: in the shape of the weight, or ``[n, ...]`` for n rows.
-        rows: the row of the weight that each row of `values` replaces; ``None``: all of them.
-    """
-
-    tensor: TableTensor
-    values: Header
-    rows: tuple[int, ...] | None = None
-
-    @property
-    def headers(self) -> tuple[Header, ...]:
-        """The tensors of the adapter that make this change."""
-        return (self.values,)
-
-    @property
-    def is_lora(self) -> bool:
-        """Never: the values are put into the weight before it is used."""
-        return False
+        plain = not self.has_magnitude and self.under is None
+        return plain and self.tensor.row.kind is not None
 
 
 Change = Pair | Replacement

@@ -31,6 +31,7 @@ class DeclaredTargets:
         findings: receives the problems.
         parts: modules that are parts of a weight, by canonical name of the weight. What the config
             declares of such weights is not PEFT's rule: it may name the parts or the weight.
+        vocabulary: PEFT's names of the embedding and the head.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class DeclaredTargets:
         claimed: bool,
         findings: Findings,
         parts: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        vocabulary: Sequence[str] = (),
     ) -> None:
         self._config = config
         self._modules = modules
@@ -48,6 +50,7 @@ class DeclaredTargets:
         self._claimed = claimed
         self._findings = findings
         self._parts = parts
+        self._vocabulary = vocabulary
 
     def check(self, changed: Collection[str]) -> None:
         """Check all declarations.
@@ -105,14 +108,17 @@ class DeclaredTargets:
             hit = any(named(module, [name]) for module in of_field)
             if hit or (linear and any(f".{name}.lora_" in key for key in self._headers)):
                 continue
-            if changed and not self._findings.problems:
+            own = linear and any(named(module, [name]) for module in self._vocabulary)
+            if changed and not self._findings.problems and not own:
                 self._findings.notes.append(
                     f"warning: {field}: {name} matches no weight of this base"
                 )
                 continue
+            another = "name the base that the adapter was trained on"
+            what = "without tensors" if own else "that matches no weight"
             self._findings.problem(
-                "QC-ADAPTER-006", "is a declared target that matches no weight",
-                f"{field}: {name}", fix="name the base that the adapter was trained on",
+                "QC-ADAPTER-006", f"is a declared target {what}", f"{field}: {name}",
+                fix="train or export again" if own else another,
             )  # fmt: skip
 
     def _check_saved(self) -> None:

@@ -83,6 +83,8 @@ class Layout:
         scales: name on disk of a block scale -> name on disk of its weight.
         idle: names of loadable parts that this run does not need, such as an unused tower.
         in_nf4: groups whose linear weights this run stores in NF4, in addition to the table's.
+        untied: heads that config.json ties and that get values of their own
+            (`qcore.checkpoint.untied`).
     """
 
     table: Table
@@ -95,6 +97,7 @@ class Layout:
     scales: Mapping[str, str] = field(default_factory=dict)
     idle: frozenset[str] = frozenset()
     in_nf4: frozenset[str] = frozenset()
+    untied: frozenset[str] = frozenset()
 
     def store(self, row: Row) -> Store:
         """Return how this run stores a row's weights in training."""

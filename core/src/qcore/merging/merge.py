@@ -48,6 +48,7 @@ from ..reporting import Finished, Reporter, RunStarted
 from .plan import MergePlan
 from .rewrite import MergePass
 from .take_tokenizer import TakenTokenizer, plan_tokenizer, taken_lines
+from .untied_output import untied_lines
 from .verify import prove_merge
 
 
@@ -128,6 +129,7 @@ def merge(
     read = read_for(base, adapter, trust_base=trust_base, trust_generation=trust_generation)
     refuse_parts(base.layout, read)
     base = base.using_parts(read.parts)  # verification computes them, so preflight checks them
+    base = base.untying() if read.untied else base
     earlier = _refuse_twice(base.checkpoint, read)
     taken = plan_tokenizer(base, read.path) if take_tokenizer else None
     warnings = (*preflight(base, verb="merge"), *_notes(base, read, taken))
@@ -191,6 +193,7 @@ def _prove(merger: MergePass, written: Path, reporter: Reporter) -> dict[str, fl
 def _notes(base: Identified, adapter: Adapter, taken: TakenTokenizer | None) -> Iterator[str]:
     """What the user must know of the adapter and of the output's tokenizer and template."""
     yield from evidence_lines(base, adapter, taken=taken is not None)
+    yield from untied_lines(base.layout)
     template = base.checkpoint.template
     if taken is not None:
         yield from taken_lines(base, taken)

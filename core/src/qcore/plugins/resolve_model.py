@@ -18,6 +18,7 @@ from ..checkpoint.hub import resolve_model
 from ..checkpoint.layout import Layout, faults, survey
 from ..checkpoint.quantization_formats import Quantization, detect_quantization
 from ..checkpoint.ties import tie_problems
+from ..checkpoint.untied import untied
 from ..errors import InputError, PluginError, QcoreError, raise_all
 from ..skus.registry import refuse_hosted
 from .detect import Decision
@@ -79,6 +80,10 @@ class Identified:
     def quantizing(self, groups: Collection[str]) -> Identified:
         """The same for a run that holds these groups in 4 bit too."""
         return replace(self, layout=replace(self.layout, in_nf4=frozenset(groups)))
+
+    def untying(self) -> Identified:
+        """The same for a run in which a tied head gets values of its own."""
+        return replace(self, layout=untied(self.layout))
 
     def using_parts(self, parts: Collection[str]) -> Identified:
         """The same for a run that loads the towers among `parts`."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from ..adapter.targets import Coverage, coverage, targets
+from ..adapter.targets import Coverage, coverage, lora_targets
 from ..adapter.written_config import choose_class
 from ..api.parameters import Namespace, Store
 from ..checkpoint.fingerprint import fingerprints
@@ -88,15 +88,9 @@ def _start(run: Run, model: Model, digests: Mapping[str, str]) -> Mapping[str, T
 def _targets(run: Run) -> tuple[Mapping[str, Lora], Namespace]:
     """LoRA by canonical name of the weight, and the class that the adapter is written for."""
     layout, settings = run.model.layout, run.settings
-    chosen = targets(
-        layout,
-        settings.target_groups,
-        Lora(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout),
-        group_r={name: int(r) for name, r in settings.group_r.items()},
-        group_lora_alpha={name: float(x) for name, x in settings.group_lora_alpha.items()},
-    )
-    touched = {layout.table[name].part.name for name in chosen}
     classes = classes_of(run.model.checkpoint.config)
+    chosen = lora_targets(layout, settings, classes)
+    touched = {layout.table[name].part.name for name in chosen}
     return chosen, choose_class(layout, touched, classes, settings.adapter_class)
 
 
