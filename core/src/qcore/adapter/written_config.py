@@ -126,7 +126,7 @@ def peft_config(
         "lora_dropout": lora_dropout,
         "bias": "none",
         "use_rslora": any(numbers.use_rslora for numbers in chosen.values()),
-        "use_dora": False,
+        "use_dora": any(numbers.use_dora for numbers in chosen.values()),
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
@@ -153,6 +153,11 @@ class Numbers(Protocol):
     @property
     def use_rslora(self) -> bool:
         """Whether the scaling is rank-stabilized; the same for all weights of an adapter."""
+        ...
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether rows have magnitudes; the same for all weights of an adapter."""
         ...
 
     @property

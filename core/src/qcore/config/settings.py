@@ -33,7 +33,9 @@ class Settings:
     A value of the wrong type or out of range raises `UsageError`, whatever its source.
     """
 
-    max_steps: int = _s(-1, "optimizer steps; -1: use num_train_epochs", low=1, also=(-1,))
+    max_steps: int = _s(
+        -1, "optimizer steps; -1: use num_train_epochs", low=1, high=10_000_000, also=(-1,)
+    )
     num_train_epochs: float = _s(
         1.0, "passes over the data, if max_steps is -1", above=0, high=10000
     )
@@ -100,6 +102,9 @@ class Settings:
     r: int = _s(16, "rank of the LoRA matrices", low=1, high=4096)
     lora_alpha: int = _s(32, "numerator of the LoRA scaling, lora_alpha / r", low=1, high=65536)
     use_rslora: bool = _s(False, "rank-stabilized LoRA: the scaling is lora_alpha / sqrt(r)")
+    use_dora: bool = _s(
+        False, "DoRA: also train the norm of each row of base + LoRA; not for experts and routers"
+    )
     lora_dropout: float = _s(0.0, "dropout on the input of LoRA A", low=0, below=1)
     target_groups: tuple[str, ...] = _s(
         (), "LoRA groups to train; empty: the default groups of the architecture"
@@ -261,6 +266,7 @@ _OTHER_WORDS = {
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
     "rslora": "use_rslora",
+    "dora": "use_dora",
     "target_modules": "target_groups",
     "load_in_4bit": "quantization",
     "bf16": "dtype",

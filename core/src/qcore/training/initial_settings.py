@@ -53,13 +53,14 @@ def adapter_settings(
             settings do not allow.
         UsageError: ``QC-TRAIN-011`` an explicit setting contradicts the adapter.
     """
-    if adapter.folded:
+    dora = {name for name, pair in adapter.pairs.items() if pair.magnitude is not None}
+    if unfit := adapter.folded - dora:
         raise _unfit(
             adapter,
             "has changes that training cannot continue",
-            field=min(adapter.folded),
-            found=f"DoRA or saved weights at {len(adapter.folded)} weights",
-            expected="plain LoRA",
+            field=min(unfit),
+            found=f"saved values or LoRA at {len(unfit)} heads, embeddings or other weights",
+            expected="LoRA or DoRA on linear layers",
         )
     rslora = read_json(adapter.path / CONFIG).get("use_rslora") is True
     numbers = _numbers(adapter, layout, rslora=rslora)
@@ -83,6 +84,7 @@ def adapter_settings(
                 {name: float(g.alpha) for name, g in groups.items() if g.alpha != alpha}
             ),
             use_rslora=rslora,
+            use_dora=bool(dora),
             rank_pattern=Entries(_pattern(adapter, numbers, groups, lambda own: own.r)),
             alpha_pattern=Entries(_pattern(adapter, numbers, groups, lambda own: own.alpha)),
             adapter_class=_class(adapter, settings, explicit),
@@ -98,7 +100,7 @@ def adapter_settings(
             fix="merge the adapter into its base, and train on the merge",
         ) from None
     _check_groups(adapter, settings, explicit, groups, by_default)
-    for key in ("use_rslora", "rank_pattern", "alpha_pattern"):
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         if key in explicit and getattr(settings, key) != getattr(chosen, key):
             shown = (str(getattr(each, key)).lower() for each in (settings, chosen))
             raise _contradicts(adapter, key, *shown)
