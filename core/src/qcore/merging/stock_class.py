@@ -99,6 +99,10 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging as their_logging
 
     verbosity, bars = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
+    # PEFT imports bitsandbytes, which warns of a kernel that nothing here uses.
+    bnb = logging.getLogger("bitsandbytes")
+    bnb_level = bnb.level
+    bnb.setLevel(logging.CRITICAL)
     their_logging.set_verbosity(logging.CRITICAL)
     their_logging.disable_progress_bar()
     try:
@@ -107,6 +111,7 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         their_logging.set_verbosity(verbosity)
+        bnb.setLevel(bnb_level)
         if bars:
             their_logging.enable_progress_bar()
 
