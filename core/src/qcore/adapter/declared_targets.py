@@ -10,7 +10,8 @@ Code: ``QC-ADAPTER-006`` a declared target has no tensors, or tensors have no de
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ..api.parameters import Kind
@@ -28,6 +29,9 @@ class DeclaredTargets:
         headers: names of the adapter's tensors.
         claimed: whether a plugin claims the layout, so that the config need not declare targets.
         findings: receives the problems.
+        parts: modules that are parts of a weight, by canonical name of the weight. What the config
+            declares of such weights is not PEFT's rule: it may name the parts or the weight.
+        vocabulary: PEFT's names of the embedding and the head.
     """
 
     def __init__(
@@ -37,12 +41,16 @@ class DeclaredTargets:
         headers: Collection[str],
         claimed: bool,
         findings: Findings,
+        parts: Mapping[str, Sequence[str]] = MappingProxyType({}),
+        vocabulary: Sequence[str] = (),
     ) -> None:
         self._config = config
         self._modules = modules
         self._headers = headers
         self._claimed = claimed
         self._findings = findings
+        self._parts = parts
+        self._vocabulary = vocabulary
 
     def check(self, changed: Collection[str]) -> None:
         """Check all declarations.
@@ -70,12 +78,18 @@ class DeclaredTargets:
             for module, tensor in self._modules.items()
             if (tensor.row.kind is Kind.LINEAR) == linear
         }
+        parts = [module for own in self._parts.values() for module in own]
+        unmet = [name for name in declared if not any(named(module, [name]) for module in parts)]
         for module, tensor in of_field.items():
             is_excluded = named(module, excluded) or (
                 layers and not self._transformed(module, tensor)
             )
             wanted = named(module, declared) and isinstance(excluded, list) and not is_excluded
-            if wanted and tensor.name not in changed:
+            if wanted and tensor.name not in changed and not named(module, unmet):
+                self._findings.notes.append(
+                    f"warning: {field}: {module} has no tensors, which parts of other weights have"
+                )
+            elif wanted and tensor.name not in changed:
                 self._findings.problem(
                     "QC-ADAPTER-006",
                     "is a declared target without tensors",
@@ -83,7 +97,7 @@ class DeclaredTargets:
                     fix="train or export again",
                 )
             undeclared = is_excluded or (is_list and not named(module, declared))
-            if tensor.name in changed and undeclared:
+            if tensor.name in changed and tensor.name not in self._parts and undeclared:
                 self._findings.problem(
                     "QC-ADAPTER-006",
                     "has tensors and is not a declared target",
@@ -94,14 +108,17 @@ class DeclaredTargets:
             hit = any(named(module, [name]) for module in of_field)
             if hit or (linear and any(f".{name}.lora_" in key for key in self._headers)):
                 continue
-            if changed and not self._findings.problems:
+            own = linear and any(named(module, [name]) for module in self._vocabulary)
+            if changed and not self._findings.problems and not own:
                 self._findings.notes.append(
                     f"warning: {field}: {name} matches no weight of this base"
                 )
                 continue
+            another = "name the base that the adapter was trained on"
+            what = "without tensors" if own else "that matches no weight"
             self._findings.problem(
-                "QC-ADAPTER-006", "is a declared target that matches no weight",
-                f"{field}: {name}", fix="name the base that the adapter was trained on",
+                "QC-ADAPTER-006", f"is a declared target {what}", f"{field}: {name}",
+                fix="train or export again" if own else another,
             )  # fmt: skip
 
     def _check_saved(self) -> None:

@@ -27,6 +27,7 @@ from ..checkpoint.checkpoint import Header, read_json, safe_file
 from ..checkpoint.layout import Layout
 from ..errors import one_of_each, raise_all
 from .base_check import check_complete
+from .changes import Change
 from .claimed_layout import translated
 from .expert_layout import NEWER, Statement, statements
 from .findings import Findings
@@ -36,6 +37,7 @@ from .matching import Matcher
 from .named_base import Base, check_consent, check_generation
 from .peft_config import check_config
 from .peft_names import CONFIG, Adapter, trunk_part
+from .tied_head import settle_tie
 from .weight_files import adapter_headers, weights_place
 from .wrapped_names import without_wrappers
 
@@ -52,6 +54,7 @@ def read_adapter(
     base: Base | None = None,
     claims: Claims | None = None,
     equal: Callable[[Path, Header, str], bool] | None = None,
+    same: Callable[[Path, Change, Change], bool] | None = None,
 ) -> Adapter:
     """Read the headers of an adapter folder and match them with the weights of a base.
 
@@ -64,7 +67,9 @@ def read_adapter(
         claims: asks the plugins whether they recognize the tensors' layout; ``None`` for PEFT's
             layout alone.
         equal: whether a tensor of the folder has the values of a weight of the base; ``None``
-            refuses every saved weight.
+            takes every saved weight as changed.
+        same: whether two changes of the folder have the same effect; ``None`` takes every two as
+            different.
 
     Returns:
         The adapter; no values have been read.
@@ -84,36 +89,40 @@ def read_adapter(
         check_consent(folder, config, base, trust_base)
     raise_all(check_config(folder / CONFIG, config))
     notes = check_generation(folder, config, base, trust_generation) if base and not meta else []
-    headers, recognized, claimed, renamed = _headers(folder, layout, claims)
+    headers, claim, renamed = _headers(folder, layout, claims)
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
-    same = None if equal is None else partial(equal, folder)
+    own = None if equal is None else partial(equal, folder)
     findings = Findings(weights_place(folder))
-    matcher = Matcher(findings, config, headers, layout, claimed, said, same)
-    changes = matcher.changes()
-    check_complete(folder, meta, changes, layout)
+    claimed = {weight for weight, _ in claim.names.values()} if claim else ()
+    pieces = claim.pieces if claim else ()
+    matcher = Matcher(findings, config, headers, layout, claimed, pieces, said, own)
+    settled = settle_tie(
+        matcher.changes(), layout, None if same is None else partial(same, folder), findings
+    )
+    check_complete(folder, meta, settled.changes, layout)
     raise_all(one_of_each(findings.problems))
     return Adapter(
         path=folder,
         source=located.source,
         revision=located.revision,
-        changes=changes,
+        changes=settled.changes,
         namespace=matcher.namespace,
         meta=meta,
-        layout=recognized[0].layout if recognized else "peft",
+        layout=claim.layout if claim else "peft",
         trunk=trunk_part(layout.table).name,
         notes=(*edits, *notes, *renamed, *findings.notes),
+        untied=settled.untied,
     )
 
 
 def _headers(
     folder: Path, layout: Layout, claims: Claims | None
-) -> tuple[dict[str, Header], Sequence[AdapterClaim], set[str], list[str]]:
-    """Return the headers by PEFT's names, a plugin's claim, the weights it claims, and notes."""
+) -> tuple[dict[str, Header], AdapterClaim | None, list[str]]:
+    """Return the headers by PEFT's names, a plugin's claim, and notes."""
     where = weights_place(folder)
     headers = {header.name: header for header in adapter_headers(folder)}
-    recognized = claims({name: h.shape for name, h in headers.items()}) if claims else []
+    plain, notes = without_wrappers(where, headers, layout)
+    recognized = claims({name: h.shape for name, h in plain.items()}) if claims else []
     if not recognized:
-        plain, notes = without_wrappers(where, headers, layout)
-        return plain, recognized, set(), notes
-    claimed = {weight for weight, _ in recognized[0].names.values()}
-    return translated(where, headers, recognized, layout), recognized, claimed, []
+        return plain, None, notes
+    return translated(where, plain, recognized, layout), recognized[0], notes

@@ -33,7 +33,9 @@ class Settings:
     A value of the wrong type or out of range raises `UsageError`, whatever its source.
     """
 
-    max_steps: int = _s(-1, "optimizer steps; -1: use num_train_epochs", low=1, also=(-1,))
+    max_steps: int = _s(
+        -1, "optimizer steps; -1: use num_train_epochs", low=1, high=10_000_000, also=(-1,)
+    )
     num_train_epochs: float = _s(
         1.0, "passes over the data, if max_steps is -1", above=0, high=10000
     )

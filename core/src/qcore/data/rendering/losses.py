@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ...api.records import ChatFormat
 from ..content import text_of
 from ..findings import WARNING, DataFinding, Findings
-from ..think_block import has_marks, reasoning_of, thinking_marks
+from ..think_block import reasoning_of, split_block, thinking_marks
 from .row_plan import RowPlan
 from .samples import Draft
 from .turns import Turn, assistant_turns
@@ -48,6 +48,13 @@ class LossCounts:
     lost_tokens: int = 0
     changed: int = 0
     characters: int = 0
+
+    def __reduce__(self) -> tuple[type[LossCounts], tuple[int, ...]]:
+        """Pickle it by position: a process sends one for each row."""
+        return LossCounts, (
+            self.turns, self.other_prompts, self.reasonings, self.lost, self.lost_tokens,
+            self.changed, self.characters,
+        )  # fmt: skip
 
     def add(self, other: LossCounts) -> None:
         """Add those of other rows."""
@@ -161,9 +168,9 @@ class Losses:
             if any(part["type"] != "text" for part in content):
                 return None
             content = text_of(content)
-        marks = thinking_marks(self.chat_format)
-        has_block = marks is not None and has_marks(content, marks)  # templates move it
-        if content in rendered or has_block:
+        split = split_block(content, thinking_marks(self.chat_format))
+        content = content if split is None else split[1]  # templates move the block
+        if content in rendered:
             return None
         bare = content.strip()
         lost = len(content) - len(bare) if bare in rendered else len(content)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ...checkpoint.chat_template import Template
     from ..rejects import Rejects
     from ..sources.source import Source
+    from ..store.records import PackedExample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,8 +154,10 @@ class Renderer:
         """Rows so far, refused ones included."""
         return self.notes.rows
 
-    def examples(self, sources: Sequence[Source]) -> Iterator[Example]:
+    def examples(self, sources: Sequence[Source]) -> Iterator[Example | PackedExample]:
         """Yield the samples of some sources, all samples of a row together.
+
+        Those that another process has rendered are packed as they are stored.
 
         Raises:
             QcoreError: as `read_records`, `RowReader` and `PrefixBatches.answers`.
@@ -187,6 +190,8 @@ class Renderer:
         if not (options.explain or options.only):
             count = worker_count(options.workers, sources)
         setup = packed(self._setup, self.template) if count > 1 else None
+        if count > 1 and setup is None:
+            self.notes.one_process = True
         read = chunks(records)
         with self._rows:
             made = self._here(read) if setup is None else self._apart(read, setup, count)
