@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class MergeReport:
         warnings: what preflight reported.
         proof: the comparison with base + adapter; ``None`` where it was switched off.
         adapters: the part of each of several adapters; empty for one, and without the proof.
+        requantized: rounding errors of the weights that are in FP8 again, by name on disk.
     """
 
     output: Path
@@ -84,6 +85,7 @@ class MergeReport:
     warnings: tuple[str, ...]
     proof: Mapping[str, float] | None
     adapters: tuple[AdapterPart, ...] = ()
+    requantized: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The payload of ``qcore merge --json``."""
@@ -100,6 +102,7 @@ def merge(
     generation: str = "",
     prove: bool = True,
     dequantize: bool = False,
+    requantize: bool = False,
     take_tokenizer: bool = False,
     reporter: Reporter | None = None,
 ) -> MergeReport:
@@ -114,6 +117,7 @@ def merge(
         generation: accepted only where evidence is missing, never against it.
         prove: compare logits and the files with what training computes.
         dequantize: write a base in block FP8 or in 4 bits in 16 bits, all of it.
+        requantize: write changed weights in block FP8 in that format again, with new scales.
         take_tokenizer: write the tokenizer and template that the adapter brings, not the base's.
         reporter: receives events; silent by default.
 
@@ -130,17 +134,33 @@ def merge(
     reporter = reporter or Reporter()
     target = check_target(output)
     base = identify(model, generation=generation, carry=True)
-    check_options(base, dequantize)
+    check_options(base, dequantize, requantize)
     wanted = adapter if isinstance(adapter, Mapping) else {str(adapter): 1.0}
     adapters = read_adapters(base, wanted, trust_base=trust_base, trust_generation=trust_generation)
     read = combined(adapters)
-    base = _for_adapter(base, read, dequantize)
+    base = _for_adapter(base, read, dequantize, requantize)
     earlier = _refuse_twice(base.checkpoint, adapters)
     taken = plan_tokenizer(base, one_of(adapters)) if take_tokenizer else None
-    warnings = (*preflight(base, verb="merge"), *_notes(base, adapters, read, taken, dequantize))
+    kept = notes(base, read, dequantize, requantize)
+    warnings = (*preflight(base, verb="merge"), *_notes(base, adapters, taken, kept))
     reporter.lines((*base.decision.evidence, *warnings))
     reporter.emit(RunStarted(verb="merge", model=model, output=target))
-    merger = MergePass(base, read, dequantize, taken)
+    merger = MergePass(base, read, dequantize, taken, requantize)
+    proof, parts = _publish(merger, target, adapters, earlier, reporter, prove)
+    report = _report(merger, target, warnings, proof, parts)
+    reporter.emit(Finished(verb="merge", output=target, result=report.as_json()))
+    return report
+
+
+def _publish(
+    merger: MergePass,
+    target: Path,
+    adapters: Sequence[Weighted],
+    earlier: list[dict[str, Any]],
+    reporter: Reporter,
+    prove: bool,
+) -> tuple[dict[str, float] | None, Sequence[AdapterPart]]:
+    """Write, check and publish the output; returns the proof, and the part of each adapter."""
     with publish(target, kind="model", need_bytes=merger.plan.size) as out:
         _write(merger, out, reporter)
         merger.check()
@@ -148,14 +168,14 @@ def merge(
         proof = _prove(merger, out.folder, reporter) if prove else None
         parts = prove_parts(adapters, merger.deltas) if prove and len(adapters) > 1 else ()
         out.meta.update(_meta(merger, adapters, parts, earlier, proof))
-    report = _report(merger, target, warnings, proof, parts)
-    reporter.emit(Finished(verb="merge", output=target, result=report.as_json()))
-    return report
+    return proof, parts
 
 
-def _for_adapter(base: Identified, adapter: Adapter, dequantize: bool) -> Identified:
+def _for_adapter(
+    base: Identified, adapter: Adapter, dequantize: bool, requantize: bool
+) -> Identified:
     """The base with what the adapter changes; refuse weights that cannot change."""
-    refuse_targets(base, adapter, dequantize)
+    refuse_targets(base, adapter, dequantize, requantize)
     refuse_parts(base.layout, adapter)
     base = base.using_parts(adapter.parts)  # verification computes them, so preflight checks them
     return base.untying() if adapter.untied else base
@@ -180,6 +200,7 @@ def _report(
         warnings=warnings,
         proof=proof,
         adapters=tuple(parts),
+        requantized=_rounding(merger),
     )
 
 
@@ -208,12 +229,11 @@ def _prove(merger: MergePass, written: Path, reporter: Reporter) -> dict[str, fl
 def _notes(
     base: Identified,
     adapters: Sequence[Weighted],
-    read: Adapter,
     taken: TakenTokenizer | None,
-    dequantize: bool,
+    quantized: Iterator[str],
 ) -> Iterator[str]:
     """What the user must know of the adapters and of the output's tokenizer and template."""
-    yield from notes(base, read, dequantize)
+    yield from quantized
     for own in adapters:
         yield from evidence_lines(base, own.adapter, taken=taken is not None)
     yield from untied_lines(base.layout)
@@ -288,6 +308,7 @@ def _meta(
         "proof": dict(proof) if proof is not None else None,
         **({"adapters": [part.as_json() for part in parts]} if parts else {}),
         "decoded": decoded_record(base, merger.plan),
+        **({"requantized": requantized} if (requantized := _rounding(merger)) else {}),
     }
 
 
@@ -309,6 +330,11 @@ def _entry(merger: MergePass, own: Weighted) -> dict[str, Any]:
         "tensors_changed": merger.changed,
         "tensors_unchanged": merger.unchanged,
     }
+
+
+def _rounding(merger: MergePass) -> dict[str, dict[str, float]]:
+    """The rounding errors of the weights that are in FP8 again, by name on disk."""
+    return {name: errors.as_json() for name, errors in merger.errors.items()}
 
 
 def _chat(adapter: Adapter) -> Mapping[str, Any] | None:

@@ -34,6 +34,7 @@ from ..nn.qlora.lora_layer import Lora, LoraLayer
 from ..plugins.resolve_model import Identified
 from .disk_rows import blocks, gather, is_rounded, read_or_stand_in, rows_of
 from .folds import Folds
+from .requantize import is_requantized
 from .routes import moved, routes
 
 _DOCUMENTS, _TOKENS = 8, 5  # longer than a convolution kernel; reading weights takes most time
@@ -262,7 +263,9 @@ class Streams:
     def _check_written(self, item: Located, rows: slice, weight: Tensor) -> None:
         """Compare the files with `weight`, which is ``tensor[rows]``, rounded to their dtype."""
         there = self.written_layout.located[item.tensor.name]
-        if not is_rounded(read_tensor(self.written, there, rows), weight):
+        value = read_tensor(self.written, there, rows)
+        fp8 = any(place.scale is not None for place in there.places)
+        if not (is_requantized(value, weight) if fp8 else is_rounded(value, weight)):
             header = there.places[0].header
             raise NumericError(
                 "QC-MERGE-007",
