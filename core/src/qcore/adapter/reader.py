@@ -25,7 +25,7 @@ from pathlib import Path
 from ..api.records import AdapterClaim
 from ..checkpoint.checkpoint import Header, read_json, safe_file
 from ..checkpoint.layout import Layout
-from ..errors import one_of_each, raise_all
+from ..errors import QcoreError, one_of_each, raise_all
 from .base_check import check_complete
 from .claimed_layout import translated
 from .expert_layout import NEWER, Statement, statements
@@ -52,6 +52,7 @@ def read_adapter(
     base: Base | None = None,
     claims: Claims | None = None,
     equal: Callable[[Path, Header, str], bool] | None = None,
+    problems: list[QcoreError] | None = None,
 ) -> Adapter:
     """Read the headers of an adapter folder and match them with the weights of a base.
 
@@ -65,6 +66,8 @@ def read_adapter(
             layout alone.
         equal: whether a tensor of the folder has the values of a weight of the base; ``None``
             refuses every saved weight.
+        problems: receives the errors of tensors and targets, which are raised if it is ``None``;
+            the adapter then has the changes that fit the base.
 
     Returns:
         The adapter; no values have been read.
@@ -91,7 +94,10 @@ def read_adapter(
     matcher = Matcher(findings, config, headers, layout, claimed, said, same)
     changes = matcher.changes()
     check_complete(folder, meta, changes, layout)
-    raise_all(one_of_each(findings.problems))
+    if problems is None:
+        raise_all(one_of_each(findings.problems))
+    else:
+        problems += findings.problems
     return Adapter(
         path=folder,
         source=located.source,

@@ -54,7 +54,7 @@ def without_wrappers(
         InputError: ``QC-ADAPTER-017`` two tensors have one name without their wrappers.
     """
     classes = _Classes(layout)
-    plain = {name: _plain(name) for name in headers}
+    plain = {name: plain_name(name) for name in headers}
     namespace = classes.most_named(plain.values())
     rewritten: dict[str, Header] = {}
     sources: dict[str, str] = {}
@@ -80,7 +80,7 @@ def without_wrappers(
     ]
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """Return a LoRA tensor's name without wrappers and adapter name, with PEFT's prefix once."""
     match = _LORA.fullmatch(name)
     if match is None:
