@@ -10,7 +10,7 @@ Code: ``QC-ADAPTER-006`` a declared target has no tensors, or tensors have no de
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..api.parameters import Kind
@@ -28,6 +28,7 @@ class DeclaredTargets:
         headers: names of the adapter's tensors.
         claimed: whether a plugin claims the layout, so that the config need not declare targets.
         findings: receives the problems.
+        vocabulary: PEFT's names of the embedding and the head.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class DeclaredTargets:
         headers: Collection[str],
         claimed: bool,
         findings: Findings,
+        vocabulary: Sequence[str] = (),
     ) -> None:
         self._config = config
         self._modules = modules
         self._headers = headers
         self._claimed = claimed
         self._findings = findings
+        self._vocabulary = vocabulary
 
     def check(self, changed: Collection[str]) -> None:
         """Check all declarations.
@@ -94,14 +97,17 @@ class DeclaredTargets:
             hit = any(named(module, [name]) for module in of_field)
             if hit or (linear and any(f".{name}.lora_" in key for key in self._headers)):
                 continue
-            if changed and not self._findings.problems:
+            own = linear and any(named(module, [name]) for module in self._vocabulary)
+            if changed and not self._findings.problems and not own:
                 self._findings.notes.append(
                     f"warning: {field}: {name} matches no weight of this base"
                 )
                 continue
+            another = "name the base that the adapter was trained on"
+            what = "without tensors" if own else "that matches no weight"
             self._findings.problem(
-                "QC-ADAPTER-006", "is a declared target that matches no weight",
-                f"{field}: {name}", fix="name the base that the adapter was trained on",
+                "QC-ADAPTER-006", f"is a declared target {what}", f"{field}: {name}",
+                fix="train or export again" if own else another,
             )  # fmt: skip
 
     def _check_saved(self) -> None:

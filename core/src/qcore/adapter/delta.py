@@ -84,6 +84,11 @@ class Deltas:
             for name, change in adapter.changes.items()
             if isinstance(change, Replacement)
         }
+        self._under = {
+            name: ReplacedValues(self._path, pair.under)
+            for name, pair in self.pairs.items()
+            if pair.under is not None
+        }
 
     def _read(self, header: Header) -> Tensor:
         """Read a tensor of the adapter, float32."""
@@ -146,13 +151,21 @@ class Deltas:
             step = max(1, BLOCK // values.shape[1])
             for at in range(0, len(values), step):
                 view = values[at : at + step]
-                total = torch.addmm(
-                    view.double(), b[at : at + step], a, alpha=self.pairs[name].scaling
-                )
+                base = self._below(name, view, region, at)
+                total = torch.addmm(base, b[at : at + step], a, alpha=self.pairs[name].scaling)
                 if magnitude is not None:
                     norm = torch.linalg.vector_norm(total, dim=1, keepdim=True)
                     total *= magnitude[at : at + step] / norm
                 yield view, total
+
+    def _below(self, name: str, view: Tensor, region: Region, at: int) -> Tensor:
+        """Return what the product is added to, float64: some rows, or what replaces them."""
+        if name not in self._under:
+            return view.double()
+        rows, *rest = region
+        first = rows.start + at
+        part = (slice(first, first + len(view)), *rest)
+        return torch.cat([values for _, values in self._under[name].over(view, part)])
 
     def _magnitude(self, name: str, rows: slice, columns: slice) -> Tensor | None:
         """Return ``m[rows]`` as a float64 column; DoRA needs whole rows for their norms."""

@@ -1,7 +1,8 @@
-"""Compares a saved weight of an adapter with the base, a block of rows at a time.
+"""Compares saved weights of an adapter with the base and with each other, in blocks of rows.
 
 This file decides that two tensors are equal if all values are, also in another dtype: PEFT saves an
-embedding in the dtype in which training held the base.
+embedding in the dtype in which training held the base. LoRA on an embedding equals LoRA on a head
+if the matrices are each other's transposes, as PEFT's ``ensure_weight_tying`` leaves them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint, Header
 from ..checkpoint.layout import Layout
 from ..nn.load import DTYPES, as_bytes, read_exact, read_tensor
+from .changes import Change, Pair, Replacement
 
 _BLOCK = 2**24  # elements that are compared at a time
 
@@ -48,3 +50,49 @@ def equal_values(
             if not torch.equal(saved.to(wide), own.to(wide)):
                 return False
     return True
+
+
+def same_change(folder: Path, one: Change, other: Change) -> bool:
+    """Whether two changes give weights of the same values the same new values.
+
+    Args:
+        folder: the adapter folder.
+        one: a change.
+        other: a change of another weight of the same shape.
+    """
+    if isinstance(one, Replacement) and isinstance(other, Replacement):
+        return one.rows == other.rows and _same_values(folder, one.values, other.values)
+    if not (isinstance(one, Pair) and isinstance(other, Pair)) or one.scaling != other.scaling:
+        return False
+    if (one.under is None) != (other.under is None) or one.magnitude or other.magnitude:
+        return False
+    if one.under and other.under and not same_change(folder, one.under, other.under):
+        return False
+    mine, theirs = ((_read(folder, pair.a), _read(folder, pair.b)) for pair in (one, other))
+    if one.embedding != other.embedding:
+        theirs = theirs[1].t(), theirs[0].t()
+    return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def _same_values(folder: Path, one: Header, other: Header) -> bool:
+    """Whether two tensors of an adapter have the same bytes, in blocks of rows."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    size = one.end - one.start
+    with (folder / one.file).open("rb") as mine, (folder / other.file).open("rb") as theirs:
+        mine.seek(one.start)
+        theirs.seek(other.start)
+        for at in range(0, size, _BLOCK):
+            count = min(_BLOCK, size - at)
+            if mine.read(count) != theirs.read(count):
+                return False
+    return True
+
+
+def _read(folder: Path, header: Header) -> torch.Tensor:
+    """Read a matrix of the adapter."""
+    value = torch.empty(header.shape, dtype=DTYPES[header.dtype])
+    with (folder / header.file).open("rb") as file:
+        file.seek(header.start)
+        read_exact(file, as_bytes(value), header)
+    return value.float()

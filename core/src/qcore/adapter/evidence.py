@@ -13,7 +13,7 @@ from pathlib import Path
 from ..checkpoint.tokenizer_files import TokenizerFiles
 from ..errors import InputError, QcoreError
 from ..plugins.resolve_model import Identified
-from .equal_values import equal_values
+from .equal_values import equal_values, same_change
 from .named_base import Base
 from .peft_names import Adapter
 from .reader import read_adapter
@@ -53,6 +53,7 @@ def read_for(
         equal=lambda path, header, name: equal_values(
             path, header, base.checkpoint, base.layout, name
         ),
+        same=same_change,
         problems=problems,
     )
 

@@ -26,7 +26,7 @@ from .expert_layout import ExpertLayout, Stack, Statement, expert_layout
 from .findings import Findings
 from .number_patterns import NumberPatterns
 from .peft_names import CONFIG, namespace_of, peft_shapes, stems, target_name, trunk_part
-from .whole_weights import Equal, whole_of
+from .whole_weights import Equal, WholeWeights
 
 
 class Matcher:
@@ -39,13 +39,14 @@ class Matcher:
         layout: the base.
         claimed: canonical names of the weights that a plugin's claim names.
         said: what the files say about the layout of experts.
-        equal: whether a tensor has the values of a weight of the base; ``None`` refuses every
-            saved weight.
+        equal: whether a tensor has the values of a weight of the base; ``None`` takes every saved
+            weight as changed.
 
     Attributes:
         namespace: the class whose prefix the tensor names have.
         maps: the weights of that class that can have LoRA.
         modules: these weights by their name in PEFT's config.
+        vocabulary: names of embedding and head in PEFT's config.
     """
 
     def __init__(
@@ -77,7 +78,11 @@ class Matcher:
         self.maps = self._maps(self.namespace)
         self.stems = self._stems(self.namespace)
         self.modules = {target_name(tensor, self.namespace): tensor for tensor in self.maps}
-        self.numbers = NumberPatterns(findings.path.parent / CONFIG, config, [*self.modules])
+        vocabulary = [t for t in layout.table if t.row.group in ("embed", "head")]
+        self.vocabulary = [target_name(tensor, self.namespace) for tensor in vocabulary]
+        self.numbers = NumberPatterns(
+            findings.path.parent / CONFIG, config, [*self.modules, *self.vocabulary]
+        )
 
     def _maps(self, namespace: Namespace) -> list[TableTensor]:
         """Return the weights whose part is in a class; a text class has no tower."""
@@ -133,34 +138,36 @@ class Matcher:
                     "QC-ADAPTER-005", "is a magnitude of DoRA, and use_dora is false", name,
                     fix=f"set use_dora to true in {CONFIG}",
                 )  # fmt: skip
-        for header in [header for name, header in self.headers.items() if name not in used]:
-            self._unmatched(header)
+        whole = self._whole_weights(used, pairs)
         declared = DeclaredTargets(
-            self.config, self.modules, self.headers, bool(self.claimed), self._findings
-        )
+            self.config, self.modules, self.headers, bool(self.claimed), self._findings,
+            self.vocabulary,
+        )  # fmt: skip
         declared.check(pairs)
-        if not (pairs or self._findings.problems):
+        if not (pairs or whole or self._findings.problems):
             self._findings.problem(
                 "QC-ADAPTER-006",
                 "has no tensor for this base",
                 "target_modules",
                 fix="name the base that the adapter was trained on",
             )
-        return dict(pairs)
+        return {**pairs, **whole}
 
-    def _unmatched(self, header: Header) -> None:
-        """Ignore a saved copy of a weight of the base, and refuse any other tensor."""
-        whole = whole_of(header.name, self.layout.table, self.namespace)
-        if whole is None:
+    def _whole_weights(
+        self, used: Collection[str], pairs: Mapping[str, Pair]
+    ) -> Mapping[str, Change]:
+        """Return the changes by tensors that no pair uses, and refuse those that match nothing."""
+        weights = WholeWeights(
+            self._findings, self.config, self.layout, self.namespace, self._rank_and_scaling,
+            self.equal,
+        )  # fmt: skip
+        rest = [header for name, header in self.headers.items() if name not in used]
+        for header in weights.match(rest, pairs):
             self._findings.problem(
                 "QC-ADAPTER-005", "matches no weight of this base", header.name,
                 fix="name the base that the adapter was trained on",
             )  # fmt: skip
-        elif whole.is_copy and self.equal is not None and self.equal(header, whole.tensor.name):
-            self._findings.notes.append(f"{header.name} has the values of the base: it is ignored")
-        else:
-            fix = whole.fix(header, any(t.row.tie is not None for t in self.layout.table))
-            self._findings.problem("QC-ADAPTER-005", whole.cause(header), header.name, fix=fix)
+        return weights.changes
 
     def _older_experts(self) -> set[str]:
         """Return the stacks whose matrices have the layout of PEFT before 0.19.1."""
@@ -183,14 +190,17 @@ class Matcher:
         return {stack.tensor.name for stack in stacks} if decided.older else set()
 
     def _pair(self, tensor: TableTensor, a: Header, b: Header, older: bool) -> Pair:
-        module = target_name(tensor, self.namespace)
-        r = int(self.numbers.value("rank_pattern", module, self.config["r"]))
-        alpha = self.numbers.value("alpha_pattern", module, self.config["lora_alpha"])
+        r, scaling = self._rank_and_scaling(target_name(tensor, self.namespace))
         shapes = peft_shapes(tensor, r, older=older)
         self._check_header(a, shapes["A"])
         self._check_header(b, shapes["B"])
-        scaling = alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
         return Pair(tensor=tensor, a=a, b=b, r=r, scaling=scaling, older=older)
+
+    def _rank_and_scaling(self, module: str) -> tuple[int, float]:
+        """Return rank and factor of the product for a module."""
+        r = int(self.numbers.value("rank_pattern", module, self.config["r"]))
+        alpha = self.numbers.value("alpha_pattern", module, self.config["lora_alpha"])
+        return r, alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
 
     def _check_header(self, header: Header, shape: tuple[int, ...]) -> None:
         """Check the shape and dtype of a tensor of the adapter."""

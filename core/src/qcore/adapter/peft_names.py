@@ -48,6 +48,7 @@ class Adapter:
         notes: lines for the report about how the files were read.
         source: the folder or hub id that the user passed.
         revision: the commit on the hub; ``None`` for a local folder.
+        untied: whether the head of a tied base gets other values than the embedding.
     """
 
     path: Path
@@ -59,6 +60,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     source: str = ""
     revision: str | None = None
+    untied: bool = False
 
     @property
     def pairs(self) -> Mapping[str, Pair]:
@@ -207,6 +209,6 @@ def peft_shapes(tensor: TableTensor, r: int, *, older: bool = False) -> dict[str
 
 
 def target_name(tensor: TableTensor, namespace: Namespace) -> str:
-    """Return the name of a weight in PEFT's config: a linear layer's module, else the parameter."""
+    """Return the name of a weight in PEFT's config: that of its module, or of a bare parameter."""
     name = spell(tensor, namespace)
-    return name.removesuffix(".weight") if tensor.row.kind is Kind.LINEAR else name
+    return name.removesuffix(".weight") if tensor.row.kind in (Kind.LINEAR, None) else name

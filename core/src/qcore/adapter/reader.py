@@ -27,6 +27,7 @@ from ..checkpoint.checkpoint import Header, read_json, safe_file
 from ..checkpoint.layout import Layout
 from ..errors import QcoreError, one_of_each, raise_all
 from .base_check import check_complete
+from .changes import Change
 from .claimed_layout import translated
 from .expert_layout import NEWER, Statement, statements
 from .findings import Findings
@@ -36,6 +37,7 @@ from .matching import Matcher
 from .named_base import Base, check_consent, check_generation
 from .peft_config import check_config
 from .peft_names import CONFIG, Adapter, trunk_part
+from .tied_head import settle_tie
 from .weight_files import adapter_headers, weights_place
 from .wrapped_names import without_wrappers
 
@@ -52,6 +54,7 @@ def read_adapter(
     base: Base | None = None,
     claims: Claims | None = None,
     equal: Callable[[Path, Header, str], bool] | None = None,
+    same: Callable[[Path, Change, Change], bool] | None = None,
     problems: list[QcoreError] | None = None,
 ) -> Adapter:
     """Read the headers of an adapter folder and match them with the weights of a base.
@@ -65,7 +68,9 @@ def read_adapter(
         claims: asks the plugins whether they recognize the tensors' layout; ``None`` for PEFT's
             layout alone.
         equal: whether a tensor of the folder has the values of a weight of the base; ``None``
-            refuses every saved weight.
+            takes every saved weight as changed.
+        same: whether two changes of the folder have the same effect; ``None`` takes every two as
+            different.
         problems: receives the errors of tensors and targets, which are raised if it is ``None``;
             the adapter then has the changes that fit the base.
 
@@ -89,11 +94,13 @@ def read_adapter(
     notes = check_generation(folder, config, base, trust_generation) if base and not meta else []
     headers, recognized, claimed, renamed = _headers(folder, layout, claims)
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
-    same = None if equal is None else partial(equal, folder)
+    own = None if equal is None else partial(equal, folder)
     findings = Findings(weights_place(folder))
-    matcher = Matcher(findings, config, headers, layout, claimed, said, same)
-    changes = matcher.changes()
-    check_complete(folder, meta, changes, layout)
+    matcher = Matcher(findings, config, headers, layout, claimed, said, own)
+    settled = settle_tie(
+        matcher.changes(), layout, None if same is None else partial(same, folder), findings
+    )
+    check_complete(folder, meta, settled.changes, layout)
     if problems is None:
         raise_all(one_of_each(findings.problems))
     else:
@@ -102,12 +109,13 @@ def read_adapter(
         path=folder,
         source=located.source,
         revision=located.revision,
-        changes=changes,
+        changes=settled.changes,
         namespace=matcher.namespace,
         meta=meta,
         layout=recognized[0].layout if recognized else "peft",
         trunk=trunk_part(layout.table).name,
         notes=(*edits, *notes, *renamed, *findings.notes),
+        untied=settled.untied,
     )
 
 

@@ -1,24 +1,38 @@
 """Adapter tensors that are no LoRA on a linear map: heads, embeddings, saved modules, token rows.
 
-This file decides which weight of the base such a tensor belongs to, that a saved weight with the
-values of the base changes nothing, and what the refusal of the others says: the cause in the
-adapter and an exact way. `qcore.adapter.reader` reports both. It imports no torch.
+This file decides which weight of the base such a tensor changes, and how: LoRA on the embedding or
+the head, saved values of a whole weight (``modules_to_save``), or of some rows
+(``trainable_token_indices``). A saved weight with the values of the base changes nothing. What is
+refused names the cause in the adapter and an exact way. `qcore.adapter.tied_head` decides what the
+changes do to a tied head, `qcore.adapter.reader` reports the problems. It imports no torch.
+
+Codes: ``QC-ADAPTER-004`` ``trainable_token_indices`` does not fit, ``-005`` a tensor that is not
+merged, ``-006`` a tensor is missing, ``-007`` a shape or dtype is wrong.
+
+Shapes: V vocabulary, H hidden size, n rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from ..api.parameters import Namespace
 from ..api.parameters import Tensor as TableTensor
 from ..checkpoint.checkpoint import Header
-from .peft_names import spell
+from ..checkpoint.layout import Layout
+from .changes import Change, Pair, Replacement
+from .findings import Findings
+from .peft_names import namespace_of, spell
 
 #: Whether a tensor of the adapter has the values of a weight of the base, by canonical name.
 Equal = Callable[[Header, str], bool]
+#: Returns rank and scaling for the name of a module.
+Numbers = Callable[[str], tuple[int, float]]
 
 _PREFIX = "base_model.model."
+_FLOATS = ("F32", "F16", "BF16", "F64")
 _WITH_PEFT = (
     "merge it with stock transformers and PEFT (PeftModel.from_pretrained, merge_and_unload, "
     "save_pretrained)"
@@ -27,75 +41,244 @@ _UNTIE = (
     "store lm_head.weight in the base as a copy of the embedding, set tie_word_embeddings to false "
     "in config.json and its text_config, and then "
 )
+_ANOTHER = "name the base that the adapter was trained on"
 #: Ends of names -> what the tensor is.
 _ENDS = {
-    ".lora_A.weight": "is LoRA",
-    ".lora_B.weight": "is LoRA",
-    ".lora_embedding_A": "is LoRA",
-    ".lora_embedding_B": "is LoRA",
-    ".lora_magnitude_vector": "is a magnitude of DoRA",
-    ".token_adapter.trainable_tokens_delta": "holds trained rows (trainable_token_indices)",
-    ".trainable_tokens_delta": "holds trained rows (trainable_token_indices)",
-    ".base_layer.weight": "is a saved copy",
-    ".weight": "is a saved copy (modules_to_save or save_embedding_layers)",
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "embedding A",
+    ".lora_embedding_B": "embedding B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".token_adapter.trainable_tokens_delta": "rows",
+    ".trainable_tokens_delta": "rows",
+    ".base_layer.weight": "base",
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Whole:
-    """A tensor of an adapter that belongs to a weight without being LoRA on a linear map.
+class _Owned(NamedTuple):
+    """A tensor of an adapter, and the weight that it belongs to."""
 
-    Attributes:
-        tensor: the weight.
-        is_copy: whether it holds the whole weight.
-        what: what the tensor is.
-    """
-
+    header: Header
     tensor: TableTensor
-    is_copy: bool
-    what: str
-
-    def cause(self, header: Header) -> str:
-        """Return why it is refused."""
-        rows = self.tensor.shape[0]
-        where = f"of {self.tensor.name}" if self.is_copy else f"on {self.tensor.name}"
-        if self.is_copy and header.shape[1:] == self.tensor.shape[1:] and header.shape[0] > rows:
-            return f"{self.what} {where} with {header.shape[0] - rows} rows that the base lacks"
-        if self.is_copy:
-            return f"{self.what} {where} with other values than the base"
-        return f"{self.what} {where}, which qcore does not merge"
-
-    def fix(self, header: Header, tied: bool) -> str:
-        """Return an exact way to use the adapter.
-
-        Args:
-            header: the tensor.
-            tied: whether the base has one weight for the embedding and the head.
-        """
-        if self.is_copy and header.shape[0] > self.tensor.shape[0]:
-            return (
-                f"add the rows to the base (model.resize_token_embeddings({header.shape[0]}) of "
-                f"stock transformers), and {_WITH_PEFT}"
-            )
-        if tied and self.tensor.row.group in ("head", "embed"):
-            return _UNTIE + _WITH_PEFT
-        return _WITH_PEFT
+    what: str  #: value of `_ENDS`, or ``copy``
 
 
-def whole_of(name: str, tensors: Iterable[TableTensor], namespace: Namespace) -> Whole | None:
-    """Return the weight that a tensor of an adapter belongs to; ``None`` if it fits no weight.
+class WholeWeights:
+    """Matches the tensors of one adapter that are no LoRA on a linear map of a layer.
 
     Args:
-        name: name of the tensor in the adapter.
-        tensors: the weights of the base.
+        findings: receives the errors and notes.
+        config: adapter_config.json.
+        layout: the base.
         namespace: the class that the adapter is written for.
+        numbers: rank and scaling by module name.
+        equal: compares a tensor with a weight of the base; ``None``: nothing is compared.
+
+    Attributes:
+        changes: what the tensors change, by canonical name.
     """
-    end = next((end for end in _ENDS if name.endswith(end)), None)
-    if end is None or not name.startswith(_PREFIX):
+
+    def __init__(
+        self,
+        findings: Findings,
+        config: Mapping[str, Any],
+        layout: Layout,
+        namespace: Namespace,
+        numbers: Numbers,
+        equal: Equal | None,
+    ) -> None:
+        self._findings, self.config, self.namespace = findings, config, namespace
+        self.numbers, self.equal = numbers, equal
+        self.tied = any(tensor.row.tie is not None for tensor in layout.table)
+        self.changes: dict[str, Change] = {}
+        self._unloaded = {*layout.absent} | {p.name for p in layout.table.parts if not p.loaded}
+        self._by_name = {
+            spell(tensor, namespace): tensor
+            for tensor in layout.table
+            if namespace_of(tensor.part, namespace.name) is not None
+        }
+
+    def match(self, headers: Iterable[Header], pairs: Mapping[str, Pair]) -> list[Header]:
+        """Match the tensors that no pair uses.
+
+        Args:
+            headers: the tensors.
+            pairs: LoRA pairs of linear maps, by canonical name.
+
+        Returns:
+            The tensors that belong to no weight of the base.
+        """
+        strays: list[Header] = []
+        by_weight: dict[str, dict[str, _Owned]] = {}
+        for header in headers:
+            owned = self._owned(header)
+            if owned is None:
+                strays.append(header)
+            else:
+                by_weight.setdefault(owned.tensor.name, {})[owned.what] = owned
+        for name, own in by_weight.items():
+            change = self._change(next(iter(own.values())).tensor, own)
+            if change is not None and name in pairs:
+                header = change.headers[0]
+                self._refuse(header, f"is saved for {name}, which also has LoRA", _WITH_PEFT)
+            elif change is not None:
+                self.changes[name] = change
+        return strays
+
+    def _owned(self, header: Header) -> _Owned | None:
+        """Return the weight that a tensor belongs to; ``None`` if it fits no weight."""
+        if not header.name.startswith(_PREFIX):
+            return None
+        name = header.name.removeprefix(_PREFIX)
+        if name in self._by_name:
+            return _Owned(header, self._by_name[name], "copy")
+        for end, what in _ENDS.items():
+            tensor = self._by_name.get(f"{name.removesuffix(end)}.weight")
+            if name.endswith(end) and tensor is not None:
+                return _Owned(header, tensor, what)
         return None
-    weight = name.removeprefix(_PREFIX).removesuffix(end) + ".weight"
-    for tensor in tensors:
-        if spell(tensor, namespace) == weight:
-            return Whole(tensor=tensor, is_copy=end.endswith(".weight") and "lora" not in end,
-                         what=_ENDS[end])  # fmt: skip
-    return None
+
+    def _change(self, tensor: TableTensor, own: Mapping[str, _Owned]) -> Change | None:
+        """Return the change of one weight; ``None`` if nothing changes, or it is refused."""
+        below = self._saved(tensor, own)
+        sides = [what for what in own if what.endswith(("A", "B")) or what == "magnitude"]
+        if not sides:
+            return below
+        if tensor.row.group not in ("embed", "head"):
+            header = own[sides[0]].header
+            self._refuse(header, f"is LoRA on {tensor.name}, which qcore does not merge", None)
+            return None
+        pair = self._pair(tensor, own)
+        return pair if pair is None or below is None else replace(pair, under=below)
+
+    def _saved(self, tensor: TableTensor, own: Mapping[str, _Owned]) -> Replacement | None:
+        """Return what replaces a weight, or rows of it, if its values differ from the base."""
+        for what in ("copy", "base"):
+            if what in own and not self._is_base(own[what].header, tensor):
+                if "rows" in own:
+                    header = own["rows"].header
+                    cause = f"holds trained rows of {tensor.name}, which is also saved whole"
+                    self._refuse(header, cause, _WITH_PEFT)
+                return self._whole(tensor, own[what].header)
+        return self._rows(tensor, own["rows"].header) if "rows" in own else None
+
+    def _is_base(self, header: Header, tensor: TableTensor) -> bool:
+        same = self.equal is not None and self.equal(header, tensor.name)
+        if same:
+            self._findings.notes.append(f"{header.name} has the values of the base: it is ignored")
+        return same
+
+    def _whole(self, tensor: TableTensor, header: Header) -> Replacement | None:
+        """Return the saved values of a whole weight."""
+        added = header.shape[0] - tensor.shape[0] if header.shape else 0
+        if added > 0 and header.shape[1:] == tensor.shape[1:]:
+            self._refuse(
+                header,
+                f"is a saved copy of {tensor.name} with {added} rows that the base lacks",
+                f"add the rows to the base (model.resize_token_embeddings({header.shape[0]}) of "
+                f"stock transformers), and {_WITH_PEFT}",
+            )
+            return None
+        if tensor.part.name in self._unloaded:
+            cause = f"is a saved copy of {tensor.name}, in a part that qcore does not run"
+            self._refuse(header, cause, _WITH_PEFT)
+            return None
+        fits = self._check(header, tensor.shape)
+        return Replacement(tensor=tensor, values=header) if fits else None
+
+    def _rows(self, tensor: TableTensor, header: Header) -> Replacement | None:
+        """Return the trained rows of an embedding or a head."""
+        rows = self._token_ids(tensor)
+        if rows is None:
+            self._findings.problem(
+                "QC-ADAPTER-004", "names no rows for a tensor of trained rows",
+                "trainable_token_indices", found=self.config.get("trainable_token_indices"),
+                expected=f"ids for {header.name}", fix="train or export again",
+            )  # fmt: skip
+            return None
+        if len({*rows}) != len(rows) or not all(0 <= row < tensor.shape[0] for row in rows):
+            self._findings.problem(
+                "QC-ADAPTER-004", f"is not a list of different rows of {tensor.name}",
+                "trainable_token_indices", found=str(list(rows))[:100],
+                expected=f"ids below {tensor.shape[0]}", fix=_ANOTHER,
+            )  # fmt: skip
+            return None
+        fits = self._check(header, (len(rows), *tensor.shape[1:]))
+        return Replacement(tensor=tensor, values=header, rows=rows) if fits else None
+
+    def _token_ids(self, tensor: TableTensor) -> tuple[int, ...] | None:
+        """Return the rows of a weight in ``trainable_token_indices``; a list means the embedding.
+
+        PEFT gives the head the rows of the embedding if it is tied to it.
+        """
+        declared = self.config.get("trainable_token_indices")
+        if isinstance(declared, Mapping):
+            module = self._module(tensor)
+            hits = [ids for name, ids in declared.items() if f".{module}".endswith(f".{name}")]
+            declared = hits[0] if len(hits) == 1 else None
+        elif tensor.row.group != "embed":
+            return None
+        if not isinstance(declared, list) or not all(type(row) is int for row in declared):
+            return None
+        return tuple(declared)
+
+    def _pair(self, tensor: TableTensor, own: Mapping[str, _Owned]) -> Pair | None:
+        """Return LoRA on the embedding or the head."""
+        embedding = any(what.startswith("embedding") for what in own)
+        names = ("embedding A", "embedding B") if embedding else ("A", "B")
+        missing = [what[-1] for what in names if what not in own]
+        if missing:
+            module = _PREFIX + self._module(tensor)
+            end = f"lora_embedding_{missing[0]}" if embedding else f"lora_{missing[0]}.weight"
+            fix = "train or export again"
+            self._findings.problem("QC-ADAPTER-006", "is missing", f"{module}.{end}", fix=fix)
+            return None
+        a, b = (own[what].header for what in names)
+        r, scaling = self.numbers(self._module(tensor))
+        rows, width = tensor.shape
+        shapes = ((r, rows), (width, r)) if embedding else ((r, width), (rows, r))
+        if not all([self._check(a, shapes[0]), self._check(b, shapes[1])]):
+            return None
+        pair = Pair(tensor=tensor, a=a, b=b, r=r, scaling=scaling, embedding=embedding)
+        return self._with_magnitude(pair, own)
+
+    def _with_magnitude(self, pair: Pair, own: Mapping[str, _Owned]) -> Pair | None:
+        """Add DoRA's magnitude to LoRA on the head, where the config has DoRA."""
+        magnitude = own.get("magnitude")
+        if not self.config.get("use_dora"):
+            return pair  # the reader refuses magnitudes then
+        if magnitude is None:
+            what, fix = "has no magnitude, and use_dora is true", "train or export again"
+            self._findings.problem("QC-ADAPTER-006", what, pair.a.name, fix=fix)
+            return None
+        if pair.embedding or own.keys() & {"rows", "copy", "base"}:
+            what = "the columns of the embedding" if pair.embedding else "saved values"
+            self._refuse(magnitude.header, f"is DoRA over {what}, which qcore does not merge", None)
+            return None
+        if not self._check(magnitude.header, pair.tensor.shape[:1]):
+            return None
+        return replace(pair, magnitude=magnitude.header)
+
+    def _module(self, tensor: TableTensor) -> str:
+        return spell(tensor, self.namespace).removesuffix(".weight")
+
+    def _check(self, header: Header, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor has a shape, and floating-point values."""
+        right = (header.shape == shape, header.dtype in _FLOATS)
+        if not right[0]:
+            self._findings.problem(
+                "QC-ADAPTER-007", "has the wrong shape", header.name,
+                found=list(header.shape), expected=list(shape), fix=_ANOTHER,
+            )  # fmt: skip
+        if not right[1]:
+            self._findings.problem(
+                "QC-ADAPTER-007", "is not floating point", header.name,
+                found=header.dtype, expected="F32", fix="export the adapter again",
+            )  # fmt: skip
+        return all(right)
+
+    def _refuse(self, header: Header, cause: str, fix: str | None) -> None:
+        """Record a tensor that is not merged; by default, PEFT merges it, on an untied base."""
+        own = _UNTIE + _WITH_PEFT if self.tied and header.shape[:1] else _WITH_PEFT
+        self._findings.problem("QC-ADAPTER-005", cause, header.name, fix=fix or own)

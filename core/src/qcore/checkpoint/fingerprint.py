@@ -28,7 +28,7 @@ def fingerprints(layout: Layout, digests: Mapping[str, str]) -> dict[str, str]:
     partial: set[str] = set()
     for item in layout.located.values():
         tensor = item.tensor
-        if item.tied is not None or tensor.name in layout.ties:
+        if item.tied is not None or tensor.name in (*layout.ties, *layout.untied):
             continue
         if tensor.name not in digests:
             partial.add(tensor.part.name)

@@ -113,12 +113,12 @@ def plan_merge(checkpoint: Checkpoint, quantized: Quantization | None = None) ->
     for file, headers in by_file.items():
         kept = [header for header in headers if header.name not in dropped]
         if kept:  # a file of nothing but scales is not written: no index would name it
-            shards[file] = _decoded(_metadata(_head(checkpoint, file, headers)), kept, scales)
+            shards[file] = _decoded(metadata_of(_head(checkpoint, file, headers)), kept, scales)
     path = checkpoint.file(CONFIG)
     with reading(path):
         texts = {CONFIG: without(path.read_text(encoding="utf-8"), SECTION)}
     if checkpoint.index is not None:
-        texts[INDEX] = _index(checkpoint.index, shards)
+        texts[INDEX] = index_text(checkpoint.index, shards)
     return MergePlan(
         shards=shards,
         copied=tuple(name for name in others if name not in (*SIDECARS, CONFIG)),
@@ -157,7 +157,7 @@ def _head(checkpoint: Checkpoint, file: str, headers: list[Header]) -> bytes:
     return head
 
 
-def _metadata(head: bytes) -> Any:
+def metadata_of(head: bytes) -> Any:
     """``__metadata__`` of a header that was parsed before."""
     return json.loads(head[PREFIX:]).get("__metadata__")
 
@@ -169,7 +169,17 @@ def _decoded(metadata: Any, headers: Iterable[Header], scales: Mapping[str, Head
         scale = scales.get(header.name)
         dtype = "BF16" if scale is not None else header.dtype
         patches.append(TensorPatch(header, replace(header, dtype=dtype), scale))
-    patches.sort(key=lambda patch: -DTYPE_BITS[patch.written.dtype])
+    return laid_out(metadata, patches)
+
+
+def laid_out(metadata: Any, patches: Iterable[TensorPatch]) -> Shard:
+    """A file of these tensors, those of wider dtypes first.
+
+    Args:
+        metadata: ``__metadata__`` of the header.
+        patches: its tensors; where they are written is decided here.
+    """
+    patches = sorted(patches, key=lambda patch: -DTYPE_BITS[patch.written.dtype])
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     placed, at = [], 0
     for patch in patches:
@@ -192,16 +202,22 @@ def _decoded(metadata: Any, headers: Iterable[Header], scales: Mapping[str, Head
     )
 
 
-def _index(index: Mapping[str, Any], shards: Mapping[str, Shard]) -> str:
-    """The base's index, of the tensors that are written."""
+def index_text(index: Mapping[str, Any], shards: Mapping[str, Shard]) -> str:
+    """The base's index, of the tensors that are written.
+
+    Args:
+        index: the base's.
+        shards: what is written, by name of the file.
+    """
+    files = {p.written.name: file for file, shard in shards.items() for p in shard.patches}
     written = [patch.written for shard in shards.values() for patch in shard.patches]
-    names = {header.name for header in written}
     metadata = index.get("metadata")
     metadata = dict(metadata) if isinstance(metadata, dict) else {}
     metadata["total_size"] = sum(header.end - header.start for header in written)
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(header.numel for header in written)
-    weights = {name: file for name, file in index["weight_map"].items() if name in names}
+    weights = {name: files[name] for name in index["weight_map"] if name in files}
+    weights |= {name: file for name, file in files.items() if name not in weights}
     return json.dumps({**index, "metadata": metadata, "weight_map": weights}, indent=2) + "\n"
 
 

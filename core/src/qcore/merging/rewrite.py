@@ -1,6 +1,6 @@
 """One pass over the files of a base: every tensor is hashed, and changed or copied.
 
-This file decides how the bytes of a merged shard are computed. A tensor that no pair touches and
+This file decides how the bytes of a merged shard are computed. A tensor that no change touches and
 that is not decoded is copied. The others are read, hashed and summed by worker threads, a few
 tensors ahead of the thread that copies and writes. A stack of experts is processed a few experts
 at a time (a cut), so memory holds the adapter and a few tensors or cuts. Files and their headers
@@ -33,7 +33,9 @@ from ..nn.load import DTYPES, as_bytes, hash_units, read_exact, read_fp8
 from ..plugins.resolve_model import Identified
 from ..reporting import Advance
 from .plan import MergePlan, TensorPatch, plan_merge
+from .quantized_base import incomparable_parts
 from .take_tokenizer import TakenTokenizer
+from .untied_output import untie_output
 
 _AHEAD = WORKERS + 2  # cuts in flight
 _COPY = 8 * 2**20  # bytes in flight when a tensor is only copied
@@ -44,13 +46,15 @@ class _Cut(NamedTuple):
     """A part of a tensor on disk, and the canonical region that it holds.
 
     Attributes:
-        header: of the tensor.
+        name: of the tensor that is written.
+        header: of the tensor that is read.
         scale: its block scales, where it is decoded from FP8.
         rows: of dim 0 of the tensor on disk; ``None`` for all of it, which may be one expert.
         each: bytes of one row.
         region: of the canonical tensor.
     """
 
+    name: str
     header: Header
     scale: Header | None
     rows: slice | None
@@ -77,9 +81,9 @@ class MergePass:
         taken: the tokenizer files that the output takes from the adapter.
         plan: what is written.
         digests: SHA-256 of the base's tensors, by canonical name.
-        done: canonical names of the tensors that a pair was added to.
+        done: canonical names of the tensors that were changed.
         changed: tensors on disk whose bytes differ from those of the base.
-        unchanged: tensors on disk that a pair touches and that round back to those of the base.
+        unchanged: tensors on disk that a change touches and that round back to those of the base.
         parameters: parameters of the changed tensors.
         largest: largest absolute change of one value.
     """
@@ -97,56 +101,61 @@ class MergePass:
     parameters: int = 0
     largest: float = 0.0
     _open: dict[str, TensorDigest] = field(default_factory=dict)
+    _incomparable: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         quantized = self.base.quantization if self.dequantize else None
         self.plan = plan_merge(self.base.checkpoint, quantized)
         if self.taken is not None:
             self.plan = self.taken.apply(self.plan)
+        self.plan = untie_output(self.plan, self.base.checkpoint, self.base.layout)
         self.deltas = Deltas(self.adapter)
+        if not self.dequantize:
+            self._incomparable = incomparable_parts(self.base, self.adapter)
 
     def shard(self, name: str, progress: Advance) -> Iterator[memoryview]:
         """The bytes of one merged shard, in order."""
         path, shard = self.base.checkpoint.file(name), self.plan.shards[name]
         cuts = {
-            patch.source.name: self._cuts(patch)
+            patch.written.name: self._cuts(patch)
             for patch in shard.patches
-            if patch.scale is not None or self._touched(patch.source)
+            if patch.scale is not None or self._touched(patch.written.name)
         }
         with path.open("rb") as file, ThreadPoolExecutor(WORKERS, initializer=single) as pool:
             yield memoryview(shard.head)
-            coming = (cut for patch in shard.patches for cut in cuts.get(patch.source.name, ()))
+            coming = (cut for patch in shard.patches for cut in cuts.get(patch.written.name, ()))
             jobs = [pool.submit(self._change, path, cut) for cut in islice(coming, _AHEAD)]
             for patch in shard.patches:
-                header = patch.source
-                if header.name not in cuts:
+                header, name = patch.source, patch.written.name
+                if name not in cuts:
                     file.seek(header.start)
-                    yield from self._copy(file, header)
+                    yield from self._copy(file, header, name)
                     progress(header.end - header.start)
                     continue
                 moved = 0.0
-                for _ in cuts[header.name]:
+                for _ in cuts[name]:
                     result = jobs.pop(0).result()
                     jobs += [pool.submit(self._change, path, c) for c in islice(coming, 1)]
-                    self._note(header, result.units)
+                    self._note(name, result.units)
                     moved = max(moved, result.moved)
                     yield as_bytes(result.weight)
                     progress(result.weight.nbytes)
-                if self._touched(header):
-                    self._book(header, moved)
+                if self._touched(name):
+                    self._book(name, header, moved)
 
-    def _touched(self, header: Header) -> bool:
-        entry = self._entry(header)
+    def _touched(self, name: str) -> bool:
+        entry = self._entry(name)
         return entry is not None and entry.name in self.adapter.changes
 
-    def _entry(self, header: Header) -> Entry | None:
-        return self.base.layout.by_disk.get(header.name, (None, ()))[0]
+    def _entry(self, name: str) -> Entry | None:
+        """The canonical tensor of a tensor that is written."""
+        return self.base.layout.by_disk.get(name, (None, ()))[0]
 
     def _cuts(self, patch: TensorPatch) -> list[_Cut]:
         """A stack in cuts of some experts, any other tensor in one."""
-        header = patch.source
+        header, name = patch.source, patch.written.name
         every = tuple(slice(0, n) for n in header.shape)
-        _, region = self.base.layout.by_disk.get(header.name, (None, every))
+        _, region = self.base.layout.by_disk.get(name, (None, every))
         first, count = region[0].start, region[0].stop - region[0].start
         each = (header.end - header.start) // count
         step = max(1, _CUT // each) if len(region) > 2 else count
@@ -155,36 +164,55 @@ class MergePass:
             stop = min(at + step, count)
             rows = slice(at, stop) if header.shape[0] == count else None
             there = (slice(first + at, first + stop), *region[1:])
-            cuts.append(_Cut(header, patch.scale, rows, each, there))
+            cuts.append(_Cut(name, header, patch.scale, rows, each, there))
         return cuts
 
-    def _copy(self, file: IO[bytes], header: Header) -> Iterator[memoryview]:
-        """Copy a tensor, and hash it unit by unit."""
-        entry, region = self.base.layout.by_disk.get(header.name, (None, ()))
+    def _copy(self, file: IO[bytes], header: Header, name: str) -> Iterator[memoryview]:
+        """Copy a tensor to one of this name, and hash it unit by unit."""
+        entry, region = self.base.layout.by_disk.get(name, (None, ()))
         size = header.end - header.start
         if entry is None:
             yield from _stream(file, header, size, None)
+            return
+        scale = self._carried_scale(name)
+        if scale is not None:
+            yield from _stream(file, header, size, None)
+            self._hash_decoded(TensorPatch(header, header, scale))
             return
         shape = tuple(part.stop - part.start for part in region)
         units = self._digest(entry).inside(region)
         if not all(in_one_run(unit, shape) for _, unit in units):
             value = torch.empty(shape, dtype=DTYPES[header.dtype])
             read_exact(file, as_bytes(value), header)
-            self._note(header, list(hash_units(self._digest(entry), region, value)))
+            self._note(name, list(hash_units(self._digest(entry), region, value)))
             yield as_bytes(value)
             return
         each = size // header.numel if header.numel else 0
         for number, unit in units:
             digest = hashlib.sha256()
             yield from _stream(file, header, numel(unit) * each, digest)
-            self._note(header, [(number, digest.digest())])
+            self._note(name, [(number, digest.digest())])
+
+    def _carried_scale(self, name: str) -> Header | None:
+        """The scales of a tensor in block FP8 that is copied as it is."""
+        quantized = self.base.quantization
+        return None if quantized is None else quantized.scales.get(name)
+
+    def _hash_decoded(self, patch: TensorPatch) -> None:
+        """Hash the decoded values of a tensor in block FP8: the fingerprint covers those."""
+        name = patch.written.name
+        entry = self._entry(name)
+        assert entry is not None
+        for cut in self._cuts(patch):
+            weight = self._read(self.base.checkpoint.file(patch.source.file), cut)
+            self._note(name, list(hash_units(self._digest(entry), cut.region, weight)))
 
     def _change(self, path: Path, cut: _Cut) -> _Changed:
         """Read one cut, hash it, and add its delta; runs in a worker thread."""
-        header, entry = cut.header, self._entry(cut.header)
+        header, entry = cut.header, self._entry(cut.name)
         weight = self._read(path, cut)
         units = list(hash_units(self._digest(entry), cut.region, weight)) if entry else []
-        if entry is None or not self._touched(header):
+        if entry is None or not self._touched(cut.name):
             if not bool(weight.isfinite().all()):
                 raise self._not_finite(path, header)
             return _Changed(weight, 0.0, units)
@@ -209,9 +237,11 @@ class MergePass:
         """The values of a cut, in the shape of its region; block FP8 is decoded."""
         header, shape = cut.header, [part.stop - part.start for part in cut.region]
         if cut.scale is not None:
-            assert self.plan.block is not None
+            quantized = self.base.quantization
+            assert quantized is not None
+            assert quantized.block is not None
             where = self.base.checkpoint
-            return read_fp8(where, header, cut.scale, self.plan.block, cut.rows).view(shape)
+            return read_fp8(where, header, cut.scale, quantized.block, cut.rows).view(shape)
         dtype = DTYPES.get(header.dtype)
         if dtype is None:
             raise InputError(
@@ -238,9 +268,9 @@ class MergePass:
             fix="download the checkpoint again",
         )
 
-    def _book(self, header: Header, moved: float) -> None:
-        """Count a tensor that a pair was added to."""
-        entry = self._entry(header)
+    def _book(self, name: str, header: Header, moved: float) -> None:
+        """Count a tensor that was changed."""
+        entry = self._entry(name)
         assert entry is not None
         self.done.add(entry.name)
         self.largest = max(self.largest, moved)
@@ -248,7 +278,7 @@ class MergePass:
             self.changed += 1
             self.parameters += header.numel
         else:
-            self.unchanged.append(header.name)
+            self.unchanged.append(name)
 
     def _digest(self, entry: Entry) -> TensorDigest:
         """The digest of a tensor of which not every unit has been read yet."""
@@ -256,9 +286,9 @@ class MergePass:
         # Two threads may both create it: setdefault keeps the first.
         return digest or self._open.setdefault(entry.name, TensorDigest(entry))
 
-    def _note(self, header: Header, units: list[tuple[int, bytes]]) -> None:
+    def _note(self, name: str, units: list[tuple[int, bytes]]) -> None:
         """Add digests of units; compare a complete tensor with what the adapter recorded."""
-        entry = self._entry(header)
+        entry = self._entry(name)
         if entry is None:
             return
         digest = self._digest(entry)
@@ -270,8 +300,11 @@ class MergePass:
         del self._open[entry.name]
         self.digests[entry.name] = whole
         recorded = self.adapter.meta.get("tensors", {}).get(entry.name)
+        carried = self._carried_scale(name) is not None and not self.dequantize
+        if carried and entry.part.name in self._incomparable:
+            return
         if recorded is not None and recorded != whole:
-            raise self._other_base(header.name, f"sha256 {whole[:12]}", f"{recorded[:12]}")
+            raise self._other_base(name, f"sha256 {whole[:12]}", f"{recorded[:12]}")
 
     def _other_base(self, field: str, found: str, expected: str) -> InputError:
         return InputError(
@@ -305,6 +338,8 @@ class MergePass:
             )
         now = fingerprints(self.base.layout, self.digests)
         for part, recorded in self.adapter.fingerprints.items():
+            if part in self._incomparable and self.adapter.meta.get("tensors"):
+                continue  # `_note` has compared each tensor that can be read
             if now.get(part) != recorded:
                 raise self._other_base(f"part '{part}'", str(now.get(part))[:12], recorded[:12])
 

@@ -24,14 +24,15 @@ from ..api.blocks import Packed, Tower
 from ..api.parameters import Kind
 from ..api.records import Modality
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.layout import Located, faults, survey
+from ..checkpoint.layout import Located, survey
+from ..checkpoint.layout_faults import faults
 from ..errors import NumericError, raise_all
 from ..nn.load import place, read_tensor, slabs
 from ..nn.model import Model
 from ..nn.moe.experts import Experts
 from ..nn.qlora.lora_layer import Lora, LoraLayer
 from ..plugins.resolve_model import Identified
-from .disk_rows import blocks, gather, is_rounded, rows_of
+from .disk_rows import blocks, gather, is_rounded, read_or_stand_in, rows_of
 from .folds import Folds
 from .routes import moved, routes
 
@@ -87,6 +88,7 @@ class Streams:
             if base.layout.loads(item.tensor.part)
         }
         self.tower_effect: float | None = None
+        self.stand_ins = sum(item.packed is not None for item in self.loaded.values())
         self.progress = progress
         self.deltas = deltas
         lora = {
@@ -187,7 +189,7 @@ class Streams:
         for name, parameter in self.model.named_parameters():
             rest = name != self.model.head_name and not name.startswith(prefixes)
             if parameter.is_meta and rest and name in self.loaded:
-                self._place(name, read_tensor(self.checkpoint, self.loaded[name]))
+                self._place(name, read_or_stand_in(self.checkpoint, self.loaded[name]))
 
     def _check_layer(
         self, prefix: str, x: Tensor, adapted: Tensor, merged: Tensor, moved: Tensor | None
@@ -288,6 +290,7 @@ class Streams:
             "scale": scale,
             "rerouted": float(self.rerouted),
             **({} if self.tower_effect is None else {"tower_effect": self.tower_effect}),
+            **({"stand_ins": float(self.stand_ins)} if self.stand_ins else {}),
         }
 
     def _batch(self) -> Packed:
@@ -318,7 +321,7 @@ class Streams:
 
         def read(prefix: str) -> dict[str, Tensor]:
             return {
-                name: read_tensor(self.checkpoint, item).float()
+                name: read_or_stand_in(self.checkpoint, item).float()
                 for name, item in self.loaded.items()
                 if name.startswith(f"{prefix}.") and item.tensor.row.kind is not Kind.EXPERTS
             }
@@ -360,7 +363,7 @@ class Streams:
 
     def _reader(self, item: Located) -> Callable[[int], Tensor]:
         def read(expert: int) -> Tensor:
-            return read_tensor(self.checkpoint, item, slice(expert, expert + 1))[0].float()
+            return read_or_stand_in(self.checkpoint, item, slice(expert, expert + 1))[0].float()
 
         return read
 

@@ -15,9 +15,11 @@ from ..api.parameters import Table
 from ..api.records import AdapterClaim, ChatFormat, Modality
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.hub import resolve_model
-from ..checkpoint.layout import Layout, faults, survey
+from ..checkpoint.layout import Layout, survey
+from ..checkpoint.layout_faults import faults
 from ..checkpoint.quantization_formats import Quantization, detect_quantization
 from ..checkpoint.ties import tie_problems
+from ..checkpoint.untied import untied
 from ..errors import InputError, PluginError, QcoreError, raise_all
 from ..skus.registry import refuse_hosted
 from .detect import Decision
@@ -79,6 +81,10 @@ class Identified:
     def quantizing(self, groups: Collection[str]) -> Identified:
         """The same for a run that holds these groups in 4 bit too."""
         return replace(self, layout=replace(self.layout, in_nf4=frozenset(groups)))
+
+    def untying(self) -> Identified:
+        """The same for a run in which a tied head gets values of its own."""
+        return replace(self, layout=untied(self.layout))
 
     def using_parts(self, parts: Collection[str]) -> Identified:
         """The same for a run that loads the towers among `parts`."""
@@ -143,7 +149,12 @@ def classes_of(config: Mapping[str, Any]) -> list[str]:
 
 
 def identify(
-    model: str, *, generation: str = "", tolerant: bool = False, headers_only: bool = False
+    model: str,
+    *,
+    generation: str = "",
+    tolerant: bool = False,
+    headers_only: bool = False,
+    carry: bool = False,
 ) -> Identified:
     """Find, read and explain a model.
 
@@ -152,6 +163,7 @@ def identify(
         generation: accepted only where evidence is missing, never against it.
         tolerant: keep unexplained tensors as `Identified.problems`, for reports.
         headers_only: leave the weights of a hub id on the hub; then no tensor can be read.
+        carry: accept weights in a format that qcore does not decode, because the run copies them.
 
     Raises:
         QcoreError: whatever the model folder, the plugins or detection have to say.
@@ -163,6 +175,8 @@ def identify(
     )
     plugins, decision, table = _explained(checkpoint, generation)
     quantization, refused = _quantization(checkpoint)
+    if carry and quantization is not None and quantization.carried:
+        refused = None
     layout, problems = survey(table, checkpoint, suggest=refused is None)
     layout = replace(layout, idle=frozenset(one.name for one in decision.modalities))
     if refused is not None:

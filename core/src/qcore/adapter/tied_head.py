@@ -1,0 +1,85 @@
+"""What the changes of an adapter do to a head that is tied to the embedding.
+
+This file decides whether base + adapter still has one weight for both. PEFT trains the two apart,
+except for ``trainable_token_indices``, which it gives to both, and with ``ensure_weight_tying``,
+under which both have the same matrices or values. Where the two differ, the model is untied: the
+head is written as a tensor of its own. PEFT's ``merge_and_unload`` adds both changes to the one
+weight, which is not what the adapter computes. It imports no torch.
+
+Code: ``QC-ADAPTER-005`` the two changes contradict each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from ..api.parameters import Tensor as TableTensor
+from ..checkpoint.layout import Layout
+from .changes import Change, Pair, Replacement
+from .findings import Findings
+
+#: Whether two changes have the same effect on weights with the same values.
+Same = Callable[[Change, Change], bool]
+
+
+class Settled(NamedTuple):
+    """The changes of an adapter, where embedding and head are one weight or two.
+
+    Attributes:
+        changes: by canonical name; of a head that stays tied there is none.
+        untied: whether the head gets values of its own.
+    """
+
+    changes: Mapping[str, Change]
+    untied: bool = False
+
+
+def settle_tie(
+    changes: Mapping[str, Change], layout: Layout, same: Same | None, findings: Findings
+) -> Settled:
+    """Decide what the changes of an adapter do to a tied head.
+
+    Args:
+        changes: what the adapter changes, by canonical name.
+        layout: the base.
+        same: compares two changes; ``None``: they are taken to differ.
+        findings: receives the error.
+    """
+    head = next((t for t in layout.table if t.row.group == "head" and t.row.tie), None)
+    if head is None or head.row.tie is None:
+        return Settled(changes)
+    mine, embedding = changes.get(head.name), changes.get(head.row.tie)
+    if mine is None and embedding is None:
+        return Settled(changes)
+    rows = _rows(embedding)
+    if rows is not None and (mine is None or isinstance(mine, Pair)):
+        if mine is None and isinstance(embedding, Replacement):
+            return Settled(changes)  # PEFT gives the rows to both
+        mine = _with_rows(head, mine, rows)
+    elif rows is not None and isinstance(mine, Replacement) and mine.rows is None:
+        findings.problem(
+            "QC-ADAPTER-005",
+            "is a saved copy of a tied head, and the embedding has trained rows",
+            mine.values.name,
+            fix="train again with one of the two",
+        )
+        return Settled(changes)
+    if mine is not None and embedding is not None and same is not None and same(embedding, mine):
+        return Settled({name: c for name, c in changes.items() if name != head.name})
+    return Settled({**changes, **({} if mine is None else {head.name: mine})}, untied=True)
+
+
+def _rows(change: Change | None) -> Replacement | None:
+    """Return the rows of the embedding that an adapter replaces."""
+    saved = change.under if isinstance(change, Pair) else change
+    return saved if saved is not None and saved.rows is not None else None
+
+
+def _with_rows(head: TableTensor, change: Change | None, rows: Replacement) -> Change:
+    """Return the change of a head with the trained rows of the embedding below it."""
+    own = replace(rows, tensor=head)
+    if not isinstance(change, Pair):
+        return own
+    return change if change.under is not None else replace(change, under=own)
