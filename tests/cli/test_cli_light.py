@@ -172,6 +172,7 @@ OPTIONS: dict[str, list[str]] = {
         "FOLDER", "--adapter", "--against", "--debug", "--generation", "--json", "--model",
         "--prompts", "--stock-class",
     ],
+    "adapter diff": ["A", "B", "--debug", "--json"],
     "adapter show": ["ADAPTER", "--debug", "--generation", "--json", "--model", "--norms"],
     "plugins list": ["--debug", "--json"],
     "presets list": ["--debug", "--json"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .adapter_diff import diff
 from .adapter_show import show
 
 
@@ -12,5 +13,5 @@ def command() -> None:
     """See what an adapter holds, compare two, or extract one from two models."""
 
 
-for verb in (show,):
+for verb in (show, diff):
     command.add_command(verb)

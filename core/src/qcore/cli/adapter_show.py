@@ -30,7 +30,7 @@ def show(adapter: str, model: str | None, generation: str, norms: bool, as_json:
         from ..errors import UsageError
 
         raise UsageError(
-            "QC-CLI-010", "has no effect without a base", field="--generation", fix="pass --model"
+            "QC-CLI-011", "has no effect without a base", field="--generation", fix="pass --model"
         )
     report = show_adapter(adapter, model=model, generation=generation, norms=norms)
     if as_json:
