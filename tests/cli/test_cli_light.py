@@ -173,6 +173,10 @@ OPTIONS: dict[str, list[str]] = {
         "--prompts", "--stock-class",
     ],
     "adapter diff": ["A", "B", "--debug", "--json"],
+    "adapter extract": [
+        "--adapter-class", "--base", "--debug", "--generation", "--json", "--model", "--output",
+        "--partial", "--rank",
+    ],
     "adapter show": ["ADAPTER", "--debug", "--generation", "--json", "--model", "--norms"],
     "plugins list": ["--debug", "--json"],
     "presets list": ["--debug", "--json"],

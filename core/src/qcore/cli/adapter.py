@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .adapter_diff import diff
+from .adapter_extract import extract
 from .adapter_show import show
 
 
@@ -13,5 +14,5 @@ def command() -> None:
     """See what an adapter holds, compare two, or extract one from two models."""
 
 
-for verb in (show, diff):
+for verb in (show, diff, extract):
     command.add_command(verb)
