@@ -92,11 +92,13 @@ def read_adapter(
         check_consent(folder, config, base, trust_base)
     raise_all(check_config(folder / CONFIG, config))
     notes = check_generation(folder, config, base, trust_generation) if base and not meta else []
-    headers, recognized, claimed, renamed = _headers(folder, layout, claims)
+    headers, claim, renamed = _headers(folder, layout, claims)
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
     own = None if equal is None else partial(equal, folder)
     findings = Findings(weights_place(folder))
-    matcher = Matcher(findings, config, headers, layout, claimed, said, own)
+    claimed = {weight for weight, _ in claim.names.values()} if claim else ()
+    pieces = claim.pieces if claim else ()
+    matcher = Matcher(findings, config, headers, layout, claimed, pieces, said, own)
     settled = settle_tie(
         matcher.changes(), layout, None if same is None else partial(same, folder), findings
     )
@@ -112,7 +114,7 @@ def read_adapter(
         changes=settled.changes,
         namespace=matcher.namespace,
         meta=meta,
-        layout=recognized[0].layout if recognized else "peft",
+        layout=claim.layout if claim else "peft",
         trunk=trunk_part(layout.table).name,
         notes=(*edits, *notes, *renamed, *findings.notes),
         untied=settled.untied,
@@ -121,13 +123,12 @@ def read_adapter(
 
 def _headers(
     folder: Path, layout: Layout, claims: Claims | None
-) -> tuple[dict[str, Header], Sequence[AdapterClaim], set[str], list[str]]:
-    """Return the headers by PEFT's names, a plugin's claim, the weights it claims, and notes."""
+) -> tuple[dict[str, Header], AdapterClaim | None, list[str]]:
+    """Return the headers by PEFT's names, a plugin's claim, and notes."""
     where = weights_place(folder)
     headers = {header.name: header for header in adapter_headers(folder)}
-    recognized = claims({name: h.shape for name, h in headers.items()}) if claims else []
+    plain, notes = without_wrappers(where, headers, layout)
+    recognized = claims({name: h.shape for name, h in plain.items()}) if claims else []
     if not recognized:
-        plain, notes = without_wrappers(where, headers, layout)
-        return plain, recognized, set(), notes
-    claimed = {weight for weight, _ in recognized[0].names.values()}
-    return translated(where, headers, recognized, layout), recognized, claimed, []
+        return plain, None, notes
+    return translated(where, plain, recognized, layout), recognized[0], notes

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     )
     from .records import (
         AdapterClaim,
+        AdapterPiece,
         Architecture,
         ChatFormat,
         Claim,
@@ -76,6 +77,7 @@ __all__ = [
     "NF4",
     "PARAMETER",
     "AdapterClaim",
+    "AdapterPiece",
     "Aim",
     "Architecture",
     "BuildContext",

@@ -49,6 +49,13 @@ class LossCounts:
     changed: int = 0
     characters: int = 0
 
+    def __reduce__(self) -> tuple[type[LossCounts], tuple[int, ...]]:
+        """Pickle it by position: a process sends one for each row."""
+        return LossCounts, (
+            self.turns, self.other_prompts, self.reasonings, self.lost, self.lost_tokens,
+            self.changed, self.characters,
+        )  # fmt: skip
+
     def add(self, other: LossCounts) -> None:
         """Add those of other rows."""
         self.turns += other.turns
