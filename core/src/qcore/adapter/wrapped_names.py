@@ -105,9 +105,12 @@ def without_wrappers(
 
 
 def plain_name(name: str) -> str:
-    """Return the name that PEFT gives a tensor; a name of another kind stays as it is."""
+    """Return a tensor's name without wrappers and adapter name, with PEFT's prefix once.
+
+    Names that an adapter does not have, and those of saved weights, stay as they are.
+    """
     own = _parsed(name)
-    return str(own) if own is not None and own.end else name
+    return name if own is None or not own.end else str(own)
 
 
 def _parsed(name: str) -> _Name | None:

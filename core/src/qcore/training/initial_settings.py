@@ -99,7 +99,7 @@ def adapter_settings(
 
 def _check_fit(adapter: Adapter) -> bool:
     """Refuse an adapter that is more than LoRA or DoRA; return whether it has DoRA."""
-    dora = {name for name, pair in adapter.pairs.items() if pair.magnitude is not None}
+    dora = {name for name, pair in adapter.pairs.items() if pair.has_magnitude}
     if unfit := adapter.folded - dora:
         raise _unfit(
             adapter,
