@@ -234,7 +234,8 @@ def coverage(model: Model, layout: Layout) -> list[Coverage]:
                 modules=len(of_group),
                 hit=len(with_lora),
                 parameters=numel,
-                trained=sum(p.numel() for m in with_lora for p in m.factors),
+                trained=sum(p.numel() for m in with_lora for p in m.factors)
+                + sum(p.numel() for p in model.beside_adapters() if model.embed_name in layers),
                 four_bit=sum(
                     entry.numel
                     for entry in of_group

@@ -91,6 +91,7 @@ def peft_config(
     revision: str | None,
     namespace: Namespace,
     classes: Sequence[str] = (),
+    token_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Return the content of ``adapter_config.json``, as PEFT 0.21 reads it.
 
@@ -108,6 +109,7 @@ def peft_config(
         revision: commit of the base on the hub; ``None`` for a folder.
         namespace: the class that the adapter is written for.
         classes: ``architectures`` of config.json.
+        token_ids: rows of the embedding that the adapter replaces.
     """
     tensors = [layout.table[name] for name in chosen]
     modules = [tensor for tensor in tensors if tensor.row.kind is Kind.LINEAR]
@@ -130,6 +132,7 @@ def peft_config(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
+        **({"trainable_token_indices": list(token_ids)} if token_ids else {}),
         "rank_pattern": _pattern(tensors, namespace, ranks, r),
         "alpha_pattern": _pattern(tensors, namespace, alphas, lora_alpha),
         "target_modules": sorted(target_name(tensor, namespace) for tensor in modules),

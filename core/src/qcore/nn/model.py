@@ -32,6 +32,7 @@ from .qlora.lora_layer import Lora, LoraLayer
 from .qlora.nf4 import dequantize
 from .qlora.stacked_linear import Stacked
 from .recompute import run_layers
+from .token_rows import TokenRows, tied_cross_entropy_sum
 
 Numbers = Mapping[str, Lora]  #: LoRA's numbers by canonical name of the weight
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -147,9 +148,12 @@ class Model(nn.Module):
             this run loads none.
         lora_layers: the maps that the context created, by canonical name of the weight.
         head_name: canonical name of the tensor that scores the vocabulary.
+        embed_name: canonical name of the embedding of tokens.
+        token_rows: its rows that are trained; ``None`` if there are none.
 
     Args (beside the first ones):
         modality: its tower is built if the layout loads its part.
+        token_ids: rows of the embedding that are trained (`token_rows`).
     """
 
     trunk: GuardedTrunk
@@ -165,6 +169,7 @@ class Model(nn.Module):
         backends: Backends | None = None,
         *,
         modality: Modality | None = None,
+        token_ids: Sequence[int] = (),
     ) -> None:
         super().__init__()
         backends = backends or References()
@@ -187,6 +192,12 @@ class Model(nn.Module):
                 fix="report this to the plugin's author",
             )
         self.head_name = head.row.tie or head.name
+        self.embed_name = next(
+            (e.name for e in layout.table if e.part is head.part and e.row.group == "embed"), ""
+        )
+        self.token_rows: TokenRows | None = None
+        if token_ids:
+            self.token_rows = TokenRows(token_ids, layout.table[self.embed_name].shape[1])
         if head.row.tie is None:
             context.used.add(head.name)
             holder = nn.Module()
@@ -238,7 +249,9 @@ class Model(nn.Module):
     def trains_trunk(self) -> bool:
         """Whether a map outside the tower carries LoRA."""
         of_tower = set(self._of_tower())
-        return any(module not in of_tower for _, module in self.adapters())
+        return self.token_rows is not None or any(
+            module not in of_tower for _, module in self.adapters()
+        )
 
     def _of_tower(self) -> Iterable[nn.Module]:
         return () if self.tower is None else self.tower.module.modules()
@@ -253,6 +266,10 @@ class Model(nn.Module):
         for name, module in self.lora_layers.items():
             if module.lora is not None:
                 yield name, module
+
+    def beside_adapters(self) -> list[nn.Parameter]:
+        """Trained parameters that belong to no map."""
+        return [] if self.token_rows is None else [self.token_rows.trainable_tokens_delta]
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of each trained parameter, in a fixed order."""
@@ -288,7 +305,11 @@ class Model(nn.Module):
             batch: the pack.
             recompute: as in `media`.
         """
+        if self.token_rows is not None:
+            self.token_rows.write(self.get_parameter(self.embed_name))
         x = self.trunk.embed(batch)
+        if self.token_rows is not None:
+            x = self.token_rows.attach(x, batch.ids)
         if batch.media is None:
             return x
         embeddings = self.media(batch.media, recompute=recompute).to(x.dtype)
@@ -329,7 +350,21 @@ class Model(nn.Module):
         where = batch.supervised()
         hidden = self.hidden(batch, recompute=recompute).index_select(0, where)
         wanted = batch.targets.index_select(0, where)
-        return self._cross_entropy(hidden, self.head, wanted, chunk or None)
+        return self.token_loss(hidden, wanted, chunk)
+
+    def token_loss(self, hidden: Tensor, targets: Tensor, chunk: int = 0) -> Tensor:
+        """Sum of the cross entropy over positions.
+
+        Args:
+            hidden: what the head reads of them, ``[S, H]``.
+            targets: ``[S]``.
+            chunk: as in `loss`.
+        """
+        if self.token_rows is not None and self.head_name == self.embed_name:
+            return tied_cross_entropy_sum(
+                hidden, self.head, targets, self.token_rows, chunk or None
+            )
+        return self._cross_entropy(hidden, self.head, targets, chunk or None)
 
     def logits(self, batch: Packed) -> Tensor:
         """All logits ``[T, V]``; for generation and for tests, never in training."""

@@ -143,6 +143,7 @@ def meta_model(
     *,
     quantize: bool,
     device: str,
+    token_ids: Sequence[int] = (),
 ) -> tuple[Model, object]:
     """Build the model on the meta device, with weights, gradients and optimizer state.
 
@@ -153,6 +154,7 @@ def meta_model(
         backends: the kernel backends.
         quantize: whether weights that can be are stored in 4 bits.
         device: ``cuda`` or ``cpu``; decides which optimizer state the run would have.
+        token_ids: rows of the embedding that are trained.
 
     Returns:
         The model and its optimizer state.
@@ -166,6 +168,7 @@ def meta_model(
         lora,
         backends,
         modality=identified.modality,
+        token_ids=token_ids,
     )
     modules = dict(model.named_modules())
     for item in layout.located.values():
@@ -177,9 +180,12 @@ def meta_model(
         assert module.lora is not None
         values = [torch.empty(factor.shape, device=META) for factor in module.factors]
         module.set_lora(*values, trained=True)
+    if model.token_rows is not None:
+        shape = model.token_rows.trainable_tokens_delta.shape
+        model.token_rows.reset(torch.empty(shape, device=META))
     model.train()
     if device == "cuda":
-        return model, FlatAdamW(adapters, lr=0.0, weight_decay=0.0)
+        return model, FlatAdamW(adapters, model.beside_adapters(), lr=0.0, weight_decay=0.0)
     moments = []
     for _, parameter in model.trainable():
         parameter.grad, *pair = (torch.empty(parameter.shape, device=META) for _ in range(3))

@@ -391,4 +391,5 @@ def _make(
     return meta_model(
         identified, DTYPES[settings.dtype], lora, taken.wrapped(trace.named),
         quantize=settings.quantization == "nf4", device=device,
+        token_ids=settings.trainable_token_indices,
     )  # fmt: skip

@@ -4,8 +4,9 @@ This file decides which settings are checked against config, headers and templat
 read: the class of the adapter, the router loss, groups in 4 bit, template variables.
 `qcore.adapter.targets` checks the LoRA groups.
 
-Codes: ``QC-LORA-004`` a group that cannot be stored in 4 bit, ``QC-TRAIN-007`` no router; those of
-`qcore.adapter.peft_names` and `qcore.data.rendering.template_kwargs`.
+Codes: ``QC-LORA-004`` a group that cannot be stored in 4 bit, ``-006`` a token without a row,
+``QC-TRAIN-007`` no router; those of `qcore.adapter.peft_names` and
+`qcore.data.rendering.template_kwargs`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..adapter.peft_names import trunk_part
 from ..adapter.written_config import choose_class
 from ..api.parameters import Kind, Store
 from ..data.rendering.template_kwargs import SETTING, check_variables
@@ -27,7 +29,7 @@ def unsuitable(found: Identified, settings: Mapping[str, Any]) -> Iterator[Qcore
         found: the model.
         settings: the run's settings by name; absent ones are not checked.
     """
-    for judge in (_adapter_class, _router, _quantized, _variables):
+    for judge in (_adapter_class, _router, _quantized, _tokens, _variables):
         try:
             judge(found, settings)
         except QcoreError as error:
@@ -82,6 +84,24 @@ def _quantized(found: Identified, settings: Mapping[str, Any]) -> None:
                 expected="quantization=nf4" if off else " or ".join(known) or "no group",
                 fix="remove it",
             )
+
+
+def _tokens(found: Identified, settings: Mapping[str, Any]) -> None:
+    """Check that each token whose row is trained has a row in the embedding."""
+    trunk = trunk_part(found.layout.table)
+    rows = next(
+        (e.shape[0] for e in found.layout.table if e.part is trunk and e.row.group == "embed"), 0
+    )
+    beyond = [token for token in settings.get("trainable_token_indices", ()) if token >= rows]
+    if beyond:
+        raise UsageError(
+            "QC-LORA-006",
+            "names a token that has no row in the embedding of this base",
+            field="trainable_token_indices",
+            found=beyond[0],
+            expected=f"ids below {rows}",
+            fix="leave the token out, or resize the embedding of the base with transformers first",
+        )
 
 
 def _variables(found: Identified, settings: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..adapter.peft_config import DESCRIPTIVE
-from ..adapter.peft_names import CONFIG, LAYOUT, WEIGHTS, stems
+from ..adapter.peft_names import CONFIG, LAYOUT, WEIGHTS, stems, target_name
 from ..adapter.written_config import peft_config
 from ..api.parameters import Namespace
 from ..checkpoint.fingerprint import fingerprints
@@ -45,6 +45,10 @@ from .run import Run
 OPTIMIZER = "optimizer.safetensors"
 METRICS = "metrics.jsonl"
 CARD = "README.md"
+#: The trained rows of the embedding: name of the parameter here, and its end in PEFT's file.
+TOKEN_ROWS, PEFT_ROWS = (
+    f"{module}.trainable_tokens_delta" for module in ("token_rows", "token_adapter")
+)
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -313,6 +317,8 @@ class RunFiles:
             own = name.removesuffix(".weight")
             names |= {f"{own}.lora_{side}": f"{stem}.lora_{side}.weight" for side in "AB"}
             names[f"{own}.lora_magnitude_vector"] = f"{stem}.lora_magnitude_vector"
+        embedding = target_name(table[self.model.embed_name], self.namespace)
+        names[TOKEN_ROWS] = f"base_model.model.{embedding.removesuffix('.weight')}.{PEFT_ROWS}"
         return names
 
     def _base(self) -> tuple[str, str | None]:
@@ -357,6 +363,7 @@ class RunFiles:
             base=source,
             revision=revision,
             namespace=self.namespace,
+            token_ids=settings.trainable_token_indices,
             classes=classes_of(base.checkpoint.config),
         )
         out.write_json(CONFIG, config, editable=DESCRIPTIVE)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from ..adapter.changes import Pair
+from ..adapter.changes import Pair, Replacement
 from ..adapter.peft_names import CONFIG, Adapter, target_name
 from ..api.parameters import Aim
 from ..checkpoint.checkpoint import read_json
@@ -53,7 +53,7 @@ def adapter_settings(
             settings do not allow.
         UsageError: ``QC-TRAIN-011`` an explicit setting contradicts the adapter.
     """
-    dora = _check_fit(adapter)
+    dora, rows = _check_fit(adapter)
     rslora = read_json(adapter.path / CONFIG).get("use_rslora") is True
     numbers = _numbers(adapter, layout, rslora=rslora)
     groups = {name: _usual(list(of_group.values())) for name, of_group in numbers.items()}
@@ -77,6 +77,7 @@ def adapter_settings(
             ),
             use_rslora=rslora,
             use_dora=dora,
+            trainable_token_indices=rows,
             rank_pattern=Entries(_pattern(adapter, numbers, groups, lambda own: own.r)),
             alpha_pattern=Entries(_pattern(adapter, numbers, groups, lambda own: own.alpha)),
             adapter_class=_class(adapter, settings, explicit),
@@ -97,18 +98,32 @@ def adapter_settings(
     return chosen
 
 
-def _check_fit(adapter: Adapter) -> bool:
-    """Refuse an adapter that is more than LoRA or DoRA; return whether it has DoRA."""
+def _check_fit(adapter: Adapter) -> tuple[bool, tuple[int, ...]]:
+    """Refuse an adapter with changes that are not trained.
+
+    Returns:
+        Whether it has DoRA, and the rows of the embedding that it replaces.
+    """
     dora = {name for name, pair in adapter.pairs.items() if pair.has_magnitude}
-    if unfit := adapter.folded - dora:
+    rows = trained_rows(adapter)
+    known = dora if rows is None else dora | {rows.tensor.name}
+    if (unfit := adapter.folded - known) or not adapter.pairs:
         raise _unfit(
             adapter,
-            "has changes that training cannot continue",
-            field=min(unfit),
+            "has changes that training cannot continue" if unfit else "has no LoRA",
+            field=min(unfit, default=None),
             found=f"saved values or LoRA at {len(unfit)} heads, embeddings or other weights",
-            expected="LoRA or DoRA on linear layers",
+            expected="LoRA or DoRA on linear layers, and rows of the embedding",
         )
-    return bool(dora)
+    return bool(dora), () if rows is None or rows.rows is None else rows.rows
+
+
+def trained_rows(adapter: Adapter) -> Replacement | None:
+    """The rows of the embedding that an adapter replaces; ``None`` if there are none."""
+    for change in adapter.changes.values():
+        if isinstance(change, Replacement) and change.tensor.row.group == "embed" and change.rows:
+            return change
+    return None
 
 
 def _class(adapter: Adapter, settings: Settings, explicit: Collection[str]) -> str:
@@ -228,7 +243,9 @@ def _check_kind(
     adapter: Adapter, settings: Settings, explicit: Collection[str], chosen: Settings
 ) -> None:
     """Compare explicit settings of the kind of LoRA, and patterns, with the adapter's."""
-    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+    for key in (
+        "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "trainable_token_indices",
+    ):  # fmt: skip
         if key in explicit and getattr(settings, key) != getattr(chosen, key):
             shown = (str(getattr(each, key)).lower() for each in (settings, chosen))
             raise _contradicts(adapter, key, *shown)

@@ -10,18 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor
 
 from ..adapter.targets import Coverage, coverage, lora_targets
 from ..adapter.written_config import choose_class
+from ..api.blocks import Packed
 from ..api.parameters import Namespace, Store
 from ..checkpoint.fingerprint import fingerprints
-from ..errors import Interrupted, NumericError
+from ..errors import Interrupted, NumericError, PluginError
 from ..io.stop_signals import StopSignals
 from ..nn.device import DTYPES
 from ..nn.load import load
 from ..nn.model import Model
 from ..nn.qlora.lora_layer import Lora, LoraLayer
+from ..nn.token_rows import TokenRows
 from ..plugins.resolve_model import Identified, classes_of
 from ..reporting import Advance
 from .checkpoints import RunFiles
@@ -59,6 +62,7 @@ def load_base(run: Run, stop: StopSignals) -> Loaded:
     model = Model(
         run.model.decision.architecture, run.model.checkpoint.config, run.model.layout,
         DTYPES[run.settings.dtype], chosen, run.kernels, modality=run.model.modality,
+        token_ids=run.settings.trainable_token_indices,
     )  # fmt: skip
     digests = _stream(run, model, stop)
     start = _start(run, model, digests)
@@ -78,6 +82,8 @@ def load_base(run: Run, stop: StopSignals) -> Loaded:
 
 def _start(run: Run, model: Model, digests: Mapping[str, str]) -> Mapping[str, Tensor] | None:
     """Set the matrices that the run starts with; returns B of the initial adapter."""
+    if model.token_rows is not None:
+        _start_rows(model, model.token_rows)
     if run.initial is None:
         for name, module in model.adapters():
             module.reset_lora(name, run.settings.seed, run.device)
@@ -86,6 +92,26 @@ def _start(run: Run, model: Model, digests: Mapping[str, str]) -> Mapping[str, T
         return None
     run.initial.check_base(run.model, fingerprints(run.model.layout, digests))
     return run.initial.load_into(model, run.device)
+
+
+@torch.no_grad()
+def _start_rows(model: Model, rows: TokenRows) -> None:
+    """Start the trained rows of the embedding from the base's.
+
+    Raises:
+        PluginError: ``QC-MODEL-005`` what the trunk reads of a token is not its row.
+    """
+    embedding = model.get_parameter(model.embed_name)
+    ids = rows.index(embedding)
+    values = embedding.index_select(0, ids)
+    rows.reset(values)
+    if not torch.equal(model.trunk.embed(Packed.of([ids])), values.to(model.dtype)):
+        raise PluginError(
+            "QC-MODEL-005",
+            "is not what the trunk reads of a token, so that its rows cannot be trained",
+            field=model.embed_name,
+            fix="set trainable_token_indices to an empty list",
+        )
 
 
 def _check_magnitude(name: str, module: LoraLayer) -> None:
