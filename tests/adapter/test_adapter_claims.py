@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from qcore.adapter.reader import read_adapter
-from qcore.api.records import AdapterClaim
+from qcore.api.adapter_claims import AdapterClaim
 from qcore.errors import InputError
 from qcore.plugins.resolve_model import Identified, identify
 from qcore_qwen35.tiny import write

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..api.adapter_claims import AdapterClaim
 from ..api.parameters import Kind
-from ..api.records import AdapterClaim
 from ..checkpoint.checkpoint import Header
 from ..checkpoint.layout import Layout
 from ..errors import InputError

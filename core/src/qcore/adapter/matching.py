@@ -16,9 +16,9 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from ..api.adapter_claims import AdapterClaim, AdapterPiece
 from ..api.parameters import Kind, Namespace
 from ..api.parameters import Tensor as TableTensor
-from ..api.records import AdapterPiece
 from ..checkpoint.checkpoint import Header
 from ..checkpoint.layout import Layout
 from .changes import Change, Pair, Piece
@@ -41,8 +41,7 @@ class Matcher:
         config: content of adapter_config.json.
         headers: the adapter's tensors by PEFT's names.
         layout: the base.
-        claimed: canonical names of the weights that a plugin's claim names.
-        pieces: the modules that a plugin's claim assigns to parts of weights.
+        claim: what a plugin says of the tensors; ``None`` without a claim.
         said: what the files say about the layout of experts.
         equal: whether a tensor has the values of a weight of the base; ``None`` takes every saved
             weight as changed.
@@ -60,8 +59,7 @@ class Matcher:
         config: Mapping[str, Any],
         headers: dict[str, Header],
         layout: Layout,
-        claimed: Collection[str] = (),
-        pieces: Sequence[AdapterPiece] = (),
+        claim: AdapterClaim | None = None,
         said: Sequence[Statement] = (),
         equal: Equal | None = None,
     ) -> None:
@@ -70,7 +68,8 @@ class Matcher:
         self._findings = findings
         self.config = config
         self.headers = headers
-        self.claimed = claimed
+        #: The weights that the claim names, with PEFT's shapes.
+        self.claimed = {weight for weight, _ in claim.names.values()} if claim else set()
         self.every = [
             tensor
             for tensor in layout.table
@@ -87,7 +86,7 @@ class Matcher:
         self.modules = {target_name(tensor, self.namespace): tensor for tensor in self.maps}
         vocabulary = [t for t in layout.table if t.row.group in ("embed", "head")]
         self.vocabulary = [target_name(tensor, self.namespace) for tensor in vocabulary]
-        self.pieces = self._pieces(pieces)
+        self.pieces = self._pieces(claim.pieces if claim else ())
         parts = [_path(piece.module) for own in self.pieces.values() for piece in own]
         self.numbers = NumberPatterns(
             findings.path.parent / CONFIG, config, [*self.modules, *self.vocabulary, *parts]

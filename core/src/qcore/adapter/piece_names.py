@@ -17,9 +17,9 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
+from ..api.adapter_claims import AdapterPiece
 from ..api.parameters import Kind, Namespace
 from ..api.parameters import Tensor as TableTensor
-from ..api.records import AdapterPiece
 from ..checkpoint.checkpoint import Header
 from .findings import Findings
 from .peft_names import namespace_of

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from ..api.records import AdapterClaim
+from ..api.adapter_claims import AdapterClaim
 from ..checkpoint.checkpoint import Header, read_json, safe_file
 from ..checkpoint.layout import Layout
 from ..errors import one_of_each, raise_all
@@ -71,12 +71,8 @@ def read_adapter(
         same: whether two changes of the folder have the same effect; ``None`` takes every two as
             different.
 
-    Returns:
-        The adapter; no values have been read.
-
     Raises:
-        InputError: as `locate_adapter`; or the folder is not an adapter of this base: see the
-            codes of this module.
+        InputError: as `locate_adapter`, or one of the codes of this module.
         TrustError: ``QC-ADAPTER-009`` the adapter has no fingerprint of its base, and
             `trust_base` is not set; ``-015`` it names a base of another generation, and
             `trust_generation` is not set.
@@ -91,14 +87,9 @@ def read_adapter(
     notes = check_generation(folder, config, base, trust_generation) if base and not meta else []
     headers, claim, renamed = _headers(folder, layout, claims)
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
-    own = None if equal is None else partial(equal, folder)
     findings = Findings(weights_place(folder))
-    claimed = {weight for weight, _ in claim.names.values()} if claim else ()
-    pieces = claim.pieces if claim else ()
-    matcher = Matcher(findings, config, headers, layout, claimed, pieces, said, own)
-    settled = settle_tie(
-        matcher.changes(), layout, None if same is None else partial(same, folder), findings
-    )
+    matcher = Matcher(findings, config, headers, layout, claim, said, _within(equal, folder))
+    settled = settle_tie(matcher.changes(), layout, _within(same, folder), findings)
     check_complete(folder, meta, settled.changes, layout)
     raise_all(one_of_each(findings.problems))
     return Adapter(
@@ -113,6 +104,11 @@ def read_adapter(
         notes=(*edits, *notes, *renamed, *findings.notes),
         untied=settled.untied,
     )
+
+
+def _within(compare: Callable[..., bool] | None, folder: Path) -> Callable[..., bool] | None:
+    """Return a comparison of tensors of a folder."""
+    return None if compare is None else partial(compare, folder)
 
 
 def _headers(

@@ -104,6 +104,15 @@ def without_wrappers(
     ]
 
 
+def plain_name(name: str) -> str:
+    """Return a tensor's name without wrappers and adapter name, with PEFT's prefix once.
+
+    Names that an adapter does not have, and those of saved weights, stay as they are.
+    """
+    own = _parsed(name)
+    return name if own is None or not own.end else str(own)
+
+
 def _parsed(name: str) -> _Name | None:
     """Return the parts of a name; ``None`` if the tensor is not one that an adapter saves."""
     for end, pattern in _NAMES.items():

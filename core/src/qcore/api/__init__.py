@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .adapter_claims import AdapterClaim, AdapterPiece
     from .blocks import (
         BuildContext,
         DecodeCache,
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
         stack,
     )
     from .records import (
-        AdapterClaim,
-        AdapterPiece,
         Architecture,
         ChatFormat,
         Claim,
@@ -135,7 +134,16 @@ __all__ = [
 ]
 
 #: Where names are looked for, in this order: `blocks` imports torch and comes last.
-_MODULES = ("records", "parameters", "views", "media", "files", "hookspecs", "blocks")
+_MODULES = (
+    "records",
+    "adapter_claims",
+    "parameters",
+    "views",
+    "media",
+    "files",
+    "hookspecs",
+    "blocks",
+)
 
 
 def __getattr__(name: str) -> object:
