@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support.change_kit import assert_merged
 from support.e2e_kit import documents, loaded_adapter, ours, stock, wanted, wrapped, write_stock
 from support.run_kit import SHORT, start, stop_at
-from torch import Tensor
+from torch import Tensor, nn
 
 from qcore.api.blocks import Packed
 from qcore.config.convert import settings_of
@@ -25,7 +25,7 @@ from qcore.errors import Interrupted, QcoreError, UsageError
 from qcore.merging.merge import merge
 from qcore.nn.model import Model
 from qcore.nn.qlora.lora_layer import Lora
-from qcore.nn.token_rows import TokenRows
+from qcore.nn.token_rows import TrainedRows
 from qcore.plugins.resolve_model import identify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,38 +42,57 @@ def bases(once: Callable[..., Path]) -> Mapping[bool, Path]:
     }
 
 
-def trained(base: Path, ids: list[int], dtype: torch.dtype = torch.float32) -> Model:
+def trained(
+    base: Path, ids: list[int], dtype: torch.dtype = torch.float32, head: tuple[int, ...] = ()
+) -> Model:
     """Our model with LoRA on attention, and rows that have moved."""
     model = ours(base / "b", lora=Lora(r=2, lora_alpha=2), groups=("attn",), dtype=dtype)
-    model.token_rows = TokenRows(ids, 48)
-    rows = model.get_parameter(model.embed_name)[ids].float()
-    noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1))
-    model.token_rows.reset(rows + 0.1 * noise)
+    tied = model.head_name == model.embed_name
+    model.trained_rows = TrainedRows(ids, head, 48, tied=tied)
+    generator = torch.Generator().manual_seed(1)
+    for part, weight in (
+        (model.trained_rows.embed, model.get_parameter(model.embed_name)),
+        (model.trained_rows.head, model.head),
+    ):
+        if part is not None:
+            rows = weight[list(part.ids)].float()
+            part.reset(rows + 0.1 * torch.randn(rows.shape, generator=generator))
     return model.train()
 
 
-def pefts(base: Path, model: Model) -> tuple[Any, Tensor]:
+def rows_of(model: Model) -> list[nn.Parameter]:
+    """The trained rows, those of the embedding first."""
+    return model.beside_adapters()
+
+
+def pefts(base: Path, model: Model) -> tuple[Any, list[Tensor]]:
     """Stock PEFT with our A, B and rows; its own rows."""
-    assert model.token_rows is not None
+    trained = model.trained_rows
+    assert trained is not None
+    assert trained.embed is not None
+    ids: Any = list(trained.embed.ids)
+    if trained.head is not None:
+        ids = {"embed_tokens": ids, "lm_head": list(trained.head.ids)}
     named = [name.removesuffix(".weight") for name, _ in model.adapters()]
     peer = wrapped(
         stock(base / "b", "vl"), target_modules=named, r=2, lora_alpha=2,
-        trainable_token_indices=list(model.token_rows.ids),
+        trainable_token_indices=ids,
     )  # fmt: skip
     theirs = dict(peer.named_parameters())
     with torch.no_grad():
         for name, module in model.adapters():
             stem = f"base_model.model.{name.removesuffix('.weight')}"
             theirs[f"{stem}.lora_A.default.weight"].copy_(module.lora_A)
-        (rows,) = (value for name, value in theirs.items() if "trainable_tokens_delta" in name)
-        rows.copy_(model.token_rows.trainable_tokens_delta)
-    return peer, rows
+        found = [value for name, value in theirs.items() if "trainable_tokens_delta" in name]
+        for own, mine in zip(found, rows_of(model), strict=True):
+            own.copy_(mine)
+    return peer, found
 
 
 def pefts_loss(
     base: Path, model: Model, docs: list[Tensor], targets: list[Tensor],
     dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Any, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Any, list[Tensor]]:  # fmt: skip
     """Sum of the loss over documents that go through one by one; the model, its rows."""
     peer, rows = pefts(base, model)
     peer.to(dtype)
@@ -85,24 +104,25 @@ def pefts_loss(
 
 
 @pytest.mark.parametrize("policy", ["none", "full"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("case", ["tied", "untied", "both"])
 @pytest.mark.parametrize("chunk", [0, 7])
 def test_gradients_of_a_pack_are_pefts(
-    bases: Mapping[bool, Path], tied: bool, policy: str, chunk: int
+    bases: Mapping[bool, Path], case: str, policy: str, chunk: int
 ) -> None:
+    tied = case == "tied"
     docs, targets = documents(LENGTHS), wanted(documents(LENGTHS))
     ids = [int(docs[1][5]), 9, int(docs[2][3]), int(docs[1][0])]  # 9 may be in no document
-    model = trained(bases[tied], ids)
+    model = trained(bases[tied], ids, head=(9, int(targets[1].max())) if case == "both" else ())
     loss = model.loss(Packed.of(docs, targets), recompute=policy, chunk=chunk)
     (loss / 3).backward()
     total, peer, rows = pefts_loss(bases[tied], model, docs, targets)
     (total / 3).backward()
     assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-5)
-    assert model.token_rows is not None
-    found = model.token_rows.trainable_tokens_delta.grad
-    assert found is not None
-    assert rows.grad is not None
-    assert float((found - rows.grad).norm()) <= 1e-5 * float(rows.grad.norm())
+    assert len(rows) == 1 + (case == "both")
+    for own, mine in zip(rows, rows_of(model), strict=True):
+        assert own.grad is not None
+        assert mine.grad is not None
+        assert float((mine.grad - own.grad).norm()) <= 1e-5 * float(own.grad.norm())
     for name, module in model.adapters():
         theirs = peer.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
         expected = theirs.lora_B["default"].weight.grad
@@ -119,12 +139,12 @@ def test_in_bf16_they_err_as_pefts_do(bases: Mapping[bool, Path], tied: bool) ->
     model.loss(Packed.of(docs, targets)).backward()
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
-        loss, _, rows = pefts_loss(bases[tied], model, docs, targets, dtype)
+        loss, _, (rows,) = pefts_loss(bases[tied], model, docs, targets, dtype)
         loss.backward()
         assert rows.grad is not None
         gradients.append(rows.grad.float())
-    assert model.token_rows is not None
-    found = model.token_rows.trainable_tokens_delta.grad
+    (own,) = rows_of(model)
+    found = own.grad
     assert found is not None
     assert found.dtype == torch.float32
     errors = [float((one - gradients[0]).norm()) for one in (found, gradients[1])]
@@ -181,6 +201,30 @@ def test_a_run_is_resumed_and_continued(
     assert first.keys() == now.keys()
     moved = {name: float((now[name] - first[name]).abs().max()) for name in first}
     assert all(0 < value < 1.01 * 5e-3 for value in moved.values())
+
+
+def test_a_head_of_its_own_has_rows_too(
+    bases: Mapping[bool, Path], rows: Path, tmp_path: Path
+) -> None:
+    base, out = bases[False] / "b", tmp_path / "out"
+    more = {"trainable_token_indices": (5,), "trainable_head_token_indices": (7, 3)}
+    report = start(base, rows, out, RUN | more | {"quantization": "none"})
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["trainable_token_indices"] == {"embed_tokens": [5], "lm_head": [7, 3]}
+    assert {x.group: x.trained for x in report.coverage if x.group in ("embed", "head")} == {
+        "embed": 48, "head": 96,
+    }  # fmt: skip
+    held = dict(loaded_adapter(stock(base, "vl"), out).named_parameters())
+    values = load_file(out / "adapter_model.safetensors")
+    names = [name for name in values if "trainable_tokens" in name]
+    assert len(names) == 2
+    for name in names:
+        assert torch.equal(held[f"{name}.default"], values[name])
+    with pytest.raises(QcoreError) as error:
+        start(bases[True] / "b", rows, tmp_path / "no", RUN | more)
+    assert (error.value.code, error.value.field) == (
+        "QC-LORA-006", "trainable_head_token_indices",
+    )  # fmt: skip
 
 
 def test_ids_without_a_row_are_refused(

@@ -1,9 +1,10 @@
-"""Rows of the embedding that are trained, and their gradient from embeddings and a tied head.
+"""Rows of the embedding and of the head that are trained, and their gradients.
 
-This file decides that the trained rows are float32 masters that are written into the frozen
-embedding before each forward, so that every reader of the embedding sees them, and that their
-gradients are products with a one-hot matrix: in a fixed order, summed in float32. It is PEFT's
-``trainable_token_indices``. `model` decides when it runs; `loss` computes the loss.
+This file decides that the trained rows are float32 masters that are written into the frozen weight
+before each forward, so that every reader of the weight sees them, and that their gradients are
+products with a one-hot matrix or with those of some logits: in a fixed order, summed in float32. A
+head that is tied to the embedding has its rows. It is PEFT's ``trainable_token_indices``. `model`
+decides when it runs; `loss` computes the loss where no row of the head is trained.
 
 Shapes: n trained rows, H hidden size, T tokens of a pack, V vocabulary rows, S supervised
 positions.
@@ -23,10 +24,10 @@ from .qlora.fused_grads import add_product
 
 
 class TokenRows(nn.Module):
-    """The trained rows.
+    """The trained rows of one weight.
 
     Args:
-        ids: rows of the embedding.
+        ids: rows of the weight.
         width: H.
 
     Attributes:
@@ -54,10 +55,10 @@ class TokenRows(nn.Module):
         return self._index
 
     @torch.no_grad()
-    def write(self, embedding: Tensor) -> None:
-        """Put the rows into the embedding ``[V, H]``, in its dtype."""
-        rows = self.trainable_tokens_delta.to(embedding.dtype)
-        embedding.index_copy_(0, self.index(embedding), rows)
+    def write(self, weight: Tensor) -> None:
+        """Put the rows into the weight ``[V, H]``, in its dtype."""
+        rows = self.trainable_tokens_delta.to(weight.dtype)
+        weight.index_copy_(0, self.index(weight), rows)
 
     def attach(self, x: Tensor, ids: Tensor) -> Tensor:
         """Embeddings ``[T, H]`` of tokens ``[T]``, whose gradient reaches the rows."""
@@ -67,6 +68,47 @@ class TokenRows(nn.Module):
             x, self.trainable_tokens_delta, ids, self.index(ids)
         )
         return attached
+
+
+class TrainedRows(nn.Module):
+    """The trained rows of a model.
+
+    Args:
+        embed: ids of trained rows of the embedding.
+        head: ids of trained rows of the head; none if it is tied to the embedding.
+        width: H.
+        tied: whether the head is the embedding.
+
+    Attributes:
+        embed: those of the embedding, ``None`` if there are none.
+        head: those of the head, likewise.
+    """
+
+    embed: TokenRows | None
+    head: TokenRows | None
+
+    def __init__(
+        self, embed: Sequence[int], head: Sequence[int], width: int, *, tied: bool
+    ) -> None:
+        super().__init__()
+        self.embed = TokenRows(embed, width) if embed else None
+        self.head = TokenRows(head, width) if head else None
+        self._tied = tied
+
+    def write(self, embedding: Tensor, head: Tensor) -> None:
+        """Put all rows into their weights."""
+        for rows, weight in ((self.embed, embedding), (self.head, head)):
+            if rows is not None:
+                rows.write(weight)
+
+    def attach(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Embeddings ``[T, H]`` of tokens ``[T]``, whose gradient reaches the rows."""
+        return x if self.embed is None else self.embed.attach(x, ids)
+
+    @property
+    def of_logits(self) -> TokenRows | None:
+        """The rows that logits depend on, ``None`` if there are none."""
+        return self.embed if self._tied else self.head
 
 
 class _Attached(torch.autograd.Function):
@@ -87,10 +129,10 @@ class _Attached(torch.autograd.Function):
         return dx if ctx.needs_input_grad[0] else None, gradient, None, None
 
 
-def tied_cross_entropy_sum(
+def cross_entropy_sum_of_rows(
     hidden: Tensor, head: Tensor, targets: Tensor, rows: TokenRows, chunk: int | None = None
 ) -> Tensor:
-    """`loss.cross_entropy_sum` where the head is the embedding that has the trained rows.
+    """`loss.cross_entropy_sum` with a gradient of some rows of the head.
 
     Args:
         hidden: ``[S, H]``.
@@ -99,14 +141,14 @@ def tied_cross_entropy_sum(
         rows: the trained rows.
         chunk: positions whose logits exist at a time.
     """
-    loss: Tensor = _TiedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    loss: Tensor = _CrossEntropyOfRows.apply(  # type: ignore[no-untyped-call]
         hidden, rows.trainable_tokens_delta, head, targets, rows.index(targets),
         chunk or chunk_rows(head), torch.is_grad_enabled(),
     )  # fmt: skip
     return loss
 
 
-class _TiedCrossEntropy(torch.autograd.Function):
+class _CrossEntropyOfRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, rows: Tensor, head: Tensor, targets: Tensor, index: Tensor,

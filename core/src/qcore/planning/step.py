@@ -392,4 +392,5 @@ def _make(
         identified, DTYPES[settings.dtype], lora, taken.wrapped(trace.named),
         quantize=settings.quantization == "nf4", device=device,
         token_ids=settings.trainable_token_indices,
+        head_token_ids=settings.trainable_head_token_indices,
     )  # fmt: skip

@@ -87,21 +87,29 @@ def _quantized(found: Identified, settings: Mapping[str, Any]) -> None:
 
 
 def _tokens(found: Identified, settings: Mapping[str, Any]) -> None:
-    """Check that each token whose row is trained has a row in the embedding."""
-    trunk = trunk_part(found.layout.table)
-    rows = next(
-        (e.shape[0] for e in found.layout.table if e.part is trunk and e.row.group == "embed"), 0
-    )
-    beyond = [token for token in settings.get("trainable_token_indices", ()) if token >= rows]
-    if beyond:
-        raise UsageError(
-            "QC-LORA-006",
-            "names a token that has no row in the embedding of this base",
-            field="trainable_token_indices",
-            found=beyond[0],
-            expected=f"ids below {rows}",
-            fix="leave the token out, or resize the embedding of the base with transformers first",
-        )
+    """Check that each token whose row is trained has a row of its own in the embedding or head."""
+    table = found.layout.table
+    trunk = trunk_part(table)
+    for group, field in (
+        ("embed", "trainable_token_indices"), ("head", "trainable_head_token_indices"),
+    ):  # fmt: skip
+        ids = settings.get(field, ())
+        weight = next((e for e in table if e.part is trunk and e.row.group == group), None)
+        tied = weight is not None and weight.row.tie is not None
+        rows = 0 if weight is None or tied else weight.shape[0]
+        if beyond := [token for token in ids if token >= rows]:
+            raise UsageError(
+                "QC-LORA-006",
+                "names rows of a head that is tied to the embedding"
+                if tied
+                else "names a token that has no row in this base",
+                field=field,
+                found=beyond[0],
+                expected="an empty list" if tied else f"ids below {rows}",
+                fix="name the tokens in trainable_token_indices, which trains both"
+                if tied
+                else "leave the token out, or resize the embedding with transformers first",
+            )
 
 
 def _variables(found: Identified, settings: Mapping[str, Any]) -> None:

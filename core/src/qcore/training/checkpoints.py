@@ -45,10 +45,6 @@ from .run import Run
 OPTIMIZER = "optimizer.safetensors"
 METRICS = "metrics.jsonl"
 CARD = "README.md"
-#: The trained rows of the embedding: name of the parameter here, and its end in PEFT's file.
-TOKEN_ROWS, PEFT_ROWS = (
-    f"{module}.trainable_tokens_delta" for module in ("token_rows", "token_adapter")
-)
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -317,8 +313,10 @@ class RunFiles:
             own = name.removesuffix(".weight")
             names |= {f"{own}.lora_{side}": f"{stem}.lora_{side}.weight" for side in "AB"}
             names[f"{own}.lora_magnitude_vector"] = f"{stem}.lora_magnitude_vector"
-        embedding = target_name(table[self.model.embed_name], self.namespace)
-        names[TOKEN_ROWS] = f"base_model.model.{embedding.removesuffix('.weight')}.{PEFT_ROWS}"
+        for part, name in (("embed", self.model.embed_name), ("head", self.model.head_name)):
+            module = target_name(table[name], self.namespace).removesuffix(".weight")
+            peft = f"base_model.model.{module}.token_adapter.trainable_tokens_delta"
+            names[f"trained_rows.{part}.trainable_tokens_delta"] = peft
         return names
 
     def _base(self) -> tuple[str, str | None]:
@@ -363,7 +361,12 @@ class RunFiles:
             base=source,
             revision=revision,
             namespace=self.namespace,
-            token_ids=settings.trainable_token_indices,
+            token_ids={
+                self.model.embed_name: settings.trainable_token_indices,
+                self.model.head_name: settings.trainable_head_token_indices,
+            }
+            if settings.trainable_head_token_indices
+            else {self.model.embed_name: settings.trainable_token_indices},
             classes=classes_of(base.checkpoint.config),
         )
         out.write_json(CONFIG, config, editable=DESCRIPTIVE)

@@ -32,6 +32,7 @@ from ..data.rendering.template_kwargs import recorded_template, recorded_variabl
 from ..errors import InputError, UsageError
 from ..io.atomic import reading
 from ..nn.model import Model
+from ..nn.token_rows import TokenRows
 from ..plugins.resolve_model import Identified
 from .initial_settings import adapter_settings, trained_rows
 
@@ -181,10 +182,10 @@ class InitialAdapter:
             copies = (factor.to(device, copy=True) for factor in factors if factor is not None)
             module.set_lora(*copies, trained=True)
             start[name] = b
-        rows = trained_rows(self.adapter)
-        if rows is not None and model.token_rows is not None:
-            values = ReplacedValues(self.adapter.path, rows).all()
-            model.token_rows.reset(values.to(device))
+        for group, change in trained_rows(self.adapter).items():
+            rows = model.trained_rows and model.trained_rows.get_submodule(group)
+            assert isinstance(rows, TokenRows)
+            rows.reset(ReplacedValues(self.adapter.path, change).all().to(device))
         return start
 
     def _other_coverage(self, name: str, found: str) -> InputError:

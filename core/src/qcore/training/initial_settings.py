@@ -77,7 +77,8 @@ def adapter_settings(
             ),
             use_rslora=rslora,
             use_dora=dora,
-            trainable_token_indices=rows,
+            trainable_token_indices=rows.get("embed", ()),
+            trainable_head_token_indices=rows.get("head", ()),
             rank_pattern=Entries(_pattern(adapter, numbers, groups, lambda own: own.r)),
             alpha_pattern=Entries(_pattern(adapter, numbers, groups, lambda own: own.alpha)),
             adapter_class=_class(adapter, settings, explicit),
@@ -98,32 +99,35 @@ def adapter_settings(
     return chosen
 
 
-def _check_fit(adapter: Adapter) -> tuple[bool, tuple[int, ...]]:
+def _check_fit(adapter: Adapter) -> tuple[bool, Mapping[str, tuple[int, ...]]]:
     """Refuse an adapter with changes that are not trained.
 
     Returns:
-        Whether it has DoRA, and the rows of the embedding that it replaces.
+        Whether it has DoRA, and the rows that it replaces, by group (embedding or head).
     """
     dora = {name for name, pair in adapter.pairs.items() if pair.has_magnitude}
     rows = trained_rows(adapter)
-    known = dora if rows is None else dora | {rows.tensor.name}
+    known = dora | {change.tensor.name for change in rows.values()}
     if (unfit := adapter.folded - known) or not adapter.pairs:
         raise _unfit(
             adapter,
             "has changes that training cannot continue" if unfit else "has no LoRA",
             field=min(unfit, default=None),
             found=f"saved values or LoRA at {len(unfit)} heads, embeddings or other weights",
-            expected="LoRA or DoRA on linear layers, and rows of the embedding",
+            expected="LoRA or DoRA on linear layers, and rows of embedding and head",
         )
-    return bool(dora), () if rows is None or rows.rows is None else rows.rows
+    return bool(dora), {group: change.rows or () for group, change in rows.items()}
 
 
-def trained_rows(adapter: Adapter) -> Replacement | None:
-    """The rows of the embedding that an adapter replaces; ``None`` if there are none."""
-    for change in adapter.changes.values():
-        if isinstance(change, Replacement) and change.tensor.row.group == "embed" and change.rows:
-            return change
-    return None
+def trained_rows(adapter: Adapter) -> dict[str, Replacement]:
+    """The rows of the embedding and of the head that an adapter replaces, by group."""
+    return {
+        change.tensor.row.group: change
+        for change in adapter.changes.values()
+        if isinstance(change, Replacement)
+        and change.tensor.row.group in ("embed", "head")
+        and change.rows
+    }
 
 
 def _class(adapter: Adapter, settings: Settings, explicit: Collection[str]) -> str:
@@ -245,6 +249,7 @@ def _check_kind(
     """Compare explicit settings of the kind of LoRA, and patterns, with the adapter's."""
     for key in (
         "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "trainable_token_indices",
+        "trainable_head_token_indices",
     ):  # fmt: skip
         if key in explicit and getattr(settings, key) != getattr(chosen, key):
             shown = (str(getattr(each, key)).lower() for each in (settings, chosen))

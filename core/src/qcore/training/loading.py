@@ -24,7 +24,7 @@ from ..nn.device import DTYPES
 from ..nn.load import load
 from ..nn.model import Model
 from ..nn.qlora.lora_layer import Lora, LoraLayer
-from ..nn.token_rows import TokenRows
+from ..nn.token_rows import TrainedRows
 from ..plugins.resolve_model import Identified, classes_of
 from ..reporting import Advance
 from .checkpoints import RunFiles
@@ -63,6 +63,7 @@ def load_base(run: Run, stop: StopSignals) -> Loaded:
         run.model.decision.architecture, run.model.checkpoint.config, run.model.layout,
         DTYPES[run.settings.dtype], chosen, run.kernels, modality=run.model.modality,
         token_ids=run.settings.trainable_token_indices,
+        head_token_ids=run.settings.trainable_head_token_indices,
     )  # fmt: skip
     digests = _stream(run, model, stop)
     start = _start(run, model, digests)
@@ -82,8 +83,8 @@ def load_base(run: Run, stop: StopSignals) -> Loaded:
 
 def _start(run: Run, model: Model, digests: Mapping[str, str]) -> Mapping[str, Tensor] | None:
     """Set the matrices that the run starts with; returns B of the initial adapter."""
-    if model.token_rows is not None:
-        _start_rows(model, model.token_rows)
+    if model.trained_rows is not None:
+        _start_rows(model, model.trained_rows)
     if run.initial is None:
         for name, module in model.adapters():
             module.reset_lora(name, run.settings.seed, run.device)
@@ -95,17 +96,22 @@ def _start(run: Run, model: Model, digests: Mapping[str, str]) -> Mapping[str, T
 
 
 @torch.no_grad()
-def _start_rows(model: Model, rows: TokenRows) -> None:
-    """Start the trained rows of the embedding from the base's.
+def _start_rows(model: Model, trained: TrainedRows) -> None:
+    """Start the trained rows of embedding and head from the base's.
 
     Raises:
         PluginError: ``QC-MODEL-005`` what the trunk reads of a token is not its row.
     """
+    for rows, name in ((trained.embed, model.embed_name), (trained.head, model.head_name)):
+        if rows is not None:
+            weight = model.get_parameter(name)
+            rows.reset(weight.index_select(0, rows.index(weight)))
+    if trained.embed is None:
+        return
     embedding = model.get_parameter(model.embed_name)
-    ids = rows.index(embedding)
-    values = embedding.index_select(0, ids)
-    rows.reset(values)
-    if not torch.equal(model.trunk.embed(Packed.of([ids])), values.to(model.dtype)):
+    ids = trained.embed.index(embedding)
+    read = model.trunk.embed(Packed.of([ids]))
+    if not torch.equal(read, embedding.index_select(0, ids).to(model.dtype)):
         raise PluginError(
             "QC-MODEL-005",
             "is not what the trunk reads of a token, so that its rows cannot be trained",
