@@ -62,6 +62,7 @@ class MergeReport:
         changed: tensors on disk whose bytes differ from those of the base.
         unchanged: tensors that a LoRA pair touches and that round back to those of the base.
         pairs: LoRA pairs, each applied once.
+        replaced: weights of which saved values replaced all or some rows, each once.
         parameters: parameters of the changed tensors.
         largest_change: largest absolute change of one value.
         decoded: tensors that are FP8 in the base and bfloat16 in the output.
@@ -74,6 +75,7 @@ class MergeReport:
     changed: int
     unchanged: tuple[str, ...]
     pairs: int
+    replaced: int
     parameters: int
     largest_change: float
     decoded: int
@@ -160,6 +162,7 @@ def _report(
         changed=merger.changed,
         unchanged=tuple(merger.unchanged),
         pairs=len(merger.adapter.pairs),
+        replaced=len(merger.adapter.changes.keys() - merger.adapter.pairs.keys()),
         parameters=merger.parameters,
         largest_change=merger.largest,
         decoded=merger.plan.decoded,
@@ -284,6 +287,7 @@ def _meta(
                 "sha256": weights_digest(adapter.path),
                 "trusted_without_fingerprint": not adapter.fingerprints,
                 "pairs": len(adapter.pairs),
+                "replaced": len(adapter.changes.keys() - adapter.pairs.keys()),
                 **(
                     {"expert_layout": OLDER} if any(p.older for p in adapter.pairs.values()) else {}
                 ),
