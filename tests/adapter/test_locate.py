@@ -94,6 +94,8 @@ def test_a_file_and_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     error = refused(folder / WEIGHTS)
     assert "is a file" in error.message
     assert error.fix == f"name the folder: {folder}"
+    (tmp_path / "alone").touch()
+    assert refused(tmp_path / "alone").fix == "name the folder that training wrote"
     for place in (tmp_path / "not-there", "not-there", "/no/such/place", "./org/ada"):
         error = refused(place)
         assert (error.code, error.message.partition(": ")[2][:14]) == (

@@ -38,6 +38,11 @@ NAMES: dict[str, str | None] = {
     "/data/models/Qwen3.5-27B": "3.5",
     "/data/models/Qwen3.5-27B/": "3.5",
     "C:\\models\\Qwen3.6-27B": "3.6",
+    "/home/ann@lab/models/Qwen3.6-27B": "3.6",
+    "/home/ann@lab/models/Qwen3.6-27B@main": "3.6",
+    # without the dot, if a record's generation is spelled so
+    "/models/qwen35-27b": "3.5",
+    "qwen36_35b_a3b": "3.6",
     "~/.cache/huggingface/hub/models--Qwen--Qwen3.5-27B/snapshots/0a1b2c3d": "3.5",
     # names that say nothing
     "/data/qwen3.5/run-7/base": None,

@@ -13,7 +13,8 @@ from support.model_kit import as_text_class, key_list, small_config, small_shape
 
 from qcore.api.parameters import Namespace, Part, Row, Table, cat, stack
 from qcore.checkpoint.checkpoint import Checkpoint
-from qcore.checkpoint.layout import Layout, faults, locate, survey
+from qcore.checkpoint.layout import Layout, locate, survey
+from qcore.checkpoint.layout_faults import faults
 from qcore.errors import InputError, PreflightError
 from qcore.nn.load import read_tensor
 from qcore.testing import write_sparse_checkpoint

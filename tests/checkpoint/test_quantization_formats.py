@@ -384,7 +384,7 @@ def test_inspect_of_plain_weights(tmp_path: Path, capsys: Any) -> None:
     assert told["parameters"] > 0
 
 
-@pytest.mark.parametrize("verb", ["train", "merge", "generate"])
+@pytest.mark.parametrize("verb", ["train", "generate"])
 def test_a_verb_says_what_to_use_instead(tmp_path: Path, verb: str, capsys: Any) -> None:
     tensors, count = quantized(gptq, small_shapes())
     base, out = tmp_path / "base", tmp_path / "out"
@@ -394,7 +394,6 @@ def test_a_verb_says_what_to_use_instead(tmp_path: Path, verb: str, capsys: Any)
     rows.write_text("{}\n")
     more = {
         "train": ("--data", rows, "--output", out, "--device", "cpu"),
-        "merge": ("--adapter", tmp_path, "--output", out),
         "generate": ("--prompt", "x", "--device", "cpu"),
     }[verb]
     model = (base,) if verb == "generate" else ("--model", base)

@@ -501,7 +501,7 @@ ROWS: dict[str, tuple[Any, str, str]] = {
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("case", ROWS)
+@pytest.mark.parametrize("case", fast(ROWS, *[*ROWS][::3]))
 def test_a_row(capsys: Any, base: Path, tmp_path: Path, case: str):
     row, code, says = ROWS[case]
     data = write_rows(tmp_path / "rows.jsonl", GOOD, row, GOOD)

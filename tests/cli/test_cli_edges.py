@@ -39,6 +39,54 @@ def test_one_line_and_the_status(
     assert "Traceback" not in text
 
 
+_TRAIN = ("train", "--data", "a", "--output", "o")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (("train", "--model", "m", "--data", "a", "--output", ""), "--output"),
+        (("merge", "--model", "m", "--adapter", "a", "--output", ""), "--output"),
+        (("merge", "--model", "", "--adapter", "a", "--output", "o"), "--model"),
+        (("merge", "--model", "m", "--adapter", "", "--output", "o"), "--adapter"),
+        (("demo", "--output", ""), "--output"),
+        (("data", "convert", "a.jsonl", "--output", ""), "--output"),
+        (("data", "show", "a.jsonl", "--model", "m", "--html", ""), "--html"),
+        (("data", "check", "a.jsonl", "--model", ""), "--model"),
+        (("data", "diff", "a.jsonl", "--model", "m", "--model", ""), "--model"),
+        ((*_TRAIN, "--init-adapter", ""), "--init-adapter"),
+        ((*_TRAIN, "--adapter="), "--init-adapter"),
+        ((*_TRAIN, "--config", ""), "--config"),
+        ((*_TRAIN, "--media-root", ""), "--media-root"),
+        (("verify", ""), "FOLDER"),
+        (("inspect", ""), "MODEL"),
+        (("plan", ""), "MODEL"),
+        (("generate", "", "--prompt", "p"), "MODEL"),
+    ],
+)
+def test_an_empty_path_is_named(
+    arguments: tuple[str, ...], field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To `pathlib` an empty path is the current folder: the fix must not speak of that."""
+    from click.testing import CliRunner
+
+    from qcore.cli.main import cli
+    from qcore.errors import UsageError
+
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, arguments)
+    assert isinstance(done.exception, UsageError), done.output
+    assert (done.exception.code, done.exception.field) == ("QC-CLI-010", field)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_may_be_empty() -> None:
+    from qcore.cli.common import check_repeats
+    from qcore.cli.generate import command
+
+    check_repeats(command, "generate", ["m", "--prompt", "", "--system", ""], None)
+
+
 def test_set_may_stand_more_than_once(tmp_path: Path) -> None:
     done = run("train", "--data", "a", "--output", str(tmp_path / "o"), "--set", "r=1",
                "--set", "seed=1")  # fmt: skip

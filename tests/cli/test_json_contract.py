@@ -19,6 +19,7 @@ from goldens.rules import Rules
 from goldens.shapes import SHAPES, contract
 from support.cli_kit import here
 from support.error_list import listed_codes
+from support.tiers import fast
 
 from qcore_qwen35.tiny import write
 
@@ -37,7 +38,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "scratch"
 
 
-@pytest.mark.parametrize("case", CHEAP, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", fast(CHEAP, *CHEAP[::3]), ids=lambda case: case.name)
 def test_a_result_keeps_its_contract(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.cli_kit import Ended, apart
+from support.tiers import fast
 
 from qcore.testing import write_distribution
 
@@ -152,7 +153,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("command", [("acme-publish",), ("acme-store", "put")])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", fast(FAULTS, *[*FAULTS][::3]))
 def test_a_fault_while_it_runs_names_it(
     tmp_path: Path, command: tuple[str, ...], fault: str
 ) -> None:

@@ -170,10 +170,11 @@ def test_train_without_a_model_names_the_defaults(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(
     ("flags", "model", "origin"),
-    [(("--preset", "qwen3.5-2b"), "Qwen/Qwen3.5-2B", "preset qwen3.5-2b-12g"),
-     (("--preset", "quick", "--generation", "3.5"), "Qwen/Qwen3.5-4B",
-      "the default base of generation 3.5"),
-     (("--set", "generation=3.5"), "Qwen/Qwen3.5-4B", "the default base of generation 3.5")],
+    fast([(("--preset", "qwen3.5-2b"), "Qwen/Qwen3.5-2B", "preset qwen3.5-2b-12g"),
+          (("--preset", "quick", "--generation", "3.5"), "Qwen/Qwen3.5-4B",
+           "the default base of generation 3.5"),
+          (("--set", "generation=3.5"), "Qwen/Qwen3.5-4B", "the default base of generation 3.5")],
+         names=3),
     ids=["the preset's", "a preset without one", "no preset"],
 )  # fmt: skip
 def test_train_without_a_model_takes_the_default_and_says_so(

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import random
+import shlex
 import subprocess
 import sys
 import tracemalloc
@@ -385,6 +386,58 @@ def test_a_line_of_200_mb_is_refused_without_being_held(tmp_path: Path) -> None:
     assert "too long" in bad.value.what
     assert (good.line, good.value) == (2, PAIRS[0])
     assert peak < 48 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("rows.json", "rows-rows.jsonl"),
+        ("rows.jsonl", "rows-rows.jsonl"),
+        ("new.json", "new.jsonl"),
+        ("it's.json", "it's.jsonl"),
+        ("a b.jsonl.gz", "a b.jsonl"),
+        ("b.jsonl.zst", "b.jsonl"),
+    ],
+)
+@pytest.mark.parametrize("form", ["wrapped", "document"])
+def test_the_command_of_a_fix_overwrites_nothing(
+    name: str, fix: str, form: str, tmp_path: Path
+) -> None:
+    """`rows.jsonl` is a file of the user's: what the shell redirects to must be a new file."""
+    folder = tmp_path / "in here"
+    folder.mkdir()
+    mine = write(folder / "rows.jsonl", lines(PAIRS[:1]))
+    row = {"messages": [{"role": "user", "content": "q"}]}
+    text = json.dumps({"data": [row]} if form == "wrapped" else row, indent=2).encode()
+    packed = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix)
+    path = write(folder / name, packed(text) if packed else text)
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert caught.value.code == "QC-DATA-003"
+    command, _, target = (caught.value.fix or "").rpartition(" > ")
+    assert shlex.split(target) == [str(folder / fix)]
+    assert not Path(shlex.split(target)[0]).exists()
+    assert shlex.quote(str(path)) in command
+    tool = {".gz": "gzip -dc ", ".zst": "zstd -dc "}.get(Path(name).suffix, "jq -c ")
+    assert command.startswith(tool)
+    if mine != path:
+        assert values(mine) == PAIRS[:1]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_cut_file_of_columns_is_described_in_plain_words(kind: str, tmp_path: Path) -> None:
+    table, path = pa.table({"prompt": ["a"] * 500, "response": ["b"] * 500}), tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+    write(path, path.read_bytes()[:300])
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert caught.value.code == "QC-DATA-031"
+    assert caught.value.found == "no footer at its end"
+    assert caught.value.expected == f"a whole {kind.title()} file"
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 from support.chat_kit import FakeCheckpoint, own_tokenizer, write_rows
 from support.chat_rows import Writer
 from support.template_kit import family_template
+from support.tiers import fast
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from qcore.api import ChatFormat
@@ -160,7 +161,7 @@ def test_five_hundred_conversations_as_they_are_served(
         sweep(template, REAL[sku], real, 500)
 
 
-@pytest.mark.parametrize("sku", REAL)
+@pytest.mark.parametrize("sku", fast(REAL, "qwen3.5/Qwen3.5-4B", "qwen3.6/Qwen3.6-27B"))
 def test_samples_of_a_run_are_what_is_served(
     shared: Path, tmp_path: Path, sku: str, real: Tokenizer
 ) -> None:
@@ -359,8 +360,19 @@ LONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("reasoning", ["train", "mask", "drop"])
-@pytest.mark.parametrize("policy", ["truncate_turns", "truncate_tokens"])
+@pytest.mark.parametrize(
+    ("policy", "reasoning"),
+    fast(
+        [
+            (policy, reasoning)
+            for policy in ("truncate_turns", "truncate_tokens")
+            for reasoning in ("train", "mask", "drop")
+        ],
+        ("truncate_turns", "train"),
+        ("truncate_tokens", "mask"),
+        names=2,
+    ),
+)
 def test_rows_that_are_cut(tmp_path: Path, policy: str, reasoning: str) -> None:
     path, turns = write_rows(tmp_path / "rows.jsonl", [{"messages": LONG}]), []
     with family_template(keep="true") as template:

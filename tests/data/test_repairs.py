@@ -188,6 +188,11 @@ def test_turns_that_cannot_be_joined(given: Any, at: int, what: str) -> None:
     assert error.fix
 
 
+def test_system_turns_of_different_names_are_not_joined() -> None:
+    error = refusal(system("a"), {**system("b"), "name": "rules"}, user("c"), bot("d"))
+    assert (error.code, error.at) == ("QC-DATA-051", "messages[1].name")
+
+
 def test_a_template_that_renders_late_system_turns_gets_them() -> None:
     able = replace(CONTEXT, abilities=Abilities(late_system=True, answers_first=True))
     rows = [system("a"), bot("x"), user("b"), system("c"), bot("d")]
@@ -366,6 +371,21 @@ def test_calls_as_text(said: str, content: str, calls: int) -> None:
         bot("A rake."),
     ]
     assert {code for code, _, _ in found} == {"QC-DATA-054"}
+
+
+def test_ids_of_calls_as_text_pair_their_results() -> None:
+    """A template renders no ids, so that results in another order would be those of other calls."""
+    said = "\n".join(
+        f'<tool_call>\n{{"id": "{n}", "name": "ls", "arguments": {{"path": "{at}"}}}}\n</tool_call>'
+        for n, at in ((1, "shed"), (2, "barn"))
+    )
+    made, found = fixed(
+        user("List both."), bot(said), result("cow", tool_call_id="2"),
+        result("rake", tool_call_id="1"), bot("A rake and a cow."), tools=LS,
+    )  # fmt: skip
+    assert [one["id"] for one in made[1]["tool_calls"]] == ["1", "2"]
+    assert [one["content"] for one in made[2:4]] == ["rake", "cow"]
+    assert {code for code, _, _ in found} == {"QC-DATA-050", "QC-DATA-054"}
 
 
 def test_several_results_in_one_turn() -> None:

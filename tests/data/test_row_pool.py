@@ -25,6 +25,7 @@ from support.chat_kit import (
     user,
     write_rows,
 )
+from support.tiers import fast
 
 from qcore.api.media import RowError
 from qcore.data.dataset import Dataset, dataset
@@ -167,7 +168,7 @@ dataset([Source(name="r", files=(folder / "rows.jsonl",))], checkpoint, FORMAT, 
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", fast([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
 def test_nothing_is_left_when_the_parent_ends(
     checkpoint: Any, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -207,6 +208,16 @@ def _lives(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_chat_format_that_cannot_be_sent_is_noted(checkpoint: Any, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": TALK}])
+    kept = replace(FORMAT, parse=lambda text, tools: {"role": "assistant", "content": text})
+    source = Source(name="rows", files=(path,))
+    found = dataset([source], checkpoint, kept, 200, workers=2)
+    assert [one.severity for one in found.findings if one.code == "QC-DATA-083"] == ["note"]
+    alone = dataset([source], checkpoint, kept, 200, workers=1)
+    assert not [one for one in alone.findings if one.code == "QC-DATA-083"]
 
 
 def test_errors_can_be_pickled() -> None:

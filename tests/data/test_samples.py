@@ -429,6 +429,12 @@ def test_whitespace_that_the_template_drops_is_counted(folder: Path, tmp_path: P
     assert "1 of 2 trained turns" in line
 
 
+def test_whitespace_after_a_think_block_is_counted(folder: Path, tmp_path: Path) -> None:
+    found = load(folder, tmp_path, [user("q"), bot("<think>\nr\n</think>\n\n    return 1\n\n")])
+    (finding,) = (f for f in found.findings if f.code == "QC-DATA-044")
+    assert finding.field == "messages[1].content"
+
+
 def test_the_factor_is_reported_before_the_run(folder: Path, tmp_path: Path) -> None:
     found = load(folder, tmp_path, TALK, TALK, [user("q"), bot("a")])
     longest = [max(len(e.ids) for e in found.train if e.row == n) for n in (1, 2, 3)]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support.chat_kit import FORMAT, FakeCheckpoint, write_rows
 from support.served import Oracle, Served, conversation
+from support.tiers import fast
 from tokenizers import Tokenizer
 
 from qcore.checkpoint.chat_template import Template
@@ -90,7 +91,7 @@ def compare(found: Dataset, rows: list[Any], oracle: Oracle, **variables: Any) -
     return turns
 
 
-@pytest.mark.parametrize("sku", SKUS)
+@pytest.mark.parametrize("sku", fast(SKUS, "3.5", "3.6"))
 def test_what_is_trained_is_what_serving_produces(
     shared: Path, tmp_path: Path, sku: str, tokenizer: Tokenizer
 ) -> None:
@@ -128,7 +129,7 @@ PLAIN = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
 SKIP = Policies(bad_rows="skip", bad_rows_limit=1.0)
 
 
-@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("thinking", fast([True, False]))
 def test_a_mode_that_the_user_fixed(
     shared: Path, tmp_path: Path, thinking: bool, tokenizer: Tokenizer
 ) -> None:

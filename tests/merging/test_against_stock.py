@@ -24,8 +24,10 @@ from qcore.config.settings import Settings
 from qcore.errors import InputError, NumericError, QcoreError, UsageError
 from qcore.io.artifact import MANIFEST, read_manifest
 from qcore.io.manifest import FileEntry
+from qcore.merging import stock_prompts
 from qcore.merging.against_stock import verify_against_stock
 from qcore.merging.merge import merge
+from qcore.merging.stock_compare import Pass
 from qcore.merging.stock_report import StockReport
 from qcore.training.train import train
 
@@ -324,6 +326,25 @@ def test_a_class_that_is_none(dense: Made, name: str) -> None:
     with pytest.raises(InputError) as caught:
         verify_against_stock(dense.base, stock_class=name)
     assert (caught.value.code, caught.value.found) == ("QC-STOCK-004", name)
+    assert caught.value.field == "--stock-class"
+
+
+def test_values_that_are_not_finite_are_a_difference() -> None:
+    """NaN on both sides is NaN as a share, which compares as false with every bound."""
+    done = Pass()
+    done.judge("layer", torch.tensor([torch.nan, 0.0]), torch.tensor([torch.nan, 1e-6]))
+    assert (done.worst, done.layer) == (torch.inf, "layer")
+    done = Pass()
+    done.judge("layer", torch.tensor([0.0, 5.0]), torch.tensor([torch.nan, torch.nan]))
+    assert done.worst > 1
+
+
+def test_a_layer_without_a_compared_token_is_named() -> None:
+    done = Pass()
+    done.judge("one", torch.tensor([1.0, 1.0]), torch.ones(2), torch.tensor([True, False]))
+    assert done.skipped == []
+    done.judge("two", torch.tensor([9.0, 9.0]), torch.ones(2), torch.tensor([True, True]))
+    assert (done.skipped, done.layer) == (["two"], "one")
 
 
 # -- what is never run
@@ -403,6 +424,60 @@ def test_prompts_that_are_none(
         verify_against_stock(dense.base, prompts=tmp_path / name)
     assert caught.value.code == "QC-STOCK-003"
     assert caught.value.field == (None if line is None else f"line {line}")
+
+
+def test_prompts_beyond_the_limits_are_noted(
+    dense: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stock_prompts, "MOST", 2)
+    monkeypatch.setattr(stock_prompts, "LONGEST", 4)
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\nIt was a dark and stormy night.\nc\n")
+    report = verify_against_stock(dense.base, prompts=file)
+    assert [prompt.tokens for prompt in report.prompts][1] == 4
+    assert report.notes == (
+        "the first 2 prompts are compared, and 1 are not",
+        "1 prompts are compared up to token 4",
+    )
+
+
+def test_conversations_for_a_model_without_a_template(dense: Made, tmp_path: Path) -> None:
+    folder = dense.copy(dense.base, tmp_path / "m")
+    (folder / "chat_template.jinja").unlink()
+    file = tmp_path / "prompts.jsonl"
+    talk = json.dumps({"messages": [{"role": "user", "content": "Name a river."}]})
+    file.write_text(talk)
+    generation = {"generation": "3.5"}
+    with pytest.raises(InputError) as caught:
+        verify_against_stock(folder, prompts=file, **generation)
+    assert caught.value.code == "QC-STOCK-003"
+    assert '"text"' in str(caught.value.fix)
+    file.write_text(talk + '\n{"text": "A river."}')
+    report = verify_against_stock(folder, prompts=file, **generation)
+    assert [prompt.name for prompt in report.prompts] == ["line 2"]
+    assert "1 conversations are not compared: the model has no chat template" in report.notes
+
+
+def test_the_template_of_an_adapter_is_bounded(dense: Made, tmp_path: Path) -> None:
+    """transformers renders in this process, so what never ends is refused before."""
+    folder = dense.copy(dense.adapter(), tmp_path / "a")
+    loop = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(dense.base / name, folder / name)
+    (folder / "chat_template.jinja").write_text(loop)
+    with pytest.raises(InputError) as caught:
+        verify_against_stock(folder, model=str(dense.base))
+    assert caught.value.code.startswith("QC-TEMPLATE-")
+
+
+def test_what_an_adapter_says_of_itself_is_noted(dense: Made, tmp_path: Path) -> None:
+    """Nothing is merged, so that no consent is needed; the reader sees what it would be for."""
+    folder = foreign(dense, tmp_path / "a")
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": "Qwen/Qwen3.6-27B"}
+    path.write_text(json.dumps(config))
+    report = verify_against_stock(folder, model=str(dense.base), stock_class=VL)
+    assert any("of generation 3.6" in note for note in report.notes)
 
 
 def test_options_that_need_others(dense: Made, capsys: Any) -> None:

@@ -123,10 +123,8 @@ def test_open_adapter_refuses_what_it_cannot_show(base: Path, tmp_path: Path) ->
     assert caught.value.code == "QC-ADAPTER-016"
 
 
-def test_training_does_not_continue_it(base: Path, tmp_path: Path) -> None:
+def test_training_continues_it(base: Path, tmp_path: Path) -> None:
     written(base, tmp_path / "a", {"target_modules": list(LINEARS), "use_dora": True})
     model = identify(str(base))
     adapter = read_for(model, tmp_path / "a", trust_base=True)
-    with pytest.raises(InputError, match="DoRA") as caught:
-        adapter_settings(adapter, model.layout, Settings(), ())
-    assert caught.value.code == "QC-TRAIN-009"
+    assert adapter_settings(adapter, model.layout, Settings(), ()).use_dora

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -137,3 +138,26 @@ def test_added_rows_are_refused(bases: dict[bool, Path], tmp_path: Path) -> None
     with pytest.raises(QcoreError, match="2 rows that the base lacks") as caught:
         merge(str(bases[False]), tmp_path / "a", tmp_path / "out", trust_base=True)
     assert "resize_token_embeddings" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("target", [(), ("embed_tokens",)])
+def test_a_copy_that_no_field_names_replaces_the_weight_itself(
+    bases: dict[bool, Path], tmp_path: Path, tied: bool, target: tuple[str, ...]
+) -> None:
+    """``save_embedding_layers`` leaves such copies; PEFT loads them into the base, LoRA on top."""
+    written(bases[tied], tmp_path / "a", {"target_modules": ["q_proj", *target]},
+            save={"save_embedding_layers": True})  # fmt: skip
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    copies = [n for n in tensors if n.endswith(".weight") and "lora" not in n]
+    noise = 0.05 * torch.randn(tensors[copies[0]].shape, generator=torch.Generator().manual_seed(4))
+    for name in copies:  # of a tied base, one weight under both names
+        tensors[name] += noise if tied or "embed_tokens" in name else -noise
+    save_file(tensors, file)
+    loaded = peft.PeftModel.from_pretrained(
+        stock(bases[tied], "vl", torch.float32), str(tmp_path / "a")
+    ).eval()
+    report = merge(str(bases[tied]), tmp_path / "a", tmp_path / "out", trust_base=True)
+    changed = assert_merged(loaded, bases[tied], tmp_path / "out", untied=tied and bool(target))
+    assert len(changed) == report.changed

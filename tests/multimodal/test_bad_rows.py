@@ -227,7 +227,7 @@ def one_line(ended: Ended, code: str, line: int, at: str, *says: str) -> str:
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("case", fast(PARTS, *[*PARTS][::8]))
+@pytest.mark.parametrize("case", fast(PARTS, *[*PARTS][::20]))
 def test_a_part(capsys: Any, seeing: Path, data: Path, case: str):
     make, code, at, says = PARTS[case]
     bad = conversation(QUESTION, make(data))
@@ -281,7 +281,7 @@ def test_a_rate_that_is_no_number(capsys: Any, seeing: Path, data: Path, number:
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("case", AMOUNTS)
+@pytest.mark.parametrize("case", fast(AMOUNTS, *[*AMOUNTS][::3]))
 def test_an_amount(
     capsys: Any, seeing: Path, data: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.media_kit import FILES, VISION, animated, checkpoint, payload, picture, saved
+from support.tiers import fast
 
 from qcore.errors import InputError
 
@@ -74,7 +75,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "values", "code", "says"), BAD)
+@pytest.mark.parametrize(("name", "values", "code", "says"), fast(BAD, *BAD[::3], names=4))
 def test_files_that_are_refused(
     folder: Path, name: str, values: dict[str, Any], code: str, says: str
 ) -> None:

@@ -19,6 +19,7 @@ from support.media_kit import (
     stock_images,
     stock_videos,
 )
+from support.tiers import fast
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen3VLProcessor
 from transformers.image_utils import load_image
@@ -49,15 +50,15 @@ def files(folder: Path, count: int, width: int, height: int) -> list[Path]:
 
 @pytest.mark.parametrize(
     ("count", "width", "height", "options", "rate"),
-    [
+    fast([
         (2, 64, 48, {"fps": 2}, 2),
         (3, 97, 65, {}, 2),
         (4, 33, 47, {"sample_fps": 0.5}, 0.5),
         (5, 128, 160, {"sample_fps": "1"}, 1),
         (9, 64, 64, {"fps": 29.97, "sample_fps": 29.97}, 29.97),
         (31, 40, 40, {"fps": 30}, 30),  # far more than 2 frames per second: nothing is sampled
-    ],
-)
+    ], (3, 97, 65, {}, 2), (9, 64, 64, {"fps": 29.97, "sample_fps": 29.97}, 29.97), names=5),
+)  # fmt: skip
 def test_pixels_times_and_ids_are_the_stock_processors(
     reader: Any, shared: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     count: int, width: int, height: int, options: dict[str, Any], rate: float,

@@ -22,6 +22,7 @@ from support.media_kit import (
     stock_videos,
     video,
 )  # fmt: skip
+from support.tiers import fast
 
 #: Frames, width, height, frames a second: short and long, odd and even, small, flat and tall.
 SAMPLES = [
@@ -55,7 +56,9 @@ def check(reader: Any, stock: Any, data: bytes, pixels: Array, rate: float, **op
     return seen
 
 
-@pytest.mark.parametrize(("count", "width", "height", "rate"), SAMPLES)
+@pytest.mark.parametrize(
+    ("count", "width", "height", "rate"), fast(SAMPLES, *SAMPLES[::3], names=4)
+)
 def test_numbers_are_the_stock_processors(
     reader: Any, shared: Path, monkeypatch: pytest.MonkeyPatch, count: int, width: int,
     height: int, rate: float,

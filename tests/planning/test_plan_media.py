@@ -145,7 +145,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("policy", fast(EVERY, "elementwise"))
-@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("groups", fast(GROUPS, "trained", "last layer alone"))
 def test_the_peak_is_what_a_step_takes(found: Identified, groups: str, policy: str) -> None:
     chosen = settings(target_groups=GROUPS[groups], media_cache_gb=0)
     planner = Planner(found, chosen, None)

@@ -12,6 +12,7 @@ import torch
 from support import wide_arch
 from support.cli_kit import Ended, here
 from support.run_kit import SHORT, start, words
+from support.tiers import fast
 from torch import Tensor
 
 from qcore.errors import NumericError, PluginError
@@ -103,7 +104,7 @@ def run(
     return lambda verb: verbs[verb]()
 
 
-@pytest.mark.parametrize("verb", WHEN)
+@pytest.mark.parametrize("verb", fast(WHEN, *[*WHEN][::3]))
 def test_the_plugin_and_the_layer_are_named(
     run: Callable[[str], Ended], monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
@@ -145,7 +146,7 @@ def test_an_interrupt_passes(
 
 
 @pytest.mark.parametrize("method", ["embed", "final"])
-@pytest.mark.parametrize("verb", ["plan", "train", "generate", "merge"])
+@pytest.mark.parametrize("verb", fast(["plan", "train", "generate", "merge"], "train", "merge"))
 def test_the_plugin_and_the_method_of_the_trunk_are_named(
     run: Callable[[str], Ended], monkeypatch: pytest.MonkeyPatch, verb: str, method: str
 ) -> None:

@@ -21,6 +21,7 @@ import pytest
 from support.chat_kit import own_tokenizer
 from support.model_kit import key_list, small_config, small_shapes, write_json
 from support.template_kit import OWN_35, OWN_35_NO_THINK, OWN_36
+from support.tiers import fast
 from support.twelve import ROWS, as_served
 from tokenizers import Tokenizer
 
@@ -156,7 +157,7 @@ def test_each_is_taken_for_what_it_is(bases: dict[str, Base]) -> None:
         assert decision.plugin.name == {"3.5": "qwen35", "3.6": "qwen36"}[name.split()[0]]
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", fast(BASES, *[*BASES][-2:]))
 def test_what_is_trained_is_what_is_written_down(bases: dict[str, Base], name: str) -> None:
     wanted = golden()
     for section, variables in variants(name):
@@ -188,7 +189,7 @@ def test_the_last_turns_context_is_the_prompt_that_inference_gives(
             assert prompt == before
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", fast(BASES, [*BASES][-1]))
 def test_token_ids_are_those_of_transformers(real: dict[str, Base], name: str) -> None:
     from transformers import PreTrainedTokenizerFast
 

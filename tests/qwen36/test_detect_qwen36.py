@@ -25,6 +25,7 @@ from support.template_kit import (
     PYTHON,
     family_template,
 )
+from support.tiers import fast
 
 from qcore.api.records import Claim, PreflightRequest
 from qcore.checkpoint.chat_template import Template
@@ -371,7 +372,7 @@ def resaved(given: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
-    [
+    fast([
         ("qwen3.5/Qwen3.5-0.8B", "3.5"),
         ("qwen3.5/Qwen3.5-2B", "3.5"),
         ("qwen3.5/Qwen3.5-4B", "3.5"),
@@ -380,8 +381,9 @@ def resaved(given: dict[str, Any]) -> dict[str, Any]:
         ("qwen3.5/Qwen3.5-35B-A3B", "3.5"),
         ("qwen3.6/Qwen3.6-27B", "3.6"),
         ("qwen3.6/Qwen3.6-35B-A3B", "3.6"),
-    ],
-)
+    ], ("qwen3.5/Qwen3.5-0.8B", "3.5"), ("qwen3.5/Qwen3.5-35B-A3B", "3.5"),
+       ("qwen3.6/Qwen3.6-27B", "3.6"), names=2),
+)  # fmt: skip
 def test_published(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, wanted: str
 ) -> None:

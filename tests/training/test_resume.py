@@ -283,3 +283,11 @@ def test_a_run_that_is_there_and_one_that_is_not(
     assert error.value.code == code
     assert isinstance(error.value, QcoreError)
     assert sorted(home.rglob("*")) == before
+
+
+def test_a_wrong_setting_goes_before_a_run_that_is_there(halted: Path, tmp_path: Path) -> None:
+    """The fix of the second deletes checkpoints, which a typing error must not ask for."""
+    home = shutil.copytree(halted, tmp_path / "home")
+    with pytest.raises(QcoreError) as error:
+        run(home / "rows.jsonl", home / "out", model=home / "base", target_groups=("atn",))
+    assert error.value.code == "QC-LORA-001"

@@ -163,7 +163,12 @@ def _not_a_folder(path: Path) -> InputError:
         "QC-ADAPTER-003",
         "is a file, not an adapter folder",
         file=path,
-        fix=f"name the folder: {path.parent}",
+        expected="a PEFT adapter folder",
+        fix=(
+            f"name the folder: {path.parent}"
+            if (path.parent / CONFIG).is_file()
+            else "name the folder that training wrote"
+        ),
     )
 
 

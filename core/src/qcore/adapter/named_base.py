@@ -130,8 +130,9 @@ def generation_of(name: str, skus: Skus, expected: str) -> str | None:
     last = _last(name)
     if (sku := skus.find(last)) is not None:
         return sku.generation
+    without_dot = {sku.generation.replace(".", ""): sku.generation for sku in skus}
     found = {
-        match[1].replace("_", ".")
+        without_dot.get(match[1], match[1].replace("_", "."))
         for family in _families(skus, expected)
         for match in re.finditer(
             rf"(?<![a-z0-9]){re.escape(family)}[-_ ]?(\d+(?:[._]\d+)?)(?![a-z0-9])(?!\.\d)", last
@@ -142,10 +143,10 @@ def generation_of(name: str, skus: Skus, expected: str) -> str | None:
 
 def _last(name: str) -> str:
     """Return the part of a name that names the model: of a hub cache, that before ``snapshots``."""
-    parts = PurePosixPath(name.replace("\\", "/").lower().partition("@")[0]).parts
+    parts = PurePosixPath(name.replace("\\", "/").lower()).parts
     if len(parts) > 2 and parts[-2] == "snapshots":
         return parts[-3].rpartition("--")[2]
-    return parts[-1] if parts else ""
+    return parts[-1].partition("@")[0] if parts else ""
 
 
 def _families(skus: Iterable[Sku], generation: str) -> set[str]:

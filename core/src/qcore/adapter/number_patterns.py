@@ -33,19 +33,26 @@ class NumberPatterns:
     """The values of both fields by module.
 
     Args:
-        path: adapter_config.json, for errors.
+        path: adapter_config.json, for errors; ``None``: the fields are settings of a run.
         config: its content.
         modules: names of all modules that a key may match.
+
+    Attributes:
+        unmatched: (field, key) of each key that matches no module.
 
     Raises:
         InputError: ``QC-ADAPTER-004`` a key takes too long to match.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], modules: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path | None, config: Mapping[str, Any], modules: Sequence[str]
+    ) -> None:
         self._values: dict[str, dict[str, float]] = {}
+        self.unmatched: list[tuple[str, str]] = []
         for field in FIELDS:
             pattern = config.get(field) or {}
             hits = _matches(path, field, list(pattern), modules)
+            self.unmatched += [(field, key) for key in pattern if not hits[key]]
             of_field = self._values.setdefault(field, {})
             for key, value in pattern.items():
                 for module in hits[key]:
@@ -57,7 +64,7 @@ class NumberPatterns:
 
 
 def _matches(
-    path: Path, field: str, keys: Sequence[str], modules: Sequence[str]
+    path: Path | None, field: str, keys: Sequence[str], modules: Sequence[str]
 ) -> dict[str, list[str]]:
     """Return the modules that each key matches."""
     plain = {key for key in keys if _PLAIN.fullmatch(key)}

@@ -5,7 +5,8 @@ builds the coverage table from the loaded modules, not from the plan, so the 4-b
 share that is really stored in 4 bits.
 
 Codes: ``QC-LORA-001`` not a LoRA group of this model or run, ``-002`` a group has no linear layer,
-``-003`` dropout on weights for which PEFT has none.
+``-003`` dropout or DoRA on weights for which PEFT has none, ``-005`` a pattern matches no weight
+with LoRA.
 """
 
 from __future__ import annotations
@@ -15,9 +16,75 @@ from dataclasses import dataclass, replace
 
 from ..api.parameters import Aim, Kind, Table
 from ..checkpoint.layout import Layout
+from ..config.settings import Settings
 from ..errors import UsageError
 from ..nn.model import Model
 from ..nn.qlora.lora_layer import Lora
+from .number_patterns import NumberPatterns
+from .peft_names import target_name
+from .written_config import choose_class
+
+
+def lora_targets(layout: Layout, settings: Settings, classes: Sequence[str]) -> dict[str, Lora]:
+    """Choose the weights that get LoRA in a run, and the numbers of each.
+
+    Args:
+        layout: the base.
+        settings: the settings of the run.
+        classes: ``architectures`` of config.json; the class decides the names that patterns match.
+
+    Returns:
+        The LoRA settings of each weight, by canonical name.
+
+    Raises:
+        UsageError: ``QC-LORA-*``.
+        InputError: ``QC-ADAPTER-004`` a pattern takes too long to match.
+    """
+    lora = Lora(
+        r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
+        use_rslora=settings.use_rslora, use_dora=settings.use_dora,
+    )  # fmt: skip
+    chosen = targets(
+        layout,
+        settings.target_groups,
+        lora,
+        group_r={name: int(r) for name, r in settings.group_r.items()},
+        group_lora_alpha={name: float(x) for name, x in settings.group_lora_alpha.items()},
+    )
+    return _by_pattern(chosen, layout, settings, classes)
+
+
+def _by_pattern(
+    chosen: dict[str, Lora], layout: Layout, settings: Settings, classes: Sequence[str]
+) -> dict[str, Lora]:
+    """Apply ``rank_pattern`` and ``alpha_pattern``, which PEFT matches with module names."""
+    patterns = {
+        "rank_pattern": dict(settings.rank_pattern),
+        "alpha_pattern": dict(settings.alpha_pattern),
+    }
+    if not any(patterns.values()):
+        return chosen
+    touched = {layout.table[name].part.name for name in chosen}
+    namespace = choose_class(layout, touched, classes, settings.adapter_class)
+    modules = {name: target_name(layout.table[name], namespace) for name in chosen}
+    numbers = NumberPatterns(None, patterns, list(modules.values()))
+    for field, key in numbers.unmatched:
+        example = next(iter(modules.values()), "")
+        raise UsageError(
+            "QC-LORA-005",
+            "matches no weight that gets LoRA",
+            field=f"{field}.{key}",
+            expected=f"the end of a name such as {example}",
+            fix="leave the key out, or add the group of the weight to target_groups",
+        )
+    return {
+        name: replace(
+            lora,
+            r=int(numbers.value("rank_pattern", modules[name], lora.r)),
+            lora_alpha=numbers.value("alpha_pattern", modules[name], lora.lora_alpha),
+        )
+        for name, lora in chosen.items()
+    }
 
 
 def targets(
@@ -43,8 +110,8 @@ def targets(
     Raises:
         UsageError: ``QC-LORA-001`` the model does not have the group or never trains it, or
             `group_r` or `group_lora_alpha` names a group that is not trained; ``-002`` the group
-            has no linear layer in this model; ``-003`` dropout is set for weights on which PEFT
-            does not support it.
+            has no linear layer in this model; ``-003`` dropout or DoRA is set for weights on which
+            PEFT does not support it.
     """
     table = layout.table
     allowed = [name for name, aim in table.groups.items() if aim is not Aim.NEVER]
@@ -72,7 +139,7 @@ def targets(
             found=name,
             fix="leave the group out",
         )
-    _check_dropout(chosen, table)
+    _check_parameters(chosen, table)
     return chosen
 
 
@@ -93,19 +160,25 @@ def _check_names(
             )
 
 
-def _check_dropout(chosen: Mapping[str, Lora], table: Table) -> None:
-    """Refuse dropout if any target is a parameter: PEFT refuses it for the whole adapter."""
+def _check_parameters(chosen: Mapping[str, Lora], table: Table) -> None:
+    """Refuse dropout and DoRA if any target is a parameter: PEFT refuses the whole adapter."""
     for name, lora in chosen.items():
-        if lora.lora_dropout and table[name].row.kind is not Kind.LINEAR:
-            group = table[name].row.group
-            raise UsageError(
-                "QC-LORA-003",
-                f"is not supported with LoRA on '{group}': PEFT has no dropout there",
-                field="lora_dropout",
-                found=lora.lora_dropout,
-                expected=0,
-                fix=f"set lora_dropout=0, or leave '{group}' out of target_groups",
-            )
+        if table[name].row.kind is Kind.LINEAR:
+            continue
+        group = table[name].row.group
+        for field, found, what, off in (
+            ("lora_dropout", lora.lora_dropout, "dropout", 0),
+            ("use_dora", "true" if lora.use_dora else "", "DoRA", "false"),
+        ):
+            if found:
+                raise UsageError(
+                    "QC-LORA-003",
+                    f"is not supported with LoRA on '{group}': PEFT has no {what} there",
+                    field=field,
+                    found=found,
+                    expected=off,
+                    fix=f"set {field}={off}, or leave '{group}' out of target_groups",
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,9 +234,7 @@ def coverage(model: Model, layout: Layout) -> list[Coverage]:
                 modules=len(of_group),
                 hit=len(with_lora),
                 parameters=numel,
-                trained=sum(
-                    p.numel() for m in with_lora for p in (m.lora_A, m.lora_B) if p is not None
-                ),
+                trained=sum(p.numel() for m in with_lora for p in m.factors),
                 four_bit=sum(
                     entry.numel
                     for entry in of_group

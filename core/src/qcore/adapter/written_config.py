@@ -99,7 +99,7 @@ def peft_config(
     and ``auto_mapping`` names the class. PEFT ignores it where ``task_type`` is set.
 
     Args:
-        chosen: rank and alpha of each weight that has LoRA, by canonical name.
+        chosen: the numbers of each weight that has LoRA, by canonical name.
         layout: the base.
         r: default rank; other ranks go into ``rank_pattern``.
         lora_alpha: default alpha; other values go into ``alpha_pattern``.
@@ -125,8 +125,8 @@ def peft_config(
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
         "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
+        "use_rslora": any(numbers.use_rslora for numbers in chosen.values()),
+        "use_dora": any(numbers.use_dora for numbers in chosen.values()),
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
@@ -148,7 +148,17 @@ def _auto_class(namespace: Namespace, classes: Sequence[str]) -> dict[str, Any]:
 
 
 class Numbers(Protocol):
-    """Rank and alpha of one weight that has LoRA."""
+    """Rank, alpha and scaling rule of one weight that has LoRA."""
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether the scaling is rank-stabilized; the same for all weights of an adapter."""
+        ...
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether rows have magnitudes; the same for all weights of an adapter."""
+        ...
 
     @property
     def r(self) -> int:

@@ -1,7 +1,8 @@
 """Finds each tensor of the parameter table in a checkpoint's headers; checks shapes and dtypes.
 
 This file decides totality, in both directions. Every tensor of the parameter table is on disk in
-one of its spellings, is tied, or belongs to an optional part that is entirely absent. Every tensor
+one of its spellings, is tied, or belongs to an optional part that is entirely absent; it may be
+packed in a format that qcore does not decode (`qcore.checkpoint.packed`). Every tensor
 on disk belongs to the table or is carried untouched (`qcore.checkpoint.unowned`). Anything else is
 an error that names the tensor. All problems are collected before any is raised.
 
@@ -12,23 +13,23 @@ per part: the one that matches the most names.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from ..api.parameters import Namespace, Part, Region, Row, Store, Table
+from ..api.parameters import Namespace, Part, Piece, Region, Row, Store, Table
 from ..api.parameters import Tensor as TableTensor
-from ..errors import InputError, QcoreError, nearest, one_of_each, raise_all
+from ..errors import InputError, QcoreError, nearest, raise_all
 from .block_scales import BadBlockError, block_size, is_fp8, scale_name, scale_problem
 from .checkpoint import Checkpoint, Header
+from .layout_faults import faults
+from .packed import cache_scales, packed_weights, shape_problem
 from .safetensors_header import without_gc
+from .tensor_hash import numel
 from .unowned import carried_and_strays
 
 _SUGGESTED = 3
-#: Codes for missing tensors; unknown tensors in the same checkpoint are reported with them.
-_MISSING = ("QC-KEY-001", "QC-KEY-004", "QC-KEY-005")
 
 
 class Place(NamedTuple):
@@ -39,12 +40,14 @@ class Place(NamedTuple):
         region: slices such that the tensor on disk is ``canonical[region]``.
         scale: its block scales, if it is stored in FP8.
         block: (rows, columns) that share a scale, if it is stored in FP8.
+        packed: the format, if it is stored in one that qcore does not decode.
     """
 
     header: Header
     region: Region
     scale: Header | None = None
     block: tuple[int, int] | None = None
+    packed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,11 @@ class Located:
         """Safetensors name of the dtype of its values; for block FP8, after decoding."""
         return "BF16" if self.places[0].scale is not None else self.places[0].header.dtype
 
+    @property
+    def packed(self) -> Place | None:
+        """The first place in a format that qcore does not decode; ``None`` without any."""
+        return next((place for place in self.places if place.packed is not None), None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
@@ -81,6 +89,8 @@ class Layout:
         ties: tied tensors that are on disk nevertheless -> the tensor that each is tied to;
             loading checks that both are equal.
         scales: name on disk of a block scale -> name on disk of its weight.
+        packed: names on disk of tensors that a merge copies as they are: weights in a format that
+            qcore does not decode, their scales, and scales of a key-value cache.
         idle: names of loadable parts that this run does not need, such as an unused tower.
         in_nf4: groups whose linear weights this run stores in NF4, in addition to the table's.
         untied: heads that config.json ties and that get values of their own
@@ -95,6 +105,7 @@ class Layout:
     carried: Mapping[Header, str] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
     scales: Mapping[str, str] = field(default_factory=dict)
+    packed: frozenset[str] = frozenset()
     idle: frozenset[str] = frozenset()
     in_nf4: frozenset[str] = frozenset()
     untied: frozenset[str] = frozenset()
@@ -115,7 +126,7 @@ class Layout:
     def parameters(self) -> int:
         """Number of parameters on disk, carried ones included; a tied tensor counts once."""
         places = itertools.chain.from_iterable(item.places for item in self.located.values())
-        owned = sum([math.prod(place.header.shape) for place in places])
+        owned = sum([numel(place.region) for place in places])
         return owned + sum(header.numel for header in self.carried)
 
     def carried_roots(self) -> dict[str, int]:
@@ -163,6 +174,7 @@ def survey(
         carried=carried,
         ties=state.ties,
         scales=state.scales,
+        packed=frozenset(state.copied),
     )
     return layout, state.problems
 
@@ -183,27 +195,6 @@ def locate(table: Table, checkpoint: Checkpoint) -> Layout:
     return layout
 
 
-def faults(problems: Sequence[QcoreError]) -> list[QcoreError]:
-    """Summarize the problems of `survey` for the user: one error per code.
-
-    If tensors are missing and others are unknown, both are one error: a misspelled name, swapped
-    layers or another layout causes both.
-    """
-    by_code: dict[str, QcoreError] = {}
-    for error in one_of_each(problems):
-        by_code.setdefault(error.code, error)
-    missing = next((by_code[code] for code in _MISSING if code in by_code), None)
-    if missing is None or "QC-KEY-002" not in by_code:
-        return list(by_code.values())
-    del by_code["QC-KEY-002"]
-    names = [error.field for error in problems if error.code == "QC-KEY-002"]
-    unknown = f"{len(names)} that belong to no part, first {names[0]}"
-    by_code[missing.code] = missing.replace(
-        found=f"{missing.found}; {unknown}" if missing.found else unknown
-    )
-    return list(by_code.values())
-
-
 class _Survey:
     """The state of one `survey`: tensors located so far, and problems."""
 
@@ -218,6 +209,8 @@ class _Survey:
         self.absent: list[str] = []
         self.ties: dict[str, str] = {}
         self.scales: dict[str, str] = {}
+        self.packed = packed_weights(checkpoint.headers)
+        self.copied: set[str] = set(cache_scales(self.headers) if self.packed else ())
         try:
             self.block = block_size(checkpoint.config)
         except BadBlockError:  # `detect_quantization` reports it
@@ -250,7 +243,7 @@ class _Survey:
     def _namespace(self, part: Part, tensors: list[TableTensor]) -> Namespace:
         def score(namespace: Namespace) -> int:
             return sum(
-                namespace.spell(name) in self.headers
+                self._on_disk(namespace.spell(name))
                 for tensor in tensors
                 for name in tensor.first_names()
             )
@@ -263,14 +256,17 @@ class _Survey:
         """Locate `tensor` on disk; return ``False`` if no piece of it is there."""
         for pieces in tensor.spellings():
             names = namespace.spell_all([piece.name for piece in pieces])
-            present = [name for name in names if name in self.headers]
+            present = [name for name in names if self._on_disk(name)]
             self._expected.update(names)
             if len(present) == len(names):
                 places = []
                 for name, piece in zip(names, pieces, strict=True):
+                    if name in self.packed:
+                        places.append(self._as_packed(name, piece))
+                        continue
                     header = self.headers[name]
                     if header.shape != piece.shape:
-                        self._wrong_shape(header, piece.shape)
+                        self._wrong_shape(header, list(piece.shape))
                     places.append(self._as_place(header, piece.region))
                     self.by_disk[name] = (tensor, piece.region)
                 self._check_dtypes(places)
@@ -279,7 +275,7 @@ class _Survey:
                     self.ties[tensor.name] = tensor.row.tie
                 return True
             if present:
-                missing = [name for name in names if name not in self.headers]
+                missing = [name for name in names if not self._on_disk(name)]
                 for name, piece in zip(names, pieces, strict=True):
                     if name in self.headers:
                         self.by_disk[name] = (tensor, piece.region)
@@ -308,19 +304,31 @@ class _Survey:
         self.scales[name] = header.name
         return Place(header, region, scale, self.block)
 
-    def _wrong_shape(self, header: Header, shape: tuple[int, ...]) -> None:
+    def _on_disk(self, name: str) -> bool:
+        return name in self.headers or name in self.packed
+
+    def _as_packed(self, name: str, piece: Piece) -> Place:
+        """Return the place of a weight that is copied as it is, with all of its tensors."""
+        packed = self.packed[name]
+        self.copied.update((packed.header.name, *(h.name for h in packed.companions)))
+        expected = shape_problem(packed, piece.shape)
+        if expected is not None:
+            self._wrong_shape(packed.header, expected)
+        return Place(packed.header, piece.region, packed=packed.format.value)
+
+    def _wrong_shape(self, header: Header, expected: object) -> None:
         self._problem(
             "QC-KEY-003",
             "has the wrong shape",
             header.name,
             found=list(header.shape),
-            expected=list(shape),
+            expected=expected,
             file=header.file,
             fix="use the config.json that came with the weights",
         )
 
     def _check_dtypes(self, places: Iterable[Place]) -> None:
-        dtypes = {place.header.dtype: place.header for place in places}
+        dtypes = {place.header.dtype: place.header for place in places if place.packed is None}
         if len(dtypes) > 1:
             header = next(reversed(dtypes.values()))
             self._problem(
@@ -340,8 +348,8 @@ class _Survey:
 
     def carry_unowned(self) -> dict[Header, str]:
         """Return the unowned tensors that are carried; record all others as problems."""
-        owned, scales = self.by_disk, self.scales
-        extra = [h for name, h in self.headers.items() if name not in owned and name not in scales]
+        known = {*self.by_disk, *self.scales, *self.copied}
+        extra = [h for name, h in self.headers.items() if name not in known]
         carried, strays = carried_and_strays(
             extra, self.table, self.namespaces, self.checkpoint.config
         )

@@ -1,8 +1,9 @@
-"""Detects how a checkpoint is quantized (FP8, NVFP4, GPTQ, AWQ, ...) and refuses all but block FP8.
+"""Detects how a checkpoint is quantized (FP8, NVFP4, GPTQ, AWQ, ...) and what can be decoded.
 
 This file decides how to recognize a format (by names, dtypes and shapes of tensors) and which
 formats can be used: only FP8 with block scales, which is decoded to bfloat16. A checkpoint in any
-other format is refused with an error that names the format and what to use instead. config.json
+other format is refused with an error that names the format and what to use instead, except by a
+merge that changes none of its quantized weights (`qcore.checkpoint.packed`). config.json
 and hf_quant_config.json also declare a format. The tensors take precedence, but a declaration that
 contradicts them is an error, because other tools may rely on it. No tensor is read.
 `qcore.nn.fp8` decodes block FP8; `qcore.checkpoint.layout` checks that its scales match.
@@ -107,6 +108,11 @@ class Quantization:
         return self.formats.keys() == {Format.BLOCK_FP8}
 
     @property
+    def carried(self) -> bool:
+        """Whether a merge can carry the weights: the tensors that make up each are known."""
+        return Format.OTHER not in self.formats
+
+    @property
     def name(self) -> str:
         """The format, or all formats joined by "and"."""
         return " and ".join(self.formats)
@@ -153,7 +159,7 @@ def detect_quantization(checkpoint: Checkpoint) -> Quantization | None:
     Raises:
         InputError: ``QC-CKPT-010`` config.json or hf_quant_config.json contradicts the tensors.
     """
-    by_name = dict(_quantized_weights(checkpoint.headers))
+    by_name = dict(quantized_weights(checkpoint.headers))
     declarations = list(_declarations(checkpoint))
     if declarations and not by_name:
         by_name = dict(_undetected(checkpoint.headers))
@@ -175,7 +181,7 @@ def detect_quantization(checkpoint: Checkpoint) -> Quantization | None:
     )
 
 
-def _quantized_weights(headers: Mapping[str, Header]) -> Iterator[tuple[str, Format]]:
+def quantized_weights(headers: Mapping[str, Header]) -> Iterator[tuple[str, Format]]:
     """Yield the quantized weights with their format; skip scales and other companions."""
     for name, header in headers.items():
         if header.dtype not in _PLAIN:
@@ -208,7 +214,7 @@ def _format(name: str, header: Header, headers: Mapping[str, Header]) -> Format 
             return Format.BITSANDBYTES
         return Format.COMPRESSED if f"{name}_scale" in headers else None
     if header.dtype in ("U8", "F4"):
-        if f"{name}_scale_2" in headers:
+        if f"{name}_scale_2" in headers or f"{name}_weight_scale_2" in headers:
             return Format.NVFP4
         if f"{name}.absmax" in headers:
             return Format.BITSANDBYTES
@@ -221,7 +227,7 @@ def _format(name: str, header: Header, headers: Mapping[str, Header]) -> Format 
 
 
 def _fp8(name: str, header: Header, headers: Mapping[str, Header]) -> Format | None:
-    for end in ("_scale_inv", "_scale"):
+    for end in ("_scale_inv", "_weight_scale", "_scale"):
         weight = name.removesuffix(end)
         if weight != name and (weight in headers or f"{weight}_packed" in headers):
             return None  # a scale itself

@@ -7,13 +7,17 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 
 from ..errors import PreflightError, QcoreError, UsageError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+#: Parameters that name a folder or a repository of the hub, whose type is a text for click.
+_FOLDERS: Final = frozenset(("model", "models", "adapter", "adapters", "init_adapter", "folder"))
+_FOLDER_OR_ID: Final = "a folder or a hub id"
 
 
 def debugging(arguments: list[str]) -> bool:
@@ -81,7 +85,10 @@ def check_text(arguments: list[str]) -> None:
 def check_repeats(
     command: click.Command, name: str | None, arguments: list[str], parent: click.Context | None
 ) -> None:
-    """Refuse an option that is given twice; of most options click silently keeps the last value.
+    """Refuse an option that is given twice, and an empty path.
+
+    Of most options click silently keeps the last value, and an empty path means the current folder
+    to `pathlib`: a variable that is not set in a script would write there.
 
     An option that its command declares with ``multiple=True`` or ``count=True`` may be repeated.
     click's own parser decides which arguments are options; what it rejects is left for click to
@@ -94,13 +101,13 @@ def check_repeats(
         parent: the context of the group that `command` belongs to.
 
     Raises:
-        UsageError: ``QC-CLI-004``.
+        UsageError: ``QC-CLI-004`` an option is given twice; ``-010`` a path is empty.
     """
     settings = command.context_settings
     context = command.context_class(command, info_name=name, parent=parent, **settings)
     with context.scope(cleanup=False):
         try:
-            _, rest, order = command.make_parser(context).parse_args(list(arguments))
+            values, rest, order = command.make_parser(context).parse_args(list(arguments))
         except click.UsageError:
             return
         seen: set[click.Parameter] = set()
@@ -111,10 +118,27 @@ def check_repeats(
                 field = max(option.opts, key=len)
                 raise UsageError("QC-CLI-004", "is given twice", field=field, fix="give it once")
             seen.add(option)
+        _check_empty_paths(command.params, values)
         if isinstance(command, click.Group) and rest and not command.chain:
             subcommand = command.get_command(context, rest[0])
             if subcommand is not None:
                 check_repeats(subcommand, rest[0], rest[1:], context)
+
+
+def _check_empty_paths(parameters: Iterable[click.Parameter], values: Mapping[str, Any]) -> None:
+    for parameter in parameters:
+        value = values.get(parameter.name or "")
+        path = isinstance(parameter.type, click.Path) or parameter.name in _FOLDERS
+        if path and (value == "" or (isinstance(value, list | tuple) and "" in value)):
+            option = isinstance(parameter, click.Option)
+            field = max(parameter.opts, key=len) if option else parameter.human_readable_name
+            raise UsageError(
+                "QC-CLI-010",
+                "is empty",
+                field=field,
+                expected="a path" if isinstance(parameter.type, click.Path) else _FOLDER_OR_ID,
+                fix="name one; a shell variable that is not set leaves it empty",
+            )
 
 
 @contextmanager

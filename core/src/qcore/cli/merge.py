@@ -83,6 +83,11 @@ def command(
 def _print_proof(proof: Mapping[str, float]) -> None:
     """Print the result of the comparison; an effect below float32 rounding is noted."""
     difference, effect, rerouted = proof["difference"], proof["effect"], int(proof["rerouted"])
+    if "stand_ins" in proof:
+        click.echo(
+            f"note: {int(proof['stand_ins'])} packed weights, which are the base's, were replaced "
+            "by random values in the comparison"
+        )
     if rerouted:
         click.echo(
             f"proved: every layer of the unrounded merge computes base + adapter, whose effect on "

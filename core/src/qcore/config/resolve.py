@@ -110,6 +110,11 @@ def _split(sets: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     """Yield for each ``--set``: its name in errors, the key, the text."""
     for item in sets:
         key, equals, text = (part.strip() for part in item.partition("="))
+        if not key:
+            raise Origin(field="--set").error(
+                "QC-CONFIG-001", "names no setting", found=item[:60],
+                expected="--set key=value", fix="write the name of a setting before the =",
+            )  # fmt: skip
         if not equals:
             raise Origin(field=f"--set {key}").error(
                 "QC-CONFIG-006", "has no value", expected="--set key=value"

@@ -33,7 +33,9 @@ class Settings:
     A value of the wrong type or out of range raises `UsageError`, whatever its source.
     """
 
-    max_steps: int = _s(-1, "optimizer steps; -1: use num_train_epochs", low=1, also=(-1,))
+    max_steps: int = _s(
+        -1, "optimizer steps; -1: use num_train_epochs", low=1, high=10_000_000, also=(-1,)
+    )
     num_train_epochs: float = _s(
         1.0, "passes over the data, if max_steps is -1", above=0, high=10000
     )
@@ -99,6 +101,10 @@ class Settings:
     max_grad_norm: float = _s(1.0, "maximum gradient norm; 0: no clipping", low=0, high=1e6)
     r: int = _s(16, "rank of the LoRA matrices", low=1, high=4096)
     lora_alpha: int = _s(32, "numerator of the LoRA scaling, lora_alpha / r", low=1, high=65536)
+    use_rslora: bool = _s(False, "rank-stabilized LoRA: the scaling is lora_alpha / sqrt(r)")
+    use_dora: bool = _s(
+        False, "DoRA: also train the norm of each row of base + LoRA; not for experts and routers"
+    )
     lora_dropout: float = _s(0.0, "dropout on the input of LoRA A", low=0, below=1)
     target_groups: tuple[str, ...] = _s(
         (), "LoRA groups to train; empty: the default groups of the architecture"
@@ -173,6 +179,17 @@ class Settings:
         above=0,
         high=65536,
     )
+    rank_pattern: Entries[int] = _s(  # noqa: RUF009
+        Entries(),
+        "rank by module, overriding r and group_r; a key is a name or an expression that matches "
+        "the end of a module's name, as in PEFT, and the first key that matches counts",
+        each=int, key="module", low=1, high=4096,
+    )  # fmt: skip
+    alpha_pattern: Entries[float] = _s(  # noqa: RUF009
+        Entries(),
+        "lora_alpha by module, overriding lora_alpha and group_lora_alpha; keys as in rank_pattern",
+        each=float, key="module", above=0, high=65536,
+    )  # fmt: skip
     chat_template_kwargs: Entries[Plain] = _s(  # noqa: RUF009
         Entries(),
         "variables passed to the checkpoint's chat template",
@@ -248,6 +265,8 @@ _OTHER_WORDS = {
     "lora_rank": "r",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
     "target_modules": "target_groups",
     "load_in_4bit": "quantization",
     "bf16": "dtype",

@@ -25,6 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OP = re.compile(rf"{_NAME.pattern}(?:::{_NAME.pattern})*")
 _LONGEST_TEXT = 4096  #: characters of a text in a mapping
+_LONGEST_PATTERN = 500  #: characters of an expression for the names of modules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,7 @@ class Spec:
         refused: words that are refused with a reason, in lower case.
         each: for `Entries`: type of every value, to which the limits above apply; ``object``
             allows true, false, a number or a text.
-        key: for `Entries`: what its keys name, ``group``, ``variable`` or ``op``.
+        key: for `Entries`: what its keys name, ``group``, ``module``, ``variable`` or ``op``.
     """
 
     name: str
@@ -238,6 +239,9 @@ def _check_key(spec: Spec, name: object, origin: Origin) -> None:
     Raises:
         UsageError: ``QC-CONFIG-003``.
     """
+    if spec.key == "module":
+        _check_expression(name, origin)
+        return
     pattern = {"variable": _VARIABLE, "op": _OP}.get(spec.key, _NAME)
     if not isinstance(name, str) or not pattern.fullmatch(name):
         full = f" or {spec.name}.NAMESPACE::NAME" if pattern is _OP else ""
@@ -247,6 +251,28 @@ def _check_key(spec: Spec, name: object, origin: Origin) -> None:
             found=repr(name)[:60],
             expected=f"{spec.name}.NAME{full}, a name of letters, digits and _",
             fix=f"write {spec.name}.NAME=VALUE with the name of a {spec.key}",
+        )
+
+
+def _check_expression(name: object, origin: Origin) -> None:
+    """Refuse a key that PEFT cannot compile as an expression for the names of modules.
+
+    Raises:
+        UsageError: ``QC-CONFIG-003``.
+    """
+    valid = isinstance(name, str) and 0 < len(name) <= _LONGEST_PATTERN and name.isprintable()
+    if valid:
+        try:
+            re.compile(rf"(.*\.)?({name})$")
+        except (re.error, RecursionError, OverflowError):
+            valid = False
+    if not valid:
+        raise origin.error(
+            "QC-CONFIG-003",
+            "is not a valid name or expression of a module",
+            found=repr(name)[:60],
+            expected=f"a regular expression of at most {_LONGEST_PATTERN} characters",
+            fix="write the end of the module's name, such as self_attn.q_proj",
         )
 
 

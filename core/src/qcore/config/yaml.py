@@ -65,9 +65,11 @@ def read(path: Path, *, flag: str | None = None) -> Node | None:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
+        permission = isinstance(error, PermissionError)
         raise UsageError(
-            "QC-YAML-001", "cannot be read", file=path, field=flag, found=error.strerror
-        ) from error
+            "QC-YAML-001", "cannot be read", file=path, field=flag, found=error.strerror,
+            fix="check its permissions" if permission else "name a file that exists",
+        ) from error  # fmt: skip
     if len(data) > MAX_BYTES:
         raise _refuse(path, 1, "more than 1 MiB", "a settings file")
     try:

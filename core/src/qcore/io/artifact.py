@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ..errors import WriteError
 from .atomic import (
@@ -56,6 +56,8 @@ __all__ = [
     "read_manifest",
     "verify",
 ]
+
+_NEW: Final = "name a new folder"
 
 
 class Writer:
@@ -195,12 +197,16 @@ def check_target(path: Path | str, *, overwrite: bool = False, need_bytes: int =
         if target.is_dir():
             _check_folder(shown, target, overwrite)
         elif os.path.lexists(target):
-            raise WriteError("QC-WRITE-002", "is a file", file=shown, expected="a new folder")
+            raise WriteError(
+                "QC-WRITE-002", "is a file", file=shown, expected="a new folder", fix=_NEW
+            )
         parent = target.parent
         while not os.path.lexists(parent):
             parent = parent.parent
         if not parent.is_dir():
-            raise WriteError("QC-WRITE-002", f"{parent} is not a folder", file=shown)
+            raise WriteError(
+                "QC-WRITE-002", f"{parent} is not a folder", file=shown, fix="name another folder"
+            )
         if not os.access(parent, os.W_OK | os.X_OK):
             raise write_error(OSError(errno.EACCES, "not permitted"), parent)
         free = shutil.disk_usage(parent).free
@@ -223,7 +229,7 @@ def _check_folder(shown: Path, target: Path, overwrite: bool) -> None:
         )
     if not any(os.scandir(target)):
         return
-    fix = "name a new folder, or empty this one"
+    fix = f"{_NEW}, or empty this one" if target != Path.cwd() else _NEW
     if not overwrite:
         raise WriteError("QC-WRITE-001", "is not empty", file=shown, fix=fix)
     if not (target / MANIFEST).is_file():

@@ -26,7 +26,11 @@ CHUNK: Final = 4 << 20  # bytes read and hashed at a time
 _WRITE_CODES: Final = {
     errno.ENOSPC: ("QC-WRITE-003", "the disk is full", "free space or name another disk"),
     errno.EDQUOT: ("QC-WRITE-003", "the quota is used up", "free space or name another disk"),
-    errno.EFBIG: ("QC-WRITE-003", "the file system does not allow a file of this size", None),
+    errno.EFBIG: (
+        "QC-WRITE-003",
+        "the file system does not allow a file of this size",
+        "name another disk",
+    ),
     errno.EIO: ("QC-WRITE-004", "the disk reports an input/output error", "name another disk"),
     errno.EACCES: ("QC-WRITE-005", "is not writable", "check its permissions"),
     errno.EPERM: ("QC-WRITE-005", "is not writable", "check its permissions"),
@@ -43,7 +47,7 @@ def write_error(error: OSError, path: Path) -> WriteError:
     """
     reason = error.strerror or type(error).__name__
     code, what, fix = _WRITE_CODES.get(
-        error.errno or 0, ("QC-WRITE-006", f"cannot be written: {reason}", None)
+        error.errno or 0, ("QC-WRITE-006", f"cannot be written: {reason}", "name another path")
     )
     return WriteError(code, what, file=path, fix=fix)
 

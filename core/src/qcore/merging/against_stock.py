@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter.evidence import evidence_lines, read_for
 from ..adapter.peft_names import CONFIG, Adapter
-from ..adapter.reader import read_adapter
 from ..adapter.weight_files import adapter_headers
 from ..checkpoint.checkpoint import read_json
+from ..checkpoint.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG, TokenizerFiles
 from ..data.rendering.template_kwargs import recorded_variables
 from ..errors import InputError, NumericError, QcoreError, UsageError
 from ..io.artifact import MANIFEST, read_manifest, verify
@@ -165,8 +166,9 @@ class _Job:
 
     def _read(self, path: str | Path) -> Adapter:
         base = self.base
-        # Nothing is written, so that an adapter without a fingerprint needs no consent.
-        read = read_adapter(path, base.layout, trust_base=True, claims=base.adapter_claims)
+        # Nothing is written, so that no consent is needed: what it would be asked for is a note.
+        read = read_for(base, path, trust_base=True, trust_generation=True)
+        self.notes += evidence_lines(base, read)
         if others := sorted(read.parts - {read.trunk}):
             self.notes.append(
                 f"prompts are text: pairs in part {', '.join(others)} are loaded and not computed"
@@ -200,7 +202,7 @@ class _Job:
         renderer = self._renderer(self.mine)
         prompts = random_prompts(self.mine.checkpoint) if file is None else read_prompts(file)
         self._compare_templates(prompts, renderer)
-        docs = documents(prompts, renderer)
+        docs = documents(prompts, renderer, self.notes)
         tokens = [ids for _, ids in docs]
         with self.reporter.progress("comparing with stock", 3, "passes") as advance:
             main, without, cls = self._passes(tokens, advance)
@@ -213,6 +215,7 @@ class _Job:
         judge.prompts(main, without, results)
         self.problems += judge.problems
         self.notes += judge.notes
+        worst = max((p for p in (main, without, self.own) if p), key=lambda p: p.worst)
         return StockReport(
             folder=self.path,
             kind=self.kind,
@@ -223,8 +226,8 @@ class _Job:
             prompts=tuple(results),
             layers={
                 "count": len(self.streams),
-                "worst": max(main.worst, *(p.worst for p in (without, self.own) if p), 0.0),
-                "at": main.layer,
+                "worst": worst.worst,
+                "at": worst.layer,
                 "unstable_tokens": main.unstable,
             },
             notes=tuple(self.notes),
@@ -241,7 +244,10 @@ class _Job:
     def _compare_templates(self, prompts: Sequence[Any], renderer: Renderer) -> None:
         """Compare what both sides render; an adapter folder may bring a tokenizer of its own."""
         folder = self.mine.checkpoint.path
-        if self.is_adapter and (self.path / "tokenizer_config.json").is_file():
+        if (
+            self.is_adapter
+            and {TOKENIZER, TOKENIZER_CONFIG} <= TokenizerFiles.of(self.path).sidecars
+        ):
             folder = self.path
         base = None
         if self.base is not self.mine:

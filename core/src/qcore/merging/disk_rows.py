@@ -1,7 +1,14 @@
-"""Reads single rows of tensors on disk in float32, and checks rounding, to verify a merge."""
+"""Reads single rows of tensors on disk in float32, and checks rounding, to verify a merge.
+
+This file also decides what stands in for a weight that qcore does not decode: random values, the
+same at each call. Base, base + adapter and merge have them in common, so that a layer with the
+changed weights is still compared with what training computes; a merge copies the weight itself.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -28,10 +35,22 @@ def is_rounded(value: Tensor, exact: Tensor) -> bool:
     return torch.allclose(value.float(), exact, rtol=1e-6, atol=1e-9)
 
 
+def read_or_stand_in(checkpoint: Checkpoint, item: Located, rows: slice | None = None) -> Tensor:
+    """`read_tensor`, or values of about the size that weights have if the weight is packed."""
+    if item.packed is None:
+        return read_tensor(checkpoint, item, rows)
+    name, shape = item.tensor.name, item.tensor.shape
+    rows = rows or slice(0, shape[0])
+    digest = hashlib.sha256(f"{name} {rows.start}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    values = torch.randn(rows.stop - rows.start, *shape[1:], generator=generator)
+    return values.div_(math.sqrt(shape[-1])).bfloat16()
+
+
 def gather(checkpoint: Checkpoint, item: Located, rows: list[int]) -> Tensor:
     """Some rows of a matrix on disk, float32, without reading the rest."""
-    if len(item.places) != 1 or item.places[0].scale is not None:
-        return read_tensor(checkpoint, item)[rows].float()
+    if len(item.places) != 1 or item.packed or item.places[0].scale is not None:
+        return read_or_stand_in(checkpoint, item)[rows].float()
     header = item.places[0].header
     picked = torch.empty(len(rows), header.shape[1], dtype=DTYPES[header.dtype])
     stride = picked.stride(0) * picked.element_size()
@@ -52,4 +71,4 @@ def row_slices(item: Located) -> Iterator[slice]:
 def blocks(checkpoint: Checkpoint, item: Located) -> Iterator[Tensor]:
     """A matrix on disk, a block of rows at a time, float32."""
     for rows in row_slices(item):
-        yield read_tensor(checkpoint, item, rows).float()
+        yield read_or_stand_in(checkpoint, item, rows).float()

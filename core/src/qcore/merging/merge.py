@@ -4,8 +4,9 @@ This file decides that a merged checkpoint is its base, file by file: the same s
 same headers in the same order, and the same other files. Only tensors that the adapter touches
 change: ``W + scaling * (B A)[region]`` is computed in float64 and rounded once, so that no merge
 is closer on any tensor. Nothing goes through a model class, so tensors that training did not load
-stay as they are. A base in block FP8 is written in bfloat16, all of it, and only when the user
-asks for that (`plan`): training saw its decoded values.
+stay as they are. So do the quantized weights of a base (`quantized_base`). A base in block FP8 is
+written in bfloat16, all of it, when the user asks for that (`plan`): training saw its decoded
+values.
 
 An adapter is merged into every part that it was trained with: one that changed a tower, or
 was trained on media with the tower frozen, needs a base that has the tower and a plugin that knows
@@ -40,12 +41,13 @@ from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.quantization_formats import Format
 from ..checkpoint.tokenizer_files import TokenizerFiles
 from ..data.rendering.template_kwargs import mixed_modes, other_template, recorded_variables
-from ..errors import InputError, NumericError, UsageError
+from ..errors import InputError, NumericError
 from ..io.artifact import MANIFEST, Writer, check_target, publish, read_manifest
 from ..plugins.resolve_model import Identified, identify
 from ..preflight.checks import preflight
 from ..reporting import Finished, Reporter, RunStarted
 from .plan import MergePlan
+from .quantized_base import check_options, notes, refuse_targets
 from .rewrite import MergePass
 from .take_tokenizer import TakenTokenizer, plan_tokenizer, taken_lines
 from .untied_output import untied_lines
@@ -110,15 +112,17 @@ def merge(
         trust_generation: accept such an adapter if it names a base of another generation.
         generation: accepted only where evidence is missing, never against it.
         prove: compare logits and the files with what training computes.
-        dequantize: write a base in block FP8 in bfloat16: all of it, not what changes alone.
+        dequantize: write a base in block FP8 in bfloat16, all of it; by default quantized weights
+            are copied.
         take_tokenizer: write the tokenizer and template that the adapter brings, not the base's.
         reporter: receives events; silent by default.
 
     Raises:
         UsageError: ``QC-MERGE-009`` and ``-010``: `dequantize` or `take_tokenizer` without effect.
         InputError: the adapter is not for this base (``QC-MERGE-001``), is already in it
-            (``-002``), the base is in FP8 and `dequantize` is not set (``-008``), it depends on
-            a part that is not there (``QC-ADAPTER-012``), or a folder is not as it must be.
+            (``-002``), it changes a quantized weight and `dequantize` is not set (``-008``, or
+            ``QC-CKPT-008`` where qcore cannot decode the weight), it depends on a part that is
+            not there (``QC-ADAPTER-012``), or a folder is not as it must be.
         NumericError: ``QC-MERGE-003`` a value that is not finite, ``-004`` nothing changed,
             ``-005`` logits of the merge differ from base + adapter, ``-006`` and ``-007`` the
             files do not hold what they should.
@@ -126,28 +130,33 @@ def merge(
     """
     reporter = reporter or Reporter()
     target = check_target(output)
-    base = identify(model, generation=generation)
-    _check_dtype(base, dequantize)
+    base = identify(model, generation=generation, carry=True)
+    check_options(base, dequantize)
     read = read_for(base, adapter, trust_base=trust_base, trust_generation=trust_generation)
-    refuse_parts(base.layout, read)
-    base = base.using_parts(read.parts)  # verification computes them, so preflight checks them
-    base = base.untying() if read.untied else base
+    base = _with_changed(base, read, dequantize)
     earlier = _refuse_twice(base.checkpoint, read)
     taken = plan_tokenizer(base, read.path) if take_tokenizer else None
-    warnings = (*preflight(base, verb="merge"), *_notes(base, read, taken))
+    warnings = (*preflight(base, verb="merge"), *_notes(base, read, taken, dequantize))
     reporter.lines((*base.decision.evidence, *warnings))
     reporter.emit(RunStarted(verb="merge", model=model, output=target))
     merger = MergePass(base, read, dequantize, taken)
-    plan = merger.plan
-    with publish(target, kind="model", need_bytes=plan.size) as out:
+    with publish(target, kind="model", need_bytes=merger.plan.size) as out:
         _write(merger, out, reporter)
         merger.check()
-        _check_headers(plan, out.folder)
+        _check_headers(merger.plan, out.folder)
         proof = _prove(merger, out.folder, reporter) if prove else None
         out.meta.update(_meta(merger, earlier, proof))
     report = _report(merger, target, warnings, proof)
     reporter.emit(Finished(verb="merge", output=target, result=report.as_json()))
     return report
+
+
+def _with_changed(base: Identified, adapter: Adapter, dequantize: bool) -> Identified:
+    """Return the base as the merge needs it, if the adapter can be merged into it."""
+    base = base.untying() if adapter.untied else base
+    refuse_targets(base, adapter, dequantize)
+    refuse_parts(base.layout, adapter)
+    return base.using_parts(adapter.parts)  # verification computes them, so preflight checks them
 
 
 def _report(
@@ -193,8 +202,11 @@ def _prove(merger: MergePass, written: Path, reporter: Reporter) -> dict[str, fl
         return prove_merge(merger.base, merger.adapter, merger.deltas, written, advance)
 
 
-def _notes(base: Identified, adapter: Adapter, taken: TakenTokenizer | None) -> Iterator[str]:
+def _notes(
+    base: Identified, adapter: Adapter, taken: TakenTokenizer | None, dequantize: bool
+) -> Iterator[str]:
     """What the user must know of the adapter and of the output's tokenizer and template."""
+    yield from notes(base, adapter, dequantize)
     yield from evidence_lines(base, adapter, taken=taken is not None)
     yield from untied_lines(base.layout)
     template = base.checkpoint.template
@@ -227,27 +239,6 @@ def _template_notes(adapter: Adapter, template: Template | None) -> Iterator[str
         )
     if note := mixed_modes(adapter.meta):
         yield note
-
-
-def _check_dtype(base: Identified, dequantize: bool) -> None:
-    """Refuse a base in FP8 without `dequantize`, and `dequantize` for any other base."""
-    quantized = base.quantization
-    if quantized is None and dequantize:
-        raise UsageError(
-            "QC-MERGE-009",
-            "is given, and nothing is to be decoded",
-            field="--dequantize",
-            found=f"{base.checkpoint.source} is not quantized",
-            fix="leave it out: the output has the dtypes of the base",
-        )
-    if quantized is not None and not dequantize:
-        raise InputError(
-            "QC-MERGE-008",
-            "is in FP8, which is too coarse to hold an adapter's changes",
-            file=base.checkpoint.path,
-            found=quantized.line(),
-            fix=f"pass --dequantize to write all of it in bf16, or {quantized.instead()}",
-        )
 
 
 def _refuse_twice(checkpoint: Checkpoint, adapter: Adapter) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ from ..nn.load import DTYPES, as_bytes, hash_units, read_exact, read_fp8
 from ..plugins.resolve_model import Identified
 from ..reporting import Advance
 from .plan import MergePlan, TensorPatch, plan_merge
+from .quantized_base import incomparable_parts
 from .take_tokenizer import TakenTokenizer
 from .untied_output import untie_output
 
@@ -100,6 +101,7 @@ class MergePass:
     parameters: int = 0
     largest: float = 0.0
     _open: dict[str, TensorDigest] = field(default_factory=dict)
+    _incomparable: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         quantized = self.base.quantization if self.dequantize else None
@@ -108,6 +110,8 @@ class MergePass:
             self.plan = self.taken.apply(self.plan)
         self.plan = untie_output(self.plan, self.base.checkpoint, self.base.layout)
         self.deltas = Deltas(self.adapter)
+        if not self.dequantize:
+            self._incomparable = incomparable_parts(self.base, self.adapter)
 
     def shard(self, name: str, progress: Advance) -> Iterator[memoryview]:
         """The bytes of one merged shard, in order."""
@@ -170,6 +174,11 @@ class MergePass:
         if entry is None:
             yield from _stream(file, header, size, None)
             return
+        scale = self._carried_scale(name)
+        if scale is not None:
+            yield from _stream(file, header, size, None)
+            self._hash_decoded(TensorPatch(header, header, scale))
+            return
         shape = tuple(part.stop - part.start for part in region)
         units = self._digest(entry).inside(region)
         if not all(in_one_run(unit, shape) for _, unit in units):
@@ -183,6 +192,20 @@ class MergePass:
             digest = hashlib.sha256()
             yield from _stream(file, header, numel(unit) * each, digest)
             self._note(name, [(number, digest.digest())])
+
+    def _carried_scale(self, name: str) -> Header | None:
+        """The scales of a tensor in block FP8 that is copied as it is."""
+        quantized = self.base.quantization
+        return None if quantized is None else quantized.scales.get(name)
+
+    def _hash_decoded(self, patch: TensorPatch) -> None:
+        """Hash the decoded values of a tensor in block FP8: the fingerprint covers those."""
+        name = patch.written.name
+        entry = self._entry(name)
+        assert entry is not None
+        for cut in self._cuts(patch):
+            weight = self._read(self.base.checkpoint.file(patch.source.file), cut)
+            self._note(name, list(hash_units(self._digest(entry), cut.region, weight)))
 
     def _change(self, path: Path, cut: _Cut) -> _Changed:
         """Read one cut, hash it, and add its delta; runs in a worker thread."""
@@ -214,9 +237,11 @@ class MergePass:
         """The values of a cut, in the shape of its region; block FP8 is decoded."""
         header, shape = cut.header, [part.stop - part.start for part in cut.region]
         if cut.scale is not None:
-            assert self.plan.block is not None
+            quantized = self.base.quantization
+            assert quantized is not None
+            assert quantized.block is not None
             where = self.base.checkpoint
-            return read_fp8(where, header, cut.scale, self.plan.block, cut.rows).view(shape)
+            return read_fp8(where, header, cut.scale, quantized.block, cut.rows).view(shape)
         dtype = DTYPES.get(header.dtype)
         if dtype is None:
             raise InputError(
@@ -275,6 +300,9 @@ class MergePass:
         del self._open[entry.name]
         self.digests[entry.name] = whole
         recorded = self.adapter.meta.get("tensors", {}).get(entry.name)
+        carried = self._carried_scale(name) is not None and not self.dequantize
+        if carried and entry.part.name in self._incomparable:
+            return
         if recorded is not None and recorded != whole:
             raise self._other_base(name, f"sha256 {whole[:12]}", f"{recorded[:12]}")
 
@@ -310,6 +338,8 @@ class MergePass:
             )
         now = fingerprints(self.base.layout, self.digests)
         for part, recorded in self.adapter.fingerprints.items():
+            if part in self._incomparable and self.adapter.meta.get("tensors"):
+                continue  # `_note` has compared each tensor that can be read
             if now.get(part) != recorded:
                 raise self._other_base(f"part '{part}'", str(now.get(part))[:12], recorded[:12])
 

@@ -72,7 +72,7 @@ def stock_class(folder: Path, name: str | None) -> tuple[Any, Any]:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    name = name or next(iter(config.architectures or []), "")
+    asked, name = name, name or next(iter(config.architectures or []), "")
     cls: Any = getattr(transformers, name, None) if name else None
     mapping = getattr(cls, "_model_mapping", None)
     if mapping is not None:
@@ -82,9 +82,11 @@ def stock_class(folder: Path, name: str | None) -> tuple[Any, Any]:
             "QC-STOCK-004",
             "names no class of the installed transformers that loads this model",
             file=folder / "config.json",
-            field="architectures",
+            field="--stock-class" if asked else "architectures",
             found=name or "none",
-            fix="pass --stock-class, or upgrade transformers",
+            fix="leave --stock-class out, or name a class with a head for language modeling"
+            if asked
+            else "pass --stock-class, or upgrade transformers",
         )
     if not isinstance(config, cls.config_class):
         config = config.get_text_config()
@@ -97,6 +99,10 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging as their_logging
 
     verbosity, bars = their_logging.get_verbosity(), their_logging.is_progress_bar_enabled()
+    # PEFT imports bitsandbytes, which warns of a kernel that nothing here uses.
+    bnb = logging.getLogger("bitsandbytes")
+    bnb_level = bnb.level
+    bnb.setLevel(logging.CRITICAL)
     their_logging.set_verbosity(logging.CRITICAL)
     their_logging.disable_progress_bar()
     try:
@@ -105,6 +111,7 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         their_logging.set_verbosity(verbosity)
+        bnb.setLevel(bnb_level)
         if bars:
             their_logging.enable_progress_bar()
 

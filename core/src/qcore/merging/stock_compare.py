@@ -5,8 +5,9 @@ measured: the stock layer also runs with its sums in another order (`OtherOrder`
 side holds weights that were merged and rounded, with its adapter merged and rounded to the same
 dtype. A layer of ours may differ from the stock layer, on the stock layer's own input, by `SHARE`
 times what that changes in most tokens, plus `OWN` times what it changes in the token. Tokens that a
-router sends to other experts when the input changes by that much are counted and not compared. Each
-side also runs on its own outputs to the logits.
+router sends to other experts when the input changes by that much are counted and not compared, and
+widen no bound; a layer without any other token is named. Values that are not finite are a
+difference. Each side also runs on its own outputs to the logits.
 
 Shapes: N documents, T tokens, H hidden size, V vocabulary.
 """
@@ -49,6 +50,7 @@ class Pass:
         difference: the difference there.
         allowed: what is allowed there.
         unstable: tokens that were not compared in a layer.
+        skipped: layers in which no token was compared.
     """
 
     stock: list[Tensor] = field(default_factory=list)
@@ -60,6 +62,28 @@ class Pass:
     difference: float = 0.0
     allowed: float = 0.0
     unstable: int = 0
+    skipped: list[str] = field(default_factory=list)
+
+    def judge(self, name: str, off: Tensor, allowed: Tensor, skip: Tensor | None = None) -> None:
+        """Keep the largest difference of a layer as a share of what is allowed.
+
+        Args:
+            name: of the layer.
+            off: largest difference of each token ``[T]``.
+            allowed: what is allowed of each token ``[T]``.
+            skip: tokens ``[T]`` that are not compared.
+        """
+        if skip is not None:
+            if bool(skip.all()):
+                self.skipped.append(name)
+            off = off.masked_fill(skip, 0)
+        # NaN compares as false: it is as far off as can be, and allows nothing.
+        off, allowed = off.nan_to_num(nan=torch.inf), allowed.nan_to_num(nan=0.0)
+        at = int((off / allowed.clamp_min(1e-30)).argmax())
+        share = float(off[at] / allowed[at].clamp_min(1e-30))
+        if share > self.worst:
+            self.worst, self.layer = share, name
+            self.difference, self.allowed = float(off[at]), float(allowed[at])
 
 
 class _Lockstep:
@@ -84,14 +108,12 @@ class _Lockstep:
         x, out = call.x[self.there], call.out[self.there]
         if self.other is None:
             exact = torch.zeros(len(x)) + x.abs().max() * _FLOOR
-            self._judge("embed", (self.x - x).abs().amax(1), exact, None)
+            self.result.judge("embed", (self.x - x).abs().amax(1), exact)
             self.other = call.x
         with rounding(call.layer, self.rounded), OtherOrder():
             same = call.again(call.x)[self.there]
             self.other = call.again(self.other)
         noise = (same - out).abs().amax(1)
-        share = SHARE if self.rounded is None else SHARE_ROUNDED
-        allowed = share * noise.quantile(0.75) + OWN * noise + _FLOOR * out.abs().max()
         with self.ours.layer(call.number, adapted=self.adapted) as layer:
             with routes(layer) as picked:
                 mine = layer(x, self.batch)
@@ -103,7 +125,14 @@ class _Lockstep:
             self.moved |= went | unstable
             self.result.unstable += int(unstable.sum())
         name = self.ours.layers[call.number]
-        self._judge(name, (mine - out).abs().amax(1), allowed, unstable)
+        allowed = self._allowed(noise, unstable) + _FLOOR * out.abs().max()
+        self.result.judge(name, (mine - out).abs().amax(1), allowed, unstable)
+
+    def _allowed(self, noise: Tensor, unstable: Tensor | None) -> Tensor:
+        """How far each token may be off ``[T]``, by what another order of the sums changes."""
+        share = SHARE if self.rounded is None else SHARE_ROUNDED
+        compared = noise if unstable is None or bool(unstable.all()) else noise[~unstable]
+        return share * compared.quantile(0.75) + OWN * noise
 
     def _unstable(self, layer: nn.Module, x: Tensor, picked: list[Tensor]) -> Tensor | None:
         """Tokens ``[T]`` whose experts depend on rounding; ``None`` without experts."""
@@ -116,16 +145,6 @@ class _Lockstep:
             changed = moved(picked, again)
             unstable = changed if unstable is None or changed is None else unstable | changed
         return unstable
-
-    def _judge(self, name: str, off: Tensor, allowed: Tensor, skip: Tensor | None) -> None:
-        if skip is not None:
-            off = off.masked_fill(skip, 0)
-        off = off.nan_to_num(nan=torch.inf)
-        at = int((off / allowed.clamp_min(1e-30)).argmax())
-        share = float(off[at] / allowed[at].clamp_min(1e-30))
-        if share > self.result.worst:
-            self.result.worst, self.result.layer = share, name
-            self.result.difference, self.result.allowed = float(off[at]), float(allowed[at])
 
 
 @torch.no_grad()

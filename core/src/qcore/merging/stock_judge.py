@@ -45,6 +45,11 @@ class Judge:
                 self._layer_problem(done, what)
         if main.worst > 1:
             self._layer_problem(main, "")
+        if main.skipped:
+            self.notes.append(
+                f"{len(main.skipped)} layers are not compared, such as {main.skipped[0]}: rounding "
+                "sends every token to other experts"
+            )
 
     def prompts(self, main: Pass, without: Pass | None, results: Sequence[PromptResult]) -> None:
         """Judge the logits of each prompt, and the adapter's effect on them, up to a fault."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.tokenizer_files import TokenizerFiles
 from ..data.rendering.template_kwargs import special_tokens
 from ..errors import InputError, NumericError, QcoreError
 from ..io import strict_json
@@ -77,7 +78,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         prompts.append(_row(path, number, row))
     if not prompts:
         raise _bad(path, None, "has no prompt")
-    return prompts[:MOST]
+    return prompts
 
 
 def _row(path: Path, number: int, row: Any) -> Prompt:
@@ -156,10 +157,36 @@ def _opens(prompt: Prompt) -> bool:
     return bool(prompt.messages) and (prompt.messages or [])[-1].get("role") != "assistant"
 
 
-def documents(prompts: Sequence[Prompt], renderer: Renderer) -> list[tuple[str, Tensor]]:
-    """Name and tokens of each prompt, cut to `LONGEST` tokens."""
-    tokens = [(prompt.name, renderer.ids(prompt)[:LONGEST]) for prompt in prompts]
-    return [(name, torch.tensor(ids)) for name, ids in tokens if ids]
+def documents(
+    prompts: Sequence[Prompt], renderer: Renderer, notes: list[str]
+) -> list[tuple[str, Tensor]]:
+    """Name and tokens of the first `MOST` prompts, each cut to `LONGEST` tokens.
+
+    Args:
+        prompts: at least one.
+        renderer: ours.
+        notes: receives a line for each kind of prompt that is not compared as it is.
+
+    Raises:
+        InputError: ``QC-STOCK-003`` no prompt has tokens.
+    """
+    every = [(prompt.name, renderer.ids(prompt)) for prompt in prompts[:MOST]]
+    found = [(name, torch.tensor(ids[:LONGEST])) for name, ids in every if ids]
+    if not found:
+        raise InputError(
+            "QC-STOCK-003",
+            "has no chat template, and the prompts are conversations",
+            file=renderer.checkpoint.path,
+            expected="a chat template, or prompts of text",
+            fix='write {"text": "..."} on each line of the file of prompts',
+        )
+    if (more := len(prompts) - MOST) > 0:
+        notes.append(f"the first {MOST} prompts are compared, and {more} are not")
+    if empty := len(every) - len(found):
+        notes.append(f"{empty} conversations are not compared: the model has no chat template")
+    if cut := sum(len(ids) > LONGEST for _, ids in every):
+        notes.append(f"{cut} prompts are compared up to token {LONGEST}")
+    return found
 
 
 def template_problems(
@@ -184,6 +211,7 @@ def template_problems(
     asked = [p for p in prompts if not p.ids] + [Prompt(name="a conversation", messages=_SPEAK)]
     refuse_code(folder)
     ours = {prompt.name: renderer.ids(prompt) for prompt in asked}  # in the bounded worker
+    _render_bounded(asked, folder, renderer)
     with quiet(), refusals(folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         theirs = {
@@ -195,6 +223,28 @@ def template_problems(
     if base is not None:
         of_base = {prompt.name: base.ids(prompt) for prompt in asked}
         yield from _different(ours, of_base, folder, f"the base {base.checkpoint.source}")
+
+
+def _render_bounded(prompts: Sequence[Prompt], folder: Path, renderer: Renderer) -> None:
+    """Render the conversations by the template of a folder that is not the renderer's.
+
+    transformers renders in this process, without a limit: what never ends must end here.
+
+    Raises:
+        InputError: as `Template.render`.
+    """
+    if folder == renderer.checkpoint.path:
+        return
+    files = TokenizerFiles.of(folder)
+    if files.template is None:
+        return
+    values = {**special_tokens(files.tokenizer_config), **renderer.variables}
+    with files.template as template:
+        for prompt in prompts:
+            if prompt.messages is not None:
+                template.render(
+                    prompt.messages, prompt.tools, add_generation_prompt=_opens(prompt), **values
+                )
 
 
 def _stock_ids(tokenizer: Any, prompt: Prompt, variables: Mapping[str, Any]) -> list[int]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,15 @@ from ..api.parameters import Kind
 from ..api.records import Modality
 from ..checkpoint.layout import Located
 from ..errors import NumericError
-from ..nn.load import place, read_tensor
+from ..nn.load import place
 from ..nn.model import Model
 from ..nn.moe.experts import Experts
 from ..nn.qlora.lora_layer import Lora, LoraLayer
 from ..plugins.resolve_model import Identified
+from .disk_rows import read_or_stand_in
 from .folds import Folds
 from .routes import moved, routes
+from .stream_inputs import Inputs, with_media
 from .vocabulary import Vocabulary
 from .written_merge import WrittenMerge
 
@@ -43,14 +45,6 @@ _ADDED, _OUTPUT = 1e-5, 1e-6
 _REROUTED = 0.1
 
 _X = TypeVar("_X")
-
-
-class _Inputs(NamedTuple):
-    """The input of a layer in each stream; that of the base may have fewer rows."""
-
-    base: Tensor
-    adapted: Tensor
-    merged: Tensor
 
 
 def _tower_of(base: Identified, adapter: Adapter) -> Modality | None:
@@ -85,6 +79,7 @@ class Streams:
             if base.layout.loads(item.tensor.part)
         }
         self.tower_effect: float | None = None
+        self.stand_ins = sum(item.packed is not None for item in self.loaded.values())
         self.progress = progress
         self.deltas = deltas
         lora = {
@@ -114,7 +109,7 @@ class Streams:
         first = Packed.of([batch.ids[:_TOKENS]])
         both = Packed.of(list(batch.ids.view(-1, _TOKENS)) * 2)
         if tower is not None:
-            x = _with_media(x, self._through_tower(tower))
+            x = with_media(x, self._through_tower(tower), _TOKENS)
 
         def two(layer: nn.Module, adapted: Tensor, merged: Tensor) -> Sequence[Tensor]:
             return cast(Tensor, layer(torch.cat([adapted, merged]), both)).chunk(2)
@@ -123,7 +118,7 @@ class Streams:
         self._place_rest()
         return self._outside("the last norm", x, trunk.final)
 
-    def _embedded(self) -> tuple[_Inputs, Packed]:
+    def _embedded(self) -> tuple[Inputs, Packed]:
         """Random documents over a few rows of the embedding, and their embeddings."""
         trunk, entry = self.model.trunk, self.vocabulary.entry
         rows = self.vocabulary.rows(_DOCUMENTS * _TOKENS)
@@ -140,13 +135,13 @@ class Streams:
 
         merged, adapted = embed(rows.merged, batch), embed(rows.adapted, batch)
         base = embed(rows.base, Packed.of([batch.ids[:_TOKENS]]))
-        x = _Inputs(base, adapted, merged)
+        x = Inputs(base, adapted, merged)
         if entry.name in self.adapter.folded:
             plain = embed(rows.base, batch)
             self._check_layer(entry.name, plain, adapted, merged, None)
         return x, batch
 
-    def _through_tower(self, tower: Tower) -> _Inputs:
+    def _through_tower(self, tower: Tower) -> Inputs:
         """The tower's outputs ``[n, H]`` for one synthetic medium, in each stream."""
         self._place_rest()
         media = tower.sample(_UNITS, torch.device("cpu"), torch.Generator().manual_seed(1))
@@ -159,7 +154,7 @@ class Streams:
         self.tower_effect = float((out.adapted - out.base).abs().max())
         return out
 
-    def _outside(self, where: str, x: tuple[_X, _X, _X], run: Callable[[_X], Tensor]) -> _Inputs:
+    def _outside(self, where: str, x: tuple[_X, _X, _X], run: Callable[[_X], Tensor]) -> Inputs:
         """Run what lies outside the layers on each stream, with the weights that it has there.
 
         Args:
@@ -172,7 +167,7 @@ class Streams:
         names = {n for n in self.adapter.folded if not n.startswith(inside) and n not in others}
         out = run(x[0])
         if not names:
-            return _Inputs(out, run(x[1]), run(x[2]))
+            return Inputs(out, run(x[1]), run(x[2]))
         plain, base = run(x[1]), self.folds.put_all(names)
         adapted = run(x[1])
         self.folds.restore()
@@ -185,16 +180,16 @@ class Streams:
             self.model.get_parameter(name).data = base[name]
         self.proved |= names
         self._check_layer(where, plain, adapted, same, None)
-        return _Inputs(out, adapted, merged)
+        return Inputs(out, adapted, merged)
 
     def _through(
         self,
         layers: Sequence[tuple[str, nn.Module]],
-        x: _Inputs,
+        x: Inputs,
         first: Any,
         batch: Any,
         two: Callable[[nn.Module, Tensor, Tensor], Sequence[Tensor]],
-    ) -> _Inputs:
+    ) -> Inputs:
         """Run the streams through layers, and compare each layer.
 
         Args:
@@ -224,7 +219,7 @@ class Streams:
                     same, merged = two(layer, adapted, merged)
                 self._check_layer(prefix, adapted, after, same, moved(picked, again))
                 adapted = after
-        return _Inputs(base, adapted, merged)
+        return Inputs(base, adapted, merged)
 
     def _place_rest(self) -> None:
         """Read the weights outside the layers, except the head."""
@@ -232,7 +227,7 @@ class Streams:
         for name, parameter in self.model.named_parameters():
             rest = name != self.model.head_name and not name.startswith(prefixes)
             if parameter.is_meta and rest and name in self.loaded:
-                self._place(name, read_tensor(self.checkpoint, self.loaded[name]))
+                self._place(name, read_or_stand_in(self.checkpoint, self.loaded[name]))
 
     def _check_layer(
         self, prefix: str, x: Tensor, adapted: Tensor, merged: Tensor, moved: Tensor | None
@@ -322,6 +317,7 @@ class Streams:
             **logits,
             "rerouted": float(self.rerouted),
             **({} if self.tower_effect is None else {"tower_effect": self.tower_effect}),
+            **({"stand_ins": float(self.stand_ins)} if self.stand_ins else {}),
         }
 
     def _named_layers(self, layers: Sequence[Any]) -> list[tuple[str, nn.Module]]:
@@ -338,7 +334,7 @@ class Streams:
 
         def read(prefix: str) -> dict[str, Tensor]:
             return {
-                name: read_tensor(self.checkpoint, item).float()
+                name: read_or_stand_in(self.checkpoint, item).float()
                 for name, item in self.loaded.items()
                 if name.startswith(f"{prefix}.") and item.tensor.row.kind is not Kind.EXPERTS
             }
@@ -380,7 +376,7 @@ class Streams:
 
     def _reader(self, item: Located) -> Callable[[int], Tensor]:
         def read(expert: int) -> Tensor:
-            return read_tensor(self.checkpoint, item, slice(expert, expert + 1))[0].float()
+            return read_or_stand_in(self.checkpoint, item, slice(expert, expert + 1))[0].float()
 
         return read
 
@@ -388,16 +384,3 @@ class Streams:
         item = self.layout.located[name]
         place(self.model, self.modules, item, slice(0, len(value)), value, quantize=False)
         self.progress(sum(where.header.end - where.header.start for where in item.places))
-
-
-def _with_media(x: _Inputs, media: _Inputs) -> _Inputs:
-    """Replace embeddings of the first document, except the last, by the outputs of a tower.
-
-    So the tower has an effect on logits, as media in a row have.
-    """
-
-    def put(tokens: Tensor, outputs: Tensor) -> Tensor:
-        count = min(len(outputs), _TOKENS - 1)
-        return torch.cat([outputs[:count], tokens[count:]])
-
-    return _Inputs(*(put(tokens, outputs) for tokens, outputs in zip(x, media, strict=True)))

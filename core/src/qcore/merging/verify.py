@@ -7,7 +7,8 @@ many layers, float32 would drift apart, and a router would pick other experts.) 
 run to the logits: the merged model on its own outputs, whose difference is reported, and the base,
 which shows the effect of the adapter. Where the adapter changes a tower, the layers of the
 tower run first by the same rule, on synthetic media, and their outputs replace some tokens;
-otherwise no tensor of the tower is read. The written files must hold the merged weights, rounded
+otherwise no tensor of the tower is read. Weights that qcore does not decode, which a merge copies,
+have stand-ins in all streams (`disk_rows`). The written files must hold the merged weights, rounded
 once; the effect of that rounding on logits is expected and not checked.
 """
 
@@ -46,7 +47,8 @@ def prove_merge(
         ``difference`` and ``effect``: largest absolute differences of logits between the merge,
         or the base, and base + adapter; ``scale``: the largest absolute logit; ``rerouted``:
         tokens that picked other experts in a layer of the merge, by rounding; ``tower_effect``:
-        as ``effect``, of a tower's outputs, where the adapter changes one.
+        as ``effect``, of a tower's outputs, where the adapter changes one; ``stand_ins``: weights
+        that random values stood in for, where there are any.
 
     Raises:
         NumericError: ``QC-MERGE-005`` when a layer differs, or when the adapter has no effect;

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..adapter.delta import WORKERS, Deltas, single
 from ..api.parameters import Kind
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.layout import Layout, Located, faults, survey
+from ..checkpoint.layout import Layout, Located, survey
+from ..checkpoint.layout_faults import faults
 from ..errors import NumericError, raise_all
 from ..nn.load import read_tensor, slabs
 from .disk_rows import is_rounded, row_slices, rows_of

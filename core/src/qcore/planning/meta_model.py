@@ -175,8 +175,8 @@ def meta_model(
     adapters = [module for _, module in model.adapters()]
     for module in adapters:
         assert module.lora is not None
-        shapes = module.lora_shapes(module.lora.r)
-        module.set_lora(*(torch.empty(shape, device=META) for shape in shapes), trained=True)
+        values = [torch.empty(factor.shape, device=META) for factor in module.factors]
+        module.set_lora(*values, trained=True)
     model.train()
     if device == "cuda":
         return model, FlatAdamW(adapters, lr=0.0, weight_decay=0.0)

@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Self
 
-from ..adapter.targets import targets
+from ..adapter.targets import lora_targets
 from ..config.settings import Settings, in_bytes
 from ..nn.device import DTYPES
 from ..nn.kernels.registry import Chosen, installed, requested
 from ..nn.model import ops_of
 from ..nn.qlora.lora_layer import Lora
-from ..plugins.resolve_model import Identified
+from ..plugins.resolve_model import Identified, classes_of
 from .gpus import CARDS, LAUNCH, Card, seconds
 from .host_memory import pinned
 from .measure import Measure
@@ -101,13 +101,7 @@ class Steps:
         wanted = asked if backends is None else backends.backends
         self.taken = choose_backends(kernels, self.device, wanted, used)
         self.backends = dict(self.taken.backends)
-        self.lora = targets(
-            identified.layout,
-            settings.target_groups,
-            Lora(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout),
-            group_r={name: int(r) for name, r in settings.group_r.items()},
-            group_lora_alpha={name: float(x) for name, x in settings.group_lora_alpha.items()},
-        )
+        self.lora = lora_targets(identified.layout, settings, classes_of(config))
         make = partial(_make, identified, settings, self.lora, self.taken, self.device)
         self.measure = Measure(make, self.device)
         self._offloaded: dict[int, Segment] = {}

@@ -15,7 +15,8 @@ from ..api.parameters import Table
 from ..api.records import AdapterClaim, ChatFormat, Modality
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.hub import resolve_model
-from ..checkpoint.layout import Layout, faults, survey
+from ..checkpoint.layout import Layout, survey
+from ..checkpoint.layout_faults import faults
 from ..checkpoint.quantization_formats import Quantization, detect_quantization
 from ..checkpoint.ties import tie_problems
 from ..checkpoint.untied import untied
@@ -148,7 +149,12 @@ def classes_of(config: Mapping[str, Any]) -> list[str]:
 
 
 def identify(
-    model: str, *, generation: str = "", tolerant: bool = False, headers_only: bool = False
+    model: str,
+    *,
+    generation: str = "",
+    tolerant: bool = False,
+    headers_only: bool = False,
+    carry: bool = False,
 ) -> Identified:
     """Find, read and explain a model.
 
@@ -157,6 +163,7 @@ def identify(
         generation: accepted only where evidence is missing, never against it.
         tolerant: keep unexplained tensors as `Identified.problems`, for reports.
         headers_only: leave the weights of a hub id on the hub; then no tensor can be read.
+        carry: accept weights in a format that qcore does not decode, because the run copies them.
 
     Raises:
         QcoreError: whatever the model folder, the plugins or detection have to say.
@@ -168,6 +175,8 @@ def identify(
     )
     plugins, decision, table = _explained(checkpoint, generation)
     quantization, refused = _quantization(checkpoint)
+    if carry and quantization is not None and quantization.carried:
+        refused = None
     layout, problems = survey(table, checkpoint, suggest=refused is None)
     layout = replace(layout, idle=frozenset(one.name for one in decision.modalities))
     if refused is not None:

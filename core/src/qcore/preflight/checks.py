@@ -94,7 +94,7 @@ def _core(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
             what=f"{count} tensors belong to no installed plugin and are kept unchanged",
             field=f"{root}.*",
         )
-    if found.quantization is not None:
+    if found.quantization is not None and request.verb != "merge":  # a merge may keep them
         yield Finding(
             code="QC-PRE-012",
             severity=Severity.NOTE,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..checkpoint.layout import faults
+from ..checkpoint.layout_faults import faults
 from ..checkpoint.safetensors_header import without_gc
 from ..errors import QcoreError, raise_all
 from ..plugins.resolve_model import Identified, identify

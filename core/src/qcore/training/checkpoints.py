@@ -308,11 +308,12 @@ class RunFiles:
         table = self.run.model.layout.table
         adapted = dict(self.model.adapters())
         by_name = stems((tensor for tensor in table if tensor.name in adapted), self.namespace)
-        return {
-            f"{name.removesuffix('.weight')}.lora_{side}": f"{stem}.lora_{side}.weight"
-            for name, stem in by_name.items()
-            for side in "AB"
-        }
+        names: dict[str, str] = {}
+        for name, stem in by_name.items():
+            own = name.removesuffix(".weight")
+            names |= {f"{own}.lora_{side}": f"{stem}.lora_{side}.weight" for side in "AB"}
+            names[f"{own}.lora_magnitude_vector"] = f"{stem}.lora_magnitude_vector"
+        return names
 
     def _base(self) -> tuple[str, str | None]:
         """The name of the base under which others find it, and its commit on the hub."""
@@ -335,6 +336,7 @@ class RunFiles:
             groups={line["group"]: line["hit"] for line in self.coverage if line["hit"]},
             variables=self.run.data.chat.kwargs,
             tokenizer="tokenizer_config.json" in self._tokenizer_files(),
+            dora=config["use_dora"],
         )
         return model_card(card)
 

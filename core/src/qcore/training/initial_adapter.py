@@ -171,11 +171,14 @@ class InitialAdapter:
         deltas, start = Deltas(self.adapter), {}
         for name, module in adapted.items():
             lora, pair = module.lora, pairs[name]
-            same = lora is not None and lora.r == pair.r
+            there = (pair.r, pair.magnitude is not None)
+            same = lora is not None and (lora.r, lora.use_dora) == there
             if lora is None or not (same and math.isclose(lora.scaling, pair.scaling)):
                 raise self._other_coverage(name, str(lora))
             a, b = deltas.sides(name)
-            module.set_lora(a.to(device, copy=True), b.to(device, copy=True), trained=True)
+            factors = [a, b] if pair.magnitude is None else [a, b, deltas.magnitude(name)]
+            copies = (factor.to(device, copy=True) for factor in factors if factor is not None)
+            module.set_lora(*copies, trained=True)
             start[name] = b
         return start
 

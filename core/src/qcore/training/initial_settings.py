@@ -1,8 +1,9 @@
 """The settings that an initial adapter sets: rank, alpha, LoRA groups, and the class.
 
-This file decides how the pairs of an adapter are expressed in settings (one rank and one alpha for
-each LoRA group, groups as a whole), and that an explicit setting must agree with them. What else is
-compared with the adapter's training is up to `qcore.training.initial_adapter`.
+This file decides how the pairs of an adapter are expressed in settings (the usual rank and alpha of
+each LoRA group, patterns for other weights of the group, groups as a whole), and that an explicit
+setting must agree with them. What else is compared with the adapter's training is up to
+`qcore.training.initial_adapter`.
 
 Codes: ``QC-TRAIN-009`` the adapter cannot be expressed in settings, ``-011`` a setting contradicts
 it.
@@ -10,17 +11,22 @@ it.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ..adapter.changes import Pair
-from ..adapter.peft_names import Adapter
+from ..adapter.peft_names import CONFIG, Adapter, target_name
 from ..api.parameters import Aim
+from ..checkpoint.checkpoint import read_json
 from ..checkpoint.layout import Layout
 from ..config.frozen_map import Entries
 from ..config.settings import Settings
 from ..errors import InputError, UsageError
+
+_V = TypeVar("_V")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,19 +49,22 @@ def adapter_settings(
         explicit: names of the settings that the user set.
 
     Raises:
-        InputError: ``QC-TRAIN-009`` the adapter covers a part of a LoRA group, has several ranks
-            or alphas in one, or values that settings do not allow.
+        InputError: ``QC-TRAIN-009`` the adapter covers a part of a LoRA group, or has values that
+            settings do not allow.
         UsageError: ``QC-TRAIN-011`` an explicit setting contradicts the adapter.
     """
-    if adapter.folded:
+    dora = {name for name, pair in adapter.pairs.items() if pair.magnitude is not None}
+    if unfit := adapter.folded - dora:
         raise _unfit(
             adapter,
             "has changes that training cannot continue",
-            field=min(adapter.folded),
-            found=f"DoRA or saved weights at {len(adapter.folded)} weights",
-            expected="plain LoRA",
+            field=min(unfit),
+            found=f"saved values or LoRA at {len(unfit)} heads, embeddings or other weights",
+            expected="LoRA or DoRA on linear layers",
         )
-    groups = _groups(adapter, layout)
+    rslora = read_json(adapter.path / CONFIG).get("use_rslora") is True
+    numbers = _numbers(adapter, layout, rslora=rslora)
+    groups = {name: _usual(list(of_group.values())) for name, of_group in numbers.items()}
     by_default = {
         name
         for name, aim in layout.table.groups.items()
@@ -74,6 +83,10 @@ def adapter_settings(
             group_lora_alpha=Entries(
                 {name: float(g.alpha) for name, g in groups.items() if g.alpha != alpha}
             ),
+            use_rslora=rslora,
+            use_dora=bool(dora),
+            rank_pattern=Entries(_pattern(adapter, numbers, groups, lambda own: own.r)),
+            alpha_pattern=Entries(_pattern(adapter, numbers, groups, lambda own: own.alpha)),
             adapter_class=_class(adapter, settings, explicit),
         )
     except UsageError as error:
@@ -87,6 +100,10 @@ def adapter_settings(
             fix="merge the adapter into its base, and train on the merge",
         ) from None
     _check_groups(adapter, settings, explicit, groups, by_default)
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if key in explicit and getattr(settings, key) != getattr(chosen, key):
+            shown = (str(getattr(each, key)).lower() for each in (settings, chosen))
+            raise _contradicts(adapter, key, *shown)
     _check_numbers(adapter, settings, explicit, groups, chosen)
     return chosen
 
@@ -98,15 +115,15 @@ def _class(adapter: Adapter, settings: Settings, explicit: Collection[str]) -> s
     return adapter.namespace.name
 
 
-def _groups(adapter: Adapter, layout: Layout) -> dict[str, _Group]:
-    """The LoRA groups of an adapter, in the order of the table.
+def _numbers(adapter: Adapter, layout: Layout, *, rslora: bool) -> dict[str, dict[str, _Group]]:
+    """Rank and alpha of each weight by LoRA group, in the order of the table.
 
     Raises:
         InputError: ``QC-TRAIN-009``.
     """
     found: dict[str, dict[str, _Group]] = {}
     for name, pair in adapter.pairs.items():
-        numbers = _Group(r=pair.r, alpha=_alpha(pair))
+        numbers = _Group(r=pair.r, alpha=_alpha(pair, rslora=rslora))
         found.setdefault(pair.tensor.row.group, {})[name] = numbers
     for group, pairs in found.items():
         if layout.table.groups[group] is Aim.NEVER:
@@ -120,16 +137,31 @@ def _groups(adapter: Adapter, layout: Layout) -> dict[str, _Group]:
                 found=f"{len(pairs)} of {len(whole)} weights of the group",
                 expected="LoRA on all weights of a group",
             )
-        if len(kinds := {(numbers.r, numbers.alpha) for numbers in pairs.values()}) > 1:
-            shown = [f"r {r} with alpha {alpha:g}" for r, alpha in sorted(kinds)]
-            raise _unfit(
-                adapter,
-                f"has several ranks or alphas in LoRA group '{group}'",
-                found=", ".join(shown[:3]),
-                expected="one rank and one alpha for each group",
-            )
-    first = {group: next(iter(pairs.values())) for group, pairs in found.items()}
-    return {name: first[name] for name in layout.table.groups if name in first}
+    return {name: found[name] for name in layout.table.groups if name in found}
+
+
+def _pattern(
+    adapter: Adapter,
+    numbers: Mapping[str, Mapping[str, _Group]],
+    groups: Mapping[str, _Group],
+    value: Callable[[_Group], _V],
+) -> dict[str, _V]:
+    """The values that differ from those of the group, by the end of the module's name.
+
+    Args:
+        adapter: whose class spells the names; from the layer on, all classes spell them alike.
+        numbers: of each weight, by group.
+        groups: the usual numbers of each group.
+        value: rank or alpha.
+    """
+    pattern = {}
+    for group, of_group in numbers.items():
+        for name, own in of_group.items():
+            if value(own) != value(groups[group]):
+                words = target_name(adapter.pairs[name].tensor, adapter.namespace).split(".")
+                first = next((n for n, word in enumerate(words) if word.isdigit()), 1)
+                pattern[".".join(words[max(first - 1, 0) :])] = value(own)
+    return pattern
 
 
 def _trainable(layout: Layout, group: str) -> set[str]:
@@ -163,13 +195,14 @@ def _unfit(
     )
 
 
-def _alpha(pair: Pair) -> float:
-    """``lora_alpha`` without rank stabilization that gives the pair's scaling."""
-    alpha = pair.scaling * pair.r
-    return float(round(alpha)) if round(alpha) / pair.r == pair.scaling else alpha
+def _alpha(pair: Pair, *, rslora: bool) -> float:
+    """``lora_alpha`` that gives the pair's scaling."""
+    divisor = math.sqrt(pair.r) if rslora else pair.r
+    alpha = pair.scaling * divisor
+    return float(round(alpha)) if round(alpha) / divisor == pair.scaling else alpha
 
 
-def _usual(values: list[int]) -> int:
+def _usual(values: list[_V]) -> _V:
     """The most frequent value; of several, the first."""
     return Counter(values).most_common(1)[0][0]
 

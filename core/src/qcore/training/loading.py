@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from ..adapter.targets import Coverage, coverage, targets
+from ..adapter.targets import Coverage, coverage, lora_targets
 from ..adapter.written_config import choose_class
 from ..api.parameters import Namespace, Store
 from ..checkpoint.fingerprint import fingerprints
@@ -21,7 +21,7 @@ from ..io.stop_signals import StopSignals
 from ..nn.device import DTYPES
 from ..nn.load import load
 from ..nn.model import Model
-from ..nn.qlora.lora_layer import Lora
+from ..nn.qlora.lora_layer import Lora, LoraLayer
 from ..plugins.resolve_model import Identified, classes_of
 from ..reporting import Advance
 from .checkpoints import RunFiles
@@ -51,7 +51,8 @@ def load_base(run: Run, stop: StopSignals) -> Loaded:
 
     Raises:
         Interrupted: ``QC-TRAIN-006`` a signal came while the base was loading.
-        NumericError: ``QC-TRAIN-005`` a weight that is declared 4-bit is not.
+        NumericError: ``QC-TRAIN-005`` a weight that is declared 4-bit is not; ``-014`` a weight
+            with DoRA has rows of zeros.
         InputError: ``QC-TRAIN-009`` or ``-010``, the initial adapter is not for this run or base.
     """
     chosen, namespace = _targets(run)
@@ -80,23 +81,34 @@ def _start(run: Run, model: Model, digests: Mapping[str, str]) -> Mapping[str, T
     if run.initial is None:
         for name, module in model.adapters():
             module.reset_lora(name, run.settings.seed, run.device)
+            if run.settings.use_dora:
+                _check_magnitude(name, module)
         return None
     run.initial.check_base(run.model, fingerprints(run.model.layout, digests))
     return run.initial.load_into(model, run.device)
 
 
+def _check_magnitude(name: str, module: LoraLayer) -> None:
+    """Stop the run where a row of a weight is zero: DoRA divides by its norm."""
+    magnitude = module.lora_magnitude_vector
+    assert magnitude is not None
+    if zeros := int((magnitude == 0).sum()):
+        raise NumericError(
+            "QC-TRAIN-014",
+            "has rows of zeros, and DoRA divides each row by its norm",
+            field=name,
+            found=f"{zeros} rows of {len(magnitude)}",
+            expected="none",
+            fix="set use_dora=false, or leave the group of this weight out of target_groups",
+        )
+
+
 def _targets(run: Run) -> tuple[Mapping[str, Lora], Namespace]:
     """LoRA by canonical name of the weight, and the class that the adapter is written for."""
     layout, settings = run.model.layout, run.settings
-    chosen = targets(
-        layout,
-        settings.target_groups,
-        Lora(r=settings.r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout),
-        group_r={name: int(r) for name, r in settings.group_r.items()},
-        group_lora_alpha={name: float(x) for name, x in settings.group_lora_alpha.items()},
-    )
-    touched = {layout.table[name].part.name for name in chosen}
     classes = classes_of(run.model.checkpoint.config)
+    chosen = lora_targets(layout, settings, classes)
+    touched = {layout.table[name].part.name for name in chosen}
     return chosen, choose_class(layout, touched, classes, settings.adapter_class)
 
 

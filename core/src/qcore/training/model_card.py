@@ -29,6 +29,7 @@ class Card:
         groups: number of LoRA pairs by group.
         variables: variables of the chat template that training used.
         tokenizer: whether the folder has the tokenizer of the base.
+        dora: whether the pairs have the magnitudes of DoRA.
     """
 
     base: str
@@ -38,6 +39,7 @@ class Card:
     groups: Mapping[str, int]
     variables: Mapping[str, object]
     tokenizer: bool
+    dora: bool = False
 
 
 def model_card(card: Card) -> str:
@@ -65,10 +67,7 @@ def model_card(card: Card) -> str:
         "",
         "## vLLM",
         "",
-        *_fenced("sh", _vllm(card)),
-        "",
-        "Compare an answer of `NAME` with one of the base: vLLM also loads adapters that fit no",
-        "module, and then answers as the base does.",
+        *_serving(card),
         "",
         "## qcore",
         "",
@@ -82,11 +81,23 @@ def model_card(card: Card) -> str:
     return "\n".join(lines)
 
 
+def _serving(card: Card) -> list[str]:
+    if card.dora:
+        return ["vLLM does not load adapters with DoRA: merge it with the base first."]
+    return [
+        *_fenced("sh", _vllm(card)),
+        "",
+        "Compare an answer of `NAME` with one of the base: vLLM also loads adapters that fit no",
+        "module, and then answers as the base does.",
+    ]
+
+
 def _pairs(card: Card) -> str:
     groups = ", ".join(f"{count} in `{group}`" for group, count in card.groups.items())
     low, high = min(card.ranks), max(card.ranks)
     rank = f"rank {low}" if low == high else f"ranks {low} to {high}"
-    return f"{sum(card.groups.values())} pairs of {rank} ({groups})"
+    kind = "pairs with DoRA" if card.dora else "pairs"
+    return f"{sum(card.groups.values())} {kind} of {rank} ({groups})"
 
 
 def _variables(card: Card) -> list[str]:

@@ -131,7 +131,6 @@ def prepare(
     if resume:
         refuse_finished(Path(output))
     target = check_target(output)
-    folder = run_folder(target, resume=resume)
     chosen = pick_device(device)
     identified = identify(model, generation=settings.generation)
     identified = identified.quantizing(settings.quantize_groups)
@@ -145,6 +144,7 @@ def prepare(
         reporter=reporter,
     )
     reported = _preflight(base)
+    folder = run_folder(target, resume=resume)  # its fix deletes files: settings are checked first
     rows = _read_rows(base, data, folder)
     check_evaluates(settings.load_best_at_end, len(rows.eval))
     reporter.lines(initial.other_variables(rows.chat.kwargs) if initial else ())

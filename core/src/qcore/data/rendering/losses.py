@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ...api.records import ChatFormat
 from ..content import text_of
 from ..findings import WARNING, DataFinding, Findings
-from ..think_block import has_marks, reasoning_of, thinking_marks
+from ..think_block import reasoning_of, split_block, thinking_marks
 from .row_plan import RowPlan
 from .samples import Draft
 from .turns import Turn, assistant_turns
@@ -161,9 +161,9 @@ class Losses:
             if any(part["type"] != "text" for part in content):
                 return None
             content = text_of(content)
-        marks = thinking_marks(self.chat_format)
-        has_block = marks is not None and has_marks(content, marks)  # templates move it
-        if content in rendered or has_block:
+        split = split_block(content, thinking_marks(self.chat_format))
+        content = content if split is None else split[1]  # templates move the block
+        if content in rendered:
             return None
         bare = content.strip()
         lost = len(content) - len(bare) if bare in rendered else len(content)

@@ -7,22 +7,24 @@ of a row share most of their turns, and rows share their system prompts and tool
 
 A model reads the tokens of its prompt and then produces its own. Where the tokenizer merges the end
 of the prompt with the reply (``<think>`` and two newlines), the prompt of a sample is therefore
-tokenized apart from the reply.
+tokenized apart from the reply. `qcore.data.rendering.words` encodes the pieces.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
+from .words import Piece, WholePiece, WordEncoder, encode_whole
+
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
 
 _HEADERS: Final = 64  # headers of turns that are remembered
-_KEPT: Final = 1 << 17  # tokens of pieces that are remembered; about 100 bytes each
+_KEPT: Final = 1 << 17  # tokens of pieces that are remembered; 100 bytes each at most
 
 
 def normalized(text: str, tokenizer: Tokenizer) -> str:
@@ -36,34 +38,24 @@ def normalized(text: str, tokenizer: Tokenizer) -> str:
     return done
 
 
-class _Piece:
-    """A piece of a text: its encoding, and its ids, which the encoding copies at every use."""
-
-    __slots__ = ("encoding", "ids")
-
-    def __init__(self, encoding: Encoding) -> None:
-        self.encoding = encoding
-        self.ids = array("i", encoding.ids)
-
-
 class Tokens:
     """The token ids of a text, and where its characters are among them.
 
     Args:
-        pieces: the pieces of the text with their encodings.
+        pieces: the pieces of the text, encoded.
 
     Attributes:
         ids: token ids.
     """
 
-    def __init__(self, pieces: Iterable[tuple[str, _Piece]]) -> None:
+    def __init__(self, pieces: Iterable[tuple[str, Piece]]) -> None:
         self.ids = array("i")
-        self._pieces: list[Encoding] = []
+        self._pieces: list[Piece] = []
         self._characters: list[int] = []  # of the text before each piece
         self._tokens: list[int] = []  # before each piece
         at = 0
         for text, piece in pieces:
-            self._pieces.append(piece.encoding)
+            self._pieces.append(piece)
             self._characters.append(at)
             self._tokens.append(len(self.ids))
             self.ids += piece.ids
@@ -74,34 +66,15 @@ class Tokens:
         at = bisect_right(self._characters, position) - 1
         if at < 0:  # no text
             return 0
-        return self._tokens[at] + _index(self._pieces[at], position - self._characters[at])
+        return self._tokens[at] + self._pieces[at].index(position - self._characters[at])
 
     def offsets(self) -> list[tuple[int, int]]:
         """The characters of each token."""
         return [
             (before + start, before + end)
             for before, piece in zip(self._characters, self._pieces, strict=True)
-            for start, end in piece.offsets
+            for start, end in piece.offsets()
         ]
-
-
-def _index(encoding: Encoding, position: int) -> int:
-    """`Tokens.index` of one piece.
-
-    The tokenizer is asked, because a list of all offsets takes longer than the encoding itself.
-    """
-    token = encoding.char_to_token(position)
-    if token is None:  # between two tokens, or at the end
-        return bisect_left([start for start, _ in encoding.offsets], position)
-    while token < len(encoding) and _start(encoding, token) < position:
-        token += 1
-    return token
-
-
-def _start(encoding: Encoding, token: int) -> int:
-    place = encoding.token_to_chars(token)
-    assert place is not None, "only texts without padding are encoded"
-    return int(place[0])
 
 
 class PieceEncoder:
@@ -115,7 +88,8 @@ class PieceEncoder:
     def __init__(self, tokenizer: Tokenizer, boundary: str) -> None:
         self._tokenizer = tokenizer
         self._boundary = boundary if _splits(tokenizer, boundary) else ""
-        self._known: dict[str, _Piece] = {}
+        self._words = WordEncoder(tokenizer)
+        self._known: dict[str, Piece] = {}
         self._tokens = 0
         self._headers: dict[str, array[int]] = {}
 
@@ -134,10 +108,9 @@ class PieceEncoder:
         self._forget()
         self._known |= known  # used last
         new = [piece for piece in wanted if piece not in known]
-        encodings = self._tokenizer.encode_batch(new, add_special_tokens=False) if new else ()
-        for piece, encoding in zip(new, encodings, strict=True):
-            self._known[piece] = _Piece(encoding)
-            self._tokens += len(encoding)
+        for piece, encoded in zip(new, self._words.encode(new), strict=True):
+            self._known[piece] = encoded
+            self._tokens += len(encoded.ids)
 
     def _forget(self) -> None:
         """Drop the pieces that were not used for the longest time."""
@@ -176,17 +149,18 @@ class PieceEncoder:
     def _header(self, text: str) -> array[int]:
         """Ids of the header of a turn with the tail of its prompt; there are few of them."""
         if not self._boundary:  # a whole prompt
-            return _Piece(encode_whole(self._tokenizer, text)).ids
+            return WholePiece(encode_whole(self._tokenizer, text)).ids
         if text not in self._headers:
             if len(self._headers) >= _HEADERS:
                 self._headers.clear()
-            self._headers[text] = _Piece(encode_whole(self._tokenizer, text)).ids
+            self._headers[text] = WholePiece(encode_whole(self._tokenizer, text)).ids
         return self._headers[text]
 
-    def _piece(self, piece: str) -> _Piece:
+    def _piece(self, piece: str) -> Piece:
         known = self._known.get(piece)
         if known is None:
-            known = self._known[piece] = _Piece(encode_whole(self._tokenizer, piece))
+            (known,) = self._words.encode([piece])
+            self._known[piece] = known
             self._tokens += len(known.ids)
         return known
 
@@ -200,11 +174,6 @@ class PieceEncoder:
                 end = reply
             yield text[start:end]
             start = end
-
-
-def encode_whole(tokenizer: Tokenizer, text: str) -> Encoding:
-    """Encode a text as it is."""
-    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _splits(tokenizer: Tokenizer, token: str) -> bool:

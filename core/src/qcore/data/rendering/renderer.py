@@ -187,6 +187,8 @@ class Renderer:
         if not (options.explain or options.only):
             count = worker_count(options.workers, sources)
         setup = packed(self._setup, self.template) if count > 1 else None
+        if count > 1 and setup is None:
+            self.notes.one_process = True
         read = chunks(records)
         with self._rows:
             made = self._here(read) if setup is None else self._apart(read, setup, count)

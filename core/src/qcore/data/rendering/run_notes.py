@@ -4,7 +4,7 @@ This file decides how the outcomes of single rows are put together, in the order
 which findings are made on all of them. `qcore.data.rendering.row_renderer` makes the outcomes.
 
 Codes: ``QC-DATA-046`` rows that ``long_rows`` changed, ``-047`` rows that ``bad_rows`` left out,
-``-048`` rows that became several samples.
+``-048`` rows that became several samples, ``-083`` rows that one process renders.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..rejects import Rejects
     from .row_renderer import RowOutcome
 
+ONE_PROCESS: Final = "QC-DATA-083"
 _AS_SERVED: Final = (
     "because the template renders earlier turns of a conversation unlike it served them "
     "(history=as_served; as_rendered trains each row in one rendering)"
@@ -51,6 +52,7 @@ class RunNotes:
         dropped: rows that ``long_rows`` left out.
         truncated: rows that ``long_rows`` cut.
         asked: by number of a row: reader options that its parts set themselves.
+        one_process: whether this process alone renders the rows, against ``dataset_num_proc``.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class RunNotes:
         self.findings = Findings()
         self.counts: list[SourceCount] = []
         self.dropped = self.truncated = 0
+        self.one_process = False
         self.asked: dict[int, frozenset[tuple[str, str]]] = {}
         self._alike: dict[frozenset[tuple[str, str]], frozenset[tuple[str, str]]] = {}
         self._formats = formats
@@ -134,6 +137,13 @@ class RunNotes:
                 NOTE,
                 f"{left} rows became {self._samples} samples with "
                 f"{self._tokens / self._rendered:.2f} times the tokens, {_AS_SERVED}",
+            )
+        if self.one_process:
+            self._add(
+                ONE_PROCESS,
+                NOTE,
+                "the chat format of the plugin cannot be sent to other processes (its functions "
+                "must be those of a module): this process alone renders the rows",
             )
         self._report_losses()
 

@@ -200,7 +200,8 @@ def _json_call(text: str, start: int, tags: tuple[str, str], at: str) -> tuple[d
             and isinstance(arguments, dict)
         ):
             function = {"name": value["name"], "arguments": arguments}
-            return {"type": "function", "function": function}, close + len(tags[1])
+            own = {"id": value["id"]} if isinstance(value.get("id"), str) else {}
+            return {**own, "type": "function", "function": function}, close + len(tags[1])
     except (ValueError, RecursionError, AttributeError, RowError):
         pass
     raise RowError(

@@ -7,7 +7,7 @@ This file decides what becomes of turns that no served conversation has:
   their order: reasoning, text, calls;
 - an answer before the first user turn becomes context, because there is no prompt for it;
 - turns after the last answer are removed, because nothing of them is trained;
-- user or assistant turns in a row of different names are refused, because a name would be lost.
+- turns of one role in a row of different names are refused, because a name would be lost.
 
 `qcore.data.repairs.results` pairs tool results with their calls.
 
@@ -124,6 +124,7 @@ def _parts(content: Any) -> list[Any]:
 def _system(made: list[PlacedMessage], turn: PlacedMessage) -> PlacedMessage:
     """The system turn that a further one is joined to."""
     if made[-1].role == "system" and len(made) == 1:
+        _check_names(made[-1], turn)
         content = _content(made[-1].message.get("content"), turn.message.get("content"))
         return made[-1].but(content=content)
     raise RowError(

@@ -60,13 +60,22 @@ class SharedBatch:
             try:
                 self._values = list(_rows(self._batch, self._decoders))
             except (pa.ArrowException, OSError) as error:
-                raise Damaged(str(error)) from error
+                raise damage(error) from error
         return self._values[index]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Arrow pickles all of the buffers that a slice lies in; a message has the slice alone.
         batch = self._batch
         return _received, (batch.schema.serialize(), batch.serialize(), self._path)
+
+
+def damage(error: Exception) -> Damaged:
+    """What pyarrow reports, in the words of this program where a cut file is the usual cause."""
+    text = " ".join(str(error).split())
+    if "magic bytes not found in footer" in text or "Not an Arrow file" in text:
+        return Damaged("no footer at its end")
+    first = text.partition(". ")[0].rstrip(".")
+    return Damaged(f"pyarrow reports: {first}")
 
 
 def _received(schema: Any, batch: Any, path: Path) -> SharedBatch:

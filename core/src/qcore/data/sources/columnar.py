@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .column_times import check_times
-from .column_values import BatchRow, Decoder, SharedBatch, decoders_of
+from .column_values import BatchRow, Decoder, SharedBatch, damage, decoders_of
 from .streams import Damaged, not_installed, opened
 
 CONTAINERS: Final = ("parquet", "arrow", "arrow_stream")
@@ -51,7 +51,7 @@ def rows(
                 shared = SharedBatch(batch.select(list(decoders)), path, decoders)
                 yield from (BatchRow(shared, index) for index in range(batch.num_rows))
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names, not UTF-8
-        raise Damaged(str(error)) from error
+        raise damage(error) from error
 
 
 def row(path: Path, container: str, number: int) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def row(path: Path, container: str, number: int) -> dict[str, Any]:
                     return found
                 left -= batch.num_rows
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise Damaged(str(error)) from error
+        raise damage(error) from error
     raise IndexError(f"the file has fewer than {number} rows")
 
 
@@ -120,7 +120,7 @@ def count_rows(path: Path, container: str) -> int:
             file = pa.ipc.open_file(mapped)
             return sum(file.get_batch(at).num_rows for at in range(file.num_record_batches))
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise Damaged(str(error)) from error
+        raise damage(error) from error
 
 
 def _pyarrow(path: Path, container: str) -> Any:

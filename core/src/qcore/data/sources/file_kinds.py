@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -161,7 +162,7 @@ def damaged(path: Path, line: int, error: Damaged, what: str, unit: str = "line"
         file=path,
         field=f"{unit} {line}",
         found=" ".join(str(error).split())[:200],
-        expected=f"a whole {what} file",
+        expected=f"a whole {_WORDS.get(what, what)} file",
         fix="download or write it again",
     )
 
@@ -205,16 +206,15 @@ def _check_object(path: Path, text: bytes) -> None:
     match = _WRAPPED.search(text)
     key = match[1].decode("utf-8", "replace") if match else ""
     if match and key not in _ROW_LISTS and _depth(text[: match.start()]) == 1:
-        command = "gzip -dc" if suffixes(path)[1] == ".gz" else "cat"
-        jq = f"jq -c '.[{json.dumps(key)}][]'"
-        source = f"{jq} {path.name}" if command == "cat" else f"{command} {path.name} | {jq}"
+        program = f".[{json.dumps(key, ensure_ascii=False)}][]"
+        source = _shown(path, f"jq -c {shlex.quote(program)}")
         raise InputError(
             "QC-DATA-003",
             "is one JSON object with the rows in a list, not JSON lines",
             file=path,
             field=f"line 1, {key}",
             expected="one JSON object a line, or a JSON array of them",
-            fix=f"{source} > rows.jsonl",
+            fix=f"{source} > {_new_name(path)}",
         )
     if first.strip(_SPACE) == b"{" or (not more and text.strip(_SPACE) == b"{"):
         raise InputError(
@@ -223,8 +223,24 @@ def _check_object(path: Path, text: bytes) -> None:
             file=path,
             field="line 1",
             expected="one JSON object a line",
-            fix=f"jq -c . {path.name} > rows.jsonl",
+            fix=f"{_shown(path, 'jq -c .')} > {_new_name(path)}",
         )
+
+
+def _shown(path: Path, jq: str) -> str:
+    """The command that runs a program of jq on a file, which may be compressed."""
+    name = shlex.quote(str(path))
+    unpack = {"gzip": "gzip -dc", "zstd": "zstd -dc"}.get(COMPRESSED.get(suffixes(path)[1], ""))
+    return f"{unpack} {name} | {jq}" if unpack else f"{jq} {name}"
+
+
+def _new_name(path: Path, suffix: str = ".jsonl") -> str:
+    """A file that does not exist, beside the one that is read: the fix must overwrite none."""
+    stem = path.name.removesuffix(suffixes(path)[1]).rpartition(".")[0] or path.name
+    names = (
+        f"{stem}{more}{suffix}" for more in ("", "-rows", *(f"-{n}" for n in range(2, 10_000)))
+    )
+    return shlex.quote(str(next(new for n in names if not (new := path.with_name(n)).exists())))
 
 
 def _depth(text: bytes) -> int:
@@ -238,9 +254,9 @@ def _check_csv(path: Path, text: bytes) -> None:
     for separator, suffix in ((",", ".csv"), ("\t", ".tsv"), (";", ".csv")):
         names = first.split(separator)
         if len(names) > 1 and all(_COLUMN.fullmatch(name.strip()) for name in names):
-            fix = f"rename it to {path.stem}{suffix}"
+            fix = f"rename it to {_new_name(path, suffix)}"
             if separator == ";":
-                fix = f"save it with commas as {path.stem}.csv"
+                fix = f"save it with commas as {_new_name(path, suffix)}"
             raise InputError(
                 "QC-DATA-003",
                 f"looks like {suffix[1:].upper()}, not JSON lines",

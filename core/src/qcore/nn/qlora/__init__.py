@@ -4,6 +4,7 @@ Linear layers:
 
     linear          `Linear`, the layer that blocks use; torch on CPUs, `fused` on GPUs
     stacked_linear  `Stacked`: several `Linear` with the same input, by one call of `fused` on GPUs
+    dora            DoRA: the outputs scaled to trained magnitudes
     lora_layer      base class of `Linear` and of `qcore.nn.moe.experts.Experts`
 
 The fused product, for one or several `Linear` on a GPU:

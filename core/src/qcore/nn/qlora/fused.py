@@ -39,6 +39,7 @@ from torch.autograd.function import once_differentiable
 from ..grad_buffers import as_one_buffer
 from ..kernels.launch import on_gpu
 from ..storage import storage_id
+from .dora import has_dora, scaled
 from .fused_factors import WorkingFactors
 from .fused_grads import adapter_gradients
 from .fused_tables import MemberTables
@@ -117,7 +118,10 @@ class Product(Members):
         )
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.compute(x, self)
+        outputs = self.compute(x, self)
+        if any(has_dora(member) for member in self.members):
+            return scaled(self.members, outputs)
+        return outputs
 
     def note_backward(self) -> None:
         """Record that a backward ran."""

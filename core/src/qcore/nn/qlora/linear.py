@@ -3,7 +3,7 @@
 This file decides how ``y = x W^T + s (dropout(x) A^T) B^T`` is computed and what is saved for its
 backward: the input, never the dequantized weight, which is read again. `adapter.targets` decides
 which maps carry LoRA, `load` what they hold. On a GPU the map is a fused product of one member
-(`fused`).
+(`fused`). With DoRA the result is scaled by rows (`dora`).
 
 Shapes: ``x [..., in]``, ``W [out, in]``, ``A [r, in]``, ``B [out, r]``.
 """
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dora import RowNorms, scaled
 from .fused import Compute, Product, reference
 from .lora_layer import Lora, LoraLayer
 from .nf4 import NF4, Dequantize, dequantize
@@ -31,6 +32,7 @@ class Linear(LoraLayer):
         nf4: the weight, where it is held in 4 bit.
         resident: keep a 16-bit copy of a 4-bit weight too, so that it is not read again.
         product: computes the map on a GPU.
+        norms: norms of its rows, for DoRA.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Linear(LoraLayer):
         self.nf4: NF4 | None = None
         self.resident = False
         self.product = Product((self,), compute)
+        self.norms = RowNorms(self)
 
     def lora_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """``A [r, in]``, ``B [out, r]``."""
@@ -55,6 +58,7 @@ class Linear(LoraLayer):
         """Take the whole weight: its 4-bit scales are one set."""
         if rows != slice(0, self.shape[0]):
             raise ValueError(f"a linear map is held whole, not {rows}")
+        self.norms.forget()
         if quantize:
             self.nf4, self.weight = NF4(value, dtype, self.dequantize), None
         else:
@@ -95,11 +99,26 @@ class Linear(LoraLayer):
         else:
             out.copy_(self.dense())
 
+    def base_norms(self) -> Tensor:
+        """Norms of the rows of the weight, float32 ``[out]``."""
+        return self.norms.base()
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""
-        lora = self.lora
         if self.product.takes(x):
             return self.product(x)[0]
+        if self.lora is None or not self.lora.use_dora:
+            return self._plain(x)
+        if self.lora.lora_dropout and self.training:
+            # As in PEFT, the magnitude scales what is computed from the input with dropout.
+            dropped = F.dropout(x, self.lora.lora_dropout)
+            base: Tensor = _Frozen.apply(x - dropped, self)  # type: ignore[no-untyped-call]
+            return base + scaled((self,), (self._with_lora(dropped),))[0]
+        return scaled((self,), (self._plain(x),))[0]
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """Base and plain LoRA."""
+        lora = self.lora
         if lora is None:
             if not (torch.is_grad_enabled() and x.requires_grad):
                 return F.linear(x, self.dense())
@@ -113,6 +132,9 @@ class Linear(LoraLayer):
             delta = F.linear(delta, self.lora_B.to(x.dtype)) * lora.scaling
             base: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
             return base + delta
+        return self._with_lora(x)
+
+    def _with_lora(self, x: Tensor) -> Tensor:
         out: Tensor = _WithLora.apply(x, self.lora_A, self.lora_B, self)  # type: ignore[no-untyped-call]
         return out
 

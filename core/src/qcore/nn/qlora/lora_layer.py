@@ -6,8 +6,9 @@ PEFT's shapes, and reports how many bytes it holds and whether these are 4-bit. 
 `moe.experts` decide how they compute.
 
 LoRA: Hu et al. 2021; scaling ``s = lora_alpha / r``; A and B are float32 and computed in the run's
-dtype. B starts at zero, so step 0 equals the base: bit for bit on CPUs, up to the order of sums on
-GPUs, where LoRA changes the size of the product (`fused`).
+dtype. DoRA (`dora`) adds a vector of magnitudes, which starts as the norms of the rows. B starts at
+zero, so step 0 equals the base: bit for bit on CPUs, up to the order of sums on GPUs, where LoRA
+changes the size of the product (`fused`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Lora:
     lora_alpha: float
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
 
     @property
     def scaling(self) -> float:
@@ -50,6 +52,7 @@ class LoraLayer(nn.Module):
         weight: the base's values; on meta until loaded; ``None`` once held in 4 bit.
         lora_A: float32, or ``None``.
         lora_B: float32, or ``None``.
+        lora_magnitude_vector: DoRA's m, float32 ``[out]``, or ``None``.
         lora: the adapter's numbers; ``None`` computes the base alone.
         dequantize: what reads 4-bit values, once any are held.
         accumulates: whether a backward may add to ``lora_A.grad`` and ``lora_B.grad`` itself,
@@ -59,6 +62,7 @@ class LoraLayer(nn.Module):
     weight: nn.Parameter | None
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
+    lora_magnitude_vector: nn.Parameter | None
 
     def __init__(
         self,
@@ -75,11 +79,13 @@ class LoraLayer(nn.Module):
         self.accumulates = False
         meta = torch.empty(shape, dtype=dtype, device="meta")
         self.weight = nn.Parameter(meta, requires_grad=False)
-        self.lora_A = self.lora_B = None
+        self.lora_A = self.lora_B = self.lora_magnitude_vector = None
         if lora is not None:
             a, b = self.lora_shapes(lora.r)
             self.lora_A = nn.Parameter(torch.empty(a, device="meta"))
             self.lora_B = nn.Parameter(torch.empty(b, device="meta"))
+            if lora.use_dora:
+                self.lora_magnitude_vector = nn.Parameter(torch.empty(b[0], device="meta"))
 
     def lora_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of A and B in PEFT's layout."""
@@ -116,13 +122,30 @@ class LoraLayer(nn.Module):
         """
         raise NotImplementedError
 
-    def set_lora(self, a: Tensor, b: Tensor, *, trained: bool = False) -> None:
-        """Set the adapter's matrices."""
+    @property
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        """The adapter's parameters: A, B and, with DoRA, m."""
+        parameters = (self.lora_A, self.lora_B, self.lora_magnitude_vector)
+        return tuple(parameter for parameter in parameters if parameter is not None)
+
+    def base_norms(self) -> Tensor:
+        """Norms of the rows of the base's weight, float32 ``[out]``: m before the first step."""
+        raise NotImplementedError
+
+    def set_lora(
+        self, a: Tensor, b: Tensor, magnitude: Tensor | None = None, *, trained: bool = False
+    ) -> None:
+        """Set the adapter's matrices, and DoRA's m."""
         self.lora_A = nn.Parameter(a, requires_grad=trained)
         self.lora_B = nn.Parameter(b, requires_grad=trained)
+        if magnitude is not None:
+            self.lora_magnitude_vector = nn.Parameter(magnitude, requires_grad=trained)
 
     def reset_lora(self, name: str, seed: int, device: torch.device) -> None:
-        """A uniform as in PEFT, B zero. Depends on `name` and `seed` alone, not on order."""
+        """A uniform as in PEFT, B zero, m the norms of the weight, which must be there.
+
+        Depends on `name`, `seed` and the weight alone, not on order.
+        """
         if self.lora is None:
             return
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -130,4 +153,5 @@ class LoraLayer(nn.Module):
         shape_a, shape_b = self.lora_shapes(self.lora.r)
         a = torch.empty(shape_a)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        self.set_lora(a.to(device), torch.zeros(shape_b, device=device), trained=True)
+        m = self.base_norms().clone() if self.lora.use_dora else None
+        self.set_lora(a.to(device), torch.zeros(shape_b, device=device), m, trained=True)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from .dora import RowNorms
 from .lora_layer import Lora
 from .nf4 import NF4
 
@@ -29,6 +30,8 @@ class Member(Protocol):
         lora: the adapter's numbers; ``None`` if the base alone is computed.
         lora_A: ``[r, in]``, or ``None``.
         lora_B: ``[out, r]``, or ``None``.
+        lora_magnitude_vector: DoRA's m ``[out]``, or ``None``.
+        norms: norms of its rows, for DoRA.
         resident: whether a 16-bit copy of a 4-bit weight stays in memory.
         accumulates: whether a backward may add to the gradients of `lora_A` and `lora_B` itself.
         training: as ``nn.Module`` has it; decides on dropout.
@@ -40,6 +43,8 @@ class Member(Protocol):
     lora: Lora | None
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
+    lora_magnitude_vector: nn.Parameter | None
+    norms: RowNorms
     resident: bool
     accumulates: bool
     training: bool
@@ -47,6 +52,10 @@ class Member(Protocol):
     @property
     def four_bit(self) -> bool:
         """Whether the weight is held in 4 bit."""
+        ...
+
+    def dense(self) -> Tensor:
+        """The weight ``[out, in]`` in the run's dtype."""
         ...
 
     def into(self, out: Tensor) -> None:
