@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from qcore.adapter.reader import read_adapter
-from qcore.api.records import AdapterClaim
+from qcore.api.adapter_claims import AdapterClaim
 from qcore.errors import InputError
 from qcore.plugins.resolve_model import Identified, identify
 from qcore_qwen35.tiny import write
@@ -57,7 +57,7 @@ def test_a_claim_maps_its_tensors_to_weights(base: Identified, foreign: Path) ->
 
     adapter = read_adapter(foreign, base.layout, trust_base=True, claims=claims)
     assert {*adapter.pairs} == {TARGET}
-    assert adapter.pairs[TARGET].a.name == "blk.0.gate.down"
+    assert adapter.pairs[TARGET].pieces[0].a.name == "blk.0.gate.down"
     assert adapter.pairs[TARGET].scaling == 2.0
     assert adapter.layout == "blk"
     assert seen[0]["blk.0.gate.down"] == (4, base.layout.table[TARGET].shape[1])
@@ -96,6 +96,6 @@ def test_a_claim_of_experts_needs_no_declared_parameters(
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     claim = AdapterClaim(layout="blk", names=names)
     adapter = read_adapter(tmp_path, base.layout, trust_base=True, claims=lambda shapes: [claim])
-    told = {(pair.a.name, weight, "A") for weight, pair in adapter.pairs.items()}
-    told |= {(pair.b.name, weight, "B") for weight, pair in adapter.pairs.items()}
+    told = {(pair.pieces[0].a.name, weight, "A") for weight, pair in adapter.pairs.items()}
+    told |= {(pair.pieces[0].b.name, weight, "B") for weight, pair in adapter.pairs.items()}
     assert told == {(name, *where) for name, where in names.items()}

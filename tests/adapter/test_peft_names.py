@@ -115,8 +115,8 @@ def test_what_peft_saves_is_read(
         assert pair.tensor.name == name
         assert pair.r == layer.r["default"]
         assert pair.scaling == pytest.approx(layer.scaling["default"], rel=1e-12)
-        assert pair.a.shape == tuple(layer.lora_A["default"].weight.shape)
-        assert pair.b.shape == tuple(layer.lora_B["default"].weight.shape)
+        assert pair.pieces[0].a.shape == tuple(layer.lora_A["default"].weight.shape)
+        assert pair.pieces[0].b.shape == tuple(layer.lora_B["default"].weight.shape)
     assert dict(told.meta) == {}
     assert told.fingerprints == {}
 

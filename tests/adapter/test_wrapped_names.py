@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from support.e2e_kit import LINEARS, stock, wrapped, write_stock
 
 from qcore.adapter.reader import read_adapter
+from qcore.adapter.wrapped_names import without_wrappers
+from qcore.checkpoint.checkpoint import Header
 from qcore.errors import InputError, QcoreError
 from qcore.merging.merge import merge
 from qcore.plugins.resolve_model import identify
@@ -77,11 +79,11 @@ def test_wrapped_names_are_those_weights(
     expected = read_adapter(adapter, layout, trust_base=True)
     read = read_adapter(_renamed(adapter, tmp_path, rename), layout, trust_base=True)
     # The order of tensors in the two files differs, so values are compared by name in the file.
-    assert {name: rename(pair.a.name) for name, pair in expected.pairs.items()} == {
-        name: pair.a.name for name, pair in read.pairs.items()
+    assert {name: rename(pair.pieces[0].a.name) for name, pair in expected.pairs.items()} == {
+        name: pair.pieces[0].a.name for name, pair in read.pairs.items()
     }
-    assert {name: rename(pair.b.name) for name, pair in expected.pairs.items()} == {
-        name: pair.b.name for name, pair in read.pairs.items()
+    assert {name: rename(pair.pieces[0].b.name) for name, pair in expected.pairs.items()} == {
+        name: pair.pieces[0].b.name for name, pair in read.pairs.items()
     }
     assert any("without wrappers" in note for note in read.notes)
     assert not any("without wrappers" in note for note in expected.notes)
@@ -109,8 +111,8 @@ def test_experts_keep_their_nesting(tmp_path: Path) -> None:
     for number, rename in enumerate(WRAPPED.values()):
         foreign = _renamed(tmp_path / "adapter", tmp_path / str(number), rename)
         read = read_adapter(foreign, layout, trust_base=True)
-        assert {name: rename(pair.a.name) for name, pair in expected.pairs.items()} == {
-            name: pair.a.name for name, pair in read.pairs.items()
+        assert {name: rename(pair.pieces[0].a.name) for name, pair in expected.pairs.items()} == {
+            name: pair.pieces[0].a.name for name, pair in read.pairs.items()
         }
 
 
@@ -150,3 +152,55 @@ def test_another_prefix_matches_no_weight(
     with pytest.raises(QcoreError) as caught:
         read_adapter(folder, identify(str(base)).layout, trust_base=True)
     assert "matches no weight of this base" in str(caught.value)
+
+
+def _names(base: Path, names: dict[str, tuple[int, ...]]) -> list[str]:
+    """The names that tensors of an adapter get on a base."""
+    headers = {
+        name: Header(name=name, dtype="F32", shape=shape, file="f", start=0, end=0)
+        for name, shape in names.items()
+    }
+    return [*without_wrappers(base, headers, identify(str(base)).layout)[0]]
+
+
+ROOT = f"{PEFT}model.language_model"
+
+
+@pytest.mark.parametrize(
+    ("written", "peft"),
+    [
+        ("{}.layers.3.self_attn.q_proj.lora_magnitude_vector.default.weight",
+         "{}.layers.3.self_attn.q_proj.lora_magnitude_vector"),
+        ("{}.layers.3.self_attn.q_proj.lora_magnitude_vector.default",
+         "{}.layers.3.self_attn.q_proj.lora_magnitude_vector"),
+        ("{}.embed_tokens.lora_embedding_A.default", "{}.embed_tokens.lora_embedding_A"),
+        ("{}.embed_tokens.lora_embedding_B", "{}.embed_tokens.lora_embedding_B"),
+        ("{}.embed_tokens.modules_to_save.default.weight", "{}.embed_tokens.weight"),
+        ("{}.embed_tokens.original_module.weight", "{}.embed_tokens.base_layer.weight"),
+        ("{}.embed_tokens.token_adapter.trainable_tokens_delta.default",
+         "{}.embed_tokens.token_adapter.trainable_tokens_delta"),
+        ("{}.embed_tokens.weight", "{}.embed_tokens.weight"),
+        ("{}.layers.0.linear_attn.in_proj_q.lora_A.weight",
+         "{}.layers.0.linear_attn.in_proj_q.lora_A.weight"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: name,
+        lambda name: "_orig_mod." + name,
+        lambda name: "module." + name.removeprefix(PEFT),
+        lambda name: name.replace("model.language_model.", "language_model.model."),
+    ],
+    ids=["plain", "torch.compile", "DDP", "transformers 4"],
+)
+def test_every_kind_of_tensor(base: Path, written: str, peft: str, wrap: Rename) -> None:
+    """LoRA in PEFT's layout decides the class; the others follow it."""
+    lora = f"{ROOT}.layers.3.self_attn.q_proj.lora_A.weight"
+    names = {lora: (2, 4), wrap(written.format(ROOT)): (2, 4)}
+    assert _names(base, names) == [lora, peft.format(ROOT)]
+
+
+def test_a_weight_of_another_layout_keeps_its_name(base: Path) -> None:
+    names = {"blk.0.gate.down.weight": (2, 4), "module.else.weight": (1,), "blk.1.up": (1,)}
+    assert _names(base, names) == [*names]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qcore.nn.optim import FlatAdamW
-from qcore.nn.qlora.dora import scaled
+from qcore.nn.qlora.dora import Magnitudes, scaled
 from qcore.nn.qlora.fused import Product
 from qcore.nn.qlora.linear import Linear
 from qcore.nn.qlora.lora_layer import Lora
@@ -242,7 +242,7 @@ def test_an_output_without_a_gradient_makes_no_graph():
     x = inputs()[0]
     with torch.no_grad():
         assert not mine(x).requires_grad
-    (y,) = scaled((mine,), (x @ mine.dense().T,))
+    y = scaled(mine, x @ mine.dense().T, Magnitudes([mine]))
     y.sum().backward()
     assert mine.lora_magnitude_vector is not None
     assert mine.lora_magnitude_vector.grad is not None

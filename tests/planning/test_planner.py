@@ -48,8 +48,9 @@ def measured(folder: Path, settings: Settings, lengths: tuple[int, ...], policy:
     """The most that tensors of a forward and backward take, over what was there before."""
     found = identify(str(folder))
     lora = targets(
-        found.layout, settings.target_groups, Lora(r=settings.r, lora_alpha=settings.lora_alpha)
-    )
+        found.layout, settings.target_groups,
+        Lora(r=settings.r, lora_alpha=settings.lora_alpha, use_dora=settings.use_dora),
+    )  # fmt: skip
     model = Model(
         found.decision.architecture, found.checkpoint.config, found.layout,
         DTYPES[settings.dtype], lora,
@@ -75,6 +76,17 @@ def measured(folder: Path, settings: Settings, lengths: tuple[int, ...], policy:
 @pytest.mark.parametrize("lengths", fast([(193,), (64, 31, 97)], (64, 31, 97)), ids=str)
 def test_the_peak_is_what_a_step_takes(folder: Path, lengths: tuple[int, ...], policy: str) -> None:
     settings = Settings(r=4)
+    planner = Planner(identify(str(folder)), settings, None)
+    plan = planner.plan(lengths, (policy,) * len(planner.measure.kinds))
+    found = measured(folder, settings, lengths, policy)
+    expected = sum(plan.memory[term] for term in ("batch", "activations", "workspace"))
+    assert expected == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize("policy", fast(["none", "elementwise", "full"], "full"))
+def test_the_peak_with_dora_is_what_a_step_takes(folder: Path, policy: str) -> None:
+    groups = ("attn", "gdn", "shared_expert" if folder.name.startswith("moe") else "mlp")
+    settings, lengths = Settings(r=4, use_dora=True, target_groups=groups), (64, 31, 97)
     planner = Planner(identify(str(folder)), settings, None)
     plan = planner.plan(lengths, (policy,) * len(planner.measure.kinds))
     found = measured(folder, settings, lengths, policy)
@@ -135,6 +147,22 @@ def test_the_weights_are_those_of_the_arithmetic(dense: Planner) -> None:
     # r (in + out) of ten maps: the count of peft at r 16.
     assert dense.trained == 30_539_776 or dense.trained == pytest.approx(30.5e6, rel=0.01)
     assert dense.static["optimizer"] == 2 * dense.static["gradients"]
+
+
+def test_dora_is_counted(dense: Planner) -> None:
+    """Magnitudes with gradient and moments, their norms, what is saved, and at most 1.3 times."""
+    planner = Planner(found_of(DENSE_4B), Settings(use_dora=True), H100)
+    outputs = planner.trained - dense.trained
+    rows = sum(layer.shape[0] for _, layer in planner.measure.model.adapters())
+    assert outputs == rows > 400_000
+    more = {term: planner.static[term] - size for term, size in dense.static.items()}
+    assert more["gradients"] == pytest.approx(4 * rows, rel=0.05)
+    assert more["optimizer"] == pytest.approx(8 * rows, rel=0.05)
+    assert more["adapters in the run's dtype"] == pytest.approx(16 * rows, rel=0.05)
+    for policy in ("none", "full"):
+        one, other = (p.plan((8192,), all_of(p, policy)) for p in (dense, planner))
+        assert one.peak < other.peak
+        assert 1 < other.seconds / one.seconds < 1.2
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])

@@ -12,8 +12,9 @@ import pytest
 from support.plugin_kit import good, process
 
 from qcore.api import hookspecs
+from qcore.api.adapter_claims import AdapterClaim
 from qcore.api.parameters import Part
-from qcore.api.records import AdapterClaim, Architecture, ChatFormat, Claim, Generation, Modality
+from qcore.api.records import Architecture, ChatFormat, Claim, Generation, Modality
 from qcore.errors import PluginError
 from qcore.plugins.manager import _guarded, _yields
 from qcore.plugins.record_check import callable_fields, problem

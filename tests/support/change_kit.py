@@ -17,12 +17,15 @@ from torch import Tensor
 def written(
     base: Path, folder: Path, recipe: Mapping[str, Any], *, kind: str = "vl", seed: int = 2,
     edit: Callable[[Any], object] | None = None, save: Mapping[str, Any] | None = None,
+    moe: bool = False,
 ) -> Any:  # fmt: skip
     """A stock adapter on the base in float32, every trained tensor random, saved by PEFT."""
     options: dict[str, Any] = {"r": 4, "lora_alpha": 6} | dict(recipe)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(stock(base, kind, torch.float32), peft.LoraConfig(**options))
+        model = peft.get_peft_model(
+            stock(base, kind, torch.float32, moe=moe), peft.LoraConfig(**options)
+        )
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -68,11 +68,12 @@ class Slice:
         dtype: of the run.
         kernels: whether the chosen kernels compute it, or the references in torch.
         quantize: NF4, or the weights as they are drawn.
+        dora: DoRA on linear layers, experts and router frozen.
     """
 
     def __init__(
         self, text: dict[str, Any], device: torch.device, dtype: torch.dtype, *,
-        kernels: bool, quantize: bool = True,
+        kernels: bool, quantize: bool = True, dora: bool = False,
     ) -> None:  # fmt: skip
         self.moe = "num_experts" in text
         self.config = tiny_config(vocab_size=VOCABULARY, moe=self.moe, **text)
@@ -83,7 +84,10 @@ class Slice:
         self.chosen = _chosen(architecture, self.config, layout, device) if kernels else None
         groups = [name for name, aim in layout.table.groups.items() if aim.value != "never"]
         ranks = {"experts": 4} if self.moe else {}
-        lora = targets(layout, groups, Lora(r=8, lora_alpha=16), group_r=ranks)
+        if dora:
+            groups = [name for name in groups if name not in ("experts", "router")]
+            ranks = {}
+        lora = targets(layout, groups, Lora(r=8, lora_alpha=16, use_dora=dora), group_r=ranks)
         self.model = Model(architecture, self.config, layout, dtype, lora, self.chosen)
         _fill(layout, self.model, device, quantize=quantize)
         self.draw_lora(0)

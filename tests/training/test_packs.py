@@ -32,7 +32,7 @@ from support.pack_kit import (
     rows_of,
     together,
 )
-from support.tiers import fast
+from support.tiers import fast, pairs
 from support.vision_kit import tiny_vl
 
 from qcore.api.blocks import Packed
@@ -53,7 +53,13 @@ def batches(request: pytest.FixtureRequest, once: Callable[..., Path]) -> Batche
     return Batches(model_of(folder, kind), CPU, Images(folder))
 
 
-@pytest.mark.parametrize("first", fast(range(0, PACKS, BLOCK)))
+#: Blocks of packs, each with one of the models in turn; on a GPU each model runs all of them.
+BLOCKS = pairs(GROUPS, range(0, PACKS, BLOCK))
+
+
+@pytest.mark.parametrize(
+    ("batches", "first"), fast(BLOCKS, *BLOCKS[: len(GROUPS)], names=2), indirect=["batches"]
+)
 def test_a_pack_is_its_rows_alone(batches: Batches, first: int) -> None:
     packs, rerouted = [], 0
     for number in range(first, first + BLOCK):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcore import hookimpl
 from qcore.api import (
+    AdapterClaim,
     Architecture,
     ChatFormat,
     Claim,
@@ -23,7 +24,7 @@ from qcore.api import (
     PreflightRequest,
 )
 
-from . import chat, detect, guards, kernels, table
+from . import adapter_layouts, chat, detect, guards, kernels, table
 
 if TYPE_CHECKING:
     from qcore.api import BuildContext, CheckpointView, Trunk
@@ -104,6 +105,17 @@ def qcore_chat_format(generation: str, checkpoint: CheckpointView) -> Iterator[C
     """The chat format of Qwen 3.5."""
     if generation == GENERATION.name:
         yield chat.QWEN35
+
+
+@hookimpl
+def qcore_adapter_layouts(
+    adapter: Mapping[str, tuple[int, ...]], checkpoint: CheckpointView
+) -> Iterator[AdapterClaim]:
+    """Adapters whose modules are parts of weights, as other trainers write them."""
+    architecture = detect.ARCHITECTURES.get(str(checkpoint.config.get("model_type")))
+    if architecture is not None:
+        config = checkpoint.config
+        yield from adapter_layouts.claims(adapter, config, moe=architecture == detect.MOE)
 
 
 @hookimpl

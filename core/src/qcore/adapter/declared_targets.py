@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ..api.parameters import Kind
@@ -28,6 +29,8 @@ class DeclaredTargets:
         headers: names of the adapter's tensors.
         claimed: whether a plugin claims the layout, so that the config need not declare targets.
         findings: receives the problems.
+        parts: modules that are parts of a weight, by canonical name of the weight. What the config
+            declares of such weights is not PEFT's rule: it may name the parts or the weight.
         vocabulary: PEFT's names of the embedding and the head.
     """
 
@@ -38,6 +41,7 @@ class DeclaredTargets:
         headers: Collection[str],
         claimed: bool,
         findings: Findings,
+        parts: Mapping[str, Sequence[str]] = MappingProxyType({}),
         vocabulary: Sequence[str] = (),
     ) -> None:
         self._config = config
@@ -45,6 +49,7 @@ class DeclaredTargets:
         self._headers = headers
         self._claimed = claimed
         self._findings = findings
+        self._parts = parts
         self._vocabulary = vocabulary
 
     def check(self, changed: Collection[str]) -> None:
@@ -73,12 +78,18 @@ class DeclaredTargets:
             for module, tensor in self._modules.items()
             if (tensor.row.kind is Kind.LINEAR) == linear
         }
+        parts = [module for own in self._parts.values() for module in own]
+        unmet = [name for name in declared if not any(named(module, [name]) for module in parts)]
         for module, tensor in of_field.items():
             is_excluded = named(module, excluded) or (
                 layers and not self._transformed(module, tensor)
             )
             wanted = named(module, declared) and isinstance(excluded, list) and not is_excluded
-            if wanted and tensor.name not in changed:
+            if wanted and tensor.name not in changed and not named(module, unmet):
+                self._findings.notes.append(
+                    f"warning: {field}: {module} has no tensors, which parts of other weights have"
+                )
+            elif wanted and tensor.name not in changed:
                 self._findings.problem(
                     "QC-ADAPTER-006",
                     "is a declared target without tensors",
@@ -86,7 +97,7 @@ class DeclaredTargets:
                     fix="train or export again",
                 )
             undeclared = is_excluded or (is_list and not named(module, declared))
-            if tensor.name in changed and undeclared:
+            if tensor.name in changed and tensor.name not in self._parts and undeclared:
                 self._findings.problem(
                     "QC-ADAPTER-006",
                     "has tensors and is not a declared target",

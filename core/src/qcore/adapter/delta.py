@@ -3,7 +3,8 @@
 This file decides the arithmetic of a merge: ``W + scaling * B A``, and with DoRA each row of
 that sum scaled to its magnitude, ``m / ||row|| * row``. It is computed in float64, a block of rows
 at a time, so that the result is rounded once, to the dtype of the file, and no temporary has the
-size of a weight. Values that replace a weight or some rows are read by `replaced_values`.
+size of a weight. Matrices for parts of a weight are assembled to one pair when it is used. Values
+that replace a weight or some rows are read by `replaced_values`.
 `qcore.merging` writes the sums and compares them with the forward of training.
 
 Shapes: E experts, r rank of one LoRA pair.
@@ -18,17 +19,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..api.parameters import Region
+from ..api.parameters import Kind, Region
 from ..checkpoint.checkpoint import Header
 from ..errors import InputError
 from ..nn.load import DTYPES, as_bytes, read_exact
-from .changes import Pair, Replacement
+from .changes import Pair, Piece, Replacement
 from .peft_names import Adapter
 from .replaced_values import ReplacedValues, check_finite
 
 #: Threads that add deltas; one core is left for the thread that hashes and writes.
 WORKERS = min(6, max(2, (os.cpu_count() or 2) - 1))
 BLOCK = 2**18  #: elements of a weight converted to float64 at a time; they fit in the CPU cache
+_ALL = slice(None)
 
 
 @contextmanager
@@ -69,16 +71,24 @@ class Deltas:
         self.pairs = adapter.pairs
         self.folded = adapter.folded
         self._path = adapter.path
-        self._values: dict[str, tuple[Tensor, Tensor]] = {}
-        self._magnitudes: dict[str, Tensor] = {}
+        self._values: dict[Header, Tensor] = {}
+        self._scaling = {name: pair.scaling for name, pair in self.pairs.items()}
+        self._by_expert = {n: _by_expert(p) for n, p in self.pairs.items() if not p.is_peft}
         with one_thread():
-            for name, pair in self.pairs.items():
-                a, b = self._read(pair.a), self._read(pair.b)
-                self._values[name] = _as_newer(pair, a, b) if pair.older else (a, b)
-                if pair.embedding:
-                    self._values[name] = b.t().contiguous(), a.t().contiguous()
-                if pair.magnitude is not None:
-                    self._magnitudes[name] = self._read(pair.magnitude)
+            for pair in self.pairs.values():
+                for header in pair.headers:
+                    # A module may cover several weights, so that they have a matrix in common.
+                    if header not in self._values:
+                        self._values[header] = self._read(header)
+                for piece in pair.pieces:
+                    if piece.older:
+                        a, b = self._values[piece.a], self._values[piece.b]
+                        newer = _as_newer(pair.tensor.shape[0], piece.r, a, b)
+                        self._values[piece.a], self._values[piece.b] = newer
+                    if piece.embedding:
+                        a, b = self._values[piece.a], self._values[piece.b]
+                        turned = b.t().contiguous(), a.t().contiguous()
+                        self._values[piece.a], self._values[piece.b] = turned
         self._replaced = {
             name: ReplacedValues(self._path, change)
             for name, change in adapter.changes.items()
@@ -100,12 +110,33 @@ class Deltas:
         return value.float()
 
     def sides(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return A and B of a weight, float32, in the layout of PEFT 0.21 (see `Pair`)."""
-        return self._values[name]
+        """Return A and B of a weight, float32, in the layout of PEFT 0.21 (see `Piece`).
+
+        Pieces are assembled on each call, so that only one pair needs the memory for it.
+        """
+        pair = self.pairs[name]
+        if pair.is_peft:
+            return self._values[pair.pieces[0].a], self._values[pair.pieces[0].b]
+        if pair.tensor.row.kind is not Kind.EXPERTS:
+            a, b = self._matrices(name, None)
+            return a.float(), b.float()
+        experts, out, into = pair.tensor.shape
+        every_a, every_b = torch.zeros(experts, pair.r, into), torch.zeros(out, pair.r, experts)
+        for number in range(experts):
+            a, b = self._matrices(name, number)
+            every_a[number, : len(a)], every_b[:, : len(a), number] = a, b
+        return every_a.view(-1, into), every_b.view(out, -1)
 
     def magnitude(self, name: str) -> Tensor | None:
         """Return DoRA's m ``[out]`` of a weight, float32; ``None`` for plain LoRA."""
-        return self._magnitudes.get(name)
+        pair = self.pairs[name]
+        if not pair.has_magnitude:
+            return None
+        whole = torch.empty(pair.tensor.shape[0])
+        for piece in pair.pieces:
+            assert piece.magnitude is not None
+            whole[piece.rows or _ALL] = self._values[piece.magnitude][piece.source or _ALL]
+        return whole
 
     def folded_into(self, name: str, value: Tensor, region: Region, dtype: torch.dtype) -> Tensor:
         """Return `value`, which is ``tensor[region]``, with its change if the weight is `folded`.
@@ -146,7 +177,7 @@ class Deltas:
         slices = range(stack[0].start, stack[0].stop) if stack else [None]
         magnitude = self._magnitude(name, rows, columns)
         for values, number in zip(weight if stack else [weight], slices, strict=True):
-            a, b = self._slice(name, number)
+            a, b = self._matrices(name, number)
             a, b = a[:, columns].double(), b[rows].double()
             step = max(1, BLOCK // values.shape[1])
             for at in range(0, len(values), step):
@@ -154,7 +185,7 @@ class Deltas:
                 first = rows.start + at
                 part = (*stack, slice(first, first + len(view)), columns)
                 base = self.below(name, view, part)
-                total = torch.addmm(base, b[at : at + step], a, alpha=self.pairs[name].scaling)
+                total = torch.addmm(base, b[at : at + step], a, alpha=self._scaling[name])
                 if magnitude is not None:
                     norm = torch.linalg.vector_norm(total, dim=1, keepdim=True)
                     total *= magnitude[at : at + step] / norm
@@ -175,7 +206,7 @@ class Deltas:
 
     def _magnitude(self, name: str, rows: slice, columns: slice) -> Tensor | None:
         """Return ``m[rows]`` as a float64 column; DoRA needs whole rows for their norms."""
-        magnitude = self._magnitudes.get(name)
+        magnitude = self.magnitude(name)
         if magnitude is None:
             return None
         width = self.pairs[name].tensor.shape[-1]
@@ -191,28 +222,63 @@ class Deltas:
             )
         return magnitude[rows].double()[:, None]
 
-    def _slice(self, name: str, number: int | None) -> tuple[Tensor, Tensor]:
-        """Return ``A [r, in]`` and ``B [out, r]`` of a weight, or of one expert of a stack."""
-        a, b = self._values[name]
-        if number is None:
-            return a, b
+    def _matrices(self, name: str, number: int | None) -> tuple[Tensor, Tensor]:
+        """Return ``A [r, in]`` and ``B [out, r]`` of a weight, or of one expert of a stack.
+
+        They are assembled in float64, which B needs where the pieces differ in their scaling.
+        """
         pair = self.pairs[name]
-        experts = pair.tensor.shape[0]
-        return a[number * pair.r : (number + 1) * pair.r], b[:, number::experts]
+        if pair.is_peft:
+            return self._piece(pair.pieces[0], pair.tensor.shape[0], number)
+        pieces = self._by_expert[name][number]
+        out, into = pair.tensor.shape[-2:]
+        r = sum(piece.r for piece in pieces)
+        a, b = torch.zeros(r, into).double(), torch.zeros(out, r).double()
+        at = 0
+        for piece in pieces:
+            columns = slice(at, at + piece.r)
+            own_a, own_b = self._piece(piece, pair.tensor.shape[0], number)
+            a[columns] = own_a.double()
+            factor = piece.scaling / self._scaling[name]
+            b[piece.rows or _ALL, columns] = factor * own_b.double()
+            at += piece.r
+        return a, b
+
+    def _piece(self, piece: Piece, experts: int, number: int | None) -> tuple[Tensor, Tensor]:
+        """Return ``A [r, in]`` and ``B [n, r]`` of a piece, for one expert of a stack."""
+        a, b = self._values[piece.a], self._values[piece.b]
+        if number is not None and piece.expert is None:
+            if a.dim() == 3:
+                a, b = (side[number if len(side) > 1 else 0] for side in (a, b))
+            else:
+                a, b = a[number * piece.r : (number + 1) * piece.r], b[:, number::experts]
+        return a, b[piece.source or _ALL]
 
 
-def _as_newer(pair: Pair, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Rearrange expert matrices from the layout of PEFT before 0.19.1 to that of `Pair`.
+def _by_expert(pair: Pair) -> dict[int | None, list[Piece]]:
+    """Return the pieces of each expert; those of a weight without experts under ``None``."""
+    if pair.tensor.row.kind is not Kind.EXPERTS:
+        return {None: [*pair.pieces]}
+    shared = [piece for piece in pair.pieces if piece.expert is None]
+    by_expert: dict[int | None, list[Piece]] = {n: [*shared] for n in range(pair.tensor.shape[0])}
+    for piece in pair.pieces:
+        if piece.expert is not None:
+            by_expert[piece.expert].append(piece)
+    return by_expert
+
+
+def _as_newer(experts: int, r: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Rearrange expert matrices from the layout of PEFT before 0.19.1 to that of `Piece`.
 
     The delta of expert e is ``A_e^T B_e^T``, so its ``B^T`` is today's A and its ``A^T`` is today's
     B.
 
     Args:
-        pair: the pair of a stack of experts.
+        experts: number of experts.
+        r: rank of each expert.
         a: ``[E r, out]``, row ``e r + k`` of expert e.
         b: ``[in, r E]``, column ``k E + e`` of expert e.
     """
-    experts = pair.tensor.shape[0]
-    by_expert = b.view(b.shape[0], pair.r, experts).permute(2, 1, 0)
-    by_rank = a.view(experts, pair.r, a.shape[1]).permute(2, 1, 0)
-    return by_expert.reshape(experts * pair.r, -1), by_rank.reshape(-1, pair.r * experts)
+    by_expert = b.view(b.shape[0], r, experts).permute(2, 1, 0)
+    by_rank = a.view(experts, r, a.shape[1]).permute(2, 1, 0)
+    return by_expert.reshape(experts * r, -1), by_rank.reshape(-1, r * experts)

@@ -64,12 +64,15 @@ def same_change(folder: Path, one: Change, other: Change) -> bool:
         return one.rows == other.rows and _same_values(folder, one.values, other.values)
     if not (isinstance(one, Pair) and isinstance(other, Pair)) or one.scaling != other.scaling:
         return False
-    if (one.under is None) != (other.under is None) or one.magnitude or other.magnitude:
+    if (one.under is None) != (other.under is None) or not (one.is_peft and other.is_peft):
+        return False
+    if one.has_magnitude or other.has_magnitude:
         return False
     if one.under and other.under and not same_change(folder, one.under, other.under):
         return False
-    mine, theirs = ((_read(folder, pair.a), _read(folder, pair.b)) for pair in (one, other))
-    if one.embedding != other.embedding:
+    own, others = one.pieces[0], other.pieces[0]
+    mine, theirs = ((_read(folder, piece.a), _read(folder, piece.b)) for piece in (own, others))
+    if own.embedding != others.embedding:
         theirs = theirs[1].t(), theirs[0].t()
     return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..api.records import AdapterClaim
+from ..api.adapter_claims import AdapterClaim
 from ..checkpoint.checkpoint import Header, read_json, safe_file
 from ..checkpoint.layout import Layout
 from ..errors import one_of_each, raise_all
@@ -72,12 +72,8 @@ def read_adapter(
         same: whether two changes of the folder have the same effect; ``None`` takes every two as
             different.
 
-    Returns:
-        The adapter; no values have been read.
-
     Raises:
-        InputError: as `locate_adapter`; or the folder is not an adapter of this base: see the
-            codes of this module.
+        InputError: as `locate_adapter`, or one of the codes of this module.
         TrustError: ``QC-ADAPTER-009`` the adapter has no fingerprint of its base, and
             `trust_base` is not set; ``-015`` it names a base of another generation, and
             `trust_generation` is not set.
@@ -86,12 +82,11 @@ def read_adapter(
     folder = located.path
     config = read_json(safe_file(folder, CONFIG))
     meta, notes = _recorded(folder, config, base, trust_base, trust_generation)
-    headers, recognized, claimed, renamed = _headers(folder, layout, claims)
+    headers, claim, renamed = _headers(folder, layout, claims)
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
-    own, alike = equal and partial(equal, folder), same and partial(same, folder)
     findings = Findings(weights_place(folder))
-    matcher = Matcher(findings, config, headers, layout, claimed, said, own)
-    settled = settle_tie(matcher.changes(), layout, alike, findings)
+    matcher = Matcher(findings, config, headers, layout, claim, said, _within(equal, folder))
+    settled = settle_tie(matcher.changes(), layout, _within(same, folder), findings)
     check_complete(folder, meta, settled.changes, layout)
     raise_all(one_of_each(findings.problems))
     return Adapter(
@@ -101,7 +96,7 @@ def read_adapter(
         changes=settled.changes,
         namespace=matcher.namespace,
         meta=meta,
-        layout=recognized[0].layout if recognized else "peft",
+        layout=claim.layout if claim else "peft",
         trunk=trunk_part(layout.table).name,
         notes=(*notes, *renamed, *findings.notes),
         untied=settled.untied,
@@ -125,15 +120,19 @@ def _recorded(
     return meta, notes
 
 
+def _within(compare: Callable[..., bool] | None, folder: Path) -> Callable[..., bool] | None:
+    """Return a comparison of tensors of a folder."""
+    return None if compare is None else partial(compare, folder)
+
+
 def _headers(
     folder: Path, layout: Layout, claims: Claims | None
-) -> tuple[dict[str, Header], Sequence[AdapterClaim], set[str], list[str]]:
-    """Return the headers by PEFT's names, a plugin's claim, the weights it claims, and notes."""
+) -> tuple[dict[str, Header], AdapterClaim | None, list[str]]:
+    """Return the headers by PEFT's names, a plugin's claim, and notes."""
     where = weights_place(folder)
     headers = {header.name: header for header in adapter_headers(folder)}
-    recognized = claims({name: h.shape for name, h in headers.items()}) if claims else []
+    plain, notes = without_wrappers(where, headers, layout)
+    recognized = claims({name: h.shape for name, h in plain.items()}) if claims else []
     if not recognized:
-        plain, notes = without_wrappers(where, headers, layout)
-        return plain, recognized, set(), notes
-    claimed = {weight for weight, _ in recognized[0].names.values()}
-    return translated(where, headers, recognized, layout), recognized, claimed, []
+        return plain, None, notes
+    return translated(where, plain, recognized, layout), recognized[0], notes

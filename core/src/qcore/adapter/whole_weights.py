@@ -14,7 +14,7 @@ Shapes: V vocabulary, H hidden size, n rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from ..api.parameters import Namespace
 from ..api.parameters import Tensor as TableTensor
 from ..checkpoint.checkpoint import Header
 from ..checkpoint.layout import Layout
-from .changes import Change, Pair, Replacement
+from .changes import Change, Pair, Piece, Replacement
 from .findings import Findings
 from .peft_names import namespace_of, spell
 
@@ -33,7 +33,7 @@ Numbers = Callable[[str], tuple[int, float]]
 
 _PREFIX = "base_model.model."
 _FLOATS = ("F32", "F16", "BF16", "F64")
-_WITH_PEFT = (
+WITH_PEFT = (
     "merge it with stock transformers and PEFT (PeftModel.from_pretrained, merge_and_unload, "
     "save_pretrained)"
 )
@@ -99,11 +99,11 @@ class WholeWeights:
             if namespace_of(tensor.part, namespace.name) is not None
         }
 
-    def match(self, headers: Iterable[Header], pairs: Mapping[str, Pair]) -> list[Header]:
+    def match(self, headers: Mapping[str, Header], pairs: Mapping[str, Pair]) -> list[Header]:
         """Match the tensors that no pair uses.
 
         Args:
-            headers: the tensors.
+            headers: the tensors by PEFT's names.
             pairs: LoRA pairs of linear maps, by canonical name.
 
         Returns:
@@ -111,26 +111,26 @@ class WholeWeights:
         """
         strays: list[Header] = []
         by_weight: dict[str, dict[str, _Owned]] = {}
-        for header in headers:
-            owned = self._owned(header)
+        for name, header in headers.items():
+            owned = self._owned(name, header)
             if owned is None:
                 strays.append(header)
             else:
                 by_weight.setdefault(owned.tensor.name, {})[owned.what] = owned
-        for name, own in by_weight.items():
+        for weight, own in by_weight.items():
             change = self._change(next(iter(own.values())).tensor, own)
-            if change is not None and name in pairs:
-                header = change.headers[0]
-                self._refuse(header, f"is saved for {name}, which also has LoRA", _WITH_PEFT)
+            if change is not None and weight in pairs:
+                header = next(iter(change.headers))
+                self._refuse(header, f"is saved for {weight}, which also has LoRA", WITH_PEFT)
             elif change is not None:
-                self.changes[name] = change
+                self.changes[weight] = change
         return strays
 
-    def _owned(self, header: Header) -> _Owned | None:
+    def _owned(self, name: str, header: Header) -> _Owned | None:
         """Return the weight that a tensor belongs to; ``None`` if it fits no weight."""
-        if not header.name.startswith(_PREFIX):
+        if not name.startswith(_PREFIX):
             return None
-        name = header.name.removeprefix(_PREFIX)
+        name = name.removeprefix(_PREFIX)
         if name in self._by_name:
             return _Owned(header, self._by_name[name], "copy")
         for end, what in _ENDS.items():
@@ -159,7 +159,7 @@ class WholeWeights:
                 if "rows" in own:
                     header = own["rows"].header
                     cause = f"holds trained rows of {tensor.name}, which is also saved whole"
-                    self._refuse(header, cause, _WITH_PEFT)
+                    self._refuse(header, cause, WITH_PEFT)
                 return self._whole(tensor, own[what].header)
         return self._rows(tensor, own["rows"].header) if "rows" in own else None
 
@@ -177,12 +177,12 @@ class WholeWeights:
                 header,
                 f"is a saved copy of {tensor.name} with {added} rows that the base lacks",
                 f"add the rows to the base (model.resize_token_embeddings({header.shape[0]}) of "
-                f"stock transformers), and {_WITH_PEFT}",
+                f"stock transformers), and {WITH_PEFT}",
             )
             return None
         if tensor.part.name in self._unloaded:
             cause = f"is a saved copy of {tensor.name}, in a part that qcore does not run"
-            self._refuse(header, cause, _WITH_PEFT)
+            self._refuse(header, cause, WITH_PEFT)
             return None
         fits = self._check(header, tensor.shape)
         saved = self.config.get("modules_to_save") or []
@@ -246,25 +246,28 @@ class WholeWeights:
         shapes = ((r, rows), (width, r)) if embedding else ((r, width), (rows, r))
         if not all([self._check(a, shapes[0]), self._check(b, shapes[1])]):
             return None
-        pair = Pair(tensor=tensor, a=a, b=b, r=r, scaling=scaling, embedding=embedding)
-        return self._with_magnitude(pair, own)
+        piece = Piece(a=a, b=b, r=r, scaling=scaling, embedding=embedding)
+        whole = self._with_magnitude(tensor, piece, own)
+        return None if whole is None else Pair(tensor=tensor, pieces=(whole,))
 
-    def _with_magnitude(self, pair: Pair, own: Mapping[str, _Owned]) -> Pair | None:
+    def _with_magnitude(
+        self, tensor: TableTensor, piece: Piece, own: Mapping[str, _Owned]
+    ) -> Piece | None:
         """Add DoRA's magnitude to LoRA on the head, where the config has DoRA."""
         magnitude = own.get("magnitude")
         if not self.config.get("use_dora"):
-            return pair  # the reader refuses magnitudes then
+            return piece  # the reader refuses magnitudes then
         if magnitude is None:
             what, fix = "has no magnitude, and use_dora is true", "train or export again"
-            self._findings.problem("QC-ADAPTER-006", what, pair.a.name, fix=fix)
+            self._findings.problem("QC-ADAPTER-006", what, piece.a.name, fix=fix)
             return None
-        if pair.embedding or own.keys() & {"rows", "copy", "base"}:
-            what = "the columns of the embedding" if pair.embedding else "saved values"
+        if piece.embedding or own.keys() & {"rows", "copy", "base"}:
+            what = "the columns of the embedding" if piece.embedding else "saved values"
             self._refuse(magnitude.header, f"is DoRA over {what}, which qcore does not merge", None)
             return None
-        if not self._check(magnitude.header, pair.tensor.shape[:1]):
+        if not self._check(magnitude.header, tensor.shape[:1]):
             return None
-        return replace(pair, magnitude=magnitude.header)
+        return replace(piece, magnitude=magnitude.header)
 
     def _module(self, tensor: TableTensor) -> str:
         return spell(tensor, self.namespace).removesuffix(".weight")
@@ -286,5 +289,5 @@ class WholeWeights:
 
     def _refuse(self, header: Header, cause: str, fix: str | None) -> None:
         """Record a tensor that is not merged; by default, PEFT merges it, on an untied base."""
-        own = _UNTIE + _WITH_PEFT if self.tied and header.shape[:1] else _WITH_PEFT
+        own = _UNTIE + WITH_PEFT if self.tied and header.shape[:1] else WITH_PEFT
         self._findings.problem("QC-ADAPTER-005", cause, header.name, fix=fix or own)

@@ -1,16 +1,17 @@
-"""Names of LoRA tensors that wrappers changed, rewritten to those of PEFT.
+"""Names of an adapter's tensors that wrappers changed, rewritten to those of PEFT.
 
 Trainers save the names of the modules that they hold, and wrappers add words to them. This file
 decides which words are removed, and that two tensors never get one name:
 
 - ``_orig_mod`` (torch.compile), ``_fsdp_wrapped_module``, ``_checkpoint_wrapped_module``, and a
   leading ``module`` (DistributedDataParallel);
-- the name of the adapter after ``lora_A`` and ``lora_B`` (``lora_A.default.weight``), which a state
-  dict has and an adapter file has not;
+- the name of the adapter (``lora_A.default.weight``, ``lora_magnitude_vector.default``,
+  ``modules_to_save.default.weight``), which a state dict has and an adapter file has not;
 - a ``base_model.model`` that is repeated; one that is missing is added;
 - the prefix of another model class (``language_model.model.layers`` of transformers 4, ``layers``
-  of AutoModel): if a name differs from that of a weight only in words of class prefixes, it is the
-  name of that weight. A prefix with any other word matches no weight.
+  of AutoModel): if the name of a module, or of a module that contains it, differs from that in the
+  model only in words of class prefixes, it is that module. A prefix with any other word matches no
+  weight.
 
 Names that are already PEFT's stay as they are, and so do those that match nothing.
 `qcore.adapter.reader` matches the result with the base.
@@ -23,8 +24,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from ..api.parameters import Kind
 from ..checkpoint.checkpoint import Header
 from ..checkpoint.layout import Layout
 from ..errors import InputError
@@ -32,8 +33,30 @@ from .peft_names import namespace_of, spell, trunk_part
 
 _PREFIX = "base_model.model."
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-#: The module of a LoRA tensor, its side, and the name of the adapter where a state dict has one.
-_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+#: What follows a module: in PEFT's files -> the same with the name of an adapter, as a state dict
+#: has it.
+_ENDS = {
+    ".lora_A.weight": r"\.lora_A(\.[^.]+)?\.weight",
+    ".lora_B.weight": r"\.lora_B(\.[^.]+)?\.weight",
+    ".lora_embedding_A": r"\.lora_embedding_A(\.[^.]+)?",
+    ".lora_embedding_B": r"\.lora_embedding_B(\.[^.]+)?",
+    ".lora_magnitude_vector": r"\.lora_magnitude_vector(\.[^.]+)?(\.weight)?",
+    ".token_adapter.trainable_tokens_delta": r"\.token_adapter\.trainable_tokens_delta(\.[^.]+)?",
+    ".trainable_tokens_delta": r"\.trainable_tokens_delta(\.[^.]+)?",
+    ".weight": r"\.modules_to_save\.[^.]+\.weight",
+    ".base_layer.weight": r"\.original_module\.weight|\.base_layer\.weight",
+}
+_NAMES = {end: re.compile(rf"(?P<module>.+?)({tail})") for end, tail in _ENDS.items()}
+
+
+class _Name(NamedTuple):
+    """A tensor's name: its module without wrappers and prefix, and what follows."""
+
+    module: str
+    end: str
+
+    def __str__(self) -> str:
+        return f"{_PREFIX}{self.module}{self.end}"
 
 
 def without_wrappers(
@@ -54,12 +77,13 @@ def without_wrappers(
         InputError: ``QC-ADAPTER-017`` two tensors have one name without their wrappers.
     """
     classes = _Classes(layout)
-    plain = {name: _plain(name) for name in headers}
-    namespace = classes.most_named(plain.values())
+    parsed = {name: _parsed(name) for name in headers}
+    namespace = classes.most_named(own.module for own in parsed.values() if own)
     rewritten: dict[str, Header] = {}
     sources: dict[str, str] = {}
     for name, header in headers.items():
-        new = classes.respelled(plain[name], namespace)
+        own = parsed[name]
+        new = name if own is None else classes.respelled(name, own, namespace)
         if new in rewritten:
             raise InputError(
                 "QC-ADAPTER-017",
@@ -80,20 +104,34 @@ def without_wrappers(
     ]
 
 
-def _plain(name: str) -> str:
-    """Return a LoRA tensor's name without wrappers and adapter name, with PEFT's prefix once."""
-    match = _LORA.fullmatch(name)
-    if match is None:
-        return name
-    words = [word for word in match["module"].split(".") if word not in _WRAPPERS]
-    module = ".".join(words).removeprefix("module.")
+def plain_name(name: str) -> str:
+    """Return a tensor's name without wrappers and adapter name, with PEFT's prefix once.
+
+    Names that an adapter does not have, and those of saved weights, stay as they are.
+    """
+    own = _parsed(name)
+    return name if own is None or not own.end else str(own)
+
+
+def _parsed(name: str) -> _Name | None:
+    """Return the parts of a name; ``None`` if the tensor is not one that an adapter saves."""
+    for end, pattern in _NAMES.items():
+        if match := pattern.fullmatch(name):
+            return _Name(_module(match["module"]), end)
+    return _Name(_module(name.removesuffix(".weight")), "") if name.endswith(".weight") else None
+
+
+def _module(path: str) -> str:
+    """Return a module without wrappers and PEFT's prefix."""
+    module = ".".join(word for word in path.split(".") if word not in _WRAPPERS)
+    module = module.removeprefix("module.")
     while module.startswith(_PREFIX):
         module = module.removeprefix(_PREFIX)
-    return f"{_PREFIX}{module}.lora_{match['side']}.weight"
+    return module
 
 
 class _Classes:
-    """The modules that can have LoRA, as the classes of a model name them."""
+    """The modules of a model, as its classes name them."""
 
     def __init__(self, layout: Layout) -> None:
         self._namespaces = trunk_part(layout.table).namespaces
@@ -101,46 +139,64 @@ class _Classes:
         self._words = {word for pair in pairs for prefix in pair for word in prefix.split(".")}
         self._words.discard("")
         self._spelled: dict[str, dict[str, str]] = {n.name: {} for n in self._namespaces}
+        self._weights: set[str] = set()
         for tensor in layout.table:
-            if tensor.row.kind is None or not tensor.part.loaded:
+            if not tensor.part.loaded:
                 continue
             for namespace in self._namespaces:
                 if namespace_of(tensor.part, namespace.name) is not None:
-                    module = spell(tensor, namespace).removesuffix(".weight")
-                    if tensor.row.kind is Kind.EXPERTS:
+                    weight = spell(tensor, namespace)
+                    module = weight.removesuffix(".weight")
+                    if module == weight:  # a parameter: LoRA is on the module that holds it
                         module = module.rpartition(".")[0]
-                    self._spelled[namespace.name][self._tail(module)] = module
+                    else:
+                        self._weights.add(self._tail(module))
+                    self._put(namespace.name, module)
 
-    def most_named(self, names: Iterable[str]) -> str:
-        """Return the namespace that spells most modules as `names` do; the first if none does."""
-        modules = {_module(name) for name in names}
-        return max(self._spelled, key=lambda n: len(modules & set(self._spelled[n].values())))
+    def _put(self, namespace: str, module: str) -> None:
+        """Note a module and those that contain it, down to a layer."""
+        spelled = self._spelled[namespace]
+        while module and (tail := self._tail(module)) and tail not in spelled:
+            spelled[tail] = module
+            module = module.rpartition(".")[0]
+            if not any(word.isdigit() for word in module.split(".")):
+                return
 
-    def respelled(self, name: str, namespace: str) -> str:
-        """Return `name` with the class prefix of `namespace`, if only that differs."""
-        module = _module(name)
+    def most_named(self, modules: Iterable[str]) -> str:
+        """Return the namespace that spells most modules as they are; the first if none does."""
+        own = {_without_base(module) for module in modules}
+        return max(self._spelled, key=lambda n: len(own & set(self._spelled[n].values())))
+
+    def respelled(self, name: str, own: _Name, namespace: str) -> str:
+        """Return `name` as PEFT has it, with the class prefix of `namespace` if that differs."""
+        module = _without_base(own.module)
         tail = self._tail(module)
-        if module is None or any(module == own.get(tail) for own in self._spelled.values()):
-            return name
-        known = self._spelled[namespace].get(tail)
-        return (
-            name if known is None else name.replace(f"{_PREFIX}{module}.", f"{_PREFIX}{known}.", 1)
-        )
+        if not own.end:  # a saved weight: PEFT's prefix is added to the name of a weight alone
+            if tail not in self._weights:
+                return name
+            own = _Name(own.module, ".weight")
+        inner, below = tail, ""
+        while inner and not any(inner in spelled for spelled in self._spelled.values()):
+            inner, _, word = inner.rpartition(".")
+            below = f".{word}{below}"
+        if any(f"{s[inner]}{below}" == module for s in self._spelled.values() if inner in s):
+            return str(own)
+        known = self._spelled[namespace].get(inner)
+        if not inner or known is None:
+            return str(own)
+        rest = own.module.removeprefix(module)
+        return str(_Name(f"{known}{below}{rest}", own.end))
 
-    def _tail(self, module: str | None) -> str:
+    def _tail(self, module: str) -> str:
         """Return the path of a module without the leading words of class prefixes."""
-        words = (module or "").split(".")
+        words = module.split(".")
         while words and words[0] in self._words:
             words.pop(0)
         return ".".join(words)
 
 
-def _module(name: str) -> str | None:
-    """Return the module of a LoRA tensor without ``base_layer``; ``None`` for other names."""
-    match = _LORA.fullmatch(name)
-    if match is None or not name.startswith(_PREFIX):
-        return None
-    module = match["module"].removeprefix(_PREFIX)
+def _without_base(module: str) -> str:
+    """Return a module without the ``base_layer`` of the wrappers around it."""
     while module.endswith(".base_layer"):
         module = module.removesuffix(".base_layer")
     return module

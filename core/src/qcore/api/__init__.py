@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .adapter_claims import AdapterClaim, AdapterPiece
     from .blocks import (
         BuildContext,
         DecodeCache,
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
         stack,
     )
     from .records import (
-        AdapterClaim,
         Architecture,
         ChatFormat,
         Claim,
@@ -76,6 +76,7 @@ __all__ = [
     "NF4",
     "PARAMETER",
     "AdapterClaim",
+    "AdapterPiece",
     "Aim",
     "Architecture",
     "BuildContext",
@@ -133,7 +134,16 @@ __all__ = [
 ]
 
 #: Where names are looked for, in this order: `blocks` imports torch and comes last.
-_MODULES = ("records", "parameters", "views", "media", "files", "hookspecs", "blocks")
+_MODULES = (
+    "records",
+    "adapter_claims",
+    "parameters",
+    "views",
+    "media",
+    "files",
+    "hookspecs",
+    "blocks",
+)
 
 
 def __getattr__(name: str) -> object:

@@ -13,9 +13,9 @@ from typing import Any
 
 import pluggy
 
+from .adapter_claims import AdapterClaim
 from .parameters import Part
 from .records import (
-    AdapterClaim,
     Architecture,
     ChatFormat,
     Claim,

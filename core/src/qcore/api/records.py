@@ -264,19 +264,6 @@ class ChatFormat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterClaim:
-    """An adapter layout other than PEFT's that a plugin can read.
-
-    Attributes:
-        layout: its name, for the report.
-        names: adapter tensor name -> canonical tensor name and side (``A`` or ``B``).
-    """
-
-    layout: str
-    names: Mapping[str, tuple[str, str]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """How far a backend is from the float32 reference, on one device.
 

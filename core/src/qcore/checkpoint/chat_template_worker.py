@@ -36,6 +36,7 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 
 MEMORY = 512 << 20  #: bytes of address space
@@ -62,6 +63,10 @@ RAISED = (
     TypeError,
     ValueError,
 )
+
+
+DICT_ATTRIBUTES = frozenset(dir(dict))
+MOST_DECIDED = 1024  #: attributes of types that the sandbox remembers
 
 
 class TooMuch(Exception):
@@ -145,9 +150,38 @@ def strftime_now(pattern: str) -> str:
     return datetime.datetime.now().strftime(pattern)
 
 
+DECIDED = frozenset((str, dict, list, Namespace, jinja2.runtime.LoopContext))
+
+
+class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, which decides once about an attribute of a type instead of at every use."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._safe: dict[tuple[type, str], bool] = {}
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        key = type(obj), attr
+        known = self._safe.get(key)
+        if known is None:
+            known = super().is_safe_attribute(obj, attr, value)
+            # Whether these are safe depends on the type and the name alone.
+            if key[0] in DECIDED and len(self._safe) < MOST_DECIDED:
+                self._safe[key] = known
+        return known
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is not dict or attribute in DICT_ATTRIBUTES:
+            return super().getattr(obj, attribute)
+        try:  # jinja2 looks for an attribute first, which raises an error for most keys
+            return obj[attribute]
+        except KeyError:
+            return self.undefined(obj=obj, name=attribute)
+
+
 def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     """Build the Jinja environment of ``apply_chat_template``."""
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    env = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     env.filters["tojson"] = tojson

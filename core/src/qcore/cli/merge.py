@@ -13,7 +13,14 @@ from .common import count, debug_option, emit, json_option
 
 @click.command("merge")
 @click.option("--model", required=True, help="The base: a folder or a hub id.")
-@click.option("--adapter", required=True, help="The adapter: a folder or a hub id.")
+@click.option(
+    "--adapter",
+    "adapters",
+    required=True,
+    multiple=True,
+    metavar="NAME[=WEIGHT]",
+    help="The adapter: a folder or a hub id. Several are added, each with its weight (1).",
+)
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
 @click.option(
@@ -33,7 +40,7 @@ from .common import count, debug_option, emit, json_option
 @debug_option
 def command(
     model: str,
-    adapter: str,
+    adapters: tuple[str, ...],
     output: Path,
     trust_base: bool,
     trust_generation: bool,
@@ -47,10 +54,11 @@ def command(
     with importing():
         from ..merging.merge import merge
     from .terminal import terminal_reporter
+    from .weighted import weighted_adapters
 
     report = merge(
         model,
-        adapter,
+        weighted_adapters(adapters),
         output,
         trust_base=trust_base,
         trust_generation=trust_generation,
@@ -69,6 +77,11 @@ def command(
         f"({count(report.parameters)} parameters) by {report.pairs} LoRA pairs{saved}, "
         f"largest change {report.largest_change:.3g}"
     )
+    for part in report.adapters:
+        click.echo(
+            f"  {part.weight:g} x {part.adapter}: {part.pairs} pairs, norm of the deltas "
+            f"{part.norm:.3g}"
+        )
     if report.decoded:
         click.echo(f"the output is in bf16: {report.decoded} tensors of the base were in FP8")
     if report.unchanged:

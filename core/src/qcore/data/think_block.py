@@ -9,6 +9,7 @@ by `qcore.data.repairs.text`, whether it is trained by `qcore.data.rendering.sam
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from ..api.records import ChatFormat
@@ -20,7 +21,12 @@ KEY = "reasoning_content"
 
 def thinking_marks(chat_format: ChatFormat) -> Marks | None:
     """The tags of a think block, taken from the prompt tails; ``None`` without one."""
-    tails = sorted((tail.strip() for tail in chat_format.prompt_tails if tail.strip()), key=len)
+    return _marks_of(tuple(chat_format.prompt_tails))
+
+
+@cache
+def _marks_of(prompt_tails: tuple[str, ...]) -> Marks | None:
+    tails = sorted((tail.strip() for tail in prompt_tails if tail.strip()), key=len)
     if len(tails) < 2 or not tails[-1].startswith(tails[0]):
         return None
     return tails[0], tails[-1].removeprefix(tails[0]).strip()

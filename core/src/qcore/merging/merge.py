@@ -24,14 +24,15 @@ logits of the unrounded merge equal those of base + adapter, and the files hold 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..adapter.base_check import media_notes, refuse_parts
+from ..adapter.combined import Weighted, combined
 from ..adapter.delta import one_thread
-from ..adapter.evidence import brings_template, evidence_lines, read_for
+from ..adapter.evidence import brings_template, evidence_lines
 from ..adapter.expert_layout import OLDER
 from ..adapter.peft_names import Adapter
 from ..adapter.weight_files import weights_digest
@@ -49,6 +50,7 @@ from ..reporting import Finished, Reporter, RunStarted
 from .plan import MergePlan
 from .quantized_base import check_options, notes, refuse_targets
 from .rewrite import MergePass
+from .several import AdapterPart, one_of, prove_parts, read_adapters
 from .take_tokenizer import TakenTokenizer, plan_tokenizer, taken_lines
 from .untied_output import untied_lines
 from .verify import prove_merge
@@ -70,6 +72,7 @@ class MergeReport:
         decoded: tensors that are FP8 in the base and bfloat16 in the output.
         warnings: what preflight reported.
         proof: the comparison with base + adapter; ``None`` where it was switched off.
+        adapters: the part of each of several adapters; empty for one, and without the proof.
     """
 
     output: Path
@@ -83,6 +86,7 @@ class MergeReport:
     decoded: int
     warnings: tuple[str, ...]
     proof: Mapping[str, float] | None
+    adapters: tuple[AdapterPart, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The payload of ``qcore merge --json``."""
@@ -91,7 +95,7 @@ class MergeReport:
 
 def merge(
     model: str,
-    adapter: str | Path,
+    adapter: str | Path | Mapping[str, float],
     output: str | Path,
     *,
     trust_base: bool = False,
@@ -106,7 +110,7 @@ def merge(
 
     Args:
         model: the base: a folder or a hub id.
-        adapter: the adapter's folder.
+        adapter: the adapter's folder or hub id; several of them with the weight of each.
         output: the folder to publish; absent or empty.
         trust_base: accept an adapter without a fingerprint of its base.
         trust_generation: accept such an adapter if it names a base of another generation.
@@ -121,22 +125,23 @@ def merge(
         UsageError: ``QC-MERGE-009`` and ``-010``: `dequantize` or `take_tokenizer` without effect.
         InputError: the adapter is not for this base (``QC-MERGE-001``), is already in it
             (``-002``), it changes a quantized weight and `dequantize` is not set (``-008``, or
-            ``QC-CKPT-008`` where qcore cannot decode the weight), it depends on a part that is
-            not there (``QC-ADAPTER-012``), or a folder is not as it must be.
-        NumericError: ``QC-MERGE-003`` a value that is not finite, ``-004`` nothing changed,
-            ``-005`` logits of the merge differ from base + adapter, ``-006`` and ``-007`` the
-            files do not hold what they should.
+            ``QC-CKPT-008``), it depends on a part that is not there (``QC-ADAPTER-012``), several
+            cannot be added (``-018``, ``-020``), or a folder is not as it must be.
+        NumericError: ``QC-MERGE-003`` not finite, ``-004`` nothing changed, ``-005`` logits differ
+            from base + adapter, ``-006`` and ``-007`` the files do not hold what they should.
         WriteError: the output exists or cannot be written; nothing half-written stays.
     """
     reporter = reporter or Reporter()
     target = check_target(output)
     base = identify(model, generation=generation, carry=True)
     check_options(base, dequantize)
-    read = read_for(base, adapter, trust_base=trust_base, trust_generation=trust_generation)
-    base = _with_changed(base, read, dequantize)
-    earlier = _refuse_twice(base.checkpoint, read)
-    taken = plan_tokenizer(base, read.path) if take_tokenizer else None
-    warnings = (*preflight(base, verb="merge"), *_notes(base, read, taken, dequantize))
+    wanted = adapter if isinstance(adapter, Mapping) else {str(adapter): 1.0}
+    adapters = read_adapters(base, wanted, trust_base=trust_base, trust_generation=trust_generation)
+    read = combined(adapters)
+    base = _for_adapter(base, read, dequantize)
+    earlier = _refuse_twice(base.checkpoint, adapters)
+    taken = plan_tokenizer(base, one_of(adapters)) if take_tokenizer else None
+    warnings = (*preflight(base, verb="merge"), *_notes(base, adapters, read, taken, dequantize))
     reporter.lines((*base.decision.evidence, *warnings))
     reporter.emit(RunStarted(verb="merge", model=model, output=target))
     merger = MergePass(base, read, dequantize, taken)
@@ -145,14 +150,15 @@ def merge(
         merger.check()
         _check_headers(merger.plan, out.folder)
         proof = _prove(merger, out.folder, reporter) if prove else None
-        out.meta.update(_meta(merger, earlier, proof))
-    report = _report(merger, target, warnings, proof)
+        parts = prove_parts(adapters, merger.deltas) if prove and len(adapters) > 1 else ()
+        out.meta.update(_meta(merger, adapters, parts, earlier, proof))
+    report = _report(merger, target, warnings, proof, parts)
     reporter.emit(Finished(verb="merge", output=target, result=report.as_json()))
     return report
 
 
-def _with_changed(base: Identified, adapter: Adapter, dequantize: bool) -> Identified:
-    """Return the base as the merge needs it, if the adapter can be merged into it."""
+def _for_adapter(base: Identified, adapter: Adapter, dequantize: bool) -> Identified:
+    """The base with what the adapter changes; refuse weights that cannot change."""
     base = base.untying() if adapter.untied else base
     refuse_targets(base, adapter, dequantize)
     refuse_parts(base.layout, adapter)
@@ -164,6 +170,7 @@ def _report(
     target: Path,
     warnings: tuple[str, ...],
     proof: Mapping[str, float] | None,
+    parts: Sequence[AdapterPart],
 ) -> MergeReport:
     return MergeReport(
         output=target,
@@ -177,6 +184,7 @@ def _report(
         decoded=merger.plan.decoded,
         warnings=warnings,
         proof=proof,
+        adapters=tuple(parts),
     )
 
 
@@ -203,18 +211,24 @@ def _prove(merger: MergePass, written: Path, reporter: Reporter) -> dict[str, fl
 
 
 def _notes(
-    base: Identified, adapter: Adapter, taken: TakenTokenizer | None, dequantize: bool
+    base: Identified,
+    adapters: Sequence[Weighted],
+    read: Adapter,
+    taken: TakenTokenizer | None,
+    dequantize: bool,
 ) -> Iterator[str]:
-    """What the user must know of the adapter and of the output's tokenizer and template."""
-    yield from notes(base, adapter, dequantize)
-    yield from evidence_lines(base, adapter, taken=taken is not None)
+    """What the user must know of the adapters and of the output's tokenizer and template."""
+    yield from notes(base, read, dequantize)
+    for own in adapters:
+        yield from evidence_lines(base, own.adapter, taken=taken is not None)
     yield from untied_lines(base.layout)
     template = base.checkpoint.template
     if taken is not None:
         yield from taken_lines(base, taken)
         template = taken.template
-    yield from _template_notes(adapter, template)
-    yield from media_notes(adapter)
+    for own in adapters:
+        yield from _template_notes(own.adapter, template)
+        yield from media_notes(own.adapter)
 
 
 def _template_notes(adapter: Adapter, template: Template | None) -> Iterator[str]:
@@ -241,58 +255,67 @@ def _template_notes(adapter: Adapter, template: Template | None) -> Iterator[str
         yield note
 
 
-def _refuse_twice(checkpoint: Checkpoint, adapter: Adapter) -> list[dict[str, Any]]:
-    """The merges that made this base; refuse a base that already holds this adapter."""
+def _refuse_twice(checkpoint: Checkpoint, adapters: Sequence[Weighted]) -> list[dict[str, Any]]:
+    """The merges that made this base; refuse a base that already holds one of the adapters."""
     if MANIFEST not in checkpoint.sidecars:
         return []
     earlier: list[dict[str, Any]] = list(read_manifest(checkpoint.path).meta.get("merged", []))
-    sha256 = weights_digest(adapter.path)
-    if any(entry.get("sha256") == sha256 for entry in earlier):
-        raise InputError(
-            "QC-MERGE-002",
-            "already holds this adapter",
-            file=checkpoint.path,
-            found=adapter.path,
-            fix="merge into the original base",
-        )
+    held = {entry.get("sha256") for entry in earlier}
+    for own in adapters:
+        if weights_digest(own.adapter.path) in held:
+            raise InputError(
+                "QC-MERGE-002",
+                "already holds this adapter",
+                file=checkpoint.path,
+                found=own.adapter.path,
+                fix="merge into the original base",
+            )
     return earlier
 
 
 def _meta(
     merger: MergePass,
+    adapters: Sequence[Weighted],
+    parts: Sequence[AdapterPart],
     earlier: list[dict[str, Any]],
     proof: Mapping[str, float] | None,
 ) -> dict[str, Any]:
     """What the manifest records of the merge."""
-    base, adapter = merger.base, merger.adapter
+    base = merger.base
+    chats = [chat for own in adapters if (chat := _chat(own.adapter))]
     return {
         "verb": "merge",
         "model": base.provenance(),
         "base_fingerprints": fingerprints(base.layout, merger.digests),
-        "merged": [
-            *earlier,
-            {
-                "adapter": adapter.source,
-                "revision": adapter.revision,
-                "layout": adapter.layout,
-                "sha256": weights_digest(adapter.path),
-                "trusted_without_fingerprint": not adapter.fingerprints,
-                "pairs": len(adapter.pairs),
-                "replaced": len(adapter.changes.keys() - adapter.pairs.keys()),
-                **(
-                    {"expert_layout": OLDER} if any(p.older for p in adapter.pairs.values()) else {}
-                ),
-                **({"tokenizer": merger.taken.as_json()} if merger.taken is not None else {}),
-                "modalities": adapter.modalities,
-                "tensors_changed": merger.changed,
-                "tensors_unchanged": merger.unchanged,
-            },
-        ],
-        **({"chat": chat} if (chat := _chat(adapter)) else {}),
+        "merged": [*earlier, *(_entry(merger, own) for own in adapters)],
+        # Of adapters that were trained on other prompts, none is that of the merge.
+        **({"chat": chats[0]} if chats and all(chat == chats[0] for chat in chats) else {}),
         "proof": dict(proof) if proof is not None else None,
+        **({"adapters": [part.as_json() for part in parts]} if parts else {}),
         "decoded": {"from": Format.BLOCK_FP8.value, "to": "bf16", "tensors": merger.plan.decoded}
         if merger.plan.decoded
         else None,
+    }
+
+
+def _entry(merger: MergePass, own: Weighted) -> dict[str, Any]:
+    """What the manifest records of one adapter."""
+    adapter = own.adapter
+    older = any(pair.older for pair in adapter.pairs.values())
+    return {
+        "adapter": adapter.source,
+        "weight": own.weight,
+        "revision": adapter.revision,
+        "layout": adapter.layout,
+        "sha256": weights_digest(adapter.path),
+        "trusted_without_fingerprint": not adapter.fingerprints,
+        "pairs": len(adapter.pairs),
+        "replaced": len(adapter.changes.keys() - adapter.pairs.keys()),
+        **({"expert_layout": OLDER} if older else {}),
+        **({"tokenizer": merger.taken.as_json()} if merger.taken is not None else {}),
+        "modalities": adapter.modalities,
+        "tensors_changed": merger.changed,
+        "tensors_unchanged": merger.unchanged,
     }
 
 

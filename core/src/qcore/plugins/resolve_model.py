@@ -11,8 +11,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..api.adapter_claims import AdapterClaim
 from ..api.parameters import Table
-from ..api.records import AdapterClaim, ChatFormat, Modality
+from ..api.records import ChatFormat, Modality
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.hub import resolve_model
 from ..checkpoint.layout import Layout, survey

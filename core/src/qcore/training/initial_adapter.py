@@ -171,12 +171,12 @@ class InitialAdapter:
         deltas, start = Deltas(self.adapter), {}
         for name, module in adapted.items():
             lora, pair = module.lora, pairs[name]
-            there = (pair.r, pair.magnitude is not None)
+            there = (pair.r, pair.has_magnitude)
             same = lora is not None and (lora.r, lora.use_dora) == there
             if lora is None or not (same and math.isclose(lora.scaling, pair.scaling)):
                 raise self._other_coverage(name, str(lora))
             a, b = deltas.sides(name)
-            factors = [a, b] if pair.magnitude is None else [a, b, deltas.magnitude(name)]
+            factors = [a, b] if not pair.has_magnitude else [a, b, deltas.magnitude(name)]
             copies = (factor.to(device, copy=True) for factor in factors if factor is not None)
             module.set_lora(*copies, trained=True)
             start[name] = b

@@ -53,15 +53,7 @@ def adapter_settings(
             settings do not allow.
         UsageError: ``QC-TRAIN-011`` an explicit setting contradicts the adapter.
     """
-    dora = {name for name, pair in adapter.pairs.items() if pair.magnitude is not None}
-    if unfit := adapter.folded - dora:
-        raise _unfit(
-            adapter,
-            "has changes that training cannot continue",
-            field=min(unfit),
-            found=f"saved values or LoRA at {len(unfit)} heads, embeddings or other weights",
-            expected="LoRA or DoRA on linear layers",
-        )
+    dora = _check_fit(adapter)
     rslora = read_json(adapter.path / CONFIG).get("use_rslora") is True
     numbers = _numbers(adapter, layout, rslora=rslora)
     groups = {name: _usual(list(of_group.values())) for name, of_group in numbers.items()}
@@ -84,7 +76,7 @@ def adapter_settings(
                 {name: float(g.alpha) for name, g in groups.items() if g.alpha != alpha}
             ),
             use_rslora=rslora,
-            use_dora=bool(dora),
+            use_dora=dora,
             rank_pattern=Entries(_pattern(adapter, numbers, groups, lambda own: own.r)),
             alpha_pattern=Entries(_pattern(adapter, numbers, groups, lambda own: own.alpha)),
             adapter_class=_class(adapter, settings, explicit),
@@ -100,12 +92,23 @@ def adapter_settings(
             fix="merge the adapter into its base, and train on the merge",
         ) from None
     _check_groups(adapter, settings, explicit, groups, by_default)
-    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-        if key in explicit and getattr(settings, key) != getattr(chosen, key):
-            shown = (str(getattr(each, key)).lower() for each in (settings, chosen))
-            raise _contradicts(adapter, key, *shown)
+    _check_kind(adapter, settings, explicit, chosen)
     _check_numbers(adapter, settings, explicit, groups, chosen)
     return chosen
+
+
+def _check_fit(adapter: Adapter) -> bool:
+    """Refuse an adapter that is more than LoRA or DoRA; return whether it has DoRA."""
+    dora = {name for name, pair in adapter.pairs.items() if pair.has_magnitude}
+    if unfit := adapter.folded - dora:
+        raise _unfit(
+            adapter,
+            "has changes that training cannot continue",
+            field=min(unfit),
+            found=f"saved values or LoRA at {len(unfit)} heads, embeddings or other weights",
+            expected="LoRA or DoRA on linear layers",
+        )
+    return bool(dora)
 
 
 def _class(adapter: Adapter, settings: Settings, explicit: Collection[str]) -> str:
@@ -219,6 +222,16 @@ def _check_groups(
     if "target_groups" in explicit and set(wanted) != set(groups):
         shown = ",".join(wanted)
         raise _contradicts(adapter, "target_groups", shown, ",".join(groups))
+
+
+def _check_kind(
+    adapter: Adapter, settings: Settings, explicit: Collection[str], chosen: Settings
+) -> None:
+    """Compare explicit settings of the kind of LoRA, and patterns, with the adapter's."""
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if key in explicit and getattr(settings, key) != getattr(chosen, key):
+            shown = (str(getattr(each, key)).lower() for each in (settings, chosen))
+            raise _contradicts(adapter, key, *shown)
 
 
 def _check_numbers(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..findings import NOTE, WARNING, DataFinding
 
 if TYPE_CHECKING:
+    from ..store.records import PackedExample
     from .masking import Example
 
 _VALUES = 8  #: values of one variable that are counted apart
@@ -108,7 +109,7 @@ class TrainedTurns:
     _row: int = 0
     _own: dict[str, Counter[str]] = field(default_factory=dict)
 
-    def add(self, example: Example) -> None:
+    def add(self, example: Example | PackedExample) -> None:
         """Count a training sample; all samples of a row come one after the other."""
         self.turns += example.turns
         self.reasoned += example.reasoned

@@ -19,7 +19,7 @@ from ..findings import WARNING, DataFinding, Findings
 from ..think_block import reasoning_of, split_block, thinking_marks
 from .row_plan import RowPlan
 from .samples import Draft
-from .turns import Turn, assistant_turns
+from .turns import Turn, check_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,6 +48,13 @@ class LossCounts:
     lost_tokens: int = 0
     changed: int = 0
     characters: int = 0
+
+    def __reduce__(self) -> tuple[type[LossCounts], tuple[int, ...]]:
+        """Pickle it by position: a process sends one for each row."""
+        return LossCounts, (
+            self.turns, self.other_prompts, self.reasonings, self.lost, self.lost_tokens,
+            self.changed, self.characters,
+        )  # fmt: skip
 
     def add(self, other: LossCounts) -> None:
         """Add those of other rows."""
@@ -111,7 +118,7 @@ class Losses:
         """Compare the trained turns of a sample with their messages."""
         messages = plan.row.messages[: draft.count]
         said = [n for n, m in enumerate(messages) if m["role"] == self.chat_format.assistant]
-        turns = assistant_turns(draft.text, self.chat_format, len(said))
+        turns = check_count(draft.parsed, self.chat_format, len(said))
         for index, turn in zip(said, turns, strict=True):
             if index in draft.tails:
                 self.counts.turns += 1

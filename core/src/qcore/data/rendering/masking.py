@@ -66,6 +66,11 @@ class Example:
     token_spans: tuple[Span, ...] = ()
     payloads: tuple[Payload, ...] = field(default=(), compare=False)
 
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.ids)
+
 
 def highest_id(tokenizer: Tokenizer) -> int:
     """The highest token id of the tokenizer."""

@@ -16,6 +16,7 @@ import unicodedata
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from .words import Piece, WholePiece, WordEncoder, encode_whole
@@ -88,10 +89,13 @@ class PieceEncoder:
     def __init__(self, tokenizer: Tokenizer, boundary: str) -> None:
         self._tokenizer = tokenizer
         self._boundary = boundary if _splits(tokenizer, boundary) else ""
-        self._words = WordEncoder(tokenizer)
         self._known: dict[str, Piece] = {}
         self._tokens = 0
         self._headers: dict[str, array[int]] = {}
+
+    @cached_property
+    def _words(self) -> WordEncoder:
+        return WordEncoder(self._tokenizer)  # a process that renders no row needs none
 
     def prepare(self, texts: Iterable[str]) -> None:
         """Encode the pieces of some texts together, which takes less time than one by one.

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ...checkpoint.chat_template import Template
     from ..rejects import Rejects
     from ..sources.source import Source
+    from ..store.records import PackedExample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,8 +154,10 @@ class Renderer:
         """Rows so far, refused ones included."""
         return self.notes.rows
 
-    def examples(self, sources: Sequence[Source]) -> Iterator[Example]:
+    def examples(self, sources: Sequence[Source]) -> Iterator[Example | PackedExample]:
         """Yield the samples of some sources, all samples of a row together.
+
+        Those that another process has rendered are packed as they are stored.
 
         Raises:
             QcoreError: as `read_records`, `RowReader` and `PrefixBatches.answers`.

@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, BinaryIO, Final, cast
 from ...errors import Failure, InputError, QcoreError, contained
 from ...io.cores import available_cores
 from .row_messages import pack, send, unpack
+from .row_worker import outcome_of
 from .text_reader import TextReader
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class RowPool:
 def _unpacked(answer: bytes) -> list[RowOutcome]:
     made = unpack(answer)
     if isinstance(made, list):
-        return made
+        return list(map(outcome_of, made))
     raise made if isinstance(made, BaseException) else RuntimeError(made)
 
 

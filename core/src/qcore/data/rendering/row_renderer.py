@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from ...api.media import MediaReader
     from ...checkpoint.chat_template import Prefix, Template
+    from ..store.records import PackedExample
 
 _REQUEST: Final = 4 << 20  # work, in characters, that the template renders in one request
 
@@ -97,10 +98,10 @@ class RowOutcome:
         fatal: an error that ends the run.
         asked: reader options that its parts set themselves, by kind of media.
         deferred: whether only the parent can render it, because it has media.
-        examples: its samples; empty if it is refused or left out.
+        examples: its samples; empty if it is refused or left out. Another process packs them.
         samples: the same with their texts; another process does not send them.
         cut: whether ``long_rows`` cut a sample or left one out.
-        plan: what was rendered of it.
+        plan: what was rendered of it; another process does not send it.
     """
 
     format: str = ""
@@ -112,7 +113,7 @@ class RowOutcome:
     fatal: QcoreError | None = None
     asked: frozenset[tuple[str, str]] = frozenset()
     deferred: bool = False
-    examples: tuple[Example, ...] = ()
+    examples: tuple[Example | PackedExample, ...] = ()
     samples: tuple[Encoded, ...] = ()
     cut: bool = False
     plan: RowPlan | None = None

@@ -18,7 +18,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -65,14 +64,36 @@ def _serve(inbox: SimpleQueue[bytes], out: BinaryIO) -> None:
     with Template(text, source) as template, RowRenderer(setup, template, formats) as rows:
         for outcomes in rows.outcomes(chunks()):
             pending.popleft()
-            send(out, pack([_bare(one) for one in outcomes]))
+            send(out, pack([_sent(one) for one in outcomes]))
 
 
-def _bare(outcome: RowOutcome) -> RowOutcome:
-    """An outcome without what the parent does not need; of a deferred row nothing is left."""
+def _sent(outcome: RowOutcome) -> tuple[Any, ...]:
+    """What the parent needs of an outcome, by position; `outcome_of` reads it."""
+    from ..store.records import PackedExample
+
     if outcome.deferred:
-        return replace(outcome, plan=None, findings=[], ignored=(), format="")
-    return replace(outcome, plan=None, samples=())
+        return (True,)
+    examples = tuple(
+        one if isinstance(one, PackedExample) else PackedExample.of(one) for one in outcome.examples
+    )
+    return (
+        False, outcome.format, outcome.ignored, outcome.findings, outcome.losses, outcome.error,
+        outcome.tokens, outcome.fatal, outcome.asked, outcome.cut, examples,
+    )  # fmt: skip
+
+
+def outcome_of(sent: tuple[Any, ...]) -> RowOutcome:
+    """The outcome that a process has sent."""
+    from .row_renderer import RowOutcome
+
+    deferred, *values = sent
+    if deferred:
+        return RowOutcome(deferred=True)
+    form, ignored, findings, losses, error, tokens, fatal, asked, cut, examples = values
+    return RowOutcome(
+        format=form, ignored=ignored, findings=findings, losses=losses, error=error, tokens=tokens,
+        fatal=fatal, asked=asked, cut=cut, examples=examples,
+    )  # fmt: skip
 
 
 def _error(failure: Failure) -> bytes:

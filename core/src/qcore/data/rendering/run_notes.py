@@ -100,7 +100,7 @@ class RunNotes:
             else:
                 self.rejects.add(numbered, outcome.error)
             return
-        lengths = [len(example.ids) for example in outcome.examples]
+        lengths = [example.length for example in outcome.examples]
         if outcome.cut:
             self.rejects.add_long(numbered, outcome.tokens, self._max_length, cut=bool(lengths))
         if not lengths:

@@ -29,7 +29,7 @@ from ...errors import InputError
 from ..policies import AS_RENDERED, MASK
 from ..think_block import block_end
 from .row_plan import RowPlan, TrainedTurn
-from .turns import Turn, assistant_turns, check_count, turns_of
+from .turns import Turn, check_count, turns_of
 
 if TYPE_CHECKING:
     from .pieces import PieceEncoder
@@ -66,6 +66,7 @@ class Draft:
         sample: number within the row, from 1.
         text: as the template rendered it.
         count: number of messages in it.
+        parsed: the turns of `text`, in order.
         tails: by index of each trained message: what its prompt has after the header of the turn.
         whys: by index of an assistant message that is not trained here: the reason.
         other_prompt: indexes of trained messages that serving shows another prompt.
@@ -74,6 +75,7 @@ class Draft:
     sample: int
     text: str
     count: int
+    parsed: tuple[Turn, ...]
     tails: Mapping[int, str]
     other_prompt: tuple[int, ...] = ()
     whys: Mapping[int, str] = field(default_factory=dict)
@@ -91,12 +93,14 @@ class _ServedTurn:
     Attributes:
         index: of the message.
         text: the rendering of the conversation through it.
+        parsed: the turns of `text`.
         place: of the turn in `text`.
         reply: where the prompt ends.
     """
 
     index: int
     text: str
+    parsed: tuple[Turn, ...]
     place: Turn
     reply: int
 
@@ -117,32 +121,33 @@ def drafts(
             other sample may contain the turn.
 
     Raises:
-        RowError: ``QC-MASK-001``, ``-002`` as in `assistant_turns`, ``QC-DATA-040``, ``-041``.
+        RowError: ``QC-MASK-001``, ``-002`` as in `check_count`, ``QC-DATA-040``, ``-041``.
         InputError: the template refuses the row.
     """
     if plan.policies.history == AS_RENDERED:
         return [_one_rendering(plan, texts, chat_format, pieces)]
-    groups: list[tuple[str, list[_ServedTurn]]] = []
+    groups: list[list[_ServedTurn]] = []  # the last turn of each has the text of all
     for turn in reversed(list(_served(plan, texts, chat_format))):
         end = turn.text.rfind(chat_format.turn_end) + len(chat_format.turn_end)
         whole = turn.text[:end]
-        shared = next((some for text, some in groups if text.startswith(whole)), None)
+        shared = next((some for some in groups if some[-1].text.startswith(whole)), None)
         if shared is None or not _splits(turn.text, turn.place, turn.reply, pieces):
-            groups.append((turn.text, [turn]))
+            groups.append([turn])
         else:
             shared.insert(0, turn)
     groups.reverse()
-    number = {turn.index: at for at, (_, some) in enumerate(groups, 1) for turn in some}
+    number = {turn.index: at for at, some in enumerate(groups, 1) for turn in some}
     return [
         Draft(
             sample=at,
-            text=text,
+            text=some[-1].text,
             count=some[-1].index + 1,
+            parsed=some[-1].parsed,
             tails={turn.index: turn.text[turn.place.body : turn.reply] for turn in some},
             whys={n: f"history, trained in sample {k}" for n, k in number.items() if k != at}
             | dict(plan.untrained),
         )
-        for at, (text, some) in enumerate(groups, 1)
+        for at, some in enumerate(groups, 1)
     ]
 
 
@@ -157,7 +162,8 @@ def _one_rendering(
     if isinstance(text, InputError):
         raise text
     count = len(plan.row.messages)
-    places = _places(plan, text, chat_format, count)
+    parsed = tuple(turns_of(text, chat_format))
+    places = _places(plan, parsed, chat_format, count)
     tails, other = {}, []
     for turn, prompt in zip(plan.turns, prompts, strict=True):
         place = places[turn.index]
@@ -171,8 +177,8 @@ def _one_rendering(
                     continue
         other.append(turn.index)
     return Draft(
-        sample=1, text=text, count=count, tails=tails, other_prompt=tuple(other),
-        whys=plan.untrained,
+        sample=1, text=text, count=count, parsed=parsed, tails=tails,
+        other_prompt=tuple(other), whys=plan.untrained,
     )  # fmt: skip
 
 
@@ -181,11 +187,13 @@ def _splits(text: str, place: Turn, reply: int, pieces: PieceEncoder) -> bool:
     return pieces.splits(text, (place.start, reply))
 
 
-def _places(plan: RowPlan, text: str, chat_format: ChatFormat, count: int) -> dict[int, Turn]:
+def _places(
+    plan: RowPlan, parsed: Sequence[Turn], chat_format: ChatFormat, count: int
+) -> dict[int, Turn]:
     """The assistant's turns of a rendering by the index of their message."""
     messages = plan.row.messages[:count]
     indexes = [n for n, m in enumerate(messages) if m["role"] == chat_format.assistant]
-    return dict(zip(indexes, assistant_turns(text, chat_format, len(indexes)), strict=True))
+    return dict(zip(indexes, check_count(parsed, chat_format, len(indexes)), strict=True))
 
 
 def _tail(prompt: str, chat_format: ChatFormat) -> str:
@@ -204,10 +212,13 @@ def _served(
                 raise _not_served(plan, turn, made)
         assert isinstance(text, str)
         assert isinstance(prompt, str)
-        place = _places(plan, text, chat_format, turn.index + 1)[turn.index]
+        parsed = tuple(turns_of(text, chat_format))
+        place = _places(plan, parsed, chat_format, turn.index + 1)[turn.index]
         if not text.startswith(prompt) or len(prompt) < place.body:
             raise _other_context(plan, turn, text, prompt, place)
-        yield _ServedTurn(index=turn.index, text=text, place=place, reply=len(prompt))
+        yield _ServedTurn(
+            index=turn.index, text=text, parsed=parsed, place=place, reply=len(prompt)
+        )
 
 
 def _not_served(plan: RowPlan, turn: TrainedTurn, error: InputError) -> RowError | InputError:
@@ -261,11 +272,11 @@ def lay_out(draft: Draft, text: str, plan: RowPlan, chat_format: ChatFormat) -> 
         chat_format: the format of `text`.
 
     Raises:
-        RowError: as `assistant_turns`.
+        RowError: as `turns_of` and `check_count`.
     """
     messages = plan.row.messages[: draft.count]
     answers = [n for n, m in enumerate(messages) if m["role"] == chat_format.assistant]
-    turns = list(turns_of(text, chat_format))
+    turns = draft.parsed if text == draft.text else tuple(turns_of(text, chat_format))
     check_count(turns, chat_format, len(answers))
     spans: list[Span] = []
     indexes, at = iter(answers), 0

@@ -101,8 +101,9 @@ def _after_role(text: str, start: int, chat_format: ChatFormat) -> int:
     if not chat_format.role_end:
         return opened
     ends = text.find(chat_format.role_end, opened)
-    stops = [at for word in (chat_format.turn_end, chat_format.turn_start)
-             if (at := text.find(word, opened)) >= 0]  # fmt: skip
-    if ends < 0 or any(at < ends for at in stops):
+    if ends < 0:
         return opened
+    for word in (chat_format.turn_end, chat_format.turn_start):
+        if text.find(word, opened, ends + len(word) - 1) >= 0:  # it begins before the role ends
+            return opened
     return ends + len(chat_format.role_end)

@@ -89,26 +89,45 @@ def _start(encoding: Encoding, token: int) -> int:
 class WordPiece:
     """A text that was encoded word by word."""
 
-    __slots__ = ("_parts", "_tokenizer", "_words", "ids")
+    __slots__ = ("_length", "_parts", "_tokenizer", "_words", "ids")
 
     def __init__(self, words: list[str], parts: list[bytes], tokenizer: Tokenizer) -> None:
         self.ids = array("i", b"".join(parts))
+        self._length = sum(map(len, words))
         self._words = words
         self._parts = parts
         self._tokenizer = tokenizer
 
     def index(self, position: int) -> int:
         """Number of tokens that start before a character of the text."""
-        tokens, characters = 0, 0
+        if 2 * position > self._length:  # prompts end near the start, replies near the end
+            return len(self.ids) - self._from(self._length - position)
+        tokens = at = 0
         for word, part in zip(self._words, self._parts, strict=True):
-            if characters >= position:
+            if at >= position:
                 break
-            characters += len(word)
-            if characters > position:
-                before = position - characters + len(word)
-                return tokens + WholePiece(encode_whole(self._tokenizer, word)).index(before)
+            at += len(word)
             tokens += len(part) // _BYTES
+            if at > position:
+                tokens -= self._starting(word, position - at + len(word))
         return tokens
+
+    def _from(self, characters: int) -> int:
+        """Number of tokens that start in the last characters of the text."""
+        tokens = at = 0
+        for word, part in zip(reversed(self._words), reversed(self._parts), strict=True):
+            if at >= characters:
+                break
+            at += len(word)
+            tokens += len(part) // _BYTES
+            if at > characters:
+                tokens -= len(part) // _BYTES - self._starting(word, at - characters)
+        return tokens
+
+    def _starting(self, word: str, position: int) -> int:
+        """Number of tokens of a word that start at one of its characters or after it."""
+        encoding = encode_whole(self._tokenizer, word)
+        return len(encoding) - WholePiece(encoding).index(position)
 
     def offsets(self) -> list[tuple[int, int]]:
         """The characters of each token."""
@@ -231,12 +250,12 @@ class WordEncoder:
         known = self._known
         for one in rest:
             assert one.words is not None
-            parts = [known.get(word) or fresh.get(word) for word in one.words]
-            if None in parts:
+            try:
+                parts = [fresh[word] if word in one.new else known[word] for word in one.words]
+            except KeyError:
                 whole.append(one)
             else:
-                found = [part for part in parts if part is not None]
-                yield one.at, WordPiece(one.words, found, self._tokenizer)
+                yield one.at, WordPiece(one.words, parts, self._tokenizer)
         texts = [one.text for one in whole]
         encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False) if texts else ()
         for one, encoding in zip(whole, encodings, strict=True):

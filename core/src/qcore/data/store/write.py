@@ -16,15 +16,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from ...io.atomic import writing
 from ..rendering.masking import Example
-from .records import (
-    Record,
-    checksum,
-    content_digest,
-    label_digest,
-    media_bytes,
-    payload_json,
-    token_bytes,
-)
+from .records import PackedExample, payload_json
 from .samples import TokenStore
 
 if TYPE_CHECKING:
@@ -69,35 +61,19 @@ class StoreWriter:
         """The table of variables, by their codes in the index."""
         return list(self._codes)
 
-    def extend(self, examples: Iterable[Example]) -> None:
+    def extend(self, examples: Iterable[Example | PackedExample]) -> None:
         """Append samples."""
         for example in examples:
             self.add(example)
 
-    def add(self, example: Example) -> None:
+    def add(self, example: Example | PackedExample) -> None:
         """Append a sample."""
-        tokens, media = token_bytes(example), media_bytes(example)
-        if example.media:
-            self._note(example.payloads)
-        numbers = {
-            "at": self._append(TOKENS, tokens),
-            "more": self._append(MEDIA, media),
-            "line": example.line,
-            "row": example.row,
-            "sample": example.sample,
-            "tokens": len(example.ids),
-            "supervised": example.supervised,
-            "turns": example.turns,
-            "reasoned": example.reasoned,
-            "variables": self._codes.setdefault(example.variables, len(self._codes)),
-            "media": len(example.media),
-            "units": sum(medium.units for medium in example.media),
-            "more_bytes": len(media),
-        }
-        record = Record(
-            numbers, checksum(tokens, media), content_digest(example), label_digest(tokens)
-        )
-        self._append(INDEX, record.pack())
+        one = example if isinstance(example, PackedExample) else PackedExample.of(example)
+        if one.media_count:
+            self._note(one.payloads)
+        at, more = self._append(TOKENS, one.tokens), self._append(MEDIA, one.media)
+        code = self._codes.setdefault(one.variables, len(self._codes))
+        self._append(INDEX, one.record(at, more, code))
         self.count += 1
 
     def _note(self, payloads: tuple[Payload, ...]) -> None:

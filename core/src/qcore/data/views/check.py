@@ -117,9 +117,9 @@ def check_rows(renderer: Renderer, sources: Sequence[Source]) -> CheckReport:
     with renderer.notes:
         for example in renderer.examples(sources):
             sums.samples += 1
-            sums.tokens += len(example.ids)
+            sums.tokens += example.length
             sums.supervised += example.supervised
-            sums.longest = max(sums.longest, len(example.ids))
+            sums.longest = max(sums.longest, example.length)
             sums.trained.add(example)
     if sums.trained.turns:
         renderer.record(sums.trained)

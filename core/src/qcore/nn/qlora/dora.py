@@ -17,18 +17,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..grad_buffers import as_one_buffer
 from ..kernels.launch import on_gpu, record_work
+from ..storage import storage_id
 from .lora_layer import Lora
 
 _CHUNK = 2**25  #: elements of a product ``dy y`` that exist at a time
 _BLOCK = 2**20  #: elements of a weight that a CPU converts to float32 at a time
+
+
+#: Of one layer: m (``None`` without DoRA), its version and that of the norms.
+_Mark = tuple[Tensor | None, int, int]
 
 
 class DoraLayer(Protocol):
@@ -55,16 +59,21 @@ class RowNorms:
 
     Args:
         layer: the layer.
+
+    Attributes:
+        version: increases with each change of the norms.
     """
 
     def __init__(self, layer: DoraLayer) -> None:
         self._layer = layer
+        self.version = 0
         self.forget()
 
     def forget(self) -> None:
         """Forget all norms: the weight changed."""
         self._base: Tensor | None = None
         self._norms: Tensor | None = None
+        self.version += 1
         self._of: tuple[Tensor, Tensor] | None = None
         self._numbers: tuple[float, ...] = ()
         self._stale = False
@@ -95,6 +104,7 @@ class RowNorms:
         if self._norms is None or self._stale or not known or numbers != self._numbers:
             self._norms = _changed_norms(self.base(), layer.dense(), a, b, lora.scaling)
             self._of, self._numbers, self._stale = (a, b), numbers, False
+            self.version += 1
         return self._norms
 
 
@@ -103,69 +113,162 @@ def has_dora(layer: DoraLayer) -> bool:
     return layer.lora is not None and layer.lora.use_dora
 
 
-def scaled(layers: Sequence[DoraLayer], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Scale the outputs of layers with plain LoRA, in place.
+class Factors(NamedTuple):
+    """What the outputs of several layers are multiplied by, float32 ``[N]``.
+
+    Attributes:
+        scale: ``m / norm``; one for a layer without DoRA.
+        inverse: ``1 / m``; zero where m is zero: y is zero there, and the gradient of m is lost.
+    """
+
+    scale: Tensor
+    inverse: Tensor
+
+
+class Magnitudes:
+    """The magnitudes of layers with the same input, whose outputs are slices of one buffer.
 
     Args:
-        layers: layers with the same input; those without DoRA keep their outputs.
-        outputs: ``[..., out]`` of each, of which nothing is saved for a backward.
+        layers: the layers, in the order of their outputs.
     """
-    magnitudes = [layer.lora_magnitude_vector for layer in layers if has_dora(layer)]
-    y: tuple[Tensor, ...] = _Scaled.apply(tuple(layers), *outputs, *magnitudes)  # type: ignore[no-untyped-call]
+
+    def __init__(self, layers: Sequence[DoraLayer]) -> None:
+        self._layers = tuple(layers)
+        self._known: Factors | None = None
+        self._of: Sequence[_Mark] = ()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The m of each layer with DoRA."""
+        found = (layer.lora_magnitude_vector for layer in self._layers if has_dora(layer))
+        return [magnitude for magnitude in found if magnitude is not None]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def factors(self, like: Tensor) -> Factors | None:
+        """The factors, computed again if m or a norm changed; ``None`` without DoRA.
+
+        Args:
+            like: a tensor on the device.
+        """
+        if not any(has_dora(layer) for layer in self._layers):
+            return None
+        marks = []
+        for layer in self._layers:
+            m = layer.lora_magnitude_vector if has_dora(layer) else None
+            if m is not None:
+                layer.norms.current()
+            marks.append((m, 0 if m is None else m._version, layer.norms.version))
+        if self._known is None or not _same(self._of, marks):
+            ms, norms = self._together(like)
+            self._known = Factors(ms / norms, torch.where(ms == 0, 0.0, 1 / ms))
+            self._of = marks
+        return self._known
+
+    def _together(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The m and the norms of all layers, ``[N]`` each; ones for a layer without DoRA."""
+        ms, norms = [], []
+        for layer in self._layers:
+            m = layer.lora_magnitude_vector if has_dora(layer) else None
+            if m is None:
+                ones = like.new_ones(layer.shape[0], dtype=torch.float32)
+                ms.append(ones)
+                norms.append(ones)
+            else:
+                ms.append(m.detach())
+                norms.append(layer.norms.current())
+        return torch.cat(ms), torch.cat(norms)
+
+    def gradients(self, dy: Tensor, y: Tensor, factors: Factors) -> list[Tensor | None]:
+        """The gradient of each m; ``None`` where it was added in place.
+
+        Args:
+            dy: the gradient of the scaled outputs, ``[T, N]``.
+            y: the scaled outputs.
+            factors: those of the forward.
+        """
+        dots = _column_dots(dy, y)
+        trained = [layer for layer in self._layers if has_dora(layer)]
+        for layer in trained:
+            layer.norms.note_backward()
+        sinks = [_sink(layer) for layer in trained]
+        together = _end_to_end(sinks) if len(sinks) == len(self._layers) else None
+        if together is not None:
+            together.addcmul_(dots, factors.inverse)
+            return [None] * len(sinks)
+        gradients: list[Tensor | None] = []
+        at = 0
+        for layer in self._layers:
+            rows = slice(at, at := at + layer.shape[0])
+            if has_dora(layer):
+                gradient, sink = dots[rows] * factors.inverse[rows], _sink(layer)
+                gradients.append(gradient if sink is None else None)
+                if sink is not None:
+                    sink.add_(gradient)
+        return gradients
+
+
+def scaled(layer: DoraLayer, output: Tensor, magnitudes: Magnitudes) -> Tensor:
+    """Scale the output of one layer with plain LoRA, in place.
+
+    Args:
+        layer: the layer.
+        output: ``[..., out]``, of which nothing is saved for a backward.
+        magnitudes: of this layer alone.
+    """
+    y: Tensor = _Scaled.apply(output, layer.lora_magnitude_vector, magnitudes)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Scaled(torch.autograd.Function):
-    """``m / norm * y``; saves its result, m and norm."""
+    """``m / norm * y``; saves its result."""
 
     @staticmethod
-    def forward(ctx: Any, layers: tuple[DoraLayer, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        outputs, magnitudes = tensors[: len(layers)], tensors[len(layers) :]
-        sizes = [layer.shape[0] for layer in layers]
-        factor = _factor(layers, outputs[0])
-        buffer = as_one_buffer([_rows(output.detach()) for output in outputs])
-        buffer.mul_(factor)
-        ctx.save_for_backward(buffer, factor, *magnitudes)
-        ctx.layers, ctx.sizes = layers, sizes
-        parts = zip(torch.split(buffer, sizes, 1), outputs, strict=True)
-        return tuple(part.view(output.shape) for part, output in parts)
+    def forward(ctx: Any, output: Tensor, m: Tensor, magnitudes: Magnitudes) -> Tensor:
+        factors = magnitudes.factors(output)
+        assert factors is not None
+        y = _rows(output.detach())
+        y.mul_(factors.scale)
+        ctx.save_for_backward(y)
+        ctx.magnitudes, ctx.factors = magnitudes, factors
+        return y.view(output.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        y, factor, *magnitudes = ctx.saved_tensors
-        dy = as_one_buffer([_rows(grad) for grad in grads])
-        dots = torch.split(_column_dots(dy, y), ctx.sizes)
-        back = torch.mul(dy, factor, out=torch.empty_like(dy))
-        gradients: list[Tensor | None] = []
-        waiting = iter(magnitudes)
-        for layer, dot in zip(ctx.layers, dots, strict=True):
-            if not has_dora(layer):
-                continue
-            layer.norms.note_backward()
-            magnitude = next(waiting)
-            # Where m is zero, so is y, and its gradient is lost.
-            gradient = (dot / magnitude).masked_fill_(magnitude == 0, 0.0)
-            sink = None if layer.lora_magnitude_vector is None else layer.lora_magnitude_vector.grad
-            if layer.accumulates and sink is not None:
-                sink.add_(gradient)
-                gradients.append(None)
-            else:
-                gradients.append(gradient.to(magnitude.dtype))
-        parts = zip(torch.split(back, ctx.sizes, 1), grads, strict=True)
-        return None, *(part.view(grad.shape) for part, grad in parts), *gradients
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (y,) = ctx.saved_tensors
+        dy = _rows(grad)
+        (gradient,) = ctx.magnitudes.gradients(dy, y, ctx.factors)
+        return times(dy, ctx.factors).view(grad.shape), gradient, None
 
 
-def _factor(layers: Sequence[DoraLayer], like: Tensor) -> Tensor:
-    """``m / norm`` of all layers, float32 ``[N]``; one for a layer without DoRA."""
-    parts = []
-    for layer in layers:
-        if has_dora(layer):
-            assert layer.lora_magnitude_vector is not None
-            parts.append(layer.lora_magnitude_vector.detach() / layer.norms.current())
-        else:
-            parts.append(like.new_ones(layer.shape[0], dtype=torch.float32))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def times(dy: Tensor, factors: Factors) -> Tensor:
+    """The gradient of the outputs before they are scaled, a new tensor ``[T, N]``."""
+    return torch.mul(dy, factors.scale, out=torch.empty_like(dy))
+
+
+def _same(known: Sequence[_Mark], now: Sequence[_Mark]) -> bool:
+    return len(known) == len(now) and all(
+        one[0] is other[0] and one[1:] == other[1:] for one, other in zip(known, now, strict=True)
+    )
+
+
+def _sink(layer: DoraLayer) -> Tensor | None:
+    """Where the gradient of m is added; ``None`` where autograd does that."""
+    m = layer.lora_magnitude_vector
+    return m.grad if m is not None and layer.accumulates else None
+
+
+def _end_to_end(sinks: Sequence[Tensor | None]) -> Tensor | None:
+    """Gradients ``[n_i]`` as one ``[sum n]``, where all are there and lie end to end."""
+    first = sinks[0]
+    if first is None:
+        return None
+    end = first.storage_offset()
+    for sink in sinks:
+        if sink is None or storage_id(sink) != storage_id(first) or sink.storage_offset() != end:
+            return None
+        end += sink.numel()
+    return first.as_strided((end - first.storage_offset(),), (1,))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -177,10 +280,11 @@ def _column_dots(left: Tensor, right: Tensor) -> Tensor:
     """``sum_t left_tn right_tn``, summed in float32 (or float64): ``[N]``."""
     dtype = torch.promote_types(left.dtype, torch.float32)
     step = max(1, _CHUNK // max(1, left.shape[1]))
-    total = left.new_zeros(left.shape[1], dtype=dtype)
+    total: Tensor | None = None
     for at in range(0, len(left), step):
-        total += (left[at : at + step] * right[at : at + step]).sum(0, dtype=dtype)
-    return total
+        dots = (left[at : at + step] * right[at : at + step]).sum(0, dtype=dtype)
+        total = dots if total is None else total.add_(dots)
+    return left.new_zeros(left.shape[1], dtype=dtype) if total is None else total
 
 
 def _row_norms(weight: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ N < K    ``y = (xA^T) sB^T``, ``y += x W^T``      ``dx = [dy | dy sB] [W ; A]``
 ``y += (xA^T) sB^T`` after the product; for x's gradient ``[dx | dy sB] = dy [W | sB]`` and what
 follows took 1.32, the two products alone 1.11.)
 
-A and B are those of all members in the run's dtype (`fused_factors`). Saved are x and ``xA^T``.
+A and B are those of all members in the run's dtype (`fused_factors`). Saved are x and ``xA^T``, and
+with DoRA (`dora`) the scaled result.
 16-bit weights move into a buffer that stays, and so do 4-bit ones that are `resident`.
 
 Shapes: T rows, K in, N out of all members, R ranks of all members up to a multiple of 8.
@@ -39,7 +40,7 @@ from torch.autograd.function import once_differentiable
 from ..grad_buffers import as_one_buffer
 from ..kernels.launch import on_gpu
 from ..storage import storage_id
-from .dora import has_dora, scaled
+from .dora import Magnitudes, times
 from .fused_factors import WorkingFactors
 from .fused_grads import adapter_gradients
 from .fused_tables import MemberTables
@@ -98,12 +99,14 @@ class Product(Members):
     Attributes:
         compute: the op that computes the product.
         tables: addresses of the members, for `FusedKernels`.
+        magnitudes: those of members with DoRA, by which the rows of the result are scaled.
     """
 
     def __init__(self, members: Sequence[Member], compute: Compute | None = None) -> None:
         super().__init__(members)
         self.compute: Compute = compute or reference
         self.tables = MemberTables()
+        self.magnitudes = Magnitudes(self.members)
         self._working = WorkingFactors(self.out, self.into)
         self._kept: _KeptBuffer | None = None
 
@@ -118,10 +121,7 @@ class Product(Members):
         )
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.compute(x, self)
-        if any(has_dora(member) for member in self.members):
-            return scaled(self.members, outputs)
-        return outputs
+        return self.compute(x, self)
 
     def note_backward(self) -> None:
         """Record that a backward ran."""
@@ -243,12 +243,13 @@ def reference(x: Tensor, product: Product) -> tuple[Tensor, ...]:
 def through(kernels: FusedKernels | None, x: Tensor, product: Product) -> tuple[Tensor, ...]:
     """The members' maps of `x`, with `kernels` for what surrounds the product."""
     matrices = [matrix for factors in product.adapters() for matrix in (factors.a, factors.b)]
+    matrices += product.magnitudes.parameters()
     y: tuple[Tensor, ...] = _Product.apply(x, product, kernels, *matrices)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Product(torch.autograd.Function):
-    """Outputs are slices of one buffer; saves x and ``x A^T``."""
+    """Outputs are slices of one buffer; saves x and ``x A^T``, with DoRA the buffer too."""
 
     @staticmethod
     def forward(
@@ -269,7 +270,10 @@ class _Product(torch.autograd.Function):
             _, xa = _thin(kernels, flat, working.a, beside=False)
             y = xa @ working.b.t()
             y.addmm_(flat, weights.t())
-        ctx.save_for_backward(flat if matrices else None, xa)
+        ctx.factors = product.magnitudes.factors(y)
+        if ctx.factors is not None:
+            y.mul_(ctx.factors.scale)
+        ctx.save_for_backward(flat if matrices else None, xa, None if ctx.factors is None else y)
         ctx.product, ctx.shape, ctx.kernels = product, x.shape, kernels
         parts = zip(torch.split(y, product.sizes, 1), product.sizes, strict=True)
         return tuple(part.view(*x.shape[:-1], size) for part, size in parts)
@@ -277,9 +281,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa = ctx.saved_tensors
+        x, xa, y = ctx.saved_tensors
         product: Product = ctx.product
         dy = as_one_buffer([_rows(grad) for grad in grads])
+        dm: list[Tensor | None] = []
+        if y is not None:
+            dm, dy = product.magnitudes.gradients(dy, y, ctx.factors), times(dy, ctx.factors)
         working = product.working(dy)
         dx = dyb = None
         if ctx.needs_input_grad[0]:
@@ -293,8 +300,8 @@ class _Product(torch.autograd.Function):
         assert dyb is not None
         adapters = list(product.adapters())
         if ctx.kernels is not None and ctx.kernels.outer(product, x, xa, dy, dyb):
-            return dx, None, None, *[None] * (2 * len(adapters))
-        return dx, None, None, *adapter_gradients(adapters, x, xa, dy, dyb)
+            return dx, None, None, *[None] * (2 * len(adapters)), *dm
+        return dx, None, None, *adapter_gradients(adapters, x, xa, dy, dyb), *dm
 
 
 def _rows(grad: Tensor) -> Tensor:

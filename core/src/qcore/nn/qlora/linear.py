@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dora import RowNorms, scaled
+from .dora import RowNorms, has_dora, scaled
 from .fused import Compute, Product, reference
 from .lora_layer import Lora, LoraLayer
 from .nf4 import NF4, Dequantize, dequantize
@@ -107,14 +107,15 @@ class Linear(LoraLayer):
         """``[..., in] -> [..., out]``."""
         if self.product.takes(x):
             return self.product(x)[0]
-        if self.lora is None or not self.lora.use_dora:
+        if not has_dora(self):
             return self._plain(x)
-        if self.lora.lora_dropout and self.training:
+        magnitudes = self.product.magnitudes
+        if self.lora is not None and self.lora.lora_dropout and self.training:
             # As in PEFT, the magnitude scales what is computed from the input with dropout.
             dropped = F.dropout(x, self.lora.lora_dropout)
             base: Tensor = _Frozen.apply(x - dropped, self)  # type: ignore[no-untyped-call]
-            return base + scaled((self,), (self._with_lora(dropped),))[0]
-        return scaled((self,), (self._plain(x),))[0]
+            return base + scaled(self, self._with_lora(dropped), magnitudes)
+        return scaled(self, self._plain(x), magnitudes)
 
     def _plain(self, x: Tensor) -> Tensor:
         """Base and plain LoRA."""

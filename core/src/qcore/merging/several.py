@@ -1,0 +1,181 @@
+"""Several adapters in one merge: they are read with their weights, and the part of each is proved.
+
+This file decides that no adapter is lost in a sum. `qcore.adapter.combined` makes one adapter of
+them, which is merged and compared with base + adapter as any other. Here the product of each
+adapter's own matrices with a random vector is computed alone; the weighted sum of these must be
+that of the combined matrices, and none may be zero.
+
+Codes: ``QC-ADAPTER-019`` a weight that is not a number, ``QC-MERGE-005`` an adapter without an
+effect, or a sum that is not that of its adapters; ``QC-MERGE-013`` several adapters with
+``--take-tokenizer``.
+
+Shapes: E experts, r rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter.changes import Pair
+from ..adapter.combined import Weighted
+from ..adapter.delta import Deltas, one_thread
+from ..adapter.evidence import read_for
+from ..api.parameters import Kind
+from ..errors import NumericError, UsageError
+from ..plugins.resolve_model import Identified
+
+#: Share of the norms that a sum may differ by: B of a combined pair is rounded to float32.
+_SUM = 1e-5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterPart:
+    """What one of several adapters adds to a merge.
+
+    Attributes:
+        adapter: the folder or hub id.
+        weight: the factor of its changes.
+        pairs: its LoRA pairs.
+        norm: Frobenius norm of all its deltas, with the weight; DoRA and saved values not counted.
+    """
+
+    adapter: str
+    weight: float
+    pairs: int
+    norm: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The part as it stands in the manifest."""
+        return asdict(self)
+
+
+def read_adapters(
+    base: Identified, wanted: Mapping[str, float], *, trust_base: bool, trust_generation: bool
+) -> list[Weighted]:
+    """Read the adapters of a merge.
+
+    Args:
+        base: the base.
+        wanted: the weight of each adapter, by folder or hub id.
+        trust_base: accept adapters without a fingerprint of their base.
+        trust_generation: accept such adapters if they name a base of another generation.
+
+    Raises:
+        UsageError: ``QC-ADAPTER-019`` no adapter, or a weight that is 0 or not finite.
+        QcoreError: as `read_for`.
+    """
+    for source, weight in wanted.items():
+        if not math.isfinite(weight) or weight == 0:
+            raise UsageError(
+                "QC-ADAPTER-019", "has a weight that is not a number other than 0",
+                field=source, found=weight, expected="a finite number",
+                fix="leave the adapter out, or correct its weight",
+            )  # fmt: skip
+    if not wanted:
+        raise UsageError("QC-ADAPTER-019", "names no adapter", field="adapter", fix="name one")
+    return [
+        Weighted(
+            adapter=read_for(
+                base, source, trust_base=trust_base, trust_generation=trust_generation
+            ),
+            weight=float(weight),
+        )
+        for source, weight in wanted.items()
+    ]
+
+
+def one_of(adapters: Sequence[Weighted]) -> Path:
+    """Return the folder of the only adapter, whose tokenizer a merge may take.
+
+    Raises:
+        UsageError: ``QC-MERGE-013`` there are several.
+    """
+    if len(adapters) > 1:
+        raise UsageError(
+            "QC-MERGE-013", "takes the tokenizer of one adapter", field="--take-tokenizer",
+            found=f"{len(adapters)} adapters", expected="one",
+            fix="merge the adapter that brings it alone, and the others into the result",
+        )  # fmt: skip
+    return adapters[0].adapter.path
+
+
+def prove_parts(adapters: Sequence[Weighted], total: Deltas) -> list[AdapterPart]:
+    """Prove that the combined matrices are the sum of those of each adapter.
+
+    Args:
+        adapters: the adapters; the matrices of one at a time are read.
+        total: the matrices of their sum, as they were merged.
+
+    Raises:
+        NumericError: ``QC-MERGE-005``.
+    """
+    sums: dict[str, Tensor] = {}
+    norms: dict[str, float] = {}
+    parts: list[AdapterPart] = []
+    with torch.no_grad(), one_thread():
+        for own in adapters:
+            squares = 0.0
+            deltas = Deltas(own.adapter)
+            for name, pair in deltas.pairs.items():
+                if pair.has_magnitude or pair.under is not None:
+                    continue
+                factor = own.weight * pair.scaling
+                product, square = _probe(pair, *deltas.sides(name))
+                squares += factor**2 * square
+                norms[name] = norms.get(name, 0.0) + float((factor * product).norm())
+                sums[name] = sums.get(name, 0) + factor * product
+            parts.append(_part(own, math.sqrt(squares)))
+        for name, expected in sums.items():
+            pair = total.pairs[name]
+            product, _ = _probe(pair, *total.sides(name))
+            off = float((pair.scaling * product - expected).norm())
+            if not off <= _SUM * norms[name]:
+                raise NumericError(
+                    "QC-MERGE-005", "is not the sum of the adapters", file=adapters[0].adapter.path,
+                    field=name, found=f"{off:.1e}", expected=f"<= {_SUM * norms[name]:.1e}",
+                    fix="report this: the merge added other matrices than the adapters have",
+                )  # fmt: skip
+    return parts
+
+
+def _part(own: Weighted, norm: float) -> AdapterPart:
+    adapter = own.adapter
+    if norm == 0 and not adapter.folded:
+        raise NumericError(
+            "QC-MERGE-005", "has no effect: all its deltas are 0", file=adapter.path, found="0",
+            expected="a difference", fix="leave it out, or train longer",
+        )  # fmt: skip
+    return AdapterPart(
+        adapter=adapter.source or str(adapter.path), weight=own.weight, pairs=len(adapter.pairs),
+        norm=norm,
+    )  # fmt: skip
+
+
+def _probe(pair: Pair, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
+    """Return ``B A x`` of a random x, and the squared Frobenius norm of ``B A``, in float64.
+
+    Args:
+        pair: the weight, and its rank.
+        a: ``[r, in]``, or ``[E r, in]``.
+        b: ``[out, r]``, or ``[out, r E]``, in the layout of PEFT.
+    """
+    a, b = a.double(), b.double()
+    x = torch.randn(
+        a.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(a.shape[1])
+    )
+    if pair.tensor.row.kind is not Kind.EXPERTS:
+        return b @ (a @ x), float(((a @ a.T) * (b.T @ b)).sum())
+    experts = pair.tensor.shape[0]
+    by_rank, product, square = b.view(len(b), -1, experts), [], 0.0
+    for number, own in enumerate(a.view(experts, -1, a.shape[1])):
+        one = by_rank[:, :, number]
+        product.append(one @ (own @ x))
+        square += float(((own @ own.T) * (one.T @ one)).sum())
+    return torch.cat(product), square
