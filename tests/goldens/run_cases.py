@@ -175,6 +175,9 @@ REPORTS: tuple[Chain, ...] = (
     _report(
         "plan-vision", "plan inputs/vision --gpu H100-80 --budget 20 --max-length 512 --media 128"
     ),
+    _report("adapter-show", "adapter show inputs/foreign --norms", cheap=True),
+    _report("adapter-show-model", "adapter show inputs/foreign --model inputs/dense", cheap=True),
+    _report("adapter-diff", "adapter diff inputs/foreign inputs/foreign", cheap=True),
     _report("plugins-list", "plugins list", cheap=True),
     _report("presets-list", "presets list", cheap=True),
     *(_report(f"presets-show-{name}", f"presets show {name}", cheap=True) for name in _PRESETS),

@@ -25,7 +25,7 @@ from pathlib import Path
 from ..api.adapter_claims import AdapterClaim
 from ..checkpoint.checkpoint import Header, read_json, safe_file
 from ..checkpoint.layout import Layout
-from ..errors import one_of_each, raise_all
+from ..errors import QcoreError, one_of_each, raise_all
 from .base_check import check_complete
 from .changes import Change
 from .claimed_layout import translated
@@ -55,6 +55,7 @@ def read_adapter(
     claims: Claims | None = None,
     equal: Callable[[Path, Header, str], bool] | None = None,
     same: Callable[[Path, Change, Change], bool] | None = None,
+    problems: list[QcoreError] | None = None,
 ) -> Adapter:
     """Read the headers of an adapter folder and match them with the weights of a base.
 
@@ -70,6 +71,8 @@ def read_adapter(
             takes every saved weight as changed.
         same: whether two changes of the folder have the same effect; ``None`` takes every two as
             different.
+        problems: receives the errors of tensors and targets, which are raised if it is ``None``;
+            the adapter then has the changes that fit the base.
 
     Raises:
         InputError: as `locate_adapter`, or one of the codes of this module.
@@ -91,7 +94,10 @@ def read_adapter(
     matcher = Matcher(findings, config, headers, layout, claim, said, _within(equal, folder))
     settled = settle_tie(matcher.changes(), layout, _within(same, folder), findings)
     check_complete(folder, meta, settled.changes, layout)
-    raise_all(one_of_each(findings.problems))
+    if problems is None:
+        raise_all(one_of_each(findings.problems))
+    else:
+        problems += findings.problems
     return Adapter(
         path=folder,
         source=located.source,

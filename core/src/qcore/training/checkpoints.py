@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ..adapter.model_card import Card, model_card
 from ..adapter.peft_config import DESCRIPTIVE
 from ..adapter.peft_names import CONFIG, LAYOUT, WEIGHTS, stems, target_name
 from ..adapter.written_config import peft_config
@@ -38,7 +39,6 @@ from ..io.run_lock import Lock
 from ..nn.model import Model
 from ..plugins.resolve_model import classes_of
 from .best import Evaluated
-from .model_card import Card, model_card
 from .resume import compare, identity
 from .run import Run
 
