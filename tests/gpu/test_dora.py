@@ -1,6 +1,7 @@
 """DoRA and trained rows on a card: gradients beside PEFT's, the plan, the time of a step.
 
-Gradients of DoRA and times are of four layers at the width of the 4B, with the kernels that a run takes.
+Gradients of DoRA and times are of four layers at the width of the 4B, with the kernels that a run
+takes.
 """
 
 from __future__ import annotations
