@@ -84,6 +84,18 @@ def test_other_reporting_verbs_import_no_torch(tmp_path: Path, verb: str):
     assert not tops(modules) & {"torch", "transformers", "peft"}
 
 
+def test_adapter_show_imports_neither_torch_nor_a_plugin(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    header = json.dumps({"base_model.model.q_proj.lora_A.weight": {
+        "dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()  # fmt: skip
+    (tmp_path / "adapter_model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(24)
+    )
+    ended, modules = modules_after("adapter", "show", tmp_path, "--json")
+    assert ended.code == 0, ended.err
+    assert not tops(modules) & (HEAVY | {"rich", "jinja2", "huggingface_hub", "qcore_qwen35"})
+
+
 # -- how long it takes: five times what is asked for, so that a busy machine does not fail
 
 
@@ -160,6 +172,12 @@ OPTIONS: dict[str, list[str]] = {
         "FOLDER", "--adapter", "--against", "--debug", "--generation", "--json", "--model",
         "--prompts", "--stock-class",
     ],
+    "adapter diff": ["A", "B", "--debug", "--json"],
+    "adapter extract": [
+        "--adapter-class", "--base", "--debug", "--generation", "--json", "--model", "--output",
+        "--partial", "--rank",
+    ],
+    "adapter show": ["ADAPTER", "--debug", "--generation", "--json", "--model", "--norms"],
     "plugins list": ["--debug", "--json"],
     "presets list": ["--debug", "--json"],
     "presets show": ["NAME", "--debug", "--json"],

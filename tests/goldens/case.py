@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 #: Verbs that are groups: the record names their commands by two words.
-GROUPS = ("plugins", "presets", "skus")
+GROUPS = ("adapter", "plugins", "presets", "skus")
 #: A short run in float32, without quantization.
 FAST = (
     "--device cpu --set dtype=fp32 --set quantization=none --set gradient_accumulation_steps=1 "

@@ -19,10 +19,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support.e2e_kit import LENGTHS, documents, stock, stock_logits, write_stock
 
+from qcore.adapter.model_card import Card, model_card
 from qcore.checkpoint.hub import public_source
 from qcore.config.settings import Settings
 from qcore.io.artifact import read_manifest
-from qcore.training.model_card import Card, model_card
 from qcore.training.train import train
 
 SETTINGS: dict[str, Any] = {

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..checkpoint.tokenizer_files import TokenizerFiles
-from ..errors import InputError
+from ..checkpoint.tokenizer_files import TokenizerFiles, named_templates
+from ..errors import InputError, QcoreError
 from ..plugins.resolve_model import Identified
 from .equal_values import equal_values, same_change
 from .named_base import Base
@@ -26,6 +26,7 @@ def read_for(
     *,
     trust_base: bool = False,
     trust_generation: bool = False,
+    problems: list[QcoreError] | None = None,
 ) -> Adapter:
     """Read an adapter folder for the base of a run.
 
@@ -34,6 +35,7 @@ def read_for(
         folder: the adapter folder.
         trust_base: accept an adapter without a fingerprint of its base.
         trust_generation: accept such an adapter if it names a base of another generation.
+        problems: receives the errors of tensors and targets instead of raising them.
 
     Raises:
         QcoreError: as `read_adapter`.
@@ -52,6 +54,7 @@ def read_for(
             path, header, base.checkpoint, base.layout, name
         ),
         same=same_change,
+        problems=problems,
     )
 
 
@@ -76,6 +79,6 @@ def evidence_lines(base: Identified, adapter: Adapter, *, taken: bool = False) -
 def brings_template(adapter: Adapter) -> bool:
     """Whether the adapter folder has a chat template, which `evidence_lines` compares."""
     try:
-        return TokenizerFiles.of(adapter.path).template is not None
+        return bool(named_templates(TokenizerFiles.of(adapter.path)))
     except InputError:  # `evidence_lines` reports it
         return False

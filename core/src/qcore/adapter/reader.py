@@ -21,11 +21,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..api.adapter_claims import AdapterClaim
 from ..checkpoint.checkpoint import Header, read_json, safe_file
 from ..checkpoint.layout import Layout
-from ..errors import one_of_each, raise_all
+from ..errors import QcoreError, one_of_each, raise_all
 from .base_check import check_complete
 from .changes import Change
 from .claimed_layout import translated
@@ -55,6 +56,7 @@ def read_adapter(
     claims: Claims | None = None,
     equal: Callable[[Path, Header, str], bool] | None = None,
     same: Callable[[Path, Change, Change], bool] | None = None,
+    problems: list[QcoreError] | None = None,
 ) -> Adapter:
     """Read the headers of an adapter folder and match them with the weights of a base.
 
@@ -70,6 +72,8 @@ def read_adapter(
             takes every saved weight as changed.
         same: whether two changes of the folder have the same effect; ``None`` takes every two as
             different.
+        problems: receives the errors of tensors and targets, which are raised if it is ``None``;
+            the adapter then has the changes that fit the base.
 
     Raises:
         InputError: as `locate_adapter`, or one of the codes of this module.
@@ -80,18 +84,17 @@ def read_adapter(
     located = locate_adapter(path)
     folder = located.path
     config = read_json(safe_file(folder, CONFIG))
-    meta, edits = read_recorded(folder)
-    if not meta:
-        check_consent(folder, config, base, trust_base)
-    raise_all(check_config(folder / CONFIG, config))
-    notes = check_generation(folder, config, base, trust_generation) if base and not meta else []
+    meta, notes = _recorded(folder, config, base, trust_base, trust_generation)
     headers, claim, renamed = _headers(folder, layout, claims)
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
     findings = Findings(weights_place(folder))
     matcher = Matcher(findings, config, headers, layout, claim, said, _within(equal, folder))
     settled = settle_tie(matcher.changes(), layout, _within(same, folder), findings)
     check_complete(folder, meta, settled.changes, layout)
-    raise_all(one_of_each(findings.problems))
+    if problems is None:
+        raise_all(one_of_each(findings.problems))
+    else:
+        problems += findings.problems
     return Adapter(
         path=folder,
         source=located.source,
@@ -101,9 +104,26 @@ def read_adapter(
         meta=meta,
         layout=claim.layout if claim else "peft",
         trunk=trunk_part(layout.table).name,
-        notes=(*edits, *notes, *renamed, *findings.notes),
+        notes=(*notes, *renamed, *findings.notes),
         untied=settled.untied,
     )
+
+
+def _recorded(
+    folder: Path,
+    config: Mapping[str, Any],
+    base: Base | None,
+    trust_base: bool,
+    trust_generation: bool,
+) -> tuple[Mapping[str, Any], list[str]]:
+    """Return what training recorded of an adapter that may be used on the base, and notes."""
+    meta, notes = read_recorded(folder)
+    if not meta:
+        check_consent(folder, config, base, trust_base)
+    raise_all(check_config(folder / CONFIG, config))
+    if base and not meta:
+        notes = [*notes, *check_generation(folder, config, base, trust_generation)]
+    return meta, notes
 
 
 def _within(compare: Callable[..., bool] | None, folder: Path) -> Callable[..., bool] | None:

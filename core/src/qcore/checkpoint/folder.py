@@ -12,6 +12,7 @@ Codes: ``QC-CKPT-001`` no folder or no config.json, ``-002`` invalid JSON, ``-00
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -175,8 +176,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             "is an adapter, not a model",
             file=folder,
             expected="a Hugging Face model folder",
-            fix="name the base as the model and pass this folder as --adapter; qcore verify "
-            "checks an adapter",
+            fix=f"see what it holds with qcore adapter show {shlex.quote(str(folder))}, or name "
+            "the base as the model and pass this folder as --adapter",
         )
     if not (folder / "config.json").exists():
         raise InputError(

@@ -27,6 +27,7 @@ VERBS = {
     "data": ("data", "See rows as a run trains them: findings, tokens, conversion."),
     "train": ("train", "Fine-tune a model with QLoRA and write a PEFT adapter."),
     "merge": ("merge", "Write base + adapter as a drop-in checkpoint."),
+    "adapter": ("adapter", "See what an adapter holds."),
     "generate": ("generate", "Answer a prompt, with or without an adapter."),
     "verify": ("verify", "Check that a folder holds what its manifest says."),
     "plugins": ("plugins", "What is installed, and what is broken and why."),

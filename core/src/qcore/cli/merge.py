@@ -79,9 +79,10 @@ def command(
     if as_json:
         emit(report.as_json())
         return
+    saved = f" and {report.replaced} saved weights" if report.replaced else ""
     click.echo(
         f"{report.output}: {report.changed} of {report.tensors} tensors changed "
-        f"({count(report.parameters)} parameters) by {report.pairs} LoRA pairs, "
+        f"({count(report.parameters)} parameters) by {report.pairs} LoRA pairs{saved}, "
         f"largest change {report.largest_change:.3g}"
     )
     for part in report.adapters:

@@ -203,6 +203,7 @@ class Generator:
         """Load the parts that the adapter changes, and the tower where media are read."""
         if self.adapter is not None:
             self.base = self.base.using_parts(self.adapter.parts)
+            self.base = self.base.untying() if self.adapter.untied else self.base
         if self._reads_media and (modality := self.base.modality) is not None:
             self.base = self.base.using(modality)
 

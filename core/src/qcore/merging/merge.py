@@ -65,6 +65,7 @@ class MergeReport:
         changed: tensors on disk whose bytes differ from those of the base.
         unchanged: tensors that a LoRA pair touches and that round back to those of the base.
         pairs: LoRA pairs, each applied once.
+        replaced: weights of which saved values replaced all or some rows, each once.
         parameters: parameters of the changed tensors.
         largest_change: largest absolute change of one value.
         decoded: tensors that are quantized in the base and in 16 bits in the output.
@@ -79,6 +80,7 @@ class MergeReport:
     changed: int
     unchanged: tuple[str, ...]
     pairs: int
+    replaced: int
     parameters: int
     largest_change: float
     decoded: int
@@ -175,10 +177,10 @@ def _for_adapter(
     base: Identified, adapter: Adapter, dequantize: bool, requantize: bool
 ) -> Identified:
     """The base with what the adapter changes; refuse weights that cannot change."""
+    base = base.untying() if adapter.untied else base
     refuse_targets(base, adapter, dequantize, requantize)
     refuse_parts(base.layout, adapter)
-    base = base.using_parts(adapter.parts)  # verification computes them, so preflight checks them
-    return base.untying() if adapter.untied else base
+    return base.using_parts(adapter.parts)  # verification computes them, so preflight checks them
 
 
 def _report(
@@ -194,6 +196,7 @@ def _report(
         changed=merger.changed,
         unchanged=tuple(merger.unchanged),
         pairs=len(merger.adapter.pairs),
+        replaced=len(merger.adapter.changes.keys() - merger.adapter.pairs.keys()),
         parameters=merger.parameters,
         largest_change=merger.largest,
         decoded=merger.plan.decoded,
@@ -324,6 +327,7 @@ def _entry(merger: MergePass, own: Weighted) -> dict[str, Any]:
         "sha256": weights_digest(adapter.path),
         "trusted_without_fingerprint": not adapter.fingerprints,
         "pairs": len(adapter.pairs),
+        "replaced": len(adapter.changes.keys() - adapter.pairs.keys()),
         **({"expert_layout": OLDER} if older else {}),
         **({"tokenizer": merger.taken.as_json()} if merger.taken is not None else {}),
         "modalities": adapter.modalities,

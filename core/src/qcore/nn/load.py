@@ -160,7 +160,7 @@ def hash_units(digest: TensorDigest, region: Region, value: Tensor) -> Iterator[
 
 
 @dataclass(frozen=True, slots=True)
-class _Slab:
+class Slab:
     """``tensor[rows]`` of a located tensor, and the tensor's digest with its last slab.
 
     `codes` are set for a weight in 4 bits that NF4 storage holds as it is.
@@ -208,7 +208,7 @@ def load(
     ]
     wanted.sort(key=lambda item: (item.places[0].header.file, item.places[0].header.start))
     digests: dict[str, str] = {}
-    for slab in _read_ahead(checkpoint, wanted):
+    for slab in read_ahead(checkpoint, wanted):
         name, value = slab.item.tensor.name, slab.value
         if slab.digest is not None:
             digests[name] = slab.digest
@@ -246,7 +246,7 @@ def _read_slab(
     return decode(weight, codes), codes
 
 
-def _hold_codes(model: Model, slab: _Slab, device: torch.device) -> None:
+def _hold_codes(model: Model, slab: Slab, device: torch.device) -> None:
     """Give a module the codes of its weight."""
     assert slab.codes is not None
     holder = model.lora_layers[slab.item.tensor.name]
@@ -260,10 +260,10 @@ def _finite(value: Tensor) -> bool:
     return all(bool(block.isfinite().all()) for block in torch.split(value.flatten(), 2**24))
 
 
-def _read_ahead(checkpoint: Checkpoint, items: list[Located]) -> Iterator[_Slab]:
+def read_ahead(checkpoint: Checkpoint, items: list[Located]) -> Iterator[Slab]:
     """Read and hash the next slab while the current one is quantized."""
 
-    def read() -> Iterator[_Slab]:
+    def read() -> Iterator[Slab]:
         for item in items:
             digest = TensorDigest(item.tensor)
             for rows in slabs(item):
@@ -271,7 +271,7 @@ def _read_ahead(checkpoint: Checkpoint, items: list[Located]) -> Iterator[_Slab]
                 region = (rows, *(slice(0, n) for n in item.tensor.shape[1:]))
                 for number, sha256 in hash_units(digest, region, value):
                     digest.put(number, sha256)
-                yield _Slab(item, rows, value, digest.hex, codes)
+                yield Slab(item, rows, value, digest.hex, codes)
 
     coming = read()
     with ThreadPoolExecutor(1) as pool:

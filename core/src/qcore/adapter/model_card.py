@@ -1,8 +1,8 @@
 """README.md of an adapter folder: what it is, and the lines that load it.
 
 This file decides the text of the card. The lines name the class that the adapter's tensor names
-belong to, because another class of the same model has other names. `qcore.training.checkpoints`
-decides what else the folder holds.
+belong to, because another class of the same model has other names. `qcore.training.checkpoints` and
+`qcore.merging.extract` decide what else the folder holds.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Card:
         variables: variables of the chat template that training used.
         tokenizer: whether the folder has the tokenizer of the base.
         dora: whether the pairs have the magnitudes of DoRA.
+        made: how the adapter was made.
     """
 
     base: str
@@ -40,6 +41,7 @@ class Card:
     variables: Mapping[str, object]
     tokenizer: bool
     dora: bool = False
+    made: str = "trained with qcore"
 
 
 def model_card(card: Card) -> str:
@@ -56,7 +58,7 @@ def model_card(card: Card) -> str:
         "",
         "# LoRA adapter",
         "",
-        f"A LoRA adapter of `{card.base}`, trained with qcore: {_pairs(card)}.",
+        f"A LoRA adapter of `{card.base}`, {card.made}: {_pairs(card)}.",
         *_variables(card),
         "",
         "`FOLDER` is this folder or its hub id.",
