@@ -15,6 +15,7 @@ from support.e2e_kit import LENGTHS, documents, our_logits, stock, stock_logits,
 
 from qcore.errors import QcoreError
 from qcore.inference.generate import Generator
+from qcore.merging.against_stock import verify_against_stock
 from qcore.merging.merge import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -161,3 +162,11 @@ def test_a_copy_that_no_field_names_replaces_the_weight_itself(
     report = merge(str(bases[tied]), tmp_path / "a", tmp_path / "out", trust_base=True)
     changed = assert_merged(loaded, bases[tied], tmp_path / "out", untied=tied and bool(target))
     assert len(changed) == report.changed
+
+
+@pytest.mark.parametrize("recipe", ["rows and LoRA on the head", "saved embedding"])
+def test_verify_against_stock_agrees(bases: dict[bool, Path], tmp_path: Path, recipe: str) -> None:
+    written(bases[True], tmp_path / "a", MERGED[recipe])
+    report = verify_against_stock(tmp_path / "a", model=str(bases[True]), whole=True)
+    assert report.problems == ()
+    assert all(prompt.effect is not None and prompt.effect > 0.01 for prompt in report.prompts)
