@@ -49,7 +49,7 @@ def read_or_stand_in(checkpoint: Checkpoint, item: Located, rows: slice | None =
 
 def gather(checkpoint: Checkpoint, item: Located, rows: list[int]) -> Tensor:
     """Some rows of a matrix on disk, float32, without reading the rest."""
-    if len(item.places) != 1 or item.packed or item.places[0].scale is not None:
+    if len(item.places) != 1 or item.packed or item.four_bit or item.places[0].scale is not None:
         return read_or_stand_in(checkpoint, item)[rows].float()
     header = item.places[0].header
     picked = torch.empty(len(rows), header.shape[1], dtype=DTYPES[header.dtype])

@@ -1,8 +1,8 @@
 """Adds an adapter to weights once more, and compares the written files with the sums.
 
-This file decides that the files of a merge must hold each sum rounded once, and that experts are
-summed one at a time here, because the merge sums several at once. `qcore.merging.streams` computes
-with the same sums what the merge computes.
+This file decides that the files of a merge must hold each sum rounded once, in FP8 by the scales of
+its blocks, and that experts are summed one at a time here, because the merge sums several at once.
+`qcore.merging.streams` computes with the same sums what the merge computes.
 
 Code: ``QC-MERGE-007`` a file holds another tensor.
 """
@@ -22,6 +22,7 @@ from ..checkpoint.layout_faults import faults
 from ..errors import NumericError, raise_all
 from ..nn.load import read_tensor, slabs
 from .disk_rows import is_rounded, row_slices, rows_of
+from .requantize import is_requantized
 
 _CUT = 2**26  # bytes of a stack that one thread compares with the files at a time
 
@@ -74,7 +75,9 @@ class WrittenMerge:
     def _compare(self, item: Located, rows: slice, weight: Tensor) -> None:
         """Compare the files with `weight`, which is ``tensor[rows]``, rounded to their dtype."""
         there = self._layout.located[item.tensor.name]
-        if not is_rounded(read_tensor(self._checkpoint, there, rows), weight):
+        value = read_tensor(self._checkpoint, there, rows)
+        fp8 = any(place.scale is not None for place in there.places)
+        if not (is_requantized(value, weight) if fp8 else is_rounded(value, weight)):
             header = there.places[0].header
             raise NumericError(
                 "QC-MERGE-007",
