@@ -399,11 +399,13 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
         "005", "language_model.layers.0",
     ),
     "LoRA on the embedding": (
-        added("base_model.model.model.embed_tokens.lora_embedding_A", 4, 96), "005", "embed_tokens"
+        added("base_model.model.model.embed_tokens.lora_embedding_A", 4, 96), "006", "is missing"
     ),
-    "LoRA on the head": (added("base_model.model.lm_head.lora_A.weight", 4, 24), "005", "lm_head"),
-    "a whole saved module": (
-        added("base_model.model.model.norm.weight", 24), "005", "model.norm.weight"
+    "LoRA on the head": (
+        added("base_model.model.lm_head.lora_A.weight", 4, 24), "006", "lm_head.lora_B.weight"
+    ),
+    "a saved module of another size": (
+        added("base_model.model.model.norm.weight", 23), "007", "model.norm.weight"
     ),
     "a dora magnitude": (
         added(f"{Q}.lora_magnitude_vector", 128), "005", "lora_magnitude_vector"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.change_kit import assert_merged, written
+from support.change_kit import assert_merged, on_disk, written
 from support.e2e_kit import LENGTHS, documents, our_logits, stock, stock_logits, write_stock
+from support.model_kit import edit_json
 
 from qcore.errors import QcoreError
 from qcore.inference.generate import Generator
+from qcore.merging.against_stock import verify_against_stock
 from qcore.merging.merge import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,6 +53,16 @@ ENSURED: dict[str, dict[str, Any]] = {
     "saved embedding": {**Q, "modules_to_save": [EMBED]},
     "rows of both": {**Q, ROWS: {EMBED: [3, 5], HEAD: [3, 5]}},
 }
+#: The fast tier has one case of each kind.
+FAST = (
+    ("LoRA on the head", True), ("LoRA on the embedding", False), ("saved embedding", True),
+    ("saved norms and conv1d", False), ("rows", True), ("rows of both", False),
+)  # fmt: skip
+CASES = [
+    pytest.param(name, tied, marks=() if (name, tied) in FAST else pytest.mark.slow)
+    for name in MERGED
+    for tied in (False, True)
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +74,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     }
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("recipe", MERGED)
+@pytest.mark.parametrize(("recipe", "tied"), CASES)
 def test_the_merge_computes_what_peft_computes(
     bases: dict[bool, Path], tmp_path: Path, recipe: str, tied: bool
 ) -> None:
@@ -88,6 +100,7 @@ def test_a_tied_head_stays_tied_if_both_change_alike(
     assert len(assert_merged(peer, bases[True], tmp_path / "out")) == report.changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["LoRA on the head", "saved embedding", "rows of both"])
 def test_stock_loads_an_untied_merge(tmp_path: Path, recipe: str) -> None:
     """A float32 base, so that logits show no rounding."""
@@ -127,19 +140,49 @@ def test_saved_embeddings_that_equal_the_base_are_ignored(
     assert assert_merged(peer, bases[tied], tmp_path / "out")
 
 
-def test_added_rows_are_refused(bases: dict[bool, Path], tmp_path: Path) -> None:
-    written(bases[False], tmp_path / "a", Q, save={"save_embedding_layers": True})
-    file = tmp_path / "a" / "adapter_model.safetensors"
-    tensors = load_file(file)
-    for name, value in tensors.items():
-        if "embed_tokens" in name or "lm_head" in name:
-            tensors[name] = torch.cat([value, value[:2]])
-    save_file(tensors, file)
+@pytest.mark.parametrize("tied", [False, True])
+def test_added_rows_are_refused_and_merge_into_a_base_that_has_them(
+    bases: dict[bool, Path], tmp_path: Path, tied: bool
+) -> None:
+    model = stock(bases[tied], "vl", torch.float32)
+    model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + 2)
+    resized = tmp_path / "resized"
+    model.to(torch.bfloat16).save_pretrained(resized)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(bases[tied] / name, resized / name)
+    peer = written(resized, tmp_path / "a", Q | {"modules_to_save": ["embed_tokens", "lm_head"]})
     with pytest.raises(QcoreError, match="2 rows that the base lacks") as caught:
-        merge(str(bases[False]), tmp_path / "a", tmp_path / "out", trust_base=True)
+        merge(str(bases[tied]), tmp_path / "a", tmp_path / "out", trust_base=True)
     assert "resize_token_embeddings" in str(caught.value.fix)
+    merge(str(resized), tmp_path / "a", tmp_path / "out", trust_base=True)
+    assert len(assert_merged(peer, resized, tmp_path / "out", untied=tied)) == 3
 
 
+@pytest.mark.slow
+def test_dora_on_the_embedding_is_refused_and_merges_as_the_fix_says(
+    bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    """A tied base is untied first: then PEFT's merge computes what the adapter computes."""
+    recipe = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}
+    peer = written(bases[True], tmp_path / "a", recipe)
+    with pytest.raises(QcoreError, match="DoRA over the columns") as caught:
+        merge(str(bases[True]), tmp_path / "a", tmp_path / "out", trust_base=True)
+    assert caught.value.code == "QC-ADAPTER-005"
+    assert "tie_word_embeddings to false" in str(caught.value.fix)
+    untied = shutil.copytree(bases[True], tmp_path / "untied")
+    weights = load_file(untied / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"].clone()
+    save_file(weights, untied / "model.safetensors", metadata={"format": "pt"})
+    edit_json(untied / "config.json", lambda c: c.update(tie_word_embeddings=False))
+    edit_json(untied / "config.json", lambda c: c["text_config"].update(tie_word_embeddings=False))
+    loaded = peft.PeftModel.from_pretrained(stock(untied, "vl", torch.float32), str(tmp_path / "a"))
+    loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+    docs = documents(LENGTHS)
+    again = stock_logits(stock(tmp_path / "merged", "vl").eval(), docs)
+    assert float((again - stock_logits(peer, docs)).abs().max()) <= 1e-4
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("target", [(), ("embed_tokens",)])
 def test_a_copy_that_no_field_names_replaces_the_weight_itself(
@@ -161,3 +204,36 @@ def test_a_copy_that_no_field_names_replaces_the_weight_itself(
     report = merge(str(bases[tied]), tmp_path / "a", tmp_path / "out", trust_base=True)
     changed = assert_merged(loaded, bases[tied], tmp_path / "out", untied=tied and bool(target))
     assert len(changed) == report.changed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["rows and LoRA on the head", "saved embedding"])
+def test_verify_against_stock_agrees(bases: dict[bool, Path], tmp_path: Path, recipe: str) -> None:
+    written(bases[True], tmp_path / "a", MERGED[recipe])
+    report = verify_against_stock(tmp_path / "a", model=str(bases[True]), whole=True)
+    assert report.problems == ()
+    assert all(prompt.effect is not None and prompt.effect > 0.01 for prompt in report.prompts)
+
+
+@pytest.mark.slow
+def test_saved_modules_of_experts_and_of_the_merger(tmp_path: Path) -> None:
+    """Stacks of experts, the router, and a module of the tower."""
+    base = write_stock(tmp_path / "base", moe=True, dtype=torch.bfloat16)
+    saved = ["layers.1.mlp", "merger", "patch_embed"]
+    written(base, tmp_path / "a", Q | {"modules_to_save": saved}, moe=True)
+    report = merge(str(base), tmp_path / "a", tmp_path / "out", trust_base=True)
+    assert report.proof is not None
+    assert report.proof["tower_effect"] > 0.01
+    before, after = on_disk(base), on_disk(tmp_path / "out")
+    values = {
+        name.removeprefix("base_model.model."): value
+        for name, value in load_file(tmp_path / "a" / "adapter_model.safetensors").items()
+        if "lora" not in name
+    }
+    own = {name: value for name, value in values.items() if name in before}
+    assert all(torch.equal(after[name], own[name].bfloat16()) for name in own)
+    fused = next(value for name, value in values.items() if name.endswith("experts.down_proj"))
+    prefix = "model.language_model.layers.1.mlp.experts"
+    for expert, value in enumerate(fused):
+        assert torch.equal(after[f"{prefix}.{expert}.down_proj.weight"], value.bfloat16())
+    assert report.replaced == len(values)

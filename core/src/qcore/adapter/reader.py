@@ -70,8 +70,7 @@ def read_adapter(
             layout alone.
         equal: whether a tensor of the folder has the values of a weight of the base; ``None``
             takes every saved weight as changed.
-        same: whether two changes of the folder have the same effect; ``None`` takes every two as
-            different.
+        same: whether two changes of the folder have the same effect; ``None``: no two have.
         problems: receives the errors of tensors and targets, which are raised if it is ``None``;
             the adapter then has the changes that fit the base.
 

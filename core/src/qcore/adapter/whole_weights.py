@@ -176,8 +176,9 @@ class WholeWeights:
             self._refuse(
                 header,
                 f"is a saved copy of {tensor.name} with {added} rows that the base lacks",
-                f"add the rows to the base (model.resize_token_embeddings({header.shape[0]}) of "
-                f"stock transformers), and {WITH_PEFT}",
+                "add the rows to the base with stock transformers (model.resize_token_embeddings("
+                f"{header.shape[0]}), save_pretrained), add the tokenizer of the adapter, and name "
+                "that folder as the model",
             )
             return None
         if tensor.part.name in self._unloaded:

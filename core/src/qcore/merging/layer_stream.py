@@ -25,7 +25,7 @@ from ..nn.model import Model
 from ..nn.moe.experts import Experts
 from ..nn.qlora.lora_layer import Lora
 from ..plugins.resolve_model import Identified
-from .disk_rows import blocks, gather, rows_of
+from .disk_rows import blocks, gather, row_slices, rows_of
 
 
 class LayerStream:
@@ -40,6 +40,7 @@ class LayerStream:
     """
 
     def __init__(self, base: Identified, adapter: Adapter | None = None) -> None:
+        base = base.untying() if adapter is not None and adapter.untied else base
         self.base, self.checkpoint = base, base.checkpoint
         pairs = adapter.lora if adapter is not None else {}
         self._deltas = None if adapter is None else Deltas(adapter)
@@ -88,14 +89,27 @@ class LayerStream:
         """Bytes in float32 of everything that is loaded."""
         return sum(item.tensor.numel * 4 for item in self.located.values() if item.tied is None)
 
-    def embed(self, batch: Packed) -> Tensor:
-        """What the first layer reads ``[T, H]``; only the rows of the tokens are read."""
+    def embed(self, batch: Packed, *, adapted: bool) -> Tensor:
+        """What the first layer reads ``[T, H]``; only the rows of the tokens are read.
+
+        Args:
+            batch: the tokens.
+            adapted: with the adapter, or without it.
+        """
         trunk = trunk_part(self.base.layout.table)
         entry = next(
             e for e in self.base.layout.table if e.part is trunk and e.row.group == "embed"
         )
         rows, ids = batch.ids.unique(return_inverse=True)
-        weight = gather(self.checkpoint, self.located[entry.name], rows.tolist())
+        item = self.located[entry.name]
+        weight = gather(self.checkpoint, item, rows.tolist())
+        if adapted and self._deltas is not None:
+            for slot, row in enumerate(rows.tolist()):
+                own = rows_of(item, slice(row, row + 1))
+                value = self._deltas.folded_into(
+                    entry.name, weight[slot : slot + 1], own, torch.float32
+                )
+                weight[slot] = value[0]
         parent, _, leaf = entry.name.rpartition(".")
         self.modules[parent]._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
         small = Packed(ids=ids, cu_seqlens=batch.cu_seqlens, positions=batch.positions)
@@ -117,7 +131,7 @@ class LayerStream:
             if not name.startswith(f"{prefix}."):
                 continue
             if isinstance(module, Experts):
-                module.read_from(self._expert(self.located[name]))
+                module.read_from(self._expert(self.located[name], adapted=adapted))
             if module.lora is not None and self._deltas is not None:
                 a, b = self._deltas.sides(name)
                 module.set_lora(a, b if adapted else torch.zeros_like(b))
@@ -132,22 +146,36 @@ class LayerStream:
                     empty = torch.empty_like(parameter, device="meta")
                     part._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
 
-    def final(self, x: Tensor) -> Tensor:
-        """What the head reads ``[T, H]``."""
+    def final(self, x: Tensor, *, adapted: bool) -> Tensor:
+        """What the head reads ``[T, H]``, with the adapter or without it."""
         inside = tuple(f"{prefix}." for prefix in self.layers)
         for name, parameter in self.model.named_parameters():
             rest = name != self.model.head_name and not name.startswith(inside)
-            if parameter.is_meta and rest and name in self.located:
-                self._place(name, self.located[name])
+            folded = self._deltas is not None and name in self._deltas.folded
+            if rest and name in self.located and (parameter.is_meta or folded):
+                self._place(name, self.located[name], adapted=adapted)
         return self.model.trunk.final(x)
 
-    def head(self, x: Tensor) -> Tensor:
+    def head(self, x: Tensor, *, adapted: bool) -> Tensor:
         """Logits ``[n, V]`` of rows ``[n, H]``; the head is read a block of rows at a time."""
-        pieces = blocks(self.checkpoint, self.located[self.model.head_name])
-        return torch.cat([x @ rows.t() for rows in pieces], -1)
+        name = self.model.head_name
+        item, pieces = self.located[name], []
+        for rows, block in zip(row_slices(item), blocks(self.checkpoint, item), strict=True):
+            if adapted and self._deltas is not None:
+                block = self._deltas.folded_into(name, block, rows_of(item, rows), torch.float32)
+            pieces.append(x @ block.t())
+        return torch.cat(pieces, -1)
 
-    def _expert(self, item: Located) -> Callable[[int], Tensor]:
-        return lambda n: read_tensor(self.checkpoint, item, slice(n, n + 1))[0].float()
+    def _expert(self, item: Located, *, adapted: bool) -> Callable[[int], Tensor]:
+        def read(number: int) -> Tensor:
+            rows = slice(number, number + 1)
+            value = read_tensor(self.checkpoint, item, rows).float()
+            if adapted and self._deltas is not None:
+                region = rows_of(item, rows)
+                value = self._deltas.folded_into(item.tensor.name, value, region, torch.float32)
+            return value[0]
+
+        return read
 
     def _place(self, name: str, item: Located, *, adapted: bool = False) -> None:
         value = read_tensor(self.checkpoint, item).float()

@@ -96,7 +96,7 @@ class _Lockstep:
         self.batch = Packed.of(list(docs))
         longest = max(len(ids) for ids in docs)
         self.there = torch.stack([torch.arange(longest) < len(ids) for ids in docs])
-        self.x = ours.embed(self.batch)
+        self.x = ours.embed(self.batch, adapted=adapted)
         self.other: Tensor | None = None
         self.result = Pass()
         self.moved = torch.zeros(len(self.batch.ids), dtype=torch.bool)
@@ -172,16 +172,16 @@ def lockstep(
     ids = torch.nn.utils.rnn.pad_sequence(list(docs), batch_first=True)
     with stock.adapted(stock_adapted):
         hidden = stock.run(ids, follow.observe)
-    assert follow.other is not None
-    other = stock.norm(follow.other)
-    rows = torch.cat([_last(hidden[n], len(d)) for n, d in enumerate(docs)])
-    rows_other = torch.cat([_last(other[n], len(d)) for n, d in enumerate(docs)])
+        assert follow.other is not None
+        other = stock.norm(follow.other)
+        rows = torch.cat([_last(hidden[n], len(d)) for n, d in enumerate(docs)])
+        rows_other = torch.cat([_last(other[n], len(d)) for n, d in enumerate(docs)])
+        logits = stock.head(torch.cat([rows, rows_other]))
     counts = [min(_LAST, len(ids)) for ids in docs]
-    logits = stock.head(torch.cat([rows, rows_other]))
     theirs, again = (half.split(counts) for half in logits.chunk(2))
     lengths = [len(ids) for ids in docs]
-    final = ours.final(follow.x).split(lengths)
-    own = ours.head(torch.cat([x[-_LAST:] for x in final])).split(counts)
+    final = ours.final(follow.x, adapted=ours_adapted).split(lengths)
+    own = ours.head(torch.cat([x[-_LAST:] for x in final]), adapted=ours_adapted).split(counts)
     result = follow.result
     share = SHARE if rounded is None else SHARE_ROUNDED
     for mine, them, twice, gone in zip(
