@@ -16,8 +16,6 @@ from functools import cache
 from itertools import groupby
 from typing import Final
 
-from tokenizers import Regex, normalizers
-
 _SPACE: Final = "\\s"  # what the engine of `tokenizers` calls a space; Python counts more
 _BREAKS: Final = frozenset("\x1c\x1d\x1e\x1f")
 _END: Final = 1 << 16  # `re` looks up the characters below, and searches the others one by one
@@ -187,6 +185,8 @@ class ClassCheck:
     """
 
     def __init__(self, pattern: str) -> None:
+        from tokenizers import Regex, normalizers  # not needed to import this module
+
         self._folded = folded(pattern)
         self._same: set[str] = set()
         self._other: set[str] = set()
