@@ -308,7 +308,7 @@ REFUSED: list[tuple[Any, str, str, str]] = [
     ({"mesages": QA}, "QC-DATA-023", "", "{messages: mesages}"),
     ({"dialogue": QA}, "QC-DATA-023", "", "fields: {messages: dialogue}"),
     ({"question": "q"}, "QC-DATA-023", "", "question"),
-    ({"messages": None, "tools": [TOOL]}, "QC-DATA-023", "", "messages, tools"),
+    ({"messages": None, "tools": [TOOL]}, "QC-DATA-010", "messages", "empty"),
     ({"messages": 3}, "QC-DATA-005", "messages", "the number 3"),
     ({"messages": "[}"}, "QC-DATA-004", "messages", "not JSON"),
     ({"messages": ["q"]}, "QC-DATA-006", "messages[0]", "not a message"),

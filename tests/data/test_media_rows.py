@@ -41,6 +41,7 @@ from qcore.data.media.files import LARGEST, Finder, Reference
 from qcore.data.policies import Policies
 from qcore.data.sources.read import read_sources
 from qcore.errors import InputError, PreflightError, UsageError
+from qcore.reporting import Reporter
 
 END = "<|im_end|>"
 CONTROL = (OPEN, DOT, CLOSE)
@@ -397,6 +398,23 @@ def test_a_media_root_that_is_no_folder(folder: Path, root: Path) -> None:
 
 
 # What a data set is.
+
+
+def test_media_are_hashed_again_before_publishing(folder: Path, checkpoint: FakeCheckpoint) -> None:
+    """Also a file of the same size and time: the manifest records the digest of its bytes."""
+    made = load([ask(swatch("a.txt"), swatch("deep/b.txt"), text("q"))], folder, checkpoint)
+    made.check_files(Reporter())
+    path = folder / "deep" / "b.txt"
+    status, content = path.stat(), path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(InputError) as caught:
+        made.check_files(Reporter())
+    assert (caught.value.code, caught.value.file) == ("QC-DATA-081", str(path))
+    path.unlink()
+    with pytest.raises(InputError) as caught:
+        made.check_files(Reporter())
+    assert caught.value.found == "no such file"
 
 
 def test_counters(folder: Path, checkpoint: FakeCheckpoint) -> None:

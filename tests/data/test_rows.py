@@ -206,7 +206,7 @@ def test_all_bad_rows_are_counted_and_the_first_are_shown(tmp_path: Path) -> Non
         (b"", "QC-DATA-002", "no rows"),
         (b"\n \r\n\n", "QC-DATA-002", "no rows"),
         (b"\x1f\x8b\x08\x00", "QC-DATA-031", "gzip"),
-        (b"PAR1\x15\x04", "QC-DATA-031", "parquet"),
+        (b"PAR1\x15\x04", "QC-DATA-031", "a whole Parquet file"),
         (GOOD.encode("utf-16"), "QC-DATA-003", "UTF-16"),
         (json.dumps(json.loads(GOOD), indent=1).encode(), "QC-DATA-003", "one JSON document"),
     ],

@@ -108,7 +108,8 @@ def locate_folder(folder: str | Path) -> Path:
                 "QC-MANIFEST-001",
                 "is not a folder",
                 file=source,
-                fix=suggest_folder(source, path) if not os.path.lexists(path) else None,
+                fix=(None if os.path.lexists(path) else suggest_folder(source, path))
+                or "name a folder that qcore wrote",
             )
         others = folders_with(names_below(path), MANIFEST)
         if others and not os.path.lexists(path / MANIFEST):

@@ -114,7 +114,8 @@ def resolve_model(model: str | Path, *, headers_only: bool = False) -> ResolvedM
     if path.is_dir():
         return ResolvedModel(path=path, source=source)
     if os.path.lexists(path):
-        fix = f"name the folder: {path.parent}"
+        beside = (path.parent / "config.json").is_file()
+        fix = f"name the folder: {path.parent}" if beside else "name a model folder or a hub id"
         raise InputError("QC-HUB-002", "is not a folder", file=source, fix=fix)
     name, separator, revision = source.partition("@")
     if not _ID.fullmatch(name) or (separator and not _REVISION.fullmatch(revision)):

@@ -33,8 +33,9 @@ def diff(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
     if len(models) != 2:
         raise UsageError(
-            "QC-CLI-009", "compares two models", field="--model", found=len(models), expected=2
-        )
+            "QC-CLI-009", "compares two models", field="--model", found=len(models), expected=2,
+            fix="pass --model twice",
+        )  # fmt: skip
     wanted = RowOptions(**options)
     reporter = terminal_reporter(quiet=as_json)
     opened = [wanted.open(model, reporter) for model in models]

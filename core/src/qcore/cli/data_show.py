@@ -130,6 +130,7 @@ def _check_rows(rows: Iterable[int], renderer: Renderer) -> None:
             field="--row",
             found=last,
             expected=f"1 to {renderer.rows}",
+            fix=f"name a row from 1 to {renderer.rows}",
         )
 
 

@@ -137,7 +137,10 @@ class ContentReader:
             keys = tuple(key for key in part if key not in known)
         known_keys(part, (*known, *keys), at, "QC-DATA-006", self._key_advice)
         if name not in part:
-            raise RowError("QC-DATA-006", "has no path or data URL", at=at, expected=_example(name))
+            raise RowError(
+                "QC-DATA-006", "has no path or data URL", at=at, expected=_example(name),
+                fix=f"write the path under {name}, or list the files under {name}s beside messages",
+            )  # fmt: skip
         given = _given(part[name], f"{at}.{name}")
         return Reference(
             kind=name,

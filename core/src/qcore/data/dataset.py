@@ -69,7 +69,6 @@ class Dataset:
         rows: rows with samples.
         samples: samples of all rows.
         tokens: tokens of all samples.
-        rendered: tokens of all rows if each was rendered once.
         supervised: positions with a loss, of all samples.
         turns: trained turns of all rows.
         longest: tokens of the longest sample.
@@ -83,7 +82,7 @@ class Dataset:
         dropped: rows that ``long_rows`` left out.
         truncated: rows that ``long_rows`` cut.
         media: counts and digest of the media for the summary; empty for a text-only file.
-        files: the data files as they were read.
+        files: the data and media files as they were read.
     """
 
     train: Samples
@@ -94,7 +93,6 @@ class Dataset:
     rows: int
     samples: int
     tokens: int
-    rendered: int
     supervised: int
     turns: int
     longest: int
@@ -137,7 +135,7 @@ class Dataset:
         return self.train.store.samples().with_media()
 
     def check_files(self, reporter: Reporter) -> None:
-        """Hash the data files again.
+        """Hash the data and media files again.
 
         Args:
             reporter: receives progress where that takes over a second.
@@ -338,7 +336,6 @@ def _whole(loaded: Loaded, options: Options, eval_fraction: float) -> Dataset:
         rows=int(starts.sum()),
         samples=store.count,
         tokens=int(lengths.sum(dtype=np.int64)),
-        rendered=int(np.maximum.reduceat(lengths, np.flatnonzero(starts)).sum(dtype=np.int64)),
         supervised=int(every.column("supervised").sum(dtype=np.int64)),
         turns=int(turns.sum(dtype=np.int64)),
         longest=int(lengths.max()),
@@ -351,7 +348,7 @@ def _whole(loaded: Loaded, options: Options, eval_fraction: float) -> Dataset:
         rejects=rendered.rejects,
         dropped=rendered.dropped,
         truncated=rendered.truncated,
-        files=loaded.files,
+        files=(*loaded.files, *loaded.media),
         media=media_totals(every, frozenset(rows[kept].tolist()), rendered.asked),
     )
 

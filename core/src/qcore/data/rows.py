@@ -202,7 +202,10 @@ class RowCheck:
                     fix="put it into a user message",
                 )
         elif role != self.format.assistant:
-            raise RowError("QC-DATA-006", "is missing", at=f"{at}.content", expected="text")
+            raise RowError(
+                "QC-DATA-006", "is missing", at=f"{at}.content", expected="text",
+                fix='write the text; "" if there was none',
+            )  # fmt: skip
         if role == self.format.assistant:
             self._assistant(message, at)
         return message

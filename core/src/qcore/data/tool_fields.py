@@ -61,6 +61,7 @@ def _arguments(value: Any, at: str, parse_arguments: bool) -> Any:
             at=at,
             found=kind(parsed),
             expected='{"name": value} or the same as a JSON string',
+            fix="write the arguments by their names",
         )
     return parsed if parse_arguments else value
 

@@ -119,5 +119,9 @@ def _of_file(error: RowError, kind: str, path: Path) -> InputError:
         found=None if missing else error.found,
         expected="a file" if missing else error.expected,
         # A row names the kind in its content part; here the option does.
-        fix=re.sub(r'\{"type": "(\w+)"\}', r"--\1", error.fix) if error.fix else None,
+        fix="name a file that exists"
+        if missing
+        else re.sub(r'\{"type": "(\w+)"\}', r"--\1", error.fix)
+        if error.fix
+        else None,
     )

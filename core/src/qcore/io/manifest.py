@@ -118,7 +118,10 @@ def read_manifest(path: Path | str) -> Manifest:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise InputError("QC-MANIFEST-001", "is not a folder", file=folder)
+        raise InputError(
+            "QC-MANIFEST-001", "is not a folder", file=folder,
+            fix="name a folder that qcore wrote",
+        )  # fmt: skip
     file = folder / MANIFEST
     if not os.path.lexists(file):
         fix = "name a folder that qcore wrote"

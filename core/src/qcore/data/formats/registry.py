@@ -176,11 +176,21 @@ class Formats:
             return Converted(name, self._converted(name, row))
         refuse_preference(row, reading)
         if name:
-            return self._read(name, row, reading)
+            return self._forced(name, row, reading) if forced else self._read(name, row, reading)
         for builtin, known in _BUILTIN.items():
             if known.matches(row):
                 return self._read(builtin, row, reading)
         return self._by_plugin(row)
+
+    def _forced(self, name: str, row: dict[str, Any], reading: Reading) -> Converted:
+        """Read a row in the format that the user named; an error says if its keys are another's."""
+        try:
+            return self._read(name, row, reading)
+        except RowError as bad:
+            found = next((one for one, known in _BUILTIN.items() if known.matches(row)), name)
+            if found != name and not _BUILTIN[name].matches(row):
+                bad.fix = f"leave the format out: the row has the keys of {found}"
+            raise
 
     def _read(self, name: str, row: dict[str, Any], reading: Reading) -> Converted:
         done = _BUILTIN[name].convert(row, reading)
@@ -212,6 +222,7 @@ class Formats:
             if self._called(name, "matches", partial(chosen.matches, row)):
                 return Converted(name, self._converted(name, row))
         refuse_text(row)
+        _refuse_empty(row)
         keys = ", ".join(list(row)[:12])
         raise RowError(
             "QC-DATA-023",
@@ -279,12 +290,32 @@ class Formats:
         ) from found.error
 
 
+#: Keys without whose value a row of these formats has no conversation.
+_TURN_KEYS: Final = (
+    "messages", "conversations", "completion", "output", "response", "prompt", "instruction",
+    "query",
+)  # fmt: skip
+
+
 def _name_fix(name: str, known: Collection[str]) -> str:
     """What to write in place of an unknown format."""
     if name.lower() in _MAPPED:
         return "name no format: its rows are read by their keys, or with fields in a mix file"
     meant = _OTHER_NAMES.get(name.lower()) or nearest(name, known)
     return f"did you mean {meant}?" if meant else "name no format: rows are read by their keys"
+
+
+def _refuse_empty(row: Mapping[str, Any]) -> None:
+    """Refuse a row whose keys are known, and one of them is empty."""
+    empty = next((key for key in _TURN_KEYS if key in row and not row[key]), None)
+    if empty is not None:
+        raise RowError(
+            "QC-DATA-010",
+            "is empty",
+            at=empty,
+            expected="the messages, or the text of a turn",
+            fix="write what is missing, or remove the row",
+        )
 
 
 def _rename_fix(row: Mapping[str, Any]) -> str:

@@ -156,6 +156,7 @@ def _role(given: Mapping[str, Any], at: str, reading: Reading) -> str:
             at=at,
             found=", ".join(given)[:80] or None,
             expected="role and content, or from and value",
+            fix=_mapping_fix(given),
         )
     known = reading.fields.roles.get(role) or ROLES.get(role)
     known = known or ROLES.get(role.strip().lower().replace("-", "_").replace(" ", "_"))
@@ -300,3 +301,12 @@ def _nested(call: Mapping[str, Any]) -> dict[str, Any]:
     if not meaningless(call.get("id")):
         nested["id"] = call["id"]
     return nested
+
+
+def _mapping_fix(given: Mapping[str, Any]) -> str:
+    """The field mapping that reads a message with other keys; the role is the shorter text."""
+    texts = sorted(
+        (key for key in given if isinstance(given[key], str)), key=lambda k: len(given[k])
+    )
+    role, content = texts if len(texts) == 2 else ("<key>", "<key>")
+    return f"fields: {{role: {role}, content: {content}}} in a mix file names the keys"

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 from ...api.media import BytesSource, MediaReader, Medium, Payload, RowError
 from ..sources.jsonl import MAX_LINE
-from .paths import WANTED, Folders, shown
+from .paths import ROOT, WANTED, Folders, shown
 
 LARGEST = 2 << 30  #: bytes of one file; a data URL is bounded by its line
 _BLOCK = 1 << 20
@@ -193,6 +193,7 @@ class Finder:
                 "is not there" if missing else "cannot be read",
                 found=f"{shown(given)}: {error.strerror or error}",
                 expected="a file, by its path relative to the data file",
+                fix=f"put the file there, or {ROOT}" if missing else "check its permissions",
             ) from None
 
 

@@ -22,7 +22,7 @@ from ...io.safe_path import unnameable
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _FILE_URL = re.compile(r"file:(?://(?:localhost(?=/))?|(?=/))", re.IGNORECASE)
 WANTED = "a path relative to the data file, or data:TYPE;base64,..."
-_ROOT = "name the folder that holds it with --media-root (media_root in a mix file)"
+ROOT = "name the folder that holds it with --media-root (media_root in a mix file)"
 
 
 class Folders:
@@ -88,7 +88,7 @@ class Folders:
             what, fix = "is not a relative path", "write it relative to the data file"
         elif name.startswith("/") and self._root is None:
             what = "is not a relative path, and no media root is declared"
-            fix = f"{_ROOT}, or write the path relative to the data file"
+            fix = f"{ROOT}, or write the path relative to the data file"
         elif "\\" in name:
             what, fix = "has a backslash", "write / between folders"
         elif unnameable(name):
@@ -103,7 +103,7 @@ class Folders:
                 "leads outside the folder of the data file",
                 found=shown(given),
                 expected="a file in the folder or below it, links followed",
-                fix=f"put the file there, or {_ROOT}",
+                fix=f"put the file there, or {ROOT}",
             )
         return RowError(
             "QC-MEDIA-004",

@@ -72,7 +72,8 @@ class SharedBatch:
 def damage(error: Exception) -> Damaged:
     """What pyarrow reports, in the words of this program where a cut file is the usual cause."""
     text = " ".join(str(error).split())
-    if "magic bytes not found in footer" in text or "Not an Arrow file" in text:
+    cut = ("magic bytes not found in footer", "minimum file footer", "Not an Arrow file")
+    if any(words in text for words in cut):
         return Damaged("no footer at its end")
     first = text.partition(". ")[0].rstrip(".")
     return Damaged(f"pyarrow reports: {first}")

@@ -17,6 +17,7 @@ from typing import Final
 from ...errors import InputError
 from .streams import Damaged, decompressed, opened
 
+_MAX_HEADER: Final = 100_000_000  # bytes; that of safetensors itself
 HEAD: Final = 1 << 16  #: bytes that are looked at
 TEXT_SUFFIXES: Final = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 COLUMN_SUFFIXES: Final = (".parquet", ".arrow", ".feather")
@@ -180,6 +181,8 @@ def _container(path: Path, head: bytes, inner: str, compression: str) -> str:
         raise _refused(path, "compressed twice", "unpack it once")
     if head[257:262] == b"ustar":
         raise _refused(path, "a tar archive", "unpack it and name the folder")
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _MAX_HEADER:
+        raise _refused(path, "safetensors weights", "name the file with the rows")
     if b"\0" in head[:4]:
         what = "UTF-16 or UTF-32" if head[:4].strip(b"\0") else "binary (NUL bytes)"
         raise _refused(path, what, "save it as UTF-8")

@@ -104,7 +104,7 @@ def parse(raw: bytes | str, *, at: str = "") -> Any:
             "is not JSON",
             at=at,
             found=f"{error.msg} at byte {byte}",
-            fix=f"write {at.rpartition('.')[2]} as valid JSON, or as an object instead of a string"
+            fix=f"write {at.rpartition('.')[2]} as valid JSON, or as the value instead of a string"
             if at
             else "write one whole JSON object a line",
         ) from None

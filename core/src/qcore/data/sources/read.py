@@ -240,6 +240,15 @@ def _looked_at(source: Source, files: Sequence[Path]) -> Source:
 
 def _folder(folder: Path, notes: list[str]) -> tuple[Path, ...]:
     """The data files of a folder, by name; its subfolders are not read."""
+    for config, what in (("adapter_config.json", "an adapter"), ("config.json", "a model")):
+        if (folder / config).is_file() and next(folder.glob("*.safetensors"), None):
+            raise InputError(
+                "QC-DATA-030",
+                f"is the folder of {what}",
+                file=folder,
+                expected="a folder with data files",
+                fix="name the files with the rows",
+            )
     files: list[Path] = []
     others: list[str] = []
     folders: list[str] = []

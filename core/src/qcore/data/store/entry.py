@@ -28,7 +28,7 @@ from ..sources.file_kinds import file_kind
 from .records import FORMAT
 from .rendered import Rendered, asked_of
 from .samples import TokenStore
-from .stamps import Changed, Stamp, rechecked, taken, with_digests
+from .stamps import GONE, Changed, Stamp, rechecked, taken, with_digests
 from .write import FILES, INDEX, MEDIA, TOKENS, AnonymousStore, StoreWriter
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Loaded:
         store: the samples.
         rendered: counts, findings and refused rows.
         files: the data files as they were read.
+        media: the media files that rows name, as they were read.
         size: bytes of the store on disk.
         lasting: whether another process can read its media again.
     """
@@ -86,6 +87,7 @@ class Loaded:
     store: TokenStore
     rendered: Rendered
     files: tuple[Stamp, ...]
+    media: tuple[Stamp, ...] = ()
     size: int = 0
     lasting: bool = True
 
@@ -101,7 +103,9 @@ def render_apart(request: Request, reporter: Reporter) -> Loaded:
     with store.writer() as out:
         rendered = request.render(out)
     files = _digested(before, rendered, reporter)
-    return Loaded(store=store.open(request.reader), rendered=rendered, files=files)
+    return Loaded(
+        store=store.open(request.reader), rendered=rendered, files=files, media=_media(out)
+    )
 
 
 def write_entry(out: Writer, entry: Path, request: Request, reporter: Reporter) -> Loaded:
@@ -124,7 +128,7 @@ def write_entry(out: Writer, entry: Path, request: Request, reporter: Reporter) 
         rendered = request.render(writer)
         writer.close()
     data = _digested(before, rendered, reporter)
-    media = [Stamp.of(path, sha256) for path, sha256 in writer.paths.items()]
+    media = _media(writer)
     state = {
         "format": FORMAT,
         "identity": dict(request.identity.values),
@@ -141,6 +145,7 @@ def write_entry(out: Writer, entry: Path, request: Request, reporter: Reporter) 
         store=_store(out.folder, entry, writer.variables, request.reader, writer),
         rendered=rendered,
         files=data,
+        media=media,
         size=sum(one.size for one in out.files.values()),
         lasting=not writer.held,
     )
@@ -179,7 +184,26 @@ def open_entry(entry: Path, request: Request, reporter: Reporter, *, verify: boo
             rewrite(entry / _STAMPS, [_stamps_json(data, media)])
     with suppress(OSError):
         os.utime(entry)  # marks it as recently used
-    return Loaded(store=store, rendered=_rendered(state, entry, request), files=tuple(data))
+    return Loaded(
+        store=store, rendered=_rendered(state, entry, request), files=tuple(data),
+        media=tuple(media),
+    )  # fmt: skip
+
+
+def _media(writer: StoreWriter) -> tuple[Stamp, ...]:
+    """Stamps of the media files that rows name, with the digests of their bytes.
+
+    Raises:
+        InputError: ``QC-DATA-081`` a file is gone.
+    """
+    stamps = []
+    for path, sha256 in writer.paths.items():
+        try:
+            stamps.append(Stamp.of(path, sha256))
+        except OSError:
+            gone = Changed(path, GONE)
+            raise gone.error("run the command again", when="while its rows were read") from None
+    return tuple(stamps)
 
 
 def _check_files(entry: Path) -> None:
