@@ -334,7 +334,7 @@ def refused(error: pytest.ExceptionInfo[QcoreError], code: str) -> None:
     assert (error.value.code, error.value.exit_code) == (code, 76), error.value
 
 
-REAL_SLICE, REAL_ADD, REAL_CHANGE = Deltas._slice, Deltas.add, MergePass._change
+REAL_MATRICES, REAL_ADD, REAL_CHANGE = Deltas._matrices, Deltas.add, MergePass._change
 
 
 def rank_major_a(self: Deltas, name: str, number: int | None) -> tuple[Tensor, Tensor]:
@@ -342,7 +342,7 @@ def rank_major_a(self: Deltas, name: str, number: int | None) -> tuple[Tensor, T
     a, b = self.sides(name)
     if number is None:
         return a, b
-    return a[number :: self.pairs[name].tensor.shape[0]], REAL_SLICE(self, name, number)[1]
+    return a[number :: self.pairs[name].tensor.shape[0]], REAL_MATRICES(self, name, number)[1]
 
 
 def expert_major_b(self: Deltas, name: str, number: int | None) -> tuple[Tensor, Tensor]:
@@ -351,14 +351,14 @@ def expert_major_b(self: Deltas, name: str, number: int | None) -> tuple[Tensor,
     if number is None:
         return a, b
     r = self.pairs[name].r
-    return REAL_SLICE(self, name, number)[0], b[:, number * r : (number + 1) * r]
+    return REAL_MATRICES(self, name, number)[0], b[:, number * r : (number + 1) * r]
 
 
 def neighbour(self: Deltas, name: str, number: int | None) -> tuple[Tensor, Tensor]:
     """The adapter of the next expert."""
     if number is None:
-        return REAL_SLICE(self, name, number)
-    return REAL_SLICE(self, name, (number + 1) % EXPERTS)
+        return REAL_MATRICES(self, name, number)
+    return REAL_MATRICES(self, name, (number + 1) % EXPERTS)
 
 
 @pytest.mark.parametrize("layout", ["fused", "apart"])
@@ -367,7 +367,7 @@ def test_another_order_of_experts_is_caught(
     bases: dict[str, Path], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     broken: Callable[..., Any], layout: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(Deltas, "_slice", broken)
+    monkeypatch.setattr(Deltas, "_matrices", broken)
     with pytest.raises(NumericError) as error:
         merge(str(bases[layout]), adapter, tmp_path / "out")
     refused(error, "QC-MERGE-005")
