@@ -81,19 +81,6 @@ def test_float32_gradients_are_pefts() -> None:
     assert max(errors.values()) <= 1e-3
 
 
-@pytest.mark.parametrize("policy", ["none", "full"])
-@pytest.mark.parametrize("tokens", [2048, 8192])
-def test_a_step_takes_at_most_1_3_times(tokens: int, policy: str) -> None:
-    plain, dora = (
-        Slice(text_of("4B"), CUDA, torch.bfloat16, kernels=True, dora=with_dora)
-        for with_dora in (False, True)
-    )
-    seconds = [seconds_of_steps(one, tokens, policy) for one in (plain, dora, plain, dora)]
-    one, two = min(seconds[::2]), min(seconds[1::2])
-    print(f"\n{tokens} tokens, {policy}: {one:.4f} s, with DoRA {two:.4f} s, {two / one:.3f} times")
-    assert two <= RATIO * one
-
-
 KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "DoRA": {"use_dora": True},
@@ -145,3 +132,18 @@ def test_gradients_of_rows_equal_the_cpu(tmp_path: Path, tied: bool) -> None:
     assert [len(one) for one in results] == [2 - tied, 2 - tied]
     for one, other in zip(*results, strict=True):
         assert float((one - other).norm()) <= 1e-3 * float(one.norm())
+
+
+def _seconds(tokens: int, policy: str, *, dora: bool) -> float:
+    ours = Slice(text_of("4B"), CUDA, torch.bfloat16, kernels=True, dora=dora)
+    return seconds_of_steps(ours, tokens, policy)
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("tokens", [2048, 8192])
+def test_a_step_takes_at_most_1_3_times(tokens: int, policy: str) -> None:
+    """Each step has one micro-batch, so that the norms of the rows weigh most."""
+    seconds = [_seconds(tokens, policy, dora=dora) for dora in (False, True, False, True)]
+    one, two = min(seconds[::2]), min(seconds[1::2])
+    print(f"\n{tokens} tokens, {policy}: {one:.4f} s, with DoRA {two:.4f} s, {two / one:.3f} times")
+    assert two <= RATIO * one

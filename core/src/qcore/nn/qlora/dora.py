@@ -5,9 +5,10 @@ plain LoRA, for one layer or several with the same input, and when the norms of 
 computed again: once after each update of A or B. Norms are constants in backward, as in PEFT
 (Liu et al. 2024, section 4.3). `linear` and `fused` compute plain LoRA.
 
-The norms need no ``W + s B A``: ``||W||^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>`` by rows, with the
-first term computed once. The output is scaled in place and saved for the gradient of m, which is
-``sum_t dy y / m``; layers that follow mostly save it too.
+A fused product (`fused`) adds ``s B A`` to the weights that it has just read, and takes the norms:
+two launches for all its layers. A layer alone needs no such sum: its norms are ``||W||^2 +
+2 s <W A^T, B> + s^2 <B A A^T, B>`` by rows, with the first term computed once. The output is scaled
+in place and saved for the gradient of m, ``sum_t dy y / m``; layers that follow mostly save it too.
 
 Shapes: T rows of x, N outputs of all layers, ``W [out, in]``, ``A [r, in]``, ``B [out, r]``,
 ``m [out]``.
@@ -16,7 +17,7 @@ Shapes: T rows of x, N outputs of all layers, ``W [out, in]``, ``A [r, in]``, ``
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,12 +32,8 @@ _CHUNK = 2**25  #: elements of a product ``dy y`` that exist at a time
 _BLOCK = 2**20  #: elements of a weight that a CPU converts to float32 at a time
 
 
-#: Of one layer: m (``None`` without DoRA), its version and that of the norms.
-_Mark = tuple[Tensor | None, int, int]
-
-
 class DoraLayer(Protocol):
-    """A linear layer as its `RowNorms` see it (`linear.Linear`)."""
+    """A linear layer as `Magnitudes` sees it (`linear.Linear`)."""
 
     shape: tuple[int, ...]
     lora: Lora | None
@@ -44,68 +41,14 @@ class DoraLayer(Protocol):
     lora_B: nn.Parameter | None
     lora_magnitude_vector: nn.Parameter | None
     accumulates: bool
-    norms: RowNorms
 
     def dense(self) -> Tensor:
         """The weight ``[out, in]`` in the run's dtype."""
         ...
 
-
-class RowNorms:
-    """``||W + s B A||`` of one layer by rows, kept until A or B changes.
-
-    An update shows in the tensor versions of A and B; as in `fused_factors`, factors whose
-    gradients autograd holds count as updated whenever a forward follows a backward.
-
-    Args:
-        layer: the layer.
-
-    Attributes:
-        version: increases with each change of the norms.
-    """
-
-    def __init__(self, layer: DoraLayer) -> None:
-        self._layer = layer
-        self.version = 0
-        self.forget()
-
-    def forget(self) -> None:
-        """Forget all norms: the weight changed."""
-        self._base: Tensor | None = None
-        self._norms: Tensor | None = None
-        self.version += 1
-        self._of: tuple[Tensor, Tensor] | None = None
-        self._numbers: tuple[float, ...] = ()
-        self._stale = False
-
-    def note_backward(self) -> None:
-        """Record that a backward ran: an update of the factors may follow that leaves no trace."""
-        self._stale = not self._layer.accumulates
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def base(self) -> Tensor:
-        """``||W||``, float32 ``[out]``: the magnitude that training starts with."""
-        if self._base is None:
-            self._base = _row_norms(self._layer.dense())
-        return self._base
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def current(self) -> Tensor:
-        """``||W + s B A||``, float32 ``[out]``."""
-        layer = self._layer
-        a, b, lora = layer.lora_A, layer.lora_B, layer.lora
-        assert a is not None
-        assert b is not None
-        assert lora is not None
-        numbers = (a._version, b._version, lora.scaling)
-        known = self._of is not None and self._of[0] is a and self._of[1] is b
-        if self._norms is None or self._stale or not known or numbers != self._numbers:
-            self._norms = _changed_norms(self.base(), layer.dense(), a, b, lora.scaling)
-            self._of, self._numbers, self._stale = (a, b), numbers, False
-            self.version += 1
-        return self._norms
+    def base_norms(self) -> Tensor:
+        """Norms of the rows of the weight, float32 ``[out]``."""
+        ...
 
 
 def has_dora(layer: DoraLayer) -> bool:
@@ -128,6 +71,10 @@ class Factors(NamedTuple):
 class Magnitudes:
     """The magnitudes of layers with the same input, whose outputs are slices of one buffer.
 
+    The factors are kept until m, A or B changes. An update shows in their tensor versions; as in
+    `fused_factors`, factors whose gradients autograd holds count as updated whenever a forward
+    follows a backward.
+
     Args:
         layers: the layers, in the order of their outputs.
     """
@@ -135,7 +82,8 @@ class Magnitudes:
     def __init__(self, layers: Sequence[DoraLayer]) -> None:
         self._layers = tuple(layers)
         self._known: Factors | None = None
-        self._of: Sequence[_Mark] = ()
+        self._of: list[Any] = []
+        self._stale = False
 
     def parameters(self) -> list[nn.Parameter]:
         """The m of each layer with DoRA."""
@@ -144,39 +92,66 @@ class Magnitudes:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def factors(self, like: Tensor) -> Factors | None:
-        """The factors, computed again if m or a norm changed; ``None`` without DoRA.
+    def factors(self, like: Tensor, norms: Callable[[], Tensor] | None = None) -> Factors | None:
+        """The factors; ``None`` without DoRA.
 
         Args:
             like: a tensor on the device.
+            norms: computes ``||W + s B A||`` of all layers ``[N]``; by default layer by layer.
         """
         if not any(has_dora(layer) for layer in self._layers):
             return None
-        marks = []
+        marks: list[Any] = []
         for layer in self._layers:
-            m = layer.lora_magnitude_vector if has_dora(layer) else None
-            if m is not None:
-                layer.norms.current()
-            marks.append((m, 0 if m is None else m._version, layer.norms.version))
-        if self._known is None or not _same(self._of, marks):
-            ms, norms = self._together(like)
-            self._known = Factors(ms / norms, torch.where(ms == 0, 0.0, 1 / ms))
-            self._of = marks
+            if has_dora(layer):
+                assert layer.lora is not None
+                marks.append(layer.lora.scaling)
+                for tensor in (layer.lora_magnitude_vector, layer.lora_A, layer.lora_B):
+                    assert tensor is not None
+                    marks += [tensor, tensor._version]
+        if self._known is None or self._stale or not _same(self._of, marks):
+            m = self._together(like)
+            found = self._norms(like) if norms is None else norms()
+            self._known = Factors(
+                self._ones(m / found), m.reciprocal().nan_to_num_(posinf=0.0, neginf=0.0)
+            )
+            self._of, self._stale = marks, False
         return self._known
 
-    def _together(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The m and the norms of all layers, ``[N]`` each; ones for a layer without DoRA."""
-        ms, norms = [], []
+    def _together(self, like: Tensor) -> Tensor:
+        """The m of all layers, ``[N]``; ones for a layer without DoRA."""
+        ms = self.parameters()
+        if len(ms) == len(self._layers) and (whole := _end_to_end(ms)) is not None:
+            return whole
+        waiting = iter(ms)
+        return torch.cat(
+            [
+                next(waiting).detach()
+                if has_dora(layer)
+                else like.new_ones(layer.shape[0], dtype=torch.float32)
+                for layer in self._layers
+            ]
+        )
+
+    def _norms(self, like: Tensor) -> Tensor:
+        """The norms of all layers, each for itself."""
+        return torch.cat(
+            [
+                changed_norms(layer)
+                if has_dora(layer)
+                else like.new_ones(layer.shape[0], dtype=torch.float32)
+                for layer in self._layers
+            ]
+        )
+
+    def _ones(self, scale: Tensor) -> Tensor:
+        """Set the scale of layers without DoRA to one."""
+        at = 0
         for layer in self._layers:
-            m = layer.lora_magnitude_vector if has_dora(layer) else None
-            if m is None:
-                ones = like.new_ones(layer.shape[0], dtype=torch.float32)
-                ms.append(ones)
-                norms.append(ones)
-            else:
-                ms.append(m.detach())
-                norms.append(layer.norms.current())
-        return torch.cat(ms), torch.cat(norms)
+            rows = slice(at, at := at + layer.shape[0])
+            if not has_dora(layer):
+                scale[rows] = 1.0
+        return scale
 
     def gradients(self, dy: Tensor, y: Tensor, factors: Factors) -> list[Tensor | None]:
         """The gradient of each m; ``None`` where it was added in place.
@@ -188,8 +163,7 @@ class Magnitudes:
         """
         dots = _column_dots(dy, y)
         trained = [layer for layer in self._layers if has_dora(layer)]
-        for layer in trained:
-            layer.norms.note_backward()
+        self._stale = not all(layer.accumulates for layer in trained)
         sinks = [_sink(layer) for layer in trained]
         together = _end_to_end(sinks) if len(sinks) == len(self._layers) else None
         if together is not None:
@@ -246,9 +220,11 @@ def times(dy: Tensor, factors: Factors) -> Tensor:
     return torch.mul(dy, factors.scale, out=torch.empty_like(dy))
 
 
-def _same(known: Sequence[_Mark], now: Sequence[_Mark]) -> bool:
+def _same(known: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Whether all are the same objects in the same state; tensors compare by identity."""
     return len(known) == len(now) and all(
-        one[0] is other[0] and one[1:] == other[1:] for one, other in zip(known, now, strict=True)
+        one is other if isinstance(one, Tensor) else one == other
+        for one, other in zip(known, now, strict=True)
     )
 
 
@@ -258,17 +234,17 @@ def _sink(layer: DoraLayer) -> Tensor | None:
     return m.grad if m is not None and layer.accumulates else None
 
 
-def _end_to_end(sinks: Sequence[Tensor | None]) -> Tensor | None:
-    """Gradients ``[n_i]`` as one ``[sum n]``, where all are there and lie end to end."""
-    first = sinks[0]
+def _end_to_end(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Vectors ``[n_i]`` as one ``[sum n]``, where all are there and lie end to end."""
+    first = parts[0]
     if first is None:
         return None
     end = first.storage_offset()
-    for sink in sinks:
-        if sink is None or storage_id(sink) != storage_id(first) or sink.storage_offset() != end:
+    for part in parts:
+        if part is None or storage_id(part) != storage_id(first) or part.storage_offset() != end:
             return None
-        end += sink.numel()
-    return first.as_strided((end - first.storage_offset(),), (1,))
+        end += part.numel()
+    return first.detach().as_strided((end - first.storage_offset(),), (1,))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -287,7 +263,7 @@ def _column_dots(left: Tensor, right: Tensor) -> Tensor:
     return left.new_zeros(left.shape[1], dtype=dtype) if total is None else total
 
 
-def _row_norms(weight: Tensor) -> Tensor:
+def row_norms(weight: Tensor) -> Tensor:
     """Norms of the rows of ``[out, in]``, float32, without a float32 copy of the weight."""
     if on_gpu(weight):
         norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
@@ -298,20 +274,16 @@ def _row_norms(weight: Tensor) -> Tensor:
     return torch.cat(list(blocks))
 
 
-def _changed_norms(base: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """``||W + s B A||`` by rows.
-
-    Args:
-        base: ``||W||``.
-        weight: W.
-        a: A.
-        b: B.
-        scaling: s.
-    """
-    cross = (_times(weight, a) * b).sum(1)
+def changed_norms(layer: DoraLayer) -> Tensor:
+    """``||W + s B A||`` of one layer by rows, float32, without the sum."""
+    a, b, lora = layer.lora_A, layer.lora_B, layer.lora
+    assert a is not None
+    assert b is not None
+    assert lora is not None
+    cross = (_times(layer.dense(), a) * b).sum(1)
     own = ((b @ (a @ a.t())) * b).sum(1)
-    squares = base.square().add_(cross, alpha=2 * scaling).add_(own, alpha=scaling**2)
-    return squares.clamp_min_(0.0).sqrt_()
+    squares = layer.base_norms().square().add_(cross, alpha=2 * lora.scaling)
+    return squares.add_(own, alpha=lora.scaling**2).clamp_min_(0.0).sqrt_()
 
 
 def _times(weight: Tensor, a: Tensor) -> Tensor:

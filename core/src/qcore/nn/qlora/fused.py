@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 from ..grad_buffers import as_one_buffer
 from ..kernels.launch import on_gpu
 from ..storage import storage_id
-from .dora import Magnitudes, times
+from .dora import Magnitudes, row_norms, times
 from .fused_factors import WorkingFactors
 from .fused_grads import adapter_gradients
 from .fused_tables import MemberTables
@@ -176,6 +176,18 @@ class Product(Members):
             buffer = self._filled(working, like, kernels, place=False)
         return buffer[: self.out, : self.into]
 
+    def changed_norms(self, buffer: Tensor, working: WorkingFactors) -> Tensor:
+        """Norms of the rows of the weights with LoRA added, float32 ``[N]``.
+
+        Args:
+            buffer: of `buffer` or `weights`, not read again after this unless it `stays`.
+            working: of the same call.
+        """
+        weights = buffer[: self.out, : self.into]
+        if self.stays:
+            return row_norms(torch.addmm(weights, working.b, working.a))
+        return row_norms(weights.addmm_(working.b, working.a))
+
     def _sources(self) -> list[Any]:
         return [member.nf4 or member.weight for member in self.members]
 
@@ -258,7 +270,7 @@ class _Product(torch.autograd.Function):
         flat = _rows(x)
         product.note_forward()
         working = product.working(x, kernels)
-        xa = None
+        xa = buffer = None
         if working is None:
             y = flat @ product.weights(None, x, kernels).t()
         elif product.wide:
@@ -266,11 +278,13 @@ class _Product(torch.autograd.Function):
             both, xa = _thin(kernels, flat, working.a, beside=True)
             y = both @ buffer.t()
         else:
-            weights = product.weights(working, x, kernels)
+            buffer = product.weights(working, x, kernels)
             _, xa = _thin(kernels, flat, working.a, beside=False)
             y = xa @ working.b.t()
-            y.addmm_(flat, weights.t())
-        ctx.factors = product.magnitudes.factors(y)
+            y.addmm_(flat, buffer.t())
+        ctx.factors = product.magnitudes.factors(
+            y, lambda: product.changed_norms(cast(Tensor, buffer), cast(WorkingFactors, working))
+        )
         if ctx.factors is not None:
             y.mul_(ctx.factors.scale)
         ctx.save_for_backward(flat if matrices else None, xa, None if ctx.factors is None else y)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dora import RowNorms, has_dora, scaled
+from .dora import has_dora, row_norms, scaled
 from .fused import Compute, Product, reference
 from .lora_layer import Lora, LoraLayer
 from .nf4 import NF4, Dequantize, dequantize
@@ -32,7 +32,6 @@ class Linear(LoraLayer):
         nf4: the weight, where it is held in 4 bit.
         resident: keep a 16-bit copy of a 4-bit weight too, so that it is not read again.
         product: computes the map on a GPU.
-        norms: norms of its rows, for DoRA.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Linear(LoraLayer):
         self.nf4: NF4 | None = None
         self.resident = False
         self.product = Product((self,), compute)
-        self.norms = RowNorms(self)
+        self._base_norms: Tensor | None = None
 
     def lora_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """``A [r, in]``, ``B [out, r]``."""
@@ -58,7 +57,7 @@ class Linear(LoraLayer):
         """Take the whole weight: its 4-bit scales are one set."""
         if rows != slice(0, self.shape[0]):
             raise ValueError(f"a linear map is held whole, not {rows}")
-        self.norms.forget()
+        self._base_norms = None
         if quantize:
             self.nf4, self.weight = NF4(value, dtype, self.dequantize), None
         else:
@@ -103,9 +102,13 @@ class Linear(LoraLayer):
         else:
             out.copy_(self.dense())
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def base_norms(self) -> Tensor:
         """Norms of the rows of the weight, float32 ``[out]``."""
-        return self.norms.base()
+        if self._base_norms is None:
+            self._base_norms = row_norms(self.dense())
+        return self._base_norms
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""

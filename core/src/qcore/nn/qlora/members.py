@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from .dora import RowNorms
 from .lora_layer import Lora
 from .nf4 import NF4
 
@@ -31,7 +30,6 @@ class Member(Protocol):
         lora_A: ``[r, in]``, or ``None``.
         lora_B: ``[out, r]``, or ``None``.
         lora_magnitude_vector: DoRA's m ``[out]``, or ``None``.
-        norms: norms of its rows, for DoRA.
         resident: whether a 16-bit copy of a 4-bit weight stays in memory.
         accumulates: whether a backward may add to the gradients of `lora_A` and `lora_B` itself.
         training: as ``nn.Module`` has it; decides on dropout.
@@ -44,7 +42,6 @@ class Member(Protocol):
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     lora_magnitude_vector: nn.Parameter | None
-    norms: RowNorms
     resident: bool
     accumulates: bool
     training: bool
@@ -56,6 +53,10 @@ class Member(Protocol):
 
     def dense(self) -> Tensor:
         """The weight ``[out, in]`` in the run's dtype."""
+        ...
+
+    def base_norms(self) -> Tensor:
+        """Norms of the rows of the weight, float32 ``[out]``."""
         ...
 
     def into(self, out: Tensor) -> None:
