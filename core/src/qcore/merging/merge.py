@@ -114,8 +114,7 @@ def merge(
         trust_generation: accept such an adapter if it names a base of another generation.
         generation: accepted only where evidence is missing, never against it.
         prove: compare logits and the files with what training computes.
-        dequantize: write a base in block FP8 in bfloat16, all of it; by default quantized weights
-            are copied.
+        dequantize: write a base in block FP8 in bfloat16, all of it, instead of a copy.
         take_tokenizer: write the tokenizer and template that the adapter brings, not the base's.
         reporter: receives events; silent by default.
 
@@ -133,9 +132,8 @@ def merge(
     target = check_target(output)
     base = identify(model, generation=generation, carry=True)
     check_options(base, dequantize)
-    wanted = adapter if isinstance(adapter, Mapping) else {str(adapter): 1.0}
-    adapters = read_adapters(base, wanted, trust_base=trust_base, trust_generation=trust_generation)
-    read = combined(adapters)
+    trust = {"trust_base": trust_base, "trust_generation": trust_generation}
+    read = combined(adapters := read_adapters(base, adapter, **trust))
     base = _for_adapter(base, read, dequantize)
     earlier = _refuse_twice(base.checkpoint, adapters)
     taken = plan_tokenizer(base, one_of(adapters)) if take_tokenizer else None
@@ -148,7 +146,7 @@ def merge(
         merger.check()
         _check_headers(merger.plan, out.folder)
         proof = _prove(merger, out.folder, reporter) if prove else None
-        parts = prove_parts(adapters, merger.deltas) if prove and len(adapters) > 1 else ()
+        parts = prove_parts(adapters, merger.deltas) if prove and adapters[1:] else ()
         out.meta.update(_meta(merger, adapters, parts, earlier, proof))
     report = _report(merger, target, warnings, proof, parts)
     reporter.emit(Finished(verb="merge", output=target, result=report.as_json()))
