@@ -9,7 +9,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 # Workers take contiguous halves of the files, so that a module's fixtures are made once.
 PARALLEL := -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-all test-gpu test-pages test-versions lint docs dev clean
+.PHONY: demo test test-slow test-all test-gpu test-pages test-versions test-matrix lint docs dev \
+	clean
 
 demo: $(STAMP)  ## train, merge and verify a tiny checkpoint
 	$(BIN)/qcore demo
@@ -35,6 +36,9 @@ test-pages: $(STAMP)  ## the page of `qcore data show --html` in headless Chromi
 
 test-versions:  ## interop tests at the oldest and newest transformers, peft, safetensors, bitsandbytes
 	PYTHON=$(PYTHON) tests/versions/run.sh oldest newest core
+
+test-matrix: $(STAMP)  ## adapters of PEFT 0.18 to 0.21 on five kinds of base: as PEFT merges them
+	tests/versions/matrix.sh 0.18.1 0.19.0 0.19.1 0.20.0
 
 lint: $(STAMP)  ## formatter, linter, types, import contracts
 	$(BIN)/ruff format --check .

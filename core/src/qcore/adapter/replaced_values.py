@@ -48,6 +48,10 @@ class ReplacedValues:
         rows = change.rows
         self._slots = None if rows is None else {row: slot for slot, row in enumerate(rows)}
 
+    def all(self) -> Tensor:
+        """Return all values of trained rows, float32 ``[n, ...]``."""
+        return self._read(slice(0, self._change.values.shape[0])).float()
+
     def over(self, weight: Tensor, region: Region) -> Iterator[tuple[Tensor, Tensor]]:
         """Compute the new values of a region, some rows at a time.
 

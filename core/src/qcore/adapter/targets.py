@@ -218,7 +218,7 @@ def coverage(model: Model, layout: Layout) -> list[Coverage]:
         and item.tied is None
         and item.tensor.name not in layout.ties
     ]
-    lines = []
+    lines, rows = [], _trained_rows(model)
     for group in dict.fromkeys(entry.row.group for entry in entries):
         of_group = [entry for entry in entries if entry.row.group == group]
         layers = {entry.name: model.lora_layers.get(entry.name) for entry in of_group}
@@ -234,7 +234,8 @@ def coverage(model: Model, layout: Layout) -> list[Coverage]:
                 modules=len(of_group),
                 hit=len(with_lora),
                 parameters=numel,
-                trained=sum(p.numel() for m in with_lora for p in m.factors),
+                trained=sum(p.numel() for m in with_lora for p in m.factors)
+                + sum(rows.get(name, 0) for name in layers),
                 four_bit=sum(
                     entry.numel
                     for entry in of_group
@@ -245,3 +246,12 @@ def coverage(model: Model, layout: Layout) -> list[Coverage]:
             )
         )
     return lines
+
+
+def _trained_rows(model: Model) -> dict[str, int]:
+    """Parameters of trained rows, by canonical name of the embedding or the head."""
+    trained = model.trained_rows
+    if trained is None:
+        return {}
+    parts = ((model.embed_name, trained.embed), (model.head_name, trained.head))
+    return {name: part.trainable_tokens_delta.numel() for name, part in parts if part is not None}

@@ -91,6 +91,7 @@ def peft_config(
     revision: str | None,
     namespace: Namespace,
     classes: Sequence[str] = (),
+    token_ids: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``adapter_config.json``, as PEFT 0.21 reads it.
 
@@ -108,6 +109,7 @@ def peft_config(
         revision: commit of the base on the hub; ``None`` for a folder.
         namespace: the class that the adapter is written for.
         classes: ``architectures`` of config.json.
+        token_ids: rows that the adapter replaces, by canonical name of the embedding or the head.
     """
     tensors = [layout.table[name] for name in chosen]
     modules = [tensor for tensor in tensors if tensor.row.kind is Kind.LINEAR]
@@ -130,12 +132,29 @@ def peft_config(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
+        **_token_rows(layout, namespace, token_ids or {}),
         "rank_pattern": _pattern(tensors, namespace, ranks, r),
         "alpha_pattern": _pattern(tensors, namespace, alphas, lora_alpha),
         "target_modules": sorted(target_name(tensor, namespace) for tensor in modules),
         "target_parameters": sorted(target_name(tensor, namespace) for tensor in parameters)
         or None,
     }
+
+
+def _token_rows(
+    layout: Layout, namespace: Namespace, token_ids: Mapping[str, Sequence[int]]
+) -> dict[str, Any]:
+    """Return ``trainable_token_indices``: a list means the embedding, and a head tied to it."""
+    ids = {name: list(rows) for name, rows in token_ids.items() if rows}
+    if not ids:
+        return {}
+    if [layout.table[name].row.group for name in ids] == ["embed"]:
+        return {"trainable_token_indices": next(iter(ids.values()))}
+    modules = {
+        target_name(layout.table[name], namespace).removesuffix(".weight").rpartition(".")[2]: rows
+        for name, rows in ids.items()
+    }
+    return {"trainable_token_indices": modules}
 
 
 def _auto_class(namespace: Namespace, classes: Sequence[str]) -> dict[str, Any]:

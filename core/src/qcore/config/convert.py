@@ -64,7 +64,8 @@ def convert(spec: Spec, node: Node, origin: Origin) -> Value:
     if spec.type is tuple:
         if not isinstance(node, SequenceNode):
             raise _mismatch(spec, node, origin)
-        return check(spec, tuple(_name(spec, item, origin) for item in node.items), origin)
+        item_of = _name if spec.items is str else _whole_number
+        return check(spec, tuple(item_of(spec, item, origin) for item in node.items), origin)
     if spec.each is not None:
         if not isinstance(node, MappingNode):
             raise _mismatch(spec, node, origin)
@@ -154,6 +155,12 @@ def _name(spec: Spec, node: Node, origin: Origin) -> str:
     if not isinstance(node, ScalarNode) or (not node.quoted and node.text.lower() in _NULL):
         raise _mismatch(spec, node, origin)
     return node.text
+
+
+def _whole_number(spec: Spec, node: Node, origin: Origin) -> int:
+    if not isinstance(node, ScalarNode) or node.quoted or not _INT.fullmatch(node.text):
+        raise _mismatch(spec, node, origin)
+    return int(node.text[:20])
 
 
 def _mismatch(spec: Spec, node: Node, origin: Origin, *, fix: str | None = None) -> UsageError:

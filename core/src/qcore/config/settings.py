@@ -109,6 +109,16 @@ class Settings:
     target_groups: tuple[str, ...] = _s(
         (), "LoRA groups to train; empty: the default groups of the architecture"
     )
+    trainable_token_indices: tuple[int, ...] = _s(
+        (),
+        "ids of tokens whose rows of the embedding are trained, also in a head that is tied to it",
+        items=int, low=0, high=2**31 - 1,
+    )  # fmt: skip
+    trainable_head_token_indices: tuple[int, ...] = _s(
+        (),
+        "the same for a head that is not tied to the embedding",
+        items=int, low=0, high=2**31 - 1,
+    )  # fmt: skip
     seed: int = _s(42, "seed for initialization, row order and dropout", low=0, high=2**32 - 1)
     dtype: str = _s(
         "bf16",

@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import UsageError, nearest
 from .frozen_map import Entries, Plain
 
-Value = int | float | bool | str | tuple[str, ...] | Entries[Any]
+Value = int | float | bool | str | tuple[str, ...] | tuple[int, ...] | Entries[Any]
 _Type = type  # `Spec` has a field of that name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -55,6 +55,7 @@ class Spec:
         refused: words that are refused with a reason, in lower case.
         each: for `Entries`: type of every value, to which the limits above apply; ``object``
             allows true, false, a number or a text.
+        items: for ``tuple``: ``str``, or ``int``, to which the limits above apply.
         key: for `Entries`: what its keys name, ``group``, ``module``, ``variable`` or ``op``.
     """
 
@@ -70,6 +71,7 @@ class Spec:
     choices: tuple[str, ...] = ()
     refused: RefusedWords | None = None
     each: _Type | None = None
+    items: _Type = str
     key: str = ""
 
     @property
@@ -83,6 +85,8 @@ class Spec:
         """Type and range in words: ``a whole number from 1 to 1024``."""
         if self.each is not None:
             return f"a mapping of {self.key} to {self.entry.expected}"
+        if self.type is tuple and self.items is int:
+            return f"a list of whole numbers from {self.low:g} to {self.high:.10g}"
         if self.choices and self.type is tuple:
             return f"a list of {', '.join(self.choices)}"
         if self.choices:
@@ -109,9 +113,11 @@ class Spec:
             return f"write --set {self.name}.NAME=VALUE, or a mapping in the file"
         if self.choices or self.type in (bool, object):
             return f"write {self.expected}"
+        if self.type is tuple and self.items is int:
+            return "write numbers with commas, such as 1,2"
         if self.type is tuple:
             names = self.default if isinstance(self.default, tuple) else ()
-            return f"write names with commas, such as {','.join(names) or 'a,b'}"
+            return f"write names with commas, such as {','.join(map(str, names)) or 'a,b'}"
         if self.type is str:
             example = f", such as {self.default}" if self.default else ""
             return f"write a name of letters, digits, _ . - /{example}"
@@ -152,7 +158,8 @@ def check(spec: Spec, value: object, origin: Origin) -> Value:
         UsageError: ``QC-CONFIG-002`` to ``-005``.
     """
     if spec.type is tuple and isinstance(value, list | tuple):
-        return _names(spec, tuple(value), origin)
+        checked = _names if spec.items is str else _numbers
+        return checked(spec, tuple(value), origin)
     if spec.type is Entries and isinstance(value, Mapping):
         return _entries(spec, value, origin)
     if spec.type is float and type(value) is int and abs(value) < 1 << 53:
@@ -216,6 +223,22 @@ def _names(spec: Spec, values: tuple[Any, ...], origin: Origin) -> tuple[str, ..
             )
         if spec.choices:
             _checked_word(spec, value, origin)
+    if len(set(values)) != len(values):
+        twice = next(v for v in values if values.count(v) > 1)
+        raise origin.error("QC-CONFIG-005", "contains a duplicate", found=twice, fix="name it once")
+    return values
+
+
+def _numbers(spec: Spec, values: tuple[Any, ...], origin: Origin) -> tuple[int, ...]:
+    for value in values:
+        if type(value) is not int or not _in_range(spec, value):
+            raise origin.error(
+                "QC-CONFIG-002",
+                "contains an invalid entry",
+                found=repr(value)[:40],
+                expected=spec.expected,
+                fix=spec.advice,
+            )
     if len(set(values)) != len(values):
         twice = next(v for v in values if values.count(v) > 1)
         raise origin.error("QC-CONFIG-005", "contains a duplicate", found=twice, fix="name it once")

@@ -29,9 +29,14 @@ def cross_entropy_sum(
         targets: ``[S]`` int64 in ``[0, V)``.
         chunk: rows whose logits exist at a time; by default as many as `CHUNK_BYTES` hold.
     """
-    chunk = chunk or max(16, CHUNK_BYTES // ((4 + head.element_size()) * len(head)))
+    chunk = chunk or chunk_rows(head)
     loss: Tensor = _CrossEntropy.apply(hidden, head, targets, chunk)  # type: ignore[no-untyped-call]
     return loss
+
+
+def chunk_rows(head: Tensor) -> int:
+    """The rows whose logits `CHUNK_BYTES` hold, for a head ``[V, H]``."""
+    return max(16, CHUNK_BYTES // ((4 + head.element_size()) * len(head)))
 
 
 class _CrossEntropy(torch.autograd.Function):

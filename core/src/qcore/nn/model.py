@@ -26,12 +26,14 @@ from .kernels.registry import Used
 from .layer_errors import GuardedTower, GuardedTrunk, LayerGuard
 from .loss import cross_entropy_sum
 from .moe.experts import Experts, grouped
+from .mounting import mount, prove_total
 from .qlora.fused import reference
 from .qlora.linear import Linear
 from .qlora.lora_layer import Lora, LoraLayer
 from .qlora.nf4 import dequantize
 from .qlora.stacked_linear import Stacked
 from .recompute import run_layers
+from .token_rows import TrainedRows, cross_entropy_sum_of_rows
 
 Numbers = Mapping[str, Lora]  #: LoRA's numbers by canonical name of the weight
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -147,9 +149,13 @@ class Model(nn.Module):
             this run loads none.
         lora_layers: the maps that the context created, by canonical name of the weight.
         head_name: canonical name of the tensor that scores the vocabulary.
+        embed_name: canonical name of the embedding of tokens.
+        trained_rows: rows of both that are trained; ``None`` if there are none.
 
     Args (beside the first ones):
         modality: its tower is built if the layout loads its part.
+        token_ids: rows of the embedding that are trained (`token_rows`).
+        head_token_ids: the same of a head that is not tied to it.
     """
 
     trunk: GuardedTrunk
@@ -165,12 +171,14 @@ class Model(nn.Module):
         backends: Backends | None = None,
         *,
         modality: Modality | None = None,
+        token_ids: Sequence[int] = (),
+        head_token_ids: Sequence[int] = (),
     ) -> None:
         super().__init__()
         backends = backends or References()
         context = Context(architecture.root, config, layout, dtype, lora, backends)
         trunk = architecture.build(context)
-        _mount(self, architecture.root, cast(nn.Module, trunk))
+        mount(self, architecture.root, cast(nn.Module, trunk))
         self.dtype = dtype
         self.lora_layers = context.lora_layers
         self.dropout = any(numbers.lora_dropout > 0 for numbers in lora.values())
@@ -187,19 +195,26 @@ class Model(nn.Module):
                 fix="report this to the plugin's author",
             )
         self.head_name = head.row.tie or head.name
+        self.embed_name = next(
+            (e.name for e in layout.table if e.part is head.part and e.row.group == "embed"), ""
+        )
+        self.trained_rows: TrainedRows | None = None
+        if token_ids or head_token_ids:
+            tied = self.head_name == self.embed_name
+            self.trained_rows = TrainedRows(token_ids, head_token_ids, head.shape[1], tied=tied)
         if head.row.tie is None:
             context.used.add(head.name)
             holder = nn.Module()
             meta = torch.empty(head.shape, device="meta")
             holder.register_parameter("weight", nn.Parameter(meta, requires_grad=False))
-            _mount(self, head.name.removesuffix(".weight"), holder)
+            mount(self, head.name.removesuffix(".weight"), holder)
         guarded: GuardedTower | None = None
         if modality is not None and layout.loads(layout.table.part(modality.name)):
             tower = modality.build(context.below(modality.root))
-            _mount(self, modality.root, cast(nn.Module, tower))
+            mount(self, modality.root, cast(nn.Module, tower))
             guarded = GuardedTower(tower, owner_of(modality.build), modality.root)
         object.__setattr__(self, "tower", guarded)  # as the trunk
-        _prove_total(layout, context.used | {head.name})
+        prove_total(layout, context.used | {head.name})
         self._unnamed = LayerGuard(owner, architecture.name)
         self._guards = self._layer_guards(architecture, modality)
 
@@ -238,7 +253,9 @@ class Model(nn.Module):
     def trains_trunk(self) -> bool:
         """Whether a map outside the tower carries LoRA."""
         of_tower = set(self._of_tower())
-        return any(module not in of_tower for _, module in self.adapters())
+        return self.trained_rows is not None or any(
+            module not in of_tower for _, module in self.adapters()
+        )
 
     def _of_tower(self) -> Iterable[nn.Module]:
         return () if self.tower is None else self.tower.module.modules()
@@ -253,6 +270,10 @@ class Model(nn.Module):
         for name, module in self.lora_layers.items():
             if module.lora is not None:
                 yield name, module
+
+    def beside_adapters(self) -> list[nn.Parameter]:
+        """Trained parameters that belong to no map."""
+        return [] if self.trained_rows is None else list(self.trained_rows.parameters())
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of each trained parameter, in a fixed order."""
@@ -288,7 +309,11 @@ class Model(nn.Module):
             batch: the pack.
             recompute: as in `media`.
         """
+        if self.trained_rows is not None:
+            self.trained_rows.write(self.get_parameter(self.embed_name), self.head)
         x = self.trunk.embed(batch)
+        if self.trained_rows is not None:
+            x = self.trained_rows.attach(x, batch.ids)
         if batch.media is None:
             return x
         embeddings = self.media(batch.media, recompute=recompute).to(x.dtype)
@@ -329,7 +354,20 @@ class Model(nn.Module):
         where = batch.supervised()
         hidden = self.hidden(batch, recompute=recompute).index_select(0, where)
         wanted = batch.targets.index_select(0, where)
-        return self._cross_entropy(hidden, self.head, wanted, chunk or None)
+        return self.token_loss(hidden, wanted, chunk)
+
+    def token_loss(self, hidden: Tensor, targets: Tensor, chunk: int = 0) -> Tensor:
+        """Sum of the cross entropy over positions.
+
+        Args:
+            hidden: what the head reads of them, ``[S, H]``.
+            targets: ``[S]``.
+            chunk: as in `loss`.
+        """
+        rows = None if self.trained_rows is None else self.trained_rows.of_logits
+        if rows is not None:
+            return cross_entropy_sum_of_rows(hidden, self.head, targets, rows, chunk or None)
+        return self._cross_entropy(hidden, self.head, targets, chunk or None)
 
     def logits(self, batch: Packed) -> Tensor:
         """All logits ``[T, V]``; for generation and for tests, never in training."""
@@ -346,26 +384,3 @@ def ops_of(
     asked = References()
     Model(architecture, config, layout, torch.bfloat16, {}, asked, modality=modality)
     return Used(ops=frozenset(asked.ops), config=config)
-
-
-def _mount(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at a dotted path below `root`, through plain containers."""
-    *parents, leaf = path.split(".")
-    for name in parents:
-        child = root._modules.get(name)
-        if child is None:
-            child = nn.Module()
-            root.add_module(name, child)
-        root = child
-    root.add_module(leaf, module)
-
-
-def _prove_total(layout: Layout, known: set[str]) -> None:
-    for entry in layout.table:
-        if layout.loads(entry.part) and entry.name not in known:
-            raise PluginError(
-                "QC-MODEL-002",
-                "is a row of the table that the blocks do not use",
-                field=entry.name,
-                fix="report this to the plugin's author",
-            )

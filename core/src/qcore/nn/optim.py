@@ -32,6 +32,7 @@ class FlatAdamW(torch.optim.Optimizer):
         adapters: the maps whose ``lora_A``, ``lora_B`` and magnitudes are trained; these are moved
             into the vector, and the maps add gradients there themselves. All A, then all B, then
             all magnitudes: maps of one input that follow each other get theirs from one product.
+        others: further parameters, whose gradients autograd adds there.
         lr: learning rate; set ``param_groups[0]["lr"]`` to change it.
         weight_decay: decoupled weight decay.
 
@@ -39,12 +40,16 @@ class FlatAdamW(torch.optim.Optimizer):
         flat: the vector, whose ``.grad`` holds all gradients.
     """
 
-    def __init__(self, adapters: Iterable[LoraLayer], *, lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, adapters: Iterable[LoraLayer], others: Iterable[nn.Parameter] = (), *,
+        lr: float, weight_decay: float,
+    ) -> None:  # fmt: skip
         modules = list(adapters)
         parameters = [module.lora_A for module in modules if module.lora_A is not None]
         parameters += [module.lora_B for module in modules if module.lora_B is not None]
         magnitudes = (module.lora_magnitude_vector for module in modules)
         parameters += [magnitude for magnitude in magnitudes if magnitude is not None]
+        parameters += others
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "fused": True})
         starts, size = _places(parameters)
         values = torch.zeros(size, device=parameters[0].device)

@@ -145,7 +145,7 @@ class Measure:
             with self._running() as trace:
                 before = trace.live
                 trace.mark()
-                x = self.model.trunk.embed(batch)
+                x = self.model.embed(batch)
                 self._segments[key] = Segment(
                     kept=trace.live - before, forward=trace.peak - before, backward=0,
                     forward_work=tuple(trace.work), backward_work=(),
@@ -246,8 +246,7 @@ class Measure:
             # The same as `Model.loss` after the layers.
             hidden = model.trunk.final(x.pop()).index_select(0, where)
             labels = targets.index_select(0, where)
-            loss = model._cross_entropy(hidden, model.head, labels, chunk or None)
-            return loss / len(where)
+            return model.token_loss(hidden, labels, chunk) / len(where)
 
         return self._both(run, lengths)
 
@@ -272,7 +271,7 @@ class Measure:
             where = batch.supervised()
             hidden, labels = model.trunk.final(x).index_select(0, where), batch.targets
             del x
-            model._cross_entropy(hidden, model.head, labels.index_select(0, where), chunk or None)
+            model.token_loss(hidden, labels.index_select(0, where), chunk)
             return trace.peak - before
 
     def _both(self, run: Callable[[list[Tensor]], Tensor], lengths: Lengths) -> Segment:

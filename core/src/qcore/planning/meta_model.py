@@ -30,6 +30,7 @@ from ..nn.optim import FlatAdamW
 from ..nn.qlora.linear import Linear
 from ..nn.qlora.lora_layer import LoraLayer
 from ..nn.qlora.nf4 import BLOCK, BLOCK2, NF4, NF4Stack, _functional
+from ..nn.token_rows import TokenRows
 from ..plugins.resolve_model import Identified
 
 META = torch.device("meta")
@@ -143,6 +144,8 @@ def meta_model(
     *,
     quantize: bool,
     device: str,
+    token_ids: Sequence[int] = (),
+    head_token_ids: Sequence[int] = (),
 ) -> tuple[Model, object]:
     """Build the model on the meta device, with weights, gradients and optimizer state.
 
@@ -153,6 +156,8 @@ def meta_model(
         backends: the kernel backends.
         quantize: whether weights that can be are stored in 4 bits.
         device: ``cuda`` or ``cpu``; decides which optimizer state the run would have.
+        token_ids: rows of the embedding that are trained.
+        head_token_ids: rows of the head that are trained.
 
     Returns:
         The model and its optimizer state.
@@ -166,6 +171,8 @@ def meta_model(
         lora,
         backends,
         modality=identified.modality,
+        token_ids=token_ids,
+        head_token_ids=head_token_ids,
     )
     modules = dict(model.named_modules())
     for item in layout.located.values():
@@ -177,9 +184,12 @@ def meta_model(
         assert module.lora is not None
         values = [torch.empty(factor.shape, device=META) for factor in module.factors]
         module.set_lora(*values, trained=True)
+    for rows in [] if model.trained_rows is None else model.trained_rows.children():
+        assert isinstance(rows, TokenRows)
+        rows.reset(torch.empty(rows.trainable_tokens_delta.shape, device=META))
     model.train()
     if device == "cuda":
-        return model, FlatAdamW(adapters, lr=0.0, weight_decay=0.0)
+        return model, FlatAdamW(adapters, model.beside_adapters(), lr=0.0, weight_decay=0.0)
     moments = []
     for _, parameter in model.trainable():
         parameter.grad, *pair = (torch.empty(parameter.shape, device=META) for _ in range(3))

@@ -391,4 +391,6 @@ def _make(
     return meta_model(
         identified, DTYPES[settings.dtype], lora, taken.wrapped(trace.named),
         quantize=settings.quantization == "nf4", device=device,
+        token_ids=settings.trainable_token_indices,
+        head_token_ids=settings.trainable_head_token_indices,
     )  # fmt: skip

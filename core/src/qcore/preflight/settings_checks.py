@@ -4,8 +4,9 @@ This file decides which settings are checked against config, headers and templat
 read: the class of the adapter, the router loss, groups in 4 bit, template variables.
 `qcore.adapter.targets` checks the LoRA groups.
 
-Codes: ``QC-LORA-004`` a group that cannot be stored in 4 bit, ``QC-TRAIN-007`` no router; those of
-`qcore.adapter.peft_names` and `qcore.data.rendering.template_kwargs`.
+Codes: ``QC-LORA-004`` a group that cannot be stored in 4 bit, ``-006`` a token without a row,
+``QC-TRAIN-007`` no router; those of `qcore.adapter.peft_names` and
+`qcore.data.rendering.template_kwargs`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..adapter.peft_names import trunk_part
 from ..adapter.written_config import choose_class
 from ..api.parameters import Kind, Store
 from ..data.rendering.template_kwargs import SETTING, check_variables
@@ -27,7 +29,7 @@ def unsuitable(found: Identified, settings: Mapping[str, Any]) -> Iterator[Qcore
         found: the model.
         settings: the run's settings by name; absent ones are not checked.
     """
-    for judge in (_adapter_class, _router, _quantized, _variables):
+    for judge in (_adapter_class, _router, _quantized, _tokens, _variables):
         try:
             judge(found, settings)
         except QcoreError as error:
@@ -81,6 +83,32 @@ def _quantized(found: Identified, settings: Mapping[str, Any]) -> None:
                 found=group,
                 expected="quantization=nf4" if off else " or ".join(known) or "no group",
                 fix="remove it",
+            )
+
+
+def _tokens(found: Identified, settings: Mapping[str, Any]) -> None:
+    """Check that each token whose row is trained has a row of its own in the embedding or head."""
+    table = found.layout.table
+    trunk = trunk_part(table)
+    for group, field in (
+        ("embed", "trainable_token_indices"), ("head", "trainable_head_token_indices"),
+    ):  # fmt: skip
+        ids = settings.get(field, ())
+        weight = next((e for e in table if e.part is trunk and e.row.group == group), None)
+        tied = weight is not None and weight.row.tie is not None
+        rows = 0 if weight is None or tied else weight.shape[0]
+        if beyond := [token for token in ids if token >= rows]:
+            raise UsageError(
+                "QC-LORA-006",
+                "names rows of a head that is tied to the embedding"
+                if tied
+                else "names a token that has no row in this base",
+                field=field,
+                found=beyond[0],
+                expected="an empty list" if tied else f"ids below {rows}",
+                fix="name the tokens in trainable_token_indices, which trains both"
+                if tied
+                else "leave the token out, or resize the embedding with transformers first",
             )
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..adapter.model_card import Card, model_card
 from ..adapter.peft_config import DESCRIPTIVE
-from ..adapter.peft_names import CONFIG, LAYOUT, WEIGHTS, stems
+from ..adapter.peft_names import CONFIG, LAYOUT, WEIGHTS, stems, target_name
 from ..adapter.written_config import peft_config
 from ..api.parameters import Namespace
 from ..checkpoint.fingerprint import fingerprints
@@ -313,6 +313,10 @@ class RunFiles:
             own = name.removesuffix(".weight")
             names |= {f"{own}.lora_{side}": f"{stem}.lora_{side}.weight" for side in "AB"}
             names[f"{own}.lora_magnitude_vector"] = f"{stem}.lora_magnitude_vector"
+        for part, name in (("embed", self.model.embed_name), ("head", self.model.head_name)):
+            module = target_name(table[name], self.namespace).removesuffix(".weight")
+            peft = f"base_model.model.{module}.token_adapter.trainable_tokens_delta"
+            names[f"trained_rows.{part}.trainable_tokens_delta"] = peft
         return names
 
     def _base(self) -> tuple[str, str | None]:
@@ -357,6 +361,12 @@ class RunFiles:
             base=source,
             revision=revision,
             namespace=self.namespace,
+            token_ids={
+                self.model.embed_name: settings.trainable_token_indices,
+                self.model.head_name: settings.trainable_head_token_indices,
+            }
+            if settings.trainable_head_token_indices
+            else {self.model.embed_name: settings.trainable_token_indices},
             classes=classes_of(base.checkpoint.config),
         )
         out.write_json(CONFIG, config, editable=DESCRIPTIVE)

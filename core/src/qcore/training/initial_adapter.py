@@ -25,14 +25,16 @@ from ..adapter.base_check import refuse_parts
 from ..adapter.delta import Deltas
 from ..adapter.evidence import brings_template, evidence_lines, read_for
 from ..adapter.peft_names import CONFIG, Adapter
+from ..adapter.replaced_values import ReplacedValues
 from ..adapter.weight_files import weights_digest
 from ..config.settings import SPECS, Settings
 from ..data.rendering.template_kwargs import recorded_template, recorded_variables
 from ..errors import InputError, UsageError
 from ..io.atomic import reading
 from ..nn.model import Model
+from ..nn.token_rows import TokenRows
 from ..plugins.resolve_model import Identified
-from .initial_settings import adapter_settings
+from .initial_settings import adapter_settings, trained_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +182,10 @@ class InitialAdapter:
             copies = (factor.to(device, copy=True) for factor in factors if factor is not None)
             module.set_lora(*copies, trained=True)
             start[name] = b
+        for group, change in trained_rows(self.adapter).items():
+            rows = model.trained_rows and model.trained_rows.get_submodule(group)
+            assert isinstance(rows, TokenRows)
+            rows.reset(ReplacedValues(self.adapter.path, change).all().to(device))
         return start
 
     def _other_coverage(self, name: str, found: str) -> InputError:
@@ -243,7 +249,7 @@ def start_from(
     for key in SPECS:
         now = getattr(chosen, key)
         if now != getattr(settings, key):
-            shown = ",".join(now) if isinstance(now, tuple) else now
+            shown = ",".join(map(str, now)) if isinstance(now, tuple) else now
             lines.append(f"{key} = {shown} (from the initial adapter)")
     return initial, chosen, [*lines, *_differences(initial, model, chosen)]
 

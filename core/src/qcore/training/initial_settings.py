@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from ..adapter.changes import Pair
+from ..adapter.changes import Pair, Replacement
 from ..adapter.peft_names import CONFIG, Adapter, target_name
 from ..api.parameters import Aim
 from ..checkpoint.checkpoint import read_json
@@ -53,7 +53,7 @@ def adapter_settings(
             settings do not allow.
         UsageError: ``QC-TRAIN-011`` an explicit setting contradicts the adapter.
     """
-    dora = _check_fit(adapter)
+    dora, rows = _check_fit(adapter)
     rslora = read_json(adapter.path / CONFIG).get("use_rslora") is True
     numbers = _numbers(adapter, layout, rslora=rslora)
     groups = {name: _usual(list(of_group.values())) for name, of_group in numbers.items()}
@@ -77,6 +77,8 @@ def adapter_settings(
             ),
             use_rslora=rslora,
             use_dora=dora,
+            trainable_token_indices=rows.get("embed", ()),
+            trainable_head_token_indices=rows.get("head", ()),
             rank_pattern=Entries(_pattern(adapter, numbers, groups, lambda own: own.r)),
             alpha_pattern=Entries(_pattern(adapter, numbers, groups, lambda own: own.alpha)),
             adapter_class=_class(adapter, settings, explicit),
@@ -97,18 +99,35 @@ def adapter_settings(
     return chosen
 
 
-def _check_fit(adapter: Adapter) -> bool:
-    """Refuse an adapter that is more than LoRA or DoRA; return whether it has DoRA."""
+def _check_fit(adapter: Adapter) -> tuple[bool, Mapping[str, tuple[int, ...]]]:
+    """Refuse an adapter with changes that are not trained.
+
+    Returns:
+        Whether it has DoRA, and the rows that it replaces, by group (embedding or head).
+    """
     dora = {name for name, pair in adapter.pairs.items() if pair.has_magnitude}
-    if unfit := adapter.folded - dora:
+    rows = trained_rows(adapter)
+    known = dora | {change.tensor.name for change in rows.values()}
+    if (unfit := adapter.folded - known) or not adapter.pairs:
         raise _unfit(
             adapter,
-            "has changes that training cannot continue",
-            field=min(unfit),
+            "has changes that training cannot continue" if unfit else "has no LoRA",
+            field=min(unfit, default=None),
             found=f"saved values or LoRA at {len(unfit)} heads, embeddings or other weights",
-            expected="LoRA or DoRA on linear layers",
+            expected="LoRA or DoRA on linear layers, and rows of embedding and head",
         )
-    return bool(dora)
+    return bool(dora), {group: change.rows or () for group, change in rows.items()}
+
+
+def trained_rows(adapter: Adapter) -> dict[str, Replacement]:
+    """The rows of the embedding and of the head that an adapter replaces, by group."""
+    return {
+        change.tensor.row.group: change
+        for change in adapter.changes.values()
+        if isinstance(change, Replacement)
+        and change.tensor.row.group in ("embed", "head")
+        and change.rows
+    }
 
 
 def _class(adapter: Adapter, settings: Settings, explicit: Collection[str]) -> str:
@@ -228,7 +247,10 @@ def _check_kind(
     adapter: Adapter, settings: Settings, explicit: Collection[str], chosen: Settings
 ) -> None:
     """Compare explicit settings of the kind of LoRA, and patterns, with the adapter's."""
-    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+    for key in (
+        "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "trainable_token_indices",
+        "trainable_head_token_indices",
+    ):  # fmt: skip
         if key in explicit and getattr(settings, key) != getattr(chosen, key):
             shown = (str(getattr(each, key)).lower() for each in (settings, chosen))
             raise _contradicts(adapter, key, *shown)

@@ -10,18 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor
 
 from ..adapter.targets import Coverage, coverage, lora_targets
 from ..adapter.written_config import choose_class
+from ..api.blocks import Packed
 from ..api.parameters import Namespace, Store
 from ..checkpoint.fingerprint import fingerprints
-from ..errors import Interrupted, NumericError
+from ..errors import Interrupted, NumericError, PluginError
 from ..io.stop_signals import StopSignals
 from ..nn.device import DTYPES
 from ..nn.load import load
 from ..nn.model import Model
 from ..nn.qlora.lora_layer import Lora, LoraLayer
+from ..nn.token_rows import TrainedRows
 from ..plugins.resolve_model import Identified, classes_of
 from ..reporting import Advance
 from .checkpoints import RunFiles
@@ -59,6 +62,8 @@ def load_base(run: Run, stop: StopSignals) -> Loaded:
     model = Model(
         run.model.decision.architecture, run.model.checkpoint.config, run.model.layout,
         DTYPES[run.settings.dtype], chosen, run.kernels, modality=run.model.modality,
+        token_ids=run.settings.trainable_token_indices,
+        head_token_ids=run.settings.trainable_head_token_indices,
     )  # fmt: skip
     digests = _stream(run, model, stop)
     start = _start(run, model, digests)
@@ -78,6 +83,8 @@ def load_base(run: Run, stop: StopSignals) -> Loaded:
 
 def _start(run: Run, model: Model, digests: Mapping[str, str]) -> Mapping[str, Tensor] | None:
     """Set the matrices that the run starts with; returns B of the initial adapter."""
+    if model.trained_rows is not None:
+        _start_rows(model, model.trained_rows)
     if run.initial is None:
         for name, module in model.adapters():
             module.reset_lora(name, run.settings.seed, run.device)
@@ -86,6 +93,31 @@ def _start(run: Run, model: Model, digests: Mapping[str, str]) -> Mapping[str, T
         return None
     run.initial.check_base(run.model, fingerprints(run.model.layout, digests))
     return run.initial.load_into(model, run.device)
+
+
+@torch.no_grad()
+def _start_rows(model: Model, trained: TrainedRows) -> None:
+    """Start the trained rows of embedding and head from the base's.
+
+    Raises:
+        PluginError: ``QC-MODEL-005`` what the trunk reads of a token is not its row.
+    """
+    for rows, name in ((trained.embed, model.embed_name), (trained.head, model.head_name)):
+        if rows is not None:
+            weight = model.get_parameter(name)
+            rows.reset(weight.index_select(0, rows.index(weight)))
+    if trained.embed is None:
+        return
+    embedding = model.get_parameter(model.embed_name)
+    ids = trained.embed.index(embedding)
+    read = model.trunk.embed(Packed.of([ids]))
+    if not torch.equal(read, embedding.index_select(0, ids).to(model.dtype)):
+        raise PluginError(
+            "QC-MODEL-005",
+            "is not what the trunk reads of a token, so that its rows cannot be trained",
+            field=model.embed_name,
+            fix="set trainable_token_indices to an empty list",
+        )
 
 
 def _check_magnitude(name: str, module: LoraLayer) -> None:

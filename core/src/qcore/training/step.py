@@ -76,7 +76,8 @@ class Loop:
         self.optimizer: torch.optim.Optimizer
         if device.type == "cuda":
             adapters = [module for _, module in model.adapters()]
-            self.optimizer = FlatAdamW(adapters, lr=rate, weight_decay=decay)
+            others = model.beside_adapters()
+            self.optimizer = FlatAdamW(adapters, others, lr=rate, weight_decay=decay)
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=decay)
 

@@ -36,11 +36,11 @@ def adapter_gradients(
     sinks = sinks_of(adapters)
     together = neighbours([a for a, _ in sinks])
     if together is not None:
-        _add_product(together, dyb[:, : len(together)].t(), x, 1.0, fresh=False)
+        add_product(together, dyb[:, : len(together)].t(), x, 1.0, fresh=False)
         da = None
     else:
         da = dy.new_empty(adapters[-1].ranks.stop, x.shape[1], dtype=torch.float32)
-        _add_product(da, dyb[:, : len(da)].t(), x, 1.0, fresh=True)
+        add_product(da, dyb[:, : len(da)].t(), x, 1.0, fresh=True)
     out: list[Tensor | None] = []
     for factors, (a, b) in zip(adapters, sinks, strict=True):
         if da is None:
@@ -52,11 +52,11 @@ def adapter_gradients(
             out.append(da[factors.ranks].to(factors.a.dtype))
         left, right = dy[:, factors.rows].t(), xa[:, factors.ranks]
         if b is not None:
-            _add_product(b, left, right, factors.scaling, fresh=False)
+            add_product(b, left, right, factors.scaling, fresh=False)
             out.append(None)
         else:
             db = torch.empty_like(factors.b, dtype=torch.float32)
-            _add_product(db, left, right, factors.scaling, fresh=True)
+            add_product(db, left, right, factors.scaling, fresh=True)
             out.append(db.to(factors.b.dtype))
     return out
 
@@ -76,7 +76,7 @@ def neighbours(grads: Sequence[Tensor | None]) -> Tensor | None:
     return first.as_strided((sum(map(len, there)), first.shape[1]), first.stride())
 
 
-def _add_product(to: Tensor, left: Tensor, right: Tensor, by: float, *, fresh: bool) -> None:
+def add_product(to: Tensor, left: Tensor, right: Tensor, by: float, *, fresh: bool) -> None:
     """``to = by left @ right``, or ``to +=``; `to` is float32, sums are not rounded before it."""
     beta = 0.0 if fresh else 1.0
     if left.is_meta and on_gpu(left):
