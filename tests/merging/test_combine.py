@@ -123,6 +123,12 @@ def test_a_rank_that_suffices_is_exact(home: Path, tmp_path: Path) -> None:
     assert_same(ours(home / "base", tmp_path / "out"), theirs, 1e-5)
 
 
+def test_adapters_that_cancel_each_other(home: Path, tmp_path: Path) -> None:
+    """The sum is zero up to rounding, which is compared with the matrices and not with the sum."""
+    combine({str(home / "a"): 1.0, str(home / "a") + "/": -1.0}, tmp_path / "out")
+    assert all(float(d.abs().max()) <= 1e-6 for d in ours(home / "base", tmp_path / "out").values())
+
+
 def test_pefts_linear_is_another_sum(home: Path, tmp_path: Path) -> None:
     """PEFT's linear adds A and B separately: equal for one adapter, not for several."""
     combine({str(home / "a"): 0.5}, tmp_path / "one")

@@ -22,9 +22,12 @@ from torch import Tensor
 from qcore.adapter.delta import Deltas
 from qcore.adapter.evidence import read_for
 from qcore.adapter.open import open_adapter
+from qcore.adapter.show import show_adapter
 from qcore.config.settings import Settings
 from qcore.errors import QcoreError
 from qcore.inference.generate import Generator
+from qcore.merging.against_stock import verify_against_stock
+from qcore.merging.combine import combine
 from qcore.merging.merge import merge
 from qcore.plugins.resolve_model import identify
 from qcore.training.train import train
@@ -400,3 +403,23 @@ def test_training_goes_on_from_it(
     for name, delta in before.items():
         mine, theirs = after[name].dense(), delta.dense()
         assert float((mine - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max()), name
+
+
+def test_show_and_stock_verification(dense: Path, tmp_path: Path) -> None:
+    """`adapter show` counts the parts; stock PEFT cannot judge them, and combine is the way."""
+    written(dense, tmp_path / "peft", LINEAR)
+    adapter = foreign(tmp_path / "peft", tmp_path / "a", split, dense)
+    report = show_adapter(adapter, model=str(dense), norms=True)
+    assert report.fit is not None
+    assert report.fit.unmatched == ()
+    assert {r for targets in report.targets for r in targets.ranks} == {4}
+    with pytest.raises(QcoreError) as caught:
+        verify_against_stock(adapter, model=str(dense))
+    assert caught.value.code == "QC-STOCK-004"
+    assert "adapter combine" in (caught.value.fix or "")
+    combine({str(adapter): 1.0}, tmp_path / "peft2", model=str(dense))
+    first, second = (
+        open_adapter(tmp_path / name, dense, trust_base=True) for name in ("peft", "peft2")
+    )
+    for name, delta in first.items():
+        assert torch.allclose(second[name].dense(), delta.dense(), atol=1e-6)
