@@ -126,7 +126,9 @@ def test_a_tokenizer_beside_it_is_named(base: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((tiny_folder() / name).read_bytes())
     facts = show_adapter(tmp_path).as_json()
     assert facts["tokenizer"] == ["tokenizer.json", "tokenizer_config.json"]
-    assert facts["template"]["file"] == str(tmp_path / "chat_template.jinja")
+    (template,) = facts["templates"]
+    assert template["file"] == str(tmp_path / "chat_template.jinja")
+    assert template["name"] == "default"
 
 
 def test_what_fits_a_base_is_counted(base: Path, tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 from support.e2e_kit import tiny_folder
 from support.model_kit import edit_json, write_json
 from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer
 
 from qcore.adapter.tokenizer_evidence import TokenizerDifference, compare_tokenizers
+from qcore.checkpoint.tokenizer_files import TokenizerFiles, named_templates
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 Change = Callable[[Path], object]
@@ -208,3 +210,48 @@ def test_the_ids_of_added_tokens(adapter: Path):
     assert found.added == {"<a>": own.token_to_id("<a>"), "<b>": own.token_to_id("<b>")}
     assert found.tokens
     assert json.dumps(found.special) == "{}"
+
+
+# -- named templates
+
+
+def saved_by_transformers(folder: Path, **templates: str) -> None:
+    """Write a list of named templates as transformers saves it without files of their own."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    listed = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+    assert {entry["name"] for entry in listed} == templates.keys()
+
+
+def test_named_templates_equal_to_the_bases_are_no_difference(adapter: Path) -> None:
+    text = (adapter / "chat_template.jinja").read_text()
+    saved_by_transformers(adapter, default=text, tool_use=text)
+    found = compare(adapter)
+    assert found is None or found.template is None
+    template = TokenizerFiles.of(adapter).template
+    assert template is not None
+    assert template.text == text
+
+
+@pytest.mark.parametrize("name", ["default", "tool_use"])
+def test_a_named_template_that_differs_is_named(adapter: Path, name: str) -> None:
+    text = (adapter / "chat_template.jinja").read_text()
+    saved_by_transformers(adapter, **{"default": text, "tool_use": text, name: text + "!"})
+    found = compare(adapter)
+    assert found is not None
+    assert found.template is not None
+    assert found.template_name == ("" if name == "default" else name)
+    (line,) = [line for line in found.lines() if "chat template" in line]
+    assert ("'tool_use'" in line) == (name == "tool_use")
+    files = TokenizerFiles.of(adapter)
+    assert [*named_templates(files)] == ["default", "tool_use"]
+    assert files.template is None, "which one applies depends on the row"
+
+
+@pytest.mark.parametrize("value", [[], [{"name": "default"}], ["text"], {"default": "x"}, 3, None])
+def test_a_list_without_templates_is_none(adapter: Path, value: object) -> None:
+    (adapter / "chat_template.jinja").unlink()
+    edit_json(adapter / "tokenizer_config.json", lambda c: c.update(chat_template=value))
+    assert named_templates(TokenizerFiles.of(adapter)) == {}

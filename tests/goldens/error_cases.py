@@ -159,6 +159,9 @@ _CHEAP: tuple[tuple[str, str, str], ...] = (
      "QC-ADAPTER-009"),
     ("merge-not-quantized", f"{_MERGE} --model inputs/dense --adapter inputs/foreign "
      "--trust-base --dequantize", "QC-MERGE-009"),
+    ("adapter-show-absent", "adapter show nowhere", "QC-ADAPTER-003"),
+    ("adapter-extract-equal", "adapter extract --base inputs/dense --model inputs/dense --rank 2 "
+     "--output @out", "QC-EXTRACT-003"),
     ("verify-absent", "verify nowhere", "QC-MANIFEST-001"),
     ("verify-no-manifest", "verify inputs/dense", "QC-VERIFY-001"),
     # Generation.

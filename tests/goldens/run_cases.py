@@ -178,6 +178,13 @@ REPORTS: tuple[Chain, ...] = (
     _report("adapter-show", "adapter show inputs/foreign --norms", cheap=True),
     _report("adapter-show-model", "adapter show inputs/foreign --model inputs/dense", cheap=True),
     _report("adapter-diff", "adapter diff inputs/foreign inputs/foreign", cheap=True),
+    (
+        Case(
+            name="adapter-extract",
+            command="adapter extract --base inputs/dense --model inputs/bad/other-values --rank 2 "
+            "--partial --output @out",
+        ),
+    ),
     _report("plugins-list", "plugins list", cheap=True),
     _report("presets-list", "presets list", cheap=True),
     *(_report(f"presets-show-{name}", f"presets show {name}", cheap=True) for name in _PRESETS),

@@ -249,12 +249,20 @@ def later_template(base: Path, adapter: Path) -> None:
     (adapter / "chat_template.jinja").write_text(text)
 
 
+def several_templates(base: Path, adapter: Path) -> None:
+    """A list of named templates, as transformers writes it into tokenizer_config.json."""
+    (adapter / "chat_template.jinja").unlink()
+    named = [{"name": n, "template": CHATML + n} for n in ("default", "tool_use")]
+    edit_json(adapter / "tokenizer_config.json", lambda c: c.update(chat_template=named))
+
+
 REFUSED: dict[str, tuple[Callable[[Path, Path], None], str, int]] = {
     "no files": (no_files, "QC-MERGE-010", 2),
     "tokens without rows": (rows_missing, "QC-PRE-002", 65),
     "a tokenizer that does not load": (broken, "QC-TOKENIZER-001", 65),
     "no tokens of the chat format": (no_turns, "QC-PRE-003", 65),
     "a template of another generation": (later_template, "QC-MERGE-011", 65),
+    "several templates": (several_templates, "QC-MERGE-011", 65),
     "a template that does not parse": (bad_template, "QC-TEMPLATE-001", 65),
 }
 

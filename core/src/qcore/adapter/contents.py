@@ -192,7 +192,7 @@ def config_differences(
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield the fields of two configs that differ; lists of names are compared as sets.
 
-    A field that is absent equals one that is ``null``.
+    A field that is absent equals one that is ``null``, false or empty.
     """
     for field in sorted(one.keys() | other.keys()):
         mine, theirs = one.get(field), other.get(field)
@@ -202,5 +202,5 @@ def config_differences(
 
 def _canonical(value: Any) -> Any:
     if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
-        return sorted(set(value))
-    return value
+        return sorted(set(value)) or None
+    return None if value is False or value in ({}, []) else value

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..checkpoint.tokenizer_files import TokenizerFiles
+from ..checkpoint.tokenizer_files import TokenizerFiles, named_templates
 from ..errors import InputError, QcoreError
 from ..plugins.resolve_model import Identified
 from .equal_values import equal_values, same_change
@@ -79,6 +79,6 @@ def evidence_lines(base: Identified, adapter: Adapter, *, taken: bool = False) -
 def brings_template(adapter: Adapter) -> bool:
     """Whether the adapter folder has a chat template, which `evidence_lines` compares."""
     try:
-        return TokenizerFiles.of(adapter.path).template is not None
+        return bool(named_templates(TokenizerFiles.of(adapter.path)))
     except InputError:  # `evidence_lines` reports it
         return False

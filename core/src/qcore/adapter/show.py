@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.tokenizer_files import TokenizerFiles
+from ..checkpoint.tokenizer_files import TokenizerFiles, named_templates
 from ..errors import InputError, QcoreError
 from ..io.artifact import MANIFEST
 from .contents import Contents, FilePair, read_contents
@@ -70,7 +70,7 @@ class AdapterReport:
         contents: the folder.
         targets: its pairs by target or group.
         tokenizer: names of the tokenizer's files beside it.
-        template: file and SHA-256 of the chat template beside it; ``None`` without one.
+        templates: name, file and SHA-256 of each chat template beside it.
         recorded: what a manifest of qcore records: the verb, the base and the parts.
         fit: the comparison with a base; ``None`` without one.
         notes: lines about the files.
@@ -79,7 +79,7 @@ class AdapterReport:
     contents: Contents
     targets: tuple[Targets, ...]
     tokenizer: tuple[str, ...]
-    template: Mapping[str, str] | None
+    templates: tuple[Mapping[str, str], ...]
     recorded: Mapping[str, Any] | None
     fit: Fit | None
     notes: tuple[str, ...]
@@ -121,7 +121,7 @@ class AdapterReport:
             "saved": {header.name: list(header.shape) for header in contents.saved},
             "token_rows": {module: header.shape[0] for module, header in contents.rows.items()},
             "tokenizer": list(self.tokenizer),
-            "template": None if self.template is None else dict(self.template),
+            "templates": [dict(template) for template in self.templates],
             "recorded": None if self.recorded is None else dict(self.recorded),
             "fits": None if self.fit is None else self.fit.as_json(),
             "refused": [problem.message for problem in contents.refused],
@@ -160,20 +160,23 @@ def show_adapter(
         contents=contents,
         targets=_targets(contents, fitted, norms),
         tokenizer=tuple(sorted(name for name in files.sidecars if "template" not in name)),
-        template=_template(files, notes),
+        templates=tuple(_templates(files, notes)),
         recorded=_recorded(contents.path, notes),
         fit=fitted,
         notes=tuple(notes),
     )
 
 
-def _template(files: TokenizerFiles, notes: list[str]) -> dict[str, str] | None:
+def _templates(files: TokenizerFiles, notes: list[str]) -> list[dict[str, str]]:
     try:
-        template = files.template
+        named = named_templates(files)
     except InputError as error:
         notes.append(f"warning: {error.message}")
-        return None
-    return None if template is None else {"file": template.source, "sha256": template.sha256}
+        return []
+    return [
+        {"name": name, "file": template.source, "sha256": template.sha256}
+        for name, template in named.items()
+    ]
 
 
 def _recorded(folder: Path, notes: list[str]) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from ..checkpoint.tokenizer_files import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     TokenizerFiles,
+    named_templates,
     optional_json,
     read_tokens,
 )
@@ -47,6 +48,7 @@ class TokenizerDifference:
         sections: parts of tokenizer.json that differ.
         special: special tokens, the adapter's and the base's, by name, where they differ.
         template: SHA-256 of the adapter's and of the base's template, if they differ.
+        template_name: name of that template in a list of several; empty for the default.
         problems: files that could not be compared, and why.
     """
 
@@ -58,6 +60,7 @@ class TokenizerDifference:
     sections: tuple[str, ...] = ()
     special: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     template: tuple[str, str] | None = None
+    template_name: str = ""
     problems: tuple[str, ...] = ()
 
     @property
@@ -79,8 +82,9 @@ class TokenizerDifference:
             )
         if self.template is not None:
             mine, theirs = self.template
+            named = f" '{self.template_name}'" if self.template_name else ""
             yield (
-                "warning: the adapter was trained under another chat template (sha256 "
+                f"warning: the adapter was trained under another chat template{named} (sha256 "
                 f"{mine[:12]}) than the checkpoint has ({theirs[:12] or 'none'}): conversations "
                 f"render differently; compare {_template_file(self.adapter)} with "
                 f"{_template_file(self.base)}"
@@ -112,8 +116,8 @@ def _listed(tokens: Mapping[str, object]) -> str:
 
 
 def _template_file(files: TokenizerFiles) -> str:
-    template = files.template
-    return str(files.path) if template is None else template.source
+    named = named_templates(files)
+    return next(iter(named.values())).source if named else str(files.path)
 
 
 def compare_tokenizers(adapter: Path, base: Path) -> TokenizerDifference | None:
@@ -252,8 +256,12 @@ def _specials(mine: TokenizerFiles, theirs: TokenizerFiles) -> dict[str, Any]:
 
 
 def _templates(mine: TokenizerFiles, theirs: TokenizerFiles) -> dict[str, Any]:
-    """Compare the chat templates by SHA-256."""
-    if mine.template is None:
-        return {}
-    hashes = mine.template.sha256, theirs.template.sha256 if theirs.template else ""
-    return {"template": hashes if hashes[0] != hashes[1] else None}
+    """Compare the chat templates by SHA-256; the first name that differs is reported."""
+    own = named_templates(theirs)
+    for name, template in named_templates(mine).items():
+        # As in transformers, the default applies where there is no template of the name.
+        other = own.get(name) or own.get("default")
+        hashes = template.sha256, other.sha256 if other else ""
+        if hashes[0] != hashes[1]:
+            return {"template": hashes, "template_name": "" if name == "default" else name}
+    return {}

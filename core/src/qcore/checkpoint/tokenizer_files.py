@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ..errors import InputError
 from ..io.atomic import reading
@@ -26,6 +26,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 #: Where processors of older versions of transformers keep the template.
 LEGACY_TEMPLATE = "chat_template.json"
+_DEFAULT: Final = "default"  # name of the template that applies where no other does
 #: Files of a tokenizer beside tokenizer.json.
 COMPANIONS = (
     TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -100,7 +101,21 @@ def optional_json(files: Files, name: str) -> dict[str, Any]:
 def read_template(files: Files) -> Template | None:
     """Return the chat template of a folder, or ``None`` if it has none.
 
-    It is read from chat_template.jinja, then tokenizer_config.json, then chat_template.json.
+    Of several named templates that differ there is none: which one applies depends on the row.
+
+    Raises:
+        InputError: as `named_templates`.
+    """
+    named = [*named_templates(files).values()]
+    return named[0] if len({template.sha256 for template in named}) == 1 else None
+
+
+def named_templates(files: Files) -> dict[str, Template]:
+    """Return the chat templates of a folder by name; a single one is ``default``.
+
+    They are read from chat_template.jinja, then tokenizer_config.json, then chat_template.json. In
+    JSON they may be a list of ``{"name": ..., "template": ...}``, of which transformers renders
+    ``tool_use`` where a conversation has tools.
 
     Raises:
         InputError: ``QC-CKPT-002`` a file is not UTF-8 or not JSON.
@@ -111,17 +126,27 @@ def read_template(files: Files) -> Template | None:
         path = files.file(TEMPLATE)
         try:
             with reading(path):
-                return Template(path.read_text(encoding="utf-8"), str(path))
+                return {_DEFAULT: Template(path.read_text(encoding="utf-8"), str(path))}
         except UnicodeDecodeError as error:
             raise InputError(
                 "QC-CKPT-002", "is not UTF-8", file=path, found=error.reason,
                 fix="use the template that came with the weights",
             ) from None  # fmt: skip
     for name in (TOKENIZER_CONFIG, LEGACY_TEMPLATE):
-        text = optional_json(files, name).get("chat_template")
-        if isinstance(text, str):
-            return Template(text, str(files.file(name)))
-    return None
+        value = optional_json(files, name).get("chat_template")
+        entries = [{"name": _DEFAULT, "template": value}] if isinstance(value, str) else value
+        texts = {
+            entry["name"]: entry["template"]
+            for entry in (entries if isinstance(entries, list) else ())
+            if isinstance(entry, dict)
+            and isinstance(entry.get("name"), str)
+            and isinstance(entry.get("template"), str)
+        }
+        if texts:
+            where = str(files.file(name))
+            names = sorted(texts, key=lambda each: (each != _DEFAULT, each))
+            return {each: Template(texts[each], where) for each in names}
+    return {}
 
 
 def read_tokens(files: Files) -> tuple[dict[str, int], dict[str, Any]]:

@@ -99,8 +99,9 @@ def _rest(facts: Mapping[str, Any], report: AdapterReport) -> Iterator[str]:
         yield f"  token rows  {rows} of {module}"
     if facts["tokenizer"]:
         yield f"  tokenizer   {', '.join(facts['tokenizer'])}"
-    if (template := facts["template"]) is not None:
-        yield f"  template    {template['file']} (sha256 {template['sha256'][:12]})"
+    for template in facts["templates"]:
+        name = "" if template["name"] == "default" else f" '{template['name']}'"
+        yield f"  template   {name} {template['file']} (sha256 {template['sha256'][:12]})"
     for line in facts["refused"]:
         yield f"  not usable  {line}"
     for line in facts["notes"]:

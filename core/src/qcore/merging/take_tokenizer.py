@@ -29,6 +29,7 @@ from ..checkpoint.tokenizer_files import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     TokenizerFiles,
+    named_templates,
     read_tokens,
 )
 from ..data.rendering.template_kwargs import special_tokens
@@ -96,6 +97,16 @@ def plan_tokenizer(base: Identified, folder: Path) -> TakenTokenizer:
             cannot be read, or the template does not parse.
     """
     mine, theirs = TokenizerFiles.of(folder), TokenizerFiles.of(base.checkpoint.path)
+    if len(named := named_templates(mine)) > 1 and mine.template is None:
+        raise InputError(
+            "QC-MERGE-011",
+            "names several chat templates, and a merge takes one",
+            file=next(iter(named.values())).source,
+            field="chat_template",
+            found=", ".join(named),
+            expected="one template",
+            fix=f"save the one that training used as {TEMPLATE} in the adapter folder",
+        )
     if TOKENIZER not in mine.sidecars and mine.template is None:
         raise UsageError(
             "QC-MERGE-010",
