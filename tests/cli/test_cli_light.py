@@ -172,6 +172,10 @@ OPTIONS: dict[str, list[str]] = {
         "FOLDER", "--adapter", "--against", "--debug", "--generation", "--json", "--model",
         "--prompts", "--stock-class",
     ],
+    "adapter combine": [
+        "ADAPTER[=WEIGHT]...", "--adapter-class", "--debug", "--generation", "--json", "--model",
+        "--output", "--rank", "--trust-generation",
+    ],
     "adapter diff": ["A", "B", "--debug", "--json"],
     "adapter extract": [
         "--adapter-class", "--base", "--debug", "--generation", "--json", "--model", "--output",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.change_kit import assert_merged, step, written
-from support.e2e_kit import write_stock
+from support.e2e_kit import LENGTHS, documents, our_logits, stock_logits, write_stock
 from support.model_kit import edit_json
 from support.moe_kit import rewrite
 from support.tiers import fast
@@ -21,9 +21,16 @@ from torch import Tensor
 
 from qcore.adapter.delta import Deltas
 from qcore.adapter.evidence import read_for
+from qcore.adapter.open import open_adapter
+from qcore.adapter.show import show_adapter
+from qcore.config.settings import Settings
 from qcore.errors import QcoreError
+from qcore.inference.generate import Generator
+from qcore.merging.against_stock import verify_against_stock
+from qcore.merging.combine import combine
 from qcore.merging.merge import merge
 from qcore.plugins.resolve_model import identify
+from qcore.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FILE = "adapter_model.safetensors"
@@ -342,3 +349,77 @@ def test_a_matrix_that_experts_share_is_held_once(moe: dict[str, Path], tmp_path
     read = read_for(identify(str(base)), adapter, trust_base=True)
     held = sum(value.numel() for value in Deltas(read)._values.values())
     assert held == sum(value.numel() for value in tensors.values())
+
+
+# -- the other verbs
+
+
+@pytest.mark.parametrize("layout", fast(DENSE, "Tinker"))
+def test_generate_computes_what_peft_computes(dense: Path, tmp_path: Path, layout: str) -> None:
+    peer = written(dense, tmp_path / "peft", LINEAR)
+    adapter = foreign(tmp_path / "peft", tmp_path / "a", DENSE[layout], dense)
+    docs = documents(LENGTHS)
+    model = Generator(
+        str(dense), adapter=adapter, trust_base=True, device="cpu", dtype="fp32"
+    ).model
+    assert float((our_logits(model, docs) - stock_logits(peer, docs)).abs().max()) <= 1e-4
+
+
+def test_open_adapter_has_the_deltas(moe: dict[str, Path], tmp_path: Path) -> None:
+    written(moe["fused"], tmp_path / "peft", EXPERTS, moe=True)
+    plain = open_adapter(tmp_path / "peft", moe["fused"], trust_base=True)
+    for name, convert in MOE.items():
+        adapter = foreign(tmp_path / "peft", tmp_path / name, convert, moe["fused"])
+        opened = open_adapter(adapter, moe["fused"], trust_base=True)
+        assert opened.keys() == plain.keys()
+        for weight, delta in opened.items():
+            mine, theirs = delta.dense(), plain[weight].dense()
+            assert float((mine - theirs).abs().max()) <= 1e-6 * float(theirs.abs().max()), name
+
+
+@pytest.mark.parametrize("kind", fast(["q, k, v", "per expert", "stacked"], "q, k, v"))
+def test_training_goes_on_from_it(
+    dense: Path, moe: dict[str, Path], rows: Path, tmp_path: Path, kind: str
+) -> None:
+    """With next to no learning rate, one step leaves the deltas as they are."""
+    is_moe = kind not in DENSE
+    base = moe["fused"] if is_moe else dense
+    recipe = EXPERTS if is_moe else {"target_modules": ["in_proj_qkv", "in_proj_z", "out_proj"]}
+    written(
+        base, tmp_path / "peft", recipe | ({"target_modules": []} if is_moe else {}), moe=is_moe
+    )
+    adapter = foreign(tmp_path / "peft", tmp_path / "a", (DENSE | MOE)[kind], base)
+    settings = Settings(
+        max_steps=1, quantization="none", dtype="fp32", save_steps=0, learning_rate=1e-8,
+        per_device_train_batch_size=2, gradient_accumulation_steps=1, gradient_checkpointing=False,
+    )  # fmt: skip
+    train(
+        str(base), rows, tmp_path / "out", settings, device="cpu", init_adapter=adapter,
+        trust_base=True,
+    )  # fmt: skip
+    before = open_adapter(adapter, base, trust_base=True)
+    after = open_adapter(tmp_path / "out", base)
+    assert before.keys() == after.keys()
+    for name, delta in before.items():
+        mine, theirs = after[name].dense(), delta.dense()
+        assert float((mine - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max()), name
+
+
+def test_show_and_stock_verification(dense: Path, tmp_path: Path) -> None:
+    """`adapter show` counts the parts; stock PEFT cannot judge them, and combine is the way."""
+    written(dense, tmp_path / "peft", LINEAR)
+    adapter = foreign(tmp_path / "peft", tmp_path / "a", split, dense)
+    report = show_adapter(adapter, model=str(dense), norms=True)
+    assert report.fit is not None
+    assert report.fit.unmatched == ()
+    assert {r for targets in report.targets for r in targets.ranks} == {4}
+    with pytest.raises(QcoreError) as caught:
+        verify_against_stock(adapter, model=str(dense))
+    assert caught.value.code == "QC-STOCK-004"
+    assert "adapter combine" in (caught.value.fix or "")
+    combine({str(adapter): 1.0}, tmp_path / "peft2", model=str(dense))
+    first, second = (
+        open_adapter(tmp_path / name, dense, trust_base=True) for name in ("peft", "peft2")
+    )
+    for name, delta in first.items():
+        assert torch.allclose(second[name].dense(), delta.dense(), atol=1e-6)

@@ -56,7 +56,9 @@ def pefts(base: Path, a: Path, b: Path, weights: tuple[float, float]) -> Any:
     return model
 
 
-@pytest.mark.parametrize("weights", [(1.0, 0.5), (-0.25, 2.0)])
+@pytest.mark.parametrize(
+    "weights", [(1.0, 0.5), pytest.param((-0.25, 2.0), marks=pytest.mark.slow)]
+)
 def test_the_sum_is_pefts(home: Path, tmp_path: Path, weights: tuple[float, float]) -> None:
     wanted = {str(home / "a"): weights[0], str(home / "b"): weights[1]}
     report = merge(str(home / "base"), wanted, tmp_path / "out", trust_base=True)

@@ -85,7 +85,8 @@ def fit(contents: Contents, base: Identified, model: str) -> Fit:
             for header in change.headers:
                 groups[header.name] = change.tensor.row.group
         for pair in adapter.pairs.values():
-            ranks |= {header.name: (pair.r, pair.scaling) for header in pair.headers}
+            for piece in pair.pieces:
+                ranks |= {header.name: (piece.r, piece.scaling) for header in piece.headers}
         names = {header.name for header in contents.headers.values()}
         refused = {str(problem.field) for problem in problems}
         loose = sorted(names - groups.keys())

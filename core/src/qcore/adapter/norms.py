@@ -59,6 +59,8 @@ def difference_norm(one: Path, mine: FilePair, other: Path, theirs: FilePair) ->
     """
     if mine.scaling is None or theirs.scaling is None or mine.experts != theirs.experts:
         return None
+    if len(mine.a.shape) != 2 or len(theirs.a.shape) != 2:
+        return None  # the rows and columns of experts in three dims are not compared
     if (mine.a.shape[1], mine.b.shape[0]) != (theirs.a.shape[1], theirs.b.shape[0]):
         return None
     square = 0.0
@@ -72,10 +74,16 @@ def difference_norm(one: Path, mine: FilePair, other: Path, theirs: FilePair) ->
 def _experts(folder: Path, pair: FilePair) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield A ``[e, r, in]`` and B ``[e, out, r]`` of some experts at a time, float64."""
     assert pair.r is not None
-    a = read_value(folder, pair.a).unflatten(0, (pair.experts, pair.r))
-    # Row e r + k of A and column k E + e of B belong to expert e.
-    b = read_value(folder, pair.b).unflatten(1, (pair.r, pair.experts)).permute(2, 0, 1)
-    for at in range(0, pair.experts, _EXPERTS):
+    a, b = read_value(folder, pair.a), read_value(folder, pair.b)
+    experts = pair.experts
+    if a.dim() == 3:  # other layouts than PEFT's; a first size of 1 is shared by all experts
+        experts = max(len(a), len(b))
+        a, b = (side.expand(experts, -1, -1) for side in (a, b))
+    else:
+        a = a.unflatten(0, (experts, pair.r))
+        # Row e r + k of A and column k E + e of B belong to expert e.
+        b = b.unflatten(1, (pair.r, experts)).permute(2, 0, 1)
+    for at in range(0, experts, _EXPERTS):
         yield a[at : at + _EXPERTS].double(), b[at : at + _EXPERTS].double()
 
 

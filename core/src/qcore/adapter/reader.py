@@ -66,22 +66,18 @@ def read_adapter(
         trust_base: accept an adapter without a fingerprint of its base.
         trust_generation: accept such an adapter if it names a base of another generation.
         base: generation and source of the base; ``None`` to accept any generation.
-        claims: asks the plugins whether they recognize the tensors' layout; ``None`` for PEFT's
-            layout alone.
-        equal: whether a tensor of the folder has the values of a weight of the base; ``None``
-            takes every saved weight as changed.
-        same: whether two changes of the folder have the same effect; ``None``: no two have.
+        claims: asks the plugins about the tensors' layout; ``None`` for PEFT's alone.
+        equal: whether a tensor has the values of a weight of the base; ``None``: none has.
+        same: whether two changes have the same effect; ``None``: no two have.
         problems: receives the errors of tensors and targets, which are raised if it is ``None``;
             the adapter then has the changes that fit the base.
 
     Raises:
         InputError: as `locate_adapter`, or one of the codes of this module.
-        TrustError: ``QC-ADAPTER-009`` the adapter has no fingerprint of its base, and
-            `trust_base` is not set; ``-015`` it names a base of another generation, and
-            `trust_generation` is not set.
+        TrustError: ``QC-ADAPTER-009`` no fingerprint, and `trust_base` is not set; ``-015``
+            another generation, and `trust_generation` is not set.
     """
-    located = locate_adapter(path)
-    folder = located.path
+    folder = (located := locate_adapter(path)).path
     config = read_json(safe_file(folder, CONFIG))
     meta, notes = _recorded(folder, config, base, trust_base, trust_generation)
     headers, claim, renamed = _headers(folder, layout, claims)

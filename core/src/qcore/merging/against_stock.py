@@ -168,6 +168,7 @@ class _Job:
         base = self.base
         # Nothing is written, so that no consent is needed: what it would be asked for is a note.
         read = read_for(base, path, trust_base=True, trust_generation=True)
+        _refuse_parts(read)
         self.notes += evidence_lines(base, read)
         if others := sorted(read.parts - {read.trunk}):
             self.notes.append(
@@ -324,6 +325,21 @@ def _identify(path: Path, generation: str, base: Identified | None) -> Identifie
         if base is None or generation:
             raise
     return identify(str(path), generation=base.decision.generation.name)
+
+
+def _refuse_parts(adapter: Adapter) -> None:
+    """Refuse a layout that stock PEFT does not load."""
+    for pair in adapter.pairs.values():
+        if not pair.is_peft:
+            raise InputError(
+                "QC-STOCK-004",
+                "has modules that are parts of a weight, which stock PEFT does not load",
+                file=adapter.path,
+                field=pair.pieces[0].a.name,
+                found=f"{len(pair.pieces)} modules of {pair.tensor.name}",
+                expected="PEFT's layout",
+                fix=f"write it so: qcore adapter combine {adapter.path} --output DIR",
+            )
 
 
 def _refuse_quantized(model: Identified) -> None:

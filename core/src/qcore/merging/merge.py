@@ -137,9 +137,8 @@ def merge(
     target = check_target(output)
     base = identify(model, generation=generation, carry=True)
     check_options(base, dequantize, requantize)
-    wanted = adapter if isinstance(adapter, Mapping) else {str(adapter): 1.0}
-    adapters = read_adapters(base, wanted, trust_base=trust_base, trust_generation=trust_generation)
-    read = combined(adapters)
+    trust = {"trust_base": trust_base, "trust_generation": trust_generation}
+    read = combined(adapters := read_adapters(base, adapter, **trust))
     base = _for_adapter(base, read, dequantize, requantize)
     earlier = _refuse_twice(base.checkpoint, adapters)
     taken = plan_tokenizer(base, one_of(adapters)) if take_tokenizer else None
@@ -168,7 +167,7 @@ def _publish(
         merger.check()
         _check_headers(merger.plan, out.folder)
         proof = _prove(merger, out.folder, reporter) if prove else None
-        parts = prove_parts(adapters, merger.deltas) if prove and len(adapters) > 1 else ()
+        parts = prove_parts(adapters, merger.deltas) if prove and adapters[1:] else ()
         out.meta.update(_meta(merger, adapters, parts, earlier, proof))
     return proof, parts
 

@@ -57,13 +57,17 @@ class AdapterPart:
 
 
 def read_adapters(
-    base: Identified, wanted: Mapping[str, float], *, trust_base: bool, trust_generation: bool
+    base: Identified,
+    wanted: str | Path | Mapping[str, float],
+    *,
+    trust_base: bool,
+    trust_generation: bool,
 ) -> list[Weighted]:
     """Read the adapters of a merge.
 
     Args:
         base: the base.
-        wanted: the weight of each adapter, by folder or hub id.
+        wanted: one adapter, or the weight of each, by folder or hub id.
         trust_base: accept adapters without a fingerprint of their base.
         trust_generation: accept such adapters if they name a base of another generation.
 
@@ -71,6 +75,8 @@ def read_adapters(
         UsageError: ``QC-ADAPTER-019`` no adapter, or a weight that is 0 or not finite.
         QcoreError: as `read_for`.
     """
+    if not isinstance(wanted, Mapping):
+        wanted = {str(wanted): 1.0}
     for source, weight in wanted.items():
         if not math.isfinite(weight) or weight == 0:
             raise UsageError(
