@@ -25,7 +25,7 @@ from pathlib import Path
 from ..api.adapter_claims import AdapterClaim
 from ..checkpoint.checkpoint import Header, read_json, safe_file
 from ..checkpoint.layout import Layout
-from ..errors import QcoreError, one_of_each, raise_all
+from ..errors import QcoreError, raise_all
 from .base_check import check_complete
 from .changes import Change
 from .claimed_layout import translated
@@ -69,16 +69,13 @@ def read_adapter(
             layout alone.
         equal: whether a tensor of the folder has the values of a weight of the base; ``None``
             takes every saved weight as changed.
-        same: whether two changes of the folder have the same effect; ``None`` takes every two as
-            different.
-        problems: receives the errors of tensors and targets, which are raised if it is ``None``;
-            the adapter then has the changes that fit the base.
+        same: whether two changes of the folder have the same effect; ``None``: no two have.
+        problems: receives the errors of tensors and targets; ``None`` raises them.
 
     Raises:
         InputError: as `locate_adapter`, or one of the codes of this module.
-        TrustError: ``QC-ADAPTER-009`` the adapter has no fingerprint of its base, and
-            `trust_base` is not set; ``-015`` it names a base of another generation, and
-            `trust_generation` is not set.
+        TrustError: ``QC-ADAPTER-009`` no fingerprint of its base, without `trust_base`; ``-015`` it
+            names a base of another generation, without `trust_generation`.
     """
     located = locate_adapter(path)
     folder = located.path
@@ -94,10 +91,7 @@ def read_adapter(
     matcher = Matcher(findings, config, headers, layout, claim, said, _within(equal, folder))
     settled = settle_tie(matcher.changes(), layout, _within(same, folder), findings)
     check_complete(folder, meta, settled.changes, layout)
-    if problems is None:
-        raise_all(one_of_each(findings.problems))
-    else:
-        problems += findings.problems
+    findings.report(problems)
     return Adapter(
         path=folder,
         source=located.source,
