@@ -4,16 +4,17 @@ Rows are single turns (half of them), conversations of two to five turns, and co
 tools and reasoning (a fifth), from a fixed seed. Both sides read the same file with the same number
 of workers, each in a process of its own, one after the other. qcore does what `qcore train` does
 before the first step: it reads, repairs and checks rows, renders each trained turn and its served
-prompt, tokenizes, masks, and writes the samples to disk. The peer loads the file with `datasets`
-and maps ``apply_chat_template(tokenize=True)`` over it: one rendering a row, no mask, no check.
+prompt, tokenizes, masks, and keeps the samples on disk. It is then started again, which finds them.
+The peer loads the file with `datasets` and maps ``apply_chat_template(tokenize=True)`` over it: one
+rendering a row, no mask, no check, and so fewer tokens.
 
     python benchmarks/data_scale.py --model FOLDER [--size 1000] [--workers N]
         [--containers jsonl,parquet] [--rounds 1] [--work FOLDER]
 
-FOLDER holds config.json, the tokenizer's files and chat_template.jinja. Prints rows/s, the ratio,
-the CPU time of both sides (which other work on the machine changes less), and for each process its
-peak resident memory, and the median in the second quarter and in the last one of its run: equal
-where memory is flat.
+FOLDER holds config.json, the tokenizer's files and chat_template.jinja. Prints rows/s, tokens/s,
+the ratio, the CPU time of both sides (which other work on the machine changes less), the seconds of
+the data stage of the second start, and for each process its peak resident memory, and the median in
+the second quarter and in the last one of its run: equal where memory is flat.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ import json
 import os
 import platform
 import random
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,6 +52,8 @@ TOOL = {
     },
 }
 MEBI = 1 << 20
+PART = 25_000_000  # bytes of JSON that one process writes
+BATCH = 4096
 
 
 class Rows:
@@ -101,23 +108,31 @@ class Rows:
         ]
 
 
-def write(path: Path, size: int) -> int:
-    """Write rows of about `size` bytes of JSON; the number of rows."""
-    rows, count, written = Rows(1), 0, 0
+def part(number: int, folder: str, size: int, parquet: bool) -> int:
+    """Write one part of the rows; the number of rows."""
+    rows, written, made = Rows(1), 0, []
+    rows.rng.seed(number)  # all parts have the same words
+    path = Path(folder) / f"part{number:04}"
     with path.with_suffix(".jsonl").open("w", encoding="utf-8") as file:
         while written < size:
             row = rows.row()
             line = json.dumps({k: v for k, v in row.items() if v is not None}, ensure_ascii=False)
             written += len(line.encode()) + 1
             file.write(line + "\n")
-            count += 1
-    return count
+            made.append(row)
+    if parquet:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with pq.ParquetWriter(path.with_suffix(".parquet"), schema()) as writer:
+            for at in range(0, len(made), BATCH):
+                writer.write_table(pa.Table.from_pylist(made[at : at + BATCH], schema()))
+    return len(made)
 
 
-def as_parquet(path: Path) -> Path:
-    """The same rows as a Parquet file."""
+def schema() -> Any:
+    """The columns of the Parquet file."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     text = pa.string()
     arguments = pa.struct({"city": text, "days": pa.int64()})
@@ -125,66 +140,82 @@ def as_parquet(path: Path) -> Path:
     message = pa.struct(
         {"role": text, "content": text, "reasoning_content": text, "tool_calls": pa.list_(call)}
     )
-    schema = pa.schema({"messages": pa.list_(message), "tools": text})
-    done = path.with_suffix(".parquet")
-    with path.open("rb") as lines, pq.ParquetWriter(done, schema) as writer:
-        batch: list[Any] = []
-        for line in lines:
-            batch.append(json.loads(line))
-            if len(batch) == 4096:
-                writer.write_table(pa.Table.from_pylist(batch, schema))
-                batch = []
-        if batch:
-            writer.write_table(pa.Table.from_pylist(batch, schema))
-    return done
+    return pa.schema({"messages": pa.list_(message), "tools": text})
 
 
-def ours(model: str, path: str, workers: int, work: str) -> int:
-    """The data stage of `qcore train`; the number of samples."""
+def write(folder: Path, size: int, workers: int, parquet: bool) -> int:
+    """Write the rows to ``rows.jsonl`` and, if asked for, ``rows.parquet``; their number."""
+    parts = range(max(1, size // PART))
+    with ProcessPoolExecutor(workers) as pool:
+        args = repeat(str(folder)), repeat(min(size, PART)), repeat(parquet)
+        counts = list(pool.map(part, parts, *args))
+    with (folder / "rows.jsonl").open("wb") as file:
+        for path in sorted(folder.glob("part*.jsonl")):
+            file.write(path.read_bytes())
+            path.unlink()
+    if parquet:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with pq.ParquetWriter(folder / "rows.parquet", schema()) as writer:
+            for path in sorted(folder.glob("part*.parquet")):
+                for batch in pq.ParquetFile(path).iter_batches(BATCH):
+                    writer.write_table(pa.Table.from_batches([batch]))
+                path.unlink()
+    return sum(counts)
+
+
+def ours(model: str, path: str, workers: int, work: str) -> dict[str, Any]:
+    """The data stage of `qcore train`: its samples and tokens, and how long it took."""
     from qcore.config.settings import Settings
     from qcore.data.dataset import dataset
     from qcore.data.policies import Policies
     from qcore.data.sources.read import read_sources
+    from qcore.data.store.cache import StoreCache
     from qcore.preflight.rows import open_row_model
     from qcore.reporting import Reporter
 
     settings = Settings(max_length=1 << 15)
     opened = open_row_model(model, settings, Reporter())
+    started = time.monotonic()
     done = dataset(
         read_sources([path]), opened.model.checkpoint, opened.chat_format, settings.max_length,
         policies=Policies.of(settings), tokenizer=opened.tokenizer, reader=opened.reader,
-        workers=workers,
+        workers=workers, cache=StoreCache(Path(work) / "kept", 1 << 40),
     )  # fmt: skip
-    return done.samples
+    took = time.monotonic() - started
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return {"samples": done.samples, "tokens": done.tokens, "stage": took, "resident": resident}
 
 
-def peer(model: str, path: str, workers: int, work: str) -> int:
-    """``datasets.map`` with ``apply_chat_template``; the number of samples."""
+def peer(model: str, path: str, workers: int, work: str) -> dict[str, Any]:
+    """``datasets.map`` with ``apply_chat_template``: its samples and tokens."""
     import datasets
+    import pyarrow.compute as pc
     from transformers import AutoTokenizer
 
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
-        tools = json.loads(row["tools"]) if row["tools"] else None
+        tools = json.loads(row["tools"]) if row.get("tools") else None
         return dict(tokenizer.apply_chat_template(row["messages"], tools=tools, tokenize=True))
 
     kind = "parquet" if path.endswith(".parquet") else "json"
     rows = datasets.load_dataset(kind, data_files=path, split="train", cache_dir=work)
     made = rows.map(tokenize, remove_columns=rows.column_names, num_proc=workers)
-    return len(made)
+    tokens = pc.sum(pc.list_value_length(made.data.column("input_ids"))).as_py()
+    return {"samples": len(made), "tokens": tokens}
 
 
-def family(pid: int) -> Iterator[tuple[int, str, int, float]]:
-    """Process, what it is, resident bytes and CPU seconds, of a process and those it started."""
+def family(pid: int) -> Iterator[tuple[int, str, int]]:
+    """Process, what it is, and resident bytes, of a process and those it started."""
     todo = [pid]
     while todo:
         one = todo.pop()
         try:
             command = Path(f"/proc/{one}/cmdline").read_bytes().decode(errors="replace")
             resident = int(Path(f"/proc/{one}/statm").read_text().split()[1])
-            clock = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()[11:13]
             children = Path(f"/proc/{one}/task/{one}/children").read_text().split()
         except (OSError, IndexError):
             continue
@@ -192,42 +223,58 @@ def family(pid: int) -> Iterator[tuple[int, str, int, float]]:
         kinds = {"chat_template_worker": "template", "row_worker": "worker"}
         name = next((kind for word, kind in kinds.items() if word in command), "")
         name = name or ("main" if one == pid else "worker")
-        seconds = sum(map(int, clock)) / os.sysconf("SC_CLK_TCK")
-        yield one, name, resident * os.sysconf("SC_PAGESIZE"), seconds
+        yield one, name, resident * os.sysconf("SC_PAGESIZE")
 
 
-def timed(side: str, arguments: argparse.Namespace, path: Path) -> tuple[float, float, list[str]]:
-    """Seconds and CPU seconds of a side, and a line on the memory of each of its processes."""
-    cpu: dict[int, float] = {}
+@dataclass
+class Run:
+    """One run of a side: seconds, CPU seconds, what it printed, and its processes' memory."""
+
+    seconds: float
+    cpu: float
+    made: dict[str, Any]
+    memory: list[tuple[str, list[int]]]
+
+    def lines(self, side: str) -> Iterator[str]:
+        """The memory of the processes: the largest of a kind, where there are many."""
+        kinds: dict[str, list[list[int]]] = {}
+        for name, sizes in self.memory:
+            if len(sizes) >= 8:
+                kinds.setdefault(name, []).append(sizes)
+        for name, all_sizes in sorted(kinds.items()):
+            sizes = max(all_sizes, key=max)
+            quarter = len(sizes) // 4
+            early = median(sizes[quarter : 2 * quarter]) / MEBI
+            late = median(sizes[-quarter:]) / MEBI
+            yield (
+                f"    {side} {len(all_sizes):2} {name:9} peak {max(sizes) / MEBI:6.0f} MiB, "
+                f"second quarter {early:6.0f}, last quarter {late:6.0f}"
+            )
+
+
+def timed(side: str, arguments: argparse.Namespace, path: Path, work: str) -> Run:
+    """Run one side in a process of its own."""
     seen: dict[int, tuple[str, list[int]]] = {}
-    with tempfile.TemporaryDirectory(dir=arguments.work) as work:
-        started = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, __file__, "--side", side, "--model", arguments.model, "--path",
-             str(path), "--workers", str(arguments.workers), "--work", work],
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "TMPDIR": work,
-                 "HF_HOME": work, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        while process.poll() is None:
-            for pid, name, resident, spent in family(process.pid):
-                cpu[pid] = spent
-                seen.setdefault(pid, (name, []))[1].append(resident)
-            time.sleep(0.5)
-        seconds = time.monotonic() - started
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--side", side, "--model", arguments.model, "--path",
+         str(path), "--workers", str(arguments.workers), "--work", work],
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "TMPDIR": work,
+             "HF_HOME": work, "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while process.poll() is None:
+        for pid, name, resident in family(process.pid):
+            seen.setdefault(pid, (name, []))[1].append(resident)
+        time.sleep(0.25)
+    seconds = time.monotonic() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    printed = process.stdout.read() if process.stdout else ""
     if process.returncode:
         raise SystemExit(f"{side} failed with exit status {process.returncode}")
-    lines = []
-    for name, sizes in sorted(seen.values()):
-        if len(sizes) < 8:
-            continue
-        quarter = len(sizes) // 4
-        parts = sizes[quarter : 2 * quarter], sizes[-quarter:]
-        early, late = (median(part) / MEBI for part in parts)
-        lines.append(
-            f"    {side} {name:9} peak {max(sizes) / MEBI:6.0f} MiB, second quarter "
-            f"{early:6.0f}, last quarter {late:6.0f}"
-        )
-    return seconds, sum(cpu.values()), lines
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Run(seconds, cpu, json.loads(printed.splitlines()[-1]), list(seen.values()))
 
 
 def commit() -> str:
@@ -244,25 +291,33 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"commit {commit()}, {platform.python_implementation()} {platform.python_version()}, "
           f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
           + ", ".join(f"{name} {version(name)}" for name in packages))  # fmt: skip
-    folder = Path(arguments.work)
-    jsonl = folder / "rows.jsonl"
-    count = write(folder / "rows", arguments.size * 1_000_000)
-    print(f"{count} rows, {jsonl.stat().st_size / 1e6:.0f} MB of JSONL, "
+    folder, containers = Path(arguments.work), arguments.containers.split(",")
+    size = arguments.size * 1_000_000
+    count = write(folder, size, arguments.workers, "parquet" in containers)
+    print(f"{count} rows, {(folder / 'rows.jsonl').stat().st_size / 1e6:.0f} MB of JSONL, "
           f"{arguments.workers} workers", flush=True)  # fmt: skip
-    for container in arguments.containers.split(","):
-        path = jsonl if container == "jsonl" else as_parquet(jsonl)
+    for container in containers:
+        path = folder / f"rows.{container}"
         for number in range(arguments.rounds):
-            times, cpu = {}, {}
+            print(f"{container} round {number + 1}", flush=True)
+            runs = {}
             for side in ("qcore", "datasets"):
-                times[side], cpu[side], lines = timed(side, arguments, path)
-                print(*lines, sep="\n")
-            mine, other = times["qcore"], times["datasets"]
-            spent, theirs = cpu["qcore"], cpu["datasets"]
-            print(f"    CPU time: qcore {spent:.1f} s, datasets.map {theirs:.1f} s, "
-                  f"ratio {theirs / spent:.2f}")  # fmt: skip
-            print(f"{container} round {number + 1}: qcore {mine:.1f} s, {count / mine:.0f} rows/s; "
-                  f"datasets.map {other:.1f} s, {count / other:.0f} rows/s; "
-                  f"ratio {other / mine:.2f}", flush=True)  # fmt: skip
+                with tempfile.TemporaryDirectory(dir=arguments.work) as work:
+                    run = runs[side] = timed(side, arguments, path, work)
+                    print(*run.lines(side), sep="\n")
+                    print(f"    {side}: {run.seconds:.1f} s, {count / run.seconds:.0f} rows/s, "
+                          f"{run.made['tokens'] / run.seconds:.0f} tokens/s, CPU {run.cpu:.1f} s, "
+                          f"{run.made['samples']} samples, {run.made['tokens']} tokens",
+                          flush=True)  # fmt: skip
+                    if side == "qcore":
+                        again = timed(side, arguments, path, work).made
+                        print(f"    second start: data stage {again['stage']:.2f} s "
+                              f"(the first one {run.made['stage']:.1f} s), "
+                              f"{again['resident'] / MEBI:.0f} MiB resident after it",
+                              flush=True)  # fmt: skip
+            mine, other = runs["qcore"], runs["datasets"]
+            print(f"    ratio of rows/s {other.seconds / mine.seconds:.2f}, "
+                  f"of CPU time {other.cpu / mine.cpu:.2f}", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -279,7 +334,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.side:
         run = ours if arguments.side == "qcore" else peer
-        run(arguments.model, arguments.path, arguments.workers, arguments.work)
+        made = run(arguments.model, arguments.path, arguments.workers, arguments.work)
+        print(json.dumps(made))
         return
     with tempfile.TemporaryDirectory(dir=arguments.work or None) as work:
         arguments.work = work

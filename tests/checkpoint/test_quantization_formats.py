@@ -26,7 +26,12 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from qcore.api.parameters import EXPERTS, LINEAR, Aim, Part, Row, Table, cat, stack
 from qcore.checkpoint.checkpoint import Checkpoint
 from qcore.checkpoint.layout import locate
-from qcore.checkpoint.quantization_formats import Format, Quantization, detect_quantization
+from qcore.checkpoint.quantization_formats import (
+    READABLE,
+    Format,
+    Quantization,
+    detect_quantization,
+)
 from qcore.errors import InputError
 from qcore.merging.plan import plan_merge, without
 from qcore.nn import fp8
@@ -130,6 +135,13 @@ def bnb4(name: str, rows: int, columns: int) -> Tensors:
     }
 
 
+def bnb4_stateless(name: str, rows: int, columns: int) -> Tensors:
+    """As older versions saved it: without a state nothing can be decoded."""
+    found = bnb4(name, rows, columns)
+    del found[f"{name}.quant_state.bitsandbytes__nf4"]
+    return found
+
+
 def bnb8(name: str, rows: int, columns: int) -> Tensors:
     stem = name.removesuffix("weight")
     return {
@@ -176,7 +188,8 @@ FORMATS: dict[str, tuple[Callable[[str, int, int], Tensors], Format, str]] = {
     "GPTQ": (gptq, Format.GPTQ, "gptq"),
     "GPTQ without g_idx": (gptq_without_order, Format.GPTQ, "auto-round"),
     "AWQ": (awq, Format.AWQ, "awq"),
-    "bitsandbytes 4 bit": (bnb4, Format.BITSANDBYTES, "bitsandbytes"),
+    "bitsandbytes 4 bit": (bnb4, Format.FOUR_BIT, "bitsandbytes"),
+    "bitsandbytes 4 bit without states": (bnb4_stateless, Format.BITSANDBYTES, "bitsandbytes"),
     "bitsandbytes 8 bit": (bnb8, Format.BITSANDBYTES, "bitsandbytes"),
     "compressed-tensors": (packed, Format.COMPRESSED, "compressed-tensors"),
     "compressed-tensors, NVFP4": (packed_nvfp4, Format.COMPRESSED, "compressed-tensors"),
@@ -222,7 +235,7 @@ def test_a_format_by_its_tensors(tmp_path: Path, case: str) -> None:
         found = detect_quantization(checkpoint(tensors, config, tmp_path / str(number)))
         assert found is not None
         assert dict(found.formats) == {kind: count}
-        assert found.readable == (kind is Format.BLOCK_FP8)
+        assert found.readable == (kind in READABLE)
         assert f"{count} weights in {kind.value}" in found.line()
 
 
@@ -354,7 +367,7 @@ def test_what_it_was_made_from(
 
 # -- the verbs
 
-UNREADABLE = [case for case, (_, kind, _) in FORMATS.items() if kind is not Format.BLOCK_FP8]
+UNREADABLE = [case for case, (_, kind, _) in FORMATS.items() if kind not in READABLE]
 
 
 @pytest.mark.parametrize("case", fast(UNREADABLE, *UNREADABLE[::5]))

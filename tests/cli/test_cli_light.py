@@ -159,7 +159,7 @@ OPTIONS: dict[str, list[str]] = {
     ],
     "merge": [
         "--adapter", "--debug", "--dequantize", "--generation", "--json", "--model", "--no-proof",
-        "--output", "--take-tokenizer", "--trust-base", "--trust-generation",
+        "--output", "--requantize", "--take-tokenizer", "--trust-base", "--trust-generation",
     ],
     "generate": [
         "MODEL", "--adapter", "--chat-template-kwargs", "--debug", "--device", "--dtype",

@@ -1,6 +1,7 @@
-"""DoRA on a card: gradients beside PEFT's on the same 4-bit base, the plan, the time of a step.
+"""DoRA and trained rows on a card: gradients beside PEFT's, the plan, the time of a step.
 
-Gradients and times are of four layers at the width of the 4B, with the kernels that a run takes.
+Gradients of DoRA and times are of four layers at the width of the 4B, with the kernels that a run
+takes.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +22,19 @@ from support.dora_slices import (
     pefts_gradients,
     seconds_of_steps,
 )
+from support.e2e_kit import write_stock
 from support.gradient_cases import Case
 from support.gradient_slices import Slice, text_of
 from support.plan_kit import DENSE_4B
 
+from qcore.adapter.targets import targets
+from qcore.api.blocks import Packed
 from qcore.config.settings import Settings
+from qcore.nn.load import load
+from qcore.nn.model import Model
+from qcore.nn.qlora.lora_layer import Lora
+from qcore.plugins.resolve_model import identify
+from qcore.training.loading import _start_rows
 from qcore.training.train import train
 from qcore_qwen35.tiny import write as write_tiny
 
@@ -84,20 +94,54 @@ def test_a_step_takes_at_most_1_3_times(tokens: int, policy: str) -> None:
     assert two <= RATIO * one
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+KINDS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "DoRA": {"use_dora": True},
+    "rows of embedding and head": {"trainable_token_indices": tuple(range(256))},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_the_plan_is_within_7_percent(tmp_path: Path, recompute: str, use_dora: bool) -> None:
+def test_the_plan_is_within_7_percent(tmp_path: Path, recompute: str, kind: str) -> None:
     base = tmp_path / "base"
     sizes = DENSE_4B | {"num_hidden_layers": 8, "max_position_embeddings": 32768}
     write_tiny(base, **{key: value for key, value in sizes.items() if key != "vocab_size"})
     data = write_rows(tmp_path / "rows.jsonl", conversations(160))
     settings = Settings(
         max_steps=5, max_length=2048, per_device_train_batch_size=16,
-        gradient_accumulation_steps=2, recompute=recompute, use_dora=use_dora,
-        gradient_checkpointing=recompute != "none", join_micro_batches=False,
+        gradient_accumulation_steps=2, recompute=recompute, join_micro_batches=False,
+        gradient_checkpointing=recompute != "none", **KINDS[kind],
     )  # fmt: skip
     report = train(str(base), data, tmp_path / "adapter", settings, device="cuda")
     assert report.last_loss < report.first_loss
     planned, measured = report.plan["peak_bytes"], report.measured["peak_bytes"]
-    print(f"\n{recompute}, DoRA {use_dora}: {planned / 1e9:.3f} GB, {measured / 1e9:.3f} measured")
+    print(f"\n{recompute}, {kind}: {planned / 1e9:.3f} GB planned, {measured / 1e9:.3f} measured")
     assert abs(measured / planned - 1) <= PLAN
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gradients_of_rows_equal_the_cpu(tmp_path: Path, tied: bool) -> None:
+    """On the CPU they are PEFT's: tests/training/test_token_rows.py."""
+    found = identify(str(write_stock(tmp_path / "base", tied=tied)))
+    chosen = targets(found.layout, ("attn",), Lora(r=4, lora_alpha=8))
+    generator = torch.Generator().manual_seed(5)
+    ids = [torch.randint(0, 500, (n,), generator=generator) for n in (1, 63, 130)]
+    batch = Packed.of(ids, [torch.roll(row, -1) for row in ids])
+    results: list[list[torch.Tensor]] = []
+    for device in (torch.device("cpu"), CUDA):
+        model = Model(
+            found.decision.architecture, found.checkpoint.config, found.layout, torch.float32,
+            chosen, token_ids=(3, int(ids[1][4])), head_token_ids=() if tied else (9, 5),
+        )  # fmt: skip
+        load(model, found.layout, found.checkpoint, device=device, quantize=False)
+        for name, module in model.adapters():
+            module.reset_lora(name, 0, device)
+        assert model.trained_rows is not None
+        _start_rows(model, model.trained_rows)
+        model.loss(batch.to(device), recompute="full").backward()
+        grads = [rows.grad for rows in model.beside_adapters()]
+        results.append([grad.cpu() for grad in grads if grad is not None])
+    assert [len(one) for one in results] == [2 - tied, 2 - tied]
+    for one, other in zip(*results, strict=True):
+        assert float((one - other).norm()) <= 1e-3 * float(one.norm())

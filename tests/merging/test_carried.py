@@ -15,6 +15,7 @@ from support.conversations import conversations, write_rows
 from support.e2e_kit import LENGTHS, documents, our_logits, ours, write_stock
 from support.moe_kit import INDEX, exact, rewrite, tensors_of
 from support.packed_kit import PACKERS, write_packed
+from support.tiers import fast
 from torch import Tensor
 
 from qcore.config.settings import Settings
@@ -50,7 +51,7 @@ def same_bytes(one: Tensor, two: Tensor) -> bool:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("packer", fast(PACKERS, "nvfp4-compressed", "fp8-blocks"))
 def test_packed_bytes_are_carried(plain: Path, adapter: Path, tmp_path: Path, packer: str) -> None:
     base, out = write_packed(plain, tmp_path / "base", packer, MLP), tmp_path / "out"
     report = merge(str(base), adapter, out, trust_base=True)
@@ -76,22 +77,22 @@ def test_packed_bytes_are_carried(plain: Path, adapter: Path, tmp_path: Path, pa
     assert read_manifest(out).meta["decoded"] is None
 
 
-def test_a_packed_target_is_refused_by_its_tensor(plain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packer", fast(PACKERS, "gptq", "fp8-blocks"))
+def test_a_packed_target_is_refused_by_its_tensor(plain: Path, tmp_path: Path, packer: str) -> None:
     recipe = {"target_modules": ["q_proj", "down_proj"]}
     written(plain, tmp_path / "a", recipe)
     leaf = {"gptq": "qweight", "awq": "qweight", "nvfp4-compressed": "weight_packed"}
-    for packer in PACKERS:
-        base = write_packed(plain, tmp_path / packer, packer, MLP, base="some-org/original")
-        with pytest.raises(InputError) as error:
-            merge(str(base), tmp_path / "a", tmp_path / "out", trust_base=True)
-        code = "QC-MERGE-008" if packer == "fp8-blocks" else "QC-CKPT-008"
-        assert error.value.code == code
-        found = str(error.value.field)
-        assert found.startswith("model.language_model.layers.0.mlp.down_proj.")
-        assert found.endswith(leaf.get(packer, "weight_packed" if "int4" in packer else "weight"))
-        assert "some-org/original" in str(error.value.fix)
-        assert ("--dequantize" in str(error.value.fix)) == (packer == "fp8-blocks")
-        assert not (tmp_path / "out").exists()
+    base = write_packed(plain, tmp_path / packer, packer, MLP, base="some-org/original")
+    with pytest.raises(InputError) as error:
+        merge(str(base), tmp_path / "a", tmp_path / "out", trust_base=True)
+    code = "QC-MERGE-008" if packer == "fp8-blocks" else "QC-CKPT-008"
+    assert error.value.code == code
+    found = str(error.value.field)
+    assert found.startswith("model.language_model.layers.0.mlp.down_proj.")
+    assert found.endswith(leaf.get(packer, "weight_packed" if "int4" in packer else "weight"))
+    assert "some-org/original" in str(error.value.fix)
+    assert ("--dequantize" in str(error.value.fix)) == (packer == "fp8-blocks")
+    assert not (tmp_path / "out").exists()
     merge(str(plain), tmp_path / "a", tmp_path / "out", trust_base=True)  # the way that is named
 
 
@@ -105,6 +106,7 @@ def test_what_cannot_be_decoded_is_not_dequantized(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packer", ["nvfp4-modelopt", "gptq", "fp8-blocks"])
 def test_packed_experts(tmp_path: Path, packer: str) -> None:
     """Experts apart and packed, attention plain: the public 4-bit mixtures of experts."""
@@ -133,6 +135,7 @@ def test_packed_experts(tmp_path: Path, packer: str) -> None:
     assert all(same_bytes(after[name], whole[name]) for name in changed)
 
 
+@pytest.mark.slow
 def test_a_plain_weight_that_differs_is_another_base(plain: Path, tmp_path: Path) -> None:
     """AWQ may move scales into a norm: an adapter of the original does not fit then."""
     rows = write_rows(tmp_path / "rows.jsonl", conversations(8))

@@ -433,7 +433,7 @@ def test_the_command_line(base: Path, plain: Path, adapter: Path, tmp_path: Path
     ended.error("QC-MERGE-009")
     ended = here(capsys, *common, "--dequantize")
     assert ended.code == 0, ended.err
-    assert "the output is in bf16: 32 tensors of the base were in FP8" in ended.out
+    assert "the output is in 16 bits: 32 tensors of the base were quantized" in ended.out
     assert "32 weights in block FP8 of 16 x 16" in ended.err
     told = here(capsys, "inspect", base, "--json").json
     assert told["quantisation"]["format"] == "block FP8"

@@ -1,27 +1,54 @@
-"""Heads, embeddings and saved modules in an adapter: equal to the base, or refused by name."""
+"""Heads, embeddings, saved modules and token rows of an adapter, merged as stock PEFT uses them."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.change_kit import assert_merged, written
-from support.e2e_kit import write_stock
+from support.e2e_kit import LENGTHS, documents, our_logits, stock, stock_logits, write_stock
 
 from qcore.errors import QcoreError
+from qcore.inference.generate import Generator
 from qcore.merging.merge import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Q = {"target_modules": ["q_proj"]}
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "head": ({"target_modules": ["q_proj", "lm_head"]}, "LoRA on lm_head.weight"),
-    "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens.weight, which"),
-    "saved modules": ({**Q, "modules_to_save": ["embed_tokens", "lm_head"]}, "other values"),
-    "norms": ({**Q, "modules_to_save": ["input_layernorm"]}, "input_layernorm.weight with other"),
-    "token rows": ({**Q, "trainable_token_indices": {"embed_tokens": [3, 5]}}, "trained rows"),
+HEAD, EMBED, ROWS = "lm_head", "embed_tokens", "trainable_token_indices"
+MERGED: dict[str, dict[str, Any]] = {
+    "LoRA on the head": {"target_modules": ["q_proj", HEAD]},
+    "LoRA on the embedding": {"target_modules": ["q_proj", EMBED]},
+    "LoRA on both, in patterns": {
+        "target_modules": ["q_proj", EMBED, HEAD], "rank_pattern": {HEAD: 2},
+        "alpha_pattern": {EMBED: 3}, "use_rslora": True,
+    },
+    "DoRA on the head": {"target_modules": ["q_proj", HEAD], "use_dora": True},
+    "LoRA on the head alone": {"target_modules": [HEAD]},
+    "saved embedding and head": {**Q, "modules_to_save": [EMBED, HEAD]},
+    "saved head": {**Q, "modules_to_save": [HEAD]},
+    "saved embedding": {**Q, "modules_to_save": [EMBED]},
+    "saved norms and conv1d": {**Q, "modules_to_save": ["input_layernorm", "conv1d", "q_norm"]},
+    "saved last norm": {**Q, "modules_to_save": ["language_model.norm"]},
+    "saved mixers": {**Q, "modules_to_save": ["linear_attn"]},
+    "rows": {**Q, ROWS: [3, 5]},
+    "rows by module": {**Q, ROWS: {EMBED: [5, 3]}},
+    "rows of both": {**Q, ROWS: {EMBED: [3, 5], HEAD: [7, 3, 9]}},
+    "rows of the head": {**Q, ROWS: {HEAD: [7, 3, 9]}},
+    "rows and LoRA on the head": {"target_modules": ["q_proj", HEAD], ROWS: {EMBED: [3, 5]}},
+}  # fmt: skip
+#: Recipes under which PEFT uses one weight for embedding and head, if the base ties them.
+TIED = ("saved norms and conv1d", "saved last norm", "saved mixers", "rows", "rows by module")
+#: Recipes under ``ensure_weight_tying``: both get the same change.
+ENSURED: dict[str, dict[str, Any]] = {
+    "LoRA on the embedding": {"target_modules": ["q_proj", EMBED]},
+    "LoRA on the head": {"target_modules": ["q_proj", HEAD]},
+    "saved embedding": {**Q, "modules_to_save": [EMBED]},
+    "rows of both": {**Q, ROWS: {EMBED: [3, 5], HEAD: [3, 5]}},
 }
 
 
@@ -32,6 +59,59 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
         tied: write_stock(tmp_path_factory.mktemp("base"), tied=tied, dtype=torch.bfloat16)
         for tied in (False, True)
     }
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("recipe", MERGED)
+def test_the_merge_computes_what_peft_computes(
+    bases: dict[bool, Path], tmp_path: Path, recipe: str, tied: bool
+) -> None:
+    peer = written(bases[tied], tmp_path / "a", MERGED[recipe])
+    report = merge(str(bases[tied]), tmp_path / "a", tmp_path / "out", trust_base=True)
+    untied = tied and recipe not in TIED
+    changed = assert_merged(peer, bases[tied], tmp_path / "out", untied=untied)
+    assert len(changed) == report.changed == report.pairs + report.replaced
+    assert report.proof is not None
+    assert report.proof["effect"] > 0.01
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for section in (config, config["text_config"]):
+        assert section["tie_word_embeddings"] is (tied and not untied)
+
+
+@pytest.mark.parametrize("recipe", ENSURED)
+def test_a_tied_head_stays_tied_if_both_change_alike(
+    bases: dict[bool, Path], tmp_path: Path, recipe: str
+) -> None:
+    options = ENSURED[recipe] | {"ensure_weight_tying": True}
+    peer = written(bases[True], tmp_path / "a", options)
+    report = merge(str(bases[True]), tmp_path / "a", tmp_path / "out", trust_base=True)
+    assert len(assert_merged(peer, bases[True], tmp_path / "out")) == report.changed
+
+
+@pytest.mark.parametrize("recipe", ["LoRA on the head", "saved embedding", "rows of both"])
+def test_stock_loads_an_untied_merge(tmp_path: Path, recipe: str) -> None:
+    """A float32 base, so that logits show no rounding."""
+    base = write_stock(tmp_path / "base", tied=True, shard="100KB")
+    peer = written(base, tmp_path / "a", MERGED[recipe])
+    merge(str(base), tmp_path / "a", tmp_path / "out", trust_base=True)
+    docs = documents(LENGTHS)
+    theirs = stock_logits(peer, docs)
+    again = stock_logits(stock(tmp_path / "out", "vl").eval(), docs)
+    assert float((again - theirs).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("recipe", ["rows and LoRA on the head", "LoRA on the embedding"])
+def test_generate_computes_what_peft_computes(
+    bases: dict[bool, Path], tmp_path: Path, recipe: str, tied: bool
+) -> None:
+    peer = written(bases[tied], tmp_path / "a", MERGED[recipe])
+    docs = documents(LENGTHS)
+    generator = Generator(
+        str(bases[tied]), adapter=tmp_path / "a", trust_base=True, device="cpu", dtype="fp32"
+    )
+    gap = (our_logits(generator.model, docs) - stock_logits(peer, docs)).abs().max()
+    assert float(gap) <= 1e-4
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -47,29 +127,6 @@ def test_saved_embeddings_that_equal_the_base_are_ignored(
     assert assert_merged(peer, bases[tied], tmp_path / "out")
 
 
-@pytest.mark.parametrize("recipe", REFUSED)
-def test_what_is_not_merged_is_refused_by_its_cause(
-    bases: dict[bool, Path], tmp_path: Path, recipe: str
-) -> None:
-    options, says = REFUSED[recipe]
-    written(bases[False], tmp_path / "a", options)
-    with pytest.raises(QcoreError, match=says) as caught:
-        merge(str(bases[False]), tmp_path / "a", tmp_path / "out", trust_base=True)
-    assert caught.value.code == "QC-ADAPTER-005"
-    assert "merge_and_unload" in str(caught.value.fix)
-    assert "trained on" not in str(caught.value.fix)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_tied_head_is_refused_with_the_way_to_untie_it(
-    bases: dict[bool, Path], tmp_path: Path
-) -> None:
-    written(bases[True], tmp_path / "a", REFUSED["head"][0])
-    with pytest.raises(QcoreError, match="lm_head") as caught:
-        merge(str(bases[True]), tmp_path / "a", tmp_path / "out", trust_base=True)
-    assert "tie_word_embeddings to false" in str(caught.value.fix)
-
-
 def test_added_rows_are_refused(bases: dict[bool, Path], tmp_path: Path) -> None:
     written(bases[False], tmp_path / "a", Q, save={"save_embedding_layers": True})
     file = tmp_path / "a" / "adapter_model.safetensors"
@@ -81,3 +138,26 @@ def test_added_rows_are_refused(bases: dict[bool, Path], tmp_path: Path) -> None
     with pytest.raises(QcoreError, match="2 rows that the base lacks") as caught:
         merge(str(bases[False]), tmp_path / "a", tmp_path / "out", trust_base=True)
     assert "resize_token_embeddings" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("target", [(), ("embed_tokens",)])
+def test_a_copy_that_no_field_names_replaces_the_weight_itself(
+    bases: dict[bool, Path], tmp_path: Path, tied: bool, target: tuple[str, ...]
+) -> None:
+    """``save_embedding_layers`` leaves such copies; PEFT loads them into the base, LoRA on top."""
+    written(bases[tied], tmp_path / "a", {"target_modules": ["q_proj", *target]},
+            save={"save_embedding_layers": True})  # fmt: skip
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    copies = [n for n in tensors if n.endswith(".weight") and "lora" not in n]
+    noise = 0.05 * torch.randn(tensors[copies[0]].shape, generator=torch.Generator().manual_seed(4))
+    for name in copies:  # of a tied base, one weight under both names
+        tensors[name] += noise if tied or "embed_tokens" in name else -noise
+    save_file(tensors, file)
+    loaded = peft.PeftModel.from_pretrained(
+        stock(bases[tied], "vl", torch.float32), str(tmp_path / "a")
+    ).eval()
+    report = merge(str(bases[tied]), tmp_path / "a", tmp_path / "out", trust_base=True)
+    changed = assert_merged(loaded, bases[tied], tmp_path / "out", untied=tied and bool(target))
+    assert len(changed) == report.changed

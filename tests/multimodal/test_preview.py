@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from support.media_kit import frames, video
+from support.media_kit import frames, picture, saved, video
 from support.media_kit import payload as media_payload
 
-from qcore.api import Payload
+from qcore.api import Payload, RowError
 from qcore_multimodal.preview import LARGEST, preview
 
 
@@ -65,3 +66,52 @@ def test_a_video_that_cannot_be_read_has_none(reader: Any, monkeypatch: pytest.M
     assert reader.preview(media_payload(b"no video", "video"), 160) == ""
     monkeypatch.setattr("qcore_multimodal.preview.LARGEST_VIDEO", 1000)
     assert reader.preview(media_payload(video(frames(4, 64, 48)), "video"), 160) == ""
+
+
+@pytest.mark.parametrize("size", [0, 160])
+@pytest.mark.parametrize(
+    ("mode", "form", "width", "height"),
+    [
+        ("RGB", "PNG", 31, 33), ("RGBA", "PNG", 640, 481), ("L", "JPEG", 1000, 17),
+        ("CMYK", "JPEG", 257, 255), ("P", "GIF", 3, 500), ("RGB", "WEBP", 1900, 1300),
+    ],
+)  # fmt: skip
+def test_a_reader_for_people_measures_without_values(
+    new_reader: Any, cache_home: Path, size: int, mode: str, form: str, width: int, height: int
+) -> None:
+    """What is shown is what a run reads, although nothing is resized or cached."""
+    given = media_payload(saved(picture(mode, width, height), form), min_pixels=65536)
+    measured = new_reader().measuring(size).read(given)
+    assert not list(cache_home.rglob("*.media"))
+    assert measured == new_reader().read(given)
+    assert list(cache_home.rglob("*.media"))
+
+
+def test_a_reader_for_people_refuses_what_a_run_refuses(new_reader: Any) -> None:
+    whole = saved(picture("RGB", 300, 200), "PNG")
+    for data in (whole[:-30], b"<html>", saved(picture("RGB", 900, 4), "PNG")):
+        with pytest.raises(RowError) as expected:
+            new_reader().read(media_payload(data))
+        with pytest.raises(RowError) as caught:
+            new_reader().measuring(160).read(media_payload(data))
+        assert (caught.value.code, caught.value.found) == (
+            expected.value.code, expected.value.found,
+        )  # fmt: skip
+
+
+def test_a_picture_is_decoded_once(new_reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = new_reader().measuring(160)
+    given = media_payload(saved(picture("RGB", 1600, 1200), "JPEG"))
+    reader.read(given)
+    monkeypatch.setattr("qcore_multimodal.reader.preview", lambda *_: pytest.fail("decoded again"))
+    for size, pixels in ((160, (160, 120)), (80, (80, 60)), (48, (48, 36))):
+        with shown(reader.preview(given, size)) as small:
+            assert small.size == pixels
+
+
+def test_few_copies_are_kept(new_reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcore_multimodal.preview._KEPT", 3)
+    reader = new_reader().measuring(16)
+    for seed in range(9):
+        reader.read(media_payload(saved(picture("RGB", 40, 30, seed), "PNG")))
+    assert len(reader._previews._kept) == 3

@@ -27,6 +27,7 @@ from qcore.planning.run import refusal
 from qcore.planning.segments import extrapolated, smaller
 from qcore.planning.trace import Trace
 from qcore.plugins.resolve_model import identify
+from qcore.training.loading import _start_rows
 from qcore_qwen35.tiny import write
 
 CPU = torch.device("cpu")
@@ -53,11 +54,14 @@ def measured(folder: Path, settings: Settings, lengths: tuple[int, ...], policy:
     )  # fmt: skip
     model = Model(
         found.decision.architecture, found.checkpoint.config, found.layout,
-        DTYPES[settings.dtype], lora,
+        DTYPES[settings.dtype], lora, token_ids=settings.trainable_token_indices,
+        head_token_ids=settings.trainable_head_token_indices,
     )  # fmt: skip
     load(model, found.layout, found.checkpoint, device=CPU, quantize=True)
     for name, module in model.adapters():
         module.reset_lora(name, 0, CPU)
+    if model.trained_rows is not None:
+        _start_rows(model, model.trained_rows)
     for _, parameter in model.trainable():
         parameter.grad = torch.zeros_like(parameter)
     model.train()
@@ -92,6 +96,26 @@ def test_the_peak_with_dora_is_what_a_step_takes(folder: Path, policy: str) -> N
     found = measured(folder, settings, lengths, policy)
     expected = sum(plan.memory[term] for term in ("batch", "activations", "workspace"))
     assert expected == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize("policy", fast(["none", "full"], "full"))
+def test_the_peak_with_rows_of_the_embedding(folder: Path, policy: str) -> None:
+    found = identify(str(folder))
+    tied = any(entry.row.group == "head" and entry.row.tie for entry in found.layout.table)
+    rows: dict[str, Any] = {"trainable_token_indices": tuple(range(40))}
+    rows |= {} if tied else {"trainable_head_token_indices": tuple(range(50))}
+    settings, lengths = Settings(r=4, **rows), (64, 31, 97)
+    planner = Planner(found, settings, None)
+    plan = planner.plan(lengths, (policy,) * len(planner.measure.kinds))
+    measured_peak = measured(folder, settings, lengths, policy)
+    expected = sum(plan.memory[term] for term in ("batch", "activations", "workspace"))
+    assert expected == pytest.approx(measured_peak, rel=0.03)
+    plain = Planner(found, Settings(r=4), None)
+    width = planner.measure.width
+    assert planner.trained - plain.trained == sum(map(len, rows.values())) * width
+    assert planner.static["gradients"] - plain.static["gradients"] == pytest.approx(
+        4 * (planner.trained - plain.trained), abs=1024
+    )
 
 
 def test_weights_are_what_loading_holds(folder: Path) -> None:

@@ -12,6 +12,7 @@ from support import toy_tower
 from qcore.api.media import MediaReader, Payload, Placed, RowError
 from qcore.errors import InputError, PluginError
 from qcore.plugins.resolve_model import Identified, identify
+from qcore.preflight.media_reader import ContainedReader
 from qcore.preflight.modality import reader_of
 from qcore.reporting import Reporter
 from qcore_qwen35.tiny import write
@@ -105,3 +106,20 @@ def test_an_attribute_that_raises_is_named(reader: Callable[..., MediaReader], n
     setattr(Broken, name, property(fail))
     with pytest.raises(PluginError, match=f"MediaReader.{name}"):
         reader(Broken())
+
+
+def test_a_reader_without_measuring_reads_as_for_a_run(
+    reader: Callable[..., ContainedReader],
+) -> None:
+    made = reader(Reader())
+    assert made.measuring(160) is made
+
+
+def test_a_fault_in_measuring_is_the_plugins(reader: Callable[..., ContainedReader]) -> None:
+    class Broken(Reader):
+        def measuring(self, size: int) -> MediaReader:
+            raise KeyError("no such thing")
+
+    with pytest.raises(PluginError) as caught:
+        reader(Broken()).measuring(160)
+    assert "MediaReader.measuring" in caught.value.what

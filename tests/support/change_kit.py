@@ -60,21 +60,43 @@ def step(value: Tensor) -> Tensor:
     return torch.exp2(torch.frexp(value.abs().clamp_min(1e-30)).exponent.float() - 8)
 
 
-def assert_merged(model: Any, base: Path, out: Path, *, kind: str = "vl") -> set[str]:
+def vocabulary_weights(model: Any) -> dict[str, Tensor]:
+    """Embedding and head as a PEFT model computes with them, by canonical name."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    with torch.no_grad():
+        size, width = embedding.weight.shape
+        return {
+            f"{ROOT}embed_tokens.weight": embedding(torch.arange(size)),
+            "lm_head.weight": head(torch.eye(width)).T.contiguous(),
+        }
+
+
+def assert_merged(
+    model: Any, base: Path, out: Path, *, kind: str = "vl", untied: bool = False
+) -> set[str]:
     """Compare a merge with PEFT's own in float32; returns the names of the tensors that changed.
 
-    Every element is within one step of bfloat16, and what PEFT does not change is the base's.
+    Every element is within one step of bfloat16, and what PEFT does not change is the base's. PEFT
+    merges the changes of embedding and head into one weight if they are tied. So both are compared
+    with what the PEFT model computes, and `untied` says that the merge must have a head of its own.
     """
+    live = vocabulary_weights(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = model.merge_and_unload().state_dict()
+        theirs = {canonical(n, kind): v for n, v in model.merge_and_unload().state_dict().items()}
+    theirs |= live
     before, mine, changed = on_disk(base, kind), on_disk(out, kind), set()
+    if untied:
+        before["lm_head.weight"] = before[f"{ROOT}embed_tokens.weight"]
+    elif "lm_head.weight" not in before:
+        close = (live["lm_head.weight"] - live[f"{ROOT}embed_tokens.weight"]).abs().max()
+        assert float(close) <= 1e-6
     assert mine.keys() == before.keys()
-    for name, value in ((canonical(n, kind), v.float()) for n, v in theirs.items()):
+    for name, value in ((name, value.float()) for name, value in theirs.items()):
         if name not in before:
             continue  # a tied head
         assert mine[name].dtype == before[name].dtype
-        if torch.equal(value, before[name].float()):
+        if float((value - before[name].float()).abs().max()) <= 1e-6 * float(value.abs().max()):
             assert torch.equal(mine[name], before[name]), name
             continue
         changed.add(name)

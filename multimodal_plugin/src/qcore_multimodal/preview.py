@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qcore.api import Payload, RowError
 
@@ -16,7 +20,42 @@ if TYPE_CHECKING:
     from .video_decoder import Decoder
 
 LARGEST = 64 << 20  #: pixels of an image that gets a preview
+_KEPT = 256  #: images whose copies are kept: rows are rendered in chunks before they are shown
 LARGEST_VIDEO = 1 << 31  #: pixels of all frames of a video that gets one
+
+
+class PreviewCache:
+    """Small copies of the images that were decoded last, so that none is decoded twice.
+
+    Args:
+        size: pixels of the longer side of a copy; 0: none is kept.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._kept: OrderedDict[str, Any] = OrderedDict()
+
+    def put(self, sha256: str, picture: NDArray[np.uint8]) -> None:
+        """Keep a copy of a decoded image ``[H, W, 3]``."""
+        if not self._size:
+            return
+        from PIL import Image
+
+        height, width = picture.shape[:2]
+        if width * height > LARGEST:
+            return
+        # Every second pixel of a large image is enough, and reduces what is filtered.
+        step = max(1, max(height, width) // (4 * self._size))
+        small = Image.fromarray(np.ascontiguousarray(picture[::step, ::step]))
+        small.thumbnail((self._size, self._size))
+        self._kept[sha256] = small
+        while len(self._kept) > _KEPT:
+            self._kept.popitem(last=False)
+
+    def get(self, sha256: str, size: int) -> str:
+        """A data URL of a copy of at most `size` pixels; empty if none is kept."""
+        small = self._kept.get(sha256)
+        return "" if small is None or size > self._size else _small(small, size)
 
 
 def preview(payload: Payload, size: int) -> str:

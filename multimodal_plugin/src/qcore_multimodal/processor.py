@@ -21,7 +21,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers.image_utils import SizeDict
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+    smart_resize,
+)
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
@@ -107,6 +110,21 @@ class Processor:
 
 class ImageProcessor(Processor):
     """The image processor."""
+
+    def grid(self, height: int, width: int, limits: Limits) -> Grid:
+        """The grid that `patches` makes of an image of a size, without its pixels.
+
+        Raises:
+            ValueError: the processor refuses the aspect ratio.
+        """
+        rows, columns = smart_resize(
+            height,
+            width,
+            factor=self.patch * self.merge,
+            min_pixels=limits.min_pixels,
+            max_pixels=limits.max_pixels,
+        )
+        return 1, rows // self.patch, columns // self.patch
 
     def patches(self, picture: Bytes, limits: Limits) -> tuple[Grid, Bytes]:
         """Resize an RGB image ``[H, W, C]`` and split it into patches.

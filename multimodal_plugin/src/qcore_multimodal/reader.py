@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
@@ -33,7 +34,7 @@ from .checked_bytes import decoded_frames, decoded_image, open_payload, unchange
 from .media import KINDS, ProcessedMedium
 from .media_batch import PixelBatch
 from .media_options import KEYS, Limits, parse_limits
-from .preview import preview, video_preview
+from .preview import PreviewCache, preview, video_preview
 from .processor_files import load
 
 if TYPE_CHECKING:
@@ -46,18 +47,35 @@ _LAYOUT: Final = 1  # version of the cache entries and of the decoding code
 
 
 class Reader:
-    """A `qcore.api.media.MediaReader` with the processors of one checkpoint."""
+    """A `qcore.api.media.MediaReader` with the processors of one checkpoint.
+
+    Args:
+        checkpoint: provides the processor files.
+        report: receives lines for the user.
+        previews: keeps small copies of decoded images, whose values are then neither computed nor
+            cached; ``None`` for a run.
+    """
 
     kinds: Final = KINDS
     keys: Final = KEYS
 
-    def __init__(self, checkpoint: CheckpointView, report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        checkpoint: CheckpointView,
+        report: Callable[[str], None],
+        previews: PreviewCache | None = None,
+    ) -> None:
         self._report = report
+        self._previews = previews
         self._checkpoint = checkpoint
         self._tables: dict[str, Tensor] = {}
         self._bytes = 0  # size of all values that this process has read
         self._counted: set[bytes] = set()
         self._reported: set[str] = set()
+
+    def measuring(self, size: int) -> Reader:
+        """See `qcore.api.media.MeasuringReader`."""
+        return Reader(self._checkpoint, self._report, PreviewCache(size))
 
     # Created on first use: a text-only run reads no processor file and imports no transformers.
 
@@ -102,7 +120,9 @@ class Reader:
         limits = self._limits(payload)
         digest = self._digest(payload, limits)
         metadata = self._cache.metadata(digest)
-        if metadata is None:
+        if metadata is None and self._previews is not None and payload.kind == "image":
+            metadata = self._measured(payload, limits, self._previews)
+        elif metadata is None:
             metadata, _ = self._process(payload, limits, digest)
         medium = ProcessedMedium(
             kind=payload.kind,
@@ -152,7 +172,8 @@ class Reader:
     def preview(self, payload: Payload, size: int) -> str:
         """A small copy of an image, or of a video's first frame, as a data URL."""
         if payload.kind == "image":
-            return preview(payload, size)
+            kept = self._previews.get(payload.sha256, size) if self._previews else ""
+            return kept or preview(payload, size)
         return video_preview(payload, size, self._decoder)
 
     def batch(self, media: Sequence[Medium], where: Tensor) -> PixelBatch:
@@ -242,14 +263,20 @@ class Reader:
         self._cache.put(digest, metadata, values)
         return metadata, values
 
+    def _measured(self, payload: Payload, limits: Limits, previews: PreviewCache) -> dict[str, Any]:
+        """Decode an image to check it, and compute its grid without its values."""
+        with open_payload(payload) as file:
+            picture = decoded_image(file, payload)
+        height, width, _ = picture.shape
+        with _aspect_ratio():
+            grid = self._images.grid(height, width, limits)
+        previews.put(payload.sha256, picture)
+        return {"grid": grid, "merge": self._images.merge, "seconds": ()}
+
     def _image(self, file: BinaryIO, payload: Payload, limits: Limits) -> tuple[Grid, Bytes]:
         picture = decoded_image(file, payload)
-        try:
+        with _aspect_ratio():
             return self._images.patches(picture, limits)
-        except ValueError as error:
-            raise RowError(
-                "QC-VISION-031", "the processor refuses the aspect ratio", found=str(error)
-            ) from None
 
     def _count(self, medium: ProcessedMedium, payload: Payload) -> None:
         """Compare the size of all values with the limit of the cache.
@@ -310,6 +337,16 @@ class Reader:
         if what not in self._reported:
             self._reported.add(what)
             self._report(what)
+
+
+@contextmanager
+def _aspect_ratio() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise RowError(
+            "QC-VISION-031", "the processor refuses the aspect ratio", found=str(error)
+        ) from None
 
 
 def _grid(numbers: Sequence[int]) -> Grid:

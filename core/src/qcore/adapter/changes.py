@@ -31,11 +31,14 @@ class Replacement:
         tensor: the weight.
         values: the new values: in the shape of the weight, or ``[n, ...]`` for n rows.
         rows: the row of the weight that each row of `values` replaces; ``None``: all of them.
+        shared: whether a head that is tied to the weight gets the values too. PEFT gives it trained
+            rows, and copies that ``modules_to_save`` does not name, which it loads into the weight.
     """
 
     tensor: TableTensor
     values: Header
     rows: tuple[int, ...] | None = None
+    shared: bool = False
 
     @property
     def headers(self) -> tuple[Header, ...]:

@@ -182,21 +182,27 @@ class Deltas:
             step = max(1, BLOCK // values.shape[1])
             for at in range(0, len(values), step):
                 view = values[at : at + step]
-                base = self._below(name, view, region, at)
+                first = rows.start + at
+                part = (*stack, slice(first, first + len(view)), columns)
+                base = self.below(name, view, part)
                 total = torch.addmm(base, b[at : at + step], a, alpha=self._scaling[name])
                 if magnitude is not None:
                     norm = torch.linalg.vector_norm(total, dim=1, keepdim=True)
                     total *= magnitude[at : at + step] / norm
                 yield view, total
 
-    def _below(self, name: str, view: Tensor, region: Region, at: int) -> Tensor:
-        """Return what the product is added to, float64: some rows, or what replaces them."""
-        if name not in self._under:
-            return view.double()
-        rows, *rest = region
-        first = rows.start + at
-        part = (slice(first, first + len(view)), *rest)
-        return torch.cat([values for _, values in self._under[name].over(view, part)])
+    def below(self, name: str, values: Tensor, region: Region) -> Tensor:
+        """Return what the product is added to, float64: the weight, or what replaces it.
+
+        Args:
+            name: canonical name of the tensor.
+            values: ``tensor[region]``, in the shape of the region.
+            region: slices of the canonical tensor, one for each dimension.
+        """
+        under = self._under.get(name)
+        if under is None:
+            return values.double()
+        return torch.cat([total for _, total in under.over(values, region)])
 
     def _magnitude(self, name: str, rows: slice, columns: slice) -> Tensor | None:
         """Return ``m[rows]`` as a float64 column; DoRA needs whole rows for their norms."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..api.adapter_claims import AdapterClaim
 from ..checkpoint.checkpoint import Header, read_json, safe_file
@@ -80,11 +81,7 @@ def read_adapter(
     located = locate_adapter(path)
     folder = located.path
     config = read_json(safe_file(folder, CONFIG))
-    meta, edits = read_recorded(folder)
-    if not meta:
-        check_consent(folder, config, base, trust_base)
-    raise_all(check_config(folder / CONFIG, config))
-    notes = check_generation(folder, config, base, trust_generation) if base and not meta else []
+    meta, notes = _recorded(folder, config, base, trust_base, trust_generation)
     headers, claim, renamed = _headers(folder, layout, claims)
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
     findings = Findings(weights_place(folder))
@@ -101,9 +98,26 @@ def read_adapter(
         meta=meta,
         layout=claim.layout if claim else "peft",
         trunk=trunk_part(layout.table).name,
-        notes=(*edits, *notes, *renamed, *findings.notes),
+        notes=(*notes, *renamed, *findings.notes),
         untied=settled.untied,
     )
+
+
+def _recorded(
+    folder: Path,
+    config: Mapping[str, Any],
+    base: Base | None,
+    trust_base: bool,
+    trust_generation: bool,
+) -> tuple[Mapping[str, Any], list[str]]:
+    """Return what training recorded of an adapter that may be used on the base, and notes."""
+    meta, notes = read_recorded(folder)
+    if not meta:
+        check_consent(folder, config, base, trust_base)
+    raise_all(check_config(folder / CONFIG, config))
+    if base and not meta:
+        notes = [*notes, *check_generation(folder, config, base, trust_generation)]
+    return meta, notes
 
 
 def _within(compare: Callable[..., bool] | None, folder: Path) -> Callable[..., bool] | None:

@@ -1,8 +1,9 @@
 """What the changes of an adapter do to a head that is tied to the embedding.
 
 This file decides whether base + adapter still has one weight for both. PEFT trains the two apart,
-except for ``trainable_token_indices``, which it gives to both, and with ``ensure_weight_tying``,
-under which both have the same matrices or values. Where the two differ, the model is untied: the
+except for ``trainable_token_indices``, which it gives to both, for copies that ``modules_to_save``
+does not name, which it loads into the one weight, and with ``ensure_weight_tying``, under which
+both have the same matrices or values. Where the two differ, the model is untied: the
 head is written as a tensor of its own. PEFT's ``merge_and_unload`` adds both changes to the one
 weight, which is not what the adapter computes. It imports no torch.
 
@@ -53,15 +54,23 @@ def settle_tie(
     mine, embedding = changes.get(head.name), changes.get(head.row.tie)
     if mine is None and embedding is None:
         return Settled(changes)
-    rows = _rows(embedding)
-    if rows is not None and (mine is None or isinstance(mine, Pair)):
+    own = _shared(mine)
+    if embedding is None and own is not None:
+        embedding = replace(own, tensor=layout.table[head.row.tie])
+        changes = {**changes, head.row.tie: embedding}
+        if mine is own:
+            return Settled({name: c for name, c in changes.items() if name != head.name})
+    shared = _shared(embedding)
+    if shared is not None and (mine is None or isinstance(mine, Pair)):
         if mine is None and isinstance(embedding, Replacement):
-            return Settled(changes)  # PEFT gives the rows to both
-        mine = _with_rows(head, mine, rows)
-    elif rows is not None and isinstance(mine, Replacement) and mine.rows is None:
+            return Settled(changes)
+        mine = _with_shared(head, mine, shared)
+    elif shared is not None and isinstance(mine, Replacement) and mine.rows is None:
+        if same is not None and embedding is not None and same(embedding, mine):
+            return Settled({name: c for name, c in changes.items() if name != head.name})
         findings.problem(
             "QC-ADAPTER-005",
-            "is a saved copy of a tied head, and the embedding has trained rows",
+            "is a saved copy of a tied head, and the embedding gets other values",
             mine.values.name,
             fix="train again with one of the two",
         )
@@ -71,15 +80,15 @@ def settle_tie(
     return Settled({**changes, **({} if mine is None else {head.name: mine})}, untied=True)
 
 
-def _rows(change: Change | None) -> Replacement | None:
-    """Return the rows of the embedding that an adapter replaces."""
+def _shared(change: Change | None) -> Replacement | None:
+    """Return the values of the embedding that the head gets too."""
     saved = change.under if isinstance(change, Pair) else change
-    return saved if saved is not None and saved.rows is not None else None
+    return saved if saved is not None and saved.shared else None
 
 
-def _with_rows(head: TableTensor, change: Change | None, rows: Replacement) -> Change:
-    """Return the change of a head with the trained rows of the embedding below it."""
-    own = replace(rows, tensor=head)
+def _with_shared(head: TableTensor, change: Change | None, shared: Replacement) -> Change:
+    """Return the change of a head with the values of the embedding below it."""
+    own = replace(shared, tensor=head)
     if not isinstance(change, Pair):
         return own
     return change if change.under is not None else replace(change, under=own)

@@ -185,7 +185,10 @@ class WholeWeights:
             self._refuse(header, cause, WITH_PEFT)
             return None
         fits = self._check(header, tensor.shape)
-        return Replacement(tensor=tensor, values=header) if fits else None
+        saved = self.config.get("modules_to_save") or []
+        module = f".{header.name.removeprefix(_PREFIX)}"
+        shared = not any(f".{name}." in module for name in saved)
+        return Replacement(tensor=tensor, values=header, shared=shared) if fits else None
 
     def _rows(self, tensor: TableTensor, header: Header) -> Replacement | None:
         """Return the trained rows of an embedding or a head."""
@@ -204,8 +207,11 @@ class WholeWeights:
                 expected=f"ids below {tensor.shape[0]}", fix=_ANOTHER,
             )  # fmt: skip
             return None
-        fits = self._check(header, (len(rows), *tensor.shape[1:]))
-        return Replacement(tensor=tensor, values=header, rows=rows) if fits else None
+        if not self._check(header, (len(rows), *tensor.shape[1:])):
+            return None
+        return Replacement(
+            tensor=tensor, values=header, rows=rows, shared=tensor.row.group == "embed"
+        )
 
     def _token_ids(self, tensor: TableTensor) -> tuple[int, ...] | None:
         """Return the rows of a weight in ``trainable_token_indices``; a list means the embedding.

@@ -250,3 +250,19 @@ class MediaReader(Protocol):
             size: pixels of the longer side.
         """
         ...
+
+
+class MeasuringReader(MediaReader, Protocol):
+    """A `MediaReader` that can also read media for people, who need no values.
+
+    A reader without this method reads media as for a run.
+    """
+
+    def measuring(self, size: int) -> MediaReader:
+        """A reader that checks media and measures them, and neither makes nor caches their values.
+
+        Args:
+            size: pixels of the longer side of the largest picture that `preview` is asked for; 0:
+                none.
+        """
+        ...

@@ -12,135 +12,23 @@ per part: the one that matches the most names.
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Iterable
 
-from ..api.parameters import Namespace, Part, Piece, Region, Row, Store, Table
+from ..api.parameters import Namespace, Part, Piece, Region, Table
 from ..api.parameters import Tensor as TableTensor
 from ..errors import InputError, QcoreError, nearest, raise_all
 from .block_scales import BadBlockError, block_size, is_fp8, scale_name, scale_problem
 from .checkpoint import Checkpoint, Header
+from .four_bit import FourBit, four_bit_weights
 from .layout_faults import faults
+from .layout_records import Layout, Located, Place
 from .packed import cache_scales, packed_weights, shape_problem
 from .safetensors_header import without_gc
-from .tensor_hash import numel
 from .unowned import carried_and_strays
 
+__all__ = ["Layout", "Located", "Place", "locate", "survey"]
+
 _SUGGESTED = 3
-
-
-class Place(NamedTuple):
-    """A tensor on disk and the region of the canonical tensor that it holds.
-
-    Attributes:
-        header: the tensor on disk.
-        region: slices such that the tensor on disk is ``canonical[region]``.
-        scale: its block scales, if it is stored in FP8.
-        block: (rows, columns) that share a scale, if it is stored in FP8.
-        packed: the format, if it is stored in one that qcore does not decode.
-    """
-
-    header: Header
-    region: Region
-    scale: Header | None = None
-    block: tuple[int, int] | None = None
-    packed: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Located:
-    """A canonical tensor and the tensors on disk that hold it.
-
-    Attributes:
-        tensor: the canonical tensor.
-        places: the tensors on disk that tile it; empty if it is `tied`.
-        tied: name of the canonical tensor whose values it shares, if it is not on disk.
-    """
-
-    tensor: TableTensor
-    places: tuple[Place, ...]
-    tied: str | None = None
-
-    @property
-    def dtype(self) -> str:
-        """Safetensors name of the dtype of its values; for block FP8, after decoding."""
-        return "BF16" if self.places[0].scale is not None else self.places[0].header.dtype
-
-    @property
-    def packed(self) -> Place | None:
-        """The first place in a format that qcore does not decode; ``None`` without any."""
-        return next((place for place in self.places if place.packed is not None), None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """Where the tensors of a parameter table are in a checkpoint.
-
-    Attributes:
-        table: the parameter table.
-        located: canonical name -> tensors on disk; absent optional parts are left out.
-        by_disk: name on disk -> (canonical tensor, region).
-        namespaces: part name -> the namespace of its names on disk.
-        absent: names of the optional parts that have no tensor in the checkpoint.
-        carried: tensors that no part owns and that are carried untouched -> their subtree.
-        ties: tied tensors that are on disk nevertheless -> the tensor that each is tied to;
-            loading checks that both are equal.
-        scales: name on disk of a block scale -> name on disk of its weight.
-        packed: names on disk of tensors that a merge copies as they are: weights in a format that
-            qcore does not decode, their scales, and scales of a key-value cache.
-        idle: names of loadable parts that this run does not need, such as an unused tower.
-        in_nf4: groups whose linear weights this run stores in NF4, in addition to the table's.
-        untied: heads that config.json ties and that get values of their own
-            (`qcore.checkpoint.untied`).
-    """
-
-    table: Table
-    located: Mapping[str, Located]
-    by_disk: Mapping[str, tuple[TableTensor, Region]]
-    namespaces: Mapping[str, Namespace]
-    absent: tuple[str, ...] = ()
-    carried: Mapping[Header, str] = field(default_factory=dict)
-    ties: Mapping[str, str] = field(default_factory=dict)
-    scales: Mapping[str, str] = field(default_factory=dict)
-    packed: frozenset[str] = frozenset()
-    idle: frozenset[str] = frozenset()
-    in_nf4: frozenset[str] = frozenset()
-    untied: frozenset[str] = frozenset()
-
-    def store(self, row: Row) -> Store:
-        """Return how this run stores a row's weights in training."""
-        return Store.NF4 if row.kind is not None and row.group in self.in_nf4 else row.store
-
-    def loads(self, part: Part) -> bool:
-        """Return whether this run loads the part's tensors into memory."""
-        return part.loaded and part.name not in self.idle and part.name not in self.absent
-
-    def using(self, part: str) -> Layout:
-        """Return the layout of a run that also loads `part`."""
-        return replace(self, idle=self.idle - {part})
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters on disk, carried ones included; a tied tensor counts once."""
-        places = itertools.chain.from_iterable(item.places for item in self.located.values())
-        owned = sum([numel(place.region) for place in places])
-        return owned + sum(header.numel for header in self.carried)
-
-    def carried_roots(self) -> dict[str, int]:
-        """Return the number of carried tensors by subtree."""
-        return dict(Counter(self.carried.values()))
-
-    def groups(self) -> dict[str, tuple[int, int]]:
-        """Return (number of tensors, number of parameters) on disk by group."""
-        totals: dict[str, tuple[int, int]] = {}
-        for item in self.located.values():
-            if item.tied is None:
-                tensors, numel = totals.get(item.tensor.row.group, (0, 0))
-                totals[item.tensor.row.group] = tensors + 1, numel + item.tensor.numel
-        return totals
 
 
 def survey(
@@ -175,6 +63,7 @@ def survey(
         ties=state.ties,
         scales=state.scales,
         packed=frozenset(state.copied),
+        has_four_bit=bool(state.four_bit),
     )
     return layout, state.problems
 
@@ -210,12 +99,13 @@ class _Survey:
         self.ties: dict[str, str] = {}
         self.scales: dict[str, str] = {}
         self.packed = packed_weights(checkpoint.headers)
+        self.four_bit, four_bit_problems = four_bit_weights(checkpoint)
         self.copied: set[str] = set(cache_scales(self.headers) if self.packed else ())
         try:
             self.block = block_size(checkpoint.config)
         except BadBlockError:  # `detect_quantization` reports it
             self.block = block_size({})
-        self.problems: list[QcoreError] = []
+        self.problems: list[QcoreError] = [*four_bit_problems]
         self._expected: set[str] = set()
 
     def add_part(self, part: Part) -> None:
@@ -264,10 +154,11 @@ class _Survey:
                     if name in self.packed:
                         places.append(self._as_packed(name, piece))
                         continue
-                    header = self.headers[name]
-                    if header.shape != piece.shape:
+                    header, stored = self.headers[name], self.four_bit.get(name)
+                    shape = header.shape if stored is None else stored.shape or piece.shape
+                    if shape != piece.shape:
                         self._wrong_shape(header, list(piece.shape))
-                    places.append(self._as_place(header, piece.region))
+                    places.append(self._as_place(header, piece.region, stored))
                     self.by_disk[name] = (tensor, piece.region)
                 self._check_dtypes(places)
                 self.located[tensor.name] = Located(tensor, tuple(places))
@@ -291,8 +182,11 @@ class _Survey:
             return True
         return False
 
-    def _as_place(self, header: Header, region: Region) -> Place:
-        """Return the place of a tensor, with its block scales if it is stored in FP8."""
+    def _as_place(self, header: Header, region: Region, stored: FourBit | None) -> Place:
+        """Return the place of a tensor, with its block scales or its 4-bit state."""
+        if stored is not None:
+            self.scales |= {other.name: header.name for other in stored.companions}
+            return Place(header, region, four_bit=stored)
         if not is_fp8(header):
             return Place(header, region)
         name = scale_name(header.name)
@@ -321,7 +215,7 @@ class _Survey:
             "QC-KEY-003",
             "has the wrong shape",
             header.name,
-            found=list(header.shape),
+            found=list(getattr(self.four_bit.get(header.name), "shape", header.shape)),
             expected=expected,
             file=header.file,
             fix="use the config.json that came with the weights",

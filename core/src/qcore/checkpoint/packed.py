@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from .quantization_formats import Format, quantized_weights
+from .quantization_formats import READABLE, Format, quantized_weights
 from .safetensors_header import Header
 
 #: Leaves beside the values, ``STEM.<leaf>``.
@@ -62,7 +62,7 @@ def packed_weights(headers: Mapping[str, Header]) -> dict[str, PackedWeight]:
     """Return the carried weights of a checkpoint, by the name of the bf16 weight on disk."""
     found = {}
     for name, kind in quantized_weights(headers):
-        if kind is not Format.BLOCK_FP8:
+        if kind not in READABLE:
             weight = plain_name(name)
             others = (headers.get(other) for other in _companions(weight))
             found[weight] = PackedWeight(

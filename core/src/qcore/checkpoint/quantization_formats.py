@@ -1,19 +1,21 @@
 """Detects how a checkpoint is quantized (FP8, NVFP4, GPTQ, AWQ, ...) and what can be decoded.
 
 This file decides how to recognize a format (by names, dtypes and shapes of tensors) and which
-formats can be used: only FP8 with block scales, which is decoded to bfloat16. A checkpoint in any
-other format is refused with an error that names the format and what to use instead, except by a
-merge that changes none of its quantized weights (`qcore.checkpoint.packed`). config.json
-and hf_quant_config.json also declare a format. The tensors take precedence, but a declaration that
-contradicts them is an error, because other tools may rely on it. No tensor is read.
-`qcore.nn.fp8` decodes block FP8; `qcore.checkpoint.layout` checks that its scales match.
+formats can be decoded: FP8 with block scales, and the 4-bit formats of bitsandbytes. A checkpoint
+in any other format is refused with an error that names the format and what to use instead, except
+by a merge that changes none of its quantized weights (`qcore.checkpoint.packed`). config.json and
+hf_quant_config.json also declare a format. The tensors take precedence, but a declaration that
+contradicts them is an error, because other tools may rely on it. No tensor is read, except states
+of 4-bit weights. `qcore.nn.fp8` and `qcore.nn.four_bit` decode; `qcore.checkpoint.layout` and
+`qcore.checkpoint.four_bit` check that scales match.
 
     block FP8            F8_E4M3 NAME, and NAME_scale_inv with one scale per block
     per-tensor FP8       F8_* NAME, and NAME_scale or a NAME_scale_inv that is not a grid
     NVFP4                U8 NAME, F8_E4M3 NAME_scale, NAME_scale_2
     GPTQ                 I32 qweight [in / n, out], scales [groups, out], usually g_idx
     AWQ                  I32 qweight [in, out / n], scales [groups, out], no g_idx
-    bitsandbytes         U8 NAME, NAME.absmax, NAME.quant_map; or I8 NAME and SCB
+    bitsandbytes 4-bit   U8 NAME, NAME.absmax, NAME.quant_map, NAME.quant_state.*
+    bitsandbytes         the same without a state; or I8 NAME and SCB
     compressed-tensors   NAME_packed; or I8 NAME and NAME_scale
     MXFP4                U8 NAME and U8 or F8_E8M0 NAME_scale; or NAME_blocks and NAME_scales
     packed integers      U8 NAME and NAME_scale in floats
@@ -33,6 +35,7 @@ from typing import Any
 from ..errors import InputError
 from .block_scales import SECTION, BadBlockError, block_size, quantization_sections, scale_name
 from .checkpoint import Checkpoint, Header, read_json
+from .four_bit import FourBit, four_bit_weights, has_state
 
 _MODELOPT_CONFIG = "hf_quant_config.json"
 #: Files that some tools write next to config.json and that only describe quantized weights.
@@ -61,12 +64,15 @@ class Format(str, Enum):
     MXFP4 = "MXFP4"
     GPTQ = "GPTQ"
     AWQ = "AWQ"
+    FOUR_BIT = "bitsandbytes 4-bit"
     BITSANDBYTES = "bitsandbytes"
     COMPRESSED = "compressed-tensors"
     INTEGERS = "packed integers"
     OTHER = "a format unknown here"
 
 
+#: Formats that qcore decodes.
+READABLE = (Format.BLOCK_FP8, Format.FOUR_BIT)
 _FP8 = (Format.BLOCK_FP8, Format.E5M2, Format.EXPONENTS, Format.STATIC_FP8, Format.TENSOR_FP8)
 _ANY = tuple(Format)
 #: ``quant_method`` of config.json -> the formats that it may mean.
@@ -79,7 +85,7 @@ _METHODS: Mapping[str, tuple[Format, ...]] = {
     "gptq": (Format.GPTQ,),
     "awq": (Format.AWQ,),
     "auto-round": _ANY,
-    "bitsandbytes": (Format.BITSANDBYTES,),
+    "bitsandbytes": (Format.FOUR_BIT, Format.BITSANDBYTES),
     "compressed-tensors": (*_FP8, Format.COMPRESSED),
 }
 
@@ -94,6 +100,7 @@ class Quantization:
         block: (rows, columns) that share a scale, for block FP8.
         base: hub id of the checkpoint that it was made from, if recorded.
         scales: name on disk of a block FP8 weight -> header of its scales.
+        four_bit: name on disk of a weight that bitsandbytes stored in 4 bits -> its state.
     """
 
     formats: Mapping[Format, int]
@@ -101,11 +108,12 @@ class Quantization:
     block: tuple[int, int] | None = None
     base: str | None = None
     scales: Mapping[str, Header] = field(default_factory=dict)
+    four_bit: Mapping[str, FourBit] = field(default_factory=dict)
 
     @property
     def readable(self) -> bool:
         """Whether the weights can be decoded."""
-        return self.formats.keys() == {Format.BLOCK_FP8}
+        return self.formats.keys() <= {*READABLE}
 
     @property
     def carried(self) -> bool:
@@ -142,7 +150,7 @@ class Quantization:
             file=checkpoint.path / self.first.file,
             field=self.first.name,
             found=", ".join(f"{count} x {kind.value}" for kind, count in self.formats.items()),
-            expected="bf16, or FP8 with block scales",
+            expected="bf16, FP8 with block scales, or 4 bits of bitsandbytes",
             fix=self.instead(),
         )
 
@@ -178,6 +186,7 @@ def detect_quantization(checkpoint: Checkpoint) -> Quantization | None:
         block=_block(checkpoint) if blocks else None,
         base=_base(checkpoint),
         scales={name: scale for name, scale in scales if scale is not None},
+        four_bit=four_bit_weights(checkpoint)[0] if Format.FOUR_BIT in formats else {},
     )
 
 
@@ -217,7 +226,7 @@ def _format(name: str, header: Header, headers: Mapping[str, Header]) -> Format 
         if f"{name}_scale_2" in headers or f"{name}_weight_scale_2" in headers:
             return Format.NVFP4
         if f"{name}.absmax" in headers:
-            return Format.BITSANDBYTES
+            return Format.FOUR_BIT if has_state(name, headers) else Format.BITSANDBYTES
         if name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in headers:
             return Format.MXFP4
         scale = headers.get(f"{name}_scale")

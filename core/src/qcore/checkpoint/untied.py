@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..api.parameters import Part, Table
-from .layout import Layout, Located
+from .layout import Layout
 
 
 def untied(layout: Layout) -> Layout:
@@ -33,7 +33,7 @@ def untied(layout: Layout) -> Layout:
         assert head.row.tie is not None
         if not located[head.name].places:
             own = layout.located[head.row.tie]
-            located[head.name] = Located(table[head.name], own.places)
+            located[head.name] = replace(own, tensor=table[head.name], tied=None)
         disk = layout.namespaces[head.part.name].spell(head.name)
         by_disk.setdefault(disk, (table[head.name], tuple(slice(0, n) for n in head.shape)))
     return replace(

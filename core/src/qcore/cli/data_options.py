@@ -61,8 +61,13 @@ class RowOptions:
             command="FILES",
         )
 
-    def open(self, model: str, reporter: Reporter) -> RowModel:
+    def open(self, model: str, reporter: Reporter, *, preview: int = 0) -> RowModel:
         """The model that the rows are rendered for.
+
+        Args:
+            model: as the user named it.
+            reporter: receives notes.
+            preview: pixels of the largest preview of media; 0: none is made.
 
         Raises:
             QcoreError: as `load_settings` and `open_row_model`.
@@ -76,7 +81,7 @@ class RowOptions:
             sets=self.sets,
             flags={"--generation": ("generation", self.generation or None)},
         )
-        return open_row_model(model, settings, reporter)
+        return open_row_model(model, settings, reporter, preview=preview)
 
 
 def source_options(command: _F) -> _F:

@@ -51,7 +51,7 @@ def show(
     **options: Any,
 ) -> None:
     """Show the samples of FILES as training with MODEL sees them: which tokens are trained."""
-    from ..data.views.page import check_page
+    from ..data.views.page import THUMBNAIL, check_page
     from ..data.views.show import shown_samples
     from ..errors import QcoreError
     from .terminal import terminal_reporter
@@ -59,7 +59,9 @@ def show(
     if html is not None:
         check_page(html)
     wanted = RowOptions(**options)
-    opened = wanted.open(model, terminal_reporter(quiet=as_json))
+    opened = wanted.open(
+        model, terminal_reporter(quiet=as_json), preview=0 if html is None else THUMBNAIL
+    )
     sources = wanted.sources()
     error: QcoreError | None = None
     with opened.renderer(explain=True, only=rows) as renderer:

@@ -29,7 +29,12 @@ from .common import count, debug_option, emit, json_option
     help="With --trust-base: accept an adapter that names a base of another generation.",
 )
 @click.option("--generation", default="", help="Take an unproven checkpoint for this generation.")
-@click.option("--dequantize", is_flag=True, help="Write a base in FP8 as bf16, all of it.")
+@click.option("--dequantize", is_flag=True, help="Write a quantized base in 16 bits, all of it.")
+@click.option(
+    "--requantize",
+    is_flag=True,
+    help="Round changed weights of a base in block FP8 to FP8 again, with new scales.",
+)
 @click.option(
     "--take-tokenizer",
     is_flag=True,
@@ -46,6 +51,7 @@ def command(
     trust_generation: bool,
     generation: str,
     dequantize: bool,
+    requantize: bool,
     take_tokenizer: bool,
     no_proof: bool,
     as_json: bool,
@@ -53,6 +59,7 @@ def command(
     """Write MODEL + ADAPTER to OUTPUT as a drop-in for MODEL, tensor by tensor."""
     with importing():
         from ..merging.merge import merge
+        from ..merging.requantize import summary
     from .terminal import terminal_reporter
     from .weighted import weighted_adapters
 
@@ -65,15 +72,17 @@ def command(
         generation=generation,
         prove=not no_proof,
         dequantize=dequantize,
+        requantize=requantize,
         take_tokenizer=take_tokenizer,
         reporter=terminal_reporter(quiet=as_json),
     )
     if as_json:
         emit(report.as_json())
         return
+    saved = f" and {report.replaced} saved weights" if report.replaced else ""
     click.echo(
         f"{report.output}: {report.changed} of {report.tensors} tensors changed "
-        f"({count(report.parameters)} parameters) by {report.pairs} LoRA pairs, "
+        f"({count(report.parameters)} parameters) by {report.pairs} LoRA pairs{saved}, "
         f"largest change {report.largest_change:.3g}"
     )
     for part in report.adapters:
@@ -82,7 +91,9 @@ def command(
             f"{part.norm:.3g}"
         )
     if report.decoded:
-        click.echo(f"the output is in bf16: {report.decoded} tensors of the base were in FP8")
+        click.echo(f"the output is in 16 bits: {report.decoded} tensors of the base were quantized")
+    if report.requantized:
+        click.echo(summary(report.requantized))
     if report.unchanged:
         click.echo(
             f"note: {len(report.unchanged)} tensors round back to the base's, first "

@@ -31,6 +31,7 @@ from ..nn.qlora.lora_layer import Lora
 from ..plugins.resolve_model import identify
 from ..preflight.checks import line, preflight
 from ..preflight.context_length import beyond
+from ..preflight.four_bit import refuse_rounding
 from ..preflight.modality import reader_of, unread
 from ..reporting import Finished, Reporter, RunStarted
 from .chat_variables import recorded_chat
@@ -177,6 +178,8 @@ class Generator:
             token_ids=self.tokenizer.get_vocab(),
         )  # fmt: skip
         self.reporter.lines(lines)
+        if quantization == "nf4":
+            refuse_rounding(self.base, fix="leave out --quantization, which decodes them")
         kernels = self._kernels()
         self.model = self._load(dtype, quantization, kernels)
         way, reason = way_of(kernels)
@@ -200,6 +203,7 @@ class Generator:
         """Load the parts that the adapter changes, and the tower where media are read."""
         if self.adapter is not None:
             self.base = self.base.using_parts(self.adapter.parts)
+            self.base = self.base.untying() if self.adapter.untied else self.base
         if self._reads_media and (modality := self.base.modality) is not None:
             self.base = self.base.using(modality)
 

@@ -49,7 +49,7 @@ def read_or_stand_in(checkpoint: Checkpoint, item: Located, rows: slice | None =
 
 def gather(checkpoint: Checkpoint, item: Located, rows: list[int]) -> Tensor:
     """Some rows of a matrix on disk, float32, without reading the rest."""
-    if len(item.places) != 1 or item.packed or item.places[0].scale is not None:
+    if len(item.places) != 1 or item.packed or item.four_bit or item.places[0].scale is not None:
         return read_or_stand_in(checkpoint, item)[rows].float()
     header = item.places[0].header
     picked = torch.empty(len(rows), header.shape[1], dtype=DTYPES[header.dtype])
@@ -61,8 +61,14 @@ def gather(checkpoint: Checkpoint, item: Located, rows: list[int]) -> Tensor:
     return picked.float()
 
 
-def blocks(checkpoint: Checkpoint, item: Located) -> Iterator[Tensor]:
-    """A matrix on disk, a block of rows at a time, float32."""
+def row_slices(item: Located) -> Iterator[slice]:
+    """The ranges of rows in which `blocks` reads a matrix."""
     total = item.tensor.shape[0]
     for at in range(0, total, _BLOCK):
-        yield read_or_stand_in(checkpoint, item, slice(at, min(at + _BLOCK, total))).float()
+        yield slice(at, min(at + _BLOCK, total))
+
+
+def blocks(checkpoint: Checkpoint, item: Located) -> Iterator[Tensor]:
+    """A matrix on disk, a block of rows at a time, float32."""
+    for rows in row_slices(item):
+        yield read_or_stand_in(checkpoint, item, rows).float()

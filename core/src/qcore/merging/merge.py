@@ -4,9 +4,9 @@ This file decides that a merged checkpoint is its base, file by file: the same s
 same headers in the same order, and the same other files. Only tensors that the adapter touches
 change: ``W + scaling * (B A)[region]`` is computed in float64 and rounded once, so that no merge
 is closer on any tensor. Nothing goes through a model class, so tensors that training did not load
-stay as they are. So do the quantized weights of a base (`quantized_base`). A base in block FP8 is
-written in bfloat16, all of it, when the user asks for that (`plan`): training saw its decoded
-values.
+stay as they are. So do the quantized weights of a base (`quantized_base`). A base in block FP8
+or in 4 bits of bitsandbytes is written in 16 bits, all of it, when the user asks for that (`plan`):
+training saw its decoded values.
 
 An adapter is merged into every part that it was trained with: one that changed a tower, or
 was trained on media with the tower frozen, needs a base that has the tower and a plugin that knows
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ from ..adapter.weight_files import weights_digest
 from ..checkpoint.chat_template import Template
 from ..checkpoint.checkpoint import Checkpoint, read_headers
 from ..checkpoint.fingerprint import fingerprints
-from ..checkpoint.quantization_formats import Format
 from ..checkpoint.tokenizer_files import TokenizerFiles
 from ..data.rendering.template_kwargs import mixed_modes, other_template, recorded_variables
 from ..errors import InputError, NumericError
@@ -48,7 +47,7 @@ from ..plugins.resolve_model import Identified, identify
 from ..preflight.checks import preflight
 from ..reporting import Finished, Reporter, RunStarted
 from .plan import MergePlan
-from .quantized_base import check_options, notes, refuse_targets
+from .quantized_base import check_options, decoded_record, notes, refuse_targets
 from .rewrite import MergePass
 from .several import AdapterPart, one_of, prove_parts, read_adapters
 from .take_tokenizer import TakenTokenizer, plan_tokenizer, taken_lines
@@ -66,12 +65,14 @@ class MergeReport:
         changed: tensors on disk whose bytes differ from those of the base.
         unchanged: tensors that a LoRA pair touches and that round back to those of the base.
         pairs: LoRA pairs, each applied once.
+        replaced: weights of which saved values replaced all or some rows, each once.
         parameters: parameters of the changed tensors.
         largest_change: largest absolute change of one value.
-        decoded: tensors that are FP8 in the base and bfloat16 in the output.
+        decoded: tensors that are quantized in the base and in 16 bits in the output.
         warnings: what preflight reported.
         proof: the comparison with base + adapter; ``None`` where it was switched off.
         adapters: the part of each of several adapters; empty for one, and without the proof.
+        requantized: rounding errors of the weights that are in FP8 again, by name on disk.
     """
 
     output: Path
@@ -79,12 +80,14 @@ class MergeReport:
     changed: int
     unchanged: tuple[str, ...]
     pairs: int
+    replaced: int
     parameters: int
     largest_change: float
     decoded: int
     warnings: tuple[str, ...]
     proof: Mapping[str, float] | None
     adapters: tuple[AdapterPart, ...] = ()
+    requantized: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The payload of ``qcore merge --json``."""
@@ -101,6 +104,7 @@ def merge(
     generation: str = "",
     prove: bool = True,
     dequantize: bool = False,
+    requantize: bool = False,
     take_tokenizer: bool = False,
     reporter: Reporter | None = None,
 ) -> MergeReport:
@@ -114,8 +118,8 @@ def merge(
         trust_generation: accept such an adapter if it names a base of another generation.
         generation: accepted only where evidence is missing, never against it.
         prove: compare logits and the files with what training computes.
-        dequantize: write a base in block FP8 in bfloat16, all of it; by default quantized weights
-            are copied.
+        dequantize: write a base in block FP8 or in 4 bits in 16 bits, all of it.
+        requantize: write changed weights in block FP8 in that format again, with new scales.
         take_tokenizer: write the tokenizer and template that the adapter brings, not the base's.
         reporter: receives events; silent by default.
 
@@ -132,17 +136,33 @@ def merge(
     reporter = reporter or Reporter()
     target = check_target(output)
     base = identify(model, generation=generation, carry=True)
-    check_options(base, dequantize)
+    check_options(base, dequantize, requantize)
     wanted = adapter if isinstance(adapter, Mapping) else {str(adapter): 1.0}
     adapters = read_adapters(base, wanted, trust_base=trust_base, trust_generation=trust_generation)
     read = combined(adapters)
-    base = _for_adapter(base, read, dequantize)
+    base = _for_adapter(base, read, dequantize, requantize)
     earlier = _refuse_twice(base.checkpoint, adapters)
     taken = plan_tokenizer(base, one_of(adapters)) if take_tokenizer else None
-    warnings = (*preflight(base, verb="merge"), *_notes(base, adapters, read, taken, dequantize))
+    kept = notes(base, read, dequantize, requantize)
+    warnings = (*preflight(base, verb="merge"), *_notes(base, adapters, taken, kept))
     reporter.lines((*base.decision.evidence, *warnings))
     reporter.emit(RunStarted(verb="merge", model=model, output=target))
-    merger = MergePass(base, read, dequantize, taken)
+    merger = MergePass(base, read, dequantize, taken, requantize)
+    proof, parts = _publish(merger, target, adapters, earlier, reporter, prove)
+    report = _report(merger, target, warnings, proof, parts)
+    reporter.emit(Finished(verb="merge", output=target, result=report.as_json()))
+    return report
+
+
+def _publish(
+    merger: MergePass,
+    target: Path,
+    adapters: Sequence[Weighted],
+    earlier: list[dict[str, Any]],
+    reporter: Reporter,
+    prove: bool,
+) -> tuple[dict[str, float] | None, Sequence[AdapterPart]]:
+    """Write, check and publish the output; returns the proof, and the part of each adapter."""
     with publish(target, kind="model", need_bytes=merger.plan.size) as out:
         _write(merger, out, reporter)
         merger.check()
@@ -150,17 +170,17 @@ def merge(
         proof = _prove(merger, out.folder, reporter) if prove else None
         parts = prove_parts(adapters, merger.deltas) if prove and len(adapters) > 1 else ()
         out.meta.update(_meta(merger, adapters, parts, earlier, proof))
-    report = _report(merger, target, warnings, proof, parts)
-    reporter.emit(Finished(verb="merge", output=target, result=report.as_json()))
-    return report
+    return proof, parts
 
 
-def _for_adapter(base: Identified, adapter: Adapter, dequantize: bool) -> Identified:
+def _for_adapter(
+    base: Identified, adapter: Adapter, dequantize: bool, requantize: bool
+) -> Identified:
     """The base with what the adapter changes; refuse weights that cannot change."""
-    refuse_targets(base, adapter, dequantize)
+    base = base.untying() if adapter.untied else base
+    refuse_targets(base, adapter, dequantize, requantize)
     refuse_parts(base.layout, adapter)
-    base = base.using_parts(adapter.parts)  # verification computes them, so preflight checks them
-    return base.untying() if adapter.untied else base
+    return base.using_parts(adapter.parts)  # verification computes them, so preflight checks them
 
 
 def _report(
@@ -176,12 +196,14 @@ def _report(
         changed=merger.changed,
         unchanged=tuple(merger.unchanged),
         pairs=len(merger.adapter.pairs),
+        replaced=len(merger.adapter.changes.keys() - merger.adapter.pairs.keys()),
         parameters=merger.parameters,
         largest_change=merger.largest,
         decoded=merger.plan.decoded,
         warnings=warnings,
         proof=proof,
         adapters=tuple(parts),
+        requantized=_rounding(merger),
     )
 
 
@@ -210,12 +232,11 @@ def _prove(merger: MergePass, written: Path, reporter: Reporter) -> dict[str, fl
 def _notes(
     base: Identified,
     adapters: Sequence[Weighted],
-    read: Adapter,
     taken: TakenTokenizer | None,
-    dequantize: bool,
+    quantized: Iterator[str],
 ) -> Iterator[str]:
     """What the user must know of the adapters and of the output's tokenizer and template."""
-    yield from notes(base, read, dequantize)
+    yield from quantized
     for own in adapters:
         yield from evidence_lines(base, own.adapter, taken=taken is not None)
     yield from untied_lines(base.layout)
@@ -289,9 +310,8 @@ def _meta(
         **({"chat": chats[0]} if chats and all(chat == chats[0] for chat in chats) else {}),
         "proof": dict(proof) if proof is not None else None,
         **({"adapters": [part.as_json() for part in parts]} if parts else {}),
-        "decoded": {"from": Format.BLOCK_FP8.value, "to": "bf16", "tensors": merger.plan.decoded}
-        if merger.plan.decoded
-        else None,
+        "decoded": decoded_record(base, merger.plan),
+        **({"requantized": requantized} if (requantized := _rounding(merger)) else {}),
     }
 
 
@@ -307,12 +327,18 @@ def _entry(merger: MergePass, own: Weighted) -> dict[str, Any]:
         "sha256": weights_digest(adapter.path),
         "trusted_without_fingerprint": not adapter.fingerprints,
         "pairs": len(adapter.pairs),
+        "replaced": len(adapter.changes.keys() - adapter.pairs.keys()),
         **({"expert_layout": OLDER} if older else {}),
         **({"tokenizer": merger.taken.as_json()} if merger.taken is not None else {}),
         "modalities": adapter.modalities,
         "tensors_changed": merger.changed,
         "tensors_unchanged": merger.unchanged,
     }
+
+
+def _rounding(merger: MergePass) -> dict[str, dict[str, float]]:
+    """The rounding errors of the weights that are in FP8 again, by name on disk."""
+    return {name: errors.as_json() for name, errors in merger.errors.items()}
 
 
 def _chat(adapter: Adapter) -> Mapping[str, Any] | None:

@@ -1,7 +1,7 @@
 """The files that a merge will write, from headers alone: shards, index, configuration.
 
-This file decides that a merged checkpoint is its base, file by file, and how a base in block FP8
-is written in bfloat16: the same files without the scales, new headers and index, no
+This file decides that a merged checkpoint is its base, file by file, and how a base in block FP8 or
+in 4 bits is written in 16 bits: the same files without the scales, new headers and index, no
 ``quantization_config`` and none of the files that describe quantized weights. A file keeps the
 order of the base, except that wider dtypes come first, as in files that safetensors writes: so
 every value is aligned to its dtype. It reads no tensor and writes nothing.
@@ -19,6 +19,7 @@ from typing import Any
 
 from ..checkpoint.block_scales import SECTION, is_fp8, scale_problem
 from ..checkpoint.checkpoint import DTYPE_BITS, INDEX, Checkpoint, Header
+from ..checkpoint.four_bit import FourBit
 from ..checkpoint.quantization_formats import SIDECARS, Quantization
 from ..checkpoint.safetensors_header import PREFIX
 from ..errors import InputError
@@ -36,12 +37,19 @@ class TensorPatch:
     Attributes:
         source: the tensor of the base.
         written: the tensor of the result; the same where nothing is decoded.
-        scale: the base's block scales of it, when it is decoded.
+        scale: the base's block scales of it, when it is decoded from FP8.
+        four_bit: the base's scales and state of it, when it is decoded from 4 bits.
     """
 
     source: Header
     written: Header
     scale: Header | None = None
+    four_bit: FourBit | None = None
+
+    @property
+    def decoded(self) -> bool:
+        """Whether the values are decoded."""
+        return self.scale is not None or self.four_bit is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +89,8 @@ class MergePlan:
 
     @property
     def decoded(self) -> int:
-        """Tensors that the base has in FP8 and the result in bfloat16."""
-        return sum(patch.scale is not None for patch in self.patches())
+        """Tensors that the base has quantized and the result in 16 bits."""
+        return sum(patch.decoded for patch in self.patches())
 
 
 def plan_merge(checkpoint: Checkpoint, quantized: Quantization | None = None) -> MergePlan:
@@ -90,7 +98,7 @@ def plan_merge(checkpoint: Checkpoint, quantized: Quantization | None = None) ->
 
     Args:
         checkpoint: the base.
-        quantized: its block FP8, to be decoded; ``None`` to write the base's own dtypes.
+        quantized: its quantized weights, to be decoded; ``None`` to write the base's own dtypes.
 
     Raises:
         InputError: ``QC-KEY-007`` for FP8 without scales that fit, ``QC-CKPT-005`` for a file
@@ -109,11 +117,13 @@ def plan_merge(checkpoint: Checkpoint, quantized: Quantization | None = None) ->
         return MergePlan(shards=shards, copied=(*others, *index), texts={})
     scales = _checked(checkpoint, quantized)
     dropped = {header.name for header in scales.values()}
+    dropped |= {other.name for one in quantized.four_bit.values() for other in one.companions}
     shards = {}
     for file, headers in by_file.items():
         kept = [header for header in headers if header.name not in dropped]
         if kept:  # a file of nothing but scales is not written: no index would name it
-            shards[file] = _decoded(metadata_of(_head(checkpoint, file, headers)), kept, scales)
+            metadata = metadata_of(_head(checkpoint, file, headers))
+            shards[file] = laid_out(metadata, (_decoded(header, quantized) for header in kept))
     path = checkpoint.file(CONFIG)
     with reading(path):
         texts = {CONFIG: without(path.read_text(encoding="utf-8"), SECTION)}
@@ -162,14 +172,15 @@ def metadata_of(head: bytes) -> Any:
     return json.loads(head[PREFIX:]).get("__metadata__")
 
 
-def _decoded(metadata: Any, headers: Iterable[Header], scales: Mapping[str, Header]) -> Shard:
-    """A file in which what has scales is bfloat16."""
-    patches = []
-    for header in headers:
-        scale = scales.get(header.name)
-        dtype = "BF16" if scale is not None else header.dtype
-        patches.append(TensorPatch(header, replace(header, dtype=dtype), scale))
-    return laid_out(metadata, patches)
+def _decoded(header: Header, quantized: Quantization) -> TensorPatch:
+    """A tensor, decoded if it is quantized."""
+    four_bit = quantized.four_bit.get(header.name)
+    if four_bit is not None:
+        written = replace(header, dtype=four_bit.dtype, shape=four_bit.shape)
+        return TensorPatch(header, written, four_bit=four_bit)
+    scale = quantized.scales.get(header.name)
+    dtype = "BF16" if scale is not None else header.dtype
+    return TensorPatch(header, replace(header, dtype=dtype), scale)
 
 
 def laid_out(metadata: Any, patches: Iterable[TensorPatch]) -> Shard:

@@ -6,43 +6,62 @@ tensor. It reads no tensor. `qcore.merging.plan` decides the files, `qcore.check
 tensors make up a weight.
 
 Codes: ``QC-MERGE-008`` the adapter changes weights that ``--dequantize`` decodes, ``-009``
-``--dequantize`` without effect; ``QC-CKPT-008`` weights that qcore does not decode.
+``--dequantize`` or ``--requantize`` without effect; ``QC-CKPT-008`` weights that qcore does not
+decode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from ..adapter.peft_names import Adapter
 from ..checkpoint.layout import Located, Place
 from ..checkpoint.quantization_formats import Quantization
 from ..errors import InputError, UsageError
 from ..plugins.resolve_model import Identified
+from .plan import MergePlan
 
 
-def check_options(base: Identified, dequantize: bool) -> None:
-    """Refuse ``--dequantize`` for a base of which nothing can be decoded.
+def check_options(base: Identified, dequantize: bool, requantize: bool) -> None:
+    """Refuse ``--dequantize`` or ``--requantize`` for a base of which nothing can be decoded.
 
     Raises:
-        UsageError: ``QC-MERGE-009`` the base is not quantized.
+        UsageError: ``QC-MERGE-009`` the base is not quantized, or both are given, or
+            ``--requantize`` for a base that is not in block FP8.
         InputError: ``QC-CKPT-008`` it is, in a format that qcore does not decode.
     """
     quantized = base.quantization
-    if not dequantize:
+    option = "--requantize" if requantize else "--dequantize"
+    if not dequantize and not requantize:
         return
     if quantized is None:
-        raise UsageError(
-            "QC-MERGE-009",
+        raise _useless(
+            option,
             "is given, and nothing is to be decoded",
-            field="--dequantize",
-            found=f"{base.checkpoint.source} is not quantized",
-            fix="leave it out: the output has the dtypes of the base",
+            f"{base.checkpoint.source} is not quantized",
+            "leave it out: the output has the dtypes of the base",
         )
+    if dequantize and requantize:
+        raise _useless(option, "is given with --dequantize", "both", "leave out one of them")
     if not quantized.readable:
         raise quantized.refusal(base.checkpoint)
+    if requantize and not quantized.scales:
+        raise _useless(
+            option,
+            "is given for a base that is not in FP8 with block scales",
+            quantized.line(),
+            "pass --dequantize, which writes it in 16 bits",
+        )
 
 
-def refuse_targets(base: Identified, adapter: Adapter, dequantize: bool) -> None:
+def _useless(option: str, what: str, found: str, fix: str) -> UsageError:
+    return UsageError("QC-MERGE-009", what, field=option, found=found, fix=fix)
+
+
+def refuse_targets(
+    base: Identified, adapter: Adapter, dequantize: bool, requantize: bool = False
+) -> None:
     """Refuse an adapter that changes a quantized weight, unless it is decoded.
 
     Raises:
@@ -52,14 +71,19 @@ def refuse_targets(base: Identified, adapter: Adapter, dequantize: bool) -> None
     if quantized is None or dequantize:
         return
     located = [base.layout.located[name] for name in adapter.changes]
-    places = [place for item in located if (place := quantized_place(item)) is not None]
+    places = [
+        place
+        for item in located
+        if (place := quantized_place(item)) is not None
+        and not (requantize and place.scale is not None)
+    ]
     if places:
         raise _refused(base, quantized, min(places, key=lambda place: place.header.name), places)
 
 
 def quantized_place(item: Located) -> Place | None:
     """Return the first place of a weight that is quantized; ``None`` if it is plain."""
-    return next((p for p in item.places if p.packed is not None or p.scale is not None), None)
+    return next((p for p in item.places if p.packed or p.scale or p.four_bit), None)
 
 
 def _refused(
@@ -80,20 +104,37 @@ def _refused(
         )
     return InputError(
         "QC-MERGE-008",
-        "is a target of the adapter, and is in FP8, which is too coarse to hold its changes",
+        f"is a target of the adapter, and is in {first_format(first)}, which is too coarse to hold "
+        "its changes",
         file=file,
         field=first.header.name,
         found=f"{quantized.line()}{others}",
-        fix=f"pass --dequantize to write all of it in bf16, or {quantized.instead()}",
+        fix=f"pass --dequantize to write all of it in 16 bits, {_again(first)}or "
+        f"{quantized.instead()}",
     )
 
 
-def notes(base: Identified, adapter: Adapter, dequantize: bool) -> Iterator[str]:
+def _again(place: Place) -> str:
+    if place.scale is None:
+        return ""
+    return "or --requantize to round what changes to FP8 again, "
+
+
+def first_format(place: Place) -> str:
+    """Return the name of the format of a weight that can be decoded."""
+    return "FP8" if place.four_bit is None else "4 bits"
+
+
+def notes(
+    base: Identified, adapter: Adapter, dequantize: bool, requantize: bool = False
+) -> Iterator[str]:
     """Yield what the user must know of the quantized weights of the output."""
     quantized = base.quantization
     if quantized is None:
         return
-    what = "decoded to bf16" if dequantize else "kept as they are, byte for byte"
+    what = "decoded to 16 bits" if dequantize else "kept as they are, byte for byte"
+    if requantize:
+        what = "kept byte for byte, or rounded to FP8 again where the adapter changes them"
     yield f"{base.checkpoint.path}: {quantized.line()}: they are {what}"
     if not dequantize and (parts := incomparable_parts(base, adapter)):
         yield (
@@ -114,3 +155,13 @@ def incomparable_parts(base: Identified, adapter: Adapter) -> set[str]:
     located = base.layout.located.values()
     parts = {item.tensor.part.name for item in located if quantized_place(item) is not None}
     return parts & adapter.fingerprints.keys()
+
+
+def decoded_record(base: Identified, plan: MergePlan) -> dict[str, Any] | None:
+    """Return what the manifest records of decoded weights; ``None`` where there are none."""
+    quantized = base.quantization
+    if quantized is None or not plan.decoded:
+        return None
+    dtypes = {patch.written.dtype for patch in plan.patches() if patch.decoded}
+    to = " and ".join(sorted(dtype.lower() for dtype in dtypes))
+    return {"from": quantized.name, "to": to, "tensors": plan.decoded}

@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -23,51 +23,35 @@ from torch import Tensor
 
 from ..adapter.delta import WORKERS, Deltas, single
 from ..adapter.peft_names import Adapter
-from ..api.parameters import Region
 from ..api.parameters import Tensor as Entry
 from ..checkpoint.checkpoint import Header
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.tensor_hash import TensorDigest, in_one_run, numel
 from ..errors import InputError, NumericError
-from ..nn.load import DTYPES, as_bytes, hash_units, read_exact, read_fp8
+from ..nn.load import DTYPES, as_bytes, hash_units, read_exact
 from ..plugins.resolve_model import Identified
 from ..reporting import Advance
+from .cuts import Cut, cuts_of, read_cut, stream
 from .plan import MergePlan, TensorPatch, plan_merge
 from .quantized_base import incomparable_parts
+from .requantize import Errors, Requantized, requantize
 from .take_tokenizer import TakenTokenizer
 from .untied_output import untie_output
 
 _AHEAD = WORKERS + 2  # cuts in flight
-_COPY = 8 * 2**20  # bytes in flight when a tensor is only copied
 _CUT = 2**26  # bytes of a stack that are changed at a time
 
 
-class _Cut(NamedTuple):
-    """A part of a tensor on disk, and the canonical region that it holds.
-
-    Attributes:
-        name: of the tensor that is written.
-        header: of the tensor that is read.
-        scale: its block scales, where it is decoded from FP8.
-        rows: of dim 0 of the tensor on disk; ``None`` for all of it, which may be one expert.
-        each: bytes of one row.
-        region: of the canonical tensor.
-    """
-
-    name: str
-    header: Header
-    scale: Header | None
-    rows: slice | None
-    each: int
-    region: Region
-
-
 class _Changed(NamedTuple):
-    """A merged cut, its largest change, and the digests of the base's units in it."""
+    """A merged cut, its largest change, and the digests of the base's units in it.
+
+    `fp8` is set for a weight that is written in FP8 again.
+    """
 
     weight: Tensor
     moved: float
     units: list[tuple[int, bytes]]
+    fp8: Requantized | None = None
 
 
 @dataclass(slots=True)
@@ -79,6 +63,7 @@ class MergePass:
         adapter: the adapter.
         dequantize: write a base in block FP8 in bfloat16.
         taken: the tokenizer files that the output takes from the adapter.
+        requantize: write changed weights in block FP8 in that format again.
         plan: what is written.
         digests: SHA-256 of the base's tensors, by canonical name.
         done: canonical names of the tensors that were changed.
@@ -86,12 +71,14 @@ class MergePass:
         unchanged: tensors on disk that a change touches and that round back to those of the base.
         parameters: parameters of the changed tensors.
         largest: largest absolute change of one value.
+        errors: rounding errors of the weights that are written in FP8 again, by name on disk.
     """
 
     base: Identified
     adapter: Adapter
     dequantize: bool = False
     taken: TakenTokenizer | None = None
+    requantize: bool = False
     plan: MergePlan = field(init=False)
     deltas: Deltas = field(init=False)
     digests: dict[str, str] = field(default_factory=dict)
@@ -100,6 +87,8 @@ class MergePass:
     unchanged: list[str] = field(default_factory=list)
     parameters: int = 0
     largest: float = 0.0
+    errors: dict[str, Errors] = field(default_factory=dict)
+    _scales: dict[str, Tensor] = field(default_factory=dict)
     _open: dict[str, TensorDigest] = field(default_factory=dict)
     _incomparable: set[str] = field(default_factory=set)
 
@@ -117,9 +106,9 @@ class MergePass:
         """The bytes of one merged shard, in order."""
         path, shard = self.base.checkpoint.file(name), self.plan.shards[name]
         cuts = {
-            patch.written.name: self._cuts(patch)
+            patch.written.name: self._cuts_of(self._decoding(patch))
             for patch in shard.patches
-            if patch.scale is not None or self._touched(patch.written.name)
+            if patch.decoded or self._touched(patch.written.name)
         }
         with path.open("rb") as file, ThreadPoolExecutor(WORKERS, initializer=single) as pool:
             yield memoryview(shard.head)
@@ -127,21 +116,53 @@ class MergePass:
             jobs = [pool.submit(self._change, path, cut) for cut in islice(coming, _AHEAD)]
             for patch in shard.patches:
                 header, name = patch.source, patch.written.name
+                if (weight := self._rescaled(name)) is not None:
+                    yield as_bytes(self._new_scales(weight))
+                    progress(header.end - header.start)
+                    continue
                 if name not in cuts:
                     file.seek(header.start)
                     yield from self._copy(file, header, name)
                     progress(header.end - header.start)
                     continue
-                moved = 0.0
+                moved, scales = 0.0, []
                 for _ in cuts[name]:
                     result = jobs.pop(0).result()
                     jobs += [pool.submit(self._change, path, c) for c in islice(coming, 1)]
                     self._note(name, result.units)
                     moved = max(moved, result.moved)
+                    if result.fp8 is not None:
+                        self.errors.setdefault(name, Errors()).add(result.fp8)
+                        scales.append(result.fp8.scales)
                     yield as_bytes(result.weight)
                     progress(result.weight.nbytes)
+                if scales:
+                    self._scales[name] = torch.cat(scales)
                 if self._touched(name):
-                    self._book(name, header, moved)
+                    self._book(name, patch.written, moved)
+
+    def _decoding(self, patch: TensorPatch) -> TensorPatch:
+        """The patch with its block scales, if it is written in FP8 again."""
+        quantized = self.base.quantization
+        if not self.requantize or quantized is None:
+            return patch
+        return replace(patch, scale=quantized.scales.get(patch.written.name))
+
+    def _rescaled(self, name: str) -> str | None:
+        """The changed weight that a tensor holds the scales of, if it is written in FP8 again."""
+        weight = self.base.layout.scales.get(name) if self.requantize else None
+        return weight if weight is not None and self._touched(weight) else None
+
+    def _new_scales(self, name: str) -> Tensor:
+        """The scales of a changed weight; it is computed for them if it is written later."""
+        scales = self._scales.pop(name, None)
+        if scales is not None:
+            return scales
+        header = self.base.checkpoint.headers[name]
+        path = self.base.checkpoint.file(header.file)
+        cuts = self._cuts_of(self._decoding(TensorPatch(header, header)))
+        parts = (self._change(path, cut).fp8 for cut in cuts)
+        return torch.cat([part.scales for part in parts if part is not None])
 
     def _touched(self, name: str) -> bool:
         entry = self._entry(name)
@@ -151,33 +172,20 @@ class MergePass:
         """The canonical tensor of a tensor that is written."""
         return self.base.layout.by_disk.get(name, (None, ()))[0]
 
-    def _cuts(self, patch: TensorPatch) -> list[_Cut]:
-        """A stack in cuts of some experts, any other tensor in one."""
-        header, name = patch.source, patch.written.name
-        every = tuple(slice(0, n) for n in header.shape)
-        _, region = self.base.layout.by_disk.get(name, (None, every))
-        first, count = region[0].start, region[0].stop - region[0].start
-        each = (header.end - header.start) // count
-        step = max(1, _CUT // each) if len(region) > 2 else count
-        cuts = []
-        for at in range(0, count, step):
-            stop = min(at + step, count)
-            rows = slice(at, stop) if header.shape[0] == count else None
-            there = (slice(first + at, first + stop), *region[1:])
-            cuts.append(_Cut(name, header, patch.scale, rows, each, there))
-        return cuts
+    def _cuts_of(self, patch: TensorPatch) -> list[Cut]:
+        return cuts_of(self.base.layout, patch, _CUT)
 
     def _copy(self, file: IO[bytes], header: Header, name: str) -> Iterator[memoryview]:
         """Copy a tensor to one of this name, and hash it unit by unit."""
         entry, region = self.base.layout.by_disk.get(name, (None, ()))
         size = header.end - header.start
         if entry is None:
-            yield from _stream(file, header, size, None)
+            yield from stream(file, header, size, None)
             return
-        scale = self._carried_scale(name)
-        if scale is not None:
-            yield from _stream(file, header, size, None)
-            self._hash_decoded(TensorPatch(header, header, scale))
+        patch = self._carried(header, name)
+        if patch is not None:
+            yield from stream(file, header, size, None)
+            self._hash_decoded(patch)
             return
         shape = tuple(part.stop - part.start for part in region)
         units = self._digest(entry).inside(region)
@@ -190,32 +198,42 @@ class MergePass:
         each = size // header.numel if header.numel else 0
         for number, unit in units:
             digest = hashlib.sha256()
-            yield from _stream(file, header, numel(unit) * each, digest)
+            yield from stream(file, header, numel(unit) * each, digest)
             self._note(name, [(number, digest.digest())])
 
-    def _carried_scale(self, name: str) -> Header | None:
-        """The scales of a tensor in block FP8 that is copied as it is."""
+    def _carried(self, header: Header, name: str) -> TensorPatch | None:
+        """How a quantized tensor that is copied as it is would be decoded; ``None`` for others."""
         quantized = self.base.quantization
-        return None if quantized is None else quantized.scales.get(name)
+        if quantized is None or self.dequantize:
+            return None
+        scale, four_bit = quantized.scales.get(name), quantized.four_bit.get(name)
+        patch = TensorPatch(header, header, scale, four_bit)
+        return patch if patch.decoded else None
+
+    def _carries(self, name: str) -> bool:
+        quantized = self.base.quantization
+        return quantized is not None and (name in quantized.scales or name in quantized.four_bit)
 
     def _hash_decoded(self, patch: TensorPatch) -> None:
-        """Hash the decoded values of a tensor in block FP8: the fingerprint covers those."""
+        """Hash the decoded values of a tensor: the fingerprint covers those."""
         name = patch.written.name
         entry = self._entry(name)
         assert entry is not None
-        for cut in self._cuts(patch):
-            weight = self._read(self.base.checkpoint.file(patch.source.file), cut)
+        for cut in self._cuts_of(patch):
+            weight = read_cut(self.base, self.base.checkpoint.file(patch.source.file), cut)
             self._note(name, list(hash_units(self._digest(entry), cut.region, weight)))
 
-    def _change(self, path: Path, cut: _Cut) -> _Changed:
+    def _change(self, path: Path, cut: Cut) -> _Changed:
         """Read one cut, hash it, and add its delta; runs in a worker thread."""
         header, entry = cut.header, self._entry(cut.name)
-        weight = self._read(path, cut)
+        weight = read_cut(self.base, path, cut)
         units = list(hash_units(self._digest(entry), cut.region, weight)) if entry else []
         if entry is None or not self._touched(cut.name):
             if not bool(weight.isfinite().all()):
                 raise self._not_finite(path, header)
             return _Changed(weight, 0.0, units)
+        if self.requantize and cut.scale is not None:
+            return self._requantized(path, cut, entry, weight, units)
         moved = 0.0
         for view, total in self.deltas.add(entry.name, weight, cut.region):
             old = view.to(torch.float32, copy=True)  # a float32 file's would be the view itself
@@ -223,41 +241,34 @@ class MergePass:
             if not bool(old.isfinite().all()):
                 raise self._not_finite(path, header)
             if not math.isfinite(change):
-                raise NumericError(
-                    "QC-MERGE-003",
-                    "is not finite after the merge",
-                    file=self.adapter.path,
-                    field=header.name,
-                    fix="train again with a lower learning_rate",
-                )
+                raise self._overflow(header)
             moved = max(moved, change)
         return _Changed(weight, moved, units)
 
-    def _read(self, path: Path, cut: _Cut) -> Tensor:
-        """The values of a cut, in the shape of its region; block FP8 is decoded."""
-        header, shape = cut.header, [part.stop - part.start for part in cut.region]
-        if cut.scale is not None:
-            quantized = self.base.quantization
-            assert quantized is not None
-            assert quantized.block is not None
-            where = self.base.checkpoint
-            return read_fp8(where, header, cut.scale, quantized.block, cut.rows).view(shape)
-        dtype = DTYPES.get(header.dtype)
-        if dtype is None:
-            raise InputError(
-                "QC-LOAD-001",
-                "is stored in a dtype that cannot be merged into",
-                file=path,
-                field=header.name,
-                found=header.dtype,
-                expected=", ".join(DTYPES),
-                fix="merge into the bf16 revision of this checkpoint",
-            )
-        weight = torch.empty(shape, dtype=dtype)
-        with path.open("rb") as file:
-            file.seek(header.start + (cut.rows.start * cut.each if cut.rows else 0))
-            read_exact(file, as_bytes(weight), header)
-        return weight
+    def _requantized(
+        self, path: Path, cut: Cut, entry: Entry, weight: Tensor, units: list[tuple[int, bytes]]
+    ) -> _Changed:
+        """A changed weight in block FP8."""
+        quantized = self.base.quantization
+        assert quantized is not None
+        assert quantized.block is not None
+        assert cut.scale is not None
+        if not bool(weight.isfinite().all()):
+            raise self._not_finite(path, cut.header)
+        dtype = DTYPES[cut.scale.dtype]
+        fp8 = requantize(self.deltas, entry.name, weight, cut.region, quantized.block, dtype)
+        if not math.isfinite(fp8.moved):
+            raise self._overflow(cut.header)
+        return _Changed(fp8.weight, fp8.moved, units, fp8)
+
+    def _overflow(self, header: Header) -> NumericError:
+        return NumericError(
+            "QC-MERGE-003",
+            "is not finite after the merge",
+            file=self.adapter.path,
+            field=header.name,
+            fix="train again with a lower learning_rate",
+        )
 
     def _not_finite(self, path: Path, header: Header) -> NumericError:
         return NumericError(
@@ -300,8 +311,7 @@ class MergePass:
         del self._open[entry.name]
         self.digests[entry.name] = whole
         recorded = self.adapter.meta.get("tensors", {}).get(entry.name)
-        carried = self._carried_scale(name) is not None and not self.dequantize
-        if carried and entry.part.name in self._incomparable:
+        if entry.part.name in self._incomparable and self._carries(name):
             return
         if recorded is not None and recorded != whole:
             raise self._other_base(name, f"sha256 {whole[:12]}", f"{recorded[:12]}")
@@ -342,17 +352,3 @@ class MergePass:
                 continue  # `_note` has compared each tensor that can be read
             if now.get(part) != recorded:
                 raise self._other_base(f"part '{part}'", str(now.get(part))[:12], recorded[:12])
-
-
-def _stream(
-    file: IO[bytes], header: Header, size: int, digest: hashlib._Hash | None
-) -> Iterator[memoryview]:
-    """The next `size` bytes of a tensor, a few at a time."""
-    buffer = bytearray(min(_COPY, size))
-    while size:
-        view = memoryview(buffer)[: min(size, len(buffer))]
-        read_exact(file, view, header)
-        if digest is not None:
-            digest.update(view)
-        yield view
-        size -= len(view)

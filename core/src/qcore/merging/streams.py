@@ -13,28 +13,29 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter.delta import WORKERS, Deltas, single
-from ..adapter.peft_names import Adapter, trunk_part
+from ..adapter.delta import Deltas, single
+from ..adapter.peft_names import Adapter
 from ..api.blocks import Packed, Tower
 from ..api.parameters import Kind
 from ..api.records import Modality
-from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.layout import Located, survey
-from ..checkpoint.layout_faults import faults
-from ..errors import NumericError, raise_all
-from ..nn.load import place, read_tensor, slabs
+from ..checkpoint.layout import Located
+from ..errors import NumericError
+from ..nn.load import place
 from ..nn.model import Model
 from ..nn.moe.experts import Experts
 from ..nn.qlora.lora_layer import Lora, LoraLayer
 from ..plugins.resolve_model import Identified
-from .disk_rows import blocks, gather, is_rounded, read_or_stand_in, rows_of
+from .disk_rows import read_or_stand_in
 from .folds import Folds
 from .routes import moved, routes
+from .stream_inputs import Inputs, with_media
+from .vocabulary import Vocabulary
+from .written_merge import WrittenMerge
 
 _DOCUMENTS, _TOKENS = 8, 5  # longer than a convolution kernel; reading weights takes most time
 _UNITS = 60  # of synthetic media, about: no power of two
@@ -42,15 +43,8 @@ _UNITS = 60  # of synthetic media, about: no power of two
 _ADDED, _OUTPUT = 1e-5, 1e-6
 #: Share of tokens that rounding may send to other experts in a layer; more is a fault.
 _REROUTED = 0.1
-_CUT = 2**26  # bytes of a stack that one thread compares with the files at a time
 
-
-class _Inputs(NamedTuple):
-    """The input of a layer in each stream; that of the base may have fewer rows."""
-
-    base: Tensor
-    adapted: Tensor
-    merged: Tensor
+_X = TypeVar("_X")
 
 
 def _tower_of(base: Identified, adapter: Adapter) -> Modality | None:
@@ -74,9 +68,6 @@ class Streams:
         self.worst = 0.0  # of a layer's difference, as a share of what is allowed
         self.rerouted = 0
         self.proved: set[str] = set()
-        self.written = Checkpoint.open(written)
-        self.written_layout, problems = survey(base.layout.table, self.written)
-        raise_all(faults(problems))
         modality = _tower_of(base, adapter)
         base = base.using_parts(adapter.parts)
         self.checkpoint = base.checkpoint
@@ -102,6 +93,10 @@ class Streams:
             architecture, config, base.layout, torch.float32, lora, modality=modality
         ).eval()
         self.folds = Folds(self.model, adapter, deltas)
+        self.written = WrittenMerge(self.checkpoint, self.layout, deltas, written)
+        self.vocabulary = Vocabulary(
+            self.checkpoint, self.layout, self.model.head_name, adapter, self.folds, self.written
+        )
         self.modules = dict(self.model.named_modules())
         tower = self.model.tower
         self.trunk_layers = self._named_layers(self.model.trunk.layers)
@@ -109,30 +104,44 @@ class Streams:
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """Run all layers; returns the input of the head, base ``[T / N, H]``, others ``[T, H]``."""
-        tower, trunk, batch = self.model.tower, self.model.trunk, self._batch()
+        tower, trunk = self.model.tower, self.model.trunk
+        x, batch = self._embedded()
         first = Packed.of([batch.ids[:_TOKENS]])
         both = Packed.of(list(batch.ids.view(-1, _TOKENS)) * 2)
-        base, adapted = trunk.embed(first), trunk.embed(batch)
-        x = _Inputs(base, adapted, adapted)
         if tower is not None:
-            x = _with_media(x, self._through_tower(tower))
+            x = with_media(x, self._through_tower(tower), _TOKENS)
 
         def two(layer: nn.Module, adapted: Tensor, merged: Tensor) -> Sequence[Tensor]:
             return cast(Tensor, layer(torch.cat([adapted, merged]), both)).chunk(2)
 
         x = self._through(self.trunk_layers, x, first, batch, two)
-        if self.proved != self.adapter.changes.keys():
-            raise NumericError(
-                "QC-MERGE-004",
-                "is in no layer, so that its effect is not proved",
-                file=self.adapter.path,
-                field=min(self.adapter.changes.keys() - self.proved),
-                fix="report this to the plugin's author",
-            )
         self._place_rest()
-        return trunk.final(x.base), trunk.final(x.adapted), trunk.final(x.merged)
+        return self._outside("the last norm", x, trunk.final)
 
-    def _through_tower(self, tower: Tower) -> _Inputs:
+    def _embedded(self) -> tuple[Inputs, Packed]:
+        """Random documents over a few rows of the embedding, and their embeddings."""
+        trunk, entry = self.model.trunk, self.vocabulary.entry
+        rows = self.vocabulary.rows(_DOCUMENTS * _TOKENS)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(len(rows.base), (_DOCUMENTS, _TOKENS), generator=generator)
+        ids[0, 0] = 0  # a row that the adapter replaces, if there is one
+        batch = Packed.of(list(ids))
+        parent, _, leaf = entry.name.rpartition(".")
+
+        def embed(weight: Tensor, batch: Packed) -> Tensor:
+            held = nn.Parameter(weight, requires_grad=False)
+            self.modules[parent]._parameters[leaf] = held
+            return trunk.embed(batch)
+
+        merged, adapted = embed(rows.merged, batch), embed(rows.adapted, batch)
+        base = embed(rows.base, Packed.of([batch.ids[:_TOKENS]]))
+        x = Inputs(base, adapted, merged)
+        if entry.name in self.adapter.folded:
+            plain = embed(rows.base, batch)
+            self._check_layer(entry.name, plain, adapted, merged, None)
+        return x, batch
+
+    def _through_tower(self, tower: Tower) -> Inputs:
         """The tower's outputs ``[n, H]`` for one synthetic medium, in each stream."""
         self._place_rest()
         media = tower.sample(_UNITS, torch.device("cpu"), torch.Generator().manual_seed(1))
@@ -140,19 +149,47 @@ class Streams:
         def two(layer: nn.Module, adapted: Tensor, merged: Tensor) -> Sequence[Tensor]:
             return layer(adapted, media), layer(merged, media)
 
-        x = tower.embed(media)
-        out = self._through(self.tower_layers, _Inputs(x, x, x), media, media, two)
+        x = self._outside("the embedding of media", (media, media, media), tower.embed)
+        out = self._through(self.tower_layers, x, media, media, two)
         self.tower_effect = float((out.adapted - out.base).abs().max())
         return out
+
+    def _outside(self, where: str, x: tuple[_X, _X, _X], run: Callable[[_X], Tensor]) -> Inputs:
+        """Run what lies outside the layers on each stream, with the weights that it has there.
+
+        Args:
+            where: what runs, for errors.
+            x: its input in each stream.
+            run: what runs, on one input.
+        """
+        inside = tuple(f"{prefix}." for prefix, _ in (*self.tower_layers, *self.trunk_layers))
+        others = (self.vocabulary.entry.name, self.model.head_name)
+        names = {n for n in self.adapter.folded if not n.startswith(inside) and n not in others}
+        out = run(x[0])
+        if not names:
+            return Inputs(out, run(x[1]), run(x[2]))
+        plain, base = run(x[1]), self.folds.put_all(names)
+        adapted = run(x[1])
+        self.folds.restore()
+        for name in names:
+            weight = base[name].clone()
+            self.written.add(self.loaded[name], weight, slice(0, len(weight)))
+            self.model.get_parameter(name).data = weight
+        merged, same = run(x[2]), run(x[1])
+        for name in names:
+            self.model.get_parameter(name).data = base[name]
+        self.proved |= names
+        self._check_layer(where, plain, adapted, same, None)
+        return Inputs(out, adapted, merged)
 
     def _through(
         self,
         layers: Sequence[tuple[str, nn.Module]],
-        x: _Inputs,
+        x: Inputs,
         first: Any,
         batch: Any,
         two: Callable[[nn.Module, Tensor, Tensor], Sequence[Tensor]],
-    ) -> _Inputs:
+    ) -> Inputs:
         """Run the streams through layers, and compare each layer.
 
         Args:
@@ -176,12 +213,13 @@ class Streams:
                     base = layer(base, first)
                 for name, module in maps.items():
                     self._merge(name, module)
+                self._replace(f"{prefix}.")
                 # The merged weights run on the adapted stream, to compare, and on their own.
                 with routes(layer) as again, guard:
                     same, merged = two(layer, adapted, merged)
                 self._check_layer(prefix, adapted, after, same, moved(picked, again))
                 adapted = after
-        return _Inputs(base, adapted, merged)
+        return Inputs(base, adapted, merged)
 
     def _place_rest(self) -> None:
         """Read the weights outside the layers, except the head."""
@@ -212,14 +250,25 @@ class Streams:
             self.rerouted += int(moved.sum())
             off = off.masked_fill(moved, 0)
         added = adapted - x if adapted.shape == x.shape else adapted
-        allowed = _ADDED * float(added.abs().max()) + _OUTPUT * float(adapted.abs().max())
         worst = float(off.max())
+        self._judge(prefix, worst, float(added.abs().max()), float(adapted.abs().max()))
+
+    def _judge(self, where: str, worst: float, added: float, size: float) -> None:
+        """Refuse a difference that rounding does not explain.
+
+        Args:
+            where: the layer, or the weight.
+            worst: the largest difference between merge and base + adapter.
+            added: the largest value that the layer adds.
+            size: the largest output.
+        """
+        allowed = _ADDED * added + _OUTPUT * size
         if not worst <= allowed:
             raise NumericError(
                 "QC-MERGE-005",
                 "computes other values than base + adapter",
                 file=self.adapter.path,
-                field=prefix,
+                field=where,
                 found=f"{worst:.2e}",
                 expected=f"<= {allowed:.0e}",
                 fix="report this: the adapter would not do in the merge what it did in training",
@@ -231,81 +280,45 @@ class Streams:
         self.proved.add(name)
         item = self.layout.located[name]
         if isinstance(module, Experts):
-            with ThreadPoolExecutor(WORKERS, initializer=single) as pool:
-                for _ in pool.map(lambda rows: self._check_sum(item, rows), slabs(item, _CUT)):
-                    pass
-            module.read_from(lambda expert: self._sum(item, slice(expert, expert + 1))[0])
+            self.written.check(item)
+            module.read_from(lambda expert: self.written.sum(item, slice(expert, expert + 1))[0])
             return
         weight = module.weight
         assert weight is not None
-        every = slice(0, len(weight))
-        for view, total in self.deltas.add(name, weight.data, rows_of(item, every)):
-            view.copy_(total)
-        self._check_written(item, every, weight)
+        self.written.add(item, weight.data, slice(0, len(weight)))
 
-    def _check_sum(self, item: Located, rows: slice) -> None:
-        self._check_written(item, rows, self._sum(item, rows))
-
-    def _sum(self, item: Located, rows: slice) -> Tensor:
-        """Some experts of a stack, float32, with the adapter added to one at a time.
-
-        Logits are computed from experts one at a time, and the files must hold those sums; the
-        merge itself adds several experts at once.
-        """
-        weight = read_tensor(self.checkpoint, item, rows).float()
-        for expert, matrix in zip(range(rows.start, rows.stop), weight, strict=True):
-            region = rows_of(item, slice(expert, expert + 1))
-            for view, total in self.deltas.add(item.tensor.name, matrix, region):
-                view.copy_(total)
-        return weight
-
-    def _check_written(self, item: Located, rows: slice, weight: Tensor) -> None:
-        """Compare the files with `weight`, which is ``tensor[rows]``, rounded to their dtype."""
-        there = self.written_layout.located[item.tensor.name]
-        if not is_rounded(read_tensor(self.written, there, rows), weight):
-            header = there.places[0].header
-            raise NumericError(
-                "QC-MERGE-007",
-                "does not hold the sum that was proved",
-                file=self.written.path / header.file,
-                field=item.tensor.name,
-                fix="report this: the merge wrote another tensor than it computed",
-            )
+    def _replace(self, prefix: str) -> None:
+        """Put saved values into the weights of a layer by the arithmetic of the merge."""
+        for name in self.adapter.folded - self.adapter.pairs.keys():
+            if not name.startswith(prefix):
+                continue
+            module = self.model.lora_layers.get(name)
+            if isinstance(module, Experts):
+                self._merge(name, module)
+                continue
+            self.proved.add(name)
+            weight = self.model.get_parameter(name).data
+            self.written.add(self.layout.located[name], weight, slice(0, len(weight)))
 
     def compare(self, base: Tensor, adapted: Tensor, merged: Tensor) -> dict[str, float]:
         """The largest differences of logits; the head is read a few rows at a time."""
-        difference = effect = scale = 0.0
-        for rows in blocks(self.checkpoint, self.layout.located[self.model.head_name]):
-            both = torch.cat([adapted, merged, base]) @ rows.t()
-            with_adapter, after_merge, plain = torch.split(
-                both, [len(adapted), len(merged), len(base)]
+        logits = self.vocabulary.compare(base, adapted, merged, self._judge)
+        self.proved |= self.vocabulary.proved
+        if self.proved != self.adapter.changes.keys():
+            raise NumericError(
+                "QC-MERGE-004",
+                "is in no layer, so that its effect is not proved",
+                file=self.adapter.path,
+                field=min(self.adapter.changes.keys() - self.proved),
+                fix="report this to the plugin's author",
             )
-            difference = max(difference, float((after_merge - with_adapter).abs().max()))
-            effect = max(effect, float((with_adapter[: len(plain)] - plain).abs().max()))
-            scale = max(scale, float(with_adapter.abs().max()))
         return {
             "layers": self.worst,
-            "difference": difference,
-            "effect": effect,
-            "scale": scale,
+            **logits,
             "rerouted": float(self.rerouted),
             **({} if self.tower_effect is None else {"tower_effect": self.tower_effect}),
             **({"stand_ins": float(self.stand_ins)} if self.stand_ins else {}),
         }
-
-    def _batch(self) -> Packed:
-        """Random documents over a small vocabulary: only its rows of the embedding are read."""
-        trunk = trunk_part(self.layout.table)
-        entry = next(e for e in self.layout.table if e.part is trunk and e.row.group == "embed")
-        count = min(_DOCUMENTS * _TOKENS, entry.shape[0])
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randint(entry.shape[0], (count,), generator=generator).tolist()
-        weight = gather(self.checkpoint, self.layout.located[entry.name], rows)
-        parent, _, leaf = entry.name.rpartition(".")
-        embed = nn.Parameter(weight, requires_grad=False)
-        self.modules[parent]._parameters[leaf] = embed
-        ids = torch.randint(count, (_DOCUMENTS, _TOKENS), generator=generator)
-        return Packed.of(list(ids))
 
     def _named_layers(self, layers: Sequence[Any]) -> list[tuple[str, nn.Module]]:
         names = {id(module): name for name, module in self.modules.items()}
@@ -371,16 +384,3 @@ class Streams:
         item = self.layout.located[name]
         place(self.model, self.modules, item, slice(0, len(value)), value, quantize=False)
         self.progress(sum(where.header.end - where.header.start for where in item.places))
-
-
-def _with_media(x: _Inputs, media: _Inputs) -> _Inputs:
-    """Replace embeddings of the first document, except the last, by the outputs of a tower.
-
-    So the tower has an effect on logits, as media in a row have.
-    """
-
-    def put(tokens: Tensor, outputs: Tensor) -> Tensor:
-        count = min(len(outputs), _TOKENS - 1)
-        return torch.cat([outputs[:count], tokens[count:]])
-
-    return _Inputs(*(put(tokens, outputs) for tokens, outputs in zip(x, media, strict=True)))

@@ -15,7 +15,7 @@ from typing import Any
 from ..checkpoint.checkpoint import INDEX, Checkpoint
 from ..checkpoint.layout import Layout
 from ..io.atomic import reading
-from .plan import CONFIG, MergePlan, TensorPatch, index_text, laid_out, metadata_of
+from .plan import CONFIG, MergePlan, index_text, laid_out, metadata_of
 
 FIELD = "tie_word_embeddings"
 
@@ -40,7 +40,7 @@ def untie_output(plan: MergePlan, checkpoint: Checkpoint, layout: Layout) -> Mer
         source = item.places[0].header
         shard = shards[source.file]
         own = next(patch for patch in shard.patches if patch.source.name == source.name)
-        head = TensorPatch(own.source, replace(own.written, name=disk), own.scale)
+        head = replace(own, written=replace(own.written, name=disk))
         shards[source.file] = laid_out(metadata_of(shard.head), (*shard.patches, head))
     texts = {**plan.texts, CONFIG: _untied_config(plan, checkpoint)}
     if checkpoint.index is not None:

@@ -16,7 +16,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,37 +25,22 @@ from ..checkpoint.checkpoint import Checkpoint, Header
 from ..checkpoint.layout import Layout, Located, Place
 from ..checkpoint.tensor_hash import TensorDigest
 from ..errors import InputError, NumericError
+from .four_bit import StoredCodes, decode, nf4_state, on_device, read_codes, read_four_bit
 from .fp8 import dequantize
 from .model import Model
+from .qlora.linear import Linear
+from .tensor_bytes import DTYPES, as_bytes, read_exact
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-}  # fmt: skip
+__all__ = [
+    "DTYPES", "as_bytes", "hash_units", "load", "place", "read_exact", "read_fp8", "read_tensor",
+    "slabs",
+]  # fmt: skip
+
 SLAB = 2**28  #: bytes of a stack of experts that are in memory at a time
 
 Progress = Callable[[int], None]  #: called with the bytes read since the last call
 #: Returns the values to hold for ``(canonical name, tensor[region], region)``.
 Change = Callable[[str, Tensor, Region], Tensor]
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, writable."""
-    return memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
-
-
-def read_exact(file: IO[bytes], view: memoryview, header: Header) -> None:
-    """Fill `view` from where `file` stands. Raises ``QC-CKPT-005`` when the file ends before."""
-    got = file.readinto(view)  # type: ignore[attr-defined]
-    if got != len(view):
-        raise InputError(
-            "QC-CKPT-005",
-            "is damaged",
-            file=file.name,
-            field=header.name,
-            found=f"{got} bytes",
-            expected=len(view),
-            fix="download the file again",
-        )
 
 
 def slabs(item: Located, size: int = SLAB) -> Iterator[slice]:
@@ -73,7 +57,8 @@ def slabs(item: Located, size: int = SLAB) -> Iterator[slice]:
 def read_tensor(checkpoint: Checkpoint, item: Located, rows: slice | None = None) -> Tensor:
     """A canonical tensor, or ``[rows]`` of it (dim 0), on the CPU in its dtype on disk.
 
-    What lies in FP8 with block scales comes in bfloat16.
+    What lies in FP8 with block scales comes in bfloat16, what bitsandbytes stored in 4 bits in the
+    dtype that it had before.
 
     Raises:
         InputError: ``QC-LOAD-001`` for a dtype that needs a codec which is not there.
@@ -107,6 +92,11 @@ def _read_piece(checkpoint: Checkpoint, place: Place, rows: slice, into: Tensor)
     """Rows of one tensor on disk, counted in its region, into their place in memory."""
     header = place.header
     count = place.region[0].stop - place.region[0].start
+    if place.four_bit is not None:
+        value = read_four_bit(checkpoint, place.four_bit)
+        shape = [part.stop - part.start for part in place.region]
+        into.copy_(value.view(shape)[rows])
+        return
     if place.scale is not None:
         assert place.block is not None
         alike = header.shape[0] == count  # else this is one expert, of which all is read
@@ -171,12 +161,16 @@ def hash_units(digest: TensorDigest, region: Region, value: Tensor) -> Iterator[
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """``tensor[rows]`` of a located tensor, and the tensor's digest with its last slab."""
+    """``tensor[rows]`` of a located tensor, and the tensor's digest with its last slab.
+
+    `codes` are set for a weight in 4 bits that NF4 storage holds as it is.
+    """
 
     item: Located
     rows: slice
     value: Tensor
     digest: str | None
+    codes: StoredCodes | None = None
 
     @property
     def region(self) -> Region:
@@ -196,7 +190,8 @@ def load(
 ) -> dict[str, str]:
     """Fill a model on meta; returns the digests of what was read, by canonical name.
 
-    With `change`, other values are held than those that were read and hashed.
+    With `change`, other values are held than those that were read and hashed. A weight that
+    bitsandbytes stored in 4 bits keeps its codes where it is to be quantized.
 
     A tied tensor that is on disk nevertheless is not read: `qcore.checkpoint.ties` has compared it.
 
@@ -219,8 +214,12 @@ def load(
             digests[name] = slab.digest
         if progress is not None:
             progress(value.nbytes)
+        in_nf4 = quantize and layout.held(name) is Store.NF4
         if change is not None:
             value = change(name, value, slab.region)
+        if in_nf4 and slab.codes is not None and value is slab.value:
+            _hold_codes(model, slab, device)
+            continue
         value = value.to(device)
         if not _finite(value):
             raise NumericError(
@@ -230,10 +229,30 @@ def load(
                 field=name,
                 fix="download the checkpoint again",
             )
-        in_nf4 = quantize and layout.store(slab.item.tensor.row) is Store.NF4
         place(model, modules, slab.item, slab.rows, value, quantize=in_nf4)
     assert len(digests) == len(wanted), "every tensor has a digest, or the base has no fingerprint"
     return digests
+
+
+def _read_slab(
+    checkpoint: Checkpoint, item: Located, rows: slice
+) -> tuple[Tensor, StoredCodes | None]:
+    """The values of a slab, and its codes if NF4 storage holds them."""
+    weight = item.four_bit
+    linear = item.tensor.row.kind is Kind.LINEAR
+    if weight is None or not weight.is_nf4_storage or not linear:
+        return read_tensor(checkpoint, item, rows), None
+    codes = read_codes(checkpoint, weight)
+    return decode(weight, codes), codes
+
+
+def _hold_codes(model: Model, slab: Slab, device: torch.device) -> None:
+    """Give a module the codes of its weight."""
+    assert slab.codes is not None
+    holder = model.lora_layers[slab.item.tensor.name]
+    assert isinstance(holder, Linear)
+    codes = on_device(slab.codes, device)
+    holder.hold_codes(codes.packed, nf4_state(codes, model.dtype))
 
 
 def _finite(value: Tensor) -> bool:
@@ -248,11 +267,11 @@ def read_ahead(checkpoint: Checkpoint, items: list[Located]) -> Iterator[Slab]:
         for item in items:
             digest = TensorDigest(item.tensor)
             for rows in slabs(item):
-                value = read_tensor(checkpoint, item, rows)
+                value, codes = _read_slab(checkpoint, item, rows)
                 region = (rows, *(slice(0, n) for n in item.tensor.shape[1:]))
                 for number, sha256 in hash_units(digest, region, value):
                     digest.put(number, sha256)
-                yield Slab(item, rows, value, digest.hex)
+                yield Slab(item, rows, value, digest.hex, codes)
 
     coming = read()
     with ThreadPoolExecutor(1) as pool:

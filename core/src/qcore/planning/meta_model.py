@@ -29,7 +29,7 @@ from ..nn.moe.experts import Experts
 from ..nn.optim import FlatAdamW
 from ..nn.qlora.linear import Linear
 from ..nn.qlora.lora_layer import LoraLayer
-from ..nn.qlora.nf4 import BLOCK, BLOCK2, NF4, NF4Stack, _functional
+from ..nn.qlora.nf4 import BLOCK, BLOCK2, NF4, NF4Stack, functional
 from ..nn.token_rows import TokenRows
 from ..plugins.resolve_model import Identified
 
@@ -178,7 +178,7 @@ def meta_model(
     for item in layout.located.values():
         is_stored = layout.loads(item.tensor.part) and item.tied is None
         if is_stored and item.tensor.name not in layout.ties:
-            _fill(model, modules, item, quantize and layout.store(item.tensor.row) is Store.NF4)
+            _fill(model, modules, item, quantize and layout.held(item.tensor.name) is Store.NF4)
     adapters = [module for _, module in model.adapters()]
     for module in adapters:
         assert module.lora is not None
@@ -217,19 +217,19 @@ def _set_empty_codes(layer: LoraLayer, dtype: torch.dtype) -> None:
         layer.nf4, layer.weight, layer._taken = stack, None, shape[0]
         return
     assert isinstance(layer, Linear)
-    functional = _functional()
+    bnb = functional()
     size = math.prod(layer.shape)
     blocks = math.ceil(size / BLOCK)
     codes = NF4.__new__(NF4)
     codes.shape, codes.read = layer.shape, layer.dequantize
     codes.packed = torch.empty(math.ceil(size / 2), 1, dtype=torch.uint8, device=META)
-    scales = functional.QuantState(
+    scales = bnb.QuantState(
         absmax=torch.empty(math.ceil(blocks / BLOCK2), device=META),
         code=torch.empty(256, device=META),
         blocksize=BLOCK2,
         dtype=torch.float32,
     )
-    codes.state = functional.QuantState(
+    codes.state = bnb.QuantState(
         absmax=torch.empty(blocks, dtype=torch.uint8, device=META),
         shape=torch.Size(layer.shape),
         code=torch.empty(16, device=META),

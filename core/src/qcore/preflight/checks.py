@@ -95,10 +95,11 @@ def _core(found: Identified, request: PreflightRequest) -> Iterator[Finding]:
             field=f"{root}.*",
         )
     if found.quantization is not None and request.verb != "merge":  # a merge may keep them
+        how = "decoded to bf16" if found.quantization.scales else "used with the values they have"
         yield Finding(
             code="QC-PRE-012",
             severity=Severity.NOTE,
-            what=f"{found.quantization.line()}: they are decoded to bf16",
+            what=f"{found.quantization.line()}: they are {how}",
             file=str(checkpoint.path),
         )
     length = 0 if request.settings is None else request.settings.max_length

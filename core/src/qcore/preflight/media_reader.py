@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from ..api.media import RowError
 from ..errors import Failure, PluginError, QcoreError, contained
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..api.blocks import Media
-    from ..api.media import MediaReader, Medium, Payload, Placed
+    from ..api.media import MeasuringReader, MediaReader, Medium, Payload, Placed
     from ..plugins.manager import Owner
 
 _T = TypeVar("_T")
@@ -44,6 +44,17 @@ class ContainedReader:
         self.kinds: tuple[str, ...] = self._call("kinds", lambda: tuple(reader.kinds))
         self.keys: tuple[str, ...] = self._call("keys", lambda: tuple(reader.keys))
         self.control: tuple[str, ...] = self._call("control", lambda: tuple(reader.control))
+
+    def measuring(self, size: int) -> ContainedReader:
+        """See `MeasuringReader.measuring`; this reader, if the plugin's has no such method."""
+
+        def made() -> MediaReader | None:
+            if not hasattr(self._reader, "measuring"):
+                return None
+            return cast("MeasuringReader", self._reader).measuring(size)
+
+        reader = self._call("measuring", made)
+        return self if reader is None else ContainedReader(reader, self._owner)
 
     def read(self, payload: Payload) -> Medium:
         """See `MediaReader.read`."""

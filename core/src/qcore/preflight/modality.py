@@ -18,12 +18,11 @@ from ..plugins.manager import owner_of
 from .media_reader import ContainedReader
 
 if TYPE_CHECKING:
-    from ..api.media import MediaReader
     from ..plugins.resolve_model import Identified
     from ..reporting import Reporter
 
 
-def reader_of(found: Identified, tell: Reporter) -> MediaReader | None:
+def reader_of(found: Identified, tell: Reporter) -> ContainedReader | None:
     """The media reader of this model; ``None`` if it has none (see `unread`)."""
     modality = found.modality
     if modality is None:

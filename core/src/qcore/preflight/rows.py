@@ -86,23 +86,27 @@ class RowModel:
             yield Renderer(template, self.chat_format, self.tokenizer, options, Rejects(policies))
 
 
-def open_row_model(name: str, settings: Settings, reporter: Reporter) -> RowModel:
+def open_row_model(
+    name: str, settings: Settings, reporter: Reporter, *, preview: int = 0
+) -> RowModel:
     """Open a model for its rows.
 
     Args:
         name: a folder or a hub id; weights may be absent.
         settings: of the run.
         reporter: receives the notes of the media reader.
+        preview: pixels of the longer side of the largest preview that is made of media; 0: none.
 
     Raises:
         QcoreError: as `identify_files`; ``QC-TOKENIZER-001`` the tokenizer cannot be read.
     """
     model = identify_files(name, generation=settings.generation)
+    reader = reader_of(model, reporter)
     return RowModel(
         name=name,
         model=model,
         chat_format=model.chat_format(),
         tokenizer=load_tokenizer(model.checkpoint),
-        reader=reader_of(model, reporter),
+        reader=None if reader is None else reader.measuring(preview),
         settings=settings,
     )

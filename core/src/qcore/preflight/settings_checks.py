@@ -1,7 +1,8 @@
 """Checks of settings against the model, shared by ``train`` and ``plan``.
 
 This file decides which settings are checked against config, headers and template before a weight is
-read: the class of the adapter, the router loss, groups in 4 bit, template variables.
+read: the class of the adapter, the router loss, groups in 4 bit, template
+variables.
 `qcore.adapter.targets` checks the LoRA groups.
 
 Codes: ``QC-LORA-004`` a group that cannot be stored in 4 bit, ``-006`` a token without a row,
@@ -20,6 +21,7 @@ from ..api.parameters import Kind, Store
 from ..data.rendering.template_kwargs import SETTING, check_variables
 from ..errors import QcoreError, UsageError
 from ..plugins.resolve_model import Identified, classes_of
+from .four_bit import refuse_rounding
 
 
 def unsuitable(found: Identified, settings: Mapping[str, Any]) -> Iterator[QcoreError]:
@@ -29,7 +31,7 @@ def unsuitable(found: Identified, settings: Mapping[str, Any]) -> Iterator[Qcore
         found: the model.
         settings: the run's settings by name; absent ones are not checked.
     """
-    for judge in (_adapter_class, _router, _quantized, _tokens, _variables):
+    for judge in (_adapter_class, _router, _quantized, _stored, _tokens, _variables):
         try:
             judge(found, settings)
         except QcoreError as error:
@@ -84,6 +86,13 @@ def _quantized(found: Identified, settings: Mapping[str, Any]) -> None:
                 expected="quantization=nf4" if off else " or ".join(known) or "no group",
                 fix="remove it",
             )
+
+
+def _stored(found: Identified, settings: Mapping[str, Any]) -> None:
+    """Check that a run in NF4 takes the 4-bit weights of the checkpoint as they are."""
+    if settings.get("quantization", "nf4") == "nf4":
+        fix = "pass --set quantization=none, which holds the decoded values in 16 bits"
+        refuse_rounding(found, fix=fix)
 
 
 def _tokens(found: Identified, settings: Mapping[str, Any]) -> None:

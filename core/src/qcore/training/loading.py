@@ -182,7 +182,7 @@ def _quantizes(run: Run) -> bool:
 def _check_four_bit(model: Model, base: Identified, lines: list[Coverage]) -> str:
     """Stop the run where a weight that the table declares 4-bit is held otherwise."""
     for tensor in base.layout.table:
-        if base.layout.store(tensor.row) is Store.NF4 and base.layout.loads(tensor.part):
+        if base.layout.loads(tensor.part) and base.layout.held(tensor.name) is Store.NF4:
             holder = model.lora_layers.get(tensor.name)
             if holder is None or not holder.four_bit:
                 raise NumericError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...api.media import RowError
@@ -283,17 +283,17 @@ def token_spans(
         made: labels of the tokens.
     """
     starts = [span.start for span in spans_]
-    runs: list[Span] = []
+    first, why, trained = 0, "", False
     for at, (start, _) in enumerate(offsets):
         span = spans_[max(0, bisect_right(starts, start) - 1)]
-        trained = made[at] != IGNORED
-        why = span.why if trained == span.trained else "media or part of the prompt"
-        last = runs[-1] if runs else None
-        if last is not None and (last.why, last.trained) == (why, trained):
-            runs[-1] = replace(last, end=at + 1)
-        else:
-            runs.append(Span(start=at, end=at + 1, why=why, trained=trained))
-    return iter(runs)
+        labeled = made[at] != IGNORED
+        reason = span.why if labeled == span.trained else "media or part of the prompt"
+        if at and (reason, labeled) != (why, trained):
+            yield Span(start=first, end=at, why=why, trained=trained)
+            first = at
+        why, trained = reason, labeled
+    if len(offsets):
+        yield Span(start=first, end=len(offsets), why=why, trained=trained)
 
 
 def _mask_media(

@@ -64,6 +64,10 @@ class Linear(LoraLayer):
         else:
             self.weight = nn.Parameter(value.to(dtype), requires_grad=False)
 
+    def hold_codes(self, packed: Tensor, state: Any) -> None:
+        """Take a weight that is in NF4 already; see `NF4.of_codes`."""
+        self.nf4, self.weight = NF4.of_codes(self.shape, packed, state, self.dequantize), None
+
     @property
     def four_bit(self) -> bool:
         """Whether the weight is NF4."""

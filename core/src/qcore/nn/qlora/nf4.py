@@ -67,13 +67,13 @@ def dequantize(codes: Codes, out: Tensor) -> Tensor:
         codes: n slices.
         out: ``[n, rows, cols]``, 16-bit or float32; the last dimension contiguous.
     """
-    functional = _functional()
+    bnb = functional()
     for number, slab in enumerate(out):
-        state2 = functional.QuantState(
+        state2 = bnb.QuantState(
             absmax=codes.absmax2[number], code=codes.code2, blocksize=BLOCK2, dtype=torch.float32
         )
-        scales = functional.dequantize_blockwise(codes.absmax[number], state2)
-        state = functional.QuantState(
+        scales = bnb.dequantize_blockwise(codes.absmax[number], state2)
+        state = bnb.QuantState(
             absmax=scales.add_(codes.offset[number]),
             blocksize=BLOCK,
             quant_type="nf4",
@@ -99,12 +99,13 @@ def of_weights(weights: Tensor) -> Codes:
 
 
 @functools.cache
-def _functional() -> Any:
+def functional() -> Any:
+    """Return the module of bitsandbytes' functions."""
     # At import bitsandbytes logs that an optional CPU kernel is absent; it is not ours to say.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import bitsandbytes.functional as functional
+    import bitsandbytes.functional
 
-    return functional
+    return bitsandbytes.functional
 
 
 def _dequantize(packed: Tensor, state: Any, shape: tuple[int, ...]) -> Tensor:
@@ -116,12 +117,12 @@ def _dequantize(packed: Tensor, state: Any, shape: tuple[int, ...]) -> Tensor:
     size = math.prod(shape)
     row = shape[-1] if size % BLOCK else BLOCK
     state.shape = torch.Size((size // row, row))
-    weight: Tensor = _functional().dequantize_4bit(packed, state)
+    weight: Tensor = functional().dequantize_4bit(packed, state)
     return weight.view(shape)
 
 
 def _quantize(weight: Tensor) -> tuple[Tensor, Any]:
-    packed, state = _functional().quantize_4bit(
+    packed, state = functional().quantize_4bit(
         weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
     )
     return packed, state
@@ -143,6 +144,22 @@ class NF4:
         self.packed, self.state = _quantize(weight)
         self.state.dtype = dtype
         self.read = read
+
+    @classmethod
+    def of_codes(
+        cls, shape: tuple[int, ...], packed: Tensor, state: Any, read: Dequantize = dequantize
+    ) -> NF4:
+        """Hold a weight that is quantized already, in this format; nothing is rounded.
+
+        Args:
+            shape: of the weight.
+            packed: two codes a byte, uint8 ``[size / 2, 1]``.
+            state: bitsandbytes' state, whose dtype `dense` returns.
+            read: what reads codes; `dequantize` and its equals.
+        """
+        held = cls.__new__(cls)
+        held.shape, held.packed, held.state, held.read = shape, packed, state, read
+        return held
 
     @property
     def dtype(self) -> torch.dtype:
@@ -255,21 +272,21 @@ class NF4Stack:
 
     def _scales(self, rows: slice) -> Tensor:
         """Scales ``[n, blocks]`` float32 of slices whose own blocks do not straddle."""
-        functional = _functional()
+        bnb = functional()
         codes = self.absmax[rows]
-        state = functional.QuantState(
+        state = bnb.QuantState(
             absmax=self.absmax2[rows].flatten(),
             code=self.code2,
             blocksize=BLOCK2,
             dtype=torch.float32,
         )
-        scales: Tensor = functional.dequantize_blockwise(codes.flatten(), state)
+        scales: Tensor = bnb.dequantize_blockwise(codes.flatten(), state)
         return scales.view_as(codes).add_(self.offset[rows, None])
 
     def _read(self, rows: slice, scales: Tensor) -> Tensor:
-        functional = _functional()
+        bnb = functional()
         shape = (rows.stop - rows.start, *self.shape[1:])
-        state = functional.QuantState(
+        state = bnb.QuantState(
             absmax=scales.flatten(),
             blocksize=BLOCK,
             quant_type="nf4",
