@@ -1,7 +1,7 @@
 """Collects the errors and notes of one adapter, so that all of them are reported at once.
 
-This file decides nothing: `qcore.adapter.matching` and `qcore.adapter.declared_targets` add to it,
-and `qcore.adapter.reader` raises. It imports no torch.
+This file decides that errors are raised once for each kind, or handed to a caller that reports all.
+`qcore.adapter.matching` and `qcore.adapter.declared_targets` add to it. It imports no torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import InputError, QcoreError
+from ..errors import InputError, QcoreError, one_of_each, raise_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +36,10 @@ class Findings:
                 code, what, file=self.path, field=field, found=found, expected=expected, fix=fix
             )
         )
+
+    def report(self, problems: list[QcoreError] | None) -> None:
+        """Raise the errors, one of each kind, or add all of them to `problems` if it is a list."""
+        if problems is None:
+            raise_all(one_of_each(self.problems))
+        else:
+            problems += self.problems

@@ -26,7 +26,7 @@ from typing import Any
 from ..api.adapter_claims import AdapterClaim
 from ..checkpoint.checkpoint import Header, read_json, safe_file
 from ..checkpoint.layout import Layout
-from ..errors import QcoreError, one_of_each, raise_all
+from ..errors import QcoreError, raise_all
 from .base_check import check_complete
 from .changes import Change
 from .claimed_layout import translated
@@ -66,18 +66,20 @@ def read_adapter(
         trust_base: accept an adapter without a fingerprint of its base.
         trust_generation: accept such an adapter if it names a base of another generation.
         base: generation and source of the base; ``None`` to accept any generation.
-        claims: asks the plugins about the tensors' layout; ``None`` for PEFT's alone.
-        equal: whether a tensor has the values of a weight of the base; ``None``: none has.
-        same: whether two changes have the same effect; ``None``: no two have.
-        problems: receives the errors of tensors and targets, which are raised if it is ``None``;
-            the adapter then has the changes that fit the base.
+        claims: asks the plugins whether they recognize the tensors' layout; ``None`` for PEFT's
+            layout alone.
+        equal: whether a tensor of the folder has the values of a weight of the base; ``None``
+            takes every saved weight as changed.
+        same: whether two changes of the folder have the same effect; ``None``: no two have.
+        problems: receives the errors of tensors and targets; ``None`` raises them.
 
     Raises:
         InputError: as `locate_adapter`, or one of the codes of this module.
-        TrustError: ``QC-ADAPTER-009`` no fingerprint, and `trust_base` is not set; ``-015``
-            another generation, and `trust_generation` is not set.
+        TrustError: ``QC-ADAPTER-009`` no fingerprint of its base, without `trust_base`; ``-015`` it
+            names a base of another generation, without `trust_generation`.
     """
-    folder = (located := locate_adapter(path)).path
+    located = locate_adapter(path)
+    folder = located.path
     config = read_json(safe_file(folder, CONFIG))
     meta, notes = _recorded(folder, config, base, trust_base, trust_generation)
     headers, claim, renamed = _headers(folder, layout, claims)
@@ -86,10 +88,7 @@ def read_adapter(
     matcher = Matcher(findings, config, headers, layout, claim, said, _within(equal, folder))
     settled = settle_tie(matcher.changes(), layout, _within(same, folder), findings)
     check_complete(folder, meta, settled.changes, layout)
-    if problems is None:
-        raise_all(one_of_each(findings.problems))
-    else:
-        problems += findings.problems
+    findings.report(problems)
     return Adapter(
         path=folder,
         source=located.source,

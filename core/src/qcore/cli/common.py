@@ -16,7 +16,9 @@ from ..errors import PreflightError, QcoreError, UsageError
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 #: Parameters that name a folder or a repository of the hub, whose type is a text for click.
-_FOLDERS: Final = frozenset(("model", "models", "adapter", "adapters", "init_adapter", "folder"))
+_FOLDERS: Final = frozenset(
+    ("model", "models", "base", "adapter", "adapters", "init_adapter", "folder", "a", "b")
+)
 _FOLDER_OR_ID: Final = "a folder or a hub id"
 
 

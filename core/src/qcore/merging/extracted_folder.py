@@ -7,6 +7,7 @@ it binds to that base as a trained adapter does.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -20,6 +21,7 @@ from ..adapter.model_card import Card, model_card
 from ..adapter.peft_config import DESCRIPTIVE
 from ..adapter.peft_names import CONFIG, LAYOUT, WEIGHTS, stems, trunk_part
 from ..adapter.written_config import choose_class, peft_config
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.hub import TOKENIZER_FILES, public_source
 from ..io.artifact import publish
@@ -95,27 +97,10 @@ def write_extracted(
     with publish(target, kind="adapter") as out:
         out.write_bytes(WEIGHTS, save(_tensors(weights, names), metadata={"format": "pt"}))
         out.write_json(CONFIG, config, editable=DESCRIPTIVE)
-        tokenizer = [
-            name
-            for name in tuned.checkpoint.sidecars
-            if any(fnmatch(name, each) for each in TOKENIZER_FILES)
-        ]
+        tokenizer = _tokenizer_files(tuned.checkpoint)
         for name in tokenizer:
             out.copy(name, tuned.checkpoint.file(name))
-        groups: dict[str, int] = {}
-        for weight in weights.values():
-            groups[weight.group] = groups.get(weight.group, 0) + 1
-        card = Card(
-            base=source,
-            revision=revision,
-            class_name=(config["auto_mapping"] or {}).get("base_model_class", ""),
-            ranks=frozenset(weight.lora.r for weight in weights.values()),
-            groups=groups,
-            variables={},
-            tokenizer="tokenizer_config.json" in tokenizer,
-            made="extracted with qcore from a tuned checkpoint",
-        )
-        out.write_text("README.md", model_card(card))
+        out.write_text("README.md", _card(config, weights, "tokenizer_config.json" in tokenizer))
         own = {name: sha for name, sha in digests.items() if table[name].part.name in bound}
         out.meta.update(
             verb="extract",
@@ -127,6 +112,27 @@ def write_extracted(
             tensors=own,
             result=dict(result),
         )
+
+
+def _tokenizer_files(checkpoint: Checkpoint) -> list[str]:
+    names = checkpoint.sidecars
+    return [name for name in names if any(fnmatch(name, each) for each in TOKENIZER_FILES)]
+
+
+def _card(
+    config: Mapping[str, Any], weights: Mapping[str, ExtractedWeight], tokenizer: bool
+) -> str:
+    card = Card(
+        base=config["base_model_name_or_path"],
+        revision=config["revision"],
+        class_name=(config["auto_mapping"] or {}).get("base_model_class", ""),
+        ranks=frozenset(weight.lora.r for weight in weights.values()),
+        groups=Counter(weight.group for weight in weights.values()),
+        variables={},
+        tokenizer=tokenizer,
+        made="extracted with qcore from a tuned checkpoint",
+    )
+    return model_card(card)
 
 
 def _tensors(weights: Mapping[str, ExtractedWeight], names: Mapping[str, str]) -> dict[str, Tensor]:
