@@ -478,7 +478,9 @@ def test_a_tensor_in_pieces(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(base)
     layout = locate(Table([part]), checkpoint)
     told = read_adapter(adapter, layout, trust_base=True)
-    merger = MergePass(SimpleNamespace(checkpoint=checkpoint, layout=layout), told)  # type: ignore[arg-type]
+    merger = MergePass(
+        SimpleNamespace(checkpoint=checkpoint, layout=layout, quantization=None), told
+    )  # type: ignore[arg-type]
     found = []
     for shard in ("gate.safetensors", "up.safetensors"):
         data = b"".join(bytes(chunk) for chunk in merger.shard(shard, lambda amount: None))

@@ -12,7 +12,7 @@ from support.tiers import fast
 from support.toy_draft import add, install
 
 from qcore.config.settings import Settings
-from qcore.merging import streams
+from qcore.merging import disk_rows, layer_stream, vocabulary
 from qcore.merging.merge import merge
 from qcore.training.train import train
 from qcore_qwen35.tiny import write
@@ -43,8 +43,10 @@ def test_names_of_the_trunk_in_a_part_that_is_not_loaded(
 
         return call
 
-    for name in ("read_tensor", "gather", "blocks"):
-        monkeypatch.setattr(streams, name, reading(getattr(streams, name)))
+    names = ("read_tensor", "gather", "blocks")
+    for module in (disk_rows, layer_stream, vocabulary):
+        for name in (one for one in names if hasattr(module, one)):
+            monkeypatch.setattr(module, name, reading(getattr(module, name)))
     proof = merge(str(base), tmp_path / "adapter", tmp_path / "out").proof
     assert proof is not None
     assert proof["effect"] > 0

@@ -233,7 +233,7 @@ def read_by_the_proof(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(item.tensor.name)
         return read_tensor(checkpoint, item, *rows)
 
-    monkeypatch.setattr("qcore.merging.streams.read_tensor", reading)
+    monkeypatch.setattr("qcore.merging.disk_rows.read_tensor", reading)
     return seen
 
 

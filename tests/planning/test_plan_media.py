@@ -299,7 +299,7 @@ def test_the_held_out_row_of_most_units_need_not_be_the_longest(found: Identifie
 
 
 def test_an_endless_run_is_bounded_in_both() -> None:
-    chosen = settings(max_steps=10**9, per_device_train_batch_size=2)
+    chosen = settings(max_steps=10**7, per_device_train_batch_size=2)
     lengths, units = [10] * 50 + [400, 300], [160] * 3 + [0] * 49
     packs = packs_of(lengths, [], chosen, units=units, draws=8)
     assert packs.largest == (Pack((400, 300), 320),)
