@@ -10,8 +10,7 @@ from support.chat_kit import FORMAT, FakeCheckpoint, own_tokenizer
 from tokenizers import AddedToken, Tokenizer
 
 from qcore.checkpoint.tokenizer import load_tokenizer
-from qcore.data.rendering.pieces import PieceEncoder
-from qcore.data.rendering.words import encode_whole
+from qcore.data.rendering.pieces import PieceEncoder, encode_whole
 
 START = FORMAT.turn_start
 PARTS = (

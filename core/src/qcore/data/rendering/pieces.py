@@ -7,22 +7,19 @@ of a row share most of their turns, and rows share their system prompts and tool
 
 A model reads the tokens of its prompt and then produces its own. Where the tokenizer merges the end
 of the prompt with the reply (``<think>`` and two newlines), the prompt of a sample is therefore
-tokenized apart from the reply. `qcore.data.rendering.words` encodes the pieces.
+tokenized apart from the reply.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
-from .words import Piece, WholePiece, WordEncoder, encode_whole
-
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 _HEADERS: Final = 64  # headers of turns that are remembered
 _KEPT: Final = 1 << 17  # tokens of pieces that are remembered; 100 bytes each at most
@@ -39,6 +36,39 @@ def normalized(text: str, tokenizer: Tokenizer) -> str:
     return done
 
 
+class _Piece:
+    """An encoded piece of a text, and its ids, which the encoding copies at every use."""
+
+    __slots__ = ("_encoding", "ids")
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._encoding = encoding
+        self.ids = array("i", encoding.ids)
+
+    def index(self, position: int) -> int:
+        """Number of tokens that start before a character of the text.
+
+        The tokenizer is asked, because a list of all offsets takes longer than the encoding itself.
+        """
+        encoding = self._encoding
+        token = encoding.char_to_token(position)
+        if token is None:  # between two tokens, or at the end
+            return bisect_left([start for start, _ in encoding.offsets], position)
+        while token < len(encoding) and _start(encoding, token) < position:
+            token += 1
+        return token
+
+    def offsets(self) -> list[tuple[int, int]]:
+        """The characters of each token."""
+        return list(self._encoding.offsets)
+
+
+def _start(encoding: Encoding, token: int) -> int:
+    place = encoding.token_to_chars(token)
+    assert place is not None, "only texts without padding are encoded"
+    return int(place[0])
+
+
 class Tokens:
     """The token ids of a text, and where its characters are among them.
 
@@ -49,9 +79,9 @@ class Tokens:
         ids: token ids.
     """
 
-    def __init__(self, pieces: Iterable[tuple[str, Piece]]) -> None:
+    def __init__(self, pieces: Iterable[tuple[str, _Piece]]) -> None:
         self.ids = array("i")
-        self._pieces: list[Piece] = []
+        self._pieces: list[_Piece] = []
         self._characters: list[int] = []  # of the text before each piece
         self._tokens: list[int] = []  # before each piece
         at = 0
@@ -89,13 +119,9 @@ class PieceEncoder:
     def __init__(self, tokenizer: Tokenizer, boundary: str) -> None:
         self._tokenizer = tokenizer
         self._boundary = boundary if _splits(tokenizer, boundary) else ""
-        self._known: dict[str, Piece] = {}
+        self._known: dict[str, _Piece] = {}
         self._tokens = 0
         self._headers: dict[str, array[int]] = {}
-
-    @cached_property
-    def _words(self) -> WordEncoder:
-        return WordEncoder(self._tokenizer)  # a process that renders no row needs none
 
     def prepare(self, texts: Iterable[str]) -> None:
         """Encode the pieces of some texts together, which takes less time than one by one.
@@ -112,9 +138,10 @@ class PieceEncoder:
         self._forget()
         self._known |= known  # used last
         new = [piece for piece in wanted if piece not in known]
-        for piece, encoded in zip(new, self._words.encode(new), strict=True):
-            self._known[piece] = encoded
-            self._tokens += len(encoded.ids)
+        encodings = self._tokenizer.encode_batch(new, add_special_tokens=False) if new else ()
+        for piece, encoding in zip(new, encodings, strict=True):
+            self._known[piece] = _Piece(encoding)
+            self._tokens += len(encoding)
 
     def _forget(self) -> None:
         """Drop the pieces that were not used for the longest time."""
@@ -153,18 +180,17 @@ class PieceEncoder:
     def _header(self, text: str) -> array[int]:
         """Ids of the header of a turn with the tail of its prompt; there are few of them."""
         if not self._boundary:  # a whole prompt
-            return WholePiece(encode_whole(self._tokenizer, text)).ids
+            return _Piece(encode_whole(self._tokenizer, text)).ids
         if text not in self._headers:
             if len(self._headers) >= _HEADERS:
                 self._headers.clear()
-            self._headers[text] = WholePiece(encode_whole(self._tokenizer, text)).ids
+            self._headers[text] = _Piece(encode_whole(self._tokenizer, text)).ids
         return self._headers[text]
 
-    def _piece(self, piece: str) -> Piece:
+    def _piece(self, piece: str) -> _Piece:
         known = self._known.get(piece)
         if known is None:
-            (known,) = self._words.encode([piece])
-            self._known[piece] = known
+            known = self._known[piece] = _Piece(encode_whole(self._tokenizer, piece))
             self._tokens += len(known.ids)
         return known
 
@@ -178,6 +204,11 @@ class PieceEncoder:
                 end = reply
             yield text[start:end]
             start = end
+
+
+def encode_whole(tokenizer: Tokenizer, text: str) -> Encoding:
+    """Encode a text as it is."""
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _splits(tokenizer: Tokenizer, token: str) -> bool:
