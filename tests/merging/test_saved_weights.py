@@ -184,7 +184,7 @@ def test_dora_on_the_embedding_is_refused_and_merges_as_the_fix_says(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("target", [(), ("embed_tokens",)])
+@pytest.mark.parametrize("target", [(), ("embed_tokens",), ("lm_head",)])
 def test_a_copy_that_no_field_names_replaces_the_weight_itself(
     bases: dict[bool, Path], tmp_path: Path, tied: bool, target: tuple[str, ...]
 ) -> None:

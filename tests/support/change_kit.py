@@ -100,7 +100,9 @@ def assert_merged(
             assert torch.equal(mine[name], before[name]), name
             continue
         changed.add(name)
-        assert bool(((mine[name].float() - value).abs() <= step(value)).all()), name
+        # PEFT adds in float32, whose rounding shows where the sum cancels.
+        allowed = step(value) + 2**-23 * value.abs().max()
+        assert bool(((mine[name].float() - value).abs() <= allowed).all()), name
     untouched = before.keys() - changed
     assert all(torch.equal(mine[name], before[name]) for name in untouched)
     return changed
