@@ -40,7 +40,7 @@ def data(lengths: list[int], vocabulary: int) -> Dataset:
         train=store_of(rows).samples(), eval=store_of(()).samples(),
         path=Path("random"), sha256="", rows=len(rows), tokens=total,
         supervised=total - len(rows), turns=len(rows), longest=max(lengths),
-        samples=len(rows), rendered=total, chat=ChatRecord(template_sha256=""), sources=(),
+        samples=len(rows), chat=ChatRecord(template_sha256=""), sources=(),
     )  # fmt: skip
 
 

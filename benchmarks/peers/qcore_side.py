@@ -144,5 +144,5 @@ def rows(ids: torch.Tensor, settings: Settings) -> Dataset:
         train=store_of(examples).samples(), eval=store_of(()).samples(),
         path=Path("random"), sha256="", rows=steps * batch,
         tokens=total, supervised=total - steps * batch, turns=steps * batch, longest=seq,
-        samples=steps * batch, rendered=total, chat=ChatRecord(template_sha256=""), sources=(),
+        samples=steps * batch, chat=ChatRecord(template_sha256=""), sources=(),
     )  # fmt: skip
