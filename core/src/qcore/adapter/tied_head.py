@@ -29,7 +29,7 @@ class Settled(NamedTuple):
     """The changes of an adapter, where embedding and head are one weight or two.
 
     Attributes:
-        changes: by canonical name; of a head that stays tied there is none.
+        changes: by canonical name; a head that stays tied has none.
         untied: whether the head gets values of its own.
     """
 

@@ -259,7 +259,7 @@ def _templates(mine: TokenizerFiles, theirs: TokenizerFiles) -> dict[str, Any]:
     """Compare the chat templates by SHA-256; the first name that differs is reported."""
     own = named_templates(theirs)
     for name, template in named_templates(mine).items():
-        # As in transformers, the default applies where there is no template of the name.
+        # As in transformers, the default applies where the named template is missing.
         other = own.get(name) or own.get("default")
         hashes = template.sha256, other.sha256 if other else ""
         if hashes[0] != hashes[1]:

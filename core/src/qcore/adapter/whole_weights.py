@@ -1,4 +1,4 @@
-"""Adapter tensors that are no LoRA on a linear map: heads, embeddings, saved modules, token rows.
+"""Adapter tensors other than LoRA on a linear map: heads, embeddings, saved modules, token rows.
 
 This file decides which weight of the base such a tensor changes, and how: LoRA on the embedding or
 the head, saved values of a whole weight (``modules_to_save``), or of some rows
@@ -65,7 +65,7 @@ class _Owned(NamedTuple):
 
 
 class WholeWeights:
-    """Matches the tensors of one adapter that are no LoRA on a linear map of a layer.
+    """Matches the tensors of one adapter other than LoRA on a linear map of a layer.
 
     Args:
         findings: receives the errors and notes.

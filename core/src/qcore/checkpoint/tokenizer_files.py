@@ -101,7 +101,7 @@ def optional_json(files: Files, name: str) -> dict[str, Any]:
 def read_template(files: Files) -> Template | None:
     """Return the chat template of a folder, or ``None`` if it has none.
 
-    Of several named templates that differ there is none: which one applies depends on the row.
+    Several named templates that differ give ``None``: which one applies depends on the row.
 
     Raises:
         InputError: as `named_templates`.

@@ -149,7 +149,7 @@ def named_base(adapters: Iterable[str]) -> str:
     """Return the base that all adapters name in ``base_model_name_or_path``.
 
     Raises:
-        InputError: ``QC-ADAPTER-022`` there is none, or there are several.
+        InputError: ``QC-ADAPTER-022`` the adapters name no base, or several.
     """
     names: dict[str, str] = {}
     for adapter in adapters:

@@ -79,7 +79,7 @@ def decode(weight: FourBit, codes: StoredCodes) -> Tensor:
     """Return the values of codes, computed as bitsandbytes does, some blocks at a time.
 
     A value is ``quant_map[code] * scale`` in float32, rounded once. bitsandbytes itself is not
-    called: version 0.50.2 misreads rows on the CPU that are no multiple of its blocks.
+    called: version 0.50.2 misreads rows on the CPU whose length is not a multiple of its blocks.
     """
     count = math.prod(weight.shape)
     value = torch.empty(count, dtype=DTYPES[weight.dtype])
