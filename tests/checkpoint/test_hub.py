@@ -249,7 +249,7 @@ def test_a_folder_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("models/tiny/deep", "001", None),
         ("modles", "001", "did you mean models?"),
         ("models/tiny/", "", None),
-        ("models/file.safetensors", "002", "name the folder: models"),
+        ("models/file.safetensors", "002", "name a model folder or a hub id"),
         ("https://hub.example/org/tiny", "001", "did you mean org/tiny?"),
         ("org/tiny@", "001", None),
         ("org/tiny@../../x", "001", None),

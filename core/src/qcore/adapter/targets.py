@@ -114,8 +114,7 @@ def targets(
             PEFT does not support it.
     """
     table = layout.table
-    allowed = [name for name, aim in table.groups.items() if aim is not Aim.NEVER]
-    _check_names("target_groups", asked, allowed, owned_by_none=sorted(layout.carried_roots()))
+    allowed = check_groups(layout, asked)
     groups = set(asked) or {name for name, aim in table.groups.items() if aim is Aim.ON}
     ranks, alphas = group_r or {}, group_lora_alpha or {}
     chosen = {
@@ -141,6 +140,21 @@ def targets(
         )
     _check_parameters(chosen, table)
     return chosen
+
+
+def check_groups(layout: Layout, asked: Iterable[str]) -> list[str]:
+    """Return the LoRA groups that may be trained.
+
+    Args:
+        layout: the base.
+        asked: the requested LoRA groups.
+
+    Raises:
+        UsageError: ``QC-LORA-001`` the model does not have the group or never trains it.
+    """
+    allowed = [name for name, aim in layout.table.groups.items() if aim is not Aim.NEVER]
+    _check_names("target_groups", asked, allowed, owned_by_none=sorted(layout.carried_roots()))
+    return allowed
 
 
 def _check_names(

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..adapter.targets import check_groups
 from ..api.media import MediaReader
 from ..checkpoint.tokenizer import load_tokenizer
 from ..config.settings import Settings
@@ -166,6 +167,7 @@ def prepare(
 
 def _preflight(base: _Base, reported: Collection[str] = ()) -> list[str]:
     """Report what preflight says of a model, less what was `reported` before."""
+    check_groups(base.model.layout, base.settings.target_groups)
     ids = base.tokenizer.get_vocab()
     lines = [
         *base.model.decision.evidence,
