@@ -155,7 +155,8 @@ def test_merge_beside_stock_peft(base: Path, adapter: Path, tmp_path: Path) -> N
     assert ours["imported"] < largest
     assert ours["peak"] > ours["imported"]
     assert ours["peak"] <= ours["imported"] + 3 * largest
-    assert ours["proof"]["difference"] <= 1e-4
+    # Float32 rounding of both forward passes, as a share of what the adapter changes.
+    assert ours["proof"]["difference"] <= 1e-4 * ours["proof"]["effect"]
     assert ours["proof"]["effect"] > 0.1
     # PEFT proves nothing, hashes nothing and syncs nothing; like is measured against like.
     assert plain["process"] <= 1.5 * theirs["process"]
