@@ -91,7 +91,9 @@ def _placed(change: Change, folder: Path) -> Change:
         return replace(header, file=str((folder / header.file).absolute()))
 
     if isinstance(change, Replacement):
-        return replace(change, values=put(change.values))
+        below = None if change.under is None else _placed(change.under, folder)
+        assert not isinstance(below, Pair)
+        return replace(change, values=put(change.values), under=below)
     pieces = tuple(
         replace(
             piece, a=put(piece.a), b=put(piece.b),

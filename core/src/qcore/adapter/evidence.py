@@ -26,6 +26,7 @@ def read_for(
     *,
     trust_base: bool = False,
     trust_generation: bool = False,
+    grow: bool = False,
     problems: list[QcoreError] | None = None,
 ) -> Adapter:
     """Read an adapter folder for the base of a run.
@@ -35,6 +36,8 @@ def read_for(
         folder: the adapter folder.
         trust_base: accept an adapter without a fingerprint of its base.
         trust_generation: accept such an adapter if it names a base of another generation.
+        grow: accept values for rows of embedding and head that the base lacks; the run then uses
+            ``base.growing(adapter.vocabulary)``.
         problems: receives the errors of tensors and targets instead of raising them.
 
     Raises:
@@ -54,6 +57,7 @@ def read_for(
             path, header, base.checkpoint, base.layout, name
         ),
         same=same_change,
+        grow=grow,
         problems=problems,
     )
 

@@ -39,12 +39,14 @@ class TensorPatch:
         written: the tensor of the result; the same where nothing is decoded.
         scale: the base's block scales of it, when it is decoded from FP8.
         four_bit: the base's scales and state of it, when it is decoded from 4 bits.
+        added: rows of the result that the base does not have; they are the last ones.
     """
 
     source: Header
     written: Header
     scale: Header | None = None
     four_bit: FourBit | None = None
+    added: int = 0
 
     @property
     def decoded(self) -> bool:

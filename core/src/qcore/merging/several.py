@@ -62,6 +62,7 @@ def read_adapters(
     *,
     trust_base: bool,
     trust_generation: bool,
+    grow: bool = False,
 ) -> list[Weighted]:
     """Read the adapters of a merge.
 
@@ -70,6 +71,7 @@ def read_adapters(
         wanted: one adapter, or the weight of each, by folder or hub id.
         trust_base: accept adapters without a fingerprint of their base.
         trust_generation: accept such adapters if they name a base of another generation.
+        grow: accept rows of embedding and head that the base lacks.
 
     Raises:
         UsageError: ``QC-ADAPTER-019`` no adapter, or a weight that is 0 or not finite.
@@ -89,7 +91,7 @@ def read_adapters(
     return [
         Weighted(
             adapter=read_for(
-                base, source, trust_base=trust_base, trust_generation=trust_generation
+                base, source, trust_base=trust_base, trust_generation=trust_generation, grow=grow
             ),
             weight=float(weight),
         )

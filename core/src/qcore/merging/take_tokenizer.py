@@ -170,7 +170,7 @@ def _checked_ids(base: Identified, mine: TokenizerFiles) -> dict[str, int]:
     problems: list[QcoreError] = []
     rows = next(tensor.shape[0] for tensor in base.layout.table if tensor.row.group == "embed")
     if (beyond := id_beyond(ids, rows, mine.path)) is not None:
-        fix = f"{_FIX}, or merge into the base whose embedding was resized in training"
+        fix = f"{_FIX}, or name the resized model that training used as the base"
         problems.append(beyond.replace(fix=fix))
     chat = base.chat_format()
     needed = (chat.turn_start, chat.turn_end, *chat.stop_tokens)
