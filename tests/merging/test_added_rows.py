@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from support.change_kit import assert_merged, written
 from support.e2e_kit import (
     LENGTHS,
     documents,
+    our_logits,
     stock,
     stock_logits,
     tiny_folder,
@@ -22,6 +24,7 @@ from support.e2e_kit import (
 from tokenizers import AddedToken, Tokenizer
 
 from qcore.errors import QcoreError
+from qcore.inference.generate import Generator
 from qcore.io.artifact import verify
 from qcore.merging.merge import MergeReport, merge
 from qcore.plugins.resolve_model import identify
@@ -213,3 +216,31 @@ def test_fewer_rows_leave_the_last_ones_of_the_base(
         assert torch.equal(whole[:rows], saved[f"base_model.model.{name}"].bfloat16())
         origin = name if name in before else "model.language_model.embed_tokens.weight"
         assert torch.equal(whole[rows:], before[origin][rows:])
+
+
+# -- generate
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_generate_computes_what_peft_computes(bases: Bases, tmp_path: Path, tied: bool) -> None:
+    base = bases["vl", tied]
+    peer = resized(base, tmp_path / "a", "saved embedding and head")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(base / name, tmp_path / "a" / name)
+    generator = Generator(
+        str(base), adapter=tmp_path / "a", trust_base=True, take_tokenizer=True, device="cpu",
+        dtype="fp32",
+    )  # fmt: skip
+    docs = [torch.cat([doc, torch.tensor(NEW)]) for doc in documents(LENGTHS)]
+    gap = (our_logits(generator.model, docs) - stock_logits(peer, docs)).abs().max()
+    assert float(gap) <= 1e-4
+    assert generator.tokenizer.encode(f"<new_{V}>").ids == [V]
+    answer = generator.prompt(f"<new_{V}>", max_new_tokens=2)
+    assert f"<new_{V}>" in answer.prompt
+
+
+def test_generate_without_the_option(bases: Bases, tmp_path: Path) -> None:
+    resized(bases["vl", True], tmp_path / "a", "saved embedding and head")
+    with pytest.raises(QcoreError, match="2 rows that") as caught:
+        Generator(str(bases["vl", True]), adapter=tmp_path / "a", trust_base=True, device="cpu")
+    assert "--take-tokenizer" in str(caught.value.fix)

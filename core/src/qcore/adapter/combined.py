@@ -147,6 +147,9 @@ def _meta(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
         meta |= {field: known} if known else {}
     for adapter in recorded[:1]:
         meta |= {"model": adapter.meta.get("model", {})}
+    chats = [adapter.meta.get("chat") for adapter in adapters]
+    if chats[0] is not None and all(chat == chats[0] for chat in chats):
+        meta |= {"chat": chats[0]}  # of adapters that were trained on other prompts, none applies
     return meta | ({"modalities": towers} if (towers := dict(_towers(adapters))) else {})
 
 

@@ -77,7 +77,7 @@ def evidence_lines(base: Identified, adapter: Adapter, *, taken: bool = False) -
     elif difference is not None:
         yield from difference.lines()
         if difference.tokens or difference.template:
-            yield "to merge with the adapter's tokenizer and template: qcore merge --take-tokenizer"
+            yield "to merge or generate with the adapter's tokenizer and template: --take-tokenizer"
 
 
 def brings_template(adapter: Adapter) -> bool:

@@ -42,7 +42,7 @@ _UNTIE = (
     "in config.json and its text_config, and then "
 )
 _GROW = (
-    "merge it with its tokenizer (qcore merge --take-tokenizer; the adapter folder must have the "
+    "merge or generate with its tokenizer too (--take-tokenizer; the adapter folder must have the "
     "tokenizer.json of training), or name the resized model that training used as the base"
 )
 _ANOTHER = "name the base that the adapter was trained on"

@@ -35,6 +35,8 @@ from ..adapter.delta import one_thread
 from ..adapter.evidence import brings_template, evidence_lines
 from ..adapter.expert_layout import OLDER
 from ..adapter.peft_names import Adapter
+from ..adapter.read_several import one_of, read_adapters
+from ..adapter.taken_tokenizer import TakenTokenizer, plan_tokenizer, taken_lines
 from ..adapter.weight_files import weights_digest
 from ..checkpoint.chat_template import Template
 from ..checkpoint.checkpoint import Checkpoint, read_headers
@@ -50,8 +52,7 @@ from .grown_output import grown_lines
 from .plan import MergePlan
 from .quantized_base import check_options, decoded_record, notes, refuse_targets
 from .rewrite import MergePass
-from .several import AdapterPart, one_of, prove_parts, read_adapters
-from .take_tokenizer import TakenTokenizer, plan_tokenizer, taken_lines
+from .several import AdapterPart, prove_parts
 from .untied_output import untied_lines
 from .verify import prove_merge
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..adapter.delta import WORKERS, Deltas, single
 from ..adapter.peft_names import Adapter
+from ..adapter.taken_tokenizer import TakenTokenizer
 from ..api.parameters import Tensor as Entry
 from ..checkpoint.checkpoint import Header
 from ..checkpoint.fingerprint import fingerprints
@@ -36,7 +37,6 @@ from .grown_output import grow_output
 from .plan import MergePlan, TensorPatch, plan_merge
 from .quantized_base import incomparable_parts
 from .requantize import Errors, Requantized, requantize
-from .take_tokenizer import TakenTokenizer
 from .untied_output import untie_output
 
 _AHEAD = WORKERS + 2  # cuts in flight
@@ -97,7 +97,7 @@ class MergePass:
         quantized = self.base.quantization if self.dequantize else None
         self.plan = plan_merge(self.base.checkpoint, quantized)
         if self.taken is not None:
-            self.plan = self.taken.apply(self.plan)
+            self.plan = self.plan.with_tokenizer(self.taken)
         self.plan = untie_output(self.plan, self.base.checkpoint, self.base.layout)
         self.plan = grow_output(self.plan, self.base.checkpoint, self.base.layout)
         self.deltas = Deltas(self.adapter)
