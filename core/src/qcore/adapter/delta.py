@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..api.parameters import Kind, Region
 from ..checkpoint.checkpoint import Header
-from ..errors import InputError
+from ..errors import InputError, NumericError
 from ..nn.load import DTYPES, as_bytes, read_exact
 from .changes import Pair, Piece, Replacement
 from .peft_names import Adapter
@@ -168,6 +168,7 @@ class Deltas:
 
         Raises:
             InputError: ``QC-MERGE-012`` the region cuts the rows of a weight with DoRA.
+            NumericError: ``QC-MERGE-003`` a row with DoRA is 0.
         """
         weight = weight.view([part.stop - part.start for part in region])
         if name in self._replaced:
@@ -188,6 +189,7 @@ class Deltas:
                 total = torch.addmm(base, b[at : at + step], a, alpha=self._scaling[name])
                 if magnitude is not None:
                     norm = torch.linalg.vector_norm(total, dim=1, keepdim=True)
+                    self._check_norms(name, norm, first)
                     total *= magnitude[at : at + step] / norm
                 yield view, total
 
@@ -221,6 +223,20 @@ class Deltas:
                 fix="save the base with whole weights, with transformers' save_pretrained",
             )
         return magnitude[rows].double()[:, None]
+
+    def _check_norms(self, name: str, norms: Tensor, first: int) -> None:
+        """Refuse a row without a direction: PEFT divides its magnitude by 0."""
+        if bool(norms.all()):
+            return
+        raise NumericError(
+            "QC-MERGE-003",
+            "has DoRA on a row that is 0 in base + adapter, so that it cannot be scaled",
+            file=self._path,
+            field=name,
+            found=f"row {first + int((norms == 0).flatten().nonzero()[0])}",
+            expected="rows that are not 0",
+            fix="name the base that the adapter was trained on, or train without DoRA here",
+        )
 
     def _matrices(self, name: str, number: int | None) -> tuple[Tensor, Tensor]:
         """Return ``A [r, in]`` and ``B [out, r]`` of a weight, or of one expert of a stack.
