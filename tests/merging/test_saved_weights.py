@@ -207,10 +207,16 @@ def test_a_copy_that_no_field_names_replaces_the_weight_itself(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["rows and LoRA on the head", "saved embedding"])
-def test_verify_against_stock_agrees(bases: dict[bool, Path], tmp_path: Path, recipe: str) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    "recipe",
+    ["rows and LoRA on the head", "saved embedding", "saved last norm", "DoRA on the head"],
+)
+def test_verify_against_stock_agrees(
+    bases: dict[bool, Path], tmp_path: Path, recipe: str, whole: bool
+) -> None:
     written(bases[True], tmp_path / "a", MERGED[recipe])
-    report = verify_against_stock(tmp_path / "a", model=str(bases[True]), whole=True)
+    report = verify_against_stock(tmp_path / "a", model=str(bases[True]), whole=whole)
     assert report.problems == ()
     assert all(prompt.effect is not None and prompt.effect > 0.01 for prompt in report.prompts)
 
