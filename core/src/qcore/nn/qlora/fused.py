@@ -41,7 +41,7 @@ from ...errors import UsageError
 from ..grad_buffers import as_one_buffer
 from ..kernels.launch import on_gpu
 from ..storage import storage_id
-from .dora import Magnitudes, row_norms, times
+from .dora import Magnitudes, row_norms, scale_gradient
 from .fused_factors import WorkingFactors
 from .fused_grads import adapter_gradients
 from .fused_tables import MemberTables
@@ -77,6 +77,10 @@ class FusedKernels(Protocol):
 
     def outer(self, product: Product, x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor) -> bool:
         """Add the gradients of A and B to where they are kept; false if it cannot."""
+        ...
+
+    def scale_gradient(self, dy: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """``dy * scale`` and ``sum_t dy y`` (`dora.scale_gradient`)."""
         ...
 
 
@@ -313,7 +317,10 @@ class _Product(torch.autograd.Function):
         dy = as_one_buffer([_rows(grad) for grad in grads])
         dm: list[Tensor | None] = []
         if y is not None:
-            dm, dy = product.magnitudes.gradients(dy, y, ctx.factors), times(dy, ctx.factors)
+            kernels = cast(FusedKernels | None, ctx.kernels)
+            scale = scale_gradient if kernels is None else kernels.scale_gradient
+            dy, dots = scale(dy, y, ctx.factors.scale)
+            dm = product.magnitudes.gradients(dots, ctx.factors)
         working = product.working(dy)
         dx = dyb = None
         if ctx.needs_input_grad[0]:
