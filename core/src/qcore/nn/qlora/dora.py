@@ -46,8 +46,8 @@ class DoraLayer(Protocol):
         """The weight ``[out, in]`` in the run's dtype."""
         ...
 
-    def base_norms(self) -> Tensor:
-        """Norms of the rows of the weight, float32 ``[out]``."""
+    def kept_norms(self) -> Tensor:
+        """Norms of the rows of the weight, float32 ``[out]``, computed once."""
         ...
 
 
@@ -77,10 +77,14 @@ class Magnitudes:
 
     Args:
         layers: the layers, in the order of their outputs.
+
+    Attributes:
+        asked: whether the factors were read since this was last set to false.
     """
 
     def __init__(self, layers: Sequence[DoraLayer]) -> None:
         self._layers = tuple(layers)
+        self.asked = False
         self._known: Factors | None = None
         self._of: list[Any] = []
         self._stale = False
@@ -99,6 +103,7 @@ class Magnitudes:
             like: a tensor on the device.
             norms: computes ``||W + s B A||`` of all layers ``[N]``; by default layer by layer.
         """
+        self.asked = True
         if not any(has_dora(layer) for layer in self._layers):
             return None
         marks: list[Any] = []
@@ -289,7 +294,7 @@ def changed_norms(layer: DoraLayer) -> Tensor:
     assert lora is not None
     cross = (_times(layer.dense(), a) * b).sum(1)
     own = ((b @ (a @ a.t())) * b).sum(1)
-    squares = layer.base_norms().square().add_(cross, alpha=2 * lora.scaling)
+    squares = layer.kept_norms().square().add_(cross, alpha=2 * lora.scaling)
     return squares.add_(own, alpha=lora.scaling**2).clamp_min_(0.0).sqrt_()
 
 

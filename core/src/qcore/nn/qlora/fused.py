@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...errors import UsageError
 from ..grad_buffers import as_one_buffer
 from ..kernels.launch import on_gpu
 from ..storage import storage_id
@@ -96,6 +97,8 @@ class _KeptBuffer:
 class Product(Members):
     """``[..., K] -> ([..., N_i], ...)``.
 
+    A backend that does not read `magnitudes` would compute plain LoRA: it is refused with DoRA.
+
     Args:
         members: maps of one K. They own their tensors; this reads them.
         compute: the op ``qlora_linear``; by default `reference`.
@@ -125,7 +128,17 @@ class Product(Members):
         )
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.compute(x, self)
+        self.magnitudes.asked = False
+        outputs = self.compute(x, self)
+        if self.magnitudes.parameters() and not self.magnitudes.asked:
+            raise UsageError(
+                "QC-KERNEL-003",
+                "cannot run here: it computes plain LoRA, and the adapter has DoRA",
+                field="kernels.qlora_linear",
+                found=getattr(self.compute, "__module__", None),
+                fix="ask for qlora_linear=reference, or set use_dora=false",
+            )
+        return outputs
 
     def note_backward(self) -> None:
         """Record that a backward ran."""
