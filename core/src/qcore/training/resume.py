@@ -29,6 +29,8 @@ SAME_NUMBERS: Final = (
 )  # fmt: skip
 #: Sizes: any value above 0 computes the same numbers.
 HOW_MUCH: Final = ("settings.media_cache_gb",)
+#: Settings that compute nothing.
+NO_NUMBERS: Final = frozenset(("grace_seconds",))
 #: What ends the learning rate schedule.
 _LENGTH: Final = ("settings.max_steps", "settings.num_train_epochs")
 
@@ -48,7 +50,7 @@ def identity(run: Run, base: Mapping[str, str] | None = None) -> dict[str, Any]:
         "eval_data": data.get("eval_sha256"),
         **({"media": data["media_sha256"]} if data.get("media_sha256") else {}),
         "init_adapter": run.initial.sha256 if run.initial is not None else None,
-        "settings": run.settings.to_dict(),
+        "settings": {k: v for k, v in run.settings.to_dict().items() if k not in NO_NUMBERS},
         # After what decides the rows, so that a changed template or setting is named by its name.
         "samples": data["samples_sha256"],
         "eval_samples": data.get("eval_samples_sha256"),
