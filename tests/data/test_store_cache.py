@@ -34,7 +34,6 @@ from support.swatch_kit import SwatchReader, swatch, swatch_checkpoint, text
 import qcore.data.dataset as module
 from qcore.data.dataset import Dataset, dataset
 from qcore.data.findings import Findings
-from qcore.data.identity import Identity
 from qcore.data.policies import Policies
 from qcore.data.rendering.masking import Example
 from qcore.data.source_counts import SourceCount
@@ -230,17 +229,6 @@ def test_sources_template_and_model_are_part_of_it(runs: Runs, tmp_path: Path) -
     runs.checkpoint = FakeCheckpoint(twin, own_template(TEMPLATE + " "))
     runs([source])
     assert runs.rendered == 7
-
-
-def test_an_identity_names_what_differs() -> None:
-    one = Identity({"max_length": 5, "policies.turns": "all", "a": True})
-    assert one.differing({"max_length": 5, "policies.turns": "last", "b": 1, "a": True}) == (
-        "b", "policies.turns",
-    )  # fmt: skip
-    assert one.name != Identity({**one.values, "a": 1}).name
-
-
-# Files that change.
 
 
 def settle(path: Path) -> None:

@@ -489,3 +489,35 @@ def test_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError) as caught:
         Cache.of_user()
     assert caught.value.code == "QC-VISION-041"
+
+
+def test_threads_decode_each_image_once_and_leave_pillow_as_it_was(
+    new_reader: Callable[[], Any], decoded: list[int]
+) -> None:
+    """A bomb among them is refused in each thread, whatever the others do."""
+    import warnings
+    from concurrent.futures import ThreadPoolExecutor
+
+    from PIL import Image, ImageFile
+
+    before = list(warnings.filters), ImageFile.LOAD_TRUNCATED_IMAGES
+    good = [png(seed, 320) for seed in range(12)]
+    expected = [new_reader().read(payload(data)).grid for data in good]
+    decoded.clear()
+    cut = good[0][:-400]
+    reader = new_reader()
+    for name in list(reader._cache.folder.iterdir()):
+        name.unlink()
+
+    def read(data: bytes) -> Any:
+        try:
+            return reader.read(payload(data)).grid
+        except RowError as error:
+            return error.code
+
+    with ThreadPoolExecutor(8) as pool:
+        grids = list(pool.map(read, [*good, *good, cut, *good, cut]))
+    assert grids == [*expected, *expected, "QC-VISION-028", *expected, "QC-VISION-028"]
+    assert len(decoded) == len(good) + 2
+    assert (list(warnings.filters), ImageFile.LOAD_TRUNCATED_IMAGES) == before
+    assert Image.MAX_IMAGE_PIXELS is not None

@@ -23,6 +23,7 @@ import math
 import os
 import struct
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Mapping
@@ -57,6 +58,7 @@ class Cache:
         self.folder = folder
         self.bound = bound
         self._bytes = 0
+        self._guard = threading.Lock()  # of the counts: threads write at once
         self._puts = _RESCAN  # so that the first write scans the folder
 
     @classmethod
@@ -124,7 +126,9 @@ class Cache:
             )
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(size)
+            with self._guard:
+                self._make_room(size)
+                self._bytes += size
             fd, name = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".tmp")
             try:
                 with os.fdopen(fd, "wb") as file:
@@ -135,7 +139,6 @@ class Cache:
                 with contextlib.suppress(OSError):
                     os.unlink(name)
                 raise
-        self._bytes += size
 
     def _make_room(self, size: int) -> None:
         """Evict least recently used entries until `size` bytes fit."""

@@ -27,6 +27,8 @@ from ..adapter.changes import Pair
 from ..adapter.combined import Weighted
 from ..adapter.delta import Deltas, one_thread
 from ..adapter.evidence import read_for
+from ..adapter.peft_names import Adapter
+from ..adapter.tied_head import untied_together
 from ..api.parameters import Kind
 from ..errors import NumericError, UsageError
 from ..plugins.resolve_model import Identified
@@ -72,7 +74,8 @@ def read_adapters(
         trust_generation: accept such adapters if they name a base of another generation.
 
     Raises:
-        UsageError: ``QC-ADAPTER-019`` no adapter, or a weight that is 0 or not finite.
+        UsageError: ``QC-ADAPTER-019`` no adapter, one that is named twice, or a weight that is 0
+            or not finite.
         QcoreError: as `read_for`.
     """
     if not isinstance(wanted, Mapping):
@@ -86,15 +89,29 @@ def read_adapters(
             )  # fmt: skip
     if not wanted:
         raise UsageError("QC-ADAPTER-019", "names no adapter", field="adapter", fix="name one")
-    return [
-        Weighted(
-            adapter=read_for(
-                base, source, trust_base=trust_base, trust_generation=trust_generation
-            ),
-            weight=float(weight),
-        )
-        for source, weight in wanted.items()
+    adapters = [
+        read_for(base, source, trust_base=trust_base, trust_generation=trust_generation)
+        for source in wanted
     ]
+    _refuse_twice(adapters)
+    adapters = untied_together(adapters, base.layout)
+    weights = map(float, wanted.values())
+    return [
+        Weighted(adapter=adapter, weight=weight)
+        for adapter, weight in zip(adapters, weights, strict=True)
+    ]
+
+
+def _refuse_twice(adapters: Sequence[Adapter]) -> None:
+    """Refuse a folder under two names."""
+    folders: set[Path] = set()
+    for adapter in adapters:
+        if (folder := adapter.path.resolve()) in folders:
+            raise UsageError(
+                "QC-ADAPTER-019", "is named twice", field=adapter.source, found=folder,
+                expected="each adapter once", fix="name it once, with the sum of the weights",
+            )  # fmt: skip
+        folders.add(folder)
 
 
 def one_of(adapters: Sequence[Weighted]) -> Path:

@@ -35,7 +35,7 @@ from .entry import KIND, Damaged, Loaded, Request, open_entry, render_apart, wri
 from .stamps import Changed
 
 if TYPE_CHECKING:
-    from ..identity import Identity
+    from ...checkpoint.identity import Identity
 
 FOLDER_VARIABLE: Final = "QCORE_DATA_CACHE"
 SIZE_VARIABLE: Final = "QCORE_DATA_CACHE_GB"
