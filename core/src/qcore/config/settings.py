@@ -289,6 +289,13 @@ _OTHER_WORDS = {
 }
 
 
+def meant(key: str, *, near: bool) -> str | None:
+    """The setting that a key means, also by its name in another tool or, if `near`, with a typo."""
+    if key in SPECS:
+        return key
+    return _OTHER_WORDS.get(key) or (nearest(key.lower(), SPECS, cutoff=0.75) if near else None)
+
+
 def spec_of(key: str, origin: Origin) -> Spec:
     """Look up the spec of a setting.
 
