@@ -76,19 +76,8 @@ class Deltas:
         self._by_expert = {n: _by_expert(p) for n, p in self.pairs.items() if not p.is_peft}
         with one_thread():
             for pair in self.pairs.values():
-                for header in pair.headers:
-                    # A module may cover several weights, so that they have a matrix in common.
-                    if header not in self._values:
-                        self._values[header] = self._read(header)
                 for piece in pair.pieces:
-                    if piece.older:
-                        a, b = self._values[piece.a], self._values[piece.b]
-                        newer = _as_newer(pair.tensor.shape[0], piece.r, a, b)
-                        self._values[piece.a], self._values[piece.b] = newer
-                    if piece.embedding:
-                        a, b = self._values[piece.a], self._values[piece.b]
-                        turned = b.t().contiguous(), a.t().contiguous()
-                        self._values[piece.a], self._values[piece.b] = turned
+                    self._take(piece, pair.tensor.shape[0])
         self._replaced = {
             name: ReplacedValues(self._path, change)
             for name, change in adapter.changes.items()
@@ -99,6 +88,23 @@ class Deltas:
             for name, pair in self.pairs.items()
             if pair.under is not None
         }
+
+    def _take(self, piece: Piece, experts: int) -> None:
+        """Read the matrices of a piece, in the layout of `Piece`.
+
+        Several weights may have them in common; they are read and rearranged once.
+        """
+        new = [header for header in piece.headers if header not in self._values]
+        for header in new:
+            self._values[header] = self._read(header)
+        if piece.a not in new:
+            return
+        a, b = self._values[piece.a], self._values[piece.b]
+        if piece.older:
+            a, b = _as_newer(experts, piece.r, a, b)
+        if piece.embedding:
+            a, b = b.t().contiguous(), a.t().contiguous()
+        self._values[piece.a], self._values[piece.b] = a, b
 
     def _read(self, header: Header) -> Tensor:
         """Read a tensor of the adapter, float32."""

@@ -17,6 +17,8 @@ from ..errors import UsageError
 from ..plugins.resolve_model import Identified
 from .combined import Weighted
 from .evidence import read_for
+from .peft_names import Adapter
+from .tied_head import untied_together
 
 
 def read_adapters(
@@ -37,7 +39,8 @@ def read_adapters(
         grow: accept rows of embedding and head that the base lacks.
 
     Raises:
-        UsageError: ``QC-ADAPTER-019`` no adapter, or a weight that is 0 or not finite.
+        UsageError: ``QC-ADAPTER-019`` no adapter, one that is named twice, or a weight that is 0
+            or not finite.
         QcoreError: as `read_for`.
     """
     if not isinstance(wanted, Mapping):
@@ -51,15 +54,31 @@ def read_adapters(
             )  # fmt: skip
     if not wanted:
         raise UsageError("QC-ADAPTER-019", "names no adapter", field="adapter", fix="name one")
-    return [
-        Weighted(
-            adapter=read_for(
-                base, source, trust_base=trust_base, trust_generation=trust_generation, grow=grow
-            ),
-            weight=float(weight),
+    adapters = [
+        read_for(
+            base, source, trust_base=trust_base, trust_generation=trust_generation, grow=grow
         )
-        for source, weight in wanted.items()
+        for source in wanted
     ]
+    _refuse_twice(adapters)
+    adapters = untied_together(adapters, base.layout)
+    weights = map(float, wanted.values())
+    return [
+        Weighted(adapter=adapter, weight=weight)
+        for adapter, weight in zip(adapters, weights, strict=True)
+    ]
+
+
+def _refuse_twice(adapters: Sequence[Adapter]) -> None:
+    """Refuse a folder under two names."""
+    folders: set[Path] = set()
+    for adapter in adapters:
+        if (folder := adapter.path.resolve()) in folders:
+            raise UsageError(
+                "QC-ADAPTER-019", "is named twice", field=adapter.source, found=folder,
+                expected="each adapter once", fix="name it once, with the sum of the weights",
+            )  # fmt: skip
+        folders.add(folder)
 
 
 def one_of(adapters: Sequence[Weighted]) -> Path:
