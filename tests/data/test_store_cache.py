@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -461,17 +462,19 @@ def test_refused_rows_keep_no_store(whole: Runs) -> None:
 
 
 def test_what_killed_runs_left_is_deleted_by_the_next(runs: Runs) -> None:
-    runs.folder.mkdir()
-    old, fresh, foreign = (runs.folder / name for name in (
-        f".{'a' * 32}.partial-0123456789abcdef", f".{'b' * 32}.partial-0123456789abcdef", ".mine",
-    ))  # fmt: skip
-    for folder in (old, fresh, foreign):
-        folder.mkdir()
-        (folder / "tokens.bin").write_bytes(b"x")
-    for folder in (old, foreign):
-        os.utime(folder, (time.time() - 600,) * 2)
+    """A lock tells whose run lives; the age of a folder does not."""
     runs()
-    assert [path.exists() for path in (old, fresh, foreign)] == [False, True, True]
+    left = [f".{'a' * 32}.{kind}-0123456789abcdef" for kind in ("partial", "trash")]
+    alive, foreign, lock = f".{'b' * 32}.partial-0123456789abcdef", ".mine", f".{'a' * 32}.lock"
+    for name in (*left, alive, foreign):
+        (runs.folder / name).mkdir()
+        (runs.folder / name / "tokens.bin").write_bytes(b"x")
+    (runs.folder / lock).write_text("{}")
+    descriptor = os.open(runs.folder / alive, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    runs()  # renders nothing
+    assert sorted(path.name for path in runs.folder.glob(".*")) == sorted((alive, foreign))
+    os.close(descriptor)
 
 
 def test_stores_beyond_the_limit_are_evicted(runs: Runs) -> None:

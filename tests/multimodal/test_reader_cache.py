@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -422,13 +423,17 @@ def test_a_folder_that_cannot_be_written_stops_the_run(
 
 
 def test_leftovers_of_dead_processes_go(new_reader: Callable[[], Any], cache_home: Path) -> None:
+    """A process that lives has locked its file, however old that is."""
     cache_home.mkdir(parents=True)
-    old, new = cache_home / ".old.tmp", cache_home / ".new.tmp"
-    old.write_bytes(b"x")
-    new.write_bytes(b"x")
-    os.utime(old, (1, 1))
-    new_reader().read(payload(png()))
-    assert (old.exists(), new.exists()) == (False, True)
+    old, held, new = (cache_home / f".{name}.tmp" for name in ("old", "held", "new"))
+    for file in (old, held, new):
+        file.write_bytes(b"x")
+    for file in (old, held):
+        os.utime(file, (1, 1))
+    with held.open("rb") as living:
+        fcntl.flock(living, fcntl.LOCK_EX)
+        new_reader().read(payload(png()))
+    assert [file.exists() for file in (old, held, new)] == [False, True, True]
 
 
 _WORKER = """

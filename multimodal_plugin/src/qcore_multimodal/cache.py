@@ -18,6 +18,7 @@ would decode everything again.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -41,7 +42,7 @@ _DEFAULT_GB: Final = 20.0
 _MAGIC: Final = b"QCMEDIA1"
 _HEAD: Final = struct.Struct("<8sIIQI")  # magic; header length, checksum; values' length, checksum
 _MAX_HEADER: Final = 1 << 20  # bytes of a header; a valid one has a few hundred
-_STALE: Final = 3600.0  # seconds after which a temporary file belongs to a dead process
+_STALE: Final = 60.0  # seconds after which the process that created a temporary file has locked it
 _RESCAN: Final = 64  # writes between scans of the folder: other processes write too
 _FILL: Final = 0.9  # share of the limit kept when evicting, so that not every write evicts
 
@@ -132,9 +133,13 @@ class Cache:
             fd, name = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".tmp")
             try:
                 with os.fdopen(fd, "wb") as file:
+                    with contextlib.suppress(OSError):  # no locks here: then nothing is swept
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     file.write(head + text)
                     file.write(flat.data)
-                os.replace(name, self._path(digest))
+                    file.flush()
+                    os.fsync(fd)
+                    os.replace(name, self._path(digest))
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(name)
@@ -153,7 +158,7 @@ class Cache:
                 if entry.name.endswith(".media"):
                     entries.append((status.st_mtime_ns, status.st_size, entry.path))
                 elif entry.name.endswith(".tmp") and time.time() - status.st_mtime > _STALE:
-                    os.unlink(entry.path)
+                    _delete_unless_locked(entry.path)
         self._bytes = sum(length for _, length, _ in entries)
         if self._bytes + size <= self.bound:
             return
@@ -167,6 +172,17 @@ class Cache:
 
     def _path(self, digest: str) -> Path:
         return self.folder / f"{digest}.media"
+
+
+def _delete_unless_locked(path: str) -> None:
+    """Delete a temporary file of a process that has died."""
+    with contextlib.suppress(OSError):  # it is locked, or gone, or there are no locks here
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+        finally:
+            os.close(fd)
 
 
 def _read_header(start: bytes, file: Any) -> tuple[dict[str, Any], int, int]:
