@@ -106,7 +106,7 @@ def _run(arguments: list[str]) -> int:
     """The exit status of a verb.
 
     Raises:
-        OutputError: standard output or error cannot be written.
+        OutputError: standard output cannot be written.
     """
     try:
         check_text(arguments)
@@ -117,17 +117,25 @@ def _run(arguments: list[str]) -> int:
             import traceback
 
             traceback.print_exc()
-        return fail(error, as_json=wants_json(arguments))
+        return _failed(error, arguments)
     except click.ClickException as error:
         return _usage(error, arguments)
     except (click.Abort, KeyboardInterrupt):
         stopped = Stopped("QC-CLI-005", "interrupted", fix="run the command again")
-        return fail(stopped, as_json=wants_json(arguments))
+        return _failed(stopped, arguments)
     except OutputError:
         raise
     except OSError as error:
-        return fail(_unusable(error), as_json=wants_json(arguments))
+        return _failed(_unusable(error), arguments)
     return status if isinstance(status, int) else 0
+
+
+def _failed(error: QcoreError, arguments: list[str]) -> int:
+    """Print an error, on standard error if standard output does not take its JSON."""
+    try:
+        return fail(error, as_json=wants_json(arguments))
+    except OutputError:
+        return fail(error, as_json=False)
 
 
 def _unusable(error: OSError) -> QcoreError:
@@ -156,7 +164,7 @@ def _usage(error: click.ClickException, arguments: list[str]) -> int:
         if key is not None:
             what, fix = error.message, f"write --set {key}=VALUE"
     wrong = UsageError("QC-CLI-001", what.rstrip("."), fix=fix)
-    return fail(wrong, as_json=wants_json(arguments))
+    return _failed(wrong, arguments)
 
 
 def _setting(option: str, command: click.Command, *, near: bool) -> str | None:
@@ -175,4 +183,4 @@ def _internal(kind: type[BaseException], value: BaseException, trace: object) ->
         return
     text = f"{kind.__name__}: {value}"
     defect = QcoreError("QC-INTERNAL-001", text, fix="run with --debug and report it")
-    fail(defect, as_json=wants_json(sys.argv[1:]))
+    _failed(defect, sys.argv[1:])
