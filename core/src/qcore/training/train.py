@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from torch import Tensor
 from ..adapter.targets import Coverage
 from ..config.settings import Settings
 from ..data.rejects import REJECTED
-from ..errors import InputError, Interrupted, NumericError
-from ..io.atomic import writing
+from ..errors import InputError, Interrupted, NumericError, WriteError
+from ..io.atomic import remove_tree, writing
 from ..io.metrics_log import MetricsLog
 from ..io.stop_signals import StopSignals
 from ..nn.offload import OffloadedInput
@@ -32,13 +32,14 @@ from ..planning.run import Room, room_of
 from ..planning.saved import save_plan
 from ..reporting import CheckpointSaved, Evaluation, Finished, Reporter, RunStarted, Step
 from .best import BestSoFar
-from .checkpoints import METRICS, RunFiles, check_best, checkpoint_path, locked, newest
+from .checkpoints import METRICS, RunFiles, check_best, checkpoint_path, checkpoints
 from .initial_adapter import AdapterWords
 from .loading import load_base
 from .media_manifest import note_media
 from .metrics_sink import MetricsSink
 from .report import TrainReport, first_loss, last_loss
 from .run import Run
+from .run_folder import check_again, locked, newest
 from .setup import DataWords, Words, before_the_stop, plan_memory, prepare
 from .step import Loop
 
@@ -108,6 +109,7 @@ def train(
 def _execute(run: Run, plan: RunPlan, *, resume: bool) -> TrainReport:
     """Load the base, run the steps and publish."""
     with locked(run.folder), StopSignals() as stop, Watch(plan, run.device) as watch:
+        check_again(run.target, run.folder, resume=resume)
         watch.at("loading the base")
         base = load_base(run, stop)
         OffloadedInput.pool(run.device).least = max(1, plan.parked)
@@ -153,6 +155,7 @@ class _Outcome:
         eval_loss: at the end.
         moved: how many adapted linear maps changed, and of how many.
         published: the best checkpoint, where it is published in place of the last step.
+        unsaved: why the checkpoint after the last step could not be written.
     """
 
     first_loss: float
@@ -160,6 +163,7 @@ class _Outcome:
     eval_loss: float | None
     moved: tuple[int, int]
     published: Path | None
+    unsaved: WriteError | None
 
 
 def _note_rows(run: Run, *, resume: bool) -> None:
@@ -211,6 +215,7 @@ def _train(session: _Session, start: int) -> _Outcome:
                 first, last = (step.loss if math.isnan(first) else first), step.loss
             moved = _check_moved(session)
             last = last_loss(metrics) if math.isnan(last) else last
+            unsaved = _save_last(session) if start < loop.schedule.total else None
             _check_data(session)
             session.watch.at("the last evaluation")
             eval_loss = loop.evaluate()
@@ -222,8 +227,9 @@ def _train(session: _Session, start: int) -> _Outcome:
     if published is not None:
         moved = session.loop.prove_moved(session.start)
     return _Outcome(
-        first_loss=first, last_loss=last, eval_loss=eval_loss, moved=moved, published=published
-    )
+        first_loss=first, last_loss=last, eval_loss=eval_loss, moved=moved, published=published,
+        unsaved=unsaved,
+    )  # fmt: skip
 
 
 def _load_best(session: _Session) -> Path | None:
@@ -319,16 +325,37 @@ def _check_data(session: _Session) -> None:
     Raises:
         InputError: ``QC-DATA-081``.
     """
-    run, best = session.run, session.best.best
+    run = session.run
     session.watch.at("hashing the data files")
     try:
         run.data.check_files(run.reporter)
     except InputError as error:
-        optimizer, done = session.loop.optimizer, session.loop.schedule.total
-        path = session.files.save(run.folder, done, optimizer, best)
-        run.reporter.emit(CheckpointSaved(step=done, folder=path))
+        path = checkpoint_path(run.folder, session.loop.schedule.total)
+        if not path.is_dir():
+            raise
         fix = f"restore the file and run the same command with --resume; {path} holds all steps"
         raise error.replace(fix=fix) from None
+
+
+def _save_last(session: _Session) -> WriteError | None:
+    """Write a checkpoint after the last step, so that no fault of the end costs a step.
+
+    It goes once the adapter is published, so no other one makes room for it. The run goes on
+    without it: the adapter is smaller and may still be written.
+
+    Returns:
+        Why it could not be written; ``None``: it was.
+    """
+    run, loop = session.run, session.loop
+    keep = [step for step, _ in checkpoints(run.folder)]
+    try:
+        session.files.save(
+            run.folder, loop.schedule.total, loop.optimizer, session.best.best, keep=keep
+        )
+    except WriteError as error:
+        run.reporter.warning(f"no checkpoint after the last step: {error.message}")
+        return error
+    return None
 
 
 def _publish(session: _Session, lines: tuple[Coverage, ...], outcome: _Outcome) -> TrainReport:
@@ -336,7 +363,17 @@ def _publish(session: _Session, lines: tuple[Coverage, ...], outcome: _Outcome) 
     session.watch.at("publishing the adapter")
     result = report.result() | {"maps_moved": list(outcome.moved)}
     run, files = session.run, session.files
-    files.publish(run.target, run.folder / METRICS, result, outcome.published)
+    last = checkpoint_path(run.folder, report.steps)
+    try:
+        files.publish(run.target, run.folder / METRICS, result, outcome.published)
+    except WriteError as error:
+        if outcome.unsaved is not None:  # the first fault is the cause
+            raise outcome.unsaved from error
+        again = f"then run the same command with --resume: {last} holds all steps"
+        fix = "move what is in it to another folder" if error.code == "QC-WRITE-001" else error.fix
+        raise error.replace(fix=f"{fix}, {again}") from error
+    with suppress(WriteError):  # it is of no use any more, and the adapter is published
+        remove_tree(last)
     return report
 
 
