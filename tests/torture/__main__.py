@@ -104,7 +104,10 @@ class _Left:
             point = self._next()
             if point is None:
                 return False
-            self._results.add(point.kind, point.suite, point.key, point.run())
+            outcome = point.run()
+            self._results.add(point.kind, point.suite, point.key, outcome)
+            for number, one in enumerate(outcome.also):
+                self._results.add(point.kind, point.suite, f"{point.key}: bad {number}", one)
         return True
 
     def _next(self) -> Point | None:

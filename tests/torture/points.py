@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from torture.bad_inputs import bad_inputs, refused
 from torture.bench import Bench, Outcome
+from torture.mutations import batch
 from torture.results import PEER
 from torture.shim import FAULTS
 from torture.suites import RECIPE_STEPS, RECIPES, SIGNALS, Suite, peers, recipe, suites
@@ -23,6 +25,10 @@ _ONWARDS: Final = ("full", "gone")  #: at every fourth
 _KILLS: Final = 22  #: of each suite: more than 300 together
 _SIGNALS: Final = 5  #: of each suite and signal: more than 60 of each signal
 _PER_ROUND: Final = 4  #: points of a group in a round
+_BAD_PER_ROUND: Final = 20
+
+
+_BATCHES: Final = 100  #: of mutations
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +84,8 @@ def groups(bench: Bench, seed: int, *, faults: bool) -> list[Group]:
             Group(f"faults of {suite.name}", partial(_faults, bench, suite, seed), 1)
             for suite in peers(bench.inputs)
         ]
+    made.append(Group("bad inputs", partial(_bad_inputs, bench, seed), _BAD_PER_ROUND))
+    made.append(Group("mutations", partial(_mutations, bench, seed), 1))
     random.Random(seed).shuffle(made)
     return made
 
@@ -125,3 +133,17 @@ def _resumes(bench: Bench, name: str, seed: int) -> Iterator[Point]:
         run = partial(bench.stopped, suite, step, signal.SIGTERM)
         made.append(Point("resume", suite.name, f"step {step}", run))
     return _shuffled(made, seed, suite.name, "resumes")
+
+
+def _bad_inputs(bench: Bench, seed: int) -> Iterator[Point]:
+    """Each named input once."""
+    made = [Point("bad input", one.name.split("/")[0], one.name, partial(refused, bench, one))
+            for one in bad_inputs()]  # fmt: skip
+    return _shuffled(made, seed, "bad inputs")
+
+
+def _mutations(bench: Bench, seed: int) -> Iterator[Point]:
+    """Batches; another seed gives other mutations."""
+    for number in range(_BATCHES):
+        run = partial(batch, bench, seed, number)
+        yield Point("mutation", "readers", f"{seed}.{number}", run)

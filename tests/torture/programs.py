@@ -118,9 +118,17 @@ def peer_load(arguments: Sequence[str], options: Mapping[str, Any]) -> None:
     Path(file).write_text(digest.hexdigest(), "utf-8")
 
 
+def mutations(arguments: Sequence[str], options: Mapping[str, Any]) -> None:
+    """A batch of `mutations`."""
+    from torture.mutations import run_batch
+
+    run_batch(arguments, options)
+
+
 PROGRAMS: Final[Mapping[str, Callable[[Sequence[str], Mapping[str, Any]], None]]] = {
     "qcore": qcore,
     "peer-trainer": peer_trainer,
     "peer-merge": peer_merge,
     "peer-load": peer_load,
+    "mutations": mutations,
 }

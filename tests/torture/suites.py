@@ -21,6 +21,9 @@ _SHORT: Final[Mapping[str, Any]] = {
 }  # fmt: skip
 _EVALUATED: Final[Mapping[str, Any]] = {"eval_fraction": 0.25, "eval_steps": 2}
 
+#: The base of each adapter.
+_BASES: Final = {"dense": "dense", "nf4": "dense", "moe": "moe", "media": "vision"}
+
 #: Recipes whose runs are stopped after every step, and resumed.
 RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     "plain": {},
@@ -101,12 +104,17 @@ def suites(inputs: Path) -> tuple[Suite, ...]:
             Suite(name=f"{name}/cache", arguments=trains[name], resumes=True, env=cached,
                   every=1 if name == "dense" else 5)
         )  # fmt: skip
-    adapters = {"dense": "dense", "nf4": "dense", "moe": "moe", "media": "vision"}
-    for name, model in adapters.items():
-        merge = ["merge", "--model", str(inputs / model), "--adapter",
-                 str(inputs / "adapters" / name), "--output", "out"]  # fmt: skip
-        made.append(Suite(name=f"{name}/merge", arguments=merge, every=1 if name == "dense" else 3))
+    for name in _BASES:
+        every = 1 if name == "dense" else 3
+        arguments = merge_command(inputs, name)
+        made.append(Suite(name=f"{name}/merge", arguments=arguments, every=every))
     return tuple(made)
+
+
+def merge_command(inputs: Path, name: str) -> list[str]:
+    """The merge of an adapter of `adapter_commands` into its base."""
+    model, adapter = inputs / _BASES[name], inputs / "adapters" / name
+    return ["merge", "--model", str(model), "--adapter", str(adapter), "--output", "out"]
 
 
 def adapter_commands(inputs: Path) -> Mapping[str, Sequence[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from torture import shim
+from torture.bad_inputs import EDITS, bad_inputs, members
 from torture.bench import Outcome
 from torture.client import Ended
 from torture.judge import differences, fingerprint, uncleanness
+from torture.mutators import mutate
 from torture.results import Results, Source
 
 _SCRIPT = """
@@ -132,3 +135,54 @@ def test_results_go_on_where_they_stopped(tmp_path: Path) -> None:
     again.add("fault", "dense/train", "eio@2 open", Outcome(verdict="recovered"))
     assert Results(path, source).has("fault", "dense/train", "eio@2 open")
     assert not Results(path, Source("other", "1234567")).lines
+
+
+def test_the_named_bad_inputs_are_many_and_have_codes_that_exist() -> None:
+    inputs = bad_inputs()
+    assert len(inputs) >= 500
+    listed = (Path(__file__).parents[2] / "docs" / "errors.md").read_text("utf-8")
+    assert {one.code for one in inputs if f"`{one.code}`" not in listed} == set()
+
+
+def test_a_family_has_a_member_for_each_value() -> None:
+    line = {
+        "name": "rank", "run": "show --set=r=$", "each": {"zero": 0, "word": "x"},
+        "set": {"adapter/adapter_config.json": {"r": "$"}}, "code": {"zero": "A", "other": "B"},
+    }  # fmt: skip
+    zero, word = members("adapter", line)
+    assert (zero.name, zero.code, zero.run) == ("adapter/rank/zero", "A", "show --set=r=0")
+    assert zero.edits == (("set", {"adapter/adapter_config.json": {"r": 0}}),)
+    assert (word.code, word.edits[0][1]) == ("B", {"adapter/adapter_config.json": {"r": "x"}})
+    with pytest.raises(ValueError, match="sett"):
+        list(members("adapter", {"name": "a", "code": "A", "sett": {}}))
+
+
+def test_edits_do_not_change_the_good_file(tmp_path: Path) -> None:
+    """The copies are hard links."""
+    good, work = tmp_path / "good.json", tmp_path / "work"
+    good.write_text('{"a": {"b": [1, 2]}}')
+    work.mkdir()
+    for verb, argument, expected in (
+        ("set", {"f": {"a/b/1": 7}}, '{"a": {"b": [1, 7]}}'),
+        ("drop", {"f": ["a/b"]}, '{"a": {}}'),
+        ("cut", {"f": -1}, '{"a": {"b": [1, 2]}'),
+        ("put", {"f": {-1: "5d"}}, '{"a": {"b": [1, 2]}]'),
+        ("sub", {"f": ["1", "3"]}, '{"a": {"b": [3, 2]}}'),
+    ):
+        (work / "f").unlink(missing_ok=True)
+        (work / "f").hardlink_to(good)
+        EDITS[verb](work, argument)
+        assert (work / "f").read_text() == expected
+    assert good.read_text() == '{"a": {"b": [1, 2]}}'
+
+
+@pytest.mark.parametrize("form", ["bytes", "json", "safetensors"])
+def test_mutations_repeat_with_their_seed_and_change_the_file(form: str) -> None:
+    header = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    data = {"json": b'{"a": {"b": [1, 2], "c": "x"}, "d": null}'}.get(
+        form, len(header).to_bytes(8, "little") + header + bytes(4)
+    )
+    made = [mutate(data, form, random.Random(seed)) for seed in range(300)]
+    assert made == [mutate(data, form, random.Random(seed)) for seed in range(300)]
+    assert sum(one != data for one in made) > 250
+    assert len(set(made)) > 150

@@ -38,7 +38,7 @@ RUN: Final[Mapping[str, str]] = {
     "eval_data": "SHA-256 of the evaluation data",
     "media": "SHA-256 of all media",
     "init_adapter": "SHA-256 of the adapter that the run started from",
-    "settings": "every setting, with template variables and policies for rows",
+    "settings": "every setting that computes, with template variables and policies for rows",
     "samples": "SHA-256 of the training samples: token ids, labels, order",
     "eval_samples": "SHA-256 of the evaluation samples",
     "device": "cpu or cuda",

@@ -42,6 +42,7 @@ from .atomic import (
 from .folder_check import Report, verify
 from .leftovers import ATTEMPTS, OLD, hidden, new_folder, sweep
 from .manifest import MANIFEST, FileEntry, Manifest, read_manifest, unsafe
+from .output_place import check_place
 from .stream import Stream
 from .version import __version__
 
@@ -189,7 +190,7 @@ def check_target(path: Path | str, *, overwrite: bool = False, need_bytes: int =
     Raises:
         WriteError: ``QC-WRITE-001`` the folder is not empty, ``-002`` the target is a file, a
             mount point or below a file, ``-005`` the folder is not writable, ``-007`` there is too
-            little free space.
+            little free space, ``-020`` the current folder, or a place inside a model or adapter.
     """
     shown, target = Path(path), Path(os.path.realpath(path))
     with writing(shown):
@@ -208,6 +209,7 @@ def check_target(path: Path | str, *, overwrite: bool = False, need_bytes: int =
             )
         if not os.access(parent, os.W_OK | os.X_OK):
             raise write_error(OSError(errno.EACCES, "not permitted"), parent)
+        check_place(shown, target)
         free = shutil.disk_usage(parent).free
     if free < need_bytes:
         raise WriteError(

@@ -54,7 +54,7 @@ class MetricsLog:
             write_all(self._fd, memoryview(line))
 
     def truncate_after(self, step: int) -> None:
-        """Drop the rows after ``step``, which a resumed run writes again.
+        """Drop the rows after ``step``, and a last evaluation: a resumed run writes them again.
 
         Rows without a ``step`` stay; lines that are not JSON are dropped. The file is replaced
         atomically.
@@ -134,4 +134,6 @@ def _belongs_up_to(line: bytes, step: int) -> bool:
     if not line.endswith(b"\n") or not isinstance(row, dict):
         return False
     at = row.get("step")
-    return not isinstance(at, int | float) or at <= step
+    if not isinstance(at, int | float):
+        return True
+    return at < step or (at == step and ("loss" in row or "eval_loss" not in row))

@@ -120,6 +120,7 @@ class RunFiles:
         step: int,
         optimizer: torch.optim.Optimizer,
         best: Evaluated | None = None,
+        pending: Mapping[str, Any] | None = None,
         *,
         keep: Collection[int] = (),
     ) -> Path:
@@ -132,6 +133,7 @@ class RunFiles:
             step: optimizer steps that are done.
             optimizer: AdamW.
             best: the best evaluation so far, whose checkpoint is kept.
+            pending: the last step's row of metrics, if it is evaluated after the checkpoint.
             keep: steps of further checkpoints that are kept.
         """
         path = checkpoint_path(folder, step)
@@ -145,6 +147,8 @@ class RunFiles:
             out.write_bytes(OPTIMIZER, save(moments))
             out.meta["step"] = step
             out.meta["best_evaluation"] = None if best is None else best.as_json()
+            if pending is not None:
+                out.meta["pending"] = dict(pending)
         # Only now is the new one durable. Checkpoints of later steps were left by the run that
         # was resumed from an earlier one; they belong to steps that are computed again.
         earlier = [old for number, old in checkpoints(folder) if number <= step]

@@ -43,6 +43,8 @@ SAME_NUMBERS: Final = (
 )  # fmt: skip
 #: Sizes: any value above 0 computes the same numbers.
 HOW_MUCH: Final = ("settings.media_cache_gb",)
+#: Settings that compute nothing.
+NO_NUMBERS: Final = frozenset(("grace_seconds",))
 #: Fields that checkpoints of earlier builds lack.
 _LATER: Final = ("config", "files", "code", "versions")
 #: Libraries beside torch that compute: kernels, and the format of 4-bit weights.
@@ -74,7 +76,7 @@ def identity(run: Run, base: Mapping[str, str] | None = None) -> dict[str, Any]:
         "eval_data": data.get("eval_sha256"),
         **({"media": data["media_sha256"]} if data.get("media_sha256") else {}),
         "init_adapter": run.initial.sha256 if run.initial is not None else None,
-        "settings": run.settings.to_dict(),
+        "settings": {k: v for k, v in run.settings.to_dict().items() if k not in NO_NUMBERS},
         "samples": data["samples_sha256"],
         "eval_samples": data.get("eval_samples_sha256"),
         "device": run.device.type,

@@ -11,7 +11,8 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class Loop:
             `microbatches.extent` counts; 0: each runs alone.
         batches: turns rows into packs.
         meter: peak memory and speed of the steps so far.
+        abandonable: context of the part of a step after which nothing has changed; a signal may
+            raise in it.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Loop:
         self.device = device
         self.recompute = recompute or default_policy(settings)
         self.meter = Meter()
+        self.abandonable: Callable[[], AbstractContextManager[None]] = nullcontext
         self._tower_alone = model.trains_tower and not model.trains_trunk
         keep = in_bytes(settings.media_cache_gb)
         self.batches = Batches(model, device, reader, keep)
@@ -96,7 +100,8 @@ class Loop:
         if self.together:
             micro_batches = joined(micro_batches, self._lengths, self.together, self._units)
         batches = [[self.data.train[row] for row in rows] for rows in micro_batches]
-        loss, balance, norm = self._accumulate(batches)
+        with self.abandonable():
+            loss, balance, norm = self._accumulate(batches)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(step, batches, loss, norm)
         rate = learning_rate(self.settings, step, self.schedule.total)
@@ -201,13 +206,19 @@ class Loop:
         return bool(self.data.eval) and done % every == 0 and done < self.schedule.total
 
     @torch.no_grad()
-    def evaluate(self) -> float | None:
-        """Mean loss per supervised token over the held-out rows; ``None`` without any."""
+    def evaluate(self, between: Callable[[], None] | None = None) -> float | None:
+        """Mean loss per supervised token over the held-out rows; ``None`` without any.
+
+        Args:
+            between: called before each row.
+        """
         if not self.data.eval:
             return None
         self.model.eval()
         total, count = 0.0, 0
         for example in self.data.eval:
+            if between is not None:
+                between()
             loss, _ = self._loss([example])
             total, count = total + float(loss), count + example.supervised
         self.meter.saw(peak_bytes(self.device))
