@@ -26,9 +26,10 @@ from ..io.artifact import MANIFEST, read_manifest, verify
 from ..io.atomic import sync_folder, writing
 from ..io.run_lock import Lock
 from ..reporting import Reporter
-from .checkpoints import checkpoints, newest
+from .checkpoints import checkpoints
 from .report import TrainReport
 from .resume import HOW_MUCH, NO_NUMBERS, SAME_NUMBERS
+from .run_folder import newest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,10 +29,10 @@ from ..planning.compare import RunPlan, comparison_line
 from ..planning.oom import Watch
 from ..planning.run import Room, room_of
 from ..planning.saved import save_plan
-from ..reporting import CheckpointSaved, Evaluation, Finished, Reporter, RunStarted, Step
+from ..reporting import Evaluation, Finished, Reporter, RunStarted, Step
 from .auto_resume import how_to_start
 from .best import BestSoFar
-from .checkpoints import METRICS, RunFiles, check_best, checkpoint_path, locked, newest
+from .checkpoints import METRICS, RunFiles, check_best, checkpoint_path
 from .frozen_objects import unfrozen_after
 from .initial_adapter import AdapterWords
 from .loading import load_base
@@ -40,6 +40,7 @@ from .media_manifest import note_media
 from .metrics_sink import MetricsSink
 from .report import TrainReport, first_loss, last_loss
 from .run import Run
+from .run_folder import check_again, locked, newest
 from .setup import DataWords, Words, before_the_stop, plan_memory, prepare
 from .step import Loop
 from .stopping import AGAIN, WITH_RESUME, Saver, before_steps, last_words
@@ -130,6 +131,7 @@ def _execute(run: Run, plan: RunPlan, stop: StopSignals, *, resume: bool, fix: s
     stop.grace = run.settings.grace_seconds
     stop.last_words = last_words(run, fix)
     with locked(run.folder), Watch(plan, run.device) as watch:
+        check_again(run.target, run.folder, resume=resume)
         watch.at("loading the base")
         with before_steps(stop, "the base was loading"):
             base = load_base(run)
@@ -235,6 +237,7 @@ def _train(session: _Session, start: int, pending: Mapping[str, Any] | None) -> 
                 first, last = (step.loss if math.isnan(first) else first), step.loss
             moved = _check_moved(session)
             last = last_loss(metrics) if math.isnan(last) else last
+            session.saver.save_last()
             with session.saver.ending():
                 _check_data(session)
                 session.watch.at("the last evaluation")
@@ -354,14 +357,14 @@ def _check_data(session: _Session) -> None:
     Raises:
         InputError: ``QC-DATA-081``.
     """
-    run, best = session.run, session.best.best
+    run = session.run
     session.watch.at("hashing the data files")
     try:
         run.data.check_files(run.reporter)
     except InputError as error:
-        optimizer, done = session.loop.optimizer, session.loop.schedule.total
-        path = session.files.save(run.folder, done, optimizer, best)
-        run.reporter.emit(CheckpointSaved(step=done, folder=path))
+        path = checkpoint_path(run.folder, session.loop.schedule.total)
+        if not path.is_dir():
+            raise
         fix = f"restore the file and run the same command with --resume; {path} holds all steps"
         raise error.replace(fix=fix) from None
 
@@ -371,8 +374,7 @@ def _publish(session: _Session, lines: tuple[Coverage, ...], outcome: _Outcome) 
     session.watch.at("publishing the adapter")
     session.stop.doing = "publishing the adapter, then ending"
     result = report.result() | {"maps_moved": list(outcome.moved)}
-    run, files = session.run, session.files
-    files.publish(run.target, run.folder / METRICS, result, outcome.published)
+    session.saver.publish(result, outcome.published)
     return report
 
 
