@@ -145,6 +145,9 @@ def _meta(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
                         fix="merge adapters of one base",
                     )
         meta |= {field: known} if known else {}
+    configs = [adapter.base_config for adapter in recorded]
+    if configs and configs[0] is not None and all(one == configs[0] for one in configs):
+        meta |= {"config": configs[0]}
     for adapter in recorded[:1]:
         meta |= {"model": adapter.meta.get("model", {})}
     chats = [adapter.meta.get("chat") for adapter in adapters]

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..checkpoint.tokenizer_files import TokenizerFiles, named_templates
 from ..errors import InputError, QcoreError
 from ..plugins.resolve_model import Identified
+from .bound_base import refuse_other_config
 from .equal_values import equal_values, same_change
 from .named_base import Base
 from .peft_names import Adapter
@@ -41,9 +42,10 @@ def read_for(
         problems: receives the errors of tensors and targets instead of raising them.
 
     Raises:
-        QcoreError: as `read_adapter`.
+        QcoreError: as `read_adapter`; ``QC-ADAPTER-024`` config.json of the base computes something
+            else than that of the training.
     """
-    return read_adapter(
+    adapter = read_adapter(
         folder,
         base.layout,
         trust_base=trust_base,
@@ -60,6 +62,8 @@ def read_for(
         grow=grow,
         problems=problems,
     )
+    refuse_other_config(base, adapter)
+    return adapter
 
 
 def evidence_lines(base: Identified, adapter: Adapter, *, taken: bool = False) -> Iterator[str]:

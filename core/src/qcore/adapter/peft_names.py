@@ -86,6 +86,17 @@ class Adapter:
         return fingerprints if isinstance(fingerprints, dict) else {}
 
     @property
+    def base_config(self) -> Mapping[str, Any] | None:
+        """config.json of the base, as training recorded it in the identity of the run.
+
+        An adapter that no run trained has it beside its fingerprints; ``None`` in adapters of
+        other programs and of earlier builds.
+        """
+        identity = self.meta.get("identity")
+        recorded = (identity if isinstance(identity, dict) else self.meta).get("config")
+        return recorded if isinstance(recorded, dict) else None
+
+    @property
     def parts(self) -> frozenset[str]:
         """Names of the parts that the adapter changes."""
         return frozenset(change.tensor.part.name for change in self.changes.values())

@@ -55,9 +55,7 @@ def read_adapters(
     if not wanted:
         raise UsageError("QC-ADAPTER-019", "names no adapter", field="adapter", fix="name one")
     adapters = [
-        read_for(
-            base, source, trust_base=trust_base, trust_generation=trust_generation, grow=grow
-        )
+        read_for(base, source, trust_base=trust_base, trust_generation=trust_generation, grow=grow)
         for source in wanted
     ]
     _refuse_twice(adapters)

@@ -41,11 +41,11 @@ from ..preflight.checks import preflight
 from ..preflight.modality import reader_of, unread, with_tower
 from ..reporting import Reporter
 from .best import check_evaluates
-from .checkpoints import newest, run_folder
 from .initial_adapter import AdapterWords, InitialAdapter, start_from
 from .media_manifest import first_changed
 from .resume import SAME_NUMBERS, compare, identity, refuse_finished
 from .run import Run
+from .run_folder import newest, run_folder
 
 if TYPE_CHECKING:
     import torch
