@@ -152,10 +152,10 @@ OPTIONS: dict[str, list[str]] = {
         "--max-length", "--media", "--preset", "--r", "--rows", "--set",
     ],
     "train": [
-        "--adapter", "--adapter-class", "--config", "--data", "--debug", "--device",
-        "--eval-data", "--format", "--generation", "--init-adapter", "--json", "--kernels",
-        "--media-root", "--model", "--output", "--preset", "--resume", "--set", "--trust-base",
-        "--trust-generation", "--verify-data",
+        "--adapter", "--adapter-class", "--auto-resume", "--config", "--data", "--debug",
+        "--device", "--eval-data", "--format", "--generation", "--init-adapter", "--json",
+        "--kernels", "--media-root", "--model", "--output", "--preset", "--resume", "--set",
+        "--trust-base", "--trust-generation", "--verify-data",
     ],
     "merge": [
         "--adapter", "--debug", "--dequantize", "--generation", "--json", "--model", "--no-proof",

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.change_kit import assert_merged, on_disk, written
 from support.e2e_kit import LENGTHS, documents, our_logits, stock, stock_logits, write_stock
 from support.model_kit import edit_json
+from support.tiers import fast
 
 from qcore.errors import QcoreError
 from qcore.inference.generate import Generator
@@ -206,11 +207,21 @@ def test_a_copy_that_no_field_names_replaces_the_weight_itself(
     assert len(changed) == report.changed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["rows and LoRA on the head", "saved embedding"])
-def test_verify_against_stock_agrees(bases: dict[bool, Path], tmp_path: Path, recipe: str) -> None:
+@pytest.mark.parametrize("whole", fast([False, True], False))
+@pytest.mark.parametrize(
+    "recipe",
+    fast(
+        ["rows", "rows and LoRA on the head", "saved embedding", "saved head", "saved last norm",
+         "saved norms and conv1d"],
+        "rows and LoRA on the head",
+    ),
+)  # fmt: skip
+def test_verify_against_stock_agrees(
+    bases: dict[bool, Path], tmp_path: Path, recipe: str, whole: bool
+) -> None:
+    """With the stock model as a whole, and with one layer of it in memory at a time."""
     written(bases[True], tmp_path / "a", MERGED[recipe])
-    report = verify_against_stock(tmp_path / "a", model=str(bases[True]), whole=True)
+    report = verify_against_stock(tmp_path / "a", model=str(bases[True]), whole=whole)
     assert report.problems == ()
     assert all(prompt.effect is not None and prompt.effect > 0.01 for prompt in report.prompts)
 

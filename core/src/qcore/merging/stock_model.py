@@ -31,6 +31,9 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..errors import InputError, NumericError
 from .stock_class import quiet, refusals, refuse_code, stock_class
 
+#: What the wrappers of PEFT add to the path of a parameter of the base.
+_WRAPPED = re.compile(r"\b(base_layer|original_module|token_adapter)\.")
+
 
 class OtherOrder(TorchFunctionMode):
     """Adds the products of every linear map in reverse order: equal up to rounding."""
@@ -314,8 +317,8 @@ class StockModel:
     def _fill(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
         """Give a module its weights, below the wrappers that PEFT puts around them."""
         for path, parameter in list(module.named_parameters()):
-            name = path.replace("base_layer.", "")
-            if name in values:
+            name = _WRAPPED.sub("", path)
+            if name in values and not _is_adapters(path):
                 holder = module.get_submodule(path.rpartition(".")[0])
                 value = values[name].detach()
                 if value.shape != parameter.shape:
@@ -332,13 +335,18 @@ class StockModel:
                 holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
+def _is_adapters(path: str) -> bool:
+    """Whether PEFT added a parameter to the model."""
+    return any(word in path for word in ("lora_", "modules_to_save.", "trainable_tokens_"))
+
+
 def _drop(module: nn.Module) -> None:
     """Replace the weights of a module, except an adapter's, by NaN without storage.
 
     They are not on the meta device, because PEFT moves an adapter to the device of its base.
     """
     for path, parameter in list(module.named_parameters()):
-        if "lora_" not in path:
+        if not _is_adapters(path):
             holder = module.get_submodule(path.rpartition(".")[0])
             nothing = torch.full((), torch.nan).expand(parameter.shape)
             holder._parameters[path.rpartition(".")[2]] = nn.Parameter(nothing, requires_grad=False)
