@@ -31,7 +31,7 @@ def check_space(run: Run, plan: RunPlan) -> None:
         plan: of its memory, which has the sizes of adapter and optimizer.
 
     Raises:
-        WriteError: ``QC-WRITE-007``; as `check_target`.
+        WriteError: ``QC-WRITE-007``.
     """
     memory = plan.worst.memory
     adapter, state = memory["adapters"], memory["adapters"] + memory["optimizer"]
@@ -43,7 +43,7 @@ def check_space(run: Run, plan: RunPlan) -> None:
         check_target(run.target, need_bytes=need)
     except WriteError as error:
         if error.code != "QC-WRITE-007":
-            raise
+            return  # the output is looked at again once the lock is held
         each = f"{kept} checkpoint{'s' if kept > 1 else ''} of {state / 1e9:.2f} GB at once"
         fix = f"free space, lower save_total_limit ({each}), or name another disk"
         raise error.replace(fix=fix) from None
