@@ -83,6 +83,7 @@ class Bench:
         self.work = scratch / "work"
         self.control = Control(scratch / "control")
         self._references: dict[str, Reference] = {}
+        self._cold: dict[str, float] = {}
         self._auto: bool | None = None
 
     def make_adapters(self) -> None:
@@ -175,14 +176,36 @@ class Bench:
             return Outcome(verdict="missed", seconds=ended.seconds)
         return self._judged(suite, reference, ended, at)
 
-    def signalled(self, suite: Suite, number: int, share: float) -> Outcome:
-        """Run a suite in which the process gets a signal after a share of its usual time."""
+    def signalled(self, suite: Suite, number: int, share: float, *, cold: bool = False) -> Outcome:
+        """Run a suite in which the process gets a signal after a share of its usual time.
+
+        Args:
+            suite: what is run.
+            number: of the signal.
+            share: from 0 to 1.
+            cold: start a process that has imported nothing, so that imports are disturbed too.
+        """
         reference = self.reference(suite)
+        command = self._command(suite, first=not suite.stopped_after)
+        usual = reference.seconds
+        if cold:
+            command = replace(command, options={"cold": True})
+            usual = self._cold_seconds(suite, command, reference)
         self._fresh(reference.before)
         self.control.arm(self.work, log=False)
-        command = self._command(suite, first=not suite.stopped_after)
-        ended = self._run(command, armed=True, signals=[(share * reference.seconds, number)])
-        return self._judged(suite, reference, ended, self.control.counted()[0])
+        ended = self._run(command, armed=True, signals=[(share * usual, number)])
+        outcome = self._judged(suite, reference, ended, self.control.counted()[0])
+        if outcome.verdict != "recovered":
+            return outcome
+        later = ended.seconds - share * usual
+        return replace(outcome, detail=f"status {ended.status}, {later:.2f} s after the signal")
+
+    def _cold_seconds(self, suite: Suite, command: Command, reference: Reference) -> float:
+        """How long an undisturbed run takes that imports everything."""
+        if suite.name not in self._cold:
+            self._fresh(reference.before)
+            self._cold[suite.name] = self._run(command).seconds
+        return self._cold[suite.name]
 
     def stopped(self, suite: Suite, step: int, number: int) -> Outcome:
         """Run a training suite that a signal stops as a step begins."""
