@@ -56,7 +56,7 @@ class Outcome:
         verdict: one of `judge.VERDICTS`; ``missed`` where the fault was never met.
         detail: what differs, in words.
         seconds: of the disturbed run and those after it.
-        left: names that the runs left beside the result, and an undisturbed run does not.
+        left: temporary names that the runs left, and an undisturbed run does not.
         count: how many cases the point stands for.
         also: outcomes of single cases among them that were not as they should be.
     """
@@ -240,7 +240,7 @@ class Bench:
         if what := differences(found, reference.result):
             verdict = "silent" if found else "lost"
             return Outcome(verdict=verdict, detail=f"differs in {what}", seconds=seconds)
-        left = tuple(sorted(set(self._names()) - set(reference.names)))
+        left = tuple(name for name in self._names() if _is_leftover(name, reference.names))
         return Outcome(verdict="recovered", seconds=seconds, left=left)
 
     def _after_fault(
@@ -346,3 +346,9 @@ class Bench:
             shown = " ".join(command.arguments)
             raise RuntimeError(f"{shown}: status {ended.status}: {ended.err[-2000:]}")
         return ended
+
+
+def _is_leftover(name: str, usual: tuple[str, ...]) -> bool:
+    """Whether a name is that of a temporary file or folder, which no run should leave."""
+    last = name.rpartition("/")[2]
+    return name not in usual and (last.startswith(".") or last.endswith(".new"))
