@@ -165,7 +165,7 @@ OPTIONS: dict[str, list[str]] = {
         "MODEL", "--adapter", "--chat-template-kwargs", "--debug", "--device", "--dtype",
         "--frequency-penalty", "--generation", "--json", "--max-new-tokens", "--min-p",
         "--presence-penalty", "--prompt", "--quantization", "--repetition-penalty", "--seed",
-        "--system", "--temperature", "--top-k", "--top-p", "--trust-base",
+        "--system", "--take-tokenizer", "--temperature", "--top-k", "--top-p", "--trust-base",
         "--trust-generation",
     ],
     "verify": [

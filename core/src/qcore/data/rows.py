@@ -90,6 +90,9 @@ class ChatRow:
         return sum(message["role"] == role for message in self.messages)
 
 
+_ADDED = "; a token that you added must not be special (tokenizer.add_tokens) to be in rows"
+
+
 class RowCheck:
     """Converts canonical rows to `ChatRow` by the rules of one chat format.
 
@@ -116,6 +119,7 @@ class RowCheck:
         longest_first = sorted({*chat_format.control, *control, *media}, key=len, reverse=True)
         words = [re.escape(word) for word in longest_first if word]
         self._forbidden = re.compile("|".join([*words, "\0", "[\ud800-\udfff]"]))
+        self._own = {*control} - {*chat_format.control, *media}
         self._starts = frozenset(word[0] for word in longest_first if word) | {"\0"}
 
     def __call__(self, line: int, value: Any) -> ChatRow:
@@ -331,7 +335,7 @@ class RowCheck:
             at=at,
             found=f"lone surrogate \\u{ord(word):04x}" if lone else names.get(word, repr(word)),
             expected="plain text; only the template writes control strings",
-            fix="remove it from the row",
+            fix=f"remove it from the row{_ADDED if word in self._own else ''}",
         )
 
 
