@@ -67,7 +67,8 @@ def fail(error: QcoreError, *, as_json: bool) -> int:
         return error.exit_code
     errors = error.errors if isinstance(error, PreflightError) else (error,)
     for each in errors:
-        fix = f". Fix: {each.fix}" if each.fix else ""
+        stop = "" if each.message.endswith(("?", "!")) else "."
+        fix = f"{stop} Fix: {each.fix}" if each.fix else ""
         click.echo(f"error[{each.code}] {each.message}{fix}", err=True)
     return error.exit_code
 
