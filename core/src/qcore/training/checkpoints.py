@@ -12,8 +12,7 @@ that leaves no checkpoint.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -39,23 +38,15 @@ from ..io.run_lock import Lock
 from ..nn.model import Model
 from ..plugins.resolve_model import classes_of
 from .best import Evaluated
+from .finite import check_written
 from .resume import compare, identity
+from .rotation import checkpoint_path, checkpoints, rotate
 from .run import Run
+from .spikes import SpikeGuard
 
 OPTIMIZER = "optimizer.safetensors"
 METRICS = "metrics.jsonl"
 CARD = "README.md"
-_NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, oldest first."""
-    steps = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            steps.append((int(match[1]), path))
-    return sorted(steps)
 
 
 def newest(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
@@ -127,11 +118,6 @@ def locked(folder: Path) -> Iterator[Path]:
                         parent.rmdir()
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """The checkpoint after a step."""
-    return folder / f"checkpoint-{step}"
-
-
 def check_best(path: Path) -> None:
     """Check that the checkpoint of the best evaluation can be published.
 
@@ -191,6 +177,9 @@ class RunFiles:
         step: int,
         optimizer: torch.optim.Optimizer,
         best: Evaluated | None = None,
+        *,
+        guard: SpikeGuard | None = None,
+        keep: Collection[int] = (),
     ) -> Path:
         """Publish ``checkpoint-STEP``, then delete the oldest beyond ``save_total_limit``.
 
@@ -199,6 +188,12 @@ class RunFiles:
             step: optimizer steps that are done.
             optimizer: AdamW.
             best: the best evaluation so far, whose checkpoint is kept.
+            guard: its state is a part of the checkpoint.
+            keep: steps of further checkpoints that are kept.
+
+        Raises:
+            NumericError: ``QC-TRAIN-015`` a parameter or a moment is not finite; nothing is
+                written or deleted.
         """
         path = checkpoint_path(folder, step)
         with publish(path, kind="checkpoint", overwrite=True) as out:
@@ -207,17 +202,14 @@ class RunFiles:
             for name, parameter in self.model.trainable():
                 for key, value in optimizer.state[parameter].items():
                     moments[f"{name}:{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            check_written(moments.items(), "checkpoint")
             out.write_bytes(OPTIMIZER, save(moments))
             out.meta["step"] = step
             out.meta["best_evaluation"] = None if best is None else best.as_json()
-        # Only now is the new one durable. Checkpoints of later steps were left by the run that
-        # was resumed from an earlier one; they belong to steps that are computed again.
-        earlier = [old for number, old in checkpoints(folder) if number <= step]
-        later = [old for number, old in checkpoints(folder) if number > step]
-        kept = None if best is None else checkpoint_path(folder, best.step)
-        for old in [*later, *earlier[: -self.run.settings.save_total_limit]]:
-            if old != kept:
-                remove_tree(old)
+            out.meta["spike_guard"] = None if guard is None else guard.as_json()
+        # Only now is the new one durable.
+        kept = {*keep} if best is None else {*keep, best.step}
+        rotate(folder, step, self.run.settings.save_total_limit, kept)
         return path
 
     def restore(self, path: Path, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
@@ -350,6 +342,7 @@ class RunFiles:
             names[name]: parameter.detach().to("cpu", torch.float32).contiguous()
             for name, parameter in self.model.trainable()
         }
+        check_written(tensors.items(), "adapter")
         out.write_bytes(WEIGHTS, save(tensors, metadata={"format": "pt"}))
         source, revision = self._base()
         config = peft_config(

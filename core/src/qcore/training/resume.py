@@ -27,6 +27,8 @@ from .run import Run
 SAME_NUMBERS: Final = (
     "settings.gradient_checkpointing", "settings.recompute", "settings.dataset_num_proc",
 )  # fmt: skip
+#: What a guard does about a step or a run: a run that a guard stopped must be able to go on.
+GUARDS: Final = ("settings.on_spike", "settings.publish_without_gain")
 #: Sizes: any value above 0 computes the same numbers.
 HOW_MUCH: Final = ("settings.media_cache_gb",)
 #: What ends the learning rate schedule.
@@ -81,7 +83,9 @@ def compare(checkpoint: Path, present: Mapping[str, Any]) -> dict[str, str]:
         # In Python True equals 1; in a chat template it does not.
         if was == value and isinstance(was, bool) == isinstance(value, bool):
             continue
-        if key not in SAME_NUMBERS and not (key in HOW_MUCH and _some(value) and _some(was)):
+        if key not in (*SAME_NUMBERS, *GUARDS) and not (
+            key in HOW_MUCH and _some(value) and _some(was)
+        ):
             raise InputError(
                 "QC-RESUME-002",
                 "changed since the run was stopped",
@@ -93,9 +97,10 @@ def compare(checkpoint: Path, present: Mapping[str, Any]) -> dict[str, str]:
             )
         name = key.removeprefix("settings.")
         allowed[key] = (
-            f"{name} is {_word(value)} now and was {_word(was)} before the run was stopped: it "
-            "computes the same numbers"
+            f"{name} is {_word(value)} now and was {_word(was)} before the run was stopped"
         )
+        if key not in GUARDS:
+            allowed[key] += ": it computes the same numbers"
     return allowed
 
 

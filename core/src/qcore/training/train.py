@@ -21,7 +21,7 @@ from torch import Tensor
 from ..adapter.targets import Coverage
 from ..config.settings import Settings
 from ..data.rejects import REJECTED
-from ..errors import InputError, Interrupted, NumericError
+from ..errors import InputError, Interrupted
 from ..io.atomic import writing
 from ..io.metrics_log import MetricsLog
 from ..io.stop_signals import StopSignals
@@ -30,15 +30,19 @@ from ..planning.compare import RunPlan, comparison_line
 from ..planning.oom import Watch
 from ..planning.run import Room, room_of
 from ..planning.saved import save_plan
-from ..reporting import CheckpointSaved, Evaluation, Finished, Reporter, RunStarted, Step
+from ..reporting import Evaluation, Finished, Reporter, RunStarted, Step
 from .best import BestSoFar
-from .checkpoints import METRICS, RunFiles, check_best, checkpoint_path, locked, newest
+from .checkpoints import METRICS, RunFiles, check_best, locked, newest
+from .finite import naming_checkpoint
 from .initial_adapter import AdapterWords
 from .loading import load_base
 from .media_manifest import note_media
 from .metrics_sink import MetricsSink
 from .report import TrainReport, first_loss, last_loss
+from .rollback import after_spike
+from .rotation import checkpoint_path, checkpoints
 from .run import Run
+from .saving import judge, rotate_proven, save_checkpoint
 from .setup import DataWords, Words, before_the_stop, plan_memory, prepare
 from .step import Loop
 
@@ -123,8 +127,9 @@ def _execute(run: Run, plan: RunPlan, *, resume: bool) -> TrainReport:
             done = _restore(session) if resume else 0
             save_plan(run.folder, plan)
             _note_rows(run, resume=resume)
-            outcome = _train(session, done)
-            report = _publish(session, base.coverage, outcome)
+            with naming_checkpoint(lambda: [path for _, path in checkpoints(run.folder)]):
+                outcome = _train(session, done)
+                report = _publish(session, base.coverage, outcome)
     run.reporter.emit(Finished(verb="train", output=report.output, result=report.as_json()))
     return report
 
@@ -191,7 +196,10 @@ def _restore(session: _Session) -> int:
         run.reporter.note("no checkpoint was written before the run stopped: starting at step 1")
         return 0
     step, path = last
-    session.best.restore(session.files.restore(path, loop.optimizer))
+    meta = session.files.restore(path, loop.optimizer)
+    session.best.restore(meta)
+    loop.guard.restore(meta.get("spike_guard"))
+    loop.guard.newest = step
     if run.settings.load_best_at_end and session.best.best is not None:
         check_best(checkpoint_path(run.folder, session.best.best.step))
     run.reporter.note(f"resuming after step {step} of {loop.schedule.total}")
@@ -233,19 +241,11 @@ def _load_best(session: _Session) -> Path | None:
         The checkpoint that is published; ``None`` for the tensors of the last step.
 
     Raises:
-        NumericError: ``QC-TRAIN-012`` no evaluation was finite.
         InputError: ``QC-RESUME-006`` the best checkpoint was removed or damaged meanwhile.
     """
     run, best, total = session.run, session.best.best, session.loop.schedule.total
     wanted = run.settings.load_best_at_end
     if best is None:
-        if wanted:
-            raise NumericError(
-                "QC-TRAIN-012",
-                "every eval_loss is NaN or infinite, so no checkpoint is the best",
-                field="load_best_at_end",
-                fix="look at the held-out rows and the last checkpoint, or lower learning_rate",
-            )
         return None
     line = f"lowest eval_loss {best.eval_loss:.4f} after step {best.step} of {total}"
     path = checkpoint_path(run.folder, best.step)
@@ -268,12 +268,18 @@ def _steps(session: _Session, start: int) -> Iterator[Step]:
     """
     run, loop, stop = session.run, session.loop, session.stop
     every, total, reporter = run.settings.save_steps, loop.schedule.total, run.reporter
+    unproven = False
     with reporter.progress("training", total, "steps") as advance:
         advance(start)
         for number in range(start, total):
             done = number + 1
             session.watch.at(f"step {done}")
             metrics: dict[str, Any] = loop.step(number)
+            if spike := metrics.get("spike"):
+                after_spike(session.files, loop, done, spike)
+            if unproven:  # a finite step has followed the newest checkpoint
+                rotate_proven(session.files, loop, session.best.best, number)
+                unproven = False
             improved = False
             if loop.due(done):
                 session.watch.at(f"the evaluation after step {done}")
@@ -289,8 +295,8 @@ def _steps(session: _Session, start: int) -> Iterator[Step]:
                 return
             best = improved and run.settings.load_best_at_end
             if stop.asked or best or (every and done % every == 0):
-                path = session.files.save(run.folder, done, loop.optimizer, session.best.best)
-                reporter.emit(CheckpointSaved(step=done, folder=path))
+                save_checkpoint(session.files, loop, session.best.best, done)
+                unproven = True
             if stop.asked:
                 raise Interrupted(
                     "QC-TRAIN-006",
@@ -319,22 +325,22 @@ def _check_data(session: _Session) -> None:
     Raises:
         InputError: ``QC-DATA-081``.
     """
-    run, best = session.run, session.best.best
+    run = session.run
     session.watch.at("hashing the data files")
     try:
         run.data.check_files(run.reporter)
     except InputError as error:
-        optimizer, done = session.loop.optimizer, session.loop.schedule.total
-        path = session.files.save(run.folder, done, optimizer, best)
-        run.reporter.emit(CheckpointSaved(step=done, folder=path))
+        done = session.loop.schedule.total
+        path = save_checkpoint(session.files, session.loop, session.best.best, done)
         fix = f"restore the file and run the same command with --resume; {path} holds all steps"
         raise error.replace(fix=fix) from None
 
 
 def _publish(session: _Session, lines: tuple[Coverage, ...], outcome: _Outcome) -> TrainReport:
+    judged = judge(session.files, session.loop, session.best.best, session.start, outcome.published)
     report = _report(session, lines, outcome)
     session.watch.at("publishing the adapter")
-    result = report.result() | {"maps_moved": list(outcome.moved)}
+    result = report.result() | {"maps_moved": list(outcome.moved)} | judged
     run, files = session.run, session.files
     files.publish(run.target, run.folder / METRICS, result, outcome.published)
     return report
