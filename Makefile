@@ -9,8 +9,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 # Workers take contiguous halves of the files, so that a module's fixtures are made once.
 PARALLEL := -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-all test-gpu test-pages test-versions test-matrix lint docs dev \
-	clean
+# Of `make torture`: minutes, and the order of its points.
+BUDGET ?= 5
+SEED ?= 0
+
+.PHONY: demo test test-slow test-all test-gpu test-pages test-versions test-matrix torture lint \
+	docs dev clean
 
 demo: $(STAMP)  ## train, merge and verify a tiny checkpoint
 	$(BIN)/qcore demo
@@ -39,6 +43,9 @@ test-versions:  ## interop tests at the oldest and newest transformers, peft, sa
 
 test-matrix: $(STAMP)  ## adapters of PEFT 0.18 to 0.21 on five kinds of base: as PEFT merges them
 	tests/versions/matrix.sh 0.18.1 0.19.0 0.19.1 0.20.0
+
+torture: $(STAMP)  ## break runs for BUDGET minutes and print the sums; see docs/torture.md
+	PYTHONPATH=tests $(BIN)/python -m torture --budget $(BUDGET) --seed $(SEED)
 
 lint: $(STAMP)  ## formatter, linter, types, import contracts
 	$(BIN)/ruff format --check .

@@ -16,6 +16,7 @@ from support.cli_kit import here
 from support.e2e_kit import stock, wrapped, write_stock
 
 from qcore.adapter.compare import compare_adapters
+from qcore.adapter.norms import square_of_product
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -160,3 +161,15 @@ def test_the_command(two: tuple[Path, Path, float], capsys: pytest.CaptureFixtur
     assert (ended.code, ended.json["verdict"]) == (0, "different")
     ended = here(capsys, "adapter", "diff", two[0], "nowhere", "--json")
     assert (ended.code, ended.json["error"]["code"]) == (65, "QC-ADAPTER-003")
+
+
+def test_a_product_that_cancels_has_no_negative_square() -> None:
+    """``b @ a`` is 0 up to rounding, so that its sum of squares may be below zero in float64."""
+    squares = []
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        a, b = (torch.randn(3, 17, dtype=torch.float64, generator=draw) for _ in range(2))
+        side_a, side_b = torch.cat([a, a]), torch.cat([b.t(), -b.t()], 1)
+        squares.append(((side_a @ side_a.T) * (side_b.T @ side_b)).sum())
+        assert square_of_product(side_a, side_b) >= 0
+    assert min(squares) < 0

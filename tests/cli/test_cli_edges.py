@@ -115,7 +115,6 @@ LONG = {
     "presets": "presets show quick",
     "json": "plugins list --json",
     "help": "train --help",
-    "an error": "presets show nonsense --json",
 }
 
 
@@ -161,10 +160,20 @@ def test_an_output_that_is_full_is_one_line(verb: str) -> None:
     assert piped(f"{LONG[verb]} > /dev/full 2>&1").returncode == 73
 
 
-@pytest.mark.parametrize("verb", ["presets", "json", "help"])
-def test_an_output_that_is_closed_is_no_defect(verb: str) -> None:
+@pytest.mark.parametrize("verb", LONG)
+def test_an_output_that_is_closed_is_an_error(verb: str) -> None:
     done = piped(f"{LONG[verb]} >&-")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 73
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error[QC-CLI-007] standard output: cannot be written: found Bad file")
+
+
+@pytest.mark.parametrize("end", ["| true; exit ${PIPESTATUS[0]}", "> /dev/full", ">&-"])
+def test_an_error_keeps_its_status(end: str) -> None:
+    done = piped(f"presets show nonsense --json {end}")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error[QC-PRESET-001] ")
 
 
 def verb_that(raises: str) -> subprocess.CompletedProcess[str]:

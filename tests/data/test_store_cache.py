@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -34,7 +35,6 @@ from support.swatch_kit import SwatchReader, swatch, swatch_checkpoint, text
 import qcore.data.dataset as module
 from qcore.data.dataset import Dataset, dataset
 from qcore.data.findings import Findings
-from qcore.data.identity import Identity
 from qcore.data.policies import Policies
 from qcore.data.rendering.masking import Example
 from qcore.data.source_counts import SourceCount
@@ -230,17 +230,6 @@ def test_sources_template_and_model_are_part_of_it(runs: Runs, tmp_path: Path) -
     runs.checkpoint = FakeCheckpoint(twin, own_template(TEMPLATE + " "))
     runs([source])
     assert runs.rendered == 7
-
-
-def test_an_identity_names_what_differs() -> None:
-    one = Identity({"max_length": 5, "policies.turns": "all", "a": True})
-    assert one.differing({"max_length": 5, "policies.turns": "last", "b": 1, "a": True}) == (
-        "b", "policies.turns",
-    )  # fmt: skip
-    assert one.name != Identity({**one.values, "a": 1}).name
-
-
-# Files that change.
 
 
 def settle(path: Path) -> None:
@@ -473,17 +462,19 @@ def test_refused_rows_keep_no_store(whole: Runs) -> None:
 
 
 def test_what_killed_runs_left_is_deleted_by_the_next(runs: Runs) -> None:
-    runs.folder.mkdir()
-    old, fresh, foreign = (runs.folder / name for name in (
-        f".{'a' * 32}.partial-0123456789abcdef", f".{'b' * 32}.partial-0123456789abcdef", ".mine",
-    ))  # fmt: skip
-    for folder in (old, fresh, foreign):
-        folder.mkdir()
-        (folder / "tokens.bin").write_bytes(b"x")
-    for folder in (old, foreign):
-        os.utime(folder, (time.time() - 600,) * 2)
+    """A lock tells whose run lives; the age of a folder does not."""
     runs()
-    assert [path.exists() for path in (old, fresh, foreign)] == [False, True, True]
+    left = [f".{'a' * 32}.{kind}-0123456789abcdef" for kind in ("partial", "trash")]
+    alive, foreign, lock = f".{'b' * 32}.partial-0123456789abcdef", ".mine", f".{'a' * 32}.lock"
+    for name in (*left, alive, foreign):
+        (runs.folder / name).mkdir()
+        (runs.folder / name / "tokens.bin").write_bytes(b"x")
+    (runs.folder / lock).write_text("{}")
+    descriptor = os.open(runs.folder / alive, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    runs()  # renders nothing
+    assert sorted(path.name for path in runs.folder.glob(".*")) == sorted((alive, foreign))
+    os.close(descriptor)
 
 
 def test_stores_beyond_the_limit_are_evicted(runs: Runs) -> None:

@@ -70,3 +70,21 @@ def test_truncate_under_faults(tmp_path: Path) -> None:
         path.write_bytes(old)
         assert killed(job, n)
         assert path.read_bytes() in (old, new)
+
+
+def test_rows_are_durable_after_a_sync(tmp_path: Path) -> None:
+    """File and name: a checkpoint that claims the rows is published after it."""
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        log.sync()  # nothing was written yet
+        with Faults() as faults:
+            log.write({"step": 1})
+            log.write({"step": 2})
+            log.sync()
+        fds = {result: str(args[0]) for name, args, result in faults.log if name == "open"}
+        calls = [(name, fds.get(args[0], "")) for name, args, _ in faults.log]
+        synced = [at for at, (name, _) in enumerate(calls) if name == "fsync"]
+        assert {Path(calls[at][1]).name for at in synced} == {"metrics.jsonl", tmp_path.name}
+        assert max(at for at, (name, _) in enumerate(calls) if name == "write") < synced[-1]
+        with Faults(0, errno.EIO), pytest.raises(WriteError) as error:
+            log.sync()
+        assert error.value.code == "QC-WRITE-004"

@@ -14,6 +14,7 @@ from support.tiers import fast
 from torch import Tensor, nn
 
 from qcore.nn.optim import FlatAdamW
+from qcore.nn.qlora import dora_triton
 from qcore.nn.qlora import fused as plain
 from qcore.nn.qlora import fused_triton as kernels
 from qcore.nn.qlora.fused import Product
@@ -23,6 +24,7 @@ from qcore.nn.qlora.lora_layer import Lora
 CPU = torch.device("cpu")
 K, F16 = 64, torch.float16
 R4, R3, R8 = Lora(r=4, lora_alpha=8), Lora(r=3, lora_alpha=5), Lora(r=8, lora_alpha=8)
+D4 = Lora(r=4, lora_alpha=8, use_dora=True)
 #: (out, LoRA, 4-bit) of each member.
 STACKS = {
     "wide": [(96, R4, True), (640, R3, True)],
@@ -33,6 +35,8 @@ STACKS = {
     "one of two carries": [(96, None, True), (32, R8, True)],
     "frozen": [(96, None, True), (5, None, False)],
     "16-bit": [(96, R4, False), (33, R4, False)],
+    "DoRA": [(96, D4, True), (33, R3, True), (7, None, False)],
+    "DoRA, narrow": [(32, D4, True)],
 }
 
 
@@ -51,6 +55,8 @@ def members(case: str) -> list[Linear]:
         if lora is not None:
             module.reset_lora(str(seed), 3, CPU)
             nn.init.normal_(module.lora_B, generator=generator)  # type: ignore[arg-type]
+            if module.lora_magnitude_vector is not None:
+                module.lora_magnitude_vector.data.mul_(0.5)  # so that it is far from the norm
         made.append(module)
     return made
 
@@ -67,7 +73,7 @@ def run(maps: list[Linear], compute: object, x: Tensor, grads: list[Tensor]) -> 
     x = x.clone().requires_grad_()
     y = product(x)
     torch.autograd.backward(y, grads)
-    leaves = [m.grad for one in maps if one.lora for m in (one.lora_A, one.lora_B)]  # type: ignore[union-attr]
+    leaves = [m.grad for one in maps if one.lora for m in one.factors]
     return [*(one.detach() for one in y), x.grad, *(g.clone() for g in leaves)]  # type: ignore[list-item, union-attr]
 
 
@@ -105,6 +111,20 @@ def test_thin(tokens: int, into: int, turned: bool):
     assert torch.equal(kernels.thin(x, right, beside=False)[1], out)
 
 
+@pytest.mark.parametrize("tokens", fast([1, 255, 256, 600], 255))
+@pytest.mark.parametrize("out", fast([1, 96, 256, 300], 300))
+@pytest.mark.parametrize("dtype", [F16, torch.float32], ids=str)
+def test_scale_gradient(tokens: int, out: int, dtype: torch.dtype):
+    room = torch.full((2, tokens, out + 8), math.nan, dtype=dtype)
+    dy, y = room[:, :, :out].normal_()
+    scale = torch.rand(out) + 0.5
+    scaled, dots = kernels.TritonKernels.scale_gradient(dy, y, scale)
+    assert (scaled.dtype, scaled.stride()) == (dtype, (out, 1))
+    assert torch.equal(scaled, (dy.float() * scale).to(dtype))
+    exact = (dy.double() * y.double()).sum(0)
+    assert float((dots - exact).norm()) <= 1e-6 * float((dy * y).double().norm())
+
+
 @pytest.mark.parametrize("accumulates", fast([True, False], True), ids=["added", "handed over"])
 @pytest.mark.parametrize("tokens", fast([1, 130], 130))
 @pytest.mark.parametrize("case", STACKS)
@@ -115,9 +135,8 @@ def test_it_is_what_torch_computes(case: str, tokens: int, accumulates: bool):
         if accumulates and any(one.lora for one in maps):
             FlatAdamW([one for one in maps if one.lora], lr=1e-3, weight_decay=0.0)
             for one in maps:
-                for matrix in (one.lora_A, one.lora_B):
-                    if matrix is not None:
-                        matrix.grad.fill_(0.5)  # type: ignore[union-attr]
+                for matrix in one.factors:
+                    matrix.grad.fill_(0.5)  # type: ignore[union-attr]
         results.append(run(maps, compute, *given(maps, tokens)))
     for torchs, ours in zip(*results, strict=True):
         assert torchs.shape == ours.shape
@@ -239,6 +258,9 @@ def test_launches(monkeypatch: pytest.MonkeyPatch):
         run(maps, kernels.linear, *given(maps, 5))
         assert counted == {"_fill": 2, "_thin": 2, "_outer": 1}
         counted.clear()
+    monkeypatch.setattr(dora_triton, "launch", told)
+    run(members("DoRA, narrow"), kernels.linear, *given(members("DoRA, narrow"), 5))
+    assert counted["_scale_gradient"] == 1
 
 
 @pytest.mark.slow

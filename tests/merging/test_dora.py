@@ -86,10 +86,13 @@ def test_a_weight_in_rows_of_zero_length_is_refused(base: Path, tmp_path: Path) 
         if "lora_B" in key:
             value[3] = 0
     save_file(tensors, file)
-    with pytest.raises(QcoreError) as caught:
+    with pytest.raises(QcoreError, match="DoRA on a row that is 0") as caught:
         merge(str(zero), tmp_path / "a", tmp_path / "out", trust_base=True)
-    assert caught.value.code == "QC-MERGE-003"
+    assert (caught.value.code, caught.value.field) == ("QC-MERGE-003", name)
+    assert caught.value.found == "row 3"
     assert not (tmp_path / "out").exists()
+    with pytest.raises(QcoreError, match="DoRA on a row that is 0"):
+        Generator(str(zero), adapter=tmp_path / "a", trust_base=True, device="cpu", dtype="fp32")
 
 
 def test_a_missing_magnitude_and_one_without_the_field(base: Path, tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.cli_kit import here
 from support.e2e_kit import LINEARS, stock, wrapped, write_stock
+from support.model_kit import edit_json
 
 from qcore.adapter.compare import compare_adapters
 from qcore.errors import InputError, NumericError
+from qcore.io.artifact import read_manifest
+from qcore.merging import extracted_folder
 from qcore.merging.extract import extract
 from qcore.merging.low_rank import low_rank
 from qcore.merging.merge import merge
@@ -152,6 +155,63 @@ def test_what_lora_cannot_change_is_refused_or_left_out(
     (left,) = report.left_out
     assert left.endswith(ends)
     assert report.relative_error < 2e-6
+
+
+def test_an_embedding_of_another_size_is_left_out_and_the_base_still_recorded(
+    base: Path, dense: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The fingerprint of the base covers what is not compared, so that merges check all of it."""
+    tuned = shutil.copytree(dense[0], tmp_path / "tuned")
+    tensors = load_file(tuned / MODEL)
+    for name, value in tensors.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            tensors[name] = torch.cat([value, value[:8]])
+    save_file(tensors, tuned / MODEL, {"format": "pt"})
+    size = len(load_file(base / MODEL)["model.language_model.embed_tokens.weight"]) + 8
+    edit_json(tuned / "config.json", lambda c: c["text_config"].update(vocab_size=size))
+    extract(str(base), str(tuned), tmp_path / "out", r=3, partial=True)
+    meta = read_manifest(tmp_path / "out").meta
+    assert "text" in meta["fingerprints"]
+    merge(str(base), tmp_path / "out", tmp_path / "back", prove=False)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_that_only_the_tuned_checkpoint_unties(tmp_path: Path, same: bool) -> None:
+    """It is in another dtype there; with the values of the embedding it is no difference."""
+    base = write_stock(tmp_path / "base", "vl", tied=True, dtype=torch.bfloat16)
+    tuned = shutil.copytree(base, tmp_path / "tuned")
+    tensors = load_file(tuned / MODEL)
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    tensors[name] = tensors[name] + 0.25
+    embedding = tensors["model.language_model.embed_tokens.weight"].float()
+    tensors["lm_head.weight"] = embedding if same else embedding + 0.25
+    save_file(tensors, tuned / MODEL, {"format": "pt"})
+
+    def untie(config: Any) -> None:
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+
+    edit_json(tuned / "config.json", untie)
+    report = extract(str(base), str(tuned), tmp_path / "out", r=2, partial=True)
+    assert report.left_out == ({} if same else {"lm_head.weight": "tied in the base"})
+    assert [*report.weights] == [name]
+
+
+def test_matrices_that_are_written_wrong_are_seen(
+    base: Path, dense: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = extracted_folder.tensors_of
+
+    def swapped(*args: Any) -> dict[str, torch.Tensor]:
+        tensors = real(*args)
+        names = [name for name in tensors if "gate_proj.lora_B" in name][:2]
+        tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
+        return tensors
+
+    monkeypatch.setattr(extracted_folder, "tensors_of", swapped)
+    with pytest.raises(NumericError, match="does not hold the matrices") as caught:
+        extract(str(base), str(dense[0]), tmp_path / "out", r=2)
+    assert caught.value.code == "QC-MERGE-005"
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_equal_checkpoints_are_refused(base: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from qcore.errors import InputError, NumericError, UsageError
 from qcore.io.artifact import read_manifest
 from qcore.merging import rewrite as merge_pass
 from qcore.merging.merge import merge
-from qcore.merging.requantize import is_requantized
+from qcore.merging.requantize import is_near, is_requantized
 from qcore.nn.load import read_tensor
 from qcore.plugins.resolve_model import identify
 
@@ -182,8 +182,24 @@ def test_the_bound_accepts_every_rounding() -> None:
     exact = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     for scale_dtype in (torch.float32, torch.bfloat16):
         value, scale = to_fp8(exact, (128, 128), scale_dtype)
-        assert is_requantized(decoded(value, scale, (128, 128)), exact)
-    assert not is_requantized(exact * 1.1, exact)
+        assert is_requantized(decoded(value, scale, (128, 128)), exact, (128, 128), scale.dtype)
+    assert not is_requantized(exact * 1.1, exact, (128, 128), torch.float32)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+def test_the_values_of_the_base_are_not_taken_for_the_sum(scale_dtype: torch.dtype) -> None:
+    """A change of LoRA's size moves values by less than the steps of FP8."""
+    draw = torch.Generator().manual_seed(0)
+    value, scale = to_fp8(torch.randn(256, 384, generator=draw), BLOCK, scale_dtype)
+    base = decoded(value, scale, BLOCK)
+    exact = base.float() * (1 + 0.01 * torch.randn(base.shape, generator=draw).clamp(-2, 2))
+    assert is_near(base, exact)
+    assert not is_requantized(base, exact, BLOCK, scale_dtype)
+    again, scales = to_fp8(exact, BLOCK, scale_dtype)
+    right = decoded(again, scales, BLOCK)
+    assert is_requantized(right, exact, BLOCK, scale_dtype)
+    right[:16] = base[:16]  # some rows of the base
+    assert not is_requantized(right, exact, BLOCK, scale_dtype)
 
 
 def test_options_without_effect(plain: Path, adapter: Path, tmp_path: Path) -> None:
@@ -193,6 +209,10 @@ def test_options_without_effect(plain: Path, adapter: Path, tmp_path: Path) -> N
         with pytest.raises(UsageError) as error:
             merge(str(base), adapter, tmp_path / "out", trust_base=True, requantize=True, **more)
         assert error.value.code == "QC-MERGE-009"
+    written(plain, tmp_path / "a", {"target_modules": ["in_proj_a"]})
+    with pytest.raises(UsageError, match="changes no weight in FP8") as error:
+        merge(str(fp8), tmp_path / "a", tmp_path / "out", trust_base=True, requantize=True)
+    assert error.value.code == "QC-MERGE-009"
     with pytest.raises(InputError) as refused:
         merge(str(fp8), adapter, tmp_path / "out", trust_base=True)
     assert "--requantize" in str(refused.value.fix)

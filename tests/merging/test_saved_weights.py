@@ -237,3 +237,17 @@ def test_saved_modules_of_experts_and_of_the_merger(tmp_path: Path) -> None:
     for expert, value in enumerate(fused):
         assert torch.equal(after[f"{prefix}.{expert}.down_proj.weight"], value.bfloat16())
     assert report.replaced == len(values)
+
+
+def test_a_saved_module_of_a_part_that_the_base_lacks_is_refused(
+    bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    written(bases[False], tmp_path / "a", Q | {"modules_to_save": ["merger"]})
+    text = shutil.copytree(bases[False], tmp_path / "text")
+    tensors = load_file(text / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if ".visual." not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, text / "model.safetensors", {"format": "pt"})
+    with pytest.raises(QcoreError, match="in a part that qcore does not run") as caught:
+        merge(str(text), tmp_path / "a", tmp_path / "out", trust_base=True)
+    assert caught.value.code == "QC-ADAPTER-005"

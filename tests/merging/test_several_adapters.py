@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.change_kit import assert_merged, on_disk, step, written
+from support.change_kit import assert_merged, on_disk, step, vocabulary_weights, written
 from support.cli_kit import here
 from support.e2e_kit import stock, write_stock
 from support.model_kit import edit_json
@@ -140,6 +141,58 @@ def test_dora_beside_lora_of_other_weights_is_taken_as_it_is(home: Path, tmp_pat
             merge(str(home / "base"), weights, tmp_path / "other", trust_base=True)
         assert caught.value.code == "QC-ADAPTER-018"
         assert "DoRA" in caught.value.what
+
+
+@pytest.mark.parametrize("ensured", [True, False])
+def test_one_that_unties_beside_one_that_does_not(tmp_path: Path, ensured: bool) -> None:
+    """The head gets the changes of both, as with PEFT: those of a tied pair, and trained rows."""
+    base = write_stock(tmp_path / "base", tied=True, dtype=torch.bfloat16)
+    unties = written(base, tmp_path / "unties", {"target_modules": ["lm_head"]}, seed=4)
+    recipe: dict[str, Any] = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}
+    if ensured:
+        recipe = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    tied = written(base, tmp_path / "tied", recipe, seed=5)
+    names = [str(tmp_path / "unties"), str(tmp_path / "tied")]
+    for order in (names, names[::-1]):
+        out = tmp_path / order[0].rpartition("/")[2] / "out"
+        if not ensured:  # saved rows and LoRA on the head
+            with pytest.raises(QcoreError) as caught:
+                merge(str(base), dict.fromkeys(order, 1.0), out, trust_base=True)
+            assert (caught.value.code, caught.value.field) == ("QC-ADAPTER-018", "lm_head.weight")
+            continue
+        merge(str(base), dict.fromkeys(order, 1.0), out, trust_base=True)
+        after, before = on_disk(out), on_disk(base)
+        embed = next(name for name in before if name.endswith("embed_tokens.weight"))
+        plain = before[embed].float()
+        one, two = vocabulary_weights(unties), vocabulary_weights(tied)
+        for name in (embed, "lm_head.weight"):
+            sums = one[name] + two[name] - plain
+            assert bool(((after[name].float() - sums).abs() <= step(sums) + 1e-6).all()), name
+            assert not torch.equal(after[name], before[embed])
+
+
+def test_matrices_that_weights_have_in_common_are_rearranged_once(tmp_path: Path) -> None:
+    base = write_stock(tmp_path / "base", tied=True, dtype=torch.bfloat16)
+    recipe = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    written(base, tmp_path / "a", recipe)
+    identified = identify(str(base))
+    own = read_for(identified, tmp_path / "a", trust_base=True)
+    (name,) = own.changes
+    head = identified.layout.table["lm_head.weight"]
+    both = replace(own, changes={**own.changes, head.name: replace(own.pairs[name], tensor=head)})
+    sides = Deltas(both)
+    for mine, other in zip(sides.sides(name), sides.sides(head.name), strict=True):
+        assert torch.equal(mine, other)
+    for mine, other in zip(sides.sides(name), Deltas(own).sides(name), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_one_folder_under_two_names_is_refused(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(home / "a")
+    wanted = {str(home / "a"): 0.5, str(tmp_path / "link"): 0.5}
+    with pytest.raises(QcoreError, match="named twice") as caught:
+        merge(str(home / "base"), wanted, tmp_path / "out", trust_base=True)
+    assert caught.value.code == "QC-ADAPTER-019"
 
 
 def test_dora_and_lora_of_one_weight_are_refused(home: Path, tmp_path: Path) -> None:

@@ -339,7 +339,7 @@ def test_tables_of_any_size_cost_one_row(reader: Any, name: str) -> None:
             reader.read(part)
         assert caught.value.code in ("QC-VISION-035", "QC-VISION-039")
     assert time.monotonic() - start < 60
-    status = Path(f"/proc/{reader._decoder._process._process.pid}/status")
+    status = Path(f"/proc/{reader._decoder._idle[-1]._process.pid}/status")
     if status.exists():
         peak = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         assert int(peak.split()[1]) < 1 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -422,13 +423,17 @@ def test_a_folder_that_cannot_be_written_stops_the_run(
 
 
 def test_leftovers_of_dead_processes_go(new_reader: Callable[[], Any], cache_home: Path) -> None:
+    """A process that lives has locked its file, however old that is."""
     cache_home.mkdir(parents=True)
-    old, new = cache_home / ".old.tmp", cache_home / ".new.tmp"
-    old.write_bytes(b"x")
-    new.write_bytes(b"x")
-    os.utime(old, (1, 1))
-    new_reader().read(payload(png()))
-    assert (old.exists(), new.exists()) == (False, True)
+    old, held, new = (cache_home / f".{name}.tmp" for name in ("old", "held", "new"))
+    for file in (old, held, new):
+        file.write_bytes(b"x")
+    for file in (old, held):
+        os.utime(file, (1, 1))
+    with held.open("rb") as living:
+        fcntl.flock(living, fcntl.LOCK_EX)
+        new_reader().read(payload(png()))
+    assert [file.exists() for file in (old, held, new)] == [False, True, True]
 
 
 _WORKER = """
@@ -489,3 +494,35 @@ def test_no_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError) as caught:
         Cache.of_user()
     assert caught.value.code == "QC-VISION-041"
+
+
+def test_threads_decode_each_image_once_and_leave_pillow_as_it_was(
+    new_reader: Callable[[], Any], decoded: list[int]
+) -> None:
+    """A bomb among them is refused in each thread, whatever the others do."""
+    import warnings
+    from concurrent.futures import ThreadPoolExecutor
+
+    from PIL import Image, ImageFile
+
+    before = list(warnings.filters), ImageFile.LOAD_TRUNCATED_IMAGES
+    good = [png(seed, 320) for seed in range(12)]
+    expected = [new_reader().read(payload(data)).grid for data in good]
+    decoded.clear()
+    cut = good[0][:-400]
+    reader = new_reader()
+    for name in list(reader._cache.folder.iterdir()):
+        name.unlink()
+
+    def read(data: bytes) -> Any:
+        try:
+            return reader.read(payload(data)).grid
+        except RowError as error:
+            return error.code
+
+    with ThreadPoolExecutor(8) as pool:
+        grids = list(pool.map(read, [*good, *good, cut, *good, cut]))
+    assert grids == [*expected, *expected, "QC-VISION-028", *expected, "QC-VISION-028"]
+    assert len(decoded) == len(good) + 2
+    assert (list(warnings.filters), ImageFile.LOAD_TRUNCATED_IMAGES) == before
+    assert Image.MAX_IMAGE_PIXELS is not None

@@ -24,7 +24,7 @@ def film(count: int = 9, seed: int = 0) -> bytes:
 
 
 def pid(reader: Any) -> int:
-    return int(reader._decoder._process._process.pid)
+    return int(reader._decoder._idle[-1]._process.pid)
 
 
 def refused(reader: Any, data: bytes) -> RowError:
@@ -81,7 +81,7 @@ def test_threads_and_forks_do_not_share_a_video(reader: Any) -> None:
         entry.unlink()
     with ThreadPoolExecutor(4) as pool:
         assert [*pool.map(lambda data: reader.read(payload(data, "video")), films)] == wanted
-    first = reader._decoder._process
+    first = reader._decoder._idle[-1]
     child = os.fork()
     if not child:  # only the decoder: torch's threads do not survive a fork
         status = 1
@@ -92,7 +92,7 @@ def test_threads_and_forks_do_not_share_a_video(reader: Any) -> None:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
     assert reader.read(payload(film(seed=5), "video")).grid[0] == 5
-    assert reader._decoder._process is first
+    assert reader._decoder._idle[-1] is first
 
 
 @pytest.mark.parametrize("sent", [b"", b"\x40\0", (64).to_bytes(8, "little") + b'{"bou'])
@@ -145,7 +145,7 @@ decoder = Decoder()
 with decoder.open(io.BytesIO(video(frames(5, 64, 48), 2))) as opened:
     shapes = [frame.shape for frame in opened.frames([0, 4])]
 assert shapes == [(48, 64, 3)] * 2 and opened.count == 5, shapes
-pid = decoder._process._process.pid
+pid = decoder._idle[-1]._process.pid
 maps = open(f"/proc/{{pid}}/maps").read() if sys.platform == "linux" else ""
 assert "libtorch" not in maps
 environment = open(f"/proc/{{pid}}/environ").read() if maps else ""

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qcore.errors import UsageError
 from qcore.nn.optim import FlatAdamW
 from qcore.nn.qlora.dora import Magnitudes, changed_norms, scaled
-from qcore.nn.qlora.fused import Product
+from qcore.nn.qlora.fused import Product, reference
 from qcore.nn.qlora.linear import Linear
 from qcore.nn.qlora.lora_layer import Lora
 
@@ -230,7 +231,7 @@ def test_the_dense_sum_is_never_made():
                 made.append((str(function), tuple(result.shape)))  # type: ignore[arg-type]
             return result
 
-    mine.base_norms()
+    mine.kept_norms()
     with Seen(), torch.no_grad():
         changed_norms(mine)
     assert all("dequantize" in str(name) or "view" in str(name) or "split" in str(name)
@@ -246,3 +247,50 @@ def test_an_output_without_a_gradient_makes_no_graph():
     y.sum().backward()
     assert mine.lora_magnitude_vector is not None
     assert mine.lora_magnitude_vector.grad is not None
+
+
+def test_norms_are_kept_only_by_a_layer_that_reads_them_again():
+    """The planner counts what the first forward keeps; `reset_lora` keeps nothing beside it."""
+    single, fused = ours(LORAS["rank one"]), ours(LORAS["rank one"])
+    assert single._kept_norms is None
+    x = inputs()[0]
+    single(x)
+    Product([fused])(x)
+    assert single._kept_norms is not None
+    assert fused._kept_norms is None
+
+
+def test_other_values_have_other_norms():
+    mine = ours(LORAS["rank one"])
+    mine(inputs()[0])
+    value = torch.randn(OUT, IN).bfloat16()
+    twin = Linear((OUT, IN), torch.float32, None)
+    twin.hold(slice(0, OUT), value, quantize=True, dtype=torch.float32)
+    assert twin.nf4 is not None
+    mine.hold_codes(twin.nf4.packed, twin.nf4.state)
+    close(mine.kept_norms(), torch.linalg.norm(twin.dense(), dim=1))
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_a_backend_that_ignores_dora_is_refused(dora: bool):
+    def plain(x: Tensor, product: Product) -> tuple[Tensor, ...]:
+        outputs = []
+        for one in product.members:
+            y = x @ one.dense().T
+            if one.lora is not None:
+                assert one.lora_A is not None
+                assert one.lora_B is not None
+                y = y + (x @ one.lora_A.T) @ one.lora_B.T * one.lora.scaling
+            outputs.append(y)
+        return tuple(outputs)
+
+    mine = ours(LORAS["rank one"] if dora else Lora(r=2, lora_alpha=4))
+    product = Product([mine], plain)
+    if not dora:
+        close(product(inputs()[0])[0], mine(inputs()[0]))
+        return
+    with pytest.raises(UsageError, match="computes plain LoRA") as error:
+        product(inputs()[0])
+    assert error.value.code == "QC-KERNEL-003"
+    product.compute = reference
+    product(inputs()[0])

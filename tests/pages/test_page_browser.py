@@ -17,6 +17,10 @@ if os.environ.get("QCORE_PAGES") != "1":
 
 from playwright.sync_api import expect, sync_playwright
 
+from qcore.api import Payload
+from qcore.data.views.page import THUMBNAIL
+from qcore_multimodal.preview import preview
+
 SLOW = 120_000  # ms, for a machine that does other things
 
 
@@ -36,8 +40,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     stream = io.BytesIO()
     Image.new("RGB", (400, 300), (30, 90, 200)).save(stream, "PNG")
+    payload = Payload(kind="image", sha256="", data=stream.getvalue(), options={})
     for count in (1, 100, 10_000):
-        write_page(folder / f"{count}.html", count, stream.getvalue())
+        write_page(folder / f"{count}.html", count, preview(payload, THUMBNAIL))
     return folder
 
 
@@ -94,7 +99,7 @@ def test_keys_search_and_filters(browser: Any, pages: Path) -> None:
     page.hover("#text > span >> nth=0")
     assert page.inner_text("#why").startswith("Not trained: user turn")
     page.keyboard.press("End")
-    assert page.inner_text("#head").startswith("Row 10000, refused")
+    assert page.inner_text("#head").startswith("Row 10000, left out")
     page.keyboard.press("/")
     page.keyboard.type("question 9876?")
     expect(page.locator("#count")).to_have_text("1 of 10,000", timeout=SLOW)

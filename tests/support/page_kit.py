@@ -21,8 +21,14 @@ HOSTILE = (
 )
 
 
-def write_page(path: Path, count: int, image: bytes | None = None) -> None:
-    """Write a page of `count` rows; every 17th holds hostile text, every 50th is refused."""
+def write_page(path: Path, count: int, image: str = "") -> None:
+    """Write a page of `count` rows; every 17th holds hostile text, every 50th is refused.
+
+    Args:
+        path: the file.
+        count: rows.
+        image: the data URL of a picture of the first row.
+    """
     tokenizer = own_tokenizer()
     page = Page(tokenizer)
     refused = []
@@ -59,7 +65,7 @@ def write_page(path: Path, count: int, image: bytes | None = None) -> None:
             source=Source(name="rows.jsonl", files=(path,)),
         )  # fmt: skip
         sample = ShownSample(origin=origin, example=example)
-        page.add(sample, [("image cat.png", image)] if image is not None and row == 1 else ())
+        page.add(sample, [("image cat.png", image)] if image and row == 1 else ())
     note = DataFinding(code="QC-DATA-045", severity="note", row=0, field="", message=HOSTILE)
     dropped = DataFinding(
         code="QC-DATA-043", severity="warning", row=2, field="messages[1]", message="is lost"

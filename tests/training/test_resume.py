@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -16,10 +17,11 @@ from safetensors.torch import load_file
 from support.e2e_kit import command, resave, signalled, tiny_folder
 from support.faults import Faults, count
 from support.run_kit import SHORT, raw, start, stop_at, words
+from support.sinks import Heard
 from support.tiers import fast
 
 from qcore.errors import InputError, Interrupted, QcoreError, UsageError, WriteError
-from qcore.io.artifact import verify
+from qcore.io.artifact import MANIFEST, read_manifest, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BASE: dict[str, Any] = SHORT | {
@@ -206,6 +208,24 @@ def change_template(home: Path) -> None:
     path.write_text(path.read_text() + "{#- the same text, another template -#}\n")
 
 
+def change_config(home: Path) -> None:
+    """No tensor and no token depends on it; each layer computes other numbers."""
+    path = home / "base" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"]["rms_norm_eps"] = 1e-5
+    path.write_text(json.dumps(config))
+
+
+def change_unused_token(home: Path) -> None:
+    """A row becomes the same ids; the adapter folder gets another tokenizer."""
+    path = home / "base" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 77}))
+
+
+def add_processor(home: Path) -> None:
+    (home / "base" / "preprocessor_config.json").write_text("{}")
+
+
 def change_tokenizer(home: Path) -> None:
     """The same tokens, other merges: a row becomes other ids."""
     path = home / "base" / "tokenizer.json"
@@ -218,7 +238,10 @@ CHANGES: dict[str, tuple[Callable[[Path], object] | None, dict[str, Any], str]] 
     "data": (change_rows, {}, "data"),
     "base": (change_base, {}, "base.text"),
     "template": (change_template, {}, "template"),
-    "tokenizer": (change_tokenizer, {}, "samples"),
+    "config.json": (change_config, {}, "config.text_config.rms_norm_eps"),
+    "tokenizer": (change_tokenizer, {}, "files.tokenizer.json"),
+    "tokenizer config": (change_unused_token, {}, "files.tokenizer_config.json"),
+    "processor": (add_processor, {}, "files.preprocessor_config.json"),
     "learning rate": (None, {"learning_rate": 4e-3}, "settings.learning_rate"),
     "length of the run": (None, {"max_steps": 3}, "settings.max_steps"),
     "seed": (None, {"seed": 1}, "settings.seed"),
@@ -291,3 +314,39 @@ def test_a_wrong_setting_goes_before_a_run_that_is_there(halted: Path, tmp_path:
     with pytest.raises(QcoreError) as error:
         run(home / "rows.jsonl", home / "out", model=home / "base", target_groups=("atn",))
     assert error.value.code == "QC-LORA-001"
+
+
+def test_a_plugin_whose_code_changed_is_named(
+    halted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The version of a plugin that is edited in place stays the same."""
+    monkeypatch.setattr(
+        "qcore.checkpoint.identity.package_digest", lambda package: f"edited {package}"
+    )
+    home = shutil.copytree(halted, tmp_path / "home")
+    with pytest.raises(InputError) as error:
+        run(home / "rows.jsonl", home / "out", model=home / "base", resume=True, save_steps=1,
+            max_steps=2)  # fmt: skip
+    assert (error.value.code, error.value.field) == ("QC-RESUME-002", "code.qcore")
+
+
+def test_a_checkpoint_of_an_earlier_build_is_resumed(halted: Path, tmp_path: Path) -> None:
+    """It has no record of config, files and code: these are not compared, which a line says."""
+    home = shutil.copytree(halted, tmp_path / "home")
+    manifest = home / "out.run" / "checkpoint-1" / MANIFEST
+    content = read_manifest(manifest.parent)
+    kept = {
+        key: value
+        for key, value in content.meta["identity"].items()
+        if key not in ("config", "files", "code", "versions")
+    }
+    older = dataclasses.replace(content, meta={**content.meta, "identity": kept})
+    manifest.write_bytes(older.to_bytes())
+    change_config(home)
+    sink = Heard()
+    start(
+        home / "base", home / "rows.jsonl", home / "out",
+        BASE | {"save_steps": 1, "max_steps": 2}, resume=True, reporter=sink.reporter,
+    )  # fmt: skip
+    assert any("config, files, code, versions: these are not" in line for line in sink.notes)
+    assert verify(home / "out").ok

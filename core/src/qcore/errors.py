@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 _T = TypeVar("_T")
@@ -194,6 +194,17 @@ class PreflightError(InputError):
 
     def as_json(self) -> dict[str, Any]:
         return {**super().as_json(), "all": [error.as_json() for error in self.errors]}
+
+
+@contextlib.contextmanager
+def collected(problems: list[QcoreError]) -> Iterator[None]:
+    """Append an error that the block raises to `problems`, several findings one by one."""
+    try:
+        yield
+    except PreflightError as error:
+        problems.extend(error.errors)
+    except QcoreError as error:
+        problems.append(error)
 
 
 def one_of_each(problems: Sequence[QcoreError]) -> list[QcoreError]:

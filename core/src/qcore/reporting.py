@@ -37,6 +37,7 @@ __all__ = [
     "Reporter",
     "RunStarted",
     "Sink",
+    "SinkClosed",
     "Step",
     "Table",
     "WarningNote",
@@ -199,6 +200,10 @@ Event = (
 )
 
 
+class SinkClosed(Exception):
+    """Raised by a sink that can receive no more events; its text says why, for a `Note`."""
+
+
 class Sink(Protocol):
     """Receives every event, in the order in which they happen."""
 
@@ -214,12 +219,16 @@ class Reporter:
         *sinks: receivers, in this order; none: the verb is silent.
         rank: rank of this process; by default the environment's ``RANK``, which torchrun
             sets. On other ranks than 0 no sink receives anything.
+
+    Attributes:
+        dropped: a line for each sink that was dropped.
     """
 
     def __init__(self, *sinks: Sink, rank: int | None = None) -> None:
         self._speaks = (_rank() if rank is None else rank) == 0
         self._sinks: list[Sink] = []
         self._required: list[Sink] = []
+        self.dropped: list[str] = []
         if self._speaks:
             self._sinks += sinks
 
@@ -240,7 +249,11 @@ class Reporter:
         # All of them first: a note about one must not reach another that has failed.
         self._sinks = [sink for sink in self._sinks if all(sink is not bad for bad, _ in failed)]
         for sink, failure in failed:
-            self.note(f"{type(sink).__name__} failed and receives no more events: {failure}")
+            line = f"{type(sink).__name__} failed and receives no more events: {failure}"
+            if isinstance(failure.error, SinkClosed):
+                line = str(failure.error)
+            self.dropped.append(line)
+            self.note(line)
 
     @contextmanager
     def attached(self, sink: Sink, *, required: bool = False) -> Iterator[None]:

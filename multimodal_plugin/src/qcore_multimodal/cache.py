@@ -18,11 +18,13 @@ would decode everything again.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import struct
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Mapping
@@ -40,7 +42,7 @@ _DEFAULT_GB: Final = 20.0
 _MAGIC: Final = b"QCMEDIA1"
 _HEAD: Final = struct.Struct("<8sIIQI")  # magic; header length, checksum; values' length, checksum
 _MAX_HEADER: Final = 1 << 20  # bytes of a header; a valid one has a few hundred
-_STALE: Final = 3600.0  # seconds after which a temporary file belongs to a dead process
+_STALE: Final = 60.0  # seconds after which the process that created a temporary file has locked it
 _RESCAN: Final = 64  # writes between scans of the folder: other processes write too
 _FILL: Final = 0.9  # share of the limit kept when evicting, so that not every write evicts
 
@@ -57,6 +59,7 @@ class Cache:
         self.folder = folder
         self.bound = bound
         self._bytes = 0
+        self._guard = threading.Lock()  # of the counts: threads write at once
         self._puts = _RESCAN  # so that the first write scans the folder
 
     @classmethod
@@ -124,18 +127,23 @@ class Cache:
             )
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(size)
+            with self._guard:
+                self._make_room(size)
+                self._bytes += size
             fd, name = tempfile.mkstemp(dir=self.folder, prefix=".", suffix=".tmp")
             try:
                 with os.fdopen(fd, "wb") as file:
+                    with contextlib.suppress(OSError):  # no locks here: then nothing is swept
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     file.write(head + text)
                     file.write(flat.data)
-                os.replace(name, self._path(digest))
+                    file.flush()
+                    os.fsync(fd)
+                    os.replace(name, self._path(digest))
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(name)
                 raise
-        self._bytes += size
 
     def _make_room(self, size: int) -> None:
         """Evict least recently used entries until `size` bytes fit."""
@@ -150,7 +158,7 @@ class Cache:
                 if entry.name.endswith(".media"):
                     entries.append((status.st_mtime_ns, status.st_size, entry.path))
                 elif entry.name.endswith(".tmp") and time.time() - status.st_mtime > _STALE:
-                    os.unlink(entry.path)
+                    _delete_unless_locked(entry.path)
         self._bytes = sum(length for _, length, _ in entries)
         if self._bytes + size <= self.bound:
             return
@@ -164,6 +172,17 @@ class Cache:
 
     def _path(self, digest: str) -> Path:
         return self.folder / f"{digest}.media"
+
+
+def _delete_unless_locked(path: str) -> None:
+    """Delete a temporary file of a process that has died."""
+    with contextlib.suppress(OSError):  # it is locked, or gone, or there are no locks here
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+        finally:
+            os.close(fd)
 
 
 def _read_header(start: bytes, file: Any) -> tuple[dict[str, Any], int, int]:

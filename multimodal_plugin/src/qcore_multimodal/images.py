@@ -20,10 +20,11 @@ from __future__ import annotations
 import io
 import re
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import BinaryIO, Final
 
 import numpy as np
@@ -80,7 +81,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     Raises:
         RowError: ``QC-VISION-027`` to ``-032``.
     """
-    with open_image(data) as image:
+    with open_image(data) as image, _PIXELS.taken(image.width * image.height):
         _check_still(image)
         verify_checksums(image, data)
         image.load()
@@ -95,15 +96,11 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     Raises:
         RowError: ``QC-VISION-027``, ``-028``, ``-030`` to ``-032``.
     """
-    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                check_size(*image.size)
-                _check_mode(image.mode)
-                yield image
+        with _STRICT, Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            check_size(*image.size)
+            _check_mode(image.mode)
+            yield image
     except UnidentifiedImageError:
         raise _unknown(data) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -113,8 +110,60 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
         if bomb or "MAX_TEXT" in str(error):
             raise _too_large(str(error)) from None
         raise _damaged(error) from None
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+class _Strict:
+    """Pillow's settings of the process while any thread decodes: strict, and without a word.
+
+    They are those of the process, so the first thread sets them and the last one restores them.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._inside = 0
+        self._restore = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._guard:
+            if not self._inside:
+                self._restore.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+                self._restore.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._guard:
+            self._inside -= 1
+            if not self._inside:
+                self._restore.close()
+
+
+class _Pixels:
+    """Bounds the pixels that all threads decode at once: they take the memory of one image."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._taken = 0
+
+    @contextmanager
+    def taken(self, count: int) -> Iterator[None]:
+        """Wait until `count` pixels are free, and take them."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + count <= MAX_PIXELS)
+            self._taken += count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= count
+                self._changed.notify_all()
+
+
+_STRICT: Final = _Strict()
+_PIXELS: Final = _Pixels()
 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:

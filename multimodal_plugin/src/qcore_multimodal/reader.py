@@ -5,8 +5,9 @@ entry (a hash of its bytes, the processor's settings, the versions of the decodi
 packages, and this file's layout), and what happens when an entry disappears during a run: the
 values are processed again, which is reported once, because it costs the time that the cache should
 save. They are read from their source: the file, whose digest must be the same, or the row of the
-data file that holds the bytes. `checked_bytes` reads payloads; `images` and `videos` decode bytes
-to pixels; `media_options` parses the options of a part; `processor` computes patches.
+data file that holds the bytes. Several threads may read at once; equal bytes are decoded once.
+`checked_bytes` reads payloads; `images` and `videos` decode bytes to pixels; `media_options` parses
+the options of a part; `processor` computes patches.
 
 - ``QC-VISION-043`` cached values disappeared, and the bytes of the row cannot be read again.
 - ``QC-VISION-045`` the media in rows of a file without access by row exceed the cache.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from .processor import Bytes, Grid, ImageProcessor, VideoProcessor
     from .video_decoder import Decoder
 
+_TURNS: Final = 256
 _LAYOUT: Final = 1  # version of the cache entries and of the decoding code
 
 
@@ -58,6 +61,7 @@ class Reader:
 
     kinds: Final = KINDS
     keys: Final = KEYS
+    concurrent: Final = True
 
     def __init__(
         self,
@@ -72,6 +76,9 @@ class Reader:
         self._bytes = 0  # size of all values that this process has read
         self._counted: set[bytes] = set()
         self._reported: set[str] = set()
+        self._guard = threading.RLock()  # of what threads share: the processors and the counts
+        # By digest: who waits for other bytes than its own waits briefly.
+        self._turns = tuple(threading.Lock() for _ in range(_TURNS))
 
     def measuring(self, size: int) -> Reader:
         """See `qcore.api.media.MeasuringReader`."""
@@ -117,13 +124,16 @@ class Reader:
             UsageError: ``QC-VISION-040``, ``-041``, on the first medium; ``QC-VISION-045``.
             WriteError: the cache cannot be written.
         """
-        limits = self._limits(payload)
-        digest = self._digest(payload, limits)
-        metadata = self._cache.metadata(digest)
-        if metadata is None and self._previews is not None and payload.kind == "image":
-            metadata = self._measured(payload, limits, self._previews)
-        elif metadata is None:
-            metadata, _ = self._process(payload, limits, digest)
+        with self._guard:  # makes the processors, the cache and the decoder on first use
+            limits = self._limits(payload)
+            digest = self._digest(payload, limits)
+            cache, _ = self._cache, self._decoder
+        with self._turns[int(digest[:8], 16) % _TURNS]:
+            metadata = cache.metadata(digest)
+            if metadata is None and self._previews is not None and payload.kind == "image":
+                metadata = self._measured(payload, limits, self._previews)
+            elif metadata is None:
+                metadata, _ = self._process(payload, limits, digest)
         medium = ProcessedMedium(
             kind=payload.kind,
             digest=digest,
@@ -132,7 +142,8 @@ class Reader:
             timestamps=tuple(metadata["seconds"]),
             source=payload.without_data(),
         )
-        self._count(medium, payload)
+        with self._guard:
+            self._count(medium, payload)
         return medium
 
     def expand(self, text: str, media: Sequence[Medium]) -> str:

@@ -2,8 +2,8 @@
 
 This file decides how long opening and decoding may take, and how the end of the process becomes the
 error of a row: FFmpeg is a large decoder of files from anywhere, so a file that makes it loop,
-crash or take all memory must cost one row and not the run. One process serves all videos of a
-reader; after it was ended, the next video starts another one. `video_worker` is the process,
+crash or take all memory must cost one row and not the run. A process serves all videos of a thread;
+after it was ended, the next video starts another one. `video_worker` is the process,
 `videos` selects and resizes the frames.
 
 - ``QC-VISION-035`` the decoder crashed.
@@ -44,6 +44,7 @@ BOUNDS = Bounds()
 SECONDS = 60.0  #: to open or decode any video
 BYTES_PER_SECOND = 4e6  #: that opening reads at least, beyond `SECONDS`
 PIXELS_PER_SECOND = 1e7  #: that decoding yields at least, beyond `SECONDS`
+PROCESSES: Final = 4  #: at once; each may take the memory that a video may
 _START_SECONDS: Final = 60.0  # until the process is up
 _WORKER: Final = Path(__file__).with_name("video_worker.py")
 _KEPT: Final = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # of the environment
@@ -52,11 +53,11 @@ _ENVIRONMENT: Final = {"MALLOC_ARENA_MAX": "2", "OPENBLAS_NUM_THREADS": "1", "OM
 
 
 class Decoder:
-    """Decodes videos in a process that is started on first use; threads take turns."""
+    """Decodes videos in processes that are started on first use, one for each thread at most."""
 
     def __init__(self) -> None:
-        self._process: _Process | None = None
-        self._turn = threading.Lock()
+        self._idle: list[_Process] = []
+        self._turns = threading.BoundedSemaphore(PROCESSES)
 
     @contextmanager
     def open(self, file: BinaryIO) -> Iterator[Video]:
@@ -66,23 +67,29 @@ class Decoder:
             RowError: ``QC-VISION-028``, ``-030``, ``-031``, ``-033`` to ``-036``, ``-039``,
                 ``-046``.
         """
-        with self._turn, _descriptor(file) as descriptor:
+        with self._turns, _descriptor(file) as descriptor:
             process = self._started()
-            seconds = SECONDS + os.fstat(descriptor).st_size / BYTES_PER_SECOND
-            process.send({"bounds": asdict(BOUNDS), "seconds": seconds}, seconds, descriptor)
-            video = Video(process, process.answer())
             try:
-                yield video
-            except BaseException:
-                process.close()  # frames may be left in the socket
-                raise
-            process.send({}, SECONDS)
+                seconds = SECONDS + os.fstat(descriptor).st_size / BYTES_PER_SECOND
+                process.send({"bounds": asdict(BOUNDS), "seconds": seconds}, seconds, descriptor)
+                video = Video(process, process.answer())
+                try:
+                    yield video
+                except BaseException:
+                    process.close()  # frames may be left in the socket
+                    raise
+                process.send({}, SECONDS)
+            finally:
+                self._idle.append(process)
 
     def _started(self) -> _Process:
-        if self._process is None or not self._process.usable:
-            self._process = _Process()
-            weakref.finalize(self, self._process.close)
-        return self._process
+        """A process that decodes nothing; those that have ended are dropped."""
+        while self._idle:
+            if (process := self._idle.pop()).usable:
+                return process
+        process = _Process()
+        weakref.finalize(self, process.close)
+        return process
 
 
 class Video:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..api.parameters import Kind, Region
 from ..checkpoint.checkpoint import Header
-from ..errors import InputError
+from ..errors import InputError, NumericError
 from ..nn.load import DTYPES, as_bytes, read_exact
 from .changes import Pair, Piece, Replacement
 from .peft_names import Adapter
@@ -76,19 +76,8 @@ class Deltas:
         self._by_expert = {n: _by_expert(p) for n, p in self.pairs.items() if not p.is_peft}
         with one_thread():
             for pair in self.pairs.values():
-                for header in pair.headers:
-                    # A module may cover several weights, so that they have a matrix in common.
-                    if header not in self._values:
-                        self._values[header] = self._read(header)
                 for piece in pair.pieces:
-                    if piece.older:
-                        a, b = self._values[piece.a], self._values[piece.b]
-                        newer = _as_newer(pair.tensor.shape[0], piece.r, a, b)
-                        self._values[piece.a], self._values[piece.b] = newer
-                    if piece.embedding:
-                        a, b = self._values[piece.a], self._values[piece.b]
-                        turned = b.t().contiguous(), a.t().contiguous()
-                        self._values[piece.a], self._values[piece.b] = turned
+                    self._take(piece, pair.tensor.shape[0])
         self._replaced = {
             name: ReplacedValues(self._path, change)
             for name, change in adapter.changes.items()
@@ -99,6 +88,23 @@ class Deltas:
             for name, pair in self.pairs.items()
             if pair.under is not None
         }
+
+    def _take(self, piece: Piece, experts: int) -> None:
+        """Read the matrices of a piece, in the layout of `Piece`.
+
+        Several weights may have them in common; they are read and rearranged once.
+        """
+        new = [header for header in piece.headers if header not in self._values]
+        for header in new:
+            self._values[header] = self._read(header)
+        if piece.a not in new:
+            return
+        a, b = self._values[piece.a], self._values[piece.b]
+        if piece.older:
+            a, b = _as_newer(experts, piece.r, a, b)
+        if piece.embedding:
+            a, b = b.t().contiguous(), a.t().contiguous()
+        self._values[piece.a], self._values[piece.b] = a, b
 
     def _read(self, header: Header) -> Tensor:
         """Read a tensor of the adapter, float32."""
@@ -168,6 +174,7 @@ class Deltas:
 
         Raises:
             InputError: ``QC-MERGE-012`` the region cuts the rows of a weight with DoRA.
+            NumericError: ``QC-MERGE-003`` a row with DoRA is 0.
         """
         weight = weight.view([part.stop - part.start for part in region])
         if name in self._replaced:
@@ -188,6 +195,7 @@ class Deltas:
                 total = torch.addmm(base, b[at : at + step], a, alpha=self._scaling[name])
                 if magnitude is not None:
                     norm = torch.linalg.vector_norm(total, dim=1, keepdim=True)
+                    self._check_norms(name, norm, first)
                     total *= magnitude[at : at + step] / norm
                 yield view, total
 
@@ -221,6 +229,20 @@ class Deltas:
                 fix="save the base with whole weights, with transformers' save_pretrained",
             )
         return magnitude[rows].double()[:, None]
+
+    def _check_norms(self, name: str, norms: Tensor, first: int) -> None:
+        """Refuse a row without a direction: PEFT divides its magnitude by 0."""
+        if bool(norms.all()):
+            return
+        raise NumericError(
+            "QC-MERGE-003",
+            "has DoRA on a row that is 0 in base + adapter, so that it cannot be scaled",
+            file=self._path,
+            field=name,
+            found=f"row {first + int((norms == 0).flatten().nonzero()[0])}",
+            expected="rows that are not 0",
+            fix="name the base that the adapter was trained on, or train without DoRA here",
+        )
 
     def _matrices(self, name: str, number: int | None) -> tuple[Tensor, Tensor]:
         """Return ``A [r, in]`` and ``B [out, r]`` of a weight, or of one expert of a stack.

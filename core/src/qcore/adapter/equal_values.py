@@ -29,9 +29,11 @@ def equal_values(
         header: the tensor.
         checkpoint: the base.
         layout: its layout.
-        name: canonical name of the weight.
+        name: canonical name of the weight, which the base may lack.
     """
-    item = layout.located[name]
+    item = layout.located.get(name)
+    if item is None:
+        return False
     if item.tied is not None:
         item = layout.located[item.tied]
     if header.shape != item.tensor.shape or header.dtype not in DTYPES or item.dtype not in DTYPES:

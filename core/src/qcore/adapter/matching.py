@@ -245,8 +245,8 @@ class Matcher:
         shapes = (
             part_shapes(tensor, piece, r, a, b) if part else peft_shapes(tensor, r, older=older)
         )
-        self._check_header(a, shapes["A"])
-        self._check_header(b, shapes["B"])
+        self._findings.check_tensor(a, shapes["A"], rank_dim=-2)
+        self._findings.check_tensor(b, shapes["B"], rank_dim=-1)
         return Piece(
             a=a, b=b, r=r, scaling=scaling,
             rows=piece.rows and slice(*piece.rows), source=piece.source and slice(*piece.source),
@@ -259,27 +259,6 @@ class Matcher:
         r = int(self.numbers.value("rank_pattern", module, self.config["r"]))
         alpha = self.numbers.value("alpha_pattern", module, self.config["lora_alpha"])
         return r, alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)
-
-    def _check_header(self, header: Header, shape: tuple[int, ...]) -> None:
-        """Check the shape and dtype of a tensor of the adapter."""
-        if header.shape != shape:
-            self._findings.problem(
-                "QC-ADAPTER-007",
-                "has the wrong shape",
-                header.name,
-                found=list(header.shape),
-                expected=list(shape),
-                fix="name the base that the adapter was trained on",
-            )
-        if header.dtype not in ("F32", "F16", "BF16", "F64"):
-            self._findings.problem(
-                "QC-ADAPTER-007",
-                "is not floating point",
-                header.name,
-                found=header.dtype,
-                expected="F32",
-                fix="export the adapter again",
-            )
 
     def _magnitude(
         self, tensor: TableTensor, piece: AdapterPiece, b: Header, used: set[str]
@@ -302,7 +281,7 @@ class Matcher:
                 name, fix=WITH_PEFT,
             )  # fmt: skip
             return None
-        self._check_header(self.headers[name], b.shape[:1])
+        self._findings.check_tensor(self.headers[name], b.shape[:1])
         return self.headers[name]
 
     def _check_magnitude(self, pair: Pair) -> None:

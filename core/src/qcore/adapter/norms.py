@@ -47,7 +47,7 @@ def delta_norm(folder: Path, pair: FilePair) -> float | None:
     """
     if pair.scaling is None:
         return None
-    square = sum(_square(a, b) for a, b in _experts(folder, pair))
+    square = sum(square_of_product(a, b) for a, b in _experts(folder, pair))
     return abs(pair.scaling) * math.sqrt(square)
 
 
@@ -67,7 +67,7 @@ def difference_norm(one: Path, mine: FilePair, other: Path, theirs: FilePair) ->
     for (a, b), (c, d) in zip(_experts(one, mine), _experts(other, theirs), strict=True):
         rows = torch.cat([a, c], dim=1)
         columns = torch.cat([mine.scaling * b, -theirs.scaling * d], dim=2)
-        square += _square(rows, columns)
+        square += square_of_product(rows, columns)
     return math.sqrt(square)
 
 
@@ -87,6 +87,11 @@ def _experts(folder: Path, pair: FilePair) -> Iterator[tuple[Tensor, Tensor]]:
         yield a[at : at + _EXPERTS].double(), b[at : at + _EXPERTS].double()
 
 
-def _square(a: Tensor, b: Tensor) -> float:
-    """Return the sum of squares of ``b @ a``, not below zero."""
+def square_of_product(a: Tensor, b: Tensor) -> float:
+    """Return the sum of squares of ``b @ a``, not below zero.
+
+    Args:
+        a: ``[..., r, in]``.
+        b: ``[..., out, r]``.
+    """
     return max(0.0, float(((a @ a.mT) * (b.mT @ b)).sum()))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from ..api.parameters import Aim, Kind, Table
 from ..checkpoint.layout import Layout
 from ..config.settings import Settings
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 from ..nn.model import Model
 from ..nn.qlora.lora_layer import Lora
 from .number_patterns import NumberPatterns
@@ -164,13 +164,15 @@ def _check_names(
     for name in names:
         if name not in allowed:
             words = "is not a LoRA group of this model"
+            near = nearest(name.lower(), allowed)
+            hint = f"did you mean {near}? Otherwise " if near else ""
             raise UsageError(
                 "QC-LORA-001",
                 words if field == "target_groups" else "is not a LoRA group of this run",
                 field=field,
                 found=name,
                 expected=", ".join(allowed),
-                fix=f"name groups among {', '.join(allowed)}{more if owned_by_none else ''}",
+                fix=f"{hint}name groups among {', '.join(allowed)}{more if owned_by_none else ''}",
             )
 
 

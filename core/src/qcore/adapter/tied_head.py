@@ -7,12 +7,15 @@ both have the same matrices or values. Where the two differ, the model is untied
 head is written as a tensor of its own. PEFT's ``merge_and_unload`` adds both changes to the one
 weight, which is not what the adapter computes. It imports no torch.
 
+Several adapters: if one of them unties the model, the head gets the changes of the others as a
+tensor of its own.
+
 Code: ``QC-ADAPTER-005`` the two changes contradict each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,6 +23,7 @@ from ..api.parameters import Tensor as TableTensor
 from ..checkpoint.layout import Layout
 from .changes import Change, Pair, Replacement
 from .findings import Findings
+from .peft_names import Adapter
 
 #: Whether two changes have the same effect on weights with the same values.
 Same = Callable[[Change, Change], bool]
@@ -78,6 +82,32 @@ def settle_tie(
     if mine is not None and embedding is not None and same is not None and same(embedding, mine):
         return Settled({name: c for name, c in changes.items() if name != head.name})
     return Settled({**changes, **({} if mine is None else {head.name: mine})}, untied=True)
+
+
+def untied_together(adapters: Sequence[Adapter], layout: Layout) -> list[Adapter]:
+    """Return the adapters of a sum, all untied if one is.
+
+    Args:
+        adapters: adapters that were read for the base.
+        layout: the base.
+    """
+    head = next((t for t in layout.table if t.row.group == "head" and t.row.tie), None)
+    if head is None or head.row.tie is None or not any(own.untied for own in adapters):
+        return [*adapters]
+    together = []
+    for own in adapters:
+        change = None if own.untied else own.changes.get(head.row.tie)
+        if change is not None:
+            own = replace(own, changes={**own.changes, head.name: _moved(change, head)})
+        together.append(replace(own, untied=True))
+    return together
+
+
+def _moved(change: Change, tensor: TableTensor) -> Change:
+    """Return the change of another weight with the same values."""
+    if isinstance(change, Pair) and change.under is not None:
+        return replace(change, tensor=tensor, under=replace(change.under, tensor=tensor))
+    return replace(change, tensor=tensor)
 
 
 def _shared(change: Change | None) -> Replacement | None:

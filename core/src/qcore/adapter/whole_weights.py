@@ -32,7 +32,6 @@ Equal = Callable[[Header, str], bool]
 Numbers = Callable[[str], tuple[int, float]]
 
 _PREFIX = "base_model.model."
-_FLOATS = ("F32", "F16", "BF16", "F64")
 WITH_PEFT = (
     "merge it with stock transformers and PEFT (PeftModel.from_pretrained, merge_and_unload, "
     "save_pretrained)"
@@ -185,7 +184,7 @@ class WholeWeights:
             cause = f"is a saved copy of {tensor.name}, in a part that qcore does not run"
             self._refuse(header, cause, WITH_PEFT)
             return None
-        fits = self._check(header, tensor.shape)
+        fits = self._findings.check_tensor(header, tensor.shape)
         saved = self.config.get("modules_to_save") or []
         module = f".{header.name.removeprefix(_PREFIX)}"
         shared = not any(f".{name}." in module for name in saved)
@@ -208,7 +207,7 @@ class WholeWeights:
                 expected=f"ids below {tensor.shape[0]}", fix=_ANOTHER,
             )  # fmt: skip
             return None
-        if not self._check(header, (len(rows), *tensor.shape[1:])):
+        if not self._findings.check_tensor(header, (len(rows), *tensor.shape[1:])):
             return None
         return Replacement(
             tensor=tensor, values=header, rows=rows, shared=tensor.row.group == "embed"
@@ -245,7 +244,11 @@ class WholeWeights:
         r, scaling = self.numbers(self._module(tensor))
         rows, width = tensor.shape
         shapes = ((r, rows), (width, r)) if embedding else ((r, width), (rows, r))
-        if not all([self._check(a, shapes[0]), self._check(b, shapes[1])]):
+        right = [
+            self._findings.check_tensor(header, shape, rank_dim=dim)
+            for header, shape, dim in zip((a, b), shapes, (-2, -1), strict=True)
+        ]
+        if not all(right):
             return None
         piece = Piece(a=a, b=b, r=r, scaling=scaling, embedding=embedding)
         whole = self._with_magnitude(tensor, piece, own)
@@ -266,27 +269,12 @@ class WholeWeights:
             what = "the columns of the embedding" if piece.embedding else "saved values"
             self._refuse(magnitude.header, f"is DoRA over {what}, which qcore does not merge", None)
             return None
-        if not self._check(magnitude.header, tensor.shape[:1]):
+        if not self._findings.check_tensor(magnitude.header, tensor.shape[:1]):
             return None
         return replace(piece, magnitude=magnitude.header)
 
     def _module(self, tensor: TableTensor) -> str:
         return spell(tensor, self.namespace).removesuffix(".weight")
-
-    def _check(self, header: Header, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor has a shape, and floating-point values."""
-        right = (header.shape == shape, header.dtype in _FLOATS)
-        if not right[0]:
-            self._findings.problem(
-                "QC-ADAPTER-007", "has the wrong shape", header.name,
-                found=list(header.shape), expected=list(shape), fix=_ANOTHER,
-            )  # fmt: skip
-        if not right[1]:
-            self._findings.problem(
-                "QC-ADAPTER-007", "is not floating point", header.name,
-                found=header.dtype, expected="F32", fix="export the adapter again",
-            )  # fmt: skip
-        return all(right)
 
     def _refuse(self, header: Header, cause: str, fix: str | None) -> None:
         """Record a tensor that is not merged; by default, PEFT merges it, on an untied base."""

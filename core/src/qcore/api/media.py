@@ -266,3 +266,15 @@ class MeasuringReader(MediaReader, Protocol):
                 none.
         """
         ...
+
+
+class ConcurrentReader(MediaReader, Protocol):
+    """A `MediaReader` that says whether several threads may call `read` at once.
+
+    A reader without this attribute is called by one thread at a time.
+    """
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether they may."""
+        ...

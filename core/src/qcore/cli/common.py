@@ -65,11 +65,15 @@ def fail(error: QcoreError, *, as_json: bool) -> int:
     if as_json:
         emit({"error": error.as_json()})
         return error.exit_code
-    errors = error.errors if isinstance(error, PreflightError) else (error,)
-    for each in errors:
-        fix = f". Fix: {each.fix}" if each.fix else ""
-        click.echo(f"error[{each.code}] {each.message}{fix}", err=True)
+    for each in error.errors if isinstance(error, PreflightError) else (error,):
+        click.echo(line_of(each), err=True)
     return error.exit_code
+
+
+def line_of(error: QcoreError) -> str:
+    """An error as one line."""
+    fix = f". Fix: {error.fix}" if error.fix else ""
+    return f"error[{error.code}] {error.message}{fix}"
 
 
 def check_text(arguments: list[str]) -> None:

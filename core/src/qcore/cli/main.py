@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from ..errors import InputError, QcoreError, Stopped
+from ..io.entry_points import check_disabled
 from ..io.version import __version__
 from .common import check_repeats, check_text, debugging, fail, wants_json
 from .output import OutputError, exit_status
@@ -71,6 +72,9 @@ class Verbs(click.Group):
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise click.UsageError(f"No such command '{args[0]}'.{hint}", ctx)
         name, command, rest = super().resolve_command(ctx, args)
+        # `plugins` and `doctor` say themselves what is wrong with the plugins.
+        if not ctx.resilient_parsing and name not in ("plugins", "doctor"):
+            check_disabled()
         if not (command is None or isinstance(command, PluginCommand) or ctx.resilient_parsing):
             check_repeats(command, name, rest, ctx)
         return name, command, rest
@@ -102,7 +106,7 @@ def _run(arguments: list[str]) -> int:
     """The exit status of a verb.
 
     Raises:
-        OutputError: standard output or error cannot be written.
+        OutputError: standard output cannot be written.
     """
     try:
         check_text(arguments)
@@ -113,17 +117,25 @@ def _run(arguments: list[str]) -> int:
             import traceback
 
             traceback.print_exc()
-        return fail(error, as_json=wants_json(arguments))
+        return _failed(error, arguments)
     except click.ClickException as error:
         return _usage(error, arguments)
     except (click.Abort, KeyboardInterrupt):
         stopped = Stopped("QC-CLI-005", "interrupted", fix="run the command again")
-        return fail(stopped, as_json=wants_json(arguments))
+        return _failed(stopped, arguments)
     except OutputError:
         raise
     except OSError as error:
-        return fail(_unusable(error), as_json=wants_json(arguments))
+        return _failed(_unusable(error), arguments)
     return status if isinstance(status, int) else 0
+
+
+def _failed(error: QcoreError, arguments: list[str]) -> int:
+    """Print an error, on standard error if standard output does not take its JSON."""
+    try:
+        return fail(error, as_json=wants_json(arguments))
+    except OutputError:
+        return fail(error, as_json=False)
 
 
 def _unusable(error: OSError) -> QcoreError:
@@ -138,12 +150,30 @@ def _unusable(error: OSError) -> QcoreError:
 
 
 def _usage(error: click.ClickException, arguments: list[str]) -> int:
+    """Print what click refuses; of a group without a command, its help."""
     from ..errors import UsageError
 
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.format_message(), err=True)
+        return UsageError.exit_code
     context = getattr(error, "ctx", None)
     fix = f"see {context.command_path} --help" if context else "see qcore --help"
-    wrong = UsageError("QC-CLI-001", error.format_message().rstrip("."), fix=fix)
-    return fail(wrong, as_json=wants_json(arguments))
+    what = error.format_message()
+    if isinstance(error, click.NoSuchOption) and context is not None:
+        key = _setting(error.option_name, context.command, near=not error.possibilities)
+        if key is not None:
+            what, fix = error.message, f"write --set {key}=VALUE"
+    wrong = UsageError("QC-CLI-001", what.rstrip("."), fix=fix)
+    return _failed(wrong, arguments)
+
+
+def _setting(option: str, command: click.Command, *, near: bool) -> str | None:
+    """The setting that an unknown option means, for a command that takes ``--set``."""
+    if not any("--set" in parameter.opts for parameter in command.params):
+        return None
+    from ..config.settings import meant
+
+    return meant(option.lstrip("-").replace("-", "_"), near=near)
 
 
 def _internal(kind: type[BaseException], value: BaseException, trace: object) -> None:
@@ -153,4 +183,4 @@ def _internal(kind: type[BaseException], value: BaseException, trace: object) ->
         return
     text = f"{kind.__name__}: {value}"
     defect = QcoreError("QC-INTERNAL-001", text, fix="run with --debug and report it")
-    fail(defect, as_json=wants_json(sys.argv[1:]))
+    _failed(defect, sys.argv[1:])

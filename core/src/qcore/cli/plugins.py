@@ -21,6 +21,7 @@ def command() -> None:
 @debug_option
 def list_plugins(as_json: bool) -> None:
     """List the installed plugins by their metadata; none is imported."""
+    from ..io.entry_points import DISABLE, unknown_disabled
     from ..plugins.manager import Plugins
 
     rows = [
@@ -39,6 +40,9 @@ def list_plugins(as_json: bool) -> None:
         return
     if not rows:
         click.echo("no plugin is installed; for example: pip install qcore-<model>")
+    for name, near in unknown_disabled():
+        hint = f"; did you mean {near}?" if near else ""
+        click.echo(f"{DISABLE} names {name}, which is not installed{hint}", err=True)
     width = max((len(row["name"] or "") for row in rows), default=0)
     for row in rows:
         reason = f"  {row['reason']}" if row["reason"] else ""

@@ -28,10 +28,12 @@ from ..reporting import (
     ProgressEnded,
     ProgressStarted,
     Reporter,
+    SinkClosed,
     Step,
     Table,
     WarningNote,
 )
+from .output import lost
 
 _EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -52,7 +54,17 @@ class TerminalSink:
         self._waiting: list[str] | None = None if self.console.is_terminal else []
 
     def handle(self, event: Event, /) -> None:
-        """Draw an event; those that have no form here are ignored."""
+        """Draw an event; those that have no form here are ignored.
+
+        Raises:
+            SinkClosed: standard error cannot be written.
+        """
+        self._draw(event)
+        if (reason := lost(self.console.file)) is not None:
+            self._stop_bar()
+            raise SinkClosed(f"progress is off: standard error cannot be written ({_of(reason)})")
+
+    def _draw(self, event: Event) -> None:
         match event:
             case Note(text=text):
                 self._line(text)
@@ -119,6 +131,10 @@ class TerminalSink:
         elif time.monotonic() - self._last_line > _EVERY or event.step == 1:
             self._last_line = time.monotonic()
             self._line(f"step {event.step}: {text}")
+
+
+def _of(reason: OSError) -> str:
+    return reason.strerror or str(reason)
 
 
 def _metrics(step: Step) -> str:

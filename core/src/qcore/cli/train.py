@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,9 @@ import click
 from click.core import ParameterSource
 
 from ..errors import UsageError
-from ..io.stop_signals import importing
+from ..io.stop_signals import StopSignals
 from .common import debug_option, emit, json_option, spoken
+from .output import leave_now, log, say_now
 
 if TYPE_CHECKING:
     from ..config.presets import Presets
@@ -92,35 +94,39 @@ def command(
     from ..config.presets import load_presets
     from .terminal import terminal_reporter
 
-    presets = load_presets()
-    flags: dict[str, tuple[str, str | int | None]] = {
-        "--adapter-class": ("adapter_class", adapter_class or None),
-        "--generation": ("generation", generation or None),
-    }
-    settings, origins = _settings(preset, config_file, sets, kernels, flags, presets)
-    reporter = terminal_reporter(quiet=as_json)
-    if model is None:
-        model, origin = _default_model(presets, preset, settings.generation)
-        reporter.note(f"model = {model} (from {origin})")
-    for key, origin in origins.items():
-        if origin != "default":
-            reporter.note(f"{key} = {getattr(settings, key)} (from {origin})")
+    # From here on: a scheduler's SIGUSR1 would end the process while torch is imported.
+    signals = StopSignals(
+        say=say_now, leave=partial(leave_now, as_json=as_json), output=1 if as_json else -1
+    )  # fmt: skip
+    with signals as stop:
+        presets = load_presets()
+        flags: dict[str, tuple[str, str | int | None]] = {
+            "--adapter-class": ("adapter_class", adapter_class or None),
+            "--generation": ("generation", generation or None),
+        }
+        settings, origins = _settings(preset, config_file, sets, kernels, flags, presets)
+        reporter = terminal_reporter(quiet=as_json)
+        if model is None:
+            model, origin = _default_model(presets, preset, settings.generation)
+            reporter.note(f"model = {model} (from {origin})")
+        for key, origin in origins.items():
+            if origin != "default":
+                reporter.note(f"{key} = {getattr(settings, key)} (from {origin})")
 
-    with importing():
         from ..training.train import train
 
-    with spoken(flags), _finished_run(output):
-        report = train(
-            model, data, output, settings,
-            eval_data=eval_data, data_format=data_format or "", media_root=media_root,
-            verify_data=verify_data, device=device, resume=resume, init_adapter=init_adapter,
-            trust_base=trust_base, trust_generation=trust_generation, origins=origins,
-            reporter=reporter,
-        )  # fmt: skip
+        with spoken(flags), _finished_run(output):
+            report = train(
+                model, data, output, settings,
+                eval_data=eval_data, data_format=data_format or "", media_root=media_root,
+                verify_data=verify_data, device=device, resume=resume, init_adapter=init_adapter,
+                trust_base=trust_base, trust_generation=trust_generation, origins=origins,
+                reporter=reporter, stop=stop,
+            )  # fmt: skip
     if as_json:
         emit(report.as_json())
         return
-    click.echo(_summary(report))
+    log(_summary(report))
 
 
 def _settings(

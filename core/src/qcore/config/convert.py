@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..errors import UsageError
+from ..errors import QcoreError, UsageError, collected, raise_all
 from .frozen_map import Entries, Plain
 from .settings import spec_of
 from .spec import Origin, Spec, Value, check
@@ -36,7 +36,7 @@ def settings_of(node: Node | None, source: object) -> dict[str, Value]:
         source: the file, for errors.
 
     Raises:
-        UsageError: ``QC-CONFIG-*``.
+        UsageError: ``QC-CONFIG-*``; several are one `PreflightError`.
     """
     if node is None:
         return {}
@@ -48,10 +48,13 @@ def settings_of(node: Node | None, source: object) -> dict[str, Value]:
             found=_describe(node),
             expected="lines of the form `key: value`",
         )
-    values = {}
+    values: dict[str, Value] = {}
+    problems: list[QcoreError] = []
     for key, value in node.entries.items():
         origin = Origin(file=source, field=key, line=value.line)
-        values[key] = convert(spec_of(key, origin), value, origin)
+        with collected(problems):
+            values[key] = convert(spec_of(key, origin), value, origin)
+    raise_all(problems)
     return values
 
 

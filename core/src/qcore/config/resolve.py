@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..errors import QcoreError, collected, raise_all
 from .convert import convert, convert_entries, settings_of
 from .frozen_map import Entries, Plain
 from .presets import Presets, load_presets
@@ -46,18 +47,24 @@ def load_settings(
         ``flag``; several of them for a merged mapping.
 
     Raises:
-        UsageError: an invalid setting; the error names source and key.
+        UsageError: an invalid setting; the error names source and key. Several, of all sources,
+            are one `PreflightError`.
         PluginError: the preset is in a broken file of a plugin.
     """
     values: dict[str, Value] = {}
     origins = dict.fromkeys(SPECS, "default")
+    problems: list[QcoreError] = []
     if preset is not None:
-        chosen = (presets or load_presets()).get(preset)
-        _join(values, origins, chosen.settings, f"preset {chosen.id}")
+        with collected(problems):
+            chosen = (presets or load_presets()).get(preset)
+            _join(values, origins, chosen.settings, f"preset {chosen.id}")
     if config_file is not None:
-        from_file = settings_of(read(config_file, flag="--config"), config_file)
-        _join(values, origins, from_file, "file")
-    _join(values, origins, parse_sets(sets, flags), "flag")
+        with collected(problems):
+            from_file = settings_of(read(config_file, flag="--config"), config_file)
+            _join(values, origins, from_file, "file")
+    with collected(problems):
+        _join(values, origins, parse_sets(sets, flags), "flag")
+    raise_all(problems)
     return Settings(**values), origins  # type: ignore[arg-type]  # each is checked against its own field
 
 
@@ -84,42 +91,54 @@ def parse_sets(
     name them.
 
     Raises:
-        UsageError: ``QC-CONFIG-*``; a key given twice is ``QC-CONFIG-005``.
+        UsageError: ``QC-CONFIG-*``; a key given twice is ``QC-CONFIG-005``. Several are one
+            `PreflightError`.
     """
     values: dict[str, Value] = {}
     given: set[str] = set()
-    for flag, key, text in (*_split(sets), *_given(flags or {})):
-        origin = Origin(field=flag)
-        name, dot, entry = key.partition(".")
-        # Only mappings have entries; for other settings a key with a dot is unknown.
-        spec = spec_of(name if dot and name in SPECS and SPECS[name].each else key, origin)
-        whole = values.get(spec.name)
-        if key in given or (dot and spec.name in given) or (spec.each and not dot and whole):
-            raise origin.error("QC-CONFIG-005", "is given twice", fix="keep one of them")
-        given.add(key)
-        if dot and spec.each:
-            node = _scalar_node(spec.entry, text)
-            more = convert_entries(spec, {entry: node}, replace(origin, field=f"--set {name}"))
-            values[spec.name] = Entries({**(whole if isinstance(whole, Entries) else {}), **more})
-        else:
-            values[spec.name] = convert(spec, _flag_node(spec, text), origin)
+    problems: list[QcoreError] = []
+    split: list[tuple[str, str, str]] = []
+    for item in sets:
+        with collected(problems):
+            split.append(_split(item))
+    for flag, key, text in (*split, *_given(flags or {})):
+        with collected(problems):
+            _set(values, given, flag, key, text)
+    raise_all(problems)
     return values
 
 
-def _split(sets: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield for each ``--set``: its name in errors, the key, the text."""
-    for item in sets:
-        key, equals, text = (part.strip() for part in item.partition("="))
-        if not key:
-            raise Origin(field="--set").error(
-                "QC-CONFIG-001", "names no setting", found=item[:60],
-                expected="--set key=value", fix="write the name of a setting before the =",
-            )  # fmt: skip
-        if not equals:
-            raise Origin(field=f"--set {key}").error(
-                "QC-CONFIG-006", "has no value", expected="--set key=value"
-            )
-        yield f"--set {key}", key, text
+def _set(values: dict[str, Value], given: set[str], flag: str, key: str, text: str) -> None:
+    """Add the value of one flag to `values`, and its key to `given`."""
+    origin = Origin(field=flag)
+    name, dot, entry = key.partition(".")
+    # Only mappings have entries; for other settings a key with a dot is unknown.
+    spec = spec_of(name if dot and name in SPECS and SPECS[name].each else key, origin)
+    whole = values.get(spec.name)
+    if key in given or (dot and spec.name in given) or (spec.each and not dot and whole):
+        raise origin.error("QC-CONFIG-005", "is given twice", fix="keep one of them")
+    given.add(key)
+    if dot and spec.each:
+        node = _scalar_node(spec.entry, text)
+        more = convert_entries(spec, {entry: node}, replace(origin, field=f"--set {name}"))
+        values[spec.name] = Entries({**(whole if isinstance(whole, Entries) else {}), **more})
+    else:
+        values[spec.name] = convert(spec, _flag_node(spec, text), origin)
+
+
+def _split(item: str) -> tuple[str, str, str]:
+    """Return of one ``--set``: its name in errors, the key, the text."""
+    key, equals, text = (part.strip() for part in item.partition("="))
+    if not key:
+        raise Origin(field="--set").error(
+            "QC-CONFIG-001", "names no setting", found=item[:60],
+            expected="--set key=value", fix="write the name of a setting before the =",
+        )  # fmt: skip
+    if not equals:
+        raise Origin(field=f"--set {key}").error(
+            "QC-CONFIG-006", "has no value", expected="--set key=value"
+        )
+    return f"--set {key}", key, text
 
 
 def _given(

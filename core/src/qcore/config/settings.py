@@ -149,6 +149,12 @@ class Settings:
         "publish an adapter whose run ended above its first loss or at ln(vocabulary), or that "
         "is too small to change a weight",
     )
+    grace_seconds: float = _s(
+        30.0,
+        "seconds in which a run that a signal stops may end: a step that would take longer is "
+        "abandoned for the checkpoint before it",
+        low=1, high=86400,
+    )  # fmt: skip
     logging_steps: int = _s(1, "optimizer steps between log entries", low=1, high=10**9)
     eval_fraction: float = _s(0.0, "fraction of the rows held out for evaluation", low=0, high=0.5)
     eval_steps: int = _s(
@@ -307,6 +313,13 @@ _OTHER_WORDS = {
     "load_best_model_at_end": "load_best_at_end",
     "clip_grad": "max_grad_norm",
 }
+
+
+def meant(key: str, *, near: bool) -> str | None:
+    """The setting that a key means, also by its name in another tool or, if `near`, with a typo."""
+    if key in SPECS:
+        return key
+    return _OTHER_WORDS.get(key) or (nearest(key.lower(), SPECS, cutoff=0.75) if near else None)
 
 
 def spec_of(key: str, origin: Origin) -> Spec:

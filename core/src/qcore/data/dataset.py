@@ -21,11 +21,12 @@ import numpy as np
 
 from ..api.records import ChatFormat
 from ..checkpoint.checkpoint import required_template
+from ..checkpoint.identity import Identity
 from ..checkpoint.tokenizer import load_tokenizer
 from ..errors import InputError
 from ..reporting import Reporter
 from .findings import Findings
-from .identity import Identity, data_identity
+from .identity import data_identity
 from .policies import Policies
 from .rejects import REJECTED, Rejects
 from .rendering.chat_record import ChatRecord

@@ -15,10 +15,8 @@ file name, ``-009`` a file is written twice, ``-010`` the run folder is in use
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Collection, Iterator
@@ -42,7 +40,9 @@ from .atomic import (
     writing,
 )
 from .folder_check import Report, verify
+from .leftovers import ATTEMPTS, OLD, hidden, new_folder, sweep
 from .manifest import MANIFEST, FileEntry, Manifest, read_manifest, unsafe
+from .output_place import check_place
 from .stream import Stream
 from .version import __version__
 
@@ -190,7 +190,7 @@ def check_target(path: Path | str, *, overwrite: bool = False, need_bytes: int =
     Raises:
         WriteError: ``QC-WRITE-001`` the folder is not empty, ``-002`` the target is a file, a
             mount point or below a file, ``-005`` the folder is not writable, ``-007`` there is too
-            little free space.
+            little free space, ``-020`` the current folder, or a place inside a model or adapter.
     """
     shown, target = Path(path), Path(os.path.realpath(path))
     with writing(shown):
@@ -209,6 +209,7 @@ def check_target(path: Path | str, *, overwrite: bool = False, need_bytes: int =
             )
         if not os.access(parent, os.W_OK | os.X_OK):
             raise write_error(OSError(errno.EACCES, "not permitted"), parent)
+        check_place(shown, target)
         free = shutil.disk_usage(parent).free
     if free < need_bytes:
         raise WriteError(
@@ -259,30 +260,39 @@ def publish(
     """
     shown = Path(path)
     target = check_target(path, overwrite=overwrite, need_bytes=need_bytes)
-    with writing(shown.parent):
-        made = make_folders(target.parent)
-    temporary = target.parent / f".{target.name[:100]}.partial-{secrets.token_hex(8)}"
-    lock_fd = -1
+    temporary, lock_fd, made = _begin(target, shown)
     published = False
     try:
-        with writing(shown):
-            _sweep(target)
-            os.mkdir(temporary)
-            lock_fd = _lock_folder(temporary)
         writer = Writer(temporary, shown)
         yield writer
         _finish(writer, temporary, kind, shown)
         _install(temporary, target, shown, overwrite)
         published = True
-        with suppress(OSError):  # the target is published; the next publish deletes what is left
-            _sweep(target)
+        sweep(target)
     finally:
-        if lock_fd >= 0:
-            os.close(lock_fd)
+        os.close(lock_fd)
         if not published:
             with suppress(OSError):
                 delete(temporary)
             drop_folders(made)
+
+
+def _begin(target: Path, shown: Path) -> tuple[Path, int, list[Path]]:
+    """Create the temporary folder; also returns its lock, and the parents that were created."""
+    made: list[Path] = []
+    sweep(target)  # first: it may free the space that the new folder needs
+    for attempt in range(ATTEMPTS):
+        with writing(shown.parent):
+            made += make_folders(target.parent)
+        try:
+            with writing(shown):
+                return *new_folder(target), made
+        except WriteError:
+            # Where a parent is gone, a run that failed beside this one has deleted it.
+            if target.parent.is_dir() or attempt == ATTEMPTS - 1:
+                drop_folders(made)
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _finish(writer: Writer, temporary: Path, kind: str, shown: Path) -> None:
@@ -315,7 +325,7 @@ def _install(temporary: Path, target: Path, shown: Path, overwrite: bool) -> Non
     renamed = False
     try:
         if overwrite and (target / MANIFEST).is_file():
-            aside = target.parent / f".{target.name[:100]}.old-{secrets.token_hex(8)}"
+            aside = hidden(target, OLD)
             os.rename(target, aside)
         else:
             was_empty_folder = target.is_dir()
@@ -334,31 +344,3 @@ def _install(temporary: Path, target: Path, shown: Path, overwrite: bool) -> Non
             what = "was filled by another process meanwhile"
             raise WriteError("QC-WRITE-001", what, file=shown, fix="name a new folder") from error
         raise write_error(error, shown) from error
-
-
-def _lock_folder(folder: Path) -> int:
-    """Lock a temporary folder while this process lives, so that no other process deletes it."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    with suppress(OSError):  # no locks on this file system: then `_sweep` deletes nothing either
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return fd
-
-
-def _sweep(target: Path) -> None:
-    """Delete folders next to the target that killed runs left, and the replaced artifact.
-
-    A folder that a living process has locked stays. A replaced artifact stays as long as the
-    target does not exist.
-    """
-    stem = f".{target.name[:100]}."
-    for entry in list(os.scandir(target.parent)):
-        is_replaced = entry.name.startswith(f"{stem}old-") and (target / MANIFEST).is_file()
-        if not (entry.name.startswith(f"{stem}partial-") or is_replaced) or entry.is_symlink():
-            continue
-        with suppress(OSError):
-            fd = os.open(entry.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                delete(Path(entry.path))
-            finally:
-                os.close(fd)

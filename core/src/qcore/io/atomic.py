@@ -12,14 +12,19 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from ..errors import InputError, WriteError
+from .leftovers import ATTEMPTS, TRASH, delete, hidden, new_file, sweep
+
+__all__ = [
+    "CHUNK", "create", "delete", "drop_folders", "make_folders", "reading", "remove_tree",
+    "rewrite", "sync_folder", "write_all", "write_error", "writing",
+]  # fmt: skip
 
 CHUNK: Final = 4 << 20  # bytes read and hashed at a time
 
@@ -96,7 +101,7 @@ def create(path: Path) -> int:
 
 
 def rewrite(path: Path, chunks: Iterable[bytes]) -> None:
-    """Replace a file atomically.
+    """Replace a file atomically; any number of processes may do so at the same time.
 
     Args:
         path: the file; it need not exist.
@@ -105,18 +110,21 @@ def rewrite(path: Path, chunks: Iterable[bytes]) -> None:
     Raises:
         WriteError: ``QC-WRITE-003`` to ``-006``; the file is unchanged.
     """
-    fresh = path.with_name(f"{path.name}.new")
+    sweep(path)
     with writing(path):
-        if fresh.exists():  # left by a run that was killed here
-            os.unlink(fresh)
-        fd = create(fresh)
+        fresh, fd = new_file(path)
         try:
-            for chunk in chunks:
-                write_all(fd, memoryview(chunk))
-            os.fsync(fd)
+            try:
+                for chunk in chunks:
+                    write_all(fd, memoryview(chunk))
+                os.fsync(fd)
+                os.replace(fresh, path)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(fresh)
+                raise
         finally:
             os.close(fd)
-        os.replace(fresh, path)
         sync_folder(path.parent)
 
 
@@ -135,6 +143,13 @@ def make_folders(path: Path) -> list[Path]:
     Returns:
         The folders that were created, outermost first.
     """
+    for _ in range(ATTEMPTS):
+        with suppress(FileNotFoundError):  # another run deleted a parent that it had created
+            return _make_folders(path)
+    return _make_folders(path)
+
+
+def _make_folders(path: Path) -> list[Path]:
     missing: list[Path] = []
     while not path.is_dir():
         missing.append(path)
@@ -142,7 +157,12 @@ def make_folders(path: Path) -> list[Path]:
     created: list[Path] = []
     try:
         for folder in reversed(missing):
-            os.mkdir(folder)
+            try:
+                os.mkdir(folder)
+            except FileExistsError:  # another process created it meanwhile
+                if stat.S_ISDIR(os.stat(folder).st_mode):  # it may be deleted again
+                    continue
+                raise
             created.append(folder)
             sync_folder(folder.parent)
     except OSError:
@@ -160,30 +180,6 @@ def drop_folders(created: list[Path]) -> None:
             return
 
 
-def delete(path: Path) -> None:
-    """Delete a tree without following links.
-
-    It continues after a failure, to free as much space as possible, and raises the first error at
-    the end.
-    """
-    failed: OSError | None = None
-    try:
-        if not stat.S_ISDIR(os.lstat(path).st_mode):
-            os.unlink(path)
-            return
-        names = os.listdir(path)
-    except FileNotFoundError:
-        return
-    for name in names:
-        try:
-            delete(path / name)
-        except OSError as error:
-            failed = failed or error
-    if failed is not None:
-        raise failed
-    os.rmdir(path)
-
-
 def remove_tree(path: Path | str) -> None:
     """Delete a folder; under its name it is either complete or gone at any time.
 
@@ -191,7 +187,7 @@ def remove_tree(path: Path | str) -> None:
         WriteError: ``QC-WRITE-004`` to ``-006`` it cannot be renamed or deleted.
     """
     path = Path(path)
-    trash = path.with_name(f".{path.name[:100]}.trash-{secrets.token_hex(8)}")
+    trash = hidden(path, TRASH)
     with writing(path):
         try:
             os.rename(path, trash)

@@ -19,7 +19,7 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ..errors import Failure, contained
+from ..errors import Failure, UsageError, contained, nearest
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution, EntryPoint
@@ -233,6 +233,35 @@ def normal(name: str) -> str:
 def disabled_names() -> set[str]:
     """Return the normalized names of plugins or distributions in `DISABLE`."""
     return {normal(name) for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
+
+
+def unknown_disabled() -> list[tuple[str, str | None]]:
+    """Return the names in `DISABLE` that no installed plugin has, each with the nearest name."""
+    if not disabled_names():
+        return []
+    points, unreadable = read_points(group for group in GROUPS if group != INDEX)
+    identities = Identities()
+    known = {normal(entry.identity.distribution) for entry in unreadable}
+    for point in points:
+        known |= {normal(point.name), normal(identities[point].distribution)}
+    return [(name, nearest(name, sorted(known))) for name in sorted(disabled_names() - known)]
+
+
+def check_disabled() -> None:
+    """Refuse a name in `DISABLE` that is misspelled, so that its plugin would stay in use.
+
+    Raises:
+        UsageError: ``QC-PLUGIN-005``.
+    """
+    for name, near in unknown_disabled():
+        raise UsageError(
+            "QC-PLUGIN-005",
+            "names no installed plugin",
+            field=DISABLE,
+            found=name,
+            expected="names of plugins or distributions with commas, as qcore plugins list shows",
+            fix=f"write {near} if you mean it, or take {name} out" if near else f"take {name} out",
+        )
 
 
 def gate(identity: Identity) -> tuple[Status, str | None]:

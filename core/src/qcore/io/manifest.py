@@ -26,9 +26,9 @@ from typing import Any, Final
 from ..errors import InputError
 from . import strict_json
 from .atomic import reading
+from .leftovers import MANIFEST as MANIFEST
 from .safe_path import dangling_target, name_problem, stored_file
 
-MANIFEST: Final = "MANIFEST.json"
 FORMAT_VERSION: Final = 1
 MAX_BYTES: Final = 64 << 20
 _ZEROS: Final = "0" * 64

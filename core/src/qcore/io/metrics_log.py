@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 from ..reporting import plain
-from .atomic import create, reading, sync_folder, write_all, writing
+from .atomic import reading, rewrite, sync_folder, write_all, writing
 
 
 class MetricsLog:
     """``metrics.jsonl``: one JSON object per line.
 
     A written line survives the death of the process, because it is passed to the system at once.
-    The file is synced when it is closed, not at every line. An incomplete last line is dropped when
-    the log is opened again.
+    The file is synced before a checkpoint (`sync`) and when it is closed, not at every line. An
+    incomplete last line is dropped when the log is opened again.
 
     Args:
         path: path of the file; it need not exist.
@@ -69,21 +67,17 @@ class MetricsLog:
         with reading(self.path):
             lines = self.path.read_bytes().splitlines(keepends=True)
         content = b"".join(line for line in lines if _belongs_up_to(line, step))
-        fresh = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
-        with writing(self.path):
-            try:
-                fd = create(fresh)
-                try:
-                    write_all(fd, memoryview(content))
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-                os.replace(fresh, self.path)
-            except OSError:
-                with suppress(OSError):
-                    os.unlink(fresh)
-                raise
-            sync_folder(self.path.parent)
+        rewrite(self.path, [content])
+
+    def sync(self) -> None:
+        """Make the rows durable that were written so far: a checkpoint is about to claim them.
+
+        Raises:
+            WriteError: ``QC-WRITE-003`` to ``-006`` the system refused it.
+        """
+        if self._fd >= 0:
+            with writing(self.path):
+                os.fsync(self._fd)
 
     def close(self) -> None:
         """Sync and close the file; a later `write` opens it again."""
@@ -111,6 +105,8 @@ class MetricsLog:
                 end -= 1
             if end != size:
                 os.ftruncate(fd, end)
+            if not end:  # it may be new: its name is durable before a checkpoint claims its rows
+                sync_folder(self.path.parent)
         except OSError:
             os.close(fd)
             raise

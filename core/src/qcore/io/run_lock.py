@@ -2,7 +2,9 @@
 
 This file decides which process may write into a run folder. Unlike an artifact
 (`qcore.io.artifact`), a run folder grows during the run, so it has no manifest; anything inside it
-that must be complete is published there as an artifact.
+that must be complete is published there as an artifact. The package filelock is not used: it
+creates the folder itself, which fails while another run deletes it, it raises on a file system
+without locks, and it records no owner.
 
 Codes: ``QC-WRITE-003`` to ``-006`` from `qcore.io.atomic`, ``-010`` the folder is in use.
 """
@@ -20,9 +22,11 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from ..errors import WriteError
-from .atomic import write_all, writing
+from .atomic import make_folders, write_all, writing
+from .leftovers import ATTEMPTS, names
 
 LOCK: Final = ".qcore.lock"
+_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_LOCKS: Final = frozenset((errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL))
 
 
@@ -34,14 +38,21 @@ class Lock:
     stale if the owner ran in an earlier boot or its process is gone.
 
     Args:
-        folder: the run folder; it must exist.
+        folder: the run folder.
         name: name of the lock file.
+        create: create the folder if it does not exist, also where another run deletes it between
+            its creation and the lock.
+
+    Attributes:
+        created: the folders that were created, outermost first.
     """
 
-    def __init__(self, folder: Path | str, name: str = LOCK) -> None:
+    def __init__(self, folder: Path | str, name: str = LOCK, *, create: bool = False) -> None:
         self._path = Path(folder) / name
+        self._create = create
         self._fd = -1
         self._pid = 0
+        self.created: list[Path] = []
 
     def acquire(self) -> Self:
         """Take the lock.
@@ -50,16 +61,25 @@ class Lock:
             WriteError: ``QC-WRITE-010`` another run has the lock, ``-003`` to ``-006`` the lock
                 file cannot be written.
         """
-        with writing(self._path):
+        with writing(self._path.parent if self._create else self._path):
+            attempts = 0
             while self._fd < 0:
-                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-                fd = os.open(self._path, flags, 0o666)
+                if self._create:
+                    self.created += make_folders(self._path.parent)
                 try:
-                    if self._lock(fd) and self._still_named(fd):
+                    fd = os.open(self._path, _FLAGS, 0o666)
+                except FileNotFoundError:
+                    # Another run may have deleted the folder after it was created.
+                    if not self._create or (attempts := attempts + 1) > ATTEMPTS:
+                        raise
+                    continue
+                try:
+                    if self._lock(fd) and names(self._path, fd):
                         self._fd, self._pid, fd = fd, os.getpid(), -1
                 finally:
                     if fd >= 0:
                         os.close(fd)
+        with writing(self._path):
             try:
                 os.ftruncate(self._fd, 0)
                 write_all(self._fd, memoryview(json.dumps(_owner()).encode()))
@@ -73,9 +93,11 @@ class Lock:
         """Release the lock; does nothing if it was not acquired."""
         if self._fd < 0:
             return
-        if self._pid == os.getpid():  # a forked child must not release its parent's lock
+        # A forked child must not release its parent's lock. If the folder was deleted, the path may
+        # name the lock file of the run that created it again.
+        if self._pid == os.getpid() and names(self._path, self._fd):
             with suppress(OSError):
-                os.unlink(self._path)  # before the lock, so that a waiter notices (`_still_named`)
+                os.unlink(self._path)  # before the lock, so that a waiter notices (`names`)
         os.close(self._fd)
         self._fd = -1
 
@@ -98,15 +120,6 @@ class Lock:
                 raise self._in_use(_read_owner(fd)) from error
             raise
         return True
-
-    def _still_named(self, fd: int) -> bool:
-        """Whether the path still names the locked file, which its owner may have deleted."""
-        try:
-            named = os.stat(self._path, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        ours = os.fstat(fd)
-        return (named.st_ino, named.st_dev) == (ours.st_ino, ours.st_dev)
 
     def _in_use(self, owner: Mapping[str, Any] | None) -> WriteError:
         user = "another run"

@@ -28,6 +28,7 @@ from ..adapter.delta import Deltas, one_thread
 from ..adapter.evidence import read_for
 from ..adapter.locate import locate_adapter
 from ..adapter.named_base import base_name
+from ..adapter.norms import square_of_product
 from ..adapter.peft_names import CONFIG, Adapter
 from ..api.parameters import Kind
 from ..checkpoint.checkpoint import read_json, safe_file
@@ -36,7 +37,7 @@ from ..io.artifact import check_target, publish
 from ..plugins.resolve_model import Identified, identify
 from ..reporting import Finished, Reporter, RunStarted
 from .combined_folder import CombinedWeight, write_combined
-from .several import AdapterPart, prove_parts, read_adapters
+from .several import AdapterPart, by_expert, prove_parts, read_adapters
 
 #: Share of the matrices by which the file may differ beyond the error: both are float32.
 _ROUNDING = 1e-6
@@ -200,15 +201,15 @@ def _weight(pair: Pair, a: Tensor, b: Tensor, rank: int | None) -> CombinedWeigh
         b: ``[out, r]``; of experts ``[out, r E]``.
         rank: the rank to approximate with; ``None`` for the exact product.
     """
-    by_expert = [(x, pair.scaling * y) for x, y in _experts(pair, a, b)]
+    sides = [(x, pair.scaling * y) for x, y in by_expert(pair, a, b)]
     if rank is None:
-        norm = math.hypot(*(_norm(x, y) for x, y in by_expert))
-        made = [(x, y, 0.0) for x, y in by_expert]
+        norm = math.hypot(*(_norm(x, y) for x, y in sides))
+        made = [(x, y, 0.0) for x, y in sides]
         r = pair.r
     else:
         made, norms = [], []
         r = min(rank, pair.r, *pair.tensor.shape[-2:])
-        for x, y in by_expert:
+        for x, y in sides:
             x, y, own, error = _of_rank(x, y, r)
             made.append((x, y, error))
             norms.append(own)
@@ -227,20 +228,9 @@ def _weight(pair: Pair, a: Tensor, b: Tensor, rank: int | None) -> CombinedWeigh
     )
 
 
-def _experts(pair: Pair, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return A ``[r, in]`` and B ``[out, r]`` of each expert, or of the weight, in float64."""
-    a, b = a.double(), b.double()
-    if pair.tensor.row.kind is not Kind.EXPERTS:
-        return [(a, b)]
-    experts = pair.tensor.shape[0]
-    by_rank = b.view(len(b), -1, experts)
-    own = a.view(experts, -1, a.shape[1])
-    return [(own[number], by_rank[:, :, number]) for number in range(experts)]
-
-
 def _norm(a: Tensor, b: Tensor) -> float:
     """Return the Frobenius norm of ``B A`` without computing the product."""
-    return math.sqrt(max(0.0, float(((a @ a.T) * (b.T @ b)).sum())))
+    return math.sqrt(square_of_product(a, b))
 
 
 def _of_rank(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, float, float]:
@@ -273,12 +263,12 @@ def _check_written(
         raise _wrong(folder, name, "not the same weights", "the weights of the adapters")
     for name, weight in weights.items():
         pair, own = deltas.pairs[name], mine.pairs[name]
-        mine_by_expert = _experts(own, *mine.sides(name))
+        mine_by_expert = by_expert(own, *mine.sides(name))
         off = math.hypot(
             *(
                 _norm(torch.cat([a, x]), torch.cat([pair.scaling * b, -own.scaling * y], dim=1))
                 for (a, b), (x, y) in zip(
-                    _experts(pair, *deltas.sides(name)), mine_by_expert, strict=True
+                    by_expert(pair, *deltas.sides(name)), mine_by_expert, strict=True
                 )
             )
         )

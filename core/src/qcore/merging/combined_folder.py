@@ -28,6 +28,7 @@ from ..checkpoint.hub import TOKENIZER_FILES, public_source
 from ..io.artifact import Writer
 from ..nn.qlora.lora_layer import Lora
 from ..plugins.resolve_model import Identified, classes_of
+from .written_pairs import tensors_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +97,7 @@ def write_combined(
         layout, r=usual, lora_alpha=usual, lora_dropout=0.0, base=name, revision=revision,
         namespace=namespace, classes=classes,
     )  # fmt: skip
-    out.write_bytes(WEIGHTS, save(_tensors(weights, names), metadata={"format": "pt"}))
+    out.write_bytes(WEIGHTS, save(tensors_of(weights, names), metadata={"format": "pt"}))
     out.write_json(CONFIG, config, editable=DESCRIPTIVE)
     tokenizer = _tokenizer(adapters)
     for file in tokenizer.values():
@@ -134,15 +135,6 @@ def _namespace(
     touched = {base.layout.table[name].part.name for name in weights}
     name = asked or (own.pop() if len(own) == 1 else "")
     return choose_class(base.layout, touched, classes_of(base.checkpoint.config), name)
-
-
-def _tensors(weights: Mapping[str, CombinedWeight], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the matrices by their name in the adapter."""
-    tensors = {}
-    for name, weight in weights.items():
-        tensors[f"{names[name]}.lora_A.weight"] = weight.a
-        tensors[f"{names[name]}.lora_B.weight"] = weight.b
-    return tensors
 
 
 def _source(own: Weighted) -> dict[str, Any]:

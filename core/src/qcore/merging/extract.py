@@ -30,6 +30,7 @@ from ..nn.load import Slab, read_ahead, read_tensor
 from ..nn.qlora.lora_layer import Lora
 from ..plugins.resolve_model import Identified, identify
 from ..reporting import Finished, Reporter, RunStarted
+from .disk_rows import row_slices
 from .extracted_folder import ExtractedWeight, write_extracted
 from .low_rank import LowRank, low_rank
 
@@ -125,7 +126,8 @@ def extract(
 
     Raises:
         InputError: ``QC-EXTRACT-001`` to ``-003``.
-        NumericError: ``QC-LOAD-003`` a weight is not finite.
+        NumericError: ``QC-LOAD-003`` a weight is not finite, ``QC-MERGE-005`` the folder does not
+            hold the pairs when it is read again.
         QcoreError: what reading the checkpoints, and writing the folder, raises.
     """
     reporter = reporter or Reporter()
@@ -186,36 +188,40 @@ class _Differences:
     unchanged: int = 0
 
     def read(self, reporter: Reporter) -> None:
-        """Compare all tensors."""
-        layout = self.base.layout
-        names = {name for name in layout.located if not self._is_tied(layout, name)}
-        names |= {n for n in self.tuned.layout.located if not self._is_tied(self.tuned.layout, n)}
-        items = []
-        for name in layout.located:
-            if name in names and self._has_both(name) and not self._is_tied(layout, name):
-                items.append(layout.located[name])
-            elif name in names and self._is_tied(layout, name):
+        """Compare all tensors; those of the base that cannot be compared are only hashed."""
+        layout, theirs = self.base.layout, self.tuned.layout
+        items, compared = [], set()
+        for name, item in layout.located.items():
+            if not self._is_tied(layout, name):
+                items.append(item)
+                compared |= {name} if self._has_both(name) else set()
+            elif name in theirs.located and not self._is_tied(theirs, name):
                 self._compare_untied(name)
         items.sort(key=lambda item: (item.places[0].header.file, item.places[0].header.start))
         with reporter.progress("comparing checkpoints", len(items), "tensors") as advance:
             parts: list[LowRank] = []
             differs = False
             for slab in read_ahead(self.base.checkpoint, items):
-                name, other = slab.item.tensor.name, self._other(slab)
-                if self._is_lora(slab.item):
-                    delta = other.float() - slab.value.float()
-                    self._check_finite(name, delta)
-                    differs |= bool(delta.any())
-                    parts += self._approximated(delta, slab.item)
-                else:
-                    wide = torch.promote_types(other.dtype, slab.value.dtype)
-                    differs |= not torch.equal(other.to(wide), slab.value.to(wide))
+                name = slab.item.tensor.name
+                if name in compared:
+                    differs |= self._compare(slab, parts)
                 if slab.digest is not None:  # the last slab of its tensor
-                    self._add(slab.item, parts, differs)
+                    if name in compared:
+                        self._add(slab.item, parts, differs)
                     self.digests[name] = slab.digest
                     parts, differs = [], False
                     advance(1)
         self._compare_carried()
+
+    def _compare(self, slab: Slab, parts: list[LowRank]) -> bool:
+        """Whether a slab differs; adds its approximations to `parts` if LoRA can change it."""
+        other = self._other(slab)
+        if not self._is_lora(slab.item):
+            return not _equal(slab.value, other)
+        delta = other.float() - slab.value.float()
+        self._check_finite(slab.item.tensor.name, delta)
+        parts += self._approximated(delta, slab.item)
+        return bool(delta.any())
 
     def _is_tied(self, layout: Layout, name: str) -> bool:
         item = layout.located.get(name)
@@ -258,9 +264,12 @@ class _Differences:
         source = item.tied or self.base.layout.ties[name]
         own = self.base.layout.located[source]
         other = self.tuned.layout.located[name]
-        if own.tensor.shape != other.tensor.shape or not torch.equal(
-            read_tensor(self.base.checkpoint, own), read_tensor(self.tuned.checkpoint, other)
-        ):
+        same = own.tensor.shape == other.tensor.shape and all(
+            _equal(read_tensor(self.base.checkpoint, own, rows),
+                   read_tensor(self.tuned.checkpoint, other, rows))
+            for rows in row_slices(own)
+        )  # fmt: skip
+        if not same:
             self.left_out[name] = "tied in the base"
 
     def _check_finite(self, name: str, delta: Tensor) -> None:
@@ -318,6 +327,12 @@ class _Differences:
         self.left_out |= dict.fromkeys(theirs, "the base lacks it")
         extra = self.tuned.layout.located.keys() - self.base.layout.located.keys()
         self.left_out |= dict.fromkeys(sorted(extra), "the base lacks it")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether all values are equal, also in different dtypes."""
+    wide = torch.promote_types(one.dtype, other.dtype)
+    return torch.equal(one.to(wide), other.to(wide))
 
 
 def _same_bytes(one: Checkpoint, mine: Header, other: Checkpoint, theirs: Header) -> bool:

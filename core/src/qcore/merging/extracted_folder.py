@@ -27,6 +27,7 @@ from ..checkpoint.hub import TOKENIZER_FILES, public_source
 from ..io.artifact import publish
 from ..nn.qlora.lora_layer import Lora
 from ..plugins.resolve_model import Identified, classes_of
+from .written_pairs import check_read_back, tensors_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,7 @@ def write_extracted(
 
     Raises:
         UsageError: as `choose_class`.
+        NumericError: ``QC-MERGE-005`` the folder does not hold the pairs when it is read again.
         WriteError: as `publish`.
     """
     layout, checkpoint = base.layout, base.checkpoint
@@ -95,7 +97,7 @@ def write_extracted(
     )  # fmt: skip
     bound = {trunk_part(table).name, *touched}
     with publish(target, kind="adapter") as out:
-        out.write_bytes(WEIGHTS, save(_tensors(weights, names), metadata={"format": "pt"}))
+        out.write_bytes(WEIGHTS, save(tensors_of(weights, names), metadata={"format": "pt"}))
         out.write_json(CONFIG, config, editable=DESCRIPTIVE)
         tokenizer = _tokenizer_files(tuned.checkpoint)
         for name in tokenizer:
@@ -112,6 +114,7 @@ def write_extracted(
             tensors=own,
             result=dict(result),
         )
+        check_read_back(base, out.folder, weights)
 
 
 def _tokenizer_files(checkpoint: Checkpoint) -> list[str]:
@@ -133,12 +136,3 @@ def _card(
         made="extracted with qcore from a tuned checkpoint",
     )
     return model_card(card)
-
-
-def _tensors(weights: Mapping[str, ExtractedWeight], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the matrices by their name in the adapter."""
-    tensors = {}
-    for name, weight in weights.items():
-        tensors[f"{names[name]}.lora_A.weight"] = weight.a
-        tensors[f"{names[name]}.lora_B.weight"] = weight.b
-    return tensors

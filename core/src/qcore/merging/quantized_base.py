@@ -66,6 +66,7 @@ def refuse_targets(
 
     Raises:
         InputError: ``QC-MERGE-008``, ``QC-CKPT-008``; both name the first such weight.
+        UsageError: ``QC-MERGE-009`` `requantize`, and no such weight changes.
     """
     quantized = base.quantization
     if quantized is None or dequantize:
@@ -79,6 +80,13 @@ def refuse_targets(
     ]
     if places:
         raise _refused(base, quantized, min(places, key=lambda place: place.header.name), places)
+    if requantize and not any(place.scale for item in located for place in item.places):
+        raise _useless(
+            "--requantize",
+            "is given, and the adapter changes no weight in FP8",
+            f"{len(located)} changed weights, all in 16 bits or wider",
+            "leave it out: weights in FP8 keep their bytes",
+        )
 
 
 def quantized_place(item: Located) -> Place | None:

@@ -26,6 +26,8 @@ _LARGEST = 448.0  # of e4m3
 #: Shares of a value, and of the largest of its tensor, by which its rounding may move it: half a
 #: step of e4m3 and the rounding of scale and decoded value; half a step near zero.
 _NEAR, _ZERO = 2**-4 + 2**-7, 2**-18
+#: Share of values that may round to their other neighbor: float32 summed in another order.
+_TIES = 1e-5
 
 
 class Requantized(NamedTuple):
@@ -126,13 +128,29 @@ def _divided(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     return (weight / spread).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
 
 
-def is_requantized(value: Tensor, exact: Tensor) -> bool:
-    """Return whether decoded FP8 values are `exact`, rounded to 8-bit floats.
+def is_requantized(
+    value: Tensor, exact: Tensor, block: tuple[int, int], scale_dtype: torch.dtype
+) -> bool:
+    """Return whether decoded FP8 values are `exact`, rounded to 8-bit floats with its own scales.
+
+    Each must be near its exact value, and what these round to here must be the same but for ties:
+    values of the base are often as near as those of the sum.
 
     Args:
         value: decoded, in any float dtype.
-        exact: float32, before rounding.
+        exact: float32, before rounding; whole blocks.
+        block: rows and columns that share a scale.
+        scale_dtype: of the scales.
     """
+    if not is_near(value, exact):
+        return False
+    scales = block_scales(exact, block).to(scale_dtype)
+    again = dequantize(_divided(exact, scales, block), scales, block, value.dtype)
+    return int((again != value).sum()) <= 1 + value.numel() * _TIES
+
+
+def is_near(value: Tensor, exact: Tensor) -> bool:
+    """Return whether each value is as near as an 8-bit float can be."""
     size = exact.abs()
     return bool(((value.float() - exact).abs() <= size * _NEAR + size.max() * _ZERO).all())
 

@@ -23,9 +23,11 @@ def routes(layer: nn.Module) -> Iterator[list[Tensor]]:
         picked.append(inputs[1].chosen.sort(1).values)
 
     hooks = [m.register_forward_pre_hook(record) for m in layer.modules() if isinstance(m, Experts)]
-    yield picked
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield picked
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def moved(first: list[Tensor], second: list[Tensor]) -> Tensor | None:

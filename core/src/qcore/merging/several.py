@@ -27,6 +27,9 @@ from ..adapter.changes import Pair
 from ..adapter.combined import Weighted
 from ..adapter.delta import Deltas, one_thread
 from ..adapter.evidence import read_for
+from ..adapter.norms import square_of_product
+from ..adapter.peft_names import Adapter
+from ..adapter.tied_head import untied_together
 from ..api.parameters import Kind
 from ..errors import NumericError, UsageError
 from ..plugins.resolve_model import Identified
@@ -72,7 +75,8 @@ def read_adapters(
         trust_generation: accept such adapters if they name a base of another generation.
 
     Raises:
-        UsageError: ``QC-ADAPTER-019`` no adapter, or a weight that is 0 or not finite.
+        UsageError: ``QC-ADAPTER-019`` no adapter, one that is named twice, or a weight that is 0
+            or not finite.
         QcoreError: as `read_for`.
     """
     if not isinstance(wanted, Mapping):
@@ -86,15 +90,29 @@ def read_adapters(
             )  # fmt: skip
     if not wanted:
         raise UsageError("QC-ADAPTER-019", "names no adapter", field="adapter", fix="name one")
-    return [
-        Weighted(
-            adapter=read_for(
-                base, source, trust_base=trust_base, trust_generation=trust_generation
-            ),
-            weight=float(weight),
-        )
-        for source, weight in wanted.items()
+    adapters = [
+        read_for(base, source, trust_base=trust_base, trust_generation=trust_generation)
+        for source in wanted
     ]
+    _refuse_twice(adapters)
+    adapters = untied_together(adapters, base.layout)
+    weights = map(float, wanted.values())
+    return [
+        Weighted(adapter=adapter, weight=weight)
+        for adapter, weight in zip(adapters, weights, strict=True)
+    ]
+
+
+def _refuse_twice(adapters: Sequence[Adapter]) -> None:
+    """Refuse a folder under two names."""
+    folders: set[Path] = set()
+    for adapter in adapters:
+        if (folder := adapter.path.resolve()) in folders:
+            raise UsageError(
+                "QC-ADAPTER-019", "is named twice", field=adapter.source, found=folder,
+                expected="each adapter once", fix="name it once, with the sum of the weights",
+            )  # fmt: skip
+        folders.add(folder)
 
 
 def one_of(adapters: Sequence[Weighted]) -> Path:
@@ -164,8 +182,8 @@ def _part(own: Weighted, norm: float) -> AdapterPart:
     )  # fmt: skip
 
 
-def _probe(pair: Pair, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
-    """Return ``B A x`` of a random x, and the squared Frobenius norm of ``B A``, in float64.
+def by_expert(pair: Pair, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return A ``[r, in]`` and B ``[out, r]`` of each expert, or of the weight, in float64.
 
     Args:
         pair: the weight, and its rank.
@@ -173,15 +191,18 @@ def _probe(pair: Pair, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
         b: ``[out, r]``, or ``[out, r E]``, in the layout of PEFT.
     """
     a, b = a.double(), b.double()
-    x = torch.randn(
-        a.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(a.shape[1])
-    )
     if pair.tensor.row.kind is not Kind.EXPERTS:
-        return b @ (a @ x), float(((a @ a.T) * (b.T @ b)).sum())
+        return [(a, b)]
     experts = pair.tensor.shape[0]
-    by_rank, product, square = b.view(len(b), -1, experts), [], 0.0
-    for number, own in enumerate(a.view(experts, -1, a.shape[1])):
-        one = by_rank[:, :, number]
-        product.append(one @ (own @ x))
-        square += float(((own @ own.T) * (one.T @ one)).sum())
-    return torch.cat(product), square
+    by_rank = b.view(len(b), -1, experts)
+    own = a.view(experts, -1, a.shape[1])
+    return [(own[number], by_rank[:, :, number]) for number in range(experts)]
+
+
+def _probe(pair: Pair, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
+    """Return ``B A x`` of a random x, and the squared Frobenius norm of ``B A``, in float64."""
+    generator = torch.Generator().manual_seed(a.shape[1])
+    x = torch.randn(a.shape[1], dtype=torch.float64, generator=generator)
+    sides = by_expert(pair, a, b)
+    product = torch.cat([own_b @ (own_a @ x) for own_a, own_b in sides])
+    return product, sum(square_of_product(own_a, own_b) for own_a, own_b in sides)

@@ -1,8 +1,7 @@
 """Verifies a merge layer by layer: runs base, base + adapter and merged model, and compares them.
 
-This file decides how layers are put into memory one at a time, what each stream runs, and how far
-the outputs of a layer may differ: by float32 summed in another order. Why each layer is compared
-on its own is said in `verify`.
+This file decides how layers are put into memory one at a time and what each stream runs. Why each
+layer is compared on its own is said in `verify`; `layer_judge` decides how far outputs may differ.
 
 Shapes: T tokens, N documents, H hidden size, n outputs of a tower.
 """
@@ -12,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -30,8 +30,10 @@ from ..nn.model import Model
 from ..nn.moe.experts import Experts
 from ..nn.qlora.lora_layer import Lora, LoraLayer
 from ..plugins.resolve_model import Identified
+from .amplification import amplification
 from .disk_rows import read_or_stand_in
 from .folds import Folds
+from .layer_judge import LayerJudge
 from .routes import moved, routes
 from .stream_inputs import Inputs, with_media
 from .vocabulary import Vocabulary
@@ -39,13 +41,6 @@ from .written_merge import WrittenMerge
 
 _DOCUMENTS, _TOKENS = 8, 5  # longer than a convolution kernel; reading weights takes most time
 _UNITS = 60  # of synthetic media, about: no power of two
-#: Allowed share of what a layer adds, and of its output: float32 summed in another order.
-_ADDED, _OUTPUT = 1e-5, 1e-6
-#: Rounding grows where the norm of a vector close to 0 is taken: this share of tokens may differ by
-#: so many times more. Wrong weights show in more tokens than that.
-_SENSITIVE, _AMPLIFIED = 1 / 32, 10.0
-#: Share of tokens that rounding may send to other experts in a layer; more is a fault.
-_REROUTED = 0.1
 
 _X = TypeVar("_X")
 
@@ -54,6 +49,11 @@ def _tower_of(base: Identified, adapter: Adapter) -> Modality | None:
     """The modality whose tower the adapter changes."""
     modalities = base.decision.modalities
     return next((modality for modality in modalities if modality.name in adapter.parts), None)
+
+
+def _run(layer: nn.Module, batch: Any, x: Tensor) -> Tensor:
+    """Run a layer on another input."""
+    return cast(Tensor, layer(x, batch))
 
 
 class Streams:
@@ -68,8 +68,7 @@ class Streams:
         progress: Callable[[int], None],
     ) -> None:
         self.adapter = adapter
-        self.worst = 0.0  # of a layer's difference, as a share of what is allowed
-        self.rerouted = 0
+        self.judge = LayerJudge(adapter.path)
         self.proved: set[str] = set()
         modality = _tower_of(base, adapter)
         base = base.using_parts(adapter.parts)
@@ -141,7 +140,7 @@ class Streams:
         x = Inputs(base, adapted, merged)
         if entry.name in self.adapter.folded:
             plain = embed(rows.base, batch)
-            self._check_layer(entry.name, plain, adapted, merged, None)
+            self.judge.layer(entry.name, plain, adapted, merged, None)
         return x, batch
 
     def _through_tower(self, tower: Tower) -> Inputs:
@@ -182,7 +181,7 @@ class Streams:
         for name in names:
             self.model.get_parameter(name).data = base[name]
         self.proved |= names
-        self._check_layer(where, plain, adapted, same, None)
+        self.judge.layer(where, plain, adapted, same, None)
         return Inputs(out, adapted, merged)
 
     def _through(
@@ -220,7 +219,11 @@ class Streams:
                 # The merged weights run on the adapted stream, to compare, and on their own.
                 with routes(layer) as again, guard:
                     same, merged = two(layer, adapted, merged)
-                self._check_layer(prefix, adapted, after, same, moved(picked, again))
+                with guard:
+                    self.judge.layer(
+                        prefix, adapted, after, same, moved(picked, again),
+                        partial(amplification, layer, partial(_run, layer, batch), adapted),
+                    )  # fmt: skip
                 adapted = after
         return Inputs(base, adapted, merged)
 
@@ -231,53 +234,6 @@ class Streams:
             rest = name != self.model.head_name and not name.startswith(prefixes)
             if parameter.is_meta and rest and name in self.loaded:
                 self._place(name, read_or_stand_in(self.checkpoint, self.loaded[name]))
-
-    def _check_layer(
-        self, prefix: str, x: Tensor, adapted: Tensor, merged: Tensor, moved: Tensor | None
-    ) -> None:
-        """Compare the outputs ``[T, H]`` of a layer with adapter and merged, from the same `x`.
-
-        Tokens that changed experts are only counted. The last layer of a tower may return fewer
-        rows than it reads; then its whole output is what it adds.
-        """
-        if not bool(adapted.isfinite().all()):
-            raise NumericError(
-                "QC-MERGE-003",
-                "gives values that are not finite",
-                file=self.adapter.path,
-                field=prefix,
-                fix="train again with a lower learning_rate",
-            )
-        off = (merged - adapted).abs().amax(1)
-        if moved is not None and int(moved.sum()) <= len(x) * _REROUTED:
-            self.rerouted += int(moved.sum())
-            off = off.masked_fill(moved, 0)
-        added = adapted - x if adapted.shape == x.shape else adapted
-        few = int(len(off) * _SENSITIVE)
-        worst = max(float(off.sort(descending=True).values[few]), float(off.max()) / _AMPLIFIED)
-        self._judge(prefix, worst, float(added.abs().max()), float(adapted.abs().max()))
-
-    def _judge(self, where: str, worst: float, added: float, size: float) -> None:
-        """Refuse a difference that rounding does not explain.
-
-        Args:
-            where: the layer, or the weight.
-            worst: the largest difference between merge and base + adapter.
-            added: the largest value that the layer adds.
-            size: the largest output.
-        """
-        allowed = _ADDED * added + _OUTPUT * size
-        if not worst <= allowed:
-            raise NumericError(
-                "QC-MERGE-005",
-                "computes other values than base + adapter",
-                file=self.adapter.path,
-                field=where,
-                found=f"{worst:.2e}",
-                expected=f"<= {allowed:.0e}",
-                fix="report this: the adapter would not do in the merge what it did in training",
-            )
-        self.worst = max(self.worst, worst / allowed if allowed else 0.0)
 
     def _merge(self, name: str, module: LoraLayer) -> None:
         """Add the adapter to a weight by the arithmetic of the merge, so that its faults show."""
@@ -306,7 +262,7 @@ class Streams:
 
     def compare(self, base: Tensor, adapted: Tensor, merged: Tensor) -> dict[str, float]:
         """The largest differences of logits; the head is read a few rows at a time."""
-        logits = self.vocabulary.compare(base, adapted, merged, self._judge)
+        logits = self.vocabulary.compare(base, adapted, merged, self.judge.judge)
         self.proved |= self.vocabulary.proved
         if self.proved != self.adapter.changes.keys():
             raise NumericError(
@@ -317,9 +273,9 @@ class Streams:
                 fix="report this to the plugin's author",
             )
         return {
-            "layers": self.worst,
+            "layers": self.judge.worst,
             **logits,
-            "rerouted": float(self.rerouted),
+            "rerouted": float(self.judge.rerouted),
             **({} if self.tower_effect is None else {"tower_effect": self.tower_effect}),
             **({"stand_ins": float(self.stand_ins)} if self.stand_ins else {}),
         }

@@ -17,12 +17,12 @@ from torch import Tensor
 from ..adapter.delta import WORKERS, Deltas, single
 from ..api.parameters import Kind
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.layout import Layout, Located, survey
+from ..checkpoint.layout import Layout, Located, Place, survey
 from ..checkpoint.layout_faults import faults
 from ..errors import NumericError, raise_all
-from ..nn.load import read_tensor, slabs
+from ..nn.load import DTYPES, read_tensor, slabs
 from .disk_rows import is_rounded, row_slices, rows_of
-from .requantize import is_requantized
+from .requantize import is_near, is_requantized
 
 _CUT = 2**26  # bytes of a stack that one thread compares with the files at a time
 
@@ -76,8 +76,8 @@ class WrittenMerge:
         """Compare the files with `weight`, which is ``tensor[rows]``, rounded to their dtype."""
         there = self._layout.located[item.tensor.name]
         value = read_tensor(self._checkpoint, there, rows)
-        fp8 = any(place.scale is not None for place in there.places)
-        if not (is_requantized(value, weight) if fp8 else is_rounded(value, weight)):
+        weight = weight.view(value.shape)
+        if not all(_holds(place, rows, value, weight) for place in there.places):
             header = there.places[0].header
             raise NumericError(
                 "QC-MERGE-007",
@@ -86,3 +86,27 @@ class WrittenMerge:
                 field=item.tensor.name,
                 fix="report this: the merge wrote another tensor than it computed",
             )
+
+
+def _holds(place: Place, rows: slice, value: Tensor, weight: Tensor) -> bool:
+    """Whether a tensor on disk holds its part of ``weight``, rounded once; its blocks are its own.
+
+    Args:
+        place: the tensor on disk.
+        rows: of the canonical tensor (dim 0) in `value` and `weight`.
+        value: what the files hold.
+        weight: what they should hold, float32.
+    """
+    lies = place.region[0]
+    start, stop = max(lies.start, rows.start), min(lies.stop, rows.stop)
+    if start >= stop:
+        return True
+    region = (slice(start - rows.start, stop - rows.start), *place.region[1:])
+    if place.scale is None:
+        return is_rounded(value[region], weight[region])
+    assert place.block is not None
+    first, last = start - lies.start, stop - lies.start
+    whole = first % place.block[0] == 0 and (last % place.block[0] == 0 or stop == lies.stop)
+    if len(region) == 2 and not whole:
+        return is_near(value[region], weight[region])
+    return is_requantized(value[region], weight[region], place.block, DTYPES[place.scale.dtype])

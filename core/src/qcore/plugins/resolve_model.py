@@ -22,6 +22,7 @@ from ..checkpoint.quantization_formats import Quantization, detect_quantization
 from ..checkpoint.ties import tie_problems
 from ..checkpoint.untied import untied
 from ..errors import InputError, PluginError, QcoreError, raise_all
+from ..io.entry_points import check_disabled
 from ..skus.registry import refuse_hosted
 from .detect import Decision
 from .manager import Plugins
@@ -225,6 +226,7 @@ def identify_files(model: str, *, generation: str = "") -> Identified:
 
 def _explained(checkpoint: Checkpoint, generation: str) -> tuple[Plugins, Decision, Table]:
     """The plugins of a checkpoint, what it is, and the table of its parameters."""
+    check_disabled()
     plugins = Plugins.discover().for_model_type(checkpoint.config["model_type"])
     try:
         decision = decide(checkpoint, plugins, generation)

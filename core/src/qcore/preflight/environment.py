@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..api.records import Finding, Severity
 from ..errors import QcoreError
+from ..io.entry_points import DISABLE, unknown_disabled
 from ..plugins.manager import Plugins
 
 if TYPE_CHECKING:
@@ -126,6 +127,14 @@ def _worker() -> Iterator[Finding]:
 
 
 def _plugins() -> Iterator[Finding]:
+    for name, near in unknown_disabled():
+        yield Finding(
+            code="QC-DOCTOR-005",
+            severity=Severity.ERROR,
+            field=DISABLE,
+            what=f"names {name}, which is not installed",
+            fix=f"write {near} if you mean it, or take {name} out" if near else f"take {name} out",
+        )
     plugins = Plugins.discover().load_all()
     for info in plugins.infos:
         well = info.usable

@@ -44,6 +44,9 @@ class ContainedReader:
         self.kinds: tuple[str, ...] = self._call("kinds", lambda: tuple(reader.kinds))
         self.keys: tuple[str, ...] = self._call("keys", lambda: tuple(reader.keys))
         self.control: tuple[str, ...] = self._call("control", lambda: tuple(reader.control))
+        self.concurrent: bool = self._call(
+            "concurrent", lambda: getattr(reader, "concurrent", False) is True
+        )
 
     def measuring(self, size: int) -> ContainedReader:
         """See `MeasuringReader.measuring`; this reader, if the plugin's has no such method."""

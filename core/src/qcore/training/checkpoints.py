@@ -177,6 +177,7 @@ class RunFiles:
         step: int,
         optimizer: torch.optim.Optimizer,
         best: Evaluated | None = None,
+        pending: Mapping[str, Any] | None = None,
         *,
         guard: SpikeGuard | None = None,
         keep: Collection[int] = (),
@@ -188,6 +189,7 @@ class RunFiles:
             step: optimizer steps that are done.
             optimizer: AdamW.
             best: the best evaluation so far, whose checkpoint is kept.
+            pending: the last step's row of metrics, if it is evaluated after the checkpoint.
             guard: its state is a part of the checkpoint.
             keep: steps of further checkpoints that are kept.
 
@@ -207,6 +209,8 @@ class RunFiles:
             out.meta["step"] = step
             out.meta["best_evaluation"] = None if best is None else best.as_json()
             out.meta["spike_guard"] = None if guard is None else guard.as_json()
+            if pending is not None:
+                out.meta["pending"] = dict(pending)
         # Only now is the new one durable.
         kept = {*keep} if best is None else {*keep, best.step}
         rotate(folder, step, self.run.settings.save_total_limit, kept)

@@ -7,7 +7,7 @@ a weight is read and quantized is up to `nn.load`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,15 +18,13 @@ from ..adapter.written_config import choose_class
 from ..api.blocks import Packed
 from ..api.parameters import Namespace, Store
 from ..checkpoint.fingerprint import fingerprints
-from ..errors import Interrupted, NumericError, PluginError
-from ..io.stop_signals import StopSignals
+from ..errors import NumericError, PluginError
 from ..nn.device import DTYPES
 from ..nn.load import load
 from ..nn.model import Model
 from ..nn.qlora.lora_layer import Lora, LoraLayer
 from ..nn.token_rows import TrainedRows
 from ..plugins.resolve_model import Identified, classes_of
-from ..reporting import Advance
 from .checkpoints import RunFiles
 from .report import coverage_row
 from .run import Run
@@ -49,11 +47,10 @@ class Loaded:
     start: Mapping[str, Tensor] | None
 
 
-def load_base(run: Run, stop: StopSignals) -> Loaded:
+def load_base(run: Run) -> Loaded:
     """Stream the base in, and put adapters on the chosen weights.
 
     Raises:
-        Interrupted: ``QC-TRAIN-006`` a signal came while the base was loading.
         NumericError: ``QC-TRAIN-005`` a weight that is declared 4-bit is not; ``-014`` a weight
             with DoRA has rows of zeros.
         InputError: ``QC-TRAIN-009`` or ``-010``, the initial adapter is not for this run or base.
@@ -65,7 +62,7 @@ def load_base(run: Run, stop: StopSignals) -> Loaded:
         token_ids=run.settings.trainable_token_indices,
         head_token_ids=run.settings.trainable_head_token_indices,
     )  # fmt: skip
-    digests = _stream(run, model, stop)
+    digests = _stream(run, model)
     start = _start(run, model, digests)
     lines = coverage(model, run.model.layout)
     run.reporter.table("what will be trained", [coverage_row(line) for line in lines])
@@ -144,7 +141,7 @@ def _targets(run: Run) -> tuple[Mapping[str, Lora], Namespace]:
     return chosen, choose_class(layout, touched, classes, settings.adapter_class)
 
 
-def _stream(run: Run, model: Model, stop: StopSignals) -> dict[str, str]:
+def _stream(run: Run, model: Model) -> dict[str, str]:
     """Fill the model; returns the SHA-256 of the base's tensors by canonical name."""
     layout = run.model.layout
     size = sum(
@@ -157,7 +154,7 @@ def _stream(run: Run, model: Model, stop: StopSignals) -> dict[str, str]:
     with run.reporter.progress("loading the base", size, "bytes") as advance:
         digests = load(
             model, layout, run.model.checkpoint, device=run.device, quantize=_quantizes(run),
-            progress=_interruptible(advance, stop),
+            progress=advance,
             constant=lambda name, value: constant.append((name, value)),
         )  # fmt: skip
     if constant:
@@ -168,21 +165,6 @@ def _stream(run: Run, model: Model, stop: StopSignals) -> dict[str, str]:
             f"{shown}{more}"
         )
     return digests
-
-
-def _interruptible(advance: Advance, stop: StopSignals) -> Callable[[int], None]:
-    """Progress that ends loading on a signal: it can outlast a scheduler's grace period."""
-
-    def progress(count: int) -> None:
-        advance(count)
-        if stop.asked:
-            raise Interrupted(
-                "QC-TRAIN-006",
-                f"stopped by {stop.asked} while the base was loading",
-                fix="run the same command again",
-            )
-
-    return progress
 
 
 def _quantizes(run: Run) -> bool:

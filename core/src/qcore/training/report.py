@@ -65,8 +65,10 @@ def first_loss(metrics: Path) -> float:
     if not metrics.exists():
         return math.nan
     with metrics.open(encoding="utf-8") as file:
-        row = json.loads(file.readline() or "{}")
-    return float(row["loss"]) if row.get("step") == 1 else math.nan
+        for row in map(json.loads, file):
+            if "step" in row:  # else a note
+                return float(row["loss"]) if row["step"] == 1 else math.nan
+    return math.nan
 
 
 def last_loss(metrics: Path) -> float:

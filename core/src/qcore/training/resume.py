@@ -1,9 +1,10 @@
 """Decides whether a run may resume: same base, data, template, settings, plugins and versions.
 
-This file decides what a run's identity is, and which settings may change because they compute
-the same numbers: the activation checkpointing policy and the size of the media cache. Everything
-but the bytes of the base is known, and compared, before a weight is read; the base is compared
-once it has been read.
+`qcore.checkpoint.identity.RUN` lists the fields of a run's identity. This file decides their
+values, and which settings may change because they compute the same numbers: the activation
+checkpointing policy and the size of the media cache. Everything but the bytes of the base is known,
+and compared, before a weight is read; the base is compared once it has been read. A checkpoint of
+an earlier build records fewer fields: those that it lacks are not compared, which a line says.
 
 Codes: ``QC-RESUME-002`` something changed since the run was stopped, ``-005`` the run is finished.
 """
@@ -17,9 +18,20 @@ from typing import Any, Final
 
 import torch
 
+from ..checkpoint.identity import (
+    RUN,
+    Identity,
+    code_of,
+    config_of,
+    flat,
+    ordered,
+    run_files,
+    versions_of,
+)
 from ..config.settings import in_bytes
 from ..errors import InputError, QcoreError, UsageError
 from ..io.artifact import MANIFEST, read_manifest
+from ..io.entry_points import Status
 from ..io.version import __version__
 from .run import Run
 
@@ -27,10 +39,17 @@ from .run import Run
 SAME_NUMBERS: Final = (
     "settings.gradient_checkpointing", "settings.recompute", "settings.dataset_num_proc",
 )  # fmt: skip
-#: What a guard does about a step or a run: a run that a guard stopped must be able to go on.
-GUARDS: Final = ("settings.on_spike", "settings.publish_without_gain")
+#: What a guard does about a step: a run that it stopped must be able to go on.
+GUARDS: Final = ("settings.on_spike",)
 #: Sizes: any value above 0 computes the same numbers.
 HOW_MUCH: Final = ("settings.media_cache_gb",)
+#: Settings that compute nothing.
+NO_NUMBERS: Final = frozenset(("grace_seconds", "publish_without_gain"))
+#: Fields that checkpoints of earlier builds lack.
+_LATER: Final = ("config", "files", "code", "versions")
+#: Libraries beside torch that compute: kernels, and the format of 4-bit weights.
+_LIBRARIES: Final = ("bitsandbytes", "triton")
+_SHOWN: Final = 80  # characters of a value in an error
 #: What ends the learning rate schedule.
 _LENGTH: Final = ("settings.max_steps", "settings.num_train_epochs")
 
@@ -42,16 +61,21 @@ def identity(run: Run, base: Mapping[str, str] | None = None) -> dict[str, Any]:
         run: its model, rows, settings, device and kernels count.
         base: fingerprints by part; ``None`` before they are known: they are left out.
     """
-    provenance, data = run.model.provenance(), run.summary
-    return ({} if base is None else {"base": dict(base)}) | {
+    model, data = run.model, run.summary
+    provenance = model.provenance()
+    loaded = [info.module for info in model.plugins.infos if info.status is Status.LOADED]
+    fields = ({} if base is None else {"base": dict(base)}) | {
+        "config": config_of(model.checkpoint.config),
         "template": provenance["template_sha256"],
+        "files": run_files(model.checkpoint),
         "plugins": provenance["plugins"],
+        "code": code_of(("qcore", *loaded)),
+        "versions": versions_of(_LIBRARIES),
         "data": data["sha256"],
         "eval_data": data.get("eval_sha256"),
         **({"media": data["media_sha256"]} if data.get("media_sha256") else {}),
         "init_adapter": run.initial.sha256 if run.initial is not None else None,
-        "settings": run.settings.to_dict(),
-        # After what decides the rows, so that a changed template or setting is named by its name.
+        "settings": {k: v for k, v in run.settings.to_dict().items() if k not in NO_NUMBERS},
         "samples": data["samples_sha256"],
         "eval_samples": data.get("eval_samples_sha256"),
         "device": run.device.type,
@@ -59,6 +83,7 @@ def identity(run: Run, base: Mapping[str, str] | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "qcore": __version__,
     }
+    return ordered(RUN, fields)
 
 
 def compare(checkpoint: Path, present: Mapping[str, Any]) -> dict[str, str]:
@@ -71,18 +96,20 @@ def compare(checkpoint: Path, present: Mapping[str, Any]) -> dict[str, str]:
     Raises:
         InputError: ``QC-RESUME-002`` naming the first thing that changed and may not.
     """
-    before, now = _flat(read_manifest(checkpoint).meta.get("identity", {})), _flat(present)
+    recorded = read_manifest(checkpoint).meta.get("identity", {})
+    missing = [field for field in _LATER if field not in recorded]
+    before = flat(recorded)
+    now = flat({key: value for key, value in present.items() if key not in missing})
     if "base" not in present:
         before = {key: value for key, value in before.items() if not key.startswith("base.")}
     allowed = {}
-    # Section by section, so that a setting that is gone is named before what it changes.
-    sections = list(dict.fromkeys(key.partition(".")[0] for key in (*now, *before)))
-    keys = dict.fromkeys((*now, *before))
-    for key in sorted(keys, key=lambda name: sections.index(name.partition(".")[0])):
+    if missing:
+        allowed["fields"] = (
+            f"{checkpoint.name} is of an earlier build of qcore, which did not record "
+            f"{', '.join(missing)}: these are not compared"
+        )
+    for key in Identity(now).differing(before):
         value, was = now.get(key), before.get(key)
-        # In Python True equals 1; in a chat template it does not.
-        if was == value and isinstance(was, bool) == isinstance(value, bool):
-            continue
         if key not in (*SAME_NUMBERS, *GUARDS) and not (
             key in HOW_MUCH and _some(value) and _some(was)
         ):
@@ -155,14 +182,5 @@ def _word(value: Any) -> str:
     """As the setting is written."""
     if value is None:
         return "unset"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        # Manifests are JSON: a tuple comes back as a list.
-        value = list(value) if isinstance(value, tuple) else value
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -9,7 +9,7 @@ that is in the window. The second condition keeps data with two kinds of rows fr
 each step with the rarer kind.
 
 This file decides what a spike is and which checkpoint is the last good one. `step` judges each
-step before its update; `train` reports, stops or rolls back as ``on_spike`` says.
+step before its update; `rollback` acts on it as ``on_spike`` says.
 
 Resuming is exact: the state is a part of every checkpoint (`as_json`), and floats pass through
 JSON unchanged.

@@ -12,7 +12,8 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +73,8 @@ class Loop:
         batches: turns rows into packs.
         meter: peak memory and speed of the steps so far.
         guard: judges loss and gradient norm of each step.
+        abandonable: context of the part of a step after which nothing has changed; a signal may
+            raise in it.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Loop:
         self.recompute = recompute or default_policy(settings)
         self.meter = Meter()
         self.guard = SpikeGuard()
+        self.abandonable: Callable[[], AbstractContextManager[None]] = nullcontext
         self._tower_alone = model.trains_tower and not model.trains_trunk
         keep = in_bytes(settings.media_cache_gb)
         self.batches = Batches(model, device, reader, keep)
@@ -130,7 +134,8 @@ class Loop:
         if self.together:
             micro_batches = joined(micro_batches, self._lengths, self.together, self._units)
         batches = [[self.data.train[row] for row in rows] for rows in micro_batches]
-        sums = self._accumulate(batches)
+        with self.abandonable():
+            sums = self._accumulate(batches)
         spike = self._checked(step, batches, sums)
         rate = learning_rate(self.settings, step, self.schedule.total)
         if spike is None or self.settings.on_spike != "rollback":
@@ -267,8 +272,11 @@ class Loop:
         return bool(self.data.eval) and done % every == 0 and done < self.schedule.total
 
     @torch.no_grad()
-    def evaluate(self) -> float | None:
+    def evaluate(self, between: Callable[[], None] | None = None) -> float | None:
         """Mean loss per supervised token over the held-out rows; ``None`` without any.
+
+        Args:
+            between: called before each row.
 
         Raises:
             NumericError: ``QC-TRAIN-012`` the loss of a row is not finite.
@@ -278,6 +286,8 @@ class Loop:
         self.model.eval()
         total, count = 0.0, 0
         for example in self.data.eval:
+            if between is not None:
+                between()
             value = float(self._loss([example])[0])
             if not math.isfinite(value):
                 raise bad_evaluation(self.data.place([example]), value)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..adapter.targets import Coverage
 from ..config.settings import Settings
 from ..data.rejects import REJECTED
-from ..errors import InputError, Interrupted
+from ..errors import InputError
 from ..io.atomic import writing
 from ..io.metrics_log import MetricsLog
 from ..io.stop_signals import StopSignals
@@ -39,12 +40,11 @@ from .loading import load_base
 from .media_manifest import note_media
 from .metrics_sink import MetricsSink
 from .report import TrainReport, first_loss, last_loss
-from .rollback import after_spike
 from .rotation import checkpoint_path, checkpoints
 from .run import Run
-from .saving import judge, rotate_proven, save_checkpoint
 from .setup import DataWords, Words, before_the_stop, plan_memory, prepare
 from .step import Loop
+from .stopping import WITH_RESUME, Saver, before_steps, last_words
 
 __all__ = ["TrainReport", "train"]
 
@@ -67,6 +67,7 @@ def train(
     origins: Mapping[str, str] | None = None,
     reporter: Reporter | None = None,
     room: Room | None = None,
+    stop: StopSignals | None = None,
 ) -> TrainReport:
     """Fine-tune a base with LoRA over 4-bit or 16-bit weights.
 
@@ -90,6 +91,7 @@ def train(
             flag must agree with `init_adapter`. ``None``: those that differ from their default.
         reporter: receives events; silent by default.
         room: memory that may be filled; by default what is free on the device.
+        stop: handles signals; by default for the duration of the run, in the main thread.
 
     Raises:
         QcoreError: see docs/errors.md; nothing is published unless the run succeeded.
@@ -99,36 +101,45 @@ def train(
         init_adapter=init_adapter, trust_base=trust_base, trust_generation=trust_generation,
         origins=origins,
     )  # fmt: skip
-    run = prepare(
-        model, DataWords(data, eval_data, data_format, media_root, verify_data), output,
-        settings or Settings(),
-        device=device, resume=resume, reporter=reporter, start=start,
-    )  # fmt: skip
-    plan = plan_memory(run, room or room_of(run.device), before_the_stop(run) if resume else None)
-    reporter.emit(RunStarted(verb="train", model=model, output=run.target))
-    return _execute(run, plan, resume=resume)
+    with stop or StopSignals() as stop:
+        with before_steps(stop, "the rows were prepared"):
+            run = prepare(
+                model, DataWords(data, eval_data, data_format, media_root, verify_data), output,
+                settings or Settings(),
+                device=device, resume=resume, reporter=reporter, start=start,
+            )  # fmt: skip
+            before = before_the_stop(run) if resume else None
+            plan = plan_memory(run, room or room_of(run.device), before)
+        reporter.emit(RunStarted(verb="train", model=model, output=run.target))
+        return _execute(run, plan, stop, resume=resume)
 
 
-def _execute(run: Run, plan: RunPlan, *, resume: bool) -> TrainReport:
+def _execute(run: Run, plan: RunPlan, stop: StopSignals, *, resume: bool) -> TrainReport:
     """Load the base, run the steps and publish."""
-    with locked(run.folder), StopSignals() as stop, Watch(plan, run.device) as watch:
+    stop.grace = run.settings.grace_seconds
+    stop.last_words = last_words(run, WITH_RESUME)
+    with locked(run.folder), Watch(plan, run.device) as watch:
         watch.at("loading the base")
-        base = load_base(run, stop)
+        with before_steps(stop, "the base was loading"):
+            base = load_base(run)
         OffloadedInput.pool(run.device).least = max(1, plan.parked)
         with _frozen_objects():
             loop = Loop(
                 base.model, run.data, run.settings, run.device,
                 plan.policies, plan.together, run.reader,
             )  # fmt: skip
+            loop.abandonable = partial(stop.abandoning, late=True)
+            best = BestSoFar()
+            saver = Saver(run, base.files, loop, stop, best, WITH_RESUME)
             session = _Session(
                 run=run, plan=plan, files=base.files, loop=loop, stop=stop, watch=watch,
-                best=BestSoFar(), start=base.start,
+                best=best, start=base.start, saver=saver,
             )  # fmt: skip
-            done = _restore(session) if resume else 0
+            pending = _restore(session) if resume else None
             save_plan(run.folder, plan)
             _note_rows(run, resume=resume)
             with naming_checkpoint(lambda: [path for _, path in checkpoints(run.folder)]):
-                outcome = _train(session, done)
+                outcome = _train(session, saver.last, pending)
                 report = _publish(session, base.coverage, outcome)
     run.reporter.emit(Finished(verb="train", output=report.output, result=report.as_json()))
     return report
@@ -146,6 +157,12 @@ class _Session:
     watch: Watch
     best: BestSoFar
     start: Mapping[str, Tensor] | None
+    saver: Saver
+
+    def at(self, where: str, then: str = "then writing a checkpoint and ending") -> None:
+        """Note where the run is, and what a signal would lead to."""
+        self.watch.at(where)
+        self.stop.doing = f"finishing {where}, {then}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,41 +204,47 @@ def _frozen_objects() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _restore(session: _Session) -> int:
-    """Restore the newest checkpoint; returns how many steps are done."""
+def _restore(session: _Session) -> Mapping[str, Any] | None:
+    """Restore the newest checkpoint.
+
+    Returns:
+        The metrics of its step, if the evaluation that follows it is still to be done.
+    """
     run, loop = session.run, session.loop
     last, damaged = newest(run.folder)
     run.reporter.lines(damaged)
     if last is None:
         run.reporter.note("no checkpoint was written before the run stopped: starting at step 1")
-        return 0
+        return None
     step, path = last
     meta = session.files.restore(path, loop.optimizer)
     session.best.restore(meta)
     loop.guard.restore(meta.get("spike_guard"))
-    loop.guard.newest = step
+    loop.guard.newest = session.saver.last = step
     if run.settings.load_best_at_end and session.best.best is not None:
         check_best(checkpoint_path(run.folder, session.best.best.step))
     run.reporter.note(f"resuming after step {step} of {loop.schedule.total}")
-    return step
+    pending: Mapping[str, Any] | None = meta.get("pending")
+    return pending
 
 
-def _train(session: _Session, start: int) -> _Outcome:
+def _train(session: _Session, start: int, pending: Mapping[str, Any] | None) -> _Outcome:
     """Run the steps from `start`, check that every adapter moved, evaluate at the end."""
     run, loop, metrics = session.run, session.loop, session.run.folder / METRICS
     with MetricsLog(metrics) as log:
-        log.truncate_after(start)
+        log.truncate_after(start - 1 if pending else start)
         session.watch.loaded()
         first, last = first_loss(metrics), math.nan
-        sink = MetricsSink(log, every=run.settings.logging_steps)
+        sink = MetricsSink(log, every=run.settings.logging_steps, dropped=run.reporter.dropped)
         with run.reporter.attached(sink, required=True):
-            for step in _steps(session, start):
+            for step in _steps(session, start, pending):
                 first, last = (step.loss if math.isnan(first) else first), step.loss
             moved = _check_moved(session)
             last = last_loss(metrics) if math.isnan(last) else last
-            _check_data(session)
-            session.watch.at("the last evaluation")
-            eval_loss = loop.evaluate()
+            with session.saver.ending():
+                _check_data(session)
+                session.watch.at("the last evaluation")
+                eval_loss = loop.evaluate(partial(session.saver.if_asked, loop.schedule.total))
             if eval_loss is not None:
                 done = loop.schedule.total
                 run.reporter.emit(Evaluation(step=done, eval_loss=eval_loss, final=True))
@@ -260,50 +283,54 @@ def _load_best(session: _Session) -> Path | None:
     return None
 
 
-def _steps(session: _Session, start: int) -> Iterator[Step]:
+def _steps(session: _Session, start: int, pending: Mapping[str, Any] | None) -> Iterator[Step]:
     """The run's steps with their evaluations and checkpoints.
+
+    Args:
+        session: the run.
+        start: steps that are done.
+        pending: metrics of the last of them, if it is still to be evaluated.
 
     Raises:
         Interrupted: ``QC-TRAIN-006`` after the step and the checkpoint that follow a signal.
     """
-    run, loop, stop = session.run, session.loop, session.stop
-    every, total, reporter = run.settings.save_steps, loop.schedule.total, run.reporter
-    unproven = False
-    with reporter.progress("training", total, "steps") as advance:
-        advance(start)
+    total = session.loop.schedule.total
+    with session.run.reporter.progress("training", total, "steps") as advance:
+        advance(start - bool(pending))
+        if pending:
+            yield _after_step(session, start, dict(pending), advance)
         for number in range(start, total):
-            done = number + 1
-            session.watch.at(f"step {done}")
-            metrics: dict[str, Any] = loop.step(number)
-            if spike := metrics.get("spike"):
-                after_spike(session.files, loop, done, spike)
-            if unproven:  # a finite step has followed the newest checkpoint
-                rotate_proven(session.files, loop, session.best.best, number)
-                unproven = False
-            improved = False
-            if loop.due(done):
-                session.watch.at(f"the evaluation after step {done}")
-                metrics["eval_loss"] = loop.evaluate()
-                improved = session.best.see(done, metrics["eval_loss"])
-            advance(1)
-            step = Step(total=total, **metrics)
-            reporter.emit(step)
-            if step.eval_loss is not None:
-                reporter.emit(Evaluation(step=done, eval_loss=step.eval_loss))
-            yield step
-            if done == total:
-                return
-            best = improved and run.settings.load_best_at_end
-            if stop.asked or best or (every and done % every == 0):
-                save_checkpoint(session.files, loop, session.best.best, done)
-                unproven = True
-            if stop.asked:
-                raise Interrupted(
-                    "QC-TRAIN-006",
-                    f"stopped by {stop.asked} after step {done} of {total}",
-                    file=run.folder / f"checkpoint-{done}",
-                    fix="run the same command with --resume",
-                )
+            session.at(f"step {number + 1} of {total}")
+            yield _after_step(session, number + 1, session.saver.take_step(number), advance)
+
+
+def _after_step(
+    session: _Session, done: int, metrics: dict[str, Any], advance: Callable[[int], None]
+) -> Step:
+    """What follows step `done`: evaluation, report and checkpoint, each if it is due.
+
+    The checkpoint comes before the evaluation, which may take longer than many steps.
+    """
+    run, loop, stop, saver = session.run, session.loop, session.stop, session.saver
+    total, every = loop.schedule.total, run.settings.save_steps
+    save = stop.take_save() or bool(every and done < total and done % every == 0)
+    if loop.due(done):
+        if save and saver.last != done:
+            saver.save(done, metrics)
+        session.watch.at(f"the evaluation after step {done}")
+        metrics["eval_loss"] = saver.evaluate(done, metrics)
+        better = session.best.see(done, metrics["eval_loss"])
+        save = save or (better and run.settings.load_best_at_end)
+    advance(1)
+    step = Step(total=total, **metrics)
+    run.reporter.emit(step)
+    if step.eval_loss is not None:
+        run.reporter.emit(Evaluation(step=done, eval_loss=step.eval_loss))
+    if save and saver.last != done:
+        saver.save(done)
+    if stop.asked and done < total:
+        raise saver.stopped(done, f"after step {done} of {total}")
+    return step
 
 
 def _check_moved(session: _Session) -> tuple[int, int]:
@@ -330,16 +357,16 @@ def _check_data(session: _Session) -> None:
     try:
         run.data.check_files(run.reporter)
     except InputError as error:
-        done = session.loop.schedule.total
-        path = save_checkpoint(session.files, session.loop, session.best.best, done)
+        path = session.saver.save(session.loop.schedule.total)
         fix = f"restore the file and run the same command with --resume; {path} holds all steps"
         raise error.replace(fix=fix) from None
 
 
 def _publish(session: _Session, lines: tuple[Coverage, ...], outcome: _Outcome) -> TrainReport:
-    judged = judge(session.files, session.loop, session.best.best, session.start, outcome.published)
+    judged = session.saver.judge(session.start, outcome.published)
     report = _report(session, lines, outcome)
     session.watch.at("publishing the adapter")
+    session.stop.doing = "publishing the adapter, then ending"
     result = report.result() | {"maps_moved": list(outcome.moved)} | judged
     run, files = session.run, session.files
     files.publish(run.target, run.folder / METRICS, result, outcome.published)

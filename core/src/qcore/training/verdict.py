@@ -12,7 +12,7 @@ A run is not a success if
 Its checkpoint holds the adapter; ``publish_without_gain`` publishes it. Runs of few steps train on
 other rows at their end than at their start, so the fewer steps, the more the loss must rise.
 
-This file decides what counts; `train` decides when.
+This file decides what counts; `stopping` decides when.
 
 Code: ``QC-TRAIN-018``.
 """
@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from ..errors import NumericError
 from ..nn.model import Model
 from ..nn.moe.experts import Experts
 from ..nn.qlora.linear import Linear
@@ -67,6 +69,22 @@ def loss_without_gain(
             f"{chance:.4g}"
         )
     return ""
+
+
+def not_published(why: str, path: Path) -> NumericError:
+    """The error of a run without gain.
+
+    Args:
+        why: as the functions of this file return it.
+        path: the checkpoint with the adapter.
+    """
+    return NumericError(
+        "QC-TRAIN-018",
+        f"{why}; it is not published",
+        file=path,
+        fix="look at the adapter in this folder and at metrics.jsonl beside it; train with another "
+        "learning_rate, or publish it with --resume --set publish_without_gain=true",
+    )
 
 
 def _deviation(values: Sequence[float]) -> float:

@@ -53,8 +53,8 @@ class Options:
         unread: why rows with media cannot be read.
         explain: whether samples keep the reason of each token, and rows the references of media.
         seed: chooses rows of sources with a weight or count.
-        workers: as the setting ``dataset_num_proc``; rows with reasons (`explain`) or by number
-            (`only`) are rendered in this process.
+        workers: as the setting ``dataset_num_proc``; rows with media, with reasons (`explain`) or
+            by number (`only`) are rendered in this process, which reads their media in threads.
         only: numbers of the rows to render; empty: all rows.
         advance: called with the number of bytes read since the last call.
     """
@@ -107,7 +107,7 @@ class Renderer:
         self.options = options
         self._formats = load_formats(kinds=options.reader.kinds if options.reader else ())
         self._setup = self._prepared()
-        self._rows = RowRenderer(self._setup, template, self._formats)
+        self._rows = RowRenderer(self._setup, template, self._formats, options.workers)
         self.notes = RunNotes(rejects, self._formats, options.max_length, self._keep_reasoning)
 
     def _prepared(self) -> RowSetup:
@@ -177,7 +177,7 @@ class Renderer:
 
     def finder(self, folder: Path, media_root: Path | None) -> Finder:
         """What finds the media of the data files in a folder."""
-        return self._rows.finder(folder, media_root)
+        return self._rows.media.finder(folder, media_root)
 
     def _outcomes(self, sources: Sequence[Source]) -> Iterator[RowOutcome]:
         """Yield what became of each row, noted."""

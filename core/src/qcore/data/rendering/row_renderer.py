@@ -12,32 +12,30 @@ many turns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ...api.media import RowError
 from ...api.records import ChatFormat
 from ...errors import InputError, QcoreError, nearest
 from ..findings import DataFinding
 from ..formats import Formats
-from ..media.files import Finder
 from ..policies import DROP_ROWS, REFUSE, Policies
 from ..reading import Chunk, Numbered, RowReader
 from ..rejects import template_refusal
 from ..repairs.notes import RepairContext
 from ..rows import ChatRow, RowCheck
-from ..sources.row_bytes import row_bytes
 from .fitting import fitted, too_long
 from .losses import LossCounts, Losses
 from .masking import Encoded, Example, encode_sample
 from .pieces import PieceEncoder
+from .row_media import PendingRow, RowMedia
 from .row_plan import RowPlan, plan_row
 from .row_work import FEW, MOST_WORK, first_turns, too_many_turns, with_turns, work_of
 from .samples import Draft, drafts
-from .template_check import prove_media
-from .text_reader import DeferredRow, TextReader
+from .text_reader import DeferredRow
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -46,6 +44,7 @@ if TYPE_CHECKING:
     from ...checkpoint.chat_template import Prefix, Template
     from ..store.records import PackedExample
 
+_T = TypeVar("_T")
 _REQUEST: Final = 4 << 20  # work, in characters, that the template renders in one request
 
 
@@ -144,9 +143,15 @@ class RowRenderer:
         setup: how.
         template: of the checkpoint; a process of its own is started for the rows.
         formats: the row formats that are installed.
+        workers: as the setting ``dataset_num_proc``, for media.
+
+    Attributes:
+        media: reads the media of rows.
     """
 
-    def __init__(self, setup: RowSetup, template: Template, formats: Formats) -> None:
+    def __init__(
+        self, setup: RowSetup, template: Template, formats: Formats, workers: int = 1
+    ) -> None:
         self._setup = setup
         self._template = template
         self._batches = template.batches(**setup.variables)
@@ -157,13 +162,13 @@ class RowRenderer:
             check=RowCheck(setup.chat_format, setup.control, setup.reader, setup.unread),
             context=setup.context,
         )
-        self._finders: dict[tuple[Path, Path | None], Finder] = {}
-        self._media_proved = False
+        self.media = RowMedia(setup, template, workers)
 
     def __enter__(self) -> RowRenderer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.media.close()
         self._batches.close()
         self._probes.close()
 
@@ -181,21 +186,15 @@ class RowRenderer:
         if (done := self._finished(last, None)) is not None:
             yield done
 
-    def finder(self, folder: Path, media_root: Path | None) -> Finder:
-        """What finds the media of the data files in a folder."""
-        key = folder, media_root
-        return self._finders.get(key) or self._finders.setdefault(key, Finder(*key))
-
     def _parts(self, chunks: Iterable[Chunk | None]) -> Iterator[_Part | None]:
         for chunk in chunks:
             if chunk is None:
                 yield None
                 continue
             part, size = _Part([]), 0
-            for numbered in chunk:
-                outcome = RowOutcome()
+            for outcome, pending in self._read_rows(chunk):
                 part.outcomes.append(outcome)
-                plan = self._plan(numbered, outcome)
+                plan = self._guarded(outcome, partial(self._plan, pending, outcome))
                 if outcome.fatal is not None:
                     break
                 if plan is None:
@@ -229,19 +228,20 @@ class RowRenderer:
             self._finish(part.rows, texts)
         return part.outcomes if part.last else None
 
-    def _plan(self, numbered: Numbered, outcome: RowOutcome) -> RowPlan | None:
-        """Read a row and choose its trained turns; ``None`` if it is refused."""
-        setup = self._setup
+    def _read_rows(self, chunk: Chunk) -> list[tuple[RowOutcome, PendingRow | None]]:
+        """Read the rows of a chunk, whose media are then read at once; ``None``: refused."""
+        rows: list[tuple[RowOutcome, PendingRow | None]] = []
+        for numbered in chunk:
+            outcome = RowOutcome()
+            rows.append((outcome, self._guarded(outcome, partial(self._row, numbered, outcome))))
+            if outcome.fatal is not None:
+                break
+        return rows
+
+    def _guarded(self, outcome: RowOutcome, call: Callable[[], _T | None]) -> _T | None:
+        """The result of a step; ``None`` if it refuses the row, as the outcome then says."""
         try:
-            read = self._read(numbered)
-            outcome.ignored = read.ignored
-            outcome.findings += read.findings
-            outcome.format = read.row.format
-            row = read.row if setup.reader is None else self._with_media(read.row, outcome)
-            self._check_variables(row)
-            policies = setup.policies.over(row.source)
-            plan = plan_row(row, policies, setup.chat_format, setup.switch, setup.fixed)
-            return self._bounded(plan, outcome)
+            return call()
         except RowError as bad:
             outcome.error = bad
         except _Refused as refused:
@@ -251,6 +251,25 @@ class RowRenderer:
         except QcoreError as error:
             outcome.fatal = error
         return None
+
+    def _row(self, numbered: Numbered, outcome: RowOutcome) -> PendingRow:
+        """Read a row, and begin to read its media."""
+        read = self._read(numbered)
+        outcome.ignored = read.ignored
+        outcome.findings += read.findings
+        outcome.format = read.row.format
+        return self.media.start(read.row)
+
+    def _plan(self, pending: PendingRow | None, outcome: RowOutcome) -> RowPlan | None:
+        """Choose the trained turns of a row; ``None`` if it is refused or left out."""
+        if pending is None:
+            return None
+        setup = self._setup
+        row = self._with_media(pending, outcome)
+        self._check_variables(row)
+        policies = setup.policies.over(row.source)
+        plan = plan_row(row, policies, setup.chat_format, setup.switch, setup.fixed)
+        return self._bounded(plan, outcome)
 
     def _bounded(self, plan: RowPlan, outcome: RowOutcome) -> RowPlan | None:
         """The plan, if its renderings end in time; else ``long_rows`` decides on a row too long.
@@ -291,33 +310,14 @@ class RowRenderer:
                     fix=f"did you mean {near}?" if near else "leave it out",
                 )
 
-    def _with_media(self, row: ChatRow, outcome: RowOutcome) -> ChatRow:
-        """Read the media of a row and drop the references, which may be data URLs.
-
-        The first row with media triggers the check that the template renders media, so text-only
-        files do not need it.
-        """
-        setup = self._setup
-        assert setup.reader is not None
-        if not row.media:
+    def _with_media(self, pending: PendingRow, outcome: RowOutcome) -> ChatRow:
+        """The row with its media and without the references, which may be data URLs."""
+        row = pending.row
+        if not pending.reads:
             return row
-        if isinstance(setup.reader, TextReader):
-            raise DeferredRow
-        if not self._media_proved:
-            with self._template.reopen() as apart:  # the template is busy with the rows
-                prove_media(
-                    apart, setup.chat_format, setup.tokenizer, setup.reader,
-                    variables=setup.variables,
-                )  # fmt: skip
-            self._media_proved = True
-        assert row.path is not None, "rows are read from files"
-        root = None if row.source is None else row.source.media_root
-        finder = self.finder(row.path.parent, root)
-        origin = row_bytes(row.path, row.line)
-        read = [finder.read_payload(part, setup.reader, origin) for part in row.media]
         outcome.asked = frozenset((part.kind, key) for part in row.media for key in part.options)
-        seen, payloads = zip(*read, strict=True)
-        kept = row.media if setup.explain else ()
+        seen, payloads = zip(*pending.media(), strict=True)
+        kept = row.media if self._setup.explain else ()
         return replace(row, media=kept, seen=seen, payloads=payloads)
 
     def _finish(
@@ -333,16 +333,7 @@ class RowRenderer:
             if isinstance(text, str) and not prefix.prompt
         )
         for (outcome, plan), some in zip(rows, texts, strict=True):
-            try:
-                self._encode(outcome, plan, self._drafts(plan, some))
-            except RowError as bad:
-                outcome.error = bad
-            except DeferredRow:
-                outcome.deferred = True
-            except _Refused as refused:
-                outcome.error = refused.error
-            except QcoreError as error:  # of the reader of media
-                outcome.fatal = error
+            self._guarded(outcome, partial(self._encode, outcome, plan, some))
 
     def _drafts(self, plan: RowPlan, texts: Sequence[str | InputError]) -> list[Draft]:
         """The samples of a row before they are tokenized."""
@@ -362,9 +353,12 @@ class RowRenderer:
             for draft in found
         ]  # fmt: skip
 
-    def _encode(self, outcome: RowOutcome, plan: RowPlan, found: Sequence[Draft]) -> None:
-        """Tokenize and mask the samples of a row, and make them fit."""
+    def _encode(
+        self, outcome: RowOutcome, plan: RowPlan, texts: Sequence[str | InputError]
+    ) -> None:
+        """Make samples of the renderings of a row, tokenize and mask them, and make them fit."""
         setup = self._setup
+        found = self._drafts(plan, texts)
         encoded = self._encoded(plan, found)
         try:
             kept = fitted(

@@ -12,11 +12,9 @@ Codes: ``QC-DATA-081`` a data file changed unnoticed, ``-082`` the limit is not 
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import re
-import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,24 +26,21 @@ from typing import TYPE_CHECKING, Final
 from ...api.files import user_cache
 from ...errors import QcoreError, UsageError, WriteError
 from ...io.artifact import publish
-from ...io.atomic import delete, make_folders, remove_tree
+from ...io.atomic import make_folders, remove_tree
+from ...io.leftovers import sweep_inside
 from ...io.run_lock import Lock
 from ...reporting import Reporter
 from .entry import KIND, Damaged, Loaded, Request, open_entry, render_apart, write_entry
 from .stamps import Changed
 
 if TYPE_CHECKING:
-    from ..identity import Identity
+    from ...checkpoint.identity import Identity
 
 FOLDER_VARIABLE: Final = "QCORE_DATA_CACHE"
 SIZE_VARIABLE: Final = "QCORE_DATA_CACHE_GB"
 _DEFAULT_GB: Final = 50.0
 _DIGITS: Final = 32  #: of the identity's digest, which name a store
 _NAME: Final = re.compile(rf"[0-9a-f]{{{_DIGITS}}}")
-_LEFT: Final = re.compile(rf"\.{_NAME.pattern}\.(?:partial|trash|old)-[0-9a-f]+")
-#: Seconds after which a hidden folder may belong to a killed run. Before, its run may have made it
-#: and not locked it yet; after that, its lock tells.
-_STALE: Final = 60.0
 _PAUSE: Final = 0.2  #: seconds between two looks at a lock
 
 
@@ -115,6 +110,7 @@ class StoreCache:
     def _load(self, request: Request) -> Loaded:
         if self.folder is None or request.identity is None:
             return render_apart(request, self.reporter)
+        self._sweep(self.folder)
         entry = self.folder / request.identity.name[:_DIGITS]
         if loaded := self._open(entry, request):
             return loaded
@@ -178,7 +174,6 @@ class StoreCache:
     def _render(self, entry: Path, request: Request) -> Loaded:
         """Render the rows and publish their store."""
         remove_tree(entry)
-        self._sweep(entry.parent)
         loaded: Loaded | None = None
         try:
             with publish(entry, kind=KIND) as out:
@@ -197,20 +192,12 @@ class StoreCache:
         return loaded
 
     def _sweep(self, folder: Path) -> None:
-        """Delete the folders that killed runs left; a folder that is locked is in use."""
-        for found in list(os.scandir(folder)):
-            if not _LEFT.fullmatch(found.name):
-                continue
-            with suppress(OSError):
-                status = found.stat(follow_symlinks=False)
-                if not stat.S_ISDIR(status.st_mode) or time.time() - status.st_mtime < _STALE:
-                    continue
-                fd = os.open(found.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    delete(Path(found.path))
-                finally:
-                    os.close(fd)
+        """Delete what killed runs left: hidden folders, and locks that no process holds."""
+        sweep_inside(folder, _NAME)
+        for found in folder.glob(".*.lock"):
+            if _NAME.fullmatch(found.name[1:-5]):
+                with suppress(WriteError), Lock(folder, found.name):
+                    pass
 
     def _evict(self, used: Path) -> None:
         """Delete the least recently used stores beyond the limit, but not the one in use."""

@@ -33,7 +33,7 @@ from .write import FILES, INDEX, MEDIA, TOKENS, AnonymousStore, StoreWriter
 
 if TYPE_CHECKING:
     from ...api.media import MediaReader
-    from ..identity import Identity
+    from ...checkpoint.identity import Identity
     from ..policies import Policies
     from ..sources.source import Source
 

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...api.files import user_cache
 from ...api.records import Kernel, Verdict
+from ...errors import WriteError
+from ...io.atomic import make_folders, rewrite
 from ...io.source_digest import package_digest
 
 if TYPE_CHECKING:
@@ -87,18 +88,13 @@ def get(key: Key) -> Verdict | None:
 
 def put(key: Key, verdict: Verdict) -> None:
     """Keep a verdict, as a whole or not at all; do nothing if that is impossible."""
-    temporary = ""
     try:
         path = _path(key)
         text = json.dumps({"key": key, "verdict": asdict(verdict)}, allow_nan=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except (OSError, ValueError, RuntimeError):
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        make_folders(path.parent)
+        rewrite(path, [text.encode()])
+    except (OSError, ValueError, RuntimeError, WriteError):
+        return
 
 
 def folder() -> Path:

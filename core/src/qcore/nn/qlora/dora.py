@@ -46,8 +46,8 @@ class DoraLayer(Protocol):
         """The weight ``[out, in]`` in the run's dtype."""
         ...
 
-    def base_norms(self) -> Tensor:
-        """Norms of the rows of the weight, float32 ``[out]``."""
+    def kept_norms(self) -> Tensor:
+        """Norms of the rows of the weight, float32 ``[out]``, computed once."""
         ...
 
 
@@ -77,10 +77,14 @@ class Magnitudes:
 
     Args:
         layers: the layers, in the order of their outputs.
+
+    Attributes:
+        asked: whether the factors were read since this was last set to false.
     """
 
     def __init__(self, layers: Sequence[DoraLayer]) -> None:
         self._layers = tuple(layers)
+        self.asked = False
         self._known: Factors | None = None
         self._of: list[Any] = []
         self._stale = False
@@ -99,6 +103,7 @@ class Magnitudes:
             like: a tensor on the device.
             norms: computes ``||W + s B A||`` of all layers ``[N]``; by default layer by layer.
         """
+        self.asked = True
         if not any(has_dora(layer) for layer in self._layers):
             return None
         marks: list[Any] = []
@@ -153,15 +158,13 @@ class Magnitudes:
                 scale[rows] = 1.0
         return scale
 
-    def gradients(self, dy: Tensor, y: Tensor, factors: Factors) -> list[Tensor | None]:
+    def gradients(self, dots: Tensor, factors: Factors) -> list[Tensor | None]:
         """The gradient of each m; ``None`` where it was added in place.
 
         Args:
-            dy: the gradient of the scaled outputs, ``[T, N]``.
-            y: the scaled outputs.
+            dots: ``sum_t dy y`` of the scaled outputs, ``[N]`` (`scale_gradient`).
             factors: those of the forward.
         """
-        dots = _column_dots(dy, y)
         trained = [layer for layer in self._layers if has_dora(layer)]
         self._stale = not all(layer.accumulates for layer in trained)
         sinks = [_sink(layer) for layer in trained]
@@ -210,14 +213,23 @@ class _Scaled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (y,) = ctx.saved_tensors
-        dy = _rows(grad)
-        (gradient,) = ctx.magnitudes.gradients(dy, y, ctx.factors)
-        return times(dy, ctx.factors).view(grad.shape), gradient, None
+        dy, dots = scale_gradient(_rows(grad), y, ctx.factors.scale)
+        (gradient,) = ctx.magnitudes.gradients(dots, ctx.factors)
+        return dy.view(grad.shape), gradient, None
 
 
-def times(dy: Tensor, factors: Factors) -> Tensor:
-    """The gradient of the outputs before they are scaled, a new tensor ``[T, N]``."""
-    return torch.mul(dy, factors.scale, out=torch.empty_like(dy))
+def scale_gradient(dy: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of the outputs before they are scaled, and what those of m follow from.
+
+    Args:
+        dy: the gradient of the scaled outputs, ``[T, N]``.
+        y: the scaled outputs.
+        scale: `Factors.scale`.
+
+    Returns:
+        ``dy * scale``, a new tensor ``[T, N]``, and ``sum_t dy y``, ``[N]``.
+    """
+    return torch.mul(dy, scale, out=torch.empty_like(dy)), _column_dots(dy, y)
 
 
 def _same(known: Sequence[Any], now: Sequence[Any]) -> bool:
@@ -282,7 +294,7 @@ def changed_norms(layer: DoraLayer) -> Tensor:
     assert lora is not None
     cross = (_times(layer.dense(), a) * b).sum(1)
     own = ((b @ (a @ a.t())) * b).sum(1)
-    squares = layer.base_norms().square().add_(cross, alpha=2 * lora.scaling)
+    squares = layer.kept_norms().square().add_(cross, alpha=2 * lora.scaling)
     return squares.add_(own, alpha=lora.scaling**2).clamp_min_(0.0).sqrt_()
 
 

@@ -37,10 +37,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...errors import UsageError
 from ..grad_buffers import as_one_buffer
 from ..kernels.launch import on_gpu
 from ..storage import storage_id
-from .dora import Magnitudes, row_norms, times
+from .dora import Magnitudes, row_norms, scale_gradient
 from .fused_factors import WorkingFactors
 from .fused_grads import adapter_gradients
 from .fused_tables import MemberTables
@@ -78,6 +79,10 @@ class FusedKernels(Protocol):
         """Add the gradients of A and B to where they are kept; false if it cannot."""
         ...
 
+    def scale_gradient(self, dy: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """``dy * scale`` and ``sum_t dy y`` (`dora.scale_gradient`)."""
+        ...
+
 
 @dataclass(slots=True)
 class _KeptBuffer:
@@ -91,6 +96,8 @@ class _KeptBuffer:
 
 class Product(Members):
     """``[..., K] -> ([..., N_i], ...)``.
+
+    A backend that does not read `magnitudes` would compute plain LoRA: it is refused with DoRA.
 
     Args:
         members: maps of one K. They own their tensors; this reads them.
@@ -121,7 +128,17 @@ class Product(Members):
         )
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.compute(x, self)
+        self.magnitudes.asked = False
+        outputs = self.compute(x, self)
+        if self.magnitudes.parameters() and not self.magnitudes.asked:
+            raise UsageError(
+                "QC-KERNEL-003",
+                "cannot run here: it computes plain LoRA, and the adapter has DoRA",
+                field="kernels.qlora_linear",
+                found=getattr(self.compute, "__module__", None),
+                fix="ask for qlora_linear=reference, or set use_dora=false",
+            )
+        return outputs
 
     def note_backward(self) -> None:
         """Record that a backward ran."""
@@ -300,7 +317,10 @@ class _Product(torch.autograd.Function):
         dy = as_one_buffer([_rows(grad) for grad in grads])
         dm: list[Tensor | None] = []
         if y is not None:
-            dm, dy = product.magnitudes.gradients(dy, y, ctx.factors), times(dy, ctx.factors)
+            kernels = cast(FusedKernels | None, ctx.kernels)
+            scale = scale_gradient if kernels is None else kernels.scale_gradient
+            dy, dots = scale(dy, y, ctx.factors.scale)
+            dm = product.magnitudes.gradients(dots, ctx.factors)
         working = product.working(dy)
         dx = dyb = None
         if ctx.needs_input_grad[0]:

@@ -2,7 +2,7 @@
 
 This file decides how a program finds its member: by a table of addresses, which is made again when
 one of them changes, so that a stack of four maps costs no more launches than one map. `fused`
-decides when each kernel is called, and with what.
+decides when each kernel is called, and with what. What DoRA adds is in `dora_triton`.
 
 ``fill``   every member's weight into its rows of the buffer, 4-bit ones bit for bit as
            `nf4_triton` reads them, and LoRA from its trained factors to where products read it
@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..kernels.launch import cdiv, launch, next_power_of_2
+from . import dora
+from .dora_triton import scale_gradient
 from .fused import Product, through
 from .fused_factors import WorkingFactors
 from .fused_tables import FIELDS, WIDEST, Gradients, Sources, fits
@@ -76,6 +78,13 @@ class TritonKernels:
             return False
         outer(gradients, dy, x, xa, dyb)
         return True
+
+    @staticmethod
+    def scale_gradient(dy: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Both gradients of DoRA's scaling in one pass, in at most float32."""
+        if dy.dtype.itemsize > 4:
+            return dora.scale_gradient(dy, y, scale)
+        return scale_gradient(dy, y, scale)
 
 
 def fill(

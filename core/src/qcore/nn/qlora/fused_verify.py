@@ -1,9 +1,9 @@
 """Verification of a backend of the op ``qlora_linear`` (the fused product) against float32.
 
 This file decides the cases: a stack that is wider than its input and one that is narrower, of 4-bit
-and 16-bit maps, whose gradients are added where the optimizer keeps them; a number of rows that no
-tile divides. Weights must be read bit for bit; the rest is compared with float32 by the measure of
-`kernels.compare`.
+and 16-bit maps, with and without DoRA, whose gradients are added where the optimizer keeps them; a
+number of rows that no tile divides. Weights must be read bit for bit; the rest is compared with
+float32 by the measure of `kernels.compare`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from .linear import Linear
 from .lora_layer import Lora
 
 _R16, _R8 = Lora(r=16, lora_alpha=32), Lora(r=8, lora_alpha=8)
+_DORA = Lora(r=16, lora_alpha=32, use_dora=True)
 #: (in, [(out, LoRA, 4-bit)])
 _STACKS = (
     (320, [(384, _R16, True), (192, _R8, True), (40, None, False)]),
     (512, [(256, _R16, True)]),
+    (320, [(384, _DORA, True), (40, None, False)]),
+    (512, [(256, _DORA, True)]),
 )
 _BOUND = 8e-3  # of bf16; 5e-3 is usual
 _DTYPE = torch.bfloat16
@@ -53,6 +56,8 @@ def _member(
     module.reset_lora(str(seed), 0, device)
     if module.lora_B is not None:
         module.lora_B.data.copy_(torch.randn(module.lora_B.shape, generator=generator))
+    if module.lora_magnitude_vector is not None:
+        module.lora_magnitude_vector.data.mul_(0.5)  # so that it is far from the norm
     return module
 
 
@@ -88,11 +93,11 @@ def _computed(maps: list[Linear], into: int, device: torch.device) -> list[Tenso
     poison(device)
     torch.autograd.backward(y, grads)
     assert x.grad is not None
-    matrices = [matrix for member in carried for matrix in (member.lora_A, member.lora_B)]
+    matrices = [matrix for member in carried for matrix in member.factors]
     return [
         *y,
         x.grad,
-        *(matrix.grad for matrix in matrices if matrix is not None and matrix.grad is not None),
+        *(matrix.grad for matrix in matrices if matrix.grad is not None),
     ]
 
 
@@ -108,6 +113,11 @@ def _expected(maps: list[Linear], into: int, device: torch.device) -> list[Tenso
             a, b = (m.detach().clone().requires_grad_() for m in (member.lora_A, member.lora_B))
             y = y + (x @ a.t()) @ b.t() * member.lora.scaling
             leaves += [a, b]
+            if member.lora_magnitude_vector is not None:
+                m = member.lora_magnitude_vector.detach().clone().requires_grad_()
+                weight = member.dense().float() + member.lora.scaling * (b @ a).detach()
+                y = y * (m / weight.norm(dim=1))
+                leaves.append(m)
         outputs.append(y)
     torch.autograd.backward(outputs, [grad.float() for grad in grads])
     return [*outputs, x.grad, *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]

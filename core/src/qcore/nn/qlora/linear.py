@@ -47,7 +47,7 @@ class Linear(LoraLayer):
         self.nf4: NF4 | None = None
         self.resident = False
         self.product = Product((self,), compute)
-        self._base_norms: Tensor | None = None
+        self._kept_norms: Tensor | None = None
 
     def lora_shapes(self, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """``A [r, in]``, ``B [out, r]``."""
@@ -57,7 +57,7 @@ class Linear(LoraLayer):
         """Take the whole weight: its 4-bit scales are one set."""
         if rows != slice(0, self.shape[0]):
             raise ValueError(f"a linear map is held whole, not {rows}")
-        self._base_norms = None
+        self._kept_norms = None
         if quantize:
             self.nf4, self.weight = NF4(value, dtype, self.dequantize), None
         else:
@@ -65,6 +65,7 @@ class Linear(LoraLayer):
 
     def hold_codes(self, packed: Tensor, state: Any) -> None:
         """Take a weight that is in NF4 already; see `NF4.of_codes`."""
+        self._kept_norms = None
         self.nf4, self.weight = NF4.of_codes(self.shape, packed, state, self.dequantize), None
 
     @property
@@ -105,10 +106,14 @@ class Linear(LoraLayer):
     @torch.inference_mode(False)
     @torch.no_grad()
     def base_norms(self) -> Tensor:
-        """Norms of the rows of the weight, float32 ``[out]``."""
-        if self._base_norms is None:
-            self._base_norms = row_norms(self.dense())
-        return self._base_norms
+        """A new tensor of the norms of the weight's rows, float32 ``[out]``."""
+        return row_norms(self.dense())
+
+    def kept_norms(self) -> Tensor:
+        """Norms of the weight's rows, computed once: a fused product does not need them."""
+        if self._kept_norms is None:
+            self._kept_norms = self.base_norms()
+        return self._kept_norms
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""

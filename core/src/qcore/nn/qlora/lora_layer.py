@@ -129,7 +129,7 @@ class LoraLayer(nn.Module):
         return tuple(parameter for parameter in parameters if parameter is not None)
 
     def base_norms(self) -> Tensor:
-        """Norms of the rows of the base's weight, float32 ``[out]``: m before the first step."""
+        """A new tensor of the norms of the weight's rows, float32 ``[out]``: m before step 1."""
         raise NotImplementedError
 
     def set_lora(
@@ -153,5 +153,5 @@ class LoraLayer(nn.Module):
         shape_a, shape_b = self.lora_shapes(self.lora.r)
         a = torch.empty(shape_a)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        m = self.base_norms().clone() if self.lora.use_dora else None
+        m = self.base_norms() if self.lora.use_dora else None
         self.set_lora(a.to(device), torch.zeros(shape_b, device=device), m, trained=True)

@@ -55,8 +55,8 @@ class Member(Protocol):
         """The weight ``[out, in]`` in the run's dtype."""
         ...
 
-    def base_norms(self) -> Tensor:
-        """Norms of the rows of the weight, float32 ``[out]``."""
+    def kept_norms(self) -> Tensor:
+        """Norms of the rows of the weight, float32 ``[out]``, computed once."""
         ...
 
     def into(self, out: Tensor) -> None:
