@@ -80,6 +80,7 @@ def test_a_file_that_appears_in_the_output_costs_no_step(
     assert not (tmp_path / "out.run").exists()
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_makes_no_other_one_go(rows: Path, tmp_path: Path) -> None:
     options = FOUR | {"save_steps": 1, "save_total_limit": 2}
     start(tiny_folder(), rows, tmp_path / "out", options)
@@ -245,7 +246,7 @@ class Full:
         return call
 
 
-@pytest.mark.parametrize("part", [2, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("part", [1, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_full_disk_names_the_file_that_failed_first(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
@@ -264,3 +265,43 @@ def test_a_full_disk_names_the_file_that_failed_first(
         assert error.value.code == "QC-WRITE-003"
         # A folder that is published is written under a hidden name: the file in it counts.
         assert Path(str(error.value.file)).name in str(disk.first), (at, str(disk.first))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"save_steps": 1, "save_total_limit": 2}, pytest.param({}, marks=pytest.mark.slow)],
+    ids=["two checkpoints", "none"],
+)
+def test_the_disk_space_that_a_run_needs_is_predicted(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Within 10 % of what there is at most, measured whenever a folder gets its name."""
+    most, asked, rename = [0], [0], os.rename
+
+    def watched(*args: Any) -> None:
+        rename(*args)
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        most[0] = max(most[0], sum(path.stat().st_size for path in files))
+
+    def check(path: Path, *, need_bytes: int) -> None:
+        asked[0] = need_bytes
+
+    monkeypatch.setattr(os, "rename", watched)
+    monkeypatch.setattr("qcore.training.disk_space.check_target", check)
+    start(tiny_folder(), rows, tmp_path / "out", FOUR | {"r": 64} | options)
+    assert asked[0] == pytest.approx(most[0], rel=0.1)
+
+
+def test_a_disk_that_is_too_small_is_named_before_the_base_is_loaded(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    heard = Heard()
+    with pytest.raises(WriteError, match="too little free space") as error:
+        start(tiny_folder(), rows, tmp_path / "out", FOUR, reporter=heard.reporter)
+    assert (error.value.code, error.value.exit_code) == ("QC-WRITE-007", 73)
+    assert "save_total_limit (1 checkpoint of" in (error.value.fix or "")
+    assert steps == []
+    assert not any("loading the base" in str(event) for event in heard.events)
+    assert not (tmp_path / "out.run").exists()

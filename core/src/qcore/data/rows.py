@@ -261,12 +261,15 @@ class RowCheck:
         where = f"{at}.content"
         if reasoned is not None and has_marks(reasoned, self.marks):
             what, where = f"contains {opens} or {closes}", f"{at}.reasoning_content"
+            fix = "write the reasoning alone: the template adds the tags"
         elif not has_marks(said, self.marks):
             return
         elif reasoned is not None:
             what = f"contains {opens} or {closes} beside reasoning_content"
+            fix = "keep one of them: reasoning_content, or the block in content"
         else:
             what = block_fault(said, self.marks)
+            fix = "write the reasoning as reasoning_content and the answer alone as content"
             if not what:
                 return
         raise RowError(
@@ -274,6 +277,7 @@ class RowCheck:
             what,
             at=where,
             expected=f"reasoning_content, or {opens}...{closes} at the start of content",
+            fix=fix,
         )
 
     def _check_order(self, messages: Sequence[Mapping[str, Any]]) -> None:

@@ -149,7 +149,7 @@ class StockModel:
         with init_empty_weights(include_buffers=False):
             model = self.cls(config)
         _drop(model)
-        model.tie_weights()
+        model.tie_weights()  # PEFT wraps a tied head in another way
         return model
 
     def _refuse_missing(self, names: Any) -> None:
@@ -178,7 +178,7 @@ class StockModel:
             )
         try:
             return peft.PeftModel.from_pretrained(self.model, str(adapter))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise NumericError(
                 "QC-STOCK-007",
                 f"is refused by stock PEFT under {self.cls.__name__}",
