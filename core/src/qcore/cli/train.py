@@ -100,7 +100,8 @@ def command(
 
     # From here on: a scheduler's SIGUSR1 would end the process while torch is imported.
     signals = StopSignals(
-        say=say_now, leave=partial(leave_now, as_json=as_json), output=1 if as_json else -1
+        say=say_now, leave=partial(leave_now, as_json=as_json), output=1 if as_json else -1,
+        ends=True,
     )  # fmt: skip
     with signals as stop:
         presets = load_presets()
@@ -127,10 +128,10 @@ def command(
                 init_adapter=init_adapter, trust_base=trust_base,
                 trust_generation=trust_generation, origins=origins, reporter=reporter, stop=stop,
             )  # fmt: skip
-    if as_json:
-        emit(report.as_json())
-        return
-    log(_summary(report))
+        if as_json:
+            emit(report.as_json())
+        else:
+            log(_summary(report))
 
 
 def _settings(
