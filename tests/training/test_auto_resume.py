@@ -179,7 +179,7 @@ def test_the_command_is_started_again_until_it_ends_with_0(
 ) -> None:
     """What a service manager does: any end but a refusal starts the command again."""
     line = [*words(tiny_folder(), rows, tmp_path / "out", SETTINGS), "--auto-resume"]
-    for at in (1, 2, 1):
+    for at in (1, 2):
         mark = tmp_path / f"mark{at}"
         mark.unlink(missing_ok=True)
         before = partial(held, Loop, "step", mark, at=at, seconds=1)

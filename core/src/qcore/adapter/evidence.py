@@ -27,6 +27,7 @@ def read_for(
     *,
     trust_base: bool = False,
     trust_generation: bool = False,
+    grow: bool = False,
     problems: list[QcoreError] | None = None,
 ) -> Adapter:
     """Read an adapter folder for the base of a run.
@@ -36,6 +37,8 @@ def read_for(
         folder: the adapter folder.
         trust_base: accept an adapter without a fingerprint of its base.
         trust_generation: accept such an adapter if it names a base of another generation.
+        grow: accept values for rows of embedding and head that the base lacks; the run then uses
+            ``base.growing(adapter.vocabulary)``.
         problems: receives the errors of tensors and targets instead of raising them.
 
     Raises:
@@ -56,6 +59,7 @@ def read_for(
             path, header, base.checkpoint, base.layout, name
         ),
         same=same_change,
+        grow=grow,
         problems=problems,
     )
     refuse_other_config(base, adapter)
@@ -77,7 +81,7 @@ def evidence_lines(base: Identified, adapter: Adapter, *, taken: bool = False) -
     elif difference is not None:
         yield from difference.lines()
         if difference.tokens or difference.template:
-            yield "to merge with the adapter's tokenizer and template: qcore merge --take-tokenizer"
+            yield "to merge or generate with the adapter's tokenizer and template: --take-tokenizer"
 
 
 def brings_template(adapter: Adapter) -> bool:

@@ -49,6 +49,7 @@ class Adapter:
         source: the folder or hub id that the user passed.
         revision: the commit on the hub; ``None`` for a local folder.
         untied: whether the head of a tied base gets other values than the embedding.
+        vocabulary: rows of embedding and head, if the adapter has more of them than the base.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class Adapter:
     source: str = ""
     revision: str | None = None
     untied: bool = False
+    vocabulary: int | None = None
 
     @property
     def pairs(self) -> Mapping[str, Pair]:

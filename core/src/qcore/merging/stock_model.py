@@ -90,6 +90,8 @@ class StockModel:
     Attributes:
         model: the stock class.
         peft: the PEFT model around it; ``None`` without an adapter.
+        random: parameters that text does not run, as of a tower that the folder does not have;
+            transformers leaves them at random values.
 
     Raises:
         InputError: ``QC-STOCK-004`` the stock class does not load the folder.
@@ -106,6 +108,7 @@ class StockModel:
         whole: bool = True,
     ) -> None:
         self.checkpoint, self.whole, self._layers = checkpoint, whole, layers
+        self.random: list[str] = []
         refuse_code(checkpoint.path)
         with quiet(), refusals(checkpoint.path):
             self.cls, self.config = stock_class(checkpoint.path, name)
@@ -132,7 +135,10 @@ class StockModel:
             local_files_only=True,
             output_loading_info=True,
         )
-        self._refuse_missing(info["missing_keys"])
+        missing = set(info["missing_keys"])
+        if model.get_output_embeddings() is not None:
+            self.random = sorted(missing - _of_text(model))
+        self._refuse_missing(missing.difference(self.random))
         return model
 
     def _skeleton(self) -> Any:
@@ -143,6 +149,7 @@ class StockModel:
         with init_empty_weights(include_buffers=False):
             model = self.cls(config)
         _drop(model)
+        model.tie_weights()  # PEFT wraps a tied head in another way
         return model
 
     def _refuse_missing(self, names: Any) -> None:
@@ -171,7 +178,7 @@ class StockModel:
             )
         try:
             return peft.PeftModel.from_pretrained(self.model, str(adapter))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise NumericError(
                 "QC-STOCK-007",
                 f"is refused by stock PEFT under {self.cls.__name__}",
@@ -338,6 +345,15 @@ class StockModel:
 def _is_adapters(path: str) -> bool:
     """Whether PEFT added a parameter to the model."""
     return any(word in path for word in ("lora_", "modules_to_save.", "trainable_tokens_"))
+
+
+def _of_text(model: Any) -> set[str]:
+    """Names of the parameters that text runs: those of the trunk and of the head."""
+    trunks = [m for m in model.modules() if hasattr(m, "layers") and hasattr(m, "norm")]
+    used = [module for module in (*trunks[:1], model.get_output_embeddings()) if module is not None]
+    own = {id(parameter) for module in used for parameter in module.parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in every if id(parameter) in own}
 
 
 def _drop(module: nn.Module) -> None:

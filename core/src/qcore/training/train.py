@@ -20,7 +20,7 @@ from torch import Tensor
 from ..adapter.targets import Coverage
 from ..config.settings import Settings
 from ..data.rejects import REJECTED
-from ..errors import InputError, NumericError
+from ..errors import InputError
 from ..io.atomic import writing
 from ..io.metrics_log import MetricsLog
 from ..io.stop_signals import StopSignals
@@ -32,13 +32,15 @@ from ..planning.saved import save_plan
 from ..reporting import Evaluation, Finished, Reporter, RunStarted, Step
 from .auto_resume import how_to_start
 from .best import BestSoFar
-from .checkpoints import METRICS, RunFiles, check_best, checkpoint_path
+from .checkpoints import METRICS, RunFiles, check_best
+from .finite import naming_checkpoint
 from .frozen_objects import unfrozen_after
 from .initial_adapter import AdapterWords
 from .loading import load_base
 from .media_manifest import note_media
 from .metrics_sink import MetricsSink
 from .report import TrainReport, first_loss, last_loss
+from .rotation import checkpoint_path, checkpoints
 from .run import Run
 from .run_folder import check_again, locked, newest
 from .setup import DataWords, Words, before_the_stop, plan_memory, prepare
@@ -151,8 +153,9 @@ def _execute(run: Run, plan: RunPlan, stop: StopSignals, *, resume: bool, fix: s
             pending = _restore(session) if resume else None
             save_plan(run.folder, plan)
             _note_rows(run, resume=resume)
-            outcome = _train(session, saver.last, pending)
-            return _publish(session, base.coverage, outcome)
+            with naming_checkpoint(lambda: [path for _, path in checkpoints(run.folder)]):
+                outcome = _train(session, saver.last, pending)
+                return _publish(session, base.coverage, outcome)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,7 +219,8 @@ def _restore(session: _Session) -> Mapping[str, Any] | None:
     step, path = last
     meta = session.files.restore(path, loop.optimizer)
     session.best.restore(meta)
-    session.saver.last = step
+    loop.guard.restore(meta.get("spike_guard"))
+    loop.guard.newest = session.saver.last = step
     if run.settings.load_best_at_end and session.best.best is not None:
         check_best(checkpoint_path(run.folder, session.best.best.step))
     run.reporter.note(f"resuming after step {step} of {loop.schedule.total}")
@@ -261,19 +265,11 @@ def _load_best(session: _Session) -> Path | None:
         The checkpoint that is published; ``None`` for the tensors of the last step.
 
     Raises:
-        NumericError: ``QC-TRAIN-012`` no evaluation was finite.
         InputError: ``QC-RESUME-006`` the best checkpoint was removed or damaged meanwhile.
     """
     run, best, total = session.run, session.best.best, session.loop.schedule.total
     wanted = run.settings.load_best_at_end
     if best is None:
-        if wanted:
-            raise NumericError(
-                "QC-TRAIN-012",
-                "every eval_loss is NaN or infinite, so no checkpoint is the best",
-                field="load_best_at_end",
-                fix="look at the held-out rows and the last checkpoint, or lower learning_rate",
-            )
         return None
     line = f"lowest eval_loss {best.eval_loss:.4f} after step {best.step} of {total}"
     path = checkpoint_path(run.folder, best.step)
@@ -370,10 +366,11 @@ def _check_data(session: _Session) -> None:
 
 
 def _publish(session: _Session, lines: tuple[Coverage, ...], outcome: _Outcome) -> TrainReport:
+    judged = session.saver.judge(session.start, outcome.published)
     report = _report(session, lines, outcome)
     session.watch.at("publishing the adapter")
     session.stop.doing = "publishing the adapter, then ending"
-    result = report.result() | {"maps_moved": list(outcome.moved)}
+    result = report.result() | {"maps_moved": list(outcome.moved)} | judged
     session.saver.publish(result, outcome.published)
     return report
 
