@@ -163,10 +163,9 @@ class Saver:
 
     @contextmanager
     def first_fault(self) -> Iterator[None]:
-        """Raise the error of `save_last` in place of a later one of writing: it is the cause.
+        """Let an error of writing be that of the checkpoint after the last step, if that failed.
 
-        Raises:
-            WriteError: what could not be written first.
+        On a full disk the file that failed first is named.
         """
         try:
             yield
@@ -184,7 +183,7 @@ class Saver:
 
         Raises:
             WriteError: the output was filled meanwhile or cannot be written; the fix names the
-                checkpoint.
+                checkpoint, if there is one.
         """
         last = checkpoint_path(self._run.folder, self._loop.schedule.total)
         try:
