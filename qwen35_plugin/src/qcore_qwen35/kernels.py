@@ -36,6 +36,7 @@ def kernels() -> Iterator[Kernel]:
             refuse=_needs_cuda,
             refuse_model=limits.OF_MODEL.get(op, _any_model),
             requires=("triton>=3.2",),
+            plan=_load(module, function),
         )
     yield from optional.kernels()
 

@@ -23,6 +23,7 @@ from rich.progress import (
 
 from ..reporting import (
     Event,
+    Finished,
     Note,
     ProgressAdvanced,
     ProgressEnded,
@@ -80,6 +81,8 @@ class TerminalSink:
                     self._bar.advance(self._task, amount)
             case ProgressEnded():
                 self._stop_bar()
+            case Finished():
+                self._begin()
             case Step():
                 self._step(event)
             case _:

@@ -19,12 +19,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..api.records import Verdict
 from .kernels.compare import compare, worst_verdict
+from .kernels.language import tl, triton
 from .kernels.launch import cdiv, launch
 from .loss import cross_entropy_sum as reference
 

@@ -11,6 +11,7 @@ activation checkpointing      `POLICIES`, `recompute`, `recomputable`
 gradients in shared buffers   `GradBuffers`, `as_one_buffer`
 Triton launches               `launch`, `record_work`, `on_gpu`, `device_type`, `cdiv`,
                               `next_power_of_2`
+Triton, if installed          `triton`, `tl`: else stand-ins, so that a plan can import the module
 verification of a kernel      `compare`, `worst_verdict`
 ============================  =====================================================================
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 from ..nn.attention.varlen import cached_attention, span_bias, step_attention, varlen_attention
 from ..nn.grad_buffers import GradBuffers, as_one_buffer
 from ..nn.kernels.compare import compare, worst_verdict
+from ..nn.kernels.language import tl, triton
 from ..nn.kernels.launch import (
     cdiv,
     device_type,
@@ -48,6 +50,8 @@ __all__ = [
     "record_work",
     "span_bias",
     "step_attention",
+    "tl",
+    "triton",
     "varlen_attention",
     "worst_verdict",
 ]

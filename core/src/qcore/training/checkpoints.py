@@ -6,14 +6,12 @@ and JSON, never a pickle. The order of rows, the learning rate and random number
 of the step, so a checkpoint is the step, the adapter and AdamW's moments.
 
 The run folder lies beside the output: ``OUTPUT.run/`` holds ``metrics.jsonl`` and
-``checkpoint-N/``, each a complete adapter folder with state. It is removed at the end of a run
-that leaves no checkpoint.
+``checkpoint-N/``, each a complete adapter folder with state. `run_folder` decides who uses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -31,16 +29,15 @@ from ..api.parameters import Namespace
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.hub import TOKENIZER_FILES, public_source
 from ..data.rejects import REJECTED
-from ..errors import InputError, NumericError, UsageError
+from ..errors import InputError, NumericError
 from ..io.artifact import Writer, publish, read_manifest, verify
-from ..io.atomic import make_folders, remove_tree, writing
-from ..io.run_lock import Lock
+from ..io.atomic import remove_tree
+from ..io.metrics_log import sync_rows
 from ..nn.model import Model
 from ..plugins.resolve_model import classes_of
 from .best import Evaluated
 from .finite import check_written
-from .resume import compare, identity
-from .rotation import checkpoint_path, checkpoints, rotate
+from .resume import compare, identity, refuse_renamed, step_of
 from .run import Run
 from .spikes import SpikeGuard
 
@@ -49,73 +46,39 @@ METRICS = "metrics.jsonl"
 CARD = "README.md"
 
 
-def newest(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each damaged one passed over.
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint, oldest first."""
+    steps = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        step = step_of(path)
+        if step is not None and path.is_dir():
+            steps.append((step, path))
+    return sorted(steps)
 
-    Raises:
-        InputError: ``QC-RESUME-004`` when there are checkpoints and all are damaged: starting
-            again would throw away what may still be mended.
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The checkpoint after a step."""
+    return folder / f"checkpoint-{step}"
+
+
+def rotate(folder: Path, step: int, limit: int, keep: Collection[int]) -> None:
+    """Delete checkpoints beyond `limit`, after that of `step` was published.
+
+    Checkpoints of later steps were left by the run that was resumed from an earlier one; they
+    belong to steps that are computed again, and are deleted first.
+
+    Args:
+        folder: the run folder.
+        step: of the newest checkpoint.
+        limit: ``save_total_limit``.
+        keep: steps of checkpoints that are kept beyond the limit.
     """
-    damaged: list[str] = []
-    for step, path in reversed(checkpoints(folder)):
-        report = verify(path)
-        if report.ok:
-            return (step, path), damaged
-        damaged.append(f"{path.name} is damaged and passed over: {report.problems[0]}")
-    if damaged:
-        raise InputError(
-            "QC-RESUME-004",
-            "holds no checkpoint that can be resumed from",
-            file=folder,
-            found=damaged[0],
-            fix="restore one, or delete the folder to start again",
-        )
-    return None, []
-
-
-def run_folder(output: Path, *, resume: bool) -> Path:
-    """Where a run that writes `output` keeps its checkpoints and metrics.
-
-    Raises:
-        UsageError: ``QC-RESUME-001`` nothing to resume, ``-003`` an unfinished run is there.
-        WriteError: ``QC-WRITE-010`` that run is going on.
-    """
-    folder = output.with_name(output.name + ".run")
-    if resume and not folder.is_dir():
-        raise UsageError(
-            "QC-RESUME-001",
-            "there is no run to resume",
-            file=folder,
-            field="--resume",
-            fix="drop --resume, or name the --output of the run that was stopped",
-        )
-    if not resume and checkpoints(folder):
-        with Lock(folder):  # the fix below deletes the folder, which must not be in use
-            pass
-        raise UsageError(
-            "QC-RESUME-003",
-            "holds the checkpoints of another run",
-            file=folder,
-            fix="pass --resume to go on with it, or delete the folder to start again",
-        )
-    return folder
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[Path]:
-    """Lock the run folder; removed afterwards unless it holds a checkpoint."""
-    with writing(folder):
-        made = make_folders(folder)
-    # Outside the try: where another run holds the lock, its folder is not removed.
-    with Lock(folder):
-        try:
-            yield folder
-        finally:
-            if not checkpoints(folder):
-                remove_tree(folder)
-                for parent in reversed(made[:-1]):
-                    if not any(parent.iterdir()):
-                        parent.rmdir()
+    there = checkpoints(folder)
+    later = [old for old in there if old[0] > step]
+    earlier = [old for old in there if old[0] <= step]
+    for number, path in [*later, *earlier[:-limit]]:
+        if number not in keep:
+            remove_tree(path)
 
 
 def check_best(path: Path) -> None:
@@ -125,7 +88,9 @@ def check_best(path: Path) -> None:
         InputError: ``QC-RESUME-006``.
     """
     report = verify(path) if path.is_dir() else None
-    if report is None or not report.ok:
+    if report is not None and report.ok:
+        refuse_renamed(path, report.meta)
+    else:
         raise InputError(
             "QC-RESUME-006",
             "is the checkpoint of the best evaluation, which load_best_at_end publishes",
@@ -184,6 +149,8 @@ class RunFiles:
     ) -> Path:
         """Publish ``checkpoint-STEP``, then delete the oldest beyond ``save_total_limit``.
 
+        The rows of metrics up to the step are durable before the checkpoint that claims them.
+
         Args:
             folder: the run folder.
             step: optimizer steps that are done.
@@ -198,6 +165,7 @@ class RunFiles:
                 written or deleted.
         """
         path = checkpoint_path(folder, step)
+        sync_rows(folder / METRICS)
         with publish(path, kind="checkpoint", overwrite=True) as out:
             self._adapter(out)
             moments: dict[str, Tensor] = {}

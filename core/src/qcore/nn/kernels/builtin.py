@@ -50,6 +50,7 @@ def core_kernels() -> Iterator[Kernel]:
             verify=_calling(judge, "verify"),
             refuse=_needs_cuda,
             requires=("triton>=3.2",),
+            plan=_loading(module, function),
         )
 
 

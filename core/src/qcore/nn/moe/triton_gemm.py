@@ -16,8 +16,7 @@ Shapes: R rows sorted by expert, E experts, r LoRA's rank.
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
+from ..kernels.language import tl, triton
 
 
 @triton.jit

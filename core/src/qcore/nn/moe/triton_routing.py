@@ -13,11 +13,10 @@ Shapes: R flat places (token, choice), E experts, B blocks of places.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ...api.records import Verdict
+from ..kernels.language import tl, triton
 from ..kernels.launch import cdiv, launch, next_power_of_2
 from .routing import Routing
 from .triton import tile_count, tile_rows

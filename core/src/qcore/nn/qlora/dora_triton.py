@@ -10,10 +10,9 @@ Shapes: T rows, N outputs.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ..kernels.language import tl, triton
 from ..kernels.launch import cdiv, launch
 
 #: (rows of a load, loads of a program, columns, warps)

@@ -15,10 +15,9 @@ Shapes: T rows, K in, N out of all members, R ranks of all members, r of one.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ..kernels.language import tl, triton
 from ..kernels.launch import cdiv, launch, next_power_of_2
 from . import dora
 from .dora_triton import scale_gradient

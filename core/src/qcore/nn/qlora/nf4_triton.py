@@ -15,11 +15,10 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ...api.records import Verdict
+from ..kernels.language import tl, triton
 from ..kernels.launch import cdiv, launch
 from .nf4 import BLOCK, VALUES, Codes, of_weights
 from .nf4 import dequantize as reference

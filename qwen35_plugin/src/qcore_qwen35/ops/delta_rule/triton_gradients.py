@@ -21,9 +21,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from qcore.ops import tl, triton
 
 from ..launch import launch
 from .layout import Tables

@@ -29,9 +29,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from qcore.ops import tl, triton
 
 from ..launch import launch
 from . import reference

@@ -19,9 +19,9 @@ Shapes: T tokens, M chunks of C tokens, N documents, Hk key heads of dk, Hv valu
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from qcore.ops import tl, triton
 
 from ..launch import launch
 from .layout import Tables

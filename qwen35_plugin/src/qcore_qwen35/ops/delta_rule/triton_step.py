@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from qcore.ops import tl, triton
 
 from .. import limits
 from ..launch import launch, supported

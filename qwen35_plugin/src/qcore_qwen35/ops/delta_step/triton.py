@@ -12,9 +12,9 @@ Shapes: C channels in the order q, k, v; K taps.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from qcore.ops import tl, triton
 
 from ..delta_inputs.reference import Heads
 from ..delta_rule.triton_step import recurrent_delta_rule

@@ -14,12 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qcore.ops import GradBuffers
+from qcore.ops import GradBuffers, tl, triton
 
 from ..launch import cdiv, launch, next_power_of_2, rows_of, supported
 
