@@ -1,8 +1,8 @@
 """What the guards of a training step cost on the CPU, as a share of the step.
 
 Trains an adapter and switches the guards off in every second step of the same run: the check of
-the parameters, and the scores of loss and gradient norm over a full window. Times are CPU seconds of
-the process, on one thread, so that other programs on the machine do not count.
+the parameters, and the scores of loss and gradient norm over a full window. Times are CPU seconds
+of the process, on one thread, so that other programs on the machine do not count.
 
     python benchmarks/guards_cpu.py --model FOLDER --data ROWS.jsonl [--steps 80]
 

@@ -20,7 +20,8 @@ from qcore.config.resolve import parse_sets
 from qcore.errors import InputError, Interrupted, NumericError, UsageError
 from qcore.io.artifact import publish, read_manifest
 from qcore.training.best import BestSoFar, Evaluated
-from qcore.training.checkpoints import RunFiles, checkpoints
+from qcore.training.checkpoints import RunFiles
+from qcore.training.rotation import checkpoints
 from qcore.training.step import Loop
 from qcore.training.train import TrainReport
 

@@ -21,7 +21,8 @@ from qcore.nn.optim import FlatAdamW
 from qcore.nn.qlora.linear import Linear
 from qcore.nn.qlora.lora_layer import Lora
 from qcore.nn.value_range import is_finite
-from qcore.training.checkpoints import RunFiles, checkpoints
+from qcore.training.checkpoints import RunFiles
+from qcore.training.rotation import checkpoints
 from qcore.training.step import Loop, _Sums
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,7 +19,7 @@ from qcore.config.settings import Settings
 from qcore.errors import Interrupted, NumericError, UsageError
 from qcore.io.artifact import read_manifest
 from qcore.training import spikes
-from qcore.training.checkpoints import checkpoints
+from qcore.training.rotation import checkpoints
 from qcore.training.spikes import SpikeGuard
 from qcore.training.step import Loop, _Sums
 

@@ -98,7 +98,8 @@ class FlatAdamW(torch.optim.Optimizer):
 
     def largest(self) -> Tensor:
         """Largest absolute value of all parameters, on the device; NaN if any is."""
-        return torch.linalg.vector_norm(self.flat.detach(), math.inf)
+        largest: Tensor = torch.linalg.vector_norm(self.flat.detach(), math.inf)
+        return largest
 
 
 class _Views(dict[str, Any]):

@@ -31,54 +31,19 @@ from ..checkpoint.hub import TOKENIZER_FILES, public_source
 from ..data.rejects import REJECTED
 from ..errors import InputError, NumericError
 from ..io.artifact import Writer, publish, read_manifest, verify
-from ..io.atomic import remove_tree
 from ..io.metrics_log import sync_rows
 from ..nn.model import Model
 from ..plugins.resolve_model import classes_of
 from .best import Evaluated
 from .finite import check_written
-from .resume import compare, identity, refuse_renamed, step_of
+from .resume import compare, identity, refuse_renamed
+from .rotation import checkpoint_path, rotate
 from .run import Run
 from .spikes import SpikeGuard
 
 OPTIMIZER = "optimizer.safetensors"
 METRICS = "metrics.jsonl"
 CARD = "README.md"
-
-
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, oldest first."""
-    steps = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        step = step_of(path)
-        if step is not None and path.is_dir():
-            steps.append((step, path))
-    return sorted(steps)
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """The checkpoint after a step."""
-    return folder / f"checkpoint-{step}"
-
-
-def rotate(folder: Path, step: int, limit: int, keep: Collection[int]) -> None:
-    """Delete checkpoints beyond `limit`, after that of `step` was published.
-
-    Checkpoints of later steps were left by the run that was resumed from an earlier one; they
-    belong to steps that are computed again, and are deleted first.
-
-    Args:
-        folder: the run folder.
-        step: of the newest checkpoint.
-        limit: ``save_total_limit``.
-        keep: steps of checkpoints that are kept beyond the limit.
-    """
-    there = checkpoints(folder)
-    later = [old for old in there if old[0] > step]
-    earlier = [old for old in there if old[0] <= step]
-    for number, path in [*later, *earlier[:-limit]]:
-        if number not in keep:
-            remove_tree(path)
 
 
 def check_best(path: Path) -> None:

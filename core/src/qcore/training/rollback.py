@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..io.artifact import verify
-from .checkpoints import RunFiles, checkpoint_path
+from .checkpoints import RunFiles
+from .rotation import checkpoint_path
 from .run import Run
 from .spikes import SpikeGuard
 from .step import Loop

@@ -20,8 +20,8 @@ from ..io.artifact import check_target, verify
 from ..io.atomic import drop_folders, remove_tree
 from ..io.leftovers import sweep, sweep_inside
 from ..io.run_lock import Lock
-from .checkpoints import checkpoints
 from .resume import refuse_finished, refuse_renamed
+from .rotation import checkpoints
 
 
 def newest(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:

@@ -25,8 +25,9 @@ from ..io.atomic import remove_tree
 from ..io.stop_signals import StopNow, StopSignals
 from ..reporting import CheckpointSaved
 from .best import BestSoFar
-from .checkpoints import METRICS, RunFiles, checkpoint_path, checkpoints, rotate
+from .checkpoints import METRICS, RunFiles
 from .rollback import after_spike, pinned
+from .rotation import checkpoint_path, checkpoints, rotate
 from .run import Run
 from .step import Loop
 from .verdict import loss_without_gain, not_published, too_small
@@ -107,8 +108,8 @@ class Saver:
         fix: str,
     ) -> None:
         self.last = 0
-        self._unproven = False
         self._unsaved: WriteError | None = None  # of the checkpoint after the last step
+        self._unproven = False
         self._run, self._files, self._loop = run, files, loop
         self._stop, self._best, self._fix = stop, best, fix
         trained = sum(p.numel() for _, p in files.model.trainable())
@@ -151,10 +152,8 @@ class Saver:
         try:
             with self._stop.finishing():
                 self._stop.doing = f"finishing the checkpoint after step {total}, then ending"
-                best = self._best.best
-                self._files.save(
-                    folder, total, self._loop.optimizer, best, guard=self._loop.guard, keep=keep
-                )
+                best, loop = self._best.best, self._loop
+                self._files.save(folder, total, loop.optimizer, best, guard=loop.guard, keep=keep)
         except WriteError as error:
             self._run.reporter.warning(f"no checkpoint after the last step: {error.message}")
             self._unsaved = error

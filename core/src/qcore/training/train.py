@@ -32,7 +32,7 @@ from ..planning.saved import save_plan
 from ..reporting import Evaluation, Finished, Reporter, RunStarted, Step
 from .auto_resume import how_to_start
 from .best import BestSoFar
-from .checkpoints import METRICS, RunFiles, check_best, checkpoint_path, checkpoints
+from .checkpoints import METRICS, RunFiles, check_best
 from .finite import naming_checkpoint
 from .frozen_objects import unfrozen_after
 from .initial_adapter import AdapterWords
@@ -40,6 +40,7 @@ from .loading import load_base
 from .media_manifest import note_media
 from .metrics_sink import MetricsSink
 from .report import TrainReport, first_loss, last_loss
+from .rotation import checkpoint_path, checkpoints
 from .run import Run
 from .run_folder import check_again, locked, newest
 from .setup import DataWords, Words, before_the_stop, plan_memory, prepare
