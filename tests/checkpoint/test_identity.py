@@ -77,3 +77,10 @@ def test_code_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert digests["no_such_package"] is None
     assert len(digests["some_blocks"] or "") == 64
     assert versions_of(["no-such-distribution"]) == {"no-such-distribution": None}
+
+
+@pytest.mark.parametrize("binding", [RUN, TOKENS, ADAPTER], ids=["run", "tokens", "adapter"])
+def test_the_documentation_lists_every_field(binding: dict[str, str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    table = "".join(f"| `{field}` | {what} |\n" for field, what in binding.items())
+    assert table in text

@@ -152,10 +152,10 @@ OPTIONS: dict[str, list[str]] = {
         "--max-length", "--media", "--preset", "--r", "--rows", "--set",
     ],
     "train": [
-        "--adapter", "--adapter-class", "--config", "--data", "--debug", "--device",
-        "--eval-data", "--format", "--generation", "--init-adapter", "--json", "--kernels",
-        "--media-root", "--model", "--output", "--preset", "--resume", "--set", "--trust-base",
-        "--trust-generation", "--verify-data",
+        "--adapter", "--adapter-class", "--auto-resume", "--config", "--data", "--debug",
+        "--device", "--eval-data", "--format", "--generation", "--init-adapter", "--json",
+        "--kernels", "--media-root", "--model", "--output", "--preset", "--resume", "--set",
+        "--trust-base", "--trust-generation", "--verify-data",
     ],
     "merge": [
         "--adapter", "--debug", "--dequantize", "--generation", "--json", "--model", "--no-proof",
@@ -165,7 +165,7 @@ OPTIONS: dict[str, list[str]] = {
         "MODEL", "--adapter", "--chat-template-kwargs", "--debug", "--device", "--dtype",
         "--frequency-penalty", "--generation", "--json", "--max-new-tokens", "--min-p",
         "--presence-penalty", "--prompt", "--quantization", "--repetition-penalty", "--seed",
-        "--system", "--temperature", "--top-k", "--top-p", "--trust-base",
+        "--system", "--take-tokenizer", "--temperature", "--top-k", "--top-p", "--trust-base",
         "--trust-generation",
     ],
     "verify": [
@@ -419,7 +419,7 @@ def test_errors_in_json_and_for_people(
 def test_a_typo_in_a_command_or_an_option_is_answered_with_the_nearest(
     capsys: pytest.CaptureFixture[str],
 ):
-    assert "Did you mean 'train'?" in here(capsys, "trian").err
+    assert "Did you mean 'train'? Fix: " in here(capsys, "trian").err
     ended = here(capsys, "train", "--modle", "x")
     assert "--model" in ended.error("QC-CLI-001")
     assert ended.code == 2

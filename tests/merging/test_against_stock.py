@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.child import in_child
 from support.cli_kit import here
-from support.e2e_kit import STOCK, stock, wrapped, write_stock
+from support.e2e_kit import STOCK, stock, tiny_folder, wrapped, write_stock
 from support.moe_kit import rewrite
 from support.tiers import fast
 from torch import Tensor
@@ -26,6 +26,7 @@ from qcore.io.artifact import MANIFEST, read_manifest
 from qcore.io.manifest import FileEntry
 from qcore.merging import stock_prompts
 from qcore.merging.against_stock import verify_against_stock
+from qcore.merging.combine import combine
 from qcore.merging.merge import merge
 from qcore.merging.stock_compare import Pass
 from qcore.merging.stock_report import StockReport
@@ -532,3 +533,30 @@ def _bounded(base: Path, small: Path) -> None:
 def _memory(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+# -- what stock does not load, or leaves at random values
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_base_without_its_tower(whole: bool) -> None:
+    """The plugin's tiny checkpoint, as `qcore demo` writes it: its class has a tower."""
+    report = verify_against_stock(tiny_folder(), whole=whole)
+    agrees(report)
+    notes = [note for note in report.notes if "text does not run them" in note]
+    assert len(notes) == whole
+    assert not whole or "model.visual" in notes[0]
+
+
+def test_names_of_wrappers_are_refused_with_the_way(dense: Made, tmp_path: Path) -> None:
+    folder = dense.copy(dense.adapter(), tmp_path / "a")
+    (folder / MANIFEST).unlink()
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({n.replace("lora_A", "lora_A.default"): v for n, v in tensors.items()}, file)
+    with pytest.raises(QcoreError, match="words of wrappers") as caught:
+        verify_against_stock(folder, model=str(dense.base))
+    assert caught.value.code == "QC-STOCK-004"
+    assert "adapter combine" in str(caught.value.fix)
+    combine({str(folder): 1.0}, tmp_path / "plain", model=str(dense.base))
+    agrees(verify_against_stock(tmp_path / "plain", model=str(dense.base)))

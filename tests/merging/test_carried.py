@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from qcore.config.settings import Settings
 from qcore.errors import InputError, QcoreError
 from qcore.io.artifact import read_manifest
 from qcore.merging.merge import merge
+from qcore.merging.quantized_base import incomparable_parts
 from qcore.plugins.resolve_model import identify
 from qcore.training.train import train
 
@@ -104,6 +107,14 @@ def test_what_cannot_be_decoded_is_not_dequantized(
         merge(str(base), adapter, tmp_path / "out", trust_base=True, dequantize=True)
     assert error.value.code == "QC-CKPT-008"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantisation"])
+def test_manifests_of_adapters_spell_quantization_either_way(key: str) -> None:
+    """Manifests of the first version have the British spelling."""
+    adapter: Any = SimpleNamespace(meta={"model": {key: {"readable": True}}}, fingerprints={})
+    base: Any = None  # not asked: the adapter was trained on decoded values
+    assert incomparable_parts(base, adapter) == set()
 
 
 @pytest.mark.slow

@@ -32,8 +32,8 @@ from support.moe_kit import INDEX, exact, rewrite, tensors_of
 from support.tiers import fast
 from torch import Tensor
 
+import qcore.adapter.read_several
 import qcore.merging.merge
-import qcore.merging.several
 from qcore.adapter.reader import read_adapter
 from qcore.checkpoint.fingerprint import fingerprints
 from qcore.config.settings import Settings
@@ -413,7 +413,7 @@ def test_a_file_that_is_cut_after_it_was_opened(
             load(model, found.layout, found.checkpoint, device=CPU, quantize=False)
         assert error.value.code == "QC-CKPT-005"
         monkeypatch.setattr(qcore.merging.merge, "identify", lambda *a, f=found, **k: f)
-        monkeypatch.setattr(qcore.merging.several, "read_for", lambda *a, t=told, **k: t)
+        monkeypatch.setattr(qcore.adapter.read_several, "read_for", lambda *a, t=told, **k: t)
         with pytest.raises(InputError) as error:
             merge(str(copy), adapter, tmp_path / "out", dequantize=kind == "fp8")
         assert error.value.code == "QC-CKPT-005"

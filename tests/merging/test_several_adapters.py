@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.change_kit import assert_merged, on_disk, step, vocabulary_weights, written
 from support.cli_kit import here
-from support.e2e_kit import stock, write_stock
+from support.e2e_kit import documents, our_logits, stock, stock_logits, write_stock
 from support.model_kit import edit_json
 from support.moe_kit import rewrite
 
@@ -22,6 +22,7 @@ from qcore.adapter.combined import Weighted
 from qcore.adapter.delta import Deltas
 from qcore.adapter.evidence import read_for
 from qcore.errors import QcoreError
+from qcore.inference.generate import Generator
 from qcore.io.artifact import read_manifest
 from qcore.merging.merge import merge
 from qcore.merging.several import prove_parts
@@ -154,7 +155,7 @@ def test_one_that_unties_beside_one_that_does_not(tmp_path: Path, ensured: bool)
     tied = written(base, tmp_path / "tied", recipe, seed=5)
     names = [str(tmp_path / "unties"), str(tmp_path / "tied")]
     for order in (names, names[::-1]):
-        out = tmp_path / order[0].rpartition("/")[2] / "out"
+        out = tmp_path / ("out-" + Path(order[0]).name)
         if not ensured:  # saved rows and LoRA on the head
             with pytest.raises(QcoreError) as caught:
                 merge(str(base), dict.fromkeys(order, 1.0), out, trust_base=True)
@@ -251,3 +252,16 @@ def test_the_command(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     )  # fmt: skip
     assert ended.code == 0
     assert [part["weight"] for part in ended.json["adapters"]] == [1.0, 1.0, -1.0]
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_generate_adds_adapters_with_weights(home: Path, names: tuple[str, str]) -> None:
+    weights = dict.fromkeys(names, 1.0) | {"b": 0.5}
+    generator = Generator(
+        str(home / "base"), adapter={str(home / name): weights[name] for name in names},
+        trust_base=True, device="cpu", dtype="fp32",
+    )  # fmt: skip
+    peer = pefts(home / "base", home / "a", home / "b", (1.0, 0.5)).eval()
+    docs = documents((17, 5))
+    gap = (our_logits(generator.model, docs) - stock_logits(peer, docs)).abs().max()
+    assert float(gap) <= 1e-4

@@ -285,3 +285,31 @@ def test_on_the_command_line(base: Path, adapter: Path, tmp_path: Path, capsys: 
     assert ended.code == 0, ended.err
     assert any("taken from the adapter" in line for line in ended.json["warnings"])
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHATML
+
+
+# -- generate
+
+
+def test_generate_renders_and_encodes_as_the_adapter_was_trained(base: Path, adapter: Path):
+    heard = Heard()
+    generator = Generator(
+        str(base), adapter=adapter, trust_base=True, take_tokenizer=True, device="cpu",
+        reporter=heard.reporter,
+    )  # fmt: skip
+    answer = generator.prompt("<doc_ids>", max_new_tokens=1)
+    assert answer.prompt == "<|im_start|>user\n<doc_ids><|im_end|>\n<|im_start|>assistant\n"
+    assert len(generator.tokenizer.encode("<doc_ids>").ids) == 1
+    assert not [line for line in heard.notes if "chat template" in line and "warning" in line]
+
+
+def test_generate_takes_the_tokenizer_of_one_adapter(base: Path, adapter: Path, tmp_path: Path):
+    other = shutil.copytree(adapter, tmp_path / "other")
+    with pytest.raises(UsageError) as caught:
+        Generator(
+            str(base), adapter={str(adapter): 1.0, str(other): 0.5}, trust_base=True,
+            take_tokenizer=True, device="cpu",
+        )  # fmt: skip
+    assert caught.value.code == "QC-MERGE-013"
+    with pytest.raises(UsageError) as caught:
+        Generator(str(base), take_tokenizer=True, device="cpu")
+    assert caught.value.code == "QC-MERGE-010"

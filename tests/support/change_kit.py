@@ -17,15 +17,19 @@ from torch import Tensor
 def written(
     base: Path, folder: Path, recipe: Mapping[str, Any], *, kind: str = "vl", seed: int = 2,
     edit: Callable[[Any], object] | None = None, save: Mapping[str, Any] | None = None,
-    moe: bool = False,
+    moe: bool = False, rows: int = 0,
 ) -> Any:  # fmt: skip
-    """A stock adapter on the base in float32, every trained tensor random, saved by PEFT."""
+    """A stock adapter on the base in float32, every trained tensor random, saved by PEFT.
+
+    With `rows`, embedding and head of the base are resized to so many rows first.
+    """
     options: dict[str, Any] = {"r": 4, "lora_alpha": 6} | dict(recipe)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(
-            stock(base, kind, torch.float32, moe=moe), peft.LoraConfig(**options)
-        )
+        plain = stock(base, kind, torch.float32, moe=moe)
+        if rows:
+            plain.resize_token_embeddings(rows)
+        model = peft.get_peft_model(plain, peft.LoraConfig(**options))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -86,6 +90,11 @@ def assert_merged(
         theirs = {canonical(n, kind): v for n, v in model.merge_and_unload().state_dict().items()}
     theirs |= live
     before, mine, changed = on_disk(base, kind), on_disk(out, kind), set()
+    for name in before.keys() & live.keys():
+        if len(live[name]) > len(before[name]):  # rows that the adapter adds
+            larger = torch.zeros(live[name].shape, dtype=before[name].dtype)
+            larger[: len(before[name])] = before[name]
+            before[name] = larger
     if untied:
         before["lm_head.weight"] = before[f"{ROOT}embed_tokens.weight"]
     elif "lm_head.weight" not in before:

@@ -56,7 +56,7 @@ class Outcome:
         verdict: one of `judge.VERDICTS`; ``missed`` where the fault was never met.
         detail: what differs, in words.
         seconds: of the disturbed run and those after it.
-        left: names that the runs left beside the result, and an undisturbed run does not.
+        left: temporary names that the runs left, and an undisturbed run does not.
         count: how many cases the point stands for.
         also: outcomes of single cases among them that were not as they should be.
     """
@@ -83,6 +83,7 @@ class Bench:
         self.work = scratch / "work"
         self.control = Control(scratch / "control")
         self._references: dict[str, Reference] = {}
+        self._cold: dict[str, float] = {}
         self._auto: bool | None = None
 
     def make_adapters(self) -> None:
@@ -175,14 +176,36 @@ class Bench:
             return Outcome(verdict="missed", seconds=ended.seconds)
         return self._judged(suite, reference, ended, at)
 
-    def signalled(self, suite: Suite, number: int, share: float) -> Outcome:
-        """Run a suite in which the process gets a signal after a share of its usual time."""
+    def signalled(self, suite: Suite, number: int, share: float, *, cold: bool = False) -> Outcome:
+        """Run a suite in which the process gets a signal after a share of its usual time.
+
+        Args:
+            suite: what is run.
+            number: of the signal.
+            share: from 0 to 1.
+            cold: start a process that has imported nothing, so that imports are disturbed too.
+        """
         reference = self.reference(suite)
+        command = self._command(suite, first=not suite.stopped_after)
+        usual = reference.seconds
+        if cold:
+            command = replace(command, options={"cold": True})
+            usual = self._cold_seconds(suite, command, reference)
         self._fresh(reference.before)
         self.control.arm(self.work, log=False)
-        command = self._command(suite, first=not suite.stopped_after)
-        ended = self._run(command, armed=True, signals=[(share * reference.seconds, number)])
-        return self._judged(suite, reference, ended, self.control.counted()[0])
+        ended = self._run(command, armed=True, signals=[(share * usual, number)])
+        outcome = self._judged(suite, reference, ended, self.control.counted()[0])
+        if outcome.verdict != "recovered":
+            return outcome
+        later = ended.seconds - share * usual
+        return replace(outcome, detail=f"status {ended.status}, {later:.2f} s after the signal")
+
+    def _cold_seconds(self, suite: Suite, command: Command, reference: Reference) -> float:
+        """How long an undisturbed run takes that imports everything."""
+        if suite.name not in self._cold:
+            self._fresh(reference.before)
+            self._cold[suite.name] = self._run(command).seconds
+        return self._cold[suite.name]
 
     def stopped(self, suite: Suite, step: int, number: int) -> Outcome:
         """Run a training suite that a signal stops as a step begins."""
@@ -217,7 +240,7 @@ class Bench:
         if what := differences(found, reference.result):
             verdict = "silent" if found else "lost"
             return Outcome(verdict=verdict, detail=f"differs in {what}", seconds=seconds)
-        left = tuple(sorted(set(self._names()) - set(reference.names)))
+        left = tuple(name for name in self._names() if _is_leftover(name, reference.names))
         return Outcome(verdict="recovered", seconds=seconds, left=left)
 
     def _after_fault(
@@ -323,3 +346,9 @@ class Bench:
             shown = " ".join(command.arguments)
             raise RuntimeError(f"{shown}: status {ended.status}: {ended.err[-2000:]}")
         return ended
+
+
+def _is_leftover(name: str, usual: tuple[str, ...]) -> bool:
+    """Whether a name is that of a temporary file or folder, which no run should leave."""
+    last = name.rpartition("/")[2]
+    return name not in usual and (last.startswith(".") or last.endswith(".new"))

@@ -95,7 +95,9 @@ def _tried(reader: Reader, effect: Any) -> tuple[str, str]:
         return ("unclean", str(error)[:300]) if "INTERNAL" in error.code else ("refused", "")
     except _TooLong:
         return "hung", ""
-    except Exception:  # noqa: BLE001, any other exception is what is looked for
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # noqa: BLE001, any other is looked for; panics of Rust are no Exception
         return "unclean", traceback.format_exc()[-500:]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -111,7 +113,9 @@ def _judged(reader: Reader, found: Any) -> tuple[str, str]:
     assert reader.judge is not None
     try:
         expected = reader.judge(reader.folder)
-    except Exception as error:  # noqa: BLE001, the judge refuses
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001, the judge refuses
         return "silent", f"accepted; the independent reader refuses: {str(error)[:200]}"
     if found == expected:
         return "as judged", ""

@@ -28,6 +28,9 @@ _PER_ROUND: Final = 4  #: points of a group in a round
 _BAD_PER_ROUND: Final = 20
 
 
+#: Suites that are also disturbed while their processes import, and how often by each signal.
+_COLD: Final = ("dense/train", "dense/resume", "dense/merge")
+_COLD_EACH: Final = 3
 _BATCHES: Final = 100  #: of mutations
 
 
@@ -77,6 +80,9 @@ def groups(bench: Bench, seed: int, *, faults: bool) -> list[Group]:
             made.append(Group(f"faults of {suite.name}", partial(_faults, bench, suite, seed)))
         made.append(Group(f"kills of {suite.name}", partial(_kills, bench, suite, seed), 1))
         made.append(Group(f"signals to {suite.name}", partial(_signals, bench, suite, seed), 1))
+    for suite in suites(bench.inputs):
+        if suite.name in _COLD:
+            made.append(Group(f"cold {suite.name}", partial(_cold, bench, suite, seed), 1))
     for name in RECIPES:
         made.append(Group(f"recipe {name}", partial(_resumes, bench, name, seed), 1))
     if faults:
@@ -123,6 +129,16 @@ def _signals(bench: Bench, suite: Suite, seed: int) -> Iterator[Point]:
             share = random.Random(f"{seed}/{suite.name}/{name}/{number}").random()
             run = partial(bench.signalled, suite, sent, share)
             yield Point("signal", suite.name, f"{name} {seed}.{number} at {share:.4f}", run)
+
+
+def _cold(bench: Bench, suite: Suite, seed: int) -> Iterator[Point]:
+    """SIGKILL and each signal in processes that have imported nothing."""
+    for number in range(_COLD_EACH):
+        for name, sent in {"KILL": signal.SIGKILL, **SIGNALS}.items():
+            share = random.Random(f"{seed}/{suite.name}/cold/{name}/{number}").random()
+            run = partial(bench.signalled, suite, sent, share, cold=True)
+            kind = "kill" if name == "KILL" else "signal"
+            yield Point(kind, suite.name, f"cold {name} {seed}.{number} at {share:.4f}", run)
 
 
 def _resumes(bench: Bench, name: str, seed: int) -> Iterator[Point]:

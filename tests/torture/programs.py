@@ -24,8 +24,11 @@ def qcore(arguments: Sequence[str], options: Mapping[str, Any]) -> None:
     Args:
         arguments: of the command line.
         options: ``plan``: file of the memory plan, written by the first run that needs it;
-            ``stop``: (step, signal) that the process sends itself as the step begins.
+            ``stop``: (step, signal) that the process sends itself as the step begins;
+            ``cold``: start a Python that has imported nothing, with neither of these.
     """
+    if options.get("cold"):
+        os.execv(sys.executable, [sys.executable, "-m", "qcore", *arguments])
     from qcore.cli.main import main
 
     if "plan" in options:

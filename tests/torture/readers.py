@@ -109,11 +109,11 @@ def _headers(path: Path) -> Any:
 
 def _safetensors(path: Path) -> Any:
     """The same by the library of the format."""
-    from safetensors import deserialize
+    import safetensors
 
     return {
         name: (value["dtype"], tuple(value["shape"]), _digest(bytes(value["data"])))
-        for name, value in deserialize(path.read_bytes())
+        for name, value in safetensors.deserialize(path.read_bytes())
     }
 
 

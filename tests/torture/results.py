@@ -139,6 +139,11 @@ def _count(lines: Iterable[Mapping[str, Any]]) -> Counter[str]:
     return counts
 
 
+def _left(lines: Iterable[Mapping[str, Any]]) -> int:
+    """How many points left temporary files beside a result that is right."""
+    return sum(1 for line in lines if line.get("left"))
+
+
 def _row(words: Sequence[object]) -> str:
     shown = (f"{word:,}" if isinstance(word, int) else str(word) for word in words)
     return f"| {' | '.join(shown)} |"
@@ -146,17 +151,18 @@ def _row(words: Sequence[object]) -> str:
 
 def _sums(lines: Sequence[Mapping[str, Any]], commit: str) -> list[str]:
     """A row for each kind and configuration."""
-    head = ["", "points", *VERDICTS, "full goal"]
+    head = ["", "points", *VERDICTS, "leftovers", "full goal"]
     rows = [f"Commit {commit}", "", _row(head), _row(["---", *["---:"] * (len(head) - 1)])]
     for kind, (title, goal) in KINDS.items():
         mine = [line for line in lines if line["kind"] == kind]
         counts = _count(mine)
         cells = [counts[verdict] for verdict in VERDICTS]
-        rows.append(_row([title, sum(cells), *cells, goal]))
+        rows.append(_row([title, sum(cells), *cells, _left(mine), goal]))
         for suite in sorted({line["suite"] for line in mine}) if kind != "bad input" else ():
-            counts = _count(line for line in mine if line["suite"] == suite)
+            own = [line for line in mine if line["suite"] == suite]
+            counts = _count(own)
             cells = [counts[verdict] for verdict in VERDICTS]
-            rows.append(_row([f"&nbsp;&nbsp;{suite}", sum(cells), *cells, ""]))
+            rows.append(_row([f"&nbsp;&nbsp;{suite}", sum(cells), *cells, _left(own), ""]))
     return rows
 
 

@@ -131,7 +131,7 @@ def test_results_go_on_where_they_stopped(tmp_path: Path) -> None:
     assert again.has("fault", "dense/train", "eio@1 mkdir")
     assert not again.has("fault", "dense/train", "eio@2 open")
     assert [line["key"] for line in again.bad()] == ["eio@1 mkdir"]
-    assert "| fault points | 2 | 1 | 1 | 0 | 0 | 0 | 0 | 2,000 |" in again.table()
+    assert "| fault points | 2 | 1 | 1 | 0 | 0 | 0 | 0 | 0 | 2,000 |" in again.table()
     again.add("fault", "dense/train", "eio@2 open", Outcome(verdict="recovered"))
     assert Results(path, source).has("fault", "dense/train", "eio@2 open")
     assert not Results(path, Source("other", "1234567")).lines

@@ -10,13 +10,15 @@ import pytest
 
 from qcore.errors import InputError, UsageError, WriteError
 from qcore.io.artifact import publish
-from qcore.training.checkpoints import RunFiles, checkpoints, locked, newest, run_folder
+from qcore.training.checkpoints import RunFiles, checkpoints
+from qcore.training.run_folder import locked, newest, run_folder
 
 
 def _checkpoint(folder: Path, step: int, *, damaged: bool = False) -> Path:
     path = folder / f"checkpoint-{step}"
     with publish(path, kind="checkpoint") as out:
         out.write_text("state", str(step))
+        out.meta["step"] = step
     if damaged:
         (path / "state").write_text("x" * len(str(step)))
     return path

@@ -33,17 +33,29 @@ class Replacement:
         rows: the row of the weight that each row of `values` replaces; ``None``: all of them.
         shared: whether a head that is tied to the weight gets the values too. PEFT gives it trained
             rows, and copies that ``modules_to_save`` does not name, which it loads into the weight.
+        under: values that replace the weight before its rows are replaced.
     """
 
     tensor: TableTensor
     values: Header
     rows: tuple[int, ...] | None = None
     shared: bool = False
+    under: Replacement | None = None
 
     @property
     def headers(self) -> tuple[Header, ...]:
         """The tensors of the adapter that make this change."""
-        return (self.values,)
+        return (self.values, *(() if self.under is None else self.under.headers))
+
+    def lacks(self, rows: range) -> list[int]:
+        """Return the rows of the weight among `rows` that no value replaces."""
+        if self.rows is None:
+            return [row for row in rows if row >= self.values.shape[0]]
+        own = {*self.rows}
+        left = [row for row in rows if row not in own]
+        return (
+            left if self.under is None else [row for row in left if row in self.under.lacks(rows)]
+        )
 
     @property
     def is_lora(self) -> bool:

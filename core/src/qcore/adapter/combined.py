@@ -91,7 +91,9 @@ def _placed(change: Change, folder: Path) -> Change:
         return replace(header, file=str((folder / header.file).absolute()))
 
     if isinstance(change, Replacement):
-        return replace(change, values=put(change.values))
+        below = None if change.under is None else _placed(change.under, folder)
+        assert not isinstance(below, Pair)
+        return replace(change, values=put(change.values), under=below)
     pieces = tuple(
         replace(
             piece, a=put(piece.a), b=put(piece.b),
@@ -143,8 +145,14 @@ def _meta(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
                         fix="merge adapters of one base",
                     )
         meta |= {field: known} if known else {}
+    configs = [adapter.base_config for adapter in recorded]
+    if configs and configs[0] is not None and all(one == configs[0] for one in configs):
+        meta |= {"config": configs[0]}
     for adapter in recorded[:1]:
         meta |= {"model": adapter.meta.get("model", {})}
+    chats = [adapter.meta.get("chat") for adapter in adapters]
+    if chats[0] is not None and all(chat == chats[0] for chat in chats):
+        meta |= {"chat": chats[0]}  # of adapters that were trained on other prompts, none applies
     return meta | ({"modalities": towers} if (towers := dict(_towers(adapters))) else {})
 
 

@@ -63,7 +63,11 @@ def same_change(folder: Path, one: Change, other: Change) -> bool:
         other: a change of another weight of the same shape.
     """
     if isinstance(one, Replacement) and isinstance(other, Replacement):
-        return one.rows == other.rows and _same_values(folder, one.values, other.values)
+        if one.rows != other.rows or (one.under is None) != (other.under is None):
+            return False
+        if one.under and other.under and not same_change(folder, one.under, other.under):
+            return False
+        return _same_values(folder, one.values, other.values)
     if not (isinstance(one, Pair) and isinstance(other, Pair)) or one.scaling != other.scaling:
         return False
     if (one.under is None) != (other.under is None) or not (one.is_peft and other.is_peft):

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..checkpoint.tokenizer_files import TokenizerFiles, named_templates
 from ..errors import InputError, QcoreError
 from ..plugins.resolve_model import Identified
+from .bound_base import refuse_other_config
 from .equal_values import equal_values, same_change
 from .named_base import Base
 from .peft_names import Adapter
@@ -26,6 +27,7 @@ def read_for(
     *,
     trust_base: bool = False,
     trust_generation: bool = False,
+    grow: bool = False,
     problems: list[QcoreError] | None = None,
 ) -> Adapter:
     """Read an adapter folder for the base of a run.
@@ -35,12 +37,15 @@ def read_for(
         folder: the adapter folder.
         trust_base: accept an adapter without a fingerprint of its base.
         trust_generation: accept such an adapter if it names a base of another generation.
+        grow: accept values for rows of embedding and head that the base lacks; the run then uses
+            ``base.growing(adapter.vocabulary)``.
         problems: receives the errors of tensors and targets instead of raising them.
 
     Raises:
-        QcoreError: as `read_adapter`.
+        QcoreError: as `read_adapter`; ``QC-ADAPTER-024`` config.json of the base computes something
+            else than that of the training.
     """
-    return read_adapter(
+    adapter = read_adapter(
         folder,
         base.layout,
         trust_base=trust_base,
@@ -54,8 +59,11 @@ def read_for(
             path, header, base.checkpoint, base.layout, name
         ),
         same=same_change,
+        grow=grow,
         problems=problems,
     )
+    refuse_other_config(base, adapter)
+    return adapter
 
 
 def evidence_lines(base: Identified, adapter: Adapter, *, taken: bool = False) -> Iterator[str]:
@@ -73,7 +81,7 @@ def evidence_lines(base: Identified, adapter: Adapter, *, taken: bool = False) -
     elif difference is not None:
         yield from difference.lines()
         if difference.tokens or difference.template:
-            yield "to merge with the adapter's tokenizer and template: qcore merge --take-tokenizer"
+            yield "to merge or generate with the adapter's tokenizer and template: --take-tokenizer"
 
 
 def brings_template(adapter: Adapter) -> bool:

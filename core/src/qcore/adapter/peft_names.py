@@ -49,6 +49,7 @@ class Adapter:
         source: the folder or hub id that the user passed.
         revision: the commit on the hub; ``None`` for a local folder.
         untied: whether the head of a tied base gets other values than the embedding.
+        vocabulary: rows of embedding and head, if the adapter has more of them than the base.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class Adapter:
     source: str = ""
     revision: str | None = None
     untied: bool = False
+    vocabulary: int | None = None
 
     @property
     def pairs(self) -> Mapping[str, Pair]:
@@ -82,6 +84,17 @@ class Adapter:
         """Fingerprints of the base by part, as recorded in training."""
         fingerprints = self.meta.get("fingerprints")
         return fingerprints if isinstance(fingerprints, dict) else {}
+
+    @property
+    def base_config(self) -> Mapping[str, Any] | None:
+        """config.json of the base, as training recorded it in the identity of the run.
+
+        An adapter that no run trained has it beside its fingerprints; ``None`` in adapters of
+        other programs and of earlier builds.
+        """
+        identity = self.meta.get("identity")
+        recorded = (identity if isinstance(identity, dict) else self.meta).get("config")
+        return recorded if isinstance(recorded, dict) else None
 
     @property
     def parts(self) -> frozenset[str]:

@@ -25,8 +25,10 @@ from typing import Any
 
 from ..api.adapter_claims import AdapterClaim
 from ..checkpoint.checkpoint import Header, read_json, safe_file
+from ..checkpoint.grown import grown, rows_of_vocabulary
 from ..checkpoint.layout import Layout
 from ..errors import QcoreError, raise_all
+from .added_rows import check_added_rows, larger_vocabulary
 from .base_check import check_complete
 from .changes import Change
 from .claimed_layout import translated
@@ -56,6 +58,7 @@ def read_adapter(
     claims: Claims | None = None,
     equal: Callable[[Path, Header, str], bool] | None = None,
     same: Callable[[Path, Change, Change], bool] | None = None,
+    grow: bool = False,
     problems: list[QcoreError] | None = None,
 ) -> Adapter:
     """Read the headers of an adapter folder and match them with the weights of a base.
@@ -71,6 +74,7 @@ def read_adapter(
         equal: whether a tensor of the folder has the values of a weight of the base; ``None``
             takes every saved weight as changed.
         same: whether two changes of the folder have the same effect; ``None``: no two have.
+        grow: accept values for rows of embedding and head that the base lacks.
         problems: receives the errors of tensors and targets; ``None`` raises them.
 
     Raises:
@@ -83,11 +87,16 @@ def read_adapter(
     config = read_json(safe_file(folder, CONFIG))
     meta, notes = _recorded(folder, config, base, trust_base, trust_generation)
     headers, claim, renamed = _headers(folder, layout, claims)
+    vocabulary = larger_vocabulary(config, headers, layout) if grow else None
+    before = rows_of_vocabulary(layout) if vocabulary else 0
+    layout = grown(layout, vocabulary) if vocabulary else layout
     said = [Statement("the manifest", NEWER)] if meta else statements(folder, config)
     findings = Findings(weights_place(folder))
     matcher = Matcher(findings, config, headers, layout, claim, said, _within(equal, folder))
     settled = settle_tie(matcher.changes(), layout, _within(same, folder), findings)
     check_complete(folder, meta, settled.changes, layout)
+    if vocabulary:
+        check_added_rows(settled, layout, before, findings)
     findings.report(problems)
     return Adapter(
         path=folder,
@@ -100,6 +109,7 @@ def read_adapter(
         trunk=trunk_part(layout.table).name,
         notes=(*notes, *renamed, *findings.notes),
         untied=settled.untied,
+        vocabulary=vocabulary,
     )
 
 

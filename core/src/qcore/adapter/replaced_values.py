@@ -47,6 +47,7 @@ class ReplacedValues:
         self._path, self._change = path, change
         rows = change.rows
         self._slots = None if rows is None else {row: slot for slot, row in enumerate(rows)}
+        self._under = None if change.under is None else ReplacedValues(path, change.under)
 
     def all(self) -> Tensor:
         """Return all values of trained rows, float32 ``[n, ...]``."""
@@ -68,15 +69,33 @@ class ReplacedValues:
             view = weight[at : at + step]
             rows = slice(first.start + at, first.start + at + len(view))
             if self._slots is None:
-                yield view, self._read(rows)[(slice(None), *rest)].double()
+                yield view, self._first_rows(view, rows, rest)
                 continue
-            total = view.double()
+            below = self._under
+            total = view.double() if below is None else below._first_rows(view, rows, rest)
             for row in range(rows.start, rows.stop):
                 slot = self._slots.get(row)
                 if slot is not None:
                     new = self._read(slice(slot, slot + 1))[(slice(None), *rest)]
                     total[row - rows.start] = new[0].double()
             yield view, total
+
+    def _first_rows(self, view: Tensor, rows: slice, rest: list[slice]) -> Tensor:
+        """Return the values of a whole weight; rows beyond them stay those of the base.
+
+        Args:
+            view: ``tensor[rows]`` of the base.
+            rows: of the weight.
+            rest: slices of the other dims.
+        """
+        count = self._change.values.shape[0]
+        if rows.stop <= count:
+            return self._read(rows)[(slice(None), *rest)].double()
+        total = view.double()
+        if rows.start < count:
+            own = self._read(slice(rows.start, count))[(slice(None), *rest)]
+            total[: len(own)] = own.double()
+        return total
 
     def _read(self, rows: slice) -> Tensor:
         """Read ``values[rows]`` in the dtype of the file."""

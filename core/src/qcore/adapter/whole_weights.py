@@ -40,6 +40,10 @@ _UNTIE = (
     "store lm_head.weight in the base as a copy of the embedding, set tie_word_embeddings to false "
     "in config.json and its text_config, and then "
 )
+_GROW = (
+    "merge or generate with its tokenizer too (--take-tokenizer; the adapter folder must have the "
+    "tokenizer.json of training), or name the resized model that training used as the base"
+)
 _ANOTHER = "name the base that the adapter was trained on"
 #: Ends of names -> what the tensor is.
 _ENDS = {
@@ -49,6 +53,8 @@ _ENDS = {
     ".lora_embedding_B": "embedding B",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
+    ".modules_to_save.weight": "module",
+    ".token_adapter.base_layer.weight": "base",
     ".token_adapter.trainable_tokens_delta": "rows",
     ".trainable_tokens_delta": "rows",
     ".base_layer.weight": "base",
@@ -60,7 +66,7 @@ class _Owned(NamedTuple):
 
     header: Header
     tensor: TableTensor
-    what: str  #: value of `_ENDS`, or ``copy``
+    what: str  #: a value of `_ENDS`, or ``copy``
 
 
 class WholeWeights:
@@ -153,14 +159,19 @@ class WholeWeights:
 
     def _saved(self, tensor: TableTensor, own: Mapping[str, _Owned]) -> Replacement | None:
         """Return what replaces a weight, or rows of it, if its values differ from the base."""
-        for what in ("copy", "base"):
-            if what in own and not self._is_base(own[what].header, tensor):
-                if "rows" in own:
-                    header = own["rows"].header
-                    cause = f"holds trained rows of {tensor.name}, which is also saved whole"
-                    self._refuse(header, cause, WITH_PEFT)
-                return self._whole(tensor, own[what].header)
-        return self._rows(tensor, own["rows"].header) if "rows" in own else None
+        # The others are what PEFT's wrapper holds beside a copy, and does not compute with.
+        what = next((what for what in ("copy", "module", "base") if what in own), None)
+        whole = None
+        if what is not None and not self._is_base(own[what].header, tensor):
+            whole = self._whole(tensor, own[what].header)
+        if "rows" not in own:
+            return whole
+        if whole is not None and what != "base":
+            header = own["rows"].header
+            cause = f"holds trained rows of {tensor.name}, which is also saved whole"
+            self._refuse(header, cause, WITH_PEFT)
+        rows = self._rows(tensor, own["rows"].header)
+        return None if rows is None else replace(rows, under=whole)
 
     def _is_base(self, header: Header, tensor: TableTensor) -> bool:
         same = self.equal is not None and self.equal(header, tensor.name)
@@ -172,19 +183,21 @@ class WholeWeights:
         """Return the saved values of a whole weight."""
         added = header.shape[0] - tensor.shape[0] if header.shape else 0
         if added > 0 and header.shape[1:] == tensor.shape[1:]:
-            self._refuse(
-                header,
-                f"is a saved copy of {tensor.name} with {added} rows that the base lacks",
-                "add the rows to the base with stock transformers (model.resize_token_embeddings("
-                f"{header.shape[0]}), save_pretrained), add the tokenizer of the adapter, and name "
-                "that folder as the model",
-            )
+            self._more_rows(header, tensor, added)
             return None
         if tensor.part.name in self._unloaded:
             cause = f"is a saved copy of {tensor.name}, in a part that qcore does not run"
             self._refuse(header, cause, WITH_PEFT)
             return None
-        fits = self._findings.check_tensor(header, tensor.shape)
+        fewer = added < 0 and tensor.row.group in ("embed", "head")
+        fits = self._findings.check_tensor(
+            header, (header.shape[0] if fewer else tensor.shape[0], *tensor.shape[1:])
+        )
+        if fits and fewer:
+            self._findings.notes.append(
+                f"{header.name} has {header.shape[0]} rows and the base {tensor.shape[0]}: the "
+                "last rows of the base stay as they are"
+            )
         saved = self.config.get("modules_to_save") or []
         module = f".{header.name.removeprefix(_PREFIX)}"
         shared = not any(f".{name}." in module for name in saved)
@@ -204,7 +217,7 @@ class WholeWeights:
             self._findings.problem(
                 "QC-ADAPTER-004", f"is not a list of different rows of {tensor.name}",
                 "trainable_token_indices", found=str(list(rows))[:100],
-                expected=f"ids below {tensor.shape[0]}", fix=_ANOTHER,
+                expected=f"ids below {tensor.shape[0]}", fix=f"{_GROW}; or {_ANOTHER}",
             )  # fmt: skip
             return None
         if not self._findings.check_tensor(header, (len(rows), *tensor.shape[1:])):
@@ -223,7 +236,7 @@ class WholeWeights:
             module = self._module(tensor)
             hits = [ids for name, ids in declared.items() if f".{module}".endswith(f".{name}")]
             declared = hits[0] if len(hits) == 1 else None
-        elif tensor.row.group != "embed":
+        elif tensor.row.group != "embed" and tensor.row.tie is None:
             return None
         if not isinstance(declared, list) or not all(type(row) is int for row in declared):
             return None
@@ -272,6 +285,14 @@ class WholeWeights:
         if not self._findings.check_tensor(magnitude.header, tensor.shape[:1]):
             return None
         return replace(piece, magnitude=magnitude.header)
+
+    def _more_rows(self, header: Header, tensor: TableTensor, added: int) -> None:
+        """Refuse values for rows that the base lacks, in a run that does not add them."""
+        self._refuse(
+            header,
+            f"has {added} rows that {tensor.name} of the base lacks",
+            _GROW,
+        )
 
     def _module(self, tensor: TableTensor) -> str:
         return spell(tensor, self.namespace).removesuffix(".weight")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -93,6 +94,7 @@ class Checkpoint:
         self.sidecars = sidecars
         self.copies = copies
         self.headers_only = headers_only
+        self._elsewhere: Mapping[str, Path] = {}
 
     @classmethod
     def open(
@@ -194,7 +196,25 @@ class Checkpoint:
                 field=name,
                 fix="open the checkpoint with its weights",
             )
-        return safe_file(self.path, name)
+        return self._elsewhere.get(name) or safe_file(self.path, name)
+
+    def with_files(
+        self, files: Mapping[str, Path], dropped: Collection[str], template: Template | None
+    ) -> Checkpoint:
+        """Return the checkpoint of a run that reads some tokenizer files of another folder.
+
+        Args:
+            files: these files, by name.
+            dropped: names of files that the run does not read.
+            template: the chat template of the run.
+        """
+        other = copy(self)
+        for name in ("tokenizer_config", "template"):  # read from the files before
+            vars(other).pop(name, None)
+        other._elsewhere = {**self._elsewhere, **files}
+        other.sidecars = tuple(sorted({*self.sidecars, *files} - {*dropped}))
+        other.template = template
+        return other
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def fingerprints(layout: Layout, digests: Mapping[str, str]) -> dict[str, str]:
         if tensor.name not in digests:
             partial.add(tensor.part.name)
             continue
-        shape = "x".join(map(str, tensor.shape))
+        shape = "x".join(map(str, item.stored.shape))
         lines.setdefault(tensor.part.name, []).append(
             f"{tensor.name} {item.dtype} {shape} {digests[tensor.name]}"
         )

@@ -47,11 +47,18 @@ class Located:
         tensor: the canonical tensor.
         places: the tensors on disk that tile it; empty if it is `tied`.
         tied: name of the canonical tensor whose values it shares, if it is not on disk.
+        smaller: the tensor as it is on disk, if the run adds rows to it (`qcore.checkpoint.grown`).
     """
 
     tensor: TableTensor
     places: tuple[Place, ...]
     tied: str | None = None
+    smaller: TableTensor | None = None
+
+    @property
+    def stored(self) -> TableTensor:
+        """The tensor as it is on disk, which a fingerprint covers."""
+        return self.smaller or self.tensor
 
     @property
     def dtype(self) -> str:

@@ -39,8 +39,10 @@ def load_tokenizer(checkpoint: Files) -> Tokenizer:
     path = checkpoint.file(TOKENIZER)
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:
-        if type(error) is not Exception:  # only the tokenizers library raises the bare class
+    except BaseException as error:
+        # Only the tokenizers library raises the bare class; a panic of its Rust code is no
+        # Exception, and its class cannot be imported.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise InputError(
             "QC-TOKENIZER-001",

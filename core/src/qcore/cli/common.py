@@ -72,7 +72,8 @@ def fail(error: QcoreError, *, as_json: bool) -> int:
 
 def line_of(error: QcoreError) -> str:
     """An error as one line."""
-    fix = f". Fix: {error.fix}" if error.fix else ""
+    stop = "" if error.message.endswith(("?", "!")) else "."
+    fix = f"{stop} Fix: {error.fix}" if error.fix else ""
     return f"error[{error.code}] {error.message}{fix}"
 
 

@@ -51,12 +51,23 @@ def _option(kind: str) -> click.Option:
 @click.argument("model")
 @click.option("--prompt", required=True, help="What the user says.")
 @click.option("--system", default="", help="The system turn.")
-@click.option("--adapter", help="Adapter to apply: a folder or a hub id.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME[=WEIGHT]",
+    help="Adapter to apply: a folder or a hub id. Several are added, each with its weight (1).",
+)
 @click.option("--trust-base", is_flag=True, help="Accept an adapter without a base fingerprint.")
 @click.option(
     "--trust-generation",
     is_flag=True,
     help="With --trust-base: accept an adapter that names a base of another generation.",
+)
+@click.option(
+    "--take-tokenizer",
+    is_flag=True,
+    help="Use the tokenizer and chat template that the adapter brings, not the base's.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(1, 131072), default=256, show_default=True)
 @click.option(
@@ -102,9 +113,10 @@ def command(
     model: str,
     prompt: str,
     system: str,
-    adapter: str | None,
+    adapters: tuple[str, ...],
     trust_base: bool,
     trust_generation: bool,
+    take_tokenizer: bool,
     max_new_tokens: int,
     seed: int,
     device: str,
@@ -126,6 +138,7 @@ def command(
     sampling = {name: value for name, value in others.items() if not name.startswith("media_")}
     from ..config.resolve import parse_entries
     from .terminal import terminal_reporter
+    from .weighted import weighted_adapters
 
     variables = parse_entries(
         "chat_template_kwargs", chat_template_kwargs, flag="--chat-template-kwargs"
@@ -136,9 +149,10 @@ def command(
     answer = generate(
         model,
         prompt,
-        adapter=adapter,
+        adapter=weighted_adapters(adapters) or None,
         trust_base=trust_base,
         trust_generation=trust_generation,
+        take_tokenizer=take_tokenizer,
         device=device,
         dtype=dtype,
         quantization=quantization,

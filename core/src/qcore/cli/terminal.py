@@ -24,6 +24,7 @@ from rich.progress import (
 from ..reporting import (
     Evaluation,
     Event,
+    Finished,
     Note,
     ProgressAdvanced,
     ProgressEnded,
@@ -81,6 +82,8 @@ class TerminalSink:
                     self._bar.advance(self._task, amount)
             case ProgressEnded():
                 self._stop_bar()
+            case Finished():
+                self._begin()
             case Step():
                 self._step(event)
             case Evaluation(final=True):

@@ -55,6 +55,9 @@ if TYPE_CHECKING:
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--resume", is_flag=True, help="Continue the run that was stopped.")
 @click.option(
+    "--auto-resume", is_flag=True, help="Start the run, continue it, or report that it is finished."
+)
+@click.option(
     "--init-adapter",
     "--adapter",
     "init_adapter",
@@ -84,6 +87,7 @@ def command(
     kernels: tuple[str, ...],
     device: str,
     resume: bool,
+    auto_resume: bool,
     init_adapter: str | None,
     trust_base: bool,
     trust_generation: bool,
@@ -121,9 +125,9 @@ def command(
             report = train(
                 model, data, output, settings,
                 eval_data=eval_data, data_format=data_format or "", media_root=media_root,
-                verify_data=verify_data, device=device, resume=resume, init_adapter=init_adapter,
-                trust_base=trust_base, trust_generation=trust_generation, origins=origins,
-                reporter=reporter, stop=stop,
+                verify_data=verify_data, device=device, resume=resume, auto_resume=auto_resume,
+                init_adapter=init_adapter, trust_base=trust_base,
+                trust_generation=trust_generation, origins=origins, reporter=reporter, stop=stop,
             )  # fmt: skip
     if as_json:
         emit({**report.as_json(), "warnings": warnings.texts})
@@ -194,7 +198,15 @@ def _finished_run(output: Path) -> Iterator[None]:
             raise
         from ..training.resume import free_name
 
-        dropped = ("resume", "output", "init_adapter", "trust_base", "trust_generation", "as_json")
+        dropped = (
+            "resume",
+            "auto_resume",
+            "output",
+            "init_adapter",
+            "trust_base",
+            "trust_generation",
+            "as_json",
+        )
         more = ["--init-adapter", str(output), "--output", str(free_name(output))]
         command = shlex.join(["qcore", "train", *_typed(dropped), *more])
         fix = f"to train longer, start a new run from it, whose steps count from 0: {command}"

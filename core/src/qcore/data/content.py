@@ -66,7 +66,8 @@ class ContentReader:
         if isinstance(value, str):
             return value, ()
         if not isinstance(value, list):
-            raise wrong(value, at, "a string or a list of parts")
+            fix = f"write the text alone, or [{_TEXT}]" if isinstance(value, dict) else None
+            raise wrong(value, at, "a string or a list of parts", fix=fix or "write it as a string")
         parts: list[dict[str, str]] = []
         media: list[Reference] = []
         for index, item in enumerate(value):

@@ -90,6 +90,9 @@ class ChatRow:
         return sum(message["role"] == role for message in self.messages)
 
 
+_ADDED = "; a token that you added must not be special (tokenizer.add_tokens) to be in rows"
+
+
 class RowCheck:
     """Converts canonical rows to `ChatRow` by the rules of one chat format.
 
@@ -116,6 +119,7 @@ class RowCheck:
         longest_first = sorted({*chat_format.control, *control, *media}, key=len, reverse=True)
         words = [re.escape(word) for word in longest_first if word]
         self._forbidden = re.compile("|".join([*words, "\0", "[\ud800-\udfff]"]))
+        self._own = {*control} - {*chat_format.control, *media}
         self._starts = frozenset(word[0] for word in longest_first if word) | {"\0"}
 
     def __call__(self, line: int, value: Any) -> ChatRow:
@@ -257,12 +261,15 @@ class RowCheck:
         where = f"{at}.content"
         if reasoned is not None and has_marks(reasoned, self.marks):
             what, where = f"contains {opens} or {closes}", f"{at}.reasoning_content"
+            fix = "write the reasoning alone: the template adds the tags"
         elif not has_marks(said, self.marks):
             return
         elif reasoned is not None:
             what = f"contains {opens} or {closes} beside reasoning_content"
+            fix = "keep one of them: reasoning_content, or the block in content"
         else:
             what = block_fault(said, self.marks)
+            fix = "write the reasoning as reasoning_content and the answer alone as content"
             if not what:
                 return
         raise RowError(
@@ -270,6 +277,7 @@ class RowCheck:
             what,
             at=where,
             expected=f"reasoning_content, or {opens}...{closes} at the start of content",
+            fix=fix,
         )
 
     def _check_order(self, messages: Sequence[Mapping[str, Any]]) -> None:
@@ -339,7 +347,7 @@ class RowCheck:
             at=at,
             found=f"lone surrogate \\u{ord(word):04x}" if lone else names.get(word, repr(word)),
             expected="plain text; only the template writes control strings",
-            fix="remove it from the row",
+            fix=f"remove it from the row{_ADDED if word in self._own else ''}",
         )
 
 

@@ -84,7 +84,10 @@ def tools(value: Any) -> tuple[dict[str, Any], ...] | None:
         tool: dict[str, Any] = _drop_nulls(mapping(item, at, code, "is not an object"))
         described = tool.get("function", tool)
         if not isinstance(described, dict) or not _name(described.get("name")):
-            raise RowError(code, "has no function name", at=at, expected=wanted)
+            raise RowError(
+                code, "has no function name", at=at, expected=wanted,
+                fix="write tools as a list with such an object for each function",
+            )  # fmt: skip
         done.append(tool)
     return tuple(done)
 
@@ -139,9 +142,13 @@ def _name(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def wrong(value: Any, at: str, expected: str, code: str = "QC-DATA-006") -> RowError:
+def wrong(
+    value: Any, at: str, expected: str, code: str = "QC-DATA-006", fix: str | None = None
+) -> RowError:
     """The error for a value of the wrong type."""
-    return RowError(code, "has the wrong type", at=at, found=kind(value), expected=expected)
+    return RowError(
+        code, "has the wrong type", at=at, found=kind(value), expected=expected, fix=fix
+    )
 
 
 _KINDS: tuple[tuple[type | tuple[type, ...], Callable[[Any], str]], ...] = (

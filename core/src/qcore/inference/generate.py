@@ -7,14 +7,14 @@ effect of an adapter, not for serving. The decoding loop is in `sampling`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 from ..adapter.delta import Deltas
-from ..adapter.evidence import brings_template, evidence_lines, read_for
+from ..adapter.evidence import brings_template
 from ..adapter.peft_names import Adapter
 from ..api.media import MediaReader, Medium
 from ..checkpoint.fingerprint import fingerprints
@@ -34,6 +34,7 @@ from ..preflight.context_length import beyond
 from ..preflight.four_bit import refuse_rounding
 from ..preflight.modality import reader_of, unread
 from ..reporting import Finished, Reporter, RunStarted
+from .applied_adapters import apply_adapters
 from .chat_variables import recorded_chat
 from .decoder import Decoder, way_of
 from .generation_config import Sampling, SamplingOptions, choose_sampling, stop_ids
@@ -71,9 +72,10 @@ def generate(
     model: str,
     prompt: str,
     *,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, float] | None = None,
     trust_base: bool = False,
     trust_generation: bool = False,
+    take_tokenizer: bool = False,
     media: Sequence[tuple[str, Path]] = (),
     system: str = "",
     max_new_tokens: int = 256,
@@ -91,9 +93,10 @@ def generate(
     Args:
         model: a folder or a hub id.
         prompt: what the user says.
-        adapter: an adapter folder to apply.
+        adapter: an adapter folder to apply, or its hub id; several of them with the weight of each.
         trust_base: accept an adapter without a fingerprint of its base.
         trust_generation: accept such an adapter if it names a base of another generation.
+        take_tokenizer: use the tokenizer and template that the adapter brings, not the base's.
         media: kind and file of each medium that comes before the prompt.
         system: the system turn, none when empty.
         max_new_tokens: the most tokens to add.
@@ -112,22 +115,14 @@ def generate(
     (reporter := reporter or Reporter()).emit(RunStarted(verb="generate", model=model))
     generator = Generator(
         model, adapter=adapter, trust_base=trust_base, trust_generation=trust_generation,
-        device=device, dtype=dtype, quantization=quantization, generation=generation,
-        chat_template_kwargs=chat_template_kwargs, media=bool(media), reporter=reporter,
+        take_tokenizer=take_tokenizer, device=device, dtype=dtype, quantization=quantization,
+        generation=generation, chat_template_kwargs=chat_template_kwargs, media=bool(media),
+        reporter=reporter,
     )  # fmt: skip
     turn: Any = {"media": media, "system": system, "max_new_tokens": max_new_tokens, "seed": seed}
     answer = generator.prompt(prompt, **turn, **sampling)
     reporter.emit(Finished(verb="generate", output=None, result=answer.as_json()))
     return answer
-
-
-def _folded_lines(adapter: Adapter) -> Iterator[str]:
-    """Say which weights hold their change, so that NF4 quantizes the changed weight."""
-    if adapter.folded:
-        yield (
-            f"the changes of {len(adapter.folded)} weights that are not plain LoRA are merged into "
-            "the weights as they load"
-        )
 
 
 class Generator:
@@ -139,16 +134,18 @@ class Generator:
 
     Raises:
         InputError: ``QC-GENERATE-001`` when the adapter was trained on another base.
-        UsageError: ``QC-CONFIG-008``, ``-009`` a variable that cannot be set.
+        UsageError: ``QC-CONFIG-008``, ``-009`` a variable that cannot be set; ``QC-MERGE-010``,
+            ``-013`` `take_tokenizer` without an adapter that brings one, or with several.
     """
 
     def __init__(
         self,
         model: str,
         *,
-        adapter: str | Path | None = None,
+        adapter: str | Path | Mapping[str, float] | None = None,
         trust_base: bool = False,
         trust_generation: bool = False,
+        take_tokenizer: bool = False,
         device: str = "auto",
         dtype: str = "bf16",
         quantization: str = "none",
@@ -161,18 +158,17 @@ class Generator:
         self.device = pick_device(device)
         self.base = identify(model, generation=generation)
         self.reader = self._media_reader(required=media)
+        applied = apply_adapters(
+            self.base, adapter, trust_base=trust_base, trust_generation=trust_generation,
+            take_tokenizer=take_tokenizer,
+        )  # fmt: skip
+        self.base, self.adapter = applied.base, applied.adapter
+        self.reporter.lines(applied.lines)
+        self._reads_media = media
+        if media and (modality := self.base.modality) is not None:
+            self.base = self.base.using(modality)
         self.chat = self.base.chat_format()
         self.tokenizer = load_tokenizer(self.base.checkpoint)
-        self.adapter = (
-            read_for(self.base, adapter, trust_base=trust_base, trust_generation=trust_generation)
-            if adapter
-            else None
-        )
-        self._reads_media = media
-        self._select_parts()
-        if self.adapter is not None:
-            self.reporter.lines(evidence_lines(self.base, self.adapter))
-            self.reporter.lines(_folded_lines(self.adapter))
         self.variables = self._template_variables(chat_template_kwargs or {})
         lines = preflight(
             self.base, verb="generate", template_kwargs=self.variables,
@@ -199,14 +195,6 @@ class Generator:
                 fix="leave the files out, or install the plugin that reads them",
             )
         return reader
-
-    def _select_parts(self) -> None:
-        """Load the parts that the adapter changes, and the tower where media are read."""
-        if self.adapter is not None:
-            self.base = self.base.using_parts(self.adapter.parts)
-            self.base = self.base.untying() if self.adapter.untied else self.base
-        if self._reads_media and (modality := self.base.modality) is not None:
-            self.base = self.base.using(modality)
 
     def _template_variables(self, overrides: Mapping[str, Plain]) -> Entries[Plain]:
         """The variables that training recorded, under those of the user."""

@@ -35,6 +35,11 @@ _RANGES: Final[Mapping[str, tuple[float, float, bool, str]]] = {
     "presence_penalty": (-2, 2, True, "-2 to 2; 0 changes nothing"),
     "frequency_penalty": (-2, 2, True, "-2 to 2; 0 changes nothing"),
 }
+#: A usual value of each, for the fix of an error.
+_EXAMPLES: Final = {
+    "temperature": 0.7, "top_k": 50, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.1,
+    "presence_penalty": 0.5, "frequency_penalty": 0.5,
+}  # fmt: skip
 #: Keys that change what transformers generates and that `generate` does not implement, with the
 #: values that change nothing.
 _UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -157,8 +162,9 @@ def _option(name: str, value: float) -> float:
     if not _valid(name, value):
         what = "invalid temperature" if name == "temperature" else "invalid value"
         raise UsageError(
-            "QC-GENERATE-003", what, field=_flag(name), found=value, expected=_RANGES[name][3]
-        )
+            "QC-GENERATE-003", what, field=_flag(name), found=value, expected=_RANGES[name][3],
+            fix=f"pass {_flag(name)} {_EXAMPLES[name]}, or leave it out",
+        )  # fmt: skip
     return value
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
 
+from ..errors import WriteError
 from ..reporting import plain
 from .atomic import reading, rewrite, sync_folder, write_all, writing
 
@@ -22,8 +24,8 @@ class MetricsLog:
     """``metrics.jsonl``: one JSON object per line.
 
     A written line survives the death of the process, because it is passed to the system at once.
-    The file is synced before a checkpoint (`sync`) and when it is closed, not at every line. An
-    incomplete last line is dropped when the log is opened again.
+    The file is synced before a checkpoint (`sync_rows`) and when it is closed, not at every line.
+    An incomplete last line is dropped when the log is opened again.
 
     Args:
         path: path of the file; it need not exist.
@@ -52,7 +54,7 @@ class MetricsLog:
             write_all(self._fd, memoryview(line))
 
     def truncate_after(self, step: int) -> None:
-        """Drop the rows after ``step``, which a resumed run writes again.
+        """Drop the rows after ``step``, and a last evaluation: a resumed run writes them again.
 
         Rows without a ``step`` stay; lines that are not JSON are dropped. The file is replaced
         atomically.
@@ -69,16 +71,6 @@ class MetricsLog:
         content = b"".join(line for line in lines if _belongs_up_to(line, step))
         rewrite(self.path, [content])
 
-    def sync(self) -> None:
-        """Make the rows durable that were written so far: a checkpoint is about to claim them.
-
-        Raises:
-            WriteError: ``QC-WRITE-003`` to ``-006`` the system refused it.
-        """
-        if self._fd >= 0:
-            with writing(self.path):
-                os.fsync(self._fd)
-
     def close(self) -> None:
         """Sync and close the file; a later `write` opens it again."""
         if self._fd < 0:
@@ -93,8 +85,9 @@ class MetricsLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(WriteError) if kind else nullcontext():  # the first error is the one to name
+            self.close()
 
     def _open(self) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -105,12 +98,31 @@ class MetricsLog:
                 end -= 1
             if end != size:
                 os.ftruncate(fd, end)
-            if not end:  # it may be new: its name is durable before a checkpoint claims its rows
-                sync_folder(self.path.parent)
         except OSError:
             os.close(fd)
             raise
         self._fd = fd
+
+
+def sync_rows(path: Path) -> None:
+    """Make the rows that were written so far durable; does nothing without a file.
+
+    Args:
+        path: path of the file, which may be open.
+
+    Raises:
+        WriteError: ``QC-WRITE-003`` to ``-006`` the system refused it.
+    """
+    with writing(path):
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        sync_folder(path.parent)
 
 
 def _belongs_up_to(line: bytes, step: int) -> bool:
@@ -122,4 +134,6 @@ def _belongs_up_to(line: bytes, step: int) -> bool:
     if not line.endswith(b"\n") or not isinstance(row, dict):
         return False
     at = row.get("step")
-    return not isinstance(at, int | float) or at <= step
+    if not isinstance(at, int | float):
+        return True
+    return at < step or (at == step and ("loss" in row or "eval_loss" not in row))

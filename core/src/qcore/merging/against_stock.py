@@ -23,6 +23,7 @@ from torch import Tensor
 from ..adapter.evidence import evidence_lines, read_for
 from ..adapter.peft_names import CONFIG, Adapter
 from ..adapter.weight_files import adapter_headers
+from ..adapter.wrapped_names import plain_name
 from ..checkpoint.checkpoint import read_json
 from ..checkpoint.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG, TokenizerFiles
 from ..data.rendering.template_kwargs import recorded_variables
@@ -265,6 +266,7 @@ class _Job:
                 self.mine.checkpoint, layers=ours.disk_names(), whole=self.whole,
                 name=None if self.adapter is not None else self.class_name,
             )  # fmt: skip
+            self._note_random(own)
             main, cls = lockstep(own, ours, docs), own.cls.__name__
             advance(1)
             if self.base is self.mine:
@@ -276,6 +278,7 @@ class _Job:
             self.base.checkpoint, layers=base.disk_names(), whole=self.whole,
             name=self.class_name, adapter=self.adapter.path if self.adapter else None,
         )  # fmt: skip
+        self._note_random(stock)
         if self.adapter is not None:
             self._check_bound(stock)
             rounded = None if self.is_adapter else self._dtype()
@@ -287,6 +290,15 @@ class _Job:
             without = lockstep(stock, base, docs, stock_adapted=False)
         advance(1)
         return main, without, stock.cls.__name__
+
+    def _note_random(self, stock: StockModel) -> None:
+        if stock.random:
+            note = (
+                f"{stock.checkpoint.path} lacks {len(stock.random)} parameters of "
+                f"{stock.cls.__name__}, first {stock.random[0]}: text does not run them, and with "
+                "media transformers computes from random values"
+            )
+            self.notes += [note] if note not in self.notes else []
 
     def _dtype(self) -> torch.dtype:
         """The dtype of the merged weights."""
@@ -329,6 +341,17 @@ def _identify(path: Path, generation: str, base: Identified | None) -> Identifie
 
 def _refuse_parts(adapter: Adapter) -> None:
     """Refuse a layout that stock PEFT does not load."""
+    headers = (header for change in adapter.changes.values() for header in change.headers)
+    for name in (header.name for header in headers):
+        if plain_name(name) != name:
+            raise InputError(
+                "QC-STOCK-004",
+                "has names with words of wrappers, which stock PEFT does not load",
+                file=adapter.path,
+                field=name,
+                expected=plain_name(name),
+                fix=f"write it with plain names: qcore adapter combine {adapter.path} --output DIR",
+            )
     for pair in adapter.pairs.values():
         if not pair.is_peft:
             raise InputError(

@@ -30,6 +30,7 @@ from ..adapter.locate import locate_adapter
 from ..adapter.named_base import base_name
 from ..adapter.norms import square_of_product
 from ..adapter.peft_names import CONFIG, Adapter
+from ..adapter.read_several import read_adapters
 from ..api.parameters import Kind
 from ..checkpoint.checkpoint import read_json, safe_file
 from ..errors import InputError, NumericError
@@ -37,7 +38,7 @@ from ..io.artifact import check_target, publish
 from ..plugins.resolve_model import Identified, identify
 from ..reporting import Finished, Reporter, RunStarted
 from .combined_folder import CombinedWeight, write_combined
-from .several import AdapterPart, by_expert, prove_parts, read_adapters
+from .several import AdapterPart, by_expert, prove_parts
 
 #: Share of the matrices by which the file may differ beyond the error: both are float32.
 _ROUNDING = 1e-6

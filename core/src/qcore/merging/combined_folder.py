@@ -153,7 +153,7 @@ def _recorded(adapters: Sequence[Weighted], total: Adapter) -> dict[str, Any]:
     """What the adapters record of their base and of their rows, where they agree."""
     meta: dict[str, Any] = {}
     if all(own.adapter.fingerprints for own in adapters):
-        fields = ("fingerprints", "tensors")
+        fields = ("fingerprints", "tensors", "config")
         meta |= {field: total.meta[field] for field in fields if field in total.meta}
     chats = [own.adapter.meta.get("chat") for own in adapters]
     if chats[0] and all(chat == chats[0] for chat in chats):

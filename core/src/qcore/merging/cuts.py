@@ -38,6 +38,7 @@ class Cut(NamedTuple):
         rows: of dim 0 of the tensor on disk; ``None`` for all of it, which may be one expert.
         each: bytes of one row.
         region: of the canonical tensor.
+        added: whether it is rows that the base does not have.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Cut(NamedTuple):
     each: int
     region: Region
     four_bit: FourBit | None = None
+    added: bool = False
 
 
 def cuts_of(layout: Layout, patch: TensorPatch, size: int) -> list[Cut]:
@@ -71,6 +73,9 @@ def cuts_of(layout: Layout, patch: TensorPatch, size: int) -> list[Cut]:
         rows = slice(at, stop) if header.shape[0] == count else None
         there = (slice(first + at, first + stop), *region[1:])
         cuts.append(Cut(name, header, patch.scale, rows, each, there))
+    if patch.added:
+        there = (slice(count, count + patch.added), *region[1:])
+        cuts.append(Cut(name, header, None, None, each, there, added=True))
     return cuts
 
 
@@ -105,6 +110,8 @@ def read_cut(base: Identified, path: Path, cut: Cut) -> Tensor:
             expected=", ".join(DTYPES),
             fix="merge into the bf16 revision of this checkpoint",
         )
+    if cut.added:
+        return torch.zeros(shape, dtype=dtype)
     weight = torch.empty(shape, dtype=dtype)
     with path.open("rb") as file:
         file.seek(header.start + (cut.rows.start * cut.each if cut.rows else 0))

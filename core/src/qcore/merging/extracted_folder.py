@@ -24,6 +24,7 @@ from ..adapter.written_config import choose_class, peft_config
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.hub import TOKENIZER_FILES, public_source
+from ..checkpoint.identity import config_of
 from ..io.artifact import publish
 from ..nn.qlora.lora_layer import Lora
 from ..plugins.resolve_model import Identified, classes_of
@@ -112,6 +113,7 @@ def write_extracted(
             adapter_class={"name": namespace.name, "classes": list(namespace.classes)},
             fingerprints=fingerprints(layout, own),
             tensors=own,
+            config=config_of(base.checkpoint.config),
             result=dict(result),
         )
         check_read_back(base, out.folder, weights)

@@ -38,9 +38,11 @@ class Folds:
 
     def put(self, prefix: str) -> None:
         """Change the weights whose canonical names begin with `prefix`."""
-        for name in self.adapter.folded:
-            if not name.startswith(prefix):
-                continue
+        self.put_all([name for name in self.adapter.folded if name.startswith(prefix)])
+
+    def put_all(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Change these weights; returns the values of the base."""
+        for name in names:
             holder = self.model.lora_layers.get(name)
             if isinstance(holder, Experts):
                 self._readers[name] = holder.reader
@@ -49,11 +51,6 @@ class Folds:
             parameter = self.model.get_parameter(name)
             self._base[name] = parameter.data
             parameter.data = self._changed(name, parameter.data)
-
-    def put_all(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Change these weights; returns the values of the base."""
-        for name in names:
-            self.put(name)
         return dict(self._base)
 
     def restore(self) -> None:

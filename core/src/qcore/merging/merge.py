@@ -35,6 +35,8 @@ from ..adapter.delta import one_thread
 from ..adapter.evidence import brings_template, evidence_lines
 from ..adapter.expert_layout import OLDER
 from ..adapter.peft_names import Adapter
+from ..adapter.read_several import one_of, read_adapters
+from ..adapter.taken_tokenizer import TakenTokenizer, plan_tokenizer, taken_lines
 from ..adapter.weight_files import weights_digest
 from ..checkpoint.chat_template import Template
 from ..checkpoint.checkpoint import Checkpoint, read_headers
@@ -46,11 +48,11 @@ from ..io.artifact import MANIFEST, Writer, check_target, publish, read_manifest
 from ..plugins.resolve_model import Identified, identify
 from ..preflight.checks import preflight
 from ..reporting import Finished, Reporter, RunStarted
+from .grown_output import grown_lines
 from .plan import MergePlan
 from .quantized_base import check_options, decoded_record, notes, refuse_targets
 from .rewrite import MergePass
-from .several import AdapterPart, one_of, prove_parts, read_adapters
-from .take_tokenizer import TakenTokenizer, plan_tokenizer, taken_lines
+from .several import AdapterPart, prove_parts
 from .untied_output import untied_lines
 from .verify import prove_merge
 
@@ -138,7 +140,7 @@ def merge(
     base = identify(model, generation=generation, carry=True)
     check_options(base, dequantize, requantize)
     trust = {"trust_base": trust_base, "trust_generation": trust_generation}
-    read = combined(adapters := read_adapters(base, adapter, **trust))
+    read = combined(adapters := read_adapters(base, adapter, **trust, grow=take_tokenizer))
     base = _for_adapter(base, read, dequantize, requantize)
     earlier = _refuse_twice(base.checkpoint, adapters)
     taken = plan_tokenizer(base, one_of(adapters)) if take_tokenizer else None
@@ -177,6 +179,7 @@ def _for_adapter(
 ) -> Identified:
     """The base with what the adapter changes; refuse weights that cannot change."""
     base = base.untying() if adapter.untied else base
+    base = base.growing(adapter.vocabulary)
     refuse_targets(base, adapter, dequantize, requantize)
     refuse_parts(base.layout, adapter)
     return base.using_parts(adapter.parts)  # verification computes them, so preflight checks them
@@ -239,6 +242,7 @@ def _notes(
     for own in adapters:
         yield from evidence_lines(base, own.adapter, taken=taken is not None)
     yield from untied_lines(base.layout)
+    yield from grown_lines(base.layout)
     template = base.checkpoint.template
     if taken is not None:
         yield from taken_lines(base, taken)

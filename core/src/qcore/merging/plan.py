@@ -10,23 +10,23 @@ every value is aligned to its dtype. It reads no tensor and writes nothing.
 from __future__ import annotations
 
 import json
-import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..adapter.taken_tokenizer import TakenTokenizer
 from ..checkpoint.block_scales import SECTION, is_fp8, scale_problem
 from ..checkpoint.checkpoint import DTYPE_BITS, INDEX, Checkpoint, Header
 from ..checkpoint.four_bit import FourBit
+from ..checkpoint.json_text import without
 from ..checkpoint.quantization_formats import SIDECARS, Quantization
 from ..checkpoint.safetensors_header import PREFIX
 from ..errors import InputError
 from ..io.atomic import reading
 from ..io.manifest import MANIFEST
 
-_SPACE = re.compile(r"[ \t\n\r]*")
 CONFIG = "config.json"
 
 
@@ -39,12 +39,14 @@ class TensorPatch:
         written: the tensor of the result; the same where nothing is decoded.
         scale: the base's block scales of it, when it is decoded from FP8.
         four_bit: the base's scales and state of it, when it is decoded from 4 bits.
+        added: rows of the result that the base does not have; they are the last ones.
     """
 
     source: Header
     written: Header
     scale: Header | None = None
     four_bit: FourBit | None = None
+    added: int = 0
 
     @property
     def decoded(self) -> bool:
@@ -77,6 +79,16 @@ class MergePlan:
     texts: Mapping[str, str]
     taken: Mapping[str, Path] = field(default_factory=dict)
     block: tuple[int, int] | None = None
+
+    def with_tokenizer(self, taken: TakenTokenizer) -> MergePlan:
+        """Return the plan with tokenizer files of the adapter in place of the base's."""
+        gone = {*taken.files, *taken.texts, *taken.dropped}
+        return replace(
+            self,
+            copied=tuple(name for name in self.copied if name not in gone),
+            texts={**self.texts, **taken.texts},
+            taken=taken.files,
+        )
 
     def patches(self) -> Iterator[TensorPatch]:
         """Every tensor of the result."""
@@ -230,48 +242,3 @@ def index_text(index: Mapping[str, Any], shards: Mapping[str, Shard]) -> str:
     weights = {name: files[name] for name in index["weight_map"] if name in files}
     weights |= {name: file for name, file in files.items() if name not in weights}
     return json.dumps({**index, "metadata": metadata, "weight_map": weights}, indent=2) + "\n"
-
-
-def without(text: str, key: str) -> str:
-    """The text of a JSON object less every member `key`, at any depth; all else as it stands.
-
-    Args:
-        text: JSON that was parsed before.
-        key: the members' name.
-    """
-    cuts: list[tuple[int, int]] = []
-    _members(text, _skip(text, 0), key, cuts)
-    for start, end in sorted(cuts, reverse=True):
-        text = text[:start] + text[end:]
-    return text
-
-
-def _members(text: str, at: int, key: str, cuts: list[tuple[int, int]]) -> int:
-    """Note what to cut of the object that opens at `at`; returns where it ends."""
-    decode = json.JSONDecoder().raw_decode
-    spans: list[tuple[str, int, int]] = []  # name, start, end
-    at = _skip(text, at + 1)
-    while text[at] != "}":
-        start = at
-        name, at = decode(text, at)
-        at = _skip(text, _skip(text, at) + 1)
-        if text[at] == "{" and name != key:
-            at = _members(text, at, key, cuts)
-        else:
-            _, at = decode(text, at)
-        spans.append((name, start, at))
-        at = _skip(text, at)
-        if text[at] == ",":
-            at = _skip(text, at + 1)
-    for number, (name, start, end) in enumerate(spans):
-        if name == key and number + 1 < len(spans):
-            cuts.append((start, spans[number + 1][1]))
-        elif name == key:
-            cuts.append((spans[number - 1][2] if number else start, end))
-    return at + 1
-
-
-def _skip(text: str, at: int) -> int:
-    space = _SPACE.match(text, at)
-    assert space is not None
-    return space.end()

@@ -157,7 +157,8 @@ def incomparable_parts(base: Identified, adapter: Adapter) -> set[str]:
     They are parts of a base with quantized weights, and the adapter was trained on plain ones. An
     adapter that was trained on decoded values is compared with these.
     """
-    recorded = adapter.meta.get("model", {}).get("quantization")
+    model = adapter.meta.get("model", {})
+    recorded = model.get("quantization", model.get("quantisation"))  # as older manifests spell it
     if recorded is not None and recorded.get("readable"):
         return set()
     located = base.layout.located.values()

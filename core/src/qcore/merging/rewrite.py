@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..adapter.delta import WORKERS, Deltas, single
 from ..adapter.peft_names import Adapter
+from ..adapter.taken_tokenizer import TakenTokenizer
 from ..api.parameters import Tensor as Entry
 from ..checkpoint.checkpoint import Header
 from ..checkpoint.fingerprint import fingerprints
@@ -32,10 +33,10 @@ from ..nn.load import DTYPES, as_bytes, hash_units, read_exact
 from ..plugins.resolve_model import Identified
 from ..reporting import Advance
 from .cuts import Cut, cuts_of, read_cut, stream
+from .grown_output import grow_output
 from .plan import MergePlan, TensorPatch, plan_merge
 from .quantized_base import incomparable_parts
 from .requantize import Errors, Requantized, requantize
-from .take_tokenizer import TakenTokenizer
 from .untied_output import untie_output
 
 _AHEAD = WORKERS + 2  # cuts in flight
@@ -96,8 +97,9 @@ class MergePass:
         quantized = self.base.quantization if self.dequantize else None
         self.plan = plan_merge(self.base.checkpoint, quantized)
         if self.taken is not None:
-            self.plan = self.taken.apply(self.plan)
+            self.plan = self.plan.with_tokenizer(self.taken)
         self.plan = untie_output(self.plan, self.base.checkpoint, self.base.layout)
+        self.plan = grow_output(self.plan, self.base.checkpoint, self.base.layout)
         self.deltas = Deltas(self.adapter)
         if not self.dequantize:
             self._incomparable = incomparable_parts(self.base, self.adapter)
@@ -139,7 +141,7 @@ class MergePass:
                 if scales:
                     self._scales[name] = torch.cat(scales)
                 if self._touched(name):
-                    self._book(name, patch.written, moved)
+                    self._book(patch, moved)
 
     def _decoding(self, patch: TensorPatch) -> TensorPatch:
         """The patch with its block scales, if it is written in FP8 again."""
@@ -242,7 +244,7 @@ class MergePass:
                 raise self._not_finite(path, header)
             if not math.isfinite(change):
                 raise self._overflow(header)
-            moved = max(moved, change)
+            moved = moved if cut.added else max(moved, change)
         return _Changed(weight, moved, units)
 
     def _requantized(
@@ -279,15 +281,16 @@ class MergePass:
             fix="download the checkpoint again",
         )
 
-    def _book(self, name: str, header: Header, moved: float) -> None:
+    def _book(self, patch: TensorPatch, moved: float) -> None:
         """Count a tensor that was changed."""
+        name = patch.written.name
         entry = self._entry(name)
         assert entry is not None
         self.done.add(entry.name)
         self.largest = max(self.largest, moved)
-        if moved:
+        if moved or patch.added:
             self.changed += 1
-            self.parameters += header.numel
+            self.parameters += patch.written.numel
         else:
             self.unchanged.append(name)
 
@@ -295,7 +298,10 @@ class MergePass:
         """The digest of a tensor of which not every unit has been read yet."""
         digest = self._open.get(entry.name)
         # Two threads may both create it: setdefault keeps the first.
-        return digest or self._open.setdefault(entry.name, TensorDigest(entry))
+        return digest or self._open.setdefault(entry.name, TensorDigest(self._stored(entry)))
+
+    def _stored(self, entry: Entry) -> Entry:
+        return self.base.layout.located[entry.name].stored
 
     def _note(self, name: str, units: list[tuple[int, bytes]]) -> None:
         """Add digests of units; compare a complete tensor with what the adapter recorded."""

@@ -1,13 +1,11 @@
-"""Several adapters in one merge: they are read with their weights, and the part of each is proved.
+"""Several adapters in one merge: the part of each is proved.
 
 This file decides that no adapter is lost in a sum. `qcore.adapter.combined` makes one adapter of
 them, which is merged and compared with base + adapter as any other. Here the product of each
 adapter's own matrices with a random vector is computed alone; the weighted sum of these must be
 that of the combined matrices, and none may be zero.
 
-Codes: ``QC-ADAPTER-019`` a weight that is not a number, ``QC-MERGE-005`` an adapter without an
-effect, or a sum that is not that of its adapters; ``QC-MERGE-013`` several adapters with
-``--take-tokenizer``.
+Code: ``QC-MERGE-005`` an adapter without an effect, or a sum that is not that of its adapters.
 
 Shapes: E experts, r rank.
 """
@@ -15,9 +13,8 @@ Shapes: E experts, r rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,13 +23,9 @@ from torch import Tensor
 from ..adapter.changes import Pair
 from ..adapter.combined import Weighted
 from ..adapter.delta import Deltas, one_thread
-from ..adapter.evidence import read_for
 from ..adapter.norms import square_of_product
-from ..adapter.peft_names import Adapter
-from ..adapter.tied_head import untied_together
 from ..api.parameters import Kind
-from ..errors import NumericError, UsageError
-from ..plugins.resolve_model import Identified
+from ..errors import NumericError
 
 #: Share of the norms that a sum may differ by: B of a combined pair is rounded to float32.
 _SUM = 1e-5
@@ -57,77 +50,6 @@ class AdapterPart:
     def as_json(self) -> dict[str, Any]:
         """The part as it stands in the manifest."""
         return asdict(self)
-
-
-def read_adapters(
-    base: Identified,
-    wanted: str | Path | Mapping[str, float],
-    *,
-    trust_base: bool,
-    trust_generation: bool,
-) -> list[Weighted]:
-    """Read the adapters of a merge.
-
-    Args:
-        base: the base.
-        wanted: one adapter, or the weight of each, by folder or hub id.
-        trust_base: accept adapters without a fingerprint of their base.
-        trust_generation: accept such adapters if they name a base of another generation.
-
-    Raises:
-        UsageError: ``QC-ADAPTER-019`` no adapter, one that is named twice, or a weight that is 0
-            or not finite.
-        QcoreError: as `read_for`.
-    """
-    if not isinstance(wanted, Mapping):
-        wanted = {str(wanted): 1.0}
-    for source, weight in wanted.items():
-        if not math.isfinite(weight) or weight == 0:
-            raise UsageError(
-                "QC-ADAPTER-019", "has a weight that is not a number other than 0",
-                field=source, found=weight, expected="a finite number",
-                fix="leave the adapter out, or correct its weight",
-            )  # fmt: skip
-    if not wanted:
-        raise UsageError("QC-ADAPTER-019", "names no adapter", field="adapter", fix="name one")
-    adapters = [
-        read_for(base, source, trust_base=trust_base, trust_generation=trust_generation)
-        for source in wanted
-    ]
-    _refuse_twice(adapters)
-    adapters = untied_together(adapters, base.layout)
-    weights = map(float, wanted.values())
-    return [
-        Weighted(adapter=adapter, weight=weight)
-        for adapter, weight in zip(adapters, weights, strict=True)
-    ]
-
-
-def _refuse_twice(adapters: Sequence[Adapter]) -> None:
-    """Refuse a folder under two names."""
-    folders: set[Path] = set()
-    for adapter in adapters:
-        if (folder := adapter.path.resolve()) in folders:
-            raise UsageError(
-                "QC-ADAPTER-019", "is named twice", field=adapter.source, found=folder,
-                expected="each adapter once", fix="name it once, with the sum of the weights",
-            )  # fmt: skip
-        folders.add(folder)
-
-
-def one_of(adapters: Sequence[Weighted]) -> Path:
-    """Return the folder of the only adapter, whose tokenizer a merge may take.
-
-    Raises:
-        UsageError: ``QC-MERGE-013`` there are several.
-    """
-    if len(adapters) > 1:
-        raise UsageError(
-            "QC-MERGE-013", "takes the tokenizer of one adapter", field="--take-tokenizer",
-            found=f"{len(adapters)} adapters", expected="one",
-            fix="merge the adapter that brings it alone, and the others into the result",
-        )  # fmt: skip
-    return adapters[0].adapter.path
 
 
 def prove_parts(adapters: Sequence[Weighted], total: Deltas) -> list[AdapterPart]:

@@ -121,7 +121,15 @@ def refusals(folder: Path) -> Iterator[None]:
     """What the stock libraries refuse, as an error of the folder."""
     try:
         yield
-    except (ValueError, KeyError, RuntimeError, OSError, ImportError, AttributeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+        OSError,
+        ImportError,
+        AttributeError,
+    ) as error:
         raise InputError(
             "QC-STOCK-004",
             "is not loaded by stock transformers and PEFT",

@@ -31,6 +31,9 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..errors import InputError, NumericError
 from .stock_class import quiet, refusals, refuse_code, stock_class
 
+#: What the wrappers of PEFT add to the path of a parameter of the base.
+_WRAPPED = re.compile(r"\b(base_layer|original_module|token_adapter)\.")
+
 
 class OtherOrder(TorchFunctionMode):
     """Adds the products of every linear map in reverse order: equal up to rounding."""
@@ -87,6 +90,8 @@ class StockModel:
     Attributes:
         model: the stock class.
         peft: the PEFT model around it; ``None`` without an adapter.
+        random: parameters that text does not run, as of a tower that the folder does not have;
+            transformers leaves them at random values.
 
     Raises:
         InputError: ``QC-STOCK-004`` the stock class does not load the folder.
@@ -103,6 +108,7 @@ class StockModel:
         whole: bool = True,
     ) -> None:
         self.checkpoint, self.whole, self._layers = checkpoint, whole, layers
+        self.random: list[str] = []
         refuse_code(checkpoint.path)
         with quiet(), refusals(checkpoint.path):
             self.cls, self.config = stock_class(checkpoint.path, name)
@@ -129,7 +135,10 @@ class StockModel:
             local_files_only=True,
             output_loading_info=True,
         )
-        self._refuse_missing(info["missing_keys"])
+        missing = set(info["missing_keys"])
+        if model.get_output_embeddings() is not None:
+            self.random = sorted(missing - _of_text(model))
+        self._refuse_missing(missing.difference(self.random))
         return model
 
     def _skeleton(self) -> Any:
@@ -140,6 +149,7 @@ class StockModel:
         with init_empty_weights(include_buffers=False):
             model = self.cls(config)
         _drop(model)
+        model.tie_weights()  # PEFT wraps a tied head in another way
         return model
 
     def _refuse_missing(self, names: Any) -> None:
@@ -168,7 +178,7 @@ class StockModel:
             )
         try:
             return peft.PeftModel.from_pretrained(self.model, str(adapter))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise NumericError(
                 "QC-STOCK-007",
                 f"is refused by stock PEFT under {self.cls.__name__}",
@@ -314,8 +324,8 @@ class StockModel:
     def _fill(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
         """Give a module its weights, below the wrappers that PEFT puts around them."""
         for path, parameter in list(module.named_parameters()):
-            name = path.replace("base_layer.", "")
-            if name in values:
+            name = _WRAPPED.sub("", path)
+            if name in values and not _is_adapters(path):
                 holder = module.get_submodule(path.rpartition(".")[0])
                 value = values[name].detach()
                 if value.shape != parameter.shape:
@@ -332,13 +342,27 @@ class StockModel:
                 holder._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
+def _is_adapters(path: str) -> bool:
+    """Whether PEFT added a parameter to the model."""
+    return any(word in path for word in ("lora_", "modules_to_save.", "trainable_tokens_"))
+
+
+def _of_text(model: Any) -> set[str]:
+    """Names of the parameters that text runs: those of the trunk and of the head."""
+    trunks = [m for m in model.modules() if hasattr(m, "layers") and hasattr(m, "norm")]
+    used = [module for module in (*trunks[:1], model.get_output_embeddings()) if module is not None]
+    own = {id(parameter) for module in used for parameter in module.parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in every if id(parameter) in own}
+
+
 def _drop(module: nn.Module) -> None:
     """Replace the weights of a module, except an adapter's, by NaN without storage.
 
     They are not on the meta device, because PEFT moves an adapter to the device of its base.
     """
     for path, parameter in list(module.named_parameters()):
-        if "lora_" not in path:
+        if not _is_adapters(path):
             holder = module.get_submodule(path.rpartition(".")[0])
             nothing = torch.full((), torch.nan).expand(parameter.shape)
             holder._parameters[path.rpartition(".")[2]] = nn.Parameter(nothing, requires_grad=False)

@@ -68,11 +68,12 @@ class Vocabulary:
         self.proved: set[str] = set()
 
     def rows(self, count: int) -> Rows:
-        """Read rows of the embedding: `count` at most, at first those that the adapter replaces."""
+        """Read rows of the embedding: `count` at most, at first those that the adapter changes."""
         size = self.entry.shape[0]
         generator = torch.Generator().manual_seed(0)
         random = torch.randint(size, (count,), generator=generator).tolist()
-        picked = [*dict.fromkeys((*self._replaced()[: count // 2], *random))]
+        changed = [*self._added(), *self._replaced()]
+        picked = [*dict.fromkeys((*changed[: count // 2], *random))]
         rows = [picked[number % len(picked)] for number in range(min(count, size))]
         item = self._layout.located[self.entry.name]
         base = gather(self._checkpoint, item, rows)
@@ -85,6 +86,11 @@ class Vocabulary:
             adapted[here] = self._folds.value(self.entry.name, base[here], rows_of(item, own))
             self._written.add(item, merged[here], own)
         return Rows(base, adapted, merged)
+
+    def _added(self) -> range:
+        """Return the rows of the embedding that the base does not have."""
+        item = self._layout.located[self.entry.name]
+        return range(item.stored.shape[0], item.tensor.shape[0])
 
     def _replaced(self) -> list[int]:
         """Return rows of the embedding that the adapter replaces."""

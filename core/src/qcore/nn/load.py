@@ -58,7 +58,7 @@ def read_tensor(checkpoint: Checkpoint, item: Located, rows: slice | None = None
     """A canonical tensor, or ``[rows]`` of it (dim 0), on the CPU in its dtype on disk.
 
     What lies in FP8 with block scales comes in bfloat16, what bitsandbytes stored in 4 bits in the
-    dtype that it had before.
+    dtype that it had before. Rows that the run adds are zero.
 
     Raises:
         InputError: ``QC-LOAD-001`` for a dtype that needs a codec which is not there.
@@ -78,6 +78,7 @@ def read_tensor(checkpoint: Checkpoint, item: Located, rows: slice | None = None
     shape = item.tensor.shape
     rows = rows or slice(0, shape[0])
     whole = torch.empty((rows.stop - rows.start, *shape[1:]), dtype=dtype)
+    whole[max(0, item.stored.shape[0] - rows.start) :] = 0  # added rows, which no file has
     for place in item.places:
         lies = place.region[0]
         start, stop = max(lies.start, rows.start), min(lies.stop, rows.stop)
@@ -265,11 +266,13 @@ def read_ahead(checkpoint: Checkpoint, items: list[Located]) -> Iterator[Slab]:
 
     def read() -> Iterator[Slab]:
         for item in items:
-            digest = TensorDigest(item.tensor)
+            digest = TensorDigest(item.stored)
             for rows in slabs(item):
                 value, codes = _read_slab(checkpoint, item, rows)
-                region = (rows, *(slice(0, n) for n in item.tensor.shape[1:]))
-                for number, sha256 in hash_units(digest, region, value):
+                stored = slice(rows.start, min(rows.stop, item.stored.shape[0]))
+                region = (stored, *(slice(0, n) for n in item.tensor.shape[1:]))
+                own = value[: stored.stop - stored.start]
+                for number, sha256 in hash_units(digest, region, own):
                     digest.put(number, sha256)
                 yield Slab(item, rows, value, digest.hex, codes)
 

@@ -15,6 +15,7 @@ from ..api.adapter_claims import AdapterClaim
 from ..api.parameters import Table
 from ..api.records import ChatFormat, Modality
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.grown import grown
 from ..checkpoint.hub import resolve_model
 from ..checkpoint.layout import Layout, survey
 from ..checkpoint.layout_faults import faults
@@ -87,6 +88,10 @@ class Identified:
     def untying(self) -> Identified:
         """The same for a run in which a tied head gets values of its own."""
         return replace(self, layout=untied(self.layout))
+
+    def growing(self, rows: int | None) -> Identified:
+        """The same for a run with `rows` rows in embedding and head; ``None``: as many as now."""
+        return self if rows is None else replace(self, layout=grown(self.layout, rows))
 
     def using_parts(self, parts: Collection[str]) -> Identified:
         """The same for a run that loads the towers among `parts`."""

@@ -117,7 +117,8 @@ def _tokens(found: Identified, settings: Mapping[str, Any]) -> None:
                 expected="an empty list" if tied else f"ids below {rows}",
                 fix="name the tokens in trainable_token_indices, which trains both"
                 if tied
-                else "leave the token out, or resize the embedding with transformers first",
+                else "leave the token out, or add rows to the base with transformers first (model."
+                f"resize_token_embeddings({max(ids) + 1}), save_pretrained)",
             )
 
 

@@ -6,15 +6,12 @@ and JSON, never a pickle. The order of rows, the learning rate and random number
 of the step, so a checkpoint is the step, the adapter and AdamW's moments.
 
 The run folder lies beside the output: ``OUTPUT.run/`` holds ``metrics.jsonl`` and
-``checkpoint-N/``, each a complete adapter folder with state. It is removed at the end of a run
-that leaves no checkpoint.
+``checkpoint-N/``, each a complete adapter folder with state. `run_folder` decides who uses it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -32,99 +29,29 @@ from ..api.parameters import Namespace
 from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.hub import TOKENIZER_FILES, public_source
 from ..data.rejects import REJECTED
-from ..errors import InputError, NumericError, UsageError
+from ..errors import InputError, NumericError
 from ..io.artifact import Writer, publish, read_manifest, verify
-from ..io.atomic import make_folders, remove_tree, writing
-from ..io.run_lock import Lock
+from ..io.atomic import remove_tree
+from ..io.metrics_log import sync_rows
 from ..nn.model import Model
 from ..plugins.resolve_model import classes_of
 from .best import Evaluated
-from .resume import compare, identity
+from .resume import compare, identity, refuse_renamed, step_of
 from .run import Run
 
 OPTIMIZER = "optimizer.safetensors"
 METRICS = "metrics.jsonl"
 CARD = "README.md"
-_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint, oldest first."""
     steps = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            steps.append((int(match[1]), path))
+        step = step_of(path)
+        if step is not None and path.is_dir():
+            steps.append((step, path))
     return sorted(steps)
-
-
-def newest(folder: Path) -> tuple[tuple[int, Path] | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each damaged one passed over.
-
-    Raises:
-        InputError: ``QC-RESUME-004`` when there are checkpoints and all are damaged: starting
-            again would throw away what may still be mended.
-    """
-    damaged: list[str] = []
-    for step, path in reversed(checkpoints(folder)):
-        report = verify(path)
-        if report.ok:
-            return (step, path), damaged
-        damaged.append(f"{path.name} is damaged and passed over: {report.problems[0]}")
-    if damaged:
-        raise InputError(
-            "QC-RESUME-004",
-            "holds no checkpoint that can be resumed from",
-            file=folder,
-            found=damaged[0],
-            fix="restore one, or delete the folder to start again",
-        )
-    return None, []
-
-
-def run_folder(output: Path, *, resume: bool) -> Path:
-    """Where a run that writes `output` keeps its checkpoints and metrics.
-
-    Raises:
-        UsageError: ``QC-RESUME-001`` nothing to resume, ``-003`` an unfinished run is there.
-        WriteError: ``QC-WRITE-010`` that run is going on.
-    """
-    folder = output.with_name(output.name + ".run")
-    if resume and not folder.is_dir():
-        raise UsageError(
-            "QC-RESUME-001",
-            "there is no run to resume",
-            file=folder,
-            field="--resume",
-            fix="drop --resume, or name the --output of the run that was stopped",
-        )
-    if not resume and checkpoints(folder):
-        with Lock(folder):  # the fix below deletes the folder, which must not be in use
-            pass
-        raise UsageError(
-            "QC-RESUME-003",
-            "holds the checkpoints of another run",
-            file=folder,
-            fix="pass --resume to go on with it, or delete the folder to start again",
-        )
-    return folder
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[Path]:
-    """Lock the run folder; removed afterwards unless it holds a checkpoint."""
-    with writing(folder):
-        made = make_folders(folder)
-    # Outside the try: where another run holds the lock, its folder is not removed.
-    with Lock(folder):
-        try:
-            yield folder
-        finally:
-            if not checkpoints(folder):
-                remove_tree(folder)
-                for parent in reversed(made[:-1]):
-                    if not any(parent.iterdir()):
-                        parent.rmdir()
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -139,7 +66,9 @@ def check_best(path: Path) -> None:
         InputError: ``QC-RESUME-006``.
     """
     report = verify(path) if path.is_dir() else None
-    if report is None or not report.ok:
+    if report is not None and report.ok:
+        refuse_renamed(path, report.meta)
+    else:
         raise InputError(
             "QC-RESUME-006",
             "is the checkpoint of the best evaluation, which load_best_at_end publishes",
@@ -192,8 +121,12 @@ class RunFiles:
         optimizer: torch.optim.Optimizer,
         best: Evaluated | None = None,
         pending: Mapping[str, Any] | None = None,
+        *,
+        keep: Collection[int] = (),
     ) -> Path:
         """Publish ``checkpoint-STEP``, then delete the oldest beyond ``save_total_limit``.
+
+        The rows of metrics up to the step are durable before the checkpoint that claims them.
 
         Args:
             folder: the run folder.
@@ -201,8 +134,10 @@ class RunFiles:
             optimizer: AdamW.
             best: the best evaluation so far, whose checkpoint is kept.
             pending: the last step's row of metrics, if it is evaluated after the checkpoint.
+            keep: steps of further checkpoints that are kept.
         """
         path = checkpoint_path(folder, step)
+        sync_rows(folder / METRICS)
         with publish(path, kind="checkpoint", overwrite=True) as out:
             self._adapter(out)
             moments: dict[str, Tensor] = {}
@@ -220,7 +155,7 @@ class RunFiles:
         later = [old for number, old in checkpoints(folder) if number > step]
         kept = None if best is None else checkpoint_path(folder, best.step)
         for old in [*later, *earlier[: -self.run.settings.save_total_limit]]:
-            if old != kept:
+            if old != kept and step_of(old) not in keep:
                 remove_tree(old)
         return path
 

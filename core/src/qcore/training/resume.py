@@ -6,11 +6,13 @@ checkpointing policy and the size of the media cache. Everything but the bytes o
 and compared, before a weight is read; the base is compared once it has been read. A checkpoint of
 an earlier build records fewer fields: those that it lacks are not compared, which a line says.
 
-Codes: ``QC-RESUME-002`` something changed since the run was stopped, ``-005`` the run is finished.
+Codes: ``QC-RESUME-002`` something changed since the run was stopped, ``-005`` the run is finished,
+``-007`` a checkpoint has the name of another step.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -47,6 +49,7 @@ NO_NUMBERS: Final = frozenset(("grace_seconds",))
 _LATER: Final = ("config", "files", "code", "versions")
 #: Libraries beside torch that compute: kernels, and the format of 4-bit weights.
 _LIBRARIES: Final = ("bitsandbytes", "triton")
+_NAME: Final = re.compile(r"checkpoint-(\d+)")
 _SHOWN: Final = 80  # characters of a value in an error
 #: What ends the learning rate schedule.
 _LENGTH: Final = ("settings.max_steps", "settings.num_train_epochs")
@@ -135,6 +138,38 @@ def _fix(key: str, checkpoint: Path) -> str:
         )
     restore = "pass the --init-adapter of that run" if key == "init_adapter" else "restore it"
     return f"{restore}, or start a new run with another --output"
+
+
+def step_of(path: Path) -> int | None:
+    """The step in the name of a checkpoint folder; ``None`` for another name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def refuse_renamed(checkpoint: Path, meta: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose folder has the name of another step than it holds.
+
+    A run that resumed from it would skip or repeat steps.
+
+    Args:
+        checkpoint: the folder.
+        meta: what its manifest records.
+
+    Raises:
+        InputError: ``QC-RESUME-007``.
+    """
+    step = meta.get("step")
+    if step == step_of(checkpoint):
+        return
+    right = checkpoint.with_name(f"checkpoint-{step}")
+    raise InputError(
+        "QC-RESUME-007",
+        "has the name of another step",
+        file=checkpoint,
+        found=f"the state after step {step}",
+        expected=f"that after step {step_of(checkpoint)}",
+        fix=f"rename it to {right.name}" if not right.exists() else "move it out of the run folder",
+    )
 
 
 def refuse_finished(output: Path) -> None:

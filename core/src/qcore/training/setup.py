@@ -41,11 +41,12 @@ from ..preflight.checks import preflight
 from ..preflight.modality import reader_of, unread, with_tower
 from ..reporting import Reporter
 from .best import check_evaluates
-from .checkpoints import newest, run_folder
+from .disk_space import check_space
 from .initial_adapter import AdapterWords, InitialAdapter, start_from
 from .media_manifest import first_changed
 from .resume import SAME_NUMBERS, compare, identity, refuse_finished
 from .run import Run
+from .run_folder import newest, run_folder
 
 if TYPE_CHECKING:
     import torch
@@ -308,6 +309,7 @@ def plan_memory(run: Run, room: Room, before: PreviousPlan | None) -> RunPlan:
 
     Raises:
         InputError: ``QC-PLAN-001`` or ``-006``, the run does not fit.
+        WriteError: ``QC-WRITE-007`` its files do not fit on the disk.
     """
     data, settings = run.data, run.settings
     pack = partial(
@@ -320,4 +322,5 @@ def plan_memory(run: Run, room: Room, before: PreviousPlan | None) -> RunPlan:
         join=(lambda most: pack(together=most)) if may_join(settings) else None,
     )  # fmt: skip
     run.reporter.lines((plan.line(), *notes))
+    check_space(run, plan)
     return plan

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
-from ..errors import Interrupted
+from ..errors import Interrupted, WriteError
 from ..io.artifact import MANIFEST
+from ..io.atomic import remove_tree
 from ..io.stop_signals import StopNow, StopSignals
 from ..reporting import CheckpointSaved
 from .best import BestSoFar
-from .checkpoints import RunFiles, checkpoints
+from .checkpoints import METRICS, RunFiles, checkpoint_path, checkpoints
 from .run import Run
 from .step import Loop
 
@@ -100,6 +102,7 @@ class Saver:
         fix: str,
     ) -> None:
         self.last = 0
+        self._unsaved: WriteError | None = None  # of the checkpoint after the last step
         self._run, self._files, self._loop = run, files, loop
         self._stop, self._best, self._fix = stop, best, fix
         trained = sum(p.numel() for _, p in files.model.trainable())
@@ -120,6 +123,50 @@ class Saver:
             self._stop.reserve = 1.0 + 2 * (time.monotonic() - began)
             self.last = done
             self._run.reporter.emit(CheckpointSaved(step=done, folder=path))
+
+    def save_last(self) -> None:
+        """Write the checkpoint after the last step, so that no fault of the end costs a step.
+
+        It goes once the adapter is published (`publish`), so no other one makes room for it. The
+        run goes on without it: the adapter is smaller and may still be written.
+        """
+        total, folder = self._loop.schedule.total, self._run.folder
+        if self.last == total:
+            return
+        keep = [step for step, _ in checkpoints(folder)]
+        try:
+            with self._stop.finishing():
+                self._stop.doing = f"finishing the checkpoint after step {total}, then ending"
+                best = self._best.best
+                self._files.save(folder, total, self._loop.optimizer, best, keep=keep)
+        except WriteError as error:
+            self._run.reporter.warning(f"no checkpoint after the last step: {error.message}")
+            self._unsaved = error
+        else:
+            self.last = total
+
+    def publish(self, result: Mapping[str, Any], same: Path | None) -> None:
+        """Publish the adapter, then delete the checkpoint after the last step.
+
+        Args:
+            result: for the manifest.
+            same: checkpoint whose tensors are published.
+
+        Raises:
+            WriteError: the output was filled meanwhile or cannot be written; the fix names the
+                checkpoint. If that could not be written before, its error is raised.
+        """
+        last = checkpoint_path(self._run.folder, self._loop.schedule.total)
+        try:
+            self._files.publish(self._run.target, self._run.folder / METRICS, result, same)
+        except WriteError as error:
+            if self._unsaved is not None:  # the first fault is the cause
+                raise self._unsaved from error
+            filled = error.code == "QC-WRITE-001"
+            fix = "move what is in it to another folder" if filled else error.fix
+            raise error.replace(fix=f"{fix}, then {self._fix}: {last} holds all steps") from error
+        with suppress(WriteError):  # it is of no use any more, and the adapter is published
+            remove_tree(last)
 
     def take_step(self, number: int) -> dict[str, Any]:
         """The metrics of optimizer step `number`, from 0.

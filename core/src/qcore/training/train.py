@@ -8,10 +8,8 @@ evaluates, saves and stops; what each station decides is in its own file (`setup
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,18 +29,21 @@ from ..planning.compare import RunPlan, comparison_line
 from ..planning.oom import Watch
 from ..planning.run import Room, room_of
 from ..planning.saved import save_plan
-from ..reporting import CheckpointSaved, Evaluation, Finished, Reporter, RunStarted, Step
+from ..reporting import Evaluation, Finished, Reporter, RunStarted, Step
+from .auto_resume import how_to_start
 from .best import BestSoFar
-from .checkpoints import METRICS, RunFiles, check_best, checkpoint_path, locked, newest
+from .checkpoints import METRICS, RunFiles, check_best, checkpoint_path
+from .frozen_objects import unfrozen_after
 from .initial_adapter import AdapterWords
 from .loading import load_base
 from .media_manifest import note_media
 from .metrics_sink import MetricsSink
 from .report import TrainReport, first_loss, last_loss
 from .run import Run
+from .run_folder import check_again, locked, newest
 from .setup import DataWords, Words, before_the_stop, plan_memory, prepare
 from .step import Loop
-from .stopping import WITH_RESUME, Saver, before_steps, last_words
+from .stopping import AGAIN, WITH_RESUME, Saver, before_steps, last_words
 
 __all__ = ["TrainReport", "train"]
 
@@ -59,6 +60,7 @@ def train(
     verify_data: bool = False,
     device: str = "auto",
     resume: bool = False,
+    auto_resume: bool = False,
     init_adapter: str | Path | None = None,
     trust_base: bool = False,
     trust_generation: bool = False,
@@ -81,6 +83,7 @@ def train(
             since their rows were rendered.
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: continue the run that was stopped.
+        auto_resume: start the run, continue it, or return its report if it is finished.
         init_adapter: adapter folder to start from. It sets rank, alpha, LoRA groups and class;
             the optimizer starts fresh.
         trust_base: accept an `init_adapter` without a fingerprint of its base.
@@ -94,41 +97,53 @@ def train(
     Raises:
         QcoreError: see docs/errors.md; nothing is published unless the run succeeded.
     """
-    reporter = reporter or Reporter()
+    reporter, settings = reporter or Reporter(), settings or Settings()
     start = AdapterWords(
         init_adapter=init_adapter, trust_base=trust_base, trust_generation=trust_generation,
         origins=origins,
     )  # fmt: skip
     with stop or StopSignals() as stop:
         with before_steps(stop, "the rows were prepared"):
+            if auto_resume:
+                found = how_to_start(output, settings, origins, reporter, resume=resume)
+                if (report := found.finished) is not None:
+                    return _finished(report, reporter)
+                resume = found.resume
             run = prepare(
                 model, DataWords(data, eval_data, data_format, media_root, verify_data), output,
-                settings or Settings(),
+                settings,
                 device=device, resume=resume, reporter=reporter, start=start,
             )  # fmt: skip
             before = before_the_stop(run) if resume else None
             plan = plan_memory(run, room or room_of(run.device), before)
         reporter.emit(RunStarted(verb="train", model=model, output=run.target))
-        return _execute(run, plan, stop, resume=resume)
+        fix = AGAIN if auto_resume else WITH_RESUME
+        return _finished(_execute(run, plan, stop, resume=resume, fix=fix), reporter)
 
 
-def _execute(run: Run, plan: RunPlan, stop: StopSignals, *, resume: bool) -> TrainReport:
-    """Load the base, run the steps and publish."""
+def _finished(report: TrainReport, reporter: Reporter) -> TrainReport:
+    reporter.emit(Finished(verb="train", output=report.output, result=report.as_json()))
+    return report
+
+
+def _execute(run: Run, plan: RunPlan, stop: StopSignals, *, resume: bool, fix: str) -> TrainReport:
+    """Load the base, run the steps and publish; `fix` says how to continue from a checkpoint."""
     stop.grace = run.settings.grace_seconds
-    stop.last_words = last_words(run, WITH_RESUME)
+    stop.last_words = last_words(run, fix)
     with locked(run.folder), Watch(plan, run.device) as watch:
+        check_again(run.target, run.folder, resume=resume)
         watch.at("loading the base")
         with before_steps(stop, "the base was loading"):
             base = load_base(run)
         OffloadedInput.pool(run.device).least = max(1, plan.parked)
-        with _frozen_objects():
+        with unfrozen_after():
             loop = Loop(
                 base.model, run.data, run.settings, run.device,
                 plan.policies, plan.together, run.reader,
             )  # fmt: skip
             loop.abandonable = partial(stop.abandoning, late=True)
             best = BestSoFar()
-            saver = Saver(run, base.files, loop, stop, best, WITH_RESUME)
+            saver = Saver(run, base.files, loop, stop, best, fix)
             session = _Session(
                 run=run, plan=plan, files=base.files, loop=loop, stop=stop, watch=watch,
                 best=best, start=base.start, saver=saver,
@@ -137,9 +152,7 @@ def _execute(run: Run, plan: RunPlan, stop: StopSignals, *, resume: bool) -> Tra
             save_plan(run.folder, plan)
             _note_rows(run, resume=resume)
             outcome = _train(session, saver.last, pending)
-            report = _publish(session, base.coverage, outcome)
-    run.reporter.emit(Finished(verb="train", output=report.output, result=report.as_json()))
-    return report
+            return _publish(session, base.coverage, outcome)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,19 +201,6 @@ def _note_rows(run: Run, *, resume: bool) -> None:
         run.data.rejects.write(run.folder / REJECTED)
 
 
-@contextmanager
-def _frozen_objects() -> Iterator[None]:
-    """Undo `gc.freeze`, which the loop calls.
-
-    Objects that the caller froze are unfrozen too: Python 3.12 starts with some, and the collector
-    does not say who froze an object. A model that stays frozen would never free device memory.
-    """
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def _restore(session: _Session) -> Mapping[str, Any] | None:
     """Restore the newest checkpoint.
 
@@ -237,6 +237,7 @@ def _train(session: _Session, start: int, pending: Mapping[str, Any] | None) -> 
                 first, last = (step.loss if math.isnan(first) else first), step.loss
             moved = _check_moved(session)
             last = last_loss(metrics) if math.isnan(last) else last
+            session.saver.save_last()
             with session.saver.ending():
                 _check_data(session)
                 session.watch.at("the last evaluation")
@@ -356,14 +357,14 @@ def _check_data(session: _Session) -> None:
     Raises:
         InputError: ``QC-DATA-081``.
     """
-    run, best = session.run, session.best.best
+    run = session.run
     session.watch.at("hashing the data files")
     try:
         run.data.check_files(run.reporter)
     except InputError as error:
-        optimizer, done = session.loop.optimizer, session.loop.schedule.total
-        path = session.files.save(run.folder, done, optimizer, best)
-        run.reporter.emit(CheckpointSaved(step=done, folder=path))
+        path = checkpoint_path(run.folder, session.loop.schedule.total)
+        if not path.is_dir():
+            raise
         fix = f"restore the file and run the same command with --resume; {path} holds all steps"
         raise error.replace(fix=fix) from None
 
@@ -373,8 +374,7 @@ def _publish(session: _Session, lines: tuple[Coverage, ...], outcome: _Outcome) 
     session.watch.at("publishing the adapter")
     session.stop.doing = "publishing the adapter, then ending"
     result = report.result() | {"maps_moved": list(outcome.moved)}
-    run, files = session.run, session.files
-    files.publish(run.target, run.folder / METRICS, result, outcome.published)
+    session.saver.publish(result, outcome.published)
     return report
 
 

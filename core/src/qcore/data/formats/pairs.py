@@ -3,7 +3,8 @@
 This file decides which column is the prompt and which the answer. A row with two candidates is
 refused, because either of them would be lost.
 
-Codes: ``QC-DATA-024`` two prompts or two answers, ``-005`` a value of another type.
+Codes: ``QC-DATA-024`` two prompts or two answers, ``-005`` a value of another type,
+``-051`` an answer that continues a turn of the prompt.
 """
 
 from __future__ import annotations
@@ -100,6 +101,14 @@ def _pair(
     thoughts = [key for key in REASONING if not meaningless(row.get(key))]
     if thoughts:
         said = _with_reasoning(said, [(key, row[key]) for key in thoughts])
+    if prompt and prompt[-1]["role"] == said[0]["role"] == "assistant":
+        raise RowError(
+            "QC-DATA-051",
+            "ends with an assistant turn, which the answer would continue",
+            at=query,
+            expected="a prompt that ends with a user or tool turn",
+            fix=f"move the start of the answer from {query} to {response}",
+        )
     turns = [*_history(row.get("history"), reading), *prompt, *said]
     read = (query, response, *more, "history", *thoughts)
     _check_second(row, read, reading)
@@ -216,4 +225,5 @@ def _not_text(value: Any, at: str) -> RowError:
         at=at,
         found=kind(value),
         expected="a string, or messages with role and content",
+        fix="write a row for each of the texts" if isinstance(value, list) else "write it as text",
     )

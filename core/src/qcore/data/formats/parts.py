@@ -56,7 +56,7 @@ def _part(part: Any, at: str, reading: Reading) -> dict[str, Any]:
     if named == "text" and any(not meaningless(part.get(key)) for key in media):
         return part  # refused by the row's check, which names the key
     if named in _TEXTS:
-        check_message(part, ("type", "text"), f"{at}", reading)
+        check_message(part, ("type", "text"), at, reading, under="messages[].content[]")
         return {"type": "text", "text": part.get("text")}
     if named == "refusal" and isinstance(part.get("refusal"), str):
         return {"type": "text", "text": part["refusal"]}

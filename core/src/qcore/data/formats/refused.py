@@ -1,4 +1,4 @@
-"""Rows that qcore does not train: preference pairs, raw text, segments of text.
+"""Rows that qcore does not train: preference pairs, raw text, segments of text, token ids.
 
 This file decides how such a row is recognized by its keys and what its owner can do. Preference
 rows are refused whatever else they hold: their rejected answer must not be trained. Raw text is
@@ -57,6 +57,14 @@ def refuse_text(row: Mapping[str, Any]) -> None:
             at="segments",
             expected="messages, whose turns the template renders",
             fix='write each segment as a message, with "train": false where its label is false',
+        )
+    if isinstance(row.get("input_ids"), list):
+        raise RowError(
+            "QC-DATA-021",
+            "holds token ids: without turns nothing says which of them are trained",
+            at="input_ids",
+            expected='{"messages": [...]}, or {"prompt": ..., "completion": ...}',
+            fix="take the rows that the ids were made from: qcore renders and tokenizes them",
         )
     if isinstance(row.get("text"), str):
         raise RowError(

@@ -28,6 +28,7 @@ from ..tool_fields import mapping
 from . import chat, pairs
 from .reading import Convert, Fields, Reading, parse_fields
 from .refused import refuse_preference, refuse_text
+from .unread import meaningless
 
 
 class _Builtin(NamedTuple):
@@ -320,6 +321,11 @@ def _refuse_empty(row: Mapping[str, Any]) -> None:
 
 def _rename_fix(row: Mapping[str, Any]) -> str:
     """A mapping that would make the row readable, or the closest key."""
+    if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
+        return 'write the messages of a conversation as one row: {"messages": [...]}'
+    for answer, prompt in (("completion", "prompt"), ("output", "instruction")):
+        if not meaningless(row.get(answer)) and prompt not in row:
+            return f"add a {prompt}, or name its column in a mix file: fields: {{{prompt}: <key>}}"
     for key, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return f"fields: {{messages: {key}}} in a mix file"

@@ -8,7 +8,7 @@ objects, marks of what is trained (``train``, ``training``, ``weight``, ``loss``
 values are checked by `qcore.data.rows`.
 
 Codes: ``QC-DATA-006`` an item that is not a message, an unknown role, ``-016`` two reasonings,
-``-022`` a mark that cannot be kept.
+``-022`` a mark that cannot be kept, ``-024`` a key that contradicts the turn.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..tool_fields import kind
 from .marks import DETAILS, MARKS, mark_of, mark_of_parts
 from .parts import media_names, place_media, read_parts
 from .reading import CALL, REASONING, Reading
-from .unread import check_message, meaningless
+from .unread import check_message, meaningless, repeated
 
 #: Role as written, in lower case with ``_`` for ``-`` and blanks -> canonical role.
 ROLES = {
@@ -45,6 +45,8 @@ _SAID = frozenset((*REASONING, "tool_calls", "function_call", "refusal"))
 _READ = _SAID | {
     "role", "from", "content", "value", "tool_call_id", "name", *MARKS, *DETAILS,
 }  # fmt: skip
+#: Keys that may hold the text of a turn; the others than that which is read may be a second one.
+_TEXTS = ("content", "value", "text", "answer", "response", "output", "completion")
 _FUNCTION = ("name", "arguments")
 _CALL = ("id", "type", "function", "index", *_FUNCTION)
 #: In LLaMA-Factory's form of a call, ends the text before the JSON, whatever the model's tags are.
@@ -105,6 +107,7 @@ def decoded(value: Any, at: str, what: str = "messages") -> list[Any]:
         at=at,
         found="an empty list" if value == [] else kind(value),
         expected=f"a list of at least one of the {what}, or the same as a JSON string",
+        fix=f"write the {what} as a list, in their order" if isinstance(value, dict) else None,
     )
 
 
@@ -114,7 +117,12 @@ def _continues(before: Mapping[str, Any], turn: Mapping[str, Any]) -> bool:
 
 
 def _turn(item: Any, at: str, reading: Reading) -> tuple[dict[str, Any], bool]:
-    raw = tool_fields.mapping(item, at, "QC-DATA-006", "is not a message")
+    if not isinstance(item, dict):
+        raise RowError(
+            "QC-DATA-006", "is not a message", at=at, found=kind(item), expected="an object",
+            fix='write each message as {"role": ..., "content": ...}',
+        )  # fmt: skip
+    raw = item
     if renames := reading.fields.message:
         raw = {renames.get(key, key): value for key, value in raw.items()}
     given = {key: value for key, value in raw.items() if not meaningless(value)}
@@ -126,6 +134,7 @@ def _turn(item: Any, at: str, reading: Reading) -> tuple[dict[str, Any], bool]:
     if key not in raw and not given.keys() & _SAID:
         raise _no_content(given, at)
     content, is_call = raw.get(key), role == CALL
+    _check_content(given, key, role, at, reading)
     trained = mark_of(given, content, role, at)
     if isinstance(content, list) and not is_call:
         trained, content = mark_of_parts(content, trained, role, f"{at}.{key}")
@@ -184,6 +193,35 @@ def _no_content(given: Mapping[str, Any], at: str) -> RowError:
         expected="content or value",
         fix=f"fields: {{content: {texts[0]}}} in a mix file" if texts else None,
     )
+
+
+def _check_content(
+    given: Mapping[str, Any], key: str, role: str, at: str, reading: Reading
+) -> None:
+    """Refuse a second text of a turn, and what only the assistant says in another's turn."""
+    for other in _TEXTS:
+        column = f"messages[].{other}"
+        if other == key or not isinstance(given.get(other), str) or column in reading.ignore:
+            continue
+        if not repeated(given[other], [{"content": given.get(key)}]):
+            raise RowError(
+                "QC-DATA-024", f"may be a second {key}", at=f"{at}.{other}",
+                found=f"{key} and {other}", expected="one of them",
+                fix=f"write both as {key}, or, if it is metadata, ignore_columns: [{column}] in a "
+                "mix file",
+            )  # fmt: skip
+    if role in ("assistant", CALL):
+        return
+    for said in sorted(given.keys() & _SAID):
+        column = f"messages[].{said}"
+        if column not in reading.ignore:
+            raise RowError(
+                "QC-DATA-024", f"is read in assistant turns alone, and this is a {role} turn",
+                at=f"{at}.{said}",
+                fix="write it into the assistant turn, or, if it is metadata, "
+                f"ignore_columns: [{column}] in a mix file",
+            )  # fmt: skip
+        reading.ignored.append(column)
 
 
 def _content(turn: dict[str, Any], content: Any, at: str, reading: Reading) -> None:

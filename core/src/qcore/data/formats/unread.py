@@ -106,9 +106,21 @@ def check_row(
 
 
 def check_message(
-    message: Mapping[str, Any], read: Collection[str], at: str, reading: Reading
+    message: Mapping[str, Any],
+    read: Collection[str],
+    at: str,
+    reading: Reading,
+    *,
+    under: str = "messages[]",
 ) -> None:
-    """Report or refuse the keys of a message that are not in `read`.
+    """Report or refuse the keys of a message, or of an object in it, that are not in `read`.
+
+    Args:
+        message: the message, a part of its content, a call.
+        read: the keys that the format reads.
+        at: its place in the row.
+        reading: the row's state.
+        under: its place in the names of left out keys; ``messages[].key`` passes over it, too.
 
     Raises:
         RowError: ``QC-DATA-009`` or ``-024``.
@@ -116,8 +128,8 @@ def check_message(
     for key, value in message.items():
         if key in read or key in _NOTHING or meaningless(value):
             continue
-        column = f"messages[].{key}"
-        if column not in reading.ignore:
+        column = f"{under}.{key}"
+        if reading.ignore.isdisjoint((column, f"messages[].{key}")):
             if _UNCLEAR_MARKS.search(key) and value in _SWITCH:
                 raise RowError(
                     "QC-DATA-022",

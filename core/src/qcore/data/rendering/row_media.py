@@ -18,13 +18,10 @@ from ...io.cores import available_cores
 from ..media.files import Finder
 from ..rows import ChatRow
 from ..sources.row_bytes import row_bytes
-from .template_check import prove_media
 from .text_reader import DeferredRow, TextReader
 
 if TYPE_CHECKING:
     from ...api.media import MediaReader, Medium, Payload
-    from ...checkpoint.chat_template import Template
-    from .row_renderer import RowSetup
 
 _MOST: Final = 8  # images that are decoded at once; each takes up to hundreds of megabytes
 
@@ -57,17 +54,19 @@ class RowMedia:
     """Reads the media of rows; a context manager that ends its threads.
 
     Args:
-        setup: how rows are rendered.
-        template: of the checkpoint.
+        reader: of media; without it rows must be text only.
+        prove: checks that the template renders media, so that text-only files do not need it.
         workers: as the setting ``dataset_num_proc``.
     """
 
-    def __init__(self, setup: RowSetup, template: Template, workers: int) -> None:
-        self._setup = setup
-        self._template = template
+    def __init__(
+        self, reader: MediaReader | None, prove: Callable[[MediaReader], None], workers: int
+    ) -> None:
+        self._reader = reader
+        self._prove = prove
         self._finders: dict[tuple[Path, Path | None], Finder] = {}
         self._proved = False
-        self._count = thread_count(workers, setup.reader)
+        self._count = thread_count(workers, reader)
         self._threads: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
@@ -86,14 +85,16 @@ class RowMedia:
 
         Raises:
             DeferredRow: this process reads no media.
-            InputError: as `prove_media`, on the first row with media.
+            InputError: of `prove`, on the first row with media.
         """
-        reader = self._setup.reader
+        reader = self._reader
         if reader is None or not row.media:
             return PendingRow(row)
         if isinstance(reader, TextReader):
             raise DeferredRow
-        self._prove(reader)
+        if not self._proved:
+            self._prove(reader)
+            self._proved = True
         assert row.path is not None, "rows are read from files"
         root = None if row.source is None else row.source.media_root
         finder = self.finder(row.path.parent, root)
@@ -111,17 +112,6 @@ class RowMedia:
             self._threads = ThreadPoolExecutor(self._count, "media")
         future: Future[Read] = self._threads.submit(read)
         return future.result
-
-    def _prove(self, reader: MediaReader) -> None:
-        """Check that the template renders media, so that text-only files do not need it."""
-        if self._proved:
-            return
-        setup = self._setup
-        with self._template.reopen() as apart:  # the template is busy with the rows
-            prove_media(
-                apart, setup.chat_format, setup.tokenizer, reader, variables=setup.variables
-            )
-        self._proved = True
 
 
 def thread_count(workers: int, reader: MediaReader | None) -> int:

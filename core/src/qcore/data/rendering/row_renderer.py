@@ -35,6 +35,7 @@ from .row_media import PendingRow, RowMedia
 from .row_plan import RowPlan, plan_row
 from .row_work import FEW, MOST_WORK, first_turns, too_many_turns, with_turns, work_of
 from .samples import Draft, drafts
+from .template_check import prove_media
 from .text_reader import DeferredRow
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class RowRenderer:
             check=RowCheck(setup.chat_format, setup.control, setup.reader, setup.unread),
             context=setup.context,
         )
-        self.media = RowMedia(setup, template, workers)
+        self.media = RowMedia(setup.reader, self._prove_media, workers)
 
     def __enter__(self) -> RowRenderer:
         return self
@@ -185,6 +186,13 @@ class RowRenderer:
             last = part
         if (done := self._finished(last, None)) is not None:
             yield done
+
+    def _prove_media(self, reader: MediaReader) -> None:
+        setup = self._setup
+        with self._template.reopen() as apart:  # the template is busy with the rows
+            prove_media(
+                apart, setup.chat_format, setup.tokenizer, reader, variables=setup.variables
+            )
 
     def _parts(self, chunks: Iterable[Chunk | None]) -> Iterator[_Part | None]:
         for chunk in chunks:

@@ -362,6 +362,15 @@ def _check_types(described: Mapping[str, Any], call: Any, at: str, notes: Notes)
     parameters = described.get("parameters")
     properties = parameters.get("properties") if isinstance(parameters, dict) else None
     for key, value in _arguments(call).items():
+        if properties and _lists(parameters, key) and key not in _properties(parameters):
+            notes.warn(
+                MISFIT,
+                f"{at}.{key}",
+                "an argument that the schema of the function does not list: a server reads it as "
+                "a string",
+                f"add {key} to the properties of the function, or correct its name",
+            )
+            continue
         schema = properties.get(key) if isinstance(properties, dict) else None
         named = schema.get("type") if isinstance(schema, dict) else None
         wanted = [named] if isinstance(named, str) else named

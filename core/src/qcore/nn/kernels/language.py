@@ -6,6 +6,7 @@ installed. Kernels import both names from here (plugins from `qcore.ops`). A sta
 nothing; a run does not take such a backend, because its record requires Triton.
 """
 
+# mypy: disable-error-code="import-untyped"
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,10 +1,10 @@
-"""`qcore merge --take-tokenizer`: the tokenizer and chat template of the output are the adapter's.
+"""``--take-tokenizer``: a run uses the tokenizer and chat template that the adapter brings.
 
 This file decides which files of the base are replaced and which are left out, because they would
 contradict the adapter's: transformers prefers chat_template.jinja to tokenizer_config.json, and a
 special_tokens_map.json or vocab.json of the base describes the base's tokenizer. The tokens of the
-adapter must have rows in the base's embedding. Nothing else of the base changes: config.json and
-generation_config.json stay.
+adapter must have rows in the embedding. Nothing else of the base changes: generation_config.json
+stays. A merge writes the files, `qcore generate` reads them.
 
 Codes: ``QC-MERGE-010`` the adapter brings no tokenizer and no template, ``-011`` its template
 contradicts the generation of the base; ``QC-PRE-002`` a token has no row, ``-003`` a token of the
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.chat_template import Template
+from ..checkpoint.json_text import without
 from ..checkpoint.tokenizer import load_tokenizer
 from ..checkpoint.tokenizer_files import (
     COMPANIONS,
@@ -37,24 +38,24 @@ from ..data.rendering.tokenizer_check import id_beyond, unknown_tokens
 from ..errors import InputError, QcoreError, UsageError, raise_all
 from ..io.manifest import MANIFEST
 from ..plugins.resolve_model import Identified, identify_files
-from .plan import CONFIG, MergePlan, without
 
 #: Files of a byte-pair tokenizer that hold what tokenizer.json holds, without added tokens.
 _VOCABULARY = ("vocab.json", "merges.txt")
-_FIX = "merge without --take-tokenizer"
+_CONFIG = "config.json"
+_FIX = "leave out --take-tokenizer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TakenTokenizer:
-    """What the output takes from the adapter folder.
+    """What a run takes from the adapter folder.
 
     Attributes:
-        files: files of the adapter folder, by name in the output.
+        files: files of the adapter folder, by name in a model folder.
         texts: files that are written anew, by name.
-        dropped: files of the base that the output must not have.
-        template: the chat template of the output; ``None`` if it has none.
-        ids: ids of the output's tokens.
-        tokenizer_config: content of the output's tokenizer_config.json.
+        dropped: files of the base that must not be read with these.
+        template: the chat template of the run; ``None`` if it has none.
+        ids: ids of the tokens.
+        tokenizer_config: content of tokenizer_config.json of the run.
     """
 
     files: Mapping[str, Path]
@@ -64,15 +65,10 @@ class TakenTokenizer:
     ids: Mapping[str, int]
     tokenizer_config: Mapping[str, Any]
 
-    def apply(self, plan: MergePlan) -> MergePlan:
-        """Return the plan of a merge with these files in place of the base's."""
-        gone = {*self.files, *self.texts, *self.dropped}
-        return replace(
-            plan,
-            copied=tuple(name for name in plan.copied if name not in gone),
-            texts={**plan.texts, **self.texts},
-            taken=self.files,
-        )
+    def read_by(self, base: Identified) -> Identified:
+        """Return the base of a run that reads these files in place of the base's."""
+        checkpoint = base.checkpoint.with_files(self.files, self.dropped, self.template)
+        return replace(base, checkpoint=checkpoint)
 
     def as_json(self) -> dict[str, Any]:
         """What the manifest of the output records."""
@@ -84,7 +80,7 @@ class TakenTokenizer:
 
 
 def plan_tokenizer(base: Identified, folder: Path) -> TakenTokenizer:
-    """Plan the tokenizer files of an output that takes those of the adapter.
+    """Plan the tokenizer files of a run that takes those of the adapter.
 
     Args:
         base: the base.
@@ -100,7 +96,7 @@ def plan_tokenizer(base: Identified, folder: Path) -> TakenTokenizer:
     if len(named := named_templates(mine)) > 1 and mine.template is None:
         raise InputError(
             "QC-MERGE-011",
-            "names several chat templates, and a merge takes one",
+            "names several chat templates, and a run takes one",
             file=next(iter(named.values())).source,
             field="chat_template",
             found=", ".join(named),
@@ -170,7 +166,7 @@ def _checked_ids(base: Identified, mine: TokenizerFiles) -> dict[str, int]:
     problems: list[QcoreError] = []
     rows = next(tensor.shape[0] for tensor in base.layout.table if tensor.row.group == "embed")
     if (beyond := id_beyond(ids, rows, mine.path)) is not None:
-        fix = f"{_FIX}, or merge into the base whose embedding was resized in training"
+        fix = f"{_FIX}, or name the resized model that training used as the base"
         problems.append(beyond.replace(fix=fix))
     chat = base.chat_format()
     needed = (chat.turn_start, chat.turn_end, *chat.stop_tokens)
@@ -203,7 +199,7 @@ def taken_lines(base: Identified, taken: TakenTokenizer) -> Iterator[str]:
 
 
 def _check_generation(base: Identified, taken: TakenTokenizer) -> None:
-    """Refuse a template that contradicts the generation: no verb would open the output.
+    """Refuse a template that contradicts the generation: no verb would open a merge.
 
     Raises:
         InputError: ``QC-MERGE-011``.
@@ -211,7 +207,7 @@ def _check_generation(base: Identified, taken: TakenTokenizer) -> None:
     generation = base.decision.generation.name
     with tempfile.TemporaryDirectory(prefix="qcore-") as folder:
         kept = {name for name in base.checkpoint.sidecars if name.endswith((".json", ".jinja"))}
-        for name in {CONFIG, *kept} - {*taken.files, *taken.texts, *taken.dropped, MANIFEST}:
+        for name in {_CONFIG, *kept} - {*taken.files, *taken.texts, *taken.dropped, MANIFEST}:
             shutil.copyfile(base.checkpoint.file(name), Path(folder, name))
         for name, source in taken.files.items():
             shutil.copyfile(source, Path(folder, name))
@@ -224,8 +220,8 @@ def _check_generation(base: Identified, taken: TakenTokenizer) -> None:
                 raise
             raise InputError(
                 "QC-MERGE-011",
-                f"contradicts generation {generation} of the base, so that no verb would read the "
-                "output",
+                f"contradicts generation {generation} of the base: no verb would read the two "
+                "together",
                 file=taken.template.source if taken.template is not None else folder,
                 found=error.found,
                 expected=f"a chat template of generation {generation}",
