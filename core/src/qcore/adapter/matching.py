@@ -93,6 +93,11 @@ class Matcher:
         self.numbers = NumberPatterns(
             findings.path.parent / CONFIG, config, [*self.modules, *self.vocabulary, *parts]
         )
+        findings.notes.extend(
+            f"warning: {CONFIG}: {field}: '{key[:100]}' matches no weight of this base, so its "
+            "value is not used"
+            for field, key in self.numbers.unmatched
+        )
 
     def _maps(self, namespace: Namespace) -> list[TableTensor]:
         """Return the weights whose part is in a class; a text class has no tower."""

@@ -26,7 +26,6 @@ from ..data.sources.source import Source
 from ..data.store.cache import StoreCache
 from ..errors import InputError, UsageError
 from ..io.artifact import check_target
-from ..io.atomic import make_folders, writing
 from ..io.run_lock import Lock
 from ..nn.device import pick_device
 from ..nn.kernels.registry import Chosen, choose, installed, requested
@@ -227,10 +226,8 @@ def _write_rejects(folder: Path, rejects: Rejects) -> None:
     """
     if rejects.count <= SHOWN:
         return
-    with writing(folder):
-        make_folders(folder)
-        with Lock(folder):
-            rejects.write(folder / REJECTED)
+    with Lock(folder, create=True):
+        rejects.write(folder / REJECTED)
 
 
 def _with_tower(

@@ -153,7 +153,8 @@ def _execute(run: Run, plan: RunPlan, stop: StopSignals, *, resume: bool, fix: s
             pending = _restore(session) if resume else None
             save_plan(run.folder, plan)
             _note_rows(run, resume=resume)
-            with naming_checkpoint(lambda: [path for _, path in checkpoints(run.folder)]):
+            named = naming_checkpoint(lambda: [path for _, path in checkpoints(run.folder)])
+            with saver.first_fault(), named:
                 outcome = _train(session, saver.last, pending)
                 return _publish(session, base.coverage, outcome)
 
