@@ -73,7 +73,7 @@ def with_tokens(folder: Path, count: int = V + 2) -> None:
     """Write a tokenizer of so many tokens, the last of them added."""
     tokenizer = Tokenizer.from_file(str(tiny_folder() / "tokenizer.json"))
     names = [f"<new_{number}>" for number in range(tokenizer.get_vocab_size(), count)]
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
+    tokenizer.add_tokens([AddedToken(name, special=False) for name in names])
     tokenizer.save(str(folder / "tokenizer.json"))
 
 

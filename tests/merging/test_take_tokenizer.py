@@ -296,8 +296,8 @@ def test_generate_renders_and_encodes_as_the_adapter_was_trained(base: Path, ada
         str(base), adapter=adapter, trust_base=True, take_tokenizer=True, device="cpu",
         reporter=heard.reporter,
     )  # fmt: skip
-    answer = generator.prompt("<doc_ids>", max_new_tokens=1)
-    assert answer.prompt == "<|im_start|>user\n<doc_ids><|im_end|>\n<|im_start|>assistant\n"
+    answer = generator.prompt("hi", max_new_tokens=1)
+    assert answer.prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert len(generator.tokenizer.encode("<doc_ids>").ids) == 1
     assert not [line for line in heard.notes if "chat template" in line and "warning" in line]
 
