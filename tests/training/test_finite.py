@@ -144,7 +144,7 @@ def test_a_held_out_loss_that_is_not_finite_names_its_row(
         assert error.value.file == str(held if named else rows)
         assert str(error.value.field).startswith("lines ")
         assert error.value.found == "loss nan"
-        assert "checkpoint-1 is intact" in str(error.value.fix)
+        assert "checkpoint-2 is intact" in str(error.value.fix)
         if named:
             assert error.value.field == "lines 3"
 
