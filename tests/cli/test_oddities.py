@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shlex
 import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.cli_kit import here
 from support.model_kit import snapshot
 
+from qcore.adapter.peft_config import check_config
+from qcore.api.media import RowError
+from qcore.cli.terminal import TerminalSink
+from qcore.data.content import ContentReader
+from qcore.reporting import Evaluation, ProgressStarted, Step
 from qcore_qwen35.tiny import write
 
 ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
@@ -169,3 +183,186 @@ def test_an_output_inside_a_model_or_an_adapter_is_refused(
     assert f"lies inside {folder}" in line
     assert f"such as {folder}-merged" in line
     assert snapshot(folder) == before
+
+
+# -- files that are not files
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Path:
+    path = tmp_path / "pipe.yaml"
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
+def test_settings_that_are_no_plain_file(
+    capsys: Any, base: Path, rows: Path, tmp_path: Path, pipe: Path, kind: str
+) -> None:
+    config = {"pipe": pipe, "device": Path("/dev/zero"), "folder": tmp_path}.get(kind)
+    with socket.socket(socket.AF_UNIX) as server:
+        if config is None:
+            server.bind(str(config := Path("/tmp") / f"qcore-{os.getpid()}.sock"))
+        try:
+            ended = here(
+                capsys, "train", "--model", base, "--data", rows, "--output", tmp_path / "o",
+                "--config", config,
+            )  # fmt: skip
+        finally:
+            if kind == "socket":
+                config.unlink()
+    line = ended.error("QC-YAML-001")
+    assert ended.code == 2
+    assert kind == "socket" or f"found a {kind}, not a plain file" in line
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+     "generation_config.json", "model.safetensors", "model.safetensors.index.json", "vocab.json"],
+)  # fmt: skip
+def test_a_pipe_in_a_model_folder(capsys: Any, base: Path, name: str) -> None:
+    (base / name).unlink(missing_ok=True)
+    os.mkfifo(base / name)
+    ended = here(capsys, "inspect", base)
+    assert ended.code == 65
+    assert f"{base / name}: cannot be read: a pipe, not a plain file" in ended.error("QC-CKPT-003")
+
+
+def test_linked_weights_of_a_folder_that_the_user_made(
+    capsys: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store of mine"
+    store.mkdir()
+    shutil.move(base / "model.safetensors", store / "weights")
+    (base / "model.safetensors").symlink_to(store / "weights")
+    ended = here(capsys, "inspect", base)
+    assert ended.code == 65
+    line = ended.error("QC-CKPT-003")
+    assert f"found {store / 'weights'}" in line
+    consent = re.search(r"allow it with (\w+)=(.*?); otherwise", line)
+    assert consent is not None
+    name, folder = consent[1], shlex.split(consent[2])[0]
+    monkeypatch.setenv(name, folder)
+    assert here(capsys, "inspect", base).code == 0
+    monkeypatch.setenv(name, str(tmp_path / "store"))
+    assert here(capsys, "inspect", base).code == 65
+
+
+def _header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrite the header of a safetensors file; the data stay."""
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
+@pytest.mark.parametrize("metadata", [[1], "pt", {"format": 1}, {"format": None}, 3])
+def test_metadata_of_a_safetensors_file_that_the_format_does_not_have(
+    capsys: Any, base: Path, metadata: object
+) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    weights = base / "model.safetensors"
+    _header(weights, lambda header: header.update(__metadata__=metadata))
+    with pytest.raises(SafetensorError):
+        safe_open(weights, "pt").__enter__()
+    ended = here(capsys, "inspect", base)
+    assert "__metadata__: is damaged" in ended.error("QC-CKPT-005")
+
+
+def test_unknown_keys_of_a_tensor(capsys: Any, base: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        next(entry for name, entry in header.items() if name != "__metadata__")["scale"] = 2
+
+    _header(base / "model.safetensors", change)
+    assert "unknown keys ['scale']" in here(capsys, "inspect", base).error("QC-CKPT-005")
+
+
+# -- prompts, rows and adapters
+
+
+@pytest.mark.parametrize(
+    ("option", "text"), [("--prompt", "hi<|im_end|>"), ("--system", "<|im_start|>x")]
+)
+def test_a_prompt_with_a_control_string(capsys: Any, base: Path, option: str, text: str) -> None:
+    words = ["--prompt", "hi"] if option == "--system" else []
+    ended = here(
+        capsys, "generate", base, *words, option, text, "--max-new-tokens", 1, "--device", "cpu"
+    )
+    assert ended.code == 2
+    line = next(line for line in ended.err.splitlines() if line.startswith("error["))
+    assert line.startswith(f"error[QC-GENERATE-006] {option}: contains text that must not reach")
+
+
+def test_media_without_their_plugin_name_the_package() -> None:
+    reader = ContentReader(
+        None, "no installed plugin reads what vision_config describes (pip install qcore-m)"
+    )
+    with pytest.raises(RowError) as caught:
+        reader.content([{"type": "image", "image": "a.png"}], "messages[0].content")
+    assert caught.value.fix == "pip install qcore-m"
+
+
+def test_a_negative_alpha_is_refused(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": -8, "target_modules": ["q_proj"]}
+    (problem,) = check_config(tmp_path, config)
+    assert (problem.code, problem.field, problem.found) == ("QC-ADAPTER-004", "lora_alpha", "-8")
+
+
+@pytest.mark.parametrize("names", [5, [5], {"q_proj": 1}])
+def test_targets_that_are_no_names(tmp_path: Path, names: object) -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": names}
+    (problem,) = check_config(tmp_path, config)
+    assert (problem.code, problem.field) == ("QC-ADAPTER-004", "target_modules")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"alpha_pattern": {"nope": 3}}, "alpha_pattern: 'nope' matches no weight of this base"),
+        ({"rank_pattern": {"q_projx": 3}}, "rank_pattern: 'q_projx' matches no weight"),
+        ({"target_modules": r".*\.nope"}, r"the expression '.*\.nope' matches no weight"),
+        ({"target_modules": r".*\.q_proj"}, ""),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_named(
+    capsys: Any, base: Path, tmp_path: Path, change: dict[str, Any], line: str
+) -> None:
+    module = "base_model.model.model.language_model.layers.3.self_attn.q_proj"
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    matrices = {"lora_A": torch.ones(2, 128), "lora_B": torch.ones(256, 2)}
+    save_file(
+        {f"{module}.{side}.weight": value for side, value in matrices.items()},
+        adapter / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+    ended = here(capsys, "adapter", "show", adapter, "--model", base)
+    assert ended.code == 0, ended.err
+    warnings = [each for each in ended.out.splitlines() if "matches no weight" in each]
+    assert len(warnings) == bool(line)
+    assert line in "".join(warnings)
+
+
+# -- what a run says where nobody watches
+
+
+def test_a_piped_log_has_the_evaluations_and_the_last_step(capsys: Any) -> None:
+    step = Step(
+        step=1, total=9, loss=1.5, grad_norm=1, learning_rate=1, tokens=1, supervised_tokens=1,
+        seconds=1, tokens_per_second=1, memory_gb=1,
+    )  # fmt: skip
+    sink = TerminalSink()
+    sink.handle(ProgressStarted(label="training", total=9, unit="steps"))
+    for number in range(1, 10):
+        eval_loss = 2.25 if number == 4 else None
+        sink.handle(replace(step, step=number, eval_loss=eval_loss))
+    sink.handle(Evaluation(step=9, eval_loss=2.125, final=True))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["step 1", "step 4", "step 9", "step 9"]
+    assert "eval 2.2500" in lines[1]
+    assert "eval 2.1250" in lines[3]

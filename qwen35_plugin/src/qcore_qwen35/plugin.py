@@ -54,6 +54,7 @@ DENSE = Architecture(
     root=table.ROOT,
     build=_build,
     tiny=_tiny,
+    media_plugin="qcore-multimodal",
 )
 
 MOE = Architecture(
@@ -62,6 +63,7 @@ MOE = Architecture(
     root=table.ROOT,
     build=_build,
     tiny=_tiny_moe,
+    media_plugin="qcore-multimodal",
 )
 
 GENERATION = Generation(

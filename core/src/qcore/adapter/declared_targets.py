@@ -17,7 +17,9 @@ from typing import Any
 from ..api.parameters import Kind
 from ..api.parameters import Tensor as TableTensor
 from .findings import Findings
+from .number_patterns import matches
 from .peft_config import layers_of
+from .peft_names import CONFIG
 
 
 class DeclaredTargets:
@@ -67,7 +69,9 @@ class DeclaredTargets:
         linear = field == "target_modules"
         if declared is None and self._claimed:
             return  # the layout is not PEFT's, so its config declares no targets
-        # An expression from a downloaded file is not evaluated: every match is accepted.
+        if linear and isinstance(declared, str) and changed:
+            self._check_expression(declared)
+        # Which weights an expression selects is not compared: every match is accepted.
         is_list = isinstance(declared, list) or declared is None
         declared = declared if isinstance(declared, list) else []
         # PEFT applies exclude_modules to modules only.
@@ -120,6 +124,18 @@ class DeclaredTargets:
                 "QC-ADAPTER-006", f"is a declared target {what}", f"{field}: {name}",
                 fix="train or export again" if own else another,
             )  # fmt: skip
+
+    def _check_expression(self, expression: str) -> None:
+        """Warn if ``target_modules`` is an expression that selects no weight of the base."""
+        parts = [module for own in self._parts.values() for module in own]
+        names = [*self._modules, *self._vocabulary, *parts]
+        path = self._findings.path.parent / CONFIG
+        hits = matches(path, "target_modules", [expression], names)
+        if expression != "all-linear" and not hits[expression]:
+            self._findings.notes.append(
+                f"warning: target_modules: the expression '{expression[:100]}' matches no weight "
+                "of this base"
+            )
 
     def _check_saved(self) -> None:
         """Check that what modules_to_save and trainable_token_indices name has tensors."""

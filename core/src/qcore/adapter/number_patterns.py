@@ -51,7 +51,7 @@ class NumberPatterns:
         self.unmatched: list[tuple[str, str]] = []
         for field in FIELDS:
             pattern = config.get(field) or {}
-            hits = _matches(path, field, list(pattern), modules)
+            hits = matches(path, field, list(pattern), modules)
             self.unmatched += [(field, key) for key in pattern if not hits[key]]
             of_field = self._values.setdefault(field, {})
             for key, value in pattern.items():
@@ -63,7 +63,7 @@ class NumberPatterns:
         return self._values[field].get(module, default)
 
 
-def _matches(
+def matches(
     path: Path | None, field: str, keys: Sequence[str], modules: Sequence[str]
 ) -> dict[str, list[str]]:
     """Return the modules that each key matches."""

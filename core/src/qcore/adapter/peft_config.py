@@ -111,8 +111,13 @@ def _faults(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "lora_alpha", "is not a number", "a finite number"
     elif config["lora_alpha"] == 0:
         yield "lora_alpha", "switches the adapter off", "a number other than 0"
+    elif config["lora_alpha"] < 0:
+        yield "lora_alpha", "turns the adapter around", "a number above 0"
     for field in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(field), str) and not _compiles(config[field]):
+        names = config.get(field) or []
+        if not isinstance(names, str | list) or not all(isinstance(name, str) for name in names):
+            yield field, "is not a list of names", "a list of names or an expression"
+        elif isinstance(config.get(field), str) and not _compiles(config[field]):
             yield field, "is not a valid regular expression", "a list of names or an expression"
     for field in ("use_rslora", "use_dora"):
         if not isinstance(config.get(field, False), bool):

@@ -41,6 +41,8 @@ class Architecture:
         build: ``(BuildContext) -> Trunk``; the import of torch happens inside.
         tiny: ``(folder) -> None`` writes a tiny checkpoint with its own tokenizer and
             template, for the demo and for conformance tests.
+        media_plugin: distribution that reads media for it, which errors name where it is not
+            installed; empty if the author knows none.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Architecture:
     root: str
     build: Callable[[BuildContext], Trunk]
     tiny: Callable[[Path], None] | None = None
+    media_plugin: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,9 @@
 """Safe file access in a model folder: refuses paths that leave it; reads config.json and index.
 
 This file decides that no file outside the folder is ever opened. A file name must be a single
-path component whose real path lies in the folder, or in the ``blobs`` folder of the same hub cache
-entry. It reads config.json and the index; `qcore.checkpoint.checkpoint` decides what else a
-checkpoint needs.
+path component whose real path lies in the folder, in the ``blobs`` folder of the same hub cache
+entry, or in a folder that the user trusts. It reads config.json and the index;
+`qcore.checkpoint.checkpoint` decides what else a checkpoint needs.
 
 Codes: ``QC-CKPT-001`` no folder or no config.json, ``-002`` invalid JSON, ``-003`` an unsafe path,
 ``-006`` a referenced file does not exist; ``QC-READ-001`` a file cannot be read.
@@ -14,19 +14,22 @@ from __future__ import annotations
 import os
 import shlex
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import InputError
 from ..io import strict_json
 from ..io.atomic import reading
+from ..io.plain_file import other_kind
 from ..io.safe_path import cache_blobs, dangling_target, name_problem
 from .safetensors_header import Header, read_headers
 
 INDEX: Final = "model.safetensors.index.json"
 #: Suffixes of the files that a checkpoint consists of.
 _READ: Final = (".json", ".jinja", ".model", ".txt", ".safetensors")
+#: Folders (as in ``PATH``) into which links of a model folder may lead.
+TRUST_LINKS: Final = "QCORE_TRUST_LINKS"
 _MAX_JSON: Final = 64 * 2**20
 
 
@@ -38,6 +41,7 @@ class Folder:
         with reading(folder):
             entries = list(os.scandir(folder))
             self._names = {entry.name for entry in entries if entry.is_file()}
+        refuse_special(folder, (entry.name for entry in entries if not entry.is_file()))
         # Without its target a file would count as absent, and another would be read in its place.
         for name in sorted(entry.name for entry in entries if entry.is_symlink()):
             if name not in self._names and name.endswith(_READ):
@@ -72,8 +76,8 @@ def safe_file(folder: Path, name: str) -> Path:
     if stat.S_ISREG(_mode(path, links=False)):
         return path  # not a link, so its real path is in the folder
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    if real.parent not in (home, cache_blobs(home)):
-        raise _unsafe(folder, name)
+    if real.parent not in (home, cache_blobs(home)) and not _trusted(real):
+        raise _outside(path, real)
     mode = _mode(real)
     if not mode:
         raise InputError(
@@ -82,9 +86,48 @@ def safe_file(folder: Path, name: str) -> Path:
             file=path,
             fix="download the checkpoint again",
         )
-    if not stat.S_ISREG(mode):
-        raise _unsafe(folder, name)
+    if (kind := other_kind(mode)) is not None:
+        raise _special(path, kind)
     return path
+
+
+def _trusted(real: Path) -> bool:
+    """Whether the user allows links into the folder of a file (`TRUST_LINKS`)."""
+    named = [name for name in os.environ.get(TRUST_LINKS, "").split(os.pathsep) if name]
+    return any(Path(os.path.realpath(name)) in real.parents for name in named)
+
+
+def _outside(path: Path, real: Path) -> InputError:
+    return InputError(
+        "QC-CKPT-003",
+        "is a link that leaves the model folder",
+        file=path,
+        found=real,
+        expected="a file inside the folder",
+        fix=f"if you made this link, allow it with {TRUST_LINKS}={shlex.quote(str(real.parent))}; "
+        "otherwise do not use this checkpoint unless you know who wrote it",
+    )
+
+
+def refuse_special(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a pipe, a device or a socket with the name of a file that is read.
+
+    Such a file would count as absent, and another would be read in its place.
+
+    Raises:
+        InputError: ``QC-CKPT-003``.
+    """
+    for name in sorted(names):
+        kind = other_kind(_mode(folder / name))
+        if kind is not None and kind != "a folder" and name.endswith(_READ):
+            raise _special(folder / name, kind)
+
+
+def _special(path: Path, kind: str) -> InputError:
+    return InputError(
+        "QC-CKPT-003", f"cannot be read: {kind}, not a plain file", file=path,
+        fix="put the file that it stands for in its place",
+    )  # fmt: skip
 
 
 def refuse_dangling(path: Path) -> None:

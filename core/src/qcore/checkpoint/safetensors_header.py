@@ -36,6 +36,7 @@ _MAX_HEADER: Final = 100_000_000  # the limit of the safetensors format itself
 _MAX_TENSORS: Final = 1_000_000
 _MAX_SIZE: Final = 2**63
 _MAX_RANK: Final = 64  # torch's limit; a product of millions of sizes would take hours
+_KEYS: Final = frozenset(("dtype", "shape", "data_offsets"))
 _ORDER: Final = attrgetter("start", "end")
 
 
@@ -146,7 +147,9 @@ def _parse(raw: bytes, file: str, where: object) -> list[Header]:
         raise _damaged(where, f"a header that does not parse ({error})") from None
     if not isinstance(entries, dict) or len(entries) > _MAX_TENSORS:
         raise _damaged(where, "a header that is not a mapping of tensors")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None) or {}
+    if type(metadata) is not dict or not all(type(text) is str for text in metadata.values()):
+        raise _damaged(where, "not a mapping of texts", "__metadata__")
     base = PREFIX + len(raw)
     return [_header(where, file, name, entry, base) for name, entry in entries.items()]
 
@@ -158,6 +161,8 @@ def _header(where: object, file: str, name: str, entry: Any, base: int) -> Heade
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
+    if len(entry) != 3 and not entry.keys() <= _KEYS:
+        raise _damaged(where, f"unknown keys {sorted(entry.keys() - _KEYS)}", name)
     bits = DTYPE_BITS.get(dtype) if type(dtype) is str else None
     if bits is None:
         raise _damaged(where, f"dtype {dtype!r}", name)

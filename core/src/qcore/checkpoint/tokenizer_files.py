@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ..errors import InputError
 from ..io.atomic import reading
-from .folder import read_json, safe_file
+from .folder import read_json, refuse_special, safe_file
 
 if TYPE_CHECKING:
     from .chat_template import Template
@@ -68,7 +68,9 @@ class TokenizerFiles:
         """List the files of a folder."""
         known = {TOKENIZER, TEMPLATE, LEGACY_TEMPLATE, *COMPANIONS}
         with reading(folder):
-            names = {entry.name for entry in os.scandir(folder) if entry.is_file()}
+            entries = list(os.scandir(folder))
+            names = {entry.name for entry in entries if entry.is_file()}
+        refuse_special(folder, known & {entry.name for entry in entries} - names)
         return cls(folder, frozenset(names & known))
 
     def file(self, name: str) -> Path:

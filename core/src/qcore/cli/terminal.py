@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 from ..reporting import (
+    Evaluation,
     Event,
     Finished,
     Note,
@@ -85,6 +86,8 @@ class TerminalSink:
                 self._begin()
             case Step():
                 self._step(event)
+            case Evaluation(final=True):
+                self._line(f"step {event.step}: eval {event.eval_loss:.4f}")
             case _:
                 pass
 
@@ -131,7 +134,11 @@ class TerminalSink:
         text = _metrics(event)
         if self._bar is not None:
             self._bar.update(self._task, metrics=text)
-        elif time.monotonic() - self._last_line > _EVERY or event.step == 1:
+        elif (
+            time.monotonic() - self._last_line > _EVERY
+            or event.step in (1, event.total)
+            or event.eval_loss is not None
+        ):
             self._last_line = time.monotonic()
             self._line(f"step {event.step}: {text}")
 

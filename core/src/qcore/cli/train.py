@@ -20,6 +20,7 @@ from .output import leave_now, log, say_now
 if TYPE_CHECKING:
     from ..config.presets import Presets
     from ..config.settings import Settings
+    from ..reporting import Event
     from ..training.report import TrainReport
 
 
@@ -100,14 +101,12 @@ def command(
 
     # From here on: a scheduler's SIGUSR1 would end the process while torch is imported.
     signals = StopSignals(
-        say=say_now, leave=partial(leave_now, as_json=as_json), output=1 if as_json else -1
+        say=say_now, leave=partial(leave_now, as_json=as_json), output=1 if as_json else -1,
+        ends=True,
     )  # fmt: skip
     with signals as stop:
         presets = load_presets()
-        flags: dict[str, tuple[str, str | int | None]] = {
-            "--adapter-class": ("adapter_class", adapter_class or None),
-            "--generation": ("generation", generation or None),
-        }
+        flags = _flags(adapter_class, generation)
         settings, origins = _settings(preset, config_file, sets, kernels, flags, presets)
         reporter = terminal_reporter(quiet=as_json)
         if model is None:
@@ -119,7 +118,8 @@ def command(
 
         from ..training.train import train
 
-        with spoken(flags), _finished_run(output):
+        warnings = _Warnings()
+        with spoken(flags), _finished_run(output), reporter.attached(warnings):
             report = train(
                 model, data, output, settings,
                 eval_data=eval_data, data_format=data_format or "", media_root=media_root,
@@ -127,10 +127,34 @@ def command(
                 init_adapter=init_adapter, trust_base=trust_base,
                 trust_generation=trust_generation, origins=origins, reporter=reporter, stop=stop,
             )  # fmt: skip
-    if as_json:
-        emit(report.as_json())
-        return
-    log(_summary(report))
+        if as_json:
+            emit({**report.as_json(), "warnings": warnings.texts})
+        else:
+            log(_summary(report))
+
+
+def _flags(
+    adapter_class: str | None, generation: str | None
+) -> dict[str, tuple[str, str | int | None]]:
+    """Settings by the flags that set them."""
+    return {
+        "--adapter-class": ("adapter_class", adapter_class or None),
+        "--generation": ("generation", generation or None),
+    }
+
+
+class _Warnings:
+    """Collects the warnings of a run, which ``--json`` prints with the result."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def handle(self, event: Event, /) -> None:
+        """Keep a warning; ignore the other events."""
+        from ..reporting import WarningNote
+
+        if isinstance(event, WarningNote):
+            self.texts.append(event.text)
 
 
 def _settings(

@@ -9,12 +9,14 @@ false.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
+from ..io.plain_file import open_plain
 
 if TYPE_CHECKING:
     from yaml.events import Event
@@ -62,13 +64,16 @@ def read(path: Path, *, flag: str | None = None) -> Node | None:
         UsageError: ``QC-YAML-001`` unreadable, ``QC-YAML-002`` refused YAML.
     """
     try:
-        with path.open("rb") as file:
+        with open(open_plain(path), "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        permission = isinstance(error, PermissionError)
+        fixes = {
+            errno.EACCES: "check its permissions",
+            errno.EINVAL: "write the settings to a file and name it",
+        }
         raise UsageError(
             "QC-YAML-001", "cannot be read", file=path, field=flag, found=error.strerror,
-            fix="check its permissions" if permission else "name a file that exists",
+            fix=fixes.get(error.errno or 0, "name a file that exists"),
         ) from error  # fmt: skip
     if len(data) > MAX_BYTES:
         raise _refuse(path, 1, "more than 1 MiB", "a settings file")

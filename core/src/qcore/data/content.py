@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..api.media import MediaReader
 
 _SHA256 = re.compile("[0-9a-fA-F]{64}")
+_INSTALL = re.compile(r"pip install [\w.-]+")
 _TEXT = '{"type": "text", "text": ...}'
 _WANTED = "a path, a data URL, or a list of them"
 
@@ -128,7 +129,10 @@ class ContentReader:
         meant = nearest(named.lower(), ("text", *self.kinds))
         if meant:
             return f'did you mean "{meant}"?'
-        return None if self.kinds else "use a model and a plugin that read it"
+        if self.kinds:
+            return None
+        package = _INSTALL.search(self._unread)
+        return package[0] if package else "use a model and a plugin that read it"
 
     def _medium(self, part: Mapping[str, Any], at: str) -> Reference:
         name: str = part["type"]

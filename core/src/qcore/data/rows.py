@@ -302,6 +302,14 @@ class RowCheck:
                     fix="put it after the assistant turn with the tool_calls",
                 )
 
+    def check_text(self, text: str, at: str) -> None:
+        """Check a text that is not part of a row, such as a prompt.
+
+        Raises:
+            RowError: ``QC-DATA-008``.
+        """
+        self._check_string(text, at)
+
     def _check_message(self, message: dict[str, Any], at: str) -> None:
         if self.marks is not None and message["role"] == self.format.assistant:
             said = without_tags(text_of(message.get("content", "")), self.marks)

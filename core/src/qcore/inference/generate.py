@@ -39,6 +39,7 @@ from .chat_variables import recorded_chat
 from .decoder import Decoder, way_of
 from .generation_config import Sampling, SamplingOptions, choose_sampling, stop_ids
 from .prompt_media import PromptMedia
+from .prompt_text import check_prompt
 from .sampling import decode
 
 __all__ = ["Generated", "Generator", "generate"]
@@ -287,6 +288,9 @@ class Generator:
             raise ValueError("media need a Generator that was made with media=True")
         if self._prompt_media is not None:
             self._prompt_media.check_text({"--prompt": text, "--system": system})
+        check_prompt(
+            self.base.chat_format(), self.tokenizer, {"--prompt": text, "--system": system}
+        )
         self.reporter.lines(lines)
         rendered, inputs = self._render(text, media, system)
         ids: list[int] = self.tokenizer.encode(rendered, add_special_tokens=False).ids

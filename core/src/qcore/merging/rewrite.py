@@ -182,7 +182,11 @@ class MergePass:
 
     def _touched(self, name: str) -> bool:
         entry = self._entry(name)
-        return entry is not None and entry.name in self.adapter.changes
+        return entry is not None and self._changed_as(entry) in self.adapter.changes
+
+    def _changed_as(self, entry: Entry) -> str:
+        """The weight whose change a tensor gets: its own, or that of the one it is tied to."""
+        return self.base.layout.ties.get(entry.name, entry.name)
 
     def _entry(self, name: str) -> Entry | None:
         """The canonical tensor of a tensor that is written."""
@@ -251,7 +255,7 @@ class MergePass:
         if self.requantize and cut.scale is not None:
             return self._requantized(path, cut, entry, weight, units)
         moved, changes, bases = 0.0, 0.0, 0.0
-        for view, total in self.deltas.add(entry.name, weight, cut.region):
+        for view, total in self.deltas.add(self._changed_as(entry), weight, cut.region):
             old = view.to(torch.float32, copy=True)  # a float32 file's would be the view itself
             difference = view.copy_(total).float().sub_(old)
             largest = float(torch.linalg.vector_norm(difference, math.inf))

@@ -39,7 +39,9 @@ def unread(found: Identified) -> str:
         return f"the checkpoint has no tensor of its part '{lost[0]}'"
     sections = unclaimed_sections(found.checkpoint.config, layout.table)
     if sections and layout.carried:
-        return f"no installed plugin reads what {sections[0]} describes"
+        package = found.decision.architecture.media_plugin
+        install = f" (pip install {package})" if package else ""
+        return f"no installed plugin reads what {sections[0]} describes{install}"
     return "this is a text-only checkpoint"
 
 

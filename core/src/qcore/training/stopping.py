@@ -155,10 +155,24 @@ class Saver:
                 best, loop = self._best.best, self._loop
                 self._files.save(folder, total, loop.optimizer, best, guard=loop.guard, keep=keep)
         except WriteError as error:
-            self._run.reporter.warning(f"no checkpoint after the last step: {error.message}")
             self._unsaved = error
+            with suppress(WriteError):  # the metrics hold the warning, if they can be written
+                self._run.reporter.warning(f"no checkpoint after the last step: {error.message}")
         else:
             self.last = total
+
+    @contextmanager
+    def first_fault(self) -> Iterator[None]:
+        """Let an error of writing be that of the checkpoint after the last step, if that failed.
+
+        On a full disk the file that failed first is named.
+        """
+        try:
+            yield
+        except WriteError as error:
+            if self._unsaved is None:
+                raise
+            raise self._unsaved from error
 
     def publish(self, result: Mapping[str, Any], same: Path | None) -> None:
         """Publish the adapter, then delete the checkpoint after the last step.
@@ -169,14 +183,14 @@ class Saver:
 
         Raises:
             WriteError: the output was filled meanwhile or cannot be written; the fix names the
-                checkpoint. If that could not be written before, its error is raised.
+                checkpoint, if there is one.
         """
         last = checkpoint_path(self._run.folder, self._loop.schedule.total)
         try:
             self._files.publish(self._run.target, self._run.folder / METRICS, result, same)
         except WriteError as error:
-            if self._unsaved is not None:  # the first fault is the cause
-                raise self._unsaved from error
+            if self._unsaved is not None:
+                raise
             filled = error.code == "QC-WRITE-001"
             fix = "move what is in it to another folder" if filled else error.fix
             raise error.replace(fix=f"{fix}, then {self._fix}: {last} holds all steps") from error
