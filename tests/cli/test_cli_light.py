@@ -158,8 +158,9 @@ OPTIONS: dict[str, list[str]] = {
         "--trust-base", "--trust-generation", "--verify-data",
     ],
     "merge": [
-        "--adapter", "--debug", "--dequantize", "--generation", "--json", "--model", "--no-proof",
-        "--output", "--requantize", "--take-tokenizer", "--trust-base", "--trust-generation",
+        "--adapter", "--allow-large-change", "--debug", "--dequantize", "--generation", "--json",
+        "--model", "--no-proof", "--output", "--requantize", "--take-tokenizer", "--trust-base",
+        "--trust-generation",
     ],
     "generate": [
         "MODEL", "--adapter", "--chat-template-kwargs", "--debug", "--device", "--dtype",

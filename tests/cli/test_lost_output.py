@@ -88,12 +88,9 @@ def test_a_run_whose_json_reader_leaves_stops_with_a_checkpoint(
 ) -> None:
     reader, writer = os.pipe()
     mark = tmp_path / "mark"
-
-    def before() -> None:
-        os.close(reader)
-        held(Loop, "step", mark, at=2, seconds=0.5)
-
-    process = run("--json", out=writer, before=before)
+    process = run(
+        "--json", out=writer, before=lambda: held(Loop, "step", mark, at=2, seconds=0.5)
+    )  # fmt: skip
     os.close(writer)
     wait_for(mark, process)
     os.close(reader)

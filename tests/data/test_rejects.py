@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 import pytest
 from support.chat_kit import FORMAT, FakeCheckpoint, bot, own_template, own_tokenizer, user
 from support.chat_kit import write_rows as write
+from support.faults import Faults, count
 
 from qcore.data.dataset import Dataset, dataset
 from qcore.data.policies import Policies
 from qcore.data.rejects import Rejects
 from qcore.data.rendering.masking import IGNORED
 from qcore.data.sources.source import Source
-from qcore.errors import InputError, PreflightError
+from qcore.errors import InputError, PreflightError, WriteError
 
 GOOD = {"messages": [user("q"), bot("a")]}
 LONG = {"messages": [user("q"), bot("word " * 50)]}
@@ -215,3 +217,18 @@ def test_all_samples_of_a_row_are_on_one_side(tmp_path: Path, checkpoint: Any) -
     found = dataset(path, checkpoint, FORMAT, 100, 0.25, 3)
     assert found.train_sizes == (2,) * 15
     assert not {e.row for e in found.train} & {e.row for e in found.eval}
+
+
+def test_the_list_is_written_whole_or_not_at_all(tmp_path: Path, checkpoint: Any) -> None:
+    """It is a part of the adapter folder: a torn one would be published."""
+    data = write(tmp_path / "rows.jsonl", [GOOD, {"messages": []}, GOOD, {"messages": []}])
+    skipping = load(checkpoint, data, bad_rows="skip", bad_rows_limit=0.5)
+    rejects, path = skipping.rejects, tmp_path / "rejected.jsonl"
+    path.write_text("old\n")
+    for at in range(count(lambda: rejects.write(tmp_path / "other.jsonl")) - 1):
+        with Faults(at, errno.ENOSPC), pytest.raises(WriteError):
+            rejects.write(path)
+        assert path.read_text() == "old\n"
+    rejects.write(path)
+    assert len(path.read_text().splitlines()) == 2
+    assert not list(tmp_path.glob(".*"))

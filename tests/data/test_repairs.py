@@ -568,6 +568,24 @@ def test_types_of_arguments(schema: Any, good: list[Any], bad: list[Any]) -> Non
 
 
 @pytest.mark.parametrize(
+    ("more", "warned"),
+    [
+        ({}, True),
+        ({"additionalProperties": False}, True),
+        ({"additionalProperties": True}, False),
+        ({"additionalProperties": {"type": "integer"}}, False),
+        ({"properties": {}}, False),
+    ],
+)
+def test_an_argument_that_the_schema_does_not_list(more: Any, warned: bool) -> None:
+    """Servers type arguments by the schema; the values of others stay strings."""
+    declared = tool("f", x={"type": "integer"})
+    declared["function"]["parameters"] |= more
+    _, found = fixed(*calling(call("f", y=1)), tools=[declared])
+    assert found == [("QC-DATA-058", "warning", "messages[1].tool_calls[0].y")] * warned
+
+
+@pytest.mark.parametrize(
     ("schema", "value", "made"),
     [
         ({"type": "integer"}, 3.0, 3),

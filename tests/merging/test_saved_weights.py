@@ -20,6 +20,7 @@ from qcore.errors import QcoreError
 from qcore.inference.generate import Generator
 from qcore.merging.against_stock import verify_against_stock
 from qcore.merging.merge import merge
+from qcore.plugins.resolve_model import identify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Q = {"target_modules": ["q_proj"]}
@@ -126,6 +127,20 @@ def test_generate_computes_what_peft_computes(
     )
     gap = (our_logits(generator.model, docs) - stock_logits(peer, docs)).abs().max()
     assert float(gap) <= 1e-4
+
+
+def test_a_tied_head_that_is_on_disk_too_gets_the_change_of_the_embedding(
+    bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    """Some programs save both; a head with the values of the base would be refused."""
+    base = shutil.copytree(bases[True], tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"].clone()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    peer = written(bases[True], tmp_path / "a", MERGED["rows"])
+    merge(str(base), tmp_path / "a", tmp_path / "out", trust_base=True)
+    assert "lm_head.weight" in assert_merged(peer, base, tmp_path / "out")
+    assert identify(str(tmp_path / "out")).problems == ()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -261,4 +276,54 @@ def test_a_saved_module_of_a_part_that_the_base_lacks_is_refused(
     save_file(kept, text / "model.safetensors", {"format": "pt"})
     with pytest.raises(QcoreError, match="in a part that qcore does not run") as caught:
         merge(str(text), tmp_path / "a", tmp_path / "out", trust_base=True)
+    assert caught.value.code == "QC-ADAPTER-005"
+
+
+#: Names of other programs: recipe, and what each name contains in place of PEFT's.
+RENAMED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "modules of a state dict": (
+        {**Q, "modules_to_save": [EMBED, HEAD, "input_layernorm"]},
+        {f"{n}.weight": f"{n}.modules_to_save.default.weight"
+         for n in (EMBED, HEAD, "input_layernorm")},
+    ),
+    "embedding of a state dict": (
+        {"target_modules": ["q_proj", EMBED]},
+        {f"lora_embedding_{s}": f"lora_embedding_{s}.default" for s in "AB"},
+    ),
+    "DoRA of a state dict": (
+        {"target_modules": ["q_proj", HEAD], "use_dora": True},
+        {"lora_magnitude_vector": "lora_magnitude_vector.default.weight"},
+    ),
+    "rows of a state dict": (
+        {**Q, ROWS: [3, 5]}, {"trainable_tokens_delta": "trainable_tokens_delta.default"},
+    ),
+    "head of Tinker": (
+        {"target_modules": ["q_proj", HEAD]}, {"model.lm_head.": "model.model.unembed_tokens."},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", fast([*RENAMED], "head of Tinker", "modules of a state dict"))
+def test_names_of_other_programs(bases: dict[bool, Path], tmp_path: Path, recipe: str) -> None:
+    options, names = RENAMED[recipe]
+    peer = written(bases[False], tmp_path / "a", options)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    renamed = {}
+    for name, value in load_file(file).items():
+        old = next((old for old in names if old in name and "lora_" + old not in name), "")
+        renamed[name.replace(old, names[old]) if old else name] = value
+    save_file(renamed, file)
+    merge(str(bases[False]), tmp_path / "a", tmp_path / "out", trust_base=True)
+    assert_merged(peer, bases[False], tmp_path / "out")
+
+
+def test_experts_in_automodels_own_layout_are_refused_by_name(
+    bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    written(bases[False], tmp_path / "a", Q)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.mlp.experts.lora_gate_and_up_A"
+    save_file(load_file(file) | {name: torch.zeros(6, 48, 4)}, file)
+    with pytest.raises(QcoreError, match="Automodel's own layout") as caught:
+        merge(str(bases[False]), tmp_path / "a", tmp_path / "out", trust_base=True)
     assert caught.value.code == "QC-ADAPTER-005"

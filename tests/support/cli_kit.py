@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ def here(capsys: pytest.CaptureFixture[str], *arguments: object) -> Ended:
     """``qcore ARGUMENTS`` in this process; an exception that is no error of ours escapes."""
     capsys.readouterr()
     with (
+        _handlers(),
         mock.patch.object(sys, "argv", ["qcore", *map(str, arguments)]),
         mock.patch.object(sys, "excepthook"),
         pytest.raises(SystemExit) as ended,
@@ -52,6 +55,18 @@ def here(capsys: pytest.CaptureFixture[str], *arguments: object) -> Ended:
     out, err = capsys.readouterr()
     code = ended.value.code
     return Ended(code if isinstance(code, int) else 0, out, err)
+
+
+@contextmanager
+def _handlers() -> Iterator[None]:
+    """Restore the handlers of signals, which a process that ends ignores."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def apart(

@@ -112,6 +112,7 @@ def _connect(
             os.close(number)
         else:
             os.dup2(fd, number)
+    os.closerange(3, 1024)  # else the process would keep pipes and terminals open
     sys.stdout = None if out == CLOSED else open(1, "w", encoding="utf-8", closefd=False)  # type: ignore[assignment]  # noqa: SIM115
     sys.stderr = (
         None

@@ -19,7 +19,7 @@ from typing import Final
 from torture import shim
 from torture.bench import Bench, Outcome
 from torture.client import Client
-from torture.points import Group, Point, groups
+from torture.points import Group, Point, chosen, groups
 from torture.results import Results, Source
 from torture.suites import make_inputs
 
@@ -71,7 +71,8 @@ def _sweep(scratch: Path, results: Results, seed: int, until: float, only: str) 
     make_inputs(scratch / "inputs")
     with Client(scratch, library) as client:
         bench = Bench(scratch, scratch / "inputs", client)
-        left = [_Left(group, results, only) for group in groups(bench, seed, faults=bool(library))]
+        made = chosen(groups(bench, seed, faults=bool(library)), only)
+        left = [_Left(group, results, only) for group in made]
         while left and time.monotonic() < until:
             left = [group for group in left if group.round(until)]
 
@@ -96,7 +97,7 @@ class _Left:
                 self._points = self._group.points()
             except RuntimeError as error:  # the undisturbed run fails
                 outcome = Outcome(verdict="lost", detail=str(error)[-1000:])
-                self._results.add("fault", self._group.name, "undisturbed", outcome)
+                self._results.add("fault", self._group.suite, "undisturbed", outcome)
                 return False
         for _ in range(self._group.per_round):
             if time.monotonic() > until:

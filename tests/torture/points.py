@@ -56,14 +56,27 @@ class Group:
     """Points that share a reference, which is made when the first of them is asked for.
 
     Attributes:
-        name: for messages.
+        kind: of its points.
+        suite: of its points; empty: several.
         points: the points.
         per_round: how many are run in a round.
     """
 
-    name: str
+    kind: str
+    suite: str
     points: Callable[[], Iterator[Point]]
     per_round: int = _PER_ROUND
+
+
+def chosen(all_groups: list[Group], only: str) -> list[Group]:
+    """Groups that may hold a point whose name contains a text, without making their points."""
+    suites_named = {group.suite for group in all_groups if group.suite and group.suite in only}
+    kinds_named = {group.kind for group in all_groups if group.kind and only.startswith(group.kind)}
+    return [
+        group for group in all_groups
+        if (not suites_named or group.suite in suites_named)
+        and (not kinds_named or group.kind in kinds_named)
+    ]  # fmt: skip
 
 
 def groups(bench: Bench, seed: int, *, faults: bool) -> list[Group]:
@@ -77,21 +90,21 @@ def groups(bench: Bench, seed: int, *, faults: bool) -> list[Group]:
     made = []
     for suite in suites(bench.inputs):
         if faults:
-            made.append(Group(f"faults of {suite.name}", partial(_faults, bench, suite, seed)))
-        made.append(Group(f"kills of {suite.name}", partial(_kills, bench, suite, seed), 1))
-        made.append(Group(f"signals to {suite.name}", partial(_signals, bench, suite, seed), 1))
+            made.append(Group("fault", suite.name, partial(_faults, bench, suite, seed)))
+        made.append(Group("kill", suite.name, partial(_kills, bench, suite, seed), 1))
+        made.append(Group("signal", suite.name, partial(_signals, bench, suite, seed), 1))
     for suite in suites(bench.inputs):
         if suite.name in _COLD:
-            made.append(Group(f"cold {suite.name}", partial(_cold, bench, suite, seed), 1))
+            made.append(Group("", suite.name, partial(_cold, bench, suite, seed), 1))
     for name in RECIPES:
-        made.append(Group(f"recipe {name}", partial(_resumes, bench, name, seed), 1))
+        made.append(Group("resume", f"recipe/{name}", partial(_resumes, bench, name, seed), 1))
     if faults:
         made += [
-            Group(f"faults of {suite.name}", partial(_faults, bench, suite, seed), 1)
+            Group(PEER, suite.name, partial(_faults, bench, suite, seed), 1)
             for suite in peers(bench.inputs)
         ]
-    made.append(Group("bad inputs", partial(_bad_inputs, bench, seed), _BAD_PER_ROUND))
-    made.append(Group("mutations", partial(_mutations, bench, seed), 1))
+    made.append(Group("bad input", "", partial(_bad_inputs, bench, seed), _BAD_PER_ROUND))
+    made.append(Group("mutation", "", partial(_mutations, bench, seed), 1))
     random.Random(seed).shuffle(made)
     return made
 

@@ -108,6 +108,12 @@ def suites(inputs: Path) -> tuple[Suite, ...]:
         every = 1 if name == "dense" else 3
         arguments = merge_command(inputs, name)
         made.append(Suite(name=f"{name}/merge", arguments=arguments, every=every))
+    dense, adapters = str(inputs / "dense"), inputs / "adapters"
+    combine = ["adapter", "combine", str(adapters / "dense"), f"{adapters / 'nf4'}=0.5"]
+    extract = ["adapter", "extract", "--base", dense, "--model", str(adapters / "merged"),
+               "--rank", "2"]  # fmt: skip
+    for verb, arguments in (("combine", combine), ("extract", extract)):
+        made.append(Suite(name=f"dense/{verb}", arguments=[*arguments, "--output", "out"], every=3))
     return tuple(made)
 
 

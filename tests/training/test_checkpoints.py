@@ -10,7 +10,8 @@ import pytest
 
 from qcore.errors import InputError, UsageError, WriteError
 from qcore.io.artifact import publish
-from qcore.training.checkpoints import RunFiles, checkpoints
+from qcore.training.checkpoints import RunFiles
+from qcore.training.rotation import checkpoints
 from qcore.training.run_folder import locked, newest, run_folder
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.cli_kit import apart
 from support.e2e_kit import tiny_folder
 from support.process_kit import (
     Process,
@@ -284,3 +286,37 @@ def test_a_run_in_a_library_is_stopped_as_before(rows: Path, tmp_path: Path) -> 
     heard = Heard(1, lambda: os.kill(os.getpid(), signal.SIGXCPU))
     with pytest.raises(Interrupted, match="stopped by SIGXCPU after step 1 of 4"):
         start(tiny_folder(), rows, tmp_path / "out", SETTINGS, reporter=heard.reporter)
+
+
+# -- after the end
+
+
+@pytest.mark.parametrize("name", [*STOPS, "SIGUSR1"])
+def test_a_signal_while_the_interpreter_shuts_down_changes_nothing(name: str) -> None:
+    code = (
+        "import atexit, os, signal, sys\n"
+        "from qcore.cli.main import main\n"
+        f"atexit.register(os.kill, os.getpid(), signal.{name})\n"
+        "sys.argv = ['qcore', '--version']\n"
+        "main()\n"
+    )
+    ended = apart(command=(sys.executable, "-c", code))
+    assert (ended.code, ended.err) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_signal_after_the_adapter_was_published_changes_nothing(
+    run: Callable[..., Process], tmp_path: Path
+) -> None:
+    import qcore.cli.train
+
+    def before() -> None:
+        def log(text: str) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        qcore.cli.train.log = log
+
+    settings = SETTINGS | {"eval_fraction": 0.0, "eval_steps": 0, "max_steps": 1}
+    process = run(settings=settings, before=before)
+    assert process.status() == 0
+    assert verify(tmp_path / "out").ok

@@ -220,6 +220,9 @@ def test_a_head_of_its_own_has_rows_too(
     assert len(names) == 2
     for name in names:
         assert torch.equal(held[f"{name}.default"], values[name])
+    merge(str(base), out, tmp_path / "merged")
+    changed = assert_merged(loaded_adapter(stock(base, "vl"), out), base, tmp_path / "merged")
+    assert "lm_head.weight" in changed
     with pytest.raises(QcoreError) as error:
         start(bases[True] / "b", rows, tmp_path / "no", RUN | more)
     assert (error.value.code, error.value.field) == (

@@ -122,6 +122,7 @@ class Step:
         memory_gb: peak of the device, or of the process on the CPU, in 1e9 bytes.
         aux_loss: load balance of the router; ``None`` where it is not trained.
         eval_loss: of the held-out rows, where an evaluation follows this step.
+        spike: scores and rows, where loss or gradient norm is far above the steps before.
     """
 
     step: int
@@ -136,6 +137,7 @@ class Step:
     memory_gb: float
     aux_loss: float | None = None
     eval_loss: float | None = None
+    spike: Mapping[str, Any] | None = None
 
     def row(self) -> dict[str, Any]:
         """The line of ``metrics.jsonl``; without `total` and without what is ``None``."""

@@ -31,6 +31,8 @@ from .piece_names import check_pieces, expert_modules, modules_of, part_shapes
 from .whole_weights import WITH_PEFT, Equal, WholeWeights
 
 _PREFIX = "base_model.model."
+#: Beginnings of the names that NeMo Automodel gave stacks of experts before it exported them.
+_NATIVE = ("lora_gate_and_up_", "lora_down_")
 
 
 class Matcher:
@@ -195,9 +197,15 @@ class Matcher:
         )  # fmt: skip
         rest = {name: header for name, header in self.headers.items() if name not in used}
         for header in weights.match(rest, pairs):
+            end = header.name.rpartition(".")[2]
+            native = end.removesuffix("A").removesuffix("B") in _NATIVE
             self._findings.problem(
-                "QC-ADAPTER-005", "matches no weight of this base", header.name,
-                fix="name the base that the adapter was trained on",
+                "QC-ADAPTER-005",
+                "is a stack of experts in NeMo Automodel's own layout" if native
+                else "matches no weight of this base",
+                header.name,
+                fix="export the adapter again with a version of Automodel that writes PEFT's layout"
+                if native else "name the base that the adapter was trained on",
             )  # fmt: skip
         return weights.changes
 

@@ -8,6 +8,7 @@ decides which words are removed, and that two tensors never get one name:
 - the name of the adapter (``lora_A.default.weight``, ``lora_magnitude_vector.default``,
   ``modules_to_save.default.weight``), which a state dict has and an adapter file has not;
 - a ``base_model.model`` that is repeated; one that is missing is added;
+- ``unembed_tokens`` is the head (Tinker);
 - the prefix of another model class (``language_model.model.layers`` of transformers 4, ``layers``
   of AutoModel): if the name of a module, or of a module that contains it, differs from that in the
   model only in words of class prefixes, it is that module. A prefix with any other word matches no
@@ -32,6 +33,7 @@ from ..errors import InputError
 from .peft_names import namespace_of, spell, trunk_part
 
 _PREFIX = "base_model.model."
+_HEAD = "unembed_tokens"
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 #: What follows a module: in PEFT's files -> the same with the name of an adapter, as a state dict
 #: has it.
@@ -140,6 +142,8 @@ class _Classes:
         self._words.discard("")
         self._spelled: dict[str, dict[str, str]] = {n.name: {} for n in self._namespaces}
         self._weights: set[str] = set()
+        heads = [t.name.removesuffix(".weight") for t in layout.table if t.row.group == "head"]
+        self._head = heads[0] if heads else ""
         for tensor in layout.table:
             if not tensor.part.loaded:
                 continue
@@ -169,6 +173,8 @@ class _Classes:
 
     def respelled(self, name: str, own: _Name, namespace: str) -> str:
         """Return `name` as PEFT has it, with the class prefix of `namespace` if that differs."""
+        if own.end and self._head and own.module.rpartition(".")[2] == _HEAD:
+            return str(_Name(self._head, own.end))
         module = _without_base(own.module)
         tail = self._tail(module)
         if not own.end:  # a saved weight: PEFT's prefix is added to the name of a weight alone

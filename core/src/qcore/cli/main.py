@@ -16,6 +16,7 @@ import click
 
 from ..errors import InputError, QcoreError, Stopped
 from ..io.entry_points import check_disabled
+from ..io.stop_signals import ignore
 from ..io.version import __version__
 from .common import check_repeats, check_text, debugging, fail, wants_json
 from .output import OutputError, exit_status
@@ -99,7 +100,9 @@ def main() -> NoReturn:
     arguments = sys.argv[1:]
     if not debugging(arguments):
         sys.excepthook = _internal
-    sys.exit(exit_status(partial(_run, arguments)))
+    status = exit_status(partial(_run, arguments))
+    ignore()  # while the interpreter shuts down, which takes a second with torch
+    sys.exit(status)
 
 
 def _run(arguments: list[str]) -> int:

@@ -40,6 +40,11 @@ from .common import count, debug_option, emit, json_option
     is_flag=True,
     help="Write the tokenizer and chat template that the adapter brings, not the base's.",
 )
+@click.option(
+    "--allow-large-change",
+    is_flag=True,
+    help="Merge an adapter that changes a weight by more than 10 times its norm.",
+)
 @click.option("--no-proof", is_flag=True, help="Skip the comparison of logits.")
 @json_option
 @debug_option
@@ -53,6 +58,7 @@ def command(
     dequantize: bool,
     requantize: bool,
     take_tokenizer: bool,
+    allow_large_change: bool,
     no_proof: bool,
     as_json: bool,
 ) -> None:
@@ -74,6 +80,7 @@ def command(
         dequantize=dequantize,
         requantize=requantize,
         take_tokenizer=take_tokenizer,
+        allow_large_change=allow_large_change,
         reporter=terminal_reporter(quiet=as_json),
     )
     if as_json:
@@ -83,7 +90,7 @@ def command(
     click.echo(
         f"{report.output}: {report.changed} of {report.tensors} tensors changed "
         f"({count(report.parameters)} parameters) by {report.pairs} LoRA pairs{saved}, "
-        f"largest change {report.largest_change:.3g}"
+        f"largest change {report.largest_change:.3g}, {report.largest_ratio:.2g} of a weight's norm"
     )
     for part in report.adapters:
         click.echo(

@@ -101,14 +101,12 @@ def command(
 
     # From here on: a scheduler's SIGUSR1 would end the process while torch is imported.
     signals = StopSignals(
-        say=say_now, leave=partial(leave_now, as_json=as_json), output=1 if as_json else -1
+        say=say_now, leave=partial(leave_now, as_json=as_json), output=1 if as_json else -1,
+        ends=True,
     )  # fmt: skip
     with signals as stop:
         presets = load_presets()
-        flags: dict[str, tuple[str, str | int | None]] = {
-            "--adapter-class": ("adapter_class", adapter_class or None),
-            "--generation": ("generation", generation or None),
-        }
+        flags = _flags(adapter_class, generation)
         settings, origins = _settings(preset, config_file, sets, kernels, flags, presets)
         reporter = terminal_reporter(quiet=as_json)
         if model is None:
@@ -129,10 +127,20 @@ def command(
                 init_adapter=init_adapter, trust_base=trust_base,
                 trust_generation=trust_generation, origins=origins, reporter=reporter, stop=stop,
             )  # fmt: skip
-    if as_json:
-        emit({**report.as_json(), "warnings": warnings.texts})
-        return
-    log(_summary(report))
+        if as_json:
+            emit({**report.as_json(), "warnings": warnings.texts})
+        else:
+            log(_summary(report))
+
+
+def _flags(
+    adapter_class: str | None, generation: str | None
+) -> dict[str, tuple[str, str | int | None]]:
+    """Settings by the flags that set them."""
+    return {
+        "--adapter-class": ("adapter_class", adapter_class or None),
+        "--generation": ("generation", generation or None),
+    }
 
 
 class _Warnings:

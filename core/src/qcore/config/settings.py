@@ -137,6 +137,18 @@ class Settings:
     quantization: str = _s("nf4", "storage format of frozen weights", choices=("nf4", "none"))
     save_steps: int = _s(100, "optimizer steps between checkpoints; 0: none", low=0, high=10**9)
     save_total_limit: int = _s(2, "number of checkpoints to keep", low=1, high=10000)
+    on_spike: str = _s(
+        "warn",
+        "a step whose loss or gradient norm is far above the steps before it: warn, stop before "
+        "its update, or rollback (return to the last checkpoint of save_steps and go on with the "
+        "next step's rows)",
+        choices=("warn", "stop", "rollback"),
+    )
+    publish_without_gain: bool = _s(
+        False,
+        "publish an adapter whose run ended above its first loss or at ln(vocabulary), or that "
+        "is too small to change a weight",
+    )
     grace_seconds: float = _s(
         30.0,
         "seconds in which a run that a signal stops may end: a step that would take longer is "
@@ -230,6 +242,14 @@ class Settings:
                 field="recompute",
                 found=f"{self.recompute} with gradient_checkpointing false",
                 fix="remove one of the two",
+            )
+        if self.on_spike == "rollback" and not self.save_steps:
+            raise UsageError(
+                "QC-CONFIG-007",
+                "needs checkpoints to return to, and save_steps=0 writes none",
+                field="on_spike",
+                found="rollback with save_steps 0",
+                fix="set save_steps, or on_spike=stop",
             )
 
     @classmethod

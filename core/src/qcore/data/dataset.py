@@ -10,6 +10,7 @@ after `qcore.data.rendering.template_check`. The samples are written to a store 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -121,15 +122,18 @@ class Dataset:
 
     def place(self, examples: Iterable[Example]) -> tuple[Path | None, str]:
         """The file and the places of some samples; with several files the numbers of rows."""
-        unit = "row"
-        one = len(self.sources) == 1 and len(self.sources[0].source.files) == 1
-        one = one and not self.eval_sources
-        if one:
+        examples, unit = [*examples], "row"
+        counts = sorted((*self.sources, *self.eval_sources), key=lambda count: count.first)
+        firsts = [count.first for count in counts]
+        held = {bisect_right(firsts, e.row) - 1 for e in examples}
+        files = {file for at in held for file in counts[at].source.files} if counts else set()
+        path = next(iter(files)) if len(files) == 1 else None
+        if path is not None:
             with suppress(InputError):  # the file may be gone by now
-                unit = unit_of(file_kind(self.path).container)
-        numbers = sorted({e.line if one else e.row for e in examples})
+                unit = unit_of(file_kind(path).container)
+        numbers = sorted({e.row if path is None else e.line for e in examples})
         shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-        return self.path if one else None, f"{unit}s {shown}"
+        return path, f"{unit}s {shown}"
 
     def rows_with_media(self) -> Iterator[tuple[int, list[StoredMedium]]]:
         """Number and media of each row with media, in the order of the rows."""

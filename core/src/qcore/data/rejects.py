@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
 
 from ..api.media import RowError
 from ..errors import InputError, PreflightError
+from ..io.atomic import rewrite
 from .findings import ERROR, WARNING, DataFinding
 from .policies import SKIP, Policies
 
@@ -298,12 +299,15 @@ class Rejects:
             )
 
     def write(self, path: Path) -> None:
-        """Write ``rejected.jsonl``; nothing is written without an entry."""
+        """Write ``rejected.jsonl``, as a whole; nothing is written without an entry.
+
+        Raises:
+            WriteError: ``QC-WRITE-003`` to ``-006``.
+        """
         if self._list is None:
             return
-        with path.open("wb") as file:
-            for entry in self.entries():
-                file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        lines = (json.dumps(entry, ensure_ascii=False).encode() for entry in self.entries())
+        rewrite(path, (line + b"\n" for line in lines))
 
 
 def _fix_lost(count: SourceCount) -> str:

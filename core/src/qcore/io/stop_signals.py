@@ -51,6 +51,8 @@ class StopSignals:
         leave: shows the last words before a second Ctrl-C ends the process; called in another
             thread. Without it a second Ctrl-C raises `KeyboardInterrupt`.
         output: file descriptor whose reader must not leave: if it does, the run stops; -1: none.
+        ends: the process ends after the block: leave the signals ignored, because one that comes
+            then must not change the exit status.
 
     Attributes:
         asked: what asked the run to stop, the name of a signal; ``""`` before that.
@@ -66,13 +68,14 @@ class StopSignals:
         say: Callable[[str], None] | None = None,
         leave: Callable[[QcoreError], None] | None = None,
         output: int = -1,
+        ends: bool = False,
     ) -> None:
         self.asked = ""
         self.doing = "stopping"
         self.grace = 30.0
         self.reserve = 1.0
         self.last_words: Callable[[], QcoreError] = _interrupted
-        self._say, self._leave, self._output = say, leave, output
+        self._say, self._leave, self._output, self._ends = say, leave, output, ends
         self._save = False
         self._mode = _NEVER
         self._depth = 0
@@ -107,7 +110,7 @@ class StopSignals:
         self._thread.join()
         self._thread = None
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, signal.SIG_IGN if self._ends else handler)  # type: ignore[arg-type]
         self._before.clear()
         signal.set_wakeup_fd(self._fd_before)
         for fd in self._wakeup:
@@ -256,6 +259,13 @@ def _terminal_answers() -> bool:
     except OSError:
         return False
     return True
+
+
+def ignore() -> None:
+    """Ignore signals from now on: the exit status of the process is decided."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (*_STOPS, _SAVE):
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

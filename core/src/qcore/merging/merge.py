@@ -17,8 +17,9 @@ hashes them again for the manifest, and writes them. A base other than the one t
 trained on stops the merge at its first tensor that differs.
 
 Then these are checked: names, shapes and dtypes are those of the base; every adapter tensor was
-used; values are finite; each tensor that a pair touches has changed, or is named; and (`verify`)
-logits of the unrounded merge equal those of base + adapter, and the files hold that merge, rounded.
+used; changed values are finite and no change is absurdly large (`value_checks`); each tensor that a
+pair touches has changed, or is named; and (`verify`) logits of the unrounded merge equal those of
+base + adapter, and the files hold that merge, rounded.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from .quantized_base import check_options, decoded_record, notes, refuse_targets
 from .rewrite import MergePass
 from .several import AdapterPart, prove_parts
 from .untied_output import untied_lines
+from .value_checks import not_finite_line
 from .verify import prove_merge
 
 
@@ -70,11 +72,13 @@ class MergeReport:
         replaced: weights of which saved values replaced all or some rows, each once.
         parameters: parameters of the changed tensors.
         largest_change: largest absolute change of one value.
+        largest_ratio: largest norm of a tensor's change, as a multiple of that of the tensor.
         decoded: tensors that are quantized in the base and in 16 bits in the output.
         warnings: what preflight reported.
         proof: the comparison with base + adapter; ``None`` where it was switched off.
         adapters: the part of each of several adapters; empty for one, and without the proof.
         requantized: rounding errors of the weights that are in FP8 again, by name on disk.
+        not_finite: tensors with a NaN or an infinity of the base, which are copied as they are.
     """
 
     output: Path
@@ -85,11 +89,13 @@ class MergeReport:
     replaced: int
     parameters: int
     largest_change: float
+    largest_ratio: float
     decoded: int
     warnings: tuple[str, ...]
     proof: Mapping[str, float] | None
     adapters: tuple[AdapterPart, ...] = ()
     requantized: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    not_finite: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The payload of ``qcore merge --json``."""
@@ -108,6 +114,7 @@ def merge(
     dequantize: bool = False,
     requantize: bool = False,
     take_tokenizer: bool = False,
+    allow_large_change: bool = False,
     reporter: Reporter | None = None,
 ) -> MergeReport:
     """Write ``base + adapter`` to `output`.
@@ -123,6 +130,7 @@ def merge(
         dequantize: write a base in block FP8 or in 4 bits in 16 bits, all of it.
         requantize: write changed weights in block FP8 in that format again, with new scales.
         take_tokenizer: write the tokenizer and template that the adapter brings, not the base's.
+        allow_large_change: merge an adapter that changes a weight by many times its norm.
         reporter: receives events; silent by default.
 
     Raises:
@@ -132,7 +140,8 @@ def merge(
             ``QC-CKPT-008``), it depends on a part that is not there (``QC-ADAPTER-012``), several
             cannot be added (``-018``, ``-020``), or a folder is not as it must be.
         NumericError: ``QC-MERGE-003`` not finite, ``-004`` nothing changed, ``-005`` logits differ
-            from base + adapter, ``-006`` and ``-007`` the files do not hold what they should.
+            from base + adapter, ``-006`` and ``-007`` the files do not hold what they should,
+            ``-014`` a change is too large.
         WriteError: the output exists or cannot be written; nothing half-written stays.
     """
     reporter = reporter or Reporter()
@@ -148,7 +157,7 @@ def merge(
     warnings = (*preflight(base, verb="merge"), *_notes(base, adapters, taken, kept))
     reporter.lines((*base.decision.evidence, *warnings))
     reporter.emit(RunStarted(verb="merge", model=model, output=target))
-    merger = MergePass(base, read, dequantize, taken, requantize)
+    merger = MergePass(base, read, dequantize, taken, requantize, allow_large_change)
     proof, parts = _publish(merger, target, adapters, earlier, reporter, prove)
     report = _report(merger, target, warnings, proof, parts)
     reporter.emit(Finished(verb="merge", output=target, result=report.as_json()))
@@ -168,6 +177,8 @@ def _publish(
         _write(merger, out, reporter)
         merger.check()
         _check_headers(merger.plan, out.folder)
+        if merger.not_finite:
+            reporter.warning(not_finite_line(merger.not_finite))
         proof = _prove(merger, out.folder, reporter) if prove else None
         parts = prove_parts(adapters, merger.deltas) if prove and adapters[1:] else ()
         out.meta.update(_meta(merger, adapters, parts, earlier, proof))
@@ -201,11 +212,13 @@ def _report(
         replaced=len(merger.adapter.changes.keys() - merger.adapter.pairs.keys()),
         parameters=merger.parameters,
         largest_change=merger.largest,
+        largest_ratio=merger.sizes.largest,
         decoded=merger.plan.decoded,
         warnings=warnings,
         proof=proof,
         adapters=tuple(parts),
         requantized=_rounding(merger),
+        not_finite=tuple(sorted(merger.not_finite)),
     )
 
 
@@ -314,6 +327,7 @@ def _meta(
         "proof": dict(proof) if proof is not None else None,
         **({"adapters": [part.as_json() for part in parts]} if parts else {}),
         "decoded": decoded_record(base, merger.plan),
+        **({"not_finite": sorted(merger.not_finite)} if merger.not_finite else {}),
         **({"requantized": requantized} if (requantized := _rounding(merger)) else {}),
     }
 

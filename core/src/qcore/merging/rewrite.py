@@ -30,6 +30,7 @@ from ..checkpoint.fingerprint import fingerprints
 from ..checkpoint.tensor_hash import TensorDigest, in_one_run, numel
 from ..errors import InputError, NumericError
 from ..nn.load import DTYPES, as_bytes, hash_units, read_exact
+from ..nn.value_range import is_finite
 from ..plugins.resolve_model import Identified
 from ..reporting import Advance
 from .cuts import Cut, cuts_of, read_cut, stream
@@ -38,6 +39,7 @@ from .plan import MergePlan, TensorPatch, plan_merge
 from .quantized_base import incomparable_parts
 from .requantize import Errors, Requantized, requantize
 from .untied_output import untie_output
+from .value_checks import ChangeSizes, watched
 
 _AHEAD = WORKERS + 2  # cuts in flight
 _CUT = 2**26  # bytes of a stack that are changed at a time
@@ -46,13 +48,15 @@ _CUT = 2**26  # bytes of a stack that are changed at a time
 class _Changed(NamedTuple):
     """A merged cut, its largest change, and the digests of the base's units in it.
 
-    `fp8` is set for a weight that is written in FP8 again.
+    `squares` are those of the norms of the change and of the base's values. `fp8` is set for a
+    weight that is written in FP8 again.
     """
 
     weight: Tensor
     moved: float
     units: list[tuple[int, bytes]]
     fp8: Requantized | None = None
+    squares: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(slots=True)
@@ -65,6 +69,7 @@ class MergePass:
         dequantize: write a base in block FP8 in bfloat16.
         taken: the tokenizer files that the output takes from the adapter.
         requantize: write changed weights in block FP8 in that format again.
+        allow_large_change: merge a change of any size.
         plan: what is written.
         digests: SHA-256 of the base's tensors, by canonical name.
         done: canonical names of the tensors that were changed.
@@ -73,6 +78,8 @@ class MergePass:
         parameters: parameters of the changed tensors.
         largest: largest absolute change of one value.
         errors: rounding errors of the weights that are written in FP8 again, by name on disk.
+        sizes: relative norms of the changes.
+        not_finite: tensors of the base that are copied and hold a NaN or an infinity.
     """
 
     base: Identified
@@ -80,6 +87,7 @@ class MergePass:
     dequantize: bool = False
     taken: TakenTokenizer | None = None
     requantize: bool = False
+    allow_large_change: bool = False
     plan: MergePlan = field(init=False)
     deltas: Deltas = field(init=False)
     digests: dict[str, str] = field(default_factory=dict)
@@ -89,6 +97,8 @@ class MergePass:
     parameters: int = 0
     largest: float = 0.0
     errors: dict[str, Errors] = field(default_factory=dict)
+    sizes: ChangeSizes = field(init=False)
+    not_finite: set[str] = field(default_factory=set)
     _scales: dict[str, Tensor] = field(default_factory=dict)
     _open: dict[str, TensorDigest] = field(default_factory=dict)
     _incomparable: set[str] = field(default_factory=set)
@@ -101,6 +111,7 @@ class MergePass:
         self.plan = untie_output(self.plan, self.base.checkpoint, self.base.layout)
         self.plan = grow_output(self.plan, self.base.checkpoint, self.base.layout)
         self.deltas = Deltas(self.adapter)
+        self.sizes = ChangeSizes(self.adapter.path, self.allow_large_change)
         if not self.dequantize:
             self._incomparable = incomparable_parts(self.base, self.adapter)
 
@@ -124,7 +135,8 @@ class MergePass:
                     continue
                 if name not in cuts:
                     file.seek(header.start)
-                    yield from self._copy(file, header, name)
+                    copied = self._copy(file, header, name)
+                    yield from watched(copied, header, self.not_finite, name)
                     progress(header.end - header.start)
                     continue
                 moved, scales = 0.0, []
@@ -133,6 +145,7 @@ class MergePass:
                     jobs += [pool.submit(self._change, path, c) for c in islice(coming, 1)]
                     self._note(name, result.units)
                     moved = max(moved, result.moved)
+                    self.sizes.add(name, *result.squares)
                     if result.fp8 is not None:
                         self.errors.setdefault(name, Errors()).add(result.fp8)
                         scales.append(result.fp8.scales)
@@ -141,6 +154,7 @@ class MergePass:
                 if scales:
                     self._scales[name] = torch.cat(scales)
                 if self._touched(name):
+                    self.sizes.close(name)
                     self._book(patch, moved)
 
     def _decoding(self, patch: TensorPatch) -> TensorPatch:
@@ -168,7 +182,11 @@ class MergePass:
 
     def _touched(self, name: str) -> bool:
         entry = self._entry(name)
-        return entry is not None and entry.name in self.adapter.changes
+        return entry is not None and self._changed_as(entry) in self.adapter.changes
+
+    def _changed_as(self, entry: Entry) -> str:
+        """The weight whose change a tensor gets: its own, or that of the one it is tied to."""
+        return self.base.layout.ties.get(entry.name, entry.name)
 
     def _entry(self, name: str) -> Entry | None:
         """The canonical tensor of a tensor that is written."""
@@ -231,21 +249,25 @@ class MergePass:
         weight = read_cut(self.base, path, cut)
         units = list(hash_units(self._digest(entry), cut.region, weight)) if entry else []
         if entry is None or not self._touched(cut.name):
-            if not bool(weight.isfinite().all()):
+            if not is_finite(weight):
                 raise self._not_finite(path, header)
             return _Changed(weight, 0.0, units)
         if self.requantize and cut.scale is not None:
             return self._requantized(path, cut, entry, weight, units)
-        moved = 0.0
-        for view, total in self.deltas.add(entry.name, weight, cut.region):
+        moved, changes, bases = 0.0, 0.0, 0.0
+        for view, total in self.deltas.add(self._changed_as(entry), weight, cut.region):
             old = view.to(torch.float32, copy=True)  # a float32 file's would be the view itself
-            change = float((view.copy_(total).float() - old).abs().max())
-            if not bool(old.isfinite().all()):
+            difference = view.copy_(total).float().sub_(old)
+            largest = float(torch.linalg.vector_norm(difference, math.inf))
+            if not is_finite(old):
                 raise self._not_finite(path, header)
-            if not math.isfinite(change):
+            if not math.isfinite(largest):
                 raise self._overflow(header)
-            moved = moved if cut.added else max(moved, change)
-        return _Changed(weight, moved, units)
+            if not cut.added:
+                moved = max(moved, largest)
+                changes += float(torch.linalg.vector_norm(difference)) ** 2
+                bases += float(torch.linalg.vector_norm(old)) ** 2
+        return _Changed(weight, moved, units, squares=(changes, bases))
 
     def _requantized(
         self, path: Path, cut: Cut, entry: Entry, weight: Tensor, units: list[tuple[int, bytes]]
@@ -255,13 +277,14 @@ class MergePass:
         assert quantized is not None
         assert quantized.block is not None
         assert cut.scale is not None
-        if not bool(weight.isfinite().all()):
+        if not is_finite(weight):
             raise self._not_finite(path, cut.header)
         dtype = DTYPES[cut.scale.dtype]
         fp8 = requantize(self.deltas, entry.name, weight, cut.region, quantized.block, dtype)
         if not math.isfinite(fp8.moved):
             raise self._overflow(cut.header)
-        return _Changed(fp8.weight, fp8.moved, units, fp8)
+        squares = float(fp8.sums[2]), float(weight.double().square().sum())
+        return _Changed(fp8.weight, fp8.moved, units, fp8, squares)
 
     def _overflow(self, header: Header) -> NumericError:
         return NumericError(

@@ -1,10 +1,11 @@
 """Loading weights: tensors streamed from disk into a model on meta, quantized on arrival.
 
 This file decides the order of reading (that of the files, so nothing is read twice), how much of a
-tensor is in memory (all of it; of a stack of experts a few), the dtype in which each is held, and
-that values are finite. Beside the model at most two such slabs are in memory: the one that is being
-placed, and the next one, which is read and hashed meanwhile. The digests of the values are computed
-on the way; they make the fingerprint of the base that an adapter is bound to.
+tensor is in memory (all of it; of a stack of experts a few), the dtype in which each is held, that
+values are finite, and which weights are constant. Beside the model at most two such slabs are in
+memory: the one that is being placed, and the next one, which is read and hashed meanwhile. The
+digests of the values are computed on the way; they make the fingerprint of the base that an adapter
+is bound to.
 
 dtype held: maps, embedding and head in the run's dtype; ``Store.FP32`` rows always in float32;
 everything else in the dtype of the file, and blocks cast where they compute.
@@ -13,6 +14,7 @@ everything else in the dtype of the file, and blocks cast where they compute.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from .fp8 import dequantize
 from .model import Model
 from .qlora.linear import Linear
 from .tensor_bytes import DTYPES, as_bytes, read_exact
+from .value_range import value_range
 
 __all__ = [
     "DTYPES", "as_bytes", "hash_units", "load", "place", "read_exact", "read_fp8", "read_tensor",
@@ -41,6 +44,7 @@ SLAB = 2**28  #: bytes of a stack of experts that are in memory at a time
 Progress = Callable[[int], None]  #: called with the bytes read since the last call
 #: Returns the values to hold for ``(canonical name, tensor[region], region)``.
 Change = Callable[[str, Tensor, Region], Tensor]
+Constant = Callable[[str, float], None]  #: called with a matrix whose values are all equal
 
 
 def slabs(item: Located, size: int = SLAB) -> Iterator[slice]:
@@ -188,11 +192,15 @@ def load(
     quantize: bool,
     progress: Progress | None = None,
     change: Change | None = None,
+    constant: Constant | None = None,
 ) -> dict[str, str]:
     """Fill a model on meta; returns the digests of what was read, by canonical name.
 
     With `change`, other values are held than those that were read and hashed. A weight that
     bitsandbytes stored in 4 bits keeps its codes where it is to be quantized.
+
+    `constant` is called with each linear map, stack of experts, embedding and head whose values are
+    all equal: no such weight was trained.
 
     A tied tensor that is on disk nevertheless is not read: `qcore.checkpoint.ties` has compared it.
 
@@ -209,6 +217,7 @@ def load(
     ]
     wanted.sort(key=lambda item: (item.places[0].header.file, item.places[0].header.start))
     digests: dict[str, str] = {}
+    ranges = _Ranges(constant)
     for slab in read_ahead(checkpoint, wanted):
         name, value = slab.item.tensor.name, slab.value
         if slab.digest is not None:
@@ -219,10 +228,11 @@ def load(
         if change is not None:
             value = change(name, value, slab.region)
         if in_nf4 and slab.codes is not None and value is slab.value:
+            ranges.add(slab, value)  # finite, as their scales are
             _hold_codes(model, slab, device)
             continue
         value = value.to(device)
-        if not _finite(value):
+        if not ranges.add(slab, value):
             raise NumericError(
                 "QC-LOAD-003",
                 "holds a value that is not finite",
@@ -256,9 +266,28 @@ def _hold_codes(model: Model, slab: Slab, device: torch.device) -> None:
     holder.hold_codes(codes.packed, nf4_state(codes, model.dtype))
 
 
-def _finite(value: Tensor) -> bool:
-    """Whether no value is NaN or infinite; in blocks, because each makes three of its size."""
-    return all(bool(block.isfinite().all()) for block in torch.split(value.flatten(), 2**24))
+class _Ranges:
+    """The range of values of the tensor that is being read, slab by slab.
+
+    Args:
+        constant: called with each matrix whose values are all equal.
+    """
+
+    def __init__(self, constant: Constant | None) -> None:
+        self._constant = constant
+        self._least, self._most = math.inf, -math.inf
+
+    def add(self, slab: Slab, value: Tensor) -> bool:
+        """Add the values of a slab; returns whether they are finite."""
+        least, most = value_range(value)
+        self._least, self._most = min(self._least, least), max(self._most, most)
+        if slab.digest is not None:  # the last slab of the tensor
+            row = slab.item.tensor.row
+            matrix = row.kind is not None or row.group in ("embed", "head")
+            if matrix and self._least == self._most and self._constant is not None:
+                self._constant(slab.item.tensor.name, self._least)
+            self._least, self._most = math.inf, -math.inf
+        return math.isfinite(least) and math.isfinite(most)
 
 
 def read_ahead(checkpoint: Checkpoint, items: list[Located]) -> Iterator[Slab]:

@@ -246,19 +246,20 @@ class Model(nn.Module):
     def trains_tower(self) -> bool:
         """Whether a map of the tower carries LoRA; otherwise it runs without autograd."""
         return any(
-            isinstance(module, LoraLayer) and module.lora is not None for module in self._of_tower()
+            isinstance(module, LoraLayer) and module.lora is not None for module in self.in_tower()
         )
 
     @property
     def trains_trunk(self) -> bool:
         """Whether a map outside the tower carries LoRA."""
-        of_tower = set(self._of_tower())
+        of_tower = self.in_tower()
         return self.trained_rows is not None or any(
             module not in of_tower for _, module in self.adapters()
         )
 
-    def _of_tower(self) -> Iterable[nn.Module]:
-        return () if self.tower is None else self.tower.module.modules()
+    def in_tower(self) -> frozenset[nn.Module]:
+        """All modules of the tower."""
+        return frozenset() if self.tower is None else frozenset(self.tower.module.modules())
 
     @property
     def head(self) -> Tensor:

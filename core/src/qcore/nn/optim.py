@@ -96,6 +96,11 @@ class FlatAdamW(torch.optim.Optimizer):
         """Scale the gradient down to a norm of `limit`; returns the norm that it had."""
         return nn.utils.clip_grad_norm_([self.flat], limit or math.inf)
 
+    def largest(self) -> Tensor:
+        """Largest absolute value of all parameters, on the device; NaN if any is."""
+        largest: Tensor = torch.linalg.vector_norm(self.flat.detach(), math.inf)
+        return largest
+
 
 class _Views(dict[str, Any]):
     """A parameter's moments in the vector: what is assigned is copied there."""

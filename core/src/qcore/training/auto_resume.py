@@ -26,9 +26,9 @@ from ..io.artifact import MANIFEST, read_manifest, verify
 from ..io.atomic import sync_folder, writing
 from ..io.run_lock import Lock
 from ..reporting import Reporter
-from .checkpoints import checkpoints
 from .report import TrainReport
 from .resume import HOW_MUCH, NO_NUMBERS, SAME_NUMBERS
+from .rotation import checkpoints
 from .run_folder import newest
 
 

@@ -31,32 +31,19 @@ from ..checkpoint.hub import TOKENIZER_FILES, public_source
 from ..data.rejects import REJECTED
 from ..errors import InputError, NumericError
 from ..io.artifact import Writer, publish, read_manifest, verify
-from ..io.atomic import remove_tree
 from ..io.metrics_log import sync_rows
 from ..nn.model import Model
 from ..plugins.resolve_model import classes_of
 from .best import Evaluated
-from .resume import compare, identity, refuse_renamed, step_of
+from .finite import check_written
+from .resume import compare, identity, refuse_renamed
+from .rotation import checkpoint_path, rotate
 from .run import Run
+from .spikes import SpikeGuard
 
 OPTIMIZER = "optimizer.safetensors"
 METRICS = "metrics.jsonl"
 CARD = "README.md"
-
-
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, oldest first."""
-    steps = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        step = step_of(path)
-        if step is not None and path.is_dir():
-            steps.append((step, path))
-    return sorted(steps)
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """The checkpoint after a step."""
-    return folder / f"checkpoint-{step}"
 
 
 def check_best(path: Path) -> None:
@@ -122,6 +109,7 @@ class RunFiles:
         best: Evaluated | None = None,
         pending: Mapping[str, Any] | None = None,
         *,
+        guard: SpikeGuard | None = None,
         keep: Collection[int] = (),
     ) -> Path:
         """Publish ``checkpoint-STEP``, then delete the oldest beyond ``save_total_limit``.
@@ -134,7 +122,12 @@ class RunFiles:
             optimizer: AdamW.
             best: the best evaluation so far, whose checkpoint is kept.
             pending: the last step's row of metrics, if it is evaluated after the checkpoint.
+            guard: its state is a part of the checkpoint.
             keep: steps of further checkpoints that are kept.
+
+        Raises:
+            NumericError: ``QC-TRAIN-015`` a parameter or a moment is not finite; nothing is
+                written or deleted.
         """
         path = checkpoint_path(folder, step)
         sync_rows(folder / METRICS)
@@ -144,19 +137,16 @@ class RunFiles:
             for name, parameter in self.model.trainable():
                 for key, value in optimizer.state[parameter].items():
                     moments[f"{name}:{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            check_written(moments.items(), "checkpoint")
             out.write_bytes(OPTIMIZER, save(moments))
             out.meta["step"] = step
             out.meta["best_evaluation"] = None if best is None else best.as_json()
+            out.meta["spike_guard"] = None if guard is None else guard.as_json()
             if pending is not None:
                 out.meta["pending"] = dict(pending)
-        # Only now is the new one durable. Checkpoints of later steps were left by the run that
-        # was resumed from an earlier one; they belong to steps that are computed again.
-        earlier = [old for number, old in checkpoints(folder) if number <= step]
-        later = [old for number, old in checkpoints(folder) if number > step]
-        kept = None if best is None else checkpoint_path(folder, best.step)
-        for old in [*later, *earlier[: -self.run.settings.save_total_limit]]:
-            if old != kept and step_of(old) not in keep:
-                remove_tree(old)
+        # Only now is the new one durable.
+        kept = {*keep} if best is None else {*keep, best.step}
+        rotate(folder, step, self.run.settings.save_total_limit, kept)
         return path
 
     def restore(self, path: Path, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
@@ -289,6 +279,7 @@ class RunFiles:
             names[name]: parameter.detach().to("cpu", torch.float32).contiguous()
             for name, parameter in self.model.trainable()
         }
+        check_written(tensors.items(), "adapter")
         out.write_bytes(WEIGHTS, save(tensors, metadata={"format": "pt"}))
         source, revision = self._base()
         config = peft_config(

@@ -150,11 +150,21 @@ def _stream(run: Run, model: Model) -> dict[str, str]:
         if layout.loads(located.tensor.part)
         for place in located.places
     )
+    constant: list[tuple[str, float]] = []
     with run.reporter.progress("loading the base", size, "bytes") as advance:
-        return load(
+        digests = load(
             model, layout, run.model.checkpoint, device=run.device, quantize=_quantizes(run),
             progress=advance,
+            constant=lambda name, value: constant.append((name, value)),
         )  # fmt: skip
+    if constant:
+        shown = ", ".join(f"{name} is {value:g}" for name, value in constant[:3])
+        more = f" and {len(constant) - 3} more" if len(constant) > 3 else ""
+        run.reporter.warning(
+            f"{len(constant)} weights of the base are constant, as if they were never trained: "
+            f"{shown}{more}"
+        )
+    return digests
 
 
 def _quantizes(run: Run) -> bool:

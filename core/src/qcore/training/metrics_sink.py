@@ -1,9 +1,9 @@
 """The sink that writes ``metrics.jsonl``: steps and evaluations of a run, one JSON object a line.
 
-This file decides which steps are logged: the first, the last, every `every`-th, and those that
-an evaluation follows, and a note for each sink that was dropped. How lines reach the disk is up
-to `io.metrics_log`. The file is a part of the adapter folder, so `train` attaches this sink as a
-required one.
+This file decides which steps are logged: the first, the last, every `every`-th, those with a
+spike, and those that an evaluation follows, and a note for each sink that was dropped. How lines
+reach the disk is up to `io.metrics_log`. The file is a part of the adapter folder, so `train`
+attaches this sink as a required one.
 """
 
 from __future__ import annotations
@@ -44,5 +44,5 @@ class MetricsSink:
             self._log.write({"step": event.step, "eval_loss": event.eval_loss})
 
     def _is_logged(self, event: Step) -> bool:
-        ends = event.step in (1, event.total)
-        return ends or event.step % self._every == 0 or event.eval_loss is not None
+        notable = event.step in (1, event.total) or event.spike is not None
+        return notable or event.step % self._every == 0 or event.eval_loss is not None

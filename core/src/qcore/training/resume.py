@@ -41,10 +41,12 @@ from .run import Run
 SAME_NUMBERS: Final = (
     "settings.gradient_checkpointing", "settings.recompute", "settings.dataset_num_proc",
 )  # fmt: skip
+#: What a guard does about a step: a run that it stopped must be able to go on.
+GUARDS: Final = ("settings.on_spike",)
 #: Sizes: any value above 0 computes the same numbers.
 HOW_MUCH: Final = ("settings.media_cache_gb",)
 #: Settings that compute nothing.
-NO_NUMBERS: Final = frozenset(("grace_seconds",))
+NO_NUMBERS: Final = frozenset(("grace_seconds", "publish_without_gain"))
 #: Fields that checkpoints of earlier builds lack.
 _LATER: Final = ("config", "files", "code", "versions")
 #: Libraries beside torch that compute: kernels, and the format of 4-bit weights.
@@ -111,7 +113,9 @@ def compare(checkpoint: Path, present: Mapping[str, Any]) -> dict[str, str]:
         )
     for key in Identity(now).differing(before):
         value, was = now.get(key), before.get(key)
-        if key not in SAME_NUMBERS and not (key in HOW_MUCH and _some(value) and _some(was)):
+        if key not in (*SAME_NUMBERS, *GUARDS) and not (
+            key in HOW_MUCH and _some(value) and _some(was)
+        ):
             raise InputError(
                 "QC-RESUME-002",
                 "changed since the run was stopped",
@@ -123,9 +127,10 @@ def compare(checkpoint: Path, present: Mapping[str, Any]) -> dict[str, str]:
             )
         name = key.removeprefix("settings.")
         allowed[key] = (
-            f"{name} is {_word(value)} now and was {_word(was)} before the run was stopped: it "
-            "computes the same numbers"
+            f"{name} is {_word(value)} now and was {_word(was)} before the run was stopped"
         )
+        if key not in GUARDS:
+            allowed[key] += ": it computes the same numbers"
     return allowed
 
 

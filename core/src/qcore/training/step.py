@@ -2,8 +2,9 @@
 
 This file decides the loss (mean over the supervised tokens of the step, however they are spread
 over rows and micro-batches, so accumulating 4 x 1 equals 1 x 4), gradient clipping, and that a
-value that is not finite stops the run before the update. The order of rows is up to
-`data.sampler`, the learning rate to `lr_schedule`, files to `checkpoints`.
+value that is not finite stops the run before the update. What it checks of a step comes to the host
+in one transfer. The order of rows is up to `data.sampler`, the learning rate to `lr_schedule`, what
+a spike is to `spikes`, files to `checkpoints`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +35,31 @@ from ..planning.policies import default_policy
 from .collate import Batches
 from .lr_schedule import learning_rate
 from .meter import Meter
+from .spikes import Spike, SpikeGuard
+from .step_checks import (
+    REACHED_BY,
+    bad_evaluation,
+    check_parameters,
+    check_reached,
+    not_finite,
+    spiked,
+)
+
+
+class _Sums(NamedTuple):
+    """What a step computed before its update.
+
+    Attributes:
+        loss: mean over the supervised tokens.
+        balance: load balance of the routers.
+        norm: of the gradient, before clipping.
+        largest: absolute value of a parameter; NaN if any is.
+    """
+
+    loss: float
+    balance: float
+    norm: float
+    largest: float
 
 
 class Loop:
@@ -45,6 +72,7 @@ class Loop:
             `microbatches.extent` counts; 0: each runs alone.
         batches: turns rows into packs.
         meter: peak memory and speed of the steps so far.
+        guard: judges loss and gradient norm of each step.
         abandonable: context of the part of a step after which nothing has changed; a signal may
             raise in it.
     """
@@ -65,6 +93,7 @@ class Loop:
         self.device = device
         self.recompute = recompute or default_policy(settings)
         self.meter = Meter()
+        self.guard = SpikeGuard()
         self.abandonable: Callable[[], AbstractContextManager[None]] = nullcontext
         self._tower_alone = model.trains_tower and not model.trains_trunk
         keep = in_bytes(settings.media_cache_gb)
@@ -88,8 +117,13 @@ class Loop:
     def step(self, step: int) -> dict[str, Any]:
         """Run optimizer step `step` (from 0); returns the row of ``metrics.jsonl``.
 
+        With ``on_spike: rollback`` the update of a step with a spike is left out: `train` returns
+        to a checkpoint.
+
         Raises:
-            NumericError: ``QC-TRAIN-003``, before anything was updated.
+            NumericError: ``QC-TRAIN-003`` loss or gradient, or ``-015`` a parameter, is not
+                finite; ``-017`` a spike, with ``on_spike: stop``. In all of them nothing was
+                updated. ``-016`` an adapter had no gradient in the first steps.
         """
         began = time.perf_counter()
         reset_peak(self.device)
@@ -101,33 +135,67 @@ class Loop:
             micro_batches = joined(micro_batches, self._lengths, self.together, self._units)
         batches = [[self.data.train[row] for row in rows] for rows in micro_batches]
         with self.abandonable():
-            loss, balance, norm = self._accumulate(batches)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._not_finite(step, batches, loss, norm)
+            sums = self._accumulate(batches)
+        spike = self._checked(step, batches, sums)
         rate = learning_rate(self.settings, step, self.schedule.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        if spike is None or self.settings.on_spike != "rollback":
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.guard.add(sums.loss, sums.norm, spike)
         self.optimizer.zero_grad(set_to_none=True)
+        if step + 1 == REACHED_BY:
+            check_reached(self.model, self.optimizer, media=self._media_until(REACHED_BY))
         tokens = sum(len(example.ids) for batch in batches for example in batch)
         seconds = time.perf_counter() - began
         peak = peak_bytes(self.device)
         self.meter.step(tokens, seconds, peak)
         return {
             "step": step + 1,
-            "loss": loss,
-            **({"aux_loss": balance} if self.settings.router_aux_loss_coef else {}),
-            "grad_norm": norm,
+            "loss": sums.loss,
+            **({"aux_loss": sums.balance} if self.settings.router_aux_loss_coef else {}),
+            "grad_norm": sums.norm,
             "learning_rate": rate,
             "tokens": tokens,
             "supervised_tokens": _supervised(batches),
             "seconds": round(seconds, 4),
             "tokens_per_second": round(tokens / seconds, 1),
             "memory_gb": round(peak / 1e9, 3),
+            **({"spike": spike.as_json() | self._rows(batches)} if spike else {}),
         }
 
-    def _accumulate(self, batches: Sequence[Sequence[Example]]) -> tuple[float, float, float]:
-        """Gradients of the mean loss; returns loss, load balance and the norm before clipping."""
+    def _checked(
+        self, step: int, batches: Sequence[Sequence[Example]], sums: _Sums
+    ) -> Spike | None:
+        """Check what a step computed; returns its spike, unless that stops the run."""
+        if not all(map(math.isfinite, (sums.loss, sums.norm, sums.largest))):
+            check_parameters(self.model, step)
+            raise not_finite(step, self._place(batches), sums.loss, sums.norm)
+        spike = self.guard.judge(sums.loss, sums.norm)
+        if spike is not None and self.settings.on_spike == "stop":
+            raise spiked(step + 1, self._place(batches), spike.found)
+        return spike
+
+    def _place(self, batches: Sequence[Sequence[Example]]) -> tuple[Path | None, str]:
+        """File and rows of a step."""
+        return self.data.place(example for batch in batches for example in batch)
+
+    def _media_until(self, done: int) -> bool:
+        """Whether a row of the first steps has media."""
+        return bool(self._units) and any(
+            self._units[row]
+            for step in range(done)
+            for rows in self.schedule.micro_batches(step)
+            for row in rows
+        )
+
+    def _rows(self, batches: Sequence[Sequence[Example]]) -> dict[str, str]:
+        """Which rows a step trains on."""
+        path, where = self._place(batches)
+        return {"rows": where if path is None else f"{path}: {where}"}
+
+    def _accumulate(self, batches: Sequence[Sequence[Example]]) -> _Sums:
+        """Gradients of the mean loss; returns what is checked before the update."""
         supervised = _supervised(batches)
         total = torch.zeros((), device=self.device)
         balance = torch.zeros((), device=self.device)
@@ -146,7 +214,18 @@ class Loop:
             norm = self.optimizer.clip(limit)
         else:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        return float(total), float(balance), float(norm)
+        # One transfer: each would wait for the device.
+        return _Sums(*torch.stack([total, balance, norm.float(), self._largest()]).tolist())
+
+    def _largest(self) -> Tensor:
+        """Largest absolute value of a trained parameter; NaN if any is.
+
+        An update makes a parameter NaN where a moment is, so that parameters show both.
+        """
+        if isinstance(self.optimizer, FlatAdamW):
+            return self.optimizer.largest()
+        values = [parameter.detach() for parameter in self.parameters]
+        return torch.stack(torch._foreach_norm(values, math.inf)).amax()
 
     def _reaches(self, batch: Sequence[Example]) -> bool:
         """Whether these rows reach any trained weight. Rows of text never reach a tower."""
@@ -187,19 +266,6 @@ class Loop:
             )
         return loss, aux
 
-    def _not_finite(
-        self, step: int, batches: Sequence[Sequence[Example]], loss: float, norm: float
-    ) -> NumericError:
-        path, where = self.data.place(example for batch in batches for example in batch)
-        return NumericError(
-            "QC-TRAIN-003",
-            f"the loss or its gradient is not finite at step {step + 1}",
-            file=path,
-            field=where,
-            found=f"loss {loss}, gradient norm {norm}",
-            fix="lower learning_rate, or look at these rows; the last checkpoint is intact",
-        )
-
     def due(self, done: int) -> bool:
         """Whether an evaluation follows step `done`; the end of the run has its own."""
         every = self.settings.eval_steps or self.schedule.steps_per_epoch
@@ -211,6 +277,9 @@ class Loop:
 
         Args:
             between: called before each row.
+
+        Raises:
+            NumericError: ``QC-TRAIN-012`` the loss of a row is not finite.
         """
         if not self.data.eval:
             return None
@@ -219,8 +288,10 @@ class Loop:
         for example in self.data.eval:
             if between is not None:
                 between()
-            loss, _ = self._loss([example])
-            total, count = total + float(loss), count + example.supervised
+            value = float(self._loss([example])[0])
+            if not math.isfinite(value):
+                raise bad_evaluation(self.data.place([example]), value)
+            total, count = total + value, count + example.supervised
         self.meter.saw(peak_bytes(self.device))
         return total / count
 

@@ -1,10 +1,11 @@
-"""Writes the checkpoints of a run, and ends a run that a signal asks to stop.
+"""Writes the checkpoints of a run, and ends a run that a signal or a guard asks to stop.
 
-This file decides what is saved before a run ends, what the user reads, and that the command it
-names works. Which signals there are and when one interrupts is up to `io.stop_signals`; what a
-checkpoint holds, to `checkpoints`.
+This file decides what is saved before a run ends, which checkpoints stay, what the user reads, and
+that the command it names works. Which signals there are and when one interrupts is up to
+`io.stop_signals`; what a checkpoint holds, to `checkpoints`; what a spike or a gain is, to `spikes`
+and `verdict`.
 
-Code: ``QC-TRAIN-006`` a signal stopped the run.
+Codes: ``QC-TRAIN-006`` a signal stopped the run, ``-018`` the run gained nothing.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from torch import Tensor
+
 from ..errors import Interrupted, WriteError
 from ..io.artifact import MANIFEST
 from ..io.atomic import remove_tree
 from ..io.stop_signals import StopNow, StopSignals
 from ..reporting import CheckpointSaved
 from .best import BestSoFar
-from .checkpoints import METRICS, RunFiles, checkpoint_path, checkpoints
+from .checkpoints import METRICS, RunFiles
+from .rollback import after_spike, pinned
+from .rotation import checkpoint_path, checkpoints, rotate
 from .run import Run
 from .step import Loop
+from .verdict import loss_without_gain, not_published, too_small
 
 AGAIN: Final = "run the same command again"
 WITH_RESUME: Final = "run the same command with --resume"
@@ -103,13 +109,16 @@ class Saver:
     ) -> None:
         self.last = 0
         self._unsaved: WriteError | None = None  # of the checkpoint after the last step
+        self._unproven = False
         self._run, self._files, self._loop = run, files, loop
         self._stop, self._best, self._fix = stop, best, fix
         trained = sum(p.numel() for _, p in files.model.trainable())
         stop.reserve = 1.0 + 3 * 4 * trained / _SLOW_DISK  # a weight has two moments
 
-    def save(self, done: int, pending: Mapping[str, Any] | None = None) -> None:
+    def save(self, done: int, pending: Mapping[str, Any] | None = None) -> Path:
         """Write the checkpoint after step `done`; no signal interrupts it.
+
+        The one before it stays until another step has had a finite loss.
 
         Args:
             done: optimizer steps that are done.
@@ -118,11 +127,17 @@ class Saver:
         with self._stop.finishing():
             self._stop.doing = f"finishing the checkpoint after step {done}, then ending"
             began = time.monotonic()
-            folder, optimizer = self._run.folder, self._loop.optimizer
-            path = self._files.save(folder, done, optimizer, self._best.best, pending)
+            folder, loop = self._run.folder, self._loop
+            earlier = [step for step, _ in checkpoints(folder) if step < done]
+            path = self._files.save(
+                folder, done, loop.optimizer, self._best.best, pending,
+                guard=loop.guard, keep={*pinned(self._run, loop.guard, done), *earlier[-1:]},
+            )  # fmt: skip
             self._stop.reserve = 1.0 + 2 * (time.monotonic() - began)
-            self.last = done
+            self.last = loop.guard.newest = done
+            self._unproven = True
             self._run.reporter.emit(CheckpointSaved(step=done, folder=path))
+        return path
 
     def save_last(self) -> None:
         """Write the checkpoint after the last step, so that no fault of the end costs a step.
@@ -137,13 +152,27 @@ class Saver:
         try:
             with self._stop.finishing():
                 self._stop.doing = f"finishing the checkpoint after step {total}, then ending"
-                best = self._best.best
-                self._files.save(folder, total, self._loop.optimizer, best, keep=keep)
+                best, loop = self._best.best, self._loop
+                self._files.save(folder, total, loop.optimizer, best, guard=loop.guard, keep=keep)
         except WriteError as error:
-            self._run.reporter.warning(f"no checkpoint after the last step: {error.message}")
             self._unsaved = error
+            with suppress(WriteError):  # the metrics hold the warning, if they can be written
+                self._run.reporter.warning(f"no checkpoint after the last step: {error.message}")
         else:
             self.last = total
+
+    @contextmanager
+    def first_fault(self) -> Iterator[None]:
+        """Let an error of writing be that of the checkpoint after the last step, if that failed.
+
+        On a full disk the file that failed first is named.
+        """
+        try:
+            yield
+        except WriteError as error:
+            if self._unsaved is None:
+                raise
+            raise self._unsaved from error
 
     def publish(self, result: Mapping[str, Any], same: Path | None) -> None:
         """Publish the adapter, then delete the checkpoint after the last step.
@@ -154,14 +183,14 @@ class Saver:
 
         Raises:
             WriteError: the output was filled meanwhile or cannot be written; the fix names the
-                checkpoint. If that could not be written before, its error is raised.
+                checkpoint, if there is one.
         """
         last = checkpoint_path(self._run.folder, self._loop.schedule.total)
         try:
             self._files.publish(self._run.target, self._run.folder / METRICS, result, same)
         except WriteError as error:
-            if self._unsaved is not None:  # the first fault is the cause
-                raise self._unsaved from error
+            if self._unsaved is not None:
+                raise
             filled = error.code == "QC-WRITE-001"
             fix = "move what is in it to another folder" if filled else error.fix
             raise error.replace(fix=f"{fix}, then {self._fix}: {last} holds all steps") from error
@@ -171,15 +200,55 @@ class Saver:
     def take_step(self, number: int) -> dict[str, Any]:
         """The metrics of optimizer step `number`, from 0.
 
+        A step with a spike is reported, or undone; a finite one proves the newest checkpoint.
+
         Raises:
+            NumericError: as `Loop.step` and `after_spike`.
             Interrupted: ``QC-TRAIN-006`` the step would have outlasted ``grace_seconds``.
         """
         try:
-            return self._loop.step(number)
+            metrics = self._loop.step(number)
         except StopNow:
             self._loop.optimizer.zero_grad(set_to_none=True)
             where = f"in step {number + 1} of {self._loop.schedule.total}, which was abandoned"
             raise self.stopped(number, where) from None
+        if spike := metrics.get("spike"):
+            after_spike(self._files, self._loop, number + 1, spike)
+        if self._unproven:
+            self._rotate(number)
+        return metrics
+
+    def _rotate(self, newest: int) -> None:
+        """Delete checkpoints beyond the limit; `newest` is the step of the newest one."""
+        run, best = self._run, self._best.best
+        kept = {*pinned(run, self._loop.guard, newest), *(() if best is None else (best.step,))}
+        rotate(run.folder, newest, run.settings.save_total_limit, kept)
+        self._unproven = False
+
+    def judge(self, start: Mapping[str, Tensor] | None, published: Path | None) -> dict[str, Any]:
+        """Check that the run gained something; returns what the manifest records.
+
+        Args:
+            start: B of each weight in the initial adapter; ``None``: zero.
+            published: the checkpoint of the best evaluation, if it is published in place of the
+                last step, whose losses then say nothing about it.
+
+        Raises:
+            NumericError: ``QC-TRAIN-018``; a checkpoint holds the adapter.
+        """
+        run, loop, total = self._run, self._loop, self._loop.schedule.total
+        guard = loop.guard
+        undone = {"undone_steps": [list(steps) for steps in guard.undone]} if guard.undone else {}
+        why = too_small(loop.model, start)
+        if not why and published is None:
+            why = loss_without_gain(guard.first, [*guard.losses], total, len(loop.model.head))
+        if not why:
+            return undone
+        if run.settings.publish_without_gain:
+            run.reporter.warning(f"{why}; published because of publish_without_gain")
+            return undone | {"without_gain": why}
+        path = published or checkpoint_path(run.folder, total)
+        raise not_published(why, path if path.is_dir() else self.save(total))
 
     def evaluate(self, done: int, metrics: Mapping[str, Any]) -> float | None:
         """The loss of the held-out rows after step `done`.

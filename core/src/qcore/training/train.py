@@ -19,9 +19,7 @@ from torch import Tensor
 
 from ..adapter.targets import Coverage
 from ..config.settings import Settings
-from ..data.rejects import REJECTED
-from ..errors import InputError, NumericError
-from ..io.atomic import writing
+from ..errors import InputError
 from ..io.metrics_log import MetricsLog
 from ..io.stop_signals import StopSignals
 from ..nn.offload import OffloadedInput
@@ -32,16 +30,17 @@ from ..planning.saved import save_plan
 from ..reporting import Evaluation, Finished, Reporter, RunStarted, Step
 from .auto_resume import how_to_start
 from .best import BestSoFar
-from .checkpoints import METRICS, RunFiles, check_best, checkpoint_path
+from .checkpoints import METRICS, RunFiles, check_best
+from .finite import naming_checkpoint
 from .frozen_objects import unfrozen_after
 from .initial_adapter import AdapterWords
 from .loading import load_base
-from .media_manifest import note_media
 from .metrics_sink import MetricsSink
 from .report import TrainReport, first_loss, last_loss
+from .rotation import checkpoint_path, checkpoints
 from .run import Run
-from .run_folder import check_again, locked, newest
-from .setup import DataWords, Words, before_the_stop, plan_memory, prepare
+from .run_folder import check_again, locked, newest, note_rows
+from .setup import DataWords, Request, Words, before_the_stop, plan_memory, prepare
 from .step import Loop
 from .stopping import AGAIN, WITH_RESUME, Saver, before_steps, last_words
 
@@ -79,13 +78,11 @@ def train(
         eval_data: the same, with rows that are only evaluated.
         data_format: row format; empty: detected.
         media_root: folder of absolute media paths.
-        verify_data: hash the data and media files, also those that are recognized as unchanged
-            since their rows were rendered.
+        verify_data: hash all data and media files, also those recognized as unchanged.
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: continue the run that was stopped.
         auto_resume: start the run, continue it, or return its report if it is finished.
-        init_adapter: adapter folder to start from. It sets rank, alpha, LoRA groups and class;
-            the optimizer starts fresh.
+        init_adapter: adapter to start from; it sets rank, alpha, LoRA groups and class.
         trust_base: accept an `init_adapter` without a fingerprint of its base.
         trust_generation: accept such an adapter if it names a base of another generation.
         origins: source of each setting, as `load_settings` returns it: settings from a file or a
@@ -97,28 +94,37 @@ def train(
     Raises:
         QcoreError: see docs/errors.md; nothing is published unless the run succeeded.
     """
-    reporter, settings = reporter or Reporter(), settings or Settings()
-    start = AdapterWords(
-        init_adapter=init_adapter, trust_base=trust_base, trust_generation=trust_generation,
-        origins=origins,
+    request = Request(
+        model=model, data=DataWords(data, eval_data, data_format, media_root, verify_data),
+        output=output, settings=settings or Settings(), device=device,
+        start=AdapterWords(
+            init_adapter=init_adapter, trust_base=trust_base, trust_generation=trust_generation,
+            origins=origins,
+        ),
+        reporter=reporter or Reporter(),
     )  # fmt: skip
     with stop or StopSignals() as stop:
-        with before_steps(stop, "the rows were prepared"):
-            if auto_resume:
-                found = how_to_start(output, settings, origins, reporter, resume=resume)
-                if (report := found.finished) is not None:
-                    return _finished(report, reporter)
-                resume = found.resume
-            run = prepare(
-                model, DataWords(data, eval_data, data_format, media_root, verify_data), output,
-                settings,
-                device=device, resume=resume, reporter=reporter, start=start,
-            )  # fmt: skip
-            before = before_the_stop(run) if resume else None
-            plan = plan_memory(run, room or room_of(run.device), before)
-        reporter.emit(RunStarted(verb="train", model=model, output=run.target))
-        fix = AGAIN if auto_resume else WITH_RESUME
-        return _finished(_execute(run, plan, stop, resume=resume, fix=fix), reporter)
+        return _run(request, stop, room, resume=resume, auto_resume=auto_resume)
+
+
+def _run(
+    request: Request, stop: StopSignals, room: Room | None, *, resume: bool, auto_resume: bool
+) -> TrainReport:
+    reporter = request.reporter
+    with before_steps(stop, "the rows were prepared"):
+        if auto_resume:
+            found = how_to_start(
+                request.output, request.settings, request.start.origins, reporter, resume=resume
+            )
+            if found.finished is not None:
+                return _finished(found.finished, reporter)
+            resume = found.resume
+        run = prepare(request, resume=resume)
+        before = before_the_stop(run) if resume else None
+        plan = plan_memory(run, room or room_of(run.device), before)
+    reporter.emit(RunStarted(verb="train", model=request.model, output=run.target))
+    fix = AGAIN if auto_resume else WITH_RESUME
+    return _finished(_execute(run, plan, stop, resume=resume, fix=fix), reporter)
 
 
 def _finished(report: TrainReport, reporter: Reporter) -> TrainReport:
@@ -150,9 +156,11 @@ def _execute(run: Run, plan: RunPlan, stop: StopSignals, *, resume: bool, fix: s
             )  # fmt: skip
             pending = _restore(session) if resume else None
             save_plan(run.folder, plan)
-            _note_rows(run, resume=resume)
-            outcome = _train(session, saver.last, pending)
-            return _publish(session, base.coverage, outcome)
+            note_rows(run.folder, run.data, resume=resume)
+            named = naming_checkpoint(lambda: [path for _, path in checkpoints(run.folder)])
+            with saver.first_fault(), named:
+                outcome = _train(session, saver.last, pending)
+                return _publish(session, base.coverage, outcome)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,13 +202,6 @@ class _Outcome:
     published: Path | None
 
 
-def _note_rows(run: Run, *, resume: bool) -> None:
-    """Write to the run folder which media the rows have and which rows were refused."""
-    note_media(run.folder, run.data, resume=resume)
-    with writing(run.folder / REJECTED):
-        run.data.rejects.write(run.folder / REJECTED)
-
-
 def _restore(session: _Session) -> Mapping[str, Any] | None:
     """Restore the newest checkpoint.
 
@@ -216,7 +217,8 @@ def _restore(session: _Session) -> Mapping[str, Any] | None:
     step, path = last
     meta = session.files.restore(path, loop.optimizer)
     session.best.restore(meta)
-    session.saver.last = step
+    loop.guard.restore(meta.get("spike_guard"))
+    loop.guard.newest = session.saver.last = step
     if run.settings.load_best_at_end and session.best.best is not None:
         check_best(checkpoint_path(run.folder, session.best.best.step))
     run.reporter.note(f"resuming after step {step} of {loop.schedule.total}")
@@ -261,19 +263,11 @@ def _load_best(session: _Session) -> Path | None:
         The checkpoint that is published; ``None`` for the tensors of the last step.
 
     Raises:
-        NumericError: ``QC-TRAIN-012`` no evaluation was finite.
         InputError: ``QC-RESUME-006`` the best checkpoint was removed or damaged meanwhile.
     """
     run, best, total = session.run, session.best.best, session.loop.schedule.total
     wanted = run.settings.load_best_at_end
     if best is None:
-        if wanted:
-            raise NumericError(
-                "QC-TRAIN-012",
-                "every eval_loss is NaN or infinite, so no checkpoint is the best",
-                field="load_best_at_end",
-                fix="look at the held-out rows and the last checkpoint, or lower learning_rate",
-            )
         return None
     line = f"lowest eval_loss {best.eval_loss:.4f} after step {best.step} of {total}"
     path = checkpoint_path(run.folder, best.step)
@@ -370,10 +364,11 @@ def _check_data(session: _Session) -> None:
 
 
 def _publish(session: _Session, lines: tuple[Coverage, ...], outcome: _Outcome) -> TrainReport:
+    judged = session.saver.judge(session.start, outcome.published)
     report = _report(session, lines, outcome)
     session.watch.at("publishing the adapter")
     session.stop.doing = "publishing the adapter, then ending"
-    result = report.result() | {"maps_moved": list(outcome.moved)}
+    result = report.result() | {"maps_moved": list(outcome.moved)} | judged
     session.saver.publish(result, outcome.published)
     return report
 
