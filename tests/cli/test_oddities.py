@@ -226,7 +226,7 @@ def test_a_pipe_in_a_model_folder(capsys: Any, base: Path, name: str) -> None:
     os.mkfifo(base / name)
     ended = here(capsys, "inspect", base)
     assert ended.code == 65
-    assert f"{base / name}: cannot be read: a pipe, not a plain file" in ended.error("QC-READ-001")
+    assert f"{base / name}: cannot be read: a pipe, not a plain file" in ended.error("QC-CKPT-003")
 
 
 def test_linked_weights_of_a_folder_that_the_user_made(
