@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -22,10 +23,13 @@ from support.model_kit import snapshot
 from qcore.adapter.peft_config import check_config
 from qcore.api.media import RowError
 from qcore.cli.terminal import TerminalSink
+from qcore.config.settings import Settings
 from qcore.data.content import ContentReader
 from qcore.reporting import Evaluation, ProgressStarted, Step
+from qcore.training.lr_schedule import learning_rate
 from qcore_qwen35.tiny import write
 
+DOCS = Path(__file__).parents[2] / "docs"
 ROW = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
 
 
@@ -226,7 +230,7 @@ def test_a_pipe_in_a_model_folder(capsys: Any, base: Path, name: str) -> None:
     os.mkfifo(base / name)
     ended = here(capsys, "inspect", base)
     assert ended.code == 65
-    assert f"{base / name}: cannot be read: a pipe, not a plain file" in ended.error("QC-READ-001")
+    assert f"{base / name}: cannot be read: a pipe, not a plain file" in ended.error("QC-CKPT-003")
 
 
 def test_linked_weights_of_a_folder_that_the_user_made(
@@ -259,7 +263,9 @@ def _header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
 
 
-@pytest.mark.parametrize("metadata", [[1], "pt", {"format": 1}, {"format": None}, 3])
+@pytest.mark.parametrize(
+    "metadata", [[1], "pt", {"format": 1}, {"format": None}, 3, [], "", 0, False]
+)
 def test_metadata_of_a_safetensors_file_that_the_format_does_not_have(
     capsys: Any, base: Path, metadata: object
 ) -> None:
@@ -366,3 +372,17 @@ def test_a_piped_log_has_the_evaluations_and_the_last_step(capsys: Any) -> None:
     assert [line.partition(":")[0] for line in lines] == ["step 1", "step 4", "step 9", "step 9"]
     assert "eval 2.2500" in lines[1]
     assert "eval 2.1250" in lines[3]
+
+
+@pytest.mark.parametrize("step", [0, 2, 3, 40, 99])
+def test_the_documented_learning_rate_is_the_one_that_is_used(step: int) -> None:
+    """The formula of docs/training.md, evaluated as it is written there."""
+    text = " ".join((DOCS / "training.md").read_text(encoding="utf-8").split())
+    warm, cosine = (
+        re.search(pattern, text)[1]  # type: ignore[index]
+        for pattern in (r"has `([^`]*)` for n < W", r"else `([^`]*)`; W is")
+    )
+    settings = Settings(learning_rate=1e-3, warmup_ratio=0.03)
+    names = {"learning_rate": 1e-3, "n": step, "W": 3, "S": 100, "pi": math.pi, "cos": math.cos}
+    expected = eval(warm if step < 3 else cosine, {}, names)
+    assert math.isclose(learning_rate(settings, step, 100), expected)

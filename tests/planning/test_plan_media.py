@@ -412,8 +412,8 @@ def test_a_tower_without_media_is_not_planned(
 @pytest.mark.parametrize(
     ("media", "line"),
     [
-        (0, "error[QC-PLAN-008] --media: is no number of units: found 0"),
-        (-3, "error[QC-PLAN-008] --media: is no number of units: found -3"),
+        (0, "error[QC-PLAN-008] --media: is not a number of units: found 0"),
+        (-3, "error[QC-PLAN-008] --media: is not a number of units: found -3"),
         (4097, "error[QC-PLAN-008] --media: is more than a row can hold: found 4097 units, which "
          "are 257 tokens, expected at most 256 tokens. Fix: pass --max-length 257 or more"),
         (10**12, "error[QC-PLAN-008] --media: is more than kernels can index in a row: found "

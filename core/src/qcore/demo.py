@@ -128,7 +128,7 @@ def _architecture(name: str) -> Architecture:
     if name and tiny and name not in tiny:
         raise UsageError(
             "QC-DEMO-003",
-            "is no architecture with a tiny checkpoint",
+            "is not an architecture with a tiny checkpoint",
             field="--architecture",
             found=name,
             expected=", ".join(tiny),

@@ -99,18 +99,11 @@ def read_adapter(
         check_added_rows(settled, layout, before, findings)
     findings.report(problems)
     return Adapter(
-        path=folder,
-        source=located.source,
-        revision=located.revision,
-        changes=settled.changes,
-        namespace=matcher.namespace,
-        meta=meta,
-        layout=claim.layout if claim else "peft",
-        trunk=trunk_part(layout.table).name,
-        notes=(*notes, *renamed, *findings.notes),
-        untied=settled.untied,
-        vocabulary=vocabulary,
-    )
+        path=folder, source=located.source, revision=located.revision, changes=settled.changes,
+        namespace=matcher.namespace, meta=meta, layout=claim.layout if claim else "peft",
+        trunk=trunk_part(layout.table).name, notes=(*notes, *renamed, *findings.notes),
+        untied=settled.untied, vocabulary=vocabulary,
+    )  # fmt: skip
 
 
 def _recorded(

@@ -115,7 +115,7 @@ def refuse_special(folder: Path, names: Iterable[str]) -> None:
     Such a file would count as absent, and another would be read in its place.
 
     Raises:
-        InputError: ``QC-READ-001``.
+        InputError: ``QC-CKPT-003``.
     """
     for name in sorted(names):
         kind = other_kind(_mode(folder / name))
@@ -125,7 +125,7 @@ def refuse_special(folder: Path, names: Iterable[str]) -> None:
 
 def _special(path: Path, kind: str) -> InputError:
     return InputError(
-        "QC-READ-001", f"cannot be read: {kind}, not a plain file", file=path,
+        "QC-CKPT-003", f"cannot be read: {kind}, not a plain file", file=path,
         fix="put the file that it stands for in its place",
     )  # fmt: skip
 

@@ -106,10 +106,7 @@ def command(
     )  # fmt: skip
     with signals as stop:
         presets = load_presets()
-        flags: dict[str, tuple[str, str | int | None]] = {
-            "--adapter-class": ("adapter_class", adapter_class or None),
-            "--generation": ("generation", generation or None),
-        }
+        flags = _flags(adapter_class, generation)
         settings, origins = _settings(preset, config_file, sets, kernels, flags, presets)
         reporter = terminal_reporter(quiet=as_json)
         if model is None:
@@ -134,6 +131,16 @@ def command(
             emit({**report.as_json(), "warnings": warnings.texts})
         else:
             log(_summary(report))
+
+
+def _flags(
+    adapter_class: str | None, generation: str | None
+) -> dict[str, tuple[str, str | int | None]]:
+    """Settings by the flags that set them."""
+    return {
+        "--adapter-class": ("adapter_class", adapter_class or None),
+        "--generation": ("generation", generation or None),
+    }
 
 
 class _Warnings:

@@ -197,7 +197,7 @@ class Rejects:
                     "QC-DATA-014",
                     f"{refused} rows are bad, of which the first {len(errors)} are shown",
                     file=errors[0].file,
-                    fix=f"fix these and run it again{listed}",
+                    fix=f"correct these and run it again{listed}",
                 )
             )
         if not errors:
@@ -238,7 +238,7 @@ class Rejects:
                 field=f"{first['place']}, the first of them",
                 found=first["reason"],
                 expected=f"at most {limit:.0%} of the rows (bad_rows_limit={limit:g})",
-                fix=f"fix the rows, or set bad_rows_limit={_above(count.skipped / rows)}",
+                fix=f"correct the rows, or set bad_rows_limit={_above(count.skipped / rows)}",
             )
         if rows and count.refused + count.dropped >= rows:
             return InputError(

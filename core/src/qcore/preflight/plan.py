@@ -170,7 +170,7 @@ def _units(planner: Planner, settings: Settings, media: int | None) -> int:
     if media < 1:
         raise UsageError(
             "QC-PLAN-008",
-            "is no number of units",
+            "is not a number of units",
             field="--media",
             found=media,
             expected="at least 1",

@@ -15,11 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..data.dataset import Dataset
+from ..data.rejects import REJECTED
 from ..errors import InputError, UsageError, WriteError
 from ..io.artifact import check_target, verify
-from ..io.atomic import drop_folders, remove_tree
+from ..io.atomic import drop_folders, remove_tree, writing
 from ..io.leftovers import sweep, sweep_inside
 from ..io.run_lock import Lock
+from .media_manifest import note_media
 from .resume import refuse_finished, refuse_renamed
 from .rotation import checkpoints
 
@@ -135,3 +138,19 @@ def check_again(target: Path, folder: Path, *, resume: bool) -> None:
         raise _of_another_run(folder)
     check_target(target)
     sweep(target)
+
+
+def note_rows(folder: Path, rows: Dataset, *, resume: bool) -> None:
+    """Write which media the rows have and which rows were refused.
+
+    Args:
+        folder: the run folder.
+        rows: of the run.
+        resume: the run is continued.
+
+    Raises:
+        WriteError: ``QC-WRITE-003`` to ``-006``.
+    """
+    note_media(folder, rows, resume=resume)
+    with writing(folder / REJECTED):
+        rows.rejects.write(folder / REJECTED)

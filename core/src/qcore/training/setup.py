@@ -103,39 +103,47 @@ class _Base:
     reporter: Reporter
 
 
-def prepare(
-    model: str,
-    data: DataWords,
-    output: str | Path,
-    settings: Settings,
-    *,
-    device: str,
-    resume: bool,
-    reporter: Reporter,
-    start: AdapterWords | None = None,
-) -> Run:
-    """Check everything that needs no weight.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a user asks for.
 
-    Args:
+    Attributes:
         model: a folder or a hub id.
         data: what ``--data`` and the options beside it say.
         output: the adapter folder to publish; absent or empty.
         settings: everything else.
         device: ``auto``, ``cpu`` or ``cuda``.
-        resume: continue the run that was stopped.
         reporter: receives events.
         start: what the user says of the adapter to start from.
+    """
+
+    model: str
+    data: DataWords
+    output: str | Path
+    settings: Settings
+    device: str
+    reporter: Reporter
+    start: AdapterWords
+
+
+def prepare(request: Request, *, resume: bool) -> Run:
+    """Check everything that needs no weight.
+
+    Args:
+        request: what is asked for.
+        resume: continue the run that was stopped.
 
     Raises:
         QcoreError: see docs/errors.md.
     """
+    settings, reporter = request.settings, request.reporter
     if resume:
-        refuse_finished(Path(output))
-    target = check_target(output)
-    chosen = pick_device(device)
-    identified = identify(model, generation=settings.generation)
+        refuse_finished(Path(request.output))
+    target = check_target(request.output)
+    chosen = pick_device(request.device)
+    identified = identify(request.model, generation=settings.generation)
     identified = identified.quantizing(settings.quantize_groups)
-    initial, settings, lines = start_from(start or AdapterWords(), identified, settings)
+    initial, settings, lines = start_from(request.start, identified, settings)
     reporter.lines(lines)
     base = _Base(
         model=identified,
@@ -146,7 +154,7 @@ def prepare(
     )
     reported = _preflight(base)
     folder = run_folder(target, resume=resume)  # its fix deletes files: settings are checked first
-    rows = _read_rows(base, data, folder)
+    rows = _read_rows(base, request.data, folder)
     check_evaluates(settings.load_best_at_end, len(rows.eval))
     reporter.lines(initial.other_variables(rows.chat.kwargs) if initial else ())
     base = _with_tower(base, rows, reported, initial)

@@ -19,9 +19,7 @@ from torch import Tensor
 
 from ..adapter.targets import Coverage
 from ..config.settings import Settings
-from ..data.rejects import REJECTED
 from ..errors import InputError
-from ..io.atomic import writing
 from ..io.metrics_log import MetricsLog
 from ..io.stop_signals import StopSignals
 from ..nn.offload import OffloadedInput
@@ -37,13 +35,12 @@ from .finite import naming_checkpoint
 from .frozen_objects import unfrozen_after
 from .initial_adapter import AdapterWords
 from .loading import load_base
-from .media_manifest import note_media
 from .metrics_sink import MetricsSink
 from .report import TrainReport, first_loss, last_loss
 from .rotation import checkpoint_path, checkpoints
 from .run import Run
-from .run_folder import check_again, locked, newest
-from .setup import DataWords, Words, before_the_stop, plan_memory, prepare
+from .run_folder import check_again, locked, newest, note_rows
+from .setup import DataWords, Request, Words, before_the_stop, plan_memory, prepare
 from .step import Loop
 from .stopping import AGAIN, WITH_RESUME, Saver, before_steps, last_words
 
@@ -81,13 +78,11 @@ def train(
         eval_data: the same, with rows that are only evaluated.
         data_format: row format; empty: detected.
         media_root: folder of absolute media paths.
-        verify_data: hash the data and media files, also those that are recognized as unchanged
-            since their rows were rendered.
+        verify_data: hash all data and media files, also those recognized as unchanged.
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: continue the run that was stopped.
         auto_resume: start the run, continue it, or return its report if it is finished.
-        init_adapter: adapter folder to start from. It sets rank, alpha, LoRA groups and class;
-            the optimizer starts fresh.
+        init_adapter: adapter to start from; it sets rank, alpha, LoRA groups and class.
         trust_base: accept an `init_adapter` without a fingerprint of its base.
         trust_generation: accept such an adapter if it names a base of another generation.
         origins: source of each setting, as `load_settings` returns it: settings from a file or a
@@ -99,28 +94,37 @@ def train(
     Raises:
         QcoreError: see docs/errors.md; nothing is published unless the run succeeded.
     """
-    reporter, settings = reporter or Reporter(), settings or Settings()
-    start = AdapterWords(
-        init_adapter=init_adapter, trust_base=trust_base, trust_generation=trust_generation,
-        origins=origins,
+    request = Request(
+        model=model, data=DataWords(data, eval_data, data_format, media_root, verify_data),
+        output=output, settings=settings or Settings(), device=device,
+        start=AdapterWords(
+            init_adapter=init_adapter, trust_base=trust_base, trust_generation=trust_generation,
+            origins=origins,
+        ),
+        reporter=reporter or Reporter(),
     )  # fmt: skip
     with stop or StopSignals() as stop:
-        with before_steps(stop, "the rows were prepared"):
-            if auto_resume:
-                found = how_to_start(output, settings, origins, reporter, resume=resume)
-                if (report := found.finished) is not None:
-                    return _finished(report, reporter)
-                resume = found.resume
-            run = prepare(
-                model, DataWords(data, eval_data, data_format, media_root, verify_data), output,
-                settings,
-                device=device, resume=resume, reporter=reporter, start=start,
-            )  # fmt: skip
-            before = before_the_stop(run) if resume else None
-            plan = plan_memory(run, room or room_of(run.device), before)
-        reporter.emit(RunStarted(verb="train", model=model, output=run.target))
-        fix = AGAIN if auto_resume else WITH_RESUME
-        return _finished(_execute(run, plan, stop, resume=resume, fix=fix), reporter)
+        return _run(request, stop, room, resume=resume, auto_resume=auto_resume)
+
+
+def _run(
+    request: Request, stop: StopSignals, room: Room | None, *, resume: bool, auto_resume: bool
+) -> TrainReport:
+    reporter = request.reporter
+    with before_steps(stop, "the rows were prepared"):
+        if auto_resume:
+            found = how_to_start(
+                request.output, request.settings, request.start.origins, reporter, resume=resume
+            )
+            if found.finished is not None:
+                return _finished(found.finished, reporter)
+            resume = found.resume
+        run = prepare(request, resume=resume)
+        before = before_the_stop(run) if resume else None
+        plan = plan_memory(run, room or room_of(run.device), before)
+    reporter.emit(RunStarted(verb="train", model=request.model, output=run.target))
+    fix = AGAIN if auto_resume else WITH_RESUME
+    return _finished(_execute(run, plan, stop, resume=resume, fix=fix), reporter)
 
 
 def _finished(report: TrainReport, reporter: Reporter) -> TrainReport:
@@ -152,7 +156,7 @@ def _execute(run: Run, plan: RunPlan, stop: StopSignals, *, resume: bool, fix: s
             )  # fmt: skip
             pending = _restore(session) if resume else None
             save_plan(run.folder, plan)
-            _note_rows(run, resume=resume)
+            note_rows(run.folder, run.data, resume=resume)
             named = naming_checkpoint(lambda: [path for _, path in checkpoints(run.folder)])
             with saver.first_fault(), named:
                 outcome = _train(session, saver.last, pending)
@@ -196,13 +200,6 @@ class _Outcome:
     eval_loss: float | None
     moved: tuple[int, int]
     published: Path | None
-
-
-def _note_rows(run: Run, *, resume: bool) -> None:
-    """Write to the run folder which media the rows have and which rows were refused."""
-    note_media(run.folder, run.data, resume=resume)
-    with writing(run.folder / REJECTED):
-        run.data.rejects.write(run.folder / REJECTED)
 
 
 def _restore(session: _Session) -> Mapping[str, Any] | None:

@@ -263,7 +263,8 @@ def _finite(value: Any, at: str) -> Any:
             at=at,
             found=value,
             expected="a finite number or null",
-            fix=f"fix it, or list the column {at.partition('.')[0]} under ignore_columns of a mix",
+            fix=f"correct it, or list the column {at.partition('.')[0]} under ignore_columns of a "
+            "mix",
         )
     return value
 
