@@ -167,3 +167,42 @@ def test_no_file_takes_the_number_of_a_closed_descriptor(tmp_path: Path) -> None
     process = forked(tmp_path, "presets", "list", out=CLOSED, err=CLOSED, before=look)
     assert process.status() == 73
     assert min(map(int, (tmp_path / "numbers").read_text().split())) > 2
+
+
+@pytest.mark.parametrize("verb", ["inspect", "plan"])
+def test_a_reader_that_left_a_report(tmp_path: Path, left: int, verb: str) -> None:
+    process = forked(tmp_path, verb, tiny_folder(), out=left)
+    assert process.status() == 141
+    assert not [line for line in process.lines() if line.startswith("error")]
+
+
+@pytest.mark.slow
+def test_a_merge_stands_and_its_status_says_what_was_lost(
+    run: Callable[..., Process], left: int, full: int, tmp_path: Path
+) -> None:
+    assert run(settings=SETTINGS | {"max_steps": 1}).status() == 0
+    line = ["merge", "--model", tiny_folder(), "--adapter", tmp_path / "out", "--output"]
+    lost: dict[str, tuple[dict[str, Any], int]] = {
+        "left": ({"out": left}, 141),
+        "full": ({"out": full}, 73),
+        "closed": ({"out": CLOSED}, 73),
+        "both": ({"out": full, "err": full}, 73),
+        "log": ({"err": full}, 0),
+        "log-closed": ({"err": CLOSED}, 0),
+    }
+    for name, (how, status) in lost.items():
+        for more in ((), ("--json",)):
+            target = tmp_path / f"{name}{len(more)}"
+            process = forked(tmp_path, *line, target, *more, **how)
+            assert process.status() == status, (name, process.lines())
+            assert verify(target).ok
+            errors = [text for text in process.lines() if text.startswith("error")]
+            assert [text[:18] for text in errors] == (
+                ["error[QC-CLI-007] "] if status == 73 and "err" not in how else []
+            )
+    damaged = tmp_path / "out" / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    for how in ({"out": full, "err": full}, {"out": left, "err": left}, {"out": CLOSED}):
+        process = forked(tmp_path, *line, tmp_path / "never", "--json", **how)
+        assert process.status() == 65
+        assert not (tmp_path / "never").exists()

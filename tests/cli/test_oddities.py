@@ -263,7 +263,9 @@ def _header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
 
 
-@pytest.mark.parametrize("metadata", [[1], "pt", {"format": 1}, {"format": None}, 3])
+@pytest.mark.parametrize(
+    "metadata", [[1], "pt", {"format": 1}, {"format": None}, 3, [], "", 0, False]
+)
 def test_metadata_of_a_safetensors_file_that_the_format_does_not_have(
     capsys: Any, base: Path, metadata: object
 ) -> None:

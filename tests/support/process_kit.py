@@ -63,6 +63,7 @@ def forked(
     terminal: int | None = None,
     before: Callable[[], None] = lambda: None,
     env: Mapping[str, str] | None = None,
+    group: bool = False,
 ) -> Process:
     """Start ``qcore ARGUMENTS``.
 
@@ -73,6 +74,7 @@ def forked(
         terminal: slave of a pseudoterminal, for all that is ``None``; it controls the process.
         before: called in the process first, to replace a function.
         env: additional environment.
+        group: make it the leader of a process group.
     """
     files = home / "stdout.txt", home / "stderr.txt"
     for file in files:
@@ -83,6 +85,8 @@ def forked(
     status = 99
     try:
         os.environ.update(env or {})
+        if group:
+            os.setpgid(0, 0)
         _connect(files, out, err, terminal)
         before()
         with mock.patch.object(sys, "argv", ["qcore", *map(str, arguments)]):

@@ -24,6 +24,9 @@ from torture.results import Results, Source
 from torture.suites import make_inputs
 
 _FILE: Final = Path(__file__).resolve().parents[2] / ".torture" / "results.jsonl"
+_PAGE: Final = _FILE.parents[1] / "docs" / "torture.md"
+_BEGIN: Final = "<!-- sums -->"
+_END: Final = "<!-- end of sums -->"
 _ROOM: Final = 2 << 30  #: bytes that the scratch folder may need
 _SHOWN: Final = 40  #: bad results that are printed
 
@@ -35,8 +38,10 @@ def main() -> int:
     if options.budget > 0:
         until = time.monotonic() + 60 * options.budget
         with _scratch() as folder:
-            _sweep(folder, results, options.seed, until, options.only)
+            _sweep(folder, results, options, until)
     print(results.table())
+    if options.docs:
+        _write_docs(results.table())
     bad = results.bad()
     for line in bad[:_SHOWN]:
         words = (line["verdict"], line["kind"], line["suite"], line["key"], line.get("detail", ""))
@@ -51,7 +56,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the order and of random times")
     parser.add_argument("--results", type=Path, default=_FILE, help="file that is appended to")
     parser.add_argument("--only", default="", help="text that the name of a point contains")
+    parser.add_argument("--shard", default="1/1", help="I/N: each N-th group, from the I-th")
+    parser.add_argument("--docs", action="store_true", help="write the sums to docs/torture.md")
     return parser.parse_args()
+
+
+def _write_docs(table: str) -> None:
+    """Replace what stands between the two marks of the page."""
+    before, rest = _PAGE.read_text("utf-8").split(_BEGIN)
+    after = rest.split(_END)[1]
+    _PAGE.write_text(f"{before}{_BEGIN}\n\n{table}\n\n{_END}{after}", "utf-8")
 
 
 @contextmanager
@@ -63,16 +77,17 @@ def _scratch() -> Iterator[Path]:
         yield Path(name)
 
 
-def _sweep(scratch: Path, results: Results, seed: int, until: float, only: str) -> None:
+def _sweep(scratch: Path, results: Results, options: argparse.Namespace, until: float) -> None:
     """Run points in rounds over the groups until time is up or all are done."""
+    only, (shard, of) = options.only, map(int, options.shard.split("/"))
     library = shim.build(scratch)
     if library is None:
         print("no C compiler (cc): fault points are skipped", file=sys.stderr)
     make_inputs(scratch / "inputs")
     with Client(scratch, library) as client:
         bench = Bench(scratch, scratch / "inputs", client)
-        made = chosen(groups(bench, seed, faults=bool(library)), only)
-        left = [_Left(group, results, only) for group in made]
+        made = chosen(groups(bench, options.seed, faults=bool(library)), only)
+        left = [_Left(group, results, only) for group in made[shard - 1 :: of]]
         while left and time.monotonic() < until:
             left = [group for group in left if group.round(until)]
 

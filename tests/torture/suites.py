@@ -171,6 +171,7 @@ def make_inputs(folder: Path) -> None:
     made_inputs.make_inputs(folder / "tiny-dense", folder / "tiny-moe", folder / "all")
     for name in ("dense", "moe", "vision", "sharded", "foreign", "media"):
         (folder / "all" / name).rename(folder / name)
+    _soften(folder / "foreign" / "adapter_model.safetensors")
     pairs = (
         ("What do bees make?", "Honey."), ("Sky?", "Blue."), ("Grass?", "Green."),
         ("Two plus three?", "Five."), ("Who are you?", "Ada."), ("Snow?", "White."),
@@ -181,3 +182,11 @@ def make_inputs(folder: Path) -> None:
         for question, answer in pairs
     )  # fmt: skip
     (folder / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+
+
+def _soften(path: Path) -> None:
+    """Make the change of the foreign adapter small beside the weights of its base."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    save_file({name: 0.01 * tensor for name, tensor in tensors.items()}, path)

@@ -88,6 +88,7 @@ def test_the_last_checkpoint_makes_no_other_one_go(rows: Path, tmp_path: Path) -
     assert left == ["checkpoint-2", "checkpoint-3"]
 
 
+@pytest.mark.slow
 def test_a_last_checkpoint_that_cannot_be_written(
     rows: Path, tmp_path: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +124,7 @@ def test_an_output_that_is_filled_before_the_lock_is_held(
     assert not (tmp_path / "out.run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_before_the_lock_is_held(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
 ) -> None:
@@ -195,6 +197,7 @@ def test_what_a_kill_left_in_the_run_folder_goes(
     assert list(home.rglob(".*")) == []
 
 
+@pytest.mark.slow
 def test_metrics_are_durable_before_the_checkpoint_that_claims_them(
     rows: Path, tmp_path: Path
 ) -> None:
@@ -269,9 +272,10 @@ def test_a_full_disk_names_the_file_that_failed_first(
 
 @pytest.mark.parametrize(
     "options",
-    [{"save_steps": 1, "save_total_limit": 2}, pytest.param({}, marks=pytest.mark.slow)],
+    [{"save_steps": 1, "save_total_limit": 2}, {}],
     ids=["two checkpoints", "none"],
 )
+@pytest.mark.slow
 def test_the_disk_space_that_a_run_needs_is_predicted(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:

@@ -26,6 +26,7 @@ from support.run_kit import SHORT, raw, start, words
 from support.sinks import Heard
 from support.tiers import fast
 
+from qcore.data.rendering import row_pool
 from qcore.errors import Interrupted
 from qcore.io.artifact import verify
 from qcore.io.stop_signals import StopNow, StopSignals
@@ -286,6 +287,29 @@ def test_a_run_in_a_library_is_stopped_as_before(rows: Path, tmp_path: Path) -> 
     heard = Heard(1, lambda: os.kill(os.getpid(), signal.SIGXCPU))
     with pytest.raises(Interrupted, match="stopped by SIGXCPU after step 1 of 4"):
         start(tiny_folder(), rows, tmp_path / "out", SETTINGS, reporter=heard.reporter)
+
+
+# -- a process group
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_the_group_does_not_end_the_processes_that_render_rows(
+    run: Callable[..., Process], tmp_path: Path, name: str
+) -> None:
+    """Schedulers signal every process of a job."""
+    settings = SETTINGS | {"dataset_num_proc": 2, "max_steps": 1, "eval_steps": 0}
+    process = run(settings=settings, group=True, before=lambda: held(
+        row_pool._Worker, "ask", tmp_path / "mark", seconds=1.0,
+    ))  # fmt: skip
+    wait_for(tmp_path / "mark", process)
+    os.killpg(process.pid, getattr(signal, name))
+    status = process.status()
+    if name == "SIGUSR1":
+        assert status == 0
+    else:
+        assert status == 75
+        assert f"stopped by {name} while the rows were prepared" in process.lines()[-1]
 
 
 # -- after the end

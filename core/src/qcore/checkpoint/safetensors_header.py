@@ -147,11 +147,15 @@ def _parse(raw: bytes, file: str, where: object) -> list[Header]:
         raise _damaged(where, f"a header that does not parse ({error})") from None
     if not isinstance(entries, dict) or len(entries) > _MAX_TENSORS:
         raise _damaged(where, "a header that is not a mapping of tensors")
-    metadata = entries.pop("__metadata__", None) or {}
-    if type(metadata) is not dict or not all(type(text) is str for text in metadata.values()):
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not _is_texts(metadata):
         raise _damaged(where, "not a mapping of texts", "__metadata__")
     base = PREFIX + len(raw)
     return [_header(where, file, name, entry, base) for name, entry in entries.items()]
+
+
+def _is_texts(value: Any) -> bool:
+    return type(value) is dict and all(type(text) is str for text in value.values())
 
 
 def _header(where: object, file: str, name: str, entry: Any, base: int) -> Header:

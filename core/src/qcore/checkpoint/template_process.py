@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
+from ..io.stop_signals import shielded
+
 SECONDS: Final = 90.0  #: wall time without an answer; the worker itself bounds processor time
 START_SECONDS: Final = 20.0  #: wall time until the process is ready
 _WORKER = Path(__file__).with_name("chat_template_worker.py")
@@ -95,14 +97,15 @@ class TemplateProcess:
         self.inputs: frozenset[str] = frozenset()
         self.dead = False
         self._buffer = bytearray()
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", str(_WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            env={name: os.environ[name] for name in _INHERITED if name in os.environ},
-        )
+        with shielded():
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(_WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                env={name: os.environ[name] for name in _INHERITED if name in os.environ},
+            )
 
     def open(self, template: str) -> None:
         """Wait until the process is ready and has parsed the template.

@@ -261,6 +261,19 @@ def _terminal_answers() -> bool:
     return True
 
 
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Start processes that signals to the whole process group do not reach, as schedulers send.
+
+    A signal that this process receives meanwhile is handled after the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOPS, _SAVE))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ignore() -> None:
     """Ignore signals from now on: the exit status of the process is decided."""
     if threading.current_thread() is threading.main_thread():

@@ -35,6 +35,7 @@ from ..nn.qlora.linear import Linear
 from ..nn.qlora.lora_layer import LoraLayer
 
 _STEPS_AT_CHANCE: Final = 32
+_FOR_SPREAD: Final = 8  # values of which the MAD says something
 _AT_CHANCE: Final = 0.995  # of ln(vocabulary)
 _ROUNDING: Final = 2.0**-20
 _RMS: Final = 1.0  # a root mean square that no weight of a trained model exceeds
@@ -55,10 +56,12 @@ def loss_without_gain(
     if not k:
         return ""
     start, end = median(first[:k]), median(last[-k:])
-    spread = max(_deviation(first[:k]), _deviation(last[-k:]))
-    # 1.2533 / sqrt(k): standard error of the median of k normal values.
-    margin = start * (0.1 + 1 / k) + 4 * spread * 1.2533 / math.sqrt(k)
-    if end > start + max(margin, 0.05):
+    margin = math.log(1.1 + 6 / k)
+    if k >= _FOR_SPREAD:
+        # 1.2533 / sqrt(k): standard error of the median of k normal values.
+        spread = max(_deviation(first[:k]), _deviation(last[-k:]))
+        margin += 2 * spread * 1.2533 / math.sqrt(k)
+    if end > start + 0.05 and math.log(end / max(start, 1e-9)) > margin:
         return (
             f"the run ended at a loss of {end:.4g} and began at {start:.4g} (medians of {k} steps)"
         )
@@ -88,8 +91,10 @@ def not_published(why: str, path: Path) -> NumericError:
 
 
 def _deviation(values: Sequence[float]) -> float:
-    middle = median(values)
-    return median([abs(value - middle) for value in values]) / 0.6745
+    """Deviation of the logarithms that their MAD stands for."""
+    logs = [math.log(max(value, 1e-9)) for value in values]
+    middle = median(logs)
+    return median([abs(value - middle) for value in logs]) / 0.6745
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, BinaryIO, Final, cast
 
 from ...errors import Failure, InputError, QcoreError, contained
 from ...io.cores import available_cores
+from ...io.stop_signals import shielded
 from .row_messages import pack, send, unpack
 from .row_worker import outcome_of
 from .text_reader import TextReader
@@ -154,14 +155,15 @@ class _Worker:
     """
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _MAIN],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            # The process imports what this one would, whatever was added to its path.
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
+        with shielded():
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _MAIN],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                # The process imports what this one would, whatever was added to its path.
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
         weakref.finalize(self, self._process.kill)
         self.output = _pipe(self._process.stdout).fileno()
         self.waiting: deque[_Chunk] = deque()

@@ -5,7 +5,8 @@ where something would be lost, the row is refused. `repair` is a pure function a
 it does not understand: `qcore.data.rows`, which runs after it, refuses malformed rows.
 
 - `qcore.data.repairs.text`: calls, results and think blocks as text, marks of media;
-- `qcore.data.repairs.calls`: null padding, undeclared functions, values of other types;
+- `qcore.data.repairs.padding`: null arguments of column formats;
+- `qcore.data.repairs.calls`: undeclared functions, arguments that do not fit their schema;
 - `qcore.data.repairs.turns`: order of turns;
 - `qcore.data.repairs.results`: results in the order of their calls.
 
@@ -21,8 +22,9 @@ from ...api.records import ChatFormat
 from ...api.views import TemplateView
 from ..findings import DataFinding
 from ..think_block import thinking_marks
-from .calls import check_calls, drop_padding, write_whole_numbers
+from .calls import check_calls, write_whole_numbers
 from .notes import Notes, PlacedMessage, RepairContext, text_only
+from .padding import drop_padding
 from .template_probes import probe_abilities
 from .text import check_marks, move_thinking, read_text_calls
 from .turns import repair_order
