@@ -146,7 +146,7 @@ ROWS = ["--config", "--debug", "--format", "--generation", "--json", "--media-ro
         "--set"]  # fmt: skip
 
 OPTIONS: dict[str, list[str]] = {
-    "inspect": ["MODEL", "--debug", "--generation", "--json"],
+    "inspect": ["MODEL", "--debug", "--for", "--generation", "--json"],
     "plan": [
         "MODEL", "--budget", "--config", "--debug", "--generation", "--gpu", "--groups", "--json",
         "--max-length", "--media", "--preset", "--r", "--rows", "--set",

@@ -386,3 +386,54 @@ def test_the_documented_learning_rate_is_the_one_that_is_used(step: int) -> None
     names = {"learning_rate": 1e-3, "n": step, "W": 3, "S": 100, "pi": math.pi, "cos": math.cos}
     expected = eval(warm if step < 3 else cosine, {}, names)
     assert math.isclose(learning_rate(settings, step, 100), expected)
+
+
+# -- what a checkpoint is fit for
+
+
+def _no_tokenizer(base: Path) -> None:
+    (base / "tokenizer.json").unlink()
+
+
+def _empty_tokenizer(base: Path) -> None:
+    (base / "tokenizer.json").write_text("{}")
+
+
+def _no_template(base: Path) -> None:
+    (base / "chat_template.jinja").unlink()
+
+
+def _other_eos(base: Path) -> None:
+    (base / "generation_config.json").write_text('{"eos_token_id": 1}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "severity", "code", "status"),
+    [
+        (_no_tokenizer, "error", "QC-TOKENIZER-001", 65),
+        (_empty_tokenizer, "error", "QC-TOKENIZER-001", 65),
+        (_no_template, "error", "QC-PRE-001", 65),
+        (_other_eos, "warning", "QC-PRE-004", 0),
+    ],
+)
+def test_inspect_names_what_train_would_refuse(
+    capsys: Any, base: Path, damage: Callable[[Path], None], severity: str, code: str, status: int
+) -> None:
+    damage(base)
+    words = ("inspect", base, "--generation", "3.5")
+    plain = here(capsys, *words)
+    assert plain.code == 0
+    assert f"finding     {severity} for train, serve: [{code}]" in plain.out
+    assert here(capsys, *words, "--for", "train").code == status
+    assert here(capsys, *words, "--for", "serve", "--json").code == status
+    assert here(capsys, *words, "--for", "merge").code == 0
+    (finding,) = here(capsys, *words, "--json").json["findings"]
+    assert (finding["for"], finding["severity"], finding["code"]) == (
+        ["train", "serve"], severity, code,
+    )  # fmt: skip
+
+
+def test_a_whole_checkpoint_has_no_findings(capsys: Any, base: Path) -> None:
+    ended = here(capsys, "inspect", base, "--for", "train", "--for", "serve", "--json")
+    assert ended.code == 0
+    assert ended.json["findings"] == []

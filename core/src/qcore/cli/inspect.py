@@ -15,17 +15,24 @@ if TYPE_CHECKING:
 @click.command("inspect")
 @click.argument("model")
 @click.option("--generation", default="", help="Take an unproven checkpoint for this generation.")
+@click.option(
+    "--for",
+    "uses",
+    multiple=True,
+    type=click.Choice(["train", "merge", "serve"]),
+    help="A use that MODEL must be fit for; repeatable. By default findings of all are shown.",
+)
 @json_option
 @debug_option
-def command(model: str, generation: str, as_json: bool) -> None:
+def command(model: str, generation: str, uses: tuple[str, ...], as_json: bool) -> None:
     """Report what MODEL is, by which evidence, and whether every tensor is accounted for."""
     from ..preflight.inspect import inspect
 
-    report = inspect(model, generation=generation)
+    report = inspect(model, generation=generation, uses=uses)
     if as_json:
         emit(report.as_json())
-        if report.problems:  # the error is a part of the object on stdout
-            raise click.exceptions.Exit(report.problems[0].exit_code)
+        if report.errors:  # the error is a part of the object on stdout
+            raise click.exceptions.Exit(report.errors[0].exit_code)
         return
     _print(report)
     report.raise_problems()
@@ -48,6 +55,11 @@ def _print(report: InspectReport) -> None:
     _print_record(report.record)
     if report.parameters is not None and not report.problems:
         click.echo("  every tensor is accounted for")
+    for finding in report.findings:
+        click.echo(
+            f"  finding     {finding.severity} for {', '.join(finding.uses)}: "
+            f"[{finding.error.code}] {finding.error.message}"
+        )
 
 
 def _print_tensors(report: InspectReport) -> None:

@@ -42,6 +42,22 @@ def preflight(
             settings that say so.
         token_ids: ids by token, where the verb reads text.
     """
+    problems, findings = survey(
+        found, verb=verb, settings=settings, template_kwargs=template_kwargs, token_ids=token_ids
+    )
+    raise_all(problems)
+    return tuple(line(finding) for finding in findings)
+
+
+def survey(
+    found: Identified,
+    *,
+    verb: str,
+    settings: Settings | None = None,
+    template_kwargs: Mapping[str, Plain] | None = None,
+    token_ids: Mapping[str, int] | None = None,
+) -> tuple[list[QcoreError], list[Finding]]:
+    """Run the guards as `preflight` does, and return the errors and all findings."""
     ids = token_ids or {}
     reads_text = verb in ("train", "generate")
     problems = [] if settings is None else list(unsuitable(found, settings.to_dict()))
@@ -61,8 +77,7 @@ def preflight(
     theirs = [finding for _, finding in found.plugins.ask("qcore_preflight", request=request)]
     ends = _end_of_turn(found, ids) if reads_text else ()
     findings = [*_core(found, request), *ends, *_absent(request, theirs), *theirs]
-    raise_all([*problems, *(as_error(f) for f in findings if f.severity is Severity.ERROR)])
-    return tuple(line(finding) for finding in findings)
+    return [*problems, *(as_error(f) for f in findings if f.severity is Severity.ERROR)], findings
 
 
 def as_error(finding: Finding) -> InputError:

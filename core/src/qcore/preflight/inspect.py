@@ -6,8 +6,8 @@ a tensor (the report lists them), and imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..checkpoint.layout_faults import faults
@@ -16,6 +16,7 @@ from ..errors import QcoreError, raise_all
 from ..plugins.resolve_model import Identified, identify
 from ..skus.compare import Difference, compare, part_layouts
 from ..skus.registry import load_skus
+from .uses import USES, UseFinding, findings_of
 
 #: Codes of a tensor that is absent, or that no part owns.
 _BY_NAME = ("QC-KEY-001", "QC-KEY-002", "QC-KEY-004")
@@ -69,6 +70,8 @@ class InspectReport:
         revision: commit on the hub; ``None`` for a folder.
         record: comparison with the record of the SKU.
         problems: the faults as errors; empty for a checkpoint that is whole.
+        findings: what train, merge and serve would say of it; empty if there are `problems`.
+        asked: the uses that the caller named; their errors are raised.
     """
 
     model: str
@@ -89,6 +92,8 @@ class InspectReport:
     revision: str | None
     record: RecordComparison
     problems: tuple[QcoreError, ...]
+    findings: tuple[UseFinding, ...] = ()
+    asked: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The payload of ``qcore inspect --json``; ``error`` only where there is a problem."""
@@ -115,10 +120,17 @@ class InspectReport:
                 "differences": [asdict(difference) for difference in self.record.differences],
                 "unread": list(self.record.unread),
             },
+            "findings": [finding.as_json() for finding in self.findings],
         }
-        if self.problems:
-            facts["error"] = faults(self.problems)[0].as_json()
+        if self.errors:
+            facts["error"] = self.errors[0].as_json()
         return facts
+
+    @property
+    def errors(self) -> list[QcoreError]:
+        """The faults of tensors and the errors of the uses that were asked for."""
+        unfit = [finding.error for finding in self.findings if finding.severity == "error"]
+        return [*faults(self.problems), *(unfit if self.asked else ())]
 
     def raise_problems(self) -> None:
         """Raise the faults, if there are any.
@@ -126,15 +138,16 @@ class InspectReport:
         Raises:
             QcoreError: one, or a `PreflightError` of all.
         """
-        raise_all(faults(self.problems))
+        raise_all(self.errors)
 
 
-def inspect(model: str, *, generation: str = "") -> InspectReport:
+def inspect(model: str, *, generation: str = "", uses: Sequence[str] = ()) -> InspectReport:
     """Report what a model is.
 
     Args:
         model: a folder or a hub id; the weights of a hub id stay on the hub.
         generation: accepted only where evidence is missing, never against it.
+        uses: names among `USES`, whose errors are problems; by default all are reported only.
 
     Raises:
         QcoreError: the folder cannot be read, or no plugin claims it. Faults of tensors are
@@ -142,7 +155,11 @@ def inspect(model: str, *, generation: str = "") -> InspectReport:
     """
     with without_gc():
         identified = identify(model, generation=generation, tolerant=True, headers_only=True)
-        return _report(model, identified)
+        report = _report(model, identified)
+    if not report.problems:
+        findings = findings_of(identified, dict.fromkeys(uses or USES))
+        return replace(report, findings=findings, asked=tuple(uses))
+    return report
 
 
 def _report(model: str, identified: Identified) -> InspectReport:
