@@ -392,6 +392,7 @@ def test_training_goes_on_from_it(
     settings = Settings(
         max_steps=1, quantization="none", dtype="fp32", save_steps=0, learning_rate=1e-8,
         per_device_train_batch_size=2, gradient_accumulation_steps=1, gradient_checkpointing=False,
+        publish_without_gain=True,
     )  # fmt: skip
     train(
         str(base), rows, tmp_path / "out", settings, device="cpu", init_adapter=adapter,

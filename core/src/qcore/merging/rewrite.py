@@ -257,7 +257,7 @@ class MergePass:
         moved, changes, bases = 0.0, 0.0, 0.0
         for view, total in self.deltas.add(self._changed_as(entry), weight, cut.region):
             old = view.to(torch.float32, copy=True)  # a float32 file's would be the view itself
-            difference = view.copy_(total).float().sub_(old)
+            difference = view.copy_(total).float() - old
             largest = float(torch.linalg.vector_norm(difference, math.inf))
             if not is_finite(old):
                 raise self._not_finite(path, header)
