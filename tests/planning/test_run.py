@@ -316,7 +316,6 @@ def test_another_policy_is_said(found: Identified) -> None:
 def test_policies_are_written_and_read(found: Identified, tmp_path: Path) -> None:
     plan, _ = planned(found, Room())
     assert load_plan(tmp_path, POLICIES)[0] == PreviousPlan()
-    (tmp_path / f"{PLAN}.new").write_text("half")
     save_plan(tmp_path, plan)
     assert load_plan(tmp_path, POLICIES) == (PreviousPlan(policies=plan.policies, together=0), [])
     save_plan(tmp_path, replace(plan, together=4096))

@@ -26,7 +26,8 @@ main()
 """
 
 
-@pytest.mark.parametrize("kind", ["dense", pytest.param("experts", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_a_plan_does_not_depend_on_triton(tmp_path: Path, kind: str) -> None:
     base = tmp_path / "base"
     tiny.write(base, moe=kind == "experts")

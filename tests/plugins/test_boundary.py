@@ -17,7 +17,7 @@ def _broad(tree: ast.AST) -> list[int]:
             kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
             names = {kind.id for kind in kinds if isinstance(kind, ast.Name)}
             broad = node.type is None or names & {"Exception", "BaseException"}
-            if broad and not _only_the_bare_class(node):
+            if broad and not (_only_the_bare_class(node) or _raises_again(node)):
                 lines.append(node.lineno)
     return lines
 
@@ -32,11 +32,18 @@ def _only_the_bare_class(handler: ast.ExceptHandler) -> bool:
     )
 
 
+def _raises_again(handler: ast.ExceptHandler) -> bool:
+    """The handler cleans up, and its last statement is ``raise``."""
+    return ast.unparse(handler.body[-1]) == "raise"
+
+
 def test_the_check_sees_broad_handlers() -> None:
     for clause in ("except:", "except Exception:", "except (ValueError, BaseException) as e:"):
         assert _broad(ast.parse(f"try:\n    pass\n{clause}\n    pass\n")) == [3]
     narrow = "except Exception as e:\n    if type(e) is not Exception:\n        raise\n    pass\n"
     assert _broad(ast.parse(f"try:\n    pass\n{narrow}")) == []
+    assert _broad(ast.parse("try:\n    pass\nexcept BaseException:\n    f()\n    raise\n")) == []
+    assert _broad(ast.parse("try:\n    pass\nexcept BaseException:\n    raise X\n")) == [3]
     assert _broad(ast.parse("try:\n    pass\nexcept ValueError:\n    pass\n")) == []
 
 

@@ -154,6 +154,7 @@ def resumed(rows: Path, home: Path, **more: Any) -> None:
     start(tiny_folder(), rows, home / "out", options, resume=True, **more)
 
 
+@pytest.mark.slow
 def test_a_run_that_finishes_before_the_lock_is_held(
     rows: Path, halted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
 ) -> None:

@@ -76,7 +76,7 @@ def run(rows: Path, tmp_path: Path) -> Callable[..., Process]:
 CASES = [f"{place} {name}" for place in PLACES for name in STOPS]
 
 
-@pytest.mark.parametrize("case", fast(CASES, "evaluation SIGTERM"))
+@pytest.mark.parametrize("case", fast(CASES, "loading SIGTERM"))
 def test_a_signal_is_seen_within_two_seconds(
     run: Callable[..., Process], rows: Path, tmp_path: Path, case: str
 ) -> None:

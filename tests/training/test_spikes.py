@@ -184,6 +184,7 @@ def test_warn_names_the_rows_and_keeps_the_last_good_checkpoint(
     assert row["spike"]["rows"].startswith(f"{rows}: lines ")
 
 
+@pytest.mark.slow
 def test_stop_updates_nothing_and_can_be_resumed_with_warn(
     base: Path, rows: Path, tmp_path: Path, spiking: Callable[..., None]
 ) -> None:

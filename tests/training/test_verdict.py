@@ -83,6 +83,7 @@ def rising(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Loop, "_accumulate", changed)
 
 
+@pytest.mark.slow
 def test_a_run_that_rose_keeps_its_adapter_and_is_published_on_demand(
     base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import InputError
+from ..errors import Failure, InputError, contained
 from .tokenizer_files import TOKENIZER, Files
 
 if TYPE_CHECKING:
@@ -37,20 +37,18 @@ def load_tokenizer(checkpoint: Files) -> Tokenizer:
             fix=f"add {original}",
         )
     path = checkpoint.file(TOKENIZER)
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except BaseException as error:
-        # Only the tokenizers library raises the bare class; a panic of its Rust code is no
-        # Exception, and its class cannot be imported.
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
-            raise
+    # A panic of the library's Rust code is no Exception, and its class cannot be imported.
+    tokenizer = contained(lambda: Tokenizer.from_file(str(path)))
+    if isinstance(tokenizer, Failure):
+        if isinstance(tokenizer.error, OSError | MemoryError):
+            raise tokenizer.error
         raise InputError(
             "QC-TOKENIZER-001",
             "cannot be loaded as a tokenizer",
             file=path,
-            found=str(error)[:200],
+            found=str(tokenizer.error)[:200],
             fix=f"use {original}",
-        ) from None
+        )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

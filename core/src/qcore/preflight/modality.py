@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
+from ..checkpoint.identity import versions_of
 from ..checkpoint.unowned import unclaimed_sections
 from ..errors import UsageError
 from ..plugins.manager import owner_of
@@ -40,7 +41,8 @@ def unread(found: Identified) -> str:
     sections = unclaimed_sections(found.checkpoint.config, layout.table)
     if sections and layout.carried:
         package = found.decision.architecture.media_plugin
-        install = f" (pip install {package})" if package else ""
+        absent = package and versions_of([package])[package] is None
+        install = f" (pip install {package})" if absent else ""
         return f"no installed plugin reads what {sections[0]} describes{install}"
     return "this is a text-only checkpoint"
 
