@@ -37,14 +37,15 @@ def refuse_other_config(base: Identified, adapter: Adapter) -> None:
     try:
         difference = first_difference(bound, recorded)
     except QcoreError as error:
-        difference = Difference(str(error.field or "config.json"), error.found, error.expected)
+        # The weights do not fit the blocks of the recorded config.
+        difference = Difference("", error.message, "weights for the config.json of the training")
     if difference is None:
         return
     raise InputError(
         "QC-ADAPTER-024",
         "computes something else than the base that the adapter was trained on",
         file=base.checkpoint.path / "config.json",
-        field=difference.field,
+        field=difference.field or None,
         found=_shown(difference.found),
         expected=_shown(difference.expected),
         fix="name the base with the config.json of the training; a merge can be edited afterwards",
@@ -52,4 +53,4 @@ def refuse_other_config(base: Identified, adapter: Adapter) -> None:
 
 
 def _shown(value: Any) -> str:
-    return "absent" if value is None else str(value)[:80]
+    return "absent" if value is None else str(value)[:160]

@@ -1,9 +1,8 @@
 """Checks of the values that a merge writes: how large a change is, and which values are not finite.
 
 A change whose norm exceeds `LARGEST` times that of its weight replaces the weight by the adapter:
-a wrong alpha, a wrong base, or a run that diverged. Trained adapters change a weight by a small
-part of its norm (docs/merging.md); the bound is far above, so that no adapter that works is
-refused.
+a wrong alpha, a wrong base, or a run that diverged. The bound is a judgment: far above 1, so that a
+small weight that training changes much is not refused.
 
 A tensor that no change touches is copied, also where it holds a NaN or an infinity: the base had
 it. Such a tensor is named.
