@@ -354,7 +354,7 @@ def test_a_pattern_that_matches_nothing_is_named(
     assert line in "".join(warnings)
 
 
-# -- what a run says where nobody watches
+# -- what an unattended run says
 
 
 def test_a_piped_log_has_the_evaluations_and_the_last_step(capsys: Any) -> None:

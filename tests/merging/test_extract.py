@@ -177,7 +177,7 @@ def test_an_embedding_of_another_size_is_left_out_and_the_base_still_recorded(
 
 @pytest.mark.parametrize("same", [True, False])
 def test_a_head_that_only_the_tuned_checkpoint_unties(tmp_path: Path, same: bool) -> None:
-    """It is in another dtype there; with the values of the embedding it is no difference."""
+    """It has another dtype there; with the values of the embedding it counts as equal."""
     base = write_stock(tmp_path / "base", "vl", tied=True, dtype=torch.bfloat16)
     tuned = shutil.copytree(base, tmp_path / "tuned")
     tensors = load_file(tuned / MODEL)

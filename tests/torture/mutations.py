@@ -97,7 +97,7 @@ def _tried(reader: Reader, effect: Any) -> tuple[str, str]:
         return "hung", ""
     except KeyboardInterrupt:
         raise
-    except BaseException:  # noqa: BLE001, any other is looked for; panics of Rust are no Exception
+    except BaseException:  # noqa: BLE001, all others too; panics of Rust derive from BaseException
         return "unclean", traceback.format_exc()[-500:]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

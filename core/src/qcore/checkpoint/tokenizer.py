@@ -37,7 +37,7 @@ def load_tokenizer(checkpoint: Files) -> Tokenizer:
             fix=f"add {original}",
         )
     path = checkpoint.file(TOKENIZER)
-    # A panic of the library's Rust code is no Exception, and its class cannot be imported.
+    # The class of a panic of the library's Rust code cannot be imported.
     tokenizer = contained(lambda: Tokenizer.from_file(str(path)))
     if isinstance(tokenizer, Failure):
         if isinstance(tokenizer.error, OSError | MemoryError):

@@ -174,7 +174,7 @@ def delete(path: Path) -> None:
     """Delete a tree without following links.
 
     It continues after a failure, to free as much space as possible, and raises the first error at
-    the end. What another process deletes meanwhile is no failure.
+    the end. What another process deletes meanwhile counts as deleted.
     """
     failed: OSError | None = None
     with suppress(FileNotFoundError):

@@ -56,7 +56,7 @@ def how_to_start(
     """Look at what an earlier process has left.
 
     If no checkpoint of a run is intact, its folder is kept under another name and the run starts
-    again: a process that nobody watches must not end at it every time.
+    again: an unattended process must not end at it every time.
 
     Args:
         output: the adapter folder.
