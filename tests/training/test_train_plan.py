@@ -283,7 +283,7 @@ def test_memory_that_runs_out_after_all_is_an_error(
     with pytest.raises(InputError) as caught:
         run(rows, tmp_path / "out", save_steps=2)
     error = caught.value
-    assert (error.code, error.field) == ("QC-PLAN-004", "step 3")
+    assert (error.code, error.field) == ("QC-PLAN-004", "step 3 of 4")
     assert "Tried to allocate 2.00 GiB" in error.message
     assert "by the plan 0.0" in error.message
     assert "More advice" not in error.message
