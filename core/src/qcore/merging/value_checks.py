@@ -70,7 +70,7 @@ class ChangeSizes:
                 file=self.adapter,
                 field=name,
                 found=f"a change of {ratio:.3g} times the norm of the weight",
-                expected=f"at most {LARGEST:g}; training changes a weight by less than 1",
+                expected=f"at most {LARGEST:g}",
                 fix="check lora_alpha, r and the base of the adapter, or pass --allow-large-change",
             )
 
