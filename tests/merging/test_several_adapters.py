@@ -18,7 +18,7 @@ from support.e2e_kit import documents, our_logits, stock, stock_logits, write_st
 from support.model_kit import edit_json
 from support.moe_kit import rewrite
 
-from qcore.adapter.combined import Weighted
+from qcore.adapter.combined import Weighted, combined
 from qcore.adapter.delta import Deltas
 from qcore.adapter.evidence import read_for
 from qcore.errors import QcoreError
@@ -217,6 +217,24 @@ def test_a_part_that_is_not_in_the_sum_is_seen(home: Path) -> None:
         prove_parts([Weighted(adapter=one), Weighted(adapter=one)], Deltas(one))
     assert caught.value.code == "QC-MERGE-005"
     assert prove_parts([Weighted(adapter=two)], Deltas(two))[0].norm > 0
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_media_of_all_adapters_are_recorded(home: Path, order: tuple[int, int]) -> None:
+    base = identify(str(home / "base"))
+    records = [
+        {"kinds": ["image"], "keys": {"image": ["max_pixels"]}, "tower_changed": False, "pairs": 0},
+        {"kinds": ["video"], "keys": {"image": ["min_pixels"]}, "tower_changed": True, "pairs": 0},
+    ]
+    adapters = [
+        replace(read_for(base, home / name, trust_base=True), meta={"modalities": {"sight": one}})
+        for name, one in zip("ab", records, strict=True)
+    ]
+    total = combined([Weighted(adapter=adapters[number]) for number in order])
+    (record,) = total.modalities.values()
+    assert sorted(record["kinds"]) == ["image", "video"]
+    assert total.keys_of("image") == ["max_pixels", "min_pixels"]
+    assert record["tower_changed"] is True
 
 
 @pytest.mark.parametrize(
