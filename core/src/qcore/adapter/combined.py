@@ -72,19 +72,20 @@ def combined(adapters: Sequence[Weighted]) -> Adapter:
 def _sum(before: Change | None, change: Change, own: Weighted) -> Change:
     """Add the change of an adapter to those of the adapters before it."""
     placed = _placed(change, own.adapter.path)
-    if not isinstance(placed, Pair) or not _is_product(placed):
+    if not isinstance(placed, Pair) or not is_product(placed):
         if before is not None or own.weight != 1:
             raise _refused(own, change)
         return placed
     pieces = tuple(replace(piece, scaling=own.weight * piece.scaling) for piece in placed.pieces)
     if before is None:
         return replace(placed, pieces=pieces)
-    if not isinstance(before, Pair) or not _is_product(before):
+    if not isinstance(before, Pair) or not is_product(before):
         raise _refused(own, before)
     return replace(before, pieces=(*before.pieces, *pieces))
 
 
-def _is_product(pair: Pair) -> bool:
+def is_product(pair: Pair) -> bool:
+    """Whether a change is a product of matrices alone, so that it can be added and scaled."""
     return not pair.has_magnitude and pair.under is None
 
 
