@@ -31,7 +31,7 @@ from .measure import Measure
 from .meta_model import choose_backends, of_settings
 from .report import Lengths, Pack, Plan, units_of
 from .segments import SAMPLES, Segment
-from .sharding import GATHERED, Sharding, sharded_bytes
+from .sharding import GATHERED, Sharding, sharded_terms
 from .static import static_terms
 from .trace import rounded
 
@@ -126,7 +126,7 @@ class Steps:
         other = copy(self)
         other.ranks, other.sharding = ranks, None
         if sharded:
-            other.sharding = Sharding(ranks=ranks, layers=sharded_bytes(self.measure.model))
+            other.sharding = Sharding(ranks=ranks, terms=sharded_terms(self.measure.model))
         return other
 
     @property
@@ -134,7 +134,8 @@ class Steps:
         """Bytes that a rank always has allocated, by term."""
         if self.sharding is None:
             return self.static
-        return self.static | {"weights nf4": self.static["weights nf4"] - self.sharding.saved}
+        saved = self.sharding.saved
+        return {term: size - saved.get(term, 0) for term, size in self.static.items()}
 
     @property
     def timed(self) -> bool:
@@ -259,14 +260,14 @@ class Steps:
         end = self.measure.end(tuple(lengths), self.settings.loss_chunk_size)
         before, kept = self._before(lengths, policies, graph=True)
         yield from before
-        shards = self.sharding
         for number, segment in enumerate(segments):
-            gathered = 0 if shards is None else shards.gathered(number)
+            gathered = (0, 0)
+            if self.sharding is not None:
+                gathered = self.sharding.gathered(number, 1), self.sharding.gathered(number, -1)
             yield from _passes(f"layer {number}", kept, kept, segment, gathered)
             kept += segment.kept
-        last = 0 if shards is None else shards.layers[-1]  # its buffer is still there
-        yield _Moment("loss", kept, end.forward, end.forward_by_op, last)
-        yield _Moment("backward of the loss", kept, end.backward, end.backward_by_op, last)
+        yield _Moment("loss", kept, end.forward, end.forward_by_op)
+        yield _Moment("backward of the loss", kept, end.backward, end.backward_by_op)
 
     def _before(
         self, lengths: Lengths, policies: Sequence[str], *, graph: bool
@@ -360,14 +361,21 @@ class Steps:
 
 
 def _passes(
-    name: str, forward: int, backward: int, segment: Segment, gathered: int = 0
+    name: str, forward: int, backward: int, segment: Segment, gathered: tuple[int, int] = (0, 0)
 ) -> tuple[_Moment, _Moment]:
-    """Return forward and backward of a segment, with the bytes saved before each of them."""
+    """Return forward and backward of a segment, with the bytes there before each of them.
+
+    Args:
+        name: of the segment.
+        forward: bytes saved before its forward.
+        backward: bytes saved before its backward.
+        segment: its bytes.
+        gathered: bytes of gathered layers in forward and in backward.
+    """
+    first, last = gathered
     return (
-        _Moment(f"forward of {name}", forward, segment.forward, segment.forward_by_op, gathered),
-        _Moment(
-            f"backward of {name}", backward, segment.backward, segment.backward_by_op, gathered
-        ),
+        _Moment(f"forward of {name}", forward, segment.forward, segment.forward_by_op, first),
+        _Moment(f"backward of {name}", backward, segment.backward, segment.backward_by_op, last),
     )
 
 
