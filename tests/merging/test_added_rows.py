@@ -21,6 +21,7 @@ from support.e2e_kit import (
     vocabulary,
     write_stock,
 )
+from support.model_kit import edit_json
 from tokenizers import AddedToken, Tokenizer
 
 from qcore.errors import QcoreError
@@ -186,6 +187,18 @@ def test_an_added_row_without_values(
     assert weight in str(error.field)
     assert f"token {V}" in error.message
     assert f"{weight} in modules_to_save" in str(error.fix)
+
+
+@pytest.mark.parametrize("row", [10**12, 10**30])
+def test_an_absurd_row_is_refused_at_once(bases: Bases, tmp_path: Path, row: int) -> None:
+    """The number comes from the adapter's config: no work may depend on it."""
+    written(bases["vl", False], tmp_path / "a", {**Q, ROWS: [3, V]}, rows=V + 1)
+    with_tokens(tmp_path / "a")
+    edit_json(tmp_path / "a" / "adapter_config.json", lambda c: c.update({ROWS: [3, row]}))
+    error = refusal(bases["vl", False], tmp_path / "a", tmp_path / "out")
+    assert error.code == "QC-ADAPTER-006"
+    assert f"has no values for {row - V} of the {row + 1 - V} rows" in error.message
+    assert f"token {V}" in error.message
 
 
 def test_a_tokenizer_with_more_tokens_than_the_adapter_has_rows(
