@@ -226,7 +226,7 @@ class Loop:
         peaks[self.world.rank] = peak_bytes(self.device)
         facts = torch.tensor([*notes, *peaks], dtype=torch.float64, device=self.device)
         shared = torch.cat([losses.double(), facts])
-        self.world.sum_(shared)
+        self.world.sum_(shared, f"the loss of step {share.step + 1}")
         loss, balance, failures, stop, save, *peaks, norm, largest = self._finished(shared).tolist()
         self.signals.agree(bool(stop), bool(save))
         if failures and (agreed := agree(self.world, failed)) is not None:
@@ -264,7 +264,7 @@ class Loop:
         if isinstance(self.optimizer, FlatAdamW):
             gradients = self.optimizer.flat.grad
             assert gradients is not None
-            self.world.sum_(gradients)
+            self.world.sum_(gradients, "the gradients of a step")
             norm = self.optimizer.clip(limit)
         else:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)

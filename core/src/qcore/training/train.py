@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,7 @@ def train(
     """
     with ExitStack() as stack:
         if world is None:
-            ranks = is_rank()
-            world = World.of_environment(pick_device(device)) if ranks else World.alone()
-            stack.enter_context(world)
+            world = stack.enter_context(_world(device, settings or Settings()))
         reporter = (reporter if world.first else None) or Reporter()
         request = Request(
             model=model, data=DataWords(data, eval_data, data_format, media_root, verify_data),
@@ -120,6 +119,13 @@ def train(
         )  # fmt: skip
         stop = stack.enter_context(stop or StopSignals())
         return _run(request, stop, room, resume=resume, auto_resume=auto_resume)
+
+
+def _world(device: str, settings: Settings) -> World:
+    """The ranks that torchrun describes, or this process alone."""
+    if not is_rank():
+        return World.alone()
+    return World.of_environment(pick_device(device), timedelta(seconds=settings.rank_timeout))
 
 
 def _run(
