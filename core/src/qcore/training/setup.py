@@ -31,6 +31,7 @@ from ..nn.device import pick_device
 from ..nn.kernels.registry import Chosen, choose, installed, requested
 from ..nn.model import ops_of
 from ..nn.recompute import POLICIES
+from ..parallel.world import World
 from ..planning.compare import RunPlan
 from ..planning.packs import may_join, packs_of
 from ..planning.run import Room, plan_run
@@ -115,6 +116,7 @@ class Request:
         device: ``auto``, ``cpu`` or ``cuda``.
         reporter: receives events.
         start: what the user says of the adapter to start from.
+        world: the ranks of the run.
     """
 
     model: str
@@ -124,6 +126,7 @@ class Request:
     device: str
     reporter: Reporter
     start: AdapterWords
+    world: World
 
 
 def prepare(request: Request, *, resume: bool) -> Run:
@@ -170,6 +173,7 @@ def prepare(request: Request, *, resume: bool) -> Run:
         folder=folder,
         reporter=reporter,
         initial=initial,
+        world=request.world,
     )
 
 
