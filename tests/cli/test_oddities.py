@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.cli_kit import here
-from support.model_kit import snapshot
+from support.model_kit import edit_json, snapshot
 
 from qcore.adapter.peft_config import check_config
 from qcore.api.media import RowError
@@ -407,9 +407,29 @@ def _other_eos(base: Path) -> None:
     (base / "generation_config.json").write_text('{"eos_token_id": 1}')
 
 
+def _lowercased(base: Path) -> None:
+    steps = [{"type": "NFC"}, {"type": "Lowercase"}]
+    edit_json(
+        base / "tokenizer.json",
+        lambda c: c.update(normalizer={"type": "Sequence", "normalizers": steps}),
+    )
+
+
+def _moved_ids(base: Path) -> None:
+    """Two control tokens have each other's ids in one of two files, as after a bad conversion."""
+    tokens = json.loads((base / "tokenizer.json").read_text())["added_tokens"]
+    texts = [token["content"] for token in tokens]
+    a, b = texts.index("<|im_start|>"), texts.index("<|vision_start|>")
+    texts[a], texts[b] = texts[b], texts[a]
+    listed = {str(t["id"]): {"content": text} for t, text in zip(tokens, texts, strict=True)}
+    edit_json(base / "tokenizer_config.json", lambda c: c.update(added_tokens_decoder=listed))
+
+
 @pytest.mark.parametrize(
     ("damage", "severity", "code", "status"),
     [
+        (_lowercased, "warning", "QC-PRE-006", 0),
+        (_moved_ids, "warning", "QC-PRE-005", 0),
         (_no_tokenizer, "error", "QC-TOKENIZER-001", 65),
         (_empty_tokenizer, "error", "QC-TOKENIZER-001", 65),
         (_no_template, "error", "QC-PRE-001", 65),
