@@ -25,6 +25,7 @@ from qcore.api.media import RowError
 from qcore.cli.terminal import TerminalSink
 from qcore.config.settings import Settings
 from qcore.data.content import ContentReader
+from qcore.data.formats import Formats
 from qcore.reporting import Evaluation, ProgressStarted, Step
 from qcore.training.lr_schedule import learning_rate
 from qcore_qwen35.tiny import write
@@ -310,6 +311,18 @@ def test_media_without_their_plugin_name_the_package() -> None:
     with pytest.raises(RowError) as caught:
         reader.content([{"type": "image", "image": "a.png"}], "messages[0].content")
     assert caught.value.fix == "pip install qcore-m"
+
+
+MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize("row", [{"messages": MESSAGES}, {"prompt": "q", "completion": "a"}])
+def test_media_in_a_column_name_the_package(row: dict[str, Any]) -> None:
+    unread = "no installed plugin reads what vision_config describes (pip install qcore-m)"
+    with pytest.raises(RowError) as caught:
+        Formats(unread=unread).read(row | {"image": "a.png"})
+    assert caught.value.code == "QC-DATA-009"
+    assert str(caught.value.fix).startswith("pip install qcore-m; if it is metadata")
 
 
 def test_a_negative_alpha_is_refused(tmp_path: Path) -> None:
