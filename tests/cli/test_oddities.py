@@ -466,6 +466,22 @@ def test_inspect_names_what_train_would_refuse(
     )  # fmt: skip
 
 
+def test_fields_are_folded_on_a_terminal(
+    capsys: Any, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _other_eos(base)
+    words = ("inspect", base, "--generation", "3.5")
+    piped = here(capsys, *words).out
+    assert max(map(len, piped.splitlines())) > 80
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    shown = here(capsys, *words).out
+    lines = shown.replace(str(base), "base").splitlines()
+    assert max(map(len, lines)) <= 80
+    assert shown.split() == piped.split()
+    assert "Fix: add it" in " ".join(shown.split())
+
+
 def test_a_whole_checkpoint_has_no_findings(capsys: Any, base: Path) -> None:
     ended = here(capsys, "inspect", base, "--for", "train", "--for", "serve", "--json")
     assert ended.code == 0
