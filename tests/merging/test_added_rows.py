@@ -21,6 +21,8 @@ from support.e2e_kit import (
     vocabulary,
     write_stock,
 )
+from support.fp8_kit import write_fp8
+from support.model_kit import edit_json
 from tokenizers import AddedToken, Tokenizer
 
 from qcore.errors import QcoreError
@@ -188,6 +190,18 @@ def test_an_added_row_without_values(
     assert f"{weight} in modules_to_save" in str(error.fix)
 
 
+@pytest.mark.parametrize("row", [10**12, 10**30])
+def test_an_absurd_row_is_refused_at_once(bases: Bases, tmp_path: Path, row: int) -> None:
+    """The number comes from the adapter's config: no work may depend on it."""
+    written(bases["vl", False], tmp_path / "a", {**Q, ROWS: [3, V]}, rows=V + 1)
+    with_tokens(tmp_path / "a")
+    edit_json(tmp_path / "a" / "adapter_config.json", lambda c: c.update({ROWS: [3, row]}))
+    error = refusal(bases["vl", False], tmp_path / "a", tmp_path / "out")
+    assert error.code == "QC-ADAPTER-006"
+    assert f"has no values for {row - V} of the {row + 1 - V} rows" in error.message
+    assert f"token {V}" in error.message
+
+
 def test_a_tokenizer_with_more_tokens_than_the_adapter_has_rows(
     bases: Bases, tmp_path: Path
 ) -> None:
@@ -244,3 +258,14 @@ def test_generate_without_the_option(bases: Bases, tmp_path: Path) -> None:
     with pytest.raises(QcoreError, match="2 rows that") as caught:
         Generator(str(bases["vl", True]), adapter=tmp_path / "a", trust_base=True, device="cpu")
     assert "--take-tokenizer" in str(caught.value.fix)
+
+
+def test_a_quantized_embedding_gets_no_rows(bases: Bases, tmp_path: Path) -> None:
+    """The way that the error names works: the same adapter and the 16-bit checkpoint."""
+    plain = bases["vl", False]
+    resized(plain, tmp_path / "a", "saved embedding and head")
+    base = write_fp8(plain, tmp_path / "fp8", block=(16, 16), also=(EMBED,))
+    error = refusal(base, tmp_path / "a", tmp_path / "out")
+    assert error.code == "QC-KEY-009"
+    assert str(error.field).endswith(f"{EMBED}.weight")
+    assert "16 bits" in str(error.fix)

@@ -25,6 +25,9 @@ from qcore.plugins.resolve_model import identify
 pytestmark = pytest.mark.usefixtures("one_thread")
 Q = {"target_modules": ["q_proj"]}
 HEAD, EMBED, ROWS = "lm_head", "embed_tokens", "trainable_token_indices"
+CANONICAL = "model.language_model"
+#: What two wrappers of PEFT call the values below them.
+BASES = (".base_layer.weight", ".token_adapter.base_layer.weight")
 MERGED: dict[str, dict[str, Any]] = {
     "LoRA on the head": {"target_modules": ["q_proj", HEAD]},
     "LoRA on the embedding": {"target_modules": ["q_proj", EMBED]},
@@ -327,3 +330,31 @@ def test_experts_in_automodels_own_layout_are_refused_by_name(
     with pytest.raises(QcoreError, match="Automodel's own layout") as caught:
         merge(str(bases[False]), tmp_path / "a", tmp_path / "out", trust_base=True)
     assert caught.value.code == "QC-ADAPTER-005"
+
+
+def test_two_spellings_of_trained_rows_are_refused(bases: dict[bool, Path], tmp_path: Path) -> None:
+    written(bases[False], tmp_path / "a", {**Q, ROWS: [3, 5]})
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors, end = load_file(file), ".token_adapter.trainable_tokens_delta"
+    name = next(name for name in tensors if name.endswith(end))
+    other = f"{name.removesuffix(end)}.trainable_tokens_delta"
+    save_file({**tensors, other: tensors[name] + 1}, file)
+    with pytest.raises(QcoreError, match="second tensor") as caught:
+        merge(str(bases[False]), tmp_path / "a", tmp_path / "out", trust_base=True)
+    assert caught.value.code == "QC-ADAPTER-005"
+    assert all(spelled in caught.value.message for spelled in (name, other))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_copy_with_the_values_of_the_base_is_ignored(
+    bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    peer = written(bases[False], tmp_path / "a", {"target_modules": ["q_proj", EMBED]})
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    root = next(name for name in load_file(file) if name.endswith("lora_embedding_A"))
+    root = root.removesuffix(".lora_embedding_A")
+    values = on_disk(bases[False])[f"{CANONICAL}.{EMBED}.weight"]
+    saved = {f"{root}{end}": values.clone() for end in BASES}
+    save_file(load_file(file) | saved, file)
+    merge(str(bases[False]), tmp_path / "a", tmp_path / "out", trust_base=True)
+    assert_merged(peer, bases[False], tmp_path / "out")

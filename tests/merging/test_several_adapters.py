@@ -18,7 +18,7 @@ from support.e2e_kit import documents, our_logits, stock, stock_logits, write_st
 from support.model_kit import edit_json
 from support.moe_kit import rewrite
 
-from qcore.adapter.combined import Weighted
+from qcore.adapter.combined import Weighted, combined
 from qcore.adapter.delta import Deltas
 from qcore.adapter.evidence import read_for
 from qcore.errors import QcoreError
@@ -217,6 +217,71 @@ def test_a_part_that_is_not_in_the_sum_is_seen(home: Path) -> None:
         prove_parts([Weighted(adapter=one), Weighted(adapter=one)], Deltas(one))
     assert caught.value.code == "QC-MERGE-005"
     assert prove_parts([Weighted(adapter=two)], Deltas(two))[0].norm > 0
+
+
+DORA: dict[str, Any] = {"target_modules": ["o_proj"], "use_dora": True}
+#: Changes that are not products of matrices.
+ALONE: dict[str, dict[str, Any]] = {
+    "DoRA": DORA,
+    "saved norm": {"target_modules": ["in_proj_a"], "modules_to_save": ["language_model.norm"]},
+    "rows": {"target_modules": ["in_proj_a"], "trainable_token_indices": [3, 5]},
+}
+
+
+@pytest.mark.parametrize("recipe", ALONE)
+def test_another_change_that_is_not_a_product_is_seen(
+    home: Path, tmp_path: Path, recipe: str
+) -> None:
+    base = identify(str(home / "base"))
+    for name, seed in (("one", 7), ("two", 8)):
+        written(home / "base", tmp_path / name, ALONE[recipe], seed=seed)
+    lora = read_for(base, home / "a", trust_base=True)
+    one, two = (read_for(base, tmp_path / name, trust_base=True) for name in ("one", "two"))
+    own = [Weighted(adapter=lora), Weighted(adapter=one)]
+    assert len(prove_parts(own, Deltas(combined(own)), one.changes)) == 2
+    other = Deltas(combined([Weighted(adapter=lora), Weighted(adapter=two)]))
+    with pytest.raises(QcoreError, match="not the change of the adapter") as caught:
+        prove_parts(own, other, one.changes)
+    assert caught.value.code == "QC-MERGE-005"
+
+
+def test_dora_without_an_effect_is_refused(home: Path, tmp_path: Path) -> None:
+    """B of 0 and the norms of the rows: base + adapter is the base."""
+    written(home / "base", tmp_path / "dora", DORA)
+    file, before = tmp_path / "dora" / "adapter_model.safetensors", on_disk(home / "base")
+    tensors = load_file(file)
+    for name in tensors:
+        if "lora_B" in name:
+            tensors[name].zero_()
+        elif "magnitude" in name:
+            module = name.removeprefix("base_model.model.").partition(".lora_")[0]
+            norms = torch.linalg.vector_norm(before[f"{module}.weight"].double(), dim=1)
+            tensors[name] = norms.float()
+    save_file(tensors, file)
+    wanted = {str(home / "a"): 1.0, str(tmp_path / "dora"): 1.0}
+    with pytest.raises(QcoreError, match="has no effect") as caught:
+        merge(str(home / "base"), wanted, tmp_path / "out", trust_base=True)
+    assert caught.value.code == "QC-MERGE-005"
+    assert "dora" in caught.value.message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_media_of_all_adapters_are_recorded(home: Path, order: tuple[int, int]) -> None:
+    base = identify(str(home / "base"))
+    records = [
+        {"kinds": ["image"], "keys": {"image": ["max_pixels"]}, "tower_changed": False, "pairs": 0},
+        {"kinds": ["video"], "keys": {"image": ["min_pixels"]}, "tower_changed": True, "pairs": 0},
+    ]
+    adapters = [
+        replace(read_for(base, home / name, trust_base=True), meta={"modalities": {"sight": one}})
+        for name, one in zip("ab", records, strict=True)
+    ]
+    total = combined([Weighted(adapter=adapters[number]) for number in order])
+    (record,) = total.modalities.values()
+    assert sorted(record["kinds"]) == ["image", "video"]
+    assert total.keys_of("image") == ["max_pixels", "min_pixels"]
+    assert record["tower_changed"] is True
 
 
 @pytest.mark.parametrize(

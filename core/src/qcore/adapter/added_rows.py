@@ -88,23 +88,23 @@ def check_added_rows(settled: Settled, layout: Layout, before: int, findings: Fi
         if tensor.row.tie is not None and not settled.untied:
             continue  # the head is the embedding
         rows = range(before, tensor.shape[0])
-        lacking = _lacking(settled.changes.get(tensor.name), rows)
-        if lacking:
+        count, first = _lacking(settled.changes.get(tensor.name), rows)
+        if count:
             findings.problem(
                 "QC-ADAPTER-006",
-                f"has no values for {len(lacking)} of the {len(rows)} rows that the adapter adds",
+                f"has no values for {count} of the {rows.stop - before} rows that the adapter adds",
                 tensor.name,
-                found=f"no value for token {lacking[0]}",
+                found=f"no value for token {first}",
                 expected=f"values for tokens {rows[0]} to {rows[-1]}",
                 fix="name the resized model that training used as the base, or train again with "
                 f"{_module(tensor)} in modules_to_save",
             )
 
 
-def _lacking(change: Change | None, rows: range) -> list[int]:
-    """Return the rows that a change gives no values."""
+def _lacking(change: Change | None, rows: range) -> tuple[int, int | None]:
+    """Count the rows that a change gives no values; also the first of them."""
     saved = change.under if isinstance(change, Pair) else change
-    return [*rows] if saved is None else saved.lacks(rows)
+    return (rows.stop - rows.start, rows.start) if saved is None else saved.lacks(rows)
 
 
 def _module(tensor: TableTensor) -> str:

@@ -47,15 +47,17 @@ class Replacement:
         """The tensors of the adapter that make this change."""
         return (self.values, *(() if self.under is None else self.under.headers))
 
-    def lacks(self, rows: range) -> list[int]:
-        """Return the rows of the weight among `rows` that no value replaces."""
-        if self.rows is None:
-            return [row for row in rows if row >= self.values.shape[0]]
-        own = {*self.rows}
-        left = [row for row in rows if row not in own]
-        return (
-            left if self.under is None else [row for row in left if row in self.under.lacks(rows)]
-        )
+    def lacks(self, rows: range) -> tuple[int, int | None]:
+        """Count the rows of the weight among `rows` that no value replaces; also the first.
+
+        The ids come from a file: work is bounded by the number of values, not by the range.
+        """
+        below = self if self.rows is None else self.under
+        whole = 0 if below is None else below.values.shape[0]
+        rest = range(min(max(rows.start, whole), rows.stop), rows.stop)
+        own = {row for row in self.rows or () if row in rest}
+        first = next((row for row in rest if row not in own), None)
+        return rest.stop - rest.start - len(own), first
 
     @property
     def is_lora(self) -> bool:

@@ -11,7 +11,7 @@ trained on different bases.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from ..checkpoint.checkpoint import Header
 from ..errors import InputError
 from .changes import Change, Pair, Replacement
+from .media_record import joined_media
 from .peft_names import Adapter
 
 
@@ -56,10 +57,13 @@ def combined(adapters: Sequence[Weighted]) -> Adapter:
     for own in adapters:
         for name, change in own.adapter.changes.items():
             changes[name] = _sum(changes.get(name), change, own)
+    meta = _meta([own.adapter for own in adapters])
+    if towers := _towers([own.adapter for own in adapters], changes):
+        meta["modalities"] = towers
     return replace(
         first,
         changes=changes,
-        meta=_meta([own.adapter for own in adapters]),
+        meta=meta,
         notes=(),
         untied=any(own.adapter.untied for own in adapters),
     )
@@ -68,19 +72,20 @@ def combined(adapters: Sequence[Weighted]) -> Adapter:
 def _sum(before: Change | None, change: Change, own: Weighted) -> Change:
     """Add the change of an adapter to those of the adapters before it."""
     placed = _placed(change, own.adapter.path)
-    if not isinstance(placed, Pair) or not _is_product(placed):
+    if not isinstance(placed, Pair) or not is_product(placed):
         if before is not None or own.weight != 1:
             raise _refused(own, change)
         return placed
     pieces = tuple(replace(piece, scaling=own.weight * piece.scaling) for piece in placed.pieces)
     if before is None:
         return replace(placed, pieces=pieces)
-    if not isinstance(before, Pair) or not _is_product(before):
+    if not isinstance(before, Pair) or not is_product(before):
         raise _refused(own, before)
     return replace(before, pieces=(*before.pieces, *pieces))
 
 
-def _is_product(pair: Pair) -> bool:
+def is_product(pair: Pair) -> bool:
+    """Whether a change is a product of matrices alone, so that it can be added and scaled."""
     return not pair.has_magnitude and pair.under is None
 
 
@@ -125,8 +130,8 @@ def _refused(own: Weighted, change: Change) -> InputError:
 _OF_BASE = ("tensors", "fingerprints")
 
 
-def _meta(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
-    """Return what the manifests of all adapters record of their base and their media."""
+def _meta(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Return what the manifests of all adapters record of their base and their prompts."""
     meta: dict[str, Any] = {}
     recorded = [adapter for adapter in adapters if adapter.meta]
     for field in _OF_BASE:
@@ -153,15 +158,20 @@ def _meta(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
     chats = [adapter.meta.get("chat") for adapter in adapters]
     if chats[0] is not None and all(chat == chats[0] for chat in chats):
         meta |= {"chat": chats[0]}  # of adapters that were trained on other prompts, none applies
-    return meta | ({"modalities": towers} if (towers := dict(_towers(adapters))) else {})
+    return meta
 
 
-def _towers(adapters: Sequence[Adapter]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the towers that any of the adapters was trained with."""
+def _towers(
+    adapters: Sequence[Adapter], changes: Mapping[str, Change]
+) -> dict[str, dict[str, Any]]:
+    """Return the towers that any of the adapters was trained with, and the media of all."""
     seen: dict[str, dict[str, Any]] = {}
     for adapter in adapters:
         for name, record in adapter.modalities.items():
-            before = seen.get(name, record)
+            before = seen.get(name, {})
             changed = bool(record.get("tower_changed") or before.get("tower_changed"))
-            seen[name] = {**record, **before, "tower_changed": changed}
-    yield from seen.items()
+            seen[name] = {
+                **record, **before, **joined_media(before, record), "tower_changed": changed,
+                "pairs": sum(change.tensor.part.name == name for change in changes.values()),
+            }  # fmt: skip
+    return seen

@@ -59,6 +59,8 @@ _ENDS = {
     ".trainable_tokens_delta": "rows",
     ".base_layer.weight": "base",
 }
+#: Kinds whose values a tensor has for the whole weight.
+_VALUES = ("copy", "module", "base")
 
 
 class _Owned(NamedTuple):
@@ -121,7 +123,7 @@ class WholeWeights:
             if owned is None:
                 strays.append(header)
             else:
-                by_weight.setdefault(owned.tensor.name, {})[owned.what] = owned
+                self._add(by_weight.setdefault(owned.tensor.name, {}), owned)
         for weight, own in by_weight.items():
             change = self._change(next(iter(own.values())).tensor, own)
             if change is not None and weight in pairs:
@@ -130,6 +132,27 @@ class WholeWeights:
             elif change is not None:
                 self.changes[weight] = change
         return strays
+
+    def _add(self, own: dict[str, _Owned], owned: _Owned) -> None:
+        """Add a tensor to those of its weight; refuse a second one of its kind.
+
+        Wrappers of PEFT spell some kinds in two ways. Which of two tensors an adapter computes
+        with is unknown, unless one of them has the values of the base.
+        """
+        before = own.get(owned.what)
+        if before is not None and owned.what in _VALUES:
+            if self._is_base(owned.header, owned.tensor):
+                return
+            if self._is_base(before.header, before.tensor):
+                before = None
+        if before is not None:
+            self._findings.problem(
+                "QC-ADAPTER-005", f"is a second tensor of the same kind for {owned.tensor.name}",
+                owned.header.name, found=f"{owned.header.name} and {before.header.name}",
+                expected="one of them", fix="export the adapter again with PEFT's save_pretrained",
+            )  # fmt: skip
+            return
+        own[owned.what] = owned
 
     def _owned(self, name: str, header: Header) -> _Owned | None:
         """Return the weight that a tensor belongs to; ``None`` if it fits no weight."""

@@ -95,6 +95,11 @@ class Settings:
         "which has no effect otherwise",
         low=0, high=1 << 30,
     )  # fmt: skip
+    scale_batch: bool = _s(
+        False,
+        "with several ranks, multiply the rows of an optimizer step by their number; false: the "
+        "ranks share the rows",
+    )
     learning_rate: float = _s(2e-4, "peak learning rate of AdamW", above=0, high=1)
     warmup_ratio: float = _s(0.03, "fraction of the steps used for warmup", low=0, below=1)
     weight_decay: float = _s(0.0, "decoupled weight decay of AdamW", low=0, high=1)

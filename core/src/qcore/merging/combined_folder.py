@@ -158,10 +158,7 @@ def _recorded(adapters: Sequence[Weighted], total: Adapter) -> dict[str, Any]:
     chats = [own.adapter.meta.get("chat") for own in adapters]
     if chats[0] and all(chat == chats[0] for chat in chats):
         meta["chat"] = chats[0]
-    parts = [change.tensor.part.name for change in total.changes.values()]
-    towers = {
-        name: {**record, "pairs": parts.count(name)} for name, record in total.modalities.items()
-    }
+    towers = total.modalities
     return meta | ({"modalities": towers} if towers else {})
 
 

@@ -180,7 +180,7 @@ def _publish(
         if merger.not_finite:
             reporter.warning(not_finite_line(merger.not_finite))
         proof = _prove(merger, out.folder, reporter) if prove else None
-        parts = prove_parts(adapters, merger.deltas) if prove and adapters[1:] else ()
+        parts = prove_parts(adapters, merger.deltas, merger.moved) if prove and adapters[1:] else ()
         out.meta.update(_meta(merger, adapters, parts, earlier, proof))
     return proof, parts
 

@@ -74,6 +74,7 @@ class MergePass:
         digests: SHA-256 of the base's tensors, by canonical name.
         done: canonical names of the tensors that were changed.
         changed: tensors on disk whose bytes differ from those of the base.
+        moved: canonical names of the tensors of which a value changed.
         unchanged: tensors on disk that a change touches and that round back to those of the base.
         parameters: parameters of the changed tensors.
         largest: largest absolute change of one value.
@@ -93,6 +94,7 @@ class MergePass:
     digests: dict[str, str] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     changed: int = 0
+    moved: set[str] = field(default_factory=set)
     unchanged: list[str] = field(default_factory=list)
     parameters: int = 0
     largest: float = 0.0
@@ -312,6 +314,7 @@ class MergePass:
         self.done.add(entry.name)
         self.largest = max(self.largest, moved)
         if moved or patch.added:
+            self.moved.add(entry.name)
             self.changed += 1
             self.parameters += patch.written.numel
         else:

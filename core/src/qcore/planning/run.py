@@ -33,7 +33,7 @@ from .planner import Planner
 from .policies import default_policy
 from .report import Lengths, Pack, Plan, spelled, units_of
 from .saved import PreviousPlan
-from .step import LIBRARIES
+from .static import LIBRARIES
 
 TOKENS = 64  #: the shortest `max_length` that an error suggests
 #: Candidate limits in tokens for joined micro-batches; larger ones do not speed up any GPU.

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..adapter.base_check import refuse_parts
 from ..adapter.delta import Deltas
 from ..adapter.evidence import brings_template, evidence_lines, read_for
+from ..adapter.media_record import joined_media
 from ..adapter.peft_names import CONFIG, Adapter
 from ..adapter.replaced_values import ReplacedValues
 from ..adapter.weight_files import weights_digest
@@ -110,11 +111,7 @@ class InitialAdapter:
         merged = {name: dict(record) for name, record in now.items()}
         for name, before in self.adapter.modalities.items():
             here = merged.setdefault(name, dict(before))
-            here["kinds"] = [*dict.fromkeys((*before.get("kinds", ()), *here.get("kinds", ())))]
-            keys, was = dict(here.get("keys") or {}), before.get("keys") or {}
-            for kind, names in was.items():
-                keys[kind] = sorted({*names, *keys.get(kind, ())})
-            here["keys"] = keys
+            here |= joined_media(before, here)
         return merged
 
     def other_variables(self, now: Mapping[str, Any]) -> Iterator[str]:
