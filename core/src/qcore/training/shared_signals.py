@@ -27,7 +27,7 @@ class SharedSignals:
 
     def __init__(self, stop: StopSignals, world: World) -> None:
         self.stop = stop
-        self._alone = world.size == 1
+        self._world, self._alone = world, world.size == 1
         self._stop = self._save = False
 
     @property
@@ -35,10 +35,9 @@ class SharedSignals:
         """Whether the run was asked to stop; the same on all ranks."""
         return bool(self.stop.asked) if self._alone else self._stop
 
-    @property
     def cause(self) -> str:
-        """What asked this process to stop."""
-        return self.stop.asked or "a signal to another rank"
+        """What asked the first of the ranks to stop that were asked; every rank must call it."""
+        return next(filter(None, self._world.gather(self.stop.asked)), "another rank")
 
     def take_save(self) -> bool:
         """Whether a checkpoint was asked for since the last call; the same on all ranks."""

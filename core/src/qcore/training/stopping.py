@@ -327,7 +327,7 @@ class Saver:
             where: ``after step 3 of 10``.
             pending: the step's row of metrics, if its evaluation was dropped.
         """
-        what = f"stopped by {self._signals.cause} {where}"
+        what = f"stopped by {self._signals.cause()} {where}"
         if not done:
             return Interrupted("QC-TRAIN-006", what, fix=AGAIN)
         if self.last != done:
