@@ -3,7 +3,8 @@
 A case is written ``SHAPE:ROWSxTOKENS`` with options behind colons: ``l4`` takes the first four
 layers, ``e4`` trains the experts too at rank 4, ``full`` (or another policy of activation
 checkpointing) is that of all layers, and ``one`` or ``data`` measures that placement
-alone. ``gradients`` in front compares gradients in place of measuring time.
+alone. ``gradients`` in front compares gradients in place of measuring time. ``hf`` in front times
+transformers + peft + bitsandbytes under `DistributedDataParallel`, ``hf-fla`` the same with fla.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from peers.shapes import SHAPES, Job
 
 #: How weights are placed: on one GPU, or whole on each rank.
 PLACEMENTS = ("one", "data")
+PEERS = ("hf", "hf-fla")  #: as `train_step_gpu` has them
 POLICIES = ("none", "elementwise", "full", "offload")  #: as `qcore.nn.recompute` has them
 #: What ``--cases`` names in short.
 SETS = {
     "first": ("4b:2x4096", "35b-a3b:1x8192", "gradients:4b:1x2048:l4"),
     "large": ("122b-a10b:1x8192",),
     "dense": ("9b:1x8192", "27b:1x8192"),
+    "peers": ("hf:4b:2x4096",),
     "tiny": (
         "gradients:tiny:2x33", "gradients:tiny-moe:2x33", "tiny:2x33", "tiny-moe:1x65",
         "tiny-moe:1x65:e4",
@@ -41,6 +44,7 @@ class Case:
         policy: activation checkpointing of all layers; empty: the fastest that fit.
         placements: of `PLACEMENTS`.
         gradients: compare gradients with those of one rank, and measure no time.
+        peer: of `PEERS`, to time in place of qcore; empty: qcore.
     """
 
     shape: str
@@ -51,11 +55,12 @@ class Case:
     policy: str = ""
     placements: tuple[str, ...] = PLACEMENTS
     gradients: bool = False
+    peer: str = ""
 
     @property
     def word(self) -> str:
         """The case as `parse` reads it."""
-        words = ["gradients"] if self.gradients else []
+        words = ["gradients"] if self.gradients else [self.peer] if self.peer else []
         words += [self.shape, f"{self.batch}x{self.seq}"]
         words += [f"l{self.layers}"] if self.layers else []
         words += [f"e{self.expert_rank}"] if self.expert_rank else []
@@ -100,12 +105,15 @@ def parse(text: str) -> list[Case]:
 
 def _case(word: str) -> Case:
     parts = word.split(":")
-    gradients = parts[0] == "gradients"
-    shape, *rest = parts[gradients:] or [""]
+    front = parts.pop(0) if parts[0] in ("gradients", *PEERS) else ""
+    shape, *rest = parts or [""]
     if shape not in SHAPES or not rest or not re.fullmatch(r"[1-9]\d*x[1-9]\d*", rest[0]):
         raise ValueError(f"{word}: expected SHAPE:ROWSxTOKENS; shapes: {', '.join(SHAPES)}")
     batch, seq = map(int, rest[0].split("x"))
-    case = Case(shape=shape, batch=batch, seq=seq, gradients=gradients)
+    case = Case(
+        shape=shape, batch=batch, seq=seq, gradients=front == "gradients",
+        peer=front if front in PEERS else "",
+    )  # fmt: skip
     placements = tuple(one for one in rest[1:] if one in PLACEMENTS)
     for option in rest[1:]:
         if match := re.fullmatch(r"l([1-9]\d*)", option):

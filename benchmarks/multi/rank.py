@@ -26,6 +26,7 @@ from qcore.parallel.world import World
 from .base import RandomBase
 from .cases import Case
 from .gradients import compare
+from .peer import measure_peer
 from .table import append, brief
 from .timing import clear, measure
 
@@ -108,6 +109,9 @@ def run_case(rank: Rank, case: Case) -> None:
     """Measure a case; where it does not fit, the largest number of its layers that does."""
     if case.gradients:
         compare(rank, case)
+        return
+    if case.peer:
+        measure_peer(rank, case)
         return
     trial: Case | None = case
     while trial is not None and not measure(rank, trial):

@@ -73,10 +73,10 @@ def _start(record: Record) -> str:
 
 
 def _time(record: Record) -> str:
-    peaks, planned = record["peak_bytes"], record["plan_bytes"]
+    peaks, planned = record["peak_bytes"], record.get("plan_bytes", 0)
     times, share = record.get("times_one"), record.get("of_data")
-    expected = record["plan_seconds"]
-    off = f"{planned / max(peaks) - 1:+.1%}" if max(peaks) else "-"
+    expected = record.get("plan_seconds")
+    off = f"{planned / max(peaks) - 1:+.1%}" if planned and max(peaks) else "-"
     return (
         f"{_start(record)}{record['tokens_per_second']:10.0f}"
         f"{'-' if times is None else f'{times:.3f}':>7}"
@@ -84,7 +84,7 @@ def _time(record: Record) -> str:
         f"{record['seconds']:8.4f}{record['least']:8.4f}{record['most']:8.4f}"
         f"{'-' if expected is None else f'{expected:.3f}':>8}{_each(peaks):>15}"
         f"{planned / 1e9:8.2f}{off:>7}{_each(record['weights_bytes']):>15}"
-        f"{_each(record['layer_bytes']):>10}"
+        f"{_each(record.get('layer_bytes', [0])):>10}"
         f"{f'{s:.2f}' if (s := record.get('sum_ms')) is not None else '-':>8}"
         f"{record['first_seconds']:7.1f}  {record['policy']}"
     )

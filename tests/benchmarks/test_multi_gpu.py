@@ -74,8 +74,19 @@ def test_a_case_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
     assert "FAILED" in text
 
 
+@pytest.mark.slow
+def test_a_peer_is_measured_beside(tmp_path: Path) -> None:
+    text, records, status = _run(
+        tmp_path / "records", "--cases", "hf:tiny:1x17", "--gpus", "2", "--steps", "1"
+    )
+    assert status == 0, text
+    timed = [record for record in records if "seconds" in record]
+    assert [(record["placement"], record["ranks"]) for record in timed] == [("one", 1), ("data", 2)]
+    assert timed[1]["times_one"] > 0
+
+
 @pytest.mark.parametrize(
-    "word", ["4b:2x4096", "397b-a17b:1x8192:e4:data", "gradients:4b:1x64:l4:one"]
+    "word", ["hf-fla:4b:1x8", "4b:2x4096", "397b-a17b:1x8192:e4:data", "gradients:4b:1x64:l4:one"]
 )
 def test_cases_are_read_as_they_are_written(word: str) -> None:
     from multi.cases import parse
