@@ -39,6 +39,7 @@ from ..planning.saved import PreviousPlan, load_plan
 from ..plugins.resolve_model import Identified, identify
 from ..preflight.checks import preflight
 from ..preflight.modality import reader_of, unread, with_tower
+from ..preflight.tokenizer_findings import normalize_of
 from ..reporting import Reporter
 from .best import check_evaluates
 from .disk_space import check_space
@@ -183,8 +184,11 @@ def _preflight(base: _Base, reported: Collection[str] = ()) -> list[str]:
     ids = base.tokenizer.get_vocab()
     lines = [
         *base.model.decision.evidence,
-        *preflight(base.model, verb="train", settings=base.settings, token_ids=ids),
-    ]
+        *preflight(
+            base.model, verb="train", settings=base.settings, token_ids=ids,
+            normalize=normalize_of(base.tokenizer),
+        ),
+    ]  # fmt: skip
     base.reporter.lines(line for line in lines if line not in reported)
     return lines
 
