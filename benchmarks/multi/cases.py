@@ -2,7 +2,7 @@
 
 A case is written ``SHAPE:ROWSxTOKENS`` with options behind colons: ``l4`` takes the first four
 layers, ``e4`` trains the experts too at rank 4, ``full`` (or another policy of activation
-checkpointing) is that of all layers, and ``one`` or ``data`` measures that placement
+checkpointing) is that of all layers, and ``one``, ``data`` and ``sharded`` measure those placements
 alone. ``gradients`` in front compares gradients in place of measuring time. ``hf`` in front times
 transformers + peft + bitsandbytes under `DistributedDataParallel`, ``hf-fla`` the same with fla.
 """
@@ -14,19 +14,19 @@ from dataclasses import dataclass, replace
 
 from peers.shapes import SHAPES, Job
 
-#: How weights are placed: on one GPU, or whole on each rank.
-PLACEMENTS = ("one", "data")
+#: How weights are placed: on one GPU, whole on each rank, or sharded over the ranks.
+PLACEMENTS = ("one", "data", "sharded")
 PEERS = ("hf", "hf-fla")  #: as `train_step_gpu` has them
 POLICIES = ("none", "elementwise", "full", "offload")  #: as `qcore.nn.recompute` has them
 #: What ``--cases`` names in short.
 SETS = {
     "first": ("4b:2x4096", "35b-a3b:1x8192", "gradients:4b:1x2048:l4"),
-    "large": ("122b-a10b:1x8192",),
+    "large": ("397b-a17b:1x8192:sharded", "397b-a17b:1x8192:e4:sharded", "122b-a10b:1x8192"),
     "dense": ("9b:1x8192", "27b:1x8192"),
     "peers": ("hf:4b:2x4096",),
     "tiny": (
         "gradients:tiny:2x33", "gradients:tiny-moe:2x33", "tiny:2x33", "tiny-moe:1x65",
-        "tiny-moe:1x65:e4",
+        "tiny-moe:1x65:e4:sharded",
     ),
 }  # fmt: skip
 

@@ -35,7 +35,8 @@ Record = dict[str, Any]
 def measure(rank: Rank, case: Case) -> bool:
     """Time a case in each of its placements; returns whether any of them is expected to fit.
 
-    All placements have the policies that the first of them ran with, so that their times compare.
+    All placements have the policies that the first of them ran with, so that their times compare;
+    only a sharded base that is too large for one card is planned anew.
     """
     timing = Timing(rank, case)
     whole = [one for one in case.placements if one == "one" or (one == "data" and rank.several)]
@@ -50,6 +51,9 @@ def measure(rank: Rank, case: Case) -> bool:
             timing.together(model)
         del model
         clear()
+    if "sharded" in case.placements and rank.several and timing.plan("sharded"):
+        fits = True
+        timing.together(timing.built(sharded=True))
     return fits
 
 
@@ -101,10 +105,11 @@ class Timing:
             self.rank.say({"case": self.case.word, "skipped": placement, "why": size})
         return bool(plan["fits"])
 
-    def built(self) -> Model:
+    def built(self, *, sharded: bool = False) -> Model:
         """The model, whose bytes on each rank are noted."""
         before, began = self.rank.allocated(), time.perf_counter()
-        model = build(self.case, self.rank.backends(self.case), self.rank.random)
+        chosen, world = self.rank.backends(self.case), self.rank.world if sharded else None
+        model = build(self.case, chosen, self.rank.random, world=world)
         held = self.rank.allocated() - before
         self._layers = self.rank.world.wait(layer_bytes(model))
         self.rank.note(f"{self.case.word}: weights in {time.perf_counter() - began:.1f} s")
@@ -205,7 +210,9 @@ class Timing:
 
 
 def layer_bytes(model: Model) -> int:
-    """Bytes of the 4-bit weights that a rank holds."""
+    """Bytes of the 4-bit weights that a rank holds; where they are sharded, of all that is."""
+    if model.sharded is not None:
+        return model.sharded.bytes_held
     return sum(layer.stored_bytes for layer in model.lora_layers.values() if layer.four_bit)
 
 
