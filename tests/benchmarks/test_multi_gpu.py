@@ -87,7 +87,12 @@ def test_a_peer_is_measured_beside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "word",
-    ["hf-fla:4b:1x8", "4b:2x4096", "397b-a17b:1x8192:e4:sharded", "gradients:4b:1x64:l4:one:data"],
+    [
+        "hf-fla:4b:1x8",
+        "4b:2x4096",
+        "397b-a17b:1x8192:e4:s5:x2:sharded",
+        "gradients:4b:1x64:l4:one:data",
+    ],
 )
 def test_cases_are_read_as_they_are_written(word: str) -> None:
     from multi.cases import parse
@@ -98,11 +103,16 @@ def test_cases_are_read_as_they_are_written(word: str) -> None:
 def test_the_sets_are_those_that_must_be_shown() -> None:
     from multi.cases import PLACEMENTS, parse
 
-    words = {case.word: case for case in parse("first,large,dense")}
-    for word in ("4b:2x4096", "35b-a3b:1x8192", "9b:1x8192", "27b:1x8192", "122b-a10b:1x8192"):
-        assert words[word].placements == PLACEMENTS
-    assert words["397b-a17b:1x8192:sharded"].count == 60
-    assert words["397b-a17b:1x8192:e4:sharded"].expert_rank == 4
+    cases = [case for case in parse("first,large,dense") if not case.gradients]
+    sizes = {(case.shape, case.batch, case.seq): case for case in cases if not case.expert_rank}
+    shown = [
+        ("4b", 2, 4096),
+        *((shape, 1, 8192) for shape in ("35b-a3b", "9b", "27b", "122b-a10b")),
+    ]
+    for size in shown:
+        assert sizes[size].placements == PLACEMENTS
+    assert sizes["397b-a17b", 1, 8192].count == 60
+    assert [case.shape for case in cases if case.expert_rank == 4] == ["397b-a17b"]
 
 
 @pytest.mark.parametrize("word", ["4b", "5b:1x2", "4b:0x2", "4b:1x2:x", "gradients"])
@@ -117,9 +127,9 @@ def test_a_case_that_runs_out_of_memory_is_tried_under_other_policies() -> None:
     from multi.cases import parse
 
     (case,) = parse("122b-a10b:1x8192:sharded")
-    words = [case.word]
-    while len(words) < 4 and (smaller := case.smaller()) is not None:
-        case = smaller
+    words, used = [case.word], ["elementwise", "full"]
+    while len(words) < 4 and (smaller := case.smaller(used)) is not None:
+        case, used = smaller, [smaller.policy]
         words.append(case.word)
     assert words[1:] == [
         "122b-a10b:1x8192:full:sharded", "122b-a10b:1x8192:offload:sharded",
