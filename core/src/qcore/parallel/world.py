@@ -160,6 +160,15 @@ class World:
         ]
 
 
+def is_rank() -> bool:
+    """Whether a launcher has started this process as one of several ranks.
+
+    Raises:
+        UsageError: ``QC-PARALLEL-001``.
+    """
+    return described(os.environ)[1] > 1
+
+
 def described(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """Rank, world size and local rank that variables describe; 0, 1, 0 without any.
 

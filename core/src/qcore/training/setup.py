@@ -31,6 +31,7 @@ from ..nn.device import pick_device
 from ..nn.kernels.registry import Chosen, choose, installed, requested
 from ..nn.model import ops_of
 from ..nn.recompute import POLICIES
+from ..parallel.world import World
 from ..planning.compare import RunPlan
 from ..planning.packs import may_join, packs_of
 from ..planning.run import Room, plan_run
@@ -38,6 +39,7 @@ from ..planning.saved import PreviousPlan, load_plan
 from ..plugins.resolve_model import Identified, identify
 from ..preflight.checks import preflight
 from ..preflight.modality import reader_of, unread, with_tower
+from ..preflight.tokenizer_findings import normalize_of
 from ..reporting import Reporter
 from .best import check_evaluates
 from .disk_space import check_space
@@ -115,6 +117,7 @@ class Request:
         device: ``auto``, ``cpu`` or ``cuda``.
         reporter: receives events.
         start: what the user says of the adapter to start from.
+        world: the ranks of the run.
     """
 
     model: str
@@ -124,6 +127,7 @@ class Request:
     device: str
     reporter: Reporter
     start: AdapterWords
+    world: World
 
 
 def prepare(request: Request, *, resume: bool) -> Run:
@@ -170,6 +174,7 @@ def prepare(request: Request, *, resume: bool) -> Run:
         folder=folder,
         reporter=reporter,
         initial=initial,
+        world=request.world,
     )
 
 
@@ -179,8 +184,11 @@ def _preflight(base: _Base, reported: Collection[str] = ()) -> list[str]:
     ids = base.tokenizer.get_vocab()
     lines = [
         *base.model.decision.evidence,
-        *preflight(base.model, verb="train", settings=base.settings, token_ids=ids),
-    ]
+        *preflight(
+            base.model, verb="train", settings=base.settings, token_ids=ids,
+            normalize=normalize_of(base.tokenizer),
+        ),
+    ]  # fmt: skip
     base.reporter.lines(line for line in lines if line not in reported)
     return lines
 
