@@ -114,8 +114,7 @@ def packs_of(
             by_tokens.setdefault(sum(pack), pack)
             drawn, tokens = drawn + len(pack), tokens + sum(pack)
             media += units_of(pack)
-    mean = tokens / packs
-    usual = by_tokens[min(by_tokens, key=lambda count: abs(count - mean))]
+    usual = by_tokens[min(by_tokens, key=lambda count: abs(count - tokens / packs))]
     return Packs(
         largest=tuple(dict.fromkeys((*front, widest))), longest_rows=longest_rows,
         usual=Pack(usual, round(media / packs)) if units else usual,
