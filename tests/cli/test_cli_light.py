@@ -195,7 +195,7 @@ OPTIONS: dict[str, list[str]] = {
     "data parity": ["FILES", *sorted([*ROWS, "--model"])],
     "data convert": ["FILES", "--debug", "--format", "--json", "--media-root", "--output", "--set"],
     "data schema": ["--debug"],
-    "doctor": ["--debug", "--json", "--kernels"],
+    "doctor": ["--debug", "--json", "--kernels", "--model"],
     "demo": ["--architecture", "--debug", "--json", "--output"],
 }  # fmt: skip
 
