@@ -86,7 +86,7 @@ def _rank(writer: int, function: Callable[..., Any], *args: Any, **options: Any)
     text = ""
     try:
         sharded_base.LEAST = 1024
-        codes.FLOATING = codes.FLOATING or options.pop("floating", False)
+        codes.FLOATING = options.pop("floating", False) or codes.FLOATING
         with World.of_environment(CPU, timedelta(seconds=60)) as world:
             text = json.dumps(function(world, *args, **options) or {})
     except BaseException:  # noqa: BLE001, the parent shows it
@@ -193,12 +193,18 @@ def idle(world: World, folder: Path, groups: Sequence[str]) -> dict[str, Any]:
     """The first rank has two packs, the others none of the second."""
     model, *_ = sharded(folder, world, Lora(r=4, lora_alpha=8.0), groups, quantize=True)
     assert model.sharded is not None
+    gathers = model.sharded.gathers
     first, found = gradients(model, "full"), {}
+    gathers.complete(1)
     if world.first:
         found["again"] = worst(gradients(model, "elementwise"), first)
-    else:
-        model.sharded.gathers.forward_alone()
-        model.sharded.gathers.backward_alone()
+    elif world.rank == 1:  # fails in its forward, behind one layer
+        gathers.before(0)
+    gathers.complete(1)
+    with torch.no_grad():
+        if world.first:
+            model.logits(pack())
+        gathers.complete(1, backward=False)
     return found | {"last": worst(gradients(model, "offload"), first)}
 
 
