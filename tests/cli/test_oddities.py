@@ -182,12 +182,22 @@ def test_an_output_inside_a_model_or_an_adapter_is_refused(
     else:
         folder.mkdir()
         name = "adapter_config.json" if inside == "adapter" else "MANIFEST.json"
-        (folder / name).write_text("{}")
+        (folder / name).write_text('{"manifest_sha256": ""}')
     before = snapshot(folder)
     line = _refused(capsys, base, rows, verb, folder / "runs" / "merged")
     assert f"lies inside {folder}" in line
     assert f"such as {folder}-merged" in line
     assert snapshot(folder) == before
+
+
+def test_the_manifest_of_another_program_is_no_obstacle(
+    capsys: Any, rows: Path, tmp_path: Path
+) -> None:
+    """Browser extensions and packages have a MANIFEST.json, too, also above a whole project."""
+    (tmp_path / "MANIFEST.json").write_text('{"manifest_version": 3, "name": "x"}')
+    out = tmp_path / "x" / "rows.jsonl"
+    assert here(capsys, "data", "convert", rows, "--output", out).code == 0
+    assert out.exists()
 
 
 # -- files that are not files

@@ -127,6 +127,7 @@ class Saver:
         with together(self._world):
             if self._loop.failure is not None:
                 raise self._loop.failure
+        with together(self._world):
             yield
 
     def save(self, done: int, pending: Mapping[str, Any] | None = None) -> Path:
