@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qcore.adapter.targets import targets
 from qcore.api.blocks import Packed
+from qcore.errors import QcoreError
 from qcore.nn.load import load
 from qcore.nn.model import Model
 from qcore.nn.moe.experts import Experts
@@ -32,7 +33,8 @@ from qcore.nn.recompute import POLICIES
 from qcore.nn.sharding import base as sharded_base
 from qcore.nn.sharding import codes
 from qcore.nn.sharding.base import ShardedBase
-from qcore.nn.sharding.load import load_shards
+from qcore.nn.sharding.load import load_shards, share_of_bytes
+from qcore.parallel.agreement import together
 from qcore.parallel.world import World
 from qcore.plugins.resolve_model import identify
 
@@ -171,7 +173,12 @@ def compare(
     here = dict(bits(model))
     with torch.no_grad():
         logits = model.eval().logits(pack())
-    found: dict[str, Any] = {"held": world.gather(base.bytes_held), "read": world.gather(read)}
+    layout = identify(str(folder)).layout
+    found: dict[str, Any] = {
+        "held": world.gather(base.bytes_held),
+        "read": world.gather(read),
+        "share": world.gather(share_of_bytes(base, layout)),
+    }
     if not world.first:
         return None
     whole = ours(folder, lora=lora, groups=groups, quantize=quantize)
@@ -206,6 +213,16 @@ def idle(world: World, folder: Path, groups: Sequence[str]) -> dict[str, Any]:
             model.logits(pack())
         gathers.complete(1, backward=False)
     return found | {"last": worst(gradients(model, "offload"), first)}
+
+
+def damaged(world: World, folder: Path, groups: Sequence[str]) -> dict[str, Any]:
+    """What each rank raises where one of them cannot load the base."""
+    try:
+        with together(world):
+            sharded(folder, world, Lora(r=4, lora_alpha=8.0), groups, quantize=True)
+    except QcoreError as error:
+        return {"code": world.gather(error.code), "fields": world.gather(error.field)}
+    return {}
 
 
 def _digests(folder: Path, *, quantize: bool) -> dict[str, str]:

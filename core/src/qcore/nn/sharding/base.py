@@ -167,15 +167,16 @@ class ShardedBase:
 
     @torch.no_grad()
     def put_codes(self, name: str, codes: StoredCodes) -> None:
-        """Take the rank's rows of a whole weight that is in NF4 already."""
+        """Take a weight that is in NF4 already: the packed codes of the rank's rows, all scales."""
         held = self._held[name]
         module = held.module
         assert isinstance(module, Linear)
         sharded, out = cast(ShardedNF4, module.nf4), module.shape[0]
         sharded.hold_scales(nf4_state(codes, self._dtype))
-        for leaf, of_rows in (("packed", codes.packed), ("absmax", codes.absmax)):
-            own = of_rows.view(out, -1)[held.rows].clone()
-            _set_local(sharded.stored, leaf, as_parameter(own))
+        packed = codes.packed.view(-1, module.shape[1] // 2)
+        absmax = codes.absmax.view(out, -1)[held.rows].clone()
+        _set_local(sharded.stored, "packed", as_parameter(packed))
+        _set_local(sharded.stored, "absmax", as_parameter(absmax))
 
     @torch.no_grad()
     def put_stack(self, name: str, codes: Codes) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from ...checkpoint.layout import Layout, Located
 from ...checkpoint.tensor_hash import TensorDigest
 from ...errors import QcoreError
 from ...io.stop_signals import StopNow
+from ...parallel.agreement import together
 from ..four_bit import StoredCodes, decode, on_device, read_codes
 from ..load import (
     SLAB,
@@ -59,7 +61,7 @@ class _Part:
         read: bytes that were read.
         digest: of the tensor, as far as this rank knows it.
         last: whether no other part of it follows.
-        codes: of the whole weight, where NF4 storage takes them over.
+        codes: where NF4 storage takes them over; of a sharded weight the packed ones of `rows`.
     """
 
     item: Located
@@ -87,17 +89,18 @@ def load_shards(
     Args and Raises as `qcore.nn.load.load`; a rank checks what it holds.
     """
     loading = _Loading(base, model, layout, checkpoint, device, quantize, constant)
-    try:
-        for part in one_ahead(_read(checkpoint, loading.items, base)):
-            if progress is not None:
-                progress(part.read)
-            loading.take(part)
-    except RankFailed:
-        return {}  # that rank's error ends all of them
-    except (QcoreError, StopNow):
-        loading.fail()
-        raise
-    return loading.exchanged()
+    # Ends every rank with the error of the one that failed, which the others only know of.
+    with together(base.world), suppress(RankFailed):
+        try:
+            for part in one_ahead(_read(checkpoint, loading.items, base)):
+                if progress is not None:
+                    progress(part.read)
+                loading.take(part)
+        except (QcoreError, StopNow):
+            loading.fail()
+            raise
+        loading.exchange()
+    return loading.digests
 
 
 def share_of_bytes(base: ShardedBase, layout: Layout) -> int:
@@ -107,14 +110,19 @@ def share_of_bytes(base: ShardedBase, layout: Layout) -> int:
     for item in items:
         name, nbytes = item.tensor.name, _nbytes(item)
         rows = base.rows(name)
-        whole = rows is None or holds_codes(item) or hashed_by.get(name) == base.world.rank
+        whole = rows is None or hashed_by.get(name) == base.world.rank
         share = 1.0 if whole or rows is None else (rows.stop - rows.start) / item.tensor.shape[0]
         total += nbytes * share
     return round(total)
 
 
 class _Loading:
-    """Places what this rank reads, and what it knows of each tensor."""
+    """Places what this rank reads, and what it knows of each tensor.
+
+    Attributes:
+        items: the tensors, in the order of the files.
+        digests: of the tensors whose digest this rank knows, all of them after `exchange`.
+    """
 
     def __init__(
         self,
@@ -131,7 +139,7 @@ class _Loading:
         self._checkpoint, self._device, self._quantize = checkpoint, device, quantize
         self._modules = dict(model.named_modules())
         self._ranges = Ranges(constant)
-        self._digests: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
         self._shared: dict[str, _Shared] = {}
         self._placed: set[str] = set()
 
@@ -159,7 +167,7 @@ class _Loading:
         if part.last:
             digest = part.digest.hex
             assert digest is not None
-            self._digests[name] = digest
+            self.digests[name] = digest
         if codes is not None:
             self._ranges.add(item, value, last=part.last)
             hold_codes(self._model, name, codes, self._device)
@@ -178,7 +186,7 @@ class _Loading:
                 return
         self._base.world.gather(None)
 
-    def exchanged(self) -> dict[str, str]:
+    def exchange(self) -> None:
         """Join what the ranks know: digests of tensors, and which are constant."""
         own = {
             name: (
@@ -189,7 +197,7 @@ class _Loading:
         }
         everyone: list[Any] = self._base.world.gather(own)
         if None in everyone:
-            return {}
+            raise RankFailed
         for item in self.items:
             name = item.tensor.name
             if name not in self._shared:
@@ -202,10 +210,9 @@ class _Loading:
                     digest.put(number, bytes.fromhex(unit))
             joined = digest.hex
             assert joined is not None, "every tensor has a digest"
-            self._digests[name] = joined
+            self.digests[name] = joined
             if spans:
                 self._ranges.judge(item, min(spans), max(spans))
-        return self._digests
 
     def _in_nf4(self, name: str) -> bool:
         return self._quantize and self._layout.held(name) is Store.NF4
@@ -258,12 +265,14 @@ def _read_rows(
     if holds_codes(item):
         weight = item.four_bit
         assert weight is not None
-        codes = read_codes(checkpoint, weight)
+        codes = read_codes(checkpoint, weight, None if hashes else own)
         read = codes.packed.nbytes + codes.absmax.nbytes
         value = torch.empty(0)
         if hashes:
             value = decode(weight, codes)
             _hash(item, digest, every, value)
+            packed = codes.packed.view(every.stop, -1)[own].reshape(-1, 1)
+            codes = codes._replace(packed=packed.clone())
         return _Part(item, own, value, read, digest, True, codes)
     rows = every if hashes else own
     value = read_tensor(checkpoint, item, rows)
