@@ -473,6 +473,9 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
     "an expression in exponential time": (
         setting(alpha_pattern={r"((\w|\.)*)*!": 8}), "004", "takes too long to match"
     ),
+    "targets by an expression in exponential time": (
+        setting(target_modules="(.*)*x"), "004", "takes too long to match"
+    ),
     "rank pattern a list": (setting(rank_pattern=["q_proj"]), "004", "rank_pattern"),
     "rank pattern of text": (setting(rank_pattern={"q_proj": "4"}), "004", "rank_pattern"),
     "rank pattern of nothing": (setting(rank_pattern={"q_proj": 0}), "004", "rank_pattern"),
@@ -516,7 +519,8 @@ def test_the_sound_adapter_is_sound(adapter: Path, layouts: dict[str, Layout]):
 def test_a_fault_is_refused(
     adapter: Path, layouts: dict[str, Layout], fault: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(number_patterns, "_SECONDS", 2)
+    monkeypatch.setattr(number_patterns, "_CPU_SECONDS", 1)  # of its own processor time
+    monkeypatch.setattr(number_patterns, "_SECONDS", 300)
     change, code, says = FAULTS[fault]
     config = json.loads((adapter / "adapter_config.json").read_text())
     tensors = load_file(adapter / "adapter_model.safetensors")

@@ -18,13 +18,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.cli_kit import here
-from support.model_kit import snapshot
+from support.model_kit import edit_json, snapshot
 
 from qcore.adapter.peft_config import check_config
 from qcore.api.media import RowError
 from qcore.cli.terminal import TerminalSink
 from qcore.config.settings import Settings
 from qcore.data.content import ContentReader
+from qcore.data.formats import Formats
 from qcore.reporting import Evaluation, ProgressStarted, Step
 from qcore.training.lr_schedule import learning_rate
 from qcore_qwen35.tiny import write
@@ -181,12 +182,22 @@ def test_an_output_inside_a_model_or_an_adapter_is_refused(
     else:
         folder.mkdir()
         name = "adapter_config.json" if inside == "adapter" else "MANIFEST.json"
-        (folder / name).write_text("{}")
+        (folder / name).write_text('{"manifest_sha256": ""}')
     before = snapshot(folder)
     line = _refused(capsys, base, rows, verb, folder / "runs" / "merged")
     assert f"lies inside {folder}" in line
     assert f"such as {folder}-merged" in line
     assert snapshot(folder) == before
+
+
+def test_the_manifest_of_another_program_is_no_obstacle(
+    capsys: Any, rows: Path, tmp_path: Path
+) -> None:
+    """Browser extensions and packages have a MANIFEST.json, too, also above a whole project."""
+    (tmp_path / "MANIFEST.json").write_text('{"manifest_version": 3, "name": "x"}')
+    out = tmp_path / "x" / "rows.jsonl"
+    assert here(capsys, "data", "convert", rows, "--output", out).code == 0
+    assert out.exists()
 
 
 # -- files that are not files
@@ -312,6 +323,18 @@ def test_media_without_their_plugin_name_the_package() -> None:
     assert caught.value.fix == "pip install qcore-m"
 
 
+MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize("row", [{"messages": MESSAGES}, {"prompt": "q", "completion": "a"}])
+def test_media_in_a_column_name_the_package(row: dict[str, Any]) -> None:
+    unread = "no installed plugin reads what vision_config describes (pip install qcore-m)"
+    with pytest.raises(RowError) as caught:
+        Formats(unread=unread).read(row | {"image": "a.png"})
+    assert caught.value.code == "QC-DATA-009"
+    assert str(caught.value.fix).startswith("pip install qcore-m; if it is metadata")
+
+
 def test_a_negative_alpha_is_refused(tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": -8, "target_modules": ["q_proj"]}
     (problem,) = check_config(tmp_path, config)
@@ -407,9 +430,29 @@ def _other_eos(base: Path) -> None:
     (base / "generation_config.json").write_text('{"eos_token_id": 1}')
 
 
+def _lowercased(base: Path) -> None:
+    steps = [{"type": "NFC"}, {"type": "Lowercase"}]
+    edit_json(
+        base / "tokenizer.json",
+        lambda c: c.update(normalizer={"type": "Sequence", "normalizers": steps}),
+    )
+
+
+def _moved_ids(base: Path) -> None:
+    """Two control tokens have each other's ids in one of two files, as after a bad conversion."""
+    tokens = json.loads((base / "tokenizer.json").read_text())["added_tokens"]
+    texts = [token["content"] for token in tokens]
+    a, b = texts.index("<|im_start|>"), texts.index("<|vision_start|>")
+    texts[a], texts[b] = texts[b], texts[a]
+    listed = {str(t["id"]): {"content": text} for t, text in zip(tokens, texts, strict=True)}
+    edit_json(base / "tokenizer_config.json", lambda c: c.update(added_tokens_decoder=listed))
+
+
 @pytest.mark.parametrize(
     ("damage", "severity", "code", "status"),
     [
+        (_lowercased, "warning", "QC-PRE-006", 0),
+        (_moved_ids, "warning", "QC-PRE-005", 0),
         (_no_tokenizer, "error", "QC-TOKENIZER-001", 65),
         (_empty_tokenizer, "error", "QC-TOKENIZER-001", 65),
         (_no_template, "error", "QC-PRE-001", 65),
@@ -431,6 +474,22 @@ def test_inspect_names_what_train_would_refuse(
     assert (finding["for"], finding["severity"], finding["code"]) == (
         ["train", "serve"], severity, code,
     )  # fmt: skip
+
+
+def test_fields_are_folded_on_a_terminal(
+    capsys: Any, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _other_eos(base)
+    words = ("inspect", base, "--generation", "3.5")
+    piped = here(capsys, *words).out
+    assert max(map(len, piped.splitlines())) > 80
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    shown = here(capsys, *words).out
+    lines = shown.replace(str(base), "base").splitlines()
+    assert max(map(len, lines)) <= 80
+    assert shown.split() == piped.split()
+    assert "Fix: add it" in " ".join(shown.split())
 
 
 def test_a_whole_checkpoint_has_no_findings(capsys: Any, base: Path) -> None:

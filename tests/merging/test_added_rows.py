@@ -21,6 +21,7 @@ from support.e2e_kit import (
     vocabulary,
     write_stock,
 )
+from support.fp8_kit import write_fp8
 from support.model_kit import edit_json
 from tokenizers import AddedToken, Tokenizer
 
@@ -257,3 +258,14 @@ def test_generate_without_the_option(bases: Bases, tmp_path: Path) -> None:
     with pytest.raises(QcoreError, match="2 rows that") as caught:
         Generator(str(bases["vl", True]), adapter=tmp_path / "a", trust_base=True, device="cpu")
     assert "--take-tokenizer" in str(caught.value.fix)
+
+
+def test_a_quantized_embedding_gets_no_rows(bases: Bases, tmp_path: Path) -> None:
+    """The way that the error names works: the same adapter and the 16-bit checkpoint."""
+    plain = bases["vl", False]
+    resized(plain, tmp_path / "a", "saved embedding and head")
+    base = write_fp8(plain, tmp_path / "fp8", block=(16, 16), also=(EMBED,))
+    error = refusal(base, tmp_path / "a", tmp_path / "out")
+    assert error.code == "QC-KEY-009"
+    assert str(error.field).endswith(f"{EMBED}.weight")
+    assert "16 bits" in str(error.fix)

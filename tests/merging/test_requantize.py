@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from qcore.adapter.evidence import read_for
 from qcore.errors import InputError, NumericError, UsageError
 from qcore.io.artifact import read_manifest
+from qcore.merging import disk_rows
 from qcore.merging import rewrite as merge_pass
 from qcore.merging.merge import merge
 from qcore.merging.requantize import is_near, is_requantized
@@ -161,6 +163,27 @@ def test_scales_that_are_written_before_their_weights(
     mine, other = tensors_of(first.output), tensors_of(second.output)
     assert all(torch.equal(mine[n].view(torch.uint8), other[n].view(torch.uint8)) for n in other)
     assert first.requantized == second.requantized
+
+
+@pytest.mark.parametrize("rows", [24, 8])
+def test_no_range_of_rows_cuts_a_block(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """In a cut block only nearness can be compared, as its scale needs all of its values."""
+    monkeypatch.setattr(disk_rows, "_BLOCK", rows)
+    found = identify(str(write_fp8(plain, tmp_path / "base", block=BLOCK)))
+    item = next(i for i in found.layout.located.values() if i.places and i.places[0].scale)
+    (place,) = item.places
+    total, half = item.tensor.shape[0], item.tensor.shape[0] // 2 - 4
+    parts = [slice(0, half), slice(half, total)]  # the second begins within a multiple of 16
+    pieces = tuple(place._replace(region=(part, place.region[1])) for part in parts)
+    for located, starts in ((item, (0,)), (replace(item, places=pieces), (0, half))):
+        slices = [*disk_rows.row_slices(located)]
+        assert [each.start for each in slices[1:]] == [each.stop for each in slices[:-1]]
+        assert (slices[0].start, slices[-1].stop) == (0, total)
+        for each in slices:
+            start = max(start for start in starts if start <= each.start)
+            assert (each.start - start) % BLOCK[0] == 0
 
 
 def test_a_wrong_rounding_is_caught(

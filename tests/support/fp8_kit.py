@@ -55,12 +55,16 @@ def write_fp8(
     scale_dtype: torch.dtype = torch.float32,
     shards: int = 3,
     scales_apart: bool = False,
+    also: Sequence[str] = (),
 ) -> Path:
-    """A bf16 checkpoint in block FP8: in several files, scales in one of their own if asked."""
+    """A bf16 checkpoint in block FP8: in several files, scales in one of their own if asked.
+
+    Weights of the modules `also` are quantized beside those of `is_quantized`.
+    """
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", INDEX))
     tensors: dict[str, Tensor] = {}
     for name, value in tensors_of(source).items():
-        if is_quantized(name):
+        if is_quantized(name) or name.endswith(tuple(f"{module}.weight" for module in also)):
             tensors[name], tensors[f"{name}_scale_inv"] = to_fp8(value, block, scale_dtype)
         else:
             tensors[name] = value

@@ -92,6 +92,36 @@ STATES: dict[str, tuple[Callable[[Path], None], int]] = {
 }
 
 
+def test_what_a_kill_at_the_very_end_left_is_deleted(
+    finished: Path, rows: Path, tmp_path: Path
+) -> None:
+    """The run is finished, so that no later run would sweep it; checkpoints that count stay."""
+    token = "0123456789abcdef"
+    for kept in (True, False):
+        home = shutil.copytree(finished, tmp_path / f"home-{kept}")
+        folder = home / "out.run"
+        for path in [*folder.glob("checkpoint-*")][int(kept) :]:
+            path.rename(folder / f".{path.name}.trash-{token}")
+        first = next((path.name for path in folder.glob("checkpoint-*")), "")
+        (folder / ".qcore.lock").write_text("{}")
+        for name in (f".out.run.trash-{token}", f".out.partial-{token}"):
+            (home / name / "checkpoint-2").mkdir(parents=True)
+        assert run(rows, home / "out").steps == 3
+        left = {path.name for path in home.iterdir()}
+        assert left == ({"out", "out.run"} if kept else {"out"})
+        assert [*home.rglob(".*")] == []
+        assert not kept or (folder / first).is_dir()
+
+
+def test_a_run_folder_in_use_is_left_alone(finished: Path, rows: Path, tmp_path: Path) -> None:
+    home = shutil.copytree(finished, tmp_path / "home")
+    for path in [*(home / "out.run").glob("checkpoint-*")]:
+        shutil.rmtree(path)
+    with Lock(home / "out.run"):
+        assert run(rows, home / "out").steps == 3
+        assert (home / "out.run" / "metrics.jsonl").is_file()
+
+
 @pytest.mark.parametrize("state", fast(STATES, "finished", "stopped"))
 def test_whatever_the_state_the_same_adapter_is_there_in_the_end(
     finished: Path, rows: Path, tmp_path: Path, state: str

@@ -16,8 +16,10 @@ from support.run_kit import SHORT, raw, start
 from support.sinks import Heard
 
 import qcore.training.train as verb
+from qcore.config.settings import Settings
 from qcore.errors import InputError, UsageError, WriteError
 from qcore.io.artifact import verify
+from qcore.training.disk_space import most_checkpoints
 from qcore.training.step import Loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -297,6 +299,24 @@ def test_the_disk_space_that_a_run_needs_is_predicted(
     monkeypatch.setattr("qcore.training.disk_space.check_target", check)
     start(tiny_folder(), rows, tmp_path / "out", FOUR | {"r": 64} | options)
     assert asked[0] == pytest.approx(most[0], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "most"),
+    [
+        (1000, {}, 4),  # two, that before a spike, and the new one
+        (32, {}, 3),  # too short for a spike
+        (1000, {"on_spike": "rollback"}, 5),
+        (1000, {"on_spike": "rollback", "load_best_at_end": True}, 6),
+        (40, {"save_steps": 20}, 2),  # one is due before the last step
+        (1000, {"save_steps": 0}, 1),
+    ],
+)
+def test_checkpoints_that_are_kept_beyond_the_limit_count(
+    steps: int, options: dict[str, Any], most: int
+) -> None:
+    settings = Settings(**{"save_steps": 5, "save_total_limit": 2, "eval_steps": 5} | options)
+    assert most_checkpoints(settings, steps) == most
 
 
 def test_a_disk_that_is_too_small_is_named_before_the_base_is_loaded(

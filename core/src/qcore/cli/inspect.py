@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import shutil
+import sys
+import textwrap
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -10,6 +13,8 @@ from .common import count, debug_option, emit, json_option
 
 if TYPE_CHECKING:
     from ..preflight.inspect import InspectReport, RecordComparison
+
+_FIELD: Final = 12  # width of the names of fields
 
 
 @click.command("inspect")
@@ -44,32 +49,46 @@ def _print(report: InspectReport) -> None:
         f"(plugin {report.plugin})"
     )
     for line in report.evidence:
-        click.echo(f"  evidence    {line}")
-    click.echo(f"  modalities  {', '.join(report.modalities)}")
+        _field("evidence", line)
+    _field("modalities", ", ".join(report.modalities))
     if report.quantization:
-        click.echo(f"  quantized   {report.quantization['line']}")
+        _field("quantized", report.quantization["line"])
     if report.parameters is not None:
         _print_tensors(report)
     for line in report.differences:
-        click.echo(f"  difference  {line}")
+        _field("difference", line)
     _print_record(report.record)
     if report.parameters is not None and not report.problems:
         click.echo("  every tensor is accounted for")
     for finding in report.findings:
-        click.echo(
-            f"  finding     {finding.severity} for {', '.join(finding.uses)}: "
-            f"[{finding.error.code}] {finding.error.message}"
+        error = finding.error
+        fix = f". Fix: {error.fix}" if error.fix else ""
+        uses = ", ".join(finding.uses)
+        _field("finding", f"{finding.severity} for {uses}: [{error.code}] {error.message}{fix}")
+
+
+def _field(name: str, text: str) -> None:
+    """Print a field: folded below itself on a terminal, one line in a pipe."""
+    if not sys.stdout.isatty():
+        click.echo(f"  {name:<{_FIELD}}{text}")
+        return
+    width = max(2 * _FIELD, shutil.get_terminal_size().columns)
+    click.echo(
+        textwrap.fill(
+            text, width, initial_indent=f"  {name:<{_FIELD}}", subsequent_indent=" " * (_FIELD + 2),
+            break_long_words=False, break_on_hyphens=False,
         )
+    )  # fmt: skip
 
 
 def _print_tensors(report: InspectReport) -> None:
-    click.echo(f"  parameters  {report.parameters:,} in {report.tensors} tensors")
+    _field("parameters", f"{report.parameters:,} in {report.tensors} tensors")
     layouts = ", ".join(f"{part} {layout}" for part, layout in report.layouts.items())
-    click.echo(f"  layout      {layouts}")
+    _field("layout", layouts)
     for group, size in report.groups.items():
         click.echo(f"    {group:<10} {size.tensors:>5} tensors  {count(size.parameters)}")
     for root, number in report.carried.items():
-        click.echo(f"  carried     {number} tensors under {root}: no plugin claims them")
+        _field("carried", f"{number} tensors under {root}: no plugin claims them")
 
 
 def _print_record(record: RecordComparison) -> None:
@@ -77,10 +96,10 @@ def _print_record(record: RecordComparison) -> None:
     differences = record.differences
     if record.id:
         many = f"{len(differences)} differences" if len(differences) != 1 else "1 difference"
-        click.echo(f"  record      {record.id}: {many if differences else 'no difference'}")
+        _field("record", f"{record.id}: {many if differences else 'no difference'}")
     if record.note:
-        click.echo(f"  record      {record.note}")
+        _field("record", record.note)
     for difference in differences:
         click.echo(f"    {difference.line()} ({difference.mark.value})")
     for line in record.unread:
-        click.echo(f"  record      those of {line}")
+        _field("record", f"those of {line}")

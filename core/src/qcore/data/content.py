@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..api.media import RowError
 from ..errors import nearest
+from .formats.unread import installation
 from .media.files import Given, Reference
 from .tool_fields import kind, known_keys, mapping, without_nulls, wrong
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from ..api.media import MediaReader
 
 _SHA256 = re.compile("[0-9a-fA-F]{64}")
-_INSTALL = re.compile(r"pip install [\w.-]+")
 _TEXT = '{"type": "text", "text": ...}'
 _WANTED = "a path, a data URL, or a list of them"
 
@@ -131,8 +131,7 @@ class ContentReader:
             return f'did you mean "{meant}"?'
         if self.kinds:
             return None
-        package = _INSTALL.search(self._unread)
-        return package[0] if package else "use a model and a plugin that read it"
+        return installation(self._unread) or "use a model and a plugin that read it"
 
     def _medium(self, part: Mapping[str, Any], at: str) -> Reference:
         name: str = part["type"]

@@ -33,6 +33,7 @@ from ..preflight.checks import line, preflight
 from ..preflight.context_length import beyond
 from ..preflight.four_bit import refuse_rounding
 from ..preflight.modality import reader_of, unread
+from ..preflight.tokenizer_findings import normalize_of
 from ..reporting import Finished, Reporter, RunStarted
 from .applied_adapters import apply_adapters
 from .chat_variables import recorded_chat
@@ -172,7 +173,7 @@ class Generator:
         self.variables = self._template_variables(chat_template_kwargs or {})
         lines = preflight(
             self.base, verb="generate", template_kwargs=self.variables,
-            token_ids=self.tokenizer.get_vocab(),
+            token_ids=self.tokenizer.get_vocab(), normalize=normalize_of(self.tokenizer),
         )  # fmt: skip
         self.reporter.lines(lines)
         if quantization == "nf4":

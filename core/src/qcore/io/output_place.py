@@ -66,4 +66,13 @@ def _holds(folder: Path) -> str | None:
     weights = "model.safetensors", _INDEX
     if (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights):
         return "a model"
-    return f"a result of qcore ({MANIFEST})" if (folder / MANIFEST).is_file() else None
+    return f"a result of qcore ({MANIFEST})" if _is_result(folder) else None
+
+
+def _is_result(folder: Path) -> bool:
+    """Whether the manifest of a folder is qcore's, even if damaged; others use the name too."""
+    path = folder / MANIFEST
+    try:
+        return path.is_file() and b'"manifest_sha256"' in path.read_bytes()
+    except OSError:
+        return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -65,10 +66,15 @@ def gather(checkpoint: Checkpoint, item: Located, rows: list[int]) -> Tensor:
 
 
 def row_slices(item: Located) -> Iterator[slice]:
-    """The ranges of rows in which `blocks` reads a matrix."""
-    total = item.tensor.shape[0]
-    for at in range(0, total, _BLOCK):
-        yield slice(at, min(at + _BLOCK, total))
+    """The ranges of rows in which `blocks` reads a matrix; none cuts rows that share FP8 scales."""
+    edges, step = {0, item.tensor.shape[0]}, _BLOCK
+    for place in item.places:
+        if place.block is not None:
+            edges |= {place.region[0].start, place.region[0].stop}
+            step = max(_BLOCK // place.block[0], 1) * place.block[0]
+    for first, last in pairwise(sorted(edges)):
+        for at in range(first, last, step):
+            yield slice(at, min(at + step, last))
 
 
 def blocks(checkpoint: Checkpoint, item: Located) -> Iterator[Tensor]:

@@ -47,6 +47,8 @@ def run_agent(
     Raises:
         UsageError: ``QC-PARALLEL-010``.
     """
+    if device == "cpu":
+        _check_processes(gpus)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // gpus)))
     if not debug:
@@ -57,7 +59,8 @@ def run_agent(
         logger = logging.getLogger("torch.distributed.elastic")
         logger.addHandler(logging.NullHandler())
         logger.propagate = False
-    _check_devices(gpus, device, torch.cuda.device_count() if device != "cpu" else 0)
+    if device != "cpu":
+        _check_gpus(gpus, torch.cuda.device_count())
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import launch_agent
@@ -93,20 +96,27 @@ def unfit(gpus: int, expected: str, fix: str) -> UsageError:
     )
 
 
-def _check_devices(gpus: int, device: str, count: int) -> None:
-    """Compare what was asked for with what the machine has.
+def _check_processes(count: int) -> None:
+    """Refuse more processes on the CPU than its cores can run.
 
     Raises:
         UsageError: ``QC-PARALLEL-010``.
     """
-    if device == "cpu":
-        most = max(_FEW, available_cores())
-        if gpus > most:
-            raise unfit(gpus, f"at most {most} processes on the CPU", f"--gpus {most}")
-    elif gpus > count:
-        other = f"--device cpu runs {gpus} processes on the CPU"
-        fix = f"--gpus {count}; {other}" if count else other
-        raise unfit(gpus, f"at most {count}, the GPUs that are visible here", fix)
+    most = max(_FEW, available_cores())
+    if count > most:
+        raise unfit(count, f"at most {most} processes on the CPU", f"--gpus {most}")
+
+
+def _check_gpus(count: int, visible: int) -> None:
+    """Refuse more ranks than GPUs.
+
+    Raises:
+        UsageError: ``QC-PARALLEL-010``.
+    """
+    if count > visible:
+        other = f"--device cpu runs {count} processes on the CPU"
+        fix = f"--gpus {visible}; {other}" if visible else other
+        raise unfit(count, f"at most {visible}, the GPUs that are visible here", fix)
 
 
 def _logs_specs(placed: Placed) -> Any:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from ..errors import Interrupted, QcoreError
 from .failure import Failure, cause, without_echoes
@@ -36,13 +36,17 @@ def spoken_by(speak: Callable[[QcoreError], None]) -> None:
     _speak = speak
 
 
-def watch(rank: int, size: int, name: str, timeout: float) -> Peers:
-    """Connect to the store of torchrun, and watch the other ranks from now on.
+def watch(store: Any, rank: int, size: int, name: str, timeout: float) -> Peers:
+    """Watch the other ranks from now on.
 
-    Raises:
-        RuntimeError: the store cannot be reached.
+    Args:
+        store: of the ranks that run now, for this use alone.
+        rank: of this process.
+        size: how many ranks there are.
+        name: of this process, for errors.
+        timeout: seconds after which a rank that does not arrive is lost.
     """
-    peers = Peers.connect(rank, size, name, timeout=timeout, end=end_process)
+    peers = Peers(store, rank, size, name, timeout=timeout, end=end_process)
     peers.start()
     watched_by(peers)
     return peers
@@ -140,8 +144,17 @@ def _gathered(own: Seat, peers: Peers | None, failure: Failure) -> list[Failure]
 
 def _connected(own: Seat) -> Peers | None:
     """A connection for a rank that fails before it knows the others."""
+    from . import store
+
+    if not store.serves():
+        return None
     with suppress(RuntimeError, ValueError, OSError, KeyError):
-        return Peers.connect(own.rank, own.size, own.name(), timeout=60.0, end=end_process)
+        shared = store.connect(_ALIKE)
+        number = store.number_of_round(shared, own.rank, own.size, _ALIKE)
+        return Peers(
+            store.prefixed(shared, number, "watch"), own.rank, own.size, own.name(),
+            timeout=60.0, end=end_process,
+        )  # fmt: skip
     return None
 
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from ..errors import QcoreError
 from .failure import LOST, Failure, vanished
@@ -99,30 +99,6 @@ class Peers:
         about = {"name": name, "machine": _machine(), "pid": os.getpid()}
         self._store.set(f"rank/{rank}", json.dumps(about))
         self._beat()
-
-    @classmethod
-    def connect(
-        cls, rank: int, size: int, name: str, *, timeout: float, end: Callable[[Failure], None]
-    ) -> Self:
-        """Connect to the store of torchrun.
-
-        Raises:
-            RuntimeError: it cannot be reached.
-        """
-        from datetime import timedelta
-
-        from torch import distributed
-
-        told = os.environ
-        attempt = told.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = distributed.TCPStore(  # type: ignore[attr-defined]
-            told["MASTER_ADDR"], int(told["MASTER_PORT"]), is_master=False,
-            timeout=timedelta(seconds=30),
-        )  # fmt: skip
-        run = told.get("TORCHELASTIC_RUN_ID", "")
-        prefix = f"qcore/{run}/{attempt}"
-        own = distributed.PrefixStore(prefix, store)  # type: ignore[attr-defined]
-        return cls(own, rank, size, name, timeout=timeout, end=end)
 
     def start(self) -> None:
         """Begin to watch the ranks that have connected."""

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from ..errors import InputError, Interrupted, UsageError
@@ -86,18 +85,27 @@ class World:
         if device.type == "cuda":
             _check_gpus(local, torch.cuda.device_count())
             torch.cuda.set_device(local)
-        from . import handover
+        from . import handover, store
 
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         place = f"rank {rank} ({socket.gethostname()}"
         place += f", GPU {local})" if device.type == "cuda" else ")"
         peers: Peers | None = None
+        seconds = timeout.total_seconds()
         try:
-            connected = partial(handover.watch, rank, size, place, timeout.total_seconds())
-            served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # else by rank 0
-            peers = connected() if served else None
-            distributed.init_process_group(backend, timeout=timeout + _NAMED)
-            peers = peers or connected()
+            if store.serves():
+                shared, rounds = store.connect(seconds), store.connect(seconds)
+                number = store.number_of_round(rounds, rank, size, seconds)
+                watched = store.prefixed(rounds, number, "watch")
+                peers = handover.watch(watched, rank, size, place, seconds)
+                distributed.init_process_group(
+                    backend, store=store.prefixed(shared, number, "group"),
+                    rank=rank, world_size=size, timeout=timeout + _NAMED,
+                )  # fmt: skip
+            else:  # the first rank serves a store once it connects
+                distributed.init_process_group(backend, timeout=timeout + _NAMED)
+                watched = store.prefixed(store.connect(seconds), 0, "watch")
+                peers = handover.watch(watched, rank, size, place, seconds)
             patient = distributed.new_group(backend="gloo", timeout=_PATIENT)
         except (RuntimeError, ValueError, OSError) as error:
             apart = InputError(

@@ -22,6 +22,7 @@ from ..errors import InputError, QcoreError, raise_all
 from ..plugins.resolve_model import Identified
 from .context_length import beyond
 from .settings_checks import unsuitable
+from .tokenizer_findings import Normalize, tokenizer_findings
 
 
 def preflight(
@@ -31,6 +32,7 @@ def preflight(
     settings: Settings | None = None,
     template_kwargs: Mapping[str, Plain] | None = None,
     token_ids: Mapping[str, int] | None = None,
+    normalize: Normalize | None = None,
 ) -> tuple[str, ...]:
     """Run the guards of core and of every plugin; raise all errors, return the rest as lines.
 
@@ -41,10 +43,12 @@ def preflight(
         template_kwargs: variables that the chat template is rendered with, where there are no
             settings that say so.
         token_ids: ids by token, where the verb reads text.
+        normalize: normalizes text as the tokenizer does, if it does.
     """
     problems, findings = survey(
-        found, verb=verb, settings=settings, template_kwargs=template_kwargs, token_ids=token_ids
-    )
+        found, verb=verb, settings=settings, template_kwargs=template_kwargs, token_ids=token_ids,
+        normalize=normalize,
+    )  # fmt: skip
     raise_all(problems)
     return tuple(line(finding) for finding in findings)
 
@@ -56,6 +60,7 @@ def survey(
     settings: Settings | None = None,
     template_kwargs: Mapping[str, Plain] | None = None,
     token_ids: Mapping[str, int] | None = None,
+    normalize: Normalize | None = None,
 ) -> tuple[list[QcoreError], list[Finding]]:
     """Run the guards as `preflight` does, and return the errors and all findings."""
     ids = token_ids or {}
@@ -75,8 +80,8 @@ def survey(
         token_ids=ids,
     )
     theirs = [finding for _, finding in found.plugins.ask("qcore_preflight", request=request)]
-    ends = _end_of_turn(found, ids) if reads_text else ()
-    findings = [*_core(found, request), *ends, *_absent(request, theirs), *theirs]
+    tokens = tokenizer_findings(found, ids, normalize) if reads_text else ()
+    findings = [*_core(found, request), *tokens, *_absent(request, theirs), *theirs]
     return [*problems, *(as_error(f) for f in findings if f.severity is Severity.ERROR)], findings
 
 
@@ -146,21 +151,3 @@ def _text(found: Identified, ids: Mapping[str, int]) -> Iterator[QcoreError]:
         yield beyond
     needed = (chat.turn_start, chat.turn_end, *chat.stop_tokens)
     yield from unknown_tokens(needed, ids.get, file=checkpoint.path / TOKENIZER)
-
-
-def _end_of_turn(found: Identified, ids: Mapping[str, int]) -> Iterator[Finding]:
-    """Warn if generation_config.json does not stop at the end of a turn."""
-    chat = found.chat_format()
-    eos = found.checkpoint.generation_config.get("eos_token_id")
-    listed = eos if isinstance(eos, list) else [eos]
-    if eos is not None and ids.get(chat.turn_end) not in listed:
-        yield Finding(
-            code="QC-PRE-004",
-            severity=Severity.WARNING,
-            what="lacks the end-of-turn token: servers will not stop there",
-            file="generation_config.json",
-            field="eos_token_id",
-            found=str(listed),
-            expected=f"{ids.get(chat.turn_end)} ({chat.turn_end}) among them",
-            fix="add it",
-        )

@@ -15,6 +15,7 @@ from ..checkpoint.tokenizer_files import TOKENIZER, read_tokens
 from ..errors import InputError, QcoreError, collected
 from ..plugins.resolve_model import Identified
 from .checks import as_error, survey
+from .tokenizer_findings import normalize_of_content
 
 #: Use -> the verb whose guards apply.
 USES: Final[Mapping[str, str]] = {"train": "train", "merge": "merge", "serve": "generate"}
@@ -48,20 +49,23 @@ def findings_of(found: Identified, uses: Iterable[str]) -> tuple[UseFinding, ...
     """
     unread: list[QcoreError] = []
     ids: dict[str, int] = {}
+    content: dict[str, Any] = {}
     with collected(unread):
         if TOKENIZER not in found.checkpoint.sidecars:
             raise InputError(
                 "QC-TOKENIZER-001", "has no tokenizer.json", file=found.checkpoint.path,
                 fix="add the tokenizer.json that came with the weights",
             )  # fmt: skip
-        ids, _ = read_tokens(found.checkpoint)
+        ids, content = read_tokens(found.checkpoint)
     met: dict[tuple[str, str, str], tuple[QcoreError, list[str]]] = {}
     for use in uses:
         errors: list[QcoreError] = [*unread] if use != "merge" else []
         warnings = []
         if not errors:
             with collected(errors):
-                problems, findings = survey(found, verb=USES[use], token_ids=ids)
+                problems, findings = survey(
+                    found, verb=USES[use], token_ids=ids, normalize=normalize_of_content(content)
+                )
                 errors += problems
                 warnings = [as_error(f) for f in findings if f.severity is Severity.WARNING]
         for severity, group in (("error", errors), ("warning", warnings)):

@@ -14,6 +14,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -21,15 +22,16 @@ from typing import Any
 
 from ..adapter.targets import Coverage
 from ..config.settings import Settings
-from ..errors import InputError, QcoreError, UsageError
+from ..errors import InputError, QcoreError, UsageError, WriteError
 from ..io.artifact import MANIFEST, read_manifest, verify
 from ..io.atomic import sync_folder, writing
+from ..io.leftovers import sweep
 from ..io.run_lock import Lock
 from ..reporting import Reporter
 from .report import TrainReport
 from .resume import HOW_MUCH, NO_NUMBERS, SAME_NUMBERS
 from .rotation import checkpoints
-from .run_folder import newest
+from .run_folder import locked, newest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +80,12 @@ def how_to_start(
             fix="pass one of them",
         )
     target = Path(os.path.realpath(output))
+    folder = target.with_name(target.name + ".run")
     finished = _finished(target, Path(output), settings, origins)
     if finished is not None:
         reporter.note(f"{output}: this run is finished after {finished.steps} steps")
+        _tidy(target, folder)
         return Start(finished=finished)
-    folder = target.with_name(target.name + ".run")
     if not checkpoints(folder):
         return Start()
     try:
@@ -94,6 +97,15 @@ def how_to_start(
         reporter.warning(f"{error.message}: starting again; the folder is kept as {aside}")
         return Start()
     return Start(resume=True)
+
+
+def _tidy(target: Path, folder: Path) -> None:
+    """Delete what a kill after the end of the run has left; no later run would."""
+    sweep(target)
+    sweep(folder)
+    if folder.is_dir():
+        with suppress(WriteError), locked(folder):  # its end removes what holds no checkpoint
+            pass
 
 
 def _set_aside(folder: Path) -> Path:

@@ -16,11 +16,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ..checkpoint.hub import TOKENIZER_FILES
+from ..config.settings import Settings
 from ..data.sampler import Schedule
 from ..errors import WriteError
 from ..io.artifact import check_target
 from ..planning.compare import RunPlan
 from .run import Run
+from .spikes import LEAST
 
 
 def check_space(run: Run, plan: RunPlan) -> None:
@@ -35,7 +37,8 @@ def check_space(run: Run, plan: RunPlan) -> None:
     """
     memory = plan.worst.memory
     adapter, state = memory["adapters"], memory["adapters"] + memory["optimizer"]
-    kept = _kept_checkpoints(run)
+    steps = Schedule(run.data.train_sizes, run.settings, run.data.train.lengths).total
+    kept = most_checkpoints(run.settings, steps)
     need = kept * state + adapter + _tokenizer_bytes(run)
     # One checkpoint and the adapter are written in any case.
     need = max(need - _size(run.folder), state + adapter)
@@ -49,13 +52,19 @@ def check_space(run: Run, plan: RunPlan) -> None:
         raise error.replace(fix=fix) from None
 
 
-def _kept_checkpoints(run: Run) -> int:
-    """The most checkpoints at one moment: an old one goes only when a new one is durable."""
-    settings = run.settings
-    total = Schedule(run.data.train_sizes, settings, run.data.train.lengths).total
-    due = (total - 1) // settings.save_steps if settings.save_steps else 0
+def most_checkpoints(settings: Settings, steps: int) -> int:
+    """The most checkpoints at one moment: an old one goes only when a new one is durable.
+
+    Args:
+        settings: of the run.
+        steps: optimizer steps of the run.
+    """
+    due = (steps - 1) // settings.save_steps if settings.save_steps else 0
+    # Kept beyond the limit (`rollback.pinned`): that before a spike, that to return to, the best.
+    spike = int(steps > LEAST)
+    pinned = spike + spike * (settings.on_spike == "rollback")
     best = int(settings.load_best_at_end)
-    return min(settings.save_total_limit, due) + best + 1
+    return min(settings.save_total_limit + pinned, due) + best + 1
 
 
 def _tokenizer_bytes(run: Run) -> int:

@@ -39,11 +39,13 @@ from ..planning.saved import PreviousPlan, load_plan
 from ..plugins.resolve_model import Identified, identify
 from ..preflight.checks import preflight
 from ..preflight.modality import reader_of, unread, with_tower
+from ..preflight.tokenizer_findings import normalize_of
 from ..reporting import Reporter
 from .best import check_evaluates
 from .disk_space import check_space
 from .initial_adapter import AdapterWords, InitialAdapter, start_from
 from .media_manifest import first_changed
+from .ranks import ranks_of
 from .resume import SAME_NUMBERS, compare, identity, refuse_finished
 from .run import Run
 from .run_folder import newest, run_folder
@@ -183,8 +185,11 @@ def _preflight(base: _Base, reported: Collection[str] = ()) -> list[str]:
     ids = base.tokenizer.get_vocab()
     lines = [
         *base.model.decision.evidence,
-        *preflight(base.model, verb="train", settings=base.settings, token_ids=ids),
-    ]
+        *preflight(
+            base.model, verb="train", settings=base.settings, token_ids=ids,
+            normalize=normalize_of(base.tokenizer),
+        ),
+    ]  # fmt: skip
     base.reporter.lines(line for line in lines if line not in reported)
     return lines
 
@@ -324,11 +329,12 @@ def plan_memory(run: Run, room: Room, before: PreviousPlan | None) -> RunPlan:
     pack = partial(
         packs_of, data.train.lengths, data.eval.lengths, settings,
         units=data.train.units, held_out_units=data.eval.units,
-        sizes=data.train_sizes,
+        sizes=data.train_sizes, ranks=run.world.size,
     )  # fmt: skip
     plan, notes = plan_run(
         run.model, settings, pack(), room, backends=run.kernels, before=before,
         join=(lambda most: pack(together=most)) if may_join(settings) else None,
+        ranks=ranks_of(run.world, room),
     )  # fmt: skip
     run.reporter.lines((plan.line(), *notes))
     check_space(run, plan)

@@ -210,8 +210,7 @@ class Loop:
         """
         if self.world.size == 1:
             with self.abandonable():
-                losses = self._backward(share)
-                return _Sums(*self._finished(losses).tolist())
+                return _Sums(*self._finished(self._backward(share)).tolist())
         losses = torch.zeros(2, device=self.device)
         failed: QcoreError | StopNow | None = self.failure
         if failed is None:
@@ -220,18 +219,27 @@ class Loop:
                     losses = self._backward(share)
             except (QcoreError, StopNow) as error:
                 failed = error
+        if self.model.sharded is not None:
+            self.model.sharded.gathers.complete(share.rounds)
         # A rank that failed takes part in the sums, for which the others wait.
-        notes = [failed is not None, *self.signals.noted()]
-        peaks = [0.0] * self.world.size
-        peaks[self.world.rank] = peak_bytes(self.device)
-        facts = torch.tensor([*notes, *peaks], dtype=torch.float64, device=self.device)
-        shared = torch.cat([losses.double(), facts])
+        shared = torch.cat([losses.double(), self._facts(failed)])
         self.world.sum_(shared, f"the loss of step {share.step + 1}")
-        loss, balance, failures, stop, save, *peaks, norm, largest = self._finished(shared).tolist()
+        sums: list[float] = self._finished(shared).tolist()
+        loss, balance, failures, stop, save, *peaks, norm, largest = sums
         self.signals.agree(bool(stop), bool(save))
         if failures and (agreed := agree(self.world, failed)) is not None:
             raise agreed
         return _Sums(loss, balance, norm, largest, max(peaks))
+
+    def _facts(self, failed: BaseException | None) -> Tensor:
+        """What else the ranks sum: whether this one failed, its signals, its peak in its place."""
+        peaks = [0.0] * self.world.size
+        peaks[self.world.rank] = peak_bytes(self.device)
+        facts = [failed is not None, *self.signals.noted(), *peaks]
+        # Pinned, so that the host does not wait until the device has run the backward.
+        pinned = self.device.type == "cuda"
+        host = torch.tensor(facts, dtype=torch.float64, pin_memory=pinned)
+        return host.to(self.device, non_blocking=True)
 
     def _backward(self, share: Share) -> Tensor:
         """Gradients of this rank's packs; returns its part of loss and balance."""
@@ -290,6 +298,8 @@ class Loop:
         AdamW skips a parameter without a gradient; with zeros, moments and weight decay continue
         as for every other adapter, whether or not a step has media.
         """
+        if isinstance(self.optimizer, FlatAdamW):  # its gradients always exist
+            return
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -339,10 +349,15 @@ class Loop:
         self.model.eval()
         value = mean_loss(
             self.data, lambda example: float(self._loss([example])[0]),
-            self.world, self.signals.alone, between,
+            self.world, self.signals.alone, between, self._gather_rest,
         )  # fmt: skip
         self.meter.saw(peak_bytes(self.device))
         return value
+
+    def _gather_rest(self, rounds: int) -> None:
+        """Take part in the forwards that other ranks have left of an evaluation."""
+        if self.model.sharded is not None:
+            self.model.sharded.gathers.complete(rounds, backward=False)
 
     def prove_moved(self, start: Mapping[str, Tensor] | None = None) -> tuple[int, int]:
         """How many linear maps moved from where they started, and of how many (`prove_moved`)."""

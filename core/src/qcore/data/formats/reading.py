@@ -75,12 +75,14 @@ class Reading:
 
     Attributes:
         kinds: types of media parts that installed plugins read.
+        unread: why no media are read, if there is a reason.
         fields: field mapping of the source.
         ignore: keys that the user passes over.
         ignored: keys that were left out, as ``key`` or ``messages[].key``.
     """
 
     kinds: tuple[str, ...] = ()
+    unread: str = ""
     fields: Fields = field(default_factory=Fields)
     ignore: frozenset[str] = frozenset()
     ignored: list[str] = field(default_factory=list)

@@ -73,17 +73,18 @@ class Converted:
 
 
 def load_formats(
-    points: Iterable[EntryPoint] | None = None, kinds: Collection[str] = ()
+    points: Iterable[EntryPoint] | None = None, kinds: Collection[str] = (), unread: str = ""
 ) -> Formats:
     """The formats of core and of the installed plugins; no plugin is imported yet.
 
     Args:
         points: entry points that are used instead of the environment's.
         kinds: types of media parts that the run reads, beside those of installed plugins.
+        unread: why the run reads no media, for errors.
     """
     found = None if points is None else list(points)
     installed = {entry.name for entry in usable(KINDS, found, gated=False)}
-    return Formats(entries(DATA_FORMATS, found), sorted({*installed, *kinds}))
+    return Formats(entries(DATA_FORMATS, found), sorted({*installed, *kinds}), unread)
 
 
 class Formats:
@@ -92,6 +93,7 @@ class Formats:
     Args:
         plugins: entry points of plugins' formats.
         kinds: types of media parts that installed plugins read.
+        unread: why no media are read, if there is a reason.
 
     Attributes:
         names: the formats that ``--format`` accepts, in the order of detection.
@@ -99,13 +101,15 @@ class Formats:
         ignored: how many rows had each key that was left out.
     """
 
-    def __init__(self, plugins: Iterable[Entry] = (), kinds: Collection[str] = ()) -> None:
+    def __init__(
+        self, plugins: Iterable[Entry] = (), kinds: Collection[str] = (), unread: str = ""
+    ) -> None:
         self._plugins = {
             entry.name: entry for entry in plugins
             if entry.name not in _BUILTIN and entry.status is not Status.DISABLED
         }  # fmt: skip
         self._loaded: dict[str, DataFormat | PluginError] = {}
-        self.kinds = tuple(kinds)
+        self.kinds, self._unread = tuple(kinds), unread
         self._parsed: tuple[Mapping[str, Any], Fields] = ({}, Fields())
         self.names = (*_BUILTIN, *sorted(self._plugins))
         self.ignored: Counter[str] = Counter()
@@ -169,7 +173,9 @@ class Formats:
             self.check(forced, fields)
         row = mapping(value, "", "QC-DATA-005", "is not an object")
         parsed = self._fields(fields) if fields else Fields()
-        reading = Reading(kinds=self.kinds, fields=parsed, ignore=frozenset(ignore))
+        reading = Reading(
+            kinds=self.kinds, unread=self._unread, fields=parsed, ignore=frozenset(ignore)
+        )
         if parsed.columns or ignore:
             row = reading.renamed(row)
         name = forced or parsed.format

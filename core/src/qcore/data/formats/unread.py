@@ -62,10 +62,21 @@ _HEARD = ("audio", "audios")
 _META = ("annotations", "logprobs", "metadata", "usage", "header", "citations")
 #: Keys that only tell a server how to cache.
 _NOTHING = ("cache_control",)
+_INSTALL = re.compile(r"pip install [\w.-]+")
 _SENTENCE = re.compile(r"\n|\w+ \w+ ")  #: three words
 _FILE = re.compile(
     r"(?i)^data:[a-z]+/|\.(png|jpe?g|gif|webp|bmp|tiff?|mp4|mov|avi|mkv|webm|wav|mp3|flac|ogg)$"
 )
+
+
+def installation(unread: str) -> str:
+    """The command that installs a reader of media; empty if none is known.
+
+    Args:
+        unread: why no media are read, as `qcore.preflight.modality.unread` says it.
+    """
+    found = _INSTALL.search(unread)
+    return found[0] if found else ""
 
 
 def meaningless(value: Any) -> bool:
@@ -249,7 +260,8 @@ def _is_file(text: str, value: Any) -> bool:
 def _media(at: str, key: str, reading: Reading) -> RowError:
     if not reading.kinds or key in _HEARD or key in _OBJECTS:
         what = "holds media that no installed plugin reads"
-        fix = "use a model and a plugin that read them, or take rows without media"
+        install = installation(reading.unread) if key not in (*_HEARD, *_OBJECTS) else ""
+        fix = install or "use a model and a plugin that read them, or take rows without media"
     else:
         what = "holds media that are not read"
         fix = f"fields: {{{reading.kinds[0]}: {key}}} in a mix file reads them"

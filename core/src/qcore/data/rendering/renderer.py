@@ -105,7 +105,9 @@ class Renderer:
         self.format = chat_format
         self.tokenizer = tokenizer
         self.options = options
-        self._formats = load_formats(kinds=options.reader.kinds if options.reader else ())
+        self._formats = load_formats(
+            kinds=options.reader.kinds if options.reader else (), unread=options.unread
+        )
         self._setup = self._prepared()
         self._rows = RowRenderer(self._setup, template, self._formats, options.workers)
         self.notes = RunNotes(rejects, self._formats, options.max_length, self._keep_reasoning)

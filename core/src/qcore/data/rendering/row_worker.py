@@ -60,7 +60,7 @@ def _serve(inbox: SimpleQueue[bytes], out: BinaryIO) -> None:
             pending.append(chunk)
             yield chunk
 
-    formats = load_formats(kinds=setup.context.kinds)
+    formats = load_formats(kinds=setup.context.kinds, unread=setup.unread)
     with Template(text, source) as template, RowRenderer(setup, template, formats) as rows:
         for outcomes in rows.outcomes(chunks()):
             pending.popleft()
