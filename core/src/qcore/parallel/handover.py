@@ -24,6 +24,8 @@ _ALIKE: Final = 2.0  # seconds in which other ranks fail for the same reason
 _FIRST: Final = 1.0  # seconds that the rank with the cause has for saying it
 _SAVING: Final = 3600.0  # seconds for which a rank waits until the first one has saved
 _POLL: Final = 0.05
+#: In the exceptions of collectives; gloo raises a plain RuntimeError.
+_OF_BACKENDS: Final = ("gloo", "Gloo", "NCCL")
 
 _handing = threading.Lock()
 _peers: Peers | None = None
@@ -167,7 +169,18 @@ def of_error(error: QcoreError, trace: str = "") -> Failure:
     own = seat()
     if own is None:
         raise RuntimeError("this process is not one of several ranks")
+    if _peers is not None and _of_collective(error.__cause__):
+        error = _peers.unexplained(error)
     lost: Failure | None = getattr(error, "lost", None)
     if lost is not None:
         return lost
     return Failure(rank=own.rank, by=own.rank, place=own.name(), error=error, trace=trace)
+
+
+def _of_collective(reason: BaseException | None) -> bool:
+    """Whether an exception comes from a collective that this package did not call itself."""
+    if not isinstance(reason, RuntimeError):
+        return False
+    from torch.distributed import DistError
+
+    return isinstance(reason, DistError) or any(word in str(reason) for word in _OF_BACKENDS)

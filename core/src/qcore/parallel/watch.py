@@ -77,7 +77,7 @@ class Peers:
         self, store: Any, rank: int, size: int, name: str, *,
         timeout: float, end: Callable[[Failure], None],
     ) -> None:  # fmt: skip
-        self.timeout, self._name = timeout, name
+        self.timeout, self.name = timeout, name
         self._store, self._rank, self._size = store, rank, size
         self._end = end
         self._number = self._entered = 0
@@ -238,9 +238,7 @@ class Peers:
         return error
 
     def _contact(self, error: QcoreError) -> Failure:
-        return Failure(
-            rank=self._rank, by=self._rank, place=self._name, error=error, kind="contact"
-        )
+        return Failure(rank=self._rank, by=self._rank, place=self.name, error=error, kind="contact")
 
     # What follows runs in the thread.
 

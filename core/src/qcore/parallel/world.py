@@ -119,6 +119,11 @@ class World:
         return cls(rank, size, local, patient, peers)
 
     @property
+    def name(self) -> str:
+        """How this rank is named in errors: ``rank 1 (host, GPU 1)``."""
+        return f"rank {self.rank}" if self._peers is None else self._peers.name
+
+    @property
     def first(self) -> bool:
         """Whether this is the rank that writes and reports."""
         return self.rank == 0
