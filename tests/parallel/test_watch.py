@@ -145,11 +145,11 @@ def test_a_slow_rank_is_named_once(started: Started, monkeypatch: pytest.MonkeyP
     peers, _ = started(size=3, timeout=30.0)
     now = [0.0] * 3
 
-    def step(rank: int, own: float, waited: float) -> None:
+    def step(rank: int, own: float, waited: float, tokens: int = 100) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(watch.time, "monotonic", lambda: now[rank] + own + waited)
             peers[rank]._began = now[rank]
-            peers[rank].step(waited)
+            peers[rank].step(tokens, waited)
 
     for _ in range(2 * watch._STEPS):
         for rank, own in enumerate((1.0, 1.1, 1.7)):
@@ -160,7 +160,12 @@ def test_a_slow_rank_is_named_once(started: Started, monkeypatch: pytest.MonkeyP
         lines = peers[0].slow()
         time.sleep(0.02)
     (line,) = lines
-    assert line.startswith("rank 2 (host) is slow: 1.70 s of its own a step, the other ranks 1.0")
+    assert line.startswith("rank 2 (host) is slow: 1.70 s of its own a step, 1.00 s at the pace")
+    time.sleep(0.3)
+    assert peers[0].slow() == []
+    for _ in range(watch._STEPS):  # longer, with more to do; and a rank without rows
+        for rank, tokens in enumerate((100, 1000, 0)):
+            step(rank, tokens / 100, 10.0 - tokens / 100, tokens)
     time.sleep(0.3)
     assert peers[0].slow() == []
 

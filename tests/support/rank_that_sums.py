@@ -74,7 +74,7 @@ def train(*_: Any, reporter: Any, stop: Any, **__: Any) -> Report:
             sums = torch.tensor([float(bool(stop.asked)), float(stop.take_save())])
             here(step, "sum")
             world.sum_(sums, f"the sum of step {step}")
-            for line in world.step():
+            for line in world.step(tokens=100):
                 reporter.warning(line)
             if world.first and (sums[0] or sums[1]):
                 with world.finishing():

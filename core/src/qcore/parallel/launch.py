@@ -124,7 +124,7 @@ class _Launcher:
             if number == signal.SIGUSR1 or (
                 number == signal.SIGHUP and hung_up(self._had_terminal)
             ):
-                for pid in self._pids().values():
+                for pid in [*self._pids().values()][:1]:  # the ranks agree on the step
                     _kill(pid, signal.SIGUSR1)
                 continue
             again = time.monotonic() - self._stopped_at > _ONE_PRESS

@@ -36,7 +36,7 @@ _SILENT: Final = 120.0  # seconds without a beat after which a rank of another m
 _UNKNOWN: Final = 5.0  # seconds in which the cause of a failed collective must show
 _SAVE: Final = 600.0  # seconds for which a checkpoint that is being written is waited for
 _STEPS: Final = 8  #: steps over which the pace of a rank is judged
-_SLOW: Final = 1.5  #: times the median of the others
+_SLOW: Final = 1.5  # times the median of the others
 _SHORT: Final = 0.05  # seconds a step by which a slow rank differs at least
 
 
@@ -49,7 +49,8 @@ class Beat:
         entered: collectives that it has begun.
         where: the newest of them.
         patient: it waits in a collective that may take hours.
-        pace: median of its own seconds a step; 0: unknown yet.
+        pace: median of its own seconds a token; 0: unknown yet, or it has no rows.
+        own: median of its own seconds a step.
         left: it has finished.
     """
 
@@ -58,6 +59,7 @@ class Beat:
     where: str = ""
     patient: bool = False
     pace: float = 0.0
+    own: float = 0.0
     left: bool = False
 
 
@@ -83,7 +85,7 @@ class Peers:
         self._number = self._entered = 0
         self._where, self._patient, self._left = "", False, False
         self._waited, self._began = 0.0, time.monotonic()
-        self._paces: deque[float] = deque(maxlen=_STEPS)
+        self._paces: deque[tuple[float, float]] = deque(maxlen=_STEPS)  # a token, a step
         self._beats: dict[int, Beat] = {}
         self._seen: dict[int, tuple[int, float]] = {}  # number of the newest beat, and when
         self._late: dict[int, tuple[int, float]] = {}  # collectives of a late rank, since when
@@ -141,14 +143,16 @@ class Peers:
         with self._finishing, saving():
             yield
 
-    def step(self, waited: float = 0.0) -> None:
+    def step(self, tokens: int, waited: float = 0.0) -> None:
         """Note that a step has ended.
 
         Args:
+            tokens: that this rank computed in it.
             waited: seconds of it that the device waited in collectives while the host did not.
         """
         now = time.monotonic()
-        self._paces.append(now - self._began - self._waited - waited)
+        own = now - self._began - self._waited - waited
+        self._paces.append((own / tokens if tokens else 0.0, own))
         self._began, self._waited = now, 0.0
 
     def slow(self) -> list[str]:
@@ -244,8 +248,9 @@ class Peers:
 
     def _beat(self) -> None:
         self._number += 1
-        pace = statistics.median(self._paces) if len(self._paces) == _STEPS else 0.0
-        beat = [self._number, self._entered, self._where, self._patient, pace, self._left]
+        paces = [*self._paces] if len(self._paces) == _STEPS else [(0.0, 0.0)]
+        pace, own = map(statistics.median, zip(*paces, strict=True))
+        beat = [self._number, self._entered, self._where, self._patient, pace, own, self._left]
         with self._lock:
             self._store.set(f"beat/{self._rank}", json.dumps(beat))
 
@@ -303,13 +308,14 @@ class Peers:
             return
         for rank, pace in paces.items():
             usual = statistics.median_low([p for other, p in paces.items() if other != rank])
-            slow = pace > _SLOW * usual and pace - usual > _SHORT
-            if slow and rank not in self._told_slow:
+            own = self._beats[rank].own
+            longer = own * (1 - usual / pace)  # than at the pace of the others
+            if rank not in self._told_slow and pace > _SLOW * usual and longer > _SHORT:
                 self._told_slow.add(rank)
-                name = self._others[rank]["name"] if rank in self._others else f"rank {rank}"
+                name = self._others[rank]["name"] if rank in self._others else self.name
                 self._slow.append(
-                    f"{name} is slow: {pace:.2f} s of its own a step, the other ranks "
-                    f"{usual:.2f} s (median of {_STEPS} steps); they wait for it"
+                    f"{name} is slow: {own:.2f} s of its own a step, {own - longer:.2f} s at the "
+                    f"pace of the other ranks (median of {_STEPS} steps); they wait for it"
                 )
 
 

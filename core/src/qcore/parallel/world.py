@@ -186,14 +186,18 @@ class World:
         """A block in which the failure of another rank does not end this one: it saves."""
         return nullcontext() if self._peers is None else self._peers.finishing()
 
-    def step(self) -> list[str]:
+    def step(self, tokens: int) -> list[str]:
         """Note that a step has ended; returns a line for each rank newly found to be slow.
 
         The device has finished the sums of the step.
+
+        Args:
+            tokens: that this rank computed in it.
         """
         if self._peers is None:
             return []
-        self._peers.step(sum(began.elapsed_time(ended) for began, ended in self._sums) / 1000)
+        waited = sum(began.elapsed_time(ended) for began, ended in self._sums) / 1000
+        self._peers.step(tokens, waited)
         self._sums.clear()
         return self._peers.slow()
 

@@ -110,6 +110,7 @@ class Loop:
         self.watch: AbstractContextManager[object] = nullcontext()
         self.signals = SharedSignals(StopSignals(), self.world)
         self.failure: QcoreError | None = None
+        self.own_tokens = 0  # of this rank, in the newest step
         self._tower_alone = model.trains_tower and not model.trains_trunk
         keep = in_bytes(settings.media_cache_gb)
         self.batches = Batches(model, device, reader, keep)
@@ -144,6 +145,7 @@ class Loop:
         if not self.model.training:  # walking all modules takes as long as a short step
             self.model.train()
         share = self.shares.of(step)
+        self.own_tokens = share.own
         sums = self._accumulate(share)
         spike = self._checked(share, sums)
         rate = learning_rate(self.settings, step, self.schedule.total)
