@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,23 @@ def test_under_a_plain_torchrun_one_rank_speaks(tmp_path: Path, what: str, code:
     error = json.loads(ranks.out())["error"]
     assert error["code"] == code
     assert error["message"].startswith("rank 1 (")
+
+
+@pytest.mark.slow
+def test_two_launchers_meet_as_torchrun_does(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        endpoint = f"localhost:{listener.getsockname()[1]}"
+    env = {
+        "PET_NNODES": "2", "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": endpoint,
+        "PET_RDZV_ID": "run", "HOME_OF_MARKS": str(tmp_path),
+    }  # fmt: skip
+    machines = [begin(tmp_path / name, LONG, "--json", gpus=1, env=env) for name in ("a", "b")]
+    while not (tmp_path / "at-1-2-step").exists():
+        assert machines[0].process.poll() is None, machines[0].err()
+        signal.sigtimedwait([], 0.05)
+    machines[1].kill(signal.SIGTERM)
+    assert [machine.status() for machine in machines] == [75, 75]
+    assert len((tmp_path / "saved").read_text().split()) == 1
+    codes = [json.loads(machine.out())["error"]["code"] for machine in machines]
+    assert codes == ["QC-TRAIN-006"] * 2

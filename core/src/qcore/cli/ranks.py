@@ -6,6 +6,7 @@ it has started. How ranks are started and how they fail is up to `qcore.parallel
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +18,12 @@ from .output import leave_now, say_now
 
 
 def launches(gpus: int | None) -> bool:
-    """Whether ``--gpus`` asks this process to start others."""
+    """Whether ``--gpus`` asks this process to start others, or to join other machines."""
     from ..parallel.rank import seat
 
     own = seat()
-    return gpus not in (None, 1) and not (own is not None and own.launched)
+    alone = gpus == 1 and os.environ.get("PET_NNODES", "1") == "1"
+    return gpus is not None and not alone and not (own is not None and own.launched)
 
 
 def launch(gpus: int, device: str, *, restarts: bool, as_json: bool) -> int:

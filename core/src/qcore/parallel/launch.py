@@ -258,6 +258,9 @@ class _Launcher:
         if isinstance(outcome, QcoreError):
             raise outcome
         if isinstance(outcome, BaseException):
+            # The agent of another machine may have ended with its ranks before.
+            if records := without_echoes(self._records()):
+                raise cause(records, stopping=bool(self._stop)) from outcome
             raise QcoreError(
                 "QC-PARALLEL-014",
                 "torchrun could not run the ranks",
