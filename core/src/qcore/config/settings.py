@@ -179,6 +179,12 @@ class Settings:
         "fastest that fits on the GPU, full on the CPU",
         choices=("auto", "none", "elementwise", "full", "offload"),
     )
+    shard_base: str = _s(
+        "auto",
+        "with several ranks, shard the frozen weights of all layers over them: always or never "
+        "(each rank holds all of them); auto: only if they do not fit on each GPU",
+        choices=("auto", "always", "never"),
+    )
     media_cache_gb: float = _s(
         4.0,
         "host memory in GB for cached outputs of a frozen tower; 0: recompute them in every step",

@@ -174,7 +174,9 @@ def gpu_by_name(name: str) -> Card:
         field="--gpu",
         found=name,
         expected="one of " + ", ".join(names),
-        fix=f"did you mean {suggestion}?"
+        fix=f"pass --gpus {name} for a number of GPUs"
+        if name.isdigit()
+        else f"did you mean {suggestion}?"
         if suggestion
         else "name the most similar GPU and pass --budget",
     )

@@ -9,6 +9,7 @@ Code: ``QC-PARALLEL-003`` a rank differs from the first one.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Final
@@ -19,6 +20,7 @@ from ..data.sampler import Schedule
 from ..parallel.agreement import check_same
 from ..parallel.world import World
 from ..planning.compare import RunPlan
+from ..planning.links import PCIE4, Ranks
 from ..planning.run import Room
 from ..reporting import Reporter
 from .checkpoints import RunFiles
@@ -58,6 +60,17 @@ def smallest_room(world: World, room: Room) -> Room:
     return Room(card=card, budget=_least(budgets), host=_least(host))
 
 
+def ranks_of(world: World, room: Room) -> Ranks | None:
+    """The ranks as the planner sees them; ``None`` for a process of its own."""
+    if world.size == 1:
+        return None
+    # Machines with different numbers of ranks are planned as if every rank had its own.
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or world.size)
+    gpus = local if world.size % local == 0 else 1
+    link = PCIE4 if room.card is None else room.card.link
+    return Ranks(gpus=gpus, nodes=world.size // gpus, link=link)
+
+
 def _least(sizes: Iterable[int | None]) -> int | None:
     return min((size for size in sizes if size is not None), default=None)
 
@@ -78,7 +91,10 @@ def check_ranks(run: Run, plan: RunPlan, files: RunFiles | None = None) -> None:
     if files is not None:
         check_same(run.world, flat({"base": files.identity()["base"]}))
         return
-    decided = {"policies": [*plan.policies], "together": plan.together, "parked": plan.parked}
+    decided = {
+        "policies": [*plan.policies], "together": plan.together, "parked": plan.parked,
+        "sharded": plan.sharded,
+    }  # fmt: skip
     check_same(
         run.world,
         flat({**identity(run), "libraries": versions_of(_LIBRARIES), "plan": decided}),

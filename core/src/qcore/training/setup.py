@@ -45,6 +45,7 @@ from .best import check_evaluates
 from .disk_space import check_space
 from .initial_adapter import AdapterWords, InitialAdapter, start_from
 from .media_manifest import first_changed
+from .ranks import ranks_of
 from .resume import SAME_NUMBERS, compare, identity, refuse_finished
 from .run import Run
 from .run_folder import newest, run_folder
@@ -328,11 +329,12 @@ def plan_memory(run: Run, room: Room, before: PreviousPlan | None) -> RunPlan:
     pack = partial(
         packs_of, data.train.lengths, data.eval.lengths, settings,
         units=data.train.units, held_out_units=data.eval.units,
-        sizes=data.train_sizes,
+        sizes=data.train_sizes, ranks=run.world.size,
     )  # fmt: skip
     plan, notes = plan_run(
         run.model, settings, pack(), room, backends=run.kernels, before=before,
         join=(lambda most: pack(together=most)) if may_join(settings) else None,
+        ranks=ranks_of(run.world, room),
     )  # fmt: skip
     run.reporter.lines((plan.line(), *notes))
     check_space(run, plan)
