@@ -35,7 +35,7 @@ from qcore.nn.device import is_out_of_memory
 from qcore.nn.model import Model
 from qcore.planning import Planner
 from qcore.planning.run import Room, room_of
-from qcore.planning.step import LIBRARIES
+from qcore.planning.static import LIBRARIES
 from qcore.plugins.manager import Plugins
 from qcore.plugins.resolve_model import Identified
 from qcore.training.step import Loop

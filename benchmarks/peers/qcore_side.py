@@ -130,7 +130,7 @@ def rows(ids: torch.Tensor, settings: Settings) -> Dataset:
     train: list[Example | None] = [None] * (steps * batch)
     schedule = Schedule(len(train), settings)
     for step in range(steps):
-        (numbers,) = schedule.micro_batches(step)
+        numbers = [number for part in schedule.micro_batches(step) for number in part]
         for row, number in zip(ids[step], numbers, strict=True):
             values = array("i", row.tolist())
             train[number] = Example(

@@ -27,27 +27,33 @@ def _dense(h: int, ffn: int, layers: int, heads: int, kv: int, values: int, tied
     }  # fmt: skip
 
 
+def _moe(h: int, inner: int, layers: int, heads: int, values: int, experts: int, top: int) -> Any:
+    dense = _dense(h, 0, layers, heads, 2, values, False)
+    del dense["intermediate_size"]
+    return dense | {
+        "moe_intermediate_size": inner, "num_experts": experts, "num_experts_per_tok": top,
+        "shared_expert_intermediate_size": inner,
+    }  # fmt: skip
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "0.8b": _dense(1024, 3584, 24, 8, 2, 16, True),
     "2b": _dense(2048, 6144, 24, 8, 2, 16, True),
     "4b": _dense(2560, 9216, 32, 16, 4, 32, True),
     "9b": _dense(4096, 12288, 32, 16, 4, 32, False),
     "27b": _dense(5120, 17408, 64, 24, 4, 48, False),
-    "35b-a3b": {
-        **{k: v for k, v in _dense(2048, 0, 40, 16, 2, 32, False).items() if v != 0},
-        "moe_intermediate_size": 512, "num_experts": 256, "num_experts_per_tok": 8,
-        "shared_expert_intermediate_size": 512,
-    },
+    "35b-a3b": _moe(2048, 512, 40, 16, 32, 256, 8),
+    "122b-a10b": _moe(3072, 1024, 48, 32, 64, 256, 8),
+    "397b-a17b": _moe(4096, 1024, 60, 32, 64, 512, 10),
     # For a run on the CPU that shows that the harness works; its figures say nothing.
     "tiny": {
         **_dense(128, 256, 4, 4, 2, 8, True), "head_dim": 32, "linear_num_key_heads": 4,
         "linear_key_head_dim": 32, "linear_value_head_dim": 32, "vocab_size": 1024,
     },
     "tiny-moe": {
-        **{k: v for k, v in _dense(128, 0, 4, 4, 2, 8, False).items() if v != 0},
+        **_moe(128, 32, 4, 4, 8, 8, 2), "shared_expert_intermediate_size": 48,
         "head_dim": 32, "linear_num_key_heads": 4, "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32, "vocab_size": 1024, "moe_intermediate_size": 32,
-        "num_experts": 8, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 48,
+        "linear_value_head_dim": 32, "vocab_size": 1024,
     },
 }  # fmt: skip
 

@@ -119,12 +119,21 @@ def adapted(job: Job, model: nn.Module | None = None) -> nn.Module:
     return get_peft_model(model, lora).train()  # type: ignore[no-any-return]
 
 
-def step_of(model: nn.Module, job: Job, **arguments: Any) -> Step:
-    """One optimizer step on the n-th ids; mean loss, clipped at 1, fused AdamW."""
+def step_of(
+    model: nn.Module, job: Job, ids: torch.Tensor | None = None, **arguments: Any
+) -> Step:
+    """One optimizer step on the n-th ids; mean loss, clipped at 1, fused AdamW.
+
+    Args:
+        model: with adapters.
+        job: names the device.
+        ids: ``[steps, batch, seq]``; ``None``: those of the job.
+        arguments: of the model.
+    """
     device = torch.device(job.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=device.type == "cuda")
-    ids = job.ids()
+    ids = job.ids() if ids is None else ids
 
     def step(number: int) -> float:
         rows = ids[number].to(device)

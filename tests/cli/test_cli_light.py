@@ -148,8 +148,9 @@ ROWS = ["--config", "--debug", "--format", "--generation", "--json", "--media-ro
 OPTIONS: dict[str, list[str]] = {
     "inspect": ["MODEL", "--debug", "--for", "--generation", "--json"],
     "plan": [
-        "MODEL", "--budget", "--config", "--debug", "--generation", "--gpu", "--groups", "--json",
-        "--max-length", "--media", "--preset", "--r", "--rows", "--set",
+        "MODEL", "--budget", "--config", "--debug", "--generation", "--gpu", "--gpus", "--groups",
+        "--json", "--link", "--max-length", "--media", "--network", "--nodes", "--preset", "--r",
+        "--rows", "--set",
     ],
     "train": [
         "--adapter", "--adapter-class", "--auto-resume", "--config", "--data", "--debug",
@@ -194,7 +195,7 @@ OPTIONS: dict[str, list[str]] = {
     "data parity": ["FILES", *sorted([*ROWS, "--model"])],
     "data convert": ["FILES", "--debug", "--format", "--json", "--media-root", "--output", "--set"],
     "data schema": ["--debug"],
-    "doctor": ["--debug", "--json", "--kernels"],
+    "doctor": ["--debug", "--json", "--kernels", "--model"],
     "demo": ["--architecture", "--debug", "--json", "--output"],
 }  # fmt: skip
 

@@ -215,3 +215,63 @@ def test_an_op_that_is_not_used_is_named_with_those_that_are(
     line = ended.error("QC-KERNEL-007")
     assert "kernels.experts: is an op that this model does not use" in line
     assert "delta_rule" in line
+
+
+def test_several_gpus_share_a_step(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    ended = here(
+        capsys, "plan", folder, "--max-length", 96, "--gpus", 4, "--nodes", 2, "--gpu", "H200",
+        "--gpu", "l40s", "--json",
+    )  # fmt: skip
+    fast, slow = (one["ranks"] for one in ended.json["plans"])
+    assert (fast["gpus"], fast["nodes"], fast["base"], fast["packs"]) == (4, 2, "whole", 8)
+    assert fast["packs_of_busiest_rank"] == 1
+    assert fast["link"] == "network"
+    assert fast["all_reduce_bytes"] == ended.json["plans"][0]["memory_bytes"]["gradients"]
+    assert fast["all_reduce_seconds"] == slow["all_reduce_seconds"] > 0
+    assert fast["tokens_per_second"] == pytest.approx(8 * fast["tokens_per_second_per_gpu"], 0.01)
+    assert 0 < fast["scaling"] <= 1
+    nearer = here(
+        capsys, "plan", folder, "--max-length", 96, "--gpus", 8, "--gpu", "H200", "--json"
+    )  # fmt: skip
+    assert nearer.json["plans"][0]["ranks"]["all_reduce_seconds"] < fast["all_reduce_seconds"]
+
+
+def test_the_same_for_people_with_what_to_change(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    ended = here(
+        capsys, "plan", folder, "--max-length", 96, "--rows", 4, "--gpus", 4, "--gpu", "H200",
+        "--set", "gradient_accumulation_steps=2",
+    )  # fmt: skip
+    assert "\na step of 4 GPUs:\ncard  base   packs  of a GPU  idle" in ended.out
+    assert "H200: each GPU holds the whole base, which fits; all-reduce of " in ended.err
+    assert "a step has 2 packs for 4 ranks: 2 of them compute nothing" in ended.err
+    scaled = here(
+        capsys, "plan", folder, "--max-length", 96, "--rows", 4, "--gpus", 4, "--gpu", "H200",
+        "--set", "gradient_accumulation_steps=2", "--set", "scale_batch=true",
+    )  # fmt: skip
+    assert "compute nothing" not in scaled.err
+
+
+def test_one_gpu_has_no_ranks(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    ended = here(
+        capsys, "plan", folder, "--max-length", 96, "--gpus", 1, "--gpu", "H200", "--json"
+    )  # fmt: skip
+    assert "ranks" not in ended.json["plans"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--gpus", "H100"), "--gpu NAME names a kind of GPU"),
+        (("--gpu", "2"), "pass --gpus 2 for a number of GPUs"),
+        (("--gpus", "0"), "QC-PLAN-009"),
+        (("--gpus", "2", "--network", "0"), "QC-PLAN-010"),
+    ],
+)
+def test_a_number_and_a_name_of_gpus_are_not_confused(
+    capsys: pytest.CaptureFixture[str], folder: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    ended = here(capsys, "plan", folder, *arguments)
+    assert ended.code == 2
+    assert words in ended.err

@@ -190,7 +190,7 @@ def test_accumulating_4_x_1_equals_1_x_4(rows: Path) -> None:
 def test_micro_batches_that_run_together_are_the_same_step(rows: Path) -> None:
     given = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5}
     alone, joined = loop_of(tiny_folder(), rows, **given), loop_of(tiny_folder(), rows, **given)
-    joined.together = 700
+    joined.shares.together = 700
     packs: list[int] = []
     whole = joined.model.loss
 

@@ -119,10 +119,12 @@ class Step:
         supervised_tokens: tokens that have a label.
         seconds: of the step.
         tokens_per_second: `tokens` by `seconds`.
-        memory_gb: peak of the device, or of the process on the CPU, in 1e9 bytes.
+        memory_gb: peak of the device, or of the process on the CPU, in 1e9 bytes; the largest of
+            all ranks.
         aux_loss: load balance of the router; ``None`` where it is not trained.
         eval_loss: of the held-out rows, where an evaluation follows this step.
         spike: scores and rows, where loss or gradient norm is far above the steps before.
+        ranks: processes that shared the step; ``None`` for a process of its own.
     """
 
     step: int
@@ -138,6 +140,7 @@ class Step:
     aux_loss: float | None = None
     eval_loss: float | None = None
     spike: Mapping[str, Any] | None = None
+    ranks: int | None = None
 
     def row(self) -> dict[str, Any]:
         """The line of ``metrics.jsonl``; without `total` and without what is ``None``."""

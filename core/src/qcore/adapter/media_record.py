@@ -24,8 +24,9 @@ def joined_media(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[st
     keys: dict[str, list[str]] = {}
     for record in (before, after):
         by_kind = record.get("keys")
-        for kind in by_kind if isinstance(by_kind, Mapping) else ():
-            keys[kind] = sorted({*keys.get(kind, ()), *_list(by_kind, kind)})
+        if isinstance(by_kind, Mapping):
+            for kind in by_kind:
+                keys[kind] = sorted({*keys.get(kind, ()), *_list(by_kind, kind)})
     return {"kinds": [*kinds], "keys": keys}
 
 

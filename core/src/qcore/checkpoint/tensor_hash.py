@@ -53,6 +53,11 @@ class TensorDigest:
         self._digests[number] = sha256
 
     @property
+    def known(self) -> dict[int, bytes]:
+        """The digests of the units that have one, by number."""
+        return dict(self._digests)
+
+    @property
     def hex(self) -> str | None:
         """The tensor's digest in hex; ``None`` until every unit has one."""
         if len(self._digests) != len(self.units):

@@ -1,28 +1,72 @@
-"""``qcore doctor``: prints the checks of the environment, and with ``--kernels`` every backend."""
+"""``qcore doctor``: prints the checks of the environment, and with ``--kernels`` every backend.
+
+Under torchrun the first rank reports for all: what differs between them, and the links.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ..io.stop_signals import importing
 from .common import debug_option, emit, json_option
 
+if TYPE_CHECKING:
+    from ..api.records import Finding
+
 
 @click.command("doctor")
 @click.option("--kernels", is_flag=True, help="Verify every backend of every op, and list them.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Under torchrun: compare the files of a model between ranks.",
+)
 @json_option
 @debug_option
-def command(kernels: bool, as_json: bool) -> None:
+def command(kernels: bool, model: Path | None, as_json: bool) -> None:
     """Check the environment by running the pieces that qcore relies on."""
     if kernels:
         _kernels(as_json)
         return
+    from ..parallel.world import is_rank
+    from ..preflight.environment import findings
+    from ..preflight.links import links
+    from ..preflight.ranks import need_ranks
+
+    if is_rank():
+        _of_ranks(model, as_json)
+        return
+    need_ranks(model)
+    _report([*findings(), *links()], as_json)
+
+
+def _of_ranks(model: Path | None, as_json: bool) -> None:
+    """The report of all ranks; the others are silent and end well."""
+    with importing():
+        from ..nn.device import pick_device
+        from ..parallel.world import World
+        from ..preflight.ranks import findings_of_ranks
+
+    import torch
+
+    device = pick_device("auto")
+    with World.of_environment(device) as world:
+        if device.type == "cuda":
+            device = torch.device("cuda", world.local_rank)
+        report = findings_of_ranks(world, device, model)
+    if world.first:
+        _report(report, as_json)
+
+
+def _report(report: list[Finding], as_json: bool) -> None:
     from ..api.records import Severity
     from ..errors import raise_all
     from ..preflight.checks import as_error
-    from ..preflight.environment import findings
 
-    report = list(findings())
     errors = [as_error(finding) for finding in report if finding.severity is Severity.ERROR]
     if as_json:
         rows = [

@@ -8,11 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import count, debug_option, emit, json_option, spoken
+from .common import count as short
+from .common import debug_option, emit, json_option, spoken
 
 if TYPE_CHECKING:
     from ..planning import Plan
     from ..preflight.plan import GpuPlan, PlanReport
+
+
+class Count(click.types.IntParamType):
+    """A number of GPUs."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse a name, which another option takes."""
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number; --gpu NAME names a kind of GPU", param, ctx)
 
 
 @click.command("plan")
@@ -27,7 +41,13 @@ if TYPE_CHECKING:
 )
 @click.option("--r", type=int, help="Rank of the LoRA matrices.")
 @click.option("--groups", help="LoRA groups, comma-separated; by default those that are on.")
-@click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="A GPU; repeatable.")
+@click.option("--gpu", "gpus", multiple=True, metavar="NAME", help="A kind of GPU; repeatable.")
+@click.option(
+    "--gpus", "count", type=Count(), metavar="N", help="GPUs of each machine; see --gpu for names."
+)
+@click.option("--nodes", type=int, metavar="M", help="Machines with as many GPUs each.")
+@click.option("--link", type=float, metavar="GB/s", help="Rate between GPUs of a machine.")
+@click.option("--network", type=float, metavar="GB/s", help="Rate between machines; default 10.")
 @click.option("--budget", default="auto", metavar="GB|auto", help="Memory that may be filled.")
 @click.option("--preset", help="Named settings; see qcore presets list.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="run.yaml")
@@ -43,6 +63,10 @@ def command(
     r: int | None,
     groups: str | None,
     gpus: tuple[str, ...],
+    count: int | None,
+    nodes: int | None,
+    link: float | None,
+    network: float | None,
     budget: str,
     preset: str | None,
     config_file: Path | None,
@@ -64,8 +88,9 @@ def command(
     settings, _ = load_settings(preset=preset, config_file=config_file, sets=sets, flags=flags)
     with spoken(flags):
         report = plan(
-            model, settings, gpus=gpus, budget=budget, media=media, fixed_rows=rows is not None
-        )
+            model, settings, gpus=gpus, budget=budget, media=media, fixed_rows=rows is not None,
+            gpu_count=count, nodes=nodes, link=link, network=network,
+        )  # fmt: skip
     if as_json:
         emit(report.as_json())
         return
@@ -73,8 +98,9 @@ def command(
 
 
 def _print(report: PlanReport) -> None:
-    click.echo(f"{report.model}: {count(report.trained_parameters)} trained parameters")
+    click.echo(f"{report.model}: {short(report.trained_parameters)} trained parameters")
     _print_gpus(report)
+    _print_ranks(report)
     _print_memory(report.plans[0].plan)
     for line in (*report.notes, *_notes(report.plans)):
         click.echo(line, err=True)
@@ -101,6 +127,39 @@ def _print_gpus(report: PlanReport) -> None:
                 f"{gpu.longest_row:,}",
             ]
         )
+    _print_table(rows)
+
+
+def _print_ranks(report: PlanReport) -> None:
+    """A line for each kind of GPU: the step that several of them share."""
+    shared = [gpu.shared for gpu in report.plans if gpu.shared is not None]
+    if not shared:
+        return
+    ranks = shared[0].ranks
+    machines = f" on {ranks.nodes} machines" if ranks.nodes > 1 else ""
+    click.echo(f"\na step of {ranks.size} GPUs{machines}:")
+    rows = [
+        ["card", "base", "packs", "of a GPU", "idle", "s", "tokens/s of a GPU", "in all", "scaling"]
+    ]
+    for step in shared:
+        fits = step.usual.fits
+        rows.append(
+            [
+                step.usual.card,
+                "sharded" if step.sharded else "whole",
+                f"{step.packs:g}",
+                f"{step.load:g}",
+                f"{step.idle:.0%}",
+                f"{step.seconds:.2f}" if fits else "",
+                f"{step.per_gpu:,.0f}" if fits else "",
+                f"{step.tokens_per_second:,.0f}" if fits else "",
+                f"{step.scaling:.1%}" if fits else "",
+            ]
+        )
+    _print_table(rows)
+
+
+def _print_table(rows: list[list[str]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
@@ -127,6 +186,11 @@ def _notes(plans: tuple[GpuPlan, ...]) -> Iterator[str]:
             if note not in printed:
                 printed.add(note)
                 yield f"note: {note}" if gpu is plans[0] else f"note: {card}: {note}"
+        if gpu.shared is not None:
+            yield f"note: {card}: {gpu.shared.reason}; {gpu.shared.communication()}"
+            if (balance := gpu.shared.balance()) is not None and balance not in printed:
+                printed.add(balance)
+                yield f"note: {balance}"
         if not gpu.plan.fits:
             yield f"note: {card}: does not fit; {gpu.fix}"
 

@@ -95,6 +95,11 @@ class Settings:
         "which has no effect otherwise",
         low=0, high=1 << 30,
     )  # fmt: skip
+    scale_batch: bool = _s(
+        False,
+        "with several ranks, multiply the rows of an optimizer step by their number; false: the "
+        "ranks share the rows",
+    )
     learning_rate: float = _s(2e-4, "peak learning rate of AdamW", above=0, high=1)
     warmup_ratio: float = _s(0.03, "fraction of the steps used for warmup", low=0, below=1)
     weight_decay: float = _s(0.0, "decoupled weight decay of AdamW", low=0, high=1)
@@ -173,6 +178,12 @@ class Settings:
         "(recompute whole layers) or offload (full, with layer inputs in host memory); auto: the "
         "fastest that fits on the GPU, full on the CPU",
         choices=("auto", "none", "elementwise", "full", "offload"),
+    )
+    shard_base: str = _s(
+        "auto",
+        "with several ranks, shard the frozen weights of all layers over them: always or never "
+        "(each rank holds all of them); auto: only if they do not fit on each GPU",
+        choices=("auto", "always", "never"),
     )
     media_cache_gb: float = _s(
         4.0,

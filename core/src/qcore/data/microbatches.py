@@ -1,8 +1,9 @@
-"""Joining of short micro-batches into packs, and the size of a pack in kernel tiles.
+"""Joining of short micro-batches into packs, the size of a pack, and the share of each rank.
 
-This file decides which micro-batches of a step run together. A media unit counts like a token:
-that understates its cost, but a pack is bounded in both. `qcore.data.sampler` decides the rows of
-a micro-batch, `qcore.planning.run` the size limit of a pack. It imports no torch.
+This file decides which micro-batches of a step run together, and which rank runs which. A media
+unit counts like a token: that understates its cost, but a pack is bounded in both.
+`qcore.data.sampler` decides the rows of a micro-batch, `qcore.planning.run` the size limit of a
+pack. It imports no torch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from .rendering.masking import Example
 
 TILE = 64  #: tokens of a kernel tile; the last tile of a row is padded to it
+#: Tokens that a token attends to at about the cost of all its linear maps.
+_SQUARE: Final = 1 << 16
 _SLACK: Final = 0.03  #: share of the packs above the lower bound that is accepted
 _STEPS: Final = 1024  #: parts of a pack in which sums of sizes are counted
 
@@ -32,6 +35,30 @@ def units_of_rows(rows: Iterable[Example]) -> Sequence[int]:
         return rows.units
     units = tuple(sum(medium.units for medium in row.media) for row in rows)
     return units if any(units) else ()
+
+
+def cost(lengths: Sequence[int], units: int = 0) -> float:
+    """Time of a micro-batch, in tokens: its extent, and attention, quadratic in each row."""
+    return extent(lengths, units) + sum(length * length for length in lengths) / _SQUARE
+
+
+def spread(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Spread micro-batches over ranks: the longest first, each to the rank with the least cost.
+
+    Args:
+        costs: of each micro-batch.
+        ranks: number of ranks.
+
+    Returns:
+        For each rank the numbers of its micro-batches, ascending; none where there are fewer
+        micro-batches than ranks.
+    """
+    loads, shares = [0.0] * ranks, [list[int]() for _ in range(ranks)]
+    for number in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):
+        rank = min(range(ranks), key=lambda r: (loads[r], r))
+        loads[rank] += costs[number]
+        shares[rank].append(number)
+    return [sorted(share) for share in shares]
 
 
 def joined(

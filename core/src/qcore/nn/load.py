@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ __all__ = [
     "slabs",
 ]  # fmt: skip
 
+_T = TypeVar("_T")
 SLAB = 2**28  #: bytes of a stack of experts that are in memory at a time
 
 Progress = Callable[[int], None]  #: called with the bytes read since the last call
@@ -208,16 +210,9 @@ def load(
         NumericError: ``QC-LOAD-003`` for a NaN or an infinity in the base.
     """
     modules = dict(model.named_modules())
-    wanted = [
-        item
-        for item in layout.located.values()
-        if layout.loads(item.tensor.part)
-        and item.tied is None
-        and item.tensor.name not in layout.ties
-    ]
-    wanted.sort(key=lambda item: (item.places[0].header.file, item.places[0].header.start))
+    wanted = loaded_items(layout)
     digests: dict[str, str] = {}
-    ranges = _Ranges(constant)
+    ranges = Ranges(constant)
     for slab in read_ahead(checkpoint, wanted):
         name, value = slab.item.tensor.name, slab.value
         if slab.digest is not None:
@@ -228,21 +223,46 @@ def load(
         if change is not None:
             value = change(name, value, slab.region)
         if in_nf4 and slab.codes is not None and value is slab.value:
-            ranges.add(slab, value)  # finite, as their scales are
-            _hold_codes(model, slab, device)
+            ranges.add(slab.item, value, last=slab.digest is not None)  # finite, as their scales
+            hold_codes(model, name, slab.codes, device)
             continue
         value = value.to(device)
-        if not ranges.add(slab, value):
-            raise NumericError(
-                "QC-LOAD-003",
-                "holds a value that is not finite",
-                file=checkpoint.path,
-                field=name,
-                fix="download the checkpoint again",
-            )
+        if not ranges.add(slab.item, value, last=slab.digest is not None):
+            raise not_finite(checkpoint, name)
         place(model, modules, slab.item, slab.rows, value, quantize=in_nf4)
     assert len(digests) == len(wanted), "every tensor has a digest, or the base has no fingerprint"
     return digests
+
+
+def loaded_items(layout: Layout) -> list[Located]:
+    """The tensors that are read, in the order of the files."""
+    wanted = [
+        item
+        for item in layout.located.values()
+        if layout.loads(item.tensor.part)
+        and item.tied is None
+        and item.tensor.name not in layout.ties
+    ]
+    return sorted(
+        wanted, key=lambda item: (item.places[0].header.file, item.places[0].header.start)
+    )
+
+
+def not_finite(checkpoint: Checkpoint, name: str) -> NumericError:
+    """The error of a base with a NaN or an infinity in the tensor `name`."""
+    return NumericError(
+        "QC-LOAD-003",
+        "holds a value that is not finite",
+        file=checkpoint.path,
+        field=name,
+        fix="download the checkpoint again",
+    )
+
+
+def holds_codes(item: Located) -> bool:
+    """Whether NF4 storage takes over the codes of a weight that is in 4 bits on disk."""
+    weight = item.four_bit
+    return weight is not None and weight.is_nf4_storage and item.tensor.row.kind is Kind.LINEAR
 
 
 def _read_slab(
@@ -250,23 +270,21 @@ def _read_slab(
 ) -> tuple[Tensor, StoredCodes | None]:
     """The values of a slab, and its codes if NF4 storage holds them."""
     weight = item.four_bit
-    linear = item.tensor.row.kind is Kind.LINEAR
-    if weight is None or not weight.is_nf4_storage or not linear:
+    if weight is None or not holds_codes(item):
         return read_tensor(checkpoint, item, rows), None
     codes = read_codes(checkpoint, weight)
     return decode(weight, codes), codes
 
 
-def _hold_codes(model: Model, slab: Slab, device: torch.device) -> None:
+def hold_codes(model: Model, name: str, codes: StoredCodes, device: torch.device) -> None:
     """Give a module the codes of its weight."""
-    assert slab.codes is not None
-    holder = model.lora_layers[slab.item.tensor.name]
+    holder = model.lora_layers[name]
     assert isinstance(holder, Linear)
-    codes = on_device(slab.codes, device)
+    codes = on_device(codes, device)
     holder.hold_codes(codes.packed, nf4_state(codes, model.dtype))
 
 
-class _Ranges:
+class Ranges:
     """The range of values of the tensor that is being read, slab by slab.
 
     Args:
@@ -277,17 +295,21 @@ class _Ranges:
         self._constant = constant
         self._least, self._most = math.inf, -math.inf
 
-    def add(self, slab: Slab, value: Tensor) -> bool:
-        """Add the values of a slab; returns whether they are finite."""
+    def add(self, item: Located, value: Tensor, *, last: bool) -> bool:
+        """Add values of a tensor, and with the last judge it; returns whether they are finite."""
         least, most = value_range(value)
         self._least, self._most = min(self._least, least), max(self._most, most)
-        if slab.digest is not None:  # the last slab of the tensor
-            row = slab.item.tensor.row
-            matrix = row.kind is not None or row.group in ("embed", "head")
-            if matrix and self._least == self._most and self._constant is not None:
-                self._constant(slab.item.tensor.name, self._least)
+        if last:
+            self.judge(item, self._least, self._most)
             self._least, self._most = math.inf, -math.inf
         return math.isfinite(least) and math.isfinite(most)
+
+    def judge(self, item: Located, least: float, most: float) -> None:
+        """Call `constant` for a matrix whose values are all equal."""
+        row = item.tensor.row
+        matrix = row.kind is not None or row.group in ("embed", "head")
+        if matrix and least == most and self._constant is not None:
+            self._constant(item.tensor.name, least)
 
 
 def read_ahead(checkpoint: Checkpoint, items: list[Located]) -> Iterator[Slab]:
@@ -305,7 +327,11 @@ def read_ahead(checkpoint: Checkpoint, items: list[Located]) -> Iterator[Slab]:
                     digest.put(number, sha256)
                 yield Slab(item, rows, value, digest.hex, codes)
 
-    coming = read()
+    yield from one_ahead(read())
+
+
+def one_ahead(coming: Iterator[_T]) -> Iterator[_T]:
+    """The same items; the next is made in a thread while the current one is in use."""
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(next, coming, None)
         while (current := ahead.result()) is not None:

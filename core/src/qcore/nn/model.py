@@ -33,6 +33,7 @@ from .qlora.lora_layer import Lora, LoraLayer
 from .qlora.nf4 import dequantize
 from .qlora.stacked_linear import Stacked
 from .recompute import run_layers
+from .sharding.base import ShardedBase
 from .token_rows import TrainedRows, cross_entropy_sum_of_rows
 
 Numbers = Mapping[str, Lora]  #: LoRA's numbers by canonical name of the weight
@@ -151,6 +152,7 @@ class Model(nn.Module):
         head_name: canonical name of the tensor that scores the vocabulary.
         embed_name: canonical name of the embedding of tokens.
         trained_rows: rows of both that are trained; ``None`` if there are none.
+        sharded: the weights of the layers, where each rank holds some rows of them.
 
     Args (beside the first ones):
         modality: its tower is built if the layout loads its part.
@@ -215,6 +217,7 @@ class Model(nn.Module):
             guarded = GuardedTower(tower, owner_of(modality.build), modality.root)
         object.__setattr__(self, "tower", guarded)  # as the trunk
         prove_total(layout, context.used | {head.name})
+        self.sharded: ShardedBase | None = None
         self._unnamed = LayerGuard(owner, architecture.name)
         self._guards = self._layer_guards(architecture, modality)
 
@@ -338,6 +341,7 @@ class Model(nn.Module):
         x = run_layers(
             layers, self.embed(batch, recompute=tower), batch, each,
             dropout=self.dropout, guards=self.guards(layers),
+            gathers=None if self.sharded is None else self.sharded.gathers,
         )  # fmt: skip
         return self.trunk.final(x)
 

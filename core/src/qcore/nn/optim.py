@@ -94,7 +94,13 @@ class FlatAdamW(torch.optim.Optimizer):
 
     def clip(self, limit: float) -> Tensor:
         """Scale the gradient down to a norm of `limit`; returns the norm that it had."""
-        return nn.utils.clip_grad_norm_([self.flat], limit or math.inf)
+        if self.flat.is_cuda:
+            return nn.utils.clip_grad_norm_([self.flat], limit or math.inf)
+        # A CPU adds many squares one after another, which float32 rounds too often.
+        assert self.flat.grad is not None
+        norm = torch.linalg.vector_norm(self.flat.grad, dtype=torch.float64).float()
+        nn.utils.clip_grads_with_norm_([self.flat], limit or math.inf, norm)
+        return norm
 
     def largest(self) -> Tensor:
         """Largest absolute value of all parameters, on the device; NaN if any is."""

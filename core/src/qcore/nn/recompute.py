@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..api.blocks import Shared
 from .offload import LayerInput, OffloadedInput
+from .sharding.gathers import Gathers
 from .storage import storage_id
 
 POLICIES = ("none", "elementwise", "full", "offload")
@@ -199,6 +200,7 @@ def run_layers(
     *,
     dropout: bool = False,
     guards: Sequence[Guard] | None = None,
+    gathers: Gathers | None = None,
 ) -> Tensor:
     """Apply all layers to x, each under its own policy.
 
@@ -210,6 +212,7 @@ def run_layers(
         policies: one of `POLICIES` for each layer.
         dropout: whether a layer draws random numbers, which a second run must draw again.
         guards: a context for each layer, entered whenever it runs (`layer_errors.LayerGuard`).
+        gathers: gathers the weights of each layer, where these are sharded.
 
     Raises:
         ValueError: for another policy.
@@ -219,7 +222,9 @@ def run_layers(
         raise ValueError(f"unknown recompute policy {', '.join(sorted(unknown))}")
     before: OffloadedInput | None = None
     guards = [_UNGUARDED] * len(layers) if guards is None else guards
-    for layer, policy, guard in zip(layers, policies, guards, strict=True):
+    for number, (layer, policy, guard) in enumerate(zip(layers, policies, guards, strict=True)):
+        if gathers is not None:
+            gathers.before(number)
         if policy == "none" or not torch.is_grad_enabled() or not _has_backward(layer, x):
             with guard:
                 x = layer(x, batch)
@@ -231,6 +236,8 @@ def run_layers(
             before = held if isinstance(held, OffloadedInput) else None
             with guard:
                 x = _run_recomputed(layer, x, batch, held, dropout, guard)
+        if gathers is not None:
+            x = gathers.after(number, x)
     return x
 
 

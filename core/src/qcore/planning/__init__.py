@@ -2,6 +2,7 @@
 
 Modules, from the bottom up:
 
+    links        links between GPUs, ranks, and the time of a collective
     gpus         GPU specifications, and the time of an op
     report       the plan of a step, for people and programs
     segments     memory and work of a segment of a step, extrapolated to long packs
@@ -12,6 +13,8 @@ Modules, from the bottom up:
     tower        the same for a vision tower
     packs        which packs of a run's rows are planned
     host_memory  pinned host memory for offloaded layer inputs
+    static       bytes that are always allocated, by term
+    sharding     a base sharded over ranks: bytes of a rank, and what gathering costs
     step         segments combined: peak memory and time under given policies
     policies     the policy if no limit is known
     planner      chooses the policies, the micro-batch and the longest row

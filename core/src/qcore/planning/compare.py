@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .report import Plan, spelled
+from .shared import SharedStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,10 +22,12 @@ class RunPlan:
     Attributes:
         worst: plan of the pack, or of the held-out row, that takes the most memory.
         usual: plan of the pack whose token count is nearest to the mean; predicts the time.
-        micro_steps: mean number of micro-steps per optimizer step.
+        micro_steps: mean number of micro-steps per optimizer step; with several ranks, those of
+            the rank with the most work.
         by_hand: whether the settings name the policy.
         limited: whether a memory budget is known.
         together: the most tokens of micro-batches that are joined into one; 0 if none are joined.
+        shared: the step of all ranks; ``None`` for a run of one process.
     """
 
     worst: Plan
@@ -33,6 +36,12 @@ class RunPlan:
     by_hand: bool
     limited: bool
     together: int = 0
+    shared: SharedStep | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the base is sharded over the ranks; otherwise each rank holds all of it."""
+        return self.shared is not None and self.shared.sharded
 
     @property
     def policies(self) -> tuple[str, ...]:
@@ -47,13 +56,17 @@ class RunPlan:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Predicted throughput; ``None`` if no time is predicted."""
-        return self.usual.tokens_per_second if self.usual.timed else None
+        """Predicted throughput, of all ranks; ``None`` if no time is predicted."""
+        if not self.usual.timed:
+            return None
+        return self.shared.tokens_per_second if self.shared else self.usual.tokens_per_second
 
     @property
     def seconds(self) -> float | None:
         """Predicted time of an optimizer step; ``None`` if no time is predicted."""
-        return self.usual.seconds * self.micro_steps if self.usual.timed else None
+        if not self.usual.timed:
+            return None
+        return self.shared.seconds if self.shared else self.usual.seconds * self.micro_steps
 
     def line(self) -> str:
         """Return the plan as one line for the log of a run."""
@@ -71,7 +84,8 @@ class RunPlan:
             )
         return (
             f"plan: recompute {spelled(self.policies)}, peak {worst.peak / 1e9:.2f} GB{limit} "
-            f"({worst.moment}, {worst.pack}), {time}, on {worst.card}"
+            f"({worst.moment}, {worst.pack}), {time}, "
+            f"on {self.shared.where if self.shared else worst.card}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -93,6 +107,7 @@ class RunPlan:
             "host_bytes": self.worst.host,
             "seconds_per_step": None if seconds is None else round(seconds, 4),
             "tokens_per_second": None if rate is None else round(rate, 1),
+            **({"ranks": self.shared.as_json()} if self.shared else {}),
         }
 
 

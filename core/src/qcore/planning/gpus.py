@@ -1,8 +1,9 @@
 """GPU specifications (memory, rates), and the time that an op takes on one (a roofline model).
 
-This file decides how long an op takes: the maximum of FLOPs over the matrix rate, bytes over the
-memory bandwidth, and one launch. Rates are datasheet values times the efficiency measured on an
-H100. It imports no torch.
+This file decides how long an op takes (the maximum of FLOPs over the matrix rate, bytes over the
+memory bandwidth, and one launch) and which link a GPU has to others of its machine: A100, H100 and
+H200 as SXM modules have NVLink (`qcore.planning.links`). Rates are datasheet values times the
+efficiency measured on an H100. It imports no torch.
 
 Codes: ``QC-PLAN-002`` an unknown GPU, ``-003`` an invalid budget.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from ..errors import UsageError, nearest
+from .links import NVLINK3, NVLINK4, PCIE4, PCIE5, Link
 
 GIB = 2**30
 
@@ -53,6 +55,7 @@ class Card:
         bf16: FLOP/s of dense bf16 products with float32 accumulation, datasheet.
         fp32: FLOP/s in float32, datasheet.
         host_link: bytes per second to or from pinned memory, one direction.
+        link: link to other GPUs of the machine.
         words: words that all occur in CUDA's name of the GPU; empty for an unknown GPU.
     """
 
@@ -62,6 +65,7 @@ class Card:
     bf16: float
     fp32: float
     host_link: float
+    link: Link
     words: tuple[str, ...]
 
     @property
@@ -81,31 +85,31 @@ class Card:
 CARDS = (
     Card(
         name="H100-80", memory=int(79.18 * GIB), bandwidth=3.35e12, bf16=989e12, fp32=67e12,
-        host_link=50e9, words=("H100", "HBM3"),
+        host_link=50e9, link=NVLINK4, words=("H100", "HBM3"),
     ),
     Card(
         name="H200", memory=int(139.8 * GIB), bandwidth=4.8e12, bf16=989e12, fp32=67e12,
-        host_link=50e9, words=("H200",),
+        host_link=50e9, link=NVLINK4, words=("H200",),
     ),
     Card(
         name="A100-80", memory=int(79.25 * GIB), bandwidth=2.039e12, bf16=312e12, fp32=19.5e12,
-        host_link=24e9, words=("A100", "80GB"),
+        host_link=24e9, link=NVLINK3, words=("A100", "80GB"),
     ),
     Card(
         name="A100-40", memory=int(39.4 * GIB), bandwidth=1.555e12, bf16=312e12, fp32=19.5e12,
-        host_link=24e9, words=("A100", "40GB"),
+        host_link=24e9, link=NVLINK3, words=("A100", "40GB"),
     ),
     Card(
         name="RTX-4090", memory=int(23.5 * GIB), bandwidth=1.008e12, bf16=165.2e12, fp32=82.6e12,
-        host_link=24e9, words=("RTX", "4090"),
+        host_link=24e9, link=PCIE4, words=("RTX", "4090"),
     ),
     Card(
         name="RTX-5090", memory=int(31.3 * GIB), bandwidth=1.792e12, bf16=209.5e12, fp32=104.8e12,
-        host_link=50e9, words=("RTX", "5090"),
+        host_link=50e9, link=PCIE5, words=("RTX", "5090"),
     ),
     Card(
         name="L40S", memory=int(44.4 * GIB), bandwidth=0.864e12, bf16=362e12, fp32=91.6e12,
-        host_link=24e9, words=("L40S",),
+        host_link=24e9, link=PCIE4, words=("L40S",),
     ),
 )  # fmt: skip
 
@@ -148,7 +152,7 @@ def card_of(device_name: str, memory: int) -> Card:
     a100 = CARDS[2]
     return Card(
         name=device_name, memory=memory, bandwidth=a100.bandwidth, bf16=a100.bf16,
-        fp32=a100.fp32, host_link=a100.host_link, words=(),
+        fp32=a100.fp32, host_link=a100.host_link, link=PCIE4, words=(),
     )  # fmt: skip
 
 
@@ -170,7 +174,9 @@ def gpu_by_name(name: str) -> Card:
         field="--gpu",
         found=name,
         expected="one of " + ", ".join(names),
-        fix=f"did you mean {suggestion}?"
+        fix=f"pass --gpus {name} for a number of GPUs"
+        if name.isdigit()
+        else f"did you mean {suggestion}?"
         if suggestion
         else "name the most similar GPU and pass --budget",
     )

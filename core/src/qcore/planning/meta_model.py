@@ -11,14 +11,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from ..api.parameters import Store
 from ..checkpoint.layout import Located
+from ..config.settings import Settings
 from ..errors import Failure, contained
+from ..nn.device import DTYPES
 from ..nn.kernels.cache import version_of
 from ..nn.kernels.judge import cannot_run, raised
 from ..nn.kernels.registry import REFERENCE, Listed, Used
@@ -28,10 +30,13 @@ from ..nn.model import Model, Numbers
 from ..nn.moe.experts import Experts
 from ..nn.optim import FlatAdamW
 from ..nn.qlora.linear import Linear
-from ..nn.qlora.lora_layer import LoraLayer
+from ..nn.qlora.lora_layer import Lora, LoraLayer
 from ..nn.qlora.nf4 import BLOCK, BLOCK2, NF4, NF4Stack, functional
 from ..nn.token_rows import TokenRows
 from ..plugins.resolve_model import Identified
+
+if TYPE_CHECKING:
+    from .trace import Trace
 
 META = torch.device("meta")
 
@@ -195,6 +200,23 @@ def meta_model(
         parameter.grad, *pair = (torch.empty(parameter.shape, device=META) for _ in range(3))
         moments.append(pair)
     return model, moments
+
+
+def of_settings(
+    identified: Identified,
+    settings: Settings,
+    lora: Mapping[str, Lora],
+    taken: PlannedBackends,
+    device: str,
+    trace: Trace,
+) -> tuple[Model, object]:
+    """Build the model of a run with `meta_model`; a trace attributes allocations to ops."""
+    return meta_model(
+        identified, DTYPES[settings.dtype], lora, taken.wrapped(trace.named),
+        quantize=settings.quantization == "nf4", device=device,
+        token_ids=settings.trainable_token_indices,
+        head_token_ids=settings.trainable_head_token_indices,
+    )  # fmt: skip
 
 
 def _fill(model: Model, modules: Mapping[str, nn.Module], item: Located, quantize: bool) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from heapq import nlargest
 
 from ..config.settings import Settings
-from ..data.microbatches import TILE, extent, joined
+from ..data.microbatches import TILE, cost, extent, joined, spread
 from ..data.sampler import Schedule
 from ..errors import UsageError
 from .report import Lengths, Pack, units_of
@@ -41,13 +41,16 @@ class Packs:
         longest_rows: lengths of the longest rows, as many as a micro-batch has, whether or not
             they occur in one micro-batch.
         usual: the pack whose token count is nearest to the mean; its units are the mean.
-        micro_steps: mean number of micro-steps per optimizer step.
+        micro_steps: mean number of micro-steps per optimizer step; with several ranks, those of
+            the rank with the most work.
         held_out: tokens of the longest held-out row, which is evaluated alone; 0 without any.
         together: the most tokens of micro-batches that are joined into one
             (`qcore.data.microbatches.joined`); 0 if none are joined.
         most_units: units of the rows with the most media, as many as a micro-batch has; empty if
             the rows are text.
         held_out_units: the most units of a held-out row, which need not be the longest row.
+        packs: mean number of packs per optimizer step, over all ranks.
+        load: mean work of the rank with the most, in packs of mean size.
     """
 
     largest: tuple[Lengths, ...]
@@ -58,6 +61,8 @@ class Packs:
     together: int = 0
     most_units: tuple[int, ...] = ()
     held_out_units: int = 0
+    packs: float = 0.0
+    load: float = 0.0
 
 
 def packs_of(
@@ -70,6 +75,7 @@ def packs_of(
     sizes: Sequence[int] = (),
     together: int = 0,
     draws: int = DRAWS,
+    ranks: int = 1,
 ) -> Packs:
     """Choose the packs of a run to plan, from the lengths of its samples.
 
@@ -82,42 +88,74 @@ def packs_of(
         sizes: samples of each training row; empty: one each.
         together: the most tokens of joined micro-batches; 0 joins none.
         draws: rows whose packs are enumerated; beyond it the worst case is assumed.
+        ranks: ranks that share the micro-batches of a step; each joins its own.
     """
     schedule = Schedule(sizes or len(train), settings, train)
     by_tokens: dict[int, Lengths] = {}
     size = settings.per_device_train_batch_size
-    longest_rows = _sorted(nlargest(size, train))
-    most_units = tuple(nlargest(size, units))
+    longest_rows, most_units = _sorted(nlargest(size, train)), tuple(nlargest(size, units))
     front: list[Lengths] = []
     widest: Lengths = ()
-    drawn = tokens = media = micro_steps = steps = 0
+    drawn = tokens = media = micro_steps = packs = steps = 0
+    most = every = 0.0
     for step in range(schedule.total):
         if drawn >= draws:
             widest = _bound(longest_rows, sum(most_units), together)
             front = [widest]
             break
         steps += 1
-        batches = schedule.micro_batches(step)
-        for rows in joined(batches, train, together, units) if together else batches:
-            pack = _sorted([train[row] for row in rows])
-            if units:
-                pack = Pack(pack, sum(units[row] for row in rows))
+        shares, loads = _shares(schedule.micro_batches(step), train, units, together, ranks)
+        busiest = loads.index(max(loads))
+        micro_steps, most = micro_steps + len(shares[busiest]), most + loads[busiest]
+        packs, every = packs + sum(map(len, shares)), every + sum(loads)
+        for rows in (rows for share in shares for rows in share):
+            pack = _pack(rows, train, units)
             front, widest = _front(front, pack), max(widest, pack, key=extent)
             by_tokens.setdefault(sum(pack), pack)
-            drawn, micro_steps, tokens = drawn + len(pack), micro_steps + 1, tokens + sum(pack)
+            drawn, tokens = drawn + len(pack), tokens + sum(pack)
             media += units_of(pack)
-    mean = tokens / micro_steps
-    usual = by_tokens[min(by_tokens, key=lambda count: abs(count - mean))]
+    usual = by_tokens[min(by_tokens, key=lambda count: abs(count - tokens / packs))]
     return Packs(
-        largest=tuple(dict.fromkeys((*front, widest))),
-        longest_rows=longest_rows,
-        usual=Pack(usual, round(media / micro_steps)) if units else usual,
+        largest=tuple(dict.fromkeys((*front, widest))), longest_rows=longest_rows,
+        usual=Pack(usual, round(media / packs)) if units else usual,
         micro_steps=micro_steps / steps,
         held_out=max(held_out, default=0),
         together=together,
         most_units=most_units,
         held_out_units=max(held_out_units, default=0),
-    )
+        packs=packs / steps, load=packs * most / every / steps,
+    )  # fmt: skip
+
+
+def _shares(
+    batches: list[list[int]],
+    lengths: Sequence[int],
+    units: Sequence[int],
+    together: int,
+    ranks: int,
+) -> tuple[list[list[list[int]]], list[float]]:
+    """Return the packs of each rank in a step, as the run spreads and joins them, and their cost.
+
+    The cost of a single rank is 1, because it is compared with no other.
+    """
+    shares, loads = [batches], [1.0]
+    if ranks > 1:
+        costs = [_cost(rows, lengths, units) for rows in batches]
+        numbers = spread(costs, ranks)
+        shares = [[batches[n] for n in share] for share in numbers]
+        loads = [sum(costs[n] for n in share) for share in numbers]
+    if together:
+        shares = [joined(share, lengths, together, units) for share in shares]
+    return shares, loads
+
+
+def _cost(rows: Sequence[int], lengths: Sequence[int], units: Sequence[int]) -> float:
+    return cost([lengths[row] for row in rows], sum(units[row] for row in rows) if units else 0)
+
+
+def _pack(rows: Sequence[int], lengths: Sequence[int], units: Sequence[int]) -> Lengths:
+    pack = _sorted([lengths[row] for row in rows])
+    return Pack(pack, sum(units[row] for row in rows)) if units else pack
 
 
 def _front(front: list[Lengths], pack: Lengths) -> list[Lengths]:

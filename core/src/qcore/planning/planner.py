@@ -18,6 +18,7 @@ from ..nn.recompute import POLICIES
 from .host_memory import most_pinned
 from .packs import check_pack, holds
 from .report import Lengths, Pack, Plan
+from .shared import SharedStep
 from .step import Steps
 
 __all__ = ["Plan", "Planner"]
@@ -82,16 +83,37 @@ class Planner(Steps):
         other.settings = replace(self.settings, gradient_checkpointing=True, recompute="auto")
         return other
 
+    def shared(self, usual: Plan, packs: float, load: float, reason: str) -> SharedStep:
+        """Return the step of all ranks.
+
+        Args:
+            usual: plan of a micro-step of one rank.
+            packs: micro-batches of a step, over all ranks.
+            load: work of the rank with the most, in micro-steps.
+            reason: why the base is sharded or whole.
+        """
+        return SharedStep(
+            ranks=self.ranks,
+            sharded=self.sharding is not None,
+            reason=reason,
+            packs=packs,
+            load=load,
+            usual=usual,
+            reduced=self.static["gradients"],
+        )
+
     def best(self, length: int, rows: int, units: int = 0) -> Plan:
         """Plan the fastest micro-batch of rows of one length.
 
         Args:
             length: tokens of each row.
-            rows: rows of an optimizer step; the micro-batch size divides them.
+            rows: rows of an optimizer step, which all ranks share; the micro-batch size divides
+                them.
             units: media units of each row.
 
         Returns:
-            The plan of the fastest micro-batch that fits; of one row if none fits.
+            The plan of the micro-batch that fits and with which a step is fastest; of one row if
+            none fits.
         """
         sizes = [n for n in range(1, min(rows, 64) + 1) if rows % n == 0]
         packs = [Pack((length,) * n, units * n) for n in sizes]
@@ -99,7 +121,11 @@ class Planner(Steps):
         fitting = [plan for plan in plans if plan.fits]
         if not fitting:
             return plans[0]
-        return max(fitting, key=lambda plan: plan.tokens_per_second)
+
+        def step(plan: Plan) -> float:
+            return plan.seconds * -(-(rows // len(plan.lengths)) // self.ranks.size)
+
+        return min(fitting, key=step)
 
     def longest(self, policy: str | None = None, limit: int = 1 << 20, units: int = 0) -> int:
         """Return the tokens of the longest single row that fits.

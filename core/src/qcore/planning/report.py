@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from .links import Gathers
+
 Lengths = tuple[int, ...]  #: tokens of each row of a pack
 
 
@@ -77,6 +79,7 @@ class Plan:
         host: bytes of pinned host memory for offloaded layer inputs.
         host_budget: bytes of available host memory; ``None`` if unknown.
         timed: whether `seconds` is a prediction; false on the CPU and on an unknown GPU.
+        gathers: all-gathers of a sharded base; `seconds` includes what they expose.
     """
 
     card: str
@@ -94,6 +97,7 @@ class Plan:
     host: int = 0
     host_budget: int | None = None
     timed: bool = True
+    gathers: Gathers = field(default=Gathers())
 
     @property
     def fits(self) -> bool:

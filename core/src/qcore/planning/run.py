@@ -28,13 +28,16 @@ from ..plugins.resolve_model import Identified
 from .compare import RunPlan
 from .gpus import FRAGMENTS, Card, card_of
 from .host_memory import available
+from .links import Ranks
 from .packs import Packs, check_pack, holds
 from .planner import Planner
 from .policies import default_policy
 from .report import Lengths, Pack, Plan, spelled, units_of
 from .saved import PreviousPlan
-from .step import LIBRARIES
+from .shared import FITS, asked_for, too_large
+from .static import LIBRARIES
 
+GPUS = (2, 4, 8, 16, 32, 64)  #: numbers of GPUs that an error suggests
 TOKENS = 64  #: the shortest `max_length` that an error suggests
 #: Candidate limits in tokens for joined micro-batches; larger ones do not speed up any GPU.
 TOGETHER = (4096, 8192, 16384)
@@ -95,6 +98,7 @@ def plan_run(
     backends: Chosen | None = None,
     before: PreviousPlan | None = None,
     join: Callable[[int], Packs] | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[RunPlan, list[str]]:
     """Plan a run and choose its policies.
 
@@ -107,6 +111,7 @@ def plan_run(
         before: the plan before the run was stopped; it is used again if it fits.
         join: returns the packs if micro-batches are joined up to a number of tokens; by default
             none are joined.
+        ranks: the ranks of the run, if there are several; `room` is the least of any.
 
     Returns:
         The plan, and notes for the user, one line each.
@@ -121,20 +126,19 @@ def plan_run(
     planner = Planner(
         identified, settings, room.card, backends=backends, budget=room.budget, host=room.host
     )
+    planner, reason = _placed(planner, packs, ranks, room)
     by_hand = settings.recompute != "auto" or not settings.gradient_checkpointing
     before = before or PreviousPlan()
     packs, notes = _packs(planner, packs, join, before, room)
     policies, more_notes = _policies(planner, packs, room, before.policies)
     notes += more_notes
     worst = _worst_plan(planner, packs, policies)
+    usual = planner.plan(packs.usual, policies, packs.micro_steps)
     plan = RunPlan(
-        worst=worst,
-        usual=planner.plan(packs.usual, policies, packs.micro_steps),
-        micro_steps=packs.micro_steps,
-        together=packs.together,
-        by_hand=by_hand,
-        limited=room.limited,
-    )
+        worst=worst, usual=usual, micro_steps=packs.micro_steps, together=packs.together,
+        by_hand=by_hand, limited=room.limited,
+        shared=None if ranks is None else planner.shared(usual, packs.packs, packs.load, reason),
+    )  # fmt: skip
     if not worst.fits_host:
         raise _host_memory_refusal(worst, planner, packs)
     if room.limited and not worst.fits:
@@ -143,7 +147,39 @@ def plan_run(
             raise error
         notes.append(f"warning: {error.code} {error.message}; {error.fix}")
     # On the CPU the plan's line already contains what its notes say.
-    return plan, [*notes, *(() if room.card is None else worst.notes)]
+    return plan, [*notes, *_shared_notes(plan), *(() if room.card is None else worst.notes)]
+
+
+def _shared_notes(plan: RunPlan) -> list[str]:
+    """Return why the base is sharded or whole, and what the ranks exchange."""
+    shared = plan.shared
+    if shared is None:
+        return []
+    timed = shared.usual.timed
+    return [f"{shared.reason}; {shared.communication()}" if timed else shared.reason]
+
+
+def _placed(planner: Planner, packs: Packs, ranks: Ranks | None, room: Room) -> tuple[Planner, str]:
+    """Decide whether each rank holds the whole base or a shard of it.
+
+    Args:
+        planner: the planner of one GPU.
+        packs: the packs of the run.
+        ranks: the ranks of the run; ``None`` for one process.
+        room: the least memory of any rank.
+
+    Returns:
+        The planner of a rank, and the reason for users.
+    """
+    if ranks is None:
+        return planner, ""
+    whole, wanted = planner.over(ranks, sharded=False), planner.settings.shard_base
+    if wanted != "auto":
+        return planner.over(ranks, sharded=wanted == "always"), asked_for(wanted == "always")
+    worst = _worst_plan(whole, packs, whole.fastest(*packs.largest).policies)
+    if not room.limited or worst.peak <= worst.budget:
+        return whole, FITS
+    return planner.over(ranks, sharded=True), too_large(worst)
 
 
 def _packs(
@@ -262,7 +298,8 @@ def refusal(
         "does not fit in the memory of the GPU",
         field="max_length",
         found=f"{plan.pack} under recompute {plan.recompute} take {plan.peak / 1e9:.3g} GB "
-        f"({plan.moment}), most of it {plan.largest}",
+        f"({plan.moment}), most of it {plan.largest}"
+        + (f", the base sharded over {planner.ranks.size} GPUs" if planner.sharding else ""),
         expected=f"at most {plan.budget / 1e9:.3g} GB",
         fix=" or ".join(_fixes(plan, planner, packs or _packs_of_plan(plan), by_hand))
         or "use a GPU with more memory, a smaller model, or fewer target_groups"
@@ -308,7 +345,22 @@ def _fixes(plan: Plan, planner: Planner, packs: Packs, by_hand: bool) -> list[st
     if TOKENS <= (tokens := planner.longest(units=units)) < longest:
         batch_size = "per_device_train_batch_size 1 and " if len(packs.longest_rows) > 1 else ""
         fixes.append(f"with {batch_size}max_length {tokens} it fits")
+    if (gpus := _gpus(planner, packs)) > 0:
+        fixes.append(f"on {gpus} GPUs with the base sharded over them it fits")
     return fixes
+
+
+def _gpus(planner: Planner, packs: Packs) -> int:
+    """Return the smallest power of two of more GPUs on which the run fits; 0 if none does."""
+    if planner.device != "cuda" or planner.settings.shard_base == "never":
+        return 0
+    for number in GPUS:
+        if number > planner.ranks.size:
+            ranks = Ranks(gpus=number, link=planner.card.link)
+            more = planner.over(ranks, sharded=True)
+            if _worst_plan(more, packs, more.fastest(*packs.largest).policies).fits:
+                return number
+    return 0
 
 
 def _rows(planner: Planner, packs: Packs) -> int:

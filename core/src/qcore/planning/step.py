@@ -17,34 +17,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from ..adapter.targets import lora_targets
 from ..config.settings import Settings, in_bytes
-from ..nn.device import DTYPES
 from ..nn.kernels.registry import Chosen, installed, requested
 from ..nn.model import ops_of
-from ..nn.qlora.lora_layer import Lora
 from ..plugins.resolve_model import Identified, classes_of
-from .gpus import CARDS, LAUNCH, Card, seconds
+from .gpus import CARDS, LAUNCH, Card, Seconds, seconds
 from .host_memory import pinned
+from .links import Gathers, Ranks
 from .measure import Measure
-from .meta_model import PlannedBackends, choose_backends, meta_model
+from .meta_model import choose_backends, of_settings
 from .report import Lengths, Pack, Plan, units_of
 from .segments import SAMPLES, Segment
+from .sharding import GATHERED, Sharding, sharded_terms
+from .static import static_terms
 from .trace import rounded
 
-if TYPE_CHECKING:
-    from ..nn.model import Model
-    from .trace import Trace
-
-#: cuBLAS workspaces of the forward and the backward thread, 32 MiB each on Hopper, and the
-#: workspace of cuDNN's attention.
-LIBRARIES = 2 * 32 * 2**20 + 2**20
 #: Bytes of memory traffic per trained parameter in one update: four reads and three writes in
 #: float32, one read for the norm, and the copies in the compute dtype.
 UPDATE = 36
-TOWER = "tower"  #: memory term of a tower's weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +49,19 @@ class _Moment:
         kept: bytes that earlier segments have saved for backward.
         workspace: peak bytes of the running segment.
         ops: `workspace` by op.
+        gathered: bytes of gathered layers of a sharded base.
     """
 
     name: str
     kept: int
     workspace: int
     ops: Mapping[str, int]
+    gathered: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all terms."""
+        return self.kept + self.workspace + self.gathered
 
 
 class Steps:
@@ -102,53 +102,40 @@ class Steps:
         self.taken = choose_backends(kernels, self.device, wanted, used)
         self.backends = dict(self.taken.backends)
         self.lora = lora_targets(identified.layout, settings, classes_of(config))
-        make = partial(_make, identified, settings, self.lora, self.taken, self.device)
+        make = partial(of_settings, identified, settings, self.lora, self.taken, self.device)
         self.measure = Measure(make, self.device)
         self._offloaded: dict[int, Segment] = {}
-        self._time_by_segment: dict[tuple[int, str], tuple[float, float, int]] = {}
-        self.static = self._static(identified)
-
-    def _static(self, identified: Identified) -> dict[str, int]:
-        """Return the bytes that are always allocated, by term; LoRA terms include a tower's."""
-        model = self.measure.model
-        entries = {entry.name: entry for entry in identified.layout.table}
-        names = ["weights nf4", "weights 16 bit", "weights fp32", "embeddings", "adapters"]
-        names += [TOWER] if self.measure.tower is not None else []
-        terms = dict.fromkeys(names, 0)
-        tower_part = identified.modality.name if identified.modality is not None else None
-        for name, layer in model.lora_layers.items():
-            if layer.four_bit:
-                part = entries[name].part.name
-                terms[TOWER if part == tower_part else "weights nf4"] += layer.stored_bytes
-        trained = 0
-        for name, parameter in model.named_parameters():
-            size = rounded(parameter.numel() * parameter.element_size())
-            if parameter.requires_grad:
-                terms["adapters"] += size
-                trained += parameter.numel()
-            elif name in entries and entries[name].part.name == tower_part:
-                terms[TOWER] += size
-            elif name in entries and entries[name].row.group in ("embed", "head"):
-                terms["embeddings"] += size
-            else:
-                wide = parameter.element_size() == 4
-                terms["weights fp32" if wide else "weights 16 bit"] += size
-        gradients = terms["adapters"]
-        # Rounding and the scales of scales belong to the 4-bit weights.
-        terms["weights nf4"] += self.measure.state_bytes - sum(terms.values()) - 3 * gradients
-        self.trained = trained
-        return terms | {
-            "adapters in the run's dtype": self.measure.working,
-            "gradients": gradients,
-            "optimizer": 2 * terms["adapters"],
-            "libraries": LIBRARIES if self.device == "cuda" else 0,
-        }
+        self._time_by_segment: dict[tuple[int, str], tuple[Seconds, Seconds]] = {}
+        self.static, self.trained = static_terms(self.measure, identified, self.device)
+        self.ranks = Ranks()
+        self.sharding: Sharding | None = None
 
     def on(self, card: Card, budget: int | None = None) -> Self:
         """Return the same for another GPU and budget (bytes); the measurements are shared."""
         other = copy(self)
         other.card, other.budget = card, card.budget if budget is None else budget
         return other
+
+    def over(self, ranks: Ranks, *, sharded: bool) -> Self:
+        """Return the same for a rank of several.
+
+        Args:
+            ranks: all ranks of the run.
+            sharded: whether the base is sharded over them; otherwise each rank holds all of it.
+        """
+        other = copy(self)
+        other.ranks, other.sharding = ranks, None
+        if sharded:
+            other.sharding = Sharding(ranks=ranks, terms=sharded_terms(self.measure.model))
+        return other
+
+    @property
+    def always(self) -> dict[str, int]:
+        """Bytes that a rank always has allocated, by term."""
+        if self.sharding is None:
+            return self.static
+        saved = self.sharding.saved
+        return {term: size - saved.get(term, 0) for term, size in self.static.items()}
 
     @property
     def timed(self) -> bool:
@@ -168,10 +155,11 @@ class Steps:
         Returns:
             The plan of a micro-step.
         """
-        static = self.static | {"batch": self._batch(lengths)}
-        top = max(self._moments(lengths, policies), key=lambda m: m.kept + m.workspace)
-        memory = static | {"activations": top.kept, "workspace": top.workspace}
-        card, host, launches = self._time(lengths, policies)
+        memory = self.always | {"batch": self._batch(lengths)}
+        top = max(self._moments(lengths, policies), key=lambda m: m.nbytes)
+        memory |= {} if self.sharding is None else {GATHERED: top.gathered}
+        memory |= {"activations": top.kept, "workspace": top.workspace}
+        card, host, launches, gathers = self._time(lengths, policies)
         return Plan(
             card=self.card.name if self.device == "cuda" else "cpu",
             lengths=lengths,
@@ -181,13 +169,14 @@ class Steps:
             peak=sum(memory.values()),
             moment=top.name,
             ops=top.ops,
-            seconds=max(card, host) + self._update(micro_steps),
+            seconds=max(card, host) + gathers.exposed + self._update(micro_steps),
             launches=launches,
             backends=self.backends,
             notes=self._notes(lengths, policies),
             host=self._host(lengths, policies),
             host_budget=self.host,
             timed=self.timed,
+            gathers=gathers,
         )
 
     def evaluation(self, length: int, units: int = 0) -> dict[str, int]:
@@ -205,7 +194,8 @@ class Steps:
         if units:
             before = self._before(lengths, (), graph=False)[0]
             most = max(most, *(moment.kept + moment.workspace for moment in before))
-        return self.static | {"batch": self._batch(lengths), "workspace": most}
+        gathered = {} if self.sharding is None else {GATHERED: self.sharding.most}
+        return self.always | {"batch": self._batch(lengths)} | gathered | {"workspace": most}
 
     def worst(self, packs: Sequence[Lengths], policies: Sequence[str]) -> Plan:
         """Plan the pack that takes the most memory, with the maximum `Plan.host` of all packs."""
@@ -214,8 +204,8 @@ class Steps:
 
     def peak(self, lengths: Lengths, policies: Sequence[str]) -> int:
         """Return the peak in bytes, without the rest of the plan."""
-        most = max(m.kept + m.workspace for m in self._moments(lengths, policies))
-        return sum(self.static.values()) + self._batch(lengths) + most
+        most = max(moment.nbytes for moment in self._moments(lengths, policies))
+        return sum(self.always.values()) + self._batch(lengths) + most
 
     @property
     def _caches_features(self) -> bool:
@@ -271,7 +261,10 @@ class Steps:
         before, kept = self._before(lengths, policies, graph=True)
         yield from before
         for number, segment in enumerate(segments):
-            yield from _passes(f"layer {number}", kept, kept, segment)
+            gathered = (0, 0)
+            if self.sharding is not None:
+                gathered = self.sharding.gathered(number, 1), self.sharding.gathered(number, -1)
+            yield from _passes(f"layer {number}", kept, kept, segment, gathered)
             kept += segment.kept
         yield _Moment("loss", kept, end.forward, end.forward_by_op)
         yield _Moment("backward of the loss", kept, end.backward, end.backward_by_op)
@@ -301,32 +294,37 @@ class Steps:
         kept += placing.kept + (tower.output_bytes(units) if self._caches_features else 0)
         return moments, kept
 
-    def _time(self, lengths: Lengths, policies: Sequence[str]) -> tuple[float, float, int]:
-        """Return the seconds of the GPU and of the host, and the launches of a micro-step."""
+    def _time(self, lengths: Lengths, policies: Sequence[str]) -> tuple[float, float, int, Gathers]:
+        """Return the seconds of the GPU and the host, the launches, and what gathering takes."""
         plain, units = tuple(lengths), units_of(lengths)
+        layers = self._segments(lengths, policies)
         counted = [
-            *self._segments(lengths, policies),
+            *layers,
             self.measure.embedding(plain),
             self.measure.end(plain, self.settings.loss_chunk_size),
         ]
         if units:
             tower = self.measure.require_tower()
             counted += tower.segments(units, _tower_policy(policies), graph=tower.trained)
-        card = host = 0.0
-        launches = 0
-        for segment in counted:
-            times = self._seconds(segment)
-            card, host, launches = card + times[0], host + times[1], launches + times[2]
+        passes = [one for segment in counted for one in self._seconds(segment)]
+        card, host = sum(one.card for one in passes), sum(one.host for one in passes)
         if self.device == "cuda":  # to the host and back, overlapping with the layers
             transferred = 2 * self._input(lengths) * policies.count("offload")
             card = max(card, transferred / self.card.host_link)
-        return card, host, launches
+        gathers = Gathers()
+        if self.sharding is not None:
+            compute = [(one.both, two.both) for one, two in map(self._seconds, layers)]
+            gathers = self.sharding.gathers(compute, self.card)
+        return card, host, sum(segment.launches for segment in counted), gathers
 
-    def _seconds(self, segment: Segment) -> tuple[float, float, int]:
+    def _seconds(self, segment: Segment) -> tuple[Seconds, Seconds]:
+        """Return the times of forward and backward of a segment."""
         key = (id(segment), self.card.name)
         if key not in self._time_by_segment:
-            work = (*segment.forward_work, *segment.backward_work)
-            self._time_by_segment[key] = (*seconds(work, self.card), len(work))
+            self._time_by_segment[key] = (
+                seconds(segment.forward_work, self.card),
+                seconds(segment.backward_work, self.card),
+            )
         return self._time_by_segment[key]
 
     def _update(self, micro_steps: float | None) -> float:
@@ -362,11 +360,22 @@ class Steps:
         return tuple(notes)
 
 
-def _passes(name: str, forward: int, backward: int, segment: Segment) -> tuple[_Moment, _Moment]:
-    """Return forward and backward of a segment, with the bytes saved before each of them."""
+def _passes(
+    name: str, forward: int, backward: int, segment: Segment, gathered: tuple[int, int] = (0, 0)
+) -> tuple[_Moment, _Moment]:
+    """Return forward and backward of a segment, with the bytes there before each of them.
+
+    Args:
+        name: of the segment.
+        forward: bytes saved before its forward.
+        backward: bytes saved before its backward.
+        segment: its bytes.
+        gathered: bytes of gathered layers in forward and in backward.
+    """
+    first, last = gathered
     return (
-        _Moment(f"forward of {name}", forward, segment.forward, segment.forward_by_op),
-        _Moment(f"backward of {name}", backward, segment.backward, segment.backward_by_op),
+        _Moment(f"forward of {name}", forward, segment.forward, segment.forward_by_op, first),
+        _Moment(f"backward of {name}", backward, segment.backward, segment.backward_by_op, last),
     )
 
 
@@ -378,19 +387,3 @@ def _measured_policy(policy: str) -> str:
 def _tower_policy(policies: Sequence[str]) -> str:
     """Return the policy of every layer of a tower, the same as in `Model.hidden`."""
     return "none" if set(policies) <= {"none"} else "full"
-
-
-def _make(
-    identified: Identified,
-    settings: Settings,
-    lora: Mapping[str, Lora],
-    taken: PlannedBackends,
-    device: str,
-    trace: Trace,
-) -> tuple[Model, object]:
-    return meta_model(
-        identified, DTYPES[settings.dtype], lora, taken.wrapped(trace.named),
-        quantize=settings.quantization == "nf4", device=device,
-        token_ids=settings.trainable_token_indices,
-        head_token_ids=settings.trainable_head_token_indices,
-    )  # fmt: skip

@@ -21,7 +21,8 @@ from ..plugins.manager import Plugins
 if TYPE_CHECKING:
     from ..nn.kernels.registry import Line
 
-_PACKAGES = (
+#: Distributions whose versions are reported.
+PACKAGES = (
     "qcore-framework", "torch", "transformers", "safetensors", "bitsandbytes", "tokenizers",
     "huggingface_hub", "peft", "triton",
 )  # fmt: skip
@@ -31,7 +32,7 @@ _OPTIONAL = ("transformers", "peft", "triton")  # transformers and peft read the
 def findings() -> Iterator[Finding]:
     """The result of every check; an error would stop a verb."""
     yield _note("python", f"{platform.python_version()} on {platform.platform()}")
-    for name in _PACKAGES:
+    for name in PACKAGES:
         yield _package(name)
     yield from _device()
     yield from _nf4()

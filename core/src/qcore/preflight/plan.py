@@ -1,8 +1,9 @@
 """`qcore plan`: memory, micro-batch and speed of training, from config and headers alone.
 
 This file decides which GPUs and which micro-batch are planned, whether the tower is part
-of the plan, and what the report holds. The plan of one step is made in `planning`, which this
-file imports late: names and settings are checked before torch is loaded.
+of the plan, and what the report holds. The plan of one step is made in `planning`, and several GPUs
+in `qcore.preflight.plan_ranks`, which this file imports late: names and settings are checked before
+torch is loaded.
 
 Codes: ``QC-PLAN-007`` media for a model of which nothing reads media, ``-008`` media that do not
 fit in a row.
@@ -15,11 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config.settings import Settings
-from ..data.sampler import rows_per_step
 from ..errors import UsageError
 from ..io.stop_signals import importing
 from ..planning.gpus import CARDS, cap_budgets, gpu_by_name, parse_budget
-from ..planning.report import Pack, Plan
+from ..planning.links import Ranks, parse_ranks
+from ..planning.report import Plan
+from ..planning.shared import SharedStep
 from ..plugins.resolve_model import Identified, identify
 from .checks import preflight
 from .modality import with_tower
@@ -37,18 +39,21 @@ class GpuPlan:
         longest_row: tokens of the longest row that fits alone.
         longest_row_recompute: the activation checkpointing policy of that row.
         fix: what would fit; ``None`` where the plan fits.
+        shared: the step of all GPUs, where several were asked for.
     """
 
     plan: Plan
     longest_row: int
     longest_row_recompute: str
     fix: str | None = None
+    shared: SharedStep | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The plan as ``qcore plan --json`` prints it."""
         return self.plan.as_json() | {
             "longest_row": self.longest_row,
             "longest_row_recompute": self.longest_row_recompute,
+            **({"ranks": self.shared.as_json()} if self.shared else {}),
         }
 
 
@@ -88,6 +93,10 @@ def plan(
     budget: str = "auto",
     media: int | None = None,
     fixed_rows: bool = False,
+    gpu_count: int | None = None,
+    nodes: int | None = None,
+    link: float | None = None,
+    network: float | None = None,
 ) -> PlanReport:
     """Predict what training takes, before a weight is read.
 
@@ -100,14 +109,19 @@ def plan(
         media: units that the tower computes for each row; ``None`` for rows of text.
         fixed_rows: plan `per_device_train_batch_size` rows in a micro-batch, not the number
             that is fastest.
+        gpu_count: GPUs of each machine, which share the rows of a step; by default one.
+        nodes: machines; by default one.
+        link: GB/s between two GPUs of a machine; by default that of the kind of GPU.
+        network: GB/s between two machines; by default 10.
 
     Raises:
-        UsageError: ``QC-PLAN-002`` to ``-008``; what preflight refuses.
+        UsageError: ``QC-PLAN-002`` to ``-010``; what preflight refuses.
         QcoreError: see docs/errors.md.
     """
     settings = settings or Settings()
     cards = list(dict.fromkeys(map(gpu_by_name, gpus))) or list(CARDS)
     budgets, capping = cap_budgets(cards, parse_budget(budget))
+    ranks = [parse_ranks(card.link, gpu_count, nodes, link, network) for card in cards]
     identified = identify(model, generation=settings.generation, headers_only=True)
     identified = identified.quantizing(settings.quantize_groups)
     identified = _with_media(identified, settings, media)
@@ -120,15 +134,15 @@ def plan(
 
     planner = Planner(identified, settings, cards[0])
     units = _units(planner, settings, media)
-    planners = [planner.on(card, limit) for card, limit in zip(cards, budgets)]
-    plans = [_best(each, settings, units, fixed=fixed_rows) for each in planners]
+    each = [planner.on(card, limit) for card, limit in zip(cards, budgets)]
     return PlanReport(
         model=model,
         trained_parameters=planner.trained,
         media_units=units,
         notes=notes,
         plans=tuple(
-            _gpu_plan(each, best, units) for each, best in zip(planners, plans, strict=True)
+            _gpu_plan(one, settings, units, of_card, fixed=fixed_rows)
+            for one, of_card in zip(each, ranks, strict=True)
         ),
     )
 
@@ -198,19 +212,21 @@ def _units(planner: Planner, settings: Settings, media: int | None) -> int:
     return media
 
 
-def _best(planner: Planner, settings: Settings, units: int, *, fixed: bool) -> Plan:
-    size = settings.per_device_train_batch_size
-    if fixed:
-        return planner.fastest(Pack((settings.max_length,) * size, units * size))
-    return planner.best(settings.max_length, rows_per_step(settings), units)
-
-
-def _gpu_plan(planner: Planner, plan: Plan, units: int) -> GpuPlan:
+def _gpu_plan(
+    planner: Planner, settings: Settings, units: int, ranks: Ranks, *, fixed: bool
+) -> GpuPlan:
     from ..planning.run import refusal
+    from .plan_ranks import best, of_ranks
 
+    shared = None
+    if ranks.size == 1:
+        step = best(planner, settings, units, fixed=fixed)
+    else:
+        planner, step, shared = of_ranks(planner, settings, units, ranks, fixed=fixed)
     return GpuPlan(
-        plan=plan,
+        plan=step,
         longest_row=planner.longest(units=units),
         longest_row_recompute=planner.frugal,
-        fix=None if plan.fits else refusal(plan, planner).fix,
+        fix=None if step.fits else refusal(step, planner).fix,
+        shared=shared,
     )

@@ -136,7 +136,9 @@ class RunFiles:
             moments: dict[str, Tensor] = {}
             for name, parameter in self.model.trainable():
                 for key, value in optimizer.state[parameter].items():
-                    moments[f"{name}:{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+                    moment = torch.as_tensor(value).detach().cpu().contiguous()
+                    # A flat optimizer has one counter, and no file may hold a tensor twice.
+                    moments[f"{name}:{key}"] = moment if moment.ndim else moment.clone()
             check_written(moments.items(), "checkpoint")
             out.write_bytes(OPTIMIZER, save(moments))
             out.meta["step"] = step
@@ -314,6 +316,7 @@ class RunFiles:
             data=dict(self.run.summary),
             chat=self.run.data.chat.as_json(),
             identity=self.identity(),
+            ranks=self.run.world.size,
             coverage=[dict(line) for line in self.coverage],
         )
         return config

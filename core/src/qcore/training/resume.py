@@ -40,6 +40,7 @@ from .run import Run
 #: Settings that may change, since every policy computes the same numbers.
 SAME_NUMBERS: Final = (
     "settings.gradient_checkpointing", "settings.recompute", "settings.dataset_num_proc",
+    "settings.shard_base",
 )  # fmt: skip
 #: What a guard does about a step: a run that it stopped must be able to go on.
 GUARDS: Final = ("settings.on_spike",)

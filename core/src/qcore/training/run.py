@@ -7,7 +7,7 @@ passed, `train` runs it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..api.media import MediaReader
 from ..config.settings import Settings
 from ..data.dataset import Dataset
 from ..nn.kernels.registry import Chosen
+from ..parallel.world import World
 from ..plugins.resolve_model import Identified
 from ..reporting import Reporter
 from .initial_adapter import InitialAdapter
@@ -38,6 +39,7 @@ class Run:
         folder: the run folder, ``OUTPUT.run``.
         reporter: receives events.
         initial: the adapter that the run starts from; ``None``: the base alone.
+        world: the ranks that share the run.
     """
 
     model: Identified
@@ -51,3 +53,4 @@ class Run:
     folder: Path
     reporter: Reporter
     initial: InitialAdapter | None = None
+    world: World = field(default_factory=World.alone)

@@ -31,6 +31,7 @@ from ..nn.device import pick_device
 from ..nn.kernels.registry import Chosen, choose, installed, requested
 from ..nn.model import ops_of
 from ..nn.recompute import POLICIES
+from ..parallel.world import World
 from ..planning.compare import RunPlan
 from ..planning.packs import may_join, packs_of
 from ..planning.run import Room, plan_run
@@ -44,6 +45,7 @@ from .best import check_evaluates
 from .disk_space import check_space
 from .initial_adapter import AdapterWords, InitialAdapter, start_from
 from .media_manifest import first_changed
+from .ranks import ranks_of
 from .resume import SAME_NUMBERS, compare, identity, refuse_finished
 from .run import Run
 from .run_folder import newest, run_folder
@@ -116,6 +118,7 @@ class Request:
         device: ``auto``, ``cpu`` or ``cuda``.
         reporter: receives events.
         start: what the user says of the adapter to start from.
+        world: the ranks of the run.
     """
 
     model: str
@@ -125,6 +128,7 @@ class Request:
     device: str
     reporter: Reporter
     start: AdapterWords
+    world: World
 
 
 def prepare(request: Request, *, resume: bool) -> Run:
@@ -171,6 +175,7 @@ def prepare(request: Request, *, resume: bool) -> Run:
         folder=folder,
         reporter=reporter,
         initial=initial,
+        world=request.world,
     )
 
 
@@ -324,11 +329,12 @@ def plan_memory(run: Run, room: Room, before: PreviousPlan | None) -> RunPlan:
     pack = partial(
         packs_of, data.train.lengths, data.eval.lengths, settings,
         units=data.train.units, held_out_units=data.eval.units,
-        sizes=data.train_sizes,
+        sizes=data.train_sizes, ranks=run.world.size,
     )  # fmt: skip
     plan, notes = plan_run(
         run.model, settings, pack(), room, backends=run.kernels, before=before,
         join=(lambda most: pack(together=most)) if may_join(settings) else None,
+        ranks=ranks_of(run.world, room),
     )  # fmt: skip
     run.reporter.lines((plan.line(), *notes))
     check_space(run, plan)

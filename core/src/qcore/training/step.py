@@ -1,10 +1,12 @@
 """The optimizer step: loss over its micro-batches, gradient clipping, one AdamW update.
 
 This file decides the loss (mean over the supervised tokens of the step, however they are spread
-over rows and micro-batches, so accumulating 4 x 1 equals 1 x 4), gradient clipping, and that a
-value that is not finite stops the run before the update. What it checks of a step comes to the host
-in one transfer. The order of rows is up to `data.sampler`, the learning rate to `lr_schedule`, what
-a spike is to `spikes`, files to `checkpoints`.
+over rows, micro-batches and ranks, so accumulating 4 x 1 equals 1 x 4), gradient clipping, and
+that a value that is not finite stops the run before the update. What it checks of a step comes to
+the host in one transfer. With several ranks gradients and losses are summed before anything is
+decided, so that all decide alike; random numbers depend on the step and the rows of a pack. The
+order of rows is up to `data.sampler`, which rank runs what to `shares`, the learning rate to
+`lr_schedule`, what a spike is to `spikes`, files to `checkpoints`.
 """
 
 from __future__ import annotations
@@ -23,22 +25,26 @@ from torch import Tensor
 from ..api.media import MediaReader
 from ..config.settings import Settings, in_bytes
 from ..data.dataset import Dataset
-from ..data.microbatches import joined
 from ..data.rendering.masking import Example
 from ..data.sampler import Schedule, seed_of
-from ..errors import NumericError, PluginError
+from ..errors import PluginError, QcoreError
+from ..io.stop_signals import StopNow, StopSignals
 from ..nn.device import peak_bytes, reset_peak
 from ..nn.model import Model
 from ..nn.optim import FlatAdamW
-from ..nn.qlora.lora_layer import LoraLayer
+from ..parallel.agreement import agree
+from ..parallel.world import World
 from ..planning.policies import default_policy
 from .collate import Batches
+from .evaluation import mean_loss
 from .lr_schedule import learning_rate
 from .meter import Meter
+from .moved import prove_moved
+from .shared_signals import SharedSignals
+from .shares import Share, Shares
 from .spikes import Spike, SpikeGuard
 from .step_checks import (
     REACHED_BY,
-    bad_evaluation,
     check_parameters,
     check_reached,
     not_finite,
@@ -54,12 +60,14 @@ class _Sums(NamedTuple):
         balance: load balance of the routers.
         norm: of the gradient, before clipping.
         largest: absolute value of a parameter; NaN if any is.
+        peak: bytes, the largest peak of a rank; 0 for a process of its own.
     """
 
     loss: float
     balance: float
     norm: float
     largest: float
+    peak: float = 0.0
 
 
 class Loop:
@@ -68,13 +76,15 @@ class Loop:
     Attributes:
         optimizer: AdamW over the adapters.
         schedule: rows of every step.
-        together: the most that micro-batches which run as one may take, as
-            `microbatches.extent` counts; 0: each runs alone.
+        shares: what this rank computes of every step.
         batches: turns rows into packs.
         meter: peak memory and speed of the steps so far.
         guard: judges loss and gradient norm of each step.
         abandonable: context of the part of a step after which nothing has changed; a signal may
             raise in it.
+        watch: context of the same part that turns running out of memory into a `QcoreError`.
+        signals: of all ranks.
+        failure: an error of this rank outside of steps, which ends all ranks with the next one.
     """
 
     def __init__(
@@ -86,6 +96,7 @@ class Loop:
         recompute: str | Sequence[str] | None = None,
         together: int = 0,
         reader: MediaReader | None = None,
+        world: World | None = None,
     ) -> None:
         self.model = model
         self.data = data
@@ -94,20 +105,23 @@ class Loop:
         self.recompute = recompute or default_policy(settings)
         self.meter = Meter()
         self.guard = SpikeGuard()
+        self.world = world or World.alone()
         self.abandonable: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.watch: AbstractContextManager[object] = nullcontext()
+        self.signals = SharedSignals(StopSignals(), self.world)
+        self.failure: QcoreError | None = None
         self._tower_alone = model.trains_tower and not model.trains_trunk
         keep = in_bytes(settings.media_cache_gb)
         self.batches = Batches(model, device, reader, keep)
         self.schedule = Schedule(data.train_sizes, settings, data.train.lengths)
-        self.together = together
-        self._lengths = data.train.lengths
+        self.shares = Shares(data, self.schedule, together, self.world)
         self._units = data.train.units
         # Loaded objects live to the end: garbage collection must not walk them in a step.
         gc.freeze()
         self.parameters = [parameter for _, parameter in model.trainable()]
         rate, decay = settings.learning_rate, settings.weight_decay
         self.optimizer: torch.optim.Optimizer
-        if device.type == "cuda":
+        if device.type == "cuda" or self.world.size > 1:  # gradients that are summed are one tensor
             adapters = [module for _, module in model.adapters()]
             others = model.beside_adapters()
             self.optimizer = FlatAdamW(adapters, others, lr=rate, weight_decay=decay)
@@ -129,14 +143,9 @@ class Loop:
         reset_peak(self.device)
         if not self.model.training:  # walking all modules takes as long as a short step
             self.model.train()
-        torch.manual_seed(seed_of(self.settings.seed, "dropout", step))
-        micro_batches = self.schedule.micro_batches(step)
-        if self.together:
-            micro_batches = joined(micro_batches, self._lengths, self.together, self._units)
-        batches = [[self.data.train[row] for row in rows] for rows in micro_batches]
-        with self.abandonable():
-            sums = self._accumulate(batches)
-        spike = self._checked(step, batches, sums)
+        share = self.shares.of(step)
+        sums = self._accumulate(share)
+        spike = self._checked(share, sums)
         rate = learning_rate(self.settings, step, self.schedule.total)
         if spike is None or self.settings.on_spike != "rollback":
             for group in self.optimizer.param_groups:
@@ -146,39 +155,37 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         if step + 1 == REACHED_BY:
             check_reached(self.model, self.optimizer, media=self._media_until(REACHED_BY))
-        tokens = sum(len(example.ids) for batch in batches for example in batch)
         seconds = time.perf_counter() - began
-        peak = peak_bytes(self.device)
-        self.meter.step(tokens, seconds, peak)
+        peak = max(peak_bytes(self.device), int(sums.peak))
+        self.meter.step(share.tokens, seconds, peak)
         return {
             "step": step + 1,
             "loss": sums.loss,
             **({"aux_loss": sums.balance} if self.settings.router_aux_loss_coef else {}),
             "grad_norm": sums.norm,
             "learning_rate": rate,
-            "tokens": tokens,
-            "supervised_tokens": _supervised(batches),
+            "tokens": share.tokens,
+            "supervised_tokens": share.supervised,
             "seconds": round(seconds, 4),
-            "tokens_per_second": round(tokens / seconds, 1),
+            "tokens_per_second": round(share.tokens / seconds, 1),
             "memory_gb": round(peak / 1e9, 3),
-            **({"spike": spike.as_json() | self._rows(batches)} if spike else {}),
+            **({"spike": spike.as_json() | self._rows(share)} if spike else {}),
+            **({"ranks": self.world.size} if self.world.size > 1 else {}),
         }
 
-    def _checked(
-        self, step: int, batches: Sequence[Sequence[Example]], sums: _Sums
-    ) -> Spike | None:
+    def _checked(self, share: Share, sums: _Sums) -> Spike | None:
         """Check what a step computed; returns its spike, unless that stops the run."""
         if not all(map(math.isfinite, (sums.loss, sums.norm, sums.largest))):
-            check_parameters(self.model, step)
-            raise not_finite(step, self._place(batches), sums.loss, sums.norm)
+            check_parameters(self.model, share.step)
+            raise not_finite(share.step, self._place(share), sums.loss, sums.norm)
         spike = self.guard.judge(sums.loss, sums.norm)
         if spike is not None and self.settings.on_spike == "stop":
-            raise spiked(step + 1, self._place(batches), spike.found)
+            raise spiked(share.step + 1, self._place(share), spike.found)
         return spike
 
-    def _place(self, batches: Sequence[Sequence[Example]]) -> tuple[Path | None, str]:
+    def _place(self, share: Share) -> tuple[Path | None, str]:
         """File and rows of a step."""
-        return self.data.place(example for batch in batches for example in batch)
+        return self.data.place(self.data.train[row] for row in share.rows)
 
     def _media_until(self, done: int) -> bool:
         """Whether a row of the first steps has media."""
@@ -189,33 +196,87 @@ class Loop:
             for row in rows
         )
 
-    def _rows(self, batches: Sequence[Sequence[Example]]) -> dict[str, str]:
+    def _rows(self, share: Share) -> dict[str, str]:
         """Which rows a step trains on."""
-        path, where = self._place(batches)
+        path, where = self._place(share)
         return {"rows": where if path is None else f"{path}: {where}"}
 
-    def _accumulate(self, batches: Sequence[Sequence[Example]]) -> _Sums:
-        """Gradients of the mean loss; returns what is checked before the update."""
-        supervised = _supervised(batches)
+    def _accumulate(self, share: Share) -> _Sums:
+        """Gradients of the mean loss; returns what is checked before the update.
+
+        Raises:
+            QcoreError: of this rank, or of another one.
+            StopNow: a signal to a rank interrupted the step there.
+        """
+        if self.world.size == 1:
+            with self.abandonable():
+                return _Sums(*self._finished(self._backward(share)).tolist())
+        losses = torch.zeros(2, device=self.device)
+        failed: QcoreError | StopNow | None = self.failure
+        if failed is None:
+            try:
+                with self.watch, self.abandonable():
+                    losses = self._backward(share)
+            except (QcoreError, StopNow) as error:
+                failed = error
+        if self.model.sharded is not None:
+            self.model.sharded.gathers.complete(share.rounds)
+        # A rank that failed takes part in the sums, for which the others wait.
+        shared = torch.cat([losses.double(), self._facts(failed)])
+        self.world.sum_(shared)
+        sums: list[float] = self._finished(shared).tolist()
+        loss, balance, failures, stop, save, *peaks, norm, largest = sums
+        self.signals.agree(bool(stop), bool(save))
+        if failures and (agreed := agree(self.world, failed)) is not None:
+            raise agreed
+        return _Sums(loss, balance, norm, largest, max(peaks))
+
+    def _facts(self, failed: BaseException | None) -> Tensor:
+        """What else the ranks sum: whether this one failed, its signals, its peak in its place."""
+        peaks = [0.0] * self.world.size
+        peaks[self.world.rank] = peak_bytes(self.device)
+        facts = [failed is not None, *self.signals.noted(), *peaks]
+        # Pinned, so that the host does not wait until the device has run the backward.
+        pinned = self.device.type == "cuda"
+        host = torch.tensor(facts, dtype=torch.float64, pin_memory=pinned)
+        return host.to(self.device, non_blocking=True)
+
+    def _backward(self, share: Share) -> Tensor:
+        """Gradients of this rank's packs; returns its part of loss and balance."""
         total = torch.zeros((), device=self.device)
         balance = torch.zeros((), device=self.device)
-        for batch in batches:
+        for rows in share.packs:
+            # A pack draws the same random numbers on any rank.
+            torch.manual_seed(seed_of(self.settings.seed, "dropout", share.step, *rows))
+            batch = [self.data.train[row] for row in rows]
             loss, aux = self._loss(batch, recompute=self.recompute)
-            loss = loss / supervised
+            loss = loss / share.supervised
             total += loss.detach()
             if aux is not None:
-                balance += aux.detach() / len(batches)
-                loss = loss + aux * (self.settings.router_aux_loss_coef / len(batches))
+                balance += aux.detach() / share.count
+                loss = loss + aux * (self.settings.router_aux_loss_coef / share.count)
             if self._reaches(batch):
                 torch.autograd.backward(loss)
         self._define_gradients()
+        return torch.stack([total, balance])
+
+    def _finished(self, values: Tensor) -> Tensor:
+        """Sum gradients over ranks and clip them; returns all that is checked, as one tensor.
+
+        One tensor is one transfer: each would wait for the device.
+
+        Args:
+            values: a vector that comes first, before norm and largest parameter.
+        """
         limit = self.settings.max_grad_norm or math.inf
         if isinstance(self.optimizer, FlatAdamW):
+            gradients = self.optimizer.flat.grad
+            assert gradients is not None
+            self.world.sum_(gradients)
             norm = self.optimizer.clip(limit)
         else:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        # One transfer: each would wait for the device.
-        return _Sums(*torch.stack([total, balance, norm.float(), self._largest()]).tolist())
+        return torch.cat([values, torch.stack([norm.float(), self._largest()])])
 
     def _largest(self) -> Tensor:
         """Largest absolute value of a trained parameter; NaN if any is.
@@ -237,6 +298,8 @@ class Loop:
         AdamW skips a parameter without a gradient; with zeros, moments and weight decay continue
         as for every other adapter, whether or not a step has media.
         """
+        if isinstance(self.optimizer, FlatAdamW):  # its gradients always exist
+            return
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -284,57 +347,18 @@ class Loop:
         if not self.data.eval:
             return None
         self.model.eval()
-        total, count = 0.0, 0
-        for example in self.data.eval:
-            if between is not None:
-                between()
-            value = float(self._loss([example])[0])
-            if not math.isfinite(value):
-                raise bad_evaluation(self.data.place([example]), value)
-            total, count = total + value, count + example.supervised
+        value = mean_loss(
+            self.data, lambda example: float(self._loss([example])[0]),
+            self.world, self.signals.alone, between, self._gather_rest,
+        )  # fmt: skip
         self.meter.saw(peak_bytes(self.device))
-        return total / count
+        return value
+
+    def _gather_rest(self, rounds: int) -> None:
+        """Take part in the forwards that other ranks have left of an evaluation."""
+        if self.model.sharded is not None:
+            self.model.sharded.gathers.complete(rounds, backward=False)
 
     def prove_moved(self, start: Mapping[str, Tensor] | None = None) -> tuple[int, int]:
-        """Check that every adapter's B moved from where it started: training had an effect on it.
-
-        Args:
-            start: B of each weight in the initial adapter; ``None``: zero.
-
-        Returns:
-            How many linear maps moved, and of how many. Of a stack of experts, one that no token
-            was routed to does not move.
-
-        Raises:
-            NumericError: ``QC-TRAIN-004``.
-        """
-        moved = {
-            name: module.moved if start is None else self._moved_from(start[name], module)
-            for name, module in self.model.adapters()
-        }
-        still = [name for name, (count, _) in moved.items() if not count]
-        if still:
-            raise NumericError(
-                "QC-TRAIN-004",
-                f"{len(still)} adapters never moved",
-                field=still[0],
-                found="lora_B all zero" if start is None else "lora_B as in the initial adapter",
-                fix="raise learning_rate or max_steps, or leave the group out of target_groups",
-            )
-        return sum(count for count, _ in moved.values()), sum(n for _, n in moved.values())
-
-    def _moved_from(self, start: Tensor, module: LoraLayer) -> tuple[int, int]:
-        """How many linear maps moved away from `start`, and of how many.
-
-        Weight decay moves a B that is not zero without any gradient, so its second moment must
-        show that there was one.
-        """
-        assert module.lora_B is not None
-        b = module.lora_B.detach()
-        squares = self.optimizer.state[module.lora_B]["exp_avg_sq"]
-        moved = module.touched(b != start.to(b.device)) & module.touched(squares)
-        return int(moved.sum()), len(moved)
-
-
-def _supervised(batches: Sequence[Sequence[Example]]) -> int:
-    return sum(example.supervised for batch in batches for example in batch)
+        """How many linear maps moved from where they started, and of how many (`prove_moved`)."""
+        return prove_moved(self.model, self.optimizer, start)

@@ -23,6 +23,7 @@ from ..errors import Interrupted, WriteError
 from ..io.artifact import MANIFEST
 from ..io.atomic import remove_tree
 from ..io.stop_signals import StopNow, StopSignals
+from ..parallel.agreement import together
 from ..reporting import CheckpointSaved
 from .best import BestSoFar
 from .checkpoints import METRICS, RunFiles
@@ -112,18 +113,37 @@ class Saver:
         self._unproven = False
         self._run, self._files, self._loop = run, files, loop
         self._stop, self._best, self._fix = stop, best, fix
+        self._world, self._signals = run.world, loop.signals
         trained = sum(p.numel() for _, p in files.model.trainable())
         stop.reserve = 1.0 + 3 * 4 * trained / _SLOW_DISK  # a weight has two moments
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block of all ranks in which the first one may write; see `parallel.agreement`.
+
+        Raises:
+            QcoreError: of the block, or of what a rank did before it.
+        """
+        with together(self._world):
+            if self._loop.failure is not None:
+                raise self._loop.failure
+        with together(self._world):
+            yield
 
     def save(self, done: int, pending: Mapping[str, Any] | None = None) -> Path:
         """Write the checkpoint after step `done`; no signal interrupts it.
 
-        The one before it stays until another step has had a finite loss.
+        The one before it stays until another step has had a finite loss. Every rank calls it, and
+        the first one writes.
 
         Args:
             done: optimizer steps that are done.
             pending: the step's row of metrics, if it is evaluated afterwards.
         """
+        if not self._world.first:
+            self.last = self._loop.guard.newest = done
+            self._unproven = True
+            return checkpoint_path(self._run.folder, done)
         with self._stop.finishing():
             self._stop.doing = f"finishing the checkpoint after step {done}, then ending"
             began = time.monotonic()
@@ -146,8 +166,13 @@ class Saver:
         run goes on without it: the adapter is smaller and may still be written.
         """
         total, folder = self._loop.schedule.total, self._run.folder
-        if self.last == total:
-            return
+        with self.together():
+            if self.last != total and self._world.first:
+                self._save_last(total, folder)
+        if not self._world.first:
+            self.last = total
+
+    def _save_last(self, total: int, folder: Path) -> None:
         keep = [step for step, _ in checkpoints(folder)]
         try:
             with self._stop.finishing():
@@ -185,6 +210,8 @@ class Saver:
             WriteError: the output was filled meanwhile or cannot be written; the fix names the
                 checkpoint, if there is one.
         """
+        if not self._world.first:
+            return
         last = checkpoint_path(self._run.folder, self._loop.schedule.total)
         try:
             self._files.publish(self._run.target, self._run.folder / METRICS, result, same)
@@ -211,19 +238,24 @@ class Saver:
         except StopNow:
             self._loop.optimizer.zero_grad(set_to_none=True)
             where = f"in step {number + 1} of {self._loop.schedule.total}, which was abandoned"
-            raise self.stopped(number, where) from None
+            with self.together():
+                raise self.stopped(number, where) from None
         if spike := metrics.get("spike"):
-            after_spike(self._files, self._loop, number + 1, spike)
+            with self.together():
+                after_spike(self._files, self._loop, number + 1, spike)
         if self._unproven:
-            self._rotate(number)
+            with self.together():
+                self._rotate(number)
         return metrics
 
     def _rotate(self, newest: int) -> None:
         """Delete checkpoints beyond the limit; `newest` is the step of the newest one."""
+        self._unproven = False
+        if not self._world.first:
+            return
         run, best = self._run, self._best.best
         kept = {*pinned(run, self._loop.guard, newest), *(() if best is None else (best.step,))}
         rotate(run.folder, newest, run.settings.save_total_limit, kept)
-        self._unproven = False
 
     def judge(self, start: Mapping[str, Tensor] | None, published: Path | None) -> dict[str, Any]:
         """Check that the run gained something; returns what the manifest records.
@@ -259,11 +291,12 @@ class Saver:
         where = f"the evaluation after step {done}"
         self._stop.doing = f"dropping {where}, then writing a checkpoint and ending"
         try:
-            with self._stop.abandoning():
+            with self._signals.abandoning():
                 return self._loop.evaluate(partial(self.if_asked, done, metrics))
         except StopNow:
             where = f"in {where} of {self._loop.schedule.total}"
-            raise self.stopped(done, where, metrics) from None
+            with self.together():
+                raise self.stopped(done, where, metrics) from None
 
     @contextmanager
     def ending(self) -> Iterator[None]:
@@ -275,14 +308,15 @@ class Saver:
         total = self._loop.schedule.total
         self._stop.doing = "dropping the last evaluation, then writing a checkpoint and ending"
         try:
-            with self._stop.abandoning():
+            with self._signals.abandoning():
                 yield
         except StopNow:
-            raise self.stopped(total, f"after step {total} of {total}") from None
+            with self.together():
+                raise self.stopped(total, f"after step {total} of {total}") from None
 
     def if_asked(self, done: int, pending: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint if SIGUSR1 asked for one."""
-        if self._stop.take_save() and self.last != done:
+        if self._signals.take_save() and self.last != done:
             self.save(done, pending)
 
     def stopped(
@@ -295,7 +329,7 @@ class Saver:
             where: ``after step 3 of 10``.
             pending: the step's row of metrics, if its evaluation was dropped.
         """
-        what = f"stopped by {self._stop.asked} {where}"
+        what = f"stopped by {self._signals.cause()} {where}"
         if not done:
             return Interrupted("QC-TRAIN-006", what, fix=AGAIN)
         if self.last != done:

@@ -164,8 +164,10 @@ class Product(Members):
 
     @property
     def stays(self) -> bool:
-        """Whether the buffer is kept: all weights are in 16 bit anyway."""
-        return all(member.resident or not member.four_bit for member in self.members)
+        """Whether the buffer is kept: all weights are in 16 bit anyway, and whole."""
+        return all(
+            member.resident or not (member.four_bit or member.sharded) for member in self.members
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()

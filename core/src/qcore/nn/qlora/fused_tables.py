@@ -27,6 +27,8 @@ from .nf4 import BLOCK
 FIELDS = 16
 #: Ranks that a tile holds.
 WIDEST = 128
+#: Tables of sharded weights that are kept.
+KEPT = 8
 _CODES, _VALUES, _B, _A = range(4)
 _OF_B, _OF_A = range(2)
 
@@ -124,6 +126,9 @@ def key_of(product: Members) -> tuple[float, ...]:
     for member in product.members:
         if member.nf4 is not None:
             key.append(_at(member.nf4.packed))
+            if member.sharded:
+                state = member.nf4.state
+                key += [_at(state.absmax), _at(state.state2.absmax)]
         elif member.weight is not None:
             key.append(_at(member.weight))
         if member.lora is not None:
@@ -231,15 +236,20 @@ class MemberTables:
     """The tables of one product; each is made again when it is out of date."""
 
     def __init__(self) -> None:
-        self._sources: Sources | None = None
+        self._sources: list[Sources] = []
         self._gradients: Gradients | None = None
 
     def sources(self, product: Members, ranks: int, device: torch.device) -> Sources:
         """For weights, and LoRA of `ranks` ranks."""
-        known = self._sources
-        if known is None or known.ranks != ranks or known.key != key_of(product):
-            known = self._sources = Sources.of(product, ranks, device)
-        return known
+        key = key_of(product)
+        for known in self._sources:
+            if known.ranks == ranks and known.key == key:
+                return known
+        made = Sources.of(product, ranks, device)
+        # Sharded weights lie at a few addresses in turn. A copy of a table waits for the device.
+        kept = KEPT - 1 if any(member.sharded for member in product.members) else 0
+        self._sources = [made, *self._sources[:kept]]
+        return made
 
     def gradients(self, adapters: Sequence[LoraFactors], columns: int) -> Gradients | None:
         """For the gradients of all adapters; ``None`` where not all are kept in float32."""

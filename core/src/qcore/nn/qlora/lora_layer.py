@@ -57,6 +57,9 @@ class LoraLayer(nn.Module):
         dequantize: what reads 4-bit values, once any are held.
         accumulates: whether a backward may add to ``lora_A.grad`` and ``lora_B.grad`` itself,
             instead of returning gradients to autograd (`qcore.nn.optim`).
+        sharded: whether the base's values are whole only while their layer runs
+            (`qcore.nn.sharding`).
+        codes: parameters of codes that are sharded, or ``None``.
     """
 
     weight: nn.Parameter | None
@@ -77,6 +80,8 @@ class LoraLayer(nn.Module):
         self.lora = lora
         self.dequantize = dequantize
         self.accumulates = False
+        self.sharded = False
+        self.codes: nn.Module | None = None
         meta = torch.empty(shape, dtype=dtype, device="meta")
         self.weight = nn.Parameter(meta, requires_grad=False)
         self.lora_A = self.lora_B = self.lora_magnitude_vector = None

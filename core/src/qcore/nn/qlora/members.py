@@ -32,6 +32,7 @@ class Member(Protocol):
         lora_magnitude_vector: DoRA's m ``[out]``, or ``None``.
         resident: whether a 16-bit copy of a 4-bit weight stays in memory.
         accumulates: whether a backward may add to the gradients of `lora_A` and `lora_B` itself.
+        sharded: whether the weight is whole only while its layer runs, at changing addresses.
         training: as ``nn.Module`` has it; decides on dropout.
     """
 
@@ -44,6 +45,7 @@ class Member(Protocol):
     lora_magnitude_vector: nn.Parameter | None
     resident: bool
     accumulates: bool
+    sharded: bool
     training: bool
 
     @property
