@@ -105,8 +105,9 @@ def _all_cases(given: argparse.Namespace, cases: list[Case], count: int, end: fl
         if failed is None:
             return
         cases = cases[ranks.ended + 1 :]
-        if failed.get("out_of_memory") and (smaller := parse(failed["case"])[0].smaller()):
-            cases.insert(0, smaller)
+        if failed.get("out_of_memory"):
+            smaller = parse(failed["case"])[0].smaller(failed["policies"])
+            cases[:0] = [smaller] if smaller else []
 
 
 class _Ranks:

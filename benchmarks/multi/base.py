@@ -29,6 +29,7 @@ from qcore.nn.model import Model
 from qcore.nn.moe.experts import Experts
 from qcore.nn.qlora.linear import Linear
 from qcore.nn.qlora.nf4 import BLOCK, BLOCK2, Codes, NF4Stack, functional, of_weights
+from qcore.nn.sharding.base import ShardedBase
 
 UNIT = BLOCK * BLOCK2  #: values that share a scale of scales; the pool is cut at multiples of it
 STD = 0.02
@@ -114,11 +115,25 @@ class RandomBase:
             name, shape = item.tensor.name, item.tensor.shape
             holder = model.lora_layers.get(name)
             in_nf4 = holder is not None and layout.held(name) is Store.NF4
-            if in_nf4:
+            own = None if model.sharded is None else model.sharded.rows(name)
+            if own is not None:
+                assert model.sharded is not None
+                self._put(model.sharded, item, own, in_nf4=in_nf4)
+            elif in_nf4:
                 self._hold(holder, item, model.dtype)
             else:
                 rows = slice(0, shape[0])
                 place(model, modules, item, rows, self.values(name, shape, rows), quantize=False)
+
+    def _put(self, base: ShardedBase, item: Item, own: slice, *, in_nf4: bool) -> None:
+        """Give a sharded tensor this rank's rows."""
+        name, shape = item.tensor.name, item.tensor.shape
+        if not in_nf4:
+            base.put(name, own, self.values(name, shape, own))
+        elif item.tensor.row.kind is Kind.EXPERTS:
+            base.put_stack(name, self.codes(name, shape[1] * shape[2], own))
+        else:
+            base.put_codes(name, self._stored(name, shape))
 
     def _hold(self, holder: Any, item: Item, dtype: torch.dtype) -> None:
         """Give a map its codes."""

@@ -48,6 +48,11 @@ def compare(rank: Rank, case: Case) -> None:
     world.wait(None)
     if "data" in case.placements and rank.several:
         _of_all(rank, case, model, one, "data")
+    if "sharded" in case.placements and rank.several:
+        del model
+        clear()
+        sharded = build(case, chosen, rank.random, world=world)
+        _of_all(rank, case, sharded, one, "sharded")
 
 
 def _of_all(rank: Rank, case: Case, model: Model, one: Gradients, placement: str) -> None:

@@ -20,6 +20,7 @@ from qcore.config.frozen_map import Entries
 from qcore.config.settings import Settings
 from qcore.nn.kernels.registry import Chosen
 from qcore.nn.model import Model
+from qcore.nn.sharding.base import ShardedBase
 from qcore.parallel.world import World
 from qcore.planning import Planner
 from qcore.planning.links import NCCL, Ranks
@@ -52,6 +53,7 @@ def build(
     random: RandomBase,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    world: World | None = None,
 ) -> Model:
     """The model with random weights; its adapters have no values yet (`reset`).
 
@@ -60,10 +62,13 @@ def build(
         chosen: backends.
         random: the weights, and the device.
         dtype: of the run.
+        world: ranks that the layers are sharded over; ``None``: this process holds all.
     """
     config, layout = describe(case.job)
     lora = lora_targets(layout, settings_of(case, 1, 1), classes_of(config))
     model = Model(architecture(case.job), config, layout, dtype, lora, chosen)
+    if world is not None:
+        model.sharded = ShardedBase(model, layout, world, random.device, quantize=True)
     random.fill(layout, model)
     return model
 

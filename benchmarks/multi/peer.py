@@ -16,8 +16,9 @@ from peers import transformers_side
 from peers.measure import Step
 
 from .cases import Case
+from .steps import COMPARED
 from .table import Record
-from .timing import COMPARED, clear
+from .timing import clear
 
 if TYPE_CHECKING:
     from .rank import Rank

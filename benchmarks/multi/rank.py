@@ -38,11 +38,15 @@ class Rank:
         world: the ranks.
         device: of this one.
         given: the command's arguments.
+
+    Attributes:
+        policies: those of the layers in the loop that was made last.
     """
 
     def __init__(self, world: World, device: torch.device, given: argparse.Namespace) -> None:
         self.world, self.device, self.given = world, device, given
         self.random = RandomBase(device)
+        self.policies: list[str] = []
         self._chosen: dict[str, Chosen] = {}
 
     @property
@@ -62,15 +66,24 @@ class Rank:
             print(text, flush=True)
 
     def backends(self, case: Case) -> Chosen:
-        """Backends of a case: verified and compiled by rank 0 first, then read from its caches."""
+        """Backends of a case, verified on this rank's device."""
         if case.shape not in self._chosen:
             began = time.perf_counter()
-            for turn in (True, False):
-                if self.world.first == turn:
-                    self._chosen[case.shape] = backends(case.job, self.device)
-                self.world.wait(None)
-            self.note(f"{case.word}: kernels in {time.perf_counter() - began:.1f} s")
+            self._chosen[case.shape] = backends(case.job, self.device)
+            if (took := time.perf_counter() - began) > 1:
+                print(f"rank {self.world.rank}: {case.word}: kernels in {took:.1f} s", flush=True)
         return self._chosen[case.shape]
+
+    def prepare(self, cases: list[Case]) -> None:
+        """Verify and compile kernels, each kind of model on another rank; then all read caches."""
+        kinds = {case.job.moe: case for case in reversed(cases) if not case.peer}
+        for number, case in enumerate(kinds.values()):
+            if number % self.world.size == self.world.rank:
+                self.backends(case)
+        self.world.wait(None)
+        for case in kinds.values():
+            self.backends(case)
+        self.world.wait(None)
 
     def allocated(self) -> int:
         """Bytes that torch has allocated on this rank's device."""
@@ -85,11 +98,13 @@ class Rank:
 
 def run(given: argparse.Namespace, cases: list[Case]) -> None:
     """Measure all cases as the rank that the environment describes."""
+    cores = pin()
     kind = torch.device(given.device)
     with World.of_environment(kind) as world:
         device = torch.device("cuda", world.local_rank) if kind.type == "cuda" else kind
         rank = Rank(world, device, given)
-        rank.say({"machine": machine(device), "ranks": world.size})
+        rank.say({"machine": machine(device), "ranks": world.size, "cores": cores})
+        rank.prepare(cases)
         for case in cases:
             # Where each rank was, should the command lose patience.
             faulthandler.dump_traceback_later(max(1, given.limit - 3))
@@ -103,6 +118,19 @@ def run(given: argparse.Namespace, cases: list[Case]) -> None:
             clear()
             rank.say({"end": case.word, "took": round(time.perf_counter() - began, 1)})
         faulthandler.cancel_dump_traceback_later()
+
+
+def pin() -> int:
+    """Run on this rank's own share of the machine's cores; returns how many those are."""
+    if not hasattr(os, "sched_setaffinity"):
+        return 0
+    cores = sorted(os.sched_getaffinity(0))
+    count, local = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    each = len(cores) // count
+    if each:
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), cores[local * each : (local + 1) * each])
+    return each
 
 
 def run_case(rank: Rank, case: Case) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+LONG = ("terms", "step_seconds", "step_host")  #: what is not printed of a record at once
 
 
 def read(path: Path) -> list[Record]:
@@ -29,7 +30,7 @@ def append(path: Path, record: Record) -> None:
 
 def brief(record: Record) -> str:
     """A record as a line, without what the table does not show."""
-    shown = {name: _rounded(value) for name, value in record.items() if name != "terms"}
+    shown = {name: _rounded(value) for name, value in record.items() if name not in LONG}
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
@@ -41,12 +42,17 @@ def _rounded(value: Any) -> Any:
 
 def lines(records: Sequence[Record]) -> Iterator[str]:
     """The tables of times and of gradients, then what failed or was left out."""
-    yield from dict.fromkeys(record["machine"] for record in records if "machine" in record)
+    yield from dict.fromkeys(
+        f"{record['machine']}; {record['ranks']} ranks, each on {record['cores'] or 'all'} cores"
+        for record in records
+        if "machine" in record
+    )
     timed = [record for record in records if "seconds" in record]
     if timed:
         yield (
             f"{'case':30}{'placement':>10}{'ranks':>6}{'tokens/s':>10}{'x one':>7}{'of data':>8}"
-            f"{'s/step':>8}{'min':>8}{'max':>8}{'plan s':>8}{'peak GB':>15}{'plan GB':>8}"
+            f"{'s/step':>8}{'min':>8}{'max':>8}{'host s':>14}{'plan s':>8}"
+            f"{'peak GB':>15}{'plan GB':>8}"
             f"{'off':>7}{'weights GB':>15}{'4-bit GB':>10}{'sum ms':>8}{'1st s':>7}  policy"
         )
         yield from map(_time, timed)
@@ -82,6 +88,7 @@ def _time(record: Record) -> str:
         f"{'-' if times is None else f'{times:.3f}':>7}"
         f"{'-' if share is None else f'{share:.1%}':>8}"
         f"{record['seconds']:8.4f}{record['least']:8.4f}{record['most']:8.4f}"
+        f"{_between(record.get('host_seconds', [0]), 4):>14}"
         f"{'-' if expected is None else f'{expected:.3f}':>8}{_each(peaks):>15}"
         f"{planned / 1e9:8.2f}{off:>7}{_each(record['weights_bytes']):>15}"
         f"{_each(record.get('layer_bytes', [0])):>10}"
@@ -92,7 +99,11 @@ def _time(record: Record) -> str:
 
 def _each(sizes: Sequence[int]) -> str:
     """Bytes of all ranks in GB: least to most."""
-    least, most = (f"{size / 1e9:.2f}" for size in (min(sizes), max(sizes)))
+    return _between([size / 1e9 for size in sizes], 2)
+
+
+def _between(values: Sequence[float], digits: int) -> str:
+    least, most = (f"{value:.{digits}f}" for value in (min(values), max(values)))
     return least if least == most else f"{least}-{most}"
 
 

@@ -10,9 +10,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,19 +21,20 @@ from qcore.training.step import Loop
 
 from .cases import POLICIES, Case
 from .models import Plans, build, loop_of, reset
+from .steps import COMPARED, losses_of, sum_ms, summary, timed
+from .table import Record
 
 if TYPE_CHECKING:
     from .rank import Rank
 
-COMPARED = 3  #: first steps, whose losses are compared; they warm up too
 UNSAID = ("policies", "fits")  #: of a plan; what the records leave out
-Record = dict[str, Any]
 
 
 def measure(rank: Rank, case: Case) -> bool:
     """Time a case in each of its placements; returns whether any of them is expected to fit.
 
-    All placements have the policies that the first of them ran with, so that their times compare.
+    All placements have the policies that the first of them ran with, so that their times compare;
+    only a sharded base that is too large for one card is planned anew.
     """
     timing = Timing(rank, case)
     whole = [one for one in case.placements if one == "one" or (one == "data" and rank.several)]
@@ -43,13 +42,17 @@ def measure(rank: Rank, case: Case) -> bool:
     if whole and timing.plan(whole[0]):
         fits = True
         model = timing.built()
-        if "one" in whole:
-            while timing.one(model) and timing.plan("one", frugal=True):
-                pass
-        if "data" in whole and timing.plan("data"):
-            timing.together(model)
+        for _ in range(case.rounds):
+            if "one" in whole and timing.plan("one"):
+                while timing.one(model) and timing.plan("one", frugal=True):
+                    pass
+            if "data" in whole and timing.plan("data"):
+                timing.together(model)
         del model
         clear()
+    if "sharded" in case.placements and rank.several and timing.plan("sharded"):
+        fits = True
+        timing.together(timing.built(sharded=True))
     return fits
 
 
@@ -71,8 +74,7 @@ class Timing:
         else:
             rank.backends(case)
         self._placement, self._plan = "", Record()
-        self._rate: float | None = None  # tokens/s of one card
-        self._of_all: float | None = None  # tokens/s of all ranks with the whole base each
+        self._seconds: dict[str, list[float]] = {}  # of all rounds, by placement
         self._losses: list[float] = []  # of one card on the rows of all ranks
         self._weights: list[int] = []  # of each rank
         self._layers: list[int] = []  # of each rank, 4-bit weights alone
@@ -101,10 +103,11 @@ class Timing:
             self.rank.say({"case": self.case.word, "skipped": placement, "why": size})
         return bool(plan["fits"])
 
-    def built(self) -> Model:
+    def built(self, *, sharded: bool = False) -> Model:
         """The model, whose bytes on each rank are noted."""
         before, began = self.rank.allocated(), time.perf_counter()
-        model = build(self.case, self.rank.backends(self.case), self.rank.random)
+        chosen, world = self.rank.backends(self.case), self.rank.world if sharded else None
+        model = build(self.case, chosen, self.rank.random, world=world)
         held = self.rank.allocated() - before
         self._layers = self.rank.world.wait(layer_bytes(model))
         self.rank.note(f"{self.case.word}: weights in {time.perf_counter() - began:.1f} s")
@@ -121,79 +124,66 @@ class Timing:
         found = self.rank.world.wait(found)[0]
         clear()
         if "failed" not in found:
-            self._rate, self._losses = found["tokens_per_second"], found.pop("losses_of_all")
+            self._losses = found.pop("losses_of_all")
+            self._seconds.setdefault("one", []).extend(found["step_seconds"][0])
         self._say(1, found)
         return "failed" in found
 
     def _one(self, model: Model) -> Record:
         alone, every = World.alone(), self.rank.world.size
         try:
-            found = self._timed(self._loop(model, 1, alone), alone)
+            found = timed(self.rank, self._loop(model, 1, alone), self._count)
             losses = found["losses"]
             if every > 1:
                 clear()
-                loop = self._loop(model, every, alone)
-                losses = [float(loop.step(number)["loss"]) for number in range(COMPARED)]
+                losses = losses_of(self._loop(model, every, alone))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             return {"failed": str(error)[:300], "out_of_memory": True}
-        return found | {"losses_of_all": losses}
+        return self._checked([found]) | {"losses_of_all": losses}
 
     def together(self, model: Model) -> None:
         """Time all ranks, each with one micro-batch a step."""
         world = self.rank.world
         loop = self._loop(model, world.size, world)
-        found = self._timed(loop, world)
-        every = world.gather(found["losses"])
-        found["same_on_all_ranks"] = all(losses == every[0] for losses in every)
+        found = self._checked(world.gather(timed(self.rank, loop, self._count)))
         if self._losses:
             pairs = zip(found["losses"], self._losses, strict=True)
             found["off_one_card"] = [abs(ours / one - 1) for ours, one in pairs]
-        if self._rate:
-            found["times_one"] = found["tokens_per_second"] / self._rate
-        if self._placement == "data":
-            self._of_all = found["tokens_per_second"]
-        elif self._of_all:
-            found["of_data"] = found["tokens_per_second"] / self._of_all
+        self._seconds.setdefault(self._placement, []).extend(found["step_seconds"][0])
+        medians = {name: statistics.median(seconds) for name, seconds in self._seconds.items()}
+        own = medians[self._placement]
+        if "one" in medians:
+            found["times_one"] = world.size * medians["one"] / own
+        if self._placement == "sharded" and "data" in medians:
+            found["of_data"] = medians["data"] / own
         found["trained"] = sum(parameter.numel() for parameter in loop.parameters)
-        found["sum_ms"] = sum_ms(self.rank, found["trained"])
+        found["sum_ms"] = sum_ms(self.rank, loop)
         self._say(world.size, found)
+
+    @property
+    def _count(self) -> int:
+        """Timed steps."""
+        return self.case.steps or int(self.rank.given.steps)
+
+    def _checked(self, ranks: list[Record]) -> Record:
+        """Times of all ranks, and whether their losses are finite and the same."""
+        losses = ranks[0]["losses"]
+        return summary(ranks, len(ranks) * self.case.batch * self.case.seq) | {
+            "losses": losses, "finite": all(map(math.isfinite, losses)),
+            "same_on_all_ranks": all(rank["losses"] == losses for rank in ranks),
+        }  # fmt: skip
 
     def _loop(self, model: Model, packs: int, world: World) -> Loop:
         """A loop with fresh adapters."""
         reset(model, self.rank.device)
+        # What failed, and which policies it had, decides what is tried next.
+        self.rank.policies = sorted(set(self._plan["policies"]), key=POLICIES.index)
         return loop_of(
             self.case, model, self.rank.device, self._plan["policies"], packs=packs,
-            every=self.rank.world.size, steps=COMPARED + self.rank.given.steps, world=world,
+            every=self.rank.world.size, steps=COMPARED + self._count, world=world,
         )  # fmt: skip
-
-    def _timed(self, loop: Loop, world: World) -> Record:
-        """Warm up, then time steps, each synchronized; the median, and each rank's peak."""
-        step: Callable[[int], float] = partial(self._step, loop)
-        began = time.perf_counter()
-        losses = [step(0)]
-        first = time.perf_counter() - began
-        losses += [step(number) for number in range(1, COMPARED)]
-        seconds, peak = [], 0
-        for number in range(COMPARED, COMPARED + self.rank.given.steps):
-            began = time.perf_counter()
-            step(number)
-            seconds.append(time.perf_counter() - began)
-            if self.rank.device.type == "cuda":  # a step resets the counter when it begins
-                peak = max(peak, torch.cuda.max_memory_allocated() - self.rank.random.nbytes)
-        median = statistics.median(seconds)
-        return {
-            "tokens_per_second": world.size * self.case.batch * self.case.seq / median,
-            "seconds": median, "least": min(seconds), "most": max(seconds),
-            "first_seconds": first, "losses": losses, "finite": all(map(math.isfinite, losses)),
-            "peak_bytes": world.gather(peak),
-        }  # fmt: skip
-
-    def _step(self, loop: Loop, number: int) -> float:
-        loss = float(loop.step(number)["loss"])
-        self.rank.wait()
-        return loss
 
     def _say(self, ranks: int, found: Record) -> None:
         known = {
@@ -205,21 +195,10 @@ class Timing:
 
 
 def layer_bytes(model: Model) -> int:
-    """Bytes of the 4-bit weights that a rank holds."""
+    """Bytes of the 4-bit weights that a rank holds; where they are sharded, of all that is."""
+    if model.sharded is not None:
+        return model.sharded.bytes_held
     return sum(layer.stored_bytes for layer in model.lora_layers.values() if layer.four_bit)
-
-
-def sum_ms(rank: Rank, count: int, times: int = 10) -> float:
-    """Milliseconds of one sum of so many float32 over the ranks, with nothing beside it."""
-    values = torch.zeros(count, device=rank.device)
-    rank.world.sum_(values)
-    rank.wait()
-    rank.world.barrier()
-    began = time.perf_counter()
-    for _ in range(times):
-        rank.world.sum_(values)
-    rank.wait()
-    return (time.perf_counter() - began) / times * 1e3
 
 
 def clear() -> None:

@@ -44,7 +44,7 @@ def test_two_ranks_are_measured_beside_one(tmp_path: Path) -> None:
     ends = [record["end"] for record in records if "end" in record]
     assert len(ends) == 5
     compared = [record for record in records if "beside" in record]
-    assert [record["placement"] for record in compared] == ["one", "data"] * 2
+    assert [record["placement"] for record in compared] == ["one", "data", "sharded"] * 2
     for record in compared:
         assert record["tensors"] == 50
         if record["placement"] == "one":  # the error of bfloat16
@@ -53,13 +53,13 @@ def test_two_ranks_are_measured_beside_one(tmp_path: Path) -> None:
             assert record["worst"] < 1e-6, record
             assert record["same_on_all_ranks"]
     timed = [record for record in records if "seconds" in record]
-    placements = ["one", "data"] * 3
+    placements = ["one", "data", "sharded"] * 2 + ["sharded"]
     assert [record["placement"] for record in timed] == placements
     for record in timed:
         assert record["finite"]
         assert record["same_on_all_ranks"] if record["ranks"] == 2 else True
         assert max(record.get("off_one_card", [0])) < 1e-3
-    assert "tiny-moe:1x65:e4" in text.splitlines()[-1] or "gradients:" in text
+    assert "tiny-moe:1x65:e4:sharded" in text.splitlines()[-1] or "gradients:" in text
 
 
 @pytest.mark.slow
@@ -86,7 +86,13 @@ def test_a_peer_is_measured_beside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["hf-fla:4b:1x8", "4b:2x4096", "397b-a17b:1x8192:e4:data", "gradients:4b:1x64:l4:one"]
+    "word",
+    [
+        "hf-fla:4b:1x8",
+        "4b:2x4096",
+        "397b-a17b:1x8192:e4:s5:x2:sharded",
+        "gradients:4b:1x64:l4:one:data",
+    ],
 )
 def test_cases_are_read_as_they_are_written(word: str) -> None:
     from multi.cases import parse
@@ -97,9 +103,16 @@ def test_cases_are_read_as_they_are_written(word: str) -> None:
 def test_the_sets_are_those_that_must_be_shown() -> None:
     from multi.cases import PLACEMENTS, parse
 
-    words = {case.word: case for case in parse("first,large,dense")}
-    for word in ("4b:2x4096", "35b-a3b:1x8192", "9b:1x8192", "27b:1x8192", "122b-a10b:1x8192"):
-        assert words[word].placements == PLACEMENTS
+    cases = [case for case in parse("first,large,dense") if not case.gradients]
+    sizes = {(case.shape, case.batch, case.seq): case for case in cases if not case.expert_rank}
+    shown = [
+        ("4b", 2, 4096),
+        *((shape, 1, 8192) for shape in ("35b-a3b", "9b", "27b", "122b-a10b")),
+    ]
+    for size in shown:
+        assert sizes[size].placements == PLACEMENTS
+    assert sizes["397b-a17b", 1, 8192].count == 60
+    assert [case.shape for case in cases if case.expert_rank == 4] == ["397b-a17b"]
 
 
 @pytest.mark.parametrize("word", ["4b", "5b:1x2", "4b:0x2", "4b:1x2:x", "gradients"])
@@ -113,14 +126,14 @@ def test_what_is_not_a_case_is_refused(word: str) -> None:
 def test_a_case_that_runs_out_of_memory_is_tried_under_other_policies() -> None:
     from multi.cases import parse
 
-    (case,) = parse("122b-a10b:1x8192:data")
-    words = [case.word]
-    while len(words) < 4 and (smaller := case.smaller()) is not None:
-        case = smaller
+    (case,) = parse("122b-a10b:1x8192:sharded")
+    words, used = [case.word], ["elementwise", "full"]
+    while len(words) < 4 and (smaller := case.smaller(used)) is not None:
+        case, used = smaller, [smaller.policy]
         words.append(case.word)
     assert words[1:] == [
-        "122b-a10b:1x8192:full:data", "122b-a10b:1x8192:offload:data",
-        "122b-a10b:1x8192:l40:offload:data",
+        "122b-a10b:1x8192:full:sharded", "122b-a10b:1x8192:offload:sharded",
+        "122b-a10b:1x8192:l40:offload:sharded",
     ]  # fmt: skip
     assert [case.word for case in parse(",".join(words))] == words
 
@@ -128,7 +141,7 @@ def test_a_case_that_runs_out_of_memory_is_tried_under_other_policies() -> None:
 def test_a_case_that_does_not_fit_is_tried_with_fewer_layers() -> None:
     from multi.cases import parse
 
-    (case,) = parse("397b-a17b:1x8192")
+    (case,) = parse("397b-a17b:1x8192:sharded")
     counts = [case.count]
     while (fewer := case.fewer()) is not None:
         case = fewer

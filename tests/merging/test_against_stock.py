@@ -305,6 +305,16 @@ def test_a_class_that_the_adapter_is_not_for_is_caught(dense: Made, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_another_base_is_caught(dense: Made) -> None:
+    """Both programs add the adapter to any base of the same shapes, and compute the same."""
+    report = verify_against_stock(dense.adapter(), model=str(dense.merged))
+    (problem,) = report.problems
+    assert isinstance(problem, InputError)
+    assert problem.code == "QC-MERGE-001"
+    assert problem.field in read_manifest(dense.adapter()).meta["tensors"]
+
+
+@pytest.mark.slow
 def test_a_changed_file_is_found_beside_what_was_computed(dense: Made, tmp_path: Path) -> None:
     folder = dense.copy(dense.merged, tmp_path / "m")
     (folder / "generation_config.json").write_text("{}")

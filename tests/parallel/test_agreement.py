@@ -100,8 +100,8 @@ def test_three_ranks() -> None:
 def test_an_error_arrives_as_it_was(error: QcoreError) -> None:
     copy = _unpacked(json.loads(json.dumps(_packed(error))))
     assert type(copy) is type(error)
-    assert copy.as_json() == error.as_json()  # type: ignore[union-attr]
-    assert copy.exit_code == error.exit_code  # type: ignore[union-attr]
+    assert copy.as_json() == error.as_json()
+    assert copy.exit_code == error.exit_code
 
 
 @pytest.mark.parametrize("error", [InputError("QC-A-001", "x"), StopNow(), ValueError("x")])

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qcore.adapter.targets import targets
 from qcore.api.blocks import Packed
+from qcore.errors import QcoreError
 from qcore.nn.load import load
 from qcore.nn.model import Model
 from qcore.nn.moe.experts import Experts
@@ -32,7 +33,8 @@ from qcore.nn.recompute import POLICIES
 from qcore.nn.sharding import base as sharded_base
 from qcore.nn.sharding import codes
 from qcore.nn.sharding.base import ShardedBase
-from qcore.nn.sharding.load import load_shards
+from qcore.nn.sharding.load import load_shards, share_of_bytes
+from qcore.parallel.agreement import together
 from qcore.parallel.world import World
 from qcore.plugins.resolve_model import identify
 
@@ -86,7 +88,7 @@ def _rank(writer: int, function: Callable[..., Any], *args: Any, **options: Any)
     text = ""
     try:
         sharded_base.LEAST = 1024
-        codes.FLOATING = codes.FLOATING or options.pop("floating", False)
+        codes.FLOATING = options.pop("floating", False) or codes.FLOATING
         with World.of_environment(CPU, timedelta(seconds=60)) as world:
             text = json.dumps(function(world, *args, **options) or {})
     except BaseException:  # noqa: BLE001, the parent shows it
@@ -171,7 +173,12 @@ def compare(
     here = dict(bits(model))
     with torch.no_grad():
         logits = model.eval().logits(pack())
-    found: dict[str, Any] = {"held": world.gather(base.bytes_held), "read": world.gather(read)}
+    layout = identify(str(folder)).layout
+    found: dict[str, Any] = {
+        "held": world.gather(base.bytes_held),
+        "read": world.gather(read),
+        "share": world.gather(share_of_bytes(base, layout)),
+    }
     if not world.first:
         return None
     whole = ours(folder, lora=lora, groups=groups, quantize=quantize)
@@ -193,13 +200,29 @@ def idle(world: World, folder: Path, groups: Sequence[str]) -> dict[str, Any]:
     """The first rank has two packs, the others none of the second."""
     model, *_ = sharded(folder, world, Lora(r=4, lora_alpha=8.0), groups, quantize=True)
     assert model.sharded is not None
+    gathers = model.sharded.gathers
     first, found = gradients(model, "full"), {}
+    gathers.complete(1)
     if world.first:
         found["again"] = worst(gradients(model, "elementwise"), first)
-    else:
-        model.sharded.gathers.forward_alone()
-        model.sharded.gathers.backward_alone()
+    elif world.rank == 1:  # fails in its forward, behind one layer
+        gathers.before(0)
+    gathers.complete(1)
+    with torch.no_grad():
+        if world.first:
+            model.logits(pack())
+        gathers.complete(1, backward=False)
     return found | {"last": worst(gradients(model, "offload"), first)}
+
+
+def damaged(world: World, folder: Path, groups: Sequence[str]) -> dict[str, Any]:
+    """What each rank raises where one of them cannot load the base."""
+    try:
+        with together(world):
+            sharded(folder, world, Lora(r=4, lora_alpha=8.0), groups, quantize=True)
+    except QcoreError as error:
+        return {"code": world.gather(error.code), "fields": world.gather(error.field)}
+    return {}
 
 
 def _digests(folder: Path, *, quantize: bool) -> dict[str, str]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.e2e_kit import write_stock
-from support.shard_kit import MOE, SIZES, compare, idle, run
+from support.four_bit_kit import write_four_bit
+from support.fp8_kit import write_fp8
+from support.moe_kit import tensors_of
+from support.shard_kit import MOE, SIZES, compare, damaged, idle, run
 
 from qcore.nn.sharding.rows import appointed, rows_of
 
 DENSE = ["attn", "gdn", "mlp"]
+TEXT_LINEARS = r"layers\.\d+\..*(_proj|in_proj_(qkv|z))\.weight$"
 MIXED = ["attn", "gdn", "experts", "shared_expert", "router"]
 
 
@@ -68,6 +75,53 @@ def test_rank_without_rows(dense: Path) -> None:
     found = run(idle, 3, dense, DENSE)
     assert found["again"] <= 1e-6
     assert found["last"] <= 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_bytes_that_a_rank_reads(moe: Path, size: int) -> None:
+    """Its rows, what is replicated, and its part of the tensors that one rank hashes."""
+    found = run(compare, size, moe, MIXED, quantize=False)
+    on_disk = sum(tensor.nbytes for tensor in tensors_of(moe).values())
+    replicated = sum(
+        tensor.nbytes for name, tensor in tensors_of(moe).items() if "layers." not in name
+    )
+    assert found["read"] == found["share"]
+    # Twice its part of the linear maps and a part of the experts; ceil(7 / 3) experts of 7.
+    assert max(found["read"]) - replicated < 1.6 * (on_disk - replicated) / size
+
+
+@pytest.mark.slow
+def test_codes_of_bitsandbytes(dense: Path, tmp_path: Path) -> None:
+    folder = write_four_bit(dense, tmp_path / "four", pattern=TEXT_LINEARS)
+    equal(run(compare, 3, folder, DENSE, quantize=True))
+
+
+@pytest.mark.slow
+def test_block_fp8(moe: Path, tmp_path: Path) -> None:
+    folder = write_fp8(moe, tmp_path / "fp8")
+    equal(run(compare, 3, folder, MIXED, quantize=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("layers.0.linear_attn.out_proj.weight", 63),
+        ("layers.2.mlp.experts.1.up_proj.weight", 0),
+        ("model.norm.weight", 0),
+    ],
+)
+def test_rank_that_cannot_load(moe: Path, tmp_path: Path, name: str, row: int) -> None:
+    """Every rank ends with the error of the rank that holds the value."""
+    tensors = tensors_of(moe)
+    (full,) = (one for one in tensors if one.endswith(name))
+    tensors[full][row] = torch.nan
+    folder = shutil.copytree(moe, tmp_path / "damaged")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = run(damaged, 2, folder, MIXED)
+    assert found["code"] == ["QC-LOAD-003"] * 2
+    assert found["fields"][0] == found["fields"][1]
 
 
 def test_rows_of_ranks() -> None:

@@ -48,8 +48,8 @@ def read_adapters(
     for source, weight in wanted.items():
         if not math.isfinite(weight) or weight == 0:
             raise UsageError(
-                "QC-ADAPTER-019", "has a weight that is not a number other than 0",
-                field=source, found=weight, expected="a finite number",
+                "QC-ADAPTER-019", "has an invalid weight",
+                field=source, found=weight, expected="a finite number other than 0",
                 fix="leave the adapter out, or correct its weight",
             )  # fmt: skip
     if not wanted:

@@ -42,6 +42,6 @@ def _number(word: str, number: str) -> float:
         return float(number)
     except ValueError:
         raise UsageError(
-            "QC-ADAPTER-019", "has a weight that is not a number other than 0", field=word,
+            "QC-ADAPTER-019", "has an invalid weight", field=word,
             found=number, expected="a finite number", fix="pass NAME or NAME=0.5",
         ) from None  # fmt: skip

@@ -43,6 +43,14 @@ _WRITE_CODES: Final = {
 }
 
 
+_READ_FIXES: Final = {
+    errno.ENOENT: "name a file that exists",
+    errno.ENOTDIR: "name a file that exists",
+    errno.EACCES: "check its permissions",
+    errno.EISDIR: "name a file, not a folder",
+}
+
+
 def write_error(error: OSError, path: Path) -> WriteError:
     """Return the `WriteError` for a failed write.
 
@@ -81,7 +89,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise InputError("QC-READ-001", f"cannot be read: {reason}", file=path) from error
+        fix = _READ_FIXES.get(error.errno or 0, "check the disk, or name another file")
+        raise InputError("QC-READ-001", f"cannot be read: {reason}", file=path, fix=fix) from error
 
 
 def write_all(fd: int, data: memoryview) -> None:

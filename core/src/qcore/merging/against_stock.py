@@ -34,6 +34,7 @@ from ..planning.host_memory import available
 from ..plugins.resolve_model import Identified, identify
 from ..reporting import Reporter
 from .layer_stream import LayerStream
+from .recorded_base import other_base
 from .stock_class import require_interop
 from .stock_compare import Pass, lockstep
 from .stock_judge import Judge
@@ -204,6 +205,9 @@ class _Job:
         renderer = self._renderer(self.mine)
         prompts = random_prompts(self.mine.checkpoint) if file is None else read_prompts(file)
         self._compare_templates(prompts, renderer)
+        if self.adapter is not None:
+            other = other_base(self.base, self.adapter, self.reporter)
+            self.problems += [] if other is None else [other]
         docs = documents(prompts, renderer, self.notes)
         tokens = [ids for _, ids in docs]
         with self.reporter.progress("comparing with stock", 3, "passes") as advance:

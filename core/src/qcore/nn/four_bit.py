@@ -46,8 +46,13 @@ class StoredCodes(NamedTuple):
     offset: Tensor
 
 
-def read_codes(checkpoint: Checkpoint, weight: FourBit) -> StoredCodes:
+def read_codes(checkpoint: Checkpoint, weight: FourBit, rows: slice | None = None) -> StoredCodes:
     """Read the tensors of a 4-bit weight.
+
+    Args:
+        checkpoint: where they are.
+        weight: which they are.
+        rows: those of the weight whose packed codes are read, each of whole bytes; all scales are.
 
     Raises:
         NumericError: ``QC-LOAD-003`` a scale is not finite.
@@ -55,7 +60,7 @@ def read_codes(checkpoint: Checkpoint, weight: FourBit) -> StoredCodes:
     """
     nested, code2 = weight.nested_absmax, weight.nested_quant_map
     codes = StoredCodes(
-        packed=_read(checkpoint, weight.packed).view(-1, 1),
+        packed=_read(checkpoint, weight.packed, _bytes_of(weight, rows)).view(-1, 1),
         absmax=_read(checkpoint, weight.absmax),
         quant_map=_read(checkpoint, weight.quant_map),
         nested_absmax=None if nested is None else _read(checkpoint, nested),
@@ -136,10 +141,20 @@ def on_device(codes: StoredCodes, device: torch.device) -> StoredCodes:
     )
 
 
-def _read(checkpoint: Checkpoint, header: Header) -> Tensor:
-    value = torch.empty(header.shape, dtype=DTYPES.get(header.dtype, torch.uint8))
+def _bytes_of(weight: FourBit, rows: slice | None) -> slice | None:
+    """The bytes of the packed codes that hold some rows."""
+    if rows is None:
+        return None
+    each = math.prod(weight.shape[1:]) // 2
+    return slice(rows.start * each, rows.stop * each)
+
+
+def _read(checkpoint: Checkpoint, header: Header, part: slice | None = None) -> Tensor:
+    dtype = DTYPES.get(header.dtype, torch.uint8)
+    shape = header.shape if part is None else (part.stop - part.start,)
+    value = torch.empty(shape, dtype=dtype)
     with checkpoint.file(header.file).open("rb") as file:
-        file.seek(header.start)
+        file.seek(header.start + (0 if part is None else part.start))
         read_exact(file, as_bytes(value), header)
     return value
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 from ..data.dataset import Dataset
 from ..data.microbatches import cost, spread
@@ -25,6 +25,7 @@ def mean_loss(
     world: World,
     alone: Callable[[], AbstractContextManager[None]],
     between: Callable[[], None] | None = None,
+    finish: Callable[[int], None] | None = None,
 ) -> float:
     """Evaluate the held-out rows; there is at least one.
 
@@ -34,14 +35,19 @@ def mean_loss(
         world: the ranks that share the rows.
         alone: context of what a rank computes by itself.
         between: called before each row.
+        finish: called after the rows, or an error, with the rows of the rank that has the most.
 
     Raises:
         NumericError: ``QC-TRAIN-012`` the loss of a row is not finite.
     """
     lengths, supervised = data.eval.lengths, int(data.eval.column("supervised").sum())
     own: dict[int, float] = {}
-    with together(world), alone():
-        for number in spread([cost([n]) for n in lengths], world.size)[world.rank]:
+    everyone = spread([cost([n]) for n in lengths], world.size)
+    with together(world), ExitStack() as stack:
+        if finish is not None:
+            stack.callback(finish, max(map(len, everyone)))
+        stack.enter_context(alone())
+        for number in everyone[world.rank]:
             if between is not None:
                 between()
             example = data.eval[number]

@@ -38,7 +38,7 @@ from ..plugins.resolve_model import Identified
 from .initial_settings import adapter_settings, trained_rows
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class AdapterWords:
     """What a user says of the adapter to start from.
 

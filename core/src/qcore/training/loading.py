@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from ..nn.device import DTYPES
 from ..nn.load import load
 from ..nn.model import Model
 from ..nn.qlora.lora_layer import Lora, LoraLayer
+from ..nn.sharding.base import ShardedBase, gathered_layers
+from ..nn.sharding.load import load_shards, share_of_bytes
 from ..nn.token_rows import TrainedRows
 from ..plugins.resolve_model import Identified, classes_of
 from .checkpoints import RunFiles
@@ -47,8 +50,12 @@ class Loaded:
     start: Mapping[str, Tensor] | None
 
 
-def load_base(run: Run) -> Loaded:
+def load_base(run: Run, *, sharded: bool = False) -> Loaded:
     """Stream the base in, and put adapters on the chosen weights.
+
+    Args:
+        run: what to load.
+        sharded: whether each rank holds some rows of the layers; otherwise it holds all.
 
     Raises:
         NumericError: ``QC-TRAIN-005`` a weight that is declared 4-bit is not; ``-014`` a weight
@@ -62,6 +69,10 @@ def load_base(run: Run) -> Loaded:
         token_ids=run.settings.trainable_token_indices,
         head_token_ids=run.settings.trainable_head_token_indices,
     )  # fmt: skip
+    if sharded:
+        model.sharded = ShardedBase(
+            model, run.model.layout, run.world, run.device, quantize=_quantizes(run)
+        )
     digests = _stream(run, model)
     start = _start(run, model, digests)
     lines = coverage(model, run.model.layout)
@@ -83,7 +94,7 @@ def _start(run: Run, model: Model, digests: Mapping[str, str]) -> Mapping[str, T
     if model.trained_rows is not None:
         _start_rows(model, model.trained_rows)
     if run.initial is None:
-        for name, module in model.adapters():
+        for name, module in gathered_layers(model.sharded, dict(model.adapters())):
             module.reset_lora(name, run.settings.seed, run.device)
             if run.settings.use_dora:
                 _check_magnitude(name, module)
@@ -143,17 +154,20 @@ def _targets(run: Run) -> tuple[Mapping[str, Lora], Namespace]:
 
 def _stream(run: Run, model: Model) -> dict[str, str]:
     """Fill the model; returns the SHA-256 of the base's tensors by canonical name."""
-    layout = run.model.layout
+    layout, checkpoint = run.model.layout, run.model.checkpoint
     size = sum(
         place.header.end - place.header.start
         for located in layout.located.values()
         if layout.loads(located.tensor.part)
         for place in located.places
     )
+    if model.sharded is not None:
+        size = share_of_bytes(model.sharded, layout)
     constant: list[tuple[str, float]] = []
     with run.reporter.progress("loading the base", size, "bytes") as advance:
-        digests = load(
-            model, layout, run.model.checkpoint, device=run.device, quantize=_quantizes(run),
+        read = load if model.sharded is None else partial(load_shards, model.sharded)
+        digests = read(
+            model, layout, checkpoint, device=run.device, quantize=_quantizes(run),
             progress=advance,
             constant=lambda name, value: constant.append((name, value)),
         )  # fmt: skip

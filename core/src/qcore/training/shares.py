@@ -28,6 +28,7 @@ class Share:
         rows: samples of the whole step.
         packs: samples of each pack of this rank.
         count: packs of the whole step; with several ranks, before they are joined.
+        rounds: packs of the rank that has the most.
         supervised: tokens with a label, of the whole step.
         tokens: of the whole step.
     """
@@ -36,6 +37,7 @@ class Share:
     rows: Sequence[int]
     packs: Sequence[Sequence[int]]
     count: int
+    rounds: int
     supervised: int
     tokens: int
 
@@ -62,16 +64,19 @@ class Shares:
         packs = self._schedule.micro_batches(step)
         rows = [row for pack in packs for row in pack]
         count = len(packs)
+        everyone = [packs]
         if self._world.size > 1:
             costs = [cost(*self._size(pack)) for pack in packs]
-            packs = [packs[n] for n in spread(costs, self._world.size)[self._world.rank]]
+            everyone = [[packs[n] for n in own] for own in spread(costs, self._world.size)]
         if self.together:
-            packs = joined(packs, self._lengths, self.together, self._units)
+            everyone = [joined(own, self._lengths, self.together, self._units) for own in everyone]
+        packs = everyone[self._world.rank]
         return Share(
             step=step,
             rows=rows,
             packs=packs,
             count=count if self._world.size > 1 else len(packs),
+            rounds=max(map(len, everyone)),
             supervised=int(self._supervised[rows].sum()),
             tokens=sum(self._lengths[row] for row in rows),
         )

@@ -219,6 +219,8 @@ class Loop:
                     losses = self._backward(share)
             except (QcoreError, StopNow) as error:
                 failed = error
+        if self.model.sharded is not None:
+            self.model.sharded.gathers.complete(share.rounds)
         # A rank that failed takes part in the sums, for which the others wait.
         shared = torch.cat([losses.double(), self._facts(failed)])
         self.world.sum_(shared)
@@ -347,10 +349,15 @@ class Loop:
         self.model.eval()
         value = mean_loss(
             self.data, lambda example: float(self._loss([example])[0]),
-            self.world, self.signals.alone, between,
+            self.world, self.signals.alone, between, self._gather_rest,
         )  # fmt: skip
         self.meter.saw(peak_bytes(self.device))
         return value
+
+    def _gather_rest(self, rounds: int) -> None:
+        """Take part in the forwards that other ranks have left of an evaluation."""
+        if self.model.sharded is not None:
+            self.model.sharded.gathers.complete(rounds, backward=False)
 
     def prove_moved(self, start: Mapping[str, Tensor] | None = None) -> tuple[int, int]:
         """How many linear maps moved from where they started, and of how many (`prove_moved`)."""

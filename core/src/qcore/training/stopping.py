@@ -241,7 +241,8 @@ class Saver:
             with self.together():
                 raise self.stopped(number, where) from None
         if spike := metrics.get("spike"):
-            after_spike(self._files, self._loop, number + 1, spike)
+            with self.together():
+                after_spike(self._files, self._loop, number + 1, spike)
         if self._unproven:
             with self.together():
                 self._rotate(number)

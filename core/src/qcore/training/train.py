@@ -97,29 +97,27 @@ def train(
         reporter: receives events; silent by default.
         room: memory that may be filled; by default what is free on the device.
         stop: handles signals; by default for the duration of the run, in the main thread.
-        world: the ranks of the run; by default those that ``torchrun`` describes in the
-            environment, or this process alone.
+        world: the ranks; by default those that ``torchrun`` describes, or this process alone.
 
     Raises:
         QcoreError: see docs/errors.md; nothing is published unless the run succeeded.
     """
     with ExitStack() as stack:
-        if world is None:
-            ranks = is_rank()
-            world = World.of_environment(pick_device(device)) if ranks else World.alone()
-            stack.enter_context(world)
+        world = world or stack.enter_context(_world(device))
         reporter = (reporter if world.first else None) or Reporter()
+        start = AdapterWords(init_adapter, trust_base, trust_generation, origins)
         request = Request(
             model=model, data=DataWords(data, eval_data, data_format, media_root, verify_data),
             output=output, settings=scaled(settings or Settings(), world, reporter),
-            device=device, reporter=reporter, world=world,
-            start=AdapterWords(
-                init_adapter=init_adapter, trust_base=trust_base,
-                trust_generation=trust_generation, origins=origins,
-            ),
+            device=device, reporter=reporter, world=world, start=start,
         )  # fmt: skip
-        stop = stack.enter_context(stop or StopSignals())
-        return _run(request, stop, room, resume=resume, auto_resume=auto_resume)
+        signals = stack.enter_context(stop or StopSignals())
+        return _run(request, signals, room, resume=resume, auto_resume=auto_resume)
+
+
+def _world(device: str) -> World:
+    """The ranks that the launcher of this process describes; else this process alone."""
+    return World.of_environment(pick_device(device)) if is_rank() else World.alone()
 
 
 def _run(

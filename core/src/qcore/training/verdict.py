@@ -33,6 +33,7 @@ from ..nn.model import Model
 from ..nn.moe.experts import Experts
 from ..nn.qlora.linear import Linear
 from ..nn.qlora.lora_layer import LoraLayer
+from ..nn.sharding.base import gathered_layers
 
 _STEPS_AT_CHANCE: Final = 32
 _FOR_SPREAD: Final = 8  # values of which the MAD says something
@@ -112,7 +113,8 @@ def too_small(model: Model, start: Mapping[str, Tensor] | None) -> str:
     if model.beside_adapters() or any(m.lora and m.lora.use_dora for _, m in adapters):
         return ""
     largest, where = 0.0, ""
-    for name, module in adapters:
+    # Every rank has the same adapters, so all leave this loop at the same weight.
+    for name, module in gathered_layers(model.sharded, dict(adapters)):
         delta = _delta_norm(module, None if start is None else start[name])
         if delta > _ROUNDING * _RMS * math.sqrt(math.prod(module.shape)):
             return ""

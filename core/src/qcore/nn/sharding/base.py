@@ -13,6 +13,7 @@ No mixed-precision policy is set: it would cast scales to 16 bit.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -52,6 +53,10 @@ class _Held:
     module: nn.Module
     leaf: str
     dtype: torch.dtype | None
+
+
+class RankFailed(Exception):
+    """Another rank failed while the base was loading, and has its error."""
 
 
 class _LayerGroup(nn.Module):
@@ -133,6 +138,9 @@ class ShardedBase:
         """Take ``tensor[rows]``, which lies within the rank's rows; calls come in order.
 
         Every rank calls this equally often for a 4-bit linear map, also where it has no row.
+
+        Raises:
+            RankFailed: another rank called `fail` in place of this.
         """
         held = self._held[name]
         module = held.module
@@ -141,7 +149,8 @@ class ShardedBase:
         elif isinstance(module, Linear):
             codes = cast(ShardedNF4, module.nf4)
             packed, absmax = _quantized(value, module.shape[1])
-            state, own = self._scales(absmax, held.rows, module.shape)
+            scales = self._gathered_rows(absmax.view(len(value), -1), module.shape)
+            state, own = self._scales(scales, held.rows, module.shape)
             codes.hold_scales(state)
             _set_local(codes.stored, "packed", as_parameter(packed.view(len(value), -1)))
             _set_local(codes.stored, "absmax", as_parameter(own.view(len(value), -1)))
@@ -149,16 +158,25 @@ class ShardedBase:
             self._put_slices(name, held, rows, value)
 
     @torch.no_grad()
+    def fail(self, name: str) -> None:
+        """Tell the other ranks, which `put` this 4-bit linear map, that this one cannot."""
+        shape = cast(Linear, self._held[name].module).shape
+        nan = torch.full((1, shape[1] // BLOCK), torch.nan, device=self._device)
+        with suppress(RankFailed):
+            self._gathered_rows(nan, shape)
+
+    @torch.no_grad()
     def put_codes(self, name: str, codes: StoredCodes) -> None:
-        """Take the rank's rows of a whole weight that is in NF4 already."""
+        """Take a weight that is in NF4 already: the packed codes of the rank's rows, all scales."""
         held = self._held[name]
         module = held.module
         assert isinstance(module, Linear)
         sharded, out = cast(ShardedNF4, module.nf4), module.shape[0]
         sharded.hold_scales(nf4_state(codes, self._dtype))
-        for leaf, of_rows in (("packed", codes.packed), ("absmax", codes.absmax)):
-            own = of_rows.view(out, -1)[held.rows].clone()
-            _set_local(sharded.stored, leaf, as_parameter(own))
+        packed = codes.packed.view(-1, module.shape[1] // 2)
+        absmax = codes.absmax.view(out, -1)[held.rows].clone()
+        _set_local(sharded.stored, "packed", as_parameter(packed))
+        _set_local(sharded.stored, "absmax", as_parameter(absmax))
 
     @torch.no_grad()
     def put_stack(self, name: str, codes: Codes) -> None:
@@ -248,16 +266,15 @@ class ShardedBase:
             own.code2 = _code2(self._device)
         self.put_stack(name, own.codes(slice(0, count)))
 
-    def _scales(self, absmax: Tensor, rows: slice, shape: tuple[int, ...]) -> tuple[Any, Tensor]:
-        """Bitsandbytes' state of the whole weight, and the codes of this rank's scales.
+    def _scales(self, scales: Tensor, rows: slice, shape: tuple[int, ...]) -> tuple[Any, Tensor]:
+        """The state of the whole weight, and the codes of this rank's scales.
 
         Args:
-            absmax: float32 scales of this rank's rows.
+            scales: float32 scales of all rows, ``[out * in / 64]``.
             rows: this rank's.
             shape: of the weight.
         """
-        bnb, each = functional(), shape[1] // BLOCK
-        scales = self._gathered_rows(absmax.view(-1, each), shape[0])
+        bnb = functional()
         offset = scales.mean()
         codes, state2 = bnb.quantize_blockwise(scales - offset, blocksize=BLOCK2)
         state = bnb.QuantState(
@@ -265,19 +282,21 @@ class ShardedBase:
             code=bnb.get_4bit_type("nf4", device=scales.device), quant_type="nf4",
             offset=offset, state2=state2,
         )  # fmt: skip
-        return state, codes.view(-1, each)[rows].clone()
+        return state, codes.view(shape[0], -1)[rows].clone()
 
-    def _gathered_rows(self, own: Tensor, count: int) -> Tensor:
-        """The rows of all ranks, one after another, as one vector."""
+    def _gathered_rows(self, own: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The scales of all ranks' rows, one after another, as one vector."""
         from torch import distributed
 
-        size = self.world.size
-        each = -(-count // size)
-        padded = own.new_zeros(each, own.shape[1])
+        size, width = self.world.size, shape[1] // BLOCK
+        each = -(-shape[0] // size)
+        padded = own.new_zeros(each, width)
         padded[: len(own)] = own
-        whole = own.new_empty(size * each, own.shape[1])
+        whole = own.new_empty(size * each, width)
         distributed.all_gather(list(whole.chunk(size)), padded)
-        return whole[:count].reshape(-1)
+        if not bool(whole.isfinite().all()):  # values are checked before they are quantized
+            raise RankFailed
+        return whole[: shape[0]].reshape(-1)
 
 
 def gathered_layers(

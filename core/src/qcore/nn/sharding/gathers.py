@@ -9,7 +9,7 @@ FSDP's own hooks would gather once more.
 
 Every rank gathers the same layers in the same order, whatever its rows are: one forward is layers
 0 to n - 1, one backward is n - 1 down to the lowest layer that any rank might train through. A rank
-without rows calls `forward_alone` and `backward_alone`.
+with fewer packs than another, or one that stopped in the middle, gathers the rest in `complete`.
 """
 
 from __future__ import annotations
@@ -55,12 +55,17 @@ class Gathers:
     def __init__(self, groups: Sequence[Group | None], lowest: int = 0) -> None:
         self._groups = tuple(groups)
         self._lowest = lowest
+        self._forward = list(range(len(groups)))
+        self._round = [*self._forward, *range(len(groups) - 1, lowest - 1, -1)]
         self._coming: dict[int, Handle] = {}
         self._here: set[int] = set()
+        self._started = 0  # gathers since the last `complete`
         self._at: int | None = None  # the layer whose backward runs
 
     def before(self, number: int) -> None:
         """Gather layer `number` for its forward."""
+        if number == 0 and torch.is_grad_enabled():
+            self._catch_up(-(-self._started // len(self._round)), self._round)
         self._turn_to(number, number + 1)
 
     def after(self, number: int, y: Tensor) -> Tensor:
@@ -70,32 +75,40 @@ class Gathers:
             y.register_hook(partial(self._backward_of, number))
         return y
 
-    def forward_alone(self) -> None:
-        """Take part in the forward of other ranks."""
-        for number in range(len(self._groups)):
-            self._turn_to(number, number + 1)
-        self._turn_to(None, None)
+    def complete(self, rounds: int, *, backward: bool = True) -> None:
+        """Gather what is left of `rounds` forwards, each with its backward, and keep the shards.
 
-    def backward_alone(self) -> None:
-        """Take part in the backward of other ranks."""
-        self._at = len(self._groups)
-        self._finish()
+        Every rank calls this after it ran its packs, or failed: with the number of packs of the
+        rank that has the most.
+
+        Args:
+            rounds: forwards since the last call, on the rank that ran the most.
+            backward: whether each of them had a backward.
+        """
+        self._at = None
+        self._catch_up(rounds, self._round if backward else self._forward)
+        self._started = 0
 
     @contextmanager
     def gathered(self, number: int) -> Iterator[None]:
         """Context in which the weights of a layer are there, on every rank."""
+        started = self._started
         self._turn_to(number, None)
         try:
             yield
         finally:
             self._drop(number)
+            self._started = started
 
-    def reset(self) -> None:
-        """Keep the shards alone, after a forward or a backward that did not end."""
-        self._at = None
+    def _catch_up(self, rounds: int, script: Sequence[int]) -> None:
+        """Gather what is left of `rounds` times the layers of `script`; drop all."""
         for number in sorted(self._coming):
             self._gather(number)
         self._turn_to(None, None)
+        while self._started < rounds * len(script):
+            number = script[self._started % len(script)]
+            self._gather(number)
+            self._drop(number)
 
     def _backward_of(self, number: int, _: Tensor) -> None:
         if self._at is None:
@@ -112,7 +125,8 @@ class Gathers:
         self._at = number
 
     def _finish(self) -> None:
-        self._descend(self._lowest)
+        """Gather the layers that other ranks may have reached, and keep the shards."""
+        self._descend(min(self._lowest, len(self._groups) if self._at is None else self._at))
         self._turn_to(None, None)
         self._at = None
 
@@ -126,11 +140,13 @@ class Gathers:
             self._start(ahead)
 
     def _start(self, number: int) -> None:
+        if number in self._here or number in self._coming:
+            return
+        self._started += 1
         group = self._groups[number]
-        if group is not None and number not in self._here and number not in self._coming:
-            handle = group.unshard(async_op=True)
-            assert handle is not None
-            self._coming[number] = handle
+        handle = _NOTHING if group is None else group.unshard(async_op=True)
+        assert handle is not None
+        self._coming[number] = handle
 
     def _gather(self, number: int) -> None:
         self._start(number)
@@ -139,7 +155,17 @@ class Gathers:
             self._here.add(number)
 
     def _drop(self, number: int) -> None:
-        group = self._groups[number]
-        if group is not None and number in self._here:
-            group.reshard()
+        if number in self._here:
             self._here.discard(number)
+            if (group := self._groups[number]) is not None:
+                group.reshard()
+
+
+class _Nothing:
+    """The gather of a layer without sharded weights."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+_NOTHING = _Nothing()

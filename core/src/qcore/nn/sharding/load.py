@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,9 @@ from ...api.parameters import Kind, Store
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.layout import Layout, Located
 from ...checkpoint.tensor_hash import TensorDigest
-from ...parallel.world import World
+from ...errors import QcoreError
+from ...io.stop_signals import StopNow
+from ...parallel.agreement import together
 from ..four_bit import StoredCodes, decode, on_device, read_codes
 from ..load import (
     SLAB,
@@ -42,7 +46,7 @@ from ..load import (
 )
 from ..model import Model
 from ..value_range import value_range
-from .base import ShardedBase
+from .base import RankFailed, ShardedBase
 from .rows import appointed
 
 
@@ -57,7 +61,7 @@ class _Part:
         read: bytes that were read.
         digest: of the tensor, as far as this rank knows it.
         last: whether no other part of it follows.
-        codes: of the whole weight, where NF4 storage takes them over.
+        codes: where NF4 storage takes them over; of a sharded weight the packed ones of `rows`.
     """
 
     item: Located
@@ -84,43 +88,140 @@ def load_shards(
 
     Args and Raises as `qcore.nn.load.load`; a rank checks what it holds.
     """
-    modules = dict(model.named_modules())
-    items = loaded_items(layout)
-    ranges = Ranges(constant)
-    digests: dict[str, str] = {}
-    shared: dict[str, _Shared] = {}
-    for part in one_ahead(_read(checkpoint, items, base)):
+    loading = _Loading(base, model, layout, checkpoint, device, quantize, constant)
+    # Ends every rank with the error of the one that failed, which the others only know of.
+    with together(base.world), suppress(RankFailed):
+        try:
+            for part in one_ahead(_read(checkpoint, loading.items, base)):
+                if progress is not None:
+                    progress(part.read)
+                loading.take(part)
+        except (QcoreError, StopNow):
+            loading.fail()
+            raise
+        loading.exchange()
+    return loading.digests
+
+
+def share_of_bytes(base: ShardedBase, layout: Layout) -> int:
+    """Bytes on disk that this rank reads."""
+    items, total = loaded_items(layout), 0.0
+    hashed_by = _hashed_by(items, base)
+    for item in items:
+        name, nbytes = item.tensor.name, _nbytes(item)
+        rows = base.rows(name)
+        whole = rows is None or hashed_by.get(name) == base.world.rank
+        share = 1.0 if whole or rows is None else (rows.stop - rows.start) / item.tensor.shape[0]
+        total += nbytes * share
+    return round(total)
+
+
+class _Loading:
+    """Places what this rank reads, and what it knows of each tensor.
+
+    Attributes:
+        items: the tensors, in the order of the files.
+        digests: of the tensors whose digest this rank knows, all of them after `exchange`.
+    """
+
+    def __init__(
+        self,
+        base: ShardedBase,
+        model: Model,
+        layout: Layout,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        quantize: bool,
+        constant: Constant | None,
+    ) -> None:
+        self.items = loaded_items(layout)
+        self._base, self._model, self._layout = base, model, layout
+        self._checkpoint, self._device, self._quantize = checkpoint, device, quantize
+        self._modules = dict(model.named_modules())
+        self._ranges = Ranges(constant)
+        self.digests: dict[str, str] = {}
+        self._shared: dict[str, _Shared] = {}
+        self._placed: set[str] = set()
+
+    def take(self, part: _Part) -> None:
+        """Check and place a part; a sharded tensor's rows go to the base."""
         name, value = part.item.tensor.name, part.value
-        if progress is not None:
-            progress(part.read)
-        in_nf4 = quantize and layout.held(name) is Store.NF4
-        codes = part.codes if in_nf4 else None
-        if base.rows(name) is not None:
-            known = shared.setdefault(name, _Shared(part.digest))
-            if codes is not None:
-                known.add(value)
-                base.put_codes(name, on_device(codes, device))
-                continue
-            value = value.to(device)
-            if not known.add(value):
-                raise not_finite(checkpoint, name)
-            base.put(name, part.rows, value)
-            continue
+        codes = part.codes if self._in_nf4(name) else None
+        if self._base.rows(name) is None:
+            self._take_whole(part, codes)
+            return
+        known = self._shared.setdefault(name, _Shared(part.digest))
+        if codes is not None:
+            known.add(value)  # finite, as their scales are
+            self._base.put_codes(name, on_device(codes, self._device))
+            return
+        value = value.to(self._device)
+        if not known.add(value):
+            raise not_finite(self._checkpoint, name)
+        self._placed.add(name)
+        self._base.put(name, part.rows, value)
+
+    def _take_whole(self, part: _Part, codes: StoredCodes | None) -> None:
+        """Check and place what every rank holds."""
+        item, name, value = part.item, part.item.tensor.name, part.value
         if part.last:
             digest = part.digest.hex
             assert digest is not None
-            digests[name] = digest
+            self.digests[name] = digest
         if codes is not None:
-            ranges.add(part.item, value, last=part.last)
-            hold_codes(model, name, codes, device)
-            continue
-        value = value.to(device)
-        if not ranges.add(part.item, value, last=part.last):
-            raise not_finite(checkpoint, name)
-        place(model, modules, part.item, part.rows, value, quantize=in_nf4)
-    _exchange(base.world, items, shared, digests, ranges)
-    assert len(digests) == len(items), "every tensor has a digest, or the base has no fingerprint"
-    return digests
+            self._ranges.add(item, value, last=part.last)
+            hold_codes(self._model, name, codes, self._device)
+            return
+        value = value.to(self._device)
+        if not self._ranges.add(item, value, last=part.last):
+            raise not_finite(self._checkpoint, name)
+        in_nf4 = self._in_nf4(name)
+        place(self._model, self._modules, item, part.rows, value, quantize=in_nf4)
+
+    def fail(self) -> None:
+        """Tell the others, in their next exchange, that this rank does not go on."""
+        for item in self.items:
+            if self._is_exchanged(item) and item.tensor.name not in self._placed:
+                self._base.fail(item.tensor.name)
+                return
+        self._base.world.gather(None)
+
+    def exchange(self) -> None:
+        """Join what the ranks know: digests of tensors, and which are constant."""
+        own = {
+            name: (
+                [(number, unit.hex()) for number, unit in known.digest.known.items()],
+                [known.least, known.most] if known.least <= known.most else [],
+            )
+            for name, known in self._shared.items()
+        }
+        everyone: list[Any] = self._base.world.gather(own)
+        if None in everyone:
+            raise RankFailed
+        for item in self.items:
+            name = item.tensor.name
+            if name not in self._shared:
+                continue
+            digest, spans = TensorDigest(item.stored), []
+            for known in everyone:
+                units, span = known[name]
+                spans += span
+                for number, unit in units:
+                    digest.put(number, bytes.fromhex(unit))
+            joined = digest.hex
+            assert joined is not None, "every tensor has a digest"
+            self.digests[name] = joined
+            if spans:
+                self._ranges.judge(item, min(spans), max(spans))
+
+    def _in_nf4(self, name: str) -> bool:
+        return self._quantize and self._layout.held(name) is Store.NF4
+
+    def _is_exchanged(self, item: Located) -> bool:
+        """Whether the ranks exchange the scales of this tensor."""
+        name = item.tensor.name
+        linear = item.tensor.row.kind is Kind.LINEAR and not holds_codes(item)
+        return linear and self._in_nf4(name) and self._base.rows(name) is not None
 
 
 class _Shared:
@@ -139,46 +240,9 @@ class _Shared:
         return math.isfinite(least) and math.isfinite(most)
 
 
-def _exchange(
-    world: World,
-    items: Sequence[Located],
-    shared: dict[str, _Shared],
-    digests: dict[str, str],
-    ranges: Ranges,
-) -> None:
-    """Join what the ranks know: the digest of each sharded tensor, and whether it is constant."""
-    own = {
-        name: (
-            [(number, unit.hex()) for number, unit in known.digest.known.items()],
-            [known.least, known.most] if known.least <= known.most else [],
-        )
-        for name, known in shared.items()
-    }
-    everyone = world.gather(own)
-    for item in items:
-        name = item.tensor.name
-        if name not in shared:
-            continue
-        digest, spans = TensorDigest(item.stored), []
-        for known in everyone:
-            units, span = known[name]
-            spans += span
-            for number, unit in units:
-                digest.put(number, bytes.fromhex(unit))
-        joined = digest.hex
-        assert joined is not None
-        digests[name] = joined
-        if spans:
-            ranges.judge(item, min(spans), max(spans))
-
-
 def _read(checkpoint: Checkpoint, items: Sequence[Located], base: ShardedBase) -> Iterator[_Part]:
     """What this rank reads, in the order of the files."""
-    split = [
-        item for item in items if _one_digest(item) and base.rows(item.tensor.name) is not None
-    ]
-    sizes = [(item.tensor.name, _nbytes(item)) for item in split]
-    hashed_by = appointed(sizes, base.world.size)
+    hashed_by = _hashed_by(items, base)
     for item in items:
         name = item.tensor.name
         own, digest = base.rows(name), TensorDigest(item.stored)
@@ -201,12 +265,14 @@ def _read_rows(
     if holds_codes(item):
         weight = item.four_bit
         assert weight is not None
-        codes = read_codes(checkpoint, weight)
+        codes = read_codes(checkpoint, weight, None if hashes else own)
         read = codes.packed.nbytes + codes.absmax.nbytes
         value = torch.empty(0)
         if hashes:
             value = decode(weight, codes)
             _hash(item, digest, every, value)
+            packed = codes.packed.view(every.stop, -1)[own].reshape(-1, 1)
+            codes = codes._replace(packed=packed.clone())
         return _Part(item, own, value, read, digest, True, codes)
     rows = every if hashes else own
     value = read_tensor(checkpoint, item, rows)
@@ -250,6 +316,18 @@ def _slabs_of(item: Located, own: slice) -> Iterator[slice]:
     step = next(slabs(item, SLAB)).stop
     for at in range(own.start, own.stop, step):
         yield slice(at, min(at + step, own.stop))
+
+
+def _hashed_by(items: Sequence[Located], base: ShardedBase) -> dict[str, int]:
+    """The rank that hashes each sharded tensor that has one digest."""
+    return appointed(
+        [
+            (item.tensor.name, _nbytes(item))
+            for item in items
+            if _one_digest(item) and base.rows(item.tensor.name) is not None
+        ],
+        base.world.size,
+    )
 
 
 def _one_digest(item: Located) -> bool:
