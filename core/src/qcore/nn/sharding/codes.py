@@ -41,7 +41,7 @@ class StoredCodes(nn.Module):
     ) -> None:
         super().__init__()
         for name, shape in shapes.items():
-            meta = as_parameter(name, torch.empty(shape, dtype=torch.uint8, device="meta"))
+            meta = as_parameter(torch.empty(shape, dtype=torch.uint8, device="meta"), name)
             self.register_parameter(name, nn.Parameter(meta, requires_grad=False))
         for name, wide in floats.items():
             meta = torch.empty(wide, device="meta")
@@ -59,16 +59,16 @@ class StoredCodes(nn.Module):
         return self.whole(name).view(torch.uint8)
 
 
-def as_parameter(name: str, codes: Tensor) -> Tensor:
+def as_parameter(codes: Tensor, name: str) -> Tensor:
     """Bytes ``[n, m]`` in a dtype that FSDP takes: the same memory, the same number of rows.
 
-    FSDP gathers the bytes of a group whose parameters have two dtypes. Of a group of one dtype it
-    gathers values, and the copy of values of 16 bit on CUDA goes through float32, which changes the
-    bits of every NaN: so codes and scales never have the same one.
+    Codes and those of scales get different dtypes, so that a layer's parameters never have one in
+    common: FSDP then gathers bytes. Of one dtype it copies values, on a GPU through float32, which
+    changes bytes that happen to be a NaN.
 
     Args:
-        name: ``packed`` or ``absmax``.
         codes: uint8.
+        name: of the parameter.
     """
     if not FLOATING:
         return codes
