@@ -223,7 +223,7 @@ class Loop:
             self.model.sharded.gathers.complete(share.rounds)
         # A rank that failed takes part in the sums, for which the others wait.
         shared = torch.cat([losses.double(), self._facts(failed)])
-        self.world.sum_(shared)
+        self.world.sum_(shared, f"the loss of step {share.step + 1}")
         sums: list[float] = self._finished(shared).tolist()
         loss, balance, failures, stop, save, *peaks, norm, largest = sums
         self.signals.agree(bool(stop), bool(save))
@@ -272,7 +272,7 @@ class Loop:
         if isinstance(self.optimizer, FlatAdamW):
             gradients = self.optimizer.flat.grad
             assert gradients is not None
-            self.world.sum_(gradients)
+            self.world.sum_(gradients, "the gradients of a step")
             norm = self.optimizer.clip(limit)
         else:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
