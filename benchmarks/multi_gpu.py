@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 
 from multi.cases import Case, parse
-from multi.table import Record, append, lines, read
+from multi.table import Record, append, is_wrong, lines, read
 from train_step_gpu import VERSIONS, commit, installed
 
 HERE = Path(__file__).resolve().parent
@@ -70,7 +70,7 @@ def main() -> int:
             if given.save:
                 path = HERE / "results" / f"{given.save}.txt"
                 path.write_text("\n".join(text) + "\n", encoding="utf-8")
-        return int(any("failed" in record for record in read(records)))
+        return int(any(map(is_wrong, read(records))))
 
 
 def _arguments() -> argparse.Namespace:

@@ -133,7 +133,9 @@ class RandomBase:
         elif item.tensor.row.kind is Kind.EXPERTS:
             base.put_stack(name, self.codes(name, shape[1] * shape[2], own))
         else:
-            base.put_codes(name, self._stored(name, shape))
+            stored = self._stored(name, shape)
+            packed = stored.packed.view(shape[0], -1)[own].reshape(-1, 1)
+            base.put_codes(name, stored._replace(packed=packed))
 
     def _hold(self, holder: Any, item: Item, dtype: torch.dtype) -> None:
         """Give a map its codes."""

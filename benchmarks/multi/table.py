@@ -28,6 +28,12 @@ def append(path: Path, record: Record) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def is_wrong(record: Record) -> bool:
+    """Whether a record says that something failed, or that ranks compute other numbers."""
+    checks = ("finite", "same_on_all_ranks", "same_first_loss")
+    return "failed" in record or any(record.get(name) is False for name in checks)
+
+
 def brief(record: Record) -> str:
     """A record as a line, without what the table does not show."""
     shown = {name: _rounded(value) for name, value in record.items() if name not in LONG}
@@ -114,6 +120,8 @@ def _checks(record: Record) -> str:
         text += "; NOT FINITE"
     if record.get("same_on_all_ranks") is False:
         text += "; NOT THE SAME ON ALL RANKS"
+    if record.get("same_first_loss") is False:
+        text += "; THE FIRST LOSS IS NOT THAT OF ONE CARD"
     if "off_one_card" in record:
         text += f"; off one card by at most {max(record['off_one_card']):.1e}"
     return text

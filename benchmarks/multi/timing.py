@@ -27,6 +27,9 @@ from .table import Record
 if TYPE_CHECKING:
     from .rank import Rank
 
+#: How far the first loss may be off that of one card. LoRA's B is zero, so that only the base and
+#: the order of a sum over rows count; a wrong shard of the base shows here before anywhere else.
+FIRST = 1e-6
 UNSAID = ("policies", "fits")  #: of a plan; what the records leave out
 
 
@@ -151,6 +154,7 @@ class Timing:
         if self._losses:
             pairs = zip(found["losses"], self._losses, strict=True)
             found["off_one_card"] = [abs(ours / one - 1) for ours, one in pairs]
+            found["same_first_loss"] = found["off_one_card"][0] < FIRST
         self._seconds.setdefault(self._placement, []).extend(found["step_seconds"][0])
         medians = {name: statistics.median(seconds) for name, seconds in self._seconds.items()}
         own = medians[self._placement]

@@ -119,9 +119,7 @@ def adapted(job: Job, model: nn.Module | None = None) -> nn.Module:
     return get_peft_model(model, lora).train()  # type: ignore[no-any-return]
 
 
-def step_of(
-    model: nn.Module, job: Job, ids: torch.Tensor | None = None, **arguments: Any
-) -> Step:
+def step_of(model: nn.Module, job: Job, ids: torch.Tensor | None = None, **arguments: Any) -> Step:
     """One optimizer step on the n-th ids; mean loss, clipped at 1, fused AdamW.
 
     Args:

@@ -59,6 +59,7 @@ def test_two_ranks_are_measured_beside_one(tmp_path: Path) -> None:
         assert record["finite"]
         assert record["same_on_all_ranks"] if record["ranks"] == 2 else True
         assert max(record.get("off_one_card", [0])) < 1e-3
+        assert record.get("same_first_loss", True)
     assert "tiny-moe:1x65:e4:sharded" in text.splitlines()[-1] or "gradients:" in text
 
 
@@ -192,7 +193,7 @@ def test_random_codes_are_normal_values() -> None:
 
 
 def test_the_table_shows_records_and_failures() -> None:
-    from multi.table import lines
+    from multi.table import is_wrong, lines
 
     timed = {
         "case": "4b:2x4096", "placement": "data", "ranks": 2, "tokens_per_second": 50000.0,
@@ -200,7 +201,8 @@ def test_the_table_shows_records_and_failures() -> None:
         "peak_bytes": [38 * 10**9, 39 * 10**9], "plan_bytes": 39 * 10**9,
         "weights_bytes": [3 * 10**9] * 2,
         "layer_bytes": [10**9] * 2, "first_seconds": 9.0, "losses": [12.5, 12.4],
-        "finite": True, "same_on_all_ranks": False, "times_one": 1.97, "sum_ms": 0.46,
+        "finite": True, "same_on_all_ranks": False, "same_first_loss": False,
+        "times_one": 1.97, "sum_ms": 0.46,
     }  # fmt: skip
     text = "\n".join(
         lines([timed, {"case": "9b:1x8", "ranks": 2, "failed": "out of memory"},
@@ -209,5 +211,7 @@ def test_the_table_shows_records_and_failures() -> None:
     assert "1.970" in text
     assert "38.00-39.00" in text
     assert "NOT THE SAME ON ALL RANKS" in text
+    assert "THE FIRST LOSS IS NOT THAT OF ONE CARD" in text
+    assert is_wrong(timed)
     assert "FAILED: out of memory" in text
     assert "27b:1x8: left out one: planned peak 150.0 GB" in text

@@ -154,7 +154,7 @@ OPTIONS: dict[str, list[str]] = {
     ],
     "train": [
         "--adapter", "--adapter-class", "--auto-resume", "--config", "--data", "--debug",
-        "--device", "--eval-data", "--format", "--generation", "--init-adapter", "--json",
+        "--device", "--eval-data", "--format", "--generation", "--gpus", "--init-adapter", "--json",
         "--kernels", "--media-root", "--model", "--output", "--preset", "--resume", "--set",
         "--trust-base", "--trust-generation", "--verify-data",
     ],

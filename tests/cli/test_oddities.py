@@ -476,6 +476,22 @@ def test_inspect_names_what_train_would_refuse(
     )  # fmt: skip
 
 
+def test_rows_that_a_tokenizer_changes(capsys: Any, base: Path, tmp_path: Path) -> None:
+    """Serving loses the same letters, so that the tokens are equal; the message is not."""
+    rows = tmp_path / "capitals.jsonl"
+    rows.write_text(json.dumps({"messages": [MESSAGES[0], {**MESSAGES[1], "content": "Paris"}]}))
+    words = ("--model", base, "--generation", "3.5")
+    assert "0 differ from serving" in here(capsys, "data", "parity", rows, *words).out
+    _lowercased(base)
+    checked = here(capsys, "data", "check", rows, *words)
+    assert checked.code == 0
+    assert "QC-PRE-006" in checked.err or "removes capital letters" in checked.err
+    ended = here(capsys, "data", "parity", rows, *words, "--json")
+    assert ended.code == 0
+    kinds = {(one["kind"], one["cause"]) for one in ended.json["notes"]}
+    assert kinds == {("message", "the tokenizer changes the text")}
+
+
 def test_fields_are_folded_on_a_terminal(
     capsys: Any, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Iterator[Runs]
     made = Runs(folder, models, rows_of)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setenv("QCORE_DATA_CACHE_GB", "1")  # the first rank fills it, the others read it
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         _start(made)
@@ -178,8 +179,8 @@ def test_ranks_compute_what_one_does(runs: Runs, ranks: int, case: str) -> None:
     logs = [_metrics(runs, n, case) for n in (1, ranks)]
     for one, other in zip(*logs, strict=True):
         assert (one["step"], one.get("tokens")) == (other["step"], other.get("tokens"))
-        assert one.get("loss") == pytest.approx(other.get("loss"), rel=1e-5)
-        assert one.get("eval_loss") == pytest.approx(other.get("eval_loss"), rel=1e-5)
+        for key in {"loss", "eval_loss", "aux_loss", "grad_norm"} & one.keys():
+            assert one[key] == pytest.approx(other[key], rel=1e-4)
         assert other.get("ranks") == (ranks if "tokens" in other else None)
     assert read_manifest(Path(job.output)).meta["ranks"] == ranks
 

@@ -25,6 +25,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from typing import Any, Self, TypeVar
 
 _T = TypeVar("_T")
@@ -45,6 +46,7 @@ class QcoreError(Exception):
     """
 
     exit_code = 1
+    process = ""  #: which of several processes of a run failed: ``rank 1 (host, GPU 1)``
 
     def __init__(
         self,
@@ -78,7 +80,15 @@ class QcoreError(Exception):
         text = f"{where}: {self.what}" if where else self.what
         if facts:
             text = f"{text}: {', '.join(facts)}"
+        if self.process:
+            text = f"{self.process}: {text}"
         return " ".join(text.split())
+
+    def of_process(self, name: str) -> Self:
+        """Copy the error with the name of the process in front of its message."""
+        named = copy(self)
+        named.process = name
+        return named
 
     def replace(self, **changes: Any) -> Self:
         """Copy the error with other facts: ``error.replace(file=path, fix=None)``.
@@ -191,6 +201,12 @@ class PreflightError(InputError):
         """Copy the findings, the first of them with other facts; see `QcoreError.replace`."""
         first, *others = self.errors
         return type(self)([first.replace(**changes), *others])
+
+    def of_process(self, name: str) -> Self:
+        """Copy the findings, each with the name of the process."""
+        named = super().of_process(name)
+        named.errors = tuple(error.of_process(name) for error in self.errors)
+        return named
 
     def as_json(self) -> dict[str, Any]:
         return {**super().as_json(), "all": [error.as_json() for error in self.errors]}

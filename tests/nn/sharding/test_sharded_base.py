@@ -15,6 +15,8 @@ from support.fp8_kit import write_fp8
 from support.moe_kit import tensors_of
 from support.shard_kit import MOE, SIZES, compare, damaged, idle, run
 
+from qcore.nn.qlora.nf4 import dequantize
+from qcore.nn.sharding import codes
 from qcore.nn.sharding.rows import appointed, rows_of
 
 DENSE = ["attn", "gdn", "mlp"]
@@ -132,3 +134,16 @@ def test_rows_of_ranks() -> None:
 def test_tensors_that_are_read_whole_are_spread() -> None:
     sizes = [("a", 5), ("b", 3), ("c", 1), ("d", 2)]
     assert appointed(sizes, 2) == {"a": 0, "b": 1, "c": 1, "d": 1}
+
+
+@pytest.mark.parametrize("width", [64, 192])
+def test_codes_never_have_one_dtype(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Before torch 2.12, FSDP copies values of one dtype, and a GPU changes those that are NaN."""
+    monkeypatch.setattr(codes, "FLOATING", True)
+    for stored in (
+        codes.ShardedNF4((8, width), torch.bfloat16, dequantize).stored,
+        codes.ShardedNF4Stack((8, 4, width), torch.bfloat16, dequantize).stored,
+    ):
+        dtypes = {parameter.dtype for parameter in stored.parameters()}
+        assert len(dtypes) > 1
+        assert all(dtype.is_floating_point for dtype in dtypes)

@@ -7,6 +7,7 @@ which imports what it needs when it runs.
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from importlib import import_module
@@ -98,7 +99,7 @@ def cli() -> None:
 def main() -> NoReturn:
     """Run the command line and exit; what ``qcore`` and ``python -m qcore`` call."""
     arguments = sys.argv[1:]
-    if not debugging(arguments):
+    if not debugging(arguments) or "RANK" in os.environ:
         sys.excepthook = _internal
     status = exit_status(partial(_run, arguments))
     ignore()  # while the interpreter shuts down, which takes a second with torch
@@ -134,7 +135,21 @@ def _run(arguments: list[str]) -> int:
 
 
 def _failed(error: QcoreError, arguments: list[str]) -> int:
-    """Print an error, on standard error if standard output does not take its JSON."""
+    """Print an error, on standard error if standard output does not take its JSON.
+
+    One of several ranks hands its error over: they print one for all of them.
+    """
+    if "RANK" in os.environ:
+        from ..parallel import handover, rank
+
+        if rank.seat() is not None:
+            import traceback
+
+            trace = "".join(traceback.format_exception(error))
+            shown = handover.hand_over(handover.of_error(error, trace))
+            if shown is None:
+                return error.exit_code
+            error = shown
     try:
         return fail(error, as_json=wants_json(arguments))
     except OutputError:
@@ -184,6 +199,9 @@ def _internal(kind: type[BaseException], value: BaseException, trace: object) ->
     if issubclass(kind, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return
+    if debugging(sys.argv[1:]):
+        sys.__excepthook__(kind, value, value.__traceback__)
     text = f"{kind.__name__}: {value}"
     defect = QcoreError("QC-INTERNAL-001", text, fix="run with --debug and report it")
+    defect.__cause__ = value
     _failed(defect, sys.argv[1:])

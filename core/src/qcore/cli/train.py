@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,8 @@ import click
 from click.core import ParameterSource
 
 from ..errors import UsageError
-from ..io.stop_signals import StopSignals
 from .common import debug_option, emit, json_option, spoken
-from .output import leave_now, log, say_now
+from .output import log
 
 if TYPE_CHECKING:
     from ..config.presets import Presets
@@ -53,6 +51,12 @@ if TYPE_CHECKING:
     "--kernels", multiple=True, metavar="OP=BACKEND", help="Backend of one op; repeatable."
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option(
+    "--gpus",
+    type=int,
+    metavar="N",
+    help="GPUs of this machine that share the run; with --device cpu, processes.",
+)
 @click.option("--resume", is_flag=True, help="Continue the run that was stopped.")
 @click.option(
     "--auto-resume", is_flag=True, help="Start the run, continue it, or report that it is finished."
@@ -86,6 +90,7 @@ def command(
     sets: tuple[str, ...],
     kernels: tuple[str, ...],
     device: str,
+    gpus: int | None,
     resume: bool,
     auto_resume: bool,
     init_adapter: str | None,
@@ -94,19 +99,19 @@ def command(
     adapter_class: str | None,
     generation: str | None,
     as_json: bool,
-) -> None:
+) -> int | None:
     """Fine-tune MODEL on DATA with QLoRA and publish a PEFT adapter in OUTPUT."""
     from ..config.presets import load_presets
+    from . import ranks
     from .terminal import terminal_reporter
 
+    flags = _flags(adapter_class, generation)
+    if ranks.launches(gpus):
+        _settings(preset, config_file, sets, kernels, flags, load_presets())  # to refuse them here
+        return ranks.launch(gpus or 0, device, restarts=auto_resume, as_json=as_json)
     # From here on: a scheduler's SIGUSR1 would end the process while torch is imported.
-    signals = StopSignals(
-        say=say_now, leave=partial(leave_now, as_json=as_json), output=1 if as_json else -1,
-        ends=True,
-    )  # fmt: skip
-    with signals as stop:
+    with ranks.signals(as_json=as_json) as stop:
         presets = load_presets()
-        flags = _flags(adapter_class, generation)
         settings, origins = _settings(preset, config_file, sets, kernels, flags, presets)
         reporter = terminal_reporter(quiet=as_json)
         if model is None:
@@ -127,10 +132,11 @@ def command(
                 init_adapter=init_adapter, trust_base=trust_base,
                 trust_generation=trust_generation, origins=origins, reporter=reporter, stop=stop,
             )  # fmt: skip
-        if as_json:
+        if as_json and ranks.prints():
             emit({**report.as_json(), "warnings": warnings.texts})
-        else:
+        elif ranks.prints():
             log(_summary(report))
+    return None
 
 
 def _flags(

@@ -160,6 +160,12 @@ class Settings:
         "abandoned for the checkpoint before it",
         low=1, high=86400,
     )  # fmt: skip
+    rank_timeout: float = _s(
+        600.0,
+        "seconds for which the ranks of a run on several GPUs wait for one that does not arrive; "
+        "then the run ends and names it",
+        low=1, high=86400,
+    )  # fmt: skip
     logging_steps: int = _s(1, "optimizer steps between log entries", low=1, high=10**9)
     eval_fraction: float = _s(0.0, "fraction of the rows held out for evaluation", low=0, high=0.5)
     eval_steps: int = _s(

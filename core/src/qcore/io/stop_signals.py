@@ -91,7 +91,7 @@ class StopSignals:
         self._depth += 1
         # Python allows handlers in the main thread only.
         if self._depth == 1 and threading.current_thread() is threading.main_thread():
-            self._had_terminal = _terminal_answers()
+            self._had_terminal = terminal_answers()
             reader, writer = self._wakeup = os.pipe()
             os.set_blocking(writer, False)
             self._fd_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -175,7 +175,7 @@ class StopSignals:
 
         Elsewhere SIGHUP was sent to stop the run.
         """
-        return self._had_terminal and not _terminal_answers()
+        return hung_up(self._had_terminal)
 
     # What follows runs in the thread.
 
@@ -252,7 +252,12 @@ def _interrupt_main() -> None:
     signal.pthread_kill(number, signal.SIGTERM)
 
 
-def _terminal_answers() -> bool:
+def hung_up(had_terminal: bool) -> bool:
+    """Whether the terminal that a process had when it began is gone."""
+    return had_terminal and not terminal_answers()
+
+
+def terminal_answers() -> bool:
     """Whether the process has a terminal that is not hung up."""
     try:
         os.close(os.open(_TERMINAL, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC))

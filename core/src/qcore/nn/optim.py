@@ -98,7 +98,7 @@ class FlatAdamW(torch.optim.Optimizer):
             return nn.utils.clip_grad_norm_([self.flat], limit or math.inf)
         # A CPU adds many squares one after another, which float32 rounds too often.
         assert self.flat.grad is not None
-        norm = torch.linalg.vector_norm(self.flat.grad, dtype=torch.float64).float()
+        norm: Tensor = torch.linalg.vector_norm(self.flat.grad, dtype=torch.float64).float()
         nn.utils.clip_grads_with_norm_([self.flat], limit or math.inf, norm)
         return norm
 

@@ -15,12 +15,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
-from .. import errors
-from ..errors import InputError, PreflightError, QcoreError
+from ..errors import InputError, Interrupted, QcoreError
 from ..io.stop_signals import StopNow
+from .failure import packed, unpacked
 from .world import World
 
-_FACTS: Final = ("file", "field", "found", "expected", "fix")
 _SHOWN: Final = 80  # characters of a value in an error
 
 
@@ -51,17 +50,23 @@ def agree(world: World, raised: QcoreError | StopNow | None) -> QcoreError | Sto
 
     The error of one rank names it, except that of the first rank, which acts for all.
     """
-    records = world.wait(None if raised is None else _packed(raised))
+    own: dict[str, Any] | None = None
+    if isinstance(raised, QcoreError):
+        own = packed(raised.of_process(world.name))
+    elif raised is not None:
+        own = {}
+    records = world.wait(own)
     failed = [rank for rank, record in enumerate(records) if record is not None]
     if not failed:
         return None
     first = failed[0]
     if first == world.rank and raised is not None and (first == 0 or isinstance(raised, StopNow)):
         return raised
-    error = _unpacked(records[first] or {})
-    if first and isinstance(error, QcoreError):
-        error = error.replace(what=f"{error.what} (rank {first})")
-    return error
+    chosen = records[first]
+    if not chosen:
+        return StopNow()
+    error = unpacked(chosen)
+    return error if first and not isinstance(error, Interrupted) else error.of_process("")
 
 
 def turns(world: World) -> Iterator[bool]:
@@ -102,34 +107,3 @@ def check_same(world: World, fields: Mapping[str, Any]) -> None:
 def _short(value: Any) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def _packed(error: QcoreError | StopNow) -> dict[str, Any]:
-    """An error as JSON."""
-    if isinstance(error, StopNow):
-        return {}
-    kind = type(error).__name__
-    record: dict[str, Any] = {
-        "class": kind if getattr(errors, kind, None) is type(error) else "QcoreError",
-        "code": error.code,
-        "what": error.what,
-    }
-    for name in _FACTS:
-        value = getattr(error, name)
-        record[name] = None if value is None else str(value)
-    if isinstance(error, PreflightError):
-        record["all"] = [_packed(each) for each in error.errors]
-    return record
-
-
-def _unpacked(record: Mapping[str, Any]) -> QcoreError | StopNow:
-    """The error of `_packed`."""
-    if not record:
-        return StopNow()
-    if "all" in record:
-        parts = map(_unpacked, record["all"])
-        return PreflightError([part for part in parts if isinstance(part, QcoreError)])
-    kind = getattr(errors, record["class"])
-    facts = {name: record[name] for name in _FACTS}
-    error: QcoreError = kind(record["code"], record["what"], **facts)
-    return error

@@ -13,23 +13,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from ..errors import InputError, UsageError
+from ..errors import InputError, Interrupted, UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.cuda import Event
     from torch.distributed import ProcessGroup
+
+    from .watch import Peers
 
 _T = TypeVar("_T")
 
 #: Variables that ``torchrun`` sets in each process that it starts.
 VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT: Final = timedelta(minutes=10)  #: of a collective: all ranks reach it in about one step
+_NAMED: Final = timedelta(seconds=30)  # the watch has named the late rank before
 _PATIENT: Final = timedelta(days=7)  # while the first rank prepares data, the others wait
 
 
@@ -47,6 +53,8 @@ class World:
     size: int = 1
     local_rank: int = 0
     _patient: ProcessGroup | None = field(default=None, repr=False, compare=False)
+    _peers: Peers | None = field(default=None, repr=False, compare=False)
+    _sums: list[tuple[Event, Event]] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def alone(cls) -> World:
@@ -77,19 +85,43 @@ class World:
         if device.type == "cuda":
             _check_gpus(local, torch.cuda.device_count())
             torch.cuda.set_device(local)
+        from . import handover, store
+
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        place = f"rank {rank} ({socket.gethostname()}"
+        place += f", GPU {local})" if device.type == "cuda" else ")"
+        peers: Peers | None = None
+        seconds = timeout.total_seconds()
         try:
-            distributed.init_process_group(backend, timeout=timeout)
+            if store.serves():
+                shared, rounds = store.connect(seconds), store.connect(seconds)
+                number = store.number_of_round(rounds, rank, size, seconds)
+                watched = store.prefixed(rounds, number, "watch")
+                peers = handover.watch(watched, rank, size, place, seconds)
+                distributed.init_process_group(
+                    backend, store=store.prefixed(shared, number, "group"),
+                    rank=rank, world_size=size, timeout=timeout + _NAMED,
+                )  # fmt: skip
+            else:  # the first rank serves a store once it connects
+                distributed.init_process_group(backend, timeout=timeout + _NAMED)
+                watched = store.prefixed(store.connect(seconds), 0, "watch")
+                peers = handover.watch(watched, rank, size, place, seconds)
             patient = distributed.new_group(backend="gloo", timeout=_PATIENT)
         except (RuntimeError, ValueError, OSError) as error:
-            raise InputError(
+            apart = InputError(
                 "QC-PARALLEL-002",
                 f"rank {rank} of {size} cannot connect to the other ranks",
                 found=str(error).partition("\n")[0][:200],
                 fix="start the same command on every machine, and check that each can reach "
                 "MASTER_ADDR at MASTER_PORT",
-            ) from error
-        return cls(rank, size, local, patient)
+            )
+            raise (peers.unexplained(apart) if peers is not None else apart) from error
+        return cls(rank, size, local, patient, peers)
+
+    @property
+    def name(self) -> str:
+        """How this rank is named in errors: ``rank 1 (host, GPU 1)``."""
+        return f"rank {self.rank}" if self._peers is None else self._peers.name
 
     @property
     def first(self) -> bool:
@@ -99,23 +131,33 @@ class World:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # A rank that fails stays in sight of the others, and NCCL would wait for them.
+        if kind is None or issubclass(kind, Interrupted):
+            self.close()
 
     def close(self) -> None:
         """Disconnect from the other ranks."""
         if self.size > 1:
             from torch import distributed
 
+            if self._peers is not None:
+                self._peers.leave()
             if distributed.is_initialized():
                 distributed.destroy_process_group()
 
-    def sum_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over the ranks; every rank gets the same bits."""
+    def sum_(self, tensor: Tensor, what: str = "a sum") -> None:
+        """Replace a tensor by its sum over the ranks; every rank gets the same bits.
+
+        Args:
+            tensor: the same shape on every rank.
+            what: for an error about a rank that does not arrive.
+        """
         if self.size > 1:
             from torch import distributed
 
-            distributed.all_reduce(tensor)
+            with self._collective(what), self._timed(tensor):
+                distributed.all_reduce(tensor)
 
     def gather(self, value: _T) -> list[_T]:
         """The values of all ranks, in their order.
@@ -140,8 +182,50 @@ class World:
         """Like `gather`, for ranks that may arrive hours apart."""
         return [value] if self.size == 1 else self._exchanged(value, self._patient)
 
+    def finishing(self) -> AbstractContextManager[None]:
+        """A block in which the failure of another rank does not end this one: it saves."""
+        return nullcontext() if self._peers is None else self._peers.finishing()
+
+    def step(self, tokens: int) -> list[str]:
+        """Note that a step has ended; returns a line for each rank newly found to be slow.
+
+        The device has finished the sums of the step.
+
+        Args:
+            tokens: that this rank computed in it.
+        """
+        if self._peers is None:
+            return []
+        waited = sum(began.elapsed_time(ended) for began, ended in self._sums) / 1000
+        self._peers.step(tokens, waited)
+        self._sums.clear()
+        return self._peers.slow()
+
+    @contextmanager
+    def _timed(self, tensor: Tensor) -> Iterator[None]:
+        """Let a GPU measure how long it waits in a collective; the host does not wait there."""
+        if not tensor.is_cuda:
+            yield
+            return
+        from torch.cuda import Event
+
+        pair = Event(enable_timing=True), Event(enable_timing=True)
+        pair[0].record()
+        yield
+        pair[1].record()
+        self._sums.append(pair)
+
+    def _collective(self, what: str, *, patient: bool = False) -> AbstractContextManager[None]:
+        if self._peers is None:
+            return nullcontext()
+        return self._peers.collective(what, patient=patient)
+
     def _exchanged(self, value: Any, group: ProcessGroup | None) -> list[Any]:
         """Gather bytes as CPU tensors: first how many, then all, padded to the longest."""
+        with self._collective("an exchange", patient=group is not None):
+            return self._gathered(value, group)
+
+    def _gathered(self, value: Any, group: ProcessGroup | None) -> list[Any]:
         import torch
         from torch import distributed
 

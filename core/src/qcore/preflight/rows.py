@@ -18,7 +18,9 @@ from ..data.rejects import Rejects
 from ..data.rendering.renderer import Options, Renderer
 from ..data.rendering.template_kwargs import special_tokens
 from ..plugins.resolve_model import Identified, identify_files
+from .checks import line
 from .modality import reader_of, unread
+from .tokenizer_findings import normalize_of, tokenizer_findings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -102,11 +104,14 @@ def open_row_model(
     """
     model = identify_files(name, generation=settings.generation)
     reader = reader_of(model, reporter)
+    tokenizer = load_tokenizer(model.checkpoint)
+    warnings = tokenizer_findings(model, tokenizer.get_vocab(), normalize_of(tokenizer))
+    reporter.lines(map(line, warnings))
     return RowModel(
         name=name,
         model=model,
         chat_format=model.chat_format(),
-        tokenizer=load_tokenizer(model.checkpoint),
+        tokenizer=tokenizer,
         reader=None if reader is None else reader.measuring(preview),
         settings=settings,
     )

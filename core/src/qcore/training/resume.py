@@ -47,7 +47,7 @@ GUARDS: Final = ("settings.on_spike",)
 #: Sizes: any value above 0 computes the same numbers.
 HOW_MUCH: Final = ("settings.media_cache_gb",)
 #: Settings that compute nothing.
-NO_NUMBERS: Final = frozenset(("grace_seconds", "publish_without_gain"))
+NO_NUMBERS: Final = frozenset(("grace_seconds", "rank_timeout", "publish_without_gain"))
 #: Fields that checkpoints of earlier builds lack.
 _LATER: Final = ("config", "files", "code", "versions")
 #: Libraries beside torch that compute: kernels, and the format of 4-bit weights.

@@ -31,6 +31,7 @@ class Share:
         rounds: packs of the rank that has the most.
         supervised: tokens with a label, of the whole step.
         tokens: of the whole step.
+        own: tokens of this rank.
     """
 
     step: int
@@ -40,6 +41,7 @@ class Share:
     rounds: int
     supervised: int
     tokens: int
+    own: int
 
 
 class Shares:
@@ -79,6 +81,7 @@ class Shares:
             rounds=max(map(len, everyone)),
             supervised=int(self._supervised[rows].sum()),
             tokens=sum(self._lengths[row] for row in rows),
+            own=sum(self._lengths[row] for pack in packs for row in pack),
         )
 
     def _size(self, pack: Sequence[int]) -> tuple[list[int], int]:

@@ -110,6 +110,7 @@ class Loop:
         self.watch: AbstractContextManager[object] = nullcontext()
         self.signals = SharedSignals(StopSignals(), self.world)
         self.failure: QcoreError | None = None
+        self.own_tokens = 0  # of this rank, in the newest step
         self._tower_alone = model.trains_tower and not model.trains_trunk
         keep = in_bytes(settings.media_cache_gb)
         self.batches = Batches(model, device, reader, keep)
@@ -144,6 +145,7 @@ class Loop:
         if not self.model.training:  # walking all modules takes as long as a short step
             self.model.train()
         share = self.shares.of(step)
+        self.own_tokens = share.own
         sums = self._accumulate(share)
         spike = self._checked(share, sums)
         rate = learning_rate(self.settings, step, self.schedule.total)
@@ -223,7 +225,7 @@ class Loop:
             self.model.sharded.gathers.complete(share.rounds)
         # A rank that failed takes part in the sums, for which the others wait.
         shared = torch.cat([losses.double(), self._facts(failed)])
-        self.world.sum_(shared)
+        self.world.sum_(shared, f"the loss of step {share.step + 1}")
         sums: list[float] = self._finished(shared).tolist()
         loss, balance, failures, stop, save, *peaks, norm, largest = sums
         self.signals.agree(bool(stop), bool(save))
@@ -272,7 +274,7 @@ class Loop:
         if isinstance(self.optimizer, FlatAdamW):
             gradients = self.optimizer.flat.grad
             assert gradients is not None
-            self.world.sum_(gradients)
+            self.world.sum_(gradients, "the gradients of a step")
             norm = self.optimizer.clip(limit)
         else:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)

@@ -74,6 +74,8 @@ def _emit(session: Session, events: list[Event]) -> None:
     try:
         for event in events:
             session.run.reporter.emit(event)
+        for line in session.run.world.step(session.loop.own_tokens):
+            session.run.reporter.warning(line)
     except QcoreError as error:
         if session.run.world.size == 1:
             raise

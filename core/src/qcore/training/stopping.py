@@ -144,7 +144,7 @@ class Saver:
             self.last = self._loop.guard.newest = done
             self._unproven = True
             return checkpoint_path(self._run.folder, done)
-        with self._stop.finishing():
+        with self._stop.finishing(), self._world.finishing():
             self._stop.doing = f"finishing the checkpoint after step {done}, then ending"
             began = time.monotonic()
             folder, loop = self._run.folder, self._loop
@@ -175,7 +175,7 @@ class Saver:
     def _save_last(self, total: int, folder: Path) -> None:
         keep = [step for step, _ in checkpoints(folder)]
         try:
-            with self._stop.finishing():
+            with self._stop.finishing(), self._world.finishing():
                 self._stop.doing = f"finishing the checkpoint after step {total}, then ending"
                 best, loop = self._best.best, self._loop
                 self._files.save(folder, total, loop.optimizer, best, guard=loop.guard, keep=keep)
@@ -214,7 +214,8 @@ class Saver:
             return
         last = checkpoint_path(self._run.folder, self._loop.schedule.total)
         try:
-            self._files.publish(self._run.target, self._run.folder / METRICS, result, same)
+            with self._world.finishing():
+                self._files.publish(self._run.target, self._run.folder / METRICS, result, same)
         except WriteError as error:
             if self._unsaved is not None:
                 raise

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def train(
         QcoreError: see docs/errors.md; nothing is published unless the run succeeded.
     """
     with ExitStack() as stack:
-        world = world or stack.enter_context(_world(device))
+        world = world or stack.enter_context(_world(device, settings or Settings()))
         reporter = (reporter if world.first else None) or Reporter()
         start = AdapterWords(init_adapter, trust_base, trust_generation, origins)
         request = Request(
@@ -115,9 +116,11 @@ def train(
         return _run(request, signals, room, resume=resume, auto_resume=auto_resume)
 
 
-def _world(device: str) -> World:
-    """The ranks that the launcher of this process describes; else this process alone."""
-    return World.of_environment(pick_device(device)) if is_rank() else World.alone()
+def _world(device: str, settings: Settings) -> World:
+    """The ranks that torchrun describes, or this process alone."""
+    if not is_rank():
+        return World.alone()
+    return World.of_environment(pick_device(device), timedelta(seconds=settings.rank_timeout))
 
 
 def _run(
@@ -170,7 +173,7 @@ def _execute(run: Run, plan: RunPlan, stop: StopSignals, *, resume: bool, fix: s
         stack.enter_context(watch)
         watch.at("loading the base")
         with together(world), watch, before_steps(stop, "the base was loading"):
-            base = load_base(run)
+            base = load_base(run, sharded=plan.sharded)
         check_ranks(run, plan, base.files)
         OffloadedInput.pool(run.device).least = max(1, plan.parked)
         stack.enter_context(unfrozen_after())

@@ -202,9 +202,11 @@ class _Parity:
         text = sample.text[len(prompt) : place.end]
         got = self.tokenizer.decode(ids[start:stop], skip_special_tokens=False)
         if not cut:
-            if got != text and self._decodes(text):
-                cause = "the tokens of the reply are not those of its text"
-                yield self._differs(index, TOKENS, cause, got, text)
+            if got != text:
+                kind, cause, part = TOKENS, "the tokens of the reply are not those of its text", ""
+                if not self._decodes(text):  # in serving, too
+                    kind, cause, part = MESSAGE, "the tokenizer changes the text", "content"
+                yield self._differs(index, kind, cause, got, text, part)
             yield from self._message(text, prompt, index)
         return stop
 

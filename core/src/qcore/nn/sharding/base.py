@@ -152,8 +152,8 @@ class ShardedBase:
             scales = self._gathered_rows(absmax.view(len(value), -1), module.shape)
             state, own = self._scales(scales, held.rows, module.shape)
             codes.hold_scales(state)
-            _set_local(codes.stored, "packed", as_parameter(packed.view(len(value), -1)))
-            _set_local(codes.stored, "absmax", as_parameter(own.view(len(value), -1)))
+            _set_local(codes.stored, "packed", as_parameter(packed.view(len(value), -1), "packed"))
+            _set_local(codes.stored, "absmax", as_parameter(own.view(len(value), -1), "absmax"))
         else:
             self._put_slices(name, held, rows, value)
 
@@ -175,8 +175,8 @@ class ShardedBase:
         sharded.hold_scales(nf4_state(codes, self._dtype))
         packed = codes.packed.view(-1, module.shape[1] // 2)
         absmax = codes.absmax.view(out, -1)[held.rows].clone()
-        _set_local(sharded.stored, "packed", as_parameter(packed))
-        _set_local(sharded.stored, "absmax", as_parameter(absmax))
+        _set_local(sharded.stored, "packed", as_parameter(packed, "packed"))
+        _set_local(sharded.stored, "absmax", as_parameter(absmax, "absmax"))
 
     @torch.no_grad()
     def put_stack(self, name: str, codes: Codes) -> None:
@@ -185,7 +185,7 @@ class ShardedBase:
         assert isinstance(module, Experts)
         stack = cast(ShardedNF4Stack, module.nf4)
         for leaf, of_bytes in (("packed", codes.packed), ("absmax", codes.absmax)):
-            _set_local(stack.stored, leaf, as_parameter(of_bytes))
+            _set_local(stack.stored, leaf, as_parameter(of_bytes, leaf))
         _set_local(stack.stored, "absmax2", codes.absmax2)
         _set_local(stack.stored, "offset", codes.offset)
         stack.code2, module._taken = codes.code2, module.shape[0]

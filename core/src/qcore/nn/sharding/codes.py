@@ -41,7 +41,7 @@ class StoredCodes(nn.Module):
     ) -> None:
         super().__init__()
         for name, shape in shapes.items():
-            meta = as_parameter(torch.empty(shape, dtype=torch.uint8, device="meta"))
+            meta = as_parameter(torch.empty(shape, dtype=torch.uint8, device="meta"), name)
             self.register_parameter(name, nn.Parameter(meta, requires_grad=False))
         for name, wide in floats.items():
             meta = torch.empty(wide, device="meta")
@@ -59,12 +59,22 @@ class StoredCodes(nn.Module):
         return self.whole(name).view(torch.uint8)
 
 
-def as_parameter(codes: Tensor) -> Tensor:
-    """Bytes ``[n, m]`` in a dtype that FSDP takes: the same memory, the same number of rows."""
+def as_parameter(codes: Tensor, name: str) -> Tensor:
+    """Bytes ``[n, m]`` in a dtype that FSDP takes: the same memory, the same number of rows.
+
+    Codes and those of scales get different dtypes, so that a layer's parameters never have one in
+    common: FSDP then gathers bytes. Of one dtype it copies values, on a GPU through float32, which
+    changes bytes that happen to be a NaN.
+
+    Args:
+        codes: uint8.
+        name: of the parameter.
+    """
     if not FLOATING:
         return codes
-    # Two dtypes, so that FSDP gathers the bytes and asks no backend for a floating-point type.
-    return codes.view(torch.bfloat16 if codes.shape[1] % 2 == 0 else torch.float8_e5m2)
+    if name == "absmax":
+        return codes.view(torch.float8_e5m2)
+    return codes.view(torch.bfloat16 if codes.shape[1] % 2 == 0 else torch.float8_e4m3fn)
 
 
 class ShardedNF4(NF4):
