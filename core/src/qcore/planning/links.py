@@ -103,7 +103,7 @@ class Gathers(NamedTuple):
     Attributes:
         nbytes: bytes of all layers, gathered in forward and in backward.
         seconds: time on the links.
-        exposed: seconds that compute waits, with the copies out of the buffers.
+        exposed: seconds by which the micro-step takes longer.
     """
 
     nbytes: int = 0

@@ -103,14 +103,14 @@ class SharedStep:
         """Return what the ranks exchange in a step and how long it takes."""
         gathers = self.usual.gathers
         line = (
-            f"all-reduce of {_size(self.reduced)} of gradients {self.reduce_seconds * 1e3:.3g} ms "
+            f"all-reduce of {_size(self.reduced)} of gradients {_time(self.reduce_seconds)} "
             f"a step over {self.ranks.slowest.name}"
         )
         if self.sharded:
             line += (
                 f"; all-gathers of {_size(gathers.nbytes)} of weights "
-                f"{gathers.seconds * 1e3:.3g} ms a micro-step, of which compute waits for "
-                f"{gathers.exposed * 1e3:.3g} ms"
+                f"{_time(gathers.seconds)} a micro-step, which takes "
+                f"{_time(gathers.exposed)} longer"
             )
         return line
 
@@ -161,3 +161,7 @@ def too_large(plan: Plan) -> str:
 
 def _size(nbytes: int) -> str:
     return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

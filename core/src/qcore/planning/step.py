@@ -315,6 +315,8 @@ class Steps:
         if self.sharding is not None:
             compute = [(one.both, two.both) for one, two in map(self._seconds, layers)]
             gathers = self.sharding.gathers(compute, self.card)
+            longer = max(card + gathers.exposed, host + self.sharding.host)
+            gathers = gathers._replace(exposed=longer - max(card, host))
         return card, host, sum(segment.launches for segment in counted), gathers
 
     def _seconds(self, segment: Segment) -> tuple[Seconds, Seconds]:
