@@ -314,6 +314,14 @@ def test_a_prompt_with_a_control_string(capsys: Any, base: Path, option: str, te
     assert line.startswith(f"error[QC-GENERATE-006] {option}: contains text that must not reach")
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_prompt(capsys: Any, base: Path, text: str) -> None:
+    """A shell variable that is not set leaves it empty; an answer to nothing says nothing."""
+    ended = here(capsys, "generate", base, "--prompt", text)
+    assert ended.code == 2
+    assert "--prompt: is empty" in ended.error("QC-CLI-010")
+
+
 def test_media_without_their_plugin_name_the_package() -> None:
     reader = ContentReader(
         None, "no installed plugin reads what vision_config describes (pip install qcore-m)"

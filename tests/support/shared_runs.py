@@ -121,7 +121,7 @@ class _Seen:
 
     def local(self, loop: Loop) -> None:
         """Gradients are those of this rank."""
-        if self.rows:
+        if self.rows or loop.model.sharded is not None:  # ranks still gather its layers
             return
         for name, grad in _grads(loop.model).items():
             if "experts." in name and name.endswith("lora_A"):  # rows of one expert after another

@@ -6,11 +6,13 @@ The kinds are entry points (`KINDS`), so that ``--help`` imports no plugin: name
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..errors import UsageError
 from ..io.entry_points import KINDS, usable
 from ..io.stop_signals import importing
 from .common import debug_option, emit, json_option
@@ -24,6 +26,18 @@ class _WithMedia(click.Command):
         names = {option for parameter in own for option in parameter.opts}
         # Before --json, --debug and --help, which every verb ends with.
         return [*own[:-3], *(_option(kind) for kind in _kinds(names)), *own[-3:]]
+
+
+def _check_prompt(prompt: str, media: Sequence[tuple[str, Path]]) -> None:
+    """Refuse a prompt that says nothing."""
+    if not prompt.strip() and not media:
+        raise UsageError(
+            "QC-CLI-010",
+            "is empty",
+            field="--prompt",
+            expected="a text",
+            fix="write one; a shell variable that is not set leaves it empty",
+        )
 
 
 def _kinds(taken: set[str]) -> list[str]:
@@ -134,6 +148,7 @@ def command(
         if name.startswith("media_")
         for path in others[name]
     ]
+    _check_prompt(prompt, media)
     # The options of sampling, named as `Sampling` names them.
     sampling = {name: value for name, value in others.items() if not name.startswith("media_")}
     from ..config.resolve import parse_entries

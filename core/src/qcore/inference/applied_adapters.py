@@ -83,8 +83,8 @@ def apply_adapters(
         base = taken.read_by(base)
     if len(own) > 1 and "chat" not in adapter.meta and any(e.adapter.meta.get("chat") for e in own):
         lines.append(
-            "warning: the adapters were trained with other templates or variables each: prompts "
-            "are rendered with the defaults of the template"
+            "warning: the adapters do not record the same template and variables: prompts are "
+            "rendered with the defaults of the template"
         )
     return Applied(base=base, adapter=adapter, lines=tuple(lines))
 

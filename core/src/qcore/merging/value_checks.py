@@ -66,7 +66,7 @@ class ChangeSizes:
         if ratio > LARGEST and not self.allowed:
             raise NumericError(
                 "QC-MERGE-014",
-                "would change by more than its own size",
+                "would change by many times its own norm",
                 file=self.adapter,
                 field=name,
                 found=f"a change of {ratio:.3g} times the norm of the weight",

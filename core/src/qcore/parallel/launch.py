@@ -269,11 +269,11 @@ class _Launcher:
             ) from outcome
         if not outcome:
             return 0
-        records = {record.by: record for record in self._records()}
-        failures = [*records.values()]
+        written = {record.by: record for record in self._records()}
+        failures = [*written.values()]
         for rank, failure in outcome.items():
             place = self._places.get(rank, f"rank {rank}")
-            if rank in records or failure.exitcode == -signal.SIGTERM:
+            if rank in written or failure.exitcode == -signal.SIGTERM:
                 continue
             if rank == 0 and failure.exitcode in (73, 141):  # its output could not be written
                 return int(failure.exitcode)
