@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from support.cli_kit import here
-from support.ranks_kit import Ranks, begin
+from support.e2e_kit import tiny_folder
+from support.ranks_kit import Ranks, begin, begin_run
+from support.run_kit import SHORT, words
 
 from qcore.parallel import agent, handover, rank
 
@@ -234,3 +236,26 @@ def test_two_launchers_meet_as_torchrun_does(tmp_path: Path) -> None:
     assert len((tmp_path / "saved").read_text().split()) == 1
     codes = [json.loads(machine.out())["error"]["code"] for machine in machines]
     assert codes == ["QC-TRAIN-006"] * 2
+
+
+@pytest.mark.slow
+def test_a_run_whose_rank_is_killed_goes_on(tmp_path: Path, rows: Path) -> None:
+    settings = SHORT | {
+        "max_steps": 20, "save_steps": 2, "gradient_accumulation_steps": 2,
+        "learning_rate": 5e-3, "publish_without_gain": True,
+    }  # fmt: skip
+    line = words(tiny_folder(), rows, tmp_path / "out", settings)
+    ranks = begin_run(tmp_path, *line, "--gpus", 2, "--auto-resume")
+    newest = tmp_path / "out.run" / "checkpoint-4"
+    while not newest.exists():
+        assert ranks.process.poll() is None, ranks.err()
+        signal.sigtimedwait([], 0.01)
+    ranks.kill(signal.SIGKILL, rank=1)
+    assert ranks.status() == 1
+    assert "rank 1 (" in ranks.error("QC-PARALLEL-011")
+    again = begin_run(tmp_path, *line, "--gpus", 2, "--auto-resume", "--json")
+    assert again.status() == 0, again.err()
+    assert json.loads(again.out())["steps"] == 20
+    steps = [json.loads(row) for row in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if "loss" in row] == [*range(1, 21)]
+    assert {row["ranks"] for row in steps if "loss" in row} == {2}

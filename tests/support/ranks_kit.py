@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,17 @@ class Ranks:
         os.kill(self.process.pid if rank is None else self.pid(rank), number)
 
     def pid(self, rank: int) -> int:
-        return int((self.home / f"pid-{rank}").read_text())
+        """The process of a rank, which has noted it or is a child of the launcher."""
+        file = self.home / f"pid-{rank}"
+        if file.exists():
+            return int(file.read_text())
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+                environment = (process / "environ").read_bytes().split(b"\0")
+                if int(parent) == self.process.pid and f"RANK={rank}".encode() in environment:
+                    return int(process.name)
+        raise AssertionError(self.err())
 
     def reached(self, mark: str, timeout: float = 60.0) -> None:
         """Wait until a rank has written a file."""
@@ -76,6 +87,15 @@ class Ranks:
         assert errors[0].startswith(f"error[{code}]"), errors[0]
         assert "Traceback" not in self.err()
         return errors[0]
+
+
+def begin_run(home: Path, *arguments: object) -> Ranks:
+    """Start ``qcore ARGUMENTS``."""
+    home.mkdir(parents=True, exist_ok=True)
+    start = [sys.executable, "-m", "qcore", *map(str, arguments)]
+    with (home / "stdout").open("wb") as out, (home / "stderr").open("wb") as err:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return Ranks(subprocess.Popen(start, stdout=out, stderr=err, env=environment), home)
 
 
 def begin(
