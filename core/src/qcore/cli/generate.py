@@ -6,7 +6,7 @@ The kinds are entry points (`KINDS`), so that ``--help`` imports no plugin: name
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,14 @@ class _WithMedia(click.Command):
         return [*own[:-3], *(_option(kind) for kind in _kinds(names)), *own[-3:]]
 
 
-def _check_prompt(prompt: str, media: Sequence[tuple[str, Path]]) -> None:
-    """Refuse a prompt that says nothing."""
+def _media(prompt: str, others: Mapping[str, Any]) -> list[tuple[str, Path]]:
+    """The files of media by kind; refuses a prompt that says nothing."""
+    media = [
+        (name.removeprefix("media_"), path)
+        for name in sorted(others)
+        if name.startswith("media_")
+        for path in others[name]
+    ]
     if not prompt.strip() and not media:
         raise UsageError(
             "QC-CLI-010",
@@ -38,6 +44,7 @@ def _check_prompt(prompt: str, media: Sequence[tuple[str, Path]]) -> None:
             expected="a text",
             fix="write one; a shell variable that is not set leaves it empty",
         )
+    return media
 
 
 def _kinds(taken: set[str]) -> list[str]:
@@ -142,13 +149,7 @@ def command(
     **others: Any,
 ) -> None:
     """Answer one prompt with MODEL, so that the effect of an adapter can be seen."""
-    media = [
-        (name.removeprefix("media_"), path)
-        for name in sorted(others)
-        if name.startswith("media_")
-        for path in others[name]
-    ]
-    _check_prompt(prompt, media)
+    media = _media(prompt, others)
     # The options of sampling, named as `Sampling` names them.
     sampling = {name: value for name, value in others.items() if not name.startswith("media_")}
     from ..config.resolve import parse_entries
