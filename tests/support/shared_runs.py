@@ -261,7 +261,8 @@ def spawn(size: int, jobs: Sequence[Job], folder: Path) -> None:
         for rank in range(size)
     ]  # fmt: skip
     outputs = [child.communicate(timeout=900)[0] for child in children]
-    assert [child.returncode for child in children] == [0] * size, "\n".join(outputs)[-6000:]
+    codes = [child.returncode for child in children]
+    assert codes == [0] * size, f"exit statuses {codes}\n" + "\n".join(outputs)[-6000:]
 
 
 def main(file: str) -> None:
