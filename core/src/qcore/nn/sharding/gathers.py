@@ -139,26 +139,30 @@ class Gathers:
         if ahead is not None and 0 <= ahead < len(self._groups):
             self._start(ahead)
 
+    # A signal may raise anywhere below, and `complete` goes on from there: each call of FSDP can be
+    # repeated, so what is recorded follows it.
+
     def _start(self, number: int) -> None:
         if number in self._here or number in self._coming:
             return
-        self._started += 1
         group = self._groups[number]
         handle = _NOTHING if group is None else group.unshard(async_op=True)
         assert handle is not None
         self._coming[number] = handle
+        self._started += 1
 
     def _gather(self, number: int) -> None:
         self._start(number)
-        if (handle := self._coming.pop(number, None)) is not None:
+        if (handle := self._coming.get(number)) is not None:
             handle.wait()
             self._here.add(number)
+            del self._coming[number]
 
     def _drop(self, number: int) -> None:
         if number in self._here:
-            self._here.discard(number)
             if (group := self._groups[number]) is not None:
                 group.reshard()
+            self._here.discard(number)
 
 
 class _Nothing:
