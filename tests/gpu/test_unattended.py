@@ -64,10 +64,11 @@ RECIPES: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @pytest.fixture(autouse=True)
-def _needs_cuda() -> Iterator[None]:
+def _needs_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands it
+    torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
     torch.cuda.empty_cache()
