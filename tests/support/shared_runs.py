@@ -22,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import qcore.training.train as verb
 from qcore.config.settings import Settings
 from qcore.errors import QcoreError, WriteError
 from qcore.nn.model import Model
@@ -32,6 +33,8 @@ from qcore.training.step import Loop
 from qcore.training.train import train
 
 GRADIENTS, SEEN, ENDED = "gradients.safetensors", "seen.json", "ended.json"
+_NOT_PLANNED = ("max_steps", "learning_rate", "save_steps", "save_total_limit")
+_PLANS: dict[str, Any] = {}  # of this process
 
 
 @dataclass(kw_only=True)
@@ -155,6 +158,7 @@ def _watched(job: Job, world: World) -> Iterator[_Seen]:
             patch.setattr(Loop, "_backward", run)
         if job.fault and job.rank == world.rank:
             FAULTS[job.fault](patch, job)
+        _planned_once(patch, job, world)
         yield found
 
 
@@ -215,6 +219,20 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch, Job], None]] = {
     "versions": _other_torch,
     "disk": _full_disk,
 }
+
+
+def _planned_once(patch: pytest.MonkeyPatch, job: Job, world: World) -> None:
+    """Plan runs of one model with the same settings once: a plan takes longer than their steps."""
+    settings = {name: job.settings[name] for name in job.settings if name not in _NOT_PLANNED}
+    key = json.dumps([job.model, settings, job.resume, world.size], sort_keys=True)
+    real = verb.plan_memory
+
+    def planned(*arguments: Any) -> Any:
+        if key not in _PLANS:
+            _PLANS[key] = real(*arguments)
+        return _PLANS[key]
+
+    patch.setattr(verb, "plan_memory", planned)
 
 
 def run(job: Job, world: World) -> QcoreError | None:
