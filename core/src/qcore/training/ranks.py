@@ -1,8 +1,9 @@
 """What the ranks of a run compare before the first step, and how they share its rows.
 
 This file decides that all ranks plan with the least memory that any of them has, that a rank with
-another base, other data, settings, versions or another plan is refused by name of the field, and
-what `scale_batch` multiplies. How ranks exchange values is up to `parallel`.
+another base, other data, settings, versions or another plan, or that sees another output, is
+refused by name of the field, and what `scale_batch` multiplies. How ranks exchange values is up to
+`parallel`.
 
 Code: ``QC-PARALLEL-003`` a rank differs from the first one.
 """
@@ -99,6 +100,17 @@ def check_ranks(run: Run, plan: RunPlan, files: RunFiles | None = None) -> None:
         run.world,
         flat({**identity(run), "libraries": versions_of(_LIBRARIES), "plan": decided}),
     )
+
+
+def check_output(world: World, **seen: str) -> None:
+    """Refuse a rank that sees another output, or another run folder, than the first rank.
+
+    Ranks that go on from different checkpoints would sum the gradients of different steps.
+
+    Raises:
+        InputError: ``QC-PARALLEL-003``.
+    """
+    check_same(world, seen, fix="put --output on a file system that every machine sees")
 
 
 def note_idle(run: Run, schedule: Schedule) -> None:
