@@ -174,7 +174,7 @@ def _execute(run: Run, plan: RunPlan, stop: StopSignals, *, resume: bool, fix: s
         stack.enter_context(watch)
         watch.at("loading the base")
         with together(world), watch, before_steps(stop, "the base was loading"):
-            base = load_base(run, sharded=plan.sharded)
+            base = load_base(run, sharded=plan.sharded, stop=stop)
         check_ranks(run, plan, base.files)
         OffloadedInput.pool(run.device).least = max(1, plan.parked)
         stack.enter_context(unfrozen_after())
