@@ -14,6 +14,8 @@ from qcore.config.settings import Settings
 from qcore.data.sampler import Schedule
 from qcore.errors import InputError
 from qcore.parallel.world import World
+from qcore.planning.gpus import gpu_by_name
+from qcore.planning.links import NCCL
 from qcore.planning.run import Room
 from qcore.training.auto_resume import Start
 from qcore.training.ranks import check_output, note_idle, scaled, smallest_room
@@ -99,6 +101,18 @@ def test_the_plan_has_the_memory_that_every_rank_has() -> None:
     assert smallest_room(world, own) == Room(budget=90, host=32)
     unknown = Scripted(0, 2, 0, others=[[None, None, None, 0]])
     assert smallest_room(unknown, Room()) == Room()
+
+
+def test_the_plan_of_a_run_leaves_room_for_nccl() -> None:
+    """As `qcore plan --gpus` does; both must agree on whether the base is sharded."""
+    card, free = gpu_by_name("RTX-4090"), 20 * 10**9
+    other = [card.memory, free, None, 0]
+    room = smallest_room(Scripted(0, 2, 0, others=[other]), Room(card=card, budget=free + 1))
+    assert room == Room(card=card, budget=free - NCCL)
+    unlimited = [card.memory, None, None, 0]
+    room = smallest_room(Scripted(0, 2, 0, others=[unlimited]), Room(card=card))
+    assert room == Room(card=card, budget=card.budget - NCCL)
+    assert smallest_room(World.alone(), Room(card=card, budget=free)).budget == free
 
 
 def test_a_rank_that_sees_another_output_is_refused() -> None:

@@ -21,7 +21,7 @@ from ..data.sampler import Schedule
 from ..parallel.agreement import check_same
 from ..parallel.world import World
 from ..planning.compare import RunPlan
-from ..planning.links import PCIE4, Ranks
+from ..planning.links import NCCL, PCIE4, Ranks
 from ..planning.run import Room
 from ..reporting import Reporter
 from .checkpoints import RunFiles
@@ -47,7 +47,11 @@ def scaled(settings: Settings, world: World, reporter: Reporter) -> Settings:
 
 
 def smallest_room(world: World, room: Room) -> Room:
-    """The memory that every rank has; ranks of one machine share its host memory."""
+    """The memory that every rank has, less what NCCL will take of a GPU.
+
+    Ranks of one machine share its host memory. NCCL allocates with its first collective, which
+    comes after this.
+    """
     if world.size == 1:
         return room
     own = [
@@ -58,7 +62,10 @@ def smallest_room(world: World, room: Room) -> Room:
     host = [None if n is None else n // machines.count(at) for n, at in zip(hosts, machines)]
     least = _least(memory)
     card = None if room.card is None or least is None else replace(room.card, memory=least)
-    return Room(card=card, budget=_least(budgets), host=_least(host))
+    budget = _least(budgets)
+    if card is not None:
+        budget = max(0, (card.budget if budget is None else budget) - NCCL)
+    return Room(card=card, budget=budget, host=_least(host))
 
 
 def ranks_of(world: World, room: Room) -> Ranks | None:
