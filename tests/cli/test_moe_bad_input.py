@@ -60,7 +60,7 @@ def made(
 
     told: list[str] = []
 
-    def stop(*arguments: Any) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
         raise WeightsWanted(told)
 
     monkeypatch.setattr(qcore.training.train, "load_base", stop)

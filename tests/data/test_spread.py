@@ -42,3 +42,14 @@ def test_fewer_micro_batches_than_ranks_leave_ranks_idle() -> None:
 def test_a_long_row_costs_more_than_short_ones_with_as_many_tokens() -> None:
     assert cost([65536]) > cost([16384] * 4) > extent([65536])
     assert cost([100], 50) == cost([100]) + 50
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 64])
+def test_each_goes_to_the_rank_with_the_least_cost_so_far(ranks: int) -> None:
+    costs = [float(random.Random(7 * n).randrange(1, 9)) for n in range(300)]
+    loads, expected = [0.0] * ranks, [list[int]() for _ in range(ranks)]
+    for number in sorted(range(300), key=lambda n: (-costs[n], n)):
+        rank = loads.index(min(loads))
+        loads[rank] += costs[number]
+        expected[rank].append(number)
+    assert spread(costs, ranks) == [sorted(share) for share in expected]

@@ -186,9 +186,9 @@ def after_rows(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) ->
 
     real = qcore.training.train.load_base
 
-    def load(*arguments: Any) -> Any:
+    def load(*arguments: Any, **options: Any) -> Any:
         change()
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(qcore.training.train, "load_base", load)
 

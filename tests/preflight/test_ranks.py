@@ -109,6 +109,13 @@ def test_files_are_compared_by_size_and_both_ends(tmp_path: Path) -> None:
     assert "rank 1 on b: missing" in missing[-1].what
 
 
+def test_a_folder_that_no_rank_has_is_an_error(tmp_path: Path) -> None:
+    (finding,) = differences([files_of(tmp_path / "absent")] * 2, ["a", "b"])
+    assert (finding.code, finding.severity) == ("QC-DOCTOR-008", Severity.ERROR)
+    assert "missing on all ranks" in finding.what
+    assert finding.fix
+
+
 def test_files_need_other_ranks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     need_ranks(None)
     with pytest.raises(UsageError):

@@ -97,9 +97,9 @@ from qcore.config.settings import Settings
 torch.set_num_threads(2)
 seen = {"imported": status("VmHWM")}
 real = qcore.training.train.load_base
-def load(*args):
+def load(*args, **options):
     began = time.perf_counter()
-    result = real(*args)
+    result = real(*args, **options)
     seen["loaded"], seen["after"] = status("VmHWM"), status("VmRSS")
     seen["load_seconds"] = time.perf_counter() - began
     return result

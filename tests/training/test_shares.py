@@ -12,9 +12,13 @@ from support.sinks import Heard
 
 from qcore.config.settings import Settings
 from qcore.data.sampler import Schedule
+from qcore.errors import InputError
 from qcore.parallel.world import World
+from qcore.planning.gpus import gpu_by_name
+from qcore.planning.links import NCCL
 from qcore.planning.run import Room
-from qcore.training.ranks import note_idle, scaled, smallest_room
+from qcore.training.auto_resume import Start
+from qcore.training.ranks import check_output, note_idle, scaled, smallest_room
 from qcore.training.shares import Share, Shares
 
 LENGTHS = [37, 900, 64, 12, 512, 256, 30, 31, 700, 65, 66, 67, 5]
@@ -97,6 +101,32 @@ def test_the_plan_has_the_memory_that_every_rank_has() -> None:
     assert smallest_room(world, own) == Room(budget=90, host=32)
     unknown = Scripted(0, 2, 0, others=[[None, None, None, 0]])
     assert smallest_room(unknown, Room()) == Room()
+
+
+def test_the_plan_of_a_run_leaves_room_for_nccl() -> None:
+    """As `qcore plan --gpus` does; both must agree on whether the base is sharded."""
+    card, free = gpu_by_name("RTX-4090"), 20 * 10**9
+    other = [card.memory, free, None, 0]
+    room = smallest_room(Scripted(0, 2, 0, others=[other]), Room(card=card, budget=free + 1))
+    assert room == Room(card=card, budget=free - NCCL)
+    unlimited = [card.memory, None, None, 0]
+    room = smallest_room(Scripted(0, 2, 0, others=[unlimited]), Room(card=card))
+    assert room == Room(card=card, budget=card.budget - NCCL)
+    assert smallest_room(World.alone(), Room(card=card, budget=free)).budget == free
+
+
+def test_a_rank_that_sees_another_output_is_refused() -> None:
+    """Else it starts at step 1 while the others go on, and their gradients are summed."""
+    check_output(World.alone(), output=Start().kind)
+    check_output(Scripted(0, 2, 0, others=[{"output": "no run"}]), output=Start().kind)
+    world = Scripted(0, 2, 0, others=[{"output": Start().kind}])
+    with pytest.raises(InputError) as caught:
+        check_output(world, output=Start(resume=True).kind)
+    assert caught.value.code == "QC-PARALLEL-003"
+    assert caught.value.message == (
+        "output: rank 1 differs from rank 0: found no run, expected a run to go on with"
+    )
+    assert "file system that every machine sees" in str(caught.value.fix)
 
 
 def test_idle_ranks_are_named() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
+from heapq import heapreplace
 from typing import TYPE_CHECKING, Final
 
 from .store.samples import Samples
@@ -53,10 +54,11 @@ def spread(costs: Sequence[float], ranks: int) -> list[list[int]]:
         For each rank the numbers of its micro-batches, ascending; none where there are fewer
         micro-batches than ranks.
     """
-    loads, shares = [0.0] * ranks, [list[int]() for _ in range(ranks)]
+    shares = [list[int]() for _ in range(ranks)]
+    loads = [(0.0, rank) for rank in range(ranks)]  # a heap
     for number in sorted(range(len(costs)), key=lambda n: (-costs[n], n)):
-        rank = min(range(ranks), key=lambda r: (loads[r], r))
-        loads[rank] += costs[number]
+        load, rank = loads[0]
+        heapreplace(loads, (load + costs[number], rank))
         shares[rank].append(number)
     return [sorted(share) for share in shares]
 

@@ -21,6 +21,10 @@ from .failure import packed, unpacked
 from .world import World
 
 _SHOWN: Final = 80  # characters of a value in an error
+_SAME: Final = (
+    "start the same command on every machine, with the same files and the same versions of all "
+    "libraries and plugins"
+)
 
 
 @contextmanager
@@ -79,12 +83,13 @@ def turns(world: World) -> Iterator[bool]:
         yield turn == own
 
 
-def check_same(world: World, fields: Mapping[str, Any]) -> None:
+def check_same(world: World, fields: Mapping[str, Any], fix: str = _SAME) -> None:
     """Refuse a rank whose fields differ from those of the first rank.
 
     Args:
         world: the ranks.
         fields: JSON by name, causes before effects.
+        fix: of the error.
 
     Raises:
         InputError: ``QC-PARALLEL-003`` naming the first field of the first rank that differs.
@@ -99,8 +104,7 @@ def check_same(world: World, fields: Mapping[str, Any]) -> None:
                     field=name,
                     found=_short(found),
                     expected=_short(expected),
-                    fix="start the same command on every machine, with the same files and the "
-                    "same versions of all libraries and plugins",
+                    fix=fix,
                 )
 
 

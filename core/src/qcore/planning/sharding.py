@@ -20,6 +20,7 @@ from torch import nn
 
 from ..nn.model import Model
 from ..nn.qlora.lora_layer import LoraLayer
+from ..nn.sharding.base import LEAST
 from .gpus import BYTES, Card
 from .links import Gathers, Ranks
 
@@ -30,7 +31,6 @@ BESIDE = 0.8
 #: Seconds of the host for one gather of a layer; measured on the same steps of the 9B and 27B.
 HOST = 0.9e-3
 GATHERED = "gathered layers"  #: memory term of the layers that are gathered
-LEAST = 2**20  #: bytes from which a frozen tensor beside linear maps and experts is sharded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,7 @@ _END = 2**20  # bytes at either end of a file that are hashed
 _DRIVER = Path("/proc/driver/nvidia/version")
 _MAY_DIFFER = ("GPU", "driver")
 _SHOWN = 5  # ranks that a finding names
+_FOLDER = "model folder"
 
 
 def need_ranks(folder: Path | None) -> None:
@@ -80,7 +81,7 @@ def _of_gpu() -> dict[str, str]:
 def files_of(folder: Path) -> dict[str, str]:
     """Return size and hash of each file of a folder; without the folder, that it is missing."""
     if not folder.is_dir():
-        return {"model folder": "missing"}
+        return {_FOLDER: "missing"}
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {f"file {path.relative_to(folder)}": _identity(path) for path in paths}
 
@@ -95,7 +96,7 @@ def _identity(path: Path) -> str:
 
 
 def differences(reports: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> Iterator[Finding]:
-    """Yield a finding for each fact in which a rank differs from rank 0.
+    """Yield a finding for each fact in which a rank differs from rank 0, or a missing folder.
 
     Args:
         reports: `facts` of each rank.
@@ -105,6 +106,14 @@ def differences(reports: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> I
         values = [report.get(name, "missing") for report in reports]
         others = [rank for rank, value in enumerate(values) if value != values[0]]
         if not others:
+            if name == _FOLDER and all(name in report for report in reports):
+                yield Finding(
+                    code="QC-DOCTOR-008",
+                    severity=Severity.ERROR,
+                    field=name,
+                    what="is missing on all ranks",
+                    fix="pass --model a folder that every machine sees",
+                )
             continue
         named = ", ".join(
             f"rank {rank} on {hosts[rank]}: {values[rank]}" for rank in others[:_SHOWN]

@@ -46,6 +46,13 @@ class Start:
     resume: bool = False
     finished: TrainReport | None = None
 
+    @property
+    def kind(self) -> str:
+        """What is at the output, in words."""
+        if self.finished is not None:
+            return "a finished run"
+        return "a run to go on with" if self.resume else "no run"
+
 
 def how_to_start(
     output: str | Path,

@@ -8,6 +8,7 @@ a weight is read and quantized is up to `nn.load`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -20,6 +21,7 @@ from ..api.blocks import Packed
 from ..api.parameters import Namespace, Store
 from ..checkpoint.fingerprint import fingerprints
 from ..errors import NumericError, PluginError
+from ..io.stop_signals import StopSignals
 from ..nn.device import DTYPES
 from ..nn.load import load
 from ..nn.model import Model
@@ -50,18 +52,25 @@ class Loaded:
     start: Mapping[str, Tensor] | None
 
 
-def load_base(run: Run, *, sharded: bool = False) -> Loaded:
+def load_base(run: Run, *, sharded: bool = False, stop: StopSignals | None = None) -> Loaded:
     """Stream the base in, and put adapters on the chosen weights.
 
     Args:
         run: what to load.
         sharded: whether each rank holds some rows of the layers; otherwise it holds all.
+        stop: of a sharded base, which no rank leaves in the middle of what the ranks exchange.
 
     Raises:
         NumericError: ``QC-TRAIN-005`` a weight that is declared 4-bit is not; ``-014`` a weight
             with DoRA has rows of zeros.
         InputError: ``QC-TRAIN-009`` or ``-010``, the initial adapter is not for this run or base.
     """
+    stop = stop or StopSignals()
+    with stop.finishing() if sharded else nullcontext():
+        return _loaded(run, sharded, stop)
+
+
+def _loaded(run: Run, sharded: bool, stop: StopSignals) -> Loaded:
     chosen, namespace = _targets(run)
     model = Model(
         run.model.decision.architecture, run.model.checkpoint.config, run.model.layout,
@@ -73,7 +82,7 @@ def load_base(run: Run, *, sharded: bool = False) -> Loaded:
         model.sharded = ShardedBase(
             model, run.model.layout, run.world, run.device, quantize=_quantizes(run)
         )
-    digests = _stream(run, model)
+    digests = _stream(run, model, stop)
     start = _start(run, model, digests)
     lines = coverage(model, run.model.layout)
     run.reporter.table("what will be trained", [coverage_row(line) for line in lines])
@@ -152,7 +161,7 @@ def _targets(run: Run) -> tuple[Mapping[str, Lora], Namespace]:
     return chosen, choose_class(layout, touched, classes, settings.adapter_class)
 
 
-def _stream(run: Run, model: Model) -> dict[str, str]:
+def _stream(run: Run, model: Model, stop: StopSignals) -> dict[str, str]:
     """Fill the model; returns the SHA-256 of the base's tensors by canonical name."""
     layout, checkpoint = run.model.layout, run.model.checkpoint
     size = sum(
@@ -165,7 +174,7 @@ def _stream(run: Run, model: Model) -> dict[str, str]:
         size = share_of_bytes(model.sharded, layout)
     constant: list[tuple[str, float]] = []
     with run.reporter.progress("loading the base", size, "bytes") as advance:
-        read = load if model.sharded is None else partial(load_shards, model.sharded)
+        read = load if model.sharded is None else partial(load_shards, model.sharded, stop=stop)
         digests = read(
             model, layout, checkpoint, device=run.device, quantize=_quantizes(run),
             progress=advance,

@@ -1,8 +1,9 @@
 """What the ranks of a run compare before the first step, and how they share its rows.
 
 This file decides that all ranks plan with the least memory that any of them has, that a rank with
-another base, other data, settings, versions or another plan is refused by name of the field, and
-what `scale_batch` multiplies. How ranks exchange values is up to `parallel`.
+another base, other data, settings, versions or another plan, or that sees another output, is
+refused by name of the field, and what `scale_batch` multiplies. How ranks exchange values is up to
+`parallel`.
 
 Code: ``QC-PARALLEL-003`` a rank differs from the first one.
 """
@@ -20,7 +21,7 @@ from ..data.sampler import Schedule
 from ..parallel.agreement import check_same
 from ..parallel.world import World
 from ..planning.compare import RunPlan
-from ..planning.links import PCIE4, Ranks
+from ..planning.links import NCCL, PCIE4, Ranks
 from ..planning.run import Room
 from ..reporting import Reporter
 from .checkpoints import RunFiles
@@ -46,7 +47,11 @@ def scaled(settings: Settings, world: World, reporter: Reporter) -> Settings:
 
 
 def smallest_room(world: World, room: Room) -> Room:
-    """The memory that every rank has; ranks of one machine share its host memory."""
+    """The memory that every rank has, less what NCCL will take of a GPU.
+
+    Ranks of one machine share its host memory. NCCL allocates with its first collective, which
+    comes after this.
+    """
     if world.size == 1:
         return room
     own = [
@@ -57,7 +62,10 @@ def smallest_room(world: World, room: Room) -> Room:
     host = [None if n is None else n // machines.count(at) for n, at in zip(hosts, machines)]
     least = _least(memory)
     card = None if room.card is None or least is None else replace(room.card, memory=least)
-    return Room(card=card, budget=_least(budgets), host=_least(host))
+    budget = _least(budgets)
+    if card is not None:
+        budget = max(0, (card.budget if budget is None else budget) - NCCL)
+    return Room(card=card, budget=budget, host=_least(host))
 
 
 def ranks_of(world: World, room: Room) -> Ranks | None:
@@ -99,6 +107,17 @@ def check_ranks(run: Run, plan: RunPlan, files: RunFiles | None = None) -> None:
         run.world,
         flat({**identity(run), "libraries": versions_of(_LIBRARIES), "plan": decided}),
     )
+
+
+def check_output(world: World, **seen: str) -> None:
+    """Refuse a rank that sees another output, or another run folder, than the first rank.
+
+    Ranks that go on from different checkpoints would sum the gradients of different steps.
+
+    Raises:
+        InputError: ``QC-PARALLEL-003``.
+    """
+    check_same(world, seen, fix="put --output on a file system that every machine sees")
 
 
 def note_idle(run: Run, schedule: Schedule) -> None:

@@ -55,7 +55,7 @@ def before_steps(stop: StopSignals, what: str) -> Iterator[None]:
         with stop.abandoning():
             yield
     except StopNow:
-        why = f"stopped by {stop.asked} while {what}"
+        why = f"stopped by {stop.asked or 'a signal to another rank'} while {what}"
         raise Interrupted("QC-TRAIN-006", why, fix=AGAIN) from None
 
 

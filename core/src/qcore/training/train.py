@@ -39,7 +39,7 @@ from .frozen_objects import unfrozen_after
 from .initial_adapter import AdapterWords
 from .loading import load_base
 from .metrics_sink import MetricsSink
-from .ranks import check_ranks, note_idle, scaled, smallest_room
+from .ranks import check_output, check_ranks, note_idle, scaled, smallest_room
 from .report import TrainReport, first_loss, last_loss
 from .rotation import checkpoints
 from .run import Run
@@ -134,6 +134,7 @@ def _run(
                 start = _start(request, resume=resume, auto_resume=auto_resume)
                 if start.finished is None:
                     run = prepare(request, resume=start.resume)
+    check_output(world, output=start.kind)
     if start.finished is not None or run is None:
         assert start.finished is not None
         return _finished(start.finished, reporter)
@@ -173,7 +174,7 @@ def _execute(run: Run, plan: RunPlan, stop: StopSignals, *, resume: bool, fix: s
         stack.enter_context(watch)
         watch.at("loading the base")
         with together(world), watch, before_steps(stop, "the base was loading"):
-            base = load_base(run, sharded=plan.sharded)
+            base = load_base(run, sharded=plan.sharded, stop=stop)
         check_ranks(run, plan, base.files)
         OffloadedInput.pool(run.device).least = max(1, plan.parked)
         stack.enter_context(unfrozen_after())
@@ -195,6 +196,7 @@ def _execute(run: Run, plan: RunPlan, stop: StopSignals, *, resume: bool, fix: s
             if world.first:
                 save_plan(run.folder, plan)
                 note_rows(run.folder, run.data, resume=resume)
+        check_output(world, checkpoint=f"that of step {saver.last}" if saver.last else "none")
         named = naming_checkpoint(lambda: [path for _, path in checkpoints(run.folder)])
         with saver.first_fault(), named:
             outcome = _train(session, saver.last, pending)

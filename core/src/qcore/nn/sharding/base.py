@@ -80,6 +80,7 @@ class ShardedBase:
     Attributes:
         world: the ranks.
         gathers: gathers the layers.
+        exchanged: the weights whose scales the ranks have begun to exchange.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class ShardedBase:
         self.world, self._device, self._dtype = world, device, model.dtype
         self._held: dict[str, _Held] = {}
         self._stacks: dict[str, NF4Stack] = {}
+        self.exchanged: set[str] = set()
         mesh = init_device_mesh(device.type, (world.size,))
         names = {id(module): name for name, module in model.lora_layers.items()}
         paths = {id(module): name for name, module in model.named_modules()}
@@ -149,11 +151,11 @@ class ShardedBase:
         elif isinstance(module, Linear):
             codes = cast(ShardedNF4, module.nf4)
             packed, absmax = _quantized(value, module.shape[1])
-            scales = self._gathered_rows(absmax.view(len(value), -1), module.shape)
+            scales = self._gathered_rows(name, absmax, module.shape)
             state, own = self._scales(scales, held.rows, module.shape)
             codes.hold_scales(state)
-            _set_local(codes.stored, "packed", as_parameter(packed.view(len(value), -1), "packed"))
-            _set_local(codes.stored, "absmax", as_parameter(own.view(len(value), -1), "absmax"))
+            _set_local(codes.stored, "packed", as_parameter(packed, "packed"))
+            _set_local(codes.stored, "absmax", as_parameter(own, "absmax"))
         else:
             self._put_slices(name, held, rows, value)
 
@@ -163,7 +165,7 @@ class ShardedBase:
         shape = cast(Linear, self._held[name].module).shape
         nan = torch.full((1, shape[1] // BLOCK), torch.nan, device=self._device)
         with suppress(RankFailed):
-            self._gathered_rows(nan, shape)
+            self._gathered_rows(name, nan, shape)
 
     @torch.no_grad()
     def put_codes(self, name: str, codes: StoredCodes) -> None:
@@ -284,7 +286,7 @@ class ShardedBase:
         )  # fmt: skip
         return state, codes.view(shape[0], -1)[rows].clone()
 
-    def _gathered_rows(self, own: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _gathered_rows(self, name: str, own: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The scales of all ranks' rows, one after another, as one vector."""
         from torch import distributed
 
@@ -293,6 +295,7 @@ class ShardedBase:
         padded = own.new_zeros(each, width)
         padded[: len(own)] = own
         whole = own.new_empty(size * each, width)
+        self.exchanged.add(name)
         distributed.all_gather(list(whole.chunk(size)), padded)
         if not bool(whole.isfinite().all()):  # values are checked before they are quantized
             raise RankFailed
@@ -323,13 +326,15 @@ def _lowest_trained(model: Any) -> int:
 
 
 def _quantized(value: Tensor, into: int) -> tuple[Tensor, Tensor]:
-    """Codes and float32 scales of some rows; both are empty without rows."""
-    if not len(value):
-        return value.new_empty(0, dtype=torch.uint8), value.new_empty(0, dtype=torch.float32)
+    """Codes ``[n, in / 2]`` and float32 scales ``[n, in / 64]`` of some rows, or of none."""
+    count = len(value)
+    if not count:
+        packed = value.new_empty(0, into // 2, dtype=torch.uint8)
+        return packed, value.new_empty(0, into // BLOCK, dtype=torch.float32)
     packed, state = functional().quantize_4bit(
         value.contiguous(), blocksize=BLOCK, compress_statistics=False, quant_type="nf4"
     )
-    return packed, state.absmax
+    return packed.view(count, -1), state.absmax.view(count, -1)
 
 
 def _code2(device: torch.device) -> Tensor:

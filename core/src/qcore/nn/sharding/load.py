@@ -26,8 +26,9 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.layout import Layout, Located
 from ...checkpoint.tensor_hash import TensorDigest
 from ...errors import QcoreError
-from ...io.stop_signals import StopNow
+from ...io.stop_signals import StopNow, StopSignals
 from ...parallel.agreement import together
+from ..device import is_out_of_memory
 from ..four_bit import StoredCodes, decode, on_device, read_codes
 from ..load import (
     SLAB,
@@ -83,21 +84,27 @@ def load_shards(
     quantize: bool,
     progress: Progress | None = None,
     constant: Constant | None = None,
+    stop: StopSignals | None = None,
 ) -> dict[str, str]:
     """Fill a model whose layers are sharded; returns the digests of the base on every rank.
 
-    Args and Raises as `qcore.nn.load.load`; a rank checks what it holds.
+    Args and Raises as `qcore.nn.load.load`; a rank checks what it holds. A signal of `stop` acts
+    between two tensors, so that no rank leaves an exchange that the others are in.
     """
+    stop = stop or StopSignals()
     loading = _Loading(base, model, layout, checkpoint, device, quantize, constant)
     # Ends every rank with the error of the one that failed, which the others only know of.
     with together(base.world), suppress(RankFailed):
         try:
             for part in one_ahead(_read(checkpoint, loading.items, base)):
+                with stop.abandoning():
+                    pass
                 if progress is not None:
                     progress(part.read)
                 loading.take(part)
-        except (QcoreError, StopNow):
-            loading.fail()
+        except (QcoreError, StopNow, RuntimeError, MemoryError) as error:
+            if isinstance(error, QcoreError | StopNow) or is_out_of_memory(error):
+                loading.fail()
             raise
         loading.exchange()
     return loading.digests
@@ -141,7 +148,6 @@ class _Loading:
         self._ranges = Ranges(constant)
         self.digests: dict[str, str] = {}
         self._shared: dict[str, _Shared] = {}
-        self._placed: set[str] = set()
 
     def take(self, part: _Part) -> None:
         """Check and place a part; a sharded tensor's rows go to the base."""
@@ -158,7 +164,6 @@ class _Loading:
         value = value.to(self._device)
         if not known.add(value):
             raise not_finite(self._checkpoint, name)
-        self._placed.add(name)
         self._base.put(name, part.rows, value)
 
     def _take_whole(self, part: _Part, codes: StoredCodes | None) -> None:
@@ -181,7 +186,7 @@ class _Loading:
     def fail(self) -> None:
         """Tell the others, in their next exchange, that this rank does not go on."""
         for item in self.items:
-            if self._is_exchanged(item) and item.tensor.name not in self._placed:
+            if self._is_exchanged(item) and item.tensor.name not in self._base.exchanged:
                 self._base.fail(item.tensor.name)
                 return
         self._base.world.gather(None)
