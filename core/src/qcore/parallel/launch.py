@@ -19,11 +19,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from ..errors import Interrupted, QcoreError, UsageError
+from ..errors import Failure as Raised
+from ..errors import Interrupted, QcoreError, UsageError, contained
 from ..io.stop_signals import hung_up, terminal_answers
 from .agent import run_agent, unfit
 from .failure import PERMANENT, Failure, cause, ended, read, without_echoes
@@ -244,12 +246,10 @@ class _Launcher:
     # -- the thread of the agent
 
     def _agent(self) -> None:
-        try:
-            self._outcome = run_agent(
-                self._gpus, self._arguments, self._device, self._placed, debug=self._debug
-            )
-        except BaseException as error:  # noqa: BLE001, raised in the main thread
-            self._outcome = error
+        run = partial(run_agent, self._gpus, self._arguments, self._device, self._placed)
+        outcome = contained(partial(run, debug=self._debug), prints=True)
+        # The main thread raises it.
+        self._outcome = outcome.error or {} if isinstance(outcome, Raised) else outcome
 
     # -- the result
 
