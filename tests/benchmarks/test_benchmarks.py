@@ -48,6 +48,7 @@ def test_a_training_step_is_measured_beside_a_peer() -> None:
         assert "unsloth: not installed here" in text
 
 
+@pytest.mark.slow
 def test_a_side_that_fails_is_told(tmp_path: Path) -> None:
     text = _run("train_step_gpu.py", "--kernels", "nonsense=triton", "--steps", "1", "--seq", "9")
     assert "qcore:elementwise: FAILED" in text
@@ -96,6 +97,7 @@ def _plain(requirement: str) -> str:
     return str(Requirement(requirement))
 
 
+@pytest.mark.slow
 def test_decoding_is_measured() -> None:
     text = _run("decode_gpu.py", "--prompt", "5", "--tokens", "8", "--repeat", "1", "--peers", "")
     assert "tokens/s" in text

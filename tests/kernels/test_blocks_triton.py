@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from support.blocks_kit import GivenWeights, documents, relative, tiny_config, twins
-from support.tiers import fast
 from torch import Tensor, nn
 
 from qcore.api.blocks import Packed
@@ -97,7 +96,8 @@ def run(context: type, policy: str) -> tuple[Tensor, dict[str, Tensor]]:
     return y.detach(), {**grads, "x": x.grad}
 
 
-@pytest.mark.parametrize("policy", fast(["none", "elementwise", "full"], "elementwise"))
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["none", "elementwise", "full"])
 def test_layers_equal_the_reference(policy: str, counted: Counter[str]) -> None:
     wanted, theirs = run(GivenWeights, "none")
     _Split.copies = 0

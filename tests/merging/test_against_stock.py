@@ -548,7 +548,7 @@ def _memory(field: str) -> int:
 # -- what stock does not load, or leaves at random values
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", fast([True, False], False))
 def test_a_base_without_its_tower(whole: bool) -> None:
     """The plugin's tiny checkpoint, as `qcore demo` writes it: its class has a tower."""
     report = verify_against_stock(tiny_folder(), whole=whole)

@@ -29,7 +29,6 @@ from support.e2e_kit import (
 )
 from support.fp8_kit import decoded, is_quantized, write_bf16, write_fp8
 from support.moe_kit import INDEX, exact, rewrite, tensors_of
-from support.tiers import fast
 from torch import Tensor
 
 import qcore.adapter.read_several
@@ -278,7 +277,8 @@ def test_scales_in_a_file_of_their_own(
     assert again.quantization is None
 
 
-@pytest.mark.parametrize("cut", fast([2**26, 1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [2**26, 1])
 def test_experts_train_and_merge(
     rows: Path, tmp_path: Path, cut: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

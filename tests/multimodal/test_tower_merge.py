@@ -237,6 +237,7 @@ def read_by_the_proof(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_text_alone_leaves_the_tower_with_and_without_the_plugin(
     base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

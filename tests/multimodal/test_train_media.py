@@ -269,7 +269,8 @@ def test_a_trained_tower_is_not_cached(base: Path, rows: Path, embeds: list[bool
 # -- the verb
 
 
-@pytest.mark.parametrize("groups", fast([TEXT, ALL], ALL), ids=["frozen", "trained"])
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [TEXT, ALL], ids=["frozen", "trained"])
 def test_a_stopped_run_goes_on_bit_for_bit(
     base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: Sequence[str]
 ) -> None:
