@@ -108,6 +108,9 @@ def _all_cases(given: argparse.Namespace, cases: list[Case], count: int, end: fl
         if failed.get("out_of_memory"):
             smaller = parse(failed["case"])[0].smaller(failed["policies"])
             cases[:0] = [smaller] if smaller else []
+    for case in cases:
+        why = f"not measured within {given.total} s"
+        append(Path(given.records), {"case": case.word, "ranks": count, "failed": why})
 
 
 class _Ranks:

@@ -154,7 +154,7 @@ def fail(rank: Rank, case: Case, error: Exception) -> None:
     append(
         Path(rank.given.records),
         {"case": case.word, "ranks": rank.world.size, "rank": rank.world.rank, "failed": text,
-         "out_of_memory": is_out_of_memory(error)},
+         "out_of_memory": is_out_of_memory(error), "policies": rank.policies},
     )  # fmt: skip
     sys.stderr.flush()
     os._exit(3)

@@ -6,11 +6,14 @@ gloo in place of NCCL. Its gradients are those of one rank; no figure of its tim
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,6 +193,39 @@ def test_random_codes_are_normal_values() -> None:
     values = dequantize(codes, torch.empty(2, 512, 640))
     assert float(values.std()) == pytest.approx(STD, rel=0.02)
     assert abs(float(values.mean())) < STD / 50
+
+
+def test_cases_that_the_time_does_not_reach_have_failed(tmp_path: Path) -> None:
+    import multi_gpu
+    from multi.cases import parse
+    from multi.table import is_wrong, read
+
+    given = argparse.Namespace(records=str(tmp_path / "records"), total=60)
+    multi_gpu._all_cases(given, parse("4b:1x64:l2"), 2, time.monotonic() - 1)
+    (record,) = read(tmp_path / "records")
+    assert is_wrong(record)
+    assert "60 s" in record["failed"]
+
+
+def test_a_rank_records_under_which_policies_memory_ran_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They decide what is tried next."""
+    from multi.cases import parse
+    from multi.rank import fail
+    from multi.table import read
+
+    from qcore.parallel.world import World
+
+    monkeypatch.setattr("multi.rank.os._exit", lambda status: None)
+    records = tmp_path / "records"
+    given = argparse.Namespace(records=str(records))
+    rank: Any = SimpleNamespace(given=given, world=World.alone(), policies=["none"])
+    (case,) = parse("4b:1x64:l2")
+    fail(rank, case, torch.OutOfMemoryError("CUDA out of memory"))
+    (record,) = read(records)
+    assert record["out_of_memory"]
+    assert record["policies"] == ["none"]
 
 
 def test_the_table_shows_records_and_failures() -> None:
