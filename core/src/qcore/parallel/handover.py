@@ -9,6 +9,7 @@ to `failure`; how a rank notices that another is lost, to `watch`.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ _ALIKE: Final = 2.0  # seconds in which other ranks fail for the same reason
 _FIRST: Final = 1.0  # seconds that the rank with the cause has for saying it
 _SAVING: Final = 3600.0  # seconds for which a rank waits until the first one has saved
 _POLL: Final = 0.05
+_ASKED: Final = 0.3  # seconds in which the launcher notes a signal that all processes got
 #: In the exceptions of collectives; gloo raises a plain RuntimeError.
 _OF_BACKENDS: Final = ("gloo", "Gloo", "NCCL")
 
@@ -72,7 +74,8 @@ def quiet_in_failure(say: Callable[[str], None]) -> Callable[[str], None]:
         return lambda line: None
 
     def speak(line: str) -> None:
-        if not own.siblings() and not (_peers is not None and _peers.failing()):
+        by_torchrun = line.startswith(signal.SIGTERM.name) and not own.asked_to_stop(_ASKED)
+        if not by_torchrun and not own.siblings() and not (_peers and _peers.failing()):
             say(line)
 
     return speak

@@ -29,7 +29,7 @@ from ..errors import Interrupted, QcoreError, UsageError, contained
 from ..io.stop_signals import hung_up, terminal_answers
 from .agent import run_agent, unfit
 from .failure import PERMANENT, Failure, cause, ended, read, without_echoes
-from .rank import PID, SAVING
+from .rank import ASKED, PID, SAVING
 
 _STOPS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
 _ONE_PRESS: Final = 0.5  # seconds in which two SIGINT count as one
@@ -134,7 +134,8 @@ class _Launcher:
                 self._leave()
             if not self._stop:
                 self._stop, self._stopped_at = number, time.monotonic()
-        if self._stop:
+        if self._stop and self._attempt is not None:
+            (self._attempt / ASKED).touch()
             for pid in self._pids().values():
                 passed = self._passed.setdefault(pid, set())
                 if self._stop not in passed:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ LAUNCHED: Final = "QCORE_LAUNCHED"
 PID: Final = "pid"
 #: The same, while the process writes what must be complete.
 SAVING: Final = "saving"
+#: File in the folder of all ranks: the launcher passes on a signal that ends the run.
+ASKED: Final = "asked"
+_POLL: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,22 @@ class Seat:
             return []
         files = sorted(self.file.parent.parent.glob(f"*/{self.file.name}"))
         return [failure for file in files if (failure := read(file)) is not None]
+
+    def asked_to_stop(self, patience: float) -> bool:
+        """Whether SIGTERM is a user's: without a launcher it always is taken for one.
+
+        torchrun itself sends it to the ranks that remain when one has failed.
+
+        Args:
+            patience: seconds in which the launcher may note it.
+        """
+        if self.file is None or not self.launched:
+            return True
+        until = time.monotonic() + patience
+        mark = self.file.parent.parent / ASKED
+        while not mark.exists() and time.monotonic() < until:
+            time.sleep(_POLL)
+        return mark.exists()
 
 
 def seat() -> Seat | None:
