@@ -10,6 +10,7 @@ from torch.distributed import DistBackendError, HashStore
 from qcore.errors import InputError, Interrupted, QcoreError
 from qcore.parallel import handover, watch
 from qcore.parallel.failure import Failure, read
+from qcore.parallel.rank import ASKED
 from qcore.parallel.watch import Peers
 
 RESET = "[third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"
@@ -65,6 +66,8 @@ def test_the_launcher_speaks_for_a_rank_that_it_started(
 def test_a_signal_is_not_announced_once_a_rank_has_failed(error_file: Path) -> None:
     said: list[str] = []
     say = handover.quiet_in_failure(said.append)
+    say("SIGTERM: finishing step 0")  # of torchrun: the launcher has received none
+    (error_file.parent.parent / ASKED).touch()
     say("SIGTERM: finishing step 1")
     failed = Failure(rank=1, by=1, place="rank 1", error=InputError("QC-DATA-001", "is wrong"))
     failed.write(error_file.parent.parent / "1" / error_file.name)
