@@ -82,7 +82,7 @@ def test_out_of_memory_on_one_rank_ends_the_others(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("gloo: connection closed by peer")
 
     assert load(monkeypatch, nothing, no_memory) == ["take", "fail", "OutOfMemoryError"]
-    assert load(monkeypatch, lost) == ["RuntimeError"], "there is nobody to wait for"
+    assert load(monkeypatch, lost) == ["RuntimeError"], "no rank is left to wait for"
     assert load(monkeypatch, nothing) == ["take", "exchange"]
 
 

@@ -344,7 +344,7 @@ def _code2(device: torch.device) -> Tensor:
 
 
 def _dtype_of(item: Located, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which `nn.load` holds a tensor that is no map's weight."""
+    """The dtype in which `nn.load` holds a tensor other than the weight of a map."""
     if item.tensor.row.store is Store.FP32 or dtype == torch.float32:
         return torch.float32
     return DTYPES[item.dtype]

@@ -1,7 +1,7 @@
 """Loads a sharded base: each rank reads, checks and quantizes its own rows.
 
 This file decides what a rank reads: its rows of a sharded tensor, and all of a replicated one. A
-tensor that is no stack of experts has one digest over all of its bytes, so one rank reads it whole
+tensor other than a stack of experts has one digest over all of its bytes, so one rank reads it whole
 to hash it; `rows.appointed` spreads these. No rank reads a byte twice, nor holds more of a sharded
 tensor than its rows once the next one is read. Codes equal those of the whole weight bit for bit:
 the ranks exchange the float32 scales of its blocks before these are quantized (`base`).
