@@ -1,10 +1,10 @@
 """Loads a sharded base: each rank reads, checks and quantizes its own rows.
 
 This file decides what a rank reads: its rows of a sharded tensor, and all of a replicated one. A
-tensor other than a stack of experts has one digest over all of its bytes, so one rank reads it whole
-to hash it; `rows.appointed` spreads these. No rank reads a byte twice, nor holds more of a sharded
-tensor than its rows once the next one is read. Codes equal those of the whole weight bit for bit:
-the ranks exchange the float32 scales of its blocks before these are quantized (`base`).
+tensor other than a stack of experts has one digest over all of its bytes, so one rank reads it
+whole to hash it; `rows.appointed` spreads these. No rank reads a byte twice, nor holds more of a
+sharded tensor than its rows once the next one is read. Codes equal those of the whole weight bit
+for bit: the ranks exchange the float32 scales of its blocks before these are quantized (`base`).
 
 `qcore.nn.load` decides the order, the checks and the dtypes. What the ranks learn of a tensor
 (digests of its parts, the range of its values) is exchanged once, at the end.
